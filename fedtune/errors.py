@@ -1,0 +1,78 @@
+"""Every error that fedtune raises, as one tree.
+
+    FedtuneError
+      ConfigError   before anything starts; carries every fault at once
+      ExtraError    an optional package is missing; names the extra
+      ShapeError    two tensors that must agree do not
+      WireError     bytes from outside are not what they must be; names the client
+      ClientError   this client cannot do its assignment; costs its update of one round
+      RoundError    this round cannot be completed; names the round
+      StoreError    a run directory cannot be read, written or trusted
+
+A message says what was expected, what came and what to do, in one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class FedtuneError(Exception):
+    """The root: catch this to catch everything that fedtune raises on purpose."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a recipe: where it stands, what was expected, what came, what to do."""
+
+    path: str
+    """Dotted path of the key, e.g. `method.max_rank`; empty if the fault concerns the whole file."""
+    expected: str
+    got: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.path}: " if self.path else ""
+        hint = f"; {self.hint}" if self.hint else ""
+        return f"{where}expected {self.expected}; got {self.got}{hint}"
+
+
+class ConfigError(FedtuneError):
+    """A recipe or an argument is wrong; raised before anything starts, with every fault found."""
+
+    def __init__(self, faults: Fault | Sequence[Fault], *, source: str = "") -> None:
+        self.faults = (faults,) if isinstance(faults, Fault) else tuple(faults)
+        self.source = source
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [str(fault) for fault in self.faults]
+        if not self.source:
+            return "\n".join(lines)
+        count = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
+        return "\n".join([f"{self.source}: {count}", *(f"  {line}" for line in lines)])
+
+
+class ExtraError(FedtuneError):
+    """An optional package is missing; the message names the extra that brings it."""
+
+
+class ShapeError(FedtuneError):
+    """Two tensors that must agree in shape do not."""
+
+
+class WireError(FedtuneError):
+    """Bytes from outside are malformed, too large or not what was asked for."""
+
+
+class ClientError(FedtuneError):
+    """A client cannot do its assignment; becomes a `Failure` value and never ends the round."""
+
+
+class RoundError(FedtuneError):
+    """A round cannot be completed."""
+
+
+class StoreError(FedtuneError):
+    """A run directory cannot be read, written or trusted."""

@@ -1,0 +1,43 @@
+"""Which base model, in which precision, on which device, and which of its layers get an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The recipe's table `model`."""
+
+    base: str
+    """Folder with config.json, hub name, or `embedded` for the small model inside the package."""
+    task: Literal["causal", "classification"] = "causal"
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen base; adapters are always trained in float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] | str = "auto"
+    """auto: cuda if there is one, else mps, else cpu; `cuda:1` chooses among several."""
+    threads: Annotated[int, Ge(1)] | None = None
+    """CPU threads of torch and BLAS; none leaves the libraries' own choice. Bits are promised per thread count."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The recipe's table `adapter`."""
+
+    rank: Annotated[int, Ge(1)]
+    """LoRA rank of every client that no override names."""
+    targets: Sequence[str]
+    """Module names or their last parts, e.g. ["q_proj", "v_proj"]; ["all-linear"] takes every linear layer."""
+    kind: Literal["lora"] = "lora"
+    alpha: Annotated[float, Gt(0)] | Literal["2r"] = "2r"
+    """Numerator of the LoRA scale; 2r keeps the scale at 2 for every rank."""
+    rslora: bool = False
+    """Scale alpha / sqrt(rank) instead of alpha / rank."""
+    modules_to_save: Sequence[str] = ()
+    """Modules trained in full beside the adapter, such as a classification head; averaged with p_k."""

@@ -1,0 +1,181 @@
+"""The nouns of a round: what a client is asked, what it answers, and what becomes of a client that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeAlias
+
+from annotated_types import Ge, Gt, Interval
+
+from fedtune.tensors import Array, Tensors
+
+WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
+Weighting: TypeAlias = Literal["examples", "uniform"]
+
+
+@dataclass(frozen=True)
+class Client:
+    """One member of the fleet, by its lasting name."""
+
+    name: str
+    num_examples: int
+    """Training examples the client holds; never below 1."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a client trains first-order (`adapt`); the recipe's table `client`."""
+
+    batch: Annotated[int, Ge(1)]
+    """Examples per forward pass."""
+    learning_rate: Annotated[float, Gt(0)]
+    steps: Annotated[int, Ge(1)] | None = None
+    """Optimizer steps per round; exactly one of `steps` and `epochs` is given."""
+    epochs: Annotated[float, Gt(0)] | None = None
+    """Passes over the client's examples per round; the planner turns them into steps."""
+    accumulation: Annotated[int, Ge(1)] = 1
+    """Forward passes per optimizer step: one step sees batch * accumulation examples."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate over this client's steps of this round, after the warm-up."""
+    warmup: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Share of the steps over which the learning rate rises linearly from zero."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """SGD only."""
+    clip_norm: Annotated[float, Gt(0)] | None = 1.0
+    """Gradient norm above which gradients are scaled down; none leaves them as they are."""
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """On the input of the trainable adapter only."""
+    autocast: Literal["auto", "bf16", "off"] = "auto"
+    """bf16 arithmetic in forward passes; auto: where the device has fast bf16 (CUDA from Ampere on)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a planner asks of one client in one round."""
+
+    client: str
+    rank: int
+    """LoRA rank of every target module."""
+    scale: float
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA: the factor between B as trained and b as sent."""
+    training: Training
+    """With `steps` set."""
+
+
+@dataclass(frozen=True)
+class LocalAdapter:
+    """Where a client's trainable adapter starts, which factors are trained, and what is sent back.
+
+    A starts as `draw_a(a_key, ...)` and B as zero; then the rows of A and the columns of B that came in the blob
+    `local` take the first places (b is divided by the plan's scale).
+    """
+
+    a_key: int
+    train: Literal["ab", "b"] = "ab"
+    upload: Literal["factors", "difference"] = "factors"
+    """difference: end minus start of either factor, which keeps its precision in a 16-bit wire format."""
+    wire_dtype: WireDtype = "bf16"
+    """Number format of the upload; modules_to_save always travel in fp32."""
+    rank_penalty: float = 0.0
+    """HetLoRA's lambda: weight of ||B[:, g:]|| ||A[g:, :]|| in the loss, g = rank_decay * rank; 0 is off."""
+    rank_decay: float = 1.0
+    """HetLoRA's gamma; when the penalised product falls below its value at the start, the rank becomes g."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Server -> client: everything one client needs for one round, beside the base model that it has."""
+
+    method: str
+    round: int
+    seed: int
+    """This client's key for this round; data order and dropout are derived from it."""
+    plan: Plan
+    local: LocalAdapter
+    blobs: Mapping[str, Tensors] = field(default_factory=dict)
+    """Tensors by role: `global` (frozen adapter), `local` (start of the trainable one), `saved` (modules_to_save).
+
+    Adapters are flat, as `adapter.pack` makes them. In `global`, `<module>.w` (out, in) may stand for both factors.
+    """
+    base: str = ""
+    """Digest of the base model that the tensors belong to."""
+    verb: Literal["adapt"] = "adapt"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a client measured while it worked."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    tokens: int = 0
+    """Tokens that went forward in training, padding left out."""
+    loss_before: float | None = None
+    """Mean training loss of the first step's batch, under the model as received."""
+    loss_after: float | None = None
+    """Mean training loss over the last tenth of the steps (at least one)."""
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """Client -> server: what one client learned in one round."""
+
+    client: str
+    round: int
+    num_examples: int
+    tensors: Tensors
+    """Flat factors `<module>.a`, `<module>.b`, the scale folded into b; only `.b` where only B is trained."""
+    saved: Tensors = field(default_factory=dict)
+    """modules_to_save, by parameter name, float32."""
+    measured: Measured = Measured()
+    base: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client whose update of this round is not used, and why: a value, not an exception."""
+
+    client: str
+    reason: str
+    kind: Literal["failed", "refused"] = "failed"
+    """failed: the client could not do it; refused: the server would not take it."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one client in one round, counted on the encoded messages."""
+
+    down: int = 0
+    up: int = 0
+
+
+Outcome: TypeAlias = ClientUpdate | Failure
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a method must know before the first round."""
+
+    modules: Mapping[str, tuple[int, int]]
+    """(out, in) of every module that gets an adapter, by full name."""
+    saved: Mapping[str, Array]
+    """Initial values of modules_to_save, by parameter name, float32."""
+    max_rank: int
+    """The largest rank planned for any client."""
+    seed: int
+    """The run's seed."""
+
+
+def weigh(updates: Sequence[ClientUpdate], weights: Weighting) -> Sequence[tuple[ClientUpdate, float]]:
+    """Return (update, p_k) sorted by client name, the p_k summing to 1: by examples, or uniform.
+
+    Sorting here makes every method independent of the order in which answers arrived.
+    """
+    cohort = sorted(updates, key=lambda update: update.client)
+    sizes = [update.num_examples if weights == "examples" else 1 for update in cohort]
+    return [(update, size / sum(sizes)) for update, size in zip(cohort, sizes, strict=True)]
