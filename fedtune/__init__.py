@@ -1,0 +1,41 @@
+"""fedtune: federated fine-tuning of language models where the data lives.
+
+import fedtune
+run = fedtune.simulate("recipe.toml")
+print(run.summary["after"]["test"]["loss"], run.adapter)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedtune.api import Run, compare, evaluate, export, simulate
+    from fedtune.config import Recipe, bind
+    from fedtune.errors import ConfigError, FedtuneError
+
+__all__ = [
+    "ConfigError",
+    "FedtuneError",
+    "Recipe",
+    "Run",
+    "bind",
+    "compare",
+    "evaluate",
+    "export",
+    "simulate",
+]
+
+_HOMES = {"ConfigError": "errors", "FedtuneError": "errors", "Recipe": "config", "bind": "config"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `import fedtune` stays quick, and a server that needs one noun loads no torch.
+    if name not in __all__:
+        raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
+    return getattr(import_module(f"fedtune.{_HOMES.get(name, 'api')}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -100,9 +100,11 @@ def unpack(tensors: Tensors) -> Adapter:
     """Return the adapter that `pack` made flat, its factors in float32.
 
     Raises:
-        ShapeError: if a factor lacks its partner or two factors disagree on the rank.
+        ShapeError: if a factor lacks its partner, two factors disagree on the rank, or a tensor is neither .a nor .b.
     """
     adapter = {}
+    if strange := sorted(key for key in tensors if not key.endswith((".a", ".b"))):
+        raise ShapeError(f"expected only factors .a and .b; got {strange[0]!r}")
     for name in sorted({key.rpartition(".")[0] for key in tensors}):
         if f"{name}.a" not in tensors or f"{name}.b" not in tensors:
             raise ShapeError(f"{name}: expected both factors .a and .b; got only one of them")

@@ -8,6 +8,15 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval
 
+from fedtune.errors import Fault
+
+Part = Literal["text", "instruction", "input", "output", "label"]
+"""What a column can be for: raw text; the three parts of an instruction; the class."""
+
+Task = Literal["causal", "classification"]
+
+TEMPLATES = ("alpaca", "chat", "plain")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -24,7 +33,7 @@ class Split:
     alpha: Annotated[float, Gt(0)] | None = None
     """Concentration of the Dirichlet distribution: small is skewed, large is even."""
     min_examples: Annotated[int, Ge(1)] = 1
-    """Least training rows of any client; dirichlet draws again (up to 100 times) until it holds."""
+    """Least rows of any client before some are held out; dirichlet draws again (up to 100 times) until it holds."""
     sizes: Sequence[Annotated[int, Ge(1)]] | None = None
 
 
@@ -33,13 +42,14 @@ class DataSettings:
     """The recipe's table `data`."""
 
     source: str | Sequence[str]
-    """File(s), glob, folder of a saved dataset, or hub name; relative paths are relative to the recipe."""
+    """File(s), glob, folder of a saved dataset, or hub name (`name:split` for another split than `train`); relative
+    paths are relative to the recipe."""
     split: Split
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "text", "saved", "hub"] = "auto"
     """auto: by the file's ending, a folder with state.json as a saved dataset, otherwise a hub name."""
     subset: str | None = None
     """Configuration name of a hub data set."""
-    fields: Mapping[Literal["text", "instruction", "input", "output", "label"], str] = field(default_factory=dict)
+    fields: Mapping[Part, str] = field(default_factory=dict)
     """Which column plays which part; a column that already has the part's name needs no entry."""
     template: str = "alpaca"
     """alpaca | chat (the tokenizer's own template) | plain (prompt, newline, output) | your own text with
@@ -49,10 +59,34 @@ class DataSettings:
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens count in the loss; for rows of plain text all do."""
     packing: bool = False
-    """Join examples end to end into rows of max_tokens (causal only); attention is not cut between them."""
+    """Join training examples end to end into rows of at most max_tokens (causal only); no example is cut for it, and
+    attention is not cut between them. A packed row counts as one example."""
     held_out: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """Share of each client's rows kept for evaluation and never trained on; at least one row if above 0."""
+    """Share of each client's rows kept for evaluation and never trained on; if above 0 at least one row, unless the
+    client has only one."""
     test: str | Sequence[str] | None = None
     """Separate test file(s); without it the global test data are all clients' held-out rows."""
     limit: Annotated[int, Ge(1)] | None = None
     """Use only so many rows of the source, drawn at random (seeded); none uses all."""
+
+
+def faults(settings: DataSettings) -> list[Fault]:
+    """Return what no single field can tell: settings that need or exclude each other, and a template that is none."""
+    split, found = settings.split, []
+    needs = {"key": ["by"], "iid": ["clients"], "dirichlet": ["by", "clients", "alpha"], "sizes": ["sizes"]}
+    needed = needs.get(split.kind, [])
+    for name in needed:
+        if not getattr(split, name):
+            found.append(Fault(f"data.split.{name}", f"a value, for {split.kind!r} needs it", "none", f"set {name}"))
+    optional = {"key": ["clients"], "files": ["clients"]}.get(split.kind, [])
+    for name in ("by", "clients", "alpha", "sizes"):
+        value = getattr(split, name)
+        if value is not None and name not in needed + optional:
+            expected = f"no value, for {split.kind!r} has no use for it"
+            found.append(Fault(f"data.split.{name}", expected, repr(value), "remove it or choose another kind"))
+    if settings.template not in TEMPLATES and not settings.template.endswith("{output}"):
+        expected = f"{', '.join(TEMPLATES)} or a text that ends in {{output}}"
+        found.append(Fault("data.template", expected, repr(settings.template)))
+    elif settings.template.count("{output}") > 1:
+        found.append(Fault("data.template", "{output} once, at the end", repr(settings.template)))
+    return found

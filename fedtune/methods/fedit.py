@@ -9,7 +9,7 @@ import numpy as np
 from annotated_types import Gt
 
 from fedtune.adapter import Adapter, Factors, draw_a, pack, unpack
-from fedtune.methods.method import linear
+from fedtune.methods.method import assignment, join, linear, move
 from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
@@ -39,49 +39,33 @@ class FedItState:
 
 def init(blueprint: Blueprint, settings: FedItSettings) -> FedItState:
     """Return the first state: one A drawn for everybody, B zero."""
-    key = derive(blueprint.seed, "lora.shared_a")
+    return FedItState(settings=settings, round=0, tensors=shared_start(blueprint), saved=blueprint.saved)
+
+
+def shared_start(blueprint: Blueprint) -> Tensors:
+    """Return flat factors of the largest planned rank: A from the run's shared key, B zero."""
+    key, rank = derive(blueprint.seed, "lora.shared_a"), blueprint.max_rank
     start = {
-        name: Factors(a=draw_a(key, name, blueprint.max_rank, n), b=np.zeros((m, blueprint.max_rank), np.float32))
+        name: Factors(a=draw_a(key, name, rank, n), b=np.zeros((m, rank), np.float32))
         for name, (m, n) in blueprint.modules.items()
     }
-    return FedItState(settings=settings, round=0, tensors=pack(start), saved=blueprint.saved)
+    return pack(start)
 
 
 def assign(state: FedItState, seed: int, plan: Plan) -> Assignment:
     """Send both factors; the client trains and returns both."""
-    return Assignment(
-        method="fedit",
-        round=state.round + 1,
-        seed=derive(seed, "client", state.round + 1, plan.client),
-        plan=plan,
-        local=LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype),
-        blobs={"local": cast(state.tensors, state.settings.wire_dtype), "saved": state.saved},
-    )
+    local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
+    return assignment("fedit", state, seed, plan, local, {"local": cast(state.tensors, state.settings.wire_dtype)})
+
+
+def contribution(state: FedItState, update: ClientUpdate) -> Tensors:
+    return join(update.tensors, update.saved)
 
 
 def advance(state: FedItState, mean: Tensors) -> FedItState:
     """Return the state after one round: factors move to their weighted mean."""
-    rate = np.float32(state.settings.server_learning_rate)
-    old = joined(state)
-    new = {name: old[name] + rate * (mean[name] - old[name]) for name in old}
-    return replace(
-        state,
-        round=state.round + 1,
-        tensors={name: new[f"local/{name}"] for name in state.tensors},
-        saved={name: new[f"saved/{name}"] for name in state.saved},
-    )
-
-
-def contribution(state: FedItState, update: ClientUpdate) -> Tensors:
-    return {f"local/{name}": t for name, t in update.tensors.items()} | {
-        f"saved/{name}": t for name, t in update.saved.items()
-    }
-
-
-def joined(state: FedItState) -> Tensors:
-    return {f"local/{name}": t for name, t in state.tensors.items()} | {
-        f"saved/{name}": t for name, t in state.saved.items()
-    }
+    tensors, saved = move(state.tensors, state.saved, mean, state.settings.server_learning_rate)
+    return replace(state, round=state.round + 1, tensors=tensors, saved=saved)
 
 
 def adapter(state: FedItState) -> Adapter:

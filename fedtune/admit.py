@@ -1,0 +1,116 @@
+"""What the server takes from a client: an update that fits its assignment in every respect; others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+
+import numpy as np
+
+from fedtune.adapter import norm, unpack
+from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure
+from fedtune.tensors import DTYPES, Array, Tensors, l2_norm
+
+LARGEST = float(np.finfo(np.float32).max) / 2**16
+"""Bound on |b| |a| of a module: its change, and the sum of a cohort's, must fit float32."""
+
+
+def admit(
+    update: ClientUpdate, assignment: Assignment, blueprint: Blueprint, *, num_examples: int
+) -> ClientUpdate | Failure:
+    """Return the update if it answers the assignment, otherwise why not; `num_examples` is what the client enrolled.
+
+    After this, methods need no checks of their own: every key is there and no other, shapes fit the modules, the rank
+    is the planned one (or, where the assignment lets it shrink, at least 1), and every number is finite.
+    """
+    reason = next(_reasons(update, assignment, blueprint, num_examples), None)
+    return update if reason is None else Failure(client=assignment.plan.client, reason=reason, kind="refused")
+
+
+def admit_norms(
+    updates: Sequence[ClientUpdate], max_norm: float | None, *, assignments: Mapping[str, Assignment]
+) -> tuple[Mapping[str, float], Sequence[Failure]]:
+    """Return the norms of the admitted changes by client, and who is refused for one far above the others.
+
+    Far above is more than max_norm times the cohort's median; none admits any norm. Two updates have no outlier that
+    could be told from the other, and zero no multiple: then all are admitted. Assignments are by client.
+    """
+    norms = {update.client: change_norm(update, assignments[update.client]) for update in updates}
+    middle = median(norms.values()) if norms else 0.0
+    if max_norm is None or len(updates) < 3 or middle == 0:
+        return norms, ()
+    limit = max_norm * middle
+    expected = f"expected a change of norm at most {limit:.4g}, {max_norm:g} times the cohort's median"
+    refused = [
+        Failure(client=name, reason=f"{expected}; got {size:.4g}", kind="refused")
+        for name, size in sorted(norms.items())
+        if size > limit
+    ]
+    return {name: size for name, size in norms.items() if size <= limit}, refused
+
+
+def change_norm(update: ClientUpdate, assignment: Assignment) -> float:
+    """Return the Frobenius norm of b @ a over all modules; of the tensors themselves where they are no such pair.
+
+    Differences of factors, or b alone, do not multiply to the client's change; their own size stands for it.
+    """
+    if assignment.local.upload == "difference" or assignment.local.train == "b":
+        return l2_norm(update.tensors)
+    return norm(unpack(update.tensors))
+
+
+def _reasons(update: ClientUpdate, assignment: Assignment, blueprint: Blueprint, num_examples: int) -> Iterator[str]:
+    """Yield what is wrong, first things first: each check may rely on those above it."""
+    if update.client != assignment.plan.client:
+        yield f"expected an update of client {assignment.plan.client!r}; got one of {update.client[:80]!r}"
+    if update.base != assignment.base:
+        yield f"expected base digest {assignment.base[:16]!r}; got {update.base[:16]!r}; load the base the run uses"
+    if update.round != assignment.round:
+        yield f"expected round {assignment.round}; got {update.round}"
+    if not 1 <= update.num_examples <= num_examples:
+        yield f"expected 1 to {num_examples} examples, as enrolled; got {update.num_examples}"
+    expected = {f"{name}.{side}" for name in blueprint.modules for side in assignment.local.train}
+    yield from _keys("factors", expected, update.tensors)
+    yield from _keys("modules_to_save", set(blueprint.saved), update.saved)
+    for name, shape in blueprint.modules.items():
+        yield from _factors(update.tensors, name, shape, assignment)
+    for name, array in sorted(update.saved.items()):
+        if array.shape != blueprint.saved[name].shape:
+            yield f"{name}: expected shape {blueprint.saved[name].shape}; got {array.shape}"
+        yield from _numbers(name, array, ("fp32",))
+
+
+def _keys(what: str, expected: set[str], tensors: Tensors) -> Iterator[str]:
+    missing, extra = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+    if missing or extra:
+        named = f"{missing[0]!r} is missing" if missing else f"{extra[0][:80]!r} was not asked for"
+        counts = f"{len(missing)} missing, {len(extra)} extra"
+        yield f"expected {len(expected)} {what}; got {len(tensors)}: {counts}; {named}"
+
+
+def _factors(tensors: Tensors, name: str, shape: tuple[int, int], assignment: Assignment) -> Iterator[str]:
+    (m, n), planned = shape, assignment.plan.rank
+    b = tensors[f"{name}.b"]
+    rank = b.shape[1] if b.ndim == 2 else -1
+    least = 1 if assignment.local.rank_decay < 1 else planned
+    if b.shape != (m, rank) or not least <= rank <= planned:
+        ranks = f"{planned}" if least == planned else f"{least}..{planned}"
+        yield f"{name}.b: expected shape ({m}, {ranks}); got {b.shape}"
+    yield from _numbers(f"{name}.b", b, tuple(DTYPES))
+    if assignment.local.train == "b":
+        return
+    a = tensors[f"{name}.a"]
+    if a.shape != (rank, n):
+        yield f"{name}.a: expected shape ({rank}, {n}), b having rank {rank}; got {a.shape}"
+    yield from _numbers(f"{name}.a", a, tuple(DTYPES))
+    bound = l2_norm({"a": a}) * l2_norm({"b": b})
+    if bound > LARGEST:
+        yield f"{name}: expected factors whose product fits float32, norm below {LARGEST:.3g}; got up to {bound:.3g}"
+
+
+def _numbers(name: str, array: Array, formats: Sequence[str]) -> Iterator[str]:
+    if array.dtype not in [DTYPES[format] for format in formats]:
+        yield f"{name}: expected numbers of format {' or '.join(formats)}; got {array.dtype.name}"
+    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+    if bad:
+        yield f"{name}: expected finite numbers; got {bad} of {array.size} that are not"

@@ -1,0 +1,306 @@
+"""fedtune from Python: simulate, evaluate, export, report and compare, as the command line calls them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fedtune.adapter import Adapter, Factors
+from fedtune.config import Recipe, bind, render
+from fedtune.demo import recipe_text, write_data
+from fedtune.errors import ConfigError, Fault, StoreError
+from fedtune.lowrank import compress, truncate
+from fedtune.rounds import Note, Watch
+from fedtune.store import peft
+from fedtune.store.files import new_folder
+from fedtune.store.run import read_summary, vacant, write_recipe
+
+# The client wing (torch, transformers, peft, datasets) takes seconds to import, so `experiment` and `model` are
+# imported where they are needed: a recipe that is wrong says so at once, and reading a report needs neither.
+
+Form = Literal["peft", "uniform", "merged"]
+FORMS: tuple[Form, ...] = ("peft", "uniform", "merged")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, and what its summary says."""
+
+    path: Path
+    summary: Mapping[str, Any]
+    """The content of summary.json."""
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the global adapter in PEFT's format."""
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        """The HTML page."""
+        return self.path / "report.html"
+
+
+def simulate(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    fresh: bool = False,
+    watch: Watch = lambda event: None,
+) -> Run:
+    """Run a recipe with all its clients on this machine, and return the run.
+
+    Args:
+        recipe: a file, its content as a mapping, or a bound recipe.
+        overrides: settings that replace the recipe's, as `client.steps=10`.
+        out: run directory; `runs/<name>` without it.
+        fresh: if the directory is taken, start beside it instead of refusing.
+        watch: called with each event of `fedtune.rounds`.
+
+    Raises:
+        ConfigError: if the recipe, or anything that it names, is wrong; with every fault found.
+        RoundError: if a round could not be completed; the run directory holds the rounds before it.
+        StoreError: if the run directory cannot be written.
+    """
+    bound = recipe if isinstance(recipe, Recipe) else bind(recipe, overrides=overrides)
+    from fedtune.experiment import prepare
+
+    experiment = prepare(bound)
+    path = vacant(Path(out) if out is not None else Path("runs") / bound.name, fresh=fresh)
+    write_recipe(path, render(bound))
+    return _conduct(experiment, path, watch)
+
+
+def demo(*, out: str | Path | None = None, watch: Watch = lambda event: None) -> Run:
+    """Run the federation that fedtune brings along: its own small model, and this Python's library as the clients."""
+    path = vacant(Path(out) if out is not None else Path("runs") / "demo", fresh=out is None)
+    write_data(path / "data")
+    write_recipe(path, recipe_text())
+    bound = bind(path / "recipe.toml")
+    from fedtune.experiment import prepare
+
+    experiment = prepare(bound)
+    write_recipe(path, render(bound))
+    return _conduct(experiment, path, watch)
+
+
+def _conduct(experiment: Any, path: Path, watch: Watch) -> Run:
+    from fedtune.experiment import conduct
+
+    settings = experiment.recipe.report
+    try:
+        summary = conduct(experiment, path, watch)
+    finally:
+        if (path / "summary.json").exists():
+            if settings.plots:
+                report(path)
+            if settings.tensorboard:
+                report(path, tensorboard=True)
+    return Run(path=path, summary=summary)
+
+
+def evaluate(
+    run: str | Path, *, data: str | Path | None = None, examples: int | None = None
+) -> Mapping[str, Mapping[str, float]]:
+    """Score a run's base and its adapter on the test data of its recipe, or on another file, and return both.
+
+    Args:
+        run: the run directory.
+        data: file with the same columns as the recipe's data.
+        examples: how many test examples to use; all without it.
+
+    Returns:
+        `before` and `after`, each the metrics of `fedtune.model.evaluate.evaluate`.
+
+    Raises:
+        StoreError: if the folder holds no run, or no adapter yet.
+        ConfigError: if the adapter belongs to another base than the one that its recipe loads now.
+    """
+    path = Path(run)
+    adapter, saved, origin = open_run(path)
+    bound = bind(path / "recipe.toml")
+    if data is not None:
+        bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve())))
+    bound = replace(bound, evaluate=replace(bound.evaluate, examples=examples))
+    from fedtune.experiment import prepare, score
+    from fedtune.model.libraries import threads
+
+    experiment = prepare(bound)
+    check_base(experiment.base.digest, origin, path)
+    with threads(bound.model.threads):
+        before = score(experiment, {}, experiment.base.saved_tensors(), test=True, clients=False).test
+        after = score(experiment, adapter, saved, test=True, clients=False).test
+    if before is None or after is None:
+        raise ConfigError(Fault("data.test", "test examples", "none", "give --data FILE, or set data.held_out above 0"))
+    return {"before": before, "after": after}
+
+
+def export(
+    run: str | Path,
+    *,
+    form: Form = "peft",
+    out: str | Path | None = None,
+    max_rank: int | None = None,
+    dtype: str | None = None,
+    watch: Watch = lambda event: None,
+) -> Path:
+    """Write a run's result for others to load, and return the folder.
+
+    Args:
+        run: the run directory.
+        form: `peft`, the adapter with its own rank per layer; `uniform`, the same padded with zeros to one rank, for
+            engines that read no rank_pattern; `merged`, a whole model of the base with the change added.
+        out: folder to write; `<run>/<form>` without it.
+        max_rank: cut every layer to its best approximation of this rank (`peft`, `uniform`).
+        dtype: number format of the merged model; the base's own without it.
+        watch: told what a cut or a cast has cost.
+
+    Raises:
+        StoreError: if the folder holds no run, or `out` holds files already.
+        ConfigError: if the form is unknown, or the base is another than the one that was trained on.
+    """
+    if form not in FORMS:
+        raise ConfigError(Fault("form", f"one of {', '.join(FORMS)}", repr(form)))
+    path = Path(run)
+    adapter, saved, origin = open_run(path)
+    target = Path(out) if out is not None else path / form
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
+    if form == "merged":
+        return _merge(path, adapter, saved, origin, target, dtype=dtype, watch=watch)
+    if max_rank is not None:
+        adapter = cut(adapter, max_rank, watch)
+    if form == "uniform":
+        adapter = pad(adapter)
+    settings = json.loads((path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    return peft.write(target, adapter, saved, peft.target_of(settings), origin)
+
+
+def _merge(
+    path: Path,
+    adapter: Adapter,
+    saved: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    target: Path,
+    *,
+    dtype: str | None,
+    watch: Watch,
+) -> Path:
+    bound = bind(path / "recipe.toml")
+    from fedtune.experiment import prepare
+    from fedtune.model.base import DTYPES
+    from fedtune.model.merge import merge
+
+    chosen = dtype or bound.model.dtype
+    if chosen not in DTYPES:
+        raise ConfigError(Fault("dtype", f"one of {', '.join(DTYPES)}", repr(chosen)))
+    experiment = prepare(bound)
+    check_base(experiment.base.digest, origin, path)
+    with new_folder(target) as folder:
+        merged = merge(experiment.base, adapter, saved, dtype=chosen, revision=bound.model.revision, out=folder)
+        (folder / "fedtune.json").write_text(json.dumps(origin, indent=1) + "\n")
+    watch(Note(f"merged in float32 and cast to {chosen} once: {merged.applied:.1%} of the change arrived"))
+    return target
+
+
+def report(run: str | Path, *, tensorboard: bool = False) -> Path:
+    """Write report.html and its plots from the run's JSON alone, with event files if wanted, and return the page."""
+    from fedtune.report.page import write_report
+    from fedtune.report.tensorboard import write_events
+
+    read_summary(Path(run))
+    if tensorboard:
+        write_events(Path(run))
+    return write_report(Path(run))
+
+
+def compare(
+    recipes: Sequence[str | Path],
+    *,
+    seeds: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    watch: Watch = lambda event: None,
+) -> Path:
+    """Run several recipes, each with the same seeds, and write one page that sets them side by side.
+
+    Args:
+        recipes: recipe files, or directories of finished runs, which are taken as they are.
+        seeds: seeds to run each recipe with; the recipe's own without it.
+        overrides: settings that replace those of every recipe.
+        out: folder of the runs and the page; `runs/compare` (or the next free name) without it.
+        watch: called with each event of every run.
+
+    Raises:
+        ConfigError: if a recipe is wrong; all are bound before the first one runs.
+    """
+    from fedtune.report.compare import write_comparison
+
+    bound = [(Path(recipe), None if Path(recipe).is_dir() else bind(recipe, overrides=overrides)) for recipe in recipes]
+    folder = vacant(Path(out) if out is not None else Path("runs") / "compare", fresh=out is None)
+    runs = []
+    for path, recipe in bound:
+        if recipe is None:
+            runs.append(path)
+            continue
+        for seed in seeds or [recipe.seed]:
+            watch(Note(f"{recipe.name}, seed {seed}"))
+            ran = simulate(
+                replace(recipe, seed=seed), out=folder / f"{recipe.name}-seed{seed}", fresh=True, watch=watch
+            )
+            runs.append(ran.path)
+    return write_comparison(runs, folder)
+
+
+def open_run(run: Path) -> tuple[Adapter, Mapping[str, Any], Mapping[str, Any]]:
+    """Return (adapter, modules_to_save, provenance) of a run directory.
+
+    Raises:
+        StoreError: if it is none, or holds no adapter.
+    """
+    read_summary(run)
+    return peft.read(run / "adapter")
+
+
+def check_base(found: str, origin: Mapping[str, Any], run: Path) -> None:
+    """Refuse an adapter that was trained over other weights than those that are loaded now."""
+    wanted = str(origin.get("base", {}).get("digest"))
+    if found != wanted:
+        raise ConfigError(
+            Fault(
+                path="model.base",
+                expected=f"the base that {run / 'adapter'} was trained on (digest {wanted[:12]})",
+                got=f"another one (digest {found[:12]})",
+                hint="load the same model in the same revision and dtype",
+            )
+        )
+
+
+def cut(adapter: Adapter, max_rank: int, watch: Watch) -> Adapter:
+    """Return each layer's best approximation of at most this rank, and note what share of the change is kept."""
+    if max_rank < 1:
+        raise ConfigError(Fault("max_rank", "at least 1", str(max_rank)))
+    whole = {name: compress(factors) for name, factors in adapter.items()}
+    short = {name: truncate(low, tau=1.0, max_rank=max_rank) for name, low in whole.items()}
+    total = sum(float(np.square(low.s).sum()) for low in whole.values())
+    kept = sum(float(np.square(low.s).sum()) for low in short.values())
+    watch(Note(f"cut to rank {max_rank}: {kept / total if total else 1.0:.2%} of the squared singular values kept"))
+    return {name: low.factors for name, low in short.items()}
+
+
+def pad(adapter: Adapter) -> Adapter:
+    """Return the same change with every layer padded with zeros to the largest rank."""
+    rank = max(factors.rank for factors in adapter.values())
+    return {
+        name: Factors(
+            a=np.pad(f.a, ((0, rank - f.rank), (0, 0))),
+            b=np.pad(f.b, ((0, 0), (0, rank - f.rank))),
+        )
+        for name, f in adapter.items()
+    }

@@ -1,0 +1,208 @@
+"""How a run is told while it goes on: one live table on a terminal, one plain line per round elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedtune.cli.text import duration, number, printable, size
+from fedtune.round import ClientUpdate, Failure, Outcome, Traffic
+from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
+
+RECENT = 5
+"""Rounds whose median length the estimated end is made of: a robust mean that follows changes."""
+NAMED_FAILURES = 5
+"""Failed clients of a round that are named; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run has come, as its events tell."""
+
+    round: int = 0
+    """The round that is running or was finished last."""
+    rounds: int = 0
+    done: int = 0
+    """Rounds finished."""
+    cohort: Sequence[str] = ()
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    """Of the round that is running or was finished last, by client."""
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """The last line of rounds.jsonl."""
+    test: Mapping[str, float] = field(default_factory=dict)
+    """The last scores on the test data, and since when they are the best."""
+    best: tuple[float, int] | None = None
+    """Lowest test loss and its round."""
+    seconds: Sequence[float] = ()
+    """Of the last few rounds."""
+    earlier: Traffic = Traffic()
+    """Of all finished rounds."""
+
+    @property
+    def failures(self) -> Sequence[Failure]:
+        return [outcome for outcome in self.outcomes.values() if isinstance(outcome, Failure)]
+
+    @property
+    def total(self) -> Traffic:
+        """Bytes of the whole run so far."""
+        down = self.earlier.down + sum(traffic.down for traffic in self.traffic.values())
+        return Traffic(down=down, up=self.earlier.up + sum(traffic.up for traffic in self.traffic.values()))
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Estimated seconds to the end; None before the first round has ended."""
+        return median(self.seconds) * (self.rounds - self.done) if self.seconds else None
+
+
+def after(standing: Standing, event: Event) -> Standing:
+    """Return the standing after one event."""
+    match event:
+        case RoundStarted(round=number, rounds=rounds, cohort=cohort):
+            return replace(standing, round=number, rounds=rounds, cohort=cohort, outcomes={}, traffic={})
+        case ClientFinished(outcome=outcome, traffic=traffic):
+            # A client may be heard of twice: refused in the end although its update arrived.
+            name = outcome.client
+            return replace(
+                standing,
+                outcomes={**standing.outcomes, name: outcome},
+                traffic={**standing.traffic, name: traffic},
+            )
+        case RoundFinished(record=record):
+            return finished(Standing(rounds=standing.rounds) if record["round"] == 0 else standing, record)
+        case _:
+            return standing
+
+
+def finished(standing: Standing, record: Mapping[str, Any]) -> Standing:
+    """Return the standing after a line of rounds.jsonl; the line of round 0 begins a run."""
+    test = record.get("test") or {}
+    loss, best = test.get("loss"), standing.best
+    if loss is not None and (best is None or loss < best[0]):
+        best = (loss, record["round"])
+    return replace(
+        standing,
+        round=record["round"],
+        done=record["round"],
+        record=record,
+        test=test or standing.test,
+        best=best,
+        seconds=(*standing.seconds, record["seconds"])[-RECENT:] if record["round"] else (),
+        earlier=standing.total,
+        traffic={},
+    )
+
+
+def round_line(standing: Standing) -> str:
+    """Return what the round that just ended came to, as one plain line."""
+    record = standing.record
+    if record["round"] == 0:
+        return "  ".join(["before", *score(standing)])
+    admitted = sum(isinstance(outcome, ClientUpdate) for outcome in standing.outcomes.values())
+    remaining = standing.remaining_s
+    return "  ".join(
+        [
+            f"round {standing.round}/{standing.rounds}",
+            *losses(record),
+            *(score(standing) if record.get("test") else ()),
+            f"clients {admitted}/{len(standing.cohort)}",
+            f"up {size(record['bytes_up'])}",
+            f"down {size(record['bytes_down'])}",
+            duration(record["seconds"]),
+            *([f"ETA {duration(remaining)}"] if remaining else ()),
+        ]
+    )
+
+
+def losses(record: Mapping[str, Any]) -> Sequence[str]:
+    before, end = record.get("loss_before"), record.get("loss_after")
+    return [] if end is None else [f"loss {number(before)} -> {number(end)}"]
+
+
+def score(standing: Standing) -> Sequence[str]:
+    """Return the last test scores in words."""
+    words = [f"{metric} {number(standing.test[metric])}" for metric in ("accuracy",) if metric in standing.test]
+    if "loss" in standing.test and standing.best is not None:
+        loss, at = standing.best
+        best = f" (best {number(loss)}, round {at})" if standing.record["round"] else ""
+        words.insert(0, f"test {number(standing.test['loss'])}{best}")
+    return words
+
+
+def failure_lines(failures: Sequence[Failure]) -> Sequence[str]:
+    lines = [f"{printable(f.client)} {f.kind}: {printable(f.reason)}" for f in failures[:NAMED_FAILURES]]
+    return [*lines, f"and {len(failures) - NAMED_FAILURES} more"] if len(failures) > NAMED_FAILURES else lines
+
+
+def table(standing: Standing, title: str, elapsed_s: float) -> RenderableType:
+    """Return the live table: where the run is, how it goes, who is done."""
+    head = Table.grid(padding=(0, 2))
+    remaining = standing.remaining_s
+    head.add_row(
+        Text(printable(title), style="bold"),
+        f"round {standing.round}/{standing.rounds}",
+        ProgressBar(total=max(standing.rounds, 1), completed=standing.done, width=24),
+        f"elapsed {duration(elapsed_s)}",
+        "" if remaining is None else f"ETA {duration(remaining)}",
+    )
+    total = standing.total
+    middle = [*losses(standing.record), *score(standing), f"up {size(total.up)}", f"down {size(total.down)}"]
+    rows: list[RenderableType] = [head, Text("  " + "   ".join(middle))]
+    if standing.cohort:
+        rows.append(Text(f"  clients {len(standing.outcomes)}/{len(standing.cohort)}"))
+    rows += [Text(f"  {line}", style="yellow", no_wrap=True) for line in failure_lines(standing.failures)]
+    return Group(*rows)
+
+
+class Progress:
+    """An observer of a run, to be entered before it is called.
+
+    It writes to one console only, which is that of stderr on the command line, so that stdout stays a result.
+    """
+
+    def __init__(self, console: Console, *, title: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console
+        self.title = title
+        self.clock = clock
+        self.standing = Standing()
+        self._live: Live | None = None
+        self._began = clock()
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._live = Live(self, console=self.console, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __rich__(self) -> RenderableType:
+        if not self.standing.rounds and not self.standing.record:
+            return Text(f"{printable(self.title)}  preparing  {duration(self.clock() - self._began)}")
+        return table(self.standing, self.title, self.clock() - self._began)
+
+    def __call__(self, event: Event) -> None:
+        self.standing = after(self.standing, event)
+        if isinstance(event, Note):
+            self._print(printable(event.text))
+        elif isinstance(event, RoundFinished) and self._live is None:
+            self._print(round_line(self.standing))
+            for line in failure_lines(self.standing.failures):
+                self._print(f"  {line}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(Text(line), soft_wrap=True)

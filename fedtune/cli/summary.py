@@ -1,0 +1,124 @@
+"""What a finished run came to, as tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedtune.cli.text import duration, number, printable, size
+
+Metrics: TypeAlias = Mapping[str, Any]
+
+COUNTS = ("examples", "tokens", "generated")
+"""Entries of a metrics table that say how much was scored, not how well."""
+MOST_CLIENTS = 30
+"""Clients that the table names; the report names all."""
+
+
+def show_summary(console: Console, summary: Mapping[str, Any], *, adapter: Path, report: Path) -> None:
+    """Print the scores before and after, the clients, a sample, and where the result lies.
+
+    Args:
+        console: where to.
+        summary: the content of summary.json.
+        adapter: folder of the PEFT adapter.
+        report: the page; named if it is there.
+    """
+    for part in (scores(summary), clients(summary)):
+        if part.row_count:
+            console.print(part)
+    if summary.get("sample"):
+        console.print(sample(summary["sample"]))
+    written = {"adapter": adapter} | ({"report": report} if report.exists() else {})
+    for name, path in written.items():
+        console.print(Text(f"{name:8} {printable(path)}"), soft_wrap=True)
+
+
+def scores(summary: Mapping[str, Any]) -> Table:
+    """Return the global model's scores: a row per scope, a column per metric, each cell `before -> after`."""
+    before, after = summary["before"], summary["after"]
+    worst = after.get("worst") or {}
+    scopes = {
+        "test data": (before.get("test"), after.get("test")),
+        "mean of clients": (before.get("mean"), after.get("mean")),
+        # Another client may have been the worst before, so this row shows one client's way, not two maxima.
+        f"worst client: {printable(worst.get('client'))}": (
+            before.get("held_out", {}).get(worst.get("client")),
+            worst,
+        ),
+    }
+    shown = {scope: (old or {}, new or {}) for scope, (old, new) in scopes.items() if old or new}
+    metrics = named(*(part for pair in shown.values() for part in pair))
+    title = f"{summary['name']}: {summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}"
+    traffic = f"up {size(summary['bytes_up'])}, down {size(summary['bytes_down'])}, {duration(summary['seconds'])}"
+    table = grid(f"{title}; {traffic}", "", *metrics)
+    for scope, (old, new) in shown.items():
+        table.add_row(Text(scope), *(change(old.get(metric), new.get(metric)) for metric in metrics))
+    return table
+
+
+def clients(summary: Mapping[str, Any]) -> Table:
+    """Return one row per client: size, rank, loss of the global model on its held-out data, bytes, seconds."""
+    old, new = (summary[when].get("held_out") or {} for when in ("before", "after"))
+    table = grid("", "client", "examples", "rank", "held-out loss", "up", "down", "seconds", "failures")
+    rows = sorted(summary["clients"].items())
+    for name, client in rows[:MOST_CLIENTS]:
+        table.add_row(
+            Text(printable(name)),
+            str(client["examples"]),
+            str(client["rank"]),
+            change(old.get(name, {}).get("loss"), new.get(name, {}).get("loss")),
+            size(client["bytes_up"]),
+            size(client["bytes_down"]),
+            f"{client['seconds']:.1f}",
+            str(failures_of(client["failures"]) or ""),
+        )
+    if len(rows) > MOST_CLIENTS:
+        table.add_row(f"and {len(rows) - MOST_CLIENTS} more")
+    return table
+
+
+def failures_of(value: Any) -> int:
+    return value if isinstance(value, int) else len(value)
+
+
+def sample(texts: Mapping[str, str]) -> RenderableType:
+    """Return how the model went on from the prompt before and after."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name in ("prompt", "before", "after"):
+        table.add_row(name, Text(printable(texts[name], lines=True)))
+    return table
+
+
+def comparison(before: Metrics, after: Metrics) -> Table:
+    """Return one row per metric."""
+    table = grid("", "metric", "before", "after")
+    for metric in named(before, after):
+        table.add_row(metric, number(before.get(metric)), number(after.get(metric)))
+    return table
+
+
+def named(*parts: Metrics) -> Sequence[str]:
+    """Return the names of all scores, in order of their first appearance."""
+    names = [name for part in parts for name, value in part.items() if isinstance(value, int | float)]
+    return [name for name in dict.fromkeys(names) if name not in COUNTS]
+
+
+def change(before: float | None, after: float | None) -> str:
+    return "" if before is None and after is None else f"{number(before)} -> {number(after)}"
+
+
+def grid(title: str, first: str, *others: str) -> Table:
+    table = Table(title=Text(printable(title)) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right")
+    return table

@@ -1,0 +1,108 @@
+"""What a client does with an assignment: attach, train on its own examples, and hand back what it learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import floor
+
+import torch
+
+from fedtune.adapter import Adapter, Factors
+from fedtune.data.encode import Example
+from fedtune.errors import ClientError
+from fedtune.model.base import Base, to_numpy
+from fedtune.model.lora import attached, frozen, layers, read_local, start
+from fedtune.model.train import Trained, train
+from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured
+from fedtune.tensors import Tensors, cast
+
+
+def perform(base: Base, examples: Sequence[Example], assignment: Assignment) -> ClientUpdate:
+    """Do what an assignment asks, and return the update; the base is afterwards as it was before.
+
+    Raises:
+        ClientError: if the base is another, the training fails, or the client holds no example.
+        ShapeError: if a tensor that was sent does not fit the base.
+    """
+    name, local = assignment.plan.client, assignment.local
+    if assignment.base and assignment.base != base.digest:
+        raise ClientError(
+            f"{name}: expected base {assignment.base[:12]}; has {base.digest[:12]} ({base.name}); "
+            "load the same model in the same revision and dtype"
+        )
+    initial = start(assignment, base.modules)
+    saved = assignment.blobs.get("saved", {})
+    with attached(
+        base,
+        frozen=frozen(assignment),
+        local=initial,
+        scale=assignment.plan.scale,
+        dropout=assignment.plan.training.dropout,
+        train=local.train,
+        saved=saved,
+    ) as model:
+        kept = max(1, floor(local.rank_decay * assignment.plan.rank))
+        tail = tail_norms(model, kept) if local.rank_penalty > 0 else None
+        at_start = 0.0 if tail is None else tail().item()
+        trained = train(
+            base,
+            examples,
+            assignment.plan.training,
+            key=assignment.seed,
+            client=name,
+            penalty=None if tail is None else lambda: local.rank_penalty * tail(),
+        )
+        final = read_local(model)
+        if tail is not None and tail().item() < at_start:
+            final = {module: Factors(a=f.a[:kept], b=f.b[:, :kept]) for module, f in final.items()}
+        parameters = dict(model.named_parameters())
+        new_saved = {key: to_numpy(parameters[key]) for key in saved}
+    return ClientUpdate(
+        client=name,
+        round=assignment.round,
+        num_examples=len(examples),
+        tensors=cast(upload(initial, final, local, scale=assignment.plan.scale), local.wire_dtype),
+        saved=new_saved,
+        measured=measured(trained),
+        base=base.digest,
+    )
+
+
+def upload(initial: Adapter, final: Adapter, local: LocalAdapter, *, scale: float) -> Tensors:
+    """Return the flat tensors that go up, the scale folded into b; see `LocalAdapter.upload` and `.train`."""
+    tensors = {}
+    for name, factors in final.items():
+        a, b = factors.a, factors.b
+        if local.upload == "difference":
+            a, b = a - initial[name].a, b - initial[name].b
+        tensors[f"{name}.b"] = scale * b
+        if local.train == "ab":
+            tensors[f"{name}.a"] = a
+    return tensors
+
+
+def tail_norms(model: torch.nn.Module, kept: int) -> Callable[[], torch.Tensor]:
+    """Return a function that gives the sum over modules of ||B[:, kept:]|| ||A[kept:, :]|| as it then stands.
+
+    HetLoRA's regulariser, Cho et al., EMNLP 2024, arXiv 2401.06432, section 3.2. The small number keeps the gradient
+    of a norm finite at zero.
+    """
+
+    def tail() -> torch.Tensor:
+        terms = []
+        for layer in layers(model, "local").values():
+            a, b = layer.lora_A["local"].weight[kept:], layer.lora_B["local"].weight[:, kept:]
+            terms.append((b.square().sum() + 1e-12).sqrt() * (a.square().sum() + 1e-12).sqrt())
+        return torch.stack(terms).sum()
+
+    return tail
+
+
+def measured(trained: Trained) -> Measured:
+    return Measured(
+        seconds=trained.seconds,
+        peak_bytes=trained.peak_bytes,
+        tokens=trained.tokens,
+        loss_before=trained.loss_before,
+        loss_after=trained.loss_after,
+    )

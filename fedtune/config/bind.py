@@ -1,0 +1,350 @@
+"""From TOML to a `Recipe`: every value checked against its settings' types, all faults found before one is raised."""
+
+from __future__ import annotations
+
+import copy
+import glob
+import os
+import re
+import tomllib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fedtune.config.checks import check
+from fedtune.config.recipe import Override, Recipe, ReportSettings
+from fedtune.config.words import allows, choices, describe, listed, nearest, quoted, shown
+from fedtune.data.settings import DataSettings
+from fedtune.errors import ConfigError, Fault
+from fedtune.methods import METHODS
+from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
+from fedtune.planning.fixed import FixedSettings
+from fedtune.round import Training
+from fedtune.rounds import Schedule
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "model": ModelSettings,
+    "adapter": AdapterSettings,
+    "client": Training,
+    "rounds": Schedule,
+    "data": DataSettings,
+    "evaluate": EvaluationSettings,
+    "report": ReportSettings,
+}
+OPTIONAL = ("planner", "evaluate", "report", "override")
+"""Tables that a recipe may leave out."""
+
+NAMED: Mapping[str, Mapping[str, type[Any]]] = {  # table -> settings by the table's key `name`
+    "method": {name: method.settings for name, method in METHODS.items()},
+    "planner": {"fixed": FixedSettings},
+}
+SHORT: Mapping[tuple[str, ...], str] = {("method",): "name", ("planner",): "name", ("data", "split"): "kind"}
+"""Tables that may be written as one word, and the key that the word then is."""
+
+EXAMPLES: Mapping[str, str] = {
+    "model": '{ base = "embedded" }',
+    "adapter": '{ rank = 8, targets = ["all-linear"] }',
+    "method": f'"{next(iter(METHODS))}"',
+    "client": "{ steps = 20, batch = 4, learning_rate = 3e-4 }",
+    "rounds": "{ count = 10 }",
+    "data": '{ source = "train.jsonl", split = { kind = "iid", clients = 4 } }',
+}
+"""What a missing table might look like."""
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+@dataclass
+class Findings:
+    """What binding has gathered so far."""
+
+    faults: list[Fault] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    """Good values by dotted key."""
+
+
+def bind(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, check and freeze a recipe.
+
+    Args:
+        source: a file; a text, which is TOML if it has a line break and a file's path otherwise; or parsed tables.
+        overrides: `table.key=value` as given to `--set`; values are TOML, bare words are text.
+
+    Raises:
+        ConfigError: with every fault at once, or the reason why the file cannot be read.
+    """
+    label, stem, root, table = read(source)
+    found = Findings()
+    table = edited(table, overrides, found.faults)
+    bound = sections(table, found)
+    bound["name"] = bind_name(table.get("name", stem), found)
+    bound["seed"] = leaf(Annotated[int, Ge(0)], table.get("seed", 0), "seed", found)
+    bound["override"] = bind_overrides(table.get("override", ()), found)
+    found.faults.extend(check(found.values))
+    if found.faults:
+        raise ConfigError(found.faults, source=label)
+    return located(Recipe(root=root, **bound), root)
+
+
+def read(source: Path | str | Mapping[str, Any]) -> tuple[str, str, Path, Mapping[str, Any]]:
+    """Return (name for messages, name of the run, folder, tables) of a recipe."""
+    if isinstance(source, Mapping):
+        return "", "run", Path.cwd(), source
+    if isinstance(source, str) and "\n" in source:
+        return "", "run", Path.cwd(), parsed(source, "the recipe")
+    path = Path(source)
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError:
+        fault = Fault("", "a recipe file", "no such file", '"fedtune demo --write recipe.toml" writes one')
+        raise ConfigError(fault, source=str(source)) from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or bytes that are not UTF-8
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(Fault("", "a recipe file in TOML, UTF-8", reason), source=str(source)) from None
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip(".-") or "run"
+    return path.name, stem, path.absolute().parent, parsed(text, path.name)
+
+
+def parsed(text: str, label: str) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(text.removeprefix("\ufeff"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(Fault("", "TOML", str(error), "mind quotes and brackets there"), source=label) from None
+    except RecursionError:
+        raise ConfigError(Fault("", "TOML", "brackets nested too deeply"), source=label) from None
+
+
+def edited(table: Mapping[str, Any], overrides: Sequence[str], faults: list[Fault]) -> dict[str, Any]:
+    """Return the tables with short forms written out and each `a.b=c` put in place."""
+    edited = expanded(copy.deepcopy(dict(table)))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path = [part.strip() for part in key.split(".")]
+        if not equals or not all(path):
+            faults.append(Fault(f"--set {override}", "table.key=value", "something else", "e.g. --set rounds.count=10"))
+            continue
+        node: Any = edited
+        for part in path[:-1]:
+            node = entered(node, part)
+        if isinstance(node, dict):
+            node[path[-1]] = value_of(text)
+        else:
+            faults.append(Fault(f"--set {override}", "a key inside a table", f"{'.'.join(path[:-1])} is none"))
+        edited = expanded(edited)
+    return edited
+
+
+def entered(node: Any, part: str) -> Any:
+    """Return the table or list item below a node, made if the node is a table that lacks it."""
+    if isinstance(node, list):
+        return node[int(part)] if part.isdecimal() and int(part) < len(node) else None
+    return node.setdefault(part, {}) if isinstance(node, dict) else None
+
+
+def value_of(text: str) -> Any:
+    """Return the TOML value that a text is, or the text itself.
+
+    >>> value_of("3e-4"), value_of("[4, 8]"), value_of("flora")
+    (0.0003, [4, 8], 'flora')
+    """
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return text
+    return table["value"] if len(table) == 1 else text
+
+
+def expanded(table: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables with one-word tables such as `method = "flora"` written out."""
+    for (*above, last), key in SHORT.items():
+        node: Any = table
+        for part in above:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get(last), str):
+            node[last] = {key: node[last]}
+    return table
+
+
+def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    """Bind every table but `override`; a table that has a fault is bound to None."""
+    known = ("name", "seed", *SECTIONS, *NAMED, "override")
+    found.faults.extend(unknown_keys(table, known, "", found))
+    bound = {}
+    for name in (*SECTIONS, *NAMED):
+        if name not in table and name not in OPTIONAL:
+            found.faults.append(Fault(name, f"the table [{name}]", "nothing", f"e.g. {name} = {EXAMPLES[name]}"))
+            continue
+        content = table.get(name, {})
+        if name in NAMED:
+            bound[name] = bind_named(NAMED[name], content, name, found)
+        else:
+            bound[name] = bind_table(SECTIONS[name], content, name, found)
+    return bound
+
+
+def bind_named(kinds: Mapping[str, type[Any]], content: Any, path: str, found: Findings) -> Any:
+    """Bind a table whose key `name` says which settings it holds."""
+    if not isinstance(content, dict):
+        found.faults.append(Fault(path, f"a table or a name ({listed(kinds, joint='or')})", shown(content)))
+        return None
+    name = content.get("name", next(iter(kinds)) if path in OPTIONAL else None)
+    if not isinstance(name, str) or name not in kinds:
+        meant = nearest(name, kinds)
+        got = "nothing" if name is None else shown(name)
+        hint = f"did you mean {quoted(meant)}?" if meant else ""
+        found.faults.append(Fault(f"{path}.name", listed(map(quoted, kinds), joint="or"), got, hint))
+        return None
+    return bind_table(kinds[name], content, path, found)
+
+
+def bind_table(cls: type[Any], content: Any, path: str, found: Findings) -> Any:
+    """Return the settings that a table holds, or None after noting its faults."""
+    if not isinstance(content, dict):
+        found.faults.append(Fault(path, "a table", shown(content)))
+        return None
+    before = len(found.faults)
+    found.faults.extend(unknown_keys(content, [f.name for f in fields(cls)], path, found))
+    hints = get_type_hints(cls, include_extras=True)
+    values = {}
+    for each in fields(cls):
+        key = f"{path}.{each.name}"
+        if each.name in content:
+            values[each.name] = leaf(hints[each.name], content[each.name], key, found)
+        elif each.default is not MISSING:
+            values[each.name] = found.values[key] = each.default
+        elif each.default_factory is not MISSING:
+            values[each.name] = found.values[key] = each.default_factory()
+        else:
+            found.faults.append(Fault(key, describe(hints[each.name]), "nothing"))
+    return None if len(found.faults) > before else cls(**values)
+
+
+def leaf(annotation: Any, content: Any, path: str, found: Findings) -> Any:
+    """Return one value as its type asks, or None after noting the fault."""
+    if is_dataclass(annotation) and isinstance(annotation, type):
+        return bind_table(annotation, content, path, found)
+    if get_origin(annotation) is Mapping and isinstance(content, dict):
+        parts, _ = get_args(annotation)
+        found.faults.extend(unknown_keys(content, get_args(parts), path, found))
+        content = {key: value for key, value in content.items() if key in get_args(parts)}
+    if content == "none" and allows(annotation, type(None)) and not allows(annotation, str):
+        content = None
+    try:
+        value = TypeAdapter(annotation, config=STRICT).validate_python(frozen(content))
+    except ValidationError:
+        found.faults.append(misfit(annotation, content, path))
+        return None
+    found.values[path] = value
+    return value
+
+
+def misfit(annotation: Any, content: Any, path: str) -> Fault:
+    """Say that a value is not what its type allows, and which allowed one is near."""
+    meant = nearest(content, choices(annotation))
+    hint = f"did you mean {quoted(meant)}?" if meant else ""
+    if isinstance(content, str) and not hint:
+        bare = value_of(content)
+        hint = f"write {shown(bare)} without quotes" if not isinstance(bare, str) and fits(annotation, bare) else ""
+    return Fault(path, describe(annotation), shown(content), hint)
+
+
+def fits(annotation: Any, content: Any) -> bool:
+    trial = Findings()
+    leaf(annotation, content, "", trial)
+    return not trial.faults
+
+
+def unknown_keys(content: Mapping[str, Any], known: Collection[str], path: str, found: Findings) -> Iterator[Fault]:
+    """Yield a fault for each key that is not known, with the nearest that is."""
+    for key in content:
+        if key in known:
+            continue
+        where = f"{path}.{key}" if path else str(key)
+        meant = nearest(key, known)
+        elsewhere = [home for home in all_keys() if home.rpartition(".")[2] == key]
+        if meant:
+            hint = f"did you mean {meant}?"
+        elif elsewhere:
+            hint = f"it belongs in {listed(elsewhere, joint='or')}"
+        else:
+            hint = f"the keys are {listed(known)}"
+        yield Fault(where, "a known key", "an unknown one", hint)
+
+
+def all_keys() -> Sequence[str]:
+    tables = [*SECTIONS.items(), ("data.split", get_type_hints(DataSettings)["split"])]
+    return [f"{table}.{each.name}" for table, cls in tables for each in fields(cls)]
+
+
+def bind_name(content: Any, found: Findings) -> str:
+    if not isinstance(content, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", content):
+        expected = "at most 100 letters, digits, dots, dashes and underscores (it names a folder)"
+        found.faults.append(Fault("name", expected, shown(content)))
+    return str(content)
+
+
+def bind_overrides(content: Any, found: Findings) -> tuple[Override, ...]:
+    """Bind the tables `override`, each to the keys of `client` and the rank that it changes."""
+    if not isinstance(content, list | tuple):
+        found.faults.append(Fault("override", "a list of tables, each [[override]]", shown(content)))
+        return ()
+    before = len(found.faults)
+    bound = [bind_override(row, f"override.{place}", found) for place, row in enumerate(content)]
+    overrides = tuple(override for override in bound if override is not None)
+    if len(found.faults) == before:
+        found.values["override"] = overrides
+    return overrides
+
+
+def bind_override(row: Any, path: str, found: Findings) -> Override | None:
+    if not isinstance(row, dict):
+        found.faults.append(Fault(path, "a table", shown(row)))
+        return None
+    hints = {"clients": str | Sequence[str], "rank": Annotated[int, Ge(1)]}
+    hints |= get_type_hints(Training, include_extras=True)
+    found.faults.extend(unknown_keys(row, hints, path, found))
+    values = {key: leaf(hints[key], row[key], f"{path}.{key}", found) for key in row if key in hints}
+    globs = values.pop("clients", ())
+    globs = (globs,) if isinstance(globs, str) else tuple(globs or ())
+    rank = values.pop("rank", None)
+    if "clients" not in row or (not globs and f"{path}.clients" in found.values):
+        found.faults.append(Fault(f"{path}.clients", "the name or glob of a client, or a list of them", "nothing"))
+    for bad in [text for text in globs if not text or re.search(r"\[[^\]]*$", text)]:
+        found.faults.append(Fault(f"{path}.clients", "a glob with every [ closed", shown(bad), 'e.g. "client-[1-3]"'))
+    if not row.keys() - {"clients"}:
+        found.faults.append(Fault(path, "something that changes, such as rank", "only clients"))
+    if values.get("steps") is not None and values.get("epochs") is not None:
+        found.faults.append(Fault(path, "steps or epochs", "both"))
+    return Override(clients=globs, rank=rank, training=values)
+
+
+def frozen(content: Any) -> Any:
+    """Return TOML's lists as tuples, which the frozen settings hold."""
+    return tuple(map(frozen, content)) if isinstance(content, list) else content
+
+
+def located(recipe: Recipe, root: Path) -> Recipe:
+    """Return the recipe with the local files and folders that exist as absolute paths."""
+    base, source, test = recipe.model.base, recipe.data.source, recipe.data.test
+    return replace(
+        recipe,
+        model=recipe.model if base == "embedded" else replace(recipe.model, base=absolute(base, root)),
+        data=replace(recipe.data, source=absolute(source, root), test=test if test is None else absolute(test, root)),
+    )
+
+
+def absolute(text: Any, root: Path) -> Any:
+    """Return the absolute path of what exists, or pattern of what matches, below root; other text as it is."""
+    if not isinstance(text, str):
+        return tuple(absolute(part, root) for part in text)
+    if not text or "\0" in text:
+        return text
+    path = os.path.normpath(root / os.path.expanduser(text))
+    pattern = os.path.join(glob.escape(str(root)), os.path.expanduser(text))
+    if os.path.exists(path):
+        return path
+    return pattern if glob.glob(pattern, recursive=True) else text

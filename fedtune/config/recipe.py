@@ -1,0 +1,82 @@
+"""The recipe: everything that one experiment is, bound and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from fedtune.data.settings import DataSettings
+from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
+from fedtune.planning.fixed import FixedSettings
+from fedtune.round import Training
+from fedtune.rounds import Schedule
+
+
+@dataclass(frozen=True)
+class Override:
+    """What is different for some clients; one table `override` of the recipe."""
+
+    clients: Sequence[str]
+    """Names or globs (`*`, `?`, `[..]`); a client matches if one of them does."""
+    rank: int | None = None
+    """LoRA rank; none leaves it."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of `Training` that change, by name; `steps` replaces `epochs` and the other way round."""
+
+    def covers(self, client: str) -> bool:
+        return any(fnmatchcase(client, glob) for glob in self.clients)
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What is written beside the run's records; the recipe's table `report`."""
+
+    plots: bool = True
+    """Draw `report.html` when the run ends."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files (needs the extra `tensorboard`)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment. Local files that existed when it was bound stand here as absolute paths."""
+
+    name: str
+    """Letters, digits, `.`, `_` and `-`: the run's folder is named after it."""
+    model: ModelSettings
+    adapter: AdapterSettings
+    method: Any
+    """The settings dataclass of `METHODS[method.name]`."""
+    client: Training
+    rounds: Schedule
+    data: DataSettings
+    seed: int = 0
+    planner: FixedSettings = field(default_factory=FixedSettings)
+    evaluate: EvaluationSettings = field(default_factory=EvaluationSettings)
+    override: Sequence[Override] = ()
+    """Applied in order: where two name the same client and key, the later one holds."""
+    report: ReportSettings = field(default_factory=ReportSettings)
+    root: Path = field(default=Path(), compare=False)
+    """Folder of the recipe's file; relative paths in it are relative to this."""
+
+
+def planned(recipe: Recipe, client: str) -> tuple[int, Training]:
+    """Return one client's rank and training after all overrides that cover it."""
+    rank, training = recipe.adapter.rank, recipe.client
+    for override in recipe.override:
+        if override.covers(client):
+            rank = rank if override.rank is None else override.rank
+            training = changed(training, override.training)
+    return rank, training
+
+
+def changed(training: Training, changes: Mapping[str, Any]) -> Training:
+    """Return the training with some fields replaced; `steps` and `epochs` replace each other."""
+    if "steps" in changes:
+        training = replace(training, epochs=None)
+    if "epochs" in changes:
+        training = replace(training, steps=None)
+    return replace(training, **changes)

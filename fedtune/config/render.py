@@ -1,0 +1,93 @@
+"""From a `Recipe` back to TOML, to a digest, and to what differs between two of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
+
+from fedtune.config.recipe import Override, Recipe
+
+TABLES: Mapping[str, str] = {
+    "model": "the base that every client holds, frozen",
+    "adapter": "what is trained on top of it",
+    "method": "what is sent, and how the server combines it",
+    "planner": "what each client is asked to do",
+    "client": "how a client trains in one round",
+    "rounds": "how many rounds, and who takes part",
+    "data": "where the examples come from, and who holds which",
+    "evaluate": "when and on how much the global model is scored",
+    "report": "what is written beside the records",
+}
+OUTCOME_FREE = ("name", "report", "root")
+"""Fields of a recipe that change neither the adapter nor its scores."""
+
+
+def render(recipe: Recipe) -> str:
+    """Return the recipe as TOML with all defaults written out; `bind(render(recipe)) == recipe`."""
+    lines = ["# As bound: every value, defaults included.", *entries({"name": recipe.name, "seed": recipe.seed})]
+    for table, comment in TABLES.items():
+        lines += ["", f"# {comment}", f"[{table}]", *entries(table_of(getattr(recipe, table)))]
+    for override in recipe.override:
+        lines += ["", "[[override]]", *entries(override_keys(override))]
+    return "\n".join(lines) + "\n"
+
+
+def entries(table: Mapping[str, Any]) -> Iterator[str]:
+    return (f"{key} = {toml(value)}" for key, value in table.items())
+
+
+def table_of(settings: Any) -> dict[str, Any]:
+    """Return the keys of a settings dataclass, without those that are none and would be none when left out."""
+    values = {each.name: (getattr(settings, each.name), each.default) for each in fields(settings)}
+    return {key: value for key, (value, default) in values.items() if value is not None or default is not None}
+
+
+def override_keys(override: Override) -> dict[str, Any]:
+    rank = {} if override.rank is None else {"rank": override.rank}
+    return {"clients": override.clients} | rank | dict(override.training)
+
+
+def toml(value: Any) -> str:
+    """Return a value as TOML writes it; None is "none"."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = table_of(value)
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {toml(v)}' for key, v in value.items())} }}" if value else "{}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        # JSON's escapes are TOML's too, but for the delete character, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return '"none"' if value is None else f"[{', '.join(map(toml, value))}]"
+
+
+def digest(recipe: Recipe) -> str:
+    """Return the SHA-256 of everything in the recipe that changes the result: not its name, folder or report.
+
+    Local data and models count by their absolute path; what is in the files is for others to digest.
+    """
+    content = {key: value for key, value in asdict(recipe).items() if key not in OUTCOME_FREE}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def changes(old: Recipe, new: Recipe) -> Sequence[str]:
+    """Return a line `client.steps: 10 -> 20` for each key that changes the result and differs."""
+    before, after = flat(asdict(old)), flat(asdict(new))
+    return [
+        f"{key}: {toml(before.get(key))} -> {toml(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key.partition(".")[0] not in OUTCOME_FREE
+    ]
+
+
+def flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested tables by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in table.items():
+        leaves |= flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return leaves

@@ -1,0 +1,262 @@
+"""From rows to examples: a template makes the text, the tokenizer the ids, the boundary decides what is learned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.data.settings import DataSettings
+from fedtune.errors import ConfigError, Fault
+
+Ids = NDArray[np.int64]
+
+IGNORED = -100
+"""Label of a token that is not in the loss."""
+
+_BATCH = 256
+"""Texts per call of the tokenizer: it keeps every token's text and place until the call's result is dropped."""
+
+# Stanford Alpaca, train.py: the answer follows the last colon directly.
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:{output}"
+)
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{output}"
+)
+
+
+class Tokenizer(Protocol):
+    """What is used of transformers' PreTrainedTokenizerBase."""
+
+    is_fast: bool
+    eos_token_id: Any
+    chat_template: Any
+
+    def __call__(self, text: Any, text_pair: Any = None, **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One row as the model sees it."""
+
+    input_ids: Ids
+    """(tokens,), special tokens included, not padded."""
+    labels: Ids | int
+    """Causal: (tokens,), the id itself where a token counts in the loss and -100 where not; not shifted, and always
+    -100 at position 0, which nothing predicts. Classification: the class."""
+    characters: int
+    """Characters of the text whose tokens count in the loss, for bits per character; 0 for classification."""
+    prompt: str
+    """Text before the answer; empty for rows of plain text and packed rows."""
+    reference: str
+    """The wanted answer in full, however much of it was cut: output, text or label; empty for packed rows."""
+    prompt_tokens: int
+    """Leading input_ids that encode the prompt: generation continues these, and never encodes the prompt anew."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    examples: Sequence[Example | None]
+    """One per row; None where no token of the answer is left."""
+    prompt_tokens: Ids
+    """(rows,), uncut."""
+    tokens: Ids
+    """(rows,), uncut."""
+
+
+@dataclass(frozen=True)
+class _Text:
+    prompt: str
+    completion: str
+    ends: bool
+    """Whether the end-of-sequence token is to follow."""
+    special: bool
+    """Whether the tokenizer adds its own special tokens; a chat template has written them already."""
+
+
+def encode_causal(rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer: Tokenizer) -> Encoded:
+    """Return one example per row for next-token training.
+
+    Prompt and completion are encoded as one text, as the model met text in pretraining, and split by the character
+    offsets: encoded apart, a SentencePiece tokenizer would put a space before the answer. A token across the boundary
+    belongs to the completion. An end-of-sequence token follows completions, and plain text when packing, because
+    the next text begins there.
+
+    Raises: ConfigError if columns are missing, the template is impossible, or the tokenizer gives no offsets.
+    """
+    if not tokenizer.is_fast:
+        expected = "a fast tokenizer (tokenizer.json), which tells the characters of each token"
+        raise ConfigError(Fault("model.base", expected, type(tokenizer).__name__))
+    texts = list(_texts(rows, settings, tokenizer))
+    coded: list[tuple[Example | None, int, int]] = []
+    for start in range(0, len(texts), _BATCH):
+        coded += _coded(texts[start : start + _BATCH], settings, tokenizer)
+    return Encoded(
+        examples=[example for example, _, _ in coded],
+        prompt_tokens=np.array([prompt_tokens for _, prompt_tokens, _ in coded], dtype=np.int64),
+        tokens=np.array([tokens for _, _, tokens in coded], dtype=np.int64),
+    )
+
+
+def encode_classes(
+    rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer: Tokenizer, *, labels: Sequence[str]
+) -> Encoded:
+    """Return one example per row: `text`, or `instruction` with `input` as the second of a pair, and the label's index.
+
+    Raises: ConfigError if a column is missing.
+    """
+    first = "instruction" if "instruction" in rows and "text" not in rows else "text"
+    for part in (first, "label"):
+        if part not in rows:
+            raise ConfigError(_missing(part, "classification", rows))
+    pairs = rows.get("input")
+    index = {label: number for number, label in enumerate(labels)}
+    examples: list[Example | None] = []
+    for start in range(0, len(rows[first]), _BATCH):
+        batch = slice(start, start + _BATCH)
+        texts = list(rows[first][batch])
+        seconds = None if pairs is None else list(pairs[batch])
+        encoded = tokenizer(texts, seconds, truncation=True, max_length=settings.max_tokens)
+        for position, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
+            label = rows["label"][start + position]
+            prompt = text if seconds is None else f"{text}\n{seconds[position]}"
+            examples.append(Example(np.array(ids, dtype=np.int64), index[label], 0, prompt, label, len(ids)))
+    lengths = np.array([example.prompt_tokens for example in examples if example], dtype=np.int64)
+    return Encoded(examples, lengths, lengths)
+
+
+def pack(examples: Sequence[Example], *, max_tokens: int) -> list[Example]:
+    """Join whole examples, in order, into rows of at most max_tokens; each row takes what still fits.
+
+    The label at an example's first position is -100, so nothing is predicted across a join.
+    """
+    rows: list[list[Example]] = []
+    length = max_tokens
+    for example in examples:
+        if length + len(example.input_ids) > max_tokens:
+            rows.append([])
+            length = 0
+        rows[-1].append(example)
+        length += len(example.input_ids)
+    return [
+        Example(
+            input_ids=np.concatenate([example.input_ids for example in row]),
+            labels=np.concatenate([np.asarray(example.labels) for example in row]),
+            characters=sum(example.characters for example in row),
+            prompt="",
+            reference="",
+            prompt_tokens=0,
+        )
+        for row in rows
+    ]
+
+
+def _coded(
+    texts: Sequence[_Text], settings: DataSettings, tokenizer: Tokenizer
+) -> Iterator[tuple[Example | None, int, int]]:
+    """Yield each text's example, its prompt's tokens and all its tokens, the latter two uncut."""
+    whole = [text.prompt + text.completion for text in texts]
+    encoded = tokenizer(
+        whole,
+        add_special_tokens=texts[0].special,
+        return_attention_mask=False,
+        verbose=False,  # longer than the model allows: cut below
+    )
+    end = tokenizer.eos_token_id
+    for row, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
+        places = range(len(text.prompt), len(whole[row]))
+        tokens = (encoded.char_to_token(row, place) for place in places)  # none for white space that no token holds
+        boundary = next((token for token in tokens if token is not None), len(ids))
+        if text.ends and end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+        kept = min(len(ids), settings.max_tokens)
+        if max(1, boundary) >= kept:
+            yield None, boundary, len(ids)
+            continue
+        lead = boundary if settings.loss_on == "completion" and text.prompt else 1
+        reach = len(whole[row]) if kept == len(ids) else _reach(encoded, row, kept - 1)
+        example = Example(
+            input_ids=np.array(ids[:kept], dtype=np.int64),
+            labels=np.array([IGNORED] * lead + ids[lead:kept], dtype=np.int64),
+            characters=reach - _reach(encoded, row, lead - 1),
+            prompt=text.prompt,
+            reference=text.completion,
+            prompt_tokens=boundary,
+        )
+        yield example, boundary, len(ids)
+
+
+def _reach(encoded: Any, row: int, token: int) -> int:
+    """Return the characters up to the end of a token; 0 for one that the tokenizer put before the text."""
+    span = encoded.token_to_chars(row, token)
+    return 0 if span is None else int(span.end)
+
+
+def _texts(rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer: Tokenizer) -> Iterator[_Text]:
+    if "output" not in rows:
+        if "text" not in rows:
+            raise ConfigError(_missing("output", "causal training", rows, "or map text, for plain text"))
+        return (_Text("", text, ends=settings.packing, special=True) for text in rows["text"])
+    count = len(rows["output"])
+    empty = [""] * count
+    columns = zip(rows.get("instruction", empty), rows.get("input", empty), rows["output"], strict=True)
+    needed = {"alpaca": ["instruction"], "chat": [], "plain": []}.get(
+        settings.template, re.findall(r"\{(instruction|input)\}", settings.template)
+    )
+    for part in needed:
+        if part not in rows:
+            raise ConfigError(_missing(part, f"template {settings.template!r:.40}", rows, "or choose another template"))
+    if "instruction" not in rows and "input" not in rows:
+        raise ConfigError(_missing("instruction", "a prompt", rows))
+    if settings.template == "chat":
+        return (_chat(_joined(*row[:2], "\n\n"), row[2], tokenizer) for row in _checked_chat(columns, tokenizer))
+    return (_filled(settings.template, *row) for row in columns)
+
+
+def _filled(template: str, instruction: str, context: str, output: str) -> _Text:
+    if template == "plain":
+        return _Text(_joined(instruction, context, "\n") + "\n", output, ends=True, special=True)
+    if template == "alpaca":
+        template = _ALPACA_INPUT if context else _ALPACA
+    values = {"instruction": instruction, "input": context}
+    head = template.removesuffix("{output}")
+    # All at once: an instruction may itself hold the text {input}.
+    prompt = re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], head)
+    return _Text(prompt, output, ends=True, special=True)
+
+
+def _checked_chat(columns: Iterator[tuple[str, str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str, str]]:
+    if tokenizer.chat_template is None:
+        expected = "a template the tokenizer can fill: it has no chat template"
+        raise ConfigError(Fault("data.template", expected, "'chat'", 'use "alpaca", "plain" or your own text'))
+    return columns
+
+
+def _chat(question: str, output: str, tokenizer: Tokenizer) -> _Text:
+    turns = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    answered = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": output}], tokenize=False)
+    if not answered.startswith(prompt):
+        expected = "a chat template whose answer follows its generation prompt"
+        got = f"{answered[:80]!r}, which does not begin with {prompt[-40:]!r}"
+        raise ConfigError(Fault("data.template", expected, got, 'use "alpaca", "plain" or your own text'))
+    return _Text(prompt, answered[len(prompt) :], ends=False, special=False)
+
+
+def _joined(first: str, second: str, separator: str) -> str:
+    return separator.join(part for part in (first, second) if part)
+
+
+def _missing(part: str, purpose: str, rows: Mapping[str, Sequence[str]], otherwise: str = "") -> Fault:
+    hint = f"map it with fields = {{ {part} = ... }}" + (f", {otherwise}" if otherwise else "")
+    return Fault(f"data.fields.{part}", f"a column for {part}, which {purpose} needs", ", ".join(rows) or "none", hint)

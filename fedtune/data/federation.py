@@ -1,0 +1,135 @@
+"""The whole way from a recipe's table `data` to every client's examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from fedtune.data.encode import Encoded, Example, Tokenizer, encode_causal, encode_classes, pack
+from fedtune.data.partition import ordered, partition
+from fedtune.data.settings import DataSettings, Task, faults
+from fedtune.data.source import GROUP, load, load_test
+from fedtune.errors import ConfigError, Fault
+from fedtune.seeds import derive, generator
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's examples."""
+
+    train: Sequence[Example]
+    """In the order of the source; never empty."""
+    held_out: Sequence[Example]
+    """Never trained on, in random order (seeded): the first so many are a fair sample. May be empty."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    clients: Mapping[str, Shard]
+    """By name, in sorted order."""
+    test: Sequence[Example]
+    """Global test data, in random order (seeded): the first so many are a fair sample."""
+    labels: Sequence[str]
+    """Classification: the class names, by class; otherwise empty."""
+    notes: Sequence[str]
+    """What a user should know: rows dropped or cut."""
+
+
+def federate(settings: DataSettings, *, tokenizer: Tokenizer, task: Task, seed: int, root: Path) -> Federation:
+    """Return every client's training and held-out examples and the global test data.
+
+    `root` is the folder that relative paths start from. All draws depend on the seed and, for held-out rows, on the
+    client's name, so a client that changes its data changes no other client's.
+
+    Raises: ConfigError if data cannot be read, divided or encoded, or a client is left with no training example.
+    """
+    if found := faults(settings):
+        raise ConfigError(found)
+    if settings.packing and task == "classification":
+        raise ConfigError(Fault("data.packing", "false for classification", "true"))
+    source, test = load(settings, root, task=task), load_test(settings, root, task=task)
+    labels = _labels(source, test) if task == "classification" else []
+    rows = _limited(source, settings.limit, seed)
+    groups = rows[GROUP][:] if GROUP in rows.column_names else None
+    parts = partition(settings.split, rows=len(rows), groups=groups, seed=seed)
+
+    encoded = {name: _encoded(rows.select(part), settings, tokenizer, labels) for name, part in parts.items()}
+    notes = _notes(list(encoded.values()), settings)
+    if left := len(rows) - sum(map(len, parts.values())):
+        notes.append(f"data.split: {left} of {len(rows)} rows go to no client")
+    clients = {name: _shard(name, client, settings, seed) for name, client in encoded.items()}
+    if test is None:
+        scored = [example for shard in clients.values() for example in shard.held_out]
+    else:
+        scored_rows = _encoded(test, settings, tokenizer, labels)
+        notes += [f"test: {note}" for note in _notes([scored_rows], settings)]
+        scored = [example for example in scored_rows.examples if example is not None]
+        if not scored:
+            expected = "at least one test example"
+            raise ConfigError(Fault("data.max_tokens", expected, f"none left at {settings.max_tokens} tokens"))
+    order = generator(derive(seed, "data.test")).permutation(len(scored))
+    return Federation(clients, [scored[row] for row in order], labels, notes)
+
+
+def _limited(rows: Dataset, limit: int | None, seed: int) -> Dataset:
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = generator(derive(seed, "data.limit")).choice(len(rows), size=limit, replace=False)
+    return rows.select(np.sort(chosen))
+
+
+def _labels(source: Dataset, test: Dataset | None) -> list[str]:
+    """Return the classes of the whole source, in order: a limit or a split must not change what a class is called."""
+    if "label" not in source.column_names:
+        got = ", ".join(source.column_names) or "none"
+        hint = "map it with fields = { label = ... }"
+        raise ConfigError(Fault("data.fields.label", "a column for label, which classification needs", got, hint))
+    labels = ordered(source["label"][:])
+    if len(labels) < 2:
+        raise ConfigError(Fault("data.fields.label", "at least two classes", f"only {labels[0]!r}"))
+    if test is not None and "label" in test.column_names and (unseen := set(test["label"][:]) - set(labels)):
+        got = f"{ordered(unseen)[0]!r} ({len(unseen)} such)"
+        raise ConfigError(Fault("data.test", "classes that occur in the source", got, "check the labels' spelling"))
+    return labels
+
+
+def _encoded(rows: Dataset, settings: DataSettings, tokenizer: Tokenizer, labels: Sequence[str]) -> Encoded:
+    columns = {name: rows[name][:] for name in rows.column_names if name != GROUP}
+    if labels:
+        return encode_classes(columns, settings, tokenizer, labels=labels)
+    return encode_causal(columns, settings, tokenizer)
+
+
+def _shard(name: str, encoded: Encoded, settings: DataSettings, seed: int) -> Shard:
+    count = len(encoded.examples)
+    held = min(max(1, round(settings.held_out * count)), count - 1) if settings.held_out else 0
+    order = generator(derive(seed, "data.held_out", client=name)).permutation(count)
+    train = [example for row in np.sort(order[held:]) if (example := encoded.examples[row]) is not None]
+    if not train:
+        expected = f"at least one training example for client {name!r}"
+        got = f"none of its {count} rows has an answer left at {settings.max_tokens} tokens"
+        raise ConfigError(Fault("data.max_tokens", expected, got, "raise max_tokens or give the client more rows"))
+    held_out = [example for row in order[:held] if (example := encoded.examples[row]) is not None]
+    return Shard(pack(train, max_tokens=settings.max_tokens) if settings.packing else train, held_out)
+
+
+def _notes(parts: Sequence[Encoded], settings: DataSettings) -> list[str]:
+    examples = [example for part in parts for example in part.examples]
+    rows, dropped, limit = len(examples), examples.count(None), settings.max_tokens
+    cut = sum(int(np.count_nonzero(part.tokens > limit)) for part in parts) - dropped
+    notes = []
+    if dropped:
+        prompt_tokens = np.concatenate([part.prompt_tokens for part in parts])
+        share = 99 if dropped > 0.01 * rows else 100
+        keep = int(np.quantile(prompt_tokens, share / 100, method="higher")) + 1
+        notes.append(
+            f"data.max_tokens: {dropped} of {rows} examples have no response left at {limit} tokens; "
+            f"they were dropped; raise to {keep} to keep {share} %"
+        )
+    if cut > 0:
+        notes.append(f"data.max_tokens: {cut} of {rows} examples are longer than {limit} tokens; their ends were cut")
+    return notes

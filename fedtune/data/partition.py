@@ -1,0 +1,144 @@
+"""Dividing rows among clients: by a column's values, evenly, by a Dirichlet distribution, by sizes or by files.
+
+Flower Datasets has partitioners of these kinds, but flwr-datasets 0.6.1 needs datasets below 5 (and with it rich
+below 15, and seaborn), and its FederatedDataset reports each use to Flower's telemetry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.data.settings import Split
+from fedtune.errors import ConfigError, Fault
+from fedtune.seeds import derive, generator
+
+Rows = NDArray[np.int64]
+
+T = TypeVar("T")
+
+_DRAWS = 100
+
+
+def partition(split: Split, *, rows: int, groups: Sequence[str] | None, seed: int) -> Mapping[str, Rows]:
+    """Return each client's row indices, ascending, by client name in sorted order; no row goes to two clients.
+
+    Every row goes to a client, except with `sizes` that leave some over and with `clients` that drops keys or files.
+    Clients are called by their key or file, otherwise client-0, client-1, ... (as many digits as the last one needs).
+    `groups` holds one value per row: what `key`, `dirichlet` and `files` divide by.
+
+    Raises: ConfigError if a client would get fewer than `min_examples` rows.
+    """
+    if split.kind in ("key", "files"):
+        parts = _by_group(_given("by", groups), split.clients)
+    elif split.kind == "iid":
+        parts = _numbered(np.array_split(_shuffled(rows, seed), _given("clients", split.clients)))
+    elif split.kind == "sizes":
+        parts = _by_sizes(_given("sizes", split.sizes), rows=rows, seed=seed)
+    else:
+        return _dirichlet(split, _given("by", groups), seed=seed)
+    if short := _too_small(parts, split.min_examples):
+        hint = "lower clients or min_examples, or give more rows"
+        raise ConfigError(Fault("data.split", f"at least {split.min_examples} examples per client", short, hint))
+    return parts
+
+
+def ordered(values: Iterable[str]) -> list[str]:
+    """Return the distinct values: in numeric order if all are whole numbers, otherwise in text order."""
+    distinct = sorted(set(values))
+    return sorted(distinct, key=int) if all(value.isdecimal() for value in distinct) else distinct
+
+
+def client_names(values: Sequence[str]) -> list[str]:
+    """Return a name for each of the given distinct values: letters, digits, `_`, `-` and `.`, unique.
+
+    Whole numbers are padded, so that names in text order are in numeric order.
+
+    >>> client_names(["2", "10"]), client_names(["Dickens, Charles", "Dickens Charles"])
+    (['02', '10'], ['Dickens-Charles', 'Dickens-Charles-2'])
+    """
+    width = max(map(len, values)) if all(value.isdecimal() for value in values) else 0
+    names: list[str] = []
+    for value in values:
+        stem = re.sub(r"[^\w.-]+", "-", value.zfill(width)).strip("-.") or "client"
+        names.append(next(name for name in _candidates(stem) if name not in names))
+    return names
+
+
+def _candidates(stem: str) -> Iterator[str]:
+    yield stem
+    yield from (f"{stem}-{number}" for number in count(2))
+
+
+def _by_group(groups: Sequence[str], clients: int | None) -> dict[str, Rows]:
+    where = _where(groups)
+    parts = dict(zip(client_names(list(where)), where.values(), strict=True))
+    return {name: parts[name] for name in sorted(parts)[:clients]}
+
+
+def _by_sizes(sizes: Sequence[int], *, rows: int, seed: int) -> dict[str, Rows]:
+    if sum(sizes) > rows:
+        raise ConfigError(Fault("data.split.sizes", f"sizes that sum to at most {rows} rows", str(sum(sizes))))
+    return _numbered(np.split(_shuffled(rows, seed), np.cumsum(sizes))[:-1])
+
+
+def _dirichlet(split: Split, groups: Sequence[str], *, seed: int) -> dict[str, Rows]:
+    """Give each client a share of every group, the shares drawn from Dirichlet(alpha) (Hsu et al. 2019, 1909.06335).
+
+    As in NIID-Bench (Li et al. 2021, arXiv 2102.02079) the draw is over clients for each group, and repeated while a
+    client is too small.
+    """
+    clients, alpha = _given("clients", split.clients), _given("alpha", split.alpha)
+    where = _where(groups)
+    if clients * split.min_examples > len(groups):
+        expected = f"at least {clients} x {split.min_examples} rows"
+        raise ConfigError(Fault("data.split", expected, str(len(groups)), "lower clients or min_examples"))
+    draw = generator(derive(seed, "data.partition"))
+    for _ in range(_DRAWS):
+        shares: list[list[Rows]] = [[] for _ in range(clients)]
+        for members in where.values():
+            proportions = draw.dirichlet(np.full(clients, alpha))
+            # Rounded positions along the shuffled group: each row falls between exactly two of them.
+            ends = np.rint(np.cumsum(proportions)[:-1] * len(members)).astype(np.int64)
+            for share, taken in zip(shares, np.split(draw.permutation(members), ends), strict=True):
+                share.append(taken)
+        parts = _numbered([np.concatenate(share) for share in shares])
+        short = _too_small(parts, split.min_examples)
+        if short is None:
+            return parts
+    expected = f"at least {split.min_examples} examples per client"
+    got = f"{short} after {_DRAWS} draws with dirichlet alpha {alpha:g}"
+    raise ConfigError(Fault("data.split", expected, got, "raise alpha, lower clients or min_examples"))
+
+
+def _where(groups: Sequence[str]) -> dict[str, Rows]:
+    """Return the ascending rows of every value, values in order."""
+    rows: dict[str, list[int]] = {value: [] for value in ordered(groups)}
+    for row, value in enumerate(groups):
+        rows[value].append(row)
+    return {value: np.array(members, dtype=np.int64) for value, members in rows.items()}
+
+
+def _shuffled(rows: int, seed: int) -> Rows:
+    return generator(derive(seed, "data.partition")).permutation(rows).astype(np.int64)
+
+
+def _numbered(parts: Sequence[Rows]) -> dict[str, Rows]:
+    width = len(str(len(parts) - 1))
+    return {f"client-{number:0{width}d}": np.sort(part) for number, part in enumerate(parts)}
+
+
+def _too_small(parts: Mapping[str, Rows], least: int) -> str | None:
+    name = min(parts, key=lambda name: len(parts[name]))
+    return f"{len(parts[name])} for {name}" if len(parts[name]) < least else None
+
+
+def _given(name: str, value: T | None) -> T:
+    if value is None:
+        raise ConfigError(Fault(f"data.split.{name}", "a value", "none"))
+    return value

@@ -1,0 +1,119 @@
+"""The federation of `fedtune demo`: packages of this Python's standard library as clients, and the recipe they run."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from types import MappingProxyType
+
+CLIENTS: Mapping[str, int] = MappingProxyType(
+    {
+        "asyncio": 32,
+        "email": 16,
+        "multiprocessing": 16,
+        "unittest": 8,
+        "xml": 8,
+        "http": 4,
+        "logging": 4,
+        "json": 2,
+    }
+)
+"""LoRA rank by client. Each is a package that every CPython has and that the embedded model was not trained on."""
+
+CHUNK = 600
+"""Most characters of an example, as long as a paragraph of code allows; about 190 tokens of the embedded model."""
+STRIDE = 3
+"""Of so many chunks one is an example: clients keep their natural proportions, and the demo stays quick."""
+RANK = 8
+"""The rank that no override needs to name."""
+
+
+def write_data(folder: Path) -> Path:
+    """Write one file `<client>.jsonl` with rows {"text": ...} per client into the folder, and return the folder.
+
+    The rows are source code of the running interpreter's own library: unequal in number (about 30 to 300), different
+    in kind from client to client, and the same whenever the same Python writes them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for client in CLIENTS:
+        rows = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in examples(client)]
+        (folder / f"{client}.jsonl").write_text("".join(rows), encoding="utf-8")
+    return folder
+
+
+def examples(package: str) -> Sequence[str]:
+    """Return every `STRIDE`th chunk of a standard-library package's source, in the order of its files."""
+    root = Path(sysconfig.get_path("stdlib")) / package
+    files = sorted(file for file in root.rglob("*.py") if not {"test", "tests"} & {*file.relative_to(root).parts})
+    found = [chunk for file in files for chunk in chunks(file.read_text(encoding="utf-8"))]
+    return list(dict.fromkeys(found))[::STRIDE]
+
+
+def chunks(source: str) -> Sequence[str]:
+    """Cut a text at its empty lines into parts of at most `CHUNK` characters; a longer paragraph is a part of its own.
+
+    >>> chunks("import os" + chr(10) * 3 + "x = 1") == ["import os" + chr(10) * 2 + "x = 1"]
+    True
+    """
+    parts: list[str] = []
+    for paragraph in (part.rstrip() for part in source.split("\n\n")):
+        if not paragraph:
+            continue
+        if parts and len(parts[-1]) + len(paragraph) + 2 <= CHUNK:
+            parts[-1] += "\n\n" + paragraph.lstrip("\n")
+        else:
+            parts.append(paragraph.lstrip("\n"))
+    return parts
+
+
+def recipe_text() -> str:
+    """Return the demo's recipe: TOML with a word on every line that a user would change."""
+    ranked = sorted(CLIENTS, key=lambda client: -CLIENTS[client])
+    overrides = [
+        f"[[override]]\nclients = {json.dumps(list(group))}\nrank = {rank}\n"
+        for rank, group in groupby(ranked, key=lambda client: CLIENTS[client])
+        if rank != RANK
+    ]
+    return RECIPE + "\n".join(overrides)
+
+
+RECIPE = f"""\
+# A federation on one machine. Run it with: fedtune simulate <this file>
+# Relative paths are relative to this file. Any value can be changed for one run: --set rounds.count=8
+
+name = "demo"                        # the run is written to runs/<name>
+seed = 0                             # same seed, same machine: same result, bit for bit
+
+[model]
+base = "embedded"                    # the small model inside fedtune; or a folder or a hub name of your own
+
+[adapter]
+rank = {RANK}                             # of every client that no override below names
+alpha = "2r"                         # LoRA scale alpha / rank: 2 for every rank
+targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]   # or ["all-linear"]
+
+[method]
+name = "flora"                       # exact sums of mixed ranks; also: fedit, ffa, zeropad, hetlora, flexlora, fedex
+
+[client]                             # what each client does in each round
+steps = 10
+batch = 8
+learning_rate = 5e-3
+
+[rounds]
+count = 4
+
+[data]
+source = "data/*.jsonl"              # rows with text, or with instruction, input and output (map them with fields)
+max_tokens = 192                     # longer examples are cut
+held_out = 0.1                       # share of each client's rows that is never trained on and scores the result
+split = {{ kind = "files" }}           # one client per file; also: key, iid, dirichlet, sizes
+
+[evaluate]
+prompt = "class Handler:\\n    def "   # continued before and after
+
+# Clients of other ranks: what each can carry.
+"""

@@ -1,0 +1,112 @@
+"""FedEx-LoRA: FedIT, and what its mean of factors misses as a frozen residual (Singhal et al., ACL 2025, 2410.09432).
+
+The paper adds the residual to the base; here it stays beside it, factored and in float32, which is exact for any base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from annotated_types import Gt
+
+from fedtune import lowrank
+from fedtune.adapter import Adapter, stack, unpack
+from fedtune.lowrank import weighted_sum
+from fedtune.methods.fedit import shared_start
+from fedtune.methods.method import Method, assignment, mean_saved, step
+from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
+from fedtune.tensors import Tensors, cast, weighted_mean
+
+
+@dataclass(frozen=True)
+class FedExSettings:
+    """Settings of `fedex`."""
+
+    name: Literal["fedex"] = "fedex"
+    server_learning_rate: Annotated[float, Gt(0)] = 1.0
+    """Step from the old factors, and from the old model, towards the clients' mean; 1 takes the mean."""
+    weights: Weighting = "examples"
+    wire_dtype: WireDtype = "bf16"
+    """Number format of factors and residual, down and up."""
+
+
+@dataclass(frozen=True)
+class FedExState:
+    settings: FedExSettings
+    round: int
+    """Rounds completed."""
+    tensors: Tensors
+    """Flat factors that clients train on, float32; b carries the scale."""
+    residual: Tensors
+    """The rest of the global model's change, as `lowrank.pack` makes it flat, float32."""
+    saved: Tensors
+
+
+def init(blueprint: Blueprint, settings: FedExSettings) -> FedExState:
+    """Return the first state: one A drawn for everybody, B zero, no residual."""
+    return FedExState(
+        settings=settings,
+        round=0,
+        tensors=shared_start(blueprint),
+        residual=lowrank.pack({name: lowrank.zero(m, n) for name, (m, n) in blueprint.modules.items()}),
+        saved=blueprint.saved,
+    )
+
+
+def assign(state: FedExState, seed: int, plan: Plan) -> Assignment:
+    """Send both factors to train and the residual frozen; the client returns both factors."""
+    wire_dtype = state.settings.wire_dtype
+    local = LocalAdapter(a_key=0, wire_dtype=wire_dtype)  # the key is idle: every row of A is sent
+    residual = lowrank.smallest(lowrank.unpack(state.residual))
+    blobs = {"global": cast(residual, wire_dtype), "local": cast(state.tensors, wire_dtype)}
+    return assignment("fedex", state, seed, plan, local, blobs)
+
+
+def aggregate(state: FedExState, updates: Sequence[ClientUpdate]) -> FedExState:
+    """Return the state after one round: mean factors, and the residual that makes the model's change exact.
+
+    With eta = server_learning_rate: residual + (1 - eta) b a + eta * sum of p_k b_k a_k - b' a', b' and a' the new
+    factors; at eta = 1 the paper's equation 5, accumulated.
+    """
+    cohort, rate = weigh(updates, state.settings.weights), state.settings.server_learning_rate
+    mean = weighted_mean([(update.tensors, share) for update, share in cohort])
+    tensors = step(state.tensors, mean, rate)
+    old, new = unpack(state.tensors), unpack(tensors)
+    adapters = [(unpack(update.tensors), rate * share) for update, share in cohort]
+    residual = {
+        name: weighted_sum(
+            [
+                (before.factors, 1.0),
+                (old[name], 1 - rate),
+                *((adapter[name], weight) for adapter, weight in adapters),
+                (new[name], -1.0),
+            ]
+        )
+        for name, before in lowrank.unpack(state.residual).items()
+    }
+    return replace(
+        state,
+        round=state.round + 1,
+        tensors=tensors,
+        residual=lowrank.pack(residual),
+        saved=mean_saved(state.saved, cohort, rate),
+    )
+
+
+def adapter(state: FedExState) -> Adapter:
+    """Return factors and residual as one adapter."""
+    residual = lowrank.adapter(lowrank.unpack(state.residual))
+    return stack([(unpack(state.tensors), 1.0), (residual, 1.0)])
+
+
+METHOD = Method(
+    name="fedex",
+    settings=FedExSettings,
+    init=init,
+    assign=assign,
+    aggregate=aggregate,
+    adapter=adapter,
+    ranks="equal",
+)

@@ -1,0 +1,96 @@
+"""FFA-LoRA: A is drawn once and frozen, only B is trained, so the mean is exact (Sun et al., ICLR 2024, 2403.12313)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import numpy as np
+from annotated_types import Gt
+
+from fedtune.adapter import Adapter, Factors, draw_a
+from fedtune.methods.method import assignment, join, linear, move, resize
+from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
+from fedtune.seeds import derive
+from fedtune.tensors import Tensors, cast
+
+
+@dataclass(frozen=True)
+class FfaSettings:
+    """Settings of `ffa`."""
+
+    name: Literal["ffa"] = "ffa"
+    server_learning_rate: Annotated[float, Gt(0)] = 1.0
+    """Step from the old B towards the clients' mean; 1 takes the mean."""
+    weights: Weighting = "examples"
+    wire_dtype: WireDtype = "bf16"
+    """Number format of B, down and up; A never travels."""
+
+
+@dataclass(frozen=True)
+class FfaState:
+    settings: FfaSettings
+    round: int
+    """Rounds completed."""
+    a_key: int
+    """Key from which the server and every client draw the same A; a client of smaller rank holds its first rows."""
+    in_features: Mapping[str, int]
+    """Width of every module's A."""
+    max_rank: int
+    """The largest planned rank, fixed for the run."""
+    tensors: Tensors
+    """`<module>.b` (out, max_rank), float32, scale folded in."""
+    saved: Tensors
+
+
+def init(blueprint: Blueprint, settings: FfaSettings) -> FfaState:
+    """Return the first state: B zero, A known by its key."""
+    return FfaState(
+        settings=settings,
+        round=0,
+        a_key=derive(blueprint.seed, "lora.shared_a"),
+        in_features={name: n for name, (_, n) in blueprint.modules.items()},
+        max_rank=blueprint.max_rank,
+        tensors={
+            f"{name}.b": np.zeros((m, blueprint.max_rank), np.float32) for name, (m, _) in blueprint.modules.items()
+        },
+        saved=blueprint.saved,
+    )
+
+
+def assign(state: FfaState, seed: int, plan: Plan) -> Assignment:
+    """Send the first plan.rank columns of B; the client trains and returns B alone."""
+    local = LocalAdapter(a_key=state.a_key, train="b", wire_dtype=state.settings.wire_dtype)
+    sent = cast(resize(state.tensors, plan.rank), state.settings.wire_dtype)
+    return assignment("ffa", state, seed, plan, local, {"local": sent})
+
+
+def contribution(state: FfaState, update: ClientUpdate) -> Tensors:
+    """Return the client's B with zero columns up to max_rank: the same product with the whole shared A."""
+    return join(resize(update.tensors, state.max_rank), update.saved)
+
+
+def advance(state: FfaState, mean: Tensors) -> FfaState:
+    """Return the state after one round: B moves to its weighted mean."""
+    tensors, saved = move(state.tensors, state.saved, mean, state.settings.server_learning_rate)
+    return replace(state, round=state.round + 1, tensors=tensors, saved=saved)
+
+
+def adapter(state: FfaState) -> Adapter:
+    return {
+        name: Factors(a=draw_a(state.a_key, name, state.max_rank, n), b=state.tensors[f"{name}.b"])
+        for name, n in state.in_features.items()
+    }
+
+
+METHOD = linear(
+    name="ffa",
+    settings=FfaSettings,
+    init=init,
+    assign=assign,
+    contribution=contribution,
+    advance=advance,
+    weights=lambda state: state.settings.weights,
+    adapter=adapter,
+)

@@ -1,0 +1,109 @@
+"""FlexLoRA: the exact sum is formed, and every client restarts from as much of it as its rank holds.
+
+Bai et al., NeurIPS 2024, arXiv 2402.11505. Where the paper forms and decomposes the dense sum, factors are decomposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from annotated_types import Gt
+
+from fedtune import lowrank
+from fedtune.adapter import Adapter, unpack
+from fedtune.lowrank import LowRank, weighted_sum
+from fedtune.methods.flora import warm_start
+from fedtune.methods.method import Method, assignment, mean_saved
+from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
+from fedtune.seeds import derive
+from fedtune.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class FlexLoraSettings:
+    """Settings of `flexlora`."""
+
+    name: Literal["flexlora"] = "flexlora"
+    server_learning_rate: Annotated[float, Gt(0)] = 1.0
+    """Step from the old sum towards the new one; 1 takes the new one."""
+    weights: Weighting = "examples"
+    wire_dtype: WireDtype = "bf16"
+    """Number format of the factors, down and up."""
+
+
+@dataclass(frozen=True)
+class FlexLoraState:
+    settings: FlexLoraSettings
+    round: int
+    """Rounds completed."""
+    a_key: int
+    """Key of the rows of A that the sum does not fill: all of them in round 1."""
+    max_rank: int
+    """The largest planned rank: what lies beyond it reaches nobody."""
+    total: Tensors
+    """D = sum of p_k b_k a_k as `lowrank.pack` makes it flat, float32, scale folded in."""
+    saved: Tensors
+
+
+def init(blueprint: Blueprint, settings: FlexLoraSettings) -> FlexLoraState:
+    """Return the first state: a sum of zero."""
+    return FlexLoraState(
+        settings=settings,
+        round=0,
+        a_key=derive(blueprint.seed, "lora.shared_a"),
+        max_rank=blueprint.max_rank,
+        total=lowrank.pack({name: lowrank.zero(m, n) for name, (m, n) in blueprint.modules.items()}),
+        saved=blueprint.saved,
+    )
+
+
+def assign(state: FlexLoraState, seed: int, plan: Plan) -> Assignment:
+    """Send the leading plan.rank components of D; the client trains and returns both factors."""
+    wire_dtype = state.settings.wire_dtype
+    start = warm_start(lowrank.unpack(state.total), plan.rank, wire_dtype)
+    local = LocalAdapter(a_key=state.a_key, wire_dtype=wire_dtype)
+    return assignment("flexlora", state, seed, plan, local, {"local": start})
+
+
+def aggregate(state: FlexLoraState, updates: Sequence[ClientUpdate]) -> FlexLoraState:
+    """Return the state after one round: D moves to the clients' exact weighted sum."""
+    cohort, rate = weigh(updates, state.settings.weights), state.settings.server_learning_rate
+    adapters = [(unpack(update.tensors), rate * share) for update, share in cohort]
+    total = {
+        name: weighted_sum([(old.factors, 1 - rate), *((adapter[name], weight) for adapter, weight in adapters)])
+        for name, old in lowrank.unpack(state.total).items()
+    }
+    return replace(
+        state,
+        round=state.round + 1,
+        total=lowrank.pack(total),
+        saved=mean_saved(state.saved, cohort, rate),
+    )
+
+
+def sent(state: FlexLoraState) -> Mapping[str, LowRank]:
+    """Return what the client of the largest rank is sent, before the cast to the wire format."""
+    return {name: low.components(0, state.max_rank) for name, low in lowrank.unpack(state.total).items()}
+
+
+def adapter(state: FlexLoraState) -> Adapter:
+    """Return what the client of the largest rank is sent, in float32; the rest of D is lost in the next round."""
+    return lowrank.adapter(sent(state))
+
+
+def energy_kept(state: FlexLoraState) -> Mapping[str, float]:
+    whole = lowrank.unpack(state.total)
+    return {name: lowrank.energy_kept(whole[name], part) for name, part in sent(state).items()}
+
+
+METHOD = Method(
+    name="flexlora",
+    settings=FlexLoraSettings,
+    init=init,
+    assign=assign,
+    aggregate=aggregate,
+    adapter=adapter,
+    energy_kept=energy_kept,
+)

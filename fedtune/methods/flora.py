@@ -1,0 +1,166 @@
+"""FLoRA: clients' adapters are stacked, so mixed ranks add up exactly (Wang et al., NeurIPS 2024, arXiv 2409.05976).
+
+The state is the exact cumulative change of the base, Delta. Every round adds the weighted sum of what each client
+changed against what it was really sent; casts and truncation of what goes down therefore never accumulate, and a
+client that missed rounds, or joins late, needs nothing but the current round's message.
+
+m: out features, n: in features, r: rank of a client, p: rank of what is sent down
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import numpy as np
+from annotated_types import Ge, Gt, Interval
+
+from fedtune import lowrank
+from fedtune.adapter import Adapter, Factors, draw_a, pack, unpack
+from fedtune.lowrank import LowRank, truncate, weighted_sum
+from fedtune.methods.method import Method, assignment, mean_saved
+from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
+from fedtune.seeds import derive
+from fedtune.tensors import Array, Tensors, cast
+
+ROW_NORM = 1 / np.sqrt(3)
+"""Norm of a freshly drawn row of A (entries uniform in +-1/sqrt(n)): learning rates are tuned to it."""
+
+
+@dataclass(frozen=True)
+class FloraSettings:
+    """Settings of `flora`."""
+
+    name: Literal["flora"] = "flora"
+    mode: Literal["reinit", "svt", "continue"] = "reinit"
+    """reinit: every round a fresh local adapter beside the frozen Delta (the paper); svt: the same with Delta truncated
+    (after FLoRIST, arXiv 2506.09199); continue: the leading part of Delta is trained on, the rest is frozen."""
+    tau: Annotated[float, Interval(gt=0, le=1)] | None = None
+    """Share of Delta's squared singular values that is sent down; none is the mode's own: 0.9 in svt, otherwise 1."""
+    max_rank: Annotated[int, Ge(1)] | None = None
+    """Largest rank of any module that is sent down; none sends what tau asks for."""
+    state_max_rank: Annotated[int, Ge(1)] | None = None
+    """Largest rank of any module that the server keeps, which gives up exactness; none keeps all."""
+    server_learning_rate: Annotated[float, Gt(0)] = 1.0
+    """Factor on the clients' summed change."""
+    weights: Weighting = "examples"
+    wire_dtype: WireDtype = "bf16"
+    """Number format of the factors, down and up."""
+
+
+@dataclass(frozen=True)
+class FloraState:
+    settings: FloraSettings
+    round: int
+    """Rounds completed."""
+    seed: int
+    """The run's seed: fresh factors are drawn from it by client and server alike."""
+    delta: Tensors
+    """Delta as `lowrank.pack` makes it flat, float32; its rank never exceeds min(m, n)."""
+    saved: Tensors
+
+
+def init(blueprint: Blueprint, settings: FloraSettings) -> FloraState:
+    """Return the first state: a change of zero."""
+    delta = {name: lowrank.zero(m, n) for name, (m, n) in blueprint.modules.items()}
+    return FloraState(settings=settings, round=0, seed=blueprint.seed, delta=lowrank.pack(delta), saved=blueprint.saved)
+
+
+def assign(state: FloraState, seed: int, plan: Plan) -> Assignment:
+    """Send Delta: frozen beside a fresh adapter, or its leading plan.rank components to train and the rest frozen."""
+    sent, wire_dtype = broadcast(state), state.settings.wire_dtype
+    warm = plan.rank if state.settings.mode == "continue" else 0
+    frozen = {name: low.components(warm, low.rank) for name, low in sent.items()}
+    local = LocalAdapter(
+        a_key=_a_key(state, plan.client),
+        # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
+        upload="difference" if warm else "factors",
+        wire_dtype=wire_dtype,
+    )
+    blobs = {"global": cast(lowrank.smallest(frozen), wire_dtype), "local": warm_start(sent, warm, wire_dtype)}
+    return assignment("flora", state, seed, plan, local, blobs)
+
+
+def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
+    """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
+    settings, cohort = state.settings, weigh(updates, state.settings.weights)
+    sent = broadcast(state)
+    changes = [(change(state, sent, update), settings.server_learning_rate * share) for update, share in cohort]
+    delta = {}
+    for name, low in lowrank.unpack(state.delta).items():
+        parts = [(adapter[name], weight) for adapter, weight in changes if name in adapter]
+        delta[name] = truncate(weighted_sum([(low.factors, 1.0), *parts]), tau=1.0, max_rank=settings.state_max_rank)
+    return replace(
+        state,
+        round=state.round + 1,
+        delta=lowrank.pack(delta),
+        saved=mean_saved(state.saved, cohort, settings.server_learning_rate),
+    )
+
+
+def change(state: FloraState, sent: Mapping[str, LowRank], update: ClientUpdate) -> Adapter:
+    """Return what one client changed: b @ a at its end minus b @ a at its start.
+
+    A fresh adapter starts at b = 0. From differences: b a - b0 a0 = [db | b0] [a0 + da ; da], of twice the rank.
+    """
+    adapter = unpack(update.tensors)
+    if state.settings.mode != "continue":
+        return adapter
+    rank = max(factors.rank for factors in adapter.values())
+    start = unpack(warm_start(sent, rank, state.settings.wire_dtype))  # after the cast: what the client decoded
+    return {
+        name: _change(difference, start.get(name), draw_a(_a_key(state, update.client), name, *difference.a.shape))
+        for name, difference in adapter.items()
+    }
+
+
+def _change(difference: Factors, start: Factors | None, fresh: Array) -> Factors:
+    if start is None:
+        return Factors(a=fresh + difference.a, b=difference.b)
+    p = start.rank
+    a0 = np.concatenate([start.a, fresh[p:]])  # (r, n); where r > p, the columns of b0 that go with fresh rows are zero
+    return Factors(
+        a=np.concatenate([a0 + difference.a, difference.a[:p]]),  # (r + p, n)
+        b=np.concatenate([difference.b, start.b], axis=1),  # (m, r + p)
+    )
+
+
+def warm_start(changes: Mapping[str, LowRank], rank: int, wire_dtype: WireDtype) -> Tensors:
+    """Return the leading components as a trainable start in wire format: a = c vt, b = u s / c, c = 1 / sqrt(3)."""
+    factors = lowrank.adapter({name: low.components(0, rank) for name, low in changes.items()})
+    c = np.float32(ROW_NORM)
+    return cast(pack({name: Factors(a=c * f.a, b=f.b / c) for name, f in factors.items()}), wire_dtype)
+
+
+def broadcast(state: FloraState) -> Mapping[str, LowRank]:
+    """Return Delta as far as it is sent down, before the cast to the wire format."""
+    settings = state.settings
+    tau = settings.tau if settings.tau is not None else 0.9 if settings.mode == "svt" else 1.0
+    whole = lowrank.unpack(state.delta)
+    return {name: truncate(low, tau=tau, max_rank=settings.max_rank) for name, low in whole.items()}
+
+
+def adapter(state: FloraState) -> Adapter:
+    """Return what clients are sent, in float32: the model that is scored and exported is the one they train on."""
+    return lowrank.adapter(broadcast(state))
+
+
+def energy_kept(state: FloraState) -> Mapping[str, float]:
+    whole = lowrank.unpack(state.delta)
+    return {name: lowrank.energy_kept(whole[name], sent) for name, sent in broadcast(state).items()}
+
+
+def _a_key(state: FloraState, client: str) -> int:
+    return derive(state.seed, "lora.init", state.round + 1, client)
+
+
+METHOD = Method(
+    name="flora",
+    settings=FloraSettings,
+    init=init,
+    assign=assign,
+    aggregate=aggregate,
+    adapter=adapter,
+    energy_kept=energy_kept,
+)

@@ -1,0 +1,105 @@
+"""HetLoRA: padded factors weighted by the size of each change; ranks that prune themselves.
+
+Cho et al., EMNLP 2024, arXiv 2401.06432.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval
+
+from fedtune.adapter import Adapter, norm, unpack
+from fedtune.methods.fedit import shared_start
+from fedtune.methods.method import Cohort, Method, assignment, mean_saved, resize, step
+from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
+from fedtune.tensors import Tensors, cast, weighted_mean
+
+
+@dataclass(frozen=True)
+class HetLoraSettings:
+    """Settings of `hetlora`."""
+
+    name: Literal["hetlora"] = "hetlora"
+    server_learning_rate: Annotated[float, Gt(0)] = 1.0
+    """Step from the old factors towards the clients' mean; 1 takes the mean."""
+    weights: Weighting = "examples"
+    """Of modules_to_save; factors are weighted by the norm of the change."""
+    wire_dtype: WireDtype = "bf16"
+    """Number format of the factors, down and up."""
+    rank_decay: Annotated[float, Interval(gt=0, le=1)] = 0.99
+    """Gamma: the share of its rank that a client keeps when it prunes; 1 never prunes."""
+    rank_penalty: Annotated[float, Ge(0)] = 0.01
+    """Lambda: weight in the loss of the part that pruning would remove."""
+
+
+@dataclass(frozen=True)
+class HetLoraState:
+    settings: HetLoraSettings
+    round: int
+    """Rounds completed."""
+    max_rank: int
+    """The largest planned rank, fixed for the run."""
+    tensors: Tensors
+    """Flat factors of rank max_rank, float32; b carries the scale."""
+    saved: Tensors
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """By client name, the rank that the client last stated."""
+
+
+def init(blueprint: Blueprint, settings: HetLoraSettings) -> HetLoraState:
+    """Return the first state: one A drawn for everybody, B zero."""
+    tensors = shared_start(blueprint)
+    return HetLoraState(settings=settings, round=0, max_rank=blueprint.max_rank, tensors=tensors, saved=blueprint.saved)
+
+
+def assign(state: HetLoraState, seed: int, plan: Plan) -> Assignment:
+    """Send the rows and columns of the client's current rank, with the penalty by which it may shrink further."""
+    # The scale stays that of the planned rank: alpha / rank of a pruned rank would make what is left grow.
+    plan = replace(plan, rank=min(plan.rank, state.ranks.get(plan.client, plan.rank)))
+    local = LocalAdapter(
+        a_key=0,
+        wire_dtype=state.settings.wire_dtype,
+        rank_penalty=state.settings.rank_penalty,
+        rank_decay=state.settings.rank_decay,
+    )
+    sent = cast(resize(state.tensors, plan.rank), state.settings.wire_dtype)
+    return assignment("hetlora", state, seed, plan, local, {"local": sent})
+
+
+def aggregate(state: HetLoraState, updates: Sequence[ClientUpdate]) -> HetLoraState:
+    """Return the state after one round: padded factors move to their mean, weighted by `size_weights`."""
+    cohort, rate = weigh(updates, state.settings.weights), state.settings.server_learning_rate
+    parts = [
+        (resize(update.tensors, state.max_rank), weight)
+        for (update, _), weight in zip(cohort, size_weights(cohort), strict=True)
+    ]
+    stated = {update.client: max(f.rank for f in unpack(update.tensors).values()) for update, _ in cohort}
+    return replace(
+        state,
+        round=state.round + 1,
+        tensors=step(state.tensors, weighted_mean(parts), rate),
+        saved=mean_saved(state.saved, cohort, rate),
+        ranks={**state.ranks, **stated},
+    )
+
+
+def size_weights(cohort: Cohort) -> Sequence[float]:
+    """Return each client's share of the cohort's summed Frobenius norms of b @ a over all modules; all zero: equal.
+
+    The paper writes the weight for one matrix; here one weight per client covers all modules.
+    """
+    norms = [norm(unpack(update.tensors)) for update, _ in cohort]
+    total = sum(norms)
+    return [size / total for size in norms] if total else [1 / len(norms)] * len(norms)
+
+
+def adapter(state: HetLoraState) -> Adapter:
+    return unpack(state.tensors)
+
+
+METHOD = Method(
+    name="hetlora", settings=HetLoraSettings, init=init, assign=assign, aggregate=aggregate, adapter=adapter
+)

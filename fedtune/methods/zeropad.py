@@ -1,0 +1,78 @@
+"""Zero-padding: mixed ranks padded with zeros to the largest, then averaged as in FedIT (the baseline of HetLoRA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from annotated_types import Gt
+
+from fedtune.adapter import Adapter, unpack
+from fedtune.methods.fedit import shared_start
+from fedtune.methods.method import assignment, join, linear, move, resize
+from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
+from fedtune.tensors import Tensors, cast
+
+
+@dataclass(frozen=True)
+class ZeroPadSettings:
+    """Settings of `zeropad`."""
+
+    name: Literal["zeropad"] = "zeropad"
+    server_learning_rate: Annotated[float, Gt(0)] = 1.0
+    """Step from the old factors towards the clients' mean; 1 takes the mean."""
+    weights: Weighting = "examples"
+    wire_dtype: WireDtype = "bf16"
+    """Number format of the factors, down and up."""
+
+
+@dataclass(frozen=True)
+class ZeroPadState:
+    settings: ZeroPadSettings
+    round: int
+    """Rounds completed."""
+    max_rank: int
+    """The largest planned rank, fixed for the run, whoever takes part."""
+    tensors: Tensors
+    """Flat factors of rank max_rank, float32; b carries the scale, so a client's own alpha / rank never mixes in."""
+    saved: Tensors
+
+
+def init(blueprint: Blueprint, settings: ZeroPadSettings) -> ZeroPadState:
+    """Return the first state: one A drawn for everybody, B zero."""
+    tensors = shared_start(blueprint)
+    return ZeroPadState(settings=settings, round=0, max_rank=blueprint.max_rank, tensors=tensors, saved=blueprint.saved)
+
+
+def assign(state: ZeroPadState, seed: int, plan: Plan) -> Assignment:
+    """Send the first plan.rank rows of A and columns of B; the client trains and returns both."""
+    local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
+    sent = cast(resize(state.tensors, plan.rank), state.settings.wire_dtype)
+    return assignment("zeropad", state, seed, plan, local, {"local": sent})
+
+
+def contribution(state: ZeroPadState, update: ClientUpdate) -> Tensors:
+    """Return the client's factors padded with zeros: what a rank lacks pulls the mean towards zero."""
+    return join(resize(update.tensors, state.max_rank), update.saved)
+
+
+def advance(state: ZeroPadState, mean: Tensors) -> ZeroPadState:
+    """Return the state after one round: padded factors move to their weighted mean."""
+    tensors, saved = move(state.tensors, state.saved, mean, state.settings.server_learning_rate)
+    return replace(state, round=state.round + 1, tensors=tensors, saved=saved)
+
+
+def adapter(state: ZeroPadState) -> Adapter:
+    return unpack(state.tensors)
+
+
+METHOD = linear(
+    name="zeropad",
+    settings=ZeroPadSettings,
+    init=init,
+    assign=assign,
+    contribution=contribution,
+    advance=advance,
+    weights=lambda state: state.settings.weights,
+    adapter=adapter,
+)

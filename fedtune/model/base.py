@@ -1,0 +1,292 @@
+"""A base model, loaded once per process and shared by all its clients: targets, digest, and the pristine weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.errors import ConfigError, Fault
+from fedtune.model import embedded
+from fedtune.model.libraries import quiet
+from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.torch_seed import seeded
+from fedtune.round import Blueprint
+from fedtune.seeds import derive
+from fedtune.tensors import Array, Tensors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded model whose own weights stay as they were loaded; adapters come and go over it."""
+
+    name: str
+    """As the recipe gives it."""
+    path: str
+    """Folder or hub name it was loaded from."""
+    model: Any
+    """transformers.PreTrainedModel, in eval mode, nothing requires grad."""
+    tokenizer: Any
+    task: str
+    device: torch.device
+    digest: str
+    """SHA-256 of names, shapes, dtypes and bytes of all tensors that came with the checkpoint."""
+    modules: Mapping[str, tuple[int, int]]
+    """(out, in) of every module that gets an adapter, by full name."""
+    saved: Sequence[str]
+    """Names of the parameters trained in full."""
+    saved_modules: Sequence[str]
+    """Names of the modules they belong to."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the adapted layers hold their weights as (in, out), as GPT-2's do."""
+        return isinstance(self.model.get_submodule(next(iter(self.modules))), Conv1D)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills short rows; masked everywhere, so any id of the vocabulary would do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+
+    def blueprint(self, *, max_rank: int, seed: int) -> Blueprint:
+        """Return what a method must know of this model before the first round."""
+        return Blueprint(modules=self.modules, saved=self.saved_tensors(), max_rank=max_rank, seed=seed)
+
+    def saved_tensors(self) -> Tensors:
+        """Return the current values of modules_to_save, float32."""
+        parameters = dict(self.model.named_parameters())
+        return {name: to_numpy(parameters[name]) for name in self.saved}
+
+
+def load_tokenizer(settings: ModelSettings, root: Path) -> Any:
+    """Return the base's tokenizer.
+
+    Raises:
+        ConfigError: if there is none at `model.base`.
+    """
+    path = locate(settings, root)
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(path, revision=settings.revision)
+    except (OSError, ValueError) as error:
+        raise not_found(settings, error) from error
+
+
+def load(
+    settings: ModelSettings,
+    adapter: AdapterSettings,
+    *,
+    tokenizer: Any,
+    root: Path,
+    seed: int,
+    labels: Sequence[str] = (),
+) -> Base:
+    """Load the base model and find the modules that get adapters. Never runs code that came with a checkpoint.
+
+    Args:
+        settings: the recipe's table `model`.
+        adapter: the recipe's table `adapter`.
+        tokenizer: from `load_tokenizer`.
+        root: folder that relative paths are relative to.
+        seed: the run's seed; a classification head that the checkpoint lacks is drawn from it.
+        labels: names of the classes, for classification.
+
+    Raises:
+        ConfigError: if the model, the device or a target module does not exist.
+    """
+    path, device = locate(settings, root), choose_device(settings.device)
+    auto = AutoModelForSequenceClassification if settings.task == "classification" else AutoModelForCausalLM
+    classes: dict[str, Any] = {}
+    if settings.task == "classification":
+        classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    try:
+        config = AutoConfig.from_pretrained(path, revision=settings.revision, **classes)
+        with quiet(), seeded(derive(seed, "model.head"), torch.device("cpu")):
+            model, info = auto.from_pretrained(
+                path,
+                revision=settings.revision,
+                config=config,
+                dtype=DTYPES[settings.dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise not_found(settings, error) from error
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    model.requires_grad_(False).eval().to(device)
+    new = sorted(info["missing_keys"])
+    saved_modules = find_saved(model, adapter.modules_to_save, new, task=settings.task)
+    return Base(
+        name=settings.base,
+        path=str(path),
+        model=model,
+        tokenizer=tokenizer,
+        task=settings.task,
+        device=device,
+        digest=digest(model, leave_out=new),
+        modules=find_targets(model, adapter.targets, leave_out=saved_modules),
+        saved_modules=saved_modules,
+        saved=sorted(
+            name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in saved_modules)
+        ),
+    )
+
+
+def locate(settings: ModelSettings, root: Path) -> str | Path:
+    """Return the folder of a local base, relative to the recipe, or the name of a hub model."""
+    if settings.base == "embedded":
+        return embedded.path()
+    local = root / Path(settings.base).expanduser()
+    return local if (local / "config.json").is_file() else settings.base
+
+
+def not_found(settings: ModelSettings, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200]
+    return ConfigError(
+        Fault(
+            path="model.base",
+            expected="a folder with config.json, tokenizer and safetensors, or a reachable hub name",
+            got=f"{settings.base!r} ({reason})",
+            hint="give a local path, or download the model once and set HF_HOME",
+        )
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device: cuda, else mps, else cpu for `auto`.
+
+    Raises:
+        ConfigError: if the named device is not there.
+    """
+    found = ["cpu"]
+    if torch.backends.mps.is_available():
+        found.insert(0, "mps")
+    if torch.cuda.is_available():
+        found.insert(0, "cuda")
+    if name == "auto":
+        return torch.device(found[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in found or (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ConfigError(Fault("model.device", f"one of auto, {', '.join(found)}", repr(name), "leave it at auto"))
+    return device
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (out, in) of a layer that LoRA can adapt, None for any other."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):  # GPT-2's layer holds its weight transposed, (in, out)
+        return int(module.weight.shape[1]), int(module.weight.shape[0])
+    return None
+
+
+def find_targets(
+    model: nn.Module, targets: Sequence[str], *, leave_out: Sequence[str] = ()
+) -> Mapping[str, tuple[int, int]]:
+    """Return (out, in) of the modules that a recipe's targets name, by full name.
+
+    A target matches a full name or the last parts of one. `all-linear` takes every linear layer but the output head
+    and modules_to_save.
+
+    Raises:
+        ConfigError: for each target that matches no linear layer, with the nearest one.
+    """
+    outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = {
+        name: shape
+        for name, module in model.named_modules()
+        if (shape := linear_shape(module)) and not any(name == m or name.startswith(f"{m}.") for m in leave_out)
+    }
+    heads = {name for name, module in model.named_modules() if module is outputs}
+    found: dict[str, tuple[int, int]] = {}
+    faults = []
+    for target in targets:
+        if target == "all-linear":
+            found |= {name: shape for name, shape in linear.items() if name not in heads}
+            continue
+        matches = {name: s for name, s in linear.items() if name == target or name.endswith(f".{target}")}
+        if not matches:
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            nearest = get_close_matches(target, known, n=1)
+            faults.append(
+                Fault(
+                    path="adapter.targets",
+                    expected=f"names of linear layers of this model ({', '.join(known)})",
+                    got=f"{target!r}, which matches nothing",
+                    hint=f"did you mean {nearest[0]!r}?" if nearest else f'set targets = ["{known[0]}"]',
+                )
+            )
+        found |= matches
+    if faults:
+        raise ConfigError(faults)
+    return dict(sorted(found.items()))
+
+
+def find_saved(model: Any, names: Sequence[str], new: Sequence[str], *, task: str) -> list[str]:
+    """Return the full names of the modules trained in full: those asked for and those the checkpoint lacks.
+
+    Raises:
+        ConfigError: if a name matches no module, or a module shares its weights with another (tied embeddings).
+    """
+    modules = dict(model.named_modules())
+    tied = {id(model.get_input_embeddings().weight)} if getattr(model.config, "tie_word_embeddings", False) else set()
+    found = {name.rpartition(".")[0] for name in new} if task == "classification" else set()
+    for wanted in names:
+        matches = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        if not matches:
+            known = sorted(
+                {name.rpartition(".")[2] for name in modules if name and not name.rpartition(".")[2].isdigit()}
+            )
+            nearest = get_close_matches(wanted, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "leave it out"
+            raise ConfigError(Fault("adapter.modules_to_save", "names of modules of this model", repr(wanted), hint))
+        for name in matches:
+            if tied & {id(parameter) for parameter in modules[name].parameters()}:
+                raise ConfigError(
+                    Fault(
+                        "adapter.modules_to_save",
+                        "modules with weights of their own",
+                        f"{wanted!r}, which is tied to the input embeddings",
+                        "leave it out, or use a base with untied embeddings",
+                    )
+                )
+        found |= set(matches)
+    return sorted(found)
+
+
+def digest(model: nn.Module, *, leave_out: Sequence[str] = ()) -> str:
+    """Return the SHA-256 (hex) over names, shapes, dtypes and bytes of the state, in the order of the names."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in leave_out:
+            sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def to_numpy(tensor: torch.Tensor) -> Array:
+    """Return a float32 copy that shares no memory with the tensor."""
+    array: Array = tensor.detach().to("cpu", torch.float32, copy=True).numpy()
+    return array
+
+
+def to_torch(array: Array, device: torch.device) -> torch.Tensor:
+    """Return a float32 tensor on the device that shares no memory with the array."""
+    return torch.tensor(np.asarray(array, np.float32), device=device)

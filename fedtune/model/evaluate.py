@@ -1,0 +1,137 @@
+"""Scores of the base with an adapter on examples: loss and perplexity, accuracy, and generated answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune.adapter import Adapter
+from fedtune.data.encode import Example
+from fedtune.model.base import Base
+from fedtune.model.lora import attached
+from fedtune.model.train import collate, summed_loss
+from fedtune.tensors import Tensors
+
+Metrics = Mapping[str, float]
+
+
+def evaluate(
+    base: Base,
+    adapter: Adapter,
+    saved: Tensors,
+    groups: Mapping[str, Sequence[Example]],
+    *,
+    batch: int,
+    generate: int = 0,
+    new_tokens: int = 64,
+) -> Mapping[str, Metrics]:
+    """Score one global model on several groups of examples; the adapter is attached once.
+
+    Causal models: `loss` (nats per token that counts), `perplexity`, `bits_per_character` (over the characters of the
+    text that counts), and for the first `generate` examples `rouge_l` (F1) and `exact_match` of greedy answers.
+    Classification: `loss` (nats per example), `accuracy`, `macro_f1`. Always `examples`. A group without examples is
+    left out.
+    """
+    with attached(base, frozen=adapter, saved=saved) as model, torch.inference_mode():
+        scores = {}
+        for name, examples in groups.items():
+            if not examples:
+                continue
+            if base.task == "classification":
+                scores[name] = classify(model, base, examples, batch=batch)
+            else:
+                scores[name] = {
+                    **likelihood(model, base, examples, batch=batch),
+                    **(answers(model, base, examples[:generate], new_tokens=new_tokens) if generate else {}),
+                }
+        return scores
+
+
+def by_length(examples: Sequence[Example], batch: int) -> Sequence[Sequence[int]]:
+    """Return batches of positions, examples of like length together, so that little is padded."""
+    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
+    return [order[begin : begin + batch] for begin in range(0, len(order), batch)]
+
+
+def likelihood(model: Any, base: Base, examples: Sequence[Example], *, batch: int) -> Metrics:
+    total, tokens = 0.0, 0
+    for positions in by_length(examples, batch):
+        rows = collate([examples[i] for i in positions], base)
+        total += summed_loss(model, rows, task="causal").item()
+        tokens += rows.count
+    characters = sum(example.characters for example in examples)
+    loss = total / max(1, tokens)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_character": total / math.log(2) / max(1, characters),
+        "tokens": tokens,
+        "examples": len(examples),
+    }
+
+
+def classify(model: Any, base: Base, examples: Sequence[Example], *, batch: int) -> Metrics:
+    from sklearn.metrics import accuracy_score, f1_score  # a second to import, and only this task needs it
+
+    total, predicted = 0.0, np.zeros(len(examples), np.int64)
+    for positions in by_length(examples, batch):
+        rows = collate([examples[i] for i in positions], base)
+        logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits.float()
+        total += torch.nn.functional.cross_entropy(logits, rows.labels, reduction="sum").item()
+        predicted[list(positions)] = logits.argmax(-1).cpu().numpy()
+    truth = np.array([example.labels for example in examples])
+    return {
+        "loss": total / len(examples),
+        "accuracy": float(accuracy_score(truth, predicted)),
+        # Over the classes that occur in the truth or the answers, as scikit-learn counts them.
+        "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0.0)),
+        "examples": len(examples),
+    }
+
+
+def answers(model: Any, base: Base, examples: Sequence[Example], *, new_tokens: int) -> Metrics:
+    """Greedy answers to the examples' prompts, against their references."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    asked = [example for example in examples if example.reference]
+    if not asked:
+        return {}
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    given = [
+        continue_text(model, base, example.input_ids[: example.prompt_tokens].tolist(), new_tokens=new_tokens)
+        for example in asked
+    ]
+    rouge = [scorer.score(ex.reference, answer)["rougeL"].fmeasure for ex, answer in zip(asked, given, strict=True)]
+    exact = [
+        " ".join(ex.reference.split()) == " ".join(answer.split()) for ex, answer in zip(asked, given, strict=True)
+    ]
+    return {"rouge_l": float(np.mean(rouge)), "exact_match": float(np.mean(exact)), "generated": len(asked)}
+
+
+def continue_text(model: Any, base: Base, ids: Sequence[int], *, new_tokens: int) -> str:
+    """Return the greedy continuation of the tokens, without them."""
+    limit = getattr(base.model.config, "max_position_embeddings", 2**31)
+    prompt = torch.tensor([list(ids)[-max(1, limit - new_tokens) :]], device=base.device)
+    out = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=base.pad_id,
+    )
+    text: str = base.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def sample(base: Base, adapter: Adapter, saved: Tensors, prompt: str, *, new_tokens: int) -> str:
+    """Return what the model continues a prompt with, greedily."""
+    ids = base.tokenizer(prompt, add_special_tokens=True)["input_ids"]
+    eos = base.tokenizer.eos_token_id
+    if len(ids) > 1 and ids[-1] == eos:  # some tokenizers close every text; a prompt stays open
+        ids = ids[:-1]
+    with attached(base, frozen=adapter, saved=saved) as model, torch.inference_mode():
+        return continue_text(model, base, ids, new_tokens=new_tokens)

@@ -1,0 +1,157 @@
+"""Adapters over a pristine base: a frozen `global` and a trainable `local` one, attached for a while through peft."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.adapter import Adapter, Factors, draw_a, unpack
+from fedtune.errors import ShapeError
+from fedtune.model.base import Base, to_numpy, to_torch
+from fedtune.round import Assignment
+from fedtune.tensors import Tensors
+
+
+@contextmanager
+def attached(
+    base: Base,
+    *,
+    frozen: Adapter | None = None,
+    local: Adapter | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    train: str = "ab",
+    saved: Tensors | None = None,
+) -> Iterator[Any]:
+    """Attach adapters to the base for the length of the block, and leave it exactly as it was before.
+
+    Args:
+        base: the resident base model.
+        frozen: adapter of scale 1 that takes part in the forward pass and gets no gradient.
+        local: trainable adapter, its factors as peft trains them (b without the scale).
+        scale: the local adapter's alpha / rank.
+        dropout: on the local adapter's input.
+        train: factors of the local adapter that get gradients, `ab` or `b`.
+        saved: values of modules_to_save for the length of the block; trainable if `local` is given.
+    """
+    parameters = dict(base.model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in (saved or {})}
+    tuner: LoraModel | None = None
+    # A module of rank 0 would be refused by peft; without it the layer is the base's own.
+    parts = [("global", frozen, 1.0, 0.0), ("local", local, scale, dropout)]
+    active = []
+    try:
+        for name, adapter, factor, drop in parts:
+            kept = {module: factors for module, factors in (adapter or {}).items() if factors.rank > 0}
+            if not kept:
+                continue
+            config = lora_config(base.model, kept, scale=factor, dropout=drop)
+            with warnings.catch_warnings():
+                # peft warns that a second adapter is being added, which is what is wanted here
+                warnings.filterwarnings("ignore", message=".*multiple adapters.*|Already found a `peft_config`.*")
+                if tuner is None:
+                    tuner = LoraModel(base.model, {name: config}, name, low_cpu_mem_usage=True)
+                else:
+                    tuner.peft_config[name] = config
+                    tuner.inject_adapter(base.model, name, low_cpu_mem_usage=True)
+            fill(base, kept, name)
+            active.append(name)
+        if tuner is not None:
+            tuner.set_adapter(active)
+        base.model.requires_grad_(False)
+        if "local" in active:
+            for side in train:
+                for layer in layers(base.model, "local").values():
+                    getattr(layer, f"lora_{side.upper()}")["local"].weight.requires_grad_(True)
+        for name, array in (saved or {}).items():
+            parameters[name].data.copy_(to_torch(array, base.device))
+            parameters[name].requires_grad_(local is not None)
+        yield base.model
+    finally:
+        if tuner is not None:
+            tuner.unload()
+            if hasattr(base.model, "peft_config"):
+                del base.model.peft_config
+        base.model.requires_grad_(False)
+        base.model.zero_grad(set_to_none=True)
+        for name, tensor in before.items():
+            parameters[name].data.copy_(tensor)
+
+
+def lora_config(model: nn.Module, adapter: Adapter, *, scale: float, dropout: float) -> LoraConfig:
+    """Return peft's configuration of exactly these modules and ranks."""
+    ranks = {re.escape(name): factors.rank for name, factors in adapter.items()}
+    first = next(iter(adapter))
+    return LoraConfig(
+        r=adapter[first].rank,
+        lora_alpha=scale * adapter[first].rank,
+        rank_pattern=ranks,
+        alpha_pattern={name: scale * rank for name, rank in ranks.items()},
+        target_modules=list(adapter),
+        lora_dropout=dropout,
+        fan_in_fan_out=isinstance(model.get_submodule(first), Conv1D),
+        init_lora_weights=False,  # every factor is written by `fill`
+    )
+
+
+def layers(model: nn.Module, name: str) -> Mapping[str, Any]:
+    """Return peft's LoRA layers that hold the adapter `name`, by the name of the module they wrap."""
+    return {key: module for key, module in model.named_modules() if name in getattr(module, "lora_A", {})}
+
+
+def fill(base: Base, adapter: Adapter, name: str) -> None:
+    """Write the factors into peft's layers, in float32 on the base's device."""
+    found = layers(base.model, name)
+    if found.keys() != adapter.keys():
+        raise ShapeError(f"adapter {name!r}: expected modules {sorted(adapter)}; the model gave {sorted(found)}")
+    for module, factors in adapter.items():
+        found[module].lora_A[name].weight = nn.Parameter(to_torch(factors.a, base.device), requires_grad=False)
+        found[module].lora_B[name].weight = nn.Parameter(to_torch(factors.b, base.device), requires_grad=False)
+
+
+def read_local(model: nn.Module) -> Adapter:
+    """Return the trained local adapter as it stands, b without the scale."""
+    return {
+        name: Factors(a=to_numpy(layer.lora_A["local"].weight), b=to_numpy(layer.lora_B["local"].weight))
+        for name, layer in layers(model, "local").items()
+    }
+
+
+def start(assignment: Assignment, modules: Mapping[str, tuple[int, int]]) -> Adapter:
+    """Return the local adapter that an assignment starts from, b divided by the scale; see `LocalAdapter`."""
+    sent, rank = assignment.blobs.get("local", {}), assignment.plan.rank
+    adapter = {}
+    for name, (m, n) in modules.items():
+        a = draw_a(assignment.local.a_key, name, rank, n)
+        b = np.zeros((m, rank), np.float32)
+        for key, whole, part in (("a", a, sent.get(f"{name}.a")), ("b", b.T, sent.get(f"{name}.b"))):
+            if part is None:
+                continue
+            rows = part if key == "a" else part.T
+            if rows.shape[0] > rank or rows.shape[1:] != whole.shape[1:]:
+                raise ShapeError(f"{name}.{key}: expected at most rank {rank} of {whole.shape}; got {part.shape}")
+            whole[: rows.shape[0]] = rows
+        adapter[name] = Factors(a=a, b=b / np.float32(assignment.plan.scale))
+    return adapter
+
+
+def frozen(assignment: Assignment) -> Adapter:
+    """Return the frozen adapter of an assignment; a dense `<module>.w` (out, in) becomes exact factors."""
+    blob = assignment.blobs.get("global", {})
+    dense = {name.removesuffix(".w"): array for name, array in blob.items() if name.endswith(".w")}
+    adapter = dict(unpack({name: array for name, array in blob.items() if not name.endswith(".w")}))
+    for name, weight in dense.items():
+        w = weight.astype(np.float32)
+        m, n = w.shape
+        eye = np.eye(min(m, n), dtype=np.float32)
+        adapter[name] = Factors(a=w, b=eye) if m <= n else Factors(a=eye, b=w)
+    return adapter

@@ -1,0 +1,21 @@
+"""Torch's global generator, seeded for the few places that cannot be handed a generator of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def seeded(key: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators inside the block and give the caller's state back afterwards.
+
+    Dropout and the initialisation of new layers in transformers draw from the global generator and take no other;
+    everything else in fedtune passes generators explicitly.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(key)
+        yield

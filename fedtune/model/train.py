@@ -1,0 +1,205 @@
+"""First-order local steps: the loss, the data order, the schedule, and one client's training loop."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedtune.data.encode import IGNORED, Example
+from fedtune.errors import ClientError
+from fedtune.model.base import Base
+from fedtune.model.torch_seed import seeded
+from fedtune.round import Training
+from fedtune.seeds import derive, generator
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run measured."""
+
+    losses: Sequence[float]
+    """Mean loss of each optimizer step, before the step."""
+    tokens: int
+    """Tokens that went forward, padding left out."""
+    seconds: float
+    peak_bytes: int
+    """Of the device's allocator on CUDA; of the whole process elsewhere."""
+
+    @property
+    def loss_before(self) -> float:
+        return self.losses[0]
+
+    @property
+    def loss_after(self) -> float:
+        """Mean over the last tenth of the steps, at least one."""
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(tail) / len(tail)
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: torch.Tensor
+    """(batch, time)"""
+    attention_mask: torch.Tensor
+    """(batch, time), 1 where there is a token"""
+    labels: torch.Tensor
+    """(batch, time) for causal models, (batch,) for classification"""
+    count: int
+    """Tokens (causal) or examples (classification) that count in the loss."""
+    tokens: int
+
+
+def collate(examples: Sequence[Example], base: Base) -> Batch:
+    """Pad examples on the right to the longest one."""
+    width = max(len(example.input_ids) for example in examples)
+    ids = np.full((len(examples), width), base.pad_id, np.int64)
+    mask = np.zeros((len(examples), width), np.int64)
+    causal = base.task == "causal"
+    labels = np.full((len(examples), width) if causal else (len(examples),), IGNORED, np.int64)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.input_ids)] = example.input_ids
+        mask[row, : len(example.input_ids)] = 1
+        if causal:
+            labels[row, : len(example.input_ids)] = example.labels
+        else:
+            labels[row] = example.labels
+    # The first token of a row is predicted by nothing, so it never counts.
+    count = int((labels[:, 1:] != IGNORED).sum()) if causal else len(examples)
+    ids_t, mask_t, labels_t = (torch.from_numpy(array).to(base.device) for array in (ids, mask, labels))
+    return Batch(input_ids=ids_t, attention_mask=mask_t, labels=labels_t, count=count, tokens=int(mask.sum()))
+
+
+def summed_loss(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
+    """Return the cross-entropy summed over the tokens (causal) or examples that count, in float32."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    if task == "causal":
+        return cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+    return cross_entropy(logits.float(), batch.labels, reduction="sum")
+
+
+def batches(num_examples: int, *, size: int, key: int) -> Iterator[Sequence[int]]:
+    """Yield endless batches of positions: one seeded permutation after another, the last batch of each may be short."""
+    for epoch in range(2**31):
+        order = generator(derive(key, "data.order", epoch)).permutation(num_examples)
+        for begin in range(0, num_examples, size):
+            yield order[begin : begin + size].tolist()
+
+
+def learning_rate(training: Training, step: int, steps: int) -> float:
+    """Return the learning rate of a step (from 0): linear warm-up, then constant, linear or cosine to zero."""
+    warm = math.ceil(training.warmup * steps)
+    if step < warm:
+        return training.learning_rate * (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return training.learning_rate * shape[training.schedule]
+
+
+def autocast(training: Training, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the bf16 autocast context where the recipe wants it, or where the device is fast at it (`auto`)."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    wanted = training.autocast == "bf16" or (training.autocast == "auto" and fast)
+    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
+
+
+def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+        )
+    return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+def train(
+    base: Base,
+    examples: Sequence[Example],
+    training: Training,
+    *,
+    key: int,
+    client: str,
+    penalty: Callable[[], torch.Tensor] | None = None,
+) -> Trained:
+    """Take `training.steps` optimizer steps on whatever of the base's model requires a gradient.
+
+    One step averages the loss over all tokens (causal) or examples of its `accumulation` batches, so that it equals
+    one step on the joined batch.
+
+    Args:
+        base: the base with its adapters attached.
+        examples: the client's own.
+        training: with `steps` set.
+        key: from `derive`; data order and dropout follow from it.
+        client: for error messages.
+        penalty: added to the loss of each step.
+
+    Raises:
+        ClientError: if there is no example, a loss is not finite, or memory runs out.
+    """
+    if not examples:
+        raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
+    assert training.steps is not None  # the planner resolves epochs
+    model, began = base.model, time.perf_counter()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(training, parameters)
+    order = batches(len(examples), size=training.batch, key=key)
+    losses, tokens = [], 0
+    if base.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(base.device)
+    if training.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    model.train()
+    try:
+        with seeded(derive(key, "dropout"), base.device):
+            for step in range(training.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(training, step, training.steps)
+                parts = [collate([examples[i] for i in next(order)], base) for _ in range(training.accumulation)]
+                total = 0.0
+                for batch in parts:
+                    with autocast(training, base.device):
+                        loss = summed_loss(model, batch, task=base.task) / max(1, sum(p.count for p in parts))
+                    loss.backward()
+                    total += loss.item()
+                if not math.isfinite(total):
+                    raise ClientError(
+                        f"{client}, step {step + 1}: expected a finite loss; got {total} with {training.optimizer} at "
+                        f"learning_rate {training.learning_rate:g}; lower it, or use another model.dtype"
+                    )
+                if penalty is not None:
+                    penalty().backward()
+                if training.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(total)
+                tokens += sum(batch.tokens for batch in parts)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ClientError(
+            f"{client}: expected its batch of {training.batch} to fit; memory ran out; lower client.batch (and raise "
+            f"client.accumulation) or set client.gradient_checkpointing = true"
+        ) from error
+    finally:
+        model.eval()
+        if training.gradient_checkpointing:
+            model.activation_checkpointing_disable()
+    return Trained(
+        losses=losses, tokens=tokens, seconds=time.perf_counter() - began, peak_bytes=peak_bytes(base.device)
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the highest memory use so far: of the device on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

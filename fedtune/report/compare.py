@@ -1,0 +1,283 @@
+"""Runs side by side: one row per recipe, seeds grouped to mean and spread, and the curves in one figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fedtune.errors import ConfigError, Fault
+from fedtune.report.curves import Floats, LossCurve, loss_curve, standings
+from fedtune.report.drawing import label, line_style, new_figure, png, styled
+from fedtune.report.page import figure_card, replace_text
+from fedtune.report.plots import Against, axis_unit
+from fedtune.report.records import Run, Scores, finite, read_run
+from fedtune.report.style import page
+from fedtune.report.tables import table
+from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number over the seeds of a recipe."""
+
+    mean: float
+    """NaN if no seed measured it."""
+    deviation: float | None
+    """Sample standard deviation (divided by n - 1); None for fewer than two seeds."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe: all its seeds."""
+
+    name: str
+    method: str
+    seeds: tuple[int, ...]
+    rounds: int
+    """Of the seed that got least far."""
+    finished: bool
+    test_before: Spread
+    test_after: Spread
+    mean_client: Spread
+    """Mean of the clients' held-out losses, after."""
+    worst_client: Spread
+    """Highest of the clients' held-out losses, after."""
+    bytes_up: Spread
+    bytes_down: Spread
+    seconds: Spread
+
+
+@dataclass(frozen=True)
+class Comparison:
+    rows: tuple[Row, ...]
+    """In the order in which the recipes were first given."""
+    groups: tuple[tuple[Run, ...], ...]
+    """The runs of each row, in order of seed."""
+
+
+def compare(runs: Sequence[Path]) -> Comparison:
+    """Read the run directories and group those that share name and method.
+
+    Raises: StoreError if one cannot be read; ConfigError if none is given or a recipe's seed comes twice.
+    """
+    if not runs:
+        raise ConfigError(Fault("", "at least one run directory", "none", "name one or more"))
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for path in runs:
+        run = read_run(path)
+        groups.setdefault((run.name, run.method), []).append(run)
+    for (name, _), members in groups.items():
+        seeds = sorted(run.seed for run in members)
+        twice = next((seed for seed, following in pairwise(seeds) if seed == following), None)
+        if twice is not None:
+            raise ConfigError(
+                Fault(name, "each seed once", f"seed {twice} twice", "leave one of the runs out or rename it")
+            )
+    ordered = tuple(tuple(sorted(members, key=lambda run: run.seed)) for members in groups.values())
+    return Comparison(rows=tuple(_row(members) for members in ordered), groups=ordered)
+
+
+def _row(runs: Sequence[Run]) -> Row:
+    def over(read: Callable[[Run], float]) -> Spread:
+        return spread([read(run) for run in runs])
+
+    def loss(scores: Scores | None) -> float:
+        return finite(scores.loss) if scores else math.nan
+
+    return Row(
+        name=runs[0].name,
+        method=runs[0].method,
+        seeds=tuple(run.seed for run in runs),
+        rounds=min(run.rounds[-1].round for run in runs),
+        finished=all(run.state == "finished" for run in runs),
+        test_before=over(lambda run: loss(standings(run)[0].test)),
+        test_after=over(lambda run: loss(standings(run)[1].test)),
+        mean_client=over(lambda run: loss(standings(run)[1].mean)),
+        worst_client=over(lambda run: loss(standings(run)[1].worst)),
+        bytes_up=over(lambda run: float(sum(record.bytes_up for record in run.rounds))),
+        bytes_down=over(lambda run: float(sum(record.bytes_down for record in run.rounds))),
+        seconds=over(lambda run: run.summary.seconds if run.summary else sum(record.seconds for record in run.rounds)),
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return mean and sample standard deviation of the values that are known.
+
+    >>> spread([1.0, 3.0])
+    Spread(mean=2.0, deviation=1.4142135623730951)
+    """
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return Spread(math.nan, None)
+    return Spread(float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None)
+
+
+def write_comparison(runs: Sequence[Path], out: Path) -> Path:
+    """Write comparison.html and comparison.png into the folder `out` and return the page's path.
+
+    Raises: as `compare` does.
+    """
+    comparison = compare(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    numbers = comparison_table(comparison)
+    body = f"<header><p>fedtune comparison</p><h1>{_heading(comparison)}</h1></header><section><h2>Results</h2>"
+    body += numbers + "<p>Mean ± sample standard deviation over seeds; losses in nats per token.</p></section>"
+    figure = curves(comparison)
+    if figure is not None:
+        (out / "comparison.png").write_bytes(png(figure))
+        caption = "One line per recipe; the band spans its seeds."
+        card = figure_card("comparison", "Loss by round, traffic and time", caption, figure, _curve_table(comparison))
+        body += f"<section><h2>Curves</h2>{card}</section>"
+    recipes = "".join(
+        f"<details><summary>{escape(runs[0].name)}</summary><pre>{escape(runs[0].recipe)}</pre></details>"
+        for runs in comparison.groups
+    )
+    body += f"<section><h2>Recipes</h2>{recipes}</section>"
+    target = out / "comparison.html"
+    replace_text(target, page("fedtune comparison", body))
+    return target
+
+
+def _heading(comparison: Comparison) -> str:
+    recipes, runs = len(comparison.rows), sum(map(len, comparison.groups))
+    return f"{recipes} recipe{'' if recipes == 1 else 's'}, {runs} run{'' if runs == 1 else 's'}"
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """Return the rows as an HTML table."""
+
+    def short(value: float) -> str:
+        return number_text(value, 2)
+
+    def text(value: Spread, show: Callable[[float], str], show_deviation: Callable[[float], str]) -> str:
+        if math.isnan(value.mean):
+            return NOTHING
+        return f"{show(value.mean)} ± {show_deviation(value.deviation)}" if value.deviation else show(value.mean)
+
+    head = [
+        "recipe",
+        "method",
+        "seeds",
+        "rounds",
+        "test, base",
+        "test, tuned",
+        "mean client",
+        "worst client",
+        "up",
+        "down",
+        "time",
+    ]
+    rows = [
+        [
+            row.name,
+            row.method,
+            ", ".join(map(str, row.seeds)),
+            f"{row.rounds}{'' if row.finished else ' (interrupted)'}",
+            *(
+                text(loss, number_text, short)
+                for loss in (row.test_before, row.test_after, row.mean_client, row.worst_client)
+            ),
+            *(text(size, bytes_text, bytes_text) for size in (row.bytes_up, row.bytes_down)),
+            text(row.seconds, seconds_text, seconds_text),
+        ]
+        for row in comparison.rows
+    ]
+    return table(head, rows, text_columns=3)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One recipe over the rounds that all its seeds measured; every array is (rounds,)."""
+
+    name: str
+    rounds: Floats
+    bytes: Floats
+    """Mean over seeds, as is `seconds`."""
+    seconds: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+
+
+def _measure(comparison: Comparison) -> tuple[str, list[_Line]]:
+    """Return the first loss that every run has measured, and each recipe's line of it."""
+    choices: tuple[tuple[str, Callable[[LossCurve], Floats]], ...] = (
+        ("global test loss", lambda curve: curve.test),
+        ("clients' mean held-out loss", lambda curve: curve.mean),
+        ("training loss", lambda curve: curve.training),
+    )
+    groups = [[loss_curve(run) for run in members] for members in comparison.groups]
+    for title, read in choices:
+        if all(not np.isnan(read(curve)).all() for curves in groups for curve in curves):
+            lines = [
+                _line(members[0].name, curves, read) for members, curves in zip(comparison.groups, groups, strict=True)
+            ]
+            return title, [line for line in lines if len(line.rounds)]
+    return "", []
+
+
+def _line(name: str, seeds: Sequence[LossCurve], read: Callable[[LossCurve], Floats]) -> _Line:
+    measured = [set(curve.rounds[~np.isnan(read(curve))].tolist()) for curve in seeds]
+    rounds = np.array(sorted(set.intersection(*measured)))
+    at = [np.flatnonzero(np.isin(curve.rounds, rounds)) for curve in seeds]
+    values = np.array([read(curve)[places] for curve, places in zip(seeds, at, strict=True)])  # (seeds, rounds)
+    return _Line(
+        name=name,
+        rounds=rounds,
+        bytes=np.mean([curve.bytes[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
+        seconds=np.mean([curve.seconds[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
+        mean=values.mean(axis=0),
+        low=values.min(axis=0),
+        high=values.max(axis=0),
+    )
+
+
+@styled
+def curves(comparison: Comparison) -> Figure | None:
+    """Draw each recipe's loss by round, by bytes and by seconds; None if the runs share no loss."""
+    title, lines = _measure(comparison)
+    if not lines:
+        return None
+    legend_rows = -(-len(lines) // 3)
+    figure = new_figure(9.6, 3.1 + 0.2 * legend_rows)
+    panels = figure.subplots(1, 3, sharey=True)
+    horizontal: tuple[Against, ...] = ("rounds", "bytes", "seconds")
+    for axes, against in zip(panels, horizontal, strict=True):
+        _draw(axes, lines, against)
+    panels[0].set_ylabel(f"{title} (nats per token)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return figure
+
+
+def _draw(axes: Axes, lines: Sequence[_Line], against: Against) -> None:
+    reach = max(float(getattr(line, against).max()) for line in lines)
+    size = axis_unit(axes, reach, against)
+    for index, line in enumerate(lines):
+        style = line_style(index, len(line.rounds))
+        x = getattr(line, against) / size
+        axes.fill_between(x, line.low, line.high, color=style["color"], alpha=0.16, linewidth=0)
+        axes.plot(x, line.mean, label=label(line.name, 34), **style)
+
+
+def _curve_table(comparison: Comparison) -> str:
+    title, lines = _measure(comparison)
+    rows = [
+        [
+            line.name,
+            str(int(line.rounds[index])),
+            *(number_text(float(values[index])) for values in (line.mean, line.low, line.high)),
+            bytes_text(float(line.bytes[index])),
+            seconds_text(float(line.seconds[index])),
+        ]
+        for line in lines
+        for index in range(len(line.rounds))
+    ]
+    return table(["recipe", "round", f"{title}, mean", "lowest seed", "highest seed", "traffic", "time"], rows)

@@ -1,0 +1,116 @@
+"""What the plots and tables show, computed from a run's records: losses, traffic and time by round."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.report.records import ClientScores, RoundRecord, Run, Scores, Standing, finite
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Every array is (rounds,); a loss that was not measured is NaN."""
+
+    rounds: Floats
+    bytes: Floats
+    """Up and down, all clients, from the start until the end of the round."""
+    seconds: Floats
+    """From the start until the end of the round."""
+    test: Floats
+    mean: Floats
+    """Plain mean of the clients' held-out losses."""
+    best: Floats
+    worst: Floats
+    training: Floats
+    """The cohort's mean training loss after its local steps."""
+
+
+def loss_curve(run: Run) -> LossCurve:
+    held_out = [[finite(scores.loss) for scores in record.held_out.values()] for record in run.rounds]
+    known = [[loss for loss in losses if not math.isnan(loss)] for losses in held_out]
+    return LossCurve(
+        rounds=np.array([record.round for record in run.rounds], dtype=np.float64),
+        bytes=np.cumsum([float(record.bytes_up + record.bytes_down) for record in run.rounds]),
+        seconds=np.cumsum([record.seconds for record in run.rounds]),
+        test=np.array([finite(record.test.loss) if record.test else math.nan for record in run.rounds]),
+        mean=np.array([float(np.mean(losses)) if losses else math.nan for losses in known]),
+        best=np.array([min(losses, default=math.nan) for losses in known]),
+        worst=np.array([max(losses, default=math.nan) for losses in known]),
+        training=np.array([finite(record.loss_after) for record in run.rounds]),
+    )
+
+
+def natural(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Return a sorting key under which client-2 stands before client-10."""
+    parts = re.split(r"([0-9]+)", name)
+    return tuple((0, int(part)) if index % 2 else (1, part) for index, part in enumerate(parts))
+
+
+def client_names(run: Run) -> list[str]:
+    """Return every client that the run mentions, in natural order."""
+    names: set[str] = set(run.summary.clients) if run.summary else set()
+    for record in run.rounds:
+        names.update(record.clients, record.cohort, record.held_out)
+    return sorted(names, key=natural)
+
+
+def training_rounds(run: Run) -> list[RoundRecord]:
+    return [record for record in run.rounds if record.round > 0]
+
+
+def gains(run: Run, names: list[str]) -> Floats:
+    """Return (clients, training rounds): how much each training loss fell in its round; NaN without an update."""
+    rounds = training_rounds(run)
+    table = np.full((len(names), len(rounds)), math.nan)
+    row = {name: index for index, name in enumerate(names)}
+    for column, record in enumerate(rounds):
+        for name, client in record.clients.items():
+            if client.status == "ok":
+                table[row[name], column] = finite(client.loss_before) - finite(client.loss_after)
+    return table
+
+
+def standings(run: Run) -> tuple[Standing, Standing]:
+    """Return the global model before and after: the summary's, or the first and last round that was evaluated."""
+    if run.summary:
+        return run.summary.before, run.summary.after
+    evaluated = [record for record in run.rounds if record.test or record.held_out]
+    return (_standing(evaluated[0]), _standing(evaluated[-1])) if evaluated else (Standing(), Standing())
+
+
+def _standing(record: RoundRecord) -> Standing:
+    losses = {name: finite(scores.loss) for name, scores in record.held_out.items()}
+    losses = {name: loss for name, loss in losses.items() if not math.isnan(loss)}
+    if not losses:
+        return Standing(test=record.test, held_out=record.held_out)
+    worst = max(sorted(losses, key=natural), key=lambda name: losses[name])
+    return Standing(
+        test=record.test,
+        held_out=record.held_out,
+        mean=Scores(loss=float(np.mean(list(losses.values())))),
+        worst=ClientScores(loss=losses[worst], client=worst),
+    )
+
+
+def paired_losses(run: Run) -> list[tuple[str, float, float]]:
+    """Return (client, held-out loss before, after), highest loss after first, of clients measured both times."""
+    before, after = standings(run)
+    names = sorted(before.held_out.keys() & after.held_out.keys(), key=natural)
+    pairs = [(name, finite(before.held_out[name].loss), finite(after.held_out[name].loss)) for name in names]
+    return sorted((pair for pair in pairs if not math.isnan(pair[1] + pair[2])), key=lambda pair: -pair[2])
+
+
+def kinds(modules: Iterable[str]) -> Mapping[str, list[str]]:
+    """Return the modules by the last part of their name (q_proj, v_proj, ...), each list in natural order."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(set(modules), key=natural):
+        groups.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    return groups

@@ -1,0 +1,243 @@
+"""The report of one run: one HTML file that needs nothing else, and its figures as PNG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fedtune.report import tables
+from fedtune.report.curves import client_names, kinds, loss_curve, paired_losses, standings, training_rounds
+from fedtune.report.drawing import png, svg
+from fedtune.report.plots import PLOTS
+from fedtune.report.records import Run, Scores, finite, read_run
+from fedtune.report.style import page
+from fedtune.report.units import bytes_text, number_text, seconds_text
+
+CAPTIONS: Mapping[str, tuple[str, str, Callable[[Run], str]]] = {
+    "loss-by-round": ("Loss by round", "The global model after each round; round 0 is the base.", tables.losses),
+    "loss-by-bytes": ("Loss by traffic", "What a lower loss cost in bytes.", tables.losses),
+    "loss-by-seconds": ("Loss by time", "What a lower loss cost in time.", tables.losses),
+    "before-after": ("Before and after, per client", "Held-out rows, never trained on.", tables.before_after),
+    "clients": ("Clients by rounds", "How much a client's training loss fell in its round.", tables.client_map),
+    "traffic": ("Bytes up and down", "Measured, all clients together.", tables.traffic),
+    "ranks": ("Rank of the global change", "Mean per kind of module; the band spans all of them.", tables.ranks),
+    "spectrum": ("Singular values of the global change", "After the last round.", tables.spectrum),
+}
+"""Title, caption and numbers of each figure of `PLOTS`."""
+
+
+def write_report(run: Path) -> Path:
+    """Write report.html and plots/*.png into a run directory and return the page's path.
+
+    Raises: StoreError if the directory cannot be read.
+    """
+    record = read_run(run)
+    figures = {name: figure for name, draw in PLOTS.items() if (figure := draw(record)) is not None}
+    folder = run / "plots"
+    folder.mkdir(exist_ok=True)
+    for name in PLOTS:
+        if name in figures:
+            (folder / f"{name}.png").write_bytes(png(figures[name]))
+        else:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+    target = run / "report.html"
+    replace_text(target, render(record, figures))
+    return target
+
+
+def replace_text(target: Path, text: str) -> None:
+    """Write the file beside its place and move it there, so that a reader never sees half of it."""
+    part = target.with_name(target.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, target)
+
+
+def render(run: Run, figures: Mapping[str, Figure]) -> str:
+    """Return the whole page."""
+    sections = (
+        _header(run),
+        _key_numbers(run),
+        _section(
+            "Learning", _figures(run, figures, "loss-by-round", "loss-by-bytes", "loss-by-seconds") + _scores(run)
+        ),
+        _section(
+            "Clients",
+            _figures(run, figures, "before-after", "clients") + _details("Totals per client", tables.clients(run)),
+        ),
+        _section("A sample", _sample(run)),
+        _section("Failures", _failures(run)),
+        _section("What leaves a client", _leaving(run) + _figures(run, figures, "traffic")),
+        _section("The adapter", _figures(run, figures, "ranks", "spectrum")),
+        _section("Recipe", f"<pre>{escape(run.recipe)}</pre>"),
+        _section("Provenance", _provenance(run)),
+    )
+    return page(f"{run.name}: report", "".join(sections))
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{body}</details>" if body else ""
+
+
+def figure_card(name: str, title: str, caption: str, figure: Figure, numbers: str) -> str:
+    """Return one figure with its caption and the numbers it is drawn from."""
+    drawing = svg(figure, name=name, title=escape(title))
+    return (
+        f'<figure class="{name}"><figcaption><b>{escape(title)}</b> {escape(caption)}</figcaption>'
+        f'<div class="plot">{drawing}</div>{_details("Numbers", numbers)}</figure>'
+    )
+
+
+def _figures(run: Run, figures: Mapping[str, Figure], *names: str) -> str:
+    cards = []
+    for name in names:
+        title, caption, numbers = CAPTIONS[name]
+        if name in figures:
+            cards.append(figure_card(name, title, caption, figures[name], numbers(run)))
+    return f'<div class="figures">{"".join(cards)}</div>' if cards else ""
+
+
+def _header(run: Run) -> str:
+    done = run.rounds[-1].round
+    notes = []
+    if run.state == "interrupted":
+        notes.append(f"The run was interrupted after round {done}; what follows is its state there.")
+    if run.torn:
+        notes.append("The last line of rounds.jsonl was cut off by the interruption and is left out.")
+    warning = "".join(f'<p class="note">⚠ {escape(note)}</p>' for note in notes)
+    versions = ", ".join(f"{name} {version}" for name, version in run.summary.versions.items()) if run.summary else ""
+    facts = [
+        ("method", run.method),
+        ("seed", str(run.seed)),
+        ("base", run.summary.base.name if run.summary else ""),
+        ("clients", str(len(client_names(run)))),
+        ("rounds", str(done)),
+        ("state", run.state),
+        ("versions", versions),
+    ]
+    terms = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(text)}</dd></div>" for term, text in facts if text)
+    return f"<header><p>fedtune report</p><h1>{escape(run.name)}</h1><dl>{terms}</dl>{warning}</header>"
+
+
+def _key_numbers(run: Run) -> str:
+    before, after = standings(run)
+    tiles = [_loss_tile("test loss", before.test, after.test), _loss_tile("mean of clients", before.mean, after.mean)]
+    worst = after.worst.client if after.worst else ""
+    tiles.append(_loss_tile("worst client", before.worst, after.worst, note=worst))
+    pairs = paired_losses(run)
+    if pairs:
+        better = sum(last < first for _, first, last in pairs)
+        tiles.append(("clients improved", f"{better} of {len(pairs)}", "held-out loss below the base's"))
+    up, down = (sum(getattr(record, side) for record in run.rounds) for side in ("bytes_up", "bytes_down"))
+    rounds = training_rounds(run)
+    each = max(1, sum(len(record.clients) for record in rounds))
+    tiles.append(("sent up", bytes_text(up), f"{bytes_text(up / each)} per client and round"))
+    tiles.append(("sent down", bytes_text(down), f"{bytes_text(down / each)} per client and round"))
+    seconds = float(loss_curve(run).seconds[-1])
+    typical = float(np.median([record.seconds for record in rounds])) if rounds else None
+    tiles.append(
+        (
+            "time",
+            seconds_text(run.summary.seconds if run.summary else seconds),
+            f"{seconds_text(typical)} a round (median)",
+        )
+    )
+    if run.summary and run.summary.trainable and run.summary.base.parameters:
+        share = 100 * run.summary.trainable / run.summary.base.parameters
+        tiles.append(
+            (
+                "trainable",
+                number_text(run.summary.trainable),
+                f"{share:.2g} % of {number_text(run.summary.base.parameters)}",
+            )
+        )
+    count = len(tables.failures(run))
+    tiles.append(("failures", str(count), "see below" if count else "every update was used"))
+    boxes = "".join(
+        f"<div><dt>{escape(title)}</dt><dd>{escape(value)}</dd><dd>{escape(note)}</dd></div>"
+        for title, value, note in tiles
+        if value
+    )
+    return f'<dl class="tiles">{boxes}</dl>'
+
+
+def _loss_tile(title: str, before: Scores | None, after: Scores | None, note: str = "") -> tuple[str, str, str]:
+    if before is None or after is None:
+        return title, "", ""
+    old, new = finite(before.loss), finite(after.loss)
+    if not note and before.perplexity is not None and after.perplexity is not None:
+        note = f"perplexity {number_text(before.perplexity, 3)} → {number_text(after.perplexity, 3)}"
+    return title, f"{number_text(old)} → {number_text(new)}", note
+
+
+def _scores(run: Run) -> str:
+    before, after = standings(run)
+    return _details("All scores, base and tuned", tables.scores(run)) if before != after or before.test else ""
+
+
+def _sample(run: Run) -> str:
+    sample = run.summary.sample if run.summary else None
+    if sample is None:
+        return ""
+    parts = (("prompt", sample.prompt), ("base", sample.before), ("tuned", sample.after))
+    return (
+        '<div class="sample">'
+        + "".join(f"<div><h3>{title}</h3><p>{escape(text)}</p></div>" for title, text in parts)
+        + "</div>"
+    )
+
+
+def _failures(run: Run) -> str:
+    failures = tables.failures(run)
+    if not failures:
+        return "<p>None: every update that was asked for came back and was used.</p>"
+    rows = [[str(each.round), each.client, each.kind, each.reason] for each in failures]
+    listing = tables.table(["round", "client", "what", "reason"], rows, text_columns=4)
+    return listing if len(rows) <= 20 else f"<p>{len(rows)} in all.</p>" + _details("All failures", listing)
+
+
+def _leaving(run: Run) -> str:
+    """Say what the server was sent, from what the rounds recorded."""
+    sent = [client for record in run.rounds for client in record.clients.values() if client.bytes_up]
+    modules = next((record.modules for record in reversed(run.rounds) if record.modules), {})
+    parts = []
+    if sent:
+        sizes = [client.bytes_up or 0 for client in sent]
+        low, high = bytes_text(min(sizes)), bytes_text(max(sizes))
+        size = low if low == high else f"{low} to {high}"
+        parts.append(f"<li>{size} per update, {len(sent)} updates, {bytes_text(sum(sizes))} in all.</li>")
+    if modules:
+        named = ", ".join(
+            f"<code>{escape(kind)}</code> in {len(names)} layers" for kind, names in kinds(modules).items()
+        )
+        parts.append(f"<li>Tensors: low-rank factors of {len(modules)} modules ({named}).</li>")
+    if any(record.clients for record in run.rounds):
+        parts.append(
+            "<li>Numbers: rank, steps, examples, tokens, losses before and after, seconds, peak memory, norm.</li>"
+        )
+    if not parts:
+        return ""
+    parts.append(
+        "<li>Training rows are not part of an update. The factors are computed from them, so whoever reads "
+        "a single update may infer something about its rows: protect it in transit and at the server.</li>"
+    )
+    names = "".join(f"<li><code>{escape(name)}</code>, rank {module.rank}</li>" for name, module in modules.items())
+    return f"<ul>{''.join(parts)}</ul>" + _details("Every module", f"<ul>{names}</ul>" if names else "")
+
+
+def _provenance(run: Run) -> str:
+    if run.summary is None:
+        return "<p>No summary.json: the run has not finished.</p>"
+    base = run.summary.base
+    rows = [["base", base.name], ["base digest", base.digest], ["adapter digest", run.summary.adapter_digest]]
+    rows += [[f"version of {name}", version] for name, version in run.summary.versions.items()]
+    rows += [[f"machine: {name}", str(value)] for name, value in run.summary.machine.items()]
+    return tables.table(["what", "value"], [row for row in rows if row[1]], text_columns=2)

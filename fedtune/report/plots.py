@@ -1,0 +1,364 @@
+"""The figures of a run's report; each returns None where the run has nothing to draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from fedtune.report.curves import (
+    Floats,
+    client_names,
+    gains,
+    kinds,
+    loss_curve,
+    paired_losses,
+    training_rounds,
+)
+from fedtune.report.drawing import COLOURS, INK, MUTED, label, line_style, new_figure, styled, whole_rounds
+from fedtune.report.records import Run, finite
+from fedtune.report.units import bytes_unit, seconds_unit
+
+Against = Literal["rounds", "bytes", "seconds"]
+
+
+@styled
+def loss(run: Run, against: Against) -> Figure | None:
+    """Draw the test loss, the clients' mean held-out loss and the band between best and worst client."""
+    curve = loss_curve(run)
+    if all(np.isnan(values).all() for values in (curve.test, curve.mean, curve.training)):
+        return None
+    figure = new_figure(7.4, 3.3) if against == "rounds" else new_figure(5.4, 3.1)
+    axes = figure.subplots()
+    along: Floats = getattr(curve, against)
+    x = along / axis_unit(axes, float(along.max()), against)
+    every = max(1, len(x) // 14)
+    band = ~np.isnan(curve.best)
+    if band.any():
+        axes.fill_between(
+            x[band],
+            curve.best[band],
+            curve.worst[band],
+            color=COLOURS[0],
+            alpha=0.13,
+            linewidth=0,
+            label="best to worst client",
+        )
+        for edge in (curve.best, curve.worst):
+            axes.plot(x[band], edge[band], color=COLOURS[0], alpha=0.55, linewidth=0.7)
+    _line(axes, x, curve.mean, "mean of clients, held out", color=COLOURS[0], marker="o", markevery=every)
+    _line(axes, x, curve.test, "global test", color=COLOURS[1], marker="s", linestyle=(0, (5, 2)), markevery=every)
+    _line(
+        axes,
+        x,
+        curve.training,
+        "training, cohort",
+        color=MUTED,
+        linestyle=(0, (1, 1.6)),
+        linewidth=1.3,
+        marker=".",
+        markevery=every,
+    )
+    axes.set_ylabel("loss (nats per token)")
+    axes.margins(x=0.02)
+    figure.legend(loc="outside upper left", ncols=4 if against == "rounds" else 2)
+    return figure
+
+
+def axis_unit(axes: Axes, reach: float, against: Against) -> float:
+    """Label the horizontal axis with a unit that fits up to `reach` and return the unit's size."""
+    if against == "rounds":
+        whole_rounds(axes)
+        return 1.0
+    size, unit = bytes_unit(reach) if against == "bytes" else seconds_unit(reach)
+    axes.set_xlabel(f"{'traffic, all clients' if against == 'bytes' else 'time'} ({unit})")
+    return size
+
+
+def _line(axes: Axes, x: Floats, y: Floats, text: str, **style: object) -> None:
+    known = ~np.isnan(y)
+    if known.any():
+        axes.plot(x[known], y[known], label=text, **style)  # type: ignore[arg-type]
+
+
+@styled
+def traffic(run: Run) -> Figure | None:
+    """Draw bytes up (above the axis) and down (below it) per round, and both summed from the start."""
+    rounds = training_rounds(run)
+    up = np.array([float(record.bytes_up) for record in rounds])
+    down = np.array([float(record.bytes_down) for record in rounds])
+    if not rounds or up.sum() + down.sum() == 0:
+        return None
+    number = np.array([record.round for record in rounds], dtype=np.float64)
+    figure = new_figure(7.4, 3.0)
+    each, total = figure.subplots(1, 2)
+    size, unit = bytes_unit(float(max(up.max(), down.max())))
+    width = 0.78 if len(rounds) <= 60 else 1.0
+    fine = {"edgecolor": "white", "linewidth": 0.0 if len(rounds) > 60 else 0.5}
+    each.bar(number, up / size, width, color=COLOURS[1], label="up: clients to server", **fine)
+    hatch = "////" if len(rounds) <= 60 else None
+    each.bar(number, -down / size, width, color=COLOURS[5], label="down: server to clients", hatch=hatch, **fine)
+    each.axhline(0, color=INK, linewidth=0.8)
+    each.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
+    each.set(title="per round", ylabel=f"{unit}, down below, up above")
+    size, unit = bytes_unit(float(max(up.sum(), down.sum())))
+    every = max(1, len(rounds) // 10)
+    total.plot(number, np.cumsum(up) / size, color=COLOURS[1], marker="^", markevery=every)
+    total.plot(number, np.cumsum(down) / size, color=COLOURS[5], marker="v", markevery=every, linestyle=(0, (5, 2)))
+    total.set(title="summed", ylabel=unit)
+    total.set_ylim(bottom=0)
+    for axes in (each, total):
+        whole_rounds(axes)
+    figure.legend(*each.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    return figure
+
+
+@styled
+def client_map(run: Run) -> Figure | None:
+    """Draw clients by rounds: how much the training loss fell, and who failed, was refused or was absent."""
+    names, rounds = client_names(run), training_rounds(run)
+    if not names or not rounds:
+        return None
+    table = gains(run, names)
+    row_height = min(0.3, 9.0 / len(names))
+    figure = new_figure(7.4, max(2.2, 1.5 + row_height * len(names)))
+    axes = figure.subplots()
+    axes.grid(visible=False)
+    reach = float(np.nanmax(np.abs(table))) if not np.isnan(table).all() else 1.0
+    worse = bool((table < 0).any())
+    # Symmetric about zero only if somebody got worse: else half of the scale would lie idle.
+    colours = (
+        colormaps["PuOr"].with_extremes(bad="#f4f6f7") if worse else colormaps["PuBu"].with_extremes(bad="#f4f6f7")
+    )
+    image = axes.imshow(
+        np.ma.masked_invalid(table),
+        aspect="auto",
+        interpolation="none",
+        cmap=colours,
+        norm=Normalize(-reach if worse else 0.0, reach or 1.0),
+    )
+    figure.colorbar(image, ax=axes, label="loss gained in the round", pad=0.015, fraction=0.04)
+    _map_marks(axes, run, names, row_height)
+    _map_numbers(axes, table, reach, worse=worse)
+    axes.spines[:].set_visible(False)
+    step = 1 if row_height >= 0.085 else math.ceil(0.085 / row_height)
+    size = min(8.5, row_height * 72 * 0.82 * step)
+    axes.set_yticks(range(0, len(names), step), [label(name) for name in names[::step]], fontsize=size)
+    spacing = next(step for step in (1, 2, 5, 10, 20, 50, 100, len(rounds)) if len(rounds) / step <= 14)
+    ticks = [column for column, record in enumerate(rounds) if record.round % spacing == 0 or column == 0]
+    axes.set_xticks(ticks, [str(rounds[column].round) for column in ticks])
+    axes.set_xlabel("round")
+    axes.tick_params(length=0)
+    marks = [
+        Line2D([], [], color=INK, marker="x", linestyle="", label="failed"),
+        Line2D([], [], color=INK, marker="o", markerfacecolor="none", linestyle="", label="refused"),
+        Line2D([], [], color="#b8c2c8", marker="s", markerfacecolor="#f4f6f7", linestyle="", label="absent (blank)"),
+    ]
+    if worse:
+        marks.append(Line2D([], [], color=INK, marker="_", linestyle="", label="loss rose"))
+    figure.legend(handles=marks, loc="outside upper left", ncols=len(marks))
+    return figure
+
+
+def _map_marks(axes: Axes, run: Run, names: Sequence[str], row_height: float) -> None:
+    row = {name: index for index, name in enumerate(names)}
+    size = float(np.clip((row_height * 72 * 0.5) ** 2, 3.0, 40.0))
+    width = 1.0 if size > 10 else 0.6
+    for status in ("failed", "refused"):
+        cells = [
+            (column, row[name])
+            for column, record in enumerate(training_rounds(run))
+            for name, client in record.clients.items()
+            if client.status == status
+        ]
+        x, y = [column for column, _ in cells], [line for _, line in cells]
+        if status == "failed":
+            axes.scatter(x, y, s=size, linewidths=width, marker="x", color=INK)
+        else:
+            axes.scatter(x, y, s=size, linewidths=width, marker="o", facecolors="none", edgecolors=INK)
+
+
+def _map_numbers(axes: Axes, table: Floats, reach: float, *, worse: bool) -> None:
+    """Write the numbers into the cells where they fit; else a bar marks the cells whose loss rose."""
+    rows, columns = table.shape
+    if columns <= 14 and rows <= 30:
+        for (row, column), value in np.ndenumerate(table):
+            if not math.isnan(value):
+                dark = abs(value) > (0.62 if worse else 0.6) * reach
+                axes.text(
+                    column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else INK
+                )
+    elif worse:
+        at = np.argwhere(table < 0)
+        axes.scatter(at[:, 1], at[:, 0], marker="_", s=6, color=INK, linewidths=0.7)
+
+
+@styled
+def ranks(run: Run) -> Figure | None:
+    """Draw the global change's rank and the energy kept when it was cut, over rounds, per kind of module."""
+    rounds = [record for record in run.rounds if record.modules]
+    if not rounds:
+        return None
+    groups = kinds(name for record in rounds for name in record.modules)
+    number = np.array([record.round for record in rounds], dtype=np.float64)
+    figure = new_figure(7.4, 3.1)
+    left, right = figure.subplots(1, 2)
+    left.set_title("rank of the global change")
+    right.set_title("energy kept")
+    rank = [{name: float(module.rank) for name, module in record.modules.items()} for record in rounds]
+    energy = [{name: finite(module.energy_kept) for name, module in record.modules.items()} for record in rounds]
+    _group_bands(left, number, groups, rank)
+    if not _group_bands(right, number, groups, energy):
+        right.text(0.5, 0.5, "nothing was cut", ha="center", va="center", transform=right.transAxes, color=MUTED)
+    for axes in (left, right):
+        whole_rounds(axes)
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
+    left.set_ylim(bottom=0)
+    right.set_ylim(max(0.0, right.get_ylim()[0]), 1.0)
+    right.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.5g} %"))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4)
+    return figure
+
+
+def _group_bands(
+    axes: Axes, number: Floats, groups: Mapping[str, list[str]], values: Sequence[Mapping[str, float]]
+) -> bool:
+    drawn = False
+    for index, (kind, names) in enumerate(groups.items()):
+        table = np.array([[row.get(name, math.nan) for name in names] for row in values])  # (rounds, modules)
+        known = ~np.isnan(table).all(axis=1)
+        if not known.any():
+            continue
+        drawn = True
+        x, table = number[known], table[known]
+        axes.plot(x, np.nanmean(table, axis=1), label=f"{label(kind)} ({len(names)})", **line_style(index, len(x)))
+        axes.fill_between(
+            x,
+            np.nanmin(table, axis=1),
+            np.nanmax(table, axis=1),
+            color=COLOURS[index % len(COLOURS)],
+            alpha=0.13,
+            linewidth=0,
+        )
+    return drawn
+
+
+@styled
+def spectrum(run: Run) -> Figure | None:
+    """Draw the singular values of the last round's global change, one panel per kind, one line per module."""
+    record = next((record for record in reversed(run.rounds) if record.modules), None)
+    values = {name: np.array(module.singular_values) for name, module in record.modules.items()} if record else {}
+    values = {name: line[line > 0] for name, line in values.items() if (line > 0).any()}
+    if not values:
+        return None
+    groups = kinds(values)
+    columns = min(4, len(groups))
+    lines = math.ceil(len(groups) / columns)
+    figure = new_figure(7.4 if columns > 1 else 5.0, 0.7 + 2.3 * lines)
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    shades = colormaps["viridis"]
+    for axes, (kind, names) in zip(panels.flat, groups.items(), strict=False):
+        for depth, name in enumerate(names):
+            y = values[name]
+            share = depth / max(1, len(names) - 1)
+            ends = depth in (0, len(names) - 1)
+            axes.semilogy(
+                np.arange(1, len(y) + 1),
+                y,
+                color=shades(0.85 * share),
+                linewidth=1.6 if ends else 0.8,
+                marker=("o" if depth == 0 else "s") if ends else None,
+                markersize=3.5,
+                markevery=max(1, len(y) // 8),
+                label=label(names[depth].rsplit(".", 1)[0], 26) if ends else None,
+            )
+        axes.yaxis.set_major_locator(LogLocator(numticks=7, subs=(1.0,) if _decades(values) > 1.5 else (1.0, 2.0, 5.0)))
+        axes.set_title(f"{label(kind)} ({len(names)})")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    for axes in list(panels.flat)[len(groups) :]:
+        axes.set_visible(False)
+    panels[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panels[0, 0].yaxis.set_minor_formatter(NullFormatter())
+    figure.supxlabel("index", fontsize=9)
+    figure.supylabel("singular value", fontsize=9)
+    ends_only = [
+        Line2D([], [], color=shades(0.0), marker="o", markersize=3.5, label="first module"),
+        Line2D([], [], color=shades(0.85), marker="s", markersize=3.5, label="last module"),
+        Line2D([], [], color=shades(0.42), linewidth=0.8, label="between"),
+    ]
+    figure.legend(handles=ends_only, loc="outside upper left", ncols=3)
+    return figure
+
+
+def _decades(values: Mapping[str, Floats]) -> float:
+    return math.log10(max(line.max() for line in values.values()) / min(line.min() for line in values.values()))
+
+
+@styled
+def before_after(run: Run) -> Figure | None:
+    """Draw each client's held-out loss of the base and of the tuned model, highest loss after on top."""
+    pairs = paired_losses(run)
+    if not pairs:
+        return None
+    row_height = min(0.28, 9.5 / len(pairs))
+    figure = new_figure(7.4, 1.15 + row_height * len(pairs))
+    axes = figure.subplots()
+    axes.grid(visible=False, axis="y")
+    rows = np.arange(len(pairs))
+    before = np.array([pair[1] for pair in pairs])
+    after = np.array([pair[2] for pair in pairs])
+    size = float(np.clip((row_height * 72 * 0.42) ** 2, 8.0, 42.0))
+    better = after <= before
+    axes.hlines(rows[better], after[better], before[better], color="#9db4c4", linewidth=1.6, zorder=1)
+    axes.scatter(before, rows, s=size, facecolors="white", edgecolors=MUTED, linewidths=1.2, label="base", zorder=2)
+    axes.scatter(after[better], rows[better], s=size, color=COLOURS[0], label="tuned", zorder=3)
+    if not better.all():
+        axes.hlines(
+            rows[~better],
+            before[~better],
+            after[~better],
+            color=COLOURS[1],
+            linewidth=1.6,
+            linestyle=(0, (2, 1.5)),
+            zorder=1,
+        )
+        axes.scatter(
+            after[~better],
+            rows[~better],
+            s=size,
+            marker="X",
+            color=COLOURS[1],
+            label="tuned, worse than the base",
+            zorder=3,
+        )
+    step = 1 if row_height >= 0.075 else math.ceil(0.075 / row_height)
+    axes.set_yticks(
+        rows[::step], [label(name) for name, *_ in pairs[::step]], fontsize=min(8.5, row_height * step * 72 * 0.82)
+    )
+    axes.set_ylim(len(pairs) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("held-out loss (nats per token)")
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+PLOTS: Mapping[str, Callable[[Run], Figure | None]] = {
+    "loss-by-round": lambda run: loss(run, "rounds"),
+    "loss-by-bytes": lambda run: loss(run, "bytes"),
+    "loss-by-seconds": lambda run: loss(run, "seconds"),
+    "before-after": before_after,
+    "clients": client_map,
+    "traffic": traffic,
+    "ranks": ranks,
+    "spectrum": spectrum,
+}
+"""File name of each figure, in the order of the page."""

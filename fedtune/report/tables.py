@@ -1,0 +1,200 @@
+"""The numbers under each plot, and the other tables of a report, as HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from fedtune.report.curves import Floats, client_names, kinds, loss_curve, paired_losses, standings, training_rounds
+from fedtune.report.records import FailureRecord, Run, Scores, finite
+from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
+
+METRICS: Mapping[str, str] = {
+    "loss": "loss (nats per token)",
+    "perplexity": "perplexity",
+    "bits_per_character": "bits per character",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "exact match",
+    "examples": "examples",
+    "tokens": "tokens",
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
+    """Return an HTML table of escaped texts; all but the first `text_columns` columns are aligned as numbers."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        marks = ("" if index < text_columns else ' class="n"' for index in range(len(row)))
+        return "".join(f"<{tag}{mark}>{escape(text)}</{tag}>" for mark, text in zip(marks, row, strict=True))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def losses(run: Run) -> str:
+    curve = loss_curve(run)
+    columns = (curve.test, curve.mean, curve.best, curve.worst, curve.training)
+    rows = [
+        [
+            str(int(curve.rounds[index])),
+            *(number_text(float(column[index])) for column in columns),
+            bytes_text(float(curve.bytes[index])),
+            seconds_text(float(curve.seconds[index])),
+        ]
+        for index in range(len(curve.rounds))
+    ]
+    head = [
+        "round",
+        "test",
+        "mean of clients",
+        "best client",
+        "worst client",
+        "training",
+        "traffic so far",
+        "time so far",
+    ]
+    return table(head, rows)
+
+
+def traffic(run: Run) -> str:
+    rounds = training_rounds(run)
+    up = np.cumsum([record.bytes_up for record in rounds])
+    down = np.cumsum([record.bytes_down for record in rounds])
+    rows = [
+        [
+            str(record.round),
+            *map(bytes_text, (record.bytes_up, record.bytes_down, float(up[index]), float(down[index]))),
+            str(sum(client.status == "ok" for client in record.clients.values())),
+        ]
+        for index, record in enumerate(rounds)
+    ]
+    return table(["round", "up", "down", "up so far", "down so far", "clients used"], rows)
+
+
+def client_map(run: Run) -> str:
+    rounds = training_rounds(run)
+
+    def cell(name: str, column: int) -> str:
+        client = rounds[column].clients.get(name)
+        if client is None:
+            return ""
+        if client.status != "ok":
+            return client.status
+        return number_text(finite(client.loss_before) - finite(client.loss_after), 3)
+
+    rows = [[name, *(cell(name, column) for column in range(len(rounds)))] for name in client_names(run)]
+    return table(["client", *(str(record.round) for record in rounds)], rows)
+
+
+def before_after(run: Run) -> str:
+    rows = [[name, *map(number_text, (before, after, after - before))] for name, before, after in paired_losses(run)]
+    return table(["client", "base", "tuned", "change"], rows)
+
+
+def _span(values: Floats, text: Callable[[float], str]) -> str:
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return NOTHING
+    low, high = text(float(known.min())), text(float(known.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def ranks(run: Run) -> str:
+    rounds = [record for record in run.rounds if record.modules]
+    groups = kinds(name for record in rounds for name in record.modules)
+    rows = []
+    for record in rounds:
+        row = [str(record.round)]
+        for names in groups.values():
+            modules = [record.modules[name] for name in names if name in record.modules]
+            row.append(_span(np.array([float(module.rank) for module in modules]), lambda value: f"{value:.0f}"))
+            energy = np.array([finite(module.energy_kept) for module in modules])
+            row.append(_span(energy, lambda value: f"{100 * value:.3f} %"))
+        rows.append(row)
+    head = [text for kind in groups for text in (f"{kind}: rank", f"{kind}: energy kept")]
+    return table(["round", *head], rows)
+
+
+def spectrum(run: Run) -> str:
+    record = next((record for record in reversed(run.rounds) if record.modules), None)
+    if record is None:
+        return ""
+    rows = [
+        [
+            name,
+            str(record.modules[name].rank),
+            number_text(record.modules[name].norm, 3),
+            " ".join(number_text(value, 3) for value in record.modules[name].singular_values),
+        ]
+        for names in kinds(record.modules).values()
+        for name in names
+    ]
+    return table([f"module, round {record.round}", "rank", "norm", "singular values"], rows)
+
+
+def scores(run: Run) -> str:
+    """Return every metric that was measured, of the base and of the tuned model."""
+    before, after = standings(run)
+    pairs: tuple[tuple[str, Scores | None, Scores | None], ...] = (
+        ("global test", before.test, after.test),
+        ("mean of clients", before.mean, after.mean),
+        (_worst_name(run), before.worst, after.worst),
+    )
+    rows = []
+    for where, old, new in pairs:
+        for key, title in METRICS.items():
+            first, last = _metric(old, key), _metric(new, key)
+            if first is None and last is None:
+                continue
+            change = "" if key in ("examples", "tokens") else number_text(finite(last) - finite(first), 3)
+            rows.append([where, title, number_text(first), number_text(last), change])
+    return table(["measured on", "metric", "base", "tuned", "change"], rows, text_columns=2)
+
+
+def _worst_name(run: Run) -> str:
+    before, after = standings(run)
+    names = [worst.client for worst in (before.worst, after.worst) if worst]
+    return "worst client: " + " (base), ".join(dict.fromkeys(names)) + (" (tuned)" if len(set(names)) > 1 else "")
+
+
+def _metric(scores: Scores | None, key: str) -> float | int | None:
+    value: float | int | None = getattr(scores, key, None)
+    return value if value is None or math.isfinite(value) else None
+
+
+def clients(run: Run) -> str:
+    """Return what each client had, sent and received over the whole run."""
+    if run.summary is None or not run.summary.clients:
+        return ""
+    rows = [
+        [
+            name,
+            number_text(each.examples),
+            number_text(each.rank),
+            bytes_text(each.bytes_up),
+            bytes_text(each.bytes_down),
+            seconds_text(each.seconds),
+            str(each.failures),
+        ]
+        for name, each in (
+            (name, run.summary.clients[name]) for name in client_names(run) if name in run.summary.clients
+        )
+    ]
+    return table(["client", "examples", "rank", "sent up", "received", "time", "failures"], rows)
+
+
+def failures(run: Run) -> Sequence[FailureRecord]:
+    """Return the summary's failures or, without one, those that the rounds tell."""
+    if run.summary:
+        return run.summary.failures
+    return [
+        FailureRecord(round=record.round, client=name, kind=client.status, reason=client.reason)
+        for record in run.rounds
+        for name, client in record.clients.items()
+        if client.status != "ok"
+    ]

@@ -1,0 +1,136 @@
+"""Adapters on disk in PEFT's format, which `PeftModel.from_pretrained` loads; written and read without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedtune.adapter import Adapter, Factors, pack
+from fedtune.errors import StoreError
+from fedtune.store.files import guarded, new_folder
+from fedtune.tensors import Array, Tensors
+from fedtune.tensors import digest as tensors_digest
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the base model's own names."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an adapter's configuration must say of the model it belongs to."""
+
+    base: str
+    """Folder or hub name of the base."""
+    revision: str | None
+    task: str
+    """causal | classification"""
+    fan_in_fan_out: bool
+    """Whether the adapted layers hold their weights as (in, out), as GPT-2's do."""
+    saved_modules: Sequence[str]
+
+
+def config(adapter: Adapter, target: Target) -> Mapping[str, Any]:
+    """Return adapter_config.json: r = alpha everywhere, so that PEFT's scale is 1 for every layer.
+
+    Both patterns carry the same ranks: without alpha_pattern PEFT would scale each layer by r / its own rank.
+    """
+    ranks = {name: factors.rank for name, factors in sorted(adapter.items())}
+    largest = max(ranks.values())
+    # PEFT matches the keys as regular expressions behind any prefix.
+    pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if target.task == "classification" else "CAUSAL_LM",
+        "base_model_name_or_path": target.base,
+        "revision": target.revision,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+        "modules_to_save": sorted(target.saved_modules) or None,
+        "bias": "none",
+        "fan_in_fan_out": target.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def write(path: Path, adapter: Adapter, saved: Tensors, target: Target, provenance: Mapping[str, Any]) -> Path:
+    """Write adapter_model.safetensors, adapter_config.json and fedtune.json in one step, and return the folder.
+
+    A module of rank 0 is left out, of the targets too; an adapter that changes nothing keeps its modules at rank 1.
+    """
+    kept = {name: factors for name, factors in adapter.items() if factors.rank > 0}
+    if not kept:
+        kept = {name: Factors(a=zeros((1, f.shape[1])), b=zeros((f.shape[0], 1))) for name, f in adapter.items()}
+    tensors = {f"{PREFIX}{name}": np.ascontiguousarray(array, np.float32) for name, array in saved.items()}
+    for name, factors in kept.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(factors.a, np.float32)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(factors.b, np.float32)
+    with new_folder(path) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(config(kept, target), indent=1) + "\n")
+        (folder / "fedtune.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    return path
+
+
+def zeros(shape: tuple[int, int]) -> Array:
+    return np.zeros(shape, np.float32)
+
+
+def read(path: Path) -> tuple[Adapter, Tensors, Mapping[str, Any]]:
+    """Return (adapter of scale 1, modules_to_save, provenance) of a folder that `write` made.
+
+    Raises:
+        StoreError: if a file is missing, torn, or not fedtune's.
+    """
+    weights = path / "adapter_model.safetensors"
+    with guarded(path):
+        if not weights.is_file():
+            raise StoreError(f"{path}: expected an adapter (adapter_model.safetensors); run fedtune simulate first")
+        provenance = json.loads((path / "fedtune.json").read_text(encoding="utf-8"))
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise StoreError(f"{weights}: expected a whole safetensors file; {error}; export the run again") from error
+    sides: dict[str, dict[str, Array]] = {}
+    saved: dict[str, Array] = {}
+    for key, array in tensors.items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        if match:
+            sides.setdefault(match[1], {})[match[2].lower()] = array
+        else:
+            saved[key.removeprefix(PREFIX)] = array
+    torn = sorted(name for name, pair in sides.items() if pair.keys() != {"a", "b"})
+    if torn:
+        raise StoreError(f"{weights}: expected both factors of every module; {torn[0]} has only one")
+    return {name: Factors(**pair) for name, pair in sorted(sides.items())}, saved, provenance
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 (hex) of the tensors of an adapter folder."""
+    adapter, saved, _ = read(path)
+    return tensors_digest({**pack(adapter), **saved})
+
+
+def target_of(settings: Mapping[str, Any]) -> Target:
+    """Return the target that an adapter_config.json describes, to write another adapter of the same base."""
+    return Target(
+        base=settings["base_model_name_or_path"],
+        revision=settings["revision"],
+        task="classification" if settings["task_type"] == "SEQ_CLS" else "causal",
+        fan_in_fan_out=settings["fan_in_fan_out"],
+        saved_modules=settings["modules_to_save"] or (),
+    )

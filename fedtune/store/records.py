@@ -1,0 +1,155 @@
+"""What a round's line and a run's summary say, built from results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedtune.adapter import Adapter
+from fedtune.lowrank import compress
+from fedtune.round import Failure
+from fedtune.rounds import RoundResult
+
+Metrics = Mapping[str, float]
+
+COUNTS = ("examples", "tokens", "generated")
+"""Metrics that say how much was scored, of which a mean over clients says nothing."""
+
+SPECTRUM = 64
+"""Singular values kept per module in a round's line; the largest ones."""
+
+
+def base_record(test: Metrics | None, held_out: Mapping[str, Metrics], seconds: float) -> Mapping[str, Any]:
+    """Return the line of round 0: the base before any training."""
+    return {
+        "round": 0,
+        "seconds": seconds,
+        "cohort": [],
+        "loss_before": None,
+        "loss_after": None,
+        "test": test,
+        "held_out": held_out,
+        "clients": {},
+        "bytes_down": 0,
+        "bytes_up": 0,
+        "modules": {},
+    }
+
+
+def round_record(
+    result: RoundResult,
+    adapter: Adapter,
+    *,
+    energy_kept: Mapping[str, float],
+    examples: Mapping[str, int],
+    test: Metrics | None,
+    held_out: Mapping[str, Metrics],
+) -> Mapping[str, Any]:
+    """Return the line of one round.
+
+    Args:
+        result: of the round.
+        adapter: the global model's change after the round.
+        energy_kept: share of squared singular values that the next broadcast keeps, by module.
+        examples: training examples by client.
+        test: scores on the test data, or None if not scored in this round.
+        held_out: scores by client.
+    """
+    clients = {name: client_record(result, name, examples[name]) for name in result.outcomes}
+    return {
+        "round": result.round,
+        "seconds": result.seconds,
+        "cohort": list(result.outcomes),
+        "loss_before": mean_loss(clients, "loss_before"),
+        "loss_after": mean_loss(clients, "loss_after"),
+        "test": test,
+        "held_out": held_out,
+        "clients": clients,
+        "bytes_down": sum(client["bytes_down"] for client in clients.values()),
+        "bytes_up": sum(client["bytes_up"] for client in clients.values()),
+        "modules": {name: module_record(adapter, name, energy_kept) for name in sorted(adapter)},
+    }
+
+
+def client_record(result: RoundResult, name: str, examples: int) -> Mapping[str, Any]:
+    outcome, plan, traffic = result.outcomes[name], result.assignments[name].plan, result.traffic[name]
+    record: dict[str, Any] = {
+        "status": "ok",
+        "reason": "",
+        "rank": plan.rank,
+        "steps": plan.training.steps,
+        "examples": examples,
+        "bytes_down": traffic.down,
+        "bytes_up": traffic.up,
+    }
+    if isinstance(outcome, Failure):
+        return record | {"status": outcome.kind, "reason": outcome.reason}
+    measured = outcome.measured
+    return record | {
+        "loss_before": measured.loss_before,
+        "loss_after": measured.loss_after,
+        "seconds": measured.seconds,
+        "peak_bytes": measured.peak_bytes,
+        "tokens": measured.tokens,
+        "norm": result.norms.get(name),
+    }
+
+
+def mean_loss(clients: Mapping[str, Mapping[str, Any]], key: str) -> float | None:
+    """Return the mean over the clients whose update was used, weighted by their examples."""
+    known = [(c[key], c["examples"]) for c in clients.values() if c["status"] == "ok" and c[key] is not None]
+    return sum(loss * n for loss, n in known) / sum(n for _, n in known) if known else None
+
+
+def module_record(adapter: Adapter, name: str, energy_kept: Mapping[str, float]) -> Mapping[str, Any]:
+    singular = compress(adapter[name]).s
+    record: dict[str, Any] = {
+        "rank": len(singular),
+        "norm": float(np.linalg.norm(singular)),
+        "singular_values": [float(f"{value:.6g}") for value in singular[:SPECTRUM]],
+    }
+    return record | ({"energy_kept": energy_kept[name]} if name in energy_kept else {})
+
+
+def scores(test: Metrics, held_out: Mapping[str, Metrics]) -> Mapping[str, Any]:
+    """Return test scores, each client's, their plain mean, and the client with the highest loss."""
+    if not held_out:
+        return {"test": test, "held_out": {}, "mean": {}, "worst": {}}
+    first = next(iter(held_out.values()))
+    keys = [key for key in first if key not in COUNTS and all(key in metrics for metrics in held_out.values())]
+    worst = max(held_out, key=lambda name: held_out[name]["loss"])
+    return {
+        "test": test,
+        "held_out": held_out,
+        "mean": {key: sum(m[key] for m in held_out.values()) / len(held_out) for key in keys},
+        "worst": {"client": worst, **held_out[worst]},
+    }
+
+
+def clients_summary(records: Sequence[Mapping[str, Any]], fleet: Mapping[str, int]) -> Mapping[str, Any]:
+    """Return totals per client over the rounds' lines; a client that was never drawn has zeros and no rank."""
+    totals: dict[str, dict[str, Any]] = {
+        name: {"examples": n, "rank": None, "bytes_down": 0, "bytes_up": 0, "seconds": 0.0, "failures": 0}
+        for name, n in fleet.items()
+    }
+    for record in records:
+        for name, client in record["clients"].items():
+            total = totals[name]
+            total["rank"] = client["rank"]
+            total["bytes_down"] += client["bytes_down"]
+            total["bytes_up"] += client["bytes_up"]
+            total["seconds"] += client.get("seconds") or 0.0
+            total["failures"] += client["status"] != "ok"
+    return totals
+
+
+def failures(records: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return every failure of the run: round, client, kind, reason."""
+    return [
+        {"round": record["round"], "client": name, "kind": client["status"], "reason": client["reason"]}
+        for record in records
+        for name, client in record["clients"].items()
+        if client["status"] != "ok"
+    ]

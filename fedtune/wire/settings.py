@@ -1,0 +1,87 @@
+"""Settings dataclasses as canonical JSON, checked against the installed dataclass when they come back."""
+
+from __future__ import annotations
+
+import json
+import types
+from dataclasses import fields
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Interval, Le, Lt
+
+from fedtune.errors import WireError
+
+MAX_SETTINGS_BYTES = 16 * 1024
+
+Settings = TypeVar("Settings")
+
+
+def encode(settings: Any) -> bytes:
+    """Return a settings dataclass as canonical JSON: sorted keys, ASCII, no spaces, every field written out.
+
+    Raises:
+        WireError: if a value is not finite.
+    """
+    try:
+        return _canonical({field.name: getattr(settings, field.name) for field in fields(settings)})
+    except ValueError:
+        raise WireError(f"expected finite settings; got {settings!r}") from None
+
+
+def decode(data: bytes, schema: type[Settings]) -> Settings:
+    """Return the settings that `encode` wrote.
+
+    Raises:
+        WireError: if the bytes are no canonical JSON, a key is missing or unknown, or a value is outside its field.
+    """
+    if len(data) > MAX_SETTINGS_BYTES:
+        raise WireError(f"settings: expected at most {MAX_SETTINGS_BYTES} bytes; got {len(data)}")
+    try:
+        values = json.loads(data)
+        # Also what refuses repeated keys and NaN: neither survives being written again.
+        canonical = _canonical(values) == data
+    except (ValueError, RecursionError):
+        canonical = False
+    hints = get_type_hints(schema, include_extras=True)
+    if not canonical or not isinstance(values, dict) or values.keys() != hints.keys():
+        raise WireError(
+            f"settings: expected canonical JSON with the keys {sorted(hints)}; got {data[:200]!r}; "
+            "run the same release of fedtune on both sides"
+        )
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise WireError(f"settings.{name}: expected {hints[name]}; got {value!r}")
+    return schema(**values)
+
+
+def _canonical(values: Any) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Say whether a value read from JSON is one of a field's annotated type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _fits(value, args[0]) and all(_within(value, bound) for bound in args[1:])
+    if origin is Literal:
+        return value in args
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in args)
+    if hint is float:  # finite, being canonical; a whole number stands for the float that it is
+        return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
+    return type(value) is hint
+
+
+def _within(value: Any, bound: object) -> bool:
+    match bound:
+        case Ge(limit):
+            return bool(value >= limit)
+        case Gt(limit):
+            return bool(value > limit)
+        case Le(limit):
+            return bool(value <= limit)
+        case Lt(limit):
+            return bool(value < limit)
+        case Interval():
+            return all(_within(value, part) for part in bound)
+    raise TypeError(f"expected a bound of annotated_types; got {bound!r}")

@@ -1,0 +1,101 @@
+"""Named tensors as one contiguous little-endian body and the specs that describe it, checked before it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fedtune.errors import WireError
+from fedtune.tensors import Array, Tensors
+from fedtune.wire.v1.round_pb2 import DType, TensorSpec
+
+MAX_TENSORS = 20_000
+MAX_AXES = 8
+MAX_BODY_BYTES = 1 << 40
+
+NUMPY: Mapping[DType, np.dtype[Any]] = {
+    DType.F32: np.dtype("<f4"),
+    DType.F16: np.dtype("<f2"),
+    DType.BF16: np.dtype(ml_dtypes.bfloat16),
+    DType.I32: np.dtype("<i4"),
+    DType.I16: np.dtype("<i2"),
+    DType.I8: np.dtype("i1"),
+    DType.U8: np.dtype("u1"),
+    DType.U32: np.dtype("<u4"),
+    DType.U64: np.dtype("<u8"),
+}
+"""The number formats that travel, by their number in the schema."""
+
+WIRE: Mapping[np.dtype[Any], DType] = {dtype: number for number, dtype in NUMPY.items()}
+
+
+def encode(tensors: Tensors) -> tuple[Sequence[TensorSpec], bytes]:
+    """Return the specs in order of the names, and the entries of all tensors, row-major and without gaps.
+
+    Raises:
+        WireError: if a tensor has a number format that does not travel, more than 8 axes or no name.
+    """
+    specs, entries = [], []
+    for name in sorted(tensors):
+        array = tensors[name]
+        if array.dtype not in WIRE or array.ndim > MAX_AXES or not name:
+            raise WireError(
+                f"{name!r}: expected a name, at most {MAX_AXES} axes and one of {[str(dtype) for dtype in WIRE]}; "
+                f"got {array.ndim} axes of {array.dtype}; cast it before it is sent"
+            )
+        specs.append(TensorSpec(name=name, dtype=WIRE[array.dtype], shape=array.shape))
+        # As plain bytes, because bfloat16 is unknown to the buffer protocol.
+        entries.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return specs, b"".join(entries)
+
+
+def decode(specs: Sequence[TensorSpec], body: bytes | memoryview) -> Tensors:
+    """Return the tensors of a body as read-only views of it; only one that lies off its alignment is copied.
+
+    Raises:
+        WireError: if the specs are not those of this body, to the byte, or break a limit of this module.
+    """
+    if len(specs) > MAX_TENSORS:
+        raise WireError(f"expected at most {MAX_TENSORS} tensors; got {len(specs)}")
+    layout = _layout(specs, len(body))
+    view = memoryview(body).toreadonly()
+    tensors: dict[str, Array] = {}
+    for name, dtype, shape, offset in layout:
+        array: Array = np.ndarray(shape, dtype, buffer=view, offset=offset)
+        if not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False
+        tensors[name] = array
+    return tensors
+
+
+def _layout(specs: Sequence[TensorSpec], length: int) -> Sequence[tuple[str, np.dtype[Any], tuple[int, ...], int]]:
+    """Return name, number format, shape and offset of each tensor, having checked that they fill `length` bytes."""
+    layout, offset, previous = [], 0, ""
+    for spec in specs:
+        name, dtype, shape = spec.name, NUMPY.get(spec.dtype), tuple(spec.shape)
+        if name <= previous:
+            raise WireError(f"{name!r}: expected unique, sorted tensor names, none empty; it comes after {previous!r}")
+        if dtype is None:
+            raise WireError(f"{name!r}: expected a number format from 1 to {max(NUMPY)}; got {spec.dtype}")
+        size = math.prod(shape)
+        # Without any entry the other axes must still be ones that numpy can count.
+        extent = size or math.prod(axis or 1 for axis in shape)
+        if len(shape) > MAX_AXES or extent * dtype.itemsize > MAX_BODY_BYTES:
+            raise WireError(f"{name!r}: expected at most {MAX_AXES} axes and {MAX_BODY_BYTES} bytes; got shape {shape}")
+        layout.append((name, dtype, shape, offset))
+        offset += size * dtype.itemsize
+        previous = name
+    if offset != length:
+        raise WireError(f"expected a body of {offset} bytes, as its tensors need; got {length} bytes")
+    return layout
+
+
+def digest(body: bytes | memoryview) -> bytes:
+    """Return the SHA-256 of a body, 32 bytes: the name under which it is found."""
+    return hashlib.sha256(body).digest()

@@ -1,0 +1,158 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Verb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VERB_UNSET: _ClassVar[Verb]
+    ADAPT: _ClassVar[Verb]
+    PROBE: _ClassVar[Verb]
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSET: _ClassVar[DType]
+    F32: _ClassVar[DType]
+    F16: _ClassVar[DType]
+    BF16: _ClassVar[DType]
+    I32: _ClassVar[DType]
+    I16: _ClassVar[DType]
+    I8: _ClassVar[DType]
+    U8: _ClassVar[DType]
+    U32: _ClassVar[DType]
+    U64: _ClassVar[DType]
+
+class Train(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRAIN_UNSET: _ClassVar[Train]
+    TRAIN_AB: _ClassVar[Train]
+    TRAIN_B: _ClassVar[Train]
+
+class Upload(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UPLOAD_UNSET: _ClassVar[Upload]
+    UPLOAD_FACTORS: _ClassVar[Upload]
+    UPLOAD_DIFFERENCE: _ClassVar[Upload]
+VERB_UNSET: Verb
+ADAPT: Verb
+PROBE: Verb
+DTYPE_UNSET: DType
+F32: DType
+F16: DType
+BF16: DType
+I32: DType
+I16: DType
+I8: DType
+U8: DType
+U32: DType
+U64: DType
+TRAIN_UNSET: Train
+TRAIN_AB: Train
+TRAIN_B: Train
+UPLOAD_UNSET: Upload
+UPLOAD_FACTORS: Upload
+UPLOAD_DIFFERENCE: Upload
+
+class TensorSpec(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Blob(_message.Message):
+    __slots__ = ("role", "digest", "num_bytes", "tensors")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    digest: bytes
+    num_bytes: int
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    def __init__(self, role: _Optional[str] = ..., digest: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("rank", "scale", "client")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    scale: float
+    client: str
+    def __init__(self, rank: _Optional[int] = ..., scale: _Optional[float] = ..., client: _Optional[str] = ...) -> None: ...
+
+class LocalAdapter(_message.Message):
+    __slots__ = ("a_key", "train", "upload", "wire_dtype", "rank_penalty", "rank_decay")
+    A_KEY_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    RANK_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    RANK_DECAY_FIELD_NUMBER: _ClassVar[int]
+    a_key: int
+    train: Train
+    upload: Upload
+    wire_dtype: DType
+    rank_penalty: float
+    rank_decay: float
+    def __init__(self, a_key: _Optional[int] = ..., train: _Optional[_Union[Train, str]] = ..., upload: _Optional[_Union[Upload, str]] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., rank_penalty: _Optional[float] = ..., rank_decay: _Optional[float] = ...) -> None: ...
+
+class Assignment(_message.Message):
+    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base")
+    VERB_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    DOWN_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    verb: Verb
+    method: str
+    plan: Plan
+    seed: int
+    settings: bytes
+    down: _containers.RepeatedCompositeFieldContainer[Blob]
+    local: LocalAdapter
+    round: int
+    base: str
+    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ...) -> None: ...
+
+class Measured(_message.Message):
+    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOSS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    LOSS_AFTER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    peak_bytes: int
+    loss_before: float
+    loss_after: float
+    tokens: int
+    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class ClientUpdate(_message.Message):
+    __slots__ = ("examples", "measured", "client", "round", "base", "parts")
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    examples: int
+    measured: Measured
+    client: str
+    round: int
+    base: str
+    parts: _containers.RepeatedCompositeFieldContainer[Blob]
+    def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...

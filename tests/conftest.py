@@ -1,0 +1,120 @@
+"""What every test shares: where the real data and model lie, and an environment that reaches no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+# The libraries read these when they are first imported, which a conftest or a test module does before any hook runs.
+os.environ.update(OFFLINE)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every test the offline environment, whatever the one before it set."""
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of the real data sets (`data/`) and models (`models/`); tests that need it are skipped without it."""
+    folder = Path(os.environ.get("FEDTUNE_SHARED", ROOT.parent / "shared")).resolve()
+    if not (folder / "data").is_dir():
+        pytest.skip("needs the shared data and models: set FEDTUNE_SHARED to the folder that holds data/ and models/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> Path:
+    """Folder of the Llama model with 260 thousand parameters, as transformers reads it."""
+    folder = shared / "models" / "stories260k-hf"
+    if not (folder / "config.json").is_file():
+        pytest.skip("needs the model stories260k-hf in the folder models/ of FEDTUNE_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny models with seeded random weights: `llama` (GQA), `gpt2` (Conv1D layers), `bert` (an encoder)."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import (
+        BertConfig,
+        BertModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
+
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog, and the dog sleeps"] * 4,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    from tokenizers import decoders
+
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    size = len(tokenizer)
+    common = {"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    built = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, model in {
+            "llama": LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=32,
+                    intermediate_size=48,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    max_position_embeddings=128,
+                    initializer_range=0.1,
+                    **common,
+                )
+            ),
+            "gpt2": GPT2LMHeadModel(
+                GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.1, **common)
+            ),
+            "bert": BertModel(
+                BertConfig(
+                    hidden_size=32,
+                    intermediate_size=48,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    max_position_embeddings=128,
+                    vocab_size=size,
+                    pad_token_id=0,
+                    initializer_range=0.1,
+                )
+            ),
+        }.items():
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            built[name] = folder
+    return built

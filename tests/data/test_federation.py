@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from fedtune.data.federation import Federation, federate
+from fedtune.data.settings import DataSettings, Split
+from fedtune.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stories: Path) -> Any:
+    return AutoTokenizer.from_pretrained(stories)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sizes(federation: Federation) -> dict[str, tuple[int, int]]:
+    return {name: (len(shard.train), len(shard.held_out)) for name, shard in federation.clients.items()}
+
+
+def all_texts(federation: Federation) -> list[str]:
+    shards = federation.clients.values()
+    return sorted(example.reference for shard in shards for example in [*shard.train, *shard.held_out])
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Path:
+    rows = [{"text": f"story number {row}", "site": "north" if row < 20 else "south"} for row in range(30)]
+    write(tmp_path / "x.jsonl", [*rows, {"text": "alone", "site": "west"}])
+    return tmp_path
+
+
+def by_site(root: Path, tokenizer: Any, *, seed: int = 0, **options: Any) -> Federation:
+    settings = DataSettings("x.jsonl", Split("key", by="site"), **options)
+    return federate(settings, tokenizer=tokenizer, task="causal", seed=seed, root=root)
+
+
+def test_each_client_holds_out_its_share_and_all_held_out_rows_are_the_test(sites: Path, tokenizer: Any) -> None:
+    federation = by_site(sites, tokenizer, held_out=0.2)
+    assert sizes(federation) == {"north": (16, 4), "south": (8, 2), "west": (1, 0)}
+    assert all_texts(federation) == sorted(["alone", *(f"story number {row}" for row in range(30))])
+    held = [example for shard in federation.clients.values() for example in shard.held_out]
+    assert sorted(map(id, held)) == sorted(map(id, federation.test))
+    assert list(federation.labels) == list(federation.notes) == []
+
+
+def test_nothing_held_out_leaves_no_test(sites: Path, tokenizer: Any) -> None:
+    federation = by_site(sites, tokenizer, held_out=0.0)
+    assert sizes(federation) == {"north": (20, 0), "south": (10, 0), "west": (1, 0)}
+    assert list(federation.test) == []
+
+
+def test_the_seed_decides_what_is_held_out(sites: Path, tokenizer: Any) -> None:
+    def held(seed: int) -> list[str]:
+        return [example.reference for example in by_site(sites, tokenizer, seed=seed).clients["north"].held_out]
+
+    assert held(1) == held(1)
+    assert held(1) != held(2)
+
+
+def test_a_clients_held_out_rows_do_not_depend_on_other_clients(sites: Path, tokenizer: Any) -> None:
+    before = by_site(sites, tokenizer).clients["north"]
+    rows = [json.loads(line) for line in (sites / "x.jsonl").read_text().splitlines()]
+    write(sites / "x.jsonl", [row for row in rows if row["site"] == "north"])
+    after = by_site(sites, tokenizer).clients["north"]
+    assert [example.reference for example in after.held_out] == [example.reference for example in before.held_out]
+
+
+def test_clients_of_equal_size_hold_out_different_rows(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path / "x.jsonl", [{"text": f"row {row}", "site": site} for site in "ab" for row in range(50)])
+    federation = by_site(tmp_path, tokenizer, held_out=0.2)
+    first, second = ([example.reference for example in shard.held_out] for shard in federation.clients.values())
+    assert first != second
+    assert {example.reference for example in federation.test[:10]} != set(first)  # the first so many are not one client
+
+
+def test_a_limit_draws_rows_and_leftover_rows_are_noted(sites: Path, tokenizer: Any) -> None:
+    settings = DataSettings("x.jsonl", Split("sizes", sizes=[4, 4]), limit=10)
+    federation = federate(settings, tokenizer=tokenizer, task="causal", seed=0, root=sites)
+    assert sizes(federation) == {"client-0": (3, 1), "client-1": (3, 1)}
+    assert federation.notes == ["data.split: 2 of 10 rows go to no client"]
+    assert len(set(all_texts(federation))) == 8
+
+
+def test_packing_joins_training_rows_but_not_scored_ones(sites: Path, tokenizer: Any) -> None:
+    federation = by_site(sites, tokenizer, held_out=0.2, packing=True, max_tokens=64)
+    assert len(federation.clients["north"].train) < 16
+    assert len(federation.clients["north"].held_out) == 4
+
+
+def test_dropped_and_cut_rows_are_noted_with_a_remedy(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"instruction": "a " * 40, "output": "b"}, {"instruction": "a", "output": "b " * 40}]
+    write(tmp_path / "x.jsonl", [*rows, *[{"instruction": "a", "output": "b"}] * 8])
+    options: dict[str, Any] = {"template": "plain", "held_out": 0.0}
+
+    def run(**more: Any) -> Federation:
+        settings = DataSettings("x.jsonl", Split("iid", clients=1), **options, **more)
+        return federate(settings, tokenizer=tokenizer, task="causal", seed=0, root=tmp_path)
+
+    dropped, cut = run(max_tokens=20).notes
+    assert dropped.startswith("data.max_tokens: 1 of 10 examples have no response left at 20 tokens; they were dropped")
+    assert cut == "data.max_tokens: 1 of 10 examples are longer than 20 tokens; their ends were cut"
+    keep = int(dropped.split("raise to ")[1].split()[0])
+    assert len(run(max_tokens=keep).clients["client-0"].train) == 10
+    assert len(run(max_tokens=keep - 1).clients["client-0"].train) == 9
+
+
+def test_a_client_left_with_nothing_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"instruction": "a " * 40, "output": "b", "site": "long"}, {"instruction": "a", "output": "b", "site": "x"}]
+    write(tmp_path / "x.jsonl", rows)
+    with pytest.raises(
+        ConfigError, match=r"data\.max_tokens: expected at least one training example for client 'long'"
+    ):
+        by_site(tmp_path, tokenizer, template="plain", max_tokens=20)
+
+
+def test_faulty_settings_and_illegal_pairs_are_refused(sites: Path, tokenizer: Any) -> None:
+    settings = DataSettings("x.jsonl", Split("key"))
+    with pytest.raises(ConfigError, match=r"data\.split\.by"):
+        federate(settings, tokenizer=tokenizer, task="causal", seed=0, root=sites)
+    settings = DataSettings("x.jsonl", Split("iid", clients=2), packing=True)
+    with pytest.raises(ConfigError, match=r"data\.packing: expected false for classification"):
+        federate(settings, tokenizer=tokenizer, task="classification", seed=0, root=sites)
+
+
+def test_classes_come_from_the_whole_source_in_order(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path / "x.jsonl", [{"text": f"row {row}", "label": row % 12} for row in range(36)])
+    write(tmp_path / "t.csv.jsonl", [{"text": "t", "label": "10"}])
+    settings = DataSettings("x.jsonl", Split("iid", clients=2), test="t.csv.jsonl", limit=4)
+    federation = federate(settings, tokenizer=tokenizer, task="classification", seed=0, root=tmp_path)
+    assert list(federation.labels) == [str(label) for label in range(12)]
+    assert [example.labels for example in federation.test] == [10]
+    for shard in federation.clients.values():
+        assert all(example.labels == int(example.reference) for example in shard.train)
+
+
+def test_labels_that_cannot_be_learned_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    def run(**options: Any) -> Federation:
+        settings = DataSettings("x.jsonl", Split("iid", clients=1), **options)
+        return federate(settings, tokenizer=tokenizer, task="classification", seed=0, root=tmp_path)
+
+    write(tmp_path / "x.jsonl", [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}])
+    write(tmp_path / "t.jsonl", [{"text": "a", "label": "Yes"}])
+    with pytest.raises(
+        ConfigError, match=r"data\.test: expected classes that occur in the source; got 'Yes' \(1 such\)"
+    ):
+        run(test="t.jsonl")
+    write(tmp_path / "x.jsonl", [{"text": "a", "label": "yes"}])
+    with pytest.raises(ConfigError, match="at least two classes; got only 'yes'"):
+        run()
+    write(tmp_path / "x.jsonl", [{"text": "a"}])
+    with pytest.raises(ConfigError, match=r"data\.fields\.label: expected a column for label"):
+        run()
+
+
+def test_dolly_by_flora_client_gives_the_ten_clients_of_the_paper(shared: Path, tokenizer: Any) -> None:
+    settings = DataSettings("dolly/small_train.jsonl", Split("key", by="flora_client"), test="dolly/small_dev.jsonl")
+    federation = federate(settings, tokenizer=tokenizer, task="causal", seed=0, root=shared / "data")
+    rows = [json.loads(line) for line in (shared / "data/dolly/small_train.jsonl").read_text().splitlines()]
+    assert list(federation.clients) == [str(client) for client in range(10)]
+    counts = Counter(str(row["flora_client"]) for row in rows)
+    kept = sum(train + held for train, held in sizes(federation).values())
+    dropped = sum(int(note.split()[1]) for note in federation.notes if "no response" in note and "test" not in note)
+    assert kept + dropped == sum(counts.values()) == len(rows)
+    assert all(train + held <= counts[name] for name, (train, held) in sizes(federation).items())
+    example = federation.clients["0"].train[0]
+    assert tokenizer.decode(example.input_ids[example.prompt_tokens :], skip_special_tokens=True) == example.reference
+
+
+def test_banking77_is_divided_by_intent(shared: Path, tokenizer: Any) -> None:
+    split = Split("dirichlet", by="label", alpha=0.3, clients=8, min_examples=50)
+    settings = DataSettings("banking77/train.jsonl", split, test="banking77/test.jsonl")
+    federation = federate(settings, tokenizer=tokenizer, task="classification", seed=0, root=shared / "data")
+    assert len(federation.clients) == 8
+    assert len(federation.labels) == 77
+    assert sum(map(sum, sizes(federation).values())) == 10_003
+    assert min(map(sum, sizes(federation).values())) >= 50
+    assert len({example.labels for example in federation.test[:256]}) > 60  # the first so many are a fair sample
+
+
+def test_novels_qnli_and_reviews_are_read_as_they_are(shared: Path, tokenizer: Any) -> None:
+    def run(task: Any, source: str, split: Split, **options: Any) -> Federation:
+        settings = DataSettings(source, split, **options)
+        return federate(settings, tokenizer=tokenizer, task=task, seed=0, root=shared / "data")
+
+    novels = run("causal", "novels/train.jsonl", Split("key", by="author"), packing=True, limit=600)
+    assert len(novels.clients) == 20
+    assert "Dickens-Charles" in novels.clients
+    fields = {"instruction": "question", "input": "sentence"}
+    qnli = run("classification", "qnli/train.jsonl", Split("iid", clients=3), fields=fields, limit=300)
+    assert len(qnli.labels) == 2
+    first = qnli.clients["client-0"].train[0]
+    question, sentence = first.prompt.split("\n", 1)
+    assert first.input_ids.tolist() == tokenizer(question, sentence)["input_ids"]
+    reviews = run(
+        "classification", "mr_polarity/train.jsonl", Split("dirichlet", by="label", alpha=0.5, clients=4), limit=500
+    )
+    assert list(reviews.labels) == ["0", "1"]
+
+
+def test_reading_and_encoding_import_no_torch() -> None:
+    code = "import sys, fedtune.data.federation; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.errors import ConfigError
+from fedtune.model.base import choose_device, digest, load_tokenizer
+from fedtune.model.settings import ModelSettings
+
+
+def test_targets_are_found_by_their_last_part_with_out_and_in_sizes(loaded: Any) -> None:
+    base = loaded(targets=["q_proj", "v_proj"])
+    assert base.modules == {
+        "model.layers.0.self_attn.q_proj": (32, 32),
+        "model.layers.0.self_attn.v_proj": (16, 32),
+        "model.layers.1.self_attn.q_proj": (32, 32),
+        "model.layers.1.self_attn.v_proj": (16, 32),
+    }
+
+
+def test_all_linear_leaves_the_output_head_out(loaded: Any) -> None:
+    modules = loaded(targets=["all-linear"]).modules
+    assert len(modules) == 2 * 7
+    assert "lm_head" not in modules
+
+
+def test_a_gpt2_layer_is_given_as_out_by_in_although_its_weight_is_transposed(loaded: Any) -> None:
+    assert loaded("gpt2", targets=["c_attn"]).modules["transformer.h.0.attn.c_attn"] == (96, 32)
+
+
+def test_a_target_that_matches_nothing_names_the_nearest_one(loaded: Any) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.targets.*'q_prjo', which matches nothing.*'q_proj'"):
+        loaded(targets=["q_prjo", "v_proj"])
+
+
+def test_every_target_that_matches_nothing_is_named(loaded: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(targets=["c_attn", "c_fc"])
+    assert len(caught.value.faults) == 2
+
+
+def test_a_head_that_the_checkpoint_lacks_is_trained_and_drawn_from_the_seed(loaded: Any) -> None:
+    base = loaded("bert", targets=["query"], task="classification", labels=["a", "b", "c"])
+    assert base.saved == ["classifier.bias", "classifier.weight"]
+    assert base.saved_modules == ["classifier"]
+    again = loaded("bert", targets=["query"], task="classification", labels=["a", "b", "c"])
+    np.testing.assert_array_equal(base.saved_tensors()["classifier.weight"], again.saved_tensors()["classifier.weight"])
+    assert base.saved_tensors()["classifier.weight"].shape == (3, 32)
+    assert base.digest == again.digest
+
+
+def test_tied_embeddings_cannot_be_trained_in_full(loaded: Any) -> None:
+    with pytest.raises(ConfigError, match="tied to the input embeddings"):
+        loaded("gpt2", targets=["c_attn"], saved=["lm_head"])
+
+
+def test_a_module_to_save_that_does_not_exist_is_named(loaded: Any) -> None:
+    with pytest.raises(ConfigError, match=r"modules_to_save.*'lm_haed'.*'lm_head'"):
+        loaded(saved=["lm_haed"])
+
+
+def test_the_digest_tells_other_weights_apart(loaded: Any) -> None:
+    base = loaded()
+    assert base.digest == digest(base.model)
+    with torch.no_grad():
+        next(base.model.parameters()).view(-1)[0] += 1
+    assert base.digest != digest(base.model)
+
+
+def test_a_base_that_is_nowhere_gives_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match=r"model\.base: expected a folder with config\.json.*'no/such-model'"):
+        load_tokenizer(ModelSettings(base="no/such-model"), Path())
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:7", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.device: expected one of auto"):
+        choose_device(name)
+
+
+def test_cpu_is_always_there() -> None:
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_a_broken_checkpoint_gives_one_clear_error(tmp_path: Path, checkpoints: dict[str, Path], loaded: Any) -> None:
+    for file in checkpoints["llama"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    checkpoints = {**checkpoints, "llama": tmp_path}
+    from fedtune.model.base import load
+    from fedtune.model.settings import AdapterSettings
+
+    settings = ModelSettings(base=str(tmp_path), device="cpu")
+    with pytest.raises(ConfigError, match=r"model\.base"):
+        load(
+            settings,
+            AdapterSettings(rank=4, targets=["q_proj"]),
+            tokenizer=load_tokenizer(settings, Path()),
+            root=Path(),
+            seed=0,
+        )

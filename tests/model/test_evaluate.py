@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.model.evaluate import by_length, evaluate, sample
+from fedtune.model.train import collate
+
+
+def test_the_scores_of_a_causal_model_agree_with_each_other(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(7)
+    scores = evaluate(base, {}, {}, {"test": rows, "none": []}, batch=3)
+    assert scores.keys() == {"test"}
+    test = scores["test"]
+    assert test["perplexity"] == pytest.approx(math.exp(test["loss"]))
+    assert test["tokens"] == sum(len(row.input_ids) - len(row.input_ids) // 3 for row in rows)
+    bits = test["loss"] * test["tokens"] / math.log(2)
+    assert test["bits_per_character"] == pytest.approx(bits / sum(row.characters for row in rows))
+
+
+def test_the_loss_is_a_mean_over_tokens_whatever_the_batch(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(7)
+    small, large = (evaluate(base, {}, {}, {"test": rows}, batch=size)["test"]["loss"] for size in (1, 7))
+    assert small == pytest.approx(large, rel=1e-5)
+    batch = collate(rows, base)
+    with torch.inference_mode():
+        own = base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    assert large == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_accuracy_and_macro_f1_by_hand(loaded: Any, examples: Any) -> None:
+    base = loaded("bert", targets=["query"], task="classification", labels=["a", "b"])
+    rows = examples(5, classes=2)  # classes 0 1 0 1 0
+    head = {"classifier.weight": np.zeros((2, 32), np.float32), "classifier.bias": np.array([1, 0], np.float32)}
+    scores = evaluate(base, {}, head, {"test": rows}, batch=2)["test"]  # answers class 0 always
+    assert scores["accuracy"] == pytest.approx(3 / 5)
+    assert scores["macro_f1"] == pytest.approx((2 * 3 / (2 * 3 + 2) + 0) / 2)
+    assert scores["loss"] == pytest.approx((3 * math.log(1 + math.exp(-1)) + 2 * math.log(1 + math.e)) / 5, rel=1e-5)
+
+
+def test_generated_answers_are_scored_against_their_references(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(3)
+    scores = evaluate(base, {}, {}, {"test": rows}, batch=2, generate=2, new_tokens=4)["test"]
+    assert scores["generated"] == 2
+    assert 0 <= scores["rouge_l"] <= 1
+    assert scores["exact_match"] in (0.0, 0.5, 1.0)
+
+
+def test_a_perfect_answer_scores_one(loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, rows = loaded(), examples(2)
+    monkeypatch.setattr("fedtune.model.evaluate.continue_text", lambda *args, **kwargs: "the  dog\n")
+    scores = evaluate(base, {}, {}, {"test": rows}, batch=2, generate=2)["test"]
+    assert (scores["rouge_l"], scores["exact_match"]) == (1.0, 1.0)
+
+
+def test_batches_by_length_hold_every_position_once(examples: Any) -> None:
+    rows = examples(10)
+    positions = [position for batch in by_length(rows, 3) for position in batch]
+    assert sorted(positions) == list(range(10))
+    lengths = [len(rows[position].input_ids) for position in positions]
+    assert lengths == sorted(lengths)
+
+
+def test_a_sample_is_greedy_and_without_its_prompt(loaded: Any) -> None:
+    base = loaded()
+    first = sample(base, {}, {}, "the quick", new_tokens=5)
+    assert first == sample(base, {}, {}, "the quick", new_tokens=5)
+    assert not first.startswith("the quick")

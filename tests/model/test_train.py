@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.errors import ClientError
+from fedtune.model.lora import attached, read_local, start
+from fedtune.model.train import batches, collate, learning_rate, summed_loss, train
+from fedtune.round import Assignment, LocalAdapter, Plan, Training
+
+TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
+
+
+def run(base: Any, rows: Any, training: Training, *, key: int = 1) -> Any:
+    plan = Plan("c", 4, 2.0, training)
+    local = start(Assignment("flora", 1, key, plan, LocalAdapter(a_key=5)), base.modules)
+    with attached(base, local=local, scale=2.0, dropout=training.dropout) as model:
+        return train(base, rows, training, key=key, client="c"), read_local(model)
+
+
+def test_the_loss_equals_the_models_own(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(5)
+    batch = collate(rows, base)
+    with torch.inference_mode():
+        ours = summed_loss(base.model, batch, task="causal") / batch.count
+        own = base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    torch.testing.assert_close(ours, own)
+
+
+def test_padding_changes_no_loss(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(4)
+    with torch.inference_mode():
+        together = summed_loss(base.model, collate(rows, base), task="causal")
+        alone = sum(summed_loss(base.model, collate([row], base), task="causal") for row in rows)
+    torch.testing.assert_close(together, alone)
+
+
+def test_training_lowers_the_loss_and_is_bit_equal_from_the_same_key(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(4)
+    training = replace(TRAINING, steps=20, dropout=0.1)
+    (first, one), (second, two), (_, other) = (run(base, rows, training, key=key) for key in (1, 1, 2))
+    assert first.loss_after < 0.9 * first.loss_before
+    assert first.losses == second.losses
+    name = next(iter(one))
+    np.testing.assert_array_equal(one[name].b, two[name].b)
+    assert not np.array_equal(one[name].b, other[name].b)
+
+
+def test_accumulated_batches_make_the_step_of_the_joined_batch(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(4)
+    _, joined = run(base, rows, replace(TRAINING, batch=4, steps=2))
+    _, split = run(base, rows, replace(TRAINING, batch=1, accumulation=4, steps=2))
+    for name in joined:
+        np.testing.assert_allclose(joined[name].b, split[name].b, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_result(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(4)
+    _, plain = run(base, rows, TRAINING)
+    _, checkpointed = run(base, rows, replace(TRAINING, gradient_checkpointing=True))
+    for name in plain:
+        np.testing.assert_allclose(plain[name].b, checkpointed[name].b, atol=1e-6)
+
+
+def test_sgd_and_bf16_autocast_train(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(4)
+    trained, _ = run(base, rows, replace(TRAINING, optimizer="sgd", momentum=0.9, steps=20, autocast="bf16"))
+    assert trained.loss_after < trained.loss_before
+
+
+def test_a_classifier_trains_on_labels(loaded: Any, examples: Any) -> None:
+    base = loaded("bert", targets=["query"], task="classification", labels=["a", "b"])
+    rows = examples(6, classes=2)
+    with torch.inference_mode():
+        assert summed_loss(base.model, collate(rows, base), task="classification").item() > 0
+    trained, _ = run(base, rows, replace(TRAINING, batch=6, steps=40))
+    assert trained.loss_after < trained.loss_before
+
+
+def test_tokens_are_counted_without_padding(loaded: Any, examples: Any) -> None:
+    rows = examples(4)
+    trained, _ = run(loaded(), rows, replace(TRAINING, batch=4, steps=2))
+    assert trained.tokens == 2 * sum(len(row.input_ids) for row in rows)
+
+
+def test_a_loss_that_is_not_finite_names_client_step_and_remedy(loaded: Any, examples: Any) -> None:
+    base = loaded()
+    with torch.no_grad():
+        base.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ClientError, match=r"c, step 1: expected a finite loss; got nan .*learning_rate"):
+        run(base, examples(4), TRAINING)
+
+
+def test_a_client_without_examples_is_an_error_that_names_it(loaded: Any) -> None:
+    with pytest.raises(ClientError, match="c: expected at least one training example"):
+        run(loaded(), [], TRAINING)
+
+
+def test_every_example_is_seen_once_before_any_is_seen_twice() -> None:
+    order = batches(7, size=3, key=3)
+    epochs = [[position for _ in range(3) for position in next(order)] for _ in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_the_schedule_by_hand() -> None:
+    linear = replace(TRAINING, learning_rate=1.0, schedule="linear", warmup=0.2)
+    assert [round(learning_rate(linear, step, 10), 4) for step in (0, 1, 2, 6, 9)] == [0.5, 1.0, 1.0, 0.5, 0.125]
+    cosine = replace(TRAINING, learning_rate=1.0, schedule="cosine")
+    assert [round(learning_rate(cosine, step, 10), 4) for step in (0, 5)] == [1.0, 0.5]
+    assert learning_rate(replace(TRAINING, learning_rate=0.3), 7, 10) == 0.3

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedtune.planning.fixed import Fixed, steps
+from fedtune.round import Client, Training
+
+TRAINING = Training(batch=4, learning_rate=0.1, steps=7)
+
+
+def test_every_client_gets_its_rank_and_the_scale_of_the_alpha_policy() -> None:
+    fixed = Fixed({"ann": 4, "bob": 16}, "2r", False, {"ann": TRAINING, "bob": TRAINING})
+    plans = fixed.plan(1, [Client("ann", 3), Client("bob", 3)])
+    assert {name: (plan.rank, plan.scale) for name, plan in plans.items()} == {"ann": (4, 2.0), "bob": (16, 2.0)}
+    assert plans == fixed.plan(9, [Client("ann", 3), Client("bob", 3)])
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 8.0)])
+def test_a_given_alpha_is_divided_by_the_rank_or_its_root(rslora: bool, scale: float) -> None:
+    plan = Fixed({"ann": 16}, 32.0, rslora, {"ann": TRAINING}).plan(1, [Client("ann", 3)])["ann"]
+    assert plan.scale == scale
+
+
+@pytest.mark.parametrize(("epochs", "examples", "expected"), [(1.0, 16, 4), (1.0, 17, 5), (0.01, 5, 1), (2.5, 16, 10)])
+def test_epochs_become_steps_rounded_up(epochs: float, examples: int, expected: int) -> None:
+    assert steps(replace(TRAINING, steps=None, epochs=epochs), examples) == expected
+
+
+def test_accumulated_batches_count_as_one_step() -> None:
+    assert steps(replace(TRAINING, steps=None, epochs=1.0, accumulation=4), 64) == 4
+
+
+def test_given_steps_do_not_depend_on_the_examples() -> None:
+    assert steps(TRAINING, 1) == steps(TRAINING, 10_000) == 7

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.report.page import write_report
+from fedtune.report.plots import PLOTS
+from tests.report.conftest import WriteRun, write_directory
+
+HOSTILE = '<script>alert("x")</script>&\'--><img src=http://evil.example/x>$y^2$病'
+
+
+class Reader(HTMLParser):
+    """Collects elements, addresses and text; every element that is opened must be closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.handlers: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag != "meta":
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag != "meta":
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read(path: Path) -> Reader:
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the plain run; drawing it takes a second or two."""
+    return write_report(write_directory(tmp_path_factory.mktemp("plain") / "run", clients=4, rounds=3, seed=0))
+
+
+def test_the_page_needs_nothing_else(page: Path) -> None:
+    reader = read(page)
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in reader.addresses)
+    assert not reader.tags & {"script", "link", "iframe", "img", "object", "form", "base"}
+    assert "@import" not in page.read_text(encoding="utf-8")
+    assert "url(http" not in page.read_text(encoding="utf-8")
+    assert len(reader.ids) == len(set(reader.ids))
+
+
+def test_the_page_tells_the_key_numbers_digests_and_recipe(page: Path) -> None:
+    text = " ".join(read(page).text)
+    # Mean of 3.0 to 3.3 before; three rounds later 1 - 0.8^3 less.
+    for expected in ("3.150 → 2.662", "3.300 → 2.812", "4 of 4", "12 kB", "24 kB", "9f3c2b7d" * 8, "41aa0c55" * 8):
+        assert expected in text
+    for expected in ("flora", "torch 2.13.0", "tiny-llama", 'name = "dolly-4"', "The pancreas.", "client-3"):
+        assert expected in text
+
+
+def test_failures_are_told_by_name_and_reason(page: Path) -> None:
+    text = "|".join(read(page).text)
+    assert "1|client-0|failed|out of memory" in text
+    assert "norm 41.2 > 10.0" in text
+
+
+def test_every_figure_stands_beside_the_page_as_png(page: Path) -> None:
+    folder = page.parent / "plots"
+    assert page.name == "report.html"
+    assert {file.name for file in folder.iterdir()} == {f"{name}.png" for name in PLOTS}
+    assert all(file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for file in folder.iterdir())
+    assert page.read_text(encoding="utf-8").count("<svg ") == len(PLOTS)
+    assert page.read_text(encoding="utf-8").count("<summary>Numbers</summary>") == len(PLOTS)
+
+
+def test_the_same_run_gives_the_same_page(page: Path, write_run: WriteRun) -> None:
+    second = write_report(write_run(clients=4, rounds=3, seed=0))
+    assert second.read_bytes() == page.read_bytes()
+    for name in PLOTS:
+        assert (second.parent / f"plots/{name}.png").read_bytes() == (page.parent / f"plots/{name}.png").read_bytes()
+
+
+def poison(value: Any) -> Any:
+    """Put the hostile text in place of every text and every client's, module's, package's name."""
+    if isinstance(value, dict):
+        kept = value.keys() & {"status", "state"}
+        return {
+            (key if key.isidentifier() else f"{HOSTILE}{key}"): (item if key in kept else poison(item))
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [poison(item) for item in value]
+    return f"{HOSTILE}{value}" if isinstance(value, str) else value
+
+
+def test_hostile_names_samples_reasons_and_recipes_stay_text(write_run: WriteRun) -> None:
+    path = write_run()
+    lines = [poison(json.loads(line)) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "summary.json").write_text(json.dumps(poison(json.loads((path / "summary.json").read_text()))))
+    (path / "recipe.toml").write_text(f"# {HOSTILE}\n", encoding="utf-8")
+    page = write_report(path)
+    reader = read(page)
+    assert not reader.tags & {"script", "img"}
+    assert reader.handlers == []
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in reader.addresses)
+    assert f"{HOSTILE}out of memory" in reader.text
+    assert f"{HOSTILE}The pancreas." in reader.text
+    assert f"# {HOSTILE}\n" in reader.text
+
+
+def test_an_interrupted_run_says_so_and_shows_what_it_has(write_run: WriteRun) -> None:
+    path = write_run(rounds=3)
+    (path / "summary.json").unlink()
+    (path / "rounds.jsonl").write_bytes((path / "rounds.jsonl").read_bytes()[:-30])
+    text = " ".join(read(write_report(path)).text)
+    assert "interrupted after round 2" in text
+    assert "was cut off by the interruption" in text
+    assert "3.150 → 2.790" in text
+
+
+def test_a_figure_that_a_run_cannot_fill_is_left_out(write_run: WriteRun) -> None:
+    def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        for line in lines:
+            line |= {"held_out": {}, "modules": {}, "test": None, "loss_before": None, "loss_after": None}
+        summary |= {"before": {}, "after": {}, "sample": None, "failures": []}
+
+    path = write_run(edit=edit)
+    (path / "plots").mkdir()
+    (path / "plots" / "spectrum.png").write_bytes(b"of an earlier report")
+    page = write_report(path)
+    assert {file.stem for file in (path / "plots").iterdir()} == {"clients", "traffic"}
+    text = " ".join(read(page).text)
+    assert "A sample" not in text
+    assert "every update that was asked for came back" in text
+
+
+@pytest.mark.slow
+def test_a_hundred_clients_and_two_hundred_rounds_fit(write_run: WriteRun) -> None:
+    page = write_report(write_run(clients=100, rounds=200, layers=22))
+    assert page.stat().st_size < 50_000_000
+    assert len(re.findall("<svg ", page.read_text())) == len(PLOTS)

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fedtune.admit import admit, admit_norms, change_norm
+from fedtune.methods import METHODS
+from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.tensors import Tensors, cast
+
+BLUEPRINT = Blueprint(
+    modules={"q": (6, 5), "v": (2, 5)}, saved={"head": np.zeros((2, 3), np.float32)}, max_rank=4, seed=0
+)
+
+
+def assignment(**local: Any) -> Assignment:
+    plan = Plan(client="anna", rank=2, scale=2.0, training=Training(batch=1, learning_rate=1.0, steps=1))
+    return Assignment(
+        method="flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0, **local), base="0123456789abcdef"
+    )
+
+
+def factors(rank: int = 2, sides: str = "ab") -> Tensors:
+    shapes = {f"{name}.a": (rank, n) for name, (_, n) in BLUEPRINT.modules.items()}
+    shapes |= {f"{name}.b": (m, rank) for name, (m, _) in BLUEPRINT.modules.items()}
+    return {name: np.ones(shape, np.float32) for name, shape in shapes.items() if name[-1] in sides}
+
+
+def update(**changes: Any) -> ClientUpdate:
+    good = ClientUpdate(
+        client="anna",
+        round=3,
+        num_examples=10,
+        tensors=factors(),
+        saved={"head": np.ones((2, 3), np.float32)},
+        base="0123456789abcdef",
+    )
+    return replace(good, **changes)
+
+
+def put(name: str, array: Any) -> Callable[[], ClientUpdate]:
+    return lambda: update(tensors={**factors(), name: array})
+
+
+def spoiled(value: float) -> Any:
+    array = np.ones((2, 5), np.float32)
+    array[1, 3] = value
+    return array
+
+
+def without(name: str) -> ClientUpdate:
+    return update(tensors={key: t for key, t in factors().items() if key != name})
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "fp16"])
+def test_an_update_that_answers_its_assignment_is_taken_as_it_is(format: str) -> None:
+    good = update(tensors=cast(factors(), format))
+    assert admit(good, assignment(), BLUEPRINT, num_examples=10) is good
+
+
+HOSTILE: list[tuple[Callable[[], ClientUpdate], list[str]]] = [
+    (lambda: update(client="eve"), ["'anna'", "'eve'"]),
+    (lambda: update(base="beef"), ["'0123456789abcdef'", "'beef'"]),
+    (lambda: update(round=2), ["round 3", "got 2"]),
+    (lambda: update(num_examples=-1), ["1 to 10", "-1"]),
+    (lambda: update(num_examples=0), ["1 to 10", "got 0"]),
+    (lambda: update(num_examples=10**9), ["1 to 10", "1000000000"]),
+    (lambda: without("v.a"), ["4 factors", "got 3", "'v.a' is missing"]),
+    (lambda: without("q.b"), ["4 factors", "got 3", "'q.b' is missing"]),
+    (lambda: update(tensors={}), ["4 factors", "got 0", "4 missing"]),
+    (put("k.a", np.ones((2, 5), np.float32)), ["got 5", "1 extra", "'k.a' was not asked for"]),
+    (put("q.a", np.ones((3, 5), np.float32)), ["q.a", "(2, 5)", "(3, 5)"]),
+    (put("q.b", np.ones((6, 3), np.float32)), ["q.b", "(6, 2)", "(6, 3)"]),
+    (lambda: update(tensors=factors(4)), ["q.b", "(6, 2)", "(6, 4)"]),
+    (lambda: update(tensors=factors(1)), ["q.b", "(6, 2)", "(6, 1)"]),
+    (put("q.b", np.ones((5, 2), np.float32)), ["q.b", "(6, 2)", "(5, 2)"]),
+    (put("q.b", np.ones(12, np.float32)), ["q.b", "(6, 2)", "(12,)"]),
+    (put("q.a", np.ones((2, 5))), ["q.a", "fp32 or fp16 or bf16", "float64"]),
+    (put("q.a", np.ones((2, 5), np.int8)), ["q.a", "int8"]),
+    (put("q.a", spoiled(np.nan)), ["q.a", "1 of 10"]),
+    (put("q.a", spoiled(np.inf)), ["q.a", "1 of 10"]),
+    (put("q.a", spoiled(np.nan).astype(ml_dtypes.bfloat16)), ["q.a", "1 of 10"]),
+    (
+        lambda: update(tensors={**factors(), "q.a": spoiled(1e30), "q.b": np.full((6, 2), 1e30, np.float32)}),
+        ["q:", "float32", "e+60"],
+    ),
+    (lambda: update(saved={}), ["1 modules_to_save", "got 0", "'head'"]),
+    (lambda: update(saved={"head": np.ones((3, 2), np.float32)}), ["head", "(2, 3)", "(3, 2)"]),
+    (lambda: update(saved={"head": np.ones((2, 3), np.float16)}), ["head", "fp32", "float16"]),
+    (lambda: update(saved={"head": np.full((2, 3), np.nan, np.float32)}), ["head", "6 of 6"]),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), HOSTILE)
+def test_anything_else_is_refused_by_name_with_the_number(make: Callable[[], ClientUpdate], words: list[str]) -> None:
+    outcome = admit(make(), assignment(), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert (outcome.client, outcome.kind) == ("anna", "refused")
+    assert all(word in outcome.reason for word in words), outcome.reason
+
+
+def test_only_b_is_taken_where_only_b_is_trained() -> None:
+    alone = update(tensors=factors(sides="b"))
+    assert admit(alone, assignment(train="b"), BLUEPRINT, num_examples=10) is alone
+    assert isinstance(admit(update(), assignment(train="b"), BLUEPRINT, num_examples=10), Failure)
+
+
+def test_a_smaller_rank_is_taken_where_ranks_may_shrink() -> None:
+    asked, small = assignment(rank_decay=0.5), update(tensors=factors(1))
+    assert admit(small, asked, BLUEPRINT, num_examples=10) is small
+    for rank in (0, 3):
+        outcome = admit(update(tensors=factors(rank)), asked, BLUEPRINT, num_examples=10)
+        assert isinstance(outcome, Failure)
+        assert "1..2" in outcome.reason
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_honest_answers_to_every_method_are_taken(name: str) -> None:
+    method = METHODS[name]
+    plan = assignment().plan
+    asked = method.assign(method.init(BLUEPRINT, method.settings()), 0, plan)
+    tensors = factors(sides=asked.local.train)
+    answer = update(round=1, base="", tensors=cast(tensors, asked.local.wire_dtype))
+    assert admit(answer, asked, BLUEPRINT, num_examples=10) is answer
+
+
+def cohort(*sizes: float, **local: Any) -> tuple[list[ClientUpdate], dict[str, Assignment]]:
+    updates = [
+        update(client=f"c{i}", tensors={k: np.float32(size) * t if k[-1] == "b" else t for k, t in factors().items()})
+        for i, size in enumerate(sizes)
+    ]
+    return updates, {answer.client: assignment(**local) for answer in updates}
+
+
+def test_a_change_far_above_the_median_is_refused_with_both_numbers() -> None:
+    updates, assignments = cohort(1, 2, 21, 1)
+    norms, refused = admit_norms(updates, 10.0, assignments=assignments)
+    assert list(norms) == ["c0", "c1", "c3"]
+    assert [failure.client for failure in refused] == ["c2"]
+    median = change_norm(updates[0], assignments["c0"]) * 1.5
+    assert f"{10 * median:.4g}" in refused[0].reason
+    assert f"{change_norm(updates[2], assignments['c2']):.4g}" in refused[0].reason
+
+
+@pytest.mark.parametrize(("sizes", "limit"), [((1, 100), 10.0), ((1, 1, 100), None), ((0, 0, 0, 100), 10.0), ((), 1.0)])
+def test_without_a_limit_or_a_median_to_trust_all_are_taken(sizes: tuple[float, ...], limit: float | None) -> None:
+    updates, assignments = cohort(*sizes)
+    norms, refused = admit_norms(updates, limit, assignments=assignments)
+    assert (len(norms), len(refused)) == (len(sizes), 0)
+
+
+def test_the_norm_is_that_of_the_change_or_of_the_tensors_where_they_are_no_pair() -> None:
+    answer, asked = update(), assignment()
+    assert change_norm(answer, asked) == pytest.approx(2 * np.sqrt(6 * 5 + 2 * 5))  # b a has the entry 2 everywhere
+    assert change_norm(answer, assignment(upload="difference")) == pytest.approx(np.sqrt(10 + 10 + 12 + 4))
+    assert change_norm(update(tensors=factors(sides="b")), assignment(train="b")) == pytest.approx(np.sqrt(12 + 4))

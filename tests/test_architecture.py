@@ -1,0 +1,291 @@
+"""The house rules of the code, held against the tree: who may import what, what is never used, what lies where."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import fedtune
+
+ROOT = Path(__file__).parents[1]
+HAND_WRITTEN = sorted(path for path in (ROOT / "fedtune").rglob("*.py") if not path.name.endswith("_pb2.py"))
+RECIPES = sorted((ROOT / "simulations").rglob("*.toml"))
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("tensors", "seeds"),
+    ("adapter", "lowrank", "round"),
+    ("methods", "planning", "wire", "data", "model"),
+    ("admit", "client"),
+    ("rounds",),
+    ("simulation", "store", "report", "demo"),
+    ("config",),
+    ("experiment",),
+    ("api",),
+    ("cli",),
+)
+"""Modules and packages directly below fedtune/, from the ground up: imports only go down."""
+
+NEIGHBOURS: Mapping[tuple[str, str], str] = {
+    ("lowrank", "adapter"): "a truncation is a function from adapters to adapters",
+    ("model", "data"): "training and evaluation read the examples that data has encoded",
+}
+"""The imports within one floor that are meant, each with its reason."""
+
+HOMES: Mapping[str, frozenset[str]] = {
+    "torch": frozenset({"model", "client"}),
+    "transformers": frozenset({"model", "client"}),
+    "peft": frozenset({"model", "client"}),
+    "datasets": frozenset({"data"}),
+    "pydantic": frozenset({"config"}),
+    "tomllib": frozenset({"config"}),
+    "tomlkit": frozenset({"config"}),
+    "typer": frozenset({"cli"}),
+    "rich": frozenset({"cli"}),
+    "matplotlib": frozenset({"report"}),
+    "google": frozenset({"wire"}),
+    "flwr": frozenset({"flower"}),
+    "grpc": frozenset({"link"}),
+}
+"""Where alone a package may be imported, at the top of a module or inside a function."""
+
+SERVER_WING = ("methods", "planning", "wire", "admit", "rounds", "store", "report")
+SEEDS_TORCH = {"fedtune/model/torch_seed.py", "fedtune/model/train.py", "fedtune/model/embedded/train.py"}
+"""May fork and seed torch's global generators, for dropout and initial values that take no generator."""
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def where(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def unit(name: str) -> str:
+    """Return what stands directly below fedtune/ and holds a module; the lazy package root stands for `api`."""
+    part = name.split(".")[1] if "." in name else "api"
+    return "api" if part in fedtune.__all__ else part
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and full dotted name of everything that a module imports, wherever in it."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{where(path)}:{node.lineno}: expected an absolute import"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def dotted(node: ast.expr) -> str:
+    """Return `a.b.c` for an attribute of an attribute of a name, with `?` for any other start."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def loaded(statement: str) -> set[str]:
+    """Return the top-level modules that a fresh process has loaded after a statement."""
+    code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_every_part_of_the_package_has_a_floor() -> None:
+    parts = {path.relative_to(ROOT / "fedtune").parts[0].removesuffix(".py") for path in HAND_WRITTEN} - {"__init__"}
+    assert parts <= {part for floor in FLOORS for part in floor}
+
+
+def test_imports_only_go_down() -> None:
+    floor = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+    faults = []
+    for path in HAND_WRITTEN:
+        if path.parent == ROOT / "fedtune" and path.stem == "__init__":
+            continue  # gives names on first use and loads nothing; its table is checked below
+        here = unit(module(path))
+        for line, name in imports(path):
+            there = unit(name) if name.split(".")[0] == "fedtune" else here
+            if here == there or floor[there] < floor[here] or (here, there) in NEIGHBOURS:
+                continue
+            faults.append(f"{where(path)}:{line}: {here} (floor {floor[here]}) imports {there} (floor {floor[there]})")
+    assert not faults, "\n".join(faults)
+
+
+def test_no_two_modules_import_each_other() -> None:
+    graph = {module(path): module_imports(path) for path in HAND_WRITTEN if path.parent != ROOT / "fedtune"}
+    circles = [f"{a} <-> {b}" for a, names in graph.items() for b in names if a < b and a in graph.get(b, ())]
+    assert not circles
+
+
+def module_imports(path: Path) -> set[str]:
+    """Return the modules of fedtune that a module imports."""
+    modules = {module(other) for other in HAND_WRITTEN} | {"fedtune.wire.v1.round_pb2"}
+    names = {name for _, name in imports(path)}
+    return {name if name in modules else name.rpartition(".")[0] for name in names if name.startswith("fedtune.")}
+
+
+def test_each_heavy_package_is_imported_in_its_home_only() -> None:
+    faults = [
+        f"{where(path)}:{line}: {name}, at home in {sorted(HOMES[name.split('.')[0]])}"
+        for path in HAND_WRITTEN
+        for line, name in imports(path)
+        if unit(module(path)) not in HOMES.get(name.split(".")[0], {unit(module(path))})
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_the_server_wing_loads_no_torch() -> None:
+    wing = [module(path) for path in HAND_WRITTEN if unit(module(path)) in SERVER_WING]
+    assert {unit(name) for name in wing} == set(SERVER_WING)
+    assert not loaded("import " + ", ".join(wing)) & {"torch", "transformers", "peft", "datasets", "pydantic"}
+
+
+def test_a_client_needs_nothing_of_the_server_wing() -> None:
+    paths = {module(path): path for path in HAND_WRITTEN}
+    seen, ahead = set(), ["fedtune.client"]
+    while ahead:
+        name = ahead.pop()
+        if name not in seen and name in paths:
+            seen.add(name)
+            ahead += module_imports(paths[name])
+    assert len(seen) > 5
+    assert not [name for name in seen if unit(name) in set(SERVER_WING) - {"wire"}]
+
+
+def test_help_is_shown_without_loading_a_heavy_package() -> None:
+    assert not loaded("import fedtune.cli.main") & {"torch", "transformers", "datasets", "matplotlib", "pydantic"}
+    assert not loaded("import fedtune") & {"numpy", "torch", "typer"}
+
+
+def test_nothing_is_unpickled_and_no_global_generator_is_used() -> None:
+    faults = []
+    for path in HAND_WRITTEN:
+        for line, name in imports(path):
+            if name.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "random"}:
+                faults.append(f"{where(path)}:{line}: import of {name}")
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.Attribute):
+                continue
+            name = dotted(node)
+            drawn = re.fullmatch(r"(np|numpy)\.random\.(?!(Generator|Philox)$)\w+", name)
+            seeded = re.fullmatch(r"torch(\.\w+)*\.(manual_seed|manual_seed_all|fork_rng|set_rng_state|seed)", name)
+            if name == "torch.load" or drawn or (seeded and where(path) not in SEEDS_TORCH):
+                faults.append(f"{where(path)}:{node.lineno}: {name}")
+    assert not faults, "\n".join(faults)
+
+
+def test_a_module_that_seeds_torch_gives_its_generators_back() -> None:
+    for place in SEEDS_TORCH:
+        names = {dotted(node) for node in ast.walk(tree(ROOT / place)) if isinstance(node, ast.Attribute)}
+        if any(re.fullmatch(r"torch(\.\w+)*\.manual_seed", name) for name in names):
+            assert "torch.random.fork_rng" in names, place
+
+
+def test_no_error_is_caught_wholesale() -> None:
+    faults = []
+    for path in HAND_WRITTEN:
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            broad = any(one is None or dotted(one) in {"Exception", "BaseException"} for one in caught)
+            # To clean up and raise again hides nothing.
+            if broad and not (isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None):
+                faults.append(f"{where(path)}:{node.lineno}")
+    assert not faults, "\n".join(faults)
+
+
+def test_no_assertion_is_a_tuple_that_always_holds() -> None:
+    tests = sorted((ROOT / "tests").rglob("*.py"))
+    faults = [
+        f"{where(path)}:{node.lineno}"
+        for path in [*HAND_WRITTEN, *tests]
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Assert) and isinstance(node.test, ast.Tuple)
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_no_module_is_an_attic() -> None:
+    assert not [where(path) for path in HAND_WRITTEN if path.stem in {"utils", "helpers", "common", "misc", "core"}]
+
+
+@pytest.mark.parametrize("door", ["server", "clients"])
+def test_a_door_is_short_and_defines_no_class(door: str) -> None:
+    for path in (ROOT / door).rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 120, where(path)
+        assert not [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)], where(path)
+
+
+def test_the_package_does_not_import_its_doors() -> None:
+    doors = {"server", "clients", "simulations", "benchmarks", "tests"}
+    assert not [
+        f"{where(path)}:{line}" for path in HAND_WRITTEN for line, name in imports(path) if name.split(".")[0] in doors
+    ]
+
+
+@pytest.mark.parametrize("folder", ["server", "clients", "simulations", "benchmarks", "proto", "tests"])
+def test_a_top_level_folder_says_what_belongs_in_it(folder: str) -> None:
+    assert len((ROOT / folder / "README.md").read_text().split()) > 20
+
+
+def test_simulations_hold_recipes_and_no_python() -> None:
+    assert not list((ROOT / "simulations").rglob("*.py"))
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=where)
+def test_every_recipe_binds(path: Path) -> None:
+    assert fedtune.bind(path).name
+
+
+def test_every_module_has_its_test() -> None:
+    missing = []
+    for path in sorted((ROOT / "fedtune").rglob("*.py")):
+        if path.stem == "__init__":
+            continue
+        mirror = ROOT / "tests" / path.relative_to(ROOT / "fedtune").with_name(f"test_{path.name}")
+        # A folder that holds one module may have one test file of the folder's name.
+        alone = [other for other in path.parent.glob("*.py") if other.stem != "__init__"] == [path]
+        if not mirror.exists() and not (alone and mirror.parent.with_name(f"test_{path.parent.name}.py").exists()):
+            missing.append(f"{where(path)}: expected {where(mirror)}")
+    assert not missing, "\n".join(missing)
+
+
+def test_every_public_name_can_be_had_and_is_announced_to_type_checkers() -> None:
+    for name in fedtune.__all__:
+        assert getattr(fedtune, name) is not None
+    typed = {name.rpartition(".")[2] for _, name in imports(ROOT / "fedtune" / "__init__.py")}
+    assert set(fedtune.__all__) == typed - {"annotations", "import_module", "TYPE_CHECKING", "Any"}
+    assert list(fedtune.__all__) == sorted(fedtune.__all__)
+
+
+def test_the_readme_lists_every_file_of_the_package() -> None:
+    readme = (ROOT / "README.md").read_text()
+    files = [where(path) for path in sorted((ROOT / "fedtune").rglob("*.py")) if path.read_text().strip()]
+    missing = [name for name in files if name not in readme and name.removeprefix("fedtune/") not in readme]
+    assert not missing, "\n".join(missing)
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("needs a git checkout to tell the project's files from others")
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.is_file() and path.suffix in {".py", ".md", ".toml", ".yaml", ".proto", ""}:
+            assert not re.search(r"(?<![\w.])/(home|root|work|tmp)/\w", path.read_text()), name
