@@ -1,7 +1,7 @@
 """How long the server's stacking and recompression take, beside the ways it could have been done and what bounds it.
 
-    OMP_NUM_THREADS=2 python benchmarks/aggregate.py            64 layers of 4096 x 4096, ten clients of mixed rank
-    OMP_NUM_THREADS=2 python benchmarks/aggregate.py --quick    the same at a fiftieth of the work, in seconds
+    python benchmarks/aggregate.py            64 layers of 4096 x 4096, ten clients of mixed rank
+    python benchmarks/aggregate.py --quick    the same at a fiftieth of the work, in seconds
 
 Prints one JSON line per case. Times are the best of the repetitions: other load on the machine only ever adds to them.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from fedtune import lowrank
 from fedtune.adapter import Factors
@@ -95,14 +96,16 @@ def one_layer(size: int, ranks: Sequence[int], dense_size: int, *, repeat: int) 
     y = np.concatenate([factors.a.astype(np.float64) for factors, _ in parts])
     dense = (x[:dense_size] @ y[:, :dense_size]).astype(np.float32)
     scale = (size / dense_size) ** 3
-    whole = best(lambda: lowrank.weighted_sum(parts), repeat)
+    whole = best(lambda: lowrank.weighted_sums({"": parts}), repeat)
     dense_seconds = best(lambda: np.linalg.svd(dense, full_matrices=False), 1) * scale
+    with threadpool_limits(1, user_api="blas"):  # as `weighted_sums` holds it
+        gram, qr = best(lambda: lowrank._by_gram(x, y), repeat), best(lambda: lowrank._by_qr(x, y), repeat)
     return {
         "size": size,
         "rank": sum(ranks),
         "weighted_sum_seconds": whole,
-        "gram_seconds": best(lambda: lowrank._by_gram(x, y), repeat),
-        "qr_seconds": best(lambda: lowrank._by_qr(x, y), repeat),
+        "gram_seconds": gram,
+        "qr_seconds": qr,
         "dense_float32_seconds": dense_seconds,
         "dense_measured_at": dense_size,
         "dense_scaled_by": scale,
@@ -114,7 +117,7 @@ def one_layer(size: int, ranks: Sequence[int], dense_size: int, *, repeat: int) 
 def many_clients(size: int, *, clients: int, rank: int) -> dict[str, Any]:
     """Time one layer of many clients."""
     parts = [(draw(size, rank, key=str(client)), 1 / clients) for client in range(clients)]
-    seconds = best(lambda: lowrank.weighted_sum(parts), 1)
+    seconds = best(lambda: lowrank.weighted_sums({"": parts}), 1)
     return {"size": size, "clients": clients, "rank": rank, "seconds": seconds, "peak_bytes": peak_bytes()}
 
 

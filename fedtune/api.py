@@ -286,7 +286,7 @@ def cut(adapter: Adapter, max_rank: int, watch: Watch) -> Adapter:
     """Return each layer's best approximation of at most this rank, and note what share of the change is kept."""
     if max_rank < 1:
         raise ConfigError(Fault("max_rank", "at least 1", str(max_rank)))
-    whole = {name: compress(factors) for name, factors in adapter.items()}
+    whole = compress(adapter)
     short = {name: truncate(low, tau=1.0, max_rank=max_rank) for name, low in whole.items()}
     total = sum(float(np.square(low.s).sum()) for low in whole.values())
     kept = sum(float(np.square(low.s).sum()) for low in short.values())

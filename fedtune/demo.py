@@ -99,16 +99,16 @@ targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]   # or ["all-li
 name = "flora"                       # exact sums of mixed ranks; also: fedit, ffa, zeropad, hetlora, flexlora, fedex
 
 [client]                             # what each client does in each round
-steps = 10
-batch = 8
-learning_rate = 5e-3
+steps = 6
+batch = 4
+learning_rate = 1e-2
 
 [rounds]
 count = 4
 
 [data]
 source = "data/*.jsonl"              # rows with text, or with instruction, input and output (map them with fields)
-max_tokens = 192                     # longer examples are cut
+max_tokens = 160                     # longer examples are cut
 held_out = 0.1                       # share of each client's rows that is never trained on and scores the result
 split = {{ kind = "files" }}           # one client per file; also: key, iid, dirichlet, sizes
 

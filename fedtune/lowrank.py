@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ShapeError
@@ -67,9 +70,9 @@ def zero(out_features: int, in_features: int) -> LowRank:
     )
 
 
-def compress(factors: Factors) -> LowRank:
-    """Return b @ a as its singular value decomposition, exact to float32."""
-    return weighted_sum([(factors, 1.0)])
+def compress(changes: Adapter) -> Mapping[str, LowRank]:
+    """Return the singular value decomposition of every module's b @ a, exact to float32."""
+    return weighted_sums({name: [(factors, 1.0)] for name, factors in changes.items()})
 
 
 def weighted_sum(parts: Sequence[tuple[Factors, float]]) -> LowRank:
@@ -99,6 +102,17 @@ def weighted_sum(parts: Sequence[tuple[Factors, float]]) -> LowRank:
     # The sign of a singular pair is free; fixing it makes equal changes equal factors.
     sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(s.size)])
     return LowRank(u=(u * sign).astype(np.float32), s=s.astype(np.float32), vt=(vt.T * sign).T.astype(np.float32))
+
+
+def weighted_sums(parts: Mapping[str, Sequence[tuple[Factors, float]]]) -> Mapping[str, LowRank]:
+    """Return `weighted_sum` of every module, as many modules at a time as there are cores.
+
+    BLAS is held to one thread meanwhile: its threads gain nothing on matrices of R x R, stall when another process
+    wants a core, and would let the core count decide the last bits.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(cores, max(1, len(parts)))) as pool:
+        return dict(zip(parts, pool.map(weighted_sum, parts.values()), strict=True))
 
 
 def truncate(low: LowRank, *, tau: float, max_rank: int | None) -> LowRank:

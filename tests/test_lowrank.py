@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedtune import lowrank
 from fedtune.adapter import Factors, delta
 from fedtune.errors import ShapeError
-from fedtune.lowrank import LowRank, compress, energy_kept, truncate, weighted_sum, zero
+from fedtune.lowrank import LowRank, compress, energy_kept, truncate, weighted_sum, weighted_sums, zero
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 
@@ -71,7 +71,7 @@ def test_the_sum_is_exact_orthonormal_and_of_least_rank(
         assert orthonormal(low)
         assert np.all(np.diff(low.s) <= 0)
         assert np.all(np.take_along_axis(low.u, np.abs(low.u).argmax(axis=0)[None], axis=0) > 0)
-        again = compress(low.factors)
+        again = compress({"x": low.factors})["x"]
         assert again.rank == low.rank
         np.testing.assert_allclose(again.s, low.s, rtol=1e-5)
 
@@ -114,14 +114,14 @@ def test_equal_clients_add_no_rank() -> None:
 def test_directions_far_apart_in_size_stay_orthonormal() -> None:
     factors = draw(80, 90, 6, key=4)
     graded = Factors(a=factors.a, b=factors.b * f32([1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]))
-    low = compress(graded)
+    low = compress({"x": graded})["x"]
     assert low.rank == 6
     assert orthonormal(low)
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(5, 7, 0), (5, 7, 2), (5, 7, 9), (1, 1, 1)])
 def test_zero_has_rank_zero_and_works_everywhere(m: int, n: int, rank: int) -> None:
-    low = compress(Factors(a=np.zeros((rank, n), np.float32), b=np.zeros((m, rank), np.float32)))
+    low = compress({"x": Factors(a=np.zeros((rank, n), np.float32), b=np.zeros((m, rank), np.float32))})["x"]
     assert (low.rank, low.shape) == (0, (m, n))
     assert truncate(low, tau=0.9, max_rank=3).rank == 0
     assert energy_kept(low, low) == 1
@@ -170,7 +170,7 @@ def test_ties_at_the_cut_stay_unless_the_rank_is_limited() -> None:
 @settings(max_examples=30, deadline=None)
 @given(m=st.integers(2, 30), n=st.integers(2, 30), key=st.integers(0, 2**31), tau=st.floats(0.01, 1.0))
 def test_the_reported_error_is_the_true_one_and_tau_is_monotone(m: int, n: int, key: int, tau: float) -> None:
-    low = compress(draw(m, n, 6, key=key))
+    low = compress({"x": draw(m, n, 6, key=key)})["x"]
     part = truncate(low, tau=tau, max_rank=None)
     assert energy_kept(low, part) >= tau - 1e-7
     assert part.rank <= truncate(low, tau=min(1.0, tau * 1.1), max_rank=None).rank
@@ -180,10 +180,21 @@ def test_the_reported_error_is_the_true_one_and_tau_is_monotone(m: int, n: int, 
 
 
 def test_flat_forms_give_the_change_back() -> None:
-    changes = {"a.b": compress(draw(30, 40, 3, key=0)), "c": compress(draw(4, 3, 3, key=1)), "none": zero(2, 2)}
+    changes = {**compress({"a.b": draw(30, 40, 3, key=0), "c": draw(4, 3, 3, key=1)}), "none": zero(2, 2)}
     for name, low in lowrank.unpack(lowrank.pack(changes)).items():
         np.testing.assert_array_equal(low.u, changes[name].u)
         np.testing.assert_array_equal(low.vt, changes[name].vt)
     sent = lowrank.smallest(changes)
     assert sent.keys() == {"a.b.a", "a.b.b", "c.w"}
     np.testing.assert_allclose(sent["c.w"], delta(changes["c"].factors), atol=1e-5)
+
+
+def test_many_modules_at_once_are_each_their_own_sum_to_the_bit() -> None:
+    parts = {f"m{i}": [(draw(20 + i, 30, 3, key=i), 0.5), (draw(20 + i, 30, 2, key=i + 50), 0.5)] for i in range(9)}
+    together = weighted_sums(parts)
+    assert list(together) == list(parts)
+    for name, low in together.items():
+        alone = weighted_sums({name: parts[name]})[name]
+        np.testing.assert_array_equal(low.u, alone.u)
+        np.testing.assert_array_equal(low.s, alone.s)
+    assert weighted_sums({}) == {}

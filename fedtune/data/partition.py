@@ -1,7 +1,7 @@
 """Dividing rows among clients: by a column's values, evenly, by a Dirichlet distribution, by sizes or by files.
 
-Flower Datasets has partitioners of these kinds, but flwr-datasets 0.6.1 needs datasets below 5 (and with it rich
-below 15, and seaborn), and its FederatedDataset reports each use to Flower's telemetry.
+Flower Datasets has partitioners of these kinds, but flwr-datasets 0.6.1 needs datasets below 5, rich below 15 and
+seaborn, does not resolve beside current versions of them, and brings telemetry that is on by default.
 """
 
 from __future__ import annotations

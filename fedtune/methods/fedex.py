@@ -13,7 +13,7 @@ from annotated_types import Gt
 
 from fedtune import lowrank
 from fedtune.adapter import Adapter, stack, unpack
-from fedtune.lowrank import weighted_sum
+from fedtune.lowrank import weighted_sums
 from fedtune.methods.fedit import shared_start
 from fedtune.methods.method import Method, assignment, mean_saved, step
 from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
@@ -75,17 +75,17 @@ def aggregate(state: FedExState, updates: Sequence[ClientUpdate]) -> FedExState:
     tensors = step(state.tensors, mean, rate)
     old, new = unpack(state.tensors), unpack(tensors)
     adapters = [(unpack(update.tensors), rate * share) for update, share in cohort]
-    residual = {
-        name: weighted_sum(
-            [
+    residual = weighted_sums(
+        {
+            name: [
                 (before.factors, 1.0),
                 (old[name], 1 - rate),
                 *((adapter[name], weight) for adapter, weight in adapters),
                 (new[name], -1.0),
             ]
-        )
-        for name, before in lowrank.unpack(state.residual).items()
-    }
+            for name, before in lowrank.unpack(state.residual).items()
+        }
+    )
     return replace(
         state,
         round=state.round + 1,

@@ -13,7 +13,7 @@ from annotated_types import Gt
 
 from fedtune import lowrank
 from fedtune.adapter import Adapter, unpack
-from fedtune.lowrank import LowRank, weighted_sum
+from fedtune.lowrank import LowRank, weighted_sums
 from fedtune.methods.flora import warm_start
 from fedtune.methods.method import Method, assignment, mean_saved
 from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
@@ -71,10 +71,12 @@ def aggregate(state: FlexLoraState, updates: Sequence[ClientUpdate]) -> FlexLora
     """Return the state after one round: D moves to the clients' exact weighted sum."""
     cohort, rate = weigh(updates, state.settings.weights), state.settings.server_learning_rate
     adapters = [(unpack(update.tensors), rate * share) for update, share in cohort]
-    total = {
-        name: weighted_sum([(old.factors, 1 - rate), *((adapter[name], weight) for adapter, weight in adapters)])
-        for name, old in lowrank.unpack(state.total).items()
-    }
+    total = weighted_sums(
+        {
+            name: [(old.factors, 1 - rate), *((adapter[name], weight) for adapter, weight in adapters)]
+            for name, old in lowrank.unpack(state.total).items()
+        }
+    )
     return replace(
         state,
         round=state.round + 1,

@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Interval
 
 from fedtune import lowrank
 from fedtune.adapter import Adapter, Factors, draw_a, pack, unpack
-from fedtune.lowrank import LowRank, truncate, weighted_sum
+from fedtune.lowrank import LowRank, truncate, weighted_sums
 from fedtune.methods.method import Method, assignment, mean_saved
 from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
 from fedtune.seeds import derive
@@ -87,10 +87,13 @@ def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
     settings, cohort = state.settings, weigh(updates, state.settings.weights)
     sent = broadcast(state)
     changes = [(change(state, sent, update), settings.server_learning_rate * share) for update, share in cohort]
-    delta = {}
-    for name, low in lowrank.unpack(state.delta).items():
-        parts = [(adapter[name], weight) for adapter, weight in changes if name in adapter]
-        delta[name] = truncate(weighted_sum([(low.factors, 1.0), *parts]), tau=1.0, max_rank=settings.state_max_rank)
+    total = weighted_sums(
+        {
+            name: [(low.factors, 1.0), *((adapter[name], weight) for adapter, weight in changes if name in adapter)]
+            for name, low in lowrank.unpack(state.delta).items()
+        }
+    )
+    delta = {name: truncate(low, tau=1.0, max_rank=settings.state_max_rank) for name, low in total.items()}
     return replace(
         state,
         round=state.round + 1,

@@ -100,11 +100,11 @@ def read(path: Path) -> tuple[Adapter, Tensors, Mapping[str, Any]]:
     with guarded(path):
         if not weights.is_file():
             raise StoreError(f"{path}: expected an adapter (adapter_model.safetensors); run fedtune simulate first")
-        provenance = json.loads((path / "fedtune.json").read_text(encoding="utf-8"))
+        text = (path / "fedtune.json").read_text(encoding="utf-8")
     try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise StoreError(f"{weights}: expected a whole safetensors file; {error}; export the run again") from error
+        provenance, tensors = json.loads(text), load_file(weights)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise StoreError(f"{path}: expected an adapter with whole files; {error}; run the simulation again") from error
     sides: dict[str, dict[str, Array]] = {}
     saved: dict[str, Array] = {}
     for key, array in tensors.items():

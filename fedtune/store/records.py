@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.adapter import Adapter
-from fedtune.lowrank import compress
+from fedtune.lowrank import LowRank, compress
 from fedtune.round import Failure
 from fedtune.rounds import RoundResult
 
@@ -69,7 +69,9 @@ def round_record(
         "clients": clients,
         "bytes_down": sum(client["bytes_down"] for client in clients.values()),
         "bytes_up": sum(client["bytes_up"] for client in clients.values()),
-        "modules": {name: module_record(adapter, name, energy_kept) for name in sorted(adapter)},
+        "modules": {
+            name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())
+        },
     }
 
 
@@ -103,14 +105,13 @@ def mean_loss(clients: Mapping[str, Mapping[str, Any]], key: str) -> float | Non
     return sum(loss * n for loss, n in known) / sum(n for _, n in known) if known else None
 
 
-def module_record(adapter: Adapter, name: str, energy_kept: Mapping[str, float]) -> Mapping[str, Any]:
-    singular = compress(adapter[name]).s
+def module_record(change: LowRank, energy_kept: float | None) -> Mapping[str, Any]:
     record: dict[str, Any] = {
-        "rank": len(singular),
-        "norm": float(np.linalg.norm(singular)),
-        "singular_values": [float(f"{value:.6g}") for value in singular[:SPECTRUM]],
+        "rank": change.rank,
+        "norm": float(np.linalg.norm(change.s)),
+        "singular_values": [float(f"{value:.6g}") for value in change.s[:SPECTRUM]],
     }
-    return record | ({"energy_kept": energy_kept[name]} if name in energy_kept else {})
+    return record if energy_kept is None else record | {"energy_kept": energy_kept}
 
 
 def scores(test: Metrics, held_out: Mapping[str, Metrics]) -> Mapping[str, Any]:
