@@ -55,7 +55,7 @@ def federate(settings: DataSettings, *, tokenizer: Tokenizer, task: Task, seed: 
     labels = _labels(source, test) if task == "classification" else []
     rows = _limited(source, settings.limit, seed)
     groups = rows[GROUP][:] if GROUP in rows.column_names else None
-    parts = partition(settings.split, rows=len(rows), groups=groups, seed=seed)
+    parts = _chosen(partition(settings.split, rows=len(rows), groups=groups, seed=seed), settings.split.only)
 
     encoded = {name: _encoded(rows.select(part), settings, tokenizer, labels) for name, part in parts.items()}
     notes = _notes(list(encoded.values()), settings)
@@ -73,6 +73,14 @@ def federate(settings: DataSettings, *, tokenizer: Tokenizer, task: Task, seed: 
             raise ConfigError(Fault("data.max_tokens", expected, f"none left at {settings.max_tokens} tokens"))
     order = generator(derive(seed, "data.test")).permutation(len(scored))
     return Federation(clients, [scored[row] for row in order], labels, notes)
+
+
+def _chosen(parts: Mapping[str, Rows], only: Sequence[str] | None) -> Mapping[str, Rows]:
+    if only is None:
+        return parts
+    if unknown := sorted(set(only) - parts.keys()):
+        raise ConfigError(Fault("data.split.only", f"names of clients ({', '.join(list(parts)[:8])})", repr(unknown[0])))
+    return {name: part for name, part in parts.items() if name in only}
 
 
 def _limited(rows: Dataset, limit: int | None, seed: int) -> Dataset:
