@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +23,7 @@ from fedtune.store.run import read_summary, vacant, write_recipe
 # The client wing (torch, transformers, peft, datasets) takes seconds to import, so `experiment` and `model` are
 # imported where they are needed: a recipe that is wrong says so at once, and reading a report needs neither.
 
-Form = Literal["peft", "uniform", "merged"]
-FORMS: tuple[Form, ...] = ("peft", "uniform", "merged")
+FORMS = ("peft", "uniform", "merged")
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def evaluate(
 def export(
     run: str | Path,
     *,
-    form: Form = "peft",
+    form: str = "peft",
     out: str | Path | None = None,
     max_rank: int | None = None,
     dtype: str | None = None,

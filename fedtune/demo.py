@@ -89,6 +89,7 @@ seed = 0                             # same seed, same machine: same result, bit
 
 [model]
 base = "embedded"                    # the small model inside fedtune; or a folder or a hub name of your own
+threads = 1                          # so small a model gains nothing from more; a larger one does: leave this out
 
 [adapter]
 rank = {RANK}                             # of every client that no override below names

@@ -46,7 +46,7 @@ class Standing:
     """Lowest test loss and its round."""
     seconds: Sequence[float] = ()
     """Of the last few rounds."""
-    earlier: Traffic = Traffic()
+    earlier: Traffic = field(default_factory=Traffic)
     """Of all finished rounds."""
 
     @property

@@ -12,11 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.text import duration, number, printable, size
+from fedtune.store.records import COUNTS
 
 Metrics: TypeAlias = Mapping[str, Any]
 
-COUNTS = ("examples", "tokens", "generated")
-"""Entries of a metrics table that say how much was scored, not how well."""
 MOST_CLIENTS = 30
 """Clients that the table names; the report names all."""
 
@@ -72,20 +71,16 @@ def clients(summary: Mapping[str, Any]) -> Table:
         table.add_row(
             Text(printable(name)),
             str(client["examples"]),
-            str(client["rank"]),
+            number(client["rank"]),
             change(old.get(name, {}).get("loss"), new.get(name, {}).get("loss")),
             size(client["bytes_up"]),
             size(client["bytes_down"]),
             f"{client['seconds']:.1f}",
-            str(failures_of(client["failures"]) or ""),
+            str(client["failures"] or ""),
         )
     if len(rows) > MOST_CLIENTS:
         table.add_row(f"and {len(rows) - MOST_CLIENTS} more")
     return table
-
-
-def failures_of(value: Any) -> int:
-    return value if isinstance(value, int) else len(value)
 
 
 def sample(texts: Mapping[str, str]) -> RenderableType:

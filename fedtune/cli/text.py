@@ -9,7 +9,7 @@ HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def printable(text: object, *, lines: bool = False) -> str:
-    """Return the text with everything a terminal would obey written out as an escape.
+    r"""Return the text with everything a terminal would obey written out as an escape.
 
     Clients choose their names and data their texts; neither may colour, overwrite or reverse what we print.
 
@@ -18,7 +18,7 @@ def printable(text: object, *, lines: bool = False) -> str:
         lines: keep line breaks.
 
     >>> printable("a" + chr(27) + "[2J")
-    'a\\\\x1b[2J'
+    'a\\x1b[2J'
     """
     return "".join(
         character

@@ -1,6 +1,6 @@
 """From recipe.toml to frozen, validated settings: the only place that knows TOML and pydantic."""
 
-from fedtune.config.bind import bind
+from fedtune.config.binding import bind
 from fedtune.config.recipe import Override, Recipe, ReportSettings, planned
 from fedtune.config.render import changes, digest, render
 

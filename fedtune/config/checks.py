@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import ceil
 from typing import Any, TypeAlias
 
 from fedtune.config.recipe import Override
-from fedtune.config.words import listed, nearest, shown
+from fedtune.config.words import listed, nearest, quoted, shown
+from fedtune.data.settings import TEMPLATES, DataSettings, Split, faults
 from fedtune.errors import Fault
 from fedtune.methods import METHODS
 
-Check: TypeAlias = tuple[tuple[str, ...], Callable[..., Iterator[Fault]]]
+Check: TypeAlias = tuple[tuple[str, ...], Callable[..., Iterable[Fault]]]
 """The dotted keys a check reads, and the check over their values."""
-
-SPLIT_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # kind -> what it needs, what it may have
-    "key": (("by",), ("clients",)),
-    "iid": (("clients",), ()),
-    "dirichlet": (("by", "clients", "alpha"), ()),
-    "sizes": (("sizes",), ()),
-    "files": ((), ("clients",)),
-}
-
-TEMPLATES = ("alpaca", "chat", "plain")
 
 
 def check(values: Mapping[str, Any]) -> Iterator[Fault]:
@@ -37,25 +30,38 @@ def check(values: Mapping[str, Any]) -> Iterator[Fault]:
             yield from rule(*(values[key] for key in keys))
 
 
-def steps_or_epochs(steps: int | None, epochs: float | None) -> Iterator[Fault]:
+def steps_or_epochs(steps: int | None, epochs: float | None, path: str = "client") -> Iterator[Fault]:
     if (steps is None) == (epochs is None):
         got = "neither" if steps is None else f"steps = {steps} and epochs = {epochs}"
-        yield Fault("client", "exactly one of steps and epochs", got, 'write, say, "steps = 20"')
+        yield Fault(path, "exactly one of steps and epochs", got, 'write, say, "steps = 20"')
 
 
-def momentum_of(optimizer: str, momentum: float) -> Iterator[Fault]:
+def momentum_of(optimizer: str, momentum: float, overrides: Sequence[Override]) -> Iterator[Fault]:
     if optimizer != "sgd" and momentum > 0:
         yield Fault("client.momentum", f"0 with optimizer {optimizer!r}", str(momentum), 'or set optimizer = "sgd"')
+    for place, override in enumerate(overrides):
+        if not override.training.keys() & {"optimizer", "momentum"}:
+            continue
+        by, keeps = override.training.get("optimizer", optimizer), override.training.get("momentum", momentum)
+        if by != "sgd" and keeps > 0:
+            hint = "set optimizer and momentum in the same override"
+            yield Fault(f"override.{place}.momentum", f"0 with optimizer {by!r}", str(keeps), hint)
 
 
-def split_keys(kind: str, by: object, clients: object, alpha: object, sizes: object) -> Iterator[Fault]:
-    given = {"by": by, "clients": clients, "alpha": alpha, "sizes": sizes}
-    needed, allowed = SPLIT_KEYS[kind]
-    for key, value in given.items():
-        if value is None and key in needed:
-            yield Fault(f"data.split.{key}", f"a value, as split kind {kind!r} needs one", "nothing")
-        if value is not None and key not in needed + allowed:
-            yield Fault(f"data.split.{key}", f"no value with split kind {kind!r}", shown(value), "leave it out")
+def split_rules(split: Split) -> Iterable[Fault]:
+    # Data knows its own rules; a stand-in source lets them be asked although another key of the table is at fault.
+    return faults(DataSettings(source="-", split=split))
+
+
+def template_text(template: str) -> Iterator[Fault]:
+    meant = nearest(template, TEMPLATES)
+    for fault in faults(DataSettings(source="-", split=Split("files"), template=template)):
+        yield replace(fault, hint=f"did you mean {quoted(meant)}?") if meant else fault
+
+
+def some_client(only: Sequence[str] | None) -> Iterator[Fault]:
+    if only is not None and not only:
+        yield Fault("data.split.only", "at least one client's name", "an empty list", "leave it out to keep all")
 
 
 def cohort_size(cohort: int | float | None, least: int) -> Iterator[Fault]:
@@ -67,16 +73,24 @@ def cohort_size(cohort: int | float | None, least: int) -> Iterator[Fault]:
         yield Fault("rounds.min_clients", f"at most rounds.cohort = {cohort}", str(least))
 
 
-def fleet_size(
-    kind: str, clients: int | None, sizes: Sequence[int] | None, cohort: int | float | None, least: int
-) -> Iterator[Fault]:
-    fleet = len(sizes) if kind == "sizes" and sizes else clients if kind in ("iid", "dirichlet") else None
-    if fleet is None:
-        return  # key and files: known only when the data are read
+def fleet_size(split: Split, cohort: int | float | None, least: int) -> Iterator[Fault]:
+    divided = len(split.sizes) if split.kind == "sizes" and split.sizes else split.clients  # key, files: at most these
+    known = [size for size in (divided, len(set(split.only)) if split.only else None) if size is not None]
+    if not known:
+        return  # known only when the data are read
+    fleet = min(known)
     if isinstance(cohort, int) and cohort > fleet:
         yield Fault("rounds.cohort", f"at most the {fleet} clients of data.split", str(cohort))
     elif least > fleet:
         yield Fault("rounds.min_clients", f"at most the {fleet} clients of data.split", str(least))
+    elif isinstance(cohort, float) and least > (drawn := drawn_of(fleet, cohort)):
+        expected = f"at most {drawn}, which rounds.cohort = {cohort} of {fleet} clients comes to"
+        yield Fault("rounds.min_clients", expected, str(least))
+
+
+def drawn_of(fleet: int, share: float) -> int:
+    """Return the size of a cohort that is a share of the fleet, as `rounds.sample` rounds it."""
+    return ceil(share * fleet - 1e-9)
 
 
 def one_rank(method: str, rank: int, overrides: Sequence[Override]) -> Iterator[Fault]:
@@ -87,20 +101,20 @@ def one_rank(method: str, rank: int, overrides: Sequence[Override]) -> Iterator[
         if override.rank is not None:
             ranks = {override.rank} if "*" in override.clients else ranks | {override.rank}
     if len(ranks) > 1:
-        mixed = sorted(name for name, other in METHODS.items() if other.ranks != "equal")
-        hint = f"use {listed(mixed, joint='or')}, or one rank" if mixed else "give all clients one rank"
-        yield Fault(
-            "method", f"one rank, as method {method!r} needs", f"overrides that ask for {listed(sorted(ranks))}", hint
-        )
+        mixed = [name for name, other in METHODS.items() if other.ranks != "equal"]
+        got = f"{listed(sorted(ranks))} from adapter.rank and the overrides"
+        yield Fault("method", f"one rank, as {method!r} needs", got, f"use {listed(mixed, joint='or')}, or one rank")
 
 
-def causal_only(task: str, packing: bool, generate: int) -> Iterator[Fault]:
+def causal_only(task: str, packing: bool, generate: int, prompt: str | None) -> Iterator[Fault]:
     if task == "causal":
         return
     if packing:
         yield Fault("data.packing", f"false with model.task = {task!r}", "true", "only causal models read packed rows")
     if generate:
         yield Fault("evaluate.generate", f"0 with model.task = {task!r}", str(generate), "only causal models write")
+    if prompt is not None:
+        yield Fault("evaluate.prompt", f"none with model.task = {task!r}", shown(prompt), "only causal models write")
 
 
 def parts_of(task: str, fields: Mapping[str, str]) -> Iterator[Fault]:
@@ -121,19 +135,22 @@ def parts_of(task: str, fields: Mapping[str, str]) -> Iterator[Fault]:
 
 
 def some_source(source: str | Sequence[str]) -> Iterator[Fault]:
-    if not source or "" in ((source,) if isinstance(source, str) else source):
+    if not all_named(source):
         yield Fault("data.source", "at least one file, folder or hub name, none of them empty", shown(source))
 
 
-def template_text(template: str) -> Iterator[Fault]:
-    if template not in TEMPLATES and not template.endswith("{output}"):
-        meant = nearest(template, TEMPLATES)
-        yield Fault(
-            "data.template",
-            f"{listed(TEMPLATES, joint='or')}, or a text that ends in {{output}}",
-            shown(template),
-            f"did you mean {meant!r}?" if meant else "",
-        )
+def some_test(test: str | Sequence[str] | None) -> Iterator[Fault]:
+    if test is not None and not all_named(test):
+        yield Fault("data.test", "at least one file, none of them empty", shown(test), "leave it out for held-out rows")
+
+
+def all_named(files: str | Sequence[str]) -> bool:
+    return bool(files) and "" not in ((files,) if isinstance(files, str) else files)
+
+
+def some_base(base: str) -> Iterator[Fault]:
+    if not base:
+        yield Fault("model.base", "a folder, a hub name or embedded", "an empty text")
 
 
 def device_name(device: str) -> Iterator[Fault]:
@@ -151,19 +168,19 @@ def in_full_or_adapted(targets: Sequence[str], in_full: Sequence[str]) -> Iterat
 
 
 CHECKS: Sequence[Check] = (
-    (("client.steps", "client.epochs"), steps_or_epochs),
-    (("client.optimizer", "client.momentum"), momentum_of),
-    (("data.split.kind", "data.split.by", "data.split.clients", "data.split.alpha", "data.split.sizes"), split_keys),
-    (("rounds.cohort", "rounds.min_clients"), cohort_size),
-    (
-        ("data.split.kind", "data.split.clients", "data.split.sizes", "rounds.cohort", "rounds.min_clients"),
-        fleet_size,
-    ),
-    (("method.name", "adapter.rank", "override"), one_rank),
-    (("model.task", "data.packing", "evaluate.generate"), causal_only),
-    (("model.task", "data.fields"), parts_of),
-    (("data.source",), some_source),
-    (("data.template",), template_text),
+    (("model.base",), some_base),
     (("model.device",), device_name),
     (("adapter.targets", "adapter.modules_to_save"), in_full_or_adapted),
+    (("method.name", "adapter.rank", "override"), one_rank),
+    (("client.steps", "client.epochs"), steps_or_epochs),
+    (("client.optimizer", "client.momentum", "override"), momentum_of),
+    (("rounds.cohort", "rounds.min_clients"), cohort_size),
+    (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),
+    (("data.split",), split_rules),
+    (("data.split.only",), some_client),
+    (("data.source",), some_source),
+    (("data.test",), some_test),
+    (("data.template",), template_text),
+    (("model.task", "data.fields"), parts_of),
+    (("model.task", "data.packing", "evaluate.generate", "evaluate.prompt"), causal_only),
 )

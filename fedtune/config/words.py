@@ -28,7 +28,7 @@ def describe(annotation: Any) -> str:
         options = get_args(annotation)
         # None cannot be written where any text is allowed: there one leaves the key out.
         named = [describe(option) for option in options if option is not type(None) or not allows(annotation, str)]
-        return " or ".join(dict.fromkeys(named))
+        return (", or " if any("," in name for name in named) else " or ").join(dict.fromkeys(named))
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return " ".join([describe(arguments[0]), *bounds(arguments[1:])])

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from fedtune.data.encode import Encoded, Example, Tokenizer, encode_causal, encode_classes, pack
-from fedtune.data.partition import ordered, partition
+from fedtune.data.partition import Rows, ordered, partition
 from fedtune.data.settings import DataSettings, Task, faults
 from fedtune.data.source import GROUP, load, load_test
 from fedtune.errors import ConfigError, Fault

@@ -198,7 +198,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def find_targets(
-    model: nn.Module, targets: Sequence[str], *, leave_out: Sequence[str] = ()
+    model: Any, targets: Sequence[str], *, leave_out: Sequence[str] = ()
 ) -> Mapping[str, tuple[int, int]]:
     """Return (out, in) of the modules that a recipe's targets name, by full name.
 

@@ -1,12 +1,10 @@
-"""From TOML to a `Recipe`: every value checked against its settings' types, all faults found before one is raised."""
+"""From tables to a `Recipe`: every value checked against its settings' types, all faults found before one is raised."""
 
 from __future__ import annotations
 
-import copy
 import glob
 import os
 import re
-import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -15,7 +13,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fedtune.config.checks import check
+from fedtune.config.checks import check, steps_or_epochs
+from fedtune.config.reading import edited, read, value_of
 from fedtune.config.recipe import Override, Recipe, ReportSettings
 from fedtune.config.words import allows, choices, describe, listed, nearest, quoted, shown
 from fedtune.data.settings import DataSettings
@@ -42,8 +41,6 @@ NAMED: Mapping[str, Mapping[str, type[Any]]] = {  # table -> settings by the tab
     "method": {name: method.settings for name, method in METHODS.items()},
     "planner": {"fixed": FixedSettings},
 }
-SHORT: Mapping[tuple[str, ...], str] = {("method",): "name", ("planner",): "name", ("data", "split"): "kind"}
-"""Tables that may be written as one word, and the key that the word then is."""
 
 EXAMPLES: Mapping[str, str] = {
     "model": '{ base = "embedded" }',
@@ -90,89 +87,10 @@ def bind(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (
     return located(Recipe(root=root, **bound), root)
 
 
-def read(source: Path | str | Mapping[str, Any]) -> tuple[str, str, Path, Mapping[str, Any]]:
-    """Return (name for messages, name of the run, folder, tables) of a recipe."""
-    if isinstance(source, Mapping):
-        return "", "run", Path.cwd(), source
-    if isinstance(source, str) and "\n" in source:
-        return "", "run", Path.cwd(), parsed(source, "the recipe")
-    path = Path(source)
-    try:
-        text = path.read_bytes().decode()
-    except FileNotFoundError:
-        fault = Fault("", "a recipe file", "no such file", '"fedtune demo --write recipe.toml" writes one')
-        raise ConfigError(fault, source=str(source)) from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or bytes that are not UTF-8
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(Fault("", "a recipe file in TOML, UTF-8", reason), source=str(source)) from None
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip(".-") or "run"
-    return path.name, stem, path.absolute().parent, parsed(text, path.name)
-
-
-def parsed(text: str, label: str) -> Mapping[str, Any]:
-    try:
-        return tomllib.loads(text.removeprefix("\ufeff"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(Fault("", "TOML", str(error), "mind quotes and brackets there"), source=label) from None
-    except RecursionError:
-        raise ConfigError(Fault("", "TOML", "brackets nested too deeply"), source=label) from None
-
-
-def edited(table: Mapping[str, Any], overrides: Sequence[str], faults: list[Fault]) -> dict[str, Any]:
-    """Return the tables with short forms written out and each `a.b=c` put in place."""
-    edited = expanded(copy.deepcopy(dict(table)))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        path = [part.strip() for part in key.split(".")]
-        if not equals or not all(path):
-            faults.append(Fault(f"--set {override}", "table.key=value", "something else", "e.g. --set rounds.count=10"))
-            continue
-        node: Any = edited
-        for part in path[:-1]:
-            node = entered(node, part)
-        if isinstance(node, dict):
-            node[path[-1]] = value_of(text)
-        else:
-            faults.append(Fault(f"--set {override}", "a key inside a table", f"{'.'.join(path[:-1])} is none"))
-        edited = expanded(edited)
-    return edited
-
-
-def entered(node: Any, part: str) -> Any:
-    """Return the table or list item below a node, made if the node is a table that lacks it."""
-    if isinstance(node, list):
-        return node[int(part)] if part.isdecimal() and int(part) < len(node) else None
-    return node.setdefault(part, {}) if isinstance(node, dict) else None
-
-
-def value_of(text: str) -> Any:
-    """Return the TOML value that a text is, or the text itself.
-
-    >>> value_of("3e-4"), value_of("[4, 8]"), value_of("flora")
-    (0.0003, [4, 8], 'flora')
-    """
-    try:
-        table = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return text
-    return table["value"] if len(table) == 1 else text
-
-
-def expanded(table: dict[str, Any]) -> dict[str, Any]:
-    """Return the tables with one-word tables such as `method = "flora"` written out."""
-    for (*above, last), key in SHORT.items():
-        node: Any = table
-        for part in above:
-            node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, dict) and isinstance(node.get(last), str):
-            node[last] = {key: node[last]}
-    return table
-
-
 def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     """Bind every table but `override`; a table that has a fault is bound to None."""
     known = ("name", "seed", *SECTIONS, *NAMED, "override")
-    found.faults.extend(unknown_keys(table, known, "", found))
+    found.faults.extend(unknown_keys(table, known, ""))
     bound = {}
     for name in (*SECTIONS, *NAMED):
         if name not in table and name not in OPTIONAL:
@@ -207,7 +125,7 @@ def bind_table(cls: type[Any], content: Any, path: str, found: Findings) -> Any:
         found.faults.append(Fault(path, "a table", shown(content)))
         return None
     before = len(found.faults)
-    found.faults.extend(unknown_keys(content, [f.name for f in fields(cls)], path, found))
+    found.faults.extend(unknown_keys(content, [f.name for f in fields(cls)], path))
     hints = get_type_hints(cls, include_extras=True)
     values = {}
     for each in fields(cls):
@@ -226,11 +144,13 @@ def bind_table(cls: type[Any], content: Any, path: str, found: Findings) -> Any:
 def leaf(annotation: Any, content: Any, path: str, found: Findings) -> Any:
     """Return one value as its type asks, or None after noting the fault."""
     if is_dataclass(annotation) and isinstance(annotation, type):
-        return bind_table(annotation, content, path, found)
+        table = bind_table(annotation, content, path, found)
+        if table is not None:
+            found.values[path] = table
+        return table
     if get_origin(annotation) is Mapping and isinstance(content, dict):
-        parts, _ = get_args(annotation)
-        found.faults.extend(unknown_keys(content, get_args(parts), path, found))
-        content = {key: value for key, value in content.items() if key in get_args(parts)}
+        parts, kind = get_args(annotation)
+        return bind_mapping(get_args(parts), kind, content, path, found)
     if content == "none" and allows(annotation, type(None)) and not allows(annotation, str):
         content = None
     try:
@@ -240,6 +160,17 @@ def leaf(annotation: Any, content: Any, path: str, found: Findings) -> Any:
         return None
     found.values[path] = value
     return value
+
+
+def bind_mapping(known: Collection[str], kind: Any, content: Mapping[str, Any], path: str, found: Findings) -> Any:
+    """Return a table of known keys whose values are all of one kind, or None after noting its faults."""
+    before = len(found.faults)
+    found.faults.extend(unknown_keys(content, known, path))
+    values = {key: leaf(kind, value, f"{path}.{key}", found) for key, value in content.items() if key in known}
+    if len(found.faults) > before:
+        return None
+    found.values[path] = values
+    return values
 
 
 def misfit(annotation: Any, content: Any, path: str) -> Fault:
@@ -258,7 +189,7 @@ def fits(annotation: Any, content: Any) -> bool:
     return not trial.faults
 
 
-def unknown_keys(content: Mapping[str, Any], known: Collection[str], path: str, found: Findings) -> Iterator[Fault]:
+def unknown_keys(content: Mapping[str, Any], known: Collection[str], path: str) -> Iterator[Fault]:
     """Yield a fault for each key that is not known, with the nearest that is."""
     for key in content:
         if key in known:
@@ -282,7 +213,7 @@ def all_keys() -> Sequence[str]:
 
 def bind_name(content: Any, found: Findings) -> str:
     if not isinstance(content, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", content):
-        expected = "at most 100 letters, digits, dots, dashes and underscores (it names a folder)"
+        expected = "at most 100 letters, digits, dots, dashes and underscores, no dot or dash first (it names a folder)"
         found.faults.append(Fault("name", expected, shown(content)))
     return str(content)
 
@@ -306,7 +237,7 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
         return None
     hints = {"clients": str | Sequence[str], "rank": Annotated[int, Ge(1)]}
     hints |= get_type_hints(Training, include_extras=True)
-    found.faults.extend(unknown_keys(row, hints, path, found))
+    found.faults.extend(unknown_keys(row, hints, path))
     values = {key: leaf(hints[key], row[key], f"{path}.{key}", found) for key in row if key in hints}
     globs = values.pop("clients", ())
     globs = (globs,) if isinstance(globs, str) else tuple(globs or ())
@@ -317,8 +248,9 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
         found.faults.append(Fault(f"{path}.clients", "a glob with every [ closed", shown(bad), 'e.g. "client-[1-3]"'))
     if not row.keys() - {"clients"}:
         found.faults.append(Fault(path, "something that changes, such as rank", "only clients"))
-    if values.get("steps") is not None and values.get("epochs") is not None:
-        found.faults.append(Fault(path, "steps or epochs", "both"))
+    lengths = [key for key in ("steps", "epochs") if key in row]
+    if lengths and all(f"{path}.{key}" in found.values for key in lengths):
+        found.faults.extend(steps_or_epochs(values.get("steps"), values.get("epochs"), path))
     return Override(clients=globs, rank=rank, training=values)
 
 

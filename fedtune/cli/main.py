@@ -1,0 +1,299 @@
+"""The command `fedtune`: thin verbs over `fedtune.api`; nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fedtune.api import Run
+    from fedtune.rounds import Watch
+
+USAGE, INTERRUPTED = 2, 130
+"""Exit statuses: something that the user can mend, and Ctrl-C."""
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a help text."""
+    return "Examples:\n\n" + "\n".join(f"- `{line}`" for line in lines)
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Fine-tune language models where the data lives: many unequal clients, one exact global adapter.",
+    epilog="First time here? `fedtune demo` needs no model, no data and no network.",
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, e.g. runs/demo.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting of the recipe; may be given again."),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Last line of stdout: the result as one JSON object.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"fedtune {version('fedtune')}")
+        raise typer.Exit
+
+
+@app.command(epilog=examples("fedtune demo", "fedtune demo --write recipe.toml"))
+def demo(
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the demo's recipe and data to edit, and run nothing.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory instead of runs/demo.")] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run a small federation that fedtune brings along: its own language model, this Python's library as 8 clients."""
+    with reported(debug):
+        if write is not None:
+            write_demo(write)
+            return
+        from fedtune import api
+
+        finish(observed("demo", quiet, lambda watch: api.demo(out=out, watch=watch)), as_json, quiet)
+
+
+@app.command(
+    epilog=examples(
+        "fedtune simulate recipe.toml",
+        "fedtune simulate recipe.toml --set rounds.count=3 --set client.learning_rate=1e-3 --fresh",
+    )
+)
+def simulate(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The experiment, in TOML.", show_default=False)],
+    overrides: SetOption = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory instead of runs/NAME.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="If the run directory is taken, start beside it.")] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run a recipe with all its clients on this machine: progress, a table, an adapter and a report."""
+    with reported(debug):
+        from fedtune import api
+        from fedtune.config import bind
+
+        bound = bind(recipe, overrides=overrides or ())
+        run = observed(bound.name, quiet, lambda watch: api.simulate(bound, out=out, fresh=fresh, watch=watch))
+        finish(run, as_json, quiet)
+
+
+@app.command(epilog=examples("fedtune evaluate runs/demo", "fedtune evaluate runs/demo --data other.jsonl --json"))
+def evaluate(
+    run: RunArgument,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Other test data, with the columns of the recipe's.")
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Score so many examples; all without it.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Score a run's base and its adapter on the recipe's test data, or on another file."""
+    with reported(debug):
+        from fedtune import api
+        from fedtune.cli.summary import comparison
+
+        scores = api.evaluate(run, data=data, examples=examples)
+        if as_json:
+            typer.echo(json.dumps(scores))
+        else:
+            console(sys.stdout).print(comparison(scores["before"], scores["after"]))
+
+
+@app.command(
+    epilog=examples(
+        "fedtune export runs/demo",
+        "fedtune export runs/demo --form merged --out my-model",
+        "fedtune export runs/demo --form uniform --max-rank 16",
+    )
+)
+def export(
+    run: RunArgument,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="peft: adapter with a rank per layer; uniform: the same padded to one rank; merged: a whole model."
+        ),
+    ] = "peft",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder instead of RUN/FORM.")] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to its best fit of this rank.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a merged model: float32, bfloat16 or float16; the base's without it.")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write the result for others to load: a PEFT adapter, or a whole merged model."""
+    with reported(debug):
+        from fedtune import api
+
+        folder = observed(
+            "export",
+            True,
+            lambda watch: api.export(run, form=form, out=out, max_rank=max_rank, dtype=dtype, watch=watch),
+        )
+        typer.echo(folder)
+
+
+@app.command(epilog=examples("fedtune report runs/demo", "fedtune report runs/demo --tensorboard"))
+def report(
+    run: RunArgument,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard event files too.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Draw a run's page again from its records: report.html and plots/*.png."""
+    with reported(debug):
+        from fedtune import api
+
+        typer.echo(api.report(run, tensorboard=tensorboard))
+
+
+@app.command(epilog=examples("fedtune compare flora.toml fedit.toml --seeds 0,1,2", "fedtune compare runs/a runs/b"))
+def compare(
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE...", help="Recipes to run, or finished runs.", show_default=False)
+    ],
+    seeds: Annotated[str | None, typer.Option(help="Seeds to run each recipe with, e.g. 0,1,2.")] = None,
+    overrides: SetOption = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder instead of runs/compare.")] = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run several recipes with the same seeds, and set them side by side: one table, one picture."""
+    with reported(debug):
+        from fedtune import api
+
+        numbers = seed_list(seeds)
+        page = observed(
+            "compare",
+            quiet,
+            lambda watch: api.compare(recipes, seeds=numbers, overrides=overrides or (), out=out, watch=watch),
+        )
+        typer.echo(page)
+
+
+def seed_list(text: str | None) -> Sequence[int] | None:
+    """Return the seeds of `0,1,2`."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"expected whole numbers with commas between, such as 0,1,2; got {text!r}")
+    return [int(part) for part in parts]
+
+
+def write_demo(path: Path) -> None:
+    """Write the demo's recipe, and its data beside it; an existing file is left alone."""
+    from fedtune.demo import recipe_text, write_data
+    from fedtune.errors import StoreError
+    from fedtune.store.files import guarded, write_text
+
+    if path.exists():
+        raise StoreError(f"{path}: expected a new file; there is one already; choose another name")
+    with guarded(path.parent):
+        data = write_data(path.parent / "data")
+    write_text(path, recipe_text())
+    typer.echo(f"wrote {path} and {data}; edit it, then: fedtune simulate {path}")
+
+
+def console(file: Any) -> Any:
+    from rich.console import Console
+
+    # Rich guesses 80 columns where there is no terminal, and would fold tables that are piped into a file.
+    return Console(file=file, highlight=False, width=None if file.isatty() else 120)
+
+
+def observed(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
+    """Call with an observer that shows progress on stderr, or only its remarks if quiet."""
+    if quiet:
+        from fedtune.rounds import Note
+
+        return call(lambda event: typer.echo(event.text, err=True) if isinstance(event, Note) else None)
+    from fedtune.cli.progress import Progress
+
+    with Progress(console(sys.stderr), title=title) as progress:
+        return call(progress)
+
+
+def finish(run: Run, as_json: bool, quiet: bool) -> None:
+    """Print what a run came to: as a table, as the paths alone, or as JSON."""
+    if not as_json and not quiet:
+        from fedtune.cli.summary import show_summary
+
+        show_summary(console(sys.stdout), run.summary, adapter=run.adapter, report=run.report)
+    elif as_json:
+        paths = {"path": str(run.path), "adapter": str(run.adapter), "report": str(run.report)}
+        typer.echo(json.dumps({**run.summary, **paths}))
+    else:
+        typer.echo(run.path)
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turn every error that the user can mend into one message on stderr and an exit status, without a traceback."""
+    from fedtune.errors import FedtuneError
+
+    if debug or os.environ.get("FEDTUNE_DEBUG"):
+        yield
+        return
+    try:
+        yield
+    except FedtuneError as error:
+        typer.echo(f"fedtune: {printed(str(error))}", err=True)
+        raise typer.Exit(USAGE) from None
+    except BrokenPipeError:
+        # Whoever read our output has left; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"fedtune: {where}{error.strerror or error}; --debug shows where", err=True)
+        raise typer.Exit(USAGE) from None
+    except KeyboardInterrupt:
+        typer.echo("fedtune: stopped by Ctrl-C; to start again: the same command with --fresh", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def printed(text: str) -> str:
+    from fedtune.cli.text import printable
+
+    return printable(text, lines=True)
+
+
+def settings_for_libraries() -> Mapping[str, str]:
+    """Return the environment in which the libraries beneath neither report home nor write to the terminal."""
+    return {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def main() -> None:
+    """Run the command line."""
+    for name, value in settings_for_libraries().items():
+        os.environ.setdefault(name, value)
+    app()

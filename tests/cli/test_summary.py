@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedtune.cli.summary import clients, comparison, show_summary
+from tests.cli.conftest import metrics
+
+
+def printed(summary: Mapping[str, Any], folder: Path) -> str:
+    file = StringIO()
+    console = Console(file=file, width=120, highlight=False)
+    show_summary(console, summary, adapter=folder / "adapter", report=folder / "report.html")
+    return file.getvalue()
+
+
+def row(text: str, start: str) -> str:
+    (found,) = [line for line in text.splitlines() if line.strip().startswith(start)]
+    return " ".join(found.split())
+
+
+def test_scores_are_shown_before_and_after(summary: Mapping[str, Any], tmp_path: Path) -> None:
+    text = printed(summary, tmp_path)
+    assert row(text, "tiny") == "tiny: flora, 3 rounds, seed 3; up 4.5 kB, down 6.0 MB, 1:15"
+    assert row(text, "test data") == "test data 2.800 -> 2.300 16.44 -> 9.974"
+    assert row(text, "mean of clients") == "mean of clients 2.750 -> 2.450"
+    assert "3.000 -> 2.900" in row(text, "worst client")  # this client's own way, not two clients' maxima
+
+
+def test_each_client_has_a_row(summary: Mapping[str, Any], tmp_path: Path) -> None:
+    text = printed(summary, tmp_path)
+    assert row(text, "client-1") == "client-1 312 16 2.500 -> 2.000 1.5 kB 2.0 MB 7.5 1"
+    assert row(text, "never") == "never 312 - 1.5 kB 2.0 MB 7.5"
+
+
+def test_names_and_texts_of_others_neither_colour_nor_move(summary: Mapping[str, Any], tmp_path: Path) -> None:
+    text = printed(summary, tmp_path)
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "[red]evil[/]" in text
+    assert "one\\x1b[31m" in text
+
+
+def test_the_sample_keeps_its_lines(summary: Mapping[str, Any], tmp_path: Path) -> None:
+    assert row(printed(summary, tmp_path), "a time") == "a time"
+
+
+def test_the_report_is_named_only_if_it_is_there(summary: Mapping[str, Any], tmp_path: Path) -> None:
+    assert "report.html" not in printed(summary, tmp_path)
+    (tmp_path / "report.html").write_text("")
+    assert str(tmp_path / "report.html") in printed(summary, tmp_path)
+    assert str(tmp_path / "adapter") in printed(summary, tmp_path)
+
+
+def test_a_run_without_held_out_data_or_sample_is_shown(summary: Mapping[str, Any], tmp_path: Path) -> None:
+    nothing: Mapping[str, Any] = {"test": metrics(1.0), "held_out": {}, "mean": {}, "worst": {}}
+    text = printed({**summary, "before": nothing, "after": nothing, "sample": None}, tmp_path)
+    assert "worst" not in text
+    assert "prompt" not in text
+    assert row(text, "client-1") == "client-1 312 16 1.5 kB 2.0 MB 7.5 1"
+
+
+def test_clients_beyond_the_first_are_counted(summary: Mapping[str, Any]) -> None:
+    total = summary["clients"]["client-1"]
+    table = clients({**summary, "clients": {f"c{number:03}": total for number in range(100)}})
+    assert table.row_count == 31
+    assert list(table.columns[0].cells)[-1] == "and 70 more"
+
+
+def test_a_comparison_has_a_row_per_score_and_none_per_count() -> None:
+    table = comparison({"loss": 2.0, "examples": 4}, {"loss": 1.0, "accuracy": 0.5, "examples": 4})
+    assert list(table.columns[0].cells) == ["loss", "accuracy"]
+    assert list(table.columns[1].cells) == ["2.000", "-"]

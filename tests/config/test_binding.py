@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.config import Recipe, bind
+from fedtune.errors import ConfigError
+from fedtune.methods import METHODS
+from tests.config.conftest import SHORTEST, Faulty
+
+
+def test_the_shortest_recipe_has_harmless_defaults(recipe: Recipe) -> None:
+    assert recipe.seed == 0
+    assert recipe.planner.name == "fixed"
+    assert recipe.override == ()
+    assert recipe.adapter.alpha == "2r"
+    assert recipe.adapter.targets == ("q_proj", "v_proj")
+    assert recipe.data.split.clients == 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_binds_from_its_name_alone(name: str) -> None:
+    method = bind(SHORTEST, overrides=[f"method={name}"]).method
+    assert isinstance(method, METHODS[name].settings)
+    assert method.name == name
+
+
+def test_a_name_alone_is_the_same_as_its_table() -> None:
+    assert bind(SHORTEST) == bind(SHORTEST, overrides=['method={name = "flora"}', 'planner="fixed"'])
+    assert bind(SHORTEST, overrides=["data.split=files"]).data.split.kind == "files"
+
+
+def test_all_faults_are_told_at_once_with_the_file_and_their_number(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    text = SHORTEST.replace("steps = 20", 'steps = "20"').replace("rank = 8", "rank = 0").replace('"flora"', '"flor"')
+    file.write_text(text + "[evaluat]\n")
+    with pytest.raises(ConfigError) as caught:
+        bind(file, overrides=["rounds.cohort=2.5"])
+    assert str(caught.value).startswith("my.toml: 5 faults\n")
+    paths = {fault.path for fault in caught.value.faults}
+    assert paths == {"client.steps", "adapter.rank", "method.name", "evaluat", "rounds.cohort"}
+
+
+def test_unknown_keys_name_the_nearest_known_one(faulty: Faulty) -> None:
+    found = faulty("method.max_rnak=4", "client.lerning_rate=1", "data.split.alhpa=1", "data.fields.outptu=x", "sead=1")
+    assert found["client.lerning_rate"].endswith("did you mean learning_rate?")
+    assert found["method.max_rnak"].endswith("did you mean max_rank?")
+    assert found["data.split.alhpa"].endswith("did you mean alpha?")
+    assert found["data.fields.outptu"].endswith("did you mean output?")
+    assert found["sead"].endswith("did you mean seed?")
+
+
+def test_a_key_in_the_wrong_table_is_sent_home(faulty: Faulty) -> None:
+    assert faulty("client.rank=4")["client.rank"].endswith("it belongs in adapter.rank")
+    assert "the keys are count, cohort" in faulty("rounds.zzzzz=4")["rounds.zzzzz"]
+
+
+def test_wrong_choices_name_the_nearest_one(faulty: Faulty) -> None:
+    found = faulty("client.optimizer=adam", "method=fedti", "data.split.kind=dirichlett")
+    assert found["client.optimizer"].endswith("""one of "adamw", "sgd"; got 'adam'; did you mean "adamw"?""")
+    assert found["method.name"].endswith('did you mean "fedit"?')
+    assert found["data.split.kind"].endswith('did you mean "dirichlet"?')
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.rank='8'", "adapter.rank: expected a whole number of at least 1; got '8'; write 8 without quotes"),
+        ("adapter.rank=true", "adapter.rank: expected a whole number of at least 1; got true"),
+        ("adapter.rank=8.0", "adapter.rank: expected a whole number of at least 1; got 8.0"),
+        ("report.plots=1", "report.plots: expected true or false; got 1"),
+        ("client.learning_rate=nan", "client.learning_rate: expected a number above 0; got nan"),
+        ("client.learning_rate=inf", "client.learning_rate: expected a number above 0; got inf"),
+        ("client.warmup=1", "client.warmup: expected a number of at least 0 and below 1; got 1"),
+        ("adapter.alpha=3r", """adapter.alpha: expected a number above 0 or "2r"; got '3r'"""),
+        ("adapter.targets=q_proj", "adapter.targets: expected a list, each item text; got 'q_proj'"),
+        ("model.base=2026-01-01", "model.base: expected text; got 2026-01-01"),
+        ("client=3", "client: expected a table; got 3"),
+        ("seed=-1", "seed: expected a whole number of at least 0; got -1"),
+        ("method=3", "method: expected a table or a name"),
+    ],
+)
+def test_a_wrong_value_is_told_in_words(faulty: Faulty, override: str, message: str) -> None:
+    (found,) = [text for path, text in faulty(override).items() if message.startswith(path)]
+    assert found.startswith(message)
+
+
+def test_missing_tables_come_with_an_example(faulty: Faulty) -> None:
+    found = faulty(text="\n")
+    assert set(found) == {"model", "adapter", "method", "client", "rounds", "data"}
+    assert found["client"].endswith("e.g. client = { steps = 20, batch = 4, learning_rate = 3e-4 }")
+
+
+def test_missing_keys_say_what_they_hold(faulty: Faulty) -> None:
+    found = faulty("client={}", "method={}")
+    assert found["client.batch"] == "client.batch: expected a whole number of at least 1; got nothing"
+    assert "flora" in found["method.name"]
+
+
+def test_none_switches_a_setting_off() -> None:
+    bound = bind(SHORTEST, overrides=["client.clip_norm=none", "evaluate.examples=none", "evaluate.prompt=none"])
+    assert bound.client.clip_norm is None
+    assert bound.evaluate.examples is None
+    assert bound.evaluate.prompt == "none"  # any text is a prompt
+
+
+def test_numbers_keep_their_kind() -> None:
+    assert bind(SHORTEST, overrides=["client.learning_rate=1"]).client.learning_rate == 1.0
+    share, count = (bind(SHORTEST, overrides=[f"rounds.cohort={text}"]).rounds.cohort for text in ("1.0", "1"))
+    assert (type(share), type(count)) == (float, int)
+
+
+def test_overrides_of_clients_are_checked_like_the_rest(faulty: Faulty) -> None:
+    rows = ['clients = "client-["\nrank = 4', "rank = 4", 'clients = "a"', "clients = []\nbatch = 0\nlerning_rate = 1"]
+    rows += ['clients = ["a"]\nsteps = 1\nepochs = 1']
+    found = faulty(more="".join(f"[[override]]\n{row}\n" for row in rows))
+    assert "every [ closed" in found["override.0.clients"]
+    assert "the name or glob" in found["override.1.clients"]
+    assert "something that changes" in found["override.2"]
+    assert found["override.3.lerning_rate"].endswith("did you mean learning_rate?")
+    assert "at least 1; got 0" in found["override.3.batch"]
+    assert "the name or glob" in found["override.3.clients"]
+    assert "one of steps and epochs; got steps = 1 and epochs = 1.0" in found["override.4"]
+
+
+def test_one_table_in_place_of_a_list_of_overrides_is_told(faulty: Faulty) -> None:
+    assert "each [[override]]" in faulty(more='[override]\nclients = "a"\n')["override"]
+
+
+def test_the_name_is_the_files_unless_given_and_names_a_folder(tmp_path: Path, faulty: Faulty) -> None:
+    file = tmp_path / "my run (2).toml"
+    file.write_text("\ufeff" + SHORTEST)
+    assert bind(file).name == "my-run-2"
+    for bad in ("../up", ".hidden", "", "a/b", "x" * 101):
+        assert "it names a folder" in faulty(f"name='{bad}'")["name"]
+
+
+def test_local_files_are_found_beside_the_recipe(tmp_path: Path) -> None:
+    folder = tmp_path / "some[1]"
+    (folder / "model").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_text("")
+    (folder / "r.toml").write_text(SHORTEST)
+    given = ["model.base=model", 'data.source=["a.jsonl", "missing.jsonl"]', "data.test=*.jsonl"]
+    bound = bind(folder / "r.toml", overrides=given)
+    assert bound.root == folder
+    assert bound.model.base == str(folder / "model")
+    assert bound.data.source == (str(folder / "a.jsonl"), "missing.jsonl")
+    assert str(bound.data.test).endswith("*.jsonl")
+    assert Path(str(bound.data.test)).is_absolute()
+    assert bind(SHORTEST).model.base == "embedded"
+
+
+@settings(max_examples=30)
+@given(st.text(max_size=8), st.text(max_size=8))
+def test_no_override_crashes(key: str, value: str) -> None:
+    for override in (f"client.{key}={value}", f"{key}={value}", f"data.source={value}", f"override={value}"):
+        with suppress(ConfigError):  # any other error fails the test
+            bind(SHORTEST, overrides=[override])
+
+
+def test_config_loads_no_torch() -> None:
+    code = "import sys, fedtune.config; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import fedtune
+from fedtune import api
+from fedtune.errors import ConfigError, RoundError, StoreError
+from fedtune.methods import METHODS
+from fedtune.report.records import read_run
+from fedtune.rounds import Note, RoundFinished
+
+TEXT = "the quick brown fox jumps over the lazy dog and the dog sleeps while the fox runs"
+
+# peft asks transformers by a name that transformers is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+Tables = dict[str, Any]
+
+
+@pytest.fixture
+def tables(tmp_path: Path, checkpoints: dict[str, Path]) -> Tables:
+    """A recipe of three clients over a tiny model, which a round of takes a moment."""
+    words = TEXT.split()
+    rows = [
+        {"text": " ".join(words[(3 * i + j) % len(words)] for j in range(6 + i % 5)), "who": f"client-{i % 3}"}
+        for i in range(24)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "name": "tiny",
+        "model": {"base": str(checkpoints["llama"]), "device": "cpu", "threads": 1},
+        "adapter": {"rank": 4, "targets": ["q_proj", "v_proj"]},
+        "method": {"name": "flora"},
+        "client": {"steps": 3, "batch": 4, "learning_rate": 0.05},
+        "rounds": {"count": 2},
+        "data": {"source": str(data), "split": {"kind": "key", "by": "who"}, "max_tokens": 32, "held_out": 0.25},
+        "evaluate": {"batch": 8, "prompt": "the quick", "new_tokens": 4},
+        "report": {"plots": False},
+        "override": [{"clients": ["client-1"], "rank": 2}, {"clients": ["client-2"], "rank": 8}],
+    }
+
+
+@pytest.fixture
+def ran(tables: Tables, tmp_path: Path) -> api.Run:
+    return fedtune.simulate(tables, out=tmp_path / "run")
+
+
+def test_a_run_says_what_it_did_and_the_report_can_read_it(ran: api.Run) -> None:
+    assert {path.name for path in ran.path.iterdir()} == {"recipe.toml", "rounds.jsonl", "summary.json", "adapter"}
+    assert ran.summary["state"] == "finished"
+    assert ran.summary["rounds"] == 2
+    assert {name: client["rank"] for name, client in ran.summary["clients"].items()} == {
+        "client-0": 4, "client-1": 2, "client-2": 8,
+    }  # fmt: skip
+    assert ran.summary["after"]["test"]["loss"] < ran.summary["before"]["test"]["loss"]
+    assert ran.summary["sample"]["prompt"] == "the quick"
+    lines = [json.loads(line) for line in (ran.path / "rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert ran.summary["bytes_up"] == sum(line["bytes_up"] for line in lines) > 0
+    record = read_run(ran.path)
+    assert record.summary is not None
+    assert len(record.rounds) == 3
+
+
+def test_the_same_recipe_and_seed_give_the_same_bits(tables: Tables, tmp_path: Path, ran: api.Run) -> None:
+    again = fedtune.simulate(tables, out=tmp_path / "again")
+    assert again.summary["adapter_digest"] == ran.summary["adapter_digest"]
+    other = fedtune.simulate({**tables, "seed": 1}, out=tmp_path / "other")
+    assert other.summary["adapter_digest"] != ran.summary["adapter_digest"]
+
+
+def test_the_bound_recipe_of_a_run_gives_the_run_again(tmp_path: Path, ran: api.Run) -> None:
+    again = fedtune.simulate(ran.path / "recipe.toml", out=tmp_path / "again")
+    assert again.summary["adapter_digest"] == ran.summary["adapter_digest"]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_learns(method: str, tables: Tables, tmp_path: Path) -> None:
+    """Ten rounds must clearly lower the loss: a wrong scale anywhere on the way would not."""
+    one_rank = METHODS[method].ranks == "equal"
+    run = fedtune.simulate(
+        {
+            **tables,
+            "method": {"name": method},
+            "override": [] if one_rank else tables["override"],
+            "adapter": {"rank": 4, "targets": ["q_proj", "v_proj", "up_proj", "down_proj"]},
+            "client": {"steps": 8, "batch": 6, "learning_rate": 0.03},
+            "rounds": {"count": 6},
+            "evaluate": {"every": 0},
+        },
+        out=tmp_path / "run",
+    )
+    assert run.summary["after"]["test"]["loss"] < 0.9 * run.summary["before"]["test"]["loss"]
+
+
+@pytest.mark.parametrize("mode", ["reinit", "svt", "continue"])
+def test_stock_peft_gives_the_runs_own_scores(mode: str, tables: Tables, tmp_path: Path) -> None:
+    run = fedtune.simulate({**tables, "method": {"name": "flora", "mode": mode}}, out=tmp_path / "run")
+    from fedtune.config import bind
+    from fedtune.experiment import prepare
+    from fedtune.model.train import collate, summed_loss
+
+    experiment = prepare(bind(run.path / "recipe.toml"))
+    batch = collate(experiment.federation.test, experiment.base)
+    stock = AutoModelForCausalLM.from_pretrained(tables["model"]["base"])
+    model = PeftModel.from_pretrained(stock, run.adapter).eval()
+    with torch.inference_mode():
+        loss = summed_loss(model, batch, task="causal").item() / batch.count
+    assert loss == pytest.approx(run.summary["after"]["test"]["loss"], abs=1e-5)
+
+
+def test_evaluate_gives_the_runs_own_scores(ran: api.Run) -> None:
+    scores = fedtune.evaluate(ran.path)
+    assert scores["before"]["loss"] == pytest.approx(ran.summary["before"]["test"]["loss"], abs=1e-6)
+    assert scores["after"]["loss"] == pytest.approx(ran.summary["after"]["test"]["loss"], abs=1e-5)
+
+
+def test_evaluate_takes_other_data(ran: api.Run, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "the lazy dog sleeps and the lazy dog sleeps"}\n')
+    scores = fedtune.evaluate(ran.path, data=other)
+    assert scores["after"]["examples"] == 1
+
+
+def test_an_adapter_of_another_base_is_refused(ran: api.Run, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    model.save_pretrained(other)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (other / file).write_bytes((checkpoints["llama"] / file).read_bytes())
+    recipe = ran.path / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace(str(checkpoints["llama"]), str(other)))
+    with pytest.raises(ConfigError, match=r"model\.base: expected the base that .* was trained on .*got another one"):
+        fedtune.evaluate(ran.path)
+    with pytest.raises(ConfigError, match="got another one"):
+        fedtune.export(ran.path, form="merged")
+
+
+def test_every_form_of_export_loads_with_the_same_logits(ran: api.Run, tables: Tables) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            result: torch.Tensor = model.eval()(input_ids=ids).logits
+        return result
+
+    def stock() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tables["model"]["base"])
+
+    expected = logits(PeftModel.from_pretrained(stock(), ran.adapter))
+    for form in ("peft", "uniform"):
+        folder = fedtune.export(ran.path, form=form)
+        assert folder == ran.path / form
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(stock(), folder)), expected, atol=1e-5, rtol=0)
+    merged = AutoModelForCausalLM.from_pretrained(fedtune.export(ran.path, form="merged"))
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
+    uniform = json.loads((ran.path / "uniform" / "adapter_config.json").read_text())
+    assert uniform["rank_pattern"] == {}
+
+
+def test_a_cut_export_has_that_rank_and_says_what_it_kept(ran: api.Run) -> None:
+    notes: list[Any] = []
+    folder = fedtune.export(ran.path, form="uniform", max_rank=2, watch=notes.append)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+    assert next(note.text for note in notes if isinstance(note, Note)).startswith("cut to rank 2: ")
+
+
+def test_an_export_never_overwrites(ran: api.Run, tmp_path: Path) -> None:
+    fedtune.export(ran.path, out=tmp_path / "x")
+    with pytest.raises(StoreError, match="it holds files"):
+        fedtune.export(ran.path, out=tmp_path / "x")
+
+
+def test_an_unknown_form_is_refused(ran: api.Run) -> None:
+    with pytest.raises(ConfigError, match="form: expected one of peft, uniform, merged; got 'gguf'"):
+        fedtune.export(ran.path, form="gguf")
+
+
+def test_a_client_whose_loss_is_nan_is_left_out_by_name_and_the_run_goes_on(
+    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune import experiment
+    from fedtune.client import perform as honest
+    from fedtune.errors import ClientError
+
+    def poisoned(base: Any, examples: Any, assignment: Any) -> Any:
+        if assignment.plan.client == "client-1":
+            with torch.no_grad():
+                weight = base.model.lm_head.weight
+                kept = weight.clone()
+                weight.fill_(float("nan"))
+            try:
+                return honest(base, examples, assignment)
+            finally:
+                with torch.no_grad():
+                    weight.copy_(kept)
+        return honest(base, examples, assignment)
+
+    monkeypatch.setattr(experiment, "perform", poisoned)
+    run = fedtune.simulate(tables, out=tmp_path / "run")
+    assert [failure["client"] for failure in run.summary["failures"]] == ["client-1", "client-1"]
+    assert "expected a finite loss; got nan" in run.summary["failures"][0]["reason"]
+    assert run.summary["state"] == "finished"
+    assert ClientError.__name__ not in run.summary["failures"][0]["reason"]
+
+
+def test_a_round_that_cannot_be_completed_leaves_the_rounds_before_it(
+    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune import experiment
+    from fedtune.client import perform as honest
+    from fedtune.errors import ClientError
+
+    def tired(base: Any, examples: Any, assignment: Any) -> Any:
+        if assignment.round == 2:
+            raise ClientError(f"{assignment.plan.client}: no power")
+        return honest(base, examples, assignment)
+
+    monkeypatch.setattr(experiment, "perform", tired)
+    with pytest.raises(RoundError, match="round 2: expected at least 1 usable updates"):
+        fedtune.simulate(tables, out=tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["state"], summary["rounds"]) == ("interrupted", 1)
+    assert "round 2" in summary["reason"]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_ctrl_c_leaves_the_rounds_before_it_and_says_where(tables: Tables, tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    def watch(event: Any) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+        if isinstance(event, RoundFinished) and event.record["round"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedtune.simulate(tables, out=tmp_path / "run", watch=watch)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["state"] == "interrupted"
+    assert read_run(tmp_path / "run").summary is not None
+    assert str(tmp_path / "run") in notes[-1]
+
+
+Break = Callable[[Tables], Any]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t["adapter"].update(targets=["c_attn"]), r"adapter\.targets: .*'c_attn', which matches nothing"),
+        (lambda t: t["adapter"].update(rank=17), r"adapter\.rank: expected at most 16, the smaller side of .*v_proj"),
+        (lambda t: t["override"].append({"clients": ["nobody"], "rank": 1}), r"override\.clients: .*match none"),
+        (lambda t: t["data"]["split"].update(by="whom"), r"data\.split\.by: .*whom"),
+        (lambda t: t["data"].update(source="gone.jsonl"), r"data\.source"),
+        (lambda t: t["model"].update(base="gone"), r"model\.base: expected a folder"),
+    ],
+)  # fmt: skip
+def test_bad_input_gives_one_clear_error_and_leaves_nothing(
+    damage: Break, message: str, tables: Tables, tmp_path: Path
+) -> None:
+    damage(tables)
+    with pytest.raises(ConfigError, match=message):
+        fedtune.simulate(tables, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_taken_run_directory_is_refused_unless_fresh(tables: Tables, tmp_path: Path, ran: api.Run) -> None:
+    with pytest.raises(StoreError, match="--fresh"):
+        fedtune.simulate(tables, out=ran.path)
+    assert fedtune.simulate(tables, out=ran.path, fresh=True).path == tmp_path / "run-2"
+
+
+def test_one_client_and_one_round_work(tables: Tables, tmp_path: Path) -> None:
+    tables["data"]["split"] = {"kind": "iid", "clients": 1}
+    tables["rounds"] = {"count": 1}
+    del tables["override"]
+    assert fedtune.simulate(tables, out=tmp_path / "run").summary["state"] == "finished"
+
+
+def test_a_classifier_is_tuned_with_its_head(tables: Tables, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"text": f"the {'quick' if i % 2 else 'lazy'} dog {i}", "label": f"l{i % 2}"} for i in range(40)]
+    data = tmp_path / "labels.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables["model"] |= {"base": str(checkpoints["bert"]), "task": "classification"}
+    tables["adapter"] = {"rank": 4, "targets": ["query", "value"]}
+    tables["data"] |= {"source": str(data), "split": {"kind": "dirichlet", "by": "label", "alpha": 5.0, "clients": 3}}
+    tables["client"] = {"steps": 10, "batch": 8, "learning_rate": 0.02}
+    tables["evaluate"] = {"batch": 8}
+    run = fedtune.simulate(tables, out=tmp_path / "run")
+    assert run.summary["after"]["test"]["loss"] < run.summary["before"]["test"]["loss"]
+    assert {"accuracy", "macro_f1"} <= run.summary["after"]["test"].keys()
+    assert "base_model.model.classifier.weight" in (run.adapter / "adapter_model.safetensors").read_bytes().decode(
+        "latin1"
+    )
+    assert fedtune.evaluate(run.path)["after"]["loss"] == pytest.approx(run.summary["after"]["test"]["loss"], abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_reports_and_comparisons_are_drawn_from_real_runs(tables: Tables, tmp_path: Path, ran: api.Run) -> None:
+    assert api.report(ran.path).read_text().startswith("<!doctype html>")
+    other = fedtune.simulate({**tables, "name": "other", "method": {"name": "zeropad"}}, out=tmp_path / "other")
+    page = fedtune.compare([ran.path, other.path], out=tmp_path / "compare")
+    assert "zeropad" in page.read_text()
+
+
+def test_the_public_names_are_all_there() -> None:
+    assert sorted(dir(fedtune)) == sorted(fedtune.__all__)
+    for name in fedtune.__all__:
+        assert getattr(fedtune, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'train'"):
+        fedtune.train  # noqa: B018
