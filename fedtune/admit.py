@@ -9,7 +9,7 @@ import numpy as np
 
 from fedtune.adapter import norm, unpack
 from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure
-from fedtune.tensors import DTYPES, Array, Tensors, l2_norm
+from fedtune.tensors import DTYPES, Array, Tensors, l2_norm, squared_norm
 
 LARGEST = float(np.finfo(np.float32).max) / 2**16
 """Bound on |b| |a| of a module: its change, and the sum of a cohort's, must fit float32."""
@@ -103,7 +103,7 @@ def _factors(tensors: Tensors, name: str, shape: tuple[int, int], assignment: As
     if a.shape != (rank, n):
         yield f"{name}.a: expected shape ({rank}, {n}), b having rank {rank}; got {a.shape}"
     yield from _numbers(f"{name}.a", a, tuple(DTYPES))
-    bound = l2_norm({"a": a}) * l2_norm({"b": b})
+    bound = float(np.sqrt(squared_norm(a) * squared_norm(b)))
     if bound > LARGEST:
         yield f"{name}: expected factors whose product fits float32, norm below {LARGEST:.3g}; got up to {bound:.3g}"
 
@@ -111,6 +111,6 @@ def _factors(tensors: Tensors, name: str, shape: tuple[int, int], assignment: As
 def _numbers(name: str, array: Array, formats: Sequence[str]) -> Iterator[str]:
     if array.dtype not in [DTYPES[format] for format in formats]:
         yield f"{name}: expected numbers of format {' or '.join(formats)}; got {array.dtype.name}"
-    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-    if bad:
+    if not np.isfinite(squared_norm(array)):
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         yield f"{name}: expected finite numbers; got {bad} of {array.size} that are not"

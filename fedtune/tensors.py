@@ -51,8 +51,17 @@ def weighted_mean(parts: Sequence[tuple[Tensors, float]]) -> Tensors:
 
 
 def l2_norm(tensors: Tensors) -> float:
-    """Return the L2 norm over all entries of all tensors, summed in float64."""
-    return float(np.sqrt(sum(float(np.sum(np.square(t, dtype=np.float64))) for t in tensors.values())))
+    """Return the L2 norm over all entries of all tensors, summed in float64; it is finite if and only if they all are.
+
+    (The square of the largest float32 is far below the largest float64.)
+    """
+    return float(np.sqrt(sum(squared_norm(tensor) for tensor in tensors.values())))
+
+
+def squared_norm(tensor: Array) -> float:
+    """Return the sum of squares of an array of at most 32-bit floats, in float64."""
+    flat = tensor.astype(np.float64).reshape(-1)
+    return float(flat @ flat)
 
 
 def num_bytes(tensors: Tensors) -> int:

@@ -229,7 +229,7 @@ def observed(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
     if quiet:
         from fedtune.rounds import Note
 
-        return call(lambda event: typer.echo(event.text, err=True) if isinstance(event, Note) else None)
+        return call(lambda event: typer.echo(printed(event.text), err=True) if isinstance(event, Note) else None)
     from fedtune.cli.progress import Progress
 
     with Progress(console(sys.stderr), title=title) as progress:
@@ -268,7 +268,7 @@ def reported(debug: bool) -> Iterator[None]:
         raise typer.Exit(1) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"fedtune: {where}{error.strerror or error}; --debug shows where", err=True)
+        typer.echo(f"fedtune: {printed(where + (error.strerror or str(error)))}; --debug shows where", err=True)
         raise typer.Exit(USAGE) from None
     except KeyboardInterrupt:
         typer.echo("fedtune: stopped by Ctrl-C; to start again: the same command with --fresh", err=True)

@@ -5,8 +5,9 @@ The paper adds the residual to the base; here it stays beside it, factored and i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Literal
 
 from annotated_types import Gt
@@ -43,6 +44,15 @@ class FedExState:
     """The rest of the global model's change, as `lowrank.pack` makes it flat, float32."""
     saved: Tensors
 
+    @cached_property
+    def sent(self) -> Mapping[str, Tensors]:
+        """Factors and residual in wire format: the same mappings for the whole cohort, so each is encoded once."""
+        frozen = lowrank.smallest(lowrank.unpack(self.residual))
+        return {
+            "global": cast(frozen, self.settings.wire_dtype),
+            "local": cast(self.tensors, self.settings.wire_dtype),
+        }
+
 
 def init(blueprint: Blueprint, settings: FedExSettings) -> FedExState:
     """Return the first state: one A drawn for everybody, B zero, no residual."""
@@ -57,11 +67,8 @@ def init(blueprint: Blueprint, settings: FedExSettings) -> FedExState:
 
 def assign(state: FedExState, seed: int, plan: Plan) -> Assignment:
     """Send both factors to train and the residual frozen; the client returns both factors."""
-    wire_dtype = state.settings.wire_dtype
-    local = LocalAdapter(a_key=0, wire_dtype=wire_dtype)  # the key is idle: every row of A is sent
-    residual = lowrank.smallest(lowrank.unpack(state.residual))
-    blobs = {"global": cast(residual, wire_dtype), "local": cast(state.tensors, wire_dtype)}
-    return assignment("fedex", state, seed, plan, local, blobs)
+    local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
+    return assignment("fedex", state, seed, plan, local, state.sent)
 
 
 def aggregate(state: FedExState, updates: Sequence[ClientUpdate]) -> FedExState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
@@ -36,6 +37,11 @@ class FedItState:
     """Flat factors, float32; b carries the scale."""
     saved: Tensors
 
+    @cached_property
+    def sent(self) -> Tensors:
+        """The factors in wire format: one mapping for the whole cohort, so it is encoded once."""
+        return cast(self.tensors, self.settings.wire_dtype)
+
 
 def init(blueprint: Blueprint, settings: FedItSettings) -> FedItState:
     """Return the first state: one A drawn for everybody, B zero."""
@@ -55,7 +61,7 @@ def shared_start(blueprint: Blueprint) -> Tensors:
 def assign(state: FedItState, seed: int, plan: Plan) -> Assignment:
     """Send both factors; the client trains and returns both."""
     local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
-    return assignment("fedit", state, seed, plan, local, {"local": cast(state.tensors, state.settings.wire_dtype)})
+    return assignment("fedit", state, seed, plan, local, {"local": state.sent})
 
 
 def contribution(state: FedItState, update: ClientUpdate) -> Tensors:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
@@ -60,6 +61,19 @@ class FloraState:
     """Delta as `lowrank.pack` makes it flat, float32; its rank never exceeds min(m, n)."""
     saved: Tensors
 
+    @cached_property
+    def broadcast(self) -> Mapping[str, LowRank]:
+        """Delta as far as it is sent down, before the cast to the wire format."""
+        settings = self.settings
+        tau = settings.tau if settings.tau is not None else 0.9 if settings.mode == "svt" else 1.0
+        whole = lowrank.unpack(self.delta)
+        return {name: truncate(low, tau=tau, max_rank=settings.max_rank) for name, low in whole.items()}
+
+    @cached_property
+    def frozen(self) -> Tensors:
+        """The whole broadcast as it travels where nothing of it is trained on: one mapping, so it is encoded once."""
+        return cast(lowrank.smallest(self.broadcast), self.settings.wire_dtype)
+
 
 def init(blueprint: Blueprint, settings: FloraSettings) -> FloraState:
     """Return the first state: a change of zero."""
@@ -69,24 +83,23 @@ def init(blueprint: Blueprint, settings: FloraSettings) -> FloraState:
 
 def assign(state: FloraState, seed: int, plan: Plan) -> Assignment:
     """Send Delta: frozen beside a fresh adapter, or its leading plan.rank components to train and the rest frozen."""
-    sent, wire_dtype = broadcast(state), state.settings.wire_dtype
-    warm = plan.rank if state.settings.mode == "continue" else 0
-    frozen = {name: low.components(warm, low.rank) for name, low in sent.items()}
-    local = LocalAdapter(
-        a_key=_a_key(state, plan.client),
-        # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
-        upload="difference" if warm else "factors",
-        wire_dtype=wire_dtype,
-    )
-    blobs = {"global": cast(lowrank.smallest(frozen), wire_dtype), "local": warm_start(sent, warm, wire_dtype)}
-    return assignment("flora", state, seed, plan, local, blobs)
+    wire_dtype = state.settings.wire_dtype
+    local = LocalAdapter(a_key=_a_key(state, plan.client), wire_dtype=wire_dtype)
+    if state.settings.mode != "continue":
+        return assignment("flora", state, seed, plan, local, {"global": state.frozen})
+    rest = {name: low.components(plan.rank, low.rank) for name, low in state.broadcast.items()}
+    blobs = {
+        "global": cast(lowrank.smallest(rest), wire_dtype),
+        "local": warm_start(state.broadcast, plan.rank, wire_dtype),
+    }
+    # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
+    return assignment("flora", state, seed, plan, replace(local, upload="difference"), blobs)
 
 
 def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
     """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
     settings, cohort = state.settings, weigh(updates, state.settings.weights)
-    sent = broadcast(state)
-    changes = [(change(state, sent, update), settings.server_learning_rate * share) for update, share in cohort]
+    changes = [(change(state, update), settings.server_learning_rate * share) for update, share in cohort]
     total = weighted_sums(
         {
             name: [(low.factors, 1.0), *((adapter[name], weight) for adapter, weight in changes if name in adapter)]
@@ -102,7 +115,7 @@ def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
     )
 
 
-def change(state: FloraState, sent: Mapping[str, LowRank], update: ClientUpdate) -> Adapter:
+def change(state: FloraState, update: ClientUpdate) -> Adapter:
     """Return what one client changed: b @ a at its end minus b @ a at its start.
 
     A fresh adapter starts at b = 0. From differences: b a - b0 a0 = [db | b0] [a0 + da ; da], of twice the rank.
@@ -111,7 +124,9 @@ def change(state: FloraState, sent: Mapping[str, LowRank], update: ClientUpdate)
     if state.settings.mode != "continue":
         return adapter
     rank = max(factors.rank for factors in adapter.values())
-    start = unpack(warm_start(sent, rank, state.settings.wire_dtype))  # after the cast: what the client decoded
+    start = unpack(
+        warm_start(state.broadcast, rank, state.settings.wire_dtype)
+    )  # after the cast: what the client decoded
     return {
         name: _change(difference, start.get(name), draw_a(_a_key(state, update.client), name, *difference.a.shape))
         for name, difference in adapter.items()
@@ -136,22 +151,14 @@ def warm_start(changes: Mapping[str, LowRank], rank: int, wire_dtype: WireDtype)
     return cast(pack({name: Factors(a=c * f.a, b=f.b / c) for name, f in factors.items()}), wire_dtype)
 
 
-def broadcast(state: FloraState) -> Mapping[str, LowRank]:
-    """Return Delta as far as it is sent down, before the cast to the wire format."""
-    settings = state.settings
-    tau = settings.tau if settings.tau is not None else 0.9 if settings.mode == "svt" else 1.0
-    whole = lowrank.unpack(state.delta)
-    return {name: truncate(low, tau=tau, max_rank=settings.max_rank) for name, low in whole.items()}
-
-
 def adapter(state: FloraState) -> Adapter:
     """Return what clients are sent, in float32: the model that is scored and exported is the one they train on."""
-    return lowrank.adapter(broadcast(state))
+    return lowrank.adapter(state.broadcast)
 
 
 def energy_kept(state: FloraState) -> Mapping[str, float]:
     whole = lowrank.unpack(state.delta)
-    return {name: lowrank.energy_kept(whole[name], sent) for name, sent in broadcast(state).items()}
+    return {name: lowrank.energy_kept(whole[name], sent) for name, sent in state.broadcast.items()}
 
 
 def _a_key(state: FloraState, client: str) -> int:

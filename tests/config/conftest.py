@@ -1,46 +1,45 @@
-"""A recipe of twelve lines, and the messages with which it is refused once it was changed."""
+"""A recipe with nothing but what it must hold, and the faults it has once it was changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import pytest
 
-from fedtune.config import bind
+from fedtune.config import Recipe, bind
 from fedtune.errors import ConfigError
 
-MINIMAL = """\
+SHORTEST = """\
 model = { base = "embedded" }
 adapter = { rank = 8, targets = ["q_proj", "v_proj"] }
 method = "flora"
-
-[client]
-steps = 30
-batch = 4
-learning_rate = 3e-4
-
-[rounds]
-count = 20
+client = { steps = 20, batch = 4, learning_rate = 3e-4 }
+rounds = { count = 10 }
 
 [data]
-source = "absent.jsonl"
+source = "train.jsonl"
 split = { kind = "iid", clients = 4 }
 """
 
 
-@pytest.fixture
-def minimal() -> str:
-    """Text of a recipe in which all that has a default is left out."""
-    return MINIMAL
+class Faulty(Protocol):
+    def __call__(self, *overrides: str, text: str = SHORTEST, more: str = "") -> dict[str, str]: ...
 
 
 @pytest.fixture
-def refused() -> Callable[..., list[str]]:
-    """Bind the minimal recipe with `--set` overrides and return the faults' texts."""
+def recipe() -> Recipe:
+    return bind(SHORTEST)
 
-    def messages(*overrides: str) -> list[str]:
+
+@pytest.fixture
+def faulty() -> Faulty:
+    """Bind a text, with more text after it and `--set` overrides; return the faults' messages by path."""
+
+    def messages(*overrides: str, text: str = SHORTEST, more: str = "") -> dict[str, str]:
         with pytest.raises(ConfigError) as caught:
-            bind(MINIMAL, overrides=overrides)
-        return [str(fault) for fault in caught.value.faults]
+            bind(text + more, overrides=overrides)
+        found = {fault.path: str(fault) for fault in caught.value.faults}
+        assert len(found) == len(caught.value.faults), f"two faults of one key: {caught.value}"
+        return found
 
     return messages

@@ -1,7 +1,10 @@
+"""Every value of a recipe is checked against its type, and all faults are told at once, each with what to do."""
+
 from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +16,9 @@ from fedtune.config import Recipe, bind
 from fedtune.errors import ConfigError
 from fedtune.methods import METHODS
 from tests.config.conftest import SHORTEST, Faulty
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "simulations").rglob("*.toml"))
 
 
 def test_the_shortest_recipe_has_harmless_defaults(recipe: Recipe) -> None:
@@ -31,6 +37,34 @@ def test_every_method_binds_from_its_name_alone(name: str) -> None:
     assert method.name == name
 
 
+METHOD_KEYS = [
+    ("flora", {"mode": "svt", "tau": 0.95, "max_rank": 64, "state_max_rank": 128}),
+    ("hetlora", {"rank_decay": 0.9, "rank_penalty": 0.1}),
+    *((name, {"server_learning_rate": 0.5, "weights": "uniform", "wire_dtype": "fp32"}) for name in METHODS),
+]
+
+
+@pytest.mark.parametrize(("name", "keys"), METHOD_KEYS)
+def test_every_method_binds_its_own_settings(name: str, keys: dict[str, object]) -> None:
+    method = bind(tomllib.loads(SHORTEST) | {"method": {"name": name, **keys}}).method
+    assert {key: getattr(method, key) for key in keys} == keys
+
+
+def test_a_method_refuses_the_settings_of_another(faulty: Faulty) -> None:
+    found = faulty("method=fedit", "method.max_rank=64")
+    assert found["method.max_rank"].startswith("method.max_rank: expected a known key; got an unknown one")
+
+
+def test_the_shortest_recipe_has_at_most_twelve_lines() -> None:
+    assert len(SHORTEST.splitlines()) <= 12
+    bind(SHORTEST)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_every_recipe_of_the_simulations_binds(file: Path) -> None:
+    assert bind(file).name == file.stem
+
+
 def test_a_name_alone_is_the_same_as_its_table() -> None:
     assert bind(SHORTEST) == bind(SHORTEST, overrides=['method={name = "flora"}', 'planner="fixed"'])
     assert bind(SHORTEST, overrides=["data.split=files"]).data.split.kind == "files"
@@ -45,6 +79,26 @@ def test_all_faults_are_told_at_once_with_the_file_and_their_number(tmp_path: Pa
     assert str(caught.value).startswith("my.toml: 5 faults\n")
     paths = {fault.path for fault in caught.value.faults}
     assert paths == {"client.steps", "adapter.rank", "method.name", "evaluat", "rounds.cohort"}
+
+
+def test_one_misspelt_key_reads_as_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(SHORTEST.replace('"flora"', '{ name = "flora", max_rnak = 4 }'))
+    with pytest.raises(ConfigError) as caught:
+        bind(file)
+    assert str(caught.value) == (
+        "recipe.toml: 1 fault\n  method.max_rnak: expected a known key; got an unknown one; did you mean max_rank?"
+    )
+
+
+def test_an_unknown_table_is_told_with_those_that_there_are(faulty: Faulty) -> None:
+    found = faulty("guard.name=secure", "modle.base=x")
+    assert "the keys are name, seed, model, adapter, client" in found["guard"]
+    assert found["modle"].endswith("did you mean model?")
+
+
+def test_a_bad_override_is_told_beside_the_other_faults(faulty: Faulty) -> None:
+    assert set(faulty("seed", "adapter.rank=0")) == {"--set seed", "adapter.rank"}
 
 
 def test_unknown_keys_name_the_nearest_known_one(faulty: Faulty) -> None:
@@ -81,6 +135,11 @@ def test_wrong_choices_name_the_nearest_one(faulty: Faulty) -> None:
         ("adapter.alpha=3r", """adapter.alpha: expected a number above 0 or "2r"; got '3r'"""),
         ("adapter.targets=q_proj", "adapter.targets: expected a list, each item text; got 'q_proj'"),
         ("model.base=2026-01-01", "model.base: expected text; got 2026-01-01"),
+        ("data.fields.output=3", "data.fields.output: expected text; got 3"),
+        ("data.fields=3", "data.fields: expected a table; got 3"),
+        ("data.split.only=a", "data.split.only: expected a list, each item text, or \"none\"; got 'a'"),
+        ("data.split=3", "data.split: expected a table; got 3"),
+        ("planner.name=3", 'planner.name: expected "fixed"; got 3'),
         ("client=3", "client: expected a table; got 3"),
         ("seed=-1", "seed: expected a whole number of at least 0; got -1"),
         ("method=3", "method: expected a table or a name"),
@@ -127,6 +186,19 @@ def test_overrides_of_clients_are_checked_like_the_rest(faulty: Faulty) -> None:
     assert "at least 1; got 0" in found["override.3.batch"]
     assert "the name or glob" in found["override.3.clients"]
     assert "one of steps and epochs; got steps = 1 and epochs = 1.0" in found["override.4"]
+
+
+def test_an_override_may_not_leave_a_client_without_steps(faulty: Faulty) -> None:
+    row = '[[override]]\nclients = "a"\nsteps = "none"\n'
+    assert faulty(more=row)["override.0"].startswith(
+        "override.0: expected exactly one of steps and epochs; got neither"
+    )
+    training = bind(SHORTEST + row + "epochs = 2\n").override[0].training
+    assert training == {"steps": None, "epochs": 2.0}
+
+
+def test_a_row_of_overrides_that_is_no_table_is_told(faulty: Faulty) -> None:
+    assert faulty("override=[3]") == {"override.0": "override.0: expected a table; got 3"}
 
 
 def test_one_table_in_place_of_a_list_of_overrides_is_told(faulty: Faulty) -> None:

@@ -1,9 +1,13 @@
+"""Settings that exclude or need each other are told with the key, what was expected, what came and what to do."""
+
 from __future__ import annotations
 
 import pytest
 
 from fedtune.config import bind
 from fedtune.config.checks import check
+from fedtune.round import Client
+from fedtune.rounds import sample
 from tests.config.conftest import SHORTEST, Faulty
 
 
@@ -17,14 +21,30 @@ from tests.config.conftest import SHORTEST, Faulty
         (["data.split.kind=key"], "data.split.by", "'key' needs it"),
         (["data.split.sizes=[1, 2]"], "data.split.sizes", "'iid' has no use for it"),
         (["data.template=alpca"], "data.template", "alpaca, chat, plain or a text that ends in {output}"),
+        (["data.template=alpca"], "data.template", 'did you mean "alpaca"?'),
+        (["data.template='{output} {output}'"], "data.template", "{output} once, at the end"),
+        (["data.split.kind=sizes", "data.split.sizes=[]"], "data.split.sizes", "'sizes' needs it"),
+        (["data.split.kind=files", "data.split.by=x"], "data.split.by", "'files' has no use for it; got 'x'"),
+        (["data.split.only=[]"], "data.split.only", "at least one client's name; got an empty list"),
         (["data.source=''"], "data.source", "at least one file"),
+        (["data.source=[]"], "data.source", "at least one file"),
+        (["data.source=['a', '']"], "data.source", "none of them empty; got ['a', '']"),
+        (["data.test=[]"], "data.test", "at least one file, none of them empty; got []"),
+        (["model.base="], "model.base", "a folder, a hub name or embedded; got an empty text"),
         (["rounds.cohort=1.5"], "rounds.cohort", "a share of at most 1; got 1.5"),
         (["rounds.cohort=5"], "rounds.cohort", "at most the 4 clients of data.split; got 5"),
         (["rounds.min_clients=5"], "rounds.min_clients", "at most the 4 clients of data.split; got 5"),
         (["rounds.cohort=2", "rounds.min_clients=3"], "rounds.min_clients", "at most rounds.cohort = 2; got 3"),
         (["data.split.only=['a']", "rounds.cohort=2"], "rounds.cohort", "at most the 1 clients"),
+        (["data.split={kind='key', by='id', clients=3}", "rounds.cohort=4"], "rounds.cohort", "at most the 3 clients"),
+        (
+            ["rounds.cohort=0.5", "rounds.min_clients=3"],
+            "rounds.min_clients",
+            "at most 2, which rounds.cohort = 0.5 of 4 clients comes to; got 3",
+        ),
         (["model.task=classification", "data.packing=true"], "data.packing", "only causal models read packed rows"),
         (["model.task=classification", "evaluate.generate=2"], "evaluate.generate", "only causal models write"),
+        (["model.task=classification", "evaluate.prompt=Once"], "evaluate.prompt", "only causal models write"),
         (["model.task=classification", "data.fields.output=y"], "data.fields.label", "the column of the class"),
         (["data.fields.label=y"], "data.fields.label", "no entry with model.task = 'causal'"),
         (["model.device=gpu"], "model.device", "auto, cpu, cuda, cuda:<number> or mps; got 'gpu'"),
@@ -45,6 +65,8 @@ def test_settings_that_do_not_fit_together_are_told(
         ["client.optimizer=sgd", "client.momentum=0.9"],
         ["rounds.cohort=4", "rounds.min_clients=4"],
         ["rounds.cohort=0.25"],
+        ["rounds.cohort=0.3", "rounds.min_clients=2"],  # 0.3 of 4 clients is 1.2, and two are drawn
+        ['data.test=["test.jsonl"]', 'data.split.only=["client-0"]'],
         ["data.split={kind='dirichlet', by='category', alpha=0.5, clients=4}"],
         ["data.split={kind='sizes', sizes=[3, 4]}", "rounds.cohort=2"],
         ["data.split={kind='key', by='id'}", "rounds.cohort=90"],
@@ -66,6 +88,34 @@ def test_mixed_ranks_name_the_methods_that_take_them(faulty: Faulty) -> None:
     bind(SHORTEST + more)
 
 
+def test_mixed_ranks_are_refused_in_one_sentence(faulty: Faulty) -> None:
+    found = faulty("method=fedit", 'override=[{clients = "client-3", rank = 4}]')
+    assert found == {
+        "method": "method: expected one rank, as 'fedit' needs; got 4 and 8 from adapter.rank and the overrides; "
+        "use flora, zeropad, hetlora, ffa or flexlora, or one rank"
+    }
+
+
+def test_a_client_whose_override_leaves_momentum_without_sgd_is_told(faulty: Faulty) -> None:
+    sgd = ["client.optimizer=sgd", "client.momentum=0.9"]
+    rows = 'override=[{clients = "a", rank = 4}, {clients = "b", optimizer = "adamw"}]'
+    assert faulty(*sgd, rows) == {
+        "override.1.momentum": "override.1.momentum: expected 0 with optimizer 'adamw'; got 0.9; "
+        "set optimizer and momentum in the same override"
+    }
+    assert set(faulty('override=[{clients = "a", momentum = 0.5}]')) == {"override.0.momentum"}
+    assert set(faulty("client.momentum=0.9", 'override=[{clients = "a", rank = 4}]')) == {"client.momentum"}
+    bind(SHORTEST, overrides=[*sgd, 'override=[{clients = "b", optimizer = "adamw", momentum = 0.0}]'])
+
+
+def test_a_share_is_rounded_as_the_draw_rounds_it(faulty: Faulty) -> None:
+    assert 0.07 * 100 > 7
+    found = faulty("data.split.clients=100", "rounds.cohort=0.07", "rounds.min_clients=8")
+    assert "at most 7, which" in found["rounds.min_clients"]
+    fleet = [Client(f"client-{number}", 1) for number in range(100)]
+    assert len(sample(fleet, 0.07, seed=0, round=1)) == 7
+
+
 def test_one_rank_for_all_by_an_override_is_one_rank() -> None:
     more = '[[override]]\nclients = "client-1"\nrank = 4\n[[override]]\nclients = "*"\nrank = 16\n'
     assert bind(SHORTEST + more, overrides=["method=fedit"]).override[1].rank == 16
@@ -77,4 +127,5 @@ def test_a_check_whose_key_is_at_fault_is_left_out(faulty: Faulty) -> None:
 
 
 def test_a_fault_beside_the_split_does_not_hide_the_splits(faulty: Faulty) -> None:
-    assert set(faulty("data.max_tokens=0", "data.split.kind=key")) == {"data.max_tokens", "data.split.by"}
+    found = faulty("data.max_tokens=0", "data.template=x", "data.split.kind=key", "data.split.alpha=1")
+    assert set(found) == {"data.max_tokens", "data.template", "data.split.by", "data.split.alpha"}

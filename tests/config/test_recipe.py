@@ -1,3 +1,5 @@
+"""What a client is planned to do: the recipe's rank and training, changed by the overrides that cover it."""
+
 from __future__ import annotations
 
 from fedtune.config import Override, bind, planned
@@ -28,3 +30,15 @@ def test_steps_and_epochs_replace_each_other() -> None:
     by_epochs = changed(training, {"epochs": 2.0})
     assert (by_epochs.steps, by_epochs.epochs) == (None, 2.0)
     assert changed(by_epochs, {"steps": 3}) == changed(training, {"steps": 3})
+
+
+def test_a_planned_client_trains_by_epochs_where_an_override_says_so() -> None:
+    recipe = bind(SHORTEST + '[[override]]\nclients = "phone-?"\nepochs = 0.5\n')
+    assert [planned(recipe, name)[1].steps for name in ("phone-1", "phone-10")] == [None, 20]
+    assert planned(recipe, "phone-1")[1].epochs == 0.5
+
+
+def test_an_override_by_none_switches_a_setting_off() -> None:
+    recipe = bind(SHORTEST + '[[override]]\nclients = "a"\nclip_norm = "none"\n')
+    assert planned(recipe, "a")[1].clip_norm is None
+    assert planned(recipe, "b")[1].clip_norm == 1.0

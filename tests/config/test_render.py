@@ -1,62 +1,121 @@
+"""A recipe's text binds to the same recipe, and its digest changes with what changes the result, with nothing else."""
+
 from __future__ import annotations
 
+import math
 import tomllib
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune.config import Recipe, bind, changes, digest, render
+from fedtune.config import Override, Recipe, ReportSettings, bind, changes, digest, render
 from fedtune.config.render import toml
+from fedtune.data.settings import DataSettings, Split
 from fedtune.methods import METHODS
+from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
+from fedtune.round import Training
+from fedtune.rounds import Schedule
 from tests.config.conftest import SHORTEST
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.recursive(st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT, st.lists))
 def test_every_value_reads_back_as_written(value: object) -> None:
     assert tomllib.loads(f"value = {toml(value)}") == {"value": value}
 
 
-@settings(max_examples=40)
-@given(
-    prompt=TEXT,
-    targets=st.lists(TEXT, min_size=1, max_size=3),
-    rate=st.floats(min_value=1e-9, max_value=1e9),
-    cohort=st.none() | st.integers(1, 4) | st.floats(0.01, 1.0),
-    clip_norm=st.none() | st.floats(0.1, 10),
-    method=st.sampled_from(sorted(METHODS)),
-    training=st.fixed_dictionaries({}, optional={"batch": st.integers(1, 9), "clip_norm": st.none()}),
-    fields=st.dictionaries(st.sampled_from(["text", "input", "output"]), TEXT),
+def anything(annotation: Any) -> st.SearchStrategy[Any]:
+    """Draw what a type allows, as binding makes it: lists are tuples, numbers finite, texts no local files."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return st.one_of(*map(anything, arguments))
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is Sequence:
+        return st.lists(anything(arguments[0]), min_size=1, max_size=3).map(tuple)
+    if origin is Mapping:
+        return st.dictionaries(anything(arguments[0]), anything(arguments[1]), max_size=3)
+    if is_dataclass(annotation):
+        return some(annotation)
+    if annotation is str:
+        return TEXT.map(lambda text: f"absent: {text}".replace("/", "-"))
+    drawn: st.SearchStrategy[Any] = st.from_type(annotation)
+    return drawn.filter(math.isfinite) if float in (annotation, *arguments) else drawn
+
+
+def some(settings: Any, **chosen: Any) -> st.SearchStrategy[Any]:
+    """Draw every field of a settings class by its type, but for those that are chosen."""
+    hints = get_type_hints(settings, include_extras=True)
+    drawn = {field.name: anything(hints[field.name]) for field in fields(settings)}
+    return st.builds(settings, **drawn | {name: st.just(value) for name, value in chosen.items()})
+
+
+SPLITS = st.one_of(
+    some(Split, kind="key", clients=None, alpha=None, sizes=None, only=None).filter(lambda split: split.by),
+    some(Split, kind="iid", by=None, clients=9, alpha=None, sizes=None),
+    some(Split, kind="dirichlet", clients=5, by="label", sizes=None).filter(lambda split: split.alpha),
+    some(Split, kind="sizes", by=None, clients=None, alpha=None, sizes=(3, 4)),
+    some(Split, kind="files", by=None, clients=None, alpha=None, sizes=None),
 )
-def test_a_rendered_recipe_binds_to_the_same(
-    prompt: str,
-    targets: list[str],
-    rate: float,
-    cohort: int | float | None,
-    clip_norm: float | None,
-    method: str,
-    training: dict[str, object],
-    fields: dict[str, str],
-) -> None:
-    row = {"clients": ["*"], "rank": 8, **{key: "none" if value is None else value for key, value in training.items()}}
-    tables = tomllib.loads(SHORTEST) | {
-        "method": method,
-        "adapter": {"rank": 8, "targets": targets},
-        "client": {"epochs": 0.5, "batch": 2, "learning_rate": rate, "clip_norm": clip_norm},
-        "rounds": {"count": 2, "cohort": cohort},
-        "evaluate": {"prompt": prompt},
-        "data": {"source": "s.jsonl", "split": {"kind": "iid", "clients": 4}, "fields": fields},
-        "override": [row],
-    }
-    recipe = bind(tables)
+LENGTHS = st.sampled_from([(3, None), (None, 0.5)])
+CHANGES = st.fixed_dictionaries(
+    {"batch": st.integers(1, 9)},
+    optional={
+        name: anything(hint)
+        for name, hint in get_type_hints(Training, include_extras=True).items()
+        if name not in ("batch", "steps", "epochs", "optimizer", "momentum")
+    },
+)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    """Draw a recipe whose settings fit together; which do not is told in `checks`."""
+    task = draw(st.sampled_from(["causal", "classification"]))
+    causal: dict[str, Any] = {} if task == "causal" else {"generate": 0, "prompt": None}
+    steps, epochs = draw(LENGTHS)
+    parts = {"label": "y"} if task == "classification" else {"output": draw(TEXT)}
+    template = draw(st.sampled_from(["alpaca", "chat", "plain"]) | TEXT.map(lambda text: f"#{text}{{output}}"))
+    template = template if template.count("{output}") < 2 else "plain"
+    method = draw(st.one_of(*(some(method.settings) for method in METHODS.values())))
+    rank = st.none() | st.integers(1, 64) if METHODS[method.name].ranks == "any" else st.none()
+    glob = st.sampled_from(["client-1", "client-[0-4]", "*", "ü?"])
+    row = st.builds(Override, clients=st.lists(glob, min_size=1).map(tuple), rank=rank, training=CHANGES)
+    device = draw(st.sampled_from(["auto", "cpu", "cuda:1"]))
+    return Recipe(
+        name=draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,9}", fullmatch=True)),
+        seed=draw(st.integers(0, 2**70)),
+        model=draw(some(ModelSettings, task=task, device=device)),
+        adapter=draw(some(AdapterSettings, modules_to_save=())),
+        method=method,
+        client=draw(some(Training, steps=steps, epochs=epochs, optimizer="sgd")),
+        rounds=draw(some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1)),
+        data=replace(
+            draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))),
+            **({} if task == "causal" else {"packing": False}),
+        ),
+        evaluate=draw(some(EvaluationSettings, **causal)),
+        override=draw(st.lists(row, max_size=2).map(tuple)),
+        report=draw(some(ReportSettings)),
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(recipes())
+def test_a_rendered_recipe_binds_to_the_same(recipe: Recipe) -> None:
     again = bind(render(recipe))
     assert again == recipe
     assert digest(again) == digest(recipe)
     assert not changes(recipe, again)
+    assert type(again.rounds.cohort) is type(recipe.rounds.cohort)  # 1 is a client, 1.0 is all
 
 
 def test_defaults_are_written_out(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedtune import lowrank
 from fedtune.adapter import Factors, delta
-from fedtune.methods.flora import METHOD, FloraState, broadcast
+from fedtune.methods.flora import METHOD, FloraState
 from fedtune.methods.method import LinearMethod
 from fedtune.tensors import Array
 
@@ -181,7 +181,7 @@ def test_truncation_goes_down_but_delta_stays_whole(federate: Any) -> None:
     state = federation.round(METHOD, federation.state(METHOD, mode="svt", max_rank=2), fleet)
     assert {name: low.rank for name, low in lowrank.unpack(state.delta).items()} == {"m": 6, "k": 5}
     energy = METHOD.energy_kept(state)
-    for name, low in broadcast(state).items():
+    for name, low in state.broadcast.items():
         assert low.rank <= 2
         dropped = np.linalg.norm(exact(state, name) - delta(low.factors)) ** 2
         assert 1 - energy[name] == pytest.approx(dropped / np.linalg.norm(exact(state, name)) ** 2, abs=1e-6)
@@ -229,7 +229,7 @@ def test_among_like_clients_no_direction_that_goes_down_is_one_clients(federate:
     federation, fleet = federate({"m": (40, 30)}, max_rank=8, seed=seed), [("a", 4, 1.0, 1), ("b", 4, 1.0, 1)]
     state = federation.state(METHOD)
     updates = federation.updates(METHOD, state, fleet)
-    low = broadcast(METHOD.aggregate(state, updates))["m"]
+    low = METHOD.aggregate(state, updates).broadcast["m"]
     for update in updates:
         a, b = update.tensors["m.a"], update.tensors["m.b"]
         assert np.max(np.abs(low.vt @ (a / np.linalg.norm(a, axis=1, keepdims=True)).T)) < 0.999

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fedtune.api import Run
+from fedtune.cli.main import app
+from fedtune.errors import ConfigError, Fault, RoundError, StoreError
+from fedtune.rounds import Event, Note
+from tests.cli.conftest import HOSTILE
+from tests.config.conftest import SHORTEST
+
+COMMANDS = ("demo", "simulate", "evaluate", "export", "report", "compare")
+
+
+class Scripted:
+    """Stands for a function of `fedtune.api`: keeps how it was called, tells some events, and answers or raises."""
+
+    def __init__(self, answer: Any, events: Sequence[Event] = ()) -> None:
+        self.answer = answer
+        self.events = events
+        self.positional: tuple[Any, ...] = ()
+        self.named: dict[str, Any] = {}
+
+    def __call__(self, *positional: Any, watch: Callable[[Event], None] = lambda event: None, **named: Any) -> Any:
+        self.positional, self.named = positional, named
+        for event in self.events:
+            watch(event)
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
+    def put(name: str, answer: Any, events: Sequence[Event] = ()) -> Scripted:
+        scripted = Scripted(answer, events)
+        monkeypatch.setattr(f"fedtune.api.{name}", scripted)
+        return scripted
+
+    return put
+
+
+@pytest.fixture
+def run(tmp_path: Path, summary: Mapping[str, Any]) -> Run:
+    return Run(path=tmp_path / "run", summary=summary)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.toml"
+    path.write_text(SHORTEST)
+    return str(path)
+
+
+def fedtune(*arguments: str | Path, **environment: str) -> Result:
+    return CliRunner(env={"COLUMNS": "110", "FEDTUNE_DEBUG": "", **environment}).invoke(app, [*map(str, arguments)])
+
+
+def process(code: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_examples_in_its_help(command: str) -> None:
+    shown = fedtune(command, "--help")
+    assert shown.exit_code == 0
+    assert f"fedtune {command}" in shown.stdout
+
+
+def test_help_names_every_command_and_the_first_step() -> None:
+    shown = fedtune("--help").stdout
+    assert all(command in shown for command in COMMANDS)
+    assert "First time here?" in shown
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'datasets', 'peft'}"
+    code = (
+        "import sys; sys.argv = ['fedtune', 'simulate', '--help']\nfrom fedtune.cli.main import main\n"
+        f"try: main()\nfinally: print('heavy', *({heavy} & set(sys.modules)))"
+    )
+    with process(code) as child:
+        out, err = child.communicate()
+    assert out.splitlines()[-1].strip() == "heavy", err
+
+
+def test_the_version_is_one_line() -> None:
+    assert fedtune("--version").stdout.split()[0] == "fedtune"
+
+
+def test_simulate_hands_its_options_on(script: Any, run: Run, recipe: str, tmp_path: Path) -> None:
+    simulate = script("simulate", run)
+    fedtune("simulate", recipe, "--set", "rounds.count=3", "--set", "method=ffa", "--out", tmp_path / "o", "--fresh")
+    (bound,) = simulate.positional
+    assert (bound.name, bound.rounds.count, bound.method.name) == ("tiny", 3, "ffa")
+    assert simulate.named == {"out": tmp_path / "o", "fresh": True}
+
+
+def test_progress_goes_to_stderr_and_the_result_to_stdout(
+    script: Any, run: Run, recipe: str, events: list[Event]
+) -> None:
+    script("simulate", run, events)
+    ended = fedtune("simulate", recipe)
+    assert ended.exit_code == 0
+    assert "round 3/3" in ended.stderr
+    assert "round 3/3" not in ended.stdout
+    assert "2.800 -> 2.300" in ended.stdout
+    assert str(run.adapter) in ended.stdout
+
+
+def test_the_last_line_of_stdout_is_json(script: Any, run: Run, recipe: str, events: list[Event]) -> None:
+    script("simulate", run, events)
+    ended = fedtune("simulate", recipe, "--json")
+    assert json.loads(ended.stdout.splitlines()[-1]) == {
+        **run.summary,
+        "path": str(run.path),
+        "adapter": str(run.adapter),
+        "report": str(run.report),
+    }
+    assert "round 3/3" in ended.stderr
+
+
+def test_quiet_shows_remarks_only(script: Any, run: Run, events: list[Event]) -> None:
+    script("demo", run, [*events, Note(HOSTILE)])
+    ended = fedtune("demo", "--quiet")
+    assert ended.stderr.splitlines() == ["3 examples were dropped", "[red]evil[/]\\x1b[2J\\u202e"]
+    assert ended.stdout == f"{run.path}\n"
+
+
+def test_all_faults_of_a_recipe_are_told_without_a_traceback(recipe: str) -> None:
+    ended = fedtune("simulate", recipe, "--set", "rounds.cuont=3", "--set", "client.steps=0")
+    assert ended.exit_code == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("fedtune: tiny.toml: 2 faults\n")
+    assert "did you mean count?" in ended.stderr
+    assert "client.steps: expected a whole number of at least 1" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_missing_recipe_says_how_to_get_one(tmp_path: Path) -> None:
+    ended = fedtune("simulate", tmp_path / "none.toml")
+    assert ended.exit_code == 2
+    assert "fedtune demo --write recipe.toml" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [RoundError("round 3: too few"), StoreError("runs/x: taken"), ConfigError(Fault("a", "b", "c"))]
+)
+def test_every_error_of_fedtunes_own_is_one_message(script: Any, recipe: str, error: Exception) -> None:
+    script("simulate", error)
+    ended = fedtune("simulate", recipe)
+    assert ended.exit_code == 2
+    assert ended.stderr == f"fedtune: {error}\n"
+
+
+def test_an_error_does_not_obey_the_name_of_a_client(script: Any, recipe: str) -> None:
+    script("simulate", RoundError(HOSTILE))
+    ended = fedtune("simulate", recipe)
+    assert ended.stderr == "fedtune: [red]evil[/]\\x1b[2J\\u202e\n"
+
+
+@pytest.mark.parametrize("debug", [{"FEDTUNE_DEBUG": "1"}, {}])
+def test_debug_lets_an_error_through(script: Any, recipe: str, debug: dict[str, str]) -> None:
+    error = RoundError("round 3: too few")
+    script("simulate", error)
+    assert fedtune("simulate", recipe, *([] if debug else ["--debug"]), **debug).exception is error
+
+
+def test_an_error_that_is_a_bug_keeps_its_traceback(script: Any, recipe: str) -> None:
+    bug = ZeroDivisionError("a bug")
+    script("simulate", bug)
+    assert fedtune("simulate", recipe).exception is bug
+
+
+def test_a_full_disk_is_one_message(script: Any, recipe: str) -> None:
+    script("simulate", OSError(errno.ENOSPC, "No space left on device", "runs/x/rounds.jsonl"))
+    ended = fedtune("simulate", recipe)
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("fedtune: runs/x/rounds.jsonl: No space left on device")
+    assert "Traceback" not in ended.stderr
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(script: Any, recipe: str) -> None:
+    script("simulate", KeyboardInterrupt())
+    ended = fedtune("simulate", recipe)
+    assert ended.exit_code == 130
+    assert "--fresh" in ended.stderr
+
+
+def test_a_reader_who_left_is_no_error() -> None:
+    code = (
+        "import sys, fedtune.api; fedtune.api.report = lambda run, tensorboard: 'page'\n"
+        "sys.argv = ['fedtune', 'report', 'x']\nfrom fedtune.cli.main import main\nsys.stdin.read(); main()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdin
+    assert child.stdout
+    assert child.stderr
+    child.stdout.close()
+    child.stdin.close()  # only now does the child write
+    with child.stderr as stderr:
+        assert stderr.read() == b""
+    assert child.wait() == 1
+
+
+def test_evaluate_shows_before_and_after(script: Any) -> None:
+    evaluate = script("evaluate", {"before": {"loss": 2.0}, "after": {"loss": 1.0}})
+    assert "2.000" in fedtune("evaluate", "runs/x").stdout
+    ended = fedtune("evaluate", "runs/x", "--data", "other.jsonl", "--examples", "5", "--json")
+    assert json.loads(ended.stdout) == {"before": {"loss": 2.0}, "after": {"loss": 1.0}}
+    assert evaluate.positional == (Path("runs/x"),)
+    assert evaluate.named == {"data": Path("other.jsonl"), "examples": 5}
+
+
+def test_export_hands_its_options_on_and_prints_the_folder(script: Any) -> None:
+    export = script("export", Path("out"), [Note("cut to rank 4: 99 % kept")])
+    ended = fedtune("export", "runs/x", "--form", "uniform", "--out", "out", "--max-rank", "4", "--dtype", "float16")
+    assert ended.stdout == "out\n"
+    assert "cut to rank 4" in ended.stderr
+    assert export.named == {"form": "uniform", "out": Path("out"), "max_rank": 4, "dtype": "float16"}
+
+
+def test_report_prints_the_page(script: Any) -> None:
+    report = script("report", Path("runs/x/report.html"))
+    assert fedtune("report", "runs/x", "--tensorboard").stdout == "runs/x/report.html\n"
+    assert report.named == {"tensorboard": True}
+
+
+def test_compare_takes_recipes_seeds_and_settings(script: Any) -> None:
+    compare = script("compare", Path("page.html"), [Note("a, seed 0")])
+    ended = fedtune("compare", "a.toml", "runs/b", "--seeds", "0, 1,2", "--set", "rounds.count=2")
+    assert ended.stdout == "page.html\n"
+    assert "a, seed 0" in ended.stderr
+    assert compare.positional == ([Path("a.toml"), Path("runs/b")],)
+    assert compare.named == {"seeds": [0, 1, 2], "overrides": ["rounds.count=2"], "out": None}
+
+
+def test_seeds_that_are_none_are_told(script: Any) -> None:
+    script("compare", Path("page.html"))
+    ended = fedtune("compare", "a.toml", "--seeds", "0;1")
+    assert ended.exit_code == 2
+    assert "such as 0,1,2" in ended.stderr
+
+
+def test_the_demos_recipe_can_be_written_and_run_but_not_over_a_file(tmp_path: Path) -> None:
+    from fedtune.config import bind
+
+    path = tmp_path / "recipe.toml"
+    ended = fedtune("demo", "--write", path)
+    assert ended.exit_code == 0
+    assert f"fedtune simulate {path}" in ended.stdout.replace("\n", " ")
+    assert Path(str(bind(path).data.source)).is_absolute()  # the data lie beside it
+    again = fedtune("demo", "--write", path)
+    assert again.exit_code == 2
+    assert "expected a new file" in again.stderr
