@@ -87,13 +87,13 @@ def tail_norms(model: torch.nn.Module, kept: int) -> Callable[[], torch.Tensor]:
     HetLoRA's regulariser, Cho et al., EMNLP 2024, arXiv 2401.06432, section 3.2. The small number keeps the gradient
     of a norm finite at zero.
     """
+    pairs = [(layer.lora_A["local"].weight, layer.lora_B["local"].weight) for layer in layers(model, "local").values()]
 
     def tail() -> torch.Tensor:
-        terms = []
-        for layer in layers(model, "local").values():
-            a, b = layer.lora_A["local"].weight[kept:], layer.lora_B["local"].weight[:, kept:]
-            terms.append((b.square().sum() + 1e-12).sqrt() * (a.square().sum() + 1e-12).sqrt())
-        return torch.stack(terms).sum()
+        norms = [
+            (b[:, kept:].square().sum() + 1e-12).sqrt() * (a[kept:].square().sum() + 1e-12).sqrt() for a, b in pairs
+        ]
+        return torch.stack(norms).sum()
 
     return tail
 

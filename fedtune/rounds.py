@@ -176,12 +176,17 @@ def collect(
     )
 
 
-def sample(fleet: Sequence[Client], cohort: int | float | None, *, seed: int, round: int) -> Sequence[Client]:
-    """Return the round's clients, sorted by name: all, a number of them, or a share of the fleet rounded up."""
+def cohort_size(fleet: int, cohort: int | float | None) -> int:
+    """Return how many clients of a fleet a round takes: all, a number of them, or a share rounded up."""
     if cohort is None:
         return fleet
-    size = cohort if isinstance(cohort, int) else ceil(cohort * len(fleet) - 1e-9)
-    if size >= len(fleet):
+    return min(fleet, cohort if isinstance(cohort, int) else ceil(cohort * fleet - 1e-9))
+
+
+def sample(fleet: Sequence[Client], cohort: int | float | None, *, seed: int, round: int) -> Sequence[Client]:
+    """Return the round's clients, sorted by name: all, a number of them, or a share of the fleet rounded up."""
+    size = cohort_size(len(fleet), cohort)
+    if size == len(fleet):
         return fleet
     # Positions, not names or ids, are drawn: numpy would turn 64-bit ids into rounded floats.
     drawn = generator(derive(seed, "cohort", round)).choice(len(fleet), size=size, replace=False)

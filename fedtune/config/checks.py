@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import ceil
 from typing import Any, TypeAlias
 
 from fedtune.config.recipe import Override
@@ -13,6 +12,7 @@ from fedtune.config.words import listed, nearest, quoted, shown
 from fedtune.data.settings import TEMPLATES, DataSettings, Split, faults
 from fedtune.errors import Fault
 from fedtune.methods import METHODS
+from fedtune.rounds import cohort_size
 
 Check: TypeAlias = tuple[tuple[str, ...], Callable[..., Iterable[Fault]]]
 """The dotted keys a check reads, and the check over their values."""
@@ -83,14 +83,9 @@ def fleet_size(split: Split, cohort: int | float | None, least: int) -> Iterator
         yield Fault("rounds.cohort", f"at most the {fleet} clients of data.split", str(cohort))
     elif least > fleet:
         yield Fault("rounds.min_clients", f"at most the {fleet} clients of data.split", str(least))
-    elif isinstance(cohort, float) and least > (drawn := drawn_of(fleet, cohort)):
+    elif isinstance(cohort, float) and least > (drawn := cohort_size(fleet, cohort)):
         expected = f"at most {drawn}, which rounds.cohort = {cohort} of {fleet} clients comes to"
         yield Fault("rounds.min_clients", expected, str(least))
-
-
-def drawn_of(fleet: int, share: float) -> int:
-    """Return the size of a cohort that is a share of the fleet, as `rounds.sample` rounds it."""
-    return ceil(share * fleet - 1e-9)
 
 
 def one_rank(method: str, rank: int, overrides: Sequence[Override]) -> Iterator[Fault]:

@@ -79,7 +79,9 @@ def _chosen(parts: Mapping[str, Rows], only: Sequence[str] | None) -> Mapping[st
     if only is None:
         return parts
     if unknown := sorted(set(only) - parts.keys()):
-        raise ConfigError(Fault("data.split.only", f"names of clients ({', '.join(list(parts)[:8])})", repr(unknown[0])))
+        raise ConfigError(
+            Fault("data.split.only", f"names of clients ({', '.join(list(parts)[:8])})", repr(unknown[0]))
+        )
     return {name: part for name, part in parts.items() if name in only}
 
 

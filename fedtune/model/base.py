@@ -197,9 +197,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def find_targets(
-    model: Any, targets: Sequence[str], *, leave_out: Sequence[str] = ()
-) -> Mapping[str, tuple[int, int]]:
+def find_targets(model: Any, targets: Sequence[str], *, leave_out: Sequence[str] = ()) -> Mapping[str, tuple[int, int]]:
     """Return (out, in) of the modules that a recipe's targets name, by full name.
 
     A target matches a full name or the last parts of one. `all-linear` takes every linear layer but the output head

@@ -69,9 +69,7 @@ def round_record(
         "clients": clients,
         "bytes_down": sum(client["bytes_down"] for client in clients.values()),
         "bytes_up": sum(client["bytes_up"] for client in clients.values()),
-        "modules": {
-            name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())
-        },
+        "modules": {name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
     }
 
 

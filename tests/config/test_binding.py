@@ -229,7 +229,7 @@ def test_local_files_are_found_beside_the_recipe(tmp_path: Path) -> None:
     assert bind(SHORTEST).model.base == "embedded"
 
 
-@settings(max_examples=30)
+@settings(max_examples=20, deadline=None)
 @given(st.text(max_size=8), st.text(max_size=8))
 def test_no_override_crashes(key: str, value: str) -> None:
     for override in (f"client.{key}={value}", f"{key}={value}", f"data.source={value}", f"override={value}"):
