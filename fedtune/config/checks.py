@@ -64,7 +64,7 @@ def some_client(only: Sequence[str] | None) -> Iterator[Fault]:
         yield Fault("data.split.only", "at least one client's name", "an empty list", "leave it out to keep all")
 
 
-def cohort_size(cohort: int | float | None, least: int) -> Iterator[Fault]:
+def cohort_bounds(cohort: int | float | None, least: int) -> Iterator[Fault]:
     if isinstance(cohort, float) and cohort > 1:
         yield Fault(
             "rounds.cohort", "a whole number of clients or a share of at most 1", str(cohort), "1.0 takes all clients"
@@ -169,7 +169,7 @@ CHECKS: Sequence[Check] = (
     (("method.name", "adapter.rank", "override"), one_rank),
     (("client.steps", "client.epochs"), steps_or_epochs),
     (("client.optimizer", "client.momentum", "override"), momentum_of),
-    (("rounds.cohort", "rounds.min_clients"), cohort_size),
+    (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),
     (("data.split",), split_rules),
     (("data.split.only",), some_client),
