@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import numpy as np
 from fedtune.adapter import Adapter, Factors
 from fedtune.config import Recipe, bind, render
 from fedtune.demo import recipe_text, write_data
-from fedtune.errors import ConfigError, Fault, StoreError
+from fedtune.errors import ConfigError, Fault, FedtuneError, StoreError
 from fedtune.lowrank import compress, truncate
 from fedtune.rounds import Note, Watch
 from fedtune.store import peft
 from fedtune.store.files import new_folder
-from fedtune.store.run import read_summary, vacant, write_recipe
+from fedtune.store.run import check_run, vacant, write_recipe
 
 # The client wing (torch, transformers, peft, datasets) takes seconds to import, so `experiment` and `model` are
 # imported where they are needed: a recipe that is wrong says so at once, and reading a report needs neither.
@@ -93,14 +94,19 @@ def _conduct(experiment: Any, path: Path, watch: Watch) -> Run:
     from fedtune.experiment import conduct
 
     settings = experiment.recipe.report
+
+    def draw() -> None:
+        if settings.plots or settings.tensorboard:
+            report(path, tensorboard=settings.tensorboard)
+
     try:
         summary = conduct(experiment, path, watch)
-    finally:
-        if (path / "summary.json").exists():
-            if settings.plots:
-                report(path)
-            if settings.tensorboard:
-                report(path, tensorboard=True)
+    except (KeyboardInterrupt, FedtuneError):
+        with suppress(FedtuneError):  # what stopped the run is told, not what came of it
+            if (path / "summary.json").exists():
+                draw()
+        raise
+    draw()
     return Run(path=path, summary=summary)
 
 
@@ -156,7 +162,7 @@ def export(
         form: `peft`, the adapter with its own rank per layer; `uniform`, the same padded with zeros to one rank, for
             engines that read no rank_pattern; `merged`, a whole model of the base with the change added.
         out: folder to write; `<run>/<form>` without it.
-        max_rank: cut every layer to its best approximation of this rank (`peft`, `uniform`).
+        max_rank: cut every layer to its best approximation of this rank.
         dtype: number format of the merged model; the base's own without it.
         watch: told what a cut or a cast has cost.
 
@@ -166,15 +172,17 @@ def export(
     """
     if form not in FORMS:
         raise ConfigError(Fault("form", f"one of {', '.join(FORMS)}", repr(form)))
+    if dtype is not None and form != "merged":
+        raise ConfigError(Fault("dtype", "none: adapters are float32", repr(dtype), "or choose the form merged"))
     path = Path(run)
     adapter, saved, origin = open_run(path)
     target = Path(out) if out is not None else path / form
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
-    if form == "merged":
-        return _merge(path, adapter, saved, origin, target, dtype=dtype, watch=watch)
     if max_rank is not None:
         adapter = cut(adapter, max_rank, watch)
+    if form == "merged":
+        return _merge(path, adapter, saved, origin, target, dtype=dtype, watch=watch)
     if form == "uniform":
         adapter = pad(adapter)
     settings = json.loads((path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
@@ -213,7 +221,7 @@ def report(run: str | Path, *, tensorboard: bool = False) -> Path:
     from fedtune.report.page import write_report
     from fedtune.report.tensorboard import write_events
 
-    read_summary(Path(run))
+    check_run(Path(run))
     if tensorboard:
         write_events(Path(run))
     return write_report(Path(run))
@@ -238,10 +246,14 @@ def compare(
 
     Raises:
         ConfigError: if a recipe is wrong; all are bound before the first one runs.
+        StoreError: if a folder holds no run.
     """
     from fedtune.report.compare import write_comparison
 
     bound = [(Path(recipe), None if Path(recipe).is_dir() else bind(recipe, overrides=overrides)) for recipe in recipes]
+    for path, recipe in bound:
+        if recipe is None:
+            check_run(path)
     folder = vacant(Path(out) if out is not None else Path("runs") / "compare", fresh=out is None)
     runs = []
     for path, recipe in bound:
@@ -263,7 +275,7 @@ def open_run(run: Path) -> tuple[Adapter, Mapping[str, Any], Mapping[str, Any]]:
     Raises:
         StoreError: if it is none, or holds no adapter.
     """
-    read_summary(run)
+    check_run(run)
     return peft.read(run / "adapter")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from fedtune.adapter import Adapter
 from fedtune.client import perform
 from fedtune.config import Recipe, digest, planned
 from fedtune.data.federation import Federation, federate
-from fedtune.errors import ConfigError, Fault, FedtuneError
+from fedtune.errors import ConfigError, Fault, FedtuneError, StoreError
 from fedtune.methods import METHODS
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base, load, load_tokenizer
@@ -152,13 +153,16 @@ def conduct(experiment: Experiment, run: Path, watch: Watch) -> Mapping[str, Any
 
     try:
         with threads(experiment.recipe.model.threads):
-            lines.append(record_base(experiment, run, watch))
+            lines.append(record_base(experiment, run))
+            watch(RoundFinished(lines[-1]))
             for result in rounds(experiment, watch):
-                lines.append(record_round(experiment, run, result, lines, watch))
+                lines.append(record_round(experiment, run, result, lines))
+                watch(RoundFinished(lines[-1]))
     except (KeyboardInterrupt, FedtuneError) as stop:
         reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop)
         if lines:
-            close(reason)
+            with suppress(StoreError):  # a full disk: what stopped the run is told, not what came of it
+                close(reason)
             watch(Note(f"stopped after round {lines[-1]['round']}; {run} holds everything up to there"))
         raise
     return close("")
@@ -184,18 +188,17 @@ def rounds(experiment: Experiment, watch: Watch) -> Iterator[RoundResult]:
     )
 
 
-def record_base(experiment: Experiment, run: Path, watch: Watch) -> Mapping[str, Any]:
+def record_base(experiment: Experiment, run: Path) -> Mapping[str, Any]:
     """Score the base before any training; the line of round 0."""
     began = time.perf_counter()
     scored = score(experiment, {}, experiment.base.saved_tensors(), test=True, clients=True)
     record = records.base_record(scored.test, scored.held_out, time.perf_counter() - began)
     append_round(run, record)
-    watch(RoundFinished(record))
     return record
 
 
 def record_round(
-    experiment: Experiment, run: Path, result: RoundResult, lines: list[Mapping[str, Any]], watch: Watch
+    experiment: Experiment, run: Path, result: RoundResult, lines: list[Mapping[str, Any]]
 ) -> Mapping[str, Any]:
     """Score the state as the recipe asks, write the round's line and the adapter, and return the line."""
     recipe, method = experiment.recipe, METHODS[experiment.recipe.method.name]
@@ -212,7 +215,6 @@ def record_round(
     )
     peft.write(run / "adapter", adapter, saved, experiment.target, provenance(experiment, adapter, [*lines, record]))
     append_round(run, record)
-    watch(RoundFinished(record))
     return record
 
 
@@ -267,7 +269,7 @@ def summary(
         "sample": sample(experiment, run) if not reason else None,
         "failures": records.failures(lines),
         "recipe_digest": digest(recipe),
-        "adapter_digest": peft.digest(run / "adapter") if (run / "adapter").exists() else None,
+        "adapter_digest": peft.digest(run / "adapter") if (run / "adapter").exists() else "",
         "versions": {name: version(name) for name in ("fedtune", "torch", "transformers", "peft", "numpy")}
         | {"python": platform.python_version()},
         "machine": {

@@ -78,7 +78,7 @@ def demo(
 @app.command(
     epilog=examples(
         "fedtune simulate recipe.toml",
-        "fedtune simulate recipe.toml --set rounds.count=3 --set client.learning_rate=1e-3 --fresh",
+        "fedtune simulate recipe.toml --fresh --set rounds.count=3 --set seed=1",
     )
 )
 def simulate(
@@ -91,7 +91,7 @@ def simulate(
     debug: DebugOption = False,
 ) -> None:
     """Run a recipe with all its clients on this machine: progress, a table, an adapter and a report."""
-    with reported(debug):
+    with reported(debug, again="; to start again: the same command with --fresh"):
         from fedtune import api
         from fedtune.config import bind
 
@@ -250,7 +250,7 @@ def finish(run: Run, as_json: bool, quiet: bool) -> None:
 
 
 @contextmanager
-def reported(debug: bool) -> Iterator[None]:
+def reported(debug: bool, *, again: str = "") -> Iterator[None]:
     """Turn every error that the user can mend into one message on stderr and an exit status, without a traceback."""
     from fedtune.errors import FedtuneError
 
@@ -271,7 +271,7 @@ def reported(debug: bool) -> Iterator[None]:
         typer.echo(f"fedtune: {printed(where + (error.strerror or str(error)))}; --debug shows where", err=True)
         raise typer.Exit(USAGE) from None
     except KeyboardInterrupt:
-        typer.echo("fedtune: stopped by Ctrl-C; to start again: the same command with --fresh", err=True)
+        typer.echo(f"fedtune: stopped by Ctrl-C{again}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -286,6 +286,7 @@ def settings_for_libraries() -> Mapping[str, str]:
     return {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_VERBOSITY": "error",
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "DO_NOT_TRACK": "1",

@@ -54,7 +54,8 @@ def scores(summary: Mapping[str, Any]) -> Table:
     }
     shown = {scope: (old or {}, new or {}) for scope, (old, new) in scopes.items() if old or new}
     metrics = named(*(part for pair in shown.values() for part in pair))
-    title = f"{summary['name']}: {summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}"
+    rounds = "1 round" if summary["rounds"] == 1 else f"{summary['rounds']} rounds"
+    title = f"{summary['name']}: {summary['method']}, {rounds}, seed {summary['seed']}"
     traffic = f"up {size(summary['bytes_up'])}, down {size(summary['bytes_down'])}, {duration(summary['seconds'])}"
     table = grid(f"{title}; {traffic}", "", *metrics)
     for scope, (old, new) in shown.items():

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fedtune.errors import StoreError
 
 
@@ -19,13 +21,16 @@ def guarded(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"{path}: expected to read or write it; {error.strerror or error}; {advice(error)}") from error
+    except SafetensorError as error:
+        # It keeps of the operating system's error the text alone.
+        raise StoreError(f"{path}: expected to write tensors; {error}; check the space and the permissions") from error
 
 
 def advice(error: OSError) -> str:
     if isinstance(error, PermissionError):
         return "check its permissions, or choose another folder with --out"
     if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return "free some space and run the same command again; what was written before is whole"
+        return "free some space and try again; what was written before is whole"
     return "check the path"
 
 
@@ -59,6 +64,13 @@ def append_line(path: Path, line: str) -> None:
             raise
 
 
+def settle(file: Path) -> None:
+    """Sync a written file and let everyone read it: safetensors makes its files for the owner alone."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    file.chmod(0o644)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, which takes the place of `path` when the block ends without an error."""
@@ -67,6 +79,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    settle(file)
             temporary.chmod(0o755)
             old = temporary.with_name(temporary.name + ".old")
             if path.exists():

@@ -46,14 +46,23 @@ def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
     write_text(run / "summary.json", json.dumps({"version": VERSION, **summary}, indent=1, allow_nan=False) + "\n")
 
 
+def check_run(run: Path) -> None:
+    """Refuse what is no run directory; a run that was killed is one, though it has no summary.
+
+    Raises:
+        StoreError: if there is no recipe.toml.
+    """
+    if not (run / "recipe.toml").is_file():
+        raise StoreError(f"{run}: expected a run directory (with recipe.toml); make one with fedtune simulate")
+
+
 def read_summary(run: Path) -> Mapping[str, Any]:
     """Return the summary of a run.
 
     Raises:
         StoreError: if the folder is not a run directory, or its summary cannot be read.
     """
-    if not (run / "recipe.toml").is_file():
-        raise StoreError(f"{run}: expected a run directory (with recipe.toml); make one with fedtune simulate")
+    check_run(run)
     path = run / "summary.json"
     with guarded(path):
         text = path.read_text(encoding="utf-8")
