@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,3 +120,27 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             tokenizer.save_pretrained(folder)
             built[name] = folder
     return built
+
+
+@pytest.fixture
+def tables(tmp_path: Path, checkpoints: dict[str, Path]) -> dict[str, Any]:
+    """A recipe of three clients over a tiny model, which a round of takes a moment."""
+    words = "the quick brown fox jumps over the lazy dog and the dog sleeps while the fox runs".split()
+    rows = [
+        {"text": " ".join(words[(3 * i + j) % len(words)] for j in range(6 + i % 5)), "who": f"client-{i % 3}"}
+        for i in range(24)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "name": "tiny",
+        "model": {"base": str(checkpoints["llama"]), "device": "cpu", "threads": 1},
+        "adapter": {"rank": 4, "targets": ["q_proj", "v_proj"]},
+        "method": {"name": "flora"},
+        "client": {"steps": 3, "batch": 4, "learning_rate": 0.05},
+        "rounds": {"count": 2},
+        "data": {"source": str(data), "split": {"kind": "key", "by": "who"}, "max_tokens": 32, "held_out": 0.25},
+        "evaluate": {"batch": 8, "prompt": "the quick", "new_tokens": 4},
+        "report": {"plots": False},
+        "override": [{"clients": ["client-1"], "rank": 2}, {"clients": ["client-2"], "rank": 8}],
+    }

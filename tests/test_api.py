@@ -17,36 +17,10 @@ from fedtune.methods import METHODS
 from fedtune.report.records import read_run
 from fedtune.rounds import Note, RoundFinished
 
-TEXT = "the quick brown fox jumps over the lazy dog and the dog sleeps while the fox runs"
-
 # peft asks transformers by a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 Tables = dict[str, Any]
-
-
-@pytest.fixture
-def tables(tmp_path: Path, checkpoints: dict[str, Path]) -> Tables:
-    """A recipe of three clients over a tiny model, which a round of takes a moment."""
-    words = TEXT.split()
-    rows = [
-        {"text": " ".join(words[(3 * i + j) % len(words)] for j in range(6 + i % 5)), "who": f"client-{i % 3}"}
-        for i in range(24)
-    ]
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "name": "tiny",
-        "model": {"base": str(checkpoints["llama"]), "device": "cpu", "threads": 1},
-        "adapter": {"rank": 4, "targets": ["q_proj", "v_proj"]},
-        "method": {"name": "flora"},
-        "client": {"steps": 3, "batch": 4, "learning_rate": 0.05},
-        "rounds": {"count": 2},
-        "data": {"source": str(data), "split": {"kind": "key", "by": "who"}, "max_tokens": 32, "held_out": 0.25},
-        "evaluate": {"batch": 8, "prompt": "the quick", "new_tokens": 4},
-        "report": {"plots": False},
-        "override": [{"clients": ["client-1"], "rank": 2}, {"clients": ["client-2"], "rank": 8}],
-    }
 
 
 @pytest.fixture
@@ -182,6 +156,41 @@ def test_an_export_never_overwrites(ran: api.Run, tmp_path: Path) -> None:
         fedtune.export(ran.path, out=tmp_path / "x")
 
 
+def test_a_merged_model_can_be_cut_too(ran: api.Run, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = AutoModelForCausalLM.from_pretrained(bind_base(ran)).state_dict()[name]
+    whole, cut = (
+        AutoModelForCausalLM.from_pretrained(
+            fedtune.export(ran.path, form="merged", max_rank=rank, out=tmp_path / str(rank))
+        ).state_dict()[name]
+        for rank in (None, 1)
+    )
+    assert torch.linalg.matrix_rank(whole - base, atol=1e-4) > 1
+    assert torch.linalg.matrix_rank(cut - base, atol=1e-4) == 1
+
+
+def bind_base(run: api.Run) -> str:
+    return fedtune.bind(run.path / "recipe.toml").model.base
+
+
+def test_an_adapter_takes_no_dtype(ran: api.Run) -> None:
+    with pytest.raises(ConfigError, match="dtype: expected none: adapters are float32; got 'float16'"):
+        fedtune.export(ran.path, form="uniform", dtype="float16")
+
+
+def test_a_run_that_was_killed_can_be_used(ran: api.Run) -> None:
+    (ran.path / "summary.json").unlink()
+    assert fedtune.evaluate(ran.path)["after"]["loss"] == pytest.approx(ran.summary["after"]["test"]["loss"], abs=1e-5)
+    assert fedtune.export(ran.path).is_dir()
+    assert "the run has not finished" in api.report(ran.path).read_text()
+
+
+def test_a_comparison_refuses_a_folder_that_is_no_run_before_it_runs_anything(tables: Tables, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="expected a run directory"):
+        fedtune.compare([tmp_path], out=tmp_path / "compare")
+    assert not (tmp_path / "compare").exists()
+
+
 def test_an_unknown_form_is_refused(ran: api.Run) -> None:
     with pytest.raises(ConfigError, match="form: expected one of peft, uniform, merged; got 'gguf'"):
         fedtune.export(ran.path, form="gguf")
@@ -248,7 +257,7 @@ def test_ctrl_c_leaves_the_rounds_before_it_and_says_where(tables: Tables, tmp_p
     with pytest.raises(KeyboardInterrupt):
         fedtune.simulate(tables, out=tmp_path / "run", watch=watch)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["state"] == "interrupted"
+    assert (summary["state"], summary["rounds"]) == ("interrupted", 1)
     assert read_run(tmp_path / "run").summary is not None
     assert str(tmp_path / "run") in notes[-1]
 
@@ -321,3 +330,13 @@ def test_the_public_names_are_all_there() -> None:
         assert getattr(fedtune, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'train'"):
         fedtune.train  # noqa: B018
+
+
+def test_a_model_that_diverges_is_recorded_and_reported(tables: Tables, tmp_path: Path) -> None:
+    tables["client"] |= {"learning_rate": 1e6, "optimizer": "sgd", "clip_norm": "none"}
+    tables["rounds"] |= {"max_norm": "none"}
+    try:
+        fedtune.simulate(tables, out=tmp_path / "run")
+    except RoundError as error:
+        assert "expected a finite loss" in str(error)
+    assert api.report(tmp_path / "run").exists()

@@ -45,8 +45,7 @@ HOMES: Mapping[str, frozenset[str]] = {
     "peft": frozenset({"model", "client"}),
     "datasets": frozenset({"data"}),
     "pydantic": frozenset({"config"}),
-    "tomllib": frozenset({"config"}),
-    "tomlkit": frozenset({"config"}),
+    "tomllib": frozenset({"config", "report"}),  # the report reads name and seed of a run that was killed
     "typer": frozenset({"cli"}),
     "rich": frozenset({"cli"}),
     "matplotlib": frozenset({"report"}),

@@ -1,0 +1,1 @@
+"""A run directory made into pages, pictures and event files, from its records alone."""

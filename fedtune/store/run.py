@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,11 @@ def write_recipe(run: Path, recipe: str) -> None:
 
 def append_round(run: Path, record: Mapping[str, Any]) -> None:
     """Append one round's line to rounds.jsonl."""
-    append_line(run / "rounds.jsonl", json.dumps({"version": VERSION, **record}, allow_nan=False))
+    append_line(run / "rounds.jsonl", json.dumps(finite({"version": VERSION, **record}), allow_nan=False))
 
 
 def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
-    write_text(run / "summary.json", json.dumps({"version": VERSION, **summary}, indent=1, allow_nan=False) + "\n")
+    write_text(run / "summary.json", json.dumps(finite({"version": VERSION, **summary}), indent=1, allow_nan=False) + "\n")
 
 
 def check_run(run: Path) -> None:
@@ -54,6 +55,15 @@ def check_run(run: Path) -> None:
     """
     if not (run / "recipe.toml").is_file():
         raise StoreError(f"{run}: expected a run directory (with recipe.toml); make one with fedtune simulate")
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with null for every number that JSON cannot hold: the loss of a model that has diverged."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_summary(run: Path) -> Mapping[str, Any]:

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
+from fedtune.data.encode import Example
 from fedtune.errors import ConfigError
-from fedtune.model.base import choose_device, digest, load_tokenizer
-from fedtune.model.settings import ModelSettings
+from fedtune.model.base import choose_device, digest, load, load_tokenizer
+from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.train import collate
 
 
 def test_targets_are_found_by_their_last_part_with_out_and_in_sizes(loaded: Any) -> None:
@@ -104,3 +109,60 @@ def test_a_broken_checkpoint_gives_one_clear_error(tmp_path: Path, checkpoints: 
             root=Path(),
             seed=0,
         )
+
+
+def test_code_that_came_with_a_checkpoint_is_never_run_nor_asked_for(
+    tmp_path: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")  # type: ignore[func-returns-value]
+    auto = {"AutoConfig": "foreign.Foreign", "AutoTokenizer": [None, "foreign.Foreign"]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": auto}))
+    (tmp_path / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    settings = ModelSettings(base=str(tmp_path))
+    tokenizer = load_tokenizer(ModelSettings(base=str(checkpoints["llama"])), Path())
+    with pytest.raises(ConfigError, match=r"model\.base"):
+        load_tokenizer(settings, Path())
+    with pytest.raises(ConfigError, match=r"model\.base"):
+        load(settings, AdapterSettings(rank=1, targets=["q_proj"]), tokenizer=tokenizer, root=Path(), seed=0)
+    assert not asked
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_causal_checkpoint_without_all_its_weights_is_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    tensors = load_file(checkpoints["llama"] / "model.safetensors")
+    shutil.copytree(checkpoints["llama"], tmp_path, dirs_exist_ok=True)
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings = ModelSettings(base=str(tmp_path), device="cpu")
+    tokenizer = load_tokenizer(settings, Path())
+    with pytest.raises(ConfigError, match=r"model\.base: .*lm_head\.weight"):
+        load(settings, AdapterSettings(rank=1, targets=["q_proj"]), tokenizer=tokenizer, root=Path(), seed=0)
+
+
+def test_a_tied_output_head_is_no_target(loaded: Any) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.targets: .*'lm_head'.*tied"):
+        loaded("gpt2", targets=["lm_head", "c_attn"])
+    assert "lm_head" in loaded("llama", targets=["lm_head"]).modules
+
+
+def test_a_classifier_without_a_padding_token_reads_the_last_token_of_each_text(
+    tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    shutil.copytree(checkpoints["gpt2"], tmp_path, dirs_exist_ok=True)
+    for name, key in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
+        values = json.loads((tmp_path / name).read_text())
+        del values[key]
+        (tmp_path / name).write_text(json.dumps(values))
+    settings = ModelSettings(base=str(tmp_path), task="classification", device="cpu")
+    tokenizer = load_tokenizer(settings, Path())
+    adapter = AdapterSettings(rank=1, targets=["c_attn"])
+    base = load(settings, adapter, tokenizer=tokenizer, root=Path(), seed=0, labels=["a", "b"])
+    assert tokenizer.pad_token_id is None
+    rows = [Example(np.arange(3, 3 + n), 0, 0, "", "", n) for n in (4, 9)]
+    with torch.inference_mode():
+        alone, padded = (
+            base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[0]
+            for batch in (collate(rows[:1], base), collate(rows, base))
+        )
+    torch.testing.assert_close(alone, padded)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from fedtune.errors import StoreError
 from fedtune.store.files import append_line, new_folder, write_text
@@ -64,6 +65,21 @@ def test_a_folder_appears_only_when_it_is_filled(tmp_path: Path) -> None:
         (folder / "b").write_text("3")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_safetensors_says_of_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(StoreError, match="adapter: .*No space left on device"), new_folder(tmp_path / "adapter"):
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_everyone_may_read_what_is_in_a_folder(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "adapter") as folder:
+        (folder / "deeper").mkdir()
+        for path in (folder / "a", folder / "deeper" / "b"):
+            path.touch(mode=0o600)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").rglob("[ab]")} == {0o644}
 
 
 def test_a_path_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.store.run import append_round, read_summary, vacant, write_recipe, write_summary
+from fedtune.store.run import append_round, check_run, read_summary, vacant, write_recipe, write_summary
 
 
 def test_a_taken_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -42,10 +42,10 @@ def test_lines_and_summary_are_read_back(tmp_path: Path) -> None:
     assert read_summary(tmp_path) == {"version": 1, "name": "demo"}
 
 
-def test_a_number_that_json_cannot_hold_is_never_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
-        append_round(tmp_path, {"loss": float("nan")})
-    assert not (tmp_path / "rounds.jsonl").exists()
+def test_a_diverged_loss_is_written_as_null(tmp_path: Path) -> None:
+    append_round(tmp_path, {"test": {"loss": float("nan"), "perplexity": float("inf")}, "seconds": [1.5]})
+    line = json.loads((tmp_path / "rounds.jsonl").read_text())
+    assert line == {"version": 1, "test": {"loss": None, "perplexity": None}, "seconds": [1.5]}
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,11 @@ def test_a_summary_that_cannot_be_trusted_is_named(tmp_path: Path, content: str,
 
 def test_a_folder_that_is_no_run_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"expected a run directory .*fedtune simulate"):
+        read_summary(tmp_path)
+
+
+def test_a_run_without_a_summary_is_a_run(tmp_path: Path) -> None:
+    write_recipe(tmp_path, "")
+    check_run(tmp_path)
+    with pytest.raises(StoreError, match="No such file"):
         read_summary(tmp_path)
