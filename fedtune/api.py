@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from fedtune.errors import ConfigError, Fault, FedtuneError, StoreError
 from fedtune.lowrank import compress, truncate
 from fedtune.rounds import Note, Watch
 from fedtune.store import peft
-from fedtune.store.files import new_folder
+from fedtune.store.files import guarded, new_folder
 from fedtune.store.run import check_run, vacant, write_recipe
 
 # The client wing (torch, transformers, peft, datasets) takes seconds to import, so `experiment` and `model` are
@@ -221,10 +222,12 @@ def report(run: str | Path, *, tensorboard: bool = False) -> Path:
     from fedtune.report.page import write_report
     from fedtune.report.tensorboard import write_events
 
-    check_run(Path(run))
-    if tensorboard:
-        write_events(Path(run))
-    return write_report(Path(run))
+    path = Path(run)
+    check_run(path)
+    with guarded(path):
+        if tensorboard:
+            write_events(path)
+        return write_report(path)
 
 
 def compare(
@@ -254,6 +257,7 @@ def compare(
     for path, recipe in bound:
         if recipe is None:
             check_run(path)
+    check_distinct([(recipe.name, seed) for _, recipe in bound if recipe for seed in seeds or [recipe.seed]])
     folder = vacant(Path(out) if out is not None else Path("runs") / "compare", fresh=out is None)
     runs = []
     for path, recipe in bound:
@@ -267,6 +271,13 @@ def compare(
             )
             runs.append(ran.path)
     return write_comparison(runs, folder)
+
+
+def check_distinct(runs: Sequence[tuple[str, int]]) -> None:
+    """Refuse to run the same name with the same seed twice: nothing could tell the two apart afterwards."""
+    twice = [f"{name} with seed {seed}" for (name, seed), count in Counter(runs).items() if count > 1]
+    if twice:
+        raise ConfigError(Fault("name", "recipes of different names, each seed once", f"{twice[0]} more than once"))
 
 
 def open_run(run: Path) -> tuple[Adapter, Mapping[str, Any], Mapping[str, Any]]:

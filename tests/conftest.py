@@ -125,7 +125,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def tables(tmp_path: Path, checkpoints: dict[str, Path]) -> dict[str, Any]:
     """A recipe of three clients over a tiny model, which a round of takes a moment."""
-    words = "the quick brown fox jumps over the lazy dog and the dog sleeps while the fox runs".split()
+    text = "the quick brown fox jumps over the lazy dog and the dog sleeps while the fox runs"
+    words = text.split()
     rows = [
         {"text": " ".join(words[(3 * i + j) % len(words)] for j in range(6 + i % 5)), "who": f"client-{i % 3}"}
         for i in range(24)

@@ -191,6 +191,15 @@ def test_a_comparison_refuses_a_folder_that_is_no_run_before_it_runs_anything(ta
     assert not (tmp_path / "compare").exists()
 
 
+@pytest.mark.parametrize(("copies", "seeds"), [(1, [0, 0]), (2, [0])])
+def test_a_comparison_refuses_twins_before_it_runs_anything(
+    copies: int, seeds: list[int], ran: api.Run, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="got tiny with seed 0 more than once"):
+        fedtune.compare([ran.path / "recipe.toml"] * copies, seeds=seeds, out=tmp_path / "compare")
+    assert not (tmp_path / "compare").exists()
+
+
 def test_an_unknown_form_is_refused(ran: api.Run) -> None:
     with pytest.raises(ConfigError, match="form: expected one of peft, uniform, merged; got 'gguf'"):
         fedtune.export(ran.path, form="gguf")
@@ -332,11 +341,14 @@ def test_the_public_names_are_all_there() -> None:
         fedtune.train  # noqa: B018
 
 
-def test_a_model_that_diverges_is_recorded_and_reported(tables: Tables, tmp_path: Path) -> None:
-    tables["client"] |= {"learning_rate": 1e6, "optimizer": "sgd", "clip_norm": "none"}
-    tables["rounds"] |= {"max_norm": "none"}
-    try:
-        fedtune.simulate(tables, out=tmp_path / "run")
-    except RoundError as error:
-        assert "expected a finite loss" in str(error)
-    assert api.report(tmp_path / "run").exists()
+def test_a_model_that_diverges_is_recorded_and_reported(
+    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune import experiment
+
+    lost = {"loss": float("nan"), "perplexity": float("inf")}
+    monkeypatch.setattr(experiment, "score", lambda *a, **k: experiment.Scored(test=lost, held_out={"client-0": lost}))
+    run = fedtune.simulate(tables, out=tmp_path / "run")
+    lines = [json.loads(line) for line in (run.path / "rounds.jsonl").read_text().splitlines()]
+    assert lines[-1]["test"] == {"loss": None, "perplexity": None}
+    assert api.report(run.path).exists()

@@ -78,6 +78,8 @@ class Encoded:
 class _Text:
     prompt: str
     completion: str
+    """What is learned after the prompt: the answer, in a chat with the template's marks around it."""
+    reference: str
     ends: bool
     """Whether the end-of-sequence token is to follow."""
     special: bool
@@ -183,14 +185,15 @@ def _coded(
         if max(1, boundary) >= kept:
             yield None, boundary, len(ids)
             continue
-        lead = boundary if settings.loss_on == "completion" and text.prompt else 1
+        # Nothing predicts the first token, not even one that spans the boundary.
+        lead = max(1, boundary) if settings.loss_on == "completion" else 1
         reach = len(whole[row]) if kept == len(ids) else _reach(encoded, row, kept - 1)
         example = Example(
             input_ids=np.array(ids[:kept], dtype=np.int64),
             labels=np.array([IGNORED] * lead + ids[lead:kept], dtype=np.int64),
             characters=reach - _reach(encoded, row, lead - 1),
             prompt=text.prompt,
-            reference=text.completion,
+            reference=text.reference,
             prompt_tokens=boundary,
         )
         yield example, boundary, len(ids)
@@ -206,7 +209,7 @@ def _texts(rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer:
     if "output" not in rows:
         if "text" not in rows:
             raise ConfigError(_missing("output", "causal training", rows, "or map text, for plain text"))
-        return (_Text("", text, ends=settings.packing, special=True) for text in rows["text"])
+        return (_Text("", text, text, ends=settings.packing, special=True) for text in rows["text"])
     count = len(rows["output"])
     empty = [""] * count
     columns = zip(rows.get("instruction", empty), rows.get("input", empty), rows["output"], strict=True)
@@ -225,14 +228,14 @@ def _texts(rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer:
 
 def _filled(template: str, instruction: str, context: str, output: str) -> _Text:
     if template == "plain":
-        return _Text(_joined(instruction, context, "\n") + "\n", output, ends=True, special=True)
+        return _Text(_joined(instruction, context, "\n") + "\n", output, output, ends=True, special=True)
     if template == "alpaca":
         template = _ALPACA_INPUT if context else _ALPACA
     values = {"instruction": instruction, "input": context}
     head = template.removesuffix("{output}")
     # All at once: an instruction may itself hold the text {input}.
     prompt = re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], head)
-    return _Text(prompt, output, ends=True, special=True)
+    return _Text(prompt, output, output, ends=True, special=True)
 
 
 def _checked_chat(columns: Iterator[tuple[str, str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str, str]]:
@@ -250,7 +253,7 @@ def _chat(question: str, output: str, tokenizer: Tokenizer) -> _Text:
         expected = "a chat template whose answer follows its generation prompt"
         got = f"{answered[:80]!r}, which does not begin with {prompt[-40:]!r}"
         raise ConfigError(Fault("data.template", expected, got, 'use "alpaca", "plain" or your own text'))
-    return _Text(prompt, answered[len(prompt) :], ends=False, special=False)
+    return _Text(prompt, answered[len(prompt) :], output, ends=False, special=False)
 
 
 def _joined(first: str, second: str, separator: str) -> str:

@@ -57,9 +57,8 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills short rows; masked everywhere, so any id of the vocabulary would do."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+        """The id that fills short rows: the config's, by which a decoder's classifier finds a text's last token."""
+        return int(self.model.config.pad_token_id)
 
     def blueprint(self, *, max_rank: int, seed: int) -> Blueprint:
         """Return what a method must know of this model before the first round."""
@@ -80,8 +79,8 @@ def load_tokenizer(settings: ModelSettings, root: Path) -> Any:
     path = locate(settings, root)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(path, revision=settings.revision)
-    except (OSError, ValueError) as error:
+            return AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:  # also a torn file, or a missing tokenizer library
         raise not_found(settings, error) from error
 
 
@@ -96,6 +95,8 @@ def load(
 ) -> Base:
     """Load the base model and find the modules that get adapters. Never runs code that came with a checkpoint.
 
+    (Without an explicit trust_remote_code=False transformers would ask on the terminal whether to run it.)
+
     Args:
         settings: the recipe's table `model`.
         adapter: the recipe's table `adapter`.
@@ -105,7 +106,7 @@ def load(
         labels: names of the classes, for classification.
 
     Raises:
-        ConfigError: if the model, the device or a target module does not exist.
+        ConfigError: if the model, the device or a target module does not exist, or weights are missing.
     """
     path, device = locate(settings, root), choose_device(settings.device)
     auto = AutoModelForSequenceClassification if settings.task == "classification" else AutoModelForCausalLM
@@ -113,11 +114,12 @@ def load(
     if settings.task == "classification":
         classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     try:
-        config = AutoConfig.from_pretrained(path, revision=settings.revision, **classes)
+        config = AutoConfig.from_pretrained(path, revision=settings.revision, trust_remote_code=False, **classes)
         with quiet(), seeded(derive(seed, "model.head"), torch.device("cpu")):
             model, info = auto.from_pretrained(
                 path,
                 revision=settings.revision,
+                trust_remote_code=False,
                 config=config,
                 dtype=DTYPES[settings.dtype],
                 use_safetensors=True,
@@ -125,10 +127,13 @@ def load(
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise not_found(settings, error) from error
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    model.requires_grad_(False).eval().to(device)
     new = sorted(info["missing_keys"])
+    if new and settings.task == "causal":  # a head may be new; a language model drawn at random is no base
+        raise not_found(settings, ValueError(f"it lacks {len(new)} of the model's tensors: {', '.join(new)}"))
+    if model.config.pad_token_id in (None, -1):
+        choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        model.config.pad_token_id = next(choice for choice in choices if choice is not None)
+    model.requires_grad_(False).eval().to(device)
     saved_modules = find_saved(model, adapter.modules_to_save, new, task=settings.task)
     return Base(
         name=settings.base,
@@ -204,7 +209,7 @@ def find_targets(model: Any, targets: Sequence[str], *, leave_out: Sequence[str]
     and modules_to_save.
 
     Raises:
-        ConfigError: for each target that matches no linear layer, with the nearest one.
+        ConfigError: for each target that matches no linear layer, with the nearest one, or one tied to the embeddings.
     """
     outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = {
@@ -231,6 +236,11 @@ def find_targets(model: Any, targets: Sequence[str], *, leave_out: Sequence[str]
                     hint=f"did you mean {nearest[0]!r}?" if nearest else f'set targets = ["{known[0]}"]',
                 )
             )
+        for name in matches:
+            if model.get_submodule(name).weight is model.get_input_embeddings().weight:
+                expected = "layers with weights of their own, or a merged model would change its embeddings too"
+                got = f"{target!r}, which is tied to the input embeddings"
+                faults.append(Fault("adapter.targets", expected, got, "leave it out"))
         found |= matches
     if faults:
         raise ConfigError(faults)

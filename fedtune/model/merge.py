@@ -34,7 +34,12 @@ def merge(base: Base, adapter: Adapter, saved: Tensors, *, dtype: str, revision:
     auto = AutoModelForSequenceClassification if base.task == "classification" else AutoModelForCausalLM
     with quiet():
         model = auto.from_pretrained(
-            base.path, revision=revision, config=base.model.config, dtype=torch.float32, use_safetensors=True
+            base.path,
+            revision=revision,
+            trust_remote_code=False,
+            config=base.model.config,
+            dtype=torch.float32,
+            use_safetensors=True,
         )
     parameters = dict(model.named_parameters())
     along = squared = off = 0.0

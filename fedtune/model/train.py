@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -184,7 +186,10 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(total)
                 tokens += sum(batch.tokens for batch in parts)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        # torch.OutOfMemoryError is CUDA's alone: the CPU and mps say it in a bare RuntimeError.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
         raise ClientError(
             f"{client}: expected its batch of {training.batch} to fit; memory ran out; lower client.batch (and raise "
             f"client.accumulation) or set client.gradient_checkpointing = true"
@@ -202,4 +207,5 @@ def peak_bytes(device: torch.device) -> int:
     """Return the highest memory use so far: of the device on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

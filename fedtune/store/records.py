@@ -112,7 +112,7 @@ def module_record(change: LowRank, energy_kept: float | None) -> Mapping[str, An
     return record if energy_kept is None else record | {"energy_kept": energy_kept}
 
 
-def scores(test: Metrics, held_out: Mapping[str, Metrics]) -> Mapping[str, Any]:
+def scores(test: Metrics | None, held_out: Mapping[str, Metrics]) -> Mapping[str, Any]:
     """Return test scores, each client's, their plain mean, and the client with the highest loss."""
     if not held_out:
         return {"test": test, "held_out": {}, "mean": {}, "worst": {}}

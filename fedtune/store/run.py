@@ -44,7 +44,9 @@ def append_round(run: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
-    write_text(run / "summary.json", json.dumps(finite({"version": VERSION, **summary}), indent=1, allow_nan=False) + "\n")
+    write_text(
+        run / "summary.json", json.dumps(finite({"version": VERSION, **summary}), indent=1, allow_nan=False) + "\n"
+    )
 
 
 def check_run(run: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,22 @@ from typer.testing import CliRunner, Result
 
 from fedtune.api import Run
 from fedtune.cli.main import app
+from fedtune.config import bind, render
 from fedtune.errors import ConfigError, Fault, RoundError, StoreError
 from fedtune.rounds import Event, Note
 from tests.cli.conftest import HOSTILE
-from tests.config.conftest import SHORTEST
 
 COMMANDS = ("demo", "simulate", "evaluate", "export", "report", "compare")
+
+
+RECIPE = """\
+model = { base = "embedded" }
+adapter = { rank = 8, targets = ["q_proj", "v_proj"] }
+method = "flora"
+client = { steps = 20, batch = 4, learning_rate = 3e-4 }
+rounds = { count = 10 }
+data = { source = "train.jsonl", split = { kind = "iid", clients = 4 } }
+"""
 
 
 class Scripted:
@@ -57,7 +68,7 @@ def run(tmp_path: Path, summary: Mapping[str, Any]) -> Run:
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
     path = tmp_path / "tiny.toml"
-    path.write_text(SHORTEST)
+    path.write_text(RECIPE)
     return str(path)
 
 
@@ -83,10 +94,11 @@ def test_help_names_every_command_and_the_first_step() -> None:
     assert "First time here?" in shown
 
 
-def test_help_loads_nothing_heavy() -> None:
-    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'datasets', 'peft'}"
+@pytest.mark.parametrize("arguments", [["--help"], ["simulate", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'datasets', 'peft', 'pydantic'}"
     code = (
-        "import sys; sys.argv = ['fedtune', 'simulate', '--help']\nfrom fedtune.cli.main import main\n"
+        f"import sys; sys.argv = ['fedtune', *{arguments}]\nfrom fedtune.cli.main import main\n"
         f"try: main()\nfinally: print('heavy', *({heavy} & set(sys.modules)))"
     )
     with process(code) as child:
@@ -95,7 +107,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_the_version_is_one_line() -> None:
-    assert fedtune("--version").stdout.split()[0] == "fedtune"
+    assert fedtune("--version").stdout == f"fedtune {version('fedtune')}\n"
 
 
 def test_simulate_hands_its_options_on(script: Any, run: Run, recipe: str, tmp_path: Path) -> None:
@@ -118,10 +130,11 @@ def test_progress_goes_to_stderr_and_the_result_to_stdout(
     assert str(run.adapter) in ended.stdout
 
 
-def test_the_last_line_of_stdout_is_json(script: Any, run: Run, recipe: str, events: list[Event]) -> None:
+def test_one_line_of_json_is_all_of_stdout(script: Any, run: Run, recipe: str, events: list[Event]) -> None:
     script("simulate", run, events)
     ended = fedtune("simulate", recipe, "--json")
-    assert json.loads(ended.stdout.splitlines()[-1]) == {
+    (line,) = ended.stdout.splitlines()
+    assert json.loads(line) == {
         **run.summary,
         "path": str(run.path),
         "adapter": str(run.adapter),
@@ -194,7 +207,13 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(script: Any, recipe: str) ->
     script("simulate", KeyboardInterrupt())
     ended = fedtune("simulate", recipe)
     assert ended.exit_code == 130
-    assert "--fresh" in ended.stderr
+    assert ended.stderr.splitlines() == ["fedtune: stopped by Ctrl-C; to start again: the same command with --fresh"]
+
+
+def test_ctrl_c_names_no_option_that_a_command_lacks(script: Any) -> None:
+    script("export", KeyboardInterrupt())
+    ended = fedtune("export", "runs/x")
+    assert (ended.exit_code, ended.stderr) == (130, "fedtune: stopped by Ctrl-C\n")
 
 
 def test_a_reader_who_left_is_no_error() -> None:
@@ -255,8 +274,6 @@ def test_seeds_that_are_none_are_told(script: Any) -> None:
 
 
 def test_the_demos_recipe_can_be_written_and_run_but_not_over_a_file(tmp_path: Path) -> None:
-    from fedtune.config import bind
-
     path = tmp_path / "recipe.toml"
     ended = fedtune("demo", "--write", path)
     assert ended.exit_code == 0
@@ -265,3 +282,45 @@ def test_the_demos_recipe_can_be_written_and_run_but_not_over_a_file(tmp_path: P
     again = fedtune("demo", "--write", path)
     assert again.exit_code == 2
     assert "expected a new file" in again.stderr
+
+
+@pytest.fixture
+def tiny(tables: dict[str, Any], tmp_path: Path) -> str:
+    path = tmp_path / "tiny.toml"
+    path.write_text(render(bind(tables)))
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_run_is_made_scored_exported_and_reported(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    ended = fedtune("simulate", tiny, "--set", "rounds.count=1", "--set", "client.steps=1", "--out", path, "--json")
+    assert ended.exit_code == 0, ended.stderr
+    assert [line.split("  ")[0] for line in ended.stderr.splitlines()] == ["before", "round 1/1"]
+    result = json.loads(ended.stdout)
+    assert (result["rounds"], result["path"]) == (1, str(path))
+    scores = json.loads(fedtune("evaluate", path, "--json").stdout)
+    assert scores["after"]["loss"] == pytest.approx(result["after"]["test"]["loss"], abs=1e-5)
+    assert fedtune("export", path, "--form", "uniform").stdout == f"{path / 'uniform'}\n"
+    taken = fedtune("simulate", tiny, "--out", path)
+    assert taken.exit_code == 2
+    assert "--fresh" in taken.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_ctrl_c_in_the_first_round_leaves_a_run_that_can_be_reported(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedtune.experiment.perform", stop)
+    path = tmp_path / "run"
+    ended = fedtune("simulate", tiny, "--out", path, "--set", "report.plots=true")
+    assert ended.exit_code == 130
+    assert f"stopped after round 0; {path} holds everything up to there" in ended.stderr
+    assert "interrupted" in (path / "report.html").read_text()
+    assert fedtune("report", path).exit_code == 0
+    refused = fedtune("export", path)
+    assert refused.exit_code == 2
+    assert "expected an adapter" in refused.stderr

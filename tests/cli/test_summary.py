@@ -75,3 +75,7 @@ def test_a_comparison_has_a_row_per_score_and_none_per_count() -> None:
     table = comparison({"loss": 2.0, "examples": 4}, {"loss": 1.0, "accuracy": 0.5, "examples": 4})
     assert list(table.columns[0].cells) == ["loss", "accuracy"]
     assert list(table.columns[1].cells) == ["2.000", "-"]
+
+
+def test_one_round_is_not_called_rounds(summary: Mapping[str, Any], tmp_path: Path) -> None:
+    assert "flora, 1 round, seed 3" in printed({**summary, "rounds": 1}, tmp_path)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedtune.data.encode import IGNORED, Encoded, Example, encode_causal, encode_classes, pack
 from fedtune.data.settings import DataSettings, Split
@@ -112,6 +113,22 @@ def test_chat_uses_the_tokenizers_template_and_adds_nothing(stories: Path) -> No
     assert learned(chatty, example) == "Hello there</s>"
     assert BOS not in example.input_ids
     assert example.input_ids.tolist().count(EOS) == 1
+
+
+def test_the_reference_of_a_chat_is_the_answer_without_the_templates_marks(stories: Path) -> None:
+    chatty = AutoTokenizer.from_pretrained(stories)
+    chatty.chat_template = CHAT
+    assert only(chatty, ROW, template="chat").reference == "Hello there"
+
+
+def test_a_first_token_across_the_boundary_is_predicted_by_nothing() -> None:
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "until": 1, "</s>": 2}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bare = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>")
+    example = only(bare, {"instruction": ["un"], "output": ["til until"]}, template="{instruction}{output}")
+    assert isinstance(example.labels, np.ndarray)
+    assert example.labels.tolist() == [IGNORED, 1, 2]
+    assert example.characters == len(" until")
 
 
 def test_an_impossible_template_is_refused_by_name(tokenizer: Any, stories: Path) -> None:

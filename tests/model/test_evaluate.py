@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,14 @@ def test_batches_by_length_hold_every_position_once(examples: Any) -> None:
     assert sorted(positions) == list(range(10))
     lengths = [len(rows[position].input_ids) for position in positions]
     assert lengths == sorted(lengths)
+
+
+def test_an_empty_prompt_is_continued_from_the_first_token_of_a_text(loaded: Any, examples: Any) -> None:
+    base = loaded("gpt2", targets=["c_attn"])
+    assert base.tokenizer("")["input_ids"] == []  # this tokenizer puts nothing before a text
+    assert sample(base, {}, {}, "", new_tokens=3) == sample(base, {}, {}, "<s>", new_tokens=3)
+    rows = [replace(row, prompt="", prompt_tokens=0) for row in examples(2)]
+    assert evaluate(base, {}, {}, {"test": rows}, batch=2, generate=2, new_tokens=3)["test"]["generated"] == 2
 
 
 def test_a_sample_is_greedy_and_without_its_prompt(loaded: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from fedtune.errors import ClientError
 from fedtune.model.lora import attached, read_local, start
-from fedtune.model.train import batches, collate, learning_rate, summed_loss, train
+from fedtune.model.train import batches, collate, learning_rate, peak_bytes, summed_loss, train
 from fedtune.round import Assignment, LocalAdapter, Plan, Training
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
@@ -93,6 +93,43 @@ def test_a_loss_that_is_not_finite_names_client_step_and_remedy(loaded: Any, exa
         base.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ClientError, match=r"c, step 1: expected a finite loss; got nan .*learning_rate"):
         run(base, examples(4), TRAINING)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000 bytes"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_costs_the_client_alone_on_every_device(
+    error: Exception, loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("fedtune.model.train.summed_loss", full)
+    with pytest.raises(ClientError, match=r"c: expected its batch of 2 to fit; memory ran out"):
+        run(loaded(), examples(4), TRAINING)
+
+
+def test_any_other_error_of_torch_is_not_called_one_of_memory(
+    loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("fedtune.model.train.summed_loss", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(loaded(), examples(4), TRAINING)
+
+
+def test_peak_memory_is_in_bytes_on_macos_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    linux = peak_bytes(torch.device("cpu"))
+    monkeypatch.setattr("sys.platform", "darwin")  # where getrusage counts bytes, not KiB
+    assert peak_bytes(torch.device("cpu")) < linux / 512
 
 
 def test_a_client_without_examples_is_an_error_that_names_it(loaded: Any) -> None:

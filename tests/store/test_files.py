@@ -47,8 +47,13 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_clear_error() -> None:
-    with pytest.raises(StoreError, match="/dev/full: .*No space left on device; free some space"):
+    with pytest.raises(StoreError, match=r"/dev/full: .*No space left on device; free some space"):
         append_line(Path("/dev/full"), "x")
+
+
+def spoil(folder: Path) -> None:
+    (folder / "a").write_text("2")
+    raise KeyError
 
 
 def test_a_folder_appears_only_when_it_is_filled(tmp_path: Path) -> None:
@@ -58,8 +63,7 @@ def test_a_folder_appears_only_when_it_is_filled(tmp_path: Path) -> None:
         assert not target.exists()
     assert (target / "a").read_text() == "1"
     with pytest.raises(KeyError), new_folder(target) as folder:
-        (folder / "a").write_text("2")
-        raise KeyError
+        spoil(folder)
     assert (target / "a").read_text() == "1"
     with new_folder(target) as folder:
         (folder / "b").write_text("3")
@@ -69,7 +73,7 @@ def test_a_folder_appears_only_when_it_is_filled(tmp_path: Path) -> None:
 
 def test_what_safetensors_says_of_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    with pytest.raises(StoreError, match="adapter: .*No space left on device"), new_folder(tmp_path / "adapter"):
+    with pytest.raises(StoreError, match=r"adapter: .*No space left on device"), new_folder(tmp_path / "adapter"):
         raise error
     assert not list(tmp_path.iterdir())
 

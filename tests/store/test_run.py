@@ -12,7 +12,7 @@ from fedtune.store.run import append_round, check_run, read_summary, vacant, wri
 def test_a_taken_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "notes.txt").write_text("mine")
-    with pytest.raises(StoreError, match="expected a new or an empty folder; .*--fresh"):
+    with pytest.raises(StoreError, match=r"expected a new or an empty folder; .*--fresh"):
         vacant(tmp_path / "demo")
     assert (tmp_path / "demo" / "notes.txt").read_text() == "mine"
 
