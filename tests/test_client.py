@@ -11,8 +11,8 @@ import pytest
 from fedtune.adapter import draw_a
 from fedtune.client import perform
 from fedtune.data.encode import Example
-from fedtune.errors import ClientError
-from fedtune.model.base import Base, load, load_tokenizer
+from fedtune.errors import ClientError, ShapeError
+from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.round import Assignment, LocalAdapter, Plan, Training
 from fedtune.tensors import Tensors
@@ -45,6 +45,32 @@ def assignment(base: Base, *, blobs: Mapping[str, Tensors] | None = None, **loca
         blobs={"saved": base.saved_tensors()} if blobs is None else blobs,
         base=base.digest,
     )
+
+
+Q = "model.layers.0.self_attn.q_proj"  # (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("role", "tensors"),
+    [
+        ("global", {f"{Q}.a": (2, 33), f"{Q}.b": (32, 2)}),
+        ("global", {f"{Q}.w": (2, 2, 2)}),
+        ("global", {f"{Q}.w": (32, 31)}),
+        ("global", {"nowhere.a": (2, 32), "nowhere.b": (32, 2)}),
+        ("local", {f"{Q}.a": (2,)}),
+        ("local", {"nowhere.a": (2, 32)}),
+        ("saved", {"lm_head.weight": (2,)}),
+        ("saved", {"nowhere.weight": (2,)}),
+    ],
+)
+def test_tensors_that_do_not_fit_the_base_are_refused_by_name(
+    role: str, tensors: dict[str, tuple[int, ...]], base: Base, rows: list[Example]
+) -> None:
+    sent = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    name = next(iter(tensors)).removesuffix(".a").removesuffix(".w")
+    with pytest.raises(ShapeError, match=name):
+        perform(base, rows, assignment(base, blobs={role: sent}))
+    assert digest(base.model) == base.digest
 
 
 def test_an_update_says_who_did_what_on_how_much(base: Base, rows: list[Example]) -> None:

@@ -111,7 +111,8 @@ def test_the_global_model_is_the_base_plus_the_exact_sum(
     # flexlora keeps what the largest client can hold, so that client is given the layer's full rank here
     ranks = {"flora": [1, 3, 2], "fedex": [2, 2, 2], "flexlora": [1, 32, 2]}[method]
     fleet = dict(zip(SIZES, ranks, strict=True))
-    ((state, updates),) = states(base, method, {"wire_dtype": "fp32"}, fleet, rounds=1)
+    settings = {"wire_dtype": "fp32"} | ({"mode": "reinit"} if method == "flora" else {})
+    ((state, updates),) = states(base, method, settings, fleet, rounds=1)
     ours = logits(base, METHODS[method].adapter(state))
     untouched = logits(base)
     add(base, summed(updates))
@@ -123,13 +124,13 @@ def test_reinit_is_the_papers_merge_without_merging(checkpoints: dict[str, Path]
     """Three rounds in which the sum is added to the base itself, from the same fresh starts, end in the same model."""
     fleet, targets = {"ann": 1, "bob": 3, "cyd": 2}, ["q_proj", "v_proj"]
     ours_base = base_of(checkpoints["llama"], targets)
-    ours = states(ours_base, "flora", {"wire_dtype": "fp32"}, fleet, rounds=3)[-1][0]
+    ours = states(ours_base, "flora", {"mode": "reinit", "wire_dtype": "fp32"}, fleet, rounds=3)[-1][0]
 
     merged = base_of(checkpoints["llama"], targets)
     blueprint = merged.blueprint(max_rank=3, seed=0)
     method = METHODS["flora"]
     planner = Fixed(ranks=fleet, alpha="2r", rslora=False, training=dict.fromkeys(fleet, TRAINING))
-    state = method.init(blueprint, method.settings(wire_dtype="fp32"))
+    state = method.init(blueprint, method.settings(mode="reinit", wire_dtype="fp32"))
     for number in range(1, 4):
         plans = planner.plan(number, [Client(name, SIZES[name]) for name in fleet])
         orders = {name: method.assign(state, 0, plan) for name, plan in plans.items()}

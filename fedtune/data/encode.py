@@ -186,7 +186,7 @@ def _coded(
             yield None, boundary, len(ids)
             continue
         # Nothing predicts the first token, not even one that spans the boundary.
-        lead = max(1, boundary) if settings.loss_on == "completion" else 1
+        lead = max(1, boundary) if settings.loss_on == "completion" and text.prompt else 1
         reach = len(whole[row]) if kept == len(ids) else _reach(encoded, row, kept - 1)
         example = Example(
             input_ids=np.array(ids[:kept], dtype=np.int64),

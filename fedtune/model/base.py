@@ -135,6 +135,10 @@ def load(
         model.config.pad_token_id = next(choice for choice in choices if choice is not None)
     model.requires_grad_(False).eval().to(device)
     saved_modules = find_saved(model, adapter.modules_to_save, new, task=settings.task)
+    found = digest(model, leave_out=new)
+    if settings.dtype != "float32":
+        for name in saved_modules:
+            hold_in_float32(model.get_submodule(name), DTYPES[settings.dtype])
     return Base(
         name=settings.base,
         path=str(path),
@@ -142,13 +146,27 @@ def load(
         tokenizer=tokenizer,
         task=settings.task,
         device=device,
-        digest=digest(model, leave_out=new),
+        digest=found,
         modules=find_targets(model, adapter.targets, leave_out=saved_modules),
         saved_modules=saved_modules,
         saved=sorted(
             name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in saved_modules)
         ),
     )
+
+
+def hold_in_float32(module: nn.Module, outside: torch.dtype) -> None:
+    """Keep a module's weights in float32 within a base of another format, in place; what goes in and out is cast.
+
+    Trained in 16 bits most of AdamW's steps would be rounded away, and in float16 its epsilon would be zero.
+    """
+    for part in module.modules():
+        if next(part.parameters(recurse=False), None) is not None:
+            part.float()
+            part.register_forward_pre_hook(
+                lambda _, inputs: tuple(x.float() if x.is_floating_point() else x for x in inputs)
+            )
+            part.register_forward_hook(lambda _, inputs, output: output.to(outside))
 
 
 def locate(settings: ModelSettings, root: Path) -> str | Path:

@@ -42,8 +42,16 @@ def attached(
         dropout: on the local adapter's input.
         train: factors of the local adapter that get gradients, `ab` or `b`.
         saved: values of modules_to_save for the length of the block; trainable if `local` is given.
+
+    Raises:
+        ShapeError: if a module or a parameter is not in the base, or has another shape there.
     """
     parameters = dict(base.model.named_parameters())
+    there = {**base.modules, **{name: tuple(parameter.shape) for name, parameter in parameters.items()}}
+    came = [(name, factors.shape) for adapter in (frozen, local) for name, factors in (adapter or {}).items()]
+    for name, shape in [*came, *((name, array.shape) for name, array in (saved or {}).items())]:
+        if shape != there.get(name):
+            raise ShapeError(f"{name}: expected {there.get(name, 'no such module')} as in {base.name}; got {shape}")
     before = {name: parameters[name].detach().clone() for name in (saved or {})}
     tuner: LoraModel | None = None
     # A module of rank 0 would be refused by peft; without it the layer is the base's own.
@@ -129,6 +137,8 @@ def read_local(model: nn.Module) -> Adapter:
 def start(assignment: Assignment, modules: Mapping[str, tuple[int, int]]) -> Adapter:
     """Return the local adapter that an assignment starts from, b divided by the scale; see `LocalAdapter`."""
     sent, rank = assignment.blobs.get("local", {}), assignment.plan.rank
+    if strange := sorted(sent.keys() - {f"{name}.{side}" for name in modules for side in "ab"}):
+        raise ShapeError(f"{strange[0]}: expected factors .a and .b of modules that get an adapter; got another")
     adapter = {}
     for name, (m, n) in modules.items():
         a = draw_a(assignment.local.a_key, name, rank, n)
@@ -151,6 +161,8 @@ def frozen(assignment: Assignment) -> Adapter:
     adapter = dict(unpack({name: array for name, array in blob.items() if not name.endswith(".w")}))
     for name, weight in dense.items():
         w = weight.astype(np.float32)
+        if w.ndim != 2:
+            raise ShapeError(f"{name}.w: expected (out, in); got {w.shape}")
         m, n = w.shape
         eye = np.eye(min(m, n), dtype=np.float32)
         adapter[name] = Factors(a=w, b=eye) if m <= n else Factors(a=eye, b=w)

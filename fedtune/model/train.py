@@ -82,11 +82,13 @@ def collate(examples: Sequence[Example], base: Base) -> Batch:
 
 def summed_loss(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
     """Return the cross-entropy summed over the tokens (causal) or examples that count, in float32."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     if task == "causal":
+        # Without use_cache=False every forward pass would keep keys and values for a generation that never comes.
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
         )
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     return cross_entropy(logits.float(), batch.labels, reduction="sum")
 
 
@@ -198,6 +200,7 @@ def train(
         model.eval()
         if training.gradient_checkpointing:
             model.activation_checkpointing_disable()
+            model.disable_input_require_grads()  # enabling puts a hook on the embeddings, which disabling leaves there
     return Trained(
         losses=losses, tokens=tokens, seconds=time.perf_counter() - began, peak_bytes=peak_bytes(base.device)
     )

@@ -24,7 +24,9 @@ class Federation:
     blueprint: Blueprint
 
     def state(self, method: Method[Any], **settings: Any) -> Any:
-        return method.init(self.blueprint, method.settings(**{"wire_dtype": "fp32"} | settings))
+        """Return the first state; flora in the paper's mode, whose updates are factors like every other method's."""
+        plain = {"wire_dtype": "fp32"} | ({"mode": "reinit"} if method.name == "flora" else {})
+        return method.init(self.blueprint, method.settings(**plain | settings))
 
     def assign(self, method: Method[Any], state: Any, member: Member) -> Assignment:
         name, rank, scale, _ = member

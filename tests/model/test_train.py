@@ -66,6 +66,31 @@ def test_gradient_checkpointing_changes_no_result(loaded: Any, examples: Any) ->
         np.testing.assert_allclose(plain[name].b, checkpointed[name].b, atol=1e-6)
 
 
+def test_gradient_checkpointing_leaves_nothing_on_the_base_and_says_nothing(
+    loaded: Any, examples: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = loaded()
+    capfd.readouterr()
+    run(base, examples(4), replace(TRAINING, gradient_checkpointing=True))
+    assert not [name for name, module in base.model.named_modules() if module._forward_hooks]
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_no_keys_and_values_are_kept_for_a_generation_that_never_comes(
+    loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, asked = loaded(), dict[str, Any]()
+    forward = base.model.forward
+
+    def watched(**options: Any) -> Any:
+        asked.update(options)
+        return forward(**options)
+
+    monkeypatch.setattr(base.model, "forward", watched)
+    summed_loss(base.model, collate(examples(2), base), task="causal")
+    assert asked["use_cache"] is False
+
+
 def test_sgd_and_bf16_autocast_train(loaded: Any, examples: Any) -> None:
     base, rows = loaded(), examples(4)
     trained, _ = run(base, rows, replace(TRAINING, optimizer="sgd", momentum=0.9, steps=20, autocast="bf16"))
@@ -79,6 +104,24 @@ def test_a_classifier_trains_on_labels(loaded: Any, examples: Any) -> None:
         assert summed_loss(base.model, collate(rows, base), task="classification").item() > 0
     trained, _ = run(base, rows, replace(TRAINING, batch=6, steps=40))
     assert trained.loss_after < trained.loss_before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "targets"), [("bert", ["query"]), ("gpt2", ["c_attn"])])
+def test_a_head_is_trained_in_float32_over_a_half_precision_base(
+    dtype: str, name: str, targets: list[str], loaded: Any, examples: Any
+) -> None:
+    base = loaded(name, targets=targets, task="classification", labels=["a", "b"], dtype=dtype)
+    before = base.saved_tensors()
+    training = replace(TRAINING, learning_rate=1e-5)
+    local = start(Assignment("flora", 1, 1, Plan("c", 4, 2.0, training), LocalAdapter(a_key=5)), base.modules)
+    with attached(base, local=local, scale=2.0, saved=before):
+        train(base, examples(8, classes=2), training, key=1, client="c")
+        after = base.saved_tensors()
+    assert {str(p.dtype) for p in base.model.parameters()} == {"torch.float32", f"torch.{dtype}"}
+    for key, array in after.items():
+        assert np.isfinite(array).all()
+        assert np.mean(array != before[key]) > 0.99  # in 16 bits such steps are lost, or not a number
 
 
 def test_tokens_are_counted_without_padding(loaded: Any, examples: Any) -> None:
