@@ -14,6 +14,9 @@ from fedtune.tensors import DTYPES, Array, Tensors, l2_norm, squared_norm
 LARGEST = float(np.finfo(np.float32).max) / 2**16
 """Bound on |b| |a| of a module: its change, and the sum of a cohort's, must fit float32."""
 
+LARGEST_LOSS = 1e12
+"""A cohort's mean is taken over what clients say their losses were; nothing honest comes near this."""
+
 
 def admit(
     update: ClientUpdate, assignment: Assignment, blueprint: Blueprint, *, num_examples: int
@@ -69,6 +72,10 @@ def _reasons(update: ClientUpdate, assignment: Assignment, blueprint: Blueprint,
         yield f"expected round {assignment.round}; got {update.round}"
     if not 1 <= update.num_examples <= num_examples:
         yield f"expected 1 to {num_examples} examples, as enrolled; got {update.num_examples}"
+    measured = update.measured
+    for what, loss in (("loss_before", measured.loss_before), ("loss_after", measured.loss_after)):
+        if loss is not None and not abs(loss) <= LARGEST_LOSS:
+            yield f"expected a finite {what}, at most {LARGEST_LOSS:g}; got {loss:g}"
     expected = {f"{name}.{side}" for name in blueprint.modules for side in assignment.local.train}
     yield from _keys("factors", expected, update.tensors)
     yield from _keys("modules_to_save", set(blueprint.saved), update.saved)

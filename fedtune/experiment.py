@@ -85,6 +85,7 @@ def prepare(recipe: Recipe) -> Experiment:
         seed=recipe.seed,
         labels=federation.labels,
     )
+    check_lengths(federation, base)
     check_ranks({name: rank for name, (rank, _) in plans.items()}, base)
     planner = Fixed(
         ranks={name: rank for name, (rank, _) in plans.items()},
@@ -93,6 +94,26 @@ def prepare(recipe: Recipe) -> Experiment:
         training={name: training for name, (_, training) in plans.items()},
     )
     return Experiment(recipe=recipe, federation=federation, base=base, planner=planner)
+
+
+def check_lengths(federation: Federation, base: Base) -> None:
+    """Refuse examples that are longer than the base has positions.
+
+    Raises:
+        ConfigError: with the longest one.
+    """
+    shards = federation.clients.values()
+    every = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
+    longest = max(len(example.input_ids) for example in every)
+    if longest > base.positions:
+        raise ConfigError(
+            Fault(
+                path="data.max_tokens",
+                expected=f"examples of at most {base.positions} tokens, the positions that {base.name} has",
+                got=f"one of {longest}",
+                hint=f"set data.max_tokens = {base.positions}",
+            )
+        )
 
 
 def check_ranks(ranks: Mapping[str, int], base: Base) -> None:
@@ -147,7 +168,8 @@ def conduct(experiment: Experiment, run: Path, watch: Watch) -> Mapping[str, Any
     began, lines = time.perf_counter(), list[Mapping[str, Any]]()
 
     def close(reason: str) -> Mapping[str, Any]:
-        result = summary(experiment, run, lines, reason=reason, seconds=time.perf_counter() - began)
+        with threads(experiment.recipe.model.threads):
+            result = summary(experiment, run, lines, reason=reason, seconds=time.perf_counter() - began)
         write_summary(run, result)
         return result
 

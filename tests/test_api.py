@@ -352,3 +352,12 @@ def test_a_model_that_diverges_is_recorded_and_reported(
     lines = [json.loads(line) for line in (run.path / "rounds.jsonl").read_text().splitlines()]
     assert lines[-1]["test"] == {"loss": None, "perplexity": None}
     assert api.report(run.path).exists()
+
+
+def test_an_example_longer_than_the_bases_positions_is_refused(tables: Tables, tmp_path: Path) -> None:
+    with Path(tables["data"]["source"]).open("a") as file:
+        file.write(json.dumps({"text": 90 * "fox dog ", "who": "client-1"}) + "\n")
+    tables["data"] |= {"max_tokens": 500}
+    message = r"data\.max_tokens: expected examples of at most 128 tokens.*set data\.max_tokens = 128"
+    with pytest.raises(ConfigError, match=message):
+        fedtune.simulate(tables, out=tmp_path / "run")

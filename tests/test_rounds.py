@@ -10,7 +10,7 @@ import pytest
 from fedtune.errors import RoundError
 from fedtune.methods import METHODS
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Traffic, Training
+from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Measured, Outcome, Traffic, Training
 from fedtune.rounds import ClientFinished, RoundResult, RoundStarted, Schedule, run, sample
 
 SHAPE = (4, 6)
@@ -97,6 +97,8 @@ def test_a_client_that_fails_costs_its_update_alone() -> None:
         ({"num_examples": 10**9}, "1 to 10 examples"),
         ({"round": 7}, "expected round 1"),
         ({"base": "other"}, "base digest"),
+        ({"measured": Measured(loss_after=float("nan"))}, "finite loss_after"),
+        ({"measured": Measured(loss_before=1e300)}, "finite loss_before"),
     ],
 )
 def test_a_bad_update_is_refused_by_name_with_its_reason(changes: dict[str, Any], reason: str) -> None:

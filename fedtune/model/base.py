@@ -51,6 +51,12 @@ class Base:
     """Names of the modules they belong to."""
 
     @property
+    def positions(self) -> int:
+        """The longest input in tokens: what model and tokenizer agree on; very large if neither names a limit."""
+        named = getattr(self.model.config, "max_position_embeddings", None)
+        return min(named or 2**31, int(getattr(self.tokenizer, "model_max_length", None) or 2**31))
+
+    @property
     def transposed(self) -> bool:
         """Whether the adapted layers hold their weights as (in, out), as GPT-2's do."""
         return isinstance(self.model.get_submodule(next(iter(self.modules))), Conv1D)

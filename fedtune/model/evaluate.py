@@ -114,10 +114,11 @@ def answers(model: Any, base: Base, examples: Sequence[Example], *, new_tokens: 
 
 def continue_text(model: Any, base: Base, ids: Sequence[int], *, new_tokens: int) -> str:
     """Return the greedy continuation of the tokens, without them; of no tokens, that of the start of a text."""
-    limit = getattr(base.model.config, "max_position_embeddings", 2**31)
+    limit = base.positions
+    new_tokens = min(new_tokens, limit - 1)
     first = base.tokenizer.bos_token_id
     given = list(ids) or [base.pad_id if first is None else first]
-    prompt = torch.tensor([given[-max(1, limit - new_tokens) :]], device=base.device)
+    prompt = torch.tensor([given[-(limit - new_tokens) :]], device=base.device)
     out = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),

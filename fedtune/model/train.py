@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.data.encode import IGNORED, Example
 from fedtune.errors import ClientError
 from fedtune.model.base import Base
+from fedtune.model.lora import layers
 from fedtune.model.torch_seed import seeded
 from fedtune.round import Training
 from fedtune.seeds import derive, generator
@@ -162,7 +164,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(base.device)
     if training.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    model.train()
+    only_adapters_train(model)
     try:
         with seeded(derive(key, "dropout"), base.device):
             for step in range(training.steps):
@@ -204,6 +206,19 @@ def train(
     return Trained(
         losses=losses, tokens=tokens, seconds=time.perf_counter() - began, peak_bytes=peak_bytes(base.device)
     )
+
+
+def only_adapters_train(model: Any) -> None:
+    """Put the trainable adapter's dropout into training mode, and leave the base's own off.
+
+    The base is frozen: noise in it would only make the loss that is trained on another than the one that is scored.
+    """
+    model.eval()
+    for layer in layers(model, "local").values():
+        layer.lora_dropout["local"].train()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # the flag alone: checkpointing asks for it, and the parts inside stay as they are
 
 
 def peak_bytes(device: torch.device) -> int:

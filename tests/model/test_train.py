@@ -193,3 +193,16 @@ def test_the_schedule_by_hand() -> None:
     cosine = replace(TRAINING, learning_rate=1.0, schedule="cosine")
     assert [round(learning_rate(cosine, step, 10), 4) for step in (0, 5)] == [1.0, 0.5]
     assert learning_rate(replace(TRAINING, learning_rate=0.3), 7, 10) == 0.3
+
+
+def test_the_frozen_bases_own_dropout_is_off(loaded: Any, examples: Any) -> None:
+    base, rows = loaded("gpt2", targets=["c_attn"]), examples(4)  # GPT-2's configuration asks for dropout of 0.1
+    assert base.model.config.resid_pdrop > 0
+    first = {key: run(base, rows, replace(TRAINING, batch=4, steps=1), key=key)[0].losses[0] for key in (1, 2, 3)}
+    assert len({round(loss, 5) for loss in first.values()}) == 1
+
+
+def test_the_adapters_dropout_is_on(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(4)
+    ends = [run(base, rows, replace(TRAINING, batch=4, steps=3, dropout=d), key=1)[0].losses[-1] for d in (0.0, 0.5)]
+    assert ends[0] != ends[1]
