@@ -56,7 +56,7 @@ HOMES: Mapping[str, frozenset[str]] = {
 """Where alone a package may be imported, at the top of a module or inside a function."""
 
 SERVER_WING = ("methods", "planning", "wire", "admit", "rounds", "store", "report")
-SEEDS_TORCH = {"fedtune/model/torch_seed.py", "fedtune/model/train.py", "fedtune/model/embedded/train.py"}
+SEEDS_TORCH = {"fedtune/model/torch_seed.py"}
 """May fork and seed torch's global generators, for dropout and initial values that take no generator."""
 
 

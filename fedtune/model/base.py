@@ -184,7 +184,7 @@ def locate(settings: ModelSettings, root: Path) -> str | Path:
 
 
 def not_found(settings: ModelSettings, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split()).partition(". ")[0][:160]  # the libraries go on with advice of their own
     return ConfigError(
         Fault(
             path="model.base",
