@@ -15,7 +15,7 @@ import numpy as np
 from fedtune.adapter import Adapter, Factors
 from fedtune.config import Recipe, bind, render
 from fedtune.demo import recipe_text, write_data
-from fedtune.errors import ConfigError, Fault, FedtuneError, StoreError
+from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.lowrank import compress, truncate
 from fedtune.rounds import Note, Watch
 from fedtune.store import peft
@@ -250,6 +250,7 @@ def compare(
     Raises:
         ConfigError: if a recipe is wrong; all are bound before the first one runs.
         StoreError: if a folder holds no run.
+        RoundError: if no run could be finished; one that could not is left out of the page, with a note.
     """
     from fedtune.report.compare import write_comparison
 
@@ -266,10 +267,13 @@ def compare(
             continue
         for seed in seeds or [recipe.seed]:
             watch(Note(f"{recipe.name}, seed {seed}"))
-            ran = simulate(
-                replace(recipe, seed=seed), out=folder / f"{recipe.name}-seed{seed}", fresh=True, watch=watch
-            )
-            runs.append(ran.path)
+            target = folder / f"{recipe.name}-seed{seed}"
+            try:
+                runs.append(simulate(replace(recipe, seed=seed), out=target, fresh=True, watch=watch).path)
+            except RoundError as error:  # one experiment that broke off must not cost the others their page
+                watch(Note(f"{recipe.name}, seed {seed}: left out of the comparison: {error}"))
+    if not runs:
+        raise RoundError(f"expected at least one run to compare; none was finished; see {folder}")
     return write_comparison(runs, folder)
 
 

@@ -361,3 +361,20 @@ def test_an_example_longer_than_the_bases_positions_is_refused(tables: Tables, t
     message = r"data\.max_tokens: expected examples of at most 128 tokens.*set data\.max_tokens = 128"
     with pytest.raises(ConfigError, match=message):
         fedtune.simulate(tables, out=tmp_path / "run")
+
+
+def test_a_comparison_goes_on_without_the_recipe_that_broke_off(tables: Tables, tmp_path: Path) -> None:
+    from fedtune.config import bind, render
+
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text(render(bind({**tables, "name": "good"})))
+    # No norm is below a millionth of the median, so every round lacks updates.
+    bad.write_text(render(bind({**tables, "name": "bad", "rounds": {"count": 1, "min_clients": 3, "max_norm": 1e-6}})))
+    notes: list[str] = []
+    page = fedtune.compare(
+        [bad, good],
+        out=tmp_path / "compare",
+        watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    assert "good" in page.read_text()
+    assert any("bad, seed 0: left out of the comparison: round 1" in note for note in notes)
