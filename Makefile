@@ -28,7 +28,7 @@ test: $(INSTALLED)  ## check style and types, then run the tests
 	@echo "mypy"
 	@$(BIN)/mypy
 	@echo "pytest"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 bench: $(INSTALLED)  ## run every benchmark of benchmarks/ and print its numbers
 	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done

@@ -75,6 +75,20 @@ class FloraState:
         """The whole broadcast as it travels where nothing of it is trained on: one mapping, so it is encoded once."""
         return cast(lowrank.smallest(self.broadcast), self.settings.wire_dtype)
 
+    def parted(self, rank: int) -> Mapping[str, Tensors]:
+        """The blobs of a client of this rank that trains on: made once for all clients of the rank."""
+        if rank not in self._parted:
+            rest = {name: low.components(rank, low.rank) for name, low in self.broadcast.items()}
+            self._parted[rank] = {
+                "global": cast(lowrank.smallest(rest), self.settings.wire_dtype),
+                "local": warm_start(self.broadcast, rank, self.settings.wire_dtype),
+            }
+        return self._parted[rank]
+
+    @cached_property
+    def _parted(self) -> dict[int, Mapping[str, Tensors]]:
+        return {}  # what `parted` has made; it follows from the state alone
+
 
 def init(blueprint: Blueprint, settings: FloraSettings) -> FloraState:
     """Return the first state: a change of zero."""
@@ -88,13 +102,8 @@ def assign(state: FloraState, seed: int, plan: Plan) -> Assignment:
     local = LocalAdapter(a_key=_a_key(state, plan.client), wire_dtype=wire_dtype)
     if state.settings.mode != "continue":
         return assignment("flora", state, seed, plan, local, {"global": state.frozen})
-    rest = {name: low.components(plan.rank, low.rank) for name, low in state.broadcast.items()}
-    blobs = {
-        "global": cast(lowrank.smallest(rest), wire_dtype),
-        "local": warm_start(state.broadcast, plan.rank, wire_dtype),
-    }
     # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
-    return assignment("flora", state, seed, plan, replace(local, upload="difference"), blobs)
+    return assignment("flora", state, seed, plan, replace(local, upload="difference"), state.parted(plan.rank))
 
 
 def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
@@ -125,9 +134,7 @@ def change(state: FloraState, update: ClientUpdate) -> Adapter:
     if state.settings.mode != "continue":
         return adapter
     rank = max(factors.rank for factors in adapter.values())
-    start = unpack(
-        warm_start(state.broadcast, rank, state.settings.wire_dtype)
-    )  # after the cast: what the client decoded
+    start = unpack(state.parted(rank)["local"])  # after the cast: what the client decoded
     return {
         name: _change(difference, start.get(name), draw_a(_a_key(state, update.client), name, *difference.a.shape))
         for name, difference in adapter.items()
