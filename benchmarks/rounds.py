@@ -66,9 +66,7 @@ def seconds(method: str, *, clients: int, modules: int, size: int, rank: int, ro
     results = run(
         method=METHODS[method],
         settings=METHODS[method].settings(),
-        planner=Fixed(
-            ranks=dict.fromkeys(names, rank), alpha="2r", rslora=False, training=dict.fromkeys(names, TRAINING)
-        ),
+        planner=Fixed(lambda name: (rank, TRAINING), alpha="2r", rslora=False),
         transport=InProcess([Client(name, 10) for name in names], {name: partial(answer, ready) for name in names}),
         schedule=Schedule(count=rounds + 2),
         blueprint=Blueprint(modules=layers, saved={}, max_rank=rank, seed=0),

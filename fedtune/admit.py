@@ -30,6 +30,14 @@ def admit(
     return update if reason is None else Failure(client=assignment.plan.client, reason=reason, kind="refused")
 
 
+def largest_update(assignment: Assignment, blueprint: Blueprint) -> int:
+    """Return the bytes beyond which no honest answer to an assignment goes: factors in fp32, and a generous header."""
+    entries = sum(m + n for m, n in blueprint.modules.values()) * assignment.plan.rank
+    entries += sum(array.size for array in blueprint.saved.values())
+    tensors = 2 * len(blueprint.modules) + len(blueprint.saved)
+    return 4 * entries + 64 * 1024 + 512 * tensors
+
+
 def admit_norms(
     updates: Sequence[ClientUpdate], max_norm: float | None, *, assignments: Mapping[str, Assignment]
 ) -> tuple[Mapping[str, float], Sequence[Failure]]:

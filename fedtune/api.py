@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from fedtune.adapter import Adapter, Factors
-from fedtune.config import Recipe, bind, render
+from fedtune.config import Recipe, bind
 from fedtune.demo import recipe_text, write_data
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.lowrank import compress, truncate
 from fedtune.rounds import Note, Watch
-from fedtune.store import peft
+from fedtune.simulation.processes import Nursery
+from fedtune.store import audit, peft
+from fedtune.store.audit import Status, Verified
 from fedtune.store.files import guarded, new_folder
 from fedtune.store.run import check_run, vacant, write_recipe
 
@@ -48,20 +50,23 @@ class Run:
 
 
 def simulate(
-    recipe: Recipe | str | Path | Mapping[str, Any],
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     *,
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
     fresh: bool = False,
+    resume: str | Path | None = None,
     watch: Watch = lambda event: None,
 ) -> Run:
     """Run a recipe with all its clients on this machine, and return the run.
 
     Args:
-        recipe: a file, its content as a mapping, or a bound recipe.
+        recipe: a file, its content as a mapping, or a bound recipe; with `resume` it may be left out.
         overrides: settings that replace the recipe's, as `client.steps=10`.
         out: run directory; `runs/<name>` without it.
         fresh: if the directory is taken, start beside it instead of refusing.
+        resume: directory of a run to go on with, after a crash or for more rounds; its result is the one that the run
+            would have had without a break. `rounds.count` and the engine may change, nothing else.
         watch: called with each event of `fedtune.rounds`.
 
     Raises:
@@ -69,13 +74,54 @@ def simulate(
         RoundError: if a round could not be completed; the run directory holds the rounds before it.
         StoreError: if the run directory cannot be written.
     """
-    bound = recipe if isinstance(recipe, Recipe) else bind(recipe, overrides=overrides)
-    from fedtune.experiment import prepare
+    if resume is not None:
+        return _resume(Path(resume), recipe, overrides=overrides, watch=watch)
+    if recipe is None:
+        raise ConfigError(Fault("recipe", "a recipe, or a run to resume", "neither"))
+    bound = bound_of(recipe, overrides)
+    with nursery_of(bound) as nursery:
+        from fedtune.experiment import prepare
 
-    experiment = prepare(bound)
-    path = vacant(Path(out) if out is not None else Path("runs") / bound.name, fresh=fresh)
-    write_recipe(path, render(bound))
-    return _conduct(experiment, path, watch)
+        experiment = prepare(bound)
+        path = vacant(Path(out) if out is not None else Path("runs") / bound.name, fresh=fresh)
+        return _conduct(experiment, path, nursery, watch)
+
+
+def nursery_of(recipe: Recipe) -> AbstractContextManager[Nursery | None]:
+    """Start the process that loads the base for worker processes, while this one still imports and loads its own."""
+    return Nursery() if recipe.engine.name == "processes" else nullcontext()
+
+
+def bound_of(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else bind(recipe, overrides=overrides)
+
+
+def recipe_of(run: Path) -> Path:
+    """Return the recipe's file of a run.
+
+    Raises:
+        StoreError: if the folder is none.
+    """
+    check_run(run)
+    return run / "recipe.toml"
+
+
+def _resume(
+    path: Path,
+    recipe: Recipe | str | Path | Mapping[str, Any] | None,
+    *,
+    overrides: Sequence[str],
+    watch: Watch,
+) -> Run:
+    from fedtune.conduct import check_resumable
+
+    bound = bound_of(recipe_of(path) if recipe is None else recipe, overrides)
+    check_resumable(path, bound)
+    with nursery_of(bound) as nursery:
+        from fedtune.experiment import prepare
+
+        experiment = prepare(bound)
+        return _conduct(experiment, path, nursery, watch, resume=True)
 
 
 def demo(*, out: str | Path | None = None, watch: Watch = lambda event: None) -> Run:
@@ -87,12 +133,12 @@ def demo(*, out: str | Path | None = None, watch: Watch = lambda event: None) ->
     from fedtune.experiment import prepare
 
     experiment = prepare(bound)
-    write_recipe(path, render(bound))
-    return _conduct(experiment, path, watch)
+    return _conduct(experiment, path, None, watch)
 
 
-def _conduct(experiment: Any, path: Path, watch: Watch) -> Run:
-    from fedtune.experiment import conduct
+def _conduct(experiment: Any, path: Path, nursery: Nursery | None, watch: Watch, *, resume: bool = False) -> Run:
+    from fedtune.conduct import conduct
+    from fedtune.experiment import setting, transport
 
     settings = experiment.recipe.report
 
@@ -101,7 +147,8 @@ def _conduct(experiment: Any, path: Path, watch: Watch) -> Run:
             report(path, tensorboard=settings.tensorboard)
 
     try:
-        summary = conduct(experiment, path, watch)
+        with transport(experiment, nursery) as engine:
+            summary = conduct(setting(experiment), path, engine, resume=resume, watch=watch)
     except (KeyboardInterrupt, FedtuneError):
         with suppress(FedtuneError):  # what stopped the run is told, not what came of it
             if (path / "summary.json").exists():
@@ -135,13 +182,11 @@ def evaluate(
         bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve())))
     bound = replace(bound, evaluate=replace(bound.evaluate, examples=examples))
     from fedtune.experiment import prepare, score
-    from fedtune.model.libraries import threads
 
     experiment = prepare(bound)
     check_base(experiment.base.digest, origin, path)
-    with threads(bound.model.threads):
-        before = score(experiment, {}, experiment.base.saved_tensors(), test=True, clients=False).test
-        after = score(experiment, adapter, saved, test=True, clients=False).test
+    before = score(experiment, {}, experiment.base.saved_tensors(), test=True, clients=False).test
+    after = score(experiment, adapter, saved, test=True, clients=False).test
     if before is None or after is None:
         raise ConfigError(Fault("data.test", "test examples", "none", "give --data FILE, or set data.held_out above 0"))
     return {"before": before, "after": after}
@@ -215,6 +260,50 @@ def _merge(
         (folder / "fedtune.json").write_text(json.dumps(origin, indent=1) + "\n")
     watch(Note(f"merged in float32 and cast to {chosen} once: {merged.applied:.1%} of the change arrived"))
     return target
+
+
+def runs(folder: str | Path = "runs") -> Sequence[tuple[Path, Status | str]]:
+    """Return the runs of a folder by name, each with where it stands or why that cannot be told.
+
+    Raises:
+        StoreError: if the folder cannot be read.
+    """
+    path = Path(folder)
+    with guarded(path):
+        found = [each for each in sorted(path.iterdir()) if (each / "recipe.toml").is_file()] if path.exists() else []
+    return [(each, _status(each)) for each in found]
+
+
+def _status(run: Path) -> Status | str:
+    try:
+        return audit.status(run)
+    except StoreError as error:
+        return str(error)
+
+
+def status(run: str | Path) -> Status:
+    """Return where a run stands, also while it goes on.
+
+    Raises:
+        StoreError: if the folder is no run, or its journal is damaged.
+    """
+    check_run(Path(run))
+    return audit.status(Path(run))
+
+
+def verify(run: str | Path) -> Verified:
+    """Check a run's journal and blobs, and that its round lines and its adapter are those that the journal notes.
+
+    Raises:
+        StoreError: naming the first thing that is missing, damaged or was changed.
+    """
+    from fedtune.conduct import check_results
+
+    path = Path(run)
+    check_run(path)
+    found = audit.verify(path)
+    check_results(path)
+    return found
 
 
 def report(run: str | Path, *, tensorboard: bool = False) -> Path:

@@ -10,6 +10,7 @@ import torch
 from fedtune.adapter import Adapter, Factors
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError
+from fedtune.model import libraries
 from fedtune.model.base import Base, to_numpy
 from fedtune.model.lora import attached, frozen, layers, read_local, start
 from fedtune.model.train import Trained, train
@@ -17,13 +18,20 @@ from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured
 from fedtune.tensors import Tensors, cast
 
 
-def perform(base: Base, examples: Sequence[Example], assignment: Assignment) -> ClientUpdate:
-    """Do what an assignment asks, and return the update; the base is afterwards as it was before.
+def perform(base: Base, examples: Sequence[Example], assignment: Assignment, *, threads: int) -> ClientUpdate:
+    """Do what an assignment asks on so many CPU threads, and return the update; the base is afterwards as before.
+
+    The number of threads is an argument, not the machine's choice, because it changes the last bits of a sum.
 
     Raises:
         ClientError: if the base is another, the training fails, or the client holds no example.
         ShapeError: if a tensor that was sent does not fit the base.
     """
+    with libraries.threads(threads):
+        return _perform(base, examples, assignment)
+
+
+def _perform(base: Base, examples: Sequence[Example], assignment: Assignment) -> ClientUpdate:
     name, local = assignment.plan.client, assignment.local
     if assignment.base and assignment.base != base.digest:
         raise ClientError(

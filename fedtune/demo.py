@@ -89,7 +89,7 @@ seed = 0                             # same seed, same machine: same result, bit
 
 [model]
 base = "embedded"                    # the small model inside fedtune; or a folder or a hub name of your own
-threads = 1                          # so small a model gains nothing from more; a larger one does: leave this out
+threads = 1                          # CPU threads a client trains with; a large model gains from more
 
 [adapter]
 rank = {RANK}                             # of every client that no override below names
@@ -112,6 +112,9 @@ source = "data/*.jsonl"              # rows with text, or with instruction, inpu
 max_tokens = 160                     # longer examples are cut
 held_out = 0.1                       # share of each client's rows that is never trained on and scores the result
 split = {{ kind = "files" }}           # one client per file; also: key, iid, dirichlet, sizes
+
+[engine]
+name = "inprocess"                   # processes: several clients at once; ray: Flower's simulation engine; same bits
 
 [evaluate]
 prompt = "class Handler:\\n    def "   # continued before and after

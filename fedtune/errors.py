@@ -71,7 +71,11 @@ class ClientError(FedtuneError):
 
 
 class RoundError(FedtuneError):
-    """A round cannot be completed."""
+    """A round cannot be completed; `final` says that going on with the run cannot change it."""
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 class StoreError(FedtuneError):

@@ -1,34 +1,32 @@
-"""A recipe made real on this machine: data and base loaded, clients bound to them, rounds run, everything recorded."""
+"""A recipe made real on this machine: data and base loaded, clients bound to them, an engine to run them, scores."""
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 from fedtune.adapter import Adapter
 from fedtune.client import perform
-from fedtune.config import Recipe, digest, planned
-from fedtune.data.federation import Federation, federate
-from fedtune.errors import ConfigError, Fault, FedtuneError, StoreError
-from fedtune.methods import METHODS
+from fedtune.conduct import Scored, Setting, check_ranks
+from fedtune.config import Recipe, planned, render
+from fedtune.config.recipe import largest_rank, resources
+from fedtune.data.federation import Federation, digest
+from fedtune.errors import ConfigError, Fault
 from fedtune.model import evaluate as scoring
-from fedtune.model.base import Base, load, load_tokenizer
+from fedtune.model.base import Base
 from fedtune.model.libraries import threads
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Client
-from fedtune.rounds import Note, RoundFinished, RoundResult, Watch
-from fedtune.rounds import run as run_rounds
+from fedtune.round import Blueprint, Client
 from fedtune.simulation.inprocess import InProcess
-from fedtune.store import peft, records
-from fedtune.store.run import append_round, write_summary
+from fedtune.simulation.processes import Nursery, ProcessPool
+from fedtune.site import opened, simulated
+from fedtune.store import peft
 from fedtune.tensors import Tensors
+from fedtune.transport import Transport
+from fedtune.worker import devices_of, payload
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,11 @@ class Experiment:
     def fleet(self) -> Mapping[str, int]:
         """Training examples by client, sorted by name."""
         return {name: len(shard.train) for name, shard in sorted(self.federation.clients.items())}
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What the method must know of the base."""
+        return self.base.blueprint(max_rank=largest_rank(self.recipe), seed=self.recipe.seed)
 
     @property
     def target(self) -> peft.Target:
@@ -63,250 +66,150 @@ def prepare(recipe: Recipe) -> Experiment:
     Raises:
         ConfigError: if a file, column, module or client that the recipe names does not exist, or a rank does not fit.
     """
-    tokenizer = load_tokenizer(recipe.model, recipe.root)
-    federation = federate(recipe.data, tokenizer=tokenizer, task=recipe.model.task, seed=recipe.seed, root=recipe.root)
-    plans = {name: planned(recipe, name) for name in federation.clients}
+    federation, base = opened(recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root)
+    names = list(federation.clients)
     faults = [
         Fault(
             path="override.clients",
-            expected=f"names or patterns of clients ({', '.join(sorted(plans)[:8])}{', ...' * (len(plans) > 8)})",
+            expected=f"names or patterns of clients ({', '.join(names[:8])}{', ...' * (len(names) > 8)})",
             got=f"{list(override.clients)}, which match none",
         )
         for override in recipe.override
-        if not any(override.covers(name) for name in plans)
+        if not any(override.covers(name) for name in names)
     ]
     if faults:
         raise ConfigError(faults)
-    base = load(
-        recipe.model,
-        recipe.adapter,
-        tokenizer=tokenizer,
-        root=recipe.root,
-        seed=recipe.seed,
-        labels=federation.labels,
-    )
-    check_lengths(federation, base)
-    check_ranks({name: rank for name, (rank, _) in plans.items()}, base)
-    planner = Fixed(
-        ranks={name: rank for name, (rank, _) in plans.items()},
-        alpha=recipe.adapter.alpha,
-        rslora=recipe.adapter.rslora,
-        training={name: training for name, (_, training) in plans.items()},
-    )
+    check_ranks(recipe, base.modules)
+    planner = Fixed(partial(planned, recipe), alpha=recipe.adapter.alpha, rslora=recipe.adapter.rslora)
     return Experiment(recipe=recipe, federation=federation, base=base, planner=planner)
-
-
-def check_lengths(federation: Federation, base: Base) -> None:
-    """Refuse examples that are longer than the base has positions.
-
-    Raises:
-        ConfigError: with the longest one.
-    """
-    shards = federation.clients.values()
-    every = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
-    longest = max(len(example.input_ids) for example in every)
-    if longest > base.positions:
-        raise ConfigError(
-            Fault(
-                path="data.max_tokens",
-                expected=f"examples of at most {base.positions} tokens, the positions that {base.name} has",
-                got=f"one of {longest}",
-                hint=f"set data.max_tokens = {base.positions}",
-            )
-        )
-
-
-def check_ranks(ranks: Mapping[str, int], base: Base) -> None:
-    """Refuse a rank above the smaller side of a layer: more columns than that add parameters and nothing else.
-
-    Raises:
-        ConfigError: naming the smallest layer and a client that asks too much.
-    """
-    module, shape = min(base.modules.items(), key=lambda item: min(item[1]))
-    client, rank = max(ranks.items(), key=lambda item: item[1])
-    if rank > min(shape):
-        raise ConfigError(
-            Fault(
-                path="adapter.rank",
-                expected=f"at most {min(shape)}, the smaller side of {module} {shape}",
-                got=f"{rank} for {client}",
-                hint="lower the rank, or leave that layer out of adapter.targets",
-            )
-        )
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores of one global model."""
-
-    test: Mapping[str, float] | None
-    held_out: Mapping[str, Mapping[str, float]]
 
 
 def score(experiment: Experiment, adapter: Adapter, saved: Tensors, *, test: bool, clients: bool) -> Scored:
     """Score the base with an adapter on the test data, on each client's held-out rows, or on both."""
     settings, federation = experiment.recipe.evaluate, experiment.federation
     measure = partial(scoring.evaluate, experiment.base, adapter, saved, batch=settings.batch)
-    on_test = measure(
-        {"test": federation.test[: settings.examples]} if test else {},
-        generate=settings.generate,
-        new_tokens=settings.new_tokens,
-    )
     shards = sorted(federation.clients.items()) if clients and settings.clients else []
-    held_out = measure({name: shard.held_out[: settings.client_examples] for name, shard in shards})
+    with threads(experiment.recipe.model.threads):
+        on_test = measure(
+            {"test": federation.test[: settings.examples]} if test else {},
+            generate=settings.generate,
+            new_tokens=settings.new_tokens,
+        )
+        held_out = measure({name: shard.held_out[: settings.client_examples] for name, shard in shards})
     return Scored(test=on_test.get("test"), held_out=held_out)
 
 
-def conduct(experiment: Experiment, run: Path, watch: Watch) -> Mapping[str, Any]:
-    """Run the rounds, record each of them in the run directory, and return the summary.
-
-    When a round cannot be completed, or on Ctrl-C, the rounds that were completed stay: their lines, the last
-    adapter, and a summary that says so; then the exception goes on.
-    """
-    for note in experiment.federation.notes:
-        watch(Note(note))
-    began, lines = time.perf_counter(), list[Mapping[str, Any]]()
-
-    def close(reason: str) -> Mapping[str, Any]:
-        with threads(experiment.recipe.model.threads):
-            result = summary(experiment, run, lines, reason=reason, seconds=time.perf_counter() - began)
-        write_summary(run, result)
-        return result
-
-    try:
-        with threads(experiment.recipe.model.threads):
-            lines.append(record_base(experiment, run))
-            watch(RoundFinished(lines[-1]))
-            for result in rounds(experiment, watch):
-                lines.append(record_round(experiment, run, result, lines))
-                watch(RoundFinished(lines[-1]))
-    except (KeyboardInterrupt, FedtuneError) as stop:
-        reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop)
-        if lines:
-            with suppress(StoreError):  # a full disk: what stopped the run is told, not what came of it
-                close(reason)
-            watch(Note(f"stopped after round {lines[-1]['round']}; {run} holds everything up to there"))
-        raise
-    return close("")
-
-
-def rounds(experiment: Experiment, watch: Watch) -> Iterator[RoundResult]:
-    """Run the recipe's rounds in this process."""
-    recipe, base, shards = experiment.recipe, experiment.base, experiment.federation.clients
-    fleet = experiment.fleet
-    transport = InProcess(
-        fleet=[Client(name=name, num_examples=count) for name, count in fleet.items()],
-        work={name: partial(perform, base, shards[name].train) for name in fleet},
-    )
-    return run_rounds(
-        method=METHODS[recipe.method.name],
-        settings=recipe.method,
-        planner=experiment.planner,
-        transport=transport,
-        schedule=recipe.rounds,
-        blueprint=base.blueprint(max_rank=max(experiment.planner.ranks.values()), seed=recipe.seed),
-        base=base.digest,
-        watch=watch,
-    )
-
-
-def record_base(experiment: Experiment, run: Path) -> Mapping[str, Any]:
-    """Score the base before any training; the line of round 0."""
-    began = time.perf_counter()
-    scored = score(experiment, {}, experiment.base.saved_tensors(), test=True, clients=True)
-    record = records.base_record(scored.test, scored.held_out, time.perf_counter() - began)
-    append_round(run, record)
-    return record
-
-
-def record_round(
-    experiment: Experiment, run: Path, result: RoundResult, lines: list[Mapping[str, Any]]
-) -> Mapping[str, Any]:
-    """Score the state as the recipe asks, write the round's line and the adapter, and return the line."""
-    recipe, method = experiment.recipe, METHODS[experiment.recipe.method.name]
-    adapter, saved = method.adapter(result.state), result.state.saved
-    last, every = result.round == recipe.rounds.count, recipe.evaluate.every
-    scored = score(experiment, adapter, saved, test=last or (every > 0 and result.round % every == 0), clients=last)
-    record = records.round_record(
-        result,
-        adapter,
-        energy_kept=method.energy_kept(result.state),
-        examples=experiment.fleet,
-        test=scored.test,
-        held_out=scored.held_out,
-    )
-    peft.write(run / "adapter", adapter, saved, experiment.target, provenance(experiment, adapter, [*lines, record]))
-    append_round(run, record)
-    return record
-
-
-def provenance(experiment: Experiment, adapter: Adapter, lines: list[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return what travels inside an adapter folder: where it came from, and what it cost."""
-    recipe = experiment.recipe
-    return {
-        "fedtune": version("fedtune"),
-        "name": recipe.name,
-        "recipe": digest(recipe),
-        "method": recipe.method.name,
-        "seed": recipe.seed,
-        "round": lines[-1]["round"],
-        "base": {"name": experiment.base.name, "digest": experiment.base.digest},
-        "clients": {
-            name: {"examples": total["examples"], "rank": total["rank"]}
-            for name, total in records.clients_summary(lines, experiment.fleet).items()
-        },
-        "modules": {name: factors.rank for name, factors in sorted(adapter.items())},
-        "bytes_down": sum(line["bytes_down"] for line in lines),
-        "bytes_up": sum(line["bytes_up"] for line in lines),
-    }
-
-
-def summary(
-    experiment: Experiment, run: Path, lines: list[Mapping[str, Any]], *, reason: str, seconds: float
-) -> Mapping[str, Any]:
-    """Return what a run says of itself; a reason says why it stopped before its last round."""
+def setting(experiment: Experiment) -> Setting:
+    """Return what a run of this experiment is conducted over."""
     recipe, base = experiment.recipe, experiment.base
-    scored = [line for line in lines if line["test"] is not None]
-    after = scored[-1] if scored else lines[-1]
-    return {
-        "name": recipe.name,
-        "method": recipe.method.name,
-        "seed": recipe.seed,
-        "rounds": lines[-1]["round"],
-        "state": "interrupted" if reason else "finished",
-        "reason": reason,
-        "base": {
+    return Setting(
+        recipe=recipe,
+        blueprint=experiment.blueprint,
+        planner=experiment.planner,
+        base={
             "name": base.name,
             "digest": base.digest,
             "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
         },
-        "trainable": max(experiment.planner.ranks.values()) * sum(m + n for m, n in base.modules.values())
-        + sum(tensor.size for tensor in base.saved_tensors().values()),
-        "before": records.scores(lines[0]["test"], lines[0]["held_out"]),
-        "after": records.scores(after["test"], lines[-1]["held_out"]),
-        "clients": records.clients_summary(lines, experiment.fleet),
-        "bytes_down": sum(line["bytes_down"] for line in lines),
-        "bytes_up": sum(line["bytes_up"] for line in lines),
-        "seconds": seconds,
-        "sample": sample(experiment, run) if not reason else None,
-        "failures": records.failures(lines),
-        "recipe_digest": digest(recipe),
-        "adapter_digest": peft.digest(run / "adapter") if (run / "adapter").exists() else "",
-        "versions": {name: version(name) for name in ("fedtune", "torch", "transformers", "peft", "numpy")}
-        | {"python": platform.python_version()},
-        "machine": {
-            "device": str(base.device),
-            "threads": recipe.model.threads,
-            "platform": platform.platform(),
-        },
+        target=experiment.target,
+        fleet=experiment.fleet,
+        machine={"device": str(base.device), "threads": recipe.model.threads, "engine": recipe.engine.name},
+        data=digest(experiment.federation),
+        notes=experiment.federation.notes,
+        score=partial(score, experiment),
+        sample=partial(sample, experiment),
+    )
+
+
+@contextmanager
+def transport(experiment: Experiment, nursery: Nursery | None = None) -> Iterator[Transport]:
+    """Give the engine that the recipe names, with every client bound to its examples; it is closed at the end.
+
+    A nursery that has been started already, while the experiment was prepared, saves the engine `processes` seconds.
+
+    Raises:
+        ConfigError: if the engine cannot run on this machine.
+        ExtraError: if it needs a package that is not installed.
+        RoundError: if it does not start.
+    """
+    match experiment.recipe.engine.name:
+        case "processes":
+            with nullcontext(nursery) if nursery else Nursery() as started:
+                yield pool(experiment, started)
+        case "ray":
+            with ray(experiment) as engine:
+                yield engine
+        case _:
+            yield in_process(experiment)
+
+
+def clients(experiment: Experiment) -> Sequence[Client]:
+    return [Client(name=name, num_examples=count) for name, count in experiment.fleet.items()]
+
+
+def in_process(experiment: Experiment) -> InProcess:
+    """Return the engine that runs one client after the other over this process's base."""
+    recipe, shards = experiment.recipe, experiment.federation.clients
+    work = {
+        name: partial(perform, experiment.base, shard.train, threads=resources(recipe, name).threads)
+        for name, shard in shards.items()
     }
+    return InProcess(fleet=clients(experiment), work=work)
 
 
-def sample(experiment: Experiment, run: Path) -> Mapping[str, str] | None:
-    """Continue the recipe's prompt with the base and with the adapter of the run; None without a prompt."""
+def pool(experiment: Experiment, nursery: Nursery) -> ProcessPool:
+    """Return the engine of worker processes, and tell their nursery what to load."""
+    recipe, shards = experiment.recipe, experiment.federation.clients
+    nursery.load(
+        *payload(
+            recipe.model,
+            recipe.adapter,
+            {name: shard.train for name, shard in shards.items()},
+            root=recipe.root,
+            seed=recipe.seed,
+            labels=experiment.federation.labels,
+            base=experiment.base.digest,
+        )
+    )
+    return ProcessPool(
+        nursery,
+        clients(experiment),
+        {name: resources(recipe, name) for name in shards},
+        workers=workers(experiment),
+        timeout_s=recipe.engine.timeout_s,
+    )
+
+
+def ray(experiment: Experiment) -> AbstractContextManager[Transport]:
+    """Return Flower's simulation engine, whose workers load data and base from the recipe, once each."""
+    from fedtune.flower.client_app import client_app
+    from fedtune.flower.engine import Share, ray_transport
+
+    recipe, number = experiment.recipe, min(workers(experiment), len(experiment.fleet))
+    gpus = 0.0 if experiment.base.device.type == "cpu" else min(1.0, len(devices_of(experiment.base.device)) / number)
+    return ray_transport(
+        client_app(partial(simulated, render(recipe))),
+        clients=len(experiment.fleet),
+        workers=number,
+        share=Share(threads=recipe.model.threads, gpus=gpus),
+    )
+
+
+def workers(experiment: Experiment) -> int:
+    """Return the worker processes of the recipe: without a number one per GPU, or what the cores carry."""
+    recipe = experiment.recipe
+    if recipe.engine.workers is not None:
+        return recipe.engine.workers
+    if experiment.base.device.type != "cpu":
+        return len(devices_of(experiment.base.device))
+    return max(1, len(os.sched_getaffinity(0)) // recipe.model.threads)
+
+
+def sample(experiment: Experiment, adapter: Adapter, saved: Tensors) -> Mapping[str, str] | None:
+    """Continue the recipe's prompt with the base and with an adapter; None without a prompt."""
     settings, base = experiment.recipe.evaluate, experiment.base
     if settings.prompt is None:
         return None
-    adapter, saved, _ = peft.read(run / "adapter")
     continued = partial(scoring.sample, base, prompt=settings.prompt, new_tokens=settings.new_tokens)
-    return {"prompt": settings.prompt, "before": continued({}, {}), "after": continued(adapter, saved)}
+    with threads(experiment.recipe.model.threads):
+        return {"prompt": settings.prompt, "before": continued({}, {}), "after": continued(adapter, saved)}

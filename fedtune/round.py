@@ -142,8 +142,8 @@ class Failure:
 
     client: str
     reason: str
-    kind: Literal["failed", "refused"] = "failed"
-    """failed: the client could not do it; refused: the server would not take it."""
+    kind: Literal["failed", "refused", "late"] = "failed"
+    """failed: the client could not do it; refused: the server would not take it; late: no answer in time."""
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,25 @@
-"""The one loop: plan, assign, exchange, admit, aggregate, and hand each round's result on."""
+"""The one loop: plan, assign, exchange, admit, aggregate, commit, and hand each round's result on."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Annotated, Any, Protocol, TypeAlias
 
 from annotated_types import Ge, Gt
 
-from fedtune.admit import admit, admit_norms
-from fedtune.errors import RoundError
+from fedtune.admit import admit, admit_norms, largest_update
+from fedtune.errors import RoundError, StoreError, WireError
+from fedtune.methods import state as states
 from fedtune.methods.method import Method
 from fedtune.planning import Planner
 from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Traffic
 from fedtune.seeds import derive, generator
+from fedtune.transport import Aside, Reply, Rule, Transport
+from fedtune.wire.messages import EncodedAssignment, blob_encoder, decode_update, encode_assignment
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,70 @@ class Schedule:
     """Admitted updates without which a round cannot be completed."""
     max_norm: Annotated[float, Gt(0)] | None = 10.0
     """An update whose change has more than so many times the cohort's median norm is refused; none takes any."""
+    deadline_s: Annotated[float, Gt(0)] | None = None
+    """Seconds after which a round over a network ends if `min_clients` have answered; none waits for every client."""
+    grace_s: Annotated[float, Ge(0)] = 60.0
+    """Seconds beyond the deadline that a round over a network waits for `min_clients`."""
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(quorum=self.min_clients, deadline_s=self.deadline_s, grace_s=self.grace_s)
 
 
-class Transport(Protocol):
-    """How messages travel: the one seam between the loop and the clients."""
+@dataclass(frozen=True)
+class Opened:
+    """A round that had begun when its run was killed, as the ledger holds it."""
 
-    def clients(self) -> Sequence[Client]:
-        """Return the fleet."""
+    cohort: Mapping[str, int]
+    """Clients by name, with the examples they had enrolled."""
+    orders: Mapping[str, str]
+    """Digest of what each of them was told."""
+    updates: Mapping[str, bytes]
+    """Updates accepted so far."""
+    failures: Mapping[str, Failure] | None = None
+    """Why the others are not used; None while the round still waits for them."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that came from those of them that sent something."""
+
+
+class Ledger(Protocol):
+    """Makes each step of a round durable before it takes effect, so that a run goes on where it was killed."""
+
+    def opened(self, round: int) -> Opened | None:
+        """Return what is known of a round that had begun already."""
         ...
 
-    def exchange(self, assignments: Mapping[str, Assignment]) -> Iterable[tuple[Outcome, Traffic]]:
-        """Deliver the assignments and yield one outcome per client, in any order."""
+    def open(self, round: int, *, state: str, cohort: Mapping[str, int], orders: Mapping[str, str]) -> None:
+        """Note the digest of the state, the clients and what they are told; before the first order leaves."""
         ...
+
+    def accept(self, round: int, client: str, update: bytes) -> None:
+        """Keep an update that will be used."""
+        ...
+
+    def close(self, round: int, failures: Mapping[str, Failure], sizes: Mapping[str, int]) -> None:
+        """Note that the round waits for nobody any more; before it is aggregated. Sizes: bytes by failed client."""
+        ...
+
+    def commit(self, round: int, state: Sequence[bytes | memoryview]) -> str:
+        """Keep the state after the round, as `methods.state.encode` makes it, and return its digest."""
+        ...
+
+
+class Forgetful:
+    """The ledger that keeps nothing: its runs cannot be resumed."""
+
+    def opened(self, round: int) -> Opened | None:
+        return None
+
+    def open(self, round: int, *, state: str, cohort: Mapping[str, int], orders: Mapping[str, str]) -> None: ...
+
+    def accept(self, round: int, client: str, update: bytes) -> None: ...
+
+    def close(self, round: int, failures: Mapping[str, Failure], sizes: Mapping[str, int]) -> None: ...
+
+    def commit(self, round: int, state: Sequence[bytes | memoryview]) -> str:
+        return states.digest(state)
 
 
 @dataclass(frozen=True)
@@ -81,13 +137,19 @@ class RoundResult:
     round: int
     state: Any
     """The method's state after the round."""
+    digest: str
+    """SHA-256 (hex) of that state, as `methods.state.encode` makes it."""
     assignments: Mapping[str, Assignment]
     """By client, in cohort order; without the blobs, which the state can make again."""
+    examples: Mapping[str, int]
+    """Training examples by client, as enrolled."""
     outcomes: Mapping[str, Outcome]
     """By client, in cohort order: an admitted update (without its tensors), or a failure."""
     norms: Mapping[str, float]
     """Frobenius norm of each admitted change."""
     traffic: Mapping[str, Traffic]
+    aside: Sequence[Aside]
+    """What came during the round that it did not wait for."""
     seconds: float
 
 
@@ -100,6 +162,8 @@ def run(
     schedule: Schedule,
     blueprint: Blueprint,
     base: str,
+    ledger: Ledger | None = None,
+    start: Any | None = None,
     watch: Watch = lambda event: None,
 ) -> Iterator[RoundResult]:
     """Yield the result of one round after the other.
@@ -112,67 +176,172 @@ def run(
         schedule: how many rounds, and who takes part.
         blueprint: of the base model.
         base: digest of the base model, which every client must hold.
+        ledger: makes every step durable; none keeps nothing.
+        start: state to go on from; the method's first one without it.
         watch: told when a round starts and when a client is done.
 
     Raises:
         RoundError: if fewer than `min_clients` updates of a round could be used.
+        StoreError: if the ledger cannot be written, or holds a round that began otherwise than it would now.
     """
-    state = method.init(blueprint, settings)
-    fleet = sorted(transport.clients(), key=lambda client: client.name)
-    for number in range(1, schedule.count + 1):
-        began = time.perf_counter()
-        cohort = sample(fleet, schedule.cohort, seed=blueprint.seed, round=number)
+    state = method.init(blueprint, settings) if start is None else start
+    digest = states.digest(states.encode(state))
+    ledger = ledger or Forgetful()
+    while state.round < schedule.count:
+        began, number = time.perf_counter(), state.round + 1
+        opened = ledger.opened(number)
+        cohort = rejoined(opened) if opened else drawn(transport, schedule, seed=blueprint.seed, round=number)
         watch(RoundStarted(number, schedule.count, tuple(client.name for client in cohort)))
         plans = planner.plan(number, cohort)
         assignments = {
             client.name: replace(method.assign(state, blueprint.seed, plans[client.name]), base=base)
             for client in cohort
         }
-        enrolled = {client.name: client.num_examples for client in cohort}
-        outcomes, traffic = collect(transport, assignments, enrolled, blueprint, watch)
-        updates = [outcome for outcome in outcomes.values() if isinstance(outcome, ClientUpdate)]
+        encode = blob_encoder()
+        orders = {name: encode_assignment(assignment, encode=encode) for name, assignment in assignments.items()}
+        asked = Asked(
+            round=number,
+            assignments=assignments,
+            orders=orders,
+            enrolled={client.name: client.num_examples for client in cohort},
+            blueprint=blueprint,
+        )
+        if opened is None:
+            ledger.open(number, state=digest, cohort=asked.enrolled, orders=digests(orders))
+        elif opened.orders != digests(orders):
+            raise StoreError(changed_orders(number, opened.orders, digests(orders)))
+        answers = awaited(asked, transport, schedule.rule, opened, ledger, watch)
+        updates = [outcome for outcome in answers.outcomes.values() if isinstance(outcome, ClientUpdate)]
         norms, refused = admit_norms(updates, schedule.max_norm, assignments=assignments)
+        outcomes = {**answers.outcomes, **{failure.client: failure for failure in refused}}
         for failure in refused:
-            outcomes[failure.client] = failure
-            watch(ClientFinished(number, failure, traffic[failure.client]))
+            watch(ClientFinished(number, failure, answers.traffic[failure.client]))
         admitted = [outcome for outcome in outcomes.values() if isinstance(outcome, ClientUpdate)]
         if len(admitted) < schedule.min_clients:
-            raise RoundError(too_few(number, schedule.min_clients, outcomes))
+            hopeless = not any(isinstance(outcome, Failure) for outcome in answers.outcomes.values())
+            raise RoundError(too_few(number, schedule.min_clients, outcomes, hopeless=hopeless), final=hopeless)
+        if opened is None or opened.failures is None:
+            failures = {n: outcome for n, outcome in answers.outcomes.items() if isinstance(outcome, Failure)}
+            ledger.close(number, failures, {name: answers.traffic[name].up for name in failures})
         state = method.aggregate(state, admitted)
+        digest = ledger.commit(number, states.encode(state))
         yield RoundResult(
             round=number,
             state=state,
+            digest=digest,
             assignments={name: replace(assignment, blobs={}) for name, assignment in assignments.items()},
+            examples=asked.enrolled,
             outcomes={
                 name: replace(outcome, tensors={}, saved={}) if isinstance(outcome, ClientUpdate) else outcome
                 for name, outcome in outcomes.items()
             },
             norms=norms,
-            traffic=traffic,
+            traffic=answers.traffic,
+            aside=answers.aside,
             seconds=time.perf_counter() - began,
         )
 
 
-def collect(
-    transport: Transport,
-    assignments: Mapping[str, Assignment],
-    enrolled: Mapping[str, int],
-    blueprint: Blueprint,
-    watch: Watch,
-) -> tuple[dict[str, Outcome], dict[str, Traffic]]:
-    """Return every client's admitted update or failure, and its traffic, in cohort order whatever the arrival."""
-    arrived: dict[str, Outcome] = {}
-    traffic: dict[str, Traffic] = {}
-    for outcome, sizes in transport.exchange(assignments):
-        name = outcome.client
-        if isinstance(outcome, ClientUpdate):
-            outcome = admit(outcome, assignments[name], blueprint, num_examples=enrolled[name])
-        arrived[name], traffic[name] = outcome, sizes
-        watch(ClientFinished(assignments[name].round, outcome, sizes))
-    silent = {name: Failure(name, "expected an answer; none came") for name in assignments if name not in arrived}
+def drawn(transport: Transport, schedule: Schedule, *, seed: int, round: int) -> Sequence[Client]:
+    """Return the cohort of a new round, sorted by name."""
+    fleet = sorted(transport.clients(), key=lambda client: client.name)
+    return sample(fleet, schedule.cohort, seed=seed, round=round)
+
+
+def rejoined(opened: Opened) -> Sequence[Client]:
+    """Return the cohort of a round that goes on: who is in it was settled when it began."""
+    return [Client(name, examples) for name, examples in sorted(opened.cohort.items())]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a cohort was told in one round."""
+
+    round: int
+    assignments: Mapping[str, Assignment]
+    """By client, in cohort order."""
+    orders: Mapping[str, EncodedAssignment]
+    """The same, as they travel."""
+    enrolled: Mapping[str, int]
+    """Examples by client."""
+    blueprint: Blueprint
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came of it, in cohort order whatever the arrival."""
+
+    outcomes: Mapping[str, Outcome]
+    traffic: Mapping[str, Traffic]
+    aside: Sequence[Aside] = ()
+
+
+def awaited(
+    asked: Asked, transport: Transport, rule: Rule, opened: Opened | None, ledger: Ledger, watch: Watch
+) -> Answers:
+    """Return every client's admitted update or failure; what the ledger held already is not asked for again."""
+    outcomes, sizes, aside = dict[str, Outcome](), dict[str, int](), list[Aside]()
+
+    def take(answer: Reply | Failure, num_bytes: int = 0) -> None:
+        name = answer.client
+        outcomes[name] = judged(answer, asked)
+        sizes[name] = len(answer.update) if isinstance(answer, Reply) else num_bytes
+        watch(ClientFinished(asked.round, outcomes[name], Traffic(down=size(asked.orders[name]), up=sizes[name])))
+
+    if opened is not None:
+        for name, update in opened.updates.items():
+            take(Reply(name, update))
+        for name, failure in (opened.failures or {}).items():
+            take(failure, opened.sizes.get(name, 0))
+    if opened is None or opened.failures is None:
+        waiting = {name: order for name, order in asked.orders.items() if name not in outcomes}
+        # Who has been accepted already counts towards the quorum.
+        left = replace(rule, quorum=max(0, rule.quorum - len(outcomes)))
+        for answer in transport.exchange(waiting, left):
+            if isinstance(answer, Aside) or answer.client not in asked.orders or answer.client in outcomes:
+                stray = answer if isinstance(answer, Aside) else Aside(answer.client, "answered unasked; dropped")
+                aside.append(stray)
+                watch(Note(f"{stray.client}: {stray.reason}"))
+                continue
+            take(answer)
+            if isinstance(answer, Reply) and isinstance(outcomes[answer.client], ClientUpdate):
+                ledger.accept(asked.round, answer.client, answer.update)
+    silent = {name: Failure(name, "expected an answer; none came") for name in asked.orders if name not in outcomes}
+    return Answers(
+        outcomes={name: (outcomes | silent)[name] for name in asked.orders},
+        traffic={name: Traffic(down=size(order), up=sizes.get(name, 0)) for name, order in asked.orders.items()},
+        aside=aside,
+    )
+
+
+def judged(answer: Reply | Failure, asked: Asked) -> Outcome:
+    """Return the update if it can be read and answers its assignment, otherwise why not."""
+    if isinstance(answer, Failure):
+        return answer
+    name, assignment = answer.client, asked.assignments[answer.client]
+    limit = largest_update(assignment, asked.blueprint)
+    try:
+        update = decode_update(answer.update, client=name, limit_bytes=limit)
+    except WireError as error:
+        return Failure(client=name, reason=str(error), kind="refused")
+    return admit(update, assignment, asked.blueprint, num_examples=asked.enrolled[name])
+
+
+def size(order: EncodedAssignment) -> int:
+    """Return the bytes of an order as it travels, every blob counted for each client."""
+    return len(order.header) + sum(len(body) for body in order.blobs.values())
+
+
+def digests(orders: Mapping[str, EncodedAssignment]) -> Mapping[str, str]:
+    """Return the SHA-256 (hex) of each order; its header names the digests of its bodies."""
+    return {name: hashlib.sha256(order.header).hexdigest() for name, order in orders.items()}
+
+
+def changed_orders(round: int, noted: Mapping[str, str], now: Mapping[str, str]) -> str:
+    name = next(name for name in sorted(noted.keys() | now.keys()) if noted.get(name) != now.get(name))
     return (
-        {name: (arrived | silent)[name] for name in assignments},
-        {name: traffic.get(name, Traffic()) for name in assignments},
+        f"round {round}: expected to tell {name} what the journal notes (digest {noted.get(name, 'none')[:12]}); "
+        f"got {now.get(name, 'none')[:12]}; resume with the versions the run was started with"
     )
 
 
@@ -193,11 +362,13 @@ def sample(fleet: Sequence[Client], cohort: int | float | None, *, seed: int, ro
     return [fleet[position] for position in sorted(drawn.tolist())]
 
 
-def too_few(round: int, wanted: int, outcomes: Mapping[str, Outcome]) -> str:
+def too_few(round: int, wanted: int, outcomes: Mapping[str, Outcome], *, hopeless: bool) -> str:
+    """Return why a round cannot be completed; hopeless: everybody has answered, so nobody can be asked again."""
     failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
     reasons = "; ".join(f"{failure.client} {failure.kind}: {failure.reason}" for failure in failures[:5])
     more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
+    advice = "; start another run with other rounds.max_norm or rounds.min_clients" if hopeless else ""
     return (
         f"round {round}: expected at least {wanted} usable updates (rounds.min_clients); "
-        f"got {len(outcomes) - len(failures)} of {len(outcomes)}: {reasons}{more}"
+        f"got {len(outcomes) - len(failures)} of {len(outcomes)}: {reasons}{more}{advice}"
     )

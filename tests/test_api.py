@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fedtune
 from fedtune import api
+from fedtune.config import bind
 from fedtune.errors import ConfigError, RoundError, StoreError
 from fedtune.methods import METHODS
 from fedtune.report.records import read_run
@@ -29,7 +30,15 @@ def ran(tables: Tables, tmp_path: Path) -> api.Run:
 
 
 def test_a_run_says_what_it_did_and_the_report_can_read_it(ran: api.Run) -> None:
-    assert {path.name for path in ran.path.iterdir()} == {"recipe.toml", "rounds.jsonl", "summary.json", "adapter"}
+    assert {path.name for path in ran.path.iterdir()} == {
+        "recipe.toml",
+        "rounds.jsonl",
+        "summary.json",
+        "adapter",
+        "journal",
+        "blobs",
+        "lock",
+    }
     assert ran.summary["state"] == "finished"
     assert ran.summary["rounds"] == 2
     assert {name: client["rank"] for name, client in ran.summary["clients"].items()} == {
@@ -212,18 +221,18 @@ def test_a_client_whose_loss_is_nan_is_left_out_by_name_and_the_run_goes_on(
     from fedtune.client import perform as honest
     from fedtune.errors import ClientError
 
-    def poisoned(base: Any, examples: Any, assignment: Any) -> Any:
+    def poisoned(base: Any, examples: Any, assignment: Any, **options: Any) -> Any:
         if assignment.plan.client == "client-1":
             with torch.no_grad():
                 weight = base.model.lm_head.weight
                 kept = weight.clone()
                 weight.fill_(float("nan"))
             try:
-                return honest(base, examples, assignment)
+                return honest(base, examples, assignment, **options)
             finally:
                 with torch.no_grad():
                     weight.copy_(kept)
-        return honest(base, examples, assignment)
+        return honest(base, examples, assignment, **options)
 
     monkeypatch.setattr(experiment, "perform", poisoned)
     run = fedtune.simulate(tables, out=tmp_path / "run")
@@ -240,10 +249,10 @@ def test_a_round_that_cannot_be_completed_leaves_the_rounds_before_it(
     from fedtune.client import perform as honest
     from fedtune.errors import ClientError
 
-    def tired(base: Any, examples: Any, assignment: Any) -> Any:
+    def tired(base: Any, examples: Any, assignment: Any, **options: Any) -> Any:
         if assignment.round == 2:
             raise ClientError(f"{assignment.plan.client}: no power")
-        return honest(base, examples, assignment)
+        return honest(base, examples, assignment, **options)
 
     monkeypatch.setattr(experiment, "perform", tired)
     with pytest.raises(RoundError, match="round 2: expected at least 1 usable updates"):
@@ -292,6 +301,43 @@ def test_bad_input_gives_one_clear_error_and_leaves_nothing(
     with pytest.raises(ConfigError, match=message):
         fedtune.simulate(tables, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_run_goes_on_with_its_own_recipe_or_with_one_for_more_rounds(tables: Tables, tmp_path: Path) -> None:
+    def killed(event: Any) -> None:
+        if isinstance(event, RoundFinished) and event.record["round"] == 1:
+            raise SystemExit  # nothing is tidied up, as with a kill
+
+    with pytest.raises(SystemExit):
+        fedtune.simulate(tables, out=tmp_path / "run", watch=killed)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    resumed = fedtune.simulate(resume=tmp_path / "run")
+    assert resumed.summary["adapter_digest"] == fedtune.simulate(tables, out=tmp_path / "w").summary["adapter_digest"]
+    longer = fedtune.simulate(tables, overrides=["rounds.count=3"], resume=tmp_path / "run")
+    assert longer.summary["rounds"] == 3
+    assert bind(tmp_path / "run" / "recipe.toml").rounds.count == 3
+    assert [record.round for record in read_run(tmp_path / "run").rounds] == [0, 1, 2, 3]
+
+
+def test_another_recipe_is_refused_with_the_difference_and_leaves_the_runs_own(tables: Tables, ran: api.Run) -> None:
+    before = (ran.path / "recipe.toml").read_text()
+    with pytest.raises(ConfigError, match=r"client.steps: 3 -> 4"):
+        fedtune.simulate(tables, overrides=["client.steps=4"], resume=ran.path)
+    assert (ran.path / "recipe.toml").read_text() == before
+
+
+def test_an_edited_recipe_of_a_run_is_held_against_its_journal(ran: api.Run) -> None:
+    recipe = ran.path / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("seed = 0", "seed = 7"))
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 7"):
+        fedtune.simulate(resume=ran.path)
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="expected a run directory"):
+        fedtune.simulate(resume=tmp_path)
+    with pytest.raises(ConfigError, match="a recipe, or a run to resume"):
+        fedtune.simulate()
 
 
 def test_a_taken_run_directory_is_refused_unless_fresh(tables: Tables, tmp_path: Path, ran: api.Run) -> None:
@@ -345,9 +391,10 @@ def test_a_model_that_diverges_is_recorded_and_reported(
     tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedtune import experiment
+    from fedtune.conduct import Scored
 
     lost = {"loss": float("nan"), "perplexity": float("inf")}
-    monkeypatch.setattr(experiment, "score", lambda *a, **k: experiment.Scored(test=lost, held_out={"client-0": lost}))
+    monkeypatch.setattr(experiment, "score", lambda *a, **k: Scored(test=lost, held_out={"client-0": lost}))
     run = fedtune.simulate(tables, out=tmp_path / "run")
     lines = [json.loads(line) for line in (run.path / "rounds.jsonl").read_text().splitlines()]
     assert lines[-1]["test"] == {"loss": None, "perplexity": None}

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fedtune import client
 from fedtune.adapter import draw_a
-from fedtune.client import perform
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError, ShapeError
 from fedtune.model.base import Base, digest, load, load_tokenizer
@@ -18,6 +19,8 @@ from fedtune.round import Assignment, LocalAdapter, Plan, Training
 from fedtune.tensors import Tensors
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=4)
+
+perform = partial(client.perform, threads=1)
 
 
 @pytest.fixture

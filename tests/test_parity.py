@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune import client
 from fedtune.adapter import delta, unpack
-from fedtune.client import perform
 from fedtune.data.encode import Example
 from fedtune.methods import METHODS
 from fedtune.model.base import Base, load, load_tokenizer
@@ -23,6 +24,7 @@ from fedtune.rounds import Schedule, run
 from fedtune.simulation.inprocess import InProcess
 from fedtune.tensors import Array
 
+perform = partial(client.perform, threads=1)
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 TRAINING = Training(batch=2, learning_rate=0.02, steps=3)
 SIZES = {"ann": 3, "bob": 5, "cyd": 4}
@@ -59,7 +61,7 @@ def states(base: Base, method: str, settings: dict[str, Any], ranks: dict[str, i
     results = run(
         method=METHODS[method],
         settings=METHODS[method].settings(**settings),
-        planner=Fixed(ranks=ranks, alpha="2r", rslora=False, training=dict.fromkeys(ranks, TRAINING)),
+        planner=Fixed(lambda name: (ranks[name], TRAINING), alpha="2r", rslora=False),
         transport=InProcess([Client(n, SIZES[n]) for n in ranks], dict.fromkeys(ranks, spied.work)),
         schedule=Schedule(count=rounds),
         blueprint=base.blueprint(max_rank=max(ranks.values()), seed=0),
@@ -129,7 +131,7 @@ def test_reinit_is_the_papers_merge_without_merging(checkpoints: dict[str, Path]
     merged = base_of(checkpoints["llama"], targets)
     blueprint = merged.blueprint(max_rank=3, seed=0)
     method = METHODS["flora"]
-    planner = Fixed(ranks=fleet, alpha="2r", rslora=False, training=dict.fromkeys(fleet, TRAINING))
+    planner = Fixed(lambda name: (fleet[name], TRAINING), alpha="2r", rslora=False)
     state = method.init(blueprint, method.settings(mode="reinit", wire_dtype="fp32"))
     for number in range(1, 4):
         plans = planner.plan(number, [Client(name, SIZES[name]) for name in fleet])

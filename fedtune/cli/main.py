@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedtune.cli import runs
+from fedtune.cli.entry import (
+    DebugOption,
+    JsonOption,
+    QuietOption,
+    RunArgument,
+    SetOption,
+    console,
+    examples,
+    printed,
+    reported,
+)
+
 if TYPE_CHECKING:
     from fedtune.api import Run
     from fedtune.rounds import Watch
-
-USAGE, INTERRUPTED = 2, 130
-"""Exit statuses: something that the user can mend, and Ctrl-C."""
-
-
-def examples(*lines: str) -> str:
-    """Return the end of a help text."""
-    return "Examples:\n\n" + "\n".join(f"- `{line}`" for line in lines)
-
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,14 +39,7 @@ app = typer.Typer(
     epilog="First time here? `fedtune demo` needs no model, no data and no network.",
 )
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, e.g. runs/demo.", show_default=False)]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting of the recipe; may be given again."),
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Last line of stdout: the result as one JSON object.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+app.add_typer(runs.app, name="runs")
 
 
 @app.callback(invoke_without_command=True)
@@ -78,12 +74,24 @@ def demo(
 @app.command(
     epilog=examples(
         "fedtune simulate recipe.toml",
+        "fedtune simulate recipe.toml --engine processes --workers 4",
         "fedtune simulate recipe.toml --fresh --set rounds.count=3 --set seed=1",
+        "fedtune simulate --resume runs/demo --set rounds.count=10",
     )
 )
 def simulate(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The experiment, in TOML.", show_default=False)],
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="The experiment, in TOML.", show_default=False)
+    ] = None,
     overrides: SetOption = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What runs the clients: inprocess, processes or ray.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes of the engine.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with a run that was stopped or killed, or for more rounds."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory instead of runs/NAME.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="If the run directory is taken, start beside it.")] = False,
     quiet: QuietOption = False,
@@ -91,12 +99,25 @@ def simulate(
     debug: DebugOption = False,
 ) -> None:
     """Run a recipe with all its clients on this machine: progress, a table, an adapter and a report."""
-    with reported(debug, again="; to start again: the same command with --fresh"):
+    if recipe is None and resume is None:
+        raise typer.BadParameter("expected a RECIPE, or --resume RUN; got neither", param_hint="RECIPE")
+    if resume is not None and (out is not None or fresh):
+        raise typer.BadParameter(
+            "expected no --out and no --fresh beside it: the run stays in its folder", param_hint="--resume"
+        )
+    settings = [f"engine.name={json.dumps(engine)}"] if engine is not None else []
+    settings += [f"engine.workers={workers}"] if workers is not None else []
+    with reported(debug):
         from fedtune import api
         from fedtune.config import bind
 
-        bound = bind(recipe, overrides=overrides or ())
-        run = observed(bound.name, quiet, lambda watch: api.simulate(bound, out=out, fresh=fresh, watch=watch))
+        source = recipe if recipe is not None else api.recipe_of(resume or Path())
+        bound = bind(source, overrides=[*(overrides or ()), *settings])
+        run = observed(
+            bound.name,
+            quiet,
+            lambda watch: api.simulate(bound, out=out, fresh=fresh, resume=resume, watch=watch),
+        )
         finish(run, as_json, quiet)
 
 
@@ -217,13 +238,6 @@ def write_demo(path: Path) -> None:
     typer.echo(f"wrote {path} and {data}; edit it, then: fedtune simulate {path}")
 
 
-def console(file: Any) -> Any:
-    from rich.console import Console
-
-    # Rich guesses 80 columns where there is no terminal, and would fold tables that are piped into a file.
-    return Console(file=file, highlight=False, width=None if file.isatty() else 120)
-
-
 def observed(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
     """Call with an observer that shows progress on stderr, or only its remarks if quiet."""
     if quiet:
@@ -247,38 +261,6 @@ def finish(run: Run, as_json: bool, quiet: bool) -> None:
         typer.echo(json.dumps({**run.summary, **paths}))
     else:
         typer.echo(run.path)
-
-
-@contextmanager
-def reported(debug: bool, *, again: str = "") -> Iterator[None]:
-    """Turn every error that the user can mend into one message on stderr and an exit status, without a traceback."""
-    from fedtune.errors import FedtuneError
-
-    if debug or os.environ.get("FEDTUNE_DEBUG"):
-        yield
-        return
-    try:
-        yield
-    except FedtuneError as error:
-        typer.echo(f"fedtune: {printed(str(error))}", err=True)
-        raise typer.Exit(USAGE) from None
-    except BrokenPipeError:
-        # Whoever read our output has left; Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"fedtune: {printed(where + (error.strerror or str(error)))}; --debug shows where", err=True)
-        raise typer.Exit(USAGE) from None
-    except KeyboardInterrupt:
-        typer.echo(f"fedtune: stopped by Ctrl-C{again}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def printed(text: str) -> str:
-    from fedtune.cli.text import printable
-
-    return printable(text, lines=True)
 
 
 def settings_for_libraries() -> Mapping[str, str]:

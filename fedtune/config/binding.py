@@ -24,6 +24,8 @@ from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSet
 from fedtune.planning.fixed import FixedSettings
 from fedtune.round import Training
 from fedtune.rounds import Schedule
+from fedtune.simulation.resources import Resources
+from fedtune.simulation.settings import EngineSettings
 
 SECTIONS: Mapping[str, type[Any]] = {
     "model": ModelSettings,
@@ -32,9 +34,10 @@ SECTIONS: Mapping[str, type[Any]] = {
     "rounds": Schedule,
     "data": DataSettings,
     "evaluate": EvaluationSettings,
+    "engine": EngineSettings,
     "report": ReportSettings,
 }
-OPTIONAL = ("planner", "evaluate", "report", "override")
+OPTIONAL = ("planner", "evaluate", "engine", "report", "override")
 """Tables that a recipe may leave out."""
 
 NAMED: Mapping[str, Mapping[str, type[Any]]] = {  # table -> settings by the table's key `name`
@@ -219,7 +222,7 @@ def bind_name(content: Any, found: Findings) -> str:
 
 
 def bind_overrides(content: Any, found: Findings) -> tuple[Override, ...]:
-    """Bind the tables `override`, each to the keys of `client` and the rank that it changes."""
+    """Bind the tables `override`, each to the keys of `client`, the rank and the resources that it changes."""
     if not isinstance(content, list | tuple):
         found.faults.append(Fault("override", "a list of tables, each [[override]]", shown(content)))
         return ()
@@ -236,7 +239,8 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
         found.faults.append(Fault(path, "a table", shown(row)))
         return None
     hints = {"clients": str | Sequence[str], "rank": Annotated[int, Ge(1)]}
-    hints |= get_type_hints(Training, include_extras=True)
+    parts = [get_type_hints(cls, include_extras=True) for cls in (Training, Resources)]
+    hints |= parts[0] | parts[1]
     found.faults.extend(unknown_keys(row, hints, path))
     values = {key: leaf(hints[key], row[key], f"{path}.{key}", found) for key in row if key in hints}
     globs = values.pop("clients", ())
@@ -251,7 +255,8 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
     lengths = [key for key in ("steps", "epochs") if key in row]
     if lengths and all(f"{path}.{key}" in found.values for key in lengths):
         found.faults.extend(steps_or_epochs(values.get("steps"), values.get("epochs"), path))
-    return Override(clients=globs, rank=rank, training=values)
+    training, taken = ({key: value for key, value in values.items() if key in part} for part in parts)
+    return Override(clients=globs, rank=rank, training=training, resources=taken)
 
 
 def frozen(content: Any) -> Any:

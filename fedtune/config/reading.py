@@ -11,7 +11,12 @@ from typing import Any
 
 from fedtune.errors import ConfigError, Fault
 
-SHORT: Mapping[tuple[str, ...], str] = {("method",): "name", ("planner",): "name", ("data", "split"): "kind"}
+SHORT: Mapping[tuple[str, ...], str] = {
+    ("method",): "name",
+    ("planner",): "name",
+    ("engine",): "name",
+    ("data", "split"): "kind",
+}
 """Tables that may be written as one word, and the key that the word then is."""
 
 

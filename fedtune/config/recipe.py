@@ -13,6 +13,8 @@ from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSet
 from fedtune.planning.fixed import FixedSettings
 from fedtune.round import Training
 from fedtune.rounds import Schedule
+from fedtune.simulation.resources import Resources
+from fedtune.simulation.settings import EngineSettings
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Override:
     """LoRA rank; none leaves it."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The fields of `Training` that change, by name; `steps` replaces `epochs` and the other way round."""
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of `Resources` that change, by name."""
 
     def covers(self, client: str) -> bool:
         return any(fnmatchcase(client, glob) for glob in self.clients)
@@ -58,6 +62,7 @@ class Recipe:
     evaluate: EvaluationSettings = field(default_factory=EvaluationSettings)
     override: Sequence[Override] = ()
     """Applied in order: where two name the same client and key, the later one holds."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     root: Path = field(default=Path(), compare=False)
     """Folder of the recipe's file; relative paths in it are relative to this."""
@@ -71,6 +76,24 @@ def planned(recipe: Recipe, client: str) -> tuple[int, Training]:
             rank = rank if override.rank is None else override.rank
             training = changed(training, override.training)
     return rank, training
+
+
+def resources(recipe: Recipe, client: str) -> Resources:
+    """Return what one client takes of the machine after all overrides that cover it."""
+    found = Resources(threads=recipe.model.threads)
+    for override in recipe.override:
+        if override.covers(client):
+            found = replace(found, **override.resources)
+    return found
+
+
+def largest_rank(recipe: Recipe) -> int:
+    """Return the largest rank that any client may be asked for, whoever is in the fleet."""
+    ranks = [recipe.adapter.rank]
+    for override in recipe.override:
+        if override.rank is not None:
+            ranks = [override.rank] if "*" in override.clients else [*ranks, override.rank]
+    return max(ranks)
 
 
 def changed(training: Training, changes: Mapping[str, Any]) -> Training:

@@ -19,9 +19,10 @@ TABLES: Mapping[str, str] = {
     "rounds": "how many rounds, and who takes part",
     "data": "where the examples come from, and who holds which",
     "evaluate": "when and on how much the global model is scored",
+    "engine": "what runs the clients on this machine",
     "report": "what is written beside the records",
 }
-OUTCOME_FREE = ("name", "report", "root")
+OUTCOME_FREE = ("name", "engine", "report", "root")
 """Fields of a recipe that change neither the adapter nor its scores."""
 
 
@@ -47,7 +48,7 @@ def table_of(settings: Any) -> dict[str, Any]:
 
 def override_keys(override: Override) -> dict[str, Any]:
     rank = {} if override.rank is None else {"rank": override.rank}
-    return {"clients": override.clients} | rank | dict(override.training)
+    return {"clients": override.clients} | rank | dict(override.training) | dict(override.resources)
 
 
 def toml(value: Any) -> str:
@@ -67,7 +68,7 @@ def toml(value: Any) -> str:
 
 
 def digest(recipe: Recipe) -> str:
-    """Return the SHA-256 of everything in the recipe that changes the result: not its name, folder or report.
+    """Return the SHA-256 of everything in the recipe that changes the result: not its name, folder, engine or report.
 
     Local data and models count by their absolute path; what is in the files is for others to digest.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,17 @@ def federate(settings: DataSettings, *, tokenizer: Tokenizer, task: Task, seed: 
             raise ConfigError(Fault("data.max_tokens", expected, f"none left at {settings.max_tokens} tokens"))
     order = generator(derive(seed, "data.test")).permutation(len(scored))
     return Federation(clients, [scored[row] for row in order], labels, notes)
+
+
+def digest(federation: Federation) -> str:
+    """Return the SHA-256 (hex) of every client's training examples: what a resumed run must find unchanged."""
+    sha = hashlib.sha256()
+    for name, shard in sorted(federation.clients.items()):
+        sha.update(f"{name}\0{len(shard.train)}\0".encode())
+        for example in shard.train:
+            for part in (example.input_ids, np.asarray(example.labels, np.int64)):
+                sha.update(f"{part.shape}\0".encode() + part.tobytes())
+    return sha.hexdigest()
 
 
 def _chosen(parts: Mapping[str, Rows], only: Sequence[str] | None) -> Mapping[str, Rows]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from typing import Literal
@@ -21,19 +21,17 @@ class FixedSettings:
 class Fixed:
     """Plans that do not depend on the round or on what was measured."""
 
-    ranks: Mapping[str, int]
-    """LoRA rank by client name, for every client of the fleet."""
+    asked: Callable[[str], tuple[int, Training]]
+    """From a client's name, whoever takes part, to its LoRA rank and how it trains."""
     alpha: float | Literal["2r"]
     rslora: bool
-    training: Mapping[str, Training]
-    """By client name."""
 
     def plan(self, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan]:
         """Return one plan per client of the cohort; epochs become steps by the client's number of examples."""
         return {client.name: self._plan(client) for client in cohort}
 
     def _plan(self, client: Client) -> Plan:
-        rank, training = self.ranks[client.name], self.training[client.name]
+        rank, training = self.asked(client.name)
         alpha = 2.0 * rank if self.alpha == "2r" else self.alpha
         return Plan(
             client=client.name,

@@ -238,6 +238,7 @@ def _provenance(run: Run) -> str:
         return "<p>No summary.json: the run has not finished.</p>"
     base = run.summary.base
     rows = [["base", base.name], ["base digest", base.digest], ["adapter digest", run.summary.adapter_digest]]
+    rows.append(["state digest", run.summary.state_digest])
     rows += [[f"version of {name}", version] for name, version in run.summary.versions.items()]
     rows += [[f"machine: {name}", str(value)] for name, value in run.summary.machine.items()]
     return tables.table(["what", "value"], [row for row in rows if row[1]], text_columns=2)

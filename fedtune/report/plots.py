@@ -121,6 +121,10 @@ def traffic(run: Run) -> Figure | None:
     return figure
 
 
+MARKS = {"failed": "x", "refused": "o", "late": "^"}
+"""How the map shows an update that was not used."""
+
+
 @styled
 def client_map(run: Run) -> Figure | None:
     """Draw clients by rounds: how much the training loss fell, and who failed, was refused or was absent."""
@@ -158,8 +162,12 @@ def client_map(run: Run) -> Figure | None:
     axes.set_xlabel("round")
     axes.tick_params(length=0)
     marks = [
-        Line2D([], [], color=INK, marker="x", linestyle="", label="failed"),
-        Line2D([], [], color=INK, marker="o", markerfacecolor="none", linestyle="", label="refused"),
+        *(
+            Line2D([], [], color=INK, marker=marker, markerfacecolor="none", linestyle="", label=status)
+            for status, marker in MARKS.items()
+            if status != "late"
+            or any(client.status == "late" for record in rounds for client in record.clients.values())
+        ),
         Line2D([], [], color="#b8c2c8", marker="s", markerfacecolor="#f4f6f7", linestyle="", label="absent (blank)"),
     ]
     if worse:
@@ -172,7 +180,7 @@ def _map_marks(axes: Axes, run: Run, names: Sequence[str], row_height: float) ->
     row = {name: index for index, name in enumerate(names)}
     size = float(np.clip((row_height * 72 * 0.5) ** 2, 3.0, 40.0))
     width = 1.0 if size > 10 else 0.6
-    for status in ("failed", "refused"):
+    for status, marker in MARKS.items():
         cells = [
             (column, row[name])
             for column, record in enumerate(training_rounds(run))
@@ -180,10 +188,8 @@ def _map_marks(axes: Axes, run: Run, names: Sequence[str], row_height: float) ->
             if client.status == status
         ]
         x, y = [column for column, _ in cells], [line for _, line in cells]
-        if status == "failed":
-            axes.scatter(x, y, s=size, linewidths=width, marker="x", color=INK)
-        else:
-            axes.scatter(x, y, s=size, linewidths=width, marker="o", facecolors="none", edgecolors=INK)
+        faces, edges = (INK, None) if marker == "x" else ("none", INK)  # a cross has no face; its strokes are one
+        axes.scatter(x, y, s=size, linewidths=width, marker=marker, facecolors=faces, edgecolors=edges)
 
 
 def _map_numbers(axes: Axes, table: Floats, reach: float, *, worse: bool) -> None:

@@ -45,7 +45,7 @@ class ClientScores(Scores):
 class ClientRound:
     """What one client did in one round."""
 
-    status: Literal["ok", "failed", "refused"]
+    status: Literal["ok", "failed", "refused", "late"]
     reason: str = ""
     rank: int | None = None
     steps: int | None = None
@@ -58,6 +58,15 @@ class ClientRound:
     bytes_down: int | None = None
     bytes_up: int | None = None
     norm: float | None = None
+
+
+@dataclass(frozen=True)
+class AsideRecord:
+    """What came from a client that the round did not wait for."""
+
+    client: str
+    reason: str
+    kind: str = "late"
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class RoundRecord:
     test: Scores | None = None
     held_out: Mapping[str, Scores] = field(default_factory=dict)
     clients: Mapping[str, ClientRound] = field(default_factory=dict)
+    aside: tuple[AsideRecord, ...] = ()
     bytes_down: int = 0
     bytes_up: int = 0
     modules: Mapping[str, ModuleRound] = field(default_factory=dict)
@@ -152,6 +162,7 @@ class Summary:
     sample: Sample | None = None
     failures: tuple[FailureRecord, ...] = ()
     adapter_digest: str = ""
+    state_digest: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str | int | float | None] = field(default_factory=dict)
 

@@ -197,4 +197,8 @@ def failures(run: Run) -> Sequence[FailureRecord]:
         for record in run.rounds
         for name, client in record.clients.items()
         if client.status != "ok"
+    ] + [
+        FailureRecord(round=record.round, client=each.client, kind=each.kind, reason=each.reason)
+        for record in run.rounds
+        for each in record.aside
     ]

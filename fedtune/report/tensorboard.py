@@ -53,6 +53,7 @@ def scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
         ("time/seconds", record.seconds),
         ("clients/used", float(sum(client.status == "ok" for client in record.clients.values()))),
         ("clients/failed", float(sum(client.status == "failed" for client in record.clients.values()))),
+        ("clients/late", float(sum(client.status == "late" for client in record.clients.values()))),
         ("clients/refused", float(sum(client.status == "refused" for client in record.clients.values()))),
     ]
     if record.test:

@@ -1,27 +1,14 @@
-"""The transport of one process: every message is encoded, counted and decoded; clients work one after another."""
+"""The engine of one process: every message is encoded and decoded as on a network; clients work one after another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from fedtune.errors import FedtuneError
-from fedtune.round import Assignment, Client, ClientUpdate, Failure, Outcome, Traffic
-from fedtune.wire.messages import (
-    blob_decoder,
-    blob_encoder,
-    decode_assignment,
-    decode_update,
-    encode_assignment,
-    encode_update,
-)
-
-Work: TypeAlias = Callable[[Assignment], ClientUpdate]
-"""What a client does: `client.perform` bound to its base and its examples."""
-
-LIMIT_BYTES = 1 << 40
-"""Of one update: what arrives here was made in this very process."""
+from fedtune.round import Client, Failure
+from fedtune.transport import Answer, Reply, Rule, Work
+from fedtune.wire.messages import EncodedAssignment, blob_decoder, decode_assignment, encode_update
 
 
 @dataclass(frozen=True)
@@ -36,14 +23,13 @@ class InProcess:
         """Return the fleet."""
         return self.fleet
 
-    def exchange(self, assignments: Mapping[str, Assignment]) -> Iterator[tuple[Outcome, Traffic]]:
-        """Yield one outcome per client, in the order of the assignments; a client's error costs its update alone."""
-        encode, decode = blob_encoder(), blob_decoder()
-        for name, assignment in assignments.items():
-            sent = encode_assignment(assignment, encode=encode)
-            down = len(sent.header) + sum(len(body) for body in sent.blobs.values())
+    def exchange(self, orders: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
+        """Yield one answer per client, in the order of the orders; a client's error costs its update alone."""
+        decode = blob_decoder()
+        for name, order in orders.items():
             try:
-                reply = encode_update(self.work[name](decode_assignment(sent.header, sent.blobs, decode=decode)))
-                yield decode_update(reply, client=name, limit_bytes=LIMIT_BYTES), Traffic(down=down, up=len(reply))
+                yield Reply(
+                    name, encode_update(self.work[name](decode_assignment(order.header, order.blobs, decode=decode)))
+                )
             except FedtuneError as error:
-                yield Failure(client=name, reason=str(error)), Traffic(down=down)
+                yield Failure(client=name, reason=str(error))

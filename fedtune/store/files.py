@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside, synced, and renamed into place."""
+"""Files that are either whole or absent: written beside, synced and renamed into place."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from fedtune.errors import StoreError
+
+PARTIAL = ".partial"
+"""How the name of a file or folder ends that is not in its place yet."""
 
 
 @contextmanager
@@ -30,45 +33,109 @@ def advice(error: OSError) -> str:
     if isinstance(error, PermissionError):
         return "check its permissions, or choose another folder with --out"
     if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return "free some space and try again; what was written before is whole"
+        return "free some space and try again, a run with --resume; what was written before is whole"
     return "check the path"
+
+
+# The steps that touch the disk. Whatever must survive a crash is made of these alone, called as `files.<step>`: who
+# stands in for them can break every durable write of a run.
+
+
+def append_to(path: Path) -> int:
+    """Open a file to write at its end, which is made if need be, and return the descriptor."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def create_beside(path: Path) -> tuple[int, Path]:
+    """Make an empty file, for the owner alone, that is to take the place of `path`; return descriptor and path."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    return descriptor, Path(name)
+
+
+def write(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of it."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def sync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Make names that were given or taken in a folder last; without it a synced file may have no name after a crash."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cut(descriptor: int, num_bytes: int) -> None:
+    os.ftruncate(descriptor, num_bytes)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Move a file over another one, or a folder to a free name, in one step."""
+    source.replace(target)
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; what is gone already is gone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content in one step; a crash leaves the old file or the new one."""
     with guarded(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = create_beside(path)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
+            try:
+                write(descriptor, text.encode())
+                os.fchmod(descriptor, 0o644)
+                sync(descriptor)
+            finally:
+                os.close(descriptor)
+            rename(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            remove(temporary)
             raise
+        sync_folder(path.parent)
 
 
 def append_line(path: Path, line: str) -> None:
     """Append one line and sync it to the disk; a line that does not fit whole is taken back."""
-    with guarded(path), path.open("ab") as file:
-        size = file.tell()
+    with guarded(path):
+        descriptor = append_to(path)
         try:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:
-            os.ftruncate(file.fileno(), size)
-            raise
+            size = os.fstat(descriptor).st_size
+            if size == 0:
+                sync_folder(path.parent)  # before the first line, so that a file with lines always has its name
+            try:
+                write(descriptor, line.encode() + b"\n")
+                sync(descriptor)
+            except OSError:
+                with suppress(OSError):  # what cannot be taken back is a torn last line, which readers leave out
+                    cut(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def settle(file: Path) -> None:
     """Sync a written file and let everyone read it: safetensors makes its files for the owner alone."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
     file.chmod(0o644)
+    with file.open("rb") as opened:
+        sync(opened.fileno())
 
 
 @contextmanager
@@ -76,17 +143,28 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, which takes the place of `path` when the block ends without an error."""
     with guarded(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
+        old = temporary.with_name(f".old{temporary.name}")
         try:
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    settle(file)
+            for inner in sorted(temporary.rglob("*")):
+                if inner.is_dir():
+                    sync_folder(inner)
+                elif inner.is_file():
+                    settle(inner)
             temporary.chmod(0o755)
-            old = temporary.with_name(temporary.name + ".old")
+            sync_folder(temporary)
             if path.exists():
-                path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+                rename(path, old)
+            rename(temporary, path)
+            sync_folder(path.parent)
+            remove(old)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process had not put in its place; only where no other process writes."""
+    with guarded(folder):
+        for path in sorted(folder.glob(f".*{PARTIAL}")):
+            remove(path)

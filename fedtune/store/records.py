@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ def base_record(test: Metrics | None, held_out: Mapping[str, Metrics], seconds: 
     """Return the line of round 0: the base before any training."""
     return {
         "round": 0,
+        "state_digest": "",
         "seconds": seconds,
         "cohort": [],
         "loss_before": None,
@@ -32,6 +34,7 @@ def base_record(test: Metrics | None, held_out: Mapping[str, Metrics], seconds: 
         "test": test,
         "held_out": held_out,
         "clients": {},
+        "aside": [],
         "bytes_down": 0,
         "bytes_up": 0,
         "modules": {},
@@ -43,7 +46,6 @@ def round_record(
     adapter: Adapter,
     *,
     energy_kept: Mapping[str, float],
-    examples: Mapping[str, int],
     test: Metrics | None,
     held_out: Mapping[str, Metrics],
 ) -> Mapping[str, Any]:
@@ -53,13 +55,13 @@ def round_record(
         result: of the round.
         adapter: the global model's change after the round.
         energy_kept: share of squared singular values that the next broadcast keeps, by module.
-        examples: training examples by client.
         test: scores on the test data, or None if not scored in this round.
         held_out: scores by client.
     """
-    clients = {name: client_record(result, name, examples[name]) for name in result.outcomes}
+    clients = {name: client_record(result, name) for name in result.outcomes}
     return {
         "round": result.round,
+        "state_digest": result.digest,
         "seconds": result.seconds,
         "cohort": list(result.outcomes),
         "loss_before": mean_loss(clients, "loss_before"),
@@ -67,20 +69,21 @@ def round_record(
         "test": test,
         "held_out": held_out,
         "clients": clients,
+        "aside": [asdict(each) for each in result.aside],
         "bytes_down": sum(client["bytes_down"] for client in clients.values()),
         "bytes_up": sum(client["bytes_up"] for client in clients.values()),
         "modules": {name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
     }
 
 
-def client_record(result: RoundResult, name: str, examples: int) -> Mapping[str, Any]:
+def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
     outcome, plan, traffic = result.outcomes[name], result.assignments[name].plan, result.traffic[name]
     record: dict[str, Any] = {
         "status": "ok",
         "reason": "",
         "rank": plan.rank,
         "steps": plan.training.steps,
-        "examples": examples,
+        "examples": result.examples[name],
         "bytes_down": traffic.down,
         "bytes_up": traffic.up,
     }
@@ -129,13 +132,10 @@ def scores(test: Metrics | None, held_out: Mapping[str, Metrics]) -> Mapping[str
 
 def clients_summary(records: Sequence[Mapping[str, Any]], fleet: Mapping[str, int]) -> Mapping[str, Any]:
     """Return totals per client over the rounds' lines; a client that was never drawn has zeros and no rank."""
-    totals: dict[str, dict[str, Any]] = {
-        name: {"examples": n, "rank": None, "bytes_down": 0, "bytes_up": 0, "seconds": 0.0, "failures": 0}
-        for name, n in fleet.items()
-    }
+    totals = {name: nothing(examples) for name, examples in fleet.items()}
     for record in records:
         for name, client in record["clients"].items():
-            total = totals[name]
+            total = totals.setdefault(name, nothing(client["examples"]))
             total["rank"] = client["rank"]
             total["bytes_down"] += client["bytes_down"]
             total["bytes_up"] += client["bytes_up"]
@@ -144,11 +144,20 @@ def clients_summary(records: Sequence[Mapping[str, Any]], fleet: Mapping[str, in
     return totals
 
 
+def nothing(examples: int) -> dict[str, Any]:
+    return {"examples": examples, "rank": None, "bytes_down": 0, "bytes_up": 0, "seconds": 0.0, "failures": 0}
+
+
 def failures(records: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return every failure of the run: round, client, kind, reason."""
-    return [
+    """Return every failure of the run, and what came aside: round, client, kind, reason."""
+    failed = [
         {"round": record["round"], "client": name, "kind": client["status"], "reason": client["reason"]}
         for record in records
         for name, client in record["clients"].items()
         if client["status"] != "ok"
+    ]
+    return failed + [
+        {"round": record["round"], "client": each["client"], "kind": each["kind"], "reason": each["reason"]}
+        for record in records
+        for each in record["aside"]
     ]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import StoreError
+from fedtune.store import files
 from fedtune.store.files import append_line, guarded, write_text
 
 VERSION = 1
 """Of the JSON lines and of the summary."""
+REMEDY = "put back a copy of the run directory, or start the run again with --fresh"
 
 
 def vacant(path: Path, *, fresh: bool = False) -> Path:
@@ -27,7 +30,7 @@ def vacant(path: Path, *, fresh: bool = False) -> Path:
             if not fresh:
                 raise StoreError(
                     f"{path}: expected a new or an empty folder; it holds a run or other files; "
-                    "pass --fresh to start another run beside it, or --out to choose the folder"
+                    "pass --resume to go on with it, --fresh to start another run beside it, --out to choose a folder"
                 )
             chosen, number = path.with_name(f"{path.name}-{number}"), number + 1
         chosen.mkdir(parents=True, exist_ok=True)
@@ -38,9 +41,74 @@ def write_recipe(run: Path, recipe: str) -> None:
     write_text(run / "recipe.toml", recipe)
 
 
-def append_round(run: Path, record: Mapping[str, Any]) -> None:
-    """Append one round's line to rounds.jsonl."""
-    append_line(run / "rounds.jsonl", json.dumps(finite({"version": VERSION, **record}), allow_nan=False))
+def append_round(run: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Append one round's line to rounds.jsonl, and return the record as `read_rounds` will."""
+    line = json.dumps(finite({"version": VERSION, **record}), allow_nan=False)
+    append_line(run / "rounds.jsonl", line)
+    return parsed(line)
+
+
+def read_rounds(run: Path) -> Sequence[Mapping[str, Any]]:
+    """Return the records of rounds.jsonl, none if there is no such file; a torn last line is left out.
+
+    Raises:
+        StoreError: if a line is damaged, of another version, or not of the round after the one before it.
+    """
+    return scan(run / "rounds.jsonl")[0]
+
+
+def mend_rounds(run: Path) -> None:
+    """Cut a torn last line off rounds.jsonl and sync the others; only for the process that writes the run.
+
+    A process that was killed may have left a whole line that is not synced: after a power cut it would be missing,
+    though the run had gone on from it.
+
+    Raises:
+        StoreError: if more than that is wrong with it, or it cannot be written.
+    """
+    path = run / "rounds.jsonl"
+    _, num_bytes = scan(path)
+    if not path.exists():
+        return
+    with guarded(path):
+        descriptor = files.append_to(path)
+        try:
+            if os.fstat(descriptor).st_size > num_bytes:
+                files.cut(descriptor, num_bytes)
+            files.sync(descriptor)
+            files.sync_folder(run)
+        finally:
+            os.close(descriptor)
+
+
+def scan(path: Path) -> tuple[Sequence[Mapping[str, Any]], int]:
+    """Return the records of a file of rounds, and the bytes of their lines."""
+    with guarded(path):
+        data = path.read_bytes() if path.exists() else b""
+    *lines, rest = data.split(b"\n")
+    records, num_bytes = list[Mapping[str, Any]](), 0
+    for number, line in enumerate(lines, 1):
+        try:
+            record = parsed(line)
+            found = record["version"], record["round"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not rest:
+                break  # a crash cut its writing short: what is whole was synced before it
+            raise StoreError(f"{path}, line {number}: expected the record of a round; {error!r}; {REMEDY}") from error
+        expected = VERSION, records[-1]["round"] + 1 if records else found[1]
+        if found != expected:
+            raise StoreError(
+                f"{path}, line {number}: expected round {expected[1]} in version {expected[0]}; "
+                f"got round {found[1]} in version {found[0]}; {REMEDY}"
+            )
+        records.append(record)
+        num_bytes += len(line) + 1
+    return records, num_bytes
+
+
+def parsed(line: str | bytes) -> Mapping[str, Any]:
+    record: Mapping[str, Any] = json.loads(line)
+    return record
 
 
 def write_summary(run: Path, summary: Mapping[str, Any]) -> None:

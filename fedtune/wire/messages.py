@@ -151,7 +151,7 @@ def decode_assignment(
     Raises:
         WireError: if the header is malformed, or a body is missing or not the one that the header names.
     """
-    message = _parse(pb.Assignment(), header)
+    message = parsed(pb.Assignment(), header)
     if message.verb != pb.ADAPT:
         raise WireError(f"assignment: expected the verb ADAPT ({pb.ADAPT}); got {message.verb}; update this client")
     roles = [blob.role for blob in message.down]
@@ -178,7 +178,7 @@ def decode_assignment(
             rank_penalty=local.rank_penalty,
             rank_decay=local.rank_decay,
         ),
-        blobs={blob.role: decode(blob, _fetch(blob, blobs)) for blob in message.down},
+        blobs={blob.role: decode(blob, body_of(blob, blobs)) for blob in message.down},
         base=message.base,
     )
 
@@ -236,7 +236,7 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
         raise WireError(
             f"expected a header of {length} bytes, padded by zeros to {start}; got {len(data)} bytes in all"
         )
-    header = _parse(pb.ClientUpdate(), bytes(data[4 : 4 + length]))
+    header = parsed(pb.ClientUpdate(), bytes(data[4 : 4 + length]))
     if header.client != client:
         raise WireError(f"expected an update of this client; got one of {header.client!r}")
     if [part.role for part in header.parts] != ["tensors", "saved"]:
@@ -271,14 +271,14 @@ def _cut(parts: Sequence[pb.Blob], body: memoryview) -> Iterator[Tensors]:
         body = body[part.num_bytes :]
 
 
-def _fetch(blob: pb.Blob, blobs: Mapping[str, bytes]) -> bytes:
+def body_of(blob: pb.Blob, blobs: Mapping[str, bytes]) -> bytes:
     body = blobs.get(blob.digest.hex())
     if body is None:
         raise WireError(f"{blob.role!r}: expected a body of digest {blob.digest.hex()!r}; got only {sorted(blobs)}")
     return body
 
 
-def _parse(message: AnyMessage, data: bytes) -> AnyMessage:
+def parsed(message: AnyMessage, data: bytes) -> AnyMessage:
     """Return the message with `data` parsed into it; fields that this release does not know are refused."""
     if len(data) > MAX_HEADER_BYTES:
         raise WireError(f"expected a header of at most {MAX_HEADER_BYTES} bytes; got {len(data)}")

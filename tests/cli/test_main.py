@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from click.testing import Result
+from typer.testing import CliRunner
 
 from fedtune.api import Run
 from fedtune.cli.main import app
@@ -88,6 +89,12 @@ def test_every_command_has_examples_in_its_help(command: str) -> None:
     assert f"fedtune {command}" in shown.stdout
 
 
+def test_the_help_of_every_argument_is_shown() -> None:
+    assert "The experiment, in TOML." in fedtune("simulate", "--help").stdout
+    assert "Run directory, e.g. runs/demo." in fedtune("evaluate", "--help").stdout
+    assert "Folder of run directories." in fedtune("runs", "list", "--help").stdout
+
+
 def test_help_names_every_command_and_the_first_step() -> None:
     shown = fedtune("--help").stdout
     assert all(command in shown for command in COMMANDS)
@@ -116,7 +123,7 @@ def test_simulate_hands_its_options_on(script: Any, run: Run, recipe: str, tmp_p
     fedtune("simulate", recipe, "--set", "rounds.count=3", "--set", "method=ffa", "--out", tmp_path / "o", "--fresh")
     (bound,) = simulate.positional
     assert (bound.name, bound.rounds.count, bound.method.name) == ("tiny", 3, "ffa")
-    assert simulate.named == {"out": tmp_path / "o", "fresh": True}
+    assert simulate.named == {"out": tmp_path / "o", "fresh": True, "resume": None}
 
 
 def test_progress_goes_to_stderr_and_the_result_to_stdout(
@@ -204,11 +211,11 @@ def test_a_full_disk_is_one_message(script: Any, recipe: str) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(script: Any, recipe: str) -> None:
+def test_ctrl_c_ends_with_130(script: Any, recipe: str) -> None:
     script("simulate", KeyboardInterrupt())
     ended = fedtune("simulate", recipe)
     assert ended.exit_code == 130
-    assert ended.stderr.splitlines() == ["fedtune: stopped by Ctrl-C; to start again: the same command with --fresh"]
+    assert ended.stderr.splitlines() == ["fedtune: stopped by Ctrl-C"]
 
 
 def test_ctrl_c_names_no_option_that_a_command_lacks(script: Any) -> None:
@@ -312,14 +319,14 @@ def test_a_run_is_made_scored_exported_and_reported(tiny: str, tmp_path: Path) -
 def test_ctrl_c_in_the_first_round_leaves_a_run_that_can_be_reported(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fedtune.experiment.perform", stop)
     path = tmp_path / "run"
     ended = fedtune("simulate", tiny, "--out", path, "--set", "report.plots=true")
     assert ended.exit_code == 130
-    assert f"stopped after round 0; {path} holds everything up to there" in ended.stderr
+    assert f"stopped after round 0; go on with: fedtune simulate --resume {path}" in ended.stderr
     assert "interrupted" in (path / "report.html").read_text()
     assert fedtune("report", path).exit_code == 0
     refused = fedtune("export", path)

@@ -11,7 +11,7 @@ TRAINING = Training(batch=4, learning_rate=0.1, steps=7)
 
 
 def test_every_client_gets_its_rank_and_the_scale_of_the_alpha_policy() -> None:
-    fixed = Fixed({"ann": 4, "bob": 16}, "2r", False, {"ann": TRAINING, "bob": TRAINING})
+    fixed = Fixed({"ann": (4, TRAINING), "bob": (16, TRAINING)}.__getitem__, "2r", False)
     plans = fixed.plan(1, [Client("ann", 3), Client("bob", 3)])
     assert {name: (plan.rank, plan.scale) for name, plan in plans.items()} == {"ann": (4, 2.0), "bob": (16, 2.0)}
     assert plans == fixed.plan(9, [Client("ann", 3), Client("bob", 3)])
@@ -19,7 +19,7 @@ def test_every_client_gets_its_rank_and_the_scale_of_the_alpha_policy() -> None:
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 8.0)])
 def test_a_given_alpha_is_divided_by_the_rank_or_its_root(rslora: bool, scale: float) -> None:
-    plan = Fixed({"ann": 16}, 32.0, rslora, {"ann": TRAINING}).plan(1, [Client("ann", 3)])["ann"]
+    plan = Fixed(lambda name: (16, TRAINING), 32.0, rslora).plan(1, [Client("ann", 3)])["ann"]
     assert plan.scale == scale
 
 

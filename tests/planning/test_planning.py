@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from fedtune.planning import Planner
 from fedtune.planning.fixed import Fixed
+from fedtune.round import Training
 
 
 def test_fixed_is_a_planner() -> None:
-    planner: Planner = Fixed({}, "2r", False, {})
+    planner: Planner = Fixed(lambda name: (1, Training(batch=1, learning_rate=0.1, steps=1)), "2r", False)
     assert planner.plan(1, []) == {}

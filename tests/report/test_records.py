@@ -82,7 +82,11 @@ def test_without_a_summary_name_method_and_seed_come_from_the_recipe(write_run: 
         ("test", [], r"\.test: expected Scores; got \[\]"),
         ("version", 2, r"line 2: expected version 1; got 2"),
         ("round", 0, r"line 2: expected a round after 0; got 0"),
-        ("clients", {"a": {"status": "late"}}, r"\.clients\.a\.status: expected 'ok' or 'failed' or 'refused'"),
+        (
+            "clients",
+            {"a": {"status": "tired"}},
+            r"\.clients\.a\.status: expected 'ok' or 'failed' or 'refused' or 'late'",
+        ),
         ("modules", {"m": {"norm": 1.0}}, r"\.modules\.m: expected the key 'rank'"),
     ],
 )

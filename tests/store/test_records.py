@@ -9,6 +9,7 @@ from fedtune.adapter import Factors
 from fedtune.round import Assignment, ClientUpdate, Failure, LocalAdapter, Measured, Plan, Traffic, Training
 from fedtune.rounds import RoundResult
 from fedtune.store import records
+from fedtune.transport import Aside
 
 PLAN = Plan("ann", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=3))
 
@@ -20,6 +21,9 @@ def result() -> RoundResult:
     return RoundResult(
         round=1,
         state=None,
+        digest="d" * 64,
+        examples={"ann": 30, "bob": 10, "cyd": 5},
+        aside=[Aside("dan", "answered round 0 after its end; dropped", 7)],
         assignments={n: Assignment("flora", 1, 0, replace(PLAN, client=n), LocalAdapter(a_key=0)) for n in names},
         outcomes={
             "ann": ClientUpdate("ann", 1, 30, {}, measured=measured),
@@ -34,12 +38,7 @@ def result() -> RoundResult:
 
 def line() -> dict[str, object]:
     adapter = {"x": Factors(a=np.diag([1.0, 1.0]).astype(np.float32), b=np.diag([3.0, 4.0]).astype(np.float32))}
-    examples = {"ann": 30, "bob": 10, "cyd": 5}
-    return dict(
-        records.round_record(
-            result(), adapter, energy_kept={"x": 0.9}, examples=examples, test={"loss": 1.0}, held_out={}
-        )
-    )
+    return dict(records.round_record(result(), adapter, energy_kept={"x": 0.9}, test={"loss": 1.0}, held_out={}))
 
 
 def test_losses_are_means_by_examples_over_the_updates_that_were_used() -> None:
@@ -53,7 +52,10 @@ def test_a_failed_client_keeps_its_reason_and_its_bytes() -> None:
     assert clients["cyd"]["status"] == "failed"
     assert clients["cyd"]["reason"] == "no memory"
     assert line()["bytes_down"] == 300
-    assert records.failures([line()]) == [{"round": 1, "client": "cyd", "kind": "failed", "reason": "no memory"}]
+    assert records.failures([line()]) == [
+        {"round": 1, "client": "cyd", "kind": "failed", "reason": "no memory"},
+        {"round": 1, "client": "dan", "kind": "late", "reason": "answered round 0 after its end; dropped"},
+    ]
 
 
 def test_a_modules_spectrum_by_hand() -> None:

@@ -156,3 +156,53 @@ class ClientUpdate(_message.Message):
     base: str
     parts: _containers.RepeatedCompositeFieldContainer[Blob]
     def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...
+
+class Module(_message.Message):
+    __slots__ = ("name", "out_features", "in_features")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OUT_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    IN_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    out_features: int
+    in_features: int
+    def __init__(self, name: _Optional[str] = ..., out_features: _Optional[int] = ..., in_features: _Optional[int] = ...) -> None: ...
+
+class Device(_message.Message):
+    __slots__ = ("memory_bytes", "cores", "accelerator")
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_FIELD_NUMBER: _ClassVar[int]
+    memory_bytes: int
+    cores: int
+    accelerator: str
+    def __init__(self, memory_bytes: _Optional[int] = ..., cores: _Optional[int] = ..., accelerator: _Optional[str] = ...) -> None: ...
+
+class ClientProfile(_message.Message):
+    __slots__ = ("client", "examples", "base", "modules", "saved", "saved_modules", "labels", "transposed", "parameters", "verbs", "methods", "protocol", "device")
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
+    SAVED_MODULES_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPOSED_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    VERBS_FIELD_NUMBER: _ClassVar[int]
+    METHODS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    examples: int
+    base: str
+    modules: _containers.RepeatedCompositeFieldContainer[Module]
+    saved: Blob
+    saved_modules: _containers.RepeatedScalarFieldContainer[str]
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    transposed: bool
+    parameters: int
+    verbs: _containers.RepeatedScalarFieldContainer[Verb]
+    methods: _containers.RepeatedScalarFieldContainer[str]
+    protocol: int
+    device: Device
+    def __init__(self, client: _Optional[str] = ..., examples: _Optional[int] = ..., base: _Optional[str] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., saved: _Optional[_Union[Blob, _Mapping]] = ..., saved_modules: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., transposed: bool = ..., parameters: _Optional[int] = ..., verbs: _Optional[_Iterable[_Union[Verb, str]]] = ..., methods: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ...) -> None: ...

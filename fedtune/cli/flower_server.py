@@ -1,0 +1,148 @@
+"""`app`, the server that Flower's components name: fedtune.cli.flower_server:app. It loads no model and no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+
+from fedtune.cli.text import printable
+from fedtune.conduct import Setting, check_ranks, check_resumable, conduct
+from fedtune.config import Recipe, bind, planned
+from fedtune.config.reading import read
+from fedtune.config.recipe import largest_rank
+from fedtune.errors import ConfigError, Fault
+from fedtune.flower.grid_transport import GridTransport
+from fedtune.flower.server_app import Connect, Scalar, server_app
+from fedtune.planning.fixed import Fixed
+from fedtune.round import Blueprint, Failure
+from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.store import peft
+from fedtune.store.run import vacant
+
+RECIPE = "the recipe: TOML, or the absolute path of a file on the server's host"
+AT_THE_SITES = 'data={ source = "at the sites", split = { kind = "files" } }'
+
+
+def run_recipe(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
+    """Run the recipe that a run's configuration names, or go on with an earlier run of it.
+
+    Raises:
+        ConfigError: if the recipe is wrong, or nothing names one.
+        RoundError: if too few clients came, or a round could not be completed.
+        StoreError: if the run directory cannot be written or trusted.
+    """
+    recipe = bound(text(run_config, "recipe", RECIPE))
+    resume = bare(str(run_config.get("resume") or ""))
+    run = directory(str(run_config.get("store") or ""), resume or recipe.name)
+    if resume:
+        check_resumable(run, recipe)
+    else:
+        vacant(run)
+    transport = connect(expected=expected(recipe), least=recipe.rounds.min_clients, note=said)
+    conducted = setting(recipe, transport)
+    check_overrides(recipe, conducted.fleet)
+    summary = conduct(conducted, run, transport, resume=bool(resume), watch=tell)
+    said(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
+
+
+def bound(source: str) -> Recipe:
+    """Return the recipe of a source; one without a table `data` is whole here, for the data lie at the sites.
+
+    Raises:
+        ConfigError: with every fault, or if it is a relative path: a SuperLink's working directory says nothing.
+    """
+    if "\n" not in source and not Path(source).is_absolute():
+        raise ConfigError(Fault("recipe", RECIPE, repr(source), "write the path in full"))
+    *_, tables = read(source)
+    return bind(source, overrides=() if "data" in tables else (AT_THE_SITES,))
+
+
+def text(run_config: Mapping[str, Scalar], key: str, what: str) -> str:
+    if value := str(run_config.get(key) or ""):
+        return value
+    raise ConfigError(Fault(key, what, "nothing", f"pass --run-config '{key}=\"/etc/fedtune/recipes/notes.toml\"'"))
+
+
+def bare(resume: str) -> str:
+    """Return the name of the run to go on with, empty for none.
+
+    Raises:
+        ConfigError: if it is a path: `store` says where the runs lie.
+    """
+    if resume and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", resume):
+        hint = "pass the folder that it lies in as store"
+        raise ConfigError(Fault("resume", "the name of a run: letters, digits, '.', '_', '-'", repr(resume), hint))
+    return resume
+
+
+def directory(store: str, name: str) -> Path:
+    """Return the run directory of a name below `store`; a SuperLink's working directory says nothing to anybody.
+
+    Raises:
+        ConfigError: if `store` is a relative path.
+    """
+    home = Path(os.environ.get("FEDTUNE_HOME") or Path.home() / ".fedtune").absolute()
+    if store and not Path(store).is_absolute():
+        raise ConfigError(Fault("store", "an absolute path on the server's host", repr(store), "write it in full"))
+    return (Path(store) if store else home / "runs") / name
+
+
+def expected(recipe: Recipe) -> int:
+    """Return how many clients the first round waits for: its cohort where that is a number."""
+    cohort = recipe.rounds.cohort
+    return max(recipe.rounds.min_clients, cohort if isinstance(cohort, int) else 0)
+
+
+def setting(recipe: Recipe, transport: GridTransport) -> Setting:
+    """Return what the run is conducted over: what the clients have in common stands for a model that is not here."""
+    common, profiles = transport.foundation, transport.profiles
+    check_ranks(recipe, common.modules)
+    return Setting(
+        recipe=recipe,
+        blueprint=Blueprint(common.modules, common.saved, max_rank=largest_rank(recipe), seed=recipe.seed),
+        planner=Fixed(partial(planned, recipe), alpha=recipe.adapter.alpha, rslora=recipe.adapter.rslora),
+        base={"name": recipe.model.base, "digest": common.base, "parameters": common.parameters},
+        target=peft.Target(
+            base=recipe.model.base,
+            revision=recipe.model.revision,
+            task=recipe.model.task,
+            fan_in_fan_out=common.transposed,
+            saved_modules=common.saved_modules,
+        ),
+        fleet={name: profile.num_examples for name, profile in profiles.items()},
+        machine={"engine": "flower"},
+        door="flower",
+    )
+
+
+def check_overrides(recipe: Recipe, clients: Collection[str]) -> None:
+    """Say which overrides cover no client of the first round's: a later one may still come, or it is mistyped."""
+    known = f"{', '.join(sorted(clients)[:8])}{', ...' * (len(clients) > 8)}"
+    for override in recipe.override:
+        if not any(override.covers(name) for name in clients):
+            said(f"override.clients: {list(override.clients)} match none of the clients that are here ({known})")
+
+
+def tell(event: Event) -> None:
+    """Print one line per event that matters; Flower streams it to whoever follows the run."""
+    match event:
+        case RoundStarted(1, _, cohort):
+            said(f"round 1 begins with {', '.join(cohort)}")
+        case RoundFinished(record) if record["round"]:  # round 0 is the base, which nobody has updated
+            used = sum(client["status"] == "ok" for client in record["clients"].values())
+            said(f"round {record['round']}: {used} of {len(record['cohort'])} updates")
+        case ClientFinished(round, Failure() as failure, _):
+            said(f"round {round}: {failure.client} {failure.kind}: {failure.reason}")
+        case Note(text):
+            said(text)
+
+
+def said(text: str) -> None:
+    """Print a line; what clients say in it is not obeyed by the terminal."""
+    print(f"fedtune: {printable(text)}", flush=True)
+
+
+app = server_app(run_recipe)

@@ -1,0 +1,116 @@
+"""The command `fedtune runs`: which runs there are, where one stands, and whether it can be trusted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedtune.cli.entry import DebugOption, JsonOption, RunArgument, console, examples, reported
+from fedtune.cli.text import printable, size
+
+if TYPE_CHECKING:
+    from fedtune.store.audit import Status
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="List runs, say where one stands, and check that nothing in it was changed.",
+)
+
+
+@app.command("list", epilog=examples("fedtune runs list", "fedtune runs list experiments --json"))
+def listed(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Folder of run directories.")] = Path("runs"),
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the runs of a folder: rounds done, what state they are in, bytes on disk."""
+    with reported(debug):
+        from fedtune import api
+
+        found = api.runs(folder)
+        if as_json:
+            typer.echo(json.dumps([told(path, status) for path, status in found]))
+            return
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for column in ("run", "rounds", "state", "on disk"):
+            table.add_column(column, justify="right" if column in ("rounds", "on disk") else "left", overflow="fold")
+        for path, status in found:
+            if isinstance(status, str):
+                table.add_row(printable(str(path)), "", f"damaged: {printable(status.removeprefix(f'{path}: '))}", "")
+            else:
+                table.add_row(printable(str(path)), str(status.committed), state(status), size(status.num_bytes))
+        console(sys.stdout).print(table if found else f"no runs in {printable(str(folder))}")
+
+
+@app.command(epilog=examples("fedtune runs status runs/demo"))
+def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Say where a run stands; also while it goes on."""
+    with reported(debug):
+        from fedtune import api
+
+        found = api.status(run)
+        if as_json:
+            typer.echo(json.dumps(told(run, found)))
+            return
+        facts = {
+            "run": f"{printable(str(run))} ({found.run})",
+            "state": state(found),
+            "rounds": str(found.committed),
+            "last state": found.state or "none yet",
+            "started": "not yet" if not found.begun else "once" if found.epochs == 1 else f"{found.epochs} times",
+            "on disk": size(found.num_bytes),
+        }
+        if found.missing:
+            facts["waits for"] = ", ".join(printable(name) for name in found.missing)
+        if found.holder is None and not found.finished:
+            from fedtune.conduct import again
+
+            facts["go on with"] = printable(again(found.inputs.get("door", "simulate"), run))
+        for name, text in facts.items():
+            typer.echo(f"{name:11} {text}")
+
+
+@app.command(epilog=examples("fedtune runs verify runs/demo"))
+def verify(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Check the journal's chain, every stored state and update, the round lines and the adapter against each other."""
+    with reported(debug):
+        from fedtune import api
+
+        found = api.verify(run)
+        if as_json:
+            typer.echo(json.dumps(asdict(found)))
+            return
+        torn = (
+            f"; {found.torn_bytes} bytes of a torn record at the end, which a resume cuts" if found.torn_bytes else ""
+        )
+        typer.echo(
+            f"{printable(str(run))}: {found.records} records, {found.committed} rounds and {found.blobs} blobs "
+            f"({size(found.num_bytes)}) in order; rounds.jsonl and the adapter agree with them{torn}"
+        )
+
+
+def state(status: Status) -> str:
+    """Return in words what a run does."""
+    if not status.begun:
+        return "not begun"
+    if status.holder is not None:
+        return f"running, process {status.holder}" + (f", in round {status.open}" if status.open else "")
+    if status.finished:
+        return "finished"
+    return f"stopped in round {status.open}" if status.open else "stopped"
+
+
+def told(path: Path, status: Status | str) -> dict[str, Any]:
+    if isinstance(status, str):
+        return {"path": str(path), "damaged": status}
+    facts = {key: value for key, value in asdict(status).items() if key != "inputs"}
+    return {"path": str(path), **facts, "in_words": state(status)}

@@ -1,0 +1,425 @@
+"""One run from its first round to its summary, every step recorded: in a simulation and on a server without a model."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from fedtune.adapter import Adapter, pack
+from fedtune.config import Recipe, bind, changes, digest, render
+from fedtune.config.recipe import largest_rank
+from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
+from fedtune.methods import METHODS
+from fedtune.methods import state as states
+from fedtune.planning import Planner
+from fedtune.round import Blueprint
+from fedtune.rounds import Ledger, Note, RoundFinished, RoundResult, Watch
+from fedtune.rounds import run as run_rounds
+from fedtune.store import peft, records
+from fedtune.store.blobs import Blobs
+from fedtune.store.history import begun, replayed
+from fedtune.store.ledger import RunLedger
+from fedtune.store.run import append_round, read_rounds, write_recipe, write_summary
+from fedtune.tensors import Tensors
+from fedtune.tensors import digest as tensors_digest
+from fedtune.transport import Transport
+
+Door: TypeAlias = Literal["simulate", "flower"]
+PUT_BACK = "put back a copy of the run directory, or start the run again"
+REWRITE = "write it again with fedtune simulate --resume"
+VERSIONS = ("fedtune", "numpy", "torch", "transformers", "peft", "flwr")
+"""Packages whose versions a run notes: another one may change the last bits."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one global model; none where there is no model or nothing to score."""
+
+    test: Mapping[str, float] | None = None
+    held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def unscored(adapter: Adapter, saved: Tensors, *, test: bool, clients: bool) -> Scored:
+    """Score nothing: a server holds neither model nor data."""
+    return Scored()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is conducted over: the recipe, and what is known of base, fleet and machine."""
+
+    recipe: Recipe
+    blueprint: Blueprint
+    planner: Planner
+    base: Mapping[str, Any]
+    """`name`, `digest` and, where the model is loaded, `parameters`."""
+    target: peft.Target
+    fleet: Mapping[str, int]
+    """Training examples by client, as known at the start."""
+    machine: Mapping[str, Any]
+    data: str = ""
+    """Digest of every client's examples; empty where they are not known."""
+    notes: Sequence[str] = ()
+    score: Callable[..., Scored] = unscored
+    sample: Callable[[Adapter, Tensors], Mapping[str, str] | None] = lambda adapter, saved: None
+    """Continues the recipe's prompt before and after."""
+    door: Door = "simulate"
+    """What the run is conducted through."""
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """What the journal holds of a run's beginning, and a resumed run is held against."""
+        return {
+            "recipe": render(self.recipe),
+            "recipe_digest": digest(self.recipe),
+            "base": self.base["digest"],
+            "data": self.data,
+            "door": self.door,
+            "versions": " ".join(f"{name} {number}" for name, number in versions().items()),
+            "platform": platform.platform(),
+        }
+
+
+def conduct(
+    setting: Setting, run: Path, transport: Transport, *, resume: bool = False, watch: Watch
+) -> Mapping[str, Any]:
+    """Run the rounds, or those that are left, record each of them in the run directory, and return the summary.
+
+    With `resume` a run goes on that has begun; one that was killed before that starts.
+
+    When a round cannot be completed, or on Ctrl-C, the rounds that were completed stay: their lines, the last adapter,
+    and a summary that says so; then the exception goes on. The run can be resumed after that, and after any crash.
+
+    Raises:
+        RoundError: if a round could not be completed.
+        StoreError: if the run directory cannot be written or trusted.
+        ConfigError: if a run to be resumed was begun with another base or other data.
+    """
+    for note in setting.notes:
+        watch(Note(note))
+    began, going_on = time.perf_counter(), resume and begun(run)
+    with RunLedger.reopen(run) if going_on else RunLedger.create(run) as ledger:
+        # Everything that may be refused comes before anything of the run is changed.
+        lines, state = held(setting, run, ledger, watch) if going_on else ([], None)
+        write_recipe(run, render(setting.recipe))
+        ledger.begin(setting.inputs)
+        if lines and lines[-1]["round"]:
+            write_adapter(setting, run, state, lines)  # a crash, or a hand, may have left another one
+        earlier = sum(line["seconds"] for line in lines)
+
+        def close(reason: str) -> Mapping[str, Any]:
+            result = summary(setting, run, lines, reason=reason, seconds=earlier + time.perf_counter() - began)
+            write_summary(run, result)
+            return result
+
+        try:
+            if not lines:
+                lines.append(record_base(setting, run))
+                watch(RoundFinished(lines[-1]))
+            elif lines[-1]["round"] == setting.recipe.rounds.count:
+                watch(Note(f"nothing is left to do up to round {lines[-1]['round']}; set rounds.count for more"))
+            for played in rounds(setting, transport, ledger=ledger, start=state, watch=watch):
+                lines.append(record_round(setting, run, played, lines))
+                watch(RoundFinished(lines[-1]))
+        except (KeyboardInterrupt, FedtuneError) as stop:
+            reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop)
+            if lines:
+                with suppress(StoreError):  # a full disk: what stopped the run is told, not what came of it
+                    close(reason)
+            done = f"after round {lines[-1]['round']}" if lines else "before its first round"
+            final = isinstance(stop, RoundError) and stop.final
+            watch(Note(f"stopped {done}" + ("" if final else f"; go on with: {again(setting.door, run)}")))
+            raise
+        result = close("")
+        ledger.finish(lines[-1]["round"])
+        return result
+
+
+def held(setting: Setting, run: Path, ledger: RunLedger, watch: Watch) -> tuple[list[Mapping[str, Any]], Any | None]:
+    """Return the lines of a run that goes on, and the state after the last of them; None before the first round.
+
+    Raises:
+        ConfigError: if it was begun with another base or other data, or has more rounds than the recipe.
+        StoreError: if lines, journal and states do not belong together.
+    """
+    check_inputs(setting, ledger.first, watch)
+    if setting.recipe.rounds.count < ledger.begun:
+        expected = f"at least {ledger.begun}, the rounds that have begun"
+        raise ConfigError(Fault("rounds.count", expected, str(setting.recipe.rounds.count)))
+    lines = list(read_rounds(run))
+    if not lines and ledger.begun:
+        raise StoreError(f"{run / 'rounds.jsonl'}: expected the lines of {ledger.begun} rounds; got none; {PUT_BACK}")
+    kept = ledger.resume(lines[-1]["round"] if lines else 0)
+    return lines, None if kept is None else states.decode(kept, first_state(setting.recipe, setting.blueprint))
+
+
+def first_state(recipe: Recipe, blueprint: Blueprint) -> Any:
+    return METHODS[recipe.method.name].init(blueprint, recipe.method)
+
+
+def again(door: Door, run: Path) -> str:
+    """Return the command that goes on with a run."""
+    if door == "simulate":
+        return f"fedtune simulate --resume {shlex.quote(str(run))}"
+    path = run.absolute()
+    return f'flwr run . --run-config \'recipe="{path}/recipe.toml" store="{path.parent}" resume="{path.name}"\''
+
+
+def rounds(
+    setting: Setting,
+    transport: Transport,
+    *,
+    ledger: Ledger | None = None,
+    start: Any | None = None,
+    watch: Watch = lambda event: None,
+) -> Iterator[RoundResult]:
+    """Yield the recipe's rounds, from a state or from the first one; without a ledger nothing of them is kept."""
+    return run_rounds(
+        method=METHODS[setting.recipe.method.name],
+        settings=setting.recipe.method,
+        planner=setting.planner,
+        transport=transport,
+        schedule=setting.recipe.rounds,
+        blueprint=setting.blueprint,
+        base=setting.base["digest"],
+        ledger=ledger,
+        start=start,
+        watch=watch,
+    )
+
+
+def check_inputs(setting: Setting, noted: Mapping[str, str], watch: Watch) -> None:
+    """Refuse to go on over another base or other data, and note other versions.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    now = setting.inputs
+    faults = [
+        Fault(path, f"what the run was begun with (digest {noted[key][:12]})", f"{now[key][:12]}", hint)
+        for key, path, hint in (
+            ("base", "model.base", "load the same model in the same revision and dtype"),
+            ("data", "data", "put the files back, or start another run with --fresh"),
+        )
+        if noted[key] and now[key] and noted[key] != now[key]
+    ]
+    if faults:
+        raise ConfigError(faults)
+    if bool(noted["data"]) != bool(now["data"]):
+        watch(Note("this run was begun where the data were known, or is now: whether they are the same is not checked"))
+    for key in ("versions", "platform"):
+        if noted[key] != now[key]:
+            watch(Note(f"begun with {key} {noted[key]}; now {now[key]}: the last bits may differ from here on"))
+
+
+def check_resumable(run: Path, recipe: Recipe) -> None:
+    """Refuse to resume a run with another recipe than it was begun with; rounds.count and the engine may change.
+
+    Raises:
+        ConfigError: with every key that differs.
+        StoreError: if the folder is no run, or its journal cannot be trusted.
+    """
+    if not begun(run):
+        return  # killed before anything of it was noted: it starts
+    noted = bind(RunLedger.inputs(run)["recipe"])
+    different = [line for line in changes(noted, recipe) if not resumable(line)]
+    if different:
+        raise ConfigError(
+            [Fault("", "the recipe that the run was begun with", line) for line in different], source=f"resume {run}"
+        )
+
+
+def resumable(change: str) -> bool:
+    """Tell whether a run may go on in spite of a change, as `config.changes` writes it."""
+    return change.startswith("rounds.count:")
+
+
+def check_results(run: Path) -> None:
+    """Hold recipe, round lines and adapter of a run against its journal and the states that it keeps.
+
+    Of a line only the digest of its state can be checked: losses and times stand nowhere else.
+
+    Raises:
+        StoreError: naming what is another.
+    """
+    if not begun(run):
+        return
+    while True:
+        before = replayed(run)[1]
+        try:
+            check_results_once(run)
+        except StoreError:
+            if replayed(run)[1] == before:
+                raise  # and the run, going on, was not merely ahead of what had been read
+        else:
+            return
+
+
+def check_results_once(run: Path) -> None:
+    lines, written = read_rounds(run), peft.read(run / "adapter") if (run / "adapter").exists() else None
+    history, _ = replayed(run)
+    digests, path = history.digests, run / "rounds.jsonl"
+    noted = bind(history.inputs[-1]["recipe"])
+    # A resume writes the recipe, and is noted after that: their rounds.count may differ where it was killed between.
+    if different := [line for line in changes(noted, bind(run / "recipe.toml")) if not resumable(line)]:
+        raise StoreError(f"{run / 'recipe.toml'}: expected the recipe that the journal notes; got {different[0]}")
+    last = lines[-1]["round"] if lines else -1
+    if last != len(digests) and not (last == len(digests) - 1 and (history.repeatable or not digests)):
+        raise StoreError(f"{path}: expected lines up to round {len(digests)}; got them up to {last}; {PUT_BACK}")
+    for number, line in enumerate(lines):
+        expected = digests[number - 1] if number else ""
+        if line["round"] != number or line["state_digest"] != expected:
+            raise StoreError(
+                f"{path}: expected round {number} with the state {expected[:12]}, as the journal notes; "
+                f"got round {line['round']} with {str(line['state_digest'])[:12]}; {PUT_BACK}"
+            )
+    if last < 1 and written is None:
+        return
+    if written is None:
+        raise StoreError(f"{run / 'adapter'}: expected the adapter of round {last}; got none; {REWRITE} {run}")
+    adapter, saved, origin = written
+    made = origin.get("round")
+    if made not in (last, len(digests)) or not made:
+        raise StoreError(f"{run / 'adapter'}: expected the adapter of round {last}; got {made!r}'s; {REWRITE} {run}")
+    method, blueprint = METHODS[noted.method.name], Blueprint(modules={}, saved={}, max_rank=1, seed=noted.seed)
+    body = Blobs(run / "blobs").get(digests[made - 1], f"the state of round {made}")
+    state = states.decode(body, first_state(noted, blueprint))
+    ours, theirs = (
+        tensors_digest({**pack(nonzero(factors)), **kept})
+        for factors, kept in ((method.adapter(state), state.saved), (adapter, saved))
+    )
+    if ours != theirs:
+        raise StoreError(
+            f"{run / 'adapter'}: expected the adapter of round {made}'s state; got other tensors; {REWRITE} {run}"
+        )
+
+
+def nonzero(adapter: Adapter) -> Adapter:
+    """Return the modules that change something: PEFT has no rank 0."""
+    return {name: factors for name, factors in adapter.items() if factors.b.any()}
+
+
+def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a rank above the smaller side of a layer: more columns than that add parameters and nothing else.
+
+    Raises:
+        ConfigError: naming the smallest layer.
+    """
+    module, shape = min(modules.items(), key=lambda item: min(item[1]))
+    if (rank := largest_rank(recipe)) > min(shape):
+        raise ConfigError(
+            Fault(
+                path="adapter.rank",
+                expected=f"at most {min(shape)}, the smaller side of {module} {shape}",
+                got=f"{rank}, the largest in the recipe",
+                hint="lower the rank, or leave that layer out of adapter.targets",
+            )
+        )
+
+
+def record_base(setting: Setting, run: Path) -> Mapping[str, Any]:
+    """Score the base before any training; the line of round 0."""
+    began = time.perf_counter()
+    scored = setting.score({}, setting.blueprint.saved, test=True, clients=True)
+    record = records.base_record(scored.test, scored.held_out, time.perf_counter() - began)
+    append_round(run, record)
+    return record
+
+
+def record_round(
+    setting: Setting, run: Path, result: RoundResult, lines: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """Score the state as the recipe asks, write the adapter and the round's line, and return the line."""
+    recipe, method = setting.recipe, METHODS[setting.recipe.method.name]
+    adapter, saved = method.adapter(result.state), result.state.saved
+    last, every = result.round == recipe.rounds.count, recipe.evaluate.every
+    scored = setting.score(adapter, saved, test=last or (every > 0 and result.round % every == 0), clients=last)
+    record = records.round_record(
+        result,
+        adapter,
+        energy_kept=method.energy_kept(result.state),
+        test=scored.test,
+        held_out=scored.held_out,
+    )
+    write_adapter(setting, run, result.state, [*lines, record])
+    append_round(run, record)
+    return record
+
+
+def write_adapter(setting: Setting, run: Path, state: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the adapter of a state, with where it came from: the last of the lines."""
+    adapter = METHODS[setting.recipe.method.name].adapter(state)
+    peft.write(run / "adapter", adapter, state.saved, setting.target, provenance(setting, adapter, lines))
+
+
+def provenance(setting: Setting, adapter: Adapter, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return what travels inside an adapter folder: where it came from, and what it cost."""
+    recipe = setting.recipe
+    return {
+        "fedtune": version("fedtune"),
+        "name": recipe.name,
+        "recipe": digest(recipe),
+        "method": recipe.method.name,
+        "seed": recipe.seed,
+        "round": lines[-1]["round"],
+        "state_digest": lines[-1]["state_digest"],
+        "base": {"name": setting.base["name"], "digest": setting.base["digest"]},
+        "clients": {
+            name: {"examples": total["examples"], "rank": total["rank"]}
+            for name, total in records.clients_summary(lines, setting.fleet).items()
+        },
+        "modules": {name: factors.rank for name, factors in sorted(adapter.items())},
+        "bytes_down": sum(line["bytes_down"] for line in lines),
+        "bytes_up": sum(line["bytes_up"] for line in lines),
+    }
+
+
+def summary(
+    setting: Setting, run: Path, lines: Sequence[Mapping[str, Any]], *, reason: str, seconds: float
+) -> Mapping[str, Any]:
+    """Return what a run says of itself; a reason says why it stopped before its last round."""
+    recipe, blueprint = setting.recipe, setting.blueprint
+    scored = [line for line in lines if line["test"] is not None]
+    after = scored[-1] if scored else lines[-1]
+    return {
+        "name": recipe.name,
+        "method": recipe.method.name,
+        "seed": recipe.seed,
+        "rounds": lines[-1]["round"],
+        "state": "interrupted" if reason else "finished",
+        "reason": reason,
+        "state_digest": lines[-1]["state_digest"],
+        "base": setting.base,
+        "trainable": blueprint.max_rank * sum(m + n for m, n in blueprint.modules.values())
+        + sum(array.size for array in blueprint.saved.values()),
+        "before": records.scores(lines[0]["test"], lines[0]["held_out"]),
+        "after": records.scores(after["test"], lines[-1]["held_out"]),
+        "clients": records.clients_summary(lines, setting.fleet),
+        "bytes_down": sum(line["bytes_down"] for line in lines),
+        "bytes_up": sum(line["bytes_up"] for line in lines),
+        "seconds": seconds,
+        "sample": None if reason else setting.sample(*peft.read(run / "adapter")[:2]),
+        "failures": records.failures(lines),
+        "recipe_digest": digest(recipe),
+        "adapter_digest": peft.digest(run / "adapter") if (run / "adapter").exists() else "",
+        "versions": versions(),
+        "machine": {**setting.machine, "platform": platform.platform()},
+    }
+
+
+def versions() -> Mapping[str, str]:
+    """Return the versions of Python and of the packages that matter, as far as they are installed."""
+    return dict(installed()) | {"python": platform.python_version()}
+
+
+def installed() -> Iterator[tuple[str, str]]:
+    for name in VERSIONS:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)

@@ -1,0 +1,19 @@
+"""fedtune as a Flower app, on every network that Flower has; nothing here reports home or installs anything.
+
+The environment is set before the first import of flwr, which reads some of it then and never again. It cannot reach
+processes that Flower starts before fedtune is imported: service units and containers carry the same lines.
+"""
+
+import os
+
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # a SuperLink would install the app's dependencies per run
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces, whatever it is told
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default of its next release, for which it warns otherwise
+}
+
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)

@@ -1,0 +1,76 @@
+"""The Flower app of a client: it says hello, and does what an assignment asks with its own model and data."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeAlias
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedtune.errors import FedtuneError
+from fedtune.flower import shim
+from fedtune.flower.records import ERROR, UPDATE, pack, unpack
+from fedtune.round import Assignment, ClientUpdate
+from fedtune.wire.messages import decode_assignment, encode_update
+from fedtune.wire.profile import ClientProfile, encode_profile
+
+
+class Site(Protocol):
+    """A client with its model and data."""
+
+    def profile(self) -> ClientProfile:
+        """Return what the client says of itself."""
+        ...
+
+    def perform(self, assignment: Assignment) -> ClientUpdate:
+        """Do what an assignment asks; raises an error of fedtune if that cannot be done."""
+        ...
+
+
+Scalar: TypeAlias = bool | int | float | str
+SiteOf: TypeAlias = Callable[[Mapping[str, Scalar], Mapping[str, Scalar]], Site]
+"""From a node's own configuration and the run's to the client; keeps what it has loaded."""
+
+
+def client_app(site_of: SiteOf) -> ClientApp:
+    """Return the app of whichever client the node that it runs on belongs to."""
+    app = ClientApp()
+
+    @app.query("caps")
+    def caps(message: Message, context: Context) -> Message:
+        return answered(message, lambda: hello(site_of(context.node_config, context.run_config)))
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return answered(message, lambda: trained(site_of(context.node_config, context.run_config), message.content))
+
+    return app
+
+
+def answered(message: Message, work: Callable[[], RecordDict]) -> Message:
+    """Return the reply to a message, or an error reply with the reason: an exception would arrive as a traceback.
+
+    In a simulation, where the data are the user's own, an unforeseen error is raised: Flower tells where it came from.
+    """
+    try:
+        return Message(work(), reply_to=message)
+    except FedtuneError as error:
+        return Message(Error(ERROR, str(error)), reply_to=message)
+    except Exception as error:  # what it says may quote data, and Flower would send that on: only its type leaves
+        if shim.in_simulation():  # with its type in words: of what is raised on Ray, Flower's reply keeps only the text
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        traceback.print_exc()
+        reason = f"expected an answer; got {type(error).__name__}; this client's own log says where"
+        return Message(Error(ERROR, reason), reply_to=message)
+
+
+def hello(site: Site) -> RecordDict:
+    encoded = encode_profile(site.profile())
+    return pack(encoded.header, encoded.blobs)
+
+
+def trained(site: Site, content: RecordDict) -> RecordDict:
+    order = unpack(content)
+    return pack(b"", {UPDATE: encode_update(site.perform(decode_assignment(order.header, order.blobs)))})

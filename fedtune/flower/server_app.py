@@ -1,0 +1,33 @@
+"""The Flower app of the server: a recipe's rounds over whatever grid Flower hands to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol, TypeAlias
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.flower.grid_transport import GridTransport
+
+Scalar: TypeAlias = bool | int | float | str
+
+
+class Connect(Protocol):
+    """Makes the transport over the run's grid."""
+
+    def __call__(self, *, expected: int, least: int, note: Callable[[str], None]) -> GridTransport:
+        """Return it; see `GridTransport` for what is waited for."""
+        ...
+
+
+def server_app(run_recipe: Callable[[Connect, Mapping[str, Scalar]], None]) -> ServerApp:
+    """Return the app that runs what a run's configuration names; `run_recipe` binds it and runs the rounds."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run_recipe(partial(GridTransport, grid), dict(context.run_config))
+
+    return app

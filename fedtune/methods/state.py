@@ -1,0 +1,120 @@
+"""A method's state as bytes and back, in one canonical form: the digest of a run's result is taken over it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fedtune.errors import StoreError
+from fedtune.tensors import Array
+
+State = TypeVar("State")
+
+VERSION = 1
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "U8": np.dtype("u1"),
+}
+"""Number formats of a state's tensors, by the name that safetensors gives them."""
+NAMES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def encode(state: Any) -> Sequence[bytes | memoryview]:
+    """Return a state in parts that together are a safetensors file; the recipe's settings are left out.
+
+    Each tensor is named `<field>/<name>`; fields that are no tensors stand as JSON in the metadata. The parts are
+    views of the state's own arrays, so nothing is copied.
+
+    Raises:
+        StoreError: if a tensor's numbers have no name in `DTYPES`.
+    """
+    values: dict[str, Any] = {}
+    tensors: dict[str, Array] = {}
+    for each in fields(state):
+        value = getattr(state, each.name)
+        if each.name == "settings":
+            continue
+        if holds_tensors(value):
+            tensors |= {f"{each.name}/{name}": array for name, array in value.items()}
+        values[each.name] = None if holds_tensors(value) else value
+    header: dict[str, Any] = {"__metadata__": {"fedtune": canonical({"values": values, "version": VERSION})}}
+    body, offset = [], 0
+    # Wide numbers first, as safetensors orders them: every tensor is aligned in the file, whatever the others' sizes.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        array = tensors[name]
+        if array.dtype not in NAMES:
+            raise StoreError(f"{name}: expected a tensor of {', '.join(DTYPES)}; got {array.dtype}; cast it")
+        ends = [offset, offset + array.nbytes]
+        header[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": ends}
+        body.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        offset = ends[1]
+    front = canonical(header).encode()
+    front += b" " * (-len(front) % 8)
+    return [len(front).to_bytes(8, "little") + front, *body]
+
+
+def decode(data: bytes | memoryview, like: State) -> State:
+    """Return the state that was encoded; settings, and the names and types of the fields, are those of `like`.
+
+    Its tensors are read-only views of `data`.
+
+    Raises:
+        StoreError: if the bytes are not such a state, or that of another method.
+    """
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(bytes(data[8 : 8 + length]))
+        kept = json.loads(header.pop("__metadata__")["fedtune"])
+        version, values = kept["version"], dict(kept["values"])
+        body = memoryview(data).toreadonly()[8 + length :]
+        tensors = {name: _array(spec, body) for name, spec in header.items()}
+        if sum(array.nbytes for array in tensors.values()) != len(body):
+            raise ValueError(f"{len(body)} bytes of tensors")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"expected the state of a method; got {len(data)} bytes that are none ({error})") from error
+    expected = {each.name for each in fields(like)} - {"settings"}  # type: ignore[arg-type]
+    if version != VERSION or values.keys() != expected:
+        raise StoreError(
+            f"expected a state of version {VERSION} with {sorted(expected)}; got version {version} with "
+            f"{sorted(values)}; resume with the fedtune and the method that wrote it"
+        )
+    for name in [name for name, value in values.items() if value is None]:
+        found = {key.removeprefix(f"{name}/"): a for key, a in tensors.items() if key.startswith(f"{name}/")}
+        values[name] = found or None  # a field without tensors is none: an empty mapping travels as one
+    return replace(like, **values)  # type: ignore[type-var]
+
+
+def digest(parts: Sequence[bytes | memoryview]) -> str:
+    """Return the SHA-256 (hex) of an encoded state."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def holds_tensors(value: Any) -> bool:
+    """Tell tensors from other mappings; an empty mapping is either and travels as JSON."""
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(part, np.ndarray) for part in value.values())
+
+
+def canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+
+
+def _array(spec: Mapping[str, Any], body: memoryview) -> Array:
+    dtype, shape = DTYPES[spec["dtype"]], tuple(spec["shape"])
+    start, end = spec["data_offsets"]
+    if not 0 <= start <= end <= len(body) or math.prod(shape) * dtype.itemsize != end - start:
+        raise ValueError(f"a tensor of shape {shape} at {start}..{end} of {len(body)} bytes")
+    return np.frombuffer(body[start:end], dtype).reshape(shape)

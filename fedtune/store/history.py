@@ -1,0 +1,215 @@
+"""What a journal says happened: its records folded into where the run stands, in the writer and in every reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import StoreError
+from fedtune.round import Failure
+from fedtune.store import journal
+from fedtune.store.journal import End, Record
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an update lies: updates that were made durable together share a blob."""
+
+    blob: str
+    offset: int
+    length: int
+
+
+@dataclass
+class Round:
+    """A round that has begun."""
+
+    number: int
+    state: str
+    """Digest of the state that it starts from."""
+    cohort: Mapping[str, int]
+    """Clients by name, with the examples they had enrolled."""
+    orders: Mapping[str, str]
+    """Digest of what each of them was told."""
+    updates: dict[str, Place] = field(default_factory=dict)
+    """Accepted ones by client, in the order of their arrival."""
+    failures: Mapping[str, Failure] | None = None
+    """Why the others are not used; None while the round waits for them."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that came from each of those."""
+
+    @property
+    def missing(self) -> Sequence[str]:
+        """Clients that the round still waits for, in the order of the cohort."""
+        return [] if self.failures is not None else [name for name in self.cohort if name not in self.updates]
+
+
+@dataclass
+class History:
+    """Where a run stands. Every record is checked against those before it."""
+
+    run: str = ""
+    """The run's own number, drawn at its beginning."""
+    inputs: list[Mapping[str, Any]] = field(default_factory=list)
+    """What each of the run's processes was started with."""
+    digests: list[str] = field(default_factory=list)
+    """Of the states after rounds 1, 2, ..."""
+    round: Round | None = None
+    """The last one that has begun, which may be committed."""
+    finished: bool = False
+
+    @property
+    def committed(self) -> int:
+        """Number of the last committed round; 0 before the first."""
+        return len(self.digests)
+
+    @property
+    def open(self) -> Round | None:
+        """The round that has begun and is not committed."""
+        return self.round if self.round is not None and self.round.number > self.committed else None
+
+    @property
+    def repeatable(self) -> Round | None:
+        """The last committed round, as long as all that it was made of is kept: nothing has begun after it."""
+        return None if self.open or self.finished else self.round
+
+    def needed(self) -> Mapping[str, str]:
+        """Return the blobs that are kept, by name, and what each of them is."""
+        states = [self.committed - 1, self.committed] if self.repeatable else [self.committed]
+        needed = {self.digests[number - 1]: f"the state of round {number}" for number in states if number > 0}
+        current = self.open or self.repeatable
+        if current is not None:
+            members: dict[str, list[str]] = {}
+            for client, place in current.updates.items():
+                members.setdefault(place.blob, []).append(client)
+            for blob, names in members.items():
+                few = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+                needed[blob] = f"the update of {few} in round {current.number}"
+        return needed
+
+    def apply(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Take one record in, or nothing of it.
+
+        Raises:
+            StoreError: if it cannot follow the records before it.
+        """
+        step = STEPS.get(kind)
+        if step is None:
+            raise StoreError(
+                f"expected a record of the kinds {', '.join(STEPS)}; got {kind!r}; use the fedtune that wrote it"
+            )
+        if not self.inputs and kind != "start":
+            raise StoreError(f"expected a journal to begin with start; got {kind}")
+        try:
+            step(self, fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(
+                f"expected the fields of {kind}; got {sorted(fields)} ({error!r}); use the fedtune that wrote it"
+            ) from error
+
+
+def start(history: History, fields: Mapping[str, Any]) -> None:
+    run, inputs = fields["run"], dict(fields["inputs"])
+    if history.run not in ("", run):
+        raise StoreError(f"expected the run {history.run}; got {run}")
+    history.run = run
+    history.inputs.append(inputs)
+
+
+def begin(history: History, fields: Mapping[str, Any]) -> None:
+    number, state, last = fields["round"], fields["state"], history.committed
+    if history.open or number != last + 1:
+        raise StoreError(f"expected round {last + 1} to begin once, after round {last} is committed; got {number}")
+    if history.digests and state != history.digests[-1]:
+        raise StoreError(
+            f"expected round {number} to start from the state {history.digests[-1][:12]}; got {state[:12]}"
+        )
+    cohort, orders = dict(fields["cohort"]), dict(fields["orders"])
+    if cohort.keys() != orders.keys():
+        raise StoreError(f"expected an order for each client of {sorted(cohort)}; got {sorted(orders)}")
+    history.round, history.finished = Round(number, state, cohort, orders), False
+
+
+def accept(history: History, fields: Mapping[str, Any]) -> None:
+    current = waiting(history, fields)
+    current.updates |= places(current, fields)
+
+
+def close(history: History, fields: Mapping[str, Any]) -> None:
+    current = waiting(history, fields)
+    updates = {**current.updates, **places(current, fields)}
+    failures = {name: Failure(name, reason, kind) for name, (kind, reason) in fields["failures"].items()}
+    sizes = {name: int(num_bytes) for name, num_bytes in fields["sizes"].items()}
+    if updates.keys() & failures.keys() or updates.keys() | failures.keys() != current.cohort.keys():
+        raise StoreError(
+            f"expected an update or a failure of each client of {sorted(current.cohort)}; "
+            f"got updates of {sorted(updates)}, failures of {sorted(failures)}"
+        )
+    if sizes.keys() != failures.keys():
+        raise StoreError(f"expected the bytes that came from each of {sorted(failures)}; got those of {sorted(sizes)}")
+    current.updates, current.failures, current.sizes = updates, failures, sizes
+
+
+def commit(history: History, fields: Mapping[str, Any]) -> None:
+    current = history.open
+    if current is None or current.number != fields["round"] or current.failures is None:
+        raise StoreError(f"expected a round to be closed before it is committed; got round {fields['round']}")
+    history.digests.append(str(fields["state"]))
+
+
+def finish(history: History, fields: Mapping[str, Any]) -> None:
+    if history.open or fields["round"] != history.committed:
+        raise StoreError(f"expected a run to end after round {history.committed}; got {fields['round']}")
+    history.finished = True
+
+
+STEPS = {"start": start, "open": begin, "accept": accept, "close": close, "commit": commit, "final": finish}
+"""What each kind of record does."""
+
+
+def waiting(history: History, fields: Mapping[str, Any]) -> Round:
+    """Return the round that the record belongs to, which still waits for clients."""
+    current = history.open
+    if current is None or current.number != fields["round"] or current.failures is not None:
+        raise StoreError(f"expected a round that waits for clients; got round {fields['round']}")
+    return current
+
+
+def places(current: Round, fields: Mapping[str, Any]) -> Mapping[str, Place]:
+    """Return where the updates lie that a record accepts."""
+    found: dict[str, Place] = {}
+    for client, offset, length in fields["updates"]:
+        if client not in current.cohort or client in current.updates or client in found:
+            raise StoreError(f"expected one update of each client in {sorted(current.cohort)}; got another of {client}")
+        found[client] = Place(fields["blob"], offset, length)
+    return found
+
+
+def begun(run: Path) -> bool:
+    """Tell whether a run directory holds the beginning of a run: if not, there is nothing to resume.
+
+    Raises:
+        StoreError: if the journal is damaged.
+    """
+    return (run / "journal").exists() and bool(replayed(run)[0].inputs)
+
+
+def replayed(run: Path) -> tuple[History, End]:
+    """Return what the journal of a run directory says, and where its records end; safe beside the run's writer.
+
+    Raises:
+        StoreError: if there is none, or naming the first record that cannot be trusted.
+    """
+    path, history = run / "journal", History()
+    if not path.exists():
+        raise StoreError(f"{run}: expected a run that can be resumed; got a folder without a journal; start a new run")
+
+    def apply(record: Record) -> None:
+        try:
+            history.apply(record.kind, record.fields)
+        except StoreError as error:
+            raise StoreError(f"{path}, record {record.n} ({record.kind}): {error}") from error
+
+    return history, journal.read(path, apply)

@@ -1,0 +1,236 @@
+"""The journal of a run: an append-only file of chained records, each of which lasts before what it announces happens.
+
+A record is `u32 length | u32 crc32 | JSON`, little-endian; the JSON has sorted keys, is ASCII, and holds integers and
+strings only. Beside the fields of its kind it holds `n`, `prev` (SHA-256 of the JSON before it), `epoch` (which of the
+run's processes wrote it), `kind`, and `unix_ms`, which is information and decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from struct import Struct
+from typing import Any, BinaryIO
+from zlib import crc32
+
+from fedtune.errors import StoreError
+from fedtune.store import files
+
+FRONT = Struct("<II")
+"""Length and CRC-32 of the JSON."""
+MAX_RECORD_BYTES = 16 * 1024 * 1024
+"""A round of a hundred thousand clients fits."""
+BEFORE_FIRST = "0" * 64
+OWN_FIELDS = ("epoch", "kind", "n", "prev", "unix_ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record, as it was read."""
+
+    n: int
+    epoch: int
+    kind: str
+    fields: Mapping[str, Any]
+    """Those of its kind."""
+
+
+@dataclass(frozen=True)
+class End:
+    """Where the whole records of a journal end, which is where the next one goes."""
+
+    count: int = 0
+    head: str = BEFORE_FIRST
+    """SHA-256 (hex) of the last record's JSON."""
+    epoch: int = 0
+    """Of the last record."""
+    num_bytes: int = 0
+    torn_bytes: int = 0
+    """What a crash left of a record behind them."""
+
+
+def read(path: Path, each: Callable[[Record], None]) -> End:
+    """Hand every whole record to `each`, in order, and return where they end; safe beside a process that writes.
+
+    A last record that is incomplete, or does not match its checksum, was being written when the process died: it is
+    left out. Nothing else may be wrong.
+
+    Raises:
+        StoreError: naming the first record that is damaged or breaks the chain; or raised by `each`.
+    """
+    with files.guarded(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        n, head, epoch, at = 0, BEFORE_FIRST, 0, 0
+        while at < size:
+            try:
+                data = whole(file, size - at)
+                if data is None:
+                    break
+                record = parsed(data, n, head, epoch)
+            except StoreError as error:
+                damage = "the journal is damaged: put back a copy of the run directory"
+                raise StoreError(f"{path}, record {n}: {error}; {damage}") from error
+            each(record)
+            n, head, epoch, at = n + 1, sha256(data).hexdigest(), record.epoch, at + FRONT.size + len(data)
+        return End(n, head, epoch, at, size - at)
+
+
+def whole(file: BinaryIO, rest: int) -> bytes | None:
+    """Return the JSON of the next record if it is what its checksum says, or None if its writing was cut short.
+
+    Args:
+        file: to read from.
+        rest: bytes of it that are left.
+
+    Raises:
+        StoreError: if it was damaged later: a torn record has no other behind it.
+    """
+    front = file.read(min(FRONT.size, rest))
+    if len(front) < FRONT.size:
+        return None
+    length, checksum = FRONT.unpack(front)
+    if not 0 < length <= MAX_RECORD_BYTES:
+        # A file may have grown on the disk before its bytes got there: then they are zeros, up to the end.
+        if rest <= FRONT.size + MAX_RECORD_BYTES and not any(front + file.read(rest - FRONT.size)):
+            return None
+        raise StoreError(f"expected a record of 1 to {MAX_RECORD_BYTES} bytes; got one of {length}")
+    data = file.read(min(length, rest - FRONT.size))
+    if len(data) == length and crc32(data) == checksum:
+        return data
+    if FRONT.size + length < rest:
+        raise StoreError(f"expected the checksum {checksum:08x}; got {crc32(data):08x}")
+    if len(data) < length and complete(data):
+        # The length was damaged, not the writing cut short: to cut here could lose records that were promised.
+        raise StoreError(f"expected {length} bytes; got a record that ends earlier within {len(data)}")
+    return None
+
+
+def complete(data: bytes) -> bool:
+    """Tell whether the bytes begin with a whole JSON object, which the beginning of a longer one never does."""
+    try:
+        json.JSONDecoder().raw_decode(data.decode("latin-1"))
+    except ValueError:
+        return False
+    return True
+
+
+def parsed(data: bytes, n: int, head: str, epoch: int) -> Record:
+    """Return a record that must have the number `n`, follow the one of digest `head`, and be of `epoch` or a later one.
+
+    Raises:
+        StoreError: if it is or does not.
+    """
+    try:
+        fields = json.loads(data.decode("ascii"))
+        now, kind, number, prev, _ = [fields.pop(name) for name in OWN_FIELDS]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"expected an object with {', '.join(OWN_FIELDS)}; got {error!r}") from error
+    if number != n or prev != head:
+        raise StoreError(f"expected number {n} after the record {head[:12]}; got {number!r} after {str(prev)[:12]}")
+    if not isinstance(now, int) or now < epoch or not isinstance(kind, str):
+        raise StoreError(f"expected a kind, and an epoch from {epoch}; got {kind!r}, {now!r}")
+    return Record(n, now, kind, fields)
+
+
+class Journal:
+    """The end of a journal's file, to append to. Once a write has failed it takes no more: what lasts is unknown."""
+
+    def __init__(self, path: Path, end: End) -> None:
+        """Open the file behind its last whole record, and cut off what a crash left of another.
+
+        Raises:
+            StoreError: if it cannot be written.
+        """
+        self._path, self._end, self._usable = path, end, False
+        self.epoch = end.epoch + 1
+        with files.guarded(path):
+            self._descriptor = files.append_to(path)
+            try:
+                if end.count == 0:
+                    files.sync_folder(path.parent)  # before the first record: a record never lasts without its file
+                if end.torn_bytes:
+                    files.cut(self._descriptor, end.num_bytes)
+                # A process that was killed may have left whole records that are not synced, and they are acted on now.
+                files.sync(self._descriptor)
+            except BaseException:
+                self.close()
+                raise
+        self._usable = True
+
+    @property
+    def usable(self) -> bool:
+        """Whether more can be appended."""
+        return self._usable
+
+    def append(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Append a record and sync it to the disk.
+
+        Raises:
+            StoreError: if that failed, now or before; if another process has written; or if the record is too large
+                or holds anything but integers and strings.
+        """
+        if not self._usable:
+            raise StoreError(
+                f"{self._path}: expected a journal that can be written; an earlier write failed; "
+                "end this process, see to the disk, and go on with --resume"
+            )
+        end = self._end
+        own = {"n": end.count, "prev": end.head, "epoch": self.epoch, "kind": kind, "unix_ms": time.time_ns() // 10**6}
+        data = canonical({**fields, **own})
+        if len(data) > MAX_RECORD_BYTES:
+            raise StoreError(
+                f"{self._path}: expected a record of at most {MAX_RECORD_BYTES} bytes; got {len(data)} ({kind}); "
+                "lower rounds.cohort"
+            )
+        with files.guarded(self._path):
+            if os.fstat(self._descriptor).st_size != end.num_bytes:
+                self._usable = False
+                raise StoreError(
+                    f"{self._path}: expected {end.num_bytes} bytes, as this process left it; another one has written; "
+                    "end all but one"
+                )
+            self._usable = False  # whatever interrupts the next lines: nobody writes behind half a record
+            try:
+                files.write(self._descriptor, FRONT.pack(len(data), crc32(data)) + data)
+                files.sync(self._descriptor)
+            except OSError:
+                with suppress(OSError):  # what stays of it is cut off by whoever opens the journal next
+                    files.cut(self._descriptor, end.num_bytes)
+                raise
+            self._usable = True
+        head = sha256(data).hexdigest()
+        self._end = End(end.count + 1, head, self.epoch, end.num_bytes + FRONT.size + len(data))
+
+    def close(self) -> None:
+        """Close the file; nothing waits to be written."""
+        self._usable = False
+        os.close(self._descriptor)
+
+
+def canonical(fields: Mapping[str, Any]) -> bytes:
+    """Return the one form of a record's JSON.
+
+    Raises:
+        StoreError: if it holds anything but integers, strings, and lists and mappings of them.
+    """
+    check_plain(fields, "record")
+    return json.dumps(fields, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
+
+
+def check_plain(value: Any, where: str) -> None:
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        for key, part in value.items():
+            check_plain(part, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for part in value:
+            check_plain(part, where)
+    elif isinstance(value, bool) or not isinstance(value, int | str):
+        raise StoreError(
+            f"{where}: expected integers, strings, and lists or mappings of them; got {value!r}; write it as a string"
+        )

@@ -1,0 +1,193 @@
+"""What a client says of itself before the first round: who it is, which base it holds, what its device carries."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedtune.errors import WireError
+from fedtune.tensors import Tensors, digest
+from fedtune.wire.messages import EncodedAssignment, body_of, decode_blob, encode_blob, parsed
+from fedtune.wire.v1 import round_pb2 as pb
+
+PROTOCOL = 1
+"""Version of the messages of a round; peers of another one do not understand each other."""
+
+MAX_NAME = 100
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a client's device can carry; zero and the empty text stand for what is not known."""
+
+    memory_bytes: int = 0
+    """Main memory of the machine."""
+    cores: int = 0
+    """CPU cores that the process may use."""
+    accelerator: str = ""
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """What all clients of a run must have in common: the base, and what is trained on it."""
+
+    base: str
+    """Digest (hex) of the base model."""
+    modules: Mapping[str, tuple[int, int]]
+    """(out, in) of every module that gets an adapter, by full name in sorted order."""
+    saved: Tensors = field(default_factory=dict)
+    """Initial values of modules_to_save, by parameter name, float32."""
+    saved_modules: Sequence[str] = ()
+    """Names of the modules that they belong to."""
+    labels: Sequence[str] = ()
+    """Classification: the class names, by class."""
+    transposed: bool = False
+    """Whether the adapted layers hold their weights as (in, out), as GPT-2's do."""
+    parameters: int = 0
+    """Of the base model."""
+
+
+@dataclass(frozen=True)
+class ClientProfile:
+    """What one client says of itself; an encoded one travels as header and bodies, as an assignment does."""
+
+    client: str
+    """Its lasting name."""
+    num_examples: int
+    foundation: Foundation
+    methods: Sequence[str] = ()
+    """Methods whose assignments the client understands."""
+    device: Device = Device()
+
+
+def encode_profile(profile: ClientProfile) -> EncodedAssignment:
+    """Return a profile as header and bodies.
+
+    Raises:
+        WireError: if a tensor cannot travel.
+    """
+    common, device = profile.foundation, profile.device
+    saved = encode_blob(common.saved)
+    saved.header.role = "saved"
+    header = pb.ClientProfile(
+        client=profile.client,
+        examples=profile.num_examples,
+        base=common.base,
+        modules=[
+            pb.Module(name=name, out_features=m, in_features=n) for name, (m, n) in sorted(common.modules.items())
+        ],
+        saved=saved.header,
+        saved_modules=common.saved_modules,
+        labels=common.labels,
+        transposed=common.transposed,
+        parameters=common.parameters,
+        verbs=[pb.ADAPT],
+        methods=profile.methods,
+        protocol=PROTOCOL,
+        device=pb.Device(memory_bytes=device.memory_bytes, cores=device.cores, accelerator=device.accelerator),
+    )
+    return EncodedAssignment(header.SerializeToString(), {saved.digest: saved.body})
+
+
+def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
+    """Return the profile; its tensors are read-only views of the body.
+
+    Raises:
+        WireError: if the header is malformed, its body is missing or another, or the client speaks another protocol.
+    """
+    message = parsed(pb.ClientProfile(), header)
+    name = message.client
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise WireError(f"profile: expected a printable name of 1 to {MAX_NAME} characters; got {name[:MAX_NAME]!r}")
+    if message.protocol != PROTOCOL or pb.ADAPT not in message.verbs:
+        raise WireError(
+            f"{name}: expected protocol {PROTOCOL} and the verb ADAPT; got protocol {message.protocol}, "
+            f"verbs {list(message.verbs)}; run the same release of fedtune on both sides"
+        )
+    names = [module.name for module in message.modules]
+    if not names or names != sorted(set(names)) or not all(names):
+        raise WireError(f"{name}: expected modules, each once and in order; got {names[:5]}")
+    modules = {module.name: (module.out_features, module.in_features) for module in message.modules}
+    if message.examples < 1 or min(map(min, modules.values())) < 1:
+        raise WireError(f"{name}: expected at least one example and no empty module; got {message.examples} examples")
+    saved = decode_blob(message.saved, body_of(message.saved, blobs))
+    for key, array in saved.items():
+        if array.dtype != np.float32 or not np.isfinite(array).all():
+            raise WireError(f"{name}: expected finite float32 numbers in {key!r}; got {array.dtype.name}")
+    return ClientProfile(
+        client=name,
+        num_examples=message.examples,
+        foundation=Foundation(
+            base=message.base,
+            modules=modules,
+            saved=saved,
+            saved_modules=tuple(message.saved_modules),
+            labels=tuple(message.labels),
+            transposed=message.transposed,
+            parameters=message.parameters,
+        ),
+        methods=tuple(message.methods),
+        device=Device(message.device.memory_bytes, message.device.cores, message.device.accelerator),
+    )
+
+
+def agreed(profiles: Sequence[ClientProfile]) -> Foundation:
+    """Return the foundation that most clients have in common; of several, that of the first client by name.
+
+    Raises:
+        ValueError: if there is no profile.
+    """
+    ordered = sorted(profiles, key=lambda profile: profile.client)
+    prints = [fingerprint(profile.foundation) for profile in ordered]
+    counts = Counter(prints)
+    # max takes the first of equals
+    return ordered[max(range(len(ordered)), key=lambda place: counts[prints[place]])].foundation
+
+
+def fingerprint(foundation: Foundation) -> tuple[object, ...]:
+    """Return a foundation as a value that can be compared and counted, tensors by their digest."""
+    return (
+        foundation.base,
+        tuple(sorted(foundation.modules.items())),
+        digest(foundation.saved),
+        tuple(foundation.saved_modules),
+        tuple(foundation.labels),
+        foundation.transposed,
+        foundation.parameters,
+    )
+
+
+def difference(wanted: Foundation, found: Foundation) -> str:
+    """Return in words in what a client's foundation differs from the run's; empty if it does not."""
+    if wanted is found:  # as of clients that share it: then nothing needs to be hashed
+        return ""
+    if wanted.base != found.base:
+        return (
+            f"expected the base {wanted.base[:12]}; got {found.base[:12]}; "
+            "load the same model in the same revision and dtype"
+        )
+    if wanted.modules != found.modules:
+        odd = sorted(dict(wanted.modules.items() ^ found.modules.items()))
+        return (
+            f"expected {len(wanted.modules)} adapted modules; got {len(found.modules)}, the first difference being "
+            f"{odd[0]!r}; set the same adapter.targets"
+        )
+    if tuple(wanted.labels) != tuple(found.labels):
+        return f"expected the classes {listed(wanted.labels)}; got {listed(found.labels)}; use the same label names"
+    if tuple(wanted.saved_modules) != tuple(found.saved_modules):
+        return (
+            f"expected modules_to_save {list(wanted.saved_modules)}; got {list(found.saved_modules)}; "
+            "set the same adapter.modules_to_save"
+        )
+    if digest(wanted.saved) != digest(found.saved):
+        return "expected other initial values of modules_to_save; set the same seed"
+    if fingerprint(wanted) != fingerprint(found):
+        return "expected another layout of the base; run the same release of fedtune and transformers"
+    return ""
+
+
+def listed(labels: Sequence[str]) -> str:
+    return f"{', '.join(labels[:5])}{', ...' * (len(labels) > 5)} ({len(labels)})" if labels else "none"

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune.config.site import bind_site
+from fedtune.errors import ConfigError
+
+SITE = """
+name = "site-a"
+
+[model]
+base = "embedded"
+threads = 2
+
+[adapter]
+targets = ["q_proj"]
+
+[data]
+source = "train.jsonl"
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "site.toml"
+    path.write_text(text)
+    return path
+
+
+def faults(tmp_path: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        bind_site(written(tmp_path, text))
+    return str(caught.value)
+
+
+def test_a_site_is_its_name_its_model_and_its_data(tmp_path: Path) -> None:
+    site = bind_site(written(tmp_path, SITE))
+    assert (site.name, site.seed, site.model.threads, site.root) == ("site-a", 0, 2, tmp_path)
+    assert site.adapter.settings.targets == ("q_proj",)
+    assert (site.data.split.kind, site.data.split.clients, site.split) == ("iid", 1, False)
+
+
+def test_a_split_of_the_data_is_kept(tmp_path: Path) -> None:
+    site = bind_site(written(tmp_path, SITE + 'split = { kind = "key", by = "who" }\n'))
+    assert (site.data.split.kind, site.split) == ("key", True)
+
+
+def test_a_site_without_a_name_is_called_as_its_file(tmp_path: Path) -> None:
+    assert bind_site(written(tmp_path, SITE.replace('name = "site-a"', ""))).name == "site"
+
+
+def test_what_is_for_the_server_to_say_is_refused(tmp_path: Path) -> None:
+    said = faults(tmp_path, SITE.replace('["q_proj"]', '["q_proj"]\nrank = 8') + "[rounds]\ncount = 3\n")
+    assert "adapter.rank: expected a known key" in said
+    assert "rounds: expected a known key" in said
+
+
+def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
+    said = faults(tmp_path, 'name = "../x"\nseed = -1\n[model]\nbase = 3\n')
+    assert [key in said for key in ("name:", "seed:", "model.base:", "adapter:", "data:")] == [True] * 5
+    assert "site.toml: 5 faults" in said
+
+
+def test_a_table_that_is_no_table_is_a_fault(tmp_path: Path) -> None:
+    assert "data: expected a table" in faults(tmp_path, 'data = "train.jsonl"\n' + SITE.partition("[data]")[0])
+
+
+def test_a_split_that_cannot_be_made_is_a_fault(tmp_path: Path) -> None:
+    assert "data.split.by: expected a value" in faults(tmp_path, SITE + 'split = "key"\n')
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        bind_site(tmp_path / "absent.toml")
+
+
+def test_the_example_in_clients_binds() -> None:
+    site = bind_site(Path(__file__).parents[2] / "clients" / "supernode" / "site.toml")
+    assert site.name == "site-a"

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedtune.data.encode import IGNORED, Example
+from fedtune.data.transfer import decode, encode
+
+
+def example(ids: list[int], labels: list[int] | int) -> Example:
+    learned = labels if isinstance(labels, int) else np.array(labels, np.int64)
+    return Example(np.array(ids, np.int64), learned, characters=3, prompt="a", reference="b", prompt_tokens=1)
+
+
+def test_ids_and_labels_of_a_language_model_come_back() -> None:
+    sent = [example([5, 6, 7], [IGNORED, 6, 7]), example([2**40, 9], [IGNORED, 9])]
+    came = decode(encode(sent))
+    assert [e.input_ids.tolist() for e in came] == [[5, 6, 7], [2**40, 9]]
+    assert [np.asarray(e.labels).tolist() for e in came] == [[IGNORED, 6, 7], [IGNORED, 9]]
+
+
+def test_classes_come_back_as_plain_numbers() -> None:
+    came = decode(encode([example([5, 6, 7], 2), example([8], 0)]))
+    assert [(e.input_ids.tolist(), e.labels) for e in came] == [([5, 6, 7], 2), ([8], 0)]
+    assert type(came[0].labels) is int
+
+
+def test_a_client_may_hold_nothing() -> None:
+    assert decode(encode([])) == []
+
+
+def test_arrays_are_views_that_nobody_can_write_into() -> None:
+    data = encode([example([5, 6], [IGNORED, 6])])
+    (came,) = decode(memoryview(data))
+    assert np.shares_memory(came.input_ids, np.frombuffer(data, np.int64))
+    with pytest.raises(ValueError, match="read-only"):
+        came.input_ids[0] = 1

@@ -1,0 +1,624 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from gc import collect
+from weakref import ReferenceType, ref
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+
+from fedtune.errors import RoundError
+from fedtune.flower.grid_transport import HELLO, GridTransport
+from fedtune.flower.records import ERROR, HEADER, TENSORS, pack
+from fedtune.flower.shim import stamp
+from fedtune.round import Client, ClientUpdate, Failure
+from fedtune.transport import Answer, Aside, Reply, Rule
+from fedtune.wire.messages import decode_update
+from fedtune.wire.profile import Foundation
+from tests.flower.conftest import (
+    FOUNDATION,
+    NEVER,
+    NODE,
+    Clock,
+    MemoryGrid,
+    Node,
+    client,
+    fleet,
+    greeting,
+    orders,
+    over,
+    profile,
+    silent_until,
+)
+
+ALL = Rule(quorum=1)
+
+
+def names(transport: GridTransport) -> list[str]:
+    return [one.name for one in transport.clients()]
+
+
+def exchanged(transport: GridTransport, *clients: str, rule: Rule = ALL) -> dict[str, Answer]:
+    answers = list(transport.exchange(orders(*clients), rule))
+    assert len({answer.client for answer in answers}) == len(answers)
+    return {answer.client: answer for answer in answers}
+
+
+def update(answer: Answer) -> ClientUpdate:
+    assert isinstance(answer, Reply), answer
+    return decode_update(answer.update, client=answer.client, limit_bytes=1 << 20)
+
+
+def test_clients_are_known_by_the_names_that_they_say(clock: Clock) -> None:
+    assert over(fleet("cyd", "ann", "bob"), clock, expected=3).clients() == [
+        Client("ann", 10),
+        Client("bob", 10),
+        Client("cyd", 10),
+    ]
+
+
+def test_every_client_answers_its_own_order(clock: Clock) -> None:
+    transport = over(fleet("ann", "bob"), clock, expected=2)
+    transport.clients()
+    answers = exchanged(transport, "ann", "bob")
+    assert {name: update(answer).client for name, answer in answers.items()} == {"ann": "ann", "bob": "bob"}
+
+
+def test_a_client_says_hello_once(clock: Clock) -> None:
+    grid = fleet("ann", "bob")
+    transport = over(grid, clock, expected=2)
+    for _ in range(3):
+        transport.clients()
+        exchanged(transport, "ann", "bob")
+    assert [kind for _, kind in grid.pushed].count(HELLO) == 2
+    assert [kind for _, kind in grid.pushed].count(MessageType.TRAIN) == 6
+
+
+def test_names_hold_under_other_node_ids_and_any_order_of_replies(clock: Clock) -> None:
+    def answers(grid: MemoryGrid) -> dict[str, bytes]:
+        transport = over(grid, clock, expected=3)
+        transport.clients()
+        found = exchanged(transport, "ann", "bob", "cyd")
+        return {name: answer.update for name, answer in sorted(found.items()) if isinstance(answer, Reply)}
+
+    shuffled = MemoryGrid({2**63 - 1 - i: client(name) for i, name in enumerate(("bob", "cyd", "ann"))})
+    shuffled.order = lambda replies: replies[::-1]
+    assert answers(shuffled) == answers(fleet("ann", "bob", "cyd"))
+    assert float(NODE + 1) == float(NODE)  # what the test is about: such ids do not survive a float
+
+
+def test_a_reply_counts_for_the_order_that_it_names_whatever_its_source(clock: Clock) -> None:
+    grid = fleet("ann", "bob")
+
+    def swapped(replies: list[Message]) -> list[Message]:
+        for reply in replies:
+            reply.metadata.__dict__["_src_node_id"] = 1  # the server's own, as in Flower's error replies
+        return replies
+
+    grid.order = swapped  # type: ignore[assignment]
+    transport = over(grid, clock, expected=2)
+    transport.clients()
+    assert {update(answer).client for answer in exchanged(transport, "ann", "bob").values()} == {"ann", "bob"}
+
+
+def test_a_reply_to_nothing_is_left_alone(clock: Clock) -> None:
+    grid = fleet("ann")
+
+    def stray(replies: list[Message]) -> list[Message]:
+        order = Message(RecordDict(), NODE, MessageType.TRAIN)
+        stamp(order, "never-sent")
+        return [Message(RecordDict(), reply_to=order), *replies]
+
+    grid.order = stray  # type: ignore[assignment]
+    transport = over(grid, clock)
+    assert names(transport) == ["ann"]
+    assert list(exchanged(transport, "ann")) == ["ann"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (Error(5, "node is unavailable"), "Flower error 5: node is unavailable"),
+        (Error(2, None), "Flower error 2: no reason given"),
+        (Error(ERROR, "ann: loss is nan"), "ann: loss is nan"),
+    ],
+)
+def test_an_error_reply_costs_one_client_its_update(error: Error, reason: str, clock: Clock) -> None:
+    def failing(message: Message) -> RecordDict | Error:
+        return greeting(profile("ann")) if message.metadata.message_type == HELLO else error
+
+    transport = over(fleet("ann", "bob", ann=failing), clock, expected=2)
+    transport.clients()
+    answers = exchanged(transport, "ann", "bob")
+    assert answers["ann"] == Failure("ann", reason)
+    assert isinstance(answers["bob"], Reply)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({HEADER: ConfigRecord({"proto": b""}), TENSORS: ArrayRecord()}),
+        pack(b"", {"update": b"x", "more": b"y"}),
+    ],
+)
+def test_an_answer_of_another_layout_is_refused(content: RecordDict, clock: Clock) -> None:
+    def odd(message: Message) -> RecordDict:
+        return greeting(profile("ann")) if message.metadata.message_type == HELLO else content
+
+    transport = over(fleet("ann", ann=odd), clock)
+    transport.clients()
+    answer = exchanged(transport, "ann")["ann"]
+    assert isinstance(answer, Failure)
+    assert answer.kind == "refused"
+
+
+@pytest.mark.parametrize("instead", [[], [None], [""]])
+def test_an_order_that_is_not_accepted_is_a_failure(instead: list[str | None], clock: Clock) -> None:
+    grid = fleet("ann", "bob")
+    transport = over(grid, clock, expected=2)
+    transport.clients()
+    grid.refuse = lambda message: instead if message.metadata.dst_node_id == NODE else None
+    answers = exchanged(transport, "ann", "bob")
+    assert answers["ann"] == Failure("ann", "its assignment was not accepted for delivery")
+    assert isinstance(answers["bob"], Reply)
+    grid.refuse = lambda message: None
+    assert names(transport) == ["ann", "bob"]  # and is not busy with what it never got
+
+
+def test_a_client_that_has_left_is_a_failure_at_once(clock: Clock) -> None:
+    grid = fleet("ann", "bob")
+    transport = over(grid, clock, expected=2, patience_s=30)
+    transport.clients()
+    del grid.nodes[NODE]
+    assert names(transport) == ["bob"]
+    assert exchanged(transport, "ann", "bob")["ann"] == Failure("ann", "left before its assignment was sent")
+
+
+def test_a_round_that_goes_on_greets_its_cohort_first(clock: Clock) -> None:
+    transport = over(fleet("ann", "bob"), clock, expected=2)
+    assert all(isinstance(answer, Reply) for answer in exchanged(transport, "ann", "bob").values())
+
+
+def late(name: str, clock: Clock, seconds: float) -> Node:
+    return client(name, answers=silent_until(clock, seconds))
+
+
+def test_a_round_ends_when_all_have_answered(clock: Clock) -> None:
+    transport = over(fleet("ann", "bob", bob=late("bob", clock, 20)), clock, expected=2)
+    transport.clients()
+    answers = exchanged(transport, "ann", "bob", rule=Rule(quorum=1, deadline_s=60))
+    assert isinstance(answers["bob"], Reply)
+    assert 20 <= clock() < 21
+
+
+def test_a_round_with_a_quorum_ends_at_its_deadline(clock: Clock) -> None:
+    transport = over(fleet("ann", "bob", bob=late("bob", clock, NEVER)), clock, expected=2)
+    transport.clients()
+    answers = exchanged(transport, "ann", "bob", rule=Rule(quorum=1, deadline_s=60, grace_s=30))
+    assert isinstance(answers["ann"], Reply)
+    assert answers["bob"] == Failure("bob", "no answer in 60 s", kind="late")
+    assert 60 <= clock() < 61
+
+
+def test_a_round_without_a_quorum_waits_for_its_grace_too(clock: Clock) -> None:
+    transport = over(fleet("ann", "bob", bob=late("bob", clock, NEVER)), clock, expected=2)
+    transport.clients()
+    answers = exchanged(transport, "ann", "bob", rule=Rule(quorum=2, deadline_s=60, grace_s=30))
+    assert answers["bob"] == Failure("bob", "no answer in 90 s", kind="late")
+    assert 90 <= clock() < 91
+
+
+def test_a_quorum_that_comes_within_the_grace_ends_the_round(clock: Clock) -> None:
+    grid = fleet("ann", "bob", "cyd", bob=late("bob", clock, 70), cyd=late("cyd", clock, NEVER))
+    transport = over(grid, clock, expected=3)
+    transport.clients()
+    answers = exchanged(transport, "ann", "bob", "cyd", rule=Rule(quorum=2, deadline_s=60, grace_s=30))
+    assert isinstance(answers["bob"], Reply)
+    assert isinstance(answers["cyd"], Failure)
+    assert 70 <= clock() < 71
+
+
+def test_an_error_does_not_count_for_the_quorum(clock: Clock) -> None:
+    def failing(message: Message) -> RecordDict | Error:
+        return greeting(profile("ann")) if message.metadata.message_type == HELLO else Error(2, "no")
+
+    transport = over(fleet("ann", "bob", ann=failing, bob=late("bob", clock, 80)), clock, expected=2)
+    transport.clients()
+    answers = exchanged(transport, "ann", "bob", rule=Rule(quorum=1, deadline_s=60, grace_s=30))
+    assert isinstance(answers["bob"], Reply)
+
+
+def test_a_round_without_a_deadline_waits_for_everybody(clock: Clock) -> None:
+    transport = over(fleet("ann", ann=late("ann", clock, 100_000)), clock)
+    transport.clients()
+    assert isinstance(exchanged(transport, "ann")["ann"], Reply)
+
+
+def test_looks_for_replies_become_rarer_while_nothing_comes(clock: Clock) -> None:
+    transport = over(fleet("ann", ann=late("ann", clock, 100)), clock)
+    transport.clients()
+    exchanged(transport, "ann")
+    assert clock.slept[-100:] == [0.5] * 100
+    assert sum(clock.slept[:5]) < 0.5
+
+
+def test_a_late_answer_is_counted_named_and_dropped(clock: Clock) -> None:
+    transport = over(fleet("ann", "bob", bob=late("bob", clock, 65)), clock, expected=2)
+    rule = Rule(quorum=1, deadline_s=60, grace_s=0)
+    transport.clients()
+    first = exchanged(transport, "ann", "bob", rule=rule)
+    assert isinstance(first["bob"], Failure)
+    assert names(transport) == ["ann"]  # bob is busy
+    clock.now = 70
+    second = exchanged(transport, "ann", rule=rule)
+    stray = second["bob"]
+    assert isinstance(stray, Aside)
+    assert stray.reason == "answered after its round had ended; dropped"
+    reply = second["ann"]
+    assert isinstance(reply, Reply)
+    assert stray.num_bytes == len(reply.update)
+    assert names(transport) == ["ann", "bob"]
+    assert isinstance(exchanged(transport, "ann", "bob", rule=rule)["bob"], Reply)
+
+
+def test_a_late_answer_that_comes_between_rounds_is_told_in_the_next(clock: Clock) -> None:
+    transport = over(fleet("ann", "bob", bob=late("bob", clock, 65)), clock, expected=2)
+    rule = Rule(quorum=1, deadline_s=60, grace_s=0)
+    transport.clients()
+    exchanged(transport, "ann", "bob", rule=rule)
+    clock.now = 70
+    assert names(transport) == ["ann", "bob"]
+    found = list(transport.exchange(orders("ann"), rule))
+    assert [type(answer) for answer in found] == [Aside, Reply] or [type(a) for a in found] == [Reply, Aside]
+
+
+def test_a_client_is_free_again_when_flower_has_dropped_its_order(clock: Clock) -> None:
+    transport = over(fleet("ann", "bob", bob=late("bob", clock, NEVER)), clock, expected=2)
+    transport.clients()
+    exchanged(transport, "ann", "bob", rule=Rule(quorum=1, deadline_s=60, grace_s=10))
+    assert names(transport) == ["ann"]
+    clock.now = 60 + 10 + 60 + 60 + 1  # deadline, grace, and twice the minute in which an answer still counts
+    assert names(transport) == ["ann", "bob"]
+
+
+def test_a_round_waits_for_the_clients_that_it_needs(clock: Clock) -> None:
+    transport = over(fleet("ann", "bob", bob=late("bob", clock, 100)), clock, expected=2, least=2)
+    transport.clients()
+    exchanged(transport, "ann", "bob", rule=Rule(quorum=1, deadline_s=60, grace_s=0))
+    assert names(transport) == ["ann", "bob"]
+    assert 100 <= clock() < 101
+
+
+def test_the_first_round_waits_for_the_clients_that_are_expected(clock: Clock) -> None:
+    grid = fleet("ann")
+    transport = over(grid, clock, expected=2)
+
+    def joined(message: Message) -> RecordDict | Error | None:
+        if clock() > 30:
+            grid.nodes[NODE + 1] = client("bob")
+        return client("ann")(message)
+
+    grid.nodes[NODE] = joined
+    original = grid.get_nodes
+
+    def nodes() -> object:
+        if clock() > 30:
+            grid.nodes[NODE + 1] = client("bob")
+        return original()
+
+    grid.get_nodes = nodes  # type: ignore[assignment, method-assign]
+    assert names(transport) == ["ann", "bob"]
+    assert 30 < clock() < 32
+
+
+def test_clients_that_do_not_come_are_an_error_that_names_those_who_did(clock: Clock) -> None:
+    transport = over(fleet("ann", "bob"), clock, expected=3, patience_s=60)
+    with pytest.raises(RoundError, match=r"expected at least 3 clients.*after 60 s ann, bob had said hello"):
+        transport.clients()
+    with pytest.raises(RoundError, match="nobody had said hello"):
+        over(MemoryGrid({}), clock, patience_s=60).clients()
+
+
+def test_a_hello_that_never_comes_holds_the_others_up_for_its_time_alone(clock: Clock) -> None:
+    grid = fleet("ann", "bob", bob=client("bob", answers=silent_until(clock, NEVER, kind=HELLO)))
+    transport = over(grid, clock)
+    assert names(transport) == ["ann"]
+    assert 300 <= clock() < 301
+    assert names(transport) == ["ann"]
+    assert 300 <= clock() < 301
+    assert grid.pushed.count((NODE + 1, HELLO)) == 1
+
+
+def test_a_hello_that_comes_late_is_welcome(clock: Clock) -> None:
+    grid = fleet("ann", "bob", bob=client("bob", answers=silent_until(clock, 320, kind=HELLO)))
+    transport = over(grid, clock)
+    assert names(transport) == ["ann"]
+    clock.now = 330
+    assert names(transport) == ["ann", "bob"]
+
+
+def told(transport: GridTransport) -> dict[str, str]:
+    """Return the notes that the next exchange brings, by client."""
+    found = transport.exchange(orders(*names(transport)[:1]), ALL)
+    return {answer.client: answer.reason for answer in found if isinstance(answer, Aside)}
+
+
+def test_of_two_clients_of_one_name_the_first_stays(clock: Clock) -> None:
+    transport = over(MemoryGrid({NODE: client("ann"), NODE + 1: client("ann")}), clock)
+    assert names(transport) == ["ann"]
+    assert told(transport)["ann"].startswith("refused: another connected client has this name")
+
+
+def test_a_name_is_free_again_when_its_client_has_gone(clock: Clock) -> None:
+    grid = fleet("ann")
+    transport = over(grid, clock)
+    transport.clients()
+    grid.nodes = {NODE + 9: client("ann")}
+    assert names(transport) == ["ann"]
+    assert isinstance(exchanged(transport, "ann")["ann"], Reply)
+
+
+def test_a_name_that_is_not_the_keys_is_refused(clock: Clock) -> None:
+    grid = MemoryGrid({NODE: client("ann"), NODE + 1: client("bob")}, names={NODE: "ann", NODE + 1: "cyd"})
+    transport = over(grid, clock)
+    assert names(transport) == ["ann"]
+    assert "expected the name 'cyd'" in told(transport)["cyd"]
+
+
+def test_a_client_over_another_base_is_refused_by_name(clock: Clock) -> None:
+    other = client("ann", foundation=replace(FOUNDATION, base="77" * 32))
+    transport = over(fleet("ann", "bob", "cyd", ann=other), clock, expected=2)
+    assert names(transport) == ["bob", "cyd"]
+    assert transport.foundation == FOUNDATION
+    assert "expected the base 9f3c9f3c9f3c; got 777777777777" in told(transport)["ann"]
+
+
+def test_a_client_that_joins_later_must_fit_what_was_settled(clock: Clock) -> None:
+    grid = fleet("ann")
+    transport = over(grid, clock)
+    transport.clients()
+    grid.nodes |= {NODE + i: client(f"bob-{i}", foundation=replace(FOUNDATION, base="77" * 32)) for i in (1, 2, 3)}
+    assert names(transport) == ["ann"]
+    assert sorted(told(transport)) == ["bob-1", "bob-2", "bob-3"]
+
+
+def test_refused_clients_are_named_when_too_few_are_left(clock: Clock) -> None:
+    grid = fleet("ann", "bob", bob=client("bob", foundation=replace(FOUNDATION, base="77" * 32)))
+    with pytest.raises(RoundError, match="bob refused: expected the base"):
+        over(grid, clock, expected=2, patience_s=10).clients()
+
+
+def test_where_nobody_else_can_join_a_refused_client_is_not_waited_for(clock: Clock) -> None:
+    grid = fleet("ann", "bob", bob=lambda message: Error(ERROR, "no such file"))
+    transport = GridTransport(grid, expected=2, closed=True, clock=clock, sleep=clock.sleep)
+    with pytest.raises(RoundError, match=r"after 0 s ann had said hello.*refused: no such file"):
+        transport.clients()
+
+
+def test_what_there_is_to_tell_is_told_without_an_order_too(clock: Clock) -> None:
+    transport = over(MemoryGrid({NODE: client("ann"), NODE + 1: client("ann")}), clock)
+    transport.clients()
+    assert [type(answer) for answer in transport.exchange({}, ALL)] == [Aside]
+
+
+def test_orders_share_what_flower_has_hashed(clock: Clock) -> None:
+    grid, sent = fleet("ann", "bob"), list[object]()
+    transport = over(grid, clock, expected=2)
+    transport.clients()
+
+    def noted(message: Message) -> None:
+        sent.extend(message.content.array_records[TENSORS].values())
+
+    grid.refuse = noted
+    exchanged(transport, "ann", "bob")
+    assert len(sent) == 2
+    assert sent[0] is sent[1]
+
+
+def test_a_hello_that_cannot_be_read_or_fails_is_refused(clock: Clock) -> None:
+    grid = fleet(
+        "ann", "bob", "cyd", bob=lambda message: Error(ERROR, "no such file"), cyd=lambda message: pack(b"\xff", {})
+    )
+    transport = over(grid, clock)
+    assert names(transport) == ["ann"]
+    reasons = [answer for answer in transport.exchange(orders("ann"), ALL) if isinstance(answer, Aside)]
+    assert [late.client for late in reasons] == ["unnamed client"] * 2
+    assert "refused: no such file" in {late.reason for late in reasons}
+
+
+def test_a_refused_client_that_starts_again_is_asked_again(clock: Clock) -> None:
+    grid = fleet("ann", "bob", bob=lambda message: Error(ERROR, "no such file"))
+    transport = over(grid, clock)
+    transport.clients()
+    del grid.nodes[NODE + 1]
+    transport.clients()
+    grid.nodes[NODE + 1] = client("bob")
+    assert names(transport) == ["ann", "bob"]
+
+
+def test_what_clients_have_said_can_be_read(clock: Clock) -> None:
+    transport = over(fleet("bob", "ann"), clock, expected=2)
+    assert transport.foundation.base == FOUNDATION.base
+    assert list(transport.profiles) == ["ann", "bob"]
+
+
+def test_many_clients_are_served_in_windows(clock: Clock) -> None:
+    many = [f"client-{number:03d}" for number in range(100)]
+    grid = fleet(*many)
+    asked: list[int] = []
+    pull = grid.pull_messages
+
+    def counted(message_ids: list[str]) -> object:
+        asked.append(len(message_ids))
+        return pull(message_ids)
+
+    grid.pull_messages = counted  # type: ignore[assignment, method-assign]
+    transport = over(grid, clock, expected=100)
+    assert len(transport.clients()) == 100
+    assert set(exchanged(transport, *many)) == set(many)
+    assert max(asked) <= 16
+
+
+def test_clients_that_are_silent_do_not_hide_one_that_answers(clock: Clock) -> None:
+    quiet = [f"client-{number:02d}" for number in range(20)]
+    grid = fleet(*quiet, "zoe", **{name: late(name, clock, NEVER) for name in quiet})
+    transport = over(grid, clock, expected=21)
+    transport.clients()
+    assert isinstance(exchanged(transport, *quiet, "zoe", rule=Rule(quorum=1, deadline_s=10))["zoe"], Reply)
+
+
+@pytest.mark.parametrize(
+    ("rule", "seconds"),
+    [(Rule(quorum=1, deadline_s=60, grace_s=30), 60 + 30 + 60), (Rule(quorum=1), 7 * 24 * 3600)],
+)
+def test_flower_keeps_an_order_for_longer_than_its_round_can_last(rule: Rule, seconds: float, clock: Clock) -> None:
+    """Otherwise its own error would come before the deadline, and a late answer never."""
+    grid, kept = fleet("ann"), list[float]()
+    transport = over(grid, clock)
+    transport.clients()
+
+    def noted(message: Message) -> None:
+        kept.append(message.metadata.ttl)
+
+    grid.refuse = noted
+    exchanged(transport, "ann", rule=rule)
+    assert kept == [seconds]
+
+
+def test_a_client_that_restarts_under_another_node_is_back_when_the_dead_one_has_gone(clock: Clock) -> None:
+    grid = fleet("ann", "bob")
+    transport = over(grid, clock, expected=2)
+    transport.clients()
+    grid.nodes[NODE] = lambda message: None  # dead, and still listed
+    grid.nodes[NODE + 9] = client("ann")
+    assert isinstance(exchanged(transport, "bob")["bob"], Reply)
+    transport.clients()
+    (refused,) = transport.exchange({}, ALL)
+    assert isinstance(refused, Aside)
+    assert "another connected client has this name" in refused.reason
+    del grid.nodes[NODE]
+    clock.now += 1
+    assert names(transport) == ["ann", "bob"]
+    assert isinstance(exchanged(transport, "ann")["ann"], Reply)
+
+
+def test_a_hello_that_flower_could_not_deliver_is_repeated_after_a_minute(clock: Clock) -> None:
+    def node(message: Message) -> RecordDict | Error | None:
+        return client("bob")(message) if clock() >= 10 else Error(5, "node is unavailable")
+
+    grid = fleet("ann", "bob", bob=node)
+    transport = over(grid, clock)
+    assert names(transport) == ["ann"]
+    clock.now = 59
+    assert names(transport) == ["ann"]
+    assert grid.pushed.count((NODE + 1, HELLO)) == 1
+    clock.now = 60
+    assert names(transport) == ["ann", "bob"]
+
+
+def test_a_hello_that_was_not_accepted_is_repeated_after_a_minute(clock: Clock) -> None:
+    grid = fleet("ann", "bob")
+    grid.refuse = lambda message: [] if message.metadata.dst_node_id == NODE + 1 and clock() < 10 else None
+    transport = over(grid, clock)
+    assert names(transport) == ["ann"]
+    clock.now = 60
+    assert names(transport) == ["ann", "bob"]
+
+
+def test_a_client_that_keeps_failing_is_asked_each_minute_told_once_and_holds_nobody_up(clock: Clock) -> None:
+    def node(message: Message) -> RecordDict | Error | None:
+        return Error(ERROR, "no such file") if clock() in (0, 60, 120) else None
+
+    grid = fleet("ann", "bob", bob=node)
+    transport = over(grid, clock)
+    reasons = []
+    for clock.now in (0, 60, 120, 180):
+        assert names(transport) == ["ann"]
+        reasons += [a.reason for a in transport.exchange(orders("ann"), ALL) if isinstance(a, Aside)]
+    assert reasons == ["refused: no such file"]
+    assert grid.pushed.count((NODE + 1, HELLO)) == 4
+    assert clock() == 180  # though the last of its hellos is open
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        client("bob", foundation=replace(FOUNDATION, base="77" * 32)),
+        client("ann"),
+        lambda message: pack(b"\xff", {}),
+    ],
+    ids=["another base", "not the name of its key", "malformed"],
+)
+def test_what_another_hello_would_not_change_is_refused_for_the_whole_run(node: Node, clock: Clock) -> None:
+    grid = fleet("ann", "bob", bob=node)
+    grid.names = {NODE: "ann", NODE + 1: "bob"}
+    transport = over(grid, clock)
+    transport.clients()
+    for clock.now in (0, 100, 1000):
+        assert names(transport) == ["ann"]
+    assert grid.pushed.count((NODE + 1, HELLO)) == 1
+
+
+def test_clients_that_agree_share_their_initial_values(clock: Clock) -> None:
+    def saying(name: str, number: float) -> Node:
+        saved = {"score.weight": np.full((2, 4), number, np.float32)}
+        return client(name, foundation=replace(FOUNDATION, saved=saved, saved_modules=("score",)))
+
+    grid = fleet("ann", "bob", "cyd", ann=saying("ann", 1), bob=saying("bob", 1), cyd=saying("cyd", 2))
+    transport = over(grid, clock, expected=2)
+    grid.nodes[NODE + 3] = saying("dan", 1)
+    assert names(transport) == ["ann", "bob", "dan"]
+    assert {id(profile.foundation) for profile in transport.profiles.values()} == {id(transport.foundation)}
+    grid.nodes[NODE + 4] = saying("eve", 1)
+    assert names(transport)[-1] == "eve"
+    assert transport.profiles["eve"].foundation is transport.foundation
+
+
+def test_nothing_is_kept_of_a_client_that_has_gone(clock: Clock) -> None:
+    grid = fleet("ann", "bob")
+    transport = over(grid, clock, expected=2)
+    transport.clients()
+    gone = ref(transport.profiles["bob"])
+    del grid.nodes[NODE + 1]
+    assert names(transport) == ["ann"]
+    collect()
+    assert gone() is None
+
+
+def test_nothing_is_kept_of_a_base_that_was_refused(clock: Clock) -> None:
+    held = list[ReferenceType[Foundation]]()
+
+    def node(message: Message) -> RecordDict:
+        return greeting(profile("bob", foundation=replace(FOUNDATION, base="77" * 32)))
+
+    transport = over(fleet("ann", "bob", "cyd", bob=node), clock, expected=2)
+    original = transport._refuse
+
+    def noted(node: int, *rest: object, **more: object) -> None:
+        held.append(ref(transport._here[node].foundation))
+        original(node, *rest, **more)  # type: ignore[arg-type]
+
+    transport._refuse = noted  # type: ignore[method-assign]
+    assert names(transport) == ["ann", "cyd"]
+    collect()
+    assert [one() for one in held] == [None]
+
+
+@pytest.mark.parametrize("place", ["error", "base"])
+def test_no_text_of_a_client_moves_the_cursor(place: str, clock: Clock) -> None:
+    hostile = "x\x1b[2J\r\u202e\x9b\ny"
+    foundation = replace(FOUNDATION, base=hostile if place == "base" else FOUNDATION.base)
+
+    def node(message: Message) -> RecordDict | Error:
+        return Error(5, hostile) if place == "error" else greeting(profile("bob", foundation=foundation))
+
+    notes = list[str]()
+    transport = GridTransport(
+        fleet("ann", "bob", bob=node), expected=2, note=notes.append, patience_s=10, clock=clock, sleep=clock.sleep
+    )
+    with pytest.raises(RoundError, match=r"bob|unnamed") as error:
+        transport.clients()
+    for text in [str(error.value), *notes]:
+        assert text.isprintable()

@@ -1,0 +1,192 @@
+"""One recipe comes to the same bits whichever engine runs its clients, and a run may change the engine on its way."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pytest
+
+import fedtune
+from fedtune import api, client, experiment, site
+from fedtune.conduct import rounds
+from fedtune.config import bind, render
+from fedtune.experiment import Experiment, prepare, setting, transport
+from fedtune.flower import shim
+from fedtune.flower.client_app import client_app
+from fedtune.round import Assignment, ClientUpdate
+from fedtune.rounds import ClientFinished, Event, RoundStarted
+from fedtune.simulation.processes import Nursery, ProcessPool
+from fedtune.simulation.resources import Resources
+from fedtune.store import peft
+from fedtune.transport import Transport
+from tests.flower.conftest import NODE, Clock, MemoryGrid, over, running
+
+Tables: TypeAlias = dict[str, Any]
+Engine: TypeAlias = Callable[[Experiment], AbstractContextManager[Transport]]
+
+# peft asks transformers by a name that transformers is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+SLOW_RAY = (
+    pytest.mark.slow,
+    # Ray forgets the processes that it started, once it has ended them.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+)
+
+ROUNDS = 3
+METHODS = ({"name": "flora", "mode": "continue"}, {"name": "flexlora"}, {"name": "zeropad"})
+
+
+@pytest.fixture
+def tables(tables: Tables) -> Tables:
+    """The recipe of mixed ranks, with dropout: what a client draws must depend on no one before it either."""
+    return tables | {"client": tables["client"] | {"dropout": 0.1}, "rounds": {"count": ROUNDS, "min_clients": 3}}
+
+
+def chosen(name: Literal["inprocess", "processes", "ray"], workers: int) -> Engine:
+    """Return an engine as a recipe names it."""
+
+    def engine(prepared: Experiment) -> AbstractContextManager[Transport]:
+        recipe = prepared.recipe
+        wanted = replace(recipe, engine=replace(recipe.engine, name=name, workers=workers))
+        return transport(replace(prepared, recipe=wanted))
+
+    return engine
+
+
+@contextmanager
+def in_memory_grid(prepared: Experiment) -> Iterator[Transport]:
+    """Give the Flower apps of all clients over a grid that hands out the last reply first."""
+    app = client_app(partial(site.simulated, render(prepared.recipe)))
+    nodes = {NODE + place: running(app, node_config={"partition-id": place}) for place in range(len(prepared.fleet))}
+    grid = MemoryGrid(nodes)
+    grid.order = lambda replies: replies[::-1]
+    shim.enter_task()
+    try:
+        yield over(grid, Clock(), expected=len(nodes))
+    finally:
+        shim.leave_task()
+        site.loaded.cache_clear()
+
+
+def played(experiments: Sequence[Experiment], engine: Engine) -> Sequence[Sequence[tuple[str, ...]]]:
+    """Return the state's digest after each round of each, and whose updates went into it, in the order of the sum.
+
+    The order stands here because float32 hides most of what another one does to a sum of three in float64. The
+    experiments may differ in what their clients have no use for: one engine serves them all.
+    """
+    with engine(experiments[0]) as started:
+        return [
+            [(result.digest, *result.outcomes) for result in rounds(setting(each), started)] for each in experiments
+        ]
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(chosen("processes", 1), id="one process"),
+        pytest.param(chosen("processes", 2), id="two processes"),
+        pytest.param(in_memory_grid, id="grid"),
+        pytest.param(chosen("ray", 2), id="ray", marks=SLOW_RAY),
+    ],
+)
+def test_three_rounds_of_three_methods_are_those_in_process_bit_for_bit(engine: Engine, tables: Tables) -> None:
+    experiments = [prepare(bind(tables | {"method": method})) for method in METHODS]
+    expected = played(experiments, chosen("inprocess", 1))
+    assert len({digest for each in expected for digest, *_ in each}) == ROUNDS * len(METHODS)
+    assert played(experiments, engine) == expected
+
+
+class Killed(BaseException):
+    """What nobody handles, like SIGKILL: nothing is written on the way out."""
+
+
+def killed_in(round: int, told: list[Event]) -> Callable[[Event], None]:
+    """Return a `watch` that ends the run when a second client answers in a round, the first being in the journal."""
+
+    def watch(event: Event) -> None:
+        told.append(event)
+        if sum(isinstance(each, ClientFinished) and each.round == round for each in told) == 2:
+            raise Killed
+
+    return watch
+
+
+def engines(*names: str) -> Sequence[Sequence[str]]:
+    """Return what overrides the engine of each part of a run: `name` or `name/workers`."""
+    parts = [name.partition("/") for name in names]
+    return [[f"engine.name={name}", *([f"engine.workers={count}"] if count else [])] for name, _, count in parts]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(engines("processes/2", "inprocess", "processes/1"), id="processes and back"),
+        pytest.param(engines("inprocess", "ray/2", "inprocess"), id="ray", marks=SLOW_RAY),
+    ],
+)
+def test_a_run_that_is_killed_and_goes_on_elsewhere_ends_as_one_that_never_was(
+    parts: Sequence[Sequence[str]], tables: Tables, tmp_path: Path
+) -> None:
+    whole = fedtune.simulate(tables, out=tmp_path / "whole")
+    run, told = tmp_path / "run", list[list[Event]]([[], [], []])
+    with pytest.raises(Killed):
+        fedtune.simulate(tables, overrides=parts[0], out=run, watch=killed_in(1, told[0]))
+    with pytest.raises(Killed):
+        fedtune.simulate(tables, overrides=parts[1], resume=run, watch=killed_in(2, told[1]))
+    fedtune.simulate(tables, overrides=parts[2], resume=run, watch=told[2].append)
+    begun = [[event.round for event in part if isinstance(event, RoundStarted)] for part in told]
+    assert begun == [[1], [1, 2], [2, 3]]
+    assert states(run) == states(whole.path)
+    assert peft.digest(run / "adapter") == peft.digest(whole.path / "adapter")
+    api.verify(run)
+
+
+def states(run: Path) -> Sequence[str]:
+    """Return the digest of the state after each round."""
+    return [json.loads(line)["state_digest"] for line in (run / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def uneven(tables: Tables) -> Experiment:
+    """An experiment of which each client takes another part of the machine."""
+    overrides = [{"clients": ["client-1"], "threads": 2}, {"clients": ["client-2"], "threads": 3, "gpu_share": 0.5}]
+    return prepare(bind(tables | {"override": overrides, "rounds": {"count": 1}}))
+
+
+@pytest.mark.parametrize("engine", [chosen("inprocess", 1), in_memory_grid], ids=["inprocess", "grid"])
+def test_each_client_works_with_its_own_threads(
+    engine: Engine, uneven: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Counter[tuple[str, int]]()
+
+    def counted(base: Any, examples: Any, assignment: Assignment, *, threads: int) -> ClientUpdate:
+        found[assignment.plan.client, threads] += 1
+        return client.perform(base, examples, assignment, threads=threads)
+
+    monkeypatch.setattr(experiment, "perform", counted)
+    monkeypatch.setattr(site, "perform", counted)
+    played([uneven], engine)
+    assert found == {("client-0", 1): 1, ("client-1", 2): 1, ("client-2", 3): 1}
+
+
+def test_worker_processes_are_told_what_each_client_takes_and_how_long_it_may(uneven: Experiment) -> None:
+    settings = replace(uneven.recipe.engine, name="processes", workers=2, timeout_s=60.0)
+    with (
+        Nursery() as nursery,
+        transport(replace(uneven, recipe=replace(uneven.recipe, engine=settings)), nursery) as it,
+    ):
+        assert isinstance(it, ProcessPool)
+        assert it.resources == {
+            "client-0": Resources(threads=1),
+            "client-1": Resources(threads=2),
+            "client-2": Resources(threads=3, gpu_share=0.5),
+        }
+        assert it.timeout_s == 60.0

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fedtune.errors import WireError
+from fedtune.tensors import Tensors
+from fedtune.wire.messages import EncodedAssignment, encode_blob
+from fedtune.wire.profile import (
+    ClientProfile,
+    Device,
+    Foundation,
+    agreed,
+    decode_profile,
+    difference,
+    encode_profile,
+)
+from fedtune.wire.v1 import round_pb2 as pb
+
+FOUNDATION = Foundation(
+    base="9f3c",
+    modules={"layer.q": (4, 6), "layer.v": (2, 6)},
+    saved={"score.weight": np.array([[1.5, -2.0]], np.float32)},
+    saved_modules=("score",),
+    labels=("no", "yes"),
+    transposed=True,
+    parameters=260_000,
+)
+PROFILE = ClientProfile(
+    client="bank-1",
+    num_examples=120,
+    foundation=FOUNDATION,
+    methods=("flora", "fedit"),
+    device=Device(memory_bytes=2**34, cores=8, accelerator="cuda:0"),
+)
+
+
+def again(profile: ClientProfile) -> ClientProfile:
+    encoded = encode_profile(profile)
+    return decode_profile(encoded.header, encoded.blobs)
+
+
+def test_a_profile_arrives_as_it_was_sent() -> None:
+    arrived = again(PROFILE)
+    np.testing.assert_array_equal(arrived.foundation.saved["score.weight"], FOUNDATION.saved["score.weight"])
+    bare = replace(arrived, foundation=replace(arrived.foundation, saved={}))
+    assert bare == replace(PROFILE, foundation=replace(FOUNDATION, saved={}))
+
+
+def test_a_base_without_a_head_sends_no_tensors() -> None:
+    arrived = again(replace(PROFILE, foundation=replace(FOUNDATION, saved={}, saved_modules=(), labels=())))
+    assert arrived.foundation.saved == {}
+
+
+def test_modules_are_in_order_whatever_the_order_of_the_mapping() -> None:
+    turned = replace(FOUNDATION, modules=dict(sorted(FOUNDATION.modules.items(), reverse=True)))
+    assert list(again(replace(PROFILE, foundation=turned)).foundation.modules) == ["layer.q", "layer.v"]
+
+
+def changed(change: Callable[[pb.ClientProfile], object]) -> EncodedAssignment:
+    encoded = encode_profile(PROFILE)
+    message = pb.ClientProfile.FromString(encoded.header)
+    change(message)
+    return EncodedAssignment(message.SerializeToString(), encoded.blobs)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda m: setattr(m, "client", ""), "printable name"),
+        (lambda m: setattr(m, "client", "x" * 101), "printable name"),
+        (lambda m: setattr(m, "client", "a\x1b[2J"), "printable name"),
+        (lambda m: setattr(m, "protocol", 2), "expected protocol 1"),
+        (lambda m: m.ClearField("protocol"), "expected protocol 1"),
+        (lambda m: m.ClearField("verbs"), "the verb ADAPT"),
+        (lambda m: setattr(m, "examples", 0), "at least one example"),
+        (lambda m: m.ClearField("modules"), "each once and in order"),
+        (lambda m: m.modules.reverse(), "each once and in order"),
+        (lambda m: m.modules.add(name="layer.v", out_features=1, in_features=1), "each once and in order"),
+        (lambda m: setattr(m.modules[0], "name", ""), "each once and in order"),
+        (lambda m: setattr(m.modules[0], "out_features", 0), "no empty module"),
+        (lambda m: setattr(m.saved, "digest", b"0" * 32), "expected a body of digest"),
+        (lambda m: setattr(m.saved, "num_bytes", 4), "expected a body of 4 bytes"),
+        (lambda m: m.saved.tensors[0].shape.append(2), "expected a body of"),
+    ],
+)
+def test_what_no_client_says_is_refused(change: Callable[[pb.ClientProfile], object], expected: str) -> None:
+    encoded = changed(change)
+    with pytest.raises(WireError, match=expected):
+        decode_profile(encoded.header, encoded.blobs)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        np.array([np.nan], np.float32),
+        np.array([np.inf], np.float32),
+        np.ones(1, np.float16),
+        np.ones(1, ml_dtypes.bfloat16),
+    ],
+)
+def test_initial_values_are_finite_float32(tensor: np.ndarray[tuple[int], np.dtype[np.float32]]) -> None:
+    with pytest.raises(WireError, match="expected finite float32 numbers"):
+        again(replace(PROFILE, foundation=replace(FOUNDATION, saved={"score.weight": tensor})))
+
+
+def test_every_truncated_header_is_refused() -> None:
+    encoded = encode_profile(PROFILE)
+    for length in range(len(encoded.header)):
+        try:
+            cut = decode_profile(encoded.header[:length], encoded.blobs)
+        except WireError:
+            continue
+        # What follows the protocol's number may be missing: it says less, not something else.
+        assert cut.foundation.base == PROFILE.foundation.base
+        assert cut.device != PROFILE.device
+
+
+def test_a_field_of_a_later_release_is_refused() -> None:
+    with pytest.raises(WireError, match="of this release"):
+        decode_profile(encode_profile(PROFILE).header + b"\xf8\x07\x01", encode_profile(PROFILE).blobs)
+
+
+def test_a_missing_body_is_refused() -> None:
+    with pytest.raises(WireError, match="got only"):
+        decode_profile(encode_profile(PROFILE).header, {})
+
+
+def named(name: str, **changes: object) -> ClientProfile:
+    return replace(PROFILE, client=name, foundation=replace(FOUNDATION, **changes))  # type: ignore[arg-type]
+
+
+def test_the_foundation_of_most_clients_is_the_runs() -> None:
+    profiles = [named("ann", base="77"), named("bob"), named("cyd")]
+    assert agreed(profiles).base == "9f3c"
+    assert agreed(profiles[::-1]).base == "9f3c"
+
+
+def test_of_equals_the_first_by_name_decides() -> None:
+    profiles = [named("cyd", base="88"), named("bob", base="77"), named("ann", base="99")]
+    assert agreed(profiles).base == "99"
+    assert agreed(profiles[::-1]).base == "99"
+
+
+def test_initial_values_count_for_what_clients_have_in_common() -> None:
+    other = {"score.weight": np.array([[1.5, -2.5]], np.float32)}
+    assert agreed([named("ann", saved=other), named("bob"), named("cyd")]).saved is FOUNDATION.saved
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"base": "77"}, "expected the base 9f3c; got 77; load the same model"),
+        ({"modules": {"layer.q": (4, 6)}}, "expected 2 adapted modules; got 1, the first difference being 'layer.v'"),
+        ({"modules": FOUNDATION.modules | {"layer.v": (3, 6)}}, "the first difference being 'layer.v'"),  # type: ignore[operator]
+        ({"labels": ("maybe", "no", "yes")}, r"expected the classes no, yes \(2\); got maybe, no, yes \(3\)"),
+        ({"labels": ()}, "got none; use the same label names"),
+        ({"saved_modules": ("head",)}, r"expected modules_to_save \['score'\]; got \['head'\]"),
+        ({"saved": {"score.weight": np.zeros((1, 2), np.float32)}}, "set the same seed"),
+        ({"transposed": False}, "another layout of the base"),
+    ],
+)
+def test_a_difference_is_told_in_words(changes: dict[str, object], expected: str) -> None:
+    import re
+
+    assert re.search(expected, difference(FOUNDATION, named("ann", **changes).foundation))
+
+
+def test_the_same_foundation_has_no_difference() -> None:
+    assert difference(FOUNDATION, again(PROFILE).foundation) == ""
+
+
+def test_a_profiles_body_is_found_by_its_digest() -> None:
+    assert list(encode_profile(PROFILE).blobs) == [encode_blob(FOUNDATION.saved).digest]
+
+
+def test_each_clients_initial_values_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = list[Tensors]()
+
+    def counted(tensors: Tensors) -> str:
+        hashed.append(tensors)
+        return "d"
+
+    monkeypatch.setattr("fedtune.wire.profile.digest", counted)
+    agreed([named("ann"), named("bob"), named("cyd")])
+    assert len(hashed) == 3
+    assert difference(FOUNDATION, FOUNDATION) == ""
+    assert len(hashed) == 3
