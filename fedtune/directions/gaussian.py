@@ -1,0 +1,50 @@
+"""The bank nearest to the paper: centred binomial numbers of variance 1, drawn for each direction and position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fedtune.directions.bank import check_key, check_size
+from fedtune.directions.blocks import BLOCK, positions
+from fedtune.directions.philox import Purpose, words
+from fedtune.tensors import Array
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """z = m/2 with m = popcount(16 random bits) - 8: mean 0, variance exactly 1, kurtosis 2.875, |z| <= 4.
+
+    No transform adds the directions up: a rebuild costs K draws a position.
+    """
+
+    size: int
+    key: int
+    name: ClassVar[str] = "gaussian"
+    code: ClassVar[int] = 1
+    halvings: ClassVar[int] = 1
+    reach: ClassVar[int] = 8
+
+    def __post_init__(self) -> None:
+        check_size(self.size, self.name)
+        check_key(self.key)
+
+    def pieces(self, accumulators: Array, *, ordinal: int, shape: Sequence[int], blocks: range) -> Iterator[Array]:
+        """See `DirectionBank.pieces`."""
+        for number in blocks:
+            block = range(number, number + 1)
+            y = np.zeros(len(positions(block, shape)), np.int32)
+            for k in np.flatnonzero(accumulators).tolist():
+                y += accumulators[k] * self.direction(k, ordinal=ordinal, shape=shape, blocks=block).astype(np.int32)
+            yield y
+
+    def direction(self, index: int, *, ordinal: int, shape: Sequence[int], blocks: range) -> Array:
+        """See `DirectionBank.direction`."""
+        drawn = words(
+            self.key, Purpose.GAUSSIAN, calls=BLOCK // 8, blocks=blocks, direction=index, ordinal=ordinal
+        )  # (blocks, 2048): the low half of a word is the even position
+        m: Array = np.bitwise_count(drawn.astype("<u4").view("<u2")).astype(np.int8) - np.int8(8)
+        return m.reshape(-1)[: len(positions(blocks, shape))]

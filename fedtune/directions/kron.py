@@ -1,0 +1,110 @@
+"""The bank for edge devices: outer products of signs, so that the whole change of a matrix is an adapter of rank p."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import ClassVar
+
+import numpy as np
+
+from fedtune.directions.bank import FP32_LIMIT, bound, check_key, check_size
+from fedtune.directions.blocks import BLOCK, positions
+from fedtune.directions.hadamard import Hadamard, fwht
+from fedtune.directions.philox import Purpose
+from fedtune.directions.signs import halves, signs
+from fedtune.errors import ConfigError, Fault
+from fedtune.tensors import Array
+
+PIECE = 2**20
+"""Positions computed together: 4 MiB of float32."""
+
+
+@dataclass(frozen=True)
+class Kron:
+    """K = p * p, z_k of a matrix (R, C) is u_i v_j^T with k = i * p + j; y = U^T M V with M = A as (p, p).
+
+    U is (p, R) and V is (p, C). A vector or a number has the directions of the hadamard bank.
+    """
+
+    size: int
+    key: int
+    name: ClassVar[str] = "kron"
+    code: ClassVar[int] = 3
+    halvings: ClassVar[int] = 0
+    reach: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_size(self.size, self.name, power=4)
+        check_key(self.key)
+
+    @property
+    def rank(self) -> int:
+        """p, the square root of K."""
+        return isqrt(self.size)
+
+    @property
+    def vectors(self) -> Hadamard:
+        """The bank that one-dimensional tensors take their directions from."""
+        return Hadamard(self.size, self.key)
+
+    def factors(self, ordinal: int, shape: Sequence[int]) -> tuple[Array, Array]:
+        """Return U (p, R) and V (p, C) of a matrix, int8.
+
+        Raises:
+            ConfigError: if the tensor has three dimensions or more.
+        """
+        check_shape(shape)
+        rows, columns = shape
+        u = sign_rows(self.key, Purpose.ROW_SIGNS, self.rank, rows, ordinal)
+        return u, sign_rows(self.key, Purpose.COLUMN_SIGNS, self.rank, columns, ordinal)
+
+    def pieces(self, accumulators: Array, *, ordinal: int, shape: Sequence[int], blocks: range) -> Iterator[Array]:
+        """See `DirectionBank.pieces`."""
+        if len(shape) < 2:
+            yield from self.vectors.pieces(accumulators, ordinal=ordinal, shape=shape, blocks=blocks)
+            return
+        u, v = self.factors(ordinal, shape)
+        # Sums of integers are exact in either format, in whatever order a library adds them up.
+        exact = np.float32 if bound(self, accumulators) < FP32_LIMIT else np.float64
+        small = accumulators.reshape(self.rank, self.rank).astype(exact) @ v.astype(exact)  # (p, C)
+        columns, real = max(1, shape[1]), positions(blocks, shape)
+        step = max(1, PIECE // columns)
+        for row in range(real.start // columns, -(-real.stop // columns), step):
+            y = (u[:, row : row + step].T.astype(exact) @ small).astype(np.int32).reshape(-1)
+            first = row * columns
+            yield y[max(0, real.start - first) : max(0, real.stop - first)]
+
+    def direction(self, index: int, *, ordinal: int, shape: Sequence[int], blocks: range) -> Array:
+        """See `DirectionBank.direction`."""
+        if len(shape) < 2:
+            return self.vectors.direction(index, ordinal=ordinal, shape=shape, blocks=blocks)
+        check_shape(shape)
+        i, j = divmod(index, self.rank)
+        row, column = (
+            signs(self.key, purpose, self.rank, number, range(-(-length // BLOCK)), ordinal).reshape(-1)[:length]
+            for purpose, number, length in (
+                (Purpose.ROW_SIGNS, i, shape[0]),
+                (Purpose.COLUMN_SIGNS, j, shape[1]),
+            )
+        )
+        real = positions(blocks, shape)
+        return np.outer(row, column).reshape(-1)[real.start : real.stop]
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Raise ConfigError unless a tensor is a matrix."""
+    if len(shape) != 2:
+        raise ConfigError(
+            Fault("bank", "tensors of at most two dimensions for 'kron'", f"shape {tuple(shape)}", "use 'hadamard'")
+        )
+
+
+def sign_rows(key: int, purpose: Purpose, size: int, length: int, ordinal: int) -> Array:
+    """Return the signs of all directions 0..size-1 over positions 0..length-1, int8 (size, length)."""
+    first, second = halves(key, purpose, range(-(-length // BLOCK)), ordinal)
+    # The transform of e_k * sgn(d1) is the row k of the Walsh matrix, for all groups of `size` positions at once.
+    groups = first.reshape(-1, size)  # (groups, size)
+    rows = fwht(np.eye(size, dtype=np.int8))[:, None] * groups.T[:, :, None]  # (k, groups, j)
+    return np.asarray(rows.reshape(size, -1)[:, :length] * second.reshape(-1)[:length], np.int8)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.directions.ids import distinct, levels, stream, uniform, weighted
+from fedtune.directions.philox import Purpose
+from fedtune.errors import ConfigError
+from tests.directions.vectors import SEED, sha
+
+
+def test_uniform_ids_are_the_expected_ones() -> None:
+    expected = [3346, 2508, 324, 1787, 2329, 937, 2908, 2329, 713, 2128, 515, 262]
+    assert uniform(SEED, 12, 4096).tolist() == expected
+
+
+def test_distinct_ids_are_the_expected_ones() -> None:
+    assert distinct(SEED, 8, 8).tolist() == [0, 3, 4, 7, 6, 2, 5, 1]
+    drawn = distinct(SEED, 200, 4096)
+    assert drawn[:8].tolist() == [343, 1711, 1905, 3554, 2324, 2083, 296, 209]
+    assert drawn[-1] == 1218
+    assert sha(drawn.astype("<u2")) == "cbc27c666311b03caa0ea5cc79dd6aae8ac9f0335b0208af2c90857099a034e1"
+
+
+def test_weighted_ids_are_the_expected_ones() -> None:
+    drawn = weighted(SEED, 8, np.array([1, 1, 2, 4, 8, 16, 1, 31], np.uint8))
+    assert drawn.tolist() == [7, 5, 7, 5, 7, 5, 7, 7]
+
+
+@settings(max_examples=40, deadline=None)
+@given(key=st.integers(0, 2**64 - 1), size=st.sampled_from([1, 2, 64, 4096]), share=st.floats(0, 1))
+def test_distinct_ids_never_repeat_and_more_of_them_start_alike(key: int, size: int, share: float) -> None:
+    count = int(size * share)
+    drawn = distinct(key, size, size)
+    assert sorted(drawn.tolist()) == list(range(size))
+    np.testing.assert_array_equal(drawn[:count], distinct(key, count, size))
+
+
+def test_more_distinct_ids_than_there_are_cannot_be_drawn() -> None:
+    with pytest.raises(ConfigError, match="expected at most seeds"):
+        distinct(SEED, 9, 8)
+
+
+def test_weighted_ids_follow_their_levels() -> None:
+    wanted = np.array([255, 1, 64, 190], np.uint8)
+    shares = np.bincount(weighted(SEED, 20_000, wanted), minlength=4) / 20_000
+    # Five standard deviations of a share near one half.
+    np.testing.assert_allclose(shares, wanted / wanted.sum(dtype=int), atol=5 * 0.5 / np.sqrt(20_000))
+
+
+def test_equal_levels_cut_the_words_into_equal_ranges() -> None:
+    cut = stream(SEED, Purpose.IDS, 50) * np.uint64(8) >> np.uint64(32)
+    np.testing.assert_array_equal(weighted(SEED, 50, np.ones(8, np.uint8)), cut)
+
+
+def test_levels_keep_ratios_within_half_a_level_and_none_is_zero() -> None:
+    p = np.array([0.4, 0.3, 0.2999, 0.0001])
+    drawn = levels(p)
+    assert drawn.dtype == np.uint8
+    assert drawn[0] == 255
+    assert drawn[-1] == 1
+    np.testing.assert_allclose(drawn / 255, p / p.max(), atol=1 / 255)
