@@ -10,8 +10,9 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -26,6 +27,9 @@ from fedtune.wire.v1 import round_pb2 as pb
 
 ALIGNMENT = 64
 """Parts of a payload start at a multiple of this, so that arrays can be used where they lie."""
+
+LEAVE_S = 2.0
+"""Seconds that threads of the libraries are given to end after loading."""
 
 MAX_MESSAGE_BYTES = 64 * 1024
 """Of the control socket."""
@@ -113,7 +117,7 @@ def loaded(control: socket.socket, prepare: Prepare) -> Prepared | None:
     os.close(descriptors[0])
     try:
         prepared = prepare(spec, parts)
-        names = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+        names = threads(LEAVE_S)
         if len(names) > 1:
             raise RoundError(
                 f"expected one thread in the process that forks the workers; got {len(names)} ({', '.join(names)}); "
@@ -129,6 +133,22 @@ def loaded(control: socket.socket, prepare: Prepare) -> Prepared | None:
     gc.freeze()  # else each worker's first collection would write into, and so copy, every page that holds an object
     answer(control, {"devices": prepared.devices})
     return prepared
+
+
+def threads(limit_s: float) -> Sequence[str]:
+    """Return the names of this process's threads; those that are about to end are given so many seconds.
+
+    Libraries load with pools of threads that they do not wait for.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        names = []
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(OSError):  # it has ended meanwhile
+                names.append((task / "comm").read_text().strip())
+        if len(names) < 2 or time.monotonic() > deadline:
+            return names
+        time.sleep(0.01)
 
 
 def fork(control: socket.socket, descriptor: int, place: int, prepared: Prepared, workers: set[int]) -> None:

@@ -118,6 +118,11 @@ def test_a_worker_keeps_bodies_until_it_is_told_to_drop_them() -> None:
             assert b"expected a body of digest" in content
 
 
+def test_a_thread_that_is_about_to_end_is_waited_for() -> None:
+    with tended(start="a thread that ends") as control:
+        assert ask(control)["devices"]
+
+
 def test_a_thread_beside_the_first_is_refused_because_it_would_not_outlive_a_fork() -> None:
     with tended(start="threads") as control:
         assert "expected one thread in the process that forks the workers; got 2" in ask(control)["error"]
