@@ -197,33 +197,17 @@ def run(
             client.name: replace(method.assign(state, blueprint.seed, plans[client.name]), base=base)
             for client in cohort
         }
-        encode = blob_encoder()
-        orders = {name: encode_assignment(assignment, encode=encode) for name, assignment in assignments.items()}
-        asked = Asked(
-            round=number,
-            assignments=assignments,
-            orders=orders,
-            enrolled={client.name: client.num_examples for client in cohort},
-            blueprint=blueprint,
-        )
+        asked = ask(number, assignments, cohort, blueprint)
         if opened is None:
-            ledger.open(number, state=digest, cohort=asked.enrolled, orders=digests(orders))
-        elif opened.orders != digests(orders):
-            raise StoreError(changed_orders(number, opened.orders, digests(orders)))
+            ledger.open(number, state=digest, cohort=asked.enrolled, orders=digests(asked.orders))
+        elif opened.orders != digests(asked.orders):
+            raise StoreError(changed_orders(number, opened.orders, digests(asked.orders)))
         answers = awaited(asked, transport, schedule.rule, opened, ledger, watch)
-        updates = [outcome for outcome in answers.outcomes.values() if isinstance(outcome, ClientUpdate)]
-        norms, refused = admit_norms(updates, schedule.max_norm, assignments=assignments)
-        outcomes = {**answers.outcomes, **{failure.client: failure for failure in refused}}
-        for failure in refused:
-            watch(ClientFinished(number, failure, answers.traffic[failure.client]))
-        admitted = [outcome for outcome in outcomes.values() if isinstance(outcome, ClientUpdate)]
-        if len(admitted) < schedule.min_clients:
-            hopeless = not any(isinstance(outcome, Failure) for outcome in answers.outcomes.values())
-            raise RoundError(too_few(number, schedule.min_clients, outcomes, hopeless=hopeless), final=hopeless)
+        norms, outcomes = compared(answers, asked, schedule, watch)
         if opened is None or opened.failures is None:
             failures = {n: outcome for n, outcome in answers.outcomes.items() if isinstance(outcome, Failure)}
             ledger.close(number, failures, {name: answers.traffic[name].up for name in failures})
-        state = method.aggregate(state, admitted)
+        state = method.aggregate(state, [each for each in outcomes.values() if isinstance(each, ClientUpdate)])
         digest = ledger.commit(number, states.encode(state))
         yield RoundResult(
             round=number,
@@ -265,6 +249,18 @@ class Asked:
     enrolled: Mapping[str, int]
     """Examples by client."""
     blueprint: Blueprint
+
+
+def ask(round: int, assignments: Mapping[str, Assignment], cohort: Sequence[Client], blueprint: Blueprint) -> Asked:
+    """Return a cohort's assignments with what travels; blobs that clients share are encoded once."""
+    encode = blob_encoder()
+    return Asked(
+        round=round,
+        assignments=assignments,
+        orders={name: encode_assignment(assignment, encode=encode) for name, assignment in assignments.items()},
+        enrolled={client.name: client.num_examples for client in cohort},
+        blueprint=blueprint,
+    )
 
 
 @dataclass(frozen=True)
@@ -312,6 +308,25 @@ def awaited(
         traffic={name: Traffic(down=size(order), up=sizes.get(name, 0)) for name, order in asked.orders.items()},
         aside=aside,
     )
+
+
+def compared(
+    answers: Answers, asked: Asked, schedule: Schedule, watch: Watch
+) -> tuple[Mapping[str, float], Mapping[str, Outcome]]:
+    """Return the norms of the changes, and the outcomes after updates far above the others are refused.
+
+    Raises:
+        RoundError: if too few updates are left.
+    """
+    updates = [outcome for outcome in answers.outcomes.values() if isinstance(outcome, ClientUpdate)]
+    norms, refused = admit_norms(updates, schedule.max_norm, assignments=asked.assignments)
+    outcomes = {**answers.outcomes, **{failure.client: failure for failure in refused}}
+    for failure in refused:
+        watch(ClientFinished(asked.round, failure, answers.traffic[failure.client]))
+    if len(updates) - len(refused) < schedule.min_clients:
+        hopeless = not any(isinstance(outcome, Failure) for outcome in answers.outcomes.values())
+        raise RoundError(too_few(asked.round, schedule.min_clients, outcomes, hopeless=hopeless), final=hopeless)
+    return norms, outcomes
 
 
 def judged(answer: Reply | Failure, asked: Asked) -> Outcome:
