@@ -24,6 +24,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "replay",
     "simulate",
 ]
 

@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 
 from fedtune.adapter import norm, unpack
-from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure
+from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure, Probed
 from fedtune.tensors import DTYPES, Array, Tensors, l2_norm, squared_norm
 
 LARGEST = float(np.finfo(np.float32).max) / 2**16
@@ -16,6 +16,13 @@ LARGEST = float(np.finfo(np.float32).max) / 2**16
 
 LARGEST_LOSS = 1e12
 """A cohort's mean is taken over what clients say their losses were; nothing honest comes near this."""
+
+
+LARGEST_RMS = 1e6
+"""Of a client's gradients along its seeds, times the learning rate."""
+
+MAX_SKIPPED = 0.1
+"""Share of a client's scalars that may be missing because a loss was not finite."""
 
 
 def admit(
@@ -32,6 +39,8 @@ def admit(
 
 def largest_update(assignment: Assignment, blueprint: Blueprint) -> int:
     """Return the bytes beyond which no honest answer to an assignment goes: factors in fp32, and a generous header."""
+    if assignment.verb == "probe":
+        return (assignment.plan.training.steps or 0) + 1024
     entries = sum(m + n for m, n in blueprint.modules.values()) * assignment.plan.rank
     entries += sum(array.size for array in blueprint.saved.values())
     tensors = 2 * len(blueprint.modules) + len(blueprint.saved)
@@ -63,8 +72,11 @@ def admit_norms(
 def change_norm(update: ClientUpdate, assignment: Assignment) -> float:
     """Return the Frobenius norm of b @ a over all modules; of the tensors themselves where they are no such pair.
 
-    Differences of factors, or b alone, do not multiply to the client's change; their own size stands for it.
+    Differences of factors, or b alone, do not multiply to the client's change; their own size stands for it, as that
+    of its scalars does for a probe's.
     """
+    if update.probed is not None:
+        return float(np.linalg.norm(update.probed.scalars.astype(np.float64)))
     if assignment.local.upload == "difference" or assignment.local.train == "b":
         return l2_norm(update.tensors)
     return norm(unpack(update.tensors))
@@ -74,7 +86,7 @@ def _reasons(update: ClientUpdate, assignment: Assignment, blueprint: Blueprint,
     """Yield what is wrong, first things first: each check may rely on those above it."""
     if update.client != assignment.plan.client:
         yield f"expected an update of client {assignment.plan.client!r}; got one of {update.client[:80]!r}"
-    if update.base != assignment.base:
+    if update.base != assignment.base and assignment.verb == "adapt":  # a probe answers with the digest of its state
         yield f"expected base digest {assignment.base[:16]!r}; got {update.base[:16]!r}; load the base the run uses"
     if update.round != assignment.round:
         yield f"expected round {assignment.round}; got {update.round}"
@@ -84,6 +96,9 @@ def _reasons(update: ClientUpdate, assignment: Assignment, blueprint: Blueprint,
     for what, loss in (("loss_before", measured.loss_before), ("loss_after", measured.loss_after)):
         if loss is not None and not abs(loss) <= LARGEST_LOSS:
             yield f"expected a finite {what}, at most {LARGEST_LOSS:g}; got {loss:g}"
+    if assignment.probe is not None:
+        yield from _probed(update.probed, assignment)
+        return
     expected = {f"{name}.{side}" for name in blueprint.modules for side in assignment.local.train}
     yield from _keys("factors", expected, update.tensors)
     yield from _keys("modules_to_save", set(blueprint.saved), update.saved)
@@ -93,6 +108,27 @@ def _reasons(update: ClientUpdate, assignment: Assignment, blueprint: Blueprint,
         if array.shape != blueprint.saved[name].shape:
             yield f"{name}: expected shape {blueprint.saved[name].shape}; got {array.shape}"
         yield from _numbers(name, array, ("fp32",))
+
+
+def _probed(probed: Probed | None, assignment: Assignment) -> Iterator[str]:
+    """Yield what is wrong with an answer to a probe, apart from what only the method's state can tell."""
+    steps, probe = assignment.plan.training.steps or 0, assignment.probe
+    if probed is None or probe is None:
+        yield "expected scalars of seeds; got tensors"
+        return
+    if probe.calibrate:
+        if probed.rms is None or not 0 <= probed.rms <= LARGEST_RMS:
+            yield f"expected a finite size of the gradient, at most {LARGEST_RMS:g}; got {probed.rms}"
+        return
+    if len(probed.scalars) != steps:
+        yield f"expected {steps} scalars, one per seed drawn; got {len(probed.scalars)}"
+    if (probed.scalars == -128).any():
+        yield "expected scalars from -127 to 127; got -128"
+    if probed.skipped > MAX_SKIPPED * steps:
+        yield (
+            f"expected at most {MAX_SKIPPED:.0%} of its losses to be not finite; got {probed.skipped} of {steps}; "
+            "lower client.learning_rate or method.perturbation"
+        )
 
 
 def _keys(what: str, expected: set[str], tensors: Tensors) -> Iterator[str]:

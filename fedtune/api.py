@@ -17,9 +17,12 @@ from fedtune.config import Recipe, bind
 from fedtune.demo import recipe_text, write_data
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.lowrank import compress, truncate
+from fedtune.methods.fedkseed import kron_adapter
+from fedtune.methods.method import Seeds, Tuned
 from fedtune.rounds import Note, Watch
 from fedtune.simulation.processes import Nursery
-from fedtune.store import audit, peft
+from fedtune.store import audit, peft, result
+from fedtune.store import seeds as store_seeds
 from fedtune.store.audit import Status, Verified
 from fedtune.store.files import guarded, new_folder
 from fedtune.store.run import check_run, vacant, write_recipe
@@ -27,7 +30,7 @@ from fedtune.store.run import check_run, vacant, write_recipe
 # The client wing (torch, transformers, peft, datasets) takes seconds to import, so `experiment` and `model` are
 # imported where they are needed: a recipe that is wrong says so at once, and reading a report needs neither.
 
-FORMS = ("peft", "uniform", "merged")
+FORMS = ("peft", "uniform", "merged", "ledger")
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """Folder of the global adapter in PEFT's format."""
-        return self.path / "adapter"
+        """Folder of the global adapter in PEFT's format; of a method that moves all weights, of its seeds."""
+        return result.folder(self.path)
 
     @property
     def report(self) -> Path:
@@ -176,7 +179,7 @@ def evaluate(
         ConfigError: if the adapter belongs to another base than the one that its recipe loads now.
     """
     path = Path(run)
-    adapter, saved, origin = open_run(path)
+    tuned, origin = open_run(path)
     bound = bind(path / "recipe.toml")
     if data is not None:
         bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve())))
@@ -185,8 +188,8 @@ def evaluate(
 
     experiment = prepare(bound)
     check_base(experiment.base.digest, origin, path)
-    before = score(experiment, {}, experiment.base.saved_tensors(), test=True, clients=False).test
-    after = score(experiment, adapter, saved, test=True, clients=False).test
+    before = score(experiment, Tuned(saved=experiment.base.saved_tensors()), test=True, clients=False).test
+    after = score(experiment, tuned, test=True, clients=False).test
     if before is None or after is None:
         raise ConfigError(Fault("data.test", "test examples", "none", "give --data FILE, or set data.held_out above 0"))
     return {"before": before, "after": after}
@@ -195,7 +198,7 @@ def evaluate(
 def export(
     run: str | Path,
     *,
-    form: str = "peft",
+    form: str | None = None,
     out: str | Path | None = None,
     max_rank: int | None = None,
     dtype: str | None = None,
@@ -206,7 +209,9 @@ def export(
     Args:
         run: the run directory.
         form: `peft`, the adapter with its own rank per layer; `uniform`, the same padded with zeros to one rank, for
-            engines that read no rank_pattern; `merged`, a whole model of the base with the change added.
+            engines that read no rank_pattern; `merged`, a whole model of the base with the change added; `ledger`, the
+            integers that a FedKSeed run consists of. Without it `peft`, or `merged` for a run of seeds, whose bank
+            `kron` alone has the form of an adapter.
         out: folder to write; `<run>/<form>` without it.
         max_rank: cut every layer to its best approximation of this rank.
         dtype: number format of the merged model; the base's own without it.
@@ -216,15 +221,25 @@ def export(
         StoreError: if the folder holds no run, or `out` holds files already.
         ConfigError: if the form is unknown, or the base is another than the one that was trained on.
     """
-    if form not in FORMS:
+    if form is not None and form not in FORMS:
         raise ConfigError(Fault("form", f"one of {', '.join(FORMS)}", repr(form)))
+    path = Path(run)
+    tuned, origin = open_run(path)
+    form = form or ("merged" if tuned.seeds else "peft")
     if dtype is not None and form != "merged":
         raise ConfigError(Fault("dtype", "none: adapters are float32", repr(dtype), "or choose the form merged"))
-    path = Path(run)
-    adapter, saved, origin = open_run(path)
     target = Path(out) if out is not None else path / form
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
+    if tuned.seeds is not None:
+        if dtype is not None or max_rank is not None:
+            got = f"dtype = {dtype!r}, max_rank = {max_rank}"
+            raise ConfigError(Fault("export", "neither dtype nor max_rank: seeds give one model, to the bit", got))
+        return _export_seeds(path, tuned.seeds, origin, target, form=form, watch=watch)
+    if form == "ledger":
+        expected = "a run of a method that moves all weights (fedkseed)"
+        raise ConfigError(Fault("form", expected, f"'ledger' of a run of {origin.get('method')!r}", "choose peft"))
+    adapter, saved = tuned.adapter, tuned.saved
     if max_rank is not None:
         adapter = cut(adapter, max_rank, watch)
     if form == "merged":
@@ -233,6 +248,109 @@ def export(
         adapter = pad(adapter)
     settings = json.loads((path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     return peft.write(target, adapter, saved, peft.target_of(settings), origin)
+
+
+def _export_seeds(
+    path: Path, seeds: Seeds, origin: Mapping[str, Any], target: Path, *, form: str, watch: Watch
+) -> Path:
+    """Write what seeds stand for: themselves, the whole model with them beside it, or an adapter of the bank `kron`."""
+    if form == "ledger":
+        return store_seeds.write(target, seeds, origin)
+    bound = bind(path / "recipe.toml")
+    if form in ("peft", "uniform") and (seeds.ledger.bank.name != "kron" or reaches_beyond_layers(bound.method)):
+        raise ConfigError(
+            Fault(
+                "form",
+                "merged or ledger: only bank = 'kron' over the weights of linear layers has the form of an adapter",
+                f"{form!r} of a run with bank = {bound.method.bank!r}",
+                "write the whole model with --form merged",
+            )
+        )
+    from fedtune.experiment import prepare, setting
+
+    experiment = prepare(bound)
+    check_base(experiment.base.digest, origin, path)
+    if form != "merged":
+        factors = kron_adapter(seeds, transposed=experiment.base.transposed)
+        return peft.write(target, factors, {}, setting(experiment).target, origin)
+    from fedtune.model import replay as rebuilding
+
+    with new_folder(target) as folder:
+        weights = rebuilding.write(experiment.base, seeds.ledger, seeds.trainable, folder)
+        for name in (store_seeds.LEDGER, store_seeds.MANIFEST):
+            (folder / name).write_bytes((path / result.SEEDS / name).read_bytes())
+        (folder / store_seeds.ORIGIN).write_text(json.dumps({**origin, "weights": weights}, indent=1) + "\n")
+    watch(Note(f"rebuilt from {seeds.ledger.bank.size} integers; digest of the weights {weights}"))
+    return target
+
+
+def reaches_beyond_layers(method: Any) -> bool:
+    """Return whether a run of the bank `kron` moves more than an adapter can hold."""
+    return bool(method.vectors or method.embeddings)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A model rebuilt from a base and a seed ledger."""
+
+    base: str
+    """Digest (hex) of the base's manifest."""
+    state: str
+    """Digest (hex) of the ledger."""
+    weights: str
+    """Digest (hex) of the rebuilt weights' manifest."""
+    path: Path | None
+    """Folder of the model, if it was written."""
+
+
+def replay(
+    base: str | Path, ledger: str | Path, *, out: str | Path | None = None, trainable: Sequence[str] = ()
+) -> Replayed:
+    """Rebuild the model that a seed ledger stands for, anywhere where its base is, and return the digests.
+
+    Args:
+        base: folder or hub name of the base that the run started from.
+        ledger: a run's folder `seeds`, an exported model, or a ledger alone, which moves what its bank moves by default.
+        out: folder to write the model to; without it only the digests are made.
+        trainable: globs over the tensors to move, for a ledger alone; as the recipe's `method.trainable`.
+
+    Raises:
+        ConfigError: if the base is another than the ledger's.
+        StoreError: if the ledger cannot be read, or `out` holds files already.
+        WireError: if its bytes are none.
+    """
+    from fedtune.directions import ledger as ledgers
+    from fedtune.directions.trainable import Reach
+    from fedtune.directions.trainable import trainable as chosen
+    from fedtune.model import replay as rebuilding
+    from fedtune.model.settings import ModelSettings
+
+    source, target = Path(ledger), None if out is None else Path(out)
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
+    origin: Mapping[str, Any] = {}
+    if source.is_dir():
+        seeds, origin = store_seeds.read(source)
+        found = seeds.ledger
+    else:
+        with guarded(source):
+            found = ledgers.decode(source.read_bytes())
+    model = origin.get("model", {})
+    loaded = rebuilding.base_of(
+        found,
+        ModelSettings(base=str(base), device="cpu", **model),
+        seed=origin.get("seed", 0),
+        labels=origin.get("labels", ()),
+    )
+    ordinals = (
+        seeds.trainable if origin else chosen(loaded.manifest, Reach(found.bank.name, trainable), loaded.matrices)
+    )
+    if target is None:
+        weights = rebuilding.write(loaded, found, ordinals, None)
+    else:
+        with new_folder(target) as folder:
+            weights = rebuilding.write(loaded, found, ordinals, folder)
+    return Replayed(loaded.manifest.digest.hex(), found.digest.hex(), weights, target)
 
 
 def _merge(
@@ -373,14 +491,14 @@ def check_distinct(runs: Sequence[tuple[str, int]]) -> None:
         raise ConfigError(Fault("name", "recipes of different names, each seed once", f"{twice[0]} more than once"))
 
 
-def open_run(run: Path) -> tuple[Adapter, Mapping[str, Any], Mapping[str, Any]]:
-    """Return (adapter, modules_to_save, provenance) of a run directory.
+def open_run(run: Path) -> tuple[Tuned, Mapping[str, Any]]:
+    """Return (global model, provenance) of a run directory.
 
     Raises:
-        StoreError: if it is none, or holds no adapter.
+        StoreError: if it is none, or holds no result.
     """
     check_run(run)
-    return peft.read(run / "adapter")
+    return result.read(run)
 
 
 def check_base(found: str, origin: Mapping[str, Any], run: Path) -> None:

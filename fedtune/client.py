@@ -1,37 +1,130 @@
-"""What a client does with an assignment: attach, train on its own examples, and hand back what it learned."""
+"""What a client does with an assignment: train or probe on its own examples, and hand back what it learned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import floor
 
+import numpy as np
 import torch
 
 from fedtune.adapter import Adapter, Factors
 from fedtune.data.encode import Example
+from fedtune.directions import ids
+from fedtune.directions.bank import DirectionBank, displacement
+from fedtune.directions.banks import BANKS
+from fedtune.directions.checks import STATE, Displacement, block_checks
+from fedtune.directions.kron import Kron
+from fedtune.directions.replica import Replicas, restored
+from fedtune.directions.torch_rebuild import compiled, fastest
+from fedtune.directions.torch_rebuild import displacement as torch_displacement
+from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError
 from fedtune.model import libraries
 from fedtune.model.base import Base, to_numpy
 from fedtune.model.lora import attached, frozen, layers, read_local, start
+from fedtune.model.probe import measure
 from fedtune.model.train import Trained, train
-from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured
+from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, Probed
+from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
+CALIBRATION = 16
+"""Scalars that are measured to learn how large they are."""
 
-def perform(base: Base, examples: Sequence[Example], assignment: Assignment, *, threads: int) -> ClientUpdate:
+
+def perform(
+    base: Base,
+    examples: Sequence[Example],
+    assignment: Assignment,
+    *,
+    threads: int,
+    replicas: Replicas | None = None,
+) -> ClientUpdate:
     """Do what an assignment asks on so many CPU threads, and return the update; the base is afterwards as before.
 
-    The number of threads is an argument, not the machine's choice, because it changes the last bits of a sum.
+    The number of threads is an argument, not the machine's choice, because it changes the last bits of a sum. Replicas
+    are what this process remembers of earlier rounds; without them every short message is asked for again, whole.
 
     Raises:
         ClientError: if the base is another, the training fails, or the client holds no example.
+        ConfigError: if the base has no tensors such as are to be moved.
         ShapeError: if a tensor that was sent does not fit the base.
+        WireError: if accumulators that were sent are not those that they are said to be.
     """
     with libraries.threads(threads):
-        return _perform(base, examples, assignment)
+        if assignment.probe is not None:
+            return probed(base, examples, assignment, assignment.probe, replicas or Replicas())
+        return adapted(base, examples, assignment)
 
 
-def _perform(base: Base, examples: Sequence[Example], assignment: Assignment) -> ClientUpdate:
+def probed(
+    base: Base, examples: Sequence[Example], assignment: Assignment, probe: Probe, replicas: Replicas
+) -> ClientUpdate:
+    """Rebuild the model from the seeds, take steps along more of them, and return the scalars."""
+    name, training = assignment.plan.client, assignment.plan.training
+    bank = BANKS[probe.bank](probe.seeds, probe.key)
+    answer = ClientUpdate(client=name, round=assignment.round, num_examples=len(examples), tensors={})
+    ledger = restored(
+        probe.state,
+        bank=bank,
+        exponent=probe.exponent,
+        manifest=base.manifest.digest,
+        sampling=probe.sampling,
+        replicas=replicas,
+    )
+    if ledger is None:
+        return replace(answer, probed=Probed(np.empty(0, np.int8), lost=True))
+    reach = Reach(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
+    ordinals = trainable(base.manifest, reach, base.matrices)
+    steps = CALIBRATION if probe.calibrate else training.steps
+    assert steps is not None  # the message holds a number
+    found = measure(
+        base,
+        examples,
+        training,
+        probe,
+        ledger,
+        ordinals,
+        ids.drawn(
+            derive(assignment.seed, "fedkseed.ids"), steps, bank.size, sampling=probe.sampling, levels=probe.levels
+        ),
+        key=assignment.seed,
+        client=name,
+    )
+    tail = found.losses[-max(1, len(found.losses) // 10) :]
+    return replace(
+        answer,
+        measured=Measured(
+            seconds=found.seconds,
+            peak_bytes=found.peak_bytes,
+            tokens=found.tokens,
+            loss_before=found.losses[0] if found.losses else None,
+            loss_after=sum(tail) / len(tail) if tail else None,
+        ),
+        probed=Probed(
+            scalars=np.empty(0, np.int8) if probe.calibrate else found.scalars,
+            state=ledger.digest[:STATE],
+            checks=block_checks(ledger, base.manifest, ordinals, displacement_of(base, bank)),
+            skipped=found.skipped,
+            rms=found.rms if probe.calibrate else None,
+        ),
+    )
+
+
+def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
+    """Return the very way to the displacements that this client's weights are rebuilt by."""
+    if isinstance(bank, Kron):
+        return displacement
+    if fastest(base.device) is not compiled:
+        return lambda *args, **named: torch_displacement(*args, **named, device=base.device).cpu().numpy()
+    from fedtune.directions import numba_rebuild
+
+    return numba_rebuild.displacement
+
+
+def adapted(base: Base, examples: Sequence[Example], assignment: Assignment) -> ClientUpdate:
     name, local = assignment.plan.client, assignment.local
     if assignment.base and assignment.base != base.digest:
         raise ClientError(

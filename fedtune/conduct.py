@@ -12,28 +12,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from fedtune.adapter import Adapter, pack
 from fedtune.config import Recipe, bind, changes, digest, render
 from fedtune.config.recipe import largest_rank
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.methods import METHODS
 from fedtune.methods import state as states
+from fedtune.methods.method import Tuned
 from fedtune.planning import Planner
 from fedtune.round import Blueprint
 from fedtune.rounds import Ledger, Note, RoundFinished, RoundResult, Watch
 from fedtune.rounds import run as run_rounds
-from fedtune.store import peft, records
+from fedtune.store import peft, records, result
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import begun, replayed
 from fedtune.store.ledger import RunLedger
 from fedtune.store.run import append_round, read_rounds, write_recipe, write_summary
-from fedtune.tensors import Tensors
-from fedtune.tensors import digest as tensors_digest
 from fedtune.transport import Transport
 
 Door: TypeAlias = Literal["simulate", "flower"]
 PUT_BACK = "put back a copy of the run directory, or start the run again"
 REWRITE = "write it again with fedtune simulate --resume"
+FEW = 20
+"""Rounds left from which on they are told."""
 VERSIONS = ("fedtune", "numpy", "torch", "transformers", "peft", "flwr")
 """Packages whose versions a run notes: another one may change the last bits."""
 
@@ -46,7 +46,7 @@ class Scored:
     held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-def unscored(adapter: Adapter, saved: Tensors, *, test: bool, clients: bool) -> Scored:
+def unscored(tuned: Tuned, *, test: bool, clients: bool) -> Scored:
     """Score nothing: a server holds neither model nor data."""
     return Scored()
 
@@ -66,9 +66,11 @@ class Setting:
     machine: Mapping[str, Any]
     data: str = ""
     """Digest of every client's examples; empty where they are not known."""
+    labels: Sequence[str] = ()
+    """Classification: the class names, by class."""
     notes: Sequence[str] = ()
     score: Callable[..., Scored] = unscored
-    sample: Callable[[Adapter, Tensors], Mapping[str, str] | None] = lambda adapter, saved: None
+    sample: Callable[[Tuned], Mapping[str, str] | None] = lambda tuned: None
     """Continues the recipe's prompt before and after."""
     door: Door = "simulate"
     """What the run is conducted through."""
@@ -111,13 +113,13 @@ def conduct(
         write_recipe(run, render(setting.recipe))
         ledger.begin(setting.inputs)
         if lines and lines[-1]["round"]:
-            write_adapter(setting, run, state, lines)  # a crash, or a hand, may have left another one
+            write_result(setting, run, state, lines)  # a crash, or a hand, may have left another one
         earlier = sum(line["seconds"] for line in lines)
 
         def close(reason: str) -> Mapping[str, Any]:
-            result = summary(setting, run, lines, reason=reason, seconds=earlier + time.perf_counter() - began)
-            write_summary(run, result)
-            return result
+            told = summary(setting, run, lines, reason=reason, seconds=earlier + time.perf_counter() - began)
+            write_summary(run, told)
+            return told
 
         try:
             if not lines:
@@ -128,6 +130,8 @@ def conduct(
             for played in rounds(setting, transport, ledger=ledger, start=state, watch=watch):
                 lines.append(record_round(setting, run, played, lines))
                 watch(RoundFinished(lines[-1]))
+                if (left := lines[-1].get("figures", {}).get("rounds_left", FEW + 1)) <= FEW:
+                    watch(Note(f"sums of 32 bits have room for {left} more rounds in the worst case"))
         except (KeyboardInterrupt, FedtuneError) as stop:
             reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop)
             if lines:
@@ -137,9 +141,9 @@ def conduct(
             final = isinstance(stop, RoundError) and stop.final
             watch(Note(f"stopped {done}" + ("" if final else f"; go on with: {again(setting.door, run)}")))
             raise
-        result = close("")
+        told = close("")
         ledger.finish(lines[-1]["round"])
-        return result
+        return told
 
 
 def held(setting: Setting, run: Path, ledger: RunLedger, watch: Watch) -> tuple[list[Mapping[str, Any]], Any | None]:
@@ -263,7 +267,8 @@ def check_results(run: Path) -> None:
 
 
 def check_results_once(run: Path) -> None:
-    lines, written = read_rounds(run), peft.read(run / "adapter") if (run / "adapter").exists() else None
+    lines, folder = read_rounds(run), result.folder(run)
+    written = result.read(run) if folder.exists() else None
     history, _ = replayed(run)
     digests, path = history.digests, run / "rounds.jsonl"
     noted = bind(history.inputs[-1]["recipe"])
@@ -283,27 +288,17 @@ def check_results_once(run: Path) -> None:
     if last < 1 and written is None:
         return
     if written is None:
-        raise StoreError(f"{run / 'adapter'}: expected the adapter of round {last}; got none; {REWRITE} {run}")
-    adapter, saved, origin = written
+        raise StoreError(f"{folder}: expected the {folder.name} of round {last}; got none; {REWRITE} {run}")
+    tuned, origin = written
     made = origin.get("round")
     if made not in (last, len(digests)) or not made:
-        raise StoreError(f"{run / 'adapter'}: expected the adapter of round {last}; got {made!r}'s; {REWRITE} {run}")
+        raise StoreError(f"{folder}: expected the {folder.name} of round {last}; got {made!r}'s; {REWRITE} {run}")
     method, blueprint = METHODS[noted.method.name], Blueprint(modules={}, saved={}, max_rank=1, seed=noted.seed)
     body = Blobs(run / "blobs").get(digests[made - 1], f"the state of round {made}")
     state = states.decode(body, first_state(noted, blueprint))
-    ours, theirs = (
-        tensors_digest({**pack(nonzero(factors)), **kept})
-        for factors, kept in ((method.adapter(state), state.saved), (adapter, saved))
-    )
-    if ours != theirs:
-        raise StoreError(
-            f"{run / 'adapter'}: expected the adapter of round {made}'s state; got other tensors; {REWRITE} {run}"
-        )
-
-
-def nonzero(adapter: Adapter) -> Adapter:
-    """Return the modules that change something: PEFT has no rank 0."""
-    return {name: factors for name, factors in adapter.items() if factors.b.any()}
+    if result.digest(method.tuned(state)) != result.digest(tuned):
+        what = "other integers" if tuned.seeds else "other tensors"
+        raise StoreError(f"{folder}: expected the {folder.name} of round {made}'s state; got {what}; {REWRITE} {run}")
 
 
 def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
@@ -327,40 +322,41 @@ def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
 def record_base(setting: Setting, run: Path) -> Mapping[str, Any]:
     """Score the base before any training; the line of round 0."""
     began = time.perf_counter()
-    scored = setting.score({}, setting.blueprint.saved, test=True, clients=True)
+    scored = setting.score(Tuned(saved=setting.blueprint.saved), test=True, clients=True)
     record = records.base_record(scored.test, scored.held_out, time.perf_counter() - began)
     append_round(run, record)
     return record
 
 
 def record_round(
-    setting: Setting, run: Path, result: RoundResult, lines: Sequence[Mapping[str, Any]]
+    setting: Setting, run: Path, played: RoundResult, lines: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any]:
-    """Score the state as the recipe asks, write the adapter and the round's line, and return the line."""
+    """Score the state as the recipe asks, write the result and the round's line, and return the line."""
     recipe, method = setting.recipe, METHODS[setting.recipe.method.name]
-    adapter, saved = method.adapter(result.state), result.state.saved
-    last, every = result.round == recipe.rounds.count, recipe.evaluate.every
-    scored = setting.score(adapter, saved, test=last or (every > 0 and result.round % every == 0), clients=last)
+    tuned = method.tuned(played.state)
+    last, every = played.round == recipe.rounds.count, recipe.evaluate.every
+    scored = setting.score(tuned, test=last or (every > 0 and played.round % every == 0), clients=last)
     record = records.round_record(
-        result,
-        adapter,
-        energy_kept=method.energy_kept(result.state),
+        played,
+        tuned.adapter,
+        energy_kept=method.energy_kept(played.state),
+        figures=method.figures(played.state),
         test=scored.test,
         held_out=scored.held_out,
     )
-    write_adapter(setting, run, result.state, [*lines, record])
+    write_result(setting, run, played.state, [*lines, record])
     append_round(run, record)
     return record
 
 
-def write_adapter(setting: Setting, run: Path, state: Any, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write the adapter of a state, with where it came from: the last of the lines."""
-    adapter = METHODS[setting.recipe.method.name].adapter(state)
-    peft.write(run / "adapter", adapter, state.saved, setting.target, provenance(setting, adapter, lines))
+def write_result(setting: Setting, run: Path, state: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the global model of a state, with where it came from: the last of the lines."""
+    tuned = METHODS[setting.recipe.method.name].tuned(state)
+    result.write(run, tuned, setting.target, provenance(setting, tuned, lines))
 
 
-def provenance(setting: Setting, adapter: Adapter, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return what travels inside an adapter folder: where it came from, and what it cost."""
+def provenance(setting: Setting, tuned: Tuned, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return what travels inside a result's folder: where it came from, and what it cost."""
     recipe = setting.recipe
     return {
         "fedtune": version("fedtune"),
@@ -371,11 +367,13 @@ def provenance(setting: Setting, adapter: Adapter, lines: Sequence[Mapping[str, 
         "round": lines[-1]["round"],
         "state_digest": lines[-1]["state_digest"],
         "base": {"name": setting.base["name"], "digest": setting.base["digest"]},
+        "model": {"task": recipe.model.task, "dtype": recipe.model.dtype, "revision": recipe.model.revision},
+        "labels": list(setting.labels),
         "clients": {
             name: {"examples": total["examples"], "rank": total["rank"]}
             for name, total in records.clients_summary(lines, setting.fleet).items()
         },
-        "modules": {name: factors.rank for name, factors in sorted(adapter.items())},
+        "modules": {name: factors.rank for name, factors in sorted(tuned.adapter.items())},
         "bytes_down": sum(line["bytes_down"] for line in lines),
         "bytes_up": sum(line["bytes_up"] for line in lines),
     }
@@ -385,7 +383,8 @@ def summary(
     setting: Setting, run: Path, lines: Sequence[Mapping[str, Any]], *, reason: str, seconds: float
 ) -> Mapping[str, Any]:
     """Return what a run says of itself; a reason says why it stopped before its last round."""
-    recipe, blueprint = setting.recipe, setting.blueprint
+    recipe = setting.recipe
+    tuned = result.read(run)[0] if result.folder(run).exists() else None
     scored = [line for line in lines if line["test"] is not None]
     after = scored[-1] if scored else lines[-1]
     return {
@@ -397,21 +396,31 @@ def summary(
         "reason": reason,
         "state_digest": lines[-1]["state_digest"],
         "base": setting.base,
-        "trainable": blueprint.max_rank * sum(m + n for m, n in blueprint.modules.values())
-        + sum(array.size for array in blueprint.saved.values()),
+        "trainable": num_trainable(setting, tuned),
         "before": records.scores(lines[0]["test"], lines[0]["held_out"]),
         "after": records.scores(after["test"], lines[-1]["held_out"]),
         "clients": records.clients_summary(lines, setting.fleet),
         "bytes_down": sum(line["bytes_down"] for line in lines),
         "bytes_up": sum(line["bytes_up"] for line in lines),
         "seconds": seconds,
-        "sample": None if reason else setting.sample(*peft.read(run / "adapter")[:2]),
+        "sample": setting.sample(tuned) if tuned and not reason else None,
         "failures": records.failures(lines),
         "recipe_digest": digest(recipe),
-        "adapter_digest": peft.digest(run / "adapter") if (run / "adapter").exists() else "",
+        "adapter_digest": result.digest(tuned) if tuned else "",
         "versions": versions(),
         "machine": {**setting.machine, "platform": platform.platform()},
     }
+
+
+def num_trainable(setting: Setting, tuned: Tuned | None) -> int:
+    """Return how many numbers are trained: of the largest adapter and modules_to_save, or of the tensors seeds move."""
+    blueprint = setting.blueprint
+    if METHODS[setting.recipe.method.name].verb == "probe":
+        seeds = tuned.seeds if tuned else None
+        return sum(seeds.manifest.entries[ordinal].num_parameters for ordinal in seeds.trainable) if seeds else 0
+    return blueprint.max_rank * sum(m + n for m, n in blueprint.modules.values()) + sum(
+        array.size for array in blueprint.saved.values()
+    )
 
 
 def versions() -> Mapping[str, str]:

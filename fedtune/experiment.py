@@ -8,23 +8,25 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from fedtune.adapter import Adapter
 from fedtune.client import perform
 from fedtune.conduct import Scored, Setting, check_ranks
 from fedtune.config import Recipe, planned, render
 from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest
+from fedtune.directions.replica import Replicas
 from fedtune.errors import ConfigError, Fault
+from fedtune.methods import METHODS
+from fedtune.methods.method import Seeds, Tuned
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base
 from fedtune.model.libraries import threads
+from fedtune.model.rebuilt import rebuilt
 from fedtune.planning.fixed import Fixed
 from fedtune.round import Blueprint, Client
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.processes import Nursery, ProcessPool
 from fedtune.site import opened, simulated
 from fedtune.store import peft
-from fedtune.tensors import Tensors
 from fedtune.transport import Transport
 from fedtune.worker import devices_of, payload
 
@@ -46,7 +48,8 @@ class Experiment:
     @property
     def blueprint(self) -> Blueprint:
         """What the method must know of the base."""
-        return self.base.blueprint(max_rank=largest_rank(self.recipe), seed=self.recipe.seed)
+        whole = METHODS[self.recipe.method.name].verb == "probe"
+        return self.base.blueprint(max_rank=largest_rank(self.recipe), seed=self.recipe.seed, whole=whole)
 
     @property
     def target(self) -> peft.Target:
@@ -84,12 +87,12 @@ def prepare(recipe: Recipe) -> Experiment:
     return Experiment(recipe=recipe, federation=federation, base=base, planner=planner)
 
 
-def score(experiment: Experiment, adapter: Adapter, saved: Tensors, *, test: bool, clients: bool) -> Scored:
-    """Score the base with an adapter on the test data, on each client's held-out rows, or on both."""
+def score(experiment: Experiment, tuned: Tuned, *, test: bool, clients: bool) -> Scored:
+    """Score a global model on the test data, on each client's held-out rows, or on both."""
     settings, federation = experiment.recipe.evaluate, experiment.federation
-    measure = partial(scoring.evaluate, experiment.base, adapter, saved, batch=settings.batch)
+    measure = partial(scoring.evaluate, experiment.base, tuned.adapter, tuned.saved, batch=settings.batch)
     shards = sorted(federation.clients.items()) if clients and settings.clients else []
-    with threads(experiment.recipe.model.threads):
+    with threads(experiment.recipe.model.threads), moved(experiment.base, tuned.seeds):
         on_test = measure(
             {"test": federation.test[: settings.examples]} if test else {},
             generate=settings.generate,
@@ -97,6 +100,11 @@ def score(experiment: Experiment, adapter: Adapter, saved: Tensors, *, test: boo
         )
         held_out = measure({name: shard.held_out[: settings.client_examples] for name, shard in shards})
     return Scored(test=on_test.get("test"), held_out=held_out)
+
+
+def moved(base: Base, seeds: Seeds | None) -> AbstractContextManager[None]:
+    """Give the base the weights that seeds stand for, for the length of the block."""
+    return rebuilt(base, seeds.ledger, seeds.trainable) if seeds else nullcontext()
 
 
 def setting(experiment: Experiment) -> Setting:
@@ -115,6 +123,7 @@ def setting(experiment: Experiment) -> Setting:
         fleet=experiment.fleet,
         machine={"device": str(base.device), "threads": recipe.model.threads, "engine": recipe.engine.name},
         data=digest(experiment.federation),
+        labels=experiment.federation.labels,
         notes=experiment.federation.notes,
         score=partial(score, experiment),
         sample=partial(sample, experiment),
@@ -150,8 +159,9 @@ def clients(experiment: Experiment) -> Sequence[Client]:
 def in_process(experiment: Experiment) -> InProcess:
     """Return the engine that runs one client after the other over this process's base."""
     recipe, shards = experiment.recipe, experiment.federation.clients
+    replicas = Replicas()
     work = {
-        name: partial(perform, experiment.base, shard.train, threads=resources(recipe, name).threads)
+        name: partial(perform, experiment.base, shard.train, threads=resources(recipe, name).threads, replicas=replicas)
         for name, shard in shards.items()
     }
     return InProcess(fleet=clients(experiment), work=work)
@@ -205,11 +215,13 @@ def workers(experiment: Experiment) -> int:
     return max(1, len(os.sched_getaffinity(0)) // recipe.model.threads)
 
 
-def sample(experiment: Experiment, adapter: Adapter, saved: Tensors) -> Mapping[str, str] | None:
-    """Continue the recipe's prompt with the base and with an adapter; None without a prompt."""
+def sample(experiment: Experiment, tuned: Tuned) -> Mapping[str, str] | None:
+    """Continue the recipe's prompt with the base and with the global model; None without a prompt."""
     settings, base = experiment.recipe.evaluate, experiment.base
     if settings.prompt is None:
         return None
     continued = partial(scoring.sample, base, prompt=settings.prompt, new_tokens=settings.new_tokens)
     with threads(experiment.recipe.model.threads):
-        return {"prompt": settings.prompt, "before": continued({}, {}), "after": continued(adapter, saved)}
+        before = continued({}, {})
+        with moved(base, tuned.seeds):
+            return {"prompt": settings.prompt, "before": before, "after": continued(tuned.adapter, tuned.saved)}

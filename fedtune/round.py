@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
@@ -12,6 +13,10 @@ from fedtune.tensors import Array, Tensors
 
 WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
 Weighting: TypeAlias = Literal["examples", "uniform"]
+BankName: TypeAlias = Literal["hadamard", "gaussian", "kron"]
+Sampling: TypeAlias = Literal["uniform", "distinct", "pro"]
+Estimator: TypeAlias = Literal["two-sided", "one-sided"]
+Verb: TypeAlias = Literal["adapt", "probe"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,72 @@ class LocalAdapter:
 
 
 @dataclass(frozen=True)
+class SeedState:
+    """The accumulators of FedKSeed as they travel; see `directions.downlink`."""
+
+    form: Literal["whole", "changed", "log"]
+    since: int
+    """Rounds whose result the client must know, for `changed` and `log`; 0 stands for accumulators of zero."""
+    data: bytes
+    round: int
+    """Rounds that are in the accumulators."""
+    digest: bytes
+    """SHA-256 of the seed ledger that they give, 32 bytes."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a client measures along seeded directions, and from which weights; see `directions`."""
+
+    bank: BankName
+    seeds: int
+    """K."""
+    key: int
+    """Of the bank, 64 bits."""
+    exponent: int
+    """e of the displacement unit 2^-e."""
+    shift: int
+    """A scalar of one on the wire moves an accumulator by 2^shift."""
+    perturbation: int
+    """E, in displacement units: the loss is measured at A - E and A + E."""
+    state: SeedState
+    sampling: Sampling = "uniform"
+    levels: bytes = b""
+    """`pro`: a byte per seed, its share of the draws."""
+    estimator: Estimator = "two-sided"
+    queries: int = 1
+    """`one-sided`: directions per optimizer step."""
+    normalise: bool = False
+    """`one-sided`: divide by the standard deviation of the step's losses instead of by the perturbation."""
+    clip: float = math.inf
+    """Largest |g|: a number, infinite for none, or 0 for twice the running 0.9-quantile."""
+    trainable: Sequence[str] = ()
+    """Globs over the tensors that are moved; none takes all that the bank allows."""
+    vectors: bool = False
+    embeddings: bool = False
+    calibrate: bool = False
+    """Measure how large g is and move nothing."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a client measured along its seeds."""
+
+    scalars: Array
+    """int8, one per seed drawn, in the order of the draws."""
+    state: bytes = b""
+    """First 8 bytes of the digest of the ledger that the client started from."""
+    checks: bytes = b""
+    """First 4 bytes of the SHA-256 of the displacements of each block that the state's digest draws."""
+    skipped: int = 0
+    """Scalars that are 0 because a loss was not finite."""
+    rms: float | None = None
+    """`calibrate`: root mean square of g."""
+    lost: bool = False
+    """The client does not hold the accumulators that the message refers to: it asks for them whole."""
+
+
+@dataclass(frozen=True)
 class Assignment:
     """Server -> client: everything one client needs for one round, beside the base model that it has."""
 
@@ -104,7 +175,14 @@ class Assignment:
     """
     base: str = ""
     """Digest of the base model that the tensors belong to."""
-    verb: Literal["adapt"] = "adapt"
+    probe: Probe | None = None
+    """What to measure, for the verb `probe`; `local` and `blobs` are idle then."""
+    whole: Assignment | None = None
+    """Never travels: what is sent instead to a client that does not hold the accumulators `probe` refers to."""
+
+    @property
+    def verb(self) -> Verb:
+        return "adapt" if self.probe is None else "probe"
 
 
 @dataclass(frozen=True)
@@ -134,6 +212,8 @@ class ClientUpdate:
     """modules_to_save, by parameter name, float32."""
     measured: Measured = Measured()
     base: str = ""
+    probed: Probed | None = None
+    """What came of the verb `probe`; `tensors` and `saved` are empty then."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +249,8 @@ class Blueprint:
     """The largest rank planned for any client."""
     seed: int
     """The run's seed."""
+    manifest: bytes = b""
+    """`directions.manifest.Manifest.encode` of the base, for methods that move all of it; empty for others."""
 
 
 def weigh(updates: Sequence[ClientUpdate], weights: Weighting) -> Sequence[tuple[ClientUpdate, float]]:

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
 from typing import Annotated, Any, Protocol, TypeAlias
 
@@ -197,7 +198,7 @@ def run(
             client.name: replace(method.assign(state, blueprint.seed, plans[client.name]), base=base)
             for client in cohort
         }
-        asked = ask(number, assignments, cohort, blueprint)
+        asked = ask(number, assignments, cohort, blueprint, partial(method.refuse, state))
         if opened is None:
             ledger.open(number, state=digest, cohort=asked.enrolled, orders=digests(asked.orders))
         elif opened.orders != digests(asked.orders):
@@ -213,10 +214,12 @@ def run(
             round=number,
             state=state,
             digest=digest,
-            assignments={name: replace(assignment, blobs={}) for name, assignment in assignments.items()},
+            assignments={name: replace(assignment, blobs={}, whole=None) for name, assignment in assignments.items()},
             examples=asked.enrolled,
             outcomes={
-                name: replace(outcome, tensors={}, saved={}) if isinstance(outcome, ClientUpdate) else outcome
+                name: replace(outcome, tensors={}, saved={}, probed=None)
+                if isinstance(outcome, ClientUpdate)
+                else outcome
                 for name, outcome in outcomes.items()
             },
             norms=norms,
@@ -249,9 +252,17 @@ class Asked:
     enrolled: Mapping[str, int]
     """Examples by client."""
     blueprint: Blueprint
+    refuse: Callable[[ClientUpdate], str]
+    """`Method.refuse` over the state that the round starts from."""
 
 
-def ask(round: int, assignments: Mapping[str, Assignment], cohort: Sequence[Client], blueprint: Blueprint) -> Asked:
+def ask(
+    round: int,
+    assignments: Mapping[str, Assignment],
+    cohort: Sequence[Client],
+    blueprint: Blueprint,
+    refuse: Callable[[ClientUpdate], str],
+) -> Asked:
     """Return a cohort's assignments with what travels; blobs that clients share are encoded once."""
     encode = blob_encoder()
     return Asked(
@@ -260,6 +271,7 @@ def ask(round: int, assignments: Mapping[str, Assignment], cohort: Sequence[Clie
         orders={name: encode_assignment(assignment, encode=encode) for name, assignment in assignments.items()},
         enrolled={client.name: client.num_examples for client in cohort},
         blueprint=blueprint,
+        refuse=refuse,
     )
 
 
@@ -275,14 +287,35 @@ class Answers:
 def awaited(
     asked: Asked, transport: Transport, rule: Rule, opened: Opened | None, ledger: Ledger, watch: Watch
 ) -> Answers:
-    """Return every client's admitted update or failure; what the ledger held already is not asked for again."""
-    outcomes, sizes, aside = dict[str, Outcome](), dict[str, int](), list[Aside]()
+    """Return every client's admitted update or failure; what the ledger held already is not asked for again.
+
+    A client that does not hold what a short order refers to says so, and is asked once more, with the whole.
+    """
+    outcomes, aside = dict[str, Outcome](), list[Aside]()
+    sizes, sent = dict[str, int](), {name: size(order) for name, order in asked.orders.items()}
+    lost = list[str]()
 
     def take(answer: Reply | Failure, num_bytes: int = 0) -> None:
-        name = answer.client
-        outcomes[name] = judged(answer, asked)
-        sizes[name] = len(answer.update) if isinstance(answer, Reply) else num_bytes
-        watch(ClientFinished(asked.round, outcomes[name], Traffic(down=size(asked.orders[name]), up=sizes[name])))
+        name, outcome = answer.client, judged(answer, asked)
+        sizes[name] = sizes.get(name, 0) + (len(answer.update) if isinstance(answer, Reply) else num_bytes)
+        if has_lost(outcome):
+            if name not in lost and asked.assignments[name].whole is not None:
+                lost.append(name)
+                return
+            outcome = Failure(name, "expected it to work on the whole state; it asked for that again")
+        outcomes[name] = outcome
+        watch(ClientFinished(asked.round, outcome, Traffic(down=sent[name], up=sizes[name])))
+
+    def exchanged(orders: Mapping[str, EncodedAssignment], quorum: int) -> None:
+        for answer in transport.exchange(orders, replace(rule, quorum=quorum)):
+            if isinstance(answer, Aside) or answer.client not in orders or answer.client in outcomes:
+                stray = answer if isinstance(answer, Aside) else Aside(answer.client, "answered unasked; dropped")
+                aside.append(stray)
+                watch(Note(f"{stray.client}: {stray.reason}"))
+                continue
+            take(answer)
+            if isinstance(answer, Reply) and isinstance(outcomes.get(answer.client), ClientUpdate):
+                ledger.accept(asked.round, answer.client, answer.update)
 
     if opened is not None:
         for name, update in opened.updates.items():
@@ -292,20 +325,15 @@ def awaited(
     if opened is None or opened.failures is None:
         waiting = {name: order for name, order in asked.orders.items() if name not in outcomes}
         # Who has been accepted already counts towards the quorum.
-        left = replace(rule, quorum=max(0, rule.quorum - len(outcomes)))
-        for answer in transport.exchange(waiting, left):
-            if isinstance(answer, Aside) or answer.client not in asked.orders or answer.client in outcomes:
-                stray = answer if isinstance(answer, Aside) else Aside(answer.client, "answered unasked; dropped")
-                aside.append(stray)
-                watch(Note(f"{stray.client}: {stray.reason}"))
-                continue
-            take(answer)
-            if isinstance(answer, Reply) and isinstance(outcomes[answer.client], ClientUpdate):
-                ledger.accept(asked.round, answer.client, answer.update)
+        exchanged(waiting, max(0, rule.quorum - len(outcomes)))
+        if lost:
+            whole = {name: encode_assignment(assigned) for name in lost if (assigned := asked.assignments[name].whole)}
+            sent |= {name: sent[name] + size(order) for name, order in whole.items()}
+            exchanged(whole, max(0, rule.quorum - len(outcomes)))
     silent = {name: Failure(name, "expected an answer; none came") for name in asked.orders if name not in outcomes}
     return Answers(
         outcomes={name: (outcomes | silent)[name] for name in asked.orders},
-        traffic={name: Traffic(down=size(order), up=sizes.get(name, 0)) for name, order in asked.orders.items()},
+        traffic={name: Traffic(down=sent[name], up=sizes.get(name, 0)) for name in asked.orders},
         aside=aside,
     )
 
@@ -336,10 +364,20 @@ def judged(answer: Reply | Failure, asked: Asked) -> Outcome:
     name, assignment = answer.client, asked.assignments[answer.client]
     limit = largest_update(assignment, asked.blueprint)
     try:
-        update = decode_update(answer.update, client=name, limit_bytes=limit)
+        update = decode_update(answer.update, client=name, limit_bytes=limit, verb=assignment.verb)
     except WireError as error:
         return Failure(client=name, reason=str(error), kind="refused")
-    return admit(update, assignment, asked.blueprint, num_examples=asked.enrolled[name])
+    if has_lost(update):
+        return update
+    outcome = admit(update, assignment, asked.blueprint, num_examples=asked.enrolled[name])
+    if isinstance(outcome, ClientUpdate) and (reason := asked.refuse(outcome)):
+        return Failure(client=name, reason=reason, kind="refused")
+    return outcome
+
+
+def has_lost(outcome: Outcome) -> bool:
+    """Return whether a client asks for the state that its order refers to."""
+    return isinstance(outcome, ClientUpdate) and outcome.probed is not None and outcome.probed.lost
 
 
 def size(order: EncodedAssignment) -> int:

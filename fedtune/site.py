@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fedtune.config.site import bind_site
 from fedtune.data.encode import Example
 from fedtune.data.federation import Federation, federate
 from fedtune.data.settings import DataSettings
+from fedtune.directions.replica import Replicas
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.methods import METHODS
 from fedtune.model import embedded
@@ -35,6 +36,8 @@ class Site:
     """For training."""
     labels: Sequence[str]
     threads: int
+    replicas: Replicas = field(default_factory=Replicas)
+    """What this process remembers of a run between rounds."""
 
     def profile(self) -> ClientProfile:
         """Return what the client says of itself."""
@@ -50,6 +53,7 @@ class Site:
                 labels=tuple(self.labels),
                 transposed=base.transposed,
                 parameters=sum(parameter.numel() for parameter in base.model.parameters()),
+                manifest=base.manifest.encode(),
             ),
             methods=tuple(METHODS),
             device=device(base),
@@ -66,7 +70,7 @@ class Site:
                 f"{self.client}: expected an assignment of its own; got one for {assignment.plan.client!r}; "
                 "check the names that the clients are registered under"
             )
-        return perform(self.base, self.examples, assignment, threads=self.threads)
+        return perform(self.base, self.examples, assignment, threads=self.threads, replicas=self.replicas)
 
 
 # What is loaded is kept by this module, not by an app object: Ray pickles the app with every message, and what it holds
@@ -97,21 +101,22 @@ def simulated(recipe: str, node_config: Mapping[str, Any], run_config: Mapping[s
     Raises:
         ConfigError: if the recipe is wrong, or has fewer clients than there are nodes.
     """
-    bound, federation, base = loaded(recipe)
+    bound, federation, base, replicas = loaded(recipe)
     names, place = sorted(federation.clients), int(node_config["partition-id"])
     if place >= len(names):
         raise ConfigError(
             Fault("num-supernodes", f"{len(names)}, the clients of the recipe", f"at least {place + 1}", "lower it")
         )
     name = names[place]
-    return Site(name, base, federation.clients[name].train, federation.labels, resources(bound, name).threads)
+    examples, threads = federation.clients[name].train, resources(bound, name).threads
+    return Site(name, base, examples, federation.labels, threads, replicas)
 
 
 @lru_cache(maxsize=1)
-def loaded(recipe: str) -> tuple[Recipe, Federation, Base]:
-    """Return a recipe with the data and the base that it names, loaded once per process."""
+def loaded(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
+    """Return a recipe with the data and the base that it names, loaded once per process, and what it remembers."""
     bound = bind(recipe)
-    return bound, *opened(bound.model, bound.adapter, bound.data, seed=bound.seed, root=bound.root)
+    return bound, *opened(bound.model, bound.adapter, bound.data, seed=bound.seed, root=bound.root), Replicas()
 
 
 def opened(

@@ -14,6 +14,7 @@ import torch
 from fedtune.client import perform
 from fedtune.data import transfer
 from fedtune.data.encode import Example
+from fedtune.directions.replica import Replicas
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import Base, choose_device, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
@@ -75,10 +76,11 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
     devices = devices_of(choose_device(model.device))
 
     def equip(place: int) -> Perform:
-        resident = moved(base, torch.device(devices[place % len(devices)]))
+        resident, replicas = moved(base, torch.device(devices[place % len(devices)])), Replicas()
 
         def work(assignment: Assignment, threads: int) -> ClientUpdate:
-            return perform(resident, examples[assignment.plan.client], assignment, threads=threads)
+            mine = examples[assignment.plan.client]
+            return perform(resident, mine, assignment, threads=threads, replicas=replicas)
 
         return work
 

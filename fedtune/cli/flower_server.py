@@ -16,6 +16,7 @@ from fedtune.config.recipe import largest_rank
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.server_app import Connect, Scalar, server_app
+from fedtune.methods import METHODS
 from fedtune.planning.fixed import Fixed
 from fedtune.round import Blueprint, Failure
 from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
@@ -102,7 +103,13 @@ def setting(recipe: Recipe, transport: GridTransport) -> Setting:
     check_ranks(recipe, common.modules)
     return Setting(
         recipe=recipe,
-        blueprint=Blueprint(common.modules, common.saved, max_rank=largest_rank(recipe), seed=recipe.seed),
+        blueprint=Blueprint(
+            common.modules,
+            common.saved,
+            max_rank=largest_rank(recipe),
+            seed=recipe.seed,
+            manifest=common.manifest if METHODS[recipe.method.name].verb == "probe" else b"",
+        ),
         planner=Fixed(partial(planned, recipe), alpha=recipe.adapter.alpha, rslora=recipe.adapter.rslora),
         base={"name": recipe.model.base, "digest": common.base, "parameters": common.parameters},
         target=peft.Target(
@@ -114,6 +121,7 @@ def setting(recipe: Recipe, transport: GridTransport) -> Setting:
         ),
         fleet={name: profile.num_examples for name, profile in profiles.items()},
         machine={"engine": "flower"},
+        labels=common.labels,
         door="flower",
     )
 

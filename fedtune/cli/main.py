@@ -148,16 +148,19 @@ def evaluate(
         "fedtune export runs/demo",
         "fedtune export runs/demo --form merged --out my-model",
         "fedtune export runs/demo --form uniform --max-rank 16",
+        "fedtune export runs/dolly-kseed --form ledger",
     )
 )
 def export(
     run: RunArgument,
     form: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="peft: adapter with a rank per layer; uniform: the same padded to one rank; merged: a whole model."
+            help="peft: adapter with a rank per layer; uniform: the same padded to one rank; merged: a whole model; "
+            "ledger: the seeds of a FedKSeed run. Without it peft, or merged for a run of seeds.",
+            show_default=False,
         ),
-    ] = "peft",
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder instead of RUN/FORM.")] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to its best fit of this rank.")] = None,
     dtype: Annotated[
@@ -165,7 +168,7 @@ def export(
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Write the result for others to load: a PEFT adapter, or a whole merged model."""
+    """Write the result for others to load: a PEFT adapter, a whole merged model, or the seeds that it is made of."""
     with reported(debug):
         from fedtune import api
 
@@ -175,6 +178,44 @@ def export(
             lambda watch: api.export(run, form=form, out=out, max_rank=max_rank, dtype=dtype, watch=watch),
         )
         typer.echo(folder)
+
+
+@app.command(
+    epilog=examples(
+        "fedtune replay models/tiny-llama runs/dolly-kseed/seeds --out tuned",
+        "fedtune replay models/tiny-llama ledger.ftks",
+    )
+)
+def replay(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Folder or hub name of the run's base.", show_default=False)
+    ],
+    ledger: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LEDGER", help="Folder with a seed ledger, e.g. runs/NAME/seeds, or the ledger.", show_default=False
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the model here; else only its digest.")] = None,
+    trainable: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Tensors to move, for a ledger alone; may be given again."),
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Rebuild a model tuned by FedKSeed from its base and a seed ledger of 16 kB, to the bit, on any machine."""
+    with reported(debug):
+        from fedtune import api
+
+        done = api.replay(base, ledger, out=out, trainable=trainable or ())
+        told = {"base": done.base, "state": done.state, "weights": done.weights}
+        told |= {"path": str(done.path)} if done.path else {}
+        if as_json:
+            typer.echo(json.dumps(told))
+        else:
+            for name, value in told.items():
+                typer.echo(f"{name:8} {value}")
 
 
 @app.command(epilog=examples("fedtune report runs/demo", "fedtune report runs/demo --tensorboard"))

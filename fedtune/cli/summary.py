@@ -34,7 +34,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, adapter: Path,
             console.print(part)
     if summary.get("sample"):
         console.print(sample(summary["sample"]))
-    written = {"adapter": adapter} | ({"report": report} if report.exists() else {})
+    written = {adapter.name: adapter} | ({"report": report} if report.exists() else {})
     for name, path in written.items():
         console.print(Text(f"{name:8} {printable(path)}"), soft_wrap=True)
 

@@ -55,6 +55,9 @@ EXAMPLES: Mapping[str, str] = {
 }
 """What a missing table might look like."""
 
+EVERY_LAYER: Mapping[str, Any] = {"rank": 1, "targets": ["all-linear"]}
+"""The table `adapter` for methods that train none: which layers there are, all of them."""
+
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
@@ -96,15 +99,26 @@ def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     found.faults.extend(unknown_keys(table, known, ""))
     bound = {}
     for name in (*SECTIONS, *NAMED):
+        if name == "adapter" and name not in table and probes(table.get("method")):
+            bound[name] = bind_table(AdapterSettings, EVERY_LAYER, name, found)
+            continue
         if name not in table and name not in OPTIONAL:
             found.faults.append(Fault(name, f"the table [{name}]", "nothing", f"e.g. {name} = {EXAMPLES[name]}"))
             continue
         content = table.get(name, {})
         if name in NAMED:
             bound[name] = bind_named(NAMED[name], content, name, found)
+            if bound[name] is not None:
+                found.values[name] = bound[name]
         else:
             bound[name] = bind_table(SECTIONS[name], content, name, found)
     return bound
+
+
+def probes(method: Any) -> bool:
+    """Return whether a table `method`, or a bare name, names a method that trains no adapter."""
+    name = method.get("name") if isinstance(method, dict) else method
+    return isinstance(name, str) and name in METHODS and METHODS[name].verb == "probe"
 
 
 def bind_named(kinds: Mapping[str, type[Any]], content: Any, path: str, found: Findings) -> Any:

@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 from fedtune.config.recipe import Override
 from fedtune.config.words import listed, nearest, quoted, shown
 from fedtune.data.settings import TEMPLATES, DataSettings, Split, faults
-from fedtune.errors import Fault
+from fedtune.directions.banks import BANKS
+from fedtune.errors import ConfigError, Fault
 from fedtune.methods import METHODS
+from fedtune.methods.fedkseed import FedKSeedSettings
 from fedtune.rounds import cohort_size
 
 Check: TypeAlias = tuple[tuple[str, ...], Callable[..., Iterable[Fault]]]
@@ -162,6 +164,70 @@ def in_full_or_adapted(targets: Sequence[str], in_full: Sequence[str]) -> Iterat
         )
 
 
+def probed(
+    method: str,
+    steps: int | None,
+    weight_decay: float,
+    momentum: float,
+    accumulation: int,
+    schedule: str,
+    warmup: float,
+    dropout: float,
+    autocast: str,
+    overrides: Sequence[Override],
+) -> Iterator[Fault]:
+    """Yield what a recipe asks for that steps along seeds do not have."""
+    if METHODS[method].verb != "probe":
+        return
+    idle: Mapping[str, tuple[Any, Any]] = {
+        "weight_decay": (weight_decay, 0.0),
+        "momentum": (momentum, 0.0),
+        "accumulation": (accumulation, 1),
+        "schedule": (schedule, "constant"),
+        "warmup": (warmup, 0.0),
+        "dropout": (dropout, 0.0),
+    }
+    hint = f"{method!r} has forward passes and no optimizer; leave it out"
+    for key, (value, default) in idle.items():
+        if value != default:
+            yield Fault(f"client.{key}", str(default), shown(value), hint)
+    if autocast == "bf16":
+        hint = "differences of losses are lost in bf16; set model.dtype for a smaller base"
+        yield Fault("client.autocast", "auto or off", shown(autocast), hint)
+    for place, override in enumerate(overrides):
+        for key in sorted(override.training.keys() - {"steps", "epochs", "batch", "learning_rate"}):
+            yield Fault(f"override.{place}.{key}", "batch, learning_rate, steps or epochs", key, f"with {method!r}")
+        if override.rank is not None:
+            yield Fault(f"override.{place}.rank", "nothing", str(override.rank), f"{method!r} trains no adapter")
+
+
+def seeds_of(method: Any, steps: int | None, overrides: Sequence[Override]) -> Iterator[Fault]:
+    """Yield what does not fit together in the table `method` of FedKSeed."""
+    if not isinstance(method, FedKSeedSettings):
+        return
+    try:
+        BANKS[method.bank](method.seeds, 0)
+    except ConfigError as error:
+        yield from (replace(fault, path=f"method.{fault.path}") for fault in error.faults)
+    counts = [count for count in (steps, *(o.training.get("steps") for o in overrides)) if count is not None]
+    if method.sampling == "distinct" and any(count > method.seeds for count in counts):
+        expected = f"at most method.seeds = {method.seeds} with distinct seeds"
+        yield Fault("client.steps", expected, str(max(counts)), "take fewer steps, or sampling = 'uniform'")
+    if method.estimator == "one-sided" and any(count % method.queries for count in counts):
+        odd = next(count for count in counts if count % method.queries)
+        expected = f"a multiple of method.queries = {method.queries}, since steps counts directions"
+        yield Fault("client.steps", expected, str(odd), f"e.g. {-(-odd // method.queries) * method.queries}")
+    if method.public_log and method.sampling == "pro":
+        hint = "which seeds were drawn follows from what nobody is sent"
+        yield Fault("method.public_log", "false with sampling = 'pro'", "true", hint)
+    if method.public_log and method.sync != "auto":
+        yield Fault("method.public_log", "false with sync = 'whole'", "true", 'set sync = "auto"')
+    for key in ("vectors", "embeddings"):
+        if getattr(method, key) and method.bank != "kron":
+            hint = "the other banks move every tensor; choose with method.trainable"
+            yield Fault(f"method.{key}", f"false with bank = {method.bank!r}", "true", hint)
+
+
 CHECKS: Sequence[Check] = (
     (("model.base",), some_base),
     (("model.device",), device_name),
@@ -169,6 +235,27 @@ CHECKS: Sequence[Check] = (
     (("method.name", "adapter.rank", "override"), one_rank),
     (("client.steps", "client.epochs"), steps_or_epochs),
     (("client.optimizer", "client.momentum", "override"), momentum_of),
+    (
+        (
+            "method.name",
+            *(
+                f"client.{key}"
+                for key in (
+                    "steps",
+                    "weight_decay",
+                    "momentum",
+                    "accumulation",
+                    "schedule",
+                    "warmup",
+                    "dropout",
+                    "autocast",
+                )
+            ),
+            "override",
+        ),
+        probed,
+    ),
+    (("method", "client.steps", "override"), seeds_of),
     (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),
     (("data.split",), split_rules),

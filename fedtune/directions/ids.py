@@ -9,6 +9,15 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.tensors import Array
 
 
+def drawn(key: int, count: int, size: int, *, sampling: str, levels: bytes = b"") -> Array:
+    """Return the ids of a client's scalars, int32 (count,), as `uniform`, `distinct` or `weighted` (for `pro`) does."""
+    if sampling == "distinct":
+        return distinct(key, count, size)
+    if sampling == "pro":
+        return weighted(key, count, np.frombuffer(levels, np.uint8))
+    return uniform(key, count, size)
+
+
 def uniform(key: int, count: int, size: int) -> Array:
     """Return `count` ids below K, drawn with replacement, int32; `size` is K, a power of two."""
     return np.asarray(stream(key, Purpose.IDS, count) & np.uint64(size - 1), np.int32)

@@ -12,11 +12,12 @@ from math import prod
 
 import numpy as np
 
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import ConfigError, Fault, WireError
 from fedtune.tensors import DTYPES, Array, Tensors
 
 MAGIC = b"FTKM\x01"
 CODES: Mapping[str, int] = {"fp32": 1, "fp16": 2, "bf16": 3}
+NAMES: Mapping[int, str] = {code: name for name, code in CODES.items()}
 EXPONENT_BITS: Mapping[str, int] = {"fp32": 0x7F800000, "fp16": 0x7C00, "bf16": 0x7F80}
 """All set in a number that is infinite or none."""
 PIECE = 2**20
@@ -101,3 +102,28 @@ def fault_of(name: str, tensor: Array) -> Fault | None:
         if (np.bitwise_and(flat[start : start + PIECE], mask) == mask).any():
             return Fault(name, "finite weights", "NaN or infinity", "repair the base")
     return None
+
+
+def decode(data: bytes) -> Manifest:
+    """Return the manifest that was encoded.
+
+    Raises:
+        WireError: if the bytes are not exactly one manifest.
+    """
+    try:
+        entries, place = [], len(MAGIC) + 4
+        (count,) = struct.unpack_from("<I", data, len(MAGIC))
+        for _ in range(count):
+            (length,) = struct.unpack_from("<I", data, place)
+            name = bytes(data[place + 4 : place + 4 + length]).decode()
+            code, axes = struct.unpack_from("<BB", data, place + 4 + length)
+            shape = struct.unpack_from(f"<{axes}Q", data, place + 6 + length)
+            place += 6 + length + 8 * axes
+            entries.append(Entry(name, NAMES[code], shape, bytes(data[place : place + 32])))
+            place += 32
+        found = Manifest(tuple(entries))
+    except (struct.error, UnicodeDecodeError, KeyError, ConfigError) as error:
+        raise WireError(f"manifest: expected {len(data)} bytes that are one; got others ({error})") from None
+    if found.encode() != data:
+        raise WireError(f"manifest: expected the one canonical form; got {len(data)} other bytes")
+    return found

@@ -76,6 +76,38 @@ def rebuild(
     return out
 
 
+def rewriter(
+    tensors: Sequence[tuple[int, Array, Array]], *, bank: DirectionBank, exponent: int, threads: int = 1
+) -> Callable[[Array], None]:
+    """Return the function that writes w(A) of many tensors, given A; everything else is made ready once.
+
+    Args:
+        tensors: (ordinal, w0, where w(A) is written); see `rebuild.Rebuild`.
+        bank: the directions.
+        exponent: e of the displacement unit 2^-e.
+        threads: that share a tensor's blocks.
+    """
+    unit, key = scale(bank, exponent), np.uint64(bank.key)
+    direct, others = [], []
+    for ordinal, old, new in tensors:
+        prepared(old, new)
+        same = old.dtype == new.dtype and old.dtype in (DTYPES["fp32"], DTYPES["bf16"]) and old.flags.c_contiguous
+        if isinstance(bank, Hadamard) and same and threads == 1:
+            run = kernel(Hadamard, bank.size, old.dtype.name)
+            direct.append((run, plain(old.reshape(-1)), plain(new.reshape(-1)), np.uint32(ordinal)))
+        else:
+            others.append((ordinal, old, new))
+
+    def rewrite(accumulators: Array) -> None:
+        sums = checked(bank, accumulators)
+        for run, old, new, ordinal in direct:
+            run(old, new, sums, key, ordinal, np.uint32(0), unit)
+        for number, old, new in others:
+            rebuild(old, sums, bank=bank, ordinal=number, exponent=exponent, out=new, threads=threads)
+
+    return rewrite
+
+
 def displacement(
     bank: DirectionBank,
     accumulators: Array,

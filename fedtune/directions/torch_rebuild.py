@@ -93,6 +93,37 @@ def displacement(
     return torch.cat([torch.empty(0, dtype=torch.int32, device=device), *(y.to(torch.int32) for y in found)])
 
 
+def rewriter(
+    tensors: Sequence[tuple[int, torch.Tensor, torch.Tensor]], *, bank: DirectionBank, exponent: int
+) -> Callable[[Array], None]:
+    """Return the function that writes w(A) of many tensors of one device, given A, in the quickest way there is.
+
+    Args:
+        tensors: (ordinal, w0, where w(A) is written), both contiguous.
+        bank: the directions.
+        exponent: e of the displacement unit 2^-e.
+
+    Raises:
+        ShapeError: if a pair does not fit, or is of another number format.
+        RoundError: if torch's arithmetic is not exact.
+    """
+    way = rebuild
+    for _, old, new in tensors:
+        prepared(old, new)
+        way = fastest(old.device)
+    if way is compiled:
+        from fedtune.directions import numba_rebuild
+
+        arrays = [(ordinal, as_array(old.contiguous()), as_array(new)) for ordinal, old, new in tensors]
+        return numba_rebuild.rewriter(arrays, bank=bank, exponent=exponent, threads=torch.get_num_threads())
+
+    def rewrite(accumulators: Array) -> None:
+        for ordinal, old, new in tensors:
+            way(old, accumulators, bank=bank, ordinal=ordinal, exponent=exponent, out=new)
+
+    return rewrite
+
+
 def fastest(device: torch.device) -> TorchRebuild:
     """Return the quickest way for tensors on a device: numba's on a CPU where it is installed, or torch's."""
     return compiled if device.type == "cpu" and importlib.util.find_spec("numba") else rebuild

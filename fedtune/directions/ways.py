@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
+from fedtune.directions.bank import DirectionBank, displacement
+from fedtune.directions.checks import Displacement
+from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.rebuild import Rebuild, rebuild
 
 
@@ -14,3 +17,15 @@ def fastest() -> Rebuild:
     from fedtune.directions import numba_rebuild
 
     return numba_rebuild.rebuild
+
+
+def displacement_for(bank: DirectionBank) -> Displacement:
+    """Return the quickest way to the displacements of a few blocks.
+
+    Only a bank that draws for each direction is worth the seconds that numba compiles.
+    """
+    if not isinstance(bank, Gaussian) or importlib.util.find_spec("numba") is None:
+        return displacement
+    from fedtune.directions import numba_rebuild
+
+    return numba_rebuild.displacement

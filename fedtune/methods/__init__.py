@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.methods import fedex, fedit, ffa, flexlora, flora, hetlora, zeropad
+from fedtune.methods import fedex, fedit, fedkseed, ffa, flexlora, flora, hetlora, zeropad
 from fedtune.methods.method import Method
 
 METHODS: Mapping[str, Method[Any]] = {
@@ -16,4 +16,5 @@ METHODS: Mapping[str, Method[Any]] = {
     "ffa": ffa.METHOD,
     "flexlora": flexlora.METHOD,
     "fedex": fedex.METHOD,
+    "fedkseed": fedkseed.METHOD,
 }

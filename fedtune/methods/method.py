@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from fedtune.adapter import Adapter
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, weigh
+from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.manifest import Manifest
+from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Verb, Weighting, weigh
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, weighted_mean
 
@@ -25,6 +27,40 @@ class MethodState(Protocol):
     def round(self) -> int: ...
     @property
     def saved(self) -> Tensors: ...
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """A global model's change as K integers, and the tensors that it reaches."""
+
+    ledger: SeedLedger
+    manifest: Manifest
+    trainable: Sequence[int]
+    """Ordinals of the tensors that are moved."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A global model, as its change of the base."""
+
+    adapter: Adapter = field(default_factory=dict)
+    """Of scale 1."""
+    saved: Tensors = field(default_factory=dict)
+    """modules_to_save, by parameter name, float32."""
+    seeds: Seeds | None = None
+
+
+def no_seeds(state: MethodState) -> Seeds | None:
+    return None
+
+
+def nothing_to_refuse(state: MethodState, update: ClientUpdate) -> str:
+    """Find nothing wrong: what concerns every method has been checked before."""
+    return ""
+
+
+def no_figures(state: MethodState) -> Mapping[str, Any]:
+    return {}
 
 
 def nothing_dropped(state: MethodState) -> Mapping[str, float]:
@@ -51,6 +87,18 @@ class Method(Generic[State]):
     """`any`: clients may differ in rank; `equal`: one rank for all."""
     energy_kept: Callable[[State], Mapping[str, float]] = nothing_dropped
     """state -> by module, the share of the squared singular values that is left in what is sent down"""
+    verb: Verb = "adapt"
+    """What clients do; to `probe` they need no adapter, and the server must know every tensor of the base."""
+    seeds: Callable[[State], Seeds | None] = no_seeds
+    """state -> the global model's change of the whole base, beside its adapter"""
+    refuse: Callable[[State, ClientUpdate], str] = nothing_to_refuse
+    """(state, an update that fits its assignment) -> why it cannot be used all the same; empty if it can"""
+    figures: Callable[[State], Mapping[str, Any]] = no_figures
+    """state -> numbers that a round's line notes"""
+
+    def tuned(self, state: State) -> Tuned:
+        """Return the global model of a state."""
+        return Tuned(self.adapter(state), state.saved, self.seeds(state))
 
 
 @dataclass(frozen=True)

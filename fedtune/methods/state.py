@@ -17,6 +17,8 @@ from fedtune.tensors import Array
 State = TypeVar("State")
 
 VERSION = 1
+GIVEN = ("settings", "layout")
+"""Fields of a state that the recipe and the base give again."""
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
@@ -31,7 +33,7 @@ NAMES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.item
 
 
 def encode(state: Any) -> Sequence[bytes | memoryview]:
-    """Return a state in parts that together are a safetensors file; the recipe's settings are left out.
+    """Return a state in parts that together are a safetensors file; what recipe and base give again is left out.
 
     Each tensor is named `<field>/<name>`; fields that are no tensors stand as JSON in the metadata. The parts are
     views of the state's own arrays, so nothing is copied.
@@ -43,7 +45,7 @@ def encode(state: Any) -> Sequence[bytes | memoryview]:
     tensors: dict[str, Array] = {}
     for each in fields(state):
         value = getattr(state, each.name)
-        if each.name == "settings":
+        if each.name in GIVEN:
             continue
         if holds_tensors(value):
             tensors |= {f"{each.name}/{name}": array for name, array in value.items()}
@@ -65,7 +67,7 @@ def encode(state: Any) -> Sequence[bytes | memoryview]:
 
 
 def decode(data: bytes | memoryview, like: State) -> State:
-    """Return the state that was encoded; settings, and the names and types of the fields, are those of `like`.
+    """Return the state that was encoded; what is `GIVEN`, and the names and types of the fields, are those of `like`.
 
     Its tensors are read-only views of `data`.
 
@@ -83,7 +85,7 @@ def decode(data: bytes | memoryview, like: State) -> State:
             raise ValueError(f"{len(body)} bytes of tensors")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"expected the state of a method; got {len(data)} bytes that are none ({error})") from error
-    expected = {each.name for each in fields(like)} - {"settings"}  # type: ignore[arg-type]
+    expected = {each.name for each in fields(like)} - {*GIVEN}  # type: ignore[arg-type]
     if version != VERSION or values.keys() != expected:
         raise StoreError(
             f"expected a state of version {VERSION} with {sorted(expected)}; got version {version} with "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.directions.manifest import Manifest, describe_one, fault_of
+from fedtune.directions.torch_rebuild import as_array
 from fedtune.errors import ConfigError, Fault
 from fedtune.model import embedded
 from fedtune.model.libraries import quiet
@@ -66,9 +69,30 @@ class Base:
         """The id that fills short rows: the config's, by which a decoder's classifier finds a text's last token."""
         return int(self.model.config.pad_token_id)
 
-    def blueprint(self, *, max_rank: int, seed: int) -> Blueprint:
-        """Return what a method must know of this model before the first round."""
-        return Blueprint(modules=self.modules, saved=self.saved_tensors(), max_rank=max_rank, seed=seed)
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Every parameter in the number format that it was loaded in, a shared one under the first of its names.
+
+        Raises:
+            ConfigError: naming every tensor that is not finite or of another format than fp32, fp16 and bf16.
+        """
+        return manifest_of(self.model)
+
+    @property
+    def matrices(self) -> Collection[str]:
+        """Names of the matrices of the adapted layers, and of modules_to_save that are linear layers."""
+        parameters = dict(self.model.named_parameters())
+        return {f"{name}.weight" for name in self.modules} | {n for n in self.saved if parameters[n].dim() == 2}
+
+    def blueprint(self, *, max_rank: int, seed: int, whole: bool = False) -> Blueprint:
+        """Return what a method must know of this model before the first round; `whole`: of every tensor of it."""
+        return Blueprint(
+            modules=self.modules,
+            saved=self.saved_tensors(),
+            max_rank=max_rank,
+            seed=seed,
+            manifest=self.manifest.encode() if whole else b"",
+        )
 
     def saved_tensors(self) -> Tensors:
         """Return the current values of modules_to_save, float32."""
@@ -311,6 +335,24 @@ def digest(model: nn.Module, *, leave_out: Sequence[str] = ()) -> str:
             sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
             sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def manifest_of(model: nn.Module) -> Manifest:
+    """Return the list of a model's parameters; see `Base.manifest`."""
+    faults, entries = [], []
+    for name, parameter in sorted(model.named_parameters(), key=lambda one: one[0].encode()):
+        kind = parameter.dtype
+        if kind not in DTYPES.values():
+            faults.append(Fault(name, f"weights in {', '.join(DTYPES)}", str(kind), "convert the base"))
+            continue
+        array = as_array(parameter.detach().cpu().contiguous())
+        if fault := fault_of(name, array):
+            faults.append(fault)
+        else:
+            entries.append(describe_one(name, array))
+    if faults:
+        raise ConfigError(faults)
+    return Manifest(tuple(entries))
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:

@@ -84,14 +84,24 @@ def collate(examples: Sequence[Example], base: Base) -> Batch:
 
 def summed_loss(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
     """Return the cross-entropy summed over the tokens (causal) or examples that count, in float32."""
+    return cross_entropies(logits_of(model, batch, task=task), batch.labels, task=task)
+
+
+def logits_of(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
+    """Return what a model says of a batch: (batch, time, vocabulary), or (batch, classes)."""
+    # Without use_cache=False every forward pass would keep keys and values for a generation that never comes.
+    options = {"use_cache": False} if task == "causal" else {}
+    logits: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).logits
+    return logits
+
+
+def cross_entropies(logits: torch.Tensor, labels: torch.Tensor, *, task: str) -> torch.Tensor:
+    """Return the cross-entropy summed over what counts, in float32."""
     if task == "causal":
-        # Without use_cache=False every forward pass would keep keys and values for a generation that never comes.
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
         )
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    return cross_entropy(logits.float(), batch.labels, reduction="sum")
+    return cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def batches(num_examples: int, *, size: int, key: int) -> Iterator[Sequence[int]]:
@@ -191,8 +201,7 @@ def train(
                 losses.append(total)
                 tokens += sum(batch.tokens for batch in parts)
     except (RuntimeError, MemoryError) as error:
-        # torch.OutOfMemoryError is CUDA's alone: the CPU and mps say it in a bare RuntimeError.
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+        if not out_of_memory(error):
             raise
         raise ClientError(
             f"{client}: expected its batch of {training.batch} to fit; memory ran out; lower client.batch (and raise "
@@ -206,6 +215,11 @@ def train(
     return Trained(
         losses=losses, tokens=tokens, seconds=time.perf_counter() - began, peak_bytes=peak_bytes(base.device)
     )
+
+
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    # torch.OutOfMemoryError is CUDA's alone: the CPU and mps say it in a bare RuntimeError.
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def only_adapters_train(model: Any) -> None:

@@ -38,6 +38,7 @@ def base_record(test: Metrics | None, held_out: Mapping[str, Metrics], seconds: 
         "bytes_down": 0,
         "bytes_up": 0,
         "modules": {},
+        "figures": {},
     }
 
 
@@ -46,6 +47,7 @@ def round_record(
     adapter: Adapter,
     *,
     energy_kept: Mapping[str, float],
+    figures: Mapping[str, Any],
     test: Metrics | None,
     held_out: Mapping[str, Metrics],
 ) -> Mapping[str, Any]:
@@ -55,6 +57,7 @@ def round_record(
         result: of the round.
         adapter: the global model's change after the round.
         energy_kept: share of squared singular values that the next broadcast keeps, by module.
+        figures: what the method notes of its state.
         test: scores on the test data, or None if not scored in this round.
         held_out: scores by client.
     """
@@ -73,6 +76,7 @@ def round_record(
         "bytes_down": sum(client["bytes_down"] for client in clients.values()),
         "bytes_up": sum(client["bytes_up"] for client in clients.values()),
         "modules": {name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
+        "figures": figures,
     }
 
 
@@ -81,7 +85,7 @@ def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
     record: dict[str, Any] = {
         "status": "ok",
         "reason": "",
-        "rank": plan.rank,
+        "rank": plan.rank if result.assignments[name].verb == "adapt" else None,
         "steps": plan.training.steps,
         "examples": result.examples[name],
         "bytes_down": traffic.down,

@@ -11,10 +11,11 @@ from typing import Literal, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from fedtune.errors import WireError
-from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Training, WireDtype
+from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Training, Verb, WireDtype
 from fedtune.tensors import Tensors
-from fedtune.wire import settings
+from fedtune.wire import probe, settings
 from fedtune.wire import tensors as bodies
+from fedtune.wire.probe import choice
 from fedtune.wire.v1 import round_pb2 as pb
 
 MAX_HEADER_BYTES = 64 * 1024 + 256 * bodies.MAX_TENSORS
@@ -29,7 +30,6 @@ UPLOAD: Mapping[Literal["factors", "difference"], pb.Upload] = {
 WIRE_DTYPE: Mapping[WireDtype, pb.DType] = {"fp32": pb.F32, "fp16": pb.F16, "bf16": pb.BF16}
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
-Choice = TypeVar("Choice", bound=str)
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,16 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
         WireError: if a tensor or a setting cannot travel.
     """
     plan, local = assignment.plan, assignment.local
+    if assignment.probe is not None:
+        asked = pb.Assignment(
+            verb=pb.PROBE,
+            method=assignment.method,
+            plan=pb.Plan(client=plan.client),
+            seed=assignment.seed,
+            round=assignment.round,
+            probe=probe.to_message(assignment.probe, plan.training),
+        )  # without the base: the digest of the state is taken over that of the base's manifest too
+        return EncodedAssignment(asked.SerializeToString(), {})
     header = pb.Assignment(
         verb=pb.ADAPT,
         method=assignment.method,
@@ -152,8 +162,21 @@ def decode_assignment(
         WireError: if the header is malformed, or a body is missing or not the one that the header names.
     """
     message = parsed(pb.Assignment(), header)
+    if message.verb == pb.PROBE:
+        asked, training = probe.from_message(message.probe)
+        return Assignment(
+            method=message.method,
+            round=message.round,
+            seed=message.seed,
+            plan=Plan(message.plan.client, rank=1, scale=1.0, training=training),
+            local=LocalAdapter(a_key=0),
+            probe=asked,
+        )
     if message.verb != pb.ADAPT:
-        raise WireError(f"assignment: expected the verb ADAPT ({pb.ADAPT}); got {message.verb}; update this client")
+        raise WireError(
+            f"assignment: expected the verb ADAPT ({pb.ADAPT}) or PROBE ({pb.PROBE}); got {message.verb}; "
+            "update this client"
+        )
     roles = [blob.role for blob in message.down]
     if roles != sorted(set(roles)):
         raise WireError(f"assignment: expected each role once, in order; got {roles}")
@@ -172,9 +195,9 @@ def decode_assignment(
         plan=Plan(plan.client, plan.rank, plan.scale, _training(message.settings)),
         local=LocalAdapter(
             a_key=local.a_key,
-            train=_choice(TRAIN, local.train, "train"),
-            upload=_choice(UPLOAD, local.upload, "upload"),
-            wire_dtype=_choice(WIRE_DTYPE, local.wire_dtype, "wire_dtype"),
+            train=choice(TRAIN, local.train, "train"),
+            upload=choice(UPLOAD, local.upload, "upload"),
+            wire_dtype=choice(WIRE_DTYPE, local.wire_dtype, "wire_dtype"),
             rank_penalty=local.rank_penalty,
             rank_decay=local.rank_decay,
         ),
@@ -184,11 +207,13 @@ def decode_assignment(
 
 
 def encode_update(update: ClientUpdate) -> bytes:
-    """Return an update as header length, header, zero bytes up to `ALIGNMENT`, and the bodies.
+    """Return an update as header length, header, zero bytes up to `ALIGNMENT`, and the bodies; a probe's as one header.
 
     Raises:
         WireError: if a tensor cannot travel.
     """
+    if update.probed is not None:
+        return probe.update_to_message(update, update.probed).SerializeToString()
     measured = update.measured
     header = pb.ClientUpdate(
         examples=update.num_examples,
@@ -213,10 +238,11 @@ def encode_update(update: ClientUpdate) -> bytes:
     return b"".join([front, bytes(-len(front) % ALIGNMENT), *parts])
 
 
-def decode_update(data: bytes, *, client: str, limit_bytes: int) -> ClientUpdate:
+def decode_update(data: bytes, *, client: str, limit_bytes: int, verb: Verb = "adapt") -> ClientUpdate:
     """Return the update of an authenticated client; its tensors are read-only views of `data`.
 
-    Numbers are taken as they are, NaN too: whether they may be aggregated is for the admission to say.
+    Numbers are taken as they are, NaN too: whether they may be aggregated is for the admission to say. The verb is the
+    one that the client was asked to do.
 
     Raises:
         WireError: names the client; if `data` is longer than `limit_bytes`, malformed, or of another client.
@@ -224,6 +250,8 @@ def decode_update(data: bytes, *, client: str, limit_bytes: int) -> ClientUpdate
     try:
         if len(data) > limit_bytes:
             raise WireError(f"expected an update of at most {limit_bytes} bytes; got {len(data)}")
+        if verb == "probe":
+            return probe.update_from_message(parsed(pb.ProbeUpdate(), bytes(data)), client=client)
         return _update(memoryview(data), client)
     except WireError as error:
         raise WireError(f"{client}: {error}") from None
@@ -299,10 +327,3 @@ def parsed(message: AnyMessage, data: bytes) -> AnyMessage:
 def _training(data: bytes) -> Training:
     # Kept, because a fleet has few different settings and receives them with every assignment.
     return settings.decode(data, Training)
-
-
-def _choice(choices: Mapping[Choice, int], number: int, field: str) -> Choice:
-    for name, value in choices.items():
-        if value == number:
-            return name
-    raise WireError(f"assignment: expected {field} in {list(choices.values())}; got {number}; update this client")

@@ -48,6 +48,8 @@ class Foundation:
     """Whether the adapted layers hold their weights as (in, out), as GPT-2's do."""
     parameters: int = 0
     """Of the base model."""
+    manifest: bytes = b""
+    """Every tensor of the base, as `directions.manifest` writes them."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,10 @@ def encode_profile(profile: ClientProfile) -> EncodedAssignment:
         labels=common.labels,
         transposed=common.transposed,
         parameters=common.parameters,
-        verbs=[pb.ADAPT],
+        verbs=[pb.ADAPT, pb.PROBE],
         methods=profile.methods,
         protocol=PROTOCOL,
+        manifest=common.manifest,
         device=pb.Device(memory_bytes=device.memory_bytes, cores=device.cores, accelerator=device.accelerator),
     )
     return EncodedAssignment(header.SerializeToString(), {saved.digest: saved.body})
@@ -128,6 +131,7 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
             labels=tuple(message.labels),
             transposed=message.transposed,
             parameters=message.parameters,
+            manifest=message.manifest,
         ),
         methods=tuple(message.methods),
         device=Device(message.device.memory_bytes, message.device.cores, message.device.accelerator),
@@ -157,6 +161,7 @@ def fingerprint(foundation: Foundation) -> tuple[object, ...]:
         tuple(foundation.labels),
         foundation.transposed,
         foundation.parameters,
+        foundation.manifest,
     )
 
 

@@ -37,6 +37,26 @@ class Upload(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UPLOAD_UNSET: _ClassVar[Upload]
     UPLOAD_FACTORS: _ClassVar[Upload]
     UPLOAD_DIFFERENCE: _ClassVar[Upload]
+
+class Bank(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BANK_UNSET: _ClassVar[Bank]
+    GAUSSIAN: _ClassVar[Bank]
+    HADAMARD: _ClassVar[Bank]
+    KRON: _ClassVar[Bank]
+
+class SeedForm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FORM_UNSET: _ClassVar[SeedForm]
+    WHOLE: _ClassVar[SeedForm]
+    CHANGED: _ClassVar[SeedForm]
+    LOG: _ClassVar[SeedForm]
+
+class Sampling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UNIFORM: _ClassVar[Sampling]
+    DISTINCT: _ClassVar[Sampling]
+    PRO: _ClassVar[Sampling]
 VERB_UNSET: Verb
 ADAPT: Verb
 PROBE: Verb
@@ -56,6 +76,17 @@ TRAIN_B: Train
 UPLOAD_UNSET: Upload
 UPLOAD_FACTORS: Upload
 UPLOAD_DIFFERENCE: Upload
+BANK_UNSET: Bank
+GAUSSIAN: Bank
+HADAMARD: Bank
+KRON: Bank
+FORM_UNSET: SeedForm
+WHOLE: SeedForm
+CHANGED: SeedForm
+LOG: SeedForm
+UNIFORM: Sampling
+DISTINCT: Sampling
+PRO: Sampling
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape")
@@ -105,8 +136,64 @@ class LocalAdapter(_message.Message):
     rank_decay: float
     def __init__(self, a_key: _Optional[int] = ..., train: _Optional[_Union[Train, str]] = ..., upload: _Optional[_Union[Upload, str]] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., rank_penalty: _Optional[float] = ..., rank_decay: _Optional[float] = ...) -> None: ...
 
+class SeedState(_message.Message):
+    __slots__ = ("form", "since", "data", "round", "digest")
+    FORM_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    form: SeedForm
+    since: int
+    data: bytes
+    round: int
+    digest: bytes
+    def __init__(self, form: _Optional[_Union[SeedForm, str]] = ..., since: _Optional[int] = ..., data: _Optional[bytes] = ..., round: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class Probe(_message.Message):
+    __slots__ = ("bank", "seeds", "key", "exponent", "shift", "perturbation", "state", "steps", "batch", "learning_rate", "sampling", "levels", "queries", "normalise", "clip", "trainable", "vectors", "embeddings", "calibrate")
+    BANK_FIELD_NUMBER: _ClassVar[int]
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    EXPONENT_FIELD_NUMBER: _ClassVar[int]
+    SHIFT_FIELD_NUMBER: _ClassVar[int]
+    PERTURBATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    LEVELS_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    NORMALISE_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
+    TRAINABLE_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATE_FIELD_NUMBER: _ClassVar[int]
+    bank: Bank
+    seeds: int
+    key: int
+    exponent: int
+    shift: int
+    perturbation: int
+    state: SeedState
+    steps: int
+    batch: int
+    learning_rate: float
+    sampling: Sampling
+    levels: bytes
+    queries: int
+    normalise: bool
+    clip: float
+    trainable: _containers.RepeatedScalarFieldContainer[str]
+    vectors: bool
+    embeddings: bool
+    calibrate: bool
+    def __init__(self, bank: _Optional[_Union[Bank, str]] = ..., seeds: _Optional[int] = ..., key: _Optional[int] = ..., exponent: _Optional[int] = ..., shift: _Optional[int] = ..., perturbation: _Optional[int] = ..., state: _Optional[_Union[SeedState, _Mapping]] = ..., steps: _Optional[int] = ..., batch: _Optional[int] = ..., learning_rate: _Optional[float] = ..., sampling: _Optional[_Union[Sampling, str]] = ..., levels: _Optional[bytes] = ..., queries: _Optional[int] = ..., normalise: bool = ..., clip: _Optional[float] = ..., trainable: _Optional[_Iterable[str]] = ..., vectors: bool = ..., embeddings: bool = ..., calibrate: bool = ...) -> None: ...
+
 class Assignment(_message.Message):
-    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base")
+    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe")
     VERB_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +203,7 @@ class Assignment(_message.Message):
     LOCAL_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     verb: Verb
     method: str
     plan: Plan
@@ -125,7 +213,8 @@ class Assignment(_message.Message):
     local: LocalAdapter
     round: int
     base: str
-    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ...) -> None: ...
+    probe: Probe
+    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
     __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens")
@@ -157,6 +246,36 @@ class ClientUpdate(_message.Message):
     parts: _containers.RepeatedCompositeFieldContainer[Blob]
     def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...
 
+class ProbeUpdate(_message.Message):
+    __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost")
+    SCALARS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CHECKS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_MIB_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    LOSS_AFTER_FIELD_NUMBER: _ClassVar[int]
+    RMS_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    scalars: bytes
+    state: bytes
+    checks: bytes
+    round: int
+    examples: int
+    skipped: int
+    seconds: float
+    peak_mib: int
+    tokens: int
+    loss_before: float
+    loss_after: float
+    rms: float
+    lost: bool
+    def __init__(self, scalars: _Optional[bytes] = ..., state: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., skipped: _Optional[int] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., rms: _Optional[float] = ..., lost: bool = ...) -> None: ...
+
 class Module(_message.Message):
     __slots__ = ("name", "out_features", "in_features")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -178,7 +297,7 @@ class Device(_message.Message):
     def __init__(self, memory_bytes: _Optional[int] = ..., cores: _Optional[int] = ..., accelerator: _Optional[str] = ...) -> None: ...
 
 class ClientProfile(_message.Message):
-    __slots__ = ("client", "examples", "base", "modules", "saved", "saved_modules", "labels", "transposed", "parameters", "verbs", "methods", "protocol", "device")
+    __slots__ = ("client", "examples", "base", "modules", "saved", "saved_modules", "labels", "transposed", "parameters", "verbs", "methods", "protocol", "device", "manifest")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +311,7 @@ class ClientProfile(_message.Message):
     METHODS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
     client: str
     examples: int
     base: str
@@ -205,4 +325,5 @@ class ClientProfile(_message.Message):
     methods: _containers.RepeatedScalarFieldContainer[str]
     protocol: int
     device: Device
-    def __init__(self, client: _Optional[str] = ..., examples: _Optional[int] = ..., base: _Optional[str] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., saved: _Optional[_Union[Blob, _Mapping]] = ..., saved_modules: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., transposed: bool = ..., parameters: _Optional[int] = ..., verbs: _Optional[_Iterable[_Union[Verb, str]]] = ..., methods: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ...) -> None: ...
+    manifest: bytes
+    def __init__(self, client: _Optional[str] = ..., examples: _Optional[int] = ..., base: _Optional[str] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., saved: _Optional[_Union[Blob, _Mapping]] = ..., saved_modules: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., transposed: bool = ..., parameters: _Optional[int] = ..., verbs: _Optional[_Iterable[_Union[Verb, str]]] = ..., methods: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., manifest: _Optional[bytes] = ...) -> None: ...

@@ -1,0 +1,184 @@
+"""Zeroth-order local steps: losses on both sides of the weights along seeds, and the whole numbers they give."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fedtune.data.encode import Example
+from fedtune.directions.bank import checked, perturbed
+from fedtune.directions.gaussian import Gaussian
+from fedtune.directions.kron import Kron
+from fedtune.directions.ledger import SeedLedger
+from fedtune.errors import ClientError
+from fedtune.model.base import Base
+from fedtune.model.injected import injected
+from fedtune.model.rebuilt import Displaced, Move, Rebuilt, working_copy
+from fedtune.model.train import Batch, batches, collate, out_of_memory, peak_bytes
+from fedtune.round import Probe, Training
+from fedtune.tensors import Array
+
+BOUND = 127
+"""Of a scalar on the wire."""
+WINDOW, ENOUGH, QUANTILE, TIMES = 128, 16, 0.9, 2.0
+"""The running clip: so many sizes are remembered, from so many on it holds, and it is so many times this quantile."""
+FLAT = 1e-8
+"""Standard deviation of a step's losses below which a normalised step says nothing."""
+
+
+class Position(Protocol):
+    """Where a model stands, as accumulators, and what its loss is there and around it."""
+
+    def losses(self, batch: Batch, moves: Sequence[Move]) -> Sequence[float]:
+        """Return the mean loss of the batch at w(A + amount e_k) for each (k, amount)."""
+        ...
+
+    def move(self, seed: int, amount: int) -> None:
+        """Add to one accumulator for good."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What a client's steps gave."""
+
+    scalars: Array
+    """int8, one per seed."""
+    skipped: int
+    """Of them, those that are 0 because a loss was not finite."""
+    rms: float
+    """Root mean square of the steps wanted, in the weights' own unit."""
+    losses: Sequence[float]
+    """Mean loss of each step, of those that were finite."""
+    tokens: int
+    """That went forward, padding left out."""
+    seconds: float
+    peak_bytes: int
+
+
+@contextmanager
+def positioned(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[Position]:
+    """Stand at w(A) for the length of the block, in the way that suits the bank; the base is afterwards as before."""
+    if isinstance(ledger.bank, Kron):
+        with injected(base, ledger, trainable) as position:
+            yield position
+        return
+    with working_copy(base, trainable) as trios:
+        kind = Displaced if isinstance(ledger.bank, Gaussian) else Rebuilt
+        yield kind(base, ledger, trios)
+
+
+def measure(
+    base: Base,
+    examples: Sequence[Example],
+    training: Training,
+    probe: Probe,
+    ledger: SeedLedger,
+    trainable: Sequence[int],
+    ids: Array,
+    *,
+    key: int,
+    client: str,
+) -> Measurements:
+    """Take steps along the seeds, each rounded to what the server will add before the next one is taken.
+
+    Args:
+        base: the pristine base.
+        examples: the client's own.
+        training: with `steps`, one per seed, `batch` and `learning_rate`.
+        probe: how to measure.
+        ledger: where to start.
+        trainable: ordinals of the tensors that are moved.
+        ids: the seeds, in the order in which they are measured, int32.
+        key: from `derive`; the order of the data follows from it.
+        client: for error messages.
+
+    Raises:
+        ClientError: if there is no example, or memory runs out.
+        RoundError: if the accumulators could leave 32 bits.
+    """
+    if not examples:
+        raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
+    began, order = time.perf_counter(), batches(len(examples), size=training.batch, key=key)
+    sums, step = checked(ledger.bank, ledger.accumulators), 2.0 ** (probe.shift - probe.exponent)
+    sizes = deque[float](maxlen=WINDOW)
+    scalars, wanted, losses, skipped, tokens = list[int](), list[float](), list[float](), 0, 0
+    group = probe.queries if probe.estimator == "one-sided" else 1
+    if base.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(base.device)
+    try:
+        with positioned(base, ledger, trainable) as position, torch.inference_mode():
+            for start in range(0, len(ids), group):
+                seeds = ids[start : start + group].tolist()
+                batch = collate([examples[i] for i in next(order)], base)
+                moves = around(seeds, probe)
+                found = position.losses(batch, moves)
+                tokens += len(moves) * batch.tokens
+                if all(map(math.isfinite, found)):
+                    losses.append(sum(found) / len(found))
+                    steps = steps_of(found, probe, training.learning_rate, sizes)
+                else:
+                    steps, skipped = [0.0] * len(seeds), skipped + len(seeds)
+                wanted += steps
+                for seed, move in zip(seeds, steps, strict=True):
+                    scalar = 0 if probe.calibrate else max(-BOUND, min(BOUND, round(move / step)))
+                    scalars.append(scalar)
+                    if scalar:
+                        sums = checked(ledger.bank, perturbed(sums, seed, scalar << probe.shift))
+                        position.move(seed, scalar << probe.shift)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ClientError(
+            f"{client}: expected its batch of {training.batch} to fit; memory ran out; lower client.batch"
+        ) from error
+    return Measurements(
+        scalars=np.array(scalars, np.int8),
+        skipped=skipped,
+        rms=float(np.sqrt(np.mean(np.square(wanted)))),
+        losses=losses,
+        tokens=tokens,
+        seconds=time.perf_counter() - began,
+        peak_bytes=peak_bytes(base.device),
+    )
+
+
+def around(seeds: Sequence[int], probe: Probe) -> Sequence[Move]:
+    """Return where the losses of a step are measured: w + E u z is A - E e_k."""
+    if probe.estimator == "one-sided":
+        return [(seeds[0], 0), *((seed, -probe.perturbation) for seed in seeds)]
+    return [(seed, amount) for seed in seeds for amount in (-probe.perturbation, probe.perturbation)]
+
+
+def steps_of(losses: Sequence[float], probe: Probe, learning_rate: float, sizes: deque[float]) -> list[float]:
+    """Return the step wanted along each seed, in the weights' own unit; remembers the sizes of g for the running clip.
+
+    Two-sided (Spall 1992; MeZO, arXiv 2305.17333): lr (l+ - l-) / (2 eps). One-sided over N queries (FZOO, arXiv
+    2506.09034): lr (l_i - l_0) / (N eps), or / (N sigma) with the standard deviation of the N losses.
+    """
+    distance = probe.perturbation * 2.0**-probe.exponent
+    if probe.estimator == "two-sided":
+        plus, minus = losses
+        return [learning_rate * clipped((plus - minus) / (2 * distance), probe.clip, sizes)]
+    first, others = losses[0], losses[1:]
+    if probe.normalise:
+        sigma = float(np.std(others))
+        return [0.0 if sigma < FLAT else learning_rate * (one - first) / (len(others) * sigma) for one in others]
+    return [learning_rate * clipped((one - first) / distance, probe.clip, sizes) / len(others) for one in others]
+
+
+def clipped(g: float, clip: float, sizes: deque[float]) -> float:
+    """Return g within its bound: a number, or 0 for twice the 0.9-quantile of those before it, once there are 16."""
+    bound = clip
+    if clip == 0.0:
+        bound = TIMES * float(np.quantile(sizes, QUANTILE)) if len(sizes) >= ENOUGH else math.inf
+        sizes.append(abs(g))
+    return max(-bound, min(bound, g))

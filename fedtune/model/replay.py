@@ -1,0 +1,58 @@
+"""A whole model written out at the weights that seeds stand for, and the base that a ledger belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fedtune.directions.ledger import SeedLedger
+from fedtune.errors import ConfigError, Fault
+from fedtune.model.base import DTYPES, Base, load, load_tokenizer, manifest_of
+from fedtune.model.libraries import quiet
+from fedtune.model.rebuilt import rebuilt
+from fedtune.model.settings import AdapterSettings, ModelSettings
+
+
+def write(base: Base, ledger: SeedLedger, trainable: Sequence[int], out: Path | None) -> str:
+    """Write a Hugging Face model folder of w(A) in the base's own number format, and return the weights' digest (hex).
+
+    The digest is that of a manifest, as of a base: whoever rebuilds the same weights gets the same one. Without a folder
+    nothing is written.
+    """
+    with rebuilt(base, ledger, trainable):
+        if out is not None:
+            with quiet():
+                base.model.save_pretrained(out)  # safetensors, which is all that it writes
+                base.tokenizer.save_pretrained(out)
+        return manifest_of(base.model).digest.hex()
+
+
+def base_of(ledger: SeedLedger, settings: ModelSettings, *, seed: int, labels: Sequence[str]) -> Base:
+    """Load the base that a ledger belongs to, in the number format that it was used in.
+
+    Args:
+        ledger: names the base by the digest of its manifest.
+        settings: where the base is; its number format is tried first.
+        seed: of the run; a classification head that the checkpoint lacks is drawn from it.
+        labels: names of the classes, for classification.
+
+    Raises:
+        ConfigError: if the base cannot be loaded, or is another in every format.
+    """
+    tokenizer = load_tokenizer(settings, Path())
+    every_layer = AdapterSettings(rank=1, targets=["all-linear"])
+    formats = sorted(DTYPES, key=lambda name: name != settings.dtype)
+    for dtype in formats:
+        chosen = replace(settings, dtype=dtype)  # type: ignore[arg-type]
+        base = load(chosen, every_layer, tokenizer=tokenizer, root=Path(), seed=seed, labels=labels)
+        if base.manifest.digest == ledger.manifest:
+            return base
+    raise ConfigError(
+        Fault(
+            "base",
+            f"the base whose manifest has the digest {ledger.manifest.hex()[:16]}",
+            f"{settings.base}, which has another in each of {', '.join(formats)}",
+            "give the model in the revision that the run started from; a rebuilt one is another",
+        )
+    )

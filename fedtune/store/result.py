@@ -1,0 +1,52 @@
+"""What a run has come to, on disk: an adapter, or seeds, whichever its method makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtune.adapter import Adapter, pack
+from fedtune.methods.method import Tuned
+from fedtune.store import peft, seeds
+from fedtune.tensors import digest as tensors_digest
+
+ADAPTER, SEEDS = "adapter", "seeds"
+"""Names of the two folders, of which a run has one."""
+
+
+def folder(run: Path) -> Path:
+    """Return where a run's result lies, or would lie."""
+    return run / SEEDS if (run / SEEDS).exists() else run / ADAPTER
+
+
+def write(run: Path, tuned: Tuned, target: peft.Target, provenance: Mapping[str, Any]) -> Path:
+    """Write a global model with where it came from, in one step, and return the folder."""
+    if tuned.seeds is not None:
+        return seeds.write(run / SEEDS, tuned.seeds, provenance)
+    return peft.write(run / ADAPTER, tuned.adapter, tuned.saved, target, provenance)
+
+
+def read(run: Path) -> tuple[Tuned, Mapping[str, Any]]:
+    """Return (global model, provenance) of a run directory.
+
+    Raises:
+        StoreError: if there is none, or a file is torn.
+    """
+    if (run / SEEDS).exists():
+        found, provenance = seeds.read(run / SEEDS)
+        return Tuned(seeds=found), provenance
+    adapter, saved, provenance = peft.read(run / ADAPTER)
+    return Tuned(adapter, saved), provenance
+
+
+def digest(tuned: Tuned) -> str:
+    """Return the SHA-256 (hex) of a global model: of the ledger, or of what its adapter changes."""
+    if tuned.seeds is not None:
+        return tuned.seeds.ledger.digest.hex()
+    return tensors_digest({**pack(nonzero(tuned.adapter)), **tuned.saved})
+
+
+def nonzero(adapter: Adapter) -> Adapter:
+    """Return the modules that change something: PEFT has no rank 0."""
+    return {name: factors for name, factors in adapter.items() if factors.b.any()}

@@ -1,0 +1,179 @@
+"""What is asked and answered along seeded directions, as messages of the schema and back, every number checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from fedtune.errors import WireError
+from fedtune.round import BankName, ClientUpdate, Measured, Probe, Probed, Sampling, SeedState, Training
+from fedtune.wire.v1 import round_pb2 as pb
+
+BANK: Mapping[BankName, pb.Bank] = {"gaussian": pb.GAUSSIAN, "hadamard": pb.HADAMARD, "kron": pb.KRON}
+FORM: Mapping[Literal["whole", "changed", "log"], pb.SeedForm] = {
+    "whole": pb.WHOLE,
+    "changed": pb.CHANGED,
+    "log": pb.LOG,
+}
+SAMPLING: Mapping[Sampling, pb.Sampling] = {"uniform": pb.UNIFORM, "distinct": pb.DISTINCT, "pro": pb.PRO}
+MAX_SEEDS = 4096
+MAX_EXPONENT = 125
+MAX_SHIFT = 24
+MAX_STEPS = 2**16 - 1
+"""The log of a round writes a client's number of scalars in 16 bits."""
+MIB = 2**20
+
+Choice = TypeVar("Choice", bound=str)
+
+
+def to_message(probe: Probe, training: Training) -> pb.Probe:
+    """Return the message of an assignment.
+
+    Raises:
+        WireError: if there are more scalars than can travel.
+    """
+    assert training.steps is not None  # the planner resolves epochs
+    if training.steps > MAX_STEPS:
+        raise WireError(f"client.steps: expected at most {MAX_STEPS} scalars a round; got {training.steps}")
+    state = probe.state
+    return pb.Probe(
+        bank=BANK[probe.bank],
+        seeds=probe.seeds,
+        key=probe.key,
+        exponent=probe.exponent,
+        shift=probe.shift,
+        perturbation=probe.perturbation,
+        state=pb.SeedState(
+            form=FORM[state.form], since=state.since, data=state.data, round=state.round, digest=state.digest
+        ),
+        steps=training.steps,
+        batch=training.batch,
+        learning_rate=training.learning_rate,
+        sampling=SAMPLING[probe.sampling],
+        levels=probe.levels,
+        queries=probe.queries if probe.estimator == "one-sided" else 0,
+        normalise=probe.normalise,
+        clip=None if math.isinf(probe.clip) else probe.clip,
+        trainable=probe.trainable,
+        vectors=probe.vectors,
+        embeddings=probe.embeddings,
+        calibrate=probe.calibrate,
+    )
+
+
+def from_message(message: pb.Probe) -> tuple[Probe, Training]:
+    """Return what is to be measured, and with which steps.
+
+    Raises:
+        WireError: if a number is out of its range.
+    """
+    state = message.state
+    ranges = {
+        "seeds": (message.seeds, 1, MAX_SEEDS),
+        "exponent": (message.exponent, 0, MAX_EXPONENT),
+        "shift": (message.shift, 0, MAX_SHIFT),
+        "perturbation": (message.perturbation, 1, 2**31 - 1),
+        "steps": (message.steps, 1, MAX_STEPS),
+        "batch": (message.batch, 1, 2**31 - 1),
+        "queries": (message.queries, 0, MAX_STEPS),
+        "state.since": (state.since, 0, state.round),
+    }
+    for name, (value, least, most) in ranges.items():
+        if not least <= value <= most:
+            raise WireError(f"probe: expected {name} from {least} to {most}; got {value}")
+    if not 0 < message.learning_rate < math.inf or not message.clip >= 0:
+        raise WireError(
+            "probe: expected a learning rate above 0 and a clip of at least 0; "
+            f"got {message.learning_rate} and {message.clip}"
+        )
+    sampling = choice(SAMPLING, message.sampling, "sampling")
+    if len(message.levels) != (message.seeds if sampling == "pro" else 0) or 0 in message.levels:
+        raise WireError(f"probe: expected a level above 0 for each seed that is drawn by it; got {len(message.levels)}")
+    if len(state.digest) != 32:
+        raise WireError(f"probe: expected a digest of 32 bytes; got {len(state.digest)}")
+    probe = Probe(
+        bank=choice(BANK, message.bank, "bank"),
+        seeds=message.seeds,
+        key=message.key,
+        exponent=message.exponent,
+        shift=message.shift,
+        perturbation=message.perturbation,
+        state=SeedState(choice(FORM, state.form, "form"), state.since, state.data, state.round, state.digest),
+        sampling=sampling,
+        levels=message.levels,
+        estimator="one-sided" if message.queries else "two-sided",
+        queries=message.queries or 1,
+        normalise=message.normalise,
+        clip=message.clip if message.HasField("clip") else math.inf,
+        trainable=tuple(message.trainable),
+        vectors=message.vectors,
+        embeddings=message.embeddings,
+        calibrate=message.calibrate,
+    )
+    return probe, Training(batch=message.batch, learning_rate=message.learning_rate, steps=message.steps)
+
+
+def update_to_message(update: ClientUpdate, probed: Probed) -> pb.ProbeUpdate:
+    """Return the message of an update."""
+    measured = update.measured
+    return pb.ProbeUpdate(
+        scalars=probed.scalars.astype(np.int8).tobytes(),
+        state=probed.state,
+        checks=probed.checks,
+        round=update.round,
+        examples=update.num_examples,
+        skipped=probed.skipped,
+        seconds=measured.seconds,
+        peak_mib=-(-measured.peak_bytes // MIB),
+        tokens=measured.tokens,
+        loss_before=measured.loss_before,
+        loss_after=measured.loss_after,
+        rms=probed.rms,
+        lost=probed.lost,
+    )
+
+
+def update_from_message(message: pb.ProbeUpdate, *, client: str) -> ClientUpdate:
+    """Return the update of an authenticated client; whether its numbers may be used is for the admission to say.
+
+    Raises:
+        WireError: if the time is none.
+    """
+    if not 0 <= message.seconds < math.inf:
+        raise WireError(f"expected a time of at least 0 s; got {message.seconds}")
+    return ClientUpdate(
+        client=client,
+        round=message.round,
+        num_examples=message.examples,
+        tensors={},
+        measured=Measured(
+            seconds=message.seconds,
+            peak_bytes=message.peak_mib * MIB,
+            tokens=message.tokens,
+            loss_before=message.loss_before if message.HasField("loss_before") else None,
+            loss_after=message.loss_after if message.HasField("loss_after") else None,
+        ),
+        probed=Probed(
+            scalars=np.frombuffer(message.scalars, np.int8),
+            state=message.state,
+            checks=message.checks,
+            skipped=message.skipped,
+            rms=message.rms if message.HasField("rms") else None,
+            lost=message.lost,
+        ),
+    )
+
+
+def choice(choices: Mapping[Choice, int], number: int, field: str) -> Choice:
+    """Return the name of an enum's value.
+
+    Raises:
+        WireError: if this release knows no such value.
+    """
+    for name, value in choices.items():
+        if value == number:
+            return name
+    raise WireError(f"assignment: expected {field} in {list(choices.values())}; got {number}; update this client")
