@@ -310,7 +310,7 @@ def replay(
 
     Args:
         base: folder or hub name of the base that the run started from.
-        ledger: a run's folder `seeds`, an exported model, or a ledger alone, which moves what its bank moves by default.
+        ledger: a run's folder `seeds`, an exported model, or a ledger alone, which moves what its bank can.
         out: folder to write the model to; without it only the digests are made.
         trainable: globs over the tensors to move, for a ledger alone; as the recipe's `method.trainable`.
 

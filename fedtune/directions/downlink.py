@@ -65,10 +65,7 @@ def decode_whole(data: bytes, size: int) -> Array:
 def encode_changed(accumulators: Array, known: Array) -> bytes:
     """Return a bit per seed and the new value of each that differs from the known one, in 16 bits where all fit."""
     differs = accumulators != known
-    values = accumulators[differs]
-    return (
-        np.packbits(differs, bitorder="little").tobytes() + values.astype("<i2" if short(values) else "<i4").tobytes()
-    )
+    return np.packbits(differs, bitorder="little").tobytes() + encode_whole(accumulators[differs])
 
 
 def decode_changed(data: bytes, known: Array) -> Array:

@@ -1,4 +1,4 @@
-"""What a client remembers of a run between rounds: the accumulators it has worked on, so that short messages suffice."""
+"""What a client remembers of a run between rounds: accumulators it has worked on, so that short messages suffice."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def restored(
         if state.since > 0:
             return None
         raise WireError(
-            f"expected the state {state.digest.hex()[:16]}; this base and what was sent give {ledger.digest.hex()[:16]}; "
+            f"expected the state {state.digest.hex()[:16]}; got {ledger.digest.hex()[:16]} of this base and what came; "
             "load the same model in the same revision and dtype"
         )
     replicas.keep(ledger)

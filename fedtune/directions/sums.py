@@ -17,7 +17,7 @@ def counted(ids: Array, scalars: Array, size: int) -> Array:
 
 
 def weighted_sum(parts: Sequence[tuple[Array, int]], size: int) -> tuple[Array, int]:
-    """Return (sum of w_i a_i, sum of w_i), exactly; each a_i is int64 (K,), each weight a whole number from 1 to 127."""
+    """Return (sum of w_i a_i, sum of w_i), exactly: a_i is int64 (K,), w_i a whole number from 1 to 127."""
     sums, total = np.zeros(size, np.int64), 0
     for each, weight in parts:
         sums += weight * each

@@ -1,4 +1,4 @@
-"""FedKSeed: all parameters tuned by forward passes; what travels are seeds and scalars (Qin et al., ICML 2024, 2312.06353).
+"""FedKSeed: all parameters tuned by forward passes; seeds and scalars travel (Qin et al., ICML 2024, 2312.06353).
 
 The model after any history is w0 - 2^-e sum_k A_k z_k with K integers A_k and directions z_k from a counter, so the
 server holds integers and no model. Where the published code adds floats in the order of arrival, here a cohort's

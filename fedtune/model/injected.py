@@ -21,7 +21,7 @@ from fedtune.directions.bank import perturbed
 from fedtune.directions.kron import Kron
 from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.torch_rebuild import rewriter
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.model.base import Base
 from fedtune.model.rebuilt import Move
 from fedtune.model.train import Batch, cross_entropies, logits_of
@@ -52,31 +52,22 @@ class Vector:
 class Injected:
     """Losses at w(A) and around it, all of a call in one forward pass over the batch, repeated for each of them."""
 
-    def __init__(self, base: Base, ledger: SeedLedger, vectors: Sequence[Vector]) -> None:
-        self._base, self._bank, self._exponent = base, ledger.bank, ledger.exponent
-        self._sums, self._vectors = np.array(ledger.accumulators), vectors
+    def __init__(self, base: Base, ledger: SeedLedger, bank: Kron, vectors: Sequence[Vector]) -> None:
+        self._base, self._bank, self._exponent, self._vectors = base, bank, ledger.exponent, vectors
+        self._sums = np.array(ledger.accumulators)
+        self.unit = 2.0**-ledger.exponent
+        self.matrix = self._square()
+        """M, float32 (p, p)."""
         self.moves: Sequence[Move] = ()
         self.num_rows = 0
         """Rows of the repeated batch."""
         self.parts: Sequence[Mapping[int, torch.Tensor]] = ()
         """By move, the vectors at w(A + amount e_k), by ordinal."""
 
-    @property
-    def matrix(self) -> torch.Tensor:
-        """M, float32 (p, p)."""
-        rank = round(self._bank.size**0.5)
-        square = self._sums.reshape(rank, rank).astype(np.float32)
-        return torch.from_numpy(square).to(self._base.device)
-
-    @property
-    def unit(self) -> float:
-        return float(2.0**-self._exponent)
-
     def losses(self, batch: Batch, moves: Sequence[Move]) -> Sequence[float]:
         """See `rebuilt.Rebuilt.losses`."""
         count = len(moves)
         self.moves, self.num_rows = moves, count * len(batch.input_ids)
-        self.square = self.matrix
         self.parts = [self._moved(seed, amount) for seed, amount in moves] if self._vectors else ()
         repeated = Batch(
             batch.input_ids.repeat(count, 1),
@@ -94,6 +85,11 @@ class Injected:
     def move(self, seed: int, amount: int) -> None:
         """See `rebuilt.Rebuilt.move`."""
         self._sums = perturbed(self._sums, seed, amount)
+        self.matrix = self._square()
+
+    def _square(self) -> torch.Tensor:
+        square = self._sums.reshape(self._bank.rank, self._bank.rank).astype(np.float32)
+        return torch.from_numpy(square).to(self._base.device)
 
     def _moved(self, seed: int, amount: int) -> Mapping[int, torch.Tensor]:
         own = {vector.ordinal: getattr(vector.module, vector.name).data for vector in self._vectors}
@@ -125,12 +121,12 @@ def injected(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterat
         if id(parameter) in ordinals
     ]
     vectors = [Vector(*one) for one in held if len(entries[one[0]].shape) < 2]
-    state = Injected(base, ledger, vectors)
+    state = Injected(base, ledger, bank, vectors)
     with ExitStack() as stack:
         for module in {id(vector.module): vector.module for vector in vectors}.values():
             own = [vector for vector in vectors if vector.module is module]
             stack.callback(module.register_forward_hook(swapped(state, own)).remove)
-        for ordinal, name, module in held:
+        for ordinal, _, module in held:
             if len(entries[ordinal].shape) == 2:
                 u, v = (
                     torch.from_numpy(side).to(base.device, torch.float32)
@@ -164,11 +160,13 @@ def added(state: Injected, t: torch.Tensor, path: Path, output: torch.Tensor) ->
     """Return a layer's output (rows, ..., out) with the change added, given the input's numbers t (rows, ..., p)."""
     if len(t) == 1 < state.num_rows:  # positions are looked up once for the whole batch
         t, output = t.expand(state.num_rows, *t.shape[1:]), output.expand(state.num_rows, *output.shape[1:])
-    square, rank = state.square, len(path.first)
-    h = t @ (square.T if path.by_columns else square)
-    for part, source, (seed, amount) in zip(
-        h.chunk(len(state.moves)), t.chunk(len(state.moves)), state.moves, strict=True
-    ):
+    rank, count = len(path.first), len(state.moves)
+    h = t @ (state.matrix.T if path.by_columns else state.matrix)
+    if len(t) % count:
+        raise ClientError(
+            f"expected layers that see the whole batch, {count} parts of it; got {len(t)} rows; use bank = 'hadamard'"
+        )
+    for part, source, (seed, amount) in zip(h.chunk(count), t.chunk(count), state.moves, strict=True):
         i, j = divmod(seed, rank)
         to, fro = (i, j) if path.by_columns else (j, i)
         part[..., to] += amount * source[..., fro]

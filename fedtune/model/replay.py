@@ -17,8 +17,8 @@ from fedtune.model.settings import AdapterSettings, ModelSettings
 def write(base: Base, ledger: SeedLedger, trainable: Sequence[int], out: Path | None) -> str:
     """Write a Hugging Face model folder of w(A) in the base's own number format, and return the weights' digest (hex).
 
-    The digest is that of a manifest, as of a base: whoever rebuilds the same weights gets the same one. Without a folder
-    nothing is written.
+    The digest is that of a manifest, as of a base: whoever rebuilds the same weights gets the same one. Without a
+    folder nothing is written.
     """
     with rebuilt(base, ledger, trainable):
         if out is not None:
