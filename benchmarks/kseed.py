@@ -1,9 +1,12 @@
-"""What FedKSeed costs: a model rebuilt from K integers, each bank and way, beside the published loop and a copy.
+"""What FedKSeed costs: a model rebuilt from K integers, and a step, beside the published loop, a copy and two forwards.
 
     python benchmarks/kseed.py rebuild --parameters 2e8
+    python benchmarks/kseed.py step
 
-Prints one JSON line per case, on one core. Times are the best of several, scaled to 10^9 parameters; a slow way is
-measured on a slice, whose size stands in its line. The published loop draws one normal tensor per seed and adds it.
+Prints one JSON line per case, on one core. Times of a rebuild are the best of several, scaled to 10^9 parameters; a
+slow way is measured on a slice, whose size stands in its line. The published loop draws one normal tensor per seed and
+adds it. A step is measured on a Llama of 25 million random weights: two forward passes of the same batch are the floor
+(processor time, which a busy machine changes least), and the published step perturbs all weights in place three times, with a draw each, and a fourth time to update them.
 """
 
 from __future__ import annotations
@@ -11,24 +14,36 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedtune.data.encode import Example
 from fedtune.directions import torch_rebuild
 from fedtune.directions.bank import DirectionBank
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
+from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.rebuild import rebuild
+from fedtune.directions.trainable import Reach, trainable
+from fedtune.model.base import Base, find_targets
+from fedtune.model.probe import Position, positioned
+from fedtune.model.rebuilt import mean_loss
+from fedtune.model.torch_seed import seeded
+from fedtune.model.train import Batch, collate
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 
 BILLION = 10**9
 WIDTH = 4096
 EXPONENT = 26
+AMOUNT = 33_554
+"""A perturbation of 5e-4."""
 
 
 def main() -> None:
@@ -71,6 +86,108 @@ def rebuilds(parameters: int, repeat: int) -> None:
                 times_slower_than_copy=seconds / floor,
                 measured_at=rows * WIDTH,
             )
+
+
+def steps(parameters: int, repeat: int) -> None:
+    """Measure one two-sided step with each bank; two forward passes are measured right before and after each."""
+    base = llama()
+    count = sum(parameter.numel() for parameter in base.model.parameters())
+    banks: Sequence[DirectionBank] = (Kron(4096, KEY), Hadamard(4096, KEY), Gaussian(4096, KEY))
+    for tokens in (32, 128, 512):
+        batch = collate([example(tokens)], base)
+
+        def forwards(batch: Batch = batch) -> None:
+            mean_loss(base, batch)
+            mean_loss(base, batch)
+
+        for bank in banks[: 3 if tokens == 128 else 2]:
+            ledger = SeedLedger(bank, EXPONENT, 1, base.manifest.digest, accumulators(bank))
+            ordinals = trainable(base.manifest, Reach(bank.name), base.matrices)
+            with torch.inference_mode():
+                floor = best(forwards, repeat)
+                with positioned(base, ledger, ordinals) as position:
+                    seconds = best(partial(step, position, batch), repeat)
+                told(bank.name, count, tokens, seconds, min(floor, best(forwards, repeat)))
+        with torch.inference_mode():
+            floor = best(forwards, repeat)
+            seconds = best(partial(published, base, batch), repeat)
+            told("published, in place", count, tokens, seconds, min(floor, best(forwards, repeat)))
+
+
+def step(position: Position, batch: Batch) -> None:
+    """Measure both sides of a seed, and move along it."""
+    position.losses(batch, [(5, -AMOUNT), (5, AMOUNT)])
+    position.move(5, 1)
+
+
+def published(base: Base, batch: Batch) -> None:
+    """Perturb in place by +eps, -2 eps and +eps, and update: the published step, one draw of all weights each."""
+    for amount in (5e-4, -1e-3):
+        nudge(base, amount)
+        mean_loss(base, batch)
+    nudge(base, 5e-4)
+    nudge(base, 1e-7)
+
+
+def nudge(base: Base, amount: float) -> None:
+    draw = torch.Generator().manual_seed(5)
+    for parameter in base.model.parameters():
+        parameter.data.add_(torch.normal(0.0, 1.0, parameter.shape, generator=draw), alpha=amount)
+
+
+def told(way: str, parameters: int, tokens: int, seconds: float, floor: float) -> None:
+    report(
+        "step",
+        way=way,
+        parameters=parameters,
+        tokens=tokens,
+        milliseconds=1e3 * seconds,
+        times_two_forward_passes=seconds / floor,
+    )
+
+
+def best(call: Callable[[], Any], repeat: int) -> float:
+    """Return the least processor time of several calls, in seconds, after one that compiles."""
+    call()
+    times = []
+    for _ in range(max(7, repeat)):
+        began = time.process_time()
+        call()
+        times.append(time.process_time() - began)
+    return min(times)
+
+
+def llama() -> Base:
+    """Return a Llama of about 25 million weights, drawn at random, as a base without a tokenizer."""
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        vocab_size=8192,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    with seeded(KEY, torch.device("cpu")):
+        model = LlamaForCausalLM(config).requires_grad_(False).eval()
+    return Base(
+        name="random",
+        path="",
+        model=model,
+        tokenizer=None,
+        task="causal",
+        device=torch.device("cpu"),
+        digest="",
+        modules=find_targets(model, ["all-linear"]),
+        saved=(),
+        saved_modules=(),
+    )
+
+
+def example(tokens: int) -> Example:
+    ids = generator(KEY).integers(1, 8192, tokens)
+    return Example(ids, ids, characters=0, prompt="", reference="", prompt_tokens=0)
 
 
 SEEDS = 8
@@ -136,7 +253,7 @@ def report(case: str, **numbers: Any) -> None:
     print(json.dumps({"case": case, **rounded}), flush=True)
 
 
-PARTS: Mapping[str, Callable[[int, int], None]] = {"rebuild": rebuilds}
+PARTS: Mapping[str, Callable[[int, int], None]] = {"rebuild": rebuilds, "step": steps}
 
 
 if __name__ == "__main__":

@@ -277,9 +277,7 @@ def _export_seeds(
 
     with new_folder(target) as folder:
         weights = rebuilding.write(experiment.base, seeds.ledger, seeds.trainable, folder)
-        for name in (store_seeds.LEDGER, store_seeds.MANIFEST):
-            (folder / name).write_bytes((path / result.SEEDS / name).read_bytes())
-        (folder / store_seeds.ORIGIN).write_text(json.dumps({**origin, "weights": weights}, indent=1) + "\n")
+        store_seeds.put(folder, seeds, {**origin, "weights": weights})
     watch(Note(f"rebuilt from {seeds.ledger.bank.size} integers; digest of the weights {weights}"))
     return target
 

@@ -8,10 +8,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fedtune.admit import admit, admit_norms, change_norm
+from fedtune.admit import MAX_SKIPPED, admit, admit_norms, change_norm, largest_update
 from fedtune.methods import METHODS
-from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.round import (
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    Failure,
+    LocalAdapter,
+    Measured,
+    Plan,
+    Probe,
+    Probed,
+    SeedState,
+    Training,
+)
 from fedtune.tensors import Tensors, cast
+from fedtune.wire.messages import encode_update
 
 BLUEPRINT = Blueprint(
     modules={"q": (6, 5), "v": (2, 5)}, saved={"head": np.zeros((2, 3), np.float32)}, max_rank=4, seed=0
@@ -126,6 +139,8 @@ def test_honest_answers_to_every_method_are_taken(name: str) -> None:
     asked = method.assign(method.init(BLUEPRINT, method.settings()), 0, plan)
     tensors = factors(sides=asked.local.train)
     answer = update(round=1, base="", tensors=cast(tensors, asked.local.wire_dtype))
+    if method.verb == "probe":
+        answer = replace(answer, tensors={}, saved={}, probed=Probed(np.zeros(1, np.int8), rms=1e-3))
     assert admit(answer, asked, BLUEPRINT, num_examples=10) is answer
 
 
@@ -159,3 +174,108 @@ def test_the_norm_is_that_of_the_change_or_of_the_tensors_where_they_are_no_pair
     assert change_norm(answer, asked) == pytest.approx(2 * np.sqrt(6 * 5 + 2 * 5))  # b a has the entry 2 everywhere
     assert change_norm(answer, assignment(upload="difference")) == pytest.approx(np.sqrt(10 + 10 + 12 + 4))
     assert change_norm(update(tensors=factors(sides="b")), assignment(train="b")) == pytest.approx(np.sqrt(12 + 4))
+
+
+STEPS = 20
+
+
+def probe(steps: int = STEPS, **changes: Any) -> Assignment:
+    state = SeedState("whole", 0, bytes(16), 2, bytes(32))
+    asked = Probe("hadamard", seeds=8, key=0, exponent=26, shift=4, perturbation=9, state=state, **changes)
+    training = Training(batch=1, learning_rate=1.0, steps=steps)
+    plan = Plan(client="anna", rank=1, scale=1.0, training=training)
+    return Assignment(method="fedkseed", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), probe=asked)
+
+
+def answer(scalars: Any = (5,) * STEPS, **changes: Any) -> ClientUpdate:
+    probed = replace(Probed(np.array(scalars, np.int8), state=bytes(8), checks=bytes(16)), **changes)
+    return ClientUpdate(client="anna", round=3, num_examples=10, tensors={}, probed=probed)
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        answer(),
+        answer([127, -127] * 10),
+        answer(skipped=2),
+        answer(rms=float("nan")),  # of no account beyond the round that measures it
+        replace(answer(), base="beef"),  # neither asked for nor sent: the digest of the state stands for it
+    ],
+    ids=["plain", "at the bounds", "some skipped", "stray size", "base"],
+)
+def test_scalars_that_answer_a_probe_are_taken_as_they_are(good: ClientUpdate) -> None:
+    assert admit(good, probe(), BLUEPRINT, num_examples=10) is good
+
+
+HOSTILE_PROBES: list[tuple[Callable[[], ClientUpdate], list[str]]] = [
+    (lambda: answer([5] * 19), ["20 scalars", "got 19"]),
+    (lambda: answer([5] * 21), ["20 scalars", "got 21"]),
+    (lambda: answer([]), ["20 scalars", "got 0"]),
+    (lambda: answer([5] * 19 + [-128]), ["-127 to 127", "got -128"]),
+    (lambda: answer([-128] * 20), ["-127 to 127", "got -128"]),
+    (lambda: answer(skipped=3), ["at most 10%", "3 of 20", "lower client.learning_rate"]),
+    (lambda: answer(skipped=2**32 - 1), ["at most 10%", "4294967295 of 20"]),
+    (lambda: replace(answer(), probed=None), ["expected scalars of seeds; got tensors"]),
+    (lambda: update(), ["expected scalars of seeds; got tensors"]),
+    (lambda: replace(answer(), client="eve"), ["'anna'", "'eve'"]),
+    (lambda: replace(answer(), round=2), ["round 3", "got 2"]),
+    (lambda: replace(answer(), num_examples=11), ["1 to 10", "got 11"]),
+    (lambda: replace(answer(), num_examples=0), ["1 to 10", "got 0"]),
+    (lambda: replace(answer(), measured=Measured(loss_before=np.nan)), ["loss_before", "nan"]),
+    (lambda: replace(answer(), measured=Measured(loss_after=np.inf)), ["loss_after", "inf"]),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), HOSTILE_PROBES)
+def test_any_other_answer_to_a_probe_is_refused(make: Callable[[], ClientUpdate], words: list[str]) -> None:
+    outcome = admit(make(), probe(), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert (outcome.client, outcome.kind) == ("anna", "refused")
+    assert all(word in outcome.reason for word in words), outcome.reason
+
+
+def test_a_tenth_of_the_scalars_may_be_missing_and_no_more() -> None:
+    for steps in (1, 9, 10, 200):
+        allowed = int(MAX_SKIPPED * steps)
+        most = answer([0] * steps, skipped=allowed)
+        assert admit(most, probe(steps), BLUEPRINT, num_examples=10) is most
+        more = answer([0] * steps, skipped=allowed + 1)
+        assert isinstance(admit(more, probe(steps), BLUEPRINT, num_examples=10), Failure)
+
+
+@pytest.mark.parametrize("rms", [0.0, 1e-12, 1.0, 1e6])
+def test_the_size_that_a_first_round_measures_is_taken(rms: float) -> None:
+    # Whatever its scalars: none is added up.
+    good = answer([], rms=rms)
+    assert admit(good, probe(calibrate=True), BLUEPRINT, num_examples=10) is good
+
+
+@pytest.mark.parametrize("rms", [None, float("nan"), float("inf"), float("-inf"), -1e-9, 1.1e6])
+def test_a_size_that_cannot_be_is_refused(rms: float | None) -> None:
+    outcome = admit(answer([], rms=rms), probe(calibrate=True), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert outcome.kind == "refused"
+    assert f"expected a finite size of the gradient, at most 1e+06; got {rms}" in outcome.reason
+
+
+def test_scalars_are_no_answer_to_what_asks_for_tensors() -> None:
+    outcome = admit(replace(answer(), base="0123456789abcdef"), assignment(), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert "4 factors" in outcome.reason
+
+
+def test_the_norm_of_a_probe_is_that_of_its_scalars() -> None:
+    assert change_norm(answer([3, -4]), probe(2)) == 5.0
+    assert change_norm(answer([-127] * 20), probe()) == pytest.approx(127 * np.sqrt(20))
+    updates = [replace(answer([size] * 20), client=f"c{size}") for size in (1, 2, 3, 127)]
+    norms, refused = admit_norms(updates, 10.0, assignments={each.client: probe() for each in updates})
+    assert [failure.client for failure in refused] == ["c127"]
+    assert list(norms) == ["c1", "c2", "c3"]
+
+
+def test_no_honest_answer_to_a_probe_is_too_long() -> None:
+    for steps in (1, 200, 65_535):
+        full = answer([-127] * steps, skipped=2**32 - 1, rms=1.0, lost=True)
+        measured = Measured(1e9, 2**50, 2**63, loss_before=1e9, loss_after=1e9)
+        data = encode_update(replace(full, round=2**32 - 1, num_examples=2**63, measured=measured))
+        assert len(data) <= largest_update(probe(steps), BLUEPRINT) <= len(data) + 1024

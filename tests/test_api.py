@@ -210,7 +210,7 @@ def test_a_comparison_refuses_twins_before_it_runs_anything(
 
 
 def test_an_unknown_form_is_refused(ran: api.Run) -> None:
-    with pytest.raises(ConfigError, match="form: expected one of peft, uniform, merged; got 'gguf'"):
+    with pytest.raises(ConfigError, match="form: expected one of peft, uniform, merged, ledger; got 'gguf'"):
         fedtune.export(ran.path, form="gguf")
 
 

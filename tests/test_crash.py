@@ -368,7 +368,7 @@ def test_a_disk_that_is_full_at_any_step_stops_the_run_clearly_and_it_goes_on_wh
         assert ending(disk.root / "run") == end, (at, steps[at - 1])
 
 
-@pytest.mark.parametrize("unreached", ["write_adapter", "append_round"])
+@pytest.mark.parametrize("unreached", ["write_result", "append_round"])
 def test_a_run_killed_between_a_commit_and_its_line_is_not_cut_to_fewer_rounds_and_ends_in_the_same_bytes(
     disk: Disk, undisturbed: tuple[Ending, Sequence[str]], monkeypatch: pytest.MonkeyPatch, unreached: str
 ) -> None:

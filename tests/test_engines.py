@@ -17,6 +17,7 @@ import fedtune
 from fedtune import api, client, experiment, site
 from fedtune.conduct import rounds
 from fedtune.config import bind, render
+from fedtune.directions.replica import Replicas
 from fedtune.experiment import Experiment, prepare, setting, transport
 from fedtune.flower import shim
 from fedtune.flower.client_app import client_app
@@ -167,9 +168,9 @@ def test_each_client_works_with_its_own_threads(
 ) -> None:
     found = Counter[tuple[str, int]]()
 
-    def counted(base: Any, examples: Any, assignment: Assignment, *, threads: int) -> ClientUpdate:
+    def counted(base: Any, examples: Any, assignment: Assignment, *, threads: int, replicas: Replicas) -> ClientUpdate:
         found[assignment.plan.client, threads] += 1
-        return client.perform(base, examples, assignment, threads=threads)
+        return client.perform(base, examples, assignment, threads=threads, replicas=replicas)
 
     monkeypatch.setattr(experiment, "perform", counted)
     monkeypatch.setattr(site, "perform", counted)

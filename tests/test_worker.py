@@ -170,7 +170,7 @@ def test_what_is_prepared_performs_with_the_threads_of_the_order(
     model: ModelSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
-    monkeypatch.setattr("fedtune.worker.perform", lambda base, examples, assignment, *, threads: found.append(threads))
+    monkeypatch.setattr("fedtune.worker.perform", lambda *arguments, threads, replicas: found.append(threads))
     spec, parts = payload(model, ADAPTER, ROWS, root=Path(), seed=0)
     perform = prepare(spec, {name: memoryview(part) for name, part in parts.items()}).equip(0)
     plan = Plan("ann", 4, 2.0, Training(batch=2, learning_rate=0.02, steps=2))

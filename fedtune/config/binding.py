@@ -22,7 +22,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.methods import METHODS
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.round import Training
+from fedtune.round import Training, Verb
 from fedtune.rounds import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import EngineSettings
@@ -252,14 +252,14 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
     if not isinstance(row, dict):
         found.faults.append(Fault(path, "a table", shown(row)))
         return None
-    hints = {"clients": str | Sequence[str], "rank": Annotated[int, Ge(1)]}
+    hints = {"clients": str | Sequence[str], "rank": Annotated[int, Ge(1)], "verb": Verb}
     parts = [get_type_hints(cls, include_extras=True) for cls in (Training, Resources)]
     hints |= parts[0] | parts[1]
     found.faults.extend(unknown_keys(row, hints, path))
     values = {key: leaf(hints[key], row[key], f"{path}.{key}", found) for key in row if key in hints}
     globs = values.pop("clients", ())
     globs = (globs,) if isinstance(globs, str) else tuple(globs or ())
-    rank = values.pop("rank", None)
+    rank, verb = values.pop("rank", None), values.pop("verb", None)
     if "clients" not in row or (not globs and f"{path}.clients" in found.values):
         found.faults.append(Fault(f"{path}.clients", "the name or glob of a client, or a list of them", "nothing"))
     for bad in [text for text in globs if not text or re.search(r"\[[^\]]*$", text)]:
@@ -270,7 +270,7 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
     if lengths and all(f"{path}.{key}" in found.values for key in lengths):
         found.faults.extend(steps_or_epochs(values.get("steps"), values.get("epochs"), path))
     training, taken = ({key: value for key, value in values.items() if key in part} for part in parts)
-    return Override(clients=globs, rank=rank, training=training, resources=taken)
+    return Override(clients=globs, rank=rank, verb=verb, training=training, resources=taken)
 
 
 def frozen(content: Any) -> Any:

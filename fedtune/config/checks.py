@@ -98,7 +98,7 @@ def one_rank(method: str, rank: int, overrides: Sequence[Override]) -> Iterator[
         if override.rank is not None:
             ranks = {override.rank} if "*" in override.clients else ranks | {override.rank}
     if len(ranks) > 1:
-        mixed = [name for name, other in METHODS.items() if other.ranks != "equal"]
+        mixed = [name for name, other in METHODS.items() if other.ranks != "equal" and other.verb == "adapt"]
         got = f"{listed(sorted(ranks))} from adapter.rank and the overrides"
         yield Fault("method", f"one rank, as {method!r} needs", got, f"use {listed(mixed, joint='or')}, or one rank")
 
@@ -201,6 +201,21 @@ def probed(
             yield Fault(f"override.{place}.rank", "nothing", str(override.rank), f"{method!r} trains no adapter")
 
 
+def one_verb(method: str, overrides: Sequence[Override]) -> Iterator[Fault]:
+    """Yield where a recipe asks some clients for another verb than the method's: no such round is summed exactly here.
+
+    FedKSeed's state is K integers, and the weights of the banks hadamard and gaussian are one rounding of w0 and their
+    sum: a float product of LoRA factors on top would be a second one, which differs between machines.
+    """
+    own = METHODS[method].verb
+    for place, override in enumerate(overrides):
+        if override.verb not in (None, own):
+            expected = f"{quoted(own)}, as all clients of {method!r}"
+            reason = "a round of both verbs has no exact sum here: weights rebuilt from integers are rounded once, and a "
+            hint = f"{reason}product of factors on top would round them again; run two methods apart"
+            yield Fault(f"override.{place}.verb", expected, shown(override.verb), hint)
+
+
 def seeds_of(method: Any, steps: int | None, overrides: Sequence[Override]) -> Iterator[Fault]:
     """Yield what does not fit together in the table `method` of FedKSeed."""
     if not isinstance(method, FedKSeedSettings):
@@ -255,6 +270,7 @@ CHECKS: Sequence[Check] = (
         ),
         probed,
     ),
+    (("method.name", "override"), one_verb),
     (("method", "client.steps", "override"), seeds_of),
     (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),

@@ -11,7 +11,7 @@ from typing import Any
 from fedtune.data.settings import DataSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.round import Training
+from fedtune.round import Training, Verb
 from fedtune.rounds import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import EngineSettings
@@ -25,6 +25,8 @@ class Override:
     """Names or globs (`*`, `?`, `[..]`); a client matches if one of them does."""
     rank: int | None = None
     """LoRA rank; none leaves it."""
+    verb: Verb | None = None
+    """What these clients do; none: what the method's clients do."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The fields of `Training` that change, by name; `steps` replaces `epochs` and the other way round."""
     resources: Mapping[str, Any] = field(default_factory=dict)

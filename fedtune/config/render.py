@@ -48,7 +48,8 @@ def table_of(settings: Any) -> dict[str, Any]:
 
 def override_keys(override: Override) -> dict[str, Any]:
     rank = {} if override.rank is None else {"rank": override.rank}
-    return {"clients": override.clients} | rank | dict(override.training) | dict(override.resources)
+    verb = {} if override.verb is None else {"verb": override.verb}
+    return {"clients": override.clients} | rank | verb | dict(override.training) | dict(override.resources)
 
 
 def toml(value: Any) -> str:

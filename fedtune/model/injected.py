@@ -34,7 +34,7 @@ class Path:
     first: torch.Tensor
     """(p, in), float32."""
     second: torch.Tensor
-    """(p, out), float32."""
+    """(p, out), float32, times -u: exact, u being a power of two."""
     by_columns: bool
     """Whether t belongs to the columns of M, h = t M^T, as in nn.Linear; else to its rows, h = t M."""
 
@@ -144,11 +144,12 @@ def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor,
     """Return the hook that adds a matrix's change to the output of its layer; U is (p, R), V is (p, C)."""
     if isinstance(module, nn.Embedding):
         rows = u.T.contiguous()  # (R, p)
-        return lambda _, inputs, output: added(state, rows[inputs[0]], Path(u, v, by_columns=False), output)
+        lookup = Path(u, -state.unit * v, by_columns=False)
+        return lambda _, inputs, output: added(state, rows[inputs[0]], lookup, output)
     if isinstance(module, nn.Linear):
-        path = Path(v, u, by_columns=True)
+        path = Path(v, -state.unit * u, by_columns=True)
     elif isinstance(module, Conv1D):
-        path = Path(u, v, by_columns=False)
+        path = Path(u, -state.unit * v, by_columns=False)
     else:
         expected = "matrices of linear layers and embeddings for 'kron'"
         got = f"{where}, of a {type(module).__name__}"
@@ -170,7 +171,10 @@ def added(state: Injected, t: torch.Tensor, path: Path, output: torch.Tensor) ->
         i, j = divmod(seed, rank)
         to, fro = (i, j) if path.by_columns else (j, i)
         part[..., to] += amount * source[..., fro]
-    return output - (state.unit * (h @ path.second)).to(output.dtype)
+    if output.dtype != torch.float32:
+        return output + (h @ path.second).to(output.dtype)
+    flat = torch.addmm(output.reshape(-1, output.shape[-1]), h.reshape(-1, rank), path.second)
+    return flat.view(output.shape)
 
 
 def swapped(state: Injected, vectors: Sequence[Vector]) -> Hook:

@@ -73,6 +73,7 @@ def render(run: Run, figures: Mapping[str, Figure]) -> str:
         _section("Failures", _failures(run)),
         _section("What leaves a client", _leaving(run) + _figures(run, figures, "traffic")),
         _section("The adapter", _figures(run, figures, "ranks", "spectrum")),
+        _section("The seeds", _seeds(run)),
         _section("Recipe", f"<pre>{escape(run.recipe)}</pre>"),
         _section("Provenance", _provenance(run)),
     )
@@ -219,6 +220,12 @@ def _leaving(run: Run) -> str:
             f"<code>{escape(kind)}</code> in {len(names)} layers" for kind, names in kinds(modules).items()
         )
         parts.append(f"<li>Tensors: low-rank factors of {len(modules)} modules ({named}).</li>")
+    if probed(run):
+        parts.append(
+            "<li>Scalars: one signed byte per seed drawn; which seeds these are follows from the client's key. Nothing "
+            "of the weights.</li>"
+            "<li>The first bytes of the digests of the state and of four blocks rebuilt from it.</li>"
+        )
     if any(record.clients for record in run.rounds):
         parts.append(
             "<li>Numbers: rank, steps, examples, tokens, losses before and after, seconds, peak memory, norm.</li>"
@@ -226,18 +233,47 @@ def _leaving(run: Run) -> str:
     if not parts:
         return ""
     parts.append(
-        "<li>Training rows are not part of an update. The factors are computed from them, so whoever reads "
+        f"<li>Training rows are not part of an update. The {'scalars' if probed(run) else 'factors'} are computed from "
+        "them, so whoever reads "
         "a single update may infer something about its rows: protect it in transit and at the server.</li>"
     )
     names = "".join(f"<li><code>{escape(name)}</code>, rank {module.rank}</li>" for name, module in modules.items())
     return f"<ul>{''.join(parts)}</ul>" + _details("Every module", f"<ul>{names}</ul>" if names else "")
 
 
+def probed(run: Run) -> bool:
+    """Return whether the run's clients measure along seeds."""
+    return any("seeds_moved" in record.figures for record in run.rounds)
+
+
+def _seeds(run: Run) -> str:
+    """Say how the integers that a run of seeds consists of grew."""
+    rows = [
+        [
+            str(record.round),
+            f"{record.figures['seeds_moved']:.0f}",
+            f"{record.figures['sum_abs']:.0f}",
+            f"{record.figures['displacement_rms']:.3g}",
+            f"{record.figures['scalar_step']:.3g}",
+            f"{record.figures['rounds_left']:.0f}",
+        ]
+        for record in run.rounds
+        if "seeds_moved" in record.figures
+    ]
+    if not rows:
+        return ""
+    heads = ["round", "seeds moved", "sum of |A|", "rms change of a weight", "step of a scalar", "rounds left at worst"]
+    return (
+        "<p>The whole change of the model is the integers of its ledger; rounds left are those for which sums of 32 "
+        "bits have room if every scalar were at its bound.</p>" + tables.table(heads, rows, text_columns=0)
+    )
+
+
 def _provenance(run: Run) -> str:
     if run.summary is None:
         return "<p>No summary.json: the run has not finished.</p>"
     base = run.summary.base
-    rows = [["base", base.name], ["base digest", base.digest], ["adapter digest", run.summary.adapter_digest]]
+    rows = [["base", base.name], ["base digest", base.digest], ["digest of the result", run.summary.adapter_digest]]
     rows.append(["state digest", run.summary.state_digest])
     rows += [[f"version of {name}", version] for name, version in run.summary.versions.items()]
     rows += [[f"machine: {name}", str(value)] for name, value in run.summary.machine.items()]

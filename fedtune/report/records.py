@@ -97,6 +97,8 @@ class RoundRecord:
     bytes_down: int = 0
     bytes_up: int = 0
     modules: Mapping[str, ModuleRound] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What the method noted of its state."""
 
 
 @dataclass(frozen=True)

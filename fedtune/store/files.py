@@ -138,6 +138,11 @@ def settle(file: Path) -> None:
         sync(opened.fileno())
 
 
+def fill(file: Path, data: bytes) -> None:
+    """Write a file into a folder that `new_folder` gives, which syncs it with all the others."""
+    file.write_bytes(data)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, which takes the place of `path` when the block ends without an error."""

@@ -10,19 +10,24 @@ from typing import Any
 from fedtune.directions import ledger, manifest
 from fedtune.errors import StoreError, WireError
 from fedtune.methods.method import Seeds
-from fedtune.store.files import guarded, new_folder
+from fedtune.store.files import fill, guarded, new_folder
 
 LEDGER, MANIFEST, ORIGIN = "ledger.ftks", "manifest.ftkm", "fedtune.json"
 
 
 def write(path: Path, seeds: Seeds, provenance: Mapping[str, Any]) -> Path:
     """Write ledger, manifest and provenance in one step, and return the folder."""
-    names = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
     with new_folder(path) as folder:
-        (folder / LEDGER).write_bytes(seeds.ledger.encode())
-        (folder / MANIFEST).write_bytes(seeds.manifest.encode())
-        (folder / ORIGIN).write_text(json.dumps({**provenance, "trainable": names}, indent=1) + "\n")
+        put(folder, seeds, provenance)
     return path
+
+
+def put(folder: Path, seeds: Seeds, provenance: Mapping[str, Any]) -> None:
+    """Write the three files into a folder that `new_folder` gives."""
+    names = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
+    fill(folder / LEDGER, seeds.ledger.encode())
+    fill(folder / MANIFEST, seeds.manifest.encode())
+    fill(folder / ORIGIN, (json.dumps({**provenance, "trainable": names}, indent=1) + "\n").encode())
 
 
 def read(path: Path) -> tuple[Seeds, Mapping[str, Any]]:

@@ -37,10 +37,12 @@ def test_every_method_binds_from_its_name_alone(name: str) -> None:
     assert method.name == name
 
 
+ADAPTING = [name for name, method in sorted(METHODS.items()) if method.verb == "adapt"]
 METHOD_KEYS = [
     ("flora", {"mode": "svt", "tau": 0.95, "max_rank": 64, "state_max_rank": 128}),
     ("hetlora", {"rank_decay": 0.9, "rank_penalty": 0.1}),
-    *((name, {"server_learning_rate": 0.5, "weights": "uniform", "wire_dtype": "fp32"}) for name in METHODS),
+    *((name, {"server_learning_rate": 0.5, "weights": "uniform", "wire_dtype": "fp32"}) for name in ADAPTING),
+    ("fedkseed", {"bank": "kron", "seeds": 256, "clip": 2.5, "scalar_step": 1e-6, "trainable": ("*q_proj*",)}),
 ]
 
 

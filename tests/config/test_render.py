@@ -18,6 +18,7 @@ from fedtune.config import Override, Recipe, ReportSettings, bind, changes, dige
 from fedtune.config.render import toml
 from fedtune.data.settings import DataSettings, Split
 from fedtune.methods import METHODS
+from fedtune.methods.fedkseed import FedKSeedSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.round import Training
 from fedtune.rounds import Schedule
@@ -74,6 +75,42 @@ CHANGES = st.fixed_dictionaries(
         if name not in ("batch", "steps", "epochs", "optimizer", "momentum")
     },
 )
+FEWER = st.fixed_dictionaries({"batch": st.integers(1, 9)}, optional={"learning_rate": st.floats(1e-9, 1.0)})
+
+IDLE = {
+    "weight_decay": 0.0,
+    "momentum": 0.0,
+    "accumulation": 1,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "dropout": 0.0,
+    "autocast": "off",
+}
+"""Of the table `client`, what steps along seeds do not have."""
+
+
+@st.composite
+def seeded(draw: st.DrawFn) -> FedKSeedSettings:
+    """Draw settings of `fedkseed` that fit each other, and three steps."""
+    bank, sampling = draw(st.sampled_from(["hadamard", "gaussian", "kron"])), draw(some_of("sampling"))
+    sync = draw(some_of("sync"))
+    return draw(
+        some(
+            FedKSeedSettings,
+            bank=bank,
+            seeds=4 ** draw(st.integers(1, 6)),  # a power of two as well, and at least three
+            queries=3,
+            sampling=sampling,
+            sync=sync,
+            public_log=sampling != "pro" and sync == "auto" and draw(st.booleans()),
+            vectors=bank == "kron" and draw(st.booleans()),
+            embeddings=bank == "kron" and draw(st.booleans()),
+        )
+    )
+
+
+def some_of(field: str) -> st.SearchStrategy[Any]:
+    return anything(get_type_hints(FedKSeedSettings, include_extras=True)[field])
 
 
 @st.composite
@@ -85,10 +122,15 @@ def recipes(draw: st.DrawFn) -> Recipe:
     parts = {"label": "y"} if task == "classification" else {"output": draw(TEXT)}
     template = draw(st.sampled_from(["alpaca", "chat", "plain"]) | TEXT.map(lambda text: f"#{text}{{output}}"))
     template = template if template.count("{output}") < 2 else "plain"
-    method = draw(st.one_of(*(some(method.settings) for method in METHODS.values())))
-    rank = st.none() | st.integers(1, 64) if METHODS[method.name].ranks == "any" else st.none()
+    method = draw(
+        st.one_of(*(seeded() if name == "fedkseed" else some(method.settings) for name, method in METHODS.items()))
+    )
+    adapts = METHODS[method.name].verb == "adapt"
+    rank = st.none() | st.integers(1, 64) if METHODS[method.name].ranks == "any" and adapts else st.none()
     glob = st.sampled_from(["client-1", "client-[0-4]", "*", "ü?"])
-    row = st.builds(Override, clients=st.lists(glob, min_size=1).map(tuple), rank=rank, training=CHANGES)
+    row = st.builds(
+        Override, clients=st.lists(glob, min_size=1).map(tuple), rank=rank, training=CHANGES if adapts else FEWER
+    )
     device = draw(st.sampled_from(["auto", "cpu", "cuda:1"]))
     return Recipe(
         name=draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,9}", fullmatch=True)),
@@ -96,7 +138,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         model=draw(some(ModelSettings, task=task, device=device)),
         adapter=draw(some(AdapterSettings, modules_to_save=())),
         method=method,
-        client=draw(some(Training, steps=steps, epochs=epochs, optimizer="sgd")),
+        client=draw(some(Training, steps=steps, epochs=epochs, optimizer="sgd", **({} if adapts else IDLE))),
         rounds=draw(some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1)),
         data=replace(
             draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))),

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.directions import ids
 from fedtune.directions.ids import distinct, levels, stream, uniform, weighted
 from fedtune.directions.philox import Purpose
 from fedtune.errors import ConfigError
@@ -62,3 +63,34 @@ def test_levels_keep_ratios_within_half_a_level_and_none_is_zero() -> None:
     assert drawn[0] == 255
     assert drawn[-1] == 1
     np.testing.assert_allclose(drawn / 255, p / p.max(), atol=1 / 255)
+
+
+@settings(max_examples=40, deadline=None)
+@given(key=st.integers(0, 2**64 - 1), size=st.sampled_from([1, 2, 64, 4096]), share=st.floats(0, 1))
+def test_each_sampling_draws_by_its_own_rule(key: int, size: int, share: float) -> None:
+    count = int(size * share)
+    wanted = np.arange(size, dtype=np.uint8) | 1
+    for sampling, expected in (
+        ("uniform", uniform(key, count, size)),
+        ("distinct", distinct(key, count, size)),
+        ("pro", weighted(key, count, wanted)),
+    ):
+        found = ids.drawn(key, count, size, sampling=sampling, levels=wanted.tobytes())
+        assert found.dtype == np.int32
+        assert found.tolist() == expected.tolist()
+
+
+def test_the_samplings_differ_and_are_below_the_size_of_the_pool() -> None:
+    wanted = (np.arange(64, dtype=np.uint8) + 1).tobytes()
+    found = {s: ids.drawn(SEED, 64, 64, sampling=s, levels=wanted).tolist() for s in ("uniform", "distinct", "pro")}
+    assert len({tuple(each) for each in found.values()}) == 3
+    assert all(0 <= number < 64 for each in found.values() for number in each)
+    assert len(set(found["distinct"])) == 64
+    assert len(set(found["uniform"])) < 64
+
+
+def test_only_pro_needs_levels() -> None:
+    assert ids.drawn(SEED, 12, 4096, sampling="uniform").tolist() == uniform(SEED, 12, 4096).tolist()
+    assert ids.drawn(SEED, 8, 8, sampling="distinct").tolist() == [0, 3, 4, 7, 6, 2, 5, 1]
+    levels_of_the_spec = bytes([1, 1, 2, 4, 8, 16, 1, 31])
+    assert ids.drawn(SEED, 8, 8, sampling="pro", levels=levels_of_the_spec).tolist() == [7, 5, 7, 5, 7, 5, 7, 7]

@@ -4,9 +4,11 @@ import hashlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fedtune.directions.manifest import Entry, Manifest, describe
-from fedtune.errors import ConfigError
+from fedtune.directions.manifest import Entry, Manifest, decode, describe
+from fedtune.errors import ConfigError, WireError
 from fedtune.tensors import DTYPES, Array
 from tests.directions.vectors import small_w0
 
@@ -68,3 +70,84 @@ def test_all_faults_of_a_base_are_named_at_once() -> None:
 def test_a_manifest_out_of_order_cannot_be_made(names: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="sorted by name"):
         Manifest(tuple(Entry(name, "fp32", (2,), bytes(32)) for name in names))
+
+
+NAME = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+ENTRIES = st.dictionaries(
+    NAME,
+    st.tuples(
+        st.sampled_from(sorted(DTYPES)),
+        st.lists(st.integers(0, 2**64 - 1), max_size=9).map(tuple),
+        st.binary(min_size=32, max_size=32),
+    ),
+    max_size=5,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(found=ENTRIES)
+def test_what_is_encoded_is_decoded(found: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+    manifest = Manifest(tuple(Entry(name, *found[name]) for name in sorted(found, key=str.encode)))
+    again = decode(manifest.encode())
+    assert again == manifest
+    assert again.digest == manifest.digest
+    assert again.ordinals == manifest.ordinals
+
+
+def test_every_truncated_and_every_longer_manifest_is_refused() -> None:
+    data = describe(TINY).encode()
+    for wrong in [*(data[:length] for length in range(len(data) - 32)), data + b"\0", data + data[9:]]:
+        with pytest.raises(WireError, match="manifest: expected"):
+            decode(wrong)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: manifest.decode takes a last digest of fewer than 32 bytes")
+@pytest.mark.parametrize("missing", [1, 31, 32])
+def test_a_manifest_cut_within_its_last_digest_is_refused(missing: int) -> None:
+    data = describe(TINY).encode()
+    with pytest.raises(WireError, match="manifest: expected"):
+        decode(data[:-missing])
+
+
+# Of the tiny manifest: front of 9 bytes; length at 9, name of 6 at 13, format at 19, axes at 20, then one axis of 8.
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, b"FTKS"),
+        (4, b"\x02"),
+        (5, (1).to_bytes(4, "little")),
+        (5, (3).to_bytes(4, "little")),
+        (5, (2**32 - 1).to_bytes(4, "little")),
+        (9, (2**32 - 1).to_bytes(4, "little")),
+        (9, (5).to_bytes(4, "little")),
+        (13, b"\xff"),
+        (13, b"c"),
+        (19, b"\x00"),
+        (19, b"\x04"),
+        (20, b"\x00"),
+        (20, b"\x02"),
+        (20, b"\xff"),
+    ],
+    ids=[
+        *("magic", "version", "fewer", "more", "many more", "long name", "short name", "no text", "order"),
+        *("no format", "unknown format", "fewer axes", "more axes", "many axes"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(place: int, value: bytes) -> None:
+    data = bytearray(describe(TINY).encode())
+    data[place : place + len(value)] = value
+    with pytest.raises(WireError, match="manifest: expected"):
+        decode(bytes(data))
+
+
+def test_a_name_that_stands_twice_is_refused() -> None:
+    one = Entry("w", "fp32", (2,), bytes(32)).encode()
+    with pytest.raises(WireError, match="sorted by name"):
+        decode(b"FTKM\x01" + (2).to_bytes(4, "little") + one + one)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.binary(max_size=120), front=st.booleans())
+def test_arbitrary_bytes_raise_nothing_but_a_wire_error(data: bytes, front: bool) -> None:
+    with pytest.raises(WireError):
+        decode((b"FTKM\x01" + (2).to_bytes(4, "little") if front else b"") + data)

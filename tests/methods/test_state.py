@@ -55,8 +55,8 @@ def identical(a: Array, b: Array) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_state_of_every_method_comes_back_to_the_last_bit(name: str, federate: Any) -> None:
+@pytest.mark.parametrize("name", [name for name, method in sorted(METHODS.items()) if method.verb == "adapt"])
+def test_the_state_of_every_method_with_adapters_comes_back_to_the_last_bit(name: str, federate: Any) -> None:
     method = METHODS[name]
     ranks = [1, 2, 2] if method.ranks == "any" else [2, 2, 2]
     saved = {"head": np.zeros((2, 3), np.float32), "scale": np.zeros((), np.float32)}

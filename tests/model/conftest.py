@@ -9,10 +9,23 @@ import numpy as np
 import pytest
 
 from fedtune.data.encode import Example
+from fedtune.directions.bank import DirectionBank
+from fedtune.directions.banks import BANKS
+from fedtune.directions.ledger import SeedLedger
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 
 Loader = Callable[..., Base]
+
+
+def bank_of(name: str, size: int = 16) -> DirectionBank:
+    return BANKS[name](size, 0x0123456789ABCDEF)
+
+
+def ledger_of(base: Base, name: str, *, size: int = 16, exponent: int = 10, largest: int = 8) -> SeedLedger:
+    """Return a ledger over a base with whole numbers of at most `largest`, whose displacement is far from small."""
+    sums = np.random.default_rng(size).integers(-largest, largest + 1, size).astype(np.int32)
+    return SeedLedger(bank_of(name, size), exponent, 3, base.manifest.digest, sums)
 
 
 @pytest.fixture

@@ -38,7 +38,11 @@ def result() -> RoundResult:
 
 def line() -> dict[str, object]:
     adapter = {"x": Factors(a=np.diag([1.0, 1.0]).astype(np.float32), b=np.diag([3.0, 4.0]).astype(np.float32))}
-    return dict(records.round_record(result(), adapter, energy_kept={"x": 0.9}, test={"loss": 1.0}, held_out={}))
+    return dict(
+        records.round_record(
+            result(), adapter, energy_kept={"x": 0.9}, figures={"sum_abs": 3}, test={"loss": 1.0}, held_out={}
+        )
+    )
 
 
 def test_losses_are_means_by_examples_over_the_updates_that_were_used() -> None:

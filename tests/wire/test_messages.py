@@ -111,7 +111,6 @@ COUNT = st.integers(0, 2**32 - 1)
         ),
         blobs=st.dictionaries(st.sampled_from(["global", "local", "saved"]), TENSORS),
         base=st.text(),
-        verb=st.just("adapt"),
     )
 )
 @settings(deadline=None, max_examples=60)
@@ -286,7 +285,8 @@ def test_an_update_whose_header_lies_is_refused(change: Callable[[Any], object],
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: setattr(header, "verb", pb.PROBE), "verb ADAPT"),
+        (lambda header: setattr(header, "verb", 9), r"verb ADAPT \(1\) or PROBE \(\d\); got 9"),
+        (lambda header: setattr(header, "verb", pb.PROBE), "probe: expected seeds from 1 to 4096; got 0"),
         (lambda header: header.ClearField("verb"), "verb ADAPT"),
         (lambda header: header.ClearField("plan"), "rank >= 1"),
         (lambda header: setattr(header.plan, "scale", float("nan")), "scale > 0"),
@@ -303,7 +303,16 @@ def test_an_update_whose_header_lies_is_refused(change: Callable[[Any], object],
         (lambda header: header.MergeFromString(b"\xf8\x07\x01"), "fields of Assignment of this release"),
     ],
     ids=[
-        *("verb of another release", "no verb", "no plan", "NaN scale", "infinite scale", "train", "wire_dtype"),
+        *(
+            "verb of another release",
+            "probe without one",
+            "no verb",
+            "no plan",
+            "NaN scale",
+            "infinite scale",
+            "train",
+            "wire_dtype",
+        ),
         *("no upload", "penalty", "decay", "settings", "role twice", "no digest", "length", "unknown field"),
     ],
 )

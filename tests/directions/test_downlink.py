@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fedtune.directions import ids
+from fedtune.directions.downlink import (
+    Logged,
+    LoggedRound,
+    decode_changed,
+    decode_log,
+    decode_whole,
+    encode_changed,
+    encode_log,
+    encode_whole,
+    replayed,
+    smallest,
+)
+from fedtune.directions.sums import counted, increments, weighted_sum
+from fedtune.errors import WireError
+from fedtune.tensors import Array
+
+SIZES = st.sampled_from([1, 2, 4, 8, 64, 256])
+NUMBERS = st.one_of(st.integers(-(2**15), 2**15 - 1), st.integers(-(2**31), 2**31 - 1))
+DRAW = partial(ids.drawn, size=16, sampling="uniform")
+
+
+def of(size: int, numbers: st.SearchStrategy[int] = NUMBERS) -> st.SearchStrategy[Array]:
+    return hnp.arrays(np.int32, size, elements=numbers)
+
+
+LOGGED = st.builds(
+    Logged,
+    key=st.integers(0, 2**64 - 1),
+    weight=st.integers(1, 127),
+    scalars=st.lists(st.integers(-127, 127), max_size=9).map(lambda q: np.array(q, np.int8)),
+)
+ROUNDS = st.lists(
+    st.builds(LoggedRound, shift=st.integers(0, 24), clients=st.lists(LOGGED, max_size=4)), min_size=1, max_size=5
+)
+LOG = [
+    LoggedRound(4, [Logged(1, 3, np.array([10, -5, 127, 1], np.int8)), Logged(2, 1, np.array([-127, 2], np.int8))]),
+    LoggedRound(5, []),
+    LoggedRound(5, [Logged(2**64 - 1, 127, np.array([7], np.int8))]),
+]
+
+
+def plain(rounds: Sequence[LoggedRound]) -> object:
+    """Return rounds with scalars as lists, so that they can be compared."""
+    return [(each.shift, [(one.key, one.weight, one.scalars.tolist()) for one in each.clients]) for each in rounds]
+
+
+@settings(deadline=None)
+@given(sums=SIZES.flatmap(of))
+def test_whole_accumulators_come_back(sums: Array) -> None:
+    found = decode_whole(encode_whole(sums), len(sums))
+    assert found.dtype == np.int32
+    assert found.tolist() == sums.tolist()
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_changed_accumulators_come_back(data: st.DataObject) -> None:
+    size = data.draw(SIZES)
+    known = data.draw(of(size))
+    moved = data.draw(hnp.arrays(np.bool_, size))
+    sums = np.where(moved, data.draw(of(size)), known)
+    found = decode_changed(encode_changed(sums, known), known)
+    assert found.dtype == np.int32
+    assert found.tolist() == sums.tolist()
+
+
+@settings(deadline=None)
+@given(rounds=ROUNDS)
+def test_a_log_comes_back(rounds: list[LoggedRound]) -> None:
+    assert plain(decode_log(encode_log(rounds))) == plain(rounds)
+
+
+@settings(deadline=None)
+@given(rounds=ROUNDS, more=ROUNDS)
+def test_logs_of_rounds_put_end_to_end_are_the_log_of_all(rounds: list[LoggedRound], more: list[LoggedRound]) -> None:
+    assert encode_log(rounds) + encode_log(more) == encode_log([*rounds, *more])
+
+
+@pytest.mark.parametrize(
+    ("largest", "width"), [(2**15 - 1, 2), (-(2**15), 2), (2**15, 4), (-(2**15) - 1, 4), (2**31 - 1, 4), (0, 2)]
+)
+def test_sixteen_bits_are_taken_where_all_numbers_fit(largest: int, width: int) -> None:
+    sums = np.array([1, largest, -1, 0], np.int32)
+    known = np.array([1, 5, -1, 2], np.int32)
+    assert len(encode_whole(sums)) == 4 * width
+    # Only what differs has to fit: here the second and the last.
+    assert len(encode_changed(sums, known)) == 1 + 2 * width
+
+
+def test_a_large_number_that_did_not_change_costs_nothing() -> None:
+    sums = np.array([2**30, 3, 4, 5], np.int32)
+    known = np.array([2**30, 3, 0, 5], np.int32)
+    assert encode_changed(sums, known) == bytes([0b0100, 4, 0])
+    assert encode_changed(sums, sums) == b"\0"
+    assert decode_changed(b"\0", sums).tolist() == sums.tolist()
+
+
+def test_the_bytes_of_each_form_by_hand() -> None:
+    assert encode_whole(np.array([1, -2], np.int32)) == b"\x01\x00\xfe\xff"
+    assert encode_whole(np.array([1, 65_536], np.int32)) == b"\x01\x00\x00\x00\x00\x00\x01\x00"
+    known = np.zeros(16, np.int32)
+    sums = np.array(known)
+    sums[[0, 9]] = 3, -1
+    assert encode_changed(sums, known) == b"\x01\x02" + b"\x03\x00" + b"\xff\xff"
+    entry = b"\x04\x01\x00" + b"\x08\x07\x06\x05\x04\x03\x02\x01" + b"\x7f" + b"\x02\x00" + b"\x01\xff"
+    assert encode_log([LoggedRound(4, [Logged(0x0102030405060708, 127, np.array([1, -1], np.int8))])]) == entry
+
+
+def test_a_round_of_ten_clients_with_200_scalars_takes_2113_bytes() -> None:
+    clients = [Logged(key, 127, np.zeros(200, np.int8)) for key in range(10)]
+    assert len(encode_log([LoggedRound(4, clients)])) == 3 + 10 * (11 + 200)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_whole_accumulators_cut_or_too_long_are_refused(wide: bool) -> None:
+    sums = np.arange(8, dtype=np.int32) + (2**20 if wide else 0)
+    data = encode_whole(sums)
+    for wrong in [*(data[:length] for length in range(len(data))), data + b"\0", data + bytes(4)]:
+        # Half of the wide form is as long as a narrow one: the digest of the state tells that it is another.
+        if wide and len(wrong) == 16:
+            assert decode_whole(wrong, 8).tolist() != sums.tolist()
+            continue
+        with pytest.raises(WireError, match="expected 16 or 32 bytes for 8 seeds; got"):
+            decode_whole(wrong, 8)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_changed_accumulators_cut_or_too_long_are_refused(wide: bool) -> None:
+    known = np.zeros(16, np.int32)
+    sums = np.array(known)
+    sums[[1, 3, 15]] = 7, -7, 2**20 if wide else 9
+    data = encode_changed(sums, known)
+    assert len(data) == 2 + 3 * (4 if wide else 2)
+    for wrong in [*(data[:length] for length in range(len(data))), data + b"\0", data + bytes(12)]:
+        if wide and len(wrong) == 2 + 6:
+            assert decode_changed(wrong, known).tolist() != sums.tolist()
+            continue
+        with pytest.raises(WireError, match="bytes of bits"):
+            decode_changed(wrong, known)
+
+
+def test_a_bit_for_a_seed_that_does_not_exist_is_refused() -> None:
+    known = np.zeros(4, np.int32)
+    assert decode_changed(bytes([0b1000, 9, 0]), known).tolist() == [0, 0, 0, 9]
+    with pytest.raises(WireError, match="bytes of bits"):
+        decode_changed(bytes([0b1_0000, 9, 0]), known)
+
+
+def test_a_log_cut_within_a_round_is_refused_and_cut_between_two_is_a_shorter_log() -> None:
+    data = encode_log(LOG)
+    whole = {len(encode_log(LOG[:count])): count for count in range(len(LOG) + 1)}
+    for length in range(len(data)):
+        if length in whole:
+            assert plain(decode_log(data[:length])) == plain(LOG[: whole[length]])
+            continue
+        with pytest.raises(WireError, match=f"expected whole entries; got {length} bytes that end within one"):
+            decode_log(data[:length])
+
+
+@pytest.mark.parametrize("more", [b"\0", b"\x04\x00", b"\x04\x01\x00", b"\xff" * 40])
+def test_a_log_with_more_behind_it_is_refused(more: bytes) -> None:
+    with pytest.raises(WireError, match="log of rounds: expected"):
+        decode_log(encode_log(LOG) + more)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (0, 25, "shifts of at most 24"),
+        (0, 255, "shifts of at most 24"),
+        (11, 0, "weights from 1 to 127"),
+        (11, 128, "weights from 1 to 127"),
+        (1, 2, "end within one"),
+        (2, 255, "end within one"),
+        (12, 3, "end within one"),
+        (13, 255, "end within one"),
+    ],
+    ids=["shift", "largest shift", "no weight", "weight", "clients", "many clients", "scalars", "many scalars"],
+)
+def test_a_log_that_lies_is_refused(place: int, value: int, reason: str) -> None:
+    data = bytearray(encode_log([LoggedRound(24, [Logged(7, 127, np.array([1, 2], np.int8))])]))
+    data[place] = value
+    with pytest.raises(WireError, match=reason):
+        decode_log(bytes(data))
+
+
+@settings(deadline=None)
+@given(data=st.binary(max_size=80), known=of(16))
+def test_arbitrary_bytes_raise_nothing_but_a_wire_error(data: bytes, known: Array) -> None:
+    with suppress(WireError):
+        assert decode_whole(data, 16).shape == (16,)
+    with suppress(WireError):
+        assert decode_changed(data, known).shape == (16,)
+    with suppress(WireError):
+        assert encode_log(decode_log(data)) == data
+
+
+@settings(deadline=None)
+@given(start=of(16, st.integers(-1000, 1000)), rounds=ROUNDS)
+def test_what_is_replayed_is_what_the_server_sums_up(start: Array, rounds: list[LoggedRound]) -> None:
+    sums = start.astype(np.int64)
+    for each in rounds:
+        parts = [(counted(ids.uniform(c.key, len(c.scalars), 16), c.scalars, 16), c.weight) for c in each.clients]
+        sums = sums + increments(*weighted_sum(parts, 16), each.shift)
+    found = replayed(start, decode_log(encode_log(rounds)), DRAW)
+    assert found.dtype == np.int64
+    assert found.tolist() == sums.tolist()
+
+
+def test_the_expected_round_is_replayed() -> None:
+    clients = [Logged(1, 3, np.array([10, -5, 127, 1], np.int8)), Logged(2, 1, np.array([-127, 2, 0, 3], np.int8))]
+    start = np.arange(8, dtype=np.int32)
+    found = replayed(start, [LoggedRound(4, clients)], partial(ids.drawn, size=8, sampling="uniform"))
+    assert (found - start).tolist() == [0, 0, 0, -52, 0, 0, 1668, -508]
+    assert start.tolist() == list(range(8))
+
+
+def test_every_round_is_rounded_by_itself_and_shifted_by_its_own() -> None:
+    # A third of one, four times: each rounds to 0 with a shift of 0; with 4 it is 5.33 and rounds to 5.
+    one = [Logged(1, 1, np.array([1], np.int8)), Logged(1, 2, np.array([0], np.int8))]
+    start = np.zeros(1, np.int32)
+    draw = partial(ids.drawn, size=1, sampling="uniform")
+    assert replayed(start, [LoggedRound(0, one)] * 4, draw).tolist() == [0]
+    assert replayed(start, [LoggedRound(4, one), LoggedRound(0, one), LoggedRound(4, one)], draw).tolist() == [10]
+
+
+def test_the_smallest_form_is_chosen_and_of_equals_the_first_by_name() -> None:
+    assert smallest({"whole": b"1234", "changed": b"123", "log": b"12345"}) == ("changed", b"123")
+    assert smallest({"whole": b"12", "log": b"ab", "changed": b"ab!"}) == ("log", b"ab")
