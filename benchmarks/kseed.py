@@ -6,7 +6,8 @@
 Prints one JSON line per case, on one core. Times of a rebuild are the best of several, scaled to 10^9 parameters; a
 slow way is measured on a slice, whose size stands in its line. The published loop draws one normal tensor per seed and
 adds it. A step is measured on a Llama of 25 million random weights: two forward passes of the same batch are the floor
-(processor time, which a busy machine changes least), and the published step perturbs all weights in place three times, with a draw each, and a fourth time to update them.
+(processor time, which a busy machine changes least), and the published step perturbs all weights in place three times,
+with a draw each, and a fourth time to update them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedtune.client import perform
-from fedtune.conduct import Scored, Setting, check_ranks
+from fedtune.conduct import Scored, Setting, check_ranks, first_state
 from fedtune.config import Recipe, planned, render
 from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest
@@ -84,7 +84,9 @@ def prepare(recipe: Recipe) -> Experiment:
         raise ConfigError(faults)
     check_ranks(recipe, base.modules)
     planner = Fixed(partial(planned, recipe), alpha=recipe.adapter.alpha, rslora=recipe.adapter.rslora)
-    return Experiment(recipe=recipe, federation=federation, base=base, planner=planner)
+    experiment = Experiment(recipe=recipe, federation=federation, base=base, planner=planner)
+    first_state(recipe, experiment.blueprint)  # what a method refuses of a base it refuses before anything is written
+    return experiment
 
 
 def score(experiment: Experiment, tuned: Tuned, *, test: bool, clients: bool) -> Scored:

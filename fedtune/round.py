@@ -153,7 +153,7 @@ class Probed:
     skipped: int = 0
     """Scalars that are 0 because a loss was not finite."""
     rms: float | None = None
-    """`calibrate`: root mean square of g."""
+    """`calibrate`: root mean square of learning_rate * g."""
     lost: bool = False
     """The client does not hold the accumulators that the message refers to: it asks for them whole."""
 

@@ -12,10 +12,17 @@ import pytest
 from fedtune import client
 from fedtune.adapter import draw_a
 from fedtune.data.encode import Example
-from fedtune.errors import ClientError, ShapeError
+from fedtune.directions import ids
+from fedtune.directions.checks import places
+from fedtune.directions.replica import Replicas
+from fedtune.directions.sums import counted
+from fedtune.errors import ClientError, ShapeError, WireError
+from fedtune.methods import fedkseed
+from fedtune.methods.fedkseed import FedKSeedSettings, FedKSeedState
 from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.round import Assignment, LocalAdapter, Plan, Training
+from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Plan, Probed, Training
+from fedtune.seeds import derive
 from fedtune.tensors import Tensors
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=4)
@@ -145,3 +152,149 @@ def test_a_penalised_tail_shrinks_the_rank(base: Base, rows: list[Example]) -> N
     }
     off = replace(assignment(base, blobs=blobs), plan=plan)
     assert {update.shape[1] for name, update in perform(base, rows, off).tensors.items() if name.endswith(".b")} == {4}
+
+
+Asked = tuple[FedKSeedState, Assignment]
+
+
+def probed(base: Base, *, steps: int = 8, state: FedKSeedState | None = None, **settings: Any) -> Asked:
+    """Return a state whose model has moved already, and what the server tells ann in it."""
+    if state is None:
+        chosen = FedKSeedSettings(**{"seeds": 16, "scalar_step": 2.0**-12, "clip": "none", **settings})
+        state = fedkseed.init(base.blueprint(max_rank=1, seed=0, whole=True), chosen)
+        sums = np.random.default_rng(0).integers(-60, 61, 16).astype(np.int32)
+        state = replace(state, accumulators={"a": sums}, round=5)
+    training = Training(batch=2, learning_rate=0.01, steps=steps)
+    return state, fedkseed.assign(state, 0, Plan("ann", 1, 1.0, training))
+
+
+def measured(update: ClientUpdate) -> Probed:
+    assert update.probed is not None
+    return update.probed
+
+
+BANKS: list[dict[str, Any]] = [
+    {"bank": "hadamard"},
+    {"bank": "gaussian"},
+    {"bank": "kron"},
+    {"bank": "kron", "vectors": True, "embeddings": True},
+    {"bank": "hadamard", "trainable": ("*.mlp.*", "lm_head.weight")},
+]
+
+
+@pytest.mark.parametrize("settings", BANKS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_a_probe_states_what_the_server_finds_for_itself_and_leaves_the_base_as_it_was(
+    settings: dict[str, Any], base: Base, rows: list[Example]
+) -> None:
+    state, asked = probed(base, **settings)
+    update = perform(base, rows, asked)
+    found = measured(update)
+    assert (update.client, update.round, update.num_examples, update.tensors) == ("ann", 6, 5, {})
+    assert (found.state, found.checks) == (state.digest[:8], state.checks)
+    assert len(found.checks) == 16
+    assert fedkseed.refuse(state, update) == ""
+    assert (found.scalars.shape, found.scalars.dtype.name, found.skipped, found.rms) == ((8,), "int8", 0, None)
+    assert np.count_nonzero(found.scalars) > 4
+    assert update.measured.tokens == 2 * (8 * 2 * 9 - 2 * 9)  # twice forward; of eight batches two are short
+    assert digest(base.model) == base.digest
+
+
+@pytest.mark.parametrize("settings", BANKS[:3], ids=lambda settings: settings["bank"])
+def test_what_one_client_alone_sends_moves_the_server_s_sums_as_it_moved_its_own(
+    settings: dict[str, Any], base: Base, rows: list[Example]
+) -> None:
+    state, asked = probed(base, **settings)
+    assert asked.probe is not None
+    scalars = measured(perform(base, rows, asked)).scalars
+    drawn = ids.uniform(derive(asked.seed, "fedkseed.ids"), 8, 16)
+    after = fedkseed.aggregate(state, [perform(base, rows, asked)])
+    np.testing.assert_array_equal(after.sums - state.sums, counted(drawn, scalars, 16) << asked.probe.shift)
+
+
+def test_checks_of_other_displacements_are_refused_with_the_tensor(base: Base, rows: list[Example]) -> None:
+    state, asked = probed(base)
+    update = perform(base, rows, asked)
+    wrong = bytearray(measured(update).checks)
+    wrong[4] ^= 1
+    planted = replace(update, probed=replace(measured(update), checks=bytes(wrong)))
+    name = state.layout.manifest.entries[places(state.digest, state.layout.manifest, state.layout.trainable)[1][0]].name
+    assert f"expected the displacements of {name}, block" in fedkseed.refuse(state, planted)
+
+
+def test_a_probe_that_calibrates_tells_a_size_and_no_scalars(base: Base, rows: list[Example]) -> None:
+    chosen = FedKSeedSettings(seeds=16)
+    state = fedkseed.init(base.blueprint(max_rank=1, seed=0, whole=True), chosen)
+    update = perform(base, rows, probed(base, state=state)[1])
+    found = measured(update)
+    assert len(found.scalars) == 0
+    assert found.rms is not None
+    assert 0 < found.rms < 10
+    assert fedkseed.refuse(state, update) == ""
+    assert update.measured.tokens == 2 * (16 * 2 * 9 - 5 * 9)  # sixteen scalars, whatever the steps
+    assert fedkseed.aggregate(state, [update]).calibrated
+
+
+def rounds_of(base: Base, rows: list[Example], replicas: Replicas) -> Asked:
+    """Return the third round's state and order after two rounds of ann alone: the first that refers to what she has."""
+    state, asked = probed(base)
+    state = replace(state, accumulators={"a": np.zeros(16, np.int32)}, round=0)
+    for _ in range(2):
+        update = perform(base, rows, probed(base, state=state)[1], replicas=replicas)
+        state = fedkseed.aggregate(state, [update])
+    state, asked = probed(base, state=state)
+    assert asked.probe is not None
+    assert (asked.probe.state.form, asked.probe.state.since) == ("changed", 1)
+    return state, asked
+
+
+def test_who_has_lost_what_an_order_refers_to_asks_for_the_whole_and_measures_nothing(
+    base: Base, rows: list[Example]
+) -> None:
+    replicas = Replicas()
+    state, asked = rounds_of(base, rows, replicas)
+    for forgetful in (None, Replicas()):
+        update = perform(base, rows, asked, replicas=forgetful)
+        assert measured(update).lost
+        assert (len(measured(update).scalars), measured(update).state, update.measured.tokens) == (0, b"", 0)
+    kept = perform(base, rows, asked, replicas=replicas)
+    assert not measured(kept).lost
+    assert asked.whole is not None
+    again = perform(base, rows, asked.whole)
+    assert fedkseed.refuse(state, again) == fedkseed.refuse(state, kept) == ""
+    np.testing.assert_array_equal(measured(again).scalars, measured(kept).scalars)
+
+
+def test_a_memory_that_is_another_than_the_server_s_counts_as_lost(base: Base, rows: list[Example]) -> None:
+    replicas = Replicas()
+    state, asked = rounds_of(base, rows, replicas)
+    ledger = replace(state.ledger, round=1, accumulators=np.full(16, 7, np.int32))
+    replicas.keep(ledger)
+    assert measured(perform(base, rows, asked, replicas=replicas)).lost
+
+
+def test_another_base_than_the_seeds_were_measured_on_is_refused(base: Base, rows: list[Example]) -> None:
+    _, asked = probed(base)
+    other = load(
+        ModelSettings(base=base.path, dtype="bfloat16", device="cpu"),
+        AdapterSettings(rank=1, targets=["all-linear"]),
+        tokenizer=base.tokenizer,
+        root=Path(),
+        seed=0,
+    )
+    with pytest.raises(WireError, match=r"expected the state .* of this base and what came; load the same model"):
+        perform(other, rows, asked)
+
+
+def test_a_client_that_probed_trains_an_adapter_as_one_that_did_not(base: Base, rows: list[Example]) -> None:
+    first = perform(base, rows, assignment(base))
+    for settings in BANKS:
+        perform(base, rows, probed(base, **settings)[1])
+    second = perform(base, rows, assignment(base))
+    for name, array in first.tensors.items():
+        np.testing.assert_array_equal(array, second.tensors[name])
+
+
+def test_a_client_without_examples_cannot_probe(base: Base) -> None:
+    with pytest.raises(ClientError, match="ann: expected at least one training example"):
+        perform(base, [], probed(base)[1])
+    assert digest(base.model) == base.digest

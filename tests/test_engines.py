@@ -43,6 +43,8 @@ SLOW_RAY = (
 
 ROUNDS = 3
 METHODS = ({"name": "flora", "mode": "continue"}, {"name": "flexlora"}, {"name": "zeropad"})
+SEEDS = ({"bank": "hadamard"}, {"bank": "kron", "sampling": "pro"})
+"""Settings of `fedkseed`; the first of its rounds measures the step."""
 
 
 @pytest.fixture
@@ -89,6 +91,12 @@ def played(experiments: Sequence[Experiment], engine: Engine) -> Sequence[Sequen
         ]
 
 
+def seeded(tables: Tables, **settings: Any) -> Tables:
+    """The same recipe with seeds in place of adapters; the table `adapter` says which layers there are."""
+    client = {"steps": 4, "batch": 4, "learning_rate": 0.01}
+    return tables | {"method": {"name": "fedkseed", "seeds": 64, **settings}, "client": client, "override": []}
+
+
 @pytest.mark.parametrize(
     "engine",
     [
@@ -98,10 +106,11 @@ def played(experiments: Sequence[Experiment], engine: Engine) -> Sequence[Sequen
         pytest.param(chosen("ray", 2), id="ray", marks=SLOW_RAY),
     ],
 )
-def test_three_rounds_of_three_methods_are_those_in_process_bit_for_bit(engine: Engine, tables: Tables) -> None:
+def test_three_rounds_of_every_kind_of_method_are_those_in_process_bit_for_bit(engine: Engine, tables: Tables) -> None:
     experiments = [prepare(bind(tables | {"method": method})) for method in METHODS]
+    experiments += [prepare(bind(seeded(tables, **settings))) for settings in SEEDS]
     expected = played(experiments, chosen("inprocess", 1))
-    assert len({digest for each in expected for digest, *_ in each}) == ROUNDS * len(METHODS)
+    assert len({digest for each in expected for digest, *_ in each}) == ROUNDS * len(experiments)
     assert played(experiments, engine) == expected
 
 

@@ -7,17 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune.directions.bank import displacement
+from fedtune.directions.banks import BANKS
+from fedtune.directions.checks import block_checks
+from fedtune.directions.manifest import describe
+from fedtune.directions.replica import Replicas, restored
 from fedtune.errors import RoundError, StoreError
 from fedtune.methods import METHODS
+from fedtune.methods.fedkseed import FedKSeedSettings
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Measured, Outcome, Training
+from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Measured, Outcome, Probed, Training
 from fedtune.rounds import ClientFinished, Forgetful, Note, Opened, RoundResult, RoundStarted, Schedule, run, sample
 from fedtune.transport import Answer, Aside, Reply, Rule
 from fedtune.wire.messages import EncodedAssignment, decode_assignment, encode_update
 
 SHAPE = (4, 6)
 TRAINING = Training(batch=1, learning_rate=0.1, steps=1)
-Script = Callable[[Assignment], Outcome]
+LISTED = describe({"x.weight": np.ones(SHAPE, np.float32), "y.bias": np.zeros(5000, np.float32)})
+Script = Callable[[Assignment], Outcome | bytes]
+"""What a client answers, or its bytes as they arrive."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,10 @@ class Scripted:
     def exchange(self, orders: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
         for name in self.order(list(orders)):
             outcome = self.replies[name](decode_assignment(orders[name].header, orders[name].blobs))
-            yield outcome if isinstance(outcome, Failure) else Reply(name, encode_update(outcome))
+            if isinstance(outcome, Failure):
+                yield outcome
+            else:
+                yield Reply(name, outcome if isinstance(outcome, bytes) else encode_update(outcome))
         yield from self.strays
 
 
@@ -56,16 +67,17 @@ def rounds(replies: Mapping[str, Script], *, count: int = 1, watch: Any = None, 
     order, strays = options.pop("order", sorted), options.pop("strays", ())
     ledger, start = options.pop("ledger", None), options.pop("start", None)
     method = METHODS[options.pop("method", "flora")]
+    settings, training = options.pop("settings", method.settings()), options.pop("training", TRAINING)
     return list(
         run(
             method=method,
-            settings=method.settings(),
-            planner=Fixed(lambda name: (2, TRAINING), alpha="2r", rslora=False),
+            settings=settings,
+            planner=Fixed(lambda name: (2, training), alpha="2r", rslora=False),
             transport=Scripted(replies, order, strays),
             ledger=ledger,
             start=start,
             schedule=Schedule(count=count, **options),
-            blueprint=Blueprint(modules={"x": SHAPE}, saved={}, max_rank=2, seed=0),
+            blueprint=Blueprint({"x": SHAPE}, saved={}, max_rank=2, seed=0, manifest=LISTED.encode()),
             base="base",
             watch=watch or (lambda event: None),
         )
@@ -326,3 +338,194 @@ def test_a_run_goes_on_from_a_state() -> None:
     rest = rounds(FLEET, count=3, start=whole[0].state)
     assert [result.round for result in rest] == [2, 3]
     assert rest[-1].digest == whole[-1].digest
+
+
+STEPS = 10
+
+
+def seeded(replies: Mapping[str, Script], *, count: int = 1, **options: Any) -> list[RoundResult]:
+    """Run rounds of scalars along sixteen seeds."""
+    settings = FedKSeedSettings(seeds=16, scalar_step=2.0**-12, **options.pop("chosen", {}))
+    training = Training(batch=1, learning_rate=0.1, steps=STEPS)
+    return rounds(replies, count=count, method="fedkseed", settings=settings, training=training, **options)
+
+
+def probing(replicas: Replicas | None = None, told: list[str] | None = None, **changes: Any) -> Script:
+    """Return a client that puts the state together and answers with scalars of its own; None remembers nothing."""
+
+    def reply(assignment: Assignment) -> ClientUpdate:
+        name, probe = assignment.plan.client, assignment.probe
+        assert probe is not None
+        if told is not None:
+            told.append(f"{assignment.round} {probe.state.form} {probe.state.since}")
+        ledger = restored(
+            probe.state,
+            bank=BANKS[probe.bank](probe.seeds, probe.key),
+            exponent=probe.exponent,
+            manifest=LISTED.digest,
+            sampling=probe.sampling,
+            replicas=Replicas() if replicas is None else replicas,
+        )
+        answer = ClientUpdate(name, assignment.round, 10, {})
+        if ledger is None:
+            return replace(answer, probed=Probed(np.empty(0, np.int8), lost=True))
+        rng = np.random.default_rng(sum(name.encode()) + assignment.round)
+        scalars = rng.integers(-20, 21, STEPS).astype(np.int8)
+        found = Probed(scalars, ledger.digest[:8], block_checks(ledger, LISTED, range(2), displacement))
+        probed = {key: value for key, value in changes.items() if hasattr(found, key)}
+        others = {key: value for key, value in changes.items() if key not in probed}
+        return replace(answer, probed=replace(found, **probed), **others)
+
+    return reply
+
+
+def test_clients_that_remember_are_sent_what_has_changed_and_nothing_is_asked_twice() -> None:
+    told = list[str]()
+    results = seeded({"ann": probing(Replicas(), told), "bob": probing(Replicas())}, count=4)
+    assert told == ["1 log 0", "2 changed 0", "3 changed 1", "4 changed 2"]  # an empty log: nothing has happened yet
+    assert [sorted(result.outcomes) for result in results] == [["ann", "bob"]] * 4
+    assert len({result.digest for result in results}) == 4
+
+
+def test_a_client_that_has_lost_its_state_is_asked_once_more_with_the_whole_and_its_bytes_add_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    remembered = seeded({"ann": probing(Replicas()), "bob": probing(Replicas())}, count=4)
+    told, sizes, honest = list[str](), list[tuple[str, int, int]](), Scripted.exchange
+
+    def exchange(self: Scripted, orders: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
+        for answer in honest(self, orders, rule):
+            assert isinstance(answer, Reply)
+            sizes.append((answer.client, len(orders[answer.client].header), len(answer.update)))
+            yield answer
+
+    monkeypatch.setattr(Scripted, "exchange", exchange)
+    forgot = seeded({"ann": probing(Replicas()), "bob": probing(None, told)}, count=4)
+    assert told == ["1 log 0", "2 changed 0", *("3 changed 1", "3 changed 0"), *("4 changed 2", "4 changed 0")]
+    assert [result.digest for result in forgot] == [result.digest for result in remembered]
+    assert all(isinstance(outcome, ClientUpdate) for result in forgot for outcome in result.outcomes.values())
+    third = [one for one in sizes[4:7] if one[0] == "bob"]
+    assert len(third) == 2
+    assert forgot[2].traffic["bob"].down == third[0][1] + third[1][1]
+    assert forgot[2].traffic["bob"].up == third[0][2] + third[1][2]
+    assert forgot[2].traffic["ann"] == remembered[2].traffic["ann"]
+
+
+def test_each_client_is_told_finished_once_and_only_what_is_used_is_kept() -> None:
+    events, ledger = list[Any](), Noted()
+    seeded({"ann": probing(Replicas()), "bob": probing()}, count=3, watch=events.append, ledger=ledger)
+    finished = [event.outcome.client for event in events if isinstance(event, ClientFinished) and event.round == 3]
+    assert finished == ["ann", "bob"]
+    assert [step for step in ledger.steps if step[:2] == ("accept", 3)] == [("accept", 3, "ann"), ("accept", 3, "bob")]
+
+
+def lost(assignment: Assignment) -> ClientUpdate:
+    return ClientUpdate(
+        assignment.plan.client, assignment.round, 10, {}, probed=Probed(np.empty(0, np.int8), lost=True)
+    )
+
+
+def lost_from(round: int) -> Script:
+    """Return a client that answers up to a round, and from it on says that it has lost what is referred to."""
+    honest = probing(Replicas())
+    return lambda assignment: lost(assignment) if assignment.round >= round else honest(assignment)
+
+
+def test_a_client_that_has_lost_the_whole_too_is_a_failure_and_the_round_goes_on() -> None:
+    result = seeded({"ann": probing(Replicas()), "bob": lost_from(3)}, count=3)[-1]
+    failure = result.outcomes["bob"]
+    assert failure == Failure("bob", "expected it to work on the whole state; it asked for that again")
+    assert isinstance(result.outcomes["ann"], ClientUpdate)
+
+
+def test_a_client_that_was_sent_the_whole_at_once_is_not_asked_again() -> None:
+    calls = list[int]()
+
+    def always(assignment: Assignment) -> Outcome:
+        calls.append(assignment.round)
+        return lost(assignment)
+
+    result = seeded({"ann": probing(Replicas()), "bob": always})[0]
+    assert calls == [1]
+    assert result.outcomes["bob"] == Failure("bob", "expected it to work on the whole state; it asked for that again")
+    assert result.digest == seeded({"ann": probing(Replicas())})[0].digest
+
+
+def test_a_client_that_falls_silent_when_it_is_asked_again_is_a_failure() -> None:
+    def tired(assignment: Assignment) -> Outcome | bytes:
+        assert assignment.probe is not None
+        if assignment.round < 3:
+            return honest(assignment)
+        return lost(assignment) if assignment.probe.state.since else Failure("bob", "no power")
+
+    honest = probing(Replicas())
+    result = seeded({"ann": probing(Replicas()), "bob": tired}, count=3)[-1]
+    assert result.outcomes["bob"] == Failure("bob", "no power")
+
+
+def test_who_is_asked_again_is_waited_for_until_so_many_updates_as_the_quorum_are_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client that has failed is no update: it must not end the wait for one that is still at work."""
+    rules, honest = list[int](), Scripted.exchange
+
+    def exchange(self: Scripted, orders: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
+        rules.append(rule.quorum)
+        return honest(self, orders, rule)
+
+    monkeypatch.setattr(Scripted, "exchange", exchange)
+    fleet = {"ann": probing(Replicas()), "bob": lambda assignment: Failure("bob", "no power"), "cyd": probing()}
+    seeded(fleet, count=3, min_clients=2)
+    assert rules == [2, 2, 2, 1]
+
+
+def cut(place: int) -> Script:
+    honest = probing(Replicas())
+
+    def reply(assignment: Assignment) -> bytes:
+        update = honest(assignment)
+        assert isinstance(update, ClientUpdate)
+        return encode_update(update)[:place]
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (probing(scalars=np.full(STEPS, -128, np.int8)), "expected scalars from -127 to 127; got -128"),
+        (probing(scalars=np.zeros(STEPS - 1, np.int8)), "expected 10 scalars, one per seed drawn; got 9"),
+        (probing(scalars=np.zeros(STEPS + 1, np.int8)), "expected 10 scalars, one per seed drawn; got 11"),
+        (probing(skipped=2), "at most 10% of its losses"),
+        (probing(round=7), "expected round 1; got 7"),
+        (probing(state=b"12345678"), "got 3132333435363738: another base, bank, round or history"),
+        (probing(state=b""), "another base, bank, round or history"),
+        (probing(checks=bytes(16)), "expected the displacements of y.bias, block"),
+        (probing(checks=b""), "expected the displacements of"),
+        (probing(num_examples=11), "1 to 10 examples"),
+        (probing(num_examples=0), "1 to 10 examples"),
+        (probing(measured=Measured(loss_after=float("nan"))), "finite loss_after"),
+        (probing(scalars=np.zeros(2000, np.int8)), "expected an update of at most 1034 bytes"),
+        (answer(), "expected a serialised ProbeUpdate"),
+        (lambda assignment: b"\xff" * 20, "expected a serialised ProbeUpdate"),
+        (lambda assignment: b"", "expected round 1; got 0"),
+    ],
+)
+def test_a_bad_probe_is_refused_by_name_and_the_round_goes_on_without_it(bad: Script, reason: str) -> None:
+    alone = seeded({"ann": probing(Replicas())})[0]
+    result = seeded({"ann": probing(Replicas()), "bad": bad})[0]
+    failure = result.outcomes["bad"]
+    assert isinstance(failure, Failure)
+    assert (failure.client, failure.kind) == ("bad", "refused")
+    assert reason in failure.reason
+    assert result.digest == alone.digest
+    assert isinstance(result.outcomes["ann"], ClientUpdate)
+
+
+def test_a_probe_that_is_cut_off_anywhere_is_refused() -> None:
+    whole = seeded({"ann": probing(Replicas())})[0].traffic["ann"].up
+    alone = seeded({"ann": probing(Replicas())})[0]
+    result = seeded({"ann": probing(Replicas()), **{f"cut-{place:03}": cut(place) for place in range(whole)}})[0]
+    assert result.digest == alone.digest
+    assert {name for name, outcome in result.outcomes.items() if isinstance(outcome, ClientUpdate)} == {"ann"}
+    assert {outcome.kind for name, outcome in result.outcomes.items() if isinstance(outcome, Failure)} == {"refused"}

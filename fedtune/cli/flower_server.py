@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from fedtune.cli.text import printable
-from fedtune.conduct import Setting, check_ranks, check_resumable, conduct
+from fedtune.conduct import Setting, check_ranks, check_resumable, conduct, first_state
 from fedtune.config import Recipe, bind, planned
 from fedtune.config.reading import read
 from fedtune.config.recipe import largest_rank
@@ -101,15 +101,17 @@ def setting(recipe: Recipe, transport: GridTransport) -> Setting:
     """Return what the run is conducted over: what the clients have in common stands for a model that is not here."""
     common, profiles = transport.foundation, transport.profiles
     check_ranks(recipe, common.modules)
+    blueprint = Blueprint(
+        common.modules,
+        common.saved,
+        max_rank=largest_rank(recipe),
+        seed=recipe.seed,
+        manifest=common.manifest if METHODS[recipe.method.name].verb == "probe" else b"",
+    )
+    first_state(recipe, blueprint)  # what the method refuses of the base it refuses now
     return Setting(
         recipe=recipe,
-        blueprint=Blueprint(
-            common.modules,
-            common.saved,
-            max_rank=largest_rank(recipe),
-            seed=recipe.seed,
-            manifest=common.manifest if METHODS[recipe.method.name].verb == "probe" else b"",
-        ),
+        blueprint=blueprint,
         planner=Fixed(partial(planned, recipe), alpha=recipe.adapter.alpha, rslora=recipe.adapter.rslora),
         base={"name": recipe.model.base, "digest": common.base, "parameters": common.parameters},
         target=peft.Target(

@@ -15,6 +15,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed import FedKSeedSettings
 from fedtune.rounds import cohort_size
+from fedtune.wire.probe import MAX_STEPS
 
 Check: TypeAlias = tuple[tuple[str, ...], Callable[..., Iterable[Fault]]]
 """The dotted keys a check reads, and the check over their values."""
@@ -211,7 +212,7 @@ def one_verb(method: str, overrides: Sequence[Override]) -> Iterator[Fault]:
     for place, override in enumerate(overrides):
         if override.verb not in (None, own):
             expected = f"{quoted(own)}, as all clients of {method!r}"
-            reason = "a round of both verbs has no exact sum here: weights rebuilt from integers are rounded once, and a "
+            reason = "no exact sum of both is made here: weights rebuilt from integers are rounded once, and a "
             hint = f"{reason}product of factors on top would round them again; run two methods apart"
             yield Fault(f"override.{place}.verb", expected, shown(override.verb), hint)
 
@@ -220,11 +221,18 @@ def seeds_of(method: Any, steps: int | None, overrides: Sequence[Override]) -> I
     """Yield what does not fit together in the table `method` of FedKSeed."""
     if not isinstance(method, FedKSeedSettings):
         return
+    if (steps is None or any("epochs" in o.training for o in overrides)) and (
+        method.sampling == "distinct" or method.estimator == "one-sided"
+    ):
+        hint = "how many scalars a client measures must be known for distinct seeds and for groups of queries"
+        yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
     try:
         BANKS[method.bank](method.seeds, 0)
     except ConfigError as error:
         yield from (replace(fault, path=f"method.{fault.path}") for fault in error.faults)
     counts = [count for count in (steps, *(o.training.get("steps") for o in overrides)) if count is not None]
+    if any(count > MAX_STEPS for count in counts):
+        yield Fault("client.steps", f"at most {MAX_STEPS} scalars a round", str(max(counts)))
     if method.sampling == "distinct" and any(count > method.seeds for count in counts):
         expected = f"at most method.seeds = {method.seeds} with distinct seeds"
         yield Fault("client.steps", expected, str(max(counts)), "take fewer steps, or sampling = 'uniform'")

@@ -119,8 +119,9 @@ def decode(data: bytes) -> Manifest:
             code, axes = struct.unpack_from("<BB", data, place + 4 + length)
             shape = struct.unpack_from(f"<{axes}Q", data, place + 6 + length)
             place += 6 + length + 8 * axes
-            entries.append(Entry(name, NAMES[code], shape, bytes(data[place : place + 32])))
-            place += 32
+            (digest,) = struct.unpack_from("32s", data, place)
+            entries.append(Entry(name, NAMES[code], shape, digest))
+            place += len(digest)
         found = Manifest(tuple(entries))
     except (struct.error, UnicodeDecodeError, KeyError, ConfigError) as error:
         raise WireError(f"manifest: expected {len(data)} bytes that are one; got others ({error})") from None

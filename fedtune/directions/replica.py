@@ -11,7 +11,7 @@ import numpy as np
 from fedtune.directions import downlink, ids
 from fedtune.directions.bank import DirectionBank, headroom
 from fedtune.directions.ledger import SeedLedger
-from fedtune.errors import WireError
+from fedtune.errors import ConfigError, WireError
 from fedtune.tensors import Array
 
 Key = tuple[str, int, int, bytes]
@@ -83,4 +83,7 @@ def read(state: Any, known: Array | None, draw: Callable[[int, int], Array], siz
     rounds = downlink.decode_log(state.data)
     if len(rounds) != state.round - state.since:
         raise WireError(f"log: expected the rounds {state.since + 1} to {state.round}; got {len(rounds)} of them")
-    return downlink.replayed(known, rounds, draw)
+    try:
+        return downlink.replayed(known, rounds, draw)
+    except (ConfigError, IndexError) as error:  # more distinct seeds than there are, or levels that are not sent
+        raise WireError(f"log: expected scalars whose seeds can be drawn; got others ({error})") from error

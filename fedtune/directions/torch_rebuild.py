@@ -283,7 +283,7 @@ def gaussian(bank: Gaussian, sums: torch.Tensor, run: range, ordinal: int) -> to
     """Return the displacements of a run of blocks, int64."""
     y = torch.zeros(len(run) * BLOCK, dtype=torch.int64, device=sums.device)
     used = torch.nonzero(sums).view(-1)
-    for some in used.split(DIRECTIONS):
+    for some in used.split(DIRECTIONS) if len(used) else ():  # an empty tensor is split into one empty part
         drawn = torch.stack(
             [
                 words(

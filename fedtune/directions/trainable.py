@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from fedtune.directions.manifest import Entry, Manifest
 from fedtune.errors import ConfigError, Fault
 
+SET = "kron moves linear layers alone unless method.vectors or method.embeddings is true"
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -56,7 +58,7 @@ def trainable(manifest: Manifest, reach: Reach, layers: Collection[str]) -> tupl
     if faults:
         raise ConfigError(faults)
     if not wanted:
-        raise ConfigError(Fault("method.trainable", "at least one tensor that the bank moves", "none"))
+        raise ConfigError(Fault("method.trainable", "at least one tensor that the bank moves", "none", SET))
     return tuple(manifest.ordinals[entry.name] for entry in wanted)
 
 

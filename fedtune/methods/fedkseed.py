@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf, log2
+from math import ceil, inf, log2
 from statistics import median
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from annotated_types import Gt, Interval, Le
+from annotated_types import Gt, Interval
 
 from fedtune.adapter import Adapter, Factors
 from fedtune.directions import downlink, ids, manifest, pro
@@ -52,6 +52,10 @@ PROVISIONAL = 26
 """e of the first round where `scalar_step` is measured: nothing is added up in it."""
 COARSE = 8.0
 """A scalar of one is an eighth of the root mean square of g: five bits of entropy in a scalar of eight."""
+FINE = 16
+"""Units that a perturbation has at least."""
+MAX_SHIFT = 24
+"""A message has no room for more."""
 LARGEST = 127
 SATURATED = 0.01
 """Share of scalars at their bound above which the next round's are twice as coarse."""
@@ -67,7 +71,7 @@ class FedKSeedSettings:
     added in the forward pass, never rewrites a weight and makes an adapter."""
     seeds: Annotated[int, Interval(ge=1, le=4096)] = 4096
     """K, a power of two (of four for `kron`); 1024 is enough for `gaussian`, whose rebuilds cost K draws a weight."""
-    perturbation: Annotated[float, Gt(0), Le(1)] = 5e-4
+    perturbation: Annotated[float, Interval(ge=1e-6, le=1)] = 5e-4
     """Distance along a direction, in every weight, at which losses are compared (the paper's epsilon)."""
     estimator: Estimator = "two-sided"
     """`two-sided`: the loss on both sides of the weights; `one-sided`: one loss at them and one per query."""
@@ -75,7 +79,7 @@ class FedKSeedSettings:
     """Directions per optimizer step, for `one-sided`; `client.steps` counts directions and must be a multiple."""
     normalise: bool = True
     """`one-sided`: divide by the standard deviation of the step's losses instead of by the perturbation (FZOO)."""
-    scalar_step: Literal["auto"] | Annotated[float, Gt(0), Le(1)] = "auto"
+    scalar_step: Literal["auto"] | Annotated[float, Interval(gt=0, le=1e-3)] = "auto"
     """Change of every weight that a scalar of one stands for; auto: the first round measures it and moves nothing."""
     fraction_bits: Annotated[int, Interval(ge=0, le=8)] = 4
     """Bits of the server's sums below a scalar of one: what a mean over clients is rounded to."""
@@ -209,16 +213,16 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
         name for name, array in blueprint.saved.items() if array.ndim == 2
     }
     ordinals = trainable(listed, reach(settings), layers) if listed.entries else ()
-    zeros = np.zeros(settings.seeds, np.int64)
+    zeros, (exponent, coarseness) = np.zeros(settings.seeds, np.int64), units(settings, settings.scalar_step)
     state = FedKSeedState(
         settings=settings,
         layout=Layout(listed, ordinals),
         round=0,
         seed=blueprint.seed,
         base=listed.digest.hex(),
-        exponent=exponent_of(settings, settings.scalar_step),
+        exponent=exponent,
         calibrated=settings.scalar_step != "auto",
-        coarseness=0,
+        coarseness=coarseness,
         longest=0,
         accumulators={"a": zeros.astype(np.int32)},
         drawn={"sizes": zeros, "visits": zeros} if settings.sampling == "pro" else {},
@@ -234,11 +238,16 @@ def reach(settings: FedKSeedSettings) -> Reach:
     return Reach(settings.bank, settings.trainable, vectors=settings.vectors, embeddings=settings.embeddings)
 
 
-def exponent_of(settings: FedKSeedSettings, step: float | Literal["auto"]) -> int:
-    """Return e for a scalar of one that changes weights by about `step`, such that the perturbation has room too."""
+def units(settings: FedKSeedSettings, step: float | Literal["auto"]) -> tuple[int, int]:
+    """Return (e, j) such that a scalar of one changes weights by about `step` and the perturbation is a whole number.
+
+    e is at least so large that the perturbation is rounded by no more than a 32nd of itself, and at most so large that
+    it fits; where that makes units too fine for the step, j makes it up.
+    """
     wanted = PROVISIONAL if step == "auto" else settings.fraction_bits - round(log2(step))
-    room = int(log2(2**27 / settings.perturbation))  # 8 * E stays below 2^30
-    return max(EXPONENTS.start, min(wanted, room, EXPONENTS.stop - 1))
+    least, most = ceil(log2(FINE / settings.perturbation)), int(log2(2**27 / settings.perturbation))
+    exponent = max(EXPONENTS.start, least, min(wanted, most, EXPONENTS.stop - 1))
+    return exponent, max(0, min(exponent - wanted, MAX_SHIFT - settings.fraction_bits))
 
 
 def assign(state: FedKSeedState, seed: int, plan: Plan) -> Assignment:
@@ -350,7 +359,7 @@ def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[Log
     return replace(
         state,
         accumulators={"a": added},
-        coarseness=state.coarseness + (saturated > SATURATED),
+        coarseness=state.coarseness + (saturated > SATURATED and state.shift < MAX_SHIFT),
         longest=max(state.longest, *(len(one.scalars) for one in logged)),
         drawn=visited(state, logged),
         log=log,
@@ -379,7 +388,8 @@ def kept(state: FedKSeedState, cohort: Sequence[ClientUpdate], after: FedKSeedSt
 def calibrated(state: FedKSeedState, sizes: Sequence[float | None]) -> FedKSeedState:
     """Return the state with e chosen from what the first cohort measured: the median of its root mean squares."""
     step = median(size for size in sizes if size is not None) / COARSE
-    return replace(state, calibrated=True, exponent=exponent_of(state.settings, step or "auto"))
+    exponent, coarseness = units(state.settings, min(step, 1e-3) or "auto")
+    return replace(state, calibrated=True, exponent=exponent, coarseness=coarseness)
 
 
 def weighed(state: FedKSeedState, cohort: Sequence[ClientUpdate]) -> Sequence[tuple[ClientUpdate, int]]:

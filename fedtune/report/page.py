@@ -157,7 +157,7 @@ def _key_numbers(run: Run) -> str:
             (
                 "trainable",
                 number_text(run.summary.trainable),
-                f"{share:.2g} % of {number_text(run.summary.base.parameters)}",
+                f"{number_text(share, 2)} % of {number_text(run.summary.base.parameters)}",
             )
         )
     count = len(tables.failures(run))
@@ -228,7 +228,8 @@ def _leaving(run: Run) -> str:
         )
     if any(record.clients for record in run.rounds):
         parts.append(
-            "<li>Numbers: rank, steps, examples, tokens, losses before and after, seconds, peak memory, norm.</li>"
+            f"<li>Numbers: {'' if probed(run) else 'rank, '}steps, examples, tokens, losses before and after, seconds, "
+            "peak memory, norm.</li>"
         )
     if not parts:
         return ""

@@ -13,14 +13,14 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fedtune.api import Run
+from fedtune.api import Replayed, Run
 from fedtune.cli.main import app
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, Fault, RoundError, StoreError
 from fedtune.rounds import Event, Note
 from tests.cli.conftest import HOSTILE
 
-COMMANDS = ("demo", "simulate", "evaluate", "export", "report", "compare")
+COMMANDS = ("demo", "simulate", "evaluate", "export", "replay", "report", "compare")
 
 
 RECIPE = """\
@@ -313,6 +313,53 @@ def test_a_run_is_made_scored_exported_and_reported(tiny: str, tmp_path: Path) -
     taken = fedtune("simulate", tiny, "--out", path)
     assert taken.exit_code == 2
     assert "--fresh" in taken.stderr
+
+
+def test_a_run_of_seeds_is_made_scored_exported_replayed_and_verified(tables: dict[str, Any], tmp_path: Path) -> None:
+    recipe, path = tmp_path / "seeds.toml", tmp_path / "run"
+    rest = {key: value for key, value in tables.items() if key not in ("adapter", "override")}
+    method = {"name": "fedkseed", "seeds": 16, "scalar_step": 1e-4}
+    recipe.write_text(
+        render(bind(rest | {"method": method, "client": {"steps": 2, "batch": 2, "learning_rate": 0.01}}))
+    )
+    ended = fedtune("simulate", recipe, "--out", path, "--json")
+    assert ended.exit_code == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["adapter"] == str(path / "seeds")
+    assert fedtune("simulate", recipe, "--out", tmp_path / "again", "--quiet").stdout == f"{tmp_path / 'again'}\n"
+    scores = json.loads(fedtune("evaluate", path, "--json").stdout)
+    assert scores["after"]["loss"] == pytest.approx(told["after"]["test"]["loss"], abs=1e-6)
+    exported = fedtune("export", path)
+    assert exported.stdout == f"{path / 'merged'}\n"
+    weights = exported.stderr.strip().rpartition(" ")[2]
+    for ledger in ("seeds", "merged", "seeds/ledger.ftks"):
+        replayed = json.loads(fedtune("replay", tables["model"]["base"], path / ledger, "--json").stdout)
+        assert replayed == {"base": replayed["base"], "state": told["adapter_digest"], "weights": weights}
+    shown = fedtune("replay", tables["model"]["base"], path / "seeds", "--out", tmp_path / "tuned")
+    assert [line.split() for line in shown.stdout.splitlines()][1:] == [
+        ["state", told["adapter_digest"]],
+        ["weights", weights],
+        ["path", str(tmp_path / "tuned")],
+    ]
+    assert (tmp_path / "tuned" / "model.safetensors").exists()
+    refused = fedtune("replay", path / "merged", path / "seeds")
+    assert refused.exit_code == 2
+    assert "a rebuilt one is another" in " ".join(refused.stderr.split())
+    assert fedtune("export", path, "--form", "peft").exit_code == 2
+    assert fedtune("runs", "verify", path).exit_code == 0
+    file = path / "seeds" / "ledger.ftks"
+    file.write_bytes(file.read_bytes()[:-4] + b"\1\0\0\0")
+    changed = fedtune("runs", "verify", path)
+    assert changed.exit_code == 2
+    assert "got other integers" in " ".join(changed.stderr.split())
+
+
+def test_replay_hands_its_options_on_and_prints_the_digests(script: Any) -> None:
+    replay = script("replay", Replayed("b" * 64, "s" * 64, "w" * 64, None))
+    ended = fedtune("replay", "base", "x.ftks", "--trainable", "*.mlp.*", "--trainable", "lm_head.*", "--out", "tuned")
+    assert replay.positional == ("base", Path("x.ftks"))
+    assert replay.named == {"out": Path("tuned"), "trainable": ["*.mlp.*", "lm_head.*"]}
+    assert ended.stdout.splitlines() == [f"base     {'b' * 64}", f"state    {'s' * 64}", f"weights  {'w' * 64}"]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -94,7 +94,7 @@ def seeded(draw: st.DrawFn) -> FedKSeedSettings:
     """Draw settings of `fedkseed` that fit each other, and three steps."""
     bank, sampling = draw(st.sampled_from(["hadamard", "gaussian", "kron"])), draw(some_of("sampling"))
     sync = draw(some_of("sync"))
-    return draw(
+    drawn: FedKSeedSettings = draw(
         some(
             FedKSeedSettings,
             bank=bank,
@@ -107,6 +107,7 @@ def seeded(draw: st.DrawFn) -> FedKSeedSettings:
             embeddings=bank == "kron" and draw(st.booleans()),
         )
     )
+    return drawn
 
 
 def some_of(field: str) -> st.SearchStrategy[Any]:

@@ -238,7 +238,6 @@ def test_a_log_of_distinct_seeds_is_read_by_the_same_sampling() -> None:
         read(state, Replicas(), sampling="uniform")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a server's log that no sampling fits raises IndexError or ConfigError")
 @pytest.mark.parametrize(("sampling", "steps"), [("pro", 3), ("distinct", 65)])
 def test_a_log_whose_draws_cannot_be_made_is_refused(sampling: str, steps: int) -> None:
     # `pro` draws by levels that the log does not hold; distinct seeds are at most K.

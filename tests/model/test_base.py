@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from fedtune.data.encode import Example
+from fedtune.directions import manifest
 from fedtune.errors import ConfigError
-from fedtune.model.base import choose_device, digest, load, load_tokenizer
+from fedtune.model.base import choose_device, digest, load, load_tokenizer, manifest_of
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.train import collate
 
@@ -166,3 +168,54 @@ def test_a_classifier_without_a_padding_token_reads_the_last_token_of_each_text(
             for batch in (collate(rows[:1], base), collate(rows, base))
         )
     torch.testing.assert_close(alone, padded)
+
+
+def test_the_manifest_lists_every_parameter_once_sorted_by_its_name(loaded: Any) -> None:
+    base = loaded("gpt2", targets=["c_attn"])
+    names = [entry.name for entry in base.manifest.entries]
+    assert names == sorted(names, key=str.encode)
+    assert names == sorted(name for name, _ in base.model.named_parameters())
+    assert "transformer.wte.weight" in names
+    assert "lm_head.weight" not in names  # tied to it
+    assert "lm_head.weight" in [entry.name for entry in loaded("llama").manifest.entries]
+
+
+@pytest.mark.parametrize(("dtype", "short", "size"), [("float32", "fp32", 4), ("bfloat16", "bf16", 2)])
+def test_a_line_of_the_manifest_is_shape_format_and_digest_of_the_bytes(
+    dtype: str, short: str, size: int, loaded: Any
+) -> None:
+    base = loaded("gpt2", targets=["c_attn"], dtype=dtype)
+    name = "transformer.h.0.attn.c_attn.weight"
+    entry = base.manifest.entries[base.manifest.ordinals[name]]
+    assert (entry.dtype, entry.shape) == (short, (32, 96))  # as it is stored, (in, out)
+    data = base.model.get_parameter(name).detach().contiguous().view(torch.uint8).numpy().tobytes()
+    assert len(data) == 32 * 96 * size
+    assert entry.digest == hashlib.sha256(data).digest()
+
+
+def test_the_manifest_travels_to_the_method_only_where_it_needs_all_of_the_base(loaded: Any) -> None:
+    base = loaded()
+    assert base.blueprint(max_rank=1, seed=0).manifest == b""
+    assert manifest.decode(base.blueprint(max_rank=1, seed=0, whole=True).manifest) == base.manifest
+
+
+def test_every_weight_that_is_no_finite_number_of_a_known_format_is_named(loaded: Any) -> None:
+    model = loaded().model
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] = float("nan")
+        model.get_parameter("lm_head.weight")[2, 1] = -float("inf")
+    model.model.layers[0].mlp.up_proj.double()
+    with pytest.raises(ConfigError) as caught:
+        manifest_of(model)
+    assert {fault.path: fault.got for fault in caught.value.faults} == {
+        "lm_head.weight": "NaN or infinity",
+        "model.layers.0.mlp.up_proj.weight": "torch.float64",
+        "model.norm.weight": "NaN or infinity",
+    }
+
+
+def test_matrices_are_those_of_the_adapted_layers_and_of_a_head_that_is_trained_in_full(loaded: Any) -> None:
+    assert loaded(targets=["q_proj"]).matrices == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
+    assert "lm_head.weight" in loaded(targets=["q_proj"], saved=["lm_head"]).matrices
+    head = loaded("bert", targets=["query"], task="classification", labels=["a", "b"]).matrices
+    assert head == {*(f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)), "classifier.weight"}

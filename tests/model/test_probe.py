@@ -118,8 +118,7 @@ def test_a_scalar_ends_at_its_bound_and_the_client_moves_by_what_travels(scripte
 def test_ties_are_rounded_to_the_even_scalar(scripted: Script) -> None:
     # 128 * 0.5 * d * 16 = 1024 d: differences of 1/2048 and 3/2048 are scalars of 0.5 and 1.5 at a rate of 1/2
     assert steps_of([1 / 2048, 0.0], probe(), 0.5, deque()) == [0.5 / 128]
-    rate = 0.1
-    position, found = scripted([0.5 / 128 / rate / 16, 0.0], [1.5 / 128 / rate / 16, 0.0])
+    _, found = scripted([0.5 / 128 / 0.1 / 16, 0.0], [1.5 / 128 / 0.1 / 16, 0.0])
     assert found.scalars.tolist() == [0, 2]
 
 
@@ -277,9 +276,9 @@ def by_hand(
 
 @pytest.mark.parametrize("bank", ["hadamard", "gaussian", "kron"])
 def test_every_step_starts_where_the_one_before_has_ended(bank: str, loaded: Any, examples: Any) -> None:
-    """Twelve steps of a real model; for kron the losses differ in the last bits, which moves a scalar by one at most."""
+    """Twelve steps of a real model; kron's losses differ in the last bits, which moves a scalar by one at most."""
     base, rows = loaded(targets=["all-linear"]), examples(5)
-    ledger, rate = ledger_of(base, bank), {"hadamard": 0.02, "gaussian": 0.02, "kron": 0.02}[bank]
+    ledger, rate = ledger_of(base, bank), 0.02
     expected = by_hand(base, rows, probe(bank), ledger, DRAWN, rate)
     found = measured(base, rows, probe(bank), ledger, learning_rate=rate)
     np.testing.assert_allclose(found.scalars, expected, atol=1 if bank == "kron" else 0)
