@@ -18,7 +18,8 @@ import numpy as np
 
 from fedtune.directions.checks import STATE
 from fedtune.directions.manifest import describe
-from fedtune.methods.fedkseed import METHOD, FedKSeedSettings, FedKSeedState
+from fedtune.methods.fedkseed import METHOD
+from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState
 from fedtune.planning.fixed import Fixed
 from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Measured, Probed, Training
 from fedtune.rounds import size

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedtune.api import Run, compare, evaluate, export, simulate
+    from fedtune.api import Run, compare, evaluate, export, replay, simulate
     from fedtune.config import Recipe, bind
     from fedtune.errors import ConfigError, FedtuneError
 

@@ -17,7 +17,6 @@ from fedtune.config import Recipe, bind
 from fedtune.demo import recipe_text, write_data
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.lowrank import compress, truncate
-from fedtune.methods.fedkseed import kron_adapter
 from fedtune.methods.method import Seeds, Tuned
 from fedtune.rounds import Note, Watch
 from fedtune.simulation.processes import Nursery
@@ -271,7 +270,7 @@ def _export_seeds(
     experiment = prepare(bound)
     check_base(experiment.base.digest, origin, path)
     if form != "merged":
-        factors = kron_adapter(seeds, transposed=experiment.base.transposed)
+        factors = store_seeds.kron_adapter(seeds, transposed=experiment.base.transposed)
         return peft.write(target, factors, {}, setting(experiment).target, origin)
     from fedtune.model import replay as rebuilding
 

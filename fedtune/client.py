@@ -16,7 +16,6 @@ from fedtune.directions.bank import DirectionBank, displacement
 from fedtune.directions.banks import BANKS
 from fedtune.directions.checks import STATE, Displacement, block_checks
 from fedtune.directions.kron import Kron
-from fedtune.directions.replica import Replicas, restored
 from fedtune.directions.torch_rebuild import compiled, fastest
 from fedtune.directions.torch_rebuild import displacement as torch_displacement
 from fedtune.directions.trainable import Reach, trainable
@@ -26,6 +25,7 @@ from fedtune.model.base import Base, to_numpy
 from fedtune.model.lora import attached, frozen, layers, read_local, start
 from fedtune.model.probe import measure
 from fedtune.model.train import Trained, train
+from fedtune.replica import Replicas, restored
 from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, Probed
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast

@@ -13,7 +13,6 @@ from fedtune.conduct import Scored, Setting, check_ranks, first_state
 from fedtune.config import Recipe, planned, render
 from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest
-from fedtune.directions.replica import Replicas
 from fedtune.errors import ConfigError, Fault
 from fedtune.methods import METHODS
 from fedtune.methods.method import Seeds, Tuned
@@ -22,6 +21,7 @@ from fedtune.model.base import Base
 from fedtune.model.libraries import threads
 from fedtune.model.rebuilt import rebuilt
 from fedtune.planning.fixed import Fixed
+from fedtune.replica import Replicas
 from fedtune.round import Blueprint, Client
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.processes import Nursery, ProcessPool

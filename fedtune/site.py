@@ -16,12 +16,12 @@ from fedtune.config.site import bind_site
 from fedtune.data.encode import Example
 from fedtune.data.federation import Federation, federate
 from fedtune.data.settings import DataSettings
-from fedtune.directions.replica import Replicas
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.methods import METHODS
 from fedtune.model import embedded
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.replica import Replicas
 from fedtune.round import Assignment, ClientUpdate
 from fedtune.wire.profile import ClientProfile, Device, Foundation
 

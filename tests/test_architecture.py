@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("tensors", "seeds"),
     ("adapter", "directions", "lowrank", "round"),
-    ("methods", "planning", "wire", "data", "model"),
+    ("methods", "planning", "wire", "data", "model", "replica"),
     ("admit", "client", "transport"),
     ("rounds",),
     ("flower", "simulation", "store", "report", "demo"),

@@ -14,13 +14,13 @@ from fedtune.adapter import draw_a
 from fedtune.data.encode import Example
 from fedtune.directions import ids
 from fedtune.directions.checks import places
-from fedtune.directions.replica import Replicas
 from fedtune.directions.sums import counted
 from fedtune.errors import ClientError, ShapeError, WireError
 from fedtune.methods import fedkseed
-from fedtune.methods.fedkseed import FedKSeedSettings, FedKSeedState
+from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState
 from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.replica import Replicas
 from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Plan, Probed, Training
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors

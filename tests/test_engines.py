@@ -17,10 +17,10 @@ import fedtune
 from fedtune import api, client, experiment, site
 from fedtune.conduct import rounds
 from fedtune.config import bind, render
-from fedtune.directions.replica import Replicas
 from fedtune.experiment import Experiment, prepare, setting, transport
 from fedtune.flower import shim
 from fedtune.flower.client_app import client_app
+from fedtune.replica import Replicas
 from fedtune.round import Assignment, ClientUpdate
 from fedtune.rounds import ClientFinished, Event, RoundStarted
 from fedtune.simulation.processes import Nursery, ProcessPool

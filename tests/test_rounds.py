@@ -11,11 +11,11 @@ from fedtune.directions.bank import displacement
 from fedtune.directions.banks import BANKS
 from fedtune.directions.checks import block_checks
 from fedtune.directions.manifest import describe
-from fedtune.directions.replica import Replicas, restored
 from fedtune.errors import RoundError, StoreError
 from fedtune.methods import METHODS
-from fedtune.methods.fedkseed import FedKSeedSettings
+from fedtune.methods.seed_state import FedKSeedSettings
 from fedtune.planning.fixed import Fixed
+from fedtune.replica import Replicas, restored
 from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Measured, Outcome, Probed, Training
 from fedtune.rounds import ClientFinished, Forgetful, Note, Opened, RoundResult, RoundStarted, Schedule, run, sample
 from fedtune.transport import Answer, Aside, Reply, Rule

@@ -13,7 +13,7 @@ from fedtune.data.settings import TEMPLATES, DataSettings, Split, faults
 from fedtune.directions.banks import BANKS
 from fedtune.errors import ConfigError, Fault
 from fedtune.methods import METHODS
-from fedtune.methods.fedkseed import FedKSeedSettings
+from fedtune.methods.seed_state import FedKSeedSettings
 from fedtune.rounds import cohort_size
 from fedtune.wire.probe import MAX_STEPS
 

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fedtune.adapter import Adapter, Factors
 from fedtune.directions import ledger, manifest
+from fedtune.directions.kron import Kron
 from fedtune.errors import StoreError, WireError
 from fedtune.methods.method import Seeds
 from fedtune.store.files import fill, guarded, new_folder
@@ -48,3 +52,25 @@ def read(path: Path) -> tuple[Seeds, Mapping[str, Any]]:
     if found.manifest != listed.digest:
         raise StoreError(f"{path}: expected the manifest that the ledger names; got another; put back a copy")
     return Seeds(found, listed, ordinals), provenance
+
+
+def kron_adapter(change: Seeds, *, transposed: bool) -> Adapter:
+    """Return the change of every matrix that the kron bank moves, as factors of rank p and scale 1.
+
+    W - u U^T M V is B = -u U^T M (out, p) and A = V (p, in); where a layer holds its weight as (in, out), as GPT-2's
+    do, B = -u (M V)^T and A = U. Exact in float32 as long as sum |A| is below 2^24.
+
+    Args:
+        change: of a run with the bank `kron` that moves matrices of linear layers alone.
+        transposed: whether the layers hold their weights as (in, out).
+    """
+    bank, unit = change.ledger.bank, np.float64(2.0**-change.ledger.exponent)
+    assert isinstance(bank, Kron)
+    M = change.ledger.accumulators.reshape(bank.rank, bank.rank).astype(np.float64)
+    found = {}
+    for ordinal in change.trainable:
+        entry = change.manifest.entries[ordinal]
+        U, V = (side.astype(np.float64) for side in bank.factors(ordinal, entry.shape))  # (p, R) and (p, C)
+        b, a = ((M @ V).T, U) if transposed else (U.T @ M, V)
+        found[entry.name.removesuffix(".weight")] = Factors(a=a.astype(np.float32), b=(-unit * b).astype(np.float32))
+    return found

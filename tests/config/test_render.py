@@ -18,7 +18,7 @@ from fedtune.config import Override, Recipe, ReportSettings, bind, changes, dige
 from fedtune.config.render import toml
 from fedtune.data.settings import DataSettings, Split
 from fedtune.methods import METHODS
-from fedtune.methods.fedkseed import FedKSeedSettings
+from fedtune.methods.seed_state import FedKSeedSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.round import Training
 from fedtune.rounds import Schedule

@@ -20,21 +20,15 @@ from fedtune.directions.banks import BANKS
 from fedtune.directions.checks import STATE, block_checks, places
 from fedtune.directions.downlink import MAX_LOG
 from fedtune.directions.manifest import Manifest, describe
-from fedtune.directions.replica import Replicas, restored
 from fedtune.errors import ConfigError, RoundError
-from fedtune.methods.fedkseed import (
-    COARSE,
-    METHOD,
-    PROVISIONAL,
-    FedKSeedSettings,
-    FedKSeedState,
-    kron_adapter,
-    rounds_left,
-)
+from fedtune.methods.fedkseed import COARSE, METHOD, rounds_left
 from fedtune.methods.method import LinearMethod
+from fedtune.methods.seed_state import PROVISIONAL, FedKSeedSettings, FedKSeedState
 from fedtune.methods.state import decode, digest, encode
+from fedtune.replica import Replicas, restored
 from fedtune.round import Assignment, Blueprint, ClientUpdate, Plan, Probe, Probed, SeedState, Training
 from fedtune.seeds import derive, generator
+from fedtune.store.seeds import kron_adapter
 from fedtune.tensors import Array
 from fedtune.wire.messages import decode_assignment, encode_assignment
 

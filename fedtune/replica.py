@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from fedtune.directions import downlink, ids
 from fedtune.directions.bank import DirectionBank, headroom
 from fedtune.directions.ledger import SeedLedger
 from fedtune.errors import ConfigError, WireError
+from fedtune.round import SeedState
 from fedtune.tensors import Array
 
 Key = tuple[str, int, int, bytes]
@@ -41,12 +41,12 @@ class Replicas:
 
 
 def restored(
-    state: Any, *, bank: DirectionBank, exponent: int, manifest: bytes, sampling: str, replicas: Replicas
+    state: SeedState, *, bank: DirectionBank, exponent: int, manifest: bytes, sampling: str, replicas: Replicas
 ) -> SeedLedger | None:
     """Return the ledger that a message stands for, and keep it; None if what it refers to is not held, or another.
 
     Args:
-        state: a `round.SeedState`.
+        state: as it was sent.
         bank: of the run.
         exponent: e of the run.
         manifest: digest of the client's own base.
@@ -74,7 +74,7 @@ def restored(
     return ledger
 
 
-def read(state: Any, known: Array | None, draw: Callable[[int, int], Array], size: int) -> Array:
+def read(state: SeedState, known: Array | None, draw: Callable[[int, int], Array], size: int) -> Array:
     if state.form == "whole":
         return downlink.decode_whole(state.data, size)
     assert known is not None  # the caller has looked

@@ -12,8 +12,8 @@ from fedtune.directions.downlink import MAX_LOG, Logged, LoggedRound
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.ledger import SeedLedger
-from fedtune.directions.replica import Replicas, restored
 from fedtune.errors import WireError
+from fedtune.replica import Replicas, restored
 from fedtune.round import SeedState
 from fedtune.seeds import generator
 from fedtune.tensors import Array
