@@ -256,20 +256,16 @@ def _export_seeds(
     if form == "ledger":
         return store_seeds.write(target, seeds, origin)
     bound = bind(path / "recipe.toml")
-    if form in ("peft", "uniform") and (seeds.ledger.bank.name != "kron" or reaches_beyond_layers(bound.method)):
-        raise ConfigError(
-            Fault(
-                "form",
-                "merged or ledger: only bank = 'kron' over the weights of linear layers has the form of an adapter",
-                f"{form!r} of a run with bank = {bound.method.bank!r}",
-                "write the whole model with --form merged",
-            )
-        )
+    if form != "merged":
+        check_form(form, bound.method, [])
     from fedtune.experiment import prepare, setting
 
     experiment = prepare(bound)
     check_base(experiment.base.digest, origin, path)
     if form != "merged":
+        adapted = {f"{name}.weight" for name in experiment.base.modules}
+        moved = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
+        check_form(form, bound.method, [name for name in moved if name not in adapted])
         factors = store_seeds.kron_adapter(seeds, transposed=experiment.base.transposed)
         return peft.write(target, factors, {}, setting(experiment).target, origin)
     from fedtune.model import replay as rebuilding
@@ -281,9 +277,13 @@ def _export_seeds(
     return target
 
 
-def reaches_beyond_layers(method: Any) -> bool:
-    """Return whether a run of the bank `kron` moves more than an adapter can hold."""
-    return bool(method.vectors or method.embeddings)
+def check_form(form: str, method: Any, beyond: Sequence[str]) -> None:
+    """Refuse to write seeds as an adapter where they are none; `beyond` are tensors outside of the adapted layers."""
+    if method.bank == "kron" and not (method.vectors or method.embeddings or beyond):
+        return
+    got = f"{form!r} of a run with bank = {method.bank!r}" + (f" that moves {beyond[0]} as well" if beyond else "")
+    expected = "merged or ledger: only bank = 'kron' over the weights of adapted layers has the form of an adapter"
+    raise ConfigError(Fault("form", expected, got, "write the whole model with --form merged"))
 
 
 @dataclass(frozen=True)
@@ -505,7 +505,7 @@ def check_base(found: str, origin: Mapping[str, Any], run: Path) -> None:
         raise ConfigError(
             Fault(
                 path="model.base",
-                expected=f"the base that {run / 'adapter'} was trained on (digest {wanted[:12]})",
+                expected=f"the base that {result.folder(run)} was trained on (digest {wanted[:12]})",
                 got=f"another one (digest {found[:12]})",
                 hint="load the same model in the same revision and dtype",
             )

@@ -329,7 +329,8 @@ def awaited(
         if lost:
             whole = {name: encode_assignment(assigned) for name in lost if (assigned := asked.assignments[name].whole)}
             sent |= {name: sent[name] + size(order) for name, order in whole.items()}
-            exchanged(whole, max(0, rule.quorum - len(outcomes)))
+            used = sum(isinstance(outcome, ClientUpdate) for outcome in outcomes.values())
+            exchanged(whole, max(0, rule.quorum - used))
     silent = {name: Failure(name, "expected an answer; none came") for name in asked.orders if name not in outcomes}
     return Answers(
         outcomes={name: (outcomes | silent)[name] for name in asked.orders},

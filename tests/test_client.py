@@ -217,7 +217,7 @@ def test_checks_of_other_displacements_are_refused_with_the_tensor(base: Base, r
     wrong = bytearray(measured(update).checks)
     wrong[4] ^= 1
     planted = replace(update, probed=replace(measured(update), checks=bytes(wrong)))
-    name = state.layout.manifest.entries[places(state.digest, state.layout.manifest, state.layout.trainable)[1][0]].name
+    name = state.manifest.entries[places(state.digest, state.manifest, state.trainable)[1][0]].name
     assert f"expected the displacements of {name}, block" in fedkseed.refuse(state, planted)
 
 

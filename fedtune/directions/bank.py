@@ -67,8 +67,11 @@ def displacement(
 
 
 def perturbed(accumulators: Array, index: int, amount: int) -> Array:
-    """Return A with `amount` added to one direction's integer: w(perturbed(A, k, E)) is w(A) - E * u * z_k."""
-    moved = np.array(accumulators)
+    """Return A with `amount` added to one direction's integer: w(perturbed(A, k, E)) is w(A) - E * u * z_k.
+
+    In 64 bits: whether the sums still fit into 32 is for `checked` to say.
+    """
+    moved = np.array(accumulators, np.int64)
     moved[index] += amount
     return moved
 

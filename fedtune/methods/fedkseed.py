@@ -25,7 +25,7 @@ from fedtune.directions.sums import counted, increments, weighted_sum
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import RoundError
 from fedtune.methods.method import LinearMethod, Seeds
-from fedtune.methods.seed_state import MAX_SHIFT, FedKSeedSettings, FedKSeedState, Layout, units
+from fedtune.methods.seed_state import MAX_SHIFT, FedKSeedSettings, FedKSeedState, units
 from fedtune.round import (
     Assignment,
     Blueprint,
@@ -59,10 +59,11 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
     zeros, (exponent, coarseness) = np.zeros(settings.seeds, np.int64), units(settings, settings.scalar_step)
     state = FedKSeedState(
         settings=settings,
-        layout=Layout(listed, ordinals),
+        manifest=listed,
         round=0,
         seed=blueprint.seed,
         base=listed.digest.hex(),
+        trainable=list(ordinals),
         exponent=exponent,
         calibrated=settings.scalar_step != "auto",
         coarseness=coarseness,
@@ -156,8 +157,7 @@ def refuse(state: FedKSeedState, update: ClientUpdate) -> str:
             f"expected work on the state {state.digest[:STATE].hex()}; got {update.probed.state.hex()}: another base, "
             "bank, round or history"
         )
-    layout = state.layout
-    wrong = first_wrong(state.checks, update.probed.checks, state.digest, layout.manifest, layout.trainable)
+    wrong = first_wrong(state.checks, update.probed.checks, state.digest, state.manifest, state.trainable)
     if wrong is None:
         return ""
     return f"expected the displacements of {wrong[0]}, block {wrong[1]}, as the server makes them; got others"
@@ -264,7 +264,7 @@ def no_adapter(state: FedKSeedState) -> Adapter:
 
 
 def seeds(state: FedKSeedState) -> Seeds:
-    return Seeds(state.ledger, state.layout.manifest, state.layout.trainable)
+    return Seeds(state.ledger, state.manifest, state.trainable)
 
 
 def figures(state: FedKSeedState) -> Mapping[str, Any]:

@@ -74,23 +74,18 @@ class FedKSeedSettings:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the base gives: which tensors there are, and which of them are moved."""
-
-    manifest: Manifest
-    trainable: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class FedKSeedState:
     settings: FedKSeedSettings
-    layout: Layout
+    manifest: Manifest
+    """Of the base."""
     round: int
     """Rounds completed."""
     seed: int
     """The run's; keys of the clients' draws follow from it."""
     base: str
     """Digest (hex) of the base's manifest."""
+    trainable: Sequence[int]
+    """Ordinals of the tensors that are moved."""
     exponent: int
     """e of the displacement unit 2^-e."""
     calibrated: bool
@@ -153,7 +148,7 @@ class FedKSeedState:
     @cached_property
     def checks(self) -> bytes:
         """What a client's blocks must be, made here without the base."""
-        return block_checks(self.ledger, self.layout.manifest, self.layout.trainable, displacement_for(self.bank))
+        return block_checks(self.ledger, self.manifest, self.trainable, displacement_for(self.bank))
 
     @cached_property
     def forms(self) -> Mapping[int, SeedState]:

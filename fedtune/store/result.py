@@ -47,6 +47,12 @@ def digest(tuned: Tuned) -> str:
     return tensors_digest({**pack(nonzero(tuned.adapter)), **tuned.saved})
 
 
+def same(ours: Tuned, theirs: Tuned) -> bool:
+    """Return whether two global models are one: the same numbers, moving the same tensors."""
+    moved = [None if tuned.seeds is None else list(tuned.seeds.trainable) for tuned in (ours, theirs)]
+    return digest(ours) == digest(theirs) and moved[0] == moved[1]
+
+
 def nonzero(adapter: Adapter) -> Adapter:
     """Return the modules that change something: PEFT has no rank 0."""
     return {name: factors for name, factors in adapter.items() if factors.b.any()}

@@ -127,7 +127,7 @@ def test_it_is_linear_probes_and_has_no_adapter() -> None:
     assert tuned.seeds is not None
     assert tuned.seeds.ledger.digest == state.digest
     assert tuned.seeds.manifest == BASE
-    assert tuned.seeds.trainable == (0, 1, 2, 3)
+    assert tuned.seeds.trainable == [0, 1, 2, 3]
 
 
 def test_the_first_state_is_k_zeros_of_the_runs_own_bank_and_base() -> None:
@@ -171,7 +171,7 @@ def test_a_pool_of_another_size_than_the_bank_has_is_refused(bank: str, seeds: i
 def test_kron_moves_layers_alone_and_patterns_choose_among_them() -> None:
     def names(**changes: Any) -> list[str]:
         state = first(bank="kron", seeds=16, **changes)
-        return [BASE.entries[ordinal].name for ordinal in state.layout.trainable]
+        return [BASE.entries[ordinal].name for ordinal in state.trainable]
 
     assert names() == ["layer.weight", "wide.weight"]
     assert names(trainable=("layer.*",)) == ["layer.weight"]
@@ -184,7 +184,7 @@ def test_the_head_of_modules_to_save_is_a_layer_to_kron() -> None:
     head = {"embed.weight": np.zeros((30, 6), np.float32), "layer.bias": np.zeros(6, np.float32)}
     blueprint = Blueprint({}, head, max_rank=1, seed=SEED, manifest=BASE.encode())
     state = METHOD.init(blueprint, settled(bank="kron", seeds=16))
-    assert state.layout.trainable == (0,)
+    assert state.trainable == [0]
 
 
 # ---- one round
@@ -485,9 +485,8 @@ def test_the_planted_wrong_block_is_named(bank: str, seeds: int) -> None:
         y = displacement(kind, sums, ordinal=ordinal, shape=shape, blocks=blocks)
         return y + ((ordinal, blocks.start) == place)
 
-    layout = state.layout
-    for place in places(state.digest, BASE, layout.trainable):
-        theirs = block_checks(state.ledger, BASE, layout.trainable, off)
+    for place in places(state.digest, BASE, state.trainable):
+        theirs = block_checks(state.ledger, BASE, state.trainable, off)
         name = BASE.entries[place[0]].name
         assert METHOD.refuse(state, spoiled(state, checks=theirs)) == (
             f"expected the displacements of {name}, block {place[1]}, as the server makes them; got others"
@@ -521,7 +520,7 @@ class Device:
         assert found is not None
         assert found.digest == state.digest
         assert found.accumulators.tolist() == state.sums.tolist()
-        assert block_checks(found, BASE, state.layout.trainable, displacement) == state.checks
+        assert block_checks(found, BASE, state.trainable, displacement) == state.checks
 
     def read(self, order: Assignment) -> Any:
         asked = order.probe
