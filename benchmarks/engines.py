@@ -74,7 +74,13 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=["rounds", "start", "memory"], default=["rounds", "start", "memory"]
     )
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["fedit", "flora"], help="for rounds")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[name for name, each in METHODS.items() if each.verb == "adapt"],
+        default=["fedit", "flora"],
+        help="for rounds",
+    )
     parser.add_argument("--rounds", type=int, default=12, help="a quarter of them on ray")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4], help="for memory")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64], help="of an example, for memory")

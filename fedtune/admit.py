@@ -116,6 +116,11 @@ def _probed(probed: Probed | None, assignment: Assignment) -> Iterator[str]:
     if probed is None or probe is None:
         yield "expected scalars of seeds; got tensors"
         return
+    if probed.skipped > MAX_SKIPPED * max(steps, 1):
+        yield (
+            f"expected at most {MAX_SKIPPED:.0%} of its losses to be not finite; got {probed.skipped} of {steps}; "
+            "lower client.learning_rate or method.perturbation"
+        )
     if probe.calibrate:
         if probed.rms is None or not 0 <= probed.rms <= LARGEST_RMS:
             yield f"expected a finite size of the gradient, at most {LARGEST_RMS:g}; got {probed.rms}"
@@ -124,11 +129,6 @@ def _probed(probed: Probed | None, assignment: Assignment) -> Iterator[str]:
         yield f"expected {steps} scalars, one per seed drawn; got {len(probed.scalars)}"
     if (probed.scalars == -128).any():
         yield "expected scalars from -127 to 127; got -128"
-    if probed.skipped > MAX_SKIPPED * steps:
-        yield (
-            f"expected at most {MAX_SKIPPED:.0%} of its losses to be not finite; got {probed.skipped} of {steps}; "
-            "lower client.learning_rate or method.perturbation"
-        )
 
 
 def _keys(what: str, expected: set[str], tensors: Tensors) -> Iterator[str]:

@@ -14,10 +14,12 @@ import numpy as np
 
 from fedtune.adapter import Adapter, Factors
 from fedtune.config import Recipe, bind
+from fedtune.config.binding import Findings, bind_table
 from fedtune.demo import recipe_text, write_data
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.lowrank import compress, truncate
 from fedtune.methods.method import Seeds, Tuned
+from fedtune.model.settings import ModelSettings
 from fedtune.rounds import Note, Watch
 from fedtune.simulation.processes import Nursery
 from fedtune.store import audit, peft, result
@@ -307,9 +309,9 @@ def replay(
 
     Args:
         base: folder or hub name of the base that the run started from.
-        ledger: a run's folder `seeds`, an exported model, or a ledger alone, which moves what its bank can.
+        ledger: a run's folder `seeds`, an exported model, or a ledger alone, which names no tensors.
         out: folder to write the model to; without it only the digests are made.
-        trainable: globs over the tensors to move, for a ledger alone; as the recipe's `method.trainable`.
+        trainable: globs over the tensors that were moved, for a ledger alone; without any, all but for kron.
 
     Raises:
         ConfigError: if the base is another than the ledger's.
@@ -320,34 +322,47 @@ def replay(
     from fedtune.directions.trainable import Reach
     from fedtune.directions.trainable import trainable as chosen
     from fedtune.model import replay as rebuilding
-    from fedtune.model.settings import ModelSettings
 
     source, target = Path(ledger), None if out is None else Path(out)
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
-    origin: Mapping[str, Any] = {}
-    if source.is_dir():
-        seeds, origin = store_seeds.read(source)
-        found = seeds.ledger
-    else:
-        with guarded(source):
-            found = ledgers.decode(source.read_bytes())
-    model = origin.get("model", {})
+    seeds, origin = store_seeds.read(source) if source.is_dir() else (None, dict[str, Any]())
+    with guarded(source):
+        found = seeds.ledger if seeds else ledgers.decode(source.read_bytes())
+    if not seeds and found.bank.name == "kron" and not trainable:
+        expected = "the folder of a run's seeds, or the tensors that were moved: a kron ledger alone does not name them"
+        raise ConfigError(Fault("ledger", expected, str(source), "give runs/NAME/seeds, or --trainable GLOB"))
+    settings = model_settings(origin, str(base), source)
     loaded = rebuilding.base_of(
         found,
-        ModelSettings(base=str(base), device="cpu", **model),
+        settings,
         seed=origin.get("seed", 0),
         labels=origin.get("labels", ()),
+        in_full=origin.get("modules_to_save", ()),
     )
-    ordinals = (
-        seeds.trainable if origin else chosen(loaded.manifest, Reach(found.bank.name, trainable), loaded.matrices)
-    )
+    everything = Reach(found.bank.name, trainable, vectors=True, embeddings=True)
+    ordinals = seeds.trainable if seeds else chosen(loaded.manifest, everything, loaded.matrices)
     if target is None:
         weights = rebuilding.write(loaded, found, ordinals, None)
     else:
         with new_folder(target) as folder:
             weights = rebuilding.write(loaded, found, ordinals, folder)
     return Replayed(loaded.manifest.digest.hex(), found.digest.hex(), weights, target)
+
+
+def model_settings(origin: Mapping[str, Any], base: str, source: Path) -> ModelSettings:
+    """Return how the base of a run's seeds was loaded, as their provenance says.
+
+    Raises:
+        StoreError: if it says something else.
+    """
+    found, noted = Findings(), origin.get("model", {})
+    if isinstance(noted, dict):
+        noted = {"base": base, "device": "cpu", **{key: value for key, value in noted.items() if value is not None}}
+    bound: ModelSettings | None = bind_table(ModelSettings, noted, "model", found)
+    if bound is None:
+        raise StoreError(f"{source}: expected how the base was loaded; {found.faults[0]}; put back a copy")
+    return bound
 
 
 def _merge(

@@ -31,7 +31,7 @@ from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
 CALIBRATION = 16
-"""Scalars that are measured to learn how large they are."""
+"""Scalars that are measured, at least, to learn how large they are."""
 
 
 def perform(
@@ -78,7 +78,9 @@ def probed(
         return replace(answer, probed=Probed(np.empty(0, np.int8), lost=True))
     reach = Reach(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
     ordinals = trainable(base.manifest, reach, base.matrices)
-    steps = CALIBRATION if probe.calibrate else training.steps
+    steps, sampling = training.steps, probe.sampling
+    if probe.calibrate:
+        steps, sampling = probe.queries * -(-CALIBRATION // probe.queries), "uniform"
     assert steps is not None  # the message holds a number
     found = measure(
         base,
@@ -87,9 +89,7 @@ def probed(
         probe,
         ledger,
         ordinals,
-        ids.drawn(
-            derive(assignment.seed, "fedkseed.ids"), steps, bank.size, sampling=probe.sampling, levels=probe.levels
-        ),
+        ids.drawn(derive(assignment.seed, "fedkseed.ids"), steps, bank.size, sampling=sampling, levels=probe.levels),
         key=assignment.seed,
         client=name,
     )
@@ -114,7 +114,7 @@ def probed(
 
 
 def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
-    """Return the very way to the displacements that this client's weights are rebuilt by."""
+    """Return the way to displacements by which this client rebuilds tensors; for kron, which does not, numpy's."""
     if isinstance(bank, Kron):
         return displacement
     if fastest(base.device) is not compiled:

@@ -369,6 +369,7 @@ def provenance(setting: Setting, tuned: Tuned, lines: Sequence[Mapping[str, Any]
         "base": {"name": setting.base["name"], "digest": setting.base["digest"]},
         "model": {"task": recipe.model.task, "dtype": recipe.model.dtype, "revision": recipe.model.revision},
         "labels": list(setting.labels),
+        "modules_to_save": list(recipe.adapter.modules_to_save),
         "clients": {
             name: {"examples": total["examples"], "rank": total["rank"]}
             for name, total in records.clients_summary(lines, setting.fleet).items()

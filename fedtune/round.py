@@ -30,7 +30,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Training:
-    """How a client trains first-order (`adapt`); the recipe's table `client`."""
+    """How a client trains; the recipe's table `client`. To `probe`, batch, learning_rate and steps are all there is."""
 
     batch: Annotated[int, Ge(1)]
     """Examples per forward pass."""

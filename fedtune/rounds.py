@@ -291,7 +291,7 @@ def awaited(
 
     A client that does not hold what a short order refers to says so, and is asked once more, with the whole.
     """
-    outcomes, aside = dict[str, Outcome](), list[Aside]()
+    outcomes, aside, began = dict[str, Outcome](), list[Aside](), time.perf_counter()
     sizes, sent = dict[str, int](), {name: size(order) for name, order in asked.orders.items()}
     lost = list[str]()
 
@@ -307,7 +307,9 @@ def awaited(
         watch(ClientFinished(asked.round, outcome, Traffic(down=sent[name], up=sizes[name])))
 
     def exchanged(orders: Mapping[str, EncodedAssignment], quorum: int) -> None:
-        for answer in transport.exchange(orders, replace(rule, quorum=quorum)):
+        gone = time.perf_counter() - began
+        left = None if rule.deadline_s is None else max(0.0, rule.deadline_s - gone)
+        for answer in transport.exchange(orders, replace(rule, quorum=quorum, deadline_s=left)):
             if isinstance(answer, Aside) or answer.client not in orders or answer.client in outcomes:
                 stray = answer if isinstance(answer, Aside) else Aside(answer.client, "answered unasked; dropped")
                 aside.append(stray)

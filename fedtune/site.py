@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -53,7 +54,7 @@ class Site:
                 labels=tuple(self.labels),
                 transposed=base.transposed,
                 parameters=sum(parameter.numel() for parameter in base.model.parameters()),
-                manifest=base.manifest.encode(),
+                manifest=manifest(base),
             ),
             methods=tuple(METHODS),
             device=device(base),
@@ -141,6 +142,13 @@ def opened(
         hint = f"set data.max_tokens = {base.positions}"
         raise ConfigError(Fault("data.max_tokens", expected, f"one of {longest}", hint))
     return federation, base
+
+
+def manifest(base: Base) -> bytes:
+    """Return the list of the base's tensors; nothing if one is not finite or of another format: LoRA may do with it."""
+    with suppress(ConfigError):
+        return base.manifest.encode()
+    return b""
 
 
 def device(base: Base) -> Device:

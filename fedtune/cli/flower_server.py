@@ -101,6 +101,9 @@ def setting(recipe: Recipe, transport: GridTransport) -> Setting:
     """Return what the run is conducted over: what the clients have in common stands for a model that is not here."""
     common, profiles = transport.foundation, transport.profiles
     check_ranks(recipe, common.modules)
+    if METHODS[recipe.method.name].verb == "probe" and not common.manifest:
+        expected = f"clients whose base {recipe.method.name!r} can move: finite, in float32, float16 or bfloat16"
+        raise ConfigError(Fault("model.base", expected, "another, by what most of them say"))
     blueprint = Blueprint(
         common.modules,
         common.saved,

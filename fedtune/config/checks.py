@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
 from fedtune.config.recipe import Override
@@ -14,6 +14,7 @@ from fedtune.directions.banks import BANKS
 from fedtune.errors import ConfigError, Fault
 from fedtune.methods import METHODS
 from fedtune.methods.seed_state import FedKSeedSettings
+from fedtune.round import Training
 from fedtune.rounds import cohort_size
 from fedtune.wire.probe import MAX_STEPS
 
@@ -165,56 +166,43 @@ def in_full_or_adapted(targets: Sequence[str], in_full: Sequence[str]) -> Iterat
         )
 
 
-def probed(
-    method: str,
-    steps: int | None,
-    weight_decay: float,
-    momentum: float,
-    accumulation: int,
-    schedule: str,
-    warmup: float,
-    dropout: float,
-    autocast: str,
-    overrides: Sequence[Override],
-) -> Iterator[Fault]:
-    """Yield what a recipe asks for that steps along seeds do not have."""
+KEPT = ("steps", "epochs", "batch", "learning_rate")
+"""Keys of the table `client` that steps along seeds have as well."""
+IDLE: Mapping[str, Any] = {each.name: each.default for each in fields(Training) if each.name not in KEPT}
+"""The others, with their defaults."""
+
+
+def probed(method: str, overrides: Sequence[Override], *idle: Any) -> Iterator[Fault]:
+    """Yield what a recipe asks for that steps along seeds do not have; `idle` are the values of `IDLE`'s keys."""
     if METHODS[method].verb != "probe":
         return
-    idle: Mapping[str, tuple[Any, Any]] = {
-        "weight_decay": (weight_decay, 0.0),
-        "momentum": (momentum, 0.0),
-        "accumulation": (accumulation, 1),
-        "schedule": (schedule, "constant"),
-        "warmup": (warmup, 0.0),
-        "dropout": (dropout, 0.0),
-    }
-    hint = f"{method!r} has forward passes and no optimizer; leave it out"
-    for key, (value, default) in idle.items():
-        if value != default:
-            yield Fault(f"client.{key}", str(default), shown(value), hint)
-    if autocast == "bf16":
-        hint = "differences of losses are lost in bf16; set model.dtype for a smaller base"
-        yield Fault("client.autocast", "auto or off", shown(autocast), hint)
+    hint = f"{method!r} has forward passes in the base's own format and no optimizer; leave it out"
+    for (key, default), value in zip(IDLE.items(), idle, strict=True):
+        if value != default and (key, value) != ("autocast", "off"):
+            yield Fault(f"client.{key}", shown(default), shown(value), hint)
     for place, override in enumerate(overrides):
-        for key in sorted(override.training.keys() - {"steps", "epochs", "batch", "learning_rate"}):
+        for key in sorted(override.training.keys() - {*KEPT}):
             yield Fault(f"override.{place}.{key}", "batch, learning_rate, steps or epochs", key, f"with {method!r}")
         if override.rank is not None:
             yield Fault(f"override.{place}.rank", "nothing", str(override.rank), f"{method!r} trains no adapter")
 
 
-def one_verb(method: str, overrides: Sequence[Override]) -> Iterator[Fault]:
-    """Yield where a recipe asks some clients for another verb than the method's: no such round is summed exactly here.
+def one_verb(method: Any, overrides: Sequence[Override]) -> Iterator[Fault]:
+    """Yield where a recipe asks some clients for another verb than the method's: no such round is summed here.
 
-    FedKSeed's state is K integers, and the weights of the banks hadamard and gaussian are one rounding of w0 and their
-    sum: a float product of LoRA factors on top would be a second one, which differs between machines.
+    FedKSeed's weights under the banks hadamard and gaussian are one rounding of w0 and a sum of integers: a product of
+    LoRA factors on top would be a second one, which differs between machines. Under kron both parts would be factors.
     """
-    own = METHODS[method].verb
+    own = METHODS[method.name].verb
     for place, override in enumerate(overrides):
-        if override.verb not in (None, own):
-            expected = f"{quoted(own)}, as all clients of {method!r}"
-            reason = "no exact sum of both is made here: weights rebuilt from integers are rounded once, and a "
-            hint = f"{reason}product of factors on top would round them again; run two methods apart"
-            yield Fault(f"override.{place}.verb", expected, shown(override.verb), hint)
+        if override.verb in (None, own):
+            continue
+        hint = f"{method.name!r} trains adapters alone"
+        if isinstance(method, FedKSeedSettings):
+            exact = "weights rebuilt from integers are rounded once, and a product of factors on top rounds them again"
+            hint = "the sum of both is exact as factors, but it is not built" if method.bank == "kron" else exact
+        expected = f"{quoted(own)}, as all clients of {method.name!r}"
+        yield Fault(f"override.{place}.verb", expected, shown(override.verb), f"{hint}; run two methods apart")
 
 
 def seeds_of(method: Any, steps: int | None, overrides: Sequence[Override]) -> Iterator[Fault]:
@@ -258,27 +246,8 @@ CHECKS: Sequence[Check] = (
     (("method.name", "adapter.rank", "override"), one_rank),
     (("client.steps", "client.epochs"), steps_or_epochs),
     (("client.optimizer", "client.momentum", "override"), momentum_of),
-    (
-        (
-            "method.name",
-            *(
-                f"client.{key}"
-                for key in (
-                    "steps",
-                    "weight_decay",
-                    "momentum",
-                    "accumulation",
-                    "schedule",
-                    "warmup",
-                    "dropout",
-                    "autocast",
-                )
-            ),
-            "override",
-        ),
-        probed,
-    ),
-    (("method.name", "override"), one_verb),
+    (("method.name", "override", *(f"client.{key}" for key in IDLE)), probed),
+    (("method", "override"), one_verb),
     (("method", "client.steps", "override"), seeds_of),
     (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),

@@ -127,7 +127,8 @@ def replayed(accumulators: Array, rounds: Sequence[LoggedRound], ids: Ids) -> Ar
     """Return the accumulators after some more rounds, int64 (K,): the very sums that the server made."""
     size, sums = len(accumulators), accumulators.astype(np.int64)
     for each in rounds:
-        parts = [(counted(ids(one.key, len(one.scalars)), one.scalars, size), one.weight) for one in each.clients]
+        # One after the other: a log has thousands of clients where its sender wants it to.
+        parts = ((counted(ids(one.key, len(one.scalars)), one.scalars, size), one.weight) for one in each.clients)
         sums = sums + increments(*weighted_sum(parts, size), each.shift)
     return sums
 

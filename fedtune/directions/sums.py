@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -16,7 +16,7 @@ def counted(ids: Array, scalars: Array, size: int) -> Array:
     return sums
 
 
-def weighted_sum(parts: Sequence[tuple[Array, int]], size: int) -> tuple[Array, int]:
+def weighted_sum(parts: Iterable[tuple[Array, int]], size: int) -> tuple[Array, int]:
     """Return (sum of w_i a_i, sum of w_i), exactly: a_i is int64 (K,), w_i a whole number from 1 to 127."""
     sums, total = np.zeros(size, np.int64), 0
     for each, weight in parts:

@@ -18,13 +18,14 @@ import numpy as np
 from fedtune.adapter import Adapter
 from fedtune.directions import downlink, ids, manifest
 from fedtune.directions.bank import headroom, total
+from fedtune.directions.banks import BANKS
 from fedtune.directions.checks import STATE, first_wrong
 from fedtune.directions.downlink import MAX_LOG, Logged, LoggedRound
 from fedtune.directions.manifest import Manifest
 from fedtune.directions.sums import counted, increments, weighted_sum
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import RoundError
-from fedtune.methods.method import LinearMethod, Seeds
+from fedtune.methods.method import Method, Seeds
 from fedtune.methods.seed_state import MAX_SHIFT, FedKSeedSettings, FedKSeedState, units
 from fedtune.round import (
     Assignment,
@@ -56,6 +57,7 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
         name for name, array in blueprint.saved.items() if array.ndim == 2
     }
     ordinals = trainable(listed, reach(settings), layers) if listed.entries else ()
+    BANKS[settings.bank](settings.seeds, 0)  # refuses a K that it does not have
     zeros, (exponent, coarseness) = np.zeros(settings.seeds, np.int64), units(settings, settings.scalar_step)
     state = FedKSeedState(
         settings=settings,
@@ -74,7 +76,6 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
         past={},
         log={},
     )
-    assert state.bank.size == settings.seeds  # and a ConfigError before that, if the bank has no such size
     return state
 
 
@@ -187,12 +188,13 @@ def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[Log
         log = {**log, str(number): np.frombuffer(entry, np.uint8)}
     every = np.concatenate([one.scalars for one in logged])
     saturated = float(np.mean(np.abs(every.astype(np.int16)) == LARGEST))
+    coarser = saturated > SATURATED and state.shift < MAX_SHIFT
     return replace(
         state,
         accumulators={"a": added},
-        coarseness=state.coarseness + (saturated > SATURATED and state.shift < MAX_SHIFT),
+        coarseness=state.coarseness + coarser,
         longest=max(state.longest, *(len(one.scalars) for one in logged)),
-        drawn=visited(state, logged),
+        drawn=visited(state, logged, coarser=coarser),
         log=log,
     )
 
@@ -246,8 +248,11 @@ def drawn_ids(state: FedKSeedState, one: Logged) -> Array:
     return ids.drawn(one.key, len(one.scalars), settings.seeds, sampling=settings.sampling, levels=state.levels)
 
 
-def visited(state: FedKSeedState, logged: Sequence[Logged]) -> Tensors:
-    """Return how large the scalars of each seed were and how often it was drawn, this round's added."""
+def visited(state: FedKSeedState, logged: Sequence[Logged], *, coarser: bool) -> Tensors:
+    """Return how large the scalars of each seed were and how often it was drawn, this round's added.
+
+    In the unit of the coming round: twice as coarse a scalar is half as large.
+    """
     if not state.drawn:
         return {}
     size, sizes, visits = len(state.sums), state.drawn["sizes"], state.drawn["visits"]
@@ -255,7 +260,7 @@ def visited(state: FedKSeedState, logged: Sequence[Logged]) -> Tensors:
         drawn = drawn_ids(state, one)
         sizes = sizes + counted(drawn, np.abs(one.scalars.astype(np.int16)), size)
         visits = visits + np.bincount(drawn, minlength=size)
-    return {"sizes": sizes, "visits": visits}
+    return {"sizes": sizes >> int(coarser), "visits": visits}
 
 
 def no_adapter(state: FedKSeedState) -> Adapter:
@@ -276,11 +281,10 @@ def figures(state: FedKSeedState) -> Mapping[str, Any]:
         "scalar_step": 2.0 ** (state.shift - state.exponent),
         "exponent": state.exponent,
         "coarseness": state.coarseness,
-        "rounds_left": rounds_left(state, max(1, state.longest)),
-    }
+    } | ({"rounds_left": rounds_left(state, state.longest)} if state.longest else {})
 
 
-METHOD = LinearMethod(
+METHOD = Method(
     name="fedkseed",
     settings=FedKSeedSettings,
     init=init,

@@ -59,8 +59,8 @@ class Injected:
         self.matrix = self._square()
         """M, float32 (p, p)."""
         self.moves: Sequence[Move] = ()
-        self.num_rows = 0
-        """Rows of the repeated batch."""
+        self.num_rows = self.num_columns = 0
+        """Of the repeated batch."""
         self.parts: Sequence[Mapping[int, torch.Tensor]] = ()
         """By move, the vectors at w(A + amount e_k), by ordinal."""
 
@@ -68,6 +68,7 @@ class Injected:
         """See `rebuilt.Rebuilt.losses`."""
         count = len(moves)
         self.moves, self.num_rows = moves, count * len(batch.input_ids)
+        self.num_columns = batch.input_ids.shape[1]
         self.parts = [self._moved(seed, amount) for seed, amount in moves] if self._vectors else ()
         repeated = Batch(
             batch.input_ids.repeat(count, 1),
@@ -142,10 +143,10 @@ Hook = Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]
 
 def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor, *, where: str) -> Hook:
     """Return the hook that adds a matrix's change to the output of its layer; U is (p, R), V is (p, C)."""
-    if isinstance(module, nn.Embedding):
+    if type(module).forward is nn.Embedding.forward:  # subclasses scale what they look up, or look up something else
         rows = u.T.contiguous()  # (R, p)
         lookup = Path(u, -state.unit * v, by_columns=False)
-        return lambda _, inputs, output: added(state, rows[inputs[0]], lookup, output)
+        return lambda _, inputs, output: added(state, rows[inputs[0]], lookup, spread(state, output), where=where)
     if isinstance(module, nn.Linear):
         path = Path(v, -state.unit * u, by_columns=True)
     elif isinstance(module, Conv1D):
@@ -154,19 +155,21 @@ def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor,
         expected = "matrices of linear layers and embeddings for 'kron'"
         got = f"{where}, of a {type(module).__name__}"
         raise ConfigError(Fault("method.bank", expected, got, 'use "hadamard", or leave it out of method.trainable'))
-    return lambda _, inputs, output: added(state, inputs[0].float() @ path.first.T, path, output)
+    return lambda _, inputs, output: added(state, inputs[0].float() @ path.first.T, path, output, where=where)
 
 
-def added(state: Injected, t: torch.Tensor, path: Path, output: torch.Tensor) -> torch.Tensor:
+def spread(state: Injected, output: torch.Tensor) -> torch.Tensor:
+    """Return what an embedding gives for every row of the batch: positions are looked up once for all of them."""
+    return output.expand(state.num_rows, *output.shape[1:]) if len(output) == 1 else output
+
+
+def added(state: Injected, t: torch.Tensor, path: Path, output: torch.Tensor, *, where: str) -> torch.Tensor:
     """Return a layer's output (rows, ..., out) with the change added, given the input's numbers t (rows, ..., p)."""
-    if len(t) == 1 < state.num_rows:  # positions are looked up once for the whole batch
-        t, output = t.expand(state.num_rows, *t.shape[1:]), output.expand(state.num_rows, *output.shape[1:])
+    if len(t) < len(output):
+        t = t.expand(len(output), *t.shape[1:])
     rank, count = len(path.first), len(state.moves)
+    check_rows(state, t.shape, where)
     h = t @ (state.matrix.T if path.by_columns else state.matrix)
-    if len(t) % count:
-        raise ClientError(
-            f"expected layers that see the whole batch, {count} parts of it; got {len(t)} rows; use bank = 'hadamard'"
-        )
     for part, source, (seed, amount) in zip(h.chunk(count), t.chunk(count), state.moves, strict=True):
         i, j = divmod(seed, rank)
         to, fro = (i, j) if path.by_columns else (j, i)
@@ -177,12 +180,22 @@ def added(state: Injected, t: torch.Tensor, path: Path, output: torch.Tensor) ->
     return flat.view(output.shape)
 
 
+def check_rows(state: Injected, shape: Sequence[int], where: str) -> None:
+    """Raise ClientError unless a layer sees the batch row after row, whole or flattened, so that its parts are told."""
+    if shape[0] != state.num_rows and not (len(shape) == 2 and shape[0] == state.num_rows * state.num_columns):
+        raise ClientError(
+            f"{where}: expected a layer that sees the {state.num_rows} rows of the batch; got {tuple(shape)}; "
+            'use bank = "hadamard", or leave it out of method.trainable'
+        )
+
+
 def swapped(state: Injected, vectors: Sequence[Vector]) -> Hook:
     """Return the hook that gives each part of the batch its own vectors of a layer."""
 
     def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         own = {vector.name: getattr(module, vector.name).data for vector in vectors}
         outputs = []
+        check_rows(state, inputs[0].shape, type(module).__name__)
         try:
             for part, moved in zip(inputs[0].chunk(len(state.moves)), state.parts, strict=True):
                 for vector in vectors:

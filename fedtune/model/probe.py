@@ -122,12 +122,12 @@ def measure(
                 moves = around(seeds, probe)
                 found = position.losses(batch, moves)
                 tokens += len(moves) * batch.tokens
-                if all(map(math.isfinite, found)):
+                steps = steps_of(found, probe, training.learning_rate, sizes) if finite(found) else [math.nan]
+                if finite(steps):
                     losses.append(sum(found) / len(found))
-                    steps = steps_of(found, probe, training.learning_rate, sizes)
+                    wanted += steps
                 else:
                     steps, skipped = [0.0] * len(seeds), skipped + len(seeds)
-                wanted += steps
                 for seed, move in zip(seeds, steps, strict=True):
                     scalar = 0 if probe.calibrate else max(-BOUND, min(BOUND, round(move / step)))
                     scalars.append(scalar)
@@ -143,12 +143,16 @@ def measure(
     return Measurements(
         scalars=np.array(scalars, np.int8),
         skipped=skipped,
-        rms=float(np.sqrt(np.mean(np.square(wanted)))),
+        rms=float(np.sqrt(np.mean(np.square(wanted)))) if wanted else 0.0,
         losses=losses,
         tokens=tokens,
         seconds=time.perf_counter() - began,
         peak_bytes=peak_bytes(base.device),
     )
+
+
+def finite(numbers: Sequence[float]) -> bool:
+    return all(map(math.isfinite, numbers))
 
 
 def around(seeds: Sequence[int], probe: Probe) -> Sequence[Move]:

@@ -13,6 +13,7 @@ from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.rebuild import scale
 from fedtune.directions.torch_rebuild import rewriter
 from fedtune.directions.ways import displacement_for
+from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import Base
 from fedtune.model.train import Batch, summed_loss
 from fedtune.tensors import Array
@@ -46,7 +47,15 @@ def working_copy(base: Base, trainable: Sequence[int]) -> Iterator[Sequence[Trio
 
 @contextmanager
 def rebuilt(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[None]:
-    """Give the base the weights w(A) of a ledger for the length of the block."""
+    """Give the base the weights w(A) of a ledger for the length of the block.
+
+    Raises:
+        ConfigError: if the ledger belongs to another base.
+    """
+    if ledger.manifest != base.manifest.digest:
+        expected = f"the base whose manifest has the digest {ledger.manifest.hex()[:16]}"
+        got, hint = base.manifest.digest.hex()[:16], "load the same model in the same revision, dtype and seed"
+        raise ConfigError(Fault("model.base", expected, got, hint))
     with working_copy(base, trainable) as trios:
         with torch.no_grad():
             rewriter(trios, bank=ledger.bank, exponent=ledger.exponent)(ledger.accumulators)

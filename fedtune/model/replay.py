@@ -28,7 +28,9 @@ def write(base: Base, ledger: SeedLedger, trainable: Sequence[int], out: Path | 
         return manifest_of(base.model).digest.hex()
 
 
-def base_of(ledger: SeedLedger, settings: ModelSettings, *, seed: int, labels: Sequence[str]) -> Base:
+def base_of(
+    ledger: SeedLedger, settings: ModelSettings, *, seed: int, labels: Sequence[str], in_full: Sequence[str] = ()
+) -> Base:
     """Load the base that a ledger belongs to, in the number format that it was used in.
 
     Args:
@@ -36,12 +38,13 @@ def base_of(ledger: SeedLedger, settings: ModelSettings, *, seed: int, labels: S
         settings: where the base is; its number format is tried first.
         seed: of the run; a classification head that the checkpoint lacks is drawn from it.
         labels: names of the classes, for classification.
+        in_full: the run's `adapter.modules_to_save`, which a 16-bit base holds in float32.
 
     Raises:
         ConfigError: if the base cannot be loaded, or is another in every format.
     """
     tokenizer = load_tokenizer(settings, Path())
-    every_layer = AdapterSettings(rank=1, targets=["all-linear"])
+    every_layer = AdapterSettings(rank=1, targets=["all-linear"], modules_to_save=in_full)
     formats = sorted(DTYPES, key=lambda name: name != settings.dtype)
     for dtype in formats:
         chosen = replace(settings, dtype=dtype)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from fedtune.report.drawing import png, svg
 from fedtune.report.plots import PLOTS
 from fedtune.report.records import Run, Scores, finite, read_run
 from fedtune.report.style import page
-from fedtune.report.units import bytes_text, number_text, seconds_text
+from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
 
 CAPTIONS: Mapping[str, tuple[str, str, Callable[[Run], str]]] = {
     "loss-by-round": ("Loss by round", "The global model after each round; round 0 is the base.", tables.losses),
@@ -256,7 +256,7 @@ def _seeds(run: Run) -> str:
             f"{record.figures['sum_abs']:.0f}",
             f"{record.figures['displacement_rms']:.3g}",
             f"{record.figures['scalar_step']:.3g}",
-            f"{record.figures['rounds_left']:.0f}",
+            f"{record.figures['rounds_left']:.0f}" if "rounds_left" in record.figures else NOTHING,
         ]
         for record in run.rounds
         if "seeds_moved" in record.figures

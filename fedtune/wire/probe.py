@@ -92,8 +92,12 @@ def from_message(message: pb.Probe) -> tuple[Probe, Training]:
     sampling = choice(SAMPLING, message.sampling, "sampling")
     if len(message.levels) != (message.seeds if sampling == "pro" else 0) or 0 in message.levels:
         raise WireError(f"probe: expected a level above 0 for each seed that is drawn by it; got {len(message.levels)}")
-    if len(state.digest) != 32:
-        raise WireError(f"probe: expected a digest of 32 bytes; got {len(state.digest)}")
+    most = 4 * message.seeds + message.seeds // 8 + 1  # no form is sent that is longer than the whole
+    if len(state.digest) != 32 or len(state.data) > most:
+        raise WireError(
+            f"probe: expected a digest of 32 bytes and at most {most} of accumulators; "
+            f"got {len(state.digest)} and {len(state.data)}"
+        )
     probe = Probe(
         bank=choice(BANK, message.bank, "bank"),
         seeds=message.seeds,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedtune.directions import manifest
 from fedtune.errors import WireError
 from fedtune.tensors import Tensors, digest
 from fedtune.wire.messages import EncodedAssignment, body_of, decode_blob, encode_blob, parsed
@@ -116,6 +117,7 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
     modules = {module.name: (module.out_features, module.in_features) for module in message.modules}
     if message.examples < 1 or min(map(min, modules.values())) < 1:
         raise WireError(f"{name}: expected at least one example and no empty module; got {message.examples} examples")
+    check_manifest(name, message)
     saved = decode_blob(message.saved, body_of(message.saved, blobs))
     for key, array in saved.items():
         if array.dtype != np.float32 or not np.isfinite(array).all():
@@ -136,6 +138,18 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
         methods=tuple(message.methods),
         device=Device(message.device.memory_bytes, message.device.cores, message.device.accelerator),
     )
+
+
+def check_manifest(name: str, message: pb.ClientProfile) -> None:
+    """Raise WireError unless the manifest, if one came, lists as many parameters as the client says there are."""
+    if not message.manifest:
+        return
+    listed = manifest.decode(message.manifest)
+    sizes = [entry.num_parameters for entry in listed.entries]
+    if sum(sizes) != message.parameters or 0 in sizes:
+        raise WireError(
+            f"{name}: expected a manifest of {message.parameters} parameters, no tensor empty; got {sum(sizes)}"
+        )
 
 
 def agreed(profiles: Sequence[ClientProfile]) -> Foundation:
