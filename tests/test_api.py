@@ -505,10 +505,12 @@ def test_a_whole_model_is_written_that_is_replayed_to_the_bit_from_every_copy_of
     assert f"rebuilt from 64 integers; digest of the weights {weights}" in [note.text for note in notes]
     bare = fedtune.export(seeded.path, form="ledger", out=tmp_path / "ledger") / "ledger.ftks"
     assert bare.read_bytes() == (seeded.adapter / "ledger.ftks").read_bytes()
-    replays = [fedtune.replay(base, ledger) for ledger in (seeded.adapter, folder, bare.parent, bare)]
+    moved = json.loads((seeded.adapter / "fedtune.json").read_text())["trainable"]
+    replays = [fedtune.replay(base, ledger) for ledger in (seeded.adapter, folder, bare.parent)]
+    replays.append(fedtune.replay(base, bare, trainable=moved))
     assert {replay.weights for replay in replays} == {weights}
     assert {replay.state for replay in replays} == {seeded.summary["adapter_digest"]}
-    written = fedtune.replay(base, bare, out=tmp_path / "replayed").path
+    written = fedtune.replay(base, bare.parent, out=tmp_path / "replayed").path
     assert written == tmp_path / "replayed"
     merged, replayed = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, written))
     assert torch.equal(logits_of(merged), logits_of(replayed))

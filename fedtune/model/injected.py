@@ -184,7 +184,7 @@ def check_rows(state: Injected, shape: Sequence[int], where: str) -> None:
     """Raise ClientError unless a layer sees the batch row after row, whole or flattened, so that its parts are told."""
     if shape[0] != state.num_rows and not (len(shape) == 2 and shape[0] == state.num_rows * state.num_columns):
         raise ClientError(
-            f"{where}: expected a layer that sees the {state.num_rows} rows of the batch; got {tuple(shape)}; "
+            f"{where}: expected a layer that sees the {state.num_rows} rows of the batch; got {shape[0]}; "
             'use bank = "hadamard", or leave it out of method.trainable'
         )
 

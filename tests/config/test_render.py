@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import Override, Recipe, ReportSettings, bind, changes, digest, render
+from fedtune.config.checks import IDLE
 from fedtune.config.render import toml
 from fedtune.data.settings import DataSettings, Split
 from fedtune.methods import METHODS
@@ -77,17 +78,6 @@ CHANGES = st.fixed_dictionaries(
 )
 FEWER = st.fixed_dictionaries({"batch": st.integers(1, 9)}, optional={"learning_rate": st.floats(1e-9, 1.0)})
 
-IDLE = {
-    "weight_decay": 0.0,
-    "momentum": 0.0,
-    "accumulation": 1,
-    "schedule": "constant",
-    "warmup": 0.0,
-    "dropout": 0.0,
-    "autocast": "off",
-}
-"""Of the table `client`, what steps along seeds do not have."""
-
 
 @st.composite
 def seeded(draw: st.DrawFn) -> FedKSeedSettings:
@@ -139,7 +129,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         model=draw(some(ModelSettings, task=task, device=device)),
         adapter=draw(some(AdapterSettings, modules_to_save=())),
         method=method,
-        client=draw(some(Training, steps=steps, epochs=epochs, optimizer="sgd", **({} if adapts else IDLE))),
+        client=draw(some(Training, steps=steps, epochs=epochs, **({"optimizer": "sgd"} if adapts else IDLE))),
         rounds=draw(some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1)),
         data=replace(
             draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))),

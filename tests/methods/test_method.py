@@ -41,7 +41,7 @@ def test_the_table_names_each_method_and_its_settings(name: str) -> None:
     method = METHODS[name]
     assert method.name == name == method.settings().name
     assert is_dataclass(method.settings)
-    assert isinstance(method, LinearMethod) == (name in {"fedit", "zeropad", "ffa", "fedkseed"})
+    assert isinstance(method, LinearMethod) == (name in {"fedit", "zeropad", "ffa"})
     assert "weights" in {field.name for field in fields(method.settings)}
     if method.verb == "adapt":
         assert {"server_learning_rate", "wire_dtype"} <= {field.name for field in fields(method.settings)}

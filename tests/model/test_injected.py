@@ -124,7 +124,7 @@ def test_layers_in_bfloat16_give_out_what_they_gave_and_their_losses_are_near_th
         batch, ledger = collate(examples(4), base), ledger_of(base, "kron")
         with injected(base, ledger, reached(base)) as position, torch.inference_mode():
             found.append(position.losses(batch, PAIR))
-            assert layer(torch.zeros(2, 1, 48, dtype=layer.weight.dtype)).dtype == layer.weight.dtype
+            assert layer(torch.zeros(8, 1, 48, dtype=layer.weight.dtype)).dtype == layer.weight.dtype
     assert found[1] == pytest.approx(found[0], abs=0.1)
 
 
@@ -228,7 +228,9 @@ def test_a_layer_that_sees_other_rows_than_the_batch_s_is_told_what_to_do(loaded
 
     with injected(base, ledger_of(base, "kron"), reached(base)) as position, torch.inference_mode():
         position.losses(batch, PAIR)
-        with pytest.raises(ClientError, match="layers that see the whole batch, 2 parts of it; got 3 rows"):
+        with pytest.raises(
+            ClientError, match=r"q_proj\.weight: expected a layer that sees the 6 rows of the batch; got 3;"
+        ):
             layer(torch.zeros(3, 1, 32))
 
 
@@ -250,3 +252,22 @@ def test_the_path_beside_a_layer_is_u_transposed_m_v_by_hand(loaded: Any) -> Non
         moved[1, 2] += amount  # 6 = 1 * 4 + 2
         expected = layer.weight.double().numpy() - 2.0**-10 * (u.T @ moved @ v)
         np.testing.assert_allclose(side.T.numpy(), expected, atol=1e-5)
+
+
+class Doubled(nn.Embedding):
+    """An embedding that scales what it looks up, as Gemma's does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_an_embedding_that_does_more_than_look_up_is_refused(loaded: Any) -> None:
+    base = loaded(targets=["all-linear"])
+    own = base.model.get_input_embeddings()
+    scaled = Doubled(own.num_embeddings, own.embedding_dim, _weight=own.weight)
+    scaled.weight = own.weight
+    base.model.set_input_embeddings(scaled)
+    ledger, ordinals = ledger_of(base, "kron"), reached(base, embeddings=True)
+    with pytest.raises(ConfigError, match=r"embed_tokens\.weight, of a Doubled"), injected(base, ledger, ordinals):
+        pass
+    assert hooks(base) == 0
