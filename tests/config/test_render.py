@@ -117,6 +117,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         st.one_of(*(seeded() if name == "fedkseed" else some(method.settings) for name, method in METHODS.items()))
     )
     adapts = METHODS[method.name].verb == "adapt"
+    if not adapts:
+        steps, epochs = 3, None  # epochs go with some samplings and estimators alone
     rank = st.none() | st.integers(1, 64) if METHODS[method.name].ranks == "any" and adapts else st.none()
     glob = st.sampled_from(["client-1", "client-[0-4]", "*", "ü?"])
     row = st.builds(
