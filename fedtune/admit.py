@@ -8,6 +8,7 @@ from statistics import median
 import numpy as np
 
 from fedtune.adapter import norm, unpack
+from fedtune.directions.sums import MAX_SCALAR
 from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure, Probed
 from fedtune.tensors import DTYPES, Array, Tensors, l2_norm, squared_norm
 
@@ -116,19 +117,21 @@ def _probed(probed: Probed | None, assignment: Assignment) -> Iterator[str]:
     if probed is None or probe is None:
         yield "expected scalars of seeds; got tensors"
         return
-    if probed.skipped > MAX_SKIPPED * max(steps, 1):
+    if probe.calibrate:
+        if probed.skipped:
+            yield f"expected finite losses of the base around its own weights; got {probed.skipped} that are not"
+        if probed.rms is None or not 0 <= probed.rms <= LARGEST_RMS:
+            yield f"expected a finite size of the gradient, at most {LARGEST_RMS:g}; got {probed.rms}"
+        return
+    if probed.skipped > MAX_SKIPPED * steps:
         yield (
             f"expected at most {MAX_SKIPPED:.0%} of its losses to be not finite; got {probed.skipped} of {steps}; "
             "lower client.learning_rate or method.perturbation"
         )
-    if probe.calibrate:
-        if probed.rms is None or not 0 <= probed.rms <= LARGEST_RMS:
-            yield f"expected a finite size of the gradient, at most {LARGEST_RMS:g}; got {probed.rms}"
-        return
     if len(probed.scalars) != steps:
         yield f"expected {steps} scalars, one per seed drawn; got {len(probed.scalars)}"
-    if (probed.scalars == -128).any():
-        yield "expected scalars from -127 to 127; got -128"
+    if (probed.scalars < -MAX_SCALAR).any():
+        yield f"expected scalars from -{MAX_SCALAR} to {MAX_SCALAR}; got {probed.scalars.min()}"
 
 
 def _keys(what: str, expected: set[str], tensors: Tensors) -> Iterator[str]:

@@ -279,3 +279,11 @@ def test_no_honest_answer_to_a_probe_is_too_long() -> None:
         measured = Measured(1e9, 2**50, 2**63, loss_before=1e9, loss_after=1e9)
         data = encode_update(replace(full, round=2**32 - 1, num_examples=2**63, measured=measured))
         assert len(data) <= largest_update(probe(steps), BLUEPRINT) <= len(data) + 1024
+
+
+@pytest.mark.parametrize("skipped", [1, 16])
+def test_a_base_whose_losses_are_not_finite_measures_nothing(skipped: int) -> None:
+    update = answer([], rms=0.0, skipped=skipped)
+    outcome = admit(update, probe(calibrate=True), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert f"got {skipped} that are not" in outcome.reason

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.directions.sums import counted, increments, weighted_sum
+from fedtune.directions.sums import MAX_SHIFT, MAX_WEIGHT, counted, increments, weighted_sum
 from fedtune.errors import WireError
 from fedtune.tensors import Array
 
@@ -118,8 +118,8 @@ def decode_log(data: bytes) -> Sequence[LoggedRound]:
             rounds.append(LoggedRound(shift, clients))
     except (struct.error, ValueError):
         raise WireError(f"log of rounds: expected whole entries; got {len(data)} bytes that end within one") from None
-    if any(each.shift > 24 or any(not 1 <= one.weight <= 127 for one in each.clients) for each in rounds):
-        raise WireError("log of rounds: expected shifts of at most 24 and weights from 1 to 127; got others")
+    if any(each.shift > MAX_SHIFT or any(not 1 <= one.weight <= MAX_WEIGHT for one in each.clients) for each in rounds):
+        raise WireError(f"log: expected shifts of at most {MAX_SHIFT} and weights from 1 to {MAX_WEIGHT}; got others")
     return rounds
 
 

@@ -8,6 +8,13 @@ import numpy as np
 
 from fedtune.tensors import Array
 
+MAX_SCALAR = 127
+"""Bound of a scalar, which is a signed byte: -128 is none."""
+MAX_WEIGHT = 127
+"""Of a client."""
+MAX_SHIFT = 24
+"""A scalar of one never moves an accumulator by more than 2^24."""
+
 
 def counted(ids: Array, scalars: Array, size: int) -> Array:
     """Return a client's sum of scalars for each of K directions, int64 (K,)."""

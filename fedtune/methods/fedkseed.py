@@ -22,11 +22,11 @@ from fedtune.directions.banks import BANKS
 from fedtune.directions.checks import STATE, first_wrong
 from fedtune.directions.downlink import MAX_LOG, Logged, LoggedRound
 from fedtune.directions.manifest import Manifest
-from fedtune.directions.sums import counted, increments, weighted_sum
+from fedtune.directions.sums import MAX_SCALAR, MAX_SHIFT, MAX_WEIGHT, counted, increments, weighted_sum
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import RoundError
 from fedtune.methods.method import Method, Seeds
-from fedtune.methods.seed_state import MAX_SHIFT, FedKSeedSettings, FedKSeedState, units
+from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState, units
 from fedtune.round import (
     Assignment,
     Blueprint,
@@ -41,7 +41,6 @@ from fedtune.tensors import Array, Tensors
 
 COARSE = 8.0
 """A scalar of one is an eighth of the root mean square of g: five bits of entropy in a scalar of eight."""
-LARGEST = 127
 SATURATED = 0.01
 """Share of scalars at their bound above which the next round's are twice as coarse."""
 
@@ -59,7 +58,7 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
     ordinals = trainable(listed, reach(settings), layers) if listed.entries else ()
     BANKS[settings.bank](settings.seeds, 0)  # refuses a K that it does not have
     zeros, (exponent, coarseness) = np.zeros(settings.seeds, np.int64), units(settings, settings.scalar_step)
-    state = FedKSeedState(
+    return FedKSeedState(
         settings=settings,
         manifest=listed,
         round=0,
@@ -76,7 +75,6 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
         past={},
         log={},
     )
-    return state
 
 
 def reach(settings: FedKSeedSettings) -> Reach:
@@ -143,7 +141,7 @@ def check_headroom(state: FedKSeedState, plan: Plan) -> None:
 
 def rounds_left(state: FedKSeedState, steps: int) -> int:
     """Return how many rounds of so many scalars, each at its bound on one side, still fit into 32 bits."""
-    growth = (LARGEST * steps << state.shift) + state.settings.seeds // 2  # half a unit of rounding per seed
+    growth = (MAX_SCALAR * steps << state.shift) + state.settings.seeds // 2  # half a unit of rounding per seed
     return headroom(state.bank, state.sums, amount=state.perturbation) // growth
 
 
@@ -187,7 +185,7 @@ def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[Log
         log = {name: data for name, data in log.items() if int(name) > number - MAX_LOG}
         log = {**log, str(number): np.frombuffer(entry, np.uint8)}
     every = np.concatenate([one.scalars for one in logged])
-    saturated = float(np.mean(np.abs(every.astype(np.int16)) == LARGEST))
+    saturated = float(np.mean(np.abs(every.astype(np.int16)) == MAX_SCALAR))
     coarser = saturated > SATURATED and state.shift < MAX_SHIFT
     return replace(
         state,
@@ -230,7 +228,7 @@ def weighed(state: FedKSeedState, cohort: Sequence[ClientUpdate]) -> Sequence[tu
     if state.settings.weights == "uniform":
         return [(update, 1) for update in cohort]
     most = max(update.num_examples for update in cohort)
-    return [(update, max(1, round(LARGEST * update.num_examples / most))) for update in cohort]
+    return [(update, max(1, round(MAX_WEIGHT * update.num_examples / most))) for update in cohort]
 
 
 def scalars(update: ClientUpdate) -> Array:

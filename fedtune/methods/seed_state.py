@@ -18,6 +18,7 @@ from fedtune.directions.checks import block_checks
 from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.manifest import Manifest
 from fedtune.directions.rebuild import EXPONENTS
+from fedtune.directions.sums import MAX_SHIFT
 from fedtune.directions.ways import displacement_for
 from fedtune.round import BankName, Estimator, Sampling, SeedState, Weighting
 from fedtune.seeds import derive
@@ -27,8 +28,6 @@ PROVISIONAL = 26
 """e of the first round where `scalar_step` is measured: nothing is added up in it."""
 FINE = 16
 """Units that a perturbation has at least."""
-MAX_SHIFT = 24
-"""A message has no room for more."""
 
 
 @dataclass(frozen=True)

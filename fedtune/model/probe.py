@@ -18,6 +18,7 @@ from fedtune.directions.bank import checked, perturbed
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.kron import Kron
 from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.sums import MAX_SCALAR
 from fedtune.errors import ClientError
 from fedtune.model.base import Base
 from fedtune.model.injected import injected
@@ -26,8 +27,6 @@ from fedtune.model.train import Batch, batches, collate, out_of_memory, peak_byt
 from fedtune.round import Probe, Training
 from fedtune.tensors import Array
 
-BOUND = 127
-"""Of a scalar on the wire."""
 WINDOW, ENOUGH, QUANTILE, TIMES = 128, 16, 0.9, 2.0
 """The running clip: so many sizes are remembered, from so many on it holds, and it is so many times this quantile."""
 FLAT = 1e-8
@@ -129,7 +128,7 @@ def measure(
                 else:
                     steps, skipped = [0.0] * len(seeds), skipped + len(seeds)
                 for seed, move in zip(seeds, steps, strict=True):
-                    scalar = 0 if probe.calibrate else max(-BOUND, min(BOUND, round(move / step)))
+                    scalar = 0 if probe.calibrate else max(-MAX_SCALAR, min(MAX_SCALAR, round(move / step)))
                     scalars.append(scalar)
                     if scalar:
                         sums = checked(ledger.bank, perturbed(sums, seed, scalar << probe.shift))

@@ -8,6 +8,9 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from fedtune.directions.bank import MAX_SIZE
+from fedtune.directions.rebuild import EXPONENTS
+from fedtune.directions.sums import MAX_SHIFT
 from fedtune.errors import WireError
 from fedtune.round import BankName, ClientUpdate, Measured, Probe, Probed, Sampling, SeedState, Training
 from fedtune.wire.v1 import round_pb2 as pb
@@ -19,9 +22,6 @@ FORM: Mapping[Literal["whole", "changed", "log"], pb.SeedForm] = {
     "log": pb.LOG,
 }
 SAMPLING: Mapping[Sampling, pb.Sampling] = {"uniform": pb.UNIFORM, "distinct": pb.DISTINCT, "pro": pb.PRO}
-MAX_SEEDS = 4096
-MAX_EXPONENT = 125
-MAX_SHIFT = 24
 MAX_STEPS = 2**16 - 1
 """The log of a round writes a client's number of scalars in 16 bits."""
 MIB = 2**20
@@ -72,8 +72,8 @@ def from_message(message: pb.Probe) -> tuple[Probe, Training]:
     """
     state = message.state
     ranges = {
-        "seeds": (message.seeds, 1, MAX_SEEDS),
-        "exponent": (message.exponent, 0, MAX_EXPONENT),
+        "seeds": (message.seeds, 1, MAX_SIZE),
+        "exponent": (message.exponent, EXPONENTS.start, EXPONENTS.stop - 1),
         "shift": (message.shift, 0, MAX_SHIFT),
         "perturbation": (message.perturbation, 1, 2**31 - 1),
         "steps": (message.steps, 1, MAX_STEPS),
