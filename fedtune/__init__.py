@@ -11,9 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedtune.api import Run, compare, evaluate, export, replay, simulate
+    from fedtune.api import Run, compare, evaluate, simulate
     from fedtune.config import Recipe, bind
     from fedtune.errors import ConfigError, FedtuneError
+    from fedtune.exports import export, replay
 
 __all__ = [
     "ConfigError",
@@ -28,7 +29,14 @@ __all__ = [
     "simulate",
 ]
 
-_HOMES = {"ConfigError": "errors", "FedtuneError": "errors", "Recipe": "config", "bind": "config"}
+_HOMES = {
+    "ConfigError": "errors",
+    "FedtuneError": "errors",
+    "Recipe": "config",
+    "bind": "config",
+    "export": "exports",
+    "replay": "exports",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from fedtune.api import Run
 
 ROOT = Path(__file__).parents[1]
 OFFLINE = {
@@ -145,3 +148,38 @@ def tables(tmp_path: Path, checkpoints: dict[str, Path]) -> dict[str, Any]:
         "report": {"plots": False},
         "override": [{"clients": ["client-1"], "rank": 2}, {"clients": ["client-2"], "rank": 8}],
     }
+
+
+def kseed(tables: dict[str, Any], bank: str = "hadamard", **method: Any) -> dict[str, Any]:
+    """Return the tiny recipe with seeds in place of adapters: three rounds of a few scalars, none of which measures."""
+    rest = {key: value for key, value in tables.items() if key not in ("adapter", "override")}
+    settings = {"seeds": 64, "scalar_step": 1e-4, "perturbation": 1e-3, **method}
+    return {
+        **rest,
+        "method": {"name": "fedkseed", "bank": bank, **settings},
+        "client": {"steps": 4, "batch": 4, "learning_rate": 2e-3},
+        "rounds": {"count": 3},
+    }
+
+
+def base_of(run: Run) -> str:
+    """Return the folder of a run's base."""
+    import fedtune
+
+    return fedtune.bind(run.path / "recipe.toml").model.base
+
+
+@pytest.fixture
+def ran(tables: dict[str, Any], tmp_path: Path) -> Run:
+    """The tiny recipe, run."""
+    import fedtune
+
+    return fedtune.simulate(tables, out=tmp_path / "run")
+
+
+@pytest.fixture(params=["hadamard", "kron"])
+def seeded(request: pytest.FixtureRequest, tables: dict[str, Any], tmp_path: Path) -> Run:
+    """The tiny recipe with seeds of either bank, run."""
+    import fedtune
+
+    return fedtune.simulate(kseed(tables, request.param), out=tmp_path / "run")

@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("conduct",),
     ("site", "worker"),
     ("experiment",),
+    ("exports",),
     ("api",),
     ("cli",),
 )

@@ -170,12 +170,12 @@ def export(
 ) -> None:
     """Write the result for others to load: a PEFT adapter, a whole merged model, or the seeds that it is made of."""
     with reported(debug):
-        from fedtune import api
+        from fedtune import exports
 
         folder = observed(
             "export",
             True,
-            lambda watch: api.export(run, form=form, out=out, max_rank=max_rank, dtype=dtype, watch=watch),
+            lambda watch: exports.export(run, form=form, out=out, max_rank=max_rank, dtype=dtype, watch=watch),
         )
         typer.echo(folder)
 
@@ -206,9 +206,9 @@ def replay(
 ) -> None:
     """Rebuild a model tuned by FedKSeed from its base and a seed ledger of 16 kB, to the bit, on any machine."""
     with reported(debug):
-        from fedtune import api
+        from fedtune import exports
 
-        done = api.replay(base, ledger, out=out, trainable=trainable or ())
+        done = exports.replay(base, ledger, out=out, trainable=trainable or ())
         told = {"base": done.base, "state": done.state, "weights": done.weights}
         told |= {"path": str(done.path)} if done.path else {}
         if as_json:

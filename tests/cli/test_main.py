@@ -13,10 +13,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fedtune.api import Replayed, Run
+from fedtune.api import Run
 from fedtune.cli.main import app
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, Fault, RoundError, StoreError
+from fedtune.exports import Replayed
 from fedtune.rounds import Event, Note
 from tests.cli.conftest import HOSTILE
 
@@ -55,7 +56,8 @@ class Scripted:
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
     def put(name: str, answer: Any, events: Sequence[Event] = ()) -> Scripted:
         scripted = Scripted(answer, events)
-        monkeypatch.setattr(f"fedtune.api.{name}", scripted)
+        home = "exports" if name in ("export", "replay") else "api"
+        monkeypatch.setattr(f"fedtune.{home}.{name}", scripted)
         return scripted
 
     return put
