@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-SCHEMA := fedtune/wire/v1/round.proto
+SCHEMA := fedtune/wire/v1/round.proto fedtune/wire/v1/link.proto
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 
 export PIP_NO_INPUT := 1

@@ -34,8 +34,11 @@ def admit(
     After this, methods need no checks of their own: every key is there and no other, shapes fit the modules, the rank
     is the planned one (or, where the assignment lets it shrink, at least 1), and every number is finite.
     """
-    reason = next(_reasons(update, assignment, blueprint, num_examples), None)
-    return update if reason is None else Failure(client=assignment.plan.client, reason=reason, kind="refused")
+    found = next(_reasons(update, assignment, blueprint, num_examples), None)
+    if found is None:
+        return update
+    code, reason = found
+    return Failure(client=assignment.plan.client, reason=reason, kind="refused", code=code)
 
 
 def largest_update(assignment: Assignment, blueprint: Blueprint) -> int:
@@ -63,7 +66,7 @@ def admit_norms(
     limit = max_norm * middle
     expected = f"expected a change of norm at most {limit:.4g}, {max_norm:g} times the cohort's median"
     refused = [
-        Failure(client=name, reason=f"{expected}; got {size:.4g}", kind="refused")
+        Failure(client=name, reason=f"{expected}; got {size:.4g}", kind="refused", code="NORM_OVER_CAP")
         for name, size in sorted(norms.items())
         if size > limit
     ]
@@ -83,20 +86,28 @@ def change_norm(update: ClientUpdate, assignment: Assignment) -> float:
     return norm(unpack(update.tensors))
 
 
-def _reasons(update: ClientUpdate, assignment: Assignment, blueprint: Blueprint, num_examples: int) -> Iterator[str]:
+def _reasons(
+    update: ClientUpdate, assignment: Assignment, blueprint: Blueprint, num_examples: int
+) -> Iterator[tuple[str, str]]:
     """Yield what is wrong, first things first: each check may rely on those above it."""
     if update.client != assignment.plan.client:
-        yield f"expected an update of client {assignment.plan.client!r}; got one of {update.client[:80]!r}"
+        yield (
+            "WRONG_CLIENT",
+            f"expected an update of client {assignment.plan.client!r}; got one of {update.client[:80]!r}",
+        )
     if update.base != assignment.base and assignment.verb == "adapt":  # a probe answers with the digest of its state
-        yield f"expected base digest {assignment.base[:16]!r}; got {update.base[:16]!r}; load the base the run uses"
+        yield (
+            "WRONG_BASE",
+            f"expected base digest {assignment.base[:16]!r}; got {update.base[:16]!r}; load the base the run uses",
+        )
     if update.round != assignment.round:
-        yield f"expected round {assignment.round}; got {update.round}"
+        yield "WRONG_ROUND", f"expected round {assignment.round}; got {update.round}"
     if not 1 <= update.num_examples <= num_examples:
-        yield f"expected 1 to {num_examples} examples, as enrolled; got {update.num_examples}"
+        yield "EXAMPLES_RANGE", f"expected 1 to {num_examples} examples, as enrolled; got {update.num_examples}"
     measured = update.measured
     for what, loss in (("loss_before", measured.loss_before), ("loss_after", measured.loss_after)):
         if loss is not None and not abs(loss) <= LARGEST_LOSS:
-            yield f"expected a finite {what}, at most {LARGEST_LOSS:g}; got {loss:g}"
+            yield "LOSS_RANGE", f"expected a finite {what}, at most {LARGEST_LOSS:g}; got {loss:g}"
     if assignment.probe is not None:
         yield from _probed(update.probed, assignment)
         return
@@ -107,64 +118,71 @@ def _reasons(update: ClientUpdate, assignment: Assignment, blueprint: Blueprint,
         yield from _factors(update.tensors, name, shape, assignment)
     for name, array in sorted(update.saved.items()):
         if array.shape != blueprint.saved[name].shape:
-            yield f"{name}: expected shape {blueprint.saved[name].shape}; got {array.shape}"
+            yield "TENSOR_SHAPE", f"{name}: expected shape {blueprint.saved[name].shape}; got {array.shape}"
         yield from _numbers(name, array, ("fp32",))
 
 
-def _probed(probed: Probed | None, assignment: Assignment) -> Iterator[str]:
+def _probed(probed: Probed | None, assignment: Assignment) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with an answer to a probe, apart from what only the method's state can tell."""
     steps, probe = assignment.plan.training.steps or 0, assignment.probe
     if probed is None or probe is None:
-        yield "expected scalars of seeds; got tensors"
+        yield "SCALARS", "expected scalars of seeds; got tensors"
         return
     if probe.calibrate:
         if probed.skipped:
-            yield f"expected finite losses of the base around its own weights; got {probed.skipped} that are not"
+            yield (
+                "NOT_FINITE",
+                f"expected finite losses of the base around its own weights; got {probed.skipped} that are not",
+            )
         if probed.rms is None or not 0 <= probed.rms <= LARGEST_RMS:
-            yield f"expected a finite size of the gradient, at most {LARGEST_RMS:g}; got {probed.rms}"
+            yield "SCALAR_RANGE", f"expected a finite size of the gradient, at most {LARGEST_RMS:g}; got {probed.rms}"
         return
     if probed.skipped > MAX_SKIPPED * steps:
         yield (
+            "NOT_FINITE",
             f"expected at most {MAX_SKIPPED:.0%} of its losses to be not finite; got {probed.skipped} of {steps}; "
-            "lower client.learning_rate or method.perturbation"
+            "lower client.learning_rate or method.perturbation",
         )
     if len(probed.scalars) != steps:
-        yield f"expected {steps} scalars, one per seed drawn; got {len(probed.scalars)}"
+        yield "SCALARS", f"expected {steps} scalars, one per seed drawn; got {len(probed.scalars)}"
     if (probed.scalars < -MAX_SCALAR).any():
-        yield f"expected scalars from -{MAX_SCALAR} to {MAX_SCALAR}; got {probed.scalars.min()}"
+        yield "SCALAR_RANGE", f"expected scalars from -{MAX_SCALAR} to {MAX_SCALAR}; got {probed.scalars.min()}"
 
 
-def _keys(what: str, expected: set[str], tensors: Tensors) -> Iterator[str]:
+def _keys(what: str, expected: set[str], tensors: Tensors) -> Iterator[tuple[str, str]]:
     missing, extra = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or extra:
         named = f"{missing[0]!r} is missing" if missing else f"{extra[0][:80]!r} was not asked for"
         counts = f"{len(missing)} missing, {len(extra)} extra"
-        yield f"expected {len(expected)} {what}; got {len(tensors)}: {counts}; {named}"
+        yield "TENSOR_NAMES", f"expected {len(expected)} {what}; got {len(tensors)}: {counts}; {named}"
 
 
-def _factors(tensors: Tensors, name: str, shape: tuple[int, int], assignment: Assignment) -> Iterator[str]:
+def _factors(tensors: Tensors, name: str, shape: tuple[int, int], assignment: Assignment) -> Iterator[tuple[str, str]]:
     (m, n), planned = shape, assignment.plan.rank
     b = tensors[f"{name}.b"]
     rank = b.shape[1] if b.ndim == 2 else -1
     least = 1 if assignment.local.rank_decay < 1 else planned
     if b.shape != (m, rank) or not least <= rank <= planned:
         ranks = f"{planned}" if least == planned else f"{least}..{planned}"
-        yield f"{name}.b: expected shape ({m}, {ranks}); got {b.shape}"
+        yield "RANK_RANGE", f"{name}.b: expected shape ({m}, {ranks}); got {b.shape}"
     yield from _numbers(f"{name}.b", b, tuple(DTYPES))
     if assignment.local.train == "b":
         return
     a = tensors[f"{name}.a"]
     if a.shape != (rank, n):
-        yield f"{name}.a: expected shape ({rank}, {n}), b having rank {rank}; got {a.shape}"
+        yield "TENSOR_SHAPE", f"{name}.a: expected shape ({rank}, {n}), b having rank {rank}; got {a.shape}"
     yield from _numbers(f"{name}.a", a, tuple(DTYPES))
     bound = float(np.sqrt(squared_norm(a) * squared_norm(b)))
     if bound > LARGEST:
-        yield f"{name}: expected factors whose product fits float32, norm below {LARGEST:.3g}; got up to {bound:.3g}"
+        yield (
+            "NORM_OVER_CAP",
+            f"{name}: expected factors whose product fits float32, norm below {LARGEST:.3g}; got up to {bound:.3g}",
+        )
 
 
-def _numbers(name: str, array: Array, formats: Sequence[str]) -> Iterator[str]:
+def _numbers(name: str, array: Array, formats: Sequence[str]) -> Iterator[tuple[str, str]]:
     if array.dtype not in [DTYPES[format] for format in formats]:
-        yield f"{name}: expected numbers of format {' or '.join(formats)}; got {array.dtype.name}"
+        yield "TENSOR_DTYPE", f"{name}: expected numbers of format {' or '.join(formats)}; got {array.dtype.name}"
     if not np.isfinite(squared_norm(array)):
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-        yield f"{name}: expected finite numbers; got {bad} of {array.size} that are not"
+        yield "NOT_FINITE", f"{name}: expected finite numbers; got {bad} of {array.size} that are not"

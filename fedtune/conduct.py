@@ -25,11 +25,11 @@ from fedtune.rounds import run as run_rounds
 from fedtune.store import peft, records, result
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import begun, replayed
-from fedtune.store.ledger import RunLedger
+from fedtune.store.ledger import GROUP_S, RunLedger
 from fedtune.store.run import append_round, read_rounds, write_recipe, write_summary
 from fedtune.transport import Transport
 
-Door: TypeAlias = Literal["simulate", "flower"]
+Door: TypeAlias = Literal["simulate", "flower", "link"]
 PUT_BACK = "put back a copy of the run directory, or start the run again"
 REWRITE = "write it again with fedtune simulate --resume"
 FEW = 20
@@ -74,6 +74,8 @@ class Setting:
     """Continues the recipe's prompt before and after."""
     door: Door = "simulate"
     """What the run is conducted through."""
+    opened: Callable[[RunLedger], None] = lambda ledger: None
+    """Handed the ledger before the first round; over the link, receipts say where its journal stands."""
 
     @property
     def inputs(self) -> Mapping[str, str]:
@@ -107,11 +109,15 @@ def conduct(
     for note in setting.notes:
         watch(Note(note))
     began, going_on = time.perf_counter(), resume and begun(run)
-    with RunLedger.reopen(run) if going_on else RunLedger.create(run) as ledger:
+    # Over the link a client is told at once that its update is kept: each lasts by itself.
+    group_s = 0.0 if setting.door == "link" else GROUP_S
+    opening = RunLedger.reopen if going_on else RunLedger.create
+    with opening(run, group_s=group_s) as ledger:
         # Everything that may be refused comes before anything of the run is changed.
         lines, state = held(setting, run, ledger, watch) if going_on else ([], None)
         write_recipe(run, render(setting.recipe))
         ledger.begin(setting.inputs)
+        setting.opened(ledger)
         if lines and lines[-1]["round"]:
             write_result(setting, run, state, lines)  # a crash, or a hand, may have left another one
         earlier = sum(line["seconds"] for line in lines)
@@ -172,6 +178,8 @@ def again(door: Door, run: Path) -> str:
     """Return the command that goes on with a run."""
     if door == "simulate":
         return f"fedtune simulate --resume {shlex.quote(str(run))}"
+    if door == "link":
+        return f"fedtune serve --resume {shlex.quote(str(run))}"
     path = run.absolute()
     return f'flwr run . --run-config \'recipe="{path}/recipe.toml" store="{path.parent}" resume="{path.name}"\''
 

@@ -224,6 +224,8 @@ class Failure:
     reason: str
     kind: Literal["failed", "refused", "late"] = "failed"
     """failed: the client could not do it; refused: the server would not take it; late: no answer in time."""
+    code: str = field(default="", compare=False)
+    """Of a refused update: which of the schema's reasons it is."""
 
 
 @dataclass(frozen=True)

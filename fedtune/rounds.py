@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import ceil
+from math import ceil, inf
 from typing import Annotated, Any, Protocol, TypeAlias
 
 from annotated_types import Ge, Gt
@@ -38,6 +38,10 @@ class Schedule:
     """Seconds after which a round over a network ends if `min_clients` have answered; none waits for every client."""
     grace_s: Annotated[float, Ge(0)] = 60.0
     """Seconds beyond the deadline that a round over a network waits for `min_clients`."""
+    over_select: Annotated[float, Ge(1)] = 1.0
+    """Times the cohort that is asked; the round ends with the cohort's number of updates, and the others are late."""
+    attempts: Annotated[int, Ge(1)] = 1
+    """How often a round over a network is waited for, a deadline each, before too few updates stop the run."""
 
     @property
     def rule(self) -> Rule:
@@ -203,7 +207,7 @@ def run(
             ledger.open(number, state=digest, cohort=asked.enrolled, orders=digests(asked.orders))
         elif opened.orders != digests(asked.orders):
             raise StoreError(changed_orders(number, opened.orders, digests(asked.orders)))
-        answers = awaited(asked, transport, schedule.rule, opened, ledger, watch)
+        answers = awaited(asked, transport, schedule, opened, ledger, watch)
         norms, outcomes = compared(answers, asked, schedule, watch)
         if opened is None or opened.failures is None:
             failures = {n: outcome for n, outcome in answers.outcomes.items() if isinstance(outcome, Failure)}
@@ -232,7 +236,7 @@ def run(
 def drawn(transport: Transport, schedule: Schedule, *, seed: int, round: int) -> Sequence[Client]:
     """Return the cohort of a new round, sorted by name."""
     fleet = sorted(transport.clients(), key=lambda client: client.name)
-    return sample(fleet, schedule.cohort, seed=seed, round=round)
+    return sample(fleet, schedule.cohort, seed=seed, round=round, over_select=schedule.over_select)
 
 
 def rejoined(opened: Opened) -> Sequence[Client]:
@@ -285,17 +289,22 @@ class Answers:
 
 
 def awaited(
-    asked: Asked, transport: Transport, rule: Rule, opened: Opened | None, ledger: Ledger, watch: Watch
+    asked: Asked, transport: Transport, schedule: Schedule, opened: Opened | None, ledger: Ledger, watch: Watch
 ) -> Answers:
     """Return every client's admitted update or failure; what the ledger held already is not asked for again.
 
-    A client that does not hold what a short order refers to says so, and is asked once more, with the whole.
+    A client that does not hold what a short order refers to says so, and is asked once more, with the whole. Where too
+    few have answered in time, those who have not are waited for again, `attempts` times in all.
     """
-    outcomes, aside, began = dict[str, Outcome](), list[Aside](), time.perf_counter()
+    rule, outcomes, aside = schedule.rule, dict[str, Outcome](), list[Aside]()
+    goal = enough(len(asked.orders), schedule)
     sizes, sent = dict[str, int](), {name: size(order) for name, order in asked.orders.items()}
     lost = list[str]()
 
-    def take(answer: Reply | Failure, num_bytes: int = 0) -> None:
+    def used() -> int:
+        return sum(isinstance(outcome, ClientUpdate) for outcome in outcomes.values())
+
+    def take(answer: Reply | Failure, num_bytes: int = 0, *, new: bool = False) -> None:
         name, outcome = answer.client, judged(answer, asked)
         sizes[name] = sizes.get(name, 0) + (len(answer.update) if isinstance(answer, Reply) else num_bytes)
         if has_lost(outcome):
@@ -304,10 +313,14 @@ def awaited(
                 return
             outcome = Failure(name, "expected it to work on the whole state; it asked for that again")
         outcomes[name] = outcome
+        if new and isinstance(answer, Reply) and isinstance(outcome, ClientUpdate):
+            ledger.accept(asked.round, name, answer.update)
+        # After that: whoever tells the client that its update is used must not have to take it back.
         watch(ClientFinished(asked.round, outcome, Traffic(down=sent[name], up=sizes[name])))
 
-    def exchanged(orders: Mapping[str, EncodedAssignment], quorum: int) -> None:
-        gone = time.perf_counter() - began
+    def exchanged(orders: Mapping[str, EncodedAssignment], began: float) -> None:
+        # Who has been accepted already counts towards the quorum.
+        gone, quorum = time.perf_counter() - began, max(0, rule.quorum - used())
         left = None if rule.deadline_s is None else max(0.0, rule.deadline_s - gone)
         for answer in transport.exchange(orders, replace(rule, quorum=quorum, deadline_s=left)):
             if isinstance(answer, Aside) or answer.client not in orders or answer.client in outcomes:
@@ -315,9 +328,9 @@ def awaited(
                 aside.append(stray)
                 watch(Note(f"{stray.client}: {stray.reason}"))
                 continue
-            take(answer)
-            if isinstance(answer, Reply) and isinstance(outcomes.get(answer.client), ClientUpdate):
-                ledger.accept(asked.round, answer.client, answer.update)
+            take(answer, new=True)
+            if used() >= goal:
+                return
 
     if opened is not None:
         for name, update in opened.updates.items():
@@ -325,15 +338,23 @@ def awaited(
         for name, failure in (opened.failures or {}).items():
             take(failure, opened.sizes.get(name, 0))
     if opened is None or opened.failures is None:
-        waiting = {name: order for name, order in asked.orders.items() if name not in outcomes}
-        # Who has been accepted already counts towards the quorum.
-        exchanged(waiting, max(0, rule.quorum - len(outcomes)))
-        if lost:
-            whole = {name: encode_assignment(assigned) for name in lost if (assigned := asked.assignments[name].whole)}
-            sent |= {name: sent[name] + size(order) for name, order in whole.items()}
-            used = sum(isinstance(outcome, ClientUpdate) for outcome in outcomes.values())
-            exchanged(whole, max(0, rule.quorum - used))
-    silent = {name: Failure(name, "expected an answer; none came") for name in asked.orders if name not in outcomes}
+        for _ in range(schedule.attempts):
+            began = time.perf_counter()
+            for name in [name for name, outcome in outcomes.items() if late(outcome)]:
+                del outcomes[name]
+            exchanged({name: order for name, order in asked.orders.items() if name not in outcomes}, began)
+            if lost and used() < goal:
+                ahead = {name: asked.assignments[name].whole for name in lost if name not in outcomes}
+                whole = {name: encode_assignment(assigned) for name, assigned in ahead.items() if assigned is not None}
+                sent |= {name: sent[name] + size(order) for name, order in whole.items()}
+                exchanged(whole, began)
+            if used() >= schedule.min_clients or not any(map(late, outcomes.values())):
+                break
+    missing = [name for name in asked.orders if name not in outcomes]
+    why = Failure("", "expected an answer; none came")
+    if used() >= goal:
+        why = Failure("", f"the round had its {goal} updates", kind="late")
+    silent = {name: replace(why, client=name) for name in missing}
     return Answers(
         outcomes={name: (outcomes | silent)[name] for name in asked.orders},
         traffic={name: Traffic(down=sent[name], up=sizes.get(name, 0)) for name in asked.orders},
@@ -369,13 +390,17 @@ def judged(answer: Reply | Failure, asked: Asked) -> Outcome:
     try:
         update = decode_update(answer.update, client=name, limit_bytes=limit, verb=assignment.verb)
     except WireError as error:
-        return Failure(client=name, reason=str(error), kind="refused")
+        return Failure(client=name, reason=str(error), kind="refused", code="MALFORMED")
     if has_lost(update):
         return update
     outcome = admit(update, assignment, asked.blueprint, num_examples=asked.enrolled[name])
     if isinstance(outcome, ClientUpdate) and (reason := asked.refuse(outcome)):
-        return Failure(client=name, reason=reason, kind="refused")
+        return Failure(client=name, reason=reason, kind="refused", code="STATE_REBUILT")
     return outcome
+
+
+def late(outcome: Outcome) -> bool:
+    return isinstance(outcome, Failure) and outcome.kind == "late"
 
 
 def has_lost(outcome: Outcome) -> bool:
@@ -408,9 +433,27 @@ def cohort_size(fleet: int, cohort: int | float | None) -> int:
     return min(fleet, cohort if isinstance(cohort, int) else ceil(cohort * fleet - 1e-9))
 
 
-def sample(fleet: Sequence[Client], cohort: int | float | None, *, seed: int, round: int) -> Sequence[Client]:
-    """Return the round's clients, sorted by name: all, a number of them, or a share of the fleet rounded up."""
-    size = cohort_size(len(fleet), cohort)
+def enough(asked: int, schedule: Schedule) -> float:
+    """Return with how many updates a round ends at once in which so many clients are asked; infinite: when all answer.
+
+    >>> enough(13, Schedule(5, cohort=10, over_select=1.3)), enough(13, Schedule(5, cohort=0.5, over_select=1.3))
+    (10, 10)
+    """
+    if schedule.over_select == 1 or schedule.cohort is None:
+        return inf
+    if isinstance(schedule.cohort, int):
+        return min(schedule.cohort, asked)
+    return max(1, int(asked / schedule.over_select + 1e-9))
+
+
+def sample(
+    fleet: Sequence[Client], cohort: int | float | None, *, seed: int, round: int, over_select: float = 1.0
+) -> Sequence[Client]:
+    """Return the round's clients, sorted by name: all, a number of them, or a share of the fleet rounded up.
+
+    With `over_select` above 1 so many times more are asked, as far as there are any.
+    """
+    size = min(len(fleet), ceil(over_select * cohort_size(len(fleet), cohort) - 1e-9))
     if size == len(fleet):
         return fleet
     # Positions, not names or ids, are drawn: numpy would turn 64-bit ids into rounded floats.

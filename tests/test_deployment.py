@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,10 +23,12 @@ from fedtune.flower import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 SERVER, CLIENT = ROOT / "server" / "superlink", ROOT / "clients" / "supernode"
-UNITS = [SERVER / "superlink.service", SERVER / "superexec.service", CLIENT / "supernode.service"]
-CONTAINERFILES = [SERVER / "Containerfile", CLIENT / "Containerfile"]
+LINK_SERVER, LINK_CLIENT, EXAMPLE = ROOT / "server" / "link", ROOT / "clients" / "link", ROOT / "server" / "example"
+FLOWER_UNITS = [SERVER / "superlink.service", SERVER / "superexec.service", CLIENT / "supernode.service"]
+UNITS = [*FLOWER_UNITS, LINK_SERVER / "serve.service", LINK_CLIENT / "join.service"]
+CONTAINERFILES = [place / "Containerfile" for place in (SERVER, CLIENT, LINK_SERVER, LINK_CLIENT)]
 SCRIPTS = sorted([*ROOT.glob("server/**/*.sh"), *ROOT.glob("clients/**/*.sh")])
-READMES = [SERVER / "README.md", CLIENT / "README.md"]
+READMES = [place / "README.md" for place in (SERVER, CLIENT, LINK_SERVER, LINK_CLIENT)]
 SILENCE = {name: value for name, value in ENVIRONMENT.items() if name.startswith("FLWR_")}
 HARDENED = {
     "NoNewPrivileges": "yes",
@@ -123,7 +126,7 @@ def test_containers_run_what_the_units_run() -> None:
 
 
 def test_only_the_proxy_is_reached_from_outside() -> None:
-    for path in UNITS:
+    for path in FLOWER_UNITS:
         words = command(path)
         assert "--insecure" not in words
         assert [words[at + 1] for at, word in enumerate(words) if word == "--host"] in ([], ["127.0.0.1"])
@@ -190,9 +193,11 @@ def test_every_file_that_a_readme_names_is_there(path: Path) -> None:
     named = set(
         re.findall(r"(?<![\w~/.-])[\w-][\w./-]*\.(?:sh|service|conf|env|yaml|toml|md|py)\b|\bContainerfile\b", text)
     )
-    named -= {"config.toml"}  # what flwr calls connection.toml in its own folder
-    missing = [name for name in named if not any((place / name).exists() for place in (SERVER, CLIENT, ROOT))]
-    assert len(named) >= 5
+    # what flwr calls connection.toml in its own folder, and the user's own experiment
+    named -= {"config.toml", "recipe.toml"}
+    places = (path.parent, SERVER, CLIENT, ROOT)
+    missing = [name for name in named if not any((place / name).exists() for place in places)]
+    assert len(named) >= 2
     assert not missing
     inside = {other.name for other in path.parent.iterdir() if other.is_file() and not other.name.startswith(".")}
     assert not {name for name in inside - {"README.md"} if name not in text and not name.endswith(".fab")}
@@ -429,3 +434,74 @@ def asked(port: int, authority: Path, method: str, path: str) -> int:
     ):
         link.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
         return int(link.recv(64).split()[1])
+
+
+def test_the_server_file_of_the_link_states_the_defaults() -> None:
+    from dataclasses import asdict
+
+    from fedtune.config.link import bind_link
+    from fedtune.link.settings import LinkSettings
+
+    stated = tomllib.loads((LINK_SERVER / "server.toml").read_text())["link"]
+    defaults = asdict(LinkSettings())
+    assert stated == {name: defaults[name] for name in stated}
+    assert bind_link(LINK_SERVER / "server.toml")[0] == LinkSettings()
+
+
+def test_the_site_file_of_the_link_binds_with_a_policy() -> None:
+    from fedtune.config.site import bind_site
+
+    site = bind_site(LINK_CLIENT / "site.toml")
+    assert site.link is not None
+    assert site.link.address.endswith(":9000")
+    assert site.policy.min_cohort == 3
+    assert set(site.data.fields.values()) <= set(site.policy.columns)
+
+
+def test_a_supervisor_does_not_repeat_what_somebody_must_mend() -> None:
+    assert unit(LINK_SERVER / "serve.service")["RestartPreventExitStatus"] == ["1 2"]
+    assert unit(LINK_CLIENT / "join.service")["RestartPreventExitStatus"] == ["2"]
+
+
+def test_containers_of_the_link_run_what_the_units_run() -> None:
+    for place, name in ((LINK_SERVER, "serve"), (LINK_CLIENT, "join")):
+        (line,) = re.findall(r"^CMD exec (.*)$", joined((place / "Containerfile").read_text()), re.M)
+        (command_line,) = unit(place / f"{name}.service")["ExecStart"]
+        wanted = command_line.replace("/opt/fedtune/bin/", "").replace(f"/var/lib/fedtune-{name}", "/var/lib/fedtune")
+        assert shlex.split(line) == shlex.split(wanted)
+
+
+def test_one_port_of_a_coordinator_is_open() -> None:
+    rules = (LINK_SERVER / "nftables.conf").read_text()
+    assert "policy drop" in rules
+    assert re.findall(r"tcp dport (\d+)", rules) == ["9000", "22"]
+
+
+@pytest.mark.slow
+def test_the_example_trains_three_institutions(tmp_path: Path) -> None:
+    import json
+    import sys
+
+    from tests.link.federation import free_port
+
+    fedtune = str(Path(sys.executable).parent / "fedtune")
+    environment = {**os.environ, "FEDTUNE": fedtune}
+    subprocess.run([EXAMPLE / "setup.sh", "fed"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    again = subprocess.run(
+        [EXAMPLE / "setup.sh", "fed"], cwd=tmp_path, env=environment, check=False, capture_output=True
+    )
+    assert again.returncode == 2
+    port = free_port()
+    for path in (tmp_path / "fed").glob("*/s*.toml"):
+        path.write_text(path.read_text().replace(":9000", f":{port}"))
+    server = tmp_path / "fed" / "server" / "server.toml"
+    server.write_text(server.read_text() + 'health = ""\n')
+    done = subprocess.run(
+        [EXAMPLE / "run.sh", "fed"], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    assert "finished after round 3" in done.stdout
+    told = subprocess.run(
+        [fedtune, "status", "runs/example", "--json"], cwd=tmp_path / "fed", check=True, capture_output=True, text=True
+    )
+    clients = json.loads(told.stdout)["clients"]
+    assert [(one["name"], one["rounds"]) for one in clients] == [("site-a", 3), ("site-b", 3), ("site-c", 3)]

@@ -529,3 +529,46 @@ def test_a_probe_that_is_cut_off_anywhere_is_refused() -> None:
     assert result.digest == alone.digest
     assert {name for name, outcome in result.outcomes.items() if isinstance(outcome, ClientUpdate)} == {"ann"}
     assert {outcome.kind for name, outcome in result.outcomes.items() if isinstance(outcome, Failure)} == {"refused"}
+
+
+def test_more_are_asked_than_are_needed_and_the_round_ends_with_enough() -> None:
+    replies = {name: answer() for name in ("ann", "bob", "cyd", "dan")}
+    asked = list[str]()
+
+    def watch(event: Any) -> None:
+        if isinstance(event, RoundStarted):
+            asked.extend(event.cohort)
+
+    result = rounds(replies, cohort=2, over_select=1.5, watch=watch)[0]
+    assert len(asked) == 3
+    used = [name for name, outcome in result.outcomes.items() if isinstance(outcome, ClientUpdate)]
+    assert used == asked[:2]  # the scripted clients answer in the order of their names
+    late = result.outcomes[asked[2]]
+    assert late == Failure(asked[2], "the round had its 2 updates", kind="late")
+
+
+def test_who_was_late_is_waited_for_again_until_enough_have_answered() -> None:
+    tries = list[int]()
+
+    def slow(assignment: Assignment) -> Any:
+        tries.append(assignment.round)
+        return Failure("bob", "no answer in 5 s", kind="late") if len(tries) < 3 else answer()(assignment)
+
+    result = rounds({"ann": answer(), "bob": slow}, min_clients=2, attempts=3)[0]
+    assert len(tries) == 3
+    assert all(isinstance(outcome, ClientUpdate) for outcome in result.outcomes.values())
+    tries.clear()
+    with pytest.raises(RoundError, match="expected at least 2 usable updates"):
+        rounds({"ann": answer(), "bob": slow}, min_clients=2, attempts=2)
+
+
+def test_who_failed_for_good_is_not_asked_again() -> None:
+    tries = list[int]()
+
+    def broken(assignment: Assignment) -> Failure:
+        tries.append(assignment.round)
+        return Failure("bob", "out of memory")
+
+    with pytest.raises(RoundError):
+        rounds({"ann": answer(), "bob": broken}, min_clients=2, attempts=3)
+    assert len(tries) == 1

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedtune.cli.text import printable
-from fedtune.conduct import Setting, check_ranks, check_resumable, conduct, first_state
-from fedtune.config import Recipe, bind, planned
-from fedtune.config.reading import read
-from fedtune.config.recipe import largest_rank
+from fedtune.conduct import check_resumable, conduct
+from fedtune.config import Recipe
 from fedtune.errors import ConfigError, Fault
-from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.server_app import Connect, Scalar, server_app
-from fedtune.methods import METHODS
-from fedtune.planning.fixed import Fixed
-from fedtune.round import Blueprint, Failure
+from fedtune.round import Failure
 from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
-from fedtune.store import peft
+from fedtune.serving import at_the_sites, check_overrides, expected, setting
 from fedtune.store.run import vacant
 
 RECIPE = "the recipe: TOML, or the absolute path of a file on the server's host"
-AT_THE_SITES = 'data={ source = "at the sites", split = { kind = "files" } }'
 
 
 def run_recipe(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
@@ -43,8 +36,8 @@ def run_recipe(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
     else:
         vacant(run)
     transport = connect(expected=expected(recipe), least=recipe.rounds.min_clients, note=said)
-    conducted = setting(recipe, transport)
-    check_overrides(recipe, conducted.fleet)
+    conducted = setting(recipe, transport, door="flower")
+    check_overrides(recipe, conducted.fleet, said)
     summary = conduct(conducted, run, transport, resume=bool(resume), watch=tell)
     said(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
 
@@ -57,8 +50,7 @@ def bound(source: str) -> Recipe:
     """
     if "\n" not in source and not Path(source).is_absolute():
         raise ConfigError(Fault("recipe", RECIPE, repr(source), "write the path in full"))
-    *_, tables = read(source)
-    return bind(source, overrides=() if "data" in tables else (AT_THE_SITES,))
+    return at_the_sites(source)
 
 
 def text(run_config: Mapping[str, Scalar], key: str, what: str) -> str:
@@ -89,54 +81,6 @@ def directory(store: str, name: str) -> Path:
     if store and not Path(store).is_absolute():
         raise ConfigError(Fault("store", "an absolute path on the server's host", repr(store), "write it in full"))
     return (Path(store) if store else home / "runs") / name
-
-
-def expected(recipe: Recipe) -> int:
-    """Return how many clients the first round waits for: its cohort where that is a number."""
-    cohort = recipe.rounds.cohort
-    return max(recipe.rounds.min_clients, cohort if isinstance(cohort, int) else 0)
-
-
-def setting(recipe: Recipe, transport: GridTransport) -> Setting:
-    """Return what the run is conducted over: what the clients have in common stands for a model that is not here."""
-    common, profiles = transport.foundation, transport.profiles
-    check_ranks(recipe, common.modules)
-    if METHODS[recipe.method.name].verb == "probe" and not common.manifest:
-        expected = f"clients whose base {recipe.method.name!r} can move: finite, in float32, float16 or bfloat16"
-        raise ConfigError(Fault("model.base", expected, "another, by what most of them say"))
-    blueprint = Blueprint(
-        common.modules,
-        common.saved,
-        max_rank=largest_rank(recipe),
-        seed=recipe.seed,
-        manifest=common.manifest if METHODS[recipe.method.name].verb == "probe" else b"",
-    )
-    first_state(recipe, blueprint)  # what the method refuses of the base it refuses now
-    return Setting(
-        recipe=recipe,
-        blueprint=blueprint,
-        planner=Fixed(partial(planned, recipe), alpha=recipe.adapter.alpha, rslora=recipe.adapter.rslora),
-        base={"name": recipe.model.base, "digest": common.base, "parameters": common.parameters},
-        target=peft.Target(
-            base=recipe.model.base,
-            revision=recipe.model.revision,
-            task=recipe.model.task,
-            fan_in_fan_out=common.transposed,
-            saved_modules=common.saved_modules,
-        ),
-        fleet={name: profile.num_examples for name, profile in profiles.items()},
-        machine={"engine": "flower"},
-        labels=common.labels,
-        door="flower",
-    )
-
-
-def check_overrides(recipe: Recipe, clients: Collection[str]) -> None:
-    """Say which overrides cover no client of the first round's: a later one may still come, or it is mistyped."""
-    known = f"{', '.join(sorted(clients)[:8])}{', ...' * (len(clients) > 8)}"
-    for override in recipe.override:
-        if not any(override.covers(name) for name in clients):
-            said(f"override.clients: {list(override.clients)} match none of the clients that are here ({known})")
 
 
 def tell(event: Event) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli import runs
+from fedtune.cli import ca, enroll, federation, roster, runs
 from fedtune.cli.entry import (
     DebugOption,
     JsonOption,
@@ -40,6 +40,9 @@ app = typer.Typer(
 )
 
 app.add_typer(runs.app, name="runs")
+app.add_typer(ca.app, name="ca")
+app.add_typer(enroll.app, name="enroll")
+app.add_typer(roster.app, name="roster")
 
 
 @app.callback(invoke_without_command=True)
@@ -253,6 +256,9 @@ def compare(
             lambda watch: api.compare(recipes, seeds=numbers, overrides=overrides or (), out=out, watch=watch),
         )
         typer.echo(page)
+
+
+federation.register(app)
 
 
 def seed_list(text: str | None) -> Sequence[int] | None:

@@ -52,6 +52,13 @@ def momentum_of(optimizer: str, momentum: float, overrides: Sequence[Override]) 
             yield Fault(f"override.{place}.momentum", f"0 with optimizer {by!r}", str(keeps), hint)
 
 
+def early_end(engine: str, over_select: float) -> Iterator[Fault]:
+    """Refuse to end rounds early where clients finish in any order: the same recipe would not give the same bits."""
+    if engine != "inprocess" and over_select > 1:
+        hint = 'set engine.name = "inprocess", or serve the recipe over a network'
+        yield Fault("rounds.over_select", f"1 with the engine {engine!r}, whose clients race", f"{over_select:g}", hint)
+
+
 def split_rules(split: Split) -> Iterable[Fault]:
     # Data knows its own rules; a stand-in source lets them be asked although another key of the table is at fault.
     return faults(DataSettings(source="-", split=split))
@@ -250,6 +257,7 @@ CHECKS: Sequence[Check] = (
     (("method", "override"), one_verb),
     (("method", "client.steps", "override"), seeds_of),
     (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
+    (("engine.name", "rounds.over_select"), early_end),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),
     (("data.split",), split_rules),
     (("data.split.only",), some_client),

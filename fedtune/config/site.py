@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,9 @@ from fedtune.config.reading import edited, read
 from fedtune.data.settings import DataSettings
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import ConfigError, Fault
+from fedtune.link.policy import Policy
+from fedtune.link.policy import check as check_policy
+from fedtune.link.settings import JoinSettings
 from fedtune.model.settings import AdapterSettings, ModelSettings
 
 WHOLE: Mapping[str, Any] = {"kind": "iid", "clients": 1}
@@ -49,6 +52,10 @@ class SiteSettings:
     """Whether the data are divided, and the site's part is the one of its name."""
     root: Path
     """Folder of the file; relative paths in it are relative to this."""
+    link: JoinSettings | None = None
+    """How it dials a server of fedtune's own; none for a site on a SuperNode."""
+    policy: Policy = field(default_factory=Policy)
+    """What it will do over the link."""
 
 
 def bind_site(path: Path) -> SiteSettings:
@@ -63,7 +70,7 @@ def bind_site(path: Path) -> SiteSettings:
     label, stem, root, read_table = read(path)
     found = Findings()
     table = edited(read_table, (), found.faults)
-    found.faults.extend(unknown_keys(table, ("name", "seed", "model", "adapter", "data"), ""))
+    found.faults.extend(unknown_keys(table, ("name", "seed", "model", "adapter", "data", "link", "policy"), ""))
     for name in ("model", "adapter", "data"):
         if name not in table:
             found.faults.append(Fault(name, f"the table [{name}]", "nothing"))
@@ -80,6 +87,28 @@ def bind_site(path: Path) -> SiteSettings:
     }
     if bound["data"] is not None:
         found.faults.extend(data_faults(bound["data"]))
+    if "link" in table:
+        bound["link"] = bind_table(JoinSettings, table["link"], "link", found)
+    if "policy" in table and (policy := bind_table(Policy, table["policy"], "policy", found)) is not None:
+        bound["policy"] = policy
+        found.faults.extend(policy_faults(policy, bound["data"]))
     if found.faults:
         raise ConfigError(found.faults, source=label)
     return SiteSettings(root=root, split=split, **bound)
+
+
+def policy_faults(policy: Policy, data: DataSettings | None) -> Sequence[Fault]:
+    """Return what of a policy is wrong by itself, and the columns of the data that it does not allow."""
+    try:
+        check_policy(policy)
+    except ConfigError as error:
+        return error.faults
+    if not policy.columns or data is None:
+        return ()
+    if not data.fields:
+        return [Fault("data.fields", "every column by name, where policy.columns names some", "none")]
+    return [
+        Fault(f"data.fields.{part}", f"a column of policy.columns ({', '.join(policy.columns)})", repr(column))
+        for part, column in sorted(data.fields.items())
+        if column not in policy.columns
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol, TypeAlias
@@ -17,7 +18,15 @@ Scalar: TypeAlias = bool | int | float | str
 class Connect(Protocol):
     """Makes the transport over the run's grid."""
 
-    def __call__(self, *, expected: int, least: int, note: Callable[[str], None]) -> GridTransport:
+    def __call__(
+        self,
+        *,
+        expected: int,
+        least: int,
+        note: Callable[[str], None],
+        patience_s: float = 600.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> GridTransport:
         """Return it; see `GridTransport` for what is waited for."""
         ...
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import ServerApp
@@ -25,6 +25,7 @@ __all__ = [
     "Run",
     "check_ray",
     "check_version",
+    "context",
     "enter_task",
     "in_simulation",
     "kill_workers",
@@ -58,6 +59,11 @@ def enter_task(run_id: int = 1) -> None:
 def leave_task() -> None:
     for name in ("_run_id", "_node_id", "_task_id"):
         setattr(TaskIdentity, name, None)
+
+
+def context(run_config: Mapping[str, bool | int | float | str]) -> Context:
+    """Return what Flower hands to a server app that it starts."""
+    return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
 
 
 def stamp(message: Message, message_id: str) -> None:

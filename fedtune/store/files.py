@@ -95,13 +95,18 @@ def remove(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content in one step; a crash leaves the old file or the new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> None:
+    """Replace a file's content in one step, as `write_text` does; until it has this mode it is for the owner alone."""
     with guarded(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = create_beside(path)
         try:
             try:
-                write(descriptor, text.encode())
-                os.fchmod(descriptor, 0o644)
+                write(descriptor, data)
+                os.fchmod(descriptor, mode)
                 sync(descriptor)
             finally:
                 os.close(descriptor)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from struct import Struct
@@ -39,6 +39,10 @@ class Record:
     kind: str
     fields: Mapping[str, Any]
     """Those of its kind."""
+    unix_ms: int = field(default=0, compare=False)
+    """When it was written, by the clock of the machine; information that decides nothing."""
+    prev: str = field(default=BEFORE_FIRST, compare=False)
+    """SHA-256 (hex) of the JSON of the record before it."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +132,14 @@ def parsed(data: bytes, n: int, head: str, epoch: int) -> Record:
     """
     try:
         fields = json.loads(data.decode("ascii"))
-        now, kind, number, prev, _ = [fields.pop(name) for name in OWN_FIELDS]
+        now, kind, number, prev, unix_ms = [fields.pop(name) for name in OWN_FIELDS]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"expected an object with {', '.join(OWN_FIELDS)}; got {error!r}") from error
     if number != n or prev != head:
         raise StoreError(f"expected number {n} after the record {head[:12]}; got {number!r} after {str(prev)[:12]}")
     if not isinstance(now, int) or now < epoch or not isinstance(kind, str):
         raise StoreError(f"expected a kind, and an epoch from {epoch}; got {kind!r}, {now!r}")
-    return Record(n, now, kind, fields)
+    return Record(n, now, kind, fields, unix_ms if isinstance(unix_ms, int) else 0, prev)
 
 
 class Journal:
@@ -168,6 +172,11 @@ class Journal:
         """Whether more can be appended."""
         return self._usable
 
+    @property
+    def end(self) -> End:
+        """Where the next record goes."""
+        return self._end
+
     def append(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Append a record and sync it to the disk.
 
@@ -175,37 +184,54 @@ class Journal:
             StoreError: if that failed, now or before; if another process has written; or if the record is too large
                 or holds anything but integers and strings.
         """
+        self.extend([(kind, fields)])
+
+    def extend(self, records: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        """Append records, which a crash may leave any number of, and sync them together.
+
+        Raises:
+            StoreError: as for `append`; then none of them is there.
+        """
         if not self._usable:
             raise StoreError(
                 f"{self._path}: expected a journal that can be written; an earlier write failed; "
                 "end this process, see to the disk, and go on with --resume"
             )
-        end = self._end
-        own = {"n": end.count, "prev": end.head, "epoch": self.epoch, "kind": kind, "unix_ms": time.time_ns() // 10**6}
-        data = canonical({**fields, **own})
-        if len(data) > MAX_RECORD_BYTES:
-            raise StoreError(
-                f"{self._path}: expected a record of at most {MAX_RECORD_BYTES} bytes; got {len(data)} ({kind}); "
-                "lower rounds.cohort"
-            )
+        end, written = self._end, list[bytes]()
+        for kind, fields in records:
+            own = {
+                "n": end.count,
+                "prev": end.head,
+                "epoch": self.epoch,
+                "kind": kind,
+                "unix_ms": time.time_ns() // 10**6,
+            }
+            data = canonical({**fields, **own})
+            if len(data) > MAX_RECORD_BYTES:
+                raise StoreError(
+                    f"{self._path}: expected a record of at most {MAX_RECORD_BYTES} bytes; got {len(data)} ({kind}); "
+                    "lower rounds.cohort"
+                )
+            written.append(FRONT.pack(len(data), crc32(data)) + data)
+            head, num_bytes = sha256(data).hexdigest(), end.num_bytes + len(written[-1])
+            end = End(end.count + 1, head, self.epoch, num_bytes)
         with files.guarded(self._path):
-            if os.fstat(self._descriptor).st_size != end.num_bytes:
+            if os.fstat(self._descriptor).st_size != self._end.num_bytes:
                 self._usable = False
                 raise StoreError(
-                    f"{self._path}: expected {end.num_bytes} bytes, as this process left it; another one has written; "
-                    "end all but one"
+                    f"{self._path}: expected {self._end.num_bytes} bytes, as this process left it; another one has "
+                    "written; end all but one"
                 )
             self._usable = False  # whatever interrupts the next lines: nobody writes behind half a record
             try:
-                files.write(self._descriptor, FRONT.pack(len(data), crc32(data)) + data)
+                files.write(self._descriptor, b"".join(written))
                 files.sync(self._descriptor)
             except OSError:
                 with suppress(OSError):  # what stays of it is cut off by whoever opens the journal next
-                    files.cut(self._descriptor, end.num_bytes)
+                    files.cut(self._descriptor, self._end.num_bytes)
                 raise
             self._usable = True
-        head = sha256(data).hexdigest()
-        self._end = End(end.count + 1, head, self.epoch, end.num_bytes + FRONT.size + len(data))
+        self._end = end
 
     def close(self) -> None:
         """Close the file; nothing waits to be written."""

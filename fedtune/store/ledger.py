@@ -137,6 +137,11 @@ class RunLedger:
         return self._history.inputs
 
     @property
+    def end(self) -> tuple[int, str]:
+        """Number of the journal's records, and the SHA-256 (hex) of the last."""
+        return self._journal.end.count, self._journal.end.head
+
+    @property
     def begun(self) -> int:
         """Number of the last round that has begun, committed or not; 0 before the first."""
         return self._history.round.number if self._history.round else 0

@@ -15,11 +15,12 @@ from flwr.app import Context, RecordDict, UserConfig
 
 import fedtune
 from fedtune.cli import flower_client, flower_server
-from fedtune.cli.flower_server import bare, bound, directory, expected, said, tell, text
+from fedtune.cli.flower_server import bare, bound, directory, said, tell, text
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, StoreError
 from fedtune.round import Failure, Traffic
 from fedtune.rounds import ClientFinished, Note
+from fedtune.serving import expected
 from tests.flower.conftest import NODE, MemoryGrid, flower_task, running
 
 __all__ = ["flower_task"]  # a fixture

@@ -31,6 +31,11 @@ from tests.config.conftest import SHORTEST, Faulty
         (["data.source=['a', '']"], "data.source", "none of them empty; got ['a', '']"),
         (["data.test=[]"], "data.test", "at least one file, none of them empty; got []"),
         (["model.base="], "model.base", "a folder, a hub name or embedded; got an empty text"),
+        (
+            ["rounds.over_select=1.3", "engine.name=processes"],
+            "rounds.over_select",
+            "1 with the engine 'processes', whose clients race; got 1.3",
+        ),
         (["rounds.cohort=1.5"], "rounds.cohort", "a share of at most 1; got 1.5"),
         (["rounds.cohort=5"], "rounds.cohort", "at most the 4 clients of data.split; got 5"),
         (["rounds.min_clients=5"], "rounds.min_clients", "at most the 4 clients of data.split; got 5"),

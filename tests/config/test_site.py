@@ -78,3 +78,48 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 def test_the_example_in_clients_binds() -> None:
     site = bind_site(Path(__file__).parents[2] / "clients" / "supernode" / "site.toml")
     assert site.name == "site-a"
+
+
+LINKED = """
+name = "anna"
+[model]
+base = "base"
+[adapter]
+targets = ["q"]
+[data]
+source = "rows.jsonl"
+fields = { instruction = "question", output = "answer" }
+[link]
+address = "fl.example.org:9000"
+[policy]
+methods = ["flora"]
+hours = "20:00-06:00"
+columns = ["question", "answer"]
+"""
+
+
+def test_a_site_says_whom_it_dials_and_what_it_will_do(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(LINKED)
+    settings = bind_site(path)
+    assert settings.link is not None
+    assert settings.link.address == "fl.example.org:9000"
+    assert (settings.policy.methods, settings.policy.hours) == (("flora",), "20:00-06:00")
+
+
+def test_a_column_that_the_policy_does_not_name_is_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(LINKED.replace('columns = ["question", "answer"]', 'columns = ["question"]'))
+    with pytest.raises(ConfigError, match=r"data\.fields\.output: expected a column of policy\.columns"):
+        bind_site(path)
+    path.write_text(LINKED.replace("fields = ", "# fields = "))
+    with pytest.raises(ConfigError, match="every column by name"):
+        bind_site(path)
+
+
+def test_faults_of_link_and_policy_are_told_together(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(LINKED.replace("address", "adress").replace("20:00", "late").replace("methods", "methodes"))
+    with pytest.raises(ConfigError) as caught:
+        bind_site(path)
+    assert {fault.path.partition(".")[0] for fault in caught.value.faults} == {"link", "policy"}

@@ -155,3 +155,12 @@ def test_every_durable_write_of_a_run_is_made_of_the_steps_of_this_module() -> N
         if not (isinstance(node.func.value, ast.Name) and node.func.value.id == "files")
     ]
     assert found == [("run.py", "mkdir")]  # `vacant`, before there is a run
+
+
+def test_bytes_take_the_mode_that_is_asked_for(tmp_path: Path) -> None:
+    files.write_bytes(tmp_path / "key", b"secret", mode=0o600)
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    files.write_bytes(tmp_path / "key", memoryview(b"public"))
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "key").read_bytes() == b"public"
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]

@@ -294,3 +294,26 @@ def test_what_each_record_is_handed_to_may_refuse_it(path: Path) -> None:
 
     with pytest.raises(StoreError, match="no"):
         read(path, refuse)
+
+
+def test_several_records_are_synced_once_and_are_all_there_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    sync = files.sync
+
+    def counted(descriptor: int) -> None:
+        synced.append(descriptor)
+        sync(descriptor)
+
+    one = Journal(tmp_path / "journal", End())
+    monkeypatch.setattr(files, "sync", counted)
+    one.extend([("step", {"number": number}) for number in range(5)])
+    assert len(synced) == 1
+    with pytest.raises(StoreError):
+        one.extend([("step", {"number": 5}), ("step", {"number": 0.5})])
+    one.append("step", {"number": 5})
+    one.close()
+    found, end = records(tmp_path / "journal")
+    assert [record.fields["number"] for record in found] == [0, 1, 2, 3, 4, 5]
+    assert end.count == 6

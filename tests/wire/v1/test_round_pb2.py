@@ -19,7 +19,7 @@ from google.protobuf.descriptor_pb2 import (
     FileDescriptorSet,
 )
 
-from fedtune.wire.v1 import round_pb2
+from fedtune.wire.v1 import link_pb2, round_pb2
 
 ROOT = Path(__file__).parents[3]
 GENERATED = ROOT / "fedtune" / "wire" / "v1"
@@ -27,12 +27,27 @@ HISTORY = sorted((ROOT / "proto" / "history").glob("v1-*.binpb"))
 PROJECT: Mapping[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
+FILES = ("round", "link")
+
+
 def generate(folder: Path) -> FileDescriptorProto:
     """Write what `make proto` writes into a folder, and return the schema as the compiler reads it."""
     command = [sys.executable, "-m", "grpc_tools.protoc", "-I", "fedtune/wire/v1=proto/fedtune/v1"]
-    outputs = [f"--python_out={folder}", f"--pyi_out={folder}", f"--descriptor_set_out={folder / 'round.binpb'}"]
-    subprocess.run([*command, *outputs, "fedtune/wire/v1/round.proto"], cwd=ROOT, check=True)
-    return FileDescriptorSet.FromString((folder / "round.binpb").read_bytes()).file[0]
+    outputs = [f"--python_out={folder}", f"--pyi_out={folder}", f"--descriptor_set_out={folder / 'schema.binpb'}"]
+    subprocess.run([*command, *outputs, *(f"fedtune/wire/v1/{name}.proto" for name in FILES)], cwd=ROOT, check=True)
+    return joined((folder / "schema.binpb").read_bytes())
+
+
+def joined(data: bytes) -> FileDescriptorProto:
+    """Return the files of a compiled schema as one; they share a package, so no name stands in two."""
+    files = FileDescriptorSet.FromString(data).file
+    whole = FileDescriptorProto(package=files[0].package)
+    for file in files:
+        assert file.package == whole.package
+        whole.message_type.extend(file.message_type)
+        whole.enum_type.extend(file.enum_type)
+        whole.service.extend(file.service)
+    return whole
 
 
 def protobuf_version(code: str) -> str:
@@ -45,6 +60,8 @@ def numbered(schema: FileDescriptorProto) -> Mapping[tuple[str, int], tuple[obje
     """Return what must never change of each number: of fields the name and type, of enum values the name."""
 
     def fields(message: DescriptorProto) -> Iterator[tuple[tuple[str, int], tuple[object, ...]]]:
+        for enum in message.enum_type:
+            yield from (((f"{message.name}.{enum.name}", one.number), (one.name,)) for one in enum.value)
         for one in message.field:
             kind = FieldDescriptorProto.Type.Name(one.type), FieldDescriptorProto.Label.Name(one.label)
             yield (message.name, one.number), (one.name, *kind, one.type_name, one.proto3_optional)
@@ -71,9 +88,10 @@ def broken(old: FileDescriptorProto, new: FileDescriptorProto) -> list[str]:
 
 @pytest.fixture(scope="module")
 def current() -> FileDescriptorProto:
-    schema = FileDescriptorProto()
-    round_pb2.DESCRIPTOR.CopyToProto(schema)
-    return schema
+    files = FileDescriptorSet()
+    for module in (round_pb2, link_pb2):
+        module.DESCRIPTOR.CopyToProto(files.file.add())
+    return joined(files.SerializeToString())
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +110,7 @@ def test_the_committed_code_describes_the_schema(
     assert current.package == schema.package
 
 
-@pytest.mark.parametrize("name", ["round_pb2.py", "round_pb2.pyi"])
+@pytest.mark.parametrize("name", [f"{file}_pb2.{ending}" for file in FILES for ending in ("py", "pyi")])
 def test_the_committed_code_is_what_the_generator_writes(fresh: tuple[Path, FileDescriptorProto], name: str) -> None:
     folder, _ = fresh
     versions = [protobuf_version((place / "round_pb2.py").read_text()) for place in (GENERATED, folder)]
@@ -108,15 +126,13 @@ def test_the_oldest_protobuf_that_may_be_installed_runs_the_committed_code() -> 
 
 @pytest.mark.parametrize("path", HISTORY, ids=lambda path: str(path.stem))
 def test_every_released_schema_is_still_understood(path: Path, current: FileDescriptorProto) -> None:
-    (old,) = FileDescriptorSet.FromString(path.read_bytes()).file
-    assert broken(old, current) == []
+    assert broken(joined(path.read_bytes()), current) == []
 
 
 def test_the_schema_of_this_release_is_kept(current: FileDescriptorProto) -> None:
     path = ROOT / "proto" / "history" / f"v1-{PROJECT['version']}.binpb"
     assert path in HISTORY, "run `make proto`"
-    (kept,) = FileDescriptorSet.FromString(path.read_bytes()).file
-    assert numbered(kept) == numbered(current), "run `make proto`"
+    assert numbered(joined(path.read_bytes())) == numbered(current), "run `make proto`"
 
 
 def edited(schema: FileDescriptorProto) -> tuple[FileDescriptorProto, DescriptorProto]:

@@ -1,0 +1,42 @@
+"""The command `fedtune ca`: the certificate authority of a federation, on a machine without a network."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.cli.entry import DebugOption, examples, reported
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Make the certificate authority that signs who is in a federation.",
+)
+
+
+@app.callback()
+def group() -> None:
+    """Keep `init` a command of its own: a group with one command would take its place."""
+
+
+@app.command(epilog=examples("fedtune ca init ca --federation care"))
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for its keys.", show_default=False)],
+    federation: Annotated[str, typer.Option(help="Lasting name of the federation.")],
+    years: Annotated[int, typer.Option(min=1, max=30, help="How long the CA lasts.")] = 10,
+    debug: DebugOption = False,
+) -> None:
+    """Make a CA key, its certificate, the key that signs the roster, and an empty roster; keep the folder offline."""
+    with reported(debug):
+        from fedtune.link import authority
+        from fedtune.link.signing import fingerprint
+
+        authority.init(folder, federation, now=int(time.time()), years=years)
+        anchors = authority.read(folder / authority.CA) + authority.read(folder / authority.ROSTER_PUB)
+        typer.echo(f"made {folder} for the federation {federation}; whoever has this folder decides who is in it")
+        typer.echo(f"fingerprint of its anchors, for sites to compare: {fingerprint(anchors)}")
+        typer.echo("next, at each party: fedtune enroll request --name NAME --org ORG")

@@ -1,0 +1,40 @@
+"""What a run would ask of a site, as a table on a terminal, before the site has done anything for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fedtune.cli.text import printable
+
+if TYPE_CHECKING:
+    from fedtune.member import DryRun
+
+
+def show(console: Any, shown: DryRun) -> None:
+    """Print what is asked, the recipe, and what the site's policy says of it."""
+    for name, text in facts(shown):
+        console.print(f"{name:12} {printable(text)}", markup=False)
+    console.print()
+    console.print(printable(shown.recipe.strip(), lines=True), markup=False)
+    console.print()
+    for one in shown.refusals:
+        console.print(f"x {printable(one.note)}", markup=False)
+    console.print("allowed by this site's policy" if shown.allowed else "this site would decline", markup=False)
+
+
+def facts(shown: DryRun) -> Iterator[tuple[str, str]]:
+    asked = shown.demand
+    yield "server", shown.server
+    yield "run", f"{shown.run}, recipe {shown.recipe_digest}"
+    yield "method", asked.method
+    yield "rounds", f"{shown.rounds}, at least {asked.cohort} clients each"
+    yield "of this site", f"{asked.steps or 'so many epochs of'} steps" + (f", rank {asked.rank}" if asked.rank else "")
+    yield "its data", ", ".join(f"{part} from {column}" for part, column in sorted(shown.columns.items())) or "by name"
+    yield (
+        "leaves it",
+        "signed bytes of scalars, a few hundred per round"
+        if asked.rank is None
+        else "LoRA factors of the named layers",
+    )
+    yield "and", "number of examples, losses, seconds, tokens and peak memory; its name and signature"

@@ -1,0 +1,129 @@
+"""The command `fedtune enroll`: keys made at a site, a request that the CA signs, and the bundle that comes back."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.cli.entry import DebugOption, examples, reported
+from fedtune.cli.text import printable
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Enrol a party of a federation: request at the site, sign at the CA, accept at the site. Keys never travel.",
+)
+
+IdentityOption = Annotated[Path, typer.Option("--identity", metavar="DIR", help="Folder of this party's keys.")]
+AuthorityOption = Annotated[Path, typer.Option("--ca", metavar="DIR", help="Folder made by fedtune ca init.")]
+
+
+@app.command(
+    epilog=examples(
+        "fedtune enroll request --name site-a --org hospital-a",
+        "fedtune enroll request --name server --org consortium --role coordinator --host fl.example.org",
+    )
+)
+def request(
+    name: Annotated[str, typer.Option(help="Lasting name of this party, unique in the federation.")],
+    org: Annotated[str, typer.Option(help="Organisation that it belongs to.")],
+    role: Annotated[str, typer.Option(help="client, coordinator or auditor.")] = "client",
+    host: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="A coordinator's name or address; may be given again.")
+    ] = None,
+    identity: IdentityOption = Path("identity"),
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of NAME.request.json.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Make this party's keys, which stay here, and a request for the CA; again, to renew a certificate."""
+    with reported(debug):
+        from fedtune.link import enrol
+        from fedtune.link.signing import fingerprint
+        from fedtune.store.files import write_bytes
+
+        made: Any = enrol.request(identity, name=name, org=org, role=role, hosts=host or ())  # type: ignore[arg-type]
+        path = out or Path(f"{name}.request.json")
+        write_bytes(path, made)
+        typer.echo(f"wrote {path}; the keys stay in {identity}")
+        typer.echo(f"fingerprint, to compare by voice with whoever signs: {fingerprint(made)}")
+        typer.echo(f"next, at the CA: fedtune enroll sign {path}")
+
+
+@app.command(
+    epilog=examples(
+        "fedtune enroll sign site-a.request.json", "fedtune enroll sign site-a.request.json --ca ca --days 30"
+    )
+)
+def sign(
+    request: Annotated[Path, typer.Argument(metavar="REQUEST", help="What the site sent.", show_default=False)],
+    ca: AuthorityOption = Path("ca"),
+    days: Annotated[int, typer.Option(min=1, max=397, help="How long the certificate lasts.")] = 90,
+    fingerprint: Annotated[
+        str | None, typer.Option(metavar="HEX", help="What the site read out; without a terminal it is needed.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let a known party come with a new signing key; the old one ends.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of NAME.bundle.json.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Put a party into the roster and give it a certificate, after its fingerprint has been compared."""
+    with reported(debug):
+        from fedtune.errors import ConfigError, Fault
+        from fedtune.link import authority, signing
+        from fedtune.store.files import write_bytes
+
+        data = authority.read(request)
+        asked = authority.described(data)
+        found = signing.fingerprint(data)
+        typer.echo(f"{printable(asked.name)}, {asked.role} of {printable(asked.org)}" + hosts(asked.hosts))
+        typer.echo(f"fingerprint {found}")
+        if fingerprint is not None:
+            if plain(fingerprint) != plain(found):
+                hint = "ask the site again; if it differs, somebody has changed the request"
+                raise ConfigError(Fault("--fingerprint", found, repr(fingerprint), hint))
+        elif not sys.stdin.isatty():
+            raise ConfigError(Fault("--fingerprint", "what the site read out", "none", "compare it by voice first"))
+        elif not typer.confirm("Is that what the site reads out?"):
+            raise typer.Exit(1)
+        bundle = authority.sign_request(ca, data, days=days, replace_key=replace, now=int(time.time()))
+        path = out or Path(f"{asked.name}.bundle.json")
+        write_bytes(path, bundle)
+        version = authority.held(ca).version
+        typer.echo(f"wrote {path}; the roster has version {version}")
+        typer.echo(f"next, at {printable(asked.name)}: fedtune enroll accept {path}")
+        typer.echo(f"and at the server: fedtune roster install {ca / authority.ROSTER}")
+
+
+@app.command(epilog=examples("fedtune enroll accept site-a.bundle.json"))
+def accept(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="What the CA sent back.", show_default=False)],
+    identity: IdentityOption = Path("identity"),
+    debug: DebugOption = False,
+) -> None:
+    """Install the certificate, the federation's anchors and the roster, checked against this party's keys."""
+    with reported(debug):
+        from fedtune.link import authority, enrol
+        from fedtune.link.identity import CA, ROOT, day
+        from fedtune.link.signing import fingerprint
+
+        made = enrol.accept(identity, authority.read(bundle), now=int(time.time()))
+        until = day(made.not_after)
+        anchors = (identity / CA).read_bytes() + (identity / ROOT).read_bytes()
+        typer.echo(f"{made.name} of {made.org} is enrolled as {made.role} in {made.federation}, until {until}")
+        typer.echo(f"fingerprint of the federation's anchors, to compare with the CA's: {fingerprint(anchors)}")
+        step = "fedtune serve RECIPE" if made.role == "coordinator" else "fedtune join SITE --dry-run"
+        typer.echo(f"next: {step}")
+
+
+def hosts(names: tuple[str, ...]) -> str:
+    return f", dialled as {', '.join(names)}" if names else ""
+
+
+def plain(text: str) -> str:
+    return "".join(text.split()).lower()

@@ -1,0 +1,34 @@
+"""A server's own file: how it listens, with which patience and quotas; nothing in it changes what a run computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtune.config.binding import Findings, bind_table, unknown_keys
+from fedtune.config.reading import edited, read
+from fedtune.errors import ConfigError, Fault
+from fedtune.link.settings import LinkSettings
+
+
+def bind_link(path: Path | None, overrides: tuple[str, ...] = ()) -> tuple[LinkSettings, Path]:
+    """Read, check and freeze a server file; without one, and without overrides, everything has its default.
+
+    Returns: the settings, and the folder that paths in them are relative to.
+
+    Raises:
+        ConfigError: with every fault at once, or the reason why the file cannot be read.
+    """
+    if path is not None and not path.is_file():
+        raise ConfigError(Fault("", "a server file in TOML", f"none at {path}"), source=str(path))
+    found, label, root = Findings(), "server", Path.cwd()
+    tables: Mapping[str, Any] = {}
+    if path is not None:
+        label, _, root, tables = read(path)
+    table = edited(tables, overrides, found.faults)
+    found.faults.extend(unknown_keys(table, ("link",), ""))
+    settings = bind_table(LinkSettings, table.get("link", {}), "link", found)
+    if found.faults or settings is None:
+        raise ConfigError(found.faults, source=label)
+    return settings, root

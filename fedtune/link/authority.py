@@ -1,0 +1,163 @@
+"""The certificate authority of a federation, a folder on an offline machine: it signs requests and the roster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from fedtune.errors import ConfigError, Fault
+from fedtune.link import certificates, roster
+from fedtune.link.enrol import Request, read_request
+from fedtune.link.identity import root_key, secret
+from fedtune.link.roster import NAME, Member, Roster
+from fedtune.store.files import guarded, write_bytes
+
+CA_KEY, CA, ROSTER_KEY, ROSTER_PUB, ROSTER = "ca.key", "ca.crt", "roster.key", "roster.pub", "roster"
+ROSTER_DAYS = 30
+DAY_S = 86_400
+KEPT_SERIALS = 2
+
+
+def init(folder: Path, federation: str, *, now: int, years: int = 10) -> Roster:
+    """Make a CA, the key of the roster, and a roster without members.
+
+    Raises:
+        ConfigError: if the name is none, or the folder holds something.
+    """
+    if not NAME.fullmatch(federation):
+        raise ConfigError(Fault("federation", "letters, digits, '.', '_', '-', at most 100", repr(federation)))
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(Fault("", "a new or an empty folder", str(folder), "keep each federation's CA in its own"))
+    key, root = certificates.new_tls_key(), Ed25519PrivateKey.generate()
+    with guarded(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    write_bytes(folder / CA_KEY, certificates.pem_of(key), mode=0o600)
+    write_bytes(folder / ROSTER_KEY, certificates.pem_of(root), mode=0o600)
+    write_bytes(folder / CA, certificates.authority(federation, key, years=years, now=now))
+    public = root.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    write_bytes(folder / ROSTER_PUB, public)
+    made = Roster(federation, 1, now + ROSTER_DAYS * DAY_S, {})
+    write_bytes(folder / ROSTER, roster.encode(made, root))
+    return made
+
+
+def held(folder: Path) -> Roster:
+    """Return the roster of a CA as it last signed it.
+
+    Raises:
+        ConfigError: if the folder is no CA.
+        WireError: if the roster is not signed by the folder's own key.
+    """
+    return roster.decode(read(folder / ROSTER), root_key(read(folder / ROSTER_PUB)))
+
+
+def sign_request(folder: Path, request: bytes, *, days: int = 90, replace_key: bool = False, now: int) -> bytes:
+    """Enrol a party, or give one a new certificate, and return the bundle for its site.
+
+    Args:
+        folder: of the CA.
+        request: what `enrol.request` made.
+        days: how long the certificate lasts.
+        replace_key: whether a party of that name may come with another signing key, which ends the old one.
+        now: seconds since 1970.
+
+    Raises:
+        WireError: if the request is malformed or its signatures do not hold.
+        ConfigError: if it must not be signed, with the reason.
+    """
+    asked = read_request(request)
+    before = held(folder)
+    old = before.members.get(asked.name)
+    if old is not None and old.key != asked.key and not replace_key:
+        hint = "compare the fingerprint by voice, then sign with --replace"
+        raise ConfigError(Fault("request", f"the key that {asked.name} is enrolled with", "another", hint))
+    if old is not None and old.state == "revoked" and not replace_key:
+        raise ConfigError(
+            Fault("request", "a party that is not revoked", asked.name, "sign with --replace to readmit it")
+        )
+    if asked.role == "coordinator" and not asked.hosts:
+        raise ConfigError(Fault("request", "hosts that clients dial", "none", "request with --host NAME"))
+    ca = read(folder / CA)
+    try:
+        pem = certificates.certificate(
+            certificates.requested(asked.csr),
+            f"{certificates.SCHEME}{before.federation}/{asked.org}/{asked.name}",
+            hosts=asked.hosts,
+            server=asked.role == "coordinator",
+            days=days,
+            ca=ca,
+            ca_key=certificates.tls_key(secret(folder / CA_KEY)),
+            now=now,
+        )
+    except ValueError as error:
+        raise ConfigError(Fault("days", "a certificate that may be signed", str(error))) from None
+    kept = old.serials if old is not None and old.key == asked.key and old.state == "active" else ()
+    begin, end = certificates.validity(pem)
+    member = Member(
+        asked.name, asked.org, asked.role, asked.key, (*kept, certificates.serial(pem))[-KEPT_SERIALS:], begin, end
+    )
+    made = resign(folder, replace(before, members={**before.members, asked.name: member}), now=now)
+    return bundle(pem, ca, read(folder / ROSTER_PUB), made)
+
+
+def bundle(certificate: bytes, ca: bytes, root: bytes, signed_roster: bytes) -> bytes:
+    body = {
+        "certificate": certificate.decode(),
+        "ca": ca.decode(),
+        "root": root.decode(),
+        "roster": signed_roster.decode(),
+    }
+    return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def revoke(folder: Path, name: str, *, now: int) -> Roster:
+    """Take a party out: its certificate and signatures count no more wherever the new roster is.
+
+    Raises:
+        ConfigError: if there is no such party.
+    """
+    before = held(folder)
+    if name not in before.members:
+        known: Sequence[str] = sorted(before.members)
+        raise ConfigError(Fault("name", f"a member ({', '.join(known) or 'there is none yet'})", repr(name)))
+    gone = replace(before.members[name], state="revoked", serials=())
+    resign(folder, replace(before, members={**before.members, name: gone}), now=now)
+    return held(folder)
+
+
+def renew(folder: Path, *, days: int = ROSTER_DAYS, now: int) -> Roster:
+    """Sign the roster again, for so many days from now."""
+    resign(folder, held(folder), days=days, now=now)
+    return held(folder)
+
+
+def resign(folder: Path, changed: Roster, *, days: int = ROSTER_DAYS, now: int) -> bytes:
+    """Sign a roster under the next version number, write it, and return it."""
+    until = max(changed.valid_until, now + days * DAY_S)
+    made = replace(changed, version=changed.version + 1, valid_until=until)
+    data = roster.encode(made, certificates.signing_key(secret(folder / ROSTER_KEY)))
+    write_bytes(folder / ROSTER, data)
+    return data
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        hint = "make it with fedtune ca init, or name it with --ca"
+        raise ConfigError(Fault("ca", f"a file {path} of a CA", str(error.strerror), hint)) from None
+
+
+def described(request: bytes) -> Request:
+    """Return what a request says, for whoever is to sign it.
+
+    Raises:
+        WireError: if it is malformed or its signatures do not hold.
+    """
+    return read_request(request)

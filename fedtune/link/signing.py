@@ -1,0 +1,47 @@
+"""Ed25519 signatures over DSSE's pre-authentication encoding: what is signed is a type and bytes, nothing parsed."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+
+def pae(kind: str, payload: bytes) -> bytes:
+    """Return DSSE's pre-authentication encoding (github.com/secure-systems-lab/dsse, protocol.md).
+
+    >>> pae("http://example.com/HelloWorld", b"hello world")
+    b'DSSEv1 29 http://example.com/HelloWorld 11 hello world'
+    """
+    name = kind.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(name), name, len(payload), payload)
+
+
+def sign(key: Ed25519PrivateKey, kind: str, payload: bytes) -> bytes:
+    return key.sign(pae(kind, payload))
+
+
+def verify(public: bytes, kind: str, payload: bytes, signature: bytes) -> bool:
+    """Return whether a signature is one of this public key (32 bytes); anything malformed is none."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, pae(kind, payload))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def raw(key: Ed25519PrivateKey) -> bytes:
+    """Return the public key that belongs to it, 32 bytes."""
+    return key.public_key().public_bytes_raw()
+
+
+def key_id(public: bytes) -> bytes:
+    """Return what a key is known by in a statement: the first 16 bytes of its SHA-256."""
+    return sha256(public).digest()[:16]
+
+
+def fingerprint(data: bytes) -> str:
+    """Return what two people compare by voice: 128 bits of the SHA-256 as eight groups of four hex digits."""
+    digits = sha256(data).hexdigest()[:32]
+    return " ".join(digits[at : at + 4] for at in range(0, 32, 4))

@@ -1,0 +1,85 @@
+"""One run on a server without a model: what the clients say they have in common stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+from fedtune.conduct import Door, Setting, check_ranks, first_state
+from fedtune.config import Recipe, bind, planned
+from fedtune.config.reading import read
+from fedtune.config.recipe import largest_rank
+from fedtune.errors import ConfigError, Fault
+from fedtune.flower.grid_transport import GridTransport
+from fedtune.methods import METHODS
+from fedtune.planning.fixed import Fixed
+from fedtune.round import Blueprint
+from fedtune.store import peft
+from fedtune.store.ledger import RunLedger
+
+AT_THE_SITES = 'data={ source = "at the sites", split = { kind = "files" } }'
+
+
+def at_the_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a TOML text or a path; one without a table `data` is whole here, for the data lie elsewhere.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    *_, tables = read(source)
+    return bind(source, overrides=(*overrides, *(() if "data" in tables else (AT_THE_SITES,))))
+
+
+def expected(recipe: Recipe) -> int:
+    """Return how many clients the first round waits for: its cohort where that is a number."""
+    cohort = recipe.rounds.cohort
+    return max(recipe.rounds.min_clients, cohort if isinstance(cohort, int) else 0)
+
+
+def setting(
+    recipe: Recipe,
+    transport: GridTransport,
+    *,
+    door: Door,
+    opened: Callable[[RunLedger], None] = lambda ledger: None,
+) -> Setting:
+    """Return what the run is conducted over: what the clients have in common stands for a model that is not here."""
+    common, profiles = transport.foundation, transport.profiles
+    check_ranks(recipe, common.modules)
+    if METHODS[recipe.method.name].verb == "probe" and not common.manifest:
+        expected = f"clients whose base {recipe.method.name!r} can move: finite, in float32, float16 or bfloat16"
+        raise ConfigError(Fault("model.base", expected, "another, by what most of them say"))
+    blueprint = Blueprint(
+        common.modules,
+        common.saved,
+        max_rank=largest_rank(recipe),
+        seed=recipe.seed,
+        manifest=common.manifest if METHODS[recipe.method.name].verb == "probe" else b"",
+    )
+    first_state(recipe, blueprint)  # what the method refuses of the base it refuses now
+    return Setting(
+        recipe=recipe,
+        blueprint=blueprint,
+        planner=Fixed(partial(planned, recipe), alpha=recipe.adapter.alpha, rslora=recipe.adapter.rslora),
+        base={"name": recipe.model.base, "digest": common.base, "parameters": common.parameters},
+        target=peft.Target(
+            base=recipe.model.base,
+            revision=recipe.model.revision,
+            task=recipe.model.task,
+            fan_in_fan_out=common.transposed,
+            saved_modules=common.saved_modules,
+        ),
+        fleet={name: profile.num_examples for name, profile in profiles.items()},
+        machine={"engine": door},
+        labels=common.labels,
+        door=door,
+        opened=opened,
+    )
+
+
+def check_overrides(recipe: Recipe, clients: Collection[str], said: Callable[[str], None]) -> None:
+    """Say which overrides cover no client of the first round's: a later one may still come, or it is mistyped."""
+    known = f"{', '.join(sorted(clients)[:8])}{', ...' * (len(clients) > 8)}"
+    for override in recipe.override:
+        if not any(override.covers(name) for name in clients):
+            said(f"override.clients: {list(override.clients)} match none of the clients that are here ({known})")

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from fedtune.cli.dry_run import show
+from fedtune.member import bound, foreseen
+from tests.test_coordinator import RECIPE
+from tests.test_member import greeting, site
+
+__all__ = ["site"]  # a fixture
+
+
+def shown(place: Path, recipe: str) -> str:
+    out = io.StringIO()
+    show(Console(file=out, width=200), foreseen(bound(place), greeting(recipe)))
+    return out.getvalue()
+
+
+def test_what_a_run_would_ask_is_shown_with_the_recipe_and_the_verdict(site: Path) -> None:
+    text = shown(site, RECIPE)
+    for line in (
+        "method       flora",
+        "1 steps, rank 2",
+        "instruction from question",
+        "LoRA factors",
+        'name = "flora"',
+    ):
+        assert line in text
+    assert text.rstrip().endswith("allowed by this site's policy")
+
+
+def test_what_the_policy_forbids_is_named(site: Path) -> None:
+    text = shown(site, RECIPE.replace("rank = 2", "rank = 8"))
+    assert "x policy.max_rank: allowed 4; got 8" in text
+    assert text.rstrip().endswith("this site would decline")

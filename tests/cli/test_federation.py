@@ -1,0 +1,108 @@
+"""The commands serve, join, status and audit, as a new user meets them; whole runs are in tests/test_link.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedtune.cli.main import app
+from tests.link.ceremony import ceremony
+from tests.link.federation import federation
+from tests.link.test_service import served
+from tests.test_coordinator import RECIPE
+from tests.test_link import FLORA, SITE, SITES, scripted
+from tests.test_member import SITE as OWN
+
+
+def run(*words: str) -> tuple[int, str]:
+    found = CliRunner().invoke(app, list(words))
+    return found.exit_code, found.output
+
+
+@pytest.mark.parametrize("command", ["serve", "join", "status", "audit"])
+def test_help_has_examples(command: str) -> None:
+    status, output = run(command, "--help")
+    assert status == 0
+    assert f"fedtune {command}" in output
+
+
+def test_a_server_without_an_identity_is_told_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    status, output = run("serve", "recipe.toml")
+    assert status == 2
+    assert "fedtune enroll request" in output
+    assert run("serve")[0] == 2
+    status, output = run("serve", "none.toml")
+    assert status == 2
+    assert "none.toml" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_asks_a_server_and_leaves_nothing(tmp_path: Path) -> None:
+    with served(tmp_path) as made:
+        site = tmp_path / "site-a" / "site.toml"
+        site.write_text(OWN.replace("localhost:1", f"localhost:{made.port}"))
+        object.__setattr__(made.hub.run, "recipe", RECIPE.encode())
+        status, output = run("join", str(site), "--dry-run")
+        assert status == 2  # the recipe of this server's plan was signed before it was changed
+        assert "coordinator has signed" in output
+    assert not (tmp_path / "site-a" / "state").exists()
+
+
+def test_a_dry_run_against_nobody_says_so(tmp_path: Path) -> None:
+    ceremony(tmp_path)
+    site = tmp_path / "site-a" / "site.toml"
+    site.write_text(OWN)
+    status, output = run("join", str(site), "--dry-run")
+    assert status == 2
+    assert "nobody listens on localhost:1" in output
+
+
+def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:
+    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE)) as made:
+        made.serve()
+        scripted(made, *SITES, seconds=0.0)
+        made.until(lambda: made.events("server", "listening"))
+        site = str(made.folder / "site-b" / "site.toml")
+        status, output = run("join", site, "--dry-run", "--json")
+        shown = json.loads(output)
+        assert status == 0
+        assert (shown["demand"]["method"], shown["demand"]["rank"], shown["rounds"]) == ("flora", 4, 4)
+        assert made.ended("server", *SITES) == [0] * 4
+        status, output = run("status", str(made.run))
+        assert status == 0
+        assert "finished" in output
+        for name in SITES:
+            assert name in output
+        told = json.loads(run("status", str(made.run), "--json")[1])
+        assert [(one["name"], one["rounds"], one["error"]) for one in told["clients"]] == [
+            (name, 4, "") for name in SITES
+        ]
+        status, output = run("audit", str(made.run), "--kind", "used")
+        assert status == 0
+        assert output.count(" used ") == 12
+        head = output.rsplit(maxsplit=1)[-1]
+        sent = run("audit", str(made.folder / "site-a" / "state"), "--kind", "sending", "--json")[1]
+        assert len([one for one in map(json.loads, sent.splitlines()) if one["round"]]) == 4
+        assert run("audit", str(made.run), "--head", head)[0] == 0
+        assert run("audit", str(made.run), "--head", "ab" * 32)[0] == 2
+        for name in SITES:
+            state = str(made.folder / name / "state")
+            assert run("audit", str(made.run), "--receipts", state)[1].startswith("4 receipts")
+        assert run("audit", str(made.run), "--receipts", str(made.folder))[0] == 2
+        journal = (made.run / "journal").read_bytes()
+        (made.run / "journal").write_bytes(journal[: len(journal) // 2])
+        status, output = run("audit", str(made.run), "--receipts", str(made.folder / "site-a" / "state"))
+        assert status == 2
+        assert "cut or written anew" in output
+        (made.run / "journal").write_bytes(journal)
+        log = made.run / "link" / "audit"
+        log.write_bytes(log.read_bytes().replace(b"site-a", b"site-x", 1))
+        status, output = run("audit", str(made.run))
+        assert status == 2
+        assert "damaged" in output
+        assert run("runs", "verify", str(made.run))[0] == 0

@@ -1,0 +1,42 @@
+"""A federation for tests: a CA, a coordinator named `server` and clients, every identity on the newest roster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedtune.link import authority, enrol
+
+
+def ceremony(
+    folder: Path,
+    *,
+    federation: str = "care",
+    clients: Sequence[str] = ("site-a", "site-b"),
+    now: int | None = None,
+) -> Mapping[str, Path]:
+    """Enrol everybody as their own commands would, and return the identity folders by name, and the CA's under `ca`."""
+    at = int(time.time()) if now is None else now
+    ca = folder / "ca"
+    authority.init(ca, federation, now=at)
+    places = {name: folder / name / "identity" for name in ("server", *clients)}
+    for name, place in places.items():
+        server = name == "server"
+        request = enrol.request(
+            place,
+            name=name,
+            org=f"org-{name}",
+            role="coordinator" if server else "client",
+            hosts=("localhost", "127.0.0.1") if server else (),
+        )
+        enrol.accept(place, authority.sign_request(ca, request, now=at), now=at)
+    spread(ca, places)
+    return {**places, "ca": ca}
+
+
+def spread(ca: Path, places: Mapping[str, Path], *, to: Sequence[str] | None = None) -> None:
+    """Put the CA's newest roster into identity folders: of everybody, or of those that are named."""
+    for name, place in places.items():
+        if name != "ca" and (to is None or name in to):
+            (place / "roster").write_bytes((ca / "roster").read_bytes())

@@ -1,0 +1,76 @@
+"""A site without torch: `fedtune join` with a trainer that draws its updates from the assignment's key."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedtune.cli.federation import stopped_by_signals
+from fedtune.cli.told import teller
+from fedtune.link.spool import mapped
+from fedtune.member import take_part
+from fedtune.round import Assignment, ClientUpdate
+from fedtune.seeds import generator
+from fedtune.tensors import cast
+from fedtune.wire.messages import decode_assignment, encode_update
+from fedtune.wire.profile import ClientProfile, Foundation, encode_profile
+
+MODULES: Mapping[str, tuple[int, int]] = {"layer.q": (4096, 2048), "layer.v": (1024, 2048)}
+FOUNDATION = Foundation(base="9f3c" * 16, modules=MODULES, parameters=10_485_760)
+EXAMPLES = 10
+
+
+def work(assignment: Assignment) -> ClientUpdate:
+    """Return an update that depends on the assignment alone, the global adapter included."""
+    drawn = generator(assignment.seed)
+    shared = sum(float(np.sum(one.astype(np.float64))) for one in assignment.blobs.get("global", {}).values())
+    rank, tensors = assignment.plan.rank, {}
+    for name, (m, n) in MODULES.items():
+        tensors[f"{name}.a"] = (drawn.standard_normal((rank, n)) + shared % 1).astype(np.float32)
+        tensors[f"{name}.b"] = drawn.standard_normal((m, rank)).astype(np.float32)
+    return ClientUpdate(
+        client=assignment.plan.client,
+        round=assignment.round,
+        num_examples=EXAMPLES,
+        tensors=cast(tensors, assignment.local.wire_dtype),
+        base=FOUNDATION.base,
+    )
+
+
+class ScriptedTrainer:
+    """Works in this process, for so many seconds."""
+
+    def __init__(self, client: str, seconds: float) -> None:
+        self._client, self._seconds = client, seconds
+
+    def profile(self, into: Path) -> None:
+        profile = encode_profile(ClientProfile(self._client, EXAMPLES, FOUNDATION, methods=("flora",)))
+        into.mkdir(parents=True, exist_ok=True)
+        (into / "front").write_bytes(profile.header)
+        for digest, body in profile.blobs.items():
+            (into / digest).write_bytes(body)
+
+    def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> None:
+        held = {name: bytes(mapped(folder / name)) for name in bodies}
+        update = work(decode_assignment((folder / "front").read_bytes(), held))
+        threading.Event().wait(self._seconds)  # stands for training: what a kill may interrupt
+        into.write_bytes(encode_update(update))
+
+    def kill(self) -> None:
+        """Nothing to kill: it ends by itself soon."""
+
+
+def main() -> None:
+    """Take part with the site file that is named, training for so many seconds a round."""
+    site = Path(sys.argv[1])
+    with stopped_by_signals():
+        end = take_part(site, tell=teller("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))
+    print(end)
+
+
+if __name__ == "__main__":
+    main()

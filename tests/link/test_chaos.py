@@ -1,0 +1,114 @@
+"""Fifty federations on a bad network with processes that are killed: each ends with the right bytes, and none hangs."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from fedtune.link import outbox
+from fedtune.link.dial import dial
+from fedtune.link.identity import load
+from fedtune.link.settings import JoinSettings
+from fedtune.seeds import derive, generator
+from fedtune.store.history import replayed
+from fedtune.wire.v1 import link_pb2 as pb
+from tests.link.federation import Federation, federation
+from tests.link.proxy import Fate, Fault, proxy
+from tests.test_link import FLORA, SITE, SITES, reference, scripted
+
+SEEDS = 50
+FAULTS: Mapping[Fault, float] = {"none": 0.35, "cut": 0.3, "delay": 0.15, "flip": 0.17, "silence": 0.03}
+"""What becomes of a connection, and how often."""
+QUIET = 6
+"""Connections of a federation after which the network is good, so that every run can end."""
+
+
+@cache
+def right(folder: Path) -> str:
+    return reference(folder)
+
+
+def fates(rng: np.random.Generator) -> list[Fate]:
+    """Return how the first connections of a federation fare."""
+    kinds = rng.choice(len(FAULTS), size=QUIET, p=list(FAULTS.values()))
+    return [
+        Fate(
+            fault=list(FAULTS)[kind],
+            after=int(rng.integers(1, 600_000)),
+            up=bool(rng.integers(2)),
+            seconds=3.0 if list(FAULTS)[kind] == "silence" else float(rng.uniform(0.005, 0.05)),
+        )
+        for kind in kinds
+    ]
+
+
+def struck(made: Federation, rng: np.random.Generator) -> None:
+    """Kill a process when something has happened that is drawn, and start it again."""
+    victim = str(rng.choice(["server", *SITES]))
+    kind, count = str(rng.choice(["asked", "sending", "receipt"])), int(rng.integers(1, 5))
+    witness = str(rng.choice(SITES))
+    made.until(lambda: len(made.events(witness, kind)) >= count or over(made))
+    if over(made):
+        return
+    number = signal.SIGKILL if rng.integers(4) else signal.SIGTERM
+    made.kill(victim, number)
+    if victim == "server":
+        made.serve(resume=(made.run / "recipe.toml").exists())
+    else:
+        scripted(made, victim, seconds=0.05)
+
+
+def over(made: Federation) -> bool:
+    return any(made.events("server", "stopped")) and made.processes["server"].poll() is not None
+
+
+def repeated(made: Federation, name: str, rng: np.random.Generator) -> None:
+    """Send what a site has answered once more, in any order: nothing of it may count again."""
+    link = JoinSettings(address=f"localhost:{made.port}")
+    calls = dial(load(made.places[name], role="client", now=int(time.time())), link)
+    try:
+        for run in (made.folder / name / "state" / "runs").glob("*"):
+            requests = [one.answer() for one in outbox.entries(made.folder / name / "state", run.name)]
+            known = [one for one in requests if one is not None]
+            for place in rng.permutation(len(known)).tolist():
+                calls.submit(pb.SubmitRequest(envelope=known[place].envelope), timeout=30)
+    finally:
+        calls.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_federation_in_chaos_comes_to_the_right_bytes(tmp_path: Path, seed: int) -> None:
+    rng = generator(derive(seed, "chaos"))
+    decided = fates(rng)
+    sites = dict.fromkeys(SITES, SITE)
+    server = {"inline_kib": int(rng.choice([1, 64])), "window_mib": 1, "part_kib": 64, "drain_s": 2.0, "hold_s": 2.0}
+    with (
+        proxy(lambda number: decided[number] if number < QUIET else Fate()) as between,
+        federation(tmp_path, FLORA, SITES, site=sites, server=server, port=between.port) as made,
+    ):
+        between.target = made.port
+        made.serve()
+        scripted(made, *SITES, seconds=0.05)
+        for _ in range(int(rng.integers(0, 4))):
+            struck(made, rng)
+        if rng.integers(2):
+            made.until(lambda: made.events("site-a", "receipt") or over(made))
+            with suppress(grpc.RpcError):  # the server may be away just then
+                repeated(made, "site-a", rng)
+        assert made.ended("server") == [0], {name: made.log(name)[-3000:] for name in made.lines}
+        for name in SITES:  # one that was killed at the very end has nobody left to tell it that the run is complete
+            made.processes[name].send_signal(signal.SIGTERM)
+        # -SIGTERM: it had ended by itself, and was met on its way out.
+        assert set(made.ended(*SITES)) <= {0, -signal.SIGTERM}, {name: made.log(name)[-3000:] for name in made.lines}
+        history = replayed(made.run)[0]
+        assert history.committed == 4
+        assert history.digests[-1] == right(tmp_path), "another state than in one process"

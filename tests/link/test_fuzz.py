@@ -1,0 +1,233 @@
+"""Ten thousand spoilt envelopes, and as many spoilt updates: each is refused or changes nothing; memory is bounded."""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf.message import DecodeError
+
+from fedtune.link.hub import Received
+from fedtune.link.refusals import RefusalError
+from fedtune.link.roster import Member
+from fedtune.link.signing import key_id, raw, sign
+from fedtune.link.statements import KIND, digest, opened
+from fedtune.methods import METHODS
+from fedtune.methods import state as states
+from fedtune.round import (
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    Failure,
+    LocalAdapter,
+    Plan,
+    Probe,
+    Probed,
+    SeedState,
+    Training,
+)
+from fedtune.rounds import Asked, judged
+from fedtune.seeds import derive, generator
+from fedtune.transport import Reply
+from fedtune.wire.messages import encode_assignment, encode_update
+from fedtune.wire.v1 import link_pb2 as pb
+from tests.link.conftest import KEY, answer, made
+
+MUTATIONS = 10_000
+GROWTH_MIB = 64
+MEMBER = Member("anna", "a", "client", raw(KEY), ("1",), 0, 1)
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def spoilt(data: bytes, rng: np.random.Generator) -> bytes:
+    """Return the bytes with one of the things done to them that go wrong on wires, disks and in bad clients."""
+    found = bytearray(data)
+    place = int(rng.integers(len(found)))
+    match int(rng.integers(7)):
+        case 0:
+            found[place] ^= 1 << int(rng.integers(8))
+        case 1:
+            found[place] = int(rng.integers(256))
+        case 2:
+            del found[place:]
+        case 3:
+            found[place:place] = rng.bytes(int(rng.integers(1, 64)))
+        case 4:
+            end = min(len(found), place + int(rng.integers(1, 64)))
+            found[place:end] = rng.bytes(end - place)
+        case 5:
+            other = int(rng.integers(len(found)))
+            found[place], found[other] = found[other], found[place]
+        case 6:  # a varint that says how long, how many, or which
+            found[place : place + 1] = b"\xff" * int(rng.integers(1, 9)) + b"\x7f"
+    return bytes(found)
+
+
+def mutations(data: bytes, purpose: str, count: int = MUTATIONS) -> Iterator[bytes]:
+    rng = generator(derive(0, purpose))
+    for _ in range(count):
+        yield spoilt(data, rng)
+
+
+def test_spoilt_envelopes_are_refused_whoever_signed_them(tmp_path: Path) -> None:
+    """Half of them are signed after they were spoilt, as a bad client would: then the header itself is at fault."""
+    desk = made(tmp_path)
+    message_id, order, asked = desk.post("anna")
+    data = b"the update"
+    good = answer("anna", order, asked, data)
+    members = {key_id(MEMBER.key): MEMBER}
+    outcomes, before = Counter[str](), peak_mib()
+    for number, found in enumerate(mutations(good.SerializeToString(), "envelopes")):
+        if number % 2:
+            header = spoilt(good.header, generator(derive(number, "header")))
+            found = pb.Envelope(
+                header=header, signature=sign(KEY, KIND, header), key_id=good.key_id
+            ).SerializeToString()
+        try:
+            envelope = pb.Envelope.FromString(found)
+        except DecodeError:  # gRPC's own answer to that is an error of the call
+            outcomes["no envelope"] += 1
+            continue
+        try:
+            header_found, author = opened(envelope, members.get)
+            assert author == MEMBER
+            reply = desk.hub.submit("anna", digest(envelope), header_found, {})
+            # What still says the same in the fields that count is an answer of anna's like any other.
+            assert reply is not None
+            assert reply.WhichOneof("what") in ("wanted", "receipt")
+            outcomes["taken"] += 1
+        except RefusalError as error:
+            outcomes[pb.Reason.Name(error.refusal.reason)] += 1
+    assert sum(outcomes.values()) == MUTATIONS
+    assert len(outcomes) > 8, outcomes
+    assert outcomes["taken"] < MUTATIONS / 20
+    assert peak_mib() - before < GROWTH_MIB
+    assert desk.hub.collect([message_id]) == {}
+    assert desk.submit("anna", good, data) is None  # whatever came before it, the whole answer is the one that counts
+    assert desk.hub.collect([message_id]) == {message_id: Received("anna", {"update": data})}
+
+
+MODULES = {"layer.q": (6, 5), "layer.v": (4, 5)}
+BLUEPRINT = Blueprint(modules=MODULES, saved={}, max_rank=2, seed=0)
+CLIENTS = ("anna", "bob", "carl")
+
+
+def assignment(client: str, **more: Any) -> Assignment:
+    plan = Plan(client, rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=8))
+    return Assignment("flora", round=1, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c", **more)
+
+
+def update(client: str) -> ClientUpdate:
+    drawn, tensors = generator(derive(0, "update", client=client)), {}
+    for name, (m, n) in MODULES.items():
+        tensors[f"{name}.a"] = drawn.standard_normal((2, n)).astype(np.float32)
+        tensors[f"{name}.b"] = drawn.standard_normal((m, 2)).astype(np.float32)
+    return ClientUpdate(client, 1, 10, tensors, base="9f3c")
+
+
+def asked(assignments: dict[str, Assignment]) -> Asked:
+    return Asked(
+        round=1,
+        assignments=assignments,
+        orders={name: encode_assignment(one) for name, one in assignments.items()},
+        enrolled=dict.fromkeys(assignments, 10),
+        blueprint=BLUEPRINT,
+        refuse=lambda update: "",
+    )
+
+
+def test_spoilt_updates_are_refused_and_the_sum_is_the_one_without_them() -> None:
+    around = asked({name: assignment(name) for name in CLIENTS})
+    good = {name: encode_update(update(name)) for name in CLIENTS}
+    honest = [judged(Reply(name, good[name]), around) for name in CLIENTS[:2]]
+    assert all(isinstance(one, ClientUpdate) for one in honest)
+    method = METHODS["flora"]
+    first = method.init(BLUEPRINT, settings_of("flora"))
+    without = states.digest(states.encode(method.aggregate(first, honest)))  # type: ignore[arg-type]
+    outcomes, before = Counter[str](), peak_mib()
+    for found in mutations(good["carl"], "updates"):
+        outcome = judged(Reply("carl", found), around)
+        if isinstance(outcome, Failure):
+            assert outcome.kind == "refused"
+            assert outcome.client == "carl"
+            assert outcome.code in pb.Reason.keys()  # noqa: SIM118
+            outcomes[outcome.code] += 1
+            used = [one for one in (*honest, outcome) if isinstance(one, ClientUpdate)]
+            if sum(outcomes.values()) % 1000 == 1:
+                assert states.digest(states.encode(method.aggregate(first, used))) == without
+        else:  # spoilt in its numbers alone: finite, and bounded by the cohort's norms
+            assert outcome.tensors.keys() == update("carl").tensors.keys()
+            outcomes["numbers"] += 1
+    assert sum(outcomes.values()) == MUTATIONS
+    assert len(outcomes) >= 5, outcomes
+    assert peak_mib() - before < GROWTH_MIB
+
+
+def settings_of(name: str) -> Any:
+    from fedtune.config import bind
+
+    return bind(
+        {
+            "model": {"base": "none"},
+            "adapter": {"rank": 2, "targets": ["q"]},
+            "method": {"name": name},
+            "client": {"steps": 1, "batch": 1, "learning_rate": 0.1},
+            "rounds": {"count": 1},
+            "data": {"source": "none", "split": {"kind": "files"}},
+        }
+    ).method
+
+
+def test_spoilt_scalars_are_refused() -> None:
+    probe = Probe(
+        bank="hadamard", seeds=64, key=1, exponent=20, shift=1, perturbation=1,
+        state=SeedState("whole", 0, b"\0" * 256, 0, b"d" * 32),
+    )  # fmt: skip
+    around = asked({name: assignment(name, probe=probe) for name in CLIENTS})
+    scalars = np.array([1, -2, 3, 0, 127, -127, 5, 6], np.int8)
+    given = Probed(scalars, state=b"s" * 8, checks=b"c" * 16)
+    data = encode_update(ClientUpdate("carl", 1, 10, {}, probed=given))
+    outcomes, before = Counter[str](), peak_mib()
+    for found in mutations(data, "scalars"):
+        outcome = judged(Reply("carl", found), around)
+        if isinstance(outcome, Failure):
+            outcomes[outcome.code] += 1
+        else:
+            assert outcome.probed is not None
+            assert outcome.probed.lost or (len(outcome.probed.scalars) == 8 and outcome.probed.scalars.min() >= -127)
+            outcomes["scalars"] += 1
+    assert sum(outcomes.values()) == MUTATIONS
+    assert peak_mib() - before < GROWTH_MIB
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f" + bytes(100)])
+def test_headers_that_promise_what_is_not_there_cost_nothing(data: bytes) -> None:
+    before = peak_mib()
+    outcome = judged(Reply("carl", data), asked({"carl": assignment("carl")}))
+    assert isinstance(outcome, Failure)
+    assert peak_mib() - before < GROWTH_MIB
+
+
+def test_a_header_that_promises_tensors_without_end_costs_nothing() -> None:
+    from fedtune.wire.v1 import round_pb2
+
+    header = round_pb2.ClientUpdate(client="carl", round=1, examples=1)
+    part = header.parts.add(role="tensors")
+    for number in range(1000):
+        part.tensors.add(name=f"{number:05}.a", dtype=round_pb2.F32, shape=[2**31, 2**31, 2**31])
+    header.parts.add(role="saved")
+    front = header.SerializeToString()
+    front = len(front).to_bytes(4, "little") + front
+    before = peak_mib()
+    outcome = judged(Reply("carl", front + bytes(-len(front) % 64)), asked({"carl": assignment("carl")}))
+    assert isinstance(outcome, Failure)
+    assert outcome.kind == "refused"
+    assert peak_mib() - before < GROWTH_MIB

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.errors import WireError
+from fedtune.link.refusals import LONGEST, code, line, refused, said
+from fedtune.wire.v1 import link_pb2 as pb
+
+
+@given(st.text(max_size=2000))
+def test_a_text_of_somebody_else_is_one_short_printable_line(text: str) -> None:
+    found = line(text)
+    assert len(found) <= LONGEST
+    assert found.isprintable()
+    assert found == found.strip()
+
+
+def test_a_refusal_says_what_was_expected_what_came_and_what_to_do() -> None:
+    error = refused(pb.REVOKED, "roster", "an active member", "anna, \x1b[2Jrevoked")
+    assert isinstance(error, WireError)
+    assert str(error) == (
+        "REVOKED: roster: expected an active member; got anna, [2Jrevoked; "
+        "ask the coordinator why this site was revoked"
+    )
+    assert not error.refusal.passing
+    assert refused(pb.BUSY, "uploads", 8, 9).refusal.passing
+
+
+def test_a_reason_of_a_later_release_is_told_all_the_same() -> None:
+    later = pb.Refusal.FromString(b"\x08\xe7\x07")
+    assert code(later.reason) == "reason 999"
+    assert said(later).startswith("reason 999: expected")

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from fedtune.link import spool
+from fedtune.link.refusals import RefusalError
+from fedtune.wire.v1 import link_pb2 as pb
+
+DATA = bytes(range(256)) * 40
+PART = pb.Part(key="update", digest=sha256(DATA).digest(), num_bytes=len(DATA))
+
+
+def reason(error: pytest.ExceptionInfo[RefusalError]) -> str:
+    return pb.Reason.Name(error.value.refusal.reason)
+
+
+def test_a_part_that_was_cut_goes_on_where_its_file_ends(tmp_path: Path) -> None:
+    path = spool.place(tmp_path, "anna", PART.digest)
+    assert spool.held(path) == 0
+    first = spool.Incoming(path, PART, 0)
+    first.append(DATA[:1000])
+    assert not first.finish()
+    first.close()
+    assert spool.held(path) == 1000
+    second = spool.Incoming(path, PART, 1000)
+    second.append(DATA[1000:])
+    assert second.finish()
+    second.close()
+    assert bytes(spool.mapped(path)) == DATA
+
+
+@pytest.mark.parametrize("offset", [0, 999, 1001])
+def test_a_sender_that_starts_elsewhere_is_told_where(tmp_path: Path, offset: int) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(DATA[:1000])
+    with pytest.raises(RefusalError) as caught:
+        spool.Incoming(path, PART, offset)
+    assert reason(caught) == "OFFSET"
+    assert caught.value.refusal.expected == "1000"
+
+
+def test_no_byte_beyond_the_part_is_written(tmp_path: Path) -> None:
+    incoming = spool.Incoming(tmp_path / "part", PART, 0)
+    incoming.append(DATA)
+    with pytest.raises(RefusalError) as caught:
+        incoming.append(b"x")
+    assert reason(caught) == "LENGTH"
+    incoming.close()
+    assert spool.held(tmp_path / "part") == len(DATA)
+
+
+def test_wrong_bytes_are_removed_and_may_come_anew(tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(b"\0" * 10)  # as a power cut may leave it
+    incoming = spool.Incoming(path, PART, 10)
+    incoming.append(DATA[10:])
+    with pytest.raises(RefusalError) as caught:
+        incoming.finish()
+    assert reason(caught) == "DIGEST"
+    incoming.close()
+    assert not path.exists()
+
+
+def test_a_view_outlives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(DATA)
+    view = spool.mapped(path)
+    path.unlink()
+    assert bytes(view) == DATA
+    path.write_bytes(b"")
+    assert bytes(spool.mapped(path)) == b""
+
+
+def test_parts_that_nobody_went_on_with_are_swept(tmp_path: Path) -> None:
+    for name, age_s in (("old", 100.0), ("new", 0.0)):
+        (tmp_path / name).write_bytes(b"x")
+        at = (tmp_path / name).stat().st_mtime - age_s
+        os.utime(tmp_path / name, (at, at))
+    spool.sweep(tmp_path, older_s=50.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert spool.room(tmp_path) > 0

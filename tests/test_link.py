@@ -1,0 +1,210 @@
+"""Whole runs over the gRPC link, with the real processes: the bits of the simulated run, also after kills."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedtune
+from fedtune.config import bind
+from fedtune.link import outbox
+from fedtune.store.history import replayed
+from tests.cli.test_flower_server import toml
+from tests.link.federation import Federation, federation
+from tests.link.scripted import EXAMPLES, FOUNDATION, work
+
+CLIENTS = ("0", "1", "2", "3")
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "flora": {
+        "adapter": {"rank": 4, "alpha": "2r", "targets": ["q_proj", "up_proj"]},
+        "method": {"name": "flora"},
+        "client": {"steps": 2, "batch": 2, "learning_rate": 5e-3},
+    },
+    "fedkseed": {
+        "method": {"name": "fedkseed", "seeds": 64},
+        "client": {"steps": 4, "batch": 2, "learning_rate": 2e-4},
+    },
+}
+
+
+def dolly(shared: Path, stories: Path, method: str) -> dict[str, Any]:
+    """Return the recipe of four clients of different ranks on rows of Dolly."""
+    return {
+        "name": "dolly",
+        "model": {"base": str(stories), "threads": 1},
+        **METHODS[method],
+        "rounds": {"count": 3, "min_clients": 4},
+        "data": {
+            "source": str(shared / "data" / "dolly" / "small_train.jsonl"),
+            "split": {"kind": "key", "by": "flora_client", "clients": 4},
+            "template": "plain",
+            "max_tokens": 96,
+            "limit": 200,
+        },
+        "evaluate": {"examples": 2, "client_examples": 1},
+    }
+
+
+def ranks(method: str) -> str:
+    """Return overrides that give every client a rank of its own."""
+    if method != "flora":
+        return ""
+    return "".join(f'\n[[override]]\nclients = ["{name}"]\nrank = {2**place}\n' for place, name in enumerate(CLIENTS))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_four_sites_over_grpc_come_to_the_state_of_the_simulated_run(
+    shared: Path, stories: Path, tmp_path: Path, method: str
+) -> None:
+    tables = dolly(shared, stories, method)
+    text = toml(tables) + ranks(method)
+    adapter = {"targets": ["q_proj", "up_proj"]}
+    own = toml({"model": tables["model"], "adapter": adapter, "data": tables["data"]})
+    with federation(tmp_path, text, CLIENTS, site=dict.fromkeys(CLIENTS, own)) as made:
+        made.serve()
+        for name in CLIENTS:
+            made.join(name)
+        simulated = fedtune.simulate(bind(text), out=tmp_path / "simulated")
+        assert made.ended("server", *CLIENTS) == [0] * 5, made.log("server")
+        summary = json.loads((made.run / "summary.json").read_text())
+        assert summary["state"] == "finished"
+        assert summary["state_digest"] == simulated.summary["state_digest"]
+        assert [one["updates"] for one in made.events("server", "committed")] == [4, 4, 4]
+        for name in CLIENTS:
+            told = made.events(name, "receipt")
+            assert {one["verdict"] for one in told} == {"ACCEPTED", "NOTED"}
+            assert not made.events(name, "refused")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_kills_of_server_and_site_change_no_bit_of_a_real_run(
+    shared: Path, stories: Path, tmp_path: Path, method: str
+) -> None:
+    tables = dolly(shared, stories, method)
+    text = toml(tables) + ranks(method)
+    adapter = {"targets": ["q_proj", "up_proj"]}
+    own = toml({"model": tables["model"], "adapter": adapter, "data": tables["data"]})
+    with federation(tmp_path, text, CLIENTS, site=dict.fromkeys(CLIENTS, own)) as made:
+        made.serve()
+        for name in CLIENTS:
+            made.join(name)
+        made.until(lambda: made.events("server", "committed"))
+        made.kill("server")
+        made.kill("1")  # forgets the state that short messages of fedkseed refer to
+        made.serve(resume=True)
+        made.join("1")
+        simulated = fedtune.simulate(bind(text), out=tmp_path / "simulated")
+        assert made.ended("server", *CLIENTS) == [0] * 5, made.log("server")
+        assert last_state(made) == simulated.summary["state_digest"]
+
+
+SITE = '[model]\nbase = "none"\n[adapter]\ntargets = ["q"]\n[data]\nsource = "none"\n'
+FLORA = """
+name = "scripted"
+[model]
+base = "none"
+[adapter]
+rank = 8
+alpha = 16
+targets = ["q"]
+[method]
+name = "flora"
+[client]
+steps = 1
+batch = 1
+learning_rate = 1e-3
+[rounds]
+count = 4
+min_clients = 3
+[[override]]
+clients = ["site-b"]
+rank = 4
+[[override]]
+clients = ["site-c"]
+rank = 16
+"""
+SITES = ("site-a", "site-b", "site-c")
+
+
+def scripted(made: Federation, *names: str, seconds: float = 0.3) -> None:
+    """Start sites whose trainer needs no torch."""
+    for name in names:
+        made.start(name, "-m", "tests.link.scripted", str(made.folder / name / "site.toml"), str(seconds))
+
+
+def reference(tmp_path: Path, recipe: str = FLORA) -> str:
+    """Return the digest of the state that the recipe comes to in one process."""
+    from functools import partial
+
+    from fedtune.conduct import Setting, rounds
+    from fedtune.config import planned
+    from fedtune.config.recipe import largest_rank
+    from fedtune.planning.fixed import Fixed
+    from fedtune.round import Blueprint, Client
+    from fedtune.serving import at_the_sites
+    from fedtune.simulation.inprocess import InProcess
+    from fedtune.store import peft
+
+    bound = at_the_sites(recipe)
+    blueprint = Blueprint(FOUNDATION.modules, {}, max_rank=largest_rank(bound), seed=bound.seed)
+    setting = Setting(
+        recipe=bound,
+        blueprint=blueprint,
+        planner=Fixed(partial(planned, bound), alpha=bound.adapter.alpha, rslora=bound.adapter.rslora),
+        base={"name": "none", "digest": FOUNDATION.base, "parameters": FOUNDATION.parameters},
+        target=peft.Target(base="none", revision=None, task="causal", fan_in_fan_out=False, saved_modules=()),
+        fleet=dict.fromkeys(SITES, EXAMPLES),
+        machine={},
+    )
+    engine = InProcess([Client(name, EXAMPLES) for name in SITES], dict.fromkeys(SITES, work))
+    *_, last = rounds(setting, engine)
+    return last.digest
+
+
+def last_state(made: Federation) -> str:
+    return replayed(made.run)[0].digests[-1]
+
+
+def test_a_server_that_is_killed_goes_on_and_nothing_is_trained_twice(tmp_path: Path) -> None:
+    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE), server={"inline_kib": 1}) as made:
+        made.serve()
+        scripted(made, *SITES)
+        made.until(lambda: made.events("site-a", "receipt") and made.events("server", "committed"))
+        made.kill("server")
+        made.serve(resume=True)
+        assert made.ended("server", *SITES) == [0] * 4, made.log("server")
+        assert last_state(made) == reference(tmp_path)
+        for name in SITES:  # one answer for each round, whoever was killed when
+            run = next((made.folder / name / "state" / "runs").iterdir()).name
+            entries = outbox.entries(made.folder / name / "state", run)
+            assert sorted(one.header.round for one in entries) == [1, 2, 3, 4]
+
+
+def test_a_site_that_is_killed_sends_the_same_bytes_again(tmp_path: Path) -> None:
+    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE), server={"inline_kib": 1}) as made:
+        made.serve()
+        scripted(made, *SITES)
+        made.until(lambda: made.events("site-b", "sending"))
+        made.kill("site-b")
+        scripted(made, "site-b")
+        assert made.ended("server", *SITES) == [0] * 4, made.log("server")
+        assert last_state(made) == reference(tmp_path)
+
+
+def test_a_server_that_is_told_to_stop_says_how_to_go_on_and_the_sites_wait(tmp_path: Path) -> None:
+    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE)) as made:
+        made.serve()
+        scripted(made, *SITES, seconds=0.5)
+        made.until(lambda: made.events("server", "committed"))
+        assert made.kill("server", signal.SIGTERM) == 0
+        assert any("fedtune serve --resume" in one["text"] for one in made.events("server", "note"))
+        assert [made.processes[name].poll() for name in SITES] == [None] * 3
+        made.serve(resume=True)
+        assert made.ended("server", *SITES) == [0] * 4, made.log("server")
+        assert last_state(made) == reference(tmp_path)
