@@ -21,6 +21,7 @@ from fedtune.link.bars import Bars
 from fedtune.link.hub import Hub, Run
 from fedtune.link.identity import Identity, load, renewal
 from fedtune.link.metrics import Metrics, health
+from fedtune.link.refusals import line
 from fedtune.link.roster import RosterFile
 from fedtune.link.server import serving
 from fedtune.link.settings import LinkSettings
@@ -222,9 +223,8 @@ def refusal(failure: Failure) -> pb.Refusal:
     """Return why an update was refused, as it travels to its author."""
     field, _, rest = failure.reason.partition("expected ")
     wanted, _, found = rest.partition("; got ")
-    return pb.Refusal(
-        reason=failure.code or "MALFORMED", field=field.rstrip(": ")[:256], expected=wanted[:256], found=found[:256]
-    )
+    code = failure.code or "MALFORMED"
+    return pb.Refusal(reason=code, field=line(field.rstrip(": ")), expected=line(wanted), found=line(found))
 
 
 def unready(hub: Hub, roster: RosterFile) -> str:

@@ -342,7 +342,9 @@ def awaited(
             began = time.perf_counter()
             for name in [name for name, outcome in outcomes.items() if late(outcome)]:
                 del outcomes[name]
-            exchanged({name: order for name, order in asked.orders.items() if name not in outcomes}, began)
+            # Whoever has lost the state is asked with the whole of it from then on.
+            short = asked.orders.keys() - outcomes.keys() - set(lost)
+            exchanged({name: order for name, order in asked.orders.items() if name in short}, began)
             if lost and used() < goal:
                 ahead = {name: asked.assignments[name].whole for name in lost if name not in outcomes}
                 whole = {name: encode_assignment(assigned) for name, assigned in ahead.items() if assigned is not None}

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 
 from fedtune.admit import largest_update
 from fedtune.coordinator import expected_of, follow, most, number, promised, refusal, unready
+from fedtune.errors import WireError
 from fedtune.link import authority, spool
+from fedtune.link.hub import Gone
 from fedtune.link.roster import RosterFile
 from fedtune.round import (
     Assignment,
@@ -29,9 +33,17 @@ from fedtune.store.ledger import RunLedger
 from fedtune.wire.messages import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import ceremony
-from tests.link.conftest import answer, made
+from tests.link.conftest import Clock, answer, made
 from tests.store.test_ledger import INPUTS
 
+RECORD: Mapping[str, Any] = {
+    "clients": {},
+    "cohort": [],
+    "state_digest": "ab",
+    "bytes_up": 1,
+    "bytes_down": 2,
+    "seconds": 0.1,
+}
 BLUEPRINT = Blueprint({"q": (6, 5)}, {"head": np.zeros((2, 3), np.float32)}, max_rank=4, seed=0)
 
 
@@ -52,15 +64,7 @@ def test_what_became_of_an_update_is_told_to_its_client(tmp_path: Path) -> None:
     follow(desk.hub, tell, ClientFinished(1, ClientUpdate("anna", 1, 10, {}), Traffic(3, 4)))
     bad = Failure("bob", "q.a: expected finite numbers; got 1 of 10 that are not", kind="refused", code="NOT_FINITE")
     follow(desk.hub, tell, ClientFinished(1, bad, Traffic(3, 4)))
-    record = {
-        "round": 1,
-        "clients": {},
-        "cohort": [],
-        "state_digest": "ab",
-        "bytes_up": 1,
-        "bytes_down": 2,
-        "seconds": 0.1,
-    }
+    record = {**RECORD, "round": 1}
     follow(desk.hub, tell, RoundFinished(record))
     follow(desk.hub, tell, RoundFinished({**record, "round": 0}))
     follow(desk.hub, tell, Note("a remark"))
@@ -96,8 +100,6 @@ def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:
         ledger.commit(1, [b"state"])
         ledger.open(2, state=promised_state(tmp_path), cohort=cohort, orders={name: "o" for name in cohort})
         ledger.accept(2, "bob", b"of bob")
-    from hashlib import sha256
-
     accepted, committed = promised(tmp_path)
     assert committed == 1
     assert accepted == {(1, "anna"): sha256(b"of anna").hexdigest(), (2, "bob"): sha256(b"of bob").hexdigest()}
@@ -166,3 +168,156 @@ def test_a_server_is_unready_while_its_disk_is_full(tmp_path: Path, monkeypatch:
     assert unready(hub, roster) == ""
     monkeypatch.setattr(spool, "room", lambda folder: 0)
     assert "disk" in unready(hub, roster)
+
+
+def silent(kind: str, **fields: int | str) -> None:
+    """Tell nobody."""
+
+
+@pytest.mark.parametrize("kind", ["failed", "late"])
+def test_an_update_that_failed_or_came_too_late_waits_for_the_end_of_its_round(tmp_path: Path, kind: Any) -> None:
+    desk = made(tmp_path)
+    _, order, asked = desk.post("anna")
+    sent = answer("anna", order, asked, b"data")
+    desk.submit("anna", sent, b"data")
+    follow(desk.hub, silent, ClientFinished(1, Failure("anna", "no answer in 60 s", kind=kind), Traffic(1, 2)))
+    assert desk.submit("anna", sent) is None  # the round may ask for it again
+    follow(desk.hub, silent, RoundFinished({**RECORD, "round": 1}))
+    reply = desk.submit("anna", sent)
+    assert reply is not None
+    assert pb.Header.FromString(reply.receipt.header).receipt.verdict == pb.LATE
+
+
+def test_an_update_that_is_refused_for_its_size_beside_the_others_keeps_its_receipt(tmp_path: Path) -> None:
+    desk = made(tmp_path)
+    _, order, asked = desk.post("anna")
+    sent = answer("anna", order, asked, b"data")
+    desk.submit("anna", sent, b"data")
+    follow(desk.hub, silent, ClientFinished(1, ClientUpdate("anna", 1, 10, {}), Traffic(1, 2)))
+    first = desk.submit("anna", sent)
+    large = Failure("anna", "expected a change of norm at most 3; got 9", kind="refused", code="NORM_OVER_CAP")
+    follow(desk.hub, silent, ClientFinished(1, large, Traffic(1, 2)))
+    assert desk.submit("anna", sent) == first
+    assert first is not None
+    assert pb.Header.FromString(first.receipt.header).receipt.verdict == pb.ACCEPTED
+
+
+def test_the_line_before_the_first_round_ends_none(tmp_path: Path) -> None:
+    desk = made(tmp_path)
+    message_id, _, _ = desk.post("anna")
+    follow(desk.hub, silent, RoundFinished({**RECORD, "round": 0}))
+    assert desk.hub.collect([message_id]) == {}
+    follow(desk.hub, silent, RoundFinished({**RECORD, "round": 1}))
+    assert desk.hub.collect([message_id]) == {message_id: Gone("anna", "its round has ended")}
+
+
+def test_three_refused_updates_bar_their_client_over_the_rounds(tmp_path: Path) -> None:
+    desk = made(tmp_path)
+    for turn in (1, 2, 3):
+        assert not desk.hub.bars.why("anna")
+        follow(desk.hub, silent, RoundStarted(turn, 3, ("anna",)))
+        _, order, asked = desk.post("anna", turn)
+        desk.submit("anna", answer("anna", order, asked, b"data"), b"data")
+        bad = Failure("anna", "q.a: expected finite numbers; got 1", kind="refused", code="NOT_FINITE")
+        follow(desk.hub, silent, ClientFinished(turn, bad, Traffic(1, 2)))
+        follow(desk.hub, silent, RoundFinished({**RECORD, "round": turn}))
+    assert "NOT_FINITE" in desk.hub.bars.why("anna")
+
+
+def test_what_is_committed_is_told_in_numbers(tmp_path: Path) -> None:
+    told = list[tuple[str, Mapping[str, Any]]]()
+    record = {
+        **RECORD,
+        "round": 2,
+        "cohort": ["anna", "bob", "carl"],
+        "clients": {"anna": {"status": "ok"}, "bob": {"status": "late"}, "carl": {"status": "ok"}},
+        "seconds": 1.2345,
+    }
+    follow(made(tmp_path).hub, lambda kind, **fields: told.append((kind, fields)), RoundFinished(record))
+    ((kind, fields),) = told
+    assert kind == "committed"
+    assert {name: fields[name] for name in ("round", "updates", "asked", "ms")} == {
+        "round": 2,
+        "updates": 2,
+        "asked": 3,
+        "ms": 1234,
+    }
+
+
+@pytest.mark.parametrize(
+    ("reason", "field", "expected", "found"),
+    [
+        ("x" * 1000, "x" * 256, "", ""),
+        (f"expected {'e' * 1000}; got {'f' * 1000}", "", "e" * 256, "f" * 256),
+        ("a: b: expected c; got d; got e", "a: b", "c", "d; got e"),
+        ("", "", "", ""),
+    ],
+)
+def test_the_texts_of_a_refusal_are_cut(reason: str, field: str, expected: str, found: str) -> None:
+    made = refusal(Failure("bob", reason, kind="refused", code="TENSOR_NAMES"))
+    assert (made.field, made.expected, made.found) == (field, expected, found)
+    assert not made.passing
+
+
+def test_every_reason_of_an_update_that_is_refused_has_a_number_in_the_schema() -> None:
+    from fedtune import admit, rounds
+
+    source = "".join(Path(str(module.__file__)).read_text() for module in (admit, rounds))
+    codes = {one for one in re.findall(r'"([A-Z][A-Z_]+)"', source) if "_" in one or one in ("MALFORMED", "SCALARS")}
+    assert {"NOT_FINITE", "MALFORMED", "STATE_REBUILT", "WRONG_CLIENT"} <= codes
+    for code in codes:
+        assert pb.Reason.Name(refusal(Failure("bob", "x", kind="refused", code=code)).reason) == code
+
+
+def test_an_update_that_was_refused_is_not_promised(tmp_path: Path) -> None:
+    with RunLedger.create(tmp_path, group_s=0.0) as ledger:
+        ledger.begin(INPUTS)
+        ledger.open(1, state="", cohort={"anna": 1, "bob": 1}, orders={"anna": "o", "bob": "o"})
+        assert promised(tmp_path) == ({}, 0)
+        ledger.accept(1, "anna", b"of anna")
+        assert promised(tmp_path) == ({(1, "anna"): sha256(b"of anna").hexdigest()}, 0)  # durable before it is told
+        ledger.close(1, {"bob": Failure("bob", "x", kind="refused", code="NOT_FINITE")}, {"bob": 3})
+    assert promised(tmp_path) == ({(1, "anna"): sha256(b"of anna").hexdigest()}, 0)
+
+
+def test_two_clients_with_the_same_bytes_are_both_promised(tmp_path: Path) -> None:
+    with RunLedger.create(tmp_path, group_s=0.0) as ledger:
+        ledger.begin(INPUTS)
+        names = ("anna", "bob", "carl")
+        ledger.open(1, state="", cohort=dict.fromkeys(names, 1), orders=dict.fromkeys(names, "o"))
+        for name in names:
+            ledger.accept(1, name, b"the same")
+    assert promised(tmp_path)[0] == {(1, name): sha256(b"the same").hexdigest() for name in names}
+
+
+def test_a_runs_number_is_hexadecimal_and_its_own(tmp_path: Path) -> None:
+    found = {number(tmp_path / str(one)) for one in range(20)}
+    assert len(found) == 20
+    assert all(len(one) == 16 and int(one, 16) >= 0 for one in found)
+    path = tmp_path / "0" / "link" / "id"
+    path.write_text("00112233445566aa\n")  # as an editor may leave it
+    assert number(tmp_path / "0") == "00112233445566aa"
+
+
+def test_what_is_no_assignment_has_no_largest_answer() -> None:
+    with pytest.raises(WireError):
+        most(b"\xff\xff", BLUEPRINT)
+
+
+def test_a_server_is_unready_while_its_roster_has_expired_or_is_spoilt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune.link.identity import ROOT, root_key
+
+    places = ceremony(tmp_path)
+    clock = Clock()
+    roster = RosterFile(places["server"] / "roster", root_key((places["server"] / ROOT).read_bytes()), clock=clock)
+    hub = made(tmp_path).hub
+    monkeypatch.setattr(spool, "room", lambda folder: 2**40)
+    assert unready(hub, roster) == ""
+    (places["server"] / "roster").write_bytes(b"spoilt")
+    clock.now += 2
+    roster.current()
+    assert "roster" in unready(hub, roster)
+    monkeypatch.setattr("fedtune.coordinator.time.time", lambda: roster.current().valid_until + 1)
+    assert "expired" in unready(hub, roster)

@@ -67,7 +67,8 @@ def sign(
         str | None, typer.Option(metavar="HEX", help="What the site read out; without a terminal it is needed.")
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Let a known party come with a new signing key; the old one ends.")
+        bool,
+        typer.Option("--replace", help="Let a known party come with a new key, organisation or role."),
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of NAME.bundle.json.")] = None,
     debug: DebugOption = False,
@@ -75,11 +76,11 @@ def sign(
     """Put a party into the roster and give it a certificate, after its fingerprint has been compared."""
     with reported(debug):
         from fedtune.errors import ConfigError, Fault
-        from fedtune.link import authority, signing
+        from fedtune.link import authority, enrol, signing
         from fedtune.store.files import write_bytes
 
-        data = authority.read(request)
-        asked = authority.described(data)
+        data = enrol.arrived(request, "a request", "fedtune enroll request")
+        asked = enrol.read_request(data)
         found = signing.fingerprint(data)
         typer.echo(f"{printable(asked.name)}, {asked.role} of {printable(asked.org)}" + hosts(asked.hosts))
         typer.echo(f"fingerprint {found}")
@@ -91,7 +92,7 @@ def sign(
             raise ConfigError(Fault("--fingerprint", "what the site read out", "none", "compare it by voice first"))
         elif not typer.confirm("Is that what the site reads out?"):
             raise typer.Exit(1)
-        bundle = authority.sign_request(ca, data, days=days, replace_key=replace, now=int(time.time()))
+        bundle = authority.sign_request(ca, data, days=days, replace=replace, now=int(time.time()))
         path = out or Path(f"{asked.name}.bundle.json")
         write_bytes(path, bundle)
         version = authority.held(ca).version
@@ -108,11 +109,12 @@ def accept(
 ) -> None:
     """Install the certificate, the federation's anchors and the roster, checked against this party's keys."""
     with reported(debug):
-        from fedtune.link import authority, enrol
+        from fedtune.link import enrol
         from fedtune.link.identity import CA, ROOT, day
         from fedtune.link.signing import fingerprint
 
-        made = enrol.accept(identity, authority.read(bundle), now=int(time.time()))
+        data = enrol.arrived(bundle, "a bundle", "fedtune enroll sign REQUEST")
+        made = enrol.accept(identity, data, now=int(time.time()))
         until = day(made.not_after)
         anchors = (identity / CA).read_bytes() + (identity / ROOT).read_bytes()
         typer.echo(f"{made.name} of {made.org} is enrolled as {made.role} in {made.federation}, until {until}")

@@ -34,13 +34,11 @@ def listed(
     """List who is in the federation, as the newest roster here has it."""
     with reported(debug):
         from fedtune.link import authority
-        from fedtune.link.identity import ROOT, ROSTER, day, needed, root_key
+        from fedtune.link.identity import ROOT, ROSTER, day, needed, pinned_root
         from fedtune.link.roster import decode
 
         found = (
-            authority.held(ca)
-            if ca is not None
-            else decode(needed(identity / ROSTER), root_key(needed(identity / ROOT)))
+            authority.held(ca) if ca is not None else decode(needed(identity / ROSTER), pinned_root(identity / ROOT))
         )
         if as_json:
             members = [{**asdict(one), "key": one.key.hex()} for one in found.members.values()]
@@ -100,7 +98,9 @@ def install(
 ) -> None:
     """Put a newer roster into an identity folder; a running server or client reads it within a second."""
     with reported(debug):
-        from fedtune.link import authority, enrol
+        from fedtune.link import enrol
 
-        made = enrol.install(identity, authority.read(file), now=int(time.time()))
-        typer.echo(f"installed version {made.version} in {identity}")
+        data = enrol.arrived(file, "a signed roster", "every fedtune enroll sign and fedtune roster command at the CA")
+        made = enrol.install(identity, data, now=int(time.time()))
+        typer.echo(f"installed version {made.version} in {identity}; who runs with it reads it within a second")
+        typer.echo(f"next, to see who is in: fedtune roster list --identity {identity}")

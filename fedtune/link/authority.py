@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.link import certificates, roster
-from fedtune.link.enrol import Request, read_request
+from fedtune.link.enrol import Request, bundled, read_request, root_pem
 from fedtune.link.identity import root_key, secret
 from fedtune.link.roster import NAME, Member, Roster
+from fedtune.link.signing import raw
 from fedtune.store.files import guarded, write_bytes
 
 CA_KEY, CA, ROSTER_KEY, ROSTER_PUB, ROSTER = "ca.key", "ca.crt", "roster.key", "roster.pub", "roster"
@@ -40,8 +40,7 @@ def init(folder: Path, federation: str, *, now: int, years: int = 10) -> Roster:
     write_bytes(folder / CA_KEY, certificates.pem_of(key), mode=0o600)
     write_bytes(folder / ROSTER_KEY, certificates.pem_of(root), mode=0o600)
     write_bytes(folder / CA, certificates.authority(federation, key, years=years, now=now))
-    public = root.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    write_bytes(folder / ROSTER_PUB, public)
+    write_bytes(folder / ROSTER_PUB, root_pem(raw(root)))
     made = Roster(federation, 1, now + ROSTER_DAYS * DAY_S, {})
     write_bytes(folder / ROSTER, roster.encode(made, root))
     return made
@@ -54,17 +53,20 @@ def held(folder: Path) -> Roster:
         ConfigError: if the folder is no CA.
         WireError: if the roster is not signed by the folder's own key.
     """
-    return roster.decode(read(folder / ROSTER), root_key(read(folder / ROSTER_PUB)))
+    with keys_of(folder):
+        root = root_key(read(folder / ROSTER_PUB))
+    return roster.decode(read(folder / ROSTER), root)
 
 
-def sign_request(folder: Path, request: bytes, *, days: int = 90, replace_key: bool = False, now: int) -> bytes:
+def sign_request(folder: Path, request: bytes, *, days: int = 90, replace: bool = False, now: int) -> bytes:
     """Enrol a party, or give one a new certificate, and return the bundle for its site.
 
     Args:
         folder: of the CA.
         request: what `enrol.request` made.
         days: how long the certificate lasts.
-        replace_key: whether a party of that name may come with another signing key, which ends the old one.
+        replace: whether a party of that name may come with another signing key, organisation or role, or after it was
+            revoked; its old key and certificates end.
         now: seconds since 1970.
 
     Raises:
@@ -74,16 +76,17 @@ def sign_request(folder: Path, request: bytes, *, days: int = 90, replace_key: b
     asked = read_request(request)
     before = held(folder)
     old = before.members.get(asked.name)
-    if old is not None and old.key != asked.key and not replace_key:
-        hint = "compare the fingerprint by voice, then sign with --replace"
-        raise ConfigError(Fault("request", f"the key that {asked.name} is enrolled with", "another", hint))
-    if old is not None and old.state == "revoked" and not replace_key:
-        raise ConfigError(
-            Fault("request", "a party that is not revoked", asked.name, "sign with --replace to readmit it")
-        )
+    if old is not None and not replace and (problem := misfit(old, asked)):
+        raise ConfigError(problem)
+    twin = next((one for one in before.members.values() if one.key == asked.key and one.name != asked.name), None)
+    if twin is not None:  # revoked or not: who was taken out must not come back under another name
+        hint = "request it from a new identity folder, with keys of its own"
+        raise ConfigError(Fault("request", f"a key of {asked.name} alone", f"the one of {twin.name}", hint))
     if asked.role == "coordinator" and not asked.hosts:
         raise ConfigError(Fault("request", "hosts that clients dial", "none", "request with --host NAME"))
     ca = read(folder / CA)
+    with keys_of(folder):
+        ca_key = certificates.tls_key(secret(folder / CA_KEY))
     try:
         pem = certificates.certificate(
             certificates.requested(asked.csr),
@@ -92,28 +95,31 @@ def sign_request(folder: Path, request: bytes, *, days: int = 90, replace_key: b
             server=asked.role == "coordinator",
             days=days,
             ca=ca,
-            ca_key=certificates.tls_key(secret(folder / CA_KEY)),
+            ca_key=ca_key,
             now=now,
         )
     except ValueError as error:
         raise ConfigError(Fault("days", "a certificate that may be signed", str(error))) from None
-    kept = old.serials if old is not None and old.key == asked.key and old.state == "active" else ()
+    kept = old.serials if old is not None and not replace else ()  # without replace it fits, as found above
     begin, end = certificates.validity(pem)
     member = Member(
         asked.name, asked.org, asked.role, asked.key, (*kept, certificates.serial(pem))[-KEPT_SERIALS:], begin, end
     )
-    made = resign(folder, replace(before, members={**before.members, asked.name: member}), now=now)
-    return bundle(pem, ca, read(folder / ROSTER_PUB), made)
+    made = resign(folder, dataclasses.replace(before, members={**before.members, asked.name: member}), now=now)
+    return bundled(pem, ca, read(folder / ROSTER_PUB), made)
 
 
-def bundle(certificate: bytes, ca: bytes, root: bytes, signed_roster: bytes) -> bytes:
-    body = {
-        "certificate": certificate.decode(),
-        "ca": ca.decode(),
-        "root": root.decode(),
-        "roster": signed_roster.decode(),
-    }
-    return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
+def misfit(old: Member, asked: Request) -> Fault | None:
+    """Return why a request is not simply a further certificate for a member."""
+    if old.key != asked.key:
+        hint = "compare the fingerprint by voice, then sign with --replace"
+        return Fault("request", f"the key that {asked.name} is enrolled with", "another", hint)
+    if old.state == "revoked":
+        return Fault("request", "a party that is not revoked", asked.name, "sign with --replace to readmit it")
+    if (old.org, old.role) != (asked.org, asked.role):
+        expected, got = f"{asked.name} as {old.role} of {old.org}", f"as {asked.role} of {asked.org}"
+        return Fault("request", expected, got, "sign with --replace if it has really changed")
+    return None
 
 
 def revoke(folder: Path, name: str, *, now: int) -> Roster:
@@ -126,8 +132,8 @@ def revoke(folder: Path, name: str, *, now: int) -> Roster:
     if name not in before.members:
         known: Sequence[str] = sorted(before.members)
         raise ConfigError(Fault("name", f"a member ({', '.join(known) or 'there is none yet'})", repr(name)))
-    gone = replace(before.members[name], state="revoked", serials=())
-    resign(folder, replace(before, members={**before.members, name: gone}), now=now)
+    gone = dataclasses.replace(before.members[name], state="revoked", serials=())
+    resign(folder, dataclasses.replace(before, members={**before.members, name: gone}), now=now)
     return held(folder)
 
 
@@ -140,10 +146,20 @@ def renew(folder: Path, *, days: int = ROSTER_DAYS, now: int) -> Roster:
 def resign(folder: Path, changed: Roster, *, days: int = ROSTER_DAYS, now: int) -> bytes:
     """Sign a roster under the next version number, write it, and return it."""
     until = max(changed.valid_until, now + days * DAY_S)
-    made = replace(changed, version=changed.version + 1, valid_until=until)
-    data = roster.encode(made, certificates.signing_key(secret(folder / ROSTER_KEY)))
+    made = dataclasses.replace(changed, version=changed.version + 1, valid_until=until)
+    with keys_of(folder):
+        key = certificates.signing_key(secret(folder / ROSTER_KEY))
+    data = roster.encode(made, key)
     write_bytes(folder / ROSTER, data)
     return data
+
+
+@contextmanager
+def keys_of(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(Fault("ca", f"keys in {folder} that can be used", str(error), "put back a copy")) from None
 
 
 def read(path: Path) -> bytes:
@@ -152,12 +168,3 @@ def read(path: Path) -> bytes:
     except OSError as error:
         hint = "make it with fedtune ca init, or name it with --ca"
         raise ConfigError(Fault("ca", f"a file {path} of a CA", str(error.strerror), hint)) from None
-
-
-def described(request: bytes) -> Request:
-    """Return what a request says, for whoever is to sign it.
-
-    Raises:
-        WireError: if it is malformed or its signatures do not hold.
-    """
-    return read_request(request)

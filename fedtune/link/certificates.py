@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -26,11 +27,27 @@ BACKDATED = timedelta(minutes=5)
 LONGEST_DAYS = 397
 
 
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Turn whatever the library says about bytes that it cannot read into a ValueError: it has five other words."""
+    try:
+        yield
+    except (
+        TypeError,  # a private key under a password
+        UnsupportedAlgorithm,
+        x509.InvalidVersion,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+    ) as error:
+        raise ValueError(str(error)) from None
+
+
 def pem_of(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
     """Return a private key as PEM, not encrypted: its file's mode protects it."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
+@parsing()
 def tls_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     """Return the key of a PEM.
 
@@ -43,6 +60,7 @@ def tls_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+@parsing()
 def signing_key(pem: bytes) -> Ed25519PrivateKey:
     """Return the key of a PEM.
 
@@ -109,6 +127,7 @@ def csr(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
     )
 
 
+@parsing()
 def requested(pem: bytes) -> ec.EllipticCurvePublicKey:
     """Return the key of a signing request.
 
@@ -171,6 +190,7 @@ def general(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
+@parsing()
 def spiffe(pem: bytes) -> tuple[str, str, str]:
     """Return federation, organisation and name of the party that a certificate names.
 
@@ -189,29 +209,66 @@ def spiffe(pem: bytes) -> tuple[str, str, str]:
     return parts[0], parts[1], parts[2]
 
 
+@parsing()
 def serial(pem: bytes) -> str:
-    """Return a certificate's serial number in lower-case hex."""
+    """Return a certificate's serial number in lower-case hex.
+
+    Raises:
+        ValueError: if it is no certificate.
+    """
     return f"{x509.load_pem_x509_certificate(pem).serial_number:x}"
 
 
+@parsing()
 def validity(pem: bytes) -> tuple[int, int]:
     """Return from when to when a certificate is valid, in seconds since 1970."""
     found = x509.load_pem_x509_certificate(pem)
     return int(found.not_valid_before_utc.timestamp()), int(found.not_valid_after_utc.timestamp())
 
 
+@parsing()
 def issued(pem: bytes, ca: bytes) -> bool:
     """Return whether a certificate is signed by the CA, or one of the CAs, of a PEM."""
     found = x509.load_pem_x509_certificate(pem)
-    for anchor in x509.load_pem_x509_certificates(ca):
-        try:
-            found.verify_directly_issued_by(anchor)
-        except (InvalidSignature, ValueError, TypeError):
-            continue
-        return True
-    return False
+    return any(vouches(anchor, found) for anchor in x509.load_pem_x509_certificates(ca))
 
 
+@parsing()
+def anchors(ca: bytes) -> bool:
+    """Return whether every certificate of a PEM is one of a CA, signed by itself and not changed since."""
+    found = x509.load_pem_x509_certificates(ca)
+    again = b"".join(one.public_bytes(Encoding.PEM) for one in found)
+    return ca == again and all(vouches(one, one) and is_authority(one) and ends_whole(one) for one in found)
+
+
+@parsing()
+def spelled(pem: bytes) -> bool:
+    """Return whether a PEM is one certificate in the one spelling that is written here."""
+    found = x509.load_pem_x509_certificate(pem)
+    return pem == found.public_bytes(Encoding.PEM) and ends_whole(found)
+
+
+def ends_whole(found: x509.Certificate) -> bool:
+    """Return whether the signature is of whole bytes: how many bits of it do not count is itself not signed."""
+    return found.public_bytes(Encoding.DER).endswith(b"\0" + found.signature)
+
+
+def is_authority(found: x509.Certificate) -> bool:
+    try:
+        return found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
+def vouches(anchor: x509.Certificate, found: x509.Certificate) -> bool:
+    try:
+        found.verify_directly_issued_by(anchor)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
+
+
+@parsing()
 def belongs(pem: bytes, key: ec.EllipticCurvePrivateKey) -> bool:
     """Return whether a certificate is one of this key."""
     return public_der(x509.load_pem_x509_certificate(pem).public_key()) == public_der(key.public_key())

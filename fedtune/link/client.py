@@ -195,6 +195,9 @@ class Client:
             self._refuse(reply.refusal)
         if reply.roster:
             self._take_roster(reply.roster)
+        if self._now() > (held := self._roster.current()).valid_until:
+            got = f"version {held.version}, which has expired, and none newer from the server"
+            raise ConfigError(Fault("link.identity", "a roster that is valid", got, "ask the coordinator to renew it"))
         try:
             plan, _ = opened(reply.plan, self._coordinator)
             expect(plan, federation=self._identity.federation, kind=pb.PLAN, recipe=sha256(reply.recipe).digest())
@@ -692,7 +695,10 @@ class Client:
     # ---- who is who ----
 
     def _coordinator(self, key: bytes) -> Member | None:
-        member = by_key_id(self._roster.current(), key)
+        roster = self._roster.current()
+        if self._now() > roster.valid_until:  # what it says of anybody counts no more
+            return None
+        member = by_key_id(roster, key)
         return member if member is not None and member.role == "coordinator" else None
 
     def _take_roster(self, data: bytes) -> None:

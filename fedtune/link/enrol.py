@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedtune.errors import ConfigError, Fault, WireError
 from fedtune.link import certificates, roster
@@ -24,16 +26,20 @@ from fedtune.link.identity import (
     TLS_KEY,
     Identity,
     load,
+    needed,
+    pinned_root,
     root_key,
     secret,
 )
-from fedtune.link.roster import NAME, Role, canonical, enveloped, fields, opened, strict, unpacked
-from fedtune.link.signing import pae, raw, verify
+from fedtune.link.roster import NAME, Role, by, canonical, enveloped, fields, opened, strict, unpacked
+from fedtune.link.signing import pae, raw
 from fedtune.store.files import guarded, write_bytes
 
 KIND = "application/vnd.fedtune.request.v1+json"
 MAX_BUNDLE_BYTES = 8 * 2**20
 MAX_HOSTS = 16
+TLS_SIGNER = "tls"
+"""How the second signature of a request names its key, which has no id of its own."""
 HOST = re.compile(r"[A-Za-z0-9:](?:[A-Za-z0-9.:-]{0,251}[A-Za-z0-9:])?")
 ROLES: tuple[Role, ...] = ("client", "coordinator", "auditor")
 
@@ -66,13 +72,15 @@ def request(folder: Path, *, name: str, org: str, role: Role, hosts: Sequence[st
     ]
     faults += [Fault("role", f"one of {', '.join(ROLES)}", repr(role))] if role not in ROLES else []
     faults += [Fault("host", "a host name or an address", repr(one)) for one in hosts if not HOST.fullmatch(one)]
+    if len(hosts) > MAX_HOSTS:
+        faults.append(Fault("host", f"at most {MAX_HOSTS} hosts", str(len(hosts))))
     if role == "coordinator" and not hosts:
         faults.append(Fault("host", "the names under which clients dial the server", "none", "give --host NAME"))
     if faults:
         raise ConfigError(faults)
     with guarded(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
+        if not folder.exists():  # one that is there already may hold more than keys, which guard themselves
+            folder.mkdir(parents=True, mode=0o700)
     if not (folder / SIGN_KEY).exists():
         write_bytes(folder / SIGN_KEY, certificates.pem_of(Ed25519PrivateKey.generate()), mode=0o600)
     if not (folder / TLS_KEY).exists():
@@ -92,7 +100,7 @@ def request(folder: Path, *, name: str, org: str, role: Role, hosts: Sequence[st
         }
     )
     second = tls.sign(pae(KIND, payload), ec.ECDSA(hashes.SHA256()))
-    return enveloped(KIND, payload, key, {"keyid": "tls", "sig": base64.b64encode(second).decode()})
+    return enveloped(KIND, payload, key, {"keyid": TLS_SIGNER, "sig": base64.b64encode(second).decode()})
 
 
 def read_request(data: bytes) -> Request:
@@ -108,7 +116,7 @@ def read_request(data: bytes) -> Request:
         "request",
     )
     public = unpacked(key, "request: key")
-    if len(signatures) != 2 or not verify(public, KIND, payload, signatures[0][1]):
+    if len(signatures) != 2 or not by(public, KIND, payload, signatures[0]) or signatures[1][0] != TLS_SIGNER:
         raise WireError("request: expected signatures by both of its keys; got none that holds")
     try:
         tls = certificates.requested(csr.encode())
@@ -129,17 +137,17 @@ def accept(folder: Path, bundle: bytes, *, now: int) -> Identity:
         WireError: if it is malformed.
         ConfigError: if it is for another key, or of another federation than the one that is pinned here.
     """
-    if len(bundle) > MAX_BUNDLE_BYTES:
-        raise WireError(f"bundle: expected at most {MAX_BUNDLE_BYTES} bytes; got more")
-    texts = fields(strict(bundle, "bundle"), {"certificate": str, "ca": str, "root": str, "roster": str}, "bundle")
-    pem, ca, anchor, signed = (text.encode() for text in texts)
+    pem, ca, anchor, signed = unbundled(bundle)
     key, tls = secret(folder / SIGN_KEY), secret(folder / TLS_KEY)
     try:
         federation, _, name = certificates.spiffe(pem)
         own, issued = certificates.belongs(pem, certificates.tls_key(tls)), certificates.issued(pem, ca)
         root, public = root_key(anchor), raw(certificates.signing_key(key))
+        whole = certificates.spelled(pem) and certificates.anchors(ca) and anchor == root_pem(root)
     except ValueError as error:
         raise WireError(f"bundle: expected certificates and keys; {error}") from None
+    if not whole:
+        raise WireError("bundle: expected certificates and keys as the CA wrote them; got changed ones; fetch it again")
     if not own:
         hint = "accept the one that was made from this folder's request"
         raise ConfigError(Fault("bundle", f"a certificate of the key in {folder}", f"one of another, {name!r}", hint))
@@ -153,11 +161,65 @@ def accept(folder: Path, bundle: bytes, *, now: int) -> Identity:
     entry = found.members.get(name)
     if found.federation != federation or entry is None or entry.key != public:
         raise ConfigError(Fault("bundle", f"a roster of {federation} with {name} and this folder's key", "another"))
-    if (folder / ROSTER).exists():
-        roster.newer(roster.decode((folder / ROSTER).read_bytes(), root), found, now=now)
+    held = roster.decode(needed(folder / ROSTER), root) if (folder / ROSTER).exists() else None
+    if held is not None and held.version > found.version and certificates.serial(pem) in serials(held, name, public):
+        # Signed after the bundle and here before it: whoever was enrolled since must not be forgotten.
+        found, signed = held, needed(folder / ROSTER)
+    roster.newer(held, found, now=now)
     for name_of_file, data in ((CERTIFICATE, pem), (CA, ca), (ROOT, anchor), (ROSTER, signed)):
         write_bytes(folder / name_of_file, data)
     return load(folder, role=entry.role, now=now)
+
+
+def serials(held: roster.Roster, name: str, public: bytes) -> tuple[str, ...]:
+    """Return the certificates that count of a member with this key."""
+    member = held.members.get(name)
+    return member.serials if member is not None and member.key == public and member.state == "active" else ()
+
+
+def root_pem(public: bytes) -> bytes:
+    """Return the public key that signs rosters as PEM."""
+    return Ed25519PublicKey.from_public_bytes(public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def bundled(certificate: bytes, ca: bytes, root: bytes, signed: bytes) -> bytes:
+    """Return what travels from the CA to a site: PEMs and the roster, none of it secret."""
+    return spelling(
+        {"certificate": certificate.decode(), "ca": ca.decode(), "root": root.decode(), "roster": signed.decode()}
+    )
+
+
+def unbundled(data: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    """Return certificate, CA, root key and roster of a bundle; none of them is checked.
+
+    Raises:
+        WireError: if it is malformed.
+    """
+    if len(data) > MAX_BUNDLE_BYTES:
+        raise WireError(f"bundle: expected at most {MAX_BUNDLE_BYTES} bytes; got more")
+    body = strict(data, "bundle")
+    texts = fields(body, {"certificate": str, "ca": str, "root": str, "roster": str}, "bundle")
+    if not all(text.isascii() for text in texts) or data.removesuffix(b"\n") != spelling(body).removesuffix(b"\n"):
+        raise WireError("bundle: expected the file as the CA wrote it; got another spelling; fetch it again")
+    pem, ca, anchor, signed = (text.encode() for text in texts)
+    return pem, ca, anchor, signed
+
+
+def spelling(body: Mapping[str, str]) -> bytes:
+    return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def arrived(path: Path, what: str, step: str) -> bytes:
+    """Return a file that another party has sent; of one that is too large, enough to be refused.
+
+    Raises:
+        ConfigError: if it cannot be read, naming the step that makes such a file.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BUNDLE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(Fault("", f"{what} at {path}", str(error.strerror), f"it is made by {step}")) from None
 
 
 def install(folder: Path, data: bytes, *, now: int) -> roster.Roster:
@@ -167,13 +229,8 @@ def install(folder: Path, data: bytes, *, now: int) -> roster.Roster:
         WireError: if it is not signed by the pinned key, or not newer.
         ConfigError: if the folder holds no identity.
     """
-    try:
-        root = root_key((folder / ROOT).read_bytes())
-        held = roster.decode((folder / ROSTER).read_bytes(), root)
-    except FileNotFoundError:
-        raise ConfigError(
-            Fault("identity", f"an identity in {folder}", "none", "fedtune enroll accept BUNDLE")
-        ) from None
+    root = pinned_root(folder / ROOT)
+    held = roster.decode(needed(folder / ROSTER), root)
     found = roster.newer(held, roster.decode(data, root), now=now)
     write_bytes(folder / ROSTER, data)
     return found

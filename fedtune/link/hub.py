@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import TypeAlias
 
@@ -165,6 +166,8 @@ class Hub:
         self._orders: dict[str, dict[bytes, Order]] = {}  # by client and digest
         self._bodies: dict[bytes, Body] = {}  # of open orders
         self._ready: dict[str, Received | Gone] = {}  # by message id
+        self._numbers = count()  # of questions: no two have the same id
+        self._fresh = False  # whether something has come that nobody has been woken for
         self._waiting: dict[str, Order] = {}  # by message id
         self._receipts: dict[tuple[str, bytes], tuple[bytes, pb.Envelope]] = {}  # by client and order: answer, receipt
         self._seen: dict[str, float] = {}
@@ -227,8 +230,11 @@ class Hub:
             if order.digest not in mine:  # asked anew: what an earlier answer came to does not count any more
                 self._receipts.pop((client, order.digest), None)
             order = mine.setdefault(order.digest, order)
+            if order.answer is not None and order.answer.receipt is not None:  # noted, and not enough
+                order.answer = None
+                self._receipts.pop((client, order.digest), None)
             order.ends = now + seconds
-            message_id = f"{order.digest.hex()}.{len(order.ids)}"
+            message_id = f"{order.digest.hex()}.{next(self._numbers)}"
             order.ids.append(message_id)
             self._waiting[message_id] = order
             self._bodies |= {one.digest: contents[one.key] for one in parts}
@@ -263,8 +269,9 @@ class Hub:
     def wait(self, seconds: float) -> None:
         """Wait until something has come, or so long."""
         with self._news:
-            if not self._ready:
+            if not self._fresh:
                 self._news.wait(seconds)
+            self._fresh = False
 
     def opened(self, cohort: Collection[str]) -> None:
         """Note who is asked in the round that begins."""
@@ -418,6 +425,7 @@ class Hub:
             self._check_parts(order, header)
             if order.answer is None or (order.answer.digest != answer and not order.answer.whole):
                 self._check_quota(client, header)
+                self._forget(order)
                 order.answer = Answer(answer, header)
             elif order.answer.digest != answer:
                 first = f"{order.answer.digest.hex()[:16]}, which came first"
@@ -495,6 +503,7 @@ class Hub:
         self._announce()
         self._tell("declined", client=order.client, round=order.header.round, veto=veto, reason=note)
         receipt = self._receipt(order.client, answer, header, pb.NOTED)
+        self._keep(order, answer, receipt)
         self._close(order)
         return pb.SubmitReply(receipt=receipt)
 
@@ -577,6 +586,10 @@ class Hub:
         if answer is None or not answer.whole or answer.receipt is not None:
             return
         answer.receipt = self._receipt(order.client, answer.digest, answer.header, verdict, refusal)
+        self._keep(order, answer.digest, answer.receipt)
+        if verdict == pb.ACCEPTED:  # as the journal has it, for who asks when the receipt is kept no longer
+            for one in answer.header.parts:
+                self._accepted[(order.header.round, order.client)] = one.digest.hex()
         for one in answer.header.parts:
             spool.place(self.folder, order.client, one.digest).unlink(missing_ok=True)
         answer.bodies.clear()
@@ -615,14 +628,18 @@ class Hub:
                 build=build(),
             )
         )
-        self._receipts[(client, header.order)] = answer, receipt
+        return receipt
+
+    def _keep(self, order: Order, answer: bytes, receipt: pb.Envelope) -> None:
+        """Keep the receipt of an order that was asked, to be given again as the same bytes."""
+        self._receipts[(order.client, order.digest)] = answer, receipt
         while len(self._receipts) > KEPT_RECEIPTS:
             del self._receipts[next(iter(self._receipts))]
-        return receipt
 
     def _close(self, order: Order) -> None:
         """Forget an order, and the bodies that no other one needs."""
         self._orders.get(order.client, {}).pop(order.digest, None)
+        self._forget(order)
         needed = {
             one.digest for orders in self._orders.values() for each in orders.values() for one in each.header.parts
         }
@@ -630,6 +647,12 @@ class Hub:
             if one.digest not in needed:
                 self._bodies.pop(one.digest, None)
         self._wake(order.client)
+
+    def _forget(self, order: Order) -> None:
+        """Remove what lies on the disk of an answer that is not waited for any more."""
+        if order.answer is not None:
+            for one in order.answer.header.parts:
+                spool.place(self.folder, order.client, one.digest).unlink(missing_ok=True)
 
     def _lost(self, order: Order, now: float) -> bool:
         return not self._held.get(order.client) and (
@@ -642,6 +665,7 @@ class Hub:
 
     def _announce(self) -> None:
         with self._news:
+            self._fresh = True
             self._news.notify_all()
 
     def _news_of_fleet(self) -> None:

@@ -92,6 +92,7 @@ def renewal(identity: Identity, now: int) -> str:
     return f"the certificate of {identity.name} ends on {day(identity.not_after)}; {AGAIN}"
 
 
+@certificates.parsing()
 def root_key(pem: bytes) -> bytes:
     """Return the public key of a PEM, 32 bytes.
 
@@ -102,6 +103,18 @@ def root_key(pem: bytes) -> bytes:
     if not isinstance(key, Ed25519PublicKey):
         raise ValueError("not a public key of Ed25519")
     return key.public_bytes_raw()
+
+
+def pinned_root(path: Path) -> bytes:
+    """Return the key in a file that rosters are held against.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    try:
+        return root_key(needed(path))
+    except ValueError as error:
+        raise fault(f"a public key of Ed25519 in {path}", str(error), "put back the one that was there") from None
 
 
 def secret(path: Path) -> bytes:

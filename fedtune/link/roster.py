@@ -98,6 +98,9 @@ def decode(data: bytes, root: bytes) -> Roster:
     found = [member(one) for one in members]
     if len({one.name for one in found}) != len(found):
         raise WireError("roster: expected each name once; got one twice")
+    keys = [one.key for one in found if one.state == "active"]
+    if len(set(keys)) != len(keys):  # a signature would be of either
+        raise WireError("roster: expected each key once; got one of two members")
     if not NAME.fullmatch(federation) or not 1 <= version <= LATEST or not 0 <= valid_until <= LATEST:
         raise WireError(f"roster: expected a federation, a version and a time; got {federation[:100]!r}, {version}")
     return Roster(federation, version, valid_until, {one.name: one for one in found})
@@ -225,15 +228,21 @@ def enveloped(kind: str, payload: bytes, key: Ed25519PrivateKey, *others: Mappin
 
 
 def signed(data: bytes, kind: str, public: bytes, what: str) -> Any:
-    """Return the JSON of a DSSE envelope whose first signature is one of this key.
+    """Return the JSON of a DSSE envelope whose one signature is of this key.
 
     Raises:
         WireError: if it is too large, malformed, or not signed so.
     """
     payload, signatures = opened(data, kind, what)
-    if not verify(public, kind, payload, signatures[0][1]):
+    if len(signatures) != 1 or not by(public, kind, payload, signatures[0]):
         raise WireError(f"{what}: expected a signature by the key {key_id(public).hex()[:16]}; got none that holds")
     return strict(payload, what)
+
+
+def by(public: bytes, kind: str, payload: bytes, signature: tuple[str, bytes]) -> bool:
+    """Return whether a signature of an envelope is of this key, and says so."""
+    name, value = signature
+    return name == key_id(public).hex() and verify(public, kind, payload, value)
 
 
 def opened(data: bytes, kind: str, what: str) -> tuple[bytes, Sequence[tuple[str, bytes]]]:
@@ -244,14 +253,15 @@ def opened(data: bytes, kind: str, what: str) -> tuple[bytes, Sequence[tuple[str
     """
     if len(data) > MAX_BYTES:
         raise WireError(f"{what}: expected at most {MAX_BYTES} bytes; got more")
-    found, payload, signatures = fields(
-        strict(data, what), {"payloadType": str, "payload": str, "signatures": list}, what
-    )
+    body = strict(data, what)
+    found, payload, signatures = fields(body, {"payloadType": str, "payload": str, "signatures": list}, what)
     if found != kind:
         raise WireError(f"{what}: expected the type {kind}; got {found[:100]!r}")
     if not 1 <= len(signatures) <= 2:
         raise WireError(f"{what}: expected one or two signatures; got {len(signatures)}")
     pairs = [fields(one, {"keyid": str, "sig": str}, f"{what}: signature") for one in signatures]
+    if data.removesuffix(b"\n") != canonical(body):  # what is not signed has one spelling, so that no byte is idle
+        raise WireError(f"{what}: expected the file as it was written; got another spelling of it; fetch it again")
     return unpacked(payload, what), [(name, unpacked(signature, what)) for name, signature in pairs]
 
 

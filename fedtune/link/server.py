@@ -23,6 +23,7 @@ from fedtune.link.service import Service, handlers
 from fedtune.link.settings import MIB, LinkSettings
 from fedtune.wire.v1 import link_pb2 as pb
 
+LARGEST_PORT = 65_535
 RETRY_AFTER_S = 2.0
 """What clients are told of a server that goes down and comes back."""
 
@@ -127,12 +128,24 @@ def serving(
         tell("stopped")
 
 
+def check_address(address: str) -> None:
+    """Refuse a port that does not exist: gRPC would listen on another one in its place.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > LARGEST_PORT:
+        raise ConfigError(Fault("link.listen", f"HOST:PORT, a port of at most {LARGEST_PORT}", repr(address)))
+
+
 async def start(hub: Hub, identity: Identity, roster: RosterFile, *, tell: Tell, now: Callable[[], float]) -> Serving:
     """Start the gRPC server in the running loop.
 
     Raises:
         ConfigError: if the address cannot be listened on.
     """
+    check_address(hub.settings.listen)
     service = Service(hub, roster, epoch=secrets.randbits(63), tell=tell, now=now)
     server = grpc.aio.server(options=options(hub.settings, members=len(roster.current().members)))
     server.add_generic_rpc_handlers((handlers(service),))

@@ -282,6 +282,7 @@ class Service:
             if incoming is not None:
                 if waiting and incoming.taken + size <= part.num_bytes:
                     incoming.append(b"".join(waiting))
+                    self._hub.sent(client, size)
                 incoming.close()
 
     def _refused(self, context: Context, error: RefusalError, *, member: Member | None = None) -> pb.Refusal:

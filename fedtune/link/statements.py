@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import version
 
@@ -26,6 +27,7 @@ UPDATE = "update"
 """Key of the one part of an answer to TRAIN."""
 
 
+@lru_cache(maxsize=1)
 def build() -> str:
     """Return what is running here."""
     return f"fedtune {version('fedtune')}"

@@ -77,11 +77,11 @@ def test_a_roster_is_listed_changed_and_installed(folder: Path) -> None:
         (("ca", "init", "new", "--federation", "a b"), "federation"),
         (("enroll", "request", "--name", "a/b", "--org", "o"), "name"),
         (("enroll", "request", "--name", "a", "--org", "o", "--role", "coordinator"), "--host"),
-        (("enroll", "sign", "none.json"), "none.json"),
-        (("enroll", "accept", "none.json"), "none.json"),
+        (("enroll", "sign", "none.json"), "made by fedtune enroll request"),
+        (("enroll", "accept", "none.json"), "made by fedtune enroll sign"),
         (("roster", "list"), "fedtune enroll accept"),
         (("roster", "revoke", "a"), "fedtune ca init"),
-        (("roster", "install", "none"), "none"),
+        (("roster", "install", "none"), "a signed roster at none"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(words: tuple[str, ...], text: str) -> None:

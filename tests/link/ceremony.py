@@ -14,6 +14,7 @@ def ceremony(
     *,
     federation: str = "care",
     clients: Sequence[str] = ("site-a", "site-b"),
+    host: str = "localhost",
     now: int | None = None,
 ) -> Mapping[str, Path]:
     """Enrol everybody as their own commands would, and return the identity folders by name, and the CA's under `ca`."""
@@ -28,7 +29,7 @@ def ceremony(
             name=name,
             org=f"org-{name}",
             role="coordinator" if server else "client",
-            hosts=("localhost", "127.0.0.1") if server else (),
+            hosts=(host, "127.0.0.1") if server else (),
         )
         enrol.accept(place, authority.sign_request(ca, request, now=at), now=at)
     spread(ca, places)

@@ -50,6 +50,8 @@ def test_the_same_key_gets_a_further_certificate_and_the_last_two_count(ca: Path
     for count in (1, 2, 2):
         authority.sign_request(ca, data, now=NOW)
         assert len(authority.held(ca).members["anna"].serials) == count
+    authority.sign_request(ca, data, replace=True, now=NOW)  # a stolen TLS key: its certificates end
+    assert len(authority.held(ca).members["anna"].serials) == 1
 
 
 def test_another_key_under_a_known_name_needs_a_word(ca: Path, tmp_path: Path) -> None:
@@ -57,8 +59,36 @@ def test_another_key_under_a_known_name_needs_a_word(ca: Path, tmp_path: Path) -
     other = request(tmp_path / "other")
     with pytest.raises(ConfigError, match="--replace"):
         authority.sign_request(ca, other, now=NOW)
-    authority.sign_request(ca, other, replace_key=True, now=NOW)
+    authority.sign_request(ca, other, replace=True, now=NOW)
     assert len(authority.held(ca).members["anna"].serials) == 1
+
+
+def test_another_role_or_organisation_needs_a_word_and_ends_the_old_certificates(ca: Path, tmp_path: Path) -> None:
+    authority.sign_request(ca, request(tmp_path), now=NOW)
+    for changes in ({"role": "auditor"}, {"org": "b"}):
+        with pytest.raises(ConfigError, match="anna as client of a"):
+            authority.sign_request(ca, request(tmp_path, **changes), now=NOW)
+    authority.sign_request(ca, request(tmp_path, role="auditor"), replace=True, now=NOW)
+    member = authority.held(ca).members["anna"]
+    assert (member.role, len(member.serials)) == ("auditor", 1)
+
+
+@pytest.mark.parametrize("revoked", [False, True])
+def test_one_key_has_one_name_even_after_it_was_taken_out(ca: Path, tmp_path: Path, revoked: bool) -> None:
+    authority.sign_request(ca, request(tmp_path), now=NOW)
+    if revoked:
+        authority.revoke(ca, "anna", now=NOW)
+    again = enrol.request(tmp_path / "anna", name="bob", org="a", role="client")
+    for replace in (False, True):
+        with pytest.raises(ConfigError, match="the one of anna"):
+            authority.sign_request(ca, again, replace=replace, now=NOW)
+
+
+@pytest.mark.parametrize("name", ["roster.pub", "roster.key", "ca.key"])
+def test_keys_of_a_ca_that_cannot_be_used_are_told(ca: Path, tmp_path: Path, name: str) -> None:
+    (ca / name).write_text("nonsense")
+    with pytest.raises(ConfigError, match="keys in"):
+        authority.sign_request(ca, request(tmp_path), now=NOW)
 
 
 def test_who_is_revoked_has_no_certificate_and_comes_back_only_with_a_word(ca: Path, tmp_path: Path) -> None:
@@ -68,7 +98,7 @@ def test_who_is_revoked_has_no_certificate_and_comes_back_only_with_a_word(ca: P
     assert (gone.state, gone.serials) == ("revoked", ())
     with pytest.raises(ConfigError, match="revoked"):
         authority.sign_request(ca, data, now=NOW)
-    authority.sign_request(ca, data, replace_key=True, now=NOW)
+    authority.sign_request(ca, data, replace=True, now=NOW)
     assert authority.held(ca).members["anna"].state == "active"
 
 

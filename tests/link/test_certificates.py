@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import base64
+
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
 from fedtune.link import certificates as made
 
@@ -59,6 +63,29 @@ def test_a_certificate_ends_with_its_ca_at_the_latest() -> None:
         KEY.public_key(), "spiffe://a/b/c", hosts=(), server=False, days=397, ca=short, ca_key=CA_KEY, now=1_800_000_000
     )
     assert made.validity(pem)[1] == made.validity(short)[1]
+
+
+def test_what_the_library_cannot_read_is_a_value_error() -> None:
+    locked = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"word"))
+    with pytest.raises(ValueError, match="encrypted"):
+        made.tls_key(locked)
+    der = x509.load_pem_x509_certificate(certificate()).public_bytes(Encoding.DER)
+    version = der.index(bytes.fromhex("a003020102"))
+    spoilt = der[: version + 4] + b"\x0a" + der[version + 5 :]
+    pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(spoilt) + b"-----END CERTIFICATE-----\n"
+    for read in (made.spiffe, made.serial, made.validity, made.spelled, made.anchors, lambda pem: made.issued(pem, CA)):
+        with pytest.raises(ValueError, match="version"):
+            read(pem)
+
+
+def test_anchors_are_cas_that_sign_themselves_in_the_spelling_that_is_written_here() -> None:
+    other = made.authority("care", made.new_tls_key(), years=1, now=1_800_000_000)
+    assert made.anchors(CA)
+    assert made.anchors(CA + other)
+    assert not made.anchors(certificate())
+    assert not made.anchors(CA + b"\n")
+    assert made.spelled(certificate())
+    assert not made.spelled(b" " + certificate())
 
 
 def test_keys_of_other_kinds_are_refused() -> None:

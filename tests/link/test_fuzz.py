@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 
+from fedtune.coordinator import refusal
 from fedtune.link.hub import Received
 from fedtune.link.refusals import RefusalError
 from fedtune.link.roster import Member
@@ -25,18 +27,22 @@ from fedtune.round import (
     ClientUpdate,
     Failure,
     LocalAdapter,
+    Measured,
+    Outcome,
     Plan,
     Probe,
     Probed,
     SeedState,
     Training,
 )
-from fedtune.rounds import Asked, judged
+from fedtune.rounds import Asked, has_lost, judged
 from fedtune.seeds import derive, generator
+from fedtune.tensors import Array
 from fedtune.transport import Reply
 from fedtune.wire.messages import encode_assignment, encode_update
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.conftest import KEY, answer, made
+from tests.methods import test_fedkseed as seeds
 
 MUTATIONS = 10_000
 GROWTH_MIB = 64
@@ -47,11 +53,34 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def field(rng: np.random.Generator) -> bytes:
+    """Return a field of protobuf as it may stand in any message: of any number, type and content."""
+    number, kind = int(rng.integers(1, 24)), int(rng.integers(6))
+    body = rng.bytes(int(rng.integers(0, 40)))
+    content = {
+        0: varint(int(rng.integers(0, 2**63))),
+        1: rng.bytes(8),
+        2: varint(len(body)) + body,
+        3: b"",  # a group that begins
+        4: b"",  # and one that ends
+        5: rng.bytes(4),
+    }[kind]
+    return varint(number << 3 | kind) + content
+
+
 def spoilt(data: bytes, rng: np.random.Generator) -> bytes:
     """Return the bytes with one of the things done to them that go wrong on wires, disks and in bad clients."""
     found = bytearray(data)
     place = int(rng.integers(len(found)))
-    match int(rng.integers(7)):
+    match int(rng.integers(9)):
         case 0:
             found[place] ^= 1 << int(rng.integers(8))
         case 1:
@@ -68,6 +97,11 @@ def spoilt(data: bytes, rng: np.random.Generator) -> bytes:
             found[place], found[other] = found[other], found[place]
         case 6:  # a varint that says how long, how many, or which
             found[place : place + 1] = b"\xff" * int(rng.integers(1, 9)) + b"\x7f"
+        case 7:
+            found += field(rng)
+        case 8:  # two stretches change places
+            one, two, three, four = sorted(rng.integers(0, len(found) + 1, 4).tolist())
+            found[:] = found[:one] + found[three:four] + found[two:three] + found[one:two] + found[four:]
     return bytes(found)
 
 
@@ -108,7 +142,7 @@ def test_spoilt_envelopes_are_refused_whoever_signed_them(tmp_path: Path) -> Non
             outcomes[pb.Reason.Name(error.refusal.reason)] += 1
     assert sum(outcomes.values()) == MUTATIONS
     assert len(outcomes) > 8, outcomes
-    assert outcomes["taken"] < MUTATIONS / 20
+    assert outcomes["taken"] < MUTATIONS / 10
     assert peak_mib() - before < GROWTH_MIB
     assert desk.hub.collect([message_id]) == {}
     assert desk.submit("anna", good, data) is None  # whatever came before it, the whole answer is the one that counts
@@ -199,12 +233,145 @@ def test_spoilt_scalars_are_refused() -> None:
     for found in mutations(data, "scalars"):
         outcome = judged(Reply("carl", found), around)
         if isinstance(outcome, Failure):
+            assert outcome.kind == "refused"
+            assert outcome.code in pb.Reason.keys()  # noqa: SIM118
             outcomes[outcome.code] += 1
         else:
             assert outcome.probed is not None
             assert outcome.probed.lost or (len(outcome.probed.scalars) == 8 and outcome.probed.scalars.min() >= -127)
             outcomes["scalars"] += 1
     assert sum(outcomes.values()) == MUTATIONS
+    assert peak_mib() - before < GROWTH_MIB
+
+
+def test_spoilt_answers_to_seeds_are_refused_and_the_sums_are_those_without_them() -> None:
+    method, state = METHODS["fedkseed"], seeds.rounds(seeds.first(), 2)
+    before_all, names = states.digest(states.encode(state)), ("ann", "bob", "cleo")
+    around = Asked(
+        round=state.round + 1,
+        assignments=(orders := {name: seeds.assigned(state, name) for name in names}),
+        orders={name: encode_assignment(one) for name, one in orders.items()},
+        enrolled=dict.fromkeys(names, 200),
+        blueprint=BLUEPRINT,
+        refuse=lambda update: method.refuse(state, update),
+    )
+    good = {name: encode_update(seeds.random_answer(state, name)) for name in names}
+    honest = [judged(Reply(name, good[name]), around) for name in names]
+    assert all(isinstance(one, ClientUpdate) for one in honest)
+
+    def summed(*outcomes: Outcome) -> str:
+        return states.digest(
+            states.encode(method.aggregate(state, [one for one in outcomes if isinstance(one, ClientUpdate)]))
+        )
+
+    without, everybody = summed(*honest[:2]), summed(*honest)
+    assert without != everybody
+    outcomes, before = Counter[str](), peak_mib()
+    for number, found in enumerate(mutations(good["cleo"], "seeds")):
+        outcome = judged(Reply("cleo", found), around)
+        if isinstance(outcome, Failure):
+            assert (outcome.client, outcome.kind) == ("cleo", "refused")
+            assert outcome.code in pb.Reason.keys()  # noqa: SIM118
+            outcomes[outcome.code] += 1
+            if not number % 10:
+                assert summed(honest[0], outcome, honest[1]) == without
+        elif has_lost(outcome):
+            outcomes["lost"] += 1
+        else:
+            assert outcome.client == "cleo"
+            assert outcome.probed is not None
+            assert len(outcome.probed.scalars) == 4
+            assert outcome.probed.scalars.min() >= -127
+            outcomes["numbers"] += 1
+            if not number % 10:
+                assert summed(honest[0], outcome, honest[1]) != without
+    assert sum(outcomes.values()) == MUTATIONS
+    assert len(outcomes) >= 4, outcomes
+    assert states.digest(states.encode(state)) == before_all
+    assert peak_mib() - before < GROWTH_MIB
+
+
+Change = tuple[str, Callable[[ClientUpdate, np.random.Generator], ClientUpdate]]
+
+
+def tensor(update: ClientUpdate, rng: np.random.Generator, make: Callable[[Array], Array]) -> ClientUpdate:
+    """Return the update with one of its tensors made into another."""
+    name = sorted(update.tensors)[int(rng.integers(len(update.tensors)))]
+    return replace(update, tensors={**update.tensors, name: make(update.tensors[name])})
+
+
+def number(value: float) -> Callable[[ClientUpdate, np.random.Generator], ClientUpdate]:
+    def made(update: ClientUpdate, rng: np.random.Generator) -> ClientUpdate:
+        def change(array: Array) -> Array:
+            found = array.copy()
+            found.flat[int(rng.integers(found.size))] = value
+            return found
+
+        return tensor(update, rng, change)
+
+    return made
+
+
+def renamed(update: ClientUpdate, rng: np.random.Generator) -> ClientUpdate:
+    name = sorted(update.tensors)[int(rng.integers(len(update.tensors)))]
+    rest = {key: array for key, array in update.tensors.items() if key != name}
+    return replace(update, tensors={**rest, f"{name}\n\x1b[2J{rng.integers(10**6)}": update.tensors[name]})
+
+
+def longer(array: Array) -> Array:
+    return np.concatenate([array, array])
+
+
+CHANGES: Sequence[Change] = (
+    ("NOT_FINITE", number(np.nan)),
+    ("NOT_FINITE", number(np.inf)),
+    ("NOT_FINITE", number(-np.inf)),
+    ("TENSOR_NAMES", renamed),
+    ("TENSOR_NAMES", lambda one, rng: replace(one, tensors={})),
+    ("TENSOR_NAMES", lambda one, rng: replace(one, saved={"head": np.ones((2, 2), np.float32)})),
+    ("TENSOR_SHAPE RANK_RANGE", lambda one, rng: tensor(one, rng, longer)),
+    ("TENSOR_SHAPE RANK_RANGE", lambda one, rng: tensor(one, rng, lambda array: np.ascontiguousarray(array.T))),
+    ("TENSOR_SHAPE RANK_RANGE", lambda one, rng: tensor(one, rng, lambda array: array[:, :-1].copy())),
+    ("TENSOR_SHAPE RANK_RANGE", lambda one, rng: tensor(one, rng, lambda array: array.reshape(-1))),
+    ("TENSOR_DTYPE", lambda one, rng: tensor(one, rng, lambda array: array.astype(np.int8))),
+    ("NORM_OVER_CAP NOT_FINITE", lambda one, rng: tensor(one, rng, lambda array: array * np.float32(1e36))),
+    ("WRONG_CLIENT MALFORMED", lambda one, rng: replace(one, client="anna")),
+    ("WRONG_ROUND", lambda one, rng: replace(one, round=int(rng.integers(2, 100)))),
+    ("WRONG_BASE", lambda one, rng: replace(one, base="0000")),
+    ("EXAMPLES_RANGE MALFORMED", lambda one, rng: replace(one, num_examples=int(rng.integers(11, 2**31)))),
+    ("LOSS_RANGE", lambda one, rng: replace(one, measured=Measured(loss_before=float("nan")))),
+    ("LOSS_RANGE", lambda one, rng: replace(one, measured=Measured(loss_after=1e13))),
+)
+
+
+def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> None:
+    around = asked({name: assignment(name) for name in CLIENTS})
+    honest = [judged(Reply(name, encode_update(update(name))), around) for name in CLIENTS[:2]]
+    method, good = METHODS["flora"], update("carl")
+    first = method.init(BLUEPRINT, settings_of("flora"))
+
+    def summed(*outcomes: Outcome) -> str:
+        used = [one for one in outcomes if isinstance(one, ClientUpdate)]
+        return states.digest(states.encode(method.aggregate(first, used)))
+
+    without, before, seen = summed(*honest), peak_mib(), Counter[str]()
+    rng = generator(derive(0, "lies"))
+    for turn in range(200 * len(CHANGES)):
+        codes, change = CHANGES[turn % len(CHANGES)]
+        found = judged(Reply("carl", encode_update(change(good, rng))), around)
+        assert isinstance(found, Failure), (codes, turn)
+        assert found.kind == "refused"
+        assert found.code in codes.split(), found
+        told = refusal(found)
+        assert pb.Reason.Name(told.reason) == found.code
+        for text in (told.field, told.expected, told.found):
+            assert text.isprintable()
+            assert len(text) <= 256
+        if turn < 200:
+            assert summed(honest[0], found, honest[1]) == without
+        seen[found.code] += 1
+    assert len(seen) >= 9, seen
+    assert isinstance(judged(Reply("carl", encode_update(good)), around), ClientUpdate)
     assert peak_mib() - before < GROWTH_MIB
 
 

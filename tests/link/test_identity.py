@@ -5,13 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
 from fedtune.errors import ConfigError
 from fedtune.link import authority
-from fedtune.link.identity import load, renewal
+from fedtune.link.identity import load, pinned_root, renewal
 from tests.link.ceremony import ceremony
 
 NOW = 1_800_000_000
+LOCKED = Ed25519PrivateKey.from_private_bytes(bytes(32)).private_bytes(
+    Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"word")
+)
 DAY = 86_400
 
 
@@ -59,6 +64,7 @@ def of_another_ca(name: str) -> Callable[[Path], None]:
         (lambda place: (place / "tls.key").chmod(0o604), "chmod 600"),
         (lambda place: (place / "tls.crt").write_text("nonsense"), "can be read"),
         (lambda place: (place / "root.pub").write_text("nonsense"), "can be read"),
+        (lambda place: (place / "sign.key").write_bytes(LOCKED), "encrypted"),
         (of_bob("tls.crt"), "another key"),
         (of_bob("tls.key"), "another key"),
         (of_bob("sign.key"), "in the roster"),
@@ -89,6 +95,13 @@ def test_a_warning_comes_with_the_last_third_of_a_certificate(anna: Path) -> Non
     made = load(anna, role="client", now=NOW)
     assert not renewal(made, NOW + 59 * DAY)
     assert "enrol again" in renewal(made, NOW + 61 * DAY)
+
+
+def test_a_pinned_root_key_that_cannot_be_read_is_named(anna: Path) -> None:
+    assert pinned_root(anna / "root.pub") == load(anna, role="client", now=NOW).root
+    (anna / "root.pub").write_text("nonsense")
+    with pytest.raises(ConfigError, match=r"root\.pub"):
+        pinned_root(anna / "root.pub")
 
 
 def test_who_was_revoked_loads_and_is_told_by_the_server(anna: Path) -> None:

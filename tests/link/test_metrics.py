@@ -80,3 +80,43 @@ def test_alive_is_not_ready(port: int, ready: list[str]) -> None:
 def test_an_address_that_cannot_be_listened_on_is_told(address: str) -> None:
     with pytest.raises(ConfigError, match=r"link\.health"), health(address, Metrics(), unready=lambda: ""):
         pass
+
+
+def test_a_health_port_that_is_taken_is_told(port: int) -> None:
+    with pytest.raises(ConfigError, match=str(port)), health(f"127.0.0.1:{port}", Metrics(), unready=lambda: ""):
+        pass
+
+
+def test_counters_add_up_by_verdict_code_and_direction() -> None:
+    metrics = Metrics()
+    for verdict in ("ACCEPTED", "ACCEPTED", "LATE"):
+        metrics.tell("receipt", client="anna", verdict=verdict)
+    for size in (1, 20, 300):
+        metrics.tell("answered", client="anna", bytes=size)
+    metrics.tell("note", text="anything else is counted by its kind alone")
+    with health("127.0.0.1:0", metrics, unready=lambda: "") as found:
+        lines = get(found, "/metrics")[1].splitlines()
+    for line in (
+        'fedtune_answers_total{verdict="ACCEPTED"} 2.0',
+        'fedtune_answers_total{verdict="LATE"} 1.0',
+        'fedtune_bytes_total{direction="up"} 321.0',
+        'fedtune_events_total{kind="note"} 1.0',
+        'fedtune_events_total{kind="receipt"} 3.0',
+    ):
+        assert line in lines
+
+
+def test_bytes_that_are_arriving_are_shown_as_they_come(tmp_path: Path) -> None:
+    hub, metrics = made(tmp_path).hub, Metrics()
+    metrics.gauge(hub, roster_version=lambda: 1, certificate_until=0.0)
+    with health("127.0.0.1:0", metrics, unready=lambda: "") as found:
+        for size in (0, 1000):
+            (hub.folder / "part").write_bytes(bytes(size))
+            assert f"fedtune_spool_bytes {size}.0" in get(found, "/metrics")[1].splitlines()
+
+
+def test_the_port_is_free_again_when_the_block_ends() -> None:
+    with health("127.0.0.1:0", Metrics(), unready=lambda: "") as first:
+        pass
+    with health(f"127.0.0.1:{first}", Metrics(), unready=lambda: "") as second:
+        assert second == first

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import WireError
-from fedtune.link.refusals import LONGEST, code, line, refused, said
+from fedtune.link.refusals import ADVICE, FATAL, LONGEST, PASSING, code, line, refused, said
 from fedtune.wire.v1 import link_pb2 as pb
 
 
@@ -31,3 +31,26 @@ def test_a_reason_of_a_later_release_is_told_all_the_same() -> None:
     later = pb.Refusal.FromString(b"\x08\xe7\x07")
     assert code(later.reason) == "reason 999"
     assert said(later).startswith("reason 999: expected")
+
+
+@given(st.text(max_size=2000), st.text(max_size=2000), st.text(max_size=2000))
+def test_every_text_of_a_refusal_is_cut_before_it_travels(field: str, expected: str, found: str) -> None:
+    error = refused(pb.SIGNATURE, field, expected, found)
+    for text in (error.refusal.field, error.refusal.expected, error.refusal.found):
+        assert len(text) <= LONGEST
+        assert text.isprintable()
+    assert str(error).isprintable()
+    assert pb.Refusal.FromString(error.refusal.SerializeToString()) == error.refusal
+
+
+def test_what_a_server_says_is_cut_by_its_reader_too() -> None:
+    hostile = pb.Refusal(reason=pb.BARRED, field="f\n" * 900, expected="\x1b[2J" * 900, found="x" * 9000)
+    assert said(hostile).isprintable()
+    assert len(said(hostile)) < 4 * LONGEST
+
+
+def test_a_refusal_is_passing_by_its_reason_alone_and_none_that_passes_ends_a_client() -> None:
+    for one in pb.DESCRIPTOR.enum_types_by_name["Reason"].values:
+        assert refused(getattr(pb, one.name), "", "", "").refusal.passing == (one.number in PASSING)
+    assert not PASSING & FATAL
+    assert ADVICE.keys() <= FATAL | {pb.BUILD_DIFFERS}

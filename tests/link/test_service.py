@@ -53,6 +53,7 @@ class Served:
 
     def __post_init__(self) -> None:
         self.opened: list[Calls] = []
+        self.ids: dict[bytes, str] = {}  # of questions, by the digest of their order
 
 
 @contextmanager
@@ -107,14 +108,26 @@ def test_a_question_for_work_is_held_until_there_is_some(link: Served) -> None:
     epoch = greeting(calls).epoch
     assert calls.next(pb.NextRequest(epoch=epoch), timeout=10).WhichOneof("what") == "wait"
     order = assignment("site-a", 1)
-    poster = threading.Timer(0.05, lambda: link.hub.post("site-a", TRAIN, order.header, order.blobs, seconds=60))
-    poster.start()
-    reply = calls.next(pb.NextRequest(epoch=epoch), timeout=10)
-    poster.join()
-    assert reply.WhichOneof("what") in ("work", "wait")  # the timer may come a moment late
+    link.hub.post("site-a", TRAIN, order.header, order.blobs, seconds=60)
     reply = calls.next(pb.NextRequest(epoch=epoch), timeout=10)
     assert pb.Header.FromString(reply.work.order.header).to == "site-a"
+    assert {one.digest for one in pb.Header.FromString(reply.work.order.header).parts}
     assert calls.next(pb.NextRequest(epoch=epoch, holding=[b"gone"]), timeout=10).withdrawn.order == b"gone"
+
+
+def test_a_held_question_is_woken_by_its_order(tmp_path: Path) -> None:
+    with served(tmp_path, replace(SETTINGS, hold_s=300)) as link:
+        calls, found = link.calls(), list[pb.NextReply]()
+        epoch = greeting(calls).epoch
+        waiter = threading.Thread(target=lambda: found.append(calls.next(pb.NextRequest(epoch=epoch), timeout=60)))
+        waiter.start()
+        while not (stands := link.hub.status().get("site-a")) or stands.seen_s:  # 0 only while a call is held
+            link.hub.wait(0.01)
+        other, order = assignment("site-b", 1), assignment("site-a", 1)
+        link.hub.post("site-b", TRAIN, other.header, other.blobs, seconds=60)
+        link.hub.post("site-a", TRAIN, order.header, order.blobs, seconds=60)
+        waiter.join()
+        assert pb.Header.FromString(found[0].work.order.header).to == "site-a"
 
 
 Call = Callable[[Calls], pb.Refusal]
@@ -183,9 +196,10 @@ def test_a_client_that_calls_too_often_is_put_off(tmp_path: Path) -> None:
 
 
 def asked(link: Served, name: str, front: bytes, bodies: dict[str, bytes]) -> tuple[pb.Envelope, pb.Header]:
-    link.hub.post(name, TRAIN, front, bodies, seconds=60)
+    message_id = link.hub.post(name, TRAIN, front, bodies, seconds=60)
     offered = link.hub.offer(name, ())
     assert offered is not None
+    link.ids[digest(offered.work.order)] = message_id
     return offered.work.order, pb.Header.FromString(offered.work.order.header)
 
 
@@ -217,6 +231,28 @@ def parts(envelope: pb.Envelope, data: bytes, offset: int = 0, *, step: int = 16
         first = pb.PushPart()
 
 
+@contextmanager
+def accepting(link: Served, order: pb.Envelope) -> Iterator[list[Received]]:
+    """Stand for the round loop: take the first answer to an order as soon as it has come, and say that it is used."""
+    found, ends = list[Received](), threading.Event()
+
+    def loop() -> None:
+        while not found and not ends.is_set():
+            for one in link.hub.collect([link.ids[digest(order)]]).values():
+                assert isinstance(one, Received)
+                found.append(one)
+                link.hub.settle(one.client, 1, None)
+            link.hub.wait(0.02)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ends.set()
+        thread.join()
+
+
 def test_an_answer_is_pushed_cut_and_pushed_on(link: Served) -> None:
     calls, data = link.calls(), bytes(range(256)) * 20_000
     order, _ = asked(link, "site-a", assignment("site-a", 1).header, {})
@@ -224,16 +260,14 @@ def test_an_answer_is_pushed_cut_and_pushed_on(link: Served) -> None:
     request = pb.SubmitRequest(envelope=envelope)
     (want,) = calls.submit(request, timeout=10).wanted.parts
     assert (want.digest, want.offset) == (sha256(data).digest(), 0)
-    half = list(calls.push(parts(envelope, data[: len(data) // 2] + b""), timeout=10))  # another digest: not wanted
-    assert reason(half[-1].refusal) == "NOT_WANTED"
-    acks = list(calls.push(parts(envelope, data, step=100_000).__iter__(), timeout=10))
+    other = list(calls.push(parts(envelope, data[: len(data) // 2]), timeout=10))  # another digest: not wanted
+    assert reason(other[-1].refusal) == "NOT_WANTED"
+    acks = list(calls.push(parts(envelope, data, step=100_000), timeout=10))
     assert acks[-1].complete
     assert [one.taken for one in acks] == sorted(one.taken for one in acks)
-    replies = threading.Thread(target=lambda: link.hub.settle("site-a", 1, None))
-    replies.start()
-    while (reply := calls.submit(request, timeout=30)).WhichOneof("what") != "receipt":
-        link.hub.settle("site-a", 1, None)
-    replies.join()
+    with accepting(link, order):
+        reply = calls.submit(request, timeout=30)
+    assert calls.submit(request, timeout=10) == reply
     assert pb.Header.FromString(reply.receipt.header).receipt.verdict == pb.ACCEPTED
 
 
@@ -250,14 +284,11 @@ def test_a_push_goes_on_behind_what_the_server_has(link: Served) -> None:
     assert reason(wrong[-1].refusal) == "OFFSET"
     acks = list(calls.push(parts(envelope, data, want.offset), timeout=10))
     assert acks[-1].complete
-    found = link.hub.collect([f"{digest(order).hex()}.0"])
-    assert not found  # it is delivered when it is submitted, not before
-    threading.Timer(0.05, lambda: link.hub.settle("site-a", 1, None)).start()
-    reply = calls.submit(request, timeout=30)
+    assert not link.hub.collect([link.ids[digest(order)]])  # it is delivered when it is submitted, not before
+    with accepting(link, order) as taken:
+        reply = calls.submit(request, timeout=30)
     assert reply.WhichOneof("what") == "receipt"
-    (one,) = link.hub.collect([f"{digest(order).hex()}.0"]).values()
-    assert isinstance(one, Received)
-    assert bytes(one.bodies["update"]) == data
+    assert bytes(taken[0].bodies["update"]) == data
 
 
 def test_a_part_that_lay_whole_before_a_restart_is_looked_at_and_taken(link: Served) -> None:
@@ -350,3 +381,164 @@ def test_nothing_older_than_tls_1_3_is_spoken(link: Served, version: ssl.TLSVers
         except ssl.SSLError:
             found = None
     assert found == spoken
+
+
+def test_a_small_answer_travels_within_the_call(tmp_path: Path) -> None:
+    with served(tmp_path, replace(SETTINGS, inline_kib=64)) as link:
+        calls, data = link.calls(), b"a small update"
+        order, _ = asked(link, "site-a", assignment("site-a", 1).header, {})
+        envelope = signed(link, "site-a", order, data)
+        request = pb.SubmitRequest(envelope=envelope, inline=[pb.Inline(digest=sha256(data).digest(), data=data)])
+        with accepting(link, order) as found:
+            reply = calls.submit(request, timeout=30)
+        assert pb.Header.FromString(reply.receipt.header).receipt.verdict == pb.ACCEPTED
+        assert bytes(found[0].bodies["update"]) == data
+        wrong = pb.SubmitRequest(envelope=envelope, inline=[pb.Inline(digest=sha256(data).digest(), data=b"other")])
+        assert calls.submit(wrong, timeout=10) == reply  # what has its receipt is not looked at again
+
+
+def test_a_hello_of_another_build_is_refused_where_one_is_pinned(tmp_path: Path) -> None:
+    with served(tmp_path, replace(SETTINGS, build="fedtune 9.9.9")) as link:
+        assert reason(greeting(link.calls()).refusal) == "BUILD_DIFFERS"
+        assert reason(greeting(link.calls(), build="fedtune 9.9.9").refusal) == "REASON_UNSET"
+
+
+def test_the_coordinators_certificate_is_none_of_a_client(link: Served) -> None:
+    assert status(lambda: greeting(link.calls("server"))) == grpc.StatusCode.UNAVAILABLE
+
+
+def test_who_forges_three_times_is_barred_and_nobody_else(link: Served) -> None:
+    order, _ = asked(link, "site-a", assignment("site-a", 1).header, {})
+    envelope, calls = signed(link, "site-a", order, b"data"), link.calls("site-b")
+    replies = [calls.submit(pb.SubmitRequest(envelope=envelope), timeout=10) for _ in range(4)]
+    assert [reason(one.refusal) for one in replies] == ["AUTHOR_MISMATCH"] * 3 + ["BARRED"]
+    assert reason(greeting(calls).refusal) == "BARRED"
+    assert reason(greeting(link.calls()).refusal) == "REASON_UNSET"
+
+
+class Sender:
+    """Messages of a push that comes to a halt behind those that are given."""
+
+    def __init__(self, *messages: pb.PushPart) -> None:
+        self._messages, self.halt = iter(messages), threading.Event()
+
+    def __iter__(self) -> Sender:
+        return self
+
+    def __next__(self) -> pb.PushPart:
+        for one in self._messages:
+            return one
+        self.halt.wait(60)
+        raise StopIteration
+
+
+def begun(link: Served, name: str, data: bytes) -> tuple[pb.Envelope, pb.PushPart]:
+    """Return an answer that is waited for, and the first message of its push, with a thousand bytes."""
+    order, _ = asked(link, name, assignment(name, 1).header, {})
+    envelope = signed(link, name, order, data)
+    assert link.calls(name).submit(pb.SubmitRequest(envelope=envelope), timeout=10).wanted.parts
+    return envelope, pb.PushPart(answer=digest(envelope), digest=sha256(data).digest(), data=data[:1000])
+
+
+def until(link: Served, held: Callable[[], bool]) -> None:
+    while not held():
+        link.hub.wait(0.01)
+
+
+def test_a_push_that_says_nothing_is_given_up_and_what_came_is_kept(tmp_path: Path) -> None:
+    with served(tmp_path, replace(SETTINGS, stall_s=0.2)) as link:
+        data = bytes(range(256)) * 4000
+        envelope, first = begun(link, "site-a", data)
+        sender = Sender(first)
+        acks = list(link.calls().push(sender, timeout=30))
+        sender.halt.set()
+        assert reason(acks[-1].refusal) == "STALLED"
+        assert acks[-1].refusal.passing
+        (want,) = link.calls().submit(pb.SubmitRequest(envelope=envelope), timeout=10).wanted.parts
+        assert want.offset == 1000
+        silent = Sender()
+        assert reason(list(link.calls().push(silent, timeout=30))[-1].refusal) == "STALLED"
+        silent.halt.set()
+        assert list(link.calls().push(parts(envelope, data, 1000), timeout=10))[-1].complete
+        assert not link.hub.bars.why("site-a")
+
+
+def test_more_uploads_than_fit_are_put_off_and_their_slots_come_back(tmp_path: Path) -> None:
+    with served(tmp_path, replace(SETTINGS, uploads=1, stall_s=60)) as link:
+        data = bytes(range(256)) * 4000
+        envelope, first = begun(link, "site-a", data)
+        other, second = begun(link, "site-b", data)
+        sender = Sender(first)
+        pushing: Any = link.calls().push(sender, timeout=60)
+        until(link, lambda: place(link.hub.folder, "site-a", sha256(data).digest()).exists())
+        (busy,) = link.calls("site-b").push(iter([second]), timeout=10)
+        assert reason(busy.refusal) == "BUSY"
+        assert busy.refusal.passing
+        pushing.cancel()  # as a client that goes away
+        sender.halt.set()
+
+        def through() -> bool:
+            return list(link.calls("site-b").push(parts(other, data), timeout=10))[-1].complete
+
+        until(link, through)
+        (want,) = link.calls().submit(pb.SubmitRequest(envelope=envelope), timeout=10).wanted.parts
+        assert want.offset in (0, 1000)  # what had come is kept, unless it came with the cut
+        assert list(link.calls().push(parts(envelope, data, want.offset), timeout=10))[-1].complete
+        assert not link.hub.bars.why("site-b")
+
+
+def test_a_part_is_pushed_by_one_transfer_at_a_time(link: Served) -> None:
+    data = bytes(range(256)) * 4000
+    _, first = begun(link, "site-a", data)
+    sender = Sender(first)
+    acks = link.calls().push(sender, timeout=60)
+    until(link, lambda: place(link.hub.folder, "site-a", sha256(data).digest()).exists())
+    (busy,) = link.calls().push(iter([first]), timeout=10)
+    assert reason(busy.refusal) == "BUSY"
+    sender.halt.set()
+    assert not any(one.complete for one in acks)
+
+
+def test_bytes_of_transfers_that_were_cut_count_towards_the_quota(link: Served) -> None:
+    """Else a client sends as much as it likes, in pushes of less than a mebibyte."""
+    data = bytes(range(256)) * 4000
+    envelope, first = begun(link, "site-a", data)
+    list(link.calls().push(iter([first]), timeout=10))
+    (want,) = link.calls().submit(pb.SubmitRequest(envelope=envelope), timeout=10).wanted.parts
+    assert want.offset == 1000
+    assert link.hub.status()["site-a"].num_bytes == 1000
+
+
+def test_bytes_that_are_no_message_harm_nobody(link: Served) -> None:
+    identity = link.identities["site-a"]
+    credentials = grpc.ssl_channel_credentials(identity.ca, identity.tls_key, identity.certificate)
+    with grpc.secure_channel(f"localhost:{link.port}", credentials) as channel:
+        for method in ("Hello", "Next", "Submit", "Nothing"):
+            call: Any = channel.unary_unary(f"/fedtune.v1.Link/{method}")
+            assert status(lambda call=call: call(b"\xff\xff", timeout=10)) in (  # type: ignore[misc]
+                grpc.StatusCode.INTERNAL,
+                grpc.StatusCode.UNKNOWN,
+                grpc.StatusCode.UNIMPLEMENTED,
+            )
+        streamed: Any = channel.stream_stream("/fedtune.v1.Link/Push")
+        with pytest.raises(grpc.RpcError):
+            list(streamed(iter([b"\xff\xff"]), timeout=10))
+    assert reason(greeting(link.calls()).refusal) == "REASON_UNSET"
+
+
+def test_a_body_is_fetched_by_one_client_while_another_has_stopped_reading(tmp_path: Path) -> None:
+    with served(tmp_path, replace(SETTINGS, downloads=1, part_kib=256)) as link:
+        body = bytes(2**25)
+        for name in ("site-a", "site-b"):
+            asked(link, name, assignment(name, 1).header, {sha256(body).hexdigest(): body})
+        slow: Any = link.calls().fetch(pb.FetchRequest(digest=sha256(body).digest()), timeout=60)
+        assert next(slow).data  # the rest waits in the server, not in memory
+        request = pb.FetchRequest(digest=sha256(body).digest())
+        (busy,) = link.calls("site-b").fetch(request, timeout=10)
+        assert reason(busy.refusal) == "BUSY"
+        slow.cancel()
+
+        def through() -> bool:
+            return sum(len(one.data) for one in link.calls("site-b").fetch(request, timeout=30)) == len(body)
+
+        until(link, through)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import os
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from fedtune.errors import StoreError
 from fedtune.link import spool
 from fedtune.link.refusals import RefusalError
 from fedtune.wire.v1 import link_pb2 as pb
@@ -83,3 +85,42 @@ def test_parts_that_nobody_went_on_with_are_swept(tmp_path: Path) -> None:
     spool.sweep(tmp_path, older_s=50.0)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert spool.room(tmp_path) > 0
+
+
+def test_what_lay_there_counts_towards_the_digest_however_long_it_is(tmp_path: Path) -> None:
+    data = bytes(range(251)) * 13_000  # three blocks and a bit
+    part = pb.Part(key="update", digest=sha256(data).digest(), num_bytes=len(data))
+    path = spool.place(tmp_path, "anna", part.digest)
+    cuts = [0, 1, 2**20, 2**20 + 1, 3 * 2**20, len(data)]
+    for start, end in itertools.pairwise(cuts):
+        incoming = spool.Incoming(path, part, start)
+        incoming.append(data[start:end])
+        assert incoming.taken == spool.held(path) == end
+        assert incoming.finish() == (end == len(data))
+        incoming.close()
+    again = spool.Incoming(path, part, len(data))  # whole, but nobody has said so yet
+    assert again.finish()
+    again.close()
+
+
+def test_an_empty_part_is_whole_at_once(tmp_path: Path) -> None:
+    incoming = spool.Incoming(tmp_path / "part", pb.Part(key="", digest=sha256(b"").digest()), 0)
+    assert incoming.finish()
+    incoming.close()
+    assert bytes(spool.mapped(tmp_path / "part")) == b""
+
+
+def test_a_view_is_read_only(tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(DATA)
+    assert spool.mapped(tmp_path / "part").readonly
+
+
+def test_a_part_that_cannot_be_opened_is_a_fault_of_the_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError):
+        spool.mapped(tmp_path / "none")
+    with pytest.raises(StoreError):
+        spool.Incoming(tmp_path / "no folder" / "part", PART, 0)
+
+
+def test_two_clients_parts_of_the_same_bytes_lie_apart(tmp_path: Path) -> None:
+    assert spool.place(tmp_path, "anna", PART.digest) != spool.place(tmp_path, "bob", PART.digest)

@@ -8,11 +8,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtune.errors import WireError
 from fedtune.link.refusals import RefusalError
 from fedtune.link.roster import Member
 from fedtune.link.signing import key_id, raw, sign
 from fedtune.link.statements import KIND, digest, expect, opened, part, seal, subject
-from fedtune.round import Assignment, LocalAdapter, Plan, Training
+from fedtune.round import Assignment, LocalAdapter, Plan, Probe, SeedState, Training
 from fedtune.wire.messages import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -58,7 +59,11 @@ def header(**changes: object) -> pb.Envelope:
         (lambda: pb.Envelope(header=SEALED.header, signature=b"", key_id=SEALED.key_id), "SIGNATURE"),
         (lambda: signed(b"\xff\xff"), "HEADER_MALFORMED"),
         (lambda: signed(SEALED.header + b"\xf8\x3f\x01"), "HEADER_MALFORMED"),  # field 1023, which no release knows
+        (lambda: signed(SEALED.header + b"\x6a\x04\x0a\x00\x40\x01"), "HEADER_MALFORMED"),  # field 8 of a part
+        (lambda: signed(SEALED.header + b"\x22\x01\xff"), "HEADER_MALFORMED"),  # an author that is no UTF-8
+        (lambda: signed(b""), "PROTOCOL"),
         (lambda: header(protocol=2), "PROTOCOL"),
+        (lambda: header(protocol=2, author="bob"), "PROTOCOL"),  # of another version nothing else is believed
         (lambda: header(author="bob"), "AUTHOR_MISMATCH"),
         (lambda: header(parts=[pb.Part(key="a", digest=b"short")]), "HEADER_MALFORMED"),
         (
@@ -107,3 +112,47 @@ def test_the_subject_of_an_order_is_its_round_its_base_and_the_bodies_it_brings(
     assert (number, base) == (3, "9f3c")
     assert state == subject(front, bodies[::-1])[2]
     assert state != subject(front, bodies[:2])[2]
+
+
+def test_size_comes_before_the_key_and_the_key_before_the_signature() -> None:
+    large = pb.Envelope(header=b"x" * (64 * 1024 + 1), signature=b"none", key_id=b"unknown")
+    unknown = pb.Envelope(header=b"\xff\xff", signature=b"none", key_id=b"unknown")
+    forged = pb.Envelope(header=b"\xff\xff", signature=b"none", key_id=SEALED.key_id)
+    asked = list[bytes]()
+
+    def counted(key: bytes) -> Member | None:
+        asked.append(key)
+        return member(key)
+
+    for envelope, reason in ((large, "HEADER_TOO_LARGE"), (unknown, "KEY_UNKNOWN"), (forged, "SIGNATURE")):
+        with pytest.raises(RefusalError) as caught:
+            opened(envelope, counted)
+        assert pb.Reason.Name(caught.value.refusal.reason) == reason
+    assert asked == [b"unknown", SEALED.key_id]
+
+
+def test_a_header_of_the_largest_size_is_read() -> None:
+    rest = pb.Header(run="r" * 60_000)
+    rest.MergeFrom(pb.Header(protocol=1, author="anna"))
+    rest.build = "b" * (64 * 1024 - rest.ByteSize() - 4)  # its own tag and length: two and three bytes
+    rest.build += "b" * (64 * 1024 - rest.ByteSize())
+    assert rest.ByteSize() == 64 * 1024
+    assert opened(seal(rest, KEY), member) == (rest, ANNA)
+
+
+def test_the_subject_of_a_probe_is_the_state_that_its_seeds_stand_for() -> None:
+    plan = Plan("anna", rank=1, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
+    probe = Probe(
+        bank="hadamard", seeds=4, key=1, exponent=20, shift=1, perturbation=1,
+        state=SeedState("whole", 0, b"\0" * 16, 2, b"d" * 32),
+    )  # fmt: skip
+    front = encode_assignment(
+        Assignment("fedkseed", round=2, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c", probe=probe)
+    ).header
+    whole, short = subject(front, [part("", front), part("a", b"bodies")]), subject(front, [part("", front)])
+    assert whole == short == (2, "", b"d" * 32)  # whichever bodies bring it there; the state names its base
+
+
+def test_what_is_no_assignment_has_no_subject() -> None:
+    with pytest.raises(WireError):
+        subject(b"\xff\xff", [])
