@@ -55,7 +55,8 @@ def traffic(settings: FedKSeedSettings, *, clients: int, steps: int, rounds: int
     """Return the largest bytes down and up of a client in each round, from the second on."""
     cohort = [Client(f"client-{number:02d}", 1000 + number) for number in range(clients)]
     training = Training(batch=1, learning_rate=3e-7, steps=steps)
-    plans = Fixed(lambda name: (1, training), alpha="2r", rslora=False).plan(1, cohort)
+    planner = Fixed(lambda name: (1, training), alpha="2r", rslora=False)
+    plans = {client.name: planner.plan_for(client) for client in cohort}
     manifest = describe({"weight": np.zeros((64, 64), np.float32)}).encode()
     state: FedKSeedState = METHOD.init(Blueprint({}, {}, max_rank=1, seed=0, manifest=manifest), settings)
     down, up = [], []

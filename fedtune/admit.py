@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
 
 from fedtune.adapter import norm, unpack
 from fedtune.directions.sums import MAX_SCALAR
-from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure, Probed
+from fedtune.errors import ShapeError
+from fedtune.keep import Anatomy, Keep, cuts, from_bitmap, shapes
+from fedtune.ranking import counts
+from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure, Probed, Surgery
 from fedtune.tensors import DTYPES, Array, Tensors, l2_norm, squared_norm
 
 LARGEST = float(np.finfo(np.float32).max) / 2**16
@@ -35,10 +39,31 @@ def admit(
     is the planned one (or, where the assignment lets it shrink, at least 1), and every number is finite.
     """
     found = next(_reasons(update, assignment, blueprint, num_examples), None)
-    if found is None:
+    if found is not None:
+        code, reason = found
+        return Failure(client=assignment.plan.client, reason=reason, kind="refused", code=code)
+    if assignment.surgery is None:
         return update
-    code, reason = found
-    return Failure(client=assignment.plan.client, reason=reason, kind="refused", code=code)
+    keep = kept_by(update, assignment.surgery, blueprint)
+    return replace(update, keep=keep, ratio=assignment.plan.ratio if keep else 0.0)
+
+
+def kept_by(update: ClientUpdate, surgery: Surgery, blueprint: Blueprint) -> Keep | None:
+    """Return the structure in whose coordinates an update is; None: the whole base.
+
+    Raises:
+        ShapeError: if the client's own structure is none of this base, or not the one that it states the digest of.
+    """
+    if not update.kept:
+        return None
+    assert blueprint.anatomy is not None  # no client is asked for surgery without it
+    bits = update.mask if surgery.settings.policy == "local" else surgery.stages[-1] if surgery.stages else b""
+    keep = from_bitmap(bits, blueprint.anatomy)
+    if keep.digest != update.kept:
+        raise ShapeError(
+            f"expected what was kept to have the digest {keep.digest.hex()[:12]}; got {update.kept.hex()[:12]}"
+        )
+    return keep
 
 
 def largest_update(assignment: Assignment, blueprint: Blueprint) -> int:
@@ -48,7 +73,9 @@ def largest_update(assignment: Assignment, blueprint: Blueprint) -> int:
     entries = sum(m + n for m, n in blueprint.modules.values()) * assignment.plan.rank
     entries += sum(array.size for array in blueprint.saved.values())
     tensors = 2 * len(blueprint.modules) + len(blueprint.saved)
-    return 4 * entries + 64 * 1024 + 512 * tensors
+    # A score is two bytes, a mask a bit; both are of the whole base at most.
+    groups = sum(b.heads + b.kv_heads + b.channels for b in blueprint.anatomy.blocks) if blueprint.anatomy else 0
+    return 4 * entries + 64 * 1024 + 512 * tensors + (3 * groups if assignment.surgery else 0)
 
 
 def admit_norms(
@@ -114,7 +141,17 @@ def _reasons(
     expected = {f"{name}.{side}" for name in blueprint.modules for side in assignment.local.train}
     yield from _keys("factors", expected, update.tensors)
     yield from _keys("modules_to_save", set(blueprint.saved), update.saved)
-    for name, shape in blueprint.modules.items():
+    modules = blueprint.modules
+    if assignment.surgery is None:
+        if update.kept or update.mask or update.scores:
+            yield "STRUCTURE", "expected an update of the whole model; got one of a pruned one, or scores"
+    else:
+        assert blueprint.anatomy is not None  # no client is asked for surgery without it
+        yield from _structure(update, assignment, assignment.surgery, blueprint, blueprint.anatomy)
+        keep = kept_by(update, assignment.surgery, blueprint)
+        modules = shapes(modules, cuts(keep, blueprint.anatomy)) if keep else modules
+        yield from _scores(update, assignment.surgery, keep, blueprint.anatomy)
+    for name, shape in modules.items():
         yield from _factors(update.tensors, name, shape, assignment)
     for name, array in sorted(update.saved.items()):
         if array.shape != blueprint.saved[name].shape:
@@ -147,6 +184,53 @@ def _probed(probed: Probed | None, assignment: Assignment) -> Iterator[tuple[str
         yield "SCALARS", f"expected {steps} scalars, one per seed drawn; got {len(probed.scalars)}"
     if (probed.scalars < -MAX_SCALAR).any():
         yield "SCALAR_RANGE", f"expected scalars from -{MAX_SCALAR} to {MAX_SCALAR}; got {probed.scalars.min()}"
+
+
+def _structure(
+    update: ClientUpdate, assignment: Assignment, surgery: Surgery, blueprint: Blueprint, anatomy: Anatomy
+) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the structure that a client says it trained in, or with its vote."""
+    ratio, policy = assignment.plan.ratio, surgery.settings.policy
+    pruned = bool(surgery.stages) if policy != "local" else ratio > 0
+    if pruned != bool(update.kept):
+        asked = f"a model pruned by {ratio:g}" if pruned else "the whole model"
+        yield "STRUCTURE", f"expected an update of {asked}; got one of {'the whole' if pruned else 'a pruned'} one"
+    if bool(update.mask) != ((policy == "local" and pruned) or (policy == "vote" and surgery.wanted)):
+        yield "STRUCTURE", f"expected {'no ' if update.mask else 'a '}mask with the policy {policy!r}"
+    try:
+        keep = kept_by(update, surgery, blueprint)
+        mask = from_bitmap(update.mask, anatomy) if update.mask else keep
+    except ShapeError as error:
+        yield "STRUCTURE", str(error)
+        return
+    if mask is None or not update.mask:
+        return
+    count = counts(anatomy, surgery.settings, ratio if policy == "local" else max(ratio, surgery.settings.target))
+    channels = tuple(len(kept.ff) for kept in mask.blocks)
+    if channels != count.channels:
+        yield "STRUCTURE", f"expected {count.channels[:4]} channels in the first blocks; got {channels[:4]}"
+
+
+def _scores(update: ClientUpdate, surgery: Surgery, keep: Keep | None, anatomy: Anatomy) -> Iterator[tuple[str, str]]:
+    wanted = surgery.wanted and surgery.settings.policy == "nested"
+    if bool(update.scores) != wanted:
+        yield "SCORES", f"expected {'scores' if wanted else 'no scores'}; got {sorted(update.scores) or 'none'}"
+    if not update.scores:
+        return
+    kept = keep.blocks if keep else [None] * len(anatomy.blocks)
+    pairs = list(zip(anatomy.blocks, kept, strict=True))
+    sizes = {
+        "heads": sum(len(one.q) if one else block.heads for block, one in pairs),
+        "channels": sum(len(one.ff) if one else block.channels for block, one in pairs),
+    }
+    yield from _keys("scores", set(sizes), update.scores)
+    for name, size in sizes.items():
+        array = update.scores[name]
+        if array.shape != (size,):
+            yield "TENSOR_SHAPE", f"scores of {name}: expected shape ({size},), as kept; got {array.shape}"
+        yield from _numbers(f"scores of {name}", array, ("fp16",))
+        if (array < 0).any():
+            yield "SCORES", f"scores of {name}: expected none below 0; got {float(array.min()):.3g}"
 
 
 def _keys(what: str, expected: set[str], tensors: Tensors) -> Iterator[tuple[str, str]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import floor
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +23,14 @@ from fedtune.directions.torch_rebuild import compiled, fastest
 from fedtune.directions.torch_rebuild import displacement as torch_displacement
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError
-from fedtune.model import libraries
+from fedtune.keep import Cut, bitmap
+from fedtune.model import libraries, shrunk
 from fedtune.model.base import Base, to_numpy
 from fedtune.model.lora import attached, frozen, layers, read_local, start
 from fedtune.model.probe import measure
-from fedtune.model.train import Trained, train
+from fedtune.model.train import Between, Trained, train
 from fedtune.replica import Replicas, restored
-from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, Probed
+from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, Probed, Surgery
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
@@ -125,16 +129,54 @@ def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
 
 
 def adapted(base: Base, examples: Sequence[Example], assignment: Assignment) -> ClientUpdate:
-    name, local = assignment.plan.client, assignment.local
+    name = assignment.plan.client
     if assignment.base and assignment.base != base.digest:
         raise ClientError(
             f"{name}: expected base {assignment.base[:12]}; has {base.digest[:12]} ({base.name}); "
             "load the same model in the same revision and dtype"
         )
-    initial = start(assignment, base.modules)
+    if assignment.surgery is not None:
+        return operated(base, examples, assignment, assignment.surgery)
+    learned = trained(base, base, examples, assignment, {})
+    return answer(base, examples, assignment, learned, measured(learned.trained))
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What came of a training: the local adapter before and after, and whatever was looked at while it was attached."""
+
+    initial: Adapter
+    final: Adapter
+    saved: Tensors
+    trained: Trained
+    seen: Any = None
+
+
+def trained(
+    base: Base,
+    small: Base,
+    examples: Sequence[Example],
+    assignment: Assignment,
+    cut: Mapping[str, Cut],
+    *,
+    between: Callable[[torch.nn.Module], Between | None] = lambda model: None,
+    then: Callable[[torch.nn.Module], Any] | None = None,
+) -> Learned:
+    """Train as an assignment asks, on a base that is pruned as `cut` says.
+
+    Args:
+        base: the whole base.
+        small: the same, pruned.
+        examples: the client's own.
+        assignment: its blobs in the coordinates of `small`.
+        cut: what `small` keeps.
+        between: from the model with its adapters to what happens between two steps.
+        then: called with the model at the end, its adapters still attached.
+    """
+    local, initial = assignment.local, start(assignment, base.modules, cut)
     saved = assignment.blobs.get("saved", {})
     with attached(
-        base,
+        small,
         frozen=frozen(assignment),
         local=initial,
         scale=assignment.plan.scale,
@@ -145,27 +187,106 @@ def adapted(base: Base, examples: Sequence[Example], assignment: Assignment) -> 
         kept = max(1, floor(local.rank_decay * assignment.plan.rank))
         tail = tail_norms(model, kept) if local.rank_penalty > 0 else None
         at_start = 0.0 if tail is None else tail().item()
-        trained = train(
-            base,
+        done = train(
+            small,
             examples,
             assignment.plan.training,
             key=assignment.seed,
-            client=name,
+            client=assignment.plan.client,
             penalty=None if tail is None else lambda: local.rank_penalty * tail(),
+            between=between(model),
+            weigh=assignment.surgery is not None,
         )
         final = read_local(model)
         if tail is not None and tail().item() < at_start:
             final = {module: Factors(a=f.a[:kept], b=f.b[:, :kept]) for module, f in final.items()}
         parameters = dict(model.named_parameters())
         new_saved = {key: to_numpy(parameters[key]) for key in saved}
+        seen = then(model) if then is not None else None
+    return Learned(initial, final, new_saved, done, seen)
+
+
+def answer(
+    base: Base, examples: Sequence[Example], assignment: Assignment, learned: Learned, measured: Measured
+) -> ClientUpdate:
+    local, plan = assignment.local, assignment.plan
     return ClientUpdate(
-        client=name,
+        client=plan.client,
         round=assignment.round,
         num_examples=len(examples),
-        tensors=cast(upload(initial, final, local, scale=assignment.plan.scale), local.wire_dtype),
-        saved=new_saved,
-        measured=measured(trained),
+        tensors=cast(upload(learned.initial, learned.final, local, scale=plan.scale), local.wire_dtype),
+        saved=learned.saved,
+        measured=measured,
         base=base.digest,
+    )
+
+
+def operated(base: Base, examples: Sequence[Example], assignment: Assignment, surgery: Surgery) -> ClientUpdate:
+    """Measure the loss as received, make the model smaller, train, measure again, and score heads and channels.
+
+    The loss before is taken in the structure of the last participation, before surgery: taken after it, a client would
+    be paid for the damage that training repairs.
+    """
+    began, key, plan, settings = time.perf_counter(), assignment.seed, assignment.plan, surgery.settings
+    body, side = shrunk.anatomy(base), 0
+    if not examples:
+        raise ClientError(f"{plan.client}: expected at least one training example; got none; give the client more data")
+    score = partial(
+        shrunk.measured_scores,
+        examples=examples,
+        settings=settings,
+        anatomy=body,
+        key=key,
+        batch=plan.training.batch,
+    )
+    if settings.policy == "local" and plan.ratio > 0:
+        with shrunk.received(base, assignment, base, {}) as model:
+            worth, side = score(model, base, keep=None)
+        parts = shrunk.own(worth, plan.ratio, settings, body)
+    else:
+        parts = shrunk.told(surgery, body)
+    rows = shrunk.paired_rows(examples, base, key=key)
+    with shrunk.reduced(base, parts.before, body) as small:
+        order, cut = shrunk.ordered(assignment, parts.before, parts.sent, body), shrunk.cut_of(parts.before, body)
+        with shrunk.received(small, order, base, cut) as model:
+            loss_before = shrunk.paired_loss(model, rows, base)
+
+    def then(model: torch.nn.Module) -> tuple[float, Tensors, int]:
+        found, tokens = score(model, base, keep=parts.last) if surgery.wanted else ({}, 0)
+        return shrunk.paired_loss(model, rows, base), found, tokens
+
+    with shrunk.reduced(base, parts.first, body) as small:
+        learned = trained(
+            base,
+            small,
+            examples,
+            shrunk.ordered(assignment, parts.first, parts.sent, body),
+            shrunk.cut_of(parts.first, body),
+            between=lambda model: shrunk.cutter(model, parts.stages, settings, body),
+            then=then,
+        )
+    loss_after, worth, tokens = learned.seen
+    # The start of what was trained, in the structure in which it ended.
+    last = start(
+        shrunk.ordered(assignment, parts.last, parts.sent, body), base.modules, shrunk.cut_of(parts.last, body)
+    )
+    done = replace(
+        measured(learned.trained),
+        seconds=time.perf_counter() - began,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        side_tokens=side + tokens + 2 * rows.tokens,
+    )
+    mask = b""
+    if settings.policy == "local" and parts.last is not None:
+        mask = bitmap(parts.last, body)
+    elif settings.policy == "vote" and surgery.wanted:
+        mask = shrunk.vote(worth, parts.last, max(plan.ratio, settings.target), settings, body)
+    return replace(
+        answer(base, examples, assignment, replace(learned, initial=last), done),
+        kept=parts.last.digest if parts.last else b"",
+        mask=mask,
+        scores=shrunk.as_sent(worth) if surgery.wanted and settings.policy == "nested" else {},
     )
 
 
@@ -206,4 +327,5 @@ def measured(trained: Trained) -> Measured:
         tokens=trained.tokens,
         loss_before=trained.loss_before,
         loss_after=trained.loss_after,
+        importance=trained.importance,
     )

@@ -20,7 +20,7 @@ from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
 from fedtune.planning import Planner
 from fedtune.round import Blueprint
-from fedtune.rounds import Ledger, Note, RoundFinished, RoundResult, Watch
+from fedtune.rounds import Clock, Ledger, Note, RoundFinished, RoundResult, Watch
 from fedtune.rounds import run as run_rounds
 from fedtune.store import peft, records, result
 from fedtune.store.blobs import Blobs
@@ -74,6 +74,10 @@ class Setting:
     """Continues the recipe's prompt before and after."""
     door: Door = "simulate"
     """What the run is conducted through."""
+    clock: Clock | None = None
+    """Says how long clients took; none where that says nothing of their devices."""
+    devices: Mapping[str, Any] = field(default_factory=dict)
+    """By client, the profile of the device that it is taken to be, with where each number comes from."""
     opened: Callable[[RunLedger], None] = lambda ledger: None
     """Handed the ledger before the first round; over the link, receipts say where its journal stands."""
 
@@ -133,7 +137,7 @@ def conduct(
                 watch(RoundFinished(lines[-1]))
             elif lines[-1]["round"] == setting.recipe.rounds.count:
                 watch(Note(f"nothing is left to do up to round {lines[-1]['round']}; set rounds.count for more"))
-            for played in rounds(setting, transport, ledger=ledger, start=state, watch=watch):
+            for played in rounds(setting, transport, ledger=ledger, start=state, lines=tuple(lines), watch=watch):
                 lines.append(record_round(setting, run, played, lines))
                 watch(RoundFinished(lines[-1]))
                 if (left := lines[-1].get("figures", {}).get("rounds_left", FEW + 1)) <= FEW:
@@ -190,9 +194,13 @@ def rounds(
     *,
     ledger: Ledger | None = None,
     start: Any | None = None,
+    lines: Sequence[Mapping[str, Any]] = (),
     watch: Watch = lambda event: None,
 ) -> Iterator[RoundResult]:
-    """Yield the recipe's rounds, from a state or from the first one; without a ledger nothing of them is kept."""
+    """Yield the recipe's rounds, from a state or from the first one; without a ledger nothing of them is kept.
+
+    From the lines of the rounds before, the planner learns again what it knew.
+    """
     return run_rounds(
         method=METHODS[setting.recipe.method.name],
         settings=setting.recipe.method,
@@ -203,6 +211,9 @@ def rounds(
         base=setting.base["digest"],
         ledger=ledger,
         start=start,
+        history=[records.seen(line) for line in lines],
+        clock=setting.clock,
+        clock_s=lines[-1].get("clock_s", 0.0) if lines else 0.0,
         watch=watch,
     )
 
@@ -416,6 +427,8 @@ def summary(
         "failures": records.failures(lines),
         "recipe_digest": digest(recipe),
         "adapter_digest": result.digest(tuned) if tuned else "",
+        "clock_s": lines[-1].get("clock_s", 0.0),
+        "devices": dict(setting.devices),
         "versions": versions(),
         "machine": {**setting.machine, "platform": platform.platform()},
     }

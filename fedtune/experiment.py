@@ -5,28 +5,34 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
 
 from fedtune.client import perform
 from fedtune.conduct import Scored, Setting, check_ranks, first_state
-from fedtune.config import Recipe, planned, render
+from fedtune.config import Recipe, render
 from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
+from fedtune.fleet import Fleet, fleet_of
 from fedtune.methods import METHODS
 from fedtune.methods.method import Seeds, Tuned
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base
 from fedtune.model.libraries import threads
 from fedtune.model.rebuilt import rebuilt
-from fedtune.planning.fixed import Fixed
+from fedtune.model.shrunk import anatomy
+from fedtune.planning import Planner
 from fedtune.replica import Replicas
 from fedtune.round import Blueprint, Client
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.processes import Nursery, ProcessPool
 from fedtune.site import opened, simulated
 from fedtune.store import peft
+from fedtune.store.pruning import read_ranking
 from fedtune.transport import Transport
 from fedtune.worker import devices_of, payload
 
@@ -38,7 +44,6 @@ class Experiment:
     recipe: Recipe
     federation: Federation
     base: Base
-    planner: Fixed
 
     @property
     def fleet(self) -> Mapping[str, int]:
@@ -48,8 +53,30 @@ class Experiment:
     @property
     def blueprint(self) -> Blueprint:
         """What the method must know of the base."""
-        whole = METHODS[self.recipe.method.name].verb == "probe"
-        return self.base.blueprint(max_rank=largest_rank(self.recipe), seed=self.recipe.seed, whole=whole)
+        return self._blueprint
+
+    @cached_property
+    def _blueprint(self) -> Blueprint:
+        recipe, whole = self.recipe, METHODS[self.recipe.method.name].verb == "probe"
+        found = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
+        return replace(found, **pruning_of(recipe, self.base, self.federation.labels))
+
+    @property
+    def planner(self) -> Planner:
+        """What each client is asked to do."""
+        return self.devices.planner(self.blueprint)
+
+    @cached_property
+    def devices(self) -> Fleet:
+        """What its clients are taken to run on, and what a round costs them."""
+        shards = self.federation.clients
+        return fleet_of(
+            self.recipe,
+            list(self.fleet),
+            self.blueprint,
+            parameters=sum(parameter.numel() for parameter in self.base.model.parameters()),
+            tokens={name: float(np.mean([len(each.input_ids) for each in s.train])) for name, s in shards.items()},
+        )
 
     @property
     def target(self) -> peft.Target:
@@ -83,10 +110,27 @@ def prepare(recipe: Recipe) -> Experiment:
     if faults:
         raise ConfigError(faults)
     check_ranks(recipe, base.modules)
-    planner = Fixed(partial(planned, recipe), alpha=recipe.adapter.alpha, rslora=recipe.adapter.rslora)
-    experiment = Experiment(recipe=recipe, federation=federation, base=base, planner=planner)
+    experiment = Experiment(recipe=recipe, federation=federation, base=base)
     first_state(recipe, experiment.blueprint)  # what a method refuses of a base it refuses before anything is written
+    experiment.devices.planner(experiment.blueprint)
     return experiment
+
+
+def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str, Any]:
+    """Return the fields of a blueprint that pruning and planning read.
+
+    Raises:
+        ConfigError: if the recipe prunes a base that surgery does not know, or its ranking is of another base.
+    """
+    settings = recipe.pruning
+    try:
+        found = anatomy(base)
+    except ConfigError:
+        if settings is not None:
+            raise
+        return {}  # nobody asks for surgery
+    ranking = read_ranking(settings.ranking, recipe.root, found, base.digest) if settings and settings.ranking else {}
+    return {"anatomy": found, "pruning": settings, "ranking": ranking}
 
 
 def score(experiment: Experiment, tuned: Tuned, *, test: bool, clients: bool) -> Scored:
@@ -116,6 +160,8 @@ def setting(experiment: Experiment) -> Setting:
         recipe=recipe,
         blueprint=experiment.blueprint,
         planner=experiment.planner,
+        clock=experiment.devices.clock(),
+        devices=experiment.devices.told(),
         base={
             "name": base.name,
             "digest": base.digest,

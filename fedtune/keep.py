@@ -12,7 +12,7 @@ import numpy as np
 
 from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ShapeError
-from fedtune.tensors import Array
+from fedtune.tensors import Array, Tensors
 
 Side: TypeAlias = Literal["all", "q", "kv", "qkv", "ff"]
 """What one side of a layer consists of: the residual stream, which is never cut, heads, or channels."""
@@ -80,6 +80,12 @@ class Anatomy:
     blocks: tuple[Block, ...]
     width: int
     """Of the residual stream."""
+    head: int = 0
+    """Parameters of the output layer, whether they are tied to the embeddings or not."""
+    outputs: int = 0
+    """Entries of the output: vocabulary, or classes."""
+    number_bytes: int = 4
+    """Of one parameter of the frozen base."""
 
     @cached_property
     def sides(self) -> Mapping[str, tuple[int, Side, Side]]:
@@ -268,6 +274,41 @@ def scatter(adapter: Adapter, cut: Mapping[str, Cut], modules: Mapping[str, tupl
 def slice_adapter(adapter: Adapter, cut: Mapping[str, Cut]) -> Adapter:
     """Return what an adapter of the base is on a pruned model."""
     return {name: slice_factors(factors, cut.get(name, WHOLE)) for name, factors in adapter.items()}
+
+
+def slice_flat(tensors: Tensors, cut: Mapping[str, Cut]) -> Tensors:
+    """Return flat factors `<module>.a`, `.b` and dense `.w` at the kept rows and columns alone."""
+    found = {}
+    for key, array in tensors.items():
+        name, _, kind = key.rpartition(".")
+        at = cut.get(name, WHOLE)
+        if kind != "a" and at.out is not None:
+            array = array[at.out]
+        if kind != "b" and at.into is not None:
+            array = array[:, at.into]
+        found[key] = array
+    return found
+
+
+def within(before: Mapping[str, Cut], after: Mapping[str, Cut]) -> Mapping[str, Cut]:
+    """Return cuts of the base as cuts of what earlier ones left.
+
+    Raises:
+        ShapeError: naming a layer of which the earlier ones left less.
+    """
+    return {
+        name: Cut(places_in(name, old.out, after[name].out), places_in(name, old.into, after[name].into))
+        for name, old in before.items()
+    }
+
+
+def places_in(name: str, before: Array | None, after: Array | None) -> Array | None:
+    if before is None or after is None:
+        return None
+    at: Array = np.searchsorted(before, after)
+    if (at == len(before)).any() or (before[at] != after).any():
+        raise ShapeError(f"{name}: expected a part of the {len(before)} rows or columns kept before; got others")
+    return at
 
 
 def sparsity(keep: Keep, anatomy: Anatomy) -> float:

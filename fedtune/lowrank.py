@@ -140,10 +140,10 @@ def adapter(changes: Mapping[str, LowRank]) -> Adapter:
     return {name: low.factors for name, low in changes.items() if low.rank}
 
 
-def smallest(changes: Mapping[str, LowRank]) -> Tensors:
+def smallest(changes: Adapter) -> Tensors:
     """Return the changes as flat tensors: factors `.a` and `.b`, or the dense `.w` where that has fewer numbers."""
     flat: dict[str, Array] = {}
-    for name, factors in adapter(changes).items():
+    for name, factors in changes.items():
         m, n = factors.shape
         if factors.rank * (m + n) >= m * n:
             flat[f"{name}.w"] = factors.b @ factors.a  # (m, n)

@@ -207,6 +207,15 @@ def kept(ranking: Ranking, anatomy: Anatomy, settings: Settings, ratio: float) -
     )
 
 
+def staged(ratio: float, stages: int) -> Sequence[float]:
+    """Return the ratios of a round's stages: p (1 - (1 - s/S)^3), the last of them p.
+
+    >>> staged(0.5, 1), staged(0.5, 2)
+    ([0.5], [0.4375, 0.5])
+    """
+    return [ratio * (1 - (1 - stage / stages) ** 3) for stage in range(1, stages + 1)]
+
+
 def spread(scores: Tensors, keep: Keep | None, anatomy: Anatomy) -> Tensors:
     """Return a pruned client's scores in the base's coordinates, NaN where it holds nothing.
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
+from fedtune.keep import Anatomy, Keep
+from fedtune.ranking import PruningSettings
 from fedtune.tensors import Array, Tensors
 
 WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
@@ -26,6 +28,8 @@ class Client:
     name: str
     num_examples: int
     """Training examples the client holds; never below 1."""
+    memory_bytes: int = 0
+    """Main memory of its machine, as it says itself; 0 where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,12 @@ class Plan:
     """alpha / rank, or alpha / sqrt(rank) with rsLoRA: the factor between B as trained and b as sent."""
     training: Training
     """With `steps` set."""
+    ratio: float = 0.0
+    """Share of the blocks' weights to be pruned away, in [0, 0.875]; 0 leaves the model whole."""
+    deadline_s: float | None = None
+    """When the planner expects the round to be over; never travels."""
+    why: str = ""
+    """What spoke for this plan, for the records; never travels."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,23 @@ class LocalAdapter:
     """HetLoRA's lambda: weight of ||B[:, g:]|| ||A[g:, :]|| in the loss, g = rank_decay * rank; 0 is off."""
     rank_decay: float = 1.0
     """HetLoRA's gamma; when the penalised product falls below its value at the start, the rank becomes g."""
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """How a client makes its model smaller for one round, and what it measures around that.
+
+    Structures travel as bitmaps over the whole base (`keep.bitmap`); empty bytes stand for the whole model.
+    """
+
+    settings: PruningSettings
+    stages: tuple[bytes, ...] = ()
+    """What is kept, one structure after the other, each a part of the one before; none: the whole model, or with the
+    policy `local` what the client's own scores say."""
+    before: bytes = b""
+    """Structure of the client's last participation, in which `loss_before` is measured."""
+    wanted: bool = False
+    """Scores are to be sent, or with the policy `vote` a mask."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +204,9 @@ class Assignment:
     """Digest of the base model that the tensors belong to."""
     probe: Probe | None = None
     """What to measure, for the verb `probe`; `local` and `blobs` are idle then."""
+    surgery: Surgery | None = None
+    """How the model is pruned; the blobs are in the coordinates of all that `stages` and `before` keep, or of the whole
+    base with the policy `local`."""
     whole: Assignment | None = None
     """Never travels: what is sent instead to a client that does not hold the accumulators `probe` refers to."""
 
@@ -194,9 +224,14 @@ class Measured:
     tokens: int = 0
     """Tokens that went forward in training, padding left out."""
     loss_before: float | None = None
-    """Mean training loss of the first step's batch, under the model as received."""
+    """Mean training loss of the first step's batch, under the model as received. With surgery: of up to 16 rows, in
+    the structure of the last participation."""
     loss_after: float | None = None
-    """Mean training loss over the last tenth of the steps (at least one)."""
+    """Mean training loss over the last tenth of the steps (at least one). With surgery: of the same rows."""
+    importance: float | None = None
+    """With surgery: mean over the steps of the sum of |parameter * gradient| over the trained factors."""
+    side_tokens: int = 0
+    """Tokens that went forward for scores and for the losses above."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +249,16 @@ class ClientUpdate:
     base: str = ""
     probed: Probed | None = None
     """What came of the verb `probe`; `tensors` and `saved` are empty then."""
+    kept: bytes = b""
+    """Digest of what was kept (`Keep.digest`), in whose coordinates the tensors are; empty for the whole model."""
+    mask: bytes = b""
+    """Bitmap of what was kept (policy `local`), or of what the client would keep (`vote`, where it was wanted)."""
+    scores: Tensors = field(default_factory=dict)
+    """`heads` and `channels` of what was kept, float16, in units of their means, where they were wanted."""
+    keep: Keep | None = None
+    """Never travels: what `kept` stands for, once the update is admitted."""
+    ratio: float = 0.0
+    """Never travels: the plan's pruning ratio, once the update is admitted."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +267,9 @@ class Failure:
 
     client: str
     reason: str
-    kind: Literal["failed", "refused", "late"] = "failed"
-    """failed: the client could not do it; refused: the server would not take it; late: no answer in time."""
+    kind: Literal["failed", "refused", "late", "unfit"] = "failed"
+    """failed: the client could not do it; refused: the server would not take it; late: no answer in time; unfit:
+    nothing that could be asked fits its device, so it was not asked."""
     code: str = field(default="", compare=False)
     """Of a refused update: which of the schema's reasons it is."""
 
@@ -237,6 +283,9 @@ class Traffic:
 
 
 Outcome: TypeAlias = ClientUpdate | Failure
+
+OUT_OF_MEMORY = "memory ran out"
+"""Stands in the reason of a client whose device could not hold what it was asked; planners look for it."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +302,12 @@ class Blueprint:
     """The run's seed."""
     manifest: bytes = b""
     """`directions.manifest.Manifest.encode` of the base, for methods that move all of it; empty for others."""
+    anatomy: Anatomy | None = None
+    """Of the base's blocks; None where surgery does not know them."""
+    pruning: PruningSettings | None = None
+    """How clients' models are made smaller; None where they are not."""
+    ranking: Tensors = field(default_factory=dict)
+    """`heads` and `channels`: worth of each, where the recipe names an order; empty where clients are asked first."""
 
 
 def weigh(updates: Sequence[ClientUpdate], weights: Weighting) -> Sequence[tuple[ClientUpdate, float]]:

@@ -16,8 +16,8 @@ from fedtune.admit import admit, admit_norms, largest_update
 from fedtune.errors import RoundError, StoreError, WireError
 from fedtune.methods import state as states
 from fedtune.methods.method import Method
-from fedtune.planning import Planner
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Traffic
+from fedtune.planning import Planner, Seen
+from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Measured, Outcome, Plan, Traffic
 from fedtune.seeds import derive, generator
 from fedtune.transport import Aside, Reply, Rule, Transport
 from fedtune.wire.messages import EncodedAssignment, blob_encoder, decode_update, encode_assignment
@@ -62,6 +62,8 @@ class Opened:
     """Why the others are not used; None while the round still waits for them."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Bytes that came from those of them that sent something."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of main memory of those of them that said so."""
 
 
 class Ledger(Protocol):
@@ -71,8 +73,19 @@ class Ledger(Protocol):
         """Return what is known of a round that had begun already."""
         ...
 
-    def open(self, round: int, *, state: str, cohort: Mapping[str, int], orders: Mapping[str, str]) -> None:
-        """Note the digest of the state, the clients and what they are told; before the first order leaves."""
+    def open(
+        self,
+        round: int,
+        *,
+        state: str,
+        cohort: Mapping[str, int],
+        orders: Mapping[str, str],
+        memory: Mapping[str, int] | None = None,
+    ) -> None:
+        """Note the digest of the state, the clients and what they are told; before the first order leaves.
+
+        A client that is told nothing, since nothing fits it, has the order `UNFIT`.
+        """
         ...
 
     def accept(self, round: int, client: str, update: bytes) -> None:
@@ -94,7 +107,15 @@ class Forgetful:
     def opened(self, round: int) -> Opened | None:
         return None
 
-    def open(self, round: int, *, state: str, cohort: Mapping[str, int], orders: Mapping[str, str]) -> None: ...
+    def open(
+        self,
+        round: int,
+        *,
+        state: str,
+        cohort: Mapping[str, int],
+        orders: Mapping[str, str],
+        memory: Mapping[str, int] | None = None,
+    ) -> None: ...
 
     def accept(self, round: int, client: str, update: bytes) -> None: ...
 
@@ -102,6 +123,56 @@ class Forgetful:
 
     def commit(self, round: int, state: Sequence[bytes | memoryview]) -> str:
         return states.digest(state)
+
+
+UNFIT = "unfit"
+"""Stands in the ledger for the order of a client that nothing fits."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """How long one client took in one round."""
+
+    compute_s: float
+    transfer_s: float
+    """Both ways."""
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_s + self.transfer_s
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one client did, as a clock weighs it."""
+
+    plan: Plan
+    measured: Measured
+    traffic: Traffic
+    arrived_s: float
+    """Seconds from the round's first order to this client's answer, on this machine's clock."""
+
+
+class Clock(Protocol):
+    """Says how long clients took: simulated from their devices, or as it was measured."""
+
+    def timed(self, round: int, now_s: float, done: Mapping[str, Done]) -> Mapping[str, Spent]:
+        """Return the times of a round that began at `now_s`; of no client where none are known."""
+        ...
+
+    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
+        """Return the clients that were given up, with the seconds after which that was."""
+        ...
+
+
+class Timeless:
+    """The clock of clients that share one machine: how long one took says nothing of its device."""
+
+    def timed(self, round: int, now_s: float, done: Mapping[str, Done]) -> Mapping[str, Spent]:
+        return {}
+
+    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -156,6 +227,34 @@ class RoundResult:
     aside: Sequence[Aside]
     """What came during the round that it did not wait for."""
     seconds: float
+    spent: Mapping[str, Spent] = field(default_factory=dict)
+    """Time by client, simulated or measured, where it is known."""
+    clock_s: float = 0.0
+    """Simulated or measured seconds of the run so far: a round lasts as long as its slowest client."""
+
+    @property
+    def seen(self) -> Sequence[Seen]:
+        """What a planner learns from the round."""
+        return [self._seen(name) for name in self.outcomes]
+
+    def _seen(self, name: str) -> Seen:
+        outcome, assignment, spent = self.outcomes[name], self.assignments.get(name), self.spent.get(name)
+        known = Seen(
+            client=name,
+            num_examples=self.examples[name],
+            ratio=assignment.plan.ratio if assignment else 0.0,
+            rank=assignment.plan.rank if assignment and assignment.verb == "adapt" else 0,
+            compute_s=spent.compute_s if spent else None,
+            transfer_s=spent.transfer_s if spent else None,
+        )
+        if isinstance(outcome, Failure):
+            return replace(known, status=outcome.kind, reason=outcome.reason)
+        return replace(
+            known,
+            loss_before=outcome.measured.loss_before,
+            loss_after=outcome.measured.loss_after,
+            importance=outcome.measured.importance,
+        )
 
 
 def run(
@@ -169,6 +268,9 @@ def run(
     base: str,
     ledger: Ledger | None = None,
     start: Any | None = None,
+    history: Sequence[Sequence[Seen]] = (),
+    clock: Clock | None = None,
+    clock_s: float = 0.0,
     watch: Watch = lambda event: None,
 ) -> Iterator[RoundResult]:
     """Yield the result of one round after the other.
@@ -183,6 +285,9 @@ def run(
         base: digest of the base model, which every client must hold.
         ledger: makes every step durable; none keeps nothing.
         start: state to go on from; the method's first one without it.
+        history: of the rounds before it, from which the planner learns again what it knew.
+        clock: says how long clients took; none says nothing of it.
+        clock_s: what that clock showed after those rounds.
         watch: told when a round starts and when a client is done.
 
     Raises:
@@ -191,37 +296,43 @@ def run(
     """
     state = method.init(blueprint, settings) if start is None else start
     digest = states.digest(states.encode(state))
-    ledger = ledger or Forgetful()
+    ledger, clock = ledger or Forgetful(), clock or Timeless()
+    learned = planner.start()
+    for past in history:
+        learned = planner.observe(learned, past)
     while state.round < schedule.count:
         began, number = time.perf_counter(), state.round + 1
         opened = ledger.opened(number)
         cohort = rejoined(opened) if opened else drawn(transport, schedule, seed=blueprint.seed, round=number)
         watch(RoundStarted(number, schedule.count, tuple(client.name for client in cohort)))
-        plans = planner.plan(number, cohort)
+        plans, unfit = fitting(number, planner.plan(learned, number, cohort), cohort)
         assignments = {
-            client.name: replace(method.assign(state, blueprint.seed, plans[client.name]), base=base)
-            for client in cohort
+            name: replace(method.assign(state, blueprint.seed, plan), base=base) for name, plan in plans.items()
         }
-        asked = ask(number, assignments, cohort, blueprint, partial(method.refuse, state))
+        asked = ask(number, assignments, cohort, blueprint, partial(method.refuse, state), unfit=unfit)
+        orders = {**digests(asked.orders), **dict.fromkeys(unfit, UNFIT)}
         if opened is None:
-            ledger.open(number, state=digest, cohort=asked.enrolled, orders=digests(asked.orders))
-        elif opened.orders != digests(asked.orders):
-            raise StoreError(changed_orders(number, opened.orders, digests(asked.orders)))
+            memory = {client.name: client.memory_bytes for client in cohort if client.memory_bytes}
+            ledger.open(number, state=digest, cohort=asked.enrolled, orders=orders, memory=memory)
+        elif opened.orders != orders:
+            raise StoreError(changed_orders(number, opened.orders, orders))
         answers = awaited(asked, transport, schedule, opened, ledger, watch)
+        answers, spent = timed(answers, asked, clock, clock_s, watch)
         norms, outcomes = compared(answers, asked, schedule, watch)
         if opened is None or opened.failures is None:
-            failures = {n: outcome for n, outcome in answers.outcomes.items() if isinstance(outcome, Failure)}
+            failures = {n: outcome for n, outcome in answers.closing.items() if isinstance(outcome, Failure)}
             ledger.close(number, failures, {name: answers.traffic[name].up for name in failures})
         state = method.aggregate(state, [each for each in outcomes.values() if isinstance(each, ClientUpdate)])
         digest = ledger.commit(number, states.encode(state))
-        yield RoundResult(
+        clock_s += max((each.seconds for each in spent.values()), default=0.0)
+        result = RoundResult(
             round=number,
             state=state,
             digest=digest,
             assignments={name: replace(assignment, blobs={}, whole=None) for name, assignment in assignments.items()},
             examples=asked.enrolled,
             outcomes={
-                name: replace(outcome, tensors={}, saved={}, probed=None)
+                name: replace(outcome, tensors={}, saved={}, scores={}, probed=None)
                 if isinstance(outcome, ClientUpdate)
                 else outcome
                 for name, outcome in outcomes.items()
@@ -230,7 +341,27 @@ def run(
             traffic=answers.traffic,
             aside=answers.aside,
             seconds=time.perf_counter() - began,
+            spent=spent,
+            clock_s=clock_s,
         )
+        learned = planner.observe(learned, result.seen)
+        yield result
+
+
+def fitting(
+    round: int, planned: Mapping[str, Plan | Failure], cohort: Sequence[Client]
+) -> tuple[Mapping[str, Plan], Mapping[str, Failure]]:
+    """Return the plans of those that can be asked, and who cannot, both in cohort order.
+
+    Raises:
+        RoundError: if nothing fits anybody.
+    """
+    plans = {client.name: plan for client in cohort if isinstance(plan := planned[client.name], Plan)}
+    unfit = {client.name: why for client in cohort if isinstance(why := planned[client.name], Failure)}
+    if not plans:
+        nearest = "; ".join(f"{name}: {why.reason}" for name, why in list(unfit.items())[:5])
+        raise RoundError(f"round {round}: expected a client that can do something; got none: {nearest}", final=True)
+    return plans, unfit
 
 
 def drawn(transport: Transport, schedule: Schedule, *, seed: int, round: int) -> Sequence[Client]:
@@ -241,7 +372,7 @@ def drawn(transport: Transport, schedule: Schedule, *, seed: int, round: int) ->
 
 def rejoined(opened: Opened) -> Sequence[Client]:
     """Return the cohort of a round that goes on: who is in it was settled when it began."""
-    return [Client(name, examples) for name, examples in sorted(opened.cohort.items())]
+    return [Client(name, examples, opened.memory.get(name, 0)) for name, examples in sorted(opened.cohort.items())]
 
 
 @dataclass(frozen=True)
@@ -258,6 +389,8 @@ class Asked:
     blueprint: Blueprint
     refuse: Callable[[ClientUpdate], str]
     """`Method.refuse` over the state that the round starts from."""
+    unfit: Mapping[str, Failure] = field(default_factory=dict)
+    """Who is not asked, and why."""
 
 
 def ask(
@@ -266,6 +399,8 @@ def ask(
     cohort: Sequence[Client],
     blueprint: Blueprint,
     refuse: Callable[[ClientUpdate], str],
+    *,
+    unfit: Mapping[str, Failure] | None = None,
 ) -> Asked:
     """Return a cohort's assignments with what travels; blobs that clients share are encoded once."""
     encode = blob_encoder()
@@ -276,6 +411,7 @@ def ask(
         enrolled={client.name: client.num_examples for client in cohort},
         blueprint=blueprint,
         refuse=refuse,
+        unfit=unfit or {},
     )
 
 
@@ -286,6 +422,10 @@ class Answers:
     outcomes: Mapping[str, Outcome]
     traffic: Mapping[str, Traffic]
     aside: Sequence[Aside] = ()
+    arrived: Mapping[str, float] = field(default_factory=dict)
+    """Seconds from the first order to each client's answer."""
+    closing: Mapping[str, Outcome] = field(default_factory=dict)
+    """The outcomes as the ledger notes them: before a clock gives anybody up, which follows from them."""
 
 
 def awaited(
@@ -299,7 +439,7 @@ def awaited(
     rule, outcomes, aside = schedule.rule, dict[str, Outcome](), list[Aside]()
     goal = enough(len(asked.orders), schedule)
     sizes, sent = dict[str, int](), {name: size(order) for name, order in asked.orders.items()}
-    lost = list[str]()
+    lost, first, arrived = list[str](), time.perf_counter(), dict[str, float]()
 
     def used() -> int:
         return sum(isinstance(outcome, ClientUpdate) for outcome in outcomes.values())
@@ -312,7 +452,7 @@ def awaited(
                 lost.append(name)
                 return
             outcome = Failure(name, "expected it to work on the whole state; it asked for that again")
-        outcomes[name] = outcome
+        outcomes[name], arrived[name] = outcome, time.perf_counter() - first
         if new and isinstance(answer, Reply) and isinstance(outcome, ClientUpdate):
             ledger.accept(asked.round, name, answer.update)
         # After that: whoever tells the client that its update is used must not have to take it back.
@@ -336,7 +476,8 @@ def awaited(
         for name, update in opened.updates.items():
             take(Reply(name, update))
         for name, failure in (opened.failures or {}).items():
-            take(failure, opened.sizes.get(name, 0))
+            if name not in asked.unfit:
+                take(failure, opened.sizes.get(name, 0))
     if opened is None or opened.failures is None:
         for _ in range(schedule.attempts):
             began = time.perf_counter()
@@ -357,11 +498,40 @@ def awaited(
     if used() >= goal:
         why = Failure("", f"the round had its {goal} updates", kind="late")
     silent = {name: replace(why, client=name) for name in missing}
+    for failure in asked.unfit.values():
+        watch(ClientFinished(asked.round, failure, Traffic()))
+    found = {name: {**outcomes, **silent, **asked.unfit}[name] for name in asked.enrolled}
     return Answers(
-        outcomes={name: (outcomes | silent)[name] for name in asked.orders},
-        traffic={name: Traffic(down=sent[name], up=sizes.get(name, 0)) for name in asked.orders},
+        outcomes=found,
+        traffic={name: Traffic(down=sent.get(name, 0), up=sizes.get(name, 0)) for name in asked.enrolled},
         aside=aside,
+        arrived=arrived,
+        closing=found,
     )
+
+
+def timed(
+    answers: Answers, asked: Asked, clock: Clock, now_s: float, watch: Watch
+) -> tuple[Answers, Mapping[str, Spent]]:
+    """Return the answers, without those that the clock gave up, and how long each client took.
+
+    Of a client that was given up the time is the bound at which that was.
+    """
+    updates = {name: each for name, each in answers.outcomes.items() if isinstance(each, ClientUpdate)}
+    plans = {name: asked.assignments[name].plan for name in updates}
+    done = {
+        name: Done(plans[name], each.measured, answers.traffic[name], answers.arrived.get(name, 0.0))
+        for name, each in updates.items()
+    }
+    spent = dict(clock.timed(asked.round, now_s, done))
+    outcomes = dict(answers.outcomes)
+    for name, bound in clock.cut(plans, spent).items():
+        reason = f"expected an update within {bound:.3g} s; it would have come after {spent[name].seconds:.3g} s"
+        outcomes[name] = failure = Failure(name, reason, kind="late")
+        compute = min(spent[name].compute_s, bound)
+        spent[name] = Spent(compute, bound - compute)
+        watch(ClientFinished(asked.round, failure, answers.traffic[name]))
+    return replace(answers, outcomes=outcomes), spent
 
 
 def compared(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from dataclasses import replace
 
 from fedtune.conduct import Door, Setting, check_ranks, first_state
-from fedtune.config import Recipe, bind, planned
+from fedtune.config import Recipe, bind
 from fedtune.config.reading import read
 from fedtune.config.recipe import largest_rank
 from fedtune.errors import ConfigError, Fault
+from fedtune.fleet import fleet_of
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.methods import METHODS
-from fedtune.planning.fixed import Fixed
 from fedtune.round import Blueprint
+from fedtune.simulation.arrivals import Arrivals
 from fedtune.store import peft
 from fedtune.store.ledger import RunLedger
+from fedtune.store.pruning import read_ranking
 
 AT_THE_SITES = 'data={ source = "at the sites", split = { kind = "files" } }'
 
@@ -55,12 +57,24 @@ def setting(
         max_rank=largest_rank(recipe),
         seed=recipe.seed,
         manifest=common.manifest if METHODS[recipe.method.name].verb == "probe" else b"",
+        anatomy=common.anatomy,
+        pruning=recipe.pruning,
     )
+    if recipe.pruning is not None and common.anatomy is None:
+        raise ConfigError(
+            Fault("pruning", "a base that surgery knows", "another, by what most clients say", "leave it out")
+        )
+    if recipe.pruning is not None and recipe.pruning.ranking:
+        blueprint = replace(
+            blueprint, ranking=read_ranking(recipe.pruning.ranking, recipe.root, common.anatomy, common.base)
+        )
+    devices = fleet_of(replace(recipe, fleet=None), list(profiles), blueprint, parameters=common.parameters)
     first_state(recipe, blueprint)  # what the method refuses of the base it refuses now
     return Setting(
         recipe=recipe,
         blueprint=blueprint,
-        planner=Fixed(partial(planned, recipe), alpha=recipe.adapter.alpha, rslora=recipe.adapter.rslora),
+        planner=devices.planner(blueprint),
+        clock=Arrivals(),
         base={"name": recipe.model.base, "digest": common.base, "parameters": common.parameters},
         target=peft.Target(
             base=recipe.model.base,

@@ -18,10 +18,12 @@ from fedtune.data.encode import Example
 from fedtune.data.federation import Federation, federate
 from fedtune.data.settings import DataSettings
 from fedtune.errors import ClientError, ConfigError, Fault
+from fedtune.keep import Anatomy
 from fedtune.methods import METHODS
 from fedtune.model import embedded
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.shrunk import anatomy
 from fedtune.replica import Replicas
 from fedtune.round import Assignment, ClientUpdate
 from fedtune.wire.profile import ClientProfile, Device, Foundation
@@ -55,6 +57,7 @@ class Site:
                 transposed=base.transposed,
                 parameters=sum(parameter.numel() for parameter in base.model.parameters()),
                 manifest=manifest(base),
+                anatomy=blocks(base),
             ),
             methods=tuple(METHODS),
             device=device(base),
@@ -149,6 +152,13 @@ def manifest(base: Base) -> bytes:
     with suppress(ConfigError):
         return base.manifest.encode()
     return b""
+
+
+def blocks(base: Base) -> Anatomy | None:
+    """Return the blocks of the base; none if surgery does not know it: only pruning asks for them."""
+    with suppress(ConfigError):
+        return anatomy(base)
+    return None
 
 
 def device(base: Base) -> Device:

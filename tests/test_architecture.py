@@ -21,14 +21,19 @@ RECIPES = sorted((ROOT / "simulations").rglob("*.toml"))
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("tensors", "seeds"),
-    ("adapter", "directions", "lowrank", "round"),
-    ("methods", "planning", "wire", "data", "model", "replica"),
+    ("adapter", "device"),
+    ("keep",),
+    ("ranking",),
+    ("directions", "lowrank", "round"),
+    ("cost", "planning"),
+    ("methods", "wire", "data", "model", "replica"),
     ("admit", "client", "transport"),
     ("rounds",),
     ("simulation", "store", "report", "demo"),
     ("link",),
     ("flower",),
     ("config",),
+    ("fleet",),
     ("conduct",),
     ("site", "worker", "serving", "standing"),
     ("experiment", "resident", "coordinator", "member"),
@@ -63,7 +68,19 @@ HOMES: Mapping[str, frozenset[str]] = {
 }
 """Where alone a package may be imported, at the top of a module or inside a function."""
 
-SERVER_WING = ("methods", "planning", "wire", "admit", "transport", "rounds", "store", "report")
+SERVER_WING = (
+    "fleet",
+    "device",
+    "cost",
+    "methods",
+    "planning",
+    "wire",
+    "admit",
+    "transport",
+    "rounds",
+    "store",
+    "report",
+)
 SEEDS_TORCH = {"fedtune/model/torch_seed.py"}
 """May fork and seed torch's global generators, for dropout and initial values that take no generator."""
 

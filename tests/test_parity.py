@@ -133,8 +133,8 @@ def test_reinit_is_the_papers_merge_without_merging(checkpoints: dict[str, Path]
     method = METHODS["flora"]
     planner = Fixed(lambda name: (fleet[name], TRAINING), alpha="2r", rslora=False)
     state = method.init(blueprint, method.settings(mode="reinit", wire_dtype="fp32"))
-    for number in range(1, 4):
-        plans = planner.plan(number, [Client(name, SIZES[name]) for name in fleet])
+    for _ in range(3):
+        plans = {name: planner.plan_for(Client(name, SIZES[name])) for name in fleet}
         orders = {name: method.assign(state, 0, plan) for name, plan in plans.items()}
         # The paper sends no frozen adapter: what was learned is in the base already.
         bare = {name: order.__class__(**{**vars(order), "blobs": {}}) for name, order in orders.items()}

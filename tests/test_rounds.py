@@ -14,10 +14,34 @@ from fedtune.directions.manifest import describe
 from fedtune.errors import RoundError, StoreError
 from fedtune.methods import METHODS
 from fedtune.methods.seed_state import FedKSeedSettings
+from fedtune.planning import Seen
 from fedtune.planning.fixed import Fixed
 from fedtune.replica import Replicas, restored
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Measured, Outcome, Probed, Training
-from fedtune.rounds import ClientFinished, Forgetful, Note, Opened, RoundResult, RoundStarted, Schedule, run, sample
+from fedtune.round import (
+    Assignment,
+    Blueprint,
+    Client,
+    ClientUpdate,
+    Failure,
+    Measured,
+    Outcome,
+    Plan,
+    Probed,
+    Training,
+)
+from fedtune.rounds import (
+    ClientFinished,
+    Done,
+    Forgetful,
+    Note,
+    Opened,
+    RoundResult,
+    RoundStarted,
+    Schedule,
+    Spent,
+    run,
+    sample,
+)
 from fedtune.transport import Answer, Aside, Reply, Rule
 from fedtune.wire.messages import EncodedAssignment, decode_assignment, encode_update
 
@@ -228,7 +252,15 @@ class Noted(Forgetful):
     def opened(self, round: int) -> Opened | None:
         return self.held if round == 1 else None
 
-    def open(self, round: int, *, state: str, cohort: Mapping[str, int], orders: Mapping[str, str]) -> None:
+    def open(
+        self,
+        round: int,
+        *,
+        state: str,
+        cohort: Mapping[str, int],
+        orders: Mapping[str, str],
+        memory: Mapping[str, int] | None = None,
+    ) -> None:
         self.steps.append(("open", round, tuple(cohort)))
         self.noted["orders"] = orders
 
@@ -572,3 +604,97 @@ def test_who_failed_for_good_is_not_asked_again() -> None:
     with pytest.raises(RoundError):
         rounds({"ann": answer(), "bob": broken}, min_clients=2, attempts=3)
     assert len(tries) == 1
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """A planner that nothing fits eve for, and that remembers what it has seen."""
+
+    fixed: Fixed
+
+    def start(self) -> tuple[Any, ...]:
+        return ()
+
+    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
+        plans = {client.name: self.fixed.plan_for(client) for client in cohort}
+        slow: dict[str, Plan | Failure] = {
+            name: replace(plan, deadline_s=10.0, why=f"seen {len(learned)}") for name, plan in plans.items()
+        }
+        return slow | {"eve": Failure("eve", "needs 9 GB; has 4", kind="unfit")} if "eve" in plans else slow
+
+    def observe(self, learned: Any, seen: Sequence[Seen]) -> Any:
+        return (*learned, tuple(seen))
+
+
+@dataclass(frozen=True)
+class Told:
+    """A clock that says what it is told, and gives up on whoever takes longer than the plan."""
+
+    seconds: Mapping[str, float]
+
+    def timed(self, round: int, now_s: float, done: Mapping[str, Done]) -> Mapping[str, Spent]:
+        return {name: Spent(self.seconds[name], 1.0) for name in done}
+
+    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
+        return {name: plan.deadline_s or 0.0 for name, plan in plans.items() if spent[name].seconds > 10}
+
+
+def chosen(
+    replies: Mapping[str, Script], seconds: Mapping[str, float], count: int = 2, **options: Any
+) -> list[RoundResult]:
+    return list(
+        run(
+            method=METHODS["flora"],
+            settings=METHODS["flora"].settings(),
+            planner=Choosing(Fixed(lambda name: (2, TRAINING), alpha="2r", rslora=False)),
+            transport=Scripted(replies),
+            schedule=Schedule(count=count),
+            blueprint=Blueprint({"x": SHAPE}, saved={}, max_rank=2, seed=0),
+            base="base",
+            clock=Told(seconds),
+            **options,
+        )
+    )
+
+
+def test_a_client_that_nothing_fits_sits_out_with_the_reason_and_stops_nobody() -> None:
+    def never(assignment: Assignment) -> Outcome:
+        raise AssertionError("eve must not be asked")
+
+    first, second = chosen({"ann": answer(), "eve": never}, {"ann": 2.0})
+    assert first.outcomes["eve"] == Failure("eve", "needs 9 GB; has 4", kind="unfit")
+    assert (first.traffic["eve"].down, list(first.outcomes)) == (0, ["ann", "eve"])
+    assert second.assignments["ann"].plan.why == "seen 1"
+    with pytest.raises(
+        RoundError, match=r"round 1: expected a client that can do something; got none: eve: needs 9 GB"
+    ):
+        chosen({"eve": never}, {})
+
+
+def test_a_round_lasts_as_long_as_its_slowest_client_and_the_late_one_is_left_out() -> None:
+    replies = {"ann": answer(), "bob": answer(), "cyd": answer()}
+    first, second = chosen(replies, {"ann": 2.0, "bob": 5.0, "cyd": 50.0})
+    late = first.outcomes["cyd"]
+    assert isinstance(late, Failure)
+    assert (late.kind, first.spent["cyd"].seconds) == ("late", 10.0)
+    assert (first.clock_s, second.clock_s) == (10.0, 20.0)
+    without, _ = chosen({name: replies[name] for name in ("ann", "bob")}, {"ann": 2.0, "bob": 5.0})
+    assert state_bytes(first) == state_bytes(without)
+    assert without.clock_s == 6.0
+    seen = {each.client: each for each in first.seen}
+    assert (seen["ann"].compute_s, seen["ann"].transfer_s, seen["cyd"].status) == (2.0, 1.0, "late")
+
+
+def test_a_planner_learns_again_from_the_rounds_before() -> None:
+    replies = {"ann": answer(), "bob": answer()}
+    whole = chosen(replies, {"ann": 2.0, "bob": 3.0}, count=3)
+    rest = chosen(
+        replies,
+        {"ann": 2.0, "bob": 3.0},
+        count=3,
+        start=whole[0].state,
+        history=[whole[0].seen],
+        clock_s=whole[0].clock_s,
+    )
+    assert [result.assignments["ann"].plan.why for result in rest] == ["seen 1", "seen 2"]
+    assert (rest[-1].clock_s, rest[-1].digest) == (whole[-1].clock_s, whole[-1].digest)

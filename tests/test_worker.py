@@ -18,6 +18,7 @@ from fedtune.errors import ClientError, ConfigError
 from fedtune.methods import METHODS
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.planning import Seen
 from fedtune.planning.fixed import Fixed
 from fedtune.round import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
 from fedtune.rounds import ClientFinished, Event, RoundResult, RoundStarted, Schedule, run
@@ -68,8 +69,12 @@ class Slow:
         self.fixed = Fixed(lambda name: (RANKS[name], training), alpha="2r", rslora=False)
         self.slow = slow
 
-    def plan(self, round: int, fleet: Sequence[Client]) -> Mapping[str, Plan]:
-        plans = dict(self.fixed.plan(round, fleet))
+    def start(self) -> None: ...
+
+    def observe(self, learned: Any, seen: Sequence[Seen]) -> None: ...
+
+    def plan(self, learned: Any, round: int, fleet: Sequence[Client]) -> Mapping[str, Plan]:
+        plans = {client.name: self.fixed.plan_for(client) for client in fleet}
         if self.slow and round == 2:
             plans["bob"] = replace(plans["bob"], training=replace(plans["bob"].training, steps=10**7))
         return plans

@@ -14,18 +14,25 @@ from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedtune.config.checks import check, steps_or_epochs
+from fedtune.config.presets import PRESETS, written_out
 from fedtune.config.reading import edited, read, value_of
 from fedtune.config.recipe import Override, Recipe, ReportSettings
 from fedtune.config.words import allows, choices, describe, listed, nearest, quoted, shown
 from fedtune.data.settings import DataSettings
+from fedtune.device import PROFILES, DeviceProfile
+from fedtune.device import check as check_profile
 from fedtune.errors import ConfigError, Fault
 from fedtune.methods import METHODS
+from fedtune.methods.flora import FloraSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
+from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
+from fedtune.planning.policies import POLICIES
+from fedtune.ranking import PruningSettings
 from fedtune.round import Training, Verb
 from fedtune.rounds import Schedule
 from fedtune.simulation.resources import Resources
-from fedtune.simulation.settings import EngineSettings
+from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings
 
 SECTIONS: Mapping[str, type[Any]] = {
     "model": ModelSettings,
@@ -34,15 +41,19 @@ SECTIONS: Mapping[str, type[Any]] = {
     "rounds": Schedule,
     "data": DataSettings,
     "evaluate": EvaluationSettings,
+    "pruning": PruningSettings,
+    "fleet": FleetSettings,
     "engine": EngineSettings,
     "report": ReportSettings,
 }
-OPTIONAL = ("planner", "evaluate", "engine", "report", "override")
+OPTIONAL = ("planner", "evaluate", "engine", "report", "override", "pruning", "fleet", "device")
 """Tables that a recipe may leave out."""
+ABSENT = ("pruning", "fleet")
+"""Tables that stand for nothing where they are left out."""
 
 NAMED: Mapping[str, Mapping[str, type[Any]]] = {  # table -> settings by the table's key `name`
-    "method": {name: method.settings for name, method in METHODS.items()},
-    "planner": {"fixed": FixedSettings},
+    "method": {name: method.settings for name, method in METHODS.items()} | dict.fromkeys(PRESETS, FloraSettings),
+    "planner": {"fixed": FixedSettings, **dict.fromkeys(POLICIES, AdaptiveSettings)},
 }
 
 EXAMPLES: Mapping[str, str] = {
@@ -57,6 +68,9 @@ EXAMPLES: Mapping[str, str] = {
 
 EVERY_LAYER: Mapping[str, Any] = {"rank": 1, "targets": ["all-linear"]}
 """The table `adapter` for methods that train none: which layers there are, all of them."""
+
+DECLARED = [each.name for each in fields(DeviceProfile) if each.name not in ("name", "provenance")]
+"""Fields of a device's profile that a table `device` may change."""
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -82,11 +96,12 @@ def bind(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (
     """
     label, stem, root, table = read(source)
     found = Findings()
-    table = edited(table, overrides, found.faults)
+    table = written_out(edited(table, overrides, found.faults))
     bound = sections(table, found)
     bound["name"] = bind_name(table.get("name", stem), found)
     bound["seed"] = leaf(Annotated[int, Ge(0)], table.get("seed", 0), "seed", found)
     bound["override"] = bind_overrides(table.get("override", ()), found)
+    bound["device"] = bind_devices(table.get("device", ()), found)
     found.faults.extend(check(found.values))
     if found.faults:
         raise ConfigError(found.faults, source=label)
@@ -95,7 +110,7 @@ def bind(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (
 
 def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     """Bind every table but `override`; a table that has a fault is bound to None."""
-    known = ("name", "seed", *SECTIONS, *NAMED, "override")
+    known = ("name", "seed", *SECTIONS, *NAMED, "override", "device")
     found.faults.extend(unknown_keys(table, known, ""))
     bound = {}
     for name in (*SECTIONS, *NAMED):
@@ -105,6 +120,9 @@ def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
         if name not in table and name not in OPTIONAL:
             found.faults.append(Fault(name, f"the table [{name}]", "nothing", f"e.g. {name} = {EXAMPLES[name]}"))
             continue
+        if name not in table and name in ABSENT:
+            bound[name] = found.values[name] = None
+            continue
         content = table.get(name, {})
         if name in NAMED:
             bound[name] = bind_named(NAMED[name], content, name, found)
@@ -112,6 +130,8 @@ def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
                 found.values[name] = bound[name]
         else:
             bound[name] = bind_table(SECTIONS[name], content, name, found)
+            if bound[name] is not None and name in ABSENT:
+                found.values[name] = bound[name]
     return bound
 
 
@@ -253,13 +273,14 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
         found.faults.append(Fault(path, "a table", shown(row)))
         return None
     hints = {"clients": str | Sequence[str], "rank": Annotated[int, Ge(1)], "verb": Verb}
+    hints["ratio"] = get_type_hints(FixedSettings, include_extras=True)["ratio"]
     parts = [get_type_hints(cls, include_extras=True) for cls in (Training, Resources)]
     hints |= parts[0] | parts[1]
     found.faults.extend(unknown_keys(row, hints, path))
     values = {key: leaf(hints[key], row[key], f"{path}.{key}", found) for key in row if key in hints}
     globs = values.pop("clients", ())
     globs = (globs,) if isinstance(globs, str) else tuple(globs or ())
-    rank, verb = values.pop("rank", None), values.pop("verb", None)
+    rank, verb, ratio = (values.pop(key, None) for key in ("rank", "verb", "ratio"))
     if "clients" not in row or (not globs and f"{path}.clients" in found.values):
         found.faults.append(Fault(f"{path}.clients", "the name or glob of a client, or a list of them", "nothing"))
     for bad in [text for text in globs if not text or re.search(r"\[[^\]]*$", text)]:
@@ -270,7 +291,46 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
     if lengths and all(f"{path}.{key}" in found.values for key in lengths):
         found.faults.extend(steps_or_epochs(values.get("steps"), values.get("epochs"), path))
     training, taken = ({key: value for key, value in values.items() if key in part} for part in parts)
-    return Override(clients=globs, rank=rank, verb=verb, training=training, resources=taken)
+    return Override(clients=globs, rank=rank, ratio=ratio, verb=verb, training=training, resources=taken)
+
+
+def bind_devices(content: Any, found: Findings) -> tuple[DeviceOverride, ...]:
+    """Bind the tables `device`, each to the fields of a device's profile that it changes."""
+    if not isinstance(content, list | tuple):
+        found.faults.append(Fault("device", "a list of tables, each [[device]]", shown(content)))
+        return ()
+    bound = [bind_device(row, f"device.{place}", found) for place, row in enumerate(content)]
+    devices = tuple(device for device in bound if device is not None)
+    found.values["device"] = devices
+    return devices
+
+
+def bind_device(row: Any, path: str, found: Findings) -> DeviceOverride | None:
+    if not isinstance(row, dict):
+        found.faults.append(Fault(path, "a table", shown(row)))
+        return None
+    hints = {key: kind for key, kind in get_type_hints(DeviceProfile, include_extras=True).items() if key in DECLARED}
+    hints |= {"clients": str | Sequence[str], "profile": str}
+    found.faults.extend(unknown_keys(row, hints, path))
+    values = {key: leaf(hints[key], row[key], f"{path}.{key}", found) for key in row if key in hints}
+    globs, profile = values.pop("clients", ()), values.pop("profile", None)
+    globs = (globs,) if isinstance(globs, str) else tuple(globs or ())
+    if not globs:
+        found.faults.append(Fault(f"{path}.clients", "the name or glob of a client, or a list of them", "nothing"))
+    if profile is not None and profile not in PROFILES:
+        meant = nearest(profile, PROFILES)
+        hint = f"did you mean {quoted(meant)}?" if meant else ""
+        found.faults.append(Fault(f"{path}.profile", listed(PROFILES, joint="or"), shown(profile), hint))
+        profile = None
+    start = PROFILES[profile or next(iter(PROFILES))]
+    if all(value is not None for value in values.values()):
+        try:
+            check_profile(replace(start, name=path, **values))
+        except ConfigError as error:
+            found.faults.extend(
+                replace(fault, path=f"{path}.{fault.path.rpartition('.')[2]}") for fault in error.faults
+            )
+    return DeviceOverride(clients=globs, profile=profile, fields=values)
 
 
 def frozen(content: Any) -> Any:

@@ -14,8 +14,12 @@ from fedtune.directions.banks import BANKS
 from fedtune.errors import ConfigError, Fault
 from fedtune.methods import METHODS
 from fedtune.methods.seed_state import FedKSeedSettings
+from fedtune.planning.adaptive import AdaptiveSettings
+from fedtune.planning.fixed import FixedSettings
+from fedtune.ranking import PruningSettings
 from fedtune.round import Training
 from fedtune.rounds import cohort_size
+from fedtune.simulation.settings import DeviceOverride
 from fedtune.wire.probe import MAX_STEPS
 
 Check: TypeAlias = tuple[tuple[str, ...], Callable[..., Iterable[Fault]]]
@@ -212,6 +216,80 @@ def one_verb(method: Any, overrides: Sequence[Override]) -> Iterator[Fault]:
         yield Fault(f"override.{place}.verb", expected, shown(override.verb), f"{hint}; run two methods apart")
 
 
+def prunable(
+    method: str, pruning: PruningSettings | None, planner: Any, overrides: Sequence[Override]
+) -> Iterator[Fault]:
+    """Yield where a recipe prunes what cannot be pruned, or asks for ratios without pruning."""
+    asked = [(f"override.{place}.ratio", o.ratio) for place, o in enumerate(overrides) if o.ratio is not None]
+    if isinstance(planner, FixedSettings) and planner.ratio > 0:
+        asked.append(("planner.ratio", planner.ratio))
+    if pruning is None:
+        for path, ratio in asked:
+            if ratio > 0:
+                yield Fault(path, "0 without the table pruning", f"{ratio:g}", "write [pruning]")
+        return
+    if method != "flora":
+        why = PRUNES_NOT.get(method, "it does not scatter what pruned clients send")
+        expected, hint = "no table with this method", 'use method = "flora", or leave pruning out'
+        yield Fault("pruning", expected, f"{method!r}: {why}", hint)
+    if pruning.score == "magnitude" and pruning.allocation == "global":
+        hint = "weights of different blocks are of different size: global ranks by magnitude are worse than chance"
+        yield Fault("pruning.allocation", "uniform with score = 'magnitude'", "'global'", hint)
+    if isinstance(planner, AdaptiveSettings):
+        for place, override in enumerate(overrides):
+            if override.ratio is not None or override.rank is not None:
+                key = "ratio" if override.ratio is not None else "rank"
+                hint = 'the planner chooses it; set planner = "fixed" to say it yourself'
+                yield Fault(f"override.{place}.{key}", f"nothing with the planner {planner.name!r}", "a number", hint)
+        if planner.ratios and max(planner.ratios) < pruning.target:
+            hint = f"add {pruning.target:g}: in the last rounds everybody trains what is deployed"
+            yield Fault(
+                "planner.ratios",
+                f"at least one of pruning.target = {pruning.target:g}",
+                f"{max(planner.ratios):g}",
+                hint,
+            )
+    elif pruning.policy == "vote" and any(ratio != asked[0][1] for _, ratio in asked):
+        yield Fault(
+            "pruning.policy", "one ratio for all with 'vote', whose clients share a mask", "several", "use nested"
+        )
+
+
+PRUNES_NOT: Mapping[str, str] = {
+    "fedit": "a mean of factors that lack different rows and columns is up to 78 % off",
+    "ffa": "its shared A would be cut differently at every client",
+    "zeropad": "a mean of padded factors is no mean of changes",
+    "hetlora": "its weights compare norms of whole changes",
+    "flexlora": "it restarts clients from whole factors",
+    "fedex": "its residual is that of whole factors",
+    "fedkseed": "its directions move every weight of the base",
+}
+"""Why the other methods do not take pruned clients."""
+
+
+def arms(planner: Any) -> Iterator[Fault]:
+    if not isinstance(planner, AdaptiveSettings):
+        return
+    for key in ("ratios", "ranks"):
+        if not getattr(planner, key):
+            yield Fault(f"planner.{key}", "at least one number", "an empty list", "leave it out for the usual ones")
+
+
+def learning_planner(method: str, planner: Any) -> Iterator[Fault]:
+    if not isinstance(planner, AdaptiveSettings):
+        return
+    if METHODS[method].verb == "probe" or METHODS[method].ranks == "equal":
+        why = "trains no adapter" if METHODS[method].verb == "probe" else "needs one rank for all"
+        yield Fault(
+            "planner", f"'fixed' with method {method!r}, which {why}", repr(planner.name), "use method = 'flora'"
+        )
+
+
+def simulated_devices(fleet: Any, devices: Sequence[DeviceOverride]) -> Iterator[Fault]:
+    if fleet is None and devices:
+        yield Fault("device", "no tables without [fleet]", f"{len(devices)}", 'write fleet = { name = "fedspine80" }')
+
+
 def seeds_of(method: Any, steps: int | None, overrides: Sequence[Override]) -> Iterator[Fault]:
     """Yield what does not fit together in the table `method` of FedKSeed."""
     if not isinstance(method, FedKSeedSettings):
@@ -256,6 +334,10 @@ CHECKS: Sequence[Check] = (
     (("method.name", "override", *(f"client.{key}" for key in IDLE)), probed),
     (("method", "override"), one_verb),
     (("method", "client.steps", "override"), seeds_of),
+    (("method.name", "pruning", "planner", "override"), prunable),
+    (("planner",), arms),
+    (("method.name", "planner"), learning_planner),
+    (("fleet", "device"), simulated_devices),
     (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
     (("engine.name", "rounds.over_select"), early_end),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),

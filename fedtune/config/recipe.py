@@ -10,11 +10,13 @@ from typing import Any
 
 from fedtune.data.settings import DataSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
+from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
+from fedtune.ranking import PruningSettings
 from fedtune.round import Training, Verb
 from fedtune.rounds import Schedule
 from fedtune.simulation.resources import Resources
-from fedtune.simulation.settings import EngineSettings
+from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Override:
     """Names or globs (`*`, `?`, `[..]`); a client matches if one of them does."""
     rank: int | None = None
     """LoRA rank; none leaves it."""
+    ratio: float | None = None
+    """Pruning ratio that the planner `fixed` asks for; none leaves it."""
     verb: Verb | None = None
     """What these clients do; none: what the method's clients do."""
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -60,7 +64,13 @@ class Recipe:
     rounds: Schedule
     data: DataSettings
     seed: int = 0
-    planner: FixedSettings = field(default_factory=FixedSettings)
+    planner: FixedSettings | AdaptiveSettings = field(default_factory=FixedSettings)
+    pruning: PruningSettings | None = None
+    """None: every client trains the whole model."""
+    fleet: FleetSettings | None = None
+    """None: no devices are simulated."""
+    device: Sequence[DeviceOverride] = ()
+    """What is different for some clients' devices, applied in order."""
     evaluate: EvaluationSettings = field(default_factory=EvaluationSettings)
     override: Sequence[Override] = ()
     """Applied in order: where two name the same client and key, the later one holds."""
@@ -68,6 +78,15 @@ class Recipe:
     report: ReportSettings = field(default_factory=ReportSettings)
     root: Path = field(default=Path(), compare=False)
     """Folder of the recipe's file; relative paths in it are relative to this."""
+
+
+def wished_ratio(recipe: Recipe, client: str) -> float:
+    """Return the pruning ratio that the planner `fixed` asks of one client, after all overrides that cover it."""
+    ratio = recipe.planner.ratio if isinstance(recipe.planner, FixedSettings) else 0.0
+    for override in recipe.override:
+        if override.ratio is not None and override.covers(client):
+            ratio = override.ratio
+    return ratio
 
 
 def planned(recipe: Recipe, client: str) -> tuple[int, Training]:
@@ -91,6 +110,8 @@ def resources(recipe: Recipe, client: str) -> Resources:
 
 def largest_rank(recipe: Recipe) -> int:
     """Return the largest rank that any client may be asked for, whoever is in the fleet."""
+    if isinstance(recipe.planner, AdaptiveSettings):
+        return max(recipe.planner.ranks)
     ranks = [recipe.adapter.rank]
     for override in recipe.override:
         if override.rank is not None:

@@ -15,10 +15,12 @@ TABLES: Mapping[str, str] = {
     "adapter": "what is trained on top of it",
     "method": "what is sent, and how the server combines it",
     "planner": "what each client is asked to do",
+    "pruning": "how clients' models are made smaller",
     "client": "how a client trains in one round",
     "rounds": "how many rounds, and who takes part",
     "data": "where the examples come from, and who holds which",
     "evaluate": "when and on how much the global model is scored",
+    "fleet": "which devices the clients are taken to be",
     "engine": "what runs the clients on this machine",
     "report": "what is written beside the records",
 }
@@ -30,9 +32,13 @@ def render(recipe: Recipe) -> str:
     """Return the recipe as TOML with all defaults written out; `bind(render(recipe)) == recipe`."""
     lines = ["# As bound: every value, defaults included.", *entries({"name": recipe.name, "seed": recipe.seed})]
     for table, comment in TABLES.items():
-        lines += ["", f"# {comment}", f"[{table}]", *entries(table_of(getattr(recipe, table)))]
+        if getattr(recipe, table) is not None:
+            lines += ["", f"# {comment}", f"[{table}]", *entries(table_of(getattr(recipe, table)))]
     for override in recipe.override:
         lines += ["", "[[override]]", *entries(override_keys(override))]
+    for device in recipe.device:
+        profile = {} if device.profile is None else {"profile": device.profile}
+        lines += ["", "[[device]]", *entries({"clients": device.clients} | profile | dict(device.fields))]
     return "\n".join(lines) + "\n"
 
 
@@ -47,7 +53,8 @@ def table_of(settings: Any) -> dict[str, Any]:
 
 
 def override_keys(override: Override) -> dict[str, Any]:
-    rank = {} if override.rank is None else {"rank": override.rank}
+    rank: dict[str, Any] = {} if override.rank is None else {"rank": override.rank}
+    rank |= {} if override.ratio is None else {"ratio": override.ratio}
     verb = {} if override.verb is None else {"verb": override.verb}
     return {"clients": override.clients} | rank | verb | dict(override.training) | dict(override.resources)
 

@@ -116,7 +116,10 @@ class GridTransport:
             raise RoundError(self._too_few(self._clock() - began))
         # A client that leaves later must not hold up every round after it.
         self._expected = self._least
-        return [Client(name, self.profiles[name].num_examples) for name in sorted(self._free())]
+        return [
+            Client(name, self.profiles[name].num_examples, self.profiles[name].device.memory_bytes)
+            for name in sorted(self._free())
+        ]
 
     @property
     def foundation(self) -> Foundation:

@@ -47,7 +47,7 @@ class FedExState:
     @cached_property
     def sent(self) -> Mapping[str, Tensors]:
         """Factors and residual in wire format: the same mappings for the whole cohort, so each is encoded once."""
-        frozen = lowrank.smallest(lowrank.unpack(self.residual))
+        frozen = lowrank.smallest(lowrank.adapter(lowrank.unpack(self.residual)))
         return {
             "global": cast(frozen, self.settings.wire_dtype),
             "local": cast(self.tensors, self.settings.wire_dtype),

@@ -4,13 +4,16 @@ The state is the exact cumulative change of the base, Delta. Every round adds th
 changed against what it was really sent; casts and truncation of what goes down therefore never accumulate, and a
 client that missed rounds, or joins late, needs nothing but the current round's message.
 
+Clients may be pruned, each in its own way: factors travel in the pruned layer's coordinates, and the sum is taken after
+the scatter to the base's, so it is as exact (`methods.pruning`).
+
 m: out features, n: in features, r: rank of a client, p: rank of what is sent down
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -19,8 +22,11 @@ from annotated_types import Ge, Gt, Interval
 
 from fedtune import lowrank
 from fedtune.adapter import Adapter, Factors, draw_a, pack, unpack
+from fedtune.keep import WHOLE, Anatomy, Cut, Keep, cuts, scatter_factors, slice_adapter
 from fedtune.lowrank import LowRank, truncate, weighted_sums
+from fedtune.methods import pruning
 from fedtune.methods.method import Method, assignment, mean_saved
+from fedtune.ranking import PruningSettings, Ranking, kept, ranked
 from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, cast
@@ -49,6 +55,11 @@ class FloraSettings:
     weights: Weighting = "examples"
     wire_dtype: WireDtype = "bf16"
     """Number format of the factors, down and up."""
+    coverage: Literal["normalised", "zero"] = "normalised"
+    """Of rows and columns that only some pruned clients kept: normalised divides their change by the share of the
+    examples that trained them; zero takes the plain sum, in which the others' change is zero."""
+    coverage_floor: Annotated[float, Interval(gt=0, le=1)] = 0.2
+    """Least share that is divided by."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,17 @@ class FloraState:
     delta: Tensors
     """Delta as `lowrank.pack` makes it flat, float32; its rank never exceeds min(m, n)."""
     saved: Tensors
+    anatomy: Anatomy | None = None
+    """Of the base's blocks, where clients are pruned."""
+    pruning: PruningSettings | None = None
+    worth: Tensors = field(default_factory=dict)
+    """`heads` and `channels`: what clients' scores came to so far, float32; empty before the first."""
+    order: Tensors = field(default_factory=dict)
+    """The same as the ranking goes by, which small changes do not move."""
+    scored: int = 0
+    """Round that the last scores came in."""
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    """By client, the pruning ratio of its last participation."""
 
     @cached_property
     def broadcast(self) -> Mapping[str, LowRank]:
@@ -73,43 +95,101 @@ class FloraState:
     @cached_property
     def frozen(self) -> Tensors:
         """The whole broadcast as it travels where nothing of it is trained on: one mapping, so it is encoded once."""
-        return cast(lowrank.smallest(self.broadcast), self.settings.wire_dtype)
+        return cast(lowrank.smallest(lowrank.adapter(self.broadcast)), self.settings.wire_dtype)
 
-    def parted(self, rank: int) -> Mapping[str, Tensors]:
-        """The blobs of a client of this rank that trains on: made once for all clients of the rank."""
-        if rank not in self._parted:
+    def parted(self, rank: int, keep: Keep | None = None) -> Mapping[str, Tensors]:
+        """The blobs of a client of this rank and structure that trains on: made once for all clients like it."""
+        key = (rank, keep.digest if keep else b"")
+        if key not in self._parted:
             rest = {name: low.components(rank, low.rank) for name, low in self.broadcast.items()}
-            self._parted[rank] = {
-                "global": cast(lowrank.smallest(rest), self.settings.wire_dtype),
-                "local": warm_start(self.broadcast, rank, self.settings.wire_dtype),
+            cut = self.cut(keep)
+            self._parted[key] = {
+                "global": cast(lowrank.smallest(slice_adapter(lowrank.adapter(rest), cut)), self.settings.wire_dtype),
+                "local": warm_start(self.broadcast, rank, self.settings.wire_dtype, cut),
             }
-        return self._parted[rank]
+        return self._parted[key]
+
+    def fixed(self, keep: Keep | None) -> Tensors:
+        """The whole broadcast of a structure, nothing of which is trained on."""
+        if keep is None:
+            return self.frozen
+        if (0, keep.digest) not in self._parted:
+            rest = slice_adapter(lowrank.adapter(self.broadcast), self.cut(keep))
+            self._parted[0, keep.digest] = {"global": cast(lowrank.smallest(rest), self.settings.wire_dtype)}
+        return self._parted[0, keep.digest]["global"]
+
+    def cut(self, keep: Keep | None) -> Mapping[str, Cut]:
+        """Return what a structure keeps of every layer; nothing is said of layers that it keeps whole."""
+        if keep is None or self.anatomy is None:
+            return {}
+        if keep.digest not in self._cuts:
+            self._cuts[keep.digest] = cuts(keep, self.anatomy)
+        return self._cuts[keep.digest]
+
+    def structure(self, ratio: float) -> Keep | None:
+        """Return what the order keeps at a pruning ratio; None: all of it."""
+        if ratio == 0 or self.anatomy is None or self.pruning is None or not self.order:
+            return None
+        if ratio not in self._structures:
+            self._structures[ratio] = kept(self.ranking, self.anatomy, self.pruning, ratio)
+        return self._structures[ratio]
 
     @cached_property
-    def _parted(self) -> dict[int, Mapping[str, Tensors]]:
-        return {}  # what `parted` has made; it follows from the state alone
+    def ranking(self) -> Ranking:
+        assert self.anatomy is not None  # `structure` has looked
+        assert self.pruning is not None
+        return ranked(self.order, self.anatomy, self.pruning)
+
+    # What the functions above have made; it follows from the state alone.
+    @cached_property
+    def _parted(self) -> dict[tuple[int, bytes], Mapping[str, Tensors]]:
+        return {}
+
+    @cached_property
+    def _structures(self) -> dict[float, Keep]:
+        return {}
+
+    @cached_property
+    def _cuts(self) -> dict[bytes, Mapping[str, Cut]]:
+        return {}
 
 
 def init(blueprint: Blueprint, settings: FloraSettings) -> FloraState:
     """Return the first state: a change of zero."""
     delta = {name: lowrank.zero(m, n) for name, (m, n) in blueprint.modules.items()}
-    return FloraState(settings=settings, round=0, seed=blueprint.seed, delta=lowrank.pack(delta), saved=blueprint.saved)
+    return FloraState(
+        settings=settings,
+        round=0,
+        seed=blueprint.seed,
+        delta=lowrank.pack(delta),
+        saved=blueprint.saved,
+        anatomy=blueprint.anatomy if blueprint.pruning else None,
+        pruning=blueprint.pruning,
+        order=dict(blueprint.ranking) if blueprint.pruning else {},
+    )
 
 
 def assign(state: FloraState, seed: int, plan: Plan) -> Assignment:
     """Send Delta: frozen beside a fresh adapter, or its leading plan.rank components to train and the rest frozen."""
     wire_dtype = state.settings.wire_dtype
     local = LocalAdapter(a_key=_a_key(state, plan.client), wire_dtype=wire_dtype)
+    surgery, sent = pruning.ordered(state, plan)
     if state.settings.mode != "continue":
-        return assignment("flora", state, seed, plan, local, {"global": state.frozen})
-    # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
-    return assignment("flora", state, seed, plan, replace(local, upload="difference"), state.parted(plan.rank))
+        made = assignment("flora", state, seed, plan, local, {"global": state.fixed(sent)})
+    else:
+        # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
+        local = replace(local, upload="difference")
+        made = assignment("flora", state, seed, plan, local, state.parted(plan.rank, sent))
+    return replace(made, surgery=surgery)
 
 
 def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
     """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
     settings, cohort = state.settings, weigh(updates, state.settings.weights)
     changes = [(change(state, update), settings.server_learning_rate * share) for update, share in cohort]
+    if state.anatomy is not None and settings.coverage == "normalised":
+        scale = pruning.coverage(cohort, state.anatomy, weights=settings.weights, floor=settings.coverage_floor)
+        changes = [(pruning.scaled(adapter, scale, state.anatomy), weight) for adapter, weight in changes]
     total = weighted_sums(
         {
             name: [(low.factors, 1.0), *((adapter[name], weight) for adapter, weight in changes if name in adapter)]
@@ -122,23 +202,34 @@ def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
         round=state.round + 1,
         delta=lowrank.pack(delta),
         saved=mean_saved(state.saved, cohort, settings.server_learning_rate),
+        **pruning.learned(state, cohort),
     )
 
 
 def change(state: FloraState, update: ClientUpdate) -> Adapter:
-    """Return what one client changed: b @ a at its end minus b @ a at its start.
+    """Return what one client changed, in the base's coordinates: b @ a at its end minus b @ a at its start.
 
     A fresh adapter starts at b = 0. From differences: b a - b0 a0 = [db | b0] [a0 + da ; da], of twice the rank.
     """
-    adapter = unpack(update.tensors)
-    if state.settings.mode != "continue":
+    adapter, cut = unpack(update.tensors), state.cut(update.keep)
+    shapes = {name: low.shape for name, low in state.broadcast.items()}
+    if state.settings.mode == "continue":
+        rank = max(factors.rank for factors in adapter.values())
+        start = unpack(state.parted(rank, update.keep)["local"])  # after the cast: what the client decoded
+        key = _a_key(state, update.client)
+        adapter = {
+            name: _change(difference, start.get(name), drawn(key, name, difference.rank, shapes[name], cut))
+            for name, difference in adapter.items()
+        }
+    if not cut:
         return adapter
-    rank = max(factors.rank for factors in adapter.values())
-    start = unpack(state.parted(rank)["local"])  # after the cast: what the client decoded
-    return {
-        name: _change(difference, start.get(name), draw_a(_a_key(state, update.client), name, *difference.a.shape))
-        for name, difference in adapter.items()
-    }
+    return {name: scatter_factors(factors, cut.get(name, WHOLE), shapes[name]) for name, factors in adapter.items()}
+
+
+def drawn(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mapping[str, Cut]) -> Array:
+    """Return a fresh A as its client drew it: over the base's whole input, then cut."""
+    fresh, into = draw_a(key, name, rank, shape[1]), cut.get(name, WHOLE).into
+    return fresh if into is None else fresh[:, into]
 
 
 def _change(difference: Factors, start: Factors | None, fresh: Array) -> Factors:
@@ -152,9 +243,14 @@ def _change(difference: Factors, start: Factors | None, fresh: Array) -> Factors
     )
 
 
-def warm_start(changes: Mapping[str, LowRank], rank: int, wire_dtype: WireDtype) -> Tensors:
-    """Return the leading components as a trainable start in wire format: a = c vt, b = u s / c, c = 1 / sqrt(3)."""
-    factors = lowrank.adapter({name: low.components(0, rank) for name, low in changes.items()})
+def warm_start(
+    changes: Mapping[str, LowRank], rank: int, wire_dtype: WireDtype, cut: Mapping[str, Cut] | None = None
+) -> Tensors:
+    """Return the leading components as a trainable start in wire format: a = c vt, b = u s / c, c = 1 / sqrt(3).
+
+    They lead over the whole base, and are cut to a structure after that: so all clients hold slices of one model.
+    """
+    factors = slice_adapter(lowrank.adapter({n: low.components(0, rank) for n, low in changes.items()}), cut or {})
     c = np.float32(ROW_NORM)
     return cast(pack({name: Factors(a=c * f.a, b=f.b / c) for name, f in factors.items()}), wire_dtype)
 

@@ -17,7 +17,7 @@ from fedtune.tensors import Array
 State = TypeVar("State")
 
 VERSION = 1
-GIVEN = ("settings", "manifest")
+GIVEN = ("settings", "manifest", "anatomy", "pruning")
 """Fields of a state that the recipe and the base give again."""
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),

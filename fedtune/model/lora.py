@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.adapter import Adapter, Factors, draw_a, unpack
 from fedtune.errors import ShapeError
+from fedtune.keep import WHOLE, Cut
 from fedtune.model.base import Base, to_numpy, to_torch
 from fedtune.round import Assignment
 from fedtune.tensors import Tensors
@@ -134,15 +135,25 @@ def read_local(model: nn.Module) -> Adapter:
     }
 
 
-def start(assignment: Assignment, modules: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Return the local adapter that an assignment starts from, b divided by the scale; see `LocalAdapter`."""
+def start(
+    assignment: Assignment, modules: Mapping[str, tuple[int, int]], cut: Mapping[str, Cut] | None = None
+) -> Adapter:
+    """Return the local adapter that an assignment starts from, b divided by the scale; see `LocalAdapter`.
+
+    Args:
+        assignment: its blobs are in the coordinates of the model as it is.
+        modules: (out, in) of the base's.
+        cut: what is kept of each; a fresh A is drawn over the whole base and then cut.
+    """
     sent, rank = assignment.blobs.get("local", {}), assignment.plan.rank
     if strange := sorted(sent.keys() - {f"{name}.{side}" for name in modules for side in "ab"}):
         raise ShapeError(f"{strange[0]}: expected factors .a and .b of modules that get an adapter; got another")
     adapter = {}
     for name, (m, n) in modules.items():
+        at = (cut or {}).get(name, WHOLE)
         a = draw_a(assignment.local.a_key, name, rank, n)
-        b = np.zeros((m, rank), np.float32)
+        a = a if at.into is None else a[:, at.into]
+        b = np.zeros((m if at.out is None else len(at.out), rank), np.float32)
         for key, whole, part in (("a", a, sent.get(f"{name}.a")), ("b", b.T, sent.get(f"{name}.b"))):
             if part is None:
                 continue

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,8 +22,11 @@ from fedtune.errors import ClientError
 from fedtune.model.base import Base
 from fedtune.model.lora import layers
 from fedtune.model.torch_seed import seeded
-from fedtune.round import Training
+from fedtune.round import OUT_OF_MEMORY, Training
 from fedtune.seeds import derive, generator
+
+Between: TypeAlias = Callable[[int, torch.optim.Optimizer], Sequence[torch.nn.Parameter] | None]
+"""(steps taken, optimizer) -> the parameters that the optimizer now holds, or None where nothing has changed."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Trained:
     seconds: float
     peak_bytes: int
     """Of the device's allocator on CUDA; of the whole process elsewhere."""
+    importance: float | None = None
+    """Mean over the steps of the sum of |parameter * gradient|, where it was asked for."""
 
     @property
     def loss_before(self) -> float:
@@ -145,6 +150,8 @@ def train(
     key: int,
     client: str,
     penalty: Callable[[], torch.Tensor] | None = None,
+    between: Between | None = None,
+    weigh: bool = False,
 ) -> Trained:
     """Take `training.steps` optimizer steps on whatever of the base's model requires a gradient.
 
@@ -158,6 +165,9 @@ def train(
         key: from `derive`; data order and dropout follow from it.
         client: for error messages.
         penalty: added to the loss of each step.
+        between: called after every step but the last; where it makes the model smaller it returns the parameters that
+            the optimizer holds from then on.
+        weigh: measure `Trained.importance`.
 
     Raises:
         ClientError: if there is no example, a loss is not finite, or memory runs out.
@@ -169,7 +179,7 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(training, parameters)
     order = batches(len(examples), size=training.batch, key=key)
-    losses, tokens = [], 0
+    losses, tokens, worth = [], 0, 0.0
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
     if training.gradient_checkpointing:
@@ -194,17 +204,21 @@ def train(
                     )
                 if penalty is not None:
                     penalty().backward()
+                if weigh:
+                    worth += importance(parameters)
                 if training.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(total)
                 tokens += sum(batch.tokens for batch in parts)
+                if between is not None and step + 1 < training.steps:
+                    parameters = list(between(step + 1, optimizer) or parameters)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         raise ClientError(
-            f"{client}: expected its batch of {training.batch} to fit; memory ran out; lower client.batch (and raise "
+            f"{client}: expected its batch of {training.batch} to fit; {OUT_OF_MEMORY}; lower client.batch (and raise "
             f"client.accumulation) or set client.gradient_checkpointing = true"
         ) from error
     finally:
@@ -213,8 +227,18 @@ def train(
             model.activation_checkpointing_disable()
             model.disable_input_require_grads()  # enabling puts a hook on the embeddings, which disabling leaves there
     return Trained(
-        losses=losses, tokens=tokens, seconds=time.perf_counter() - began, peak_bytes=peak_bytes(base.device)
+        losses=losses,
+        tokens=tokens,
+        seconds=time.perf_counter() - began,
+        peak_bytes=peak_bytes(base.device),
+        importance=worth / training.steps if weigh else None,
     )
+
+
+def importance(parameters: Sequence[torch.nn.Parameter]) -> float:
+    """Return the sum of |parameter * gradient|."""
+    products = [(each.detach() * each.grad).abs().sum() for each in parameters if each.grad is not None]
+    return float(torch.stack(products).sum()) if products else 0.0
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from fedtune.round import Client, Plan
+from fedtune.round import Client, Failure, Plan
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one client of a round came to, as a planner learns from it; all of it stands in the round's line."""
+
+    client: str
+    num_examples: int
+    ratio: float
+    rank: int
+    status: str = "ok"
+    """`ok`, or the kind of failure."""
+    reason: str = ""
+    compute_s: float | None = None
+    transfer_s: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    importance: float | None = None
 
 
 class Planner(Protocol):
-    """Chooses rank, batch and steps of each client of a round."""
+    """Chooses pruning ratio, rank, batch and steps of each client of a round, and learns from what came of it.
 
-    def plan(self, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan]:
-        """Return one plan per client of the cohort, by name."""
+    What it has learned is a value that follows from the rounds so far: after a crash it is made again from their lines.
+    """
+
+    def start(self) -> Any:
+        """Return what is known before the first round."""
+        ...
+
+    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
+        """Return one plan per client of the cohort, by name; a failure of the kind `unfit` where nothing fits."""
+        ...
+
+    def observe(self, learned: Any, seen: Sequence[Seen]) -> Any:
+        """Return what is known after a round."""
         ...

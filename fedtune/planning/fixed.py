@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from fedtune.round import Client, Plan, Training
+from annotated_types import Interval
+
+from fedtune.planning import Seen
+from fedtune.round import Client, Failure, Plan, Training
 
 
 @dataclass(frozen=True)
 class FixedSettings:
-    """Settings of the planner `fixed`; it has none of its own."""
+    """Settings of the planner `fixed`."""
 
     name: Literal["fixed"] = "fixed"
+    ratio: Annotated[float, Interval(ge=0, le=0.875)] = 0.0
+    """Pruning ratio of every client that no override names; above 0 it needs the table `pruning`."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +30,41 @@ class Fixed:
     """From a client's name, whoever takes part, to its LoRA rank and how it trains."""
     alpha: float | Literal["2r"]
     rslora: bool
+    ratio: Callable[[str], float] = lambda client: 0.0
+    """From a client's name to its pruning ratio."""
+    scored: bool = True
+    """Whether heads and channels can be told apart from the start: else the first round prunes nobody."""
+    misfit: Callable[[Client, float, int, Training], str] = lambda client, ratio, rank, training: ""
+    """Why a ratio and a rank do not fit a client's device; empty where they do, or where it is not known."""
 
-    def plan(self, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan]:
+    def start(self) -> None:
+        """Return nothing: it learns nothing."""
+
+    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
         """Return one plan per client of the cohort; epochs become steps by the client's number of examples."""
-        return {client.name: self._plan(client) for client in cohort}
+        plans = {client: self.plan_for(client, pruned=self.scored or round > 1) for client in cohort}
+        why = {c.name: self.misfit(c, plan.ratio, plan.rank, plan.training) for c, plan in plans.items()}
+        return {c.name: Failure(c.name, why[c.name], kind="unfit") if why[c.name] else p for c, p in plans.items()}
 
-    def _plan(self, client: Client) -> Plan:
+    def observe(self, learned: Any, seen: Sequence[Seen]) -> None:
+        """Learn nothing."""
+
+    def plan_for(self, client: Client, *, pruned: bool = True) -> Plan:
+        """Return the plan of one client, whether it fits its device or not."""
         rank, training = self.asked(client.name)
-        alpha = 2.0 * rank if self.alpha == "2r" else self.alpha
         return Plan(
             client=client.name,
             rank=rank,
-            scale=alpha / (sqrt(rank) if self.rslora else rank),
+            scale=scale(rank, self.alpha, rslora=self.rslora),
             training=replace(training, steps=steps(training, client.num_examples), epochs=None),
+            ratio=self.ratio(client.name) if pruned else 0.0,
         )
+
+
+def scale(rank: int, alpha: float | Literal["2r"], *, rslora: bool) -> float:
+    """Return the LoRA scale of a rank: alpha / rank, or alpha / sqrt(rank)."""
+    numerator = 2.0 * rank if alpha == "2r" else alpha
+    return numerator / (sqrt(rank) if rslora else rank)
 
 
 def steps(training: Training, num_examples: int) -> int:

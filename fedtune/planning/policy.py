@@ -80,7 +80,10 @@ class Observed:
 class Policy(Protocol[Memory]):
     """Chooses among arms; a pure function of what it has learned, the round, and a key."""
 
-    arms: tuple[Arm, ...]
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """What there is to choose from."""
+        ...
 
     def start(self) -> Memory:
         """Return what is known before the first round."""

@@ -24,6 +24,8 @@ class LossCurve:
     """Up and down, all clients, from the start until the end of the round."""
     seconds: Floats
     """From the start until the end of the round."""
+    clock: Floats
+    """Simulated or measured seconds of the fleet until the end of the round."""
     test: Floats
     mean: Floats
     """Plain mean of the clients' held-out losses."""
@@ -40,6 +42,7 @@ def loss_curve(run: Run) -> LossCurve:
         rounds=np.array([record.round for record in run.rounds], dtype=np.float64),
         bytes=np.cumsum([float(record.bytes_up + record.bytes_down) for record in run.rounds]),
         seconds=np.cumsum([record.seconds for record in run.rounds]),
+        clock=np.array([record.clock_s for record in run.rounds]),
         test=np.array([finite(record.test.loss) if record.test else math.nan for record in run.rounds]),
         mean=np.array([float(np.mean(losses)) if losses else math.nan for losses in known]),
         best=np.array([min(losses, default=math.nan) for losses in known]),

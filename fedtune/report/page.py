@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedtune.report import tables
+from fedtune.report.choices import choices_table, devices_table, idle
 from fedtune.report.curves import client_names, kinds, loss_curve, paired_losses, standings, training_rounds
 from fedtune.report.drawing import png, svg
 from fedtune.report.plots import PLOTS
@@ -22,6 +23,8 @@ CAPTIONS: Mapping[str, tuple[str, str, Callable[[Run], str]]] = {
     "loss-by-round": ("Loss by round", "The global model after each round; round 0 is the base.", tables.losses),
     "loss-by-bytes": ("Loss by traffic", "What a lower loss cost in bytes.", tables.losses),
     "loss-by-seconds": ("Loss by time", "What a lower loss cost in time.", tables.losses),
+    "loss-by-clock": ("Loss by time on the devices", "A round lasts as long as its slowest client.", tables.losses),
+    "choices": ("What each kind of device was asked", "Mean over its clients of a round.", choices_table),
     "before-after": ("Before and after, per client", "Held-out rows, never trained on.", tables.before_after),
     "clients": ("Clients by rounds", "How much a client's training loss fell in its round.", tables.client_map),
     "traffic": ("Bytes up and down", "Measured, all clients together.", tables.traffic),
@@ -69,6 +72,7 @@ def render(run: Run, figures: Mapping[str, Figure]) -> str:
             "Clients",
             _figures(run, figures, "before-after", "clients") + _details("Totals per client", tables.clients(run)),
         ),
+        _section("Devices", _figures(run, figures, "choices", "loss-by-clock") + _devices(run)),
         _section("A sample", _sample(run)),
         _section("Failures", _failures(run)),
         _section("What leaves a client", _leaving(run) + _figures(run, figures, "traffic")),
@@ -182,6 +186,18 @@ def _loss_tile(title: str, before: Scores | None, after: Scores | None, note: st
 def _scores(run: Run) -> str:
     before, after = standings(run)
     return _details("All scores, base and tuned", tables.scores(run)) if before != after or before.test else ""
+
+
+def _devices(run: Run) -> str:
+    """Say on which devices the clients are taken to be, and where each number of them comes from."""
+    profiles = devices_table(run)
+    if not profiles or run.summary is None:
+        return ""
+    waited = idle(run)
+    idled = (
+        "" if waited is None else f" Clients waited {100 * waited:.0f} % of the time for the slowest of their round."
+    )
+    return f"<p>{escape(run.summary.devices.clock)}{idled}</p>" + _details("Device profiles", profiles)
 
 
 def _sample(run: Run) -> str:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fedtune.report.choices import choices
 from fedtune.report.curves import (
     Floats,
     client_names,
@@ -27,13 +28,15 @@ from fedtune.report.drawing import COLOURS, INK, MUTED, label, line_style, new_f
 from fedtune.report.records import Run, finite
 from fedtune.report.units import bytes_unit, seconds_unit
 
-Against = Literal["rounds", "bytes", "seconds"]
+Against = Literal["rounds", "bytes", "seconds", "clock"]
 
 
 @styled
 def loss(run: Run, against: Against) -> Figure | None:
     """Draw the test loss, the clients' mean held-out loss and the band between best and worst client."""
     curve = loss_curve(run)
+    if against == "clock" and not curve.clock.any():
+        return None
     if all(np.isnan(values).all() for values in (curve.test, curve.mean, curve.training)):
         return None
     figure = new_figure(7.4, 3.3) if against == "rounds" else new_figure(5.4, 3.1)
@@ -79,7 +82,8 @@ def axis_unit(axes: Axes, reach: float, against: Against) -> float:
         whole_rounds(axes)
         return 1.0
     size, unit = bytes_unit(reach) if against == "bytes" else seconds_unit(reach)
-    axes.set_xlabel(f"{'traffic, all clients' if against == 'bytes' else 'time'} ({unit})")
+    names = {"bytes": "traffic, all clients", "seconds": "time", "clock": "time on the devices"}
+    axes.set_xlabel(f"{names[against]} ({unit})")
     return size
 
 
@@ -121,7 +125,7 @@ def traffic(run: Run) -> Figure | None:
     return figure
 
 
-MARKS = {"failed": "x", "refused": "o", "late": "^"}
+MARKS = {"failed": "x", "refused": "o", "late": "^", "unfit": "s"}
 """How the map shows an update that was not used."""
 
 
@@ -165,8 +169,8 @@ def client_map(run: Run) -> Figure | None:
         *(
             Line2D([], [], color=INK, marker=marker, markerfacecolor="none", linestyle="", label=status)
             for status, marker in MARKS.items()
-            if status != "late"
-            or any(client.status == "late" for record in rounds for client in record.clients.values())
+            if status in ("failed", "refused")
+            or any(client.status == status for record in rounds for client in record.clients.values())
         ),
         Line2D([], [], color="#b8c2c8", marker="s", markerfacecolor="#f4f6f7", linestyle="", label="absent (blank)"),
     ]
@@ -187,6 +191,8 @@ def _map_marks(axes: Axes, run: Run, names: Sequence[str], row_height: float) ->
             for name, client in record.clients.items()
             if client.status == status
         ]
+        if not cells and status == "unfit":
+            continue  # only a fleet of simulated devices has any
         x, y = [column for column, _ in cells], [line for _, line in cells]
         faces, edges = (INK, None) if marker == "x" else ("none", INK)  # a cross has no face; its strokes are one
         axes.scatter(x, y, s=size, linewidths=width, marker=marker, facecolors=faces, edgecolors=edges)
@@ -361,6 +367,8 @@ PLOTS: Mapping[str, Callable[[Run], Figure | None]] = {
     "loss-by-round": lambda run: loss(run, "rounds"),
     "loss-by-bytes": lambda run: loss(run, "bytes"),
     "loss-by-seconds": lambda run: loss(run, "seconds"),
+    "loss-by-clock": lambda run: loss(run, "clock"),
+    "choices": choices,
     "before-after": before_after,
     "clients": client_map,
     "traffic": traffic,

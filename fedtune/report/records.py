@@ -45,7 +45,7 @@ class ClientScores(Scores):
 class ClientRound:
     """What one client did in one round."""
 
-    status: Literal["ok", "failed", "refused", "late"]
+    status: Literal["ok", "failed", "refused", "late", "unfit"]
     reason: str = ""
     rank: int | None = None
     steps: int | None = None
@@ -58,6 +58,15 @@ class ClientRound:
     bytes_down: int | None = None
     bytes_up: int | None = None
     norm: float | None = None
+    ratio: float | None = None
+    """Pruning ratio that was asked for."""
+    why: str = ""
+    """What spoke for the planner's choice."""
+    deadline_s: float | None = None
+    compute_s: float | None = None
+    """Simulated or measured on the client's device."""
+    transfer_s: float | None = None
+    importance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,8 @@ class RoundRecord:
     modules: Mapping[str, ModuleRound] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     """What the method noted of its state."""
+    clock_s: float = 0.0
+    """Simulated or measured seconds of the run up to here."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,26 @@ class FailureRecord:
 
 
 @dataclass(frozen=True)
+class DeviceField:
+    """One number of a device's profile."""
+
+    value: str
+    provenance: str = ""
+    """datasheet, measured or assumed."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices that clients were taken to be."""
+
+    clients: Mapping[str, str] = field(default_factory=dict)
+    """Name of the profile by client."""
+    profiles: Mapping[str, Mapping[str, DeviceField]] = field(default_factory=dict)
+    clock: str = ""
+    """How time was told, e.g. of which model the operations are."""
+
+
+@dataclass(frozen=True)
 class Summary:
     """What stands in summary.json."""
 
@@ -165,6 +196,8 @@ class Summary:
     failures: tuple[FailureRecord, ...] = ()
     adapter_digest: str = ""
     state_digest: str = ""
+    clock_s: float = 0.0
+    devices: Devices = field(default_factory=Devices)
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str | int | float | None] = field(default_factory=dict)
 

@@ -39,6 +39,8 @@ class Round:
     """Why the others are not used; None while the round waits for them."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Bytes that came from each of those."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of main memory of the clients that said so."""
 
     @property
     def missing(self) -> Sequence[str]:
@@ -129,7 +131,8 @@ def begin(history: History, fields: Mapping[str, Any]) -> None:
     cohort, orders = dict(fields["cohort"]), dict(fields["orders"])
     if cohort.keys() != orders.keys():
         raise StoreError(f"expected an order for each client of {sorted(cohort)}; got {sorted(orders)}")
-    history.round, history.finished = Round(number, state, cohort, orders), False
+    memory = {str(name): int(num_bytes) for name, num_bytes in fields.get("memory", {}).items()}
+    history.round, history.finished = Round(number, state, cohort, orders, memory=memory), False
 
 
 def accept(history: History, fields: Mapping[str, Any]) -> None:

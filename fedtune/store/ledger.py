@@ -188,6 +188,7 @@ class RunLedger:
             updates=self._updates(found),
             failures=found.failures,
             sizes=found.sizes,
+            memory=found.memory,
         )
 
     def _updates(self, found: Round) -> Mapping[str, bytes]:
@@ -200,14 +201,23 @@ class RunLedger:
             for client, place in found.updates.items()
         }
 
-    def open(self, round: int, *, state: str, cohort: Mapping[str, int], orders: Mapping[str, str]) -> None:
+    def open(
+        self,
+        round: int,
+        *,
+        state: str,
+        cohort: Mapping[str, int],
+        orders: Mapping[str, str],
+        memory: Mapping[str, int] | None = None,
+    ) -> None:
         """Note what a round begins with, and let go of what only a repetition of the one before would need.
 
         Raises:
             StoreError: if the round before is not committed, or the directory cannot be written.
         """
         needed = self._history.needed().keys()
-        self._note("open", {"round": round, "state": state, "cohort": cohort, "orders": orders})
+        said = {"memory": memory} if memory else {}  # as earlier releases wrote it where nothing is said
+        self._note("open", {"round": round, "state": state, "cohort": cohort, "orders": orders, **said})
         self._blobs.release(needed - self._history.needed().keys())
         self._opened_at = self._flushed_at = self._clock()
         self._flushing_s = 0.0

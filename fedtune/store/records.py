@@ -10,7 +10,8 @@ import numpy as np
 
 from fedtune.adapter import Adapter
 from fedtune.lowrank import LowRank, compress
-from fedtune.round import Failure
+from fedtune.planning import Seen
+from fedtune.round import Failure, Plan
 from fedtune.rounds import RoundResult
 
 Metrics = Mapping[str, float]
@@ -39,6 +40,7 @@ def base_record(test: Metrics | None, held_out: Mapping[str, Metrics], seconds: 
         "bytes_up": 0,
         "modules": {},
         "figures": {},
+        "clock_s": 0.0,
     }
 
 
@@ -77,20 +79,27 @@ def round_record(
         "bytes_up": sum(client["bytes_up"] for client in clients.values()),
         "modules": {name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
         "figures": figures,
+        "clock_s": result.clock_s,
     }
 
 
 def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
-    outcome, plan, traffic = result.outcomes[name], result.assignments[name].plan, result.traffic[name]
+    outcome, assignment, traffic = result.outcomes[name], result.assignments.get(name), result.traffic[name]
     record: dict[str, Any] = {
         "status": "ok",
         "reason": "",
-        "rank": plan.rank if result.assignments[name].verb == "adapt" else None,
-        "steps": plan.training.steps,
+        "rank": None,
+        "steps": None,
         "examples": result.examples[name],
         "bytes_down": traffic.down,
         "bytes_up": traffic.up,
     }
+    if assignment is not None:  # a client that nothing fits is asked nothing
+        plan = assignment.plan
+        record |= {"steps": plan.training.steps, "rank": plan.rank if assignment.verb == "adapt" else None}
+        record |= planned(plan, pruned=assignment.surgery is not None)
+    if (spent := result.spent.get(name)) is not None:
+        record |= {"compute_s": spent.compute_s, "transfer_s": spent.transfer_s}
     if isinstance(outcome, Failure):
         return record | {"status": outcome.kind, "reason": outcome.reason}
     measured = outcome.measured
@@ -101,7 +110,36 @@ def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
         "peak_bytes": measured.peak_bytes,
         "tokens": measured.tokens,
         "norm": result.norms.get(name),
+        **({} if measured.importance is None else {"importance": measured.importance}),
     }
+
+
+def planned(plan: Plan, *, pruned: bool) -> Mapping[str, Any]:
+    """Return what a planner chose beyond rank and steps, and why."""
+    record: dict[str, Any] = {"ratio": plan.ratio} if pruned else {}
+    if plan.deadline_s is not None:
+        record["deadline_s"] = plan.deadline_s
+    return record | ({"why": plan.why} if plan.why else {})
+
+
+def seen(line: Mapping[str, Any]) -> Sequence[Seen]:
+    """Return what a planner learns from a round's line: the same as from the round itself."""
+    return [
+        Seen(
+            client=name,
+            num_examples=client["examples"],
+            ratio=client.get("ratio", 0.0),
+            rank=client["rank"] or 0,
+            status=client["status"],
+            reason=client["reason"],
+            compute_s=client.get("compute_s"),
+            transfer_s=client.get("transfer_s"),
+            loss_before=client.get("loss_before"),
+            loss_after=client.get("loss_after"),
+            importance=client.get("importance"),
+        )
+        for name, client in line["clients"].items()
+    ]
 
 
 def mean_loss(clients: Mapping[str, Mapping[str, Any]], key: str) -> float | None:

@@ -11,7 +11,8 @@ from typing import Literal, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from fedtune.errors import WireError
-from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Training, Verb, WireDtype
+from fedtune.ranking import PruningSettings
+from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Surgery, Training, Verb, WireDtype
 from fedtune.tensors import Tensors
 from fedtune.wire import probe, settings
 from fedtune.wire import tensors as bodies
@@ -28,6 +29,10 @@ UPLOAD: Mapping[Literal["factors", "difference"], pb.Upload] = {
     "difference": pb.UPLOAD_DIFFERENCE,
 }
 WIRE_DTYPE: Mapping[WireDtype, pb.DType] = {"fp32": pb.F32, "fp16": pb.F16, "bf16": pb.BF16}
+
+MAX_RATIO = 0.875
+"""A block keeps at least an eighth."""
+MAX_STAGES = 64
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
@@ -128,7 +133,7 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
     header = pb.Assignment(
         verb=pb.ADAPT,
         method=assignment.method,
-        plan=pb.Plan(rank=plan.rank, scale=plan.scale, client=plan.client),
+        plan=pb.Plan(rank=plan.rank, scale=plan.scale, client=plan.client, pruning=plan.ratio),
         seed=assignment.seed,
         settings=settings.encode(plan.training),
         local=pb.LocalAdapter(
@@ -141,6 +146,7 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
         ),
         round=assignment.round,
         base=assignment.base,
+        surgery=_surgery_to(assignment.surgery),
     )
     blobs = {}
     for role in sorted(assignment.blobs):
@@ -188,11 +194,13 @@ def decode_assignment(
             "assignment: expected rank_penalty >= 0 and rank_decay in (0, 1]; "
             f"got {local.rank_penalty} and {local.rank_decay}"
         )
+    if not 0 <= plan.pruning <= MAX_RATIO:
+        raise WireError(f"assignment: expected a pruning ratio from 0 to {MAX_RATIO}; got {plan.pruning}")
     return Assignment(
         method=message.method,
         round=message.round,
         seed=message.seed,
-        plan=Plan(plan.client, plan.rank, plan.scale, _training(message.settings)),
+        plan=Plan(plan.client, plan.rank, plan.scale, _training(message.settings), plan.pruning),
         local=LocalAdapter(
             a_key=local.a_key,
             train=choice(TRAIN, local.train, "train"),
@@ -203,6 +211,30 @@ def decode_assignment(
         ),
         blobs={blob.role: decode(blob, body_of(blob, blobs)) for blob in message.down},
         base=message.base,
+        surgery=_surgery_from(message.surgery) if message.HasField("surgery") else None,
+    )
+
+
+def _surgery_to(surgery: Surgery | None) -> pb.Surgery | None:
+    if surgery is None:
+        return None
+    return pb.Surgery(
+        settings=settings.encode(surgery.settings),
+        stages=surgery.stages,
+        before=surgery.before,
+        wanted=surgery.wanted,
+    )
+
+
+def _surgery_from(message: pb.Surgery) -> Surgery:
+    """Return the surgery; whether its bitmaps are of the base can only be told over it."""
+    if len(message.stages) > MAX_STAGES or not all(message.stages):
+        raise WireError(f"assignment: expected at most {MAX_STAGES} stages, none empty; got {len(message.stages)}")
+    return Surgery(
+        settings=_pruning(message.settings),
+        stages=tuple(message.stages),
+        before=message.before,
+        wanted=message.wanted,
     )
 
 
@@ -223,13 +255,18 @@ def encode_update(update: ClientUpdate) -> bytes:
             tokens=measured.tokens,
             loss_before=measured.loss_before,
             loss_after=measured.loss_after,
+            importance=measured.importance,
+            side_tokens=measured.side_tokens,
         ),
         client=update.client,
         round=update.round,
         base=update.base,
+        kept=update.kept,
+        mask=update.mask,
     )
     parts = []
-    for role, tensors in (("tensors", update.tensors), ("saved", update.saved)):
+    more = [("scores", update.scores)] if update.scores else []
+    for role, tensors in (("tensors", update.tensors), ("saved", update.saved), *more):
         specs, body = bodies.encode(tensors)
         parts.append(body)
         header.parts.add(role=role, num_bytes=len(body), tensors=specs)
@@ -267,12 +304,17 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
     header = parsed(pb.ClientUpdate(), bytes(data[4 : 4 + length]))
     if header.client != client:
         raise WireError(f"expected an update of this client; got one of {header.client!r}")
-    if [part.role for part in header.parts] != ["tensors", "saved"]:
-        raise WireError(f"expected the parts tensors and saved; got {[part.role for part in header.parts]}")
-    sent, saved = _cut(header.parts, data[start:])
+    if [part.role for part in header.parts] not in (["tensors", "saved"], ["tensors", "saved", "scores"]):
+        roles = [part.role for part in header.parts]
+        raise WireError(f"expected the parts tensors and saved, and scores where they are wanted; got {roles}")
+    sent, saved, *more = _cut(header.parts, data[start:])
     measured = header.measured
     if not 0 <= measured.seconds < math.inf:
         raise WireError(f"expected a time of at least 0 s; got {measured.seconds}")
+    if not 0 <= measured.importance < math.inf:
+        raise WireError(f"expected an importance of at least 0; got {measured.importance}")
+    if len(header.kept) not in (0, 32):
+        raise WireError(f"expected a digest of 32 bytes of what was kept; got {len(header.kept)}")
     return ClientUpdate(
         client=header.client,
         round=header.round,
@@ -285,8 +327,13 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
             tokens=measured.tokens,
             loss_before=measured.loss_before if measured.HasField("loss_before") else None,
             loss_after=measured.loss_after if measured.HasField("loss_after") else None,
+            importance=measured.importance if measured.HasField("importance") else None,
+            side_tokens=measured.side_tokens,
         ),
         base=header.base,
+        kept=header.kept,
+        mask=header.mask,
+        scores=more[0] if more else {},
     )
 
 
@@ -327,3 +374,8 @@ def parsed(message: AnyMessage, data: bytes) -> AnyMessage:
 def _training(data: bytes) -> Training:
     # Kept, because a fleet has few different settings and receives them with every assignment.
     return settings.decode(data, Training)
+
+
+@lru_cache(maxsize=8)
+def _pruning(data: bytes) -> PruningSettings:
+    return settings.decode(data, PruningSettings)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedtune.directions import manifest
 from fedtune.errors import WireError
+from fedtune.keep import FAMILIES, Anatomy, Block
 from fedtune.tensors import Tensors, digest
 from fedtune.wire.messages import EncodedAssignment, body_of, decode_blob, encode_blob, parsed
 from fedtune.wire.v1 import round_pb2 as pb
@@ -51,6 +52,8 @@ class Foundation:
     """Of the base model."""
     manifest: bytes = b""
     """Every tensor of the base, as `directions.manifest` writes them."""
+    anatomy: Anatomy | None = None
+    """Of the base's blocks; None where surgery does not know them."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def encode_profile(profile: ClientProfile) -> EncodedAssignment:
         methods=profile.methods,
         protocol=PROTOCOL,
         manifest=common.manifest,
+        anatomy=None if common.anatomy is None else anatomy_to(common.anatomy),
         device=pb.Device(memory_bytes=device.memory_bytes, cores=device.cores, accelerator=device.accelerator),
     )
     return EncodedAssignment(header.SerializeToString(), {saved.digest: saved.body})
@@ -134,10 +138,42 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
             transposed=message.transposed,
             parameters=message.parameters,
             manifest=message.manifest,
+            anatomy=anatomy_from(name, message.anatomy) if message.HasField("anatomy") else None,
         ),
         methods=tuple(message.methods),
         device=Device(message.device.memory_bytes, message.device.cores, message.device.accelerator),
     )
+
+
+def anatomy_to(anatomy: Anatomy) -> pb.Anatomy:
+    blocks = [
+        pb.Block(prefix=b.prefix, heads=b.heads, kv_heads=b.kv_heads, head_dim=b.head_dim, channels=b.channels)
+        for b in anatomy.blocks
+    ]
+    return pb.Anatomy(
+        family=anatomy.family,
+        width=anatomy.width,
+        blocks=blocks,
+        head=anatomy.head,
+        outputs=anatomy.outputs,
+        number_bytes=anatomy.number_bytes,
+    )
+
+
+def anatomy_from(name: str, message: pb.Anatomy) -> Anatomy:
+    """Return the anatomy that a client states.
+
+    Raises:
+        WireError: if no base can be so.
+    """
+    blocks = tuple(Block(b.prefix, b.heads, b.kv_heads, b.head_dim, b.channels) for b in message.blocks)
+    whole = blocks and all(min(b.heads, b.kv_heads, b.head_dim, b.channels) > 0 for b in blocks)
+    if message.family not in FAMILIES or not whole or message.width < 1 or any(b.heads % b.kv_heads for b in blocks):
+        raise WireError(
+            f"{name}: expected an anatomy of {', '.join(FAMILIES)} with heads in equal groups; "
+            f"got {message.family[:40]!r} of {len(blocks)} blocks"
+        )
+    return Anatomy(message.family, blocks, message.width, message.head, message.outputs, max(1, message.number_bytes))
 
 
 def check_manifest(name: str, message: pb.ClientProfile) -> None:
@@ -176,6 +212,7 @@ def fingerprint(foundation: Foundation) -> tuple[object, ...]:
         foundation.transposed,
         foundation.parameters,
         foundation.manifest,
+        foundation.anatomy,
     )
 
 

@@ -5,21 +5,22 @@ from dataclasses import replace
 import pytest
 
 from fedtune.planning.fixed import Fixed, steps
-from fedtune.round import Client, Training
+from fedtune.round import Client, Failure, Plan, Training
 
 TRAINING = Training(batch=4, learning_rate=0.1, steps=7)
 
 
 def test_every_client_gets_its_rank_and_the_scale_of_the_alpha_policy() -> None:
     fixed = Fixed({"ann": (4, TRAINING), "bob": (16, TRAINING)}.__getitem__, "2r", False)
-    plans = fixed.plan(1, [Client("ann", 3), Client("bob", 3)])
-    assert {name: (plan.rank, plan.scale) for name, plan in plans.items()} == {"ann": (4, 2.0), "bob": (16, 2.0)}
-    assert plans == fixed.plan(9, [Client("ann", 3), Client("bob", 3)])
+    plans = fixed.plan(None, 1, [Client("ann", 3), Client("bob", 3)])
+    asked = {name: (plan.rank, plan.scale) for name, plan in plans.items() if isinstance(plan, Plan)}
+    assert asked == {"ann": (4, 2.0), "bob": (16, 2.0)}
+    assert plans == fixed.plan(None, 9, [Client("ann", 3), Client("bob", 3)])
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 8.0)])
 def test_a_given_alpha_is_divided_by_the_rank_or_its_root(rslora: bool, scale: float) -> None:
-    plan = Fixed(lambda name: (16, TRAINING), 32.0, rslora).plan(1, [Client("ann", 3)])["ann"]
+    plan = Fixed(lambda name: (16, TRAINING), 32.0, rslora).plan_for(Client("ann", 3))
     assert plan.scale == scale
 
 
@@ -34,3 +35,20 @@ def test_accumulated_batches_count_as_one_step() -> None:
 
 def test_given_steps_do_not_depend_on_the_examples() -> None:
     assert steps(TRAINING, 1) == steps(TRAINING, 10_000) == 7
+
+
+def test_nobody_is_pruned_before_heads_can_be_told_apart() -> None:
+    fixed = Fixed(lambda name: (4, TRAINING), "2r", False, ratio=lambda name: 0.5, scored=False)
+    ratios = [fixed.plan(None, round, [Client("ann", 3)])["ann"] for round in (1, 2)]
+    assert [plan.ratio for plan in ratios if isinstance(plan, Plan)] == [0.0, 0.5]
+
+
+def test_whoever_cannot_hold_the_plan_sits_out_with_the_reason() -> None:
+    def misfit(client: Client, ratio: float, rank: int, training: Training) -> str:
+        return "needs 9 GB" if client.name == "bob" else ""
+
+    plans = Fixed(lambda name: (4, TRAINING), "2r", False, misfit=misfit).plan(
+        None, 1, [Client("ann", 3), Client("bob", 3)]
+    )
+    assert isinstance(plans["ann"], Plan)
+    assert plans["bob"] == Failure("bob", "needs 9 GB", kind="unfit")

@@ -7,4 +7,4 @@ from fedtune.round import Training
 
 def test_fixed_is_a_planner() -> None:
     planner: Planner = Fixed(lambda name: (1, Training(batch=1, learning_rate=0.1, steps=1)), "2r", False)
-    assert planner.plan(1, []) == {}
+    assert planner.plan(None, 1, []) == {}

@@ -40,6 +40,7 @@ def round_line(round: int, *, clients: int, seed: int, layers: int) -> dict[str,
         "bytes_down": 2000 * clients if round else 0,
         "bytes_up": 1000 * clients if round else 0,
         "modules": {},
+        "clock_s": 6.0 * round,
     }
     if round == 0:
         return line
@@ -62,6 +63,10 @@ def round_line(round: int, *, clients: int, seed: int, layers: int) -> dict[str,
             "bytes_down": 2000,
             "bytes_up": 1000,
             "norm": 0.3,
+            "ratio": 0.25 * (index % 3),
+            "why": "fits the deadline of 12 s",
+            "compute_s": 3.0 + index % 2,
+            "transfer_s": 2.0,
         }
     for layer in range(layers):
         for kind in KINDS:
@@ -122,6 +127,15 @@ def summary_of(lines: list[dict[str, Any]], *, name: str, method: str, seed: int
         "sample": {"prompt": "Which organ makes insulin?", "before": "The organ the organ", "after": "The pancreas."},
         "failures": failures,
         "adapter_digest": "41aa0c55" * 8,
+        "clock_s": lines[-1]["clock_s"],
+        "devices": {
+            "clients": {client: ("tx2", "agx")[index % 2] for index, client in enumerate(lines[0]["held_out"])},
+            "profiles": {
+                "tx2": {"memory_gb": {"value": "5.2", "provenance": "assumed"}},
+                "agx": {"memory_gb": {"value": "27.2", "provenance": "datasheet"}},
+            },
+            "clock": "Time is simulated.",
+        },
         "versions": {"fedtune": "0.1.0", "torch": "2.13.0"},
         "machine": {"device": "cpu", "threads": 2},
     }

@@ -92,6 +92,8 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCALARS: _ClassVar[Reason]
     SCALAR_RANGE: _ClassVar[Reason]
     STATE_REBUILT: _ClassVar[Reason]
+    STRUCTURE: _ClassVar[Reason]
+    SCORES: _ClassVar[Reason]
 KIND_UNSET: Kind
 PLAN: Kind
 ORDER: Kind
@@ -166,6 +168,8 @@ NORM_OVER_CAP: Reason
 SCALARS: Reason
 SCALAR_RANGE: Reason
 STATE_REBUILT: Reason
+STRUCTURE: Reason
+SCORES: Reason
 
 class Part(_message.Message):
     __slots__ = ("key", "digest", "num_bytes")

@@ -111,14 +111,16 @@ class Blob(_message.Message):
     def __init__(self, role: _Optional[str] = ..., digest: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("rank", "scale", "client")
+    __slots__ = ("rank", "pruning", "scale", "client")
     RANK_FIELD_NUMBER: _ClassVar[int]
+    PRUNING_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     rank: int
+    pruning: float
     scale: float
     client: str
-    def __init__(self, rank: _Optional[int] = ..., scale: _Optional[float] = ..., client: _Optional[str] = ...) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., pruning: _Optional[float] = ..., scale: _Optional[float] = ..., client: _Optional[str] = ...) -> None: ...
 
 class LocalAdapter(_message.Message):
     __slots__ = ("a_key", "train", "upload", "wire_dtype", "rank_penalty", "rank_decay")
@@ -192,8 +194,20 @@ class Probe(_message.Message):
     calibrate: bool
     def __init__(self, bank: _Optional[_Union[Bank, str]] = ..., seeds: _Optional[int] = ..., key: _Optional[int] = ..., exponent: _Optional[int] = ..., shift: _Optional[int] = ..., perturbation: _Optional[int] = ..., state: _Optional[_Union[SeedState, _Mapping]] = ..., steps: _Optional[int] = ..., batch: _Optional[int] = ..., learning_rate: _Optional[float] = ..., sampling: _Optional[_Union[Sampling, str]] = ..., levels: _Optional[bytes] = ..., queries: _Optional[int] = ..., normalise: bool = ..., clip: _Optional[float] = ..., trainable: _Optional[_Iterable[str]] = ..., vectors: bool = ..., embeddings: bool = ..., calibrate: bool = ...) -> None: ...
 
+class Surgery(_message.Message):
+    __slots__ = ("settings", "stages", "before", "wanted")
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    settings: bytes
+    stages: _containers.RepeatedScalarFieldContainer[bytes]
+    before: bytes
+    wanted: bool
+    def __init__(self, settings: _Optional[bytes] = ..., stages: _Optional[_Iterable[bytes]] = ..., before: _Optional[bytes] = ..., wanted: bool = ...) -> None: ...
+
 class Assignment(_message.Message):
-    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe")
+    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery")
     VERB_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +218,7 @@ class Assignment(_message.Message):
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
+    SURGERY_FIELD_NUMBER: _ClassVar[int]
     verb: Verb
     method: str
     plan: Plan
@@ -214,37 +229,46 @@ class Assignment(_message.Message):
     round: int
     base: str
     probe: Probe
-    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ...) -> None: ...
+    surgery: Surgery
+    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
-    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens")
+    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOSS_BEFORE_FIELD_NUMBER: _ClassVar[int]
     LOSS_AFTER_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IMPORTANCE_FIELD_NUMBER: _ClassVar[int]
+    SIDE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     seconds: float
     peak_bytes: int
     loss_before: float
     loss_after: float
     tokens: int
-    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ...) -> None: ...
+    importance: float
+    side_tokens: int
+    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ...) -> None: ...
 
 class ClientUpdate(_message.Message):
-    __slots__ = ("examples", "measured", "client", "round", "base", "parts")
+    __slots__ = ("examples", "measured", "client", "round", "base", "parts", "kept", "mask")
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
     examples: int
     measured: Measured
     client: str
     round: int
     base: str
     parts: _containers.RepeatedCompositeFieldContainer[Blob]
-    def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...
+    kept: bytes
+    mask: bytes
+    def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., kept: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
 
 class ProbeUpdate(_message.Message):
     __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost")
@@ -286,6 +310,36 @@ class Module(_message.Message):
     in_features: int
     def __init__(self, name: _Optional[str] = ..., out_features: _Optional[int] = ..., in_features: _Optional[int] = ...) -> None: ...
 
+class Block(_message.Message):
+    __slots__ = ("prefix", "heads", "kv_heads", "head_dim", "channels")
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    prefix: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    channels: int
+    def __init__(self, prefix: _Optional[str] = ..., heads: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., channels: _Optional[int] = ...) -> None: ...
+
+class Anatomy(_message.Message):
+    __slots__ = ("family", "width", "blocks", "head", "outputs", "number_bytes")
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    family: str
+    width: int
+    blocks: _containers.RepeatedCompositeFieldContainer[Block]
+    head: int
+    outputs: int
+    number_bytes: int
+    def __init__(self, family: _Optional[str] = ..., width: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ..., head: _Optional[int] = ..., outputs: _Optional[int] = ..., number_bytes: _Optional[int] = ...) -> None: ...
+
 class Device(_message.Message):
     __slots__ = ("memory_bytes", "cores", "accelerator")
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -297,7 +351,7 @@ class Device(_message.Message):
     def __init__(self, memory_bytes: _Optional[int] = ..., cores: _Optional[int] = ..., accelerator: _Optional[str] = ...) -> None: ...
 
 class ClientProfile(_message.Message):
-    __slots__ = ("client", "examples", "base", "modules", "saved", "saved_modules", "labels", "transposed", "parameters", "verbs", "methods", "protocol", "device", "manifest")
+    __slots__ = ("client", "examples", "base", "modules", "saved", "saved_modules", "labels", "transposed", "parameters", "verbs", "methods", "protocol", "device", "anatomy", "manifest")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +365,7 @@ class ClientProfile(_message.Message):
     METHODS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ANATOMY_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     client: str
     examples: int
@@ -325,5 +380,6 @@ class ClientProfile(_message.Message):
     methods: _containers.RepeatedScalarFieldContainer[str]
     protocol: int
     device: Device
+    anatomy: Anatomy
     manifest: bytes
-    def __init__(self, client: _Optional[str] = ..., examples: _Optional[int] = ..., base: _Optional[str] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., saved: _Optional[_Union[Blob, _Mapping]] = ..., saved_modules: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., transposed: bool = ..., parameters: _Optional[int] = ..., verbs: _Optional[_Iterable[_Union[Verb, str]]] = ..., methods: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., manifest: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, client: _Optional[str] = ..., examples: _Optional[int] = ..., base: _Optional[str] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., saved: _Optional[_Union[Blob, _Mapping]] = ..., saved_modules: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., transposed: bool = ..., parameters: _Optional[int] = ..., verbs: _Optional[_Iterable[_Union[Verb, str]]] = ..., methods: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., anatomy: _Optional[_Union[Anatomy, _Mapping]] = ..., manifest: _Optional[bytes] = ...) -> None: ...

@@ -1,0 +1,30 @@
+"""Methods of the literature that are several tables at once: what each stands for in a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    # FedSpine-style, after Yao et al., arXiv 2501.02438, of which no code and only the opening could be read.
+    "fedspine": {"method": {"name": "flora"}, "pruning": {}, "planner": {"name": "deadline"}},
+}
+"""By the name that stands in `method`: tables with the values that they begin with."""
+
+
+def written_out(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's tables with a preset in place of its name; what the recipe says itself holds.
+
+    >>> written_out({"method": {"name": "fedspine"}, "planner": {"name": "s-ucb"}})["planner"]
+    {'name': 's-ucb'}
+    """
+    method = table.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else None
+    if not isinstance(name, str) or name not in PRESETS:
+        return dict(table)
+    found = dict(table)
+    for part, values in PRESETS[name].items():
+        own = table.get(part, {})
+        if isinstance(own, Mapping):  # anything else is a fault, which binding tells
+            found[part] = {**values, **own, **(values if part == "method" else {})}
+    return found

@@ -1,0 +1,247 @@
+"""The planner, the costs and the clock of a recipe, over the devices that its clients are taken to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from fedtune.config import Recipe, planned
+from fedtune.config.recipe import wished_ratio
+from fedtune.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, round_bytes, round_flops, sizes
+from fedtune.cost import block_parameters as blocks_of
+from fedtune.device import FLEETS, PROFILES, DeviceProfile, check
+from fedtune.errors import ConfigError, Fault
+from fedtune.planning import Planner
+from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, Cost, Speed
+from fedtune.planning.fixed import Fixed
+from fedtune.planning.policies import policy_of
+from fedtune.planning.policy import Arm
+from fedtune.round import Blueprint, Client, Training, WireDtype
+from fedtune.rounds import Clock, Done
+from fedtune.simulation.clock import PASSES, Load, Simulated
+
+SIMULATED = "Time is simulated: operations, bytes and traces of the devices below, never this machine's clock"
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What a recipe's clients are taken to run on, and what a round costs them."""
+
+    recipe: Recipe
+    body: Body | None
+    """None where surgery and costs do not know the base."""
+    profiles: Mapping[str, DeviceProfile] = field(default_factory=dict)
+    """By client; empty where no devices are simulated."""
+    tokens: Mapping[str, float] = field(default_factory=dict)
+    """Mean length of an example, by client, where the texts are known."""
+    proxy: Body | None = None
+    """A larger model that the clock takes in place of the one that is trained."""
+
+    @property
+    def charged(self) -> Body:
+        """The base whose operations, bytes and memory count."""
+        found = self.proxy or self.body
+        assert found is not None  # asked only where costs are known
+        return found
+
+    def length(self, client: str) -> float:
+        return self.tokens.get(client) or float(self.recipe.data.max_tokens)
+
+    def work(self, client: str, training: Training) -> Work:
+        """Return what a round asks of a client beside ratio and rank."""
+        assert training.steps is not None  # the planner has resolved epochs
+        return Work(
+            steps=training.steps,
+            rows=training.batch,
+            passes=training.accumulation,
+            tokens=self.length(client),
+            checkpointing=training.gradient_checkpointing,
+            side_tokens=2 * 16 * self.length(client) if self.recipe.pruning else 0.0,
+            global_rank=self.global_rank,
+        )
+
+    @property
+    def global_rank(self) -> float:
+        """Rank of what goes down: bounded by the recipe, or taken to be twice the largest that goes up."""
+        largest = getattr(self.recipe.method, "max_rank", None)
+        planner = self.recipe.planner
+        ranks = planner.ranks if isinstance(planner, AdaptiveSettings) else (self.recipe.adapter.rank,)
+        return float(largest if largest is not None else 2 * max(ranks))
+
+    def cost(self, client: str, arm: Arm, training: Training) -> Cost:
+        """Return what an arm costs a client in a round."""
+        pruning, work = self.recipe.pruning, self.work(client, training)
+        dtype: WireDtype = getattr(self.recipe.method, "wire_dtype", "fp32")
+        traffic = round_bytes(
+            self.charged, pruning, arm.ratio, arm.rank, global_rank=work.global_rank, wire_dtype=dtype
+        )
+        return Cost(
+            tflop=round_flops(self.charged, pruning, arm.ratio, arm.rank, work) / 1e12,
+            megabytes=max(1e-6, sum(traffic) / 1e6),
+            memory_gb=memory_bytes(self.charged, pruning, arm.ratio, arm.rank, work) / 1e9,
+        )
+
+    def load(self, done: Done) -> Load:
+        """Return what a round has asked of a client's device, from the tokens and bytes that were counted."""
+        plan, measured, pruning = done.plan, done.measured, self.recipe.pruning
+        work = self.work(plan.client, plan.training)
+        size = sizes(self.charged.anatomy, pruning, plan.ratio)
+        each = flops_per_token(self.charged, size, plan.rank, work)
+        whole = sizes(self.charged.anatomy, None, 0.0)
+        weights = (
+            self.charged.parameters - blocks_of(self.charged.anatomy, whole) + blocks_of(self.charged.anatomy, size)
+        )
+        passes = (PASSES + work.checkpointing) * work.steps * work.passes
+        factor = self._traffic_factor(plan.ratio, plan.rank)
+        return Load(
+            tflop=each * (measured.tokens + 0.5 * measured.side_tokens) / 1e12,
+            gigabytes=passes * weights * self.charged.anatomy.number_bytes / 1e9,
+            bytes_down=done.traffic.down * factor,
+            bytes_up=done.traffic.up * factor,
+        )
+
+    def _traffic_factor(self, ratio: float, rank: int) -> float:
+        """Return by how much more bytes the proxy would send than the model that was trained."""
+        if self.proxy is None or self.body is None:
+            return 1.0
+        both = [
+            sum(round_bytes(body, self.recipe.pruning, ratio, rank, global_rank=self.global_rank, wire_dtype="bf16"))
+            for body in (self.proxy, self.body)
+        ]
+        return both[0] / both[1]
+
+    def misfit(self, client: Client, ratio: float, rank: int, training: Training) -> str:
+        """Say why a ratio and a rank do not fit a client; nothing where they do, or where that is not known."""
+        has = self.memory_gb(client)
+        if has is None or self.body is None:
+            return ""
+        need = self.cost(client.name, Arm(ratio, rank), training).memory_gb
+        if need <= has:
+            return ""
+        return (
+            f"expected {need:.3g} GB of memory, for a ratio of {ratio:g} and rank {rank}; has {has:.3g} GB; "
+            "lower client.batch, raise planner.ratio, or let a planner choose"
+        )
+
+    def memory_gb(self, client: Client) -> float | None:
+        profile = self.profiles.get(client.name)
+        if profile is not None:
+            return profile.memory_gb
+        return MEMORY_SHARE * client.memory_bytes / 1e9 if client.memory_bytes else None
+
+    def planner(self, blueprint: Blueprint) -> Planner:
+        """Return the planner that the recipe names.
+
+        Raises:
+            ConfigError: if it wants costs of a base that they are not known for.
+        """
+        recipe = self.recipe
+        alpha, rslora, settings = recipe.adapter.alpha, recipe.adapter.rslora, recipe.planner
+        scored = bool(blueprint.ranking) or recipe.pruning is None or recipe.pruning.policy == "local"
+        if not isinstance(settings, AdaptiveSettings):
+            return Fixed(
+                partial(planned, recipe),
+                alpha=alpha,
+                rslora=rslora,
+                ratio=partial(wished_ratio, recipe),
+                scored=scored,
+                misfit=self.misfit,
+            )
+        if self.body is None:
+            expected = "a base whose costs are known (see pruning), for a planner that weighs them"
+            raise ConfigError(Fault("planner", expected, f"{recipe.model.base!r}", 'set planner = "fixed"'))
+        return Adaptive(
+            policy=policy_of(settings, pruned=recipe.pruning is not None),
+            training=lambda client: planned(recipe, client)[1],
+            costs=self.cost,
+            speeds={name: speed(profile) for name, profile in self.profiles.items()},
+            alpha=alpha,
+            rslora=rslora,
+            seed=recipe.seed,
+            rounds=recipe.rounds.count,
+            pruning=recipe.pruning,
+            ranking=bool(blueprint.ranking),
+        )
+
+    def clock(self) -> Clock | None:
+        """Return the simulated clock; none where no fleet is."""
+        settings = self.recipe.fleet
+        if settings is None or self.body is None:
+            return None
+        return Simulated(
+            self.profiles,
+            self.load,
+            seed=self.recipe.seed,
+            by=settings.by,
+            late=settings.late,
+            server_s=settings.server_s,
+        )
+
+    def told(self) -> Mapping[str, Any]:
+        """Return the devices as a run's summary holds them."""
+        if not self.profiles or self.recipe.fleet is None:
+            return {}
+        proxy = self.recipe.fleet.proxy
+        of = "" if proxy == "none" else f"; proxy: operations, bytes and memory are those of {proxy}"
+        return {
+            "clients": {name: profile.name for name, profile in self.profiles.items()},
+            "profiles": {profile.name: profile.told() for profile in self.profiles.values()},
+            "clock": f"{SIMULATED}{of}.",
+        }
+
+
+def speed(profile: DeviceProfile) -> Speed:
+    """Return what a planner knows of a device before it has done anything: its means."""
+    megabit_s = 8.0 * 0.5 * (1 / profile.up_mbps + 1 / profile.down_mbps)
+    return Speed(
+        memory_gb=profile.memory_gb,
+        s_per_tflop=1.0 / (profile.tflops * profile.mean_mode),
+        s_per_mb=megabit_s,
+        overhead_s=profile.overhead_s + 2 * profile.latency_s,
+    )
+
+
+def fleet_of(
+    recipe: Recipe,
+    clients: Sequence[str],
+    blueprint: Blueprint,
+    *,
+    parameters: int,
+    tokens: Mapping[str, float] | None = None,
+) -> Fleet:
+    """Return what a recipe's clients are taken to run on.
+
+    Raises:
+        ConfigError: if a device cannot be so, or costs are asked of a base that they are not known for.
+    """
+    body = body_of(recipe, blueprint, parameters)
+    if recipe.fleet is None:
+        return Fleet(recipe, body, tokens=tokens or {})
+    if body is None:
+        raise ConfigError(
+            Fault("fleet", "a base whose costs are known (see pruning)", f"{recipe.model.base!r}", "leave it out")
+        )
+    profiles = dict(FLEETS[recipe.fleet.name](clients, recipe.seed))
+    for override in recipe.device:
+        for name in clients:
+            if override.covers(name):
+                start = PROFILES[override.profile] if override.profile else profiles[name]
+                changed = replace(start, **override.fields)
+                profiles[name] = check(replace(changed, name=f"{start.name}*") if override.fields else changed)
+    make = PROXIES.get(recipe.fleet.proxy)
+    return Fleet(recipe, body, profiles, tokens or {}, make() if make else None)
+
+
+def body_of(recipe: Recipe, blueprint: Blueprint, parameters: int) -> Body | None:
+    """Return what the costs of a run's base follow from; None for a base that surgery does not know."""
+    if blueprint.anatomy is None:
+        return None
+    return Body(
+        anatomy=blueprint.anatomy,
+        modules=blueprint.modules,
+        parameters=parameters,
+        saved=sum(array.size for array in blueprint.saved.values()),
+        classifies=recipe.model.task == "classification",
+    )

@@ -1,0 +1,153 @@
+"""What pruned clients are told, how their updates are weighed, and how their scores become an order.
+
+FedSpine-style (after FedMP, FedPrLLM and HeteroFL), formulas ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedtune.adapter import Adapter, Factors
+from fedtune.errors import RoundError
+from fedtune.keep import Anatomy, Keep, Side, bitmap, from_bitmap, rows
+from fedtune.methods.method import Cohort
+from fedtune.ranking import PruningSettings, noticed, pooled, spread, staged, votes
+from fedtune.round import ClientUpdate, Plan, Surgery, Weighting
+from fedtune.tensors import Array, Tensors
+
+
+class PrunedState(Protocol):
+    """What is read here of a method's state."""
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def anatomy(self) -> Anatomy | None: ...
+    @property
+    def pruning(self) -> PruningSettings | None: ...
+    @property
+    def worth(self) -> Tensors: ...
+    @property
+    def order(self) -> Tensors: ...
+    @property
+    def scored(self) -> int: ...
+    @property
+    def ratios(self) -> Mapping[str, float]: ...
+    def structure(self, ratio: float) -> Keep | None:
+        """Return what the order keeps at a ratio; None: all of it."""
+        ...
+
+
+def ordered(state: PrunedState, plan: Plan) -> tuple[Surgery | None, Keep | None]:
+    """Return what one client is told of its structure, and the structure that its blobs are cut to.
+
+    The blobs cover all that the round needs: the first of the stages, and the structure of the last participation, in
+    which the loss before is measured. Nested structures contain each other, so the larger one of the two is enough.
+
+    Raises:
+        RoundError: if a ratio is asked for before there is an order.
+    """
+    settings, anatomy = state.pruning, state.anatomy
+    if settings is None or anatomy is None:
+        return None, None
+    if settings.policy == "local":
+        return Surgery(settings=settings), None
+    if plan.ratio > 0 and not state.order:
+        raise RoundError(
+            f"round {state.round + 1}: expected an order of heads and channels before {plan.client} is pruned by "
+            f"{plan.ratio:g}; got none; let a device that holds the whole model take part first, or name a file in "
+            "pruning.ranking"
+        )
+    before, ratios = state.ratios.get(plan.client, 0.0), staged(plan.ratio, settings.stages)
+    stages = [bitmap(keep, anatomy) for ratio in ratios if (keep := state.structure(ratio)) is not None]
+    earlier = state.structure(before)
+    surgery = Surgery(
+        settings=settings,
+        stages=tuple(dict.fromkeys(stages)),
+        before=b"" if earlier is None else bitmap(earlier, anatomy),
+        wanted=not state.worth or state.round + 1 - state.scored >= settings.refresh,
+    )
+    return surgery, state.structure(min(before, ratios[0]))
+
+
+def coverage(cohort: Cohort, anatomy: Anatomy, *, weights: Weighting, floor: float) -> Mapping[str, Array]:
+    """Return 1 / max(c_g, floor) per head and channel, `<block>.<side>`, for the sides where a c_g is below 1.
+
+    c_g is the share of the examples (or of the clients) whose structure holds g, an integer ratio: where all clients
+    keep the same, it is exactly 1 and nothing is scaled.
+    """
+    sizes = [update.num_examples if weights == "examples" else 1 for update, _ in cohort]
+    found = {}
+    for index, block in enumerate(anatomy.blocks):
+        for side, size in (("q", block.heads), ("kv", block.kv_heads), ("ff", block.channels)):
+            held = np.zeros(size, np.int64)
+            for (update, _), weight in zip(cohort, sizes, strict=True):
+                if update.keep is None:
+                    held += weight
+                else:
+                    held[list(getattr(update.keep.blocks[index], side))] += weight
+            trained = held > 0
+            if (held[trained] < sum(sizes)).any():
+                share = np.array([float(Fraction(int(count), sum(sizes))) for count in held])
+                found[f"{index}.{side}"] = np.where(trained, 1.0 / np.maximum(share, floor), 1.0)
+    return found
+
+
+def scaled(adapter: Adapter, scale: Mapping[str, Array], anatomy: Anatomy) -> Adapter:
+    """Return an adapter of the base with the rows or columns of its pruned sides scaled, as `coverage` says."""
+    found = dict(adapter)
+    for name, factors in adapter.items():
+        index, out, into = anatomy.sides.get(name, (-1, "all", "all"))
+        for side, cut in ((out, "b"), (into, "a")):
+            by = _along(side, index, scale, anatomy)
+            if by is None:
+                continue
+            factors = (
+                Factors(a=factors.a, b=_product(factors.b, by[:, None]))
+                if cut == "b"
+                else Factors(a=_product(factors.a, by), b=factors.b)
+            )
+        found[name] = factors
+    return found
+
+
+def _product(factor: Array, by: Array) -> Array:
+    return (factor.astype(np.float64) * by).astype(np.float32)
+
+
+def _along(side: Side, index: int, scale: Mapping[str, Array], anatomy: Anatomy) -> Array | None:
+    """Return a side's scale by row (or column); None where it is 1 throughout."""
+    if side == "all" or index < 0:
+        return None
+    kind = "q" if side == "qkv" else side
+    by = scale.get(f"{index}.{kind}")
+    if by is None:
+        return None
+    if side == "ff":
+        return by
+    wide: Array = by[rows(range(len(by)), anatomy.blocks[index].head_dim) // anatomy.blocks[index].head_dim]
+    return np.tile(wide, 3) if side == "qkv" else wide
+
+
+def learned(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
+    """Return the fields of the state that change by what a round taught of heads and channels."""
+    settings, anatomy = state.pruning, state.anatomy
+    if settings is None or anatomy is None:
+        return {}
+    ratios = {**state.ratios, **{update.client: update.ratio for update, _ in cohort}}
+    parts = [(told(update, anatomy), share) for update, share in cohort if update.scores or update.mask]
+    if settings.policy == "local" or not parts:
+        return {"ratios": ratios}
+    worth = pooled(parts, state.worth, anatomy)
+    return {"ratios": ratios, "worth": worth, "order": noticed(state.order, worth), "scored": state.round + 1}
+
+
+def told(update: ClientUpdate, anatomy: Anatomy) -> Tensors:
+    """Return what a client says of heads and channels, in the base's coordinates: scores, or a vote."""
+    if update.scores:
+        return spread(update.scores, update.keep, anatomy)
+    return votes(from_bitmap(update.mask, anatomy), anatomy)

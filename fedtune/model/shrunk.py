@@ -1,0 +1,181 @@
+"""What a client with a pruned model does around its training: structures, losses on both sides of surgery, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fedtune.data.encode import Example
+from fedtune.keep import Anatomy, Cut, Keep, bitmap, cuts, from_bitmap, shapes, slice_flat, within
+from fedtune.model.base import Base
+from fedtune.model.lora import attached, frozen, start
+from fedtune.model.prune import anatomy_of, cut_again, pruned
+from fedtune.model.scores import scores
+from fedtune.model.train import Batch, collate, summed_loss
+from fedtune.ranking import PruningSettings, gathered, kept, normalised, ranked, spread, staged
+from fedtune.round import Assignment, Surgery
+from fedtune.seeds import derive, generator
+from fedtune.tensors import Tensors
+
+ROWS = 16
+"""Examples on which the losses before and after are taken: two forward passes, the same rows for both."""
+
+
+def anatomy(base: Base) -> Anatomy:
+    """Return the blocks of a base, with what its costs are made of.
+
+    Raises:
+        ConfigError: for a model that surgery does not know.
+    """
+    found, model = anatomy_of(base.model), base.model
+    parameters = dict(model.named_parameters())
+    if base.task == "classification":
+        head = sum(parameters[name].numel() for name in base.saved)
+        outputs = int(model.config.num_labels)
+    else:
+        head, outputs = int(model.get_output_embeddings().weight.numel()), int(model.config.vocab_size)
+    size = next(iter(parameters.values())).element_size()
+    return replace(found, head=head, outputs=outputs, number_bytes=size)
+
+
+@dataclass(frozen=True)
+class Structures:
+    """The structures of one client in one round; None stands for the whole model."""
+
+    stages: tuple[Keep, ...]
+    """Empty: the model stays whole."""
+    before: Keep | None
+    sent: Keep | None
+    """In whose coordinates the blobs came: the largest of them all."""
+
+    @property
+    def first(self) -> Keep | None:
+        return self.stages[0] if self.stages else None
+
+    @property
+    def last(self) -> Keep | None:
+        return self.stages[-1] if self.stages else None
+
+
+def told(surgery: Surgery, anatomy: Anatomy) -> Structures:
+    """Return the structures that an assignment names.
+
+    Raises:
+        ShapeError: if a bitmap is not one of this base, or no structure holds all others.
+    """
+    stages = tuple(from_bitmap(bits, anatomy) for bits in surgery.stages)
+    before = from_bitmap(surgery.before, anatomy) if surgery.before else None
+    first = stages[0] if stages else None
+    sent = None
+    if first is not None and before is not None:
+        sent = max(first, before, key=lambda keep: sum(len(one.q) + len(one.ff) for one in keep.blocks))
+    return Structures(stages=stages, before=before, sent=sent)
+
+
+def own(worth: Tensors, ratio: float, settings: PruningSettings, anatomy: Anatomy) -> Structures:
+    """Return the structures that a client's own scores give; what comes is in the coordinates of the whole base."""
+    order = ranked(worth, anatomy, settings)
+    stages = [kept(order, anatomy, settings, each) for each in staged(ratio, settings.stages)] if ratio > 0 else []
+    return Structures(stages=tuple(dict.fromkeys(stages)), before=None, sent=None)
+
+
+def cut_of(keep: Keep | None, anatomy: Anatomy) -> Mapping[str, Cut]:
+    return {} if keep is None else cuts(keep, anatomy)
+
+
+def ordered(assignment: Assignment, keep: Keep | None, sent: Keep | None, anatomy: Anatomy) -> Assignment:
+    """Return an assignment with its blobs cut to one structure."""
+    if keep is None:
+        return assignment
+    cut = cut_of(keep, anatomy) if sent is None else within(cuts(sent, anatomy), cuts(keep, anatomy))
+    blobs = {role: blob if role == "saved" else slice_flat(blob, cut) for role, blob in assignment.blobs.items()}
+    return replace(assignment, blobs=blobs)
+
+
+@contextmanager
+def reduced(base: Base, keep: Keep | None, anatomy: Anatomy) -> Iterator[Base]:
+    """Give the base with a pruned model for the length of the block."""
+    if keep is None:
+        yield base
+        return
+    with pruned(base.model, keep, anatomy):
+        yield replace(base, modules=shapes(base.modules, cuts(keep, anatomy)))
+
+
+def paired_rows(examples: Sequence[Example], base: Base, *, key: int) -> Batch:
+    """Return the rows on which a round's losses are taken."""
+    order = generator(derive(key, "prune.rows")).permutation(len(examples))[:ROWS]
+    return collate([examples[i] for i in order.tolist()], base)
+
+
+def paired_loss(model: torch.nn.Module, batch: Batch, base: Base) -> float:
+    """Return the mean loss of rows."""
+    with torch.inference_mode():
+        return float(summed_loss(model, batch, task=base.task)) / max(1, batch.count)
+
+
+@contextmanager
+def received(base: Base, order: Assignment, whole: Base, cut: Mapping[str, Cut]) -> Iterator[torch.nn.Module]:
+    """Attach what was received, nothing of it trained, to a base that may be pruned."""
+    with attached(
+        base,
+        frozen=frozen(order),
+        local=start(order, whole.modules, cut),
+        scale=order.plan.scale,
+        saved=order.blobs.get("saved", {}),
+    ) as model:
+        yield model
+
+
+def measured_scores(
+    model: torch.nn.Module,
+    base: Base,
+    examples: Sequence[Example],
+    settings: PruningSettings,
+    anatomy: Anatomy,
+    keep: Keep | None,
+    *,
+    key: int,
+    batch: int,
+) -> tuple[Tensors, int]:
+    """Return (scores of what the model has, tokens that went forward for them), in units of their means."""
+    order = generator(derive(key, "prune.scores")).permutation(len(examples)).tolist()
+    rows = [order[i : i + batch] for i in range(0, min(len(order), settings.batches * batch), batch)]
+    batches = [collate([examples[i] for i in part], base) for part in rows]
+    found = scores(model, batches, settings.score, anatomy, keep=keep, task=base.task, key=derive(key, "prune"))
+    wide = spread(found, keep, anatomy)
+    scaled = normalised(wide, {name: np.isfinite(part) for name, part in wide.items()}, anatomy)
+    forward = settings.score not in ("magnitude", "random")
+    return gathered(scaled, keep, anatomy), sum(each.tokens for each in batches) if forward else 0
+
+
+def as_sent(worth: Tensors) -> Tensors:
+    """Return scores as they travel."""
+    largest = float(np.finfo(np.float16).max)
+    return {name: np.clip(part, 0, largest).astype(np.float16) for name, part in worth.items()}
+
+
+def vote(worth: Tensors, keep: Keep | None, ratio: float, settings: PruningSettings, anatomy: Anatomy) -> bytes:
+    """Return the mask that a client votes for: what its own scores keep at a ratio; what it lacks goes first."""
+    wide = {name: np.where(np.isfinite(part), part, -1.0) for name, part in spread(worth, keep, anatomy).items()}
+    return bitmap(kept(ranked(wide, anatomy, settings), anatomy, settings, ratio), anatomy)
+
+
+def cutter(
+    model: torch.nn.Module, stages: Sequence[Keep], settings: PruningSettings, anatomy: Anatomy
+) -> Callable[[int, torch.optim.Optimizer], Sequence[torch.nn.Parameter] | None] | None:
+    """Return what makes a model in training smaller between its steps, stage after stage."""
+    if len(stages) < 2:
+        return None
+
+    def between(steps: int, optimizer: torch.optim.Optimizer) -> Sequence[torch.nn.Parameter] | None:
+        stage, odd = divmod(steps, settings.steps_between)
+        if odd or stage >= len(stages):
+            return None
+        return cut_again(model, optimizer, stages[stage - 1], stages[stage], anatomy)
+
+    return between

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune import lowrank
+from fedtune.adapter import Factors, delta, unpack
+from fedtune.errors import RoundError
+from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap, cuts, from_bitmap, linear_shapes, slice_factors
+from fedtune.methods import pruning
+from fedtune.methods.flora import METHOD, FloraState
+from fedtune.ranking import PruningSettings, kept, ranked
+from fedtune.round import Blueprint, ClientUpdate, Plan, Training, weigh
+from fedtune.tensors import Array, cast
+
+ANATOMY = Anatomy("llama", tuple(Block(f"model.layers.{i}", 4, 2, 2, 16) for i in range(2)), width=6)
+MODULES = dict(zip(ANATOMY.sides, linear_shapes(ANATOMY), strict=True))
+SETTINGS = PruningSettings(multiple=2, target=0.5)
+TRAINING = Training(batch=1, learning_rate=1.0, steps=1)
+EXAMPLES = {"ann": 3, "bob": 1, "cyd": 2}
+
+
+def worth(seed: int = 0) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    return {"heads": rng.random(8).astype(np.float32), "channels": rng.random(32).astype(np.float32)}
+
+
+def first(**changes: Any) -> FloraState:
+    """The first state over an order that the recipe brought along."""
+    pruned = replace(SETTINGS, **changes.pop("pruning", {}))
+    blueprint = Blueprint(
+        modules=MODULES,
+        saved={},
+        max_rank=4,
+        seed=0,
+        anatomy=ANATOMY,
+        pruning=pruned,
+        ranking=changes.pop("order", worth()),
+    )
+    return METHOD.init(blueprint, METHOD.settings(**{"wire_dtype": "fp32", "coverage": "zero"} | changes))
+
+
+def plan(client: str, ratio: float, rank: int = 2) -> Plan:
+    return Plan(client, rank=rank, scale=2.0, training=TRAINING, ratio=ratio)
+
+
+def update(state: FloraState, asked: Plan, seed: int = 0) -> ClientUpdate:
+    """What a client sends whose factors moved at random, and what an admission found it to be."""
+    order = METHOD.assign(state, 0, asked)
+    assert order.surgery is not None
+    keep = from_bitmap(order.surgery.stages[-1], ANATOMY) if order.surgery.stages else None
+    rng = np.random.default_rng([seed, *asked.client.encode()])
+    tensors = {}
+    for name, shape in MODULES.items():
+        m, n = shape if keep is None else slice_factors(zeros(shape), cuts(keep, ANATOMY)[name]).shape
+        tensors[f"{name}.a"] = rng.standard_normal((asked.rank, n)).astype(np.float32)
+        tensors[f"{name}.b"] = rng.standard_normal((m, asked.rank)).astype(np.float32)
+    return ClientUpdate(
+        client=asked.client,
+        round=state.round + 1,
+        num_examples=EXAMPLES[asked.client],
+        tensors=tensors,
+        kept=keep.digest if keep else b"",
+        keep=keep,
+        ratio=asked.ratio,
+    )
+
+
+def zeros(shape: tuple[int, int]) -> Factors:
+    return Factors(a=np.zeros((1, shape[1])), b=np.zeros((shape[0], 1)))
+
+
+def scattered(factors: Factors, keep: Keep | None, name: str) -> Array:
+    """A pruned change in the base's coordinates, dense, in float64: the reference."""
+    dense = np.zeros(MODULES[name])
+    if keep is None:
+        return delta(factors)
+    cut = cuts(keep, ANATOMY)[name]
+    out = range(dense.shape[0]) if cut.out is None else cut.out.tolist()
+    into = range(dense.shape[1]) if cut.into is None else cut.into.tolist()
+    dense[np.ix_(list(out), list(into))] = delta(factors)
+    return dense
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    ratios=st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75]), min_size=3, max_size=3),
+    ranks=st.lists(st.sampled_from([1, 2, 4]), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_the_stack_of_scattered_factors_is_the_dense_sum(ratios: list[float], ranks: list[int], seed: int) -> None:
+    state = first(mode="reinit")
+    updates = [
+        update(state, plan(name, ratio, rank), seed) for name, ratio, rank in zip(EXAMPLES, ratios, ranks, strict=True)
+    ]
+    after = METHOD.aggregate(state, updates)
+    for name in MODULES:
+        exact = sum(
+            share * scattered(unpack(each.tensors)[name], each.keep, name) for each, share in weigh(updates, "examples")
+        )
+        found = delta(lowrank.unpack(after.delta)[name].factors)
+        np.testing.assert_allclose(found, exact, atol=1e-6 * max(1.0, float(np.abs(exact).max())))
+
+
+@settings(max_examples=20, deadline=None)
+@given(ratios=st.lists(st.sampled_from([0.0, 0.25, 0.5]), min_size=3, max_size=3), seed=st.integers(0, 99))
+def test_training_on_adds_what_each_pruned_client_changed(ratios: list[float], seed: int) -> None:
+    state = first(mode="continue")
+    for number in range(2):
+        updates = [
+            update(state, plan(name, ratio), seed + number) for name, ratio in zip(EXAMPLES, ratios, strict=True)
+        ]
+        after = METHOD.aggregate(state, updates)
+        total = {name: delta(low.factors) for name, low in lowrank.unpack(state.delta).items()}
+        for each, share in weigh(updates, "examples"):
+            sent = METHOD.assign(state, 0, plan(each.client, each.ratio))
+            start = started(sent, each.keep)
+            for name, moved in unpack(each.tensors).items():
+                before = start[name]
+                end = Factors(a=before.a + moved.a, b=before.b + moved.b)
+                change = scattered(end, each.keep, name) - scattered(before, each.keep, name)
+                total[name] = total[name] + share * change
+        for name, low in lowrank.unpack(after.delta).items():
+            np.testing.assert_allclose(delta(low.factors), total[name], atol=2e-5 * float(np.abs(total[name]).max()))
+        state = after
+
+
+def started(order: Any, keep: Keep | None) -> dict[str, Factors]:
+    """Where a client's factors start, in its own coordinates and with the scale in b, as it makes them itself."""
+    from fedtune.model.lora import start
+    from fedtune.model.shrunk import cut_of, ordered, told
+
+    parts = told(order.surgery, ANATOMY)
+    own = start(ordered(order, keep, parts.sent, ANATOMY), MODULES, cut_of(keep, ANATOMY))
+    return {name: Factors(a=f.a, b=f.b * np.float32(order.plan.scale)) for name, f in own.items()}
+
+
+@pytest.mark.parametrize("mode", ["reinit", "svt", "continue"])
+@pytest.mark.parametrize("coverage", ["normalised", "zero"])
+def test_clients_that_keep_everything_are_plain_flora_to_the_bit(mode: str, coverage: str) -> None:
+    pruned = first(mode=mode, coverage=coverage)
+    plain = replace(pruned, anatomy=None, pruning=None, order={})
+    for number in range(2):
+        updates = [update(pruned, plan(name, 0.0), number) for name in EXAMPLES]
+        pruned, plain = METHOD.aggregate(pruned, updates), METHOD.aggregate(plain, updates)
+        for key, array in plain.delta.items():
+            np.testing.assert_array_equal(pruned.delta[key], array)
+
+
+def test_equal_masks_are_the_same_with_and_without_coverage() -> None:
+    with_it, without = (first(mode="reinit", coverage=kind) for kind in ("normalised", "zero"))
+    updates = [update(with_it, plan(name, 0.5)) for name in EXAMPLES]
+    one, other = METHOD.aggregate(with_it, updates), METHOD.aggregate(without, updates)
+    for key, array in one.delta.items():
+        np.testing.assert_array_equal(other.delta[key], array)
+
+
+def test_coverage_by_hand() -> None:
+    """Two clients of 3 and 1 examples; rows kept by the first alone move 3/4 of the way, or all of it."""
+    small = Anatomy("bert", (Block("x", 2, 2, 1, 2),), width=2)
+    wide = Keep((Kept((0, 1), (0, 1), (0, 1)),))
+    narrow = Keep((Kept((0, 1), (0, 1), (0,)),))
+    name = "x.intermediate.dense"
+    cohort = weigh(
+        [
+            ClientUpdate("1", 1, 3, {f"{name}.a": np.array([[1.0, 0.0]]), f"{name}.b": np.array([[2.0]])}, keep=narrow),
+            ClientUpdate(
+                "2", 1, 1, {f"{name}.a": np.array([[0.0, 2.0]]), f"{name}.b": np.array([[1.0], [4.0]])}, keep=wide
+            ),
+        ],
+        "examples",
+    )
+
+    def total(floor: float | None) -> list[list[float]]:
+        scale = {} if floor is None else pruning.coverage(cohort, small, weights="examples", floor=floor)
+        dense = np.zeros((2, 2))
+        for each, share in cohort:
+            f = unpack(each.tensors)[name]
+            b = np.zeros((2, 1))
+            b[list(each.keep.blocks[0].ff if each.keep else ())] = f.b
+            dense += share * delta(pruning.scaled({name: Factors(a=f.a, b=b)}, scale, small)[name])
+        return dense.tolist()
+
+    assert total(None) == [[1.5, 0.5], [0.0, 2.0]]
+    assert total(0.2) == [[1.5, 0.5], [0.0, 8.0]]
+    assert total(0.5) == [[1.5, 0.5], [0.0, 4.0]]
+
+
+def test_the_order_of_arrival_changes_nothing() -> None:
+    state = first()
+    updates = [update(state, plan(name, ratio)) for name, ratio in zip(EXAMPLES, (0.0, 0.5, 0.75), strict=True)]
+    one, other = METHOD.aggregate(state, updates), METHOD.aggregate(state, updates[::-1])
+    assert all(np.array_equal(one.delta[key], other.delta[key]) for key in one.delta)
+    assert one.ratios == other.ratios == {"ann": 0.0, "bob": 0.5, "cyd": 0.75}
+
+
+def test_what_goes_down_is_a_slice_of_what_others_get() -> None:
+    state = first(mode="svt", tau=1.0)
+    state = METHOD.aggregate(state, [update(state, plan(name, 0.0)) for name in EXAMPLES])
+    whole, half = (METHOD.assign(state, 0, plan("dan", ratio)) for ratio in (0.0, 0.5))
+    assert half.surgery is not None
+    # Its last participation was none, so it is sent the whole model, in which it measures the loss before.
+    assert half.surgery.before == b""
+    assert half.blobs["global"].keys() == whole.blobs["global"].keys()
+    state = replace(state, ratios={"dan": 0.25})
+    half = METHOD.assign(state, 0, plan("dan", 0.5))
+    assert half.surgery is not None
+    larger = from_bitmap(half.surgery.before, ANATOMY)
+    for name, factors in dense(half.blobs["global"]).items():
+        cut = cuts(larger, ANATOMY)[name]
+        wide = dense(whole.blobs["global"])[name]
+        wide = wide if cut.out is None else wide[cut.out]
+        np.testing.assert_allclose(factors, wide if cut.into is None else wide[:, cut.into], atol=1e-5)
+
+
+def dense(blob: Any) -> dict[str, Array]:
+    found = {key.removesuffix(".w"): array for key, array in blob.items() if key.endswith(".w")}
+    rest = unpack({key: array for key, array in blob.items() if not key.endswith(".w")})
+    return found | {name: delta(factors) for name, factors in rest.items()}
+
+
+def test_nobody_is_pruned_before_there_is_an_order() -> None:
+    state = first(order={})
+    assert METHOD.assign(state, 0, plan("ann", 0.0)).surgery is not None
+    with pytest.raises(RoundError, match="expected an order of heads and channels before ann is pruned"):
+        METHOD.assign(state, 0, plan("ann", 0.5))
+
+
+def test_scores_are_asked_for_at_first_and_every_so_many_rounds() -> None:
+    state = first(order={}, pruning={"refresh": 2}, mode="reinit")
+    wanted = []
+    for number in range(5):
+        asked = [plan(name, 0.0 if number == 0 else 0.5) for name in EXAMPLES]
+        order = METHOD.assign(state, 0, asked[0])
+        assert order.surgery is not None
+        wanted.append(order.surgery.wanted)
+        updates = [update(state, each) for each in asked]
+        if order.surgery.wanted:
+            updates = [replace(each, scores=cast(scored(each.keep, number), "fp16")) for each in updates]
+        state = METHOD.aggregate(state, updates)
+    assert wanted == [True, False, True, False, True]
+    assert state.scored == 5
+
+
+def scored(keep: Keep | None, seed: int) -> dict[str, Array]:
+    from fedtune.ranking import gathered
+
+    return dict(gathered(worth(seed), keep, ANATOMY))
+
+
+def test_votes_make_an_order_and_local_masks_none() -> None:
+    voting = first(order={}, pruning={"policy": "vote"}, mode="reinit")
+    order = ranked(worth(5), ANATOMY, voting.pruning or SETTINGS)
+    mask = bitmap(kept(order, ANATOMY, SETTINGS, 0.5), ANATOMY)
+    updates = [replace(update(voting, plan(name, 0.0)), mask=mask) for name in EXAMPLES]
+    after = METHOD.aggregate(voting, updates)
+    found = after.structure(0.5)
+    assert found is not None
+    assert bitmap(found, ANATOMY) == mask
+    own = first(order={}, pruning={"policy": "local"}, mode="reinit")
+    assert METHOD.assign(own, 0, plan("ann", 0.5)).surgery == pruning.ordered(own, plan("ann", 0.5))[0]
+    assert METHOD.aggregate(own, updates).order == {}
+
+
+def test_a_state_with_an_order_is_written_and_read() -> None:
+    from fedtune.methods import state as states
+
+    state = first(mode="reinit")
+    updates = [
+        replace(update(state, plan(n, 0.5)), scores=cast(scored(state.structure(0.5), 1), "fp16")) for n in EXAMPLES
+    ]
+    after = METHOD.aggregate(state, updates)
+    again = states.decode(b"".join(states.encode(after)), state)
+    assert again.ratios == after.ratios
+    assert again.scored == after.scored == 1
+    assert all(np.array_equal(again.order[key], after.order[key]) for key in after.order)
+    assert again.structure(0.5) == after.structure(0.5)
