@@ -16,8 +16,8 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.planning import Planner
 from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, Cost, Speed
 from fedtune.planning.fixed import Fixed
-from fedtune.planning.policies import policy_of
-from fedtune.planning.policy import Arm
+from fedtune.planning.policies import arms_of, policy_of
+from fedtune.planning.policy import Arm, Candidate
 from fedtune.round import Blueprint, Client, Training, WireDtype
 from fedtune.rounds import Clock, Done
 from fedtune.simulation.clock import PASSES, Load, Simulated
@@ -89,15 +89,10 @@ class Fleet:
         work = self.work(plan.client, plan.training)
         size = sizes(self.charged.anatomy, pruning, plan.ratio)
         each = flops_per_token(self.charged, size, plan.rank, work)
-        whole = sizes(self.charged.anatomy, None, 0.0)
-        weights = (
-            self.charged.parameters - blocks_of(self.charged.anatomy, whole) + blocks_of(self.charged.anatomy, size)
-        )
-        passes = (PASSES + work.checkpointing) * work.steps * work.passes
         factor = self._traffic_factor(plan.ratio, plan.rank)
         return Load(
             tflop=each * (measured.tokens + 0.5 * measured.side_tokens) / 1e12,
-            gigabytes=passes * weights * self.charged.anatomy.number_bytes / 1e9,
+            gigabytes=self.gigabytes(plan.client, Arm(plan.ratio, plan.rank), plan.training),
             bytes_down=done.traffic.down * factor,
             bytes_up=done.traffic.up * factor,
         )
@@ -153,7 +148,12 @@ class Fleet:
             expected = "a base whose costs are known (see pruning), for a planner that weighs them"
             raise ConfigError(Fault("planner", expected, f"{recipe.model.base!r}", 'set planner = "fixed"'))
         return Adaptive(
-            policy=policy_of(settings, pruned=recipe.pruning is not None),
+            policy=policy_of(
+                settings,
+                pruned=recipe.pruning is not None,
+                known=self.true_seconds,
+                server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
+            ),
             training=lambda client: planned(recipe, client)[1],
             costs=self.cost,
             speeds={name: speed(profile) for name, profile in self.profiles.items()},
@@ -164,6 +164,28 @@ class Fleet:
             pruning=recipe.pruning,
             ranking=bool(blueprint.ranking),
         )
+
+    def true_seconds(self, round: int, candidate: Candidate) -> Sequence[float]:
+        """Return the seconds that every arm will take a client in a round, whose traces do not depend on the time."""
+        clock = self.clock()
+        assert isinstance(clock, Simulated)  # config asks the oracle for a fleet by rounds
+        name, settings = candidate.client, self.recipe.planner
+        assert isinstance(settings, AdaptiveSettings)
+        training = planned(self.recipe, name)[1]
+        found = []
+        for arm, tflop, megabytes in zip(
+            arms_of(settings, pruned=self.recipe.pruning is not None), candidate.tflop, candidate.megabytes, strict=True
+        ):
+            load = Load(tflop, self.gigabytes(name, arm, training), megabytes / 2 * 1e6, megabytes / 2 * 1e6)
+            found.append(clock.client(name, load, round=round, now_s=0.0).seconds)
+        return found
+
+    def gigabytes(self, client: str, arm: Arm, training: Training) -> float:
+        """Return the weights that are read in a round, once per pass and step."""
+        anatomy, work = self.charged.anatomy, self.work(client, training)
+        kept = blocks_of(anatomy, sizes(anatomy, self.recipe.pruning, arm.ratio))
+        weights = self.charged.parameters - blocks_of(anatomy, sizes(anatomy, None, 0.0)) + kept
+        return (PASSES + work.checkpointing) * work.steps * work.passes * weights * anatomy.number_bytes / 1e9
 
     def clock(self) -> Clock | None:
         """Return the simulated clock; none where no fleet is."""

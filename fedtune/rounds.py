@@ -136,10 +136,12 @@ class Spent:
     compute_s: float
     transfer_s: float
     """Both ways."""
+    overhead_s: float = 0.0
+    """What no choice of a planner changes."""
 
     @property
     def seconds(self) -> float:
-        return self.compute_s + self.transfer_s
+        return self.compute_s + self.transfer_s + self.overhead_s
 
 
 @dataclass(frozen=True)
@@ -529,7 +531,8 @@ def timed(
         reason = f"expected an update within {bound:.3g} s; it would have come after {spent[name].seconds:.3g} s"
         outcomes[name] = failure = Failure(name, reason, kind="late")
         compute = min(spent[name].compute_s, bound)
-        spent[name] = Spent(compute, bound - compute)
+        overhead = min(spent[name].overhead_s, bound - compute)
+        spent[name] = Spent(compute, bound - compute - overhead, overhead)
         watch(ClientFinished(asked.round, failure, answers.traffic[name]))
     return replace(answers, outcomes=outcomes), spent
 

@@ -19,7 +19,7 @@ from fedtune.planning.fixed import FixedSettings
 from fedtune.ranking import PruningSettings
 from fedtune.round import Training
 from fedtune.rounds import cohort_size
-from fedtune.simulation.settings import DeviceOverride
+from fedtune.simulation.settings import DeviceOverride, FleetSettings
 from fedtune.wire.probe import MAX_STEPS
 
 Check: TypeAlias = tuple[tuple[str, ...], Callable[..., Iterable[Fault]]]
@@ -285,7 +285,10 @@ def learning_planner(method: str, planner: Any) -> Iterator[Fault]:
         )
 
 
-def simulated_devices(fleet: Any, devices: Sequence[DeviceOverride]) -> Iterator[Fault]:
+def simulated_devices(fleet: FleetSettings | None, devices: Sequence[DeviceOverride], planner: Any) -> Iterator[Fault]:
+    if getattr(planner, "name", "") == "oracle" and (fleet is None or fleet.by != "round"):
+        hint = "it is told the simulated clock's times, which must not depend on what was chosen before"
+        yield Fault("planner", "another, without fleet.by = 'round'", "'oracle'", hint)
     if fleet is None and devices:
         yield Fault("device", "no tables without [fleet]", f"{len(devices)}", 'write fleet = { name = "fedspine80" }')
 
@@ -337,7 +340,7 @@ CHECKS: Sequence[Check] = (
     (("method.name", "pruning", "planner", "override"), prunable),
     (("planner",), arms),
     (("method.name", "planner"), learning_planner),
-    (("fleet", "device"), simulated_devices),
+    (("fleet", "device", "planner"), simulated_devices),
     (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
     (("engine.name", "rounds.over_select"), early_end),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),

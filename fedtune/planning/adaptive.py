@@ -16,7 +16,7 @@ from fedtune.ranking import PruningSettings
 from fedtune.round import OUT_OF_MEMORY, Client, Failure, Plan, Training
 from fedtune.seeds import derive
 
-PolicyName: TypeAlias = Literal["deadline", "s-ucb", "ucb", "thompson", "random"]
+PolicyName: TypeAlias = Literal["deadline", "s-ucb", "ucb", "thompson", "random", "oracle"]
 
 MEMORY_SHARE = 0.85
 """Of the main memory that a machine says it has: what the system leaves (assumed)."""
@@ -28,7 +28,8 @@ class AdaptiveSettings:
 
     name: PolicyName = "deadline"
     """deadline: learns each client's speed and chooses for the whole cohort (ours, the default); s-ucb: a tree of arms
-    per client (FedSpine-style, formula ours); ucb and thompson: bandits over a few and over all arms; random."""
+    per client (FedSpine-style, formula ours); ucb and thompson: bandits over a few and over all arms; random; oracle:
+    deadline with the simulated clock's true times, for comparisons (needs fleet.by = "round")."""
     ratios: Sequence[Annotated[float, Interval(ge=0, le=0.875)]] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
     """Pruning ratios to choose from; without the table `pruning` only 0 is."""
     ranks: Sequence[Annotated[int, Ge(1)]] = (2, 4, 8, 16, 32)

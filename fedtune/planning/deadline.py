@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -78,6 +78,8 @@ class Deadline:
     deadline_s: float | None = None
     server_s: float = 0.0
     """Seconds of a round in which the server works."""
+    known: Callable[[int, Candidate], Sequence[float]] | None = None
+    """(round, client) -> the true seconds of every arm: for comparisons alone, since no deployment can know them."""
 
     def start(self) -> DeadlineMemory:
         """Return what is known before the first round: nothing."""
@@ -88,7 +90,10 @@ class Deadline:
         if not candidates:
             return Choice({})
         cohort = sorted(candidates, key=lambda each: each.client)
-        seconds = self._seconds(memory, cohort)  # (clients, arms)
+        if self.known is None:
+            seconds = self._seconds(memory, cohort)  # (clients, arms)
+        else:
+            seconds = np.array([self.known(round, each) for each in cohort])
         feasible = np.array([each.feasible for each in cohort])
         seconds = np.where(feasible, seconds, np.inf)
         worth = self._quality(memory)  # (arms,)
@@ -221,27 +226,17 @@ def best(seconds: Array, worth: Array, weights: Array, bounds: Array, server_s: 
         bounds: ends to try; ties go to the earlier end.
         server_s: of the round.
     """
-    # Arms by falling worth, then rising index: the first that ends in time is the best one.
-    order = np.argsort(-worth, axis=1, kind="stable")  # (clients, arms)
-    ordered = np.take_along_axis(seconds, order, axis=1)
-    fastest, found = seconds.argmin(axis=1), (None, -np.inf, np.inf)
-    every, alike = np.arange(len(seconds)), bool((np.diff(np.sort(worth, axis=1), axis=1) == 0).any())
+    # Arms by falling worth, then rising time, then rising index: the first that ends in time is the best one.
+    order = np.lexsort((seconds, -worth), axis=1)  # (clients, arms)
+    ordered, every = np.take_along_axis(seconds, order, axis=1), np.arange(len(seconds))
+    fastest = seconds.argmin(axis=1)
+    found: tuple[Array, float, float] = (fastest, -np.inf, np.inf)
     for bound in np.sort(bounds):
         fits = ordered <= bound
-        first = order[every, fits.argmax(axis=1)]
-        if alike:
-            first = quickest(seconds, worth, first, bound)
-        chosen = np.where(fits.any(axis=1), first, fastest)
+        first = fits.argmax(axis=1)
+        chosen = np.where(fits[every, first], order[every, first], fastest)
         end = float(seconds[every, chosen].max())
         value = float(weights @ worth[every, chosen]) / (end + server_s)
         if value > found[1] * (1 + 1e-12) or (value >= found[1] * (1 - 1e-12) and end < found[2]):
             found = (chosen, value, end)
-    assert found[0] is not None
     return found[0], found[2]
-
-
-def quickest(seconds: Array, worth: Array, first: Array, bound: float) -> Array:
-    """Return, of arms of the same worth that end in time, the quickest."""
-    mine = np.take_along_axis(worth, first[:, None], axis=1)
-    same = (worth == mine) & (seconds <= bound)
-    return np.where(same.any(axis=1), np.where(same, seconds, np.inf).argmin(axis=1), first)

@@ -38,7 +38,7 @@ def seconds(client: ClientRound) -> float:
     """Return how long a client took on its device; NaN where that is not known."""
     if client.compute_s is None or client.transfer_s is None:
         return math.nan
-    return client.compute_s + client.transfer_s
+    return client.compute_s + client.transfer_s + client.overhead_s
 
 
 def mean_by_round(

@@ -66,6 +66,7 @@ class ClientRound:
     compute_s: float | None = None
     """Simulated or measured on the client's device."""
     transfer_s: float | None = None
+    overhead_s: float = 0.0
     importance: float | None = None
 
 

@@ -78,7 +78,7 @@ class Simulated:
         compute = spent(now_s + first, work_s, mode)
         begin = now_s + first + compute + profile.overhead_s
         second = profile.latency_s + spent(begin, load.bytes_up, up)
-        return Spent(compute_s=compute, transfer_s=first + second + profile.overhead_s + self.server_s)
+        return Spent(compute, first + second, overhead_s=profile.overhead_s + self.server_s)
 
     def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
         """Return who is given up: after the planner's deadline, or where late ones are waited for after thrice that."""

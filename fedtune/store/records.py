@@ -99,7 +99,7 @@ def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
         record |= {"steps": plan.training.steps, "rank": plan.rank if assignment.verb == "adapt" else None}
         record |= planned(plan, pruned=assignment.surgery is not None)
     if (spent := result.spent.get(name)) is not None:
-        record |= {"compute_s": spent.compute_s, "transfer_s": spent.transfer_s}
+        record |= {"compute_s": spent.compute_s, "transfer_s": spent.transfer_s, "overhead_s": spent.overhead_s}
     if isinstance(outcome, Failure):
         return record | {"status": outcome.kind, "reason": outcome.reason}
     measured = outcome.measured
