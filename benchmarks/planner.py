@@ -305,7 +305,7 @@ def regret(seeds: int, plot: str | None) -> None:
                 curves.setdefault("oracle", []).append(oracle)
         for name, values in ratios.items():
             known = [value for value in values if math.isfinite(value)]
-            line = {"world": title, "policy": name, "reached": f"{len(known)} of {len(values)}"}
+            line: dict[str, Any] = {"world": title, "policy": name, "reached": f"{len(known)} of {len(values)}"}
             if known:
                 line |= {"times the oracle": round_to(np.mean(known)), "sd": round_to(np.std(known))}
             print(json.dumps(line), flush=True)
@@ -353,7 +353,7 @@ def decisions() -> None:
             times = []
             for number in range(1, 4 if clients > 1000 else 12):
                 began = time.perf_counter()
-                choice = policy.choose(memory, number, candidates, key=number)  # type: ignore[attr-defined]
+                choice = policy.choose(memory, number, candidates, key=number)
                 times.append(time.perf_counter() - began)
                 observed = [
                     Observed(
@@ -361,7 +361,7 @@ def decisions() -> None:
                     )
                     for c in candidates
                 ]
-                memory = policy.learn(memory, observed)  # type: ignore[attr-defined]
+                memory = policy.learn(memory, observed)
             print(json.dumps({"clients": clients, "policy": name, "ms": round_to(1e3 * min(times))}), flush=True)
 
 

@@ -291,7 +291,8 @@ def sliced(
 
 
 def change_of(factors: Factors) -> torch.Tensor:
-    return torch.from_numpy(factors.b).double() @ torch.from_numpy(factors.a).double()  # (out, in)
+    # The arrays of a state are views that must not be written to, of which torch warns.
+    return torch.tensor(factors.b).double() @ torch.tensor(factors.a).double()  # (out, in)
 
 
 def write(

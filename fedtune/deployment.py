@@ -1,0 +1,288 @@
+"""A run's pruned models: the global one cut to what devices carry, scored beside the whole one, and written to load."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from fedtune.config import bind
+from fedtune.errors import ConfigError, Fault, StoreError
+from fedtune.keep import Keep, cuts, slice_adapter, sparsity
+from fedtune.methods import METHODS
+from fedtune.methods import state as states
+from fedtune.methods.method import Tuned
+from fedtune.rounds import Note, Watch
+from fedtune.store import peft, result
+from fedtune.store import pruning as store_pruning
+from fedtune.store.blobs import Blobs
+from fedtune.store.files import new_folder
+from fedtune.store.history import replayed
+from fedtune.store.run import check_run, read_rounds
+
+if TYPE_CHECKING:
+    from fedtune.experiment import Experiment
+
+# The client wing takes seconds to import, so `experiment` and `model` are imported where they are needed.
+
+REPEATS = 5
+"""Forward passes of which the median is told."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run with its base and its last state loaded."""
+
+    path: Path
+    experiment: Experiment
+    state: Any
+    tuned: Tuned
+
+    def keep(self, ratio: float) -> Keep | None:
+        """Return what the run's order keeps at a ratio; None: all of it.
+
+        Raises:
+            ConfigError: if the run has no order.
+        """
+        if ratio == 0:
+            return None
+        structure = getattr(self.state, "structure", None)
+        keep: Keep | None = structure(ratio) if structure else None
+        if keep is None:
+            expected = "a run that pruned by one order for all (pruning.policy nested or vote)"
+            raise ConfigError(Fault("ratio", expected, f"none in {self.path}", "run it with [pruning]"))
+        return keep
+
+
+def opened(run: Path) -> Trained:
+    """Load a run's base and its last committed state.
+
+    Raises:
+        StoreError: if the folder holds no run, or no round of it is committed.
+        ConfigError: if the base is another than the one that was trained on.
+    """
+    check_run(run)
+    bound = bind(run / "recipe.toml")
+    digests = replayed(run)[0].digests
+    if not digests:
+        raise StoreError(f"{run}: expected a run with a committed round; got none yet")
+    from fedtune.conduct import first_state
+    from fedtune.experiment import prepare
+    from fedtune.exports import check_base
+
+    experiment = prepare(bound)
+    _, origin = result.read(run)
+    check_base(experiment.base.digest, origin, run)
+    body = Blobs(run / "blobs").get(digests[-1], f"the state of round {len(digests)}")
+    state = states.decode(body, first_state(bound, experiment.blueprint))
+    return Trained(run, experiment, state, METHODS[bound.method.name].tuned(state))
+
+
+def trained_ratios(run: Path) -> Mapping[str, float]:
+    """Return the pruning ratio of every client's last participation."""
+    found: dict[str, float] = {}
+    for line in read_rounds(run):
+        for name, client in line["clients"].items():
+            if client["status"] == "ok" and client.get("ratio") is not None:
+                found[name] = client["ratio"]
+    return found
+
+
+def classes(run: Path) -> Mapping[str, Sequence[str]]:
+    """Return the clients that took part by kind of device; by ratio where devices are not known."""
+    path = run / "summary.json"
+    known = json.loads(path.read_text(encoding="utf-8")).get("devices", {}) if path.exists() else {}
+    devices = known.get("clients", {})
+    found: dict[str, list[str]] = {}
+    for name, ratio in sorted(trained_ratios(run).items()):
+        found.setdefault(devices.get(name, f"ratio-{ratio:g}"), []).append(name)
+    return found
+
+
+def deployed_ratios(run: Path, target: float) -> Mapping[str, float]:
+    """Return what each kind of device gets: the target, or where none is set what most of its clients trained last."""
+    ratios, found = trained_ratios(run), {}
+    for kind, names in classes(run).items():
+        own = sorted(ratios[name] for name in names)
+        found[kind] = target or max(own, key=lambda ratio: (own.count(ratio), -ratio))
+    return found
+
+
+def views(run: Path, *, ratios: Sequence[float] | None = None, watch: Watch = lambda event: None) -> Mapping[str, Any]:
+    """Score a run's model in the three ways that differ: whole, as clients trained it, and as it is deployed.
+
+    What is learned on a pruned model also repairs what is missing there, so the same change is worth another loss in
+    each of them.
+
+    Args:
+        run: the run directory.
+        ratios: of the deployed models; what each kind of device gets without it.
+        watch: told what is being scored.
+
+    Returns:
+        `whole` and `deployed` (by ratio): test scores, block sparsity, parameters, milliseconds of a forward pass;
+        `clients`: by client, scores on its held-out rows in the structure that it trained last.
+
+    Raises:
+        StoreError: if the folder holds no run.
+        ConfigError: if the run has no order to prune by.
+    """
+    trained = opened(run)
+    recipe = trained.experiment.recipe
+    pruning = recipe.pruning
+    if pruning is None:
+        raise ConfigError(Fault("run", "one with [pruning]", f"{run} without", "fedtune evaluate scores its model"))
+    wanted = ratios if ratios is not None else sorted(set(deployed_ratios(run, pruning.target).values()))
+    found: dict[str, Any] = {"whole": scored(trained, 0.0), "deployed": {}, "clients": {}}
+    for ratio in wanted:
+        if ratio > 0:
+            watch(Note(f"scoring the model pruned by {ratio:g}"))
+            found["deployed"][f"{ratio:g}"] = scored(trained, ratio)
+    shards = trained.experiment.federation.clients
+    for name, ratio in sorted(trained_ratios(run).items()):
+        held_out = shards[name].held_out[: recipe.evaluate.client_examples] if name in shards else ()
+        if held_out:
+            metrics = measured(trained, trained.keep(ratio), {name: held_out})[name]
+            found["clients"][name] = {"ratio": ratio, **metrics}
+    return found
+
+
+def measured(trained: Trained, keep: Keep | None, groups: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:
+    """Score the global model, pruned to a structure, on groups of examples."""
+    from fedtune.model import shrunk
+    from fedtune.model.evaluate import evaluate
+    from fedtune.model.libraries import threads
+
+    base, recipe, body = trained.experiment.base, trained.experiment.recipe, trained.experiment.blueprint.anatomy
+    assert body is not None  # a run without one is not pruned
+    adapter = slice_adapter(trained.tuned.adapter, cuts(keep, body)) if keep else trained.tuned.adapter
+    with threads(recipe.model.threads), shrunk.reduced(base, keep, body) as small:
+        return evaluate(small, adapter, trained.tuned.saved, groups, batch=recipe.evaluate.batch)
+
+
+def scored(trained: Trained, ratio: float) -> Mapping[str, float]:
+    """Return test scores of the model at a ratio, and what it costs: parameters, memory, time of a forward pass."""
+    from fedtune.model import shrunk
+    from fedtune.model.libraries import threads
+    from fedtune.model.lora import attached
+
+    experiment, keep = trained.experiment, trained.keep(ratio)
+    base, recipe, body = experiment.base, experiment.recipe, experiment.blueprint.anatomy
+    assert body is not None  # as above
+    test = experiment.federation.test[: recipe.evaluate.examples]
+    found = dict(measured(trained, keep, {"test": test}).get("test", {}))
+    found["sparsity"] = sparsity(keep, body) if keep else 0.0
+    adapter = slice_adapter(trained.tuned.adapter, cuts(keep, body)) if keep else trained.tuned.adapter
+    with threads(recipe.model.threads), shrunk.reduced(base, keep, body) as small:
+        sizes = [(parameter.numel(), parameter.element_size()) for parameter in small.model.parameters()]
+        found["parameters"] = sum(count for count, _ in sizes)
+        found["megabytes"] = sum(count * size for count, size in sizes) / 1e6
+        with attached(small, frozen=adapter, saved=trained.tuned.saved) as model:
+            found["forward_ms"] = forward_ms(partial(shrunk.paired_loss, model), small, test)
+    return found
+
+
+def forward_ms(loss: Any, base: Any, examples: Sequence[Any]) -> float:
+    """Return the median time of a forward pass over up to 16 rows."""
+    from fedtune.model import shrunk
+
+    batch = shrunk.paired_rows(examples, base, key=0)
+    times = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        loss(batch, base)  # a number: so the device has finished
+        times.append(1e3 * (time.perf_counter() - began))
+    return median(times[1:])
+
+
+def deploy(
+    run: str | Path,
+    *,
+    out: str | Path | None = None,
+    ratios: Sequence[float] | None = None,
+    dtype: str | None = None,
+    watch: Watch = lambda event: None,
+) -> Path:
+    """Write what each kind of device gets of a run's model, and return the folder.
+
+    Per ratio: `recipe/` with `pruning.json` and the adapter in the base's coordinates, which stock peft reads over the
+    whole base; `model/`, the smaller model with its own width in every block, which `fedtune.model.deployed.load`
+    reads; and where all blocks are equally wide `stock/`, which transformers loads by itself. `deploy.json` says which
+    kind of device gets which.
+
+    Args:
+        run: the run directory.
+        out: folder to write; `<run>/deploy` without it.
+        ratios: what to write in place of what the devices trained.
+        dtype: number format of the models; the base's own without it.
+        watch: told what was left out, and why.
+
+    Raises:
+        StoreError: if the folder holds no run, or `out` holds files already.
+        ConfigError: if the run has no order to prune by.
+    """
+    path = Path(run)
+    target = Path(out) if out is not None else path / "deploy"
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
+    trained = opened(path)
+    recipe = trained.experiment.recipe
+    if recipe.pruning is None:
+        raise ConfigError(Fault("run", "one with [pruning]", f"{path} without", "use the form peft or merged"))
+    by_class = deployed_ratios(path, recipe.pruning.target) if ratios is None else {}
+    wanted = sorted(set(by_class.values())) if ratios is None else sorted(set(ratios))
+    faults = [Fault("ratio", "numbers from 0 to 0.875", f"{each:g}") for each in wanted if not 0 <= each <= 0.875]
+    if faults or not wanted:
+        raise ConfigError(faults or Fault("ratio", "at least one", "none was trained", "give --ratio 0.5"))
+    with new_folder(target) as folder:
+        told = {f"{ratio:g}": written(trained, ratio, folder, dtype=dtype, watch=watch) for ratio in wanted}
+        index = {"devices": {kind: folder_of(ratio) for kind, ratio in by_class.items()}, "ratios": told}
+        (folder / "deploy.json").write_text(json.dumps(index, indent=1) + "\n")
+    return target
+
+
+def folder_of(ratio: float) -> str:
+    return f"ratio-{ratio:g}"
+
+
+def written(trained: Trained, ratio: float, folder: Path, *, dtype: str | None, watch: Watch) -> Mapping[str, Any]:
+    """Write the three forms of one ratio, and return what `deploy.json` says of it."""
+    from fedtune.model.base import DTYPES
+    from fedtune.model.deployed import write, write_uniform
+
+    experiment = trained.experiment
+    base, recipe, body = experiment.base, experiment.recipe, experiment.blueprint.anatomy
+    assert body is not None  # the run is pruned
+    assert recipe.pruning is not None
+    from fedtune.keep import whole
+
+    chosen = dtype or recipe.model.dtype
+    if chosen not in DTYPES:
+        raise ConfigError(Fault("dtype", f"one of {', '.join(DTYPES)}", repr(chosen)))
+    keep = trained.keep(ratio) or whole(body)
+    place = folder / folder_of(ratio)
+    tuned, origin = result.read(trained.path)
+    peft.write(place / "recipe", tuned.adapter, tuned.saved, experiment.target, origin)
+    store_pruning.write(
+        place / "recipe",
+        keep,
+        body,
+        ratio=ratio,
+        settings=recipe.pruning,
+        order=getattr(trained.state, "order", {}),
+        base={"name": base.name, "digest": base.digest, "revision": recipe.model.revision or ""},
+    )
+    options: Any = {"saved": trained.tuned.saved, "dtype": chosen, "revision": recipe.model.revision}
+    write(place / "model", base, keep, body, trained.tuned.adapter, **options)
+    forms = ["recipe", "model"]
+    try:
+        write_uniform(place / "stock", base, keep, body, trained.tuned.adapter, **options)
+        forms.append("stock")
+    except ConfigError as error:
+        watch(Note(f"ratio {ratio:g}: no folder stock: {error.faults[0].expected}; got {error.faults[0].got}"))
+    return {"folder": folder_of(ratio), "forms": forms, "sparsity": sparsity(keep, body), "digest": keep.digest.hex()}
