@@ -122,31 +122,13 @@ class Deadline:
         return DeadlineMemory(clients, self._judged(memory, observed))
 
     def _seconds(self, memory: DeadlineMemory, cohort: Sequence[Candidate]) -> Array:
-        compute = self._rates(memory, cohort, "compute")
-        transfer = self._rates(memory, cohort, "transfer")
+        compute = rates_of(memory, cohort, "compute")
+        transfer = rates_of(memory, cohort, "transfer")
         tflop = np.array([each.tflop for each in cohort])
         megabytes = np.array([each.megabytes for each in cohort])
         overhead = np.array([each.overhead_s for each in cohort])
         found: Array = compute[:, None] * tflop + transfer[:, None] * megabytes + overhead[:, None]
         return found
-
-    def _rates(self, memory: DeadlineMemory, cohort: Sequence[Candidate], what: str) -> Array:
-        """Return seconds per unit of work by client: measured, else of its profile, else of what others needed."""
-        found = []
-        for each in cohort:
-            rates = memory.clients.get(each.client)
-            prior = each.s_per_tflop if what == "compute" else each.s_per_mb
-            rate: Rate | None = getattr(rates, what) if rates else None
-            if rate is not None and np.isfinite(rate.log_s):
-                seconds = float(np.exp(rate.log_s))
-                found.append(seconds if prior is None else max(seconds, prior / FASTER))
-            else:
-                found.append(np.nan if prior is None else prior)
-        rates_ = np.array(found)
-        known = rates_[np.isfinite(rates_)]
-        everybody = [float(np.exp(getattr(each, what).log_s)) for each in memory.clients.values()]
-        others = [rate for rate in everybody if np.isfinite(rate)] or known.tolist() or [1.0]
-        return np.where(np.isfinite(rates_), rates_, UNKNOWN * float(np.median(others)))
 
     def _quality(self, memory: DeadlineMemory) -> Array:
         likely = np.array(memory.log_likelihood)
@@ -188,6 +170,25 @@ class Deadline:
         residual = ((gains - factor[:, None] * said) ** 2).sum(axis=1)
         noise = 2 * max(float(residual.min()) / len(pairs), 1e-4)
         return tuple((QUALITY_FORGETTING * np.array(memory.log_likelihood) - residual / noise).tolist())
+
+
+def rates_of(memory: DeadlineMemory, cohort: Sequence[Candidate], what: str) -> Array:
+    """Return seconds per unit of work by client: measured, else of its profile, else of what others needed."""
+    found = []
+    for each in cohort:
+        rates = memory.clients.get(each.client)
+        prior = each.s_per_tflop if what == "compute" else each.s_per_mb
+        rate: Rate | None = getattr(rates, what) if rates else None
+        if rate is not None and np.isfinite(rate.log_s):
+            seconds = float(np.exp(rate.log_s))
+            found.append(seconds if prior is None else max(seconds, prior / FASTER))
+        else:
+            found.append(np.nan if prior is None else prior)
+    rates_ = np.array(found)
+    known = rates_[np.isfinite(rates_)]
+    everybody = [float(np.exp(getattr(each, what).log_s)) for each in memory.clients.values()]
+    others = [rate for rate in everybody if np.isfinite(rate)] or known.tolist() or [1.0]
+    return np.where(np.isfinite(rates_), rates_, UNKNOWN * float(np.median(others)))
 
 
 def measured(rate: Rate, seconds: float | None, work: float, *, late: bool) -> Rate:

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.planning.deadline import (
+    HYPOTHESES,
+    Deadline,
+    DeadlineMemory,
+    Rate,
+    best,
+    deadlines,
+    measured,
+    quality,
+    rates_of,
+)
+from fedtune.planning.policy import Arm
+from tests.planning.conftest import ARMS, candidate, seen
+
+
+def test_the_example_on_paper() -> None:
+    """X takes (10, 6) s and Y (4, 3) s for arms of worth 1 and 3/4: V = .125, .1458, .1458, .1 at D = 3, 4, 6, 10."""
+    seconds, worth = np.array([[10.0, 6.0], [4.0, 3.0]]), np.array([[1.0, 0.75]] * 2)
+    weights = np.array([0.5, 0.5])
+    assert deadlines(seconds).tolist() == [3.0, 4.0, 6.0, 10.0]
+    values = {}
+    for bound in (3.0, 4.0, 6.0, 10.0):
+        chosen, end = best(seconds, worth, weights, np.array([bound]), 0.0)
+        values[bound] = float(weights @ worth[[0, 1], chosen]) / end
+    assert values == pytest.approx({3.0: 0.125, 4.0: 0.1458333, 6.0: 0.1458333, 10.0: 0.1})
+    chosen, end = best(seconds, worth, weights, deadlines(seconds), 0.0)
+    assert (chosen.tolist(), end) == ([1, 0], 6.0)
+
+
+def test_there_are_75_hypotheses_and_quality_falls_with_the_ratio_and_rises_with_the_rank() -> None:
+    assert HYPOTHESES.shape == (75, 3)
+    found = quality([Arm(0.0, 4), Arm(0.5, 4), Arm(0.0, 16), Arm(0.99, 64)])
+    assert (found[:, 0] > found[:, 1]).all()
+    assert (found[:, 2] > found[:, 0]).all()
+    assert (found[:, 3] == 0).all()
+
+
+@given(
+    seconds=st.lists(st.lists(st.floats(0.1, 100), min_size=3, max_size=3), min_size=1, max_size=6),
+    bound=st.floats(0.1, 100),
+)
+def test_nobody_that_has_an_arm_in_time_ends_after_it(seconds: list[list[float]], bound: float) -> None:
+    table = np.array(seconds)
+    worth = np.tile([1.0, 0.7, 0.7], (len(table), 1))
+    chosen, _ = best(table, worth, np.full(len(table), 1 / len(table)), np.array([bound]), 0.0)
+    for row, arm in zip(table, chosen, strict=True):
+        assert row[arm] <= bound or (row > bound).all()
+        assert row[arm] <= bound or row[arm] == row.min()
+        if arm in (1, 2) and row[arm] <= bound:  # of two arms of the same worth the quicker one
+            assert row[arm] == min(row[1:][row[1:] <= bound])
+
+
+def test_the_slow_device_gets_the_smaller_arm_and_the_deadline_is_sent_with_room() -> None:
+    policy = Deadline(ARMS)
+    choice = policy.choose(
+        policy.start(), 1, [candidate("fast", [3, 2, 1]), candidate("slow", [30, 8, 3], rate=5.0)], key=0
+    )
+    assert choice.arms["fast"] == 0
+    assert choice.arms["slow"] > 0
+    assert choice.deadline_s == pytest.approx(1.25 * 3.0)
+
+
+def test_a_rate_is_a_mean_that_forgets_and_starts_anew_after_two_jumps() -> None:
+    rate = Rate(np.nan)
+    rate = measured(rate, 10.0, 1.0, late=False)
+    assert np.exp(rate.log_s) == pytest.approx(10)
+    second = measured(rate, 12.0, 1.0, late=False)
+    gain = 0.2 / (1 - 0.8**2)
+    assert second.log_s == pytest.approx(np.log(10) + gain * np.log(1.2))
+    once = measured(second, 40.0, 1.0, late=False)
+    assert once.misses == 1
+    twice = measured(once, 40.0, 1.0, late=False)
+    assert (np.exp(twice.log_s), twice.count) == (pytest.approx(40), 1)
+
+
+def test_a_missed_deadline_is_a_bound_and_not_a_measurement() -> None:
+    rate = Rate(np.log(20.0), count=3)
+    assert measured(rate, 10.0, 1.0, late=True) == rate
+    assert measured(rate, 30.0, 1.0, late=True).log_s > rate.log_s
+
+
+def test_a_client_that_claims_to_be_infinitely_fast_is_held_to_its_profile() -> None:
+    policy = Deadline(ARMS)
+    memory = policy.learn(policy.start(), [replace(seen("liar", ARMS[0]), compute_s=1e-9, transfer_s=1e-9)])
+    cohort = [candidate("liar", [8, 4, 2]), candidate("bob", [8, 4, 2])]
+    rates = rates_of(memory, cohort, "compute")
+    assert rates[0] == pytest.approx(0.25)
+
+
+def test_without_a_profile_a_client_is_taken_to_be_slower_than_most() -> None:
+    policy = Deadline(ARMS)
+    memory = policy.learn(policy.start(), [seen("ann", ARMS[0], seconds=2.0)])
+    unknown = replace(candidate("new", [1, 1, 1]), s_per_tflop=None)
+    assert rates_of(memory, [unknown], "compute")[0] == pytest.approx(3.0)
+
+
+def test_only_the_contrast_between_clients_teaches() -> None:
+    policy = Deadline(ARMS)
+    memory: DeadlineMemory = policy.start()
+    for level in (1.0, 0.5, 0.25, 0.125):  # gains fall over the run, alike for all arms that matter
+        gains = {0: 1.0, 1: 1.0, 2: 0.1}
+        memory = policy.learn(
+            memory, [seen(f"c{arm}", ARMS[arm], gain=level * gain) for arm, gain in gains.items() for _ in range(2)]
+        )
+    likely = np.array(memory.log_likelihood)
+    assert likely.max() - likely.min() > 1
+    said = quality(ARMS)[likely.argmax()]
+    assert said[1] / said[0] > 0.7
+    assert said[2] < said[1]
+
+
+def test_fewer_than_three_losses_teach_nothing_of_quality() -> None:
+    policy = Deadline(ARMS)
+    two = [seen("ann", ARMS[0]), seen("bob", ARMS[2], gain=0.1)]
+    assert policy.learn(policy.start(), two).log_likelihood == policy.start().log_likelihood
+
+
+def test_exploration_never_makes_a_straggler() -> None:
+    policy = Deadline(ARMS, explore=2)
+    cohort = [candidate("ann", [9, 5, 1]), candidate("bob", [4, 3, 2])]
+    plain = Deadline(ARMS).choose(policy.start(), 1, cohort, key=0)
+    end = (plain.deadline_s or 0) / 1.25
+    drawn = set()
+    for round in range(1, 30):
+        choice = policy.choose(policy.start(), round, cohort, key=round)
+        drawn |= set(choice.arms.items())
+        times = {"ann": [9, 5, 1], "bob": [4, 3, 2]}
+        assert max(times[name][arm] for name, arm in choice.arms.items()) <= end
+    assert len(drawn) > 2
+
+
+def test_a_given_deadline_holds() -> None:
+    policy = Deadline(ARMS, deadline_s=5.0)
+    choice = policy.choose(policy.start(), 1, [candidate("ann", [9, 5, 1]), candidate("bob", [40, 30, 20])], key=0)
+    assert choice.arms == {"ann": 1, "bob": 2}
+    assert choice.deadline_s == pytest.approx(6.25)

@@ -1,0 +1,45 @@
+"""A small synthetic fleet: the planner that learns speeds beats the bandits, and comes near to who knows everything."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "planner.py"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("planner_bench", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["planner_bench"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_deadline_comes_near_the_oracle_and_beats_the_bandits(bench: ModuleType, seed: int) -> None:
+    world = bench.World(seed, 12, 12, 30)
+    goal = bench.GOAL * world.rounds
+
+    def seconds(round: int, each: object) -> object:
+        compute, transfer = world.seconds(each.client, round)  # type: ignore[attr-defined]
+        return compute + transfer
+
+    def worth(round: int, each: object) -> object:
+        return world.worth(each.client, round)  # type: ignore[attr-defined]
+
+    ideal = bench.reached(*bench.played(world, bench.Oracle(bench.ARMS, seconds, worth), prior=None), goal)
+    times = {
+        name: bench.reached(*bench.played(world, bench.narrowed(policy), prior=prior), goal) / ideal
+        for name, (policy, prior) in bench.policies(world).items()
+        if name in ("deadline", "ucb, few arms", "s-ucb", "thompson", "random")
+    }
+    assert times["deadline"] < 1.5
+    assert all(times["deadline"] < other for name, other in times.items() if name != "deadline")

@@ -1,0 +1,67 @@
+"""What bandits are paid for; a test for each way in which such a reward has gone wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedtune.planning.rewards import relative, rewards
+from tests.planning.conftest import ARMS, seen
+
+
+def test_by_hand() -> None:
+    observed = [
+        seen("ann", ARMS[0], gain=0.2, seconds=10.0),
+        seen("bob", ARMS[1], gain=0.1, seconds=20.0),
+        seen("cyd", ARMS[2], gain=0.9, seconds=40.0),
+    ]
+    paid = rewards(observed, "time")
+    # Median gain 0.2, median time 20 s: cyd's gain is clipped at three medians, and it took twice the median.
+    assert paid == pytest.approx({"ann": 1 / 3, "bob": 0.5 / 3, "cyd": 1.0 - 0.5})
+    fedmp = rewards(observed, "fedmp")
+    mean = 70 / 3
+    assert fedmp["ann"] == pytest.approx(0.2 / ((mean - 10) / mean + 0.05))
+
+
+def test_quick_devices_are_not_punished_for_being_quick() -> None:
+    """A symmetric |T - mean| would tell them to do idle work."""
+    slow = [seen("bob", ARMS[0], seconds=10.0), seen("cyd", ARMS[0], seconds=10.0)]
+    quick, same = (rewards([seen("ann", ARMS[0], seconds=t), *slow], "time")["ann"] for t in (1.0, 10.0))
+    assert quick == same
+    symmetric = [rewards([seen("ann", ARMS[0], seconds=t), *slow], "fedmp")["ann"] for t in (1.0, 10.0)]
+    assert symmetric[0] < symmetric[1]
+
+
+def test_what_was_tried_early_is_not_preferred() -> None:
+    """Raw gains fall over a run; beside the round's median the same arm is paid the same late as early."""
+    paid = [
+        rewards(
+            [seen(name, ARMS[i], gain=level * g) for i, (name, g) in enumerate((("a", 1.0), ("b", 2.0), ("c", 3.0)))],
+            "time",
+        )
+        for level in (1.0, 0.01)
+    ]
+    assert paid[0] == pytest.approx(paid[1])
+
+
+def test_pruning_harder_is_not_paid_for_the_damage_that_training_repairs() -> None:
+    """The loss before is that before surgery: whoever ends where it began has gained nothing, whatever it pruned."""
+    observed = [seen("ann", ARMS[2], gain=0.0), seen("bob", ARMS[0], gain=0.3), seen("cyd", ARMS[0], gain=0.3)]
+    assert rewards(observed, "time")["ann"] == 0.0
+
+
+def test_a_loss_that_rose_is_paid_nothing_and_not_less() -> None:
+    observed = [seen("ann", ARMS[0], gain=-5.0), seen("bob", ARMS[0], gain=1.0), seen("cyd", ARMS[0], gain=1.0)]
+    assert rewards(observed, "time")["ann"] == 0.0
+
+
+def test_whoever_cannot_be_judged_is_left_out() -> None:
+    observed = [seen("ann", ARMS[0], gain=None), seen("bob", ARMS[0], seconds=None), seen("cyd", ARMS[0])]
+    assert relative(observed).keys() == {"cyd"}
+    assert rewards([], "time") == rewards([], "fedmp") == {}
+
+
+def test_importance_is_beside_the_rounds_median() -> None:
+    observed = [replace(seen(name, ARMS[0]), importance=value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    assert [each.importance for each in relative(observed).values()] == pytest.approx([1 / 6, 1 / 3, 0.5])
