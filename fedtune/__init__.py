@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedtune.config import Recipe, bind
     from fedtune.errors import ConfigError, FedtuneError
     from fedtune.exports import export, replay
+    from fedtune.pruned import deploy, load_pruned, views
 
 __all__ = [
     "ConfigError",
@@ -23,10 +24,13 @@ __all__ = [
     "Run",
     "bind",
     "compare",
+    "deploy",
     "evaluate",
     "export",
+    "load_pruned",
     "replay",
     "simulate",
+    "views",
 ]
 
 _HOMES = {
@@ -34,6 +38,9 @@ _HOMES = {
     "FedtuneError": "errors",
     "Recipe": "config",
     "bind": "config",
+    "deploy": "pruned",
+    "load_pruned": "pruned",
+    "views": "pruned",
     "export": "exports",
     "replay": "exports",
 }

@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("site", "worker", "serving", "standing"),
     ("experiment", "resident", "coordinator", "member"),
     ("exports",),
+    ("pruned",),
     ("api",),
     ("cli",),
 )

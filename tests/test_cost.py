@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -55,7 +56,7 @@ def test_half_of_roberta_base() -> None:
 
 def test_upload_of_the_whole_in_two_formats() -> None:
     body = replace(ROBERTA, saved=0)
-    sent = {d: round_bytes(body, None, 0.0, 16, global_rank=32, wire_dtype=d)[1] for d in ("fp32", "bf16")}  # type: ignore[arg-type]
+    sent = {d: round_bytes(body, None, 0.0, 16, global_rank=32, wire_dtype=d)[1] for d in ("fp32", "bf16")}
     assert sent == pytest.approx({"fp32": 10.6e6, "bf16": 5.3e6}, rel=5e-3)
 
 
@@ -67,11 +68,12 @@ def test_upload_of_the_whole_in_two_formats() -> None:
 )
 def test_pruning_harder_never_costs_more_and_rank_never_less(ratio: float, more: float, rank: int, name: str) -> None:
     body = PROXIES[name]()
-    for cost in (
+    costs: list[Callable[[float, int], float]] = [
         lambda p, r: round_flops(body, PRUNING, p, r, WORK),
         lambda p, r: sum(round_bytes(body, PRUNING, p, r, global_rank=32, wire_dtype="bf16")),
         lambda p, r: memory_bytes(body, PRUNING, p, r, WORK),
-    ):
+    ]
+    for cost in costs:
         assert cost(min(0.875, ratio + more), rank) <= cost(ratio, rank) * (1 + 1e-12)
         assert cost(ratio, rank + 1) > cost(ratio, rank)
 

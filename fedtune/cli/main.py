@@ -131,19 +131,42 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Other test data, with the columns of the recipe's.")
     ] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Score so many examples; all without it.")] = None,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0, max=0.875, help="Pruning ratio to score at, in place of what devices get; may be given again."
+        ),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Score a run's base and its adapter on the recipe's test data, or on another file."""
-    with reported(debug):
-        from fedtune import api
-        from fedtune.cli.summary import comparison
+    """Score a run's base and its adapter on the recipe's test data, or on another file.
 
-        scores = api.evaluate(run, data=data, examples=examples)
+    Of a run with pruning also: the whole model beside those that devices get, with their size and the time of a forward
+    pass, and each client's held-out rows in the structure that it trained.
+    """
+    with reported(debug):
+        from fedtune import api, pruned
+        from fedtune.cli.summary import client_views, comparison, views
+
+        scores: dict[str, Any] = dict(api.evaluate(run, data=data, examples=examples))
+        if data is None and pruned.pruned_by_one_order(run):
+            scores["views"] = observed(
+                "evaluate", True, lambda watch: pruned.views(run, ratios=ratio or None, watch=watch)
+            )
+        elif ratio:
+            raise typer.BadParameter(
+                "expected a run that pruned by one order for all, and no --data", param_hint="--ratio"
+            )
         if as_json:
             typer.echo(json.dumps(scores))
-        else:
-            console(sys.stdout).print(comparison(scores["before"], scores["after"]))
+            return
+        out = console(sys.stdout)
+        out.print(comparison(scores["before"], scores["after"]))
+        if "views" in scores:
+            out.print(views(scores["views"]))
+            if scores["views"]["clients"]:
+                out.print(client_views(scores["views"]["clients"]))
 
 
 @app.command(
@@ -152,6 +175,8 @@ def evaluate(
         "fedtune export runs/demo --form merged --out my-model",
         "fedtune export runs/demo --form uniform --max-rank 16",
         "fedtune export runs/dolly-kseed --form ledger",
+        "fedtune export runs/fedspine --deploy",
+        "fedtune export runs/fedspine --deploy --ratio 0.25 --ratio 0.5 --out models",
     )
 )
 def export(
@@ -169,12 +194,35 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Of a merged model: float32, bfloat16 or float16; the base's without it.")
     ] = None,
+    deploy: Annotated[
+        bool, typer.Option("--deploy", help="Of a run with pruning: the smaller model that each kind of device gets.")
+    ] = False,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="With --deploy: ratios to write in place of what the devices trained.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Write the result for others to load: a PEFT adapter, a whole merged model, or the seeds that it is made of."""
-    with reported(debug):
-        from fedtune import exports
+    """Write the result for others to load: a PEFT adapter, a whole merged model, pruned models, or the seeds.
 
+    With --deploy, per pruning ratio: `recipe` (the kept indices and the adapter over the whole base), `model` (the
+    smaller model, every block of its own width; `fedtune.load_pruned` reads it), and where all blocks are equally wide
+    `stock`, which transformers loads by itself. `deploy.json` says which kind of device gets which.
+    """
+    if not deploy and ratio:
+        raise typer.BadParameter("expected --deploy beside it", param_hint="--ratio")
+    if deploy and (form is not None or max_rank is not None):
+        raise typer.BadParameter("expected neither --form nor --max-rank beside it", param_hint="--deploy")
+    with reported(debug):
+        from fedtune import exports, pruned
+
+        if deploy:
+            written = observed(
+                "export",
+                True,
+                lambda watch: pruned.deploy(run, out=out, ratios=ratio or None, dtype=dtype, watch=watch),
+            )
+            typer.echo(written)
+            return
         folder = observed(
             "export",
             True,

@@ -39,6 +39,34 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, adapter: Path,
         console.print(Text(f"{name:8} {printable(path)}"), soft_wrap=True)
 
 
+def views(found: Mapping[str, Any]) -> Table:
+    """Return the whole model beside those that devices get: scores, size, time of a forward pass."""
+    rows = {"whole": found["whole"], **{f"pruned by {ratio}": row for ratio, row in found["deployed"].items()}}
+    metrics = [name for name in named(*rows.values()) if name not in COSTS]
+    table = grid("the same change in smaller models", "", *metrics, "block sparsity", "parameters", "MB", "forward")
+    for title, row in rows.items():
+        costs = [
+            f"{100 * row['sparsity']:.1f} %",
+            f"{row['parameters']:,}",
+            f"{row['megabytes']:.1f}",
+            f"{row['forward_ms']:.1f} ms",
+        ]
+        table.add_row(title, *(number(row[name]) for name in metrics), *costs)
+    return table
+
+
+COSTS = ("sparsity", "parameters", "megabytes", "forward_ms")
+
+
+def client_views(found: Mapping[str, Any]) -> Table:
+    """Return each client's held-out scores in the structure that it trained last."""
+    metrics = [name for name in named(*found.values()) if name != "ratio"]
+    table = grid("each client's rows, in the model that it trained last", "client", "ratio", *metrics)
+    for name, row in list(found.items())[:MOST_CLIENTS]:
+        table.add_row(printable(name), f"{row['ratio']:g}", *(number(row[metric]) for metric in metrics))
+    return table
+
+
 def scores(summary: Mapping[str, Any]) -> Table:
     """Return the global model's scores: a row per scope, a column per metric, each cell `before -> after`."""
     before, after = summary["before"], summary["after"]

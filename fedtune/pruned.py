@@ -104,6 +104,31 @@ def classes(run: Path) -> Mapping[str, Sequence[str]]:
     return found
 
 
+def pruned_by_one_order(run: Path) -> bool:
+    """Return whether a run pruned its clients by an order that holds for all of them.
+
+    Raises:
+        StoreError: if the folder holds no run.
+    """
+    check_run(run)
+    pruning = bind(run / "recipe.toml").pruning
+    return pruning is not None and pruning.policy != "local"
+
+
+def load_pruned(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Any:
+    """Return the model of a folder `model` that `deploy` wrote: a transformers model, each block of its own width.
+
+    Nothing in the folder is run, and one tensor is read at a time.
+
+    Raises:
+        ConfigError: if the folder is none, or is damaged.
+    """
+    from fedtune.model.base import choose_device
+    from fedtune.model.deployed import load
+
+    return load(Path(folder), dtype=dtype, device=choose_device(device))
+
+
 def deployed_ratios(run: Path, target: float) -> Mapping[str, float]:
     """Return what each kind of device gets: the target, or where none is set what most of its clients trained last."""
     ratios, found = trained_ratios(run), {}

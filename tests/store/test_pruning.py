@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.errors import ConfigError
+from fedtune.keep import Anatomy, Block, Keep, Kept
+from fedtune.ranking import PruningSettings
+from fedtune.store import pruning
+from fedtune.tensors import Array
+
+ANATOMY = Anatomy("llama", (Block("model.layers.0", 4, 2, 2, 8),), width=8)
+KEEP = Keep((Kept((2, 3), (1,), (0, 1, 2, 6)),))
+ORDER: dict[str, Array] = {"heads": np.arange(4, dtype=np.float32), "channels": np.arange(8, dtype=np.float32) / 3}
+BASE = {"name": "tiny", "digest": "abc123", "revision": ""}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    pruning.write(tmp_path, KEEP, ANATOMY, ratio=0.5, settings=PruningSettings(), order=ORDER, base=BASE)
+    return tmp_path / "pruning.json"
+
+
+def test_what_was_kept_and_its_order_come_back(written: Path) -> None:
+    assert pruning.read(written, ANATOMY, "abc123") == KEEP
+    order = pruning.read_ranking(str(written), Path(), ANATOMY, "abc123")
+    np.testing.assert_allclose(order["channels"], ORDER["channels"], rtol=1e-5)
+    told = json.loads(written.read_text())
+    assert told["blocks"][0]["ff"] == [[0, 3], [6, 1]]
+    assert told["sparsity"] == pytest.approx(0.5)
+
+
+@given(st.sets(st.integers(0, 300)))
+def test_runs_give_their_numbers_back(numbers: set[int]) -> None:
+    rising = tuple(sorted(numbers))
+    assert pruning.unrolled(pruning.runs(rising)) == rising
+
+
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda told: told["blocks"][0].update(q=[3, 2]), "rising indices"),
+        (lambda told: told["blocks"][0].update(q=[0, 2]), "kept key/value heads"),
+        (lambda told: told["blocks"][0].update(ff=[[0, 9]]), "indices from 0 to 7"),
+        (lambda told: told["blocks"][0].update(ff=[[4, 2], [0, 1]]), "rising indices"),
+        (lambda told: told["blocks"][0].update(ff=[]), "at least one of 8"),
+        (lambda told: told["blocks"][0].update(ff=[[0, 2**40]]), "runs of"),
+        (lambda told: told["blocks"][0].pop("kv"), "heads and channels"),
+        (lambda told: told["blocks"].append(told["blocks"][0]), "expected 1 blocks"),
+        (lambda told: told.update(digest="00"), "lists of the digest 00"),
+        (lambda told: told["base"].update(digest="other"), "the base abc123"),
+        (lambda told: told.update(family="bert"), "the base abc123"),
+        (lambda told: told.update(format=9), "of format 1"),
+    ],
+)
+def test_a_file_of_no_model_or_of_another_base_is_refused_by_name(written: Path, change: Change, said: str) -> None:
+    told = json.loads(written.read_text())
+    change(told)
+    written.write_text(json.dumps(told))
+    with pytest.raises(ConfigError, match=said) as caught:
+        pruning.read(written, ANATOMY, "abc123")
+    assert "pruning.json" in str(caught.value)
+
+
+def test_an_order_of_another_length_or_of_no_numbers_is_refused(written: Path, tmp_path: Path) -> None:
+    told = json.loads(written.read_text())
+    for bad, said in (
+        ([1.0], "expected heads of shape"),
+        ([1.0, 2.0, None, 4.0], "finite numbers"),
+        ("x", "an order of"),
+    ):
+        written.write_text(json.dumps({**told, "order": {**told["order"], "heads": bad}}))
+        with pytest.raises(ConfigError, match=said):
+            pruning.read_ranking(str(written), Path(), ANATOMY, "abc123")
+    with pytest.raises(ConfigError, match=r"to hold a pruning.json"):
+        pruning.read_ranking("nowhere.json", tmp_path, ANATOMY, "abc123")

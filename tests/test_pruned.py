@@ -1,0 +1,282 @@
+"""A run with pruning from its recipe to what devices get: planned, resumed, scored in three views, loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import fedtune
+from fedtune import api, pruned
+from fedtune.errors import ConfigError, RoundError, StoreError
+from fedtune.rounds import Note
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+Tables = dict[str, Any]
+
+
+def spine(tables: Tables, **changes: Any) -> Tables:
+    """The tiny recipe with pruning, a planner and simulated devices: six rounds of three clients."""
+    rest = {key: value for key, value in tables.items() if key != "override"}
+    base: Tables = {
+        **rest,
+        "adapter": {"rank": 4, "targets": ["all-linear"]},
+        "method": {"name": "fedspine"},
+        "pruning": {"target": 0.5, "multiple": 8, "batches": 2, "refresh": 3},
+        "planner": {"name": "deadline", "ratios": [0.0, 0.25, 0.5], "ranks": [2, 4]},
+        "fleet": {"name": "fedspine80"},
+        "rounds": {"count": 5},
+    }
+    return {
+        **base,
+        **{key: {**base.get(key, {}), **value} if isinstance(value, dict) else value for key, value in changes.items()},
+    }
+
+
+@pytest.fixture
+def shrunk(tables: Tables, tmp_path: Path) -> api.Run:
+    return fedtune.simulate(spine(tables), out=tmp_path / "spine")
+
+
+def lines_of(run: api.Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_a_round_says_what_was_chosen_and_why_and_how_long_it_took(shrunk: api.Run) -> None:
+    lines = lines_of(shrunk)
+    assert {client["ratio"] for client in lines[1]["clients"].values()} == {0.0}  # nobody knows what to prune yet
+    assert {client["ratio"] for client in lines[-1]["clients"].values()} == {0.5}  # what is deployed
+    for line in lines[1:]:
+        for client in line["clients"].values():
+            assert client["why"]
+            assert client["compute_s"] > 0
+            assert client["importance"] > 0
+        slowest = max(c["compute_s"] + c["transfer_s"] + c["overhead_s"] for c in line["clients"].values())
+        assert line["clock_s"] == pytest.approx(lines[line["round"] - 1]["clock_s"] + slowest)
+    devices = shrunk.summary["devices"]
+    assert set(devices["clients"].values()) <= {"tx2", "xavier-nx", "agx-xavier"}
+    assert "simulated" in devices["clock"]
+
+
+@pytest.mark.parametrize("planner", ["deadline", "s-ucb", "ucb", "thompson", "random", "oracle"])
+def test_learning_survives_a_resume_to_the_bit(planner: str, tables: Tables, tmp_path: Path) -> None:
+    recipe = spine(tables, planner={"name": planner}, fleet={"by": "round"}, evaluate={"every": 0})
+    whole = fedtune.simulate(recipe, out=tmp_path / "whole")
+    seen = 0
+
+    def killed(event: Any) -> None:
+        nonlocal seen
+        seen += type(event).__name__ == "ClientFinished"
+        if seen == 8:  # within the third round
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedtune.simulate(recipe, out=tmp_path / "part", watch=killed)
+    rest = fedtune.simulate(resume=tmp_path / "part")
+    assert rest.summary["state_digest"] == whole.summary["state_digest"]
+    assert rest.summary["clock_s"] == whole.summary["clock_s"]
+    assert [line["clients"].keys() for line in lines_of(rest)] == [line["clients"].keys() for line in lines_of(whole)]
+    for one, other in zip(lines_of(rest), lines_of(whole), strict=True):
+        for name, client in one["clients"].items():
+            assert (client["ratio"], client["rank"], client["why"]) == tuple(
+                other["clients"][name][key] for key in ("ratio", "rank", "why")
+            )
+
+
+def test_worker_processes_come_to_the_same_bits(shrunk: api.Run, tables: Tables, tmp_path: Path) -> None:
+    again = fedtune.simulate(spine(tables, engine={"name": "processes", "workers": 2}), out=tmp_path / "again")
+    assert again.summary["state_digest"] == shrunk.summary["state_digest"]
+    assert again.summary["clock_s"] == shrunk.summary["clock_s"]
+
+
+def test_three_views_of_one_change(shrunk: api.Run) -> None:
+    found = pruned.views(shrunk.path)
+    assert found["deployed"].keys() == {"0.5"}
+    whole, half = found["whole"], found["deployed"]["0.5"]
+    assert whole["loss"] == pytest.approx(fedtune.evaluate(shrunk.path)["after"]["loss"], rel=1e-5)
+    assert half["sparsity"] == pytest.approx(0.5, abs=0.1)
+    assert half["parameters"] < whole["parameters"]
+    assert half["forward_ms"] > 0
+    assert found["clients"].keys() == {"client-0", "client-1", "client-2"}
+    assert pruned.views(shrunk.path, ratios=[0.25])["deployed"].keys() == {"0.25"}
+
+
+def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, tables: Tables) -> None:
+    notes: list[Any] = []
+    folder = fedtune.deploy(shrunk.path, watch=notes.append)
+    told = json.loads((folder / "deploy.json").read_text())
+    assert set(told["devices"].values()) == {"ratio-0.5"}
+    assert told["ratios"]["0.5"]["forms"][:2] == ["recipe", "model"]
+    place = folder / "ratio-0.5"
+    model = fedtune.load_pruned(place / "model")
+    trained = pruned.opened(shrunk.path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    from fedtune.keep import cuts, slice_adapter
+    from fedtune.model.lora import attached
+    from fedtune.model.shrunk import reduced
+
+    keep, body = trained.keep(0.5), trained.experiment.blueprint.anatomy
+    assert keep is not None
+    assert body is not None
+    with reduced(trained.experiment.base, keep, body) as small, torch.inference_mode():
+        with attached(small, frozen=slice_adapter(trained.tuned.adapter, cuts(keep, body))) as live:
+            expected = live(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
+    # The recipe form: stock peft over the whole base.
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tables["model"]["base"]), place / "recipe")
+    with attached(trained.experiment.base, frozen=trained.tuned.adapter) as live, torch.inference_mode():
+        torch.testing.assert_close(whole(input_ids=ids).logits, live(input_ids=ids).logits, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="fedtune-pruned-llama"):
+        AutoModelForCausalLM.from_pretrained(place / "model")
+
+
+def test_equal_widths_load_in_stock_transformers(tables: Tables, tmp_path: Path) -> None:
+    run = fedtune.simulate(spine(tables, pruning={"allocation": "uniform"}, rounds={"count": 3}), out=tmp_path / "even")
+    folder = fedtune.deploy(run.path) / "ratio-0.5"
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        stock = AutoModelForCausalLM.from_pretrained(folder / "stock")(input_ids=ids).logits
+        torch.testing.assert_close(
+            stock, fedtune.load_pruned(folder / "model")(input_ids=ids).logits, atol=1e-5, rtol=0
+        )
+
+
+def test_an_order_that_was_exported_starts_another_run(shrunk: api.Run, tables: Tables, tmp_path: Path) -> None:
+    folder = fedtune.deploy(shrunk.path, out=tmp_path / "out")
+    ranking = str(folder / "ratio-0.5" / "recipe" / "pruning.json")
+    run = fedtune.simulate(spine(tables, pruning={"ranking": ranking}, rounds={"count": 2}), out=tmp_path / "next")
+    ratios = {client["ratio"] for client in lines_of(run)[1]["clients"].values()}
+    assert min(ratios) > 0
+    other = {**spine(tables), "model": {**tables["model"], "base": "embedded"}, "pruning": {"ranking": ranking}}
+    with pytest.raises(ConfigError, match="to hold the base"):
+        fedtune.simulate(other, out=tmp_path / "other")
+
+
+@pytest.mark.parametrize("policy", ["local", "vote"])
+def test_the_other_policies_run(policy: str, tables: Tables, tmp_path: Path) -> None:
+    run = fedtune.simulate(spine(tables, pruning={"policy": policy}), out=tmp_path / policy)
+    lines = lines_of(run)
+    assert {c["status"] for line in lines[1:] for c in line["clients"].values()} == {"ok"}
+    assert {c["ratio"] for c in lines[-1]["clients"].values()} == {0.5}
+    assert pruned.pruned_by_one_order(run.path) == (policy == "vote")
+    if policy == "local":
+        with pytest.raises(ConfigError, match="one order for all"):
+            fedtune.deploy(run.path)
+    else:
+        assert all(len({c["ratio"] for c in line["clients"].values()}) == 1 for line in lines[1:])
+
+
+def test_stages_and_fixed_ratios_per_client_run(tables: Tables, tmp_path: Path) -> None:
+    recipe = spine(
+        tables,
+        pruning={"stages": 2, "steps_between": 1},
+        override=[{"clients": ["client-1"], "ratio": 0.25}, {"clients": ["client-2"], "ratio": 0.0, "rank": 2}],
+    )
+    recipe["planner"] = {"name": "fixed", "ratio": 0.5}
+    run = fedtune.simulate(recipe, out=tmp_path / "staged")
+    last = lines_of(run)[-1]["clients"]
+    assert {name: client["ratio"] for name, client in last.items()} == {
+        "client-0": 0.5,
+        "client-1": 0.25,
+        "client-2": 0.0,
+    }
+    ratios = pruned.deployed_ratios(run.path, 0.0)
+    assert set(ratios.values()) <= {0.0, 0.25, 0.5}
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_what_would(tables: Tables, tmp_path: Path) -> None:
+    tiny = [{"clients": ["client-0"], "memory_gb": 0.1}]
+    run = fedtune.simulate(spine(tables, device=tiny), out=tmp_path / "one")
+    out = lines_of(run)[-1]["clients"]["client-0"]
+    assert out["status"] == "unfit"
+    assert "expected at least" in out["reason"]
+    assert "has 0.1 GB" in out["reason"]
+    everybody = [{"clients": ["*"], "memory_gb": 0.1}]
+    with pytest.raises(RoundError, match="round 1: expected a client that can do something; got none: client-0: "):
+        fedtune.simulate(spine(tables, device=everybody), out=tmp_path / "none")
+
+
+Change = Callable[[Tables], None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pruning": {"target": 0.9}}, "pruning.target"),
+        ({"pruning": {"stages": 0}}, "pruning.stages"),
+        ({"method": {"coverage_floor": 0.0}}, "method.coverage_floor"),
+        ({"planner": {"ratios": [0.0, 0.25]}}, "planner.ratios: expected at least one of pruning.target = 0.5"),
+        ({"planner": {"ratios": []}}, "planner.ratios: expected at least one number"),
+        ({"planner": {"ratios": [1.5]}}, "planner.ratios"),
+        ({"pruning": {"score": "magnitude", "allocation": "global"}}, "pruning.allocation: expected uniform"),
+        ({"override": [{"clients": ["client-0"], "rank": 2}]}, "override.0.rank: expected nothing with the planner"),
+        ({"device": [{"clients": ["client-0"], "memory_gb": -1.0}]}, "device.0.memory_gb: expected a finite number"),
+        ({"device": [{"clients": ["client-0"], "profile": "tx3"}]}, 'did you mean "tx2"'),
+        ({"device": [{"clients": ["client-0"], "memory": 4}]}, "device.0.memory: expected a known key"),
+        ({"planner": {"name": "oracle"}}, "needs|fleet.by = 'round'"),
+    ],
+)
+def test_what_cannot_be_is_told_by_its_key(changes: Tables, said: str, tables: Tables) -> None:
+    with pytest.raises(ConfigError, match=said):
+        fedtune.bind(spine(tables, **changes))
+
+
+@pytest.mark.parametrize("method", ["fedit", "ffa", "zeropad", "hetlora", "flexlora", "fedex"])
+def test_methods_that_cannot_take_pruned_clients_say_why(method: str, tables: Tables) -> None:
+    recipe = spine(tables, planner={"name": "fixed"}, method={"name": method})
+    recipe["planner"] = {"name": "fixed"}
+    with pytest.raises(
+        ConfigError, match=rf"pruning: expected no table with this method; got '{method}': .*use method"
+    ):
+        fedtune.bind(recipe)
+
+
+def test_a_ratio_without_the_table_is_refused(tables: Tables) -> None:
+    with pytest.raises(ConfigError, match=r"planner.ratio: expected 0 without the table pruning"):
+        fedtune.bind({**tables, "planner": {"name": "fixed", "ratio": 0.5}})
+    with pytest.raises(ConfigError, match=r"override.0.ratio: expected 0 without the table pruning"):
+        fedtune.bind({**tables, "override": [{"clients": ["client-0"], "ratio": 0.5}]})
+
+
+def test_runs_without_pruning_have_no_pruned_models(ran: api.Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected one with \[pruning\]"):
+        fedtune.deploy(ran.path)
+    with pytest.raises(ConfigError, match=r"expected one with \[pruning\]"):
+        fedtune.views(ran.path)
+    with pytest.raises(StoreError):
+        fedtune.deploy(tmp_path / "nowhere")
+
+
+def test_a_folder_that_holds_files_is_left_alone(shrunk: api.Run, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("x")
+    with pytest.raises(StoreError, match="a new or an empty folder"):
+        fedtune.deploy(shrunk.path, out=full)
+    with pytest.raises(ConfigError, match=r"numbers from 0 to 0.875"):
+        fedtune.deploy(shrunk.path, ratios=[0.95])
+    assert not (shrunk.path / "deploy").exists()
+
+
+def test_the_report_shows_the_choices(tables: Tables, tmp_path: Path) -> None:
+    run = fedtune.simulate(spine(tables, report={"plots": True}), out=tmp_path / "drawn")
+    page = run.report.read_text()
+    assert "What each kind of device was asked" in page
+    assert "Loss by time on the devices" in page
+    assert "assumed" in page
+    assert (run.path / "plots" / "choices.png").exists()
+
+
+def test_notes_say_what_could_not_be_written(shrunk: api.Run) -> None:
+    notes: list[Any] = []
+    fedtune.deploy(shrunk.path, watch=notes.append)
+    said = [note.text for note in notes if isinstance(note, Note)]
+    stock = (shrunk.path / "deploy" / "ratio-0.5" / "stock").exists()
+    assert stock or any("no folder stock" in text for text in said)
