@@ -70,7 +70,6 @@ HOMES: Mapping[str, frozenset[str]] = {
 """Where alone a package may be imported, at the top of a module or inside a function."""
 
 SERVER_WING = (
-    "fleet",
     "device",
     "cost",
     "methods",

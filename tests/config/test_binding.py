@@ -141,7 +141,10 @@ def test_wrong_choices_name_the_nearest_one(faulty: Faulty) -> None:
         ("data.fields=3", "data.fields: expected a table; got 3"),
         ("data.split.only=a", "data.split.only: expected a list, each item text, or \"none\"; got 'a'"),
         ("data.split=3", "data.split: expected a table; got 3"),
-        ("planner.name=3", 'planner.name: expected "fixed"; got 3'),
+        (
+            "planner.name=3",
+            'planner.name: expected "fixed", "deadline", "oracle", "s-ucb", "ucb", "thompson" or "random"; got 3',
+        ),
         ("client=3", "client: expected a table; got 3"),
         ("seed=-1", "seed: expected a whole number of at least 0; got -1"),
         ("method=3", "method: expected a table or a name"),
