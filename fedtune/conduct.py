@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from fedtune.config import Recipe, bind, changes, digest, render
 from fedtune.config.recipe import largest_rank
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
+from fedtune.keep import Keep
 from fedtune.methods import METHODS
 from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
@@ -44,9 +45,11 @@ class Scored:
 
     test: Mapping[str, float] | None = None
     held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    deployed: Mapping[str, float] | None = None
+    """Of the same model pruned to what is deployed, on the test data."""
 
 
-def unscored(tuned: Tuned, *, test: bool, clients: bool) -> Scored:
+def unscored(tuned: Tuned, *, test: bool, clients: bool, keep: Keep | None = None) -> Scored:
     """Score nothing: a server holds neither model nor data."""
     return Scored()
 
@@ -354,7 +357,8 @@ def record_round(
     recipe, method = setting.recipe, METHODS[setting.recipe.method.name]
     tuned = method.tuned(played.state)
     last, every = played.round == recipe.rounds.count, recipe.evaluate.every
-    scored = setting.score(tuned, test=last or (every > 0 and played.round % every == 0), clients=last)
+    test = last or (every > 0 and played.round % every == 0)
+    scored = setting.score(tuned, test=test, clients=last, keep=deployed(recipe, played.state))
     record = records.round_record(
         played,
         tuned.adapter,
@@ -362,10 +366,19 @@ def record_round(
         figures=method.figures(played.state),
         test=scored.test,
         held_out=scored.held_out,
+        deployed=scored.deployed,
     )
     write_result(setting, run, played.state, [*lines, record])
     append_round(run, record)
     return record
+
+
+def deployed(recipe: Recipe, state: Any) -> Keep | None:
+    """Return what is kept of the model in the end; None where that is all of it, or is not known yet."""
+    if recipe.pruning is None or not recipe.pruning.target:
+        return None
+    keep: Keep | None = state.structure(recipe.pruning.target)
+    return keep
 
 
 def write_result(setting: Setting, run: Path, state: Any, lines: Sequence[Mapping[str, Any]]) -> None:

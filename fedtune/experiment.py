@@ -18,13 +18,14 @@ from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
 from fedtune.fleet import Fleet, fleet_of
+from fedtune.keep import Keep, cuts, slice_adapter
 from fedtune.methods import METHODS
 from fedtune.methods.method import Seeds, Tuned
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base
 from fedtune.model.libraries import threads
 from fedtune.model.rebuilt import rebuilt
-from fedtune.model.shrunk import anatomy
+from fedtune.model.shrunk import anatomy, reduced
 from fedtune.planning import Planner
 from fedtune.replica import Replicas
 from fedtune.round import Blueprint, Client
@@ -133,8 +134,8 @@ def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str
     return {"anatomy": found, "pruning": settings, "ranking": ranking}
 
 
-def score(experiment: Experiment, tuned: Tuned, *, test: bool, clients: bool) -> Scored:
-    """Score a global model on the test data, on each client's held-out rows, or on both."""
+def score(experiment: Experiment, tuned: Tuned, *, test: bool, clients: bool, keep: Keep | None = None) -> Scored:
+    """Score a global model on the test data, on each client's held-out rows, or on both; pruned to `keep` as well."""
     settings, federation = experiment.recipe.evaluate, experiment.federation
     measure = partial(scoring.evaluate, experiment.base, tuned.adapter, tuned.saved, batch=settings.batch)
     shards = sorted(federation.clients.items()) if clients and settings.clients else []
@@ -145,7 +146,18 @@ def score(experiment: Experiment, tuned: Tuned, *, test: bool, clients: bool) ->
             new_tokens=settings.new_tokens,
         )
         held_out = measure({name: shard.held_out[: settings.client_examples] for name, shard in shards})
-    return Scored(test=on_test.get("test"), held_out=held_out)
+        small = pruned_score(experiment, tuned, keep) if test and keep else None
+    return Scored(test=on_test.get("test"), held_out=held_out, deployed=small)
+
+
+def pruned_score(experiment: Experiment, tuned: Tuned, keep: Keep) -> Mapping[str, float] | None:
+    """Score a global model on the test data, pruned to a structure; None without test data."""
+    base, settings, body = experiment.base, experiment.recipe.evaluate, experiment.blueprint.anatomy
+    assert body is not None  # a base without one is not pruned
+    adapter = slice_adapter(tuned.adapter, cuts(keep, body))
+    test = experiment.federation.test[: settings.examples]
+    with reduced(base, keep, body) as small:
+        return scoring.evaluate(small, adapter, tuned.saved, {"test": test}, batch=settings.batch).get("test")
 
 
 def moved(base: Base, seeds: Seeds | None) -> AbstractContextManager[None]:

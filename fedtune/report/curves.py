@@ -27,6 +27,8 @@ class LossCurve:
     clock: Floats
     """Simulated or measured seconds of the fleet until the end of the round."""
     test: Floats
+    deployed: Floats
+    """Test loss of the model as it is deployed, where that is a smaller one."""
     mean: Floats
     """Plain mean of the clients' held-out losses."""
     best: Floats
@@ -43,6 +45,7 @@ def loss_curve(run: Run) -> LossCurve:
         bytes=np.cumsum([float(record.bytes_up + record.bytes_down) for record in run.rounds]),
         seconds=np.cumsum([record.seconds for record in run.rounds]),
         clock=np.array([record.clock_s for record in run.rounds]),
+        deployed=np.array([finite(record.deployed.loss) if record.deployed else math.nan for record in run.rounds]),
         test=np.array([finite(record.test.loss) if record.test else math.nan for record in run.rounds]),
         mean=np.array([float(np.mean(losses)) if losses else math.nan for losses in known]),
         best=np.array([min(losses, default=math.nan) for losses in known]),

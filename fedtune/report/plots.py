@@ -59,6 +59,7 @@ def loss(run: Run, against: Against) -> Figure | None:
             axes.plot(x[band], edge[band], color=COLOURS[0], alpha=0.55, linewidth=0.7)
     _line(axes, x, curve.mean, "mean of clients, held out", color=COLOURS[0], marker="o", markevery=every)
     _line(axes, x, curve.test, "global test", color=COLOURS[1], marker="s", linestyle=(0, (5, 2)), markevery=every)
+    _line(axes, x, curve.deployed, "test, as deployed", color=COLOURS[3], marker="D", markersize=3.5, markevery=every)
     _line(
         axes,
         x,

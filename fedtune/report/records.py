@@ -111,6 +111,8 @@ class RoundRecord:
     """What the method noted of its state."""
     clock_s: float = 0.0
     """Simulated or measured seconds of the run up to here."""
+    deployed: Scores | None = None
+    """On the test data, of the model pruned to what is deployed."""
 
 
 @dataclass(frozen=True)

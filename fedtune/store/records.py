@@ -52,6 +52,7 @@ def round_record(
     figures: Mapping[str, Any],
     test: Metrics | None,
     held_out: Mapping[str, Metrics],
+    deployed: Metrics | None = None,
 ) -> Mapping[str, Any]:
     """Return the line of one round.
 
@@ -62,6 +63,7 @@ def round_record(
         figures: what the method notes of its state.
         test: scores on the test data, or None if not scored in this round.
         held_out: scores by client.
+        deployed: scores on the test data of the model as it is deployed, where that is a smaller one.
     """
     clients = {name: client_record(result, name) for name in result.outcomes}
     return {
@@ -80,6 +82,7 @@ def round_record(
         "modules": {name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
         "figures": figures,
         "clock_s": result.clock_s,
+        **({} if deployed is None else {"deployed": deployed}),
     }
 
 
