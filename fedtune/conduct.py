@@ -21,13 +21,14 @@ from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
 from fedtune.planning import Planner
 from fedtune.round import Blueprint
-from fedtune.rounds import Clock, Ledger, Note, RoundFinished, RoundResult, Watch
+from fedtune.rounds import Ledger, Note, RoundFinished, RoundResult, Watch
 from fedtune.rounds import run as run_rounds
 from fedtune.store import peft, records, result
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import begun, replayed
 from fedtune.store.ledger import GROUP_S, RunLedger
 from fedtune.store.run import append_round, read_rounds, write_recipe, write_summary
+from fedtune.timing import Clock
 from fedtune.transport import Transport
 
 Door: TypeAlias = Literal["simulate", "flower", "link"]

@@ -19,8 +19,8 @@ from fedtune.planning.fixed import Fixed
 from fedtune.planning.policies import arms_of, policy_of
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.round import Blueprint, Client, Training, WireDtype
-from fedtune.rounds import Clock, Done
 from fedtune.simulation.clock import PASSES, Load, Simulated
+from fedtune.timing import Clock, Done
 
 SIMULATED = "Time is simulated: operations, bytes and traces of the devices below, never this machine's clock"
 

@@ -17,8 +17,9 @@ from fedtune.errors import RoundError, StoreError, WireError
 from fedtune.methods import state as states
 from fedtune.methods.method import Method
 from fedtune.planning import Planner, Seen
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Measured, Outcome, Plan, Traffic
+from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Plan, Traffic
 from fedtune.seeds import derive, generator
+from fedtune.timing import Clock, Done, Spent, Timeless
 from fedtune.transport import Aside, Reply, Rule, Transport
 from fedtune.wire.messages import EncodedAssignment, blob_encoder, decode_update, encode_assignment
 
@@ -127,54 +128,6 @@ class Forgetful:
 
 UNFIT = "unfit"
 """Stands in the ledger for the order of a client that nothing fits."""
-
-
-@dataclass(frozen=True)
-class Spent:
-    """How long one client took in one round."""
-
-    compute_s: float
-    transfer_s: float
-    """Both ways."""
-    overhead_s: float = 0.0
-    """What no choice of a planner changes."""
-
-    @property
-    def seconds(self) -> float:
-        return self.compute_s + self.transfer_s + self.overhead_s
-
-
-@dataclass(frozen=True)
-class Done:
-    """What one client did, as a clock weighs it."""
-
-    plan: Plan
-    measured: Measured
-    traffic: Traffic
-    arrived_s: float
-    """Seconds from the round's first order to this client's answer, on this machine's clock."""
-
-
-class Clock(Protocol):
-    """Says how long clients took: simulated from their devices, or as it was measured."""
-
-    def timed(self, round: int, now_s: float, done: Mapping[str, Done]) -> Mapping[str, Spent]:
-        """Return the times of a round that began at `now_s`; of no client where none are known."""
-        ...
-
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
-        """Return the clients that were given up, with the seconds after which that was."""
-        ...
-
-
-class Timeless:
-    """The clock of clients that share one machine: how long one took says nothing of its device."""
-
-    def timed(self, round: int, now_s: float, done: Mapping[str, Done]) -> Mapping[str, Spent]:
-        return {}
-
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
-        return {}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("keep",),
     ("ranking",),
     ("directions", "lowrank", "round"),
-    ("cost", "planning"),
+    ("cost", "planning", "timing"),
     ("methods", "wire", "data", "model", "replica"),
     ("admit", "client", "transport"),
     ("rounds",),

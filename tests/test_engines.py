@@ -91,6 +91,41 @@ def played(experiments: Sequence[Experiment], engine: Engine) -> Sequence[Sequen
         ]
 
 
+def pruned(tables: Tables) -> Tables:
+    """The same recipe with pruning, a planner that learns, and simulated devices."""
+    rest = {key: value for key, value in tables.items() if key != "override"}
+    return rest | {
+        "adapter": {"rank": 4, "targets": ["all-linear"]},
+        "method": "fedspine",
+        "pruning": {"target": 0.5, "multiple": 8, "batches": 2, "refresh": 2, "stages": 2, "steps_between": 1},
+        "planner": {"name": "deadline", "ratios": [0.0, 0.25, 0.5], "ranks": [2, 4]},
+        "fleet": {"name": "fedspine80"},
+        "rounds": {"count": 4},
+    }
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(chosen("processes", 2), id="processes"), pytest.param(in_memory_grid, id="grid")]
+)
+def test_pruned_clients_come_to_the_same_bits_and_the_same_choices(engine: Engine, tables: Tables) -> None:
+    prepared = prepare(bind(pruned(tables)))
+
+    def choices(engine: Engine) -> list[tuple[Any, ...]]:
+        with engine(prepared) as started:
+            return [
+                (
+                    result.digest,
+                    result.clock_s,
+                    *((n, a.plan.ratio, a.plan.rank) for n, a in result.assignments.items()),
+                )
+                for result in rounds(setting(prepared), started)
+            ]
+
+    expected = choices(chosen("inprocess", 1))
+    assert choices(engine) == expected
+    assert {ratio for _, _, *plans in expected for _, ratio, _ in plans} == {0.0, 0.5}
+
+
 def seeded(tables: Tables, **settings: Any) -> Tables:
     """The same recipe with seeds in place of adapters; the table `adapter` says which layers there are."""
     client = {"steps": 4, "batch": 4, "learning_rate": 0.01}

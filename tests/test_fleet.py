@@ -15,8 +15,8 @@ from fedtune.planning.adaptive import Adaptive
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.round import Blueprint, Client, Measured, Plan, Traffic, Training
-from fedtune.rounds import Done
 from fedtune.simulation.clock import Simulated
+from fedtune.timing import Done
 
 NAMES = [f"client-{i:02}" for i in range(8)]
 ANATOMY = Anatomy("llama", (Block("model.layers.0", 4, 4, 8, 64),), width=32, head=320, outputs=10)

@@ -25,6 +25,14 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "method": {"name": "flora"},
         "client": {"steps": 2, "batch": 2, "learning_rate": 5e-3},
     },
+    "fedspine": {
+        "adapter": {"rank": 4, "alpha": "2r", "targets": ["q_proj", "up_proj"]},
+        "method": {"name": "fedspine"},
+        "pruning": {"target": 0.5, "batches": 2},
+        # The choices of `deadline` follow from times that were measured, and differ from run to run.
+        "planner": {"name": "random", "ratios": [0.0, 0.25, 0.5], "ranks": [2, 4]},
+        "client": {"steps": 2, "batch": 2, "learning_rate": 5e-3},
+    },
     "fedkseed": {
         "method": {"name": "fedkseed", "seeds": 64},
         "client": {"steps": 4, "batch": 2, "learning_rate": 2e-4},

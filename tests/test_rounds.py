@@ -31,17 +31,16 @@ from fedtune.round import (
 )
 from fedtune.rounds import (
     ClientFinished,
-    Done,
     Forgetful,
     Note,
     Opened,
     RoundResult,
     RoundStarted,
     Schedule,
-    Spent,
     run,
     sample,
 )
+from fedtune.timing import Done, Spent
 from fedtune.transport import Answer, Aside, Reply, Rule
 from fedtune.wire.messages import EncodedAssignment, decode_assignment, encode_update
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedtune.round import Plan
-from fedtune.rounds import Done, Spent
+from fedtune.timing import Done, Spent
 
 
 class Arrivals:

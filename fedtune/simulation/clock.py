@@ -8,9 +8,9 @@ from typing import Literal
 
 from fedtune.device import DeviceProfile
 from fedtune.round import Plan
-from fedtune.rounds import Done, Spent
 from fedtune.simulation import traces
 from fedtune.simulation.traces import By
+from fedtune.timing import Done, Spent
 
 PASSES = 2
 """Times that the weights are read in a step, forward and backward; 3 where activations are computed twice."""

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from fedtune.round import Measured, Plan, Traffic, Training
-from fedtune.rounds import Done, Spent
 from fedtune.simulation.arrivals import Arrivals
+from fedtune.timing import Done, Spent
 
 PLAN = Plan("ann", 8, 2.0, Training(batch=1, learning_rate=1.0, steps=1))
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedtune.device import PROFILES
 from fedtune.round import Measured, Plan, Traffic, Training
-from fedtune.rounds import Done, Spent
 from fedtune.simulation.clock import Load, Simulated, spent
+from fedtune.timing import Done, Spent
 
 TX2, AGX = PROFILES["tx2"], PROFILES["agx-xavier"]
 
