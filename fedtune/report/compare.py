@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedtune.errors import ConfigError, Fault
+from fedtune.report.choices import idle
 from fedtune.report.curves import Floats, LossCurve, loss_curve, standings
 from fedtune.report.drawing import label, line_style, new_figure, png, styled
 from fedtune.report.page import figure_card, replace_text
@@ -21,6 +22,7 @@ from fedtune.report.plots import Against, axis_unit
 from fedtune.report.records import Run, Scores, finite, read_run
 from fedtune.report.style import page
 from fedtune.report.tables import table
+from fedtune.report.time_to_target import Ratio, times_to_target
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
 
 
@@ -53,6 +55,12 @@ class Row:
     bytes_up: Spread
     bytes_down: Spread
     seconds: Spread
+    deployed: Spread
+    """Last test loss of the model as it is deployed, where that is a smaller one."""
+    clock: Spread
+    """Seconds on the devices, simulated or measured."""
+    idle: Spread
+    """Share of those in which clients waited for the slowest of their round."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,16 @@ def _row(runs: Sequence[Run]) -> Row:
         bytes_up=over(lambda run: float(sum(record.bytes_up for record in run.rounds))),
         bytes_down=over(lambda run: float(sum(record.bytes_down for record in run.rounds))),
         seconds=over(lambda run: run.summary.seconds if run.summary else sum(record.seconds for record in run.rounds)),
+        deployed=over(lambda run: last(loss_curve(run).deployed)),
+        clock=over(lambda run: run.rounds[-1].clock_s or math.nan),
+        idle=over(lambda run: math.nan if (share := idle(run)) is None else share),
     )
+
+
+def last(losses: Floats) -> float:
+    """Return the last loss that was measured; NaN for none."""
+    known = losses[~np.isnan(losses)]
+    return float(known[-1]) if known.size else math.nan
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -130,6 +147,13 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     numbers = comparison_table(comparison)
     body = f"<header><p>fedtune comparison</p><h1>{_heading(comparison)}</h1></header><section><h2>Results</h2>"
     body += numbers + "<p>Mean ± sample standard deviation over seeds; losses in nats per token.</p></section>"
+    timed = time_table(comparison)
+    if timed:
+        body += (
+            f"<section><h2>Time on the devices</h2>{timed}<p>Target of a seed: the lowest loss that the weakest recipe "
+            "reaches there, so that no recipe is left out. Shares of the first recipe's time: geometric mean over the "
+            "seeds, with the 95 % interval of the paired logarithms.</p></section>"
+        )
     figure = curves(comparison)
     if figure is not None:
         (out / "comparison.png").write_bytes(png(figure))
@@ -153,15 +177,6 @@ def _heading(comparison: Comparison) -> str:
 
 def comparison_table(comparison: Comparison) -> str:
     """Return the rows as an HTML table."""
-
-    def short(value: float) -> str:
-        return number_text(value, 2)
-
-    def text(value: Spread, show: Callable[[float], str], show_deviation: Callable[[float], str]) -> str:
-        if math.isnan(value.mean):
-            return NOTHING
-        return f"{show(value.mean)} ± {show_deviation(value.deviation)}" if value.deviation else show(value.mean)
-
     head = [
         "recipe",
         "method",
@@ -182,15 +197,65 @@ def comparison_table(comparison: Comparison) -> str:
             ", ".join(map(str, row.seeds)),
             f"{row.rounds}{'' if row.finished else ' (interrupted)'}",
             *(
-                text(loss, number_text, short)
+                _text(loss, number_text, _short)
                 for loss in (row.test_before, row.test_after, row.mean_client, row.worst_client)
             ),
-            *(text(size, bytes_text, bytes_text) for size in (row.bytes_up, row.bytes_down)),
-            text(row.seconds, seconds_text, seconds_text),
+            *(_text(size, bytes_text, bytes_text) for size in (row.bytes_up, row.bytes_down)),
+            _text(row.seconds, seconds_text, seconds_text),
         ]
         for row in comparison.rows
     ]
     return table(head, rows, text_columns=3)
+
+
+def time_table(comparison: Comparison) -> str:
+    """Return how the recipes fare by the clock of the devices, as an HTML table; nothing if a recipe has none."""
+    if any(math.isnan(row.clock.mean) for row in comparison.rows):
+        return ""
+    kinds: tuple[tuple[str, Callable[[LossCurve], Floats]], ...] = (
+        ("test loss", lambda curve: curve.test),
+        ("deployed loss", lambda curve: curve.deployed),
+    )
+    found = {kind: times_to_target(comparison.groups, read) for kind, read in kinds}
+    shown = {kind: times for kind, (targets, times) in found.items() if targets}
+    with_deployed = any(not math.isnan(row.deployed.mean) for row in comparison.rows)
+    head = ["recipe", "whole run", "idle", *(["deployed, tuned"] if with_deployed else [])]
+    for kind in shown:
+        low, high = min(found[kind][0].values()), max(found[kind][0].values())
+        target = number_text(low) if low == high else f"{number_text(low)} to {number_text(high)}"
+        head += [f"until {kind} {target}", f"of {comparison.rows[0].name}"]
+    rows = []
+    for index, row in enumerate(comparison.rows):
+        cells = [
+            row.name,
+            _text(row.clock, seconds_text, seconds_text),
+            _text(row.idle, _percent, _percent),
+            *([_text(row.deployed, number_text, _short)] if with_deployed else []),
+        ]
+        for times in shown.values():
+            cells += [_text(spread(times[index].seconds), seconds_text, seconds_text), _ratio(times[index].ratio)]
+        rows.append(cells)
+    return table(head, rows)
+
+
+def _text(value: Spread, show: Callable[[float], str], show_deviation: Callable[[float], str]) -> str:
+    if math.isnan(value.mean):
+        return NOTHING
+    return f"{show(value.mean)} ± {show_deviation(value.deviation)}" if value.deviation else show(value.mean)
+
+
+def _short(value: float) -> str:
+    return number_text(value, 2)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _ratio(ratio: Ratio) -> str:
+    if math.isnan(ratio.mean):
+        return NOTHING
+    return f"{ratio.mean:.2f}" + ("" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})")
 
 
 @dataclass(frozen=True)
@@ -200,8 +265,9 @@ class _Line:
     name: str
     rounds: Floats
     bytes: Floats
-    """Mean over seeds, as is `seconds`."""
+    """Mean over seeds, as are `seconds` and `clock`."""
     seconds: Floats
+    clock: Floats
     mean: Floats
     low: Floats
     high: Floats
@@ -234,6 +300,7 @@ def _line(name: str, seeds: Sequence[LossCurve], read: Callable[[LossCurve], Flo
         rounds=rounds,
         bytes=np.mean([curve.bytes[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
         seconds=np.mean([curve.seconds[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
+        clock=np.mean([curve.clock[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
         mean=values.mean(axis=0),
         low=values.min(axis=0),
         high=values.max(axis=0),
@@ -242,14 +309,15 @@ def _line(name: str, seeds: Sequence[LossCurve], read: Callable[[LossCurve], Flo
 
 @styled
 def curves(comparison: Comparison) -> Figure | None:
-    """Draw each recipe's loss by round, by bytes and by seconds; None if the runs share no loss."""
+    """Draw each recipe's loss by round, bytes and time (the devices', where known); None if they share no loss."""
     title, lines = _measure(comparison)
     if not lines:
         return None
     legend_rows = -(-len(lines) // 3)
     figure = new_figure(9.6, 3.1 + 0.2 * legend_rows)
     panels = figure.subplots(1, 3, sharey=True)
-    horizontal: tuple[Against, ...] = ("rounds", "bytes", "seconds")
+    timed = all(line.clock.any() for line in lines)
+    horizontal: tuple[Against, ...] = ("rounds", "bytes", "clock" if timed else "seconds")
     for axes, against in zip(panels, horizontal, strict=True):
         _draw(axes, lines, against)
     panels[0].set_ylabel(f"{title} (nats per token)")

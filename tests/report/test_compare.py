@@ -73,3 +73,29 @@ def test_runs_that_share_no_loss_have_a_table_only(write_run: WriteRun, tmp_path
     page = write_comparison([write_run("a", edit=edit), write_run("b", name="b")], tmp_path / "out")
     assert "<svg" not in page.read_text(encoding="utf-8")
     assert not (tmp_path / "out" / "comparison.png").exists()
+
+
+def test_runs_with_a_clock_are_told_by_it(write_run: WriteRun, tmp_path: Path) -> None:
+    def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        for line in lines[1:]:
+            line["deployed"] = {"loss": 5.0 - line["round"] / 10}
+
+    paths = [write_run(f"{name}{seed}", name=name, seed=seed, edit=edit) for name in "ab" for seed in (0, 1)]
+    row = compare(paths).rows[0]
+    rounds = row.rounds
+    assert row.clock == Spread(6.0 * rounds, 0.0)
+    assert row.deployed.mean == pytest.approx(5.0 - rounds / 10)
+    assert 0 < row.idle.mean < 1
+    text = write_comparison(paths, tmp_path / "out").read_text(encoding="utf-8")
+    assert "Time on the devices" in text
+    assert "until deployed loss" in text
+    assert "1.00 (1.00 to 1.00)" in text
+
+
+def test_runs_without_a_clock_are_not(write_run: WriteRun, tmp_path: Path) -> None:
+    def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        for line in lines:
+            line["clock_s"] = 0.0
+
+    page = write_comparison([write_run("a", name="a"), write_run("b", name="b", edit=edit)], tmp_path / "out")
+    assert "Time on the devices" not in page.read_text(encoding="utf-8")

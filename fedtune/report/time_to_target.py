@@ -1,0 +1,94 @@
+"""Time to target: when recipes reach a loss that all of them reach, by the clock of the devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedtune.report.curves import Floats, LossCurve, loss_curve
+from fedtune.report.records import Run
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Student's t at 0.975 for 1, 2, ... degrees of freedom; with more the last one is a little too wide."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Geometric mean over seeds of one recipe's time over another's, with its 95 % interval (paired, of logarithms)."""
+
+    mean: float
+    low: float
+    """NaN for fewer than two seeds, as is `high`."""
+    high: float
+
+
+@dataclass(frozen=True)
+class TimeToTarget:
+    """One recipe's seconds until the common target of each seed that all recipes share."""
+
+    seconds: tuple[float, ...]
+    ratio: Ratio
+    """Of these seconds to the first recipe's."""
+
+
+def times_to_target(
+    groups: Sequence[Sequence[Run]], read: Callable[[LossCurve], Floats]
+) -> tuple[Mapping[int, float], tuple[TimeToTarget, ...]]:
+    """Return the common target by seed, and each recipe's time to it; nothing where no seed measured it for all.
+
+    The target of a seed is what the weakest recipe reaches there at its best, so that no recipe is left out. Between
+    two measurements the later one counts.
+
+    Args:
+        groups: the runs of each recipe.
+        read: the loss that is meant, of a run's curves.
+    """
+    curves = [{run.seed: loss_curve(run) for run in members} for members in groups]
+    shared = sorted(set.intersection(*(set(each) for each in curves)))
+    reached = {
+        seed: [_lowest(read(each[seed])) for each in curves]
+        for seed in shared
+        if all(each[seed].clock.any() for each in curves)
+    }
+    targets = {seed: max(lows) for seed, lows in reached.items() if not any(map(math.isnan, lows))}
+    if not targets:
+        return {}, ()
+    times = [
+        tuple(time_to(each[seed].clock, read(each[seed]), target) for seed, target in targets.items())
+        for each in curves
+    ]
+    return targets, tuple(TimeToTarget(seconds, paired(seconds, times[0])) for seconds in times)
+
+
+def time_to(clock: Floats, losses: Floats, target: float) -> float:
+    """Return the seconds after which a loss is first at or below the target; infinite where it never is.
+
+    >>> time_to(np.array([0.0, 5.0, 9.0]), np.array([3.0, math.nan, 1.0]), 2.0)
+    9.0
+    """
+    there = np.flatnonzero(losses <= target)  # a comparison with NaN is false
+    return float(clock[there[0]]) if there.size else math.inf
+
+
+def paired(seconds: Sequence[float], others: Sequence[float]) -> Ratio:
+    """Return how much of the others' time was needed, seed by seed.
+
+    >>> paired([2.0, 8.0], [1.0, 4.0])
+    Ratio(mean=2.0, low=2.0, high=2.0)
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(np.array(seconds) / np.array(others))
+    if not np.isfinite(logs).all():
+        return Ratio(math.nan, math.nan, math.nan)
+    mean = float(logs.mean())
+    if logs.size < 2:
+        return Ratio(math.exp(mean), math.nan, math.nan)
+    half = T_975[min(logs.size - 1, len(T_975)) - 1] * float(logs.std(ddof=1)) / math.sqrt(logs.size)
+    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+
+
+def _lowest(losses: Floats) -> float:
+    return float(np.nanmin(losses)) if not np.isnan(losses).all() else math.nan
