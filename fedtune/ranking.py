@@ -40,8 +40,8 @@ class PruningSettings:
     """What a head or channel is worth: wanda (forward passes), lora, gate (backward), magnitude, random."""
     batches: Annotated[int, Ge(1)] = 20
     """Forward passes over which a score is taken."""
-    refresh: Annotated[int, Ge(1)] = 10
-    """Rounds between two calls for scores (nested, vote)."""
+    refresh: Annotated[int, Ge(0)] = 0
+    """Rounds between two calls for scores (nested, vote); 0: once. A new order undoes what was recovered in the old."""
     unit: Literal["auto", "kv_group", "even_q"] = "auto"
     """What of the attention goes at once: a key/value head with its query heads, or one query head of every group."""
     allocation: Literal["auto", "global", "uniform"] = "auto"

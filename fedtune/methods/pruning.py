@@ -69,7 +69,7 @@ def ordered(state: PrunedState, plan: Plan) -> tuple[Surgery | None, Keep | None
         settings=settings,
         stages=tuple(dict.fromkeys(stages)),
         before=b"" if earlier is None else bitmap(earlier, anatomy),
-        wanted=not state.worth or state.round + 1 - state.scored >= settings.refresh,
+        wanted=not state.worth or 0 < settings.refresh <= state.round + 1 - state.scored,
     )
     return surgery, state.structure(min(before, ratios[0]))
 

@@ -231,8 +231,9 @@ def test_nobody_is_pruned_before_there_is_an_order() -> None:
         METHOD.assign(state, 0, plan("ann", 0.5))
 
 
-def test_scores_are_asked_for_at_first_and_every_so_many_rounds() -> None:
-    state = first(order={}, pruning={"refresh": 2}, mode="reinit")
+@pytest.mark.parametrize(("refresh", "last"), [(2, 5), (0, 1)])
+def test_scores_are_asked_for_at_first_and_every_so_many_rounds(refresh: int, last: int) -> None:
+    state = first(order={}, pruning={"refresh": refresh}, mode="reinit")
     wanted = []
     for number in range(5):
         asked = [plan(name, 0.0 if number == 0 else 0.5) for name in EXAMPLES]
@@ -243,8 +244,8 @@ def test_scores_are_asked_for_at_first_and_every_so_many_rounds() -> None:
         if order.surgery.wanted:
             updates = [replace(each, scores=cast(scored(each.keep, number), "fp16")) for each in updates]
         state = METHOD.aggregate(state, updates)
-    assert wanted == [True, False, True, False, True]
-    assert state.scored == 5
+    assert wanted == [True, False, refresh == 2, False, refresh == 2]
+    assert state.scored == last
 
 
 def scored(keep: Keep | None, seed: int) -> dict[str, Array]:
