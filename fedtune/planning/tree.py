@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from math import log, log2, sqrt
+from typing import TypeAlias
 
 import numpy as np
 
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed
 from fedtune.planning.rewards import relative
 from fedtune.seeds import derive, generator
+
+Point: TypeAlias = tuple[float, float]
 
 RECENT = 500
 TRIES = 16
@@ -32,10 +36,10 @@ class Leaf:
     def area(self) -> float:
         return (self.x[1] - self.x[0]) * (self.y[1] - self.y[0])
 
-    def holds(self, point: tuple[float, float]) -> bool:
+    def holds(self, point: Point) -> bool:
         return self.x[0] <= point[0] < self.x[1] and self.y[0] <= point[1] < self.y[1]
 
-    def split(self, point: tuple[float, float]) -> tuple[Leaf, ...]:
+    def split(self, point: Point) -> tuple[Leaf, ...]:
         """Return the two halves across the longer side, at the point as far as it lies in the middle half."""
         wide, high = self.x[1] - self.x[0], self.y[1] - self.y[0]
         if max(wide, high) <= SMALLEST:
@@ -89,7 +93,7 @@ class STree:
         """Return what is known before the first round: nothing."""
         return TreeMemory()
 
-    def place(self, arm: Arm) -> tuple[float, float]:
+    def place(self, arm: Arm) -> Point:
         """Return an arm's place in the unit square, whose upper ends no arm reaches."""
         largest = max(each.ratio for each in self.arms)
         ranks = [each.rank for each in self.arms]
@@ -101,12 +105,11 @@ class STree:
 
     def choose(self, memory: TreeMemory, round: int, candidates: Sequence[Candidate], *, key: int) -> Choice:
         """Return an arm for every candidate: the feasible one nearest to where its best leaf was drawn."""
-        points = np.array([self.place(arm) for arm in self.arms])  # (arms, 2)
+        points, deviation = [self.place(arm) for arm in self.arms], memory.deviation
         arms, why = {}, {}
         for each in candidates:
             tree = memory.clients.get(each.client, Tree())
-            feasible = np.flatnonzero(each.feasible)
-            leaf, bound = self.leaf(tree, memory.deviation, points[feasible])
+            leaf, bound = self.leaf(tree, deviation, list(compress(points, each.feasible)))
             rng = generator(derive(key, "tree", round, each.client))
             arms[each.client] = self.drawn(leaf, points, each, rng)
             chance = "not tried yet" if bound == float("inf") else f"bound {bound:.3g}"
@@ -115,14 +118,12 @@ class STree:
             )
         return Choice(arms, why=why)
 
-    def leaf(
-        self, tree: Tree, deviation: float, points: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-    ) -> tuple[Leaf, float]:
+    def leaf(self, tree: Tree, deviation: float, points: Sequence[Point]) -> tuple[Leaf, float]:
         """Return the leaf with the largest bound among those that hold an arm that fits; large ones first."""
         weights = [self.discount**age for age in range(len(tree.played) - 1, -1, -1)]
         n, found = sum(weights), list[tuple[float, float, int]]()
         for index, leaf in enumerate(tree.leaves):
-            if not any(leaf.holds((float(x), float(y))) for x, y in points):
+            if not any(map(leaf.holds, points)):
                 continue
             own = [(w, reward) for w, (x, y, reward) in zip(weights, tree.played, strict=True) if leaf.holds((x, y))]
             count = sum(weight for weight, _ in own)
@@ -134,23 +135,16 @@ class STree:
         bound, _, place = max(found)
         return tree.leaves[-place], bound
 
-    def drawn(
-        self,
-        leaf: Leaf,
-        points: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-        each: Candidate,
-        rng: np.random.Generator,
-    ) -> int:
+    def drawn(self, leaf: Leaf, points: Sequence[Point], each: Candidate, rng: np.random.Generator) -> int:
         """Return a feasible arm of the leaf: the one nearest to a point drawn in it, else the one of least memory."""
-        feasible = np.array(each.feasible)
-        inside = np.array([leaf.holds((float(x), float(y))) for x, y in points])
         for _ in range(TRIES):
             x, y = rng.uniform(*leaf.x), rng.uniform(*leaf.y)
-            nearest = int(np.argmin((points[:, 0] - x) ** 2 + (points[:, 1] - y) ** 2))
-            if feasible[nearest] and inside[nearest]:
+            away = [(at - x) ** 2 + (up - y) ** 2 for at, up in points]
+            nearest = away.index(min(away))
+            if each.feasible[nearest] and leaf.holds(points[nearest]):
                 return nearest
-        fitting = np.flatnonzero(feasible & inside)
-        return int(fitting[np.argmin(np.array(each.memory_gb)[fitting])])
+        fitting = [index for index, point in enumerate(points) if each.feasible[index] and leaf.holds(point)]
+        return min(fitting, key=lambda index: each.memory_gb[index])
 
     def learn(self, memory: TreeMemory, observed: Sequence[Observed]) -> TreeMemory:
         """Return what is known after a round; the leaf of the arm that was really played is split there."""
