@@ -23,7 +23,7 @@ Tables = dict[str, Any]
 
 
 def spine(tables: Tables, **changes: Any) -> Tables:
-    """The tiny recipe with pruning, a planner and simulated devices: six rounds of three clients."""
+    """The tiny recipe with pruning, a planner and simulated devices: five rounds; what is None is left out."""
     rest = {key: value for key, value in tables.items() if key != "override"}
     base: Tables = {
         **rest,
@@ -36,7 +36,12 @@ def spine(tables: Tables, **changes: Any) -> Tables:
     }
     return {
         **base,
-        **{key: {**base.get(key, {}), **value} if isinstance(value, dict) else value for key, value in changes.items()},
+        **{
+            key: {k: v for k, v in {**base.get(key, {}), **value}.items() if v is not None}
+            if isinstance(value, dict)
+            else value
+            for key, value in changes.items()
+        },
     }
 
 
@@ -220,7 +225,11 @@ Change = Callable[[Tables], None]
         ({"device": [{"clients": ["client-0"], "memory_gb": -1.0}]}, "device.0.memory_gb: expected a finite number"),
         ({"device": [{"clients": ["client-0"], "profile": "tx3"}]}, 'did you mean "tx2"'),
         ({"device": [{"clients": ["client-0"], "memory": 4}]}, "device.0.memory: expected a known key"),
-        ({"planner": {"name": "oracle"}}, "needs|fleet.by = 'round'"),
+        ({"planner": {"name": "oracle"}}, r"planner: expected another, without fleet\.by = 'round'"),
+        (
+            {"planner": {"name": "oracle"}, "client": {"steps": None, "epochs": 1}},
+            "client.epochs: expected none, but client.steps",
+        ),
     ],
 )
 def test_what_cannot_be_is_told_by_its_key(changes: Tables, said: str, tables: Tables) -> None:

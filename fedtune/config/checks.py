@@ -285,10 +285,20 @@ def learning_planner(method: str, planner: Any) -> Iterator[Fault]:
         )
 
 
-def simulated_devices(fleet: FleetSettings | None, devices: Sequence[DeviceOverride], planner: Any) -> Iterator[Fault]:
-    if getattr(planner, "name", "") == "oracle" and (fleet is None or fleet.by != "round"):
-        hint = "it is told the simulated clock's times, which must not depend on what was chosen before"
-        yield Fault("planner", "another, without fleet.by = 'round'", "'oracle'", hint)
+def simulated_devices(
+    fleet: FleetSettings | None,
+    devices: Sequence[DeviceOverride],
+    planner: Any,
+    steps: int | None,
+    overrides: Sequence[Override],
+) -> Iterator[Fault]:
+    if getattr(planner, "name", "") == "oracle":
+        if fleet is None or fleet.by != "round":
+            hint = "it is told the simulated clock's times, which must not depend on what was chosen before"
+            yield Fault("planner", "another, without fleet.by = 'round'", "'oracle'", hint)
+        if steps is None or any("epochs" in each.training for each in overrides):
+            hint = "it is told the simulated clock's times, which follow from the recipe alone"
+            yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
     if fleet is None and devices:
         yield Fault("device", "no tables without [fleet]", f"{len(devices)}", 'write fleet = { name = "fedspine80" }')
 
@@ -340,7 +350,7 @@ CHECKS: Sequence[Check] = (
     (("method.name", "pruning", "planner", "override"), prunable),
     (("planner",), arms),
     (("method.name", "planner"), learning_planner),
-    (("fleet", "device", "planner"), simulated_devices),
+    (("fleet", "device", "planner", "client.steps", "override"), simulated_devices),
     (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
     (("engine.name", "rounds.over_select"), early_end),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),
