@@ -228,7 +228,7 @@ Change = Callable[[Tables], None]
         ({"planner": {"name": "oracle"}}, r"planner: expected another, without fleet\.by = 'round'"),
         (
             {"planner": {"name": "oracle"}, "client": {"steps": None, "epochs": 1}},
-            "client.epochs: expected none, but client.steps",
+            "client.epochs: expected none, but cl",
         ),
     ],
 )
