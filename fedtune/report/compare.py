@@ -138,7 +138,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Write comparison.html and comparison.png into the folder `out` and return the page's path.
+    """Write comparison.html and its figures as PNG into the folder `out` and return the page's path.
 
     Raises: as `compare` does.
     """
@@ -154,12 +154,15 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
             "reaches there, so that no recipe is left out. Shares of the first recipe's time: geometric mean over the "
             "seeds, with the 95 % interval of the paired logarithms.</p></section>"
         )
-    figure = curves(comparison)
-    if figure is not None:
-        (out / "comparison.png").write_bytes(png(figure))
-        caption = "One line per recipe; the band spans its seeds."
-        card = figure_card("comparison", "Loss by round, traffic and time", caption, figure, _curve_table(comparison))
-        body += f"<section><h2>Curves</h2>{card}</section>"
+    cards, caption = "", "One line per recipe; the band spans its seeds."
+    for name, (title, lines) in {"comparison": _measure(comparison), "deployed": _deployed(comparison)}.items():
+        if lines:
+            figure = curves(title, lines)
+            (out / f"{name}.png").write_bytes(png(figure))
+            heading = f"{title[0].upper()}{title[1:]} by round, traffic and time"
+            cards += figure_card(name, heading, caption, figure, _numbers(title, lines))
+    if cards:
+        body += f"<section><h2>Curves</h2>{cards}</section>"
     recipes = "".join(
         f"<details><summary>{escape(runs[0].name)}</summary><pre>{escape(runs[0].recipe)}</pre></details>"
         for runs in comparison.groups
@@ -307,12 +310,21 @@ def _line(name: str, seeds: Sequence[LossCurve], read: Callable[[LossCurve], Flo
     )
 
 
+def _deployed(comparison: Comparison) -> tuple[str, list[_Line]]:
+    """Return each recipe's line of the deployed model's loss; none if a run has not measured it."""
+    groups = [[loss_curve(run) for run in members] for members in comparison.groups]
+    if any(np.isnan(curve.deployed).all() for curves in groups for curve in curves):
+        return "", []
+    lines = [
+        _line(members[0].name, curves, lambda curve: curve.deployed)
+        for members, curves in zip(comparison.groups, groups, strict=True)
+    ]
+    return "deployed model's test loss", [line for line in lines if len(line.rounds)]
+
+
 @styled
-def curves(comparison: Comparison) -> Figure | None:
-    """Draw each recipe's loss by round, bytes and time (the devices', where known); None if they share no loss."""
-    title, lines = _measure(comparison)
-    if not lines:
-        return None
+def curves(title: str, lines: Sequence[_Line]) -> Figure:
+    """Draw each recipe's loss by round, by bytes and by time: the devices' where all have it."""
     legend_rows = -(-len(lines) // 3)
     figure = new_figure(9.6, 3.1 + 0.2 * legend_rows)
     panels = figure.subplots(1, 3, sharey=True)
@@ -335,8 +347,7 @@ def _draw(axes: Axes, lines: Sequence[_Line], against: Against) -> None:
         axes.plot(x, line.mean, label=label(line.name, 34), **style)
 
 
-def _curve_table(comparison: Comparison) -> str:
-    title, lines = _measure(comparison)
+def _numbers(title: str, lines: Sequence[_Line]) -> str:
     rows = [
         [
             line.name,

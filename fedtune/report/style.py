@@ -40,6 +40,7 @@ th, td { padding: .28rem .8rem .28rem 0; text-align: left; border-bottom: 1px so
 th { color: var(--soft); font-weight: 600; position: sticky; top: 0; background: var(--ground); }
 figure th { background: var(--card); }
 .n { text-align: right; white-space: nowrap; } td { overflow-wrap: anywhere; min-width: 3.2rem; }
+td:first-child { overflow-wrap: break-word; }
 .sample { display: grid; gap: .75rem; grid-template-columns: 1fr 1fr; } .sample div:first-child { grid-column: 1 / -1; }
 .sample p { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .9rem; overflow-x: auto;

@@ -90,6 +90,8 @@ def test_runs_with_a_clock_are_told_by_it(write_run: WriteRun, tmp_path: Path) -
     assert "Time on the devices" in text
     assert "until deployed loss" in text
     assert "1.00 (1.00 to 1.00)" in text
+    assert "Deployed model&#x27;s test loss by round, traffic and time" in text
+    assert (tmp_path / "out" / "deployed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_without_a_clock_are_not(write_run: WriteRun, tmp_path: Path) -> None:
