@@ -13,10 +13,8 @@ def test_the_first_play_splits_across_the_first_side_where_it_was_drawn() -> Non
     """Played at (.6, .2): leaves x < .6 and x >= .6; the left one is the larger, and is next."""
     left, right = ROOT.split((0.6, 0.2))
     assert (left.x, right.x, left.y) == ((0.0, 0.6), (0.6, 1.0), (0.0, 1.0))
-    import numpy as np
-
     tree = Tree((left, right), ((0.9, 0.5, 1.0),))
-    found, bound = STree(ARMS).leaf(tree, 1.0, np.array([[0.1, 0.1], [0.9, 0.5]]))
+    found, bound = STree(ARMS).leaf(tree, 1.0, [(0.1, 0.1), (0.9, 0.5)])
     assert (found, bound) == (left, float("inf"))
 
 
