@@ -138,7 +138,13 @@ def deployed_ratios(run: Path, target: float) -> Mapping[str, float]:
     return found
 
 
-def views(run: Path, *, ratios: Sequence[float] | None = None, watch: Watch = lambda event: None) -> Mapping[str, Any]:
+def views(
+    run: Path,
+    *,
+    ratios: Sequence[float] | None = None,
+    examples: int | None = None,
+    watch: Watch = lambda event: None,
+) -> Mapping[str, Any]:
     """Score a run's model in the three ways that differ: whole, as clients trained it, and as it is deployed.
 
     What is learned on a pruned model also repairs what is missing there, so the same change is worth another loss in
@@ -147,6 +153,7 @@ def views(run: Path, *, ratios: Sequence[float] | None = None, watch: Watch = la
     Args:
         run: the run directory.
         ratios: of the deployed models; what each kind of device gets without it.
+        examples: how many test examples to use; all without it.
         watch: told what is being scored.
 
     Returns:
@@ -163,11 +170,11 @@ def views(run: Path, *, ratios: Sequence[float] | None = None, watch: Watch = la
     if pruning is None:
         raise ConfigError(Fault("run", "one with [pruning]", f"{run} without", "fedtune evaluate scores its model"))
     wanted = ratios if ratios is not None else sorted(set(deployed_ratios(run, pruning.target).values()))
-    found: dict[str, Any] = {"whole": scored(trained, 0.0), "deployed": {}, "clients": {}}
+    found: dict[str, Any] = {"whole": scored(trained, 0.0, examples), "deployed": {}, "clients": {}}
     for ratio in wanted:
         if ratio > 0:
             watch(Note(f"scoring the model pruned by {ratio:g}"))
-            found["deployed"][f"{ratio:g}"] = scored(trained, ratio)
+            found["deployed"][f"{ratio:g}"] = scored(trained, ratio, examples)
     shards = trained.experiment.federation.clients
     for name, ratio in sorted(trained_ratios(run).items()):
         held_out = shards[name].held_out[: recipe.evaluate.client_examples] if name in shards else ()
@@ -190,7 +197,7 @@ def measured(trained: Trained, keep: Keep | None, groups: Mapping[str, Any]) -> 
         return evaluate(small, adapter, trained.tuned.saved, groups, batch=recipe.evaluate.batch)
 
 
-def scored(trained: Trained, ratio: float) -> Mapping[str, float]:
+def scored(trained: Trained, ratio: float, examples: int | None) -> Mapping[str, float]:
     """Return test scores of the model at a ratio, and what it costs: parameters, memory, time of a forward pass."""
     from fedtune.model import shrunk
     from fedtune.model.libraries import threads
@@ -199,7 +206,7 @@ def scored(trained: Trained, ratio: float) -> Mapping[str, float]:
     experiment, keep = trained.experiment, trained.keep(ratio)
     base, recipe, body = experiment.base, experiment.recipe, experiment.blueprint.anatomy
     assert body is not None  # as above
-    test = experiment.federation.test[: recipe.evaluate.examples]
+    test = experiment.federation.test[:examples]
     found = dict(measured(trained, keep, {"test": test}).get("test", {}))
     found["sparsity"] = sparsity(keep, body) if keep else 0.0
     adapter = slice_adapter(trained.tuned.adapter, cuts(keep, body)) if keep else trained.tuned.adapter

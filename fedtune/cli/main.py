@@ -152,7 +152,9 @@ def evaluate(
         scores: dict[str, Any] = dict(api.evaluate(run, data=data, examples=examples))
         if data is None and pruned.pruned_by_one_order(run):
             scores["views"] = observed(
-                "evaluate", True, lambda watch: pruned.views(run, ratios=ratio or None, watch=watch)
+                "evaluate",
+                True,
+                lambda watch: pruned.views(run, ratios=ratio or None, examples=examples, watch=watch),
             )
         elif ratio:
             raise typer.BadParameter(

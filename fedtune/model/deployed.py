@@ -400,9 +400,12 @@ def uniform(config: Any, keep: Keep, anatomy: Anatomy) -> Any:
         got = "; ".join(
             f"{name} from {min(part)} to {max(part)}"
             for name, part in zip(("heads", "key/value heads", "channels"), zip(*counts, strict=True), strict=True)
+            if len(set(part)) > 1
         )
         hint = 'set pruning.allocation = "uniform", or export the form of unequal widths'
-        raise ConfigError(Fault("export", "blocks of equal widths, as a stock config has them", got, hint))
+        raise ConfigError(
+            Fault("export", "blocks of equal widths, as a stock config has them", got or "a base without", hint)
+        )
     heads, kv_heads, channels = counts[0]
     if not fits(anatomy, block, heads):
         nearest = sorted(sorted(possible(anatomy, block), key=lambda count: abs(count - heads))[:2])
