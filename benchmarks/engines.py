@@ -38,7 +38,8 @@ from fedtune.methods import METHODS
 from fedtune.model.settings import ModelSettings
 from fedtune.planning.fixed import Fixed
 from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Training
-from fedtune.rounds import Schedule, run
+from fedtune.rounds import run
+from fedtune.schedule import Schedule
 from fedtune.seeds import generator
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.nursery import Prepared, tend

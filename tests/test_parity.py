@@ -20,7 +20,8 @@ from fedtune.model.lora import attached
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning.fixed import Fixed
 from fedtune.round import Client, ClientUpdate, Training
-from fedtune.rounds import Schedule, run
+from fedtune.rounds import run
+from fedtune.schedule import Schedule
 from fedtune.simulation.inprocess import InProcess
 from fedtune.tensors import Array
 

@@ -36,10 +36,9 @@ from fedtune.rounds import (
     Opened,
     RoundResult,
     RoundStarted,
-    Schedule,
     run,
-    sample,
 )
+from fedtune.schedule import Schedule
 from fedtune.timing import Done, Spent
 from fedtune.transport import Answer, Aside, Reply, Rule
 from fedtune.wire.messages import EncodedAssignment, decode_assignment, encode_update
@@ -171,26 +170,6 @@ def test_too_few_updates_end_the_run_naming_round_and_reasons() -> None:
 def test_a_silent_client_is_a_failure() -> None:
     result = rounds({"ann": answer(), "bob": answer()}, order=lambda names: ["ann"])[0]
     assert result.outcomes["bob"] == Failure("bob", "expected an answer; none came")
-
-
-def test_a_cohort_is_drawn_by_number_or_share_and_is_the_same_for_the_same_seed() -> None:
-    fleet = [Client(f"client-{i:02}", 1) for i in range(20)]
-    five = sample(fleet, 5, seed=0, round=1)
-    assert five == sample(fleet, 5, seed=0, round=1)
-    assert five == sorted(five, key=lambda client: client.name)
-    assert five != sample(fleet, 5, seed=0, round=2)
-    assert five != sample(fleet, 5, seed=1, round=1)
-    assert len(sample(fleet, 0.25, seed=0, round=1)) == 5
-    assert len(sample(fleet, 0.26, seed=0, round=1)) == 6
-    assert sample(fleet, None, seed=0, round=1) == fleet
-    assert sample(fleet, 99, seed=0, round=1) == fleet
-    assert sample(fleet, 1.0, seed=0, round=1) == fleet
-
-
-def test_every_client_is_drawn_now_and_then() -> None:
-    fleet = [Client(f"client-{i}", 1) for i in range(10)]
-    drawn = {client.name for round in range(40) for client in sample(fleet, 2, seed=0, round=round)}
-    assert len(drawn) == 10
 
 
 def test_the_watcher_sees_start_and_every_client() -> None:

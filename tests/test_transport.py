@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fedtune.rounds import Schedule
+from fedtune.schedule import Schedule
 from fedtune.simulation.inprocess import InProcess
 from fedtune.transport import Rule, Transport
 

@@ -21,7 +21,8 @@ from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning import Seen
 from fedtune.planning.fixed import Fixed
 from fedtune.round import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
-from fedtune.rounds import ClientFinished, Event, RoundResult, RoundStarted, Schedule, run
+from fedtune.rounds import ClientFinished, Event, RoundResult, RoundStarted, run
+from fedtune.schedule import Schedule
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.processes import Nursery, ProcessPool
 from fedtune.simulation.resources import Resources

@@ -30,7 +30,7 @@ from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.policies import POLICIES
 from fedtune.ranking import PruningSettings
 from fedtune.round import Training, Verb
-from fedtune.rounds import Schedule
+from fedtune.schedule import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings
 

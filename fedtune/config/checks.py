@@ -18,7 +18,7 @@ from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.ranking import PruningSettings
 from fedtune.round import Training
-from fedtune.rounds import cohort_size
+from fedtune.schedule import cohort_size
 from fedtune.simulation.settings import DeviceOverride, FleetSettings
 from fedtune.wire.probe import MAX_STEPS
 

@@ -14,7 +14,7 @@ from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.ranking import PruningSettings
 from fedtune.round import Training, Verb
-from fedtune.rounds import Schedule
+from fedtune.schedule import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings
 

@@ -22,7 +22,7 @@ from fedtune.methods import METHODS
 from fedtune.methods.seed_state import FedKSeedSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.round import Training
-from fedtune.rounds import Schedule
+from fedtune.schedule import Schedule
 from tests.config.conftest import SHORTEST
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
