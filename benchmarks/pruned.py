@@ -5,8 +5,9 @@
 A BERT encoder (MiniLM, where its folder is given) and a Llama of about 40 million parameters made here, at 0, 25, 50
 and 75 % of block sparsity. Times are medians over repeats that take turns, so that a busy machine hurts all alike;
 ratios are to the whole model of the same run. Prefill and decoding are apart. Peak memory of a training step is that of
-a process of its own, which has loaded the model at its pruned widths (CPU: of the process above its imports; CUDA: of
-the allocator). Prints one JSON line per case.
+a process of its own (CPU: of the process above its imports; CUDA: of the allocator): once with the model loaded at its
+pruned widths, and once, as in a federated client, with the smaller copies beside the whole model. Prints one JSON line
+per case.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -161,17 +163,20 @@ def peaks(name: str, model: Any, targets: list[str], device: torch.device) -> No
     """Print the peak memory of a training step at every ratio, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        found = {}
-        for ratio in RATIOS:
-            command = [sys.executable, __file__, "--measure", folder, str(ratio), str(device), ",".join(targets)]
-            found[f"{ratio:g}"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    share = {ratio: round(value / found["0"], 3) for ratio, value in found.items()}
-    megabytes = {ratio: round(value / 1e6, 1) for ratio, value in found.items()}
-    print(json.dumps({"model": name, "what": "peak of a training step, MB", "MB": megabytes, "of the whole": share}))
+        for held, title in (("pruned", "the pruned model alone"), ("whole", "the pruned model beside the whole one")):
+            found = {}
+            for ratio in RATIOS:
+                arguments = [folder, str(ratio), str(device), ",".join(targets), held]
+                command = [sys.executable, __file__, "--measure", *arguments]
+                found[f"{ratio:g}"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            share = {ratio: round(value / found["0"], 3) for ratio, value in found.items()}
+            megabytes = {ratio: round(value / 1e6, 1) for ratio, value in found.items()}
+            what = f"peak of a training step, MB: {title}"
+            print(json.dumps({"model": name, "what": what, "MB": megabytes, "of the whole": share}), flush=True)
 
 
-def measure(folder: str, ratio: float, device: torch.device, targets: list[str]) -> None:
-    """Load a model at its pruned widths, take a few steps, and print the peak memory in bytes."""
+def measure(folder: str, ratio: float, device: torch.device, targets: list[str], held: str) -> None:
+    """Load a model, pruned or whole, take a few steps at its pruned widths, and print the peak memory in bytes."""
     before = resident_bytes()
     data = json.loads((Path(folder) / "config.json").read_text())
     causal = data["model_type"] == "llama"
@@ -179,16 +184,18 @@ def measure(folder: str, ratio: float, device: torch.device, targets: list[str])
     whole = LlamaForCausalLM if causal else BertForSequenceClassification
     with torch.device("meta"):
         skeleton = whole(whole.config_class.from_pretrained(folder))
-    labels = [str(i) for i in range(data.get("num_labels", len(data.get("id2label", {"0": 0}))))]
-    model = load_pruned_base(settings, keep_of(skeleton, ratio), root=Path(), seed=0, labels=labels).model
-    ids = tokens(model, 8 if causal else 32, 128 if causal else 64, device)
-    step = training_step(model, ids, targets)
-    for _ in range(3):
-        step()
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated())
-    else:
-        print(resident_bytes() - before)
+    keep = keep_of(skeleton, ratio)
+    with ExitStack() as stack:
+        if held == "pruned":
+            labels = [str(i) for i in range(data.get("num_labels", len(data.get("id2label", {"0": 0}))))]
+            model = load_pruned_base(settings, keep, root=Path(), seed=0, labels=labels).model
+        else:
+            model = whole.from_pretrained(folder).eval().requires_grad_(False).to(device)
+            stack.enter_context(pruned(model, keep, anatomy_of(model)))
+        step = training_step(model, tokens(model, 8 if causal else 32, 128 if causal else 64, device), targets)
+        for _ in range(3):
+            step()
+        print(torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes() - before)
 
 
 def resident_bytes() -> int:
@@ -199,8 +206,8 @@ def resident_bytes() -> int:
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        folder, ratio, where, names = sys.argv[2:]
-        measure(folder, float(ratio), torch.device(where), names.split(","))
+        folder, ratio, where, names, held = sys.argv[2:]
+        measure(folder, float(ratio), torch.device(where), names.split(","), held)
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cpu")
