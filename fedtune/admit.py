@@ -12,7 +12,7 @@ from fedtune.adapter import norm, unpack
 from fedtune.directions.sums import MAX_SCALAR
 from fedtune.errors import ShapeError
 from fedtune.keep import Anatomy, Keep, cuts, from_bitmap, shapes
-from fedtune.ranking import counts
+from fedtune.ranking import counts, unit_of
 from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure, Probed, Surgery
 from fedtune.tensors import DTYPES, Array, Tensors, l2_norm, squared_norm
 
@@ -206,6 +206,15 @@ def _structure(
     if mask is None or not update.mask:
         return
     count = counts(anatomy, surgery.settings, ratio if policy == "local" else max(ratio, surgery.settings.target))
+    units = tuple(
+        len(kept.kv) if unit_of(surgery.settings, block) == "kv_group" else len(kept.q) // max(1, len(kept.kv))
+        for kept, block in zip(mask.blocks, anatomy.blocks, strict=True)
+    )
+    if sum(units) != count.total or (count.units is not None and units != count.units):
+        yield (
+            "STRUCTURE",
+            f"expected {count.total} units of attention; got {sum(units)}, {units[:4]} in the first blocks",
+        )
     channels = tuple(len(kept.ff) for kept in mask.blocks)
     if channels != count.channels:
         yield "STRUCTURE", f"expected {count.channels[:4]} channels in the first blocks; got {channels[:4]}"

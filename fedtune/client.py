@@ -245,6 +245,9 @@ def operated(base: Base, examples: Sequence[Example], assignment: Assignment, su
         parts = shrunk.own(worth, plan.ratio, settings, body)
     else:
         parts = shrunk.told(surgery, body)
+    steps = plan.training.steps
+    assert steps is not None  # the planner resolves epochs
+    parts = parts.within(steps)
     rows = shrunk.paired_rows(examples, base, key=key)
     with shrunk.reduced(base, parts.before, body) as small:
         order, cut = shrunk.ordered(assignment, parts.before, parts.sent, body), shrunk.cut_of(parts.before, body)
@@ -262,7 +265,7 @@ def operated(base: Base, examples: Sequence[Example], assignment: Assignment, su
             examples,
             shrunk.ordered(assignment, parts.first, parts.sent, body),
             shrunk.cut_of(parts.first, body),
-            between=lambda model: shrunk.cutter(model, parts.stages, settings, body),
+            between=lambda model: shrunk.cutter(model, parts.stages, settings, body, steps=steps),
             then=then,
         )
     loss_after, worth, tokens = learned.seen

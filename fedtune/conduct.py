@@ -20,6 +20,7 @@ from fedtune.methods import METHODS
 from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
 from fedtune.planning import Planner
+from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.round import Blueprint
 from fedtune.rounds import Ledger, Note, RoundFinished, RoundResult, Watch
 from fedtune.rounds import run as run_rounds
@@ -334,7 +335,7 @@ def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
     if (rank := largest_rank(recipe)) > min(shape):
         raise ConfigError(
             Fault(
-                path="adapter.rank",
+                path="planner.ranks" if isinstance(recipe.planner, AdaptiveSettings) else "adapter.rank",
                 expected=f"at most {min(shape)}, the smaller side of {module} {shape}",
                 got=f"{rank}, the largest in the recipe",
                 hint="lower the rank, or leave that layer out of adapter.targets",

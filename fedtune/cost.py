@@ -45,7 +45,9 @@ class Work:
     passes: int
     """Forward passes per step."""
     tokens: float
-    """Per example."""
+    """Per example: the mean."""
+    longest: float
+    """Per example: the most, to which the others of its batch are padded."""
     checkpointing: bool = False
     side_tokens: float = 0.0
     """Tokens that go forward for scores and losses."""
@@ -158,16 +160,20 @@ def round_bytes(
 def memory_bytes(body: Body, settings: PruningSettings | None, ratio: float, rank: int, work: Work) -> float:
     """Return the peak memory of a round: base, global adapter, what is trained, activations, logits, runtime.
 
-    The activations are a formula, not a measurement, and scale with what is kept of a block (assumed).
+    The activations are a formula, not a measurement, and scale with what is kept of a block (assumed). With
+    checkpointing one block's are held, and what every block gets.
     """
     anatomy, size = body.anatomy, sizes(body.anatomy, settings, ratio)
     whole = sizes(anatomy, None, 0.0)
     kept, blocks = block_parameters(anatomy, size), block_parameters(anatomy, whole)
-    sides, tokens = adapter_sides(body, size), work.rows * work.tokens
+    sides, tokens = adapter_sides(body, size), work.rows * work.longest
     base = (body.parameters - blocks + kept) * anatomy.number_bytes
     trained = (rank * sides + body.saved) * TRAINED_BYTES
     layers = 1 if work.checkpointing else len(anatomy.blocks)
-    activations = ACTIVATION_BYTES * tokens * anatomy.width * layers * (0.25 + 0.75 * kept / blocks)
+    each = ACTIVATION_BYTES * anatomy.number_bytes / 2 * (0.25 + 0.75 * kept / blocks)
+    activations = tokens * anatomy.width * layers * each
+    if work.checkpointing:
+        activations += tokens * anatomy.width * len(anatomy.blocks) * anatomy.number_bytes
     logits = 0.0 if body.classifies else tokens * anatomy.outputs * LOGIT_BYTES
     return base + work.global_rank * sides * 2 + trained + activations + logits + RUNTIME_BYTES
 

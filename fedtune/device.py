@@ -10,7 +10,8 @@ from typing import Literal, TypeAlias
 from fedtune.errors import ConfigError, Fault
 from fedtune.seeds import derive, generator
 
-Provenance: TypeAlias = Literal["datasheet", "measured", "assumed"]
+Provenance: TypeAlias = Literal["datasheet", "measured", "assumed", "recipe"]
+"""recipe: a number that whoever wrote the recipe set in a table `device`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class DeviceProfile:
         return found
 
 
+LEAST = {"up_mbps": 0.01, "down_mbps": 0.01, "mode_period_s": 1.0}
+"""Below that a transfer would be integrated over more pieces than anybody waits for."""
+
+
 def check(profile: DeviceProfile) -> DeviceProfile:
     """Return the profile if a device can be so.
 
@@ -75,10 +80,15 @@ def check(profile: DeviceProfile) -> DeviceProfile:
     def wrong(name: str, expected: str, got: object, hint: str) -> None:
         faults.append(Fault(f"{where}.{name}", expected, f"{got!r}", hint))
 
-    for name in ("memory_gb", "peak_tflops", "memory_gbps", "up_mbps", "down_mbps", "mode_period_s"):
+    for name in ("memory_gb", "peak_tflops", "memory_gbps"):
         value = getattr(profile, name)
         if not (isfinite(value) and value > 0):
             wrong(name, "a finite number above 0", value, f"e.g. {getattr(PROFILES['tx2'], name):g}, a TX2's")
+    for name, least in LEAST.items():
+        value = getattr(profile, name)
+        if not (isfinite(value) and value >= least):
+            expected = f"a finite number of at least {least:g}"
+            wrong(name, expected, value, f"e.g. {getattr(PROFILES['tx2'], name):g}, a TX2's")
     for name in ("net_sigma", "latency_s", "overhead_s"):
         value = getattr(profile, name)
         if not (isfinite(value) and value >= 0):

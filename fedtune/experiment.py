@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
-
 from fedtune.client import perform
 from fedtune.conduct import Scored, Setting, check_ranks, first_state
 from fedtune.config import Recipe, render
 from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
-from fedtune.fleet import Fleet, fleet_of
+from fedtune.fleet import Fleet, Lengths, fleet_of
 from fedtune.keep import Keep, cuts, slice_adapter
 from fedtune.methods import METHODS
 from fedtune.methods.method import Seeds, Tuned
@@ -76,7 +74,7 @@ class Experiment:
             list(self.fleet),
             self.blueprint,
             parameters=sum(parameter.numel() for parameter in self.base.model.parameters()),
-            tokens={name: float(np.mean([len(each.input_ids) for each in s.train])) for name, s in shards.items()},
+            tokens={name: lengths([len(each.input_ids) for each in s.train]) for name, s in shards.items() if s.train},
         )
 
     @property
@@ -89,6 +87,10 @@ class Experiment:
             fan_in_fan_out=self.base.transposed,
             saved_modules=self.base.saved_modules,
         )
+
+
+def lengths(tokens: Sequence[int]) -> Lengths:
+    return Lengths(mean=sum(tokens) / len(tokens), longest=float(max(tokens)))
 
 
 def prepare(recipe: Recipe) -> Experiment:

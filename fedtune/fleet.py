@@ -11,18 +11,27 @@ from fedtune.config import Recipe, planned
 from fedtune.config.recipe import wished_ratio
 from fedtune.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, round_bytes, round_flops, sizes
 from fedtune.cost import block_parameters as blocks_of
-from fedtune.device import FLEETS, PROFILES, DeviceProfile, check
+from fedtune.device import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.errors import ConfigError, Fault
-from fedtune.planning import Planner
+from fedtune.methods import METHODS
+from fedtune.planning import Planner, Seen
 from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, Cost, Speed
 from fedtune.planning.fixed import Fixed
-from fedtune.planning.policies import arms_of, policy_of
+from fedtune.planning.policies import Given, arms_of, policy_of
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.round import Blueprint, Client, Training, WireDtype
 from fedtune.simulation.clock import PASSES, Load, Simulated
 from fedtune.timing import Clock, Done
 
 SIMULATED = "Time is simulated: operations, bytes and traces of the devices below, never this machine's clock"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of a client's examples, in tokens."""
+
+    mean: float
+    longest: float
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,8 @@ class Fleet:
     """None where surgery and costs do not know the base."""
     profiles: Mapping[str, DeviceProfile] = field(default_factory=dict)
     """By client; empty where no devices are simulated."""
-    tokens: Mapping[str, float] = field(default_factory=dict)
-    """Mean length of an example, by client, where the texts are known."""
+    tokens: Mapping[str, Lengths] = field(default_factory=dict)
+    """By client, where the texts are known."""
     proxy: Body | None = None
     """A larger model that the clock takes in place of the one that is trained."""
 
@@ -46,19 +55,22 @@ class Fleet:
         assert found is not None  # asked only where costs are known
         return found
 
-    def length(self, client: str) -> float:
-        return self.tokens.get(client) or float(self.recipe.data.max_tokens)
+    def lengths(self, client: str) -> Lengths:
+        longest = float(self.recipe.data.max_tokens)
+        return self.tokens.get(client) or Lengths(longest, longest)
 
     def work(self, client: str, training: Training) -> Work:
         """Return what a round asks of a client beside ratio and rank."""
         assert training.steps is not None  # the planner has resolved epochs
+        length = self.lengths(client)
         return Work(
             steps=training.steps,
             rows=training.batch,
             passes=training.accumulation,
-            tokens=self.length(client),
+            tokens=length.mean,
+            longest=length.longest,
             checkpointing=training.gradient_checkpointing,
-            side_tokens=2 * 16 * self.length(client) if self.recipe.pruning else 0.0,
+            side_tokens=2 * 16 * length.mean if self.recipe.pruning else 0.0,
             global_rank=self.global_rank,
         )
 
@@ -97,6 +109,10 @@ class Fleet:
             bytes_up=done.traffic.up * factor,
         )
 
+    def megabytes(self, seen: Seen) -> float:
+        """Return what was counted down and up of a client's round; of a proxy, what that would have taken."""
+        return (seen.bytes_down + seen.bytes_up) / 1e6 * self._traffic_factor(seen.ratio, seen.rank)
+
     def _traffic_factor(self, ratio: float, rank: int) -> float:
         """Return by how much more bytes the proxy would send than the model that was trained."""
         if self.proxy is None or self.body is None:
@@ -110,8 +126,8 @@ class Fleet:
     def misfit(self, client: Client, ratio: float, rank: int, training: Training) -> str:
         """Say why a ratio and a rank do not fit a client; nothing where they do, or where that is not known."""
         has = self.memory_gb(client)
-        if has is None or self.body is None:
-            return ""
+        if has is None or self.body is None or METHODS[self.recipe.method.name].verb == "probe":
+            return ""  # what forward passes alone need is not modelled
         need = self.cost(client.name, Arm(ratio, rank), training).memory_gb
         if need <= has:
             return ""
@@ -151,11 +167,15 @@ class Fleet:
             policy=policy_of(
                 settings,
                 pruned=recipe.pruning is not None,
-                known=self.true_seconds,
-                server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
+                given=Given(
+                    target=recipe.pruning.target if recipe.pruning else 0.0,
+                    server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
+                    known=self.true_seconds,
+                ),
             ),
             training=lambda client: planned(recipe, client)[1],
             costs=self.cost,
+            traffic=self.megabytes,
             speeds={name: speed(profile) for name, profile in self.profiles.items()},
             alpha=alpha,
             rslora=rslora,
@@ -221,7 +241,7 @@ def speed(profile: DeviceProfile) -> Speed:
         memory_gb=profile.memory_gb,
         s_per_tflop=1.0 / (profile.tflops * profile.mean_mode),
         s_per_mb=megabit_s,
-        overhead_s=profile.overhead_s + 2 * profile.latency_s,
+        overhead_s=profile.overhead_s,
     )
 
 
@@ -231,7 +251,7 @@ def fleet_of(
     blueprint: Blueprint,
     *,
     parameters: int,
-    tokens: Mapping[str, float] | None = None,
+    tokens: Mapping[str, Lengths] | None = None,
 ) -> Fleet:
     """Return what a recipe's clients are taken to run on.
 
@@ -246,14 +266,23 @@ def fleet_of(
             Fault("fleet", "a base whose costs are known (see pruning)", f"{recipe.model.base!r}", "leave it out")
         )
     profiles = dict(FLEETS[recipe.fleet.name](clients, recipe.seed))
-    for override in recipe.device:
-        for name in clients:
-            if override.covers(name):
-                start = PROFILES[override.profile] if override.profile else profiles[name]
-                changed = replace(start, **override.fields)
-                profiles[name] = check(replace(changed, name=f"{start.name}*") if override.fields else changed)
+    for place, override in enumerate(recipe.device):
+        covered = [name for name in clients if override.covers(name)]
+        if not covered:
+            known = f"{', '.join(sorted(clients)[:8])}{', ...' * (len(clients) > 8)}"
+            expected, got = f"names or patterns of clients ({known})", f"{list(override.clients)}, which match none"
+            raise ConfigError(Fault(f"device.{place}.clients", expected, got))
+        for name in covered:
+            start = PROFILES[override.profile] if override.profile else profiles[name]
+            profiles[name] = changed_by(start, override.fields, place) if override.fields else start
     make = PROXIES.get(recipe.fleet.proxy)
     return Fleet(recipe, body, profiles, tokens or {}, make() if make else None)
+
+
+def changed_by(start: DeviceProfile, fields: Mapping[str, Any], place: int) -> DeviceProfile:
+    """Return a profile with what a recipe changes of it, under a name of its own: two kinds are never told as one."""
+    provenance: Mapping[str, Provenance] = {**start.provenance, **{name: "recipe" for name in fields}}
+    return check(replace(start, name=f"{start.name}*{place + 1}", provenance=provenance, **fields))
 
 
 def body_of(recipe: Recipe, blueprint: Blueprint, parameters: int) -> Body | None:

@@ -90,8 +90,8 @@ def units_of(settings: Settings, block: Block) -> int:
 class Counts:
     """How much a ratio keeps, whichever it is: this decides costs, bytes and memory."""
 
-    units: tuple[int, ...]
-    """Attention units by block, or their mean where blocks differ; see `total`."""
+    units: tuple[int, ...] | None
+    """Attention units by block; None where blocks may differ, and only `total` is settled."""
     total: int
     """Attention units over all blocks."""
     channels: tuple[int, ...]
@@ -101,14 +101,11 @@ class Counts:
 def counts(anatomy: Anatomy, settings: Settings, ratio: float) -> Counts:
     """Return how many units and channels are left at a ratio in [0, 1); never less for a smaller ratio."""
     sizes = [units_of(settings, block) for block in anatomy.blocks]
-    if settings.everywhere:
-        units = [max(1, half_up((1 - ratio) * size)) for size in sizes]
-        total = sum(units)
-    else:
-        total = max(len(sizes), half_up((1 - ratio) * sum(sizes)))
-        units = [size * total // max(1, sum(sizes)) for size in sizes]
     channels = tuple(channels_kept(block, multiple_of(settings, block), ratio) for block in anatomy.blocks)
-    return Counts(units=tuple(units), total=total, channels=channels)
+    if settings.everywhere:
+        units = tuple(max(1, half_up((1 - ratio) * size)) for size in sizes)
+        return Counts(units=units, total=sum(units), channels=channels)
+    return Counts(units=None, total=max(len(sizes), half_up((1 - ratio) * sum(sizes))), channels=channels)
 
 
 def half_up(number: float) -> int:
@@ -162,9 +159,8 @@ def ranked(scores: Tensors, anatomy: Anatomy, settings: Settings) -> Ranking:
         own.sort()
         first.append(own[0][1:])
         units += own[1:]
-    best = sorted(range(len(first)), key=lambda index: index)
     return Ranking(
-        attention=(*(first[index] for index in best), *(unit[1:] for unit in sorted(units))),
+        attention=(*first, *(unit[1:] for unit in sorted(units))),
         channels=tuple(tuple(np.lexsort((np.arange(part.size), -part)).tolist()) for part in channels),
     )
 
@@ -186,7 +182,7 @@ def kept(ranking: Ranking, anatomy: Anatomy, settings: Settings, ratio: float) -
     """Return what a ratio keeps: a larger ratio keeps a part of what a smaller one keeps."""
     count = counts(anatomy, settings, ratio)
     taken: list[list[int]] = [[] for _ in anatomy.blocks]
-    if settings.everywhere:
+    if count.units is not None:
         left = list(count.units)
         for index, members in ranking.attention:
             if left[index] > 0:
@@ -258,14 +254,22 @@ def normalised(scores: Tensors, held: Tensors, anatomy: Anatomy) -> Tensors:
     """
     heads, channels = split(scores, anatomy)
     _, common = split({name: mask.astype(np.float64) for name, mask in held.items()}, anatomy)
-    mask = held["heads"].astype(bool)
-    scale = mean_of(scores["heads"], mask)
     return {
-        "heads": np.concatenate(heads) / scale,
+        "heads": in_means(np.concatenate(heads), held["heads"].astype(bool)),
         "channels": np.concatenate(
-            [part / mean_of(part, at.astype(bool)) for part, at in zip(channels, common, strict=True)]
+            [in_means(part, at.astype(bool)) for part, at in zip(channels, common, strict=True)]
         ),
     }
+
+
+def in_means(values: Array, mask: Array) -> Array:
+    """Return values in units of the mean of what is marked, none above the number of what is.
+
+    That is the most that one of them can come to. Else a client whose common part is next to nothing would lift the
+    rest without bound.
+    """
+    found: Array = np.minimum(values / mean_of(values, mask), mask.sum() or mask.size)
+    return found
 
 
 def mean_of(values: Array, mask: Array) -> float:

@@ -76,6 +76,9 @@ class Plan:
     """With `steps` set."""
     ratio: float = 0.0
     """Share of the blocks' weights to be pruned away, in [0, 0.875]; 0 leaves the model whole."""
+    first_ratio: float = 0.0
+    """The least that fits the device: where a client takes part for the first time, its loss before is measured in a
+    model pruned by so much; never travels."""
     deadline_s: float | None = None
     """When the planner expects the round to be over; never travels."""
     why: str = ""

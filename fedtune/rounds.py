@@ -173,6 +173,8 @@ class RoundResult:
             rank=assignment.plan.rank if assignment and assignment.verb == "adapt" else 0,
             compute_s=spent.compute_s if spent else None,
             transfer_s=spent.transfer_s if spent else None,
+            bytes_down=self.traffic[name].down,
+            bytes_up=self.traffic[name].up,
         )
         if isinstance(outcome, Failure):
             return replace(known, status=outcome.kind, reason=outcome.reason)
@@ -230,7 +232,7 @@ def run(
     while state.round < schedule.count:
         began, number = time.perf_counter(), state.round + 1
         opened = ledger.opened(number)
-        cohort = rejoined(opened) if opened else drawn(transport, schedule, seed=blueprint.seed, round=number)
+        cohort = rejoined(opened) if opened else drawn(transport, schedule, clock, seed=blueprint.seed, round=number)
         watch(RoundStarted(number, schedule.count, tuple(client.name for client in cohort)))
         plans, unfit = fitting(number, planner.plan(learned, number, cohort), cohort)
         assignments = {
@@ -244,14 +246,14 @@ def run(
         elif opened.orders != orders:
             raise StoreError(changed_orders(number, opened.orders, orders))
         answers = awaited(asked, transport, schedule, opened, ledger, watch)
-        answers, spent = timed(answers, asked, clock, clock_s, watch)
+        answers, spent = timed(answers, asked, schedule, clock, clock_s, watch)
         norms, outcomes = compared(answers, asked, schedule, watch)
         if opened is None or opened.failures is None:
             failures = {n: outcome for n, outcome in answers.closing.items() if isinstance(outcome, Failure)}
             ledger.close(number, failures, {name: answers.traffic[name].up for name in failures})
         state = method.aggregate(state, [each for each in outcomes.values() if isinstance(each, ClientUpdate)])
         digest = ledger.commit(number, states.encode(state))
-        clock_s += max((each.seconds for each in spent.values()), default=0.0)
+        clock_s += clock.lasted(spent)
         result = RoundResult(
             round=number,
             state=state,
@@ -291,9 +293,17 @@ def fitting(
     return plans, unfit
 
 
-def drawn(transport: Transport, schedule: Schedule, *, seed: int, round: int) -> Sequence[Client]:
-    """Return the cohort of a new round, sorted by name."""
-    fleet = sorted(transport.clients(), key=lambda client: client.name)
+def drawn(transport: Transport, schedule: Schedule, clock: Clock, *, seed: int, round: int) -> Sequence[Client]:
+    """Return the cohort of a new round, sorted by name, drawn from the clients that are there.
+
+    Raises:
+        RoundError: if none is.
+    """
+    known = sorted(transport.clients(), key=lambda client: client.name)
+    fleet = [client for client in known if clock.reachable(round, client.name)]
+    if known and not fleet:
+        expected = f"one of {len(known)} clients to be there"
+        raise RoundError(f"round {round}: expected {expected}; got none; raise availability of [[device]]", final=True)
     return sample(fleet, schedule.cohort, seed=seed, round=round, over_select=schedule.over_select)
 
 
@@ -364,7 +374,7 @@ def awaited(
     few have answered in time, those who have not are waited for again, `attempts` times in all.
     """
     rule, outcomes, aside = schedule.rule, dict[str, Outcome](), list[Aside]()
-    goal = enough(len(asked.orders), schedule)
+    goal = enough(len(asked.enrolled), schedule)
     sizes, sent = dict[str, int](), {name: size(order) for name, order in asked.orders.items()}
     lost, first, arrived = list[str](), time.perf_counter(), dict[str, float]()
 
@@ -379,7 +389,9 @@ def awaited(
                 lost.append(name)
                 return
             outcome = Failure(name, "expected it to work on the whole state; it asked for that again")
-        outcomes[name], arrived[name] = outcome, time.perf_counter() - first
+        outcomes[name] = outcome
+        if new:  # when the others came stands nowhere
+            arrived[name] = time.perf_counter() - first
         if new and isinstance(answer, Reply) and isinstance(outcome, ClientUpdate):
             ledger.accept(asked.round, name, answer.update)
         # After that: whoever tells the client that its update is used must not have to take it back.
@@ -438,26 +450,34 @@ def awaited(
 
 
 def timed(
-    answers: Answers, asked: Asked, clock: Clock, now_s: float, watch: Watch
+    answers: Answers, asked: Asked, schedule: Schedule, clock: Clock, now_s: float, watch: Watch
 ) -> tuple[Answers, Mapping[str, Spent]]:
     """Return the answers, without those that the clock gave up, and how long each client took.
 
-    Of a client that was given up the time is the bound at which that was.
+    Nobody is given up whom `min_clients` needs, the quickest of the late ones first: the round waits for them.
     """
     updates = {name: each for name, each in answers.outcomes.items() if isinstance(each, ClientUpdate)}
     plans = {name: asked.assignments[name].plan for name in updates}
     done = {
-        name: Done(plans[name], each.measured, answers.traffic[name], answers.arrived.get(name, 0.0))
+        name: Done(plans[name], each.measured, answers.traffic[name], answers.arrived.get(name))
         for name, each in updates.items()
     }
-    spent = dict(clock.timed(asked.round, now_s, done))
+    missed = {
+        name: answers.arrived[name]
+        for name, outcome in answers.outcomes.items()
+        if late(outcome) and name in answers.arrived
+    }
+    spent = dict(clock.timed(asked.round, now_s, done, missed))
     outcomes = dict(answers.outcomes)
-    for name, bound in clock.cut(plans, spent).items():
+    cut = clock.cut(plans, spent)
+    needed = max(0, schedule.min_clients - (len(updates) - len(cut)))
+    waited = sorted(cut, key=lambda name: (spent[name].seconds, name))[:needed]
+    for name, bound in cut.items():
+        if name in waited:
+            continue
         reason = f"expected an update within {bound:.3g} s; it would have come after {spent[name].seconds:.3g} s"
         outcomes[name] = failure = Failure(name, reason, kind="late")
-        compute = min(spent[name].compute_s, bound)
-        overhead = min(spent[name].overhead_s, bound - compute)
-        spent[name] = Spent(compute, bound - compute - overhead, overhead)
+        spent[name] = Spent.given_up(bound)
         watch(ClientFinished(asked.round, failure, answers.traffic[name]))
     return replace(answers, outcomes=outcomes), spent
 

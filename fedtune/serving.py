@@ -68,6 +68,9 @@ def setting(
         blueprint = replace(
             blueprint, ranking=read_ranking(recipe.pruning.ranking, recipe.root, common.anatomy, common.base)
         )
+    if recipe.planner.name == "oracle":
+        hint = "it is told the times of a simulated clock, which no deployment has; take planner = 'deadline'"
+        raise ConfigError(Fault("planner", "another in a deployment", "'oracle'", hint))
     devices = fleet_of(replace(recipe, fleet=None), list(profiles), blueprint, parameters=common.parameters)
     first_state(recipe, blueprint)  # what the method refuses of the base it refuses now
     return Setting(

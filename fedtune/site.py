@@ -21,7 +21,7 @@ from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.keep import Anatomy
 from fedtune.methods import METHODS
 from fedtune.model import embedded
-from fedtune.model.base import Base, load, load_tokenizer
+from fedtune.model.base import Base, load, load_tokenizer, memory_bytes
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.shrunk import anatomy
 from fedtune.replica import Replicas
@@ -164,7 +164,7 @@ def blocks(base: Base) -> Anatomy | None:
 def device(base: Base) -> Device:
     """Return what the machine of this process can carry."""
     return Device(
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        memory_bytes=memory_bytes(base.device),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
         accelerator="" if base.device.type == "cpu" else str(base.device),
     )

@@ -23,6 +23,11 @@ class Spent:
     def seconds(self) -> float:
         return self.compute_s + self.transfer_s + self.overhead_s
 
+    @classmethod
+    def given_up(cls, after_s: float) -> Spent:
+        """Return the time of a client that was given up: nobody can know how it would have been divided."""
+        return cls(after_s, 0.0)
+
 
 @dataclass(frozen=True)
 class Done:
@@ -31,27 +36,53 @@ class Done:
     plan: Plan
     measured: Measured
     traffic: Traffic
-    arrived_s: float
-    """Seconds from the round's first order to this client's answer, on this machine's clock."""
+    arrived_s: float | None
+    """Seconds from the round's first order to this client's answer, on this machine's clock; None of an answer that
+    came before the run was resumed."""
 
 
 class Clock(Protocol):
     """Says how long clients took: simulated from their devices, or as it was measured."""
 
-    def timed(self, round: int, now_s: float, done: Mapping[str, Done]) -> Mapping[str, Spent]:
-        """Return the times of a round that began at `now_s`; of no client where none are known."""
+    def timed(
+        self, round: int, now_s: float, done: Mapping[str, Done], late: Mapping[str, float]
+    ) -> Mapping[str, Spent]:
+        """Return the times of a round that began at `now_s`; of no client where none are known.
+
+        Args:
+            round: its number.
+            now_s: what this clock showed when it began.
+            done: what clients did.
+            late: seconds after which others were given up by whoever waited for their answers.
+        """
         ...
 
     def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
         """Return the clients that were given up, with the seconds after which that was."""
         ...
 
+    def lasted(self, spent: Mapping[str, Spent]) -> float:
+        """Return how long a round lasted in which clients took so long: as long as the slowest, and the server."""
+        ...
+
+    def reachable(self, round: int, client: str) -> bool:
+        """Return whether a client can be asked in a round."""
+        ...
+
 
 class Timeless:
     """The clock of clients that share one machine: how long one took says nothing of its device."""
 
-    def timed(self, round: int, now_s: float, done: Mapping[str, Done]) -> Mapping[str, Spent]:
+    def timed(
+        self, round: int, now_s: float, done: Mapping[str, Done], late: Mapping[str, float]
+    ) -> Mapping[str, Spent]:
         return {}
 
     def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
         return {}
+
+    def lasted(self, spent: Mapping[str, Spent]) -> float:
+        return 0.0
+
+    def reachable(self, round: int, client: str) -> bool:
+        return True

@@ -25,7 +25,7 @@ from fedtune.ranking import PruningSettings
 
 ROBERTA = roberta_base()
 PRUNING = PruningSettings()
-WORK = Work(steps=10, rows=32, passes=1, tokens=128)
+WORK = Work(steps=10, rows=32, passes=1, tokens=128, longest=128)
 
 
 def test_roberta_base_on_paper() -> None:
@@ -86,13 +86,13 @@ def test_checkpointing_trades_memory_for_operations() -> None:
 
 def test_a_seven_billion_model_fits_no_board_of_eight_gigabytes_and_an_agx_pruned_or_not() -> None:
     llama = PROXIES["llama-7b"]()
-    small = Work(steps=10, rows=1, passes=4, tokens=256)
+    small = Work(steps=10, rows=1, passes=4, tokens=256, longest=256)
     needs = {ratio: memory_bytes(llama, PRUNING, ratio, 8, small) / 1e9 for ratio in (0.0, 0.5)}
     assert PROFILES["agx-xavier"].memory_gb > needs[0.0] > needs[0.5] > PROFILES["tx2"].memory_gb
 
 
 def test_side_tokens_cost_half_and_a_classifier_has_no_logits_per_token() -> None:
-    side = replace(WORK, steps=0, side_tokens=100.0)
+    side = replace(WORK, steps=0, side_tokens=100.0, longest=100.0)
     each = flops_per_token(ROBERTA, sizes(ROBERTA.anatomy, None, 0.0), 8, side)
     assert round_flops(ROBERTA, None, 0.0, 8, side) == pytest.approx(50 * each)
     causal: Body = replace(ROBERTA, classifies=False)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 import fedtune
-from fedtune.cost import Body
 from fedtune.errors import ConfigError
 from fedtune.fleet import Fleet, fleet_of, speed
 from fedtune.keep import Anatomy, Block
@@ -41,10 +40,29 @@ def test_devices_are_the_fleets_with_what_the_recipe_changes(made: Callable[...,
     ]
     fleet = made(device=changed)
     assert fleet.profiles["client-01"].name == "nano"
-    assert (fleet.profiles["client-00"].name, fleet.profiles["client-00"].memory_gb) == ("nano*", 1.5)
+    assert (fleet.profiles["client-00"].name, fleet.profiles["client-00"].memory_gb) == ("nano*2", 1.5)
     told = fleet.told()
-    assert told["profiles"]["nano*"]["memory_gb"] == {"value": "1.5", "provenance": "assumed"}
+    assert told["profiles"]["nano*2"]["memory_gb"] == {"value": "1.5", "provenance": "recipe"}
+    assert told["profiles"]["nano*2"]["memory_gbps"]["provenance"] == "datasheet"
     assert "proxy" not in told["clock"]
+
+
+def test_kinds_that_a_recipe_makes_are_told_apart(made: Callable[..., Fleet]) -> None:
+    changed = [
+        {"clients": ["client-00"], "profile": "tx2", "memory_gb": 1.0},
+        {"clients": ["client-01"], "profile": "tx2", "memory_gbps": 9.0},
+    ]
+    told = made(device=changed).told()
+    one, other = (told["profiles"][told["clients"][name]] for name in ("client-00", "client-01"))
+    assert (one["memory_gb"]["value"], other["memory_gb"]["value"]) == ("1", "5.2")
+    assert other["memory_gbps"] == {"value": "9", "provenance": "recipe"}
+
+
+def test_a_device_that_is_nobodys_is_refused(made: Callable[..., Fleet]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"device\.0\.clients: expected names or patterns of clients \(client-00.*none"
+    ):
+        made(device=[{"clients": ["nobody"], "memory_gb": 1.0}])
 
 
 def test_a_proxy_is_said_to_be_one_and_costs_what_it_costs(made: Callable[..., Fleet]) -> None:
@@ -67,7 +85,7 @@ def test_the_clock_charges_what_the_planner_expected(made: Callable[..., Fleet])
     assert fleet.load(done).tflop == pytest.approx(fleet.cost("client-00", Arm(0.0, 8), TRAINING).tflop)
     clock = fleet.clock()
     assert isinstance(clock, Simulated)
-    assert clock.timed(1, 0.0, {"client-00": done})["client-00"].seconds > 0
+    assert clock.timed(1, 0.0, {"client-00": done}, {})["client-00"].seconds > 0
 
 
 def test_the_oracle_is_told_the_clocks_own_times(made: Callable[..., Fleet]) -> None:
@@ -76,8 +94,16 @@ def test_the_oracle_is_told_the_clocks_own_times(made: Callable[..., Fleet]) -> 
     candidate = Candidate(
         "client-03", 1.0, (True, True), tuple(c.tflop for c in costs), tuple(c.megabytes for c in costs), (1.0, 1.0)
     )
-    small, large = fleet.true_seconds(4, candidate)
-    assert 0 < small < large
+    clock = fleet.clock()
+    assert isinstance(clock, Simulated)
+    for cost, rank, told in zip(costs, (2, 8), fleet.true_seconds(4, candidate), strict=True):
+        half = int(cost.megabytes / 2 * 1e6)
+        plan, measured = (
+            Plan("client-03", rank, 2.0, TRAINING),
+            Measured(tokens=int(fleet.work("client-03", TRAINING).trained_tokens)),
+        )
+        done = Done(plan, measured, Traffic(half, half), 0.0)
+        assert told == pytest.approx(clock.timed(4, 77.0, {"client-03": done}, {})["client-03"].seconds, rel=1e-3)
 
 
 def test_each_planner_is_made_of_its_name(made: Callable[..., Fleet]) -> None:
@@ -105,4 +131,4 @@ def test_a_planner_knows_the_means_of_a_profile() -> None:
     found = speed(PROFILES["agx-xavier"])
     assert found.s_per_tflop == pytest.approx(1 / (4.0 * 0.6375))
     assert found.s_per_mb == pytest.approx(0.8)
-    assert isinstance(Body(ANATOMY, {}, 1), Body)
+    assert found.overhead_s == 0.5  # latency is in every transfer that is measured

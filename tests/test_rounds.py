@@ -609,12 +609,21 @@ class Told:
     """A clock that says what it is told, and gives up on whoever takes longer than the plan."""
 
     seconds: Mapping[str, float]
+    away: tuple[str, ...] = ()
 
-    def timed(self, round: int, now_s: float, done: Mapping[str, Done]) -> Mapping[str, Spent]:
+    def timed(
+        self, round: int, now_s: float, done: Mapping[str, Done], late: Mapping[str, float]
+    ) -> Mapping[str, Spent]:
         return {name: Spent(self.seconds[name], 1.0) for name in done}
 
     def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
         return {name: plan.deadline_s or 0.0 for name, plan in plans.items() if spent[name].seconds > 10}
+
+    def lasted(self, spent: Mapping[str, Spent]) -> float:
+        return max((each.seconds for each in spent.values()), default=0.0)
+
+    def reachable(self, round: int, client: str) -> bool:
+        return client not in self.away
 
 
 def chosen(

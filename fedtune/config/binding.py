@@ -283,8 +283,7 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
     rank, verb, ratio = (values.pop(key, None) for key in ("rank", "verb", "ratio"))
     if "clients" not in row or (not globs and f"{path}.clients" in found.values):
         found.faults.append(Fault(f"{path}.clients", "the name or glob of a client, or a list of them", "nothing"))
-    for bad in [text for text in globs if not text or re.search(r"\[[^\]]*$", text)]:
-        found.faults.append(Fault(f"{path}.clients", "a glob with every [ closed", shown(bad), 'e.g. "client-[1-3]"'))
+    found.faults.extend(open_globs(globs, path))
     if not row.keys() - {"clients"}:
         found.faults.append(Fault(path, "something that changes, such as rank", "only clients"))
     lengths = [key for key in ("steps", "epochs") if key in row]
@@ -292,6 +291,11 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
         found.faults.extend(steps_or_epochs(values.get("steps"), values.get("epochs"), path))
     training, taken = ({key: value for key, value in values.items() if key in part} for part in parts)
     return Override(clients=globs, rank=rank, ratio=ratio, verb=verb, training=training, resources=taken)
+
+
+def open_globs(globs: Sequence[str], path: str) -> Iterator[Fault]:
+    for bad in [text for text in globs if not text or re.search(r"\[[^\]]*$", text)]:
+        yield Fault(f"{path}.clients", "a glob with every [ closed", shown(bad), 'e.g. "client-[1-3]"')
 
 
 def bind_devices(content: Any, found: Findings) -> tuple[DeviceOverride, ...]:
@@ -317,6 +321,9 @@ def bind_device(row: Any, path: str, found: Findings) -> DeviceOverride | None:
     globs = (globs,) if isinstance(globs, str) else tuple(globs or ())
     if not globs:
         found.faults.append(Fault(f"{path}.clients", "the name or glob of a client, or a list of them", "nothing"))
+    found.faults.extend(open_globs(globs, path))
+    if not row.keys() - {"clients"}:
+        found.faults.append(Fault(path, "something that changes, such as profile or memory_gb", "only clients"))
     if profile is not None and profile not in PROFILES:
         meant = nearest(profile, PROFILES)
         hint = f"did you mean {quoted(meant)}?" if meant else ""

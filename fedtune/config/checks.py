@@ -56,8 +56,13 @@ def momentum_of(optimizer: str, momentum: float, overrides: Sequence[Override]) 
             yield Fault(f"override.{place}.momentum", f"0 with optimizer {by!r}", str(keeps), hint)
 
 
-def early_end(engine: str, over_select: float) -> Iterator[Fault]:
+def early_end(engine: str, over_select: float, fleet: FleetSettings | None) -> Iterator[Fault]:
     """Refuse to end rounds early where clients finish in any order: the same recipe would not give the same bits."""
+    if fleet is not None and over_select > 1:
+        hint = 'set fleet.late = "drop" for rounds that go on without the slow ones'
+        expected = "1 with [fleet], whose clients finish in the order of this machine's work, not of their devices"
+        yield Fault("rounds.over_select", expected, f"{over_select:g}", hint)
+        return
     if engine != "inprocess" and over_select > 1:
         hint = 'set engine.name = "inprocess", or serve the recipe over a network'
         yield Fault("rounds.over_select", f"1 with the engine {engine!r}, whose clients race", f"{over_select:g}", hint)
@@ -223,6 +228,8 @@ def prunable(
     asked = [(f"override.{place}.ratio", o.ratio) for place, o in enumerate(overrides) if o.ratio is not None]
     if isinstance(planner, FixedSettings) and planner.ratio > 0:
         asked.append(("planner.ratio", planner.ratio))
+    if isinstance(planner, AdaptiveSettings):
+        yield from chosen_by_planner(planner, overrides)
     if pruning is None:
         for path, ratio in asked:
             if ratio > 0:
@@ -235,24 +242,41 @@ def prunable(
     if pruning.score == "magnitude" and pruning.allocation == "global":
         hint = "weights of different blocks are of different size: global ranks by magnitude are worse than chance"
         yield Fault("pruning.allocation", "uniform with score = 'magnitude'", "'global'", hint)
+    if pruning.policy == "vote" and pruning.target == 0:
+        hint = "the largest of planner.ratios" if isinstance(planner, AdaptiveSettings) else "your ratio"
+        yield Fault("pruning.target", "above 0 with 'vote', whose clients vote for a mask of that size", "0", hint)
     if isinstance(planner, AdaptiveSettings):
-        for place, override in enumerate(overrides):
-            if override.ratio is not None or override.rank is not None:
-                key = "ratio" if override.ratio is not None else "rank"
-                hint = 'the planner chooses it; set planner = "fixed" to say it yourself'
-                yield Fault(f"override.{place}.{key}", f"nothing with the planner {planner.name!r}", "a number", hint)
-        if planner.ratios and max(planner.ratios) < pruning.target:
+        if 0 not in planner.ratios and planner.ratios and pruning.policy != "local" and pruning.ranking is None:
+            hint = "add 0: the first round prunes nobody, and asks for the scores; or name a file in pruning.ranking"
+            got = f"at least {min(planner.ratios):g}"
+            yield Fault("planner.ratios", "0 among them where pruning.ranking brings no order", got, hint)
+        if planner.ratios and pruning.target and pruning.target not in planner.ratios:
             hint = f"add {pruning.target:g}: in the last rounds everybody trains what is deployed"
-            yield Fault(
-                "planner.ratios",
-                f"at least one of pruning.target = {pruning.target:g}",
-                f"{max(planner.ratios):g}",
-                hint,
-            )
-    elif pruning.policy == "vote" and any(ratio != asked[0][1] for _, ratio in asked):
+            got = ", ".join(f"{ratio:g}" for ratio in planner.ratios)
+            yield Fault("planner.ratios", f"pruning.target = {pruning.target:g} among them", got, hint)
+    elif pruning.policy == "vote" and len(ratios_of(planner, overrides)) > 1:
         yield Fault(
             "pruning.policy", "one ratio for all with 'vote', whose clients share a mask", "several", "use nested"
         )
+
+
+def ratios_of(planner: FixedSettings, overrides: Sequence[Override]) -> set[float]:
+    """Return the ratios that clients may be asked for by a planner that asks every one for its own."""
+    found, left = set[float](), True
+    for override in overrides:
+        if override.ratio is not None:
+            found, left = ({override.ratio}, False) if "*" in override.clients else (found | {override.ratio}, left)
+    return found | {planner.ratio} if left else found
+
+
+def chosen_by_planner(planner: AdaptiveSettings, overrides: Sequence[Override]) -> Iterator[Fault]:
+    """Yield what a recipe says of some clients that its planner chooses."""
+    for place, override in enumerate(overrides):
+        for key, value in (("ratio", override.ratio), ("rank", override.rank)):
+            if value is not None:
+                hint = 'the planner chooses it; set planner = "fixed" to say it yourself'
+                expected = f"nothing with the planner {planner.name!r}"
+                yield Fault(f"override.{place}.{key}", expected, f"{value:g}", hint)
 
 
 PRUNES_NOT: Mapping[str, str] = {
@@ -273,6 +297,20 @@ def arms(planner: Any) -> Iterator[Fault]:
     for key in ("ratios", "ranks"):
         if not getattr(planner, key):
             yield Fault(f"planner.{key}", "at least one number", "an empty list", "leave it out for the usual ones")
+    usual = AdaptiveSettings()
+    for key, readers in READERS.items():
+        value = getattr(planner, key)
+        if planner.name not in readers and value != getattr(usual, key):
+            expected = f"nothing with the planner {planner.name!r}, which does not read it"
+            yield Fault(f"planner.{key}", expected, shown(value), f"it is of {listed(readers)}")
+
+
+READERS: Mapping[str, Sequence[str]] = {
+    "explore": ("deadline",),
+    "deadline_s": ("deadline",),
+    "reward": ("ucb", "thompson"),
+}
+"""The planners that a setting means something to."""
 
 
 def learning_planner(method: str, planner: Any) -> Iterator[Fault]:
@@ -286,6 +324,7 @@ def learning_planner(method: str, planner: Any) -> Iterator[Fault]:
 
 
 def simulated_devices(
+    method: str,
     fleet: FleetSettings | None,
     devices: Sequence[DeviceOverride],
     planner: Any,
@@ -299,6 +338,13 @@ def simulated_devices(
         if steps is None or any("epochs" in each.training for each in overrides):
             hint = "it is told the simulated clock's times, which follow from the recipe alone"
             yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
+    if fleet is not None and method == "fedkseed":
+        expected, hint = "no table with 'fedkseed'", "what its forward passes cost a device is not modelled yet"
+        yield Fault("fleet", expected, repr(fleet.name), hint)
+    if fleet is not None and fleet.late == "drop" and getattr(planner, "name", "") not in ("deadline", "oracle"):
+        hint = 'take planner = "deadline", or leave fleet.late out'
+        name = getattr(planner, "name", "")
+        yield Fault("fleet.late", f"'wait' with the planner {name!r}, which sends no deadline", "'drop'", hint)
     if fleet is None and devices:
         yield Fault("device", "no tables without [fleet]", f"{len(devices)}", 'write fleet = { name = "fedspine80" }')
 
@@ -350,9 +396,9 @@ CHECKS: Sequence[Check] = (
     (("method.name", "pruning", "planner", "override"), prunable),
     (("planner",), arms),
     (("method.name", "planner"), learning_planner),
-    (("fleet", "device", "planner", "client.steps", "override"), simulated_devices),
+    (("method.name", "fleet", "device", "planner", "client.steps", "override"), simulated_devices),
     (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
-    (("engine.name", "rounds.over_select"), early_end),
+    (("engine.name", "rounds.over_select", "fleet"), early_end),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),
     (("data.split",), split_rules),
     (("data.split.only",), some_client),

@@ -6,6 +6,7 @@ FedSpine-style (after FedMP, FedPrLLM and HeteroFL), formulas ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -55,21 +56,22 @@ def ordered(state: PrunedState, plan: Plan) -> tuple[Surgery | None, Keep | None
     if settings is None or anatomy is None:
         return None, None
     if settings.policy == "local":
-        return Surgery(settings=settings), None
+        return Surgery(settings=replace(settings, ranking=None)), None
     if plan.ratio > 0 and not state.order:
         raise RoundError(
             f"round {state.round + 1}: expected an order of heads and channels before {plan.client} is pruned by "
             f"{plan.ratio:g}; got none; let a device that holds the whole model take part first, or name a file in "
             "pruning.ranking"
         )
-    before, ratios = state.ratios.get(plan.client, 0.0), staged(plan.ratio, settings.stages)
+    first = plan.first_ratio if state.order else 0.0
+    before, ratios = state.ratios.get(plan.client, first), staged(plan.ratio, settings.stages)
     stages = [bitmap(keep, anatomy) for ratio in ratios if (keep := state.structure(ratio)) is not None]
     earlier = state.structure(before)
     surgery = Surgery(
-        settings=settings,
+        settings=replace(settings, ranking=None),  # where the server's file lies is nobody's business
         stages=tuple(dict.fromkeys(stages)),
         before=b"" if earlier is None else bitmap(earlier, anatomy),
-        wanted=not state.worth or 0 < settings.refresh <= state.round + 1 - state.scored,
+        wanted=not state.order or 0 < settings.refresh <= state.round + 1 - state.scored,
     )
     return surgery, state.structure(min(before, ratios[0]))
 
@@ -142,7 +144,7 @@ def learned(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
     parts = [(told(update, anatomy), share) for update, share in cohort if update.scores or update.mask]
     if settings.policy == "local" or not parts:
         return {"ratios": ratios}
-    worth = pooled(parts, state.worth, anatomy)
+    worth = pooled(parts, state.worth or state.order, anatomy)
     return {"ratios": ratios, "worth": worth, "order": noticed(state.order, worth), "scored": state.round + 1}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -239,6 +240,13 @@ def choose_device(name: str) -> torch.device:
     if device is None or device.type not in found or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise ConfigError(Fault("model.device", f"one of auto, {', '.join(found)}", repr(name), "leave it at auto"))
     return device
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the bytes of the memory that a base on this device lies in: the accelerator's own, or the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -42,6 +43,23 @@ from fedtune.tensors import Tensors
 PREFIX = "fedtune-pruned-"
 """Before the family in `model_type`: a stock class that met these widths unprepared must not know the folder."""
 FORMAT = 1
+TASKS = ("causal", "classification")
+FOREIGN = ("auto_map", "quantization_config", "implementation")
+"""Ends of the keys of a config that may name code to fetch: a folder chooses none."""
+DAMAGES = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+    ShapeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What reading a folder ends in whose files are not as we write them."""
 
 Source = Mapping[str, Callable[[], torch.Tensor]]
 """What reads a tensor of a checkpoint, by its name there."""
@@ -448,7 +466,10 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
         family = str(data["model_type"]).removeprefix(PREFIX)
         if family not in FAMILIES or described["format"] != FORMAT:
             raise ValueError(f"model_type {data['model_type']!r}, format {described['format']!r}")
-        config = CONFIG_MAPPING[family].from_dict({**data, "model_type": family})
+        if described["task"] not in TASKS:
+            raise ValueError(f"task {described['task']!r}")
+        plain = {key: value for key, value in data.items() if not key.endswith(FOREIGN)}
+        config = CONFIG_MAPPING[family].from_dict({**plain, "model_type": family})
         model = skeleton(config, task=described["task"], dtype=DTYPES[dtype])
         anatomy = anatomy_of(model)
         blocks = zip(anatomy.blocks, described["blocks"], strict=True)
@@ -465,7 +486,7 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
             place(model, name, tensor.to(device, expected[name].dtype, copy=True))
         finish(model, (), key=0, device=device)
         with_generation_config(model, folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ShapeError, SafetensorError) as error:
+    except DAMAGES as error:
         reason = " ".join(str(error).split())[:200]
         expected_folder = "a folder of a pruned model as fedtune exports it"
         raise ConfigError(
@@ -477,6 +498,9 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
 
 def leading(block: Block, *, heads: int, kv_heads: int, channels: int) -> Kept:
     """Return a kept set of these sizes: on a skeleton it does not matter which heads and channels are meant."""
+    if not (0 <= heads <= block.heads and 0 <= kv_heads <= block.kv_heads and 0 <= channels <= block.channels):
+        widest = f"{block.heads}, {block.kv_heads} and {block.channels}"
+        raise ShapeError(f"{block.prefix}: expected at most {widest} wide; got {heads}, {kv_heads}, {channels}")
     each = heads // max(1, kv_heads)
     q = tuple(kv * block.group + i for kv in range(kv_heads) for i in range(each))
     if len(q) != heads or each > block.group:

@@ -7,16 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault, ShapeError
-from fedtune.keep import FAMILIES, Anatomy, Block, Cut, Keep, Kept, Side, check, cuts, linear_shapes, shapes
+from fedtune.keep import FAMILIES, Anatomy, Block, Cut, Keep, Kept, Side, check, cuts, linear_shapes, shapes, within
 from fedtune.model.base import linear_shape
-from fedtune.tensors import Array
 
 
 def anatomy_of(model: Any) -> Anatomy:
@@ -245,7 +243,7 @@ def cut_again(
     """
     check(after, anatomy)
     old, new = cuts(before, anatomy), cuts(after, anatomy)
-    parts = {name: taken(within(name, old[name], new[name])) for name in new}
+    parts = {name: taken(cut) for name, cut in within(old, new).items()}
     for name, shape in shapes(whole_shapes(anatomy), old).items():
         if (got := linear_shape(core(model.get_submodule(name)))) != shape:
             raise ShapeError(f"{name}: expected {shape}, as kept before; got {got}")
@@ -288,24 +286,6 @@ def follow(
             key: part(value) if isinstance(value, torch.Tensor) and value.shape == was.shape else value
             for key, value in optimizer.state.pop(was).items()
         }
-
-
-def within(name: str, before: Cut, after: Cut) -> Cut:
-    """Return a cut of the base as one of what an earlier cut left.
-
-    Raises:
-        ShapeError: if the earlier one left less.
-    """
-    return Cut(places_in(name, before.out, after.out), places_in(name, before.into, after.into))
-
-
-def places_in(name: str, before: Array | None, after: Array | None) -> Array | None:
-    if before is None or after is None:
-        return None
-    at = np.searchsorted(before, after)
-    if (at == len(before)).any() or (before[at] != after).any():
-        raise ShapeError(f"{name}: expected a part of the {len(before)} rows or columns kept before; got others")
-    return at
 
 
 @contextmanager

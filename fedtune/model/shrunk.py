@@ -52,6 +52,10 @@ class Structures:
     sent: Keep | None
     """In whose coordinates the blobs came: the largest of them all."""
 
+    def within(self, steps: int) -> Structures:
+        """Return the structures that so many optimizer steps have room for, at least one each: the last ones."""
+        return replace(self, stages=self.stages[-steps:])
+
     @property
     def first(self) -> Keep | None:
         return self.stages[0] if self.stages else None
@@ -166,14 +170,18 @@ def vote(worth: Tensors, keep: Keep | None, ratio: float, settings: PruningSetti
 
 
 def cutter(
-    model: torch.nn.Module, stages: Sequence[Keep], settings: PruningSettings, anatomy: Anatomy
+    model: torch.nn.Module, stages: Sequence[Keep], settings: PruningSettings, anatomy: Anatomy, *, steps: int
 ) -> Callable[[int, torch.optim.Optimizer], Sequence[torch.nn.Parameter] | None] | None:
-    """Return what makes a model in training smaller between its steps, stage after stage."""
+    """Return what makes a model in training smaller between its steps, stage after stage.
+
+    In a short round stages are shorter than `steps_between`: it must end in the structure of the last one.
+    """
     if len(stages) < 2:
         return None
+    every = min(settings.steps_between, (steps - 1) // (len(stages) - 1))
 
     def between(steps: int, optimizer: torch.optim.Optimizer) -> Sequence[torch.nn.Parameter] | None:
-        stage, odd = divmod(steps, settings.steps_between)
+        stage, odd = divmod(steps, every)
         if odd or stage >= len(stages):
             return None
         return cut_again(model, optimizer, stages[stage - 1], stages[stage], anatomy)

@@ -25,6 +25,8 @@ class Seen:
     loss_before: float | None = None
     loss_after: float | None = None
     importance: float | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
 
 
 class Planner(Protocol):

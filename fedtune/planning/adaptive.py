@@ -54,6 +54,9 @@ class Cost:
 Costs: TypeAlias = Callable[[str, Arm, Training], Cost]
 """(client, arm, how it trains) -> its cost; made of the base and the client's texts by the top floors."""
 
+Traffic: TypeAlias = Callable[[Seen], float]
+"""Megabytes that a client's round took, down and up; where a proxy is charged, what it would have taken."""
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -84,6 +87,7 @@ class Adaptive:
     training: Callable[[str], Training]
     """From a client's name to how it trains."""
     costs: Costs
+    traffic: Traffic
     speeds: Mapping[str, Speed]
     """By client, where a device's profile is known."""
     alpha: float | Literal["2r"]
@@ -113,7 +117,7 @@ class Adaptive:
         ]
         choice = self.policy.choose(learned.policy, round, candidates, key=derive(self.seed, "planner", round))
         return {
-            client.name: self._plan(client.name, trained[client.name], choice)
+            client.name: self._plan(client, trained[client.name], choice, costs[client.name])
             if any(fits[client.name])
             else self._unfit(learned, client, round, costs[client.name])
             for client in cohort
@@ -177,16 +181,22 @@ class Adaptive:
             s_per_mb=speed.s_per_mb,
         )
 
-    def _plan(self, client: str, training: Training, choice: Choice) -> Plan:
-        arm = self.policy.arms[choice.arms[client]]
+    def _plan(self, client: Client, training: Training, choice: Choice, costs: Sequence[Cost]) -> Plan:
+        arm, has = self.policy.arms[choice.arms[client.name]], self._memory_gb(client)
+        fitting = [
+            each.ratio
+            for each, cost in zip(self.policy.arms, costs, strict=True)
+            if has is None or cost.memory_gb <= has
+        ]
         return Plan(
-            client=client,
+            client=client.name,
             rank=arm.rank,
             scale=scale(arm.rank, self.alpha, rslora=self.rslora),
             training=training,
             ratio=arm.ratio,
+            first_ratio=min(fitting, default=arm.ratio),
             deadline_s=choice.deadline_s,
-            why=choice.why.get(client, ""),
+            why=choice.why.get(client.name, ""),
         )
 
     def _unfit(self, learned: Learned, client: Client, round: int, costs: Sequence[Cost]) -> Failure:
@@ -214,17 +224,23 @@ class Adaptive:
         return self.costs(seen.client, Arm(seen.ratio, seen.rank), self._training(client))
 
     def _observed(self, seen: Seen) -> Observed:
-        cost = self._cost(seen)
         known = [part for part in (seen.compute_s, seen.transfer_s) if part is not None and isfinite(part)]
+        late, used = seen.status == "late", seen.status == "ok"
+        timed, speed = len(known) == 2 and not late, self.speeds.get(seen.client, Speed())
         return Observed(
             client=seen.client,
             arm=Arm(seen.ratio, seen.rank),
-            tflop=cost.tflop,
-            megabytes=cost.megabytes,
-            compute_s=seen.compute_s if len(known) == 2 else None,
-            transfer_s=seen.transfer_s if len(known) == 2 else None,
-            late=seen.status == "late",
-            loss_before=seen.loss_before if seen.status == "ok" else None,
-            loss_after=seen.loss_after if seen.status == "ok" else None,
-            importance=seen.importance if seen.status == "ok" else None,
+            tflop=self._cost(seen).tflop,
+            # As counted: in the first round next to nothing comes down, which would look like a fast connection.
+            megabytes=self.traffic(seen),
+            compute_s=seen.compute_s if timed else None,
+            transfer_s=seen.transfer_s if timed else None,
+            used=used,
+            late_s=sum(known) if late and len(known) == 2 else None,
+            overhead_s=speed.overhead_s,
+            s_per_tflop=speed.s_per_tflop,
+            s_per_mb=speed.s_per_mb,
+            loss_before=seen.loss_before if used else None,
+            loss_after=seen.loss_after if used else None,
+            importance=seen.importance if used else None,
         )

@@ -9,7 +9,7 @@ from math import log, sqrt
 import numpy as np
 
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed
-from fedtune.planning.rewards import RewardName, rewards
+from fedtune.planning.rewards import RewardName, rewards, with_worst
 from fedtune.seeds import derive, generator
 
 RECENT = 500
@@ -43,12 +43,13 @@ class BanditMemory:
 def learned(memory: BanditMemory, observed: Sequence[Observed], reward: RewardName) -> BanditMemory:
     """Return what is known after a round; the arm that was really played is paid."""
     paid, plays = rewards(observed, reward), dict(memory.plays)
+    every = with_worst(paid, observed)
     for each in sorted(observed, key=lambda one: one.client):
-        if each.client not in paid:
+        if each.client not in every:
             continue
         own = dict(plays.get(each.client, {}))
         before = own.get(each.arm, Plays())
-        own[each.arm] = Plays(before.count + 1, before.total + paid[each.client])
+        own[each.arm] = Plays(before.count + 1, before.total + every[each.client])
         plays[each.client] = own
     recent = (*memory.recent, *(paid[client] for client in sorted(paid)))[-RECENT:]
     return BanditMemory(plays, recent)

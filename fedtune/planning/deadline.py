@@ -18,6 +18,8 @@ JUMP = np.log(1.8)
 """A rate that is further off than this twice running is taken for another mode of the device."""
 FASTER = 4.0
 """No device is taken to be more than so many times as fast as its profile says."""
+LONGEST_S = 1e9
+"""Thirty years; who says to have worked for longer is not believed."""
 MOST_DEADLINES = 60
 QUALITY_FORGETTING = 0.99
 LATE_SHARE = 1.25
@@ -46,11 +48,9 @@ class Rate:
     log_s: float
     """Logarithm of the seconds per TFLOP, or per MB."""
     count: int = 0
-    """Own measurements since the last jump."""
+    """Own measurements since the last jump; 0 where only bounds are known."""
     misses: int = 0
     """Measurements running that were far off."""
-    prior: float | None = None
-    """From the device's profile; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Deadline:
         weights = np.array([each.weight for each in cohort])
         bounds = [self.deadline_s] if self.deadline_s is not None else deadlines(seconds)
         chosen, end = best(seconds, shared, weights, np.array(bounds), self.server_s)
-        chosen = self._explored(chosen, seconds, end, round=round, key=key)
+        room = end if self.deadline_s is None else min(end, self.deadline_s)
+        chosen = self._explored(chosen, seconds, room, round=round, key=key)
         limit = LATE_SHARE * (self.deadline_s or end)
         why = {
             each.client: f"{seconds[i, a]:.3g} s of {end:.3g} s; quality {worth[a]:.2f}"
@@ -115,9 +116,12 @@ class Deadline:
         clients = dict(memory.clients)
         for each in sorted(observed, key=lambda one: one.client):
             known = clients.get(each.client, Rates(Rate(np.nan), Rate(np.nan)))
+            if each.late_s is not None:
+                clients[each.client] = bounded(known, each, each.late_s)
+                continue
             clients[each.client] = Rates(
-                measured(known.compute, each.compute_s, each.tflop, late=each.late),
-                measured(known.transfer, each.transfer_s, each.megabytes, late=each.late),
+                measured(known.compute, each.compute_s, each.tflop),
+                measured(known.transfer, each.transfer_s, each.megabytes),
             )
         return DeadlineMemory(clients, self._judged(memory, observed))
 
@@ -136,16 +140,15 @@ class Deadline:
         found: Array = (share / share.sum()) @ quality(self.arms)
         return found
 
-    def _explored(self, chosen: Array, seconds: Array, end: float, *, round: int, key: int) -> Array:
+    def _explored(self, chosen: Array, seconds: Array, room: float, *, round: int, key: int) -> Array:
         """Return the arms with some of them drawn again among those that end in time: never a straggler."""
         if not self.explore:
             return chosen
         rng = generator(derive(key, "deadline.explore", round))
         found = chosen.copy()
         for client in rng.permutation(len(chosen))[: self.explore].tolist():
-            found[client] = int(
-                rng.choice(np.flatnonzero(seconds[client] <= max(end, seconds[client, chosen[client]])))
-            )
+            in_time = np.flatnonzero(seconds[client] <= room)
+            found[client] = int(rng.choice(in_time)) if in_time.size else found[client]
         return found
 
     def _judged(self, memory: DeadlineMemory, observed: Sequence[Observed]) -> tuple[float, ...]:
@@ -191,15 +194,33 @@ def rates_of(memory: DeadlineMemory, cohort: Sequence[Candidate], what: str) -> 
     return np.where(np.isfinite(rates_), rates_, UNKNOWN * float(np.median(others)))
 
 
-def measured(rate: Rate, seconds: float | None, work: float, *, late: bool) -> Rate:
-    """Return a rate after a measurement; impossible ones are left out, and a bound only counts where it is above."""
-    if seconds is None or not np.isfinite(seconds) or seconds <= 0 or not work > 0:
+def bounded(rates: Rates, each: Observed, late_s: float) -> Rates:
+    """Return the rates of a client that was given up: both rise until it would not have come before that.
+
+    Where it stuck is not known. Of a client of which nothing is known all of the time is taken for work.
+    """
+    compute = rates.compute.log_s if np.isfinite(rates.compute.log_s) else logarithm(each.s_per_tflop)
+    transfer = rates.transfer.log_s if np.isfinite(rates.transfer.log_s) else logarithm(each.s_per_mb)
+    if not 0 < late_s <= LONGEST_S or not each.tflop > 0:
+        return rates
+    if not np.isfinite(compute):
+        return replace(rates, compute=replace(rates.compute, log_s=float(np.log(late_s / each.tflop))))
+    there = np.exp(compute) * each.tflop + (np.exp(transfer) * each.megabytes if np.isfinite(transfer) else 0.0)
+    more = float(np.log(max(1.0, (late_s - each.overhead_s) / there)))
+    return Rates(replace(rates.compute, log_s=compute + more), replace(rates.transfer, log_s=transfer + more))
+
+
+def logarithm(seconds: float | None) -> float:
+    return float(np.log(seconds)) if seconds is not None and seconds > 0 else float("nan")
+
+
+def measured(rate: Rate, seconds: float | None, work: float) -> Rate:
+    """Return a rate after a measurement; impossible ones are left out."""
+    if seconds is None or not 0 < seconds <= LONGEST_S or not work > 0:
         return rate
     found = float(np.log(seconds / work))
-    if not np.isfinite(rate.log_s):
+    if rate.count == 0:
         return replace(rate, log_s=found, count=1)
-    if late and found <= rate.log_s:
-        return rate
     misses = rate.misses + 1 if abs(found - rate.log_s) > JUMP else 0
     if misses >= 2:
         return replace(rate, log_s=found, count=1, misses=0)

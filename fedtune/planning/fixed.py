@@ -43,6 +43,12 @@ class Fixed:
     def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
         """Return one plan per client of the cohort; epochs become steps by the client's number of examples."""
         plans = {client: self.plan_for(client, pruned=self.scored or round > 1) for client in cohort}
+        plans = {
+            client: replace(plan, first_ratio=plan.ratio)
+            if plan.ratio > 0 and self.misfit(client, 0.0, plan.rank, plan.training)
+            else plan
+            for client, plan in plans.items()
+        }
         why = {c.name: self.misfit(c, plan.ratio, plan.rank, plan.training) for c, plan in plans.items()}
         return {c.name: Failure(c.name, why[c.name], kind="unfit") if why[c.name] else p for c, p in plans.items()}
 

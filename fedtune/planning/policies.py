@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -17,13 +17,33 @@ from fedtune.planning.uniform import Uniform
 FEW_RATIOS, FEW_RANKS = (0.0, 0.25, 0.5), (4, 16)
 """Arms of `ucb`: a client takes part some tens of times, which is too few for all."""
 
-POLICIES: Mapping[str, Callable[[AdaptiveSettings, tuple[Arm, ...]], Policy[Any]]] = {
-    "deadline": lambda settings, arms: Deadline(arms, explore=settings.explore, deadline_s=settings.deadline_s),
-    "oracle": lambda settings, arms: Deadline(arms),
-    "s-ucb": lambda settings, arms: STree(arms),
-    "ucb": lambda settings, arms: Ucb(few(arms), reward=settings.reward),
-    "thompson": lambda settings, arms: Thompson(arms, reward=settings.reward),
-    "random": lambda settings, arms: Uniform(arms),
+
+@dataclass(frozen=True)
+class Given:
+    """What a policy is told beside its settings."""
+
+    target: float = 0.0
+    """The ratio that all train at in the end."""
+    server_s: float = 0.0
+    """Of a round."""
+    known: Callable[[int, Candidate], Sequence[float]] | None = None
+    """True seconds of a round's arms, for the oracle."""
+
+
+def oracle(arms: tuple[Arm, ...], given: Given) -> Deadline:
+    assert given.known is not None  # config asks for a fleet
+    return Deadline(arms, server_s=given.server_s, known=given.known)
+
+
+POLICIES: Mapping[str, Callable[[AdaptiveSettings, tuple[Arm, ...], Given], Policy[Any]]] = {
+    "deadline": lambda settings, arms, given: Deadline(
+        arms, explore=settings.explore, deadline_s=settings.deadline_s, server_s=given.server_s
+    ),
+    "oracle": lambda settings, arms, given: oracle(arms, given),
+    "s-ucb": lambda settings, arms, given: STree(arms),
+    "ucb": lambda settings, arms, given: Ucb(few(arms, given.target), reward=settings.reward),
+    "thompson": lambda settings, arms, given: Thompson(arms, reward=settings.reward),
+    "random": lambda settings, arms, given: Uniform(arms),
 }
 
 
@@ -33,32 +53,21 @@ def arms_of(settings: AdaptiveSettings, *, pruned: bool) -> tuple[Arm, ...]:
     return tuple(Arm(ratio, rank) for ratio, rank in product(ratios, sorted(set(settings.ranks))))
 
 
-def few(arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
-    """Return the arms nearest to the few, none twice; the largest ratio is always among them."""
+def few(arms: tuple[Arm, ...], target: float = 0.0) -> tuple[Arm, ...]:
+    """Return the arms nearest to the few, none twice; the target and the largest ratio are always among them."""
     ratios, ranks = sorted({arm.ratio for arm in arms}), sorted({arm.rank for arm in arms})
-    near = {min(ratios, key=lambda ratio: abs(ratio - wish)) for wish in FEW_RATIOS} | {ratios[-1]}
+    wishes = (*FEW_RATIOS, target, ratios[-1])
+    near = {min(ratios, key=lambda ratio: abs(ratio - wish)) for wish in wishes}
     of = {min(ranks, key=lambda rank: abs(rank - wish)) for wish in FEW_RANKS}
     return tuple(arm for arm in arms if arm.ratio in near and arm.rank in of)
 
 
-def policy_of(
-    settings: AdaptiveSettings,
-    *,
-    pruned: bool,
-    known: Callable[[int, Candidate], Sequence[float]] | None = None,
-    server_s: float = 0.0,
-) -> Policy[Any]:
+def policy_of(settings: AdaptiveSettings, *, pruned: bool, given: Given | None = None) -> Policy[Any]:
     """Return what chooses the arms of a recipe.
 
     Args:
         settings: the recipe's table `planner`.
         pruned: whether there are ratios to choose from.
-        known: true seconds of a round's arms, for the oracle.
-        server_s: of a round.
+        given: what else a policy may want to know.
     """
-    arms = arms_of(settings, pruned=pruned)
-    if settings.name == "oracle":
-        assert known is not None  # config asks for a fleet
-        return Deadline(arms, server_s=server_s, known=known)
-    policy = POLICIES[settings.name](settings, arms)
-    return replace(policy, server_s=server_s) if isinstance(policy, Deadline) else policy
+    return POLICIES[settings.name](settings, arms_of(settings, pruned=pruned), given or Given())

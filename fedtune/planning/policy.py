@@ -60,11 +60,18 @@ class Observed:
     arm: Arm
     tflop: float
     megabytes: float
+    """As counted, down and up."""
     compute_s: float | None
-    """None where nothing is known of it, as of a client that failed."""
+    """None where nothing is known of it, as of a client that failed, or was given up."""
     transfer_s: float | None
-    late: bool = False
-    """The times are bounds: the client was given up at them."""
+    used: bool = True
+    """Whether its work went into the round; else the arm brought nothing."""
+    late_s: float | None = None
+    """Seconds after which it was given up, where it was: it would have taken at least as long."""
+    overhead_s: float = 0.0
+    """As of a candidate, and so are the next two."""
+    s_per_tflop: float | None = None
+    s_per_mb: float | None = None
     loss_before: float | None = None
     """Before surgery, in the structure of the last participation."""
     loss_after: float | None = None

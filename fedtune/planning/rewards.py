@@ -14,6 +14,8 @@ RewardName: TypeAlias = Literal["time", "fedmp"]
 
 LARGEST_GAIN = 3.0
 """Medians of a round's gains beyond which a gain counts no more."""
+LARGEST_DELAY = 10.0
+"""Medians of a round's times beyond which a delay counts no more: one client's claim must not drown all others."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def relative(observed: Sequence[Observed]) -> Mapping[str, Relative]:
     return {
         each.client: Relative(
             gain=share(gains[each.client], middle),
-            delay=max(0.0, (each.seconds or 0.0) / typical - 1) if typical > 0 else 0.0,
+            delay=min(LARGEST_DELAY, max(0.0, (each.seconds or 0.0) / typical - 1)) if typical > 0 else 0.0,
             importance=share(each.importance or 0.0, weight),
         )
         for each in known
@@ -53,15 +55,25 @@ def relative(observed: Sequence[Observed]) -> Mapping[str, Relative]:
 
 
 def judged(each: Observed) -> bool:
-    """Return whether a client's losses and time are all known and possible."""
-    numbers = (each.loss_before, each.loss_after, each.compute_s, each.transfer_s)
-    return all(part is not None and np.isfinite(part) for part in numbers) and (each.seconds or 0.0) >= 0
+    """Return whether a client's losses are known, and its time is possible; where no clock runs, nobody's is known."""
+    losses = (each.loss_before, each.loss_after)
+    there = all(loss is not None and np.isfinite(loss) for loss in losses)
+    return there and (each.seconds is None or (np.isfinite(each.seconds) and each.seconds >= 0))
 
 
 def share(value: float, middle: float) -> float:
     if middle <= 0 or not np.isfinite(value):
         return 0.0
     return float(np.clip(value / middle, 0.0, LARGEST_GAIN)) / LARGEST_GAIN
+
+
+def with_worst(paid: Mapping[str, float], observed: Sequence[Observed]) -> Mapping[str, float]:
+    """Return what was paid, and to every client whose work was not used the least of it, at most 0.
+
+    Else an arm that never comes home would stay untried, and be asked for again and again.
+    """
+    worst = min([0.0, *paid.values()])
+    return {**dict.fromkeys(sorted(each.client for each in observed if not each.used), worst), **paid}
 
 
 def rewards(observed: Sequence[Observed], name: RewardName) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed
-from fedtune.planning.rewards import relative
+from fedtune.planning.rewards import relative, with_worst
 from fedtune.seeds import derive, generator
 
 Point: TypeAlias = tuple[float, float]
@@ -148,19 +148,26 @@ class STree:
 
     def learn(self, memory: TreeMemory, observed: Sequence[Observed]) -> TreeMemory:
         """Return what is known after a round; the leaf of the arm that was really played is split there."""
-        judged, clients, paid = relative(observed), dict(memory.clients), list[float]()
-        largest = max(arm.ratio for arm in self.arms) or 1.0
+        paid, clients = self.rewards(memory, observed), dict(memory.clients)
+        every = with_worst(paid, observed)
         for each in sorted(observed, key=lambda one: one.client):
             tree = clients.get(each.client, Tree())
-            if each.client not in judged:
+            reward = every.get(each.client)
+            if reward is None:
                 continue
-            known = judged[each.client]
-            progress = max(0.0, each.arm.ratio - tree.ratio) / largest
-            reward = known.gain * (1 + 0.25 * progress) * (1 + 0.25 * known.importance) / (1 + known.delay)
             point = self.place(each.arm)
             leaves = tuple(
                 part for leaf in tree.leaves for part in (leaf.split(point) if leaf.holds(point) else (leaf,))
             )
-            clients[each.client] = Tree(leaves, (*tree.played, (*point, reward)), each.arm.ratio)
-            paid.append(reward)
-        return TreeMemory(clients, (*memory.recent, *paid)[-RECENT:])
+            ratio = each.arm.ratio if each.used else tree.ratio
+            clients[each.client] = Tree(leaves, (*tree.played, (*point, reward)), ratio)
+        return TreeMemory(clients, (*memory.recent, *paid.values())[-RECENT:])
+
+    def rewards(self, memory: TreeMemory, observed: Sequence[Observed]) -> Mapping[str, float]:
+        """Return what each client that can be judged is paid, by name."""
+        largest = max(arm.ratio for arm in self.arms) or 1.0
+        arms, found = {each.client: each.arm for each in observed}, {}
+        for client, known in relative(observed).items():
+            progress = max(0.0, arms[client].ratio - memory.clients.get(client, Tree()).ratio) / largest
+            found[client] = known.gain * (1 + 0.25 * progress) * (1 + 0.25 * known.importance) / (1 + known.delay)
+        return found

@@ -152,7 +152,8 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
         body += (
             f"<section><h2>Time on the devices</h2>{timed}<p>Target of a seed: the lowest loss that the weakest recipe "
             "reaches there, so that no recipe is left out. Shares of the first recipe's time: geometric mean over the "
-            "seeds, with the 95 % interval of the paired logarithms.</p></section>"
+            "seeds, with the 95 % interval of the paired logarithms. A seed in which a recipe never came below its "
+            "start has no target, and is left out.</p></section>"
         )
     cards, caption = "", "One line per recipe; the band spans its seeds."
     for name, (title, lines) in {"comparison": _measure(comparison), "deployed": _deployed(comparison)}.items():

@@ -40,7 +40,8 @@ def times_to_target(
     """Return the common target by seed, and each recipe's time to it; nothing where no seed measured it for all.
 
     The target of a seed is what the weakest recipe reaches there at its best, so that no recipe is left out. Between
-    two measurements the later one counts.
+    two measurements the later one counts. A seed in which one recipe never got below its start has no target: all
+    recipes are there before they begin.
 
     Args:
         groups: the runs of each recipe.
@@ -53,7 +54,12 @@ def times_to_target(
         for seed in shared
         if all(each[seed].clock.any() for each in curves)
     }
-    targets = {seed: max(lows) for seed, lows in reached.items() if not any(map(math.isnan, lows))}
+    targets = {
+        seed: max(lows)
+        for seed, lows in reached.items()
+        if not any(map(math.isnan, lows))
+        and all(time_to(each[seed].clock, read(each[seed]), max(lows)) > 0 for each in curves)
+    }
     if not targets:
         return {}, ()
     times = [

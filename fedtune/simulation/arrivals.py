@@ -1,4 +1,4 @@
-"""The clock of real deployments: what clients say they worked, and what is left of the time until they answered."""
+"""The clock of real deployments: what clients say they worked, as far as it went by until they answered."""
 
 from __future__ import annotations
 
@@ -11,12 +11,26 @@ from fedtune.timing import Done, Spent
 class Arrivals:
     """Takes times as they were measured; nobody is given up here, for a deadline of the round has done that."""
 
-    def timed(self, round: int, now_s: float, done: Mapping[str, Done]) -> Mapping[str, Spent]:
-        """Return, by client, its own seconds of work, and the rest of the time from the first order to its answer."""
-        return {
-            name: Spent(each.measured.seconds, max(0.0, each.arrived_s - each.measured.seconds))
-            for name, each in done.items()
-        }
+    def timed(
+        self, round: int, now_s: float, done: Mapping[str, Done], late: Mapping[str, float]
+    ) -> Mapping[str, Spent]:
+        """Return, by client, its own seconds of work, and the rest of the time from the first order to its answer.
+
+        Nobody can have worked for longer than until its answer came, whatever it says.
+        """
+        there = {name: parted(each.measured.seconds, each.arrived_s) for name, each in done.items() if each.arrived_s}
+        return {**there, **{name: Spent.given_up(after_s) for name, after_s in late.items()}}
 
     def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
         return {}
+
+    def lasted(self, spent: Mapping[str, Spent]) -> float:
+        return max((each.seconds for each in spent.values()), default=0.0)
+
+    def reachable(self, round: int, client: str) -> bool:
+        return True
+
+
+def parted(work_s: float, arrived_s: float) -> Spent:
+    work_s = min(work_s, arrived_s)
+    return Spent(work_s, arrived_s - work_s)

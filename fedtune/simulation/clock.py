@@ -59,8 +59,10 @@ class Simulated:
     late: Literal["wait", "drop"] = "wait"
     server_s: float = 0.0
 
-    def timed(self, round: int, now_s: float, done: Mapping[str, Done]) -> Mapping[str, Spent]:
-        """Return how long each client took in a round that began at `now_s`; the server's time is everybody's."""
+    def timed(
+        self, round: int, now_s: float, done: Mapping[str, Done], late: Mapping[str, float]
+    ) -> Mapping[str, Spent]:
+        """Return how long each client took in a round that began at `now_s`."""
         return {name: self.client(name, self.load(each), round=round, now_s=now_s) for name, each in done.items()}
 
     def client(self, name: str, load: Load, *, round: int, now_s: float) -> Spent:
@@ -78,11 +80,18 @@ class Simulated:
         compute = spent(now_s + first, work_s, mode)
         begin = now_s + first + compute + profile.overhead_s
         second = profile.latency_s + spent(begin, load.bytes_up, up)
-        return Spent(compute, first + second, overhead_s=profile.overhead_s + self.server_s)
+        return Spent(compute, first + second, overhead_s=profile.overhead_s)
 
     def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
         """Return who is given up: after the planner's deadline, or where late ones are waited for after thrice that."""
         share = 1.0 if self.late == "drop" else PATIENCE
         bounds = {name: share * plan.deadline_s for name, plan in plans.items() if plan.deadline_s is not None}
-        late = {name: bound for name, bound in bounds.items() if name in spent and spent[name].seconds > bound}
-        return late if len(late) < len(spent) else {}  # with nobody left the round would be lost
+        return {name: bound for name, bound in bounds.items() if name in spent and spent[name].seconds > bound}
+
+    def lasted(self, spent: Mapping[str, Spent]) -> float:
+        """Return the seconds of a round: its slowest client's, then the server's."""
+        return max((each.seconds for each in spent.values()), default=0.0) + self.server_s
+
+    def reachable(self, round: int, client: str) -> bool:
+        """Return whether a device is there in a round, by its availability."""
+        return traces.available(self.profiles[client], self.seed, client, round)

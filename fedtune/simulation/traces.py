@@ -21,7 +21,8 @@ DECAY, INNOVATION = 0.9, 0.12
 """Of the logarithm of the bandwidth: z' = .9 z + .12 e, whose stationary deviation is .275."""
 REACH = 64
 """Innovations that are summed: what lies further back has a weight below .9^64 = .001."""
-SLOWEST_MBPS, FASTEST_MBPS = 2.0, 30.0
+SLOWEST, FASTEST = 0.2, 3.0
+"""Bounds of a bandwidth, in means of its profile: 2 and 30 Mb/s around a mean of 10."""
 NOISE = 0.1
 """Deviation of the logarithm of a client's time in a round."""
 
@@ -35,7 +36,7 @@ def mode(profile: DeviceProfile, seed: int, client: str, slot: int) -> float:
 def bandwidth_mbps(mean: float, sigma: float, seed: int, client: str, slot: int) -> float:
     """Return the bandwidth of a slot, around a mean of the device's own that is drawn once."""
     own = log(mean) + sigma * float(generator(derive(seed, "trace/mean", 0, client)).standard_normal())
-    return min(FASTEST_MBPS, max(SLOWEST_MBPS, exp(own + log_deviation(seed, client, slot))))
+    return min(FASTEST * mean, max(SLOWEST * mean, exp(own + log_deviation(seed, client, slot))))
 
 
 def log_deviation(seed: int, client: str, slot: int) -> float:
@@ -65,6 +66,14 @@ def available(profile: DeviceProfile, seed: int, client: str, round: int) -> boo
     return bool(generator(derive(seed, "trace/available", round, client)).random() < profile.availability)
 
 
+def slot_at(now_s: float, length_s: float) -> tuple[int, float]:
+    """Return (slot, seconds until the next one); these are above 0, or time would stand still."""
+    slot = floor(now_s / length_s)
+    if (slot + 1) * length_s <= now_s:  # the quotient of numbers that are rounded may lie below the slot's beginning
+        slot += 1
+    return slot, (slot + 1) * length_s - now_s
+
+
 def speed(
     profile: DeviceProfile, seed: int, client: str, *, by: By, round: int
 ) -> Callable[[float], tuple[float, float]]:
@@ -72,9 +81,9 @@ def speed(
 
     def at(now_s: float) -> tuple[float, float]:
         if by == "round":
-            return mode(profile, seed, client, round // MODE_ROUNDS), float("inf")
-        slot = floor(now_s / profile.mode_period_s)
-        return mode(profile, seed, client, slot), (slot + 1) * profile.mode_period_s - now_s
+            return mode(profile, seed, client, (round - 1) // MODE_ROUNDS), float("inf")
+        slot, lasts = slot_at(now_s, profile.mode_period_s)
+        return mode(profile, seed, client, slot), lasts
 
     return at
 
@@ -87,7 +96,7 @@ def bandwidth(
     def at(now_s: float) -> tuple[float, float]:
         if by == "round":
             return bandwidth_mbps(mean, sigma, seed, client, round) * 1e6 / 8, float("inf")
-        slot = floor(now_s / SLOT_S)
-        return bandwidth_mbps(mean, sigma, seed, client, slot) * 1e6 / 8, (slot + 1) * SLOT_S - now_s
+        slot, lasts = slot_at(now_s, SLOT_S)
+        return bandwidth_mbps(mean, sigma, seed, client, slot) * 1e6 / 8, lasts
 
     return at

@@ -49,7 +49,7 @@ def write(
         "digest": keep.digest.hex(),
         "settings": asdict(settings),
         "blocks": blocks,
-        "order": {name: [float(f"{value:.6g}") for value in array.tolist()] for name, array in order.items()},
+        "order": {name: [float(f"{value:.9g}") for value in array.tolist()] for name, array in order.items()},
     }
     write_text(folder / NAME, json.dumps(told, indent=1) + "\n")
 
@@ -64,11 +64,11 @@ def read(path: Path, anatomy: Anatomy, base: str) -> Keep:
     _of_this_base(told, path, anatomy, base)
     try:
         blocks = tuple(Kept(tuple(one["q"]), tuple(one["kv"]), unrolled(one["ff"])) for one in told["blocks"])
-        keep = check(Keep(blocks), anatomy)
+        keep, noted = check(Keep(blocks), anatomy), str(told["digest"])
     except (KeyError, TypeError, ValueError, ShapeError) as error:
         raise _fault(path, "heads and channels of this base", str(error)) from error
-    if keep.digest.hex() != told["digest"]:
-        raise _fault(path, f"lists of the digest {str(told['digest'])[:12]}", keep.digest.hex()[:12])
+    if keep.digest.hex() != noted:
+        raise _fault(path, f"lists of the digest {noted[:12]}", keep.digest.hex()[:12])
     return keep
 
 
@@ -104,7 +104,7 @@ def _told(path: Path) -> Mapping[str, Any]:
 
 
 def _of_this_base(told: Mapping[str, Any], path: Path, anatomy: Anatomy, base: str) -> None:
-    noted = str(told.get("base", {}).get("digest"))
+    noted = str(found.get("digest")) if isinstance(found := told.get("base"), dict) else "none"
     if noted != base or told.get("family") != anatomy.family:
         raise _fault(path, f"the base {base[:12]} ({anatomy.family})", f"{noted[:12]} ({told.get('family')})")
 

@@ -140,6 +140,8 @@ def seen(line: Mapping[str, Any]) -> Sequence[Seen]:
             loss_before=client.get("loss_before"),
             loss_after=client.get("loss_after"),
             importance=client.get("importance"),
+            bytes_down=client["bytes_down"],
+            bytes_up=client["bytes_up"],
         )
         for name, client in line["clients"].items()
     ]

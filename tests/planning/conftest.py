@@ -33,15 +33,18 @@ def candidate(
     )
 
 
-def seen(name: str, arm: Arm, *, gain: float | None = 1.0, seconds: float | None = 1.0, late: bool = False) -> Observed:
+def seen(
+    name: str, arm: Arm, *, gain: float | None = 1.0, seconds: float | None = 1.0, late_s: float | None = None
+) -> Observed:
     return Observed(
         client=name,
         arm=arm,
         tflop=1.0,
         megabytes=1.0,
-        compute_s=seconds,
-        transfer_s=None if seconds is None else 0.0,
-        late=late,
+        compute_s=seconds if late_s is None else None,
+        transfer_s=None if seconds is None or late_s is not None else 0.0,
+        used=late_s is None,
+        late_s=late_s,
         loss_before=None if gain is None else 2.0 + gain,
         loss_after=None if gain is None else 2.0,
     )

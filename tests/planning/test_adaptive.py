@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import exp, isnan
 
 import pytest
 
@@ -27,6 +28,7 @@ def planner(name: str = "deadline", *, memory: float = 16.0, target: float = 0.5
         policy=policy_of(AdaptiveSettings(name=name), pruned=True),  # type: ignore[arg-type]
         training=lambda client: TRAINING,
         costs=cost,
+        traffic=lambda seen: (seen.bytes_down + seen.bytes_up) / 1e6,
         speeds={client.name: Speed(memory, 1.0, 1.0, 0.1) for client in FLEET},
         alpha="2r",
         rslora=False,
@@ -154,12 +156,26 @@ def test_learning_is_made_again_from_what_was_seen(name: str) -> None:
 
 def test_late_and_failed_clients_teach_what_is_known_of_them() -> None:
     made = planner()
-    learned = made.observe(
-        made.start(),
-        [
-            Seen("ann", 8, 0.0, 8, status="late", reason="", compute_s=50.0, transfer_s=10.0),
-            Seen("bob", 8, 0.0, 8, status="failed", reason="no power"),
-            Seen("eve", 8, 0.0, 0, status="unfit", reason="too large"),
-        ],
-    )
-    assert set(learned.policy.clients) == {"ann", "bob"}
+    seen = [
+        Seen("ann", 8, 0.0, 8, status="late", reason="", compute_s=50.0, transfer_s=10.0, bytes_up=1_000_000),
+        Seen("bob", 8, 0.0, 8, status="failed", reason="no power"),
+        Seen("cyd", 8, 0.0, 8, compute_s=4.0, transfer_s=3.0, bytes_down=500_000, bytes_up=1_000_000),
+        Seen("eve", 8, 0.0, 0, status="unfit", reason="too large"),
+    ]
+    learned = made.observe(made.start(), seen).policy.clients
+    assert learned.keys() == {"ann", "bob", "cyd"}
+    # ann: 2 TFLOP and 1 MB were expected to take 3 s, and she was given up after 60, of which .1 are overhead.
+    assert exp(learned["ann"].compute.log_s) == pytest.approx(59.9 / 3)
+    assert learned["ann"].compute.count == 0
+    assert isnan(learned["bob"].compute.log_s)
+    assert exp(learned["cyd"].compute.log_s) == pytest.approx(2.0)
+    assert exp(learned["cyd"].transfer.log_s) == pytest.approx(2.0)  # by the bytes that were counted
+
+
+def test_first_contact_is_in_the_least_pruned_model_that_fits() -> None:
+    def first(memory: float) -> set[float]:
+        made = planner("random", ranking=True, speeds={client.name: Speed(memory) for client in FLEET})
+        return {plan.first_ratio for plan in plans(made, 6).values()}
+
+    assert first(16.0) == {0.0}
+    assert first(5.0) == {0.5}  # 4.1 GB with the smallest rank; at .375 it is 5.1

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fedtune.planning.bandits import BanditMemory, Plays, Thompson, Ucb
-from fedtune.planning.policy import Arm
+from fedtune.planning.policy import Arm, Policy
+from fedtune.planning.tree import STree
 from tests.planning.conftest import ARMS, candidate, seen
 
 TWO = (Arm(0.0, 4), Arm(0.5, 4))
@@ -39,6 +42,35 @@ def test_the_arm_that_pays_most_is_played_most(policy: Ucb | Thompson) -> None:
         others = [seen("bob", ARMS[0], gain=0.5), seen("cyd", ARMS[0], gain=0.5)]
         memory = policy.learn(memory, [seen("ann", ARMS[arm], gain=(0.1, 1.0, 0.3)[arm]), *others])
     assert played[-60:].count(1) > 30
+
+
+@pytest.mark.parametrize("policy", [Ucb(ARMS), Thompson(ARMS), STree(ARMS)], ids=["ucb", "thompson", "s-ucb"])
+def test_an_arm_that_never_comes_home_is_given_up(policy: Policy[Any]) -> None:
+    memory, played = policy.start(), list[int]()
+    for round in range(1, 40):
+        choice = policy.choose(memory, round, [candidate(name, [1, 1, 1]) for name in ("ann", "bob", "cyd")], key=round)
+        played.append(choice.arms["ann"])
+        lost = choice.arms["ann"] == 0
+        ann = seen("ann", ARMS[choice.arms["ann"]], late_s=99.0 if lost else None, gain=None if lost else 1.0)
+        memory = policy.learn(memory, [ann, seen("bob", ARMS[choice.arms["bob"]]), seen("cyd", ARMS[1])])
+    assert played[-20:].count(0) < 5
+
+
+@pytest.mark.parametrize("policy", [Ucb(ARMS), STree(ARMS)], ids=["ucb", "s-ucb"])
+def test_without_a_clock_losses_alone_teach(policy: Policy[Any]) -> None:
+    memory, played = policy.start(), list[int]()
+    for round in range(1, 60):
+        choice = policy.choose(memory, round, [candidate(name, [1, 1, 1]) for name in ("ann", "bob", "cyd")], key=round)
+        played.append(choice.arms["ann"])
+        gain = 2.0 if choice.arms["ann"] == 1 else 0.1
+        rest = [seen(name, ARMS[choice.arms[name]], seconds=None) for name in ("bob", "cyd")]
+        memory = policy.learn(memory, [seen("ann", ARMS[choice.arms["ann"]], gain=gain, seconds=None), *rest])
+    assert played[-30:].count(1) > 15
+
+
+def test_one_claim_does_not_drown_all_others() -> None:
+    round = [seen("liar", ARMS[0], seconds=1e9), seen("ann", ARMS[1]), seen("bob", ARMS[1], seconds=2.0)]
+    assert Ucb(ARMS).learn(Ucb(ARMS).start(), round).deviation < 10
 
 
 def test_one_client_learns_nothing_of_anothers_arms() -> None:

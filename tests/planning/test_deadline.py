@@ -12,7 +12,9 @@ from fedtune.planning.deadline import (
     Deadline,
     DeadlineMemory,
     Rate,
+    Rates,
     best,
+    bounded,
     deadlines,
     measured,
     quality,
@@ -71,21 +73,52 @@ def test_the_slow_device_gets_the_smaller_arm_and_the_deadline_is_sent_with_room
 
 def test_a_rate_is_a_mean_that_forgets_and_starts_anew_after_two_jumps() -> None:
     rate = Rate(np.nan)
-    rate = measured(rate, 10.0, 1.0, late=False)
+    rate = measured(rate, 10.0, 1.0)
     assert np.exp(rate.log_s) == pytest.approx(10)
-    second = measured(rate, 12.0, 1.0, late=False)
+    second = measured(rate, 12.0, 1.0)
     gain = 0.2 / (1 - 0.8**2)
     assert second.log_s == pytest.approx(np.log(10) + gain * np.log(1.2))
-    once = measured(second, 40.0, 1.0, late=False)
+    once = measured(second, 40.0, 1.0)
     assert once.misses == 1
-    twice = measured(once, 40.0, 1.0, late=False)
+    twice = measured(once, 40.0, 1.0)
     assert (np.exp(twice.log_s), twice.count) == (pytest.approx(40), 1)
 
 
 def test_a_missed_deadline_is_a_bound_and_not_a_measurement() -> None:
-    rate = Rate(np.log(20.0), count=3)
-    assert measured(rate, 10.0, 1.0, late=True) == rate
-    assert measured(rate, 30.0, 1.0, late=True).log_s > rate.log_s
+    known = Rates(Rate(np.log(20.0), count=3), Rate(np.log(10.0), count=3))
+    assert bounded(known, seen("ann", ARMS[0], late_s=25.0), 25.0) == known  # 30 s were expected anyway
+    slower = bounded(known, seen("ann", ARMS[0], late_s=60.0), 60.0)
+    assert np.exp([slower.compute.log_s, slower.transfer.log_s]) == pytest.approx([40.0, 20.0])
+    assert (slower.compute.count, slower.transfer.count) == (3, 3)
+
+
+def test_a_first_miss_never_makes_a_device_faster_than_its_profile() -> None:
+    policy, slow = Deadline(ARMS), candidate("ann", [100, 50, 25], rate=100.0)
+    for late_s, expected in ((2.0, 100.0), (200.0, 200.0)):
+        missed = replace(seen("ann", ARMS[0], late_s=late_s), s_per_tflop=100.0, s_per_mb=1e-9)
+        memory = policy.learn(policy.start(), [missed])
+        assert rates_of(memory, [slow], "compute")[0] == pytest.approx(expected)
+        # A bound is no measurement: the first one takes its place.
+        learned = policy.learn(memory, [replace(seen("ann", ARMS[0], seconds=80.0), transfer_s=1e-9)])
+        assert rates_of(learned, [slow], "compute")[0] == pytest.approx(80.0)
+
+
+def test_of_a_stranger_that_was_given_up_all_of_the_time_is_taken_for_work() -> None:
+    policy = Deadline(ARMS)
+    memory = policy.learn(policy.start(), [seen("ann", ARMS[0], late_s=60.0)])
+    stranger = replace(candidate("ann", [1, 1, 1]), s_per_tflop=None)
+    assert rates_of(memory, [stranger], "compute")[0] == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize("seconds", [1e308, 1e10, float("inf"), float("nan"), -1.0, 0.0])
+def test_impossible_times_teach_nothing_and_no_infeasible_arm_is_ever_chosen(seconds: float) -> None:
+    policy = Deadline(ARMS)
+    memory = policy.learn(policy.start(), [seen("liar", ARMS[0], seconds=seconds), seen("bob", ARMS[0], seconds=2.0)])
+    cohort = [candidate("liar", [8, 4, 2], feasible=[False, True, True]), candidate("bob", [8, 4, 2])]
+    choice = policy.choose(memory, 2, cohort, key=0)
+    assert choice.arms["liar"] > 0
+    assert choice.deadline_s is not None
+    assert np.isfinite(choice.deadline_s)
 
 
 def test_a_client_that_claims_to_be_infinitely_fast_is_held_to_its_profile() -> None:
@@ -143,3 +176,12 @@ def test_a_given_deadline_holds() -> None:
     choice = policy.choose(policy.start(), 1, [candidate("ann", [9, 5, 1]), candidate("bob", [40, 30, 20])], key=0)
     assert choice.arms == {"ann": 1, "bob": 2}
     assert choice.deadline_s == pytest.approx(6.25)
+
+
+def test_exploration_stays_within_a_given_deadline_beside_a_straggler() -> None:
+    policy = Deadline(ARMS, deadline_s=5.0, explore=2)
+    cohort = [candidate("ann", [9, 5, 1]), candidate("bob", [40, 30, 20])]
+    for round in range(1, 20):
+        arms = policy.choose(policy.start(), round, cohort, key=round).arms
+        assert arms["ann"] > 0
+        assert arms["bob"] == 2

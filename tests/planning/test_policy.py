@@ -77,7 +77,7 @@ HOSTILE: dict[str, Observed] = {
     "endless": seen("ann", ARMS[0], seconds=float("inf")),
     "NaN loss": seen("ann", ARMS[0], gain=float("nan")),
     "infinite loss": seen("ann", ARMS[0], gain=float("inf")),
-    "late": seen("ann", ARMS[0], gain=None, late=True),
+    "late": seen("ann", ARMS[0], gain=None, late_s=9.0),
     "no work": replace(seen("ann", ARMS[0]), tflop=0.0, megabytes=0.0),
     "an arm of another recipe": seen("ann", Arm(0.875, 64)),
 }

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedtune.planning.rewards import relative, rewards
+from fedtune.planning.rewards import LARGEST_DELAY, relative, rewards, with_worst
 from tests.planning.conftest import ARMS, seen
 
 
@@ -57,9 +57,27 @@ def test_a_loss_that_rose_is_paid_nothing_and_not_less() -> None:
 
 
 def test_whoever_cannot_be_judged_is_left_out() -> None:
-    observed = [seen("ann", ARMS[0], gain=None), seen("bob", ARMS[0], seconds=None), seen("cyd", ARMS[0])]
+    observed = [seen("ann", ARMS[0], gain=None), seen("bob", ARMS[0], seconds=-1.0), seen("cyd", ARMS[0])]
     assert relative(observed).keys() == {"cyd"}
     assert rewards([], "time") == rewards([], "fedmp") == {}
+
+
+def test_without_times_nobody_is_late() -> None:
+    observed = [seen("ann", ARMS[0], seconds=None), seen("bob", ARMS[1], gain=0.5, seconds=None)]
+    assert [each.delay for each in relative(observed).values()] == [0.0, 0.0]
+    paid = rewards(observed, "fedmp")
+    assert paid["ann"] == pytest.approx(2 * paid["bob"])
+
+
+def test_a_delay_counts_up_to_ten_medians() -> None:
+    observed = [seen(name, ARMS[0], seconds=s) for name, s in (("ann", 1.0), ("bob", 1.0), ("liar", 1e9))]
+    assert relative(observed)["liar"].delay == LARGEST_DELAY
+
+
+def test_work_that_was_not_used_is_paid_the_worst_of_its_round() -> None:
+    lost = seen("ann", ARMS[0], late_s=9.0)
+    assert with_worst({"bob": 0.5}, [lost, seen("bob", ARMS[1])]) == {"ann": 0.0, "bob": 0.5}
+    assert with_worst({"bob": -0.5}, [lost, seen("bob", ARMS[1])]) == {"ann": -0.5, "bob": -0.5}
 
 
 def test_importance_is_beside_the_rounds_median() -> None:

@@ -12,6 +12,13 @@ def test_what_is_left_of_the_time_until_the_answer_was_transfer() -> None:
         "ann": Done(PLAN, Measured(seconds=4.0), Traffic(), arrived_s=6.0),
         "liar": Done(PLAN, Measured(seconds=9.0), Traffic(), arrived_s=6.0),
     }
-    found = Arrivals().timed(1, 0.0, done)
-    assert found == {"ann": Spent(4.0, 2.0), "liar": Spent(9.0, 0.0)}
+    found = Arrivals().timed(1, 0.0, done, {})
+    assert found == {"ann": Spent(4.0, 2.0), "liar": Spent(6.0, 0.0)}
     assert Arrivals().cut({"ann": PLAN}, found) == {}
+
+
+def test_who_was_given_up_is_known_to_have_taken_so_long_and_what_came_before_a_resume_teaches_nothing() -> None:
+    done = {"ann": Done(PLAN, Measured(seconds=4.0), Traffic(), arrived_s=None)}
+    found = Arrivals().timed(1, 0.0, done, {"bob": 30.0})
+    assert found == {"bob": Spent.given_up(30.0)}
+    assert Arrivals().lasted(found) == 30.0
