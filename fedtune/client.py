@@ -28,7 +28,7 @@ from fedtune.model import libraries, shrunk
 from fedtune.model.base import Base, to_numpy
 from fedtune.model.lora import attached, frozen, layers, read_local, start
 from fedtune.model.probe import measure
-from fedtune.model.train import Between, Trained, train
+from fedtune.model.train import Between, Trained, memory_told, train
 from fedtune.replica import Replicas, restored
 from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, Probed, Surgery
 from fedtune.seeds import derive
@@ -135,9 +135,10 @@ def adapted(base: Base, examples: Sequence[Example], assignment: Assignment) -> 
             f"{name}: expected base {assignment.base[:12]}; has {base.digest[:12]} ({base.name}); "
             "load the same model in the same revision and dtype"
         )
-    if assignment.surgery is not None:
-        return operated(base, examples, assignment, assignment.surgery)
-    learned = trained(base, base, examples, assignment, {})
+    with memory_told(name, assignment.plan.training.batch):
+        if assignment.surgery is not None:
+            return operated(base, examples, assignment, assignment.surgery)
+        learned = trained(base, base, examples, assignment, {})
     return answer(base, examples, assignment, learned, measured(learned.trained))
 
 
@@ -224,8 +225,9 @@ def answer(
 def operated(base: Base, examples: Sequence[Example], assignment: Assignment, surgery: Surgery) -> ClientUpdate:
     """Measure the loss as received, make the model smaller, train, measure again, and score heads and channels.
 
-    The loss before is taken in the structure of the last participation, before surgery: taken after it, a client would
-    be paid for the damage that training repairs.
+    The loss before is taken at the ratio of the last participation, before surgery: taken after it, a client would be
+    paid for the damage that training repairs. (By the order of heads and channels as it is now: in the round after a
+    new one that is not quite the structure that was trained.)
     """
     began, key, plan, settings = time.perf_counter(), assignment.seed, assignment.plan, surgery.settings
     body, side = shrunk.anatomy(base), 0
@@ -248,7 +250,7 @@ def operated(base: Base, examples: Sequence[Example], assignment: Assignment, su
     steps = plan.training.steps
     assert steps is not None  # the planner resolves epochs
     parts = parts.within(steps)
-    rows = shrunk.paired_rows(examples, base, key=key)
+    rows = shrunk.paired_rows(examples, base, key=key, batch=plan.training.batch)
     with shrunk.reduced(base, parts.before, body) as small:
         order, cut = shrunk.ordered(assignment, parts.before, parts.sent, body), shrunk.cut_of(parts.before, body)
         with shrunk.received(small, order, base, cut) as model:
@@ -278,7 +280,7 @@ def operated(base: Base, examples: Sequence[Example], assignment: Assignment, su
         seconds=time.perf_counter() - began,
         loss_before=loss_before,
         loss_after=loss_after,
-        side_tokens=side + tokens + 2 * rows.tokens,
+        side_tokens=side + tokens + 2 * sum(each.tokens for each in rows),
     )
     mask = b""
     if settings.policy == "local" and parts.last is not None:

@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,6 +21,8 @@ from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
 from fedtune.planning import Planner
 from fedtune.planning.adaptive import AdaptiveSettings
+from fedtune.planning.fixed import FixedSettings
+from fedtune.ranking import multiple_of
 from fedtune.round import Blueprint
 from fedtune.rounds import Ledger, Note, RoundFinished, RoundResult, Watch
 from fedtune.rounds import run as run_rounds
@@ -115,7 +117,7 @@ def conduct(
         StoreError: if the run directory cannot be written or trusted.
         ConfigError: if a run to be resumed was begun with another base or other data.
     """
-    for note in setting.notes:
+    for note in (*setting.notes, *remarks(setting.recipe)):
         watch(Note(note))
     began, going_on = time.perf_counter(), resume and begun(run)
     # Over the link a client is told at once that its update is kept: each lasts by itself.
@@ -325,6 +327,13 @@ def check_results_once(run: Path) -> None:
         raise StoreError(f"{folder}: expected the {folder.name} of round {made}'s state; got {what}; {REWRITE} {run}")
 
 
+def remarks(recipe: Recipe) -> Iterator[str]:
+    """Yield what is allowed and seldom meant."""
+    planner, asked = recipe.planner, [each.ratio for each in recipe.override]
+    if recipe.pruning is not None and isinstance(planner, FixedSettings) and not planner.ratio and not any(asked):
+        yield "nobody is pruned in training, for planner.ratio is 0; the deployed model is cut after the fact"
+
+
 def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
     """Refuse a rank above the smaller side of a layer: more columns than that add parameters and nothing else.
 
@@ -341,6 +350,38 @@ def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
                 hint="lower the rank, or leave that layer out of adapter.targets",
             )
         )
+
+
+def check_pruning(blueprint: Blueprint) -> None:
+    """Refuse settings of surgery that do nothing to this base, or that every client would fail with.
+
+    Raises:
+        ConfigError: with every fault, and the nearest that would do.
+    """
+    settings, anatomy = blueprint.pruning, blueprint.anatomy
+    if settings is None or anatomy is None:
+        return
+    faults, narrow = [], min(anatomy.blocks, key=lambda block: block.channels)
+    if settings.multiple != "auto" and settings.multiple >= narrow.channels:
+        expected = f"fewer than the {narrow.channels} channels of {narrow.prefix}, or none could be cut"
+        hint = f'e.g. {multiple_of(replace(settings, multiple="auto"), narrow)}, or "auto"'
+        faults.append(Fault("pruning.multiple", expected, str(settings.multiple), hint))
+    if settings.unit == "even_q" and any(block.group == 1 for block in anatomy.blocks):
+        expected = "kv_group for a base with one query head for every key/value head"
+        faults.append(Fault("pruning.unit", expected, "'even_q'", 'set unit = "auto"'))
+    saved = sorted(
+        {name.removesuffix(".weight").removesuffix(".bias") for name in blueprint.saved} & set(anatomy.sides)
+    )
+    if saved:
+        expected = f"no layers of blocks, which are cut; {saved[0]} is one"
+        faults.append(Fault("adapter.modules_to_save", expected, f"{len(saved)} of them", "adapt it by LoRA"))
+    touched = {side for name in blueprint.modules for side in anatomy.sides.get(name, ("", ""))[1:]}
+    if settings.score == "lora" and not ("ff" in touched and touched & {"q", "kv", "qkv"}):
+        expected = "adapters on layers of heads and of channels, by whose gradients lora scores"
+        hint = 'set score = "wanda", or targets = ["all-linear"]'
+        faults.append(Fault("pruning.score", expected, f"adapters that touch {sorted(touched - {'all', ''})}", hint))
+    if faults:
+        raise ConfigError(faults)
 
 
 def record_base(setting: Setting, run: Path) -> Mapping[str, Any]:
@@ -443,6 +484,7 @@ def summary(
         "recipe_digest": digest(recipe),
         "adapter_digest": result.digest(tuned) if tuned else "",
         "clock_s": lines[-1].get("clock_s", 0.0),
+        "deployed": next((line["deployed"] for line in reversed(lines) if line.get("deployed")), None),
         "devices": dict(setting.devices),
         "versions": versions(),
         "machine": {**setting.machine, "platform": platform.platform()},

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from fedtune.client import perform
-from fedtune.conduct import Scored, Setting, check_ranks, first_state
+from fedtune.conduct import Scored, Setting, check_pruning, check_ranks, first_state
 from fedtune.config import Recipe, render
 from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest
@@ -114,6 +114,7 @@ def prepare(recipe: Recipe) -> Experiment:
         raise ConfigError(faults)
     check_ranks(recipe, base.modules)
     experiment = Experiment(recipe=recipe, federation=federation, base=base)
+    check_pruning(experiment.blueprint)
     first_state(recipe, experiment.blueprint)  # what a method refuses of a base it refuses before anything is written
     experiment.devices.planner(experiment.blueprint)
     return experiment

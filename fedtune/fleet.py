@@ -13,6 +13,7 @@ from fedtune.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, rou
 from fedtune.cost import block_parameters as blocks_of
 from fedtune.device import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.errors import ConfigError, Fault
+from fedtune.keep import FAMILIES
 from fedtune.methods import METHODS
 from fedtune.planning import Planner, Seen
 from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, Cost, Speed
@@ -161,8 +162,9 @@ class Fleet:
                 misfit=self.misfit,
             )
         if self.body is None:
-            expected = "a base whose costs are known (see pruning), for a planner that weighs them"
-            raise ConfigError(Fault("planner", expected, f"{recipe.model.base!r}", 'set planner = "fixed"'))
+            expected = f"a base of {', '.join(FAMILIES)}, for a planner that weighs costs"
+            got = f"{recipe.model.base!r}, whose costs nobody knows"
+            raise ConfigError(Fault("planner", expected, got, 'set planner = "fixed"'))
         return Adaptive(
             policy=policy_of(
                 settings,
@@ -263,7 +265,12 @@ def fleet_of(
         return Fleet(recipe, body, tokens=tokens or {})
     if body is None:
         raise ConfigError(
-            Fault("fleet", "a base whose costs are known (see pruning)", f"{recipe.model.base!r}", "leave it out")
+            Fault(
+                "fleet",
+                f"a base of {', '.join(FAMILIES)}",
+                f"{recipe.model.base!r}, whose costs nobody knows",
+                "leave it out",
+            )
         )
     profiles = dict(FLEETS[recipe.fleet.name](clients, recipe.seed))
     for place, override in enumerate(recipe.device):

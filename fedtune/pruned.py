@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.config import bind
 from fedtune.errors import ConfigError, Fault, StoreError
-from fedtune.keep import Keep, cuts, slice_adapter, sparsity
+from fedtune.keep import Keep, cuts, slice_adapter, sparsity, whole
 from fedtune.methods import METHODS
 from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
@@ -126,7 +126,13 @@ def load_pruned(folder: str | Path, *, dtype: str = "float32", device: str = "cp
     from fedtune.model.base import choose_device
     from fedtune.model.deployed import load
 
-    return load(Path(folder), dtype=dtype, device=choose_device(device))
+    place = Path(folder)
+    if not (place / "config.json").exists():
+        inside = [each for each in (place / "model", *sorted(place.glob("*/model"))) if (each / "config.json").exists()]
+        got = f"{folder} without one{f', but with {inside[0]}' if inside else ''}"
+        hint = f"load {inside[0]}" if inside else "write one with fedtune export RUN --deploy"
+        raise ConfigError(Fault("folder", "a folder with a config.json, as fedtune exports it", got, hint))
+    return load(place, dtype=dtype, device=choose_device(device))
 
 
 def deployed_ratios(run: Path, target: float) -> Mapping[str, float]:
@@ -169,7 +175,7 @@ def views(
     pruning = recipe.pruning
     if pruning is None:
         raise ConfigError(Fault("run", "one with [pruning]", f"{run} without", "fedtune evaluate scores its model"))
-    wanted = ratios if ratios is not None else sorted(set(deployed_ratios(run, pruning.target).values()))
+    wanted = allowed(ratios) if ratios is not None else sorted(set(deployed_ratios(run, pruning.target).values()))
     found: dict[str, Any] = {"whole": scored(trained, 0.0, examples), "deployed": {}, "clients": {}}
     for ratio in wanted:
         if ratio > 0:
@@ -215,19 +221,18 @@ def scored(trained: Trained, ratio: float, examples: int | None) -> Mapping[str,
         found["parameters"] = sum(count for count, _ in sizes)
         found["megabytes"] = sum(count * size for count, size in sizes) / 1e6
         with attached(small, frozen=adapter, saved=trained.tuned.saved) as model:
-            found["forward_ms"] = forward_ms(partial(shrunk.paired_loss, model), small, test)
+            rows = test or next(shard.train for shard in experiment.federation.clients.values() if shard.train)
+            batches = shrunk.paired_rows(rows, small, key=0, batch=shrunk.ROWS)
+            found["forward_ms"] = forward_ms(partial(shrunk.paired_loss, model, batches, small))
     return found
 
 
-def forward_ms(loss: Any, base: Any, examples: Sequence[Any]) -> float:
-    """Return the median time of a forward pass over up to 16 rows."""
-    from fedtune.model import shrunk
-
-    batch = shrunk.paired_rows(examples, base, key=0)
+def forward_ms(loss: Callable[[], float]) -> float:
+    """Return the median time of a forward pass that ends in a number, so that the device has finished."""
     times = []
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
-        loss(batch, base)  # a number: so the device has finished
+        loss()
         times.append(1e3 * (time.perf_counter() - began))
     return median(times[1:])
 
@@ -243,7 +248,7 @@ def deploy(
     """Write what each kind of device gets of a run's model, and return the folder.
 
     Per ratio: `recipe/` with `pruning.json` and the adapter in the base's coordinates, which stock peft reads over the
-    whole base; `model/`, the smaller model with its own width in every block, which `fedtune.model.deployed.load`
+    whole base; `model/`, the smaller model with its own width in every block, which `fedtune.load_pruned`
     reads; and where all blocks are equally wide `stock/`, which transformers loads by itself. `deploy.json` says which
     kind of device gets which.
 
@@ -266,16 +271,30 @@ def deploy(
     recipe = trained.experiment.recipe
     if recipe.pruning is None:
         raise ConfigError(Fault("run", "one with [pruning]", f"{path} without", "use the form peft or merged"))
-    by_class = deployed_ratios(path, recipe.pruning.target) if ratios is None else {}
-    wanted = sorted(set(by_class.values())) if ratios is None else sorted(set(ratios))
-    faults = [Fault("ratio", "numbers from 0 to 0.875", f"{each:g}") for each in wanted if not 0 <= each <= 0.875]
-    if faults or not wanted:
-        raise ConfigError(faults or Fault("ratio", "at least one", "none was trained", "give --ratio 0.5"))
+    by_class = deployed_ratios(path, recipe.pruning.target)
+    wanted = sorted(set(by_class.values())) if ratios is None else allowed(ratios)
+    if not wanted:
+        raise ConfigError(Fault("ratio", "at least one", "none was trained", "give --ratio 0.5"))
     with new_folder(target) as folder:
         told = {f"{ratio:g}": written(trained, ratio, folder, dtype=dtype, watch=watch) for ratio in wanted}
-        index = {"devices": {kind: folder_of(ratio) for kind, ratio in by_class.items()}, "ratios": told}
+        index = {
+            "devices": {kind: folder_of(ratio) for kind, ratio in by_class.items() if f"{ratio:g}" in told},
+            "ratios": told,
+        }
         (folder / "deploy.json").write_text(json.dumps(index, indent=1) + "\n")
     return target
+
+
+def allowed(ratios: Sequence[float]) -> Sequence[float]:
+    """Return ratios in order, each once; those that are told alike would be written to one folder.
+
+    Raises:
+        ConfigError: naming those that no model can be pruned by.
+    """
+    faults = [Fault("ratio", "numbers from 0 to 0.875", f"{each:g}") for each in ratios if not 0 <= each <= 0.875]
+    if faults:
+        raise ConfigError(faults)
+    return list({f"{ratio:g}": ratio for ratio in sorted(set(ratios), reverse=True)}.values())[::-1]
 
 
 def folder_of(ratio: float) -> str:
@@ -291,8 +310,6 @@ def written(trained: Trained, ratio: float, folder: Path, *, dtype: str | None, 
     base, recipe, body = experiment.base, experiment.recipe, experiment.blueprint.anatomy
     assert body is not None  # the run is pruned
     assert recipe.pruning is not None
-    from fedtune.keep import whole
-
     chosen = dtype or recipe.model.dtype
     if chosen not in DTYPES:
         raise ConfigError(Fault("dtype", f"one of {', '.join(DTYPES)}", repr(chosen)))
@@ -316,5 +333,6 @@ def written(trained: Trained, ratio: float, folder: Path, *, dtype: str | None, 
         write_uniform(place / "stock", base, keep, body, trained.tuned.adapter, **options)
         forms.append("stock")
     except ConfigError as error:
-        watch(Note(f"ratio {ratio:g}: no folder stock: {error.faults[0].expected}; got {error.faults[0].got}"))
+        fault = error.faults[0]
+        watch(Note(f"ratio {ratio:g}: no folder stock: expected {fault.expected}; got {fault.got}; {fault.hint}"))
     return {"folder": folder_of(ratio), "forms": forms, "sparsity": sparsity(keep, body), "digest": keep.digest.hex()}

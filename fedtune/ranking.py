@@ -48,7 +48,7 @@ class PruningSettings:
     """global: heads are ranked over all blocks; uniform: as many in each. auto: global, but for magnitude."""
     multiple: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     """Channels per block are rounded to this; auto: 32, or what an eighth of them holds."""
-    stages: Annotated[int, Ge(1)] = 1
+    stages: Annotated[int, Interval(ge=1, le=64)] = 1
     """Steps in which the ratio of a round is reached."""
     steps_between: Annotated[int, Ge(1)] = 20
     """Optimizer steps between two stages."""

@@ -288,7 +288,8 @@ def fitting(
     plans = {client.name: plan for client in cohort if isinstance(plan := planned[client.name], Plan)}
     unfit = {client.name: why for client in cohort if isinstance(why := planned[client.name], Failure)}
     if not plans:
-        nearest = "; ".join(f"{name}: {why.reason}" for name, why in list(unfit.items())[:5])
+        nearest = "; ".join(f"{name}: {why.reason}" for name, why in list(unfit.items())[:2])
+        nearest += f"; and {len(unfit) - 2} more" if len(unfit) > 2 else ""
         raise RoundError(f"round {round}: expected a client that can do something; got none: {nearest}", final=True)
     return plans, unfit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from fedtune.conduct import Door, Setting, check_ranks, first_state
+from fedtune.conduct import Door, Setting, check_pruning, check_ranks, first_state
 from fedtune.config import Recipe, bind
 from fedtune.config.reading import read
 from fedtune.config.recipe import largest_rank
@@ -72,6 +72,7 @@ def setting(
         hint = "it is told the times of a simulated clock, which no deployment has; take planner = 'deadline'"
         raise ConfigError(Fault("planner", "another in a deployment", "'oracle'", hint))
     devices = fleet_of(replace(recipe, fleet=None), list(profiles), blueprint, parameters=common.parameters)
+    check_pruning(blueprint)
     first_state(recipe, blueprint)  # what the method refuses of the base it refuses now
     return Setting(
         recipe=recipe,

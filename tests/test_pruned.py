@@ -217,7 +217,24 @@ Change = Callable[[Tables], None]
         ({"pruning": {"target": 0.9}}, "pruning.target"),
         ({"pruning": {"stages": 0}}, "pruning.stages"),
         ({"method": {"coverage_floor": 0.0}}, "method.coverage_floor"),
-        ({"planner": {"ratios": [0.0, 0.25]}}, "planner.ratios: expected at least one of pruning.target = 0.5"),
+        ({"planner": {"ratios": [0.0, 0.25]}}, "planner.ratios: expected pruning.target = 0.5 among them; got 0, 0.25"),
+        ({"planner": {"ratios": [0.0, 0.75]}}, "planner.ratios: expected pruning.target = 0.5 among them"),
+        ({"planner": {"ratios": [0.5]}}, r"planner.ratios: expected 0 among them .*the first round prunes nobody"),
+        ({"planner": {"name": "ucb", "explore": 2}}, "planner.explore: expected nothing with the planner 'ucb'"),
+        ({"planner": {"reward": "fedmp"}}, "planner.reward: expected nothing with the planner 'deadline'"),
+        ({"planner": {"name": "s-ucb", "deadline_s": 3.0}}, "planner.deadline_s: expected nothing"),
+        ({"planner": {"name": "random"}, "fleet": {"late": "drop"}}, "fleet.late: expected 'wait' with the planner"),
+        ({"rounds": {"over_select": 1.5}}, r"rounds.over_select: expected 1 with \[fleet\]"),
+        ({"pruning": {"policy": "vote", "target": 0.0}}, "pruning.target: expected above 0 with 'vote'"),
+        ({"pruning": {"stages": 65}}, "pruning.stages: expected"),
+        ({"device": [{"clients": ["[ab"], "memory_gb": 4.0}]}, r"device.0.clients: expected a glob with every \["),
+        ({"device": [{"clients": ["client-0"]}]}, "device.0: expected something that changes"),
+        (
+            {"device": [{"clients": ["client-0"], "mode_period_s": 1e-9}]},
+            "device.0.mode_period_s: expected a finite",
+        ),
+        ({"planner": {"ratios": [0.0, 1.0, 0.5]}}, r"got 1\.0 in"),
+        ({"planner": {"ranks": [0, 2]}}, "got 0 in"),
         ({"planner": {"ratios": []}}, "planner.ratios: expected at least one number"),
         ({"planner": {"ratios": [1.5]}}, "planner.ratios"),
         ({"pruning": {"score": "magnitude", "allocation": "global"}}, "pruning.allocation: expected uniform"),
@@ -288,4 +305,50 @@ def test_notes_say_what_could_not_be_written(shrunk: api.Run) -> None:
     fedtune.deploy(shrunk.path, watch=notes.append)
     said = [note.text for note in notes if isinstance(note, Note)]
     stock = (shrunk.path / "deploy" / "ratio-0.5" / "stock").exists()
-    assert stock or any("no folder stock" in text for text in said)
+    assert stock != any("no folder stock: expected" in text for text in said)
+
+
+def test_without_test_data_the_models_are_timed_and_not_scored(tables: Tables, tmp_path: Path) -> None:
+    bare = spine(tables, data={"held_out": 0.0})
+    bare["data"].pop("test", None)
+    ran = fedtune.simulate(bare, out=tmp_path / "run")
+    found = fedtune.views(ran.path)
+    assert "loss" not in found["whole"]
+    assert found["whole"]["forward_ms"] > 0
+    with pytest.raises(ConfigError, match=r"ratio: expected numbers from 0 to 0\.875; got 5"):
+        fedtune.views(ran.path, ratios=[5.0, 0.5])
+
+
+def test_ratios_that_are_told_alike_are_one_and_devices_find_theirs(shrunk: api.Run, tmp_path: Path) -> None:
+    out = fedtune.deploy(shrunk.path, out=tmp_path / "out", ratios=[0.5, 0.25, 0.25000001])
+    told = json.loads((out / "deploy.json").read_text())
+    assert list(told["ratios"]) == ["0.25", "0.5"]
+    assert set(told["devices"].values()) == {"ratio-0.5"}
+    with pytest.raises(ConfigError, match=r"a folder with a config.json.*load .*ratio-0\.25/model"):
+        fedtune.load_pruned(out)
+
+
+def test_the_summary_tells_the_deployed_model_and_the_time_on_the_devices(tables: Tables, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from fedtune.cli.summary import show_summary
+
+    ran = fedtune.simulate(spine(tables), out=tmp_path / "run")
+    lines = [json.loads(line) for line in (ran.path / "rounds.jsonl").read_text().splitlines()]
+    assert ran.summary["deployed"] == lines[-1]["deployed"]
+    console = Console(record=True, width=160)
+    show_summary(console, ran.summary, adapter=ran.path / "adapter", report=ran.path / "report.html")
+    said = console.export_text()
+    assert "test data, as deployed" in said
+    assert "on the devices" in " ".join(said.split())
+
+
+def test_nobody_pruned_in_training_is_said(tables: Tables, tmp_path: Path) -> None:
+    said: list[str] = []
+    watch = lambda event: said.append(event.text) if isinstance(event, Note) else None  # noqa: E731
+    fedtune.simulate(
+        spine(tables, planner={"name": "fixed", "ratios": None, "ranks": None}, rounds={"count": 1}),
+        out=tmp_path / "run",
+        watch=watch,
+    )
+    assert any("nobody is pruned in training" in text for text in said)

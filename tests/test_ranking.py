@@ -156,6 +156,27 @@ def test_what_nobody_holds_keeps_its_worth() -> None:
     assert (again["channels"][:32][~gone] != first["channels"][:32][~gone]).all()
 
 
+def test_pooling_is_half_of_what_was_and_half_of_the_weighted_mean() -> None:
+    """Two clients of shares 3/4 and 1/4 whose scores are in means of their own; old scores count as much as both."""
+    small = Anatomy("bert", (Block("x", 2, 2, 1, 2),), width=2)
+    ann = {"heads": np.array([2.0, 6.0]), "channels": np.array([1.0, 1.0])}  # in means: .5, 1.5
+    bob = {"heads": np.array([3.0, 1.0]), "channels": np.array([1.0, 3.0])}  # 1.5, .5
+    fresh = pooled([(ann, 0.75), (bob, 0.25)], {}, small)
+    np.testing.assert_allclose(fresh["heads"], [0.75, 1.25])
+    np.testing.assert_allclose(fresh["channels"], [0.875, 1.125])
+    old = {"heads": np.array([2.0, 0.0], np.float32), "channels": np.array([1.0, 1.0], np.float32)}
+    np.testing.assert_allclose(pooled([(ann, 0.75), (bob, 0.25)], old, small)["heads"], [1.375, 0.625])
+
+
+def test_one_client_cannot_lift_a_head_without_bound() -> None:
+    """Next to nothing on what all hold, and as much as the format holds on the rest."""
+    small = Anatomy("bert", (Block("x", 4, 4, 1, 4),), width=2)
+    honest = {"heads": np.array([1.0, 1.0, np.nan, np.nan]), "channels": np.ones(4)}
+    hostile = {"heads": np.array([6e-8, 6e-8, 65504.0, 65504.0]), "channels": np.ones(4)}
+    found = pooled([(honest, 0.8), (hostile, 0.2)], {}, small)
+    assert found["heads"].max() <= 2.0
+
+
 def test_the_order_does_not_flap_over_small_changes() -> None:
     old = {"heads": np.array([1.0, 2.0], np.float32), "channels": np.array([1.0], np.float32)}
     new = {"heads": np.array([1.05, 1.0], np.float32), "channels": np.array([1.2], np.float32)}

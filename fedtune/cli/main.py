@@ -157,8 +157,10 @@ def evaluate(
                 lambda watch: pruned.views(run, ratios=ratio or None, examples=examples, watch=watch),
             )
         elif ratio:
+            got = "--data" if data is not None else "a run without [pruning], or with the policy local"
             raise typer.BadParameter(
-                "expected a run that pruned by one order for all, and no --data", param_hint="--ratio"
+                f"expected a run with [pruning] and one order for all, and no --data; got {got}; leave --ratio out",
+                param_hint="--ratio",
             )
         if as_json:
             typer.echo(json.dumps(scores))

@@ -43,7 +43,9 @@ def views(found: Mapping[str, Any]) -> Table:
     """Return the whole model beside those that devices get: scores, size, time of a forward pass."""
     rows = {"whole": found["whole"], **{f"pruned by {ratio}": row for ratio, row in found["deployed"].items()}}
     metrics = [name for name in named(*rows.values()) if name not in COSTS]
-    table = grid("the same change in smaller models", "", *metrics, "block sparsity", "parameters", "MB", "forward")
+    table = grid(
+        "the same change in smaller models", "", *metrics, "block sparsity", "parameters", "MB", "forward, 16 rows"
+    )
     for title, row in rows.items():
         costs = [
             f"{100 * row['sparsity']:.1f} %",
@@ -79,12 +81,15 @@ def scores(summary: Mapping[str, Any]) -> Table:
             before.get("held_out", {}).get(worst.get("client")),
             worst,
         ),
+        "test data, as deployed": (None, summary.get("deployed")),
     }
     shown = {scope: (old or {}, new or {}) for scope, (old, new) in scopes.items() if old or new}
     metrics = named(*(part for pair in shown.values() for part in pair))
     rounds = "1 round" if summary["rounds"] == 1 else f"{summary['rounds']} rounds"
     title = f"{summary['name']}: {summary['method']}, {rounds}, seed {summary['seed']}"
     traffic = f"up {size(summary['bytes_up'])}, down {size(summary['bytes_down'])}, {duration(summary['seconds'])}"
+    if summary.get("clock_s"):
+        traffic += f" here, {duration(summary['clock_s'])} on the devices"
     table = grid(f"{title}; {traffic}", "", *metrics)
     for scope, (old, new) in shown.items():
         table.add_row(Text(scope), *(change(old.get(metric), new.get(metric)) for metric in metrics))
@@ -137,7 +142,9 @@ def named(*parts: Metrics) -> Sequence[str]:
 
 
 def change(before: float | None, after: float | None) -> str:
-    return "" if before is None and after is None else f"{number(before)} -> {number(after)}"
+    if before is None:
+        return "" if after is None else number(after)
+    return f"{number(before)} -> {number(after)}"
 
 
 def grid(title: str, first: str, *others: str) -> Table:

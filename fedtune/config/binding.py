@@ -215,9 +215,13 @@ def misfit(annotation: Any, content: Any, path: str) -> Fault:
     meant = nearest(content, choices(annotation))
     hint = f"did you mean {quoted(meant)}?" if meant else ""
     if isinstance(content, str) and not hint:
-        bare = value_of(content)
+        bare = value_of(f"0{content}" if content.startswith(".") else content)  # TOML has no numbers such as .5
         hint = f"write {shown(bare)} without quotes" if not isinstance(bare, str) and fits(annotation, bare) else ""
-    return Fault(path, describe(annotation), shown(content), hint)
+    got = shown(content)
+    if get_origin(annotation) is Sequence and isinstance(content, list | tuple):
+        bad = [shown(item) for item in content if not fits(get_args(annotation)[0], item)]
+        got = f"{listed(bad[:3])} in {got}" if bad and len(content) > 1 else got
+    return Fault(path, describe(annotation), got, hint)
 
 
 def fits(annotation: Any, content: Any) -> bool:

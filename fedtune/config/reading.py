@@ -15,6 +15,7 @@ SHORT: Mapping[tuple[str, ...], str] = {
     ("method",): "name",
     ("planner",): "name",
     ("engine",): "name",
+    ("fleet",): "name",
     ("data", "split"): "kind",
 }
 """Tables that may be written as one word, and the key that the word then is."""

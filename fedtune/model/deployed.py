@@ -275,6 +275,11 @@ def sliced(
     source = reading(files_of(base.path, revision))
     found = matched(source, held.keys(), model.base_model_prefix)
     tensors, along, squared, off = {}, 0.0, 0.0, 0.0
+    tied = [module for module in sorted(adapter) if first.get(f"{module}.weight", "") not in ("", f"{module}.weight")]
+    if tied:
+        hint = "use the form recipe, whose adapter peft puts beside it; or leave it out of adapter.targets"
+        expected = f"adapters on layers of their own; {tied[0]} shares its weight with {first[f'{tied[0]}.weight']}"
+        raise ConfigError(Fault("adapter.targets", expected, f"{len(tied)} such", hint))
     for name in held:
         names = [other for other in held if first[other] == first[name]]
         if name != names[0]:
@@ -420,7 +425,7 @@ def uniform(config: Any, keep: Keep, anatomy: Anatomy) -> Any:
             for name, part in zip(("heads", "key/value heads", "channels"), zip(*counts, strict=True), strict=True)
             if len(set(part)) > 1
         )
-        hint = 'set pruning.allocation = "uniform", or export the form of unequal widths'
+        hint = 'for that train with pruning.allocation = "uniform"; the folder model has the widths as they are'
         raise ConfigError(
             Fault("export", "blocks of equal widths, as a stock config has them", got or "a base without", hint)
         )
@@ -428,7 +433,9 @@ def uniform(config: Any, keep: Keep, anatomy: Anatomy) -> Any:
     if not fits(anatomy, block, heads):
         nearest = sorted(sorted(possible(anatomy, block), key=lambda count: abs(count - heads))[:2])
         expected = f"{' or '.join(map(str, nearest))} heads in every block, which a stock {anatomy.family} can have"
-        raise ConfigError(Fault("export", expected, str(heads), "prune to that, or export the form of unequal widths"))
+        raise ConfigError(
+            Fault("export", expected, str(heads), "prune to that; the folder model has the widths as they are")
+        )
     found = copy.deepcopy(config)
     if anatomy.family == "gpt2":
         found.n_inner = channels

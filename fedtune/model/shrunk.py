@@ -110,16 +110,17 @@ def reduced(base: Base, keep: Keep | None, anatomy: Anatomy) -> Iterator[Base]:
         yield replace(base, modules=shapes(base.modules, cuts(keep, anatomy)))
 
 
-def paired_rows(examples: Sequence[Example], base: Base, *, key: int) -> Batch:
-    """Return the rows on which a round's losses are taken."""
-    order = generator(derive(key, "prune.rows")).permutation(len(examples))[:ROWS]
-    return collate([examples[i] for i in order.tolist()], base)
+def paired_rows(examples: Sequence[Example], base: Base, *, key: int, batch: int) -> Sequence[Batch]:
+    """Return the rows on which a round's losses are taken, in batches that training has room for."""
+    order = generator(derive(key, "prune.rows")).permutation(len(examples))[:ROWS].tolist()
+    return [collate([examples[i] for i in order[at : at + batch]], base) for at in range(0, len(order), batch)]
 
 
-def paired_loss(model: torch.nn.Module, batch: Batch, base: Base) -> float:
+def paired_loss(model: torch.nn.Module, batches: Sequence[Batch], base: Base) -> float:
     """Return the mean loss of rows."""
     with torch.inference_mode():
-        return float(summed_loss(model, batch, task=base.task)) / max(1, batch.count)
+        total = sum(float(summed_loss(model, each, task=base.task)) for each in batches)
+    return total / max(1, sum(each.count for each in batches))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -214,13 +214,6 @@ def train(
                 tokens += sum(batch.tokens for batch in parts)
                 if between is not None and step + 1 < training.steps:
                     parameters = list(between(step + 1, optimizer) or parameters)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise ClientError(
-            f"{client}: expected its batch of {training.batch} to fit; {OUT_OF_MEMORY}; lower client.batch (and raise "
-            f"client.accumulation) or set client.gradient_checkpointing = true"
-        ) from error
     finally:
         model.eval()
         if training.gradient_checkpointing:
@@ -239,6 +232,24 @@ def importance(parameters: Sequence[torch.nn.Parameter]) -> float:
     """Return the sum of |parameter * gradient|."""
     products = [(each.detach() * each.grad).abs().sum() for each in parameters if each.grad is not None]
     return float(torch.stack(products).sum()) if products else 0.0
+
+
+@contextmanager
+def memory_told(client: str, batch: int) -> Iterator[None]:
+    """Say in one way that memory ran out, whatever the device calls it: planners ask for less after it.
+
+    Raises:
+        ClientError: in place of the device's own error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ClientError(
+            f"{client}: expected its batch of {batch} to fit; {OUT_OF_MEMORY}; lower client.batch (and raise "
+            f"client.accumulation) or set client.gradient_checkpointing = true"
+        ) from error
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:

@@ -215,9 +215,14 @@ class Adaptive:
         return Failure(
             client.name,
             f"expected at least {need:.3g} GB of memory, for a ratio of {arm.ratio:g} and rank {arm.rank}; {there}; "
-            "lower client.batch or data.max_tokens, or allow larger planner.ratios",
+            f"lower client.batch or data.max_tokens, or {self._smaller(round)}",
             kind="unfit",
         )
+
+    def _smaller(self, round: int) -> str:
+        if self.pruning is not None and all(self.allowed(round)(ratio) == (ratio == 0) for ratio in (0, 0.5)):
+            return "name a file in pruning.ranking: without one the first round prunes nobody"
+        return "allow larger planner.ratios"
 
     def _cost(self, seen: Seen) -> Cost:
         client = Client(seen.client, seen.num_examples)

@@ -247,6 +247,12 @@ def _leaving(run: Run) -> str:
             f"<li>Numbers: {'' if probed(run) else 'rank, '}steps, examples, tokens, losses before and after, seconds, "
             "peak memory, norm.</li>"
         )
+    if any(client.ratio is not None for record in run.rounds for client in record.clients.values()):
+        parts.append(
+            "<li>With pruning: the digest of the heads and channels that were kept (with the policy local, which ones; "
+            "with vote, a vote for them), where the server asked for it a score of each, tokens of the forward passes "
+            "that took, and one number for how much the factors matter to the loss.</li>"
+        )
     if not parts:
         return ""
     parts.append(

@@ -200,6 +200,8 @@ class Summary:
     adapter_digest: str = ""
     state_digest: str = ""
     clock_s: float = 0.0
+    deployed: Scores | None = None
+    """On the test data, of the model as it is deployed, after the last round that scored it."""
     devices: Devices = field(default_factory=Devices)
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str | int | float | None] = field(default_factory=dict)

@@ -37,28 +37,27 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: i
 
 
 def losses(run: Run) -> str:
+    """Return the losses of every round; the deployed model's and the devices' time where there are any."""
     curve = loss_curve(run)
-    columns = (curve.test, curve.mean, curve.best, curve.worst, curve.training)
+    columns = {
+        "test": curve.test,
+        **({} if np.isnan(curve.deployed).all() else {"test, as deployed": curve.deployed}),
+        "mean of clients": curve.mean,
+        "best client": curve.best,
+        "worst client": curve.worst,
+        "training": curve.training,
+    }
+    times = {"time so far": curve.seconds, **({"time on the devices": curve.clock} if curve.clock.any() else {})}
     rows = [
         [
             str(int(curve.rounds[index])),
-            *(number_text(float(column[index])) for column in columns),
+            *(number_text(float(column[index])) for column in columns.values()),
             bytes_text(float(curve.bytes[index])),
-            seconds_text(float(curve.seconds[index])),
+            *(seconds_text(float(column[index])) for column in times.values()),
         ]
         for index in range(len(curve.rounds))
     ]
-    head = [
-        "round",
-        "test",
-        "mean of clients",
-        "best client",
-        "worst client",
-        "training",
-        "traffic so far",
-        "time so far",
-    ]
-    return table(head, rows)
+    return table(["round", *columns, "traffic so far", *times], rows)
 
 
 def traffic(run: Run) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedtune.directions import manifest
 from fedtune.errors import WireError
-from fedtune.keep import FAMILIES, Anatomy, Block
+from fedtune.keep import FAMILIES, Anatomy, Block, linear_shapes
 from fedtune.tensors import Tensors, digest
 from fedtune.wire.messages import EncodedAssignment, body_of, decode_blob, encode_blob, parsed
 from fedtune.wire.v1 import round_pb2 as pb
@@ -138,7 +138,7 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
             transposed=message.transposed,
             parameters=message.parameters,
             manifest=message.manifest,
-            anatomy=anatomy_from(name, message.anatomy) if message.HasField("anatomy") else None,
+            anatomy=anatomy_from(name, message.anatomy, modules) if message.HasField("anatomy") else None,
         ),
         methods=tuple(message.methods),
         device=Device(message.device.memory_bytes, message.device.cores, message.device.accelerator),
@@ -160,20 +160,32 @@ def anatomy_to(anatomy: Anatomy) -> pb.Anatomy:
     )
 
 
-def anatomy_from(name: str, message: pb.Anatomy) -> Anatomy:
+WIDEST = 1 << 20
+"""Heads, channels and width of a base are not above this."""
+
+
+def anatomy_from(name: str, message: pb.Anatomy, modules: Mapping[str, tuple[int, int]]) -> Anatomy:
     """Return the anatomy that a client states.
 
     Raises:
-        WireError: if no base can be so.
+        WireError: if no base can be so, or it is not that of the layers which the client names.
     """
     blocks = tuple(Block(b.prefix, b.heads, b.kv_heads, b.head_dim, b.channels) for b in message.blocks)
-    whole = blocks and all(min(b.heads, b.kv_heads, b.head_dim, b.channels) > 0 for b in blocks)
-    if message.family not in FAMILIES or not whole or message.width < 1 or any(b.heads % b.kv_heads for b in blocks):
+    sizes = [(b.heads, b.kv_heads, b.head_dim, b.channels, message.width) for b in blocks]
+    whole = blocks and all(min(each) > 0 and max(each) <= WIDEST for each in sizes)
+    alone = len({b.prefix for b in blocks}) == len(blocks)
+    if message.family not in FAMILIES or not whole or not alone or any(b.heads % b.kv_heads for b in blocks):
         raise WireError(
             f"{name}: expected an anatomy of {', '.join(FAMILIES)} with heads in equal groups; "
             f"got {message.family[:40]!r} of {len(blocks)} blocks"
         )
-    return Anatomy(message.family, blocks, message.width, message.head, message.outputs, max(1, message.number_bytes))
+    anatomy = Anatomy(
+        message.family, blocks, message.width, message.head, message.outputs, max(1, message.number_bytes)
+    )
+    for layer, shape in zip(anatomy.sides, linear_shapes(anatomy), strict=True):
+        if modules.get(layer, shape) != shape:
+            raise WireError(f"{name}: {layer}: expected {shape}, as its anatomy says; got {modules[layer]}")
+    return anatomy
 
 
 def check_manifest(name: str, message: pb.ClientProfile) -> None:

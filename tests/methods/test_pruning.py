@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedtune import lowrank
 from fedtune.adapter import Factors, delta, unpack
 from fedtune.errors import RoundError
-from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap, cuts, from_bitmap, linear_shapes, slice_factors
+from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap, cuts, from_bitmap, linear_shapes, shapes, slice_factors
 from fedtune.methods import pruning
 from fedtune.methods.flora import METHOD, FloraState
 from fedtune.ranking import PruningSettings, kept, ranked
@@ -189,6 +189,87 @@ def test_coverage_by_hand() -> None:
     assert total(None) == [[1.5, 0.5], [0.0, 2.0]]
     assert total(0.2) == [[1.5, 0.5], [0.0, 8.0]]
     assert total(0.5) == [[1.5, 0.5], [0.0, 4.0]]
+
+
+LLAMA = ANATOMY
+GPT2 = Anatomy("gpt2", tuple(Block(f"h.{i}", 4, 4, 2, 16) for i in range(2)), width=8)
+
+
+def random_keep(anatomy: Anatomy, rng: np.random.Generator) -> Keep:
+    blocks = []
+    for block in anatomy.blocks:
+        kv = sorted(rng.permutation(block.kv_heads)[: rng.integers(1, block.kv_heads + 1)].tolist())
+        each = int(rng.integers(1, block.group + 1))
+        q = [h * block.group + i for h in kv for i in sorted(rng.permutation(block.group)[:each].tolist())]
+        ff = sorted(rng.permutation(block.channels)[: rng.integers(1, block.channels)].tolist())
+        blocks.append(Kept(tuple(q), tuple(kv), tuple(ff)))
+    return Keep(tuple(blocks))
+
+
+@pytest.mark.parametrize("anatomy", [LLAMA, GPT2], ids=["gqa", "gpt2"])
+@pytest.mark.parametrize("weights", ["examples", "uniform"])
+@pytest.mark.parametrize("seed", range(3))
+def test_coverage_in_a_round_is_the_dense_reference(anatomy: Anatomy, weights: str, seed: int) -> None:
+    """D_out (sum of p_k times the scattered changes) D_in in float64, D = 1 / max(c, .2), by what each client kept."""
+    rng, modules = np.random.default_rng(seed), dict(zip(anatomy.sides, linear_shapes(anatomy), strict=True))
+    blueprint = Blueprint(
+        modules, saved={}, max_rank=4, seed=0, anatomy=anatomy, pruning=PruningSettings(policy="local", multiple=1)
+    )
+    state = METHOD.init(blueprint, METHOD.settings(wire_dtype="fp32", mode="reinit", weights=weights))
+    updates, sizes = [], {"ann": 3, "bob": 1, "cyd": 2}
+    for name, examples in sizes.items():
+        keep, tensors = random_keep(anatomy, rng), {}
+        for layer, (m, n) in shapes(modules, cuts(keep, anatomy)).items():
+            tensors[f"{layer}.a"] = rng.standard_normal((2, n)).astype(np.float32)
+            tensors[f"{layer}.b"] = rng.standard_normal((m, 2)).astype(np.float32)
+        updates.append(ClientUpdate(name, 1, examples, tensors, kept=keep.digest, keep=keep, ratio=0.5))
+    after = METHOD.aggregate(state, updates)
+    shares = sizes if weights == "examples" else dict.fromkeys(sizes, 1)
+    for layer, (m, n) in modules.items():
+        total, rows_held, columns_held = np.zeros((m, n)), np.zeros(m), np.zeros(n)
+        for each in updates:
+            assert each.keep is not None
+            cut, share = cuts(each.keep, anatomy)[layer], shares[each.client] / sum(shares.values())
+            out = np.arange(m) if cut.out is None else cut.out
+            into = np.arange(n) if cut.into is None else cut.into
+            total[np.ix_(out, into)] += share * delta(unpack(each.tensors)[layer])
+            rows_held[out] += share
+            columns_held[into] += share
+        by = [np.where(held > 0, 1 / np.maximum(held, 0.2), 1.0) for held in (rows_held, columns_held)]
+        expected = by[0][:, None] * total * by[1]
+        found = delta(lowrank.unpack(after.delta)[layer].factors)
+        np.testing.assert_allclose(found, expected, atol=2e-5 * max(1.0, np.abs(expected).max()))
+
+
+def test_a_ranking_that_was_brought_along_holds_and_nobody_is_asked_for_scores() -> None:
+    state = first(pruning={"ranking": "private/pruning.json"})
+    order = METHOD.assign(state, 0, plan("ann", 0.5))
+    assert order.surgery is not None
+    assert not order.surgery.wanted
+    assert order.surgery.settings.ranking is None  # a path of the server's machine does not travel
+    again = first(pruning={"refresh": 2})
+    wanted = [METHOD.assign(replace(again, round=done), 0, plan("ann", 0.5)).surgery for done in range(3)]
+    assert [each.wanted for each in wanted if each is not None] == [False, True, True]
+
+
+def test_what_nobody_holds_keeps_its_place_in_a_ranking_that_was_brought_along() -> None:
+    state = first()
+    sent = update(state, plan("ann", 0.5))
+    assert sent.keep is not None
+    sizes = {"heads": sum(len(b.q) for b in sent.keep.blocks), "channels": sum(len(b.ff) for b in sent.keep.blocks)}
+    after = METHOD.aggregate(state, [replace(sent, scores={k: np.ones(n, np.float16) for k, n in sizes.items()})])
+    held = np.isin(np.arange(16), sent.keep.blocks[0].ff)
+    np.testing.assert_array_equal(after.order["channels"][:16][~held], state.order["channels"][:16][~held])
+
+
+def test_first_contact_is_in_the_structure_that_fits() -> None:
+    state = first()
+    small = METHOD.assign(state, 0, replace(plan("new", 0.75), first_ratio=0.5)).surgery
+    assert small is not None
+    assert small.before == bitmap(state.structure(0.5), ANATOMY)  # type: ignore[arg-type]
+    known = METHOD.assign(replace(state, ratios={"new": 0.25}), 0, replace(plan("new", 0.75), first_ratio=0.5)).surgery
+    assert known is not None
+    assert known.before == bitmap(state.structure(0.25), ANATOMY)  # type: ignore[arg-type]
 
 
 def test_the_order_of_arrival_changes_nothing() -> None:

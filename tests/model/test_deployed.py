@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.adapter import Adapter
+from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ConfigError, ShapeError
 from fedtune.keep import Anatomy, Keep, Kept, whole
 from fedtune.model import deployed
@@ -37,6 +37,7 @@ from fedtune.model.deployed import (
 from fedtune.model.merge import merge
 from fedtune.model.prune import anatomy_of, pruned
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.shrunk import anatomy as anatomy_in_full
 from tests.model.test_prune import CAUSAL, CONFIGS, IDS, MASK, base_of, build, logits, random_adapter, random_keep
 
 CPU = torch.device("cpu")
@@ -205,12 +206,18 @@ def test_a_folder_that_is_damaged_or_not_ours_is_refused(tmp_path: Path) -> None
         ("format", lambda c: c["fedtune_pruning"].update(format=2)),
         ("shorter|longer", lambda c: c["fedtune_pruning"]["blocks"].pop()),
         ("for every key/value head", lambda c: c["fedtune_pruning"]["blocks"][0].update(heads=3, kv_heads=2)),
-        ("indices from 0 to", lambda c: c["fedtune_pruning"]["blocks"][0].update(heads=9, kv_heads=9)),
+        ("at most", lambda c: c["fedtune_pruning"]["blocks"][0].update(heads=9, kv_heads=9)),
+        ("at most", lambda c: c["fedtune_pruning"]["blocks"][0].update(heads=10**9, kv_heads=10**9)),
+        ("at most", lambda c: c["fedtune_pruning"]["blocks"][0].update(channels=10**9)),
+        ("at most", lambda c: c["fedtune_pruning"]["blocks"][0].update(channels=-1)),
         ("got none", lambda c: c["fedtune_pruning"]["blocks"][0].update(heads=0, kv_heads=0)),
-        ("indices from 0 to", lambda c: c["fedtune_pruning"]["blocks"][0].update(channels=25)),
+        ("at most", lambda c: c["fedtune_pruning"]["blocks"][0].update(channels=25)),
         ("is \\(", lambda c: c["fedtune_pruning"]["blocks"][0].update(channels=1)),
         ("unexpected keyword", lambda c: c["fedtune_pruning"]["blocks"][0].update(scaling=2)),
         ("TypeError", lambda c: c.update(fedtune_pruning=3)),
+        ("task 'zzz'", lambda c: c["fedtune_pruning"].update(task="zzz")),
+        ("hidden_size", lambda c: c.update(hidden_size="x")),
+        ("ZeroDivision|division|heads", lambda c: c.update(num_attention_heads=0)),
     )
     for match, change in hostile:
         changed = json.loads(json.dumps(config))
@@ -226,8 +233,9 @@ def test_a_folder_that_is_damaged_or_not_ours_is_refused(tmp_path: Path) -> None
     for size in (0, 4, 100, len(data) // 2):
         (out / "model.safetensors").write_bytes(data[:size])
         refused("SafetensorError")
-    (out / "config.json").write_text("{")
-    refused("JSONDecodeError")
+    for broken in ("{", "1", '"x"', "null", "[]"):
+        (out / "config.json").write_text(broken)
+        refused("Error")
 
 
 def test_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
@@ -236,10 +244,23 @@ def test_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
     write(out, base, random_keep(anatomy, 3), anatomy, None, **REST)
     config = json.loads((out / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}
+    config["attn_implementation"] = config["_attn_implementation"] = "somebody/kernels"
+    config["quantization_config"] = {"quant_method": "somebody's"}
     (out / "config.json").write_text(json.dumps(config))
     (out / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     assert type(load(out, dtype="float32", device=CPU)) is LlamaForCausalLM
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_on_tied_weights_is_not_dropped_in_silence(loaded: Any, tmp_path: Path) -> None:
+    base = loaded("llama", targets=["lm_head"])
+    base.model.config.tie_word_embeddings = True
+    base.model.lm_head.weight = base.model.model.embed_tokens.weight
+    anatomy = anatomy_in_full(base)
+    factors = Factors(a=np.ones((1, anatomy.width), np.float32), b=np.ones((anatomy.outputs, 1), np.float32))
+    adapter = {"lm_head": factors}
+    with pytest.raises(ConfigError, match=r"lm_head shares its weight with .*embed_tokens"):
+        write(tmp_path / "out", base, whole(anatomy), anatomy, adapter, **REST)
 
 
 def settings_of(folder: Path, task: str = "causal", dtype: str = "float32") -> ModelSettings:

@@ -20,7 +20,7 @@ from fedtune.model import shrunk
 from fedtune.model.base import Base, digest
 from fedtune.model.lora import attached
 from fedtune.ranking import PruningSettings
-from fedtune.round import Assignment, ClientUpdate, Failure, Plan, Training
+from fedtune.round import OUT_OF_MEMORY, Assignment, ClientUpdate, Failure, Plan, Training
 from fedtune.wire.messages import decode_assignment, decode_update, encode_assignment, encode_update
 
 Loader = Callable[..., Base]
@@ -92,7 +92,7 @@ def test_the_loss_before_is_that_of_the_structure_of_the_last_participation(base
         for ratio in (0.0, 0.25, 0.75)
     }
     assert losses[0.25] == losses[0.75] == losses[0.0]
-    batch = shrunk.paired_rows(rows, base, key=asked(state, base, 0.0).seed)
+    batch = shrunk.paired_rows(rows, base, key=asked(state, base, 0.0).seed, batch=4)
     with attached(base, frozen=METHOD.adapter(state)) as model:
         assert losses[0.0] == pytest.approx(shrunk.paired_loss(model, batch, base), rel=1e-4)
 
@@ -107,7 +107,7 @@ def test_a_pruned_client_trains_the_slice_of_the_global_model(base: Base, exampl
     assert update.measured.loss_after == pytest.approx(update.measured.loss_before, rel=1e-5)
     keep, anatomy = update.keep, shrunk.anatomy(base)
     assert keep is not None
-    batch = shrunk.paired_rows(rows, base, key=asked(state, base, 0.5).seed)
+    batch = shrunk.paired_rows(rows, base, key=asked(state, base, 0.5).seed, batch=4)
     from fedtune.keep import cuts, slice_adapter
     from fedtune.model.prune import gated
 
@@ -133,6 +133,42 @@ def test_stages_end_in_the_structure_that_was_asked(base: Base, examples: Rows) 
     still = answered(asked(state, base, 0.5, learning_rate=1e-12), base, rows, state)
     largest = max(float(np.abs(t).max()) for t in still.tensors.values())
     assert largest < 1e-8  # the start is told from the end in the last structure's coordinates
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_a_short_round_reaches_its_last_stage_all_the_same(steps: int, base: Base, examples: Rows) -> None:
+    rows = examples(12)
+    state = first(base, stages=3, steps_between=20, multiple=1)
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    order = asked(state, base, 0.5, steps=steps)
+    assert order.surgery is not None
+    assert len(order.surgery.stages) == 3
+    update = answered(order, base, rows, state)
+    assert state.anatomy is not None
+    assert update.keep == from_bitmap(order.surgery.stages[-1], state.anatomy)
+
+
+@pytest.mark.parametrize("where", ["measured_scores", "paired_loss"])
+def test_memory_that_runs_out_beside_training_is_told_as_such(
+    where: str, loaded: Loader, examples: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    base = loaded("llama", targets=["all-linear"])
+    order = asked(first(base), base, 0.0)
+    monkeypatch.setattr(f"fedtune.model.shrunk.{where}", full)
+    with pytest.raises(ClientError, match=f"ann: expected its batch of 4 to fit; {OUT_OF_MEMORY}"):
+        perform(base, examples(8), order)
+
+
+def test_losses_are_taken_in_batches_that_training_has_room_for(loaded: Loader, examples: Rows) -> None:
+    base = loaded("llama", targets=["all-linear"])
+    rows = examples(20)
+    small, large = (shrunk.paired_rows(rows, base, key=1, batch=batch) for batch in (3, 16))
+    assert [len(each.input_ids) for each in small] == [3, 3, 3, 3, 3, 1]
+    with attached(base, frozen={}) as model:
+        assert shrunk.paired_loss(model, small, base) == pytest.approx(shrunk.paired_loss(model, large, base))
 
 
 @pytest.mark.parametrize("score", ["wanda", "lora", "gate", "magnitude", "random"])

@@ -9,7 +9,7 @@ import torch
 
 from fedtune.errors import ClientError
 from fedtune.model.lora import attached, read_local, start
-from fedtune.model.train import batches, collate, learning_rate, peak_bytes, summed_loss, train
+from fedtune.model.train import batches, collate, learning_rate, memory_told, peak_bytes, summed_loss, train
 from fedtune.round import Assignment, LocalAdapter, Plan, Training
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
@@ -154,7 +154,10 @@ def test_memory_that_runs_out_costs_the_client_alone_on_every_device(
         raise error
 
     monkeypatch.setattr("fedtune.model.train.summed_loss", full)
-    with pytest.raises(ClientError, match=r"c: expected its batch of 2 to fit; memory ran out"):
+    with (
+        pytest.raises(ClientError, match=r"c: expected its batch of 2 to fit; memory ran out"),
+        memory_told("c", TRAINING.batch),
+    ):
         run(loaded(), examples(4), TRAINING)
 
 
