@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # The client wing takes seconds to import, so `experiment` and `model` are imported where they are needed.
 
+MOST_KINDS = 8
+"""Kinds of devices that are told apart."""
 REPEATS = 5
 """Forward passes of which the median is told."""
 
@@ -55,7 +57,9 @@ class Trained:
         keep: Keep | None = structure(ratio) if structure else None
         if keep is None:
             expected = "a run that pruned by one order for all (pruning.policy nested or vote)"
-            raise ConfigError(Fault("ratio", expected, f"none in {self.path}", "run it with [pruning]"))
+            pruning = self.experiment.recipe.pruning
+            got = f"the policy {pruning.policy} in {self.path}" if pruning else f"no [pruning] in {self.path}"
+            raise ConfigError(Fault("ratio", expected, got, 'run it with pruning.policy = "nested"'))
         return keep
 
 
@@ -89,8 +93,17 @@ def trained_ratios(run: Path) -> Mapping[str, float]:
     for line in read_rounds(run):
         for name, client in line["clients"].items():
             if client["status"] == "ok" and client.get("ratio") is not None:
-                found[name] = client["ratio"]
+                found[name] = ratio_of(client["ratio"], run, line["round"], name)
     return found
+
+
+def ratio_of(value: Any, run: Path, round: int, client: str) -> float:
+    if isinstance(value, int | float) and 0 <= value <= 0.875:
+        return float(value)
+    raise StoreError(
+        f"{run / 'rounds.jsonl'}: round {round}, {client}: expected a ratio from 0 to 0.875; got {value!r}; "
+        "the line was changed after the run"
+    )
 
 
 def classes(run: Path) -> Mapping[str, Sequence[str]]:
@@ -101,6 +114,8 @@ def classes(run: Path) -> Mapping[str, Sequence[str]]:
     found: dict[str, list[str]] = {}
     for name, ratio in sorted(trained_ratios(run).items()):
         found.setdefault(devices.get(name, f"ratio-{ratio:g}"), []).append(name)
+    if len(found) > MOST_KINDS:  # nearly every client is a kind of its own
+        return {"every-device": [name for names in found.values() for name in names]}
     return found
 
 
@@ -115,24 +130,63 @@ def pruned_by_one_order(run: Path) -> bool:
     return pruning is not None and pruning.policy != "local"
 
 
-def load_pruned(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Any:
-    """Return the model of a folder `model` that `deploy` wrote: a transformers model, each block of its own width.
+def load_pruned(
+    folder: str | Path, *, base: str | Path | None = None, dtype: str = "float32", device: str = "cpu"
+) -> Any:
+    """Return the model of a folder `model` or `recipe` that `deploy` wrote: each block of its own width.
 
-    Nothing in the folder is run, and one tensor is read at a time.
+    It is a transformers model. Nothing in the folder is run, and one tensor is read at a time: what it takes is the
+    smaller model.
+
+    Args:
+        folder: `model`, which holds the weights; or `recipe`, which holds what is kept and the adapter alone.
+        base: for a `recipe`, where the base lies; without it where the run had it.
+        dtype: number format of the model.
+        device: as in a recipe's model.device.
 
     Raises:
-        ConfigError: if the folder is none, or is damaged.
+        ConfigError: if the folder is none, or is damaged, or the base is another than the one that was pruned.
+        StoreError: if the adapter of a `recipe` is torn.
     """
     from fedtune.model.base import choose_device
     from fedtune.model.deployed import load
 
     place = Path(folder)
+    if (place / store_pruning.NAME).exists():
+        return cut_out(place, base, dtype=dtype, device=device)
     if not (place / "config.json").exists():
         inside = [each for each in (place / "model", *sorted(place.glob("*/model"))) if (each / "config.json").exists()]
         got = f"{folder} without one{f', but with {inside[0]}' if inside else ''}"
         hint = f"load {inside[0]}" if inside else "write one with fedtune export RUN --deploy"
         raise ConfigError(Fault("folder", "a folder with a config.json, as fedtune exports it", got, hint))
     return load(place, dtype=dtype, device=choose_device(device))
+
+
+def cut_out(recipe: Path, base: str | Path | None, *, dtype: str, device: str) -> Any:
+    """Return what a folder `recipe` keeps of its base, the adapter merged in; cast once, at the end."""
+    from fedtune.model.base import DTYPES
+    from fedtune.model.deployed import anatomy_at, load_pruned_base, merge_into
+    from fedtune.model.settings import ModelSettings
+
+    adapter, saved, origin = peft.read(recipe)
+    noted, model = origin["base"], origin["model"]
+    if dtype not in DTYPES:
+        raise ConfigError(Fault("dtype", f"one of {', '.join(DTYPES)}", repr(dtype)))
+    settings = ModelSettings(
+        base=str(base if base is not None else noted["name"]),
+        revision=model["revision"],
+        task=model["task"],
+        dtype=model["dtype"],
+        device=device,
+    )
+    body = anatomy_at(settings, root=Path())
+    keep = store_pruning.read(recipe / store_pruning.NAME, body, noted["digest"])
+    found = load_pruned_base(settings, keep, root=Path(), seed=origin["seed"], labels=origin["labels"])
+    if found.digest != noted["digest"]:
+        hint = "give the folder of the same model in the same revision as base"
+        raise ConfigError(Fault("base", f"the base {noted['digest'][:12]} ({noted['name']})", found.digest[:12], hint))
+    merge_into(found.model, keep, body, adapter, saved)
+    return found.model.to(DTYPES[dtype])
 
 
 def deployed_ratios(run: Path, target: float) -> Mapping[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -352,3 +353,42 @@ def test_nobody_pruned_in_training_is_said(tables: Tables, tmp_path: Path) -> No
         watch=watch,
     )
     assert any("nobody is pruned in training" in text for text in said)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5])
+def test_a_recipe_and_its_base_give_the_model(ratio: float, shrunk: api.Run, tables: Tables, tmp_path: Path) -> None:
+    out = fedtune.deploy(shrunk.path, out=tmp_path / "out", ratios=[ratio]) / f"ratio-{ratio:g}"
+    ids = torch.arange(5, 17)[None]
+    with torch.inference_mode():
+        one, other = (fedtune.load_pruned(out / form)(input_ids=ids).logits for form in ("model", "recipe"))
+        named = fedtune.load_pruned(out / "recipe", base=tables["model"]["base"], dtype="bfloat16")
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert next(named.parameters()).dtype == torch.bfloat16
+
+
+def test_a_recipe_of_another_base_is_refused(shrunk: api.Run, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    out = fedtune.deploy(shrunk.path, out=tmp_path / "out", ratios=[0.5]) / "ratio-0.5" / "recipe"
+    with pytest.raises(ConfigError, match=r"pruning: expected .*to hold the base"):
+        fedtune.load_pruned(out, base=checkpoints["gpt2"])
+    with pytest.raises(ConfigError, match=r"model\.base|nowhere"):
+        fedtune.load_pruned(out, base=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="dtype: expected one of"):
+        fedtune.load_pruned(out, dtype="int3")
+
+
+def test_a_line_that_was_changed_after_the_run_is_told(shrunk: api.Run, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shrunk.path, copy)
+    lines = (copy / "rounds.jsonl").read_text()
+    (copy / "rounds.jsonl").write_text(lines.replace('"ratio": 0.5', '"ratio": "x"'))
+    with pytest.raises(StoreError, match=r"client-.: expected a ratio from 0 to 0\.875; got 'x'"):
+        fedtune.deploy(copy, out=tmp_path / "out")
+
+
+def test_where_every_client_is_a_kind_of_its_own_they_are_told_as_one(tables: Tables, tmp_path: Path) -> None:
+    lonely = {"kind": "iid", "clients": 9}
+    many = spine(tables, fleet={"name": "lognormal"}, data={"split": lonely}, rounds={"count": 2})
+    ran = fedtune.simulate({**many, "report": {"plots": True}}, out=tmp_path / "run")
+    assert set(pruned.classes(ran.path)) == {"every-device"}
+    out = fedtune.deploy(ran.path, out=tmp_path / "out")
+    assert json.loads((out / "deploy.json").read_text())["devices"] == {"every-device": "ratio-0.5"}

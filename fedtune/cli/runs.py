@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="List runs, say where one stands, and check that nothing in it was changed.",
+    help="List runs, say where one stands, and check its journal, states and result against each other.",
 )
 
 

@@ -275,11 +275,7 @@ def sliced(
     source = reading(files_of(base.path, revision))
     found = matched(source, held.keys(), model.base_model_prefix)
     tensors, along, squared, off = {}, 0.0, 0.0, 0.0
-    tied = [module for module in sorted(adapter) if first.get(f"{module}.weight", "") not in ("", f"{module}.weight")]
-    if tied:
-        hint = "use the form recipe, whose adapter peft puts beside it; or leave it out of adapter.targets"
-        expected = f"adapters on layers of their own; {tied[0]} shares its weight with {first[f'{tied[0]}.weight']}"
-        raise ConfigError(Fault("adapter.targets", expected, f"{len(tied)} such", hint))
+    check_tied(adapter, first)
     for name in held:
         names = [other for other in held if first[other] == first[name]]
         if name != names[0]:
@@ -316,6 +312,41 @@ def sliced(
 def change_of(factors: Factors) -> torch.Tensor:
     # The arrays of a state are views that must not be written to, of which torch warns.
     return torch.tensor(factors.b).double() @ torch.tensor(factors.a).double()  # (out, in)
+
+
+def check_tied(adapter: Adapter, first: Mapping[str, str]) -> None:
+    """Refuse to merge into a layer that is another one too.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    tied = [module for module in sorted(adapter) if first.get(f"{module}.weight", "") not in ("", f"{module}.weight")]
+    if tied:
+        hint = "leave it out of adapter.targets; peft itself puts such an adapter beside the whole base"
+        expected = f"adapters on layers of their own; {tied[0]} shares its weight with {first[f'{tied[0]}.weight']}"
+        raise ConfigError(Fault("adapter.targets", expected, f"{len(tied)} such", hint))
+
+
+def merge_into(model: Any, keep: Keep, anatomy: Anatomy, adapter: Adapter, saved: Tensors) -> None:
+    """Add an adapter to a pruned model, and put modules_to_save in their place; both in the base's coordinates.
+
+    Raises:
+        ShapeError: if a factor is not one of this base.
+        ConfigError: if a layer shares its weight with another.
+    """
+    check_tied(adapter, aliases(model))
+    cut, parameters = cuts(check(keep, anatomy), anatomy), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, factors in adapter.items():
+            weight = parameters[f"{name}.weight"]
+            change = change_of(slice_factors(factors, cut.get(name, WHOLE))).to(weight.device)
+            if isinstance(model.get_submodule(name), Conv1D):
+                change = change.T
+            if change.shape != weight.shape:
+                raise ShapeError(f"{name}: expected a change of {tuple(weight.shape)}; got {tuple(change.shape)}")
+            weight.copy_(weight.double() + change)
+        for name, values in saved.items():
+            parameters[name].copy_(torch.from_numpy(values))
 
 
 def write(

@@ -16,6 +16,8 @@ from fedtune.report.records import ClientRound, RoundRecord, Run
 from fedtune.report.units import number_text, seconds_text, seconds_unit
 
 EVERYBODY = "all clients"
+MOST_KINDS = 8
+"""Kinds of devices that are told apart in a figure."""
 
 
 def planned(run: Run) -> bool:
@@ -31,7 +33,8 @@ def classes(run: Run) -> Mapping[str, Sequence[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(known.get(name, EVERYBODY), []).append(name)
-    return dict(sorted(found.items()))
+    # Where nearly every client is a kind of its own, lines of kinds say nothing.
+    return dict(sorted(found.items())) if len(found) <= MOST_KINDS else {EVERYBODY: names}
 
 
 def seconds(client: ClientRound) -> float:

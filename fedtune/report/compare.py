@@ -192,7 +192,7 @@ def comparison_table(comparison: Comparison) -> str:
         "worst client",
         "up",
         "down",
-        "time",
+        "time here",
     ]
     rows = [
         [
@@ -349,6 +349,7 @@ def _draw(axes: Axes, lines: Sequence[_Line], against: Against) -> None:
 
 
 def _numbers(title: str, lines: Sequence[_Line]) -> str:
+    timed = any(line.clock.any() for line in lines)
     rows = [
         [
             line.name,
@@ -356,8 +357,10 @@ def _numbers(title: str, lines: Sequence[_Line]) -> str:
             *(number_text(float(values[index])) for values in (line.mean, line.low, line.high)),
             bytes_text(float(line.bytes[index])),
             seconds_text(float(line.seconds[index])),
+            *([seconds_text(float(line.clock[index]))] if timed else []),
         ]
         for line in lines
         for index in range(len(line.rounds))
     ]
-    return table(["recipe", "round", f"{title}, mean", "lowest seed", "highest seed", "traffic", "time"], rows)
+    head = ["recipe", "round", f"{title}, mean", "lowest seed", "highest seed", "traffic", "time here"]
+    return table([*head, *(["time on the devices"] if timed else [])], rows)
