@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
+from fedtune.base_checks import check_pruning, check_ranks
 from fedtune.client import perform
-from fedtune.conduct import Scored, Setting, check_pruning, check_ranks, first_state
+from fedtune.conduct import Scored, Setting, first_state
 from fedtune.config import Recipe, render
 from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest

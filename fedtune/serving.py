@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from fedtune.conduct import Door, Setting, check_pruning, check_ranks, first_state
+from fedtune.base_checks import check_pruning, check_ranks
+from fedtune.conduct import Door, Setting, first_state
 from fedtune.config import Recipe, bind
 from fedtune.config.reading import read
 from fedtune.config.recipe import largest_rank

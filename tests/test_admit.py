@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from fedtune.admit import MAX_SKIPPED, admit, admit_norms, change_norm, largest_update
+from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap
 from fedtune.methods import METHODS
+from fedtune.ranking import PruningSettings
 from fedtune.round import (
     Assignment,
     Blueprint,
@@ -21,6 +23,7 @@ from fedtune.round import (
     Probe,
     Probed,
     SeedState,
+    Surgery,
     Training,
 )
 from fedtune.tensors import Tensors, cast
@@ -287,3 +290,40 @@ def test_a_base_whose_losses_are_not_finite_measures_nothing(skipped: int) -> No
     outcome = admit(update, probe(calibrate=True), BLUEPRINT, num_examples=10)
     assert isinstance(outcome, Failure)
     assert f"got {skipped} that are not" in outcome.reason
+
+
+ANATOMY = Anatomy("bert", tuple(Block(f"x.{i}", 4, 4, 2, 16) for i in range(2)), width=8)
+
+
+@pytest.mark.parametrize(
+    ("heads", "words"),
+    [
+        (((0, 1), (2, 3)), []),
+        (((0,), (1, 2, 3)), []),  # ranked over all blocks: only their number is settled
+        (((0,), (1,)), ["STRUCTURE", "expected 4 units of attention; got 2"]),
+        (((0, 1, 2, 3), (0, 1, 2, 3)), ["STRUCTURE", "expected 4 units of attention; got 8"]),
+    ],
+)
+def test_a_vote_keeps_as_many_heads_as_were_asked(heads: tuple[tuple[int, ...], ...], words: list[str]) -> None:
+    """A voter for few heads would count for more, since votes are in units of their mean."""
+    settings = PruningSettings(policy="vote", target=0.5, multiple=2)
+    keep = Keep(tuple(Kept(q=each, kv=each, ff=tuple(range(8))) for each in heads))
+    asked = replace(assignment(), surgery=Surgery(settings=settings, wanted=True))
+    blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
+    outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
+    if words:
+        assert isinstance(outcome, Failure)
+        assert outcome.code == words[0]
+        assert words[1] in outcome.reason
+    else:
+        assert isinstance(outcome, ClientUpdate)
+
+
+def test_blocks_that_keep_alike_keep_as_many_heads_each() -> None:
+    settings = PruningSettings(policy="vote", target=0.5, multiple=2, allocation="uniform")
+    keep = Keep(tuple(Kept(q=each, kv=each, ff=tuple(range(8))) for each in ((0,), (1, 2, 3))))
+    asked = replace(assignment(), surgery=Surgery(settings=settings, wanted=True))
+    blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
+    outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert outcome.code == "STRUCTURE"

@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("link",),
     ("flower",),
     ("config",),
-    ("fleet",),
+    ("fleet", "base_checks"),
     ("conduct",),
     ("site", "worker", "serving", "standing"),
     ("experiment", "resident", "coordinator", "member"),

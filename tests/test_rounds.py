@@ -627,7 +627,13 @@ class Told:
 
 
 def chosen(
-    replies: Mapping[str, Script], seconds: Mapping[str, float], count: int = 2, **options: Any
+    replies: Mapping[str, Script],
+    seconds: Mapping[str, float],
+    count: int = 2,
+    *,
+    min_clients: int = 1,
+    away: tuple[str, ...] = (),
+    **options: Any,
 ) -> list[RoundResult]:
     return list(
         run(
@@ -635,10 +641,10 @@ def chosen(
             settings=METHODS["flora"].settings(),
             planner=Choosing(Fixed(lambda name: (2, TRAINING), alpha="2r", rslora=False)),
             transport=Scripted(replies),
-            schedule=Schedule(count=count),
+            schedule=Schedule(count=count, min_clients=min_clients),
             blueprint=Blueprint({"x": SHAPE}, saved={}, max_rank=2, seed=0),
             base="base",
-            clock=Told(seconds),
+            clock=Told(seconds, away),
             **options,
         )
     )
@@ -685,3 +691,19 @@ def test_a_planner_learns_again_from_the_rounds_before() -> None:
     )
     assert [result.assignments["ann"].plan.why for result in rest] == ["seen 1", "seen 2"]
     assert (rest[-1].clock_s, rest[-1].digest) == (whole[-1].clock_s, whole[-1].digest)
+
+
+def test_late_clients_that_the_round_needs_are_waited_for_the_quickest_first() -> None:
+    replies = {"ann": answer(), "bob": answer(), "cyd": answer()}
+    first, _ = chosen(replies, {"ann": 70.0, "bob": 30.0, "cyd": 50.0}, min_clients=2)
+    late = {name: outcome for name, outcome in first.outcomes.items() if isinstance(outcome, Failure)}
+    assert set(late) == {"ann"}
+    assert first.clock_s == 51.0
+
+
+def test_who_is_away_is_not_drawn_and_a_fleet_that_is_away_stops_the_run() -> None:
+    replies = {"ann": answer(), "bob": answer()}
+    first, _ = chosen(replies, {"ann": 2.0, "bob": 5.0}, away=("bob",))
+    assert list(first.outcomes) == ["ann"]
+    with pytest.raises(RoundError, match="round 1: expected one of 2 clients to be there; got none"):
+        chosen(replies, {}, away=("ann", "bob"))

@@ -170,7 +170,7 @@ def train(
         weigh: measure `Trained.importance`.
 
     Raises:
-        ClientError: if there is no example, a loss is not finite, or memory runs out.
+        ClientError: if there is no example, or a loss is not finite; of memory that runs out see `memory_told`.
     """
     if not examples:
         raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from fedtune.errors import WireError
+from fedtune.keep import Anatomy, Block, linear_shapes
 from fedtune.tensors import Tensors
 from fedtune.wire.messages import EncodedAssignment, encode_blob
 from fedtune.wire.profile import (
@@ -190,3 +192,38 @@ def test_each_clients_initial_values_are_hashed_once(monkeypatch: pytest.MonkeyP
     assert len(hashed) == 3
     assert difference(FOUNDATION, FOUNDATION) == ""
     assert len(hashed) == 3
+
+
+STATED = Anatomy("llama", (Block("model.layers.0", 4, 2, 2, 16), Block("model.layers.1", 4, 2, 2, 16)), width=8)
+ADAPTED = {name: shape for name, shape in zip(STATED.sides, linear_shapes(STATED), strict=True) if "q_proj" in name}
+
+
+def stating(anatomy: Anatomy) -> ClientProfile:
+    return again(replace(PROFILE, foundation=replace(FOUNDATION, modules=ADAPTED, saved={}, anatomy=anatomy)))
+
+
+def test_an_anatomy_arrives_as_it_was_sent() -> None:
+    assert stating(STATED).foundation.anatomy == STATED
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"channels": 2**32 - 1}, "expected an anatomy of"),
+        ({"heads": 2**30, "kv_heads": 2**30}, "expected an anatomy of"),
+        ({"head_dim": 0}, "expected an anatomy of"),
+        ({"kv_heads": 3}, "expected an anatomy of"),
+        ({"prefix": "model.layers.1"}, "expected an anatomy of"),
+        ({"heads": 8}, r"model\.layers\.0\.self_attn\.q_proj: expected \(16, 8\), as its anatomy says; got \(8, 8\)"),
+    ],
+)
+def test_an_anatomy_that_no_base_has_or_not_this_one_is_refused(block: dict[str, Any], said: str) -> None:
+    with pytest.raises(WireError, match=f"bank-1: {said}"):
+        stating(replace(STATED, blocks=(replace(STATED.blocks[0], **block), STATED.blocks[1])))
+
+
+@pytest.mark.parametrize("change", [{"width": 2**31}, {"width": 0}, {"family": "phi3"}, {"blocks": ()}])
+def test_an_anatomy_of_impossible_size_or_family_is_refused(change: dict[str, Any]) -> None:
+    changed_anatomy = replace(STATED, **change)
+    with pytest.raises(WireError, match="bank-1: expected an anatomy of"):
+        stating(changed_anatomy)
