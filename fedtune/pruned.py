@@ -163,28 +163,35 @@ def load_pruned(
 
 
 def cut_out(recipe: Path, base: str | Path | None, *, dtype: str, device: str) -> Any:
-    """Return what a folder `recipe` keeps of its base, the adapter merged in; cast once, at the end."""
+    """Return what a folder `recipe` keeps of its base, the adapter merged in.
+
+    The sum is rounded to the number format in which the run held the base, and the model is cast after that.
+    """
     from fedtune.model.base import DTYPES
     from fedtune.model.deployed import anatomy_at, load_pruned_base, merge_into
     from fedtune.model.settings import ModelSettings
 
     adapter, saved, origin = peft.read(recipe)
-    noted, model = origin["base"], origin["model"]
     if dtype not in DTYPES:
         raise ConfigError(Fault("dtype", f"one of {', '.join(DTYPES)}", repr(dtype)))
-    settings = ModelSettings(
-        base=str(base if base is not None else noted["name"]),
-        revision=model["revision"],
-        task=model["task"],
-        dtype=model["dtype"],
-        device=device,
-    )
+    try:
+        name, digest, model = origin["base"]["name"], origin["base"]["digest"], origin["model"]
+        seed, labels = origin["seed"], origin["labels"]
+        settings = ModelSettings(
+            base=str(base if base is not None else name),
+            revision=model["revision"],
+            task=model["task"],
+            dtype=model["dtype"],
+            device=device,
+        )
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{recipe / 'fedtune.json'}: expected {error} of the run; export it again") from error
     body = anatomy_at(settings, root=Path())
-    keep = store_pruning.read(recipe / store_pruning.NAME, body, noted["digest"])
-    found = load_pruned_base(settings, keep, root=Path(), seed=origin["seed"], labels=origin["labels"])
-    if found.digest != noted["digest"]:
+    keep = store_pruning.read(recipe / store_pruning.NAME, body, digest)
+    found = load_pruned_base(settings, keep, root=Path(), seed=seed, labels=labels)
+    if found.digest != digest:
         hint = "give the folder of the same model in the same revision as base"
-        raise ConfigError(Fault("base", f"the base {noted['digest'][:12]} ({noted['name']})", found.digest[:12], hint))
+        raise ConfigError(Fault("base", f"the base {digest[:12]} ({name})", found.digest[:12], hint))
     merge_into(found.model, keep, body, adapter, saved)
     return found.model.to(DTYPES[dtype])
 

@@ -392,3 +392,34 @@ def test_where_every_client_is_a_kind_of_its_own_they_are_told_as_one(tables: Ta
     assert set(pruned.classes(ran.path)) == {"every-device"}
     out = fedtune.deploy(ran.path, out=tmp_path / "out")
     assert json.loads((out / "deploy.json").read_text())["devices"] == {"every-device": "ratio-0.5"}
+
+
+def test_a_recipe_that_is_damaged_is_refused(shrunk: api.Run, tmp_path: Path) -> None:
+    out = fedtune.deploy(shrunk.path, out=tmp_path / "out", ratios=[0.5]) / "ratio-0.5" / "recipe"
+    told = json.loads((out / "fedtune.json").read_text())
+    for broken in ({k: v for k, v in told.items() if k != "seed"}, {**told, "base": None}):
+        (out / "fedtune.json").write_text(json.dumps(broken))
+        with pytest.raises(StoreError, match=r"fedtune\.json: expected"):
+            fedtune.load_pruned(out)
+
+
+def test_a_drawn_head_comes_along_with_a_recipe(tables: Tables, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Classification: the head that the run trained in full, over a base cut to half."""
+    rows = tmp_path / "rows.jsonl"
+    words = ("quick fox", "lazy dog")
+    rows.write_text(
+        "".join(
+            json.dumps({"text": f"the {words[i % 2]} {i}", "label": f"l{i % 2}", "who": i % 3}) + "\n"
+            for i in range(24)
+        )
+    )
+    recipe = spine(tables, adapter={"targets": ["query", "value"]}, rounds={"count": 3})
+    recipe["model"] |= {"base": str(checkpoints["bert"]), "task": "classification"}
+    recipe["data"] = {"source": str(rows), "split": {"kind": "key", "by": "who"}, "max_tokens": 16}
+    recipe["evaluate"] = {"batch": 8}
+    ran = fedtune.simulate(recipe, out=tmp_path / "run")
+    out = fedtune.deploy(ran.path, out=tmp_path / "out", ratios=[0.5]) / "ratio-0.5"
+    ids = torch.arange(5, 17)[None]
+    with torch.inference_mode():
+        one, other = (fedtune.load_pruned(out / form)(input_ids=ids).logits for form in ("model", "recipe"))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

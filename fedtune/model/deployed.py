@@ -336,6 +336,9 @@ def merge_into(model: Any, keep: Keep, anatomy: Anatomy, adapter: Adapter, saved
     """
     check_tied(adapter, aliases(model))
     cut, parameters = cuts(check(keep, anatomy), anatomy), dict(model.named_parameters())
+    strange = sorted({*(f"{name}.weight" for name in adapter), *saved} - parameters.keys())
+    if strange:
+        raise ShapeError(f"{strange[0]}: expected a parameter of the base; it has none of that name")
     with torch.no_grad():
         for name, factors in adapter.items():
             weight = parameters[f"{name}.weight"]
@@ -346,7 +349,9 @@ def merge_into(model: Any, keep: Keep, anatomy: Anatomy, adapter: Adapter, saved
                 raise ShapeError(f"{name}: expected a change of {tuple(weight.shape)}; got {tuple(change.shape)}")
             weight.copy_(weight.double() + change)
         for name, values in saved.items():
-            parameters[name].copy_(torch.from_numpy(values))
+            if values.shape != tuple(parameters[name].shape):
+                raise ShapeError(f"{name}: expected {tuple(parameters[name].shape)}; got {values.shape}")
+            parameters[name].copy_(torch.from_numpy(np.array(values, np.float32)))
 
 
 def write(
