@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedtune.round import Failure
+from fedtune.messages import Failure
 from fedtune.seeds import derive, generator
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import History, replayed

@@ -34,10 +34,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 
 from fedtune.config import Recipe, bind
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Training
 from fedtune.methods import METHODS
 from fedtune.model.settings import ModelSettings
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Training
 from fedtune.rounds import run
 from fedtune.schedule import Schedule
 from fedtune.seeds import generator

@@ -39,7 +39,7 @@ from fedtune.link.roster import RosterFile  # noqa: E402
 from fedtune.link.server import credentials, serving  # noqa: E402
 from fedtune.link.settings import JoinSettings, LinkSettings  # noqa: E402
 from fedtune.link.statements import TRAIN  # noqa: E402
-from fedtune.round import Assignment, LocalAdapter, Plan, Training  # noqa: E402
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training  # noqa: E402
 from fedtune.wire.messages import encode_assignment  # noqa: E402
 from fedtune.wire.profile import Foundation  # noqa: E402
 from fedtune.wire.v1 import link_pb2 as pb  # noqa: E402

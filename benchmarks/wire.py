@@ -18,10 +18,10 @@ import numpy as np
 
 from fedtune.directions.checks import STATE
 from fedtune.directions.manifest import describe
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Measured, ProbeResult, Training
 from fedtune.methods.fedkseed import METHOD
 from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Measured, Probed, Training
 from fedtune.rounds import size
 from fedtune.seeds import derive, generator
 from fedtune.wire.messages import encode_assignment, encode_update
@@ -77,7 +77,7 @@ def answer(state: FedKSeedState, order: Assignment, client: Client, steps: int) 
         num_examples=client.num_examples,
         tensors={},
         measured=Measured(12.3, 2**31, 123_456, 3.21, 3.12),
-        probed=Probed(np.clip(np.rint(drawn), -127, 127).astype(np.int8), state.digest[:STATE], state.checks),
+        probed=ProbeResult(np.clip(np.rint(drawn), -127, 127).astype(np.int8), state.digest[:STATE], state.checks),
     )
 
 

@@ -12,8 +12,8 @@ from fedtune.adapter import norm, unpack
 from fedtune.directions.sums import MAX_SCALAR
 from fedtune.errors import ShapeError
 from fedtune.keep import Anatomy, Keep, cuts, from_bitmap, shapes
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, ProbeResult, Pruning
 from fedtune.ranking import counts, unit_of
-from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure, Probed, Surgery
 from fedtune.tensors import DTYPES, Array, Tensors, l2_norm, squared_norm
 
 LARGEST = float(np.finfo(np.float32).max) / 2**16
@@ -48,7 +48,7 @@ def admit(
     return replace(update, keep=keep, ratio=assignment.plan.ratio if keep else 0.0)
 
 
-def kept_by(update: ClientUpdate, surgery: Surgery, blueprint: Blueprint) -> Keep | None:
+def kept_by(update: ClientUpdate, surgery: Pruning, blueprint: Blueprint) -> Keep | None:
     """Return the structure in whose coordinates an update is; None: the whole base.
 
     Raises:
@@ -159,7 +159,7 @@ def _reasons(
         yield from _numbers(name, array, ("fp32",))
 
 
-def _probed(probed: Probed | None, assignment: Assignment) -> Iterator[tuple[str, str]]:
+def _probed(probed: ProbeResult | None, assignment: Assignment) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with an answer to a probe, apart from what only the method's state can tell."""
     steps, probe = assignment.plan.training.steps or 0, assignment.probe
     if probed is None or probe is None:
@@ -187,7 +187,7 @@ def _probed(probed: Probed | None, assignment: Assignment) -> Iterator[tuple[str
 
 
 def _structure(
-    update: ClientUpdate, assignment: Assignment, surgery: Surgery, blueprint: Blueprint, anatomy: Anatomy
+    update: ClientUpdate, assignment: Assignment, surgery: Pruning, blueprint: Blueprint, anatomy: Anatomy
 ) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with the structure that a client says it trained in, or with its vote."""
     ratio, policy = assignment.plan.ratio, surgery.settings.policy
@@ -220,7 +220,7 @@ def _structure(
         yield "STRUCTURE", f"expected {count.channels[:4]} channels in the first blocks; got {channels[:4]}"
 
 
-def _scores(update: ClientUpdate, surgery: Surgery, keep: Keep | None, anatomy: Anatomy) -> Iterator[tuple[str, str]]:
+def _scores(update: ClientUpdate, surgery: Pruning, keep: Keep | None, anatomy: Anatomy) -> Iterator[tuple[str, str]]:
     wanted = surgery.wanted and surgery.settings.policy == "nested"
     if bool(update.scores) != wanted:
         yield "SCORES", f"expected {'scores' if wanted else 'no scores'}; got {sorted(update.scores) or 'none'}"

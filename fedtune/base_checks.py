@@ -8,9 +8,9 @@ from dataclasses import replace
 from fedtune.config import Recipe
 from fedtune.config.recipe import largest_rank
 from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Blueprint
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.ranking import multiple_of
-from fedtune.round import Blueprint
 
 
 def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:

@@ -24,13 +24,13 @@ from fedtune.directions.torch_rebuild import displacement as torch_displacement
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError
 from fedtune.keep import Cut, bitmap
+from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, ProbeResult, Pruning
 from fedtune.model import libraries, shrunk
 from fedtune.model.base import Base, to_numpy
 from fedtune.model.lora import attached, frozen, layers, read_local, start
 from fedtune.model.probe import measure
 from fedtune.model.train import Between, Trained, memory_told, train
 from fedtune.replica import Replicas, restored
-from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, Probed, Surgery
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
@@ -79,7 +79,7 @@ def probed(
         replicas=replicas,
     )
     if ledger is None:
-        return replace(answer, probed=Probed(np.empty(0, np.int8), lost=True))
+        return replace(answer, probed=ProbeResult(np.empty(0, np.int8), lost=True))
     reach = Reach(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
     ordinals = trainable(base.manifest, reach, base.matrices)
     steps, sampling = training.steps, probe.sampling
@@ -107,7 +107,7 @@ def probed(
             loss_before=found.losses[0] if found.losses else None,
             loss_after=sum(tail) / len(tail) if tail else None,
         ),
-        probed=Probed(
+        probed=ProbeResult(
             scalars=np.empty(0, np.int8) if probe.calibrate else found.scalars,
             state=ledger.digest[:STATE],
             checks=block_checks(ledger, base.manifest, ordinals, displacement_of(base, bank)),
@@ -222,7 +222,7 @@ def answer(
     )
 
 
-def operated(base: Base, examples: Sequence[Example], assignment: Assignment, surgery: Surgery) -> ClientUpdate:
+def operated(base: Base, examples: Sequence[Example], assignment: Assignment, surgery: Pruning) -> ClientUpdate:
     """Measure the loss as received, make the model smaller, train, measure again, and score heads and channels.
 
     The loss before is taken at the ratio of the last participation, before surgery: taken after it, a client would be

@@ -15,12 +15,12 @@ from typing import Any, Literal, TypeAlias
 from fedtune.config import Recipe, bind, changes, digest, render
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.keep import Keep
+from fedtune.messages import Blueprint
 from fedtune.methods import METHODS
 from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
 from fedtune.planning import Planner
 from fedtune.planning.fixed import FixedSettings
-from fedtune.round import Blueprint
 from fedtune.rounds import Ledger, Note, RoundFinished, RoundResult, Watch
 from fedtune.rounds import run as run_rounds
 from fedtune.store import peft, records, result

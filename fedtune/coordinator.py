@@ -25,7 +25,7 @@ from fedtune.link.refusals import line
 from fedtune.link.roster import RosterFile
 from fedtune.link.server import serving
 from fedtune.link.settings import LinkSettings
-from fedtune.round import Assignment, Blueprint, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, LocalAdapter, Plan, Training
 from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.serving import check_overrides, expected, setting
 from fedtune.store import journal

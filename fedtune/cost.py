@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedtune.keep import Anatomy, Block, Side
+from fedtune.messages import WireDtype
 from fedtune.ranking import PruningSettings, counts, unit_of
-from fedtune.round import WireDtype
 
 BYTES: Mapping[WireDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATION_BYTES = 34

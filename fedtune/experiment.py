@@ -18,6 +18,7 @@ from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
 from fedtune.fleet import Fleet, Lengths, fleet_of
 from fedtune.keep import Keep, cuts, slice_adapter
+from fedtune.messages import Blueprint, Client
 from fedtune.methods import METHODS
 from fedtune.methods.method import Seeds, Tuned
 from fedtune.model import evaluate as scoring
@@ -27,7 +28,6 @@ from fedtune.model.rebuilt import rebuilt
 from fedtune.model.shrunk import anatomy, reduced
 from fedtune.planning import Planner
 from fedtune.replica import Replicas
-from fedtune.round import Blueprint, Client
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.processes import Nursery, ProcessPool
 from fedtune.site import opened, simulated

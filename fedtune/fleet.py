@@ -14,13 +14,13 @@ from fedtune.cost import block_parameters as blocks_of
 from fedtune.device import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.errors import ConfigError, Fault
 from fedtune.keep import FAMILIES
+from fedtune.messages import Blueprint, Client, Training, WireDtype
 from fedtune.methods import METHODS
 from fedtune.planning import Planner, Seen
 from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, Cost, Speed
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.policies import Given, arms_of, policy_of
 from fedtune.planning.policy import Arm, Candidate
-from fedtune.round import Blueprint, Client, Training, WireDtype
 from fedtune.simulation.clock import PASSES, Load, Simulated
 from fedtune.timing import Clock, Done
 

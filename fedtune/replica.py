@@ -11,7 +11,7 @@ from fedtune.directions import downlink, ids
 from fedtune.directions.bank import DirectionBank, headroom
 from fedtune.directions.ledger import SeedLedger
 from fedtune.errors import ConfigError, WireError
-from fedtune.round import SeedState
+from fedtune.messages import SeedState
 from fedtune.tensors import Array
 
 Key = tuple[str, int, int, bytes]

@@ -11,10 +11,10 @@ from typing import Any, Protocol, TypeAlias
 
 from fedtune.admit import admit, admit_norms, largest_update
 from fedtune.errors import RoundError, StoreError, WireError
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Plan, Traffic
 from fedtune.methods import state as states
 from fedtune.methods.method import Method
 from fedtune.planning import Planner, Seen
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Plan, Traffic
 from fedtune.schedule import Schedule, enough, sample
 from fedtune.timing import Clock, Done, Spent, Timeless
 from fedtune.transport import Aside, Reply, Transport

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt
 
-from fedtune.round import Client
+from fedtune.messages import Client
 from fedtune.seeds import derive, generator
 from fedtune.transport import Rule
 

@@ -13,8 +13,8 @@ from fedtune.config.recipe import largest_rank
 from fedtune.errors import ConfigError, Fault
 from fedtune.fleet import fleet_of
 from fedtune.flower.grid_transport import GridTransport
+from fedtune.messages import Blueprint
 from fedtune.methods import METHODS
-from fedtune.round import Blueprint
 from fedtune.simulation.arrivals import Arrivals
 from fedtune.store import peft
 from fedtune.store.ledger import RunLedger

@@ -19,13 +19,13 @@ from fedtune.data.federation import Federation, federate
 from fedtune.data.settings import DataSettings
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.keep import Anatomy
+from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
 from fedtune.model import embedded
 from fedtune.model.base import Base, load, load_tokenizer, memory_bytes
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.shrunk import anatomy
 from fedtune.replica import Replicas
-from fedtune.round import Assignment, ClientUpdate
 from fedtune.wire.profile import ClientProfile, Device, Foundation
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedtune.round import Measured, Plan, Traffic
+from fedtune.messages import Measured, Plan, Traffic
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-from fedtune.round import Assignment, Client, ClientUpdate, Failure
+from fedtune.messages import Assignment, Client, ClientUpdate, Failure
 from fedtune.wire.messages import EncodedAssignment
 
 Work: TypeAlias = Callable[[Assignment], ClientUpdate]

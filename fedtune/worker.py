@@ -15,10 +15,10 @@ from fedtune.client import perform
 from fedtune.data import transfer
 from fedtune.data.encode import Example
 from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Assignment, ClientUpdate
 from fedtune.model.base import Base, choose_device, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.replica import Replicas
-from fedtune.round import Assignment, ClientUpdate
 from fedtune.simulation.nursery import Perform, Prepared, tend
 
 

@@ -10,9 +10,7 @@ import pytest
 
 from fedtune.admit import MAX_SKIPPED, admit, admit_norms, change_norm, largest_update
 from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap
-from fedtune.methods import METHODS
-from fedtune.ranking import PruningSettings
-from fedtune.round import (
+from fedtune.messages import (
     Assignment,
     Blueprint,
     ClientUpdate,
@@ -21,11 +19,13 @@ from fedtune.round import (
     Measured,
     Plan,
     Probe,
-    Probed,
+    ProbeResult,
+    Pruning,
     SeedState,
-    Surgery,
     Training,
 )
+from fedtune.methods import METHODS
+from fedtune.ranking import PruningSettings
 from fedtune.tensors import Tensors, cast
 from fedtune.wire.messages import encode_update
 
@@ -143,7 +143,7 @@ def test_honest_answers_to_every_method_are_taken(name: str) -> None:
     tensors = factors(sides=asked.local.train)
     answer = update(round=1, base="", tensors=cast(tensors, asked.local.wire_dtype))
     if method.verb == "probe":
-        answer = replace(answer, tensors={}, saved={}, probed=Probed(np.zeros(1, np.int8), rms=1e-3))
+        answer = replace(answer, tensors={}, saved={}, probed=ProbeResult(np.zeros(1, np.int8), rms=1e-3))
     assert admit(answer, asked, BLUEPRINT, num_examples=10) is answer
 
 
@@ -191,7 +191,7 @@ def probe(steps: int = STEPS, **changes: Any) -> Assignment:
 
 
 def answer(scalars: Any = (5,) * STEPS, **changes: Any) -> ClientUpdate:
-    probed = replace(Probed(np.array(scalars, np.int8), state=bytes(8), checks=bytes(16)), **changes)
+    probed = replace(ProbeResult(np.array(scalars, np.int8), state=bytes(8), checks=bytes(16)), **changes)
     return ClientUpdate(client="anna", round=3, num_examples=10, tensors={}, probed=probed)
 
 
@@ -308,7 +308,7 @@ def test_a_vote_keeps_as_many_heads_as_were_asked(heads: tuple[tuple[int, ...], 
     """A voter for few heads would count for more, since votes are in units of their mean."""
     settings = PruningSettings(policy="vote", target=0.5, multiple=2)
     keep = Keep(tuple(Kept(q=each, kv=each, ff=tuple(range(8))) for each in heads))
-    asked = replace(assignment(), surgery=Surgery(settings=settings, wanted=True))
+    asked = replace(assignment(), surgery=Pruning(settings=settings, wanted=True))
     blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
     outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
     if words:
@@ -322,7 +322,7 @@ def test_a_vote_keeps_as_many_heads_as_were_asked(heads: tuple[tuple[int, ...], 
 def test_blocks_that_keep_alike_keep_as_many_heads_each() -> None:
     settings = PruningSettings(policy="vote", target=0.5, multiple=2, allocation="uniform")
     keep = Keep(tuple(Kept(q=each, kv=each, ff=tuple(range(8))) for each in ((0,), (1, 2, 3))))
-    asked = replace(assignment(), surgery=Surgery(settings=settings, wanted=True))
+    asked = replace(assignment(), surgery=Pruning(settings=settings, wanted=True))
     blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
     outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
     assert isinstance(outcome, Failure)

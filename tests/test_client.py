@@ -16,12 +16,12 @@ from fedtune.directions import ids
 from fedtune.directions.checks import places
 from fedtune.directions.sums import counted
 from fedtune.errors import ClientError, ShapeError, WireError
+from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, ProbeResult, Training
 from fedtune.methods import fedkseed
 from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState
 from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.replica import Replicas
-from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Plan, Probed, Training
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors
 
@@ -168,7 +168,7 @@ def probed(base: Base, *, steps: int = 8, state: FedKSeedState | None = None, **
     return state, fedkseed.assign(state, 0, Plan("ann", 1, 1.0, training))
 
 
-def measured(update: ClientUpdate) -> Probed:
+def measured(update: ClientUpdate) -> ProbeResult:
     assert update.probed is not None
     return update.probed
 

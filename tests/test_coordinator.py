@@ -15,7 +15,7 @@ from fedtune.errors import WireError
 from fedtune.link import authority, spool
 from fedtune.link.hub import Gone
 from fedtune.link.roster import RosterFile
-from fedtune.round import (
+from fedtune.messages import (
     Assignment,
     Blueprint,
     ClientUpdate,

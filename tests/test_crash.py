@@ -27,8 +27,8 @@ from fedtune import conduct as conducting
 from fedtune.conduct import Setting, check_results
 from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, Training
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Training
 from fedtune.rounds import Event, RoundFinished
 from fedtune.seeds import derive, generator
 from fedtune.store import files, peft

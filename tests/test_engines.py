@@ -20,8 +20,8 @@ from fedtune.config import bind, render
 from fedtune.experiment import Experiment, prepare, setting, transport
 from fedtune.flower import shim
 from fedtune.flower.client_app import client_app
+from fedtune.messages import Assignment, ClientUpdate
 from fedtune.replica import Replicas
-from fedtune.round import Assignment, ClientUpdate
 from fedtune.rounds import ClientFinished, Event, RoundStarted
 from fedtune.simulation.processes import Nursery, ProcessPool
 from fedtune.simulation.resources import Resources

@@ -7,8 +7,8 @@ import pytest
 
 from fedtune.config import bind
 from fedtune.experiment import Experiment, prepare, score
+from fedtune.messages import Client, Plan
 from fedtune.methods.method import Tuned
-from fedtune.round import Client, Plan
 
 # peft asks transformers by a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

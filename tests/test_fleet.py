@@ -10,10 +10,10 @@ import fedtune
 from fedtune.errors import ConfigError
 from fedtune.fleet import Fleet, fleet_of, speed
 from fedtune.keep import Anatomy, Block
+from fedtune.messages import Blueprint, Client, Measured, Plan, Traffic, Training
 from fedtune.planning.adaptive import Adaptive
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.policy import Arm, Candidate
-from fedtune.round import Blueprint, Client, Measured, Plan, Traffic, Training
 from fedtune.simulation.clock import Simulated
 from fedtune.timing import Done
 

@@ -153,8 +153,8 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
     from fedtune.conduct import Setting, rounds
     from fedtune.config import planned
     from fedtune.config.recipe import largest_rank
+    from fedtune.messages import Blueprint, Client
     from fedtune.planning.fixed import Fixed
-    from fedtune.round import Blueprint, Client
     from fedtune.serving import at_the_sites
     from fedtune.simulation.inprocess import InProcess
     from fedtune.store import peft

@@ -14,12 +14,12 @@ import torch
 from fedtune import client
 from fedtune.adapter import delta, unpack
 from fedtune.data.encode import Example
+from fedtune.messages import Client, ClientUpdate, Training
 from fedtune.methods import METHODS
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.lora import attached
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Client, ClientUpdate, Training
 from fedtune.rounds import run
 from fedtune.schedule import Schedule
 from fedtune.simulation.inprocess import InProcess

@@ -13,8 +13,8 @@ from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.ledger import SeedLedger
 from fedtune.errors import WireError
+from fedtune.messages import SeedState
 from fedtune.replica import Replicas, restored
-from fedtune.round import SeedState
 from fedtune.seeds import generator
 from fedtune.tensors import Array
 from tests.directions.vectors import SEED

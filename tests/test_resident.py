@@ -12,7 +12,7 @@ import pytest
 
 from fedtune import resident
 from fedtune.config import bind
-from fedtune.round import Assignment, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.site import from_file
 from fedtune.wire.messages import decode_update, encode_assignment
 from fedtune.wire.profile import decode_profile

@@ -12,12 +12,7 @@ from fedtune.directions.banks import BANKS
 from fedtune.directions.checks import block_checks
 from fedtune.directions.manifest import describe
 from fedtune.errors import RoundError, StoreError
-from fedtune.methods import METHODS
-from fedtune.methods.seed_state import FedKSeedSettings
-from fedtune.planning import Seen
-from fedtune.planning.fixed import Fixed
-from fedtune.replica import Replicas, restored
-from fedtune.round import (
+from fedtune.messages import (
     Assignment,
     Blueprint,
     Client,
@@ -26,9 +21,14 @@ from fedtune.round import (
     Measured,
     Outcome,
     Plan,
-    Probed,
+    ProbeResult,
     Training,
 )
+from fedtune.methods import METHODS
+from fedtune.methods.seed_state import FedKSeedSettings
+from fedtune.planning import Seen
+from fedtune.planning.fixed import Fixed
+from fedtune.replica import Replicas, restored
 from fedtune.rounds import (
     ClientFinished,
     Forgetful,
@@ -378,10 +378,10 @@ def probing(replicas: Replicas | None = None, told: list[str] | None = None, **c
         )
         answer = ClientUpdate(name, assignment.round, 10, {})
         if ledger is None:
-            return replace(answer, probed=Probed(np.empty(0, np.int8), lost=True))
+            return replace(answer, probed=ProbeResult(np.empty(0, np.int8), lost=True))
         rng = np.random.default_rng(sum(name.encode()) + assignment.round)
         scalars = rng.integers(-20, 21, STEPS).astype(np.int8)
-        found = Probed(scalars, ledger.digest[:8], block_checks(ledger, LISTED, range(2), displacement))
+        found = ProbeResult(scalars, ledger.digest[:8], block_checks(ledger, LISTED, range(2), displacement))
         probed = {key: value for key, value in changes.items() if hasattr(found, key)}
         others = {key: value for key, value in changes.items() if key not in probed}
         return replace(answer, probed=replace(found, **probed), **others)
@@ -431,7 +431,7 @@ def test_each_client_is_told_finished_once_and_only_what_is_used_is_kept() -> No
 
 def lost(assignment: Assignment) -> ClientUpdate:
     return ClientUpdate(
-        assignment.plan.client, assignment.round, 10, {}, probed=Probed(np.empty(0, np.int8), lost=True)
+        assignment.plan.client, assignment.round, 10, {}, probed=ProbeResult(np.empty(0, np.int8), lost=True)
     )
 
 

@@ -5,7 +5,7 @@ from math import inf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.round import Client
+from fedtune.messages import Client
 from fedtune.schedule import Schedule, cohort_size, enough, sample
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fedtune.round import Measured, Plan, Traffic, Training
+from fedtune.messages import Measured, Plan, Traffic, Training
 from fedtune.timing import Clock, Done, Spent, Timeless
 
 

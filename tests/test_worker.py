@@ -15,12 +15,12 @@ import torch
 from fedtune import client
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError, ConfigError
+from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
 from fedtune.methods import METHODS
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning import Seen
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
 from fedtune.rounds import ClientFinished, Event, RoundResult, RoundStarted, run
 from fedtune.schedule import Schedule
 from fedtune.simulation.inprocess import InProcess

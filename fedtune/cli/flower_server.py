@@ -12,7 +12,7 @@ from fedtune.conduct import check_resumable, conduct
 from fedtune.config import Recipe
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.server_app import Connect, Scalar, server_app
-from fedtune.round import Failure
+from fedtune.messages import Failure
 from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.serving import at_the_sites, check_overrides, expected, setting
 from fedtune.store.run import vacant

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.text import duration, number, printable, size
-from fedtune.round import ClientUpdate, Failure, Outcome, Traffic
+from fedtune.messages import ClientUpdate, Failure, Outcome, Traffic
 from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
 
 RECENT = 5

@@ -22,6 +22,7 @@ from fedtune.data.settings import DataSettings
 from fedtune.device import PROFILES, DeviceProfile
 from fedtune.device import check as check_profile
 from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Training, Verb
 from fedtune.methods import METHODS
 from fedtune.methods.flora import FloraSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
@@ -29,7 +30,6 @@ from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.policies import POLICIES
 from fedtune.ranking import PruningSettings
-from fedtune.round import Training, Verb
 from fedtune.schedule import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings

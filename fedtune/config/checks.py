@@ -12,12 +12,12 @@ from fedtune.config.words import listed, nearest, quoted, shown
 from fedtune.data.settings import TEMPLATES, DataSettings, Split, faults
 from fedtune.directions.banks import BANKS
 from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Training
 from fedtune.methods import METHODS
 from fedtune.methods.seed_state import FedKSeedSettings
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.ranking import PruningSettings
-from fedtune.round import Training
 from fedtune.schedule import cohort_size
 from fedtune.simulation.settings import DeviceOverride, FleetSettings
 from fedtune.wire.probe import MAX_STEPS

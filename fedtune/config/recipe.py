@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.data.settings import DataSettings
+from fedtune.messages import Training, Verb
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.ranking import PruningSettings
-from fedtune.round import Training, Verb
 from fedtune.schedule import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from fedtune.errors import FedtuneError
 from fedtune.flower import shim
 from fedtune.flower.records import ERROR, UPDATE, pack, unpack
-from fedtune.round import Assignment, ClientUpdate
+from fedtune.messages import Assignment, ClientUpdate
 from fedtune.wire.messages import decode_assignment, encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile
 

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.errors import ConfigError, Fault, RoundError
 from fedtune.flower import shim
 from fedtune.flower.grid_transport import GridTransport
-from fedtune.round import Client, Failure
+from fedtune.messages import Client, Failure
 from fedtune.transport import Answer, Rule
 from fedtune.wire.messages import EncodedAssignment
 

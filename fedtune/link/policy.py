@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt
 from fedtune.errors import ConfigError, Fault, WireError
 from fedtune.link.refusals import line
 from fedtune.link.settings import MIB
-from fedtune.round import Training
+from fedtune.messages import Training
 from fedtune.wire import settings
 from fedtune.wire.messages import parsed
 from fedtune.wire.v1 import link_pb2 as pb

@@ -15,9 +15,18 @@ from annotated_types import Gt
 from fedtune import lowrank
 from fedtune.adapter import Adapter, stack, unpack
 from fedtune.lowrank import weighted_sums
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    LocalAdapter,
+    Plan,
+    Weighting,
+    WireDtype,
+    cohort_weights,
+)
 from fedtune.methods.fedit import shared_start
 from fedtune.methods.method import Method, assignment, mean_saved, step
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
 from fedtune.tensors import Tensors, cast, weighted_mean
 
 
@@ -77,7 +86,7 @@ def aggregate(state: FedExState, updates: Sequence[ClientUpdate]) -> FedExState:
     With eta = server_learning_rate: residual + (1 - eta) b a + eta * sum of p_k b_k a_k - b' a', b' and a' the new
     factors; at eta = 1 the paper's equation 5, accumulated.
     """
-    cohort, rate = weigh(updates, state.settings.weights), state.settings.server_learning_rate
+    cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
     mean = weighted_mean([(update.tensors, share) for update, share in cohort])
     tensors = step(state.tensors, mean, rate)
     old, new = unpack(state.tensors), unpack(tensors)

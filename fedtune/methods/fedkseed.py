@@ -25,17 +25,9 @@ from fedtune.directions.manifest import Manifest
 from fedtune.directions.sums import MAX_SCALAR, MAX_SHIFT, MAX_WEIGHT, counted, increments, weighted_sum
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import RoundError
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Probe, SeedState
 from fedtune.methods.method import Method, Seeds
 from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState, units
-from fedtune.round import (
-    Assignment,
-    Blueprint,
-    ClientUpdate,
-    LocalAdapter,
-    Plan,
-    Probe,
-    SeedState,
-)
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 

@@ -10,8 +10,8 @@ import numpy as np
 from annotated_types import Gt
 
 from fedtune.adapter import Adapter, Factors, draw_a
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
 from fedtune.methods.method import assignment, join, linear, move, resize
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 

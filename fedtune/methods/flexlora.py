@@ -14,9 +14,18 @@ from annotated_types import Gt
 from fedtune import lowrank
 from fedtune.adapter import Adapter, unpack
 from fedtune.lowrank import LowRank, weighted_sums
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    LocalAdapter,
+    Plan,
+    Weighting,
+    WireDtype,
+    cohort_weights,
+)
 from fedtune.methods.flora import warm_start
 from fedtune.methods.method import Method, assignment, mean_saved
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors
 
@@ -69,7 +78,7 @@ def assign(state: FlexLoraState, seed: int, plan: Plan) -> Assignment:
 
 def aggregate(state: FlexLoraState, updates: Sequence[ClientUpdate]) -> FlexLoraState:
     """Return the state after one round: D moves to the clients' exact weighted sum."""
-    cohort, rate = weigh(updates, state.settings.weights), state.settings.server_learning_rate
+    cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
     adapters = [(unpack(update.tensors), rate * share) for update, share in cohort]
     total = weighted_sums(
         {

@@ -24,10 +24,19 @@ from fedtune import lowrank
 from fedtune.adapter import Adapter, Factors, draw_a, pack, unpack
 from fedtune.keep import WHOLE, Anatomy, Cut, Keep, cuts, scatter_factors, slice_adapter
 from fedtune.lowrank import LowRank, truncate, weighted_sums
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    LocalAdapter,
+    Plan,
+    Weighting,
+    WireDtype,
+    cohort_weights,
+)
 from fedtune.methods import pruning
 from fedtune.methods.method import Method, assignment, mean_saved
 from fedtune.ranking import PruningSettings, Ranking, kept, ranked
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, cast
 
@@ -185,7 +194,7 @@ def assign(state: FloraState, seed: int, plan: Plan) -> Assignment:
 
 def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
     """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
-    settings, cohort = state.settings, weigh(updates, state.settings.weights)
+    settings, cohort = state.settings, cohort_weights(updates, state.settings.weights)
     changes = [(change(state, update), settings.server_learning_rate * share) for update, share in cohort]
     if state.anatomy is not None and settings.coverage == "normalised":
         scale = pruning.coverage(cohort, state.anatomy, weights=settings.weights, floor=settings.coverage_floor)

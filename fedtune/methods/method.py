@@ -11,7 +11,7 @@ import numpy as np
 from fedtune.adapter import Adapter
 from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.manifest import Manifest
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Verb, Weighting, weigh
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Verb, Weighting, cohort_weights
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, weighted_mean
 
@@ -121,7 +121,7 @@ def linear(
     """Build a `LinearMethod`: the mean of the contributions, weighted by p_k, is all that `advance` sees."""
 
     def aggregate(state: State, updates: Sequence[ClientUpdate]) -> State:
-        cohort = weigh(updates, weights(state))
+        cohort = cohort_weights(updates, weights(state))
         return advance(state, weighted_mean([(contribution(state, update), share) for update, share in cohort]))
 
     return LinearMethod(

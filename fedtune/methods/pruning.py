@@ -15,9 +15,9 @@ import numpy as np
 from fedtune.adapter import Adapter, Factors
 from fedtune.errors import RoundError
 from fedtune.keep import Anatomy, Keep, Side, bitmap, from_bitmap, rows
+from fedtune.messages import ClientUpdate, Plan, Pruning, Weighting
 from fedtune.methods.method import Cohort
 from fedtune.ranking import PruningSettings, noticed, pooled, spread, staged, votes
-from fedtune.round import ClientUpdate, Plan, Surgery, Weighting
 from fedtune.tensors import Array, Tensors
 
 
@@ -43,7 +43,7 @@ class PrunedState(Protocol):
         ...
 
 
-def ordered(state: PrunedState, plan: Plan) -> tuple[Surgery | None, Keep | None]:
+def ordered(state: PrunedState, plan: Plan) -> tuple[Pruning | None, Keep | None]:
     """Return what one client is told of its structure, and the structure that its blobs are cut to.
 
     The blobs cover all that the round needs: the first of the stages, and the structure of the last participation, in
@@ -56,7 +56,7 @@ def ordered(state: PrunedState, plan: Plan) -> tuple[Surgery | None, Keep | None
     if settings is None or anatomy is None:
         return None, None
     if settings.policy == "local":
-        return Surgery(settings=replace(settings, ranking=None)), None
+        return Pruning(settings=replace(settings, ranking=None)), None
     if plan.ratio > 0 and not state.order:
         raise RoundError(
             f"round {state.round + 1}: expected an order of heads and channels before {plan.client} is pruned by "
@@ -67,7 +67,7 @@ def ordered(state: PrunedState, plan: Plan) -> tuple[Surgery | None, Keep | None
     before, ratios = state.ratios.get(plan.client, first), staged(plan.ratio, settings.stages)
     stages = [bitmap(keep, anatomy) for ratio in ratios if (keep := state.structure(ratio)) is not None]
     earlier = state.structure(before)
-    surgery = Surgery(
+    surgery = Pruning(
         settings=replace(settings, ranking=None),  # where the server's file lies is nobody's business
         stages=tuple(dict.fromkeys(stages)),
         before=b"" if earlier is None else bitmap(earlier, anatomy),

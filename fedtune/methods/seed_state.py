@@ -20,7 +20,7 @@ from fedtune.directions.manifest import Manifest
 from fedtune.directions.rebuild import EXPONENTS
 from fedtune.directions.sums import MAX_SHIFT
 from fedtune.directions.ways import displacement_for
-from fedtune.round import BankName, Estimator, Sampling, SeedState, Weighting
+from fedtune.messages import BankName, Estimator, Sampling, SeedState, Weighting
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 

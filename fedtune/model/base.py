@@ -21,11 +21,11 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.directions.manifest import Manifest, describe_one, fault_of
 from fedtune.directions.torch_rebuild import as_array
 from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Blueprint
 from fedtune.model import embedded
 from fedtune.model.libraries import quiet
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.torch_seed import seeded
-from fedtune.round import Blueprint
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 

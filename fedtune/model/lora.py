@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.adapter import Adapter, Factors, draw_a, unpack
 from fedtune.errors import ShapeError
 from fedtune.keep import WHOLE, Cut
+from fedtune.messages import Assignment
 from fedtune.model.base import Base, to_numpy, to_torch
-from fedtune.round import Assignment
 from fedtune.tensors import Tensors
 
 

@@ -20,11 +20,11 @@ from fedtune.directions.kron import Kron
 from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.sums import MAX_SCALAR
 from fedtune.errors import ClientError
+from fedtune.messages import Probe, Training
 from fedtune.model.base import Base
 from fedtune.model.injected import injected
 from fedtune.model.rebuilt import Displaced, Move, Rebuilt, working_copy
 from fedtune.model.train import Batch, batches, collate, out_of_memory, peak_bytes
-from fedtune.round import Probe, Training
 from fedtune.tensors import Array
 
 WINDOW, ENOUGH, QUANTILE, TIMES = 128, 16, 0.9, 2.0

@@ -11,13 +11,13 @@ import torch
 
 from fedtune.data.encode import Example
 from fedtune.keep import Anatomy, Cut, Keep, bitmap, cuts, from_bitmap, shapes, slice_flat, within
+from fedtune.messages import Assignment, Pruning
 from fedtune.model.base import Base
 from fedtune.model.lora import attached, frozen, start
 from fedtune.model.prune import anatomy_of, cut_again, pruned
 from fedtune.model.scores import scores
 from fedtune.model.train import Batch, collate, summed_loss
 from fedtune.ranking import PruningSettings, gathered, kept, normalised, ranked, spread, staged
-from fedtune.round import Assignment, Surgery
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Tensors
 
@@ -65,7 +65,7 @@ class Structures:
         return self.stages[-1] if self.stages else None
 
 
-def told(surgery: Surgery, anatomy: Anatomy) -> Structures:
+def told(surgery: Pruning, anatomy: Anatomy) -> Structures:
     """Return the structures that an assignment names.
 
     Raises:

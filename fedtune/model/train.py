@@ -19,10 +19,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.data.encode import IGNORED, Example
 from fedtune.errors import ClientError
+from fedtune.messages import OUT_OF_MEMORY, Training
 from fedtune.model.base import Base
 from fedtune.model.lora import layers
 from fedtune.model.torch_seed import seeded
-from fedtune.round import OUT_OF_MEMORY, Training
 from fedtune.seeds import derive, generator
 
 Between: TypeAlias = Callable[[int, torch.optim.Optimizer], Sequence[torch.nn.Parameter] | None]

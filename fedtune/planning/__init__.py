@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fedtune.round import Client, Failure, Plan
+from fedtune.messages import Client, Failure, Plan
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from fedtune.messages import Client, Failure, Plan, Training
 from fedtune.planning import Seen
-from fedtune.round import Client, Failure, Plan, Training
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedtune.round import Plan
+from fedtune.messages import Plan
 from fedtune.timing import Done, Spent
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedtune.device import DeviceProfile
-from fedtune.round import Plan
+from fedtune.messages import Plan
 from fedtune.simulation import traces
 from fedtune.simulation.traces import By
 from fedtune.timing import Done, Spent

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedtune.errors import FedtuneError
-from fedtune.round import Client, Failure
+from fedtune.messages import Client, Failure
 from fedtune.transport import Answer, Reply, Rule, Work
 from fedtune.wire.messages import EncodedAssignment, blob_decoder, decode_assignment, encode_update
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedtune.errors import ConfigError, FedtuneError, RoundError
-from fedtune.round import Assignment, ClientUpdate
+from fedtune.messages import Assignment, ClientUpdate
 from fedtune.tensors import Tensors
 from fedtune.wire.messages import blob_decoder, decode_assignment, encode_update
 from fedtune.wire.v1 import round_pb2 as pb

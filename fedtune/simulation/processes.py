@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from fedtune.errors import ConfigError, Fault, RoundError
-from fedtune.round import Client, Failure
+from fedtune.messages import Client, Failure
 from fedtune.simulation.nursery import receive, write_payload
 from fedtune.simulation.resources import Machine, Resources, next_start, queued
 from fedtune.transport import Answer, Reply, Rule

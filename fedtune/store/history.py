@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import StoreError
-from fedtune.round import Failure
+from fedtune.messages import Failure
 from fedtune.store import journal
 from fedtune.store.journal import End, Record
 

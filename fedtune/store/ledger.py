@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedtune.errors import StoreError
+from fedtune.messages import Failure
 from fedtune.methods.state import digest
-from fedtune.round import Failure
 from fedtune.rounds import Opened
 from fedtune.store import files
 from fedtune.store.blobs import Blobs

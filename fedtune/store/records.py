@@ -10,8 +10,8 @@ import numpy as np
 
 from fedtune.adapter import Adapter
 from fedtune.lowrank import LowRank, compress
+from fedtune.messages import Failure, Plan
 from fedtune.planning import Seen
-from fedtune.round import Failure, Plan
 from fedtune.rounds import RoundResult
 
 Metrics = Mapping[str, float]

@@ -11,8 +11,8 @@ from typing import Literal, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from fedtune.errors import WireError
+from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Pruning, Training, Verb, WireDtype
 from fedtune.ranking import PruningSettings
-from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Surgery, Training, Verb, WireDtype
 from fedtune.tensors import Tensors
 from fedtune.wire import probe, settings
 from fedtune.wire import tensors as bodies
@@ -215,7 +215,7 @@ def decode_assignment(
     )
 
 
-def _surgery_to(surgery: Surgery | None) -> pb.Surgery | None:
+def _surgery_to(surgery: Pruning | None) -> pb.Surgery | None:
     if surgery is None:
         return None
     return pb.Surgery(
@@ -226,11 +226,11 @@ def _surgery_to(surgery: Surgery | None) -> pb.Surgery | None:
     )
 
 
-def _surgery_from(message: pb.Surgery) -> Surgery:
+def _surgery_from(message: pb.Surgery) -> Pruning:
     """Return the surgery; whether its bitmaps are of the base can only be told over it."""
     if len(message.stages) > MAX_STAGES or not all(message.stages):
         raise WireError(f"assignment: expected at most {MAX_STAGES} stages, none empty; got {len(message.stages)}")
-    return Surgery(
+    return Pruning(
         settings=_pruning(message.settings),
         stages=tuple(message.stages),
         before=message.before,

@@ -18,7 +18,7 @@ from fedtune.cli import flower_client, flower_server
 from fedtune.cli.flower_server import bare, bound, directory, said, tell, text
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, StoreError
-from fedtune.round import Failure, Traffic
+from fedtune.messages import Failure, Traffic
 from fedtune.rounds import ClientFinished, Note
 from fedtune.serving import expected
 from tests.flower.conftest import NODE, MemoryGrid, flower_task, running

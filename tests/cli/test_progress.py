@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.progress import Progress, Standing, after, failure_lines, table
-from fedtune.round import ClientUpdate, Failure, Traffic
+from fedtune.messages import ClientUpdate, Failure, Traffic
 from fedtune.rounds import ClientFinished, Event, RoundFinished, RoundStarted
 from tests.cli.conftest import record, round_events
 

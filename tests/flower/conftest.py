@@ -18,7 +18,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from fedtune.flower import shim
 from fedtune.flower.grid_transport import HELLO, GridTransport
 from fedtune.flower.records import UPDATE, pack
-from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, Training
 from fedtune.transport import Work
 from fedtune.wire.messages import (
     EncodedAssignment,

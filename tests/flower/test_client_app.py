@@ -13,8 +13,8 @@ from fedtune.experiment import Experiment, prepare, transport
 from fedtune.flower.client_app import Scalar, Site, client_app
 from fedtune.flower.grid_transport import HELLO
 from fedtune.flower.records import ERROR, HEADER, TENSORS
+from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
-from fedtune.round import Assignment, ClientUpdate
 from fedtune.rounds import run
 from fedtune.site import simulated
 from fedtune.transport import Transport

@@ -14,7 +14,7 @@ from fedtune.flower.records import ERROR, pack, unpack
 from fedtune.link import spool
 from fedtune.link.settings import LinkSettings
 from fedtune.link.statements import digest
-from fedtune.round import Failure
+from fedtune.messages import Failure
 from fedtune.transport import Reply, Rule
 from fedtune.wire.messages import encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile

@@ -23,10 +23,7 @@ from fedtune.link import roster
 from fedtune.link.roster import Member, Roster
 from fedtune.link.signing import raw
 from fedtune.link.statements import digest, part, seal, subject
-from fedtune.methods import METHODS
-from fedtune.methods.state import encode
-from fedtune.ranking import PruningSettings
-from fedtune.round import (
+from fedtune.messages import (
     Assignment,
     Blueprint,
     ClientUpdate,
@@ -34,11 +31,14 @@ from fedtune.round import (
     Measured,
     Plan,
     Probe,
-    Probed,
+    ProbeResult,
+    Pruning,
     SeedState,
-    Surgery,
     Training,
 )
+from fedtune.methods import METHODS
+from fedtune.methods.state import encode
+from fedtune.ranking import PruningSettings
 from fedtune.store.journal import End, Journal
 from fedtune.tensors import Tensors
 from fedtune.wire.messages import EncodedAssignment, encode_assignment, encode_blob, encode_update
@@ -105,7 +105,7 @@ FULL = replace(
     local=LocalAdapter(a_key=5, train="b", upload="difference", wire_dtype="fp16", rank_penalty=0.125, rank_decay=0.75),
     blobs={"global": FACTORS, "local": {}, "saved": SAVED},
     base="9f3c" * 16,
-    surgery=Surgery(
+    surgery=Pruning(
         settings=PruningSettings(target=0.75, policy="vote", score="gate", batches=3, refresh=2, multiple=4, stages=2),
         stages=(bitmap(LARGE, ANATOMY), bitmap(SMALL, ANATOMY)),
         before=bitmap(LARGE, ANATOMY),
@@ -151,7 +151,7 @@ FULL_PROBE = replace(
 ASSIGNMENTS: Mapping[str, Assignment] = {
     "adapt": ADAPT,
     "adapt, every field": FULL,
-    "adapt, pruning policy local": replace(ADAPT, surgery=Surgery(settings=PruningSettings(policy="local"))),
+    "adapt, pruning policy local": replace(ADAPT, surgery=Pruning(settings=PruningSettings(policy="local"))),
     "probe": PROBE,
     "probe, every field": FULL_PROBE,
     "probe, what changed": replace(
@@ -190,7 +190,7 @@ UPDATES: Mapping[str, ClientUpdate] = {
         num_examples=120,
         tensors={},
         measured=Measured(seconds=1.5, peak_bytes=3 * 2**20, tokens=900),
-        probed=Probed(np.array([0, 1, -1, 127, -127], np.int8), state=b"12345678", checks=bytes(range(16))),
+        probed=ProbeResult(np.array([0, 1, -1, 127, -127], np.int8), state=b"12345678", checks=bytes(range(16))),
     ),
     "probe, every field": ClientUpdate(
         client="bank-1",
@@ -198,7 +198,7 @@ UPDATES: Mapping[str, ClientUpdate] = {
         num_examples=120,
         tensors={},
         measured=Measured(seconds=1.5, peak_bytes=3 * 2**20 + 1, tokens=900, loss_before=2.5, loss_after=2.25),
-        probed=Probed(np.array([5], np.int8), b"12345678", bytes(range(16)), skipped=1, rms=0.25, lost=True),
+        probed=ProbeResult(np.array([5], np.int8), b"12345678", bytes(range(16)), skipped=1, rms=0.25, lost=True),
     ),
 }
 FOUNDATION = Foundation(

@@ -15,7 +15,7 @@ from fedtune.link.bars import Bars
 from fedtune.link.hub import Hub, Run
 from fedtune.link.settings import LinkSettings
 from fedtune.link.statements import PROTOCOL, TRAIN, UPDATE, build, digest, seal
-from fedtune.round import Assignment, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.wire.messages import EncodedAssignment, encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 

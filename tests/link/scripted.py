@@ -13,7 +13,7 @@ from fedtune.cli.federation import stopped_by_signals
 from fedtune.cli.told import teller
 from fedtune.link.spool import mapped
 from fedtune.member import take_part
-from fedtune.round import Assignment, ClientUpdate
+from fedtune.messages import Assignment, ClientUpdate
 from fedtune.seeds import generator
 from fedtune.tensors import cast
 from fedtune.wire.messages import decode_assignment, encode_update

@@ -19,9 +19,7 @@ from fedtune.link.refusals import RefusalError
 from fedtune.link.roster import Member
 from fedtune.link.signing import key_id, raw, sign
 from fedtune.link.statements import KIND, digest, opened
-from fedtune.methods import METHODS
-from fedtune.methods import state as states
-from fedtune.round import (
+from fedtune.messages import (
     Assignment,
     Blueprint,
     ClientUpdate,
@@ -31,10 +29,12 @@ from fedtune.round import (
     Outcome,
     Plan,
     Probe,
-    Probed,
+    ProbeResult,
     SeedState,
     Training,
 )
+from fedtune.methods import METHODS
+from fedtune.methods import state as states
 from fedtune.rounds import Asked, has_lost, judged
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
@@ -227,7 +227,7 @@ def test_spoilt_scalars_are_refused() -> None:
     )  # fmt: skip
     around = asked({name: assignment(name, probe=probe) for name in CLIENTS})
     scalars = np.array([1, -2, 3, 0, 127, -127, 5, 6], np.int8)
-    given = Probed(scalars, state=b"s" * 8, checks=b"c" * 16)
+    given = ProbeResult(scalars, state=b"s" * 8, checks=b"c" * 16)
     data = encode_update(ClientUpdate("carl", 1, 10, {}, probed=given))
     outcomes, before = Counter[str](), peak_mib()
     for found in mutations(data, "scalars"):

@@ -8,7 +8,7 @@ import pytest
 from fedtune.errors import ConfigError, WireError
 from fedtune.link.policy import Demand, Policy, Spent, check, demand, leaves, vet, within
 from fedtune.link.settings import MIB
-from fedtune.round import Assignment, LocalAdapter, Plan, Probe, SeedState, Training
+from fedtune.messages import Assignment, LocalAdapter, Plan, Probe, SeedState, Training
 from fedtune.wire.messages import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 

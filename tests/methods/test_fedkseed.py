@@ -21,12 +21,12 @@ from fedtune.directions.checks import STATE, block_checks, places
 from fedtune.directions.downlink import MAX_LOG
 from fedtune.directions.manifest import Manifest, describe
 from fedtune.errors import ConfigError, RoundError
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, Plan, Probe, ProbeResult, SeedState, Training
 from fedtune.methods.fedkseed import COARSE, METHOD, rounds_left
 from fedtune.methods.method import LinearMethod
 from fedtune.methods.seed_state import PROVISIONAL, FedKSeedSettings, FedKSeedState
 from fedtune.methods.state import decode, digest, encode
 from fedtune.replica import Replicas, restored
-from fedtune.round import Assignment, Blueprint, ClientUpdate, Plan, Probe, Probed, SeedState, Training
 from fedtune.seeds import derive, generator
 from fedtune.store.seeds import kron_adapter
 from fedtune.tensors import Array
@@ -72,7 +72,7 @@ def answer(
     state: FedKSeedState, client: str, scalars: Sequence[int] = (), *, examples: int = 10, rms: float | None = None
 ) -> ClientUpdate:
     """Return what an honest client sends."""
-    probed = Probed(np.array(scalars, np.int8), state=state.digest[:STATE], checks=state.checks, rms=rms)
+    probed = ProbeResult(np.array(scalars, np.int8), state=state.digest[:STATE], checks=state.checks, rms=rms)
     return ClientUpdate(client, state.round + 1, examples, {}, probed=probed)
 
 

@@ -12,10 +12,10 @@ from fedtune import lowrank
 from fedtune.adapter import Factors, delta, unpack
 from fedtune.errors import RoundError
 from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap, cuts, from_bitmap, linear_shapes, shapes, slice_factors
+from fedtune.messages import Blueprint, ClientUpdate, Plan, Training, cohort_weights
 from fedtune.methods import pruning
 from fedtune.methods.flora import METHOD, FloraState
 from fedtune.ranking import PruningSettings, kept, ranked
-from fedtune.round import Blueprint, ClientUpdate, Plan, Training, weigh
 from fedtune.tensors import Array, cast
 
 ANATOMY = Anatomy("llama", tuple(Block(f"model.layers.{i}", 4, 2, 2, 16) for i in range(2)), width=6)
@@ -101,7 +101,8 @@ def test_the_stack_of_scattered_factors_is_the_dense_sum(ratios: list[float], ra
     after = METHOD.aggregate(state, updates)
     for name in MODULES:
         exact = sum(
-            share * scattered(unpack(each.tensors)[name], each.keep, name) for each, share in weigh(updates, "examples")
+            share * scattered(unpack(each.tensors)[name], each.keep, name)
+            for each, share in cohort_weights(updates, "examples")
         )
         found = delta(lowrank.unpack(after.delta)[name].factors)
         np.testing.assert_allclose(found, exact, atol=1e-6 * max(1.0, float(np.abs(exact).max())))
@@ -117,7 +118,7 @@ def test_training_on_adds_what_each_pruned_client_changed(ratios: list[float], s
         ]
         after = METHOD.aggregate(state, updates)
         total = {name: delta(low.factors) for name, low in lowrank.unpack(state.delta).items()}
-        for each, share in weigh(updates, "examples"):
+        for each, share in cohort_weights(updates, "examples"):
             sent = METHOD.assign(state, 0, plan(each.client, each.ratio))
             start = started(sent, each.keep)
             for name, moved in unpack(each.tensors).items():
@@ -166,7 +167,7 @@ def test_coverage_by_hand() -> None:
     wide = Keep((Kept((0, 1), (0, 1), (0, 1)),))
     narrow = Keep((Kept((0, 1), (0, 1), (0,)),))
     name = "x.intermediate.dense"
-    cohort = weigh(
+    cohort = cohort_weights(
         [
             ClientUpdate("1", 1, 3, {f"{name}.a": np.array([[1.0, 0.0]]), f"{name}.b": np.array([[2.0]])}, keep=narrow),
             ClientUpdate(

@@ -10,9 +10,9 @@ import pytest
 from fedtune.directions import downlink
 from fedtune.directions.ledger import decode
 from fedtune.directions.manifest import describe
+from fedtune.messages import Blueprint
 from fedtune.methods.fedkseed import METHOD
 from fedtune.methods.seed_state import FINE, PROVISIONAL, FedKSeedSettings, FedKSeedState, units
-from fedtune.round import Blueprint
 from fedtune.tensors import Array
 
 BASE = describe({"layer.weight": np.zeros((6, 10), np.float32)})

@@ -8,9 +8,9 @@ import torch
 
 from fedtune.adapter import Factors, delta, draw_a
 from fedtune.errors import ShapeError
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.model.base import Base
 from fedtune.model.lora import attached, frozen, layers, read_local, start
-from fedtune.round import Assignment, LocalAdapter, Plan, Training
 from fedtune.tensors import cast
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

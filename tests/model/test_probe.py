@@ -21,12 +21,12 @@ from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.sums import counted
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError, RoundError
+from fedtune.messages import Probe, SeedState, Training
 from fedtune.model import probe as probing
 from fedtune.model.base import Base, digest
 from fedtune.model.probe import Measurements, around, clipped, measure, positioned, steps_of
 from fedtune.model.rebuilt import Move, mean_loss
 from fedtune.model.train import Batch, batches, collate
-from fedtune.round import Probe, SeedState, Training
 from fedtune.tensors import Array
 from tests.model.conftest import bank_of, ledger_of
 

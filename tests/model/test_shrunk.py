@@ -15,12 +15,12 @@ from fedtune.admit import admit
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError, ShapeError
 from fedtune.keep import from_bitmap, sparsity
+from fedtune.messages import OUT_OF_MEMORY, Assignment, ClientUpdate, Failure, Plan, Training
 from fedtune.methods.flora import METHOD, FloraState
 from fedtune.model import shrunk
 from fedtune.model.base import Base, digest
 from fedtune.model.lora import attached
 from fedtune.ranking import PruningSettings
-from fedtune.round import OUT_OF_MEMORY, Assignment, ClientUpdate, Failure, Plan, Training
 from fedtune.wire.messages import decode_assignment, decode_update, encode_assignment, encode_update
 
 Loader = Callable[..., Base]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fedtune.errors import ClientError
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.model.lora import attached, read_local, start
 from fedtune.model.train import batches, collate, learning_rate, memory_told, peak_bytes, summed_loss, train
-from fedtune.round import Assignment, LocalAdapter, Plan, Training
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import ClientError, ConfigError, Fault
-from fedtune.round import Assignment, ClientUpdate
+from fedtune.messages import Assignment, ClientUpdate
 from fedtune.simulation.nursery import Perform, Prepared, tend
 
 

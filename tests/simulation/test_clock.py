@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.device import PROFILES
-from fedtune.round import Measured, Plan, Traffic, Training
+from fedtune.messages import Measured, Plan, Traffic, Training
 from fedtune.simulation.clock import Load, Simulated, spent
 from fedtune.timing import Done, Spent
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from fedtune.errors import ClientError
-from fedtune.round import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
 from fedtune.simulation.inprocess import InProcess
 from fedtune.transport import Answer, Reply, Rule, Work
 from fedtune.wire.messages import EncodedAssignment, blob_encoder, decode_update, encode_assignment

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.round import Assignment, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.simulation.nursery import read_payload, write_payload
 from fedtune.wire.messages import decode_update, encode_assignment
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fedtune.errors import ConfigError, RoundError
-from fedtune.round import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.processes import Nursery, ProcessPool, Worker, give, how
 from fedtune.simulation.resources import Resources

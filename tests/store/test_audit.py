@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fedtune.errors import StoreError
+from fedtune.messages import Failure
 from fedtune.methods.state import digest
-from fedtune.round import Failure
 from fedtune.store import audit
 from fedtune.store.audit import Verified, status, verify
 from fedtune.store.blobs import Blobs

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.round import Failure
+from fedtune.messages import Failure
 from fedtune.store.history import History, Place, begun, replayed
 from fedtune.store.journal import End, Journal
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from fedtune.errors import StoreError
+from fedtune.messages import Failure
 from fedtune.methods.state import digest
-from fedtune.round import Failure
 from fedtune.rounds import Ledger, Opened
 from fedtune.store import files, journal, ledger
 from fedtune.store.history import replayed

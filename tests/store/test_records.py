@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedtune.adapter import Factors
-from fedtune.round import Assignment, ClientUpdate, Failure, LocalAdapter, Measured, Plan, Traffic, Training
+from fedtune.messages import Assignment, ClientUpdate, Failure, LocalAdapter, Measured, Plan, Traffic, Training
 from fedtune.rounds import RoundResult
 from fedtune.store import records
 from fedtune.transport import Aside

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedtune.errors import WireError
-from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Training
+from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Training
 from fedtune.tensors import Tensors
 from fedtune.wire import messages
 from fedtune.wire.v1 import round_pb2 as pb

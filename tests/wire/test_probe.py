@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import WireError
-from fedtune.round import (
+from fedtune.messages import (
     Assignment,
     ClientUpdate,
     LocalAdapter,
     Measured,
     Plan,
     Probe,
-    Probed,
+    ProbeResult,
     SeedState,
     Training,
 )
@@ -58,7 +58,7 @@ ASSIGNMENT = Assignment(
     local=LocalAdapter(a_key=0),
     probe=PROBE,
 )
-PROBED = Probed(
+PROBED = ProbeResult(
     np.array([0, 1, -1, 127, -127], np.int8), state=b"12345678", checks=bytes(range(16)), skipped=1, rms=0.25, lost=True
 )
 UPDATE = ClientUpdate(
@@ -306,7 +306,7 @@ def test_an_update_comes_back_exactly(
         num_examples=examples,
         tensors={},
         measured=Measured(seconds, peak_mib * 2**20, tokens, loss_before=floats[0], loss_after=floats[1]),
-        probed=Probed(scalars, state, checks, skipped, rms=floats[2], lost=lost),
+        probed=ProbeResult(scalars, state, checks, skipped, rms=floats[2], lost=lost),
     )
     assert plain(update_again(update)) == plain(update)
 
@@ -322,7 +322,7 @@ def test_peak_memory_is_rounded_up_to_the_next_mebibyte() -> None:
 
 
 def test_200_scalars_take_at_most_260_bytes() -> None:
-    honest = Probed(np.full(200, -127, np.int8), state=bytes(8), checks=bytes(16), skipped=20)
+    honest = ProbeResult(np.full(200, -127, np.int8), state=bytes(8), checks=bytes(16), skipped=20)
     measured = Measured(3599.9, 2**33, 200_000, loss_before=10.5, loss_after=9.5)
     data = messages.encode_update(replace(UPDATE, round=60, num_examples=5000, measured=measured, probed=honest))
     assert 200 < len(data) <= 260
@@ -333,7 +333,7 @@ def test_200_scalars_take_at_most_260_bytes() -> None:
 
 
 def test_an_answer_that_asks_again_takes_a_few_bytes() -> None:
-    asks = ClientUpdate("bank-1", 3, 120, {}, probed=Probed(np.empty(0, np.int8), lost=True))
+    asks = ClientUpdate("bank-1", 3, 120, {}, probed=ProbeResult(np.empty(0, np.int8), lost=True))
     assert len(messages.encode_update(asks)) < 16
     found = update_again(asks).probed
     assert found is not None

@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from fedtune.round import ClientUpdate, Failure, weigh
+from fedtune.messages import ClientUpdate, Failure, cohort_weights
 
 
 def update(client: str, examples: int) -> ClientUpdate:
@@ -12,17 +12,17 @@ def update(client: str, examples: int) -> ClientUpdate:
 
 
 def test_weights_are_shares_of_the_examples_of_those_that_answered_sorted_by_name() -> None:
-    cohort = weigh([update("b", 3), update("a", 1)], "examples")
+    cohort = cohort_weights([update("b", 3), update("a", 1)], "examples")
     assert [(answer.client, share) for answer, share in cohort] == [("a", 0.25), ("b", 0.75)]
 
 
 def test_uniform_weights_are_equal() -> None:
-    assert [share for _, share in weigh([update("b", 3), update("a", 1)], "uniform")] == [0.5, 0.5]
+    assert [share for _, share in cohort_weights([update("b", 3), update("a", 1)], "uniform")] == [0.5, 0.5]
 
 
 def test_the_order_of_answers_does_not_matter() -> None:
     updates = [update(name, size) for size, name in enumerate("dcab", start=1)]
-    assert weigh(updates, "examples") == weigh(updates[::-1], "examples")
+    assert cohort_weights(updates, "examples") == cohort_weights(updates[::-1], "examples")
 
 
 def test_messages_cannot_be_edited() -> None:

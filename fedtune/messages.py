@@ -106,7 +106,7 @@ class LocalAdapter:
 
 
 @dataclass(frozen=True)
-class Surgery:
+class Pruning:
     """How a client makes its model smaller for one round, and what it measures around that.
 
     Structures travel as bitmaps over the whole base (`keep.bitmap`); empty bytes stand for the whole model.
@@ -171,7 +171,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeResult:
     """What a client measured along its seeds."""
 
     scalars: Array
@@ -207,7 +207,7 @@ class Assignment:
     """Digest of the base model that the tensors belong to."""
     probe: Probe | None = None
     """What to measure, for the verb `probe`; `local` and `blobs` are idle then."""
-    surgery: Surgery | None = None
+    surgery: Pruning | None = None
     """How the model is pruned; the blobs are in the coordinates of all that `stages` and `before` keep, or of the whole
     base with the policy `local`."""
     whole: Assignment | None = None
@@ -250,7 +250,7 @@ class ClientUpdate:
     """modules_to_save, by parameter name, float32."""
     measured: Measured = Measured()
     base: str = ""
-    probed: Probed | None = None
+    probed: ProbeResult | None = None
     """What came of the verb `probe`; `tensors` and `saved` are empty then."""
     kept: bytes = b""
     """Digest of what was kept (`Keep.digest`), in whose coordinates the tensors are; empty for the whole model."""
@@ -313,7 +313,7 @@ class Blueprint:
     """`heads` and `channels`: worth of each, where the recipe names an order; empty where clients are asked first."""
 
 
-def weigh(updates: Sequence[ClientUpdate], weights: Weighting) -> Sequence[tuple[ClientUpdate, float]]:
+def cohort_weights(updates: Sequence[ClientUpdate], weights: Weighting) -> Sequence[tuple[ClientUpdate, float]]:
     """Return (update, p_k) sorted by client name, the p_k summing to 1: by examples, or uniform.
 
     Sorting here makes every method independent of the order in which answers arrived.
