@@ -38,14 +38,14 @@ from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Traini
 from fedtune.methods import METHODS
 from fedtune.model.settings import ModelSettings
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds import run
-from fedtune.schedule import Schedule
+from fedtune.rounds.loop import run
+from fedtune.rounds.schedule import Schedule
+from fedtune.rounds.transport import Transport, Work
 from fedtune.seeds import generator
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.nursery import Prepared, tend
 from fedtune.simulation.processes import Nursery, ProcessPool
 from fedtune.tensors import cast
-from fedtune.transport import Transport, Work
 from fedtune.wire.profile import ClientProfile, Foundation
 
 if TYPE_CHECKING:

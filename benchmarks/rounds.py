@@ -20,8 +20,8 @@ import numpy as np
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Training
 from fedtune.methods import METHODS
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds import run
-from fedtune.schedule import Schedule
+from fedtune.rounds.loop import run
+from fedtune.rounds.schedule import Schedule
 from fedtune.seeds import generator
 from fedtune.simulation.inprocess import InProcess
 from fedtune.tensors import Tensors, cast

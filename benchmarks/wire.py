@@ -22,7 +22,7 @@ from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Measur
 from fedtune.methods.fedkseed import METHOD
 from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds import size
+from fedtune.rounds.loop import encoded_bytes
 from fedtune.seeds import derive, generator
 from fedtune.wire.messages import encode_assignment, encode_update
 
@@ -63,7 +63,7 @@ def traffic(settings: FedKSeedSettings, *, clients: int, steps: int, rounds: int
     for _ in range(rounds):
         orders = {client.name: METHOD.assign(state, 0, plans[client.name]) for client in cohort}
         updates = [answer(state, orders[client.name], client, steps) for client in cohort]
-        down.append(max(size(encode_assignment(order)) for order in orders.values()))
+        down.append(max(encoded_bytes(encode_assignment(order)) for order in orders.values()))
         up.append(max(len(encode_update(update)) for update in updates))
         state = METHOD.aggregate(state, updates)
     return down[1:], up[1:]

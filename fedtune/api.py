@@ -14,7 +14,7 @@ from fedtune.demo import recipe_text, write_data
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.exports import check_base, open_run
 from fedtune.methods.method import Tuned
-from fedtune.rounds import Note, Watch
+from fedtune.rounds.loop import Note, Watch
 from fedtune.simulation.processes import Nursery
 from fedtune.store import audit, result
 from fedtune.store.audit import Status, Verified
@@ -62,7 +62,7 @@ def simulate(
         fresh: if the directory is taken, start beside it instead of refusing.
         resume: directory of a run to go on with, after a crash or for more rounds; its result is the one that the run
             would have had without a break. `rounds.count` and the engine may change, nothing else.
-        watch: called with each event of `fedtune.rounds`.
+        watch: called with each event of `fedtune.rounds.loop`.
 
     Raises:
         ConfigError: if the recipe, or anything that it names, is wrong; with every fault found.

@@ -21,15 +21,15 @@ from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
 from fedtune.planning import Planner
 from fedtune.planning.fixed import FixedSettings
-from fedtune.rounds import Ledger, Note, RoundFinished, RoundResult, Watch
-from fedtune.rounds import run as run_rounds
+from fedtune.rounds.clock import Clock
+from fedtune.rounds.loop import Note, RoundFinished, RoundJournal, RoundResult, Watch
+from fedtune.rounds.loop import run as run_rounds
+from fedtune.rounds.transport import Transport
 from fedtune.store import peft, records, result
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import begun, replayed
 from fedtune.store.ledger import GROUP_S, RunLedger
 from fedtune.store.run import append_round, read_rounds, write_recipe, write_summary
-from fedtune.timing import Clock
-from fedtune.transport import Transport
 
 Door: TypeAlias = Literal["simulate", "flower", "link"]
 PUT_BACK = "put back a copy of the run directory, or start the run again"
@@ -196,7 +196,7 @@ def rounds(
     setting: Setting,
     transport: Transport,
     *,
-    ledger: Ledger | None = None,
+    ledger: RoundJournal | None = None,
     start: Any | None = None,
     lines: Sequence[Mapping[str, Any]] = (),
     watch: Watch = lambda event: None,

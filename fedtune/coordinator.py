@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fedtune.admit import largest_update
 from fedtune.conduct import check_resumable, conduct
 from fedtune.config import Recipe, render
 from fedtune.flower.link_grid import LinkGrid
@@ -26,7 +25,8 @@ from fedtune.link.roster import RosterFile
 from fedtune.link.server import serving
 from fedtune.link.settings import LinkSettings
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, LocalAdapter, Plan, Training
-from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.admission import largest_update
+from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.serving import check_overrides, expected, setting
 from fedtune.store import journal
 from fedtune.store.files import guarded, write_text

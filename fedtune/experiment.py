@@ -28,12 +28,12 @@ from fedtune.model.rebuilt import rebuilt
 from fedtune.model.shrunk import anatomy, reduced
 from fedtune.planning import Planner
 from fedtune.replica import Replicas
+from fedtune.rounds.transport import Transport
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.processes import Nursery, ProcessPool
 from fedtune.site import opened, simulated
 from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
-from fedtune.transport import Transport
 from fedtune.worker import devices_of, payload
 
 

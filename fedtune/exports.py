@@ -17,7 +17,7 @@ from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lowrank import compress, truncate
 from fedtune.methods.method import Seeds, Tuned
 from fedtune.model.settings import ModelSettings
-from fedtune.rounds import Note, Watch
+from fedtune.rounds.loop import Note, Watch
 from fedtune.store import peft, result
 from fedtune.store import seeds as store_seeds
 from fedtune.store.files import guarded, new_folder

@@ -21,8 +21,8 @@ from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, 
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.policies import Given, arms_of, policy_of
 from fedtune.planning.policy import Arm, Candidate
+from fedtune.rounds.clock import Clock, CompletedWork
 from fedtune.simulation.clock import PASSES, Load, Simulated
-from fedtune.timing import Clock, Done
 
 SIMULATED = "Time is simulated: operations, bytes and traces of the devices below, never this machine's clock"
 
@@ -96,7 +96,7 @@ class Fleet:
             memory_gb=memory_bytes(self.charged, pruning, arm.ratio, arm.rank, work) / 1e9,
         )
 
-    def load(self, done: Done) -> Load:
+    def load(self, done: CompletedWork) -> Load:
         """Return what a round has asked of a client's device, from the tokens and bytes that were counted."""
         plan, measured, pruning = done.plan, done.measured, self.recipe.pruning
         work = self.work(plan.client, plan.training)

@@ -17,7 +17,7 @@ from fedtune.keep import Keep, cuts, slice_adapter, sparsity, whole
 from fedtune.methods import METHODS
 from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
-from fedtune.rounds import Note, Watch
+from fedtune.rounds.loop import Note, Watch
 from fedtune.store import peft, result
 from fedtune.store import pruning as store_pruning
 from fedtune.store.blobs import Blobs

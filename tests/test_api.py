@@ -16,7 +16,7 @@ from fedtune.config import bind
 from fedtune.errors import ConfigError, RoundError, StoreError
 from fedtune.methods import METHODS
 from fedtune.report.records import read_run
-from fedtune.rounds import Note, RoundFinished
+from fedtune.rounds.loop import Note, RoundFinished
 from tests.conftest import base_of, kseed
 
 # peft asks transformers by a name that transformers is about to drop

@@ -17,7 +17,7 @@ from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
 from fedtune.experiment import Experiment, prepare, setting, transport
 from fedtune.report.records import read_run
-from fedtune.rounds import Event, Note, RoundFinished, Watch
+from fedtune.rounds.loop import Event, Note, RoundFinished, Watch
 from fedtune.store import peft
 from fedtune.store.run import write_recipe
 

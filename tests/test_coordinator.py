@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.admit import largest_update
 from fedtune.coordinator import expected_of, follow, most, number, promised, refusal, unready
 from fedtune.errors import WireError
 from fedtune.link import authority, spool
@@ -27,7 +26,8 @@ from fedtune.messages import (
     Traffic,
     Training,
 )
-from fedtune.rounds import ClientFinished, Note, RoundFinished, RoundStarted
+from fedtune.rounds.admission import largest_update
+from fedtune.rounds.loop import ClientFinished, Note, RoundFinished, RoundStarted
 from fedtune.serving import at_the_sites
 from fedtune.store.ledger import RunLedger
 from fedtune.wire.messages import encode_assignment
@@ -260,9 +260,9 @@ def test_the_texts_of_a_refusal_are_cut(reason: str, field: str, expected: str, 
 
 
 def test_every_reason_of_an_update_that_is_refused_has_a_number_in_the_schema() -> None:
-    from fedtune import admit, rounds
+    from fedtune.rounds import admission, loop
 
-    source = "".join(Path(str(module.__file__)).read_text() for module in (admit, rounds))
+    source = "".join(Path(str(module.__file__)).read_text() for module in (admission, loop))
     codes = {one for one in re.findall(r'"([A-Z][A-Z_]+)"', source) if "_" in one or one in ("MALFORMED", "SCALARS")}
     assert {"NOT_FINITE", "MALFORMED", "STATE_REBUILT", "WRONG_CLIENT"} <= codes
     for code in codes:

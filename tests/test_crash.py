@@ -29,7 +29,8 @@ from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, Training
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds import Event, RoundFinished
+from fedtune.rounds.loop import Event, RoundFinished
+from fedtune.rounds.transport import Answer, Reply, Rule
 from fedtune.seeds import derive, generator
 from fedtune.store import files, peft
 from fedtune.store.audit import verify
@@ -37,7 +38,6 @@ from fedtune.store.blobs import Blobs
 from fedtune.store.history import begun, replayed
 from fedtune.store.ledger import RunLedger
 from fedtune.store.run import read_rounds, read_summary
-from fedtune.transport import Answer, Reply, Rule
 from fedtune.wire.messages import EncodedAssignment, decode_assignment, encode_update
 
 ROOT = Path(__file__).parents[1]

@@ -22,11 +22,11 @@ from fedtune.flower import shim
 from fedtune.flower.client_app import client_app
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.replica import Replicas
-from fedtune.rounds import ClientFinished, Event, RoundStarted
+from fedtune.rounds.loop import ClientFinished, Event, RoundStarted
+from fedtune.rounds.transport import Transport
 from fedtune.simulation.processes import Nursery, ProcessPool
 from fedtune.simulation.resources import Resources
 from fedtune.store import peft
-from fedtune.transport import Transport
 from tests.flower.conftest import NODE, Clock, MemoryGrid, over, running
 
 Tables: TypeAlias = dict[str, Any]

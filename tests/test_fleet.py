@@ -14,8 +14,8 @@ from fedtune.messages import Blueprint, Client, Measured, Plan, Traffic, Trainin
 from fedtune.planning.adaptive import Adaptive
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.policy import Arm, Candidate
+from fedtune.rounds.clock import CompletedWork
 from fedtune.simulation.clock import Simulated
-from fedtune.timing import Done
 
 NAMES = [f"client-{i:02}" for i in range(8)]
 ANATOMY = Anatomy("llama", (Block("model.layers.0", 4, 4, 8, 64),), width=32, head=320, outputs=10)
@@ -73,7 +73,7 @@ def test_a_proxy_is_said_to_be_one_and_costs_what_it_costs(made: Callable[..., F
     tx2 = Client(next(name for name, profile in small.profiles.items() if profile.name == "tx2"), 1)
     assert "has 5.2 GB" in large.misfit(tx2, 0.0, 8, TRAINING)
     assert not small.misfit(tx2, 0.0, 8, TRAINING)
-    done = Done(Plan("client-00", 8, 2.0, TRAINING), Measured(tokens=100), Traffic(1000, 1000), 0.0)
+    done = CompletedWork(Plan("client-00", 8, 2.0, TRAINING), Measured(tokens=100), Traffic(1000, 1000), 0.0)
     assert large.load(done).bytes_up > 1000 * small.load(done).bytes_up == 1000 * 1000
 
 
@@ -81,7 +81,7 @@ def test_the_clock_charges_what_the_planner_expected(made: Callable[..., Fleet])
     fleet = made()
     work = fleet.work("client-00", TRAINING)
     tokens = int(work.trained_tokens)
-    done = Done(Plan("client-00", 8, 2.0, TRAINING), Measured(tokens=tokens), Traffic(1, 1), 0.0)
+    done = CompletedWork(Plan("client-00", 8, 2.0, TRAINING), Measured(tokens=tokens), Traffic(1, 1), 0.0)
     assert fleet.load(done).tflop == pytest.approx(fleet.cost("client-00", Arm(0.0, 8), TRAINING).tflop)
     clock = fleet.clock()
     assert isinstance(clock, Simulated)
@@ -102,7 +102,7 @@ def test_the_oracle_is_told_the_clocks_own_times(made: Callable[..., Fleet]) -> 
             Plan("client-03", rank, 2.0, TRAINING),
             Measured(tokens=int(fleet.work("client-03", TRAINING).trained_tokens)),
         )
-        done = Done(plan, measured, Traffic(half, half), 0.0)
+        done = CompletedWork(plan, measured, Traffic(half, half), 0.0)
         assert told == pytest.approx(clock.timed(4, 77.0, {"client-03": done}, {})["client-03"].seconds, rel=1e-3)
 
 

@@ -20,8 +20,8 @@ from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.lora import attached
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds import run
-from fedtune.schedule import Schedule
+from fedtune.rounds.loop import run
+from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.inprocess import InProcess
 from fedtune.tensors import Array
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import fedtune
 from fedtune import api, pruned
 from fedtune.errors import ConfigError, RoundError, StoreError
-from fedtune.rounds import Note
+from fedtune.rounds.loop import Note
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

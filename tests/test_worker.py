@@ -21,12 +21,12 @@ from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning import Seen
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds import ClientFinished, Event, RoundResult, RoundStarted, run
-from fedtune.schedule import Schedule
+from fedtune.rounds.loop import ClientFinished, Event, RoundResult, RoundStarted, run
+from fedtune.rounds.schedule import Schedule
+from fedtune.rounds.transport import Transport
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.processes import Nursery, ProcessPool
 from fedtune.simulation.resources import Resources
-from fedtune.transport import Transport
 from fedtune.worker import devices_of, payload, prepare
 
 RANKS = {"ann": 2, "bob": 4, "cyd": 8}

@@ -13,7 +13,7 @@ from fedtune.config import Recipe
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.messages import Failure
-from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.serving import at_the_sites, check_overrides, expected, setting
 from fedtune.store.run import vacant
 

@@ -27,7 +27,7 @@ from fedtune.cli.entry import (
 
 if TYPE_CHECKING:
     from fedtune.api import Run
-    from fedtune.rounds import Watch
+    from fedtune.rounds.loop import Watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -340,7 +340,7 @@ def write_demo(path: Path) -> None:
 def observed(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
     """Call with an observer that shows progress on stderr, or only its remarks if quiet."""
     if quiet:
-        from fedtune.rounds import Note
+        from fedtune.rounds.loop import Note
 
         return call(lambda event: typer.echo(printed(event.text), err=True) if isinstance(event, Note) else None)
     from fedtune.cli.progress import Progress

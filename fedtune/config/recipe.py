@@ -14,7 +14,7 @@ from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSet
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.ranking import PruningSettings
-from fedtune.schedule import Schedule
+from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings
 

@@ -18,7 +18,7 @@ from fedtune.errors import ConfigError, Fault, RoundError
 from fedtune.flower import shim
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.messages import Client, Failure
-from fedtune.transport import Answer, Rule
+from fedtune.rounds.transport import Answer, Rule
 from fedtune.wire.messages import EncodedAssignment
 
 LONGEST_FOLDER = 40

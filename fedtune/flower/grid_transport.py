@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from fedtune.errors import RoundError, WireError
 from fedtune.flower.records import ERROR, UPDATE, arrays, pack, unpack
 from fedtune.messages import Client, Failure
-from fedtune.transport import Answer, Aside, Reply, Rule
+from fedtune.rounds.transport import Answer, Aside, Reply, Rule
 from fedtune.wire.messages import EncodedAssignment
 from fedtune.wire.profile import ClientProfile, Foundation, agreed, decode_profile, difference, fingerprint
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from fedtune.device import DeviceProfile
 from fedtune.messages import Plan
+from fedtune.rounds.clock import ClientTime, CompletedWork
 from fedtune.simulation import traces
 from fedtune.simulation.traces import By
-from fedtune.timing import Done, Spent
 
 PASSES = 2
 """Times that the weights are read in a step, forward and backward; 3 where activations are computed twice."""
@@ -52,7 +52,7 @@ class Simulated:
 
     profiles: Mapping[str, DeviceProfile]
     """By client."""
-    load: Callable[[Done], Load]
+    load: Callable[[CompletedWork], Load]
     """From what a client did to what that asks of a device."""
     seed: int
     by: By = "time"
@@ -60,12 +60,12 @@ class Simulated:
     server_s: float = 0.0
 
     def timed(
-        self, round: int, now_s: float, done: Mapping[str, Done], late: Mapping[str, float]
-    ) -> Mapping[str, Spent]:
+        self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
+    ) -> Mapping[str, ClientTime]:
         """Return how long each client took in a round that began at `now_s`."""
         return {name: self.client(name, self.load(each), round=round, now_s=now_s) for name, each in done.items()}
 
-    def client(self, name: str, load: Load, *, round: int, now_s: float) -> Spent:
+    def client(self, name: str, load: Load, *, round: int, now_s: float) -> ClientTime:
         """Return the time of one client: it downloads, works, and uploads, one after the other."""
         profile, seed = self.profiles[name], self.seed
         net = profile.net_sigma, seed, name
@@ -80,15 +80,15 @@ class Simulated:
         compute = spent(now_s + first, work_s, mode)
         begin = now_s + first + compute + profile.overhead_s
         second = profile.latency_s + spent(begin, load.bytes_up, up)
-        return Spent(compute, first + second, overhead_s=profile.overhead_s)
+        return ClientTime(compute, first + second, overhead_s=profile.overhead_s)
 
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
+    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         """Return who is given up: after the planner's deadline, or where late ones are waited for after thrice that."""
         share = 1.0 if self.late == "drop" else PATIENCE
         bounds = {name: share * plan.deadline_s for name, plan in plans.items() if plan.deadline_s is not None}
         return {name: bound for name, bound in bounds.items() if name in spent and spent[name].seconds > bound}
 
-    def lasted(self, spent: Mapping[str, Spent]) -> float:
+    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
         """Return the seconds of a round: its slowest client's, then the server's."""
         return max((each.seconds for each in spent.values()), default=0.0) + self.server_s
 

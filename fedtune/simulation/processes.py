@@ -20,9 +20,9 @@ from typing import Any
 
 from fedtune.errors import ConfigError, Fault, RoundError
 from fedtune.messages import Client, Failure
+from fedtune.rounds.transport import Answer, Reply, Rule
 from fedtune.simulation.nursery import receive, write_payload
 from fedtune.simulation.resources import Machine, Resources, next_start, queued
-from fedtune.transport import Answer, Reply, Rule
 from fedtune.wire.messages import EncodedAssignment
 
 COMMAND = (sys.executable, "-P", "-m", "fedtune.worker")

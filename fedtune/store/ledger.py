@@ -18,7 +18,7 @@ from typing import Any, Self
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
 from fedtune.methods.state import digest
-from fedtune.rounds import Opened
+from fedtune.rounds.loop import InterruptedRound
 from fedtune.store import files
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import History, Round, replayed
@@ -173,7 +173,7 @@ class RunLedger:
             raise self._misreported(reported)
         return self._blobs.get(history.digests[reported - 1], f"the state of round {reported}") if reported else None
 
-    def opened(self, round: int) -> Opened | None:
+    def opened(self, round: int) -> InterruptedRound | None:
         """Return what is known of a round that had begun: the open one, or the last one, which has no line yet.
 
         Raises:
@@ -182,7 +182,7 @@ class RunLedger:
         found = self._history.open or self._history.repeatable
         if found is None or found.number != round:
             return None
-        return Opened(
+        return InterruptedRound(
             cohort=found.cohort,
             orders=found.orders,
             updates=self._updates(found),

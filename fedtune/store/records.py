@@ -12,7 +12,7 @@ from fedtune.adapter import Adapter
 from fedtune.lowrank import LowRank, compress
 from fedtune.messages import Failure, Plan
 from fedtune.planning import Seen
-from fedtune.rounds import RoundResult
+from fedtune.rounds.loop import RoundResult
 
 Metrics = Mapping[str, float]
 

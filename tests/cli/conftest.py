@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtune.messages import ClientUpdate, Failure, Traffic
-from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 
 HOSTILE = "[red]evil[/]\x1b[2J\u202e"
 

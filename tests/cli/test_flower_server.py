@@ -19,7 +19,7 @@ from fedtune.cli.flower_server import bare, bound, directory, said, tell, text
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, StoreError
 from fedtune.messages import Failure, Traffic
-from fedtune.rounds import ClientFinished, Note
+from fedtune.rounds.loop import ClientFinished, Note
 from fedtune.serving import expected
 from tests.flower.conftest import NODE, MemoryGrid, flower_task, running
 

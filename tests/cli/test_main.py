@@ -18,7 +18,7 @@ from fedtune.cli.main import app
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, Fault, RoundError, StoreError
 from fedtune.exports import Replayed
-from fedtune.rounds import Event, Note
+from fedtune.rounds.loop import Event, Note
 from tests.cli.conftest import HOSTILE
 
 COMMANDS = ("demo", "simulate", "evaluate", "export", "replay", "report", "compare")

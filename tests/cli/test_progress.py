@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedtune.cli.progress import Progress, Standing, after, failure_lines, table
 from fedtune.messages import ClientUpdate, Failure, Traffic
-from fedtune.rounds import ClientFinished, Event, RoundFinished, RoundStarted
+from fedtune.rounds.loop import ClientFinished, Event, RoundFinished, RoundStarted
 from tests.cli.conftest import record, round_events
 
 

@@ -22,7 +22,7 @@ from fedtune.messages import Training
 from fedtune.methods import METHODS
 from fedtune.methods.seed_state import FedKSeedSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
-from fedtune.schedule import Schedule
+from fedtune.rounds.schedule import Schedule
 from tests.config.conftest import SHORTEST
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

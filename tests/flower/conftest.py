@@ -19,7 +19,7 @@ from fedtune.flower import shim
 from fedtune.flower.grid_transport import HELLO, GridTransport
 from fedtune.flower.records import UPDATE, pack
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, Training
-from fedtune.transport import Work
+from fedtune.rounds.transport import Work
 from fedtune.wire.messages import (
     EncodedAssignment,
     blob_encoder,

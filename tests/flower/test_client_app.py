@@ -15,9 +15,9 @@ from fedtune.flower.grid_transport import HELLO
 from fedtune.flower.records import ERROR, HEADER, TENSORS
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
-from fedtune.rounds import run
+from fedtune.rounds.loop import run
+from fedtune.rounds.transport import Transport
 from fedtune.site import simulated
-from fedtune.transport import Transport
 from fedtune.wire.profile import ClientProfile, decode_profile
 from tests.flower.conftest import NODE, Clock, MemoryGrid, orders, over, profile, running
 

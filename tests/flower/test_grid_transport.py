@@ -13,7 +13,7 @@ from fedtune.flower.grid_transport import HELLO, GridTransport
 from fedtune.flower.records import ERROR, HEADER, TENSORS, pack
 from fedtune.flower.shim import stamp
 from fedtune.messages import Client, ClientUpdate, Failure
-from fedtune.transport import Answer, Aside, Reply, Rule
+from fedtune.rounds.transport import Answer, Aside, Reply, Rule
 from fedtune.wire.messages import decode_update
 from fedtune.wire.profile import Foundation
 from tests.flower.conftest import (

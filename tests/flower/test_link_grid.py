@@ -15,7 +15,7 @@ from fedtune.link import spool
 from fedtune.link.settings import LinkSettings
 from fedtune.link.statements import digest
 from fedtune.messages import Failure
-from fedtune.transport import Reply, Rule
+from fedtune.rounds.transport import Reply, Rule
 from fedtune.wire.messages import encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile
 from fedtune.wire.v1 import link_pb2 as pb

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from fedtune import client
-from fedtune.admit import admit
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError, ShapeError
 from fedtune.keep import from_bitmap, sparsity
@@ -21,6 +20,7 @@ from fedtune.model import shrunk
 from fedtune.model.base import Base, digest
 from fedtune.model.lora import attached
 from fedtune.ranking import PruningSettings
+from fedtune.rounds.admission import admit
 from fedtune.wire.messages import decode_assignment, decode_update, encode_assignment, encode_update
 
 Loader = Callable[..., Base]

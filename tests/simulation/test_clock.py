@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from fedtune.device import PROFILES
 from fedtune.messages import Measured, Plan, Traffic, Training
+from fedtune.rounds.clock import ClientTime, CompletedWork
 from fedtune.simulation.clock import Load, Simulated, spent
-from fedtune.timing import Done, Spent
 
 TX2, AGX = PROFILES["tx2"], PROFILES["agx-xavier"]
 
 
-def load(done: Done) -> Load:
+def load(done: CompletedWork) -> Load:
     return Load(done.measured.tokens / 1e3, 0.0, done.traffic.down, done.traffic.up)
 
 
@@ -57,7 +57,7 @@ def test_reading_the_weights_can_be_what_a_step_waits_for() -> None:
 
 
 def test_the_world_is_the_same_whatever_was_asked_and_whoever_else_takes_part() -> None:
-    done = {name: Done(PLAN, Measured(tokens=900), Traffic(10**5, 10**5), 0.0) for name in ("ann", "bob")}
+    done = {name: CompletedWork(PLAN, Measured(tokens=900), Traffic(10**5, 10**5), 0.0) for name in ("ann", "bob")}
     both = FLEET.timed(2, 50.0, done, {})
     assert FLEET.timed(2, 50.0, {"bob": done["bob"]}, {})["bob"] == both["bob"]
     assert both == FLEET.timed(2, 50.0, dict(reversed(done.items())), {})
@@ -67,7 +67,7 @@ def test_the_world_is_the_same_whatever_was_asked_and_whoever_else_takes_part() 
 
 def test_host_time_never_counts() -> None:
     slow, quick = (
-        FLEET.timed(1, 0.0, {"ann": Done(PLAN, Measured(seconds=s, tokens=5), Traffic(1, 1), s)}, {})["ann"]
+        FLEET.timed(1, 0.0, {"ann": CompletedWork(PLAN, Measured(seconds=s, tokens=5), Traffic(1, 1), s)}, {})["ann"]
         for s in (9.0, 1.0)
     )
     assert slow == quick
@@ -75,16 +75,16 @@ def test_host_time_never_counts() -> None:
 
 def test_late_clients_are_dropped_at_the_deadline_or_waited_for_thrice_as_long() -> None:
     plans = {name: replace(PLAN, client=name, deadline_s=10.0) for name in ("ann", "bob", "cyd")}
-    times = {"ann": Spent(5.0, 1.0), "bob": Spent(11.0, 1.0), "cyd": Spent(30.0, 9.0)}
+    times = {"ann": ClientTime(5.0, 1.0), "bob": ClientTime(11.0, 1.0), "cyd": ClientTime(30.0, 9.0)}
     assert replace(FLEET, late="drop").cut(plans, times) == {"bob": 10.0, "cyd": 10.0}
     assert FLEET.cut(plans, times) == {"cyd": 30.0}
     untimed = {"ann": replace(PLAN, deadline_s=None)}
-    assert FLEET.cut(untimed, {"ann": Spent(1e9, 0.0)}) == {}
+    assert FLEET.cut(untimed, {"ann": ClientTime(1e9, 0.0)}) == {}
 
 
 def test_the_servers_time_is_the_rounds_and_makes_no_client_late() -> None:
     slow = replace(FLEET, server_s=100.0, late="drop")
-    done = {"ann": Done(PLAN, Measured(tokens=5), Traffic(1, 1), 0.0)}
+    done = {"ann": CompletedWork(PLAN, Measured(tokens=5), Traffic(1, 1), 0.0)}
     times = slow.timed(1, 0.0, done, {})
     assert times == FLEET.timed(1, 0.0, done, {})
     assert slow.lasted(times) == times["ann"].seconds + 100
@@ -96,7 +96,9 @@ def test_odd_periods_end() -> None:
     fleet = replace(
         FLEET, profiles={"ann": odd}, load=lambda done: Load(tflop=300.0, gigabytes=0.0, bytes_down=1, bytes_up=1)
     )
-    assert 1000 < fleet.timed(1, 0.0, {"ann": Done(PLAN, Measured(), Traffic(), 0.0)}, {})["ann"].seconds < 5000
+    assert (
+        1000 < fleet.timed(1, 0.0, {"ann": CompletedWork(PLAN, Measured(), Traffic(), 0.0)}, {})["ann"].seconds < 5000
+    )
 
 
 def test_a_device_is_there_as_often_as_its_profile_says() -> None:

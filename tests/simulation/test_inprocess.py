@@ -7,8 +7,8 @@ import numpy as np
 
 from fedtune.errors import ClientError
 from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.rounds.transport import Answer, Reply, Rule, Work
 from fedtune.simulation.inprocess import InProcess
-from fedtune.transport import Answer, Reply, Rule, Work
 from fedtune.wire.messages import EncodedAssignment, blob_encoder, decode_update, encode_assignment
 
 TRAINING = Training(batch=1, learning_rate=0.1, steps=1)

@@ -17,10 +17,10 @@ import pytest
 
 from fedtune.errors import ConfigError, RoundError
 from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.rounds.transport import Answer, Reply, Rule
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.processes import Nursery, ProcessPool, Worker, give, how
 from fedtune.simulation.resources import Resources
-from fedtune.transport import Answer, Reply, Rule
 from fedtune.wire.messages import EncodedAssignment, blob_encoder, encode_assignment
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("scripted.py")))

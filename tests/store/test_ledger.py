@@ -14,7 +14,7 @@ import pytest
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
 from fedtune.methods.state import digest
-from fedtune.rounds import Ledger, Opened
+from fedtune.rounds.loop import InterruptedRound, RoundJournal
 from fedtune.store import files, journal, ledger
 from fedtune.store.history import replayed
 from fedtune.store.ledger import RunLedger
@@ -67,13 +67,13 @@ def before(round: int) -> str:
     return digest(state(round - 1)) if round > 1 else "0" * 64
 
 
-def begin(kept: Ledger, round: int, *, updates: Mapping[str, bytes] = UPDATES) -> None:
+def begin(kept: RoundJournal, round: int, *, updates: Mapping[str, bytes] = UPDATES) -> None:
     kept.open(round, state=before(round), cohort=COHORT, orders=ORDERS)
     for client, update in updates.items():
         kept.accept(round, client, update)
 
 
-def complete(kept: Ledger, round: int) -> str:
+def complete(kept: RoundJournal, round: int) -> str:
     begin(kept, round)
     kept.close(round, FAILURES, SIZES)
     return kept.commit(round, state(round))
@@ -133,7 +133,7 @@ def test_a_round_without_its_line_is_done_again_from_all_that_it_was_made_of(run
     with RunLedger.reopen(run) as kept:
         kept.begin(INPUTS)
         assert kept.resume(1) == b"state of round 1"
-        assert kept.opened(2) == Opened(COHORT, ORDERS, UPDATES, FAILURES, SIZES)
+        assert kept.opened(2) == InterruptedRound(COHORT, ORDERS, UPDATES, FAILURES, SIZES)
         assert kept.commit(2, state(2)) == digest(state(2))
         assert kept.opened(3) is None
         complete(kept, 3)
@@ -216,7 +216,7 @@ def test_an_open_round_goes_on_with_the_updates_it_has(tmp_path: Path) -> None:
     with RunLedger.reopen(tmp_path, group_s=0) as kept:
         kept.begin(INPUTS)
         assert kept.resume(0) is None
-        assert kept.opened(1) == Opened(cohort=COHORT, orders=ORDERS, updates=UPDATES, failures=None)
+        assert kept.opened(1) == InterruptedRound(cohort=COHORT, orders=ORDERS, updates=UPDATES, failures=None)
         kept.accept(1, "bob", b"bob's")
         kept.close(1, {}, {})
         kept.commit(1, state(1))
@@ -228,7 +228,7 @@ def test_an_open_round_goes_on_with_the_updates_it_has(tmp_path: Path) -> None:
     assert kinds(tmp_path) == ["start", "open", "accept", "accept", "start", "accept", "close", "commit"]
 
 
-def open_round(kept: Ledger, round: int, names: Sequence[str]) -> None:
+def open_round(kept: RoundJournal, round: int, names: Sequence[str]) -> None:
     kept.open(round, state=before(round), cohort=dict.fromkeys(names, 1), orders=dict.fromkeys(names, "o"))
 
 
@@ -378,7 +378,7 @@ def test_a_refused_step_is_not_in_the_journal(run: Path) -> None:
     assert kinds(run) == [*noted, "open"]
 
 
-def closed_early(kept: Ledger) -> None:
+def closed_early(kept: RoundJournal) -> None:
     begin(kept, 3, updates={})
     kept.close(3, FAILURES, SIZES)
 
@@ -497,6 +497,8 @@ def test_a_random_run_that_is_reopened_at_random_forgets_nothing(tmp_path: Path)
         sizes = {name: rng.randint(0, 50) for name in failures}
         kept.close(number, failures, sizes)
         kept = next(ledgers)
-        assert kept.opened(number) == Opened(dict.fromkeys(names, 1), dict.fromkeys(names, "o"), told, failures, sizes)
+        assert kept.opened(number) == InterruptedRound(
+            dict.fromkeys(names, 1), dict.fromkeys(names, "o"), told, failures, sizes
+        )
         kept.commit(number, state(number))
     ledgers.close()

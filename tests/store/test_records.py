@@ -7,9 +7,9 @@ import pytest
 
 from fedtune.adapter import Factors
 from fedtune.messages import Assignment, ClientUpdate, Failure, LocalAdapter, Measured, Plan, Traffic, Training
-from fedtune.rounds import RoundResult
+from fedtune.rounds.loop import RoundResult
+from fedtune.rounds.transport import Aside
 from fedtune.store import records
-from fedtune.transport import Aside
 
 PLAN = Plan("ann", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=3))
 

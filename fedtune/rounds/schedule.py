@@ -10,8 +10,8 @@ from typing import Annotated
 from annotated_types import Ge, Gt
 
 from fedtune.messages import Client
+from fedtune.rounds.transport import Rule
 from fedtune.seeds import derive, generator
-from fedtune.transport import Rule
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from fedtune.schedule import Schedule
+from fedtune.rounds.schedule import Schedule
+from fedtune.rounds.transport import Rule, Transport
 from fedtune.simulation.inprocess import InProcess
-from fedtune.transport import Rule, Transport
 
 
 def test_an_engine_is_a_transport() -> None:

@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fedtune.admit import MAX_SKIPPED, admit, admit_norms, change_norm, largest_update
 from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap
 from fedtune.messages import (
     Assignment,
@@ -26,6 +25,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import METHODS
 from fedtune.ranking import PruningSettings
+from fedtune.rounds.admission import MAX_SKIPPED, admit, admit_norms, change_norm, largest_update
 from fedtune.tensors import Tensors, cast
 from fedtune.wire.messages import encode_update
 

@@ -29,18 +29,10 @@ from fedtune.methods.seed_state import FedKSeedSettings
 from fedtune.planning import Seen
 from fedtune.planning.fixed import Fixed
 from fedtune.replica import Replicas, restored
-from fedtune.rounds import (
-    ClientFinished,
-    Forgetful,
-    Note,
-    Opened,
-    RoundResult,
-    RoundStarted,
-    run,
-)
-from fedtune.schedule import Schedule
-from fedtune.timing import Done, Spent
-from fedtune.transport import Answer, Aside, Reply, Rule
+from fedtune.rounds.clock import ClientTime, CompletedWork
+from fedtune.rounds.loop import ClientFinished, InterruptedRound, Note, NullJournal, RoundResult, RoundStarted, run
+from fedtune.rounds.schedule import Schedule
+from fedtune.rounds.transport import Answer, Aside, Reply, Rule
 from fedtune.wire.messages import EncodedAssignment, decode_assignment, encode_update
 
 SHAPE = (4, 6)
@@ -219,15 +211,15 @@ def test_an_update_larger_than_any_honest_one_is_refused_unread() -> None:
     assert "expected an update of at most" in failure.reason
 
 
-class Noted(Forgetful):
+class Noted(NullJournal):
     """Writes down the steps, and may hold a round that had begun."""
 
-    def __init__(self, held: Opened | None = None) -> None:
+    def __init__(self, held: InterruptedRound | None = None) -> None:
         self.steps: list[tuple[Any, ...]] = []
         self.held = held
         self.noted: dict[str, Any] = {}
 
-    def opened(self, round: int) -> Opened | None:
+    def opened(self, round: int) -> InterruptedRound | None:
         return self.held if round == 1 else None
 
     def open(
@@ -277,7 +269,7 @@ def never(assignment: Assignment) -> Outcome:
 def test_an_open_round_goes_on_with_the_updates_it_had() -> None:
     noted = Noted()
     first = rounds(FLEET, ledger=noted)
-    held = Opened({"ann": 10, "bob": 10, "cyd": 10}, noted.noted["orders"], {"ann": noted.noted["ann"]})
+    held = InterruptedRound({"ann": 10, "bob": 10, "cyd": 10}, noted.noted["orders"], {"ann": noted.noted["ann"]})
     again = Noted(held)
     second = rounds({**FLEET, "ann": never}, ledger=again, count=1)
     assert second[0].digest == first[0].digest
@@ -289,7 +281,7 @@ def test_a_closed_round_is_aggregated_without_asking_anybody() -> None:
     whole = rounds(FLEET, ledger=noted)[0]
     updates = {name: noted.noted[name] for name in ("ann", "bob")}
     cohort = {"ann": 10, "bob": 10, "cyd": 10}
-    held = Opened(cohort, noted.noted["orders"], updates, {"cyd": Failure("cyd", "no power")})
+    held = InterruptedRound(cohort, noted.noted["orders"], updates, {"cyd": Failure("cyd", "no power")})
     again = rounds(dict.fromkeys(FLEET, never), ledger=Noted(held))[0]
     assert again.digest == whole.digest
     assert again.outcomes["cyd"] == whole.outcomes["cyd"]
@@ -303,7 +295,7 @@ def test_a_refused_updates_bytes_count_after_a_resume_too() -> None:
     failure = whole.outcomes["bad"]
     assert isinstance(failure, Failure)
     cohort, updates, sizes = {"ann": 10, "bad": 10}, {"ann": noted.noted["ann"]}, noted.noted["sizes"]
-    held = Opened(cohort, noted.noted["orders"], updates, {"bad": failure}, sizes)
+    held = InterruptedRound(cohort, noted.noted["orders"], updates, {"bad": failure}, sizes)
     assert rounds(dict.fromkeys(fleet, never), ledger=Noted(held))[0].traffic == whole.traffic
     assert whole.traffic["bad"].up > 0
 
@@ -320,7 +312,7 @@ def test_who_was_accepted_before_the_crash_counts_towards_the_quorum(monkeypatch
     noted = Noted()
     rounds(FLEET, ledger=noted, min_clients=2)
     updates = {name: noted.noted[name] for name in ("ann", "bob")}
-    held = Opened({"ann": 10, "bob": 10, "cyd": 10}, noted.noted["orders"], updates)
+    held = InterruptedRound({"ann": 10, "bob": 10, "cyd": 10}, noted.noted["orders"], updates)
     rounds(FLEET, ledger=Noted(held), min_clients=2)
     assert [rule.quorum for rule in rules] == [2, 0]
 
@@ -338,7 +330,7 @@ def test_a_round_that_everybody_has_answered_cannot_be_mended_by_going_on() -> N
 def test_a_round_that_began_otherwise_is_refused() -> None:
     noted = Noted()
     rounds(FLEET, ledger=noted)
-    held = Opened({"ann": 10, "bob": 10, "cyd": 10}, {**noted.noted["orders"], "bob": "f" * 64}, {})
+    held = InterruptedRound({"ann": 10, "bob": 10, "cyd": 10}, {**noted.noted["orders"], "bob": "f" * 64}, {})
     with pytest.raises(StoreError, match="round 1: expected to tell bob what the journal notes"):
         rounds(FLEET, ledger=Noted(held))
 
@@ -612,14 +604,14 @@ class Told:
     away: tuple[str, ...] = ()
 
     def timed(
-        self, round: int, now_s: float, done: Mapping[str, Done], late: Mapping[str, float]
-    ) -> Mapping[str, Spent]:
-        return {name: Spent(self.seconds[name], 1.0) for name in done}
+        self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
+    ) -> Mapping[str, ClientTime]:
+        return {name: ClientTime(self.seconds[name], 1.0) for name in done}
 
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
+    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         return {name: plan.deadline_s or 0.0 for name, plan in plans.items() if spent[name].seconds > 10}
 
-    def lasted(self, spent: Mapping[str, Spent]) -> float:
+    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
         return max((each.seconds for each in spent.values()), default=0.0)
 
     def reachable(self, round: int, client: str) -> bool:

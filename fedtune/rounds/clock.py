@@ -10,7 +10,7 @@ from fedtune.messages import Measured, Plan, Traffic
 
 
 @dataclass(frozen=True)
-class Spent:
+class ClientTime:
     """How long one client took in one round."""
 
     compute_s: float
@@ -24,13 +24,13 @@ class Spent:
         return self.compute_s + self.transfer_s + self.overhead_s
 
     @classmethod
-    def given_up(cls, after_s: float) -> Spent:
+    def given_up(cls, after_s: float) -> ClientTime:
         """Return the time of a client that was given up: nobody can know how it would have been divided."""
         return cls(after_s, 0.0)
 
 
 @dataclass(frozen=True)
-class Done:
+class CompletedWork:
     """What one client did, as a clock weighs it."""
 
     plan: Plan
@@ -45,8 +45,8 @@ class Clock(Protocol):
     """Says how long clients took: simulated from their devices, or as it was measured."""
 
     def timed(
-        self, round: int, now_s: float, done: Mapping[str, Done], late: Mapping[str, float]
-    ) -> Mapping[str, Spent]:
+        self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
+    ) -> Mapping[str, ClientTime]:
         """Return the times of a round that began at `now_s`; of no client where none are known.
 
         Args:
@@ -57,11 +57,11 @@ class Clock(Protocol):
         """
         ...
 
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
+    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         """Return the clients that were given up, with the seconds after which that was."""
         ...
 
-    def lasted(self, spent: Mapping[str, Spent]) -> float:
+    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
         """Return how long a round lasted in which clients took so long: as long as the slowest, and the server."""
         ...
 
@@ -70,18 +70,18 @@ class Clock(Protocol):
         ...
 
 
-class Timeless:
+class NullClock:
     """The clock of clients that share one machine: how long one took says nothing of its device."""
 
     def timed(
-        self, round: int, now_s: float, done: Mapping[str, Done], late: Mapping[str, float]
-    ) -> Mapping[str, Spent]:
+        self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
+    ) -> Mapping[str, ClientTime]:
         return {}
 
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, Spent]) -> Mapping[str, float]:
+    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         return {}
 
-    def lasted(self, spent: Mapping[str, Spent]) -> float:
+    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
         return 0.0
 
     def reachable(self, round: int, client: str) -> bool:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.messages import Client
-from fedtune.schedule import Schedule, cohort_size, enough, sample
+from fedtune.rounds.schedule import Schedule, cohort_size, enough, sample
 
 
 def test_a_cohort_is_drawn_by_number_or_share_and_is_the_same_for_the_same_seed() -> None:

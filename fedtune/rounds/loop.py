@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
-from fedtune.admit import admit, admit_norms, largest_update
 from fedtune.errors import RoundError, StoreError, WireError
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Plan, Traffic
 from fedtune.methods import state as states
 from fedtune.methods.method import Method
 from fedtune.planning import Planner, Seen
-from fedtune.schedule import Schedule, enough, sample
-from fedtune.timing import Clock, Done, Spent, Timeless
-from fedtune.transport import Aside, Reply, Transport
+from fedtune.rounds.admission import admit, admit_norms, largest_update
+from fedtune.rounds.clock import ClientTime, Clock, CompletedWork, NullClock
+from fedtune.rounds.schedule import Schedule, enough, sample
+from fedtune.rounds.transport import Aside, Reply, Transport
 from fedtune.wire.messages import EncodedAssignment, blob_encoder, decode_update, encode_assignment
 
 
 @dataclass(frozen=True)
-class Opened:
+class InterruptedRound:
     """A round that had begun when its run was killed, as the ledger holds it."""
 
     cohort: Mapping[str, int]
@@ -39,10 +39,10 @@ class Opened:
     """Bytes of main memory of those of them that said so."""
 
 
-class Ledger(Protocol):
+class RoundJournal(Protocol):
     """Makes each step of a round durable before it takes effect, so that a run goes on where it was killed."""
 
-    def opened(self, round: int) -> Opened | None:
+    def opened(self, round: int) -> InterruptedRound | None:
         """Return what is known of a round that had begun already."""
         ...
 
@@ -74,10 +74,10 @@ class Ledger(Protocol):
         ...
 
 
-class Forgetful:
+class NullJournal:
     """The ledger that keeps nothing: its runs cannot be resumed."""
 
-    def opened(self, round: int) -> Opened | None:
+    def opened(self, round: int) -> InterruptedRound | None:
         return None
 
     def open(
@@ -154,7 +154,7 @@ class RoundResult:
     aside: Sequence[Aside]
     """What came during the round that it did not wait for."""
     seconds: float
-    spent: Mapping[str, Spent] = field(default_factory=dict)
+    spent: Mapping[str, ClientTime] = field(default_factory=dict)
     """Time by client, simulated or measured, where it is known."""
     clock_s: float = 0.0
     """Simulated or measured seconds of the run so far: a round lasts as long as its slowest client."""
@@ -195,7 +195,7 @@ def run(
     schedule: Schedule,
     blueprint: Blueprint,
     base: str,
-    ledger: Ledger | None = None,
+    ledger: RoundJournal | None = None,
     start: Any | None = None,
     history: Sequence[Sequence[Seen]] = (),
     clock: Clock | None = None,
@@ -225,29 +225,33 @@ def run(
     """
     state = method.init(blueprint, settings) if start is None else start
     digest = states.digest(states.encode(state))
-    ledger, clock = ledger or Forgetful(), clock or Timeless()
+    ledger, clock = ledger or NullJournal(), clock or NullClock()
     learned = planner.start()
     for past in history:
         learned = planner.observe(learned, past)
     while state.round < schedule.count:
         began, number = time.perf_counter(), state.round + 1
         opened = ledger.opened(number)
-        cohort = rejoined(opened) if opened else drawn(transport, schedule, clock, seed=blueprint.seed, round=number)
+        cohort = (
+            restore_cohort(opened)
+            if opened
+            else sample_cohort(transport, schedule, clock, seed=blueprint.seed, round=number)
+        )
         watch(RoundStarted(number, schedule.count, tuple(client.name for client in cohort)))
-        plans, unfit = fitting(number, planner.plan(learned, number, cohort), cohort)
+        plans, unfit = split_unfit(number, planner.plan(learned, number, cohort), cohort)
         assignments = {
             name: replace(method.assign(state, blueprint.seed, plan), base=base) for name, plan in plans.items()
         }
-        asked = ask(number, assignments, cohort, blueprint, partial(method.refuse, state), unfit=unfit)
-        orders = {**digests(asked.orders), **dict.fromkeys(unfit, UNFIT)}
+        asked = encode_request(number, assignments, cohort, blueprint, partial(method.refuse, state), unfit=unfit)
+        orders = {**assignment_digests(asked.orders), **dict.fromkeys(unfit, UNFIT)}
         if opened is None:
             memory = {client.name: client.memory_bytes for client in cohort if client.memory_bytes}
             ledger.open(number, state=digest, cohort=asked.enrolled, orders=orders, memory=memory)
         elif opened.orders != orders:
-            raise StoreError(changed_orders(number, opened.orders, orders))
-        answers = awaited(asked, transport, schedule, opened, ledger, watch)
-        answers, spent = timed(answers, asked, schedule, clock, clock_s, watch)
-        norms, outcomes = compared(answers, asked, schedule, watch)
+            raise StoreError(changed_assignments(number, opened.orders, orders))
+        answers = collect_updates(asked, transport, schedule, opened, ledger, watch)
+        answers, spent = apply_clock(answers, asked, schedule, clock, clock_s, watch)
+        norms, outcomes = filter_by_norm(answers, asked, schedule, watch)
         if opened is None or opened.failures is None:
             failures = {n: outcome for n, outcome in answers.closing.items() if isinstance(outcome, Failure)}
             ledger.close(number, failures, {name: answers.traffic[name].up for name in failures})
@@ -277,7 +281,7 @@ def run(
         yield result
 
 
-def fitting(
+def split_unfit(
     round: int, planned: Mapping[str, Plan | Failure], cohort: Sequence[Client]
 ) -> tuple[Mapping[str, Plan], Mapping[str, Failure]]:
     """Return the plans of those that can be asked, and who cannot, both in cohort order.
@@ -294,7 +298,7 @@ def fitting(
     return plans, unfit
 
 
-def drawn(transport: Transport, schedule: Schedule, clock: Clock, *, seed: int, round: int) -> Sequence[Client]:
+def sample_cohort(transport: Transport, schedule: Schedule, clock: Clock, *, seed: int, round: int) -> Sequence[Client]:
     """Return the cohort of a new round, sorted by name, drawn from the clients that are there.
 
     Raises:
@@ -308,13 +312,13 @@ def drawn(transport: Transport, schedule: Schedule, clock: Clock, *, seed: int, 
     return sample(fleet, schedule.cohort, seed=seed, round=round, over_select=schedule.over_select)
 
 
-def rejoined(opened: Opened) -> Sequence[Client]:
+def restore_cohort(opened: InterruptedRound) -> Sequence[Client]:
     """Return the cohort of a round that goes on: who is in it was settled when it began."""
     return [Client(name, examples, opened.memory.get(name, 0)) for name, examples in sorted(opened.cohort.items())]
 
 
 @dataclass(frozen=True)
-class Asked:
+class RoundRequest:
     """What a cohort was told in one round."""
 
     round: int
@@ -331,7 +335,7 @@ class Asked:
     """Who is not asked, and why."""
 
 
-def ask(
+def encode_request(
     round: int,
     assignments: Mapping[str, Assignment],
     cohort: Sequence[Client],
@@ -339,10 +343,10 @@ def ask(
     refuse: Callable[[ClientUpdate], str],
     *,
     unfit: Mapping[str, Failure] | None = None,
-) -> Asked:
+) -> RoundRequest:
     """Return a cohort's assignments with what travels; blobs that clients share are encoded once."""
     encode = blob_encoder()
-    return Asked(
+    return RoundRequest(
         round=round,
         assignments=assignments,
         orders={name: encode_assignment(assignment, encode=encode) for name, assignment in assignments.items()},
@@ -354,7 +358,7 @@ def ask(
 
 
 @dataclass(frozen=True)
-class Answers:
+class RoundReplies:
     """What came of it, in cohort order whatever the arrival."""
 
     outcomes: Mapping[str, Outcome]
@@ -366,9 +370,14 @@ class Answers:
     """The outcomes as the ledger notes them: before a clock gives anybody up, which follows from them."""
 
 
-def awaited(
-    asked: Asked, transport: Transport, schedule: Schedule, opened: Opened | None, ledger: Ledger, watch: Watch
-) -> Answers:
+def collect_updates(
+    asked: RoundRequest,
+    transport: Transport,
+    schedule: Schedule,
+    opened: InterruptedRound | None,
+    ledger: RoundJournal,
+    watch: Watch,
+) -> RoundReplies:
     """Return every client's admitted update or failure; what the ledger held already is not asked for again.
 
     A client that does not hold what a short order refers to says so, and is asked once more, with the whole. Where too
@@ -376,16 +385,16 @@ def awaited(
     """
     rule, outcomes, aside = schedule.rule, dict[str, Outcome](), list[Aside]()
     goal = enough(len(asked.enrolled), schedule)
-    sizes, sent = dict[str, int](), {name: size(order) for name, order in asked.orders.items()}
+    sizes, sent = dict[str, int](), {name: encoded_bytes(order) for name, order in asked.orders.items()}
     lost, first, arrived = list[str](), time.perf_counter(), dict[str, float]()
 
     def used() -> int:
         return sum(isinstance(outcome, ClientUpdate) for outcome in outcomes.values())
 
     def take(answer: Reply | Failure, num_bytes: int = 0, *, new: bool = False) -> None:
-        name, outcome = answer.client, judged(answer, asked)
+        name, outcome = answer.client, decode_and_admit(answer, asked)
         sizes[name] = sizes.get(name, 0) + (len(answer.update) if isinstance(answer, Reply) else num_bytes)
-        if has_lost(outcome):
+        if needs_whole_state(outcome):
             if name not in lost and asked.assignments[name].whole is not None:
                 lost.append(name)
                 return
@@ -421,7 +430,7 @@ def awaited(
     if opened is None or opened.failures is None:
         for _ in range(schedule.attempts):
             began = time.perf_counter()
-            for name in [name for name, outcome in outcomes.items() if late(outcome)]:
+            for name in [name for name, outcome in outcomes.items() if is_late(outcome)]:
                 del outcomes[name]
             # Whoever has lost the state is asked with the whole of it from then on.
             short = asked.orders.keys() - outcomes.keys() - set(lost)
@@ -429,9 +438,9 @@ def awaited(
             if lost and used() < goal:
                 ahead = {name: asked.assignments[name].whole for name in lost if name not in outcomes}
                 whole = {name: encode_assignment(assigned) for name, assigned in ahead.items() if assigned is not None}
-                sent |= {name: sent[name] + size(order) for name, order in whole.items()}
+                sent |= {name: sent[name] + encoded_bytes(order) for name, order in whole.items()}
                 exchanged(whole, began)
-            if used() >= schedule.min_clients or not any(map(late, outcomes.values())):
+            if used() >= schedule.min_clients or not any(map(is_late, outcomes.values())):
                 break
     missing = [name for name in asked.orders if name not in outcomes]
     why = Failure("", "expected an answer; none came")
@@ -441,7 +450,7 @@ def awaited(
     for failure in asked.unfit.values():
         watch(ClientFinished(asked.round, failure, Traffic()))
     found = {name: {**outcomes, **silent, **asked.unfit}[name] for name in asked.enrolled}
-    return Answers(
+    return RoundReplies(
         outcomes=found,
         traffic={name: Traffic(down=sent.get(name, 0), up=sizes.get(name, 0)) for name in asked.enrolled},
         aside=aside,
@@ -450,9 +459,9 @@ def awaited(
     )
 
 
-def timed(
-    answers: Answers, asked: Asked, schedule: Schedule, clock: Clock, now_s: float, watch: Watch
-) -> tuple[Answers, Mapping[str, Spent]]:
+def apply_clock(
+    answers: RoundReplies, asked: RoundRequest, schedule: Schedule, clock: Clock, now_s: float, watch: Watch
+) -> tuple[RoundReplies, Mapping[str, ClientTime]]:
     """Return the answers, without those that the clock gave up, and how long each client took.
 
     Nobody is given up whom `min_clients` needs, the quickest of the late ones first: the round waits for them.
@@ -460,13 +469,13 @@ def timed(
     updates = {name: each for name, each in answers.outcomes.items() if isinstance(each, ClientUpdate)}
     plans = {name: asked.assignments[name].plan for name in updates}
     done = {
-        name: Done(plans[name], each.measured, answers.traffic[name], answers.arrived.get(name))
+        name: CompletedWork(plans[name], each.measured, answers.traffic[name], answers.arrived.get(name))
         for name, each in updates.items()
     }
     missed = {
         name: answers.arrived[name]
         for name, outcome in answers.outcomes.items()
-        if late(outcome) and name in answers.arrived
+        if is_late(outcome) and name in answers.arrived
     }
     spent = dict(clock.timed(asked.round, now_s, done, missed))
     outcomes = dict(answers.outcomes)
@@ -478,13 +487,13 @@ def timed(
             continue
         reason = f"expected an update within {bound:.3g} s; it would have come after {spent[name].seconds:.3g} s"
         outcomes[name] = failure = Failure(name, reason, kind="late")
-        spent[name] = Spent.given_up(bound)
+        spent[name] = ClientTime.given_up(bound)
         watch(ClientFinished(asked.round, failure, answers.traffic[name]))
     return replace(answers, outcomes=outcomes), spent
 
 
-def compared(
-    answers: Answers, asked: Asked, schedule: Schedule, watch: Watch
+def filter_by_norm(
+    answers: RoundReplies, asked: RoundRequest, schedule: Schedule, watch: Watch
 ) -> tuple[Mapping[str, float], Mapping[str, Outcome]]:
     """Return the norms of the changes, and the outcomes after updates far above the others are refused.
 
@@ -502,7 +511,7 @@ def compared(
     return norms, outcomes
 
 
-def judged(answer: Reply | Failure, asked: Asked) -> Outcome:
+def decode_and_admit(answer: Reply | Failure, asked: RoundRequest) -> Outcome:
     """Return the update if it can be read and answers its assignment, otherwise why not."""
     if isinstance(answer, Failure):
         return answer
@@ -512,7 +521,7 @@ def judged(answer: Reply | Failure, asked: Asked) -> Outcome:
         update = decode_update(answer.update, client=name, limit_bytes=limit, verb=assignment.verb)
     except WireError as error:
         return Failure(client=name, reason=str(error), kind="refused", code="MALFORMED")
-    if has_lost(update):
+    if needs_whole_state(update):
         return update
     outcome = admit(update, assignment, asked.blueprint, num_examples=asked.enrolled[name])
     if isinstance(outcome, ClientUpdate) and (reason := asked.refuse(outcome)):
@@ -520,26 +529,26 @@ def judged(answer: Reply | Failure, asked: Asked) -> Outcome:
     return outcome
 
 
-def late(outcome: Outcome) -> bool:
+def is_late(outcome: Outcome) -> bool:
     return isinstance(outcome, Failure) and outcome.kind == "late"
 
 
-def has_lost(outcome: Outcome) -> bool:
+def needs_whole_state(outcome: Outcome) -> bool:
     """Return whether a client asks for the state that its order refers to."""
     return isinstance(outcome, ClientUpdate) and outcome.probed is not None and outcome.probed.lost
 
 
-def size(order: EncodedAssignment) -> int:
+def encoded_bytes(order: EncodedAssignment) -> int:
     """Return the bytes of an order as it travels, every blob counted for each client."""
     return len(order.header) + sum(len(body) for body in order.blobs.values())
 
 
-def digests(orders: Mapping[str, EncodedAssignment]) -> Mapping[str, str]:
+def assignment_digests(orders: Mapping[str, EncodedAssignment]) -> Mapping[str, str]:
     """Return the SHA-256 (hex) of each order; its header names the digests of its bodies."""
     return {name: hashlib.sha256(order.header).hexdigest() for name, order in orders.items()}
 
 
-def changed_orders(round: int, noted: Mapping[str, str], now: Mapping[str, str]) -> str:
+def changed_assignments(round: int, noted: Mapping[str, str], now: Mapping[str, str]) -> str:
     name = next(name for name in sorted(noted.keys() | now.keys()) if noted.get(name) != now.get(name))
     return (
         f"round {round}: expected to tell {name} what the journal notes (digest {noted.get(name, 'none')[:12]}); "
