@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.data.encode import Example
 from fedtune.directions import ids
 from fedtune.directions.bank import DirectionBank, displacement
@@ -24,6 +23,7 @@ from fedtune.directions.torch_rebuild import displacement as torch_displacement
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError
 from fedtune.keep import Cut, bitmap
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, ProbeResult, Pruning
 from fedtune.model import libraries, shrunk
 from fedtune.model.base import Base, to_numpy

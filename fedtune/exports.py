@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.config import bind
 from fedtune.config.binding import Findings, bind_table
 from fedtune.errors import ConfigError, Fault, StoreError
-from fedtune.lowrank import compress, truncate
+from fedtune.lora.adapter import Adapter, Factors
+from fedtune.lora.lowrank import compress, truncate
 from fedtune.methods.method import Seeds, Tuned
 from fedtune.model.settings import ModelSettings
 from fedtune.rounds.loop import Note, Watch

@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ShapeError
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.tensors import Array, Tensors
 
 Side: TypeAlias = Literal["all", "q", "kv", "qkv", "ff"]

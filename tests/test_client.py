@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from fedtune import client
-from fedtune.adapter import draw_a
 from fedtune.data.encode import Example
 from fedtune.directions import ids
 from fedtune.directions.checks import places
 from fedtune.directions.sums import counted
 from fedtune.errors import ClientError, ShapeError, WireError
+from fedtune.lora.adapter import draw_a
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, ProbeResult, Training
 from fedtune.methods import fedkseed
 from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState

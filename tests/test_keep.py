@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.adapter import Factors, delta
 from fedtune.errors import ShapeError
 from fedtune.keep import (
     Anatomy,
@@ -29,6 +28,7 @@ from fedtune.keep import (
     whole,
     within,
 )
+from fedtune.lora.adapter import Factors, delta
 
 LLAMA = Anatomy("llama", tuple(Block(f"model.layers.{i}", 4, 2, 2, 6) for i in range(2)), width=8)
 GPT2 = Anatomy("gpt2", (Block("transformer.h.0", 4, 4, 2, 16),), width=8)

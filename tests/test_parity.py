@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fedtune import client
-from fedtune.adapter import delta, unpack
 from fedtune.data.encode import Example
+from fedtune.lora.adapter import delta, unpack
 from fedtune.messages import Client, ClientUpdate, Training
 from fedtune.methods import METHODS
 from fedtune.model.base import Base, load, load_tokenizer

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt
 
-from fedtune import lowrank
-from fedtune.adapter import Adapter, stack, unpack
-from fedtune.lowrank import weighted_sums
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Adapter, stack, unpack
+from fedtune.lora.lowrank import weighted_sums
 from fedtune.messages import (
     Assignment,
     Blueprint,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Gt
 
-from fedtune.adapter import Adapter, Factors, draw_a, pack, unpack
+from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
 from fedtune.methods.method import assignment, join, linear, move
 from fedtune.seeds import derive

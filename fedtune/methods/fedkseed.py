@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.adapter import Adapter
 from fedtune.directions import downlink, ids, manifest
 from fedtune.directions.bank import headroom, total
 from fedtune.directions.banks import BANKS
@@ -25,6 +24,7 @@ from fedtune.directions.manifest import Manifest
 from fedtune.directions.sums import MAX_SCALAR, MAX_SHIFT, MAX_WEIGHT, counted, increments, weighted_sum
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import RoundError
+from fedtune.lora.adapter import Adapter
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Probe, SeedState
 from fedtune.methods.method import Method, Seeds
 from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState, units

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Gt
 
-from fedtune.adapter import Adapter, Factors, draw_a
+from fedtune.lora.adapter import Adapter, Factors, draw_a
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
 from fedtune.methods.method import assignment, join, linear, move, resize
 from fedtune.seeds import derive

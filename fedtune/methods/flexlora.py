@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt
 
-from fedtune import lowrank
-from fedtune.adapter import Adapter, unpack
-from fedtune.lowrank import LowRank, weighted_sums
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Adapter, unpack
+from fedtune.lora.lowrank import LowRank, weighted_sums
 from fedtune.messages import (
     Assignment,
     Blueprint,

@@ -20,10 +20,10 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Ge, Gt, Interval
 
-from fedtune import lowrank
-from fedtune.adapter import Adapter, Factors, draw_a, pack, unpack
 from fedtune.keep import WHOLE, Anatomy, Cut, Keep, cuts, scatter_factors, slice_adapter
-from fedtune.lowrank import LowRank, truncate, weighted_sums
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
+from fedtune.lora.lowrank import LowRank, truncate, weighted_sums
 from fedtune.messages import (
     Assignment,
     Blueprint,

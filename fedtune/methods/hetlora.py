@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from fedtune.adapter import Adapter, norm, unpack
+from fedtune.lora.adapter import Adapter, norm, unpack
 from fedtune.messages import (
     Assignment,
     Blueprint,

@@ -8,9 +8,9 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from fedtune.adapter import Adapter
 from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.manifest import Manifest
+from fedtune.lora.adapter import Adapter
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Verb, Weighting, cohort_weights
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, weighted_mean

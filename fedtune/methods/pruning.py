@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import RoundError
 from fedtune.keep import Anatomy, Keep, Side, bitmap, from_bitmap, rows
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import ClientUpdate, Plan, Pruning, Weighting
 from fedtune.methods.method import Cohort
 from fedtune.ranking import PruningSettings, noticed, pooled, spread, staged, votes

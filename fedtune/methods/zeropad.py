@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt
 
-from fedtune.adapter import Adapter, unpack
+from fedtune.lora.adapter import Adapter, unpack
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
 from fedtune.methods.fedit import shared_start
 from fedtune.methods.method import assignment, join, linear, move, resize

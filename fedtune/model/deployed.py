@@ -28,9 +28,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.keep import FAMILIES, WHOLE, Anatomy, Block, Keep, Kept, check, cuts, slice_factors
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import DTYPES, Base, choose_device, locate, not_found
 from fedtune.model.libraries import quiet
 from fedtune.model.merge import Merged

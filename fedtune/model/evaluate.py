@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.adapter import Adapter
 from fedtune.data.encode import Example
+from fedtune.lora.adapter import Adapter
 from fedtune.model.base import Base
 from fedtune.model.lora import attached
 from fedtune.model.train import collate, summed_loss

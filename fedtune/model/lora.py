@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.adapter import Adapter, Factors, draw_a, unpack
 from fedtune.errors import ShapeError
 from fedtune.keep import WHOLE, Cut
+from fedtune.lora.adapter import Adapter, Factors, draw_a, unpack
 from fedtune.messages import Assignment
 from fedtune.model.base import Base, to_numpy, to_torch
 from fedtune.tensors import Tensors

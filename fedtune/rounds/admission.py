@@ -8,10 +8,10 @@ from statistics import median
 
 import numpy as np
 
-from fedtune.adapter import norm, unpack
 from fedtune.directions.sums import MAX_SCALAR
 from fedtune.errors import ShapeError
 from fedtune.keep import Anatomy, Keep, cuts, from_bitmap, shapes
+from fedtune.lora.adapter import norm, unpack
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, ProbeResult, Pruning
 from fedtune.ranking import counts, unit_of
 from fedtune.tensors import DTYPES, Array, Tensors, l2_norm, squared_norm

@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fedtune.adapter import Adapter, Factors, pack
 from fedtune.errors import StoreError
+from fedtune.lora.adapter import Adapter, Factors, pack
 from fedtune.store.files import guarded, new_folder
 from fedtune.tensors import Array, Tensors
 from fedtune.tensors import digest as tensors_digest

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.adapter import Adapter
-from fedtune.lowrank import LowRank, compress
+from fedtune.lora.adapter import Adapter
+from fedtune.lora.lowrank import LowRank, compress
 from fedtune.messages import Failure, Plan
 from fedtune.planning import Seen
 from fedtune.rounds.loop import RoundResult

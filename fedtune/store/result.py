@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.adapter import Adapter, pack
+from fedtune.lora.adapter import Adapter, pack
 from fedtune.methods.method import Tuned
 from fedtune.store import peft, seeds
 from fedtune.tensors import digest as tensors_digest

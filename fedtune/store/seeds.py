@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.directions import ledger, manifest
 from fedtune.directions.kron import Kron
 from fedtune.errors import StoreError, WireError
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.methods.method import Seeds
 from fedtune.store.files import fill, guarded, new_folder
 

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.adapter import delta
 from fedtune.directions import ids, pro
 from fedtune.directions.bank import INT32_LIMIT, displacement, headroom, perturbed
 from fedtune.directions.banks import BANKS
@@ -21,6 +20,7 @@ from fedtune.directions.checks import STATE, block_checks, places
 from fedtune.directions.downlink import MAX_LOG
 from fedtune.directions.manifest import Manifest, describe
 from fedtune.errors import ConfigError, RoundError
+from fedtune.lora.adapter import delta
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, Plan, Probe, ProbeResult, SeedState, Training
 from fedtune.methods.fedkseed import COARSE, METHOD, rounds_left
 from fedtune.methods.method import LinearMethod

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.adapter import delta
+from fedtune.lora.adapter import delta
 from fedtune.messages import cohort_weights
 from fedtune.methods.hetlora import METHOD, size_weights
 from fedtune.methods.method import LinearMethod, resize

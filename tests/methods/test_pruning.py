@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import lowrank
-from fedtune.adapter import Factors, delta, unpack
 from fedtune.errors import RoundError
 from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap, cuts, from_bitmap, linear_shapes, shapes, slice_factors
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Factors, delta, unpack
 from fedtune.messages import Blueprint, ClientUpdate, Plan, Training, cohort_weights
 from fedtune.methods import pruning
 from fedtune.methods.flora import METHOD, FloraState

@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ConfigError, ShapeError
 from fedtune.keep import Anatomy, Keep, Kept, whole
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model import deployed
 from fedtune.model.base import Base, load_tokenizer
 from fedtune.model.base import load as load_base

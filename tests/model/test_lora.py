@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.adapter import Factors, delta, draw_a
 from fedtune.errors import ShapeError
+from fedtune.lora.adapter import Factors, delta, draw_a
 from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.model.base import Base
 from fedtune.model.lora import attached, frozen, layers, read_local, start

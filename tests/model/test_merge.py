@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.adapter import Factors
+from fedtune.lora.adapter import Factors
 from fedtune.model.lora import attached
 from fedtune.model.merge import merge
 

@@ -35,9 +35,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ConfigError, ShapeError
 from fedtune.keep import Anatomy, Block, Keep, Kept, cuts, linear_shapes, shapes, slice_adapter, whole
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import Base
 from fedtune.model.lora import attached, layers
 from fedtune.model.prune import anatomy_of, cut_again, fit, gated, gates, pruned, readers

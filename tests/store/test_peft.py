@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import StoreError
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.lora import attached
 from fedtune.model.settings import AdapterSettings, ModelSettings

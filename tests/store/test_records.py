@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedtune.adapter import Factors
+from fedtune.lora.adapter import Factors
 from fedtune.messages import Assignment, ClientUpdate, Failure, LocalAdapter, Measured, Plan, Traffic, Training
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.transport import Aside

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.adapter import Factors, pack
 from fedtune.errors import StoreError
+from fedtune.lora.adapter import Factors, pack
 from fedtune.methods.method import Tuned
 from fedtune.store import peft, result
 from fedtune.tensors import digest

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import lowrank
-from fedtune.adapter import Factors, delta
 from fedtune.errors import ShapeError
-from fedtune.lowrank import LowRank, compress, energy_kept, truncate, weighted_sum, weighted_sums, zero
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Factors, delta
+from fedtune.lora.lowrank import LowRank, compress, energy_kept, truncate, weighted_sum, weighted_sums, zero
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 

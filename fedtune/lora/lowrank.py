@@ -11,8 +11,8 @@ from typing import TypeAlias
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ShapeError
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array, Tensors
 

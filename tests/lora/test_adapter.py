@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.adapter import Factors, delta, draw_a, inner, norm, pack, stack, unpack
 from fedtune.errors import ShapeError
+from fedtune.lora.adapter import Factors, delta, draw_a, inner, norm, pack, stack, unpack
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 
