@@ -29,11 +29,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from fedtune.keep import Keep, sparsity
 from fedtune.model.deployed import load_pruned_base
 from fedtune.model.prune import anatomy_of, pruned
 from fedtune.model.settings import ModelSettings
-from fedtune.ranking import PruningSettings, kept, ranked
+from fedtune.pruning.ranking import PruningSettings, rank_units, structure_at
+from fedtune.pruning.structure import ModelStructure, sparsity
 from fedtune.seeds import generator
 
 RATIOS = (0.0, 0.25, 0.5, 0.75)
@@ -65,12 +65,12 @@ def bert() -> Any:
         return BertForSequenceClassification(config)
 
 
-def keep_of(model: Any, ratio: float) -> Keep:
+def keep_of(model: Any, ratio: float) -> ModelStructure:
     """Return what a ratio keeps by scores drawn at random: which heads and channels stay changes no time."""
     anatomy, rng = anatomy_of(model), generator(1)
     sizes = sum(block.heads for block in anatomy.blocks), sum(block.channels for block in anatomy.blocks)
     order = {"heads": rng.random(sizes[0]), "channels": rng.random(sizes[1])}
-    return kept(ranked(order, anatomy, SETTINGS), anatomy, SETTINGS, ratio)
+    return structure_at(rank_units(order, anatomy, SETTINGS), anatomy, SETTINGS, ratio)
 
 
 def tokens(model: Any, batch: int, length: int, device: torch.device) -> torch.Tensor:

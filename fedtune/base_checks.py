@@ -10,7 +10,7 @@ from fedtune.config.recipe import largest_rank
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint
 from fedtune.planning.adaptive import AdaptiveSettings
-from fedtune.ranking import multiple_of
+from fedtune.pruning.ranking import multiple_of
 
 
 def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:

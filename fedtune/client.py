@@ -22,7 +22,6 @@ from fedtune.directions.torch_rebuild import compiled, fastest
 from fedtune.directions.torch_rebuild import displacement as torch_displacement
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError
-from fedtune.keep import Cut, bitmap
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, ProbeResult, Pruning
 from fedtune.model import libraries, shrunk
@@ -30,6 +29,7 @@ from fedtune.model.base import Base, to_numpy
 from fedtune.model.lora import attached, frozen, layers, read_local, start
 from fedtune.model.probe import measure
 from fedtune.model.train import Between, Trained, memory_told, train
+from fedtune.pruning.structure import LayerSlice, bitmap
 from fedtune.replica import Replicas, restored
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
@@ -158,7 +158,7 @@ def trained(
     small: Base,
     examples: Sequence[Example],
     assignment: Assignment,
-    cut: Mapping[str, Cut],
+    cut: Mapping[str, LayerSlice],
     *,
     between: Callable[[torch.nn.Module], Between | None] = lambda model: None,
     then: Callable[[torch.nn.Module], Any] | None = None,

@@ -14,13 +14,13 @@ from typing import Any, Literal, TypeAlias
 
 from fedtune.config import Recipe, bind, changes, digest, render
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
-from fedtune.keep import Keep
 from fedtune.messages import Blueprint
 from fedtune.methods import METHODS
 from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
 from fedtune.planning import Planner
 from fedtune.planning.fixed import FixedSettings
+from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.clock import Clock
 from fedtune.rounds.loop import Note, RoundFinished, RoundJournal, RoundResult, Watch
 from fedtune.rounds.loop import run as run_rounds
@@ -50,7 +50,7 @@ class Scored:
     """Of the same model pruned to what is deployed, on the test data."""
 
 
-def unscored(tuned: Tuned, *, test: bool, clients: bool, keep: Keep | None = None) -> Scored:
+def unscored(tuned: Tuned, *, test: bool, clients: bool, keep: ModelStructure | None = None) -> Scored:
     """Score nothing: a server holds neither model nor data."""
     return Scored()
 
@@ -363,11 +363,11 @@ def record_round(
     return record
 
 
-def deployed(recipe: Recipe, state: Any) -> Keep | None:
+def deployed(recipe: Recipe, state: Any) -> ModelStructure | None:
     """Return what is kept of the model in the end; None where that is all of it, or is not known yet."""
     if recipe.pruning is None or not recipe.pruning.target:
         return None
-    keep: Keep | None = state.structure(recipe.pruning.target)
+    keep: ModelStructure | None = state.structure(recipe.pruning.target)
     return keep
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedtune.keep import Anatomy, Block, Side
 from fedtune.messages import WireDtype
-from fedtune.ranking import PruningSettings, counts, unit_of
+from fedtune.pruning.ranking import PruningSettings, counts, unit_of
+from fedtune.pruning.structure import Block, BlockLayout, Side
 
 BYTES: Mapping[WireDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATION_BYTES = 34
@@ -24,7 +24,7 @@ LOGIT_BYTES = 10
 class Body:
     """What the costs of a base follow from."""
 
-    anatomy: Anatomy
+    anatomy: BlockLayout
     modules: Mapping[str, tuple[int, int]]
     """(out, in) of every module that gets an adapter."""
     parameters: int
@@ -69,7 +69,7 @@ class Sizes:
     ff: float
 
 
-def sizes(anatomy: Anatomy, settings: PruningSettings | None, ratio: float) -> Sizes:
+def sizes(anatomy: BlockLayout, settings: PruningSettings | None, ratio: float) -> Sizes:
     """Return the realised widths of a ratio: they are settled by counts, whichever heads and channels stay."""
     number = len(anatomy.blocks)
     if settings is None or ratio == 0:
@@ -91,7 +91,7 @@ def _whole(block: Block) -> tuple[int, int, int]:
     return block.heads, block.kv_heads, block.channels
 
 
-def _side(side: Side, size: Sizes, anatomy: Anatomy) -> float:
+def _side(side: Side, size: Sizes, anatomy: BlockLayout) -> float:
     head_dim = anatomy.blocks[0].head_dim
     return {
         "all": float(anatomy.width),
@@ -102,7 +102,7 @@ def _side(side: Side, size: Sizes, anatomy: Anatomy) -> float:
     }[side]
 
 
-def block_parameters(anatomy: Anatomy, size: Sizes) -> float:
+def block_parameters(anatomy: BlockLayout, size: Sizes) -> float:
     """Return the weights of the linear layers of all blocks at these widths."""
     return sum(_side(out, size, anatomy) * _side(into, size, anatomy) for _, out, into in anatomy.sides.values())
 
@@ -181,7 +181,7 @@ def memory_bytes(body: Body, settings: PruningSettings | None, ratio: float, ran
 def roberta_base() -> Body:
     """Return RoBERTa-base with all six linear layers of a block adapted."""
     blocks = tuple(Block(f"roberta.encoder.layer.{i}", 12, 12, 64, 3072) for i in range(12))
-    anatomy = Anatomy("roberta", blocks, width=768, head=592_130, outputs=2, number_bytes=4)
+    anatomy = BlockLayout("roberta", blocks, width=768, head=592_130, outputs=2, number_bytes=4)
     shapes = {name: _shape(anatomy, out, into) for name, (_, out, into) in anatomy.sides.items()}
     return Body(anatomy, shapes, parameters=124_647_170, saved=592_130, classifies=True)
 
@@ -189,12 +189,12 @@ def roberta_base() -> Body:
 def llama_7b() -> Body:
     """Return LLaMA-7B in 16 bits with all seven linear layers of a block adapted."""
     blocks = tuple(Block(f"model.layers.{i}", 32, 32, 128, 11008) for i in range(32))
-    anatomy = Anatomy("llama", blocks, width=4096, head=131_072_000, outputs=32000, number_bytes=2)
+    anatomy = BlockLayout("llama", blocks, width=4096, head=131_072_000, outputs=32000, number_bytes=2)
     shapes = {name: _shape(anatomy, out, into) for name, (_, out, into) in anatomy.sides.items()}
     return Body(anatomy, shapes, parameters=6_738_415_616)
 
 
-def _shape(anatomy: Anatomy, out: Side, into: Side) -> tuple[int, int]:
+def _shape(anatomy: BlockLayout, out: Side, into: Side) -> tuple[int, int]:
     size = sizes(anatomy, None, 0.0)
     return int(_side(out, size, anatomy)), int(_side(into, size, anatomy))
 

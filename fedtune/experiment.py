@@ -17,7 +17,6 @@ from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
 from fedtune.fleet import Fleet, Lengths, fleet_of
-from fedtune.keep import Keep, cuts, slice_adapter
 from fedtune.messages import Blueprint, Client
 from fedtune.methods import METHODS
 from fedtune.methods.method import Seeds, Tuned
@@ -27,6 +26,7 @@ from fedtune.model.libraries import threads
 from fedtune.model.rebuilt import rebuilt
 from fedtune.model.shrunk import anatomy, reduced
 from fedtune.planning import Planner
+from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
 from fedtune.replica import Replicas
 from fedtune.rounds.transport import Transport
 from fedtune.simulation.inprocess import InProcess
@@ -138,7 +138,9 @@ def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str
     return {"anatomy": found, "pruning": settings, "ranking": ranking}
 
 
-def score(experiment: Experiment, tuned: Tuned, *, test: bool, clients: bool, keep: Keep | None = None) -> Scored:
+def score(
+    experiment: Experiment, tuned: Tuned, *, test: bool, clients: bool, keep: ModelStructure | None = None
+) -> Scored:
     """Score a global model on the test data, on each client's held-out rows, or on both; pruned to `keep` as well."""
     settings, federation = experiment.recipe.evaluate, experiment.federation
     measure = partial(scoring.evaluate, experiment.base, tuned.adapter, tuned.saved, batch=settings.batch)
@@ -154,7 +156,7 @@ def score(experiment: Experiment, tuned: Tuned, *, test: bool, clients: bool, ke
     return Scored(test=on_test.get("test"), held_out=held_out, deployed=small)
 
 
-def pruned_score(experiment: Experiment, tuned: Tuned, keep: Keep) -> Mapping[str, float] | None:
+def pruned_score(experiment: Experiment, tuned: Tuned, keep: ModelStructure) -> Mapping[str, float] | None:
     """Score a global model on the test data, pruned to a structure; None without test data."""
     base, settings, body = experiment.base, experiment.recipe.evaluate, experiment.blueprint.anatomy
     assert body is not None  # a base without one is not pruned

@@ -13,7 +13,6 @@ from fedtune.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, rou
 from fedtune.cost import block_parameters as blocks_of
 from fedtune.device import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.errors import ConfigError, Fault
-from fedtune.keep import FAMILIES
 from fedtune.messages import Blueprint, Client, Training, WireDtype
 from fedtune.methods import METHODS
 from fedtune.planning import Planner, Seen
@@ -21,6 +20,7 @@ from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, 
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.policies import Given, arms_of, policy_of
 from fedtune.planning.policy import Arm, Candidate
+from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
 from fedtune.simulation.clock import PASSES, Load, Simulated
 

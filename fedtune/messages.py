@@ -9,8 +9,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
-from fedtune.keep import Anatomy, Keep
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import BlockLayout, ModelStructure
 from fedtune.tensors import Array, Tensors
 
 WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
@@ -258,7 +258,7 @@ class ClientUpdate:
     """Bitmap of what was kept (policy `local`), or of what the client would keep (`vote`, where it was wanted)."""
     scores: Tensors = field(default_factory=dict)
     """`heads` and `channels` of what was kept, float16, in units of their means, where they were wanted."""
-    keep: Keep | None = None
+    keep: ModelStructure | None = None
     """Never travels: what `kept` stands for, once the update is admitted."""
     ratio: float = 0.0
     """Never travels: the plan's pruning ratio, once the update is admitted."""
@@ -305,7 +305,7 @@ class Blueprint:
     """The run's seed."""
     manifest: bytes = b""
     """`directions.manifest.Manifest.encode` of the base, for methods that move all of it; empty for others."""
-    anatomy: Anatomy | None = None
+    anatomy: BlockLayout | None = None
     """Of the base's blocks; None where surgery does not know them."""
     pruning: PruningSettings | None = None
     """How clients' models are made smaller; None where they are not."""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.config import bind
 from fedtune.errors import ConfigError, Fault, StoreError
-from fedtune.keep import Keep, cuts, slice_adapter, sparsity, whole
 from fedtune.methods import METHODS
 from fedtune.methods import state as states
 from fedtune.methods.method import Tuned
+from fedtune.pruning.structure import ModelStructure, cuts, full_block, slice_adapter, sparsity
 from fedtune.rounds.loop import Note, Watch
 from fedtune.store import peft, result
 from fedtune.store import pruning as store_pruning
@@ -45,7 +45,7 @@ class Trained:
     state: Any
     tuned: Tuned
 
-    def keep(self, ratio: float) -> Keep | None:
+    def keep(self, ratio: float) -> ModelStructure | None:
         """Return what the run's order keeps at a ratio; None: all of it.
 
         Raises:
@@ -54,7 +54,7 @@ class Trained:
         if ratio == 0:
             return None
         structure = getattr(self.state, "structure", None)
-        keep: Keep | None = structure(ratio) if structure else None
+        keep: ModelStructure | None = structure(ratio) if structure else None
         if keep is None:
             expected = "a run that pruned by one order for all (pruning.policy nested or vote)"
             pruning = self.experiment.recipe.pruning
@@ -251,7 +251,9 @@ def views(
     return found
 
 
-def measured(trained: Trained, keep: Keep | None, groups: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:
+def measured(
+    trained: Trained, keep: ModelStructure | None, groups: Mapping[str, Any]
+) -> Mapping[str, Mapping[str, float]]:
     """Score the global model, pruned to a structure, on groups of examples."""
     from fedtune.model import shrunk
     from fedtune.model.evaluate import evaluate
@@ -374,7 +376,7 @@ def written(trained: Trained, ratio: float, folder: Path, *, dtype: str | None, 
     chosen = dtype or recipe.model.dtype
     if chosen not in DTYPES:
         raise ConfigError(Fault("dtype", f"one of {', '.join(DTYPES)}", repr(chosen)))
-    keep = trained.keep(ratio) or whole(body)
+    keep = trained.keep(ratio) or full_block(body)
     place = folder / folder_of(ratio)
     tuned, origin = result.read(trained.path)
     peft.write(place / "recipe", tuned.adapter, tuned.saved, experiment.target, origin)

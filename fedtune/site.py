@@ -18,13 +18,13 @@ from fedtune.data.encode import Example
 from fedtune.data.federation import Federation, federate
 from fedtune.data.settings import DataSettings
 from fedtune.errors import ClientError, ConfigError, Fault
-from fedtune.keep import Anatomy
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
 from fedtune.model import embedded
 from fedtune.model.base import Base, load, load_tokenizer, memory_bytes
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.shrunk import anatomy
+from fedtune.pruning.structure import BlockLayout
 from fedtune.replica import Replicas
 from fedtune.wire.profile import ClientProfile, Device, Foundation
 
@@ -154,7 +154,7 @@ def manifest(base: Base) -> bytes:
     return b""
 
 
-def blocks(base: Base) -> Anatomy | None:
+def blocks(base: Base) -> BlockLayout | None:
     """Return the blocks of the base; none if surgery does not know it: only pruning asks for them."""
     with suppress(ConfigError):
         return anatomy(base)

@@ -9,11 +9,11 @@ import pytest
 from fedtune.base_checks import check_pruning, check_ranks
 from fedtune.config import Recipe, bind
 from fedtune.errors import ConfigError
-from fedtune.keep import Anatomy, Block, linear_shapes
 from fedtune.messages import Blueprint
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
 
-BERT = Anatomy("bert", (Block("x", 4, 4, 2, 32),), width=8)
+BERT = BlockLayout("bert", (Block("x", 4, 4, 2, 32),), width=8)
 MODULES = dict(zip(BERT.sides, linear_shapes(BERT), strict=True))
 
 

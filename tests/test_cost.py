@@ -21,7 +21,7 @@ from fedtune.cost import (
     sizes,
 )
 from fedtune.device import PROFILES
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
 
 ROBERTA = roberta_base()
 PRUNING = PruningSettings()

@@ -9,16 +9,16 @@ import pytest
 import fedtune
 from fedtune.errors import ConfigError
 from fedtune.fleet import Fleet, fleet_of, speed
-from fedtune.keep import Anatomy, Block
 from fedtune.messages import Blueprint, Client, Measured, Plan, Traffic, Training
 from fedtune.planning.adaptive import Adaptive
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.policy import Arm, Candidate
+from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.clock import CompletedWork
 from fedtune.simulation.clock import Simulated
 
 NAMES = [f"client-{i:02}" for i in range(8)]
-ANATOMY = Anatomy("llama", (Block("model.layers.0", 4, 4, 8, 64),), width=32, head=320, outputs=10)
+ANATOMY = BlockLayout("llama", (Block("model.layers.0", 4, 4, 8, 64),), width=32, head=320, outputs=10)
 BLUEPRINT = Blueprint({"model.layers.0.self_attn.q_proj": (32, 32)}, {}, max_rank=8, seed=0, anatomy=ANATOMY)
 TRAINING = Training(batch=4, learning_rate=0.1, steps=2)
 

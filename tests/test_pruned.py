@@ -124,9 +124,9 @@ def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, table
     model = fedtune.load_pruned(place / "model")
     trained = pruned.opened(shrunk.path)
     ids = torch.tensor([[5, 6, 7, 8]])
-    from fedtune.keep import cuts, slice_adapter
     from fedtune.model.lora import attached
     from fedtune.model.shrunk import reduced
+    from fedtune.pruning.structure import cuts, slice_adapter
 
     keep, body = trained.keep(0.5), trained.experiment.blueprint.anatomy
     assert keep is not None

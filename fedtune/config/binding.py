@@ -29,7 +29,7 @@ from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSet
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.policies import POLICIES
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
 from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings

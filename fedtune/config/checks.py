@@ -17,7 +17,7 @@ from fedtune.methods import METHODS
 from fedtune.methods.seed_state import FedKSeedSettings
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
 from fedtune.rounds.schedule import cohort_size
 from fedtune.simulation.settings import DeviceOverride, FleetSettings
 from fedtune.wire.probe import MAX_STEPS

@@ -13,7 +13,7 @@ from fedtune.messages import Training, Verb
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
 from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings

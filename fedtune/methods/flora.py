@@ -20,7 +20,6 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Ge, Gt, Interval
 
-from fedtune.keep import WHOLE, Anatomy, Cut, Keep, cuts, scatter_factors, slice_adapter
 from fedtune.lora import lowrank
 from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
 from fedtune.lora.lowrank import LowRank, truncate, weighted_sums
@@ -36,7 +35,16 @@ from fedtune.messages import (
 )
 from fedtune.methods import pruning
 from fedtune.methods.method import Method, assignment, mean_saved
-from fedtune.ranking import PruningSettings, Ranking, kept, ranked
+from fedtune.pruning.ranking import PruningSettings, Ranking, rank_units, structure_at
+from fedtune.pruning.structure import (
+    FULL,
+    BlockLayout,
+    LayerSlice,
+    ModelStructure,
+    cuts,
+    scatter_factors,
+    slice_adapter,
+)
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, cast
 
@@ -81,7 +89,7 @@ class FloraState:
     delta: Tensors
     """Delta as `lowrank.pack` makes it flat, float32; its rank never exceeds min(m, n)."""
     saved: Tensors
-    anatomy: Anatomy | None = None
+    anatomy: BlockLayout | None = None
     """Of the base's blocks, where clients are pruned."""
     pruning: PruningSettings | None = None
     worth: Tensors = field(default_factory=dict)
@@ -106,7 +114,7 @@ class FloraState:
         """The whole broadcast as it travels where nothing of it is trained on: one mapping, so it is encoded once."""
         return cast(lowrank.smallest(lowrank.adapter(self.broadcast)), self.settings.wire_dtype)
 
-    def parted(self, rank: int, keep: Keep | None = None) -> Mapping[str, Tensors]:
+    def parted(self, rank: int, keep: ModelStructure | None = None) -> Mapping[str, Tensors]:
         """The blobs of a client of this rank and structure that trains on: made once for all clients like it."""
         key = (rank, keep.digest if keep else b"")
         if key not in self._parted:
@@ -118,7 +126,7 @@ class FloraState:
             }
         return self._parted[key]
 
-    def fixed(self, keep: Keep | None) -> Tensors:
+    def fixed(self, keep: ModelStructure | None) -> Tensors:
         """The whole broadcast of a structure, nothing of which is trained on."""
         if keep is None:
             return self.frozen
@@ -127,7 +135,7 @@ class FloraState:
             self._parted[0, keep.digest] = {"global": cast(lowrank.smallest(rest), self.settings.wire_dtype)}
         return self._parted[0, keep.digest]["global"]
 
-    def cut(self, keep: Keep | None) -> Mapping[str, Cut]:
+    def cut(self, keep: ModelStructure | None) -> Mapping[str, LayerSlice]:
         """Return what a structure keeps of every layer; nothing is said of layers that it keeps whole."""
         if keep is None or self.anatomy is None:
             return {}
@@ -135,19 +143,19 @@ class FloraState:
             self._cuts[keep.digest] = cuts(keep, self.anatomy)
         return self._cuts[keep.digest]
 
-    def structure(self, ratio: float) -> Keep | None:
+    def structure(self, ratio: float) -> ModelStructure | None:
         """Return what the order keeps at a pruning ratio; None: all of it."""
         if ratio == 0 or self.anatomy is None or self.pruning is None or not self.order:
             return None
         if ratio not in self._structures:
-            self._structures[ratio] = kept(self.ranking, self.anatomy, self.pruning, ratio)
+            self._structures[ratio] = structure_at(self.ranking, self.anatomy, self.pruning, ratio)
         return self._structures[ratio]
 
     @cached_property
     def ranking(self) -> Ranking:
         assert self.anatomy is not None  # `structure` has looked
         assert self.pruning is not None
-        return ranked(self.order, self.anatomy, self.pruning)
+        return rank_units(self.order, self.anatomy, self.pruning)
 
     # What the functions above have made; it follows from the state alone.
     @cached_property
@@ -155,11 +163,11 @@ class FloraState:
         return {}
 
     @cached_property
-    def _structures(self) -> dict[float, Keep]:
+    def _structures(self) -> dict[float, ModelStructure]:
         return {}
 
     @cached_property
-    def _cuts(self) -> dict[bytes, Mapping[str, Cut]]:
+    def _cuts(self) -> dict[bytes, Mapping[str, LayerSlice]]:
         return {}
 
 
@@ -232,12 +240,12 @@ def change(state: FloraState, update: ClientUpdate) -> Adapter:
         }
     if not cut:
         return adapter
-    return {name: scatter_factors(factors, cut.get(name, WHOLE), shapes[name]) for name, factors in adapter.items()}
+    return {name: scatter_factors(factors, cut.get(name, FULL), shapes[name]) for name, factors in adapter.items()}
 
 
-def drawn(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mapping[str, Cut]) -> Array:
+def drawn(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mapping[str, LayerSlice]) -> Array:
     """Return a fresh A as its client drew it: over the base's whole input, then cut."""
-    fresh, into = draw_a(key, name, rank, shape[1]), cut.get(name, WHOLE).into
+    fresh, into = draw_a(key, name, rank, shape[1]), cut.get(name, FULL).into
     return fresh if into is None else fresh[:, into]
 
 
@@ -253,7 +261,7 @@ def _change(difference: Factors, start: Factors | None, fresh: Array) -> Factors
 
 
 def warm_start(
-    changes: Mapping[str, LowRank], rank: int, wire_dtype: WireDtype, cut: Mapping[str, Cut] | None = None
+    changes: Mapping[str, LowRank], rank: int, wire_dtype: WireDtype, cut: Mapping[str, LayerSlice] | None = None
 ) -> Tensors:
     """Return the leading components as a trainable start in wire format: a = c vt, b = u s / c, c = 1 / sqrt(3).
 

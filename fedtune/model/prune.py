@@ -13,11 +13,24 @@ from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault, ShapeError
-from fedtune.keep import FAMILIES, Anatomy, Block, Cut, Keep, Kept, Side, check, cuts, linear_shapes, shapes, within
 from fedtune.model.base import linear_shape
+from fedtune.pruning.structure import (
+    FAMILIES,
+    Block,
+    BlockLayout,
+    BlockStructure,
+    LayerSlice,
+    ModelStructure,
+    Side,
+    check,
+    cuts,
+    linear_shapes,
+    shapes,
+    within,
+)
 
 
-def anatomy_of(model: Any) -> Anatomy:
+def anatomy_of(model: Any) -> BlockLayout:
     """Return the blocks of a transformers model as they are now, with prefixes as in `named_modules`.
 
     Raises:
@@ -53,7 +66,7 @@ def anatomy_of(model: Any) -> Anatomy:
         blocks.append(Block(prefix, heads, sizes["kv"] // size if "kv" in sizes else heads, size, sizes["ff"]))
     if not blocks:
         raise unsupported(family, f"without a layer {first}")
-    return Anatomy(family=family, blocks=tuple(blocks), width=int(config.hidden_size))
+    return BlockLayout(family=family, blocks=tuple(blocks), width=int(config.hidden_size))
 
 
 def unsupported(family: str, reason: str) -> ConfigError:
@@ -76,7 +89,7 @@ def core(module: Any) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def widths(family: str, block: Block, kept: Kept) -> Mapping[str, Mapping[str, int]]:
+def widths(family: str, block: Block, kept: BlockStructure) -> Mapping[str, Mapping[str, int]]:
     """Return the attributes of a block's modules that follow from what is kept; its linear layers have their own.
 
     `scaling` and the sizes of a head are those of the base: heads are taken out whole.
@@ -94,7 +107,7 @@ def widths(family: str, block: Block, kept: Kept) -> Mapping[str, Mapping[str, i
             }
 
 
-def fit(model: Any, keep: Keep, anatomy: Anatomy) -> None:
+def fit(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> None:
     """Write the attributes that follow from what is kept into a model's blocks, in place."""
     for block, kept in zip(anatomy.blocks, keep.blocks, strict=True):
         for name, values in widths(anatomy.family, block, kept).items():
@@ -127,7 +140,7 @@ def take(tensor: torch.Tensor, axis: int, at: torch.Tensor | None) -> torch.Tens
     return tensor if at is None or len(at) == tensor.shape[axis] else tensor.index_select(axis, at.to(tensor.device))
 
 
-def taken(cut: Cut) -> Taken:
+def taken(cut: LayerSlice) -> Taken:
     return Taken(*(None if part is None else torch.from_numpy(part) for part in (cut.out, cut.into)))
 
 
@@ -167,7 +180,7 @@ def cut_linear(module: Any, part: Taken) -> Mapping[nn.Parameter, nn.Parameter]:
 
 
 @contextmanager
-def pruned(model: Any, keep: Keep, anatomy: Anatomy) -> Iterator[Any]:
+def pruned(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> Iterator[Any]:
     """Take heads and channels out of a model for the length of the block: smaller matrices, no masks.
 
     Afterwards every parameter is the object it was before. What is held besides the model are the smaller copies
@@ -203,7 +216,7 @@ def pruned(model: Any, keep: Keep, anatomy: Anatomy) -> Iterator[Any]:
                 setattr(module, attribute, value)
 
 
-def whole_shapes(anatomy: Anatomy) -> Mapping[str, tuple[int, int]]:
+def whole_shapes(anatomy: BlockLayout) -> Mapping[str, tuple[int, int]]:
     """Return (out, in) of the linear layers of an unpruned base's blocks, by full name."""
     return dict(zip(anatomy.sides, linear_shapes(anatomy), strict=True))
 
@@ -223,7 +236,7 @@ def refuse_static_caches(model: nn.Module) -> Any:
 
 
 def cut_again(
-    model: Any, optimizer: torch.optim.Optimizer, before: Keep, after: Keep, anatomy: Anatomy
+    model: Any, optimizer: torch.optim.Optimizer, before: ModelStructure, after: ModelStructure, anatomy: BlockLayout
 ) -> list[nn.Parameter]:
     """Make a pruned model in training smaller still, in place, and return the parameters that the optimizer now holds.
 
@@ -312,7 +325,7 @@ def gates(model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[Any]:
 
 
 @contextmanager
-def gated(model: Any, keep: Keep, anatomy: Anatomy) -> Iterator[Any]:
+def gated(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> Iterator[Any]:
     """Multiply by 0 what is not kept, for the length of the block: what `pruned` computes, at the full model's cost."""
     check(keep, anatomy)
     values = {}
@@ -328,6 +341,6 @@ def gated(model: Any, keep: Keep, anatomy: Anatomy) -> Iterator[Any]:
         yield model
 
 
-def readers(anatomy: Anatomy, side: Side) -> list[str]:
+def readers(anatomy: BlockLayout, side: Side) -> list[str]:
     """Return the layers whose input is heads (`q`) or channels (`ff`), one a block, in the blocks' order."""
     return [name for name, (_, _, into) in anatomy.sides.items() if into == side]

@@ -10,11 +10,11 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ClientError, ConfigError, Fault
-from fedtune.keep import Anatomy, Keep, Kept, Side, whole
 from fedtune.model.lora import layers
 from fedtune.model.prune import core, gates, readers
 from fedtune.model.train import Batch, summed_loss
-from fedtune.ranking import Criterion, gathered
+from fedtune.pruning.ranking import Criterion, at_structure
+from fedtune.pruning.structure import BlockLayout, BlockStructure, ModelStructure, Side, full_block
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Tensors
 
@@ -28,11 +28,11 @@ def scores(
     model: Any,
     batches: Sequence[Batch],
     criterion: Criterion,
-    anatomy: Anatomy,
+    anatomy: BlockLayout,
     *,
     task: str,
     key: int,
-    keep: Keep | None = None,
+    keep: ModelStructure | None = None,
 ) -> Tensors:
     """Return what every head and channel that a model has now is worth: `heads` and `channels` over all blocks.
 
@@ -53,7 +53,7 @@ def scores(
         ClientError: if a criterion that needs data gets none, or a score is not finite.
         ConfigError: if `lora` finds no trainable adapter on layers of heads, or of channels.
     """
-    kept = whole(anatomy) if keep is None else keep
+    kept = full_block(anatomy) if keep is None else keep
     if criterion == "random":
         return at_random(anatomy, keep, key)
     if criterion == "magnitude":
@@ -71,15 +71,15 @@ def scores(
     return found
 
 
-def at_random(anatomy: Anatomy, keep: Keep | None, key: int) -> Tensors:
+def at_random(anatomy: BlockLayout, keep: ModelStructure | None, key: int) -> Tensors:
     """Return scores that are the same for a head whatever else of the base is kept."""
     rng = generator(derive(key, "prune"))
     sizes = {"heads": sum(b.heads for b in anatomy.blocks), "channels": sum(b.channels for b in anatomy.blocks)}
-    found = gathered({name: rng.random(size) for name, size in sizes.items()}, keep, anatomy)
+    found = at_structure({name: rng.random(size) for name, size in sizes.items()}, keep, anatomy)
     return {name: array.astype(np.float32) for name, array in found.items()}
 
 
-def magnitudes(model: Any, anatomy: Anatomy) -> Mapping[str, torch.Tensor]:
+def magnitudes(model: Any, anatomy: BlockLayout) -> Mapping[str, torch.Tensor]:
     found = {}
     for name, (_, out, _) in anatomy.sides.items():
         weight = matrix(core(model.get_submodule(name)))
@@ -87,7 +87,7 @@ def magnitudes(model: Any, anatomy: Anatomy) -> Mapping[str, torch.Tensor]:
     return found
 
 
-def wanda(model: Any, batches: Sequence[Batch], anatomy: Anatomy, *, task: str) -> Mapping[str, torch.Tensor]:
+def wanda(model: Any, batches: Sequence[Batch], anatomy: BlockLayout, *, task: str) -> Mapping[str, torch.Tensor]:
     """Return E[x_j^2] ||W_j + s B a_j||^2 of the columns j that heads and channels are read by, padding left out."""
     names = [*readers(anatomy, "q"), *readers(anatomy, "ff")]
     squares: dict[str, torch.Tensor] = {}
@@ -132,7 +132,7 @@ def column_norms(module: Any) -> torch.Tensor:
 
 
 def gate(
-    model: Any, batches: Sequence[Batch], anatomy: Anatomy, kept: Keep, *, task: str
+    model: Any, batches: Sequence[Batch], anatomy: BlockLayout, kept: ModelStructure, *, task: str
 ) -> Mapping[str, torch.Tensor]:
     """Return dL/dm of a gate m on every head and channel, L the mean loss over all batches together."""
     names = [*readers(anatomy, "q"), *readers(anatomy, "ff")]
@@ -166,7 +166,9 @@ def gradients(model: Any, batch: Batch, *, task: str) -> Gradients:
         return dict(zip(factors, torch.autograd.grad(loss, factors), strict=True))
 
 
-def sketch(model: Any, anatomy: Anatomy, keep: Keep | None = None, *, gradients: Gradients | None = None) -> Tensors:
+def sketch(
+    model: Any, anatomy: BlockLayout, keep: ModelStructure | None = None, *, gradients: Gradients | None = None
+) -> Tensors:
     """Return what heads and channels are worth by the gradients of the LoRA factors alone: |sum of Ghat * W|.
 
     Ghat = g_B A + B g_A, with factors and gradients as peft holds them, and W the base's weight with the frozen
@@ -186,10 +188,10 @@ def sketch(model: Any, anatomy: Anatomy, keep: Keep | None = None, *, gradients:
     kinds = {"channels" if cut_side(anatomy, name) == "ff" else "heads" for name in parts}
     if missing := {"heads", "channels"} - kinds:
         raise no_adapter(f"no trained adapter on a layer of {' or '.join(sorted(missing))}")
-    return pool(parts, anatomy, whole(anatomy) if keep is None else keep)
+    return pool(parts, anatomy, full_block(anatomy) if keep is None else keep)
 
 
-def sketch_layers(model: Any, anatomy: Anatomy, gradients: Gradients | None) -> Mapping[str, torch.Tensor]:
+def sketch_layers(model: Any, anatomy: BlockLayout, gradients: Gradients | None) -> Mapping[str, torch.Tensor]:
     """Return the sums of Ghat * W over the rows or columns that an adapted layer can lose, by the layer's name."""
     parts = {}
     with torch.no_grad():
@@ -242,7 +244,7 @@ def smoothed(before: Tensors | None, now: Tensors) -> Tensors:
     return {name: np.float32(DECAY) * before[name] + rest * array for name, array in now.items()}
 
 
-def pool(parts: Mapping[str, torch.Tensor], anatomy: Anatomy, keep: Keep) -> Tensors:
+def pool(parts: Mapping[str, torch.Tensor], anatomy: BlockLayout, keep: ModelStructure) -> Tensors:
     """Return scores from a number for every row or column that a layer can lose, by the layer's name.
 
     A group's numbers are summed layer by layer, and the absolute values of the sums added up.
@@ -260,13 +262,13 @@ def pool(parts: Mapping[str, torch.Tensor], anatomy: Anatomy, keep: Keep) -> Ten
     return {name: array.astype(np.float32) for name, array in found.items()}
 
 
-def cut_side(anatomy: Anatomy, name: str) -> Side:
+def cut_side(anatomy: BlockLayout, name: str) -> Side:
     """Return what the one side of a layer that can shrink consists of."""
     _, out, into = anatomy.sides[name]
     return into if out == "all" else out
 
 
-def worth(values: torch.Tensor, side: Side, kept: Kept) -> torch.Tensor:
+def worth(values: torch.Tensor, side: Side, kept: BlockStructure) -> torch.Tensor:
     """Return a number for every head or channel; query heads share equally what their key/value head is worth."""
     match side:
         case "ff":

@@ -10,14 +10,32 @@ import numpy as np
 import torch
 
 from fedtune.data.encode import Example
-from fedtune.keep import Anatomy, Cut, Keep, bitmap, cuts, from_bitmap, shapes, slice_flat, within
 from fedtune.messages import Assignment, Pruning
 from fedtune.model.base import Base
 from fedtune.model.lora import attached, frozen, start
 from fedtune.model.prune import anatomy_of, cut_again, pruned
 from fedtune.model.scores import scores
 from fedtune.model.train import Batch, collate, summed_loss
-from fedtune.ranking import PruningSettings, gathered, kept, normalised, ranked, spread, staged
+from fedtune.pruning.ranking import (
+    PruningSettings,
+    at_structure,
+    normalise,
+    rank_units,
+    stage_ratios,
+    structure_at,
+    to_base_coordinates,
+)
+from fedtune.pruning.structure import (
+    BlockLayout,
+    LayerSlice,
+    ModelStructure,
+    bitmap,
+    cuts,
+    from_bitmap,
+    shapes,
+    slice_flat,
+    within,
+)
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Tensors
 
@@ -25,7 +43,7 @@ ROWS = 16
 """Examples on which the losses before and after are taken: two forward passes, the same rows for both."""
 
 
-def anatomy(base: Base) -> Anatomy:
+def anatomy(base: Base) -> BlockLayout:
     """Return the blocks of a base, with what its costs are made of.
 
     Raises:
@@ -46,10 +64,10 @@ def anatomy(base: Base) -> Anatomy:
 class Structures:
     """The structures of one client in one round; None stands for the whole model."""
 
-    stages: tuple[Keep, ...]
+    stages: tuple[ModelStructure, ...]
     """Empty: the model stays whole."""
-    before: Keep | None
-    sent: Keep | None
+    before: ModelStructure | None
+    sent: ModelStructure | None
     """In whose coordinates the blobs came: the largest of them all."""
 
     def within(self, steps: int) -> Structures:
@@ -57,15 +75,15 @@ class Structures:
         return replace(self, stages=self.stages[-steps:])
 
     @property
-    def first(self) -> Keep | None:
+    def first(self) -> ModelStructure | None:
         return self.stages[0] if self.stages else None
 
     @property
-    def last(self) -> Keep | None:
+    def last(self) -> ModelStructure | None:
         return self.stages[-1] if self.stages else None
 
 
-def told(surgery: Pruning, anatomy: Anatomy) -> Structures:
+def told(surgery: Pruning, anatomy: BlockLayout) -> Structures:
     """Return the structures that an assignment names.
 
     Raises:
@@ -80,18 +98,24 @@ def told(surgery: Pruning, anatomy: Anatomy) -> Structures:
     return Structures(stages=stages, before=before, sent=sent)
 
 
-def own(worth: Tensors, ratio: float, settings: PruningSettings, anatomy: Anatomy) -> Structures:
+def own(worth: Tensors, ratio: float, settings: PruningSettings, anatomy: BlockLayout) -> Structures:
     """Return the structures that a client's own scores give; what comes is in the coordinates of the whole base."""
-    order = ranked(worth, anatomy, settings)
-    stages = [kept(order, anatomy, settings, each) for each in staged(ratio, settings.stages)] if ratio > 0 else []
+    order = rank_units(worth, anatomy, settings)
+    stages = (
+        [structure_at(order, anatomy, settings, each) for each in stage_ratios(ratio, settings.stages)]
+        if ratio > 0
+        else []
+    )
     return Structures(stages=tuple(dict.fromkeys(stages)), before=None, sent=None)
 
 
-def cut_of(keep: Keep | None, anatomy: Anatomy) -> Mapping[str, Cut]:
+def cut_of(keep: ModelStructure | None, anatomy: BlockLayout) -> Mapping[str, LayerSlice]:
     return {} if keep is None else cuts(keep, anatomy)
 
 
-def ordered(assignment: Assignment, keep: Keep | None, sent: Keep | None, anatomy: Anatomy) -> Assignment:
+def ordered(
+    assignment: Assignment, keep: ModelStructure | None, sent: ModelStructure | None, anatomy: BlockLayout
+) -> Assignment:
     """Return an assignment with its blobs cut to one structure."""
     if keep is None:
         return assignment
@@ -101,7 +125,7 @@ def ordered(assignment: Assignment, keep: Keep | None, sent: Keep | None, anatom
 
 
 @contextmanager
-def reduced(base: Base, keep: Keep | None, anatomy: Anatomy) -> Iterator[Base]:
+def reduced(base: Base, keep: ModelStructure | None, anatomy: BlockLayout) -> Iterator[Base]:
     """Give the base with a pruned model for the length of the block."""
     if keep is None:
         yield base
@@ -124,7 +148,7 @@ def paired_loss(model: torch.nn.Module, batches: Sequence[Batch], base: Base) ->
 
 
 @contextmanager
-def received(base: Base, order: Assignment, whole: Base, cut: Mapping[str, Cut]) -> Iterator[torch.nn.Module]:
+def received(base: Base, order: Assignment, whole: Base, cut: Mapping[str, LayerSlice]) -> Iterator[torch.nn.Module]:
     """Attach what was received, nothing of it trained, to a base that may be pruned."""
     with attached(
         base,
@@ -141,8 +165,8 @@ def measured_scores(
     base: Base,
     examples: Sequence[Example],
     settings: PruningSettings,
-    anatomy: Anatomy,
-    keep: Keep | None,
+    anatomy: BlockLayout,
+    keep: ModelStructure | None,
     *,
     key: int,
     batch: int,
@@ -152,10 +176,10 @@ def measured_scores(
     rows = [order[i : i + batch] for i in range(0, min(len(order), settings.batches * batch), batch)]
     batches = [collate([examples[i] for i in part], base) for part in rows]
     found = scores(model, batches, settings.score, anatomy, keep=keep, task=base.task, key=derive(key, "prune"))
-    wide = spread(found, keep, anatomy)
-    scaled = normalised(wide, {name: np.isfinite(part) for name, part in wide.items()}, anatomy)
+    wide = to_base_coordinates(found, keep, anatomy)
+    scaled = normalise(wide, {name: np.isfinite(part) for name, part in wide.items()}, anatomy)
     forward = settings.score not in ("magnitude", "random")
-    return gathered(scaled, keep, anatomy), sum(each.tokens for each in batches) if forward else 0
+    return at_structure(scaled, keep, anatomy), sum(each.tokens for each in batches) if forward else 0
 
 
 def as_sent(worth: Tensors) -> Tensors:
@@ -164,14 +188,24 @@ def as_sent(worth: Tensors) -> Tensors:
     return {name: np.clip(part, 0, largest).astype(np.float16) for name, part in worth.items()}
 
 
-def vote(worth: Tensors, keep: Keep | None, ratio: float, settings: PruningSettings, anatomy: Anatomy) -> bytes:
+def vote(
+    worth: Tensors, keep: ModelStructure | None, ratio: float, settings: PruningSettings, anatomy: BlockLayout
+) -> bytes:
     """Return the mask that a client votes for: what its own scores keep at a ratio; what it lacks goes first."""
-    wide = {name: np.where(np.isfinite(part), part, -1.0) for name, part in spread(worth, keep, anatomy).items()}
-    return bitmap(kept(ranked(wide, anatomy, settings), anatomy, settings, ratio), anatomy)
+    wide = {
+        name: np.where(np.isfinite(part), part, -1.0)
+        for name, part in to_base_coordinates(worth, keep, anatomy).items()
+    }
+    return bitmap(structure_at(rank_units(wide, anatomy, settings), anatomy, settings, ratio), anatomy)
 
 
 def cutter(
-    model: torch.nn.Module, stages: Sequence[Keep], settings: PruningSettings, anatomy: Anatomy, *, steps: int
+    model: torch.nn.Module,
+    stages: Sequence[ModelStructure],
+    settings: PruningSettings,
+    anatomy: BlockLayout,
+    *,
+    steps: int,
 ) -> Callable[[int, torch.optim.Optimizer], Sequence[torch.nn.Parameter] | None] | None:
     """Return what makes a model in training smaller between its steps, stage after stage.
 

@@ -13,7 +13,7 @@ from fedtune.messages import OUT_OF_MEMORY, Client, Failure, Plan, Training
 from fedtune.planning import Seen
 from fedtune.planning.fixed import scale, steps
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
 from fedtune.seeds import derive
 
 PolicyName: TypeAlias = Literal["deadline", "s-ucb", "ucb", "thompson", "random", "oracle"]

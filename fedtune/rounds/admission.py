@@ -10,10 +10,10 @@ import numpy as np
 
 from fedtune.directions.sums import MAX_SCALAR
 from fedtune.errors import ShapeError
-from fedtune.keep import Anatomy, Keep, cuts, from_bitmap, shapes
 from fedtune.lora.adapter import norm, unpack
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, ProbeResult, Pruning
-from fedtune.ranking import counts, unit_of
+from fedtune.pruning.ranking import counts, unit_of
+from fedtune.pruning.structure import BlockLayout, ModelStructure, cuts, from_bitmap, shapes
 from fedtune.tensors import DTYPES, Array, Tensors, l2_norm, squared_norm
 
 LARGEST = float(np.finfo(np.float32).max) / 2**16
@@ -48,7 +48,7 @@ def admit(
     return replace(update, keep=keep, ratio=assignment.plan.ratio if keep else 0.0)
 
 
-def kept_by(update: ClientUpdate, surgery: Pruning, blueprint: Blueprint) -> Keep | None:
+def kept_by(update: ClientUpdate, surgery: Pruning, blueprint: Blueprint) -> ModelStructure | None:
     """Return the structure in whose coordinates an update is; None: the whole base.
 
     Raises:
@@ -187,7 +187,7 @@ def _probed(probed: ProbeResult | None, assignment: Assignment) -> Iterator[tupl
 
 
 def _structure(
-    update: ClientUpdate, assignment: Assignment, surgery: Pruning, blueprint: Blueprint, anatomy: Anatomy
+    update: ClientUpdate, assignment: Assignment, surgery: Pruning, blueprint: Blueprint, anatomy: BlockLayout
 ) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with the structure that a client says it trained in, or with its vote."""
     ratio, policy = assignment.plan.ratio, surgery.settings.policy
@@ -220,7 +220,9 @@ def _structure(
         yield "STRUCTURE", f"expected {count.channels[:4]} channels in the first blocks; got {channels[:4]}"
 
 
-def _scores(update: ClientUpdate, surgery: Pruning, keep: Keep | None, anatomy: Anatomy) -> Iterator[tuple[str, str]]:
+def _scores(
+    update: ClientUpdate, surgery: Pruning, keep: ModelStructure | None, anatomy: BlockLayout
+) -> Iterator[tuple[str, str]]:
     wanted = surgery.wanted and surgery.settings.policy == "nested"
     if bool(update.scores) != wanted:
         yield "SCORES", f"expected {'scores' if wanted else 'no scores'}; got {sorted(update.scores) or 'none'}"

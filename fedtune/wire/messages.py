@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fedtune.errors import WireError
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Pruning, Training, Verb, WireDtype
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
 from fedtune.tensors import Tensors
 from fedtune.wire import probe, settings
 from fedtune.wire import tensors as bodies

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedtune.directions import manifest
 from fedtune.errors import WireError
-from fedtune.keep import FAMILIES, Anatomy, Block, linear_shapes
+from fedtune.pruning.structure import FAMILIES, Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors, digest
 from fedtune.wire.messages import EncodedAssignment, body_of, decode_blob, encode_blob, parsed
 from fedtune.wire.v1 import round_pb2 as pb
@@ -52,7 +52,7 @@ class Foundation:
     """Of the base model."""
     manifest: bytes = b""
     """Every tensor of the base, as `directions.manifest` writes them."""
-    anatomy: Anatomy | None = None
+    anatomy: BlockLayout | None = None
     """Of the base's blocks; None where surgery does not know them."""
 
 
@@ -145,7 +145,7 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
     )
 
 
-def anatomy_to(anatomy: Anatomy) -> pb.Anatomy:
+def anatomy_to(anatomy: BlockLayout) -> pb.Anatomy:
     blocks = [
         pb.Block(prefix=b.prefix, heads=b.heads, kv_heads=b.kv_heads, head_dim=b.head_dim, channels=b.channels)
         for b in anatomy.blocks
@@ -164,7 +164,7 @@ WIDEST = 1 << 20
 """Heads, channels and width of a base are not above this."""
 
 
-def anatomy_from(name: str, message: pb.Anatomy, modules: Mapping[str, tuple[int, int]]) -> Anatomy:
+def anatomy_from(name: str, message: pb.Anatomy, modules: Mapping[str, tuple[int, int]]) -> BlockLayout:
     """Return the anatomy that a client states.
 
     Raises:
@@ -179,7 +179,7 @@ def anatomy_from(name: str, message: pb.Anatomy, modules: Mapping[str, tuple[int
             f"{name}: expected an anatomy of {', '.join(FAMILIES)} with heads in equal groups; "
             f"got {message.family[:40]!r} of {len(blocks)} blocks"
         )
-    anatomy = Anatomy(
+    anatomy = BlockLayout(
         message.family, blocks, message.width, message.head, message.outputs, max(1, message.number_bytes)
     )
     for layer, shape in zip(anatomy.sides, linear_shapes(anatomy), strict=True):

@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.directions import downlink, manifest
 from fedtune.directions.banks import BANKS
 from fedtune.directions.ledger import SeedLedger
-from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap
 from fedtune.link import roster
 from fedtune.link.roster import Member, Roster
 from fedtune.link.signing import raw
@@ -38,7 +37,8 @@ from fedtune.messages import (
 )
 from fedtune.methods import METHODS
 from fedtune.methods.state import encode
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
 from fedtune.store.journal import End, Journal
 from fedtune.tensors import Tensors
 from fedtune.wire.messages import EncodedAssignment, encode_assignment, encode_blob, encode_update
@@ -78,7 +78,7 @@ FULL_TRAINING = Training(
     autocast="off",
     gradient_checkpointing=True,
 )
-ANATOMY = Anatomy(
+ANATOMY = BlockLayout(
     family="llama",
     blocks=(Block("model.layers.0", 4, 2, 8, 12), Block("model.layers.1", 4, 2, 8, 12)),
     width=32,
@@ -86,8 +86,10 @@ ANATOMY = Anatomy(
     outputs=2,
     number_bytes=2,
 )
-LARGE = Keep((Kept((0, 1, 2, 3), (0, 1), tuple(range(8))), Kept((0, 1), (0,), tuple(range(0, 12, 2)))))
-SMALL = Keep((Kept((2, 3), (1,), tuple(range(4))), Kept((0, 1), (0,), (0, 2))))
+LARGE = ModelStructure(
+    (BlockStructure((0, 1, 2, 3), (0, 1), tuple(range(8))), BlockStructure((0, 1), (0,), tuple(range(0, 12, 2))))
+)
+SMALL = ModelStructure((BlockStructure((2, 3), (1,), tuple(range(4))), BlockStructure((0, 1), (0,), (0, 2))))
 
 ADAPT = Assignment(
     method="flora",

@@ -9,16 +9,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import RoundError
-from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap, cuts, from_bitmap, linear_shapes, shapes, slice_factors
 from fedtune.lora import lowrank
 from fedtune.lora.adapter import Factors, delta, unpack
 from fedtune.messages import Blueprint, ClientUpdate, Plan, Training, cohort_weights
 from fedtune.methods import pruning
 from fedtune.methods.flora import METHOD, FloraState
-from fedtune.ranking import PruningSettings, kept, ranked
+from fedtune.pruning.ranking import PruningSettings, rank_units, structure_at
+from fedtune.pruning.structure import (
+    Block,
+    BlockLayout,
+    BlockStructure,
+    ModelStructure,
+    bitmap,
+    cuts,
+    from_bitmap,
+    linear_shapes,
+    shapes,
+    slice_factors,
+)
 from fedtune.tensors import Array, cast
 
-ANATOMY = Anatomy("llama", tuple(Block(f"model.layers.{i}", 4, 2, 2, 16) for i in range(2)), width=6)
+ANATOMY = BlockLayout("llama", tuple(Block(f"model.layers.{i}", 4, 2, 2, 16) for i in range(2)), width=6)
 MODULES = dict(zip(ANATOMY.sides, linear_shapes(ANATOMY), strict=True))
 SETTINGS = PruningSettings(multiple=2, target=0.5)
 TRAINING = Training(batch=1, learning_rate=1.0, steps=1)
@@ -75,7 +86,7 @@ def zeros(shape: tuple[int, int]) -> Factors:
     return Factors(a=np.zeros((1, shape[1])), b=np.zeros((shape[0], 1)))
 
 
-def scattered(factors: Factors, keep: Keep | None, name: str) -> Array:
+def scattered(factors: Factors, keep: ModelStructure | None, name: str) -> Array:
     """A pruned change in the base's coordinates, dense, in float64: the reference."""
     dense = np.zeros(MODULES[name])
     if keep is None:
@@ -131,7 +142,7 @@ def test_training_on_adds_what_each_pruned_client_changed(ratios: list[float], s
         state = after
 
 
-def started(order: Any, keep: Keep | None) -> dict[str, Factors]:
+def started(order: Any, keep: ModelStructure | None) -> dict[str, Factors]:
     """Where a client's factors start, in its own coordinates and with the scale in b, as it makes them itself."""
     from fedtune.model.lora import start
     from fedtune.model.shrunk import cut_of, ordered, told
@@ -163,9 +174,9 @@ def test_equal_masks_are_the_same_with_and_without_coverage() -> None:
 
 def test_coverage_by_hand() -> None:
     """Two clients of 3 and 1 examples; rows kept by the first alone move 3/4 of the way, or all of it."""
-    small = Anatomy("bert", (Block("x", 2, 2, 1, 2),), width=2)
-    wide = Keep((Kept((0, 1), (0, 1), (0, 1)),))
-    narrow = Keep((Kept((0, 1), (0, 1), (0,)),))
+    small = BlockLayout("bert", (Block("x", 2, 2, 1, 2),), width=2)
+    wide = ModelStructure((BlockStructure((0, 1), (0, 1), (0, 1)),))
+    narrow = ModelStructure((BlockStructure((0, 1), (0, 1), (0,)),))
     name = "x.intermediate.dense"
     cohort = cohort_weights(
         [
@@ -193,24 +204,24 @@ def test_coverage_by_hand() -> None:
 
 
 LLAMA = ANATOMY
-GPT2 = Anatomy("gpt2", tuple(Block(f"h.{i}", 4, 4, 2, 16) for i in range(2)), width=8)
+GPT2 = BlockLayout("gpt2", tuple(Block(f"h.{i}", 4, 4, 2, 16) for i in range(2)), width=8)
 
 
-def random_keep(anatomy: Anatomy, rng: np.random.Generator) -> Keep:
+def random_keep(anatomy: BlockLayout, rng: np.random.Generator) -> ModelStructure:
     blocks = []
     for block in anatomy.blocks:
         kv = sorted(rng.permutation(block.kv_heads)[: rng.integers(1, block.kv_heads + 1)].tolist())
         each = int(rng.integers(1, block.group + 1))
         q = [h * block.group + i for h in kv for i in sorted(rng.permutation(block.group)[:each].tolist())]
         ff = sorted(rng.permutation(block.channels)[: rng.integers(1, block.channels)].tolist())
-        blocks.append(Kept(tuple(q), tuple(kv), tuple(ff)))
-    return Keep(tuple(blocks))
+        blocks.append(BlockStructure(tuple(q), tuple(kv), tuple(ff)))
+    return ModelStructure(tuple(blocks))
 
 
 @pytest.mark.parametrize("anatomy", [LLAMA, GPT2], ids=["gqa", "gpt2"])
 @pytest.mark.parametrize("weights", ["examples", "uniform"])
 @pytest.mark.parametrize("seed", range(3))
-def test_coverage_in_a_round_is_the_dense_reference(anatomy: Anatomy, weights: str, seed: int) -> None:
+def test_coverage_in_a_round_is_the_dense_reference(anatomy: BlockLayout, weights: str, seed: int) -> None:
     """D_out (sum of p_k times the scattered changes) D_in in float64, D = 1 / max(c, .2), by what each client kept."""
     rng, modules = np.random.default_rng(seed), dict(zip(anatomy.sides, linear_shapes(anatomy), strict=True))
     blueprint = Blueprint(
@@ -330,16 +341,16 @@ def test_scores_are_asked_for_at_first_and_every_so_many_rounds(refresh: int, la
     assert state.scored == last
 
 
-def scored(keep: Keep | None, seed: int) -> dict[str, Array]:
-    from fedtune.ranking import gathered
+def scored(keep: ModelStructure | None, seed: int) -> dict[str, Array]:
+    from fedtune.pruning.ranking import at_structure
 
-    return dict(gathered(worth(seed), keep, ANATOMY))
+    return dict(at_structure(worth(seed), keep, ANATOMY))
 
 
 def test_votes_make_an_order_and_local_masks_none() -> None:
     voting = first(order={}, pruning={"policy": "vote"}, mode="reinit")
-    order = ranked(worth(5), ANATOMY, voting.pruning or SETTINGS)
-    mask = bitmap(kept(order, ANATOMY, SETTINGS, 0.5), ANATOMY)
+    order = rank_units(worth(5), ANATOMY, voting.pruning or SETTINGS)
+    mask = bitmap(structure_at(order, ANATOMY, SETTINGS, 0.5), ANATOMY)
     updates = [replace(update(voting, plan(name, 0.0)), mask=mask) for name in EXAMPLES]
     after = METHOD.aggregate(voting, updates)
     found = after.structure(0.5)

@@ -36,11 +36,21 @@ from transformers import (
 )
 
 from fedtune.errors import ConfigError, ShapeError
-from fedtune.keep import Anatomy, Block, Keep, Kept, cuts, linear_shapes, shapes, slice_adapter, whole
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import Base
 from fedtune.model.lora import attached, layers
 from fedtune.model.prune import anatomy_of, cut_again, fit, gated, gates, pruned, readers
+from fedtune.pruning.structure import (
+    Block,
+    BlockLayout,
+    BlockStructure,
+    ModelStructure,
+    cuts,
+    full_block,
+    linear_shapes,
+    shapes,
+    slice_adapter,
+)
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 LLAMA = {**SIZES, "intermediate_size": 24, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1}
@@ -82,14 +92,14 @@ def build(name: str, attention: str = "sdpa") -> Any:
 model_of = lru_cache(build)  # by those tests that leave a model as it was, which one of them proves
 
 
-def base_of(model: Any, anatomy: Anatomy) -> Base:
+def base_of(model: Any, anatomy: BlockLayout) -> Base:
     """Return a base whose every linear layer in a block gets an adapter."""
     modules = dict(zip(anatomy.sides, linear_shapes(anatomy), strict=True))
     task = "causal" if hasattr(model, "lm_head") else "classification"
     return Base("tiny", "tiny", model, None, task, torch.device("cpu"), "", modules, (), ())
 
 
-def random_keep(anatomy: Anatomy, seed: int) -> Keep:
+def random_keep(anatomy: BlockLayout, seed: int) -> ModelStructure:
     """Return a keep of other widths in every block: some key/value heads, as many queries of each, some channels."""
     rng = np.random.default_rng(seed)
 
@@ -101,11 +111,13 @@ def random_keep(anatomy: Anatomy, seed: int) -> Keep:
         kv = some(block.kv_heads, int(rng.integers(1, block.kv_heads + 1)))
         each = int(rng.integers(1, block.group + 1))
         q = [head * block.group + i for head in kv for i in some(block.group, each)]
-        blocks.append(Kept(tuple(q), tuple(kv), tuple(some(block.channels, int(rng.integers(3, block.channels))))))
-    return Keep(tuple(blocks))
+        blocks.append(
+            BlockStructure(tuple(q), tuple(kv), tuple(some(block.channels, int(rng.integers(3, block.channels)))))
+        )
+    return ModelStructure(tuple(blocks))
 
 
-def random_adapter(anatomy: Anatomy, seed: int = 1, rank: int = 3) -> Adapter:
+def random_adapter(anatomy: BlockLayout, seed: int = 1, rank: int = 3) -> Adapter:
     rng = np.random.default_rng(seed)
     return {
         name: Factors(
@@ -279,7 +291,7 @@ def test_what_keeps_everything_is_not_copied() -> None:
     model = model_of("qwen2")
     anatomy = anatomy_of(model)
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    with pruned(model, whole(anatomy), anatomy):
+    with pruned(model, full_block(anatomy), anatomy):
         assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
 
 
@@ -312,7 +324,7 @@ def test_a_model_that_is_not_whole_is_refused() -> None:
         pass
     with (
         pytest.raises(ShapeError, match=r"model\.layers\.0, q"),
-        pruned(model, Keep((Kept((0, 9), (0,), (1,)),) * 3), anatomy),
+        pruned(model, ModelStructure((BlockStructure((0, 9), (0,), (1,)),) * 3), anatomy),
     ):
         pass
 
@@ -322,7 +334,7 @@ def test_columns_by_hand() -> None:
     model = build("gpt2")
     block = replace(anatomy_of(model).blocks[0], channels=24)
     anatomy = anatomy_of(model)
-    keep = Keep((Kept((1, 3), (1, 3), (0, 5)), *whole(anatomy).blocks[1:]))
+    keep = ModelStructure((BlockStructure((1, 3), (1, 3), (0, 5)), *full_block(anatomy).blocks[1:]))
     weight = model.transformer.h[0].attn.c_attn.weight
     columns = [a * 8 + b + part for part in (0, 32, 64) for a in (1, 3) for b in range(8)]
     with pruned(model, keep, anatomy):
@@ -333,7 +345,7 @@ def test_columns_by_hand() -> None:
         assert attention.scaling == block.head_dim**-0.5
 
 
-def stage(seed: int, anatomy: Anatomy) -> tuple[Keep, Keep]:
+def stage(seed: int, anatomy: BlockLayout) -> tuple[ModelStructure, ModelStructure]:
     """Return a keep and a part of it."""
     before = random_keep(anatomy, seed)
     inner = []
@@ -341,8 +353,8 @@ def stage(seed: int, anatomy: Anatomy) -> tuple[Keep, Keep]:
         group = len(kept.q) // len(kept.kv)
         kv = kept.kv[::2]
         at = [kept.kv.index(head) * group + i for head in kv for i in range(max(1, group - 1))]
-        inner.append(Kept(tuple(kept.q[i] for i in at), kv, kept.ff[::2]))
-    return before, Keep(tuple(inner))
+        inner.append(BlockStructure(tuple(kept.q[i] for i in at), kv, kept.ff[::2]))
+    return before, ModelStructure(tuple(inner))
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "qwen2", "qwen3", "gpt2", "bert"])
@@ -452,7 +464,7 @@ def test_a_gate_on_the_layer_beneath_an_adapter_would_leak() -> None:
 def test_attributes_alone_can_be_written() -> None:
     model = build("bert")
     anatomy = anatomy_of(model)
-    fit(model, Keep((Kept((1,), (1,), (0,)),) * 3), anatomy)
+    fit(model, ModelStructure((BlockStructure((1,), (1,), (0,)),) * 3), anatomy)
     assert model.bert.encoder.layer[2].attention.self.all_head_size == 8
 
 

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedtune.errors import ClientError, ConfigError
-from fedtune.keep import Keep, Kept, cuts, rows, shapes, slice_adapter, whole
 from fedtune.model.lora import attached
 from fedtune.model.prune import anatomy_of, core, gated, pruned, readers
 from fedtune.model.scores import DECAY, gradients, pool, scores, sketch, sketch_layers, smoothed, worth
 from fedtune.model.train import Batch, summed_loss
-from fedtune.ranking import Criterion, PruningSettings, gathered, kept, ranked
+from fedtune.pruning.ranking import Criterion, PruningSettings, at_structure, rank_units, structure_at
+from fedtune.pruning.structure import BlockStructure, ModelStructure, cuts, full_block, rows, shapes, slice_adapter
 from tests.model.test_prune import CONFIGS, IDS, MASK, base_of, build, model_of, random_adapter, random_keep
 
 ALL: list[Criterion] = ["wanda", "lora", "gate", "magnitude", "random"]
@@ -97,7 +97,7 @@ def test_the_derivative_of_a_gate_is_the_sum_of_weights_times_gradients(name: st
             gradient = held[key].T if name == "gpt2" else held[key]
             full = weight_of(module, name) + (change_of(module, "local") if adapted else 0)
             parts[key] = (full * gradient).sum(dim=0)
-    expected = pool(parts, anatomy, whole(anatomy))
+    expected = pool(parts, anatomy, full_block(anatomy))
     for key in found:
         np.testing.assert_allclose(found[key], expected[key], rtol=1e-6)
 
@@ -130,7 +130,7 @@ def test_wanda_is_the_dense_formula_without_padding(name: str, adapted: bool) ->
             if adapted:
                 full = full + change_of(module, "local") + change_of(module, "global")
             parts[key] = inputs[key][MASK.bool()].square().mean(dim=0) * full.square().sum(dim=0)
-    expected = pool(parts, anatomy, whole(anatomy))
+    expected = pool(parts, anatomy, full_block(anatomy))
     for key in found:
         np.testing.assert_allclose(found[key], expected[key], rtol=1e-6)
         np.testing.assert_allclose(again[key], found[key], rtol=1e-6)
@@ -151,7 +151,7 @@ def test_magnitude_by_hand() -> None:
 
 
 def test_a_query_head_gets_an_equal_share_of_its_key_and_value() -> None:
-    kept = Kept(q=(0, 1, 4, 5), kv=(0, 2), ff=(0,))
+    kept = BlockStructure(q=(0, 1, 4, 5), kv=(0, 2), ff=(0,))
     assert worth(torch.tensor([1.0, -3.0, 5.0, 1.0]), "kv", kept).tolist() == [1.0, 1.0, 3.0, 3.0]
     assert worth(torch.tensor([1.0, -3.0, 5.0, 1.0]), "q", kept).tolist() == [1.0, 3.0, 5.0, 1.0]
     assert worth(torch.arange(12.0), "qkv", kept).tolist() == [12.0, 15.0, 18.0, 21.0]
@@ -176,7 +176,7 @@ def test_scores_of_a_pruned_model_are_those_of_the_gated_one_at_what_it_keeps(na
     if criterion in ("gate", "wanda", "random"):
         with attached(base, local=adapter), gated(model, keep, anatomy):
             full = scores(model, [batch_of(base.task)], criterion, anatomy, **options)  # type: ignore[arg-type]
-        for key, array in gathered(full, keep, anatomy).items():
+        for key, array in at_structure(full, keep, anatomy).items():
             np.testing.assert_allclose(found[key], array, rtol=1e-3, atol=1e-6)
 
 
@@ -250,16 +250,16 @@ def test_on_a_real_model_data_tell_better_than_weights_or_chance(stories: Path) 
     batches = [batch_of("causal", part, torch.ones_like(part)) for part in ids.split(4)]
     settings = PruningSettings(target=0.5)
 
-    def loss(keep: Keep) -> float:
+    def loss(keep: ModelStructure) -> float:
         with pruned(model, keep, anatomy), torch.inference_mode():
             return float(sum(summed_loss(model, b, task="causal") for b in batches[2:]) / batches[2].count)
 
     def after(criterion: Criterion, key: int = 0) -> float:
         found = scores(model, batches[:2], criterion, anatomy, task="causal", key=key)
-        return loss(kept(ranked(found, anatomy, settings), anatomy, settings, 0.5))
+        return loss(structure_at(rank_units(found, anatomy, settings), anatomy, settings, 0.5))
 
     full, wanda, gate, chance = (
-        loss(whole(anatomy)),
+        loss(full_block(anatomy)),
         after("wanda"),
         after("gate"),
         np.mean([after("random", key) for key in range(4)]),

@@ -13,13 +13,13 @@ import pytest
 from fedtune import client
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError, ShapeError
-from fedtune.keep import from_bitmap, sparsity
 from fedtune.messages import OUT_OF_MEMORY, Assignment, ClientUpdate, Failure, Plan, Training
 from fedtune.methods.flora import METHOD, FloraState
 from fedtune.model import shrunk
 from fedtune.model.base import Base, digest
 from fedtune.model.lora import attached
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import from_bitmap, sparsity
 from fedtune.rounds.admission import admit
 from fedtune.wire.messages import decode_assignment, decode_update, encode_assignment, encode_update
 
@@ -108,8 +108,8 @@ def test_a_pruned_client_trains_the_slice_of_the_global_model(base: Base, exampl
     keep, anatomy = update.keep, shrunk.anatomy(base)
     assert keep is not None
     batch = shrunk.paired_rows(rows, base, key=asked(state, base, 0.5).seed, batch=4)
-    from fedtune.keep import cuts, slice_adapter
     from fedtune.model.prune import gated
+    from fedtune.pruning.structure import cuts, slice_adapter
 
     with attached(base, frozen=METHOD.adapter(state)) as model, gated(model, keep, anatomy):
         gated_loss = shrunk.paired_loss(model, batch, base)

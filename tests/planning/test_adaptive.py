@@ -10,7 +10,7 @@ from fedtune.planning import Planner, Seen
 from fedtune.planning.adaptive import Adaptive, AdaptiveSettings, Cost, Speed
 from fedtune.planning.policies import policy_of
 from fedtune.planning.policy import Arm
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
 
 TRAINING = Training(batch=4, learning_rate=0.1, epochs=1.0)
 FLEET = [Client("ann", 8), Client("bob", 8), Client("cyd", 8)]

@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap
 from fedtune.messages import (
     Assignment,
     Blueprint,
@@ -24,7 +23,8 @@ from fedtune.messages import (
     Training,
 )
 from fedtune.methods import METHODS
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
 from fedtune.rounds.admission import MAX_SKIPPED, admit, admit_norms, change_norm, largest_update
 from fedtune.tensors import Tensors, cast
 from fedtune.wire.messages import encode_update
@@ -292,7 +292,7 @@ def test_a_base_whose_losses_are_not_finite_measures_nothing(skipped: int) -> No
     assert f"got {skipped} that are not" in outcome.reason
 
 
-ANATOMY = Anatomy("bert", tuple(Block(f"x.{i}", 4, 4, 2, 16) for i in range(2)), width=8)
+ANATOMY = BlockLayout("bert", tuple(Block(f"x.{i}", 4, 4, 2, 16) for i in range(2)), width=8)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ ANATOMY = Anatomy("bert", tuple(Block(f"x.{i}", 4, 4, 2, 16) for i in range(2)),
 def test_a_vote_keeps_as_many_heads_as_were_asked(heads: tuple[tuple[int, ...], ...], words: list[str]) -> None:
     """A voter for few heads would count for more, since votes are in units of their mean."""
     settings = PruningSettings(policy="vote", target=0.5, multiple=2)
-    keep = Keep(tuple(Kept(q=each, kv=each, ff=tuple(range(8))) for each in heads))
+    keep = ModelStructure(tuple(BlockStructure(q=each, kv=each, ff=tuple(range(8))) for each in heads))
     asked = replace(assignment(), surgery=Pruning(settings=settings, wanted=True))
     blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
     outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
@@ -321,7 +321,7 @@ def test_a_vote_keeps_as_many_heads_as_were_asked(heads: tuple[tuple[int, ...], 
 
 def test_blocks_that_keep_alike_keep_as_many_heads_each() -> None:
     settings = PruningSettings(policy="vote", target=0.5, multiple=2, allocation="uniform")
-    keep = Keep(tuple(Kept(q=each, kv=each, ff=tuple(range(8))) for each in ((0,), (1, 2, 3))))
+    keep = ModelStructure(tuple(BlockStructure(q=each, kv=each, ff=tuple(range(8))) for each in ((0,), (1, 2, 3))))
     asked = replace(assignment(), surgery=Pruning(settings=settings, wanted=True))
     blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
     outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)

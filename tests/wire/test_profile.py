@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedtune.errors import WireError
-from fedtune.keep import Anatomy, Block, linear_shapes
+from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors
 from fedtune.wire.messages import EncodedAssignment, encode_blob
 from fedtune.wire.profile import (
@@ -194,11 +194,11 @@ def test_each_clients_initial_values_are_hashed_once(monkeypatch: pytest.MonkeyP
     assert len(hashed) == 3
 
 
-STATED = Anatomy("llama", (Block("model.layers.0", 4, 2, 2, 16), Block("model.layers.1", 4, 2, 2, 16)), width=8)
+STATED = BlockLayout("llama", (Block("model.layers.0", 4, 2, 2, 16), Block("model.layers.1", 4, 2, 2, 16)), width=8)
 ADAPTED = {name: shape for name, shape in zip(STATED.sides, linear_shapes(STATED), strict=True) if "q_proj" in name}
 
 
-def stating(anatomy: Anatomy) -> ClientProfile:
+def stating(anatomy: BlockLayout) -> ClientProfile:
     return again(replace(PROFILE, foundation=replace(FOUNDATION, modules=ADAPTED, saved={}, anatomy=anatomy)))
 
 

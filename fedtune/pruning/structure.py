@@ -72,7 +72,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class BlockLayout:
     """The blocks of a base that surgery knows; both wings derive from it what a layer's rows and columns mean."""
 
     family: str
@@ -98,7 +98,7 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class Kept:
+class BlockStructure:
     """What is left of one block: sorted indices in the base's coordinates."""
 
     q: tuple[int, ...]
@@ -107,10 +107,10 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Keep:
+class ModelStructure:
     """What is left of every block of a base."""
 
-    blocks: tuple[Kept, ...]
+    blocks: tuple[BlockStructure, ...]
 
     @cached_property
     def digest(self) -> bytes:
@@ -120,14 +120,17 @@ class Keep:
         return hashlib.sha256(np.asarray(numbers, "<u4").tobytes()).digest()
 
 
-def whole(anatomy: Anatomy) -> Keep:
+def full_block(anatomy: BlockLayout) -> ModelStructure:
     """Return the keep that leaves everything."""
-    return Keep(
-        tuple(Kept(tuple(range(b.heads)), tuple(range(b.kv_heads)), tuple(range(b.channels))) for b in anatomy.blocks)
+    return ModelStructure(
+        tuple(
+            BlockStructure(tuple(range(b.heads)), tuple(range(b.kv_heads)), tuple(range(b.channels)))
+            for b in anatomy.blocks
+        )
     )
 
 
-def check(keep: Keep, anatomy: Anatomy) -> Keep:
+def check(keep: ModelStructure, anatomy: BlockLayout) -> ModelStructure:
     """Return the keep if it is one of this base.
 
     Raises:
@@ -142,14 +145,16 @@ def check(keep: Keep, anatomy: Anatomy) -> Keep:
             if not part:
                 raise ShapeError(f"{block.prefix}, {name}: expected at least one of {size} to be kept; got none")
             if list(part) != sorted(set(part)):
-                raise ShapeError(f"{block.prefix}, {name}: expected rising indices, each once; got {listed(part)}")
+                raise ShapeError(f"{block.prefix}, {name}: expected rising indices, each once; got {index_list(part)}")
             if part[0] < 0 or part[-1] >= size:
-                raise ShapeError(f"{block.prefix}, {name}: expected indices from 0 to {size - 1}; got {listed(part)}")
+                raise ShapeError(
+                    f"{block.prefix}, {name}: expected indices from 0 to {size - 1}; got {index_list(part)}"
+                )
         counts = {head: 0 for head in kept.kv}
         for head in kept.q:
             if head // block.group not in counts:
                 raise ShapeError(
-                    f"{block.prefix}, q: expected heads of the kept key/value heads {listed(kept.kv)}; got {head}"
+                    f"{block.prefix}, q: expected heads of the kept key/value heads {index_list(kept.kv)}; got {head}"
                 )
             counts[head // block.group] += 1
         if len(set(counts.values())) != 1:
@@ -159,11 +164,11 @@ def check(keep: Keep, anatomy: Anatomy) -> Keep:
     return keep
 
 
-def listed(part: Sequence[int]) -> str:
+def index_list(part: Sequence[int]) -> str:
     return f"{list(part[:8])}{' ...' if len(part) > 8 else ''}"
 
 
-def bitmap(keep: Keep, anatomy: Anatomy) -> bytes:
+def bitmap(keep: ModelStructure, anatomy: BlockLayout) -> bytes:
     """Return a keep as it travels: per block a bit per query head, key/value head and channel, lowest bit first."""
     bits = []
     for block, kept in zip(anatomy.blocks, keep.blocks, strict=True):
@@ -174,7 +179,7 @@ def bitmap(keep: Keep, anatomy: Anatomy) -> bytes:
     return np.packbits(np.concatenate(bits), bitorder="little").tobytes()
 
 
-def from_bitmap(data: bytes, anatomy: Anatomy) -> Keep:
+def from_bitmap(data: bytes, anatomy: BlockLayout) -> ModelStructure:
     """Return the keep that `bitmap` wrote.
 
     Raises:
@@ -188,7 +193,7 @@ def from_bitmap(data: bytes, anatomy: Anatomy) -> Keep:
     if bits[total:].any():
         raise ShapeError(f"keep: expected zero bits after the {total} of the base; got others")
     parts = [tuple(np.flatnonzero(part).tolist()) for part in np.split(bits[:total], np.cumsum(sizes)[:-1])]
-    return check(Keep(tuple(Kept(*parts[i : i + 3]) for i in range(0, len(parts), 3))), anatomy)
+    return check(ModelStructure(tuple(BlockStructure(*parts[i : i + 3]) for i in range(0, len(parts), 3))), anatomy)
 
 
 def rows(heads: Sequence[int], head_dim: int) -> Array:
@@ -201,7 +206,7 @@ def rows(heads: Sequence[int], head_dim: int) -> Array:
     return found
 
 
-def places(block: Block, kept: Kept, side: Side) -> Array | None:
+def places(block: Block, kept: BlockStructure, side: Side) -> Array | None:
     """Return the indices of one side of a layer that are kept, in the base's coordinates; None: all of them."""
     match side:
         case "q":
@@ -218,35 +223,35 @@ def places(block: Block, kept: Kept, side: Side) -> Array | None:
 
 
 @dataclass(frozen=True)
-class Cut:
+class LayerSlice:
     """What is kept of one linear layer; None stands for all of a side."""
 
     out: Array | None
     into: Array | None
 
 
-def cuts(keep: Keep, anatomy: Anatomy) -> Mapping[str, Cut]:
+def cuts(keep: ModelStructure, anatomy: BlockLayout) -> Mapping[str, LayerSlice]:
     """Return what is kept of every linear layer of every block, by full name."""
     found = {}
     for name, (index, out, into) in anatomy.sides.items():
         block, kept = anatomy.blocks[index], keep.blocks[index]
-        found[name] = Cut(out=places(block, kept, out), into=places(block, kept, into))
+        found[name] = LayerSlice(out=places(block, kept, out), into=places(block, kept, into))
     return found
 
 
-WHOLE = Cut(None, None)
+FULL = LayerSlice(None, None)
 
 
-def shapes(modules: Mapping[str, tuple[int, int]], cut: Mapping[str, Cut]) -> Mapping[str, tuple[int, int]]:
+def shapes(modules: Mapping[str, tuple[int, int]], cut: Mapping[str, LayerSlice]) -> Mapping[str, tuple[int, int]]:
     """Return (out, in) of modules after surgery; those outside of the blocks stay as they are."""
     found = {}
     for name, (m, n) in modules.items():
-        at = cut.get(name, WHOLE)
+        at = cut.get(name, FULL)
         found[name] = (m if at.out is None else len(at.out), n if at.into is None else len(at.into))
     return found
 
 
-def slice_factors(factors: Factors, cut: Cut) -> Factors:
+def slice_factors(factors: Factors, cut: LayerSlice) -> Factors:
     """Return the change of the kept rows and columns alone: slice(W + b a) = slice(W) + slice(b) slice(a)."""
     return Factors(
         a=factors.a if cut.into is None else factors.a[:, cut.into],
@@ -254,7 +259,7 @@ def slice_factors(factors: Factors, cut: Cut) -> Factors:
     )
 
 
-def scatter_factors(factors: Factors, cut: Cut, shape: tuple[int, int]) -> Factors:
+def scatter_factors(factors: Factors, cut: LayerSlice, shape: tuple[int, int]) -> Factors:
     """Return a pruned layer's change in the base's coordinates: zero rows and columns where nothing was kept."""
     a, b = factors.a, factors.b
     if cut.into is not None:
@@ -266,22 +271,22 @@ def scatter_factors(factors: Factors, cut: Cut, shape: tuple[int, int]) -> Facto
     return Factors(a=a, b=b)
 
 
-def scatter(adapter: Adapter, cut: Mapping[str, Cut], modules: Mapping[str, tuple[int, int]]) -> Adapter:
+def scatter(adapter: Adapter, cut: Mapping[str, LayerSlice], modules: Mapping[str, tuple[int, int]]) -> Adapter:
     """Return an adapter of a pruned model in the base's coordinates."""
-    return {name: scatter_factors(f, cut.get(name, WHOLE), modules[name]) for name, f in adapter.items()}
+    return {name: scatter_factors(f, cut.get(name, FULL), modules[name]) for name, f in adapter.items()}
 
 
-def slice_adapter(adapter: Adapter, cut: Mapping[str, Cut]) -> Adapter:
+def slice_adapter(adapter: Adapter, cut: Mapping[str, LayerSlice]) -> Adapter:
     """Return what an adapter of the base is on a pruned model."""
-    return {name: slice_factors(factors, cut.get(name, WHOLE)) for name, factors in adapter.items()}
+    return {name: slice_factors(factors, cut.get(name, FULL)) for name, factors in adapter.items()}
 
 
-def slice_flat(tensors: Tensors, cut: Mapping[str, Cut]) -> Tensors:
+def slice_flat(tensors: Tensors, cut: Mapping[str, LayerSlice]) -> Tensors:
     """Return flat factors `<module>.a`, `.b` and dense `.w` at the kept rows and columns alone."""
     found = {}
     for key, array in tensors.items():
         name, _, kind = key.rpartition(".")
-        at = cut.get(name, WHOLE)
+        at = cut.get(name, FULL)
         if kind != "a" and at.out is not None:
             array = array[at.out]
         if kind != "b" and at.into is not None:
@@ -290,14 +295,14 @@ def slice_flat(tensors: Tensors, cut: Mapping[str, Cut]) -> Tensors:
     return found
 
 
-def within(before: Mapping[str, Cut], after: Mapping[str, Cut]) -> Mapping[str, Cut]:
+def within(before: Mapping[str, LayerSlice], after: Mapping[str, LayerSlice]) -> Mapping[str, LayerSlice]:
     """Return cuts of the base as cuts of what earlier ones left.
 
     Raises:
         ShapeError: naming a layer of which the earlier ones left less.
     """
     return {
-        name: Cut(places_in(name, old.out, after[name].out), places_in(name, old.into, after[name].into))
+        name: LayerSlice(places_in(name, old.out, after[name].out), places_in(name, old.into, after[name].into))
         for name, old in before.items()
     }
 
@@ -311,7 +316,7 @@ def places_in(name: str, before: Array | None, after: Array | None) -> Array | N
     return at
 
 
-def sparsity(keep: Keep, anatomy: Anatomy) -> float:
+def sparsity(keep: ModelStructure, anatomy: BlockLayout) -> float:
     """Return the share of the blocks' linear weights that is gone."""
     before = after = 0
     for cut, (m, n) in zip(cuts(keep, anatomy).values(), linear_shapes(anatomy), strict=True):
@@ -320,7 +325,7 @@ def sparsity(keep: Keep, anatomy: Anatomy) -> float:
     return 1 - after / before
 
 
-def linear_shapes(anatomy: Anatomy) -> Iterator[tuple[int, int]]:
+def linear_shapes(anatomy: BlockLayout) -> Iterator[tuple[int, int]]:
     """Yield (out, in) of the base's linear layers, in the order of `Anatomy.sides`."""
     for index, out, into in anatomy.sides.values():
         block = anatomy.blocks[index]

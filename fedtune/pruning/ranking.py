@@ -10,7 +10,7 @@ import numpy as np
 from annotated_types import Ge, Interval
 
 from fedtune.errors import ShapeError
-from fedtune.keep import Anatomy, Block, Keep, Kept
+from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure
 from fedtune.tensors import Array, Tensors
 
 Unit: TypeAlias = Literal["kv_group", "even_q"]
@@ -98,7 +98,7 @@ class Counts:
     """By block."""
 
 
-def counts(anatomy: Anatomy, settings: Settings, ratio: float) -> Counts:
+def counts(anatomy: BlockLayout, settings: Settings, ratio: float) -> Counts:
     """Return how many units and channels are left at a ratio in [0, 1); never less for a smaller ratio."""
     sizes = [units_of(settings, block) for block in anatomy.blocks]
     channels = tuple(channels_kept(block, multiple_of(settings, block), ratio) for block in anatomy.blocks)
@@ -131,7 +131,7 @@ class Ranking:
     """By block."""
 
 
-def split(scores: Tensors, anatomy: Anatomy) -> tuple[Sequence[Array], Sequence[Array]]:
+def split_by_block(scores: Tensors, anatomy: BlockLayout) -> tuple[Sequence[Array], Sequence[Array]]:
     """Return (scores of query heads, scores of channels) by block, from `heads` and `channels` over all blocks.
 
     Raises:
@@ -149,13 +149,13 @@ def split(scores: Tensors, anatomy: Anatomy) -> tuple[Sequence[Array], Sequence[
     return found[0], found[1]
 
 
-def ranked(scores: Tensors, anatomy: Anatomy, settings: Settings) -> Ranking:
+def rank_units(scores: Tensors, anatomy: BlockLayout, settings: Settings) -> Ranking:
     """Return the order that scores give; ties go to the lower index, so it is the same everywhere."""
-    heads, channels = split(scores, anatomy)
+    heads, channels = split_by_block(scores, anatomy)
     units: list[tuple[float, int, tuple[int, ...]]] = []
     first: list[tuple[int, tuple[int, ...]]] = []
     for index, block in enumerate(anatomy.blocks):
-        own = [(-worth, index, members) for worth, members in units_by_worth(heads[index], block, settings)]
+        own = [(-worth, index, members) for worth, members in units_by_importance(heads[index], block, settings)]
         own.sort()
         first.append(own[0][1:])
         units += own[1:]
@@ -165,7 +165,7 @@ def ranked(scores: Tensors, anatomy: Anatomy, settings: Settings) -> Ranking:
     )
 
 
-def units_by_worth(heads: Array, block: Block, settings: Settings) -> Sequence[tuple[float, tuple[int, ...]]]:
+def units_by_importance(heads: Array, block: Block, settings: Settings) -> Sequence[tuple[float, tuple[int, ...]]]:
     """Return (worth, query heads) of a block's attention units."""
     groups = heads.reshape(block.kv_heads, block.group)
     if unit_of(settings, block) == "kv_group":
@@ -178,7 +178,7 @@ def units_by_worth(heads: Array, block: Block, settings: Settings) -> Sequence[t
     return [(float(worth[slot]), tuple(sorted(members[:, slot].tolist()))) for slot in range(block.group)]
 
 
-def kept(ranking: Ranking, anatomy: Anatomy, settings: Settings, ratio: float) -> Keep:
+def structure_at(ranking: Ranking, anatomy: BlockLayout, settings: Settings, ratio: float) -> ModelStructure:
     """Return what a ratio keeps: a larger ratio keeps a part of what a smaller one keeps."""
     count = counts(anatomy, settings, ratio)
     taken: list[list[int]] = [[] for _ in anatomy.blocks]
@@ -191,9 +191,9 @@ def kept(ranking: Ranking, anatomy: Anatomy, settings: Settings, ratio: float) -
     else:
         for index, members in ranking.attention[: count.total]:
             taken[index] += members
-    return Keep(
+    return ModelStructure(
         tuple(
-            Kept(
+            BlockStructure(
                 q=tuple(sorted(heads)),
                 kv=tuple(sorted({head // block.group for head in heads})),
                 ff=tuple(sorted(order[:size])),
@@ -203,7 +203,7 @@ def kept(ranking: Ranking, anatomy: Anatomy, settings: Settings, ratio: float) -
     )
 
 
-def staged(ratio: float, stages: int) -> Sequence[float]:
+def stage_ratios(ratio: float, stages: int) -> Sequence[float]:
     """Return the ratios of a round's stages: p (1 - (1 - s/S)^3), the last of them p.
 
     >>> staged(0.5, 1), staged(0.5, 2)
@@ -212,14 +212,14 @@ def staged(ratio: float, stages: int) -> Sequence[float]:
     return [ratio * (1 - (1 - stage / stages) ** 3) for stage in range(1, stages + 1)]
 
 
-def spread(scores: Tensors, keep: Keep | None, anatomy: Anatomy) -> Tensors:
+def to_base_coordinates(scores: Tensors, keep: ModelStructure | None, anatomy: BlockLayout) -> Tensors:
     """Return a pruned client's scores in the base's coordinates, NaN where it holds nothing.
 
     Raises:
         ShapeError: if they are not as long as what the client kept.
     """
     if keep is None:
-        split(scores, anatomy)
+        split_by_block(scores, anatomy)
         return {name: array.astype(np.float64) for name, array in scores.items()}
     found = {}
     for name, sizes, parts in (
@@ -236,33 +236,33 @@ def spread(scores: Tensors, keep: Keep | None, anatomy: Anatomy) -> Tensors:
     return found
 
 
-def gathered(scores: Tensors, keep: Keep | None, anatomy: Anatomy) -> Tensors:
+def at_structure(scores: Tensors, keep: ModelStructure | None, anatomy: BlockLayout) -> Tensors:
     """Return scores of the whole base at what is kept: the inverse of `spread`."""
     if keep is None:
         return scores
-    heads, channels = split(scores, anatomy)
+    heads, channels = split_by_block(scores, anatomy)
     return {
         "heads": np.concatenate([part[list(one.q)] for part, one in zip(heads, keep.blocks, strict=True)]),
         "channels": np.concatenate([part[list(one.ff)] for part, one in zip(channels, keep.blocks, strict=True)]),
     }
 
 
-def normalised(scores: Tensors, held: Tensors, anatomy: Anatomy) -> Tensors:
+def normalise(scores: Tensors, held: Tensors, anatomy: BlockLayout) -> Tensors:
     """Return scores in units of their mean over what `held` marks: heads over all blocks, channels block by block.
 
     Heads are never put on a scale of their own block: that would hide which blocks matter.
     """
-    heads, channels = split(scores, anatomy)
-    _, common = split({name: mask.astype(np.float64) for name, mask in held.items()}, anatomy)
+    heads, channels = split_by_block(scores, anatomy)
+    _, common = split_by_block({name: mask.astype(np.float64) for name, mask in held.items()}, anatomy)
     return {
-        "heads": in_means(np.concatenate(heads), held["heads"].astype(bool)),
+        "heads": mean_normalised(np.concatenate(heads), held["heads"].astype(bool)),
         "channels": np.concatenate(
-            [in_means(part, at.astype(bool)) for part, at in zip(channels, common, strict=True)]
+            [mean_normalised(part, at.astype(bool)) for part, at in zip(channels, common, strict=True)]
         ),
     }
 
 
-def in_means(values: Array, mask: Array) -> Array:
+def mean_normalised(values: Array, mask: Array) -> Array:
     """Return values in units of the mean of what is marked, none above the number of what is.
 
     That is the most that one of them can come to. Else a client whose common part is next to nothing would lift the
@@ -278,7 +278,7 @@ def mean_of(values: Array, mask: Array) -> float:
     return found if found > 0 and np.isfinite(found) else 1.0
 
 
-def pooled(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy: Anatomy) -> Tensors:
+def pool_scores(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy: BlockLayout) -> Tensors:
     """Return scores after a round: half of what they were, half of the clients' weighted mean.
 
     Args:
@@ -287,7 +287,7 @@ def pooled(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy: Ana
         anatomy: of the base.
     """
     common = {name: np.all([np.isfinite(each[name]) for each, _ in parts], axis=0) for name in ("heads", "channels")}
-    scaled = [(normalised(each, common, anatomy), weight) for each, weight in parts]
+    scaled = [(normalise(each, common, anatomy), weight) for each, weight in parts]
     found = {}
     for name in ("heads", "channels"):
         total, weights = np.zeros(common[name].shape), np.zeros(common[name].shape)
@@ -302,7 +302,7 @@ def pooled(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy: Ana
     return found
 
 
-def noticed(order: Tensors, scores: Tensors) -> Tensors:
+def with_hysteresis(order: Tensors, scores: Tensors) -> Tensors:
     """Return the scores that the order goes by: a group's moves only when it has changed by more than `SWAP`."""
     if not order:
         return scores
@@ -312,7 +312,7 @@ def noticed(order: Tensors, scores: Tensors) -> Tensors:
     }
 
 
-def votes(keep: Keep, anatomy: Anatomy) -> Tensors:
+def votes(keep: ModelStructure, anatomy: BlockLayout) -> Tensors:
     """Return a client's mask as scores: 1 for what it keeps, 0 for the rest."""
     found = {
         "heads": np.concatenate(
