@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.devices.traces import log_deviation
 from fedtune.planning.bandits import Thompson, Ucb
 from fedtune.planning.deadline import Deadline
 from fedtune.planning.oracle import Oracle
@@ -29,7 +30,6 @@ from fedtune.planning.policy import Arm, Candidate, Observed, Policy
 from fedtune.planning.tree import STree
 from fedtune.planning.uniform import Uniform
 from fedtune.seeds import derive, generator
-from fedtune.simulation.traces import log_deviation
 from fedtune.tensors import Array
 
 RATIOS, RANKS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75), (2, 4, 8, 16, 32)

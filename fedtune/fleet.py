@@ -9,9 +9,10 @@ from typing import Any
 
 from fedtune.config import Recipe, planned
 from fedtune.config.recipe import wished_ratio
-from fedtune.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, round_bytes, round_flops, sizes
-from fedtune.cost import block_parameters as blocks_of
-from fedtune.device import FLEETS, PROFILES, DeviceProfile, Provenance, check
+from fedtune.devices.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, round_bytes, round_flops, sizes
+from fedtune.devices.cost import block_parameters as blocks_of
+from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
+from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint, Client, Training, WireDtype
 from fedtune.methods import METHODS
@@ -22,7 +23,6 @@ from fedtune.planning.policies import Given, arms_of, policy_of
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
-from fedtune.simulation.clock import PASSES, Load, Simulated
 
 SIMULATED = "Time is simulated: operations, bytes and traces of the devices below, never this machine's clock"
 
@@ -190,7 +190,7 @@ class Fleet:
     def true_seconds(self, round: int, candidate: Candidate) -> Sequence[float]:
         """Return the seconds that every arm will take a client in a round, whose traces do not depend on the time."""
         clock = self.clock()
-        assert isinstance(clock, Simulated)  # config asks the oracle for a fleet by rounds
+        assert isinstance(clock, SimulatedClock)  # config asks the oracle for a fleet by rounds
         name, settings = candidate.client, self.recipe.planner
         assert isinstance(settings, AdaptiveSettings)
         training = planned(self.recipe, name)[1]
@@ -214,7 +214,7 @@ class Fleet:
         settings = self.recipe.fleet
         if settings is None or self.body is None:
             return None
-        return Simulated(
+        return SimulatedClock(
             self.profiles,
             self.load,
             seed=self.recipe.seed,

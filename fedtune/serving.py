@@ -10,12 +10,12 @@ from fedtune.conduct import Door, Setting, first_state
 from fedtune.config import Recipe, bind
 from fedtune.config.reading import read
 from fedtune.config.recipe import largest_rank
+from fedtune.devices.measured_clock import MeasuredClock
 from fedtune.errors import ConfigError, Fault
 from fedtune.fleet import fleet_of
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.messages import Blueprint
 from fedtune.methods import METHODS
-from fedtune.simulation.arrivals import Arrivals
 from fedtune.store import peft
 from fedtune.store.ledger import RunLedger
 from fedtune.store.pruning import read_ranking
@@ -79,7 +79,7 @@ def setting(
         recipe=recipe,
         blueprint=blueprint,
         planner=devices.planner(blueprint),
-        clock=Arrivals(),
+        clock=MeasuredClock(),
         base={"name": recipe.model.base, "digest": common.base, "parameters": common.parameters},
         target=peft.Target(
             base=recipe.model.base,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import fedtune
+from fedtune.devices.simulated_clock import SimulatedClock
 from fedtune.errors import ConfigError
 from fedtune.fleet import Fleet, fleet_of, speed
 from fedtune.messages import Blueprint, Client, Measured, Plan, Traffic, Training
@@ -15,7 +16,6 @@ from fedtune.planning.fixed import Fixed
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.clock import CompletedWork
-from fedtune.simulation.clock import Simulated
 
 NAMES = [f"client-{i:02}" for i in range(8)]
 ANATOMY = BlockLayout("llama", (Block("model.layers.0", 4, 4, 8, 64),), width=32, head=320, outputs=10)
@@ -84,7 +84,7 @@ def test_the_clock_charges_what_the_planner_expected(made: Callable[..., Fleet])
     done = CompletedWork(Plan("client-00", 8, 2.0, TRAINING), Measured(tokens=tokens), Traffic(1, 1), 0.0)
     assert fleet.load(done).tflop == pytest.approx(fleet.cost("client-00", Arm(0.0, 8), TRAINING).tflop)
     clock = fleet.clock()
-    assert isinstance(clock, Simulated)
+    assert isinstance(clock, SimulatedClock)
     assert clock.timed(1, 0.0, {"client-00": done}, {})["client-00"].seconds > 0
 
 
@@ -95,7 +95,7 @@ def test_the_oracle_is_told_the_clocks_own_times(made: Callable[..., Fleet]) -> 
         "client-03", 1.0, (True, True), tuple(c.tflop for c in costs), tuple(c.megabytes for c in costs), (1.0, 1.0)
     )
     clock = fleet.clock()
-    assert isinstance(clock, Simulated)
+    assert isinstance(clock, SimulatedClock)
     for cost, rank, told in zip(costs, (2, 8), fleet.true_seconds(4, candidate), strict=True):
         half = int(cost.megabytes / 2 * 1e6)
         plan, measured = (
@@ -126,7 +126,7 @@ def test_a_base_whose_costs_nobody_knows_takes_the_fixed_planner_and_no_fleet(ta
 
 
 def test_a_planner_knows_the_means_of_a_profile() -> None:
-    from fedtune.device import PROFILES
+    from fedtune.devices.profiles import PROFILES
 
     found = speed(PROFILES["agx-xavier"])
     assert found.s_per_tflop == pytest.approx(1 / (4.0 * 0.6375))

@@ -19,8 +19,8 @@ from fedtune.config.reading import edited, read, value_of
 from fedtune.config.recipe import Override, Recipe, ReportSettings
 from fedtune.config.words import allows, choices, describe, listed, nearest, quoted, shown
 from fedtune.data.settings import DataSettings
-from fedtune.device import PROFILES, DeviceProfile
-from fedtune.device import check as check_profile
+from fedtune.devices.profiles import PROFILES, DeviceProfile
+from fedtune.devices.profiles import check as check_profile
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Training, Verb
 from fedtune.methods import METHODS

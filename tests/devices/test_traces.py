@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.device import PROFILES
-from fedtune.simulation import traces
+from fedtune.devices import traces
+from fedtune.devices.profiles import PROFILES
 
 TX2 = PROFILES["tx2"]
 

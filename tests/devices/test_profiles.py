@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.device import FLEETS, PROFILES, DeviceProfile, check
+from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, check
 from fedtune.errors import ConfigError
 
 EFFECTIVE = {

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.device import PROFILES
+from fedtune.devices.profiles import PROFILES
+from fedtune.devices.simulated_clock import Load, SimulatedClock, integrated_seconds
 from fedtune.messages import Measured, Plan, Traffic, Training
 from fedtune.rounds.clock import ClientTime, CompletedWork
-from fedtune.simulation.clock import Load, Simulated, spent
 
 TX2, AGX = PROFILES["tx2"], PROFILES["agx-xavier"]
 
@@ -19,13 +19,13 @@ def load(done: CompletedWork) -> Load:
     return Load(done.measured.tokens / 1e3, 0.0, done.traffic.down, done.traffic.up)
 
 
-FLEET = Simulated({"ann": TX2, "bob": AGX}, load, seed=0)
+FLEET = SimulatedClock({"ann": TX2, "bob": AGX}, load, seed=0)
 PLAN = Plan("ann", 8, 2.0, Training(batch=1, learning_rate=1.0, steps=1))
 
 
 def test_work_is_integrated_exactly_over_pieces() -> None:
-    assert spent(0, 10, lambda now: (1.0, 4 - now) if now < 4 else (0.5, inf)) == 16.0
-    assert spent(3, 0, lambda now: (1.0, inf)) == 0.0
+    assert integrated_seconds(0, 10, lambda now: (1.0, 4 - now) if now < 4 else (0.5, inf)) == 16.0
+    assert integrated_seconds(3, 0, lambda now: (1.0, inf)) == 0.0
 
 
 @given(work=st.floats(0.01, 100), share=st.floats(0.01, 0.99), start=st.floats(0, 10))
@@ -34,9 +34,9 @@ def test_work_adds_up(work: float, share: float, start: float) -> None:
         slot = int(now // 2)
         return (1.0, 0.5, 2.0)[slot % 3], (slot + 1) * 2 - now
 
-    first = spent(start, share * work, rate)
-    rest = spent(start + first, (1 - share) * work, rate)
-    assert first + rest == pytest.approx(spent(start, work, rate), rel=1e-6, abs=1e-6)
+    first = integrated_seconds(start, share * work, rate)
+    rest = integrated_seconds(start + first, (1 - share) * work, rate)
+    assert first + rest == pytest.approx(integrated_seconds(start, work, rate), rel=1e-6, abs=1e-6)
 
 
 @given(

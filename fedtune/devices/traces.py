@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from fedtune.device import DeviceProfile
+from fedtune.devices.profiles import DeviceProfile
 from fedtune.seeds import derive, generator
 
 By: TypeAlias = Literal["time", "round"]

@@ -144,7 +144,7 @@ SHARES: Mapping[str, Mapping[str, int]] = {
 """Devices of a fleet by kind."""
 
 
-def mixed(shares: Mapping[str, int]) -> Callable[[Sequence[str], int], Mapping[str, DeviceProfile]]:
+def mixed_fleet(shares: Mapping[str, int]) -> Callable[[Sequence[str], int], Mapping[str, DeviceProfile]]:
     """Return the function that gives each client a device, in these proportions and in an order drawn by the seed."""
 
     def fleet(clients: Sequence[str], seed: int) -> Mapping[str, DeviceProfile]:
@@ -162,7 +162,7 @@ def mixed(shares: Mapping[str, int]) -> Callable[[Sequence[str], int], Mapping[s
     return fleet
 
 
-def lognormal(clients: Sequence[str], seed: int) -> Mapping[str, DeviceProfile]:
+def lognormal_fleet(clients: Sequence[str], seed: int) -> Mapping[str, DeviceProfile]:
     """Return devices as FedScale (Apache-2.0) draws them: seconds per sample .005 LogNormal(1, .6), all assumed.
 
     A sample is taken as 0.05 TFLOP, so that the median device trains at 3.7 TFLOP/s.
@@ -187,7 +187,7 @@ def lognormal(clients: Sequence[str], seed: int) -> Mapping[str, DeviceProfile]:
 
 
 FLEETS: Mapping[str, Callable[[Sequence[str], int], Mapping[str, DeviceProfile]]] = {
-    **{name: mixed(shares) for name, shares in SHARES.items()},
-    "lognormal": lognormal,
+    **{name: mixed_fleet(shares) for name, shares in SHARES.items()},
+    "lognormal": lognormal_fleet,
 }
 """(clients, seed) -> each one's device, whatever the order of the names."""

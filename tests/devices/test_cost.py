@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.cost import (
+from fedtune.devices.cost import (
     PROXIES,
     Body,
     Work,
@@ -20,7 +20,7 @@ from fedtune.cost import (
     round_flops,
     sizes,
 )
-from fedtune.device import PROFILES
+from fedtune.devices.profiles import PROFILES
 from fedtune.pruning.ranking import PruningSettings
 
 ROBERTA = roberta_base()

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fedtune.device import DeviceProfile
+from fedtune.devices import traces
+from fedtune.devices.profiles import DeviceProfile
+from fedtune.devices.traces import By
 from fedtune.messages import Plan
 from fedtune.rounds.clock import ClientTime, CompletedWork
-from fedtune.simulation import traces
-from fedtune.simulation.traces import By
 
 PASSES = 2
 """Times that the weights are read in a step, forward and backward; 3 where activations are computed twice."""
@@ -29,7 +29,7 @@ class Load:
     bytes_up: float
 
 
-def spent(start_s: float, work: float, rate: Callable[[float], tuple[float, float]]) -> float:
+def integrated_seconds(start_s: float, work: float, rate: Callable[[float], tuple[float, float]]) -> float:
     """Return the seconds that work takes whose rate is constant in pieces, integrated exactly.
 
     >>> spent(0, 10, lambda now: (1, 4 - now) if now < 4 else (0.5, float("inf")))
@@ -47,7 +47,7 @@ def spent(start_s: float, work: float, rate: Callable[[float], tuple[float, floa
 
 
 @dataclass(frozen=True)
-class Simulated:
+class SimulatedClock:
     """The clock of a fleet; every policy that asks it meets the same world (common random numbers)."""
 
     profiles: Mapping[str, DeviceProfile]
@@ -71,15 +71,15 @@ class Simulated:
         net = profile.net_sigma, seed, name
         down = traces.bandwidth(profile.down_mbps, *net, by=self.by, round=round)
         up = traces.bandwidth(profile.up_mbps, *net, by=self.by, round=round)
-        first = profile.latency_s + spent(now_s, load.bytes_down, down)
+        first = profile.latency_s + integrated_seconds(now_s, load.bytes_down, down)
         # A step takes as long as its operations or as reading its weights, whichever is more; both follow the mode.
         work_s = max(load.tflop / profile.tflops, load.gigabytes / profile.memory_gbps) * traces.noise(
             seed, name, round
         )
         mode = traces.speed(profile, seed, name, by=self.by, round=round)
-        compute = spent(now_s + first, work_s, mode)
+        compute = integrated_seconds(now_s + first, work_s, mode)
         begin = now_s + first + compute + profile.overhead_s
-        second = profile.latency_s + spent(begin, load.bytes_up, up)
+        second = profile.latency_s + integrated_seconds(begin, load.bytes_up, up)
         return ClientTime(compute, first + second, overhead_s=profile.overhead_s)
 
     def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:

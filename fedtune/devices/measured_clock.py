@@ -8,7 +8,7 @@ from fedtune.messages import Plan
 from fedtune.rounds.clock import ClientTime, CompletedWork
 
 
-class Arrivals:
+class MeasuredClock:
     """Takes times as they were measured; nobody is given up here, for a deadline of the round has done that."""
 
     def timed(
@@ -18,7 +18,9 @@ class Arrivals:
 
         Nobody can have worked for longer than until its answer came, whatever it says.
         """
-        there = {name: parted(each.measured.seconds, each.arrived_s) for name, each in done.items() if each.arrived_s}
+        there = {
+            name: split_seconds(each.measured.seconds, each.arrived_s) for name, each in done.items() if each.arrived_s
+        }
         return {**there, **{name: ClientTime.given_up(after_s) for name, after_s in late.items()}}
 
     def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
@@ -31,6 +33,6 @@ class Arrivals:
         return True
 
 
-def parted(work_s: float, arrived_s: float) -> ClientTime:
+def split_seconds(work_s: float, arrived_s: float) -> ClientTime:
     work_s = min(work_s, arrived_s)
     return ClientTime(work_s, arrived_s - work_s)
