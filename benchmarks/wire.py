@@ -20,7 +20,7 @@ from fedtune.directions.checks import STATE
 from fedtune.directions.manifest import describe
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Measured, ProbeResult, Training
 from fedtune.methods.fedkseed import METHOD
-from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState
+from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.planning.fixed import Fixed
 from fedtune.rounds.loop import encoded_bytes
 from fedtune.seeds import derive, generator

@@ -13,7 +13,7 @@ from fedtune.config import Recipe, bind
 from fedtune.demo import recipe_text, write_data
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.exports import check_base, open_run
-from fedtune.methods.method import Tuned
+from fedtune.methods.method import GlobalModel
 from fedtune.rounds.loop import Note, Watch
 from fedtune.simulation.processes import Nursery
 from fedtune.store import audit, result
@@ -180,7 +180,7 @@ def evaluate(
 
     experiment = prepare(bound)
     check_base(experiment.base.digest, origin, path)
-    before = score(experiment, Tuned(saved=experiment.base.saved_tensors()), test=True, clients=False).test
+    before = score(experiment, GlobalModel(saved=experiment.base.saved_tensors()), test=True, clients=False).test
     after = score(experiment, tuned, test=True, clients=False).test
     if before is None or after is None:
         raise ConfigError(Fault("data.test", "test examples", "none", "give --data FILE, or set data.held_out above 0"))

@@ -16,8 +16,8 @@ from fedtune.config import Recipe, bind, changes, digest, render
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.messages import Blueprint
 from fedtune.methods import METHODS
-from fedtune.methods import state as states
-from fedtune.methods.method import Tuned
+from fedtune.methods import serialization as states
+from fedtune.methods.method import GlobalModel
 from fedtune.planning import Planner
 from fedtune.planning.fixed import FixedSettings
 from fedtune.pruning.structure import ModelStructure
@@ -50,7 +50,7 @@ class Scored:
     """Of the same model pruned to what is deployed, on the test data."""
 
 
-def unscored(tuned: Tuned, *, test: bool, clients: bool, keep: ModelStructure | None = None) -> Scored:
+def unscored(tuned: GlobalModel, *, test: bool, clients: bool, keep: ModelStructure | None = None) -> Scored:
     """Score nothing: a server holds neither model nor data."""
     return Scored()
 
@@ -74,7 +74,7 @@ class Setting:
     """Classification: the class names, by class."""
     notes: Sequence[str] = ()
     score: Callable[..., Scored] = unscored
-    sample: Callable[[Tuned], Mapping[str, str] | None] = lambda tuned: None
+    sample: Callable[[GlobalModel], Mapping[str, str] | None] = lambda tuned: None
     """Continues the recipe's prompt before and after."""
     door: Door = "simulate"
     """What the run is conducted through."""
@@ -334,7 +334,7 @@ def remarks(recipe: Recipe) -> Iterator[str]:
 def record_base(setting: Setting, run: Path) -> Mapping[str, Any]:
     """Score the base before any training; the line of round 0."""
     began = time.perf_counter()
-    scored = setting.score(Tuned(saved=setting.blueprint.saved), test=True, clients=True)
+    scored = setting.score(GlobalModel(saved=setting.blueprint.saved), test=True, clients=True)
     record = records.base_record(scored.test, scored.held_out, time.perf_counter() - began)
     append_round(run, record)
     return record
@@ -377,7 +377,7 @@ def write_result(setting: Setting, run: Path, state: Any, lines: Sequence[Mappin
     result.write(run, tuned, setting.target, provenance(setting, tuned, lines))
 
 
-def provenance(setting: Setting, tuned: Tuned, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def provenance(setting: Setting, tuned: GlobalModel, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return what travels inside a result's folder: where it came from, and what it cost."""
     recipe = setting.recipe
     return {
@@ -438,7 +438,7 @@ def summary(
     }
 
 
-def num_trainable(setting: Setting, tuned: Tuned | None) -> int:
+def num_trainable(setting: Setting, tuned: GlobalModel | None) -> int:
     """Return how many numbers are trained: of the largest adapter and modules_to_save, or of the tensors seeds move."""
     blueprint = setting.blueprint
     if METHODS[setting.recipe.method.name].verb == "probe":

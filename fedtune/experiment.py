@@ -19,7 +19,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.fleet import Fleet, Lengths, fleet_of
 from fedtune.messages import Blueprint, Client
 from fedtune.methods import METHODS
-from fedtune.methods.method import Seeds, Tuned
+from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base
 from fedtune.model.libraries import threads
@@ -139,7 +139,7 @@ def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str
 
 
 def score(
-    experiment: Experiment, tuned: Tuned, *, test: bool, clients: bool, keep: ModelStructure | None = None
+    experiment: Experiment, tuned: GlobalModel, *, test: bool, clients: bool, keep: ModelStructure | None = None
 ) -> Scored:
     """Score a global model on the test data, on each client's held-out rows, or on both; pruned to `keep` as well."""
     settings, federation = experiment.recipe.evaluate, experiment.federation
@@ -156,7 +156,7 @@ def score(
     return Scored(test=on_test.get("test"), held_out=held_out, deployed=small)
 
 
-def pruned_score(experiment: Experiment, tuned: Tuned, keep: ModelStructure) -> Mapping[str, float] | None:
+def pruned_score(experiment: Experiment, tuned: GlobalModel, keep: ModelStructure) -> Mapping[str, float] | None:
     """Score a global model on the test data, pruned to a structure; None without test data."""
     base, settings, body = experiment.base, experiment.recipe.evaluate, experiment.blueprint.anatomy
     assert body is not None  # a base without one is not pruned
@@ -166,7 +166,7 @@ def pruned_score(experiment: Experiment, tuned: Tuned, keep: ModelStructure) -> 
         return scoring.evaluate(small, adapter, tuned.saved, {"test": test}, batch=settings.batch).get("test")
 
 
-def moved(base: Base, seeds: Seeds | None) -> AbstractContextManager[None]:
+def moved(base: Base, seeds: SeedModel | None) -> AbstractContextManager[None]:
     """Give the base the weights that seeds stand for, for the length of the block."""
     return rebuilt(base, seeds.ledger, seeds.trainable) if seeds else nullcontext()
 
@@ -281,7 +281,7 @@ def workers(experiment: Experiment) -> int:
     return max(1, len(os.sched_getaffinity(0)) // recipe.model.threads)
 
 
-def sample(experiment: Experiment, tuned: Tuned) -> Mapping[str, str] | None:
+def sample(experiment: Experiment, tuned: GlobalModel) -> Mapping[str, str] | None:
     """Continue the recipe's prompt with the base and with the global model; None without a prompt."""
     settings, base = experiment.recipe.evaluate, experiment.base
     if settings.prompt is None:

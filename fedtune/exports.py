@@ -15,7 +15,7 @@ from fedtune.config.binding import Findings, bind_table
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.lora.lowrank import compress, truncate
-from fedtune.methods.method import Seeds, Tuned
+from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model.settings import ModelSettings
 from fedtune.rounds.loop import Note, Watch
 from fedtune.store import peft, result
@@ -84,7 +84,7 @@ def export(
 
 
 def _export_seeds(
-    path: Path, seeds: Seeds, origin: Mapping[str, Any], target: Path, *, form: str, watch: Watch
+    path: Path, seeds: SeedModel, origin: Mapping[str, Any], target: Path, *, form: str, watch: Watch
 ) -> Path:
     """Write what seeds stand for: themselves, the whole model with them beside it, or an adapter of the bank `kron`."""
     if form == "ledger":
@@ -224,7 +224,7 @@ def model_settings(origin: Mapping[str, Any], base: str, source: Path) -> ModelS
     return bound
 
 
-def open_run(run: Path) -> tuple[Tuned, Mapping[str, Any]]:
+def open_run(run: Path) -> tuple[GlobalModel, Mapping[str, Any]]:
     """Return (global model, provenance) of a run directory.
 
     Raises:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config import bind
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.methods import METHODS
-from fedtune.methods import state as states
-from fedtune.methods.method import Tuned
+from fedtune.methods import serialization as states
+from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure, cuts, full_block, slice_adapter, sparsity
 from fedtune.rounds.loop import Note, Watch
 from fedtune.store import peft, result
@@ -43,7 +43,7 @@ class Trained:
     path: Path
     experiment: Experiment
     state: Any
-    tuned: Tuned
+    tuned: GlobalModel
 
     def keep(self, ratio: float) -> ModelStructure | None:
         """Return what the run's order keeps at a ratio; None: all of it.

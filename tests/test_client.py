@@ -18,7 +18,7 @@ from fedtune.errors import ClientError, ShapeError, WireError
 from fedtune.lora.adapter import draw_a
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, ProbeResult, Training
 from fedtune.methods import fedkseed
-from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState
+from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.replica import Replicas

@@ -8,7 +8,7 @@ import pytest
 from fedtune.config import bind
 from fedtune.experiment import Experiment, prepare, score
 from fedtune.messages import Client, Plan
-from fedtune.methods.method import Tuned
+from fedtune.methods.method import GlobalModel
 
 # peft asks transformers by a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -29,10 +29,10 @@ def test_the_fleet_counts_training_examples_only(prepared: Experiment) -> None:
 def test_scores_are_made_of_what_is_asked_for(prepared: Experiment) -> None:
     evaluate = replace(prepared.recipe.evaluate, examples=2, client_examples=1)
     prepared = replace(prepared, recipe=replace(prepared.recipe, evaluate=evaluate))
-    on_test = score(prepared, Tuned(), test=True, clients=False)
+    on_test = score(prepared, GlobalModel(), test=True, clients=False)
     assert on_test.test is not None
     assert (on_test.test["examples"], on_test.held_out) == (2, {})
-    on_clients = score(prepared, Tuned(), test=False, clients=True)
+    on_clients = score(prepared, GlobalModel(), test=False, clients=True)
     assert on_clients.test is None
     assert {name: held["examples"] for name, held in on_clients.held_out.items()} == dict.fromkeys(prepared.fleet, 1)
 

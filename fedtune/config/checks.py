@@ -14,7 +14,7 @@ from fedtune.directions.banks import BANKS
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Training
 from fedtune.methods import METHODS
-from fedtune.methods.seed_state import FedKSeedSettings
+from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.pruning.ranking import PruningSettings

@@ -26,7 +26,7 @@ from fedtune.messages import (
     cohort_weights,
 )
 from fedtune.methods.fedit import shared_start
-from fedtune.methods.method import Method, assignment, mean_saved, step
+from fedtune.methods.method import Method, make_assignment, mean_saved, step
 from fedtune.tensors import Tensors, cast, weighted_mean
 
 
@@ -77,7 +77,7 @@ def init(blueprint: Blueprint, settings: FedExSettings) -> FedExState:
 def assign(state: FedExState, seed: int, plan: Plan) -> Assignment:
     """Send both factors to train and the residual frozen; the client returns both factors."""
     local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
-    return assignment("fedex", state, seed, plan, local, state.sent)
+    return make_assignment("fedex", state, seed, plan, local, state.sent)
 
 
 def aggregate(state: FedExState, updates: Sequence[ClientUpdate]) -> FedExState:

@@ -26,8 +26,8 @@ from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import RoundError
 from fedtune.lora.adapter import Adapter
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Probe, SeedState
-from fedtune.methods.method import Method, Seeds
-from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState, units
+from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState, units
+from fedtune.methods.method import Method, SeedModel
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
@@ -158,13 +158,14 @@ def aggregate(state: FedKSeedState, updates: Sequence[ClientUpdate]) -> FedKSeed
     """Return the state after one round: A_k += RNE(2^shift * sum_i w_i a_ik / sum_i w_i), in whole numbers."""
     cohort = sorted(updates, key=lambda update: update.client)
     if not state.calibrated:
-        return kept(state, cohort, calibrated(state, [update.probed.rms for update in cohort if update.probed]))
+        return with_history(state, cohort, calibrate(state, [update.probed.rms for update in cohort if update.probed]))
     logged = [
-        Logged(sample_key(state, update.client), weight, scalars(update)) for update, weight in weighed(state, cohort)
+        Logged(sample_key(state, update.client), weight, scalars(update))
+        for update, weight in integer_weights(state, cohort)
     ]
-    parts = [(counted(drawn_ids(state, one), one.scalars, len(state.sums)), one.weight) for one in logged]
+    parts = [(counted(sampled_ids(state, one), one.scalars, len(state.sums)), one.weight) for one in logged]
     sums, weight = weighted_sum(parts, len(state.sums))
-    return kept(state, cohort, advance(state, sums, weight, logged))
+    return with_history(state, cohort, advance(state, sums, weight, logged))
 
 
 def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[Logged]) -> FedKSeedState:
@@ -184,12 +185,12 @@ def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[Log
         accumulators={"a": added},
         coarseness=state.coarseness + coarser,
         longest=max(state.longest, *(len(one.scalars) for one in logged)),
-        drawn=visited(state, logged, coarser=coarser),
+        drawn=seed_visits(state, logged, coarser=coarser),
         log=log,
     )
 
 
-def kept(state: FedKSeedState, cohort: Sequence[ClientUpdate], after: FedKSeedState) -> FedKSeedState:
+def with_history(state: FedKSeedState, cohort: Sequence[ClientUpdate], after: FedKSeedState) -> FedKSeedState:
     """Return the state of the next round, with what must be known of the past to send short messages in it."""
     number = state.round + 1
     if state.settings.sync != "auto":
@@ -208,14 +209,14 @@ def kept(state: FedKSeedState, cohort: Sequence[ClientUpdate], after: FedKSeedSt
     )
 
 
-def calibrated(state: FedKSeedState, sizes: Sequence[float | None]) -> FedKSeedState:
+def calibrate(state: FedKSeedState, sizes: Sequence[float | None]) -> FedKSeedState:
     """Return the state with e chosen from what the first cohort measured: the median of its root mean squares."""
     step = median(size for size in sizes if size is not None) / COARSE
     exponent, coarseness = units(state.settings, min(step, 1e-3) or "auto")
     return replace(state, calibrated=True, exponent=exponent, coarseness=coarseness)
 
 
-def weighed(state: FedKSeedState, cohort: Sequence[ClientUpdate]) -> Sequence[tuple[ClientUpdate, int]]:
+def integer_weights(state: FedKSeedState, cohort: Sequence[ClientUpdate]) -> Sequence[tuple[ClientUpdate, int]]:
     """Return each update with its whole weight, 1 to 127."""
     if state.settings.weights == "uniform":
         return [(update, 1) for update in cohort]
@@ -233,12 +234,12 @@ def sample_key(state: FedKSeedState, client: str) -> int:
     return derive(derive(state.seed, "client", state.round + 1, client), "fedkseed.ids")
 
 
-def drawn_ids(state: FedKSeedState, one: Logged) -> Array:
+def sampled_ids(state: FedKSeedState, one: Logged) -> Array:
     settings = state.settings
     return ids.drawn(one.key, len(one.scalars), settings.seeds, sampling=settings.sampling, levels=state.levels)
 
 
-def visited(state: FedKSeedState, logged: Sequence[Logged], *, coarser: bool) -> Tensors:
+def seed_visits(state: FedKSeedState, logged: Sequence[Logged], *, coarser: bool) -> Tensors:
     """Return how large the scalars of each seed were and how often it was drawn, this round's added.
 
     In the unit of the coming round: twice as coarse a scalar is half as large.
@@ -247,7 +248,7 @@ def visited(state: FedKSeedState, logged: Sequence[Logged], *, coarser: bool) ->
         return {}
     size, sizes, visits = len(state.sums), state.drawn["sizes"], state.drawn["visits"]
     for one in logged:
-        drawn = drawn_ids(state, one)
+        drawn = sampled_ids(state, one)
         sizes = sizes + counted(drawn, np.abs(one.scalars.astype(np.int16)), size)
         visits = visits + np.bincount(drawn, minlength=size)
     return {"sizes": sizes >> int(coarser), "visits": visits}
@@ -258,8 +259,8 @@ def no_adapter(state: FedKSeedState) -> Adapter:
     return {}
 
 
-def seeds(state: FedKSeedState) -> Seeds:
-    return Seeds(state.ledger, state.manifest, state.trainable)
+def seeds(state: FedKSeedState) -> SeedModel:
+    return SeedModel(state.ledger, state.manifest, state.trainable)
 
 
 def figures(state: FedKSeedState) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ from fedtune.messages import (
     cohort_weights,
 )
 from fedtune.methods.flora import warm_start
-from fedtune.methods.method import Method, assignment, mean_saved
+from fedtune.methods.method import Method, make_assignment, mean_saved
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors
 
@@ -73,7 +73,7 @@ def assign(state: FlexLoraState, seed: int, plan: Plan) -> Assignment:
     wire_dtype = state.settings.wire_dtype
     start = warm_start(lowrank.unpack(state.total), plan.rank, wire_dtype)
     local = LocalAdapter(a_key=state.a_key, wire_dtype=wire_dtype)
-    return assignment("flexlora", state, seed, plan, local, {"local": start})
+    return make_assignment("flexlora", state, seed, plan, local, {"local": start})
 
 
 def aggregate(state: FlexLoraState, updates: Sequence[ClientUpdate]) -> FlexLoraState:

@@ -34,7 +34,7 @@ from fedtune.messages import (
     cohort_weights,
 )
 from fedtune.methods import pruning
-from fedtune.methods.method import Method, assignment, mean_saved
+from fedtune.methods.method import Method, make_assignment, mean_saved
 from fedtune.pruning.ranking import PruningSettings, Ranking, rank_units, structure_at
 from fedtune.pruning.structure import (
     FULL,
@@ -190,13 +190,13 @@ def assign(state: FloraState, seed: int, plan: Plan) -> Assignment:
     """Send Delta: frozen beside a fresh adapter, or its leading plan.rank components to train and the rest frozen."""
     wire_dtype = state.settings.wire_dtype
     local = LocalAdapter(a_key=_a_key(state, plan.client), wire_dtype=wire_dtype)
-    surgery, sent = pruning.ordered(state, plan)
+    surgery, sent = pruning.pruning_task(state, plan)
     if state.settings.mode != "continue":
-        made = assignment("flora", state, seed, plan, local, {"global": state.fixed(sent)})
+        made = make_assignment("flora", state, seed, plan, local, {"global": state.fixed(sent)})
     else:
         # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
         local = replace(local, upload="difference")
-        made = assignment("flora", state, seed, plan, local, state.parted(plan.rank, sent))
+        made = make_assignment("flora", state, seed, plan, local, state.parted(plan.rank, sent))
     return replace(made, surgery=surgery)
 
 
@@ -206,7 +206,7 @@ def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
     changes = [(change(state, update), settings.server_learning_rate * share) for update, share in cohort]
     if state.anatomy is not None and settings.coverage == "normalised":
         scale = pruning.coverage(cohort, state.anatomy, weights=settings.weights, floor=settings.coverage_floor)
-        changes = [(pruning.scaled(adapter, scale, state.anatomy), weight) for adapter, weight in changes]
+        changes = [(pruning.scale_by_coverage(adapter, scale, state.anatomy), weight) for adapter, weight in changes]
     total = weighted_sums(
         {
             name: [(low.factors, 1.0), *((adapter[name], weight) for adapter, weight in changes if name in adapter)]
@@ -219,7 +219,7 @@ def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
         round=state.round + 1,
         delta=lowrank.pack(delta),
         saved=mean_saved(state.saved, cohort, settings.server_learning_rate),
-        **pruning.learned(state, cohort),
+        **pruning.observed_fields(state, cohort),
     )
 
 
@@ -235,7 +235,7 @@ def change(state: FloraState, update: ClientUpdate) -> Adapter:
         start = unpack(state.parted(rank, update.keep)["local"])  # after the cast: what the client decoded
         key = _a_key(state, update.client)
         adapter = {
-            name: _change(difference, start.get(name), drawn(key, name, difference.rank, shapes[name], cut))
+            name: _change(difference, start.get(name), initial_a(key, name, difference.rank, shapes[name], cut))
             for name, difference in adapter.items()
         }
     if not cut:
@@ -243,7 +243,7 @@ def change(state: FloraState, update: ClientUpdate) -> Adapter:
     return {name: scatter_factors(factors, cut.get(name, FULL), shapes[name]) for name, factors in adapter.items()}
 
 
-def drawn(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mapping[str, LayerSlice]) -> Array:
+def initial_a(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mapping[str, LayerSlice]) -> Array:
     """Return a fresh A as its client drew it: over the base's whole input, then cut."""
     fresh, into = draw_a(key, name, rank, shape[1]), cut.get(name, FULL).into
     return fresh if into is None else fresh[:, into]

@@ -23,7 +23,7 @@ from fedtune.messages import (
     cohort_weights,
 )
 from fedtune.methods.fedit import shared_start
-from fedtune.methods.method import Cohort, Method, assignment, mean_saved, resize, step
+from fedtune.methods.method import Cohort, Method, make_assignment, mean_saved, resize, step
 from fedtune.tensors import Tensors, cast, weighted_mean
 
 
@@ -75,7 +75,7 @@ def assign(state: HetLoraState, seed: int, plan: Plan) -> Assignment:
         rank_decay=state.settings.rank_decay,
     )
     sent = cast(resize(state.tensors, plan.rank), state.settings.wire_dtype)
-    return assignment("hetlora", state, seed, plan, local, {"local": sent})
+    return make_assignment("hetlora", state, seed, plan, local, {"local": sent})
 
 
 def aggregate(state: HetLoraState, updates: Sequence[ClientUpdate]) -> HetLoraState:

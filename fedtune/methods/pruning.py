@@ -50,7 +50,7 @@ class PrunedState(Protocol):
         ...
 
 
-def ordered(state: PrunedState, plan: Plan) -> tuple[Pruning | None, ModelStructure | None]:
+def pruning_task(state: PrunedState, plan: Plan) -> tuple[Pruning | None, ModelStructure | None]:
     """Return what one client is told of its structure, and the structure that its blobs are cut to.
 
     The blobs cover all that the round needs: the first of the stages, and the structure of the last participation, in
@@ -106,7 +106,7 @@ def coverage(cohort: Cohort, anatomy: BlockLayout, *, weights: Weighting, floor:
     return found
 
 
-def scaled(adapter: Adapter, scale: Mapping[str, Array], anatomy: BlockLayout) -> Adapter:
+def scale_by_coverage(adapter: Adapter, scale: Mapping[str, Array], anatomy: BlockLayout) -> Adapter:
     """Return an adapter of the base with the rows or columns of its pruned sides scaled, as `coverage` says."""
     found = dict(adapter)
     for name, factors in adapter.items():
@@ -142,20 +142,20 @@ def _along(side: Side, index: int, scale: Mapping[str, Array], anatomy: BlockLay
     return np.tile(wide, 3) if side == "qkv" else wide
 
 
-def learned(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
+def observed_fields(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
     """Return the fields of the state that change by what a round taught of heads and channels."""
     settings, anatomy = state.pruning, state.anatomy
     if settings is None or anatomy is None:
         return {}
     ratios = {**state.ratios, **{update.client: update.ratio for update, _ in cohort}}
-    parts = [(told(update, anatomy), share) for update, share in cohort if update.scores or update.mask]
+    parts = [(client_scores(update, anatomy), share) for update, share in cohort if update.scores or update.mask]
     if settings.policy == "local" or not parts:
         return {"ratios": ratios}
     worth = pool_scores(parts, state.worth or state.order, anatomy)
     return {"ratios": ratios, "worth": worth, "order": with_hysteresis(state.order, worth), "scored": state.round + 1}
 
 
-def told(update: ClientUpdate, anatomy: BlockLayout) -> Tensors:
+def client_scores(update: ClientUpdate, anatomy: BlockLayout) -> Tensors:
     """Return what a client says of heads and channels, in the base's coordinates: scores, or a vote."""
     if update.scores:
         return to_base_coordinates(update.scores, update.keep, anatomy)

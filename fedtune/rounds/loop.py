@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 from fedtune.errors import RoundError, StoreError, WireError
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Plan, Traffic
-from fedtune.methods import state as states
+from fedtune.methods import serialization as states
 from fedtune.methods.method import Method
 from fedtune.planning import Planner, Seen
 from fedtune.rounds.admission import admit, admit_norms, largest_update

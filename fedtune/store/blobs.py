@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedtune.errors import StoreError
-from fedtune.methods.state import digest
+from fedtune.methods.serialization import digest
 from fedtune.store import files
 
 

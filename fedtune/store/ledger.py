@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
-from fedtune.methods.state import digest
+from fedtune.methods.serialization import digest
 from fedtune.rounds.loop import InterruptedRound
 from fedtune.store import files
 from fedtune.store.blobs import Blobs

@@ -13,20 +13,20 @@ from fedtune.directions import ledger, manifest
 from fedtune.directions.kron import Kron
 from fedtune.errors import StoreError, WireError
 from fedtune.lora.adapter import Adapter, Factors
-from fedtune.methods.method import Seeds
+from fedtune.methods.method import SeedModel
 from fedtune.store.files import fill, guarded, new_folder
 
 LEDGER, MANIFEST, ORIGIN = "ledger.ftks", "manifest.ftkm", "fedtune.json"
 
 
-def write(path: Path, seeds: Seeds, provenance: Mapping[str, Any]) -> Path:
+def write(path: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> Path:
     """Write ledger, manifest and provenance in one step, and return the folder."""
     with new_folder(path) as folder:
         put(folder, seeds, provenance)
     return path
 
 
-def put(folder: Path, seeds: Seeds, provenance: Mapping[str, Any]) -> None:
+def put(folder: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> None:
     """Write the three files into a folder that `new_folder` gives."""
     names = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
     fill(folder / LEDGER, seeds.ledger.encode())
@@ -34,7 +34,7 @@ def put(folder: Path, seeds: Seeds, provenance: Mapping[str, Any]) -> None:
     fill(folder / ORIGIN, (json.dumps({**provenance, "trainable": names}, indent=1) + "\n").encode())
 
 
-def read(path: Path) -> tuple[Seeds, Mapping[str, Any]]:
+def read(path: Path) -> tuple[SeedModel, Mapping[str, Any]]:
     """Return (seeds, provenance) of a folder that `write` made.
 
     Raises:
@@ -51,10 +51,10 @@ def read(path: Path) -> tuple[Seeds, Mapping[str, Any]]:
         raise StoreError(f"{path}: expected whole files of one run; {error}; put back a copy") from error
     if found.manifest != listed.digest:
         raise StoreError(f"{path}: expected the manifest that the ledger names; got another; put back a copy")
-    return Seeds(found, listed, ordinals), provenance
+    return SeedModel(found, listed, ordinals), provenance
 
 
-def kron_adapter(change: Seeds, *, transposed: bool) -> Adapter:
+def kron_adapter(change: SeedModel, *, transposed: bool) -> Adapter:
     """Return the change of every matrix that the kron bank moves, as factors of rank p and scale 1.
 
     W - u U^T M V is B = -u U^T M (out, p) and A = V (p, in); where a layer holds its weight as (in, out), as GPT-2's

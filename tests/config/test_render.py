@@ -20,7 +20,7 @@ from fedtune.config.render import toml
 from fedtune.data.settings import DataSettings, Split
 from fedtune.messages import Training
 from fedtune.methods import METHODS
-from fedtune.methods.seed_state import FedKSeedSettings
+from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.rounds.schedule import Schedule
 from tests.config.conftest import SHORTEST

@@ -36,7 +36,7 @@ from fedtune.messages import (
     Training,
 )
 from fedtune.methods import METHODS
-from fedtune.methods.state import encode
+from fedtune.methods.serialization import encode
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
 from fedtune.store.journal import End, Journal

@@ -34,7 +34,7 @@ from fedtune.messages import (
     Training,
 )
 from fedtune.methods import METHODS
-from fedtune.methods import state as states
+from fedtune.methods import serialization as states
 from fedtune.rounds.loop import RoundRequest, decode_and_admit, needs_whole_state
 from fedtune.rounds.transport import Reply
 from fedtune.seeds import derive, generator

@@ -23,9 +23,9 @@ from fedtune.errors import ConfigError, RoundError
 from fedtune.lora.adapter import delta
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, Plan, Probe, ProbeResult, SeedState, Training
 from fedtune.methods.fedkseed import COARSE, METHOD, rounds_left
+from fedtune.methods.fedkseed_state import PROVISIONAL, FedKSeedSettings, FedKSeedState
 from fedtune.methods.method import LinearMethod
-from fedtune.methods.seed_state import PROVISIONAL, FedKSeedSettings, FedKSeedState
-from fedtune.methods.state import decode, digest, encode
+from fedtune.methods.serialization import decode, digest, encode
 from fedtune.replica import Replicas, restored
 from fedtune.seeds import derive, generator
 from fedtune.store.seeds import kron_adapter

@@ -195,7 +195,7 @@ def test_coverage_by_hand() -> None:
             f = unpack(each.tensors)[name]
             b = np.zeros((2, 1))
             b[list(each.keep.blocks[0].ff if each.keep else ())] = f.b
-            dense += share * delta(pruning.scaled({name: Factors(a=f.a, b=b)}, scale, small)[name])
+            dense += share * delta(pruning.scale_by_coverage({name: Factors(a=f.a, b=b)}, scale, small)[name])
         return dense.tolist()
 
     assert total(None) == [[1.5, 0.5], [0.0, 2.0]]
@@ -357,12 +357,12 @@ def test_votes_make_an_order_and_local_masks_none() -> None:
     assert found is not None
     assert bitmap(found, ANATOMY) == mask
     own = first(order={}, pruning={"policy": "local"}, mode="reinit")
-    assert METHOD.assign(own, 0, plan("ann", 0.5)).surgery == pruning.ordered(own, plan("ann", 0.5))[0]
+    assert METHOD.assign(own, 0, plan("ann", 0.5)).surgery == pruning.pruning_task(own, plan("ann", 0.5))[0]
     assert METHOD.aggregate(own, updates).order == {}
 
 
 def test_a_state_with_an_order_is_written_and_read() -> None:
-    from fedtune.methods import state as states
+    from fedtune.methods import serialization as states
 
     state = first(mode="reinit")
     updates = [

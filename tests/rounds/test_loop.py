@@ -25,7 +25,7 @@ from fedtune.messages import (
     Training,
 )
 from fedtune.methods import METHODS
-from fedtune.methods.seed_state import FedKSeedSettings
+from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning import Seen
 from fedtune.planning.fixed import Fixed
 from fedtune.replica import Replicas, restored

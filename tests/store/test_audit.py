@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
-from fedtune.methods.state import digest
+from fedtune.methods.serialization import digest
 from fedtune.store import audit
 from fedtune.store.audit import Verified, status, verify
 from fedtune.store.blobs import Blobs

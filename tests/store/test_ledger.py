@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
-from fedtune.methods.state import digest
+from fedtune.methods.serialization import digest
 from fedtune.rounds.loop import InterruptedRound, RoundJournal
 from fedtune.store import files, journal, ledger
 from fedtune.store.history import replayed

@@ -12,15 +12,15 @@ from fedtune.directions.banks import BANKS
 from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.manifest import describe
 from fedtune.errors import StoreError
-from fedtune.methods.method import Seeds
+from fedtune.methods.method import SeedModel
 from fedtune.store import seeds
 
 LISTED = describe({name: np.full((2, 3), value, np.float32) for value, name in enumerate(("a", "b", "layers.é"))})
 
 
-def change(bank: str = "hadamard") -> Seeds:
+def change(bank: str = "hadamard") -> SeedModel:
     sums = np.arange(-8, 8, dtype=np.int32)
-    return Seeds(SeedLedger(BANKS[bank](16, 2**64 - 1), 12, 5, LISTED.digest, sums), LISTED, (0, 2))
+    return SeedModel(SeedLedger(BANKS[bank](16, 2**64 - 1), 12, 5, LISTED.digest, sums), LISTED, (0, 2))
 
 
 @pytest.mark.parametrize("bank", ["hadamard", "gaussian", "kron"])

@@ -12,7 +12,7 @@ from fedtune.directions.ledger import decode
 from fedtune.directions.manifest import describe
 from fedtune.messages import Blueprint
 from fedtune.methods.fedkseed import METHOD
-from fedtune.methods.seed_state import FINE, PROVISIONAL, FedKSeedSettings, FedKSeedState, units
+from fedtune.methods.fedkseed_state import FINE, PROVISIONAL, FedKSeedSettings, FedKSeedState, units
 from fedtune.tensors import Array
 
 BASE = describe({"layer.weight": np.zeros((6, 10), np.float32)})

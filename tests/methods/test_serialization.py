@@ -13,7 +13,7 @@ from safetensors.numpy import load
 
 from fedtune.errors import StoreError
 from fedtune.methods import METHODS
-from fedtune.methods.state import decode, digest, encode
+from fedtune.methods.serialization import decode, digest, encode
 from fedtune.tensors import Array, Tensors
 
 
