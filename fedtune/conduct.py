@@ -18,8 +18,8 @@ from fedtune.messages import Blueprint
 from fedtune.methods import METHODS
 from fedtune.methods import serialization as states
 from fedtune.methods.method import GlobalModel
-from fedtune.planning import Planner
 from fedtune.planning.fixed import FixedSettings
+from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.clock import Clock
 from fedtune.rounds.loop import Note, RoundFinished, RoundJournal, RoundResult, Watch

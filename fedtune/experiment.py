@@ -25,7 +25,7 @@ from fedtune.model.base import Base
 from fedtune.model.libraries import threads
 from fedtune.model.rebuilt import rebuilt
 from fedtune.model.shrunk import anatomy, reduced
-from fedtune.planning import Planner
+from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
 from fedtune.replica import Replicas
 from fedtune.rounds.transport import Transport

@@ -16,10 +16,10 @@ from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint, Client, Training, WireDtype
 from fedtune.methods import METHODS
-from fedtune.planning import Planner, Seen
 from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, Cost, Speed
 from fedtune.planning.fixed import Fixed
-from fedtune.planning.policies import Given, arms_of, policy_of
+from fedtune.planning.planner import ClientObservation, Planner
+from fedtune.planning.policies import PolicyInputs, arms_of, policy_of
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
@@ -110,7 +110,7 @@ class Fleet:
             bytes_up=done.traffic.up * factor,
         )
 
-    def megabytes(self, seen: Seen) -> float:
+    def megabytes(self, seen: ClientObservation) -> float:
         """Return what was counted down and up of a client's round; of a proxy, what that would have taken."""
         return (seen.bytes_down + seen.bytes_up) / 1e6 * self._traffic_factor(seen.ratio, seen.rank)
 
@@ -169,7 +169,7 @@ class Fleet:
             policy=policy_of(
                 settings,
                 pruned=recipe.pruning is not None,
-                given=Given(
+                given=PolicyInputs(
                     target=recipe.pruning.target if recipe.pruning else 0.0,
                     server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
                     known=self.true_seconds,

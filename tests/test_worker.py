@@ -19,8 +19,8 @@ from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAda
 from fedtune.methods import METHODS
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.planning import Seen
 from fedtune.planning.fixed import Fixed
+from fedtune.planning.planner import ClientObservation
 from fedtune.rounds.loop import ClientFinished, Event, RoundResult, RoundStarted, run
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Transport
@@ -72,7 +72,7 @@ class Slow:
 
     def start(self) -> None: ...
 
-    def observe(self, learned: Any, seen: Sequence[Seen]) -> None: ...
+    def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> None: ...
 
     def plan(self, learned: Any, round: int, fleet: Sequence[Client]) -> Mapping[str, Plan]:
         plans = {client.name: self.fixed.plan_for(client) for client in fleet}

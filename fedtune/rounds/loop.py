@@ -13,7 +13,7 @@ from fedtune.errors import RoundError, StoreError, WireError
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Plan, Traffic
 from fedtune.methods import serialization as states
 from fedtune.methods.method import Method
-from fedtune.planning import Planner, Seen
+from fedtune.planning.planner import ClientObservation, Planner
 from fedtune.rounds.admission import admit, admit_norms, largest_update
 from fedtune.rounds.clock import ClientTime, Clock, CompletedWork, NullClock
 from fedtune.rounds.schedule import Schedule, enough, sample
@@ -160,13 +160,13 @@ class RoundResult:
     """Simulated or measured seconds of the run so far: a round lasts as long as its slowest client."""
 
     @property
-    def seen(self) -> Sequence[Seen]:
+    def seen(self) -> Sequence[ClientObservation]:
         """What a planner learns from the round."""
         return [self._seen(name) for name in self.outcomes]
 
-    def _seen(self, name: str) -> Seen:
+    def _seen(self, name: str) -> ClientObservation:
         outcome, assignment, spent = self.outcomes[name], self.assignments.get(name), self.spent.get(name)
-        known = Seen(
+        known = ClientObservation(
             client=name,
             num_examples=self.examples[name],
             ratio=assignment.plan.ratio if assignment else 0.0,
@@ -197,7 +197,7 @@ def run(
     base: str,
     ledger: RoundJournal | None = None,
     start: Any | None = None,
-    history: Sequence[Sequence[Seen]] = (),
+    history: Sequence[Sequence[ClientObservation]] = (),
     clock: Clock | None = None,
     clock_s: float = 0.0,
     watch: Watch = lambda event: None,

@@ -11,7 +11,7 @@ import numpy as np
 from fedtune.lora.adapter import Adapter
 from fedtune.lora.lowrank import LowRank, compress
 from fedtune.messages import Failure, Plan
-from fedtune.planning import Seen
+from fedtune.planning.planner import ClientObservation
 from fedtune.rounds.loop import RoundResult
 
 Metrics = Mapping[str, float]
@@ -125,10 +125,10 @@ def planned(plan: Plan, *, pruned: bool) -> Mapping[str, Any]:
     return record | ({"why": plan.why} if plan.why else {})
 
 
-def seen(line: Mapping[str, Any]) -> Sequence[Seen]:
+def seen(line: Mapping[str, Any]) -> Sequence[ClientObservation]:
     """Return what a planner learns from a round's line: the same as from the round itself."""
     return [
-        Seen(
+        ClientObservation(
             client=name,
             num_examples=client["examples"],
             ratio=client.get("ratio", 0.0),

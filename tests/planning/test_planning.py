@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from fedtune.messages import Training
-from fedtune.planning import Planner
 from fedtune.planning.fixed import Fixed
+from fedtune.planning.planner import Planner
 
 
 def test_fixed_is_a_planner() -> None:

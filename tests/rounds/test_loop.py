@@ -26,8 +26,8 @@ from fedtune.messages import (
 )
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
-from fedtune.planning import Seen
 from fedtune.planning.fixed import Fixed
+from fedtune.planning.planner import ClientObservation
 from fedtune.replica import Replicas, restored
 from fedtune.rounds.clock import ClientTime, CompletedWork
 from fedtune.rounds.loop import ClientFinished, InterruptedRound, Note, NullJournal, RoundResult, RoundStarted, run
@@ -592,7 +592,7 @@ class Choosing:
         }
         return slow | {"eve": Failure("eve", "needs 9 GB; has 4", kind="unfit")} if "eve" in plans else slow
 
-    def observe(self, learned: Any, seen: Sequence[Seen]) -> Any:
+    def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> Any:
         return (*learned, tuple(seen))
 
 

@@ -12,7 +12,7 @@ from fedtune.seeds import derive, generator
 
 
 @dataclass(frozen=True)
-class Uniform:
+class RandomChoice:
     """Draws uniformly among the arms that fit a client."""
 
     arms: tuple[Arm, ...]

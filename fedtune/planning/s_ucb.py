@@ -82,7 +82,7 @@ class TreeMemory:
 
 
 @dataclass(frozen=True)
-class STree:
+class SUcb:
     """Plays the leaf with the largest R + sd sqrt(2 ln n / N), somewhere in it, and splits it there."""
 
     arms: tuple[Arm, ...]

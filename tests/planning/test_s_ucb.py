@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.planning.policy import Arm
-from fedtune.planning.tree import ROOT, Leaf, STree, Tree, TreeMemory
+from fedtune.planning.s_ucb import ROOT, Leaf, SUcb, Tree, TreeMemory
 from tests.planning.conftest import ARMS, candidate, seen
 
 
@@ -14,7 +14,7 @@ def test_the_first_play_splits_across_the_first_side_where_it_was_drawn() -> Non
     left, right = ROOT.split((0.6, 0.2))
     assert (left.x, right.x, left.y) == ((0.0, 0.6), (0.6, 1.0), (0.0, 1.0))
     tree = Tree((left, right), ((0.9, 0.5, 1.0),))
-    found, bound = STree(ARMS).leaf(tree, 1.0, [(0.1, 0.1), (0.9, 0.5)])
+    found, bound = SUcb(ARMS).leaf(tree, 1.0, [(0.1, 0.1), (0.9, 0.5)])
     assert (found, bound) == (left, float("inf"))
 
 
@@ -37,7 +37,7 @@ def test_leaves_cover_the_square_without_overlap(points: list[tuple[float, float
 
 
 def test_children_inherit_what_was_played_in_them() -> None:
-    policy = STree(ARMS)
+    policy = SUcb(ARMS)
     cohort = [seen("ann", ARMS[0], gain=1.0), seen("bob", ARMS[1], gain=1.0), seen("cyd", ARMS[2], gain=1.0)]
     memory = policy.learn(policy.learn(policy.start(), cohort), cohort)
     tree = memory.clients["ann"]
@@ -48,7 +48,7 @@ def test_children_inherit_what_was_played_in_them() -> None:
 
 
 def test_leaves_that_hold_nothing_that_fits_are_dead() -> None:
-    policy = STree(ARMS)
+    policy = SUcb(ARMS)
     left, right = ROOT.split((0.5, 0.5))
     memory = TreeMemory({"ann": Tree((left, right), ((0.1, 0.9, 0.0), (0.9, 0.1, 5.0)))}, (0.0, 5.0))
     only_small = candidate("ann", [9, 6, 3], feasible=[True, False, False])
@@ -56,7 +56,7 @@ def test_leaves_that_hold_nothing_that_fits_are_dead() -> None:
 
 
 def test_the_leaf_that_paid_is_preferred_once_all_were_tried() -> None:
-    policy = STree(ARMS)
+    policy = SUcb(ARMS)
     left, right = ROOT.split((0.5, 0.5))
     played = tuple((0.1, 0.5, 0.1) for _ in range(20)) + tuple((0.9, 0.5, 0.9) for _ in range(20))
     memory = TreeMemory({"ann": Tree((left, right), played)}, (0.1, 0.12, 0.11))
@@ -65,7 +65,7 @@ def test_the_leaf_that_paid_is_preferred_once_all_were_tried() -> None:
 
 
 def test_progress_in_pruning_is_paid_and_a_step_back_is_not() -> None:
-    policy, others = STree(ARMS), [seen("bob", ARMS[0]), seen("cyd", ARMS[0])]
+    policy, others = SUcb(ARMS), [seen("bob", ARMS[0]), seen("cyd", ARMS[0])]
     up = policy.learn(policy.start(), [seen("ann", Arm(0.5, 4)), *others]).clients["ann"]
     back = policy.learn(
         policy.learn(policy.start(), [seen("ann", Arm(0.5, 4)), *others]), [seen("ann", Arm(0.0, 16)), *others]
