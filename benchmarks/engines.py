@@ -46,7 +46,7 @@ from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.nursery import Prepared, tend
 from fedtune.simulation.processes import Nursery, ProcessPool
 from fedtune.tensors import cast
-from fedtune.wire.profile import ClientProfile, Foundation
+from fedtune.wire.profile import ClientProfile, ModelSpec
 
 if TYPE_CHECKING:
     # Imported where it is used: this file is also what the nursery runs, and what Flower imports starts threads.
@@ -235,7 +235,7 @@ class Trivial:
     work: Work
 
     def profile(self) -> ClientProfile:
-        return ClientProfile(self.client.name, self.client.num_examples, Foundation(base="", modules=LAYERS))
+        return ClientProfile(self.client.name, self.client.num_examples, ModelSpec(base="", modules=LAYERS))
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
         return self.work(assignment)

@@ -40,8 +40,8 @@ from fedtune.link.server import credentials, serving  # noqa: E402
 from fedtune.link.settings import JoinSettings, LinkSettings  # noqa: E402
 from fedtune.link.statements import TRAIN  # noqa: E402
 from fedtune.messages import Assignment, LocalAdapter, Plan, Training  # noqa: E402
-from fedtune.wire.messages import encode_assignment  # noqa: E402
-from fedtune.wire.profile import Foundation  # noqa: E402
+from fedtune.wire.codec import encode_assignment  # noqa: E402
+from fedtune.wire.profile import ModelSpec  # noqa: E402
 from fedtune.wire.v1 import link_pb2 as pb  # noqa: E402
 from tests.link.ceremony import ceremony  # noqa: E402
 from tests.link.federation import federation  # noqa: E402
@@ -336,7 +336,7 @@ def tiny_client(site: str) -> None:
     from tests.link import scripted
 
     scripted.MODULES = {"q": (8, 8)}
-    scripted.FOUNDATION = Foundation(base="9f3c" * 16, modules=scripted.MODULES, parameters=64)
+    scripted.FOUNDATION = ModelSpec(base="9f3c" * 16, modules=scripted.MODULES, parameters=64)
     take_part(Path(site), tell=teller("json"), trainer=scripted.ScriptedTrainer(Path(site).parent.name, 0.0))
 
 

@@ -24,7 +24,7 @@ from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.planning.fixed import Fixed
 from fedtune.rounds.loop import encoded_bytes
 from fedtune.seeds import derive, generator
-from fedtune.wire.messages import encode_assignment, encode_update
+from fedtune.wire.codec import encode_assignment, encode_update
 
 PAPER = 4096 * 4 + 200 * (4 + 4)
 FORMS: dict[str, dict[str, Any]] = {

@@ -35,7 +35,7 @@ from fedtune.store.journal import Record
 from fedtune.store.ledger import RunLedger
 from fedtune.store.lock import locked
 from fedtune.store.run import vacant, write_recipe
-from fedtune.wire.messages import parsed
+from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
 
@@ -171,7 +171,7 @@ def opened(hub: Hub, ledger: RunLedger) -> None:
 
 def most(front: bytes, blueprint: Blueprint) -> int:
     """Return the bytes beyond which no honest answer to an encoded assignment goes."""
-    message = parsed(round_pb2.Assignment(), front)
+    message = parse(round_pb2.Assignment(), front)
     training = Training(batch=1, learning_rate=1.0, steps=message.probe.steps or 1)
     plan = Plan(message.plan.client, max(1, message.plan.rank), 1.0, training)
     asked = Assignment(message.method, message.round, 0, plan, LocalAdapter(a_key=0))

@@ -14,7 +14,7 @@ from typing import Any
 from fedtune.errors import FedtuneError
 from fedtune.link.spool import mapped
 from fedtune.site import Site, from_file
-from fedtune.wire.messages import decode_assignment, encode_update
+from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import encode_profile
 
 

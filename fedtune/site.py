@@ -26,7 +26,7 @@ from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.shrunk import anatomy
 from fedtune.pruning.structure import BlockLayout
 from fedtune.replica import Replicas
-from fedtune.wire.profile import ClientProfile, Device, Foundation
+from fedtune.wire.profile import ClientProfile, Device, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Site:
         return ClientProfile(
             client=self.client,
             num_examples=len(self.examples),
-            foundation=Foundation(
+            foundation=ModelSpec(
                 base=base.digest,
                 modules=base.modules,
                 saved=base.saved_tensors(),

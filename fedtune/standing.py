@@ -16,7 +16,7 @@ from fedtune.store import journal
 from fedtune.store.audit import Status
 from fedtune.store.audit import status as run_status
 from fedtune.store.files import guarded
-from fedtune.wire.messages import parsed
+from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 
 LINK, AUDIT, BARRED, ID = "link", "audit", "barred", "id"
@@ -179,7 +179,7 @@ def receipts(run: Path, state: Path) -> int:
         with guarded(path):
             data = path.read_bytes()
         try:
-            found = parsed(pb.Header(), parsed(pb.Envelope(), data).header)
+            found = parse(pb.Header(), parse(pb.Envelope(), data).header)
         except WireError as error:
             raise StoreError(f"{path}: {error}; the state folder is damaged") from None
         said = found.receipt

@@ -30,7 +30,7 @@ from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Note, RoundFinished, RoundStarted
 from fedtune.serving import at_the_sites
 from fedtune.store.ledger import RunLedger
-from fedtune.wire.messages import encode_assignment
+from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import ceremony
 from tests.link.conftest import Clock, answer, made

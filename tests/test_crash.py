@@ -38,7 +38,7 @@ from fedtune.store.blobs import Blobs
 from fedtune.store.history import begun, replayed
 from fedtune.store.ledger import RunLedger
 from fedtune.store.run import read_rounds, read_summary
-from fedtune.wire.messages import EncodedAssignment, decode_assignment, encode_update
+from fedtune.wire.codec import EncodedAssignment, decode_assignment, encode_update
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3

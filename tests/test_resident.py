@@ -14,7 +14,7 @@ from fedtune import resident
 from fedtune.config import bind
 from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.site import from_file
-from fedtune.wire.messages import decode_update, encode_assignment
+from fedtune.wire.codec import decode_update, encode_assignment
 from fedtune.wire.profile import decode_profile
 from tests.cli.test_flower_server import site_files
 

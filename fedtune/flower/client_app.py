@@ -13,7 +13,7 @@ from fedtune.errors import FedtuneError
 from fedtune.flower import shim
 from fedtune.flower.records import ERROR, UPDATE, pack, unpack
 from fedtune.messages import Assignment, ClientUpdate
-from fedtune.wire.messages import decode_assignment, encode_update
+from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile
 
 

@@ -19,7 +19,7 @@ from fedtune.flower import shim
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.messages import Client, Failure
 from fedtune.rounds.transport import Answer, Rule
-from fedtune.wire.messages import EncodedAssignment
+from fedtune.wire.codec import EncodedAssignment
 
 LONGEST_FOLDER = 40
 """Characters of Ray's temporary folder: the paths of its sockets below it must not exceed 107."""

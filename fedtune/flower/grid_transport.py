@@ -16,8 +16,8 @@ from fedtune.errors import RoundError, WireError
 from fedtune.flower.records import ERROR, UPDATE, arrays, pack, unpack
 from fedtune.messages import Client, Failure
 from fedtune.rounds.transport import Answer, Aside, Reply, Rule
-from fedtune.wire.messages import EncodedAssignment
-from fedtune.wire.profile import ClientProfile, Foundation, agreed, decode_profile, difference, fingerprint
+from fedtune.wire.codec import EncodedAssignment
+from fedtune.wire.profile import ClientProfile, ModelSpec, common_model_spec, decode_profile, difference, fingerprint
 
 HELLO = f"{MessageType.QUERY}.caps"
 TTL_S = 7 * 24 * 3600.0
@@ -98,9 +98,9 @@ class GridTransport:
         self._refused: dict[int, Refusal] = {}  # by node
         self._open: dict[str, Sent] = {}  # by message id
         self._aside: list[Aside] = []  # for the next exchange to tell
-        self._foundation: Foundation | None = None
+        self._foundation: ModelSpec | None = None
         # Initial values may be large: clients that agree share one copy, which goes with the last of them.
-        self._foundations: WeakValueDictionary[tuple[object, ...], Foundation] = WeakValueDictionary()
+        self._foundations: WeakValueDictionary[tuple[object, ...], ModelSpec] = WeakValueDictionary()
 
     def clients(self) -> Sequence[Client]:
         """Return the clients that are connected, fit together and are not busy with an earlier order.
@@ -122,7 +122,7 @@ class GridTransport:
         ]
 
     @property
-    def foundation(self) -> Foundation:
+    def foundation(self) -> ModelSpec:
         """What the clients have in common; waits for them before the first round.
 
         Raises:
@@ -286,7 +286,7 @@ class GridTransport:
         if self._greeting(self._hello_s) or len(self._here) < self._expected:
             return False
         if self._foundation is None and self._here:
-            self._foundation = agreed(list(self.profiles.values()))
+            self._foundation = common_model_spec(list(self.profiles.values()))
             nodes = self._nodes()
             for name, profile in self.profiles.items():
                 if odd := difference(self._foundation, profile.foundation):

@@ -31,7 +31,7 @@ from fedtune.link.spool import BLOCK, room
 from fedtune.link.statements import HELLO, PROTOCOL, TRAIN, UPDATE, build, digest, expect, opened, part, seal
 from fedtune.link.trainer import Trainer
 from fedtune.store.files import guarded, write_bytes
-from fedtune.wire.messages import MAX_HEADER_BYTES
+from fedtune.wire.codec import MAX_HEADER_BYTES
 from fedtune.wire.v1 import link_pb2 as pb
 
 CALL_S = 10.0

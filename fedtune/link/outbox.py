@@ -10,7 +10,7 @@ from pathlib import Path
 from fedtune.errors import StoreError, WireError
 from fedtune.store import files
 from fedtune.store.files import guarded, write_bytes, write_text
-from fedtune.wire.messages import parsed
+from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 
 ORDER, ANSWER, RECEIPT, UPDATE = "order", "answer", "receipt", "update"
@@ -42,15 +42,15 @@ class Entry:
         """Return the signed answer, as it is sent; None before it is made, or if its part has gone."""
         if (data := self._bytes(ANSWER)) is None:
             return None
-        found = parsed(pb.SubmitRequest(), data)
+        found = parse(pb.SubmitRequest(), data)
         inline = {one.digest for one in found.inline}
-        wanted = [one for one in parsed(pb.Header(), found.envelope.header).parts if one.digest not in inline]
+        wanted = [one for one in parse(pb.Header(), found.envelope.header).parts if one.digest not in inline]
         return found if not wanted or self.update.exists() else None
 
     def receipt(self) -> pb.Envelope | None:
         """Return what the server said of the answer."""
         data = self._bytes(RECEIPT)
-        return None if data is None else parsed(pb.Envelope(), data)
+        return None if data is None else parse(pb.Envelope(), data)
 
     def keep_answer(self, request: pb.SubmitRequest) -> None:
         """Make the answer durable; its update is so already, or travels within it."""
@@ -97,8 +97,8 @@ def _entries(folder: Path) -> Iterator[Entry]:
     for path in sorted(folder.glob("*-*")):
         with guarded(path):
             try:
-                order = parsed(pb.Envelope(), (path / ORDER).read_bytes())
-                yield Entry(path, order, parsed(pb.Header(), order.header))
+                order = parse(pb.Envelope(), (path / ORDER).read_bytes())
+                yield Entry(path, order, parse(pb.Header(), order.header))
             except (WireError, FileNotFoundError):
                 continue
 
@@ -130,8 +130,8 @@ def sent_within_a_day(state: Path, *, now: float) -> int:
         with guarded(path):
             if now - path.stat().st_mtime < DAY_S:
                 try:
-                    request = parsed(pb.SubmitRequest(), path.read_bytes())
-                    total += sum(part.num_bytes for part in parsed(pb.Header(), request.envelope.header).parts)
+                    request = parse(pb.SubmitRequest(), path.read_bytes())
+                    total += sum(part.num_bytes for part in parse(pb.Header(), request.envelope.header).parts)
                 except WireError as error:
                     raise StoreError(f"{path}: {error}; the outbox is damaged: move its folder away") from None
     return total

@@ -15,7 +15,7 @@ from fedtune.link.refusals import line
 from fedtune.link.settings import MIB
 from fedtune.messages import Training
 from fedtune.wire import settings
-from fedtune.wire.messages import parsed
+from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
 
@@ -91,7 +91,7 @@ def demand(header: pb.Header, front: bytes) -> Demand:
     Raises:
         WireError: if it is no assignment of this release.
     """
-    message = parsed(round_pb2.Assignment(), front)
+    message = parse(round_pb2.Assignment(), front)
     if message.verb == round_pb2.PROBE:
         rank, steps = None, message.probe.steps
     else:

@@ -13,7 +13,7 @@ from fedtune.errors import WireError
 from fedtune.link.refusals import refused
 from fedtune.link.roster import Member
 from fedtune.link.signing import key_id, raw, sign, verify
-from fedtune.wire.messages import parsed
+from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
 
@@ -62,7 +62,7 @@ def opened(envelope: pb.Envelope, member: Callable[[bytes], Member | None]) -> t
     if not verify(author.key, KIND, envelope.header, envelope.signature):
         raise refused(pb.SIGNATURE, "signature", f"one by {author.name}", "another, or other bytes signed")
     try:
-        header = parsed(pb.Header(), envelope.header)
+        header = parse(pb.Header(), envelope.header)
     except WireError as error:
         raise refused(pb.HEADER_MALFORMED, "header", "a Header of this release", error) from None
     if header.protocol != PROTOCOL:
@@ -123,7 +123,7 @@ def subject(front: bytes, parts: Sequence[pb.Part]) -> tuple[int, str, bytes]:
     Raises:
         WireError: if it is no assignment.
     """
-    assignment = parsed(round_pb2.Assignment(), front)
+    assignment = parse(round_pb2.Assignment(), front)
     if assignment.verb == round_pb2.PROBE:
         return assignment.round, assignment.base, assignment.probe.state.digest
     bodies = b"".join(sorted(one.digest for one in parts if one.key))

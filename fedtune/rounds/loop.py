@@ -18,7 +18,7 @@ from fedtune.rounds.admission import admit, admit_norms, largest_update
 from fedtune.rounds.clock import ClientTime, Clock, CompletedWork, NullClock
 from fedtune.rounds.schedule import Schedule, enough, sample
 from fedtune.rounds.transport import Aside, Reply, Transport
-from fedtune.wire.messages import EncodedAssignment, blob_encoder, decode_update, encode_assignment
+from fedtune.wire.codec import EncodedAssignment, blob_encoder, decode_update, encode_assignment
 
 
 @dataclass(frozen=True)

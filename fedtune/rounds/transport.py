@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from fedtune.messages import Assignment, Client, ClientUpdate, Failure
-from fedtune.wire.messages import EncodedAssignment
+from fedtune.wire.codec import EncodedAssignment
 
 Work: TypeAlias = Callable[[Assignment], ClientUpdate]
 """What a client does: `client.perform` bound to its base and its examples."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedtune.errors import FedtuneError
 from fedtune.messages import Client, Failure
 from fedtune.rounds.transport import Answer, Reply, Rule, Work
-from fedtune.wire.messages import EncodedAssignment, blob_decoder, decode_assignment, encode_update
+from fedtune.wire.codec import EncodedAssignment, blob_decoder, decode_assignment, encode_update
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from fedtune.errors import ConfigError, FedtuneError, RoundError
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.tensors import Tensors
-from fedtune.wire.messages import blob_decoder, decode_assignment, encode_update
+from fedtune.wire.codec import blob_decoder, decode_assignment, encode_update
 from fedtune.wire.v1 import round_pb2 as pb
 
 ALIGNMENT = 64

@@ -23,7 +23,7 @@ from fedtune.messages import Client, Failure
 from fedtune.rounds.transport import Answer, Reply, Rule
 from fedtune.simulation.nursery import receive, write_payload
 from fedtune.simulation.resources import Machine, Resources, next_start, queued
-from fedtune.wire.messages import EncodedAssignment
+from fedtune.wire.codec import EncodedAssignment
 
 COMMAND = (sys.executable, "-P", "-m", "fedtune.worker")
 """What a nursery runs; -P because a file of the working directory must not stand in for a library's."""

@@ -16,7 +16,7 @@ from fedtune.link.settings import LinkSettings
 from fedtune.link.statements import digest
 from fedtune.messages import Failure
 from fedtune.rounds.transport import Reply, Rule
-from fedtune.wire.messages import encode_update
+from fedtune.wire.codec import encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.flower.conftest import FOUNDATION, flower_task
@@ -107,7 +107,7 @@ def test_a_round_goes_over_it_with_an_answer_and_a_decline(desk: Desk) -> None:
 
 
 def work_of(name: str):  # type: ignore[no-untyped-def]
-    from fedtune.wire.messages import decode_assignment
+    from fedtune.wire.codec import decode_assignment
 
     order = assignment(name, 1)
     return work(decode_assignment(order.header, order.blobs))

@@ -41,8 +41,8 @@ from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
 from fedtune.store.journal import End, Journal
 from fedtune.tensors import Tensors
-from fedtune.wire.messages import EncodedAssignment, encode_assignment, encode_blob, encode_update
-from fedtune.wire.profile import ClientProfile, Device, Foundation, encode_profile
+from fedtune.wire.codec import EncodedAssignment, encode_assignment, encode_blob, encode_update
+from fedtune.wire.profile import ClientProfile, Device, ModelSpec, encode_profile
 from fedtune.wire.v1 import link_pb2 as pb
 
 LONGEST_HEX = 256
@@ -203,7 +203,7 @@ UPDATES: Mapping[str, ClientUpdate] = {
         probed=ProbeResult(np.array([5], np.int8), b"12345678", bytes(range(16)), skipped=1, rms=0.25, lost=True),
     ),
 }
-FOUNDATION = Foundation(
+FOUNDATION = ModelSpec(
     base="9f3c" * 16,
     modules={"layer.v": (2, 6), "layer.q": (4, 6)},
     saved={"score.weight": numbers((1, 2))},

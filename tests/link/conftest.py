@@ -16,7 +16,7 @@ from fedtune.link.hub import Hub, Run
 from fedtune.link.settings import LinkSettings
 from fedtune.link.statements import PROTOCOL, TRAIN, UPDATE, build, digest, seal
 from fedtune.messages import Assignment, LocalAdapter, Plan, Training
-from fedtune.wire.messages import EncodedAssignment, encode_assignment
+from fedtune.wire.codec import EncodedAssignment, encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"\7" * 32)

@@ -16,11 +16,11 @@ from fedtune.member import take_part
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.seeds import generator
 from fedtune.tensors import cast
-from fedtune.wire.messages import decode_assignment, encode_update
-from fedtune.wire.profile import ClientProfile, Foundation, encode_profile
+from fedtune.wire.codec import decode_assignment, encode_update
+from fedtune.wire.profile import ClientProfile, ModelSpec, encode_profile
 
 MODULES: Mapping[str, tuple[int, int]] = {"layer.q": (4096, 2048), "layer.v": (1024, 2048)}
-FOUNDATION = Foundation(base="9f3c" * 16, modules=MODULES, parameters=10_485_760)
+FOUNDATION = ModelSpec(base="9f3c" * 16, modules=MODULES, parameters=10_485_760)
 EXAMPLES = 10
 
 

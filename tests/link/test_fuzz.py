@@ -39,7 +39,7 @@ from fedtune.rounds.loop import RoundRequest, decode_and_admit, needs_whole_stat
 from fedtune.rounds.transport import Reply
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
-from fedtune.wire.messages import encode_assignment, encode_update
+from fedtune.wire.codec import encode_assignment, encode_update
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.conftest import KEY, answer, made
 from tests.methods import test_fedkseed as seeds

@@ -9,7 +9,7 @@ from fedtune.errors import ConfigError, WireError
 from fedtune.link.policy import Demand, Policy, Spent, check, demand, leaves, vet, within
 from fedtune.link.settings import MIB
 from fedtune.messages import Assignment, LocalAdapter, Plan, Probe, SeedState, Training
-from fedtune.wire.messages import encode_assignment
+from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
 ASKED = Demand("flora", round=2, rank=8, steps=10, cohort=3, num_bytes=2 * MIB, base="9f3c" * 16)

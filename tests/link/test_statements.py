@@ -14,7 +14,7 @@ from fedtune.link.roster import Member
 from fedtune.link.signing import key_id, raw, sign
 from fedtune.link.statements import KIND, digest, expect, opened, part, seal, subject
 from fedtune.messages import Assignment, LocalAdapter, Plan, Probe, SeedState, Training
-from fedtune.wire.messages import encode_assignment
+from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))

@@ -30,7 +30,7 @@ from fedtune.replica import Replicas, restored
 from fedtune.seeds import derive, generator
 from fedtune.store.seeds import kron_adapter
 from fedtune.tensors import Array
-from fedtune.wire.messages import decode_assignment, encode_assignment
+from fedtune.wire.codec import decode_assignment, encode_assignment
 
 SEED = 11
 BASE = describe(

@@ -21,7 +21,7 @@ from fedtune.model.lora import attached
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import from_bitmap, sparsity
 from fedtune.rounds.admission import admit
-from fedtune.wire.messages import decode_assignment, decode_update, encode_assignment, encode_update
+from fedtune.wire.codec import decode_assignment, decode_update, encode_assignment, encode_update
 
 Loader = Callable[..., Base]
 Rows = Callable[[int], list[Example]]

@@ -27,7 +27,7 @@ from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
 from fedtune.rounds.admission import MAX_SKIPPED, admit, admit_norms, change_norm, largest_update
 from fedtune.tensors import Tensors, cast
-from fedtune.wire.messages import encode_update
+from fedtune.wire.codec import encode_update
 
 BLUEPRINT = Blueprint(
     modules={"q": (6, 5), "v": (2, 5)}, saved={"head": np.zeros((2, 3), np.float32)}, max_rank=4, seed=0

@@ -33,7 +33,7 @@ from fedtune.rounds.clock import ClientTime, CompletedWork
 from fedtune.rounds.loop import ClientFinished, InterruptedRound, Note, NullJournal, RoundResult, RoundStarted, run
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Answer, Aside, Reply, Rule
-from fedtune.wire.messages import EncodedAssignment, decode_assignment, encode_update
+from fedtune.wire.codec import EncodedAssignment, decode_assignment, encode_update
 
 SHAPE = (4, 6)
 TRAINING = Training(batch=1, learning_rate=0.1, steps=1)

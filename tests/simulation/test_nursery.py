@@ -18,7 +18,7 @@ import pytest
 
 from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.simulation.nursery import read_payload, write_payload
-from fedtune.wire.messages import decode_update, encode_assignment
+from fedtune.wire.codec import decode_update, encode_assignment
 
 SCRIPT = Path(__file__).with_name("scripted.py")
 

@@ -21,7 +21,7 @@ from fedtune.rounds.transport import Answer, Reply, Rule
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.processes import Nursery, ProcessPool, Worker, give, how
 from fedtune.simulation.resources import Resources
-from fedtune.wire.messages import EncodedAssignment, blob_encoder, encode_assignment
+from fedtune.wire.codec import EncodedAssignment, blob_encoder, encode_assignment
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("scripted.py")))
 NAMES = ("ann", "bob", "cyd", "dan")

@@ -11,19 +11,19 @@ import pytest
 from fedtune.errors import WireError
 from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors
-from fedtune.wire.messages import EncodedAssignment, encode_blob
+from fedtune.wire.codec import EncodedAssignment, encode_blob
 from fedtune.wire.profile import (
     ClientProfile,
     Device,
-    Foundation,
-    agreed,
+    ModelSpec,
+    common_model_spec,
     decode_profile,
     difference,
     encode_profile,
 )
 from fedtune.wire.v1 import round_pb2 as pb
 
-FOUNDATION = Foundation(
+FOUNDATION = ModelSpec(
     base="9f3c",
     modules={"layer.q": (4, 6), "layer.v": (2, 6)},
     saved={"score.weight": np.array([[1.5, -2.0]], np.float32)},
@@ -138,19 +138,19 @@ def named(name: str, **changes: object) -> ClientProfile:
 
 def test_the_foundation_of_most_clients_is_the_runs() -> None:
     profiles = [named("ann", base="77"), named("bob"), named("cyd")]
-    assert agreed(profiles).base == "9f3c"
-    assert agreed(profiles[::-1]).base == "9f3c"
+    assert common_model_spec(profiles).base == "9f3c"
+    assert common_model_spec(profiles[::-1]).base == "9f3c"
 
 
 def test_of_equals_the_first_by_name_decides() -> None:
     profiles = [named("cyd", base="88"), named("bob", base="77"), named("ann", base="99")]
-    assert agreed(profiles).base == "99"
-    assert agreed(profiles[::-1]).base == "99"
+    assert common_model_spec(profiles).base == "99"
+    assert common_model_spec(profiles[::-1]).base == "99"
 
 
 def test_initial_values_count_for_what_clients_have_in_common() -> None:
     other = {"score.weight": np.array([[1.5, -2.5]], np.float32)}
-    assert agreed([named("ann", saved=other), named("bob"), named("cyd")]).saved is FOUNDATION.saved
+    assert common_model_spec([named("ann", saved=other), named("bob"), named("cyd")]).saved is FOUNDATION.saved
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_each_clients_initial_values_are_hashed_once(monkeypatch: pytest.MonkeyP
         return "d"
 
     monkeypatch.setattr("fedtune.wire.profile.digest", counted)
-    agreed([named("ann"), named("bob"), named("cyd")])
+    common_model_spec([named("ann"), named("bob"), named("cyd")])
     assert len(hashed) == 3
     assert difference(FOUNDATION, FOUNDATION) == ""
     assert len(hashed) == 3

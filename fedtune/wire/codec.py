@@ -167,7 +167,7 @@ def decode_assignment(
     Raises:
         WireError: if the header is malformed, or a body is missing or not the one that the header names.
     """
-    message = parsed(pb.Assignment(), header)
+    message = parse(pb.Assignment(), header)
     if message.verb == pb.PROBE:
         asked, training = probe.from_message(message.probe)
         return Assignment(
@@ -288,7 +288,7 @@ def decode_update(data: bytes, *, client: str, limit_bytes: int, verb: Verb = "a
         if len(data) > limit_bytes:
             raise WireError(f"expected an update of at most {limit_bytes} bytes; got {len(data)}")
         if verb == "probe":
-            return probe.update_from_message(parsed(pb.ProbeUpdate(), bytes(data)), client=client)
+            return probe.update_from_message(parse(pb.ProbeUpdate(), bytes(data)), client=client)
         return _update(memoryview(data), client)
     except WireError as error:
         raise WireError(f"{client}: {error}") from None
@@ -301,7 +301,7 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
         raise WireError(
             f"expected a header of {length} bytes, padded by zeros to {start}; got {len(data)} bytes in all"
         )
-    header = parsed(pb.ClientUpdate(), bytes(data[4 : 4 + length]))
+    header = parse(pb.ClientUpdate(), bytes(data[4 : 4 + length]))
     if header.client != client:
         raise WireError(f"expected an update of this client; got one of {header.client!r}")
     if [part.role for part in header.parts] not in (["tensors", "saved"], ["tensors", "saved", "scores"]):
@@ -353,7 +353,7 @@ def body_of(blob: pb.Blob, blobs: Mapping[str, bytes]) -> bytes:
     return body
 
 
-def parsed(message: AnyMessage, data: bytes) -> AnyMessage:
+def parse(message: AnyMessage, data: bytes) -> AnyMessage:
     """Return the message with `data` parsed into it; fields that this release does not know are refused."""
     if len(data) > MAX_HEADER_BYTES:
         raise WireError(f"expected a header of at most {MAX_HEADER_BYTES} bytes; got {len(data)}")

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from fedtune.errors import WireError
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Training
 from fedtune.tensors import Tensors
-from fedtune.wire import messages
+from fedtune.wire import codec
 from fedtune.wire.v1 import round_pb2 as pb
 
 A = {"layer.a": np.ones((2, 3), np.float32), "layer.b": np.zeros((3, 2), ml_dtypes.bfloat16)}
@@ -54,24 +54,24 @@ def plain(message: Assignment | ClientUpdate) -> object:
 
 
 def assignment_again(assignment: Assignment) -> Assignment:
-    encoded = messages.encode_assignment(assignment)
-    return messages.decode_assignment(encoded.header, encoded.blobs)
+    encoded = codec.encode_assignment(assignment)
+    return codec.decode_assignment(encoded.header, encoded.blobs)
 
 
 def update_again(update: ClientUpdate) -> ClientUpdate:
-    data = messages.encode_update(update)
-    return messages.decode_update(data, client=update.client, limit_bytes=len(data))
+    data = codec.encode_update(update)
+    return codec.decode_update(data, client=update.client, limit_bytes=len(data))
 
 
 def changed(data: bytes, change: Callable[[Any], object]) -> bytes:
     """Return an encoded update with its header changed."""
     length = int.from_bytes(data[:4], "little")
-    body = data[-(-(4 + length) // messages.ALIGNMENT) * messages.ALIGNMENT :]
+    body = data[-(-(4 + length) // codec.ALIGNMENT) * codec.ALIGNMENT :]
     header = pb.ClientUpdate.FromString(data[4 : 4 + length])
     change(header)
     front = header.SerializeToString()
     front = len(front).to_bytes(4, "little") + front
-    return front + bytes(-len(front) % messages.ALIGNMENT) + body
+    return front + bytes(-len(front) % codec.ALIGNMENT) + body
 
 
 TENSORS = st.dictionaries(
@@ -154,20 +154,20 @@ def test_a_loss_that_is_not_a_number_travels_and_is_not_taken_for_a_missing_one(
 
 
 def test_a_state_shared_by_a_cohort_is_encoded_once_and_decoded_once() -> None:
-    encode, decode = messages.blob_encoder(), messages.blob_decoder()
+    encode, decode = codec.blob_encoder(), codec.blob_decoder()
     cohort = [replace(ASSIGNMENT, seed=seed, blobs={"global": A}) for seed in (1, 2)]
-    first, second = (messages.encode_assignment(assignment, encode=encode) for assignment in cohort)
+    first, second = (codec.encode_assignment(assignment, encode=encode) for assignment in cohort)
     assert first.header != second.header
     (one,), (other,) = first.blobs.values(), second.blobs.values()
     assert one is other
-    left, right = (messages.decode_assignment(each.header, each.blobs, decode=decode) for each in (first, second))
+    left, right = (codec.decode_assignment(each.header, each.blobs, decode=decode) for each in (first, second))
     assert left.blobs["global"] is right.blobs["global"]
     assert bits(left.blobs["global"]) == bits(A)
 
 
 def test_a_decoder_that_is_kept_tells_apart_two_descriptions_of_one_body() -> None:
-    decode = messages.blob_decoder()
-    blob = messages.encode_blob({"a": np.arange(4, dtype=np.float32)})
+    decode = codec.blob_decoder()
+    blob = codec.encode_blob({"a": np.arange(4, dtype=np.float32)})
     renamed = pb.Blob.FromString(blob.header.SerializeToString())
     renamed.tensors[0].name = "b"
     assert set(decode(blob.header, blob.body)) == {"a"}
@@ -175,49 +175,49 @@ def test_a_decoder_that_is_kept_tells_apart_two_descriptions_of_one_body() -> No
 
 
 def test_equal_tensors_have_one_digest_whatever_their_mapping() -> None:
-    assert messages.encode_blob(A).digest == messages.encode_blob(dict(reversed(A.items()))).digest
+    assert codec.encode_blob(A).digest == codec.encode_blob(dict(reversed(A.items()))).digest
 
 
 def test_every_truncated_assignment_is_refused_or_lacks_a_field() -> None:
-    encoded = messages.encode_assignment(ASSIGNMENT)
+    encoded = codec.encode_assignment(ASSIGNMENT)
     for length in range(len(encoded.header)):
         # A header cut between two fields is a valid header without the later ones, such as the last blob.
         try:
-            decoded = messages.decode_assignment(encoded.header[:length], encoded.blobs)
+            decoded = codec.decode_assignment(encoded.header[:length], encoded.blobs)
         except WireError:
             continue
         assert plain(decoded) != plain(ASSIGNMENT)
 
 
 def test_every_truncated_update_is_refused() -> None:
-    data = messages.encode_update(UPDATE)
+    data = codec.encode_update(UPDATE)
     for length in range(len(data)):
         with pytest.raises(WireError, match=r"^bank-1: "):
-            messages.decode_update(data[:length], client="bank-1", limit_bytes=LIMIT)
+            codec.decode_update(data[:length], client="bank-1", limit_bytes=LIMIT)
 
 
 def test_an_update_followed_by_more_bytes_is_refused() -> None:
-    data = messages.encode_update(UPDATE)
+    data = codec.encode_update(UPDATE)
     with pytest.raises(WireError, match="in all"):
-        messages.decode_update(data + b"\0", client="bank-1", limit_bytes=LIMIT)
+        codec.decode_update(data + b"\0", client="bank-1", limit_bytes=LIMIT)
 
 
 def test_flipped_bits_give_a_wire_error_or_another_message_and_nothing_else() -> None:
     rng = random.Random(0)
-    data = messages.encode_update(UPDATE)
-    encoded = messages.encode_assignment(ASSIGNMENT)
+    data = codec.encode_update(UPDATE)
+    encoded = codec.encode_assignment(ASSIGNMENT)
     for _ in range(3000):
         position, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
         flipped = data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :]
         try:
-            assert messages.decode_update(flipped, client="bank-1", limit_bytes=LIMIT).client == "bank-1"
+            assert codec.decode_update(flipped, client="bank-1", limit_bytes=LIMIT).client == "bank-1"
         except WireError as error:
             assert str(error).startswith("bank-1: ")  # noqa: PT017  # most flips raise, some make another message
         position = rng.randrange(len(encoded.header))
         header = encoded.header
         flipped = header[:position] + bytes([header[position] ^ bit]) + header[position + 1 :]
         try:
-            messages.decode_assignment(flipped, encoded.blobs)
+            codec.decode_assignment(flipped, encoded.blobs)
         except WireError:
             continue
 
@@ -226,34 +226,34 @@ def test_flipped_bits_give_a_wire_error_or_another_message_and_nothing_else() ->
 @settings(deadline=None)
 def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(WireError):
-        messages.decode_update(data, client="bank-1", limit_bytes=LIMIT)
+        codec.decode_update(data, client="bank-1", limit_bytes=LIMIT)
     with pytest.raises(WireError):
-        messages.decode_assignment(data, {})
+        codec.decode_assignment(data, {})
 
 
 def test_a_flipped_bit_in_a_body_of_an_assignment_is_found_by_its_digest() -> None:
-    encoded = messages.encode_assignment(replace(ASSIGNMENT, blobs={"global": A}))
+    encoded = codec.encode_assignment(replace(ASSIGNMENT, blobs={"global": A}))
     ((digest, body),) = encoded.blobs.items()
     with pytest.raises(WireError, match=f"digest '{digest}'"):
-        messages.decode_assignment(encoded.header, {digest: bytes([body[0] ^ 1]) + body[1:]})
+        codec.decode_assignment(encoded.header, {digest: bytes([body[0] ^ 1]) + body[1:]})
 
 
 def test_a_missing_body_is_named_by_its_role() -> None:
-    encoded = messages.encode_assignment(replace(ASSIGNMENT, blobs={"global": A}))
+    encoded = codec.encode_assignment(replace(ASSIGNMENT, blobs={"global": A}))
     with pytest.raises(WireError, match="'global': expected a body of digest"):
-        messages.decode_assignment(encoded.header, {})
+        codec.decode_assignment(encoded.header, {})
 
 
 def test_an_update_that_names_another_client_is_refused() -> None:
-    data = messages.encode_update(UPDATE)
+    data = codec.encode_update(UPDATE)
     with pytest.raises(WireError, match=r"^bank-2: expected an update of this client; got one of 'bank-1'"):
-        messages.decode_update(data, client="bank-2", limit_bytes=LIMIT)
+        codec.decode_update(data, client="bank-2", limit_bytes=LIMIT)
 
 
 def test_an_update_above_the_limit_is_not_read() -> None:
-    data = messages.encode_update(UPDATE)
+    data = codec.encode_update(UPDATE)
     with pytest.raises(WireError, match=f"at most {len(data) - 1} bytes; got {len(data)}"):
-        messages.decode_update(data, client="bank-1", limit_bytes=len(data) - 1)
+        codec.decode_update(data, client="bank-1", limit_bytes=len(data) - 1)
 
 
 @pytest.mark.parametrize(
@@ -277,9 +277,9 @@ def test_an_update_above_the_limit_is_not_read() -> None:
     ],
 )
 def test_an_update_whose_header_lies_is_refused(change: Callable[[Any], object], message: str) -> None:
-    data = changed(messages.encode_update(UPDATE), change)
+    data = changed(codec.encode_update(UPDATE), change)
     with pytest.raises(WireError, match=message):
-        messages.decode_update(data, client="bank-1", limit_bytes=LIMIT)
+        codec.decode_update(data, client="bank-1", limit_bytes=LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -317,20 +317,20 @@ def test_an_update_whose_header_lies_is_refused(change: Callable[[Any], object],
     ],
 )
 def test_an_assignment_whose_header_lies_is_refused(change: Callable[[Any], object], message: str) -> None:
-    encoded = messages.encode_assignment(ASSIGNMENT)
+    encoded = codec.encode_assignment(ASSIGNMENT)
     header = pb.Assignment.FromString(encoded.header)
     change(header)
     with pytest.raises(WireError, match=message):
-        messages.decode_assignment(header.SerializeToString(), encoded.blobs)
+        codec.decode_assignment(header.SerializeToString(), encoded.blobs)
 
 
-@pytest.mark.parametrize("length", [2**32 - 1, messages.MAX_HEADER_BYTES])
+@pytest.mark.parametrize("length", [2**32 - 1, codec.MAX_HEADER_BYTES])
 def test_a_huge_declared_header_takes_no_memory(length: int) -> None:
     data = length.to_bytes(4, "little") + bytes(200)
     tracemalloc.start()
     try:
         with pytest.raises(WireError, match=re.escape(f"header of {length} bytes")):
-            messages.decode_update(data, client="bank-1", limit_bytes=LIMIT)
+            codec.decode_update(data, client="bank-1", limit_bytes=LIMIT)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -338,23 +338,23 @@ def test_a_huge_declared_header_takes_no_memory(length: int) -> None:
 
 
 def test_a_header_above_the_limit_is_not_parsed() -> None:
-    length = messages.MAX_HEADER_BYTES + 1
-    data = length.to_bytes(4, "little") + bytes(length + messages.ALIGNMENT)
+    length = codec.MAX_HEADER_BYTES + 1
+    data = length.to_bytes(4, "little") + bytes(length + codec.ALIGNMENT)
     with pytest.raises(WireError, match=f"header of at most {length - 1} bytes; got {length}"):
-        messages.decode_update(data, client="bank-1", limit_bytes=len(data))
+        codec.decode_update(data, client="bank-1", limit_bytes=len(data))
 
 
 def test_padding_that_is_not_zero_is_refused() -> None:
-    data = bytearray(messages.encode_update(UPDATE))
+    data = bytearray(codec.encode_update(UPDATE))
     end = 4 + int.from_bytes(data[:4], "little")
-    assert end % messages.ALIGNMENT, "this test needs a header that is padded"
+    assert end % codec.ALIGNMENT, "this test needs a header that is padded"
     data[end] = 1
     with pytest.raises(WireError, match="padded by zeros"):
-        messages.decode_update(bytes(data), client="bank-1", limit_bytes=LIMIT)
+        codec.decode_update(bytes(data), client="bank-1", limit_bytes=LIMIT)
 
 
 def test_bodies_of_an_update_start_aligned_so_that_nothing_is_copied() -> None:
-    data = messages.encode_update(replace(UPDATE, tensors={"a": np.ones((2, 2), np.float32)}, saved={}))
-    decoded = messages.decode_update(data, client="bank-1", limit_bytes=LIMIT)
+    data = codec.encode_update(replace(UPDATE, tensors={"a": np.ones((2, 2), np.float32)}, saved={}))
+    decoded = codec.decode_update(data, client="bank-1", limit_bytes=LIMIT)
     assert np.shares_memory(decoded.tensors["a"], np.frombuffer(data, np.uint8))
     assert not decoded.tensors["a"].flags.writeable
