@@ -33,9 +33,9 @@ from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.rebuild import rebuild
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.model.base import Base, find_targets
-from fedtune.model.probe import Position, positioned
-from fedtune.model.rebuilt import mean_loss
-from fedtune.model.torch_seed import seeded
+from fedtune.model.probe import Position, at_position
+from fedtune.model.seed_rebuild import mean_loss
+from fedtune.model.torch_seed import torch_seed
 from fedtune.model.train import Batch, collate
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
@@ -106,7 +106,7 @@ def steps(parameters: int, repeat: int) -> None:
             ordinals = trainable(base.manifest, Reach(bank.name), base.matrices)
             with torch.inference_mode():
                 floor = best(forwards, repeat)
-                with positioned(base, ledger, ordinals) as position:
+                with at_position(base, ledger, ordinals) as position:
                     seconds = best(partial(step, position, batch), repeat)
                 told(bank.name, count, tokens, seconds, min(floor, best(forwards, repeat)))
         with torch.inference_mode():
@@ -170,7 +170,7 @@ def llama() -> Base:
         pad_token_id=0,
         tie_word_embeddings=True,
     )
-    with seeded(KEY, torch.device("cpu")):
+    with torch_seed(KEY, torch.device("cpu")):
         model = LlamaForCausalLM(config).requires_grad_(False).eval()
     return Base(
         name="random",

@@ -24,11 +24,11 @@ from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, ProbeResult, Pruning
-from fedtune.model import libraries, shrunk
+from fedtune.model import libraries, pruned_training
 from fedtune.model.base import Base, to_numpy
-from fedtune.model.lora import attached, frozen, layers, read_local, start
+from fedtune.model.lora import frozen, layers, read_local, start, with_adapters
 from fedtune.model.probe import measure
-from fedtune.model.train import Between, Trained, memory_told, train
+from fedtune.model.train import Between, Trained, report_out_of_memory, train
 from fedtune.pruning.structure import LayerSlice, bitmap
 from fedtune.replica import Replicas, restored
 from fedtune.seeds import derive
@@ -135,7 +135,7 @@ def adapted(base: Base, examples: Sequence[Example], assignment: Assignment) -> 
             f"{name}: expected base {assignment.base[:12]}; has {base.digest[:12]} ({base.name}); "
             "load the same model in the same revision and dtype"
         )
-    with memory_told(name, assignment.plan.training.batch):
+    with report_out_of_memory(name, assignment.plan.training.batch):
         if assignment.surgery is not None:
             return operated(base, examples, assignment, assignment.surgery)
         learned = trained(base, base, examples, assignment, {})
@@ -176,7 +176,7 @@ def trained(
     """
     local, initial = assignment.local, start(assignment, base.modules, cut)
     saved = assignment.blobs.get("saved", {})
-    with attached(
+    with with_adapters(
         small,
         frozen=frozen(assignment),
         local=initial,
@@ -230,11 +230,11 @@ def operated(base: Base, examples: Sequence[Example], assignment: Assignment, su
     new one that is not quite the structure that was trained.)
     """
     began, key, plan, settings = time.perf_counter(), assignment.seed, assignment.plan, surgery.settings
-    body, side = shrunk.anatomy(base), 0
+    body, side = pruned_training.block_layout(base), 0
     if not examples:
         raise ClientError(f"{plan.client}: expected at least one training example; got none; give the client more data")
     score = partial(
-        shrunk.measured_scores,
+        pruned_training.measured_scores,
         examples=examples,
         settings=settings,
         anatomy=body,
@@ -242,38 +242,43 @@ def operated(base: Base, examples: Sequence[Example], assignment: Assignment, su
         batch=plan.training.batch,
     )
     if settings.policy == "local" and plan.ratio > 0:
-        with shrunk.received(base, assignment, base, {}) as model:
+        with pruned_training.with_received_adapters(base, assignment, base, {}) as model:
             worth, side = score(model, base, keep=None)
-        parts = shrunk.own(worth, plan.ratio, settings, body)
+        parts = pruned_training.own_structures(worth, plan.ratio, settings, body)
     else:
-        parts = shrunk.told(surgery, body)
+        parts = pruned_training.structures_of(surgery, body)
     steps = plan.training.steps
     assert steps is not None  # the planner resolves epochs
     parts = parts.within(steps)
-    rows = shrunk.paired_rows(examples, base, key=key, batch=plan.training.batch)
-    with shrunk.reduced(base, parts.before, body) as small:
-        order, cut = shrunk.ordered(assignment, parts.before, parts.sent, body), shrunk.cut_of(parts.before, body)
-        with shrunk.received(small, order, base, cut) as model:
-            loss_before = shrunk.paired_loss(model, rows, base)
+    rows = pruned_training.evaluation_rows(examples, base, key=key, batch=plan.training.batch)
+    with pruned_training.with_pruned_model(base, parts.before, body) as small:
+        order, cut = (
+            pruned_training.sliced_assignment(assignment, parts.before, parts.sent, body),
+            pruned_training.cut_of(parts.before, body),
+        )
+        with pruned_training.with_received_adapters(small, order, base, cut) as model:
+            loss_before = pruned_training.evaluation_loss(model, rows, base)
 
     def then(model: torch.nn.Module) -> tuple[float, Tensors, int]:
         found, tokens = score(model, base, keep=parts.last) if surgery.wanted else ({}, 0)
-        return shrunk.paired_loss(model, rows, base), found, tokens
+        return pruned_training.evaluation_loss(model, rows, base), found, tokens
 
-    with shrunk.reduced(base, parts.first, body) as small:
+    with pruned_training.with_pruned_model(base, parts.first, body) as small:
         learned = trained(
             base,
             small,
             examples,
-            shrunk.ordered(assignment, parts.first, parts.sent, body),
-            shrunk.cut_of(parts.first, body),
-            between=lambda model: shrunk.cutter(model, parts.stages, settings, body, steps=steps),
+            pruned_training.sliced_assignment(assignment, parts.first, parts.sent, body),
+            pruned_training.cut_of(parts.first, body),
+            between=lambda model: pruned_training.cutter(model, parts.stages, settings, body, steps=steps),
             then=then,
         )
     loss_after, worth, tokens = learned.seen
     # The start of what was trained, in the structure in which it ended.
     last = start(
-        shrunk.ordered(assignment, parts.last, parts.sent, body), base.modules, shrunk.cut_of(parts.last, body)
+        pruned_training.sliced_assignment(assignment, parts.last, parts.sent, body),
+        base.modules,
+        pruned_training.cut_of(parts.last, body),
     )
     done = replace(
         measured(learned.trained),
@@ -286,12 +291,12 @@ def operated(base: Base, examples: Sequence[Example], assignment: Assignment, su
     if settings.policy == "local" and parts.last is not None:
         mask = bitmap(parts.last, body)
     elif settings.policy == "vote" and surgery.wanted:
-        mask = shrunk.vote(worth, parts.last, max(plan.ratio, settings.target), settings, body)
+        mask = pruned_training.vote(worth, parts.last, max(plan.ratio, settings.target), settings, body)
     return replace(
         answer(base, examples, assignment, replace(learned, initial=last), done),
         kept=parts.last.digest if parts.last else b"",
         mask=mask,
-        scores=shrunk.as_sent(worth) if surgery.wanted and settings.policy == "nested" else {},
+        scores=pruned_training.wire_scores(worth) if surgery.wanted and settings.policy == "nested" else {},
     )
 
 

@@ -23,8 +23,8 @@ from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base
 from fedtune.model.libraries import threads
-from fedtune.model.rebuilt import rebuilt
-from fedtune.model.shrunk import anatomy, reduced
+from fedtune.model.pruned_training import block_layout, with_pruned_model
+from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
 from fedtune.replica import Replicas
@@ -129,7 +129,7 @@ def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str
     """
     settings = recipe.pruning
     try:
-        found = anatomy(base)
+        found = block_layout(base)
     except ConfigError:
         if settings is not None:
             raise
@@ -162,13 +162,13 @@ def pruned_score(experiment: Experiment, tuned: GlobalModel, keep: ModelStructur
     assert body is not None  # a base without one is not pruned
     adapter = slice_adapter(tuned.adapter, cuts(keep, body))
     test = experiment.federation.test[: settings.examples]
-    with reduced(base, keep, body) as small:
+    with with_pruned_model(base, keep, body) as small:
         return scoring.evaluate(small, adapter, tuned.saved, {"test": test}, batch=settings.batch).get("test")
 
 
 def moved(base: Base, seeds: SeedModel | None) -> AbstractContextManager[None]:
     """Give the base the weights that seeds stand for, for the length of the block."""
-    return rebuilt(base, seeds.ledger, seeds.trainable) if seeds else nullcontext()
+    return with_rebuilt_weights(base, seeds.ledger, seeds.trainable) if seeds else nullcontext()
 
 
 def setting(experiment: Experiment) -> Setting:

@@ -255,22 +255,22 @@ def measured(
     trained: Trained, keep: ModelStructure | None, groups: Mapping[str, Any]
 ) -> Mapping[str, Mapping[str, float]]:
     """Score the global model, pruned to a structure, on groups of examples."""
-    from fedtune.model import shrunk
+    from fedtune.model import pruned_training
     from fedtune.model.evaluate import evaluate
     from fedtune.model.libraries import threads
 
     base, recipe, body = trained.experiment.base, trained.experiment.recipe, trained.experiment.blueprint.anatomy
     assert body is not None  # a run without one is not pruned
     adapter = slice_adapter(trained.tuned.adapter, cuts(keep, body)) if keep else trained.tuned.adapter
-    with threads(recipe.model.threads), shrunk.reduced(base, keep, body) as small:
+    with threads(recipe.model.threads), pruned_training.with_pruned_model(base, keep, body) as small:
         return evaluate(small, adapter, trained.tuned.saved, groups, batch=recipe.evaluate.batch)
 
 
 def scored(trained: Trained, ratio: float, examples: int | None) -> Mapping[str, float]:
     """Return test scores of the model at a ratio, and what it costs: parameters, memory, time of a forward pass."""
-    from fedtune.model import shrunk
+    from fedtune.model import pruned_training
     from fedtune.model.libraries import threads
-    from fedtune.model.lora import attached
+    from fedtune.model.lora import with_adapters
 
     experiment, keep = trained.experiment, trained.keep(ratio)
     base, recipe, body = experiment.base, experiment.recipe, experiment.blueprint.anatomy
@@ -279,14 +279,14 @@ def scored(trained: Trained, ratio: float, examples: int | None) -> Mapping[str,
     found = dict(measured(trained, keep, {"test": test}).get("test", {}))
     found["sparsity"] = sparsity(keep, body) if keep else 0.0
     adapter = slice_adapter(trained.tuned.adapter, cuts(keep, body)) if keep else trained.tuned.adapter
-    with threads(recipe.model.threads), shrunk.reduced(base, keep, body) as small:
+    with threads(recipe.model.threads), pruned_training.with_pruned_model(base, keep, body) as small:
         sizes = [(parameter.numel(), parameter.element_size()) for parameter in small.model.parameters()]
         found["parameters"] = sum(count for count, _ in sizes)
         found["megabytes"] = sum(count * size for count, size in sizes) / 1e6
-        with attached(small, frozen=adapter, saved=trained.tuned.saved) as model:
+        with with_adapters(small, frozen=adapter, saved=trained.tuned.saved) as model:
             rows = test or next(shard.train for shard in experiment.federation.clients.values() if shard.train)
-            batches = shrunk.paired_rows(rows, small, key=0, batch=shrunk.ROWS)
-            found["forward_ms"] = forward_ms(partial(shrunk.paired_loss, model, batches, small))
+            batches = pruned_training.evaluation_rows(rows, small, key=0, batch=pruned_training.ROWS)
+            found["forward_ms"] = forward_ms(partial(pruned_training.evaluation_loss, model, batches, small))
     return found
 
 

@@ -22,8 +22,8 @@ from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
 from fedtune.model import embedded
 from fedtune.model.base import Base, load, load_tokenizer, memory_bytes
+from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.model.shrunk import anatomy
 from fedtune.pruning.structure import BlockLayout
 from fedtune.replica import Replicas
 from fedtune.wire.profile import ClientProfile, Device, ModelSpec
@@ -157,7 +157,7 @@ def manifest(base: Base) -> bytes:
 def blocks(base: Base) -> BlockLayout | None:
     """Return the blocks of the base; none if surgery does not know it: only pruning asks for them."""
     with suppress(ConfigError):
-        return anatomy(base)
+        return block_layout(base)
     return None
 
 

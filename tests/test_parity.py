@@ -17,7 +17,7 @@ from fedtune.lora.adapter import delta, unpack
 from fedtune.messages import Client, ClientUpdate, Training
 from fedtune.methods import METHODS
 from fedtune.model.base import Base, load, load_tokenizer
-from fedtune.model.lora import attached
+from fedtune.model.lora import with_adapters
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning.fixed import Fixed
 from fedtune.rounds.loop import run
@@ -94,7 +94,7 @@ def add(base: Base, changes: dict[str, Array]) -> None:
 
 
 def logits(base: Base, adapter: Any = None) -> torch.Tensor:
-    with attached(base, frozen=adapter) as model, torch.inference_mode():
+    with with_adapters(base, frozen=adapter) as model, torch.inference_mode():
         result: torch.Tensor = model(input_ids=IDS).logits
     return result
 

@@ -124,20 +124,20 @@ def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, table
     model = fedtune.load_pruned(place / "model")
     trained = pruned.opened(shrunk.path)
     ids = torch.tensor([[5, 6, 7, 8]])
-    from fedtune.model.lora import attached
-    from fedtune.model.shrunk import reduced
+    from fedtune.model.lora import with_adapters
+    from fedtune.model.pruned_training import with_pruned_model
     from fedtune.pruning.structure import cuts, slice_adapter
 
     keep, body = trained.keep(0.5), trained.experiment.blueprint.anatomy
     assert keep is not None
     assert body is not None
-    with reduced(trained.experiment.base, keep, body) as small, torch.inference_mode():
-        with attached(small, frozen=slice_adapter(trained.tuned.adapter, cuts(keep, body))) as live:
+    with with_pruned_model(trained.experiment.base, keep, body) as small, torch.inference_mode():
+        with with_adapters(small, frozen=slice_adapter(trained.tuned.adapter, cuts(keep, body))) as live:
             expected = live(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
     # The recipe form: stock peft over the whole base.
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tables["model"]["base"]), place / "recipe")
-    with attached(trained.experiment.base, frozen=trained.tuned.adapter) as live, torch.inference_mode():
+    with with_adapters(trained.experiment.base, frozen=trained.tuned.adapter) as live, torch.inference_mode():
         torch.testing.assert_close(whole(input_ids=ids).logits, live(input_ids=ids).logits, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="fedtune-pruned-llama"):
         AutoModelForCausalLM.from_pretrained(place / "model")

@@ -25,7 +25,7 @@ from fedtune.messages import Blueprint
 from fedtune.model import embedded
 from fedtune.model.libraries import quiet
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.model.torch_seed import seeded
+from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
@@ -146,7 +146,7 @@ def load(
         classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     try:
         config = AutoConfig.from_pretrained(path, revision=settings.revision, trust_remote_code=False, **classes)
-        with quiet(), seeded(derive(seed, "model.head"), torch.device("cpu")):
+        with quiet(), torch_seed(derive(seed, "model.head"), torch.device("cpu")):
             model, info = auto.from_pretrained(
                 path,
                 revision=settings.revision,

@@ -33,9 +33,9 @@ from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import DTYPES, Base, choose_device, locate, not_found
 from fedtune.model.libraries import quiet
 from fedtune.model.merge import Merged
-from fedtune.model.prune import anatomy_of, cut_linear, fit, refuse_static_caches, taken
 from fedtune.model.settings import ModelSettings
-from fedtune.model.torch_seed import seeded
+from fedtune.model.surgery import cut_linear, fit, layout_of, refuse_static_caches, slice_of
+from fedtune.model.torch_seed import torch_seed
 from fedtune.pruning.structure import (
     FAMILIES,
     FULL,
@@ -86,7 +86,7 @@ def skeleton(config: Any, *, task: str, dtype: torch.dtype) -> Any:
 def shrink(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> None:
     """Give every block of a skeleton its own widths, in place."""
     for name, cut in cuts(check(keep, anatomy), anatomy).items():
-        cut_linear(model.get_submodule(name), taken(cut))
+        cut_linear(model.get_submodule(name), slice_of(cut))
     fit(model, keep, anatomy)
 
 
@@ -121,7 +121,7 @@ def files_of(path: str | Path, revision: str | None) -> Sequence[Path]:
     return [Path(at(Path(name).name)) for name in sorted(set(index["weight_map"].values()))]
 
 
-def matched(source: Source, expected: Collection[str], prefix: str) -> Source:
+def match_names(source: Source, expected: Collection[str], prefix: str) -> Source:
     """Return a checkpoint's tensors by the names that the model has for them.
 
     As transformers does it: a bare model's checkpoint fits one with a head, and the other way round, and what early
@@ -160,7 +160,7 @@ def finish(model: Any, new: Collection[str], *, key: int, device: torch.device) 
     model.tie_weights()
     for name, buffer in list(model.named_non_persistent_buffers()):
         place(model, name, torch.empty_like(buffer, device="cpu"))
-    with quiet(), seeded(key, torch.device("cpu")):
+    with quiet(), torch_seed(key, torch.device("cpu")):
         model.initialize_weights()
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, left
@@ -197,7 +197,7 @@ def anatomy_at(settings: ModelSettings, *, root: Path) -> BlockLayout:
         model = skeleton(config_of(settings, root=root, labels=("",)), task=settings.task, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise not_found(settings, error) from error
-    return anatomy_of(model)
+    return layout_of(model)
 
 
 def load_pruned_base(
@@ -222,14 +222,14 @@ def load_pruned_base(
     path = locate(settings, root)
     try:
         model = skeleton(config_of(settings, root=root, labels=labels), task=settings.task, dtype=dtype)
-        anatomy = anatomy_of(model)
+        anatomy = layout_of(model)
         whole = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
         first, cut = aliases(model), cuts(check(keep, anatomy), anatomy)
         shrink(model, keep, anatomy)
         ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
         sha, new, placed = hashlib.sha256(), [], set()
         source = reading(files_of(path, settings.revision))
-        found = matched(source, whole.keys(), model.base_model_prefix)
+        found = match_names(source, whole.keys(), model.base_model_prefix)
         for name, (shape, kind) in sorted(whole.items()):
             read = next((found[other] for other in whole if first[other] == first[name] and other in found), None)
             if read is None:
@@ -261,7 +261,7 @@ def load_pruned_base(
 def part_of(model: Any, name: str, tensor: torch.Tensor, cut: Mapping[str, Any]) -> torch.Tensor:
     """Return what is kept of a parameter of the base."""
     module, _, leaf = name.rpartition(".")
-    part = taken(cut.get(module, FULL))
+    part = slice_of(cut.get(module, FULL))
     return part.rows(tensor) if leaf == "bias" else part.weight(model.get_submodule(module))(tensor)
 
 
@@ -273,7 +273,7 @@ def with_generation_config(model: Any, path: str | Path, revision: str | None = 
         model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
 
 
-def sliced(
+def sliced_tensors(
     base: Base,
     keep: ModelStructure,
     anatomy: BlockLayout,
@@ -290,7 +290,7 @@ def sliced(
     model, cut = base.model, cuts(check(keep, anatomy), anatomy)
     held, first = model.state_dict(), aliases(model)
     source = reading(files_of(base.path, revision))
-    found = matched(source, held.keys(), model.base_model_prefix)
+    found = match_names(source, held.keys(), model.base_model_prefix)
     tensors, along, squared, off = {}, 0.0, 0.0, 0.0
     check_tied(adapter, first)
     for name in held:
@@ -454,7 +454,7 @@ def write_tensors(
         if base.modules.get(name) != factors.shape:
             raise ShapeError(f"{name}: expected {base.modules.get(name, 'no such module')}; got {factors.shape}")
     out.mkdir(parents=True, exist_ok=True)
-    tensors, merged = sliced(base, keep, anatomy, adapter or {}, saved, dtype=dtype, revision=revision)
+    tensors, merged = sliced_tensors(base, keep, anatomy, adapter or {}, saved, dtype=dtype, revision=revision)
     save_file(dict(tensors), out / "model.safetensors", metadata={"format": "pt"})
     with quiet():
         if base.model.can_generate():
@@ -531,7 +531,7 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
         plain = {key: value for key, value in data.items() if not key.endswith(FOREIGN)}
         config = CONFIG_MAPPING[family].from_dict({**plain, "model_type": family})
         model = skeleton(config, task=described["task"], dtype=DTYPES[dtype])
-        anatomy = anatomy_of(model)
+        anatomy = layout_of(model)
         blocks = zip(anatomy.blocks, described["blocks"], strict=True)
         shrink(model, ModelStructure(tuple(leading(block, **counts) for block, counts in blocks)), anatomy)
         first, expected = aliases(model), model.state_dict()

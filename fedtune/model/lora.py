@@ -23,7 +23,7 @@ from fedtune.tensors import Tensors
 
 
 @contextmanager
-def attached(
+def with_adapters(
     base: Base,
     *,
     frozen: Adapter | None = None,

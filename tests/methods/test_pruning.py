@@ -145,10 +145,10 @@ def test_training_on_adds_what_each_pruned_client_changed(ratios: list[float], s
 def started(order: Any, keep: ModelStructure | None) -> dict[str, Factors]:
     """Where a client's factors start, in its own coordinates and with the scale in b, as it makes them itself."""
     from fedtune.model.lora import start
-    from fedtune.model.shrunk import cut_of, ordered, told
+    from fedtune.model.pruned_training import cut_of, sliced_assignment, structures_of
 
-    parts = told(order.surgery, ANATOMY)
-    own = start(ordered(order, keep, parts.sent, ANATOMY), MODULES, cut_of(keep, ANATOMY))
+    parts = structures_of(order.surgery, ANATOMY)
+    own = start(sliced_assignment(order, keep, parts.sent, ANATOMY), MODULES, cut_of(keep, ANATOMY))
     return {name: Factors(a=f.a, b=f.b * np.float32(order.plan.scale)) for name, f in own.items()}
 
 

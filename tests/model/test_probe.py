@@ -24,8 +24,8 @@ from fedtune.errors import ClientError, RoundError
 from fedtune.messages import Probe, SeedState, Training
 from fedtune.model import probe as probing
 from fedtune.model.base import Base, digest
-from fedtune.model.probe import Measurements, around, clipped, measure, positioned, steps_of
-from fedtune.model.rebuilt import Move, mean_loss
+from fedtune.model.probe import Measurements, around, at_position, clip_scalar, measure, steps_of
+from fedtune.model.seed_rebuild import Move, mean_loss
 from fedtune.model.train import Batch, batches, collate
 from fedtune.tensors import Array
 from tests.model.conftest import bank_of, ledger_of
@@ -86,7 +86,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, examples: Any) -> Script:
         def positioned(*arguments: Any) -> Iterator[Scripted]:
             yield position
 
-        monkeypatch.setattr(probing, "positioned", positioned)
+        monkeypatch.setattr(probing, "at_position", positioned)
         count = len(losses) * (asked.queries if asked.estimator == "one-sided" else 1)
         seeds = np.arange(count, dtype=np.int32) if drawn is None else np.array(drawn, np.int32)
         base: Any = SimpleNamespace(device=torch.device("cpu"), task="causal", pad_id=0)
@@ -184,15 +184,15 @@ def test_a_clip_bounds_the_slope_before_it_is_multiplied(
 
 def test_the_running_clip_holds_from_the_seventeenth_slope_on_and_forgets_the_oldest() -> None:
     sizes = deque[float](maxlen=128)
-    assert [clipped(g, 0.0, sizes) for g in [1.0, -100.0] + [1.0] * 14] == [1.0, -100.0] + [1.0] * 14
+    assert [clip_scalar(g, 0.0, sizes) for g in [1.0, -100.0] + [1.0] * 14] == [1.0, -100.0] + [1.0] * 14
     # Of one 100 and fifteen ones the 0.9-quantile is 1: from here on the bound is 2.
-    assert clipped(-50.0, 0.0, sizes) == -2.0
-    assert clipped(1.5, 0.0, sizes) == 1.5
+    assert clip_scalar(-50.0, 0.0, sizes) == -2.0
+    assert clip_scalar(1.5, 0.0, sizes) == 1.5
     assert list(sizes)[-2:] == [50.0, 1.5]  # as they were, not as they were clipped
     for _ in range(128):
-        clipped(10.0, 0.0, sizes)
+        clip_scalar(10.0, 0.0, sizes)
     assert len(sizes) == 128
-    assert clipped(50.0, 0.0, sizes) == 20.0
+    assert clip_scalar(50.0, 0.0, sizes) == 20.0
 
 
 def test_the_running_clip_is_one_client_s_of_one_round(scripted: Script) -> None:
@@ -229,7 +229,7 @@ def test_memory_that_runs_out_names_what_to_lower(loaded: Any, examples: Any, mo
     def full(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("fedtune.model.rebuilt.mean_loss", full)
+    monkeypatch.setattr("fedtune.model.seed_rebuild.mean_loss", full)
     with pytest.raises(ClientError, match=r"ann: expected its batch of 3 to fit; memory ran out; lower client\.batch"):
         measured(base, examples(2), probe(), ledger_of(base, "hadamard"), batch=3)
 
@@ -240,7 +240,7 @@ def test_any_other_error_is_let_through(loaded: Any, examples: Any, monkeypatch:
     def broken(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("size mismatch")
 
-    monkeypatch.setattr("fedtune.model.rebuilt.mean_loss", broken)
+    monkeypatch.setattr("fedtune.model.seed_rebuild.mean_loss", broken)
     with pytest.raises(RuntimeError, match="size mismatch"):
         measured(base, examples(2), probe(), ledger_of(base, "hadamard"))
     assert digest(base.model) == own
@@ -310,11 +310,11 @@ def test_the_client_has_moved_by_what_the_server_will_add_for_it(
 
     @contextmanager
     def watched(*arguments: Any) -> Iterator[Spied]:
-        with positioned(*arguments) as position:
+        with at_position(*arguments) as position:
             spied.append(Spied(position, 16))
             yield spied[0]
 
-    monkeypatch.setattr(probing, "positioned", watched)
+    monkeypatch.setattr(probing, "at_position", watched)
     own, asked = digest(base.model), probe(bank, estimator=estimator, queries=4)
     found = measured(base, examples(4), asked, ledger_of(base, bank), batch=2, learning_rate=0.3)
     assert np.abs(found.scalars.astype(int)).max() <= 127
@@ -348,7 +348,7 @@ def test_padding_weighs_nothing_a_batch_s_loss_is_the_mean_over_its_tokens(
 ) -> None:
     base, rows = loaded(), examples(4)
     moves = [(3, -32), (3, 32)]
-    with positioned(base, ledger_of(base, bank), reached(base, bank)) as position, torch.inference_mode():
+    with at_position(base, ledger_of(base, bank), reached(base, bank)) as position, torch.inference_mode():
         together = position.losses(batch := collate(rows, base), moves)
         alone = [(position.losses(one, moves), one.count) for one in (collate([row], base) for row in rows)]
     assert not batch.attention_mask.all()
@@ -405,7 +405,7 @@ def test_fifty_steps_of_the_papers_loop_end_at_the_same_weights(
         sums += counted(drawn, found.scalars, 16) << SHIFT
     else:
         order = batches(len(rows), size=1, key=KEY)
-        with positioned(base, ledger, reached(base, "gaussian")) as position, torch.inference_mode():
+        with at_position(base, ledger, reached(base, "gaussian")) as position, torch.inference_mode():
             for seed in drawn.tolist():
                 batch = collate([rows[place] for place in next(order)], base)
                 (step,) = steps_of(position.losses(batch, around([seed], asked)), asked, rate, deque())

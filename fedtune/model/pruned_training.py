@@ -12,9 +12,9 @@ import torch
 from fedtune.data.encode import Example
 from fedtune.messages import Assignment, Pruning
 from fedtune.model.base import Base
-from fedtune.model.lora import attached, frozen, start
-from fedtune.model.prune import anatomy_of, cut_again, pruned
-from fedtune.model.scores import scores
+from fedtune.model.importance import scores
+from fedtune.model.lora import frozen, start, with_adapters
+from fedtune.model.surgery import layout_of, shrink_further, with_structure
 from fedtune.model.train import Batch, collate, summed_loss
 from fedtune.pruning.ranking import (
     PruningSettings,
@@ -43,13 +43,13 @@ ROWS = 16
 """Examples on which the losses before and after are taken: two forward passes, the same rows for both."""
 
 
-def anatomy(base: Base) -> BlockLayout:
+def block_layout(base: Base) -> BlockLayout:
     """Return the blocks of a base, with what its costs are made of.
 
     Raises:
         ConfigError: for a model that surgery does not know.
     """
-    found, model = anatomy_of(base.model), base.model
+    found, model = layout_of(base.model), base.model
     parameters = dict(model.named_parameters())
     if base.task == "classification":
         head = sum(parameters[name].numel() for name in base.saved)
@@ -83,7 +83,7 @@ class Structures:
         return self.stages[-1] if self.stages else None
 
 
-def told(surgery: Pruning, anatomy: BlockLayout) -> Structures:
+def structures_of(surgery: Pruning, anatomy: BlockLayout) -> Structures:
     """Return the structures that an assignment names.
 
     Raises:
@@ -98,7 +98,7 @@ def told(surgery: Pruning, anatomy: BlockLayout) -> Structures:
     return Structures(stages=stages, before=before, sent=sent)
 
 
-def own(worth: Tensors, ratio: float, settings: PruningSettings, anatomy: BlockLayout) -> Structures:
+def own_structures(worth: Tensors, ratio: float, settings: PruningSettings, anatomy: BlockLayout) -> Structures:
     """Return the structures that a client's own scores give; what comes is in the coordinates of the whole base."""
     order = rank_units(worth, anatomy, settings)
     stages = (
@@ -113,7 +113,7 @@ def cut_of(keep: ModelStructure | None, anatomy: BlockLayout) -> Mapping[str, La
     return {} if keep is None else cuts(keep, anatomy)
 
 
-def ordered(
+def sliced_assignment(
     assignment: Assignment, keep: ModelStructure | None, sent: ModelStructure | None, anatomy: BlockLayout
 ) -> Assignment:
     """Return an assignment with its blobs cut to one structure."""
@@ -125,22 +125,22 @@ def ordered(
 
 
 @contextmanager
-def reduced(base: Base, keep: ModelStructure | None, anatomy: BlockLayout) -> Iterator[Base]:
+def with_pruned_model(base: Base, keep: ModelStructure | None, anatomy: BlockLayout) -> Iterator[Base]:
     """Give the base with a pruned model for the length of the block."""
     if keep is None:
         yield base
         return
-    with pruned(base.model, keep, anatomy):
+    with with_structure(base.model, keep, anatomy):
         yield replace(base, modules=shapes(base.modules, cuts(keep, anatomy)))
 
 
-def paired_rows(examples: Sequence[Example], base: Base, *, key: int, batch: int) -> Sequence[Batch]:
+def evaluation_rows(examples: Sequence[Example], base: Base, *, key: int, batch: int) -> Sequence[Batch]:
     """Return the rows on which a round's losses are taken, in batches that training has room for."""
     order = generator(derive(key, "prune.rows")).permutation(len(examples))[:ROWS].tolist()
     return [collate([examples[i] for i in order[at : at + batch]], base) for at in range(0, len(order), batch)]
 
 
-def paired_loss(model: torch.nn.Module, batches: Sequence[Batch], base: Base) -> float:
+def evaluation_loss(model: torch.nn.Module, batches: Sequence[Batch], base: Base) -> float:
     """Return the mean loss of rows."""
     with torch.inference_mode():
         total = sum(float(summed_loss(model, each, task=base.task)) for each in batches)
@@ -148,9 +148,11 @@ def paired_loss(model: torch.nn.Module, batches: Sequence[Batch], base: Base) ->
 
 
 @contextmanager
-def received(base: Base, order: Assignment, whole: Base, cut: Mapping[str, LayerSlice]) -> Iterator[torch.nn.Module]:
+def with_received_adapters(
+    base: Base, order: Assignment, whole: Base, cut: Mapping[str, LayerSlice]
+) -> Iterator[torch.nn.Module]:
     """Attach what was received, nothing of it trained, to a base that may be pruned."""
-    with attached(
+    with with_adapters(
         base,
         frozen=frozen(order),
         local=start(order, whole.modules, cut),
@@ -182,7 +184,7 @@ def measured_scores(
     return at_structure(scaled, keep, anatomy), sum(each.tokens for each in batches) if forward else 0
 
 
-def as_sent(worth: Tensors) -> Tensors:
+def wire_scores(worth: Tensors) -> Tensors:
     """Return scores as they travel."""
     largest = float(np.finfo(np.float16).max)
     return {name: np.clip(part, 0, largest).astype(np.float16) for name, part in worth.items()}
@@ -219,6 +221,6 @@ def cutter(
         stage, odd = divmod(steps, every)
         if odd or stage >= len(stages):
             return None
-        return cut_again(model, optimizer, stages[stage - 1], stages[stage], anatomy)
+        return shrink_further(model, optimizer, stages[stage - 1], stages[stage], anatomy)
 
     return between

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedtune.errors import ClientError, ConfigError
-from fedtune.model.lora import attached
-from fedtune.model.prune import anatomy_of, core, gated, pruned, readers
-from fedtune.model.scores import DECAY, gradients, pool, scores, sketch, sketch_layers, smoothed, worth
+from fedtune.model.importance import DECAY, gradients, pool, scores, sketch, sketch_layers, smooth, unit_scores
+from fedtune.model.lora import with_adapters
+from fedtune.model.surgery import core, layout_of, readers, with_gates, with_structure
 from fedtune.model.train import Batch, summed_loss
 from fedtune.pruning.ranking import Criterion, PruningSettings, at_structure, rank_units, structure_at
 from fedtune.pruning.structure import BlockStructure, ModelStructure, cuts, full_block, rows, shapes, slice_adapter
-from tests.model.test_prune import CONFIGS, IDS, MASK, base_of, build, model_of, random_adapter, random_keep
+from tests.model.test_surgery import CONFIGS, IDS, MASK, base_of, build, model_of, random_adapter, random_keep
 
 ALL: list[Criterion] = ["wanda", "lora", "gate", "magnitude", "random"]
 
@@ -47,9 +47,9 @@ def change_of(module: Any, adapter: str) -> torch.Tensor:
 def test_the_fast_form_of_lora_is_the_dense_form(name: str) -> None:
     """Ghat * W as matrices, summed over each group by index lists, in float64."""
     model = double(name)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     base = base_of(model, anatomy)
-    with attached(base, frozen=random_adapter(anatomy, 5), local=random_adapter(anatomy), scale=0.5):
+    with with_adapters(base, frozen=random_adapter(anatomy, 5), local=random_adapter(anatomy), scale=0.5):
         model.double()
         found = gradients(model, batch_of(base.task), task=base.task)
         fast, parts = sketch(model, anatomy, gradients=found), sketch_layers(model, anatomy, found)
@@ -81,10 +81,10 @@ def test_the_fast_form_of_lora_is_the_dense_form(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_derivative_of_a_gate_is_the_sum_of_weights_times_gradients(name: str, adapted: bool) -> None:
     model = double(name)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     base = base_of(model, anatomy)
     batches = [batch_of(base.task), batch_of(base.task, IDS.flip(0), MASK.flip(0))]
-    with attached(base, local=random_adapter(anatomy)) if adapted else nullcontext():
+    with with_adapters(base, local=random_adapter(anatomy)) if adapted else nullcontext():
         model.double()
         found = scores(model, batches, "gate", anatomy, task=base.task, key=0)
         names = [*readers(anatomy, "q"), *readers(anatomy, "ff")]
@@ -106,10 +106,10 @@ def test_the_derivative_of_a_gate_is_the_sum_of_weights_times_gradients(name: st
 @pytest.mark.parametrize("name", CONFIGS)
 def test_wanda_is_the_dense_formula_without_padding(name: str, adapted: bool) -> None:
     model = double(name)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     base = base_of(model, anatomy)
     rest = {"frozen": random_adapter(anatomy, 5), "local": random_adapter(anatomy), "scale": 0.5}
-    with attached(base, **rest) if adapted else nullcontext():  # type: ignore[arg-type]
+    with with_adapters(base, **rest) if adapted else nullcontext():  # type: ignore[arg-type]
         model.double()
         found = scores(model, [batch_of(base.task), batch_of(base.task)], "wanda", anatomy, task=base.task, key=0)
         other = batch_of(base.task, IDS.masked_fill(MASK == 0, 33))
@@ -138,7 +138,7 @@ def test_wanda_is_the_dense_formula_without_padding(name: str, adapted: bool) ->
 
 def test_magnitude_by_hand() -> None:
     model = build("llama-gqa")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     found = scores(model, [], "magnitude", anatomy, task="causal", key=0)
     block = model.model.layers[1]
     q, k, v = (getattr(block.self_attn, f"{x}_proj").weight.square() for x in "qkv")
@@ -152,29 +152,29 @@ def test_magnitude_by_hand() -> None:
 
 def test_a_query_head_gets_an_equal_share_of_its_key_and_value() -> None:
     kept = BlockStructure(q=(0, 1, 4, 5), kv=(0, 2), ff=(0,))
-    assert worth(torch.tensor([1.0, -3.0, 5.0, 1.0]), "kv", kept).tolist() == [1.0, 1.0, 3.0, 3.0]
-    assert worth(torch.tensor([1.0, -3.0, 5.0, 1.0]), "q", kept).tolist() == [1.0, 3.0, 5.0, 1.0]
-    assert worth(torch.arange(12.0), "qkv", kept).tolist() == [12.0, 15.0, 18.0, 21.0]
+    assert unit_scores(torch.tensor([1.0, -3.0, 5.0, 1.0]), "kv", kept).tolist() == [1.0, 1.0, 3.0, 3.0]
+    assert unit_scores(torch.tensor([1.0, -3.0, 5.0, 1.0]), "q", kept).tolist() == [1.0, 3.0, 5.0, 1.0]
+    assert unit_scores(torch.arange(12.0), "qkv", kept).tolist() == [12.0, 15.0, 18.0, 21.0]
 
 
 @pytest.mark.parametrize("criterion", ALL)
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "roberta"])
 def test_scores_of_a_pruned_model_are_those_of_the_gated_one_at_what_it_keeps(name: str, criterion: Criterion) -> None:
     model = model_of(name)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     keep = random_keep(anatomy, 3)
     base, cut = base_of(model, anatomy), cuts(random_keep(anatomy, 3), anatomy)
     adapter = random_adapter(anatomy)
     options = {"task": base.task, "key": 4}
     with (
-        pruned(model, keep, anatomy),
-        attached(replace(base, modules=shapes(base.modules, cut)), local=slice_adapter(adapter, cut)),
+        with_structure(model, keep, anatomy),
+        with_adapters(replace(base, modules=shapes(base.modules, cut)), local=slice_adapter(adapter, cut)),
     ):
         found = scores(model, [batch_of(base.task)], criterion, anatomy, keep=keep, **options)  # type: ignore[arg-type]
     assert found["heads"].shape == (sum(len(kept.q) for kept in keep.blocks),)
     assert found["channels"].shape == (sum(len(kept.ff) for kept in keep.blocks),)
     if criterion in ("gate", "wanda", "random"):
-        with attached(base, local=adapter), gated(model, keep, anatomy):
+        with with_adapters(base, local=adapter), with_gates(model, keep, anatomy):
             full = scores(model, [batch_of(base.task)], criterion, anatomy, **options)  # type: ignore[arg-type]
         for key, array in at_structure(full, keep, anatomy).items():
             np.testing.assert_allclose(found[key], array, rtol=1e-3, atol=1e-6)
@@ -183,8 +183,8 @@ def test_scores_of_a_pruned_model_are_those_of_the_gated_one_at_what_it_keeps(na
 @pytest.mark.parametrize("criterion", ALL)
 def test_scoring_leaves_no_trace(criterion: Criterion) -> None:
     model = build("qwen2")
-    anatomy = anatomy_of(model)
-    with attached(base_of(model, anatomy), local=random_adapter(anatomy)):
+    anatomy = layout_of(model)
+    with with_adapters(base_of(model, anatomy), local=random_adapter(anatomy)):
         hooks = [len(module._forward_pre_hooks) for module in model.modules()]
         first = scores(model, [batch_of()], criterion, anatomy, task="causal", key=1)
         second = scores(model, [batch_of()], criterion, anatomy, task="causal", key=1)
@@ -196,34 +196,34 @@ def test_scoring_leaves_no_trace(criterion: Criterion) -> None:
 
 def test_lora_is_a_moving_mean_over_steps() -> None:
     model = model_of("llama-gqa")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     batches = [batch_of(), batch_of("causal", IDS.flip(0), MASK.flip(0))]
-    with attached(base_of(model, anatomy), local=random_adapter(anatomy)):
+    with with_adapters(base_of(model, anatomy), local=random_adapter(anatomy)):
         one, two = (scores(model, [batch], "lora", anatomy, task="causal", key=0) for batch in batches)
         both = scores(model, batches, "lora", anatomy, task="causal", key=0)
         for key, array in both.items():
             np.testing.assert_allclose(array, DECAY * one[key] + (1 - DECAY) * two[key], rtol=1e-5)
-            np.testing.assert_array_equal(array, smoothed(one, two)[key])
+            np.testing.assert_array_equal(array, smooth(one, two)[key])
         (summed_loss(model, batches[0], task="causal") / batches[0].count).backward()
         np.testing.assert_array_equal(sketch(model, anatomy)["heads"], one["heads"])  # what a training step leaves
 
 
 def test_lora_needs_adapters_on_both_kinds_of_layers() -> None:
     model = model_of("llama-gqa")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     adapter = {name: factors for name, factors in random_adapter(anatomy).items() if "self_attn" in name}
     with pytest.raises(ConfigError, match=r"pruning\.score: .* no trainable adapter"):
         scores(model, [batch_of()], "lora", anatomy, task="causal", key=0)
-    with attached(base_of(model, anatomy), local=adapter), pytest.raises(ConfigError, match="a layer of channels"):
+    with with_adapters(base_of(model, anatomy), local=adapter), pytest.raises(ConfigError, match="a layer of channels"):
         scores(model, [batch_of()], "lora", anatomy, task="causal", key=0)
-    with attached(base_of(model, anatomy), local=random_adapter(anatomy), train="b"):
+    with with_adapters(base_of(model, anatomy), local=random_adapter(anatomy), train="b"):
         found = scores(model, [batch_of()], "lora", anatomy, task="causal", key=0)
     assert found["heads"].std() > 0
 
 
 def test_no_data_and_no_numbers_are_refused() -> None:
     model = build("gpt2")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     with pytest.raises(ClientError, match="wanda: expected at least one batch"):
         scores(model, [], "wanda", anatomy, task="causal", key=0)
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_no_data_and_no_numbers_are_refused() -> None:
 
 def test_random_scores_follow_the_key_and_nothing_else() -> None:
     model = model_of("llama-gqa")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     first, again, other = (scores(model, [], "random", anatomy, task="causal", key=key) for key in (1, 1, 2))
     assert (first["heads"] == again["heads"]).all()
     assert (first["heads"] != other["heads"]).all()
@@ -243,7 +243,7 @@ def test_random_scores_follow_the_key_and_nothing_else() -> None:
 def test_on_a_real_model_data_tell_better_than_weights_or_chance(stories: Path) -> None:
     """Half of the blocks gone at once, no recovery, on text that the model wrote itself."""
     model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval().requires_grad_(False)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         ids = model.generate(torch.ones(12, 1, dtype=torch.long), do_sample=True, max_length=96, pad_token_id=0)
@@ -251,7 +251,7 @@ def test_on_a_real_model_data_tell_better_than_weights_or_chance(stories: Path) 
     settings = PruningSettings(target=0.5)
 
     def loss(keep: ModelStructure) -> float:
-        with pruned(model, keep, anatomy), torch.inference_mode():
+        with with_structure(model, keep, anatomy), torch.inference_mode():
             return float(sum(summed_loss(model, b, task="causal") for b in batches[2:]) / batches[2].count)
 
     def after(criterion: Criterion, key: int = 0) -> float:

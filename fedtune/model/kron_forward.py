@@ -23,7 +23,7 @@ from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.torch_rebuild import rewriter
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.model.base import Base
-from fedtune.model.rebuilt import Move
+from fedtune.model.seed_rebuild import Move
 from fedtune.model.train import Batch, cross_entropies, logits_of
 
 
@@ -103,7 +103,7 @@ class Injected:
 
 
 @contextmanager
-def injected(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[Injected]:
+def with_injected_paths(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[Injected]:
     """Attach the paths to the layers that hold the trainable tensors, for the length of the block.
 
     Layers are found by the tensor that they hold, not by name: a head that is tied to the embeddings moves with them.
@@ -126,7 +126,7 @@ def injected(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterat
     with ExitStack() as stack:
         for module in {id(vector.module): vector.module for vector in vectors}.values():
             own = [vector for vector in vectors if vector.module is module]
-            stack.callback(module.register_forward_hook(swapped(state, own)).remove)
+            stack.callback(module.register_forward_hook(swap_vectors(state, own)).remove)
         for ordinal, _, module in held:
             if len(entries[ordinal].shape) == 2:
                 u, v = (
@@ -146,7 +146,9 @@ def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor,
     if type(module).forward is nn.Embedding.forward:  # subclasses scale what they look up, or look up something else
         rows = u.T.contiguous()  # (R, p)
         lookup = Path(u, -state.unit * v, by_columns=False)
-        return lambda _, inputs, output: added(state, rows[inputs[0]], lookup, spread(state, output), where=where)
+        return lambda _, inputs, output: add_change(
+            state, rows[inputs[0]], lookup, expand_rows(state, output), where=where
+        )
     if isinstance(module, nn.Linear):
         path = Path(v, -state.unit * u, by_columns=True)
     elif isinstance(module, Conv1D):
@@ -155,15 +157,15 @@ def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor,
         expected = "matrices of linear layers and embeddings for 'kron'"
         got = f"{where}, of a {type(module).__name__}"
         raise ConfigError(Fault("method.bank", expected, got, 'use "hadamard", or leave it out of method.trainable'))
-    return lambda _, inputs, output: added(state, inputs[0].float() @ path.first.T, path, output, where=where)
+    return lambda _, inputs, output: add_change(state, inputs[0].float() @ path.first.T, path, output, where=where)
 
 
-def spread(state: Injected, output: torch.Tensor) -> torch.Tensor:
+def expand_rows(state: Injected, output: torch.Tensor) -> torch.Tensor:
     """Return what an embedding gives for every row of the batch: positions are looked up once for all of them."""
     return output.expand(state.num_rows, *output.shape[1:]) if len(output) == 1 else output
 
 
-def added(state: Injected, t: torch.Tensor, path: Path, output: torch.Tensor, *, where: str) -> torch.Tensor:
+def add_change(state: Injected, t: torch.Tensor, path: Path, output: torch.Tensor, *, where: str) -> torch.Tensor:
     """Return a layer's output (rows, ..., out) with the change added, given the input's numbers t (rows, ..., p)."""
     if len(t) < len(output):
         t = t.expand(len(output), *t.shape[1:])
@@ -189,7 +191,7 @@ def check_rows(state: Injected, shape: Sequence[int], where: str) -> None:
         )
 
 
-def swapped(state: Injected, vectors: Sequence[Vector]) -> Hook:
+def swap_vectors(state: Injected, vectors: Sequence[Vector]) -> Hook:
     """Return the hook that gives each part of the batch its own vectors of a layer."""
 
     def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError, ConfigError
 from fedtune.model.base import Base, digest
-from fedtune.model.injected import injected
-from fedtune.model.rebuilt import Move, Rebuilt, working_copy
+from fedtune.model.kron_forward import with_injected_paths
+from fedtune.model.seed_rebuild import Move, RebuiltPosition, working_copy
 from fedtune.model.train import Batch, collate
 from tests.model.conftest import ledger_of
 
@@ -33,14 +33,14 @@ def materialised(
 ) -> list[Sequence[float]]:
     """Losses at rewritten weights, with a move between the rounds."""
     with working_copy(base, ordinals) as trios, torch.inference_mode():
-        return around(Rebuilt(base, ledger, trios), batch, rounds)
+        return around(RebuiltPosition(base, ledger, trios), batch, rounds)
 
 
 def beside(
     base: Base, ledger: SeedLedger, ordinals: Sequence[int], batch: Batch, rounds: Sequence[Sequence[Move]]
 ) -> list[Sequence[float]]:
     """Losses of the forward passes with the change added in them, with the same moves between."""
-    with injected(base, ledger, ordinals) as position, torch.inference_mode():
+    with with_injected_paths(base, ledger, ordinals) as position, torch.inference_mode():
         return around(position, batch, rounds)
 
 
@@ -122,7 +122,7 @@ def test_layers_in_bfloat16_give_out_what_they_gave_and_their_losses_are_near_th
         base = loaded(targets=["all-linear"], dtype=dtype)
         layer = base.model.model.layers[0].mlp.down_proj
         batch, ledger = collate(examples(4), base), ledger_of(base, "kron")
-        with injected(base, ledger, reached(base)) as position, torch.inference_mode():
+        with with_injected_paths(base, ledger, reached(base)) as position, torch.inference_mode():
             found.append(position.losses(batch, PAIR))
             assert layer(torch.zeros(8, 1, 48, dtype=layer.weight.dtype)).dtype == layer.weight.dtype
     assert found[1] == pytest.approx(found[0], abs=0.1)
@@ -133,7 +133,7 @@ def test_no_weight_is_written_and_no_hook_stays(loaded: Any, examples: Any) -> N
     own, parameters = digest(base.model), dict(base.model.named_parameters())
     places = {name: (p.data_ptr(), p._version) for name, p in parameters.items()}
     ordinals, batch = reached(base, vectors=True, embeddings=True), collate(examples(2), base)
-    with injected(base, ledger_of(base, "kron"), ordinals) as position, torch.inference_mode():
+    with with_injected_paths(base, ledger_of(base, "kron"), ordinals) as position, torch.inference_mode():
         assert hooks(base) > 0
         for number in range(50):
             position.losses(batch, [(number % 16, -60), (number % 16, 60)])
@@ -148,7 +148,7 @@ def test_no_weight_is_written_and_no_hook_stays(loaded: Any, examples: Any) -> N
 def test_hooks_are_gone_after_an_error_too(loaded: Any) -> None:
     base = loaded()
     own = digest(base.model)
-    with pytest.raises(ZeroDivisionError), injected(base, ledger_of(base, "kron"), reached(base)):
+    with pytest.raises(ZeroDivisionError), with_injected_paths(base, ledger_of(base, "kron"), reached(base)):
         raise ZeroDivisionError
     assert hooks(base) == 0
     assert digest(base.model) == own
@@ -164,7 +164,7 @@ def test_a_forward_pass_that_breaks_off_leaves_every_vector_in_its_place(loaded:
     base.model.transformer.h[1].ln_1.forward = broken
     with (
         pytest.raises(RuntimeError, match="broken"),
-        injected(base, ledger_of(base, "kron"), reached(base, vectors=True)) as position,
+        with_injected_paths(base, ledger_of(base, "kron"), reached(base, vectors=True)) as position,
         torch.inference_mode(),
     ):
         position.losses(batch, PAIR)
@@ -188,7 +188,7 @@ def test_a_matrix_of_another_kind_of_layer_is_refused_by_name_and_leaves_no_hook
     layer = base.model.model.layers[1].mlp
     layer.down_proj = Odd(layer.down_proj.weight)
     message = r"method\.bank: .*model\.layers\.1\.mlp\.down_proj\.weight, of a Odd.*use \"hadamard\""
-    with pytest.raises(ConfigError, match=message), injected(base, ledger_of(base, "kron"), reached(base)):
+    with pytest.raises(ConfigError, match=message), with_injected_paths(base, ledger_of(base, "kron"), reached(base)):
         pass
     assert hooks(base) == 0
 
@@ -226,7 +226,7 @@ def test_a_layer_that_sees_other_rows_than_the_batch_s_is_told_what_to_do(loaded
     batch = collate(examples(3), base)
     layer = base.model.model.layers[0].self_attn.q_proj
 
-    with injected(base, ledger_of(base, "kron"), reached(base)) as position, torch.inference_mode():
+    with with_injected_paths(base, ledger_of(base, "kron"), reached(base)) as position, torch.inference_mode():
         position.losses(batch, PAIR)
         with pytest.raises(
             ClientError, match=r"q_proj\.weight: expected a layer that sees the 6 rows of the batch; got 3;"
@@ -244,7 +244,7 @@ def test_the_path_beside_a_layer_is_u_transposed_m_v_by_hand(loaded: Any) -> Non
     u, v = ledger.bank.factors(ordinal, entry.shape)  # type: ignore[attr-defined]
     matrix = ledger.accumulators.reshape(4, 4).astype(np.float64)
     x = torch.eye(entry.shape[1]).repeat(2, 1, 1)  # both sides of a batch of one row
-    with injected(base, ledger, [ordinal]) as position, torch.inference_mode():
+    with with_injected_paths(base, ledger, [ordinal]) as position, torch.inference_mode():
         position.moves, position.num_rows = [(6, -60), (6, 60)], 2
         sides = layer(x)
     for side, amount in zip(sides, (-60, 60), strict=True):
@@ -268,6 +268,9 @@ def test_an_embedding_that_does_more_than_look_up_is_refused(loaded: Any) -> Non
     scaled.weight = own.weight
     base.model.set_input_embeddings(scaled)
     ledger, ordinals = ledger_of(base, "kron"), reached(base, embeddings=True)
-    with pytest.raises(ConfigError, match=r"embed_tokens\.weight, of a Doubled"), injected(base, ledger, ordinals):
+    with (
+        pytest.raises(ConfigError, match=r"embed_tokens\.weight, of a Doubled"),
+        with_injected_paths(base, ledger, ordinals),
+    ):
         pass
     assert hooks(base) == 0

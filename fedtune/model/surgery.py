@@ -30,7 +30,7 @@ from fedtune.pruning.structure import (
 )
 
 
-def anatomy_of(model: Any) -> BlockLayout:
+def layout_of(model: Any) -> BlockLayout:
     """Return the blocks of a transformers model as they are now, with prefixes as in `named_modules`.
 
     Raises:
@@ -40,13 +40,13 @@ def anatomy_of(model: Any) -> BlockLayout:
     config = model.config
     family = str(getattr(config, "model_type", None))
     if family not in FAMILIES:
-        raise unsupported(family, "another family")
+        raise unsupported_error(family, "another family")
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise unsupported(family, "with cross attention")
+        raise unsupported_error(family, "with cross attention")
     if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
-        raise unsupported(family, "quantised before it is pruned")
+        raise unsupported_error(family, "quantised before it is pruned")
     if (getattr(model, "tp_size", None) or 1) > 1:
-        raise unsupported(family, "spread over devices by tensor parallelism")
+        raise unsupported_error(family, "spread over devices by tensor parallelism")
     modules = {name: core(module) for name, module in model.named_modules()}
     first = next(iter(FAMILIES[family]))
     # The block's own name is what is left of its first layer's; a bare model has no prefix before it.
@@ -59,17 +59,17 @@ def anatomy_of(model: Any) -> BlockLayout:
             shape = None if module is None else linear_shape(module)
             if shape is None or type(module) not in (nn.Linear, Conv1D):  # a quantised layer would be a subclass
                 got = "missing" if module is None else type(module).__name__
-                raise unsupported(family, f"whose {prefix}.{layer} is {got}")
+                raise unsupported_error(family, f"whose {prefix}.{layer} is {got}")
             sizes |= dict(zip(sides, shape, strict=True))
         size = head_dim(family, modules, prefix)
         heads = sizes["q"] // size
         blocks.append(Block(prefix, heads, sizes["kv"] // size if "kv" in sizes else heads, size, sizes["ff"]))
     if not blocks:
-        raise unsupported(family, f"without a layer {first}")
+        raise unsupported_error(family, f"without a layer {first}")
     return BlockLayout(family=family, blocks=tuple(blocks), width=int(config.hidden_size))
 
 
-def unsupported(family: str, reason: str) -> ConfigError:
+def unsupported_error(family: str, reason: str) -> ConfigError:
     expected = f"a model of type {', '.join(FAMILIES)}, with plain linear layers for queries, keys, values and channels"
     return ConfigError(Fault("pruning", expected, f"{family!r} ({reason})", "leave pruning out, or use another base"))
 
@@ -140,7 +140,7 @@ def take(tensor: torch.Tensor, axis: int, at: torch.Tensor | None) -> torch.Tens
     return tensor if at is None or len(at) == tensor.shape[axis] else tensor.index_select(axis, at.to(tensor.device))
 
 
-def taken(cut: LayerSlice) -> Taken:
+def slice_of(cut: LayerSlice) -> Taken:
     return Taken(*(None if part is None else torch.from_numpy(part) for part in (cut.out, cut.into)))
 
 
@@ -156,7 +156,7 @@ def smaller(parameter: nn.Parameter, part: Callable[[torch.Tensor], torch.Tensor
     return found
 
 
-def put(module: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+def set_parameters(module: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
     """Give a linear layer other parameters, and the sizes that follow from them."""
     module.weight = weight
     if bias is not None:
@@ -170,7 +170,7 @@ def put(module: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
 def cut_linear(module: Any, part: Taken) -> Mapping[nn.Parameter, nn.Parameter]:
     """Take rows and columns out of a linear layer, in place; return (old, new) of the parameters that changed."""
     weight, bias = module.weight, module.bias
-    put(
+    set_parameters(
         module,
         smaller(weight, part.weight(module)),
         None if bias is None else smaller(bias, part.rows),
@@ -180,7 +180,7 @@ def cut_linear(module: Any, part: Taken) -> Mapping[nn.Parameter, nn.Parameter]:
 
 
 @contextmanager
-def pruned(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> Iterator[Any]:
+def with_structure(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> Iterator[Any]:
     """Take heads and channels out of a model for the length of the block: smaller matrices, no masks.
 
     Afterwards every parameter is the object it was before. What is held besides the model are the smaller copies
@@ -206,7 +206,7 @@ def pruned(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> Iterator[A
     hook = refuse_static_caches(model)
     try:
         for name, cut in cuts(keep, anatomy).items():
-            cut_linear(core(model.get_submodule(name)), taken(cut))
+            cut_linear(core(model.get_submodule(name)), slice_of(cut))
         fit(model, keep, anatomy)
         yield model
     finally:
@@ -235,7 +235,7 @@ def refuse_static_caches(model: nn.Module) -> Any:
     return model.register_forward_pre_hook(refuse, with_kwargs=True)
 
 
-def cut_again(
+def shrink_further(
     model: Any, optimizer: torch.optim.Optimizer, before: ModelStructure, after: ModelStructure, anatomy: BlockLayout
 ) -> list[nn.Parameter]:
     """Make a pruned model in training smaller still, in place, and return the parameters that the optimizer now holds.
@@ -256,7 +256,7 @@ def cut_again(
     """
     check(after, anatomy)
     old, new = cuts(before, anatomy), cuts(after, anatomy)
-    parts = {name: taken(cut) for name, cut in within(old, new).items()}
+    parts = {name: slice_of(cut) for name, cut in within(old, new).items()}
     for name, shape in shapes(whole_shapes(anatomy), old).items():
         if (got := linear_shape(core(model.get_submodule(name)))) != shape:
             raise ShapeError(f"{name}: expected {shape}, as kept before; got {got}")
@@ -279,7 +279,7 @@ def cut_lora(layer: Any, part: Taken, optimizer: torch.optim.Optimizer) -> None:
         for factor in factors.values():
             was = factor.weight
             now = smaller(was, of_factor)
-            put(factor, now, None)
+            set_parameters(factor, now, None)
             follow(optimizer, was, now, of_factor)
 
 
@@ -325,7 +325,7 @@ def gates(model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[Any]:
 
 
 @contextmanager
-def gated(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> Iterator[Any]:
+def with_gates(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> Iterator[Any]:
     """Multiply by 0 what is not kept, for the length of the block: what `pruned` computes, at the full model's cost."""
     check(keep, anatomy)
     values = {}

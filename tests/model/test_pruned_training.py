@@ -15,9 +15,9 @@ from fedtune.data.encode import Example
 from fedtune.errors import ClientError, ShapeError
 from fedtune.messages import OUT_OF_MEMORY, Assignment, ClientUpdate, Failure, Plan, Training
 from fedtune.methods.flora import METHOD, FloraState
-from fedtune.model import shrunk
+from fedtune.model import pruned_training
 from fedtune.model.base import Base, digest
-from fedtune.model.lora import attached
+from fedtune.model.lora import with_adapters
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import from_bitmap, sparsity
 from fedtune.rounds.admission import admit
@@ -37,7 +37,9 @@ def base(request: pytest.FixtureRequest, loaded: Loader) -> Base:
 
 def first(base: Base, **changes: Any) -> FloraState:
     settings = PruningSettings(**{"multiple": 8, "target": 0.5, "batches": 2} | changes)
-    blueprint = replace(base.blueprint(max_rank=4, seed=0), anatomy=shrunk.anatomy(base), pruning=settings)
+    blueprint = replace(
+        base.blueprint(max_rank=4, seed=0), anatomy=pruned_training.block_layout(base), pruning=settings
+    )
     return METHOD.init(blueprint, METHOD.settings(wire_dtype="fp32"))
 
 
@@ -92,9 +94,9 @@ def test_the_loss_before_is_that_of_the_structure_of_the_last_participation(base
         for ratio in (0.0, 0.25, 0.75)
     }
     assert losses[0.25] == losses[0.75] == losses[0.0]
-    batch = shrunk.paired_rows(rows, base, key=asked(state, base, 0.0).seed, batch=4)
-    with attached(base, frozen=METHOD.adapter(state)) as model:
-        assert losses[0.0] == pytest.approx(shrunk.paired_loss(model, batch, base), rel=1e-4)
+    batch = pruned_training.evaluation_rows(rows, base, key=asked(state, base, 0.0).seed, batch=4)
+    with with_adapters(base, frozen=METHOD.adapter(state)) as model:
+        assert losses[0.0] == pytest.approx(pruned_training.evaluation_loss(model, batch, base), rel=1e-4)
 
 
 def test_a_pruned_client_trains_the_slice_of_the_global_model(base: Base, examples: Rows) -> None:
@@ -105,19 +107,21 @@ def test_a_pruned_client_trains_the_slice_of_the_global_model(base: Base, exampl
     state = replace(state, ratios={"ann": 0.5})
     update = answered(asked(state, base, 0.5, learning_rate=1e-12), base, rows, state)
     assert update.measured.loss_after == pytest.approx(update.measured.loss_before, rel=1e-5)
-    keep, anatomy = update.keep, shrunk.anatomy(base)
+    keep, anatomy = update.keep, pruned_training.block_layout(base)
     assert keep is not None
-    batch = shrunk.paired_rows(rows, base, key=asked(state, base, 0.5).seed, batch=4)
-    from fedtune.model.prune import gated
+    batch = pruned_training.evaluation_rows(rows, base, key=asked(state, base, 0.5).seed, batch=4)
+    from fedtune.model.surgery import with_gates
     from fedtune.pruning.structure import cuts, slice_adapter
 
-    with attached(base, frozen=METHOD.adapter(state)) as model, gated(model, keep, anatomy):
-        gated_loss = shrunk.paired_loss(model, batch, base)
+    with with_adapters(base, frozen=METHOD.adapter(state)) as model, with_gates(model, keep, anatomy):
+        gated_loss = pruned_training.evaluation_loss(model, batch, base)
     assert update.measured.loss_before == pytest.approx(gated_loss, rel=1e-4)
-    with shrunk.reduced(base, keep, anatomy) as small:
+    with pruned_training.with_pruned_model(base, keep, anatomy) as small:
         sliced = slice_adapter(METHOD.adapter(state), cuts(keep, anatomy))
-        with attached(small, frozen=sliced) as model:
-            assert update.measured.loss_before == pytest.approx(shrunk.paired_loss(model, batch, base), rel=1e-4)
+        with with_adapters(small, frozen=sliced) as model:
+            assert update.measured.loss_before == pytest.approx(
+                pruned_training.evaluation_loss(model, batch, base), rel=1e-4
+            )
 
 
 def test_stages_end_in_the_structure_that_was_asked(base: Base, examples: Rows) -> None:
@@ -157,7 +161,7 @@ def test_memory_that_runs_out_beside_training_is_told_as_such(
 
     base = loaded("llama", targets=["all-linear"])
     order = asked(first(base), base, 0.0)
-    monkeypatch.setattr(f"fedtune.model.shrunk.{where}", full)
+    monkeypatch.setattr(f"fedtune.model.pruned_training.{where}", full)
     with pytest.raises(ClientError, match=f"ann: expected its batch of 4 to fit; {OUT_OF_MEMORY}"):
         perform(base, examples(8), order)
 
@@ -165,10 +169,12 @@ def test_memory_that_runs_out_beside_training_is_told_as_such(
 def test_losses_are_taken_in_batches_that_training_has_room_for(loaded: Loader, examples: Rows) -> None:
     base = loaded("llama", targets=["all-linear"])
     rows = examples(20)
-    small, large = (shrunk.paired_rows(rows, base, key=1, batch=batch) for batch in (3, 16))
+    small, large = (pruned_training.evaluation_rows(rows, base, key=1, batch=batch) for batch in (3, 16))
     assert [len(each.input_ids) for each in small] == [3, 3, 3, 3, 3, 1]
-    with attached(base, frozen={}) as model:
-        assert shrunk.paired_loss(model, small, base) == pytest.approx(shrunk.paired_loss(model, large, base))
+    with with_adapters(base, frozen={}) as model:
+        assert pruned_training.evaluation_loss(model, small, base) == pytest.approx(
+            pruned_training.evaluation_loss(model, large, base)
+        )
 
 
 @pytest.mark.parametrize("score", ["wanda", "lora", "gate", "magnitude", "random"])
@@ -195,7 +201,7 @@ def test_a_vote_is_a_mask_at_the_target(base: Base, examples: Rows) -> None:
     assert update.keep is None
     assert update.mask
     after = METHOD.aggregate(state, [update])
-    anatomy = shrunk.anatomy(base)
+    anatomy = pruned_training.block_layout(base)
     assert after.structure(0.5) == from_bitmap(update.mask, anatomy)
 
 

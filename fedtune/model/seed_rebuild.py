@@ -46,7 +46,7 @@ def working_copy(base: Base, trainable: Sequence[int]) -> Iterator[Sequence[Trio
 
 
 @contextmanager
-def rebuilt(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[None]:
+def with_rebuilt_weights(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[None]:
     """Give the base the weights w(A) of a ledger for the length of the block.
 
     Raises:
@@ -62,7 +62,7 @@ def rebuilt(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterato
         yield
 
 
-class Rebuilt:
+class RebuiltPosition:
     """Losses at w(A) and around it; each rebuilds all weights from the accumulators, into one copy of them."""
 
     def __init__(self, base: Base, ledger: SeedLedger, trios: Sequence[Trio]) -> None:
@@ -82,7 +82,7 @@ class Rebuilt:
         self._sums = perturbed(self._sums, seed, amount)
 
 
-class Displaced:
+class DisplacedPosition:
     """The same for a bank whose sums cost K draws a weight: holds the displacements, whole numbers of 32 bits.
 
     A move adds one direction to them, which is exact, and costs one draw a weight in place of K.

@@ -15,7 +15,7 @@ from fedtune.directions.rebuild import rebuild
 from fedtune.directions.torch_rebuild import as_array
 from fedtune.errors import ShapeError
 from fedtune.model.base import Base, digest
-from fedtune.model.rebuilt import Displaced, Rebuilt, mean_loss, rebuilt, working_copy
+from fedtune.model.seed_rebuild import DisplacedPosition, RebuiltPosition, mean_loss, with_rebuilt_weights, working_copy
 from fedtune.model.train import Batch, collate
 from tests.model.conftest import bank_of, ledger_of
 
@@ -54,7 +54,7 @@ def test_within_the_block_every_weight_is_the_reference_s_to_the_bit(
     base = loaded(name, targets=["all-linear"], dtype=dtype)
     ledger, own = ledger_of(base, bank), weights(base)
     expected = by_reference(base, ledger)
-    with rebuilt(base, ledger, every(base)):
+    with with_rebuilt_weights(base, ledger, every(base)):
         assert weights(base) == expected
     assert all(expected[tensor] != own[tensor] for tensor in own)
     assert weights(base) == own
@@ -64,17 +64,17 @@ def test_only_the_trainable_tensors_are_moved(loaded: Any) -> None:
     base = loaded()
     own, moved = weights(base), [2, 5]
     names = {base.manifest.entries[ordinal].name for ordinal in moved}
-    with rebuilt(base, ledger_of(base, "hadamard"), moved):
+    with with_rebuilt_weights(base, ledger_of(base, "hadamard"), moved):
         assert {name for name, data in weights(base).items() if data != own[name]} == names
 
 
 def test_afterwards_the_base_holds_its_own_memory_again_whatever_happened_within(loaded: Any) -> None:
     base = loaded()
     ledger, own, places = ledger_of(base, "hadamard"), digest(base.model), memory(base)
-    with rebuilt(base, ledger, every(base)):
+    with with_rebuilt_weights(base, ledger, every(base)):
         assert not set(memory(base).values()) & set(places.values())
     assert (digest(base.model), memory(base)) == (own, places)
-    with pytest.raises(ZeroDivisionError), rebuilt(base, ledger, every(base)):
+    with pytest.raises(ZeroDivisionError), with_rebuilt_weights(base, ledger, every(base)):
         raise ZeroDivisionError
     assert (digest(base.model), memory(base)) == (own, places)
 
@@ -83,7 +83,7 @@ def test_accumulators_of_another_length_leave_the_base_as_it_was(loaded: Any) ->
     base = loaded()
     ledger, places = ledger_of(base, "hadamard"), memory(base)
     short = SeedLedger(ledger.bank, ledger.exponent, 3, ledger.manifest, ledger.accumulators[:8])
-    with pytest.raises(ShapeError, match="expected 16 signed integers"), rebuilt(base, short, every(base)):
+    with pytest.raises(ShapeError, match="expected 16 signed integers"), with_rebuilt_weights(base, short, every(base)):
         pass
     assert memory(base) == places
 
@@ -91,7 +91,7 @@ def test_accumulators_of_another_length_leave_the_base_as_it_was(loaded: Any) ->
 def test_tied_embeddings_stay_tied(loaded: Any) -> None:
     base = loaded("gpt2", targets=["c_attn"])
     model, own = base.model, weights(base)
-    with rebuilt(base, ledger_of(base, "hadamard"), every(base)):
+    with with_rebuilt_weights(base, ledger_of(base, "hadamard"), every(base)):
         assert model.lm_head.weight is model.transformer.wte.weight
         assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
         assert as_array(model.lm_head.weight).tobytes() != own["transformer.wte.weight"]
@@ -101,7 +101,7 @@ def test_tied_embeddings_stay_tied(loaded: Any) -> None:
 def test_a_ledger_of_zeros_changes_no_bit(loaded: Any) -> None:
     base = loaded(dtype="bfloat16")
     own, zeros = digest(base.model), ledger_of(base, "hadamard", largest=0)
-    with rebuilt(base, zeros, every(base)):
+    with with_rebuilt_weights(base, zeros, every(base)):
         assert digest(base.model) == own
 
 
@@ -118,7 +118,7 @@ def test_displacements_that_are_kept_give_the_losses_of_weights_that_are_rebuilt
     ledger, batch = ledger_of(base, "gaussian"), batch_of(base, examples)
     moves = [(3, -40), (3, 40), (5, -40), (5, 0), (3, 40)]
     found = []
-    for kind in (Rebuilt, Displaced):
+    for kind in (RebuiltPosition, DisplacedPosition):
         with working_copy(base, every(base)) as trios, torch.inference_mode():
             position = kind(base, ledger, trios)
             seen = [position.losses(batch, moves)]
@@ -134,7 +134,7 @@ def test_displacements_that_are_kept_give_the_losses_of_weights_that_are_rebuilt
 def test_losses_are_those_of_weights_set_by_hand(bank: str, loaded: Any, examples: Any) -> None:
     base = loaded()
     ledger, batch, moves = ledger_of(base, bank), batch_of(base, examples), [(3, -40), (3, 40), (9, 0)]
-    kind = Displaced if bank == "gaussian" else Rebuilt
+    kind = DisplacedPosition if bank == "gaussian" else RebuiltPosition
     with working_copy(base, every(base)) as trios, torch.inference_mode():
         position = kind(base, ledger, trios)
         position.move(7, 30)
@@ -164,7 +164,7 @@ def test_two_hundred_losses_and_moves_leave_weights_and_buffers_as_they_were(
     base = loaded(dtype="bfloat16")
     own, places, batch = digest(base.model), memory(base), batch_of(base, examples, count=2)
     buffers = {name: buffer.clone() for name, buffer in base.model.named_buffers()}
-    kind = Displaced if bank == "gaussian" else Rebuilt
+    kind = DisplacedPosition if bank == "gaussian" else RebuiltPosition
     with working_copy(base, every(base)) as trios, torch.inference_mode():
         position = kind(base, ledger_of(base, bank), trios)
         for seed, scalar in drawn(100):

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.model.lora import layers
-from fedtune.model.prune import core, gates, readers
+from fedtune.model.surgery import core, gates, readers
 from fedtune.model.train import Batch, summed_loss
 from fedtune.pruning.ranking import Criterion, at_structure
 from fedtune.pruning.structure import BlockLayout, BlockStructure, ModelStructure, Side, full_block
@@ -66,7 +66,7 @@ def scores(
         return pool(gate(model, batches, anatomy, kept, task=task), anatomy, kept)
     found: Tensors | None = None
     for batch in batches:
-        found = smoothed(found, sketch(model, anatomy, kept, gradients=gradients(model, batch, task=task)))
+        found = smooth(found, sketch(model, anatomy, kept, gradients=gradients(model, batch, task=task)))
     assert found is not None
     return found
 
@@ -95,7 +95,7 @@ def wanda(model: Any, batches: Sequence[Batch], anatomy: BlockLayout, *, task: s
 
     def listen(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def add(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = wide(args[0])  # (batch, time, in)
+            x = widened(args[0])  # (batch, time, in)
             total = (x.square() * mask.to(x.dtype)[..., None]).sum(dim=(0, 1)).cpu().double()
             squares[name] = squares[name] + total if name in squares else total
 
@@ -121,7 +121,7 @@ def column_norms(module: Any) -> torch.Tensor:
     weight = matrix(core(module))
     squared = weight.square().sum(dim=0)
     parts = [
-        (wide(module.lora_A[name].weight), wide(module.lora_B[name].weight) * module.scaling[name])
+        (widened(module.lora_A[name].weight), widened(module.lora_B[name].weight) * module.scaling[name])
         for name in getattr(module, "lora_A", {})
         if name in module.active_adapters
     ]
@@ -140,7 +140,7 @@ def gate(
     values = {}
     for name, size in zip(names, sizes, strict=True):
         weight = core(model.get_submodule(name)).weight
-        values[name] = torch.ones(size, dtype=wide_dtype(weight), device=weight.device, requires_grad=True)
+        values[name] = torch.ones(size, dtype=accumulation_dtype(weight), device=weight.device, requires_grad=True)
     count = max(1, sum(batch.count for batch in batches))
     found = {name: torch.zeros(size, dtype=torch.float64) for name, size in zip(names, sizes, strict=True)}
     with gates(model, values), torch.enable_grad():
@@ -185,7 +185,7 @@ def sketch(
         ConfigError: if no layer of heads, or none of channels, has a trainable adapter.
     """
     parts = sketch_layers(model, anatomy, gradients)
-    kinds = {"channels" if cut_side(anatomy, name) == "ff" else "heads" for name in parts}
+    kinds = {"channels" if prunable_side(anatomy, name) == "ff" else "heads" for name in parts}
     if missing := {"heads", "channels"} - kinds:
         raise no_adapter(f"no trained adapter on a layer of {' or '.join(sorted(missing))}")
     return pool(parts, anatomy, full_block(anatomy) if keep is None else keep)
@@ -202,9 +202,9 @@ def sketch_layers(model: Any, anatomy: BlockLayout, gradients: Gradients | None)
             held = [one.grad if gradients is None else gradients.get(one) for one in pair]
             if held[0] is None and held[1] is None:
                 continue
-            a, b = (wide(one) for one in pair)  # (r, in), (out, r)
+            a, b = (widened(one) for one in pair)  # (r, in), (out, r)
             g_a, g_b = (
-                torch.zeros_like(one) if grad is None else wide(grad) for one, grad in zip((a, b), held, strict=True)
+                torch.zeros_like(one) if grad is None else widened(grad) for one, grad in zip((a, b), held, strict=True)
             )
             if anatomy.sides[name][1] == "all":
                 parts[name] = (left(layer, g_b) * a.T).sum(dim=1) + (left(layer, b) * g_a.T).sum(dim=1)  # (in,)
@@ -222,7 +222,7 @@ def right(module: Any, factor: torch.Tensor) -> torch.Tensor:
     """Return W @ factor, (out, k), W with the frozen adapter."""
     product = matrix(core(module)) @ factor
     if "global" in module.lora_A:
-        a, b = wide(module.lora_A["global"].weight), wide(module.lora_B["global"].weight)
+        a, b = widened(module.lora_A["global"].weight), widened(module.lora_B["global"].weight)
         product = product + module.scaling["global"] * (b @ (a @ factor))
     return product
 
@@ -231,12 +231,12 @@ def left(module: Any, factor: torch.Tensor) -> torch.Tensor:
     """Return W^T @ factor, (in, k), W with the frozen adapter."""
     product = matrix(core(module)).T @ factor
     if "global" in module.lora_A:
-        a, b = wide(module.lora_A["global"].weight), wide(module.lora_B["global"].weight)
+        a, b = widened(module.lora_A["global"].weight), widened(module.lora_B["global"].weight)
         product = product + module.scaling["global"] * (a.T @ (b.T @ factor))
     return product
 
 
-def smoothed(before: Tensors | None, now: Tensors) -> Tensors:
+def smooth(before: Tensors | None, now: Tensors) -> Tensors:
     """Return the moving mean of scores over steps, which starts at the first."""
     if before is None:
         return now
@@ -252,9 +252,9 @@ def pool(parts: Mapping[str, torch.Tensor], anatomy: BlockLayout, keep: ModelStr
     heads = [np.zeros(len(kept.q)) for kept in keep.blocks]
     channels = [np.zeros(len(kept.ff)) for kept in keep.blocks]
     for name, values in parts.items():
-        index, side = anatomy.sides[name][0], cut_side(anatomy, name)
+        index, side = anatomy.sides[name][0], prunable_side(anatomy, name)
         own = channels if side == "ff" else heads
-        own[index] += worth(values.detach().cpu().double(), side, keep.blocks[index]).numpy()
+        own[index] += unit_scores(values.detach().cpu().double(), side, keep.blocks[index]).numpy()
     found = {"heads": np.concatenate(heads), "channels": np.concatenate(channels)}
     for name, array in found.items():
         if not np.isfinite(array).all():
@@ -262,13 +262,13 @@ def pool(parts: Mapping[str, torch.Tensor], anatomy: BlockLayout, keep: ModelStr
     return {name: array.astype(np.float32) for name, array in found.items()}
 
 
-def cut_side(anatomy: BlockLayout, name: str) -> Side:
+def prunable_side(anatomy: BlockLayout, name: str) -> Side:
     """Return what the one side of a layer that can shrink consists of."""
     _, out, into = anatomy.sides[name]
     return into if out == "all" else out
 
 
-def worth(values: torch.Tensor, side: Side, kept: BlockStructure) -> torch.Tensor:
+def unit_scores(values: torch.Tensor, side: Side, kept: BlockStructure) -> torch.Tensor:
     """Return a number for every head or channel; query heads share equally what their key/value head is worth."""
     match side:
         case "ff":
@@ -277,20 +277,20 @@ def worth(values: torch.Tensor, side: Side, kept: BlockStructure) -> torch.Tenso
             group = len(kept.q) // len(kept.kv)
             return (values.reshape(len(kept.kv), -1).sum(dim=1).abs() / group).repeat_interleave(group)
         case "qkv":
-            return torch.stack([worth(part, "q", kept) for part in values.chunk(3)]).sum(dim=0)
+            return torch.stack([unit_scores(part, "q", kept) for part in values.chunk(3)]).sum(dim=0)
         case _:
             return values.reshape(len(kept.q), -1).sum(dim=1).abs()
 
 
 def matrix(module: Any) -> torch.Tensor:
     """Return a linear layer's weight as (out, in), in at least 32 bits."""
-    weight = wide(module.weight.detach())
+    weight = widened(module.weight.detach())
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(wide_dtype(tensor))
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(accumulation_dtype(tensor))
 
 
-def wide_dtype(tensor: torch.Tensor) -> torch.dtype:
+def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)

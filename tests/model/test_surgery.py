@@ -38,8 +38,8 @@ from transformers import (
 from fedtune.errors import ConfigError, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import Base
-from fedtune.model.lora import attached, layers
-from fedtune.model.prune import anatomy_of, cut_again, fit, gated, gates, pruned, readers
+from fedtune.model.lora import layers, with_adapters
+from fedtune.model.surgery import fit, gates, layout_of, readers, shrink_further, with_gates, with_structure
 from fedtune.pruning.structure import (
     Block,
     BlockLayout,
@@ -146,7 +146,7 @@ def snapshot(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_anatomy_is_that_of_the_config(name: str) -> None:
     model = model_of(name)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     kv = 2 if name in ("llama-gqa", "mistral", "qwen2", "qwen3") else 4
     prefix = {"gpt2": "transformer.h", "bert": "bert.encoder.layer", "roberta": "roberta.encoder.layer"}
     start = prefix.get(name, "model.layers")
@@ -158,27 +158,27 @@ def test_the_anatomy_is_that_of_the_config(name: str) -> None:
 
 
 def test_a_bare_model_has_blocks_without_a_prefix() -> None:
-    assert anatomy_of(BertModel(BertConfig(**BERT))).blocks[1].prefix == "encoder.layer.1"
+    assert layout_of(BertModel(BertConfig(**BERT))).blocks[1].prefix == "encoder.layer.1"
 
 
 def test_other_models_are_refused_by_name() -> None:
     fused = Phi3ForCausalLM(Phi3Config(**{**GQA, "num_key_value_heads": 4}))
     with pytest.raises(ConfigError, match=r"pruning: expected a model of type llama, .* got 'phi3'"):
-        anatomy_of(fused)
+        layout_of(fused)
     encoder_decoder = T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, d_ff=8, num_layers=1, num_heads=1))
     with pytest.raises(ConfigError, match="'t5'"):
-        anatomy_of(encoder_decoder)
+        layout_of(encoder_decoder)
     crossed = BertModel(BertConfig(**BERT, is_decoder=True, add_cross_attention=True))
     with pytest.raises(ConfigError, match="cross attention"):
-        anatomy_of(crossed)
+        layout_of(crossed)
     model = build("llama-gqa")
     model.config.quantization_config = {"load_in_4bit": True}
     with pytest.raises(ConfigError, match="quantised before"):
-        anatomy_of(model)
+        layout_of(model)
     del model.config.quantization_config
     model.model.layers[1].mlp.up_proj = type("Linear4bit", (torch.nn.Linear,), {})(32, 24)
     with pytest.raises(ConfigError, match=r"whose model\.layers\.1\.mlp\.up_proj is Linear4bit"):
-        anatomy_of(model)
+        layout_of(model)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -187,12 +187,12 @@ def test_other_models_are_refused_by_name() -> None:
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_pruned_model_says_what_the_gated_one_says(name: str, attention: str, seed: int) -> None:
     model = model_of(name, attention)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     keep = random_keep(anatomy, seed)
     with torch.inference_mode():
-        with gated(model, keep, anatomy):
+        with with_gates(model, keep, anatomy):
             expected = logits(model)
-        with pruned(model, keep, anatomy):
+        with with_structure(model, keep, anatomy):
             found = logits(model)
         assert (logits(model) - expected).abs().max() > 1e-3  # the gates do something
     torch.testing.assert_close(
@@ -207,7 +207,7 @@ def test_a_pruned_model_says_what_the_gated_one_says(name: str, attention: str, 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_of_the_factors_are_those_of_the_gated_model_at_what_is_kept(name: str, attention: str) -> None:
     model = model_of(name, attention)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     keep, cut = random_keep(anatomy, 3), cuts(random_keep(anatomy, 3), anatomy)
     base, frozen, local = base_of(model, anatomy), random_adapter(anatomy, 5), random_adapter(anatomy)
 
@@ -220,11 +220,11 @@ def test_gradients_of_the_factors_are_those_of_the_gated_model_at_what_is_kept(n
             for side in "ab"
         }
 
-    with attached(base, frozen=frozen, local=local, scale=0.5), gated(model, keep, anatomy):
+    with with_adapters(base, frozen=frozen, local=local, scale=0.5), with_gates(model, keep, anatomy):
         full = gradients(base)
-    with pruned(model, keep, anatomy):
+    with with_structure(model, keep, anatomy):
         small = replace(base, modules=shapes(base.modules, cut))
-        with attached(small, frozen=slice_adapter(frozen, cut), local=slice_adapter(local, cut), scale=0.5):
+        with with_adapters(small, frozen=slice_adapter(frozen, cut), local=slice_adapter(local, cut), scale=0.5):
             found = gradients(small)
     for key, gradient in found.items():
         at = cut[key[:-2]]
@@ -242,14 +242,14 @@ def test_gradients_of_the_factors_are_those_of_the_gated_model_at_what_is_kept(n
 @pytest.mark.parametrize("name", CAUSAL)
 def test_greedy_generation_is_the_same_with_and_without_a_cache(name: str, attention: str) -> None:
     model = model_of(name, attention)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     keep = random_keep(anatomy, 11)
     options = {"max_new_tokens": 10, "do_sample": False, "attention_mask": MASK[:1], "pad_token_id": 0}
-    with pruned(model, keep, anatomy), torch.inference_mode():
+    with with_structure(model, keep, anatomy), torch.inference_mode():
         cached = model.generate(IDS[:1], use_cache=True, **options)
         plain = model.generate(IDS[:1], use_cache=False, **options)
         out = model(IDS[:1], use_cache=True)
-    with gated(model, keep, anatomy), torch.inference_mode():
+    with with_gates(model, keep, anatomy), torch.inference_mode():
         full = model.generate(IDS[:1], use_cache=True, **options)
     assert torch.equal(cached, plain)
     assert torch.equal(cached, full)
@@ -259,27 +259,27 @@ def test_greedy_generation_is_the_same_with_and_without_a_cache(name: str, atten
 
 def test_a_static_cache_is_refused() -> None:
     model = model_of("llama-gqa")
-    anatomy = anatomy_of(model)
-    with pruned(model, random_keep(anatomy, 1), anatomy), pytest.raises(ConfigError, match="dynamic cache"):
+    anatomy = layout_of(model)
+    with with_structure(model, random_keep(anatomy, 1), anatomy), pytest.raises(ConfigError, match="dynamic cache"):
         model.generate(IDS[:1], max_new_tokens=2, do_sample=False, cache_implementation="static", disable_compile=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_model_is_exactly_what_it_was_afterwards(name: str) -> None:
     model = build(name)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     before, values = snapshot(model), {key: value.clone() for key, value in model.state_dict().items()}
     keep = random_keep(anatomy, 2)
     cut = cuts(keep, anatomy)
     for fails in (False, True):
-        with pytest.raises(RuntimeError) if fails else nullcontext(), pruned(model, keep, anatomy):
+        with pytest.raises(RuntimeError) if fails else nullcontext(), with_structure(model, keep, anatomy):
             assert snapshot(model) != before
             found = {name: tuple(model.get_submodule(name).weight.shape) for name in cut}
             wanted = shapes(base_of(model, anatomy).modules, cut)
             assert found == {key: shape[::-1] if name == "gpt2" else shape for key, shape in wanted.items()}
             assert all(model.get_submodule(name).weight.is_contiguous() for name in cut)
             base = replace(base_of(model, anatomy), modules=wanted)
-            with attached(base, local=slice_adapter(random_adapter(anatomy), cut)):
+            with with_adapters(base, local=slice_adapter(random_adapter(anatomy), cut)):
                 logits(model).sum().backward()
                 if fails:
                     raise RuntimeError
@@ -289,42 +289,42 @@ def test_the_model_is_exactly_what_it_was_afterwards(name: str) -> None:
 
 def test_what_keeps_everything_is_not_copied() -> None:
     model = model_of("qwen2")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    with pruned(model, full_block(anatomy), anatomy):
+    with with_structure(model, full_block(anatomy), anatomy):
         assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
 
 
 def test_nothing_outside_of_the_blocks_is_touched() -> None:
     model = model_of("llama-gqa")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     outside = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in anatomy.sides}
     before = {name: id(parameter) for name, parameter in model.named_parameters() if name in outside}
-    with pruned(model, random_keep(anatomy, 4), anatomy):
+    with with_structure(model, random_keep(anatomy, 4), anatomy):
         assert {name: id(parameter) for name, parameter in model.named_parameters() if name in outside} == before
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_model_that_is_not_whole_is_refused() -> None:
     model = model_of("llama-gqa")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     keep = random_keep(anatomy, 6)
     with (
-        pruned(model, keep, anatomy),
+        with_structure(model, keep, anatomy),
         pytest.raises(ShapeError, match="as in the base"),
-        pruned(model, keep, anatomy),
+        with_structure(model, keep, anatomy),
     ):
         pass
     base = base_of(model, anatomy)
     with (
-        attached(base, local=random_adapter(anatomy)),
+        with_adapters(base, local=random_adapter(anatomy)),
         pytest.raises(ShapeError, match="got a Linear"),
-        pruned(model, keep, anatomy),
+        with_structure(model, keep, anatomy),
     ):
         pass
     with (
         pytest.raises(ShapeError, match=r"model\.layers\.0, q"),
-        pruned(model, ModelStructure((BlockStructure((0, 9), (0,), (1,)),) * 3), anatomy),
+        with_structure(model, ModelStructure((BlockStructure((0, 9), (0,), (1,)),) * 3), anatomy),
     ):
         pass
 
@@ -332,12 +332,12 @@ def test_a_model_that_is_not_whole_is_refused() -> None:
 def test_columns_by_hand() -> None:
     """Heads 1 and 3 of four heads of two: columns 2, 3, 6, 7 of each of the three parts of GPT-2's c_attn."""
     model = build("gpt2")
-    block = replace(anatomy_of(model).blocks[0], channels=24)
-    anatomy = anatomy_of(model)
+    block = replace(layout_of(model).blocks[0], channels=24)
+    anatomy = layout_of(model)
     keep = ModelStructure((BlockStructure((1, 3), (1, 3), (0, 5)), *full_block(anatomy).blocks[1:]))
     weight = model.transformer.h[0].attn.c_attn.weight
     columns = [a * 8 + b + part for part in (0, 32, 64) for a in (1, 3) for b in range(8)]
-    with pruned(model, keep, anatomy):
+    with with_structure(model, keep, anatomy):
         attention = model.transformer.h[0].attn
         assert torch.equal(attention.c_attn.weight, weight[:, columns])
         assert (attention.num_heads, attention.split_size, attention.embed_dim) == (2, 16, 16)
@@ -362,7 +362,7 @@ def stage(seed: int, anatomy: BlockLayout) -> tuple[ModelStructure, ModelStructu
 def test_moments_after_a_cut_are_those_of_the_gated_run(name: str, kind: str) -> None:
     """Two steps, a cut, two steps: the small model against the full one with gates that close after two steps."""
     model = model_of(name)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     first, second = stage(8, anatomy)
     one, two = cuts(first, anatomy), cuts(second, anatomy)
     base, frozen, local = base_of(model, anatomy), random_adapter(anatomy, 5), random_adapter(anatomy)
@@ -390,11 +390,11 @@ def test_moments_after_a_cut_are_those_of_the_gated_run(name: str, kind: str) ->
                     found[f"{key}.{side}.{entry}"] = value.clone()
         return found
 
-    with attached(base, frozen=frozen, local=local):
+    with with_adapters(base, frozen=frozen, local=local):
         optimizer = optimizer_of(base)
-        with gated(model, first, anatomy):
+        with with_gates(model, first, anatomy):
             step(base, optimizer), step(base, optimizer)
-        with gated(model, second, anatomy):
+        with with_gates(model, second, anatomy):
             halfway = state(base, optimizer)
             step(base, optimizer), step(base, optimizer)
         end = state(base, optimizer)
@@ -409,12 +409,12 @@ def test_moments_after_a_cut_are_those_of_the_gated_run(name: str, kind: str) ->
         return found
 
     before = snapshot(model)
-    with pruned(model, first, anatomy):
+    with with_structure(model, first, anatomy):
         small = replace(base, modules=shapes(base.modules, one))
-        with attached(small, frozen=slice_adapter(frozen, one), local=slice_adapter(local, one)):
+        with with_adapters(small, frozen=slice_adapter(frozen, one), local=slice_adapter(local, one)):
             optimizer = optimizer_of(small)
             losses = [step(small, optimizer), step(small, optimizer)]
-            parameters = cut_again(model, optimizer, first, second, anatomy)
+            parameters = shrink_further(model, optimizer, first, second, anatomy)
             assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
             assert set(optimizer.state) == set(parameters)
             found = state(small, optimizer)
@@ -434,26 +434,26 @@ def test_moments_after_a_cut_are_those_of_the_gated_run(name: str, kind: str) ->
 
 def test_a_cut_that_would_grow_something_back_is_refused() -> None:
     model = model_of("llama-mha")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     first, second = stage(8, anatomy)
     base = base_of(model, anatomy)
-    with pruned(model, second, anatomy):
+    with with_structure(model, second, anatomy):
         small = replace(base, modules=shapes(base.modules, cuts(second, anatomy)))
-        with attached(small, local=slice_adapter(random_adapter(anatomy), cuts(second, anatomy))):
+        with with_adapters(small, local=slice_adapter(random_adapter(anatomy), cuts(second, anatomy))):
             optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
             with pytest.raises(ShapeError, match="kept before"):
-                cut_again(model, optimizer, second, first, anatomy)
+                shrink_further(model, optimizer, second, first, anatomy)
             with pytest.raises(ShapeError, match="as kept before"):
-                cut_again(model, optimizer, first, second, anatomy)
+                shrink_further(model, optimizer, first, second, anatomy)
             logits(model).sum().backward()
 
 
 def test_a_gate_on_the_layer_beneath_an_adapter_would_leak() -> None:
     """Planted: the hook on peft's base layer hides nothing from the adapter's branch."""
     model = model_of("llama-mha")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     name, value = readers(anatomy, "q")[0], torch.tensor([1.0, 0.0, 1.0, 0.0])
-    with attached(base_of(model, anatomy), local=random_adapter(anatomy)):
+    with with_adapters(base_of(model, anatomy), local=random_adapter(anatomy)):
         with gates(model, {name: value}):
             right = logits(model)
         with gates(model, {f"{name}.base_layer": value}):
@@ -463,18 +463,18 @@ def test_a_gate_on_the_layer_beneath_an_adapter_would_leak() -> None:
 
 def test_attributes_alone_can_be_written() -> None:
     model = build("bert")
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     fit(model, ModelStructure((BlockStructure((1,), (1,), (0,)),) * 3), anatomy)
     assert model.bert.encoder.layer[2].attention.self.all_head_size == 8
 
 
 def test_a_real_model_is_pruned_as_it_is_gated(stories: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     keep = random_keep(anatomy, 1)
     ids = torch.arange(5, 45)[None]
     with torch.inference_mode():
-        with gated(model, keep, anatomy):
+        with with_gates(model, keep, anatomy):
             expected = logits(model, ids, None)
-        with pruned(model, keep, anatomy):
+        with with_structure(model, keep, anatomy):
             torch.testing.assert_close(logits(model, ids, None), expected, atol=1e-5, rtol=1e-5)
