@@ -24,13 +24,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.data.encode import Example
-from fedtune.directions import torch_rebuild
+from fedtune.directions import rebuild_torch
 from fedtune.directions.bank import DirectionBank
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
-from fedtune.directions.ledger import SeedLedger
-from fedtune.directions.rebuild import rebuild
+from fedtune.directions.rebuild_numpy import rebuild
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.model.base import Base, find_targets
 from fedtune.model.probe import Position, at_position
@@ -196,12 +196,12 @@ KEY = derive(0, "fedkseed.bank")
 
 
 def by_numpy(tensor: torch.Tensor, sums: Array, *, out: torch.Tensor, **named: Any) -> None:
-    rebuild(torch_rebuild.as_array(tensor), sums, out=torch_rebuild.as_array(out), **named)
+    rebuild(rebuild_torch.as_array(tensor), sums, out=rebuild_torch.as_array(out), **named)
 
 
 WAYS: Mapping[str, Callable[..., Any]] = {
-    "numba": torch_rebuild.compiled,
-    "torch": torch_rebuild.rebuild,
+    "numba": rebuild_torch.rebuild_compiled,
+    "torch": rebuild_torch.rebuild,
     "numpy": by_numpy,
 }
 SLICES: Mapping[tuple[str, bool], int] = {

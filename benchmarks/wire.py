@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.directions.checks import STATE
+from fedtune.directions.consistency import STATE
 from fedtune.directions.manifest import describe
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Measured, ProbeResult, Training
 from fedtune.methods.fedkseed import METHOD

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from fedtune.data.encode import Example
-from fedtune.directions import ids
+from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import DirectionBank, displacement
 from fedtune.directions.banks import BANKS
-from fedtune.directions.checks import STATE, Displacement, block_checks
+from fedtune.directions.consistency import STATE, Displacement, block_checks
 from fedtune.directions.kron import Kron
-from fedtune.directions.torch_rebuild import compiled, fastest
-from fedtune.directions.torch_rebuild import displacement as torch_displacement
+from fedtune.directions.rebuild_torch import displacement as torch_displacement
+from fedtune.directions.rebuild_torch import fastest, rebuild_compiled
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError
 from fedtune.lora.adapter import Adapter, Factors
@@ -93,7 +93,9 @@ def probed(
         probe,
         ledger,
         ordinals,
-        ids.drawn(derive(assignment.seed, "fedkseed.ids"), steps, bank.size, sampling=sampling, levels=probe.levels),
+        sampling_module.sample_ids(
+            derive(assignment.seed, "fedkseed.ids"), steps, bank.size, sampling=sampling, levels=probe.levels
+        ),
         key=assignment.seed,
         client=name,
     )
@@ -121,11 +123,11 @@ def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
     """Return the way to displacements by which this client rebuilds tensors; for kron, which does not, numpy's."""
     if isinstance(bank, Kron):
         return displacement
-    if fastest(base.device) is not compiled:
+    if fastest(base.device) is not rebuild_compiled:
         return lambda *args, **named: torch_displacement(*args, **named, device=base.device).cpu().numpy()
-    from fedtune.directions import numba_rebuild
+    from fedtune.directions import rebuild_numba
 
-    return numba_rebuild.displacement
+    return rebuild_numba.displacement
 
 
 def adapted(base: Base, examples: Sequence[Example], assignment: Assignment) -> ClientUpdate:

@@ -177,7 +177,7 @@ def replay(
         StoreError: if the ledger cannot be read, or `out` holds files already.
         WireError: if its bytes are none.
     """
-    from fedtune.directions import ledger as ledgers
+    from fedtune.directions import seed_ledger as ledgers
     from fedtune.directions.trainable import Reach
     from fedtune.directions.trainable import trainable as chosen
     from fedtune.model import replay as rebuilding

@@ -7,9 +7,10 @@ from functools import partial
 
 import numpy as np
 
-from fedtune.directions import downlink, ids
+from fedtune.directions import downlink
+from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import DirectionBank, headroom
-from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ConfigError, WireError
 from fedtune.messages import SeedState
 from fedtune.tensors import Array
@@ -59,7 +60,7 @@ def restored(
     known = replicas.known(bank, manifest, state.since)
     if state.form != "whole" and known is None:
         return None
-    sums = read(state, known, partial(ids.drawn, size=bank.size, sampling=sampling), bank.size)
+    sums = read(state, known, partial(sampling_module.sample_ids, size=bank.size, sampling=sampling), bank.size)
     if len(sums) != bank.size or headroom(bank, np.clip(sums, -(2**31), 2**31 - 1)) < 0:
         raise WireError("accumulators: expected sums that fit into 32 bits; got larger ones")
     ledger = SeedLedger(bank, exponent, state.round, manifest, sums.astype(np.int32))
@@ -84,6 +85,6 @@ def read(state: SeedState, known: Array | None, draw: Callable[[int, int], Array
     if len(rounds) != state.round - state.since:
         raise WireError(f"log: expected the rounds {state.since + 1} to {state.round}; got {len(rounds)} of them")
     try:
-        return downlink.replayed(known, rounds, draw)
+        return downlink.replay_log(known, rounds, draw)
     except (ConfigError, IndexError) as error:  # more distinct seeds than there are, or levels that are not sent
         raise WireError(f"log: expected scalars whose seeds can be drawn; got others ({error})") from error

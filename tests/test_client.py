@@ -11,9 +11,9 @@ import pytest
 
 from fedtune import client
 from fedtune.data.encode import Example
-from fedtune.directions import ids
-from fedtune.directions.checks import places
-from fedtune.directions.sums import counted
+from fedtune.directions import sampling
+from fedtune.directions.consistency import places
+from fedtune.directions.sums import count_scalars
 from fedtune.errors import ClientError, ShapeError, WireError
 from fedtune.lora.adapter import draw_a
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, ProbeResult, Training
@@ -206,9 +206,9 @@ def test_what_one_client_alone_sends_moves_the_server_s_sums_as_it_moved_its_own
     state, asked = probed(base, **settings)
     assert asked.probe is not None
     scalars = measured(perform(base, rows, asked)).scalars
-    drawn = ids.uniform(derive(asked.seed, "fedkseed.ids"), 8, 16)
+    drawn = sampling.sample_uniform(derive(asked.seed, "fedkseed.ids"), 8, 16)
     after = fedkseed.aggregate(state, [perform(base, rows, asked)])
-    np.testing.assert_array_equal(after.sums - state.sums, counted(drawn, scalars, 16) << asked.probe.shift)
+    np.testing.assert_array_equal(after.sums - state.sums, count_scalars(drawn, scalars, 16) << asked.probe.shift)
 
 
 def test_checks_of_other_displacements_are_refused_with_the_tensor(base: Base, rows: list[Example]) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.directions import downlink, ids
+from fedtune.directions import downlink
+from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import DirectionBank
 from fedtune.directions.downlink import MAX_LOG, Logged, LoggedRound
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
-from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import WireError
 from fedtune.messages import SeedState
 from fedtune.replica import Replicas, restored
@@ -41,7 +42,9 @@ class Run:
                 for _ in range(2)
             ]
             self.log.append(LoggedRound(4, clients))
-            after = downlink.replayed(self.sums[-1], self.log[-1:], lambda key, count: ids.uniform(key, count, 64))
+            after = downlink.replay_log(
+                self.sums[-1], self.log[-1:], lambda key, count: sampling_module.sample_uniform(key, count, 64)
+            )
             self.sums.append(after.astype(np.int32))
 
     def sent(self, form: Any, round: int, since: int = 0) -> SeedState:
@@ -228,7 +231,9 @@ def test_sums_beyond_32_bits_are_refused_before_they_are_hashed() -> None:
 
 def test_a_log_of_distinct_seeds_is_read_by_the_same_sampling() -> None:
     one = LoggedRound(4, [Logged(3, 1, np.array([1, 2, 3], np.int8))])
-    sums = downlink.replayed(np.zeros(64, np.int32), [one], lambda key, count: ids.distinct(key, count, 64))
+    sums = downlink.replay_log(
+        np.zeros(64, np.int32), [one], lambda key, count: sampling_module.sample_distinct(key, count, 64)
+    )
     sums = sums.astype(np.int32)
     state = SeedState("log", 0, downlink.encode_log([one]), 1, ledger(1, sums).digest)
     found = read(state, Replicas(), sampling="distinct")

@@ -62,11 +62,11 @@ def displacement(
         ShapeError: if the accumulators are not K integers.
     """
     chosen = whole(shape) if blocks is None else blocks
-    pieces = bank.pieces(checked(bank, accumulators), ordinal=ordinal, shape=shape, blocks=chosen)
+    pieces = bank.pieces(check_accumulators(bank, accumulators), ordinal=ordinal, shape=shape, blocks=chosen)
     return np.concatenate([np.empty(0, np.int32), *pieces])
 
 
-def perturbed(accumulators: Array, index: int, amount: int) -> Array:
+def perturb(accumulators: Array, index: int, amount: int) -> Array:
     """Return A with `amount` added to one direction's integer: w(perturbed(A, k, E)) is w(A) - E * u * z_k.
 
     In 64 bits: whether the sums still fit into 32 is for `checked` to say.
@@ -81,7 +81,7 @@ def headroom(bank: DirectionBank, accumulators: Array, *, amount: int = 0) -> in
     return (INT32_LIMIT - 1) // bank.reach - amount - total(accumulators)
 
 
-def bound(bank: DirectionBank, accumulators: Array) -> int:
+def value_bound(bank: DirectionBank, accumulators: Array) -> int:
     """Return what no |y| exceeds: below `FP32_LIMIT` sums in float32 are exact."""
     return bank.reach * total(accumulators)
 
@@ -91,7 +91,7 @@ def total(accumulators: Array) -> int:
     return int(np.abs(accumulators.astype(np.int64)).sum())
 
 
-def checked(bank: DirectionBank, accumulators: Array) -> Array:
+def check_accumulators(bank: DirectionBank, accumulators: Array) -> Array:
     """Return the accumulators as a contiguous int32 (K,), after a check that every y fits into int32.
 
     Raises:

@@ -51,7 +51,7 @@ def first_difference(ours: Sequence[bytes], theirs: Sequence[bytes]) -> int | No
     return next((i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b), None)
 
 
-def drawn_blocks(key: int, sizes: Mapping[int, int], count: int) -> Sequence[tuple[int, int]]:
+def sample_blocks(key: int, sizes: Mapping[int, int], count: int) -> Sequence[tuple[int, int]]:
     """Return (ordinal, block) of the blocks that a rebuild check compares, drawn with replacement.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.directions.sums import MAX_SHIFT, MAX_WEIGHT, counted, increments, weighted_sum
+from fedtune.directions.sums import MAX_SHIFT, MAX_WEIGHT, count_scalars, increments, weighted_sum
 from fedtune.errors import WireError
 from fedtune.tensors import Array
 
@@ -123,12 +123,12 @@ def decode_log(data: bytes) -> Sequence[LoggedRound]:
     return rounds
 
 
-def replayed(accumulators: Array, rounds: Sequence[LoggedRound], ids: Ids) -> Array:
+def replay_log(accumulators: Array, rounds: Sequence[LoggedRound], ids: Ids) -> Array:
     """Return the accumulators after some more rounds, int64 (K,): the very sums that the server made."""
     size, sums = len(accumulators), accumulators.astype(np.int64)
     for each in rounds:
         # One after the other: a log has thousands of clients where its sender wants it to.
-        parts = ((counted(ids(one.key, len(one.scalars)), one.scalars, size), one.weight) for one in each.clients)
+        parts = ((count_scalars(ids(one.key, len(one.scalars)), one.scalars, size), one.weight) for one in each.clients)
         sums = sums + increments(*weighted_sum(parts, size), each.shift)
     return sums
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune.directions.bank import FP32_LIMIT, bound, check_key, check_size
+from fedtune.directions.bank import FP32_LIMIT, check_key, check_size, value_bound
 from fedtune.directions.blocks import BLOCK, positions
 from fedtune.directions.hadamard import Hadamard, fwht
 from fedtune.directions.philox import Purpose
@@ -67,7 +67,7 @@ class Kron:
             return
         u, v = self.factors(ordinal, shape)
         # Sums of integers are exact in either format, in whatever order a library adds them up.
-        exact = np.float32 if bound(self, accumulators) < FP32_LIMIT else np.float64
+        exact = np.float32 if value_bound(self, accumulators) < FP32_LIMIT else np.float64
         small = accumulators.reshape(self.rank, self.rank).astype(exact) @ v.astype(exact)  # (p, C)
         columns, real = max(1, shape[1]), positions(blocks, shape)
         step = max(1, PIECE // columns)

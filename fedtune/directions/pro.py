@@ -15,7 +15,7 @@ UNIFORM_SHARE = 0.1
 """Of the repaired rule."""
 
 
-def paper(sizes: Array, visits: Array) -> Array:
+def paper_probabilities(sizes: Array, visits: Array) -> Array:
     """Return the probabilities of K seeds, float64 (K,): softmax of the min-max scaled means, each over one zero more.
 
     Args:
@@ -27,7 +27,7 @@ def paper(sizes: Array, visits: Array) -> Array:
     return softmax((h - h.min()) / span if span > 0 else np.zeros(len(h)))
 
 
-def repaired(sizes: Array, visits: Array) -> Array:
+def repaired_probabilities(sizes: Array, visits: Array) -> Array:
     """Return the probabilities of K seeds, float64 (K,); arguments are those of `paper`.
 
     h_k = (S_k + m) / (n_k + 1), m the mean |scalar| over all visits, v_k = clip((h_k - m) / m, -1, 1) and

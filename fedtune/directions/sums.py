@@ -16,7 +16,7 @@ MAX_SHIFT = 24
 """A scalar of one never moves an accumulator by more than 2^24."""
 
 
-def counted(ids: Array, scalars: Array, size: int) -> Array:
+def count_scalars(ids: Array, scalars: Array, size: int) -> Array:
     """Return a client's sum of scalars for each of K directions, int64 (K,)."""
     sums = np.zeros(size, np.int64)
     np.add.at(sums, ids, scalars.astype(np.int64))

@@ -42,7 +42,7 @@ def trainable(manifest: Manifest, reach: Reach, layers: Collection[str]) -> tupl
         for glob in reach.patterns
         if not any(fnmatchcase(name, glob) for name in names)
     ]
-    wanted = [entry for entry in manifest.entries if covered(entry, reach)]
+    wanted = [entry for entry in manifest.entries if is_covered(entry, reach)]
     if reach.bank == "kron":
         faults += [
             Fault(
@@ -54,7 +54,7 @@ def trainable(manifest: Manifest, reach: Reach, layers: Collection[str]) -> tupl
             for entry in wanted
             if len(entry.shape) > 2
         ]
-        wanted = [entry for entry in wanted if injected(entry, reach, layers)]
+        wanted = [entry for entry in wanted if is_injected(entry, reach, layers)]
     if faults:
         raise ConfigError(faults)
     if not wanted:
@@ -62,11 +62,11 @@ def trainable(manifest: Manifest, reach: Reach, layers: Collection[str]) -> tupl
     return tuple(manifest.ordinals[entry.name] for entry in wanted)
 
 
-def covered(entry: Entry, reach: Reach) -> bool:
+def is_covered(entry: Entry, reach: Reach) -> bool:
     return not reach.patterns or any(fnmatchcase(entry.name, glob) for glob in reach.patterns)
 
 
-def injected(entry: Entry, reach: Reach, layers: Collection[str]) -> bool:
+def is_injected(entry: Entry, reach: Reach, layers: Collection[str]) -> bool:
     """Return whether the kron bank moves a tensor."""
     if len(entry.shape) < 2:
         return reach.vectors

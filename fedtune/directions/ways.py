@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib.util
 
 from fedtune.directions.bank import DirectionBank, displacement
-from fedtune.directions.checks import Displacement
+from fedtune.directions.consistency import Displacement
 from fedtune.directions.gaussian import Gaussian
-from fedtune.directions.rebuild import Rebuild, rebuild
+from fedtune.directions.rebuild_numpy import Rebuild, rebuild
 
 
 def fastest() -> Rebuild:
     """Return numba's way where numba is installed, or the reference; for tensors see `torch_rebuild.fastest`."""
     if importlib.util.find_spec("numba") is None:
         return rebuild
-    from fedtune.directions import numba_rebuild
+    from fedtune.directions import rebuild_numba
 
-    return numba_rebuild.rebuild
+    return rebuild_numba.rebuild
 
 
 def displacement_for(bank: DirectionBank) -> Displacement:
@@ -26,6 +26,6 @@ def displacement_for(bank: DirectionBank) -> Displacement:
     """
     if not isinstance(bank, Gaussian) or importlib.util.find_spec("numba") is None:
         return displacement
-    from fedtune.directions import numba_rebuild
+    from fedtune.directions import rebuild_numba
 
-    return numba_rebuild.displacement
+    return rebuild_numba.displacement

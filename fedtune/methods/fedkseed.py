@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.directions import downlink, ids, manifest
+from fedtune.directions import downlink, manifest, sampling
 from fedtune.directions.bank import headroom, total
 from fedtune.directions.banks import BANKS
-from fedtune.directions.checks import STATE, first_wrong
+from fedtune.directions.consistency import STATE, first_wrong
 from fedtune.directions.downlink import MAX_LOG, Logged, LoggedRound
 from fedtune.directions.manifest import Manifest
-from fedtune.directions.sums import MAX_SCALAR, MAX_SHIFT, MAX_WEIGHT, counted, increments, weighted_sum
+from fedtune.directions.sums import MAX_SCALAR, MAX_SHIFT, MAX_WEIGHT, count_scalars, increments, weighted_sum
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import RoundError
 from fedtune.lora.adapter import Adapter
@@ -163,7 +163,7 @@ def aggregate(state: FedKSeedState, updates: Sequence[ClientUpdate]) -> FedKSeed
         Logged(sample_key(state, update.client), weight, scalars(update))
         for update, weight in integer_weights(state, cohort)
     ]
-    parts = [(counted(sampled_ids(state, one), one.scalars, len(state.sums)), one.weight) for one in logged]
+    parts = [(count_scalars(sampled_ids(state, one), one.scalars, len(state.sums)), one.weight) for one in logged]
     sums, weight = weighted_sum(parts, len(state.sums))
     return with_history(state, cohort, advance(state, sums, weight, logged))
 
@@ -236,7 +236,9 @@ def sample_key(state: FedKSeedState, client: str) -> int:
 
 def sampled_ids(state: FedKSeedState, one: Logged) -> Array:
     settings = state.settings
-    return ids.drawn(one.key, len(one.scalars), settings.seeds, sampling=settings.sampling, levels=state.levels)
+    return sampling.sample_ids(
+        one.key, len(one.scalars), settings.seeds, sampling=settings.sampling, levels=state.levels
+    )
 
 
 def seed_visits(state: FedKSeedState, logged: Sequence[Logged], *, coarser: bool) -> Tensors:
@@ -249,7 +251,7 @@ def seed_visits(state: FedKSeedState, logged: Sequence[Logged], *, coarser: bool
     size, sizes, visits = len(state.sums), state.drawn["sizes"], state.drawn["visits"]
     for one in logged:
         drawn = sampled_ids(state, one)
-        sizes = sizes + counted(drawn, np.abs(one.scalars.astype(np.int16)), size)
+        sizes = sizes + count_scalars(drawn, np.abs(one.scalars.astype(np.int16)), size)
         visits = visits + np.bincount(drawn, minlength=size)
     return {"sizes": sizes >> int(coarser), "visits": visits}
 

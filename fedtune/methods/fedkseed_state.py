@@ -11,13 +11,14 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Gt, Interval
 
-from fedtune.directions import downlink, ids, pro
+from fedtune.directions import downlink, pro
+from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import DirectionBank
 from fedtune.directions.banks import BANKS
-from fedtune.directions.checks import block_checks
-from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.consistency import block_checks
 from fedtune.directions.manifest import Manifest
-from fedtune.directions.rebuild import EXPONENTS
+from fedtune.directions.rebuild_numpy import EXPONENTS
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.sums import MAX_SHIFT
 from fedtune.directions.ways import displacement_for
 from fedtune.messages import BankName, Estimator, Sampling, SeedState, Weighting
@@ -141,8 +142,8 @@ class FedKSeedState:
         """A byte per seed for `pro`, which decides how often it is drawn; empty for other samplings."""
         if self.settings.sampling != "pro":
             return b""
-        rule = pro.paper if self.settings.pro == "paper" else pro.repaired
-        return ids.levels(rule(self.drawn["sizes"], self.drawn["visits"])).tobytes()
+        rule = pro.paper_probabilities if self.settings.pro == "paper" else pro.repaired_probabilities
+        return sampling_module.levels(rule(self.drawn["sizes"], self.drawn["visits"])).tobytes()
 
     @cached_property
     def checks(self) -> bytes:

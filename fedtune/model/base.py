@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.directions.manifest import Manifest, describe_one, fault_of
-from fedtune.directions.torch_rebuild import as_array
+from fedtune.directions.rebuild_torch import as_array
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint
 from fedtune.model import embedded

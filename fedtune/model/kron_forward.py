@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.directions.bank import perturbed
+from fedtune.directions.bank import perturb
 from fedtune.directions.kron import Kron
-from fedtune.directions.ledger import SeedLedger
-from fedtune.directions.torch_rebuild import rewriter
+from fedtune.directions.rebuild_torch import rewriter
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.model.base import Base
 from fedtune.model.seed_rebuild import Move
@@ -85,7 +85,7 @@ class Injected:
 
     def move(self, seed: int, amount: int) -> None:
         """See `rebuilt.Rebuilt.move`."""
-        self._sums = perturbed(self._sums, seed, amount)
+        self._sums = perturb(self._sums, seed, amount)
         self.matrix = self._square()
 
     def _square(self) -> torch.Tensor:
@@ -98,7 +98,7 @@ class Injected:
         write = rewriter(
             [(ordinal, own[ordinal], copies[ordinal]) for ordinal in own], bank=self._bank, exponent=self._exponent
         )
-        write(perturbed(self._sums, seed, amount))
+        write(perturb(self._sums, seed, amount))
         return copies
 
 

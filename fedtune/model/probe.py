@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from fedtune.data.encode import Example
-from fedtune.directions.bank import checked, perturbed
+from fedtune.directions.bank import check_accumulators, perturb
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.kron import Kron
-from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.sums import MAX_SCALAR
 from fedtune.errors import ClientError
 from fedtune.messages import Probe, Training
@@ -107,7 +107,7 @@ def measure(
     if not examples:
         raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
     began, order = time.perf_counter(), batches(len(examples), size=training.batch, key=key)
-    sums, step = checked(ledger.bank, ledger.accumulators), 2.0 ** (probe.shift - probe.exponent)
+    sums, step = check_accumulators(ledger.bank, ledger.accumulators), 2.0 ** (probe.shift - probe.exponent)
     sizes = deque[float](maxlen=WINDOW)
     scalars, wanted, losses, skipped, tokens = list[int](), list[float](), list[float](), 0, 0
     group = probe.queries if probe.estimator == "one-sided" else 1
@@ -131,7 +131,7 @@ def measure(
                     scalar = 0 if probe.calibrate else max(-MAX_SCALAR, min(MAX_SCALAR, round(move / step)))
                     scalars.append(scalar)
                     if scalar:
-                        sums = checked(ledger.bank, perturbed(sums, seed, scalar << probe.shift))
+                        sums = check_accumulators(ledger.bank, perturb(sums, seed, scalar << probe.shift))
                         position.move(seed, scalar << probe.shift)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import DTYPES, Base, load, load_tokenizer, manifest_of
 from fedtune.model.libraries import quiet

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from fedtune.directions.bank import perturbed
-from fedtune.directions.ledger import SeedLedger
-from fedtune.directions.rebuild import scale
-from fedtune.directions.torch_rebuild import rewriter
+from fedtune.directions.bank import perturb
+from fedtune.directions.rebuild_numpy import scale
+from fedtune.directions.rebuild_torch import rewriter
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.ways import displacement_for
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import Base
@@ -73,13 +73,13 @@ class RebuiltPosition:
         """Return the mean loss of the batch at w(A + amount e_k) for each (k, amount)."""
         found = []
         for seed, amount in moves:
-            self._rewrite(perturbed(self._sums, seed, amount))
+            self._rewrite(perturb(self._sums, seed, amount))
             found.append(mean_loss(self._base, batch))
         return found
 
     def move(self, seed: int, amount: int) -> None:
         """Add to one accumulator for good."""
-        self._sums = perturbed(self._sums, seed, amount)
+        self._sums = perturb(self._sums, seed, amount)
 
 
 class DisplacedPosition:
@@ -112,7 +112,7 @@ class DisplacedPosition:
             y.add_(z, alpha=amount)
 
     def _direction(self, seed: int) -> Sequence[torch.Tensor]:
-        one = perturbed(np.zeros(self._bank.size, np.int32), seed, 1)
+        one = perturb(np.zeros(self._bank.size, np.int32), seed, 1)
         return [self._drawn(one, ordinal, own) for ordinal, own, _ in self._trios]
 
     def _drawn(self, sums: Array, ordinal: int, own: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from fedtune.directions.bank import MAX_SIZE
-from fedtune.directions.rebuild import EXPONENTS
+from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.directions.sums import MAX_SHIFT
 from fedtune.errors import WireError
 from fedtune.messages import BankName, ClientUpdate, Measured, Probe, ProbeResult, Sampling, SeedState, Training

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.directions.bank import DirectionBank, bound, displacement, headroom, perturbed
+from fedtune.directions.bank import DirectionBank, displacement, headroom, perturb, value_bound
 from fedtune.directions.blocks import whole
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
@@ -65,7 +65,7 @@ def test_a_perturbed_history_moves_by_one_direction_and_leaves_the_original() ->
     bank = Hadamard(16, SEED)
     sums = accumulators(bank, most=50)
     before = sums.copy()
-    moved = displacement(bank, perturbed(sums, 3, -700), ordinal=0, shape=(100,))
+    moved = displacement(bank, perturb(sums, 3, -700), ordinal=0, shape=(100,))
     z = bank.direction(3, ordinal=0, shape=(100,), blocks=range(1)).astype(np.int32)
     np.testing.assert_array_equal(moved, displacement(bank, sums, ordinal=0, shape=(100,)) - 700 * z)
     np.testing.assert_array_equal(sums, before)
@@ -79,7 +79,7 @@ def test_headroom_counts_down_to_the_last_sum_that_fits() -> None:
     assert headroom(Gaussian(2, SEED), np.array([2**28 - 5, 0], np.int32), amount=3) == 1
     y = displacement(bank, np.array([2**31 - 2, -1], np.int32), ordinal=0, shape=(4096,))
     assert np.abs(y.astype(np.int64)).max() == 2**31 - 1
-    assert bound(Gaussian(2, SEED), np.array([3, -4], np.int32)) == 56
+    assert value_bound(Gaussian(2, SEED), np.array([3, -4], np.int32)) == 56
 
 
 @pytest.mark.parametrize("bank", [Hadamard(4, SEED), Gaussian(4, SEED), Kron(4, SEED)], ids=lambda bank: bank.name)

@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 
 from fedtune.directions.bank import displacement
-from fedtune.directions.blocks import (
-    block_digests,
-    drawn_blocks,
-    first_difference,
-    num_blocks,
-    positions,
-    runs,
-    whole,
-)
+from fedtune.directions.blocks import block_digests, first_difference, num_blocks, positions, runs, sample_blocks, whole
 from fedtune.directions.hadamard import Hadamard
 from tests.directions.vectors import SEED, accumulators
 
@@ -55,7 +47,7 @@ def test_a_digest_of_one_block_needs_no_other_block() -> None:
 
 
 def test_checked_blocks_are_drawn_from_the_trainable_tensors_alone() -> None:
-    drawn = drawn_blocks(7, {3: 2, 11: 5, 40: 1}, 400)
+    drawn = sample_blocks(7, {3: 2, 11: 5, 40: 1}, 400)
     assert set(drawn) == {(3, 0), (3, 1), *((11, block) for block in range(5)), (40, 0)}
-    assert drawn[:5] == drawn_blocks(7, {40: 1, 11: 5, 3: 2}, 5)
-    assert drawn != drawn_blocks(8, {3: 2, 11: 5, 40: 1}, 400)
+    assert drawn[:5] == sample_blocks(7, {40: 1, 11: 5, 3: 2}, 5)
+    assert drawn != sample_blocks(8, {3: 2, 11: 5, 40: 1}, 400)

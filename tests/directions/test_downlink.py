@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedtune.directions import ids
+from fedtune.directions import sampling
 from fedtune.directions.downlink import (
     Logged,
     LoggedRound,
@@ -20,16 +20,16 @@ from fedtune.directions.downlink import (
     encode_changed,
     encode_log,
     encode_whole,
-    replayed,
+    replay_log,
     smallest,
 )
-from fedtune.directions.sums import counted, increments, weighted_sum
+from fedtune.directions.sums import count_scalars, increments, weighted_sum
 from fedtune.errors import WireError
 from fedtune.tensors import Array
 
 SIZES = st.sampled_from([1, 2, 4, 8, 64, 256])
 NUMBERS = st.one_of(st.integers(-(2**15), 2**15 - 1), st.integers(-(2**31), 2**31 - 1))
-DRAW = partial(ids.drawn, size=16, sampling="uniform")
+DRAW = partial(sampling.sample_ids, size=16, sampling="uniform")
 
 
 def of(size: int, numbers: st.SearchStrategy[int] = NUMBERS) -> st.SearchStrategy[Array]:
@@ -213,9 +213,12 @@ def test_arbitrary_bytes_raise_nothing_but_a_wire_error(data: bytes, known: Arra
 def test_what_is_replayed_is_what_the_server_sums_up(start: Array, rounds: list[LoggedRound]) -> None:
     sums = start.astype(np.int64)
     for each in rounds:
-        parts = [(counted(ids.uniform(c.key, len(c.scalars), 16), c.scalars, 16), c.weight) for c in each.clients]
+        parts = [
+            (count_scalars(sampling.sample_uniform(c.key, len(c.scalars), 16), c.scalars, 16), c.weight)
+            for c in each.clients
+        ]
         sums = sums + increments(*weighted_sum(parts, 16), each.shift)
-    found = replayed(start, decode_log(encode_log(rounds)), DRAW)
+    found = replay_log(start, decode_log(encode_log(rounds)), DRAW)
     assert found.dtype == np.int64
     assert found.tolist() == sums.tolist()
 
@@ -223,7 +226,7 @@ def test_what_is_replayed_is_what_the_server_sums_up(start: Array, rounds: list[
 def test_the_expected_round_is_replayed() -> None:
     clients = [Logged(1, 3, np.array([10, -5, 127, 1], np.int8)), Logged(2, 1, np.array([-127, 2, 0, 3], np.int8))]
     start = np.arange(8, dtype=np.int32)
-    found = replayed(start, [LoggedRound(4, clients)], partial(ids.drawn, size=8, sampling="uniform"))
+    found = replay_log(start, [LoggedRound(4, clients)], partial(sampling.sample_ids, size=8, sampling="uniform"))
     assert (found - start).tolist() == [0, 0, 0, -52, 0, 0, 1668, -508]
     assert start.tolist() == list(range(8))
 
@@ -232,9 +235,9 @@ def test_every_round_is_rounded_by_itself_and_shifted_by_its_own() -> None:
     # A third of one, four times: each rounds to 0 with a shift of 0; with 4 it is 5.33 and rounds to 5.
     one = [Logged(1, 1, np.array([1], np.int8)), Logged(1, 2, np.array([0], np.int8))]
     start = np.zeros(1, np.int32)
-    draw = partial(ids.drawn, size=1, sampling="uniform")
-    assert replayed(start, [LoggedRound(0, one)] * 4, draw).tolist() == [0]
-    assert replayed(start, [LoggedRound(4, one), LoggedRound(0, one), LoggedRound(4, one)], draw).tolist() == [10]
+    draw = partial(sampling.sample_ids, size=1, sampling="uniform")
+    assert replay_log(start, [LoggedRound(0, one)] * 4, draw).tolist() == [0]
+    assert replay_log(start, [LoggedRound(4, one), LoggedRound(0, one), LoggedRound(4, one)], draw).tolist() == [10]
 
 
 def test_the_smallest_form_is_chosen_and_of_equals_the_first_by_name() -> None:

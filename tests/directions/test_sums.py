@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.directions.ids import uniform
-from fedtune.directions.sums import counted, increments, weighted_sum
+from fedtune.directions.sampling import sample_uniform
+from fedtune.directions.sums import count_scalars, increments, weighted_sum
 from fedtune.tensors import Array
 
 SIZE = 8
@@ -23,7 +23,7 @@ Member = tuple[int, int, Sequence[int]]
 
 def part(member: Member) -> tuple[Array, int]:
     key, weight, scalars = member
-    return counted(uniform(key, len(scalars), SIZE), np.array(scalars, np.int8), SIZE), weight
+    return count_scalars(sample_uniform(key, len(scalars), SIZE), np.array(scalars, np.int8), SIZE), weight
 
 
 def rounded(sums: Array, total: int, shift: int) -> list[int]:
@@ -33,7 +33,7 @@ def rounded(sums: Array, total: int, shift: int) -> list[int]:
 
 def test_the_expected_cohort_adds_the_expected_increments() -> None:
     cohort = [(1, 3, [10, -5, 127, 1]), (2, 1, [-127, 2, 0, 3])]
-    assert [uniform(key, 4, SIZE).tolist() for key, _, _ in cohort] == [[6, 3, 6, 6], [7, 3, 7, 6]]
+    assert [sample_uniform(key, 4, SIZE).tolist() for key, _, _ in cohort] == [[6, 3, 6, 6], [7, 3, 7, 6]]
     assert [part(one)[0].tolist() for one in cohort] == [[0, 0, 0, -5, 0, 0, 138, 0], [0, 0, 0, 2, 0, 0, 3, -127]]
     sums, total = weighted_sum([part(one) for one in cohort], SIZE)
     assert (sums.tolist(), total) == ([0, 0, 0, -13, 0, 0, 417, -127], 4)
@@ -88,7 +88,7 @@ def test_a_cohort_adds_the_weighted_mean_of_its_clients(cohort: list[Member], sh
     sums, total = weighted_sum([part(one) for one in cohort], SIZE)
     plain = [Fraction(0)] * SIZE
     for key, weight, scalars in cohort:
-        for k, q in zip(uniform(key, len(scalars), SIZE).tolist(), scalars, strict=True):
+        for k, q in zip(sample_uniform(key, len(scalars), SIZE).tolist(), scalars, strict=True):
             plain[k] += Fraction(weight * q * 2**shift, sum(w for _, w, _ in cohort))
     assert increments(sums, total, shift).tolist() == [round(each) for each in plain]
 
@@ -98,7 +98,7 @@ def test_one_client_alone_adds_its_own_steps_whatever_its_weight(
     key: int, weight: int, scalars: list[int], shift: int
 ) -> None:
     own = [0] * SIZE
-    for k, q in zip(uniform(key, len(scalars), SIZE).tolist(), scalars, strict=True):
+    for k, q in zip(sample_uniform(key, len(scalars), SIZE).tolist(), scalars, strict=True):
         own[k] += q << shift
     assert increments(*weighted_sum([part((key, weight, scalars))], SIZE), shift).tolist() == own
 
@@ -112,13 +112,13 @@ def test_the_sums_of_two_halves_are_those_of_the_whole(
 ) -> None:
     def of(draws: list[tuple[int, int]]) -> Array:
         ids, scalars = np.array(draws, np.int32).reshape(-1, 2).T
-        return counted(ids, scalars.astype(np.int8), SIZE)
+        return count_scalars(ids, scalars.astype(np.int8), SIZE)
 
     assert (of(first) + of(second)).tolist() == of(first + second).tolist()
 
 
 def test_a_seed_drawn_often_leaves_the_eight_bits_of_a_scalar() -> None:
-    found = counted(np.zeros(1000, np.int32), np.full(1000, -127, np.int8), 2)
+    found = count_scalars(np.zeros(1000, np.int32), np.full(1000, -127, np.int8), 2)
     assert found.tolist() == [-127_000, 0]
     assert found.dtype == np.int64
 

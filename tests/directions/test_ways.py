@@ -7,7 +7,7 @@ from fedtune.directions.bank import DirectionBank, displacement
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
-from fedtune.directions.rebuild import rebuild
+from fedtune.directions.rebuild_numpy import rebuild
 from fedtune.directions.ways import displacement_for, fastest
 from tests.directions.vectors import SEED, accumulators
 
@@ -16,9 +16,9 @@ BANKS: list[DirectionBank] = [Hadamard(16, SEED), Gaussian(16, SEED), Kron(16, S
 
 def test_the_fastest_way_is_numbas_where_it_is_installed() -> None:
     pytest.importorskip("numba")
-    from fedtune.directions import numba_rebuild
+    from fedtune.directions import rebuild_numba
 
-    assert fastest() is numba_rebuild.rebuild
+    assert fastest() is rebuild_numba.rebuild
 
 
 def test_without_numba_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,10 +37,10 @@ def test_the_way_to_displacements_gives_the_bits_of_the_reference(bank: Directio
 
 def test_numba_is_compiled_only_for_the_bank_that_draws_for_each_direction() -> None:
     pytest.importorskip("numba")
-    from fedtune.directions import numba_rebuild
+    from fedtune.directions import rebuild_numba
 
     ways = {bank.name: displacement_for(bank) for bank in BANKS}
-    assert ways == {"hadamard": displacement, "gaussian": numba_rebuild.displacement, "kron": displacement}
+    assert ways == {"hadamard": displacement, "gaussian": rebuild_numba.displacement, "kron": displacement}
 
 
 @pytest.mark.parametrize("bank", BANKS, ids=lambda bank: bank.name)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.directions import downlink, manifest
 from fedtune.directions.banks import BANKS
-from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.link import roster
 from fedtune.link.roster import Member, Roster
 from fedtune.link.signing import raw

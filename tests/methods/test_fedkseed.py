@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.directions import ids, pro
-from fedtune.directions.bank import INT32_LIMIT, displacement, headroom, perturbed
+from fedtune.directions import pro
+from fedtune.directions import sampling as sampling_module
+from fedtune.directions.bank import INT32_LIMIT, displacement, headroom, perturb
 from fedtune.directions.banks import BANKS
-from fedtune.directions.checks import STATE, block_checks, places
+from fedtune.directions.consistency import STATE, block_checks, places
 from fedtune.directions.downlink import MAX_LOG
 from fedtune.directions.manifest import Manifest, describe
 from fedtune.errors import ConfigError, RoundError
@@ -80,7 +81,7 @@ def drawn(state: FedKSeedState, client: str, steps: int) -> Array:
     """Return the seeds as the client draws them, from its assignment alone."""
     asked, order = probe(state, client, steps), assigned(state, client, steps)
     key = derive(order.seed, "fedkseed.ids")
-    return ids.drawn(key, steps, asked.seeds, sampling=asked.sampling, levels=asked.levels)
+    return sampling_module.sample_ids(key, steps, asked.seeds, sampling=asked.sampling, levels=asked.levels)
 
 
 def by_hand(state: FedKSeedState, cohort: Mapping[str, tuple[int, Sequence[int]]]) -> list[int]:
@@ -422,7 +423,7 @@ def test_a_round_that_could_leave_32_bits_is_not_begun(bank: str, seeds: int) ->
     # The worst of rounds, and the perturbation on top, still fit into 32 bits: neither end meets an overflow.
     worst = [127 if k != 3 else -127 for k in drawn(state, "ann", 4).tolist()]
     after = METHOD.aggregate(state, [answer(state, "ann", worst)])
-    displacement(state.bank, perturbed(after.sums, 3, -after.perturbation), ordinal=0, shape=(30, 6))
+    displacement(state.bank, perturb(after.sums, 3, -after.perturbation), ordinal=0, shape=(30, 6))
     assert rounds_left(after, 4) == 0
     sums[3] -= 1
     with pytest.raises(RoundError, match=r"round 1: expected room for 4 more scalars in sums of 32 bits; got sum") as e:
@@ -693,7 +694,7 @@ def test_a_state_that_was_kept_goes_on_to_the_same_bits(mode: str) -> None:
 
 
 def test_pro_draws_evenly_before_the_first_visit_and_by_its_rule_after() -> None:
-    for name, rule in (("repaired", pro.repaired), ("paper", pro.paper)):
+    for name, rule in (("repaired", pro.repaired_probabilities), ("paper", pro.paper_probabilities)):
         state = first(sampling="pro", pro=name)
         assert probe(state).levels == bytes([255] * 8)
         after = METHOD.aggregate(state, [answer(state, "ann", [100, -100, 3, 0]), answer(state, "bob", [-9, 8, 7, -6])])
@@ -703,7 +704,7 @@ def test_pro_draws_evenly_before_the_first_visit_and_by_its_rule_after() -> None
                 sizes[k], visits[k] = sizes[k] + abs(q), visits[k] + 1
         assert after.drawn["sizes"].tolist() == sizes.tolist()
         assert after.drawn["visits"].tolist() == visits.tolist()
-        assert probe(after).levels == ids.levels(rule(sizes, visits)).tobytes()
+        assert probe(after).levels == sampling_module.levels(rule(sizes, visits)).tobytes()
         assert len(set(probe(after).levels)) > 1
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fedtune.directions import downlink
-from fedtune.directions.ledger import decode
 from fedtune.directions.manifest import describe
+from fedtune.directions.seed_ledger import decode
 from fedtune.messages import Blueprint
 from fedtune.methods.fedkseed import METHOD
 from fedtune.methods.fedkseed_state import FINE, PROVISIONAL, FedKSeedSettings, FedKSeedState, units

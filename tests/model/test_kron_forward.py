@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError, ConfigError
 from fedtune.model.base import Base, digest

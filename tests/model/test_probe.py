@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from fedtune.data.encode import Example
-from fedtune.directions import ids
-from fedtune.directions.bank import displacement, perturbed
-from fedtune.directions.ledger import SeedLedger
-from fedtune.directions.sums import counted
+from fedtune.directions import sampling
+from fedtune.directions.bank import displacement, perturb
+from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.sums import count_scalars
 from fedtune.directions.trainable import Reach, trainable
 from fedtune.errors import ClientError, RoundError
 from fedtune.messages import Probe, SeedState, Training
@@ -31,7 +31,7 @@ from fedtune.tensors import Array
 from tests.model.conftest import bank_of, ledger_of
 
 KEY = 77
-DRAWN = ids.uniform(5, 12, 16)
+DRAWN = sampling.sample_uniform(5, 12, 16)
 
 
 def probe(bank: Any = "hadamard", **changes: Any) -> Probe:
@@ -265,7 +265,7 @@ def by_hand(
     with torch.no_grad():
         for seed in drawn.tolist():
             batch = collate([rows[place] for place in next(order)], base)
-            plus, minus = (loss(perturbed(sums, seed, amount), batch) for amount in (-32, 32))
+            plus, minus = (loss(perturb(sums, seed, amount), batch) for amount in (-32, 32))
             slope = (plus - minus) / (2 * 32 * 2.0**-10)
             scalars.append(max(-127, min(127, round(rate * slope * 2**10 / 2**3))))
             sums[seed] += scalars[-1] * 2**3
@@ -318,7 +318,7 @@ def test_the_client_has_moved_by_what_the_server_will_add_for_it(
     own, asked = digest(base.model), probe(bank, estimator=estimator, queries=4)
     found = measured(base, examples(4), asked, ledger_of(base, bank), batch=2, learning_rate=0.3)
     assert np.abs(found.scalars.astype(int)).max() <= 127
-    np.testing.assert_array_equal(spied[0].sums, counted(DRAWN, found.scalars, 16) << 3)
+    np.testing.assert_array_equal(spied[0].sums, count_scalars(DRAWN, found.scalars, 16) << 3)
     assert spied[0].sums.any()
     assert digest(base.model) == own
 
@@ -368,7 +368,7 @@ def published(base: Base, rows: Sequence[Example], drawn: Array, *, eps: float, 
     start = [weight.double().numpy().copy() for weight in weights]
     with torch.no_grad():
         for seed in drawn.tolist():
-            one = perturbed(np.zeros(16, np.int32), seed, 1)
+            one = perturb(np.zeros(16, np.int32), seed, 1)
             z = [
                 torch.from_numpy(displacement(bank, one, ordinal=ordinal, shape=entry.shape) / 2.0).view(entry.shape)
                 for ordinal, entry in enumerate(base.manifest.entries)
@@ -392,7 +392,7 @@ def test_fifty_steps_of_the_papers_loop_end_at_the_same_weights(
 
     Scalars of 8 bits are off by half of one; here most are below 64, and the ends differ by 0.7 parts in a hundred.
     """
-    rows, drawn = examples(5), ids.uniform(9, STEPS, 16)  # more steps than seeds
+    rows, drawn = examples(5), sampling.sample_uniform(9, STEPS, 16)  # more steps than seeds
     eps, rate = 2.0**-7, 5e-5
     theirs = published(loaded(), rows, drawn, eps=eps, rate=rate)
     base = loaded()
@@ -402,7 +402,7 @@ def test_fifty_steps_of_the_papers_loop_end_at_the_same_weights(
     if scalars == "int8":
         found = measured(base, rows, asked, ledger, drawn, learning_rate=rate)
         assert np.abs(found.scalars.astype(int)).max() < 127  # none was cut off
-        sums += counted(drawn, found.scalars, 16) << SHIFT
+        sums += count_scalars(drawn, found.scalars, 16) << SHIFT
     else:
         order = batches(len(rows), size=1, key=KEY)
         with at_position(base, ledger, reached(base, "gaussian")) as position, torch.inference_mode():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.directions.torch_rebuild import as_array
+from fedtune.directions.rebuild_torch import as_array
 from fedtune.errors import ConfigError
 from fedtune.model.base import Base, digest, manifest_of
 from fedtune.model.replay import base_of, write

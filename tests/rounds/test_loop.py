@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.directions.bank import displacement
 from fedtune.directions.banks import BANKS
-from fedtune.directions.checks import block_checks
+from fedtune.directions.consistency import block_checks
 from fedtune.directions.manifest import describe
 from fedtune.errors import RoundError, StoreError
 from fedtune.messages import (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fedtune.directions.banks import BANKS
-from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.manifest import describe
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import StoreError
 from fedtune.methods.method import SeedModel
 from fedtune.store import seeds

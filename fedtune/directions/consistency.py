@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from fedtune.directions.bank import DirectionBank
-from fedtune.directions.blocks import drawn_blocks, first_difference, num_blocks
-from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.blocks import first_difference, num_blocks, sample_blocks
 from fedtune.directions.manifest import Manifest
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.tensors import Array
 
 BLOCKS = 4
@@ -25,7 +25,7 @@ Displacement = Callable[..., Array]
 def places(digest: bytes, manifest: Manifest, trainable: Sequence[int]) -> Sequence[tuple[int, int]]:
     """Return (ordinal, block) of the blocks that a state's digest draws."""
     sizes = {ordinal: num_blocks(manifest.entries[ordinal].shape) for ordinal in trainable}
-    return drawn_blocks(int.from_bytes(digest[:8], "little"), sizes, BLOCKS)
+    return sample_blocks(int.from_bytes(digest[:8], "little"), sizes, BLOCKS)
 
 
 def block_checks(ledger: SeedLedger, manifest: Manifest, trainable: Sequence[int], displacement: Displacement) -> bytes:
@@ -48,12 +48,12 @@ def first_wrong(
     ours: bytes, theirs: bytes, digest: bytes, manifest: Manifest, trainable: Sequence[int]
 ) -> tuple[str, int] | None:
     """Return (tensor, block) of the first block that differs, None if all agree."""
-    place = first_difference(split(ours), split(theirs))
+    place = first_difference(split_checks(ours), split_checks(theirs))
     if place is None:
         return None
     ordinal, block = places(digest, manifest, trainable)[min(place, BLOCKS - 1)]
     return manifest.entries[ordinal].name, block
 
 
-def split(checks: bytes) -> Sequence[bytes]:
+def split_checks(checks: bytes) -> Sequence[bytes]:
     return [checks[start : start + LENGTH] for start in range(0, len(checks), LENGTH)]

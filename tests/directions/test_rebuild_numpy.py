@@ -6,7 +6,7 @@ import pytest
 from fedtune.directions.bank import displacement
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
-from fedtune.directions.rebuild import rebuild
+from fedtune.directions.rebuild_numpy import rebuild
 from fedtune.errors import ConfigError, ShapeError
 from fedtune.tensors import DTYPES
 from tests.directions.vectors import (

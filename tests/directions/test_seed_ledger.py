@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from fedtune.directions.banks import BANKS
 from fedtune.directions.hadamard import Hadamard
-from fedtune.directions.ledger import SeedLedger, decode
 from fedtune.directions.manifest import describe
+from fedtune.directions.seed_ledger import SeedLedger, decode
 from fedtune.errors import WireError
 from tests.directions.vectors import SEED, SMALL, accumulators, small_w0
 

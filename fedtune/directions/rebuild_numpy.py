@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedtune.directions.bank import DirectionBank, checked
+from fedtune.directions.bank import DirectionBank, check_accumulators
 from fedtune.directions.blocks import whole
 from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.tensors import DTYPES, Array
@@ -63,8 +63,8 @@ def rebuild(
     out: Array | None = None,
 ) -> Array:
     """See `Rebuild`; this is the reference."""
-    out = prepared(tensor, out)
-    blocks, sums, unit = whole(tensor.shape), checked(bank, accumulators), scale(bank, exponent)
+    out = prepare_output(tensor, out)
+    blocks, sums, unit = whole(tensor.shape), check_accumulators(bank, accumulators), scale(bank, exponent)
     old, new, start = np.ascontiguousarray(tensor).reshape(-1), out.reshape(-1), 0
     for y in bank.pieces(sums, ordinal=ordinal, shape=tensor.shape, blocks=blocks):
         subtract(old[start : start + len(y)], y, unit, new[start : start + len(y)])
@@ -97,7 +97,7 @@ def scale(bank: DirectionBank, exponent: int) -> np.float32:
     return np.float32(2.0 ** -(exponent + bank.halvings))
 
 
-def prepared(tensor: Array, out: Array | None) -> Array:
+def prepare_output(tensor: Array, out: Array | None) -> Array:
     """Return the array that takes the result.
 
     Raises:

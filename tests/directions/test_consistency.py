@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from fedtune.directions.bank import DirectionBank, displacement
-from fedtune.directions.blocks import drawn_blocks
-from fedtune.directions.checks import BLOCKS, LENGTH, STATE, block_checks, first_wrong, places
+from fedtune.directions.blocks import sample_blocks
+from fedtune.directions.consistency import BLOCKS, LENGTH, STATE, block_checks, first_wrong, places
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
-from fedtune.directions.ledger import SeedLedger
 from fedtune.directions.manifest import describe
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.tensors import Array
 from tests.directions.vectors import SEED, accumulators
 
@@ -65,7 +65,7 @@ def test_a_check_is_the_start_of_the_hash_of_the_real_positions() -> None:
 
 def test_places_are_drawn_from_the_digest_among_the_blocks_that_are_moved() -> None:
     drawn = places(LEDGER.digest, MANIFEST, TRAINABLE)
-    assert list(drawn) == list(drawn_blocks(int.from_bytes(LEDGER.digest[:8], "little"), SIZES, 4))
+    assert list(drawn) == list(sample_blocks(int.from_bytes(LEDGER.digest[:8], "little"), SIZES, 4))
     seen = {place for round in range(60) for place in places(replace(LEDGER, round=round).digest, MANIFEST, TRAINABLE)}
     assert seen == {(ordinal, block) for ordinal, count in SIZES.items() for block in range(count)}
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.directions import torch_rebuild
+from fedtune.directions import rebuild_torch
 from fedtune.directions.bank import DirectionBank, displacement
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
-from fedtune.directions.rebuild import rebuild as reference
-from fedtune.directions.torch_rebuild import TorchRebuild, as_array, compiled, fastest
+from fedtune.directions.rebuild_numpy import rebuild as reference
+from fedtune.directions.rebuild_torch import TorchRebuild, as_array, fastest, rebuild_compiled
 from fedtune.errors import ConfigError, RoundError, ShapeError
 from fedtune.tensors import DTYPES, Array
 from tests.directions.vectors import (
@@ -53,7 +53,7 @@ def rebuild(
     ordinal: int,
     exponent: int,
     out: Array | None = None,
-    way: TorchRebuild = torch_rebuild.rebuild,
+    way: TorchRebuild = rebuild_torch.rebuild,
     device: torch.device = CPU,
 ) -> Array:
     there = as_tensor(tensor).to(device)
@@ -76,7 +76,7 @@ def test_every_size_gives_the_bits_of_the_reference(bank: DirectionBank, most: i
 def test_every_size_of_the_pool_gives_the_displacements_of_the_reference(size: int) -> None:
     bank = Hadamard(size, SEED)
     sums = accumulators(bank, most=2**19)
-    y = torch_rebuild.displacement(bank, sums, ordinal=3, shape=(11, 900), blocks=range(1, 3))
+    y = rebuild_torch.displacement(bank, sums, ordinal=3, shape=(11, 900), blocks=range(1, 3))
     np.testing.assert_array_equal(y, displacement(bank, sums, ordinal=3, shape=(11, 900), blocks=range(1, 3)))
 
 
@@ -111,7 +111,7 @@ def test_a_model_is_rewritten_where_it_lies() -> None:
     bank, base = Kron(256, SEED), weights((50, 90), "bf16")
     sums = accumulators(bank, most=2000)
     resident = as_tensor(base.copy())
-    for way in (torch_rebuild.rebuild, fastest(CPU)):
+    for way in (rebuild_torch.rebuild, fastest(CPU)):
         resident.copy_(as_tensor(base))
         assert way(resident, sums, bank=bank, ordinal=4, exponent=20, out=resident) is resident
         assert sha(as_array(resident)) == sha(rebuild(base, sums, bank=bank, ordinal=4, exponent=20))
@@ -120,7 +120,7 @@ def test_a_model_is_rewritten_where_it_lies() -> None:
 def test_a_parameter_that_wants_gradients_is_rebuilt_without_them() -> None:
     bank, base = Hadamard(16, SEED), torch.nn.Parameter(torch.ones(3, 5))
     sums = accumulators(bank, most=9)
-    rebuilt = torch_rebuild.rebuild(base, sums, bank=bank, ordinal=0, exponent=9, out=base)
+    rebuilt = rebuild_torch.rebuild(base, sums, bank=bank, ordinal=0, exponent=9, out=base)
     assert rebuilt is base
     assert base.grad is None
 
@@ -135,17 +135,17 @@ def test_an_array_shares_the_memory_of_its_tensor() -> None:
 @pytest.mark.parametrize("bank", [Hadamard(256, SEED), Gaussian(16, SEED), Kron(256, SEED)], ids=lambda bank: bank.name)
 def test_numba_rebuilds_cpu_tensors_to_the_same_bits(bank: DirectionBank) -> None:
     pytest.importorskip("numba")
-    assert fastest(CPU) is compiled
+    assert fastest(CPU) is rebuild_compiled
     base, sums = weights((9, 1000), "bf16"), accumulators(bank, most=2000)
     ours = rebuild(base, sums, bank=bank, ordinal=1, exponent=22)
-    theirs = rebuild(base, sums, bank=bank, ordinal=1, exponent=22, way=compiled)
+    theirs = rebuild(base, sums, bank=bank, ordinal=1, exponent=22, way=rebuild_compiled)
     assert sha(ours) == sha(theirs)
 
 
 def test_without_numba_the_fastest_way_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert fastest(CPU) is torch_rebuild.rebuild
-    assert fastest(CUDA) is torch_rebuild.rebuild
+    assert fastest(CPU) is rebuild_torch.rebuild
+    assert fastest(CUDA) is rebuild_torch.rebuild
 
 
 def test_rounded_matrix_products_are_refused() -> None:
@@ -171,9 +171,9 @@ def test_a_result_that_does_not_fit_is_refused() -> None:
     sums, bank = np.zeros(1, np.int32), Hadamard(1, SEED)
     for out in (torch.empty(5), torch.empty(4, 2)[:, 0]):
         with pytest.raises(ShapeError, match="expected a contiguous result"):
-            torch_rebuild.rebuild(torch.zeros(4), sums, bank=bank, ordinal=0, exponent=9, out=out)
+            rebuild_torch.rebuild(torch.zeros(4), sums, bank=bank, ordinal=0, exponent=9, out=out)
     with pytest.raises(ShapeError, match=r"expected weights in fp32, fp16, bf16; got torch\.float64"):
-        torch_rebuild.rebuild(torch.zeros(4, dtype=torch.float64), sums, bank=bank, ordinal=0, exponent=9)
+        rebuild_torch.rebuild(torch.zeros(4, dtype=torch.float64), sums, bank=bank, ordinal=0, exponent=9)
 
 
 @pytest.mark.gpu
@@ -204,7 +204,7 @@ def test_a_whole_model_is_rewritten_to_the_bits_of_the_reference(
     tensors = [
         (place + 3, as_tensor(array), copy) for place, (array, copy) in enumerate(zip(arrays, copies, strict=True))
     ]
-    rewrite = torch_rebuild.rewriter(tensors, bank=bank, exponent=24)
+    rewrite = rebuild_torch.rewriter(tensors, bank=bank, exponent=24)
     # Each time from w0, never from what was written before.
     for sums in (accumulators(bank, most=3000), accumulators(bank, most=2000, key=1, used=9)):
         rewrite(sums)
@@ -217,14 +217,14 @@ def test_a_whole_model_is_rewritten_to_the_bits_of_the_reference(
 def test_accumulators_of_zero_are_no_displacement(bank: DirectionBank) -> None:
     base, zeros = weights((17, 241), "bf16"), np.zeros(bank.size, np.int32)
     assert sha(rebuild(base, zeros, bank=bank, ordinal=3, exponent=24)) == sha(base)
-    y = torch_rebuild.displacement(bank, zeros, ordinal=3, shape=(17, 241))
+    y = rebuild_torch.displacement(bank, zeros, ordinal=3, shape=(17, 241))
     assert y.tolist() == [0] * 4097
 
 
 def test_a_rewriter_is_numbas_where_it_is_installed() -> None:
-    numba_rebuild = pytest.importorskip("fedtune.directions.numba_rebuild")
+    numba_rebuild = pytest.importorskip("fedtune.directions.rebuild_numba")
     base, new = torch.ones(3, 5), torch.zeros(3, 5)
-    rewrite = torch_rebuild.rewriter([(0, base, new)], bank=Hadamard(16, SEED), exponent=9)
+    rewrite = rebuild_torch.rewriter([(0, base, new)], bank=Hadamard(16, SEED), exponent=9)
     assert rewrite.__module__ == numba_rebuild.__name__
 
 
@@ -234,18 +234,18 @@ def test_a_rewriter_refuses_what_a_rebuild_refuses(way: str, monkeypatch: pytest
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     bank, base = Hadamard(16, SEED), torch.ones(3, 5)
     with pytest.raises(ShapeError, match="contiguous result of shape"):
-        torch_rebuild.rewriter([(0, base, torch.ones(5, 3).T)], bank=bank, exponent=9)
+        rebuild_torch.rewriter([(0, base, torch.ones(5, 3).T)], bank=bank, exponent=9)
     with pytest.raises(ShapeError, match="expected weights in"):
-        torch_rebuild.rewriter([(0, base, torch.ones(3, 5, dtype=torch.float64))], bank=bank, exponent=9)
+        rebuild_torch.rewriter([(0, base, torch.ones(3, 5, dtype=torch.float64))], bank=bank, exponent=9)
     with pytest.raises(RoundError, match=r"expected sum \|A\| of at most"):
-        torch_rebuild.rewriter([(0, base, torch.ones(3, 5))], bank=bank, exponent=9)(np.full(16, 2**30, np.int32))
+        rebuild_torch.rewriter([(0, base, torch.ones(3, 5))], bank=bank, exponent=9)(np.full(16, 2**30, np.int32))
 
 
 def test_parameters_are_rewritten_without_gradients() -> None:
     bank, base = Hadamard(16, SEED), torch.ones(3, 5)
     parameter = torch.nn.Parameter(torch.zeros(3, 5))
     sums = accumulators(bank, most=9)
-    torch_rebuild.rewriter([(0, base, parameter)], bank=bank, exponent=9)(sums)
+    rebuild_torch.rewriter([(0, base, parameter)], bank=bank, exponent=9)(sums)
     assert parameter.requires_grad
     assert parameter.grad is None
     expected = reference(np.ones((3, 5), np.float32), sums, bank=bank, ordinal=0, exponent=9)

@@ -10,7 +10,7 @@ from fedtune.directions.bank import DirectionBank, displacement
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
-from fedtune.directions.rebuild import rebuild as reference
+from fedtune.directions.rebuild_numpy import rebuild as reference
 from fedtune.errors import ExtraError, RoundError, ShapeError
 from fedtune.tensors import DTYPES, Array
 from tests.directions.vectors import (
@@ -26,8 +26,8 @@ from tests.directions.vectors import (
 
 pytest.importorskip("numba")
 
-from fedtune.directions import numba_rebuild
-from fedtune.directions.numba_rebuild import rebuild
+from fedtune.directions import rebuild_numba
+from fedtune.directions.rebuild_numba import rebuild
 
 
 def test_the_expected_weights_are_rebuilt() -> None:
@@ -64,7 +64,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 def test_a_run_of_blocks_can_be_had_alone() -> None:
     bank = Hadamard(256, SEED)
     sums = accumulators(bank, most=2**22)
-    y = numba_rebuild.displacement(bank, sums, ordinal=3, shape=(11, 3000), blocks=range(2, 9), threads=2)
+    y = rebuild_numba.displacement(bank, sums, ordinal=3, shape=(11, 3000), blocks=range(2, 9), threads=2)
     np.testing.assert_array_equal(y, displacement(bank, sums, ordinal=3, shape=(11, 3000), blocks=range(2, 9)))
 
 
@@ -75,9 +75,9 @@ def test_an_empty_tensor_stays_empty() -> None:
 
 def test_without_numba_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "fedtune.directions.numba_rebuild")
+    monkeypatch.delitem(sys.modules, "fedtune.directions.rebuild_numba")
     with pytest.raises(ExtraError, match=r'pip install "fedtune\[fast\]"'):
-        importlib.import_module("fedtune.directions.numba_rebuild")
+        importlib.import_module("fedtune.directions.rebuild_numba")
 
 
 REWRITTEN = {1: (1,), 15: (3, 5), 4097: (17, 241)}
@@ -97,7 +97,7 @@ def trios(dtype: str, into: str | None = None) -> list[tuple[int, Array, Array]]
 @pytest.mark.parametrize("bank", [Hadamard(256, SEED), Gaussian(16, SEED), Kron(256, SEED)], ids=lambda bank: bank.name)
 def test_a_whole_model_is_rewritten_to_the_bits_of_the_reference(bank: DirectionBank, dtype: str, threads: int) -> None:
     tensors = trios(dtype)
-    rewrite = numba_rebuild.rewriter(tensors, bank=bank, exponent=24, threads=threads)
+    rewrite = rebuild_numba.rewriter(tensors, bank=bank, exponent=24, threads=threads)
     # Twice, and back to zeros: each time from w0, never from what was written before.
     for sums in (accumulators(bank, most=3000), accumulators(bank, most=2000, key=1), np.zeros(bank.size, np.int32)):
         rewrite(sums)
@@ -111,7 +111,7 @@ def test_a_whole_model_is_rewritten_to_the_bits_of_the_reference(bank: Direction
 def test_a_model_is_rewritten_in_another_format(dtype: str, into: str, threads: int) -> None:
     bank, tensors = Hadamard(256, SEED), trios(dtype, into)
     sums = accumulators(bank, most=3000)
-    numba_rebuild.rewriter(tensors, bank=bank, exponent=24, threads=threads)(sums)
+    rebuild_numba.rewriter(tensors, bank=bank, exponent=24, threads=threads)(sums)
     for ordinal, old, new in tensors:
         expected = reference(old, sums, bank=bank, ordinal=ordinal, exponent=24, out=np.empty_like(new))
         assert sha(new) == sha(expected)
@@ -121,17 +121,17 @@ def test_a_tensor_that_is_not_contiguous_is_read_in_row_major_order() -> None:
     bank = Hadamard(256, SEED)
     sums, old = accumulators(bank, most=3000), np.asfortranarray(weights((17, 241)))
     new = np.empty((17, 241), np.float32)
-    numba_rebuild.rewriter([(4, old, new)], bank=bank, exponent=24)(sums)
+    rebuild_numba.rewriter([(4, old, new)], bank=bank, exponent=24)(sums)
     assert sha(new) == sha(reference(np.ascontiguousarray(old), sums, bank=bank, ordinal=4, exponent=24))
 
 
 def test_a_rewriter_refuses_what_a_rebuild_refuses() -> None:
     bank, old = Hadamard(16, SEED), weights((3, 5))
     with pytest.raises(ShapeError, match="contiguous result of shape"):
-        numba_rebuild.rewriter([(0, old, np.empty((5, 3), np.float32))], bank=bank, exponent=24)
+        rebuild_numba.rewriter([(0, old, np.empty((5, 3), np.float32))], bank=bank, exponent=24)
     with pytest.raises(ShapeError, match="expected weights in"):
-        numba_rebuild.rewriter([(0, old, np.empty((3, 5)))], bank=bank, exponent=24)
-    rewrite = numba_rebuild.rewriter([(0, old, np.zeros((3, 5), np.float32))], bank=bank, exponent=24)
+        rebuild_numba.rewriter([(0, old, np.empty((3, 5)))], bank=bank, exponent=24)
+    rewrite = rebuild_numba.rewriter([(0, old, np.zeros((3, 5), np.float32))], bank=bank, exponent=24)
     with pytest.raises(ShapeError, match="expected 16 signed integers"):
         rewrite(np.zeros(8, np.int32))
     with pytest.raises(RoundError, match=r"expected sum \|A\| of at most"):

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedtune.directions.bank import DirectionBank, headroom
 from fedtune.directions.banks import BANKS, CODES
-from fedtune.directions.rebuild import EXPONENTS
+from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.errors import ConfigError, WireError
 from fedtune.tensors import Array
 

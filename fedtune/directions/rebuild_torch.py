@@ -12,13 +12,13 @@ from typing import Protocol
 
 import torch
 
-from fedtune.directions.bank import FP32_LIMIT, DirectionBank, bound, checked
+from fedtune.directions.bank import FP32_LIMIT, DirectionBank, check_accumulators, value_bound
 from fedtune.directions.blocks import BLOCK, positions, runs, whole
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.philox import Purpose, philox
-from fedtune.directions.rebuild import scale
+from fedtune.directions.rebuild_numpy import scale
 from fedtune.directions.signs import WORDS, walsh
 from fedtune.errors import RoundError, ShapeError
 from fedtune.tensors import DTYPES, Array
@@ -67,8 +67,8 @@ def rebuild(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `TorchRebuild`."""
-    out = prepared(tensor, out)
-    sums, unit = checked(bank, accumulators), float(scale(bank, exponent))
+    out = prepare_output(tensor, out)
+    sums, unit = check_accumulators(bank, accumulators), float(scale(bank, exponent))
     old, new, start = tensor.contiguous().view(-1), out.view(-1), 0
     for y in pieces(bank, sums, ordinal=ordinal, shape=tensor.shape, blocks=whole(tensor.shape), device=tensor.device):
         part = slice(start, start + len(y))
@@ -89,7 +89,9 @@ def displacement(
 ) -> torch.Tensor:
     """Return y as `bank.displacement` does, int32 (positions,), on a device."""
     chosen, device = whole(shape) if blocks is None else blocks, device or torch.device("cpu")
-    found = pieces(bank, checked(bank, accumulators), ordinal=ordinal, shape=shape, blocks=chosen, device=device)
+    found = pieces(
+        bank, check_accumulators(bank, accumulators), ordinal=ordinal, shape=shape, blocks=chosen, device=device
+    )
     return torch.cat([torch.empty(0, dtype=torch.int32, device=device), *(y.to(torch.int32) for y in found)])
 
 
@@ -109,13 +111,13 @@ def rewriter(
     """
     way = rebuild
     for _, old, new in tensors:
-        prepared(old, new)
+        prepare_output(old, new)
         way = fastest(old.device)
-    if way is compiled:
-        from fedtune.directions import numba_rebuild
+    if way is rebuild_compiled:
+        from fedtune.directions import rebuild_numba
 
         arrays = [(ordinal, as_array(old.contiguous()), as_array(new)) for ordinal, old, new in tensors]
-        return numba_rebuild.rewriter(arrays, bank=bank, exponent=exponent, threads=torch.get_num_threads())
+        return rebuild_numba.rewriter(arrays, bank=bank, exponent=exponent, threads=torch.get_num_threads())
 
     def rewrite(accumulators: Array) -> None:
         for ordinal, old, new in tensors:
@@ -126,10 +128,10 @@ def rewriter(
 
 def fastest(device: torch.device) -> TorchRebuild:
     """Return the quickest way for tensors on a device: numba's on a CPU where it is installed, or torch's."""
-    return compiled if device.type == "cpu" and importlib.util.find_spec("numba") else rebuild
+    return rebuild_compiled if device.type == "cpu" and importlib.util.find_spec("numba") else rebuild
 
 
-def compiled(
+def rebuild_compiled(
     tensor: torch.Tensor,
     accumulators: Array,
     *,
@@ -143,10 +145,10 @@ def compiled(
     Raises:
         ExtraError: without numba.
     """
-    from fedtune.directions import numba_rebuild
+    from fedtune.directions import rebuild_numba
 
-    out = prepared(tensor, out)
-    numba_rebuild.rebuild(
+    out = prepare_output(tensor, out)
+    rebuild_numba.rebuild(
         as_array(tensor.contiguous()),
         accumulators,
         bank=bank,
@@ -166,7 +168,7 @@ def as_array(tensor: torch.Tensor) -> Array:
     return plain.view(torch.uint16).numpy().view(DTYPES["bf16"])
 
 
-def prepared(tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def prepare_output(tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """Return the tensor that takes the result.
 
     Raises:
@@ -209,7 +211,7 @@ def pieces(
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
     """Yield y of a run of blocks in flat pieces: float32 where that is exact, integers beyond; no zero is -0."""
-    exact = bound(bank, accumulators) < FP32_LIMIT
+    exact = value_bound(bank, accumulators) < FP32_LIMIT
     sums = torch.from_numpy(accumulators.copy()).to(device)
     length = 128 if device.type == "cpu" else 4096
     if isinstance(bank, Kron) and len(shape) > 1:
@@ -226,10 +228,10 @@ def pieces(
         return
     for run in runs(blocks, length):
         linear = hadamard(dense, run, ordinal, device)
-        yield summed(linear, sums, exact=exact)[: len(positions(run, shape))]
+        yield apply_linear(linear, sums, exact=exact)[: len(positions(run, shape))]
 
 
-def summed(linear: Linear, sums: torch.Tensor, *, exact: bool) -> torch.Tensor:
+def apply_linear(linear: Linear, sums: torch.Tensor, *, exact: bool) -> torch.Tensor:
     """Return a linear function of the accumulators, of their high and low parts where it is not exact in one go."""
     if exact:
         return linear(sums.float())
@@ -276,7 +278,7 @@ def kron(
             return (some @ (part.view(bank.rank, bank.rank) @ v)).add_(0.0).view(-1)
 
         first = row * columns
-        yield summed(linear, sums, exact=exact)[max(0, real.start - first) : max(0, real.stop - first)]
+        yield apply_linear(linear, sums, exact=exact)[max(0, real.start - first) : max(0, real.stop - first)]
 
 
 def gaussian(bank: Gaussian, sums: torch.Tensor, run: range, ordinal: int) -> torch.Tensor:
@@ -304,7 +306,7 @@ def gaussian(bank: Gaussian, sums: torch.Tensor, run: range, ordinal: int) -> to
         def linear(part: torch.Tensor, m: torch.Tensor = m) -> torch.Tensor:
             return part @ m
 
-        y += summed(linear, sums[some], exact=False)
+        y += apply_linear(linear, sums[some], exact=False)
     return y
 
 

@@ -13,13 +13,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedtune.directions.bank import DirectionBank, checked
+from fedtune.directions.bank import DirectionBank, check_accumulators
 from fedtune.directions.blocks import BLOCK, positions, runs, whole
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.philox import INCREMENTS, MASK, MULTIPLIERS, ROUNDS, Purpose
-from fedtune.directions.rebuild import narrow, prepared, scale
+from fedtune.directions.rebuild_numpy import narrow, prepare_output, scale
 from fedtune.directions.signs import WORDS
 from fedtune.errors import ExtraError
 from fedtune.tensors import DTYPES, Array
@@ -55,8 +55,8 @@ def rebuild(
     threads: int = 1,
 ) -> Array:
     """See `rebuild.Rebuild`; `threads` share the tensor's blocks, and their number changes no bit."""
-    out = prepared(tensor, out)
-    sums, unit = checked(bank, accumulators), scale(bank, exponent)
+    out = prepare_output(tensor, out)
+    sums, unit = check_accumulators(bank, accumulators), scale(bank, exponent)
     old, new = np.ascontiguousarray(tensor).reshape(-1), out.reshape(-1)
     write = writer(bank, sums, ordinal=ordinal, shape=tensor.shape, unit=unit)
 
@@ -90,7 +90,7 @@ def rewriter(
     unit, key = scale(bank, exponent), np.uint64(bank.key)
     direct, others = [], []
     for ordinal, old, new in tensors:
-        prepared(old, new)
+        prepare_output(old, new)
         same = old.dtype == new.dtype and old.dtype in (DTYPES["fp32"], DTYPES["bf16"]) and old.flags.c_contiguous
         if isinstance(bank, Hadamard) and same and threads == 1:
             run = kernel(Hadamard, bank.size, old.dtype.name)
@@ -99,7 +99,7 @@ def rewriter(
             others.append((ordinal, old, new))
 
     def rewrite(accumulators: Array) -> None:
-        sums = checked(bank, accumulators)
+        sums = check_accumulators(bank, accumulators)
         for run, old, new, ordinal in direct:
             run(old, new, sums, key, ordinal, np.uint32(0), unit)
         for number, old, new in others:
@@ -121,7 +121,7 @@ def displacement(
     chosen = whole(shape) if blocks is None else blocks
     first = positions(chosen, shape).start
     y = np.empty(len(positions(chosen, shape)), np.int32)
-    write = writer(bank, checked(bank, accumulators), ordinal=ordinal, shape=shape, unit=np.float32(0))
+    write = writer(bank, check_accumulators(bank, accumulators), ordinal=ordinal, shape=shape, unit=np.float32(0))
 
     def work(part: range) -> None:
         real = positions(part, shape)

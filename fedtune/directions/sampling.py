@@ -9,21 +9,21 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.tensors import Array
 
 
-def drawn(key: int, count: int, size: int, *, sampling: str, levels: bytes = b"") -> Array:
+def sample_ids(key: int, count: int, size: int, *, sampling: str, levels: bytes = b"") -> Array:
     """Return the ids of a client's scalars, int32 (count,), as `uniform`, `distinct` or `weighted` (for `pro`) does."""
     if sampling == "distinct":
-        return distinct(key, count, size)
+        return sample_distinct(key, count, size)
     if sampling == "pro":
-        return weighted(key, count, np.frombuffer(levels, np.uint8))
-    return uniform(key, count, size)
+        return sample_weighted(key, count, np.frombuffer(levels, np.uint8))
+    return sample_uniform(key, count, size)
 
 
-def uniform(key: int, count: int, size: int) -> Array:
+def sample_uniform(key: int, count: int, size: int) -> Array:
     """Return `count` ids below K, drawn with replacement, int32; `size` is K, a power of two."""
     return np.asarray(stream(key, Purpose.IDS, count) & np.uint64(size - 1), np.int32)
 
 
-def distinct(key: int, count: int, size: int) -> Array:
+def sample_distinct(key: int, count: int, size: int) -> Array:
     """Return `count` different ids below K, int32: the first places of a Fisher-Yates shuffle.
 
     Raises:
@@ -38,7 +38,7 @@ def distinct(key: int, count: int, size: int) -> Array:
     return np.array(order[:count], np.int32)
 
 
-def weighted(key: int, count: int, levels: Array) -> Array:
+def sample_weighted(key: int, count: int, levels: Array) -> Array:
     """Return `count` ids drawn with replacement in proportion to K integer levels (uint8, each at least 1), int32."""
     ends = np.cumsum(levels, dtype=np.uint64)
     drawn = (stream(key, Purpose.IDS, count) * ends[-1]) >> np.uint64(32)
