@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.data.partition import client_names, ordered, partition
+from fedtune.data.partition import client_names, partition, sorted_values
 from fedtune.data.settings import Split
 from fedtune.errors import ConfigError
 
@@ -123,5 +123,5 @@ def test_client_names_are_plain_and_unique() -> None:
 
 
 def test_whole_numbers_are_ordered_by_value_and_text_by_letters() -> None:
-    assert ordered(["10", "9", "9"]) == ["9", "10"]
-    assert ordered(["10", "9", "x"]) == ["10", "9", "x"]
+    assert sorted_values(["10", "9", "9"]) == ["9", "10"]
+    assert sorted_values(["10", "9", "x"]) == ["10", "9", "x"]
