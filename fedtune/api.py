@@ -16,10 +16,11 @@ from fedtune.exports import check_base, open_run
 from fedtune.methods.method import GlobalModel
 from fedtune.rounds.loop import Note, Watch
 from fedtune.simulation.processes import Nursery
-from fedtune.store import audit, result
-from fedtune.store.audit import Status, Verified
-from fedtune.store.files import guarded
-from fedtune.store.run import check_run, vacant, write_recipe
+from fedtune.store import result
+from fedtune.store import verify as verify_module
+from fedtune.store.files import store_errors
+from fedtune.store.run_directory import check_run, check_vacant, write_recipe
+from fedtune.store.verify import Status, Verified
 
 # The client wing (torch, transformers, peft, datasets) takes seconds to import, so `experiment` and `model` are
 # imported where they are needed: a recipe that is wrong says so at once, and reading a report needs neither.
@@ -78,7 +79,7 @@ def simulate(
         from fedtune.experiment import prepare
 
         experiment = prepare(bound)
-        path = vacant(Path(out) if out is not None else Path("runs") / bound.name, fresh=fresh)
+        path = check_vacant(Path(out) if out is not None else Path("runs") / bound.name, fresh=fresh)
         return _conduct(experiment, path, nursery, watch)
 
 
@@ -121,7 +122,7 @@ def _resume(
 
 def demo(*, out: str | Path | None = None, watch: Watch = lambda event: None) -> Run:
     """Run the federation that fedtune brings along: its own small model, and this Python's library as the clients."""
-    path = vacant(Path(out) if out is not None else Path("runs") / "demo", fresh=out is None)
+    path = check_vacant(Path(out) if out is not None else Path("runs") / "demo", fresh=out is None)
     write_data(path / "data")
     write_recipe(path, recipe_text())
     bound = bind(path / "recipe.toml")
@@ -194,14 +195,14 @@ def runs(folder: str | Path = "runs") -> Sequence[tuple[Path, Status | str]]:
         StoreError: if the folder cannot be read.
     """
     path = Path(folder)
-    with guarded(path):
+    with store_errors(path):
         found = [each for each in sorted(path.iterdir()) if (each / "recipe.toml").is_file()] if path.exists() else []
     return [(each, _status(each)) for each in found]
 
 
 def _status(run: Path) -> Status | str:
     try:
-        return audit.status(run)
+        return verify_module.status(run)
     except StoreError as error:
         return str(error)
 
@@ -213,7 +214,7 @@ def status(run: str | Path) -> Status:
         StoreError: if the folder is no run, or its journal is damaged.
     """
     check_run(Path(run))
-    return audit.status(Path(run))
+    return verify_module.status(Path(run))
 
 
 def verify(run: str | Path) -> Verified:
@@ -226,7 +227,7 @@ def verify(run: str | Path) -> Verified:
 
     path = Path(run)
     check_run(path)
-    found = audit.verify(path)
+    found = verify_module.verify(path)
     check_results(path)
     return found
 
@@ -238,7 +239,7 @@ def report(run: str | Path, *, tensorboard: bool = False) -> Path:
 
     path = Path(run)
     check_run(path)
-    with guarded(path):
+    with store_errors(path):
         if tensorboard:
             write_events(path)
         return write_report(path)
@@ -273,7 +274,7 @@ def compare(
         if recipe is None:
             check_run(path)
     check_distinct([(recipe.name, seed) for _, recipe in bound if recipe for seed in seeds or [recipe.seed]])
-    folder = vacant(Path(out) if out is not None else Path("runs") / "compare", fresh=out is None)
+    folder = check_vacant(Path(out) if out is not None else Path("runs") / "compare", fresh=out is None)
     runs = []
     for path, recipe in bound:
         if recipe is None:

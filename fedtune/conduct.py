@@ -25,11 +25,11 @@ from fedtune.rounds.clock import Clock
 from fedtune.rounds.loop import Note, RoundFinished, RoundJournal, RoundResult, Watch
 from fedtune.rounds.loop import run as run_rounds
 from fedtune.rounds.transport import Transport
-from fedtune.store import peft, records, result
+from fedtune.store import peft, result, round_records
 from fedtune.store.blobs import Blobs
-from fedtune.store.history import begun, replayed
-from fedtune.store.ledger import GROUP_S, RunLedger
-from fedtune.store.run import append_round, read_rounds, write_recipe, write_summary
+from fedtune.store.history import has_begun, replay_journal
+from fedtune.store.run_directory import append_round, read_rounds, write_recipe, write_summary
+from fedtune.store.run_journal import GROUP_S, RunJournal
 
 Door: TypeAlias = Literal["simulate", "flower", "link"]
 PUT_BACK = "put back a copy of the run directory, or start the run again"
@@ -82,7 +82,7 @@ class Setting:
     """Says how long clients took; none where that says nothing of their devices."""
     devices: Mapping[str, Any] = field(default_factory=dict)
     """By client, the profile of the device that it is taken to be, with where each number comes from."""
-    opened: Callable[[RunLedger], None] = lambda ledger: None
+    opened: Callable[[RunJournal], None] = lambda ledger: None
     """Handed the ledger before the first round; over the link, receipts say where its journal stands."""
 
     @property
@@ -116,10 +116,10 @@ def conduct(
     """
     for note in (*setting.notes, *remarks(setting.recipe)):
         watch(Note(note))
-    began, going_on = time.perf_counter(), resume and begun(run)
+    began, going_on = time.perf_counter(), resume and has_begun(run)
     # Over the link a client is told at once that its update is kept: each lasts by itself.
     group_s = 0.0 if setting.door == "link" else GROUP_S
-    opening = RunLedger.reopen if going_on else RunLedger.create
+    opening = RunJournal.reopen if going_on else RunJournal.create
     with opening(run, group_s=group_s) as ledger:
         # Everything that may be refused comes before anything of the run is changed.
         lines, state = held(setting, run, ledger, watch) if going_on else ([], None)
@@ -160,7 +160,7 @@ def conduct(
         return told
 
 
-def held(setting: Setting, run: Path, ledger: RunLedger, watch: Watch) -> tuple[list[Mapping[str, Any]], Any | None]:
+def held(setting: Setting, run: Path, ledger: RunJournal, watch: Watch) -> tuple[list[Mapping[str, Any]], Any | None]:
     """Return the lines of a run that goes on, and the state after the last of them; None before the first round.
 
     Raises:
@@ -215,7 +215,7 @@ def rounds(
         base=setting.base["digest"],
         ledger=ledger,
         start=start,
-        history=[records.seen(line) for line in lines],
+        history=[round_records.observations(line) for line in lines],
         clock=setting.clock,
         clock_s=lines[-1].get("clock_s", 0.0) if lines else 0.0,
         watch=watch,
@@ -253,9 +253,9 @@ def check_resumable(run: Path, recipe: Recipe) -> None:
         ConfigError: with every key that differs.
         StoreError: if the folder is no run, or its journal cannot be trusted.
     """
-    if not begun(run):
+    if not has_begun(run):
         return  # killed before anything of it was noted: it starts
-    noted = bind(RunLedger.inputs(run)["recipe"])
+    noted = bind(RunJournal.inputs(run)["recipe"])
     different = [line for line in changes(noted, recipe) if not resumable(line)]
     if different:
         raise ConfigError(
@@ -276,14 +276,14 @@ def check_results(run: Path) -> None:
     Raises:
         StoreError: naming what is another.
     """
-    if not begun(run):
+    if not has_begun(run):
         return
     while True:
-        before = replayed(run)[1]
+        before = replay_journal(run)[1]
         try:
             check_results_once(run)
         except StoreError:
-            if replayed(run)[1] == before:
+            if replay_journal(run)[1] == before:
                 raise  # and the run, going on, was not merely ahead of what had been read
         else:
             return
@@ -292,7 +292,7 @@ def check_results(run: Path) -> None:
 def check_results_once(run: Path) -> None:
     lines, folder = read_rounds(run), result.folder(run)
     written = result.read(run) if folder.exists() else None
-    history, _ = replayed(run)
+    history, _ = replay_journal(run)
     digests, path = history.digests, run / "rounds.jsonl"
     noted = bind(history.inputs[-1]["recipe"])
     # A resume writes the recipe, and is noted after that: their rounds.count may differ where it was killed between.
@@ -335,7 +335,7 @@ def record_base(setting: Setting, run: Path) -> Mapping[str, Any]:
     """Score the base before any training; the line of round 0."""
     began = time.perf_counter()
     scored = setting.score(GlobalModel(saved=setting.blueprint.saved), test=True, clients=True)
-    record = records.base_record(scored.test, scored.held_out, time.perf_counter() - began)
+    record = round_records.base_record(scored.test, scored.held_out, time.perf_counter() - began)
     append_round(run, record)
     return record
 
@@ -349,7 +349,7 @@ def record_round(
     last, every = played.round == recipe.rounds.count, recipe.evaluate.every
     test = last or (every > 0 and played.round % every == 0)
     scored = setting.score(tuned, test=test, clients=last, keep=deployed(recipe, played.state))
-    record = records.round_record(
+    record = round_records.round_record(
         played,
         tuned.adapter,
         energy_kept=method.energy_kept(played.state),
@@ -394,7 +394,7 @@ def provenance(setting: Setting, tuned: GlobalModel, lines: Sequence[Mapping[str
         "modules_to_save": list(recipe.adapter.modules_to_save),
         "clients": {
             name: {"examples": total["examples"], "rank": total["rank"]}
-            for name, total in records.clients_summary(lines, setting.fleet).items()
+            for name, total in round_records.clients_summary(lines, setting.fleet).items()
         },
         "modules": {name: factors.rank for name, factors in sorted(tuned.adapter.items())},
         "bytes_down": sum(line["bytes_down"] for line in lines),
@@ -420,14 +420,14 @@ def summary(
         "state_digest": lines[-1]["state_digest"],
         "base": setting.base,
         "trainable": num_trainable(setting, tuned),
-        "before": records.scores(lines[0]["test"], lines[0]["held_out"]),
-        "after": records.scores(after["test"], lines[-1]["held_out"]),
-        "clients": records.clients_summary(lines, setting.fleet),
+        "before": round_records.scores(lines[0]["test"], lines[0]["held_out"]),
+        "after": round_records.scores(after["test"], lines[-1]["held_out"]),
+        "clients": round_records.clients_summary(lines, setting.fleet),
         "bytes_down": sum(line["bytes_down"] for line in lines),
         "bytes_up": sum(line["bytes_up"] for line in lines),
         "seconds": seconds,
         "sample": setting.sample(tuned) if tuned and not reason else None,
-        "failures": records.failures(lines),
+        "failures": round_records.failures(lines),
         "recipe_digest": digest(recipe),
         "adapter_digest": result.digest(tuned) if tuned else "",
         "clock_s": lines[-1].get("clock_s", 0.0),

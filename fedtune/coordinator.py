@@ -29,12 +29,12 @@ from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.serving import check_overrides, expected, setting
 from fedtune.store import journal
-from fedtune.store.files import guarded, write_text
-from fedtune.store.history import begun
+from fedtune.store.files import store_errors, write_text
+from fedtune.store.history import has_begun
 from fedtune.store.journal import Record
-from fedtune.store.ledger import RunLedger
-from fedtune.store.lock import locked
-from fedtune.store.run import vacant, write_recipe
+from fedtune.store.lock import lock_run
+from fedtune.store.run_directory import check_vacant, write_recipe
+from fedtune.store.run_journal import RunJournal
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
@@ -77,12 +77,12 @@ def coordinate(
     if resume:
         check_resumable(run, recipe)
     else:
-        vacant(run)
+        check_vacant(run)
         write_recipe(run, render(recipe))  # first of all: with it the run can be gone on with, whenever this ends
     folder = run / LINK
-    with guarded(folder), ExitStack() as stack:
+    with store_errors(folder), ExitStack() as stack:
         folder.mkdir(exist_ok=True)
-        stack.enter_context(locked(folder))
+        stack.enter_context(lock_run(folder))
         audit = Audit(folder / AUDIT, failed=lambda error: tell("warning", text=str(error)))
         stack.callback(audit.close)
         metrics = Metrics(names=settings.metrics_names)
@@ -140,7 +140,7 @@ def number(run: Path) -> str:
 def promised(run: Path) -> tuple[Mapping[tuple[int, str], str], int]:
     """Return the digests (hex) of the updates that a run's journal accepts, by round and client, and its last round."""
     accepted, committed = dict[tuple[int, str], str](), 0
-    if not begun(run):
+    if not has_begun(run):
         return accepted, committed
 
     def take(record: Record) -> None:
@@ -165,7 +165,7 @@ def expected_of(recipe: Recipe, roster: RosterFile) -> int:
     return max(recipe.rounds.min_clients, enrolled)
 
 
-def opened(hub: Hub, ledger: RunLedger) -> None:
+def opened(hub: Hub, ledger: RunJournal) -> None:
     hub.journal_end = lambda: ledger.end
 
 

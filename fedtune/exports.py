@@ -20,8 +20,8 @@ from fedtune.model.settings import ModelSettings
 from fedtune.rounds.loop import Note, Watch
 from fedtune.store import peft, result
 from fedtune.store import seeds as store_seeds
-from fedtune.store.files import guarded, new_folder
-from fedtune.store.run import check_run
+from fedtune.store.files import new_folder, store_errors
+from fedtune.store.run_directory import check_run
 
 # The client wing takes seconds to import, so `experiment` and `model` are imported where they are needed.
 
@@ -186,7 +186,7 @@ def replay(
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
     seeds, origin = store_seeds.read(source) if source.is_dir() else (None, dict[str, Any]())
-    with guarded(source):
+    with store_errors(source):
         found = seeds.ledger if seeds else ledgers.decode(source.read_bytes())
     if not seeds and found.bank.name == "kron" and not trainable:
         expected = "the folder of a run's seeds, or the tensors that were moved: a kron ledger alone does not name them"

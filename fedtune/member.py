@@ -22,8 +22,8 @@ from fedtune.link.policy import Demand, Spent
 from fedtune.link.roster import RosterFile
 from fedtune.link.settings import JoinSettings
 from fedtune.link.trainer import ProcessTrainer, Trainer
-from fedtune.store.files import guarded
-from fedtune.store.lock import locked
+from fedtune.store.files import store_errors
+from fedtune.store.lock import lock_run
 
 AUDIT = "audit"
 
@@ -92,10 +92,10 @@ def take_part(
         StoreError: if the state folder cannot be written.
     """
     made = bound(site, server=server)
-    with guarded(made.state):
+    with store_errors(made.state):
         made.state.mkdir(parents=True, exist_ok=True)
         made.state.chmod(0o700)
-    with locked(made.state), audited(made.state / AUDIT, tell) as log:
+    with lock_run(made.state), audited(made.state / AUDIT, tell) as log:
         told = both(log.tell, tell)
         if warning := renewal(made.identity, int(time.time())):
             told("warning", text=warning)

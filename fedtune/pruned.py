@@ -22,8 +22,8 @@ from fedtune.store import peft, result
 from fedtune.store import pruning as store_pruning
 from fedtune.store.blobs import Blobs
 from fedtune.store.files import new_folder
-from fedtune.store.history import replayed
-from fedtune.store.run import check_run, read_rounds
+from fedtune.store.history import replay_journal
+from fedtune.store.run_directory import check_run, read_rounds
 
 if TYPE_CHECKING:
     from fedtune.experiment import Experiment
@@ -72,7 +72,7 @@ def opened(run: Path) -> Trained:
     """
     check_run(run)
     bound = bind(run / "recipe.toml")
-    digests = replayed(run)[0].digests
+    digests = replay_journal(run)[0].digests
     if not digests:
         raise StoreError(f"{run}: expected a run with a committed round; got none yet")
     from fedtune.conduct import first_state

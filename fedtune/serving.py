@@ -17,8 +17,8 @@ from fedtune.flower.grid_transport import GridTransport
 from fedtune.messages import Blueprint
 from fedtune.methods import METHODS
 from fedtune.store import peft
-from fedtune.store.ledger import RunLedger
 from fedtune.store.pruning import read_ranking
+from fedtune.store.run_journal import RunJournal
 
 AT_THE_SITES = 'data={ source = "at the sites", split = { kind = "files" } }'
 
@@ -44,7 +44,7 @@ def setting(
     transport: GridTransport,
     *,
     door: Door,
-    opened: Callable[[RunLedger], None] = lambda ledger: None,
+    opened: Callable[[RunJournal], None] = lambda ledger: None,
 ) -> Setting:
     """Return what the run is conducted over: what the clients have in common stands for a model that is not here."""
     common, profiles = transport.foundation, transport.profiles

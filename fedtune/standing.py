@@ -13,9 +13,9 @@ from fedtune.link import audit as log
 from fedtune.link import bars
 from fedtune.link.audit import Entry, Log
 from fedtune.store import journal
-from fedtune.store.audit import Status
-from fedtune.store.audit import status as run_status
-from fedtune.store.files import guarded
+from fedtune.store.files import store_errors
+from fedtune.store.verify import Status
+from fedtune.store.verify import status as run_status
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -176,7 +176,7 @@ def receipts(run: Path, state: Path) -> int:
     heads.append(end.head)
     held = 0
     for path in sorted(folder.glob("*/receipt")):
-        with guarded(path):
+        with store_errors(path):
             data = path.read_bytes()
         try:
             found = parse(pb.Header(), parse(pb.Envelope(), data).header)

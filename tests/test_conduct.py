@@ -19,7 +19,7 @@ from fedtune.experiment import Experiment, prepare, setting, transport
 from fedtune.report.records import read_run
 from fedtune.rounds.loop import Event, Note, RoundFinished, Watch
 from fedtune.store import peft
-from fedtune.store.run import write_recipe
+from fedtune.store.run_directory import write_recipe
 
 # peft asks transformers by a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -29,12 +29,12 @@ from fedtune.messages import (
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Note, RoundFinished, RoundStarted
 from fedtune.serving import at_the_sites
-from fedtune.store.ledger import RunLedger
+from fedtune.store.run_journal import RunJournal
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import ceremony
 from tests.link.conftest import Clock, answer, made
-from tests.store.test_ledger import INPUTS
+from tests.store.test_run_journal import INPUTS
 
 RECORD: Mapping[str, Any] = {
     "clients": {},
@@ -91,7 +91,7 @@ def test_a_reason_in_words_is_taken_apart_for_the_schema() -> None:
 
 def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:
     assert promised(tmp_path) == ({}, 0)
-    with RunLedger.create(tmp_path, group_s=0.0) as ledger:
+    with RunJournal.create(tmp_path, group_s=0.0) as ledger:
         ledger.begin(INPUTS)
         cohort = {"anna": 1, "bob": 1}
         ledger.open(1, state="", cohort=cohort, orders={name: "o" for name in cohort})
@@ -106,9 +106,9 @@ def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:
 
 
 def promised_state(run: Path) -> str:
-    from fedtune.store.history import replayed
+    from fedtune.store.history import replay_journal
 
-    return replayed(run)[0].digests[-1]
+    return replay_journal(run)[0].digests[-1]
 
 
 def test_a_run_keeps_its_number(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_every_reason_of_an_update_that_is_refused_has_a_number_in_the_schema() 
 
 
 def test_an_update_that_was_refused_is_not_promised(tmp_path: Path) -> None:
-    with RunLedger.create(tmp_path, group_s=0.0) as ledger:
+    with RunJournal.create(tmp_path, group_s=0.0) as ledger:
         ledger.begin(INPUTS)
         ledger.open(1, state="", cohort={"anna": 1, "bob": 1}, orders={"anna": "o", "bob": "o"})
         assert promised(tmp_path) == ({}, 0)
@@ -281,7 +281,7 @@ def test_an_update_that_was_refused_is_not_promised(tmp_path: Path) -> None:
 
 
 def test_two_clients_with_the_same_bytes_are_both_promised(tmp_path: Path) -> None:
-    with RunLedger.create(tmp_path, group_s=0.0) as ledger:
+    with RunJournal.create(tmp_path, group_s=0.0) as ledger:
         ledger.begin(INPUTS)
         names = ("anna", "bob", "carl")
         ledger.open(1, state="", cohort=dict.fromkeys(names, 1), orders=dict.fromkeys(names, "o"))

@@ -13,7 +13,7 @@ import pytest
 import fedtune
 from fedtune.config import bind
 from fedtune.link import outbox
-from fedtune.store.history import replayed
+from fedtune.store.history import replay_journal
 from tests.cli.test_flower_server import toml
 from tests.link.federation import Federation, federation
 from tests.link.scripted import EXAMPLES, FOUNDATION, work
@@ -176,7 +176,7 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
 
 
 def last_state(made: Federation) -> str:
-    return replayed(made.run)[0].digests[-1]
+    return replay_journal(made.run)[0].digests[-1]
 
 
 def test_a_server_that_is_killed_goes_on_and_nothing_is_trained_twice(tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ def test_an_override_for_this_site_counts() -> None:
 
 def test_one_process_takes_part_with_a_state_folder(site: Path) -> None:
     from fedtune.errors import StoreError
-    from fedtune.store.lock import locked
+    from fedtune.store.lock import lock_run
 
     (site.parent / "state").mkdir()
-    with locked(site.parent / "state"), pytest.raises(StoreError, match="no other process"):
+    with lock_run(site.parent / "state"), pytest.raises(StoreError, match="no other process"):
         take_part(site, tell=lambda kind, **fields: None)

@@ -15,7 +15,7 @@ from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.messages import Failure
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.serving import at_the_sites, check_overrides, expected, setting
-from fedtune.store.run import vacant
+from fedtune.store.run_directory import check_vacant
 
 RECIPE = "the recipe: TOML, or the absolute path of a file on the server's host"
 
@@ -34,7 +34,7 @@ def run_recipe(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
     if resume:
         check_resumable(run, recipe)
     else:
-        vacant(run)
+        check_vacant(run)
     transport = connect(expected=expected(recipe), least=recipe.rounds.min_clients, note=said)
     conducted = setting(recipe, transport, door="flower")
     check_overrides(recipe, conducted.fleet, said)

@@ -327,11 +327,11 @@ def write_demo(path: Path) -> None:
     """Write the demo's recipe, and its data beside it; an existing file is left alone."""
     from fedtune.demo import recipe_text, write_data
     from fedtune.errors import StoreError
-    from fedtune.store.files import guarded, write_text
+    from fedtune.store.files import store_errors, write_text
 
     if path.exists():
         raise StoreError(f"{path}: expected a new file; there is one already; choose another name")
-    with guarded(path.parent):
+    with store_errors(path.parent):
         data = write_data(path.parent / "data")
     write_text(path, recipe_text())
     typer.echo(f"wrote {path} and {data}; edit it, then: fedtune simulate {path}")

@@ -14,7 +14,7 @@ from fedtune.cli.entry import DebugOption, JsonOption, RunArgument, console, exa
 from fedtune.cli.text import printable, size
 
 if TYPE_CHECKING:
-    from fedtune.store.audit import Status
+    from fedtune.store.verify import Status
 
 app = typer.Typer(
     no_args_is_help=True,

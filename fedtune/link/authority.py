@@ -15,7 +15,7 @@ from fedtune.link.enrol import Request, bundled, read_request, root_pem
 from fedtune.link.identity import root_key, secret
 from fedtune.link.roster import NAME, Member, Roster
 from fedtune.link.signing import raw
-from fedtune.store.files import guarded, write_bytes
+from fedtune.store.files import store_errors, write_bytes
 
 CA_KEY, CA, ROSTER_KEY, ROSTER_PUB, ROSTER = "ca.key", "ca.crt", "roster.key", "roster.pub", "roster"
 ROSTER_DAYS = 30
@@ -34,7 +34,7 @@ def init(folder: Path, federation: str, *, now: int, years: int = 10) -> Roster:
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(Fault("", "a new or an empty folder", str(folder), "keep each federation's CA in its own"))
     key, root = certificates.new_tls_key(), Ed25519PrivateKey.generate()
-    with guarded(folder):
+    with store_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     write_bytes(folder / CA_KEY, certificates.pem_of(key), mode=0o600)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedtune.errors import StoreError
-from fedtune.store.files import guarded, write_text
+from fedtune.store.files import store_errors, write_text
 
 HEAD = "# One client per line, then why. Remove its line to admit a client again; a running server looks each second.\n"
 
@@ -21,7 +21,7 @@ def read(path: Path) -> Mapping[str, str]:
     """
     if not path.exists():
         return {}
-    with guarded(path):
+    with store_errors(path):
         text = path.read_text(encoding="utf-8", errors="replace")
     lines = [one.split(maxsplit=1) for one in text.splitlines() if one.strip() and not one.startswith("#")]
     return {words[0]: " ".join(words[1:]) or "by the operator" for words in lines}

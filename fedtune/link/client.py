@@ -30,7 +30,7 @@ from fedtune.link.settings import MIB, JoinSettings
 from fedtune.link.spool import BLOCK, room
 from fedtune.link.statements import HELLO, PROTOCOL, TRAIN, UPDATE, build, digest, expect, opened, part, seal
 from fedtune.link.trainer import Trainer
-from fedtune.store.files import guarded, write_bytes
+from fedtune.store.files import store_errors, write_bytes
 from fedtune.wire.codec import MAX_HEADER_BYTES
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -342,7 +342,7 @@ class Client:
         while not self._profile.wait(1.0):
             self._check(job)
         folder = self._state / "profile"
-        with guarded(folder):
+        with store_errors(folder):
             contents = {path.name: path.read_bytes() for path in folder.iterdir()}
         parts = {"" if name == "front" else name: data for name, data in contents.items()}
         header = self._answer(job.header, job.order, parts=[part(key, parts[key]) for key in sorted(parts)])
@@ -401,7 +401,7 @@ class Client:
             return self._declined(job, pb.TOO_MANY_BYTES, note)
         for one in job.header.parts:
             self._fetch(job, entry, one, inline)
-        with guarded(entry.folder):
+        with store_errors(entry.folder):
             (entry.folder / "front").write_bytes(entry.part(front.digest).read_bytes())
         bodies = [one.digest.hex() for one in job.header.parts if one.key]
         job.training = True
@@ -546,17 +546,17 @@ class Client:
         if whole.exists():
             return
         if (data := inline.get(one.digest)) is not None and sha256(data).digest() == one.digest:
-            with guarded(whole):
+            with store_errors(whole):
                 whole.write_bytes(data)
             return
         partial = whole.with_name(f"{whole.name}.part")
         for attempt in range(2):
             if self._download(job, one, partial) == one.digest:
-                with guarded(whole):
+                with store_errors(whole):
                     partial.replace(whole)
                 self._tell("fetched", round=job.header.round, part=one.digest.hex(), bytes=one.num_bytes)
                 return
-            with guarded(partial):
+            with store_errors(partial):
                 partial.unlink()
             self._tell("spoilt", round=job.header.round, part=one.digest.hex(), attempt=attempt + 1)
         raise WireError(f"expected a part of digest {one.digest.hex()[:16]}; got other bytes twice")
@@ -564,12 +564,12 @@ class Client:
     def _download(self, job: Job, one: pb.Part, partial: Path) -> bytes:
         """Fetch a part from where its file ends, and return the digest of it all."""
         found = hashlib.sha256()
-        with guarded(partial), partial.open("ab+") as file:
+        with store_errors(partial), partial.open("ab+") as file:
             file.seek(0)
             while block := file.read(BLOCK):
                 found.update(block)
         while True:
-            with guarded(partial), partial.open("ab") as file:
+            with store_errors(partial), partial.open("ab") as file:
                 if file.tell() >= one.num_bytes:
                     return found.digest()
                 try:
@@ -757,7 +757,7 @@ def kept(entry: Entry, request: pb.SubmitRequest) -> None:
 def hashed(path: Path) -> bytes:
     """Return the SHA-256 of a file."""
     found = sha256()
-    with guarded(path), path.open("rb") as file:
+    with store_errors(path), path.open("rb") as file:
         while block := file.read(BLOCK):
             found.update(block)
     return found.digest()

@@ -33,7 +33,7 @@ from fedtune.link.identity import (
 )
 from fedtune.link.roster import NAME, Role, by, canonical, enveloped, fields, opened, strict, unpacked
 from fedtune.link.signing import pae, raw
-from fedtune.store.files import guarded, write_bytes
+from fedtune.store.files import store_errors, write_bytes
 
 KIND = "application/vnd.fedtune.request.v1+json"
 MAX_BUNDLE_BYTES = 8 * 2**20
@@ -78,7 +78,7 @@ def request(folder: Path, *, name: str, org: str, role: Role, hosts: Sequence[st
         faults.append(Fault("host", "the names under which clients dial the server", "none", "give --host NAME"))
     if faults:
         raise ConfigError(faults)
-    with guarded(folder):
+    with store_errors(folder):
         if not folder.exists():  # one that is there already may hold more than keys, which guard themselves
             folder.mkdir(parents=True, mode=0o700)
     if not (folder / SIGN_KEY).exists():

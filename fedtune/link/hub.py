@@ -24,7 +24,7 @@ from fedtune.link.bars import Bars
 from fedtune.link.refusals import PASSING, code, line, refused, said
 from fedtune.link.settings import KIB, MIB, LinkSettings
 from fedtune.link.statements import HELLO, PROTOCOL, TRAIN, UPDATE, build, digest, expect, part, seal, subject
-from fedtune.store.files import guarded, make_folder
+from fedtune.store.files import make_folder, store_errors
 from fedtune.wire.v1 import link_pb2 as pb
 
 Body: TypeAlias = bytes | memoryview
@@ -177,7 +177,7 @@ class Hub:
         self._told = set[str]()  # who knows that there is no more work
         self._rounds = 0  # that this process has begun
         self._refusals: dict[str, list[int]] = {}  # rounds in which a client was refused for good
-        with guarded(folder):
+        with store_errors(folder):
             make_folder(folder)
             spool.sweep(folder, older_s=SPOOL_KEEP_S)
 

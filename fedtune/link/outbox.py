@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedtune.errors import StoreError, WireError
 from fedtune.store import files
-from fedtune.store.files import guarded, write_bytes, write_text
+from fedtune.store.files import store_errors, write_bytes, write_text
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -58,11 +58,11 @@ class Entry:
 
     def keep_receipt(self, receipt: pb.Envelope) -> None:
         """Keep what the server said; it need not last: it says the same again."""
-        with guarded(self.folder):
+        with store_errors(self.folder):
             (self.folder / RECEIPT).write_bytes(receipt.SerializeToString())
 
     def _bytes(self, name: str) -> bytes | None:
-        with guarded(self.folder / name):
+        with store_errors(self.folder / name):
             try:
                 return (self.folder / name).read_bytes()
             except FileNotFoundError:
@@ -77,7 +77,7 @@ def entry(state: Path, order: pb.Envelope, header: pb.Header) -> Entry:
     """
     folder = state / "runs" / header.run / f"{header.round:06}-{sha256(order.header).hexdigest()[:16]}"
     made = Entry(folder, order, header)
-    with guarded(folder):
+    with store_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / ORDER).exists():
             (folder / ORDER).write_bytes(order.SerializeToString())
@@ -95,7 +95,7 @@ def entries(state: Path, run: str) -> Sequence[Entry]:
 
 def _entries(folder: Path) -> Iterator[Entry]:
     for path in sorted(folder.glob("*-*")):
-        with guarded(path):
+        with store_errors(path):
             try:
                 order = parse(pb.Envelope(), (path / ORDER).read_bytes())
                 yield Entry(path, order, parse(pb.Header(), order.header))
@@ -108,7 +108,7 @@ def tidy(state: Path, run: str, keep: Entry) -> None:
 
     Bodies of the last round stay too: until the next one begins, the server may ask for the answer again.
     """
-    with guarded(state):
+    with store_errors(state):
         earlier = [path for path in (state / "runs" / run).glob("*-*") if int(path.name[:6]) < keep.header.round]
         for folder in sorted(earlier, reverse=True):
             bodies = [path for path in folder.iterdir() if path.name not in (ORDER, ANSWER, RECEIPT)]
@@ -127,7 +127,7 @@ def sent_within_a_day(state: Path, *, now: float) -> int:
     """Return the bytes of the answers that were made within 24 hours, whatever the run."""
     total = 0
     for path in (state / "runs").glob(f"*/*/{ANSWER}"):
-        with guarded(path):
+        with store_errors(path):
             if now - path.stat().st_mtime < DAY_S:
                 try:
                     request = parse(pb.SubmitRequest(), path.read_bytes())
@@ -146,6 +146,6 @@ def keep_plan(state: Path, run: str, plan: pb.Envelope, recipe: bytes) -> None:
 
 def settle(path: Path) -> None:
     """Make a file that is written last: it is sent only after that, so that the same bytes can be sent again."""
-    with guarded(path):
+    with store_errors(path):
         files.settle(path)
         files.sync_folder(path.parent)

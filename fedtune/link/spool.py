@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fedtune.link.refusals import refused
-from fedtune.store.files import guarded
+from fedtune.store.files import store_errors
 from fedtune.wire.v1 import link_pb2 as pb
 
 BLOCK = 2**20
@@ -46,7 +46,7 @@ class Incoming:
             raise refused(pb.OFFSET, "offset", found, offset)
         self.path, self.taken, self._num_bytes, self._digest = path, found, part.num_bytes, part.digest
         self._hash = sha256()
-        with guarded(path):
+        with store_errors(path):
             self._file = path.open("ab", buffering=0)
             if found:
                 with path.open("rb") as file:
@@ -62,7 +62,7 @@ class Incoming:
         """
         if self.taken + len(data) > self._num_bytes:
             raise refused(pb.LENGTH, "data", f"{self._num_bytes} bytes", f"{self.taken + len(data)} or more")
-        with guarded(self.path):
+        with store_errors(self.path):
             rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -92,7 +92,7 @@ def mapped(path: Path) -> memoryview:
     Raises:
         StoreError: if it cannot be opened.
     """
-    with guarded(path):
+    with store_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if not os.fstat(descriptor).st_size:
@@ -110,7 +110,7 @@ def room(folder: Path) -> int:
 def sweep(folder: Path, *, older_s: float) -> None:
     """Remove parts that nobody has added to for so long."""
     now = time.time()
-    with guarded(folder):
+    with store_errors(folder):
         for path in folder.iterdir():
             if path.is_file() and now - path.stat().st_mtime > older_s:
                 path.unlink(missing_ok=True)

@@ -63,7 +63,9 @@ def read(path: Path, anatomy: BlockLayout, base: str) -> ModelStructure:
     told = _told(path)
     _of_this_base(told, path, anatomy, base)
     try:
-        blocks = tuple(BlockStructure(tuple(one["q"]), tuple(one["kv"]), unrolled(one["ff"])) for one in told["blocks"])
+        blocks = tuple(
+            BlockStructure(tuple(one["q"]), tuple(one["kv"]), expand_runs(one["ff"])) for one in told["blocks"]
+        )
         keep, noted = check(ModelStructure(blocks), anatomy), str(told["digest"])
     except (KeyError, TypeError, ValueError, ShapeError) as error:
         raise _fault(path, "heads and channels of this base", str(error)) from error
@@ -128,7 +130,7 @@ def runs(numbers: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def unrolled(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def expand_runs(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Return the numbers of runs; an unsorted or overlapping list stays so, for the check to name it.
 
     Raises:

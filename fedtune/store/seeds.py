@@ -14,7 +14,7 @@ from fedtune.directions.kron import Kron
 from fedtune.errors import StoreError, WireError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.methods.method import SeedModel
-from fedtune.store.files import fill, guarded, new_folder
+from fedtune.store.files import fill, new_folder, store_errors
 
 LEDGER, MANIFEST, ORIGIN = "ledger.ftks", "manifest.ftkm", "fedtune.json"
 
@@ -40,7 +40,7 @@ def read(path: Path) -> tuple[SeedModel, Mapping[str, Any]]:
     Raises:
         StoreError: if a file is missing, torn, or they do not belong together.
     """
-    with guarded(path):
+    with store_errors(path):
         if not (path / LEDGER).is_file():
             raise StoreError(f"{path}: expected a seed ledger ({LEDGER}); run fedtune simulate first")
         parts = [(path / name).read_bytes() for name in (LEDGER, MANIFEST, ORIGIN)]

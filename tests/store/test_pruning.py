@@ -40,7 +40,7 @@ def test_what_was_kept_and_its_order_come_back(written: Path) -> None:
 @given(st.sets(st.integers(0, 300)))
 def test_runs_give_their_numbers_back(numbers: set[int]) -> None:
     rising = tuple(sorted(numbers))
-    assert pruning.unrolled(pruning.runs(rising)) == rising
+    assert pruning.expand_runs(pruning.runs(rising)) == rising
 
 
 Change = Callable[[dict[str, Any]], None]

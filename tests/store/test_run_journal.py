@@ -15,10 +15,10 @@ from fedtune.errors import StoreError
 from fedtune.messages import Failure
 from fedtune.methods.serialization import digest
 from fedtune.rounds.loop import InterruptedRound, RoundJournal
-from fedtune.store import files, journal, ledger
-from fedtune.store.history import replayed
-from fedtune.store.ledger import RunLedger
-from fedtune.store.run import append_round, read_rounds
+from fedtune.store import files, journal, run_journal
+from fedtune.store.history import replay_journal
+from fedtune.store.run_directory import append_round, read_rounds
+from fedtune.store.run_journal import RunJournal
 
 INPUTS = {"recipe": "rounds = 4", "threads": 1}
 COHORT = {"ann": 3, "bob": 4, "cyd": 5}
@@ -95,7 +95,7 @@ def run(tmp_path: Path) -> Path:
     """A run that was stopped after two rounds, of which the first has a line."""
     run = tmp_path / "run"
     run.mkdir()
-    with RunLedger.create(run, group_s=99, clock=count().__next__) as kept:  # a flush takes as long as an update
+    with RunJournal.create(run, group_s=99, clock=count().__next__) as kept:  # a flush takes as long as an update
         kept.begin(INPUTS)
         for number in (1, 2):
             complete(kept, number)
@@ -109,28 +109,28 @@ def test_each_step_is_one_record_and_once_a_flush_was_seen_to_cost_more_a_round_
 
 
 def test_a_ledger_knows_which_rounds_have_begun_and_are_committed(run: Path) -> None:
-    with RunLedger.reopen(run) as kept:
+    with RunJournal.reopen(run) as kept:
         assert (kept.begun, kept.committed) == (2, 2)
         kept.begin(INPUTS)
         begin(kept, 3)
         assert (kept.begun, kept.committed) == (3, 2)
-    with RunLedger.reopen(run) as kept:
+    with RunJournal.reopen(run) as kept:
         assert (kept.begun, kept.committed) == (3, 2)
 
 
 def test_before_its_first_round_a_run_has_begun_none(tmp_path: Path) -> None:
-    with RunLedger.create(tmp_path) as kept:
+    with RunJournal.create(tmp_path) as kept:
         assert (kept.begun, kept.committed) == (0, 0)
 
 
 def test_committed_states_are_read_and_not_computed(run: Path) -> None:
-    with RunLedger.reopen(run) as kept:
+    with RunJournal.reopen(run) as kept:
         assert kept.resume(2) == b"state of round 2"
         assert kept.opened(3) is None
 
 
 def test_a_round_without_its_line_is_done_again_from_all_that_it_was_made_of(run: Path) -> None:
-    with RunLedger.reopen(run) as kept:
+    with RunJournal.reopen(run) as kept:
         kept.begin(INPUTS)
         assert kept.resume(1) == b"state of round 1"
         assert kept.opened(2) == InterruptedRound(COHORT, ORDERS, UPDATES, FAILURES, SIZES)
@@ -141,17 +141,17 @@ def test_a_round_without_its_line_is_done_again_from_all_that_it_was_made_of(run
 
 
 def test_the_first_round_is_done_again_from_the_methods_own_state(tmp_path: Path) -> None:
-    with RunLedger.create(tmp_path) as kept:
+    with RunJournal.create(tmp_path) as kept:
         kept.begin(INPUTS)
         assert kept.resume(0) is None
         complete(kept, 1)
-    with RunLedger.reopen(tmp_path) as kept:
+    with RunJournal.reopen(tmp_path) as kept:
         assert kept.resume(0) is None
         assert kept.opened(1) is not None
 
 
 def test_a_round_that_comes_to_another_state_is_refused_with_both_digests(run: Path) -> None:
-    with RunLedger.reopen(run) as kept:
+    with RunJournal.reopen(run) as kept:
         kept.begin(INPUTS)
         kept.resume(1)
         noted, found = digest(state(2))[:12], digest([b"x"])[:12]
@@ -165,7 +165,7 @@ def test_a_round_that_comes_to_another_state_is_refused_with_both_digests(run: P
 @pytest.mark.parametrize("reported", [0, 3])
 def test_lines_that_do_not_go_with_the_journal_are_refused(run: Path, reported: int) -> None:
     with (
-        RunLedger.reopen(run) as kept,
+        RunJournal.reopen(run) as kept,
         pytest.raises(StoreError, match=f"{run}: .* to end with round 2, as the journal does; got {reported}"),
     ):
         kept.resume(reported)
@@ -174,14 +174,14 @@ def test_lines_that_do_not_go_with_the_journal_are_refused(run: Path, reported: 
 @pytest.mark.parametrize("reported", [0, 1, 3])
 def test_a_run_does_not_end_before_the_line_of_its_last_round_is_written(run: Path, reported: int) -> None:
     noted, kept_blobs = kinds(run), blobs(run)
-    with RunLedger.reopen(run) as kept:
+    with RunJournal.reopen(run) as kept:
         with pytest.raises(StoreError, match=f"{run}: .* to end with round 2, as the journal does; got {reported}"):
             kept.finish(reported)
         assert (kinds(run), blobs(run)) == (noted, kept_blobs)
 
 
 def test_a_line_can_be_missing_only_until_the_next_round_begins(run: Path) -> None:
-    with RunLedger.reopen(run) as kept:
+    with RunJournal.reopen(run) as kept:
         kept.begin(INPUTS)
         begin(kept, 3)
         with pytest.raises(StoreError, match="to end with round 2"):
@@ -189,7 +189,7 @@ def test_a_line_can_be_missing_only_until_the_next_round_begins(run: Path) -> No
 
 
 def test_what_a_repetition_needs_is_kept_until_the_next_round_begins_and_not_longer(tmp_path: Path) -> None:
-    with RunLedger.create(tmp_path, group_s=0) as kept:
+    with RunJournal.create(tmp_path, group_s=0) as kept:
         kept.begin(INPUTS)
         for number in range(1, 4):
             complete(kept, number)
@@ -203,24 +203,24 @@ def test_what_a_repetition_needs_is_kept_until_the_next_round_begins_and_not_lon
         assert blobs(tmp_path) == {digest(state(4))}
         kept.finish(4)
     assert kinds(tmp_path)[-2:] == ["commit", "final"]
-    with RunLedger.reopen(tmp_path) as kept:
+    with RunJournal.reopen(tmp_path) as kept:
         assert kept.resume(4) == b"state of round 4"
         with pytest.raises(StoreError, match="to end with round 4"):
             kept.resume(3)
 
 
 def test_an_open_round_goes_on_with_the_updates_it_has(tmp_path: Path) -> None:
-    with RunLedger.create(tmp_path, group_s=0) as kept:
+    with RunJournal.create(tmp_path, group_s=0) as kept:
         kept.begin(INPUTS)
         begin(kept, 1)
-    with RunLedger.reopen(tmp_path, group_s=0) as kept:
+    with RunJournal.reopen(tmp_path, group_s=0) as kept:
         kept.begin(INPUTS)
         assert kept.resume(0) is None
         assert kept.opened(1) == InterruptedRound(cohort=COHORT, orders=ORDERS, updates=UPDATES, failures=None)
         kept.accept(1, "bob", b"bob's")
         kept.close(1, {}, {})
         kept.commit(1, state(1))
-    with RunLedger.reopen(tmp_path) as kept:
+    with RunJournal.reopen(tmp_path) as kept:
         opened = kept.opened(1)
         assert opened is not None
         assert opened.updates == UPDATES | {"bob": b"bob's"}
@@ -234,14 +234,14 @@ def open_round(kept: RoundJournal, round: int, names: Sequence[str]) -> None:
 
 def durable(run: Path) -> int:
     """How many updates a crash would leave."""
-    found = replayed(run)[0].open
+    found = replay_journal(run)[0].open
     assert found is not None
     return len(found.updates)
 
 
 def test_of_slow_clients_every_update_lasts_at_once_those_that_come_together_too(tmp_path: Path, disk: Disk) -> None:
     names = [f"client-{i:02}" for i in range(40)]
-    with RunLedger.create(tmp_path, clock=disk.clock) as kept:
+    with RunJournal.create(tmp_path, clock=disk.clock) as kept:
         kept.begin(INPUTS)
         open_round(kept, 1, names)
         for number, name in enumerate(names):
@@ -255,7 +255,7 @@ def test_making_updates_durable_takes_a_small_share_of_a_round_and_one_waits_for
     tmp_path: Path, disk: Disk
 ) -> None:
     names = [f"client-{i:03}" for i in range(400)]
-    with RunLedger.create(tmp_path, clock=disk.clock) as kept:
+    with RunJournal.create(tmp_path, clock=disk.clock) as kept:
         kept.begin(INPUTS)
         open_round(kept, 1, names)
         disk.syncs, began, waiting = 0, disk.clock.now, list[int]()
@@ -275,7 +275,7 @@ def test_after_a_flush_that_took_long_updates_that_come_close_together_are_made_
     tmp_path: Path, disk: Disk
 ) -> None:
     names = [f"client-{i}" for i in range(7)]
-    with RunLedger.create(tmp_path, group_s=1.0, clock=disk.clock) as kept:
+    with RunJournal.create(tmp_path, group_s=1.0, clock=disk.clock) as kept:
         kept.begin(INPUTS)
         open_round(kept, 1, names)
         disk.sync_s = 100.0
@@ -289,8 +289,8 @@ def test_after_a_flush_that_took_long_updates_that_come_close_together_are_made_
 
 
 def test_large_updates_are_made_durable_whatever_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "GROUP_BYTES", len(b"update of cyd"))
-    with RunLedger.create(tmp_path, group_s=99, clock=count().__next__) as kept:
+    monkeypatch.setattr(run_journal, "GROUP_BYTES", len(b"update of cyd"))
+    with RunJournal.create(tmp_path, group_s=99, clock=count().__next__) as kept:
         kept.begin(INPUTS)
         begin(kept, 1, updates={"bob": b"", **UPDATES})
         assert kinds(tmp_path) == ["start", "open", "accept", "accept"]  # the first, as nothing was flushed yet
@@ -298,12 +298,12 @@ def test_large_updates_are_made_durable_whatever_the_time(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, StoreError])
 def test_updates_that_came_before_a_run_was_stopped_are_kept(tmp_path: Path, stop: type[BaseException]) -> None:
-    def stopped(kept: RunLedger) -> None:
+    def stopped(kept: RunJournal) -> None:
         kept.begin(INPUTS)
         begin(kept, 1)
         raise stop
 
-    with pytest.raises(stop), RunLedger.create(tmp_path, group_s=99, clock=count().__next__) as kept:
+    with pytest.raises(stop), RunJournal.create(tmp_path, group_s=99, clock=count().__next__) as kept:
         stopped(kept)
     assert kinds(tmp_path) == ["start", "open", "accept", "accept"]
     assert durable(tmp_path) == len(UPDATES)
@@ -311,7 +311,7 @@ def test_updates_that_came_before_a_run_was_stopped_are_kept(tmp_path: Path, sto
 
 def test_a_round_of_a_hundred_cheap_clients_costs_a_handful_of_syncs(tmp_path: Path, disk: Disk) -> None:
     names, syncs = [f"client-{i:03}" for i in range(100)], []
-    with RunLedger.create(tmp_path, clock=disk.clock) as kept:
+    with RunJournal.create(tmp_path, clock=disk.clock) as kept:
         kept.begin(INPUTS)
         for number in (1, 2, 3):
             disk.syncs = 0
@@ -327,48 +327,48 @@ def test_a_round_of_a_hundred_cheap_clients_costs_a_handful_of_syncs(tmp_path: P
 
 
 def test_a_second_writer_and_a_second_beginning_are_refused(run: Path) -> None:
-    with RunLedger.reopen(run), pytest.raises(StoreError, match=f"process {os.getpid()} does"), RunLedger.reopen(run):
+    with RunJournal.reopen(run), pytest.raises(StoreError, match=f"process {os.getpid()} does"), RunJournal.reopen(run):
         pass
-    with pytest.raises(StoreError, match="expected a new run; it holds one; pass --resume"), RunLedger.create(run):
+    with pytest.raises(StoreError, match="expected a new run; it holds one; pass --resume"), RunJournal.create(run):
         pass
 
 
 def test_a_run_that_was_stopped_before_it_began_can_only_be_started_anew(tmp_path: Path) -> None:
-    with RunLedger.create(tmp_path):
+    with RunJournal.create(tmp_path):
         pass
-    for use in (RunLedger.inputs, lambda run: RunLedger.reopen(run).__enter__()):
+    for use in (RunJournal.inputs, lambda run: RunJournal.reopen(run).__enter__()):
         with pytest.raises(StoreError, match="expected a run that has begun; it was stopped before; start it anew"):
             use(tmp_path)
-    with RunLedger.create(tmp_path) as kept:
+    with RunJournal.create(tmp_path) as kept:
         kept.begin(INPUTS)
-    assert RunLedger.inputs(tmp_path) == INPUTS
+    assert RunJournal.inputs(tmp_path) == INPUTS
 
 
 def test_what_a_process_left_half_done_that_was_killed_before_the_run_began_is_gone_too(tmp_path: Path) -> None:
     (tmp_path / ".recipe.toml.abc.partial").write_text("half")
-    with RunLedger.create(tmp_path):
+    with RunJournal.create(tmp_path):
         assert not list(tmp_path.glob("*.partial"))
 
 
 def test_every_start_is_recorded_and_all_are_of_one_run(run: Path) -> None:
-    with RunLedger.reopen(run) as kept:
+    with RunJournal.reopen(run) as kept:
         assert kept.first == INPUTS
         kept.begin({**INPUTS, "threads": 2})
         assert kept.recorded == [INPUTS, {**INPUTS, "threads": 2}]
         assert kept.first == INPUTS
-    history, end = replayed(run)
+    history, end = replay_journal(run)
     assert end.epoch == 2
     assert len(history.run) == 16
 
 
 def test_nothing_is_written_before_a_run_has_begun(tmp_path: Path) -> None:
-    with RunLedger.create(tmp_path) as kept, pytest.raises(StoreError, match="expected a journal to begin with start"):
+    with RunJournal.create(tmp_path) as kept, pytest.raises(StoreError, match="expected a journal to begin with start"):
         begin(kept, 1)
 
 
 def test_a_refused_step_is_not_in_the_journal(run: Path) -> None:
     noted = kinds(run)
-    with RunLedger.reopen(run) as kept:
+    with RunJournal.reopen(run) as kept:
         with pytest.raises(StoreError, match=f"{run}: expected round 3 to begin once"):
             begin(kept, 2)
         with pytest.raises(StoreError, match="expected a round that waits"):
@@ -396,7 +396,7 @@ def test_what_a_killed_process_left_half_done_is_gone_after_reopening(run: Path)
     stray.parent.mkdir(exist_ok=True)
     stray.write_text("of no record")
     (run / ".gitignore").write_text("mine")
-    with RunLedger.reopen(run):
+    with RunJournal.reopen(run):
         pass
     assert {path: path.read_bytes() for path in whole} == whole
     assert not stray.exists()
@@ -409,7 +409,7 @@ def test_a_reader_changes_nothing(run: Path) -> None:
     with (run / "journal").open("ab") as file:
         file.write(b"torn")
     data = (run / "journal").read_bytes()
-    assert RunLedger.inputs(run) == INPUTS
+    assert RunJournal.inputs(run) == INPUTS
     assert (run / "journal").read_bytes() == data
 
 
@@ -422,7 +422,7 @@ def test_a_missing_or_damaged_blob_is_named_by_what_it_is(run: Path, round: int,
     data = path.read_bytes()
     for spoil in (lambda: path.write_bytes(data[:-1] + b"?"), path.unlink):
         spoil()
-        with RunLedger.reopen(run) as kept, pytest.raises(StoreError, match=what):
+        with RunJournal.reopen(run) as kept, pytest.raises(StoreError, match=what):
             kept.opened(2) if round == 2 else kept.resume(1)
 
 
@@ -431,7 +431,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing_that_was_noted(run: Path, m
         os.write(descriptor, data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def filled(kept: RunLedger) -> None:
+    def filled(kept: RunJournal) -> None:
         kept.begin(INPUTS)
         begin(kept, 3)
         monkeypatch.setattr(files, "write", full)
@@ -440,12 +440,12 @@ def test_a_full_disk_stops_the_run_and_loses_nothing_that_was_noted(run: Path, m
     noted = kinds(run)
     with (
         pytest.raises(StoreError, match="No space left on device; free some space"),
-        RunLedger.reopen(run, group_s=99, clock=count().__next__) as kept,
+        RunJournal.reopen(run, group_s=99, clock=count().__next__) as kept,
     ):
         filled(kept)
     monkeypatch.undo()
     assert kinds(run) == [*noted, "start", "open", "accept"]
-    with RunLedger.reopen(run) as kept:
+    with RunJournal.reopen(run) as kept:
         kept.begin(INPUTS)
         opened = kept.opened(3)
         assert opened is not None
@@ -461,11 +461,11 @@ def test_reasons_in_any_language_come_back(tmp_path: Path) -> None:
         "bob": Failure("bob", "", "late"),
         "cyd": Failure("cyd", "x" * 10000),
     }
-    with RunLedger.create(tmp_path) as kept:
+    with RunJournal.create(tmp_path) as kept:
         kept.begin(INPUTS)
         begin(kept, 1, updates={})
         kept.close(1, failures, dict.fromkeys(failures, 0))
-    with RunLedger.reopen(tmp_path) as kept:
+    with RunJournal.reopen(tmp_path) as kept:
         opened = kept.opened(1)
         assert opened is not None
         assert opened.failures == failures
@@ -475,13 +475,13 @@ def test_a_random_run_that_is_reopened_at_random_forgets_nothing(tmp_path: Path)
     rng, told, number = random.Random(0), dict[str, bytes](), 0
     names = [f"client-{i}" for i in range(8)]
 
-    def reopened() -> Generator[RunLedger, None, None]:
+    def reopened() -> Generator[RunJournal, None, None]:
         while True:
-            with RunLedger.reopen(tmp_path, group_s=rng.choice([0, 99]), clock=count().__next__) as kept:
+            with RunJournal.reopen(tmp_path, group_s=rng.choice([0, 99]), clock=count().__next__) as kept:
                 kept.begin(INPUTS)
                 yield kept
 
-    with RunLedger.create(tmp_path) as kept:
+    with RunJournal.create(tmp_path) as kept:
         kept.begin(INPUTS)
     ledgers = reopened()
     for number in range(1, 6):

@@ -11,20 +11,20 @@ from typing import Any
 
 from fedtune.errors import StoreError
 from fedtune.store import files
-from fedtune.store.files import append_line, guarded, write_text
+from fedtune.store.files import append_line, store_errors, write_text
 
 VERSION = 1
 """Of the JSON lines and of the summary."""
 REMEDY = "put back a copy of the run directory, or start the run again with --fresh"
 
 
-def vacant(path: Path, *, fresh: bool = False) -> Path:
+def check_vacant(path: Path, *, fresh: bool = False) -> Path:
     """Make and return an empty run directory: `path`, or with `fresh` the next free one: demo, demo-2, demo-3, ...
 
     Raises:
         StoreError: if it holds something already and `fresh` is off, or cannot be made.
     """
-    with guarded(path):
+    with store_errors(path):
         number, chosen = 2, path
         while chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
             if not fresh:
@@ -45,7 +45,7 @@ def append_round(run: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
     """Append one round's line to rounds.jsonl, and return the record as `read_rounds` will."""
     line = json.dumps(finite({"version": VERSION, **record}), allow_nan=False)
     append_line(run / "rounds.jsonl", line)
-    return parsed(line)
+    return parse_line(line)
 
 
 def read_rounds(run: Path) -> Sequence[Mapping[str, Any]]:
@@ -70,11 +70,11 @@ def mend_rounds(run: Path) -> None:
     _, num_bytes = scan(path)
     if not path.exists():
         return
-    with guarded(path):
+    with store_errors(path):
         descriptor = files.append_to(path)
         try:
             if os.fstat(descriptor).st_size > num_bytes:
-                files.cut(descriptor, num_bytes)
+                files.truncate(descriptor, num_bytes)
             files.sync(descriptor)
             files.sync_folder(run)
         finally:
@@ -83,13 +83,13 @@ def mend_rounds(run: Path) -> None:
 
 def scan(path: Path) -> tuple[Sequence[Mapping[str, Any]], int]:
     """Return the records of a file of rounds, and the bytes of their lines."""
-    with guarded(path):
+    with store_errors(path):
         data = path.read_bytes() if path.exists() else b""
     *lines, rest = data.split(b"\n")
     records, num_bytes = list[Mapping[str, Any]](), 0
     for number, line in enumerate(lines, 1):
         try:
-            record = parsed(line)
+            record = parse_line(line)
             found = record["version"], record["round"]
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines) and not rest:
@@ -106,7 +106,7 @@ def scan(path: Path) -> tuple[Sequence[Mapping[str, Any]], int]:
     return records, num_bytes
 
 
-def parsed(line: str | bytes) -> Mapping[str, Any]:
+def parse_line(line: str | bytes) -> Mapping[str, Any]:
     record: Mapping[str, Any] = json.loads(line)
     return record
 
@@ -144,7 +144,7 @@ def read_summary(run: Path) -> Mapping[str, Any]:
     """
     check_run(run)
     path = run / "summary.json"
-    with guarded(path):
+    with store_errors(path):
         text = path.read_text(encoding="utf-8")
     try:
         summary = json.loads(text)

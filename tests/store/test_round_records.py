@@ -9,7 +9,7 @@ from fedtune.lora.adapter import Factors
 from fedtune.messages import Assignment, ClientUpdate, Failure, LocalAdapter, Measured, Plan, Traffic, Training
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.transport import Aside
-from fedtune.store import records
+from fedtune.store import round_records
 
 PLAN = Plan("ann", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=3))
 
@@ -39,7 +39,7 @@ def result() -> RoundResult:
 def line() -> dict[str, object]:
     adapter = {"x": Factors(a=np.diag([1.0, 1.0]).astype(np.float32), b=np.diag([3.0, 4.0]).astype(np.float32))}
     return dict(
-        records.round_record(
+        round_records.round_record(
             result(), adapter, energy_kept={"x": 0.9}, figures={"sum_abs": 3}, test={"loss": 1.0}, held_out={}
         )
     )
@@ -56,7 +56,7 @@ def test_a_failed_client_keeps_its_reason_and_its_bytes() -> None:
     assert clients["cyd"]["status"] == "failed"
     assert clients["cyd"]["reason"] == "no memory"
     assert line()["bytes_down"] == 300
-    assert records.failures([line()]) == [
+    assert round_records.failures([line()]) == [
         {"round": 1, "client": "cyd", "kind": "failed", "reason": "no memory"},
         {"round": 1, "client": "dan", "kind": "late", "reason": "answered round 0 after its end; dropped"},
     ]
@@ -71,14 +71,14 @@ def test_mean_and_worst_client_by_hand() -> None:
         "ann": {"loss": 1.0, "accuracy": 0.5, "examples": 3},
         "bob": {"loss": 3.0, "accuracy": 0.7, "examples": 4},
     }
-    scores = records.scores({"loss": 2.0}, held_out)
+    scores = round_records.scores({"loss": 2.0}, held_out)
     assert scores["mean"] == {"loss": 2.0, "accuracy": pytest.approx(0.6)}
     assert scores["worst"] == {"client": "bob", "loss": 3.0, "accuracy": 0.7, "examples": 4}
-    assert records.scores(None, {}) == {"test": None, "held_out": {}, "mean": {}, "worst": {}}
+    assert round_records.scores(None, {}) == {"test": None, "held_out": {}, "mean": {}, "worst": {}}
 
 
 def test_totals_add_up_over_rounds_and_absent_clients_have_none() -> None:
-    totals = records.clients_summary([line(), line()], {"ann": 30, "bob": 10, "cyd": 5, "dan": 7})
+    totals = round_records.clients_summary([line(), line()], {"ann": 30, "bob": 10, "cyd": 5, "dan": 7})
     assert totals["ann"] == {
         "examples": 30,
         "rank": 2,

@@ -21,10 +21,10 @@ from fedtune.methods.serialization import digest
 from fedtune.rounds.loop import InterruptedRound
 from fedtune.store import files
 from fedtune.store.blobs import Blobs
-from fedtune.store.history import History, Round, replayed
+from fedtune.store.history import History, Round, replay_journal
 from fedtune.store.journal import End, Journal
-from fedtune.store.lock import locked
-from fedtune.store.run import mend_rounds
+from fedtune.store.lock import lock_run
+from fedtune.store.run_directory import mend_rounds
 
 WRITING_SHARE = 0.05
 """Share of a round's time up to which each accepted update is made durable at once."""
@@ -34,7 +34,7 @@ GROUP_BYTES = 64 * 1024 * 1024
 """Updates of this size in all are made durable whatever the time."""
 
 
-class RunLedger:
+class RunJournal:
     """Implements `rounds.Ledger` in a run directory; `create` and `reopen` give one and hold the directory's lock."""
 
     def __init__(self, run: Path, history: History, end: End, *, group_s: float, clock: Callable[[], float]) -> None:
@@ -65,12 +65,12 @@ class RunLedger:
         Raises:
             StoreError: if another process writes the directory, or it holds a run.
         """
-        with locked(run):
-            history, end = replayed(run) if (run / "journal").exists() else (History(), End())
+        with lock_run(run):
+            history, end = replay_journal(run) if (run / "journal").exists() else (History(), End())
             if history.inputs:
                 raise StoreError(f"{run}: expected a new run; it holds one; pass --resume to go on with it, or --fresh")
             files.sweep(run)  # of a process that was killed before the run had begun
-            with files.guarded(run):
+            with files.store_errors(run):
                 files.sync_folder(run.resolve().parent)
             with cls._writing(run, history, end, group_s, clock) as ledger:
                 yield ledger
@@ -88,8 +88,8 @@ class RunLedger:
         Raises:
             StoreError: if another process writes the directory, or the journal is missing or damaged.
         """
-        with locked(run):
-            history, end = replayed(run)
+        with lock_run(run):
+            history, end = replay_journal(run)
             check_begun(run, history)
             files.sweep(run)
             mend_rounds(run)
@@ -122,7 +122,7 @@ class RunLedger:
         Raises:
             StoreError: if the folder holds no run that has begun, or its journal is damaged.
         """
-        history, _ = replayed(run)
+        history, _ = replay_journal(run)
         check_begun(run, history)
         return history.inputs[0]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from fedtune.errors import StoreError
 from fedtune.store.blobs import Blobs
-from fedtune.store.history import History, replayed
+from fedtune.store.history import History, replay_journal
 from fedtune.store.journal import End
 from fedtune.store.lock import holder
-from fedtune.store.run import check_run
+from fedtune.store.run_directory import check_run
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def status(run: Path) -> Status:
         StoreError: if the folder is no run directory, or its journal is damaged.
     """
     if (run / "journal").exists():
-        history, end = replayed(run)
+        history, end = replay_journal(run)
     else:
         check_run(run)
         history, end = History(), End()
@@ -91,18 +91,18 @@ def verify(run: Path) -> Verified:
     Raises:
         StoreError: naming the first record or blob that is missing or damaged.
     """
-    history, end = replayed(run)
+    history, end = replay_journal(run)
     while True:
         try:
-            return verified(run, history, end)
+            return check_run_files(run, history, end)
         except StoreError:
             before = end
-            history, end = replayed(run)
+            history, end = replay_journal(run)
             if end == before:
                 raise  # and was no blob that the run, going on, let go of meanwhile
 
 
-def verified(run: Path, history: History, end: End) -> Verified:
+def check_run_files(run: Path, history: History, end: End) -> Verified:
     blobs, needed = Blobs(run / "blobs"), history.needed()
     present = set(blobs.present())
     num_bytes = 0

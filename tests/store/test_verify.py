@@ -10,20 +10,20 @@ import pytest
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
 from fedtune.methods.serialization import digest
-from fedtune.store import audit
-from fedtune.store.audit import Verified, status, verify
+from fedtune.store import verify as verify_module
 from fedtune.store.blobs import Blobs
-from fedtune.store.history import History, replayed
+from fedtune.store.history import History, replay_journal
 from fedtune.store.journal import End
-from fedtune.store.ledger import RunLedger
-from fedtune.store.run import write_recipe
+from fedtune.store.run_directory import write_recipe
+from fedtune.store.run_journal import RunJournal
+from fedtune.store.verify import Verified, status, verify
 
 INPUTS = {"recipe": "rounds = 2"}
 COHORT = {"ann": 3, "bob": 4}
 ORDERS = {"ann": "a", "bob": "b"}
 
 
-def begin(ledger: RunLedger, round: int, state: str, *clients: str) -> None:
+def begin(ledger: RunJournal, round: int, state: str, *clients: str) -> None:
     ledger.open(round, state=state, cohort=COHORT, orders=ORDERS)
     for client in clients:
         ledger.accept(round, client, f"{client} in {round}".encode())
@@ -32,7 +32,7 @@ def begin(ledger: RunLedger, round: int, state: str, *clients: str) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run that was killed while its second round waited for bob."""
-    with RunLedger.create(tmp_path, group_s=0) as ledger:
+    with RunJournal.create(tmp_path, group_s=0) as ledger:
         ledger.begin(INPUTS)
         begin(ledger, 1, "0" * 64, "ann")
         ledger.close(1, {"bob": Failure("bob", "late", "late")}, {"bob": 0})
@@ -48,7 +48,7 @@ def test_a_run_says_where_it_stands(run: Path) -> None:
     assert (found.open, found.missing) == (2, ["bob"])
     assert (found.epochs, found.holder) == (1, None)
     assert found.num_bytes == sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
-    with RunLedger.reopen(run) as ledger:
+    with RunJournal.reopen(run) as ledger:
         ledger.begin(INPUTS)
         assert status(run).holder == str(os.getpid())
         assert status(run).epochs == 2
@@ -71,7 +71,7 @@ def test_a_run_that_was_stopped_before_it_began_stands_nowhere_and_is_not_damage
         status(tmp_path)
     write_recipe(tmp_path, "rounds = 2")
     assert nowhere(tmp_path)
-    with RunLedger.create(tmp_path):
+    with RunJournal.create(tmp_path):
         assert nowhere(tmp_path)
     (tmp_path / "journal").write_bytes(b"torn")
     assert nowhere(tmp_path)
@@ -99,14 +99,14 @@ def test_a_folder_or_file_that_vanishes_while_a_run_is_measured_counts_nothing(
 
     monkeypatch.setattr(os, "scandir", scanned)
     monkeypatch.setattr(os, "lstat", looked)
-    assert audit.size(run) == left
+    assert verify_module.size(run) == left
     assert [path.name for path in run.iterdir() if path.name in ("adapter", "going")] == ["going"]
 
 
 def test_a_whole_run_is_verified_beside_its_writer(run: Path) -> None:
     found = verify(run)
     assert found == Verified(records=7, epochs=1, committed=1, blobs=2, num_bytes=len(b"state 1ann in 2"), torn_bytes=0)
-    with RunLedger.reopen(run):
+    with RunJournal.reopen(run):
         assert verify(run) == found
 
 
@@ -126,7 +126,7 @@ def test_the_first_damaged_record_is_named(run: Path) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_every_needed_blob_is_looked_at(run: Path, number: int) -> None:
-    name, what = sorted(replayed(run)[0].needed().items())[number]
+    name, what = sorted(replay_journal(run)[0].needed().items())[number]
     path = Blobs(run / "blobs").path(name)
     data = path.read_bytes()
     for spoil, message in ((lambda: path.write_bytes(data[1:]), "of digest"), (path.unlink, "it is missing")):
@@ -136,11 +136,11 @@ def test_every_needed_blob_is_looked_at(run: Path, number: int) -> None:
 
 
 def test_a_damaged_last_record_is_named_before_the_blob_that_it_let_go_of(run: Path) -> None:
-    with RunLedger.reopen(run) as ledger:
+    with RunJournal.reopen(run) as ledger:
         ledger.begin(INPUTS)
         ledger.close(2, {"bob": Failure("bob", "late", "late")}, {"bob": 0})
         ledger.commit(2, [b"state 2"])
-        before = replayed(run)[1]
+        before = replay_journal(run)[1]
         ledger.finish(2)
     data = bytearray((run / "journal").read_bytes())
     data[-1] ^= 1
@@ -151,7 +151,7 @@ def test_a_damaged_last_record_is_named_before_the_blob_that_it_let_go_of(run: P
         match=rf"journal, record {before.count} at byte {before.num_bytes}: .*; got {torn} bytes, .*; then .*missing",
     ):
         verify(run)
-    with RunLedger.reopen(run) as ledger:
+    with RunJournal.reopen(run) as ledger:
         ledger.begin(INPUTS)
         assert ledger.resume(2) == b"state 2"
         ledger.finish(2)
@@ -168,11 +168,11 @@ def test_a_blob_that_nothing_needs_is_looked_at_too(run: Path) -> None:
 
 
 def test_a_blob_that_a_running_run_lets_go_of_meanwhile_is_no_fault(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look, looked = audit.verified, list[Mapping[str, str]]()
+    look, looked = verify_module.check_run_files, list[Mapping[str, str]]()
 
     def meanwhile(run: Path, history: History, end: End) -> Verified:
         if not looked:
-            with RunLedger.reopen(run) as ledger:
+            with RunJournal.reopen(run) as ledger:
                 ledger.begin(INPUTS)
                 ledger.accept(2, "bob", b"bob in 2")
                 ledger.close(2, {}, {})
@@ -180,6 +180,6 @@ def test_a_blob_that_a_running_run_lets_go_of_meanwhile_is_no_fault(run: Path, m
         looked.append(history.needed())
         return look(run, history, end)
 
-    monkeypatch.setattr(audit, "verified", meanwhile)
+    monkeypatch.setattr(verify_module, "check_run_files", meanwhile)
     assert verify(run).committed == 2
     assert looked[0] != looked[1]

@@ -7,13 +7,13 @@ import pytest
 
 from fedtune.errors import StoreError
 from fedtune.store import files
-from fedtune.store.run import (
+from fedtune.store.run_directory import (
     append_round,
     check_run,
+    check_vacant,
     mend_rounds,
     read_rounds,
     read_summary,
-    vacant,
     write_recipe,
     write_summary,
 )
@@ -23,14 +23,14 @@ def test_a_taken_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match=r"expected a new or an empty folder; .*--resume .*--fresh"):
-        vacant(tmp_path / "demo")
+        check_vacant(tmp_path / "demo")
     assert (tmp_path / "demo" / "notes.txt").read_text() == "mine"
 
 
 def test_a_fresh_run_takes_the_next_free_name(tmp_path: Path) -> None:
     names = []
     for _ in range(3):
-        run = vacant(tmp_path / "demo", fresh=True)
+        run = check_vacant(tmp_path / "demo", fresh=True)
         write_recipe(run, "name = 'x'")
         names.append(run.name)
     assert names == ["demo", "demo-2", "demo-3"]
@@ -39,7 +39,7 @@ def test_a_fresh_run_takes_the_next_free_name(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "demo").write_text("")
     with pytest.raises(StoreError, match="expected a new or an empty folder"):
-        vacant(tmp_path / "demo")
+        check_vacant(tmp_path / "demo")
 
 
 def test_lines_and_summary_are_read_back(tmp_path: Path) -> None:

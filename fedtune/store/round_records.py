@@ -100,7 +100,7 @@ def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
     if assignment is not None:  # a client that nothing fits is asked nothing
         plan = assignment.plan
         record |= {"steps": plan.training.steps, "rank": plan.rank if assignment.verb == "adapt" else None}
-        record |= planned(plan, pruned=assignment.surgery is not None)
+        record |= plan_fields(plan, pruned=assignment.surgery is not None)
     if (spent := result.spent.get(name)) is not None:
         record |= {"compute_s": spent.compute_s, "transfer_s": spent.transfer_s, "overhead_s": spent.overhead_s}
     if isinstance(outcome, Failure):
@@ -117,7 +117,7 @@ def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
     }
 
 
-def planned(plan: Plan, *, pruned: bool) -> Mapping[str, Any]:
+def plan_fields(plan: Plan, *, pruned: bool) -> Mapping[str, Any]:
     """Return what a planner chose beyond rank and steps, and why."""
     record: dict[str, Any] = {"ratio": plan.ratio} if pruned else {}
     if plan.deadline_s is not None:
@@ -125,7 +125,7 @@ def planned(plan: Plan, *, pruned: bool) -> Mapping[str, Any]:
     return record | ({"why": plan.why} if plan.why else {})
 
 
-def seen(line: Mapping[str, Any]) -> Sequence[ClientObservation]:
+def observations(line: Mapping[str, Any]) -> Sequence[ClientObservation]:
     """Return what a planner learns from a round's line: the same as from the round itself."""
     return [
         ClientObservation(
@@ -179,10 +179,10 @@ def scores(test: Metrics | None, held_out: Mapping[str, Metrics]) -> Mapping[str
 
 def clients_summary(records: Sequence[Mapping[str, Any]], fleet: Mapping[str, int]) -> Mapping[str, Any]:
     """Return totals per client over the rounds' lines; a client that was never drawn has zeros and no rank."""
-    totals = {name: nothing(examples) for name, examples in fleet.items()}
+    totals = {name: empty_scores(examples) for name, examples in fleet.items()}
     for record in records:
         for name, client in record["clients"].items():
-            total = totals.setdefault(name, nothing(client["examples"]))
+            total = totals.setdefault(name, empty_scores(client["examples"]))
             total["rank"] = client["rank"]
             total["bytes_down"] += client["bytes_down"]
             total["bytes_up"] += client["bytes_up"]
@@ -191,7 +191,7 @@ def clients_summary(records: Sequence[Mapping[str, Any]], fleet: Mapping[str, in
     return totals
 
 
-def nothing(examples: int) -> dict[str, Any]:
+def empty_scores(examples: int) -> dict[str, Any]:
     return {"examples": examples, "rank": None, "bytes_down": 0, "bytes_up": 0, "seconds": 0.0, "failures": 0}
 
 
