@@ -42,9 +42,9 @@ from fedtune.rounds.loop import run
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Transport, Work
 from fedtune.seeds import generator
+from fedtune.simulation.fork_server import Prepared, serve
 from fedtune.simulation.inprocess import InProcess
-from fedtune.simulation.nursery import Prepared, tend
-from fedtune.simulation.processes import Nursery, ProcessPool
+from fedtune.simulation.process_pool import ForkServer, ProcessPool
 from fedtune.tensors import cast
 from fedtune.wire.profile import ClientProfile, ModelSpec
 
@@ -191,7 +191,7 @@ def inprocess(fleet: Sequence[Client]) -> AbstractContextManager[Transport]:
 
 @contextmanager
 def processes(fleet: Sequence[Client]) -> Iterator[Transport]:
-    with Nursery([sys.executable, __file__, "--nursery"]) as nursery:
+    with ForkServer([sys.executable, __file__, "--nursery"]) as nursery:
         nursery.load({}, {})
         yield ProcessPool(nursery, fleet, workers=CORES)
 
@@ -330,8 +330,8 @@ def recipe(folder: Path, *, base: str, engine: str, clients: int, tokens: int) -
     )
 
 
-def nursery_of(engine: str) -> AbstractContextManager[Nursery | None]:
-    return Nursery() if engine == "processes" else nullcontext()
+def nursery_of(engine: str) -> AbstractContextManager[ForkServer | None]:
+    return ForkServer() if engine == "processes" else nullcontext()
 
 
 def start(engine: str, folder: Path) -> Mapping[str, float]:
@@ -440,5 +440,5 @@ def read(path: Path) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--nursery"]:
-        tend(int(sys.argv[-1]), prepare)
+        serve(int(sys.argv[-1]), prepare)
     main()

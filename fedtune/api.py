@@ -15,7 +15,7 @@ from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreEr
 from fedtune.exports import check_base, open_run
 from fedtune.methods.method import GlobalModel
 from fedtune.rounds.loop import Note, Watch
-from fedtune.simulation.processes import Nursery
+from fedtune.simulation.process_pool import ForkServer
 from fedtune.store import result
 from fedtune.store import verify as verify_module
 from fedtune.store.files import store_errors
@@ -83,9 +83,9 @@ def simulate(
         return _conduct(experiment, path, nursery, watch)
 
 
-def nursery_of(recipe: Recipe) -> AbstractContextManager[Nursery | None]:
+def nursery_of(recipe: Recipe) -> AbstractContextManager[ForkServer | None]:
     """Start the process that loads the base for worker processes, while this one still imports and loads its own."""
-    return Nursery() if recipe.engine.name == "processes" else nullcontext()
+    return ForkServer() if recipe.engine.name == "processes" else nullcontext()
 
 
 def bound_of(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
@@ -132,7 +132,7 @@ def demo(*, out: str | Path | None = None, watch: Watch = lambda event: None) ->
     return _conduct(experiment, path, None, watch)
 
 
-def _conduct(experiment: Any, path: Path, nursery: Nursery | None, watch: Watch, *, resume: bool = False) -> Run:
+def _conduct(experiment: Any, path: Path, nursery: ForkServer | None, watch: Watch, *, resume: bool = False) -> Run:
     from fedtune.conduct import conduct
     from fedtune.experiment import setting, transport
 

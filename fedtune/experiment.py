@@ -30,7 +30,7 @@ from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
 from fedtune.replica import Replicas
 from fedtune.rounds.transport import Transport
 from fedtune.simulation.inprocess import InProcess
-from fedtune.simulation.processes import Nursery, ProcessPool
+from fedtune.simulation.process_pool import ForkServer, ProcessPool
 from fedtune.site import opened, simulated
 from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
@@ -197,7 +197,7 @@ def setting(experiment: Experiment) -> Setting:
 
 
 @contextmanager
-def transport(experiment: Experiment, nursery: Nursery | None = None) -> Iterator[Transport]:
+def transport(experiment: Experiment, nursery: ForkServer | None = None) -> Iterator[Transport]:
     """Give the engine that the recipe names, with every client bound to its examples; it is closed at the end.
 
     A nursery that has been started already, while the experiment was prepared, saves the engine `processes` seconds.
@@ -209,7 +209,7 @@ def transport(experiment: Experiment, nursery: Nursery | None = None) -> Iterato
     """
     match experiment.recipe.engine.name:
         case "processes":
-            with nullcontext(nursery) if nursery else Nursery() as started:
+            with nullcontext(nursery) if nursery else ForkServer() as started:
                 yield pool(experiment, started)
         case "ray":
             with ray(experiment) as engine:
@@ -233,7 +233,7 @@ def in_process(experiment: Experiment) -> InProcess:
     return InProcess(fleet=clients(experiment), work=work)
 
 
-def pool(experiment: Experiment, nursery: Nursery) -> ProcessPool:
+def pool(experiment: Experiment, nursery: ForkServer) -> ProcessPool:
     """Return the engine of worker processes, and tell their nursery what to load."""
     recipe, shards = experiment.recipe, experiment.federation.clients
     nursery.load(

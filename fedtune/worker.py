@@ -19,7 +19,7 @@ from fedtune.messages import Assignment, ClientUpdate
 from fedtune.model.base import Base, choose_device, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.replica import Replicas
-from fedtune.simulation.nursery import Perform, Prepared, tend
+from fedtune.simulation.fork_server import PerformBytes, Prepared, serve
 
 
 def payload(
@@ -75,7 +75,7 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
     examples = {name: transfer.decode(part) for name, part in parts.items()}
     devices = devices_of(choose_device(model.device))
 
-    def equip(place: int) -> Perform:
+    def equip(place: int) -> PerformBytes:
         resident, replicas = moved(base, torch.device(devices[place % len(devices)])), Replicas()
 
         def work(assignment: Assignment, threads: int) -> ClientUpdate:
@@ -104,7 +104,7 @@ def main() -> None:
     # Asks NVIDIA's management library which GPUs there are: to ask CUDA itself would leave the forks without it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     torch.set_num_threads(1)
-    tend(int(sys.argv[-1]), prepare)
+    serve(int(sys.argv[-1]), prepare)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from fedtune.messages import Assignment, ClientUpdate
 from fedtune.replica import Replicas
 from fedtune.rounds.loop import ClientFinished, Event, RoundStarted
 from fedtune.rounds.transport import Transport
-from fedtune.simulation.processes import Nursery, ProcessPool
+from fedtune.simulation.process_pool import ForkServer, ProcessPool
 from fedtune.simulation.resources import Resources
 from fedtune.store import peft
 from tests.flower.conftest import NODE, Clock, MemoryGrid, over, running
@@ -225,7 +225,7 @@ def test_each_client_works_with_its_own_threads(
 def test_worker_processes_are_told_what_each_client_takes_and_how_long_it_may(uneven: Experiment) -> None:
     settings = replace(uneven.recipe.engine, name="processes", workers=2, timeout_s=60.0)
     with (
-        Nursery() as nursery,
+        ForkServer() as nursery,
         transport(replace(uneven, recipe=replace(uneven.recipe, engine=settings)), nursery) as it,
     ):
         assert isinstance(it, ProcessPool)

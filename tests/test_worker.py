@@ -25,7 +25,7 @@ from fedtune.rounds.loop import ClientFinished, Event, RoundResult, RoundStarted
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Transport
 from fedtune.simulation.inprocess import InProcess
-from fedtune.simulation.processes import Nursery, ProcessPool
+from fedtune.simulation.process_pool import ForkServer, ProcessPool
 from fedtune.simulation.resources import Resources
 from fedtune.worker import devices_of, payload, prepare
 
@@ -50,9 +50,9 @@ def model(checkpoints: dict[str, Path]) -> ModelSettings:
 
 
 @pytest.fixture(scope="module")
-def nursery(model: ModelSettings) -> Iterator[Nursery]:
+def nursery(model: ModelSettings) -> Iterator[ForkServer]:
     """The one of all tests that need torch in other processes: it takes seconds to start."""
-    with Nursery() as nursery:
+    with ForkServer() as nursery:
         nursery.load(*payload(model, ADAPTER, ROWS, root=Path(), seed=0))
         yield nursery
 
@@ -101,7 +101,7 @@ def inprocess(base: Base, **threads: int) -> InProcess:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_worker_processes_end_in_the_same_states_as_one_process(workers: int, base: Base, nursery: Nursery) -> None:
+def test_worker_processes_end_in_the_same_states_as_one_process(workers: int, base: Base, nursery: ForkServer) -> None:
     here = results(base, inprocess(base))
     there = results(base, ProcessPool(nursery, FLEET, workers=workers, cores=2))
     assert len(here) == 3
@@ -110,7 +110,7 @@ def test_worker_processes_end_in_the_same_states_as_one_process(workers: int, ba
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_worker_costs_its_clients_update_of_that_round(workers: int, base: Base, nursery: Nursery) -> None:
+def test_a_killed_worker_costs_its_clients_update_of_that_round(workers: int, base: Base, nursery: ForkServer) -> None:
     def fail(assignment: Assignment) -> ClientUpdate:
         if assignment.round == 2:
             raise ClientError("killed")
@@ -137,7 +137,7 @@ def test_a_killed_worker_costs_its_clients_update_of_that_round(workers: int, ba
     assert found[1].digest != results(base, inprocess(base))[1].digest
 
 
-def test_each_clients_threads_are_its_own(base: Base, nursery: Nursery) -> None:
+def test_each_clients_threads_are_its_own(base: Base, nursery: ForkServer) -> None:
     expected = results(base, inprocess(base, bob=2))
     resources = {"bob": Resources(threads=2)}
     found = results(base, ProcessPool(nursery, FLEET, resources, workers=2, cores=2))

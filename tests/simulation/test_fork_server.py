@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from fedtune.messages import Assignment, LocalAdapter, Plan, Training
-from fedtune.simulation.nursery import read_payload, write_payload
+from fedtune.simulation.fork_server import read_payload, write_payload
 from fedtune.wire.codec import decode_update, encode_assignment
 
 SCRIPT = Path(__file__).with_name("scripted.py")

@@ -21,8 +21,8 @@ from typing import Any
 from fedtune.errors import ConfigError, Fault, RoundError
 from fedtune.messages import Client, Failure
 from fedtune.rounds.transport import Answer, Reply, Rule
-from fedtune.simulation.nursery import receive, write_payload
-from fedtune.simulation.resources import Machine, Resources, next_start, queued
+from fedtune.simulation.fork_server import receive, write_payload
+from fedtune.simulation.resources import Machine, Resources, next_start, start_order
 from fedtune.wire.codec import EncodedAssignment
 
 COMMAND = (sys.executable, "-P", "-m", "fedtune.worker")
@@ -47,7 +47,7 @@ class Worker:
     """Digests of the bodies that it has."""
 
 
-class Nursery:
+class ForkServer:
     """A fresh interpreter that loads the base once and forks workers; they share its memory until they write to it.
 
     Workers are not forked from the user's own process, whose threads, OpenMP pools and CUDA contexts do not survive
@@ -73,7 +73,7 @@ class Nursery:
         self._workers = set[Worker]()
         self._process, self._control = begin(command)
 
-    def __enter__(self) -> Nursery:
+    def __enter__(self) -> ForkServer:
         return self
 
     def __exit__(
@@ -141,7 +141,7 @@ class Nursery:
             self._workers.discard(worker)
             self._tell({"verb": "end", "pid": worker.pid})
             message = self._heard()
-        return ended(worker.parent) if message is None else how(message["status"])
+        return wait_for_exit(worker.parent) if message is None else exit_reason(message["status"])
 
     def _born(self, place: int, timeout_s: float | None) -> tuple[Any, Connection[bytes, bytes]]:
         """Return what the nursery says to one worker more, and the connection to that."""
@@ -173,7 +173,7 @@ class Nursery:
         self._control.close()
         if not self._devices:
             self._process.kill()  # it has no worker to end, and does not listen while it loads
-        ended(self._process)
+        wait_for_exit(self._process)
 
     def _tell(self, message: Mapping[str, Any], *descriptors: int) -> None:
         if self._control.fileno() != -1:
@@ -194,7 +194,7 @@ class Nursery:
             raise
 
     def _ended(self) -> str:
-        return ended(self._process)
+        return wait_for_exit(self._process)
 
 
 def begin(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -213,16 +213,16 @@ def begin(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socke
     return process, control
 
 
-def ended(process: subprocess.Popen[bytes]) -> str:
+def wait_for_exit(process: subprocess.Popen[bytes]) -> str:
     """Wait for a process that is about to end, and return how it did, as a predicate."""
     try:
-        return how(process.wait(LEAVE_S))
+        return exit_reason(process.wait(LEAVE_S))
     except subprocess.TimeoutExpired:
         process.kill()
-        return how(process.wait())
+        return exit_reason(process.wait())
 
 
-def how(status: int) -> str:
+def exit_reason(status: int) -> str:
     """Return how a process ended, as a predicate: by an exit status, or by a signal if it is negative."""
     if status >= 0:
         return f"ended with status {status}"
@@ -232,7 +232,7 @@ def how(status: int) -> str:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningTask:
     client: str
     worker: Worker
     resources: Resources
@@ -248,7 +248,7 @@ class ProcessPool:
 
     def __init__(
         self,
-        nursery: Nursery,
+        nursery: ForkServer,
         fleet: Sequence[Client],
         resources: Mapping[str, Resources] | None = None,
         *,
@@ -273,7 +273,7 @@ class ProcessPool:
         self._places = frozenset(range(max(1, min(workers, len(fleet)))))
         self._cores = cores or len(os.sched_getaffinity(0))
         self._workers = dict[int, Worker]()
-        self._running = dict[int, Running]()
+        self._running = dict[int, RunningTask]()
 
     def clients(self) -> Sequence[Client]:
         """Return the fleet, once the base is loaded."""
@@ -291,7 +291,7 @@ class ProcessPool:
         Raises:
             RoundError: if no worker can be had.
         """
-        waiting = {name: orders[name] for name in queued({name: self.resources[name] for name in orders})}
+        waiting = {name: orders[name] for name in start_order({name: self.resources[name] for name in orders})}
         needed = Counter(digest for order in orders.values() for digest in order.blobs)
         answers: Sequence[Answer] = ()
         try:
@@ -333,9 +333,9 @@ class ProcessPool:
             order, resources = waiting.pop(client), self.resources[client]
             needed.subtract(order.blobs.keys())
             limit = float("inf") if self.timeout_s is None else time.monotonic() + self.timeout_s
-            self._running[place] = Running(client, worker, resources, limit)
+            self._running[place] = RunningTask(client, worker, resources, limit)
             try:
-                give(worker, order, needed, threads=resources.threads)
+                hand_out(worker, order, needed, threads=resources.threads)
             except OSError as error:
                 failures.append(self._failed(self._running[place], hung=isinstance(error, BlockingIOError)))
         return failures
@@ -364,7 +364,7 @@ class ProcessPool:
                 answers.append(self._failed(running, hung=True))
         return answers
 
-    def _answer(self, running: Running) -> Answer:
+    def _answer(self, running: RunningTask) -> Answer:
         connection = running.worker.connection
         try:
             word, content = connection.recv_bytes(), connection.recv_bytes()
@@ -379,7 +379,7 @@ class ProcessPool:
             return Failure(running.client, content.decode())
         return Reply(running.client, content)
 
-    def _failed(self, running: Running, *, hung: bool = False, error: str = "") -> Failure:
+    def _failed(self, running: RunningTask, *, hung: bool = False, error: str = "") -> Failure:
         """Give up a worker and what it was at."""
         del self._running[running.worker.place]
         ended = self._lost(running.worker)
@@ -396,7 +396,7 @@ class ProcessPool:
         return self._nursery.end(worker)
 
 
-def give(worker: Worker, order: EncodedAssignment, needed: Counter[str], *, threads: int) -> None:
+def hand_out(worker: Worker, order: EncodedAssignment, needed: Counter[str], *, threads: int) -> None:
     """Send an order to an idle worker: bodies that it holds stay there, those that nobody needs any more are dropped.
 
     Raises:

@@ -19,7 +19,7 @@ from fedtune.errors import ConfigError, RoundError
 from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
 from fedtune.rounds.transport import Answer, Reply, Rule
 from fedtune.simulation.inprocess import InProcess
-from fedtune.simulation.processes import Nursery, ProcessPool, Worker, give, how
+from fedtune.simulation.process_pool import ForkServer, ProcessPool, Worker, exit_reason, hand_out
 from fedtune.simulation.resources import Resources
 from fedtune.wire.codec import EncodedAssignment, blob_encoder, encode_assignment
 
@@ -42,12 +42,12 @@ def orders(*names: str, size: int = 6, own: bool = False) -> Mapping[str, Encode
     return found
 
 
-def loaded(nursery: Nursery, **spec: Any) -> Nursery:
+def loaded(nursery: ForkServer, **spec: Any) -> ForkServer:
     nursery.load(spec, {"data": b"shared"})
     return nursery
 
 
-def pool(nursery: Nursery, **settings: Any) -> ProcessPool:
+def pool(nursery: ForkServer, **settings: Any) -> ProcessPool:
     return ProcessPool(nursery, FLEET, **{"workers": 2, "cores": 2, **settings})
 
 
@@ -79,7 +79,7 @@ def test_every_client_answers_what_it_answers_in_process(workers: int) -> None:
         return ClientUpdate(received.plan.client, received.round, 5, tensors, base=received.base)
 
     inprocess = InProcess(FLEET, dict.fromkeys(NAMES, echo))
-    with loaded(Nursery(COMMAND)) as nursery:
+    with loaded(ForkServer(COMMAND)) as nursery:
         processes = pool(nursery, workers=workers, cores=4)
         assert processes.clients() == FLEET
         for _ in range(2):
@@ -88,7 +88,7 @@ def test_every_client_answers_what_it_answers_in_process(workers: int) -> None:
 
 
 def test_nobody_asked_is_nobody_answered() -> None:
-    with loaded(Nursery(COMMAND)) as nursery:
+    with loaded(ForkServer(COMMAND)) as nursery:
         assert list(pool(nursery).exchange({}, RULE)) == []
 
 
@@ -107,7 +107,7 @@ def test_nobody_asked_is_nobody_answered() -> None:
 def test_one_clients_end_costs_its_own_update_of_one_round(
     act: str, reason: str, workers: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with loaded(Nursery(COMMAND), acts={"bob": act}) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"bob": act}) as nursery:
         # One core: with several at work, those beside a nursery that is killed would die with it.
         processes = pool(nursery, workers=workers, cores=1, timeout_s=1.0 if act == "hang" else None)
         for _ in range(1 if act == "hang" else 2):
@@ -124,19 +124,19 @@ def test_a_traceback_is_shown_where_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FEDTUNE_DEBUG", "1")
-    with loaded(Nursery(COMMAND), acts={"bob": "break"}) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"bob": "break"}) as nursery:
         list(pool(nursery).exchange(orders("bob"), RULE))
     assert "RuntimeError: a kernel\nis missing" in capfd.readouterr().err
 
 
 def test_everybody_at_work_is_lost_with_the_nursery_and_nobody_else() -> None:
-    with loaded(Nursery(COMMAND), acts={"ann": "hang", "bob": "kill the nursery"}) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"ann": "hang", "bob": "kill the nursery"}) as nursery:
         answers = by_name(list(pool(nursery, workers=2).exchange(orders(*NAMES), RULE)))
         assert [isinstance(answers[name], Reply) for name in NAMES] == [False, False, True, True]
 
 
 def test_a_nursery_that_cannot_start_again_ends_the_round(tmp_path: Path) -> None:
-    with loaded(Nursery(COMMAND), acts={"bob": "kill the nursery"}, once=str(tmp_path / "started")) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"bob": "kill the nursery"}, once=str(tmp_path / "started")) as nursery:
         answers = pool(nursery, workers=1).exchange(orders(*NAMES), RULE)
         assert [next(answers).client, next(answers).client] == ["ann", "bob"]
         with pytest.raises(RoundError, match="expected to start the nursery of the worker processes again; got model"):
@@ -157,7 +157,7 @@ def test_a_nursery_that_cannot_start_again_ends_the_round(tmp_path: Path) -> Non
     ],
 )
 def test_what_cannot_be_loaded_is_told_and_waited_for_by_nobody(start: str, error: type[Exception], text: str) -> None:
-    with loaded(Nursery(COMMAND), start=start) as nursery:
+    with loaded(ForkServer(COMMAND), start=start) as nursery:
         with pytest.raises(error) as caught:
             pool(nursery).clients()
         assert text in str(caught.value)
@@ -165,12 +165,12 @@ def test_what_cannot_be_loaded_is_told_and_waited_for_by_nobody(start: str, erro
 
 def test_a_command_that_is_none_is_told() -> None:
     command = [sys.executable, "-c", "raise SystemExit(7)"]
-    with loaded(Nursery(command)) as nursery, pytest.raises(RoundError, match="one that ended with status 7"):
+    with loaded(ForkServer(command)) as nursery, pytest.raises(RoundError, match="one that ended with status 7"):
         pool(nursery).clients()
 
 
 def test_a_worker_that_stops_reading_is_given_up() -> None:
-    with loaded(Nursery(COMMAND), acts={"ann": "tell"}) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as nursery:
         processes = pool(nursery, workers=1, timeout_s=1.0)
         (answer,) = processes.exchange(orders("ann"), RULE)
         os.kill(told(answer)["pid"], signal.SIGSTOP)
@@ -182,7 +182,7 @@ def test_a_worker_that_stops_reading_is_given_up() -> None:
 
 
 def test_a_worker_that_dies_idle_costs_nobody_anything() -> None:
-    with loaded(Nursery(COMMAND), acts={"ann": "tell"}) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as nursery:
         processes = pool(nursery, workers=1)
         (answer,) = processes.exchange(orders("ann"), RULE)
         os.kill(told(answer)["pid"], signal.SIGKILL)
@@ -191,24 +191,24 @@ def test_a_worker_that_dies_idle_costs_nobody_anything() -> None:
 
 
 def test_with_fewer_processes_than_wanted_the_round_goes_on() -> None:
-    with loaded(Nursery(COMMAND), forks=1) as nursery:
+    with loaded(ForkServer(COMMAND), forks=1) as nursery:
         assert all(isinstance(answer, Reply) for answer in pool(nursery, workers=2).exchange(orders(*NAMES), RULE))
 
 
 def test_a_worker_that_cannot_be_replaced_leaves_its_clients_to_the_others() -> None:
-    with loaded(Nursery(COMMAND), forks=2, acts={"ann": "die"}) as nursery:
+    with loaded(ForkServer(COMMAND), forks=2, acts={"ann": "die"}) as nursery:
         answers = by_name(list(pool(nursery, workers=2).exchange(orders(*NAMES), RULE)))
         assert [isinstance(answers[name], Reply) for name in NAMES] == [False, True, True, True]
 
 
 def test_with_no_process_at_all_the_round_ends() -> None:
     text = "expected another worker process; got no process left; lower engine.workers"
-    with loaded(Nursery(COMMAND), forks=0) as nursery, pytest.raises(RoundError, match=text):
+    with loaded(ForkServer(COMMAND), forks=0) as nursery, pytest.raises(RoundError, match=text):
         list(pool(nursery).exchange(orders(*NAMES), RULE))
 
 
 def test_each_clients_threads_reach_its_work() -> None:
-    with loaded(Nursery(COMMAND), acts=dict.fromkeys(NAMES, "tell")) as nursery:
+    with loaded(ForkServer(COMMAND), acts=dict.fromkeys(NAMES, "tell")) as nursery:
         processes = pool(nursery, resources={"bob": Resources(threads=3)})
         answers = by_name(list(processes.exchange(orders(*NAMES), RULE)))
         assert {name: told(answer)["threads"] for name, answer in answers.items()} == dict.fromkeys(NAMES, 1) | {
@@ -217,7 +217,7 @@ def test_each_clients_threads_reach_its_work() -> None:
 
 
 def test_a_worker_holds_the_payload_its_connection_and_nothing_else() -> None:
-    with loaded(Nursery(COMMAND), acts={"ann": "tell"}) as nursery, open(os.devnull, "rb") as file:
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as nursery, open(os.devnull, "rb") as file:
         os.set_inheritable(file.fileno(), True)
         facts = told(next(iter(pool(nursery).exchange(orders("ann"), RULE))))
     assert facts["parts"] == {"data": "shared"}
@@ -225,14 +225,14 @@ def test_a_worker_holds_the_payload_its_connection_and_nothing_else() -> None:
 
 
 def test_ctrl_c_reaches_this_process_alone() -> None:
-    with loaded(Nursery(COMMAND), acts={"ann": "tell"}) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as nursery:
         facts = told(next(iter(pool(nursery).exchange(orders("ann"), RULE))))
     assert facts["sigint"]
     assert facts["session"] != os.getsid(0)
 
 
 def test_where_memory_runs_out_a_worker_goes_first() -> None:
-    with loaded(Nursery(COMMAND), acts={"ann": "tell"}) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as nursery:
         facts = told(next(iter(pool(nursery).exchange(orders("ann"), RULE))))
         assert facts["oom_score_adj"] == 500
         for pid in (facts["parent"], os.getpid()):
@@ -241,7 +241,7 @@ def test_where_memory_runs_out_a_worker_goes_first() -> None:
 
 def test_a_worker_is_left_with_the_bodies_of_its_last_client_only() -> None:
     sent = orders(*NAMES, own=True)
-    with loaded(Nursery(COMMAND)) as nursery:
+    with loaded(ForkServer(COMMAND)) as nursery:
         processes = pool(nursery, workers=1)
         assert len(list(processes.exchange(sent, RULE))) == 4
         (worker,) = processes._workers.values()
@@ -249,7 +249,7 @@ def test_a_worker_is_left_with_the_bodies_of_its_last_client_only() -> None:
 
 
 def test_no_process_is_left_when_the_block_ends() -> None:
-    with loaded(Nursery(COMMAND), acts={"ann": "tell", "bob": "hang"}) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell", "bob": "hang"}) as nursery:
         answers = iter(pool(nursery, workers=2).exchange(orders("ann", "bob"), RULE))
         facts = told(next(answers))
     for pid in (facts["pid"], facts["parent"]):
@@ -258,7 +258,7 @@ def test_no_process_is_left_when_the_block_ends() -> None:
 
 
 def test_an_exchange_that_is_given_up_leaves_nobody_at_work() -> None:
-    with loaded(Nursery(COMMAND), acts={"bob": "hang"}) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"bob": "hang"}) as nursery:
         processes = pool(nursery, workers=2)
         answers = processes.exchange(orders(*NAMES), RULE)
         assert next(answers).client == "ann"
@@ -273,11 +273,11 @@ def test_an_answer_that_ctrl_c_left_behind_is_not_taken_for_another(monkeypatch:
     def interrupted(control: object) -> None:
         raise KeyboardInterrupt
 
-    with loaded(Nursery(COMMAND), acts={"ann": "tell", "bob": "hang"}) as nursery:
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell", "bob": "hang"}) as nursery:
         processes = pool(nursery, workers=1)
         processes.clients()
         with monkeypatch.context() as patch:
-            patch.setattr("fedtune.simulation.processes.receive", interrupted)
+            patch.setattr("fedtune.simulation.process_pool.receive", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(processes.exchange(orders(*NAMES), RULE))
         answers = processes.exchange(orders("ann", "bob"), RULE)
@@ -323,7 +323,7 @@ def test_a_body_travels_to_a_worker_once_and_is_dropped_when_nobody_needs_it() -
         connection.sent.clear()
         order = EncodedAssignment(b"header", {digest: digest.encode() for digest in digests})
         needed.subtract(digests)
-        give(worker, order, needed, threads=1)
+        hand_out(worker, order, needed, threads=1)
         heads.append(json.loads(connection.sent[0]))
         assert connection.sent[1:] == [b"header", *(digest.encode() for digest in heads[-1]["bodies"])]
     assert [head["bodies"] for head in heads] == [["all", "both", "ann's"], ["bob's"], []]
@@ -332,13 +332,13 @@ def test_a_body_travels_to_a_worker_once_and_is_dropped_when_nobody_needs_it() -
 
 
 def test_an_end_is_put_into_words() -> None:
-    assert how(1) == "ended with status 1"
-    assert how(-signal.SIGSEGV) == "was killed by signal 11 (SIGSEGV)"
-    assert "memory" in how(-signal.SIGKILL)
-    assert how(-60) == "was killed by signal 60 (without a name)"
+    assert exit_reason(1) == "ended with status 1"
+    assert exit_reason(-signal.SIGSEGV) == "was killed by signal 11 (SIGSEGV)"
+    assert "memory" in exit_reason(-signal.SIGKILL)
+    assert exit_reason(-60) == "was killed by signal 60 (without a name)"
 
 
 def test_another_system_is_told_to_use_the_engine_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ConfigError, match="expected Linux for worker processes that share memory; got 'darwin'"):
-        Nursery(COMMAND)
+        ForkServer(COMMAND)

@@ -36,7 +36,7 @@ MAX_MESSAGE_BYTES = 64 * 1024
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-Perform: TypeAlias = Callable[[Assignment, int], ClientUpdate]
+PerformBytes: TypeAlias = Callable[[Assignment, int], ClientUpdate]
 """Does an assignment with so many CPU threads."""
 
 
@@ -44,7 +44,7 @@ Perform: TypeAlias = Callable[[Assignment, int], ClientUpdate]
 class Prepared:
     """What a nursery has loaded."""
 
-    equip: Callable[[int], Perform]
+    equip: Callable[[int], PerformBytes]
     """Called in a worker, with its place among the workers, before its first assignment."""
     devices: tuple[str, ...] = ("cpu",)
     """Where workers compute, in turn."""
@@ -80,7 +80,7 @@ def read_payload(descriptor: int) -> tuple[Mapping[str, Any], Mapping[str, memor
     return head["spec"], {name: view[start + at : start + at + size] for name, (at, size) in head["parts"].items()}
 
 
-def tend(descriptor: int, prepare: Prepare) -> None:
+def serve(descriptor: int, prepare: Prepare) -> None:
     """Load the payload that comes first, then fork and end workers as told, until the control socket closes.
 
     The process ends with that. Each message is one packet of JSON, with a descriptor where one is needed: `load` (the
@@ -89,9 +89,9 @@ def tend(descriptor: int, prepare: Prepare) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control, workers = socket.socket(fileno=descriptor), set[int]()
-    with ended(lambda text: answer(control, {"error": text})):
+    with exit_after(lambda text: answer(control, {"error": text})):
         try:
-            prepared = loaded(control, prepare)
+            prepared = load_payload(control, prepare)
             while prepared is not None:
                 order, descriptors = receive(control)
                 if order is None:
@@ -108,7 +108,7 @@ def tend(descriptor: int, prepare: Prepare) -> None:
                 os.waitpid(pid, 0)
 
 
-def loaded(control: socket.socket, prepare: Prepare) -> Prepared | None:
+def load_payload(control: socket.socket, prepare: Prepare) -> Prepared | None:
     """Answer the first message; None if there is none, or what it asks for cannot be loaded."""
     order, descriptors = receive(control)
     if order is None:
@@ -163,7 +163,7 @@ def fork(control: socket.socket, descriptor: int, place: int, prepared: Prepared
     if pid == 0:
         control.close()
         connection: Connection[bytes, bytes] = Connection(descriptor)
-        with ended(lambda text: send(connection, b"broken", text.encode())):
+        with exit_after(lambda text: send(connection, b"broken", text.encode())):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() == nursery:  # else it died before it could be watched
                 with suppress(OSError):
@@ -175,7 +175,7 @@ def fork(control: socket.socket, descriptor: int, place: int, prepared: Prepared
     answer(control, {"pid": pid})
 
 
-def work(connection: Connection[bytes, bytes], perform: Perform) -> None:
+def work(connection: Connection[bytes, bytes], perform: PerformBytes) -> None:
     """Do one assignment after the other, until the connection closes.
 
     An order is a JSON value, an assignment's header, and those of its bodies that this worker does not hold yet. The
@@ -205,7 +205,7 @@ def work(connection: Connection[bytes, bytes], perform: Perform) -> None:
 
 
 @contextmanager
-def ended(tell: Callable[[str], None]) -> Iterator[None]:
+def exit_after(tell: Callable[[str], None]) -> Iterator[None]:
     """End this process after the block, whatever happens in it; an error is told in one line first.
 
     Its traceback is printed only where FEDTUNE_DEBUG asks for it.
