@@ -14,15 +14,15 @@ from fedtune.config import Recipe, render
 from fedtune.flower.link_grid import LinkGrid
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.flower.shim import context
-from fedtune.link import spool
-from fedtune.link.audit import Audit, Tell, both
-from fedtune.link.bars import Bars
-from fedtune.link.hub import Hub, Run
-from fedtune.link.identity import Identity, load, renewal
-from fedtune.link.metrics import Metrics, health
-from fedtune.link.refusals import line
-from fedtune.link.roster import RosterFile
-from fedtune.link.server import serving
+from fedtune.link import uploads
+from fedtune.link.audit_log import Audit, RecordEvent, both
+from fedtune.link.pki.identity import Identity, load, renewal
+from fedtune.link.pki.roster import RosterFile
+from fedtune.link.rejections import one_line
+from fedtune.link.server.blocklist import Blocklist
+from fedtune.link.server.dispatcher import Dispatcher, RunInfo
+from fedtune.link.server.metrics import Metrics, health
+from fedtune.link.server.server import serve_link
 from fedtune.link.settings import LinkSettings
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, LocalAdapter, Plan, Training
 from fedtune.rounds.admission import largest_update
@@ -52,7 +52,7 @@ def coordinate(
     *,
     resume: bool = False,
     expect: int | None = None,
-    tell: Tell,
+    tell: RecordEvent,
     started: Callable[[int], None] = lambda port: None,
 ) -> Mapping[str, Any]:
     """Serve a recipe's rounds, or those that are left, to the clients of a federation, and return the run's summary.
@@ -94,7 +94,7 @@ def coordinate(
         if settings.health:
             port = stack.enter_context(health(settings.health, metrics, unready=lambda: unready(hub, roster)))
             told("health", address=settings.health, port=port)
-        running = stack.enter_context(serving(hub, identity, roster, tell=told))
+        running = stack.enter_context(serve_link(hub, identity, roster, tell=told))
         started(running.port)
         summary = dict[str, Any]()
 
@@ -120,13 +120,15 @@ def coordinate(
         return summary
 
 
-def made(recipe: Recipe, run: Path, settings: LinkSettings, identity: Identity, tell: Tell) -> Hub:
+def made(recipe: Recipe, run: Path, settings: LinkSettings, identity: Identity, tell: RecordEvent) -> Dispatcher:
     """Return the hub of a run, which knows what an earlier process has promised."""
     accepted, ended = promised(run)
-    described = Run(identity.federation, number(run), render(recipe).encode(), identity.name, identity.key)
+    described = RunInfo(identity.federation, number(run), render(recipe).encode(), identity.name, identity.key)
     folder = run / LINK
     tell("serving", run=described.run, recipe=described.recipe_digest.hex(), rounds=recipe.rounds.count, ended=ended)
-    return Hub(described, settings, folder / SPOOL, Bars(folder / BARRED), accepted=accepted, ended=ended, tell=tell)
+    return Dispatcher(
+        described, settings, folder / SPOOL, Blocklist(folder / BARRED), accepted=accepted, ended=ended, tell=tell
+    )
 
 
 def number(run: Path) -> str:
@@ -165,7 +167,7 @@ def expected_of(recipe: Recipe, roster: RosterFile) -> int:
     return max(recipe.rounds.min_clients, enrolled)
 
 
-def opened(hub: Hub, ledger: RunJournal) -> None:
+def opened(hub: Dispatcher, ledger: RunJournal) -> None:
     hub.journal_end = lambda: ledger.end
 
 
@@ -180,7 +182,7 @@ def most(front: bytes, blueprint: Blueprint) -> int:
     return largest_update(asked, blueprint)
 
 
-def follow(hub: Hub, tell: Tell, event: Event) -> None:
+def follow(hub: Dispatcher, tell: RecordEvent, event: Event) -> None:
     """Tell what happens in the rounds, and let the hub tell each client what became of its answer."""
     match event:
         case RoundStarted(round, rounds, cohort):
@@ -224,15 +226,15 @@ def refusal(failure: Failure) -> pb.Refusal:
     field, _, rest = failure.reason.partition("expected ")
     wanted, _, found = rest.partition("; got ")
     code = failure.code or "MALFORMED"
-    return pb.Refusal(reason=code, field=line(field.rstrip(": ")), expected=line(wanted), found=line(found))
+    return pb.Refusal(reason=code, field=one_line(field.rstrip(": ")), expected=one_line(wanted), found=one_line(found))
 
 
-def unready(hub: Hub, roster: RosterFile) -> str:
+def unready(hub: Dispatcher, roster: RosterFile) -> str:
     """Return why the server could not take an update now; empty if it could."""
     if time.time() > roster.current().valid_until:
         return "the roster has expired: fedtune roster renew, then install it here"
     if roster.problem:
         return roster.problem
-    if spool.room(hub.folder) < hub.settings.free_mib * 2**20:
+    if uploads.free_bytes(hub.folder) < hub.settings.free_mib * 2**20:
         return UNREADY_DISK
     return ""

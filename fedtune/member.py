@@ -14,14 +14,14 @@ from typing import Any
 from fedtune.config import Recipe, bind, planned
 from fedtune.config.site import SiteSettings, bind_site
 from fedtune.errors import ConfigError, Fault
-from fedtune.link import policy
-from fedtune.link.audit import Audit, Tell, both, silent
-from fedtune.link.client import Client, End, Greeting
-from fedtune.link.identity import Identity, load, renewal
-from fedtune.link.policy import Demand, Spent
-from fedtune.link.roster import RosterFile
+from fedtune.link.audit_log import Audit, RecordEvent, both, silent
+from fedtune.link.client import policy
+from fedtune.link.client.client import Client, End, Greeting
+from fedtune.link.client.policy import TaskDemand, Usage
+from fedtune.link.client.training_process import ProcessTrainer, Trainer
+from fedtune.link.pki.identity import Identity, load, renewal
+from fedtune.link.pki.roster import RosterFile
 from fedtune.link.settings import JoinSettings
-from fedtune.link.trainer import ProcessTrainer, Trainer
 from fedtune.store.files import store_errors
 from fedtune.store.lock import lock_run
 
@@ -74,7 +74,7 @@ def take_part(
     site: Path,
     *,
     server: str | None = None,
-    tell: Tell,
+    tell: RecordEvent,
     agree: Callable[[str], bool] = lambda recipe: False,
     trainer: Trainer | None = None,
 ) -> End:
@@ -117,13 +117,13 @@ def take_part(
                 own.close()
 
 
-def process(site: Path, tell: Tell) -> ProcessTrainer:
+def process(site: Path, tell: RecordEvent) -> ProcessTrainer:
     command = [sys.executable, "-m", "fedtune.resident", str(site.resolve())]
     return ProcessTrainer(command, died=lambda reason: tell("died", reason=reason))
 
 
 @contextmanager
-def audited(path: Path, tell: Tell) -> Iterator[Audit]:
+def audited(path: Path, tell: RecordEvent) -> Iterator[Audit]:
     log = Audit(path, failed=lambda error: tell("warning", text=str(error)))
     try:
         yield log
@@ -140,7 +140,7 @@ class DryRun:
     recipe: str
     """TOML."""
     recipe_digest: str
-    demand: Demand
+    demand: TaskDemand
     rounds: int
     refusals: Sequence[policy.Refusal]
     columns: Mapping[str, str]
@@ -175,7 +175,9 @@ def dry_run(site: Path, *, server: str | None = None) -> DryRun:
 def foreseen(made: Bound, greeting: Greeting) -> DryRun:
     recipe = bind(greeting.recipe.decode())
     asked = asks(recipe, made.identity.name)
-    refusals = policy.vet(made.settings.policy, asked, greeting.recipe_digest.hex(), Spent(), now=datetime.now().time())
+    refusals = policy.check_policy(
+        made.settings.policy, asked, greeting.recipe_digest.hex(), Usage(), now=datetime.now().time()
+    )
     return DryRun(
         server=made.link.address,
         run=greeting.run,
@@ -188,11 +190,11 @@ def foreseen(made: Bound, greeting: Greeting) -> DryRun:
     )
 
 
-def asks(recipe: Recipe, client: str) -> Demand:
+def asks(recipe: Recipe, client: str) -> TaskDemand:
     """Return what a recipe asks of a client in a round, as far as it says so; bytes and base it leaves open."""
     rank, training = planned(recipe, client)
     probe = recipe.method.name == "fedkseed"
-    return Demand(
+    return TaskDemand(
         method=recipe.method.name,
         round=1,
         rank=None if probe else rank,

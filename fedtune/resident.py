@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import FedtuneError
-from fedtune.link.spool import mapped
+from fedtune.link.uploads import map_file
 from fedtune.site import Site, from_file
 from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import encode_profile
@@ -50,7 +50,7 @@ def do(site: Site, request: Mapping[str, Any]) -> None:
             (into / digest).write_bytes(body)
         return
     folder = Path(request["folder"])
-    bodies: dict[str, Any] = {name: mapped(folder / name) for name in request["bodies"]}
+    bodies: dict[str, Any] = {name: map_file(folder / name) for name in request["bodies"]}
     update = encode_update(site.perform(decode_assignment((folder / "front").read_bytes(), bodies)))
     into.write_bytes(update)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import StoreError, WireError
-from fedtune.link import audit as log
-from fedtune.link import bars
-from fedtune.link.audit import Entry, Log
+from fedtune.link import audit_log as log
+from fedtune.link.audit_log import Entry, Log
+from fedtune.link.server import blocklist
 from fedtune.store import journal
 from fedtune.store.files import store_errors
 from fedtune.store.verify import Status
@@ -96,7 +96,7 @@ def standing(run: Path) -> Standing:
     clients = folded(entries.entries)
     if found.holder is None:
         clients = {name: replace(one, state="away") for name, one in clients.items()}
-    barred = bars.read(folder / BARRED)
+    barred = blocklist.read_blocklist(folder / BARRED)
     clients |= {
         name: replace(clients.get(name, ClientStanding(name)), state="barred", error=why)
         for name, why in barred.items()

@@ -11,9 +11,10 @@ import pytest
 
 from fedtune.coordinator import expected_of, follow, most, number, promised, refusal, unready
 from fedtune.errors import WireError
-from fedtune.link import authority, spool
-from fedtune.link.hub import Gone
-from fedtune.link.roster import RosterFile
+from fedtune.link import uploads
+from fedtune.link.pki import authority
+from fedtune.link.pki.roster import RosterFile
+from fedtune.link.server.dispatcher import Withdrawn
 from fedtune.messages import (
     Assignment,
     Blueprint,
@@ -151,7 +152,7 @@ def test_all_means_everybody_in_the_roster(tmp_path: Path) -> None:
     places = ceremony(tmp_path, clients=("a", "b", "c"))
     authority.revoke(places["ca"], "c", now=2_000_000_000)
     (places["server"] / "roster").write_bytes((places["ca"] / "roster").read_bytes())
-    from fedtune.link.identity import ROOT, root_key
+    from fedtune.link.pki.identity import ROOT, root_key
 
     roster = RosterFile(places["server"] / "roster", root_key((places["server"] / ROOT).read_bytes()))
     assert expected_of(at_the_sites(RECIPE), roster) == 2
@@ -161,12 +162,12 @@ def test_all_means_everybody_in_the_roster(tmp_path: Path) -> None:
 
 def test_a_server_is_unready_while_its_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = ceremony(tmp_path)
-    from fedtune.link.identity import ROOT, root_key
+    from fedtune.link.pki.identity import ROOT, root_key
 
     roster = RosterFile(places["server"] / "roster", root_key((places["server"] / ROOT).read_bytes()))
     hub = made(tmp_path).hub
     assert unready(hub, roster) == ""
-    monkeypatch.setattr(spool, "room", lambda folder: 0)
+    monkeypatch.setattr(uploads, "free_bytes", lambda folder: 0)
     assert "disk" in unready(hub, roster)
 
 
@@ -208,7 +209,7 @@ def test_the_line_before_the_first_round_ends_none(tmp_path: Path) -> None:
     follow(desk.hub, silent, RoundFinished({**RECORD, "round": 0}))
     assert desk.hub.collect([message_id]) == {}
     follow(desk.hub, silent, RoundFinished({**RECORD, "round": 1}))
-    assert desk.hub.collect([message_id]) == {message_id: Gone("anna", "its round has ended")}
+    assert desk.hub.collect([message_id]) == {message_id: Withdrawn("anna", "its round has ended")}
 
 
 def test_three_refused_updates_bar_their_client_over_the_rounds(tmp_path: Path) -> None:
@@ -307,13 +308,13 @@ def test_what_is_no_assignment_has_no_largest_answer() -> None:
 def test_a_server_is_unready_while_its_roster_has_expired_or_is_spoilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedtune.link.identity import ROOT, root_key
+    from fedtune.link.pki.identity import ROOT, root_key
 
     places = ceremony(tmp_path)
     clock = Clock()
     roster = RosterFile(places["server"] / "roster", root_key((places["server"] / ROOT).read_bytes()), clock=clock)
     hub = made(tmp_path).hub
-    monkeypatch.setattr(spool, "room", lambda folder: 2**40)
+    monkeypatch.setattr(uploads, "free_bytes", lambda folder: 2**40)
     assert unready(hub, roster) == ""
     (places["server"] / "roster").write_bytes(b"spoilt")
     clock.now += 2

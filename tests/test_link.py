@@ -12,7 +12,7 @@ import pytest
 
 import fedtune
 from fedtune.config import bind
-from fedtune.link import outbox
+from fedtune.link.client import outbox
 from fedtune.store.history import replay_journal
 from tests.cli.test_flower_server import toml
 from tests.link.federation import Federation, federation

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import ConfigError
-from fedtune.link.client import Greeting
+from fedtune.link.client.client import Greeting
 from fedtune.member import asks, bound, foreseen, take_part
 from fedtune.serving import at_the_sites
 from fedtune.wire.v1 import link_pb2 as pb

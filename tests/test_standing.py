@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.link.audit import Audit, Entry, read
+from fedtune.link.audit_log import Audit, Entry, read
 from fedtune.standing import ClientStanding, audit, folded, standing
 
 

@@ -32,8 +32,8 @@ def init(
 ) -> None:
     """Make a CA key, its certificate, the key that signs the roster, and an empty roster; keep the folder offline."""
     with reported(debug):
-        from fedtune.link import authority
-        from fedtune.link.signing import fingerprint
+        from fedtune.link.pki import authority
+        from fedtune.link.pki.signing import fingerprint
 
         authority.init(folder, federation, now=int(time.time()), years=years)
         anchors = authority.read(folder / authority.CA) + authority.read(folder / authority.ROSTER_PUB)

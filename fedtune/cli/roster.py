@@ -33,12 +33,14 @@ def listed(
 ) -> None:
     """List who is in the federation, as the newest roster here has it."""
     with reported(debug):
-        from fedtune.link import authority
-        from fedtune.link.identity import ROOT, ROSTER, day, needed, pinned_root
-        from fedtune.link.roster import decode
+        from fedtune.link.pki import authority
+        from fedtune.link.pki.identity import ROOT, ROSTER, day, read_required, read_root_key
+        from fedtune.link.pki.roster import decode
 
         found = (
-            authority.held(ca) if ca is not None else decode(needed(identity / ROSTER), pinned_root(identity / ROOT))
+            authority.current_roster(ca)
+            if ca is not None
+            else decode(read_required(identity / ROSTER), read_root_key(identity / ROOT))
         )
         if as_json:
             members = [{**asdict(one), "key": one.key.hex()} for one in found.members.values()]
@@ -67,7 +69,7 @@ def revoke(
 ) -> None:
     """Take a party out of the federation: nothing that it says counts once the server has the new roster."""
     with reported(debug):
-        from fedtune.link import authority
+        from fedtune.link.pki import authority
 
         made = authority.revoke(ca, name, now=int(time.time()))
         typer.echo(f"{name} is revoked; the roster has version {made.version}")
@@ -82,8 +84,8 @@ def renew(
 ) -> None:
     """Sign the roster again before it expires."""
     with reported(debug):
-        from fedtune.link import authority
-        from fedtune.link.identity import day
+        from fedtune.link.pki import authority
+        from fedtune.link.pki.identity import day
 
         made = authority.renew(ca, days=days, now=int(time.time()))
         typer.echo(f"the roster has version {made.version} and is valid until {day(made.valid_until)}")
@@ -98,9 +100,11 @@ def install(
 ) -> None:
     """Put a newer roster into an identity folder; a running server or client reads it within a second."""
     with reported(debug):
-        from fedtune.link import enrol
+        from fedtune.link.pki import enrollment
 
-        data = enrol.arrived(file, "a signed roster", "every fedtune enroll sign and fedtune roster command at the CA")
-        made = enrol.install(identity, data, now=int(time.time()))
+        data = enrollment.read_received(
+            file, "a signed roster", "every fedtune enroll sign and fedtune roster command at the CA"
+        )
+        made = enrollment.install(identity, data, now=int(time.time()))
         typer.echo(f"installed version {made.version} in {identity}; who runs with it reads it within a second")
         typer.echo(f"next, to see who is in: fedtune roster list --identity {identity}")

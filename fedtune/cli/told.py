@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, TextIO, TypeAlias
 
 from fedtune.cli.text import duration, printable, size
-from fedtune.link.audit import Tell
+from fedtune.link.audit_log import RecordEvent
 
 Form: TypeAlias = Literal["text", "json"]
 
@@ -74,7 +74,7 @@ def human(kind: str, fields: Mapping[str, int | str]) -> str:
     return " ".join(text.format_map(known).split())
 
 
-def teller(form: Form, file: TextIO | None = None, *, now: Callable[[], float] = time.time) -> Tell:
+def teller(form: Form, file: TextIO | None = None, *, now: Callable[[], float] = time.time) -> RecordEvent:
     """Return what writes each event to a file, standard error without one."""
     out = file if file is not None else sys.stderr
 

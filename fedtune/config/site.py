@@ -14,8 +14,8 @@ from fedtune.config.reading import edited, read
 from fedtune.data.settings import DataSettings
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import ConfigError, Fault
-from fedtune.link.policy import Policy
-from fedtune.link.policy import check as check_policy
+from fedtune.link.client.policy import Policy
+from fedtune.link.client.policy import check as check_policy
 from fedtune.link.settings import JoinSettings
 from fedtune.model.settings import AdapterSettings, ModelSettings
 

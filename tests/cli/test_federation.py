@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from fedtune.cli.main import app
 from tests.link.ceremony import ceremony
 from tests.link.federation import federation
-from tests.link.test_service import served
+from tests.link.server.test_service import served
 from tests.test_coordinator import RECIPE
 from tests.test_link import FLORA, SITE, SITES, scripted
 from tests.test_member import SITE as OWN

@@ -11,9 +11,9 @@ from flwr.app import Message, MessageType
 from fedtune.flower.grid_transport import HELLO, GridTransport
 from fedtune.flower.link_grid import LinkGrid, node_of
 from fedtune.flower.records import ERROR, pack, unpack
-from fedtune.link import spool
+from fedtune.link import uploads
+from fedtune.link.envelopes import digest
 from fedtune.link.settings import LinkSettings
-from fedtune.link.statements import digest
 from fedtune.messages import Failure
 from fedtune.rounds.transport import Reply, Rule
 from fedtune.wire.codec import encode_update
@@ -176,7 +176,7 @@ def test_large_bodies_stay_views_of_their_files(desk: Desk) -> None:
     sent = answer("anna", order, asked, data)
     desk.submit("anna", sent)
     wanted = sha256(data).digest()
-    incoming = spool.Incoming(spool.place(desk.hub.folder, "anna", wanted), part("update", data), 0)
+    incoming = uploads.IncomingUpload(uploads.place(desk.hub.folder, "anna", wanted), part("update", data), 0)
     incoming.append(data)
     assert incoming.finish()
     incoming.close()

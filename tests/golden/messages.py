@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.directions import downlink, manifest
 from fedtune.directions.banks import BANKS
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.link import roster
-from fedtune.link.roster import Member, Roster
-from fedtune.link.signing import raw
-from fedtune.link.statements import digest, part, seal, subject
+from fedtune.link.envelopes import digest, part, seal, subject
+from fedtune.link.pki import roster
+from fedtune.link.pki.roster import Party, Roster
+from fedtune.link.pki.signing import raw
 from fedtune.messages import (
     Assignment,
     Blueprint,
@@ -323,8 +323,8 @@ def signed_roster() -> bytes:
     """Return a roster of two members, one of them revoked."""
     key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
     members = {
-        "anna": Member("anna", "clinic", "client", raw(key), ("1f", "20"), 0, 10, "active"),
-        "server": Member("server", "centre", "coordinator", bytes(32), ("21",), 0, 10, "revoked"),
+        "anna": Party("anna", "clinic", "client", raw(key), ("1f", "20"), 0, 10, "active"),
+        "server": Party("server", "centre", "coordinator", bytes(32), ("21",), 0, 10, "revoked"),
     }
     return roster.encode(Roster("care", 4, 10, members), key)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedtune.cli.federation import stopped_by_signals
 from fedtune.cli.told import teller
-from fedtune.link.spool import mapped
+from fedtune.link.uploads import map_file
 from fedtune.member import take_part
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.seeds import generator
@@ -55,7 +55,7 @@ class ScriptedTrainer:
             (into / digest).write_bytes(body)
 
     def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> None:
-        held = {name: bytes(mapped(folder / name)) for name in bodies}
+        held = {name: bytes(map_file(folder / name)) for name in bodies}
         update = work(decode_assignment((folder / "front").read_bytes(), held))
         threading.Event().wait(self._seconds)  # stands for training: what a kill may interrupt
         into.write_bytes(encode_update(update))

@@ -13,9 +13,9 @@ import grpc
 import numpy as np
 import pytest
 
-from fedtune.link import outbox
-from fedtune.link.dial import dial
-from fedtune.link.identity import load
+from fedtune.link.client import outbox
+from fedtune.link.client.channel import dial
+from fedtune.link.pki.identity import load
 from fedtune.link.settings import JoinSettings
 from fedtune.seeds import derive, generator
 from fedtune.store.history import replay_journal

@@ -14,11 +14,11 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from fedtune.coordinator import refusal
-from fedtune.link.hub import Received
-from fedtune.link.refusals import RefusalError
-from fedtune.link.roster import Member
-from fedtune.link.signing import key_id, raw, sign
-from fedtune.link.statements import KIND, digest, opened
+from fedtune.link.envelopes import KIND, digest, verify_envelope
+from fedtune.link.pki.roster import Party
+from fedtune.link.pki.signing import key_id, raw, sign
+from fedtune.link.rejections import RejectionError
+from fedtune.link.server.dispatcher import ReceivedParts
 from fedtune.messages import (
     Assignment,
     Blueprint,
@@ -46,7 +46,7 @@ from tests.methods import test_fedkseed as seeds
 
 MUTATIONS = 10_000
 GROWTH_MIB = 64
-MEMBER = Member("anna", "a", "client", raw(KEY), ("1",), 0, 1)
+MEMBER = Party("anna", "a", "client", raw(KEY), ("1",), 0, 1)
 
 
 def peak_mib() -> float:
@@ -131,14 +131,14 @@ def test_spoilt_envelopes_are_refused_whoever_signed_them(tmp_path: Path) -> Non
             outcomes["no envelope"] += 1
             continue
         try:
-            header_found, author = opened(envelope, members.get)
+            header_found, author = verify_envelope(envelope, members.get)
             assert author == MEMBER
             reply = desk.hub.submit("anna", digest(envelope), header_found, {})
             # What still says the same in the fields that count is an answer of anna's like any other.
             assert reply is not None
             assert reply.WhichOneof("what") in ("wanted", "receipt")
             outcomes["taken"] += 1
-        except RefusalError as error:
+        except RejectionError as error:
             outcomes[pb.Reason.Name(error.refusal.reason)] += 1
     assert sum(outcomes.values()) == MUTATIONS
     assert len(outcomes) > 8, outcomes
@@ -146,7 +146,7 @@ def test_spoilt_envelopes_are_refused_whoever_signed_them(tmp_path: Path) -> Non
     assert peak_mib() - before < GROWTH_MIB
     assert desk.hub.collect([message_id]) == {}
     assert desk.submit("anna", good, data) is None  # whatever came before it, the whole answer is the one that counts
-    assert desk.hub.collect([message_id]) == {message_id: Received("anna", {"update": data})}
+    assert desk.hub.collect([message_id]) == {message_id: ReceivedParts("anna", {"update": data})}
 
 
 MODULES = {"layer.q": (6, 5), "layer.v": (4, 5)}
