@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from fedtune.config import Recipe, planned
-from fedtune.config.recipe import wished_ratio
+from fedtune.config import Recipe, planned_training
+from fedtune.config.recipe import requested_ratio
 from fedtune.devices.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, round_bytes, round_flops, sizes
 from fedtune.devices.cost import block_parameters as blocks_of
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
@@ -154,10 +154,10 @@ class Fleet:
         scored = bool(blueprint.ranking) or recipe.pruning is None or recipe.pruning.policy == "local"
         if not isinstance(settings, AdaptiveSettings):
             return Fixed(
-                partial(planned, recipe),
+                partial(planned_training, recipe),
                 alpha=alpha,
                 rslora=rslora,
-                ratio=partial(wished_ratio, recipe),
+                ratio=partial(requested_ratio, recipe),
                 scored=scored,
                 misfit=self.misfit,
             )
@@ -175,7 +175,7 @@ class Fleet:
                     known=self.true_seconds,
                 ),
             ),
-            training=lambda client: planned(recipe, client)[1],
+            training=lambda client: planned_training(recipe, client)[1],
             costs=self.cost,
             traffic=self.megabytes,
             speeds={name: speed(profile) for name, profile in self.profiles.items()},
@@ -193,7 +193,7 @@ class Fleet:
         assert isinstance(clock, SimulatedClock)  # config asks the oracle for a fleet by rounds
         name, settings = candidate.client, self.recipe.planner
         assert isinstance(settings, AdaptiveSettings)
-        training = planned(self.recipe, name)[1]
+        training = planned_training(self.recipe, name)[1]
         found = []
         for arm, tflop, megabytes in zip(
             arms_of(settings, pruned=self.recipe.pruning is not None), candidate.tflop, candidate.megabytes, strict=True

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Recipe, bind, planned
+from fedtune.config import Recipe, bind, planned_training
 from fedtune.config.site import SiteSettings, bind_site
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.audit_log import Audit, RecordEvent, both, silent
@@ -192,7 +192,7 @@ def foreseen(made: Bound, greeting: Greeting) -> DryRun:
 
 def asks(recipe: Recipe, client: str) -> TaskDemand:
     """Return what a recipe asks of a client in a round, as far as it says so; bytes and base it leaves open."""
-    rank, training = planned(recipe, client)
+    rank, training = planned_training(recipe, client)
     probe = recipe.method.name == "fedkseed"
     return TaskDemand(
         method=recipe.method.name,

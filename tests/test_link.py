@@ -151,7 +151,7 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
     from functools import partial
 
     from fedtune.conduct import Setting, rounds
-    from fedtune.config import planned
+    from fedtune.config import planned_training
     from fedtune.config.recipe import largest_rank
     from fedtune.messages import Blueprint, Client
     from fedtune.planning.fixed import Fixed
@@ -164,7 +164,7 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
     setting = Setting(
         recipe=bound,
         blueprint=blueprint,
-        planner=Fixed(partial(planned, bound), alpha=bound.adapter.alpha, rslora=bound.adapter.rslora),
+        planner=Fixed(partial(planned_training, bound), alpha=bound.adapter.alpha, rslora=bound.adapter.rslora),
         base={"name": "none", "digest": FOUNDATION.base, "parameters": FOUNDATION.parameters},
         target=peft.Target(base="none", revision=None, task="causal", fan_in_fan_out=False, saved_modules=()),
         fleet=dict.fromkeys(SITES, EXAMPLES),

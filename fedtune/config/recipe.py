@@ -80,7 +80,7 @@ class Recipe:
     """Folder of the recipe's file; relative paths in it are relative to this."""
 
 
-def wished_ratio(recipe: Recipe, client: str) -> float:
+def requested_ratio(recipe: Recipe, client: str) -> float:
     """Return the pruning ratio that the planner `fixed` asks of one client, after all overrides that cover it."""
     ratio = recipe.planner.ratio if isinstance(recipe.planner, FixedSettings) else 0.0
     for override in recipe.override:
@@ -89,13 +89,13 @@ def wished_ratio(recipe: Recipe, client: str) -> float:
     return ratio
 
 
-def planned(recipe: Recipe, client: str) -> tuple[int, Training]:
+def planned_training(recipe: Recipe, client: str) -> tuple[int, Training]:
     """Return one client's rank and training after all overrides that cover it."""
     rank, training = recipe.adapter.rank, recipe.client
     for override in recipe.override:
         if override.covers(client):
             rank = rank if override.rank is None else override.rank
-            training = changed(training, override.training)
+            training = with_changes(training, override.training)
     return rank, training
 
 
@@ -119,7 +119,7 @@ def largest_rank(recipe: Recipe) -> int:
     return max(ranks)
 
 
-def changed(training: Training, changes: Mapping[str, Any]) -> Training:
+def with_changes(training: Training, changes: Mapping[str, Any]) -> Training:
     """Return the training with some fields replaced; `steps` and `epochs` replace each other."""
     if "steps" in changes:
         training = replace(training, epochs=None)

@@ -33,7 +33,7 @@ def describe(annotation: Any) -> str:
     if origin is Annotated:
         return " ".join([describe(arguments[0]), *bounds(arguments[1:])])
     if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(quoted, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(quote, arguments))
     if origin in (Sequence, tuple, list):
         return f"a list, each item {describe(arguments[0])}"
     if origin in (Mapping, dict) or annotation not in (*NOUNS, type(None)):
@@ -82,11 +82,11 @@ def allows(annotation: Any, kind: type) -> bool:
     return annotation is kind
 
 
-def quoted(text: object) -> str:
+def quote(text: object) -> str:
     return f'"{text}"' if isinstance(text, str) else str(text)
 
 
-def shown(value: object) -> str:
+def display(value: object) -> str:
     """Return a value as a recipe would write it, shortened.
 
     >>> shown(True), shown("8"), shown({"a": 1})
@@ -97,7 +97,7 @@ def shown(value: object) -> str:
     if isinstance(value, Mapping):
         return "a table"
     if isinstance(value, list | tuple):
-        text = f"[{', '.join(map(shown, value))}]"
+        text = f"[{', '.join(map(display, value))}]"
     else:
         text = value.isoformat() if isinstance(value, datetime | date | time) else repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
@@ -112,7 +112,7 @@ def nearest(word: object, known: Iterable[str]) -> str | None:
     return by_lower[found[0]] if found else None
 
 
-def listed(words: Iterable[object], *, joint: str = "and") -> str:
+def join_words(words: Iterable[object], *, joint: str = "and") -> str:
     """Return `a, b and c`."""
     *rest, last = [str(word) for word in words]
     return f"{', '.join(rest)} {joint} {last}" if rest else last

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from fedtune.config.words import LONGEST, allows, choices, describe, listed, nearest, quoted, shown
+from fedtune.config.error_text import LONGEST, allows, choices, describe, display, join_words, nearest, quote
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_a_plain_type_is_found_inside_unions_and_annotations() -> None:
     ],
 )
 def test_a_value_is_shown_as_a_recipe_writes_it(value: object, text: str) -> None:
-    assert shown(value) == text
+    assert display(value) == text
 
 
 def test_a_long_value_is_cut() -> None:
-    text = shown("x" * 10_000)
+    text = display("x" * 10_000)
     assert len(text) == LONGEST + 3
     assert text.endswith("...")
 
@@ -78,10 +78,10 @@ def test_the_nearest_word_is_found_whatever_its_case() -> None:
 
 
 def test_only_text_is_quoted() -> None:
-    assert [quoted("a"), quoted(1)] == ['"a"', "1"]
+    assert [quote("a"), quote(1)] == ['"a"', "1"]
 
 
 def test_words_are_listed_with_a_joint_before_the_last() -> None:
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b", 3]) == "a, b and 3"
-    assert listed(["a", "b"], joint="or") == "a or b"
+    assert join_words(["a"]) == "a"
+    assert join_words(["a", "b", 3]) == "a, b and 3"
+    assert join_words(["a", "b"], joint="or") == "a or b"
