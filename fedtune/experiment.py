@@ -10,7 +10,10 @@ from functools import cached_property, partial
 from typing import Any
 
 from fedtune.base_checks import check_pruning, check_ranks
-from fedtune.client import perform
+from fedtune.client.perform import perform
+from fedtune.client.replica import Replicas
+from fedtune.client.site import load_site, simulated_site
+from fedtune.client.worker_process import devices_of, payload
 from fedtune.conduct import Scored, Setting, first_state
 from fedtune.config import Recipe, render
 from fedtune.config.recipe import largest_rank, resources
@@ -27,14 +30,11 @@ from fedtune.model.pruned_training import block_layout, with_pruned_model
 from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
-from fedtune.replica import Replicas
 from fedtune.rounds.transport import Transport
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.process_pool import ForkServer, ProcessPool
-from fedtune.site import opened, simulated
 from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
-from fedtune.worker import devices_of, payload
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def prepare(recipe: Recipe) -> Experiment:
     Raises:
         ConfigError: if a file, column, module or client that the recipe names does not exist, or a rank does not fit.
     """
-    federation, base = opened(recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root)
+    federation, base = load_site(recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root)
     names = list(federation.clients)
     faults = [
         Fault(
@@ -264,7 +264,7 @@ def ray(experiment: Experiment) -> AbstractContextManager[Transport]:
     recipe, number = experiment.recipe, min(workers(experiment), len(experiment.fleet))
     gpus = 0.0 if experiment.base.device.type == "cpu" else min(1.0, len(devices_of(experiment.base.device)) / number)
     return ray_transport(
-        client_app(partial(simulated, render(recipe))),
+        client_app(partial(simulated_site, render(recipe))),
         clients=len(experiment.fleet),
         workers=number,
         share=Share(threads=recipe.model.threads, gpus=gpus),

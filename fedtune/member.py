@@ -118,7 +118,7 @@ def take_part(
 
 
 def process(site: Path, tell: RecordEvent) -> ProcessTrainer:
-    command = [sys.executable, "-m", "fedtune.resident", str(site.resolve())]
+    command = [sys.executable, "-m", "fedtune.client.site_process", str(site.resolve())]
     return ProcessTrainer(command, died=lambda reason: tell("died", reason=reason))
 
 

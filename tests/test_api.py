@@ -152,7 +152,7 @@ def test_a_client_whose_loss_is_nan_is_left_out_by_name_and_the_run_goes_on(
     tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedtune import experiment
-    from fedtune.client import perform as honest
+    from fedtune.client.perform import perform as honest
     from fedtune.errors import ClientError
 
     def poisoned(base: Any, examples: Any, assignment: Any, **options: Any) -> Any:
@@ -180,7 +180,7 @@ def test_a_round_that_cannot_be_completed_leaves_the_rounds_before_it(
     tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedtune import experiment
-    from fedtune.client import perform as honest
+    from fedtune.client.perform import perform as honest
     from fedtune.errors import ClientError
 
     def tired(base: Any, examples: Any, assignment: Any, **options: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 from fedtune import conduct as conducting
 from fedtune import experiment
-from fedtune.client import perform
+from fedtune.client.perform import perform
 from fedtune.conduct import again, check_results, check_resumable, conduct
 from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError

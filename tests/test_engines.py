@@ -14,14 +14,15 @@ from typing import Any, Literal, TypeAlias
 import pytest
 
 import fedtune
-from fedtune import api, client, experiment, site
+from fedtune import api, experiment
+from fedtune.client import perform, site
+from fedtune.client.replica import Replicas
 from fedtune.conduct import rounds
 from fedtune.config import bind, render
 from fedtune.experiment import Experiment, prepare, setting, transport
 from fedtune.flower import shim
 from fedtune.flower.client_app import client_app
 from fedtune.messages import Assignment, ClientUpdate
-from fedtune.replica import Replicas
 from fedtune.rounds.loop import ClientFinished, Event, RoundStarted
 from fedtune.rounds.transport import Transport
 from fedtune.simulation.process_pool import ForkServer, ProcessPool
@@ -67,7 +68,7 @@ def chosen(name: Literal["inprocess", "processes", "ray"], workers: int) -> Engi
 @contextmanager
 def in_memory_grid(prepared: Experiment) -> Iterator[Transport]:
     """Give the Flower apps of all clients over a grid that hands out the last reply first."""
-    app = client_app(partial(site.simulated, render(prepared.recipe)))
+    app = client_app(partial(site.simulated_site, render(prepared.recipe)))
     nodes = {NODE + place: running(app, node_config={"partition-id": place}) for place in range(len(prepared.fleet))}
     grid = MemoryGrid(nodes)
     grid.order = lambda replies: replies[::-1]
@@ -76,7 +77,7 @@ def in_memory_grid(prepared: Experiment) -> Iterator[Transport]:
         yield over(grid, Clock(), expected=len(nodes))
     finally:
         shim.leave_task()
-        site.loaded.cache_clear()
+        site.cached_recipe.cache_clear()
 
 
 def played(experiments: Sequence[Experiment], engine: Engine) -> Sequence[Sequence[tuple[str, ...]]]:
@@ -214,7 +215,7 @@ def test_each_client_works_with_its_own_threads(
 
     def counted(base: Any, examples: Any, assignment: Assignment, *, threads: int, replicas: Replicas) -> ClientUpdate:
         found[assignment.plan.client, threads] += 1
-        return client.perform(base, examples, assignment, threads=threads, replicas=replicas)
+        return perform.perform(base, examples, assignment, threads=threads, replicas=replicas)
 
     monkeypatch.setattr(experiment, "perform", counted)
     monkeypatch.setattr(site, "perform", counted)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune import client
+from fedtune.client import perform as perform_module
 from fedtune.data.encode import Example
 from fedtune.lora.adapter import delta, unpack
 from fedtune.messages import Client, ClientUpdate, Training
@@ -25,7 +25,7 @@ from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.inprocess import InProcess
 from fedtune.tensors import Array
 
-perform = partial(client.perform, threads=1)
+perform = partial(perform_module.perform, threads=1)
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 TRAINING = Training(batch=2, learning_rate=0.02, steps=3)
 SIZES = {"ann": 3, "bob": 5, "cyd": 4}

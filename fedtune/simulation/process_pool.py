@@ -25,7 +25,7 @@ from fedtune.simulation.fork_server import receive, write_payload
 from fedtune.simulation.resources import Machine, Resources, next_start, start_order
 from fedtune.wire.codec import EncodedAssignment
 
-COMMAND = (sys.executable, "-P", "-m", "fedtune.worker")
+COMMAND = (sys.executable, "-P", "-m", "fedtune.client.worker_process")
 """What a nursery runs; -P because a file of the working directory must not stand in for a library's."""
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

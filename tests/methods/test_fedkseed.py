@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.client.replica import Replicas, restore
 from fedtune.directions import pro
 from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import INT32_LIMIT, displacement, headroom, perturb
@@ -27,7 +28,6 @@ from fedtune.methods.fedkseed import COARSE, METHOD, rounds_left
 from fedtune.methods.fedkseed_state import PROVISIONAL, FedKSeedSettings, FedKSeedState
 from fedtune.methods.method import LinearMethod
 from fedtune.methods.serialization import decode, digest, encode
-from fedtune.replica import Replicas, restored
 from fedtune.seeds import derive, generator
 from fedtune.store.seeds import kron_adapter
 from fedtune.tensors import Array
@@ -528,7 +528,7 @@ class Device:
         assert asked is not None
         if asked.state.round:
             self.forms.append((asked.state.form, asked.state.since))
-        return restored(
+        return restore(
             asked.state,
             bank=BANKS[asked.bank](asked.seeds, asked.key),
             exponent=asked.exponent,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune import client
+from fedtune.client import perform as perform_module
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError, ShapeError
 from fedtune.messages import OUT_OF_MEMORY, Assignment, ClientUpdate, Failure, Plan, Training
@@ -27,7 +27,7 @@ Loader = Callable[..., Base]
 Rows = Callable[[int], list[Example]]
 
 TRAINING = Training(batch=4, learning_rate=0.02, steps=6)
-perform = partial(client.perform, threads=1)
+perform = partial(perform_module.perform, threads=1)
 
 
 @pytest.fixture(params=["llama", "gpt2"])

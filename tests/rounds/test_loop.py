@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune.client.replica import Replicas, restore
 from fedtune.directions.bank import displacement
 from fedtune.directions.banks import BANKS
 from fedtune.directions.consistency import block_checks
@@ -28,7 +29,6 @@ from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.planner import ClientObservation
-from fedtune.replica import Replicas, restored
 from fedtune.rounds.clock import ClientTime, CompletedWork
 from fedtune.rounds.loop import ClientFinished, InterruptedRound, Note, NullJournal, RoundResult, RoundStarted, run
 from fedtune.rounds.schedule import Schedule
@@ -360,7 +360,7 @@ def probing(replicas: Replicas | None = None, told: list[str] | None = None, **c
         assert probe is not None
         if told is not None:
             told.append(f"{assignment.round} {probe.state.form} {probe.state.since}")
-        ledger = restored(
+        ledger = restore(
             probe.state,
             bank=BANKS[probe.bank](probe.seeds, probe.key),
             exponent=probe.exponent,

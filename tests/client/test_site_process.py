@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from fedtune import resident
+from fedtune.client import site_process
+from fedtune.client.site import from_file
 from fedtune.config import bind
 from fedtune.messages import Assignment, LocalAdapter, Plan, Training
-from fedtune.site import from_file
 from fedtune.wire.codec import decode_update, encode_assignment
 from fedtune.wire.profile import decode_profile
 from tests.cli.test_flower_server import site_files
@@ -29,7 +29,7 @@ def site(tmp_path: Path, tables: dict[str, Any]) -> Path:
 
 
 def test_a_profile_and_an_update_are_written_to_files(site: Path, tmp_path: Path) -> None:
-    assert resident.answered(str(site), {"do": "profile", "into": str(tmp_path / "profile")}) == {"done": True}
+    assert site_process.handle(str(site), {"do": "profile", "into": str(tmp_path / "profile")}) == {"done": True}
     contents = {path.name: path.read_bytes() for path in (tmp_path / "profile").iterdir()}
     profile = decode_profile(contents.pop("front"), contents)
     assert profile.client == "client-0"
@@ -37,7 +37,7 @@ def test_a_profile_and_an_update_are_written_to_files(site: Path, tmp_path: Path
     order = encode_assignment(Assignment("flora", round=1, seed=0, plan=plan, local=LocalAdapter(a_key=0)))
     (tmp_path / "front").write_bytes(order.header)
     request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
-    assert resident.answered(str(site), request) == {"done": True}
+    assert site_process.handle(str(site), request) == {"done": True}
     update = decode_update((tmp_path / "update").read_bytes(), client="client-0", limit_bytes=10**7)
     assert update.base == from_file(str(site)).base.digest
 
@@ -45,14 +45,14 @@ def test_a_profile_and_an_update_are_written_to_files(site: Path, tmp_path: Path
 def test_what_cannot_be_done_is_said_and_what_nobody_foresaw_keeps_its_text(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failed = resident.answered(str(tmp_path / "none.toml"), {"do": "profile", "into": str(tmp_path)})
+    failed = site_process.handle(str(tmp_path / "none.toml"), {"do": "profile", "into": str(tmp_path)})
     assert "none.toml" in failed["failed"]
 
     def broken(site: object, request: Mapping[str, Any]) -> None:
         raise ValueError("a row of the data: secret")
 
-    monkeypatch.setattr(resident, "do", broken)
-    failed = resident.answered(str(site), {"do": "profile", "into": str(tmp_path)})
+    monkeypatch.setattr(site_process, "run_request", broken)
+    failed = site_process.handle(str(site), {"do": "profile", "into": str(tmp_path)})
     assert failed == {"failed": "expected an answer; got ValueError; this site's own log says where"}
     assert "secret" in capsys.readouterr().err
 
@@ -62,7 +62,7 @@ def test_the_process_ends_when_the_one_that_started_it_has_gone(tmp_path: Path) 
     replies, theirs_out = os.pipe()
     their_life, life = os.pipe()
     given = (theirs, theirs_out, their_life)
-    command = [sys.executable, "-m", "fedtune.resident", str(tmp_path / "none.toml"), *map(str, given)]
+    command = [sys.executable, "-m", "fedtune.client.site_process", str(tmp_path / "none.toml"), *map(str, given)]
     process = subprocess.Popen(command, pass_fds=given)
     for descriptor in given:
         os.close(descriptor)

@@ -10,7 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedtune.client import perform
+from fedtune.client.perform import perform
+from fedtune.client.replica import Replicas
 from fedtune.config import Recipe, bind
 from fedtune.config.recipe import resources
 from fedtune.config.site import bind_site
@@ -25,7 +26,6 @@ from fedtune.model.base import Base, load, load_tokenizer, memory_bytes
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.pruning.structure import BlockLayout
-from fedtune.replica import Replicas
 from fedtune.wire.profile import ClientProfile, Device, ModelSpec
 
 
@@ -87,7 +87,7 @@ def from_file(path: str) -> Site:
         ConfigError: if the file, or anything that it names, is wrong.
     """
     settings = bind_site(Path(path))
-    federation, base = opened(
+    federation, base = load_site(
         settings.model, settings.adapter.settings, settings.data, seed=settings.seed, root=settings.root
     )
     shards = federation.clients
@@ -99,13 +99,13 @@ def from_file(path: str) -> Site:
     return Site(settings.name, base, shards[name].train, federation.labels, settings.model.threads)
 
 
-def simulated(recipe: str, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Site:
+def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Site:
     """Return the client of a recipe, in TOML or as a path, that a node of Flower's simulation engine stands for.
 
     Raises:
         ConfigError: if the recipe is wrong, or has fewer clients than there are nodes.
     """
-    bound, federation, base, replicas = loaded(recipe)
+    bound, federation, base, replicas = cached_recipe(recipe)
     names, place = sorted(federation.clients), int(node_config["partition-id"])
     if place >= len(names):
         raise ConfigError(
@@ -117,13 +117,13 @@ def simulated(recipe: str, node_config: Mapping[str, Any], run_config: Mapping[s
 
 
 @lru_cache(maxsize=1)
-def loaded(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
+def cached_recipe(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
     """Return a recipe with the data and the base that it names, loaded once per process, and what it remembers."""
     bound = bind(recipe)
-    return bound, *opened(bound.model, bound.adapter, bound.data, seed=bound.seed, root=bound.root), Replicas()
+    return bound, *load_site(bound.model, bound.adapter, bound.data, seed=bound.seed, root=bound.root), Replicas()
 
 
-def opened(
+def load_site(
     model: ModelSettings, adapter: AdapterSettings, data: DataSettings, *, seed: int, root: Path
 ) -> tuple[Federation, Base]:
     """Load data and base.

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune import client
+from fedtune.client import perform as perform_module
+from fedtune.client.replica import Replicas
 from fedtune.data.encode import Example
 from fedtune.directions import sampling
 from fedtune.directions.consistency import places
@@ -21,13 +22,12 @@ from fedtune.methods import fedkseed
 from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.replica import Replicas
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=4)
 
-perform = partial(client.perform, threads=1)
+perform = partial(perform_module.perform, threads=1)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune import site
+from fedtune.client import site
 from fedtune.config import bind, render
 from fedtune.errors import ClientError, ConfigError
 from fedtune.experiment import prepare
@@ -21,7 +21,7 @@ def forget() -> Iterator[None]:
     """Load anew in each test what a process keeps."""
     yield
     site.from_file.cache_clear()
-    site.loaded.cache_clear()
+    site.cached_recipe.cache_clear()
 
 
 def test_a_site_says_what_its_base_and_data_are(tmp_path: Path, tables: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ def test_a_simulated_client_holds_what_the_recipe_gives_it(tables: dict[str, Any
     recipe = bind(tables | {"override": [{"clients": ["client-1"], "threads": 2}]})
     experiment = prepare(recipe)
     for place, name in enumerate(sorted(experiment.fleet)):
-        found = site.simulated(render(recipe), {"partition-id": place}, {})
+        found = site.simulated_site(render(recipe), {"partition-id": place}, {})
         assert found.client == name
         assert found.threads == (2 if name == "client-1" else 1)
         expected = experiment.federation.clients[name].train
@@ -58,9 +58,9 @@ def test_base_and_data_are_loaded_once_per_process(
         loads.append(args)
         return load(*args, **more)
 
-    monkeypatch.setattr("fedtune.site.load", counted)
+    monkeypatch.setattr("fedtune.client.site.load", counted)
     text = render(bind(tables))
-    bases = {id(site.simulated(text, {"partition-id": place}, {}).base) for place in (0, 1, 2, 0)}
+    bases = {id(site.simulated_site(text, {"partition-id": place}, {}).base) for place in (0, 1, 2, 0)}
     assert (len(loads), len(bases)) == (1, 1)
     (path,) = site_files(tmp_path, tables, ("client-1",))
     assert site.from_file(str(path)) is site.from_file(str(path))
@@ -92,7 +92,7 @@ def test_examples_longer_than_the_base_are_refused(tables: dict[str, Any], tmp_p
     long.write_text('{"text": "' + "the dog sleeps " * 200 + '", "who": "client-0"}\n')
     text = render(bind(tables | {"data": tables["data"] | {"source": str(long), "max_tokens": 512}, "override": []}))
     with pytest.raises(ConfigError, match=r"data\.max_tokens: expected examples of at most 128 tokens"):
-        site.simulated(text, {"partition-id": 0}, {})
+        site.simulated_site(text, {"partition-id": 0}, {})
 
 
 def test_a_bundle_without_the_embedded_model_names_the_stub(
@@ -101,4 +101,4 @@ def test_a_bundle_without_the_embedded_model_names_the_stub(
     monkeypatch.setattr("fedtune.model.embedded.path", lambda: tmp_path)  # a folder of code alone
     text = render(bind(tables | {"model": {"base": "embedded"}}))
     with pytest.raises(ConfigError, match="run the app in server/superlink"):
-        site.simulated(text, {"partition-id": 0}, {})
+        site.simulated_site(text, {"partition-id": 0}, {})

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedtune.client.replica import Replicas, restore
 from fedtune.data.encode import Example
 from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import DirectionBank, displacement
@@ -30,7 +31,6 @@ from fedtune.model.lora import frozen, layers, read_local, start, with_adapters
 from fedtune.model.probe import measure
 from fedtune.model.train import Between, Trained, report_out_of_memory, train
 from fedtune.pruning.structure import LayerSlice, bitmap
-from fedtune.replica import Replicas, restored
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
@@ -59,18 +59,18 @@ def perform(
     """
     with libraries.threads(threads):
         if assignment.probe is not None:
-            return probed(base, examples, assignment, assignment.probe, replicas or Replicas())
-        return adapted(base, examples, assignment)
+            return measure_seeds(base, examples, assignment, assignment.probe, replicas or Replicas())
+        return train_adapter(base, examples, assignment)
 
 
-def probed(
+def measure_seeds(
     base: Base, examples: Sequence[Example], assignment: Assignment, probe: Probe, replicas: Replicas
 ) -> ClientUpdate:
     """Rebuild the model from the seeds, take steps along more of them, and return the scalars."""
     name, training = assignment.plan.client, assignment.plan.training
     bank = BANKS[probe.bank](probe.seeds, probe.key)
     answer = ClientUpdate(client=name, round=assignment.round, num_examples=len(examples), tensors={})
-    ledger = restored(
+    ledger = restore(
         probe.state,
         bank=bank,
         exponent=probe.exponent,
@@ -130,7 +130,7 @@ def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
     return rebuild_numba.displacement
 
 
-def adapted(base: Base, examples: Sequence[Example], assignment: Assignment) -> ClientUpdate:
+def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignment) -> ClientUpdate:
     name = assignment.plan.client
     if assignment.base and assignment.base != base.digest:
         raise ClientError(
@@ -139,13 +139,13 @@ def adapted(base: Base, examples: Sequence[Example], assignment: Assignment) -> 
         )
     with report_out_of_memory(name, assignment.plan.training.batch):
         if assignment.surgery is not None:
-            return operated(base, examples, assignment, assignment.surgery)
-        learned = trained(base, base, examples, assignment, {})
-    return answer(base, examples, assignment, learned, measured(learned.trained))
+            return train_pruned(base, examples, assignment, assignment.surgery)
+        learned = train_locally(base, base, examples, assignment, {})
+    return make_update(base, examples, assignment, learned, measured_of(learned.trained))
 
 
 @dataclass(frozen=True)
-class Learned:
+class LocalTraining:
     """What came of a training: the local adapter before and after, and whatever was looked at while it was attached."""
 
     initial: Adapter
@@ -155,7 +155,7 @@ class Learned:
     seen: Any = None
 
 
-def trained(
+def train_locally(
     base: Base,
     small: Base,
     examples: Sequence[Example],
@@ -164,7 +164,7 @@ def trained(
     *,
     between: Callable[[torch.nn.Module], Between | None] = lambda model: None,
     then: Callable[[torch.nn.Module], Any] | None = None,
-) -> Learned:
+) -> LocalTraining:
     """Train as an assignment asks, on a base that is pruned as `cut` says.
 
     Args:
@@ -206,11 +206,11 @@ def trained(
         parameters = dict(model.named_parameters())
         new_saved = {key: to_numpy(parameters[key]) for key in saved}
         seen = then(model) if then is not None else None
-    return Learned(initial, final, new_saved, done, seen)
+    return LocalTraining(initial, final, new_saved, done, seen)
 
 
-def answer(
-    base: Base, examples: Sequence[Example], assignment: Assignment, learned: Learned, measured: Measured
+def make_update(
+    base: Base, examples: Sequence[Example], assignment: Assignment, learned: LocalTraining, measured: Measured
 ) -> ClientUpdate:
     local, plan = assignment.local, assignment.plan
     return ClientUpdate(
@@ -224,7 +224,7 @@ def answer(
     )
 
 
-def operated(base: Base, examples: Sequence[Example], assignment: Assignment, surgery: Pruning) -> ClientUpdate:
+def train_pruned(base: Base, examples: Sequence[Example], assignment: Assignment, surgery: Pruning) -> ClientUpdate:
     """Measure the loss as received, make the model smaller, train, measure again, and score heads and channels.
 
     The loss before is taken at the ratio of the last participation, before surgery: taken after it, a client would be
@@ -266,7 +266,7 @@ def operated(base: Base, examples: Sequence[Example], assignment: Assignment, su
         return pruned_training.evaluation_loss(model, rows, base), found, tokens
 
     with pruned_training.with_pruned_model(base, parts.first, body) as small:
-        learned = trained(
+        learned = train_locally(
             base,
             small,
             examples,
@@ -283,7 +283,7 @@ def operated(base: Base, examples: Sequence[Example], assignment: Assignment, su
         pruned_training.cut_of(parts.last, body),
     )
     done = replace(
-        measured(learned.trained),
+        measured_of(learned.trained),
         seconds=time.perf_counter() - began,
         loss_before=loss_before,
         loss_after=loss_after,
@@ -295,7 +295,7 @@ def operated(base: Base, examples: Sequence[Example], assignment: Assignment, su
     elif settings.policy == "vote" and surgery.wanted:
         mask = pruned_training.vote(worth, parts.last, max(plan.ratio, settings.target), settings, body)
     return replace(
-        answer(base, examples, assignment, replace(learned, initial=last), done),
+        make_update(base, examples, assignment, replace(learned, initial=last), done),
         kept=parts.last.digest if parts.last else b"",
         mask=mask,
         scores=pruned_training.wire_scores(worth) if surgery.wanted and settings.policy == "nested" else {},
@@ -332,7 +332,7 @@ def tail_norms(model: torch.nn.Module, kept: int) -> Callable[[], torch.Tensor]:
     return tail
 
 
-def measured(trained: Trained) -> Measured:
+def measured_of(trained: Trained) -> Measured:
     return Measured(
         seconds=trained.seconds,
         peak_bytes=trained.peak_bytes,

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from fedtune.client import perform
+from fedtune.client.perform import perform
+from fedtune.client.replica import Replicas
 from fedtune.data import transfer
 from fedtune.data.encode import Example
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.model.base import Base, choose_device, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.replica import Replicas
 from fedtune.simulation.fork_server import PerformBytes, Prepared, serve
 
 
@@ -76,7 +76,7 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
     devices = devices_of(choose_device(model.device))
 
     def equip(place: int) -> PerformBytes:
-        resident, replicas = moved(base, torch.device(devices[place % len(devices)])), Replicas()
+        resident, replicas = base_on_device(base, torch.device(devices[place % len(devices)])), Replicas()
 
         def work(assignment: Assignment, threads: int) -> ClientUpdate:
             mine = examples[assignment.plan.client]
@@ -94,7 +94,7 @@ def devices_of(chosen: torch.device) -> tuple[str, ...]:
     return (str(chosen),)
 
 
-def moved(base: Base, device: torch.device) -> Base:
+def base_on_device(base: Base, device: torch.device) -> Base:
     """Return the base on a device, of which every worker has a copy of its own unless it is the CPU."""
     return base if device.type == "cpu" else replace(base, model=base.model.to(device), device=device)
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune import client
+from fedtune.client import perform as perform_module
+from fedtune.client.worker_process import devices_of, payload, prepare
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError, ConfigError
 from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
@@ -27,7 +28,6 @@ from fedtune.rounds.transport import Transport
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.process_pool import ForkServer, ProcessPool
 from fedtune.simulation.resources import Resources
-from fedtune.worker import devices_of, payload, prepare
 
 RANKS = {"ann": 2, "bob": 4, "cyd": 8}
 SIZES = {"ann": 3, "bob": 5, "cyd": 4}
@@ -96,7 +96,7 @@ def results(base: Base, transport: Transport, *, slow: bool = False, watch: Any 
 
 
 def inprocess(base: Base, **threads: int) -> InProcess:
-    work = {name: partial(client.perform, base, ROWS[name], threads=threads.get(name, 1)) for name in RANKS}
+    work = {name: partial(perform_module.perform, base, ROWS[name], threads=threads.get(name, 1)) for name in RANKS}
     return InProcess(FLEET, work)
 
 
@@ -114,7 +114,7 @@ def test_a_killed_worker_costs_its_clients_update_of_that_round(workers: int, ba
     def fail(assignment: Assignment) -> ClientUpdate:
         if assignment.round == 2:
             raise ClientError("killed")
-        return client.perform(base, ROWS["bob"], assignment, threads=1)
+        return perform_module.perform(base, ROWS["bob"], assignment, threads=1)
 
     pool = ProcessPool(nursery, FLEET, workers=workers, cores=2)
     rounds = []
@@ -167,7 +167,7 @@ def test_what_is_prepared_performs_as_the_client_does(model: ModelSettings, base
     method = METHODS["fedit"]
     plan = Plan("ann", 4, 2.0, Training(batch=2, learning_rate=0.02, steps=2))
     assignment = replace(method.assign(method.init(blueprint, method.settings()), 0, plan), base=base.digest)
-    here, there = client.perform(base, ROWS["ann"], assignment, threads=1), perform(assignment, 1)
+    here, there = perform_module.perform(base, ROWS["ann"], assignment, threads=1), perform(assignment, 1)
     assert here.tensors.keys() == there.tensors.keys()
     assert all(np.array_equal(here.tensors[name], there.tensors[name]) for name in here.tensors)
 
@@ -176,7 +176,9 @@ def test_what_is_prepared_performs_with_the_threads_of_the_order(
     model: ModelSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
-    monkeypatch.setattr("fedtune.worker.perform", lambda *arguments, threads, replicas: found.append(threads))
+    monkeypatch.setattr(
+        "fedtune.client.worker_process.perform", lambda *arguments, threads, replicas: found.append(threads)
+    )
     spec, parts = payload(model, ADAPTER, ROWS, root=Path(), seed=0)
     perform = prepare(spec, {name: memoryview(part) for name, part in parts.items()}).equip(0)
     plan = Plan("ann", 4, 2.0, Training(batch=2, learning_rate=0.02, steps=2))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune.client.replica import Replicas, restore
 from fedtune.directions import downlink
 from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import DirectionBank
@@ -15,7 +16,6 @@ from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import WireError
 from fedtune.messages import SeedState
-from fedtune.replica import Replicas, restored
 from fedtune.seeds import generator
 from fedtune.tensors import Array
 from tests.directions.vectors import SEED
@@ -69,7 +69,7 @@ def read(
     manifest: bytes = BASE,
     sampling: str = "uniform",
 ) -> SeedLedger | None:
-    return restored(state, bank=bank, exponent=exponent, manifest=manifest, sampling=sampling, replicas=replicas)
+    return restore(state, bank=bank, exponent=exponent, manifest=manifest, sampling=sampling, replicas=replicas)
 
 
 def arrives(state: SeedState, replicas: Replicas) -> bool:

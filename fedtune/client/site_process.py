@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedtune.client.site import Site, from_file
 from fedtune.errors import FedtuneError
 from fedtune.link.uploads import map_file
-from fedtune.site import Site, from_file
 from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import encode_profile
 
@@ -24,14 +24,14 @@ def main() -> None:
     threading.Thread(target=lambda: (os.read(life, 1), os._exit(0)), daemon=True).start()
     with os.fdopen(requests, "r") as lines, os.fdopen(replies, "w") as answers:
         for line in lines:
-            answers.write(json.dumps(answered(site, json.loads(line))) + "\n")
+            answers.write(json.dumps(handle(site, json.loads(line))) + "\n")
             answers.flush()
 
 
-def answered(site: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+def handle(site: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
     """Do what a request asks, and return what came of it."""
     try:
-        do(from_file(site), request)
+        run_request(from_file(site), request)
     except FedtuneError as error:
         return {"failed": str(error)}
     except Exception as error:  # what it says may quote data: only its type leaves the site
@@ -40,7 +40,7 @@ def answered(site: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"done": True}
 
 
-def do(site: Site, request: Mapping[str, Any]) -> None:
+def run_request(site: Site, request: Mapping[str, Any]) -> None:
     into = Path(request["into"])
     if request["do"] == "profile":
         profile = encode_profile(site.profile())

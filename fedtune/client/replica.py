@@ -41,7 +41,7 @@ class Replicas:
         return bank.name, bank.size, bank.key, manifest
 
 
-def restored(
+def restore(
     state: SeedState, *, bank: DirectionBank, exponent: int, manifest: bytes, sampling: str, replicas: Replicas
 ) -> SeedLedger | None:
     """Return the ledger that a message stands for, and keep it; None if what it refers to is not held, or another.
@@ -60,7 +60,9 @@ def restored(
     known = replicas.known(bank, manifest, state.since)
     if state.form != "whole" and known is None:
         return None
-    sums = read(state, known, partial(sampling_module.sample_ids, size=bank.size, sampling=sampling), bank.size)
+    sums = read_accumulators(
+        state, known, partial(sampling_module.sample_ids, size=bank.size, sampling=sampling), bank.size
+    )
     if len(sums) != bank.size or headroom(bank, np.clip(sums, -(2**31), 2**31 - 1)) < 0:
         raise WireError("accumulators: expected sums that fit into 32 bits; got larger ones")
     ledger = SeedLedger(bank, exponent, state.round, manifest, sums.astype(np.int32))
@@ -75,7 +77,7 @@ def restored(
     return ledger
 
 
-def read(state: SeedState, known: Array | None, draw: Callable[[int, int], Array], size: int) -> Array:
+def read_accumulators(state: SeedState, known: Array | None, draw: Callable[[int, int], Array], size: int) -> Array:
     if state.form == "whole":
         return downlink.decode_whole(state.data, size)
     assert known is not None  # the caller has looked
