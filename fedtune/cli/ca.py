@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli.entry import DebugOption, examples, reported
+from fedtune.cli.options import DebugOption, examples, report_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +31,7 @@ def init(
     debug: DebugOption = False,
 ) -> None:
     """Make a CA key, its certificate, the key that signs the roster, and an empty roster; keep the folder offline."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune.link.pki import authority
         from fedtune.link.pki.signing import fingerprint
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.entry import DebugOption, examples, reported
+from fedtune.cli.options import DebugOption, examples, report_errors
 from fedtune.cli.text import printable
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ def request(
     debug: DebugOption = False,
 ) -> None:
     """Make this party's keys, which stay here, and a request for the CA; again, to renew a certificate."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune.link.pki import enrollment
         from fedtune.link.pki.signing import fingerprint
         from fedtune.store.files import write_bytes
@@ -74,7 +74,7 @@ def sign(
     debug: DebugOption = False,
 ) -> None:
     """Put a party into the roster and give it a certificate, after its fingerprint has been compared."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune.errors import ConfigError, Fault
         from fedtune.link.pki import authority, enrollment, signing
         from fedtune.store.files import write_bytes
@@ -108,7 +108,7 @@ def accept(
     debug: DebugOption = False,
 ) -> None:
     """Install the certificate, the federation's anchors and the roster, checked against this party's keys."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune.link.pki import enrollment
         from fedtune.link.pki.identity import CA, ROOT, day
         from fedtune.link.pki.signing import fingerprint

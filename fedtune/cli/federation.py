@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.entry import DebugOption, JsonOption, RunArgument, SetOption, console, examples, reported
+from fedtune.cli.options import DebugOption, JsonOption, RunArgument, SetOption, console, examples, report_errors
 from fedtune.cli.text import printable, size
 
 AGAIN = 75
@@ -47,8 +47,8 @@ def serve(
     """Serve a recipe to the institutions of a federation: they dial in, train on their own data, and send updates."""
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("expected a RECIPE, or --resume RUN", param_hint="RECIPE")
-    with reported(debug), stopped_by_signals():
-        from fedtune.cli.told import teller
+    with report_errors(debug), stop_on_signals():
+        from fedtune.cli.event_log import event_writer
         from fedtune.config.link import bind_link
         from fedtune.coordinator import coordinate
         from fedtune.errors import RoundError
@@ -60,7 +60,7 @@ def serve(
         settings, root = bind_link(config, tuple(edits))
         bound = at_the_sites(str(source), overrides=overrides or ())
         run = resume if resume is not None else out or Path("runs") / bound.name
-        tell = teller(form(log))
+        tell = event_writer(form(log))
         try:
             summary = coordinate(bound, run, settings, root, resume=resume is not None, expect=expect, tell=tell)
         except RoundError as error:
@@ -88,9 +88,9 @@ def join(
     debug: DebugOption = False,
 ) -> None:
     """Take part in a federation: dial its server, train here on this site's data, and send what the policy allows."""
-    with reported(debug), stopped_by_signals():
+    with report_errors(debug), stop_on_signals():
         from fedtune import member
-        from fedtune.cli.told import teller
+        from fedtune.cli.event_log import event_writer
 
         if dry_run:
             shown = member.dry_run(site, server=server)
@@ -107,12 +107,12 @@ def join(
             return yes or (sys.stdin.isatty() and typer.confirm("Take part in this run?", err=True))
 
         with suppress(KeyboardInterrupt):
-            member.take_part(site, server=server, tell=teller(form(log)), agree=agree)
+            member.take_part(site, server=server, tell=event_writer(form(log)), agree=agree)
 
 
 def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Say how a served run stands: its rounds, and rounds, bytes and last error of each client; also while it runs."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune import standing
 
         found = standing.standing(run)
@@ -155,7 +155,7 @@ def audit(
     debug: DebugOption = False,
 ) -> None:
     """Print an audit log, after its chain of hashes has been verified: what was asked, sent, refused, and when."""
-    with reported(debug):
+    with report_errors(debug):
         import time
 
         from fedtune import standing
@@ -185,7 +185,7 @@ def form(text: str) -> Any:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Let SIGTERM end the block as Ctrl-C does; a second signal ends the process at once: the journal survives it."""
     signals = 0
 

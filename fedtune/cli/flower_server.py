@@ -20,7 +20,7 @@ from fedtune.store.run_directory import check_vacant
 RECIPE = "the recipe: TOML, or the absolute path of a file on the server's host"
 
 
-def run_recipe(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
+def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
     """Run the recipe that a run's configuration names, or go on with an earlier run of it.
 
     Raises:
@@ -28,21 +28,21 @@ def run_recipe(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
         RoundError: if too few clients came, or a round could not be completed.
         StoreError: if the run directory cannot be written or trusted.
     """
-    recipe = bound(text(run_config, "recipe", RECIPE))
+    recipe = bind_source(text(run_config, "recipe", RECIPE))
     resume = bare(str(run_config.get("resume") or ""))
     run = directory(str(run_config.get("store") or ""), resume or recipe.name)
     if resume:
         check_resumable(run, recipe)
     else:
         check_vacant(run)
-    transport = connect(expected=expected(recipe), least=recipe.rounds.min_clients, note=said)
+    transport = connect(expected=expected(recipe), least=recipe.rounds.min_clients, note=say)
     conducted = setting(recipe, transport, door="flower")
-    check_overrides(recipe, conducted.fleet, said)
+    check_overrides(recipe, conducted.fleet, say)
     summary = conduct(conducted, run, transport, resume=bool(resume), watch=tell)
-    said(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
+    say(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
 
 
-def bound(source: str) -> Recipe:
+def bind_source(source: str) -> Recipe:
     """Return the recipe of a source; one without a table `data` is whole here, for the data lie at the sites.
 
     Raises:
@@ -87,19 +87,19 @@ def tell(event: Event) -> None:
     """Print one line per event that matters; Flower streams it to whoever follows the run."""
     match event:
         case RoundStarted(1, _, cohort):
-            said(f"round 1 begins with {', '.join(cohort)}")
+            say(f"round 1 begins with {', '.join(cohort)}")
         case RoundFinished(record) if record["round"]:  # round 0 is the base, which nobody has updated
             used = sum(client["status"] == "ok" for client in record["clients"].values())
-            said(f"round {record['round']}: {used} of {len(record['cohort'])} updates")
+            say(f"round {record['round']}: {used} of {len(record['cohort'])} updates")
         case ClientFinished(round, Failure() as failure, _):
-            said(f"round {round}: {failure.client} {failure.kind}: {failure.reason}")
+            say(f"round {round}: {failure.client} {failure.kind}: {failure.reason}")
         case Note(text):
-            said(text)
+            say(text)
 
 
-def said(text: str) -> None:
+def say(text: str) -> None:
     """Print a line; what clients say in it is not obeyed by the terminal."""
     print(f"fedtune: {printable(text)}", flush=True)
 
 
-app = server_app(run_recipe)
+app = server_app(run_app)

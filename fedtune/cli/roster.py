@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.enroll import AuthorityOption, IdentityOption
-from fedtune.cli.entry import DebugOption, JsonOption, console, examples, reported
+from fedtune.cli.options import DebugOption, JsonOption, console, examples, report_errors
 from fedtune.cli.text import printable
 
 app = typer.Typer(
@@ -25,14 +25,14 @@ INSTALL = "next, at the server: fedtune roster install {path}; clients receive i
 
 
 @app.command("list", epilog=examples("fedtune roster list", "fedtune roster list --ca ca --json"))
-def listed(
+def list_parties(
     identity: IdentityOption = Path("identity"),
     ca: Annotated[Path | None, typer.Option("--ca", metavar="DIR", help="Look at the CA's own roster instead.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """List who is in the federation, as the newest roster here has it."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune.link.pki import authority
         from fedtune.link.pki.identity import ROOT, ROSTER, day, read_required, read_root_key
         from fedtune.link.pki.roster import decode
@@ -68,7 +68,7 @@ def revoke(
     debug: DebugOption = False,
 ) -> None:
     """Take a party out of the federation: nothing that it says counts once the server has the new roster."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune.link.pki import authority
 
         made = authority.revoke(ca, name, now=int(time.time()))
@@ -83,7 +83,7 @@ def renew(
     debug: DebugOption = False,
 ) -> None:
     """Sign the roster again before it expires."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune.link.pki import authority
         from fedtune.link.pki.identity import day
 
@@ -99,7 +99,7 @@ def install(
     debug: DebugOption = False,
 ) -> None:
     """Put a newer roster into an identity folder; a running server or client reads it within a second."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune.link.pki import enrollment
 
         data = enrollment.read_received(

@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict, UserConfig
 
 import fedtune
 from fedtune.cli import flower_client, flower_server
-from fedtune.cli.flower_server import bare, bound, directory, said, tell, text
+from fedtune.cli.flower_server import bare, bind_source, directory, say, tell, text
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, StoreError
 from fedtune.messages import Failure, Traffic
@@ -169,7 +169,7 @@ def test_the_server_loads_no_torch() -> None:
 @pytest.mark.parametrize("source", ["recipe.toml", "recipes/notes.toml", "../notes.toml"])
 def test_a_recipe_by_a_relative_path_is_refused(source: str) -> None:
     with pytest.raises(ConfigError, match=r"recipe: expected the recipe: TOML, or the absolute path.*write the path"):
-        bound(source)
+        bind_source(source)
 
 
 @pytest.mark.parametrize("resume", ["..", ".", "/srv/runs/tiny", "runs/tiny", "tiny/", "tiny\n"])
@@ -194,7 +194,7 @@ def test_an_override_that_covers_nobody_is_told(
 
 def test_no_text_of_a_client_is_obeyed_by_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     hostile = "\x1b[2J\r\u202e\x9b\nfedtune: finished"
-    said(hostile)
+    say(hostile)
     tell(Note(hostile))
     tell(ClientFinished(1, Failure("ann", hostile), Traffic()))
     lines = capsys.readouterr().out.split("\n")

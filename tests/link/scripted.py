@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.cli.federation import stopped_by_signals
-from fedtune.cli.told import teller
+from fedtune.cli.event_log import event_writer
+from fedtune.cli.federation import stop_on_signals
 from fedtune.link.uploads import map_file
 from fedtune.member import take_part
 from fedtune.messages import Assignment, ClientUpdate
@@ -67,8 +67,8 @@ class ScriptedTrainer:
 def main() -> None:
     """Take part with the site file that is named, training for so many seconds a round."""
     site = Path(sys.argv[1])
-    with stopped_by_signals():
-        end = take_part(site, tell=teller("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))
+    with stop_on_signals():
+        end = take_part(site, tell=event_writer("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))
     print(end)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import typer
 
-from fedtune.cli.entry import INTERRUPTED, USAGE, examples, reported
+from fedtune.cli.options import INTERRUPTED, USAGE, examples, report_errors
 from fedtune.errors import StoreError
 
 
@@ -22,12 +22,12 @@ def test_examples_are_a_list_at_the_end_of_the_help() -> None:
 def test_an_error_is_one_line_and_a_status(
     error: BaseException, status: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(typer.Exit) as ended, reported(debug=False):
+    with pytest.raises(typer.Exit) as ended, report_errors(debug=False):
         raise error
     assert ended.value.exit_code == status
     assert capsys.readouterr().err == f"{text}\n"
 
 
 def test_debug_lets_everything_through() -> None:
-    with pytest.raises(StoreError), reported(debug=True):
+    with pytest.raises(StoreError), report_errors(debug=True):
         raise StoreError("disk: full")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import json
 
-from fedtune.cli.told import QUIET, TEXTS, human, teller
+from fedtune.cli.event_log import QUIET, TEXTS, event_writer, human
 
 
 def test_sizes_times_and_digests_are_for_people() -> None:
@@ -34,7 +34,7 @@ def test_a_site_speaks_of_itself() -> None:
 def test_each_event_is_one_line() -> None:
     for form, expected in (("text", "00:00:01 stopped\n"), ("json", None)):
         out = io.StringIO()
-        tell = teller(form, out, now=lambda: 1.0)  # type: ignore[arg-type]
+        tell = event_writer(form, out, now=lambda: 1.0)  # type: ignore[arg-type]
         tell("asked", client="anna", bytes=3)
         tell("stopped")
         if expected is not None:

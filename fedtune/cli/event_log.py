@@ -47,7 +47,7 @@ QUIET = frozenset({"receipt"})
 """Told to a person only when something is wrong."""
 
 
-class Written:
+class JsonWriter:
     """A number that can be formatted as a size or a time, and a text that is made printable."""
 
     def __init__(self, value: int | str) -> None:
@@ -68,13 +68,13 @@ def human(kind: str, fields: Mapping[str, int | str]) -> str:
     text = TEXTS.get(kind)
     if text is None or (kind in QUIET and fields.get("verdict") in ("ACCEPTED", "NOTED")):
         return ""
-    known = {name: Written(value) for name, value in fields.items()}
+    known = {name: JsonWriter(value) for name, value in fields.items()}
     for name in ("client", "reason"):
-        known.setdefault(name, Written("this site" if name == "client" else ""))
+        known.setdefault(name, JsonWriter("this site" if name == "client" else ""))
     return " ".join(text.format_map(known).split())
 
 
-def teller(form: Form, file: TextIO | None = None, *, now: Callable[[], float] = time.time) -> RecordEvent:
+def event_writer(form: Form, file: TextIO | None = None, *, now: Callable[[], float] = time.time) -> RecordEvent:
     """Return what writes each event to a file, standard error without one."""
     out = file if file is not None else sys.stderr
 

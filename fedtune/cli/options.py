@@ -38,7 +38,7 @@ def console(file: Any) -> Any:
 
 
 @contextmanager
-def reported(debug: bool) -> Iterator[None]:
+def report_errors(debug: bool) -> Iterator[None]:
     """Turn every error that the user can mend into one message on stderr and an exit status, without a traceback."""
     from fedtune.errors import FedtuneError
 
@@ -48,7 +48,7 @@ def reported(debug: bool) -> Iterator[None]:
     try:
         yield
     except FedtuneError as error:
-        typer.echo(f"fedtune: {printed(str(error))}", err=True)
+        typer.echo(f"fedtune: {print_line(str(error))}", err=True)
         raise typer.Exit(USAGE) from None
     except BrokenPipeError:
         # Whoever read our output has left; Python would complain once more when it closes stdout.
@@ -56,14 +56,14 @@ def reported(debug: bool) -> Iterator[None]:
         raise typer.Exit(1) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"fedtune: {printed(where + (error.strerror or str(error)))}; --debug shows where", err=True)
+        typer.echo(f"fedtune: {print_line(where + (error.strerror or str(error)))}; --debug shows where", err=True)
         raise typer.Exit(USAGE) from None
     except KeyboardInterrupt:
         typer.echo("fedtune: stopped by Ctrl-C", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
-def printed(text: str) -> str:
+def print_line(text: str) -> str:
     from fedtune.cli.text import printable
 
     return printable(text, lines=True)
