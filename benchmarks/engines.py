@@ -340,15 +340,15 @@ def start(engine: str, folder: Path) -> Mapping[str, float]:
     bound = recipe(folder, base="embedded", engine=engine, clients=1, tokens=16)
     with nursery_of(engine) as nursery:
         # Loaded only now, as in a run, while the nursery imports the same: this process needs a base of its own.
-        from fedtune.conduct import rounds
-        from fedtune.experiment import prepare, setting, transport
+        from fedtune.runs.local import prepare, run_context, transport
+        from fedtune.runs.runner import run_rounds_of
 
         experiment = prepare(bound)
         here = time.perf_counter() - began
         with transport(experiment, nursery) as started:
             started.clients()
             ready = time.perf_counter() - began
-            list(rounds(setting(experiment), started))
+            list(run_rounds_of(run_context(experiment), started))
             updated = time.perf_counter() - began
     return {name: round(each, 3) for name, each in (("here_s", here), ("ready_s", ready), ("first_update_s", updated))}
 
@@ -377,8 +377,8 @@ def build(folder: Path) -> None:
 
 def memory(engine: str, folder: Path, workers: int, tokens: int) -> Mapping[str, Any]:
     """Return the peak megabytes of a run whose four clients train: of the engine's processes, and with this one."""
-    from fedtune.conduct import rounds
-    from fedtune.experiment import prepare, setting, transport
+    from fedtune.runs.local import prepare, run_context, transport
+    from fedtune.runs.runner import run_rounds_of
 
     bound = recipe(folder, base=str(folder), engine=engine, clients=4, tokens=tokens)
     experiment = prepare(replace(bound, engine=replace(bound.engine, workers=workers)))
@@ -386,7 +386,7 @@ def memory(engine: str, folder: Path, workers: int, tokens: int) -> Mapping[str,
         if nursery:  # a core for each worker: on a machine that has fewer, some would never be at work
             started = ProcessPool(nursery, started.clients(), workers=workers, cores=workers)
         with sampled() as samples:
-            list(rounds(setting(experiment), started))
+            list(run_rounds_of(run_context(experiment), started))
     peak = max(samples, key=lambda sample: sum(sample.values()))
     here = peak.pop(os.getpid())
     tensors = sum(parameter.numel() * parameter.element_size() for parameter in experiment.base.model.parameters())

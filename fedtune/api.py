@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, bind
-from fedtune.demo import recipe_text, write_data
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
-from fedtune.exports import check_base, open_run
 from fedtune.methods.method import GlobalModel
 from fedtune.rounds.loop import Note, Watch
+from fedtune.runs.demo import recipe_text, write_data
+from fedtune.runs.export import check_base, open_run
 from fedtune.simulation.process_pool import ForkServer
 from fedtune.store import result
 from fedtune.store import verify as verify_module
@@ -76,7 +76,7 @@ def simulate(
         raise ConfigError(Fault("recipe", "a recipe, or a run to resume", "neither"))
     bound = bound_of(recipe, overrides)
     with nursery_of(bound) as nursery:
-        from fedtune.experiment import prepare
+        from fedtune.runs.local import prepare
 
         experiment = prepare(bound)
         path = check_vacant(Path(out) if out is not None else Path("runs") / bound.name, fresh=fresh)
@@ -109,12 +109,12 @@ def _resume(
     overrides: Sequence[str],
     watch: Watch,
 ) -> Run:
-    from fedtune.conduct import check_resumable
+    from fedtune.runs.runner import check_resumable
 
     bound = bound_of(recipe_of(path) if recipe is None else recipe, overrides)
     check_resumable(path, bound)
     with nursery_of(bound) as nursery:
-        from fedtune.experiment import prepare
+        from fedtune.runs.local import prepare
 
         experiment = prepare(bound)
         return _conduct(experiment, path, nursery, watch, resume=True)
@@ -126,15 +126,15 @@ def demo(*, out: str | Path | None = None, watch: Watch = lambda event: None) ->
     write_data(path / "data")
     write_recipe(path, recipe_text())
     bound = bind(path / "recipe.toml")
-    from fedtune.experiment import prepare
+    from fedtune.runs.local import prepare
 
     experiment = prepare(bound)
     return _conduct(experiment, path, None, watch)
 
 
 def _conduct(experiment: Any, path: Path, nursery: ForkServer | None, watch: Watch, *, resume: bool = False) -> Run:
-    from fedtune.conduct import conduct
-    from fedtune.experiment import setting, transport
+    from fedtune.runs.local import run_context, transport
+    from fedtune.runs.runner import run_recipe
 
     settings = experiment.recipe.report
 
@@ -144,7 +144,7 @@ def _conduct(experiment: Any, path: Path, nursery: ForkServer | None, watch: Wat
 
     try:
         with transport(experiment, nursery) as engine:
-            summary = conduct(setting(experiment), path, engine, resume=resume, watch=watch)
+            summary = run_recipe(run_context(experiment), path, engine, resume=resume, watch=watch)
     except (KeyboardInterrupt, FedtuneError):
         with suppress(FedtuneError):  # what stopped the run is told, not what came of it
             if (path / "summary.json").exists():
@@ -177,7 +177,7 @@ def evaluate(
     if data is not None:
         bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve())))
     bound = replace(bound, evaluate=replace(bound.evaluate, examples=examples))
-    from fedtune.experiment import prepare, score
+    from fedtune.runs.local import prepare, score
 
     experiment = prepare(bound)
     check_base(experiment.base.digest, origin, path)
@@ -223,7 +223,7 @@ def verify(run: str | Path) -> Verified:
     Raises:
         StoreError: naming the first thing that is missing, damaged or was changed.
     """
-    from fedtune.conduct import check_results
+    from fedtune.runs.runner import check_results
 
     path = Path(run)
     check_run(path)

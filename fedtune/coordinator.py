@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fedtune.conduct import check_resumable, conduct
 from fedtune.config import Recipe, render
 from fedtune.flower.link_grid import LinkGrid
 from fedtune.flower.server_app import Connect, Scalar, server_app
@@ -27,6 +26,7 @@ from fedtune.link.settings import LinkSettings
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, LocalAdapter, Plan, Training
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.runs.runner import check_resumable, run_recipe
 from fedtune.serving import check_overrides, expected, setting
 from fedtune.store import journal
 from fedtune.store.files import store_errors, write_text
@@ -111,7 +111,7 @@ def coordinate(
             hub.limit = lambda front: most(front, conducted.blueprint)
             check_overrides(recipe, conducted.fleet, lambda text: told("note", text=text))
             summary.update(
-                conduct(conducted, run, transport, resume=resume, watch=lambda event: follow(hub, told, event))
+                run_recipe(conducted, run, transport, resume=resume, watch=lambda event: follow(hub, told, event))
             )
 
         grid = LinkGrid(hub)

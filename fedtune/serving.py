@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from fedtune.base_checks import check_pruning, check_ranks
-from fedtune.conduct import Door, Setting, first_state
 from fedtune.config import Recipe, bind
 from fedtune.config.reading import read
 from fedtune.config.recipe import largest_rank
 from fedtune.devices.measured_clock import MeasuredClock
 from fedtune.errors import ConfigError, Fault
-from fedtune.fleet import fleet_of
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.messages import Blueprint
 from fedtune.methods import METHODS
+from fedtune.runs.base_checks import check_pruning, check_ranks
+from fedtune.runs.fleet import fleet_of
+from fedtune.runs.runner import Door, RunContext, first_state
 from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
 from fedtune.store.run_journal import RunJournal
@@ -45,7 +45,7 @@ def setting(
     *,
     door: Door,
     opened: Callable[[RunJournal], None] = lambda ledger: None,
-) -> Setting:
+) -> RunContext:
     """Return what the run is conducted over: what the clients have in common stands for a model that is not here."""
     common, profiles = transport.foundation, transport.profiles
     check_ranks(recipe, common.modules)
@@ -75,7 +75,7 @@ def setting(
     devices = fleet_of(replace(recipe, fleet=None), list(profiles), blueprint, parameters=common.parameters)
     check_pruning(blueprint)
     first_state(recipe, blueprint)  # what the method refuses of the base it refuses now
-    return Setting(
+    return RunContext(
         recipe=recipe,
         blueprint=blueprint,
         planner=devices.planner(blueprint),

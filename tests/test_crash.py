@@ -23,14 +23,14 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import pytest
 
-from fedtune import conduct as conducting
-from fedtune.conduct import Setting, check_results
 from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, Training
 from fedtune.planning.fixed import Fixed
 from fedtune.rounds.loop import Event, RoundFinished
 from fedtune.rounds.transport import Answer, Reply, Rule
+from fedtune.runs import runner as conducting
+from fedtune.runs.runner import RunContext, check_results
 from fedtune.seeds import derive, generator
 from fedtune.store import files, peft
 from fedtune.store.blobs import Blobs
@@ -55,11 +55,11 @@ RECIPE = {
 
 
 @cache
-def setting(rounds: int = ROUNDS) -> Setting:
+def setting(rounds: int = ROUNDS) -> RunContext:
     """Neither model nor data: clients are scripted, and nothing is scored."""
     recipe = bind({**RECIPE, "rounds": {"count": rounds, "cohort": 4}})
     training = Training(batch=1, learning_rate=0.1, steps=1)
-    return Setting(
+    return RunContext(
         recipe=recipe,
         blueprint=BLUEPRINT,
         planner=Fixed(lambda name: (2, training), alpha="2r", rslora=False),
@@ -114,7 +114,7 @@ def conduct(run: Path, reported: list[int] | None = None, rounds: int = ROUNDS) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conducting, "RunLedger", SimpleNamespace(**ledgers))
         patch.setattr(conducting, "versions", dict)  # to look them up takes longer than a round
-        conducting.conduct(setting(rounds), run, Scripted(), resume=True, watch=watch)
+        conducting.run_recipe(setting(rounds), run, Scripted(), resume=True, watch=watch)
 
 
 @dataclass(frozen=True)

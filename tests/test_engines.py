@@ -14,17 +14,18 @@ from typing import Any, Literal, TypeAlias
 import pytest
 
 import fedtune
-from fedtune import api, experiment
+from fedtune import api
 from fedtune.client import perform, site
 from fedtune.client.replica import Replicas
-from fedtune.conduct import rounds
 from fedtune.config import bind, render
-from fedtune.experiment import Experiment, prepare, setting, transport
 from fedtune.flower import shim
 from fedtune.flower.client_app import client_app
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.rounds.loop import ClientFinished, Event, RoundStarted
 from fedtune.rounds.transport import Transport
+from fedtune.runs import local
+from fedtune.runs.local import Experiment, prepare, run_context, transport
+from fedtune.runs.runner import run_rounds_of
 from fedtune.simulation.process_pool import ForkServer, ProcessPool
 from fedtune.simulation.resources import Resources
 from fedtune.store import peft
@@ -88,7 +89,8 @@ def played(experiments: Sequence[Experiment], engine: Engine) -> Sequence[Sequen
     """
     with engine(experiments[0]) as started:
         return [
-            [(result.digest, *result.outcomes) for result in rounds(setting(each), started)] for each in experiments
+            [(result.digest, *result.outcomes) for result in run_rounds_of(run_context(each), started)]
+            for each in experiments
         ]
 
 
@@ -119,7 +121,7 @@ def test_pruned_clients_come_to_the_same_bits_and_the_same_choices(engine: Engin
                     result.clock_s,
                     *((n, a.plan.ratio, a.plan.rank) for n, a in result.assignments.items()),
                 )
-                for result in rounds(setting(prepared), started)
+                for result in run_rounds_of(run_context(prepared), started)
             ]
 
     expected = choices(chosen("inprocess", 1))
@@ -217,7 +219,7 @@ def test_each_client_works_with_its_own_threads(
         found[assignment.plan.client, threads] += 1
         return perform.perform(base, examples, assignment, threads=threads, replicas=replicas)
 
-    monkeypatch.setattr(experiment, "perform", counted)
+    monkeypatch.setattr(local, "perform", counted)
     monkeypatch.setattr(site, "perform", counted)
     played([uneven], engine)
     assert found == {("client-0", 1): 1, ("client-1", 2): 1, ("client-2", 3): 1}

@@ -44,7 +44,7 @@ def test_a_simulation_killed_at_fifty_random_moments_ends_in_the_same_bytes(
 def main(folder: Path, kills: int) -> None:
     """Kill runs until there were so many kills, letting each run go on until it is finished, and count."""
     from fedtune.config import bind
-    from fedtune.experiment import prepare
+    from fedtune.runs.local import prepare
     from fedtune.seeds import generator
 
     prepared = prepare(bind(json.loads((folder / "recipe.json").read_text())))
@@ -71,8 +71,8 @@ def main(folder: Path, kills: int) -> None:
 
 def started(prepared: Any, run: Path) -> int:
     """Return the process id of a fork that conducts a run, or goes on with it."""
-    from fedtune.conduct import conduct
-    from fedtune.experiment import setting, transport
+    from fedtune.runs.local import run_context, transport
+    from fedtune.runs.runner import run_recipe
 
     if pid := os.fork():
         return pid
@@ -80,7 +80,7 @@ def started(prepared: Any, run: Path) -> int:
     try:
         run.mkdir(exist_ok=True)
         with transport(prepared) as engine:
-            conduct(setting(prepared), run, engine, resume=has_begun(run), watch=lambda event: None)
+            run_recipe(run_context(prepared), run, engine, resume=has_begun(run), watch=lambda event: None)
         status = 0
     finally:
         if status:

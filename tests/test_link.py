@@ -150,18 +150,18 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
     """Return the digest of the state that the recipe comes to in one process."""
     from functools import partial
 
-    from fedtune.conduct import Setting, rounds
     from fedtune.config import planned_training
     from fedtune.config.recipe import largest_rank
     from fedtune.messages import Blueprint, Client
     from fedtune.planning.fixed import Fixed
+    from fedtune.runs.runner import RunContext, run_rounds_of
     from fedtune.serving import at_the_sites
     from fedtune.simulation.inprocess import InProcess
     from fedtune.store import peft
 
     bound = at_the_sites(recipe)
     blueprint = Blueprint(FOUNDATION.modules, {}, max_rank=largest_rank(bound), seed=bound.seed)
-    setting = Setting(
+    setting = RunContext(
         recipe=bound,
         blueprint=blueprint,
         planner=Fixed(partial(planned_training, bound), alpha=bound.adapter.alpha, rslora=bound.adapter.rslora),
@@ -171,7 +171,7 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
         machine={},
     )
     engine = InProcess([Client(name, EXAMPLES) for name in SITES], dict.fromkeys(SITES, work))
-    *_, last = rounds(setting, engine)
+    *_, last = run_rounds_of(setting, engine)
     return last.digest
 
 

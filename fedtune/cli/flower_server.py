@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedtune.cli.text import printable
-from fedtune.conduct import check_resumable, conduct
 from fedtune.config import Recipe
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.messages import Failure
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.runs.runner import check_resumable, run_recipe
 from fedtune.serving import at_the_sites, check_overrides, expected, setting
 from fedtune.store.run_directory import check_vacant
 
@@ -38,7 +38,7 @@ def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
     transport = connect(expected=expected(recipe), least=recipe.rounds.min_clients, note=say)
     conducted = setting(recipe, transport, door="flower")
     check_overrides(recipe, conducted.fleet, say)
-    summary = conduct(conducted, run, transport, resume=bool(resume), watch=tell)
+    summary = run_recipe(conducted, run, transport, resume=bool(resume), watch=tell)
     say(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
 
 

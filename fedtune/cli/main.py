@@ -146,15 +146,16 @@ def evaluate(
     pass, and each client's held-out rows in the structure that it trained.
     """
     with report_errors(debug):
-        from fedtune import api, pruned
+        from fedtune import api
         from fedtune.cli.summary import client_views, comparison, views
+        from fedtune.runs import deploy as deploy_module
 
         scores: dict[str, Any] = dict(api.evaluate(run, data=data, examples=examples))
-        if data is None and pruned.pruned_by_one_order(run):
+        if data is None and deploy_module.pruned_by_one_order(run):
             scores["views"] = run_with_progress(
                 "evaluate",
                 True,
-                lambda watch: pruned.views(run, ratios=ratio or None, examples=examples, watch=watch),
+                lambda watch: deploy_module.views(run, ratios=ratio or None, examples=examples, watch=watch),
             )
         elif ratio:
             got = "--data" if data is not None else "a run without [pruning], or with the policy local"
@@ -217,20 +218,21 @@ def export(
     if deploy and (form is not None or max_rank is not None):
         raise typer.BadParameter("expected neither --form nor --max-rank beside it", param_hint="--deploy")
     with report_errors(debug):
-        from fedtune import exports, pruned
+        from fedtune.runs import deploy as deploy_module
+        from fedtune.runs import export as export_module
 
         if deploy:
             written = run_with_progress(
                 "export",
                 True,
-                lambda watch: pruned.deploy(run, out=out, ratios=ratio or None, dtype=dtype, watch=watch),
+                lambda watch: deploy_module.deploy(run, out=out, ratios=ratio or None, dtype=dtype, watch=watch),
             )
             typer.echo(written)
             return
         folder = run_with_progress(
             "export",
             True,
-            lambda watch: exports.export(run, form=form, out=out, max_rank=max_rank, dtype=dtype, watch=watch),
+            lambda watch: export_module.export(run, form=form, out=out, max_rank=max_rank, dtype=dtype, watch=watch),
         )
         typer.echo(folder)
 
@@ -261,9 +263,9 @@ def replay(
 ) -> None:
     """Rebuild a model tuned by FedKSeed from its base and a seed ledger of 16 kB, to the bit, on any machine."""
     with report_errors(debug):
-        from fedtune import exports
+        from fedtune.runs import export as export_module
 
-        done = exports.replay(base, ledger, out=out, trainable=trainable or ())
+        done = export_module.replay(base, ledger, out=out, trainable=trainable or ())
         told = {"base": done.base, "state": done.state, "weights": done.weights}
         told |= {"path": str(done.path)} if done.path else {}
         if as_json:
@@ -325,8 +327,8 @@ def parse_seeds(text: str | None) -> Sequence[int] | None:
 
 def write_demo(path: Path) -> None:
     """Write the demo's recipe, and its data beside it; an existing file is left alone."""
-    from fedtune.demo import recipe_text, write_data
     from fedtune.errors import StoreError
+    from fedtune.runs.demo import recipe_text, write_data
     from fedtune.store.files import store_errors, write_text
 
     if path.exists():

@@ -10,9 +10,9 @@ import pytest
 from fedtune.client import site
 from fedtune.config import bind, render
 from fedtune.errors import ClientError, ConfigError
-from fedtune.experiment import prepare
 from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.model.base import Base, load
+from fedtune.runs.local import prepare
 from tests.cli.test_flower_server import site_files
 
 

@@ -10,7 +10,6 @@ from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 from fedtune.client.site import simulated_site
 from fedtune.config import bind, render
 from fedtune.errors import ClientError
-from fedtune.experiment import Experiment, prepare, transport
 from fedtune.flower.client_app import Scalar, Site, client_app
 from fedtune.flower.grid_transport import HELLO
 from fedtune.flower.records import ERROR, HEADER, TENSORS
@@ -18,6 +17,7 @@ from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
 from fedtune.rounds.loop import run
 from fedtune.rounds.transport import Transport
+from fedtune.runs.local import Experiment, prepare, transport
 from fedtune.wire.profile import ClientProfile, decode_profile
 from tests.flower.conftest import NODE, Clock, MemoryGrid, orders, over, profile, running
 

@@ -32,16 +32,16 @@ from fedtune.store.run_directory import append_round, read_rounds, write_recipe,
 from fedtune.store.run_journal import GROUP_S, RunJournal
 
 Door: TypeAlias = Literal["simulate", "flower", "link"]
-PUT_BACK = "put back a copy of the run directory, or start the run again"
-REWRITE = "write it again with fedtune simulate --resume"
-FEW = 20
+RESTORE_ADVICE = "put back a copy of the run directory, or start the run again"
+REWRITE_ADVICE = "write it again with fedtune simulate --resume"
+FEW_ROUNDS_LEFT = 20
 """Rounds left from which on they are told."""
 VERSIONS = ("fedtune", "numpy", "torch", "transformers", "peft", "flwr")
 """Packages whose versions a run notes: another one may change the last bits."""
 
 
 @dataclass(frozen=True)
-class Scored:
+class ModelScores:
     """Scores of one global model; none where there is no model or nothing to score."""
 
     test: Mapping[str, float] | None = None
@@ -50,13 +50,13 @@ class Scored:
     """Of the same model pruned to what is deployed, on the test data."""
 
 
-def unscored(tuned: GlobalModel, *, test: bool, clients: bool, keep: ModelStructure | None = None) -> Scored:
+def no_scores(tuned: GlobalModel, *, test: bool, clients: bool, keep: ModelStructure | None = None) -> ModelScores:
     """Score nothing: a server holds neither model nor data."""
-    return Scored()
+    return ModelScores()
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What a run is conducted over: the recipe, and what is known of base, fleet and machine."""
 
     recipe: Recipe
@@ -73,7 +73,7 @@ class Setting:
     labels: Sequence[str] = ()
     """Classification: the class names, by class."""
     notes: Sequence[str] = ()
-    score: Callable[..., Scored] = unscored
+    score: Callable[..., ModelScores] = no_scores
     sample: Callable[[GlobalModel], Mapping[str, str] | None] = lambda tuned: None
     """Continues the recipe's prompt before and after."""
     door: Door = "simulate"
@@ -99,8 +99,8 @@ class Setting:
         }
 
 
-def conduct(
-    setting: Setting, run: Path, transport: Transport, *, resume: bool = False, watch: Watch
+def run_recipe(
+    setting: RunContext, run: Path, transport: Transport, *, resume: bool = False, watch: Watch
 ) -> Mapping[str, Any]:
     """Run the rounds, or those that are left, record each of them in the run directory, and return the summary.
 
@@ -122,7 +122,7 @@ def conduct(
     opening = RunJournal.reopen if going_on else RunJournal.create
     with opening(run, group_s=group_s) as ledger:
         # Everything that may be refused comes before anything of the run is changed.
-        lines, state = held(setting, run, ledger, watch) if going_on else ([], None)
+        lines, state = load_resumed(setting, run, ledger, watch) if going_on else ([], None)
         write_recipe(run, render(setting.recipe))
         ledger.begin(setting.inputs)
         setting.opened(ledger)
@@ -141,10 +141,12 @@ def conduct(
                 watch(RoundFinished(lines[-1]))
             elif lines[-1]["round"] == setting.recipe.rounds.count:
                 watch(Note(f"nothing is left to do up to round {lines[-1]['round']}; set rounds.count for more"))
-            for played in rounds(setting, transport, ledger=ledger, start=state, lines=tuple(lines), watch=watch):
+            for played in run_rounds_of(
+                setting, transport, ledger=ledger, start=state, lines=tuple(lines), watch=watch
+            ):
                 lines.append(record_round(setting, run, played, lines))
                 watch(RoundFinished(lines[-1]))
-                if (left := lines[-1].get("figures", {}).get("rounds_left", FEW + 1)) <= FEW:
+                if (left := lines[-1].get("figures", {}).get("rounds_left", FEW_ROUNDS_LEFT + 1)) <= FEW_ROUNDS_LEFT:
                     watch(Note(f"sums of 32 bits have room for {left} more rounds in the worst case"))
         except (KeyboardInterrupt, FedtuneError) as stop:
             reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop)
@@ -153,14 +155,16 @@ def conduct(
                     close(reason)
             done = f"after round {lines[-1]['round']}" if lines else "before its first round"
             final = isinstance(stop, RoundError) and stop.final
-            watch(Note(f"stopped {done}" + ("" if final else f"; go on with: {again(setting.door, run)}")))
+            watch(Note(f"stopped {done}" + ("" if final else f"; go on with: {resume_command(setting.door, run)}")))
             raise
         told = close("")
         ledger.finish(lines[-1]["round"])
         return told
 
 
-def held(setting: Setting, run: Path, ledger: RunJournal, watch: Watch) -> tuple[list[Mapping[str, Any]], Any | None]:
+def load_resumed(
+    setting: RunContext, run: Path, ledger: RunJournal, watch: Watch
+) -> tuple[list[Mapping[str, Any]], Any | None]:
     """Return the lines of a run that goes on, and the state after the last of them; None before the first round.
 
     Raises:
@@ -173,7 +177,9 @@ def held(setting: Setting, run: Path, ledger: RunJournal, watch: Watch) -> tuple
         raise ConfigError(Fault("rounds.count", expected, str(setting.recipe.rounds.count)))
     lines = list(read_rounds(run))
     if not lines and ledger.begun:
-        raise StoreError(f"{run / 'rounds.jsonl'}: expected the lines of {ledger.begun} rounds; got none; {PUT_BACK}")
+        raise StoreError(
+            f"{run / 'rounds.jsonl'}: expected the lines of {ledger.begun} rounds; got none; {RESTORE_ADVICE}"
+        )
     kept = ledger.resume(lines[-1]["round"] if lines else 0)
     return lines, None if kept is None else states.decode(kept, first_state(setting.recipe, setting.blueprint))
 
@@ -182,7 +188,7 @@ def first_state(recipe: Recipe, blueprint: Blueprint) -> Any:
     return METHODS[recipe.method.name].init(blueprint, recipe.method)
 
 
-def again(door: Door, run: Path) -> str:
+def resume_command(door: Door, run: Path) -> str:
     """Return the command that goes on with a run."""
     if door == "simulate":
         return f"fedtune simulate --resume {shlex.quote(str(run))}"
@@ -192,8 +198,8 @@ def again(door: Door, run: Path) -> str:
     return f'flwr run . --run-config \'recipe="{path}/recipe.toml" store="{path.parent}" resume="{path.name}"\''
 
 
-def rounds(
-    setting: Setting,
+def run_rounds_of(
+    setting: RunContext,
     transport: Transport,
     *,
     ledger: RoundJournal | None = None,
@@ -222,7 +228,7 @@ def rounds(
     )
 
 
-def check_inputs(setting: Setting, noted: Mapping[str, str], watch: Watch) -> None:
+def check_inputs(setting: RunContext, noted: Mapping[str, str], watch: Watch) -> None:
     """Refuse to go on over another base or other data, and note other versions.
 
     Raises:
@@ -300,28 +306,32 @@ def check_results_once(run: Path) -> None:
         raise StoreError(f"{run / 'recipe.toml'}: expected the recipe that the journal notes; got {different[0]}")
     last = lines[-1]["round"] if lines else -1
     if last != len(digests) and not (last == len(digests) - 1 and (history.repeatable or not digests)):
-        raise StoreError(f"{path}: expected lines up to round {len(digests)}; got them up to {last}; {PUT_BACK}")
+        raise StoreError(f"{path}: expected lines up to round {len(digests)}; got them up to {last}; {RESTORE_ADVICE}")
     for number, line in enumerate(lines):
         expected = digests[number - 1] if number else ""
         if line["round"] != number or line["state_digest"] != expected:
             raise StoreError(
                 f"{path}: expected round {number} with the state {expected[:12]}, as the journal notes; "
-                f"got round {line['round']} with {str(line['state_digest'])[:12]}; {PUT_BACK}"
+                f"got round {line['round']} with {str(line['state_digest'])[:12]}; {RESTORE_ADVICE}"
             )
     if last < 1 and written is None:
         return
     if written is None:
-        raise StoreError(f"{folder}: expected the {folder.name} of round {last}; got none; {REWRITE} {run}")
+        raise StoreError(f"{folder}: expected the {folder.name} of round {last}; got none; {REWRITE_ADVICE} {run}")
     tuned, origin = written
     made = origin.get("round")
     if made not in (last, len(digests)) or not made:
-        raise StoreError(f"{folder}: expected the {folder.name} of round {last}; got {made!r}'s; {REWRITE} {run}")
+        raise StoreError(
+            f"{folder}: expected the {folder.name} of round {last}; got {made!r}'s; {REWRITE_ADVICE} {run}"
+        )
     method, blueprint = METHODS[noted.method.name], Blueprint(modules={}, saved={}, max_rank=1, seed=noted.seed)
     body = Blobs(run / "blobs").get(digests[made - 1], f"the state of round {made}")
     state = states.decode(body, first_state(noted, blueprint))
     if not result.same(method.tuned(state), tuned):
         what = "other integers" if tuned.seeds else "other tensors"
-        raise StoreError(f"{folder}: expected the {folder.name} of round {made}'s state; got {what}; {REWRITE} {run}")
+        raise StoreError(
+            f"{folder}: expected the {folder.name} of round {made}'s state; got {what}; {REWRITE_ADVICE} {run}"
+        )
 
 
 def remarks(recipe: Recipe) -> Iterator[str]:
@@ -331,7 +341,7 @@ def remarks(recipe: Recipe) -> Iterator[str]:
         yield "nobody is pruned in training, for planner.ratio is 0; the deployed model is cut after the fact"
 
 
-def record_base(setting: Setting, run: Path) -> Mapping[str, Any]:
+def record_base(setting: RunContext, run: Path) -> Mapping[str, Any]:
     """Score the base before any training; the line of round 0."""
     began = time.perf_counter()
     scored = setting.score(GlobalModel(saved=setting.blueprint.saved), test=True, clients=True)
@@ -341,14 +351,14 @@ def record_base(setting: Setting, run: Path) -> Mapping[str, Any]:
 
 
 def record_round(
-    setting: Setting, run: Path, played: RoundResult, lines: Sequence[Mapping[str, Any]]
+    setting: RunContext, run: Path, played: RoundResult, lines: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any]:
     """Score the state as the recipe asks, write the result and the round's line, and return the line."""
     recipe, method = setting.recipe, METHODS[setting.recipe.method.name]
     tuned = method.tuned(played.state)
     last, every = played.round == recipe.rounds.count, recipe.evaluate.every
     test = last or (every > 0 and played.round % every == 0)
-    scored = setting.score(tuned, test=test, clients=last, keep=deployed(recipe, played.state))
+    scored = setting.score(tuned, test=test, clients=last, keep=deployed_structure(recipe, played.state))
     record = round_records.round_record(
         played,
         tuned.adapter,
@@ -363,7 +373,7 @@ def record_round(
     return record
 
 
-def deployed(recipe: Recipe, state: Any) -> ModelStructure | None:
+def deployed_structure(recipe: Recipe, state: Any) -> ModelStructure | None:
     """Return what is kept of the model in the end; None where that is all of it, or is not known yet."""
     if recipe.pruning is None or not recipe.pruning.target:
         return None
@@ -371,13 +381,13 @@ def deployed(recipe: Recipe, state: Any) -> ModelStructure | None:
     return keep
 
 
-def write_result(setting: Setting, run: Path, state: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+def write_result(setting: RunContext, run: Path, state: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write the global model of a state, with where it came from: the last of the lines."""
     tuned = METHODS[setting.recipe.method.name].tuned(state)
     result.write(run, tuned, setting.target, provenance(setting, tuned, lines))
 
 
-def provenance(setting: Setting, tuned: GlobalModel, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def provenance(setting: RunContext, tuned: GlobalModel, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return what travels inside a result's folder: where it came from, and what it cost."""
     recipe = setting.recipe
     return {
@@ -403,7 +413,7 @@ def provenance(setting: Setting, tuned: GlobalModel, lines: Sequence[Mapping[str
 
 
 def summary(
-    setting: Setting, run: Path, lines: Sequence[Mapping[str, Any]], *, reason: str, seconds: float
+    setting: RunContext, run: Path, lines: Sequence[Mapping[str, Any]], *, reason: str, seconds: float
 ) -> Mapping[str, Any]:
     """Return what a run says of itself; a reason says why it stopped before its last round."""
     recipe = setting.recipe
@@ -438,7 +448,7 @@ def summary(
     }
 
 
-def num_trainable(setting: Setting, tuned: GlobalModel | None) -> int:
+def num_trainable(setting: RunContext, tuned: GlobalModel | None) -> int:
     """Return how many numbers are trained: of the largest adapter and modules_to_save, or of the tensors seeds move."""
     blueprint = setting.blueprint
     if METHODS[setting.recipe.method.name].verb == "probe":
@@ -451,10 +461,10 @@ def num_trainable(setting: Setting, tuned: GlobalModel | None) -> int:
 
 def versions() -> Mapping[str, str]:
     """Return the versions of Python and of the packages that matter, as far as they are installed."""
-    return dict(installed()) | {"python": platform.python_version()}
+    return dict(installed_version()) | {"python": platform.python_version()}
 
 
-def installed() -> Iterator[tuple[str, str]]:
+def installed_version() -> Iterator[tuple[str, str]]:
     for name in VERSIONS:
         with suppress(PackageNotFoundError):
             yield name, version(name)

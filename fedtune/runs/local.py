@@ -9,17 +9,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from fedtune.base_checks import check_pruning, check_ranks
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
-from fedtune.conduct import Scored, Setting, first_state
 from fedtune.config import Recipe, render
 from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
-from fedtune.fleet import Fleet, Lengths, fleet_of
 from fedtune.messages import Blueprint, Client
 from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel, SeedModel
@@ -31,6 +28,9 @@ from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
 from fedtune.rounds.transport import Transport
+from fedtune.runs.base_checks import check_pruning, check_ranks
+from fedtune.runs.fleet import Fleet, Lengths, fleet_of
+from fedtune.runs.runner import ModelScores, RunContext, first_state
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.process_pool import ForkServer, ProcessPool
 from fedtune.store import peft
@@ -140,23 +140,23 @@ def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str
 
 def score(
     experiment: Experiment, tuned: GlobalModel, *, test: bool, clients: bool, keep: ModelStructure | None = None
-) -> Scored:
+) -> ModelScores:
     """Score a global model on the test data, on each client's held-out rows, or on both; pruned to `keep` as well."""
     settings, federation = experiment.recipe.evaluate, experiment.federation
     measure = partial(scoring.evaluate, experiment.base, tuned.adapter, tuned.saved, batch=settings.batch)
     shards = sorted(federation.clients.items()) if clients and settings.clients else []
-    with threads(experiment.recipe.model.threads), moved(experiment.base, tuned.seeds):
+    with threads(experiment.recipe.model.threads), with_seeds(experiment.base, tuned.seeds):
         on_test = measure(
             {"test": federation.test[: settings.examples]} if test else {},
             generate=settings.generate,
             new_tokens=settings.new_tokens,
         )
         held_out = measure({name: shard.held_out[: settings.client_examples] for name, shard in shards})
-        small = pruned_score(experiment, tuned, keep) if test and keep else None
-    return Scored(test=on_test.get("test"), held_out=held_out, deployed=small)
+        small = score_pruned(experiment, tuned, keep) if test and keep else None
+    return ModelScores(test=on_test.get("test"), held_out=held_out, deployed=small)
 
 
-def pruned_score(experiment: Experiment, tuned: GlobalModel, keep: ModelStructure) -> Mapping[str, float] | None:
+def score_pruned(experiment: Experiment, tuned: GlobalModel, keep: ModelStructure) -> Mapping[str, float] | None:
     """Score a global model on the test data, pruned to a structure; None without test data."""
     base, settings, body = experiment.base, experiment.recipe.evaluate, experiment.blueprint.anatomy
     assert body is not None  # a base without one is not pruned
@@ -166,15 +166,15 @@ def pruned_score(experiment: Experiment, tuned: GlobalModel, keep: ModelStructur
         return scoring.evaluate(small, adapter, tuned.saved, {"test": test}, batch=settings.batch).get("test")
 
 
-def moved(base: Base, seeds: SeedModel | None) -> AbstractContextManager[None]:
+def with_seeds(base: Base, seeds: SeedModel | None) -> AbstractContextManager[None]:
     """Give the base the weights that seeds stand for, for the length of the block."""
     return with_rebuilt_weights(base, seeds.ledger, seeds.trainable) if seeds else nullcontext()
 
 
-def setting(experiment: Experiment) -> Setting:
+def run_context(experiment: Experiment) -> RunContext:
     """Return what a run of this experiment is conducted over."""
     recipe, base = experiment.recipe, experiment.base
-    return Setting(
+    return RunContext(
         recipe=recipe,
         blueprint=experiment.blueprint,
         planner=experiment.planner,
@@ -289,5 +289,5 @@ def sample(experiment: Experiment, tuned: GlobalModel) -> Mapping[str, str] | No
     continued = partial(scoring.sample, base, prompt=settings.prompt, new_tokens=settings.new_tokens)
     with threads(experiment.recipe.model.threads):
         before = continued({}, {})
-        with moved(base, tuned.seeds):
+        with with_seeds(base, tuned.seeds):
             return {"prompt": settings.prompt, "before": before, "after": continued(tuned.adapter, tuned.saved)}

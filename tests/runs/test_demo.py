@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.demo import CHUNK, CLIENTS, chunks, examples, recipe_text, write_data
+from fedtune.runs.demo import CHUNK, CLIENTS, chunks, examples, recipe_text, write_data
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import fedtune
-from fedtune import api, pruned
+from fedtune import api
 from fedtune.errors import ConfigError, RoundError, StoreError
 from fedtune.rounds.loop import Note
+from fedtune.runs import deploy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -103,7 +104,7 @@ def test_worker_processes_come_to_the_same_bits(shrunk: api.Run, tables: Tables,
 
 
 def test_three_views_of_one_change(shrunk: api.Run) -> None:
-    found = pruned.views(shrunk.path)
+    found = deploy.views(shrunk.path)
     assert found["deployed"].keys() == {"0.5"}
     whole, half = found["whole"], found["deployed"]["0.5"]
     assert whole["loss"] == pytest.approx(fedtune.evaluate(shrunk.path)["after"]["loss"], rel=1e-5)
@@ -111,7 +112,7 @@ def test_three_views_of_one_change(shrunk: api.Run) -> None:
     assert half["parameters"] < whole["parameters"]
     assert half["forward_ms"] > 0
     assert found["clients"].keys() == {"client-0", "client-1", "client-2"}
-    assert pruned.views(shrunk.path, ratios=[0.25])["deployed"].keys() == {"0.25"}
+    assert deploy.views(shrunk.path, ratios=[0.25])["deployed"].keys() == {"0.25"}
 
 
 def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, tables: Tables) -> None:
@@ -122,7 +123,7 @@ def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, table
     assert told["ratios"]["0.5"]["forms"][:2] == ["recipe", "model"]
     place = folder / "ratio-0.5"
     model = fedtune.load_pruned(place / "model")
-    trained = pruned.opened(shrunk.path)
+    trained = deploy.load_run(shrunk.path)
     ids = torch.tensor([[5, 6, 7, 8]])
     from fedtune.model.lora import with_adapters
     from fedtune.model.pruned_training import with_pruned_model
@@ -171,7 +172,7 @@ def test_the_other_policies_run(policy: str, tables: Tables, tmp_path: Path) -> 
     lines = lines_of(run)
     assert {c["status"] for line in lines[1:] for c in line["clients"].values()} == {"ok"}
     assert {c["ratio"] for c in lines[-1]["clients"].values()} == {0.5}
-    assert pruned.pruned_by_one_order(run.path) == (policy == "vote")
+    assert deploy.pruned_by_one_order(run.path) == (policy == "vote")
     if policy == "local":
         with pytest.raises(ConfigError, match="one order for all"):
             fedtune.deploy(run.path)
@@ -193,7 +194,7 @@ def test_stages_and_fixed_ratios_per_client_run(tables: Tables, tmp_path: Path) 
         "client-1": 0.25,
         "client-2": 0.0,
     }
-    ratios = pruned.deployed_ratios(run.path, 0.0)
+    ratios = deploy.deployed_ratios(run.path, 0.0)
     assert set(ratios.values()) <= {0.0, 0.25, 0.5}
 
 
@@ -389,7 +390,7 @@ def test_where_every_client_is_a_kind_of_its_own_they_are_told_as_one(tables: Ta
     lonely = {"kind": "iid", "clients": 9}
     many = spine(tables, fleet={"name": "lognormal"}, data={"split": lonely}, rounds={"count": 2})
     ran = fedtune.simulate({**many, "report": {"plots": True}}, out=tmp_path / "run")
-    assert set(pruned.classes(ran.path)) == {"every-device"}
+    assert set(deploy.classes(ran.path)) == {"every-device"}
     out = fedtune.deploy(ran.path, out=tmp_path / "out")
     assert json.loads((out / "deploy.json").read_text())["devices"] == {"every-device": "ratio-0.5"}
 

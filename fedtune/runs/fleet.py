@@ -24,7 +24,7 @@ from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
 
-SIMULATED = "Time is simulated: operations, bytes and traces of the devices below, never this machine's clock"
+SIMULATED_METHODS = "Time is simulated: operations, bytes and traces of the devices below, never this machine's clock"
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Fleet:
         return {
             "clients": {name: profile.name for name, profile in self.profiles.items()},
             "profiles": {profile.name: profile.told() for profile in self.profiles.values()},
-            "clock": f"{SIMULATED}{of}.",
+            "clock": f"{SIMULATED_METHODS}{of}.",
         }
 
 
@@ -281,12 +281,12 @@ def fleet_of(
             raise ConfigError(Fault(f"device.{place}.clients", expected, got))
         for name in covered:
             start = PROFILES[override.profile] if override.profile else profiles[name]
-            profiles[name] = changed_by(start, override.fields, place) if override.fields else start
+            profiles[name] = with_overrides(start, override.fields, place) if override.fields else start
     make = PROXIES.get(recipe.fleet.proxy)
     return Fleet(recipe, body, profiles, tokens or {}, make() if make else None)
 
 
-def changed_by(start: DeviceProfile, fields: Mapping[str, Any], place: int) -> DeviceProfile:
+def with_overrides(start: DeviceProfile, fields: Mapping[str, Any], place: int) -> DeviceProfile:
     """Return a profile with what a recipe changes of it, under a name of its own: two kinds are never told as one."""
     provenance: Mapping[str, Provenance] = {**start.provenance, **{name: "recipe" for name in fields}}
     return check(replace(start, name=f"{start.name}*{place + 1}", provenance=provenance, **fields))

@@ -9,13 +9,13 @@ import pytest
 import fedtune
 from fedtune.devices.simulated_clock import SimulatedClock
 from fedtune.errors import ConfigError
-from fedtune.fleet import Fleet, fleet_of, speed
 from fedtune.messages import Blueprint, Client, Measured, Plan, Traffic, Training
 from fedtune.planning.adaptive import Adaptive
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.clock import CompletedWork
+from fedtune.runs.fleet import Fleet, fleet_of, speed
 
 NAMES = [f"client-{i:02}" for i in range(8)]
 ANATOMY = BlockLayout("llama", (Block("model.layers.0", 4, 4, 8, 64),), width=32, head=320, outputs=10)

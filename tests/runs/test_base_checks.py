@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.base_checks import check_pruning, check_ranks
 from fedtune.config import Recipe, bind
 from fedtune.errors import ConfigError
 from fedtune.messages import Blueprint
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
+from fedtune.runs.base_checks import check_pruning, check_ranks
 
 BERT = BlockLayout("bert", (Block("x", 4, 4, 2, 32),), width=8)
 MODULES = dict(zip(BERT.sides, linear_shapes(BERT), strict=True))

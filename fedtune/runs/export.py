@@ -74,7 +74,7 @@ def export(
         raise ConfigError(Fault("form", expected, f"'ledger' of a run of {origin.get('method')!r}", "choose peft"))
     adapter, saved = tuned.adapter, tuned.saved
     if max_rank is not None:
-        adapter = cut(adapter, max_rank, watch)
+        adapter = truncate_adapter(adapter, max_rank, watch)
     if form == "merged":
         return _merge(path, adapter, saved, origin, target, dtype=dtype, watch=watch)
     if form == "uniform":
@@ -92,7 +92,7 @@ def _export_seeds(
     bound = bind(path / "recipe.toml")
     if form != "merged":
         check_form(form, bound.method, [])
-    from fedtune.experiment import prepare, setting
+    from fedtune.runs.local import prepare, run_context
 
     experiment = prepare(bound)
     check_base(experiment.base.digest, origin, path)
@@ -101,7 +101,7 @@ def _export_seeds(
         moved = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
         check_form(form, bound.method, [name for name in moved if name not in adapted])
         factors = store_seeds.kron_adapter(seeds, transposed=experiment.base.transposed)
-        return peft.write(target, factors, {}, setting(experiment).target, origin)
+        return peft.write(target, factors, {}, run_context(experiment).target, origin)
     from fedtune.model import replay as rebuilding
 
     with new_folder(target) as folder:
@@ -131,9 +131,9 @@ def _merge(
     watch: Watch,
 ) -> Path:
     bound = bind(path / "recipe.toml")
-    from fedtune.experiment import prepare
     from fedtune.model.base import DTYPES
     from fedtune.model.merge import merge
+    from fedtune.runs.local import prepare
 
     chosen = dtype or bound.model.dtype
     if chosen not in DTYPES:
@@ -148,7 +148,7 @@ def _merge(
 
 
 @dataclass(frozen=True)
-class Replayed:
+class ReplayResult:
     """A model rebuilt from a base and a seed ledger."""
 
     base: str
@@ -163,7 +163,7 @@ class Replayed:
 
 def replay(
     base: str | Path, ledger: str | Path, *, out: str | Path | None = None, trainable: Sequence[str] = ()
-) -> Replayed:
+) -> ReplayResult:
     """Rebuild the model that a seed ledger stands for, anywhere where its base is, and return the digests.
 
     Args:
@@ -206,7 +206,7 @@ def replay(
     else:
         with new_folder(target) as folder:
             weights = rebuilding.write(loaded, found, ordinals, folder)
-    return Replayed(loaded.manifest.digest.hex(), found.digest.hex(), weights, target)
+    return ReplayResult(loaded.manifest.digest.hex(), found.digest.hex(), weights, target)
 
 
 def model_settings(origin: Mapping[str, Any], base: str, source: Path) -> ModelSettings:
@@ -248,7 +248,7 @@ def check_base(found: str, origin: Mapping[str, Any], run: Path) -> None:
         )
 
 
-def cut(adapter: Adapter, max_rank: int, watch: Watch) -> Adapter:
+def truncate_adapter(adapter: Adapter, max_rank: int, watch: Watch) -> Adapter:
     """Return each layer's best approximation of at most this rank, and note what share of the change is kept."""
     if max_rank < 1:
         raise ConfigError(Fault("max_rank", "at least 1", str(max_rank)))

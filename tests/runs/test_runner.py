@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from fedtune import conduct as conducting
-from fedtune import experiment
 from fedtune.client.perform import perform
-from fedtune.conduct import again, check_results, check_resumable, conduct
 from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
-from fedtune.experiment import Experiment, prepare, setting, transport
 from fedtune.report.records import read_run
 from fedtune.rounds.loop import Event, Note, RoundFinished, Watch
+from fedtune.runs import local
+from fedtune.runs import runner as conducting
+from fedtune.runs.local import Experiment, prepare, run_context, transport
+from fedtune.runs.runner import check_results, check_resumable, resume_command, run_recipe
 from fedtune.store import peft
 from fedtune.store.run_directory import write_recipe
 
@@ -29,7 +29,7 @@ def conducted(
     prepared: Experiment, run: Path, watch: Watch = lambda event: None, *, resume: bool = False
 ) -> Mapping[str, Any]:
     with transport(prepared) as engine:
-        return conduct(setting(prepared), run, engine, resume=resume, watch=watch)
+        return run_recipe(run_context(prepared), run, engine, resume=resume, watch=watch)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_the_summary_adds_up(prepared: Experiment, run: Path) -> None:
 def test_ctrl_c_in_the_middle_of_a_round_leaves_what_can_be_read(
     round: int, prepared: Experiment, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "perform", stopped_in(round, KeyboardInterrupt()))
+    monkeypatch.setattr(local, "perform", stopped_in(round, KeyboardInterrupt()))
     events: list[Event] = []
     with pytest.raises(KeyboardInterrupt):
         conducted(prepared, run, events.append)
@@ -142,7 +142,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     write_recipe(tmp_path / "whole", "")
     conducted(prepared, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "perform", stopped_in(round, KeyboardInterrupt()))
+        patch.setattr(local, "perform", stopped_in(round, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             conducted(prepared, run)
     summary = conducted(prepared, run, resume=True)
@@ -189,7 +189,7 @@ def test_a_changed_or_missing_adapter_is_written_again_from_the_state(prepared: 
     right = conducted(prepared, run)["adapter_digest"]
     adapter, saved, origin = peft.read(run / "adapter")
     double = {name: replace(factors, b=2 * factors.b) for name, factors in adapter.items()}
-    peft.write(run / "adapter", double, saved, setting(prepared).target, origin)
+    peft.write(run / "adapter", double, saved, run_context(prepared).target, origin)
     with pytest.raises(StoreError, match="expected the adapter of round 2's state"):
         check_results(run)
     assert conducted(prepared, run, resume=True)["adapter_digest"] == right
@@ -244,7 +244,9 @@ def test_a_run_may_go_on_where_the_data_are_not_known(prepared: Experiment, run:
     conducted(prepared, run)
     events: list[Event] = []
     with transport(prepared) as engine:
-        conduct(replace(setting(prepared), data="", door="flower"), run, engine, resume=True, watch=events.append)
+        run_recipe(
+            replace(run_context(prepared), data="", door="flower"), run, engine, resume=True, watch=events.append
+        )
     assert any(isinstance(event, Note) and "is not checked" in event.text for event in events)
     conducted(prepared, run, resume=True)
 
@@ -264,10 +266,10 @@ def test_a_run_goes_on_with_the_recipe_it_was_begun_with_only(prepared: Experime
 @pytest.mark.parametrize("what", ["data", "base"])
 def test_a_run_does_not_go_on_over_other_data_or_another_base(what: str, prepared: Experiment, run: Path) -> None:
     conducted(prepared, run)
-    now = setting(prepared)
+    now = run_context(prepared)
     now = replace(now, data="other") if what == "data" else replace(now, base={**now.base, "digest": "other"})
     with transport(prepared) as engine, pytest.raises(ConfigError, match=r"what the run was begun with \(digest"):
-        conduct(now, run, engine, resume=True, watch=lambda event: None)
+        run_recipe(now, run, engine, resume=True, watch=lambda event: None)
 
 
 def test_other_versions_are_noted(prepared: Experiment, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +281,6 @@ def test_other_versions_are_noted(prepared: Experiment, run: Path, monkeypatch: 
 
 
 def test_the_command_that_goes_on_can_be_pasted() -> None:
-    assert again("simulate", Path("runs/my run")) == "fedtune simulate --resume 'runs/my run'"
+    assert resume_command("simulate", Path("runs/my run")) == "fedtune simulate --resume 'runs/my run'"
     expected = '\'recipe="/store/notes/recipe.toml" store="/store" resume="notes"\''
-    assert again("flower", Path("/store/notes")) == f"flwr run . --run-config {expected}"
+    assert resume_command("flower", Path("/store/notes")) == f"flwr run . --run-config {expected}"

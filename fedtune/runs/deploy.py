@@ -26,7 +26,7 @@ from fedtune.store.history import replay_journal
 from fedtune.store.run_directory import check_run, read_rounds
 
 if TYPE_CHECKING:
-    from fedtune.experiment import Experiment
+    from fedtune.runs.local import Experiment
 
 # The client wing takes seconds to import, so `experiment` and `model` are imported where they are needed.
 
@@ -37,7 +37,7 @@ REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A run with its base and its last state loaded."""
 
     path: Path
@@ -63,7 +63,7 @@ class Trained:
         return keep
 
 
-def opened(run: Path) -> Trained:
+def load_run(run: Path) -> TrainedRun:
     """Load a run's base and its last committed state.
 
     Raises:
@@ -75,16 +75,16 @@ def opened(run: Path) -> Trained:
     digests = replay_journal(run)[0].digests
     if not digests:
         raise StoreError(f"{run}: expected a run with a committed round; got none yet")
-    from fedtune.conduct import first_state
-    from fedtune.experiment import prepare
-    from fedtune.exports import check_base
+    from fedtune.runs.export import check_base
+    from fedtune.runs.local import prepare
+    from fedtune.runs.runner import first_state
 
     experiment = prepare(bound)
     _, origin = result.read(run)
     check_base(experiment.base.digest, origin, run)
     body = Blobs(run / "blobs").get(digests[-1], f"the state of round {len(digests)}")
     state = states.decode(body, first_state(bound, experiment.blueprint))
-    return Trained(run, experiment, state, METHODS[bound.method.name].tuned(state))
+    return TrainedRun(run, experiment, state, METHODS[bound.method.name].tuned(state))
 
 
 def trained_ratios(run: Path) -> Mapping[str, float]:
@@ -153,7 +153,7 @@ def load_pruned(
 
     place = Path(folder)
     if (place / store_pruning.NAME).exists():
-        return cut_out(place, base, dtype=dtype, device=device)
+        return cut_from_base(place, base, dtype=dtype, device=device)
     if not (place / "config.json").exists():
         inside = [each for each in (place / "model", *sorted(place.glob("*/model"))) if (each / "config.json").exists()]
         got = f"{folder} without one{f', but with {inside[0]}' if inside else ''}"
@@ -162,7 +162,7 @@ def load_pruned(
     return load(place, dtype=dtype, device=choose_device(device))
 
 
-def cut_out(recipe: Path, base: str | Path | None, *, dtype: str, device: str) -> Any:
+def cut_from_base(recipe: Path, base: str | Path | None, *, dtype: str, device: str) -> Any:
     """Return what a folder `recipe` keeps of its base, the adapter merged in.
 
     The sum is rounded to the number format in which the run held the base, and the model is cast after that.
@@ -231,28 +231,30 @@ def views(
         StoreError: if the folder holds no run.
         ConfigError: if the run has no order to prune by.
     """
-    trained = opened(run)
+    trained = load_run(run)
     recipe = trained.experiment.recipe
     pruning = recipe.pruning
     if pruning is None:
         raise ConfigError(Fault("run", "one with [pruning]", f"{run} without", "fedtune evaluate scores its model"))
-    wanted = allowed(ratios) if ratios is not None else sorted(set(deployed_ratios(run, pruning.target).values()))
-    found: dict[str, Any] = {"whole": scored(trained, 0.0, examples), "deployed": {}, "clients": {}}
+    wanted = (
+        checked_ratios(ratios) if ratios is not None else sorted(set(deployed_ratios(run, pruning.target).values()))
+    )
+    found: dict[str, Any] = {"whole": score_ratio(trained, 0.0, examples), "deployed": {}, "clients": {}}
     for ratio in wanted:
         if ratio > 0:
             watch(Note(f"scoring the model pruned by {ratio:g}"))
-            found["deployed"][f"{ratio:g}"] = scored(trained, ratio, examples)
+            found["deployed"][f"{ratio:g}"] = score_ratio(trained, ratio, examples)
     shards = trained.experiment.federation.clients
     for name, ratio in sorted(trained_ratios(run).items()):
         held_out = shards[name].held_out[: recipe.evaluate.client_examples] if name in shards else ()
         if held_out:
-            metrics = measured(trained, trained.keep(ratio), {name: held_out})[name]
+            metrics = measure_structure(trained, trained.keep(ratio), {name: held_out})[name]
             found["clients"][name] = {"ratio": ratio, **metrics}
     return found
 
 
-def measured(
-    trained: Trained, keep: ModelStructure | None, groups: Mapping[str, Any]
+def measure_structure(
+    trained: TrainedRun, keep: ModelStructure | None, groups: Mapping[str, Any]
 ) -> Mapping[str, Mapping[str, float]]:
     """Score the global model, pruned to a structure, on groups of examples."""
     from fedtune.model import pruned_training
@@ -266,7 +268,7 @@ def measured(
         return evaluate(small, adapter, trained.tuned.saved, groups, batch=recipe.evaluate.batch)
 
 
-def scored(trained: Trained, ratio: float, examples: int | None) -> Mapping[str, float]:
+def score_ratio(trained: TrainedRun, ratio: float, examples: int | None) -> Mapping[str, float]:
     """Return test scores of the model at a ratio, and what it costs: parameters, memory, time of a forward pass."""
     from fedtune.model import pruned_training
     from fedtune.model.libraries import threads
@@ -276,7 +278,7 @@ def scored(trained: Trained, ratio: float, examples: int | None) -> Mapping[str,
     base, recipe, body = experiment.base, experiment.recipe, experiment.blueprint.anatomy
     assert body is not None  # as above
     test = experiment.federation.test[:examples]
-    found = dict(measured(trained, keep, {"test": test}).get("test", {}))
+    found = dict(measure_structure(trained, keep, {"test": test}).get("test", {}))
     found["sparsity"] = sparsity(keep, body) if keep else 0.0
     adapter = slice_adapter(trained.tuned.adapter, cuts(keep, body)) if keep else trained.tuned.adapter
     with threads(recipe.model.threads), pruned_training.with_pruned_model(base, keep, body) as small:
@@ -330,16 +332,16 @@ def deploy(
     target = Path(out) if out is not None else path / "deploy"
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
-    trained = opened(path)
+    trained = load_run(path)
     recipe = trained.experiment.recipe
     if recipe.pruning is None:
         raise ConfigError(Fault("run", "one with [pruning]", f"{path} without", "use the form peft or merged"))
     by_class = deployed_ratios(path, recipe.pruning.target)
-    wanted = sorted(set(by_class.values())) if ratios is None else allowed(ratios)
+    wanted = sorted(set(by_class.values())) if ratios is None else checked_ratios(ratios)
     if not wanted:
         raise ConfigError(Fault("ratio", "at least one", "none was trained", "give --ratio 0.5"))
     with new_folder(target) as folder:
-        told = {f"{ratio:g}": written(trained, ratio, folder, dtype=dtype, watch=watch) for ratio in wanted}
+        told = {f"{ratio:g}": write_ratio(trained, ratio, folder, dtype=dtype, watch=watch) for ratio in wanted}
         index = {
             "devices": {kind: folder_of(ratio) for kind, ratio in by_class.items() if f"{ratio:g}" in told},
             "ratios": told,
@@ -348,7 +350,7 @@ def deploy(
     return target
 
 
-def allowed(ratios: Sequence[float]) -> Sequence[float]:
+def checked_ratios(ratios: Sequence[float]) -> Sequence[float]:
     """Return ratios in order, each once; those that are told alike would be written to one folder.
 
     Raises:
@@ -364,7 +366,9 @@ def folder_of(ratio: float) -> str:
     return f"ratio-{ratio:g}"
 
 
-def written(trained: Trained, ratio: float, folder: Path, *, dtype: str | None, watch: Watch) -> Mapping[str, Any]:
+def write_ratio(
+    trained: TrainedRun, ratio: float, folder: Path, *, dtype: str | None, watch: Watch
+) -> Mapping[str, Any]:
     """Write the three forms of one ratio, and return what `deploy.json` says of it."""
     from fedtune.model.base import DTYPES
     from fedtune.model.deployed import write, write_uniform

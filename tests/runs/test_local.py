@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from fedtune.config import bind
-from fedtune.experiment import Experiment, prepare, score
 from fedtune.messages import Client, Plan
 from fedtune.methods.method import GlobalModel
+from fedtune.runs.local import Experiment, prepare, score
 
 # peft asks transformers by a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
