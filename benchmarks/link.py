@@ -332,12 +332,12 @@ def spread(spans: Sequence[int]) -> str:
 
 def tiny_client(site: str) -> None:
     from fedtune.cli.event_log import event_writer
-    from fedtune.member import take_part
+    from fedtune.deployment.join import join
     from tests.link import scripted
 
     scripted.MODULES = {"q": (8, 8)}
     scripted.FOUNDATION = ModelSpec(base="9f3c" * 16, modules=scripted.MODULES, parameters=64)
-    take_part(Path(site), tell=event_writer("json"), trainer=scripted.ScriptedTrainer(Path(site).parent.name, 0.0))
+    join(Path(site), tell=event_writer("json"), trainer=scripted.ScriptedTrainer(Path(site).parent.name, 0.0))
 
 
 def main() -> None:

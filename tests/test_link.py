@@ -152,14 +152,14 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
 
     from fedtune.config import planned_training
     from fedtune.config.recipe import largest_rank
+    from fedtune.deployment.server_setup import data_at_sites
     from fedtune.messages import Blueprint, Client
     from fedtune.planning.fixed import Fixed
     from fedtune.runs.runner import RunContext, run_rounds_of
-    from fedtune.serving import at_the_sites
     from fedtune.simulation.inprocess import InProcess
     from fedtune.store import peft
 
-    bound = at_the_sites(recipe)
+    bound = data_at_sites(recipe)
     blueprint = Blueprint(FOUNDATION.modules, {}, max_rank=largest_rank(bound), seed=bound.seed)
     setting = RunContext(
         recipe=bound,

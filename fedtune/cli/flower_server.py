@@ -9,12 +9,12 @@ from pathlib import Path
 
 from fedtune.cli.text import printable
 from fedtune.config import Recipe
+from fedtune.deployment.server_setup import check_overrides, data_at_sites, expected_clients, server_context
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.messages import Failure
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.runs.runner import check_resumable, run_recipe
-from fedtune.serving import at_the_sites, check_overrides, expected, setting
 from fedtune.store.run_directory import check_vacant
 
 RECIPE = "the recipe: TOML, or the absolute path of a file on the server's host"
@@ -35,8 +35,8 @@ def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
         check_resumable(run, recipe)
     else:
         check_vacant(run)
-    transport = connect(expected=expected(recipe), least=recipe.rounds.min_clients, note=say)
-    conducted = setting(recipe, transport, door="flower")
+    transport = connect(expected=expected_clients(recipe), least=recipe.rounds.min_clients, note=say)
+    conducted = server_context(recipe, transport, door="flower")
     check_overrides(recipe, conducted.fleet, say)
     summary = run_recipe(conducted, run, transport, resume=bool(resume), watch=tell)
     say(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
@@ -50,7 +50,7 @@ def bind_source(source: str) -> Recipe:
     """
     if "\n" not in source and not Path(source).is_absolute():
         raise ConfigError(Fault("recipe", RECIPE, repr(source), "write the path in full"))
-    return at_the_sites(source)
+    return data_at_sites(source)
 
 
 def text(run_config: Mapping[str, Scalar], key: str, what: str) -> str:

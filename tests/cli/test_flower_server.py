@@ -17,10 +17,10 @@ import fedtune
 from fedtune.cli import flower_client, flower_server
 from fedtune.cli.flower_server import bare, bind_source, directory, say, tell, text
 from fedtune.config import bind, render
+from fedtune.deployment.server_setup import expected_clients
 from fedtune.errors import ConfigError, StoreError
 from fedtune.messages import Failure, Traffic
 from fedtune.rounds.loop import ClientFinished, Note
-from fedtune.serving import expected
 from tests.flower.conftest import NODE, MemoryGrid, flower_task, running
 
 __all__ = ["flower_task"]  # a fixture
@@ -152,9 +152,9 @@ def test_a_store_is_absolute_or_in_fedtunes_home(tmp_path: Path, monkeypatch: py
 
 def test_the_first_round_waits_for_its_whole_cohort(tables: dict[str, Any]) -> None:
     rounds = {"count": 2, "min_clients": 2}
-    assert expected(bind(tables | {"rounds": rounds})) == 2
-    assert expected(bind(tables | {"rounds": rounds | {"cohort": 3}})) == 3
-    assert expected(bind(tables | {"rounds": rounds | {"cohort": 0.5}})) == 2
+    assert expected_clients(bind(tables | {"rounds": rounds})) == 2
+    assert expected_clients(bind(tables | {"rounds": rounds | {"cohort": 3}})) == 3
+    assert expected_clients(bind(tables | {"rounds": rounds | {"cohort": 0.5}})) == 2
 
 
 def test_the_server_loads_no_torch() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 
 from fedtune.cli.event_log import event_writer
 from fedtune.cli.federation import stop_on_signals
+from fedtune.deployment.join import join
 from fedtune.link.uploads import map_file
-from fedtune.member import take_part
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.seeds import generator
 from fedtune.tensors import cast
@@ -68,7 +68,7 @@ def main() -> None:
     """Take part with the site file that is named, training for so many seconds a round."""
     site = Path(sys.argv[1])
     with stop_on_signals():
-        end = take_part(site, tell=event_writer("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))
+        end = join(site, tell=event_writer("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))
     print(end)
 
 

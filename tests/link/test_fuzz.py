@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 
-from fedtune.coordinator import refusal
+from fedtune.deployment.coordinator import refusal
 from fedtune.link.envelopes import KIND, digest, verify_envelope
 from fedtune.link.pki.roster import Party
 from fedtune.link.pki.signing import key_id, raw, sign

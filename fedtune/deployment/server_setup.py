@@ -20,26 +20,26 @@ from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
 from fedtune.store.run_journal import RunJournal
 
-AT_THE_SITES = 'data={ source = "at the sites", split = { kind = "files" } }'
+DATA_AT_SITES = 'data={ source = "at the sites", split = { kind = "files" } }'
 
 
-def at_the_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
+def data_at_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a TOML text or a path; one without a table `data` is whole here, for the data lie elsewhere.
 
     Raises:
         ConfigError: with every fault.
     """
     *_, tables = read(source)
-    return bind(source, overrides=(*overrides, *(() if "data" in tables else (AT_THE_SITES,))))
+    return bind(source, overrides=(*overrides, *(() if "data" in tables else (DATA_AT_SITES,))))
 
 
-def expected(recipe: Recipe) -> int:
+def expected_clients(recipe: Recipe) -> int:
     """Return how many clients the first round waits for: its cohort where that is a number."""
     cohort = recipe.rounds.cohort
     return max(recipe.rounds.min_clients, cohort if isinstance(cohort, int) else 0)
 
 
-def setting(
+def server_context(
     recipe: Recipe,
     transport: GridTransport,
     *,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, render
+from fedtune.deployment.server_setup import check_overrides, expected_clients, server_context
 from fedtune.flower.link_grid import LinkGrid
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.flower.shim import context
@@ -27,7 +28,6 @@ from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, Local
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.runs.runner import check_resumable, run_recipe
-from fedtune.serving import check_overrides, expected, setting
 from fedtune.store import journal
 from fedtune.store.files import store_errors, write_text
 from fedtune.store.history import has_begun
@@ -87,12 +87,12 @@ def coordinate(
         stack.callback(audit.close)
         metrics = Metrics(names=settings.metrics_names)
         told = both(audit.tell, metrics.tell, tell)
-        hub = made(recipe, run, settings, identity, told)
+        hub = create_dispatcher(recipe, run, settings, identity, told)
         metrics.gauge(hub, roster_version=lambda: roster.current().version, certificate_until=identity.not_after)
         if warning := renewal(identity, int(time.time())):
             told("warning", text=warning)
         if settings.health:
-            port = stack.enter_context(health(settings.health, metrics, unready=lambda: unready(hub, roster)))
+            port = stack.enter_context(health(settings.health, metrics, unready=lambda: readiness_fault(hub, roster)))
             told("health", address=settings.health, port=port)
         running = stack.enter_context(serve_link(hub, identity, roster, tell=told))
         started(running.port)
@@ -100,18 +100,18 @@ def coordinate(
 
         def rounds(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
             transport = connect(
-                expected=expect or expected_of(recipe, roster),
+                expected=expect or first_cohort_size(recipe, roster),
                 least=recipe.rounds.min_clients,
                 note=lambda text: told("note", text=text),
                 patience_s=settings.patience_s,
                 sleep=grid.doze,
             )
-            conducted = setting(recipe, transport, door="link", opened=lambda ledger: opened(hub, ledger))
+            conducted = server_context(recipe, transport, door="link", opened=lambda ledger: note_journal(hub, ledger))
             hub.base = bytes.fromhex(conducted.base["digest"])
-            hub.limit = lambda front: most(front, conducted.blueprint)
+            hub.limit = lambda front: max_update_bytes(front, conducted.blueprint)
             check_overrides(recipe, conducted.fleet, lambda text: told("note", text=text))
             summary.update(
-                run_recipe(conducted, run, transport, resume=resume, watch=lambda event: follow(hub, told, event))
+                run_recipe(conducted, run, transport, resume=resume, watch=lambda event: on_event(hub, told, event))
             )
 
         grid = LinkGrid(hub)
@@ -120,10 +120,12 @@ def coordinate(
         return summary
 
 
-def made(recipe: Recipe, run: Path, settings: LinkSettings, identity: Identity, tell: RecordEvent) -> Dispatcher:
+def create_dispatcher(
+    recipe: Recipe, run: Path, settings: LinkSettings, identity: Identity, tell: RecordEvent
+) -> Dispatcher:
     """Return the hub of a run, which knows what an earlier process has promised."""
-    accepted, ended = promised(run)
-    described = RunInfo(identity.federation, number(run), render(recipe).encode(), identity.name, identity.key)
+    accepted, ended = accepted_updates(run)
+    described = RunInfo(identity.federation, run_id(run), render(recipe).encode(), identity.name, identity.key)
     folder = run / LINK
     tell("serving", run=described.run, recipe=described.recipe_digest.hex(), rounds=recipe.rounds.count, ended=ended)
     return Dispatcher(
@@ -131,7 +133,7 @@ def made(recipe: Recipe, run: Path, settings: LinkSettings, identity: Identity, 
     )
 
 
-def number(run: Path) -> str:
+def run_id(run: Path) -> str:
     """Return the run's number, which is drawn when it is served for the first time: answers of another never fit."""
     path = run / LINK / ID
     if not path.exists():
@@ -139,7 +141,7 @@ def number(run: Path) -> str:
     return path.read_text().strip()
 
 
-def promised(run: Path) -> tuple[Mapping[tuple[int, str], str], int]:
+def accepted_updates(run: Path) -> tuple[Mapping[tuple[int, str], str], int]:
     """Return the digests (hex) of the updates that a run's journal accepts, by round and client, and its last round."""
     accepted, committed = dict[tuple[int, str], str](), 0
     if not has_begun(run):
@@ -158,20 +160,20 @@ def promised(run: Path) -> tuple[Mapping[tuple[int, str], str], int]:
     return accepted, committed
 
 
-def expected_of(recipe: Recipe, roster: RosterFile) -> int:
+def first_cohort_size(recipe: Recipe, roster: RosterFile) -> int:
     """Return how many clients the first round waits for: its cohort, or all of the roster where that is all."""
     if recipe.rounds.cohort is not None:
-        return expected(recipe)
+        return expected_clients(recipe)
     members = roster.current().members.values()
     enrolled = sum(one.role == "client" and one.state == "active" for one in members)
     return max(recipe.rounds.min_clients, enrolled)
 
 
-def opened(hub: Dispatcher, ledger: RunJournal) -> None:
+def note_journal(hub: Dispatcher, ledger: RunJournal) -> None:
     hub.journal_end = lambda: ledger.end
 
 
-def most(front: bytes, blueprint: Blueprint) -> int:
+def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:
     """Return the bytes beyond which no honest answer to an encoded assignment goes."""
     message = parse(round_pb2.Assignment(), front)
     training = Training(batch=1, learning_rate=1.0, steps=message.probe.steps or 1)
@@ -182,7 +184,7 @@ def most(front: bytes, blueprint: Blueprint) -> int:
     return largest_update(asked, blueprint)
 
 
-def follow(hub: Dispatcher, tell: RecordEvent, event: Event) -> None:
+def on_event(hub: Dispatcher, tell: RecordEvent, event: Event) -> None:
     """Tell what happens in the rounds, and let the hub tell each client what became of its answer."""
     match event:
         case RoundStarted(round, rounds, cohort):
@@ -229,7 +231,7 @@ def refusal(failure: Failure) -> pb.Refusal:
     return pb.Refusal(reason=code, field=one_line(field.rstrip(": ")), expected=one_line(wanted), found=one_line(found))
 
 
-def unready(hub: Dispatcher, roster: RosterFile) -> str:
+def readiness_fault(hub: Dispatcher, roster: RosterFile) -> str:
     """Return why the server could not take an update now; empty if it could."""
     if time.time() > roster.current().valid_until:
         return "the roster has expired: fedtune roster renew, then install it here"

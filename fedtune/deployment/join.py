@@ -29,7 +29,7 @@ AUDIT = "audit"
 
 
 @dataclass(frozen=True)
-class Bound:
+class JoinSetup:
     """A site with everything that it needs to dial."""
 
     settings: SiteSettings
@@ -39,7 +39,7 @@ class Bound:
     state: Path
 
 
-def bound(site: Path, *, server: str | None = None) -> Bound:
+def load_join_setup(site: Path, *, server: str | None = None) -> JoinSetup:
     """Return the site of a file, checked as far as can be without a network.
 
     Raises:
@@ -61,7 +61,7 @@ def bound(site: Path, *, server: str | None = None) -> Bound:
     if settings.name != identity.name:
         hint = f'set name = "{identity.name}", or enrol under the other name'
         raise ConfigError(Fault("name", f"{identity.name!r}, as this site is enrolled", repr(settings.name), hint))
-    return Bound(
+    return JoinSetup(
         settings,
         link,
         identity,
@@ -70,7 +70,7 @@ def bound(site: Path, *, server: str | None = None) -> Bound:
     )
 
 
-def take_part(
+def join(
     site: Path,
     *,
     server: str | None = None,
@@ -91,11 +91,11 @@ def take_part(
         ConfigError: if something must be changed before this can succeed.
         StoreError: if the state folder cannot be written.
     """
-    made = bound(site, server=server)
+    made = load_join_setup(site, server=server)
     with store_errors(made.state):
         made.state.mkdir(parents=True, exist_ok=True)
         made.state.chmod(0o700)
-    with lock_run(made.state), audited(made.state / AUDIT, tell) as log:
+    with lock_run(made.state), open_audit_log(made.state / AUDIT, tell) as log:
         told = both(log.tell, tell)
         if warning := renewal(made.identity, int(time.time())):
             told("warning", text=warning)
@@ -123,7 +123,7 @@ def process(site: Path, tell: RecordEvent) -> ProcessTrainer:
 
 
 @contextmanager
-def audited(path: Path, tell: RecordEvent) -> Iterator[Audit]:
+def open_audit_log(path: Path, tell: RecordEvent) -> Iterator[Audit]:
     log = Audit(path, failed=lambda error: tell("warning", text=str(error)))
     try:
         yield log
@@ -163,16 +163,16 @@ def dry_run(site: Path, *, server: str | None = None) -> DryRun:
     Raises:
         ConfigError: if the server cannot be reached or does not take this site.
     """
-    made = bound(site, server=server)
-    client = Client(made.identity, made.roster, made.link, made.settings.policy, made.state, Idle(), tell=silent)
+    made = load_join_setup(site, server=server)
+    client = Client(made.identity, made.roster, made.link, made.settings.policy, made.state, NullTrainer(), tell=silent)
     try:
         greeting = client.greet()
     finally:
         client.stop()
-    return foreseen(made, greeting)
+    return planned_requests(made, greeting)
 
 
-def foreseen(made: Bound, greeting: Greeting) -> DryRun:
+def planned_requests(made: JoinSetup, greeting: Greeting) -> DryRun:
     recipe = bind(greeting.recipe.decode())
     asked = asks(recipe, made.identity.name)
     refusals = policy.check_policy(
@@ -205,7 +205,7 @@ def asks(recipe: Recipe, client: str) -> TaskDemand:
     )
 
 
-class Idle:
+class NullTrainer:
     """The trainer of a site that does nothing."""
 
     def profile(self, into: Path) -> None: ...

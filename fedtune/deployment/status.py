@@ -23,7 +23,7 @@ LINK, AUDIT, BARRED, ID = "link", "audit", "barred", "id"
 
 
 @dataclass(frozen=True)
-class ClientStanding:
+class ClientStatus:
     """One client, as the audit log has it."""
 
     name: str
@@ -51,12 +51,12 @@ class ClientStanding:
 
 
 @dataclass(frozen=True)
-class Standing:
+class ServerStatus:
     """A served run and its clients."""
 
     path: Path
     run: Status
-    clients: Sequence[ClientStanding]
+    clients: Sequence[ClientStatus]
     head: str
     """SHA-256 (hex) of the audit log's last entry."""
     number: str = ""
@@ -83,7 +83,7 @@ class Standing:
         return {"path": str(self.path), **run, "audit": self.head, "clients": [asdict(one) for one in self.clients]}
 
 
-def standing(run: Path) -> Standing:
+def server_status(run: Path) -> ServerStatus:
     """Return how a served run stands; safe beside the process that serves it.
 
     Raises:
@@ -93,30 +93,29 @@ def standing(run: Path) -> Standing:
     if not folder.is_dir():
         raise StoreError(f"{run}: expected a run of fedtune serve; got none; for others there is fedtune runs status")
     found, entries = run_status(run), log.read(folder / AUDIT)
-    clients = folded(entries.entries)
+    clients = client_statuses(entries.entries)
     if found.holder is None:
         clients = {name: replace(one, state="away") for name, one in clients.items()}
     barred = blocklist.read_blocklist(folder / BARRED)
     clients |= {
-        name: replace(clients.get(name, ClientStanding(name)), state="barred", error=why)
-        for name, why in barred.items()
+        name: replace(clients.get(name, ClientStatus(name)), state="barred", error=why) for name, why in barred.items()
     }
-    return Standing(run, found, [clients[name] for name in sorted(clients)], entries.head, number_of(run))
+    return ServerStatus(run, found, [clients[name] for name in sorted(clients)], entries.head, read_run_id(run))
 
 
-def folded(entries: Sequence[Entry]) -> dict[str, ClientStanding]:
+def client_statuses(entries: Sequence[Entry]) -> dict[str, ClientStatus]:
     """Return what a log says of each client."""
-    found: dict[str, ClientStanding] = {}
+    found: dict[str, ClientStatus] = {}
     for entry in entries:
         name = str(entry.fields.get("client", ""))
         if not name:
             continue
-        client = found.get(name, ClientStanding(name))
-        found[name] = heard(client, entry)
+        client = found.get(name, ClientStatus(name))
+        found[name] = update_status(client, entry)
     return found
 
 
-def heard(client: ClientStanding, entry: Entry) -> ClientStanding:
+def update_status(client: ClientStatus, entry: Entry) -> ClientStatus:
     """Return a client after one entry of the log."""
     fields = entry.fields
     here = replace(client, state="here", seen_ms=entry.unix_ms)
@@ -171,7 +170,7 @@ def receipts(run: Path, state: Path) -> int:
     Raises:
         StoreError: naming the receipt that differs, or if there is none of this run.
     """
-    folder, heads = state / "runs" / number_of(run), list[str]()
+    folder, heads = state / "runs" / read_run_id(run), list[str]()
     end = journal.read(run / "journal", lambda record: heads.append(record.prev))
     heads.append(end.head)
     held = 0
@@ -197,7 +196,7 @@ def receipts(run: Path, state: Path) -> int:
     return held
 
 
-def number_of(run: Path) -> str:
+def read_run_id(run: Path) -> str:
     """Return the run's number on the link; empty if it was never served."""
     path = run / LINK / ID
     return path.read_text().strip() if path.exists() else ""

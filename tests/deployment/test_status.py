@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from fedtune.deployment.status import ClientStatus, audit, client_statuses, server_status
 from fedtune.errors import StoreError
 from fedtune.link.audit_log import Audit, Entry, read
-from fedtune.standing import ClientStanding, audit, folded, standing
 
 
 def entries(*told: tuple[str, dict[str, Any]]) -> list[Entry]:
@@ -15,7 +15,7 @@ def entries(*told: tuple[str, dict[str, Any]]) -> list[Entry]:
 
 
 def test_a_client_stands_as_the_log_has_it() -> None:
-    found = folded(
+    found = client_statuses(
         entries(
             ("hello", {"client": "anna", "build": "x"}),
             ("asked", {"client": "anna", "round": 1, "bytes": 100}),
@@ -29,20 +29,20 @@ def test_a_client_stands_as_the_log_has_it() -> None:
             ("committed", {"round": 2}),
         )
     )
-    assert found["anna"] == ClientStanding("anna", "here", 3000, 1, 30, 200, "round 2: no answer in 60 s")
+    assert found["anna"] == ClientStatus("anna", "here", 3000, 1, 30, 200, "round 2: no answer in 60 s")
     assert (found["bob"].state, found["bob"].error) == ("away", "round 2: no sign of life for 600 s")
     assert found["carl"].error == "REVOKED: ..."
 
 
 def test_how_long_ago_is_told_in_one_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.standing.time.time", lambda: 1_000_000.0)
+    monkeypatch.setattr("fedtune.deployment.status.time.time", lambda: 1_000_000.0)
     for seconds, text in ((5, "5 s ago"), (120, "2 min ago"), (7200, "2 h ago"), (200_000, "2 d ago")):
-        assert ClientStanding("a", seen_ms=1000 * (1_000_000 - seconds)).seen == text
+        assert ClientStatus("a", seen_ms=1000 * (1_000_000 - seconds)).seen == text
 
 
 def test_a_run_of_another_command_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="fedtune runs status"):
-        standing(tmp_path)
+        server_status(tmp_path)
 
 
 def test_a_log_is_found_in_a_run_in_a_state_folder_or_by_its_own_path(tmp_path: Path) -> None:
