@@ -15,7 +15,7 @@ from fedtune import api
 from fedtune.config import bind
 from fedtune.errors import ConfigError, RoundError, StoreError
 from fedtune.methods import METHODS
-from fedtune.report.records import read_run
+from fedtune.report.reader import read_run
 from fedtune.rounds.loop import Note, RoundFinished
 from tests.conftest import base_of, kseed
 

@@ -12,7 +12,7 @@ import pytest
 from fedtune.client.perform import perform
 from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
-from fedtune.report.records import read_run
+from fedtune.report.reader import read_run
 from fedtune.rounds.loop import Event, Note, RoundFinished, Watch
 from fedtune.runs import local
 from fedtune.runs import runner as conducting

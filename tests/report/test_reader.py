@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.report.records import finite, read_run
+from fedtune.report.reader import finite, read_run
 from tests.report.conftest import WriteRun
 
 Lines = list[dict[str, Any]]

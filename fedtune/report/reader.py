@@ -123,7 +123,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Evaluation:
     """The global model at one moment: on the test data, and over the clients' held-out rows."""
 
     test: Scores | None = None
@@ -188,8 +188,8 @@ class Summary:
     rounds: int
     state: Literal["finished", "interrupted"]
     base: Base
-    before: Standing
-    after: Standing
+    before: Evaluation
+    after: Evaluation
     trainable: int | None = None
     clients: Mapping[str, ClientTotal] = field(default_factory=dict)
     bytes_down: int = 0

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fedtune.report import tables
 from fedtune.report.curves import Floats, natural, training_rounds
 from fedtune.report.drawing import label, line_style, new_figure, styled, whole_rounds
-from fedtune.report.records import ClientRound, RoundRecord, Run
+from fedtune.report.reader import ClientRound, RoundRecord, Run
 from fedtune.report.units import number_text, seconds_text, seconds_unit
 
 EVERYBODY = "all clients"
@@ -20,7 +20,7 @@ MOST_KINDS = 8
 """Kinds of devices that are told apart in a figure."""
 
 
-def planned(run: Run) -> bool:
+def has_choices(run: Run) -> bool:
     """Return whether clients were asked for different things: pruned, or chosen for by a planner that says why."""
     rows = [client for record in run.rounds for client in record.clients.values()]
     return any(client.ratio is not None or client.why for client in rows)
@@ -60,7 +60,7 @@ def mean_by_round(
 def choices(run: Run) -> Figure | None:
     """Draw pruning ratio, rank and seconds over the rounds, the mean of each kind of device."""
     rounds = training_rounds(run)
-    if not rounds or not planned(run):
+    if not rounds or not has_choices(run):
         return None
     number = np.array([record.round for record in rounds], dtype=np.float64)
     parts: list[tuple[str, Callable[[ClientRound], float | None]]] = [

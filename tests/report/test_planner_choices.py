@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.report.choices import choices, choices_table, classes, devices_table, idle, planned
-from fedtune.report.records import read_run
+from fedtune.report.planner_choices import choices, choices_table, classes, devices_table, has_choices, idle
+from fedtune.report.reader import read_run
 from tests.report.conftest import WriteRun
 
 
@@ -45,7 +45,7 @@ def test_a_run_without_a_planner_or_devices_shows_nothing_of_them(write_run: Wri
         del summary["devices"]
 
     run = read_run(write_run(clients=4, edit=edit))
-    assert not planned(run)
+    assert not has_choices(run)
     assert choices(run) is None
     assert devices_table(run) == ""
 
