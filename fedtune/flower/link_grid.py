@@ -72,7 +72,7 @@ class LinkGrid(Grid):
             if isinstance(found, Withdrawn):
                 replies.append(Message(Error(ERROR, found.reason), reply_to=shell))
             else:
-                replies.append(Message(received(found.bodies), reply_to=shell))
+                replies.append(Message(reply_content(found.bodies), reply_to=shell))
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Sequence[Message]:
@@ -97,7 +97,7 @@ def node_of(name: str) -> int:
     return int.from_bytes(sha256(name.encode()).digest()[:8], "little") | 2**63
 
 
-def received(bodies: Mapping[str, Body]) -> RecordDict:
+def reply_content(bodies: Mapping[str, Body]) -> RecordDict:
     """Return the content of a reply; large bodies stay where they lie, in files that are mapped and not read."""
     tensors = ArrayRecord()
     for key, body in bodies.items():
