@@ -74,8 +74,8 @@ def simulate(
         return _resume(Path(resume), recipe, overrides=overrides, watch=watch)
     if recipe is None:
         raise ConfigError(Fault("recipe", "a recipe, or a run to resume", "neither"))
-    bound = bound_of(recipe, overrides)
-    with nursery_of(bound) as nursery:
+    bound = bind_recipe(recipe, overrides)
+    with fork_server_of(bound) as nursery:
         from fedtune.runs.local import prepare
 
         experiment = prepare(bound)
@@ -83,12 +83,12 @@ def simulate(
         return _conduct(experiment, path, nursery, watch)
 
 
-def nursery_of(recipe: Recipe) -> AbstractContextManager[ForkServer | None]:
+def fork_server_of(recipe: Recipe) -> AbstractContextManager[ForkServer | None]:
     """Start the process that loads the base for worker processes, while this one still imports and loads its own."""
     return ForkServer() if recipe.engine.name == "processes" else nullcontext()
 
 
-def bound_of(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
+def bind_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else bind(recipe, overrides=overrides)
 
 
@@ -111,9 +111,9 @@ def _resume(
 ) -> Run:
     from fedtune.runs.runner import check_resumable
 
-    bound = bound_of(recipe_of(path) if recipe is None else recipe, overrides)
+    bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides)
     check_resumable(path, bound)
-    with nursery_of(bound) as nursery:
+    with fork_server_of(bound) as nursery:
         from fedtune.runs.local import prepare
 
         experiment = prepare(bound)
