@@ -38,11 +38,11 @@ _HOMES = {
     "FedtuneError": "errors",
     "Recipe": "config",
     "bind": "config",
-    "deploy": "pruned",
-    "load_pruned": "pruned",
-    "views": "pruned",
-    "export": "exports",
-    "replay": "exports",
+    "deploy": "runs.deploy",
+    "load_pruned": "runs.deploy",
+    "views": "runs.deploy",
+    "export": "runs.export",
+    "replay": "runs.export",
 }
 
 
