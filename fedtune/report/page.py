@@ -244,8 +244,8 @@ def _leaving(run: Run) -> str:
         )
     if any(record.clients for record in run.rounds):
         parts.append(
-            f"<li>Numbers: {'' if uses_seeds(run) else 'rank, '}steps, examples, tokens, losses before and after, seconds, "
-            "peak memory, norm.</li>"
+            f"<li>Numbers: {'' if uses_seeds(run) else 'rank, '}steps, examples, tokens, losses before and after, "
+            "seconds, peak memory, norm.</li>"
         )
     if any(client.ratio is not None for record in run.rounds for client in record.clients.values()):
         parts.append(
@@ -256,9 +256,8 @@ def _leaving(run: Run) -> str:
     if not parts:
         return ""
     parts.append(
-        f"<li>Training rows are not part of an update. The {'scalars' if uses_seeds(run) else 'factors'} are computed from "
-        "them, so whoever reads "
-        "a single update may infer something about its rows: protect it in transit and at the server.</li>"
+        f"<li>Training rows are not part of an update. The {'scalars' if uses_seeds(run) else 'factors'} are computed "
+        "from them, so whoever reads a single update may infer something about its rows: protect it in transit and at the server.</li>"
     )
     names = "".join(f"<li><code>{escape(name)}</code>, rank {module.rank}</li>" for name, module in modules.items())
     return f"<ul>{''.join(parts)}</ul>" + _details("Every module", f"<ul>{names}</ul>" if names else "")

@@ -244,7 +244,8 @@ def difference(wanted: ModelSpec, found: ModelSpec) -> str:
             f"{odd[0]!r}; set the same adapter.targets"
         )
     if tuple(wanted.labels) != tuple(found.labels):
-        return f"expected the classes {label_list(wanted.labels)}; got {label_list(found.labels)}; use the same label names"
+        names = f"{label_list(wanted.labels)}; got {label_list(found.labels)}"
+        return f"expected the classes {names}; use the same label names"
     if tuple(wanted.saved_modules) != tuple(found.saved_modules):
         return (
             f"expected modules_to_save {list(wanted.saved_modules)}; got {list(found.saved_modules)}; "
