@@ -12,6 +12,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
+import fedtune
 from fedtune.cli.main import app
 from tests.golden import recipes
 from tests.golden.recipes import CLOCKED, MACHINE, TIMED, Tables
@@ -32,6 +33,7 @@ VARYING = {
     "forward_ms",
 }
 """Keys of output whose values differ from one run to the next, or from machine to machine."""
+PACKAGE = Path(fedtune.__file__).parent
 HASHED = (".safetensors", ".ftks")
 """Kinds of written files whose bytes are compared."""
 
@@ -94,7 +96,8 @@ class Terminal:
             parts = [json.loads(line) for line in text.splitlines()]
         except ValueError:
             return "text"
-        plain = json.loads(json.dumps(parts).replace(str(self.folder), "<folder>"))
+        text = json.dumps(parts).replace(str(self.folder), "<folder>").replace(str(PACKAGE), "<package>")
+        plain = json.loads(text)
         return without_values(plain) if plain else "empty"
 
 
