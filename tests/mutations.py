@@ -184,8 +184,7 @@ FAULTS = (
           "a profile's manifest may list other parameters"),
     # The store.
     Fault("store/files.py", "def sync(descriptor: int) -> None:\n    os.fsync(descriptor)",
-          "def sync(descriptor: int) -> None:\n    pass", "nothing is synced to the disk",
-          ("store/test_journal.py", "test_crash.py")),
+          "def sync(descriptor: int) -> None:\n    pass", "nothing is synced to the disk"),
     Fault("store/files.py", "            rename(temporary, path)\n        except BaseException:",
           "            path.write_bytes(data)\n            remove(temporary)\n        except BaseException:",
           "a file is not replaced in one step", ("test_crash.py",)),
