@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from fedtune.data.encode import Encoded, Example, Tokenizer, encode_causal, encode_classes, pack
 from fedtune.data.partition import Rows, partition, sorted_values
-from fedtune.data.settings import DataSettings, Task, faults
-from fedtune.data.source import GROUP, load, load_test
+from fedtune.data.settings import GROUP, DataSettings, Task, faults
+from fedtune.data.source import load, load_test
 from fedtune.errors import ConfigError, Fault
 from fedtune.seeds import derive, generator
 

@@ -15,6 +15,10 @@ Part = Literal["text", "instruction", "input", "output", "label"]
 
 Task = Literal["causal", "classification"]
 
+GROUP = "group"
+"""The column that holds what the split divides by: the value of `split.by`, the stem of the row's file, or the client's
+name where rows are given by client."""
+
 TEMPLATES = ("alpaca", "chat", "plain")
 
 

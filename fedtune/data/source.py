@@ -15,11 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 
-from fedtune.data.settings import DataSettings, Part, Task
+from fedtune.data.settings import GROUP, DataSettings, Part, Task
 from fedtune.errors import ConfigError, Fault
-
-GROUP = "group"
-"""The column that holds what the split divides by: the value of `split.by`, or the stem of the row's file."""
 
 Columns = Mapping[str, Sequence[Any]]
 

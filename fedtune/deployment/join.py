@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, bind, planned_training
+from fedtune.config.recipe import method_of
 from fedtune.config.site import SiteSettings, bind_site
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.audit_log import Audit, RecordEvent, both, silent
@@ -193,7 +194,7 @@ def planned_requests(made: JoinSetup, greeting: Greeting) -> DryRun:
 def asks(recipe: Recipe, client: str) -> TaskDemand:
     """Return what a recipe asks of a client in a round, as far as it says so; bytes and base it leaves open."""
     rank, training = planned_training(recipe, client)
-    probe = recipe.method.name == "fedkseed"
+    probe = method_of(recipe).verb == "probe"
     return TaskDemand(
         method=recipe.method.name,
         round=1,

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from annotated_types import Ge, Gt, Interval
 
 from fedtune.messages import OUT_OF_MEMORY, Client, Failure, Plan, Training
-from fedtune.planning.fixed import scale, steps
-from fedtune.planning.planner import ClientObservation
+from fedtune.planning.planner import ClientObservation, Cost, Costs, Speed, lora_scale, optimizer_steps
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.seeds import derive
@@ -43,33 +42,6 @@ class AdaptiveSettings:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one arm would cost one client in one round."""
-
-    tflop: float
-    megabytes: float
-    memory_gb: float
-
-
-Costs: TypeAlias = Callable[[str, Arm, Training], Cost]
-"""(client, arm, how it trains) -> its cost; made of the base and the client's texts by the top floors."""
-
-Traffic: TypeAlias = Callable[[ClientObservation], float]
-"""Megabytes that a client's round took, down and up; where a proxy is charged, what it would have taken."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What is known of a client's device before it has done anything."""
-
-    memory_gb: float | None = None
-    """Usable; None where it is not known."""
-    s_per_tflop: float | None = None
-    s_per_mb: float | None = None
-    overhead_s: float = 0.0
-
-
-@dataclass(frozen=True)
 class Learned:
     """What a planner has learned."""
 
@@ -87,7 +59,8 @@ class Adaptive:
     training: Callable[[str], Training]
     """From a client's name to how it trains."""
     costs: Costs
-    traffic: Traffic
+    traffic: Callable[[ClientObservation], float]
+    """Megabytes of a client's round."""
     speeds: Mapping[str, Speed]
     """By client, where a device's profile is known."""
     alpha: float | Literal["2r"]
@@ -149,7 +122,7 @@ class Adaptive:
 
     def _training(self, client: Client) -> Training:
         training = self.training(client.name)
-        return replace(training, steps=steps(training, client.num_examples), epochs=None)
+        return replace(training, steps=optimizer_steps(training, client.num_examples), epochs=None)
 
     def _memory_gb(self, client: Client) -> float | None:
         speed = self.speeds.get(client.name)
@@ -191,7 +164,7 @@ class Adaptive:
         return Plan(
             client=client.name,
             rank=arm.rank,
-            scale=scale(arm.rank, self.alpha, rslora=self.rslora),
+            scale=lora_scale(arm.rank, self.alpha, rslora=self.rslora),
             training=training,
             ratio=arm.ratio,
             first_ratio=min(fitting, default=arm.ratio),

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fedtune.config import Recipe, bind, changes, digest, render
+from fedtune.config.recipe import method_of
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.messages import Blueprint
-from fedtune.methods import METHODS
 from fedtune.methods import serialization as states
-from fedtune.methods.method import GlobalModel
+from fedtune.methods.method import GlobalModel, Method
+from fedtune.methods.settings import LinearSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure
@@ -185,7 +186,7 @@ def load_resumed(
 
 
 def first_state(recipe: Recipe, blueprint: Blueprint) -> Any:
-    return METHODS[recipe.method.name].init(blueprint, recipe.method)
+    return method_of(recipe).init(blueprint, recipe.method)
 
 
 def resume_command(door: Door, run: Path) -> str:
@@ -212,7 +213,7 @@ def run_rounds_of(
     From the lines of the rounds before, the planner learns again what it knew.
     """
     return run_rounds(
-        method=METHODS[setting.recipe.method.name],
+        method=method_of(setting.recipe),
         settings=setting.recipe.method,
         planner=setting.planner,
         transport=transport,
@@ -324,10 +325,10 @@ def check_results_once(run: Path) -> None:
         raise StoreError(
             f"{folder}: expected the {folder.name} of round {last}; got {made!r}'s; {REWRITE_ADVICE} {run}"
         )
-    method, blueprint = METHODS[noted.method.name], Blueprint(modules={}, saved={}, max_rank=1, seed=noted.seed)
+    method, blueprint = method_of(noted), Blueprint(modules={}, saved={}, max_rank=1, seed=noted.seed)
     body = Blobs(run / "blobs").get(digests[made - 1], f"the state of round {made}")
     state = states.decode(body, first_state(noted, blueprint))
-    if not result.same(method.tuned(state), tuned):
+    if not result.same(method.global_model(state), tuned):
         what = "other integers" if tuned.seeds else "other tensors"
         raise StoreError(
             f"{folder}: expected the {folder.name} of round {made}'s state; got {what}; {REWRITE_ADVICE} {run}"
@@ -339,6 +340,13 @@ def remarks(recipe: Recipe) -> Iterator[str]:
     planner, asked = recipe.planner, [each.ratio for each in recipe.override]
     if recipe.pruning is not None and isinstance(planner, FixedSettings) and not planner.ratio and not any(asked):
         yield "nobody is pruned in training, for planner.ratio is 0; the deployed model is cut after the fact"
+    if (
+        isinstance(recipe.method, LinearSettings)
+        and recipe.method.server_optimizer.name in ("fedadam", "fedyogi")
+        and recipe.method.server_learning_rate == 1
+    ):
+        rule = recipe.method.server_optimizer.name
+        yield f"method.server_learning_rate is 1, by which {rule} may move every number in a round; 0.01 is usual"
 
 
 def record_base(setting: RunContext, run: Path) -> Mapping[str, Any]:
@@ -354,11 +362,11 @@ def record_round(
     setting: RunContext, run: Path, played: RoundResult, lines: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any]:
     """Score the state as the recipe asks, write the result and the round's line, and return the line."""
-    recipe, method = setting.recipe, METHODS[setting.recipe.method.name]
-    tuned = method.tuned(played.state)
+    recipe, method = setting.recipe, method_of(setting.recipe)
+    tuned = method.global_model(played.state)
     last, every = played.round == recipe.rounds.count, recipe.evaluate.every
     test = last or (every > 0 and played.round % every == 0)
-    scored = setting.score(tuned, test=test, clients=last, keep=deployed_structure(recipe, played.state))
+    scored = setting.score(tuned, test=test, clients=last, keep=deployed_structure(recipe, method, played.state))
     record = round_records.round_record(
         played,
         tuned.adapter,
@@ -373,17 +381,16 @@ def record_round(
     return record
 
 
-def deployed_structure(recipe: Recipe, state: Any) -> ModelStructure | None:
+def deployed_structure(recipe: Recipe, method: Method[Any], state: Any) -> ModelStructure | None:
     """Return what is kept of the model in the end; None where that is all of it, or is not known yet."""
     if recipe.pruning is None or not recipe.pruning.target:
         return None
-    keep: ModelStructure | None = state.structure(recipe.pruning.target)
-    return keep
+    return method.structure(state, recipe.pruning.target)
 
 
 def write_result(setting: RunContext, run: Path, state: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write the global model of a state, with where it came from: the last of the lines."""
-    tuned = METHODS[setting.recipe.method.name].tuned(state)
+    tuned = method_of(setting.recipe).global_model(state)
     result.write(run, tuned, setting.target, provenance(setting, tuned, lines))
 
 
@@ -451,7 +458,7 @@ def summary(
 def num_trainable(setting: RunContext, tuned: GlobalModel | None) -> int:
     """Return how many numbers are trained: of the largest adapter and modules_to_save, or of the tensors seeds move."""
     blueprint = setting.blueprint
-    if METHODS[setting.recipe.method.name].verb == "probe":
+    if method_of(setting.recipe).verb == "probe":
         seeds = tuned.seeds if tuned else None
         return sum(seeds.manifest.entries[ordinal].num_parameters for ordinal in seeds.trainable) if seeds else 0
     return blueprint.max_rank * sum(m + n for m, n in blueprint.modules.values()) + sum(
