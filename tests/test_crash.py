@@ -112,7 +112,7 @@ def conduct(run: Path, reported: list[int] | None = None, rounds: int = ROUNDS) 
     options = {"group_s": 3, "clock": count().__next__}
     ledgers = {name: partial(getattr(RunJournal, name), **options) for name in ("create", "reopen")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conducting, "RunLedger", SimpleNamespace(**ledgers))
+        patch.setattr(conducting, "RunJournal", SimpleNamespace(**ledgers))
         patch.setattr(conducting, "versions", dict)  # to look them up takes longer than a round
         conducting.run_recipe(setting(rounds), run, Scripted(), resume=True, watch=watch)
 
