@@ -440,7 +440,7 @@ def parameter_line(param: Any) -> str:
 def schema_blocks(file: str) -> Mapping[str, tuple[str, str]]:
     """Return the enums and messages of a schema file by name, each as its comment and its body."""
     text = (SCHEMA / file).read_text()
-    pattern = re.compile(r"((?:^//.*\n)*)^(?:enum|message|service) (\w+) \{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+    pattern = re.compile(r"((?:^//[^\n]*\n)*)^(?:enum|message|service) (\w+) \{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
     return {
         name: (" ".join(line.removeprefix("//").strip() for line in comment.splitlines()), body)
         for comment, name, body in pattern.findall(text)
