@@ -488,7 +488,8 @@ def generated_pages() -> Mapping[str, str]:
     pages = {}
     for name, tables in recipe_pages().items():
         title = "Recipe: top level" if name == "top-level" else f"Recipe: {name}"
-        pages[f"reference/recipe/{name}.md"] = settings_page(title, RECIPE_INTRODUCTIONS.get(name, ""), tables)
+        introduction = RECIPE_INTRODUCTIONS.get(name, "")
+        pages[f"reference/recipe/{name}.md"] = settings_page(title, introduction, tables)
     site = "What one client of a federation says of itself: `fedtune join site.toml`. It never leaves the client's machine."
     pages["reference/site.md"] = settings_page("Site file", site, site_pages())
     server = "How a server listens: `fedtune serve recipe.toml --config server.toml`. Nothing in it changes what a run computes."
@@ -504,7 +505,7 @@ def command_file(name: str) -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the generated pages where the navigation names a folder of them."""
-    recipe = [f"reference/recipe/{name}.md" for name in recipe_pages()]
+    recipe = [{name.replace("-", " "): f"reference/recipe/{name}.md"} for name in recipe_pages()]
     by_command = [{name: f"reference/commands/{command_file(name)}"} for name, _ in commands()]
     lists = {"reference/recipe/*": recipe, "reference/commands/*": by_command}
     config.nav = expanded(config.nav, lists)

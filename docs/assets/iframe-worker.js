@@ -5,6 +5,7 @@ if (location.protocol === "file:") {
     constructor(url) {
       super();
       this.onmessage = this.onerror = null;
+      const here = new URL(url, location.href);
       const frame = document.createElement("iframe");
       frame.hidden = true;
       this.ready = new Promise((resolve) => {
@@ -13,7 +14,7 @@ if (location.protocol === "file:") {
           const load = (address) =>
             new Promise((done, failed) => {
               const script = scope.document.createElement("script");
-              script.src = new URL(address, url).href;
+              script.src = new URL(address, here).href;
               script.onload = done;
               script.onerror = failed;
               scope.document.body.append(script);
@@ -27,7 +28,7 @@ if (location.protocol === "file:") {
             if (this.onmessage) this.onmessage(event);
           };
           if (window.__index) scope.__index = window.__index;
-          load(url).then(() => resolve(scope));
+          load(here).then(() => resolve(scope));
         };
       });
       frame.srcdoc = "<!doctype html><body></body>";
