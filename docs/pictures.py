@@ -49,7 +49,7 @@ def screen(written: str) -> str:
             lines[row] = ""
         elif token == "\x1b[1A":
             row = max(0, row - 1)
-        elif token != "\r" and not token.endswith(("l", "h")) or token.isprintable():
+        elif (token != "\r" and not token.endswith(("l", "h"))) or token.isprintable():
             lines[row] += token
     return "\n".join(line.rstrip() for line in lines).rstrip()
 
@@ -69,7 +69,14 @@ def draw_report(page: Path, path: Path) -> None:
         subprocess.run(
             [
                 os.environ.get("CHROMIUM", "chromium"),
-                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+                *(
+                    "--headless",
+                    "--no-sandbox",
+                    "--disable-gpu",
+                    "--disable-quic",
+                    "--no-first-run",
+                    "--hide-scrollbars",
+                ),
                 *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
                 f"--user-data-dir={folder}/profile",
                 f"--window-size={PAGE[0]},{PAGE[1]}",
