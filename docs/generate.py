@@ -1,7 +1,7 @@
 """The pages of the site that are read from the code: settings, commands, messages and errors.
 
-mkdocs loads this file as a hook (`mkdocs.yml`). Run it as `python -m mkdocs` from the repository's root, where this file
-finds the modules beside it. Nothing that it generates is committed.
+mkdocs loads this file as a hook (`mkdocs.yml`). Run it as `python -m mkdocs` from the repository's root, where it finds
+the modules beside it. Nothing that it generates is committed.
 """
 
 from __future__ import annotations

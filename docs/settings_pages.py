@@ -356,7 +356,8 @@ def server_pages() -> Sequence[Table]:
 
 RECIPE_INTRODUCTIONS: Mapping[str, str] = {
     "method": """`method.name` chooses the method, and with it which keys the table has. `method = "flora"` is short for
-`method = { name = "flora" }`. `method = "fedspine"` is a preset: `flora`, the table `pruning`, the planner `deadline`.""",
+`method = { name = "flora" }`. `method = "fedspine"` is a preset: `flora`, the table `pruning` and the planner
+`deadline`.""",
     "planner": """`planner.name` chooses who decides what each device is asked to do. Without the table the planner is
 `fixed`.""",
     "override": """Changes settings for some clients. Tables are applied in their order: where two name the same client
