@@ -13,7 +13,7 @@ import typer
 from fedtune.cli.main import app
 
 VALUES: Mapping[str, str] = {"integer": "N", "integer range": "N", "float": "X", "float range": "X"}
-"""What stands for the value of an option, by the name of its type."""
+"""What the help shows for the value of an option, by the name of its type."""
 
 
 def commands(group: click.Group | None = None, path: str = "fedtune") -> Iterator[tuple[str, click.Command]]:

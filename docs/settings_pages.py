@@ -7,7 +7,7 @@ import inspect
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -95,6 +95,22 @@ PLAIN_NUMBERS = frozenset(
     )
 )
 """Numbers without a unit."""
+
+DEVICE_RANGES: Mapping[str, str] = {
+    "memory_gb": "> 0",
+    "peak_tflops": "> 0",
+    "utilisation": "> 0 and ≤ 1",
+    "memory_gbps": "> 0",
+    "up_mbps": "≥ 0.01",
+    "down_mbps": "≥ 0.01",
+    "net_sigma": "≥ 0",
+    "latency_s": "≥ 0",
+    "overhead_s": "≥ 0",
+    "modes": "> 0 and ≤ 1",
+    "mode_period_s": "≥ 1",
+    "availability": "≥ 0 and ≤ 1",
+}
+"""What a profile is checked for as a whole, not by the types of its fields; a test holds these against that check."""
 
 NOUNS: Mapping[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
@@ -302,7 +318,14 @@ def clients_key(table: str) -> Key:
 
 def override_table() -> Table:
     """Return the table `[[override]]`: which clients, and the keys of other tables that differ for them."""
-    own = keys_of(Override, "override", only=["rank", "ratio", "verb"])
+    ranges = {
+        "override.rank": range_of(get_type_hints(binding.SECTIONS["adapter"], include_extras=True)["rank"]),
+        "override.ratio": range_of(get_type_hints(binding.NAMED["planner"]["fixed"], include_extras=True)["ratio"]),
+    }
+    own = [
+        replace(key, range=ranges.get(key.name, ""))
+        for key in keys_of(Override, "override", only=["rank", "ratio", "verb"])
+    ]
     training = keys_of(binding.SECTIONS["client"], "override", optional=True)
     resources = keys_of(Resources, "override", optional=True)
     return Table("`[[override]]`", summary(Override), [clients_key("override"), *own, *training, *resources])
@@ -312,7 +335,10 @@ def device_table() -> Table:
     """Return the table `[[device]]`: which clients, their profile, and the numbers of it that differ."""
     own = keys_of(DeviceOverride, "device", only=["profile"])
     declared = [field.name for field in fields(DeviceProfile) if field.name not in ("name", "provenance")]
-    numbers = keys_of(DeviceProfile, "device", only=declared, optional=True)
+    numbers = [
+        replace(key, range=DEVICE_RANGES[key.name.removeprefix("device.")])
+        for key in keys_of(DeviceProfile, "device", only=declared, optional=True)
+    ]
     return Table("`[[device]]`", summary(DeviceOverride), [clients_key("device"), *own, *numbers])
 
 

@@ -84,6 +84,21 @@ def written(tables: object, path: str = "") -> Iterator[str]:
             yield where
 
 
+@pytest.mark.parametrize(("name", "bounds"), settings_pages.DEVICE_RANGES.items())
+def test_the_ranges_shown_of_a_device_are_those_that_bind(name: str, bounds: str) -> None:
+    def refused(value: float) -> bool:
+        found = binding.Findings()
+        shown = (value,) if name == "modes" else value
+        binding.bind_device({"clients": "a", name: shown}, "device", found)
+        return bool(found.faults)
+
+    for bound in bounds.split(" and "):
+        sign, limit = bound.split()
+        outside = -1e-6 if sign in ("≥", ">") else 1e-6
+        assert refused(float(limit) + outside), bound
+        assert refused(float(limit)) == (sign == ">"), bound
+
+
 def test_the_defaults_shown_are_those_that_bind() -> None:
     settings, _ = bind_link(None)
     shown = {key.name: key.default for key in settings_pages.server_pages()[0].keys}
