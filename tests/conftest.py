@@ -28,6 +28,9 @@ OFFLINE = {
 }
 
 
+# Sets what gRPC reads when it is first loaded, which a test module that imports flwr does before it imports fedtune.
+import fedtune.link  # noqa: E402, F401
+
 # The libraries read these when they are first imported, which a conftest or a test module does before any hook runs.
 os.environ.update(OFFLINE)
 
