@@ -94,6 +94,7 @@ class Recipe:
     rounds: Schedule
     data: DataSettings
     seed: int = 0
+    """Seed of all randomness: the same recipe and seed give the same result, bit for bit, on one machine."""
     planner: Any = field(default_factory=FixedSettings)
     """An instance of the planner's own settings dataclass."""
     pruning: PruningSettings | None = None

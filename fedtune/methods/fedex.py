@@ -33,6 +33,7 @@ class FedExSettings(AveragingSettings):
     """Settings of `fedex`."""
 
     name: Literal["fedex"] = "fedex"
+    """Name of the method."""
 
 
 @dataclass(frozen=True)

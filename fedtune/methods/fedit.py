@@ -22,6 +22,7 @@ class FedItSettings(LinearSettings):
     """Settings of `fedit`."""
 
     name: Literal["fedit"] = "fedit"
+    """Name of the method."""
 
 
 @dataclass(frozen=True)

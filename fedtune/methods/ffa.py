@@ -22,6 +22,7 @@ class FfaSettings(LinearSettings):
     """Settings of `ffa`."""
 
     name: Literal["ffa"] = "ffa"
+    """Name of the method."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class FlexLoraSettings(AveragingSettings):
     """Settings of `flexlora`."""
 
     name: Literal["flexlora"] = "flexlora"
+    """Name of the method."""
 
 
 @dataclass(frozen=True)

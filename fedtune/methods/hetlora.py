@@ -33,6 +33,7 @@ class HetLoraSettings(AveragingSettings):
     """Settings of `hetlora`."""
 
     name: Literal["hetlora"] = "hetlora"
+    """Name of the method."""
     weights: Weighting = "examples"
     """Of modules_to_save; factors are weighted by the norm of the change."""
     rank_decay: Annotated[float, Interval(gt=0, le=1)] = 0.99

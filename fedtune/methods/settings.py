@@ -41,10 +41,11 @@ class AveragingSettings:
     """Settings of every method that averages factors; a method's own class names it and adds its keys after these."""
 
     name: str = ""
+    """Name of the method."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
     """Step from the old values towards the clients' mean; 1 takes the mean."""
     weights: Weighting = "examples"
-    """A client's weight in the mean: its number of examples, or 1."""
+    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
     wire_dtype: WireDtype = "bf16"
     """Number format of everything that is trained, down and up, but of modules_to_save, which travel in fp32."""
 

@@ -19,6 +19,7 @@ class ZeroPadSettings(LinearSettings):
     """Settings of `zeropad`."""
 
     name: Literal["zeropad"] = "zeropad"
+    """Name of the method."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fedtune.directions.manifest import describe
+from fedtune.directions.seed_ledger import describe
 from fedtune.errors import WireError
 from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors
