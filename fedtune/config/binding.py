@@ -105,6 +105,7 @@ def bind(
     bound["override"] = bind_overrides(table.get("override", ()), found)
     bound["device"] = bind_devices(table.get("device", ()), found)
     found.faults.extend(check(found.values))
+    found.faults.extend(unreachable_objects(objects, found.values.get("engine.name")))
     if found.faults:
         raise ConfigError(found.faults, source=label)
     return with_absolute_paths(Recipe(root=root, objects=objects, **bound), root)
@@ -146,9 +147,22 @@ def with_objects(table: Mapping[str, Any], objects: Objects) -> Mapping[str, Any
         own = tables.get(name, {})
         if given is not None and isinstance(own, Mapping):  # else `bind_table` finds the fault
             tables[name] = {**values, **own} if name == "method" else {**own, **values}
+    data = tables.get("data")
+    if isinstance(data, Mapping) and data.get("format") == "plugin":
+        tables["data"] = {"split": {"kind": "key", "by": GROUP}, **data}
     if objects.planner is not None:
         tables["planner"] = {"name": PYTHON, "type": type_name(objects.planner)}
     return tables
+
+
+def unreachable_objects(objects: Objects, engine: str | None) -> Iterator[Fault]:
+    """Yield the objects that an engine's worker processes would need and cannot be given."""
+    given = [name for name, value in vars(objects).items() if value is not None]
+    alone = {"processes": [name for name in given if name == "model"], "ray": given}.get(engine or "", [])
+    if alone:
+        got = f"{quote(engine)} with {join_words(f'{name}=' for name in alone)}"
+        hint = "worker processes load by name what a Python object gives to this process alone"
+        yield Fault("engine.name", '"inprocess" with Python objects', got, hint)
 
 
 def type_name(planner: Any) -> str:
@@ -179,7 +193,7 @@ def bind_named(table: str, content: Any, found: Findings, objects: Objects) -> A
     if not isinstance(name, str) or name not in (*names, PYTHON):
         meant = nearest(name, names)
         got = "nothing" if name is None else display(name)
-        hint = f"did you mean {quote(meant)}?" if meant else ""
+        hint = f"did you mean {quote(meant)}?" if meant else f"or pass {table}=, or install the package that brings it"
         found.faults.append(Fault(f"{table}.name", join_words(map(quote, names), joint="or"), got, hint))
         return None
     try:

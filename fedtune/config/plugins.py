@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from fedtune.data.settings import DataSettings
 from fedtune.errors import ConfigError, Fault
 from fedtune.methods import METHODS
 from fedtune.methods.method import Method
 from fedtune.planning import PLANNERS
 from fedtune.planning.planner import PlannerType
 
-METHOD_GROUP, PLANNER_GROUP = "fedtune.methods", "fedtune.planners"
-"""Groups of entry points; each names an object of the type `Method` or `PlannerType`."""
-BROKEN = (ImportError, SyntaxError, AttributeError, NameError, TypeError, ValueError, KeyError, OSError, RuntimeError)
+METHOD_GROUP, PLANNER_GROUP, DATA_GROUP = "fedtune.methods", "fedtune.planners", "fedtune.data"
+"""Groups of entry points. They name a `Method`, a `PlannerType`, and a function that returns rows by client."""
+BROKEN = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
+    *(OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+)
 """What the import of another package's module may raise."""
 
 Kind = TypeVar("Kind", Method[Any], PlannerType)
@@ -51,6 +55,23 @@ def find_planner(name: str) -> PlannerType:
     return (
         PLANNERS[name] if name in PLANNERS else load("planner", name, installed(PLANNER_GROUP, PLANNERS), PlannerType)
     )
+
+
+def find_data_source(settings: DataSettings) -> Callable[[], Mapping[str, Any]]:
+    """Return the function that gives the rows by client, of the entry point that `data.source` names.
+
+    Raises:
+        ConfigError: if there is none, or the package that brings it cannot be used.
+    """
+    name, entries = settings.source, installed(DATA_GROUP, {})
+    if not isinstance(name, str) or name not in entries:
+        expected = f"the name of an entry point of {DATA_GROUP} ({', '.join(entries) or 'none is installed'})"
+        raise ConfigError(Fault("data.source", expected, repr(name), "install the package that brings it"))
+    source = import_entry("data.source", entries[name])
+    if not callable(source):
+        expected = f"{entry_text(entries[name])} to be a function that returns rows by client"
+        raise ConfigError(Fault("data.source", expected, f"a {type(source).__name__}"))
+    return cast(Callable[[], Mapping[str, Any]], source)
 
 
 def installed(group: str, own: Mapping[str, Any]) -> Mapping[str, EntryPoint]:
@@ -91,18 +112,26 @@ def load(table: str, name: str, entries: Mapping[str, EntryPoint], kind: type[Ki
         hint = f"install the package that brings it, or pass {table}= to fedtune.simulate"
         raise ConfigError(Fault(f"{table}.name", f"the name of an installed {table}", repr(name), hint))
     entry = entries[name]
-    where, hint = f"{entry.value} of {package(entry)}", f"repair or uninstall {package(entry)}"
+    loaded = import_entry(f"{table}.name", entry)
+    if not isinstance(loaded, kind):
+        expected = f"{entry_text(entry)} to be a {kind.__module__}.{kind.__name__}"
+        raise ConfigError(Fault(f"{table}.name", expected, f"a {type(loaded).__name__}", repair(entry)))
+    if fault := fault_of(loaded, name):
+        raise ConfigError(Fault(f"{table}.name", f"{entry_text(entry)} {fault}", repr(loaded.name), repair(entry)))
+    return loaded
+
+
+def import_entry(path: str, entry: EntryPoint) -> Any:
+    """Return the object that an entry point names; `path` is the recipe's key for messages.
+
+    Raises:
+        ConfigError: naming the package, if its import fails.
+    """
     try:
-        loaded = entry.load()
+        return entry.load()
     except BROKEN as error:
         got = f"{type(error).__name__}: {error}"
-        raise ConfigError(Fault(f"{table}.name", f"{where} to be importable", got, hint)) from error
-    if not isinstance(loaded, kind):
-        expected = f"{where} to be a {kind.__module__}.{kind.__name__}"
-        raise ConfigError(Fault(f"{table}.name", expected, f"a {type(loaded).__name__}", hint))
-    if fault := fault_of(loaded, name):
-        raise ConfigError(Fault(f"{table}.name", f"{where} {fault}", repr(loaded.name), hint))
-    return loaded
+        raise ConfigError(Fault(path, f"{entry_text(entry)} to be importable", got, repair(entry))) from error
 
 
 def fault_of(kind: Method[Any] | PlannerType, name: str) -> str:
@@ -113,6 +142,14 @@ def fault_of(kind: Method[Any] | PlannerType, name: str) -> str:
     if defaults.get("name") != name:
         return f"to have a frozen dataclass of settings, whose field name is {name!r} by default"
     return ""
+
+
+def entry_text(entry: EntryPoint) -> str:
+    return f"{entry.value} of {package(entry)}"
+
+
+def repair(entry: EntryPoint) -> str:
+    return f"repair or uninstall {package(entry)}"
 
 
 def package(entry: EntryPoint) -> str:

@@ -99,7 +99,9 @@ def prepare(recipe: Recipe) -> Experiment:
     Raises:
         ConfigError: if a file, column, module or client that the recipe names does not exist, or a rank does not fit.
     """
-    federation, base = load_site(recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root)
+    federation, base = load_site(
+        recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root, objects=recipe.objects
+    )
     names = list(federation.clients)
     faults = [
         Fault(

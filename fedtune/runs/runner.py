@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fedtune.config import Recipe, bind, changes, digest, render
-from fedtune.config.recipe import method_of
+from fedtune.config.recipe import Objects, method_of
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.messages import Blueprint
 from fedtune.methods import serialization as states
@@ -222,7 +222,7 @@ def run_rounds_of(
         base=setting.base["digest"],
         ledger=ledger,
         start=start,
-        history=[round_records.observations(line) for line in lines],
+        history=[round_records.observations(line) for line in lines if line["round"]],
         clock=setting.clock,
         clock_s=lines[-1].get("clock_s", 0.0) if lines else 0.0,
         watch=watch,
@@ -262,7 +262,8 @@ def check_resumable(run: Path, recipe: Recipe) -> None:
     """
     if not has_begun(run):
         return  # killed before anything of it was noted: it starts
-    noted = bind(RunJournal.inputs(run)["recipe"])
+    # A method that was given as an object is needed to read its settings; the other objects are names in the text.
+    noted = bind(RunJournal.inputs(run)["recipe"], objects=Objects(method=recipe.objects.method))
     different = [line for line in changes(noted, recipe) if not resumable(line)]
     if different:
         raise ConfigError(
