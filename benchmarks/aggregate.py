@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from fedtune import lowrank
-from fedtune.adapter import Factors
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Factors
+from fedtune.messages import Blueprint, ClientUpdate
 from fedtune.methods import flora
-from fedtune.round import Blueprint, ClientUpdate
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 

@@ -20,12 +20,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedtune.round import Failure
+from fedtune.messages import Failure
 from fedtune.seeds import derive, generator
 from fedtune.store.blobs import Blobs
-from fedtune.store.history import History, replayed
+from fedtune.store.history import History, replay_journal
 from fedtune.store.journal import End, Journal
-from fedtune.store.ledger import RunLedger
+from fedtune.store.run_journal import RunJournal
 
 MIB = 2**20
 INPUTS = {"recipe": "x"}
@@ -115,7 +115,7 @@ def replay(folder: Path, repeats: int) -> dict[str, Any]:
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        again, _ = replayed(folder)
+        again, _ = replay_journal(folder)
         times.append(time.perf_counter() - began)
         assert again == history
     rate = round(len(records) / median(times))
@@ -127,7 +127,7 @@ def rounds(folder: Path, repeats: int) -> dict[str, Any]:
     """The ledger's share of a round of 100 clients that each send 4 KiB, of which one fails; the state has 1 MiB."""
     names, times, previous = [f"client-{i:03}" for i in range(100)], [], "0" * 64
     updates = [data(4096, key) for key in range(99)]
-    with RunLedger.create(folder) as ledger:
+    with RunJournal.create(folder) as ledger:
         ledger.begin(INPUTS)
         for number in range(1, repeats + 1):
             state = [data(MIB, number)]

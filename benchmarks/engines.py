@@ -34,19 +34,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 
 from fedtune.config import Recipe, bind
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Training
 from fedtune.methods import METHODS
 from fedtune.model.settings import ModelSettings
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Training
-from fedtune.rounds import run
-from fedtune.schedule import Schedule
+from fedtune.rounds.loop import run
+from fedtune.rounds.schedule import Schedule
+from fedtune.rounds.transport import Transport, Work
 from fedtune.seeds import generator
+from fedtune.simulation.fork_server import Prepared, serve
 from fedtune.simulation.inprocess import InProcess
-from fedtune.simulation.nursery import Prepared, tend
-from fedtune.simulation.processes import Nursery, ProcessPool
+from fedtune.simulation.process_pool import ForkServer, ProcessPool
 from fedtune.tensors import cast
-from fedtune.transport import Transport, Work
-from fedtune.wire.profile import ClientProfile, Foundation
+from fedtune.wire.profile import ClientProfile, ModelSpec
 
 if TYPE_CHECKING:
     # Imported where it is used: this file is also what the nursery runs, and what Flower imports starts threads.
@@ -191,7 +191,7 @@ def inprocess(fleet: Sequence[Client]) -> AbstractContextManager[Transport]:
 
 @contextmanager
 def processes(fleet: Sequence[Client]) -> Iterator[Transport]:
-    with Nursery([sys.executable, __file__, "--nursery"]) as nursery:
+    with ForkServer([sys.executable, __file__, "--nursery"]) as nursery:
         nursery.load({}, {})
         yield ProcessPool(nursery, fleet, workers=CORES)
 
@@ -235,7 +235,7 @@ class Trivial:
     work: Work
 
     def profile(self) -> ClientProfile:
-        return ClientProfile(self.client.name, self.client.num_examples, Foundation(base="", modules=LAYERS))
+        return ClientProfile(self.client.name, self.client.num_examples, ModelSpec(base="", modules=LAYERS))
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
         return self.work(assignment)
@@ -330,8 +330,8 @@ def recipe(folder: Path, *, base: str, engine: str, clients: int, tokens: int) -
     )
 
 
-def nursery_of(engine: str) -> AbstractContextManager[Nursery | None]:
-    return Nursery() if engine == "processes" else nullcontext()
+def nursery_of(engine: str) -> AbstractContextManager[ForkServer | None]:
+    return ForkServer() if engine == "processes" else nullcontext()
 
 
 def start(engine: str, folder: Path) -> Mapping[str, float]:
@@ -340,15 +340,15 @@ def start(engine: str, folder: Path) -> Mapping[str, float]:
     bound = recipe(folder, base="embedded", engine=engine, clients=1, tokens=16)
     with nursery_of(engine) as nursery:
         # Loaded only now, as in a run, while the nursery imports the same: this process needs a base of its own.
-        from fedtune.conduct import rounds
-        from fedtune.experiment import prepare, setting, transport
+        from fedtune.runs.local import prepare, run_context, transport
+        from fedtune.runs.runner import run_rounds_of
 
         experiment = prepare(bound)
         here = time.perf_counter() - began
         with transport(experiment, nursery) as started:
             started.clients()
             ready = time.perf_counter() - began
-            list(rounds(setting(experiment), started))
+            list(run_rounds_of(run_context(experiment), started))
             updated = time.perf_counter() - began
     return {name: round(each, 3) for name, each in (("here_s", here), ("ready_s", ready), ("first_update_s", updated))}
 
@@ -377,8 +377,8 @@ def build(folder: Path) -> None:
 
 def memory(engine: str, folder: Path, workers: int, tokens: int) -> Mapping[str, Any]:
     """Return the peak megabytes of a run whose four clients train: of the engine's processes, and with this one."""
-    from fedtune.conduct import rounds
-    from fedtune.experiment import prepare, setting, transport
+    from fedtune.runs.local import prepare, run_context, transport
+    from fedtune.runs.runner import run_rounds_of
 
     bound = recipe(folder, base=str(folder), engine=engine, clients=4, tokens=tokens)
     experiment = prepare(replace(bound, engine=replace(bound.engine, workers=workers)))
@@ -386,7 +386,7 @@ def memory(engine: str, folder: Path, workers: int, tokens: int) -> Mapping[str,
         if nursery:  # a core for each worker: on a machine that has fewer, some would never be at work
             started = ProcessPool(nursery, started.clients(), workers=workers, cores=workers)
         with sampled() as samples:
-            list(rounds(setting(experiment), started))
+            list(run_rounds_of(run_context(experiment), started))
     peak = max(samples, key=lambda sample: sum(sample.values()))
     here = peak.pop(os.getpid())
     tensors = sum(parameter.numel() * parameter.element_size() for parameter in experiment.base.model.parameters())
@@ -440,5 +440,5 @@ def read(path: Path) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--nursery"]:
-        tend(int(sys.argv[-1]), prepare)
+        serve(int(sys.argv[-1]), prepare)
     main()

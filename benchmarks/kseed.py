@@ -24,18 +24,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.data.encode import Example
-from fedtune.directions import torch_rebuild
+from fedtune.directions import rebuild_torch
 from fedtune.directions.bank import DirectionBank
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
-from fedtune.directions.ledger import SeedLedger
-from fedtune.directions.rebuild import rebuild
-from fedtune.directions.trainable import Reach, trainable
+from fedtune.directions.rebuild_numpy import rebuild
+from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.model.base import Base, find_targets
-from fedtune.model.probe import Position, positioned
-from fedtune.model.rebuilt import mean_loss
-from fedtune.model.torch_seed import seeded
+from fedtune.model.probe import Position, at_position
+from fedtune.model.seed_rebuild import mean_loss
+from fedtune.model.torch_seed import torch_seed
 from fedtune.model.train import Batch, collate
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
@@ -103,10 +103,10 @@ def steps(parameters: int, repeat: int) -> None:
 
         for bank in banks[: 3 if tokens == 128 else 2]:
             ledger = SeedLedger(bank, EXPONENT, 1, base.manifest.digest, accumulators(bank))
-            ordinals = trainable(base.manifest, Reach(bank.name), base.matrices)
+            ordinals = trainable_ordinals(base.manifest, TensorSelection(bank.name), base.matrices)
             with torch.inference_mode():
                 floor = best(forwards, repeat)
-                with positioned(base, ledger, ordinals) as position:
+                with at_position(base, ledger, ordinals) as position:
                     seconds = best(partial(step, position, batch), repeat)
                 told(bank.name, count, tokens, seconds, min(floor, best(forwards, repeat)))
         with torch.inference_mode():
@@ -170,7 +170,7 @@ def llama() -> Base:
         pad_token_id=0,
         tie_word_embeddings=True,
     )
-    with seeded(KEY, torch.device("cpu")):
+    with torch_seed(KEY, torch.device("cpu")):
         model = LlamaForCausalLM(config).requires_grad_(False).eval()
     return Base(
         name="random",
@@ -196,12 +196,12 @@ KEY = derive(0, "fedkseed.bank")
 
 
 def by_numpy(tensor: torch.Tensor, sums: Array, *, out: torch.Tensor, **named: Any) -> None:
-    rebuild(torch_rebuild.as_array(tensor), sums, out=torch_rebuild.as_array(out), **named)
+    rebuild(rebuild_torch.as_array(tensor), sums, out=rebuild_torch.as_array(out), **named)
 
 
 WAYS: Mapping[str, Callable[..., Any]] = {
-    "numba": torch_rebuild.compiled,
-    "torch": torch_rebuild.rebuild,
+    "numba": rebuild_torch.rebuild_compiled,
+    "torch": rebuild_torch.rebuild,
     "numpy": by_numpy,
 }
 SLICES: Mapping[tuple[str, bool], int] = {

@@ -27,21 +27,22 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import fedtune.link  # noqa: E402, F401, I001 - before grpc, which reads its TLS settings once
 import grpc  # noqa: E402
 
-from fedtune.link.audit import read  # noqa: E402
-from fedtune.link.bars import Bars  # noqa: E402
-from fedtune.link.client import Client  # noqa: E402
-from fedtune.link.hub import Hub, Received, Run  # noqa: E402
-from fedtune.link.identity import Identity, load  # noqa: E402
-from fedtune.link.policy import Policy  # noqa: E402
-from fedtune.link.roster import RosterFile  # noqa: E402
-from fedtune.link.server import credentials, serving  # noqa: E402
+from fedtune.link.audit_log import read  # noqa: E402
+from fedtune.link.client.client import Client  # noqa: E402
+from fedtune.link.client.policy import Policy  # noqa: E402
+from fedtune.link.envelopes import TRAIN  # noqa: E402
+from fedtune.link.pki.identity import Identity, load  # noqa: E402
+from fedtune.link.pki.roster import RosterFile  # noqa: E402
+from fedtune.link.server.blocklist import Blocklist  # noqa: E402
+from fedtune.link.server.dispatcher import Dispatcher, ReceivedParts, RunInfo  # noqa: E402
+from fedtune.link.server.server import credentials, serve_link  # noqa: E402
 from fedtune.link.settings import JoinSettings, LinkSettings  # noqa: E402
-from fedtune.link.statements import TRAIN  # noqa: E402
-from fedtune.round import Assignment, LocalAdapter, Plan, Training  # noqa: E402
-from fedtune.wire.messages import encode_assignment  # noqa: E402
-from fedtune.wire.profile import Foundation  # noqa: E402
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training  # noqa: E402
+from fedtune.wire.codec import encode_assignment  # noqa: E402
+from fedtune.wire.profile import ModelSpec  # noqa: E402
 from fedtune.wire.v1 import link_pb2 as pb  # noqa: E402
 from tests.link.ceremony import ceremony  # noqa: E402
 from tests.link.federation import federation  # noqa: E402
@@ -109,11 +110,11 @@ def link_server(folder: Path, clients: int, mb: int) -> None:
     """Serve one round of a body down and an update up for each client; each update is taken one after the other."""
     own = identity(folder, "server")
     roster = RosterFile(own.folder / "roster", own.root)
-    run = Run(own.federation, "0123456789abcdef", b'name = "x"\n', own.name, own.key)
+    run = RunInfo(own.federation, "0123456789abcdef", b'name = "x"\n', own.name, own.key)
     settings = LinkSettings(listen="127.0.0.1:0", health="", drain_s=5)
-    hub = Hub(run, settings, folder / "spool", Bars(folder / "barred"))
+    hub = Dispatcher(run, settings, folder / "spool", Blocklist(folder / "barred"))
     hub.limit = lambda front: 2 * mb * 10**6
-    with serving(hub, own, roster) as running:
+    with serve_link(hub, own, roster) as running:
         say(port=running.port)
         while len(hub.fleet()) < clients:
             hub.wait(0.05)
@@ -125,7 +126,7 @@ def link_server(folder: Path, clients: int, mb: int) -> None:
         waiting = dict(ids)
         while waiting:
             for found in hub.collect(list(waiting.values())).values():
-                assert isinstance(found, Received), found
+                assert isinstance(found, ReceivedParts), found
                 hub.settle(found.client, 1, None)
                 del waiting[found.client]
             hub.wait(0.05)
@@ -331,13 +332,13 @@ def spread(spans: Sequence[int]) -> str:
 
 
 def tiny_client(site: str) -> None:
-    from fedtune.cli.told import teller
-    from fedtune.member import take_part
+    from fedtune.cli.event_log import event_writer
+    from fedtune.deployment.join import join
     from tests.link import scripted
 
     scripted.MODULES = {"q": (8, 8)}
-    scripted.FOUNDATION = Foundation(base="9f3c" * 16, modules=scripted.MODULES, parameters=64)
-    take_part(Path(site), tell=teller("json"), trainer=scripted.ScriptedTrainer(Path(site).parent.name, 0.0))
+    scripted.FOUNDATION = ModelSpec(base="9f3c" * 16, modules=scripted.MODULES, parameters=64)
+    join(Path(site), tell=event_writer("json"), trainer=scripted.ScriptedTrainer(Path(site).parent.name, 0.0))
 
 
 def main() -> None:

@@ -23,11 +23,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from fedtune.conduct import rounds
 from fedtune.config import bind
-from fedtune.demo import write_data
-from fedtune.experiment import Experiment, in_process, prepare, setting
 from fedtune.model.libraries import quiet, threads
+from fedtune.runs.demo import write_data
+from fedtune.runs.local import Experiment, in_process, prepare, run_context
+from fedtune.runs.runner import run_rounds_of
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -45,7 +45,9 @@ def main() -> None:
         experiment = prepare(bind(recipe(folder, args.base, steps=args.steps, batch=args.batch)))
         framework, bare = [], []
         for _ in range(args.repeat):
-            framework.append(sum(result.seconds for result in rounds(setting(experiment), in_process(experiment))))
+            framework.append(
+                sum(result.seconds for result in run_rounds_of(run_context(experiment), in_process(experiment)))
+            )
             bare.append(bare_loop(experiment, steps=args.steps, batch=args.batch))
     ratios = [ours / theirs for ours, theirs in zip(framework, bare, strict=True)]
     print(

@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.devices.traces import log_deviation
 from fedtune.planning.bandits import Thompson, Ucb
 from fedtune.planning.deadline import Deadline
 from fedtune.planning.oracle import Oracle
 from fedtune.planning.policies import few
 from fedtune.planning.policy import Arm, Candidate, Observed, Policy
-from fedtune.planning.tree import STree
-from fedtune.planning.uniform import Uniform
+from fedtune.planning.random_choice import RandomChoice
+from fedtune.planning.s_ucb import SUcb
 from fedtune.seeds import derive, generator
-from fedtune.simulation.traces import log_deviation
 from fedtune.tensors import Array
 
 RATIOS, RANKS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75), (2, 4, 8, 16, 32)
@@ -226,10 +226,10 @@ def policies(world: World) -> Mapping[str, tuple[Policy[Any], float | None]]:
         found[f"unpruned {rank}, memory ignored"] = (Nearest(ARMS, Arm(0.0, rank), ignore=True), None)
     found |= {
         "ucb, few arms": (Ucb(six(of_six)), None),
-        "s-ucb": (STree(ARMS), None),
+        "s-ucb": (SUcb(ARMS), None),
         "ucb, all arms": (Ucb(ARMS), None),
         "thompson": (Thompson(ARMS), None),
-        "random": (Uniform(ARMS), None),
+        "random": (RandomChoice(ARMS), None),
     }
     return found
 
@@ -348,10 +348,10 @@ def decisions() -> None:
         candidates = [world.candidate(name, 1 / clients, 0.3) for name in world.names]
         for name, policy in (
             ("deadline", Deadline(ARMS)),
-            ("s-ucb", STree(ARMS)),
+            ("s-ucb", SUcb(ARMS)),
             ("ucb", Ucb(ARMS)),
             ("thompson", Thompson(ARMS)),
-            ("random", Uniform(ARMS)),
+            ("random", RandomChoice(ARMS)),
         ):
             memory: Any = policy.start()
             times = []

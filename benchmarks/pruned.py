@@ -29,11 +29,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from fedtune.keep import Keep, sparsity
 from fedtune.model.deployed import load_pruned_base
-from fedtune.model.prune import anatomy_of, pruned
 from fedtune.model.settings import ModelSettings
-from fedtune.ranking import PruningSettings, kept, ranked
+from fedtune.model.surgery import layout_of, with_structure
+from fedtune.pruning.ranking import PruningSettings, rank_units, structure_at
+from fedtune.pruning.structure import ModelStructure, sparsity
 from fedtune.seeds import generator
 
 RATIOS = (0.0, 0.25, 0.5, 0.75)
@@ -65,12 +65,12 @@ def bert() -> Any:
         return BertForSequenceClassification(config)
 
 
-def keep_of(model: Any, ratio: float) -> Keep:
+def keep_of(model: Any, ratio: float) -> ModelStructure:
     """Return what a ratio keeps by scores drawn at random: which heads and channels stay changes no time."""
-    anatomy, rng = anatomy_of(model), generator(1)
+    anatomy, rng = layout_of(model), generator(1)
     sizes = sum(block.heads for block in anatomy.blocks), sum(block.channels for block in anatomy.blocks)
     order = {"heads": rng.random(sizes[0]), "channels": rng.random(sizes[1])}
-    return kept(ranked(order, anatomy, SETTINGS), anatomy, SETTINGS, ratio)
+    return structure_at(rank_units(order, anatomy, SETTINGS), anatomy, SETTINGS, ratio)
 
 
 def tokens(model: Any, batch: int, length: int, device: torch.device) -> torch.Tensor:
@@ -114,13 +114,13 @@ def decode(model: Any, ids: torch.Tensor) -> None:
 def times(name: str, model: Any, targets: list[str], device: torch.device, repeats: int) -> None:
     """Print the times of one model at every ratio; each is cut out of the same model for the length of its turn."""
     model = model.eval().to(device).requires_grad_(False)
-    anatomy, causal = anatomy_of(model), isinstance(model, LlamaForCausalLM)
+    anatomy, causal = layout_of(model), isinstance(model, LlamaForCausalLM)
     batch, length = (8, 128) if causal else (32, 64)
     ids = tokens(model, batch, length, device)
     found: dict[str, dict[float, list[float]]] = {}
     for repeat in range(repeats + 1):
         for ratio in RATIOS:
-            with pruned(model, keep_of(model, ratio), anatomy):
+            with with_structure(model, keep_of(model, ratio), anatomy):
                 work = {"prefill" if causal else "inference": partial(forward, model, ids)}
                 if causal:
                     work["decode 32 tokens, batch 1"] = partial(decode, model, ids)
@@ -191,7 +191,7 @@ def measure(folder: str, ratio: float, device: torch.device, targets: list[str],
             model = load_pruned_base(settings, keep, root=Path(), seed=0, labels=labels).model
         else:
             model = whole.from_pretrained(folder).eval().requires_grad_(False).to(device)
-            stack.enter_context(pruned(model, keep, anatomy_of(model)))
+            stack.enter_context(with_structure(model, keep, layout_of(model)))
         step = training_step(model, tokens(model, 8 if causal else 32, 128 if causal else 64, device), targets)
         for _ in range(3):
             step()

@@ -17,11 +17,11 @@ from statistics import median
 
 import numpy as np
 
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Training
 from fedtune.methods import METHODS
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Training
-from fedtune.rounds import run
-from fedtune.schedule import Schedule
+from fedtune.rounds.loop import run
+from fedtune.rounds.schedule import Schedule
 from fedtune.seeds import generator
 from fedtune.simulation.inprocess import InProcess
 from fedtune.tensors import Tensors, cast

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.directions.checks import STATE
-from fedtune.directions.manifest import describe
+from fedtune.directions.consistency import STATE
+from fedtune.directions.seed_ledger import describe_base
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Measured, ProbeResult, Training
 from fedtune.methods.fedkseed import METHOD
-from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState
+from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Measured, Probed, Training
-from fedtune.rounds import size
+from fedtune.rounds.loop import encoded_bytes
 from fedtune.seeds import derive, generator
-from fedtune.wire.messages import encode_assignment, encode_update
+from fedtune.wire.codec import encode_assignment, encode_update
 
 PAPER = 4096 * 4 + 200 * (4 + 4)
 FORMS: dict[str, dict[str, Any]] = {
@@ -57,13 +57,13 @@ def traffic(settings: FedKSeedSettings, *, clients: int, steps: int, rounds: int
     training = Training(batch=1, learning_rate=3e-7, steps=steps)
     planner = Fixed(lambda name: (1, training), alpha="2r", rslora=False)
     plans = {client.name: planner.plan_for(client) for client in cohort}
-    manifest = describe({"weight": np.zeros((64, 64), np.float32)}).encode()
+    manifest = describe_base({"weight": np.zeros((64, 64), np.float32)}).encode()
     state: FedKSeedState = METHOD.init(Blueprint({}, {}, max_rank=1, seed=0, manifest=manifest), settings)
     down, up = [], []
     for _ in range(rounds):
         orders = {client.name: METHOD.assign(state, 0, plans[client.name]) for client in cohort}
         updates = [answer(state, orders[client.name], client, steps) for client in cohort]
-        down.append(max(size(encode_assignment(order)) for order in orders.values()))
+        down.append(max(encoded_bytes(encode_assignment(order)) for order in orders.values()))
         up.append(max(len(encode_update(update)) for update in updates))
         state = METHOD.aggregate(state, updates)
     return down[1:], up[1:]
@@ -77,7 +77,7 @@ def answer(state: FedKSeedState, order: Assignment, client: Client, steps: int) 
         num_examples=client.num_examples,
         tensors={},
         measured=Measured(12.3, 2**31, 123_456, 3.21, 3.12),
-        probed=Probed(np.clip(np.rint(drawn), -127, 127).astype(np.int8), state.digest[:STATE], state.checks),
+        probed=ProbeResult(np.clip(np.rint(drawn), -127, 127).astype(np.int8), state.digest[:STATE], state.checks),
     )
 
 

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 from fedtune.config import binding
 from fedtune.config.recipe import Override, Recipe
 from fedtune.config.site import SiteSettings
-from fedtune.device import DeviceProfile
+from fedtune.devices.profiles import DeviceProfile
 from fedtune.link.settings import LinkSettings
 from fedtune.methods import METHODS
 from fedtune.planning.policies import POLICIES

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from fedtune.api import Run, compare, evaluate, simulate
     from fedtune.config import Recipe, bind
     from fedtune.errors import ConfigError, FedtuneError
-    from fedtune.exports import export, replay
-    from fedtune.pruned import deploy, load_pruned, views
+    from fedtune.runs.deploy import deploy, load_pruned, views
+    from fedtune.runs.export import export, replay
 
 __all__ = [
     "ConfigError",
@@ -38,11 +38,11 @@ _HOMES = {
     "FedtuneError": "errors",
     "Recipe": "config",
     "bind": "config",
-    "deploy": "pruned",
-    "load_pruned": "pruned",
-    "views": "pruned",
-    "export": "exports",
-    "replay": "exports",
+    "deploy": "runs.deploy",
+    "load_pruned": "runs.deploy",
+    "views": "runs.deploy",
+    "export": "runs.export",
+    "replay": "runs.export",
 }
 
 

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, bind
-from fedtune.demo import recipe_text, write_data
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
-from fedtune.exports import check_base, open_run
-from fedtune.methods.method import Tuned
-from fedtune.rounds import Note, Watch
-from fedtune.simulation.processes import Nursery
-from fedtune.store import audit, result
-from fedtune.store.audit import Status, Verified
-from fedtune.store.files import guarded
-from fedtune.store.run import check_run, vacant, write_recipe
+from fedtune.methods.method import GlobalModel
+from fedtune.rounds.loop import Note, Watch
+from fedtune.runs.demo import recipe_text, write_data
+from fedtune.runs.export import check_base, open_run
+from fedtune.simulation.process_pool import ForkServer
+from fedtune.store import result
+from fedtune.store import verify as verify_module
+from fedtune.store.files import store_errors
+from fedtune.store.run_directory import check_run, check_vacant, write_recipe
+from fedtune.store.verify import Status, Verified
 
 # The client wing (torch, transformers, peft, datasets) takes seconds to import, so `experiment` and `model` are
 # imported where they are needed: a recipe that is wrong says so at once, and reading a report needs neither.
@@ -62,7 +63,7 @@ def simulate(
         fresh: if the directory is taken, start beside it instead of refusing.
         resume: directory of a run to go on with, after a crash or for more rounds; its result is the one that the run
             would have had without a break. `rounds.count` and the engine may change, nothing else.
-        watch: called with each event of `fedtune.rounds`.
+        watch: called with each event of `fedtune.rounds.loop`.
 
     Raises:
         ConfigError: if the recipe, or anything that it names, is wrong; with every fault found.
@@ -73,21 +74,21 @@ def simulate(
         return _resume(Path(resume), recipe, overrides=overrides, watch=watch)
     if recipe is None:
         raise ConfigError(Fault("recipe", "a recipe, or a run to resume", "neither"))
-    bound = bound_of(recipe, overrides)
-    with nursery_of(bound) as nursery:
-        from fedtune.experiment import prepare
+    bound = bind_recipe(recipe, overrides)
+    with fork_server_of(bound) as nursery:
+        from fedtune.runs.local import prepare
 
         experiment = prepare(bound)
-        path = vacant(Path(out) if out is not None else Path("runs") / bound.name, fresh=fresh)
+        path = check_vacant(Path(out) if out is not None else Path("runs") / bound.name, fresh=fresh)
         return _conduct(experiment, path, nursery, watch)
 
 
-def nursery_of(recipe: Recipe) -> AbstractContextManager[Nursery | None]:
+def fork_server_of(recipe: Recipe) -> AbstractContextManager[ForkServer | None]:
     """Start the process that loads the base for worker processes, while this one still imports and loads its own."""
-    return Nursery() if recipe.engine.name == "processes" else nullcontext()
+    return ForkServer() if recipe.engine.name == "processes" else nullcontext()
 
 
-def bound_of(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
+def bind_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else bind(recipe, overrides=overrides)
 
 
@@ -108,12 +109,12 @@ def _resume(
     overrides: Sequence[str],
     watch: Watch,
 ) -> Run:
-    from fedtune.conduct import check_resumable
+    from fedtune.runs.runner import check_resumable
 
-    bound = bound_of(recipe_of(path) if recipe is None else recipe, overrides)
+    bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides)
     check_resumable(path, bound)
-    with nursery_of(bound) as nursery:
-        from fedtune.experiment import prepare
+    with fork_server_of(bound) as nursery:
+        from fedtune.runs.local import prepare
 
         experiment = prepare(bound)
         return _conduct(experiment, path, nursery, watch, resume=True)
@@ -121,19 +122,19 @@ def _resume(
 
 def demo(*, out: str | Path | None = None, watch: Watch = lambda event: None) -> Run:
     """Run the federation that fedtune brings along: its own small model, and this Python's library as the clients."""
-    path = vacant(Path(out) if out is not None else Path("runs") / "demo", fresh=out is None)
+    path = check_vacant(Path(out) if out is not None else Path("runs") / "demo", fresh=out is None)
     write_data(path / "data")
     write_recipe(path, recipe_text())
     bound = bind(path / "recipe.toml")
-    from fedtune.experiment import prepare
+    from fedtune.runs.local import prepare
 
     experiment = prepare(bound)
     return _conduct(experiment, path, None, watch)
 
 
-def _conduct(experiment: Any, path: Path, nursery: Nursery | None, watch: Watch, *, resume: bool = False) -> Run:
-    from fedtune.conduct import conduct
-    from fedtune.experiment import setting, transport
+def _conduct(experiment: Any, path: Path, nursery: ForkServer | None, watch: Watch, *, resume: bool = False) -> Run:
+    from fedtune.runs.local import run_context, transport
+    from fedtune.runs.runner import run_recipe
 
     settings = experiment.recipe.report
 
@@ -143,7 +144,7 @@ def _conduct(experiment: Any, path: Path, nursery: Nursery | None, watch: Watch,
 
     try:
         with transport(experiment, nursery) as engine:
-            summary = conduct(setting(experiment), path, engine, resume=resume, watch=watch)
+            summary = run_recipe(run_context(experiment), path, engine, resume=resume, watch=watch)
     except (KeyboardInterrupt, FedtuneError):
         with suppress(FedtuneError):  # what stopped the run is told, not what came of it
             if (path / "summary.json").exists():
@@ -176,11 +177,11 @@ def evaluate(
     if data is not None:
         bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve())))
     bound = replace(bound, evaluate=replace(bound.evaluate, examples=examples))
-    from fedtune.experiment import prepare, score
+    from fedtune.runs.local import prepare, score
 
     experiment = prepare(bound)
     check_base(experiment.base.digest, origin, path)
-    before = score(experiment, Tuned(saved=experiment.base.saved_tensors()), test=True, clients=False).test
+    before = score(experiment, GlobalModel(saved=experiment.base.saved_tensors()), test=True, clients=False).test
     after = score(experiment, tuned, test=True, clients=False).test
     if before is None or after is None:
         raise ConfigError(Fault("data.test", "test examples", "none", "give --data FILE, or set data.held_out above 0"))
@@ -194,14 +195,14 @@ def runs(folder: str | Path = "runs") -> Sequence[tuple[Path, Status | str]]:
         StoreError: if the folder cannot be read.
     """
     path = Path(folder)
-    with guarded(path):
+    with store_errors(path):
         found = [each for each in sorted(path.iterdir()) if (each / "recipe.toml").is_file()] if path.exists() else []
     return [(each, _status(each)) for each in found]
 
 
 def _status(run: Path) -> Status | str:
     try:
-        return audit.status(run)
+        return verify_module.status(run)
     except StoreError as error:
         return str(error)
 
@@ -213,7 +214,7 @@ def status(run: str | Path) -> Status:
         StoreError: if the folder is no run, or its journal is damaged.
     """
     check_run(Path(run))
-    return audit.status(Path(run))
+    return verify_module.status(Path(run))
 
 
 def verify(run: str | Path) -> Verified:
@@ -222,11 +223,11 @@ def verify(run: str | Path) -> Verified:
     Raises:
         StoreError: naming the first thing that is missing, damaged or was changed.
     """
-    from fedtune.conduct import check_results
+    from fedtune.runs.runner import check_results
 
     path = Path(run)
     check_run(path)
-    found = audit.verify(path)
+    found = verify_module.verify(path)
     check_results(path)
     return found
 
@@ -238,7 +239,7 @@ def report(run: str | Path, *, tensorboard: bool = False) -> Path:
 
     path = Path(run)
     check_run(path)
-    with guarded(path):
+    with store_errors(path):
         if tensorboard:
             write_events(path)
         return write_report(path)
@@ -273,7 +274,7 @@ def compare(
         if recipe is None:
             check_run(path)
     check_distinct([(recipe.name, seed) for _, recipe in bound if recipe for seed in seeds or [recipe.seed]])
-    folder = vacant(Path(out) if out is not None else Path("runs") / "compare", fresh=out is None)
+    folder = check_vacant(Path(out) if out is not None else Path("runs") / "compare", fresh=out is None)
     runs = []
     for path, recipe in bound:
         if recipe is None:

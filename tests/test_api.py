@@ -15,8 +15,8 @@ from fedtune import api
 from fedtune.config import bind
 from fedtune.errors import ConfigError, RoundError, StoreError
 from fedtune.methods import METHODS
-from fedtune.report.records import read_run
-from fedtune.rounds import Note, RoundFinished
+from fedtune.report.reader import read_run
+from fedtune.rounds.loop import Note, RoundFinished
 from tests.conftest import base_of, kseed
 
 # peft asks transformers by a name that transformers is about to drop
@@ -85,8 +85,8 @@ def test_every_method_with_adapters_learns(method: str, tables: Tables, tmp_path
 def test_stock_peft_gives_the_runs_own_scores(mode: str, tables: Tables, tmp_path: Path) -> None:
     run = fedtune.simulate({**tables, "method": {"name": "flora", "mode": mode}}, out=tmp_path / "run")
     from fedtune.config import bind
-    from fedtune.experiment import prepare
     from fedtune.model.train import collate, summed_loss
+    from fedtune.runs.local import prepare
 
     experiment = prepare(bind(run.path / "recipe.toml"))
     batch = collate(experiment.federation.test, experiment.base)
@@ -151,9 +151,9 @@ def test_a_comparison_refuses_twins_before_it_runs_anything(
 def test_a_client_whose_loss_is_nan_is_left_out_by_name_and_the_run_goes_on(
     tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedtune import experiment
-    from fedtune.client import perform as honest
+    from fedtune.client.perform import perform as honest
     from fedtune.errors import ClientError
+    from fedtune.runs import local
 
     def poisoned(base: Any, examples: Any, assignment: Any, **options: Any) -> Any:
         if assignment.plan.client == "client-1":
@@ -168,7 +168,7 @@ def test_a_client_whose_loss_is_nan_is_left_out_by_name_and_the_run_goes_on(
                     weight.copy_(kept)
         return honest(base, examples, assignment, **options)
 
-    monkeypatch.setattr(experiment, "perform", poisoned)
+    monkeypatch.setattr(local, "perform", poisoned)
     run = fedtune.simulate(tables, out=tmp_path / "run")
     assert [failure["client"] for failure in run.summary["failures"]] == ["client-1", "client-1"]
     assert "expected a finite loss; got nan" in run.summary["failures"][0]["reason"]
@@ -179,16 +179,16 @@ def test_a_client_whose_loss_is_nan_is_left_out_by_name_and_the_run_goes_on(
 def test_a_round_that_cannot_be_completed_leaves_the_rounds_before_it(
     tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedtune import experiment
-    from fedtune.client import perform as honest
+    from fedtune.client.perform import perform as honest
     from fedtune.errors import ClientError
+    from fedtune.runs import local
 
     def tired(base: Any, examples: Any, assignment: Any, **options: Any) -> Any:
         if assignment.round == 2:
             raise ClientError(f"{assignment.plan.client}: no power")
         return honest(base, examples, assignment, **options)
 
-    monkeypatch.setattr(experiment, "perform", tired)
+    monkeypatch.setattr(local, "perform", tired)
     with pytest.raises(RoundError, match="round 2: expected at least 1 usable updates"):
         fedtune.simulate(tables, out=tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -324,11 +324,11 @@ def test_the_public_names_are_all_there() -> None:
 def test_a_model_that_diverges_is_recorded_and_reported(
     tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedtune import experiment
-    from fedtune.conduct import Scored
+    from fedtune.runs import local
+    from fedtune.runs.runner import ModelScores
 
     lost = {"loss": float("nan"), "perplexity": float("inf")}
-    monkeypatch.setattr(experiment, "score", lambda *a, **k: Scored(test=lost, held_out={"client-0": lost}))
+    monkeypatch.setattr(local, "score", lambda *a, **k: ModelScores(test=lost, held_out={"client-0": lost}))
     run = fedtune.simulate(tables, out=tmp_path / "run")
     lines = [json.loads(line) for line in (run.path / "rounds.jsonl").read_text().splitlines()]
     assert lines[-1]["test"] == {"loss": None, "perplexity": None}
@@ -336,9 +336,10 @@ def test_a_model_that_diverges_is_recorded_and_reported(
 
 
 def test_an_example_longer_than_the_bases_positions_is_refused(tables: Tables, tmp_path: Path) -> None:
-    with Path(tables["data"]["source"]).open("a") as file:
-        file.write(json.dumps({"text": 90 * "fox dog ", "who": "client-1"}) + "\n")
-    tables["data"] |= {"max_tokens": 500}
+    data = tmp_path / "data.jsonl"
+    row = json.dumps({"text": 90 * "fox dog ", "who": "client-1"})
+    data.write_text(Path(tables["data"]["source"]).read_text() + row + "\n")
+    tables["data"] |= {"source": str(data), "max_tokens": 500}
     message = r"data\.max_tokens: expected examples of at most 128 tokens.*set data\.max_tokens = 128"
     with pytest.raises(ConfigError, match=message):
         fedtune.simulate(tables, out=tmp_path / "run")

@@ -23,22 +23,22 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import pytest
 
-from fedtune import conduct as conducting
-from fedtune.conduct import Setting, check_results
 from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, Training
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Assignment, Blueprint, Client, ClientUpdate, Failure, Training
-from fedtune.rounds import Event, RoundFinished
+from fedtune.rounds.loop import Event, RoundFinished
+from fedtune.rounds.transport import Answer, Reply, Rule
+from fedtune.runs import runner as conducting
+from fedtune.runs.runner import RunContext, check_results
 from fedtune.seeds import derive, generator
 from fedtune.store import files, peft
-from fedtune.store.audit import verify
 from fedtune.store.blobs import Blobs
-from fedtune.store.history import begun, replayed
-from fedtune.store.ledger import RunLedger
-from fedtune.store.run import read_rounds, read_summary
-from fedtune.transport import Answer, Reply, Rule
-from fedtune.wire.messages import EncodedAssignment, decode_assignment, encode_update
+from fedtune.store.history import has_begun, replay_journal
+from fedtune.store.run_directory import read_rounds, read_summary
+from fedtune.store.run_journal import RunJournal
+from fedtune.store.verify import verify
+from fedtune.wire.codec import EncodedAssignment, decode_assignment, encode_update
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
@@ -55,11 +55,11 @@ RECIPE = {
 
 
 @cache
-def setting(rounds: int = ROUNDS) -> Setting:
+def setting(rounds: int = ROUNDS) -> RunContext:
     """Neither model nor data: clients are scripted, and nothing is scored."""
     recipe = bind({**RECIPE, "rounds": {"count": rounds, "cohort": 4}})
     training = Training(batch=1, learning_rate=0.1, steps=1)
-    return Setting(
+    return RunContext(
         recipe=recipe,
         blueprint=BLUEPRINT,
         planner=Fixed(lambda name: (2, training), alpha="2r", rslora=False),
@@ -110,11 +110,11 @@ def conduct(run: Path, reported: list[int] | None = None, rounds: int = ROUNDS) 
     # By this clock the first flush of a process takes so long that later updates are grouped: some updates last on
     # their own, some together, some when the round closes.
     options = {"group_s": 3, "clock": count().__next__}
-    ledgers = {name: partial(getattr(RunLedger, name), **options) for name in ("create", "reopen")}
+    ledgers = {name: partial(getattr(RunJournal, name), **options) for name in ("create", "reopen")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conducting, "RunLedger", SimpleNamespace(**ledgers))
+        patch.setattr(conducting, "RunJournal", SimpleNamespace(**ledgers))
         patch.setattr(conducting, "versions", dict)  # to look them up takes longer than a round
-        conducting.conduct(setting(rounds), run, Scripted(), resume=True, watch=watch)
+        conducting.run_recipe(setting(rounds), run, Scripted(), resume=True, watch=watch)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Ending:
 
 def ending(run: Path) -> Ending:
     verify(run)
-    history, _ = replayed(run)
+    history, _ = replay_journal(run)
     return Ending(
         recipe=(run / "recipe.toml").read_text(),
         digests=history.digests,
@@ -161,8 +161,8 @@ Loss = Literal["nothing", "all", "half", "zeros"]
 """What becomes of what was not synced. nothing: the process died, the machine went on. The others are power cuts. all:
 neither names nor bytes got to the disk; half: names did, and of appended bytes the first half; zeros: names and lengths
 did, and no bytes."""
-STEPS = ("append_to", "create_beside", "write", "sync", "sync_folder", "cut", "rename", "make_folder", "remove")
-SHRINKING = {"cut", "rename", "remove", "sync_folder"}
+STEPS = ("append_to", "create_beside", "write", "sync", "sync_folder", "truncate", "rename", "make_folder", "remove")
+SHRINKING = {"truncate", "rename", "remove", "sync_folder"}
 """Steps that a full disk allows."""
 
 
@@ -384,7 +384,7 @@ def test_a_run_killed_between_a_commit_and_its_line_is_not_cut_to_fewer_rounds_a
     with pytest.raises(Killed):
         conduct(run, reported)
     monkeypatch.undo()
-    assert (len(replayed(run)[0].digests), read_rounds(run)[-1]["round"]) == (ROUNDS, ROUNDS - 1)
+    assert (len(replay_journal(run)[0].digests), read_rounds(run)[-1]["round"]) == (ROUNDS, ROUNDS - 1)
     left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=f"rounds.count: expected at least {ROUNDS}, .* got {ROUNDS - 1}"):
         conduct(run, rounds=ROUNDS - 1)
@@ -394,7 +394,7 @@ def test_a_run_killed_between_a_commit_and_its_line_is_not_cut_to_fewer_rounds_a
 
 
 def verify_if_begun(run: Path) -> None:
-    if begun(run):
+    if has_begun(run):
         verify(run)
 
 

@@ -14,19 +14,21 @@ from typing import Any, Literal, TypeAlias
 import pytest
 
 import fedtune
-from fedtune import api, client, experiment, site
-from fedtune.conduct import rounds
+from fedtune import api
+from fedtune.client import perform, site
+from fedtune.client.replica import Replicas
 from fedtune.config import bind, render
-from fedtune.experiment import Experiment, prepare, setting, transport
 from fedtune.flower import shim
 from fedtune.flower.client_app import client_app
-from fedtune.replica import Replicas
-from fedtune.round import Assignment, ClientUpdate
-from fedtune.rounds import ClientFinished, Event, RoundStarted
-from fedtune.simulation.processes import Nursery, ProcessPool
+from fedtune.messages import Assignment, ClientUpdate
+from fedtune.rounds.loop import ClientFinished, Event, RoundStarted
+from fedtune.rounds.transport import Transport
+from fedtune.runs import local
+from fedtune.runs.local import Experiment, prepare, run_context, transport
+from fedtune.runs.runner import run_rounds_of
+from fedtune.simulation.process_pool import ForkServer, ProcessPool
 from fedtune.simulation.resources import Resources
 from fedtune.store import peft
-from fedtune.transport import Transport
 from tests.flower.conftest import NODE, Clock, MemoryGrid, over, running
 
 Tables: TypeAlias = dict[str, Any]
@@ -67,7 +69,7 @@ def chosen(name: Literal["inprocess", "processes", "ray"], workers: int) -> Engi
 @contextmanager
 def in_memory_grid(prepared: Experiment) -> Iterator[Transport]:
     """Give the Flower apps of all clients over a grid that hands out the last reply first."""
-    app = client_app(partial(site.simulated, render(prepared.recipe)))
+    app = client_app(partial(site.simulated_site, render(prepared.recipe)))
     nodes = {NODE + place: running(app, node_config={"partition-id": place}) for place in range(len(prepared.fleet))}
     grid = MemoryGrid(nodes)
     grid.order = lambda replies: replies[::-1]
@@ -76,7 +78,7 @@ def in_memory_grid(prepared: Experiment) -> Iterator[Transport]:
         yield over(grid, Clock(), expected=len(nodes))
     finally:
         shim.leave_task()
-        site.loaded.cache_clear()
+        site.cached_recipe.cache_clear()
 
 
 def played(experiments: Sequence[Experiment], engine: Engine) -> Sequence[Sequence[tuple[str, ...]]]:
@@ -87,7 +89,8 @@ def played(experiments: Sequence[Experiment], engine: Engine) -> Sequence[Sequen
     """
     with engine(experiments[0]) as started:
         return [
-            [(result.digest, *result.outcomes) for result in rounds(setting(each), started)] for each in experiments
+            [(result.digest, *result.outcomes) for result in run_rounds_of(run_context(each), started)]
+            for each in experiments
         ]
 
 
@@ -118,7 +121,7 @@ def test_pruned_clients_come_to_the_same_bits_and_the_same_choices(engine: Engin
                     result.clock_s,
                     *((n, a.plan.ratio, a.plan.rank) for n, a in result.assignments.items()),
                 )
-                for result in rounds(setting(prepared), started)
+                for result in run_rounds_of(run_context(prepared), started)
             ]
 
     expected = choices(chosen("inprocess", 1))
@@ -214,9 +217,9 @@ def test_each_client_works_with_its_own_threads(
 
     def counted(base: Any, examples: Any, assignment: Assignment, *, threads: int, replicas: Replicas) -> ClientUpdate:
         found[assignment.plan.client, threads] += 1
-        return client.perform(base, examples, assignment, threads=threads, replicas=replicas)
+        return perform.perform(base, examples, assignment, threads=threads, replicas=replicas)
 
-    monkeypatch.setattr(experiment, "perform", counted)
+    monkeypatch.setattr(local, "perform", counted)
     monkeypatch.setattr(site, "perform", counted)
     played([uneven], engine)
     assert found == {("client-0", 1): 1, ("client-1", 2): 1, ("client-2", 3): 1}
@@ -225,7 +228,7 @@ def test_each_client_works_with_its_own_threads(
 def test_worker_processes_are_told_what_each_client_takes_and_how_long_it_may(uneven: Experiment) -> None:
     settings = replace(uneven.recipe.engine, name="processes", workers=2, timeout_s=60.0)
     with (
-        Nursery() as nursery,
+        ForkServer() as nursery,
         transport(replace(uneven, recipe=replace(uneven.recipe, engine=settings)), nursery) as it,
     ):
         assert isinstance(it, ProcessPool)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedtune.store.history import begun
+from fedtune.store.history import has_begun
 
 KILLS = 50
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def test_a_simulation_killed_at_fifty_random_moments_ends_in_the_same_bytes(
 def main(folder: Path, kills: int) -> None:
     """Kill runs until there were so many kills, letting each run go on until it is finished, and count."""
     from fedtune.config import bind
-    from fedtune.experiment import prepare
+    from fedtune.runs.local import prepare
     from fedtune.seeds import generator
 
     prepared = prepare(bind(json.loads((folder / "recipe.json").read_text())))
@@ -54,8 +54,8 @@ def main(folder: Path, kills: int) -> None:
     whole, rng = outcome(folder / "whole"), generator(0)
     counts = {"kills": 0, "resumed": 0, "finished": 0, "same": 0}
     run = folder / "run-0"
-    while counts["kills"] < kills or begun(run):
-        resume = begun(run)
+    while counts["kills"] < kills or has_begun(run):
+        resume = has_begun(run)
         counts["resumed"] += resume
         limit_s = float(rng.uniform(0, 1.2 * usual_s)) if counts["kills"] < kills else None
         status = wait(started(prepared, run), limit_s)
@@ -71,8 +71,8 @@ def main(folder: Path, kills: int) -> None:
 
 def started(prepared: Any, run: Path) -> int:
     """Return the process id of a fork that conducts a run, or goes on with it."""
-    from fedtune.conduct import conduct
-    from fedtune.experiment import setting, transport
+    from fedtune.runs.local import run_context, transport
+    from fedtune.runs.runner import run_recipe
 
     if pid := os.fork():
         return pid
@@ -80,7 +80,7 @@ def started(prepared: Any, run: Path) -> int:
     try:
         run.mkdir(exist_ok=True)
         with transport(prepared) as engine:
-            conduct(setting(prepared), run, engine, resume=begun(run), watch=lambda event: None)
+            run_recipe(run_context(prepared), run, engine, resume=has_begun(run), watch=lambda event: None)
         status = 0
     finally:
         if status:

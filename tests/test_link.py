@@ -12,8 +12,8 @@ import pytest
 
 import fedtune
 from fedtune.config import bind
-from fedtune.link import outbox
-from fedtune.store.history import replayed
+from fedtune.link.client import outbox
+from fedtune.store.history import replay_journal
 from tests.cli.test_flower_server import toml
 from tests.link.federation import Federation, federation
 from tests.link.scripted import EXAMPLES, FOUNDATION, work
@@ -150,33 +150,33 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
     """Return the digest of the state that the recipe comes to in one process."""
     from functools import partial
 
-    from fedtune.conduct import Setting, rounds
-    from fedtune.config import planned
+    from fedtune.config import planned_training
     from fedtune.config.recipe import largest_rank
+    from fedtune.deployment.server_setup import data_at_sites
+    from fedtune.messages import Blueprint, Client
     from fedtune.planning.fixed import Fixed
-    from fedtune.round import Blueprint, Client
-    from fedtune.serving import at_the_sites
+    from fedtune.runs.runner import RunContext, run_rounds_of
     from fedtune.simulation.inprocess import InProcess
     from fedtune.store import peft
 
-    bound = at_the_sites(recipe)
+    bound = data_at_sites(recipe)
     blueprint = Blueprint(FOUNDATION.modules, {}, max_rank=largest_rank(bound), seed=bound.seed)
-    setting = Setting(
+    setting = RunContext(
         recipe=bound,
         blueprint=blueprint,
-        planner=Fixed(partial(planned, bound), alpha=bound.adapter.alpha, rslora=bound.adapter.rslora),
+        planner=Fixed(partial(planned_training, bound), alpha=bound.adapter.alpha, rslora=bound.adapter.rslora),
         base={"name": "none", "digest": FOUNDATION.base, "parameters": FOUNDATION.parameters},
         target=peft.Target(base="none", revision=None, task="causal", fan_in_fan_out=False, saved_modules=()),
         fleet=dict.fromkeys(SITES, EXAMPLES),
         machine={},
     )
     engine = InProcess([Client(name, EXAMPLES) for name in SITES], dict.fromkeys(SITES, work))
-    *_, last = rounds(setting, engine)
+    *_, last = run_rounds_of(setting, engine)
     return last.digest
 
 
 def last_state(made: Federation) -> str:
-    return replayed(made.run)[0].digests[-1]
+    return replay_journal(made.run)[0].digests[-1]
 
 
 def test_a_server_that_is_killed_goes_on_and_nothing_is_trained_twice(tmp_path: Path) -> None:

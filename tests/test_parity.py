@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune import client
-from fedtune.adapter import delta, unpack
+from fedtune.client import perform as perform_module
 from fedtune.data.encode import Example
+from fedtune.lora.adapter import delta, unpack
+from fedtune.messages import Client, ClientUpdate, Training
 from fedtune.methods import METHODS
 from fedtune.model.base import Base, load, load_tokenizer
-from fedtune.model.lora import attached
+from fedtune.model.lora import with_adapters
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning.fixed import Fixed
-from fedtune.round import Client, ClientUpdate, Training
-from fedtune.rounds import run
-from fedtune.schedule import Schedule
+from fedtune.rounds.loop import run
+from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.inprocess import InProcess
 from fedtune.tensors import Array
 
-perform = partial(client.perform, threads=1)
+perform = partial(perform_module.perform, threads=1)
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 TRAINING = Training(batch=2, learning_rate=0.02, steps=3)
 SIZES = {"ann": 3, "bob": 5, "cyd": 4}
@@ -94,7 +94,7 @@ def add(base: Base, changes: dict[str, Array]) -> None:
 
 
 def logits(base: Base, adapter: Any = None) -> torch.Tensor:
-    with attached(base, frozen=adapter) as model, torch.inference_mode():
+    with with_adapters(base, frozen=adapter) as model, torch.inference_mode():
         result: torch.Tensor = model(input_ids=IDS).logits
     return result
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli.entry import DebugOption, examples, reported
+from fedtune.cli.options import DebugOption, examples, report_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,9 +31,9 @@ def init(
     debug: DebugOption = False,
 ) -> None:
     """Make a CA key, its certificate, the key that signs the roster, and an empty roster; keep the folder offline."""
-    with reported(debug):
-        from fedtune.link import authority
-        from fedtune.link.signing import fingerprint
+    with report_errors(debug):
+        from fedtune.link.pki import authority
+        from fedtune.link.pki.signing import fingerprint
 
         authority.init(folder, federation, now=int(time.time()), years=years)
         anchors = authority.read(folder / authority.CA) + authority.read(folder / authority.ROSTER_PUB)

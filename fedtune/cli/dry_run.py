@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.cli.text import printable
 
 if TYPE_CHECKING:
-    from fedtune.member import DryRun
+    from fedtune.deployment.join import DryRun
 
 
 def show(console: Any, shown: DryRun) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.entry import DebugOption, examples, reported
+from fedtune.cli.options import DebugOption, examples, report_errors
 from fedtune.cli.text import printable
 
 app = typer.Typer(
@@ -41,12 +41,12 @@ def request(
     debug: DebugOption = False,
 ) -> None:
     """Make this party's keys, which stay here, and a request for the CA; again, to renew a certificate."""
-    with reported(debug):
-        from fedtune.link import enrol
-        from fedtune.link.signing import fingerprint
+    with report_errors(debug):
+        from fedtune.link.pki import enrollment
+        from fedtune.link.pki.signing import fingerprint
         from fedtune.store.files import write_bytes
 
-        made: Any = enrol.request(identity, name=name, org=org, role=role, hosts=host or ())  # type: ignore[arg-type]
+        made: Any = enrollment.request(identity, name=name, org=org, role=role, hosts=host or ())  # type: ignore[arg-type]
         path = out or Path(f"{name}.request.json")
         write_bytes(path, made)
         typer.echo(f"wrote {path}; the keys stay in {identity}")
@@ -74,13 +74,13 @@ def sign(
     debug: DebugOption = False,
 ) -> None:
     """Put a party into the roster and give it a certificate, after its fingerprint has been compared."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune.errors import ConfigError, Fault
-        from fedtune.link import authority, enrol, signing
+        from fedtune.link.pki import authority, enrollment, signing
         from fedtune.store.files import write_bytes
 
-        data = enrol.arrived(request, "a request", "fedtune enroll request")
-        asked = enrol.read_request(data)
+        data = enrollment.read_received(request, "a request", "fedtune enroll request")
+        asked = enrollment.read_request(data)
         found = signing.fingerprint(data)
         typer.echo(f"{printable(asked.name)}, {asked.role} of {printable(asked.org)}" + hosts(asked.hosts))
         typer.echo(f"fingerprint {found}")
@@ -95,7 +95,7 @@ def sign(
         bundle = authority.sign_request(ca, data, days=days, replace=replace, now=int(time.time()))
         path = out or Path(f"{asked.name}.bundle.json")
         write_bytes(path, bundle)
-        version = authority.held(ca).version
+        version = authority.current_roster(ca).version
         typer.echo(f"wrote {path}; the roster has version {version}")
         typer.echo(f"next, at {printable(asked.name)}: fedtune enroll accept {path}")
         typer.echo(f"and at the server: fedtune roster install {ca / authority.ROSTER}")
@@ -108,13 +108,13 @@ def accept(
     debug: DebugOption = False,
 ) -> None:
     """Install the certificate, the federation's anchors and the roster, checked against this party's keys."""
-    with reported(debug):
-        from fedtune.link import enrol
-        from fedtune.link.identity import CA, ROOT, day
-        from fedtune.link.signing import fingerprint
+    with report_errors(debug):
+        from fedtune.link.pki import enrollment
+        from fedtune.link.pki.identity import CA, ROOT, day
+        from fedtune.link.pki.signing import fingerprint
 
-        data = enrol.arrived(bundle, "a bundle", "fedtune enroll sign REQUEST")
-        made = enrol.accept(identity, data, now=int(time.time()))
+        data = enrollment.read_received(bundle, "a bundle", "fedtune enroll sign REQUEST")
+        made = enrollment.accept(identity, data, now=int(time.time()))
         until = day(made.not_after)
         anchors = (identity / CA).read_bytes() + (identity / ROOT).read_bytes()
         typer.echo(f"{made.name} of {made.org} is enrolled as {made.role} in {made.federation}, until {until}")

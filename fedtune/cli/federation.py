@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.entry import DebugOption, JsonOption, RunArgument, SetOption, console, examples, reported
+from fedtune.cli.options import DebugOption, JsonOption, RunArgument, SetOption, console, examples, report_errors
 from fedtune.cli.text import printable, size
 
 AGAIN = 75
@@ -47,20 +47,20 @@ def serve(
     """Serve a recipe to the institutions of a federation: they dial in, train on their own data, and send updates."""
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("expected a RECIPE, or --resume RUN", param_hint="RECIPE")
-    with reported(debug), stopped_by_signals():
-        from fedtune.cli.told import teller
+    with report_errors(debug), stop_on_signals():
+        from fedtune.cli.event_log import event_writer
         from fedtune.config.link import bind_link
-        from fedtune.coordinator import coordinate
+        from fedtune.deployment.coordinator import coordinate
+        from fedtune.deployment.server_setup import data_at_sites
         from fedtune.errors import RoundError
-        from fedtune.serving import at_the_sites
 
         source = recipe if recipe is not None else (resume or Path()) / "recipe.toml"
         edits = [f"link.listen={json.dumps(listen)}"] if listen is not None else []
         edits += [f"link.identity={json.dumps(str(identity.absolute()))}"] if identity is not None else []
         settings, root = bind_link(config, tuple(edits))
-        bound = at_the_sites(str(source), overrides=overrides or ())
+        bound = data_at_sites(str(source), overrides=overrides or ())
         run = resume if resume is not None else out or Path("runs") / bound.name
-        tell = teller(form(log))
+        tell = event_writer(form(log))
         try:
             summary = coordinate(bound, run, settings, root, resume=resume is not None, expect=expect, tell=tell)
         except RoundError as error:
@@ -88,12 +88,12 @@ def join(
     debug: DebugOption = False,
 ) -> None:
     """Take part in a federation: dial its server, train here on this site's data, and send what the policy allows."""
-    with reported(debug), stopped_by_signals():
-        from fedtune import member
-        from fedtune.cli.told import teller
+    with report_errors(debug), stop_on_signals():
+        from fedtune.cli.event_log import event_writer
+        from fedtune.deployment import join as join_module
 
         if dry_run:
-            shown = member.dry_run(site, server=server)
+            shown = join_module.dry_run(site, server=server)
             if as_json:
                 typer.echo(json.dumps(shown.facts))
             else:
@@ -107,15 +107,15 @@ def join(
             return yes or (sys.stdin.isatty() and typer.confirm("Take part in this run?", err=True))
 
         with suppress(KeyboardInterrupt):
-            member.take_part(site, server=server, tell=teller(form(log)), agree=agree)
+            join_module.join(site, server=server, tell=event_writer(form(log)), agree=agree)
 
 
 def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Say how a served run stands: its rounds, and rounds, bytes and last error of each client; also while it runs."""
-    with reported(debug):
-        from fedtune import standing
+    with report_errors(debug):
+        from fedtune.deployment import status as status_module
 
-        found = standing.standing(run)
+        found = status_module.server_status(run)
         if as_json:
             typer.echo(json.dumps(found.facts))
             return
@@ -155,14 +155,14 @@ def audit(
     debug: DebugOption = False,
 ) -> None:
     """Print an audit log, after its chain of hashes has been verified: what was asked, sent, refused, and when."""
-    with reported(debug):
+    with report_errors(debug):
         import time
 
-        from fedtune import standing
+        from fedtune.deployment import status as status_module
 
-        log = standing.audit(path, head=head)
+        log = status_module.audit(path, head=head)
         if receipts is not None:
-            held = standing.receipts(path, receipts)
+            held = status_module.receipts(path, receipts)
             typer.echo(f"{held} receipts of {printable(str(receipts))} stand in the journal of {printable(str(path))}")
             return
         for entry in log.entries:
@@ -185,7 +185,7 @@ def form(text: str) -> Any:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Let SIGTERM end the block as Ctrl-C does; a second signal ends the process at once: the journal survives it."""
     signals = 0
 

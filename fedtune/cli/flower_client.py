@@ -20,13 +20,13 @@ def site_of(node_config: Mapping[str, Scalar], run_config: Mapping[str, Scalar])
     """
     # Imported where it is used: it loads the torch stack, which a wrong start should not wait for.
     if path := str(node_config.get("fedtune-site") or ""):
-        from fedtune.site import from_file
+        from fedtune.client.site import from_file
 
         return from_file(path)
     if "partition-id" in node_config and in_simulation():
-        from fedtune.site import simulated
+        from fedtune.client.site import simulated_site
 
-        return simulated(str(run_config.get("recipe", "")), node_config, run_config)
+        return simulated_site(str(run_config.get("recipe", "")), node_config, run_config)
     raise ConfigError(
         Fault(
             "fedtune-site",

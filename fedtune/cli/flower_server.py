@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedtune.cli.text import printable
-from fedtune.conduct import check_resumable, conduct
 from fedtune.config import Recipe
+from fedtune.deployment.server_setup import check_overrides, data_at_sites, expected_clients, server_context
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.server_app import Connect, Scalar, server_app
-from fedtune.round import Failure
-from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
-from fedtune.serving import at_the_sites, check_overrides, expected, setting
-from fedtune.store.run import vacant
+from fedtune.messages import Failure
+from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.runs.runner import check_resumable, run_recipe
+from fedtune.store.run_directory import check_vacant
 
 RECIPE = "the recipe: TOML, or the absolute path of a file on the server's host"
 
 
-def run_recipe(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
+def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
     """Run the recipe that a run's configuration names, or go on with an earlier run of it.
 
     Raises:
@@ -28,21 +28,21 @@ def run_recipe(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
         RoundError: if too few clients came, or a round could not be completed.
         StoreError: if the run directory cannot be written or trusted.
     """
-    recipe = bound(text(run_config, "recipe", RECIPE))
+    recipe = bind_source(text(run_config, "recipe", RECIPE))
     resume = bare(str(run_config.get("resume") or ""))
     run = directory(str(run_config.get("store") or ""), resume or recipe.name)
     if resume:
         check_resumable(run, recipe)
     else:
-        vacant(run)
-    transport = connect(expected=expected(recipe), least=recipe.rounds.min_clients, note=said)
-    conducted = setting(recipe, transport, door="flower")
-    check_overrides(recipe, conducted.fleet, said)
-    summary = conduct(conducted, run, transport, resume=bool(resume), watch=tell)
-    said(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
+        check_vacant(run)
+    transport = connect(expected=expected_clients(recipe), least=recipe.rounds.min_clients, note=say)
+    conducted = server_context(recipe, transport, door="flower")
+    check_overrides(recipe, conducted.fleet, say)
+    summary = run_recipe(conducted, run, transport, resume=bool(resume), watch=tell)
+    say(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
 
 
-def bound(source: str) -> Recipe:
+def bind_source(source: str) -> Recipe:
     """Return the recipe of a source; one without a table `data` is whole here, for the data lie at the sites.
 
     Raises:
@@ -50,7 +50,7 @@ def bound(source: str) -> Recipe:
     """
     if "\n" not in source and not Path(source).is_absolute():
         raise ConfigError(Fault("recipe", RECIPE, repr(source), "write the path in full"))
-    return at_the_sites(source)
+    return data_at_sites(source)
 
 
 def text(run_config: Mapping[str, Scalar], key: str, what: str) -> str:
@@ -87,19 +87,19 @@ def tell(event: Event) -> None:
     """Print one line per event that matters; Flower streams it to whoever follows the run."""
     match event:
         case RoundStarted(1, _, cohort):
-            said(f"round 1 begins with {', '.join(cohort)}")
+            say(f"round 1 begins with {', '.join(cohort)}")
         case RoundFinished(record) if record["round"]:  # round 0 is the base, which nobody has updated
             used = sum(client["status"] == "ok" for client in record["clients"].values())
-            said(f"round {record['round']}: {used} of {len(record['cohort'])} updates")
+            say(f"round {record['round']}: {used} of {len(record['cohort'])} updates")
         case ClientFinished(round, Failure() as failure, _):
-            said(f"round {round}: {failure.client} {failure.kind}: {failure.reason}")
+            say(f"round {round}: {failure.client} {failure.kind}: {failure.reason}")
         case Note(text):
-            said(text)
+            say(text)
 
 
-def said(text: str) -> None:
+def say(text: str) -> None:
     """Print a line; what clients say in it is not obeyed by the terminal."""
     print(f"fedtune: {printable(text)}", flush=True)
 
 
-app = server_app(run_recipe)
+app = server_app(run_app)

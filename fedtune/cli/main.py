@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune.cli import ca, enroll, federation, roster, runs
-from fedtune.cli.entry import (
+from fedtune.cli.options import (
     DebugOption,
     JsonOption,
     QuietOption,
@@ -21,13 +21,13 @@ from fedtune.cli.entry import (
     SetOption,
     console,
     examples,
-    printed,
-    reported,
+    print_line,
+    report_errors,
 )
 
 if TYPE_CHECKING:
     from fedtune.api import Run
-    from fedtune.rounds import Watch
+    from fedtune.rounds.loop import Watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,13 +65,13 @@ def demo(
     debug: DebugOption = False,
 ) -> None:
     """Run a small federation that fedtune brings along: its own language model, this Python's library as 8 clients."""
-    with reported(debug):
+    with report_errors(debug):
         if write is not None:
             write_demo(write)
             return
         from fedtune import api
 
-        finish(observed("demo", quiet, lambda watch: api.demo(out=out, watch=watch)), as_json, quiet)
+        finish(run_with_progress("demo", quiet, lambda watch: api.demo(out=out, watch=watch)), as_json, quiet)
 
 
 @app.command(
@@ -110,13 +110,13 @@ def simulate(
         )
     settings = [f"engine.name={json.dumps(engine)}"] if engine is not None else []
     settings += [f"engine.workers={workers}"] if workers is not None else []
-    with reported(debug):
+    with report_errors(debug):
         from fedtune import api
         from fedtune.config import bind
 
         source = recipe if recipe is not None else api.recipe_of(resume or Path())
         bound = bind(source, overrides=[*(overrides or ()), *settings])
-        run = observed(
+        run = run_with_progress(
             bound.name,
             quiet,
             lambda watch: api.simulate(bound, out=out, fresh=fresh, resume=resume, watch=watch),
@@ -145,16 +145,17 @@ def evaluate(
     Of a run with pruning also: the whole model beside those that devices get, with their size and the time of a forward
     pass, and each client's held-out rows in the structure that it trained.
     """
-    with reported(debug):
-        from fedtune import api, pruned
+    with report_errors(debug):
+        from fedtune import api
         from fedtune.cli.summary import client_views, comparison, views
+        from fedtune.runs import deploy as deploy_module
 
         scores: dict[str, Any] = dict(api.evaluate(run, data=data, examples=examples))
-        if data is None and pruned.pruned_by_one_order(run):
-            scores["views"] = observed(
+        if data is None and deploy_module.pruned_by_one_order(run):
+            scores["views"] = run_with_progress(
                 "evaluate",
                 True,
-                lambda watch: pruned.views(run, ratios=ratio or None, examples=examples, watch=watch),
+                lambda watch: deploy_module.views(run, ratios=ratio or None, examples=examples, watch=watch),
             )
         elif ratio:
             got = "--data" if data is not None else "a run without [pruning], or with the policy local"
@@ -216,21 +217,22 @@ def export(
         raise typer.BadParameter("expected --deploy beside it", param_hint="--ratio")
     if deploy and (form is not None or max_rank is not None):
         raise typer.BadParameter("expected neither --form nor --max-rank beside it", param_hint="--deploy")
-    with reported(debug):
-        from fedtune import exports, pruned
+    with report_errors(debug):
+        from fedtune.runs import deploy as deploy_module
+        from fedtune.runs import export as export_module
 
         if deploy:
-            written = observed(
+            written = run_with_progress(
                 "export",
                 True,
-                lambda watch: pruned.deploy(run, out=out, ratios=ratio or None, dtype=dtype, watch=watch),
+                lambda watch: deploy_module.deploy(run, out=out, ratios=ratio or None, dtype=dtype, watch=watch),
             )
             typer.echo(written)
             return
-        folder = observed(
+        folder = run_with_progress(
             "export",
             True,
-            lambda watch: exports.export(run, form=form, out=out, max_rank=max_rank, dtype=dtype, watch=watch),
+            lambda watch: export_module.export(run, form=form, out=out, max_rank=max_rank, dtype=dtype, watch=watch),
         )
         typer.echo(folder)
 
@@ -260,10 +262,10 @@ def replay(
     debug: DebugOption = False,
 ) -> None:
     """Rebuild a model tuned by FedKSeed from its base and a seed ledger of 16 kB, to the bit, on any machine."""
-    with reported(debug):
-        from fedtune import exports
+    with report_errors(debug):
+        from fedtune.runs import export as export_module
 
-        done = exports.replay(base, ledger, out=out, trainable=trainable or ())
+        done = export_module.replay(base, ledger, out=out, trainable=trainable or ())
         told = {"base": done.base, "state": done.state, "weights": done.weights}
         told |= {"path": str(done.path)} if done.path else {}
         if as_json:
@@ -280,7 +282,7 @@ def report(
     debug: DebugOption = False,
 ) -> None:
     """Draw a run's page again from its records: report.html and plots/*.png."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune import api
 
         typer.echo(api.report(run, tensorboard=tensorboard))
@@ -298,11 +300,11 @@ def compare(
     debug: DebugOption = False,
 ) -> None:
     """Run several recipes with the same seeds, and set them side by side: one table, one picture."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune import api
 
-        numbers = seed_list(seeds)
-        page = observed(
+        numbers = parse_seeds(seeds)
+        page = run_with_progress(
             "compare",
             quiet,
             lambda watch: api.compare(recipes, seeds=numbers, overrides=overrides or (), out=out, watch=watch),
@@ -313,7 +315,7 @@ def compare(
 federation.register(app)
 
 
-def seed_list(text: str | None) -> Sequence[int] | None:
+def parse_seeds(text: str | None) -> Sequence[int] | None:
     """Return the seeds of `0,1,2`."""
     if text is None:
         return None
@@ -325,24 +327,24 @@ def seed_list(text: str | None) -> Sequence[int] | None:
 
 def write_demo(path: Path) -> None:
     """Write the demo's recipe, and its data beside it; an existing file is left alone."""
-    from fedtune.demo import recipe_text, write_data
     from fedtune.errors import StoreError
-    from fedtune.store.files import guarded, write_text
+    from fedtune.runs.demo import recipe_text, write_data
+    from fedtune.store.files import store_errors, write_text
 
     if path.exists():
         raise StoreError(f"{path}: expected a new file; there is one already; choose another name")
-    with guarded(path.parent):
+    with store_errors(path.parent):
         data = write_data(path.parent / "data")
     write_text(path, recipe_text())
     typer.echo(f"wrote {path} and {data}; edit it, then: fedtune simulate {path}")
 
 
-def observed(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
+def run_with_progress(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
     """Call with an observer that shows progress on stderr, or only its remarks if quiet."""
     if quiet:
-        from fedtune.rounds import Note
+        from fedtune.rounds.loop import Note
 
-        return call(lambda event: typer.echo(printed(event.text), err=True) if isinstance(event, Note) else None)
+        return call(lambda event: typer.echo(print_line(event.text), err=True) if isinstance(event, Note) else None)
     from fedtune.cli.progress import Progress
 
     with Progress(console(sys.stderr), title=title) as progress:

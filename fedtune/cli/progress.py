@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.text import duration, number, printable, size
-from fedtune.round import ClientUpdate, Failure, Outcome, Traffic
-from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.messages import ClientUpdate, Failure, Outcome, Traffic
+from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 
 RECENT = 5
 """Rounds whose median length the estimated end is made of: a robust mean that follows changes."""
@@ -26,7 +26,7 @@ NAMED_FAILURES = 5
 
 
 @dataclass(frozen=True)
-class Standing:
+class ProgressState:
     """How far a run has come, as its events tell."""
 
     round: int = 0
@@ -65,7 +65,7 @@ class Standing:
         return median(self.seconds) * (self.rounds - self.done) if self.seconds else None
 
 
-def after(standing: Standing, event: Event) -> Standing:
+def after_round(standing: ProgressState, event: Event) -> ProgressState:
     """Return the standing after one event."""
     match event:
         case RoundStarted(round=number, rounds=rounds, cohort=cohort):
@@ -79,12 +79,12 @@ def after(standing: Standing, event: Event) -> Standing:
                 traffic={**standing.traffic, name: traffic},
             )
         case RoundFinished(record=record):
-            return finished(Standing(rounds=standing.rounds) if record["round"] == 0 else standing, record)
+            return with_round(ProgressState(rounds=standing.rounds) if record["round"] == 0 else standing, record)
         case _:
             return standing
 
 
-def finished(standing: Standing, record: Mapping[str, Any]) -> Standing:
+def with_round(standing: ProgressState, record: Mapping[str, Any]) -> ProgressState:
     """Return the standing after a line of rounds.jsonl; the line of round 0 begins a run."""
     test = record.get("test") or {}
     loss, best = test.get("loss"), standing.best
@@ -103,7 +103,7 @@ def finished(standing: Standing, record: Mapping[str, Any]) -> Standing:
     )
 
 
-def round_line(standing: Standing) -> str:
+def round_line(standing: ProgressState) -> str:
     """Return what the round that just ended came to, as one plain line."""
     record = standing.record
     if record["round"] == 0:
@@ -129,7 +129,7 @@ def losses(record: Mapping[str, Any]) -> Sequence[str]:
     return [] if end is None else [f"loss {number(before)} -> {number(end)}"]
 
 
-def score(standing: Standing) -> Sequence[str]:
+def score(standing: ProgressState) -> Sequence[str]:
     """Return the last test scores in words."""
     words = [f"{metric} {number(standing.test[metric])}" for metric in ("accuracy",) if metric in standing.test]
     if "loss" in standing.test and standing.best is not None:
@@ -144,7 +144,7 @@ def failure_lines(failures: Sequence[Failure]) -> Sequence[str]:
     return [*lines, f"and {len(failures) - NAMED_FAILURES} more"] if len(failures) > NAMED_FAILURES else lines
 
 
-def table(standing: Standing, title: str, elapsed_s: float) -> RenderableType:
+def table(standing: ProgressState, title: str, elapsed_s: float) -> RenderableType:
     """Return the live table: where the run is, how it goes, who is done."""
     head = Table.grid(padding=(0, 2))
     remaining = standing.remaining_s
@@ -174,7 +174,7 @@ class Progress:
         self.console = console
         self.title = title
         self.clock = clock
-        self.standing = Standing()
+        self.standing = ProgressState()
         self._live: Live | None = None
         self._began = clock()
 
@@ -196,7 +196,7 @@ class Progress:
         return table(self.standing, self.title, self.clock() - self._began)
 
     def __call__(self, event: Event) -> None:
-        self.standing = after(self.standing, event)
+        self.standing = after_round(self.standing, event)
         if isinstance(event, Note):
             self._print(printable(event.text))
         elif isinstance(event, RoundFinished) and self._live is None:

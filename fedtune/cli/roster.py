@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.enroll import AuthorityOption, IdentityOption
-from fedtune.cli.entry import DebugOption, JsonOption, console, examples, reported
+from fedtune.cli.options import DebugOption, JsonOption, console, examples, report_errors
 from fedtune.cli.text import printable
 
 app = typer.Typer(
@@ -25,20 +25,22 @@ INSTALL = "next, at the server: fedtune roster install {path}; clients receive i
 
 
 @app.command("list", epilog=examples("fedtune roster list", "fedtune roster list --ca ca --json"))
-def listed(
+def list_parties(
     identity: IdentityOption = Path("identity"),
     ca: Annotated[Path | None, typer.Option("--ca", metavar="DIR", help="Look at the CA's own roster instead.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """List who is in the federation, as the newest roster here has it."""
-    with reported(debug):
-        from fedtune.link import authority
-        from fedtune.link.identity import ROOT, ROSTER, day, needed, pinned_root
-        from fedtune.link.roster import decode
+    with report_errors(debug):
+        from fedtune.link.pki import authority
+        from fedtune.link.pki.identity import ROOT, ROSTER, day, read_required, read_root_key
+        from fedtune.link.pki.roster import decode
 
         found = (
-            authority.held(ca) if ca is not None else decode(needed(identity / ROSTER), pinned_root(identity / ROOT))
+            authority.current_roster(ca)
+            if ca is not None
+            else decode(read_required(identity / ROSTER), read_root_key(identity / ROOT))
         )
         if as_json:
             members = [{**asdict(one), "key": one.key.hex()} for one in found.members.values()]
@@ -66,8 +68,8 @@ def revoke(
     debug: DebugOption = False,
 ) -> None:
     """Take a party out of the federation: nothing that it says counts once the server has the new roster."""
-    with reported(debug):
-        from fedtune.link import authority
+    with report_errors(debug):
+        from fedtune.link.pki import authority
 
         made = authority.revoke(ca, name, now=int(time.time()))
         typer.echo(f"{name} is revoked; the roster has version {made.version}")
@@ -81,9 +83,9 @@ def renew(
     debug: DebugOption = False,
 ) -> None:
     """Sign the roster again before it expires."""
-    with reported(debug):
-        from fedtune.link import authority
-        from fedtune.link.identity import day
+    with report_errors(debug):
+        from fedtune.link.pki import authority
+        from fedtune.link.pki.identity import day
 
         made = authority.renew(ca, days=days, now=int(time.time()))
         typer.echo(f"the roster has version {made.version} and is valid until {day(made.valid_until)}")
@@ -97,10 +99,12 @@ def install(
     debug: DebugOption = False,
 ) -> None:
     """Put a newer roster into an identity folder; a running server or client reads it within a second."""
-    with reported(debug):
-        from fedtune.link import enrol
+    with report_errors(debug):
+        from fedtune.link.pki import enrollment
 
-        data = enrol.arrived(file, "a signed roster", "every fedtune enroll sign and fedtune roster command at the CA")
-        made = enrol.install(identity, data, now=int(time.time()))
+        data = enrollment.read_received(
+            file, "a signed roster", "every fedtune enroll sign and fedtune roster command at the CA"
+        )
+        made = enrollment.install(identity, data, now=int(time.time()))
         typer.echo(f"installed version {made.version} in {identity}; who runs with it reads it within a second")
         typer.echo(f"next, to see who is in: fedtune roster list --identity {identity}")

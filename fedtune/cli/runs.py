@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli.entry import DebugOption, JsonOption, RunArgument, console, examples, reported
+from fedtune.cli.options import DebugOption, JsonOption, RunArgument, console, examples, report_errors
 from fedtune.cli.text import printable, size
 
 if TYPE_CHECKING:
-    from fedtune.store.audit import Status
+    from fedtune.store.verify import Status
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,18 +25,18 @@ app = typer.Typer(
 
 
 @app.command("list", epilog=examples("fedtune runs list", "fedtune runs list experiments --json"))
-def listed(
+def list_runs(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Folder of run directories.")] = Path("runs"),
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """List the runs of a folder: rounds done, what state they are in, bytes on disk."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune import api
 
         found = api.runs(folder)
         if as_json:
-            typer.echo(json.dumps([told(path, status) for path, status in found]))
+            typer.echo(json.dumps([status_line(path, status) for path, status in found]))
             return
         from rich.table import Table
 
@@ -54,12 +54,12 @@ def listed(
 @app.command(epilog=examples("fedtune runs status runs/demo"))
 def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Say where a run stands; also while it goes on."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune import api
 
         found = api.status(run)
         if as_json:
-            typer.echo(json.dumps(told(run, found)))
+            typer.echo(json.dumps(status_line(run, found)))
             return
         facts = {
             "run": f"{printable(str(run))} ({found.run})",
@@ -72,9 +72,9 @@ def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
         if found.missing:
             facts["waits for"] = ", ".join(printable(name) for name in found.missing)
         if found.holder is None and not found.finished:
-            from fedtune.conduct import again
+            from fedtune.runs.runner import resume_command
 
-            facts["go on with"] = printable(again(found.inputs.get("door", "simulate"), run))
+            facts["go on with"] = printable(resume_command(found.inputs.get("door", "simulate"), run))
         for name, text in facts.items():
             typer.echo(f"{name:11} {text}")
 
@@ -82,7 +82,7 @@ def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
 @app.command(epilog=examples("fedtune runs verify runs/demo"))
 def verify(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Check the journal's chain, every stored state and update, the round lines and the adapter against each other."""
-    with reported(debug):
+    with report_errors(debug):
         from fedtune import api
 
         found = api.verify(run)
@@ -109,7 +109,7 @@ def state(status: Status) -> str:
     return f"stopped in round {status.open}" if status.open else "stopped"
 
 
-def told(path: Path, status: Status | str) -> dict[str, Any]:
+def status_line(path: Path, status: Status | str) -> dict[str, Any]:
     if isinstance(status, str):
         return {"path": str(path), "damaged": status}
     facts = {key: value for key, value in asdict(status).items() if key != "inputs"}

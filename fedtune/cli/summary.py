@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.text import duration, number, printable, size
-from fedtune.store.records import COUNTS
+from fedtune.store.round_records import COUNTS
 
 Metrics: TypeAlias = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, adapter: Path,
 def views(found: Mapping[str, Any]) -> Table:
     """Return the whole model beside those that devices get: scores, size, time of a forward pass."""
     rows = {"whole": found["whole"], **{f"pruned by {ratio}": row for ratio, row in found["deployed"].items()}}
-    metrics = [name for name in named(*rows.values()) if name not in COSTS]
+    metrics = [name for name in score_names(*rows.values()) if name not in COSTS]
     table = grid(
         "the same change in smaller models", "", *metrics, "block sparsity", "parameters", "MB", "forward, 16 rows"
     )
@@ -62,7 +62,7 @@ COSTS = ("sparsity", "parameters", "megabytes", "forward_ms")
 
 def client_views(found: Mapping[str, Any]) -> Table:
     """Return each client's held-out scores in the structure that it trained last."""
-    metrics = [name for name in named(*found.values()) if name != "ratio"]
+    metrics = [name for name in score_names(*found.values()) if name != "ratio"]
     table = grid("each client's rows, in the model that it trained last", "client", "ratio", *metrics)
     for name, row in list(found.items())[:MOST_CLIENTS]:
         table.add_row(printable(name), f"{row['ratio']:g}", *(number(row[metric]) for metric in metrics))
@@ -84,7 +84,7 @@ def scores(summary: Mapping[str, Any]) -> Table:
         "test data, as deployed": (None, summary.get("deployed")),
     }
     shown = {scope: (old or {}, new or {}) for scope, (old, new) in scopes.items() if old or new}
-    metrics = named(*(part for pair in shown.values() for part in pair))
+    metrics = score_names(*(part for pair in shown.values() for part in pair))
     rounds = "1 round" if summary["rounds"] == 1 else f"{summary['rounds']} rounds"
     title = f"{summary['name']}: {summary['method']}, {rounds}, seed {summary['seed']}"
     traffic = f"up {size(summary['bytes_up'])}, down {size(summary['bytes_down'])}, {duration(summary['seconds'])}"
@@ -130,12 +130,12 @@ def sample(texts: Mapping[str, str]) -> RenderableType:
 def comparison(before: Metrics, after: Metrics) -> Table:
     """Return one row per metric."""
     table = grid("", "metric", "before", "after")
-    for metric in named(before, after):
+    for metric in score_names(before, after):
         table.add_row(metric, number(before.get(metric)), number(after.get(metric)))
     return table
 
 
-def named(*parts: Metrics) -> Sequence[str]:
+def score_names(*parts: Metrics) -> Sequence[str]:
     """Return the names of all scores, in order of their first appearance."""
     names = [name for part in parts for name, value in part.items() if isinstance(value, int | float)]
     return [name for name in dict.fromkeys(names) if name not in COUNTS]

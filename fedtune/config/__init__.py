@@ -1,7 +1,7 @@
 """From recipe.toml to frozen, validated settings: the only place that knows TOML and pydantic."""
 
 from fedtune.config.binding import bind
-from fedtune.config.recipe import Override, Recipe, ReportSettings, planned
+from fedtune.config.recipe import Override, Recipe, ReportSettings, planned_training
 from fedtune.config.render import changes, digest, render
 
-__all__ = ["Override", "Recipe", "ReportSettings", "bind", "changes", "digest", "planned", "render"]
+__all__ = ["Override", "Recipe", "ReportSettings", "bind", "changes", "digest", "planned_training", "render"]

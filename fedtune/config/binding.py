@@ -14,23 +14,23 @@ from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedtune.config.checks import check, steps_or_epochs
-from fedtune.config.presets import PRESETS, written_out
-from fedtune.config.reading import edited, read, value_of
+from fedtune.config.error_text import allows, choices, describe, display, join_words, nearest, quote
+from fedtune.config.presets import PRESETS, expand_preset
+from fedtune.config.reading import apply_overrides, read, value_of
 from fedtune.config.recipe import Override, Recipe, ReportSettings
-from fedtune.config.words import allows, choices, describe, listed, nearest, quoted, shown
 from fedtune.data.settings import DataSettings
-from fedtune.device import PROFILES, DeviceProfile
-from fedtune.device import check as check_profile
+from fedtune.devices.profiles import PROFILES, DeviceProfile
+from fedtune.devices.profiles import check as check_profile
 from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Training, Verb
 from fedtune.methods import METHODS
 from fedtune.methods.flora import FloraSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.policies import POLICIES
-from fedtune.ranking import PruningSettings
-from fedtune.round import Training, Verb
-from fedtune.schedule import Schedule
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings
 
@@ -96,7 +96,7 @@ def bind(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (
     """
     label, stem, root, table = read(source)
     found = Findings()
-    table = written_out(edited(table, overrides, found.faults))
+    table = expand_preset(apply_overrides(table, overrides, found.faults))
     bound = sections(table, found)
     bound["name"] = bind_name(table.get("name", stem), found)
     bound["seed"] = leaf(Annotated[int, Ge(0)], table.get("seed", 0), "seed", found)
@@ -105,7 +105,7 @@ def bind(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (
     found.faults.extend(check(found.values))
     if found.faults:
         raise ConfigError(found.faults, source=label)
-    return located(Recipe(root=root, **bound), root)
+    return with_absolute_paths(Recipe(root=root, **bound), root)
 
 
 def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
@@ -144,14 +144,14 @@ def probes(method: Any) -> bool:
 def bind_named(kinds: Mapping[str, type[Any]], content: Any, path: str, found: Findings) -> Any:
     """Bind a table whose key `name` says which settings it holds."""
     if not isinstance(content, dict):
-        found.faults.append(Fault(path, f"a table or a name ({listed(kinds, joint='or')})", shown(content)))
+        found.faults.append(Fault(path, f"a table or a name ({join_words(kinds, joint='or')})", display(content)))
         return None
     name = content.get("name", next(iter(kinds)) if path in OPTIONAL else None)
     if not isinstance(name, str) or name not in kinds:
         meant = nearest(name, kinds)
-        got = "nothing" if name is None else shown(name)
-        hint = f"did you mean {quoted(meant)}?" if meant else ""
-        found.faults.append(Fault(f"{path}.name", listed(map(quoted, kinds), joint="or"), got, hint))
+        got = "nothing" if name is None else display(name)
+        hint = f"did you mean {quote(meant)}?" if meant else ""
+        found.faults.append(Fault(f"{path}.name", join_words(map(quote, kinds), joint="or"), got, hint))
         return None
     return bind_table(kinds[name], content, path, found)
 
@@ -159,7 +159,7 @@ def bind_named(kinds: Mapping[str, type[Any]], content: Any, path: str, found: F
 def bind_table(cls: type[Any], content: Any, path: str, found: Findings) -> Any:
     """Return the settings that a table holds, or None after noting its faults."""
     if not isinstance(content, dict):
-        found.faults.append(Fault(path, "a table", shown(content)))
+        found.faults.append(Fault(path, "a table", display(content)))
         return None
     before = len(found.faults)
     found.faults.extend(unknown_keys(content, [f.name for f in fields(cls)], path))
@@ -191,7 +191,7 @@ def leaf(annotation: Any, content: Any, path: str, found: Findings) -> Any:
     if content == "none" and allows(annotation, type(None)) and not allows(annotation, str):
         content = None
     try:
-        value = TypeAdapter(annotation, config=STRICT).validate_python(frozen(content))
+        value = TypeAdapter(annotation, config=STRICT).validate_python(freeze(content))
     except ValidationError:
         found.faults.append(misfit(annotation, content, path))
         return None
@@ -213,14 +213,14 @@ def bind_mapping(known: Collection[str], kind: Any, content: Mapping[str, Any], 
 def misfit(annotation: Any, content: Any, path: str) -> Fault:
     """Say that a value is not what its type allows, and which allowed one is near."""
     meant = nearest(content, choices(annotation))
-    hint = f"did you mean {quoted(meant)}?" if meant else ""
+    hint = f"did you mean {quote(meant)}?" if meant else ""
     if isinstance(content, str) and not hint:
         bare = value_of(f"0{content}" if content.startswith(".") else content)  # TOML has no numbers such as .5
-        hint = f"write {shown(bare)} without quotes" if not isinstance(bare, str) and fits(annotation, bare) else ""
-    got = shown(content)
+        hint = f"write {display(bare)} without quotes" if not isinstance(bare, str) and fits(annotation, bare) else ""
+    got = display(content)
     if get_origin(annotation) is Sequence and isinstance(content, list | tuple):
-        bad = [shown(item) for item in content if not fits(get_args(annotation)[0], item)]
-        got = f"{listed(bad[:3])} in {got}" if bad and len(content) > 1 else got
+        bad = [display(item) for item in content if not fits(get_args(annotation)[0], item)]
+        got = f"{join_words(bad[:3])} in {got}" if bad and len(content) > 1 else got
     return Fault(path, describe(annotation), got, hint)
 
 
@@ -241,9 +241,9 @@ def unknown_keys(content: Mapping[str, Any], known: Collection[str], path: str) 
         if meant:
             hint = f"did you mean {meant}?"
         elif elsewhere:
-            hint = f"it belongs in {listed(elsewhere, joint='or')}"
+            hint = f"it belongs in {join_words(elsewhere, joint='or')}"
         else:
-            hint = f"the keys are {listed(known)}"
+            hint = f"the keys are {join_words(known)}"
         yield Fault(where, "a known key", "an unknown one", hint)
 
 
@@ -255,14 +255,14 @@ def all_keys() -> Sequence[str]:
 def bind_name(content: Any, found: Findings) -> str:
     if not isinstance(content, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", content):
         expected = "at most 100 letters, digits, dots, dashes and underscores, no dot or dash first (it names a folder)"
-        found.faults.append(Fault("name", expected, shown(content)))
+        found.faults.append(Fault("name", expected, display(content)))
     return str(content)
 
 
 def bind_overrides(content: Any, found: Findings) -> tuple[Override, ...]:
     """Bind the tables `override`, each to the keys of `client`, the rank and the resources that it changes."""
     if not isinstance(content, list | tuple):
-        found.faults.append(Fault("override", "a list of tables, each [[override]]", shown(content)))
+        found.faults.append(Fault("override", "a list of tables, each [[override]]", display(content)))
         return ()
     before = len(found.faults)
     bound = [bind_override(row, f"override.{place}", found) for place, row in enumerate(content)]
@@ -274,7 +274,7 @@ def bind_overrides(content: Any, found: Findings) -> tuple[Override, ...]:
 
 def bind_override(row: Any, path: str, found: Findings) -> Override | None:
     if not isinstance(row, dict):
-        found.faults.append(Fault(path, "a table", shown(row)))
+        found.faults.append(Fault(path, "a table", display(row)))
         return None
     hints = {"clients": str | Sequence[str], "rank": Annotated[int, Ge(1)], "verb": Verb}
     hints["ratio"] = get_type_hints(FixedSettings, include_extras=True)["ratio"]
@@ -299,13 +299,13 @@ def bind_override(row: Any, path: str, found: Findings) -> Override | None:
 
 def open_globs(globs: Sequence[str], path: str) -> Iterator[Fault]:
     for bad in [text for text in globs if not text or re.search(r"\[[^\]]*$", text)]:
-        yield Fault(f"{path}.clients", "a glob with every [ closed", shown(bad), 'e.g. "client-[1-3]"')
+        yield Fault(f"{path}.clients", "a glob with every [ closed", display(bad), 'e.g. "client-[1-3]"')
 
 
 def bind_devices(content: Any, found: Findings) -> tuple[DeviceOverride, ...]:
     """Bind the tables `device`, each to the fields of a device's profile that it changes."""
     if not isinstance(content, list | tuple):
-        found.faults.append(Fault("device", "a list of tables, each [[device]]", shown(content)))
+        found.faults.append(Fault("device", "a list of tables, each [[device]]", display(content)))
         return ()
     bound = [bind_device(row, f"device.{place}", found) for place, row in enumerate(content)]
     devices = tuple(device for device in bound if device is not None)
@@ -315,7 +315,7 @@ def bind_devices(content: Any, found: Findings) -> tuple[DeviceOverride, ...]:
 
 def bind_device(row: Any, path: str, found: Findings) -> DeviceOverride | None:
     if not isinstance(row, dict):
-        found.faults.append(Fault(path, "a table", shown(row)))
+        found.faults.append(Fault(path, "a table", display(row)))
         return None
     hints = {key: kind for key, kind in get_type_hints(DeviceProfile, include_extras=True).items() if key in DECLARED}
     hints |= {"clients": str | Sequence[str], "profile": str}
@@ -330,8 +330,8 @@ def bind_device(row: Any, path: str, found: Findings) -> DeviceOverride | None:
         found.faults.append(Fault(path, "something that changes, such as profile or memory_gb", "only clients"))
     if profile is not None and profile not in PROFILES:
         meant = nearest(profile, PROFILES)
-        hint = f"did you mean {quoted(meant)}?" if meant else ""
-        found.faults.append(Fault(f"{path}.profile", listed(PROFILES, joint="or"), shown(profile), hint))
+        hint = f"did you mean {quote(meant)}?" if meant else ""
+        found.faults.append(Fault(f"{path}.profile", join_words(PROFILES, joint="or"), display(profile), hint))
         profile = None
     start = PROFILES[profile or next(iter(PROFILES))]
     if all(value is not None for value in values.values()):
@@ -344,12 +344,12 @@ def bind_device(row: Any, path: str, found: Findings) -> DeviceOverride | None:
     return DeviceOverride(clients=globs, profile=profile, fields=values)
 
 
-def frozen(content: Any) -> Any:
+def freeze(content: Any) -> Any:
     """Return TOML's lists as tuples, which the frozen settings hold."""
-    return tuple(map(frozen, content)) if isinstance(content, list) else content
+    return tuple(map(freeze, content)) if isinstance(content, list) else content
 
 
-def located(recipe: Recipe, root: Path) -> Recipe:
+def with_absolute_paths(recipe: Recipe, root: Path) -> Recipe:
     """Return the recipe with the local files and folders that exist as absolute paths."""
     base, source, test = recipe.model.base, recipe.data.source, recipe.data.test
     return replace(

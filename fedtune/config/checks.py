@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
+from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.recipe import Override
-from fedtune.config.words import listed, nearest, quoted, shown
 from fedtune.data.settings import TEMPLATES, DataSettings, Split, faults
-from fedtune.directions.banks import BANKS
+from fedtune.directions.bank import BANKS
 from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Training
 from fedtune.methods import METHODS
-from fedtune.methods.seed_state import FedKSeedSettings
+from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.ranking import PruningSettings
-from fedtune.round import Training
-from fedtune.schedule import cohort_size
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.rounds.schedule import cohort_size
 from fedtune.simulation.settings import DeviceOverride, FleetSettings
 from fedtune.wire.probe import MAX_STEPS
 
@@ -76,7 +76,7 @@ def split_rules(split: Split) -> Iterable[Fault]:
 def template_text(template: str) -> Iterator[Fault]:
     meant = nearest(template, TEMPLATES)
     for fault in faults(DataSettings(source="-", split=Split("files"), template=template)):
-        yield replace(fault, hint=f"did you mean {quoted(meant)}?") if meant else fault
+        yield replace(fault, hint=f"did you mean {quote(meant)}?") if meant else fault
 
 
 def some_client(only: Sequence[str] | None) -> Iterator[Fault]:
@@ -117,8 +117,10 @@ def one_rank(method: str, rank: int, overrides: Sequence[Override]) -> Iterator[
             ranks = {override.rank} if "*" in override.clients else ranks | {override.rank}
     if len(ranks) > 1:
         mixed = [name for name, other in METHODS.items() if other.ranks != "equal" and other.verb == "adapt"]
-        got = f"{listed(sorted(ranks))} from adapter.rank and the overrides"
-        yield Fault("method", f"one rank, as {method!r} needs", got, f"use {listed(mixed, joint='or')}, or one rank")
+        got = f"{join_words(sorted(ranks))} from adapter.rank and the overrides"
+        yield Fault(
+            "method", f"one rank, as {method!r} needs", got, f"use {join_words(mixed, joint='or')}, or one rank"
+        )
 
 
 def causal_only(task: str, packing: bool, generate: int, prompt: str | None) -> Iterator[Fault]:
@@ -129,7 +131,7 @@ def causal_only(task: str, packing: bool, generate: int, prompt: str | None) -> 
     if generate:
         yield Fault("evaluate.generate", f"0 with model.task = {task!r}", str(generate), "only causal models write")
     if prompt is not None:
-        yield Fault("evaluate.prompt", f"none with model.task = {task!r}", shown(prompt), "only causal models write")
+        yield Fault("evaluate.prompt", f"none with model.task = {task!r}", display(prompt), "only causal models write")
 
 
 def parts_of(task: str, fields: Mapping[str, str]) -> Iterator[Fault]:
@@ -144,22 +146,24 @@ def parts_of(task: str, fields: Mapping[str, str]) -> Iterator[Fault]:
         yield Fault(
             "data.fields.label",
             "no entry with model.task = 'causal'",
-            shown(fields["label"]),
+            display(fields["label"]),
             'map output, or set model.task = "classification"',
         )
 
 
 def some_source(source: str | Sequence[str]) -> Iterator[Fault]:
-    if not all_named(source):
-        yield Fault("data.source", "at least one file, folder or hub name, none of them empty", shown(source))
+    if not labels_named(source):
+        yield Fault("data.source", "at least one file, folder or hub name, none of them empty", display(source))
 
 
 def some_test(test: str | Sequence[str] | None) -> Iterator[Fault]:
-    if test is not None and not all_named(test):
-        yield Fault("data.test", "at least one file, none of them empty", shown(test), "leave it out for held-out rows")
+    if test is not None and not labels_named(test):
+        yield Fault(
+            "data.test", "at least one file, none of them empty", display(test), "leave it out for held-out rows"
+        )
 
 
-def all_named(files: str | Sequence[str]) -> bool:
+def labels_named(files: str | Sequence[str]) -> bool:
     return bool(files) and "" not in ((files,) if isinstance(files, str) else files)
 
 
@@ -170,15 +174,15 @@ def some_base(base: str) -> Iterator[Fault]:
 
 def device_name(device: str) -> Iterator[Fault]:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        yield Fault("model.device", "auto, cpu, cuda, cuda:<number> or mps", shown(device))
+        yield Fault("model.device", "auto, cpu, cuda, cuda:<number> or mps", display(device))
 
 
-def in_full_or_adapted(targets: Sequence[str], in_full: Sequence[str]) -> Iterator[Fault]:
+def targets_overlap(targets: Sequence[str], in_full: Sequence[str]) -> Iterator[Fault]:
     if not targets:
         yield Fault("adapter.targets", "at least one module", "an empty list", 'targets = ["all-linear"] takes all')
     for module in sorted(set(targets) & set(in_full)):
         yield Fault(
-            "adapter.modules_to_save", "modules that are not targets as well", shown(module), "keep it in one list"
+            "adapter.modules_to_save", "modules that are not targets as well", display(module), "keep it in one list"
         )
 
 
@@ -188,14 +192,14 @@ IDLE: Mapping[str, Any] = {each.name: each.default for each in fields(Training) 
 """The others, with their defaults."""
 
 
-def probed(method: str, overrides: Sequence[Override], *idle: Any) -> Iterator[Fault]:
+def seed_method_faults(method: str, overrides: Sequence[Override], *idle: Any) -> Iterator[Fault]:
     """Yield what a recipe asks for that steps along seeds do not have; `idle` are the values of `IDLE`'s keys."""
     if METHODS[method].verb != "probe":
         return
     hint = f"{method!r} has forward passes in the base's own format and no optimizer; leave it out"
     for (key, default), value in zip(IDLE.items(), idle, strict=True):
         if value != default and (key, value) != ("autocast", "off"):
-            yield Fault(f"client.{key}", shown(default), shown(value), hint)
+            yield Fault(f"client.{key}", display(default), display(value), hint)
     for place, override in enumerate(overrides):
         for key in sorted(override.training.keys() - {*KEPT}):
             yield Fault(f"override.{place}.{key}", "batch, learning_rate, steps or epochs", key, f"with {method!r}")
@@ -217,8 +221,8 @@ def one_verb(method: Any, overrides: Sequence[Override]) -> Iterator[Fault]:
         if isinstance(method, FedKSeedSettings):
             exact = "weights rebuilt from integers are rounded once, and a product of factors on top rounds them again"
             hint = "the sum of both is exact as factors, but it is not built" if method.bank == "kron" else exact
-        expected = f"{quoted(own)}, as all clients of {method.name!r}"
-        yield Fault(f"override.{place}.verb", expected, shown(override.verb), f"{hint}; run two methods apart")
+        expected = f"{quote(own)}, as all clients of {method.name!r}"
+        yield Fault(f"override.{place}.verb", expected, display(override.verb), f"{hint}; run two methods apart")
 
 
 def prunable(
@@ -302,7 +306,7 @@ def arms(planner: Any) -> Iterator[Fault]:
         value = getattr(planner, key)
         if planner.name not in readers and value != getattr(usual, key):
             expected = f"nothing with the planner {planner.name!r}, which does not read it"
-            yield Fault(f"planner.{key}", expected, shown(value), f"it is of {listed(readers)}")
+            yield Fault(f"planner.{key}", expected, display(value), f"it is of {join_words(readers)}")
 
 
 READERS: Mapping[str, Sequence[str]] = {
@@ -323,7 +327,7 @@ def learning_planner(method: str, planner: Any) -> Iterator[Fault]:
         )
 
 
-def simulated_devices(
+def device_faults(
     method: str,
     fleet: FleetSettings | None,
     devices: Sequence[DeviceOverride],
@@ -386,17 +390,17 @@ def seeds_of(method: Any, steps: int | None, overrides: Sequence[Override]) -> I
 CHECKS: Sequence[Check] = (
     (("model.base",), some_base),
     (("model.device",), device_name),
-    (("adapter.targets", "adapter.modules_to_save"), in_full_or_adapted),
+    (("adapter.targets", "adapter.modules_to_save"), targets_overlap),
     (("method.name", "adapter.rank", "override"), one_rank),
     (("client.steps", "client.epochs"), steps_or_epochs),
     (("client.optimizer", "client.momentum", "override"), momentum_of),
-    (("method.name", "override", *(f"client.{key}" for key in IDLE)), probed),
+    (("method.name", "override", *(f"client.{key}" for key in IDLE)), seed_method_faults),
     (("method", "override"), one_verb),
     (("method", "client.steps", "override"), seeds_of),
     (("method.name", "pruning", "planner", "override"), prunable),
     (("planner",), arms),
     (("method.name", "planner"), learning_planner),
-    (("method.name", "fleet", "device", "planner", "client.steps", "override"), simulated_devices),
+    (("method.name", "fleet", "device", "planner", "client.steps", "override"), device_faults),
     (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
     (("engine.name", "rounds.over_select", "fleet"), early_end),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),

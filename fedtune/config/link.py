@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.binding import Findings, bind_table, unknown_keys
-from fedtune.config.reading import edited, read
+from fedtune.config.reading import apply_overrides, read
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.settings import LinkSettings
 
@@ -26,7 +26,7 @@ def bind_link(path: Path | None, overrides: tuple[str, ...] = ()) -> tuple[LinkS
     tables: Mapping[str, Any] = {}
     if path is not None:
         label, _, root, tables = read(path)
-    table = edited(tables, overrides, found.faults)
+    table = apply_overrides(tables, overrides, found.faults)
     found.faults.extend(unknown_keys(table, ("link",), ""))
     settings = bind_table(LinkSettings, table.get("link", {}), "link", found)
     if found.faults or settings is None:

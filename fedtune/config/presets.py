@@ -12,7 +12,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 """By the name that stands in `method`: tables with the values that they begin with."""
 
 
-def written_out(table: Mapping[str, Any]) -> dict[str, Any]:
+def expand_preset(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's tables with a preset in place of its name; what the recipe says itself holds.
 
     >>> written_out({"method": {"name": "fedspine"}, "planner": {"name": "s-ucb"}})["planner"]

@@ -26,7 +26,7 @@ def read(source: Path | str | Mapping[str, Any]) -> tuple[str, str, Path, Mappin
     if isinstance(source, Mapping):
         return "", "run", Path.cwd(), source
     if isinstance(source, str) and "\n" in source:
-        return "", "run", Path.cwd(), parsed(source, "the recipe")
+        return "", "run", Path.cwd(), parse(source, "the recipe")
     path = Path(source)
     try:
         text = path.read_bytes().decode()
@@ -37,10 +37,10 @@ def read(source: Path | str | Mapping[str, Any]) -> tuple[str, str, Path, Mappin
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError(Fault("", "a recipe file in TOML, UTF-8", reason), source=str(source)) from None
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem)[:100].strip(".-") or "run"
-    return path.name, stem, path.absolute().parent, parsed(text, path.name)
+    return path.name, stem, path.absolute().parent, parse(text, path.name)
 
 
-def parsed(text: str, label: str) -> Mapping[str, Any]:
+def parse(text: str, label: str) -> Mapping[str, Any]:
     try:
         return tomllib.loads(text.removeprefix("\ufeff"))
     except tomllib.TOMLDecodeError as error:
@@ -49,9 +49,9 @@ def parsed(text: str, label: str) -> Mapping[str, Any]:
         raise ConfigError(Fault("", "TOML", "brackets nested too deeply"), source=label) from None
 
 
-def edited(table: Mapping[str, Any], overrides: Sequence[str], faults: list[Fault]) -> dict[str, Any]:
+def apply_overrides(table: Mapping[str, Any], overrides: Sequence[str], faults: list[Fault]) -> dict[str, Any]:
     """Return the tables with short forms written out and each `a.b=c` put in place."""
-    edited = expanded(copy.deepcopy(dict(table)))
+    edited = expand_short_forms(copy.deepcopy(dict(table)))
     for override in overrides:
         key, equals, text = override.partition("=")
         path = [part.strip() for part in key.split(".")]
@@ -60,18 +60,18 @@ def edited(table: Mapping[str, Any], overrides: Sequence[str], faults: list[Faul
             continue
         node: Any = edited
         for part in path[:-1]:
-            node = entered(node, part)
+            node = enter(node, part)
         if isinstance(node, dict):
             node[path[-1]] = value_of(text)
         else:
             faults.append(
                 Fault(f"--set {override}", "a key inside a table", f"{'.'.join(path[:-1])}, which is no table")
             )
-        edited = expanded(edited)
+        edited = expand_short_forms(edited)
     return edited
 
 
-def entered(node: Any, part: str) -> Any:
+def enter(node: Any, part: str) -> Any:
     """Return the table or list item below a node, made if the node is a table that lacks it."""
     if isinstance(node, list):
         return node[int(part)] if part.isdecimal() and int(part) < len(node) else None
@@ -91,7 +91,7 @@ def value_of(text: str) -> Any:
     return table["value"] if len(table) == 1 else text
 
 
-def expanded(table: dict[str, Any]) -> dict[str, Any]:
+def expand_short_forms(table: dict[str, Any]) -> dict[str, Any]:
     """Return the tables with one-word tables such as `method = "flora"` written out."""
     for (*above, last), key in SHORT.items():
         node: Any = table

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.data.settings import DataSettings
+from fedtune.messages import Training, Verb
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.ranking import PruningSettings
-from fedtune.round import Training, Verb
-from fedtune.schedule import Schedule
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings
 
@@ -81,7 +81,7 @@ class Recipe:
     """Folder of the recipe's file; relative paths in it are relative to this."""
 
 
-def wished_ratio(recipe: Recipe, client: str) -> float:
+def requested_ratio(recipe: Recipe, client: str) -> float:
     """Return the pruning ratio that the planner `fixed` asks of one client, after all overrides that cover it."""
     ratio = recipe.planner.ratio if isinstance(recipe.planner, FixedSettings) else 0.0
     for override in recipe.override:
@@ -90,13 +90,13 @@ def wished_ratio(recipe: Recipe, client: str) -> float:
     return ratio
 
 
-def planned(recipe: Recipe, client: str) -> tuple[int, Training]:
+def planned_training(recipe: Recipe, client: str) -> tuple[int, Training]:
     """Return one client's rank and training after all overrides that cover it."""
     rank, training = recipe.adapter.rank, recipe.client
     for override in recipe.override:
         if override.covers(client):
             rank = rank if override.rank is None else override.rank
-            training = changed(training, override.training)
+            training = with_changes(training, override.training)
     return rank, training
 
 
@@ -120,7 +120,7 @@ def largest_rank(recipe: Recipe) -> int:
     return max(ranks)
 
 
-def changed(training: Training, changes: Mapping[str, Any]) -> Training:
+def with_changes(training: Training, changes: Mapping[str, Any]) -> Training:
     """Return the training with some fields replaced; `steps` and `epochs` replace each other."""
     if "steps" in changes:
         training = replace(training, epochs=None)

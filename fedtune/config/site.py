@@ -10,12 +10,12 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from fedtune.config.binding import Findings, bind_name, bind_table, leaf, unknown_keys
-from fedtune.config.reading import edited, read
+from fedtune.config.reading import apply_overrides, read
 from fedtune.data.settings import DataSettings
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import ConfigError, Fault
-from fedtune.link.policy import Policy
-from fedtune.link.policy import check as check_policy
+from fedtune.link.client.policy import Policy
+from fedtune.link.client.policy import check as check_policy
 from fedtune.link.settings import JoinSettings
 from fedtune.model.settings import AdapterSettings, ModelSettings
 
@@ -69,7 +69,7 @@ def bind_site(path: Path) -> SiteSettings:
         raise ConfigError(fault, source=str(path))
     label, stem, root, read_table = read(path)
     found = Findings()
-    table = edited(read_table, (), found.faults)
+    table = apply_overrides(read_table, (), found.faults)
     found.faults.extend(unknown_keys(table, ("name", "seed", "model", "adapter", "data", "link", "policy"), ""))
     for name in ("model", "adapter", "data"):
         if name not in table:

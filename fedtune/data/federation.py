@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from fedtune.data.encode import Encoded, Example, Tokenizer, encode_causal, encode_classes, pack
-from fedtune.data.partition import Rows, ordered, partition
+from fedtune.data.partition import Rows, partition, sorted_values
 from fedtune.data.settings import DataSettings, Task, faults
 from fedtune.data.source import GROUP, load, load_test
 from fedtune.errors import ConfigError, Fault
@@ -110,11 +110,11 @@ def _labels(source: Dataset, test: Dataset | None) -> list[str]:
         got = ", ".join(source.column_names) or "none"
         hint = "map it with fields = { label = ... }"
         raise ConfigError(Fault("data.fields.label", "a column for label, which classification needs", got, hint))
-    labels = ordered(source["label"][:])
+    labels = sorted_values(source["label"][:])
     if len(labels) < 2:
         raise ConfigError(Fault("data.fields.label", "at least two classes", f"only {labels[0]!r}"))
     if test is not None and "label" in test.column_names and (unseen := set(test["label"][:]) - set(labels)):
-        got = f"{ordered(unseen)[0]!r} ({len(unseen)} such)"
+        got = f"{sorted_values(unseen)[0]!r} ({len(unseen)} such)"
         raise ConfigError(Fault("data.test", "classes that occur in the source", got, "check the labels' spelling"))
     return labels
 

@@ -48,7 +48,7 @@ def partition(split: Split, *, rows: int, groups: Sequence[str] | None, seed: in
     return parts
 
 
-def ordered(values: Iterable[str]) -> list[str]:
+def sorted_values(values: Iterable[str]) -> list[str]:
     """Return the distinct values: in numeric order if all are whole numbers, otherwise in text order."""
     distinct = sorted(set(values))
     return sorted(distinct, key=int) if all(value.isdecimal() for value in distinct) else distinct
@@ -118,7 +118,7 @@ def _dirichlet(split: Split, groups: Sequence[str], *, seed: int) -> dict[str, R
 
 def _where(groups: Sequence[str]) -> dict[str, Rows]:
     """Return the ascending rows of every value, values in order."""
-    rows: dict[str, list[int]] = {value: [] for value in ordered(groups)}
+    rows: dict[str, list[int]] = {value: [] for value in sorted_values(groups)}
     for row, value in enumerate(groups):
         rows[value].append(row)
     return {value: np.array(members, dtype=np.int64) for value, members in rows.items()}

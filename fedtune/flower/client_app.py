@@ -12,8 +12,8 @@ from flwr.clientapp import ClientApp
 from fedtune.errors import FedtuneError
 from fedtune.flower import shim
 from fedtune.flower.records import ERROR, UPDATE, pack, unpack
-from fedtune.round import Assignment, ClientUpdate
-from fedtune.wire.messages import decode_assignment, encode_update
+from fedtune.messages import Assignment, ClientUpdate
+from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile
 
 
@@ -40,16 +40,16 @@ def client_app(site_of: SiteOf) -> ClientApp:
 
     @app.query("caps")
     def caps(message: Message, context: Context) -> Message:
-        return answered(message, lambda: hello(site_of(context.node_config, context.run_config)))
+        return reply_to(message, lambda: hello(site_of(context.node_config, context.run_config)))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return answered(message, lambda: trained(site_of(context.node_config, context.run_config), message.content))
+        return reply_to(message, lambda: train_reply(site_of(context.node_config, context.run_config), message.content))
 
     return app
 
 
-def answered(message: Message, work: Callable[[], RecordDict]) -> Message:
+def reply_to(message: Message, work: Callable[[], RecordDict]) -> Message:
     """Return the reply to a message, or an error reply with the reason: an exception would arrive as a traceback.
 
     In a simulation, where the data are the user's own, an unforeseen error is raised: Flower tells where it came from.
@@ -71,6 +71,6 @@ def hello(site: Site) -> RecordDict:
     return pack(encoded.header, encoded.blobs)
 
 
-def trained(site: Site, content: RecordDict) -> RecordDict:
+def train_reply(site: Site, content: RecordDict) -> RecordDict:
     order = unpack(content)
     return pack(b"", {UPDATE: encode_update(site.perform(decode_assignment(order.header, order.blobs)))})

@@ -17,9 +17,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.errors import ConfigError, Fault, RoundError
 from fedtune.flower import shim
 from fedtune.flower.grid_transport import GridTransport
-from fedtune.round import Client, Failure
-from fedtune.transport import Answer, Rule
-from fedtune.wire.messages import EncodedAssignment
+from fedtune.messages import Client, Failure
+from fedtune.rounds.transport import Answer, Rule
+from fedtune.wire.codec import EncodedAssignment
 
 LONGEST_FOLDER = 40
 """Characters of Ray's temporary folder: the paths of its sockets below it must not exceed 107."""
@@ -35,7 +35,7 @@ class Share:
 
 
 @dataclass
-class Running:
+class EngineState:
     """The engine's thread, as the main thread sees it."""
 
     ready: Event = field(default_factory=Event)
@@ -103,7 +103,7 @@ def ray_transport(
         RoundError: if the engine does not start, or ends before it should.
     """
     shim.check_ray()
-    running = Running()
+    running = EngineState()
     server_app = ServerApp()
 
     @server_app.main()
@@ -112,7 +112,7 @@ def ray_transport(
         running.ready.set()
         running.release.wait()
 
-    with scratch() as folder, hushed():
+    with scratch() as folder, quiet_logs():
         backend = {
             "client_resources": {"num_cpus": share.threads, "num_gpus": share.gpus},
             "init_args": {
@@ -123,7 +123,7 @@ def ray_transport(
                 "_temp_dir": folder,
             },
         }
-        thread = Thread(target=simulated, args=(running, server_app, client_app, clients, backend), name="flower")
+        thread = Thread(target=run_engine, args=(running, server_app, client_app, clients, backend), name="flower")
         thread.start()
         try:
             running.ready.wait()
@@ -164,7 +164,7 @@ def scratch() -> Iterator[str]:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def quiet_logs() -> Iterator[None]:
     """Silence Flower's and Ray's log inside the block: what matters is raised, or is a client's failure by name."""
     loggers = [logging.getLogger(name) for name in ("flwr", "ray")]
     before = [(logger.level, logger.disabled) for logger in loggers]
@@ -178,8 +178,8 @@ def hushed() -> Iterator[None]:
             logger.disabled = disabled
 
 
-def simulated(
-    running: Running, server_app: ServerApp, client_app: ClientApp, clients: int, backend: dict[str, object]
+def run_engine(
+    running: EngineState, server_app: ServerApp, client_app: ClientApp, clients: int, backend: dict[str, object]
 ) -> None:
     """Run the engine until it ends; what ends it before its time is kept for the main thread."""
     try:

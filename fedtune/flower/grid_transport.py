@@ -14,10 +14,10 @@ from flwr.serverapp import Grid
 
 from fedtune.errors import RoundError, WireError
 from fedtune.flower.records import ERROR, UPDATE, arrays, pack, unpack
-from fedtune.round import Client, Failure
-from fedtune.transport import Answer, Aside, Reply, Rule
-from fedtune.wire.messages import EncodedAssignment
-from fedtune.wire.profile import ClientProfile, Foundation, agreed, decode_profile, difference, fingerprint
+from fedtune.messages import Client, Failure
+from fedtune.rounds.transport import Answer, Aside, Reply, Rule
+from fedtune.wire.codec import EncodedAssignment
+from fedtune.wire.profile import ClientProfile, ModelSpec, common_model_spec, decode_profile, difference, fingerprint
 
 HELLO = f"{MessageType.QUERY}.caps"
 TTL_S = 7 * 24 * 3600.0
@@ -34,7 +34,7 @@ AGAIN_S = 60.0
 
 
 @dataclass(frozen=True)
-class Sent:
+class SentMessage:
     """A message that has not been answered."""
 
     node: int
@@ -46,7 +46,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Rejection:
     """Why a connected node takes no part."""
 
     reason: str
@@ -95,12 +95,12 @@ class GridTransport:
         self._expected, self._least, self._patience_s, self._hello_s = expected, least, patience_s, hello_s
         self._closed, self._note = closed, note
         self._here: dict[int, ClientProfile] = {}  # by node; connected clients that have said hello
-        self._refused: dict[int, Refusal] = {}  # by node
-        self._open: dict[str, Sent] = {}  # by message id
+        self._refused: dict[int, Rejection] = {}  # by node
+        self._open: dict[str, SentMessage] = {}  # by message id
         self._aside: list[Aside] = []  # for the next exchange to tell
-        self._foundation: Foundation | None = None
+        self._foundation: ModelSpec | None = None
         # Initial values may be large: clients that agree share one copy, which goes with the last of them.
-        self._foundations: WeakValueDictionary[tuple[object, ...], Foundation] = WeakValueDictionary()
+        self._foundations: WeakValueDictionary[tuple[object, ...], ModelSpec] = WeakValueDictionary()
 
     def clients(self) -> Sequence[Client]:
         """Return the clients that are connected, fit together and are not busy with an earlier order.
@@ -122,7 +122,7 @@ class GridTransport:
         ]
 
     @property
-    def foundation(self) -> Foundation:
+    def foundation(self) -> ModelSpec:
         """What the clients have in common; waits for them before the first round.
 
         Raises:
@@ -155,7 +155,7 @@ class GridTransport:
             before = len(waiting)
             for message_id, sent, reply in self._pull():
                 if message_id in waiting:
-                    answer = answered(waiting.pop(message_id), reply)
+                    answer = decode_reply(waiting.pop(message_id), reply)
                     came += isinstance(answer, Reply)
                     yield answer
                 else:
@@ -180,14 +180,14 @@ class GridTransport:
                 failures.append(Failure(client, "left before its assignment was sent"))
                 continue
             message = pack(order.header, order.blobs, array=array)
-            sent = Sent(nodes[client], "order", client, self._clock(), ttl_s)
+            sent = SentMessage(nodes[client], "order", client, self._clock(), ttl_s)
             if (message_id := self._push(sent, message, MessageType.TRAIN)) is None:
                 failures.append(Failure(client, "its assignment was not accepted for delivery"))
             else:
                 waiting[message_id] = client
         return waiting, failures
 
-    def _push(self, sent: Sent, content: RecordDict, kind: str) -> str | None:
+    def _push(self, sent: SentMessage, content: RecordDict, kind: str) -> str | None:
         # One by one: of a message that is refused some grids drop the id and some return None in its place. A list,
         # because a SuperLink's grid walks it twice.
         message_ids = self._grid.push_messages([Message(content, sent.node, kind, ttl=sent.ttl_s)])
@@ -196,7 +196,7 @@ class GridTransport:
             self._open[message_id] = sent
         return message_id
 
-    def _pull(self) -> Iterator[tuple[str, Sent, Message]]:
+    def _pull(self) -> Iterator[tuple[str, SentMessage, Message]]:
         """Yield what has been answered since: message id, what was sent, and the reply."""
         asked = list(self._open)
         for start in range(0, len(asked), WINDOW):
@@ -230,25 +230,25 @@ class GridTransport:
         }
         refused = {node for node, no in self._refused.items() if self._clock() < no.until}
         for node in sorted(bound.keys() - self._here.keys() - refused - self._busy()):
-            sent = Sent(node, "hello", bound[node], self._clock(), self._patience_s)
+            sent = SentMessage(node, "hello", bound[node], self._clock(), self._patience_s)
             if self._push(sent, pack(b"", {}), HELLO) is None:
                 self._refuse(node, bound[node], "a hello to it was not accepted for delivery", again_s=AGAIN_S)
 
-    def _settle(self, sent: Sent, reply: Message) -> None:
+    def _settle(self, sent: SentMessage, reply: Message) -> None:
         """Take in a hello, or what nobody waits for any more."""
         if sent.kind == "hello":
             self._welcome(sent, reply)
             return
-        answer = answered(sent.client, reply)
+        answer = decode_reply(sent.client, reply)
         self._aside.append(
             Aside(sent.client, f"late, dropped: {answer.reason}")
             if isinstance(answer, Failure)
             else Aside(sent.client, "answered after its round had ended; dropped", len(answer.update))
         )
 
-    def _welcome(self, sent: Sent, reply: Message) -> None:
+    def _welcome(self, sent: SentMessage, reply: Message) -> None:
         if reply.has_error():  # each message starts a new process: what failed may pass, or be put right at the site
-            self._refuse(sent.node, sent.client, said(reply), again_s=AGAIN_S)
+            self._refuse(sent.node, sent.client, error_reason(reply), again_s=AGAIN_S)
             return
         try:
             hello = unpack(reply.content)
@@ -275,7 +275,7 @@ class GridTransport:
 
     def _refuse(self, node: int, name: str, reason: str, *, again_s: float = math.inf, taken: str = "") -> None:
         reason, before = plain(reason), self._refused.get(node)
-        self._refused[node] = Refusal(reason, self._clock() + again_s, taken)
+        self._refused[node] = Rejection(reason, self._clock() + again_s, taken)
         self._here.pop(node, None)
         if before is None or before.reason != reason:  # else it is known
             self._aside.append(Aside(name or "unnamed client", f"refused: {reason}", kind="refused"))
@@ -286,7 +286,7 @@ class GridTransport:
         if self._greeting(self._hello_s) or len(self._here) < self._expected:
             return False
         if self._foundation is None and self._here:
-            self._foundation = agreed(list(self.profiles.values()))
+            self._foundation = common_model_spec(list(self.profiles.values()))
             nodes = self._nodes()
             for name, profile in self.profiles.items():
                 if odd := difference(self._foundation, profile.foundation):
@@ -329,10 +329,10 @@ class GridTransport:
         )
 
 
-def answered(client: str, reply: Message) -> Reply | Failure:
+def decode_reply(client: str, reply: Message) -> Reply | Failure:
     """Return what a client's reply to an order is; only its outer form is looked at."""
     if reply.has_error():
-        return Failure(client, said(reply))
+        return Failure(client, error_reason(reply))
     try:
         content = unpack(reply.content)
     except WireError as error:
@@ -342,7 +342,7 @@ def answered(client: str, reply: Message) -> Reply | Failure:
     return Reply(client, content.blobs[UPDATE])
 
 
-def said(reply: Message) -> str:
+def error_reason(reply: Message) -> str:
     """Return the reason of an error reply: fedtune's own as it is, of Flower's with its code, the two ends."""
     reason = plain(reply.error.reason or "no reason given")
     if reply.error.code == ERROR:

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedtune.flower import shim
 from fedtune.flower.records import ERROR, HEADER, STYPE, TENSORS, unpack
-from fedtune.link.hub import Body, Gone, Hub
+from fedtune.link.server.dispatcher import Body, Dispatcher, Withdrawn
 
 TTL_S = 7 * 24 * 3600.0
 """Of a message that has none."""
@@ -20,7 +20,7 @@ TTL_S = 7 * 24 * 3600.0
 class LinkGrid(Grid):
     """Messages as orders of a hub; a client that declines, fails or is lost answers with an error."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Dispatcher) -> None:
         """Bind a hub, and give this process the identity that Flower's messages read: one run per process."""
         shim.enter_task()
         self._hub = hub
@@ -69,10 +69,10 @@ class LinkGrid(Grid):
         replies = []
         for message_id, found in self._hub.collect([one for one in message_ids if one in self._shells]).items():
             shell = self._shells.pop(message_id)
-            if isinstance(found, Gone):
+            if isinstance(found, Withdrawn):
                 replies.append(Message(Error(ERROR, found.reason), reply_to=shell))
             else:
-                replies.append(Message(received(found.bodies), reply_to=shell))
+                replies.append(Message(reply_content(found.bodies), reply_to=shell))
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Sequence[Message]:
@@ -97,7 +97,7 @@ def node_of(name: str) -> int:
     return int.from_bytes(sha256(name.encode()).digest()[:8], "little") | 2**63
 
 
-def received(bodies: Mapping[str, Body]) -> RecordDict:
+def reply_content(bodies: Mapping[str, Body]) -> RecordDict:
     """Return the content of a reply; large bodies stay where they lie, in files that are mapped and not read."""
     tensors = ArrayRecord()
     for key, body in bodies.items():

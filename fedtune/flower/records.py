@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.errors import WireError
-from fedtune.wire.messages import EncodedAssignment
+from fedtune.wire.codec import EncodedAssignment
 
 HEADER, TENSORS, STYPE = "fedtune.header", "fedtune.tensors", "fedtune.raw"
 UPDATE = "update"

@@ -12,12 +12,21 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt
 
-from fedtune import lowrank
-from fedtune.adapter import Adapter, stack, unpack
-from fedtune.lowrank import weighted_sums
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Adapter, stack, unpack
+from fedtune.lora.lowrank import weighted_sums
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    LocalAdapter,
+    Plan,
+    Weighting,
+    WireDtype,
+    cohort_weights,
+)
 from fedtune.methods.fedit import shared_start
-from fedtune.methods.method import Method, assignment, mean_saved, step
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
+from fedtune.methods.method import Method, make_assignment, mean_saved, step
 from fedtune.tensors import Tensors, cast, weighted_mean
 
 
@@ -70,7 +79,7 @@ def init(blueprint: Blueprint, settings: FedExSettings) -> FedExState:
 def assign(state: FedExState, seed: int, plan: Plan) -> Assignment:
     """Send both factors to train and the residual frozen; the client returns both factors."""
     local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
-    return assignment("fedex", state, seed, plan, local, state.sent)
+    return make_assignment("fedex", state, seed, plan, local, state.sent)
 
 
 def aggregate(state: FedExState, updates: Sequence[ClientUpdate]) -> FedExState:
@@ -79,7 +88,7 @@ def aggregate(state: FedExState, updates: Sequence[ClientUpdate]) -> FedExState:
     With eta = server_learning_rate: residual + (1 - eta) b a + eta * sum of p_k b_k a_k - b' a', b' and a' the new
     factors; at eta = 1 the paper's equation 5, accumulated.
     """
-    cohort, rate = weigh(updates, state.settings.weights), state.settings.server_learning_rate
+    cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
     mean = weighted_mean([(update.tensors, share) for update, share in cohort])
     tensors = step(state.tensors, mean, rate)
     old, new = unpack(state.tensors), unpack(tensors)

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Gt
 
-from fedtune.adapter import Adapter, Factors, draw_a, pack, unpack
-from fedtune.methods.method import assignment, join, linear, move
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
+from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
+from fedtune.methods.method import join, linear, make_assignment, move
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
@@ -63,7 +63,7 @@ def shared_start(blueprint: Blueprint) -> Tensors:
 def assign(state: FedItState, seed: int, plan: Plan) -> Assignment:
     """Send both factors; the client trains and returns both."""
     local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
-    return assignment("fedit", state, seed, plan, local, {"local": state.sent})
+    return make_assignment("fedit", state, seed, plan, local, {"local": state.sent})
 
 
 def contribution(state: FedItState, update: ClientUpdate) -> Tensors:

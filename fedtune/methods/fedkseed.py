@@ -15,27 +15,28 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.adapter import Adapter
-from fedtune.directions import downlink, ids, manifest
-from fedtune.directions.bank import headroom, total
-from fedtune.directions.banks import BANKS
-from fedtune.directions.checks import STATE, first_wrong
-from fedtune.directions.downlink import MAX_LOG, Logged, LoggedRound
-from fedtune.directions.manifest import Manifest
-from fedtune.directions.sums import MAX_SCALAR, MAX_SHIFT, MAX_WEIGHT, counted, increments, weighted_sum
-from fedtune.directions.trainable import Reach, trainable
-from fedtune.errors import RoundError
-from fedtune.methods.method import Method, Seeds
-from fedtune.methods.seed_state import FedKSeedSettings, FedKSeedState, units
-from fedtune.round import (
-    Assignment,
-    Blueprint,
-    ClientUpdate,
-    LocalAdapter,
-    Plan,
-    Probe,
-    SeedState,
+from fedtune.directions import downlink, sampling
+from fedtune.directions.bank import BANKS, headroom
+from fedtune.directions.blocks import absolute_sum
+from fedtune.directions.consistency import STATE, first_wrong
+from fedtune.directions.downlink import (
+    MAX_LOG,
+    MAX_SCALAR,
+    MAX_SHIFT,
+    MAX_WEIGHT,
+    LoggedRound,
+    LoggedUpdate,
+    count_scalars,
+    increments,
+    weighted_sum,
 )
+from fedtune.directions.seed_ledger import Manifest, decode_manifest
+from fedtune.directions.trainable import TensorSelection, trainable_ordinals
+from fedtune.errors import RoundError
+from fedtune.lora.adapter import Adapter
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Probe, SeedState
+from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState, units
+from fedtune.methods.method import Method, SeedModel
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
@@ -51,11 +52,11 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
     Raises:
         ConfigError: if K is none of the bank's sizes, or the bank cannot move the tensors that are asked for.
     """
-    listed = manifest.decode(blueprint.manifest) if blueprint.manifest else Manifest(())
+    listed = decode_manifest(blueprint.manifest) if blueprint.manifest else Manifest(())
     layers = {f"{name}.weight" for name in blueprint.modules} | {
         name for name, array in blueprint.saved.items() if array.ndim == 2
     }
-    ordinals = trainable(listed, reach(settings), layers) if listed.entries else ()
+    ordinals = trainable_ordinals(listed, reach(settings), layers) if listed.entries else ()
     BANKS[settings.bank](settings.seeds, 0)  # refuses a K that it does not have
     zeros, (exponent, coarseness) = np.zeros(settings.seeds, np.int64), units(settings, settings.scalar_step)
     return FedKSeedState(
@@ -77,8 +78,8 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
     )
 
 
-def reach(settings: FedKSeedSettings) -> Reach:
-    return Reach(settings.bank, settings.trainable, vectors=settings.vectors, embeddings=settings.embeddings)
+def reach(settings: FedKSeedSettings) -> TensorSelection:
+    return TensorSelection(settings.bank, settings.trainable, vectors=settings.vectors, embeddings=settings.embeddings)
 
 
 def assign(state: FedKSeedState, seed: int, plan: Plan) -> Assignment:
@@ -133,8 +134,8 @@ def check_headroom(state: FedKSeedState, plan: Plan) -> None:
     if left < 1:
         raise RoundError(
             f"round {state.round + 1}: expected room for {plan.training.steps} more scalars in sums of 32 bits; got "
-            f"sum |A| = {total(state.sums)} with e = {state.exponent}; export the model and start a new run from it, "
-            "or start again with a larger method.scalar_step",
+            f"sum |A| = {absolute_sum(state.sums)} with e = {state.exponent}; export the model and start a new run "
+            "from it, or start again with a larger method.scalar_step",
             final=True,
         )
 
@@ -166,16 +167,17 @@ def aggregate(state: FedKSeedState, updates: Sequence[ClientUpdate]) -> FedKSeed
     """Return the state after one round: A_k += RNE(2^shift * sum_i w_i a_ik / sum_i w_i), in whole numbers."""
     cohort = sorted(updates, key=lambda update: update.client)
     if not state.calibrated:
-        return kept(state, cohort, calibrated(state, [update.probed.rms for update in cohort if update.probed]))
+        return with_history(state, cohort, calibrate(state, [update.probed.rms for update in cohort if update.probed]))
     logged = [
-        Logged(sample_key(state, update.client), weight, scalars(update)) for update, weight in weighed(state, cohort)
+        LoggedUpdate(sample_key(state, update.client), weight, scalars(update))
+        for update, weight in integer_weights(state, cohort)
     ]
-    parts = [(counted(drawn_ids(state, one), one.scalars, len(state.sums)), one.weight) for one in logged]
+    parts = [(count_scalars(sampled_ids(state, one), one.scalars, len(state.sums)), one.weight) for one in logged]
     sums, weight = weighted_sum(parts, len(state.sums))
-    return kept(state, cohort, advance(state, sums, weight, logged))
+    return with_history(state, cohort, advance(state, sums, weight, logged))
 
 
-def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[Logged]) -> FedKSeedState:
+def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[LoggedUpdate]) -> FedKSeedState:
     """Return the state after a weighted sum of scalars has been added; of `logged` only counts and log are taken."""
     added = (state.sums + increments(sums, weight, state.shift)).astype(np.int32)
     number = state.round + 1
@@ -192,12 +194,12 @@ def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[Log
         accumulators={"a": added},
         coarseness=state.coarseness + coarser,
         longest=max(state.longest, *(len(one.scalars) for one in logged)),
-        drawn=visited(state, logged, coarser=coarser),
+        drawn=seed_visits(state, logged, coarser=coarser),
         log=log,
     )
 
 
-def kept(state: FedKSeedState, cohort: Sequence[ClientUpdate], after: FedKSeedState) -> FedKSeedState:
+def with_history(state: FedKSeedState, cohort: Sequence[ClientUpdate], after: FedKSeedState) -> FedKSeedState:
     """Return the state of the next round, with what must be known of the past to send short messages in it."""
     number = state.round + 1
     if state.settings.sync != "auto":
@@ -216,14 +218,14 @@ def kept(state: FedKSeedState, cohort: Sequence[ClientUpdate], after: FedKSeedSt
     )
 
 
-def calibrated(state: FedKSeedState, sizes: Sequence[float | None]) -> FedKSeedState:
+def calibrate(state: FedKSeedState, sizes: Sequence[float | None]) -> FedKSeedState:
     """Return the state with e chosen from what the first cohort measured: the median of its root mean squares."""
     step = median(size for size in sizes if size is not None) / COARSE
     exponent, coarseness = units(state.settings, min(step, 1e-3) or "auto")
     return replace(state, calibrated=True, exponent=exponent, coarseness=coarseness)
 
 
-def weighed(state: FedKSeedState, cohort: Sequence[ClientUpdate]) -> Sequence[tuple[ClientUpdate, int]]:
+def integer_weights(state: FedKSeedState, cohort: Sequence[ClientUpdate]) -> Sequence[tuple[ClientUpdate, int]]:
     """Return each update with its whole weight, 1 to 127."""
     if state.settings.weights == "uniform":
         return [(update, 1) for update in cohort]
@@ -241,12 +243,14 @@ def sample_key(state: FedKSeedState, client: str) -> int:
     return derive(derive(state.seed, "client", state.round + 1, client), "fedkseed.ids")
 
 
-def drawn_ids(state: FedKSeedState, one: Logged) -> Array:
+def sampled_ids(state: FedKSeedState, one: LoggedUpdate) -> Array:
     settings = state.settings
-    return ids.drawn(one.key, len(one.scalars), settings.seeds, sampling=settings.sampling, levels=state.levels)
+    return sampling.sample_ids(
+        one.key, len(one.scalars), settings.seeds, sampling=settings.sampling, levels=state.levels
+    )
 
 
-def visited(state: FedKSeedState, logged: Sequence[Logged], *, coarser: bool) -> Tensors:
+def seed_visits(state: FedKSeedState, logged: Sequence[LoggedUpdate], *, coarser: bool) -> Tensors:
     """Return how large the scalars of each seed were and how often it was drawn, this round's added.
 
     In the unit of the coming round: twice as coarse a scalar is half as large.
@@ -255,8 +259,8 @@ def visited(state: FedKSeedState, logged: Sequence[Logged], *, coarser: bool) ->
         return {}
     size, sizes, visits = len(state.sums), state.drawn["sizes"], state.drawn["visits"]
     for one in logged:
-        drawn = drawn_ids(state, one)
-        sizes = sizes + counted(drawn, np.abs(one.scalars.astype(np.int16)), size)
+        drawn = sampled_ids(state, one)
+        sizes = sizes + count_scalars(drawn, np.abs(one.scalars.astype(np.int16)), size)
         visits = visits + np.bincount(drawn, minlength=size)
     return {"sizes": sizes >> int(coarser), "visits": visits}
 
@@ -266,15 +270,15 @@ def no_adapter(state: FedKSeedState) -> Adapter:
     return {}
 
 
-def seeds(state: FedKSeedState) -> Seeds:
-    return Seeds(state.ledger, state.manifest, state.trainable)
+def seeds(state: FedKSeedState) -> SeedModel:
+    return SeedModel(state.ledger, state.manifest, state.trainable)
 
 
 def figures(state: FedKSeedState) -> Mapping[str, Any]:
     """Return what a round's line notes of the accumulators."""
     return {
         "seeds_moved": int(np.count_nonzero(state.sums)),
-        "sum_abs": total(state.sums),
+        "sum_abs": absolute_sum(state.sums),
         "displacement_rms": float(np.sqrt(np.square(state.sums, dtype=np.float64).sum())) * 2.0**-state.exponent,
         "scalar_step": 2.0 ** (state.shift - state.exponent),
         "exponent": state.exponent,

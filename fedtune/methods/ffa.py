@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Gt
 
-from fedtune.adapter import Adapter, Factors, draw_a
-from fedtune.methods.method import assignment, join, linear, move, resize
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
+from fedtune.lora.adapter import Adapter, Factors, draw_a
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
+from fedtune.methods.method import join, linear, make_assignment, move, resize
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
@@ -65,7 +65,7 @@ def assign(state: FfaState, seed: int, plan: Plan) -> Assignment:
     """Send the first plan.rank columns of B; the client trains and returns B alone."""
     local = LocalAdapter(a_key=state.a_key, train="b", wire_dtype=state.settings.wire_dtype)
     sent = cast(resize(state.tensors, plan.rank), state.settings.wire_dtype)
-    return assignment("ffa", state, seed, plan, local, {"local": sent})
+    return make_assignment("ffa", state, seed, plan, local, {"local": sent})
 
 
 def contribution(state: FfaState, update: ClientUpdate) -> Tensors:

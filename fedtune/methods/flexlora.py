@@ -11,12 +11,21 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt
 
-from fedtune import lowrank
-from fedtune.adapter import Adapter, unpack
-from fedtune.lowrank import LowRank, weighted_sums
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Adapter, unpack
+from fedtune.lora.lowrank import LowRank, weighted_sums
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    LocalAdapter,
+    Plan,
+    Weighting,
+    WireDtype,
+    cohort_weights,
+)
 from fedtune.methods.flora import warm_start
-from fedtune.methods.method import Method, assignment, mean_saved
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
+from fedtune.methods.method import Method, make_assignment, mean_saved
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors
 
@@ -66,12 +75,12 @@ def assign(state: FlexLoraState, seed: int, plan: Plan) -> Assignment:
     wire_dtype = state.settings.wire_dtype
     start = warm_start(lowrank.unpack(state.total), plan.rank, wire_dtype)
     local = LocalAdapter(a_key=state.a_key, wire_dtype=wire_dtype)
-    return assignment("flexlora", state, seed, plan, local, {"local": start})
+    return make_assignment("flexlora", state, seed, plan, local, {"local": start})
 
 
 def aggregate(state: FlexLoraState, updates: Sequence[ClientUpdate]) -> FlexLoraState:
     """Return the state after one round: D moves to the clients' exact weighted sum."""
-    cohort, rate = weigh(updates, state.settings.weights), state.settings.server_learning_rate
+    cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
     adapters = [(unpack(update.tensors), rate * share) for update, share in cohort]
     total = weighted_sums(
         {

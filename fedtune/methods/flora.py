@@ -20,14 +20,31 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Ge, Gt, Interval
 
-from fedtune import lowrank
-from fedtune.adapter import Adapter, Factors, draw_a, pack, unpack
-from fedtune.keep import WHOLE, Anatomy, Cut, Keep, cuts, scatter_factors, slice_adapter
-from fedtune.lowrank import LowRank, truncate, weighted_sums
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
+from fedtune.lora.lowrank import LowRank, truncate, weighted_sums
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    LocalAdapter,
+    Plan,
+    Weighting,
+    WireDtype,
+    cohort_weights,
+)
 from fedtune.methods import pruning
-from fedtune.methods.method import Method, assignment, mean_saved
-from fedtune.ranking import PruningSettings, Ranking, kept, ranked
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
+from fedtune.methods.method import Method, make_assignment, mean_saved
+from fedtune.pruning.ranking import PruningSettings, Ranking, rank_units, structure_at
+from fedtune.pruning.structure import (
+    FULL,
+    BlockLayout,
+    LayerSlice,
+    ModelStructure,
+    cuts,
+    scatter_factors,
+    slice_adapter,
+)
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, cast
 
@@ -74,7 +91,7 @@ class FloraState:
     delta: Tensors
     """Delta as `lowrank.pack` makes it flat, float32; its rank never exceeds min(m, n)."""
     saved: Tensors
-    anatomy: Anatomy | None = None
+    anatomy: BlockLayout | None = None
     """Of the base's blocks, where clients are pruned."""
     pruning: PruningSettings | None = None
     worth: Tensors = field(default_factory=dict)
@@ -99,7 +116,7 @@ class FloraState:
         """The whole broadcast as it travels where nothing of it is trained on: one mapping, so it is encoded once."""
         return cast(lowrank.smallest(lowrank.adapter(self.broadcast)), self.settings.wire_dtype)
 
-    def parted(self, rank: int, keep: Keep | None = None) -> Mapping[str, Tensors]:
+    def parted(self, rank: int, keep: ModelStructure | None = None) -> Mapping[str, Tensors]:
         """The blobs of a client of this rank and structure that trains on: made once for all clients like it."""
         key = (rank, keep.digest if keep else b"")
         if key not in self._parted:
@@ -111,7 +128,7 @@ class FloraState:
             }
         return self._parted[key]
 
-    def fixed(self, keep: Keep | None) -> Tensors:
+    def fixed(self, keep: ModelStructure | None) -> Tensors:
         """The whole broadcast of a structure, nothing of which is trained on."""
         if keep is None:
             return self.frozen
@@ -120,7 +137,7 @@ class FloraState:
             self._parted[0, keep.digest] = {"global": cast(lowrank.smallest(rest), self.settings.wire_dtype)}
         return self._parted[0, keep.digest]["global"]
 
-    def cut(self, keep: Keep | None) -> Mapping[str, Cut]:
+    def cut(self, keep: ModelStructure | None) -> Mapping[str, LayerSlice]:
         """Return what a structure keeps of every layer; nothing is said of layers that it keeps whole."""
         if keep is None or self.anatomy is None:
             return {}
@@ -128,19 +145,19 @@ class FloraState:
             self._cuts[keep.digest] = cuts(keep, self.anatomy)
         return self._cuts[keep.digest]
 
-    def structure(self, ratio: float) -> Keep | None:
+    def structure(self, ratio: float) -> ModelStructure | None:
         """Return what the order keeps at a pruning ratio; None: all of it."""
         if ratio == 0 or self.anatomy is None or self.pruning is None or not self.order:
             return None
         if ratio not in self._structures:
-            self._structures[ratio] = kept(self.ranking, self.anatomy, self.pruning, ratio)
+            self._structures[ratio] = structure_at(self.ranking, self.anatomy, self.pruning, ratio)
         return self._structures[ratio]
 
     @cached_property
     def ranking(self) -> Ranking:
         assert self.anatomy is not None  # `structure` has looked
         assert self.pruning is not None
-        return ranked(self.order, self.anatomy, self.pruning)
+        return rank_units(self.order, self.anatomy, self.pruning)
 
     # What the functions above have made; it follows from the state alone.
     @cached_property
@@ -148,11 +165,11 @@ class FloraState:
         return {}
 
     @cached_property
-    def _structures(self) -> dict[float, Keep]:
+    def _structures(self) -> dict[float, ModelStructure]:
         return {}
 
     @cached_property
-    def _cuts(self) -> dict[bytes, Mapping[str, Cut]]:
+    def _cuts(self) -> dict[bytes, Mapping[str, LayerSlice]]:
         return {}
 
 
@@ -175,23 +192,23 @@ def assign(state: FloraState, seed: int, plan: Plan) -> Assignment:
     """Send Delta: frozen beside a fresh adapter, or its leading plan.rank components to train and the rest frozen."""
     wire_dtype = state.settings.wire_dtype
     local = LocalAdapter(a_key=_a_key(state, plan.client), wire_dtype=wire_dtype)
-    surgery, sent = pruning.ordered(state, plan)
+    surgery, sent = pruning.pruning_task(state, plan)
     if state.settings.mode != "continue":
-        made = assignment("flora", state, seed, plan, local, {"global": state.fixed(sent)})
+        made = make_assignment("flora", state, seed, plan, local, {"global": state.fixed(sent)})
     else:
         # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
         local = replace(local, upload="difference")
-        made = assignment("flora", state, seed, plan, local, state.parted(plan.rank, sent))
+        made = make_assignment("flora", state, seed, plan, local, state.parted(plan.rank, sent))
     return replace(made, surgery=surgery)
 
 
 def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
     """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
-    settings, cohort = state.settings, weigh(updates, state.settings.weights)
+    settings, cohort = state.settings, cohort_weights(updates, state.settings.weights)
     changes = [(change(state, update), settings.server_learning_rate * share) for update, share in cohort]
     if state.anatomy is not None and settings.coverage == "normalised":
         scale = pruning.coverage(cohort, state.anatomy, weights=settings.weights, floor=settings.coverage_floor)
-        changes = [(pruning.scaled(adapter, scale, state.anatomy), weight) for adapter, weight in changes]
+        changes = [(pruning.scale_by_coverage(adapter, scale, state.anatomy), weight) for adapter, weight in changes]
     total = weighted_sums(
         {
             name: [(low.factors, 1.0), *((adapter[name], weight) for adapter, weight in changes if name in adapter)]
@@ -204,7 +221,7 @@ def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
         round=state.round + 1,
         delta=lowrank.pack(delta),
         saved=mean_saved(state.saved, cohort, settings.server_learning_rate),
-        **pruning.learned(state, cohort),
+        **pruning.observed_fields(state, cohort),
     )
 
 
@@ -220,17 +237,17 @@ def change(state: FloraState, update: ClientUpdate) -> Adapter:
         start = unpack(state.parted(rank, update.keep)["local"])  # after the cast: what the client decoded
         key = _a_key(state, update.client)
         adapter = {
-            name: _change(difference, start.get(name), drawn(key, name, difference.rank, shapes[name], cut))
+            name: _change(difference, start.get(name), initial_a(key, name, difference.rank, shapes[name], cut))
             for name, difference in adapter.items()
         }
     if not cut:
         return adapter
-    return {name: scatter_factors(factors, cut.get(name, WHOLE), shapes[name]) for name, factors in adapter.items()}
+    return {name: scatter_factors(factors, cut.get(name, FULL), shapes[name]) for name, factors in adapter.items()}
 
 
-def drawn(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mapping[str, Cut]) -> Array:
+def initial_a(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mapping[str, LayerSlice]) -> Array:
     """Return a fresh A as its client drew it: over the base's whole input, then cut."""
-    fresh, into = draw_a(key, name, rank, shape[1]), cut.get(name, WHOLE).into
+    fresh, into = draw_a(key, name, rank, shape[1]), cut.get(name, FULL).into
     return fresh if into is None else fresh[:, into]
 
 
@@ -246,7 +263,7 @@ def _change(difference: Factors, start: Factors | None, fresh: Array) -> Factors
 
 
 def warm_start(
-    changes: Mapping[str, LowRank], rank: int, wire_dtype: WireDtype, cut: Mapping[str, Cut] | None = None
+    changes: Mapping[str, LowRank], rank: int, wire_dtype: WireDtype, cut: Mapping[str, LayerSlice] | None = None
 ) -> Tensors:
     """Return the leading components as a trainable start in wire format: a = c vt, b = u s / c, c = 1 / sqrt(3).
 

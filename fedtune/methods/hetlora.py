@@ -11,10 +11,19 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from fedtune.adapter import Adapter, norm, unpack
+from fedtune.lora.adapter import Adapter, norm, unpack
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    LocalAdapter,
+    Plan,
+    Weighting,
+    WireDtype,
+    cohort_weights,
+)
 from fedtune.methods.fedit import shared_start
-from fedtune.methods.method import Cohort, Method, assignment, mean_saved, resize, step
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype, weigh
+from fedtune.methods.method import Cohort, Method, make_assignment, mean_saved, resize, step
 from fedtune.tensors import Tensors, cast, weighted_mean
 
 
@@ -67,12 +76,12 @@ def assign(state: HetLoraState, seed: int, plan: Plan) -> Assignment:
         rank_decay=state.settings.rank_decay,
     )
     sent = cast(resize(state.tensors, plan.rank), state.settings.wire_dtype)
-    return assignment("hetlora", state, seed, plan, local, {"local": sent})
+    return make_assignment("hetlora", state, seed, plan, local, {"local": sent})
 
 
 def aggregate(state: HetLoraState, updates: Sequence[ClientUpdate]) -> HetLoraState:
     """Return the state after one round: padded factors move to their mean, weighted by `size_weights`."""
-    cohort, rate = weigh(updates, state.settings.weights), state.settings.server_learning_rate
+    cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
     parts = [
         (resize(update.tensors, state.max_rank), weight)
         for (update, _), weight in zip(cohort, size_weights(cohort), strict=True)

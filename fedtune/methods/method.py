@@ -8,10 +8,9 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from fedtune.adapter import Adapter
-from fedtune.directions.ledger import SeedLedger
-from fedtune.directions.manifest import Manifest
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Verb, Weighting, weigh
+from fedtune.directions.seed_ledger import Manifest, SeedLedger
+from fedtune.lora.adapter import Adapter
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Verb, Weighting, cohort_weights
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, weighted_mean
 
@@ -30,7 +29,7 @@ class MethodState(Protocol):
 
 
 @dataclass(frozen=True)
-class Seeds:
+class SeedModel:
     """A global model's change as K integers, and the tensors that it reaches."""
 
     ledger: SeedLedger
@@ -40,17 +39,17 @@ class Seeds:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class GlobalModel:
     """A global model, as its change of the base."""
 
     adapter: Adapter = field(default_factory=dict)
     """Of scale 1."""
     saved: Tensors = field(default_factory=dict)
     """modules_to_save, by parameter name, float32."""
-    seeds: Seeds | None = None
+    seeds: SeedModel | None = None
 
 
-def no_seeds(state: MethodState) -> Seeds | None:
+def no_seeds(state: MethodState) -> SeedModel | None:
     return None
 
 
@@ -89,16 +88,16 @@ class Method(Generic[State]):
     """state -> by module, the share of the squared singular values that is left in what is sent down"""
     verb: Verb = "adapt"
     """What clients do; to `probe` they need no adapter, and the server must know every tensor of the base."""
-    seeds: Callable[[State], Seeds | None] = no_seeds
+    seeds: Callable[[State], SeedModel | None] = no_seeds
     """state -> the global model's change of the whole base, beside its adapter"""
     refuse: Callable[[State, ClientUpdate], str] = nothing_to_refuse
     """(state, an update that fits its assignment) -> why it cannot be used all the same; empty if it can"""
     figures: Callable[[State], Mapping[str, Any]] = no_figures
     """state -> numbers that a round's line notes"""
 
-    def tuned(self, state: State) -> Tuned:
+    def tuned(self, state: State) -> GlobalModel:
         """Return the global model of a state."""
-        return Tuned(self.adapter(state), state.saved, self.seeds(state))
+        return GlobalModel(self.adapter(state), state.saved, self.seeds(state))
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def linear(
     """Build a `LinearMethod`: the mean of the contributions, weighted by p_k, is all that `advance` sees."""
 
     def aggregate(state: State, updates: Sequence[ClientUpdate]) -> State:
-        cohort = weigh(updates, weights(state))
+        cohort = cohort_weights(updates, weights(state))
         return advance(state, weighted_mean([(contribution(state, update), share) for update, share in cohort]))
 
     return LinearMethod(
@@ -129,7 +128,7 @@ def linear(
     )
 
 
-def assignment(
+def make_assignment(
     method: str, state: MethodState, seed: int, plan: Plan, local: LocalAdapter, blobs: Mapping[str, Tensors]
 ) -> Assignment:
     """Return what one client is told in the coming round; modules_to_save join the blobs, empty blobs stay behind."""

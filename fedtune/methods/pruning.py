@@ -12,12 +12,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import RoundError
-from fedtune.keep import Anatomy, Keep, Side, bitmap, from_bitmap, rows
+from fedtune.lora.adapter import Adapter, Factors
+from fedtune.messages import ClientUpdate, Plan, Pruning, Weighting
 from fedtune.methods.method import Cohort
-from fedtune.ranking import PruningSettings, noticed, pooled, spread, staged, votes
-from fedtune.round import ClientUpdate, Plan, Surgery, Weighting
+from fedtune.pruning.ranking import (
+    PruningSettings,
+    pool_scores,
+    stage_ratios,
+    to_base_coordinates,
+    votes,
+    with_hysteresis,
+)
+from fedtune.pruning.structure import BlockLayout, ModelStructure, Side, bitmap, from_bitmap, rows
 from fedtune.tensors import Array, Tensors
 
 
@@ -27,7 +34,7 @@ class PrunedState(Protocol):
     @property
     def round(self) -> int: ...
     @property
-    def anatomy(self) -> Anatomy | None: ...
+    def anatomy(self) -> BlockLayout | None: ...
     @property
     def pruning(self) -> PruningSettings | None: ...
     @property
@@ -38,12 +45,12 @@ class PrunedState(Protocol):
     def scored(self) -> int: ...
     @property
     def ratios(self) -> Mapping[str, float]: ...
-    def structure(self, ratio: float) -> Keep | None:
+    def structure(self, ratio: float) -> ModelStructure | None:
         """Return what the order keeps at a ratio; None: all of it."""
         ...
 
 
-def ordered(state: PrunedState, plan: Plan) -> tuple[Surgery | None, Keep | None]:
+def pruning_task(state: PrunedState, plan: Plan) -> tuple[Pruning | None, ModelStructure | None]:
     """Return what one client is told of its structure, and the structure that its blobs are cut to.
 
     The blobs cover all that the round needs: the first of the stages, and the structure of the last participation, in
@@ -56,7 +63,7 @@ def ordered(state: PrunedState, plan: Plan) -> tuple[Surgery | None, Keep | None
     if settings is None or anatomy is None:
         return None, None
     if settings.policy == "local":
-        return Surgery(settings=replace(settings, ranking=None)), None
+        return Pruning(settings=replace(settings, ranking=None)), None
     if plan.ratio > 0 and not state.order:
         raise RoundError(
             f"round {state.round + 1}: expected an order of heads and channels before {plan.client} is pruned by "
@@ -64,10 +71,10 @@ def ordered(state: PrunedState, plan: Plan) -> tuple[Surgery | None, Keep | None
             "pruning.ranking"
         )
     first = plan.first_ratio if state.order else 0.0
-    before, ratios = state.ratios.get(plan.client, first), staged(plan.ratio, settings.stages)
+    before, ratios = state.ratios.get(plan.client, first), stage_ratios(plan.ratio, settings.stages)
     stages = [bitmap(keep, anatomy) for ratio in ratios if (keep := state.structure(ratio)) is not None]
     earlier = state.structure(before)
-    surgery = Surgery(
+    surgery = Pruning(
         settings=replace(settings, ranking=None),  # where the server's file lies is nobody's business
         stages=tuple(dict.fromkeys(stages)),
         before=b"" if earlier is None else bitmap(earlier, anatomy),
@@ -76,7 +83,7 @@ def ordered(state: PrunedState, plan: Plan) -> tuple[Surgery | None, Keep | None
     return surgery, state.structure(min(before, ratios[0]))
 
 
-def coverage(cohort: Cohort, anatomy: Anatomy, *, weights: Weighting, floor: float) -> Mapping[str, Array]:
+def coverage(cohort: Cohort, anatomy: BlockLayout, *, weights: Weighting, floor: float) -> Mapping[str, Array]:
     """Return 1 / max(c_g, floor) per head and channel, `<block>.<side>`, for the sides where a c_g is below 1.
 
     c_g is the share of the examples (or of the clients) whose structure holds g, an integer ratio: where all clients
@@ -99,7 +106,7 @@ def coverage(cohort: Cohort, anatomy: Anatomy, *, weights: Weighting, floor: flo
     return found
 
 
-def scaled(adapter: Adapter, scale: Mapping[str, Array], anatomy: Anatomy) -> Adapter:
+def scale_by_coverage(adapter: Adapter, scale: Mapping[str, Array], anatomy: BlockLayout) -> Adapter:
     """Return an adapter of the base with the rows or columns of its pruned sides scaled, as `coverage` says."""
     found = dict(adapter)
     for name, factors in adapter.items():
@@ -121,7 +128,7 @@ def _product(factor: Array, by: Array) -> Array:
     return (factor.astype(np.float64) * by).astype(np.float32)
 
 
-def _along(side: Side, index: int, scale: Mapping[str, Array], anatomy: Anatomy) -> Array | None:
+def _along(side: Side, index: int, scale: Mapping[str, Array], anatomy: BlockLayout) -> Array | None:
     """Return a side's scale by row (or column); None where it is 1 throughout."""
     if side == "all" or index < 0:
         return None
@@ -135,21 +142,21 @@ def _along(side: Side, index: int, scale: Mapping[str, Array], anatomy: Anatomy)
     return np.tile(wide, 3) if side == "qkv" else wide
 
 
-def learned(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
+def observed_fields(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
     """Return the fields of the state that change by what a round taught of heads and channels."""
     settings, anatomy = state.pruning, state.anatomy
     if settings is None or anatomy is None:
         return {}
     ratios = {**state.ratios, **{update.client: update.ratio for update, _ in cohort}}
-    parts = [(told(update, anatomy), share) for update, share in cohort if update.scores or update.mask]
+    parts = [(client_scores(update, anatomy), share) for update, share in cohort if update.scores or update.mask]
     if settings.policy == "local" or not parts:
         return {"ratios": ratios}
-    worth = pooled(parts, state.worth or state.order, anatomy)
-    return {"ratios": ratios, "worth": worth, "order": noticed(state.order, worth), "scored": state.round + 1}
+    worth = pool_scores(parts, state.worth or state.order, anatomy)
+    return {"ratios": ratios, "worth": worth, "order": with_hysteresis(state.order, worth), "scored": state.round + 1}
 
 
-def told(update: ClientUpdate, anatomy: Anatomy) -> Tensors:
+def client_scores(update: ClientUpdate, anatomy: BlockLayout) -> Tensors:
     """Return what a client says of heads and channels, in the base's coordinates: scores, or a vote."""
     if update.scores:
-        return spread(update.scores, update.keep, anatomy)
+        return to_base_coordinates(update.scores, update.keep, anatomy)
     return votes(from_bitmap(update.mask, anatomy), anatomy)

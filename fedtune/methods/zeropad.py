@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt
 
-from fedtune.adapter import Adapter, unpack
+from fedtune.lora.adapter import Adapter, unpack
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
 from fedtune.methods.fedit import shared_start
-from fedtune.methods.method import assignment, join, linear, move, resize
-from fedtune.round import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
+from fedtune.methods.method import join, linear, make_assignment, move, resize
 from fedtune.tensors import Tensors, cast
 
 
@@ -50,7 +50,7 @@ def assign(state: ZeroPadState, seed: int, plan: Plan) -> Assignment:
     """Send the first plan.rank rows of A and columns of B; the client trains and returns both."""
     local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
     sent = cast(resize(state.tensors, plan.rank), state.settings.wire_dtype)
-    return assignment("zeropad", state, seed, plan, local, {"local": sent})
+    return make_assignment("zeropad", state, seed, plan, local, {"local": sent})
 
 
 def contribution(state: ZeroPadState, update: ClientUpdate) -> Tensors:

@@ -18,14 +18,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.directions.manifest import Manifest, describe_one, fault_of
-from fedtune.directions.torch_rebuild import as_array
+from fedtune.directions.rebuild_torch import as_array
+from fedtune.directions.seed_ledger import Manifest, describe_tensor, tensor_fault
 from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Blueprint
 from fedtune.model import embedded
 from fedtune.model.libraries import quiet
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.model.torch_seed import seeded
-from fedtune.round import Blueprint
+from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
@@ -146,7 +146,7 @@ def load(
         classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     try:
         config = AutoConfig.from_pretrained(path, revision=settings.revision, trust_remote_code=False, **classes)
-        with quiet(), seeded(derive(seed, "model.head"), torch.device("cpu")):
+        with quiet(), torch_seed(derive(seed, "model.head"), torch.device("cpu")):
             model, info = auto.from_pretrained(
                 path,
                 revision=settings.revision,
@@ -354,10 +354,10 @@ def manifest_of(model: nn.Module) -> Manifest:
             faults.append(Fault(name, f"weights in {', '.join(DTYPES)}", str(kind), "convert the base"))
             continue
         array = as_array(parameter.detach().cpu().contiguous())
-        if fault := fault_of(name, array):
+        if fault := tensor_fault(name, array):
             faults.append(fault)
         else:
-            entries.append(describe_one(name, array))
+            entries.append(describe_tensor(name, array))
     if faults:
         raise ConfigError(faults)
     return Manifest(tuple(entries))

@@ -28,15 +28,25 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ConfigError, Fault, ShapeError
-from fedtune.keep import FAMILIES, WHOLE, Anatomy, Block, Keep, Kept, check, cuts, slice_factors
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import DTYPES, Base, choose_device, locate, not_found
 from fedtune.model.libraries import quiet
 from fedtune.model.merge import Merged
-from fedtune.model.prune import anatomy_of, cut_linear, fit, refuse_static_caches, taken
 from fedtune.model.settings import ModelSettings
-from fedtune.model.torch_seed import seeded
+from fedtune.model.surgery import cut_linear, fit, layout_of, refuse_static_caches, slice_of
+from fedtune.model.torch_seed import torch_seed
+from fedtune.pruning.structure import (
+    FAMILIES,
+    FULL,
+    Block,
+    BlockLayout,
+    BlockStructure,
+    ModelStructure,
+    check,
+    cuts,
+    slice_factors,
+)
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors
 
@@ -73,10 +83,10 @@ def skeleton(config: Any, *, task: str, dtype: torch.dtype) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def shrink(model: Any, keep: Keep, anatomy: Anatomy) -> None:
+def shrink(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> None:
     """Give every block of a skeleton its own widths, in place."""
     for name, cut in cuts(check(keep, anatomy), anatomy).items():
-        cut_linear(model.get_submodule(name), taken(cut))
+        cut_linear(model.get_submodule(name), slice_of(cut))
     fit(model, keep, anatomy)
 
 
@@ -111,7 +121,7 @@ def files_of(path: str | Path, revision: str | None) -> Sequence[Path]:
     return [Path(at(Path(name).name)) for name in sorted(set(index["weight_map"].values()))]
 
 
-def matched(source: Source, expected: Collection[str], prefix: str) -> Source:
+def match_names(source: Source, expected: Collection[str], prefix: str) -> Source:
     """Return a checkpoint's tensors by the names that the model has for them.
 
     As transformers does it: a bare model's checkpoint fits one with a head, and the other way round, and what early
@@ -150,7 +160,7 @@ def finish(model: Any, new: Collection[str], *, key: int, device: torch.device) 
     model.tie_weights()
     for name, buffer in list(model.named_non_persistent_buffers()):
         place(model, name, torch.empty_like(buffer, device="cpu"))
-    with quiet(), seeded(key, torch.device("cpu")):
+    with quiet(), torch_seed(key, torch.device("cpu")):
         model.initialize_weights()
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, left
@@ -177,7 +187,7 @@ def config_of(settings: ModelSettings, *, root: Path, labels: Sequence[str]) -> 
     return AutoConfig.from_pretrained(path, revision=settings.revision, trust_remote_code=False, **classes)
 
 
-def anatomy_at(settings: ModelSettings, *, root: Path) -> Anatomy:
+def anatomy_at(settings: ModelSettings, *, root: Path) -> BlockLayout:
     """Return the blocks of a base from its config alone.
 
     Raises:
@@ -187,11 +197,11 @@ def anatomy_at(settings: ModelSettings, *, root: Path) -> Anatomy:
         model = skeleton(config_of(settings, root=root, labels=("",)), task=settings.task, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise not_found(settings, error) from error
-    return anatomy_of(model)
+    return layout_of(model)
 
 
 def load_pruned_base(
-    settings: ModelSettings, keep: Keep, *, root: Path, seed: int, labels: Sequence[str] = ()
+    settings: ModelSettings, keep: ModelStructure, *, root: Path, seed: int, labels: Sequence[str] = ()
 ) -> Loaded:
     """Load a base at its pruned widths, one tensor at a time: what it takes is the smaller model and one tensor.
 
@@ -212,14 +222,14 @@ def load_pruned_base(
     path = locate(settings, root)
     try:
         model = skeleton(config_of(settings, root=root, labels=labels), task=settings.task, dtype=dtype)
-        anatomy = anatomy_of(model)
+        anatomy = layout_of(model)
         whole = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
         first, cut = aliases(model), cuts(check(keep, anatomy), anatomy)
         shrink(model, keep, anatomy)
         ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
         sha, new, placed = hashlib.sha256(), [], set()
         source = reading(files_of(path, settings.revision))
-        found = matched(source, whole.keys(), model.base_model_prefix)
+        found = match_names(source, whole.keys(), model.base_model_prefix)
         for name, (shape, kind) in sorted(whole.items()):
             read = next((found[other] for other in whole if first[other] == first[name] and other in found), None)
             if read is None:
@@ -251,7 +261,7 @@ def load_pruned_base(
 def part_of(model: Any, name: str, tensor: torch.Tensor, cut: Mapping[str, Any]) -> torch.Tensor:
     """Return what is kept of a parameter of the base."""
     module, _, leaf = name.rpartition(".")
-    part = taken(cut.get(module, WHOLE))
+    part = slice_of(cut.get(module, FULL))
     return part.rows(tensor) if leaf == "bias" else part.weight(model.get_submodule(module))(tensor)
 
 
@@ -263,8 +273,15 @@ def with_generation_config(model: Any, path: str | Path, revision: str | None = 
         model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
 
 
-def sliced(
-    base: Base, keep: Keep, anatomy: Anatomy, adapter: Adapter, saved: Tensors, *, dtype: str, revision: str | None
+def sliced_tensors(
+    base: Base,
+    keep: ModelStructure,
+    anatomy: BlockLayout,
+    adapter: Adapter,
+    saved: Tensors,
+    *,
+    dtype: str,
+    revision: str | None,
 ) -> tuple[Mapping[str, torch.Tensor], Merged]:
     """Return every tensor of the pruned model by its first name, the change added, and what the cast cost.
 
@@ -273,7 +290,7 @@ def sliced(
     model, cut = base.model, cuts(check(keep, anatomy), anatomy)
     held, first = model.state_dict(), aliases(model)
     source = reading(files_of(base.path, revision))
-    found = matched(source, held.keys(), model.base_model_prefix)
+    found = match_names(source, held.keys(), model.base_model_prefix)
     tensors, along, squared, off = {}, 0.0, 0.0, 0.0
     check_tied(adapter, first)
     for name in held:
@@ -292,7 +309,7 @@ def sliced(
         before = part.float() if part.is_floating_point() else part.clone()
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in adapter:
-            change = change_of(slice_factors(adapter[module], cut.get(module, WHOLE)))
+            change = change_of(slice_factors(adapter[module], cut.get(module, FULL)))
             if isinstance(model.get_submodule(module), Conv1D):
                 change = change.T
             after = (before.double() + change).float()
@@ -327,7 +344,7 @@ def check_tied(adapter: Adapter, first: Mapping[str, str]) -> None:
         raise ConfigError(Fault("adapter.targets", expected, f"{len(tied)} such", hint))
 
 
-def merge_into(model: Any, keep: Keep, anatomy: Anatomy, adapter: Adapter, saved: Tensors) -> None:
+def merge_into(model: Any, keep: ModelStructure, anatomy: BlockLayout, adapter: Adapter, saved: Tensors) -> None:
     """Add an adapter to a pruned model, and put modules_to_save in their place; both in the base's coordinates.
 
     Raises:
@@ -342,7 +359,7 @@ def merge_into(model: Any, keep: Keep, anatomy: Anatomy, adapter: Adapter, saved
     with torch.no_grad():
         for name, factors in adapter.items():
             weight = parameters[f"{name}.weight"]
-            change = change_of(slice_factors(factors, cut.get(name, WHOLE))).to(weight.device)
+            change = change_of(slice_factors(factors, cut.get(name, FULL))).to(weight.device)
             if isinstance(model.get_submodule(name), Conv1D):
                 change = change.T
             if change.shape != weight.shape:
@@ -357,8 +374,8 @@ def merge_into(model: Any, keep: Keep, anatomy: Anatomy, adapter: Adapter, saved
 def write(
     out: Path,
     base: Base,
-    keep: Keep,
-    anatomy: Anatomy,
+    keep: ModelStructure,
+    anatomy: BlockLayout,
     adapter: Adapter | None,
     *,
     saved: Tensors,
@@ -399,8 +416,8 @@ def write(
 def write_uniform(
     out: Path,
     base: Base,
-    keep: Keep,
-    anatomy: Anatomy,
+    keep: ModelStructure,
+    anatomy: BlockLayout,
     adapter: Adapter | None,
     *,
     saved: Tensors,
@@ -424,8 +441,8 @@ def write_uniform(
 def write_tensors(
     out: Path,
     base: Base,
-    keep: Keep,
-    anatomy: Anatomy,
+    keep: ModelStructure,
+    anatomy: BlockLayout,
     adapter: Adapter | None,
     *,
     saved: Tensors,
@@ -437,7 +454,7 @@ def write_tensors(
         if base.modules.get(name) != factors.shape:
             raise ShapeError(f"{name}: expected {base.modules.get(name, 'no such module')}; got {factors.shape}")
     out.mkdir(parents=True, exist_ok=True)
-    tensors, merged = sliced(base, keep, anatomy, adapter or {}, saved, dtype=dtype, revision=revision)
+    tensors, merged = sliced_tensors(base, keep, anatomy, adapter or {}, saved, dtype=dtype, revision=revision)
     save_file(dict(tensors), out / "model.safetensors", metadata={"format": "pt"})
     with quiet():
         if base.model.can_generate():
@@ -447,7 +464,7 @@ def write_tensors(
     return merged
 
 
-def uniform(config: Any, keep: Keep, anatomy: Anatomy) -> Any:
+def uniform(config: Any, keep: ModelStructure, anatomy: BlockLayout) -> Any:
     """Return the stock config of a pruned model whose blocks are equally wide.
 
     Raises:
@@ -483,13 +500,13 @@ def uniform(config: Any, keep: Keep, anatomy: Anatomy) -> Any:
     return found
 
 
-def possible(anatomy: Anatomy, block: Block) -> Sequence[int]:
+def possible(anatomy: BlockLayout, block: Block) -> Sequence[int]:
     """Return the head counts that the stock config of a family can say of a pruned block."""
     reached = {kv * each for kv in range(1, block.kv_heads + 1) for each in range(1, block.group + 1)}
     return [heads for heads in sorted(reached) if fits(anatomy, block, heads)]
 
 
-def fits(anatomy: Anatomy, block: Block, heads: int) -> bool:
+def fits(anatomy: BlockLayout, block: Block, heads: int) -> bool:
     if anatomy.family in ("gpt2", "bert", "roberta"):  # they know a head's size only as width / heads
         return heads == block.heads
     return anatomy.family != "llama" or anatomy.width % heads == 0
@@ -514,9 +531,9 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
         plain = {key: value for key, value in data.items() if not key.endswith(FOREIGN)}
         config = CONFIG_MAPPING[family].from_dict({**plain, "model_type": family})
         model = skeleton(config, task=described["task"], dtype=DTYPES[dtype])
-        anatomy = anatomy_of(model)
+        anatomy = layout_of(model)
         blocks = zip(anatomy.blocks, described["blocks"], strict=True)
-        shrink(model, Keep(tuple(leading(block, **counts) for block, counts in blocks)), anatomy)
+        shrink(model, ModelStructure(tuple(leading(block, **counts) for block, counts in blocks)), anatomy)
         first, expected = aliases(model), model.state_dict()
         source = reading([folder / "model.safetensors"])
         if source.keys() != set(first.values()):
@@ -539,7 +556,7 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
     return model
 
 
-def leading(block: Block, *, heads: int, kv_heads: int, channels: int) -> Kept:
+def leading(block: Block, *, heads: int, kv_heads: int, channels: int) -> BlockStructure:
     """Return a kept set of these sizes: on a skeleton it does not matter which heads and channels are meant."""
     if not (0 <= heads <= block.heads and 0 <= kv_heads <= block.kv_heads and 0 <= channels <= block.channels):
         widest = f"{block.heads}, {block.kv_heads} and {block.channels}"
@@ -548,4 +565,4 @@ def leading(block: Block, *, heads: int, kv_heads: int, channels: int) -> Kept:
     q = tuple(kv * block.group + i for kv in range(kv_heads) for i in range(each))
     if len(q) != heads or each > block.group:
         raise ShapeError(f"{block.prefix}: expected as many heads for every key/value head; got {heads} and {kv_heads}")
-    return Kept(q=q, kv=tuple(range(kv_heads)), ff=tuple(range(channels)))
+    return BlockStructure(q=q, kv=tuple(range(kv_heads)), ff=tuple(range(channels)))

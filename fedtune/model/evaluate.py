@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.adapter import Adapter
 from fedtune.data.encode import Example
+from fedtune.lora.adapter import Adapter
 from fedtune.model.base import Base
-from fedtune.model.lora import attached
+from fedtune.model.lora import with_adapters
 from fedtune.model.train import collate, summed_loss
 from fedtune.tensors import Tensors
 
@@ -36,7 +36,7 @@ def evaluate(
     Classification: `loss` (nats per example), `accuracy`, `macro_f1`. Always `examples`. A group without examples is
     left out.
     """
-    with attached(base, frozen=adapter, saved=saved) as model, torch.inference_mode():
+    with with_adapters(base, frozen=adapter, saved=saved) as model, torch.inference_mode():
         scores = {}
         for name, examples in groups.items():
             if not examples:
@@ -136,5 +136,5 @@ def sample(base: Base, adapter: Adapter, saved: Tensors, prompt: str, *, new_tok
     eos = base.tokenizer.eos_token_id
     if len(ids) > 1 and ids[-1] == eos:  # some tokenizers close every text; a prompt stays open
         ids = ids[:-1]
-    with attached(base, frozen=adapter, saved=saved) as model, torch.inference_mode():
+    with with_adapters(base, frozen=adapter, saved=saved) as model, torch.inference_mode():
         return continue_text(model, base, ids, new_tokens=new_tokens)

@@ -14,16 +14,16 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.adapter import Adapter, Factors, draw_a, unpack
 from fedtune.errors import ShapeError
-from fedtune.keep import WHOLE, Cut
+from fedtune.lora.adapter import Adapter, Factors, draw_a, unpack
+from fedtune.messages import Assignment
 from fedtune.model.base import Base, to_numpy, to_torch
-from fedtune.round import Assignment
+from fedtune.pruning.structure import FULL, LayerSlice
 from fedtune.tensors import Tensors
 
 
 @contextmanager
-def attached(
+def with_adapters(
     base: Base,
     *,
     frozen: Adapter | None = None,
@@ -136,7 +136,7 @@ def read_local(model: nn.Module) -> Adapter:
 
 
 def start(
-    assignment: Assignment, modules: Mapping[str, tuple[int, int]], cut: Mapping[str, Cut] | None = None
+    assignment: Assignment, modules: Mapping[str, tuple[int, int]], cut: Mapping[str, LayerSlice] | None = None
 ) -> Adapter:
     """Return the local adapter that an assignment starts from, b divided by the scale; see `LocalAdapter`.
 
@@ -150,7 +150,7 @@ def start(
         raise ShapeError(f"{strange[0]}: expected factors .a and .b of modules that get an adapter; got another")
     adapter = {}
     for name, (m, n) in modules.items():
-        at = (cut or {}).get(name, WHOLE)
+        at = (cut or {}).get(name, FULL)
         a = draw_a(assignment.local.a_key, name, rank, n)
         a = a if at.into is None else a[:, at.into]
         b = np.zeros((m if at.out is None else len(at.out), rank), np.float32)

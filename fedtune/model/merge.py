@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.adapter import Adapter
+from fedtune.lora.adapter import Adapter
 from fedtune.model.base import DTYPES, Base, to_torch
 from fedtune.model.libraries import quiet
 from fedtune.tensors import Tensors

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 
 from fedtune.data.encode import Example
-from fedtune.directions.bank import checked, perturbed
+from fedtune.directions.bank import check_accumulators, perturb
+from fedtune.directions.downlink import MAX_SCALAR
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.kron import Kron
-from fedtune.directions.ledger import SeedLedger
-from fedtune.directions.sums import MAX_SCALAR
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ClientError
+from fedtune.messages import Probe, Training
 from fedtune.model.base import Base
-from fedtune.model.injected import injected
-from fedtune.model.rebuilt import Displaced, Move, Rebuilt, working_copy
+from fedtune.model.kron_forward import with_injected_paths
+from fedtune.model.seed_rebuild import DisplacedPosition, Move, RebuiltPosition, working_copy
 from fedtune.model.train import Batch, batches, collate, out_of_memory, peak_bytes
-from fedtune.round import Probe, Training
 from fedtune.tensors import Array
 
 WINDOW, ENOUGH, QUANTILE, TIMES = 128, 16, 0.9, 2.0
@@ -64,14 +64,14 @@ class Measurements:
 
 
 @contextmanager
-def positioned(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[Position]:
+def at_position(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[Position]:
     """Stand at w(A) for the length of the block, in the way that suits the bank; the base is afterwards as before."""
     if isinstance(ledger.bank, Kron):
-        with injected(base, ledger, trainable) as position:
+        with with_injected_paths(base, ledger, trainable) as position:
             yield position
         return
     with working_copy(base, trainable) as trios:
-        kind = Displaced if isinstance(ledger.bank, Gaussian) else Rebuilt
+        kind = DisplacedPosition if isinstance(ledger.bank, Gaussian) else RebuiltPosition
         yield kind(base, ledger, trios)
 
 
@@ -107,14 +107,14 @@ def measure(
     if not examples:
         raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
     began, order = time.perf_counter(), batches(len(examples), size=training.batch, key=key)
-    sums, step = checked(ledger.bank, ledger.accumulators), 2.0 ** (probe.shift - probe.exponent)
+    sums, step = check_accumulators(ledger.bank, ledger.accumulators), 2.0 ** (probe.shift - probe.exponent)
     sizes = deque[float](maxlen=WINDOW)
     scalars, wanted, losses, skipped, tokens = list[int](), list[float](), list[float](), 0, 0
     group = probe.queries if probe.estimator == "one-sided" else 1
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
     try:
-        with positioned(base, ledger, trainable) as position, torch.inference_mode():
+        with at_position(base, ledger, trainable) as position, torch.inference_mode():
             for start in range(0, len(ids), group):
                 seeds = ids[start : start + group].tolist()
                 batch = collate([examples[i] for i in next(order)], base)
@@ -131,7 +131,7 @@ def measure(
                     scalar = 0 if probe.calibrate else max(-MAX_SCALAR, min(MAX_SCALAR, round(move / step)))
                     scalars.append(scalar)
                     if scalar:
-                        sums = checked(ledger.bank, perturbed(sums, seed, scalar << probe.shift))
+                        sums = check_accumulators(ledger.bank, perturb(sums, seed, scalar << probe.shift))
                         position.move(seed, scalar << probe.shift)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -170,15 +170,15 @@ def steps_of(losses: Sequence[float], probe: Probe, learning_rate: float, sizes:
     distance = probe.perturbation * 2.0**-probe.exponent
     if probe.estimator == "two-sided":
         plus, minus = losses
-        return [learning_rate * clipped((plus - minus) / (2 * distance), probe.clip, sizes)]
+        return [learning_rate * clip_scalar((plus - minus) / (2 * distance), probe.clip, sizes)]
     first, others = losses[0], losses[1:]
     if probe.normalise:
         sigma = float(np.std(others))
         return [0.0 if sigma < FLAT else learning_rate * (one - first) / (len(others) * sigma) for one in others]
-    return [learning_rate * clipped((one - first) / distance, probe.clip, sizes) / len(others) for one in others]
+    return [learning_rate * clip_scalar((one - first) / distance, probe.clip, sizes) / len(others) for one in others]
 
 
-def clipped(g: float, clip: float, sizes: deque[float]) -> float:
+def clip_scalar(g: float, clip: float, sizes: deque[float]) -> float:
     """Return g within its bound: a number, or 0 for twice the 0.9-quantile of those before it, once there are 16."""
     bound = clip
     if clip == 0.0:

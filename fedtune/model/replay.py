@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedtune.directions.ledger import SeedLedger
+from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import DTYPES, Base, load, load_tokenizer, manifest_of
 from fedtune.model.libraries import quiet
-from fedtune.model.rebuilt import rebuilt
+from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.model.settings import AdapterSettings, ModelSettings
 
 
@@ -20,7 +20,7 @@ def write(base: Base, ledger: SeedLedger, trainable: Sequence[int], out: Path | 
     The digest is that of a manifest, as of a base: whoever rebuilds the same weights gets the same one. Without a
     folder nothing is written.
     """
-    with rebuilt(base, ledger, trainable):
+    with with_rebuilt_weights(base, ledger, trainable):
         if out is not None:
             with quiet():
                 base.model.save_pretrained(out)  # safetensors, which is all that it writes

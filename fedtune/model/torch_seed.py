@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def seeded(key: int, device: torch.device) -> Iterator[None]:
+def torch_seed(key: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators inside the block; afterwards CPU's and a CUDA device's are as they were before.
 
     Dropout and the initialisation of new layers in transformers draw from the global generator and take no other;

@@ -19,10 +19,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.data.encode import IGNORED, Example
 from fedtune.errors import ClientError
+from fedtune.messages import OUT_OF_MEMORY, Training
 from fedtune.model.base import Base
 from fedtune.model.lora import layers
-from fedtune.model.torch_seed import seeded
-from fedtune.round import OUT_OF_MEMORY, Training
+from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive, generator
 
 Between: TypeAlias = Callable[[int, torch.optim.Optimizer], Sequence[torch.nn.Parameter] | None]
@@ -186,7 +186,7 @@ def train(
         model.activation_checkpointing_enable()
     only_adapters_train(model)
     try:
-        with seeded(derive(key, "dropout"), base.device):
+        with torch_seed(derive(key, "dropout"), base.device):
             for step in range(training.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(training, step, training.steps)
@@ -235,7 +235,7 @@ def importance(parameters: Sequence[torch.nn.Parameter]) -> float:
 
 
 @contextmanager
-def memory_told(client: str, batch: int) -> Iterator[None]:
+def report_out_of_memory(client: str, batch: int) -> Iterator[None]:
     """Say in one way that memory ran out, whatever the device calls it: planners ask for less after it.
 
     Raises:

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
-from fedtune.planning import Seen
+from fedtune.messages import OUT_OF_MEMORY, Client, Failure, Plan, Training
 from fedtune.planning.fixed import scale, steps
+from fedtune.planning.planner import ClientObservation
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy
-from fedtune.ranking import PruningSettings
-from fedtune.round import OUT_OF_MEMORY, Client, Failure, Plan, Training
+from fedtune.pruning.ranking import PruningSettings
 from fedtune.seeds import derive
 
 PolicyName: TypeAlias = Literal["deadline", "s-ucb", "ucb", "thompson", "random", "oracle"]
@@ -54,7 +54,7 @@ class Cost:
 Costs: TypeAlias = Callable[[str, Arm, Training], Cost]
 """(client, arm, how it trains) -> its cost; made of the base and the client's texts by the top floors."""
 
-Traffic: TypeAlias = Callable[[Seen], float]
+Traffic: TypeAlias = Callable[[ClientObservation], float]
 """Megabytes that a client's round took, down and up; where a proxy is charged, what it would have taken."""
 
 
@@ -123,7 +123,7 @@ class Adaptive:
             for client in cohort
         }
 
-    def observe(self, learned: Learned, seen: Sequence[Seen]) -> Learned:
+    def observe(self, learned: Learned, seen: Sequence[ClientObservation]) -> Learned:
         """Return what is known after a round."""
         observed = [self._observed(each) for each in seen if each.rank > 0]
         too_large = dict(learned.too_large)
@@ -224,11 +224,11 @@ class Adaptive:
             return "name a file in pruning.ranking: without one the first round prunes nobody"
         return "allow larger planner.ratios"
 
-    def _cost(self, seen: Seen) -> Cost:
+    def _cost(self, seen: ClientObservation) -> Cost:
         client = Client(seen.client, seen.num_examples)
         return self.costs(seen.client, Arm(seen.ratio, seen.rank), self._training(client))
 
-    def _observed(self, seen: Seen) -> Observed:
+    def _observed(self, seen: ClientObservation) -> Observed:
         known = [part for part in (seen.compute_s, seen.transfer_s) if part is not None and isfinite(part)]
         late, used = seen.status == "late", seen.status == "ok"
         timed, speed = len(known) == 2 and not late, self.speeds.get(seen.client, Speed())

@@ -40,7 +40,7 @@ class BanditMemory:
         return float(np.mean(self.recent)) if self.recent else 0.0
 
 
-def learned(memory: BanditMemory, observed: Sequence[Observed], reward: RewardName) -> BanditMemory:
+def observe_rewards(memory: BanditMemory, observed: Sequence[Observed], reward: RewardName) -> BanditMemory:
     """Return what is known after a round; the arm that was really played is paid."""
     paid, plays = rewards(observed, reward), dict(memory.plays)
     every = with_worst(paid, observed)
@@ -89,7 +89,7 @@ class Ucb:
 
     def learn(self, memory: BanditMemory, observed: Sequence[Observed]) -> BanditMemory:
         """Return what is known after a round."""
-        return learned(memory, observed, self.reward)
+        return observe_rewards(memory, observed, self.reward)
 
 
 @dataclass(frozen=True)
@@ -119,4 +119,4 @@ class Thompson:
 
     def learn(self, memory: BanditMemory, observed: Sequence[Observed]) -> BanditMemory:
         """Return what is known after a round."""
-        return learned(memory, observed, self.reward)
+        return observe_rewards(memory, observed, self.reward)

@@ -117,11 +117,11 @@ class Deadline:
         for each in sorted(observed, key=lambda one: one.client):
             known = clients.get(each.client, Rates(Rate(np.nan), Rate(np.nan)))
             if each.late_s is not None:
-                clients[each.client] = bounded(known, each, each.late_s)
+                clients[each.client] = with_lower_bound(known, each, each.late_s)
                 continue
             clients[each.client] = Rates(
-                measured(known.compute, each.compute_s, each.tflop),
-                measured(known.transfer, each.transfer_s, each.megabytes),
+                update_rate(known.compute, each.compute_s, each.tflop),
+                update_rate(known.transfer, each.transfer_s, each.megabytes),
             )
         return DeadlineMemory(clients, self._judged(memory, observed))
 
@@ -194,7 +194,7 @@ def rates_of(memory: DeadlineMemory, cohort: Sequence[Candidate], what: str) -> 
     return np.where(np.isfinite(rates_), rates_, UNKNOWN * float(np.median(others)))
 
 
-def bounded(rates: Rates, each: Observed, late_s: float) -> Rates:
+def with_lower_bound(rates: Rates, each: Observed, late_s: float) -> Rates:
     """Return the rates of a client that was given up: both rise until it would not have come before that.
 
     Where it stuck is not known. Of a client of which nothing is known all of the time is taken for work.
@@ -214,7 +214,7 @@ def logarithm(seconds: float | None) -> float:
     return float(np.log(seconds)) if seconds is not None and seconds > 0 else float("nan")
 
 
-def measured(rate: Rate, seconds: float | None, work: float) -> Rate:
+def update_rate(rate: Rate, seconds: float | None, work: float) -> Rate:
     """Return a rate after a measurement; impossible ones are left out."""
     if seconds is None or not 0 < seconds <= LONGEST_S or not work > 0:
         return rate

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from fedtune.planning import Seen
-from fedtune.round import Client, Failure, Plan, Training
+from fedtune.messages import Client, Failure, Plan, Training
+from fedtune.planning.planner import ClientObservation
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Fixed:
         why = {c.name: self.misfit(c, plan.ratio, plan.rank, plan.training) for c, plan in plans.items()}
         return {c.name: Failure(c.name, why[c.name], kind="unfit") if why[c.name] else p for c, p in plans.items()}
 
-    def observe(self, learned: Any, seen: Sequence[Seen]) -> None:
+    def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> None:
         """Learn nothing."""
 
     def plan_for(self, client: Client, *, pruned: bool = True) -> Plan:

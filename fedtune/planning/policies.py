@@ -11,15 +11,15 @@ from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.bandits import Thompson, Ucb
 from fedtune.planning.deadline import Deadline
 from fedtune.planning.policy import Arm, Candidate, Policy
-from fedtune.planning.tree import STree
-from fedtune.planning.uniform import Uniform
+from fedtune.planning.random_choice import RandomChoice
+from fedtune.planning.s_ucb import SUcb
 
 FEW_RATIOS, FEW_RANKS = (0.0, 0.25, 0.5), (4, 16)
 """Arms of `ucb`: a client takes part some tens of times, which is too few for all."""
 
 
 @dataclass(frozen=True)
-class Given:
+class PolicyInputs:
     """What a policy is told beside its settings."""
 
     target: float = 0.0
@@ -30,20 +30,20 @@ class Given:
     """True seconds of a round's arms, for the oracle."""
 
 
-def oracle(arms: tuple[Arm, ...], given: Given) -> Deadline:
+def oracle(arms: tuple[Arm, ...], given: PolicyInputs) -> Deadline:
     assert given.known is not None  # config asks for a fleet
     return Deadline(arms, server_s=given.server_s, known=given.known)
 
 
-POLICIES: Mapping[str, Callable[[AdaptiveSettings, tuple[Arm, ...], Given], Policy[Any]]] = {
+POLICIES: Mapping[str, Callable[[AdaptiveSettings, tuple[Arm, ...], PolicyInputs], Policy[Any]]] = {
     "deadline": lambda settings, arms, given: Deadline(
         arms, explore=settings.explore, deadline_s=settings.deadline_s, server_s=given.server_s
     ),
     "oracle": lambda settings, arms, given: oracle(arms, given),
-    "s-ucb": lambda settings, arms, given: STree(arms),
+    "s-ucb": lambda settings, arms, given: SUcb(arms),
     "ucb": lambda settings, arms, given: Ucb(few(arms, given.target), reward=settings.reward),
     "thompson": lambda settings, arms, given: Thompson(arms, reward=settings.reward),
-    "random": lambda settings, arms, given: Uniform(arms),
+    "random": lambda settings, arms, given: RandomChoice(arms),
 }
 
 
@@ -62,7 +62,7 @@ def few(arms: tuple[Arm, ...], target: float = 0.0) -> tuple[Arm, ...]:
     return tuple(arm for arm in arms if arm.ratio in near and arm.rank in of)
 
 
-def policy_of(settings: AdaptiveSettings, *, pruned: bool, given: Given | None = None) -> Policy[Any]:
+def policy_of(settings: AdaptiveSettings, *, pruned: bool, given: PolicyInputs | None = None) -> Policy[Any]:
     """Return what chooses the arms of a recipe.
 
     Args:
@@ -70,4 +70,4 @@ def policy_of(settings: AdaptiveSettings, *, pruned: bool, given: Given | None =
         pruned: whether there are ratios to choose from.
         given: what else a policy may want to know.
     """
-    return POLICIES[settings.name](settings, arms_of(settings, pruned=pruned), given or Given())
+    return POLICIES[settings.name](settings, arms_of(settings, pruned=pruned), given or PolicyInputs())

@@ -37,7 +37,7 @@ def relative(observed: Sequence[Observed]) -> Mapping[str, Relative]:
     surgery, so that nobody is paid for repairing what pruning broke. Whoever is quicker than the median is not
     punished, or fast devices would be told to do idle work.
     """
-    known = [each for each in sorted(observed, key=lambda one: one.client) if judged(each)]
+    known = [each for each in sorted(observed, key=lambda one: one.client) if is_rewardable(each)]
     gains = {each.client: (each.loss_before or 0.0) - (each.loss_after or 0.0) for each in known}
     middle = float(np.median([abs(gain) for gain in gains.values()])) if gains else 0.0
     times = [each.seconds for each in known if each.seconds is not None]
@@ -54,7 +54,7 @@ def relative(observed: Sequence[Observed]) -> Mapping[str, Relative]:
     }
 
 
-def judged(each: Observed) -> bool:
+def is_rewardable(each: Observed) -> bool:
     """Return whether a client's losses are known, and its time is possible; where no clock runs, nobody's is known."""
     losses = (each.loss_before, each.loss_after)
     there = all(loss is not None and np.isfinite(loss) for loss in losses)
@@ -80,7 +80,7 @@ def rewards(observed: Sequence[Observed], name: RewardName) -> Mapping[str, floa
     """Return what each client's arm is paid: gain - delay / 2; `fedmp`: gain over |T - mean| / mean + .05 (FedMP)."""
     if name == "time":
         return {client: each.gain - 0.5 * each.delay for client, each in relative(observed).items()}
-    known = [each for each in sorted(observed, key=lambda one: one.client) if judged(each)]
+    known = [each for each in sorted(observed, key=lambda one: one.client) if is_rewardable(each)]
     mean = float(np.mean([each.seconds or 0.0 for each in known])) if known else 0.0
     found = {}
     for each in known:

@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedtune.errors import ConfigError, Fault
-from fedtune.report.choices import idle
 from fedtune.report.curves import Floats, LossCurve, loss_curve, standings
 from fedtune.report.drawing import label, line_style, new_figure, png, styled
 from fedtune.report.page import figure_card, replace_text
+from fedtune.report.planner_choices import idle
 from fedtune.report.plots import Against, axis_unit
-from fedtune.report.records import Run, Scores, finite, read_run
+from fedtune.report.reader import Run, Scores, finite, read_run
 from fedtune.report.style import page
 from fedtune.report.tables import table
 from fedtune.report.time_to_target import Ratio, times_to_target
@@ -95,7 +95,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
 def _row(runs: Sequence[Run]) -> Row:
     def over(read: Callable[[Run], float]) -> Spread:
-        return spread([read(run) for run in runs])
+        return mean_and_spread([read(run) for run in runs])
 
     def loss(scores: Scores | None) -> float:
         return finite(scores.loss) if scores else math.nan
@@ -125,7 +125,7 @@ def last(losses: Floats) -> float:
     return float(known[-1]) if known.size else math.nan
 
 
-def spread(values: Sequence[float]) -> Spread:
+def mean_and_spread(values: Sequence[float]) -> Spread:
     """Return mean and sample standard deviation of the values that are known.
 
     >>> spread([1.0, 3.0])
@@ -237,7 +237,10 @@ def time_table(comparison: Comparison) -> str:
             *([_text(row.deployed, number_text, _short)] if with_deployed else []),
         ]
         for times in shown.values():
-            cells += [_text(spread(times[index].seconds), seconds_text, seconds_text), _ratio(times[index].ratio)]
+            cells += [
+                _text(mean_and_spread(times[index].seconds), seconds_text, seconds_text),
+                _ratio(times[index].ratio),
+            ]
         rows.append(cells)
     return table(head, rows)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.report.records import ClientScores, RoundRecord, Run, Scores, Standing, finite
+from fedtune.report.reader import ClientScores, Evaluation, RoundRecord, Run, Scores, finite
 
 Floats = NDArray[np.float64]
 
@@ -84,21 +84,21 @@ def gains(run: Run, names: list[str]) -> Floats:
     return table
 
 
-def standings(run: Run) -> tuple[Standing, Standing]:
+def standings(run: Run) -> tuple[Evaluation, Evaluation]:
     """Return the global model before and after: the summary's, or the first and last round that was evaluated."""
     if run.summary:
         return run.summary.before, run.summary.after
     evaluated = [record for record in run.rounds if record.test or record.held_out]
-    return (_standing(evaluated[0]), _standing(evaluated[-1])) if evaluated else (Standing(), Standing())
+    return (_standing(evaluated[0]), _standing(evaluated[-1])) if evaluated else (Evaluation(), Evaluation())
 
 
-def _standing(record: RoundRecord) -> Standing:
+def _standing(record: RoundRecord) -> Evaluation:
     losses = {name: finite(scores.loss) for name, scores in record.held_out.items()}
     losses = {name: loss for name, loss in losses.items() if not math.isnan(loss)}
     if not losses:
-        return Standing(test=record.test, held_out=record.held_out)
+        return Evaluation(test=record.test, held_out=record.held_out)
     worst = max(sorted(losses, key=natural), key=lambda name: losses[name])
-    return Standing(
+    return Evaluation(
         test=record.test,
         held_out=record.held_out,
         mean=Scores(loss=float(np.mean(list(losses.values())))),

@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedtune.report import tables
-from fedtune.report.choices import choices_table, devices_table, idle
 from fedtune.report.curves import client_names, kinds, loss_curve, paired_losses, standings, training_rounds
 from fedtune.report.drawing import png, svg
+from fedtune.report.planner_choices import choices_table, devices_table, idle
 from fedtune.report.plots import PLOTS
-from fedtune.report.records import Run, Scores, finite, read_run
+from fedtune.report.reader import Run, Scores, finite, read_run
 from fedtune.report.style import page
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
 
@@ -236,7 +236,7 @@ def _leaving(run: Run) -> str:
             f"<code>{escape(kind)}</code> in {len(names)} layers" for kind, names in kinds(modules).items()
         )
         parts.append(f"<li>Tensors: low-rank factors of {len(modules)} modules ({named}).</li>")
-    if probed(run):
+    if uses_seeds(run):
         parts.append(
             "<li>Scalars: one signed byte per seed drawn; which seeds these are follows from the client's key. Nothing "
             "of the weights.</li>"
@@ -244,8 +244,8 @@ def _leaving(run: Run) -> str:
         )
     if any(record.clients for record in run.rounds):
         parts.append(
-            f"<li>Numbers: {'' if probed(run) else 'rank, '}steps, examples, tokens, losses before and after, seconds, "
-            "peak memory, norm.</li>"
+            f"<li>Numbers: {'' if uses_seeds(run) else 'rank, '}steps, examples, tokens, losses before and after, "
+            "seconds, peak memory, norm.</li>"
         )
     if any(client.ratio is not None for record in run.rounds for client in record.clients.values()):
         parts.append(
@@ -256,15 +256,15 @@ def _leaving(run: Run) -> str:
     if not parts:
         return ""
     parts.append(
-        f"<li>Training rows are not part of an update. The {'scalars' if probed(run) else 'factors'} are computed from "
-        "them, so whoever reads "
-        "a single update may infer something about its rows: protect it in transit and at the server.</li>"
+        f"<li>Training rows are not part of an update. The {'scalars' if uses_seeds(run) else 'factors'} are computed "
+        "from them, so a reader of a single update may infer something about its rows: protect it in transit and at "
+        "the server.</li>"
     )
     names = "".join(f"<li><code>{escape(name)}</code>, rank {module.rank}</li>" for name, module in modules.items())
     return f"<ul>{''.join(parts)}</ul>" + _details("Every module", f"<ul>{names}</ul>" if names else "")
 
 
-def probed(run: Run) -> bool:
+def uses_seeds(run: Run) -> bool:
     """Return whether the run's clients measure along seeds."""
     return any("seeds_moved" in record.figures for record in run.rounds)
 

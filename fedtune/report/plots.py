@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fedtune.report.choices import choices
 from fedtune.report.curves import (
     Floats,
     client_names,
@@ -25,7 +24,8 @@ from fedtune.report.curves import (
     training_rounds,
 )
 from fedtune.report.drawing import COLOURS, INK, MUTED, label, line_style, new_figure, styled, whole_rounds
-from fedtune.report.records import Run, finite
+from fedtune.report.planner_choices import choices
+from fedtune.report.reader import Run, finite
 from fedtune.report.units import bytes_unit, seconds_unit
 
 Against = Literal["rounds", "bytes", "seconds", "clock"]

@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from fedtune.report.curves import Floats, client_names, kinds, loss_curve, paired_losses, standings, training_rounds
-from fedtune.report.records import FailureRecord, Run, Scores, finite
+from fedtune.report.reader import FailureRecord, Run, Scores, finite
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
 
 METRICS: Mapping[str, str] = {

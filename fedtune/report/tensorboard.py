@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from fedtune.errors import ExtraError
-from fedtune.report.records import RoundRecord, Scores, finite, read_run
+from fedtune.report.reader import RoundRecord, Scores, finite, read_run
 
 FOLDER = "tensorboard"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedtune.report.curves import Floats, LossCurve, loss_curve
-from fedtune.report.records import Run
+from fedtune.report.reader import Run
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t at 0.975 for 1, 2, ... degrees of freedom; with more the last one is a little too wide."""
@@ -66,7 +66,7 @@ def times_to_target(
         tuple(time_to(each[seed].clock, read(each[seed]), target) for seed, target in targets.items())
         for each in curves
     ]
-    return targets, tuple(TimeToTarget(seconds, paired(seconds, times[0])) for seconds in times)
+    return targets, tuple(TimeToTarget(seconds, paired_ratio(seconds, times[0])) for seconds in times)
 
 
 def time_to(clock: Floats, losses: Floats, target: float) -> float:
@@ -79,7 +79,7 @@ def time_to(clock: Floats, losses: Floats, target: float) -> float:
     return float(clock[there[0]]) if there.size else math.inf
 
 
-def paired(seconds: Sequence[float], others: Sequence[float]) -> Ratio:
+def paired_ratio(seconds: Sequence[float], others: Sequence[float]) -> Ratio:
     """Return how much of the others' time was needed, seed by seed.
 
     >>> paired([2.0, 8.0], [1.0, 4.0])

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedtune.errors import FedtuneError
-from fedtune.round import Client, Failure
-from fedtune.transport import Answer, Reply, Rule, Work
-from fedtune.wire.messages import EncodedAssignment, blob_decoder, decode_assignment, encode_update
+from fedtune.messages import Client, Failure
+from fedtune.rounds.transport import Answer, Reply, Rule, Work
+from fedtune.wire.codec import EncodedAssignment, blob_decoder, decode_assignment, encode_update
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Machine:
         return 1 / neighbours if resources.gpu_share is None else min(resources.gpu_share, 1.0)
 
 
-def queued(needs: Mapping[str, Resources]) -> Sequence[str]:
+def start_order(needs: Mapping[str, Resources]) -> Sequence[str]:
     """Return clients in the order of their start: the widest first, equals in the order given.
 
     Then nobody starves: what runs beside a wide client fits beside the next one, which is no wider.

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedtune.errors import StoreError
-from fedtune.methods.state import digest
+from fedtune.methods.serialization import digest
 from fedtune.store import files
 
 
@@ -34,7 +34,7 @@ class Blobs:
             StoreError: if it cannot be written.
         """
         # Hashing and writing leave the interpreter to others, so that the one costs no time beside the other.
-        with files.guarded(self.folder), ThreadPoolExecutor(1) as hashing:
+        with files.store_errors(self.folder), ThreadPoolExecutor(1) as hashing:
             hashed = hashing.submit(digest, parts)
             self._keep(self.folder)
             descriptor, temporary = files.create_beside(self.folder / "blob")
@@ -62,7 +62,7 @@ class Blobs:
         """
         path = self.path(name)
         try:
-            with files.guarded(path):
+            with files.store_errors(path):
                 data = path.read_bytes()
         except StoreError as error:
             if not path.exists():
@@ -75,14 +75,14 @@ class Blobs:
 
     def present(self) -> Iterator[str]:
         """Yield the names of all blobs, in order."""
-        with files.guarded(self.folder):
+        with files.store_errors(self.folder):
             for path in sorted(self.folder.glob("??/*")):
                 if re.fullmatch("[0-9a-f]{64}", path.name) and path.name.startswith(path.parent.name):
                     yield path.name
 
     def release(self, names: Collection[str]) -> None:
         """Remove blobs that nothing needs any more; should a crash bring one back, `sweep` removes it."""
-        with files.guarded(self.folder):
+        with files.store_errors(self.folder):
             for name in sorted(names):
                 files.remove(self.path(name))
 

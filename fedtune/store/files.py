@@ -18,7 +18,7 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def guarded(path: Path) -> Iterator[None]:
+def store_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system says about a path into a StoreError that names it."""
     try:
         yield
@@ -72,7 +72,7 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def cut(descriptor: int, num_bytes: int) -> None:
+def truncate(descriptor: int, num_bytes: int) -> None:
     os.ftruncate(descriptor, num_bytes)
 
 
@@ -100,7 +100,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> None:
     """Replace a file's content in one step, as `write_text` does; until it has this mode it is for the owner alone."""
-    with guarded(path):
+    with store_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = create_beside(path)
         try:
@@ -119,7 +119,7 @@ def write_bytes(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> N
 
 def append_line(path: Path, line: str) -> None:
     """Append one line and sync it to the disk; a line that does not fit whole is taken back."""
-    with guarded(path):
+    with store_errors(path):
         descriptor = append_to(path)
         try:
             size = os.fstat(descriptor).st_size
@@ -130,7 +130,7 @@ def append_line(path: Path, line: str) -> None:
                 sync(descriptor)
             except OSError:
                 with suppress(OSError):  # what cannot be taken back is a torn last line, which readers leave out
-                    cut(descriptor, size)
+                    truncate(descriptor, size)
                 raise
         finally:
             os.close(descriptor)
@@ -151,7 +151,7 @@ def fill(file: Path, data: bytes) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, which takes the place of `path` when the block ends without an error."""
-    with guarded(path):
+    with store_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
         old = temporary.with_name(f".old{temporary.name}")
@@ -175,6 +175,6 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process had not put in its place; only where no other process writes."""
-    with guarded(folder):
+    with store_errors(folder):
         for path in sorted(folder.glob(f".*{PARTIAL}")):
             remove(path)

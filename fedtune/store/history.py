@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import StoreError
-from fedtune.round import Failure
+from fedtune.messages import Failure
 from fedtune.store import journal
 from fedtune.store.journal import End, Record
 
@@ -190,16 +190,16 @@ def places(current: Round, fields: Mapping[str, Any]) -> Mapping[str, Place]:
     return found
 
 
-def begun(run: Path) -> bool:
+def has_begun(run: Path) -> bool:
     """Tell whether a run directory holds the beginning of a run: if not, there is nothing to resume.
 
     Raises:
         StoreError: if the journal is damaged.
     """
-    return (run / "journal").exists() and bool(replayed(run)[0].inputs)
+    return (run / "journal").exists() and bool(replay_journal(run)[0].inputs)
 
 
-def replayed(run: Path) -> tuple[History, End]:
+def replay_journal(run: Path) -> tuple[History, End]:
     """Return what the journal of a run directory says, and where its records end; safe beside the run's writer.
 
     Raises:

@@ -68,7 +68,7 @@ def read(path: Path, each: Callable[[Record], None]) -> End:
     Raises:
         StoreError: naming the first record that is damaged or breaks the chain; or raised by `each`.
     """
-    with files.guarded(path), path.open("rb") as file:
+    with files.store_errors(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         n, head, epoch, at = 0, BEFORE_FIRST, 0, 0
         while at < size:
@@ -76,7 +76,7 @@ def read(path: Path, each: Callable[[Record], None]) -> End:
                 data = whole(file, size - at)
                 if data is None:
                     break
-                record = parsed(data, n, head, epoch)
+                record = parse_record(data, n, head, epoch)
             except StoreError as error:
                 damage = "the journal is damaged: put back a copy of the run directory"
                 raise StoreError(f"{path}, record {n}: {error}; {damage}") from error
@@ -124,7 +124,7 @@ def complete(data: bytes) -> bool:
     return True
 
 
-def parsed(data: bytes, n: int, head: str, epoch: int) -> Record:
+def parse_record(data: bytes, n: int, head: str, epoch: int) -> Record:
     """Return a record that must have the number `n`, follow the one of digest `head`, and be of `epoch` or a later one.
 
     Raises:
@@ -153,13 +153,13 @@ class Journal:
         """
         self._path, self._end, self._usable = path, end, False
         self.epoch = end.epoch + 1
-        with files.guarded(path):
+        with files.store_errors(path):
             self._descriptor = files.append_to(path)
             try:
                 if end.count == 0:
                     files.sync_folder(path.parent)  # before the first record: a record never lasts without its file
                 if end.torn_bytes:
-                    files.cut(self._descriptor, end.num_bytes)
+                    files.truncate(self._descriptor, end.num_bytes)
                 # A process that was killed may have left whole records that are not synced, and they are acted on now.
                 files.sync(self._descriptor)
             except BaseException:
@@ -215,7 +215,7 @@ class Journal:
             written.append(FRONT.pack(len(data), crc32(data)) + data)
             head, num_bytes = sha256(data).hexdigest(), end.num_bytes + len(written[-1])
             end = End(end.count + 1, head, self.epoch, num_bytes)
-        with files.guarded(self._path):
+        with files.store_errors(self._path):
             if os.fstat(self._descriptor).st_size != self._end.num_bytes:
                 self._usable = False
                 raise StoreError(
@@ -228,7 +228,7 @@ class Journal:
                 files.sync(self._descriptor)
             except OSError:
                 with suppress(OSError):  # what stays of it is cut off by whoever opens the journal next
-                    files.cut(self._descriptor, self._end.num_bytes)
+                    files.truncate(self._descriptor, self._end.num_bytes)
                 raise
             self._usable = True
         self._end = end

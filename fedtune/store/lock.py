@@ -17,19 +17,19 @@ TRIES, PAUSE_S = 5, 0.02
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Hold the lock of a run directory. It ends with the process, however that ends.
 
     Raises:
         StoreError: naming the process that holds it.
     """
     path = run / "lock"
-    with files.guarded(path):
+    with files.store_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        with files.guarded(path):
+        with files.store_errors(path):
             for attempt in range(1, TRIES + 1):
-                if taken(descriptor, fcntl.LOCK_EX):
+                if try_lock(descriptor, fcntl.LOCK_EX):
                     break
                 if attempt == TRIES:
                     raise StoreError(
@@ -37,7 +37,7 @@ def locked(run: Path) -> Iterator[None]:
                         "wait for it, or end it"
                     )
                 time.sleep(PAUSE_S)
-            files.cut(descriptor, 0)
+            files.truncate(descriptor, 0)
             files.write(descriptor, f"{os.getpid()}\n".encode())
         yield
     finally:
@@ -51,18 +51,18 @@ def holder(run: Path) -> str | None:
         StoreError: if the lock cannot be read.
     """
     path = run / "lock"
-    with files.guarded(path):
+    with files.store_errors(path):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
-            return None if taken(descriptor, fcntl.LOCK_SH) else written_pid(descriptor)
+            return None if try_lock(descriptor, fcntl.LOCK_SH) else written_pid(descriptor)
         finally:
             os.close(descriptor)
 
 
-def taken(descriptor: int, kind: int) -> bool:
+def try_lock(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -13,9 +13,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fedtune.adapter import Adapter, Factors, pack
 from fedtune.errors import StoreError
-from fedtune.store.files import guarded, new_folder
+from fedtune.lora.adapter import Adapter, Factors, pack
+from fedtune.store.files import new_folder, store_errors
 from fedtune.tensors import Array, Tensors
 from fedtune.tensors import digest as tensors_digest
 
@@ -97,7 +97,7 @@ def read(path: Path) -> tuple[Adapter, Tensors, Mapping[str, Any]]:
         StoreError: if a file is missing, torn, or not fedtune's.
     """
     weights = path / "adapter_model.safetensors"
-    with guarded(path):
+    with store_errors(path):
         if not weights.is_file():
             raise StoreError(f"{path}: expected an adapter (adapter_model.safetensors); run fedtune simulate first")
         text = (path / "fedtune.json").read_text(encoding="utf-8")

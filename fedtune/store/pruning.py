@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import ConfigError, Fault, ShapeError
-from fedtune.keep import Anatomy, Keep, Kept, check, sparsity
-from fedtune.ranking import PruningSettings, split
+from fedtune.pruning.ranking import PruningSettings, split_by_block
+from fedtune.pruning.structure import BlockLayout, BlockStructure, ModelStructure, check, sparsity
 from fedtune.store.files import write_text
 from fedtune.tensors import Tensors
 
@@ -22,8 +22,8 @@ FORMAT = 1
 
 def write(
     folder: Path,
-    keep: Keep,
-    anatomy: Anatomy,
+    keep: ModelStructure,
+    anatomy: BlockLayout,
     *,
     ratio: float,
     settings: PruningSettings,
@@ -54,7 +54,7 @@ def write(
     write_text(folder / NAME, json.dumps(told, indent=1) + "\n")
 
 
-def read(path: Path, anatomy: Anatomy, base: str) -> Keep:
+def read(path: Path, anatomy: BlockLayout, base: str) -> ModelStructure:
     """Return what a `pruning.json` keeps, held against the base that is here.
 
     Raises:
@@ -63,8 +63,10 @@ def read(path: Path, anatomy: Anatomy, base: str) -> Keep:
     told = _told(path)
     _of_this_base(told, path, anatomy, base)
     try:
-        blocks = tuple(Kept(tuple(one["q"]), tuple(one["kv"]), unrolled(one["ff"])) for one in told["blocks"])
-        keep, noted = check(Keep(blocks), anatomy), str(told["digest"])
+        blocks = tuple(
+            BlockStructure(tuple(one["q"]), tuple(one["kv"]), expand_runs(one["ff"])) for one in told["blocks"]
+        )
+        keep, noted = check(ModelStructure(blocks), anatomy), str(told["digest"])
     except (KeyError, TypeError, ValueError, ShapeError) as error:
         raise _fault(path, "heads and channels of this base", str(error)) from error
     if keep.digest.hex() != noted:
@@ -72,7 +74,7 @@ def read(path: Path, anatomy: Anatomy, base: str) -> Keep:
     return keep
 
 
-def read_ranking(name: str, root: Path, anatomy: Anatomy | None, base: str) -> Tensors:
+def read_ranking(name: str, root: Path, anatomy: BlockLayout | None, base: str) -> Tensors:
     """Return the order of heads and channels that a recipe's `pruning.ranking` brings along.
 
     Raises:
@@ -85,7 +87,7 @@ def read_ranking(name: str, root: Path, anatomy: Anatomy | None, base: str) -> T
     _of_this_base(told, path, anatomy, base)
     try:
         order = {key: np.asarray(told["order"][key], np.float32) for key in ("heads", "channels")}
-        split(order, anatomy)
+        split_by_block(order, anatomy)
     except (KeyError, TypeError, ValueError, ShapeError) as error:
         raise _fault(path, "an order of this base's heads and channels", str(error)) from error
     if not all(np.isfinite(part).all() for part in order.values()):
@@ -103,7 +105,7 @@ def _told(path: Path) -> Mapping[str, Any]:
     return told
 
 
-def _of_this_base(told: Mapping[str, Any], path: Path, anatomy: Anatomy, base: str) -> None:
+def _of_this_base(told: Mapping[str, Any], path: Path, anatomy: BlockLayout, base: str) -> None:
     noted = str(found.get("digest")) if isinstance(found := told.get("base"), dict) else "none"
     if noted != base or told.get("family") != anatomy.family:
         raise _fault(path, f"the base {base[:12]} ({anatomy.family})", f"{noted[:12]} ({told.get('family')})")
@@ -128,7 +130,7 @@ def runs(numbers: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def unrolled(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def expand_runs(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Return the numbers of runs; an unsorted or overlapping list stays so, for the check to name it.
 
     Raises:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.adapter import Adapter, pack
-from fedtune.methods.method import Tuned
+from fedtune.lora.adapter import Adapter, pack
+from fedtune.methods.method import GlobalModel
 from fedtune.store import peft, seeds
 from fedtune.tensors import digest as tensors_digest
 
@@ -20,14 +20,14 @@ def folder(run: Path) -> Path:
     return run / SEEDS if (run / SEEDS).exists() else run / ADAPTER
 
 
-def write(run: Path, tuned: Tuned, target: peft.Target, provenance: Mapping[str, Any]) -> Path:
+def write(run: Path, tuned: GlobalModel, target: peft.Target, provenance: Mapping[str, Any]) -> Path:
     """Write a global model with where it came from, in one step, and return the folder."""
     if tuned.seeds is not None:
         return seeds.write(run / SEEDS, tuned.seeds, provenance)
     return peft.write(run / ADAPTER, tuned.adapter, tuned.saved, target, provenance)
 
 
-def read(run: Path) -> tuple[Tuned, Mapping[str, Any]]:
+def read(run: Path) -> tuple[GlobalModel, Mapping[str, Any]]:
     """Return (global model, provenance) of a run directory.
 
     Raises:
@@ -35,19 +35,19 @@ def read(run: Path) -> tuple[Tuned, Mapping[str, Any]]:
     """
     if (run / SEEDS).exists():
         found, provenance = seeds.read(run / SEEDS)
-        return Tuned(seeds=found), provenance
+        return GlobalModel(seeds=found), provenance
     adapter, saved, provenance = peft.read(run / ADAPTER)
-    return Tuned(adapter, saved), provenance
+    return GlobalModel(adapter, saved), provenance
 
 
-def digest(tuned: Tuned) -> str:
+def digest(tuned: GlobalModel) -> str:
     """Return the SHA-256 (hex) of a global model: of the ledger, or of what its adapter changes."""
     if tuned.seeds is not None:
         return tuned.seeds.ledger.digest.hex()
     return tensors_digest({**pack(nonzero(tuned.adapter)), **tuned.saved})
 
 
-def same(ours: Tuned, theirs: Tuned) -> bool:
+def same(ours: GlobalModel, theirs: GlobalModel) -> bool:
     """Return whether two global models are one: the same numbers, moving the same tensors."""
     moved = [None if tuned.seeds is None else list(tuned.seeds.trainable) for tuned in (ours, theirs)]
     return digest(ours) == digest(theirs) and moved[0] == moved[1]

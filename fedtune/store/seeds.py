@@ -9,24 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.adapter import Adapter, Factors
-from fedtune.directions import ledger, manifest
+from fedtune.directions import seed_ledger
 from fedtune.directions.kron import Kron
+from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import StoreError, WireError
-from fedtune.methods.method import Seeds
-from fedtune.store.files import fill, guarded, new_folder
+from fedtune.lora.adapter import Adapter, Factors
+from fedtune.methods.method import SeedModel
+from fedtune.store.files import fill, new_folder, store_errors
 
 LEDGER, MANIFEST, ORIGIN = "ledger.ftks", "manifest.ftkm", "fedtune.json"
 
 
-def write(path: Path, seeds: Seeds, provenance: Mapping[str, Any]) -> Path:
+def write(path: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> Path:
     """Write ledger, manifest and provenance in one step, and return the folder."""
     with new_folder(path) as folder:
         put(folder, seeds, provenance)
     return path
 
 
-def put(folder: Path, seeds: Seeds, provenance: Mapping[str, Any]) -> None:
+def put(folder: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> None:
     """Write the three files into a folder that `new_folder` gives."""
     names = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
     fill(folder / LEDGER, seeds.ledger.encode())
@@ -34,27 +35,31 @@ def put(folder: Path, seeds: Seeds, provenance: Mapping[str, Any]) -> None:
     fill(folder / ORIGIN, (json.dumps({**provenance, "trainable": names}, indent=1) + "\n").encode())
 
 
-def read(path: Path) -> tuple[Seeds, Mapping[str, Any]]:
+def read(path: Path) -> tuple[SeedModel, Mapping[str, Any]]:
     """Return (seeds, provenance) of a folder that `write` made.
 
     Raises:
         StoreError: if a file is missing, torn, or they do not belong together.
     """
-    with guarded(path):
+    with store_errors(path):
         if not (path / LEDGER).is_file():
             raise StoreError(f"{path}: expected a seed ledger ({LEDGER}); run fedtune simulate first")
         parts = [(path / name).read_bytes() for name in (LEDGER, MANIFEST, ORIGIN)]
     try:
-        found, listed, provenance = ledger.decode(parts[0]), manifest.decode(parts[1]), json.loads(parts[2])
+        found, listed, provenance = (
+            seed_ledger.decode_ledger(parts[0]),
+            decode_manifest(parts[1]),
+            json.loads(parts[2]),
+        )
         ordinals = tuple(listed.ordinals[name] for name in provenance["trainable"])
     except (WireError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: expected whole files of one run; {error}; put back a copy") from error
     if found.manifest != listed.digest:
         raise StoreError(f"{path}: expected the manifest that the ledger names; got another; put back a copy")
-    return Seeds(found, listed, ordinals), provenance
+    return SeedModel(found, listed, ordinals), provenance
 
 
-def kron_adapter(change: Seeds, *, transposed: bool) -> Adapter:
+def kron_adapter(change: SeedModel, *, transposed: bool) -> Adapter:
     """Return the change of every matrix that the kron bank moves, as factors of rank p and scale 1.
 
     W - u U^T M V is B = -u U^T M (out, p) and A = V (p, in); where a layer holds its weight as (in, out), as GPT-2's

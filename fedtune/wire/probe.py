@@ -8,11 +8,11 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from fedtune.directions.bank import MAX_SIZE
-from fedtune.directions.rebuild import EXPONENTS
-from fedtune.directions.sums import MAX_SHIFT
+from fedtune.directions.blocks import MAX_SIZE
+from fedtune.directions.downlink import MAX_SHIFT
+from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.errors import WireError
-from fedtune.round import BankName, ClientUpdate, Measured, Probe, Probed, Sampling, SeedState, Training
+from fedtune.messages import BankName, ClientUpdate, Measured, Probe, ProbeResult, Sampling, SeedState, Training
 from fedtune.wire.v1 import round_pb2 as pb
 
 BANK: Mapping[BankName, pb.Bank] = {"gaussian": pb.GAUSSIAN, "hadamard": pb.HADAMARD, "kron": pb.KRON}
@@ -120,7 +120,7 @@ def from_message(message: pb.Probe) -> tuple[Probe, Training]:
     return probe, Training(batch=message.batch, learning_rate=message.learning_rate, steps=message.steps)
 
 
-def update_to_message(update: ClientUpdate, probed: Probed) -> pb.ProbeUpdate:
+def update_to_message(update: ClientUpdate, probed: ProbeResult) -> pb.ProbeUpdate:
     """Return the message of an update."""
     measured = update.measured
     return pb.ProbeUpdate(
@@ -160,7 +160,7 @@ def update_from_message(message: pb.ProbeUpdate, *, client: str) -> ClientUpdate
             loss_before=message.loss_before if message.HasField("loss_before") else None,
             loss_after=message.loss_after if message.HasField("loss_after") else None,
         ),
-        probed=Probed(
+        probed=ProbeResult(
             scalars=np.frombuffer(message.scalars, np.int8),
             state=message.state,
             checks=message.checks,

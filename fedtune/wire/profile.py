@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedtune.directions import manifest
+from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import WireError
-from fedtune.keep import FAMILIES, Anatomy, Block, linear_shapes
+from fedtune.pruning.structure import FAMILIES, Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors, digest
-from fedtune.wire.messages import EncodedAssignment, body_of, decode_blob, encode_blob, parsed
+from fedtune.wire.codec import EncodedAssignment, body_of, decode_blob, encode_blob, parse
 from fedtune.wire.v1 import round_pb2 as pb
 
 PROTOCOL = 1
@@ -33,7 +33,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Foundation:
+class ModelSpec:
     """What all clients of a run must have in common: the base, and what is trained on it."""
 
     base: str
@@ -52,7 +52,7 @@ class Foundation:
     """Of the base model."""
     manifest: bytes = b""
     """Every tensor of the base, as `directions.manifest` writes them."""
-    anatomy: Anatomy | None = None
+    anatomy: BlockLayout | None = None
     """Of the base's blocks; None where surgery does not know them."""
 
 
@@ -63,7 +63,7 @@ class ClientProfile:
     client: str
     """Its lasting name."""
     num_examples: int
-    foundation: Foundation
+    foundation: ModelSpec
     methods: Sequence[str] = ()
     """Methods whose assignments the client understands."""
     device: Device = Device()
@@ -94,7 +94,7 @@ def encode_profile(profile: ClientProfile) -> EncodedAssignment:
         methods=profile.methods,
         protocol=PROTOCOL,
         manifest=common.manifest,
-        anatomy=None if common.anatomy is None else anatomy_to(common.anatomy),
+        anatomy=None if common.anatomy is None else layout_to(common.anatomy),
         device=pb.Device(memory_bytes=device.memory_bytes, cores=device.cores, accelerator=device.accelerator),
     )
     return EncodedAssignment(header.SerializeToString(), {saved.digest: saved.body})
@@ -106,7 +106,7 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
     Raises:
         WireError: if the header is malformed, its body is missing or another, or the client speaks another protocol.
     """
-    message = parsed(pb.ClientProfile(), header)
+    message = parse(pb.ClientProfile(), header)
     name = message.client
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise WireError(f"profile: expected a printable name of 1 to {MAX_NAME} characters; got {name[:MAX_NAME]!r}")
@@ -129,7 +129,7 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
     return ClientProfile(
         client=name,
         num_examples=message.examples,
-        foundation=Foundation(
+        foundation=ModelSpec(
             base=message.base,
             modules=modules,
             saved=saved,
@@ -138,14 +138,14 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
             transposed=message.transposed,
             parameters=message.parameters,
             manifest=message.manifest,
-            anatomy=anatomy_from(name, message.anatomy, modules) if message.HasField("anatomy") else None,
+            anatomy=layout_from(name, message.anatomy, modules) if message.HasField("anatomy") else None,
         ),
         methods=tuple(message.methods),
         device=Device(message.device.memory_bytes, message.device.cores, message.device.accelerator),
     )
 
 
-def anatomy_to(anatomy: Anatomy) -> pb.Anatomy:
+def layout_to(anatomy: BlockLayout) -> pb.Anatomy:
     blocks = [
         pb.Block(prefix=b.prefix, heads=b.heads, kv_heads=b.kv_heads, head_dim=b.head_dim, channels=b.channels)
         for b in anatomy.blocks
@@ -164,7 +164,7 @@ WIDEST = 1 << 20
 """Heads, channels and width of a base are not above this."""
 
 
-def anatomy_from(name: str, message: pb.Anatomy, modules: Mapping[str, tuple[int, int]]) -> Anatomy:
+def layout_from(name: str, message: pb.Anatomy, modules: Mapping[str, tuple[int, int]]) -> BlockLayout:
     """Return the anatomy that a client states.
 
     Raises:
@@ -179,7 +179,7 @@ def anatomy_from(name: str, message: pb.Anatomy, modules: Mapping[str, tuple[int
             f"{name}: expected an anatomy of {', '.join(FAMILIES)} with heads in equal groups; "
             f"got {message.family[:40]!r} of {len(blocks)} blocks"
         )
-    anatomy = Anatomy(
+    anatomy = BlockLayout(
         message.family, blocks, message.width, message.head, message.outputs, max(1, message.number_bytes)
     )
     for layer, shape in zip(anatomy.sides, linear_shapes(anatomy), strict=True):
@@ -192,7 +192,7 @@ def check_manifest(name: str, message: pb.ClientProfile) -> None:
     """Raise WireError unless the manifest, if one came, lists as many parameters as the client says there are."""
     if not message.manifest:
         return
-    listed = manifest.decode(message.manifest)
+    listed = decode_manifest(message.manifest)
     sizes = [entry.num_parameters for entry in listed.entries]
     if sum(sizes) != message.parameters or 0 in sizes:
         raise WireError(
@@ -200,7 +200,7 @@ def check_manifest(name: str, message: pb.ClientProfile) -> None:
         )
 
 
-def agreed(profiles: Sequence[ClientProfile]) -> Foundation:
+def common_model_spec(profiles: Sequence[ClientProfile]) -> ModelSpec:
     """Return the foundation that most clients have in common; of several, that of the first client by name.
 
     Raises:
@@ -213,7 +213,7 @@ def agreed(profiles: Sequence[ClientProfile]) -> Foundation:
     return ordered[max(range(len(ordered)), key=lambda place: counts[prints[place]])].foundation
 
 
-def fingerprint(foundation: Foundation) -> tuple[object, ...]:
+def fingerprint(foundation: ModelSpec) -> tuple[object, ...]:
     """Return a foundation as a value that can be compared and counted, tensors by their digest."""
     return (
         foundation.base,
@@ -228,7 +228,7 @@ def fingerprint(foundation: Foundation) -> tuple[object, ...]:
     )
 
 
-def difference(wanted: Foundation, found: Foundation) -> str:
+def difference(wanted: ModelSpec, found: ModelSpec) -> str:
     """Return in words in what a client's foundation differs from the run's; empty if it does not."""
     if wanted is found:  # as of clients that share it: then nothing needs to be hashed
         return ""
@@ -244,7 +244,8 @@ def difference(wanted: Foundation, found: Foundation) -> str:
             f"{odd[0]!r}; set the same adapter.targets"
         )
     if tuple(wanted.labels) != tuple(found.labels):
-        return f"expected the classes {listed(wanted.labels)}; got {listed(found.labels)}; use the same label names"
+        names = f"{label_list(wanted.labels)}; got {label_list(found.labels)}"
+        return f"expected the classes {names}; use the same label names"
     if tuple(wanted.saved_modules) != tuple(found.saved_modules):
         return (
             f"expected modules_to_save {list(wanted.saved_modules)}; got {list(found.saved_modules)}; "
@@ -257,5 +258,5 @@ def difference(wanted: Foundation, found: Foundation) -> str:
     return ""
 
 
-def listed(labels: Sequence[str]) -> str:
+def label_list(labels: Sequence[str]) -> str:
     return f"{', '.join(labels[:5])}{', ...' * (len(labels) > 5)} ({len(labels)})" if labels else "none"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.round import ClientUpdate, Failure, Traffic
-from fedtune.rounds import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.messages import ClientUpdate, Failure, Traffic
+from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 
 HOSTILE = "[red]evil[/]\x1b[2J\u202e"
 

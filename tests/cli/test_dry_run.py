@@ -6,16 +6,16 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtune.cli.dry_run import show
-from fedtune.member import bound, foreseen
-from tests.test_coordinator import RECIPE
-from tests.test_member import greeting, site
+from fedtune.deployment.join import load_join_setup, planned_requests
+from tests.deployment.test_coordinator import RECIPE
+from tests.deployment.test_join import greeting, site
 
 __all__ = ["site"]  # a fixture
 
 
 def shown(place: Path, recipe: str) -> str:
     out = io.StringIO()
-    show(Console(file=out, width=200), foreseen(bound(place), greeting(recipe)))
+    show(Console(file=out, width=200), planned_requests(load_join_setup(place), greeting(recipe)))
     return out.getvalue()
 
 

@@ -9,12 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
+from tests.deployment.test_coordinator import RECIPE
+from tests.deployment.test_join import SITE as OWN
 from tests.link.ceremony import ceremony
 from tests.link.federation import federation
-from tests.link.test_service import served
-from tests.test_coordinator import RECIPE
+from tests.link.server.test_service import served
 from tests.test_link import FLORA, SITE, SITES, scripted
-from tests.test_member import SITE as OWN
 
 
 def run(*words: str) -> tuple[int, str]:

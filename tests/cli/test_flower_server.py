@@ -15,12 +15,12 @@ from flwr.app import Context, RecordDict, UserConfig
 
 import fedtune
 from fedtune.cli import flower_client, flower_server
-from fedtune.cli.flower_server import bare, bound, directory, said, tell, text
+from fedtune.cli.flower_server import bare, bind_source, directory, say, tell, text
 from fedtune.config import bind, render
+from fedtune.deployment.server_setup import expected_clients
 from fedtune.errors import ConfigError, StoreError
-from fedtune.round import Failure, Traffic
-from fedtune.rounds import ClientFinished, Note
-from fedtune.serving import expected
+from fedtune.messages import Failure, Traffic
+from fedtune.rounds.loop import ClientFinished, Note
 from tests.flower.conftest import NODE, MemoryGrid, flower_task, running
 
 __all__ = ["flower_task"]  # a fixture
@@ -152,9 +152,9 @@ def test_a_store_is_absolute_or_in_fedtunes_home(tmp_path: Path, monkeypatch: py
 
 def test_the_first_round_waits_for_its_whole_cohort(tables: dict[str, Any]) -> None:
     rounds = {"count": 2, "min_clients": 2}
-    assert expected(bind(tables | {"rounds": rounds})) == 2
-    assert expected(bind(tables | {"rounds": rounds | {"cohort": 3}})) == 3
-    assert expected(bind(tables | {"rounds": rounds | {"cohort": 0.5}})) == 2
+    assert expected_clients(bind(tables | {"rounds": rounds})) == 2
+    assert expected_clients(bind(tables | {"rounds": rounds | {"cohort": 3}})) == 3
+    assert expected_clients(bind(tables | {"rounds": rounds | {"cohort": 0.5}})) == 2
 
 
 def test_the_server_loads_no_torch() -> None:
@@ -169,7 +169,7 @@ def test_the_server_loads_no_torch() -> None:
 @pytest.mark.parametrize("source", ["recipe.toml", "recipes/notes.toml", "../notes.toml"])
 def test_a_recipe_by_a_relative_path_is_refused(source: str) -> None:
     with pytest.raises(ConfigError, match=r"recipe: expected the recipe: TOML, or the absolute path.*write the path"):
-        bound(source)
+        bind_source(source)
 
 
 @pytest.mark.parametrize("resume", ["..", ".", "/srv/runs/tiny", "runs/tiny", "tiny/", "tiny\n"])
@@ -194,7 +194,7 @@ def test_an_override_that_covers_nobody_is_told(
 
 def test_no_text_of_a_client_is_obeyed_by_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     hostile = "\x1b[2J\r\u202e\x9b\nfedtune: finished"
-    said(hostile)
+    say(hostile)
     tell(Note(hostile))
     tell(ClientFinished(1, Failure("ann", hostile), Traffic()))
     lines = capsys.readouterr().out.split("\n")

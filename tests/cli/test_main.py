@@ -17,8 +17,8 @@ from fedtune.api import Run
 from fedtune.cli.main import app
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, Fault, RoundError, StoreError
-from fedtune.exports import Replayed
-from fedtune.rounds import Event, Note
+from fedtune.rounds.loop import Event, Note
+from fedtune.runs.export import ReplayResult
 from tests.cli.conftest import HOSTILE
 
 COMMANDS = ("demo", "simulate", "evaluate", "export", "replay", "report", "compare")
@@ -56,7 +56,7 @@ class Scripted:
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
     def put(name: str, answer: Any, events: Sequence[Event] = ()) -> Scripted:
         scripted = Scripted(answer, events)
-        home = "exports" if name in ("export", "replay") else "api"
+        home = "runs.export" if name in ("export", "replay") else "api"
         monkeypatch.setattr(f"fedtune.{home}.{name}", scripted)
         return scripted
 
@@ -246,7 +246,7 @@ def test_a_reader_who_left_is_no_error() -> None:
 
 def test_evaluate_shows_before_and_after(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = script("evaluate", {"before": {"loss": 2.0}, "after": {"loss": 1.0}})
-    monkeypatch.setattr("fedtune.pruned.pruned_by_one_order", lambda run: False)
+    monkeypatch.setattr("fedtune.runs.deploy.pruned_by_one_order", lambda run: False)
     assert "2.000" in fedtune("evaluate", "runs/x").stdout
     ended = fedtune("evaluate", "runs/x", "--data", "other.jsonl", "--examples", "5", "--json")
     assert json.loads(ended.stdout) == {"before": {"loss": 2.0}, "after": {"loss": 1.0}}
@@ -358,7 +358,7 @@ def test_a_run_of_seeds_is_made_scored_exported_replayed_and_verified(tables: di
 
 
 def test_replay_hands_its_options_on_and_prints_the_digests(script: Any) -> None:
-    replay = script("replay", Replayed("b" * 64, "s" * 64, "w" * 64, None))
+    replay = script("replay", ReplayResult("b" * 64, "s" * 64, "w" * 64, None))
     ended = fedtune("replay", "base", "x.ftks", "--trainable", "*.mlp.*", "--trainable", "lm_head.*", "--out", "tuned")
     assert replay.positional == ("base", Path("x.ftks"))
     assert replay.named == {"out": Path("tuned"), "trainable": ["*.mlp.*", "lm_head.*"]}
@@ -372,7 +372,7 @@ def test_ctrl_c_in_the_first_round_leaves_a_run_that_can_be_reported(
     def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedtune.experiment.perform", stop)
+    monkeypatch.setattr("fedtune.runs.local.perform", stop)
     path = tmp_path / "run"
     ended = fedtune("simulate", tiny, "--out", path, "--set", "report.plots=true")
     assert ended.exit_code == 130

@@ -7,9 +7,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fedtune.cli.progress import Progress, Standing, after, failure_lines, table
-from fedtune.round import ClientUpdate, Failure, Traffic
-from fedtune.rounds import ClientFinished, Event, RoundFinished, RoundStarted
+from fedtune.cli.progress import Progress, ProgressState, after_round, failure_lines, table
+from fedtune.messages import ClientUpdate, Failure, Traffic
+from fedtune.rounds.loop import ClientFinished, Event, RoundFinished, RoundStarted
 from tests.cli.conftest import record, round_events
 
 
@@ -23,8 +23,8 @@ def told(events: Sequence[Event], *, terminal: bool = False) -> str:
     return file.getvalue()
 
 
-def standing(events: Sequence[Event]) -> Standing:
-    return reduce(after, events, Standing())
+def standing(events: Sequence[Event]) -> ProgressState:
+    return reduce(after_round, events, ProgressState())
 
 
 def test_without_a_terminal_each_round_is_one_plain_line(events: list[Event]) -> None:
@@ -95,7 +95,7 @@ def test_the_end_is_estimated_from_the_median_of_the_last_rounds() -> None:
     events: list[Event] = [RoundStarted(1, 10, ())]
     events += [RoundFinished(record(number, test=None, seconds=each)) for number, each in enumerate(lengths, 1)]
     assert standing(events).remaining_s == pytest.approx(3 * 2.0)
-    assert Standing().remaining_s is None
+    assert ProgressState().remaining_s is None
 
 
 def test_the_best_score_is_kept_with_its_round(events: list[Event]) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from fedtune.config import bind
 from fedtune.config.checks import check
-from fedtune.round import Client
-from fedtune.schedule import sample
+from fedtune.messages import Client
+from fedtune.rounds.schedule import sample
 from tests.config.conftest import SHORTEST, Faulty
 
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from fedtune.config.presets import PRESETS, written_out
+from fedtune.config.presets import PRESETS, expand_preset
 
 
 def test_a_preset_is_written_out_and_what_the_recipe_says_holds() -> None:
-    found = written_out({"method": {"name": "fedspine", "mode": "reinit"}, "pruning": {"target": 0.25}})
+    found = expand_preset({"method": {"name": "fedspine", "mode": "reinit"}, "pruning": {"target": 0.25}})
     assert found == {
         "method": {"name": "flora", "mode": "reinit"},
         "pruning": {"target": 0.25},
@@ -14,8 +14,8 @@ def test_a_preset_is_written_out_and_what_the_recipe_says_holds() -> None:
 
 def test_other_methods_and_faults_are_left_alone() -> None:
     for table in ({"method": {"name": "flora"}}, {"method": 3}, {"method": {"name": ["fedspine"]}}, {}):
-        assert written_out(table) == table
-    assert written_out({"method": {"name": "fedspine"}, "pruning": 3})["pruning"] == 3
+        assert expand_preset(table) == table
+    assert expand_preset({"method": {"name": "fedspine"}, "pruning": 3})["pruning"] == 3
 
 
 def test_every_preset_names_a_method() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.config.reading import edited, expanded, parsed, read, value_of
+from fedtune.config.reading import apply_overrides, expand_short_forms, parse, read, value_of
 from fedtune.errors import ConfigError, Fault
 
 
@@ -87,14 +87,17 @@ def test_a_key_that_is_given_twice_is_refused() -> None:
 
 def test_brackets_without_end_are_refused_not_followed() -> None:
     with pytest.raises(ConfigError, match="TOML"):
-        parsed("a = " + "[" * 100_000, "r.toml")
+        parse("a = " + "[" * 100_000, "r.toml")
 
 
 def test_tables_of_one_word_are_written_out() -> None:
     long = {"method": {"name": "flora"}, "planner": {"name": "fixed"}, "data": {"split": {"kind": "files"}}}
-    assert expanded({"method": "flora", "planner": "fixed", "data": {"split": "files"}}) == long
-    assert expanded({"method": {"name": "flora"}, "planner": "fixed", "data": {"split": {"kind": "files"}}}) == long
-    assert expanded({"method": 3, "data": "x"}) == {"method": 3, "data": "x"}
+    assert expand_short_forms({"method": "flora", "planner": "fixed", "data": {"split": "files"}}) == long
+    assert (
+        expand_short_forms({"method": {"name": "flora"}, "planner": "fixed", "data": {"split": {"kind": "files"}}})
+        == long
+    )
+    assert expand_short_forms({"method": 3, "data": "x"}) == {"method": 3, "data": "x"}
 
 
 @pytest.mark.parametrize(
@@ -129,24 +132,28 @@ def test_a_value_on_the_command_line_is_toml_or_else_text(text: str, value: obje
 )
 def test_an_override_makes_the_tables_that_it_needs(override: str, table: dict[str, Any]) -> None:
     faults: list[Fault] = []
-    assert edited({}, [override], faults) == table
+    assert apply_overrides({}, [override], faults) == table
     assert not faults
 
 
 def test_overrides_are_applied_in_order_over_the_short_form() -> None:
     overrides = ["method.max_rank=16", "method.tau=0.5", "method.tau=0.9"]
-    assert edited({"method": "flora"}, overrides, []) == {"method": {"name": "flora", "max_rank": 16, "tau": 0.9}}
-    assert edited({"method": {"name": "flora", "tau": 0.9}}, ["method=fedit"], []) == {"method": {"name": "fedit"}}
+    assert apply_overrides({"method": "flora"}, overrides, []) == {
+        "method": {"name": "flora", "max_rank": 16, "tau": 0.9}
+    }
+    assert apply_overrides({"method": {"name": "flora", "tau": 0.9}}, ["method=fedit"], []) == {
+        "method": {"name": "fedit"}
+    }
 
 
 def test_an_override_reaches_into_a_list_by_position() -> None:
     table = {"override": [{"rank": 4}, {"rank": 8}]}
-    assert edited(table, ["override.1.rank=2"], []) == {"override": [{"rank": 4}, {"rank": 2}]}
+    assert apply_overrides(table, ["override.1.rank=2"], []) == {"override": [{"rank": 4}, {"rank": 2}]}
 
 
 def test_what_is_overridden_stays_as_it_was() -> None:
     table = {"rounds": {"count": 1}}
-    edited(table, ["rounds.count=2"], [])
+    apply_overrides(table, ["rounds.count=2"], [])
     assert table == {"rounds": {"count": 1}}
 
 
@@ -162,5 +169,5 @@ def test_what_is_overridden_stays_as_it_was() -> None:
 )
 def test_an_override_that_leads_nowhere_is_a_fault(override: str, text: str) -> None:
     faults: list[Fault] = []
-    assert edited({"seed": 1, "override": []}, [override, "name=x"], faults)["name"] == "x"
+    assert apply_overrides({"seed": 1, "override": []}, [override, "name=x"], faults)["name"] == "x"
     assert [str(fault) for fault in faults] == [text]

@@ -18,11 +18,11 @@ from fedtune.config import Override, Recipe, ReportSettings, bind, changes, dige
 from fedtune.config.checks import IDLE
 from fedtune.config.render import toml
 from fedtune.data.settings import DataSettings, Split
+from fedtune.messages import Training
 from fedtune.methods import METHODS
-from fedtune.methods.seed_state import FedKSeedSettings
+from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
-from fedtune.round import Training
-from fedtune.schedule import Schedule
+from fedtune.rounds.schedule import Schedule
 from tests.config.conftest import SHORTEST
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

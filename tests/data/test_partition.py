@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.data.partition import client_names, ordered, partition
+from fedtune.data.partition import client_names, partition, sorted_values
 from fedtune.data.settings import Split
 from fedtune.errors import ConfigError
 
@@ -79,6 +79,13 @@ def test_dirichlet_is_skewed_for_small_alpha_and_even_for_large() -> None:
     assert largest_share(0.1) > 0.6
 
 
+def test_dirichlet_shuffles_a_group_before_it_is_shared_out() -> None:
+    split = Split("dirichlet", by="x", clients=2, alpha=1e5)
+    first = partition(split, rows=200, groups=["a"] * 200, seed=1)["client-0"]
+    assert first.tolist() != list(range(len(first)))
+    assert np.count_nonzero(first < 100) < 0.7 * len(first)  # both halves of a sorted file reach every client
+
+
 def test_an_impossible_dirichlet_split_says_which_client_and_what_to_do() -> None:
     split = Split("dirichlet", by="x", clients=6, alpha=0.01, min_examples=50)
     with pytest.raises(ConfigError) as caught:
@@ -123,5 +130,5 @@ def test_client_names_are_plain_and_unique() -> None:
 
 
 def test_whole_numbers_are_ordered_by_value_and_text_by_letters() -> None:
-    assert ordered(["10", "9", "9"]) == ["9", "10"]
-    assert ordered(["10", "9", "x"]) == ["10", "9", "x"]
+    assert sorted_values(["10", "9", "9"]) == ["9", "10"]
+    assert sorted_values(["10", "9", "x"]) == ["10", "9", "x"]

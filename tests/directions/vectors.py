@@ -10,7 +10,7 @@ from fedtune.directions.bank import DirectionBank
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
-from fedtune.directions.rebuild import Rebuild, rebuild
+from fedtune.directions.rebuild_numpy import Rebuild, rebuild
 from fedtune.seeds import generator
 from fedtune.tensors import DTYPES, Array
 

@@ -18,21 +18,15 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from fedtune.flower import shim
 from fedtune.flower.grid_transport import HELLO, GridTransport
 from fedtune.flower.records import UPDATE, pack
-from fedtune.round import Assignment, ClientUpdate, LocalAdapter, Plan, Training
-from fedtune.transport import Work
-from fedtune.wire.messages import (
-    EncodedAssignment,
-    blob_encoder,
-    decode_assignment,
-    encode_assignment,
-    encode_update,
-)
-from fedtune.wire.profile import ClientProfile, Foundation, encode_profile
+from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, Training
+from fedtune.rounds.transport import Work
+from fedtune.wire.codec import EncodedAssignment, blob_encoder, decode_assignment, encode_assignment, encode_update
+from fedtune.wire.profile import ClientProfile, ModelSpec, encode_profile
 
 NODE = 2**62
 """Node ids start here: beyond 2^53, where numpy would round them."""
 MODULES = {"layer.q": (4, 6), "layer.v": (4, 6)}
-FOUNDATION = Foundation(base="9f3c" * 16, modules=MODULES, parameters=48)
+FOUNDATION = ModelSpec(base="9f3c" * 16, modules=MODULES, parameters=48)
 
 Node = Callable[[Message], RecordDict | Error | None]
 """What a client does with a message; None: nothing yet, and it is asked again at the next look for replies."""
@@ -138,7 +132,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def profile(name: str, *, examples: int = 10, foundation: Foundation = FOUNDATION) -> ClientProfile:
+def profile(name: str, *, examples: int = 10, foundation: ModelSpec = FOUNDATION) -> ClientProfile:
     return ClientProfile(name, examples, foundation, methods=("flora",))
 
 
@@ -162,7 +156,7 @@ def client(
     name: str,
     *,
     work: Work = echo,
-    foundation: Foundation = FOUNDATION,
+    foundation: ModelSpec = FOUNDATION,
     answers: Callable[[Message], bool] = lambda message: True,
 ) -> Node:
     """Return a node that says hello and works; `answers` says whether a message is answered by now."""

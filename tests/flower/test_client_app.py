@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 
+from fedtune.client.site import simulated_site
 from fedtune.config import bind, render
 from fedtune.errors import ClientError
-from fedtune.experiment import Experiment, prepare, transport
 from fedtune.flower.client_app import Scalar, Site, client_app
 from fedtune.flower.grid_transport import HELLO
 from fedtune.flower.records import ERROR, HEADER, TENSORS
+from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
-from fedtune.round import Assignment, ClientUpdate
-from fedtune.rounds import run
-from fedtune.site import simulated
-from fedtune.transport import Transport
+from fedtune.rounds.loop import run
+from fedtune.rounds.transport import Transport
+from fedtune.runs.local import Experiment, prepare, transport
 from fedtune.wire.profile import ClientProfile, decode_profile
 from tests.flower.conftest import NODE, Clock, MemoryGrid, orders, over, profile, running
 
@@ -115,7 +115,7 @@ def test_rounds_over_a_grid_are_those_in_process_bit_for_bit(method: str, tables
     with transport(experiment) as engine:
         expected = digests(experiment, engine)
     text = render(recipe)
-    app = client_app(partial(simulated, text))
+    app = client_app(partial(simulated_site, text))
     # Nodes under descending ids, replies in reverse: names alone must decide.
     grid = MemoryGrid({NODE - i: running(app, node_config={"partition-id": i}) for i in range(3)})
     grid.order = lambda replies: replies[::-1]
@@ -134,7 +134,7 @@ def test_a_client_that_fails_over_a_grid_is_as_one_that_fails_in_process(tables:
         expected = digests(experiment, type(engine)(engine.fleet, {**engine.work, "client-1": broken}))  # type: ignore[call-arg, attr-defined]
 
     def site_of(node_config: Mapping[str, Scalar], run_config: Mapping[str, Scalar]) -> Site:
-        site = simulated(text, node_config, run_config)
+        site = simulated_site(text, node_config, run_config)
         return Breaking(site) if site.client == "client-1" else site
 
     app = client_app(site_of)

@@ -16,8 +16,8 @@ import pytest
 from fedtune.errors import ClientError, ConfigError, ExtraError, RoundError
 from fedtune.flower.client_app import Scalar, client_app
 from fedtune.flower.engine import Share, ray_transport
-from fedtune.round import Assignment, ClientUpdate, Failure
-from fedtune.transport import Reply, Rule
+from fedtune.messages import Assignment, ClientUpdate, Failure
+from fedtune.rounds.transport import Reply, Rule
 from fedtune.wire.profile import ClientProfile
 from tests.flower.conftest import FOUNDATION, echo, orders
 

@@ -12,10 +12,10 @@ from fedtune.errors import RoundError
 from fedtune.flower.grid_transport import HELLO, GridTransport
 from fedtune.flower.records import ERROR, HEADER, TENSORS, pack
 from fedtune.flower.shim import stamp
-from fedtune.round import Client, ClientUpdate, Failure
-from fedtune.transport import Answer, Aside, Reply, Rule
-from fedtune.wire.messages import decode_update
-from fedtune.wire.profile import Foundation
+from fedtune.messages import Client, ClientUpdate, Failure
+from fedtune.rounds.transport import Answer, Aside, Reply, Rule
+from fedtune.wire.codec import decode_update
+from fedtune.wire.profile import ModelSpec
 from tests.flower.conftest import (
     FOUNDATION,
     NEVER,
@@ -588,7 +588,7 @@ def test_nothing_is_kept_of_a_client_that_has_gone(clock: Clock) -> None:
 
 
 def test_nothing_is_kept_of_a_base_that_was_refused(clock: Clock) -> None:
-    held = list[ReferenceType[Foundation]]()
+    held = list[ReferenceType[ModelSpec]]()
 
     def node(message: Message) -> RecordDict:
         return greeting(profile("bob", foundation=replace(FOUNDATION, base="77" * 32)))

@@ -11,12 +11,12 @@ from flwr.app import Message, MessageType
 from fedtune.flower.grid_transport import HELLO, GridTransport
 from fedtune.flower.link_grid import LinkGrid, node_of
 from fedtune.flower.records import ERROR, pack, unpack
-from fedtune.link import spool
+from fedtune.link import uploads
+from fedtune.link.envelopes import digest
 from fedtune.link.settings import LinkSettings
-from fedtune.link.statements import digest
-from fedtune.round import Failure
-from fedtune.transport import Reply, Rule
-from fedtune.wire.messages import encode_update
+from fedtune.messages import Failure
+from fedtune.rounds.transport import Reply, Rule
+from fedtune.wire.codec import encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.flower.conftest import FOUNDATION, flower_task
@@ -107,7 +107,7 @@ def test_a_round_goes_over_it_with_an_answer_and_a_decline(desk: Desk) -> None:
 
 
 def work_of(name: str):  # type: ignore[no-untyped-def]
-    from fedtune.wire.messages import decode_assignment
+    from fedtune.wire.codec import decode_assignment
 
     order = assignment(name, 1)
     return work(decode_assignment(order.header, order.blobs))
@@ -176,7 +176,7 @@ def test_large_bodies_stay_views_of_their_files(desk: Desk) -> None:
     sent = answer("anna", order, asked, data)
     desk.submit("anna", sent)
     wanted = sha256(data).digest()
-    incoming = spool.Incoming(spool.place(desk.hub.folder, "anna", wanted), part("update", data), 0)
+    incoming = uploads.IncomingUpload(uploads.place(desk.hub.folder, "anna", wanted), part("update", data), 0)
     incoming.append(data)
     assert incoming.finish()
     incoming.close()

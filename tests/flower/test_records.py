@@ -11,7 +11,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedtune.errors import WireError
 from fedtune.flower.records import HEADER, STYPE, TENSORS, arrays, pack, raw, unpack
-from fedtune.wire.messages import decode_blob, encode_blob
+from fedtune.wire.codec import decode_blob, encode_blob
 from tests.flower.conftest import carried
 
 

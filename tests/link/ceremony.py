@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedtune.link import authority, enrol
+from fedtune.link.pki import authority, enrollment
 
 
 def ceremony(
@@ -24,14 +24,14 @@ def ceremony(
     places = {name: folder / name / "identity" for name in ("server", *clients)}
     for name, place in places.items():
         server = name == "server"
-        request = enrol.request(
+        request = enrollment.request(
             place,
             name=name,
             org=f"org-{name}",
             role="coordinator" if server else "client",
             hosts=(host, "127.0.0.1") if server else (),
         )
-        enrol.accept(place, authority.sign_request(ca, request, now=at), now=at)
+        enrollment.accept(place, authority.sign_request(ca, request, now=at), now=at)
     spread(ca, places)
     return {**places, "ca": ca}
 

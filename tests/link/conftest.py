@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.link.bars import Bars
-from fedtune.link.hub import Hub, Run
+from fedtune.link.envelopes import PROTOCOL, TRAIN, UPDATE, build, digest, seal
+from fedtune.link.server.blocklist import Blocklist
+from fedtune.link.server.dispatcher import Dispatcher, RunInfo
 from fedtune.link.settings import LinkSettings
-from fedtune.link.statements import PROTOCOL, TRAIN, UPDATE, build, digest, seal
-from fedtune.round import Assignment, LocalAdapter, Plan, Training
-from fedtune.wire.messages import EncodedAssignment, encode_assignment
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training
+from fedtune.wire.codec import EncodedAssignment, encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"\7" * 32)
-RUN = Run("care", "0123456789abcdef", b'name = "x"\n', "server", KEY)
+RUN = RunInfo("care", "0123456789abcdef", b'name = "x"\n', "server", KEY)
 BASE = "9f3c" * 16
 
 
@@ -36,7 +36,7 @@ class Clock:
 class Desk:
     """A hub, and everything that is done to it."""
 
-    hub: Hub
+    hub: Dispatcher
     clock: Clock
     told: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
 
@@ -102,7 +102,7 @@ def made(folder: Path, settings: LinkSettings | None = None, **more: Any) -> Des
     def tell(kind: str, **fields: int | str) -> None:
         told.append((kind, fields))
 
-    bars = Bars(folder / "barred", clock=clock)
-    hub = Hub(RUN, settings or LinkSettings(), folder / "spool", bars, tell=tell, clock=clock, **more)
+    bars = Blocklist(folder / "barred", clock=clock)
+    hub = Dispatcher(RUN, settings or LinkSettings(), folder / "spool", bars, tell=tell, clock=clock, **more)
     hub.limit = lambda front: 1000
     return Desk(hub, clock, told)

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.cli.federation import stopped_by_signals
-from fedtune.cli.told import teller
-from fedtune.link.spool import mapped
-from fedtune.member import take_part
-from fedtune.round import Assignment, ClientUpdate
+from fedtune.cli.event_log import event_writer
+from fedtune.cli.federation import stop_on_signals
+from fedtune.deployment.join import join
+from fedtune.link.uploads import map_file
+from fedtune.messages import Assignment, ClientUpdate
 from fedtune.seeds import generator
 from fedtune.tensors import cast
-from fedtune.wire.messages import decode_assignment, encode_update
-from fedtune.wire.profile import ClientProfile, Foundation, encode_profile
+from fedtune.wire.codec import decode_assignment, encode_update
+from fedtune.wire.profile import ClientProfile, ModelSpec, encode_profile
 
 MODULES: Mapping[str, tuple[int, int]] = {"layer.q": (4096, 2048), "layer.v": (1024, 2048)}
-FOUNDATION = Foundation(base="9f3c" * 16, modules=MODULES, parameters=10_485_760)
+FOUNDATION = ModelSpec(base="9f3c" * 16, modules=MODULES, parameters=10_485_760)
 EXAMPLES = 10
 
 
@@ -55,7 +55,7 @@ class ScriptedTrainer:
             (into / digest).write_bytes(body)
 
     def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> None:
-        held = {name: bytes(mapped(folder / name)) for name in bodies}
+        held = {name: bytes(map_file(folder / name)) for name in bodies}
         update = work(decode_assignment((folder / "front").read_bytes(), held))
         threading.Event().wait(self._seconds)  # stands for training: what a kill may interrupt
         into.write_bytes(encode_update(update))
@@ -67,8 +67,8 @@ class ScriptedTrainer:
 def main() -> None:
     """Take part with the site file that is named, training for so many seconds a round."""
     site = Path(sys.argv[1])
-    with stopped_by_signals():
-        end = take_part(site, tell=teller("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))
+    with stop_on_signals():
+        end = join(site, tell=event_writer("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))
     print(end)
 
 

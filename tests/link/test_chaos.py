@@ -13,12 +13,12 @@ import grpc
 import numpy as np
 import pytest
 
-from fedtune.link import outbox
-from fedtune.link.dial import dial
-from fedtune.link.identity import load
+from fedtune.link.client import outbox
+from fedtune.link.client.channel import dial
+from fedtune.link.pki.identity import load
 from fedtune.link.settings import JoinSettings
 from fedtune.seeds import derive, generator
-from fedtune.store.history import replayed
+from fedtune.store.history import replay_journal
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.federation import Federation, federation
 from tests.link.proxy import Fate, Fault, proxy
@@ -109,6 +109,6 @@ def test_a_federation_in_chaos_comes_to_the_right_bytes(tmp_path: Path, seed: in
             made.processes[name].send_signal(signal.SIGTERM)
         # -SIGTERM: it had ended by itself, and was met on its way out.
         assert set(made.ended(*SITES)) <= {0, -signal.SIGTERM}, {name: made.log(name)[-3000:] for name in made.lines}
-        history = replayed(made.run)[0]
+        history = replay_journal(made.run)[0]
         assert history.committed == 4
         assert history.digests[-1] == right(tmp_path), "another state than in one process"

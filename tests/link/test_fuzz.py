@@ -13,15 +13,13 @@ import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 
-from fedtune.coordinator import refusal
-from fedtune.link.hub import Received
-from fedtune.link.refusals import RefusalError
-from fedtune.link.roster import Member
-from fedtune.link.signing import key_id, raw, sign
-from fedtune.link.statements import KIND, digest, opened
-from fedtune.methods import METHODS
-from fedtune.methods import state as states
-from fedtune.round import (
+from fedtune.deployment.coordinator import refusal
+from fedtune.link.envelopes import KIND, digest, verify_envelope
+from fedtune.link.pki.roster import Party
+from fedtune.link.pki.signing import key_id, raw, sign
+from fedtune.link.rejections import RejectionError
+from fedtune.link.server.dispatcher import ReceivedParts
+from fedtune.messages import (
     Assignment,
     Blueprint,
     ClientUpdate,
@@ -31,22 +29,24 @@ from fedtune.round import (
     Outcome,
     Plan,
     Probe,
-    Probed,
+    ProbeResult,
     SeedState,
     Training,
 )
-from fedtune.rounds import Asked, has_lost, judged
+from fedtune.methods import METHODS
+from fedtune.methods import serialization as states
+from fedtune.rounds.loop import RoundRequest, decode_and_admit, needs_whole_state
+from fedtune.rounds.transport import Reply
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
-from fedtune.transport import Reply
-from fedtune.wire.messages import encode_assignment, encode_update
+from fedtune.wire.codec import encode_assignment, encode_update
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.conftest import KEY, answer, made
 from tests.methods import test_fedkseed as seeds
 
 MUTATIONS = 10_000
 GROWTH_MIB = 64
-MEMBER = Member("anna", "a", "client", raw(KEY), ("1",), 0, 1)
+MEMBER = Party("anna", "a", "client", raw(KEY), ("1",), 0, 1)
 
 
 def peak_mib() -> float:
@@ -131,14 +131,14 @@ def test_spoilt_envelopes_are_refused_whoever_signed_them(tmp_path: Path) -> Non
             outcomes["no envelope"] += 1
             continue
         try:
-            header_found, author = opened(envelope, members.get)
+            header_found, author = verify_envelope(envelope, members.get)
             assert author == MEMBER
             reply = desk.hub.submit("anna", digest(envelope), header_found, {})
             # What still says the same in the fields that count is an answer of anna's like any other.
             assert reply is not None
             assert reply.WhichOneof("what") in ("wanted", "receipt")
             outcomes["taken"] += 1
-        except RefusalError as error:
+        except RejectionError as error:
             outcomes[pb.Reason.Name(error.refusal.reason)] += 1
     assert sum(outcomes.values()) == MUTATIONS
     assert len(outcomes) > 8, outcomes
@@ -146,7 +146,7 @@ def test_spoilt_envelopes_are_refused_whoever_signed_them(tmp_path: Path) -> Non
     assert peak_mib() - before < GROWTH_MIB
     assert desk.hub.collect([message_id]) == {}
     assert desk.submit("anna", good, data) is None  # whatever came before it, the whole answer is the one that counts
-    assert desk.hub.collect([message_id]) == {message_id: Received("anna", {"update": data})}
+    assert desk.hub.collect([message_id]) == {message_id: ReceivedParts("anna", {"update": data})}
 
 
 MODULES = {"layer.q": (6, 5), "layer.v": (4, 5)}
@@ -167,8 +167,8 @@ def update(client: str) -> ClientUpdate:
     return ClientUpdate(client, 1, 10, tensors, base="9f3c")
 
 
-def asked(assignments: dict[str, Assignment]) -> Asked:
-    return Asked(
+def asked(assignments: dict[str, Assignment]) -> RoundRequest:
+    return RoundRequest(
         round=1,
         assignments=assignments,
         orders={name: encode_assignment(one) for name, one in assignments.items()},
@@ -181,14 +181,14 @@ def asked(assignments: dict[str, Assignment]) -> Asked:
 def test_spoilt_updates_are_refused_and_the_sum_is_the_one_without_them() -> None:
     around = asked({name: assignment(name) for name in CLIENTS})
     good = {name: encode_update(update(name)) for name in CLIENTS}
-    honest = [judged(Reply(name, good[name]), around) for name in CLIENTS[:2]]
+    honest = [decode_and_admit(Reply(name, good[name]), around) for name in CLIENTS[:2]]
     assert all(isinstance(one, ClientUpdate) for one in honest)
     method = METHODS["flora"]
     first = method.init(BLUEPRINT, settings_of("flora"))
     without = states.digest(states.encode(method.aggregate(first, honest)))  # type: ignore[arg-type]
     outcomes, before = Counter[str](), peak_mib()
     for found in mutations(good["carl"], "updates"):
-        outcome = judged(Reply("carl", found), around)
+        outcome = decode_and_admit(Reply("carl", found), around)
         if isinstance(outcome, Failure):
             assert outcome.kind == "refused"
             assert outcome.client == "carl"
@@ -227,11 +227,11 @@ def test_spoilt_scalars_are_refused() -> None:
     )  # fmt: skip
     around = asked({name: assignment(name, probe=probe) for name in CLIENTS})
     scalars = np.array([1, -2, 3, 0, 127, -127, 5, 6], np.int8)
-    given = Probed(scalars, state=b"s" * 8, checks=b"c" * 16)
+    given = ProbeResult(scalars, state=b"s" * 8, checks=b"c" * 16)
     data = encode_update(ClientUpdate("carl", 1, 10, {}, probed=given))
     outcomes, before = Counter[str](), peak_mib()
     for found in mutations(data, "scalars"):
-        outcome = judged(Reply("carl", found), around)
+        outcome = decode_and_admit(Reply("carl", found), around)
         if isinstance(outcome, Failure):
             assert outcome.kind == "refused"
             assert outcome.code in pb.Reason.keys()  # noqa: SIM118
@@ -247,7 +247,7 @@ def test_spoilt_scalars_are_refused() -> None:
 def test_spoilt_answers_to_seeds_are_refused_and_the_sums_are_those_without_them() -> None:
     method, state = METHODS["fedkseed"], seeds.rounds(seeds.first(), 2)
     before_all, names = states.digest(states.encode(state)), ("ann", "bob", "cleo")
-    around = Asked(
+    around = RoundRequest(
         round=state.round + 1,
         assignments=(orders := {name: seeds.assigned(state, name) for name in names}),
         orders={name: encode_assignment(one) for name, one in orders.items()},
@@ -256,7 +256,7 @@ def test_spoilt_answers_to_seeds_are_refused_and_the_sums_are_those_without_them
         refuse=lambda update: method.refuse(state, update),
     )
     good = {name: encode_update(seeds.random_answer(state, name)) for name in names}
-    honest = [judged(Reply(name, good[name]), around) for name in names]
+    honest = [decode_and_admit(Reply(name, good[name]), around) for name in names]
     assert all(isinstance(one, ClientUpdate) for one in honest)
 
     def summed(*outcomes: Outcome) -> str:
@@ -268,14 +268,14 @@ def test_spoilt_answers_to_seeds_are_refused_and_the_sums_are_those_without_them
     assert without != everybody
     outcomes, before = Counter[str](), peak_mib()
     for number, found in enumerate(mutations(good["cleo"], "seeds")):
-        outcome = judged(Reply("cleo", found), around)
+        outcome = decode_and_admit(Reply("cleo", found), around)
         if isinstance(outcome, Failure):
             assert (outcome.client, outcome.kind) == ("cleo", "refused")
             assert outcome.code in pb.Reason.keys()  # noqa: SIM118
             outcomes[outcome.code] += 1
             if not number % 10:
                 assert summed(honest[0], outcome, honest[1]) == without
-        elif has_lost(outcome):
+        elif needs_whole_state(outcome):
             outcomes["lost"] += 1
         else:
             assert outcome.client == "cleo"
@@ -346,7 +346,7 @@ CHANGES: Sequence[Change] = (
 
 def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> None:
     around = asked({name: assignment(name) for name in CLIENTS})
-    honest = [judged(Reply(name, encode_update(update(name))), around) for name in CLIENTS[:2]]
+    honest = [decode_and_admit(Reply(name, encode_update(update(name))), around) for name in CLIENTS[:2]]
     method, good = METHODS["flora"], update("carl")
     first = method.init(BLUEPRINT, settings_of("flora"))
 
@@ -358,7 +358,7 @@ def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> 
     rng = generator(derive(0, "lies"))
     for turn in range(200 * len(CHANGES)):
         codes, change = CHANGES[turn % len(CHANGES)]
-        found = judged(Reply("carl", encode_update(change(good, rng))), around)
+        found = decode_and_admit(Reply("carl", encode_update(change(good, rng))), around)
         assert isinstance(found, Failure), (codes, turn)
         assert found.kind == "refused"
         assert found.code in codes.split(), found
@@ -371,14 +371,14 @@ def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> 
             assert summed(honest[0], found, honest[1]) == without
         seen[found.code] += 1
     assert len(seen) >= 9, seen
-    assert isinstance(judged(Reply("carl", encode_update(good)), around), ClientUpdate)
+    assert isinstance(decode_and_admit(Reply("carl", encode_update(good)), around), ClientUpdate)
     assert peak_mib() - before < GROWTH_MIB
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f" + bytes(100)])
 def test_headers_that_promise_what_is_not_there_cost_nothing(data: bytes) -> None:
     before = peak_mib()
-    outcome = judged(Reply("carl", data), asked({"carl": assignment("carl")}))
+    outcome = decode_and_admit(Reply("carl", data), asked({"carl": assignment("carl")}))
     assert isinstance(outcome, Failure)
     assert peak_mib() - before < GROWTH_MIB
 
@@ -394,7 +394,7 @@ def test_a_header_that_promises_tensors_without_end_costs_nothing() -> None:
     front = header.SerializeToString()
     front = len(front).to_bytes(4, "little") + front
     before = peak_mib()
-    outcome = judged(Reply("carl", front + bytes(-len(front) % 64)), asked({"carl": assignment("carl")}))
+    outcome = decode_and_admit(Reply("carl", front + bytes(-len(front) % 64)), asked({"carl": assignment("carl")}))
     assert isinstance(outcome, Failure)
     assert outcome.kind == "refused"
     assert peak_mib() - before < GROWTH_MIB

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.link.hub import Received
+from fedtune.link.server.dispatcher import ReceivedParts
+from tests.link.client.test_client import collected, expected, post, site
 from tests.link.proxy import Fate, proxy
-from tests.link.test_client import collected, expected, post, site
-from tests.link.test_service import SETTINGS, served
+from tests.link.server.test_service import SETTINGS, served
 
 MB = 10**6
 SLACK = 1.05
@@ -35,7 +35,7 @@ def test_a_cut_in_the_middle_of_a_line_with_delay_sends_little_again(tmp_path: P
         with site(link) as made:
             made.trainer.size = size
             found = collected(link, post(link, body=body))
-            assert isinstance(found, Received)
+            assert isinstance(found, ReceivedParts)
             assert sha256(found.bodies["update"]).digest() == sha256(expected(made.trainer.done[0], size)).digest()
             assert len(between.fates) == 3, "both cuts happened"
         up, down = between.carried

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.adapter import Adapter, Factors, draw_a, pack
+from fedtune.lora.adapter import Adapter, Factors, draw_a, pack
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, Plan, Training
 from fedtune.methods.method import Method
-from fedtune.round import Assignment, Blueprint, ClientUpdate, Plan, Training
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array, cast
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import lowrank
-from fedtune.adapter import Factors, delta
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Factors, delta
 from fedtune.methods import fedit
 from fedtune.methods.fedex import METHOD
 from fedtune.methods.method import LinearMethod, resize

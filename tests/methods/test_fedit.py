@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.adapter import Factors, delta, draw_a, pack
 from fedtune.errors import ShapeError
+from fedtune.lora.adapter import Factors, delta, draw_a, pack
 from fedtune.methods.fedit import METHOD
 from fedtune.methods.method import LinearMethod
 from fedtune.seeds import derive

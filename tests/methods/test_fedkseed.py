@@ -13,27 +13,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.adapter import delta
-from fedtune.directions import ids, pro
-from fedtune.directions.bank import INT32_LIMIT, displacement, headroom, perturbed
-from fedtune.directions.banks import BANKS
-from fedtune.directions.checks import STATE, block_checks, places
+from fedtune.client.replica import Replicas, restore
+from fedtune.directions import sampling as sampling_module
+from fedtune.directions.bank import BANKS, displacement, headroom, perturb
+from fedtune.directions.blocks import INT32_LIMIT
+from fedtune.directions.consistency import STATE, block_checks, sample_places
 from fedtune.directions.downlink import MAX_LOG
-from fedtune.directions.manifest import Manifest, describe
+from fedtune.directions.sampling import paper_probabilities, repaired_probabilities
+from fedtune.directions.seed_ledger import Manifest, describe_base
 from fedtune.errors import ConfigError, RoundError
+from fedtune.lora.adapter import delta
+from fedtune.messages import Assignment, Blueprint, ClientUpdate, Plan, Probe, ProbeResult, SeedState, Training
 from fedtune.methods.fedkseed import COARSE, METHOD, rounds_left
+from fedtune.methods.fedkseed_state import PROVISIONAL, FedKSeedSettings, FedKSeedState
 from fedtune.methods.method import LinearMethod
-from fedtune.methods.seed_state import PROVISIONAL, FedKSeedSettings, FedKSeedState
-from fedtune.methods.state import decode, digest, encode
-from fedtune.replica import Replicas, restored
-from fedtune.round import Assignment, Blueprint, ClientUpdate, Plan, Probe, Probed, SeedState, Training
+from fedtune.methods.serialization import decode, digest, encode
 from fedtune.seeds import derive, generator
 from fedtune.store.seeds import kron_adapter
 from fedtune.tensors import Array
-from fedtune.wire.messages import decode_assignment, encode_assignment
+from fedtune.wire.codec import decode_assignment, encode_assignment
 
 SEED = 11
-BASE = describe(
+BASE = describe_base(
     {
         "embed.weight": np.zeros((30, 6), np.float32),
         "layer.bias": np.zeros(6, np.float32),
@@ -72,7 +73,7 @@ def answer(
     state: FedKSeedState, client: str, scalars: Sequence[int] = (), *, examples: int = 10, rms: float | None = None
 ) -> ClientUpdate:
     """Return what an honest client sends."""
-    probed = Probed(np.array(scalars, np.int8), state=state.digest[:STATE], checks=state.checks, rms=rms)
+    probed = ProbeResult(np.array(scalars, np.int8), state=state.digest[:STATE], checks=state.checks, rms=rms)
     return ClientUpdate(client, state.round + 1, examples, {}, probed=probed)
 
 
@@ -80,7 +81,7 @@ def drawn(state: FedKSeedState, client: str, steps: int) -> Array:
     """Return the seeds as the client draws them, from its assignment alone."""
     asked, order = probe(state, client, steps), assigned(state, client, steps)
     key = derive(order.seed, "fedkseed.ids")
-    return ids.drawn(key, steps, asked.seeds, sampling=asked.sampling, levels=asked.levels)
+    return sampling_module.sample_ids(key, steps, asked.seeds, sampling=asked.sampling, levels=asked.levels)
 
 
 def by_hand(state: FedKSeedState, cohort: Mapping[str, tuple[int, Sequence[int]]]) -> list[int]:
@@ -413,7 +414,7 @@ def test_no_size_that_is_admitted_breaks_the_unit(rms: float) -> None:
 def test_a_round_that_could_leave_32_bits_is_not_begun(bank: str, seeds: int) -> None:
     start = first(bank=bank, seeds=seeds)
     growth = 127 * 4 * 16 + seeds // 2
-    room = (INT32_LIMIT - 1) // start.bank.reach - start.perturbation
+    room = (INT32_LIMIT - 1) // start.bank.max_abs - start.perturbation
     sums = np.zeros(seeds, np.int64)
     sums[3] = -(room - growth)
     state = replace(start, accumulators={"a": sums.astype(np.int32)})
@@ -422,7 +423,7 @@ def test_a_round_that_could_leave_32_bits_is_not_begun(bank: str, seeds: int) ->
     # The worst of rounds, and the perturbation on top, still fit into 32 bits: neither end meets an overflow.
     worst = [127 if k != 3 else -127 for k in drawn(state, "ann", 4).tolist()]
     after = METHOD.aggregate(state, [answer(state, "ann", worst)])
-    displacement(state.bank, perturbed(after.sums, 3, -after.perturbation), ordinal=0, shape=(30, 6))
+    displacement(state.bank, perturb(after.sums, 3, -after.perturbation), ordinal=0, shape=(30, 6))
     assert rounds_left(after, 4) == 0
     sums[3] -= 1
     with pytest.raises(RoundError, match=r"round 1: expected room for 4 more scalars in sums of 32 bits; got sum") as e:
@@ -485,7 +486,7 @@ def test_the_planted_wrong_block_is_named(bank: str, seeds: int) -> None:
         y = displacement(kind, sums, ordinal=ordinal, shape=shape, blocks=blocks)
         return y + ((ordinal, blocks.start) == place)
 
-    for place in places(state.digest, BASE, state.trainable):
+    for place in sample_places(state.digest, BASE, state.trainable):
         theirs = block_checks(state.ledger, BASE, state.trainable, off)
         name = BASE.entries[place[0]].name
         assert METHOD.refuse(state, spoiled(state, checks=theirs)) == (
@@ -527,7 +528,7 @@ class Device:
         assert asked is not None
         if asked.state.round:
             self.forms.append((asked.state.form, asked.state.since))
-        return restored(
+        return restore(
             asked.state,
             bank=BANKS[asked.bank](asked.seeds, asked.key),
             exponent=asked.exponent,
@@ -693,7 +694,7 @@ def test_a_state_that_was_kept_goes_on_to_the_same_bits(mode: str) -> None:
 
 
 def test_pro_draws_evenly_before_the_first_visit_and_by_its_rule_after() -> None:
-    for name, rule in (("repaired", pro.repaired), ("paper", pro.paper)):
+    for name, rule in (("repaired", repaired_probabilities), ("paper", paper_probabilities)):
         state = first(sampling="pro", pro=name)
         assert probe(state).levels == bytes([255] * 8)
         after = METHOD.aggregate(state, [answer(state, "ann", [100, -100, 3, 0]), answer(state, "bob", [-9, 8, 7, -6])])
@@ -703,7 +704,7 @@ def test_pro_draws_evenly_before_the_first_visit_and_by_its_rule_after() -> None
                 sizes[k], visits[k] = sizes[k] + abs(q), visits[k] + 1
         assert after.drawn["sizes"].tolist() == sizes.tolist()
         assert after.drawn["visits"].tolist() == visits.tolist()
-        assert probe(after).levels == ids.levels(rule(sizes, visits)).tobytes()
+        assert probe(after).levels == sampling_module.quantise_levels(rule(sizes, visits)).tobytes()
         assert len(set(probe(after).levels)) > 1
 
 

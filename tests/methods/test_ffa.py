@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.adapter import delta
+from fedtune.lora.adapter import delta
 from fedtune.methods.ffa import METHOD
 from fedtune.methods.method import LinearMethod
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import lowrank
-from fedtune.adapter import delta
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import delta
 from fedtune.methods.flexlora import METHOD
 from fedtune.methods.method import LinearMethod
 

@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.adapter import delta
+from fedtune.lora.adapter import delta
+from fedtune.messages import cohort_weights
 from fedtune.methods.hetlora import METHOD, size_weights
 from fedtune.methods.method import LinearMethod, resize
-from fedtune.round import weigh
 
 
 def test_weights_by_hand_are_shares_of_the_norms(two_ranks: Any) -> None:
     # |2 B_1 A_1| = 6.324555 and |B_2 A_2 / 2| = 2
-    assert size_weights(weigh(two_ranks, "examples")) == pytest.approx([0.759747, 0.240253], abs=1e-6)
+    assert size_weights(cohort_weights(two_ranks, "examples")) == pytest.approx([0.759747, 0.240253], abs=1e-6)
 
 
 def test_factors_are_padded_and_averaged_with_those_weights(federate: Any, two_ranks: Any) -> None:

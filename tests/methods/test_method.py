@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.adapter import delta
+from fedtune.lora.adapter import delta
 from fedtune.methods import METHODS
 from fedtune.methods.method import LinearMethod, resize, step
 from fedtune.tensors import Array, digest, l2_norm

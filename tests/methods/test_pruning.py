@@ -8,17 +8,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import lowrank
-from fedtune.adapter import Factors, delta, unpack
 from fedtune.errors import RoundError
-from fedtune.keep import Anatomy, Block, Keep, Kept, bitmap, cuts, from_bitmap, linear_shapes, shapes, slice_factors
+from fedtune.lora import lowrank
+from fedtune.lora.adapter import Factors, delta, unpack
+from fedtune.messages import Blueprint, ClientUpdate, Plan, Training, cohort_weights
 from fedtune.methods import pruning
 from fedtune.methods.flora import METHOD, FloraState
-from fedtune.ranking import PruningSettings, kept, ranked
-from fedtune.round import Blueprint, ClientUpdate, Plan, Training, weigh
+from fedtune.pruning.ranking import PruningSettings, rank_units, structure_at
+from fedtune.pruning.structure import (
+    Block,
+    BlockLayout,
+    BlockStructure,
+    ModelStructure,
+    bitmap,
+    cuts,
+    from_bitmap,
+    linear_shapes,
+    shapes,
+    slice_factors,
+)
 from fedtune.tensors import Array, cast
 
-ANATOMY = Anatomy("llama", tuple(Block(f"model.layers.{i}", 4, 2, 2, 16) for i in range(2)), width=6)
+ANATOMY = BlockLayout("llama", tuple(Block(f"model.layers.{i}", 4, 2, 2, 16) for i in range(2)), width=6)
 MODULES = dict(zip(ANATOMY.sides, linear_shapes(ANATOMY), strict=True))
 SETTINGS = PruningSettings(multiple=2, target=0.5)
 TRAINING = Training(batch=1, learning_rate=1.0, steps=1)
@@ -75,7 +86,7 @@ def zeros(shape: tuple[int, int]) -> Factors:
     return Factors(a=np.zeros((1, shape[1])), b=np.zeros((shape[0], 1)))
 
 
-def scattered(factors: Factors, keep: Keep | None, name: str) -> Array:
+def scattered(factors: Factors, keep: ModelStructure | None, name: str) -> Array:
     """A pruned change in the base's coordinates, dense, in float64: the reference."""
     dense = np.zeros(MODULES[name])
     if keep is None:
@@ -101,7 +112,8 @@ def test_the_stack_of_scattered_factors_is_the_dense_sum(ratios: list[float], ra
     after = METHOD.aggregate(state, updates)
     for name in MODULES:
         exact = sum(
-            share * scattered(unpack(each.tensors)[name], each.keep, name) for each, share in weigh(updates, "examples")
+            share * scattered(unpack(each.tensors)[name], each.keep, name)
+            for each, share in cohort_weights(updates, "examples")
         )
         found = delta(lowrank.unpack(after.delta)[name].factors)
         np.testing.assert_allclose(found, exact, atol=1e-6 * max(1.0, float(np.abs(exact).max())))
@@ -117,7 +129,7 @@ def test_training_on_adds_what_each_pruned_client_changed(ratios: list[float], s
         ]
         after = METHOD.aggregate(state, updates)
         total = {name: delta(low.factors) for name, low in lowrank.unpack(state.delta).items()}
-        for each, share in weigh(updates, "examples"):
+        for each, share in cohort_weights(updates, "examples"):
             sent = METHOD.assign(state, 0, plan(each.client, each.ratio))
             start = started(sent, each.keep)
             for name, moved in unpack(each.tensors).items():
@@ -130,13 +142,13 @@ def test_training_on_adds_what_each_pruned_client_changed(ratios: list[float], s
         state = after
 
 
-def started(order: Any, keep: Keep | None) -> dict[str, Factors]:
+def started(order: Any, keep: ModelStructure | None) -> dict[str, Factors]:
     """Where a client's factors start, in its own coordinates and with the scale in b, as it makes them itself."""
     from fedtune.model.lora import start
-    from fedtune.model.shrunk import cut_of, ordered, told
+    from fedtune.model.pruned_training import cut_of, sliced_assignment, structures_of
 
-    parts = told(order.surgery, ANATOMY)
-    own = start(ordered(order, keep, parts.sent, ANATOMY), MODULES, cut_of(keep, ANATOMY))
+    parts = structures_of(order.surgery, ANATOMY)
+    own = start(sliced_assignment(order, keep, parts.sent, ANATOMY), MODULES, cut_of(keep, ANATOMY))
     return {name: Factors(a=f.a, b=f.b * np.float32(order.plan.scale)) for name, f in own.items()}
 
 
@@ -162,11 +174,11 @@ def test_equal_masks_are_the_same_with_and_without_coverage() -> None:
 
 def test_coverage_by_hand() -> None:
     """Two clients of 3 and 1 examples; rows kept by the first alone move 3/4 of the way, or all of it."""
-    small = Anatomy("bert", (Block("x", 2, 2, 1, 2),), width=2)
-    wide = Keep((Kept((0, 1), (0, 1), (0, 1)),))
-    narrow = Keep((Kept((0, 1), (0, 1), (0,)),))
+    small = BlockLayout("bert", (Block("x", 2, 2, 1, 2),), width=2)
+    wide = ModelStructure((BlockStructure((0, 1), (0, 1), (0, 1)),))
+    narrow = ModelStructure((BlockStructure((0, 1), (0, 1), (0,)),))
     name = "x.intermediate.dense"
-    cohort = weigh(
+    cohort = cohort_weights(
         [
             ClientUpdate("1", 1, 3, {f"{name}.a": np.array([[1.0, 0.0]]), f"{name}.b": np.array([[2.0]])}, keep=narrow),
             ClientUpdate(
@@ -183,7 +195,7 @@ def test_coverage_by_hand() -> None:
             f = unpack(each.tensors)[name]
             b = np.zeros((2, 1))
             b[list(each.keep.blocks[0].ff if each.keep else ())] = f.b
-            dense += share * delta(pruning.scaled({name: Factors(a=f.a, b=b)}, scale, small)[name])
+            dense += share * delta(pruning.scale_by_coverage({name: Factors(a=f.a, b=b)}, scale, small)[name])
         return dense.tolist()
 
     assert total(None) == [[1.5, 0.5], [0.0, 2.0]]
@@ -192,24 +204,24 @@ def test_coverage_by_hand() -> None:
 
 
 LLAMA = ANATOMY
-GPT2 = Anatomy("gpt2", tuple(Block(f"h.{i}", 4, 4, 2, 16) for i in range(2)), width=8)
+GPT2 = BlockLayout("gpt2", tuple(Block(f"h.{i}", 4, 4, 2, 16) for i in range(2)), width=8)
 
 
-def random_keep(anatomy: Anatomy, rng: np.random.Generator) -> Keep:
+def random_keep(anatomy: BlockLayout, rng: np.random.Generator) -> ModelStructure:
     blocks = []
     for block in anatomy.blocks:
         kv = sorted(rng.permutation(block.kv_heads)[: rng.integers(1, block.kv_heads + 1)].tolist())
         each = int(rng.integers(1, block.group + 1))
         q = [h * block.group + i for h in kv for i in sorted(rng.permutation(block.group)[:each].tolist())]
         ff = sorted(rng.permutation(block.channels)[: rng.integers(1, block.channels)].tolist())
-        blocks.append(Kept(tuple(q), tuple(kv), tuple(ff)))
-    return Keep(tuple(blocks))
+        blocks.append(BlockStructure(tuple(q), tuple(kv), tuple(ff)))
+    return ModelStructure(tuple(blocks))
 
 
 @pytest.mark.parametrize("anatomy", [LLAMA, GPT2], ids=["gqa", "gpt2"])
 @pytest.mark.parametrize("weights", ["examples", "uniform"])
 @pytest.mark.parametrize("seed", range(3))
-def test_coverage_in_a_round_is_the_dense_reference(anatomy: Anatomy, weights: str, seed: int) -> None:
+def test_coverage_in_a_round_is_the_dense_reference(anatomy: BlockLayout, weights: str, seed: int) -> None:
     """D_out (sum of p_k times the scattered changes) D_in in float64, D = 1 / max(c, .2), by what each client kept."""
     rng, modules = np.random.default_rng(seed), dict(zip(anatomy.sides, linear_shapes(anatomy), strict=True))
     blueprint = Blueprint(
@@ -329,28 +341,28 @@ def test_scores_are_asked_for_at_first_and_every_so_many_rounds(refresh: int, la
     assert state.scored == last
 
 
-def scored(keep: Keep | None, seed: int) -> dict[str, Array]:
-    from fedtune.ranking import gathered
+def scored(keep: ModelStructure | None, seed: int) -> dict[str, Array]:
+    from fedtune.pruning.ranking import at_structure
 
-    return dict(gathered(worth(seed), keep, ANATOMY))
+    return dict(at_structure(worth(seed), keep, ANATOMY))
 
 
 def test_votes_make_an_order_and_local_masks_none() -> None:
     voting = first(order={}, pruning={"policy": "vote"}, mode="reinit")
-    order = ranked(worth(5), ANATOMY, voting.pruning or SETTINGS)
-    mask = bitmap(kept(order, ANATOMY, SETTINGS, 0.5), ANATOMY)
+    order = rank_units(worth(5), ANATOMY, voting.pruning or SETTINGS)
+    mask = bitmap(structure_at(order, ANATOMY, SETTINGS, 0.5), ANATOMY)
     updates = [replace(update(voting, plan(name, 0.0)), mask=mask) for name in EXAMPLES]
     after = METHOD.aggregate(voting, updates)
     found = after.structure(0.5)
     assert found is not None
     assert bitmap(found, ANATOMY) == mask
     own = first(order={}, pruning={"policy": "local"}, mode="reinit")
-    assert METHOD.assign(own, 0, plan("ann", 0.5)).surgery == pruning.ordered(own, plan("ann", 0.5))[0]
+    assert METHOD.assign(own, 0, plan("ann", 0.5)).surgery == pruning.pruning_task(own, plan("ann", 0.5))[0]
     assert METHOD.aggregate(own, updates).order == {}
 
 
 def test_a_state_with_an_order_is_written_and_read() -> None:
-    from fedtune.methods import state as states
+    from fedtune.methods import serialization as states
 
     state = first(mode="reinit")
     updates = [

@@ -19,9 +19,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import ConfigError, ShapeError
-from fedtune.keep import Anatomy, Keep, Kept, whole
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model import deployed
 from fedtune.model.base import Base, load_tokenizer
 from fedtune.model.base import load as load_base
@@ -35,25 +34,26 @@ from fedtune.model.deployed import (
     write_uniform,
 )
 from fedtune.model.merge import merge
-from fedtune.model.prune import anatomy_of, pruned
+from fedtune.model.pruned_training import block_layout as anatomy_in_full
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.model.shrunk import anatomy as anatomy_in_full
-from tests.model.test_prune import CAUSAL, CONFIGS, IDS, MASK, base_of, build, logits, random_adapter, random_keep
+from fedtune.model.surgery import layout_of, with_structure
+from fedtune.pruning.structure import BlockLayout, BlockStructure, ModelStructure, full_block
+from tests.model.test_surgery import CAUSAL, CONFIGS, IDS, MASK, base_of, build, logits, random_adapter, random_keep
 
 CPU = torch.device("cpu")
 REST: dict[str, Any] = {"saved": {}, "dtype": "float32", "revision": None}
 
 
-def stored(name: str, folder: Path) -> tuple[Base, Anatomy]:
+def stored(name: str, folder: Path) -> tuple[Base, BlockLayout]:
     """Return a tiny base with its checkpoint in a folder."""
     model = build(name)
     model.save_pretrained(folder)
-    anatomy = anatomy_of(model)
+    anatomy = layout_of(model)
     return replace(base_of(model, anatomy), path=str(folder)), anatomy
 
 
-def same(keep: Keep, anatomy: Anatomy, kept: Kept) -> Keep:
-    return Keep(tuple(kept for _ in anatomy.blocks))
+def same(keep: ModelStructure, anatomy: BlockLayout, kept: BlockStructure) -> ModelStructure:
+    return ModelStructure(tuple(kept for _ in anatomy.blocks))
 
 
 def merged_into(model: Any, adapter: Adapter) -> None:
@@ -78,7 +78,7 @@ def test_a_folder_of_unequal_widths_reloads_exactly(name: str, tmp_path: Path) -
     assert cost.applied == pytest.approx(1, abs=1e-4)
     found = load(tmp_path / "out", dtype="float32", device=CPU)
     merged_into(base.model, adapter)
-    with pruned(base.model, keep, anatomy), torch.inference_mode():
+    with with_structure(base.model, keep, anatomy), torch.inference_mode():
         assert torch.equal(logits(found), logits(base.model))  # difference 0.0
         ours, theirs = dict(found.named_parameters()), dict(base.model.named_parameters())
         assert ours.keys() == theirs.keys()
@@ -88,7 +88,7 @@ def test_a_folder_of_unequal_widths_reloads_exactly(name: str, tmp_path: Path) -
             assert generated(found) == generated(base.model)
     assert not any(parameter.requires_grad for parameter in found.parameters())
     assert not found.training
-    assert anatomy_of(found).blocks == tuple(
+    assert layout_of(found).blocks == tuple(
         replace(block, heads=len(kept.q), kv_heads=len(kept.kv), channels=len(kept.ff))
         for block, kept in zip(anatomy.blocks, keep.blocks, strict=True)
     )
@@ -105,7 +105,7 @@ def test_half_precision_is_cast_once_at_the_end(tmp_path: Path) -> None:
     assert "lm_head.weight" not in held  # tied
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     merged_into(base.model, adapter)
-    with pruned(base.model, keep, anatomy):
+    with with_structure(base.model, keep, anatomy):
         expected = {name: p.detach().to(torch.bfloat16) for name, p in base.model.named_parameters()}
     found = load(tmp_path / "out", dtype="bfloat16", device=CPU)
     assert all(torch.equal(parameter, expected[name]) for name, parameter in found.named_parameters())
@@ -114,9 +114,9 @@ def test_half_precision_is_cast_once_at_the_end(tmp_path: Path) -> None:
 
 def test_what_the_whole_model_would_be_is_what_merge_writes(loaded: Any, tmp_path: Path) -> None:
     base = loaded("llama", targets=("all-linear",))
-    anatomy = anatomy_of(base.model)
+    anatomy = layout_of(base.model)
     adapter = random_adapter(anatomy)
-    ours = write_uniform(tmp_path / "ours", base, whole(anatomy), anatomy, adapter, **REST)
+    ours = write_uniform(tmp_path / "ours", base, full_block(anatomy), anatomy, adapter, **REST)
     theirs = merge(base, adapter, {}, dtype="float32", revision=None, out=tmp_path / "theirs")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
     assert one.keys() == other.keys()
@@ -144,14 +144,14 @@ def test_equal_widths_load_in_stock_transformers(name: str, tmp_path: Path) -> N
     block = anatomy.blocks[0]
     kv = tuple(range(block.kv_heads)) if anatomy.family in ("gpt2", "bert", "roberta") else (block.kv_heads - 1,)
     q = tuple(head * block.group + i for head in kv for i in range(block.group))
-    keep = same(whole(anatomy), anatomy, Kept(q=q, kv=kv, ff=(1, 4, 5, 9, 20)))
+    keep = same(full_block(anatomy), anatomy, BlockStructure(q=q, kv=kv, ff=(1, 4, 5, 9, 20)))
     adapter = random_adapter(anatomy)
     write_uniform(tmp_path / "out", base, keep, anatomy, adapter, **REST)
     auto = AutoModelForCausalLM if name in CAUSAL else AutoModelForSequenceClassification
     found, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True, attn_implementation="sdpa")
     assert not any(info.values())
     merged_into(base.model, adapter)
-    with pruned(base.model, keep, anatomy), torch.inference_mode():
+    with with_structure(base.model, keep, anatomy), torch.inference_mode():
         torch.testing.assert_close(logits(found.eval()), logits(base.model), atol=1e-5, rtol=1e-5)
     assert not (tmp_path / "out" / "config.json").read_text().count("fedtune")
 
@@ -163,22 +163,24 @@ def test_three_of_four_heads_load_where_the_size_of_a_head_is_named(name: str, t
     kind = CONFIGS[name]()[0]
     model = kind(config).eval()
     model.save_pretrained(tmp_path / "base")
-    anatomy = anatomy_of(model)
-    keep = same(whole(anatomy), anatomy, Kept((0, 1, 3), (0, 1, 3), (0, 1, 2)))
+    anatomy = layout_of(model)
+    keep = same(full_block(anatomy), anatomy, BlockStructure((0, 1, 3), (0, 1, 3), (0, 1, 2)))
     write_uniform(
         tmp_path / "out", replace(base_of(model, anatomy), path=str(tmp_path / "base")), keep, anatomy, None, **REST
     )
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with pruned(model, keep, anatomy), torch.inference_mode():
+    with with_structure(model, keep, anatomy), torch.inference_mode():
         torch.testing.assert_close(logits(found.eval()), logits(model), atol=1e-5, rtol=1e-5)
 
 
 def test_widths_that_no_stock_config_can_say_are_refused_with_the_nearest_that_it_can() -> None:
     for name, expected in (("llama-mha", "2 or 4 heads"), ("gpt2", "4 heads"), ("bert", "4 heads")):
         model = build(name)
-        anatomy = anatomy_of(model)
+        anatomy = layout_of(model)
         with pytest.raises(ConfigError, match=f"{expected} in every block, which a stock {anatomy.family} .* got 3"):
-            uniform(model.config, same(whole(anatomy), anatomy, Kept((0, 1, 2), (0, 1, 2), (0,))), anatomy)
+            uniform(
+                model.config, same(full_block(anatomy), anatomy, BlockStructure((0, 1, 2), (0, 1, 2), (0,))), anatomy
+            )
         if name != "llama-mha":  # what they refuse is what would not load
             model.config.num_attention_heads = 3
             with pytest.raises(ValueError, match=r"multiple|divisible"):
@@ -260,7 +262,7 @@ def test_an_adapter_on_tied_weights_is_not_dropped_in_silence(loaded: Any, tmp_p
     factors = Factors(a=np.ones((1, anatomy.width), np.float32), b=np.ones((anatomy.outputs, 1), np.float32))
     adapter = {"lm_head": factors}
     with pytest.raises(ConfigError, match=r"lm_head shares its weight with .*embed_tokens"):
-        write(tmp_path / "out", base, whole(anatomy), anatomy, adapter, **REST)
+        write(tmp_path / "out", base, full_block(anatomy), anatomy, adapter, **REST)
 
 
 def settings_of(folder: Path, task: str = "causal", dtype: str = "float32") -> ModelSettings:
@@ -284,12 +286,12 @@ def test_a_base_read_at_its_pruned_widths_is_the_whole_one_pruned(
     labels = () if task == "causal" else ("a", "b", "c")
     base = whole_base(settings, labels)
     anatomy = anatomy_at(settings, root=Path())
-    assert anatomy == anatomy_of(base.model)
+    assert anatomy == layout_of(base.model)
     keep = random_keep(anatomy, 7)
     found = load_pruned_base(settings, keep, root=Path(), seed=5, labels=labels)
     assert found.digest == base.digest
     assert {name.rpartition(".")[0] for name in found.new} == (set() if task == "causal" else set(base.saved_modules))
-    with pruned(base.model, keep, anatomy):
+    with with_structure(base.model, keep, anatomy):
         ours, theirs = found.model.state_dict(), base.model.state_dict()
         assert ours.keys() == theirs.keys()
         for key in ours:
@@ -328,7 +330,7 @@ def test_only_one_tensor_of_the_whole_base_is_there_at_once(
     monkeypatch.setattr(deployed, "reading", one_at_a_time)
     settings = settings_of(checkpoints["llama"])
     anatomy = anatomy_at(settings, root=Path())
-    keep = same(whole(anatomy), anatomy, Kept((0, 1), (0,), (0, 1, 2)))
+    keep = same(full_block(anatomy), anatomy, BlockStructure((0, 1), (0,), (0, 1, 2)))
     model = load_pruned_base(settings, keep, root=Path(), seed=0).model
     storage = {parameter.untyped_storage().data_ptr(): parameter for parameter in model.parameters()}
     held = sum(parameter.untyped_storage().nbytes() for parameter in storage.values())
@@ -339,7 +341,7 @@ def test_what_was_read_does_not_hang_on_the_file(tmp_path: Path, checkpoints: di
     model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
     model.save_pretrained(tmp_path)
     settings = settings_of(tmp_path)
-    keep = whole(anatomy_at(settings, root=Path()))
+    keep = full_block(anatomy_at(settings, root=Path()))
     found = load_pruned_base(settings, keep, root=Path(), seed=0).model
     before = {name: parameter.clone() for name, parameter in found.named_parameters()}
     file = tmp_path / "model.safetensors"
@@ -371,7 +373,7 @@ def test_bases_that_cannot_be_read_are_refused(tmp_path: Path, checkpoints: dict
     with pytest.raises(ConfigError, match=r"model\.base"):
         load_pruned_base(settings_of(tmp_path / "nowhere"), keep, root=Path(), seed=0)
     with pytest.raises(ShapeError, match="expected 2 blocks"):
-        load_pruned_base(settings, Keep(keep.blocks[:1]), root=Path(), seed=0)
+        load_pruned_base(settings, ModelStructure(keep.blocks[:1]), root=Path(), seed=0)
     model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -389,7 +391,7 @@ def test_bases_that_cannot_be_read_are_refused(tmp_path: Path, checkpoints: dict
 
 def test_modules_trained_in_full_and_a_new_head_are_written(loaded: Any, tmp_path: Path) -> None:
     base = loaded("bert", targets=("query", "value"), task="classification", labels=("a", "b"))
-    anatomy = anatomy_of(base.model)
+    anatomy = layout_of(base.model)
     keep = random_keep(anatomy, 4)
     saved = {name: array + np.float32(1) for name, array in base.saved_tensors().items()}
     write(tmp_path / "with", base, keep, anatomy, None, **{**REST, "saved": saved})
@@ -417,15 +419,15 @@ def test_the_settings_of_generation_travel(tmp_path: Path) -> None:
 def test_a_real_model_is_written_and_read(stories: Path, tmp_path: Path) -> None:
     settings = settings_of(stories)
     base = whole_base(settings)
-    anatomy = anatomy_of(base.model)
+    anatomy = layout_of(base.model)
     keep, adapter = random_keep(anatomy, 1), random_adapter(anatomy)
     write(tmp_path / "out", base, keep, anatomy, adapter, **REST)
     found = load(tmp_path / "out", dtype="float32", device=CPU)
     small = load_pruned_base(settings, keep, root=Path(), seed=0)
     assert small.digest == base.digest
     ids = torch.arange(5, 45)[None]
-    with pruned(base.model, keep, anatomy), torch.inference_mode():
+    with with_structure(base.model, keep, anatomy), torch.inference_mode():
         assert torch.equal(logits(small.model, ids, None), logits(base.model, ids, None))
     merged_into(base.model, adapter)
-    with pruned(base.model, keep, anatomy), torch.inference_mode():
+    with with_structure(base.model, keep, anatomy), torch.inference_mode():
         assert torch.equal(logits(found, ids, None), logits(base.model, ids, None))

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.demo import CLIENTS, examples
 from fedtune.model import embedded
 from fedtune.model.embedded import train
+from fedtune.runs.demo import CLIENTS, examples
 
 UNIFORM = math.log(2048)
 """Loss in nats of a model that knows nothing."""

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.adapter import Factors, delta, draw_a
 from fedtune.errors import ShapeError
+from fedtune.lora.adapter import Factors, delta, draw_a
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.model.base import Base
-from fedtune.model.lora import attached, frozen, layers, read_local, start
-from fedtune.round import Assignment, LocalAdapter, Plan, Training
+from fedtune.model.lora import frozen, layers, read_local, start, with_adapters
 from fedtune.tensors import cast
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -56,7 +56,7 @@ def test_a_frozen_adapter_of_mixed_ranks_equals_the_dense_change(loaded: Any) ->
     base = loaded()
     adapter = random_adapter(base, [3, 1, 8, 2])
     expected = dense(base, adapter)
-    with attached(base, frozen=adapter):
+    with with_adapters(base, frozen=adapter):
         torch.testing.assert_close(logits(base), expected, atol=2e-5, rtol=0)
 
 
@@ -64,7 +64,7 @@ def test_conv1d_layers_take_the_same_factors(loaded: Any) -> None:
     base = loaded("gpt2", targets=["c_attn", "c_proj"])
     adapter = random_adapter(base, [2] * len(base.modules))
     expected = dense(base, adapter, transposed=True)
-    with attached(base, frozen=adapter):
+    with with_adapters(base, frozen=adapter):
         torch.testing.assert_close(logits(base), expected, atol=2e-5, rtol=0)
 
 
@@ -76,14 +76,14 @@ def test_frozen_and_local_add_up_with_the_scale_on_local_only(loaded: Any) -> No
         for name in one
     }
     expected = dense(base, both)
-    with attached(base, frozen=one, local=two, scale=0.5):
+    with with_adapters(base, frozen=one, local=two, scale=0.5):
         torch.testing.assert_close(logits(base), expected, atol=2e-5, rtol=0)
 
 
 def test_gradients_reach_the_local_adapter_and_nothing_else(loaded: Any) -> None:
     base = loaded()
     adapter = random_adapter(base, [2] * 4)
-    with attached(base, frozen=adapter, local=adapter) as model:
+    with with_adapters(base, frozen=adapter, local=adapter) as model:
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(names) == 8
     assert all(".local." in name for name in names)
@@ -91,7 +91,7 @@ def test_gradients_reach_the_local_adapter_and_nothing_else(loaded: Any) -> None
 
 def test_only_b_is_trained_where_only_b_is_asked_for(loaded: Any) -> None:
     base = loaded()
-    with attached(base, local=random_adapter(base, [2] * 4), train="b") as model:
+    with with_adapters(base, local=random_adapter(base, [2] * 4), train="b") as model:
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(names) == 4
     assert all("lora_B.local" in name for name in names)
@@ -102,7 +102,7 @@ def test_the_base_is_afterwards_what_it_was_before(loaded: Any) -> None:
     names, before = [name for name, _ in base.model.named_parameters()], logits(base)
     adapter = random_adapter(base, [2] * 4)
     saved = {"lm_head.weight": np.ones_like(base.saved_tensors()["lm_head.weight"])}
-    with attached(base, frozen=adapter, local=adapter, saved=saved) as model:
+    with with_adapters(base, frozen=adapter, local=adapter, saved=saved) as model:
         assert not torch.equal(logits(base), before)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -116,7 +116,7 @@ def test_the_base_is_afterwards_what_it_was_before(loaded: Any) -> None:
 def test_the_base_is_restored_when_the_block_fails(loaded: Any) -> None:
     base = loaded()
     before = logits(base)
-    with pytest.raises(KeyError), attached(base, local=random_adapter(base, [2] * 4)):
+    with pytest.raises(KeyError), with_adapters(base, local=random_adapter(base, [2] * 4)):
         raise KeyError
     assert torch.equal(logits(base), before)
     assert not layers(base.model, "local")
@@ -125,7 +125,7 @@ def test_the_base_is_restored_when_the_block_fails(loaded: Any) -> None:
 def test_modules_to_save_take_the_sent_values_for_the_block(loaded: Any) -> None:
     base = loaded(saved=["lm_head"])
     zero = {"lm_head.weight": np.zeros_like(base.saved_tensors()["lm_head.weight"])}
-    with attached(base, saved=zero):
+    with with_adapters(base, saved=zero):
         assert torch.count_nonzero(logits(base)) == 0
 
 
@@ -136,7 +136,7 @@ def test_a_module_of_rank_zero_is_the_bases_own(loaded: Any) -> None:
         name: Factors(np.zeros((0, n), np.float32), np.zeros((m, 0), np.float32))
         for name, (m, n) in base.modules.items()
     }
-    with attached(base, frozen=empty):
+    with with_adapters(base, frozen=empty):
         assert torch.equal(logits(base), before)
 
 
@@ -178,7 +178,7 @@ def test_a_dense_change_becomes_exact_factors(loaded: Any, shape: tuple[int, int
 def test_the_trained_adapter_is_read_back_as_it_was_written(loaded: Any) -> None:
     base = loaded()
     adapter = random_adapter(base, [2, 3, 2, 3])
-    with attached(base, local=adapter, scale=2.0) as model:
+    with with_adapters(base, local=adapter, scale=2.0) as model:
         read = read_local(model)
     assert read.keys() == adapter.keys()
     for name, factors in adapter.items():

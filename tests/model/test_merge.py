@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.adapter import Factors
-from fedtune.model.lora import attached
+from fedtune.lora.adapter import Factors
+from fedtune.model.lora import with_adapters
 from fedtune.model.merge import merge
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -29,7 +29,7 @@ def random_adapter(base: Any, size: float) -> dict[str, Factors]:
 def test_the_merged_model_gives_the_adapters_logits(tmp_path: Path, loaded: Any, name: str, targets: list[str]) -> None:
     base = loaded(name, targets=targets)
     adapter = random_adapter(base, 0.1)
-    with attached(base, frozen=adapter) as model, torch.inference_mode():
+    with with_adapters(base, frozen=adapter) as model, torch.inference_mode():
         expected = model(input_ids=IDS).logits
     merged = merge(base, adapter, {}, dtype="float32", revision=None, out=tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -15,23 +15,23 @@ import pytest
 import torch
 
 from fedtune.data.encode import Example
-from fedtune.directions import ids
-from fedtune.directions.bank import displacement, perturbed
-from fedtune.directions.ledger import SeedLedger
-from fedtune.directions.sums import counted
-from fedtune.directions.trainable import Reach, trainable
+from fedtune.directions import sampling
+from fedtune.directions.bank import displacement, perturb
+from fedtune.directions.downlink import count_scalars
+from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import ClientError, RoundError
+from fedtune.messages import Probe, SeedState, Training
 from fedtune.model import probe as probing
 from fedtune.model.base import Base, digest
-from fedtune.model.probe import Measurements, around, clipped, measure, positioned, steps_of
-from fedtune.model.rebuilt import Move, mean_loss
+from fedtune.model.probe import Measurements, around, at_position, clip_scalar, measure, steps_of
+from fedtune.model.seed_rebuild import Move, mean_loss
 from fedtune.model.train import Batch, batches, collate
-from fedtune.round import Probe, SeedState, Training
 from fedtune.tensors import Array
 from tests.model.conftest import bank_of, ledger_of
 
 KEY = 77
-DRAWN = ids.uniform(5, 12, 16)
+DRAWN = sampling.sample_uniform(5, 12, 16)
 
 
 def probe(bank: Any = "hadamard", **changes: Any) -> Probe:
@@ -45,7 +45,7 @@ def training(steps: int, *, batch: int = 1, learning_rate: float = 0.1) -> Train
 
 
 def reached(base: Base, bank: str) -> Sequence[int]:
-    return trainable(base.manifest, Reach(bank), base.matrices)
+    return trainable_ordinals(base.manifest, TensorSelection(bank), base.matrices)
 
 
 def measured(
@@ -86,7 +86,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, examples: Any) -> Script:
         def positioned(*arguments: Any) -> Iterator[Scripted]:
             yield position
 
-        monkeypatch.setattr(probing, "positioned", positioned)
+        monkeypatch.setattr(probing, "at_position", positioned)
         count = len(losses) * (asked.queries if asked.estimator == "one-sided" else 1)
         seeds = np.arange(count, dtype=np.int32) if drawn is None else np.array(drawn, np.int32)
         base: Any = SimpleNamespace(device=torch.device("cpu"), task="causal", pad_id=0)
@@ -184,15 +184,15 @@ def test_a_clip_bounds_the_slope_before_it_is_multiplied(
 
 def test_the_running_clip_holds_from_the_seventeenth_slope_on_and_forgets_the_oldest() -> None:
     sizes = deque[float](maxlen=128)
-    assert [clipped(g, 0.0, sizes) for g in [1.0, -100.0] + [1.0] * 14] == [1.0, -100.0] + [1.0] * 14
+    assert [clip_scalar(g, 0.0, sizes) for g in [1.0, -100.0] + [1.0] * 14] == [1.0, -100.0] + [1.0] * 14
     # Of one 100 and fifteen ones the 0.9-quantile is 1: from here on the bound is 2.
-    assert clipped(-50.0, 0.0, sizes) == -2.0
-    assert clipped(1.5, 0.0, sizes) == 1.5
+    assert clip_scalar(-50.0, 0.0, sizes) == -2.0
+    assert clip_scalar(1.5, 0.0, sizes) == 1.5
     assert list(sizes)[-2:] == [50.0, 1.5]  # as they were, not as they were clipped
     for _ in range(128):
-        clipped(10.0, 0.0, sizes)
+        clip_scalar(10.0, 0.0, sizes)
     assert len(sizes) == 128
-    assert clipped(50.0, 0.0, sizes) == 20.0
+    assert clip_scalar(50.0, 0.0, sizes) == 20.0
 
 
 def test_the_running_clip_is_one_client_s_of_one_round(scripted: Script) -> None:
@@ -229,7 +229,7 @@ def test_memory_that_runs_out_names_what_to_lower(loaded: Any, examples: Any, mo
     def full(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("fedtune.model.rebuilt.mean_loss", full)
+    monkeypatch.setattr("fedtune.model.seed_rebuild.mean_loss", full)
     with pytest.raises(ClientError, match=r"ann: expected its batch of 3 to fit; memory ran out; lower client\.batch"):
         measured(base, examples(2), probe(), ledger_of(base, "hadamard"), batch=3)
 
@@ -240,7 +240,7 @@ def test_any_other_error_is_let_through(loaded: Any, examples: Any, monkeypatch:
     def broken(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("size mismatch")
 
-    monkeypatch.setattr("fedtune.model.rebuilt.mean_loss", broken)
+    monkeypatch.setattr("fedtune.model.seed_rebuild.mean_loss", broken)
     with pytest.raises(RuntimeError, match="size mismatch"):
         measured(base, examples(2), probe(), ledger_of(base, "hadamard"))
     assert digest(base.model) == own
@@ -265,7 +265,7 @@ def by_hand(
     with torch.no_grad():
         for seed in drawn.tolist():
             batch = collate([rows[place] for place in next(order)], base)
-            plus, minus = (loss(perturbed(sums, seed, amount), batch) for amount in (-32, 32))
+            plus, minus = (loss(perturb(sums, seed, amount), batch) for amount in (-32, 32))
             slope = (plus - minus) / (2 * 32 * 2.0**-10)
             scalars.append(max(-127, min(127, round(rate * slope * 2**10 / 2**3))))
             sums[seed] += scalars[-1] * 2**3
@@ -310,15 +310,15 @@ def test_the_client_has_moved_by_what_the_server_will_add_for_it(
 
     @contextmanager
     def watched(*arguments: Any) -> Iterator[Spied]:
-        with positioned(*arguments) as position:
+        with at_position(*arguments) as position:
             spied.append(Spied(position, 16))
             yield spied[0]
 
-    monkeypatch.setattr(probing, "positioned", watched)
+    monkeypatch.setattr(probing, "at_position", watched)
     own, asked = digest(base.model), probe(bank, estimator=estimator, queries=4)
     found = measured(base, examples(4), asked, ledger_of(base, bank), batch=2, learning_rate=0.3)
     assert np.abs(found.scalars.astype(int)).max() <= 127
-    np.testing.assert_array_equal(spied[0].sums, counted(DRAWN, found.scalars, 16) << 3)
+    np.testing.assert_array_equal(spied[0].sums, count_scalars(DRAWN, found.scalars, 16) << 3)
     assert spied[0].sums.any()
     assert digest(base.model) == own
 
@@ -348,7 +348,7 @@ def test_padding_weighs_nothing_a_batch_s_loss_is_the_mean_over_its_tokens(
 ) -> None:
     base, rows = loaded(), examples(4)
     moves = [(3, -32), (3, 32)]
-    with positioned(base, ledger_of(base, bank), reached(base, bank)) as position, torch.inference_mode():
+    with at_position(base, ledger_of(base, bank), reached(base, bank)) as position, torch.inference_mode():
         together = position.losses(batch := collate(rows, base), moves)
         alone = [(position.losses(one, moves), one.count) for one in (collate([row], base) for row in rows)]
     assert not batch.attention_mask.all()
@@ -368,7 +368,7 @@ def published(base: Base, rows: Sequence[Example], drawn: Array, *, eps: float, 
     start = [weight.double().numpy().copy() for weight in weights]
     with torch.no_grad():
         for seed in drawn.tolist():
-            one = perturbed(np.zeros(16, np.int32), seed, 1)
+            one = perturb(np.zeros(16, np.int32), seed, 1)
             z = [
                 torch.from_numpy(displacement(bank, one, ordinal=ordinal, shape=entry.shape) / 2.0).view(entry.shape)
                 for ordinal, entry in enumerate(base.manifest.entries)
@@ -392,7 +392,7 @@ def test_fifty_steps_of_the_papers_loop_end_at_the_same_weights(
 
     Scalars of 8 bits are off by half of one; here most are below 64, and the ends differ by 0.7 parts in a hundred.
     """
-    rows, drawn = examples(5), ids.uniform(9, STEPS, 16)  # more steps than seeds
+    rows, drawn = examples(5), sampling.sample_uniform(9, STEPS, 16)  # more steps than seeds
     eps, rate = 2.0**-7, 5e-5
     theirs = published(loaded(), rows, drawn, eps=eps, rate=rate)
     base = loaded()
@@ -402,10 +402,10 @@ def test_fifty_steps_of_the_papers_loop_end_at_the_same_weights(
     if scalars == "int8":
         found = measured(base, rows, asked, ledger, drawn, learning_rate=rate)
         assert np.abs(found.scalars.astype(int)).max() < 127  # none was cut off
-        sums += counted(drawn, found.scalars, 16) << SHIFT
+        sums += count_scalars(drawn, found.scalars, 16) << SHIFT
     else:
         order = batches(len(rows), size=1, key=KEY)
-        with positioned(base, ledger, reached(base, "gaussian")) as position, torch.inference_mode():
+        with at_position(base, ledger, reached(base, "gaussian")) as position, torch.inference_mode():
             for seed in drawn.tolist():
                 batch = collate([rows[place] for place in next(order)], base)
                 (step,) = steps_of(position.losses(batch, around([seed], asked)), asked, rate, deque())

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.directions.torch_rebuild import as_array
+from fedtune.directions.rebuild_torch import as_array
 from fedtune.errors import ConfigError
 from fedtune.model.base import Base, digest, manifest_of
-from fedtune.model.rebuilt import rebuilt
 from fedtune.model.replay import base_of, write
+from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.model.settings import ModelSettings
 from tests.model.conftest import ledger_of
 
@@ -32,7 +32,7 @@ def test_the_model_that_is_written_has_the_rebuilt_weights_to_the_bit(
 ) -> None:
     base = loaded(name, targets=["all-linear"], dtype=dtype)
     own, ledger = digest(base.model), ledger_of(base, "hadamard")
-    with rebuilt(base, ledger, every(base)), torch.inference_mode():
+    with with_rebuilt_weights(base, ledger, every(base)), torch.inference_mode():
         expected = base.model(input_ids=IDS).logits
     weights = write(base, ledger, every(base), tmp_path)
     written = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()

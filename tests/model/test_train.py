@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fedtune.errors import ClientError
-from fedtune.model.lora import attached, read_local, start
-from fedtune.model.train import batches, collate, learning_rate, memory_told, peak_bytes, summed_loss, train
-from fedtune.round import Assignment, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training
+from fedtune.model.lora import read_local, start, with_adapters
+from fedtune.model.train import batches, collate, learning_rate, peak_bytes, report_out_of_memory, summed_loss, train
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
 
@@ -18,7 +18,7 @@ TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
 def run(base: Any, rows: Any, training: Training, *, key: int = 1) -> Any:
     plan = Plan("c", 4, 2.0, training)
     local = start(Assignment("flora", 1, key, plan, LocalAdapter(a_key=5)), base.modules)
-    with attached(base, local=local, scale=2.0, dropout=training.dropout) as model:
+    with with_adapters(base, local=local, scale=2.0, dropout=training.dropout) as model:
         return train(base, rows, training, key=key, client="c"), read_local(model)
 
 
@@ -97,6 +97,22 @@ def test_sgd_and_bf16_autocast_train(loaded: Any, examples: Any) -> None:
     assert trained.loss_after < trained.loss_before
 
 
+def test_a_gradient_above_the_bound_is_scaled_down_to_it(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(4)
+    training = replace(TRAINING, optimizer="sgd", learning_rate=1.0, steps=1)
+
+    def moved(clip_norm: float | None) -> float:
+        plan = Plan("c", 4, 2.0, training)
+        before = start(Assignment("flora", 1, 1, plan, LocalAdapter(a_key=5)), base.modules)
+        _, after = run(base, rows, replace(training, clip_norm=clip_norm))
+        squares = [np.square(after[n].a - before[n].a).sum() + np.square(after[n].b - before[n].b).sum() for n in after]
+        return float(np.sqrt(sum(squares)))
+
+    free = moved(None)
+    assert moved(free / 4) == pytest.approx(free / 4, rel=1e-3)
+    assert moved(4 * free) == pytest.approx(free, rel=1e-6)
+
+
 def test_a_classifier_trains_on_labels(loaded: Any, examples: Any) -> None:
     base = loaded("bert", targets=["query"], task="classification", labels=["a", "b"])
     rows = examples(6, classes=2)
@@ -115,7 +131,7 @@ def test_a_head_is_trained_in_float32_over_a_half_precision_base(
     before = base.saved_tensors()
     training = replace(TRAINING, learning_rate=1e-5)
     local = start(Assignment("flora", 1, 1, Plan("c", 4, 2.0, training), LocalAdapter(a_key=5)), base.modules)
-    with attached(base, local=local, scale=2.0, saved=before):
+    with with_adapters(base, local=local, scale=2.0, saved=before):
         train(base, examples(8, classes=2), training, key=1, client="c")
         after = base.saved_tensors()
     assert {str(p.dtype) for p in base.model.parameters()} == {"torch.float32", f"torch.{dtype}"}
@@ -156,7 +172,7 @@ def test_memory_that_runs_out_costs_the_client_alone_on_every_device(
     monkeypatch.setattr("fedtune.model.train.summed_loss", full)
     with (
         pytest.raises(ClientError, match=r"c: expected its batch of 2 to fit; memory ran out"),
-        memory_told("c", TRAINING.batch),
+        report_out_of_memory("c", TRAINING.batch),
     ):
         run(loaded(), examples(4), TRAINING)
 

@@ -5,12 +5,12 @@ from math import exp, isnan
 
 import pytest
 
-from fedtune.planning import Planner, Seen
+from fedtune.messages import OUT_OF_MEMORY, Client, Failure, Plan, Training
 from fedtune.planning.adaptive import Adaptive, AdaptiveSettings, Cost, Speed
+from fedtune.planning.planner import ClientObservation, Planner
 from fedtune.planning.policies import policy_of
 from fedtune.planning.policy import Arm
-from fedtune.ranking import PruningSettings
-from fedtune.round import OUT_OF_MEMORY, Client, Failure, Plan, Training
+from fedtune.pruning.ranking import PruningSettings
 
 TRAINING = Training(batch=4, learning_rate=0.1, epochs=1.0)
 FLEET = [Client("ann", 8), Client("bob", 8), Client("cyd", 8)]
@@ -104,7 +104,9 @@ def test_what_a_machine_says_of_its_memory_counts_where_no_profile_does() -> Non
 
 def test_running_out_of_memory_bans_what_needs_as_much_for_that_client() -> None:
     made = planner("random", target=0.0)
-    failed = Seen("ann", 8, ratio=0.5, rank=16, status="failed", reason=f"ann: a batch; {OUT_OF_MEMORY}; lower it")
+    failed = ClientObservation(
+        "ann", 8, ratio=0.5, rank=16, status="failed", reason=f"ann: a batch; {OUT_OF_MEMORY}; lower it"
+    )
     learned = made.observe(made.start(), [failed])
     assert learned.too_large == {"ann": 5.0}
     for round in range(2, 30):
@@ -133,7 +135,7 @@ def test_learning_is_made_again_from_what_was_seen(name: str) -> None:
     learned, history = made.start(), []
     for round in range(1, 6):
         seen = [
-            Seen(
+            ClientObservation(
                 n,
                 8,
                 p.ratio,
@@ -157,10 +159,12 @@ def test_learning_is_made_again_from_what_was_seen(name: str) -> None:
 def test_late_and_failed_clients_teach_what_is_known_of_them() -> None:
     made = planner()
     seen = [
-        Seen("ann", 8, 0.0, 8, status="late", reason="", compute_s=50.0, transfer_s=10.0, bytes_up=1_000_000),
-        Seen("bob", 8, 0.0, 8, status="failed", reason="no power"),
-        Seen("cyd", 8, 0.0, 8, compute_s=4.0, transfer_s=3.0, bytes_down=500_000, bytes_up=1_000_000),
-        Seen("eve", 8, 0.0, 0, status="unfit", reason="too large"),
+        ClientObservation(
+            "ann", 8, 0.0, 8, status="late", reason="", compute_s=50.0, transfer_s=10.0, bytes_up=1_000_000
+        ),
+        ClientObservation("bob", 8, 0.0, 8, status="failed", reason="no power"),
+        ClientObservation("cyd", 8, 0.0, 8, compute_s=4.0, transfer_s=3.0, bytes_down=500_000, bytes_up=1_000_000),
+        ClientObservation("eve", 8, 0.0, 0, status="unfit", reason="too large"),
     ]
     learned = made.observe(made.start(), seen).policy.clients
     assert learned.keys() == {"ann", "bob", "cyd"}

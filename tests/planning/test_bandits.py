@@ -6,7 +6,7 @@ import pytest
 
 from fedtune.planning.bandits import BanditMemory, Plays, Thompson, Ucb
 from fedtune.planning.policy import Arm, Policy
-from fedtune.planning.tree import STree
+from fedtune.planning.s_ucb import SUcb
 from tests.planning.conftest import ARMS, candidate, seen
 
 TWO = (Arm(0.0, 4), Arm(0.5, 4))
@@ -44,7 +44,7 @@ def test_the_arm_that_pays_most_is_played_most(policy: Ucb | Thompson) -> None:
     assert played[-60:].count(1) > 30
 
 
-@pytest.mark.parametrize("policy", [Ucb(ARMS), Thompson(ARMS), STree(ARMS)], ids=["ucb", "thompson", "s-ucb"])
+@pytest.mark.parametrize("policy", [Ucb(ARMS), Thompson(ARMS), SUcb(ARMS)], ids=["ucb", "thompson", "s-ucb"])
 def test_an_arm_that_never_comes_home_is_given_up(policy: Policy[Any]) -> None:
     memory, played = policy.start(), list[int]()
     for round in range(1, 40):
@@ -56,7 +56,7 @@ def test_an_arm_that_never_comes_home_is_given_up(policy: Policy[Any]) -> None:
     assert played[-20:].count(0) < 5
 
 
-@pytest.mark.parametrize("policy", [Ucb(ARMS), STree(ARMS)], ids=["ucb", "s-ucb"])
+@pytest.mark.parametrize("policy", [Ucb(ARMS), SUcb(ARMS)], ids=["ucb", "s-ucb"])
 def test_without_a_clock_losses_alone_teach(policy: Policy[Any]) -> None:
     memory, played = policy.start(), list[int]()
     for round in range(1, 60):

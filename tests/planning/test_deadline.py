@@ -14,11 +14,11 @@ from fedtune.planning.deadline import (
     Rate,
     Rates,
     best,
-    bounded,
     deadlines,
-    measured,
     quality,
     rates_of,
+    update_rate,
+    with_lower_bound,
 )
 from fedtune.planning.policy import Arm
 from tests.planning.conftest import ARMS, candidate, seen
@@ -73,21 +73,21 @@ def test_the_slow_device_gets_the_smaller_arm_and_the_deadline_is_sent_with_room
 
 def test_a_rate_is_a_mean_that_forgets_and_starts_anew_after_two_jumps() -> None:
     rate = Rate(np.nan)
-    rate = measured(rate, 10.0, 1.0)
+    rate = update_rate(rate, 10.0, 1.0)
     assert np.exp(rate.log_s) == pytest.approx(10)
-    second = measured(rate, 12.0, 1.0)
+    second = update_rate(rate, 12.0, 1.0)
     gain = 0.2 / (1 - 0.8**2)
     assert second.log_s == pytest.approx(np.log(10) + gain * np.log(1.2))
-    once = measured(second, 40.0, 1.0)
+    once = update_rate(second, 40.0, 1.0)
     assert once.misses == 1
-    twice = measured(once, 40.0, 1.0)
+    twice = update_rate(once, 40.0, 1.0)
     assert (np.exp(twice.log_s), twice.count) == (pytest.approx(40), 1)
 
 
 def test_a_missed_deadline_is_a_bound_and_not_a_measurement() -> None:
     known = Rates(Rate(np.log(20.0), count=3), Rate(np.log(10.0), count=3))
-    assert bounded(known, seen("ann", ARMS[0], late_s=25.0), 25.0) == known  # 30 s were expected anyway
-    slower = bounded(known, seen("ann", ARMS[0], late_s=60.0), 60.0)
+    assert with_lower_bound(known, seen("ann", ARMS[0], late_s=25.0), 25.0) == known  # 30 s were expected anyway
+    slower = with_lower_bound(known, seen("ann", ARMS[0], late_s=60.0), 60.0)
     assert np.exp([slower.compute.log_s, slower.transfer.log_s]) == pytest.approx([40.0, 20.0])
     assert (slower.compute.count, slower.transfer.count) == (3, 3)
 

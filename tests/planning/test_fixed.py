@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from fedtune.messages import Client, Failure, Plan, Training
 from fedtune.planning.fixed import Fixed, steps
-from fedtune.round import Client, Failure, Plan, Training
 
 TRAINING = Training(batch=4, learning_rate=0.1, steps=7)
 

@@ -8,16 +8,16 @@ import pytest
 from fedtune.planning.bandits import Thompson, Ucb
 from fedtune.planning.deadline import Deadline
 from fedtune.planning.policy import Arm, Observed, Policy
-from fedtune.planning.tree import STree
-from fedtune.planning.uniform import Uniform
+from fedtune.planning.random_choice import RandomChoice
+from fedtune.planning.s_ucb import SUcb
 from tests.planning.conftest import ARMS, candidate, seen
 
 NAMES = ("ann", "bob", "cyd")
 EVERY = {
-    "random": Uniform(ARMS),
+    "random": RandomChoice(ARMS),
     "ucb": Ucb(ARMS),
     "thompson": Thompson(ARMS),
-    "s-ucb": STree(ARMS),
+    "s-ucb": SUcb(ARMS),
     "deadline": Deadline(ARMS, explore=1),
 }
 

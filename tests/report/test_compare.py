@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import ConfigError
-from fedtune.report.compare import Spread, compare, spread, write_comparison
+from fedtune.report.compare import Spread, compare, mean_and_spread, write_comparison
 from tests.report.conftest import WriteRun
 
 
@@ -27,8 +27,8 @@ def test_seeds_of_one_recipe_become_mean_and_spread(write_run: WriteRun) -> None
     first, second = compare(paths).rows
     assert (first.name, first.method, first.seeds, first.rounds) == ("a", "flora", (0, 1), 2)
     assert first.test_after == Spread(2.0, math.sqrt(2))
-    assert first.seconds == spread([10, 30])
-    assert first.bytes_up == spread([4000, 6000])
+    assert first.seconds == mean_and_spread([10, 30])
+    assert first.bytes_up == mean_and_spread([4000, 6000])
     assert first.test_before.mean == pytest.approx((3.05 + 3.06) / 2)
     assert (second.name, second.method, second.seeds) == ("b", "fedit", (0,))
     assert second.test_after == Spread(5.0, None)
@@ -37,8 +37,8 @@ def test_seeds_of_one_recipe_become_mean_and_spread(write_run: WriteRun) -> None
 
 
 def test_what_no_seed_measured_has_no_mean() -> None:
-    assert math.isnan(spread([math.nan]).mean)
-    assert spread([math.nan, 2.0]) == Spread(2.0, None)
+    assert math.isnan(mean_and_spread([math.nan]).mean)
+    assert mean_and_spread([math.nan, 2.0]) == Spread(2.0, None)
 
 
 def test_a_seed_given_twice_is_refused(write_run: WriteRun) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.report.curves import client_names, gains, kinds, loss_curve, natural, paired_losses, standings
-from fedtune.report.records import read_run
+from fedtune.report.reader import read_run
 from tests.report.conftest import WriteRun
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fedtune.report.drawing import png
 from fedtune.report.plots import PLOTS
-from fedtune.report.records import read_run
+from fedtune.report.reader import read_run
 from tests.report.conftest import WriteRun
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fedtune.report.records import read_run
+from fedtune.report.reader import read_run
 from fedtune.report.tables import failures, table
 from tests.report.conftest import WriteRun
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from fedtune.errors import ExtraError
-from fedtune.report.records import read_run
+from fedtune.report.reader import read_run
 from fedtune.report.tensorboard import scalars, write_events
 from tests.report.conftest import WriteRun
 

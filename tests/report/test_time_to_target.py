@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.report.compare import compare
-from fedtune.report.time_to_target import T_975, Ratio, paired, time_to, times_to_target
+from fedtune.report.time_to_target import T_975, Ratio, paired_ratio, time_to, times_to_target
 from tests.report.conftest import WriteRun
 
 
@@ -33,24 +33,24 @@ def test_the_first_time_at_the_target_counts() -> None:
 
 def test_by_hand_an_interval_of_paired_times() -> None:
     # Ratios 1/2 and 1/8: logarithms -ln 2 and -3 ln 2, mean -2 ln 2, deviation sqrt(2) ln 2, half width 12.706 ln 2.
-    found = paired([1.0, 1.0], [2.0, 8.0])
+    found = paired_ratio([1.0, 1.0], [2.0, 8.0])
     assert found.mean == pytest.approx(1 / 4)
     assert found.low == pytest.approx(2 ** -(2 + 12.706))
     assert found.high == pytest.approx(2 ** (12.706 - 2))
 
 
 def test_one_seed_has_no_interval_and_a_time_of_nothing_no_ratio() -> None:
-    found = paired([3.0], [6.0])
+    found = paired_ratio([3.0], [6.0])
     assert found.mean == pytest.approx(0.5)
     assert math.isnan(found.low)
     assert math.isnan(found.high)
-    assert str(paired([0.0, 1.0], [1.0, 1.0])) == str(Ratio(math.nan, math.nan, math.nan))
-    assert math.isnan(paired([math.inf, 1.0], [1.0, 1.0]).mean)
+    assert str(paired_ratio([0.0, 1.0], [1.0, 1.0])) == str(Ratio(math.nan, math.nan, math.nan))
+    assert math.isnan(paired_ratio([math.inf, 1.0], [1.0, 1.0]).mean)
 
 
 @given(st.lists(st.floats(0.1, 1e4), min_size=2, max_size=20), st.floats(0.1, 10))
 def test_a_constant_factor_is_found_exactly_whatever_the_seeds_take(seconds: list[float], factor: float) -> None:
-    found = paired([factor * each for each in seconds], seconds)
+    found = paired_ratio([factor * each for each in seconds], seconds)
     assert found.mean == pytest.approx(factor)
     assert found.low == pytest.approx(factor)
     assert found.high == pytest.approx(factor)

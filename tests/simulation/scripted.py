@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import ClientError, ConfigError, Fault
-from fedtune.round import Assignment, ClientUpdate
-from fedtune.simulation.nursery import Perform, Prepared, tend
+from fedtune.messages import Assignment, ClientUpdate
+from fedtune.simulation.fork_server import PerformBytes, Prepared, serve
 
 
 def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepared:
@@ -39,7 +39,7 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
     elif "once" in spec:
         raise ConfigError(Fault("model.base", "a base", "none", "give one"))
 
-    def equip(place: int) -> Perform:
+    def equip(place: int) -> PerformBytes:
         return lambda assignment, threads: act(spec, parts, place, assignment, threads)
 
     return Prepared(equip, tuple(spec.get("devices", ["cpu"])))
@@ -95,4 +95,4 @@ def descriptors() -> list[str]:
 
 
 if __name__ == "__main__":
-    tend(int(sys.argv[-1]), prepare)
+    serve(int(sys.argv[-1]), prepare)

@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 
 from fedtune.errors import ClientError
-from fedtune.round import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.rounds.transport import Answer, Reply, Rule, Work
 from fedtune.simulation.inprocess import InProcess
-from fedtune.transport import Answer, Reply, Rule, Work
-from fedtune.wire.messages import EncodedAssignment, blob_encoder, decode_update, encode_assignment
+from fedtune.wire.codec import EncodedAssignment, blob_encoder, decode_update, encode_assignment
 
 TRAINING = Training(batch=1, learning_rate=0.1, steps=1)
 BLOB = {"x.a": np.ones((2, 6), ml_dtypes.bfloat16), "x.b": np.ones((4, 2), ml_dtypes.bfloat16)}

@@ -5,19 +5,19 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.simulation.resources import Machine, Resources, next_start, queued
+from fedtune.simulation.resources import Machine, Resources, next_start, start_order
 
 ONE = Resources()
 GPUS = Machine(cores=8, workers=4, devices=("cuda:0", "cuda:1"))
 
 
 def test_equal_clients_start_in_the_order_given() -> None:
-    assert queued({"cyd": ONE, "ann": ONE, "bob": ONE}) == ["cyd", "ann", "bob"]
+    assert start_order({"cyd": ONE, "ann": ONE, "bob": ONE}) == ["cyd", "ann", "bob"]
 
 
 def test_the_widest_clients_start_first() -> None:
     needs = {"ann": ONE, "bob": Resources(threads=4), "cyd": Resources(gpu_share=0.5), "dan": Resources(threads=2)}
-    assert queued(needs) == ["cyd", "bob", "dan", "ann"]
+    assert start_order(needs) == ["cyd", "bob", "dan", "ann"]
 
 
 def test_a_client_starts_on_the_first_idle_worker() -> None:
@@ -85,7 +85,7 @@ def test_everybody_gets_a_turn_within_the_limits(
     """However long each client takes, nothing is ever overcommitted and nothing waits while nothing runs."""
     needs = {f"client-{number}": resources for number, resources in enumerate(wanted)}
     machine = Machine(cores, workers, devices)
-    waiting, running, done = list(queued(needs)), dict[int, str](), set[str]()
+    waiting, running, done = list(start_order(needs)), dict[int, str](), set[str]()
     while waiting or running:
         while found := next_start(
             waiting, needs, {p: needs[c] for p, c in running.items()}, set(range(workers)) - running.keys(), machine
@@ -114,7 +114,7 @@ def test_no_wider_client_waits_when_one_as_wide_has_ended(widths: list[int], cor
     """What ran beside a wide client leaves room for the next one, so the narrow ones cannot keep it waiting."""
     needs = {f"client-{number}": Resources(width) for number, width in enumerate(widths)}
     machine = Machine(cores, workers=len(widths))
-    waiting, running = list(queued(needs)), dict[int, str]()
+    waiting, running = list(start_order(needs)), dict[int, str]()
     while waiting or running:
         while found := next_start(
             waiting, needs, {p: needs[c] for p, c in running.items()}, set(range(len(widths))) - running.keys(), machine

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.round import Failure
-from fedtune.store.history import History, Place, begun, replayed
+from fedtune.messages import Failure
+from fedtune.store.history import History, Place, has_begun, replay_journal
 from fedtune.store.journal import End, Journal
 
 Step = tuple[str, Mapping[str, Any]]
@@ -119,18 +119,18 @@ def test_what_cannot_follow_is_refused_and_changes_nothing(before: list[Step], s
 
 
 def test_a_journal_is_replayed_and_a_fault_names_its_record(tmp_path: Path) -> None:
-    assert not begun(tmp_path)
+    assert not has_begun(tmp_path)
     with pytest.raises(StoreError, match="expected a run that can be resumed; got a folder without a journal"):
-        replayed(tmp_path)
+        replay_journal(tmp_path)
     journal = Journal(tmp_path / "journal", End())
-    assert not begun(tmp_path)
+    assert not has_begun(tmp_path)
     for kind, fields in (START, OPEN, ACCEPT):
         journal.append(kind, fields)
-    assert begun(tmp_path)
-    history, end = replayed(tmp_path)
+    assert has_begun(tmp_path)
+    history, end = replay_journal(tmp_path)
     assert history == told(START, OPEN, ACCEPT)
     assert (end.count, end.epoch) == (3, 1)
     journal.append(*OPEN)
     journal.close()
     with pytest.raises(StoreError, match=r"journal, record 3 \(open\): expected round 1 to begin once"):
-        replayed(tmp_path)
+        replay_journal(tmp_path)

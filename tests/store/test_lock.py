@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.store.lock import holder, locked
+from fedtune.store.lock import holder, lock_run
 
 OTHER = """
 import sys
@@ -21,15 +21,15 @@ with locked(Path(sys.argv[1])):
 
 
 def test_a_second_writer_is_told_which_process_writes(tmp_path: Path) -> None:
-    with locked(tmp_path):
+    with lock_run(tmp_path):
         with (
             pytest.raises(StoreError, match=rf"no other process writes it; process {os.getpid()} does"),
-            locked(tmp_path),
+            lock_run(tmp_path),
         ):
             pass
         assert holder(tmp_path) == str(os.getpid())
     assert holder(tmp_path) is None
-    with locked(tmp_path):
+    with lock_run(tmp_path):
         pass
 
 
@@ -43,12 +43,12 @@ def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
         assert holder(tmp_path) == str(other.pid)
-        with pytest.raises(StoreError, match=f"process {other.pid} does; wait for it, or end it"), locked(tmp_path):
+        with pytest.raises(StoreError, match=f"process {other.pid} does; wait for it, or end it"), lock_run(tmp_path):
             pass
         other.kill()
         other.wait()
     assert holder(tmp_path) is None
-    with locked(tmp_path):
+    with lock_run(tmp_path):
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
 
@@ -58,11 +58,11 @@ def test_a_folder_without_a_lock_is_held_by_nobody(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_given_back_when_the_block_fails(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), locked(tmp_path):
+    with pytest.raises(KeyError), lock_run(tmp_path):
         raise KeyError
     assert holder(tmp_path) is None
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"missing/lock: expected to read or write it"), locked(tmp_path / "missing"):
+    with pytest.raises(StoreError, match=r"missing/lock: expected to read or write it"), lock_run(tmp_path / "missing"):
         pass

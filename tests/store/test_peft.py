@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fedtune.adapter import Adapter, Factors
 from fedtune.errors import StoreError
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import Base, load, load_tokenizer
-from fedtune.model.lora import attached
+from fedtune.model.lora import with_adapters
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.store import peft
 
@@ -52,7 +52,7 @@ def target_of(base: Base) -> peft.Target:
 
 
 def own_logits(base: Base, adapter: Adapter, saved: Any = None) -> torch.Tensor:
-    with attached(base, frozen=adapter, saved=saved or {}) as model, torch.inference_mode():
+    with with_adapters(base, frozen=adapter, saved=saved or {}) as model, torch.inference_mode():
         logits: torch.Tensor = model(input_ids=IDS).logits
     return logits
 

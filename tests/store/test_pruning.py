@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import ConfigError
-from fedtune.keep import Anatomy, Block, Keep, Kept
-from fedtune.ranking import PruningSettings
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure
 from fedtune.store import pruning
 from fedtune.tensors import Array
 
-ANATOMY = Anatomy("llama", (Block("model.layers.0", 4, 2, 2, 8),), width=8)
-KEEP = Keep((Kept((2, 3), (1,), (0, 1, 2, 6)),))
+ANATOMY = BlockLayout("llama", (Block("model.layers.0", 4, 2, 2, 8),), width=8)
+KEEP = ModelStructure((BlockStructure((2, 3), (1,), (0, 1, 2, 6)),))
 ORDER: dict[str, Array] = {"heads": np.arange(4, dtype=np.float32), "channels": np.arange(8, dtype=np.float32) / 3}
 BASE = {"name": "tiny", "digest": "abc123", "revision": ""}
 
@@ -40,7 +40,7 @@ def test_what_was_kept_and_its_order_come_back(written: Path) -> None:
 @given(st.sets(st.integers(0, 300)))
 def test_runs_give_their_numbers_back(numbers: set[int]) -> None:
     rising = tuple(sorted(numbers))
-    assert pruning.unrolled(pruning.runs(rising)) == rising
+    assert pruning.expand_runs(pruning.runs(rising)) == rising
 
 
 Change = Callable[[dict[str, Any]], None]

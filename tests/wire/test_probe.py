@@ -13,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import WireError
-from fedtune.round import (
+from fedtune.messages import (
     Assignment,
     ClientUpdate,
     LocalAdapter,
     Measured,
     Plan,
     Probe,
-    Probed,
+    ProbeResult,
     SeedState,
     Training,
 )
 from fedtune.tensors import Array
-from fedtune.wire import messages, probe
+from fedtune.wire import codec, probe
 from fedtune.wire.v1 import round_pb2 as pb
 
 LIMIT = 1 << 20
@@ -58,7 +58,7 @@ ASSIGNMENT = Assignment(
     local=LocalAdapter(a_key=0),
     probe=PROBE,
 )
-PROBED = Probed(
+PROBED = ProbeResult(
     np.array([0, 1, -1, 127, -127], np.int8), state=b"12345678", checks=bytes(range(16)), skipped=1, rms=0.25, lost=True
 )
 UPDATE = ClientUpdate(
@@ -72,13 +72,13 @@ UPDATE = ClientUpdate(
 
 
 def assignment_again(assignment: Assignment) -> Assignment:
-    encoded = messages.encode_assignment(assignment)
+    encoded = codec.encode_assignment(assignment)
     assert encoded.blobs == {}
-    return messages.decode_assignment(encoded.header, {})
+    return codec.decode_assignment(encoded.header, {})
 
 
 def update_again(update: ClientUpdate, client: str = "bank-1") -> ClientUpdate:
-    return messages.decode_update(messages.encode_update(update), client=client, limit_bytes=LIMIT, verb="probe")
+    return codec.decode_update(codec.encode_update(update), client=client, limit_bytes=LIMIT, verb="probe")
 
 
 def plain(update: ClientUpdate) -> object:
@@ -168,7 +168,7 @@ def test_every_field_travels() -> None:
 
 def test_what_is_sent_to_a_client_that_lost_its_state_stays_behind() -> None:
     both = replace(ASSIGNMENT, whole=ASSIGNMENT)
-    assert messages.encode_assignment(both) == messages.encode_assignment(ASSIGNMENT)
+    assert codec.encode_assignment(both) == codec.encode_assignment(ASSIGNMENT)
     assert assignment_again(both).whole is None
 
 
@@ -183,23 +183,23 @@ def test_an_assignment_is_as_long_as_its_accumulators() -> None:
     data = np.arange(4096, dtype=np.int32).tobytes()
     state = replace(STATE, data=data)
     whole = asked(seeds=4096, state=state, sampling="uniform", levels=b"", trainable=())
-    assert 16_384 < len(messages.encode_assignment(whole).header) < 16_384 + 200
+    assert 16_384 < len(codec.encode_assignment(whole).header) < 16_384 + 200
     drawn = asked(seeds=4096, state=state, levels=bytes([255]) * 4096, trainable=())
-    assert 16_384 + 4096 < len(messages.encode_assignment(drawn).header) < 16_384 + 4096 + 200
+    assert 16_384 + 4096 < len(codec.encode_assignment(drawn).header) < 16_384 + 4096 + 200
     # Of ten clients, 200 scalars each: one missed round.
     log = asked(seeds=4096, state=replace(STATE, form="log", data=bytes(2113)), sampling="uniform", levels=b"")
-    assert len(messages.encode_assignment(log).header) < 2113 + 200
+    assert len(codec.encode_assignment(log).header) < 2113 + 200
 
 
 def test_more_scalars_than_a_log_can_hold_are_not_asked_for() -> None:
     plan = replace(ASSIGNMENT.plan, training=replace(TRAINING, steps=2**16))
     with pytest.raises(WireError, match=r"client\.steps: expected at most 65535 scalars a round; got 65536"):
-        messages.encode_assignment(replace(ASSIGNMENT, plan=plan))
+        codec.encode_assignment(replace(ASSIGNMENT, plan=plan))
 
 
 def changed(change: Callable[[Any], object]) -> bytes:
     """Return the encoded assignment with its probe changed."""
-    header = pb.Assignment.FromString(messages.encode_assignment(ASSIGNMENT).header)
+    header = pb.Assignment.FromString(codec.encode_assignment(ASSIGNMENT).header)
     change(header.probe)
     return header.SerializeToString()
 
@@ -245,15 +245,15 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
 def test_a_probe_out_of_its_range_is_refused(lie: str) -> None:
     change, reason = LIES[lie]
     with pytest.raises(WireError, match=reason):
-        messages.decode_assignment(changed(change), {})
+        codec.decode_assignment(changed(change), {})
 
 
 def test_every_truncated_probe_is_refused_or_lacks_a_field() -> None:
-    header = messages.encode_assignment(ASSIGNMENT).header
+    header = codec.encode_assignment(ASSIGNMENT).header
     refused = 0
     for length in range(len(header)):
         try:
-            found = messages.decode_assignment(header[:length], {})
+            found = codec.decode_assignment(header[:length], {})
         except WireError:
             refused += 1
             continue
@@ -264,16 +264,16 @@ def test_every_truncated_probe_is_refused_or_lacks_a_field() -> None:
 
 def test_flipped_bits_give_a_wire_error_or_another_message_and_nothing_else() -> None:
     rng = random.Random(0)
-    header, data = messages.encode_assignment(ASSIGNMENT).header, messages.encode_update(UPDATE)
+    header, data = codec.encode_assignment(ASSIGNMENT).header, codec.encode_update(UPDATE)
     for _ in range(1500):
         place, bit = rng.randrange(len(header)), 1 << rng.randrange(8)
         flipped = header[:place] + bytes([header[place] ^ bit]) + header[place + 1 :]
         with suppress(WireError):
-            assert messages.decode_assignment(flipped, {}).round >= 0
+            assert codec.decode_assignment(flipped, {}).round >= 0
         place = rng.randrange(len(data))
         flipped = data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
         try:
-            found = messages.decode_update(flipped, client="bank-1", limit_bytes=LIMIT, verb="probe")
+            found = codec.decode_update(flipped, client="bank-1", limit_bytes=LIMIT, verb="probe")
         except WireError as error:
             assert str(error).startswith("bank-1: ")  # noqa: PT017  # most flips make another message
             continue
@@ -306,7 +306,7 @@ def test_an_update_comes_back_exactly(
         num_examples=examples,
         tensors={},
         measured=Measured(seconds, peak_mib * 2**20, tokens, loss_before=floats[0], loss_after=floats[1]),
-        probed=Probed(scalars, state, checks, skipped, rms=floats[2], lost=lost),
+        probed=ProbeResult(scalars, state, checks, skipped, rms=floats[2], lost=lost),
     )
     assert plain(update_again(update)) == plain(update)
 
@@ -322,30 +322,30 @@ def test_peak_memory_is_rounded_up_to_the_next_mebibyte() -> None:
 
 
 def test_200_scalars_take_at_most_260_bytes() -> None:
-    honest = Probed(np.full(200, -127, np.int8), state=bytes(8), checks=bytes(16), skipped=20)
+    honest = ProbeResult(np.full(200, -127, np.int8), state=bytes(8), checks=bytes(16), skipped=20)
     measured = Measured(3599.9, 2**33, 200_000, loss_before=10.5, loss_after=9.5)
-    data = messages.encode_update(replace(UPDATE, round=60, num_examples=5000, measured=measured, probed=honest))
+    data = codec.encode_update(replace(UPDATE, round=60, num_examples=5000, measured=measured, probed=honest))
     assert 200 < len(data) <= 260
     # Numbers are written in as many bytes as they need: the largest of all add two dozen.
     counts = {"round": 2**32 - 1, "num_examples": 2**64 - 1}
     most = replace(measured, peak_bytes=(2**32 - 1) * 2**20, tokens=2**64 - 1)
-    assert len(messages.encode_update(replace(UPDATE, measured=most, probed=honest, **counts))) <= 290  # type: ignore[arg-type]
+    assert len(codec.encode_update(replace(UPDATE, measured=most, probed=honest, **counts))) <= 290  # type: ignore[arg-type]
 
 
 def test_an_answer_that_asks_again_takes_a_few_bytes() -> None:
-    asks = ClientUpdate("bank-1", 3, 120, {}, probed=Probed(np.empty(0, np.int8), lost=True))
-    assert len(messages.encode_update(asks)) < 16
+    asks = ClientUpdate("bank-1", 3, 120, {}, probed=ProbeResult(np.empty(0, np.int8), lost=True))
+    assert len(codec.encode_update(asks)) < 16
     found = update_again(asks).probed
     assert found is not None
     assert (found.lost, len(found.scalars), found.rms) == (True, 0, None)
 
 
 def test_every_truncated_update_is_refused_or_lacks_a_field() -> None:
-    data = messages.encode_update(UPDATE)
+    data = codec.encode_update(UPDATE)
     refused = 0
     for length in range(len(data)):
         try:
-            found = messages.decode_update(data[:length], client="bank-1", limit_bytes=LIMIT, verb="probe")
+            found = codec.decode_update(data[:length], client="bank-1", limit_bytes=LIMIT, verb="probe")
         except WireError as error:
             assert str(error).startswith("bank-1: ")  # noqa: PT017  # a cut between two fields is another message
             refused += 1
@@ -362,30 +362,30 @@ def test_a_time_that_is_none_is_refused(seconds: float) -> None:
 
 
 def test_an_update_with_fields_of_another_release_is_refused() -> None:
-    data = messages.encode_update(UPDATE) + b"\xf8\x07\x01"
+    data = codec.encode_update(UPDATE) + b"\xf8\x07\x01"
     with pytest.raises(WireError, match=r"^bank-1: expected the fields of ProbeUpdate of this release"):
-        messages.decode_update(data, client="bank-1", limit_bytes=LIMIT, verb="probe")
+        codec.decode_update(data, client="bank-1", limit_bytes=LIMIT, verb="probe")
 
 
 def test_an_update_above_the_limit_is_not_read() -> None:
-    data = messages.encode_update(UPDATE)
+    data = codec.encode_update(UPDATE)
     with pytest.raises(WireError, match=f"at most {len(data) - 1} bytes; got {len(data)}"):
-        messages.decode_update(data, client="bank-1", limit_bytes=len(data) - 1, verb="probe")
+        codec.decode_update(data, client="bank-1", limit_bytes=len(data) - 1, verb="probe")
 
 
 def test_an_answer_to_the_other_verb_is_refused_either_way() -> None:
     adapted = replace(UPDATE, probed=None, tensors={"layer.a": np.ones((2, 3), np.float32)})
     with pytest.raises(WireError, match=r"^bank-1: "):
-        messages.decode_update(messages.encode_update(adapted), client="bank-1", limit_bytes=LIMIT, verb="probe")
+        codec.decode_update(codec.encode_update(adapted), client="bank-1", limit_bytes=LIMIT, verb="probe")
     with pytest.raises(WireError, match=r"^bank-1: "):
-        messages.decode_update(messages.encode_update(UPDATE), client="bank-1", limit_bytes=LIMIT, verb="adapt")
+        codec.decode_update(codec.encode_update(UPDATE), client="bank-1", limit_bytes=LIMIT, verb="adapt")
 
 
 @settings(deadline=None)
 @given(data=st.binary(max_size=200))
 def test_arbitrary_bytes_raise_nothing_but_a_wire_error(data: bytes) -> None:
     try:
-        found = messages.decode_update(data, client="bank-1", limit_bytes=LIMIT, verb="probe")
+        found = codec.decode_update(data, client="bank-1", limit_bytes=LIMIT, verb="probe")
     except WireError:
         return
     assert found.probed is not None

@@ -8,22 +8,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fedtune.directions.seed_ledger import describe
 from fedtune.errors import WireError
-from fedtune.keep import Anatomy, Block, linear_shapes
+from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors
-from fedtune.wire.messages import EncodedAssignment, encode_blob
+from fedtune.wire.codec import EncodedAssignment, encode_blob
 from fedtune.wire.profile import (
     ClientProfile,
     Device,
-    Foundation,
-    agreed,
+    ModelSpec,
+    common_model_spec,
     decode_profile,
     difference,
     encode_profile,
 )
 from fedtune.wire.v1 import round_pb2 as pb
 
-FOUNDATION = Foundation(
+FOUNDATION = ModelSpec(
     base="9f3c",
     modules={"layer.q": (4, 6), "layer.v": (2, 6)},
     saved={"score.weight": np.array([[1.5, -2.0]], np.float32)},
@@ -51,6 +52,14 @@ def test_a_profile_arrives_as_it_was_sent() -> None:
     np.testing.assert_array_equal(arrived.foundation.saved["score.weight"], FOUNDATION.saved["score.weight"])
     bare = replace(arrived, foundation=replace(arrived.foundation, saved={}))
     assert bare == replace(PROFILE, foundation=replace(FOUNDATION, saved={}))
+
+
+def test_a_manifest_of_another_number_of_parameters_is_refused() -> None:
+    listed = describe({"layer.q.weight": np.ones((4, 6), np.float32)}).encode()
+    whole = replace(PROFILE, foundation=replace(FOUNDATION, manifest=listed, parameters=24))
+    assert again(whole).foundation.manifest == listed
+    with pytest.raises(WireError, match=r"bank-1: expected a manifest of 25 parameters, no tensor empty; got 24"):
+        again(replace(whole, foundation=replace(whole.foundation, parameters=25)))
 
 
 def test_a_base_without_a_head_sends_no_tensors() -> None:
@@ -138,19 +147,19 @@ def named(name: str, **changes: object) -> ClientProfile:
 
 def test_the_foundation_of_most_clients_is_the_runs() -> None:
     profiles = [named("ann", base="77"), named("bob"), named("cyd")]
-    assert agreed(profiles).base == "9f3c"
-    assert agreed(profiles[::-1]).base == "9f3c"
+    assert common_model_spec(profiles).base == "9f3c"
+    assert common_model_spec(profiles[::-1]).base == "9f3c"
 
 
 def test_of_equals_the_first_by_name_decides() -> None:
     profiles = [named("cyd", base="88"), named("bob", base="77"), named("ann", base="99")]
-    assert agreed(profiles).base == "99"
-    assert agreed(profiles[::-1]).base == "99"
+    assert common_model_spec(profiles).base == "99"
+    assert common_model_spec(profiles[::-1]).base == "99"
 
 
 def test_initial_values_count_for_what_clients_have_in_common() -> None:
     other = {"score.weight": np.array([[1.5, -2.5]], np.float32)}
-    assert agreed([named("ann", saved=other), named("bob"), named("cyd")]).saved is FOUNDATION.saved
+    assert common_model_spec([named("ann", saved=other), named("bob"), named("cyd")]).saved is FOUNDATION.saved
 
 
 @pytest.mark.parametrize(
@@ -188,17 +197,17 @@ def test_each_clients_initial_values_are_hashed_once(monkeypatch: pytest.MonkeyP
         return "d"
 
     monkeypatch.setattr("fedtune.wire.profile.digest", counted)
-    agreed([named("ann"), named("bob"), named("cyd")])
+    common_model_spec([named("ann"), named("bob"), named("cyd")])
     assert len(hashed) == 3
     assert difference(FOUNDATION, FOUNDATION) == ""
     assert len(hashed) == 3
 
 
-STATED = Anatomy("llama", (Block("model.layers.0", 4, 2, 2, 16), Block("model.layers.1", 4, 2, 2, 16)), width=8)
+STATED = BlockLayout("llama", (Block("model.layers.0", 4, 2, 2, 16), Block("model.layers.1", 4, 2, 2, 16)), width=8)
 ADAPTED = {name: shape for name, shape in zip(STATED.sides, linear_shapes(STATED), strict=True) if "q_proj" in name}
 
 
-def stating(anatomy: Anatomy) -> ClientProfile:
+def stating(anatomy: BlockLayout) -> ClientProfile:
     return again(replace(PROFILE, foundation=replace(FOUNDATION, modules=ADAPTED, saved={}, anatomy=anatomy)))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import WireError
-from fedtune.round import Training
+from fedtune.messages import Training
 from fedtune.wire import settings
 
 TRAINING = Training(batch=4, learning_rate=3e-4, steps=30)

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedtune.model.torch_seed import seeded
+from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive
 
 MODULES = """
@@ -138,7 +138,7 @@ def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, key: int) -> Llama
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with seeded(key, torch.device("cpu")):  # transformers draws from torch's global generator and takes no other
+    with torch_seed(key, torch.device("cpu")):  # transformers draws from torch's global generator and takes no other
         return LlamaForCausalLM(config)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedtune.link.refusals import ADVICE, FATAL, PASSING
+from fedtune.link.rejections import ADVICE, FATAL, PASSING
 from fedtune.wire.v1 import link_pb2 as pb
 
 

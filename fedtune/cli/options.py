@@ -1,0 +1,69 @@
+"""What every command shares: its common options, where it writes, and how an error is told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+USAGE, INTERRUPTED = 2, 130
+"""Exit statuses: something that the user can mend, and Ctrl-C."""
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a help text."""
+    return "Examples:\n\n" + "\n\n".join(f"- `{line}`" for line in lines)  # typer joins the lines of a paragraph
+
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, e.g. runs/demo.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting of the recipe; may be given again."),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Last line of stdout: the result as one JSON object.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def console(file: Any) -> Any:
+    from rich.console import Console
+
+    # Rich guesses 80 columns where there is no terminal, and would fold tables that are piped into a file.
+    return Console(file=file, highlight=False, width=None if file.isatty() else 120)
+
+
+@contextmanager
+def report_errors(debug: bool) -> Iterator[None]:
+    """Turn every error that the user can mend into one message on stderr and an exit status, without a traceback."""
+    from fedtune.errors import FedtuneError
+
+    if debug or os.environ.get("FEDTUNE_DEBUG"):
+        yield
+        return
+    try:
+        yield
+    except FedtuneError as error:
+        typer.echo(f"fedtune: {print_line(str(error))}", err=True)
+        raise typer.Exit(USAGE) from None
+    except BrokenPipeError:
+        # Whoever read our output has left; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"fedtune: {print_line(where + (error.strerror or str(error)))}; --debug shows where", err=True)
+        raise typer.Exit(USAGE) from None
+    except KeyboardInterrupt:
+        typer.echo("fedtune: stopped by Ctrl-C", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def print_line(text: str) -> str:
+    from fedtune.cli.text import printable
+
+    return printable(text, lines=True)

@@ -1,0 +1,170 @@
+"""One client's own base and examples, loaded once per process, and what it says and does with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fedtune.client.perform import perform
+from fedtune.client.replica import Replicas
+from fedtune.config import Recipe, bind
+from fedtune.config.recipe import resources
+from fedtune.config.site import bind_site
+from fedtune.data.encode import Example
+from fedtune.data.federation import Federation, federate
+from fedtune.data.settings import DataSettings
+from fedtune.errors import ClientError, ConfigError, Fault
+from fedtune.messages import Assignment, ClientUpdate
+from fedtune.methods import METHODS
+from fedtune.model import embedded
+from fedtune.model.base import Base, load, load_tokenizer, memory_bytes
+from fedtune.model.pruned_training import block_layout
+from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.pruning.structure import BlockLayout
+from fedtune.wire.profile import ClientProfile, Device, ModelSpec
+
+
+@dataclass(frozen=True)
+class Site:
+    """A client with everything that it needs, whichever network asks it."""
+
+    client: str
+    base: Base
+    examples: Sequence[Example]
+    """For training."""
+    labels: Sequence[str]
+    threads: int
+    replicas: Replicas = field(default_factory=Replicas)
+    """What this process remembers of a run between rounds."""
+
+    def profile(self) -> ClientProfile:
+        """Return what the client says of itself."""
+        base = self.base
+        return ClientProfile(
+            client=self.client,
+            num_examples=len(self.examples),
+            foundation=ModelSpec(
+                base=base.digest,
+                modules=base.modules,
+                saved=base.saved_tensors(),
+                saved_modules=tuple(base.saved_modules),
+                labels=tuple(self.labels),
+                transposed=base.transposed,
+                parameters=sum(parameter.numel() for parameter in base.model.parameters()),
+                manifest=manifest(base),
+                anatomy=blocks(base),
+            ),
+            methods=tuple(METHODS),
+            device=device(base),
+        )
+
+    def perform(self, assignment: Assignment) -> ClientUpdate:
+        """Do what an assignment asks.
+
+        Raises:
+            ClientError: if it is for another client, or cannot be done.
+        """
+        if assignment.plan.client != self.client:
+            raise ClientError(
+                f"{self.client}: expected an assignment of its own; got one for {assignment.plan.client!r}; "
+                "check the names that the clients are registered under"
+            )
+        return perform(self.base, self.examples, assignment, threads=self.threads, replicas=self.replicas)
+
+
+# What is loaded is kept by this module, not by an app object: Ray pickles the app with every message, and what it holds
+# would be loaded as often.
+@lru_cache(maxsize=1)
+def from_file(path: str) -> Site:
+    """Return the site that a local file describes.
+
+    Raises:
+        ConfigError: if the file, or anything that it names, is wrong.
+    """
+    settings = bind_site(Path(path))
+    federation, base = load_site(
+        settings.model, settings.adapter.settings, settings.data, seed=settings.seed, root=settings.root
+    )
+    shards = federation.clients
+    name = settings.name if settings.split else next(iter(shards))
+    if name not in shards:
+        raise ConfigError(
+            Fault("name", f"one of the clients of data.split ({', '.join(list(shards)[:8])})", repr(name)), source=path
+        )
+    return Site(settings.name, base, shards[name].train, federation.labels, settings.model.threads)
+
+
+def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Site:
+    """Return the client of a recipe, in TOML or as a path, that a node of Flower's simulation engine stands for.
+
+    Raises:
+        ConfigError: if the recipe is wrong, or has fewer clients than there are nodes.
+    """
+    bound, federation, base, replicas = cached_recipe(recipe)
+    names, place = sorted(federation.clients), int(node_config["partition-id"])
+    if place >= len(names):
+        raise ConfigError(
+            Fault("num-supernodes", f"{len(names)}, the clients of the recipe", f"at least {place + 1}", "lower it")
+        )
+    name = names[place]
+    examples, threads = federation.clients[name].train, resources(bound, name).threads
+    return Site(name, base, examples, federation.labels, threads, replicas)
+
+
+@lru_cache(maxsize=1)
+def cached_recipe(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
+    """Return a recipe with the data and the base that it names, loaded once per process, and what it remembers."""
+    bound = bind(recipe)
+    return bound, *load_site(bound.model, bound.adapter, bound.data, seed=bound.seed, root=bound.root), Replicas()
+
+
+def load_site(
+    model: ModelSettings, adapter: AdapterSettings, data: DataSettings, *, seed: int, root: Path
+) -> tuple[Federation, Base]:
+    """Load data and base.
+
+    Raises:
+        ConfigError: if a file, column or module that the settings name does not exist.
+    """
+    if model.base == "embedded" and not (embedded.path() / "config.json").is_file():
+        expected, hint = "the model inside the package", "run the app in server/superlink, which ships no code"
+        raise ConfigError(Fault("model.base", expected, "Flower's bundle of the package, which holds code alone", hint))
+    tokenizer = load_tokenizer(model, root)
+    federation = federate(data, tokenizer=tokenizer, task=model.task, seed=seed, root=root)
+    base = load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
+    shards = federation.clients.values()
+    every = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
+    longest = max(len(example.input_ids) for example in every)
+    if longest > base.positions:
+        expected = f"examples of at most {base.positions} tokens, the positions that {base.name} has"
+        hint = f"set data.max_tokens = {base.positions}"
+        raise ConfigError(Fault("data.max_tokens", expected, f"one of {longest}", hint))
+    return federation, base
+
+
+def manifest(base: Base) -> bytes:
+    """Return the list of the base's tensors; nothing if one is not finite or of another format: LoRA may do with it."""
+    with suppress(ConfigError):
+        return base.manifest.encode()
+    return b""
+
+
+def blocks(base: Base) -> BlockLayout | None:
+    """Return the blocks of the base; none if surgery does not know it: only pruning asks for them."""
+    with suppress(ConfigError):
+        return block_layout(base)
+    return None
+
+
+def device(base: Base) -> Device:
+    """Return what the machine of this process can carry."""
+    return Device(
+        memory_bytes=memory_bytes(base.device),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+        accelerator="" if base.device.type == "cpu" else str(base.device),
+    )

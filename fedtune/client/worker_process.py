@@ -1,0 +1,111 @@
+"""What worker processes are told and run: the base and the clients' examples loaded once, then `client.perform`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtune.client.perform import perform
+from fedtune.client.replica import Replicas
+from fedtune.data import transfer
+from fedtune.data.encode import Example
+from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Assignment, ClientUpdate
+from fedtune.model.base import Base, choose_device, load, load_tokenizer
+from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.simulation.fork_server import PerformBytes, Prepared, serve
+
+
+def payload(
+    model: ModelSettings,
+    adapter: AdapterSettings,
+    examples: Mapping[str, Sequence[Example]],
+    *,
+    root: Path,
+    seed: int,
+    labels: Sequence[str] = (),
+    base: str = "",
+) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
+    """Return what `Nursery.load` hands to `prepare`.
+
+    Args:
+        model: the recipe's table `model`.
+        adapter: the recipe's table `adapter`.
+        examples: for training, by client.
+        root: folder that relative paths are relative to.
+        seed: the run's seed.
+        labels: names of the classes, for classification.
+        base: digest that the base must have; empty accepts any, and each assignment's own is checked all the same.
+    """
+    spec = {
+        "model": asdict(model),
+        "adapter": asdict(adapter),
+        "root": str(root.resolve()),
+        "seed": seed,
+        "labels": list(labels),
+        "base": base,
+    }
+    return spec, {name: transfer.encode(rows) for name, rows in examples.items()}
+
+
+def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepared:
+    """Load the base on the CPU, where all workers share it, and the examples of every client.
+
+    Raises:
+        ConfigError: if the base cannot be loaded, or is another one.
+    """
+    model, adapter, root = ModelSettings(**spec["model"]), AdapterSettings(**spec["adapter"]), Path(spec["root"])
+    base = load(
+        replace(model, device="cpu"),
+        adapter,
+        tokenizer=load_tokenizer(model, root),
+        root=root,
+        seed=spec["seed"],
+        labels=spec["labels"],
+    )
+    if spec["base"] not in ("", base.digest):
+        expected, got = f"the base of digest {spec['base'][:12]}", f"{base.digest[:12]} ({base.name})"
+        raise ConfigError(Fault("model.base", expected, got, "leave the files alone while a run starts"))
+    examples = {name: transfer.decode(part) for name, part in parts.items()}
+    devices = devices_of(choose_device(model.device))
+
+    def equip(place: int) -> PerformBytes:
+        resident, replicas = base_on_device(base, torch.device(devices[place % len(devices)])), Replicas()
+
+        def work(assignment: Assignment, threads: int) -> ClientUpdate:
+            mine = examples[assignment.plan.client]
+            return perform(resident, mine, assignment, threads=threads, replicas=replicas)
+
+        return work
+
+    return Prepared(equip, devices)
+
+
+def devices_of(chosen: torch.device) -> tuple[str, ...]:
+    """Return where workers compute: on every GPU in turn, unless the recipe names one of them."""
+    if chosen.type == "cuda" and chosen.index is None:
+        return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    return (str(chosen),)
+
+
+def base_on_device(base: Base, device: torch.device) -> Base:
+    """Return the base on a device, of which every worker has a copy of its own unless it is the CPU."""
+    return base if device.type == "cpu" else replace(base, model=base.model.to(device), device=device)
+
+
+def main() -> None:
+    """Run as the process that loads and forks, on the descriptor of the control socket given as the last argument."""
+    # Asks NVIDIA's management library which GPUs there are: to ask CUDA itself would leave the forks without it.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    torch.set_num_threads(1)
+    serve(int(sys.argv[-1]), prepare)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Coordinator and sites of a federation over a network."""

@@ -1,0 +1,104 @@
+"""One run on a server without a model: what the clients say they have in common stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+from fedtune.config import Recipe, bind
+from fedtune.config.reading import read
+from fedtune.config.recipe import largest_rank
+from fedtune.devices.measured_clock import MeasuredClock
+from fedtune.errors import ConfigError, Fault
+from fedtune.flower.grid_transport import GridTransport
+from fedtune.messages import Blueprint
+from fedtune.methods import METHODS
+from fedtune.runs.base_checks import check_pruning, check_ranks
+from fedtune.runs.fleet import fleet_of
+from fedtune.runs.runner import Door, RunContext, first_state
+from fedtune.store import peft
+from fedtune.store.pruning import read_ranking
+from fedtune.store.run_journal import RunJournal
+
+DATA_AT_SITES = 'data={ source = "at the sites", split = { kind = "files" } }'
+
+
+def data_at_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a TOML text or a path; one without a table `data` is whole here, for the data lie elsewhere.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    *_, tables = read(source)
+    return bind(source, overrides=(*overrides, *(() if "data" in tables else (DATA_AT_SITES,))))
+
+
+def expected_clients(recipe: Recipe) -> int:
+    """Return how many clients the first round waits for: its cohort where that is a number."""
+    cohort = recipe.rounds.cohort
+    return max(recipe.rounds.min_clients, cohort if isinstance(cohort, int) else 0)
+
+
+def server_context(
+    recipe: Recipe,
+    transport: GridTransport,
+    *,
+    door: Door,
+    opened: Callable[[RunJournal], None] = lambda ledger: None,
+) -> RunContext:
+    """Return what the run is conducted over: what the clients have in common stands for a model that is not here."""
+    common, profiles = transport.foundation, transport.profiles
+    check_ranks(recipe, common.modules)
+    if METHODS[recipe.method.name].verb == "probe" and not common.manifest:
+        expected = f"clients whose base {recipe.method.name!r} can move: finite, in float32, float16 or bfloat16"
+        raise ConfigError(Fault("model.base", expected, "another, by what most of them say"))
+    blueprint = Blueprint(
+        common.modules,
+        common.saved,
+        max_rank=largest_rank(recipe),
+        seed=recipe.seed,
+        manifest=common.manifest if METHODS[recipe.method.name].verb == "probe" else b"",
+        anatomy=common.anatomy,
+        pruning=recipe.pruning,
+    )
+    if recipe.pruning is not None and common.anatomy is None:
+        raise ConfigError(
+            Fault("pruning", "a base that surgery knows", "another, by what most clients say", "leave it out")
+        )
+    if recipe.pruning is not None and recipe.pruning.ranking:
+        blueprint = replace(
+            blueprint, ranking=read_ranking(recipe.pruning.ranking, recipe.root, common.anatomy, common.base)
+        )
+    if recipe.planner.name == "oracle":
+        hint = "it is told the times of a simulated clock, which no deployment has; take planner = 'deadline'"
+        raise ConfigError(Fault("planner", "another in a deployment", "'oracle'", hint))
+    devices = fleet_of(replace(recipe, fleet=None), list(profiles), blueprint, parameters=common.parameters)
+    check_pruning(blueprint)
+    first_state(recipe, blueprint)  # what the method refuses of the base it refuses now
+    return RunContext(
+        recipe=recipe,
+        blueprint=blueprint,
+        planner=devices.planner(blueprint),
+        clock=MeasuredClock(),
+        base={"name": recipe.model.base, "digest": common.base, "parameters": common.parameters},
+        target=peft.Target(
+            base=recipe.model.base,
+            revision=recipe.model.revision,
+            task=recipe.model.task,
+            fan_in_fan_out=common.transposed,
+            saved_modules=common.saved_modules,
+        ),
+        fleet={name: profile.num_examples for name, profile in profiles.items()},
+        machine={"engine": door},
+        labels=common.labels,
+        door=door,
+        opened=opened,
+    )
+
+
+def check_overrides(recipe: Recipe, clients: Collection[str], said: Callable[[str], None]) -> None:
+    """Say which overrides cover no client of the first round's: a later one may still come, or it is mistyped."""
+    known = f"{', '.join(sorted(clients)[:8])}{', ...' * (len(clients) > 8)}"
+    for override in recipe.override:
+        if not any(override.covers(name) for name in clients):
+            said(f"override.clients: {list(override.clients)} match none of the clients that are here ({known})")

@@ -1,0 +1,203 @@
+"""What a round costs one client: operations, bytes and memory, as functions of pruning ratio, rank, batch and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedtune.messages import WireDtype
+from fedtune.pruning.ranking import PruningSettings, counts, unit_of
+from fedtune.pruning.structure import Block, BlockLayout, Side
+
+BYTES: Mapping[WireDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+ACTIVATION_BYTES = 34
+"""Per token, layer and entry of the residual stream, for the backward pass of 16-bit numbers (assumed)."""
+RUNTIME_BYTES = 0.5e9
+"""What the libraries and the allocator take (assumed)."""
+TRAINED_BYTES = 16
+"""Per number that is trained: float32 weight, gradient, and Adam's two moments."""
+LOGIT_BYTES = 10
+"""Per token and entry of the vocabulary: 16 bits, a float32 copy, and its gradient."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """What the costs of a base follow from."""
+
+    anatomy: BlockLayout
+    modules: Mapping[str, tuple[int, int]]
+    """(out, in) of every module that gets an adapter."""
+    parameters: int
+    """Of the whole base."""
+    saved: int = 0
+    """Numbers of modules_to_save, trained in full and sent in float32."""
+    classifies: bool = False
+    """Whether the output is one row per example instead of one per token."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked of one client in one round, beside ratio and rank."""
+
+    steps: int
+    rows: int
+    """Examples per forward pass."""
+    passes: int
+    """Forward passes per step."""
+    tokens: float
+    """Per example: the mean."""
+    longest: float
+    """Per example: the most, to which the others of its batch are padded."""
+    checkpointing: bool = False
+    side_tokens: float = 0.0
+    """Tokens that go forward for scores and losses."""
+    global_rank: float = 0.0
+    """Of the frozen adapter beside the one that is trained."""
+
+    @property
+    def trained_tokens(self) -> float:
+        return self.steps * self.rows * self.passes * self.tokens
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How wide a block is after surgery: the mean over blocks where they differ."""
+
+    q: float
+    """Query heads."""
+    kv: float
+    ff: float
+
+
+def sizes(anatomy: BlockLayout, settings: PruningSettings | None, ratio: float) -> Sizes:
+    """Return the realised widths of a ratio: they are settled by counts, whichever heads and channels stay."""
+    number = len(anatomy.blocks)
+    if settings is None or ratio == 0:
+        return Sizes(*(sum(each) / number for each in zip(*map(_whole, anatomy.blocks), strict=True)))
+    count, block = counts(anatomy, settings, ratio), anatomy.blocks[0]
+    units = count.total / number
+    q, kv = (
+        (units * block.group, units)
+        if unit_of(settings, block) == "kv_group"
+        else (
+            units * block.kv_heads,
+            float(block.kv_heads),
+        )
+    )
+    return Sizes(q, kv, sum(count.channels) / number)
+
+
+def _whole(block: Block) -> tuple[int, int, int]:
+    return block.heads, block.kv_heads, block.channels
+
+
+def _side(side: Side, size: Sizes, anatomy: BlockLayout) -> float:
+    head_dim = anatomy.blocks[0].head_dim
+    return {
+        "all": float(anatomy.width),
+        "q": size.q * head_dim,
+        "kv": size.kv * head_dim,
+        "qkv": 3 * size.q * head_dim,
+        "ff": size.ff,
+    }[side]
+
+
+def block_parameters(anatomy: BlockLayout, size: Sizes) -> float:
+    """Return the weights of the linear layers of all blocks at these widths."""
+    return sum(_side(out, size, anatomy) * _side(into, size, anatomy) for _, out, into in anatomy.sides.values())
+
+
+def adapter_sides(body: Body, size: Sizes) -> float:
+    """Return the sum over adapted modules of (out + in) at these widths: the numbers of an adapter of rank 1."""
+    total = 0.0
+    for name, (m, n) in body.modules.items():
+        if name in body.anatomy.sides:
+            _, out, into = body.anatomy.sides[name]
+            total += _side(out, size, body.anatomy) + _side(into, size, body.anatomy)
+        else:
+            total += m + n
+    return total
+
+
+def flops_per_token(body: Body, size: Sizes, rank: int, work: Work) -> float:
+    """Return the operations of one token, forward and backward over a frozen base: no gradient of its weights.
+
+    4 P_kept + 4 P_head + 6 r sum(|O| + |I|) + 12 s sum n_l h + 4 rank_global sum(|O| + |I|); the base's part is half
+    as much again where activations are computed twice. A classifier's head sees one row per example.
+    """
+    anatomy = body.anatomy
+    head = 0.0 if body.classifies else float(anatomy.head)
+    passes = 6.0 if work.checkpointing else 4.0
+    sides = adapter_sides(body, size)
+    attention = 12.0 * work.tokens * len(anatomy.blocks) * size.q * anatomy.blocks[0].head_dim
+    return passes * (block_parameters(anatomy, size) + head) + (6.0 * rank + 4.0 * work.global_rank) * sides + attention
+
+
+def round_flops(body: Body, settings: PruningSettings | None, ratio: float, rank: int, work: Work) -> float:
+    """Return the operations of a round; tokens that only go forward, for scores and losses, cost half."""
+    each = flops_per_token(body, sizes(body.anatomy, settings, ratio), rank, work)
+    return each * (work.trained_tokens + 0.5 * work.side_tokens)
+
+
+def round_bytes(
+    body: Body,
+    settings: PruningSettings | None,
+    ratio: float,
+    rank: int,
+    *,
+    global_rank: float,
+    wire_dtype: WireDtype,
+) -> tuple[float, float]:
+    """Return (bytes down, bytes up) of a round: the sliced global change and the factors, modules_to_save, bitmaps."""
+    number, sides = BYTES[wire_dtype], adapter_sides(body, sizes(body.anatomy, settings, ratio))
+    groups = sum(b.heads + b.kv_heads + b.channels for b in body.anatomy.blocks) if settings else 0
+    return (
+        number * global_rank * sides + 4 * body.saved + groups / 4,
+        number * rank * sides + 4 * body.saved,
+    )
+
+
+def memory_bytes(body: Body, settings: PruningSettings | None, ratio: float, rank: int, work: Work) -> float:
+    """Return the peak memory of a round: base, global adapter, what is trained, activations, logits, runtime.
+
+    The activations are a formula, not a measurement, and scale with what is kept of a block (assumed). With
+    checkpointing one block's are held, and what every block gets.
+    """
+    anatomy, size = body.anatomy, sizes(body.anatomy, settings, ratio)
+    whole = sizes(anatomy, None, 0.0)
+    kept, blocks = block_parameters(anatomy, size), block_parameters(anatomy, whole)
+    sides, tokens = adapter_sides(body, size), work.rows * work.longest
+    base = (body.parameters - blocks + kept) * anatomy.number_bytes
+    trained = (rank * sides + body.saved) * TRAINED_BYTES
+    layers = 1 if work.checkpointing else len(anatomy.blocks)
+    each = ACTIVATION_BYTES * anatomy.number_bytes / 2 * (0.25 + 0.75 * kept / blocks)
+    activations = tokens * anatomy.width * layers * each
+    if work.checkpointing:
+        activations += tokens * anatomy.width * len(anatomy.blocks) * anatomy.number_bytes
+    logits = 0.0 if body.classifies else tokens * anatomy.outputs * LOGIT_BYTES
+    return base + work.global_rank * sides * 2 + trained + activations + logits + RUNTIME_BYTES
+
+
+def roberta_base() -> Body:
+    """Return RoBERTa-base with all six linear layers of a block adapted."""
+    blocks = tuple(Block(f"roberta.encoder.layer.{i}", 12, 12, 64, 3072) for i in range(12))
+    anatomy = BlockLayout("roberta", blocks, width=768, head=592_130, outputs=2, number_bytes=4)
+    shapes = {name: _shape(anatomy, out, into) for name, (_, out, into) in anatomy.sides.items()}
+    return Body(anatomy, shapes, parameters=124_647_170, saved=592_130, classifies=True)
+
+
+def llama_7b() -> Body:
+    """Return LLaMA-7B in 16 bits with all seven linear layers of a block adapted."""
+    blocks = tuple(Block(f"model.layers.{i}", 32, 32, 128, 11008) for i in range(32))
+    anatomy = BlockLayout("llama", blocks, width=4096, head=131_072_000, outputs=32000, number_bytes=2)
+    shapes = {name: _shape(anatomy, out, into) for name, (_, out, into) in anatomy.sides.items()}
+    return Body(anatomy, shapes, parameters=6_738_415_616)
+
+
+def _shape(anatomy: BlockLayout, out: Side, into: Side) -> tuple[int, int]:
+    size = sizes(anatomy, None, 0.0)
+    return int(_side(out, size, anatomy)), int(_side(into, size, anatomy))
+
+
+PROXIES = {"roberta-base": roberta_base, "llama-7b": llama_7b}
+"""Larger models whose costs may stand for those of the one that is trained."""

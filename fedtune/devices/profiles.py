@@ -1,0 +1,195 @@
+"""What a machine can carry: profiles of devices, each number with where it comes from, and fleets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from math import exp, isfinite
+from typing import Literal, TypeAlias
+
+from fedtune.errors import ConfigError, Fault
+from fedtune.seeds import derive, generator
+
+Provenance: TypeAlias = Literal["datasheet", "measured", "assumed", "recipe"]
+"""recipe: a number that whoever wrote the recipe set in a table `device`."""
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """One kind of device; its rates are means, which traces move up and down."""
+
+    name: str
+    memory_gb: float
+    """Usable for a model: main memory less what the system takes."""
+    peak_tflops: float
+    """1e12 operations per second at most."""
+    utilisation: float
+    """Share of the peak that training reaches, in (0, 1]."""
+    memory_gbps: float
+    """Memory bandwidth in 1e9 bytes per second."""
+    up_mbps: float = 10.0
+    """Mean bandwidth to the server in 1e6 bits per second."""
+    down_mbps: float = 10.0
+    """Mean bandwidth from the server in 1e6 bits per second."""
+    net_sigma: float = 0.5
+    """Standard deviation of the logarithm of a device's own mean bandwidth, over devices."""
+    latency_s: float = 0.05
+    """One way."""
+    overhead_s: float = 0.5
+    """Of a round: setting up, loading, tearing down."""
+    modes: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
+    """Shares of its speed that a device runs at, one drawn per period."""
+    mode_period_s: float = 1200.0
+    """Seconds for which a drawn share of the speed holds."""
+    availability: float = 1.0
+    """Share of the time that it can be asked, in [0, 1]."""
+    provenance: Mapping[str, Provenance] = field(default_factory=dict)
+    """By field; what is not named is assumed."""
+
+    @property
+    def tflops(self) -> float:
+        """Operations that training gets, 1e12 per second, in the fastest mode."""
+        return self.peak_tflops * self.utilisation
+
+    @property
+    def mean_mode(self) -> float:
+        return sum(self.modes) / len(self.modes)
+
+    def told(self) -> Mapping[str, Mapping[str, str]]:
+        """Return every number with where it comes from, as a report prints it."""
+        found = {}
+        for each in fields(self):
+            if each.name not in ("name", "provenance"):
+                value = getattr(self, each.name)
+                text = ", ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else f"{value:.4g}"
+                found[each.name] = {"value": text, "provenance": self.provenance.get(each.name, "assumed")}
+        return found
+
+
+LEAST = {"up_mbps": 0.01, "down_mbps": 0.01, "mode_period_s": 1.0}
+"""Below that a transfer would be integrated over more pieces than anybody waits for."""
+
+
+def check(profile: DeviceProfile) -> DeviceProfile:
+    """Return the profile if a device can be so.
+
+    Raises:
+        ConfigError: with every impossible number, and the nearest that would do.
+    """
+    faults = []
+    where = f"device {profile.name}"
+
+    def wrong(name: str, expected: str, got: object, hint: str) -> None:
+        faults.append(Fault(f"{where}.{name}", expected, f"{got!r}", hint))
+
+    for name in ("memory_gb", "peak_tflops", "memory_gbps"):
+        value = getattr(profile, name)
+        if not (isfinite(value) and value > 0):
+            wrong(name, "a finite number above 0", value, f"e.g. {getattr(PROFILES['tx2'], name):g}, a TX2's")
+    for name, least in LEAST.items():
+        value = getattr(profile, name)
+        if not (isfinite(value) and value >= least):
+            expected = f"a finite number of at least {least:g}"
+            wrong(name, expected, value, f"e.g. {getattr(PROFILES['tx2'], name):g}, a TX2's")
+    for name in ("net_sigma", "latency_s", "overhead_s"):
+        value = getattr(profile, name)
+        if not (isfinite(value) and value >= 0):
+            wrong(name, "a finite number of at least 0", value, "0 leaves it out")
+    if not 0 < profile.utilisation <= 1:
+        wrong("utilisation", "a share above 0, at most 1", profile.utilisation, "1 reaches the peak")
+    if not 0 <= profile.availability <= 1:
+        wrong("availability", "a share from 0 to 1", profile.availability, "1 is always there")
+    if not profile.modes or not all(0 < mode <= 1 for mode in profile.modes):
+        wrong("modes", "at least one share of the speed above 0, none above 1", profile.modes, "[1.0] never slows down")
+    strange = sorted(set(profile.provenance) - {each.name for each in fields(DeviceProfile)})
+    if strange:
+        wrong("provenance", "names of fields", strange[0], "leave it out")
+    if faults:
+        raise ConfigError(faults)
+    return profile
+
+
+def jetson(
+    name: str, *, memory_gb: float, peak: float, utilisation: float, bandwidth: float, **more: Provenance
+) -> DeviceProfile:
+    """Return a profile whose RAM bandwidth is of the datasheet; what is not said is assumed."""
+    return DeviceProfile(
+        name,
+        memory_gb=memory_gb,
+        peak_tflops=peak,
+        utilisation=utilisation,
+        memory_gbps=bandwidth,
+        provenance={"memory_gbps": "datasheet", **more},
+    )
+
+
+PROFILES: Mapping[str, DeviceProfile] = {
+    profile.name: profile
+    for profile in (
+        # Usable memory without a source: 65 % of 4 and 8 GB, 85 % above. Int8 TOPS are no training throughput: where
+        # the datasheet names no other, the peak is set so that peak x utilisation is the assumed training rate.
+        jetson("nano", memory_gb=2.6, peak=0.472, utilisation=0.09 / 0.472, bandwidth=25.6, peak_tflops="datasheet"),
+        jetson("tx2", memory_gb=5.2, peak=1.33, utilisation=0.27 / 1.33, bandwidth=59.7, peak_tflops="datasheet"),
+        jetson("xavier-nx", memory_gb=5.2, peak=1.69, utilisation=1.0 / 1.69, bandwidth=59.7),
+        jetson("agx-xavier", memory_gb=27.2, peak=10.0, utilisation=0.4, bandwidth=136.5),
+        jetson("orin-nano-8", memory_gb=5.2, peak=10.0, utilisation=0.3, bandwidth=68.0, peak_tflops="datasheet"),
+        jetson("orin-nx-16", memory_gb=13.6, peak=16.0, utilisation=5.0 / 16.0, bandwidth=102.4),
+        jetson("agx-orin-64", memory_gb=54.4, peak=42.5, utilisation=0.2, bandwidth=205.0),
+    )
+}
+"""By name."""
+
+SHARES: Mapping[str, Mapping[str, int]] = {
+    "fedspine80": {"tx2": 30, "xavier-nx": 40, "agx-xavier": 10},
+    "orin8": {"orin-nano-8": 4, "orin-nx-16": 2, "agx-orin-64": 2},
+}
+"""Devices of a fleet by kind."""
+
+
+def mixed_fleet(shares: Mapping[str, int]) -> Callable[[Sequence[str], int], Mapping[str, DeviceProfile]]:
+    """Return the function that gives each client a device, in these proportions and in an order drawn by the seed."""
+
+    def fleet(clients: Sequence[str], seed: int) -> Mapping[str, DeviceProfile]:
+        names, total, kinds = sorted(clients), sum(shares.values()), list(shares)
+        # Largest remainders: the counts add up, and are exact where the fleet has its own size.
+        exact = [len(names) * share / total for share in shares.values()]
+        counts = [int(part) for part in exact]
+        rest = sorted(range(len(kinds)), key=lambda place: (counts[place] - exact[place], place))
+        for place in rest[: len(names) - sum(counts)]:
+            counts[place] += 1
+        dealt = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+        order = generator(derive(seed, "fleet")).permutation(len(names)).tolist()
+        return {name: PROFILES[dealt[place]] for name, place in zip(names, order, strict=True)}
+
+    return fleet
+
+
+def lognormal_fleet(clients: Sequence[str], seed: int) -> Mapping[str, DeviceProfile]:
+    """Return devices as FedScale (Apache-2.0) draws them: seconds per sample .005 LogNormal(1, .6), all assumed.
+
+    A sample is taken as 0.05 TFLOP, so that the median device trains at 3.7 TFLOP/s.
+    """
+    found = {}
+    for name in sorted(clients):
+        rng = generator(derive(seed, "fleet", client=name))
+        seconds = 0.005 * exp(1.0 + 0.6 * float(rng.standard_normal()))
+        memory = min(64.0, max(2.0, 8.0 * exp(0.5 * float(rng.standard_normal()))))
+        bandwidth = 10.0 * exp(0.5 * float(rng.standard_normal()))
+        found[name] = DeviceProfile(
+            f"lognormal-{name}",
+            memory_gb=memory,
+            peak_tflops=0.05 / seconds,
+            utilisation=1.0,
+            memory_gbps=60.0,
+            up_mbps=bandwidth,
+            down_mbps=bandwidth,
+            net_sigma=0.0,
+        )
+    return found
+
+
+FLEETS: Mapping[str, Callable[[Sequence[str], int], Mapping[str, DeviceProfile]]] = {
+    **{name: mixed_fleet(shares) for name, shares in SHARES.items()},
+    "lognormal": lognormal_fleet,
+}
+"""(clients, seed) -> each one's device, whatever the order of the names."""

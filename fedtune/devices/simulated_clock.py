@@ -1,0 +1,97 @@
+"""The simulated clock: operations and bytes of a fleet turned into seconds, the same whoever asks and however fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fedtune.devices import traces
+from fedtune.devices.profiles import DeviceProfile
+from fedtune.devices.traces import By
+from fedtune.messages import Plan
+from fedtune.rounds.clock import ClientTime, CompletedWork
+
+PASSES = 2
+"""Times that the weights are read in a step, forward and backward; 3 where activations are computed twice."""
+PATIENCE = 3.0
+"""Deadlines for which a late client is waited for."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a client did in a round, in the units of a device."""
+
+    tflop: float
+    gigabytes: float
+    """Weights that were read, once per pass and step."""
+    bytes_down: float
+    bytes_up: float
+
+
+def integrated_seconds(start_s: float, work: float, rate: Callable[[float], tuple[float, float]]) -> float:
+    """Return the seconds that work takes whose rate is constant in pieces, integrated exactly.
+
+    >>> spent(0, 10, lambda now: (1, 4 - now) if now < 4 else (0.5, float("inf")))
+    16.0
+    """
+    now, left = start_s, work
+    while left > 0:
+        speed, lasts = rate(now)
+        if speed * lasts >= left:
+            now += left / speed
+            break
+        left -= speed * lasts
+        now += lasts
+    return now - start_s
+
+
+@dataclass(frozen=True)
+class SimulatedClock:
+    """The clock of a fleet; every policy that asks it meets the same world (common random numbers)."""
+
+    profiles: Mapping[str, DeviceProfile]
+    """By client."""
+    load: Callable[[CompletedWork], Load]
+    """From what a client did to what that asks of a device."""
+    seed: int
+    by: By = "time"
+    late: Literal["wait", "drop"] = "wait"
+    server_s: float = 0.0
+
+    def timed(
+        self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
+    ) -> Mapping[str, ClientTime]:
+        """Return how long each client took in a round that began at `now_s`."""
+        return {name: self.client(name, self.load(each), round=round, now_s=now_s) for name, each in done.items()}
+
+    def client(self, name: str, load: Load, *, round: int, now_s: float) -> ClientTime:
+        """Return the time of one client: it downloads, works, and uploads, one after the other."""
+        profile, seed = self.profiles[name], self.seed
+        net = profile.net_sigma, seed, name
+        down = traces.bandwidth(profile.down_mbps, *net, by=self.by, round=round)
+        up = traces.bandwidth(profile.up_mbps, *net, by=self.by, round=round)
+        first = profile.latency_s + integrated_seconds(now_s, load.bytes_down, down)
+        # A step takes as long as its operations or as reading its weights, whichever is more; both follow the mode.
+        work_s = max(load.tflop / profile.tflops, load.gigabytes / profile.memory_gbps) * traces.noise(
+            seed, name, round
+        )
+        mode = traces.speed(profile, seed, name, by=self.by, round=round)
+        compute = integrated_seconds(now_s + first, work_s, mode)
+        begin = now_s + first + compute + profile.overhead_s
+        second = profile.latency_s + integrated_seconds(begin, load.bytes_up, up)
+        return ClientTime(compute, first + second, overhead_s=profile.overhead_s)
+
+    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+        """Return who is given up: after the planner's deadline, or where late ones are waited for after thrice that."""
+        share = 1.0 if self.late == "drop" else PATIENCE
+        bounds = {name: share * plan.deadline_s for name, plan in plans.items() if plan.deadline_s is not None}
+        return {name: bound for name, bound in bounds.items() if name in spent and spent[name].seconds > bound}
+
+    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
+        """Return the seconds of a round: its slowest client's, then the server's."""
+        return max((each.seconds for each in spent.values()), default=0.0) + self.server_s
+
+    def reachable(self, round: int, client: str) -> bool:
+        """Return whether a device is there in a round, by its availability."""
+        return traces.available(self.profiles[client], self.seed, client, round)

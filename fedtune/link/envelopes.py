@@ -1,0 +1,130 @@
+"""Signed statements: who asked for what, who answered, and what became of it; verified before they are parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from importlib.metadata import version
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedtune.errors import WireError
+from fedtune.link.pki.roster import Party
+from fedtune.link.pki.signing import key_id, raw, sign, verify
+from fedtune.link.rejections import rejection
+from fedtune.wire.codec import parse
+from fedtune.wire.v1 import link_pb2 as pb
+from fedtune.wire.v1 import round_pb2
+
+PROTOCOL = 1
+KIND = "application/vnd.fedtune.header.v1"
+MAX_HEADER_BYTES = 64 * 1024
+MAX_PARTS = 64
+HELLO, TRAIN = "query.caps", "train"
+"""Tasks."""
+UPDATE = "update"
+"""Key of the one part of an answer to TRAIN."""
+
+
+@lru_cache(maxsize=1)
+def build() -> str:
+    """Return what is running here."""
+    return f"fedtune {version('fedtune')}"
+
+
+def seal(header: pb.Header, key: Ed25519PrivateKey) -> pb.Envelope:
+    """Return a header as it travels, signed."""
+    data = header.SerializeToString(deterministic=True)
+    return pb.Envelope(header=data, signature=sign(key, KIND, data), key_id=key_id(raw(key)))
+
+
+def digest(envelope: pb.Envelope) -> bytes:
+    """Return what a statement is known by: the digest of its header as it was signed."""
+    return sha256(envelope.header).digest()
+
+
+def verify_envelope(envelope: pb.Envelope, member: Callable[[bytes], Party | None]) -> tuple[pb.Header, Party]:
+    """Return what a statement says and who says it: size, key and signature are checked before anything is parsed.
+
+    Args:
+        envelope: as it came.
+        member: from a key id to the member of the roster.
+
+    Raises:
+        RefusalError: with the reason.
+    """
+    if len(envelope.header) > MAX_HEADER_BYTES:
+        raise rejection(pb.HEADER_TOO_LARGE, "header", f"at most {MAX_HEADER_BYTES} bytes", len(envelope.header))
+    author = member(envelope.key_id)
+    if author is None:
+        raise rejection(pb.KEY_UNKNOWN, "key_id", "a key of the roster", envelope.key_id[:16].hex())
+    if not verify(author.key, KIND, envelope.header, envelope.signature):
+        raise rejection(pb.SIGNATURE, "signature", f"one by {author.name}", "another, or other bytes signed")
+    try:
+        header = parse(pb.Header(), envelope.header)
+    except WireError as error:
+        raise rejection(pb.HEADER_MALFORMED, "header", "a Header of this release", error) from None
+    if header.protocol != PROTOCOL:
+        raise rejection(pb.PROTOCOL, "protocol", PROTOCOL, header.protocol)
+    if header.author != author.name:
+        raise rejection(pb.AUTHOR_MISMATCH, "author", author.name, header.author)
+    keys = [part.key for part in header.parts]
+    if len(keys) > MAX_PARTS or keys != sorted(set(keys)) or any(len(part.digest) != 32 for part in header.parts):
+        raise rejection(
+            pb.HEADER_MALFORMED, "parts", f"at most {MAX_PARTS} with digests, in order of their keys", keys[:4]
+        )
+    return header, author
+
+
+def expect(header: pb.Header, **values: object) -> None:
+    """Refuse a header whose fields are not these; the reason is the one of `FIELDS`.
+
+    Raises:
+        RefusalError: naming the first field that differs.
+    """
+    for name, value in values.items():
+        found = getattr(header, name)
+        if found != value:
+            raise rejection(FIELDS[name], name, display_value(value), display_value(found))
+
+
+FIELDS: Mapping[str, pb.Reason] = {
+    "federation": pb.WRONG_FEDERATION,
+    "run": pb.WRONG_RUN,
+    "author": pb.AUTHOR_MISMATCH,
+    "to": pb.AUTHOR_MISMATCH,
+    "kind": pb.KIND_NOT_EXPECTED,
+    "task": pb.KIND_NOT_EXPECTED,
+    "round": pb.ROUND_DIFFERS,
+    "recipe": pb.RECIPE_DIFFERS,
+    "base": pb.BASE_DIFFERS,
+    "state": pb.STATE_DIFFERS,
+    "order": pb.ORDER_UNKNOWN,
+    "build": pb.BUILD_DIFFERS,
+}
+"""What is wrong if a field of a header is another than expected."""
+
+
+def display_value(value: object) -> str:
+    return value.hex()[:16] if isinstance(value, bytes) else repr(value)
+
+
+def part(key: str, data: bytes | memoryview) -> pb.Part:
+    return pb.Part(key=key, digest=sha256(data).digest(), num_bytes=len(data))
+
+
+def subject(front: bytes, parts: Sequence[pb.Part]) -> tuple[int, str, bytes]:
+    """Return round, base (hex) and state of an encoded assignment.
+
+    The state is what the server's state comes to at this client: of seeds the digest of their ledger; of adapters the
+    digest over those of the bodies that are sent.
+
+    Raises:
+        WireError: if it is no assignment.
+    """
+    assignment = parse(round_pb2.Assignment(), front)
+    if assignment.verb == round_pb2.PROBE:
+        return assignment.round, assignment.base, assignment.probe.state.digest
+    bodies = b"".join(sorted(one.digest for one in parts if one.key))
+    return assignment.round, assignment.base, sha256(bodies).digest()

@@ -1,0 +1,1 @@
+"""Identities of the link: certificates, signing keys, enrollment and the signed roster."""

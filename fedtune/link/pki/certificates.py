@@ -1,0 +1,280 @@
+"""X.509 as this project uses it: ECDSA P-256 keys, one CA, and certificates that name a party by one URI."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+SCHEME = "spiffe://"
+BACKDATED = timedelta(minutes=5)
+"""Clocks of two machines differ."""
+LONGEST_DAYS = 397
+
+
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Turn whatever the library says about bytes that it cannot read into a ValueError: it has five other words."""
+    try:
+        yield
+    except (
+        TypeError,  # a private key under a password
+        UnsupportedAlgorithm,
+        x509.InvalidVersion,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+    ) as error:
+        raise ValueError(str(error)) from None
+
+
+def pem_of(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
+    """Return a private key as PEM, not encrypted: its file's mode protects it."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+@parsing()
+def tls_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """Return the key of a PEM.
+
+    Raises:
+        ValueError: if it is not one of ECDSA P-256.
+    """
+    key = load_pem_private_key(pem, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ValueError("not a key of ECDSA P-256")
+    return key
+
+
+@parsing()
+def signing_key(pem: bytes) -> Ed25519PrivateKey:
+    """Return the key of a PEM.
+
+    Raises:
+        ValueError: if it is not one of Ed25519.
+    """
+    key = load_pem_private_key(pem, None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ValueError("not a key of Ed25519")
+    return key
+
+
+def new_tls_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def common(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+
+
+def times(now: int, span: timedelta) -> tuple[datetime, datetime]:
+    begin = datetime.fromtimestamp(now, UTC)
+    return begin - BACKDATED, begin + span
+
+
+def authority(federation: str, key: ec.EllipticCurvePrivateKey, *, years: int, now: int) -> bytes:
+    """Return the certificate (PEM) of a CA, signed by itself."""
+    begin, end = times(now, timedelta(days=365 * years))
+    name = common(f"{federation} CA")
+    usage = x509.KeyUsage(
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=True,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(end)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return made.public_bytes(Encoding.PEM)
+
+
+def csr(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
+    """Return a signing request (PEM); what it should say beyond the key is for the CA to decide."""
+    return (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(common(name))
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
+
+
+@parsing()
+def csr_key(pem: bytes) -> ec.EllipticCurvePublicKey:
+    """Return the key of a signing request.
+
+    Raises:
+        ValueError: if it does not prove that its author holds a key of ECDSA P-256.
+    """
+    request = x509.load_pem_x509_csr(pem)
+    key = request.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ValueError("not a key of ECDSA P-256")
+    if not request.is_signature_valid:
+        raise ValueError("its signature does not hold")
+    return key
+
+
+def certificate(
+    public: ec.EllipticCurvePublicKey,
+    uri: str,
+    *,
+    hosts: Sequence[str],
+    server: bool,
+    days: int,
+    ca: bytes,
+    ca_key: ec.EllipticCurvePrivateKey,
+    now: int,
+) -> bytes:
+    """Return a certificate (PEM) for a party that `uri` names; hosts only where it is a server's.
+
+    Raises:
+        ValueError: if it would last longer than `LONGEST_DAYS`.
+    """
+    if not 1 <= days <= LONGEST_DAYS:
+        raise ValueError(f"expected 1 to {LONGEST_DAYS} days; got {days}")
+    issuer = x509.load_pem_x509_certificate(ca)
+    begin, end = times(now, timedelta(days=days))
+    names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri)]
+    names += [general(host) for host in hosts] if server else []
+    purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(common(uri.rpartition("/")[2]))
+        .issuer_name(issuer.subject)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(min(end, issuer.not_valid_after_utc))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([purpose]), critical=True)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    return made.public_bytes(Encoding.PEM)
+
+
+def general(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+@parsing()
+def spiffe(pem: bytes) -> tuple[str, str, str]:
+    """Return federation, organisation and name of the party that a certificate names.
+
+    Raises:
+        ValueError: if it names none, or more than one.
+    """
+    found = x509.load_pem_x509_certificate(pem)
+    try:
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        raise ValueError("a certificate without a name") from None
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    parts = uris[0].removeprefix(SCHEME).split("/") if len(uris) == 1 and uris[0].startswith(SCHEME) else []
+    if len(parts) != 3 or not all(parts):
+        raise ValueError(f"expected one name {SCHEME}FEDERATION/ORG/NAME; got {[uri[:100] for uri in uris[:2]]}")
+    return parts[0], parts[1], parts[2]
+
+
+@parsing()
+def serial(pem: bytes) -> str:
+    """Return a certificate's serial number in lower-case hex.
+
+    Raises:
+        ValueError: if it is no certificate.
+    """
+    return f"{x509.load_pem_x509_certificate(pem).serial_number:x}"
+
+
+@parsing()
+def validity(pem: bytes) -> tuple[int, int]:
+    """Return from when to when a certificate is valid, in seconds since 1970."""
+    found = x509.load_pem_x509_certificate(pem)
+    return int(found.not_valid_before_utc.timestamp()), int(found.not_valid_after_utc.timestamp())
+
+
+@parsing()
+def is_issued_by(pem: bytes, ca: bytes) -> bool:
+    """Return whether a certificate is signed by the CA, or one of the CAs, of a PEM."""
+    found = x509.load_pem_x509_certificate(pem)
+    return any(vouches(anchor, found) for anchor in x509.load_pem_x509_certificates(ca))
+
+
+@parsing()
+def anchors(ca: bytes) -> bool:
+    """Return whether every certificate of a PEM is one of a CA, signed by itself and not changed since."""
+    found = x509.load_pem_x509_certificates(ca)
+    again = b"".join(one.public_bytes(Encoding.PEM) for one in found)
+    return ca == again and all(vouches(one, one) and is_authority(one) and is_whole(one) for one in found)
+
+
+@parsing()
+def is_canonical(pem: bytes) -> bool:
+    """Return whether a PEM is one certificate in the one spelling that is written here."""
+    found = x509.load_pem_x509_certificate(pem)
+    return pem == found.public_bytes(Encoding.PEM) and is_whole(found)
+
+
+def is_whole(found: x509.Certificate) -> bool:
+    """Return whether the signature is of whole bytes: how many bits of it do not count is itself not signed."""
+    return found.public_bytes(Encoding.DER).endswith(b"\0" + found.signature)
+
+
+def is_authority(found: x509.Certificate) -> bool:
+    try:
+        return found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
+def vouches(anchor: x509.Certificate, found: x509.Certificate) -> bool:
+    try:
+        found.verify_directly_issued_by(anchor)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
+
+
+@parsing()
+def belongs(pem: bytes, key: ec.EllipticCurvePrivateKey) -> bool:
+    """Return whether a certificate is one of this key."""
+    return public_der(x509.load_pem_x509_certificate(pem).public_key()) == public_der(key.public_key())
+
+
+def public_der(key: object) -> bytes:
+    assert hasattr(key, "public_bytes")
+    data: bytes = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return data

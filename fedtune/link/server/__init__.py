@@ -1,0 +1,1 @@
+"""The coordinator's side of the link: dispatcher, gRPC service, metrics, blocklist."""

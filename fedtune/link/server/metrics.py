@@ -1,0 +1,123 @@
+"""Whether the server is alive and ready, and what it does in numbers: plain HTTP for the operator's own monitoring."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from http import HTTPStatus
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import make_wsgi_app
+
+from fedtune.errors import ConfigError, Fault
+from fedtune.link import uploads
+from fedtune.link.server.dispatcher import Dispatcher
+
+
+class Metrics:
+    """Counters of what is told, and gauges of how things stand."""
+
+    def __init__(self, *, names: bool = False) -> None:
+        """Begin to count; names of clients appear only if asked for."""
+        self.registry, self._names = CollectorRegistry(), names
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        label = ["client"] if names else []
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, [*labels, *label], registry=self.registry)
+
+        self._events = counter("fedtune_events", "What happened on the link", "kind")
+        self._answers = counter("fedtune_answers", "Receipts given, by verdict", "verdict")
+        self._refused = counter("fedtune_refused", "Calls and answers refused", "code")
+        self._bytes = counter("fedtune_bytes", "Bytes of parts", "direction")
+        self._round = Gauge("fedtune_round", "Round that is open, or the last one", registry=self.registry)
+
+    def gauge(self, hub: Dispatcher, *, roster_version: Callable[[], int], certificate_until: float) -> None:
+        """Show how a hub stands whenever somebody looks."""
+
+        def spooled() -> int:
+            return sum(path.stat().st_size for path in hub.folder.iterdir() if path.is_file())
+
+        gauges: Mapping[str, tuple[str, Callable[[], float]]] = {
+            "fedtune_clients_connected": ("Clients that give signs of life", lambda: len(hub.fleet())),
+            "fedtune_orders_open": ("Orders out", lambda: sum(one.orders for one in hub.status().values())),
+            "fedtune_spool_bytes": ("Bytes of answers that are arriving", spooled),
+            "fedtune_disk_free_bytes": ("Bytes free on the disk", lambda: uploads.free_bytes(hub.folder)),
+            "fedtune_roster_version": ("Version of the roster", roster_version),
+            "fedtune_certificate_until_seconds": ("When the certificate ends, since 1970", lambda: certificate_until),
+        }
+        for name, (text, value) in gauges.items():
+            Gauge(name, text, registry=self.registry).set_function(value)
+
+    def tell(self, kind: str, **fields: int | str) -> None:
+        """Count what happens."""
+        who = {"client": str(fields.get("client", ""))} if self._names else {}
+        self._events.labels(kind=kind, **who).inc()
+        size = int(fields.get("bytes", 0))
+        match kind:
+            case "receipt":
+                self._answers.labels(verdict=str(fields["verdict"]), **who).inc()
+            case "refused":
+                self._refused.labels(code=str(fields["code"]), **who).inc()
+            case "answered":
+                self._bytes.labels(direction="up", **who).inc(size)
+            case "fetched":
+                self._bytes.labels(direction="down", **who).inc(size)
+            case "round":
+                self._round.set(int(fields["round"]))
+
+
+class Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: a probe comes every few seconds."""
+
+
+@contextmanager
+def health(address: str, metrics: Metrics, *, unready: Callable[[], str]) -> Iterator[int]:
+    """Answer /healthz, /readyz and /metrics until the block ends; yields the port.
+
+    Args:
+        address: host and port; anything but loopback shows the numbers to whoever reaches it.
+        metrics: what is shown.
+        unready: why the server cannot take part in rounds now; empty if it can.
+
+    Raises:
+        ConfigError: if the address cannot be listened on.
+    """
+    exposed = make_wsgi_app(metrics.registry)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if path == "/metrics":
+            page: Iterable[bytes] = exposed(environ, start_response)
+            return page
+        why = unready() if path == "/readyz" else ""
+        status = HTTPStatus.OK if path in ("/healthz", "/readyz") else HTTPStatus.NOT_FOUND
+        status = HTTPStatus.SERVICE_UNAVAILABLE if why else status
+        start_response(f"{status.value} {status.phrase}", [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{why or status.phrase.lower()}\n".encode()]
+
+    host, _, port = address.rpartition(":")
+    try:
+        server = make_server(host, int(port), app, server_class=Server, handler_class=Quiet)
+    except (OSError, ValueError, OverflowError) as error:
+        hint = 'choose another one, or link.health = "" for none'
+        raise ConfigError(Fault("link.health", "an address that is free", f"{address!r} ({error})", hint)) from None
+    thread = threading.Thread(target=server.serve_forever, name="fedtune health", daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

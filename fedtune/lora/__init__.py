@@ -1,0 +1,1 @@
+"""LoRA adapters as pairs of factors, and exact low-rank sums of them."""

@@ -1,0 +1,1 @@
+"""Which heads and channels of a model are kept, and in which order they are pruned."""

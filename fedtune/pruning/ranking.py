@@ -1,0 +1,325 @@
+"""The order in which heads and channels go: scores pooled over clients, and what a pruning ratio keeps of a base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
+
+import numpy as np
+from annotated_types import Ge, Interval
+
+from fedtune.errors import ShapeError
+from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure
+from fedtune.tensors import Array, Tensors
+
+Unit: TypeAlias = Literal["kv_group", "even_q"]
+Criterion: TypeAlias = Literal["wanda", "lora", "gate", "magnitude", "random"]
+
+SWAP = 0.1
+"""Share by which a pooled score must have changed before the order takes notice: groups of like score do not flap."""
+LEAST = 8
+"""A block keeps at least 1/8 of its channels."""
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    """How clients' models are made smaller; the recipe's table `pruning`. FedSpine-style, formulas ours.
+
+    Which ratio a client gets is the planner's choice; this says what a ratio keeps.
+    """
+
+    target: Annotated[float, Interval(ge=0, le=0.875)] = 0.5
+    """Block sparsity that is deployed, and that every client trains at in the last rounds; 0 lets them be free."""
+    ramp: Annotated[float, Interval(gt=0, le=1)] = 0.8
+    """Share of the rounds over which the least ratio rises to `target`, by a cubic."""
+    policy: Literal["nested", "local", "vote"] = "nested"
+    """nested: one ranking at the server, so every smaller model is part of every larger one; local: each client ranks
+    by its own data; vote: clients vote, and all share the mask of a round."""
+    score: Criterion = "wanda"
+    """What a head or channel is worth: wanda (forward passes), lora, gate (backward), magnitude, random."""
+    batches: Annotated[int, Ge(1)] = 20
+    """Forward passes over which a score is taken."""
+    refresh: Annotated[int, Ge(0)] = 0
+    """Rounds between two calls for scores (nested, vote); 0: once. A new order undoes what was recovered in the old."""
+    unit: Literal["auto", "kv_group", "even_q"] = "auto"
+    """What of the attention goes at once: a key/value head with its query heads, or one query head of every group."""
+    allocation: Literal["auto", "global", "uniform"] = "auto"
+    """global: heads are ranked over all blocks; uniform: as many in each. auto: global, but for magnitude."""
+    multiple: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
+    """Channels per block are rounded to this; auto: 32, or what an eighth of them holds."""
+    stages: Annotated[int, Interval(ge=1, le=64)] = 1
+    """Steps in which the ratio of a round is reached."""
+    steps_between: Annotated[int, Ge(1)] = 20
+    """Optimizer steps between two stages."""
+    ranking: str | None = None
+    """File `pruning.json` of an earlier export whose ranking is taken; none asks the clients before the first cut."""
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all blocks keep as much."""
+        return self.allocation == "uniform" or (self.allocation == "auto" and self.score == "magnitude")
+
+    def ratio(self, round: int, rounds: int) -> float:
+        """Return the least block sparsity of a round: target (1 - (1 - min(1, t / (ramp T)))^3)."""
+        return self.target * float(1 - (1 - min(1.0, round / max(1.0, self.ramp * rounds))) ** 3)
+
+
+Settings: TypeAlias = PruningSettings
+
+
+def unit_of(settings: Settings, block: Block) -> Unit:
+    """Return what goes at once: auto takes whole groups where there are enough of them to choose from."""
+    if settings.unit != "auto":
+        return settings.unit
+    return "kv_group" if block.group == 1 or (block.group <= 4 and block.kv_heads >= 4) else "even_q"
+
+
+def multiple_of(settings: Settings, block: Block) -> int:
+    if settings.multiple != "auto":
+        return settings.multiple
+    return min(32, 1 << max(0, (block.channels // LEAST).bit_length() - 1))
+
+
+def units_of(settings: Settings, block: Block) -> int:
+    """Return how many attention units a block has."""
+    return block.kv_heads if unit_of(settings, block) == "kv_group" else block.group
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much a ratio keeps, whichever it is: this decides costs, bytes and memory."""
+
+    units: tuple[int, ...] | None
+    """Attention units by block; None where blocks may differ, and only `total` is settled."""
+    total: int
+    """Attention units over all blocks."""
+    channels: tuple[int, ...]
+    """By block."""
+
+
+def counts(anatomy: BlockLayout, settings: Settings, ratio: float) -> Counts:
+    """Return how many units and channels are left at a ratio in [0, 1); never less for a smaller ratio."""
+    sizes = [units_of(settings, block) for block in anatomy.blocks]
+    channels = tuple(channels_kept(block, multiple_of(settings, block), ratio) for block in anatomy.blocks)
+    if settings.everywhere:
+        units = tuple(max(1, half_up((1 - ratio) * size)) for size in sizes)
+        return Counts(units=units, total=sum(units), channels=channels)
+    return Counts(units=None, total=max(len(sizes), half_up((1 - ratio) * sum(sizes))), channels=channels)
+
+
+def half_up(number: float) -> int:
+    return int(number + 0.5)
+
+
+def channels_kept(block: Block, multiple: int, ratio: float) -> int:
+    """Return the channels left: a multiple of `multiple`, at least an eighth; all of them at 0."""
+    if ratio == 0:
+        return block.channels
+    least = -(-block.channels // LEAST)
+    wanted = half_up((1 - ratio) * block.channels / multiple) * multiple
+    return min(block.channels, max(wanted, -(-least // multiple) * multiple))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Heads and channels in the order of their worth, the best first."""
+
+    attention: tuple[tuple[int, tuple[int, ...]], ...]
+    """(block, the unit's query heads) over all blocks; every block's best one comes before all others."""
+    channels: tuple[tuple[int, ...], ...]
+    """By block."""
+
+
+def split_by_block(scores: Tensors, anatomy: BlockLayout) -> tuple[Sequence[Array], Sequence[Array]]:
+    """Return (scores of query heads, scores of channels) by block, from `heads` and `channels` over all blocks.
+
+    Raises:
+        ShapeError: if they are not as long as the base is wide.
+    """
+    found = []
+    for name, sizes in (
+        ("heads", [block.heads for block in anatomy.blocks]),
+        ("channels", [block.channels for block in anatomy.blocks]),
+    ):
+        if scores.keys() != {"heads", "channels"} or scores[name].shape != (sum(sizes),):
+            got = {key: array.shape for key, array in scores.items()}
+            raise ShapeError(f"scores: expected {name} of shape ({sum(sizes)},); got {got}")
+        found.append(np.split(scores[name].astype(np.float64), np.cumsum(sizes)[:-1]))
+    return found[0], found[1]
+
+
+def rank_units(scores: Tensors, anatomy: BlockLayout, settings: Settings) -> Ranking:
+    """Return the order that scores give; ties go to the lower index, so it is the same everywhere."""
+    heads, channels = split_by_block(scores, anatomy)
+    units: list[tuple[float, int, tuple[int, ...]]] = []
+    first: list[tuple[int, tuple[int, ...]]] = []
+    for index, block in enumerate(anatomy.blocks):
+        own = [(-worth, index, members) for worth, members in units_by_importance(heads[index], block, settings)]
+        own.sort()
+        first.append(own[0][1:])
+        units += own[1:]
+    return Ranking(
+        attention=(*first, *(unit[1:] for unit in sorted(units))),
+        channels=tuple(tuple(np.lexsort((np.arange(part.size), -part)).tolist()) for part in channels),
+    )
+
+
+def units_by_importance(heads: Array, block: Block, settings: Settings) -> Sequence[tuple[float, tuple[int, ...]]]:
+    """Return (worth, query heads) of a block's attention units."""
+    groups = heads.reshape(block.kv_heads, block.group)
+    if unit_of(settings, block) == "kv_group":
+        members = np.arange(block.heads).reshape(block.kv_heads, block.group)
+        return [(float(worth), tuple(row)) for worth, row in zip(groups.sum(axis=1), members.tolist(), strict=True)]
+    # Slot j holds the j-th best head of every group: its worth falls with j, so what is kept is always a prefix.
+    order = np.argsort(-groups, axis=1, kind="stable")  # (kv_heads, group)
+    worth = np.take_along_axis(groups, order, axis=1).sum(axis=0)  # (group,)
+    members = order + np.arange(block.kv_heads)[:, None] * block.group
+    return [(float(worth[slot]), tuple(sorted(members[:, slot].tolist()))) for slot in range(block.group)]
+
+
+def structure_at(ranking: Ranking, anatomy: BlockLayout, settings: Settings, ratio: float) -> ModelStructure:
+    """Return what a ratio keeps: a larger ratio keeps a part of what a smaller one keeps."""
+    count = counts(anatomy, settings, ratio)
+    taken: list[list[int]] = [[] for _ in anatomy.blocks]
+    if count.units is not None:
+        left = list(count.units)
+        for index, members in ranking.attention:
+            if left[index] > 0:
+                left[index] -= 1
+                taken[index] += members
+    else:
+        for index, members in ranking.attention[: count.total]:
+            taken[index] += members
+    return ModelStructure(
+        tuple(
+            BlockStructure(
+                q=tuple(sorted(heads)),
+                kv=tuple(sorted({head // block.group for head in heads})),
+                ff=tuple(sorted(order[:size])),
+            )
+            for block, heads, order, size in zip(anatomy.blocks, taken, ranking.channels, count.channels, strict=True)
+        )
+    )
+
+
+def stage_ratios(ratio: float, stages: int) -> Sequence[float]:
+    """Return the ratios of a round's stages: p (1 - (1 - s/S)^3), the last of them p.
+
+    >>> staged(0.5, 1), staged(0.5, 2)
+    ([0.5], [0.4375, 0.5])
+    """
+    return [ratio * (1 - (1 - stage / stages) ** 3) for stage in range(1, stages + 1)]
+
+
+def to_base_coordinates(scores: Tensors, keep: ModelStructure | None, anatomy: BlockLayout) -> Tensors:
+    """Return a pruned client's scores in the base's coordinates, NaN where it holds nothing.
+
+    Raises:
+        ShapeError: if they are not as long as what the client kept.
+    """
+    if keep is None:
+        split_by_block(scores, anatomy)
+        return {name: array.astype(np.float64) for name, array in scores.items()}
+    found = {}
+    for name, sizes, parts in (
+        ("heads", [block.heads for block in anatomy.blocks], [one.q for one in keep.blocks]),
+        ("channels", [block.channels for block in anatomy.blocks], [one.ff for one in keep.blocks]),
+    ):
+        offsets = np.cumsum([0, *sizes[:-1]])
+        held = np.concatenate([np.asarray(part, np.int64) + at for part, at in zip(parts, offsets, strict=True)])
+        if scores.keys() != {"heads", "channels"} or scores[name].shape != held.shape:
+            got = {key: array.shape for key, array in scores.items()}
+            raise ShapeError(f"scores: expected {name} of shape {held.shape}, as kept; got {got}")
+        found[name] = np.full(sum(sizes), np.nan)
+        found[name][held] = scores[name]
+    return found
+
+
+def at_structure(scores: Tensors, keep: ModelStructure | None, anatomy: BlockLayout) -> Tensors:
+    """Return scores of the whole base at what is kept: the inverse of `spread`."""
+    if keep is None:
+        return scores
+    heads, channels = split_by_block(scores, anatomy)
+    return {
+        "heads": np.concatenate([part[list(one.q)] for part, one in zip(heads, keep.blocks, strict=True)]),
+        "channels": np.concatenate([part[list(one.ff)] for part, one in zip(channels, keep.blocks, strict=True)]),
+    }
+
+
+def normalise(scores: Tensors, held: Tensors, anatomy: BlockLayout) -> Tensors:
+    """Return scores in units of their mean over what `held` marks: heads over all blocks, channels block by block.
+
+    Heads are never put on a scale of their own block: that would hide which blocks matter.
+    """
+    heads, channels = split_by_block(scores, anatomy)
+    _, common = split_by_block({name: mask.astype(np.float64) for name, mask in held.items()}, anatomy)
+    return {
+        "heads": mean_normalised(np.concatenate(heads), held["heads"].astype(bool)),
+        "channels": np.concatenate(
+            [mean_normalised(part, at.astype(bool)) for part, at in zip(channels, common, strict=True)]
+        ),
+    }
+
+
+def mean_normalised(values: Array, mask: Array) -> Array:
+    """Return values in units of the mean of what is marked, none above the number of what is.
+
+    That is the most that one of them can come to. Else a client whose common part is next to nothing would lift the
+    rest without bound.
+    """
+    found: Array = np.minimum(values / mean_of(values, mask), mask.sum() or mask.size)
+    return found
+
+
+def mean_of(values: Array, mask: Array) -> float:
+    """Return the mean of what is marked, or 1 where nothing is, or all of it is zero."""
+    found = float(np.mean(values[mask])) if mask.any() else 0.0
+    return found if found > 0 and np.isfinite(found) else 1.0
+
+
+def pool_scores(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy: BlockLayout) -> Tensors:
+    """Return scores after a round: half of what they were, half of the clients' weighted mean.
+
+    Args:
+        parts: scores in the base's coordinates, NaN where a client holds nothing, with weights p_k.
+        before: pooled scores so far; empty before the first time. What nobody holds keeps its value.
+        anatomy: of the base.
+    """
+    common = {name: np.all([np.isfinite(each[name]) for each, _ in parts], axis=0) for name in ("heads", "channels")}
+    scaled = [(normalise(each, common, anatomy), weight) for each, weight in parts]
+    found = {}
+    for name in ("heads", "channels"):
+        total, weights = np.zeros(common[name].shape), np.zeros(common[name].shape)
+        for each, weight in scaled:
+            held = np.isfinite(each[name])
+            total[held] += weight * each[name][held]
+            weights += weight * held
+        mean = np.where(weights > 0, total / np.where(weights > 0, weights, 1.0), 0.0)
+        old = before.get(name)
+        new = mean if old is None else np.where(weights > 0, 0.5 * old + 0.5 * mean, old)
+        found[name] = new.astype(np.float32)
+    return found
+
+
+def with_hysteresis(order: Tensors, scores: Tensors) -> Tensors:
+    """Return the scores that the order goes by: a group's moves only when it has changed by more than `SWAP`."""
+    if not order:
+        return scores
+    return {
+        name: np.where(np.abs(scores[name] - old) > SWAP * np.abs(old), scores[name], old).astype(np.float32)
+        for name, old in order.items()
+    }
+
+
+def votes(keep: ModelStructure, anatomy: BlockLayout) -> Tensors:
+    """Return a client's mask as scores: 1 for what it keeps, 0 for the rest."""
+    found = {
+        "heads": np.concatenate(
+            [np.isin(np.arange(b.heads), k.q) for b, k in zip(anatomy.blocks, keep.blocks, strict=True)]
+        ),
+        "channels": np.concatenate(
+            [np.isin(np.arange(b.channels), k.ff) for b, k in zip(anatomy.blocks, keep.blocks, strict=True)]
+        ),
+    }
+    return {name: mask.astype(np.float32) for name, mask in found.items()}

@@ -1,0 +1,1 @@
+"""The round loop: plan, assign, exchange, admit, aggregate, commit."""

@@ -1,0 +1,1 @@
+"""One run from recipe to summary: local, served, exported, deployed."""

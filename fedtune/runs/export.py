@@ -1,0 +1,272 @@
+"""What a run leaves for others to load: an adapter, a whole model, or seeds; and the model that seeds stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune.config import bind
+from fedtune.config.binding import Findings, bind_table
+from fedtune.errors import ConfigError, Fault, StoreError
+from fedtune.lora.adapter import Adapter, Factors
+from fedtune.lora.lowrank import compress, truncate
+from fedtune.methods.method import GlobalModel, SeedModel
+from fedtune.model.settings import ModelSettings
+from fedtune.rounds.loop import Note, Watch
+from fedtune.store import peft, result
+from fedtune.store import seeds as store_seeds
+from fedtune.store.files import new_folder, store_errors
+from fedtune.store.run_directory import check_run
+
+# The client wing takes seconds to import, so `experiment` and `model` are imported where they are needed.
+
+FORMS = ("peft", "uniform", "merged", "ledger")
+
+
+def export(
+    run: str | Path,
+    *,
+    form: str | None = None,
+    out: str | Path | None = None,
+    max_rank: int | None = None,
+    dtype: str | None = None,
+    watch: Watch = lambda event: None,
+) -> Path:
+    """Write a run's result for others to load, and return the folder.
+
+    Args:
+        run: the run directory.
+        form: `peft`, the adapter with its own rank per layer; `uniform`, the same padded with zeros to one rank, for
+            engines that read no rank_pattern; `merged`, a whole model of the base with the change added; `ledger`, the
+            integers that a FedKSeed run consists of. Without it `peft`, or `merged` for a run of seeds, whose bank
+            `kron` alone has the form of an adapter.
+        out: folder to write; `<run>/<form>` without it.
+        max_rank: cut every layer to its best approximation of this rank.
+        dtype: number format of the merged model; the base's own without it.
+        watch: told what a cut or a cast has cost.
+
+    Raises:
+        StoreError: if the folder holds no run, or `out` holds files already.
+        ConfigError: if the form is unknown, or the base is another than the one that was trained on.
+    """
+    if form is not None and form not in FORMS:
+        raise ConfigError(Fault("form", f"one of {', '.join(FORMS)}", repr(form)))
+    path = Path(run)
+    tuned, origin = open_run(path)
+    form = form or ("merged" if tuned.seeds else "peft")
+    if dtype is not None and form != "merged":
+        raise ConfigError(Fault("dtype", "none: adapters are float32", repr(dtype), "or choose the form merged"))
+    target = Path(out) if out is not None else path / form
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
+    if tuned.seeds is not None:
+        if dtype is not None or max_rank is not None:
+            got = f"dtype = {dtype!r}, max_rank = {max_rank}"
+            raise ConfigError(Fault("export", "neither dtype nor max_rank: seeds give one model, to the bit", got))
+        return _export_seeds(path, tuned.seeds, origin, target, form=form, watch=watch)
+    if form == "ledger":
+        expected = "a run of a method that moves all weights (fedkseed)"
+        raise ConfigError(Fault("form", expected, f"'ledger' of a run of {origin.get('method')!r}", "choose peft"))
+    adapter, saved = tuned.adapter, tuned.saved
+    if max_rank is not None:
+        adapter = truncate_adapter(adapter, max_rank, watch)
+    if form == "merged":
+        return _merge(path, adapter, saved, origin, target, dtype=dtype, watch=watch)
+    if form == "uniform":
+        adapter = pad(adapter)
+    settings = json.loads((path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    return peft.write(target, adapter, saved, peft.target_of(settings), origin)
+
+
+def _export_seeds(
+    path: Path, seeds: SeedModel, origin: Mapping[str, Any], target: Path, *, form: str, watch: Watch
+) -> Path:
+    """Write what seeds stand for: themselves, the whole model with them beside it, or an adapter of the bank `kron`."""
+    if form == "ledger":
+        return store_seeds.write(target, seeds, origin)
+    bound = bind(path / "recipe.toml")
+    if form != "merged":
+        check_form(form, bound.method, [])
+    from fedtune.runs.local import prepare, run_context
+
+    experiment = prepare(bound)
+    check_base(experiment.base.digest, origin, path)
+    if form != "merged":
+        adapted = {f"{name}.weight" for name in experiment.base.modules}
+        moved = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
+        check_form(form, bound.method, [name for name in moved if name not in adapted])
+        factors = store_seeds.kron_adapter(seeds, transposed=experiment.base.transposed)
+        return peft.write(target, factors, {}, run_context(experiment).target, origin)
+    from fedtune.model import replay as rebuilding
+
+    with new_folder(target) as folder:
+        weights = rebuilding.write(experiment.base, seeds.ledger, seeds.trainable, folder)
+        store_seeds.put(folder, seeds, {**origin, "weights": weights})
+    watch(Note(f"rebuilt from {seeds.ledger.bank.size} integers; digest of the weights {weights}"))
+    return target
+
+
+def check_form(form: str, method: Any, beyond: Sequence[str]) -> None:
+    """Refuse to write seeds as an adapter where they are none; `beyond` are tensors outside of the adapted layers."""
+    if method.bank == "kron" and not (method.vectors or method.embeddings or beyond):
+        return
+    got = f"{form!r} of a run with bank = {method.bank!r}" + (f" that moves {beyond[0]} as well" if beyond else "")
+    expected = "merged or ledger: only bank = 'kron' over the weights of adapted layers has the form of an adapter"
+    raise ConfigError(Fault("form", expected, got, "write the whole model with --form merged"))
+
+
+def _merge(
+    path: Path,
+    adapter: Adapter,
+    saved: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    target: Path,
+    *,
+    dtype: str | None,
+    watch: Watch,
+) -> Path:
+    bound = bind(path / "recipe.toml")
+    from fedtune.model.base import DTYPES
+    from fedtune.model.merge import merge
+    from fedtune.runs.local import prepare
+
+    chosen = dtype or bound.model.dtype
+    if chosen not in DTYPES:
+        raise ConfigError(Fault("dtype", f"one of {', '.join(DTYPES)}", repr(chosen)))
+    experiment = prepare(bound)
+    check_base(experiment.base.digest, origin, path)
+    with new_folder(target) as folder:
+        merged = merge(experiment.base, adapter, saved, dtype=chosen, revision=bound.model.revision, out=folder)
+        (folder / "fedtune.json").write_text(json.dumps(origin, indent=1) + "\n")
+    watch(Note(f"merged in float32 and cast to {chosen} once: {merged.applied:.1%} of the change arrived"))
+    return target
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """A model rebuilt from a base and a seed ledger."""
+
+    base: str
+    """Digest (hex) of the base's manifest."""
+    state: str
+    """Digest (hex) of the ledger."""
+    weights: str
+    """Digest (hex) of the rebuilt weights' manifest."""
+    path: Path | None
+    """Folder of the model, if it was written."""
+
+
+def replay(
+    base: str | Path, ledger: str | Path, *, out: str | Path | None = None, trainable: Sequence[str] = ()
+) -> ReplayResult:
+    """Rebuild the model that a seed ledger stands for, anywhere where its base is, and return the digests.
+
+    Args:
+        base: folder or hub name of the base that the run started from.
+        ledger: a run's folder `seeds`, an exported model, or a ledger alone, which names no tensors.
+        out: folder to write the model to; without it only the digests are made.
+        trainable: globs over the tensors that were moved, for a ledger alone; without any, all but for kron.
+
+    Raises:
+        ConfigError: if the base is another than the ledger's.
+        StoreError: if the ledger cannot be read, or `out` holds files already.
+        WireError: if its bytes are none.
+    """
+    from fedtune.directions import seed_ledger as ledgers
+    from fedtune.directions.trainable import TensorSelection
+    from fedtune.directions.trainable import trainable_ordinals as chosen
+    from fedtune.model import replay as rebuilding
+
+    source, target = Path(ledger), None if out is None else Path(out)
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
+    seeds, origin = store_seeds.read(source) if source.is_dir() else (None, dict[str, Any]())
+    with store_errors(source):
+        found = seeds.ledger if seeds else ledgers.decode_ledger(source.read_bytes())
+    if not seeds and found.bank.name == "kron" and not trainable:
+        expected = "the folder of a run's seeds, or the tensors that were moved: a kron ledger alone does not name them"
+        raise ConfigError(Fault("ledger", expected, str(source), "give runs/NAME/seeds, or --trainable GLOB"))
+    settings = model_settings(origin, str(base), source)
+    loaded = rebuilding.base_of(
+        found,
+        settings,
+        seed=origin.get("seed", 0),
+        labels=origin.get("labels", ()),
+        in_full=origin.get("modules_to_save", ()),
+    )
+    everything = TensorSelection(found.bank.name, trainable, vectors=True, embeddings=True)
+    ordinals = seeds.trainable if seeds else chosen(loaded.manifest, everything, loaded.matrices)
+    if target is None:
+        weights = rebuilding.write(loaded, found, ordinals, None)
+    else:
+        with new_folder(target) as folder:
+            weights = rebuilding.write(loaded, found, ordinals, folder)
+    return ReplayResult(loaded.manifest.digest.hex(), found.digest.hex(), weights, target)
+
+
+def model_settings(origin: Mapping[str, Any], base: str, source: Path) -> ModelSettings:
+    """Return how the base of a run's seeds was loaded, as their provenance says.
+
+    Raises:
+        StoreError: if it says something else.
+    """
+    found, noted = Findings(), origin.get("model", {})
+    if isinstance(noted, dict):
+        noted = {"base": base, "device": "cpu", **{key: value for key, value in noted.items() if value is not None}}
+    bound: ModelSettings | None = bind_table(ModelSettings, noted, "model", found)
+    if bound is None:
+        raise StoreError(f"{source}: expected how the base was loaded; {found.faults[0]}; put back a copy")
+    return bound
+
+
+def open_run(run: Path) -> tuple[GlobalModel, Mapping[str, Any]]:
+    """Return (global model, provenance) of a run directory.
+
+    Raises:
+        StoreError: if it is none, or holds no result.
+    """
+    check_run(run)
+    return result.read(run)
+
+
+def check_base(found: str, origin: Mapping[str, Any], run: Path) -> None:
+    """Refuse an adapter that was trained over other weights than those that are loaded now."""
+    wanted = str(origin.get("base", {}).get("digest"))
+    if found != wanted:
+        raise ConfigError(
+            Fault(
+                path="model.base",
+                expected=f"the base that {result.folder(run)} was trained on (digest {wanted[:12]})",
+                got=f"another one (digest {found[:12]})",
+                hint="load the same model in the same revision and dtype",
+            )
+        )
+
+
+def truncate_adapter(adapter: Adapter, max_rank: int, watch: Watch) -> Adapter:
+    """Return each layer's best approximation of at most this rank, and note what share of the change is kept."""
+    if max_rank < 1:
+        raise ConfigError(Fault("max_rank", "at least 1", str(max_rank)))
+    whole = compress(adapter)
+    short = {name: truncate(low, tau=1.0, max_rank=max_rank) for name, low in whole.items()}
+    total = sum(float(np.square(low.s).sum()) for low in whole.values())
+    kept = sum(float(np.square(low.s).sum()) for low in short.values())
+    watch(Note(f"cut to rank {max_rank}: {kept / total if total else 1.0:.2%} of the squared singular values kept"))
+    return {name: low.factors for name, low in short.items()}
+
+
+def pad(adapter: Adapter) -> Adapter:
+    """Return the same change with every layer padded with zeros to the largest rank."""
+    rank = max(factors.rank for factors in adapter.values())
+    return {
+        name: Factors(
+            a=np.pad(f.a, ((0, rank - f.rank), (0, 0))),
+            b=np.pad(f.b, ((0, 0), (0, rank - f.rank))),
+        )
+        for name, f in adapter.items()
+    }

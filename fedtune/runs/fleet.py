@@ -1,0 +1,305 @@
+"""The planner, the costs and the clock of a recipe, over the devices that its clients are taken to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from fedtune.config import Recipe, planned_training
+from fedtune.config.recipe import requested_ratio
+from fedtune.devices.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, round_bytes, round_flops, sizes
+from fedtune.devices.cost import block_parameters as blocks_of
+from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
+from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
+from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Blueprint, Client, Training, WireDtype
+from fedtune.methods import METHODS
+from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, Cost, Speed
+from fedtune.planning.fixed import Fixed
+from fedtune.planning.planner import ClientObservation, Planner
+from fedtune.planning.policies import PolicyInputs, arms_of, policy_of
+from fedtune.planning.policy import Arm, Candidate
+from fedtune.pruning.structure import FAMILIES
+from fedtune.rounds.clock import Clock, CompletedWork
+
+SIMULATED_METHODS = "Time is simulated: operations, bytes and traces of the devices below, never this machine's clock"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of a client's examples, in tokens."""
+
+    mean: float
+    longest: float
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What a recipe's clients are taken to run on, and what a round costs them."""
+
+    recipe: Recipe
+    body: Body | None
+    """None where surgery and costs do not know the base."""
+    profiles: Mapping[str, DeviceProfile] = field(default_factory=dict)
+    """By client; empty where no devices are simulated."""
+    tokens: Mapping[str, Lengths] = field(default_factory=dict)
+    """By client, where the texts are known."""
+    proxy: Body | None = None
+    """A larger model that the clock takes in place of the one that is trained."""
+
+    @property
+    def charged(self) -> Body:
+        """The base whose operations, bytes and memory count."""
+        found = self.proxy or self.body
+        assert found is not None  # asked only where costs are known
+        return found
+
+    def lengths(self, client: str) -> Lengths:
+        longest = float(self.recipe.data.max_tokens)
+        return self.tokens.get(client) or Lengths(longest, longest)
+
+    def work(self, client: str, training: Training) -> Work:
+        """Return what a round asks of a client beside ratio and rank."""
+        assert training.steps is not None  # the planner has resolved epochs
+        length = self.lengths(client)
+        return Work(
+            steps=training.steps,
+            rows=training.batch,
+            passes=training.accumulation,
+            tokens=length.mean,
+            longest=length.longest,
+            checkpointing=training.gradient_checkpointing,
+            side_tokens=2 * 16 * length.mean if self.recipe.pruning else 0.0,
+            global_rank=self.global_rank,
+        )
+
+    @property
+    def global_rank(self) -> float:
+        """Rank of what goes down: bounded by the recipe, or taken to be twice the largest that goes up."""
+        largest = getattr(self.recipe.method, "max_rank", None)
+        planner = self.recipe.planner
+        ranks = planner.ranks if isinstance(planner, AdaptiveSettings) else (self.recipe.adapter.rank,)
+        return float(largest if largest is not None else 2 * max(ranks))
+
+    def cost(self, client: str, arm: Arm, training: Training) -> Cost:
+        """Return what an arm costs a client in a round."""
+        pruning, work = self.recipe.pruning, self.work(client, training)
+        dtype: WireDtype = getattr(self.recipe.method, "wire_dtype", "fp32")
+        traffic = round_bytes(
+            self.charged, pruning, arm.ratio, arm.rank, global_rank=work.global_rank, wire_dtype=dtype
+        )
+        return Cost(
+            tflop=round_flops(self.charged, pruning, arm.ratio, arm.rank, work) / 1e12,
+            megabytes=max(1e-6, sum(traffic) / 1e6),
+            memory_gb=memory_bytes(self.charged, pruning, arm.ratio, arm.rank, work) / 1e9,
+        )
+
+    def load(self, done: CompletedWork) -> Load:
+        """Return what a round has asked of a client's device, from the tokens and bytes that were counted."""
+        plan, measured, pruning = done.plan, done.measured, self.recipe.pruning
+        work = self.work(plan.client, plan.training)
+        size = sizes(self.charged.anatomy, pruning, plan.ratio)
+        each = flops_per_token(self.charged, size, plan.rank, work)
+        factor = self._traffic_factor(plan.ratio, plan.rank)
+        return Load(
+            tflop=each * (measured.tokens + 0.5 * measured.side_tokens) / 1e12,
+            gigabytes=self.gigabytes(plan.client, Arm(plan.ratio, plan.rank), plan.training),
+            bytes_down=done.traffic.down * factor,
+            bytes_up=done.traffic.up * factor,
+        )
+
+    def megabytes(self, seen: ClientObservation) -> float:
+        """Return what was counted down and up of a client's round; of a proxy, what that would have taken."""
+        return (seen.bytes_down + seen.bytes_up) / 1e6 * self._traffic_factor(seen.ratio, seen.rank)
+
+    def _traffic_factor(self, ratio: float, rank: int) -> float:
+        """Return by how much more bytes the proxy would send than the model that was trained."""
+        if self.proxy is None or self.body is None:
+            return 1.0
+        both = [
+            sum(round_bytes(body, self.recipe.pruning, ratio, rank, global_rank=self.global_rank, wire_dtype="bf16"))
+            for body in (self.proxy, self.body)
+        ]
+        return both[0] / both[1]
+
+    def misfit(self, client: Client, ratio: float, rank: int, training: Training) -> str:
+        """Say why a ratio and a rank do not fit a client; nothing where they do, or where that is not known."""
+        has = self.memory_gb(client)
+        if has is None or self.body is None or METHODS[self.recipe.method.name].verb == "probe":
+            return ""  # what forward passes alone need is not modelled
+        need = self.cost(client.name, Arm(ratio, rank), training).memory_gb
+        if need <= has:
+            return ""
+        return (
+            f"expected {need:.3g} GB of memory, for a ratio of {ratio:g} and rank {rank}; has {has:.3g} GB; "
+            "lower client.batch, raise planner.ratio, or let a planner choose"
+        )
+
+    def memory_gb(self, client: Client) -> float | None:
+        profile = self.profiles.get(client.name)
+        if profile is not None:
+            return profile.memory_gb
+        return MEMORY_SHARE * client.memory_bytes / 1e9 if client.memory_bytes else None
+
+    def planner(self, blueprint: Blueprint) -> Planner:
+        """Return the planner that the recipe names.
+
+        Raises:
+            ConfigError: if it wants costs of a base that they are not known for.
+        """
+        recipe = self.recipe
+        alpha, rslora, settings = recipe.adapter.alpha, recipe.adapter.rslora, recipe.planner
+        scored = bool(blueprint.ranking) or recipe.pruning is None or recipe.pruning.policy == "local"
+        if not isinstance(settings, AdaptiveSettings):
+            return Fixed(
+                partial(planned_training, recipe),
+                alpha=alpha,
+                rslora=rslora,
+                ratio=partial(requested_ratio, recipe),
+                scored=scored,
+                misfit=self.misfit,
+            )
+        if self.body is None:
+            expected = f"a base of {', '.join(FAMILIES)}, for a planner that weighs costs"
+            got = f"{recipe.model.base!r}, whose costs nobody knows"
+            raise ConfigError(Fault("planner", expected, got, 'set planner = "fixed"'))
+        return Adaptive(
+            policy=policy_of(
+                settings,
+                pruned=recipe.pruning is not None,
+                given=PolicyInputs(
+                    target=recipe.pruning.target if recipe.pruning else 0.0,
+                    server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
+                    known=self.true_seconds,
+                ),
+            ),
+            training=lambda client: planned_training(recipe, client)[1],
+            costs=self.cost,
+            traffic=self.megabytes,
+            speeds={name: speed(profile) for name, profile in self.profiles.items()},
+            alpha=alpha,
+            rslora=rslora,
+            seed=recipe.seed,
+            rounds=recipe.rounds.count,
+            pruning=recipe.pruning,
+            ranking=bool(blueprint.ranking),
+        )
+
+    def true_seconds(self, round: int, candidate: Candidate) -> Sequence[float]:
+        """Return the seconds that every arm will take a client in a round, whose traces do not depend on the time."""
+        clock = self.clock()
+        assert isinstance(clock, SimulatedClock)  # config asks the oracle for a fleet by rounds
+        name, settings = candidate.client, self.recipe.planner
+        assert isinstance(settings, AdaptiveSettings)
+        training = planned_training(self.recipe, name)[1]
+        found = []
+        for arm, tflop, megabytes in zip(
+            arms_of(settings, pruned=self.recipe.pruning is not None), candidate.tflop, candidate.megabytes, strict=True
+        ):
+            load = Load(tflop, self.gigabytes(name, arm, training), megabytes / 2 * 1e6, megabytes / 2 * 1e6)
+            found.append(clock.client(name, load, round=round, now_s=0.0).seconds)
+        return found
+
+    def gigabytes(self, client: str, arm: Arm, training: Training) -> float:
+        """Return the weights that are read in a round, once per pass and step."""
+        anatomy, work = self.charged.anatomy, self.work(client, training)
+        kept = blocks_of(anatomy, sizes(anatomy, self.recipe.pruning, arm.ratio))
+        weights = self.charged.parameters - blocks_of(anatomy, sizes(anatomy, None, 0.0)) + kept
+        return (PASSES + work.checkpointing) * work.steps * work.passes * weights * anatomy.number_bytes / 1e9
+
+    def clock(self) -> Clock | None:
+        """Return the simulated clock; none where no fleet is."""
+        settings = self.recipe.fleet
+        if settings is None or self.body is None:
+            return None
+        return SimulatedClock(
+            self.profiles,
+            self.load,
+            seed=self.recipe.seed,
+            by=settings.by,
+            late=settings.late,
+            server_s=settings.server_s,
+        )
+
+    def told(self) -> Mapping[str, Any]:
+        """Return the devices as a run's summary holds them."""
+        if not self.profiles or self.recipe.fleet is None:
+            return {}
+        proxy = self.recipe.fleet.proxy
+        of = "" if proxy == "none" else f"; proxy: operations, bytes and memory are those of {proxy}"
+        return {
+            "clients": {name: profile.name for name, profile in self.profiles.items()},
+            "profiles": {profile.name: profile.told() for profile in self.profiles.values()},
+            "clock": f"{SIMULATED_METHODS}{of}.",
+        }
+
+
+def speed(profile: DeviceProfile) -> Speed:
+    """Return what a planner knows of a device before it has done anything: its means."""
+    megabit_s = 8.0 * 0.5 * (1 / profile.up_mbps + 1 / profile.down_mbps)
+    return Speed(
+        memory_gb=profile.memory_gb,
+        s_per_tflop=1.0 / (profile.tflops * profile.mean_mode),
+        s_per_mb=megabit_s,
+        overhead_s=profile.overhead_s,
+    )
+
+
+def fleet_of(
+    recipe: Recipe,
+    clients: Sequence[str],
+    blueprint: Blueprint,
+    *,
+    parameters: int,
+    tokens: Mapping[str, Lengths] | None = None,
+) -> Fleet:
+    """Return what a recipe's clients are taken to run on.
+
+    Raises:
+        ConfigError: if a device cannot be so, or costs are asked of a base that they are not known for.
+    """
+    body = body_of(recipe, blueprint, parameters)
+    if recipe.fleet is None:
+        return Fleet(recipe, body, tokens=tokens or {})
+    if body is None:
+        raise ConfigError(
+            Fault(
+                "fleet",
+                f"a base of {', '.join(FAMILIES)}",
+                f"{recipe.model.base!r}, whose costs nobody knows",
+                "leave it out",
+            )
+        )
+    profiles = dict(FLEETS[recipe.fleet.name](clients, recipe.seed))
+    for place, override in enumerate(recipe.device):
+        covered = [name for name in clients if override.covers(name)]
+        if not covered:
+            known = f"{', '.join(sorted(clients)[:8])}{', ...' * (len(clients) > 8)}"
+            expected, got = f"names or patterns of clients ({known})", f"{list(override.clients)}, which match none"
+            raise ConfigError(Fault(f"device.{place}.clients", expected, got))
+        for name in covered:
+            start = PROFILES[override.profile] if override.profile else profiles[name]
+            profiles[name] = with_overrides(start, override.fields, place) if override.fields else start
+    make = PROXIES.get(recipe.fleet.proxy)
+    return Fleet(recipe, body, profiles, tokens or {}, make() if make else None)
+
+
+def with_overrides(start: DeviceProfile, fields: Mapping[str, Any], place: int) -> DeviceProfile:
+    """Return a profile with what a recipe changes of it, under a name of its own: two kinds are never told as one."""
+    provenance: Mapping[str, Provenance] = {**start.provenance, **{name: "recipe" for name in fields}}
+    return check(replace(start, name=f"{start.name}*{place + 1}", provenance=provenance, **fields))
+
+
+def body_of(recipe: Recipe, blueprint: Blueprint, parameters: int) -> Body | None:
+    """Return what the costs of a run's base follow from; None for a base that surgery does not know."""
+    if blueprint.anatomy is None:
+        return None
+    return Body(
+        anatomy=blueprint.anatomy,
+        modules=blueprint.modules,
+        parameters=parameters,
+        saved=sum(array.size for array in blueprint.saved.values()),
+        classifies=recipe.model.task == "classification",
+    )

@@ -1,0 +1,293 @@
+"""A recipe made real on this machine: data and base loaded, clients bound to them, an engine to run them, scores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+from fedtune.client.perform import perform
+from fedtune.client.replica import Replicas
+from fedtune.client.site import load_site, simulated_site
+from fedtune.client.worker_process import devices_of, payload
+from fedtune.config import Recipe, render
+from fedtune.config.recipe import largest_rank, resources
+from fedtune.data.federation import Federation, digest
+from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Blueprint, Client
+from fedtune.methods import METHODS
+from fedtune.methods.method import GlobalModel, SeedModel
+from fedtune.model import evaluate as scoring
+from fedtune.model.base import Base
+from fedtune.model.libraries import threads
+from fedtune.model.pruned_training import block_layout, with_pruned_model
+from fedtune.model.seed_rebuild import with_rebuilt_weights
+from fedtune.planning.planner import Planner
+from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
+from fedtune.rounds.transport import Transport
+from fedtune.runs.base_checks import check_pruning, check_ranks
+from fedtune.runs.fleet import Fleet, Lengths, fleet_of
+from fedtune.runs.runner import ModelScores, RunContext, first_state
+from fedtune.simulation.inprocess import InProcess
+from fedtune.simulation.process_pool import ForkServer, ProcessPool
+from fedtune.store import peft
+from fedtune.store.pruning import read_ranking
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything loaded that a recipe names."""
+
+    recipe: Recipe
+    federation: Federation
+    base: Base
+
+    @property
+    def fleet(self) -> Mapping[str, int]:
+        """Training examples by client, sorted by name."""
+        return {name: len(shard.train) for name, shard in sorted(self.federation.clients.items())}
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What the method must know of the base."""
+        return self._blueprint
+
+    @cached_property
+    def _blueprint(self) -> Blueprint:
+        recipe, whole = self.recipe, METHODS[self.recipe.method.name].verb == "probe"
+        found = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
+        return replace(found, **pruning_of(recipe, self.base, self.federation.labels))
+
+    @property
+    def planner(self) -> Planner:
+        """What each client is asked to do."""
+        return self.devices.planner(self.blueprint)
+
+    @cached_property
+    def devices(self) -> Fleet:
+        """What its clients are taken to run on, and what a round costs them."""
+        shards = self.federation.clients
+        return fleet_of(
+            self.recipe,
+            list(self.fleet),
+            self.blueprint,
+            parameters=sum(parameter.numel() for parameter in self.base.model.parameters()),
+            tokens={name: lengths([len(each.input_ids) for each in s.train]) for name, s in shards.items() if s.train},
+        )
+
+    @property
+    def target(self) -> peft.Target:
+        """What an adapter of this experiment says of its base."""
+        return peft.Target(
+            base=self.base.path,
+            revision=self.recipe.model.revision,
+            task=self.base.task,
+            fan_in_fan_out=self.base.transposed,
+            saved_modules=self.base.saved_modules,
+        )
+
+
+def lengths(tokens: Sequence[int]) -> Lengths:
+    return Lengths(mean=sum(tokens) / len(tokens), longest=float(max(tokens)))
+
+
+def prepare(recipe: Recipe) -> Experiment:
+    """Load data and base, and check what can only be checked against them.
+
+    Raises:
+        ConfigError: if a file, column, module or client that the recipe names does not exist, or a rank does not fit.
+    """
+    federation, base = load_site(recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root)
+    names = list(federation.clients)
+    faults = [
+        Fault(
+            path="override.clients",
+            expected=f"names or patterns of clients ({', '.join(names[:8])}{', ...' * (len(names) > 8)})",
+            got=f"{list(override.clients)}, which match none",
+        )
+        for override in recipe.override
+        if not any(override.covers(name) for name in names)
+    ]
+    if faults:
+        raise ConfigError(faults)
+    check_ranks(recipe, base.modules)
+    experiment = Experiment(recipe=recipe, federation=federation, base=base)
+    check_pruning(experiment.blueprint)
+    first_state(recipe, experiment.blueprint)  # what a method refuses of a base it refuses before anything is written
+    experiment.devices.planner(experiment.blueprint)
+    return experiment
+
+
+def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str, Any]:
+    """Return the fields of a blueprint that pruning and planning read.
+
+    Raises:
+        ConfigError: if the recipe prunes a base that surgery does not know, or its ranking is of another base.
+    """
+    settings = recipe.pruning
+    try:
+        found = block_layout(base)
+    except ConfigError:
+        if settings is not None:
+            raise
+        return {}  # nobody asks for surgery
+    ranking = read_ranking(settings.ranking, recipe.root, found, base.digest) if settings and settings.ranking else {}
+    return {"anatomy": found, "pruning": settings, "ranking": ranking}
+
+
+def score(
+    experiment: Experiment, tuned: GlobalModel, *, test: bool, clients: bool, keep: ModelStructure | None = None
+) -> ModelScores:
+    """Score a global model on the test data, on each client's held-out rows, or on both; pruned to `keep` as well."""
+    settings, federation = experiment.recipe.evaluate, experiment.federation
+    measure = partial(scoring.evaluate, experiment.base, tuned.adapter, tuned.saved, batch=settings.batch)
+    shards = sorted(federation.clients.items()) if clients and settings.clients else []
+    with threads(experiment.recipe.model.threads), with_seeds(experiment.base, tuned.seeds):
+        on_test = measure(
+            {"test": federation.test[: settings.examples]} if test else {},
+            generate=settings.generate,
+            new_tokens=settings.new_tokens,
+        )
+        held_out = measure({name: shard.held_out[: settings.client_examples] for name, shard in shards})
+        small = score_pruned(experiment, tuned, keep) if test and keep else None
+    return ModelScores(test=on_test.get("test"), held_out=held_out, deployed=small)
+
+
+def score_pruned(experiment: Experiment, tuned: GlobalModel, keep: ModelStructure) -> Mapping[str, float] | None:
+    """Score a global model on the test data, pruned to a structure; None without test data."""
+    base, settings, body = experiment.base, experiment.recipe.evaluate, experiment.blueprint.anatomy
+    assert body is not None  # a base without one is not pruned
+    adapter = slice_adapter(tuned.adapter, cuts(keep, body))
+    test = experiment.federation.test[: settings.examples]
+    with with_pruned_model(base, keep, body) as small:
+        return scoring.evaluate(small, adapter, tuned.saved, {"test": test}, batch=settings.batch).get("test")
+
+
+def with_seeds(base: Base, seeds: SeedModel | None) -> AbstractContextManager[None]:
+    """Give the base the weights that seeds stand for, for the length of the block."""
+    return with_rebuilt_weights(base, seeds.ledger, seeds.trainable) if seeds else nullcontext()
+
+
+def run_context(experiment: Experiment) -> RunContext:
+    """Return what a run of this experiment is conducted over."""
+    recipe, base = experiment.recipe, experiment.base
+    return RunContext(
+        recipe=recipe,
+        blueprint=experiment.blueprint,
+        planner=experiment.planner,
+        clock=experiment.devices.clock(),
+        devices=experiment.devices.told(),
+        base={
+            "name": base.name,
+            "digest": base.digest,
+            "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
+        },
+        target=experiment.target,
+        fleet=experiment.fleet,
+        machine={"device": str(base.device), "threads": recipe.model.threads, "engine": recipe.engine.name},
+        data=digest(experiment.federation),
+        labels=experiment.federation.labels,
+        notes=experiment.federation.notes,
+        score=partial(score, experiment),
+        sample=partial(sample, experiment),
+    )
+
+
+@contextmanager
+def transport(experiment: Experiment, nursery: ForkServer | None = None) -> Iterator[Transport]:
+    """Give the engine that the recipe names, with every client bound to its examples; it is closed at the end.
+
+    A nursery that has been started already, while the experiment was prepared, saves the engine `processes` seconds.
+
+    Raises:
+        ConfigError: if the engine cannot run on this machine.
+        ExtraError: if it needs a package that is not installed.
+        RoundError: if it does not start.
+    """
+    match experiment.recipe.engine.name:
+        case "processes":
+            with nullcontext(nursery) if nursery else ForkServer() as started:
+                yield pool(experiment, started)
+        case "ray":
+            with ray(experiment) as engine:
+                yield engine
+        case _:
+            yield in_process(experiment)
+
+
+def clients(experiment: Experiment) -> Sequence[Client]:
+    return [Client(name=name, num_examples=count) for name, count in experiment.fleet.items()]
+
+
+def in_process(experiment: Experiment) -> InProcess:
+    """Return the engine that runs one client after the other over this process's base."""
+    recipe, shards = experiment.recipe, experiment.federation.clients
+    replicas = Replicas()
+    work = {
+        name: partial(perform, experiment.base, shard.train, threads=resources(recipe, name).threads, replicas=replicas)
+        for name, shard in shards.items()
+    }
+    return InProcess(fleet=clients(experiment), work=work)
+
+
+def pool(experiment: Experiment, nursery: ForkServer) -> ProcessPool:
+    """Return the engine of worker processes, and tell their nursery what to load."""
+    recipe, shards = experiment.recipe, experiment.federation.clients
+    nursery.load(
+        *payload(
+            recipe.model,
+            recipe.adapter,
+            {name: shard.train for name, shard in shards.items()},
+            root=recipe.root,
+            seed=recipe.seed,
+            labels=experiment.federation.labels,
+            base=experiment.base.digest,
+        )
+    )
+    return ProcessPool(
+        nursery,
+        clients(experiment),
+        {name: resources(recipe, name) for name in shards},
+        workers=workers(experiment),
+        timeout_s=recipe.engine.timeout_s,
+    )
+
+
+def ray(experiment: Experiment) -> AbstractContextManager[Transport]:
+    """Return Flower's simulation engine, whose workers load data and base from the recipe, once each."""
+    from fedtune.flower.client_app import client_app
+    from fedtune.flower.engine import Share, ray_transport
+
+    recipe, number = experiment.recipe, min(workers(experiment), len(experiment.fleet))
+    gpus = 0.0 if experiment.base.device.type == "cpu" else min(1.0, len(devices_of(experiment.base.device)) / number)
+    return ray_transport(
+        client_app(partial(simulated_site, render(recipe))),
+        clients=len(experiment.fleet),
+        workers=number,
+        share=Share(threads=recipe.model.threads, gpus=gpus),
+    )
+
+
+def workers(experiment: Experiment) -> int:
+    """Return the worker processes of the recipe: without a number one per GPU, or what the cores carry."""
+    recipe = experiment.recipe
+    if recipe.engine.workers is not None:
+        return recipe.engine.workers
+    if experiment.base.device.type != "cpu":
+        return len(devices_of(experiment.base.device))
+    return max(1, len(os.sched_getaffinity(0)) // recipe.model.threads)
+
+
+def sample(experiment: Experiment, tuned: GlobalModel) -> Mapping[str, str] | None:
+    """Continue the recipe's prompt with the base and with the global model; None without a prompt."""
+    settings, base = experiment.recipe.evaluate, experiment.base
+    if settings.prompt is None:
+        return None
+    continued = partial(scoring.sample, base, prompt=settings.prompt, new_tokens=settings.new_tokens)
+    with threads(experiment.recipe.model.threads):
+        before = continued({}, {})
+        with with_seeds(base, tuned.seeds):
+            return {"prompt": settings.prompt, "before": before, "after": continued(tuned.adapter, tuned.saved)}

@@ -1,0 +1,241 @@
+"""The process that loads the base once and forks workers that share its memory, and the loop that each worker runs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fedtune.errors import ConfigError, FedtuneError, RoundError
+from fedtune.messages import Assignment, ClientUpdate
+from fedtune.tensors import Tensors
+from fedtune.wire.codec import blob_decoder, decode_assignment, encode_update
+from fedtune.wire.v1 import round_pb2 as pb
+
+ALIGNMENT = 64
+"""Parts of a payload start at a multiple of this, so that arrays can be used where they lie."""
+
+LEAVE_S = 2.0
+"""Seconds that threads of the libraries are given to end after loading."""
+
+MAX_MESSAGE_BYTES = 64 * 1024
+"""Of the control socket."""
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+PerformBytes: TypeAlias = Callable[[Assignment, int], ClientUpdate]
+"""Does an assignment with so many CPU threads."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a nursery has loaded."""
+
+    equip: Callable[[int], PerformBytes]
+    """Called in a worker, with its place among the workers, before its first assignment."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Where workers compute, in turn."""
+
+
+Prepare: TypeAlias = Callable[[Mapping[str, Any], Mapping[str, memoryview]], Prepared]
+"""Loads what a payload describes, in one thread and without touching a GPU: neither outlives a fork."""
+
+
+def write_payload(spec: Mapping[str, Any], parts: Mapping[str, bytes]) -> int:
+    """Return the descriptor of a file in memory that holds a JSON value and named bytes."""
+    places, end = dict[str, tuple[int, int]](), 0
+    for name, part in parts.items():
+        places[name] = (end, len(part))
+        end += len(part) + -len(part) % ALIGNMENT
+    head = json.dumps({"spec": spec, "parts": places}).encode()
+    head = len(head).to_bytes(8, "little") + head
+    descriptor = os.memfd_create("fedtune")
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(head + bytes(-len(head) % ALIGNMENT))
+        for part in parts.values():
+            file.write(part)
+            file.write(bytes(-len(part) % ALIGNMENT))
+    return descriptor
+
+
+def read_payload(descriptor: int) -> tuple[Mapping[str, Any], Mapping[str, memoryview]]:
+    """Return what `write_payload` wrote; the parts are views of the file's own memory, so they are never copied."""
+    view = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+    length = int.from_bytes(view[:8], "little")
+    head = json.loads(bytes(view[8 : 8 + length]))
+    start = 8 + length + -(8 + length) % ALIGNMENT
+    return head["spec"], {name: view[start + at : start + at + size] for name, (at, size) in head["parts"].items()}
+
+
+def serve(descriptor: int, prepare: Prepare) -> None:
+    """Load the payload that comes first, then fork and end workers as told, until the control socket closes.
+
+    The process ends with that. Each message is one packet of JSON, with a descriptor where one is needed: `load` (the
+    payload), `fork` (the worker's socket) and `end`; the answers are `devices`, `pid` and `status`, or `error`, or the
+    `faults` of a ConfigError.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control, workers = socket.socket(fileno=descriptor), set[int]()
+    with exit_after(lambda text: answer(control, {"error": text})):
+        try:
+            prepared = load_payload(control, prepare)
+            while prepared is not None:
+                order, descriptors = receive(control)
+                if order is None:
+                    break
+                if order["verb"] == "fork":
+                    fork(control, descriptors[0], order["place"], prepared, workers)
+                else:
+                    os.kill(order["pid"], signal.SIGKILL)  # changes nothing where it is dead already
+                    answer(control, {"status": os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1])})
+                    workers.discard(order["pid"])
+        finally:
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def load_payload(control: socket.socket, prepare: Prepare) -> Prepared | None:
+    """Answer the first message; None if there is none, or what it asks for cannot be loaded."""
+    order, descriptors = receive(control)
+    if order is None:
+        return None
+    spec, parts = read_payload(descriptors[0])
+    os.close(descriptors[0])
+    try:
+        prepared = prepare(spec, parts)
+        names = threads(LEAVE_S)
+        if len(names) > 1:
+            raise RoundError(
+                f"expected one thread in the process that forks the workers; got {len(names)} ({', '.join(names)}); "
+                'find what starts them (a profiler, a pool of a library), or set engine.name = "inprocess"'
+            )
+    except ConfigError as error:
+        answer(control, {"faults": [asdict(fault) for fault in error.faults], "source": error.source})
+        return None
+    except FedtuneError as error:
+        answer(control, {"error": str(error)})
+        return None
+    gc.collect()
+    gc.freeze()  # else each worker's first collection would write into, and so copy, every page that holds an object
+    answer(control, {"devices": prepared.devices})
+    return prepared
+
+
+def threads(limit_s: float) -> Sequence[str]:
+    """Return the names of this process's threads; those that are about to end are given so many seconds.
+
+    Libraries load with pools of threads that they do not wait for.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        names = []
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(OSError):  # it has ended meanwhile
+                names.append((task / "comm").read_text().strip())
+        if len(names) < 2 or time.monotonic() > deadline:
+            return names
+        time.sleep(0.01)
+
+
+def fork(control: socket.socket, descriptor: int, place: int, prepared: Prepared, workers: set[int]) -> None:
+    """Fork a worker on its end of a socket and answer its process id."""
+    nursery = os.getpid()
+    try:
+        pid = os.fork()
+    except OSError as error:  # no memory, or too many processes
+        os.close(descriptor)
+        answer(control, {"error": str(error)})
+        return
+    if pid == 0:
+        control.close()
+        connection: Connection[bytes, bytes] = Connection(descriptor)
+        with exit_after(lambda text: send(connection, b"broken", text.encode())):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() == nursery:  # else it died before it could be watched
+                with suppress(OSError):
+                    # Where memory runs out, the system is to take a worker before its parent or the user's process.
+                    Path("/proc/self/oom_score_adj").write_text("500")
+                work(connection, prepared.equip(place))
+    os.close(descriptor)
+    workers.add(pid)
+    answer(control, {"pid": pid})
+
+
+def work(connection: Connection[bytes, bytes], perform: PerformBytes) -> None:
+    """Do one assignment after the other, until the connection closes.
+
+    An order is a JSON value, an assignment's header, and those of its bodies that this worker does not hold yet. The
+    answer is a word and what belongs to it: `update` with its bytes, `failed` with the reason, or, of an error that
+    is none of fedtune's and ends this process, `broken`.
+    """
+    held, decoders = dict[str, bytes](), dict[str, Callable[[pb.Blob, bytes], Tensors]]()
+
+    def decode(header: pb.Blob, body: bytes) -> Tensors:
+        return decoders[header.digest.hex()](header, body)
+
+    while True:
+        try:
+            order, header = json.loads(connection.recv_bytes()), connection.recv_bytes()
+            for digest in order["drop"]:
+                del held[digest], decoders[digest]
+            for digest in order["bodies"]:
+                held[digest], decoders[digest] = connection.recv_bytes(), blob_decoder()
+        except EOFError:
+            return
+        try:
+            assignment = decode_assignment(header, held, decode=decode)
+            word, content = b"update", encode_update(perform(assignment, order["threads"]))
+        except FedtuneError as error:
+            word, content = b"failed", str(error).encode()
+        send(connection, word, content)
+
+
+@contextmanager
+def exit_after(tell: Callable[[str], None]) -> Iterator[None]:
+    """End this process after the block, whatever happens in it; an error is told in one line first.
+
+    Its traceback is printed only where FEDTUNE_DEBUG asks for it.
+    """
+    status = 1
+    try:
+        yield
+        status = 0
+    except BaseException as error:
+        if os.environ.get("FEDTUNE_DEBUG"):
+            traceback.print_exc()
+        sys.stderr.flush()
+        tell(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")  # the last act: whoever hears it may kill
+        raise
+    finally:
+        os._exit(status)  # a fork must not run what its parent has put off until the end
+
+
+def receive(control: socket.socket) -> tuple[Any, list[int]]:
+    """Return a message's JSON value, None at the end, and the descriptors that came with it."""
+    data, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    return (json.loads(data) if data else None), descriptors
+
+
+def answer(control: socket.socket, message: Mapping[str, Any]) -> None:
+    with suppress(OSError):  # whoever asked is gone; the next message to be received says so
+        control.send(json.dumps(message).encode())
+
+
+def send(connection: Connection[bytes, bytes], word: bytes, content: bytes) -> None:
+    with suppress(OSError):  # as above
+        connection.send_bytes(word)
+        connection.send_bytes(content)

@@ -1,0 +1,334 @@
+"""The ledger of a run directory: each step of a round lasts before the next is taken, so that any crash is harmless.
+
+What must be on the disk, before what happens: `open` before the first order leaves, the updates before `accept` or
+`close` names them, `close` before the round is aggregated, the state before `commit` names it, `commit` before the
+round's line is written, and that line before the next `open`. Until then the round can be done again to the same bytes:
+the state it started from and its updates are kept.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+from fedtune.errors import StoreError
+from fedtune.messages import Failure
+from fedtune.methods.serialization import digest
+from fedtune.rounds.loop import InterruptedRound
+from fedtune.store import files
+from fedtune.store.blobs import Blobs
+from fedtune.store.history import History, Round, replay_journal
+from fedtune.store.journal import End, Journal
+from fedtune.store.lock import lock_run
+from fedtune.store.run_directory import mend_rounds
+
+WRITING_SHARE = 0.05
+"""Share of a round's time up to which each accepted update is made durable at once."""
+GROUP_S = 1.0
+"""Where that share is used up, updates that come closer together are made durable together."""
+GROUP_BYTES = 64 * 1024 * 1024
+"""Updates of this size in all are made durable whatever the time."""
+
+
+class RunJournal:
+    """Implements `rounds.Ledger` in a run directory; `create` and `reopen` give one and hold the directory's lock."""
+
+    def __init__(self, run: Path, history: History, end: End, *, group_s: float, clock: Callable[[], float]) -> None:
+        self._run, self._history = run, history
+        self._journal, self._blobs = Journal(run / "journal", end), Blobs(run / "blobs")
+        self._group_s, self._clock = group_s, clock
+        self._opened_at = self._flushed_at = clock()
+        self._flushing_s = 0.0
+        """Time that this round's flushes took."""
+        self._flush_s = 0.0
+        """Time that the last flush took, which the next is expected to take."""
+        self._waiting: list[tuple[str, bytes]] = []
+        """Accepted updates that are not durable yet."""
+
+    @classmethod
+    @contextmanager
+    def create(
+        cls, run: Path, *, group_s: float = GROUP_S, clock: Callable[[], float] = time.monotonic
+    ) -> Iterator[Self]:
+        """Give the ledger of a new run, which `begin` must start.
+
+        Args:
+            run: the run directory.
+            group_s: seconds within which updates are made durable together, if that is what it takes to spend no more
+                than `WRITING_SHARE` of a round on it; 0 makes each durable at once.
+            clock: monotonic, in seconds; says when updates become durable and nothing else.
+
+        Raises:
+            StoreError: if another process writes the directory, or it holds a run.
+        """
+        with lock_run(run):
+            history, end = replay_journal(run) if (run / "journal").exists() else (History(), End())
+            if history.inputs:
+                raise StoreError(f"{run}: expected a new run; it holds one; pass --resume to go on with it, or --fresh")
+            files.sweep(run)  # of a process that was killed before the run had begun
+            with files.store_errors(run):
+                files.sync_folder(run.resolve().parent)
+            with cls._writing(run, history, end, group_s, clock) as ledger:
+                yield ledger
+
+    @classmethod
+    @contextmanager
+    def reopen(
+        cls, run: Path, *, group_s: float = GROUP_S, clock: Callable[[], float] = time.monotonic
+    ) -> Iterator[Self]:
+        """Give the ledger of a run that goes on after a crash, or after its end, once `begin` is called.
+
+        What a crash left half done is removed: the torn end of the journal and of rounds.jsonl, blobs that nothing
+        needs, and files that were not in their place yet. The arguments are those of `create`.
+
+        Raises:
+            StoreError: if another process writes the directory, or the journal is missing or damaged.
+        """
+        with lock_run(run):
+            history, end = replay_journal(run)
+            check_begun(run, history)
+            files.sweep(run)
+            mend_rounds(run)
+            with cls._writing(run, history, end, group_s, clock) as ledger:
+                ledger._blobs.sweep(history.needed().keys())
+                yield ledger
+
+    @classmethod
+    @contextmanager
+    def _writing(
+        cls, run: Path, history: History, end: End, group_s: float, clock: Callable[[], float]
+    ) -> Iterator[Self]:
+        ledger = cls(run, history, end, group_s=group_s, clock=clock)
+        try:
+            yield ledger
+            ledger.flush()
+        except BaseException:
+            # Nobody need be asked again for an update that came before the run was stopped.
+            if ledger._journal.usable:
+                with suppress(StoreError):
+                    ledger.flush()
+            raise
+        finally:
+            ledger._journal.close()
+
+    @staticmethod
+    def inputs(run: Path) -> Mapping[str, Any]:
+        """Return what a run was begun with; needs no lock.
+
+        Raises:
+            StoreError: if the folder holds no run that has begun, or its journal is damaged.
+        """
+        history, _ = replay_journal(run)
+        check_begun(run, history)
+        return history.inputs[0]
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """What the run was begun with."""
+        return self._history.inputs[0]
+
+    @property
+    def recorded(self) -> Sequence[Mapping[str, Any]]:
+        """What each of the run's processes was started with, this one's last once it has begun."""
+        return self._history.inputs
+
+    @property
+    def end(self) -> tuple[int, str]:
+        """Number of the journal's records, and the SHA-256 (hex) of the last."""
+        return self._journal.end.count, self._journal.end.head
+
+    @property
+    def begun(self) -> int:
+        """Number of the last round that has begun, committed or not; 0 before the first."""
+        return self._history.round.number if self._history.round else 0
+
+    @property
+    def committed(self) -> int:
+        """Number of the last committed round; 0 before the first."""
+        return self._history.committed
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Note what this process is started with: integers, strings, and lists or mappings of them.
+
+        Raises:
+            StoreError: if that cannot be written.
+        """
+        self._note("start", {"run": self._history.run or secrets.token_hex(8), "inputs": inputs})
+
+    def resume(self, reported: int) -> bytes | None:
+        """Return the state to go on from, as `methods.state.encode` made it; None stands for the method's first one.
+
+        Args:
+            reported: number of the last round whose line was written; 0 before the first.
+
+        Raises:
+            StoreError: if the journal does not hold the round that the lines end with, or its state is damaged.
+        """
+        history = self._history
+        if reported != history.committed and not (history.repeatable and reported == history.committed - 1):
+            raise self._misreported(reported)
+        return self._blobs.get(history.digests[reported - 1], f"the state of round {reported}") if reported else None
+
+    def opened(self, round: int) -> InterruptedRound | None:
+        """Return what is known of a round that had begun: the open one, or the last one, which has no line yet.
+
+        Raises:
+            StoreError: if an update of it is missing or damaged.
+        """
+        found = self._history.open or self._history.repeatable
+        if found is None or found.number != round:
+            return None
+        return InterruptedRound(
+            cohort=found.cohort,
+            orders=found.orders,
+            updates=self._updates(found),
+            failures=found.failures,
+            sizes=found.sizes,
+            memory=found.memory,
+        )
+
+    def _updates(self, found: Round) -> Mapping[str, bytes]:
+        needed = self._history.needed()
+        blobs = {place.blob: b"" for place in found.updates.values()}
+        for name in blobs:
+            blobs[name] = self._blobs.get(name, needed[name])
+        return {
+            client: blobs[place.blob][place.offset : place.offset + place.length]
+            for client, place in found.updates.items()
+        }
+
+    def open(
+        self,
+        round: int,
+        *,
+        state: str,
+        cohort: Mapping[str, int],
+        orders: Mapping[str, str],
+        memory: Mapping[str, int] | None = None,
+    ) -> None:
+        """Note what a round begins with, and let go of what only a repetition of the one before would need.
+
+        Raises:
+            StoreError: if the round before is not committed, or the directory cannot be written.
+        """
+        needed = self._history.needed().keys()
+        said = {"memory": memory} if memory else {}  # as earlier releases wrote it where nothing is said
+        self._note("open", {"round": round, "state": state, "cohort": cohort, "orders": orders, **said})
+        self._blobs.release(needed - self._history.needed().keys())
+        self._opened_at = self._flushed_at = self._clock()
+        self._flushing_s = 0.0
+
+    def accept(self, round: int, client: str, update: bytes) -> None:
+        """Keep an update: at once while that takes a small share of the round's time, otherwise with those that follow.
+
+        So an update is volatile only in a round that is young beside what its flushes take: what a crash may cost, the
+        clients can soon do again. Of slow clients every update lasts, those that come at the same moment too.
+
+        Raises:
+            StoreError: if the directory cannot be written.
+        """
+        self._waiting.append((client, update))
+        now = self._clock()
+        cheap = self._flushing_s + self._flush_s <= WRITING_SHARE * (now - self._opened_at)
+        late = now - self._flushed_at >= self._group_s
+        if cheap or late or sum(len(update) for _, update in self._waiting) >= GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make every accepted update durable.
+
+        Raises:
+            StoreError: if the directory cannot be written.
+        """
+        if self._waiting:
+            began = self._clock()
+            self._note_updates("accept", {})
+            self._flushed_at = self._clock()
+            self._flush_s = self._flushed_at - began
+            self._flushing_s += self._flush_s
+
+    def close(self, round: int, failures: Mapping[str, Failure], sizes: Mapping[str, int]) -> None:
+        """Note that the round waits for nobody any more, with the updates that are not durable yet.
+
+        What came aside during the round is not noted: a crash after this loses it, and nothing is computed from it.
+
+        Raises:
+            StoreError: if a client has neither an update nor a failure, or the directory cannot be written.
+        """
+        reasons = {name: [why.kind, why.reason] for name, why in failures.items()}
+        self._note_updates("close", {"failures": reasons, "sizes": sizes})
+
+    def commit(self, round: int, state: Sequence[bytes | memoryview]) -> str:
+        """Keep the state after the round and return its digest; a round done again is held against the first time.
+
+        Raises:
+            StoreError: if the round, done again, came to another state; or if the directory cannot be written.
+        """
+        if self._history.repeatable and round == self._history.committed:
+            noted, found = self._history.digests[-1], digest(state)
+            if found != noted:
+                raise StoreError(
+                    f"{self._run}: round {round}: expected the state {noted[:12]}, which the journal notes; "
+                    f"got {found[:12]} when done again; "
+                    "resume with the versions and the threads the run was started with"
+                )
+            return noted
+        name = self._blobs.put(state)
+        self._note("commit", {"round": round, "state": name})
+        return name
+
+    def finish(self, reported: int) -> None:
+        """Note that the last round's line is written, and let go of what only its repetition would need.
+
+        More rounds may follow all the same.
+
+        Args:
+            reported: number of the last round whose line was written; 0 before the first.
+
+        Raises:
+            StoreError: if a round is open or has no line yet, or the directory cannot be written.
+        """
+        if reported != self.committed:
+            raise self._misreported(reported)
+        if not self._history.finished:
+            needed = self._history.needed().keys()
+            self._note("final", {"round": self._history.committed})
+            self._blobs.release(needed - self._history.needed().keys())
+
+    def _note_updates(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Put the waiting updates in one blob, and append one record with their places.
+
+        One record, so that what a crash leaves of it is the journal's last and can be cut: of several, the disk might
+        hold a later one without an earlier one.
+        """
+        updates, offset = [], 0
+        for client, update in self._waiting:
+            updates.append([client, offset, len(update)])
+            offset += len(update)
+        blob = self._blobs.put([update for _, update in self._waiting]) if self._waiting else ""
+        number = self._history.open.number if self._history.open else 0
+        self._note(kind, {"round": number, "blob": blob, "updates": updates, **fields})
+        self._waiting.clear()
+
+    def _note(self, kind: str, fields: Mapping[str, Any]) -> None:
+        # Refused before it is written: the journal holds nothing that could not be replayed.
+        try:
+            self._history.apply(kind, fields)
+        except StoreError as error:
+            raise StoreError(f"{self._run}: {error}") from error
+        self._journal.append(kind, fields)
+
+    def _misreported(self, reported: int) -> StoreError:
+        return StoreError(
+            f"{self._run}: expected rounds.jsonl to end with round {self.committed}, as the journal does; "
+            f"got {reported}; put back a copy of the run directory, or start the run again with --fresh"
+        )
+
+
+def check_begun(run: Path, history: History) -> None:
+    if not history.inputs:
+        raise StoreError(f"{run}: expected a run that has begun; it was stopped before; start it anew with --fresh")

@@ -1,0 +1,381 @@
+"""The two messages of a round to bytes and back: headers of proto/fedtune/v1/round.proto beside tensor bodies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from fedtune.errors import WireError
+from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Pruning, Training, Verb, WireDtype
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.tensors import Tensors
+from fedtune.wire import probe, settings
+from fedtune.wire import tensors as bodies
+from fedtune.wire.probe import choice
+from fedtune.wire.v1 import round_pb2 as pb
+
+MAX_HEADER_BYTES = 64 * 1024 + 256 * bodies.MAX_TENSORS
+ALIGNMENT = 64
+"""Bodies of an update start at a multiple of this, so that its tensors can be used where they lie."""
+
+TRAIN: Mapping[Literal["ab", "b"], pb.Train] = {"ab": pb.TRAIN_AB, "b": pb.TRAIN_B}
+UPLOAD: Mapping[Literal["factors", "difference"], pb.Upload] = {
+    "factors": pb.UPLOAD_FACTORS,
+    "difference": pb.UPLOAD_DIFFERENCE,
+}
+WIRE_DTYPE: Mapping[WireDtype, pb.DType] = {"fp32": pb.F32, "fp16": pb.F16, "bf16": pb.BF16}
+
+MAX_RATIO = 0.875
+"""A block keeps at least an eighth."""
+MAX_STAGES = 64
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Tensors as they travel: a body, found by its digest, and what describes it in a header."""
+
+    digest: str
+    """SHA-256 of the body (hex)."""
+    body: bytes
+    header: pb.Blob
+    """Without a role, which the message gives."""
+
+
+@dataclass(frozen=True)
+class EncodedAssignment:
+    """An assignment as it travels: its own header, and bodies that many clients may share."""
+
+    header: bytes
+    blobs: Mapping[str, bytes]
+    """Bodies by digest (hex)."""
+
+
+def encode_blob(tensors: Tensors) -> Blob:
+    """Return the tensors as one body with its digest.
+
+    Raises:
+        WireError: if a tensor cannot travel; see `wire.tensors.encode`.
+    """
+    specs, body = bodies.encode(tensors)
+    digest = bodies.digest(body)
+    return Blob(digest.hex(), body, pb.Blob(digest=digest, num_bytes=len(body), tensors=specs))
+
+
+def blob_encoder() -> Callable[[Tensors], Blob]:
+    """Return an `encode_blob` that encodes each mapping object once, as long as the encoder is kept.
+
+    A server state that goes to a whole cohort is one mapping in many assignments.
+    """
+    kept: dict[int, tuple[Tensors, Blob]] = {}  # the mapping is kept too, so that its id stays its own
+
+    def encode(tensors: Tensors) -> Blob:
+        if id(tensors) not in kept:
+            kept[id(tensors)] = tensors, encode_blob(tensors)
+        return kept[id(tensors)][1]
+
+    return encode
+
+
+def decode_blob(header: pb.Blob, body: bytes) -> Tensors:
+    """Return the tensors of a body as read-only views of it.
+
+    Raises:
+        WireError: if length, digest or tensors of the body are not those that the header names.
+    """
+    if header.num_bytes != len(body):
+        raise WireError(f"{header.role!r}: expected a body of {header.num_bytes} bytes; got {len(body)}")
+    tensors = bodies.decode(header.tensors, body)
+    found = bodies.digest(body)
+    if found != header.digest:
+        raise WireError(f"{header.role!r}: expected a body of digest {header.digest.hex()!r}; got {found.hex()!r}")
+    return tensors
+
+
+def blob_decoder() -> Callable[[pb.Blob, bytes], Tensors]:
+    """Return a `decode_blob` that checks and decodes each body object once, as long as the decoder is kept.
+
+    Many clients in one process receive the same body in their assignments.
+    """
+    kept: dict[int, tuple[pb.Blob, bytes, Tensors]] = {}
+
+    def decode(header: pb.Blob, body: bytes) -> Tensors:
+        if id(body) not in kept or kept[id(body)][0] != header:
+            kept[id(body)] = header, body, decode_blob(header, body)
+        return kept[id(body)][2]
+
+    return decode
+
+
+def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blob] = encode_blob) -> EncodedAssignment:
+    """Return an assignment as header and bodies; one `blob_encoder` for a cohort encodes shared tensors once.
+
+    Raises:
+        WireError: if a tensor or a setting cannot travel.
+    """
+    plan, local = assignment.plan, assignment.local
+    if assignment.probe is not None:
+        asked = pb.Assignment(
+            verb=pb.PROBE,
+            method=assignment.method,
+            plan=pb.Plan(client=plan.client),
+            seed=assignment.seed,
+            round=assignment.round,
+            probe=probe.to_message(assignment.probe, plan.training),
+        )  # without the base: the digest of the state is taken over that of the base's manifest too
+        return EncodedAssignment(asked.SerializeToString(), {})
+    header = pb.Assignment(
+        verb=pb.ADAPT,
+        method=assignment.method,
+        plan=pb.Plan(rank=plan.rank, scale=plan.scale, client=plan.client, pruning=plan.ratio),
+        seed=assignment.seed,
+        settings=settings.encode(plan.training),
+        local=pb.LocalAdapter(
+            a_key=local.a_key,
+            train=TRAIN[local.train],
+            upload=UPLOAD[local.upload],
+            wire_dtype=WIRE_DTYPE[local.wire_dtype],
+            rank_penalty=local.rank_penalty,
+            rank_decay=local.rank_decay,
+        ),
+        round=assignment.round,
+        base=assignment.base,
+        surgery=_surgery_to(assignment.surgery),
+    )
+    blobs = {}
+    for role in sorted(assignment.blobs):
+        blob = encode(assignment.blobs[role])
+        blobs[blob.digest] = blob.body
+        header.down.append(blob.header)
+        header.down[-1].role = role
+    return EncodedAssignment(header.SerializeToString(), blobs)
+
+
+def decode_assignment(
+    header: bytes, blobs: Mapping[str, bytes], *, decode: Callable[[pb.Blob, bytes], Tensors] = decode_blob
+) -> Assignment:
+    """Return the assignment; its tensors are read-only views of the bodies.
+
+    One `blob_decoder` for many clients in one process decodes shared bodies once.
+
+    Raises:
+        WireError: if the header is malformed, or a body is missing or not the one that the header names.
+    """
+    message = parse(pb.Assignment(), header)
+    if message.verb == pb.PROBE:
+        asked, training = probe.from_message(message.probe)
+        return Assignment(
+            method=message.method,
+            round=message.round,
+            seed=message.seed,
+            plan=Plan(message.plan.client, rank=1, scale=1.0, training=training),
+            local=LocalAdapter(a_key=0),
+            probe=asked,
+        )
+    if message.verb != pb.ADAPT:
+        raise WireError(
+            f"assignment: expected the verb ADAPT ({pb.ADAPT}) or PROBE ({pb.PROBE}); got {message.verb}; "
+            "update this client"
+        )
+    roles = [blob.role for blob in message.down]
+    if roles != sorted(set(roles)):
+        raise WireError(f"assignment: expected each role once, in order; got {roles}")
+    plan, local = message.plan, message.local
+    if plan.rank < 1 or not (math.isfinite(plan.scale) and plan.scale > 0):
+        raise WireError(f"assignment: expected rank >= 1 and scale > 0; got rank {plan.rank}, scale {plan.scale}")
+    if not (0 <= local.rank_penalty < math.inf and 0 < local.rank_decay <= 1):
+        raise WireError(
+            "assignment: expected rank_penalty >= 0 and rank_decay in (0, 1]; "
+            f"got {local.rank_penalty} and {local.rank_decay}"
+        )
+    if not 0 <= plan.pruning <= MAX_RATIO:
+        raise WireError(f"assignment: expected a pruning ratio from 0 to {MAX_RATIO}; got {plan.pruning}")
+    return Assignment(
+        method=message.method,
+        round=message.round,
+        seed=message.seed,
+        plan=Plan(plan.client, plan.rank, plan.scale, _training(message.settings), plan.pruning),
+        local=LocalAdapter(
+            a_key=local.a_key,
+            train=choice(TRAIN, local.train, "train"),
+            upload=choice(UPLOAD, local.upload, "upload"),
+            wire_dtype=choice(WIRE_DTYPE, local.wire_dtype, "wire_dtype"),
+            rank_penalty=local.rank_penalty,
+            rank_decay=local.rank_decay,
+        ),
+        blobs={blob.role: decode(blob, body_of(blob, blobs)) for blob in message.down},
+        base=message.base,
+        surgery=_surgery_from(message.surgery) if message.HasField("surgery") else None,
+    )
+
+
+def _surgery_to(surgery: Pruning | None) -> pb.Surgery | None:
+    if surgery is None:
+        return None
+    return pb.Surgery(
+        settings=settings.encode(surgery.settings),
+        stages=surgery.stages,
+        before=surgery.before,
+        wanted=surgery.wanted,
+    )
+
+
+def _surgery_from(message: pb.Surgery) -> Pruning:
+    """Return the surgery; whether its bitmaps are of the base can only be told over it."""
+    if len(message.stages) > MAX_STAGES or not all(message.stages):
+        raise WireError(f"assignment: expected at most {MAX_STAGES} stages, none empty; got {len(message.stages)}")
+    return Pruning(
+        settings=_pruning(message.settings),
+        stages=tuple(message.stages),
+        before=message.before,
+        wanted=message.wanted,
+    )
+
+
+def encode_update(update: ClientUpdate) -> bytes:
+    """Return an update as header length, header, zero bytes up to `ALIGNMENT`, and the bodies; a probe's as one header.
+
+    Raises:
+        WireError: if a tensor cannot travel.
+    """
+    if update.probed is not None:
+        return probe.update_to_message(update, update.probed).SerializeToString()
+    measured = update.measured
+    header = pb.ClientUpdate(
+        examples=update.num_examples,
+        measured=pb.Measured(
+            seconds=measured.seconds,
+            peak_bytes=measured.peak_bytes,
+            tokens=measured.tokens,
+            loss_before=measured.loss_before,
+            loss_after=measured.loss_after,
+            importance=measured.importance,
+            side_tokens=measured.side_tokens,
+        ),
+        client=update.client,
+        round=update.round,
+        base=update.base,
+        kept=update.kept,
+        mask=update.mask,
+    )
+    parts = []
+    more = [("scores", update.scores)] if update.scores else []
+    for role, tensors in (("tensors", update.tensors), ("saved", update.saved), *more):
+        specs, body = bodies.encode(tensors)
+        parts.append(body)
+        header.parts.add(role=role, num_bytes=len(body), tensors=specs)
+    front = header.SerializeToString()
+    front = len(front).to_bytes(4, "little") + front
+    return b"".join([front, bytes(-len(front) % ALIGNMENT), *parts])
+
+
+def decode_update(data: bytes, *, client: str, limit_bytes: int, verb: Verb = "adapt") -> ClientUpdate:
+    """Return the update of an authenticated client; its tensors are read-only views of `data`.
+
+    Numbers are taken as they are, NaN too: whether they may be aggregated is for the admission to say. The verb is the
+    one that the client was asked to do.
+
+    Raises:
+        WireError: names the client; if `data` is longer than `limit_bytes`, malformed, or of another client.
+    """
+    try:
+        if len(data) > limit_bytes:
+            raise WireError(f"expected an update of at most {limit_bytes} bytes; got {len(data)}")
+        if verb == "probe":
+            return probe.update_from_message(parse(pb.ProbeUpdate(), bytes(data)), client=client)
+        return _update(memoryview(data), client)
+    except WireError as error:
+        raise WireError(f"{client}: {error}") from None
+
+
+def _update(data: memoryview, client: str) -> ClientUpdate:
+    length = int.from_bytes(data[:4], "little")
+    start = -(-(4 + length) // ALIGNMENT) * ALIGNMENT
+    if start > len(data) or any(data[4 + length : start]):
+        raise WireError(
+            f"expected a header of {length} bytes, padded by zeros to {start}; got {len(data)} bytes in all"
+        )
+    header = parse(pb.ClientUpdate(), bytes(data[4 : 4 + length]))
+    if header.client != client:
+        raise WireError(f"expected an update of this client; got one of {header.client!r}")
+    if [part.role for part in header.parts] not in (["tensors", "saved"], ["tensors", "saved", "scores"]):
+        roles = [part.role for part in header.parts]
+        raise WireError(f"expected the parts tensors and saved, and scores where they are wanted; got {roles}")
+    sent, saved, *more = _cut(header.parts, data[start:])
+    measured = header.measured
+    if not 0 <= measured.seconds < math.inf:
+        raise WireError(f"expected a time of at least 0 s; got {measured.seconds}")
+    if not 0 <= measured.importance < math.inf:
+        raise WireError(f"expected an importance of at least 0; got {measured.importance}")
+    if len(header.kept) not in (0, 32):
+        raise WireError(f"expected a digest of 32 bytes of what was kept; got {len(header.kept)}")
+    return ClientUpdate(
+        client=header.client,
+        round=header.round,
+        num_examples=header.examples,
+        tensors=sent,
+        saved=saved,
+        measured=Measured(
+            seconds=measured.seconds,
+            peak_bytes=measured.peak_bytes,
+            tokens=measured.tokens,
+            loss_before=measured.loss_before if measured.HasField("loss_before") else None,
+            loss_after=measured.loss_after if measured.HasField("loss_after") else None,
+            importance=measured.importance if measured.HasField("importance") else None,
+            side_tokens=measured.side_tokens,
+        ),
+        base=header.base,
+        kept=header.kept,
+        mask=header.mask,
+        scores=more[0] if more else {},
+    )
+
+
+def _cut(parts: Sequence[pb.Blob], body: memoryview) -> Iterator[Tensors]:
+    """Yield the tensors of each part; the parts fill the body."""
+    if sum(part.num_bytes for part in parts) != len(body):
+        raise WireError(f"expected bodies of {[part.num_bytes for part in parts]} bytes; got {len(body)} in all")
+    for part in parts:
+        yield bodies.decode(part.tensors, body[: part.num_bytes])
+        body = body[part.num_bytes :]
+
+
+def body_of(blob: pb.Blob, blobs: Mapping[str, bytes]) -> bytes:
+    body = blobs.get(blob.digest.hex())
+    if body is None:
+        raise WireError(f"{blob.role!r}: expected a body of digest {blob.digest.hex()!r}; got only {sorted(blobs)}")
+    return body
+
+
+def parse(message: AnyMessage, data: bytes) -> AnyMessage:
+    """Return the message with `data` parsed into it; fields that this release does not know are refused."""
+    if len(data) > MAX_HEADER_BYTES:
+        raise WireError(f"expected a header of at most {MAX_HEADER_BYTES} bytes; got {len(data)}")
+    name = type(message).__name__
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise WireError(f"expected a serialised {name}; got {len(data)} bytes that are none") from None
+    known = message.ByteSize()
+    message.DiscardUnknownFields()
+    # An instruction that is not understood must not be skipped in silence.
+    if message.ByteSize() != known:
+        raise WireError(f"expected the fields of {name} of this release; got others too; update this side")
+    return message
+
+
+@lru_cache(maxsize=64)
+def _training(data: bytes) -> Training:
+    # Kept, because a fleet has few different settings and receives them with every assignment.
+    return settings.decode(data, Training)
+
+
+@lru_cache(maxsize=8)
+def _pruning(data: bytes) -> PruningSettings:
+    return settings.decode(data, PruningSettings)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import io
+import json
+
+from fedtune.cli.event_log import QUIET, TEXTS, event_writer, human
+
+
+def test_sizes_times_and_digests_are_for_people() -> None:
+    line = human(
+        "committed", {"round": 2, "updates": 3, "asked": 4, "up": 61_100, "down": 10**6, "ms": 1500, "state": "ab" * 32}
+    )
+    assert line == "round 2: 3 of 4 updates, up 61.1 kB, down 1.0 MB, 1.5 s; state abababababababab"
+
+
+def test_what_others_say_is_not_obeyed_by_the_terminal() -> None:
+    assert human("refused", {"client": "a\x1b[2J", "reason": "b\rc"}) == "a\\x1b[2J refused: b\\rc"
+
+
+def test_what_went_well_is_told_to_the_log_collector_alone() -> None:
+    assert TEXTS.keys() >= QUIET
+    assert human("receipt", {"client": "anna", "round": 1, "verdict": "ACCEPTED"}) == ""
+    assert human("receipt", {"client": "anna", "round": 1, "verdict": "LATE"}) == "round 1: anna LATE"
+    assert human("asked", {"client": "anna"}) == ""
+
+
+def test_a_site_speaks_of_itself() -> None:
+    assert (
+        human("declined", {"round": 1, "veto": "OPERATOR", "reason": "no"})
+        == "round 1: this site declines: OPERATOR, no"
+    )
+
+
+def test_each_event_is_one_line() -> None:
+    for form, expected in (("text", "00:00:01 stopped\n"), ("json", None)):
+        out = io.StringIO()
+        tell = event_writer(form, out, now=lambda: 1.0)  # type: ignore[arg-type]
+        tell("asked", client="anna", bytes=3)
+        tell("stopped")
+        if expected is not None:
+            assert out.getvalue() == expected
+            continue
+        lines = [json.loads(line) for line in out.getvalue().splitlines()]
+        assert lines == [
+            {"time": "1970-01-01T00:00:01Z", "event": "asked", "client": "anna", "bytes": 3},
+            {"time": "1970-01-01T00:00:01Z", "event": "stopped"},
+        ]

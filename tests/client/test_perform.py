@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.client import perform as perform_module
+from fedtune.client.replica import Replicas
+from fedtune.data.encode import Example
+from fedtune.directions import sampling
+from fedtune.directions.consistency import sample_places
+from fedtune.directions.downlink import count_scalars
+from fedtune.errors import ClientError, ShapeError, WireError
+from fedtune.lora.adapter import draw_a
+from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, ProbeResult, Training
+from fedtune.methods import fedkseed
+from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
+from fedtune.model.base import Base, digest, load, load_tokenizer
+from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.seeds import derive
+from fedtune.tensors import Tensors
+
+TRAINING = Training(batch=2, learning_rate=0.05, steps=4)
+
+perform = partial(perform_module.perform, threads=1)
+
+
+@pytest.fixture
+def base(checkpoints: dict[str, Path]) -> Base:
+    settings = ModelSettings(base=str(checkpoints["llama"]), device="cpu")
+    tokenizer = load_tokenizer(settings, Path())
+    adapter = AdapterSettings(rank=4, targets=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    return load(settings, adapter, tokenizer=tokenizer, root=Path(), seed=0)
+
+
+@pytest.fixture
+def rows() -> list[Example]:
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(3, 200, size=9).astype(np.int64) for _ in range(5)]
+    return [Example(input_ids=row, labels=row, characters=18, prompt_tokens=0, prompt="", reference="") for row in ids]
+
+
+def assignment(base: Base, *, blobs: Mapping[str, Tensors] | None = None, **local: Any) -> Assignment:
+    return Assignment(
+        method="flora",
+        round=3,
+        seed=11,
+        plan=Plan(client="ann", rank=4, scale=2.0, training=TRAINING),
+        local=LocalAdapter(a_key=5, **local),
+        blobs={"saved": base.saved_tensors()} if blobs is None else blobs,
+        base=base.digest,
+    )
+
+
+Q = "model.layers.0.self_attn.q_proj"  # (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("role", "tensors"),
+    [
+        ("global", {f"{Q}.a": (2, 33), f"{Q}.b": (32, 2)}),
+        ("global", {f"{Q}.w": (2, 2, 2)}),
+        ("global", {f"{Q}.w": (32, 31)}),
+        ("global", {"nowhere.a": (2, 32), "nowhere.b": (32, 2)}),
+        ("local", {f"{Q}.a": (2,)}),
+        ("local", {"nowhere.a": (2, 32)}),
+        ("saved", {"lm_head.weight": (2,)}),
+        ("saved", {"nowhere.weight": (2,)}),
+    ],
+)
+def test_tensors_that_do_not_fit_the_base_are_refused_by_name(
+    role: str, tensors: dict[str, tuple[int, ...]], base: Base, rows: list[Example]
+) -> None:
+    sent = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    name = next(iter(tensors)).removesuffix(".a").removesuffix(".w")
+    with pytest.raises(ShapeError, match=name):
+        perform(base, rows, assignment(base, blobs={role: sent}))
+    assert digest(base.model) == base.digest
+
+
+def test_an_update_says_who_did_what_on_how_much(base: Base, rows: list[Example]) -> None:
+    update = perform(base, rows, assignment(base))
+    assert (update.client, update.round, update.num_examples, update.base) == ("ann", 3, 5, base.digest)
+    assert update.tensors.keys() == {f"{name}.{side}" for name in base.modules for side in "ab"}
+    assert all(array.dtype.name == "bfloat16" for array in update.tensors.values())
+    assert update.saved["lm_head.weight"].dtype == np.float32
+    assert not np.array_equal(update.saved["lm_head.weight"], base.saved_tensors()["lm_head.weight"])
+    assert update.measured.tokens == 4 * 2 * 9 - 9  # five examples in batches of two: the third batch is short
+    assert update.measured.loss_after is not None
+
+
+def test_the_scale_is_folded_into_b(base: Base, rows: list[Example]) -> None:
+    # Twice the scale at half the learning rate of b would be another run; at zero steps' distance only the start shows.
+    name = next(iter(base.modules))
+    b = np.full((32, 4), 0.01, np.float32)
+    blobs = {"local": {f"{name}.b": b}, "saved": base.saved_tensors()}
+    still = replace(
+        assignment(base, blobs=blobs, wire_dtype="fp32"),
+        plan=Plan("ann", 4, 2.0, replace(TRAINING, learning_rate=1e-30)),
+    )
+    update = perform(base, rows, still)
+    np.testing.assert_allclose(update.tensors[f"{name}.b"], b, rtol=1e-6)
+    np.testing.assert_array_equal(update.tensors[f"{name}.a"], draw_a(5, name, 4, 32))
+
+
+def test_differences_of_an_untrained_client_are_zero(base: Base, rows: list[Example]) -> None:
+    still = replace(
+        assignment(base, upload="difference"), plan=Plan("ann", 4, 2.0, replace(TRAINING, learning_rate=1e-30))
+    )
+    assert max(float(np.abs(array).max()) for array in perform(base, rows, still).tensors.values()) < 1e-25
+
+
+def test_differences_and_factors_describe_the_same_end(base: Base, rows: list[Example]) -> None:
+    factors = perform(base, rows, assignment(base, wire_dtype="fp32")).tensors
+    difference = perform(base, rows, assignment(base, wire_dtype="fp32", upload="difference")).tensors
+    for name in base.modules:
+        start = draw_a(5, name, 4, base.modules[name][1])
+        np.testing.assert_allclose(factors[f"{name}.a"], start + difference[f"{name}.a"], atol=1e-6)
+        np.testing.assert_allclose(factors[f"{name}.b"], difference[f"{name}.b"], atol=1e-6)
+
+
+def test_only_b_travels_where_only_b_is_trained(base: Base, rows: list[Example]) -> None:
+    update = perform(base, rows, assignment(base, train="b"))
+    assert update.tensors.keys() == {f"{name}.b" for name in base.modules}
+
+
+def test_the_same_assignment_gives_the_same_bits_whoever_worked_before(base: Base, rows: list[Example]) -> None:
+    first = perform(base, rows, assignment(base))
+    perform(base, rows, replace(assignment(base), seed=12))
+    second = perform(base, rows, assignment(base))
+    for name, array in first.tensors.items():
+        np.testing.assert_array_equal(array, second.tensors[name])
+
+
+def test_another_base_is_refused_by_name(base: Base, rows: list[Example]) -> None:
+    with pytest.raises(ClientError, match="ann: expected base 123; has "):
+        perform(base, rows, replace(assignment(base), base="123"))
+
+
+def test_a_penalised_tail_shrinks_the_rank(base: Base, rows: list[Example]) -> None:
+    plan = Plan("ann", 4, 2.0, replace(TRAINING, steps=10))
+    b = {f"{name}.b": np.full((m, 4), 0.1, np.float32) for name, (m, _) in base.modules.items()}
+    blobs = {"local": b, "saved": base.saved_tensors()}
+    heavy = replace(assignment(base, blobs=blobs, rank_penalty=50.0, rank_decay=0.5), plan=plan)
+    assert {update.shape[1] for name, update in perform(base, rows, heavy).tensors.items() if name.endswith(".b")} == {
+        2
+    }
+    off = replace(assignment(base, blobs=blobs), plan=plan)
+    assert {update.shape[1] for name, update in perform(base, rows, off).tensors.items() if name.endswith(".b")} == {4}
+
+
+Asked = tuple[FedKSeedState, Assignment]
+
+
+def probed(base: Base, *, steps: int = 8, state: FedKSeedState | None = None, **settings: Any) -> Asked:
+    """Return a state whose model has moved already, and what the server tells ann in it."""
+    if state is None:
+        chosen = FedKSeedSettings(**{"seeds": 16, "scalar_step": 2.0**-12, "clip": "none", **settings})
+        state = fedkseed.init(base.blueprint(max_rank=1, seed=0, whole=True), chosen)
+        sums = np.random.default_rng(0).integers(-60, 61, 16).astype(np.int32)
+        state = replace(state, accumulators={"a": sums}, round=5)
+    training = Training(batch=2, learning_rate=0.01, steps=steps)
+    return state, fedkseed.assign(state, 0, Plan("ann", 1, 1.0, training))
+
+
+def measured(update: ClientUpdate) -> ProbeResult:
+    assert update.probed is not None
+    return update.probed
+
+
+BANKS: list[dict[str, Any]] = [
+    {"bank": "hadamard"},
+    {"bank": "gaussian"},
+    {"bank": "kron"},
+    {"bank": "kron", "vectors": True, "embeddings": True},
+    {"bank": "hadamard", "trainable": ("*.mlp.*", "lm_head.weight")},
+]
+
+
+@pytest.mark.parametrize("settings", BANKS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_a_probe_states_what_the_server_finds_for_itself_and_leaves_the_base_as_it_was(
+    settings: dict[str, Any], base: Base, rows: list[Example]
+) -> None:
+    state, asked = probed(base, **settings)
+    update = perform(base, rows, asked)
+    found = measured(update)
+    assert (update.client, update.round, update.num_examples, update.tensors) == ("ann", 6, 5, {})
+    assert (found.state, found.checks) == (state.digest[:8], state.checks)
+    assert len(found.checks) == 16
+    assert fedkseed.refuse(state, update) == ""
+    assert (found.scalars.shape, found.scalars.dtype.name, found.skipped, found.rms) == ((8,), "int8", 0, None)
+    assert np.count_nonzero(found.scalars) > 4
+    assert update.measured.tokens == 2 * (8 * 2 * 9 - 2 * 9)  # twice forward; of eight batches two are short
+    assert digest(base.model) == base.digest
+
+
+@pytest.mark.parametrize("settings", BANKS[:3], ids=lambda settings: settings["bank"])
+def test_what_one_client_alone_sends_moves_the_server_s_sums_as_it_moved_its_own(
+    settings: dict[str, Any], base: Base, rows: list[Example]
+) -> None:
+    state, asked = probed(base, **settings)
+    assert asked.probe is not None
+    scalars = measured(perform(base, rows, asked)).scalars
+    drawn = sampling.sample_uniform(derive(asked.seed, "fedkseed.ids"), 8, 16)
+    after = fedkseed.aggregate(state, [perform(base, rows, asked)])
+    np.testing.assert_array_equal(after.sums - state.sums, count_scalars(drawn, scalars, 16) << asked.probe.shift)
+
+
+def test_checks_of_other_displacements_are_refused_with_the_tensor(base: Base, rows: list[Example]) -> None:
+    state, asked = probed(base)
+    update = perform(base, rows, asked)
+    wrong = bytearray(measured(update).checks)
+    wrong[4] ^= 1
+    planted = replace(update, probed=replace(measured(update), checks=bytes(wrong)))
+    name = state.manifest.entries[sample_places(state.digest, state.manifest, state.trainable)[1][0]].name
+    assert f"expected the displacements of {name}, block" in fedkseed.refuse(state, planted)
+
+
+def test_a_probe_that_calibrates_tells_a_size_and_no_scalars(base: Base, rows: list[Example]) -> None:
+    chosen = FedKSeedSettings(seeds=16)
+    state = fedkseed.init(base.blueprint(max_rank=1, seed=0, whole=True), chosen)
+    update = perform(base, rows, probed(base, state=state)[1])
+    found = measured(update)
+    assert len(found.scalars) == 0
+    assert found.rms is not None
+    assert 0 < found.rms < 10
+    assert fedkseed.refuse(state, update) == ""
+    assert update.measured.tokens == 2 * (16 * 2 * 9 - 5 * 9)  # sixteen scalars, whatever the steps
+    assert fedkseed.aggregate(state, [update]).calibrated
+
+
+def rounds_of(base: Base, rows: list[Example], replicas: Replicas) -> Asked:
+    """Return the third round's state and order after two rounds of ann alone: the first that refers to what she has."""
+    state, asked = probed(base)
+    state = replace(state, accumulators={"a": np.zeros(16, np.int32)}, round=0)
+    for _ in range(2):
+        update = perform(base, rows, probed(base, state=state)[1], replicas=replicas)
+        state = fedkseed.aggregate(state, [update])
+    state, asked = probed(base, state=state)
+    assert asked.probe is not None
+    assert (asked.probe.state.form, asked.probe.state.since) == ("changed", 1)
+    return state, asked
+
+
+def test_who_has_lost_what_an_order_refers_to_asks_for_the_whole_and_measures_nothing(
+    base: Base, rows: list[Example]
+) -> None:
+    replicas = Replicas()
+    state, asked = rounds_of(base, rows, replicas)
+    for forgetful in (None, Replicas()):
+        update = perform(base, rows, asked, replicas=forgetful)
+        assert measured(update).lost
+        assert (len(measured(update).scalars), measured(update).state, update.measured.tokens) == (0, b"", 0)
+    kept = perform(base, rows, asked, replicas=replicas)
+    assert not measured(kept).lost
+    assert asked.whole is not None
+    again = perform(base, rows, asked.whole)
+    assert fedkseed.refuse(state, again) == fedkseed.refuse(state, kept) == ""
+    np.testing.assert_array_equal(measured(again).scalars, measured(kept).scalars)
+
+
+def test_a_memory_that_is_another_than_the_server_s_counts_as_lost(base: Base, rows: list[Example]) -> None:
+    replicas = Replicas()
+    state, asked = rounds_of(base, rows, replicas)
+    ledger = replace(state.ledger, round=1, accumulators=np.full(16, 7, np.int32))
+    replicas.keep(ledger)
+    assert measured(perform(base, rows, asked, replicas=replicas)).lost
+
+
+def test_another_base_than_the_seeds_were_measured_on_is_refused(base: Base, rows: list[Example]) -> None:
+    _, asked = probed(base)
+    other = load(
+        ModelSettings(base=base.path, dtype="bfloat16", device="cpu"),
+        AdapterSettings(rank=1, targets=["all-linear"]),
+        tokenizer=base.tokenizer,
+        root=Path(),
+        seed=0,
+    )
+    with pytest.raises(WireError, match=r"expected the state .* of this base and what came; load the same model"):
+        perform(other, rows, asked)
+
+
+def test_a_client_that_probed_trains_an_adapter_as_one_that_did_not(base: Base, rows: list[Example]) -> None:
+    first = perform(base, rows, assignment(base))
+    for settings in BANKS:
+        perform(base, rows, probed(base, **settings)[1])
+    second = perform(base, rows, assignment(base))
+    for name, array in first.tensors.items():
+        np.testing.assert_array_equal(array, second.tensors[name])
+
+
+def test_a_client_without_examples_cannot_probe(base: Base) -> None:
+    with pytest.raises(ClientError, match="ann: expected at least one training example"):
+        perform(base, [], probed(base)[1])
+    assert digest(base.model) == base.digest

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.client import site
+from fedtune.config import bind, render
+from fedtune.errors import ClientError, ConfigError
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training
+from fedtune.model.base import Base, load
+from fedtune.runs.local import prepare
+from tests.cli.test_flower_server import site_files
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """Load anew in each test what a process keeps."""
+    yield
+    site.from_file.cache_clear()
+    site.cached_recipe.cache_clear()
+
+
+def test_a_site_says_what_its_base_and_data_are(tmp_path: Path, tables: dict[str, Any]) -> None:
+    (path,) = site_files(tmp_path, tables, ("client-1",))
+    experiment = prepare(bind(tables))
+    profile = site.from_file(str(path)).profile()
+    assert profile.client == "client-1"
+    assert profile.num_examples == experiment.fleet["client-1"]
+    assert profile.foundation.base == experiment.base.digest
+    assert profile.foundation.modules == experiment.base.modules
+    assert profile.device.cores >= 1
+    assert profile.device.memory_bytes > 2**20
+    assert "flora" in profile.methods
+
+
+def test_a_simulated_client_holds_what_the_recipe_gives_it(tables: dict[str, Any]) -> None:
+    recipe = bind(tables | {"override": [{"clients": ["client-1"], "threads": 2}]})
+    experiment = prepare(recipe)
+    for place, name in enumerate(sorted(experiment.fleet)):
+        found = site.simulated_site(render(recipe), {"partition-id": place}, {})
+        assert found.client == name
+        assert found.threads == (2 if name == "client-1" else 1)
+        expected = experiment.federation.clients[name].train
+        for ours, theirs in zip(found.examples, expected, strict=True):
+            np.testing.assert_array_equal(ours.input_ids, theirs.input_ids)
+
+
+def test_base_and_data_are_loaded_once_per_process(
+    tmp_path: Path, tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+
+    def counted(*args: Any, **more: Any) -> Base:
+        loads.append(args)
+        return load(*args, **more)
+
+    monkeypatch.setattr("fedtune.client.site.load", counted)
+    text = render(bind(tables))
+    bases = {id(site.simulated_site(text, {"partition-id": place}, {}).base) for place in (0, 1, 2, 0)}
+    assert (len(loads), len(bases)) == (1, 1)
+    (path,) = site_files(tmp_path, tables, ("client-1",))
+    assert site.from_file(str(path)) is site.from_file(str(path))
+    assert len(loads) == 2
+
+
+def test_data_without_a_split_are_all_the_sites_own(tmp_path: Path, tables: dict[str, Any]) -> None:
+    data = {key: value for key, value in tables["data"].items() if key != "split"} | {"held_out": 0.0}
+    (path,) = site_files(tmp_path, tables | {"data": data}, ("site-a",))
+    found = site.from_file(str(path))
+    assert (found.client, len(found.examples)) == ("site-a", 24)
+
+
+def test_a_name_that_the_split_does_not_know_is_a_fault(tmp_path: Path, tables: dict[str, Any]) -> None:
+    (path,) = site_files(tmp_path, tables, ("client-9",))
+    with pytest.raises(ConfigError, match=r"name: expected one of the clients of data.split \(client-0, client-1"):
+        site.from_file(str(path))
+
+
+def test_an_assignment_for_another_client_is_not_done(tmp_path: Path, tables: dict[str, Any]) -> None:
+    (path,) = site_files(tmp_path, tables, ("client-1",))
+    plan = Plan("client-2", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=1))
+    with pytest.raises(ClientError, match="client-1: expected an assignment of its own; got one for 'client-2'"):
+        site.from_file(str(path)).perform(Assignment("flora", 1, 3, plan, LocalAdapter(a_key=4)))
+
+
+def test_examples_longer_than_the_base_are_refused(tables: dict[str, Any], tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text('{"text": "' + "the dog sleeps " * 200 + '", "who": "client-0"}\n')
+    text = render(bind(tables | {"data": tables["data"] | {"source": str(long), "max_tokens": 512}, "override": []}))
+    with pytest.raises(ConfigError, match=r"data\.max_tokens: expected examples of at most 128 tokens"):
+        site.simulated_site(text, {"partition-id": 0}, {})
+
+
+def test_a_bundle_without_the_embedded_model_names_the_stub(
+    tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fedtune.model.embedded.path", lambda: tmp_path)  # a folder of code alone
+    text = render(bind(tables | {"model": {"base": "embedded"}}))
+    with pytest.raises(ConfigError, match="run the app in server/superlink"):
+        site.simulated_site(text, {"partition-id": 0}, {})

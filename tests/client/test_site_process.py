@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.client import site_process
+from fedtune.client.site import from_file
+from fedtune.config import bind
+from fedtune.messages import Assignment, LocalAdapter, Plan, Training
+from fedtune.wire.codec import decode_update, encode_assignment
+from fedtune.wire.profile import decode_profile
+from tests.cli.test_flower_server import site_files
+
+# peft asks transformers by a name that transformers is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def site(tmp_path: Path, tables: dict[str, Any]) -> Path:
+    assert bind(tables).name
+    return site_files(tmp_path, tables, ("client-0",))[0]
+
+
+def test_a_profile_and_an_update_are_written_to_files(site: Path, tmp_path: Path) -> None:
+    assert site_process.handle(str(site), {"do": "profile", "into": str(tmp_path / "profile")}) == {"done": True}
+    contents = {path.name: path.read_bytes() for path in (tmp_path / "profile").iterdir()}
+    profile = decode_profile(contents.pop("front"), contents)
+    assert profile.client == "client-0"
+    plan = Plan("client-0", rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=1))
+    order = encode_assignment(Assignment("flora", round=1, seed=0, plan=plan, local=LocalAdapter(a_key=0)))
+    (tmp_path / "front").write_bytes(order.header)
+    request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
+    assert site_process.handle(str(site), request) == {"done": True}
+    update = decode_update((tmp_path / "update").read_bytes(), client="client-0", limit_bytes=10**7)
+    assert update.base == from_file(str(site)).base.digest
+
+
+def test_what_cannot_be_done_is_said_and_what_nobody_foresaw_keeps_its_text(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = site_process.handle(str(tmp_path / "none.toml"), {"do": "profile", "into": str(tmp_path)})
+    assert "none.toml" in failed["failed"]
+
+    def broken(site: object, request: Mapping[str, Any]) -> None:
+        raise ValueError("a row of the data: secret")
+
+    monkeypatch.setattr(site_process, "run_request", broken)
+    failed = site_process.handle(str(site), {"do": "profile", "into": str(tmp_path)})
+    assert failed == {"failed": "expected an answer; got ValueError; this site's own log says where"}
+    assert "secret" in capsys.readouterr().err
+
+
+def test_the_process_ends_when_the_one_that_started_it_has_gone(tmp_path: Path) -> None:
+    theirs, requests = os.pipe()
+    replies, theirs_out = os.pipe()
+    their_life, life = os.pipe()
+    given = (theirs, theirs_out, their_life)
+    command = [sys.executable, "-m", "fedtune.client.site_process", str(tmp_path / "none.toml"), *map(str, given)]
+    process = subprocess.Popen(command, pass_fds=given)
+    for descriptor in given:
+        os.close(descriptor)
+    os.write(requests, json.dumps({"do": "profile", "into": str(tmp_path)}).encode() + b"\n")
+    assert b"none.toml" in os.read(replies, 65536)
+    os.close(life)  # not the requests: they may be open in a child of the parent's
+    assert process.wait(60) == 0
+    os.close(requests)
+    os.close(replies)

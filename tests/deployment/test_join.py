@@ -1,0 +1,93 @@
+"""A site's own file held against what a run asks; taking part is tried in tests/test_link.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune.deployment.join import asks, join, load_join_setup, planned_requests
+from fedtune.deployment.server_setup import data_at_sites
+from fedtune.errors import ConfigError
+from fedtune.link.client.client import Greeting
+from fedtune.wire.v1 import link_pb2 as pb
+from tests.deployment.test_coordinator import RECIPE
+from tests.link.ceremony import ceremony
+
+SITE = """
+name = "site-a"
+[model]
+base = "none"
+[adapter]
+targets = ["q"]
+[data]
+source = "none"
+fields = { instruction = "question", output = "answer" }
+[link]
+address = "localhost:1"
+[policy]
+max_rank = 4
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    ceremony(tmp_path)
+    path = tmp_path / "site-a" / "site.toml"
+    path.write_text(SITE)
+    return path
+
+
+def test_a_site_is_bound_with_its_identity_and_its_paths_start_at_its_file(site: Path) -> None:
+    made = load_join_setup(site)
+    assert made.identity.name == "site-a"
+    assert made.state == site.parent / "state"
+    assert load_join_setup(site, server="other:2").link.address == "other:2"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ('name = "site-a"', 'name = "site-b"', "as this site is enrolled"),
+        ('address = "localhost:1"', 'address = "localhost"', "HOST:PORT"),
+        ('[link]\naddress = "localhost:1"\n', "", "--server"),
+        ('address = "localhost:1"', 'address = "localhost:1"\nidentity = "nowhere"', "fedtune enroll request"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_dialled(site: Path, old: str, new: str, match: str) -> None:
+    assert old in SITE
+    site.write_text(SITE.replace(old, new))
+    with pytest.raises(ConfigError, match=match):
+        load_join_setup(site)
+
+
+def greeting(recipe: str) -> Greeting:
+    from fedtune.config import render
+
+    text = render(data_at_sites(recipe)).encode()
+    return Greeting(1, pb.Limits(), "run", pb.Envelope(), text)
+
+
+def test_a_dry_run_says_what_would_be_asked_and_what_the_policy_says(site: Path) -> None:
+    shown = planned_requests(load_join_setup(site), greeting(RECIPE))
+    assert shown.allowed
+    assert (shown.demand.method, shown.demand.rank, shown.demand.steps, shown.rounds) == ("flora", 2, 1, 1)
+    assert shown.columns == {"instruction": "question", "output": "answer"}
+    refused = planned_requests(load_join_setup(site), greeting(RECIPE.replace("rank = 2", "rank = 8")))
+    assert not refused.allowed
+    assert refused.facts["refusals"] == ["policy.max_rank: allowed 4; got 8"]
+
+
+def test_an_override_for_this_site_counts() -> None:
+    recipe = data_at_sites(RECIPE + '[[override]]\nclients = ["site-a"]\nrank = 1\n')
+    assert asks(recipe, "site-a").rank == 1
+    assert asks(recipe, "site-b").rank == 2
+
+
+def test_one_process_takes_part_with_a_state_folder(site: Path) -> None:
+    from fedtune.errors import StoreError
+    from fedtune.store.lock import lock_run
+
+    (site.parent / "state").mkdir()
+    with lock_run(site.parent / "state"), pytest.raises(StoreError, match="no other process"):
+        join(site, tell=lambda kind, **fields: None)

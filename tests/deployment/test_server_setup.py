@@ -1,0 +1,33 @@
+"""The recipe of a server; whole runs of it are in tests/cli/test_flower_server.py and tests/test_link.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedtune.deployment.server_setup import check_overrides, data_at_sites, expected_clients
+from fedtune.errors import ConfigError
+from tests.deployment.test_coordinator import RECIPE
+
+
+def test_a_recipe_without_data_is_whole_for_the_data_lie_at_the_sites() -> None:
+    assert data_at_sites(RECIPE).data.source == "at the sites"
+    with_data = RECIPE + '[data]\nsource = "x"\nsplit = { kind = "files" }\n'
+    assert data_at_sites(with_data).data.source == "x"
+    assert data_at_sites(RECIPE, overrides=["rounds.count=7"]).rounds.count == 7
+    with pytest.raises(ConfigError, match="max_clients"):
+        data_at_sites(RECIPE + "max_clients = 3\n")
+
+
+def test_the_first_round_waits_for_its_cohort() -> None:
+    assert expected_clients(data_at_sites(RECIPE)) == 1
+    assert expected_clients(data_at_sites(RECIPE + "cohort = 3\n")) == 3
+    assert expected_clients(data_at_sites(RECIPE + "cohort = 0.5\nmin_clients = 2\n")) == 2
+
+
+def test_an_override_that_meets_nobody_is_told() -> None:
+    said: list[str] = []
+    recipe = data_at_sites(RECIPE + '[[override]]\nclients = ["anan"]\nrank = 1\n')
+    check_overrides(recipe, ["anna"], said.append)
+    assert "anan" in said[0]
+    check_overrides(recipe, ["anan"], said.append)
+    assert len(said) == 1

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from fedtune.devices.measured_clock import MeasuredClock
+from fedtune.messages import Measured, Plan, Traffic, Training
+from fedtune.rounds.clock import ClientTime, CompletedWork
+
+PLAN = Plan("ann", 8, 2.0, Training(batch=1, learning_rate=1.0, steps=1))
+
+
+def test_what_is_left_of_the_time_until_the_answer_was_transfer() -> None:
+    done = {
+        "ann": CompletedWork(PLAN, Measured(seconds=4.0), Traffic(), arrived_s=6.0),
+        "liar": CompletedWork(PLAN, Measured(seconds=9.0), Traffic(), arrived_s=6.0),
+    }
+    found = MeasuredClock().timed(1, 0.0, done, {})
+    assert found == {"ann": ClientTime(4.0, 2.0), "liar": ClientTime(6.0, 0.0)}
+    assert MeasuredClock().cut({"ann": PLAN}, found) == {}
+
+
+def test_who_was_given_up_is_known_to_have_taken_so_long_and_what_came_before_a_resume_teaches_nothing() -> None:
+    done = {"ann": CompletedWork(PLAN, Measured(seconds=4.0), Traffic(), arrived_s=None)}
+    found = MeasuredClock().timed(1, 0.0, done, {"bob": 30.0})
+    assert found == {"bob": ClientTime.given_up(30.0)}
+    assert MeasuredClock().lasted(found) == 30.0

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import socket
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedtune.link.client.channel import diagnose, dial, host_of
+from fedtune.link.pki.identity import load
+from fedtune.link.settings import JoinSettings
+from tests.link.ceremony import ceremony
+from tests.link.federation import free_port
+from tests.link.server.test_service import greeting, served
+
+
+@pytest.mark.parametrize(
+    ("address", "host"), [("a.example:9000", "a.example"), ("[::1]:9000", "::1"), ("1.2.3.4:1", "1.2.3.4")]
+)
+def test_the_host_of_an_address(address: str, host: str) -> None:
+    assert host_of(address) == host
+
+
+def test_each_step_to_a_server_that_fails_is_named(tmp_path: Path) -> None:
+    with served(tmp_path / "care") as made:
+        anna = made.identities["site-a"]
+
+        def found(address: str, **changes: str) -> tuple[str, bool]:
+            diagnosis = diagnose(anna, JoinSettings(address, **changes))  # type: ignore[arg-type]
+            return diagnosis.reason, diagnosis.permanent
+
+        reason, permanent = found(f"localhost:{free_port()}")
+        assert reason.startswith("nobody listens on localhost")
+        assert not permanent
+        reason, permanent = found("no-such-host.invalid:9000")
+        assert "expected a host that is known" in reason
+        assert not permanent
+        reason, permanent = found(f"127.0.0.1:{made.port}", server_name="elsewhere.example")
+        assert "expected a server certificate of this federation" in reason
+        assert permanent
+        other = ceremony(tmp_path / "other", clients=("site-a",))
+        stranger = load(other["site-a"], role="client", now=int(made.time.now))
+        diagnosis = diagnose(stranger, JoinSettings(f"localhost:{made.port}"))
+        assert "expected a server certificate" in diagnosis.reason
+        assert diagnosis.permanent
+        diagnosis = diagnose(replace(stranger, ca=anna.ca), JoinSettings(f"localhost:{made.port}"))
+        assert "does not take this site's certificate" in diagnosis.reason
+        assert not diagnosis.permanent
+        reason, permanent = found(f"localhost:{made.port}")
+        assert reason == "TLS succeeds, but the server does not answer calls"
+        assert not permanent
+        reason, _ = found("localhost:1", proxy="http://proxy.example:3128")
+        assert "through http://proxy.example:3128" in reason
+
+
+def test_a_server_that_speaks_no_tls_is_told_apart(tmp_path: Path) -> None:
+    places = ceremony(tmp_path)
+    import time
+
+    anna = load(places["site-a"], role="client", now=int(time.time()))
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+
+        def answer() -> None:
+            connection, _ = plain.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        diagnosis = diagnose(anna, JoinSettings(f"localhost:{plain.getsockname()[1]}"))
+        thread.join()
+    assert diagnosis.reason.startswith("TLS failed")
+    assert not diagnosis.permanent
+
+
+def test_a_server_name_may_differ_from_the_address(tmp_path: Path) -> None:
+    with served(tmp_path) as made:
+        calls = dial(made.identities["site-a"], JoinSettings(f"127.0.0.1:{made.port}", server_name="localhost"))
+        assert greeting(calls).epoch
+        calls.close()

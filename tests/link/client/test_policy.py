@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import time
+
+import pytest
+
+from fedtune.errors import ConfigError, WireError
+from fedtune.link.client.policy import Policy, TaskDemand, Usage, check, check_policy, demand, leaves, within
+from fedtune.link.settings import MIB
+from fedtune.messages import Assignment, LocalAdapter, Plan, Probe, SeedState, Training
+from fedtune.wire.codec import encode_assignment
+from fedtune.wire.v1 import link_pb2 as pb
+
+ASKED = TaskDemand("flora", round=2, rank=8, steps=10, cohort=3, num_bytes=2 * MIB, base="9f3c" * 16)
+RECIPE = "ab" * 32
+
+
+def vetoes(policy: Policy, asked: TaskDemand = ASKED, spent: Usage | None = None, now: time = time(12)) -> list[str]:
+    return [pb.Veto.Name(one.veto) for one in check_policy(policy, asked, RECIPE, spent or Usage(), now=now)]
+
+
+def test_what_a_policy_does_not_mention_is_allowed() -> None:
+    assert vetoes(Policy()) == []
+    everything = Policy(
+        methods=["flora"],
+        recipes=["abababab"],
+        bases=["9F3C9F3C"],
+        max_rank=8,
+        max_steps=10,
+        max_rounds=2,
+        max_down_mib=2,
+        hours="11:00-13:00",
+        min_cohort=3,
+    )
+    assert vetoes(everything, spent=Usage(rounds=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "veto"),
+    [
+        (Policy(methods=["fedkseed"]), "METHOD_NOT_ALLOWED"),
+        (Policy(recipes=["cdcdcdcd"]), "RECIPE_NOT_ALLOWED"),
+        (Policy(bases=["00000000"]), "BASE_NOT_ALLOWED"),
+        (Policy(max_rank=7), "RANK_TOO_LARGE"),
+        (Policy(max_steps=9), "TOO_MANY_STEPS"),
+        (Policy(max_rounds=1), "TOO_MANY_ROUNDS"),
+        (Policy(max_down_mib=1.9), "TOO_MANY_BYTES"),
+        (Policy(min_cohort=4), "COHORT_TOO_SMALL"),
+        (Policy(hours="20:00-06:00"), "OUTSIDE_HOURS"),
+    ],
+)
+def test_each_limit_is_a_veto_of_its_own(policy: Policy, veto: str) -> None:
+    assert vetoes(policy, spent=Usage(rounds=1)) == [veto]
+
+
+def test_all_vetoes_are_told_together() -> None:
+    assert len(vetoes(Policy(methods=["fedit"], max_rank=1, min_cohort=9))) == 3
+
+
+def test_nothing_of_rank_has_no_rank_to_refuse() -> None:
+    assert vetoes(Policy(max_rank=1), replace(ASKED, rank=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("hours", "inside", "outside"),
+    [
+        ("08:00-17:00", ["08:00", "16:59"], ["07:59", "17:00"]),
+        ("20:00-06:00", ["20:00", "23:59", "00:00", "05:59"], ["06:00", "12:00", "19:59"]),
+    ],
+)
+def test_hours_may_go_over_midnight(hours: str, inside: list[str], outside: list[str]) -> None:
+    assert all(within(hours, time.fromisoformat(one)) for one in inside)
+    assert not any(within(hours, time.fromisoformat(one)) for one in outside)
+
+
+def test_what_leaves_the_site_is_limited_for_each_answer_and_each_day() -> None:
+    assert leaves(Policy(), 10**12, Usage()) is None
+    assert leaves(Policy(max_up_mib=1), MIB, Usage()) is None
+    assert leaves(Policy(max_up_mib=1), MIB + 1, Usage()) is not None
+    assert leaves(Policy(day_up_mib=2), MIB, Usage(day_bytes=MIB)) is None
+    assert leaves(Policy(day_up_mib=2), MIB, Usage(day_bytes=MIB + 1)) is not None
+
+
+def test_a_demand_is_what_the_assignment_says() -> None:
+    plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
+    adapt = encode_assignment(Assignment("flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0)))
+    header = pb.Header(round=3, cohort=5, base=b"\x9f", parts=[pb.Part(num_bytes=10), pb.Part(num_bytes=20)])
+    assert demand(header, adapt.header) == TaskDemand("flora", 3, 4, 7, 5, 30, "9f")
+    probe = Probe(
+        bank="hadamard", seeds=4, key=1, exponent=20, shift=1, perturbation=1,
+        state=SeedState("whole", 0, b"\0" * 16, 2, b"d" * 32),
+    )  # fmt: skip
+    assigned = Assignment("fedkseed", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), probe=probe)
+    found = demand(header, encode_assignment(assigned).header)
+    assert (found.method, found.rank, found.steps) == ("fedkseed", None, 7)
+
+
+def test_an_assignment_of_another_round_than_the_signed_one_is_refused() -> None:
+    plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
+    encoded = encode_assignment(Assignment("flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0)))
+    with pytest.raises(WireError, match="round 4"):
+        demand(pb.Header(round=4), encoded.header)
+    with pytest.raises(WireError):
+        demand(pb.Header(round=3), b"\xff\xff")
+
+
+def test_what_is_no_time_and_no_digest_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(Policy(hours="25:00-26:00", recipes=["short"], bases=["xyzxyzxyz"]))
+    assert [fault.path for fault in caught.value.faults] == ["policy.hours", "policy.recipes", "policy.bases"]
+    check(Policy(hours="00:00-23:59", recipes=["0123abcd"]))

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fedtune.errors import ClientError, ConfigError
+from fedtune.link.client.training_process import ProcessTrainer
+
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+requests, replies, life = map(int, sys.argv[-3:])
+with os.fdopen(requests) as lines, os.fdopen(replies, "w") as answers:
+    for line in lines:
+        request = json.loads(line)
+        into = Path(request["into"])
+        if into.name == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if into.name == "leave":
+            sys.exit(3)
+        if into.name == "hang":
+            into.with_name("hanging").touch()
+            signal.pause()
+        said = {"failed": "expected a base; got none"} if into.name == "fail" else {"done": True}
+        if "done" in said:
+            into.write_text(f"{os.getpid()} {request['do']}")
+        answers.write(json.dumps(said) + chr(10))
+        answers.flush()
+"""
+
+
+@pytest.fixture
+def died() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def trainer(died: list[str]) -> ProcessTrainer:
+    return ProcessTrainer([sys.executable, "-c", SCRIPT], died=died.append)
+
+
+def test_one_process_does_everything_until_it_is_closed(
+    trainer: ProcessTrainer, tmp_path: Path, died: list[str]
+) -> None:
+    trainer.profile(tmp_path / "a")
+    trainer.perform(tmp_path, ["x"], tmp_path / "b")
+    (first, _), (second, done) = ((tmp_path / name).read_text().split() for name in ("a", "b"))
+    assert (first, done) == (second, "perform")
+    trainer.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(first), 0)
+    assert not died
+    trainer.close()  # again changes nothing
+
+
+def test_what_it_cannot_do_is_its_reason(trainer: ProcessTrainer, tmp_path: Path) -> None:
+    with pytest.raises(ClientError, match="expected a base; got none"):
+        trainer.perform(tmp_path, [], tmp_path / "fail")
+    with pytest.raises(ConfigError, match="expected a base; got none"):
+        trainer.profile(tmp_path / "fail")
+    trainer.close()
+
+
+@pytest.mark.parametrize(("name", "how"), [("die", "killed by SIGKILL"), ("leave", "status 3")])
+def test_a_process_that_ends_costs_one_order_and_is_started_anew(
+    trainer: ProcessTrainer, tmp_path: Path, died: list[str], name: str, how: str
+) -> None:
+    with pytest.raises(ClientError, match=how):
+        trainer.perform(tmp_path, [], tmp_path / name)
+    assert died == [f"the training process ended ({how})"]
+    trainer.perform(tmp_path, [], tmp_path / "b")
+    assert (tmp_path / "b").exists()
+    with pytest.raises(ConfigError, match=how):
+        trainer.profile(tmp_path / name)
+    trainer.close()
+
+
+def test_what_is_being_done_can_be_ended_at_once(trainer: ProcessTrainer, tmp_path: Path) -> None:
+    failures: list[str] = []
+
+    def perform() -> None:
+        try:
+            trainer.perform(tmp_path, [], tmp_path / "hang")
+        except ClientError as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=perform)
+    thread.start()
+    while not (tmp_path / "hanging").exists():
+        thread.join(0.01)
+    trainer.kill()
+    thread.join()
+    assert signal.SIGKILL.name in failures[0]
+    trainer.kill()  # nothing is there to kill
+    trainer.close()

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.link.server.blocklist import Blocklist, read_blocklist
+
+
+def test_a_bar_lasts_and_the_operator_may_edit_the_file(tmp_path: Path) -> None:
+    time, path = [0.0], tmp_path / "barred"
+    bars = Blocklist(path, clock=lambda: time[0])
+    assert bars.why("anna") == ""
+    bars.bar("anna", "3 refusals,\nthe last SIGNATURE")
+    assert bars.why("anna").startswith("3 refusals")
+    assert Blocklist(path).why("anna") == "3 refusals, the last SIGNATURE"
+    path.write_text("# nobody\nbob\ncarl too loud\n")
+    time[0] += 1
+    assert [bars.why(name) for name in ("anna", "bob", "carl")] == ["", "by the operator", "too loud"]
+    path.unlink()
+    time[0] += 1
+    assert bars.why("bob") == ""
+
+
+def test_a_bar_keeps_what_the_operator_wrote_meanwhile(tmp_path: Path) -> None:
+    bars = Blocklist(tmp_path / "barred", clock=lambda: 0.0)
+    bars.bar("anna", "x")
+    (tmp_path / "barred").write_text("bob y\n")
+    bars.bar("carl", "z")
+    assert read_blocklist(tmp_path / "barred") == {"bob": "y", "carl": "z"}

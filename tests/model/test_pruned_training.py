@@ -1,0 +1,252 @@
+"""A client's round on a pruned model, end to end over real messages: what it trains, sends, and leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.client import perform as perform_module
+from fedtune.data.encode import Example
+from fedtune.errors import ClientError, ShapeError
+from fedtune.messages import OUT_OF_MEMORY, Assignment, ClientUpdate, Failure, Plan, Training
+from fedtune.methods.flora import METHOD, FloraState
+from fedtune.model import pruned_training
+from fedtune.model.base import Base, digest
+from fedtune.model.lora import with_adapters
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import from_bitmap, sparsity
+from fedtune.rounds.admission import admit
+from fedtune.wire.codec import decode_assignment, decode_update, encode_assignment, encode_update
+
+Loader = Callable[..., Base]
+Rows = Callable[[int], list[Example]]
+
+TRAINING = Training(batch=4, learning_rate=0.02, steps=6)
+perform = partial(perform_module.perform, threads=1)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def base(request: pytest.FixtureRequest, loaded: Loader) -> Base:
+    return loaded(request.param, targets=["all-linear"])
+
+
+def first(base: Base, **changes: Any) -> FloraState:
+    settings = PruningSettings(**{"multiple": 8, "target": 0.5, "batches": 2} | changes)
+    blueprint = replace(
+        base.blueprint(max_rank=4, seed=0), anatomy=pruned_training.block_layout(base), pruning=settings
+    )
+    return METHOD.init(blueprint, METHOD.settings(wire_dtype="fp32"))
+
+
+def asked(state: FloraState, base: Base, ratio: float, name: str = "ann", **training: Any) -> Assignment:
+    plan = Plan(name, rank=4, scale=2.0, training=replace(TRAINING, **training), ratio=ratio)
+    return replace(METHOD.assign(state, 0, plan), base=base.digest)
+
+
+def answered(order: Assignment, base: Base, rows: list[Example], state: FloraState) -> ClientUpdate:
+    """Go to the client and back as on a network, and through the admission."""
+    sent = encode_assignment(order)
+    update = perform(base, rows, decode_assignment(sent.header, sent.blobs))
+    back = decode_update(encode_update(update), client=order.plan.client, limit_bytes=10**8)
+    blueprint = replace(base.blueprint(max_rank=4, seed=0), anatomy=state.anatomy, pruning=state.pruning)
+    outcome = admit(back, order, blueprint, num_examples=len(rows))
+    assert isinstance(outcome, ClientUpdate), outcome
+    return outcome
+
+
+def test_a_pruned_round_follows_an_unpruned_one_and_leaves_the_base_as_it_was(base: Base, examples: Rows) -> None:
+    rows, before = examples(12), digest(base.model)
+    state = first(base)
+    whole = answered(asked(state, base, 0.0), base, rows, state)
+    assert whole.keep is None
+    assert set(whole.scores) == {"heads", "channels"}
+    state = METHOD.aggregate(state, [whole])
+    order = asked(state, base, 0.5)
+    half = answered(order, base, rows, state)
+    assert half.keep is not None
+    assert state.anatomy is not None
+    assert sparsity(half.keep, state.anatomy) == pytest.approx(0.5, abs=0.15)
+    assert half.ratio == 0.5
+    assert sum(t.size for t in half.tensors.values()) < sum(t.size for t in whole.tensors.values())
+    measured = half.measured
+    assert measured.importance is not None
+    assert measured.importance > 0
+    assert measured.side_tokens > 0
+    assert measured.loss_before is not None
+    assert measured.loss_after is not None
+    after = METHOD.aggregate(state, [half])
+    assert after.ratios == {"ann": 0.5}
+    assert digest(base.model) == before
+
+
+def test_the_loss_before_is_that_of_the_structure_of_the_last_participation(base: Base, examples: Rows) -> None:
+    rows = examples(12)
+    state = first(base)
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    # Its last participation was with the whole model: pruning harder cannot make the loss before any higher.
+    losses = {
+        ratio: answered(asked(state, base, ratio), base, rows, state).measured.loss_before
+        for ratio in (0.0, 0.25, 0.75)
+    }
+    assert losses[0.25] == losses[0.75] == losses[0.0]
+    batch = pruned_training.evaluation_rows(rows, base, key=asked(state, base, 0.0).seed, batch=4)
+    with with_adapters(base, frozen=METHOD.adapter(state)) as model:
+        assert losses[0.0] == pytest.approx(pruned_training.evaluation_loss(model, batch, base), rel=1e-4)
+
+
+def test_a_pruned_client_trains_the_slice_of_the_global_model(base: Base, examples: Rows) -> None:
+    """Nothing is learned at a learning rate of almost zero: before and after are the sliced model's loss."""
+    rows = examples(12)
+    state = first(base)
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    state = replace(state, ratios={"ann": 0.5})
+    update = answered(asked(state, base, 0.5, learning_rate=1e-12), base, rows, state)
+    assert update.measured.loss_after == pytest.approx(update.measured.loss_before, rel=1e-5)
+    keep, anatomy = update.keep, pruned_training.block_layout(base)
+    assert keep is not None
+    batch = pruned_training.evaluation_rows(rows, base, key=asked(state, base, 0.5).seed, batch=4)
+    from fedtune.model.surgery import with_gates
+    from fedtune.pruning.structure import cuts, slice_adapter
+
+    with with_adapters(base, frozen=METHOD.adapter(state)) as model, with_gates(model, keep, anatomy):
+        gated_loss = pruned_training.evaluation_loss(model, batch, base)
+    assert update.measured.loss_before == pytest.approx(gated_loss, rel=1e-4)
+    with pruned_training.with_pruned_model(base, keep, anatomy) as small:
+        sliced = slice_adapter(METHOD.adapter(state), cuts(keep, anatomy))
+        with with_adapters(small, frozen=sliced) as model:
+            assert update.measured.loss_before == pytest.approx(
+                pruned_training.evaluation_loss(model, batch, base), rel=1e-4
+            )
+
+
+def test_stages_end_in_the_structure_that_was_asked(base: Base, examples: Rows) -> None:
+    rows = examples(12)
+    state = first(base, stages=3, steps_between=2)
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    order = asked(state, base, 0.5)
+    assert order.surgery is not None
+    assert len(order.surgery.stages) > 1
+    update = answered(order, base, rows, state)
+    assert state.anatomy is not None
+    assert update.keep == from_bitmap(order.surgery.stages[-1], state.anatomy)
+    still = answered(asked(state, base, 0.5, learning_rate=1e-12), base, rows, state)
+    largest = max(float(np.abs(t).max()) for t in still.tensors.values())
+    assert largest < 1e-8  # the start is told from the end in the last structure's coordinates
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_a_short_round_reaches_its_last_stage_all_the_same(steps: int, base: Base, examples: Rows) -> None:
+    rows = examples(12)
+    state = first(base, stages=3, steps_between=20, multiple=1)
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    order = asked(state, base, 0.5, steps=steps)
+    assert order.surgery is not None
+    assert len(order.surgery.stages) == 3
+    update = answered(order, base, rows, state)
+    assert state.anatomy is not None
+    assert update.keep == from_bitmap(order.surgery.stages[-1], state.anatomy)
+
+
+@pytest.mark.parametrize("where", ["measured_scores", "paired_loss"])
+def test_memory_that_runs_out_beside_training_is_told_as_such(
+    where: str, loaded: Loader, examples: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    base = loaded("llama", targets=["all-linear"])
+    order = asked(first(base), base, 0.0)
+    monkeypatch.setattr(f"fedtune.model.pruned_training.{where}", full)
+    with pytest.raises(ClientError, match=f"ann: expected its batch of 4 to fit; {OUT_OF_MEMORY}"):
+        perform(base, examples(8), order)
+
+
+def test_losses_are_taken_in_batches_that_training_has_room_for(loaded: Loader, examples: Rows) -> None:
+    base = loaded("llama", targets=["all-linear"])
+    rows = examples(20)
+    small, large = (pruned_training.evaluation_rows(rows, base, key=1, batch=batch) for batch in (3, 16))
+    assert [len(each.input_ids) for each in small] == [3, 3, 3, 3, 3, 1]
+    with with_adapters(base, frozen={}) as model:
+        assert pruned_training.evaluation_loss(model, small, base) == pytest.approx(
+            pruned_training.evaluation_loss(model, large, base)
+        )
+
+
+@pytest.mark.parametrize("score", ["wanda", "lora", "gate", "magnitude", "random"])
+def test_every_criterion_scores_a_round(score: str, loaded: Loader, examples: Rows) -> None:
+    base = loaded("llama", targets=["all-linear"])
+    state = first(base, score=score)
+    update = answered(asked(state, base, 0.0), base, examples(8), state)
+    assert update.scores["heads"].dtype == np.float16
+    assert np.mean(update.scores["heads"].astype(np.float64)) == pytest.approx(1.0, rel=1e-2)
+
+
+def test_a_client_ranks_by_its_own_data(base: Base, examples: Rows) -> None:
+    state = first(base, policy="local")
+    update = answered(asked(state, base, 0.5), base, examples(12), state)
+    assert update.keep is not None
+    assert update.mask
+    assert not update.scores
+    assert METHOD.aggregate(state, [update]).ratios == {"ann": 0.5}
+
+
+def test_a_vote_is_a_mask_at_the_target(base: Base, examples: Rows) -> None:
+    state = first(base, policy="vote")
+    update = answered(asked(state, base, 0.0), base, examples(12), state)
+    assert update.keep is None
+    assert update.mask
+    after = METHOD.aggregate(state, [update])
+    anatomy = pruned_training.block_layout(base)
+    assert after.structure(0.5) == from_bitmap(update.mask, anatomy)
+
+
+def test_bitmaps_of_another_base_and_empty_clients_are_refused(loaded: Loader, examples: Rows) -> None:
+    base = loaded("llama", targets=["all-linear"])
+    state = first(base)
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, examples(8), state)])
+    order = asked(state, base, 0.5)
+    assert order.surgery is not None
+    bad = replace(order, surgery=replace(order.surgery, stages=(b"\xff",)))
+    with pytest.raises(ShapeError, match="keep: expected"):
+        perform(base, examples(8), bad)
+    with pytest.raises(ClientError, match="at least one training example"):
+        perform(base, [], order)
+
+
+def test_updates_in_another_structure_are_refused_alone_with_the_reason(loaded: Loader, examples: Rows) -> None:
+    base = loaded("llama", targets=["all-linear"])
+    state = first(base)
+    rows = examples(8)
+    blueprint = replace(base.blueprint(max_rank=4, seed=0), anatomy=state.anatomy, pruning=state.pruning)
+    whole = perform(base, rows, asked(state, base, 0.0))
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    order = asked(state, base, 0.5)
+    half = perform(base, rows, order)
+    for update, said in (
+        (replace(whole, round=2), "expected an update of a model pruned by 0.5"),
+        (replace(half, kept=bytes(32)), "to have the digest"),
+        (replace(half, mask=b"\x01"), "expected no mask"),
+        (replace(half, scores=whole.scores), "expected no scores"),
+        (replace(half, tensors=whole.tensors), "expected shape"),
+        (replace(half, tensors={**half.tensors, "x.a": np.zeros((1, 1), np.float32)}), "was not asked for"),
+    ):
+        outcome = admit(update, order, blueprint, num_examples=len(rows))
+        assert isinstance(outcome, Failure), said
+        assert said in outcome.reason
+    first_order = asked(first(base), base, 0.0)
+    for scores, said in (
+        ({**whole.scores, "heads": whole.scores["heads"][1:]}, "as kept"),
+        ({"heads": whole.scores["heads"]}, "is missing"),
+        ({**whole.scores, "heads": np.full_like(whole.scores["heads"], np.nan)}, "finite numbers"),
+        ({**whole.scores, "heads": -whole.scores["heads"]}, "none below 0"),
+        ({name: part.astype(np.float32) for name, part in whole.scores.items()}, "format fp16"),
+        ({}, "expected scores; got none"),
+    ):
+        outcome = admit(replace(whole, scores=scores), first_order, blueprint, num_examples=len(rows))
+        assert isinstance(outcome, Failure), said
+        assert said in outcome.reason

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.report.planner_choices import choices, choices_table, classes, devices_table, has_choices, idle
+from fedtune.report.reader import read_run
+from tests.report.conftest import WriteRun
+
+
+def only(**client: Any) -> Any:
+    """Return an edit that leaves two clients with these fields in every round."""
+
+    def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        for line in lines[1:]:
+            line["clients"] = {
+                name: {"status": "ok", "rank": 4} | {key: values[index] for key, values in client.items()}
+                for index, name in enumerate(("client-0", "client-1"))
+            }
+
+    return edit
+
+
+def test_choices_are_means_of_each_kind_of_device(write_run: WriteRun) -> None:
+    run = read_run(write_run(clients=4, edit=only(ratio=[0.5, 0.25], compute_s=[1.0, 3.0], transfer_s=[1.0, 1.0])))
+    assert classes(run) == {"agx": ["client-1"], "tx2": ["client-0"]}
+    figure = choices(run)
+    assert figure is not None
+    ratio = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines}
+    assert ratio == {"agx (1)": [0.25] * 3, "tx2 (1)": [0.5] * 3}
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["pruning ratio", "rank", "time on the device (s)"]
+
+
+def test_the_fleet_is_idle_while_it_waits_for_the_slowest(write_run: WriteRun) -> None:
+    run = read_run(write_run(clients=4, edit=only(ratio=[0, 0], compute_s=[1.0, 3.0], transfer_s=[0.0, 0.0])))
+    assert idle(run) == pytest.approx(1 - 2 / 3)
+    assert idle(read_run(write_run("untimed", clients=4, edit=only(ratio=[0, 0])))) is None
+
+
+def test_a_run_without_a_planner_or_devices_shows_nothing_of_them(write_run: WriteRun) -> None:
+    def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        only(rank=[4, 4])(lines, summary)
+        del summary["devices"]
+
+    run = read_run(write_run(clients=4, edit=edit))
+    assert not has_choices(run)
+    assert choices(run) is None
+    assert devices_table(run) == ""
+
+
+def test_every_choice_and_every_number_of_a_device_can_be_read(write_run: WriteRun) -> None:
+    run = read_run(write_run(clients=4))
+    assert "fits the deadline of 12 s" in choices_table(run)
+    assert "assumed" in devices_table(run)
+    assert "27.2" in devices_table(run)

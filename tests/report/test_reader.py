@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.errors import StoreError
+from fedtune.report.reader import finite, read_run
+from tests.report.conftest import WriteRun
+
+Lines = list[dict[str, Any]]
+
+
+def test_a_run_is_read_as_it_was_written(write_run: WriteRun) -> None:
+    run = read_run(write_run(name="ward", method="fedit", seed=7, clients=2, rounds=2))
+    assert (run.name, run.method, run.seed, run.state, run.torn) == ("ward", "fedit", 7, "finished", False)
+    assert [record.round for record in run.rounds] == [0, 1, 2]
+    assert run.rounds[1].clients["client-0"].status == "failed"
+    assert run.rounds[1].clients["client-0"].reason == "out of memory"
+    assert run.rounds[2].modules["model.layers.0.self_attn.q_proj"].singular_values[0] == 0.5
+    assert run.rounds[0].loss_before is None
+    assert run.summary is not None
+    assert run.summary.after.worst is not None
+    assert run.summary.after.worst.client == "client-1"
+
+
+def test_a_torn_last_line_of_an_interrupted_run_is_left_out_and_said(write_run: WriteRun) -> None:
+    path = write_run(rounds=3)
+    (path / "summary.json").unlink()
+    lines = (path / "rounds.jsonl").read_bytes()
+    (path / "rounds.jsonl").write_bytes(lines[:-40])
+    run = read_run(path)
+    assert run.torn
+    assert run.state == "interrupted"
+    assert run.rounds[-1].round == 2
+
+
+@pytest.mark.parametrize("cut", range(1, 200, 7))
+def test_wherever_the_last_line_is_cut_the_rest_is_read(write_run: WriteRun, cut: int) -> None:
+    path = write_run(clients=1, rounds=1, layers=0)
+    (path / "summary.json").unlink()
+    first, second = (path / "rounds.jsonl").read_bytes().splitlines(keepends=True)
+    (path / "rounds.jsonl").write_bytes(first + second[:cut])
+    run = read_run(path)
+    assert run.torn
+    assert len(run.rounds) == 1
+
+
+def test_a_torn_line_of_a_finished_run_is_a_fault(write_run: WriteRun) -> None:
+    path = write_run(rounds=3)
+    (path / "rounds.jsonl").write_bytes((path / "rounds.jsonl").read_bytes()[:-40])
+    with pytest.raises(StoreError, match=r"rounds\.jsonl, line 4: expected one JSON object"):
+        read_run(path)
+
+
+def test_a_broken_line_in_the_middle_names_file_and_line(write_run: WriteRun) -> None:
+    path = write_run(rounds=3)
+    (path / "summary.json").unlink()
+    lines = (path / "rounds.jsonl").read_text().splitlines()
+    lines[1] = lines[1][:50]
+    (path / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(StoreError, match=r"rounds\.jsonl, line 2: expected one JSON object"):
+        read_run(path)
+
+
+def test_without_a_summary_name_method_and_seed_come_from_the_recipe(write_run: WriteRun) -> None:
+    path = write_run(name="ward", method="ffa", seed=3)
+    (path / "summary.json").unlink()
+    run = read_run(path)
+    assert (run.name, run.method, run.seed) == ("ward", "ffa", 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("round", "1", r"line 2: \.round: expected int; got '1'"),
+        ("seconds", True, r"\.seconds: expected float; got True"),
+        ("cohort", ["a", 1], r"\.cohort\[1\]: expected str; got 1"),
+        ("test", [], r"\.test: expected Scores; got \[\]"),
+        ("version", 2, r"line 2: expected version 1; got 2"),
+        ("round", 0, r"line 2: expected a round after 0; got 0"),
+        (
+            "clients",
+            {"a": {"status": "tired"}},
+            r"\.clients\.a\.status: expected 'ok' or 'failed' or 'refused' or 'late'",
+        ),
+        ("modules", {"m": {"norm": 1.0}}, r"\.modules\.m: expected the key 'rank'"),
+    ],
+)
+def test_a_malformed_value_is_named_with_its_key(write_run: WriteRun, key: str, value: object, message: str) -> None:
+    path = write_run(edit=lambda lines, summary: lines[1].update({key: value}))
+    with pytest.raises(StoreError, match=message):
+        read_run(path)
+
+
+def test_a_malformed_summary_is_named(write_run: WriteRun) -> None:
+    path = write_run()
+    (path / "summary.json").write_text('{"version": 1,\n "name": ')
+    with pytest.raises(StoreError, match=r"summary\.json, line 2: expected JSON"):
+        read_run(path)
+
+
+@pytest.mark.parametrize("file", ["recipe.toml", "rounds.jsonl"])
+def test_a_missing_file_is_named(write_run: WriteRun, file: str) -> None:
+    path = write_run()
+    (path / file).unlink()
+    with pytest.raises(StoreError, match=file):
+        read_run(path)
+
+
+def test_a_run_without_a_complete_round_is_refused(write_run: WriteRun) -> None:
+    path = write_run()
+    (path / "rounds.jsonl").write_text("")
+    with pytest.raises(StoreError, match="at least one complete round"):
+        read_run(path)
+
+
+def test_unknown_keys_are_ignored_and_missing_optional_ones_are_none(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('name = "x"\n')
+    (tmp_path / "rounds.jsonl").write_text(json.dumps({"version": 1, "round": 0, "seconds": 1, "new": [1]}) + "\n")
+    run = read_run(tmp_path)
+    assert run.rounds[0].test is None
+    assert run.rounds[0].seconds == 1.0
+
+
+def test_only_numbers_that_can_be_drawn_are_finite() -> None:
+    assert finite(2.5) == 2.5
+    assert all(math.isnan(finite(value)) for value in (None, math.nan, math.inf))

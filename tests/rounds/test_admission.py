@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    Failure,
+    LocalAdapter,
+    Measured,
+    Plan,
+    Probe,
+    ProbeResult,
+    Pruning,
+    SeedState,
+    Training,
+)
+from fedtune.methods import METHODS
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
+from fedtune.rounds.admission import MAX_SKIPPED, admit, admit_norms, change_norm, largest_update
+from fedtune.tensors import Tensors, cast
+from fedtune.wire.codec import encode_update
+
+BLUEPRINT = Blueprint(
+    modules={"q": (6, 5), "v": (2, 5)}, saved={"head": np.zeros((2, 3), np.float32)}, max_rank=4, seed=0
+)
+
+
+def assignment(**local: Any) -> Assignment:
+    plan = Plan(client="anna", rank=2, scale=2.0, training=Training(batch=1, learning_rate=1.0, steps=1))
+    return Assignment(
+        method="flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0, **local), base="0123456789abcdef"
+    )
+
+
+def factors(rank: int = 2, sides: str = "ab") -> Tensors:
+    shapes = {f"{name}.a": (rank, n) for name, (_, n) in BLUEPRINT.modules.items()}
+    shapes |= {f"{name}.b": (m, rank) for name, (m, _) in BLUEPRINT.modules.items()}
+    return {name: np.ones(shape, np.float32) for name, shape in shapes.items() if name[-1] in sides}
+
+
+def update(**changes: Any) -> ClientUpdate:
+    good = ClientUpdate(
+        client="anna",
+        round=3,
+        num_examples=10,
+        tensors=factors(),
+        saved={"head": np.ones((2, 3), np.float32)},
+        base="0123456789abcdef",
+    )
+    return replace(good, **changes)
+
+
+def put(name: str, array: Any) -> Callable[[], ClientUpdate]:
+    return lambda: update(tensors={**factors(), name: array})
+
+
+def spoiled(value: float) -> Any:
+    array = np.ones((2, 5), np.float32)
+    array[1, 3] = value
+    return array
+
+
+def without(name: str) -> ClientUpdate:
+    return update(tensors={key: t for key, t in factors().items() if key != name})
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "fp16"])
+def test_an_update_that_answers_its_assignment_is_taken_as_it_is(format: str) -> None:
+    good = update(tensors=cast(factors(), format))
+    assert admit(good, assignment(), BLUEPRINT, num_examples=10) is good
+
+
+HOSTILE: list[tuple[Callable[[], ClientUpdate], list[str]]] = [
+    (lambda: update(client="eve"), ["'anna'", "'eve'"]),
+    (lambda: update(base="beef"), ["'0123456789abcdef'", "'beef'"]),
+    (lambda: update(round=2), ["round 3", "got 2"]),
+    (lambda: update(num_examples=-1), ["1 to 10", "-1"]),
+    (lambda: update(num_examples=0), ["1 to 10", "got 0"]),
+    (lambda: update(num_examples=10**9), ["1 to 10", "1000000000"]),
+    (lambda: without("v.a"), ["4 factors", "got 3", "'v.a' is missing"]),
+    (lambda: without("q.b"), ["4 factors", "got 3", "'q.b' is missing"]),
+    (lambda: update(tensors={}), ["4 factors", "got 0", "4 missing"]),
+    (put("k.a", np.ones((2, 5), np.float32)), ["got 5", "1 extra", "'k.a' was not asked for"]),
+    (put("q.a", np.ones((3, 5), np.float32)), ["q.a", "(2, 5)", "(3, 5)"]),
+    (put("q.b", np.ones((6, 3), np.float32)), ["q.b", "(6, 2)", "(6, 3)"]),
+    (lambda: update(tensors=factors(4)), ["q.b", "(6, 2)", "(6, 4)"]),
+    (lambda: update(tensors=factors(1)), ["q.b", "(6, 2)", "(6, 1)"]),
+    (put("q.b", np.ones((5, 2), np.float32)), ["q.b", "(6, 2)", "(5, 2)"]),
+    (put("q.b", np.ones(12, np.float32)), ["q.b", "(6, 2)", "(12,)"]),
+    (put("q.a", np.ones((2, 5))), ["q.a", "fp32 or fp16 or bf16", "float64"]),
+    (put("q.a", np.ones((2, 5), np.int8)), ["q.a", "int8"]),
+    (put("q.a", spoiled(np.nan)), ["q.a", "1 of 10"]),
+    (put("q.a", spoiled(np.inf)), ["q.a", "1 of 10"]),
+    (put("q.a", spoiled(np.nan).astype(ml_dtypes.bfloat16)), ["q.a", "1 of 10"]),
+    (
+        lambda: update(tensors={**factors(), "q.a": spoiled(1e30), "q.b": np.full((6, 2), 1e30, np.float32)}),
+        ["q:", "float32", "e+60"],
+    ),
+    (lambda: update(saved={}), ["1 modules_to_save", "got 0", "'head'"]),
+    (lambda: update(saved={"head": np.ones((3, 2), np.float32)}), ["head", "(2, 3)", "(3, 2)"]),
+    (lambda: update(saved={"head": np.ones((2, 3), np.float16)}), ["head", "fp32", "float16"]),
+    (lambda: update(saved={"head": np.full((2, 3), np.nan, np.float32)}), ["head", "6 of 6"]),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), HOSTILE)
+def test_anything_else_is_refused_by_name_with_the_number(make: Callable[[], ClientUpdate], words: list[str]) -> None:
+    outcome = admit(make(), assignment(), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert (outcome.client, outcome.kind) == ("anna", "refused")
+    assert all(word in outcome.reason for word in words), outcome.reason
+
+
+def test_only_b_is_taken_where_only_b_is_trained() -> None:
+    alone = update(tensors=factors(sides="b"))
+    assert admit(alone, assignment(train="b"), BLUEPRINT, num_examples=10) is alone
+    assert isinstance(admit(update(), assignment(train="b"), BLUEPRINT, num_examples=10), Failure)
+
+
+def test_a_smaller_rank_is_taken_where_ranks_may_shrink() -> None:
+    asked, small = assignment(rank_decay=0.5), update(tensors=factors(1))
+    assert admit(small, asked, BLUEPRINT, num_examples=10) is small
+    for rank in (0, 3):
+        outcome = admit(update(tensors=factors(rank)), asked, BLUEPRINT, num_examples=10)
+        assert isinstance(outcome, Failure)
+        assert "1..2" in outcome.reason
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_honest_answers_to_every_method_are_taken(name: str) -> None:
+    method = METHODS[name]
+    plan = assignment().plan
+    asked = method.assign(method.init(BLUEPRINT, method.settings()), 0, plan)
+    tensors = factors(sides=asked.local.train)
+    answer = update(round=1, base="", tensors=cast(tensors, asked.local.wire_dtype))
+    if method.verb == "probe":
+        answer = replace(answer, tensors={}, saved={}, probed=ProbeResult(np.zeros(1, np.int8), rms=1e-3))
+    assert admit(answer, asked, BLUEPRINT, num_examples=10) is answer
+
+
+def cohort(*sizes: float, **local: Any) -> tuple[list[ClientUpdate], dict[str, Assignment]]:
+    updates = [
+        update(client=f"c{i}", tensors={k: np.float32(size) * t if k[-1] == "b" else t for k, t in factors().items()})
+        for i, size in enumerate(sizes)
+    ]
+    return updates, {answer.client: assignment(**local) for answer in updates}
+
+
+def test_a_change_far_above_the_median_is_refused_with_both_numbers() -> None:
+    updates, assignments = cohort(1, 2, 21, 1)
+    norms, refused = admit_norms(updates, 10.0, assignments=assignments)
+    assert list(norms) == ["c0", "c1", "c3"]
+    assert [failure.client for failure in refused] == ["c2"]
+    median = change_norm(updates[0], assignments["c0"]) * 1.5
+    assert f"{10 * median:.4g}" in refused[0].reason
+    assert f"{change_norm(updates[2], assignments['c2']):.4g}" in refused[0].reason
+
+
+@pytest.mark.parametrize(("sizes", "limit"), [((1, 100), 10.0), ((1, 1, 100), None), ((0, 0, 0, 100), 10.0), ((), 1.0)])
+def test_without_a_limit_or_a_median_to_trust_all_are_taken(sizes: tuple[float, ...], limit: float | None) -> None:
+    updates, assignments = cohort(*sizes)
+    norms, refused = admit_norms(updates, limit, assignments=assignments)
+    assert (len(norms), len(refused)) == (len(sizes), 0)
+
+
+def test_the_norm_is_that_of_the_change_or_of_the_tensors_where_they_are_no_pair() -> None:
+    answer, asked = update(), assignment()
+    assert change_norm(answer, asked) == pytest.approx(2 * np.sqrt(6 * 5 + 2 * 5))  # b a has the entry 2 everywhere
+    assert change_norm(answer, assignment(upload="difference")) == pytest.approx(np.sqrt(10 + 10 + 12 + 4))
+    assert change_norm(update(tensors=factors(sides="b")), assignment(train="b")) == pytest.approx(np.sqrt(12 + 4))
+
+
+STEPS = 20
+
+
+def probe(steps: int = STEPS, **changes: Any) -> Assignment:
+    state = SeedState("whole", 0, bytes(16), 2, bytes(32))
+    asked = Probe("hadamard", seeds=8, key=0, exponent=26, shift=4, perturbation=9, state=state, **changes)
+    training = Training(batch=1, learning_rate=1.0, steps=steps)
+    plan = Plan(client="anna", rank=1, scale=1.0, training=training)
+    return Assignment(method="fedkseed", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), probe=asked)
+
+
+def answer(scalars: Any = (5,) * STEPS, **changes: Any) -> ClientUpdate:
+    probed = replace(ProbeResult(np.array(scalars, np.int8), state=bytes(8), checks=bytes(16)), **changes)
+    return ClientUpdate(client="anna", round=3, num_examples=10, tensors={}, probed=probed)
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        answer(),
+        answer([127, -127] * 10),
+        answer(skipped=2),
+        answer(rms=float("nan")),  # of no account beyond the round that measures it
+        replace(answer(), base="beef"),  # neither asked for nor sent: the digest of the state stands for it
+    ],
+    ids=["plain", "at the bounds", "some skipped", "stray size", "base"],
+)
+def test_scalars_that_answer_a_probe_are_taken_as_they_are(good: ClientUpdate) -> None:
+    assert admit(good, probe(), BLUEPRINT, num_examples=10) is good
+
+
+HOSTILE_PROBES: list[tuple[Callable[[], ClientUpdate], list[str]]] = [
+    (lambda: answer([5] * 19), ["20 scalars", "got 19"]),
+    (lambda: answer([5] * 21), ["20 scalars", "got 21"]),
+    (lambda: answer([]), ["20 scalars", "got 0"]),
+    (lambda: answer([5] * 19 + [-128]), ["-127 to 127", "got -128"]),
+    (lambda: answer([-128] * 20), ["-127 to 127", "got -128"]),
+    (lambda: answer(skipped=3), ["at most 10%", "3 of 20", "lower client.learning_rate"]),
+    (lambda: answer(skipped=2**32 - 1), ["at most 10%", "4294967295 of 20"]),
+    (lambda: replace(answer(), probed=None), ["expected scalars of seeds; got tensors"]),
+    (lambda: update(), ["expected scalars of seeds; got tensors"]),
+    (lambda: replace(answer(), client="eve"), ["'anna'", "'eve'"]),
+    (lambda: replace(answer(), round=2), ["round 3", "got 2"]),
+    (lambda: replace(answer(), num_examples=11), ["1 to 10", "got 11"]),
+    (lambda: replace(answer(), num_examples=0), ["1 to 10", "got 0"]),
+    (lambda: replace(answer(), measured=Measured(loss_before=np.nan)), ["loss_before", "nan"]),
+    (lambda: replace(answer(), measured=Measured(loss_after=np.inf)), ["loss_after", "inf"]),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), HOSTILE_PROBES)
+def test_any_other_answer_to_a_probe_is_refused(make: Callable[[], ClientUpdate], words: list[str]) -> None:
+    outcome = admit(make(), probe(), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert (outcome.client, outcome.kind) == ("anna", "refused")
+    assert all(word in outcome.reason for word in words), outcome.reason
+
+
+def test_a_tenth_of_the_scalars_may_be_missing_and_no_more() -> None:
+    for steps in (1, 9, 10, 200):
+        allowed = int(MAX_SKIPPED * steps)
+        most = answer([0] * steps, skipped=allowed)
+        assert admit(most, probe(steps), BLUEPRINT, num_examples=10) is most
+        more = answer([0] * steps, skipped=allowed + 1)
+        assert isinstance(admit(more, probe(steps), BLUEPRINT, num_examples=10), Failure)
+
+
+@pytest.mark.parametrize("rms", [0.0, 1e-12, 1.0, 1e6])
+def test_the_size_that_a_first_round_measures_is_taken(rms: float) -> None:
+    # Whatever its scalars: none is added up.
+    good = answer([], rms=rms)
+    assert admit(good, probe(calibrate=True), BLUEPRINT, num_examples=10) is good
+
+
+@pytest.mark.parametrize("rms", [None, float("nan"), float("inf"), float("-inf"), -1e-9, 1.1e6])
+def test_a_size_that_cannot_be_is_refused(rms: float | None) -> None:
+    outcome = admit(answer([], rms=rms), probe(calibrate=True), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert outcome.kind == "refused"
+    assert f"expected a finite size of the gradient, at most 1e+06; got {rms}" in outcome.reason
+
+
+def test_scalars_are_no_answer_to_what_asks_for_tensors() -> None:
+    outcome = admit(replace(answer(), base="0123456789abcdef"), assignment(), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert "4 factors" in outcome.reason
+
+
+def test_the_norm_of_a_probe_is_that_of_its_scalars() -> None:
+    assert change_norm(answer([3, -4]), probe(2)) == 5.0
+    assert change_norm(answer([-127] * 20), probe()) == pytest.approx(127 * np.sqrt(20))
+    updates = [replace(answer([size] * 20), client=f"c{size}") for size in (1, 2, 3, 127)]
+    norms, refused = admit_norms(updates, 10.0, assignments={each.client: probe() for each in updates})
+    assert [failure.client for failure in refused] == ["c127"]
+    assert list(norms) == ["c1", "c2", "c3"]
+
+
+def test_no_honest_answer_to_a_probe_is_too_long() -> None:
+    for steps in (1, 200, 65_535):
+        full = answer([-127] * steps, skipped=2**32 - 1, rms=1.0, lost=True)
+        measured = Measured(1e9, 2**50, 2**63, loss_before=1e9, loss_after=1e9)
+        data = encode_update(replace(full, round=2**32 - 1, num_examples=2**63, measured=measured))
+        assert len(data) <= largest_update(probe(steps), BLUEPRINT) <= len(data) + 1024
+
+
+@pytest.mark.parametrize("skipped", [1, 16])
+def test_a_base_whose_losses_are_not_finite_measures_nothing(skipped: int) -> None:
+    update = answer([], rms=0.0, skipped=skipped)
+    outcome = admit(update, probe(calibrate=True), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert f"got {skipped} that are not" in outcome.reason
+
+
+ANATOMY = BlockLayout("bert", tuple(Block(f"x.{i}", 4, 4, 2, 16) for i in range(2)), width=8)
+
+
+@pytest.mark.parametrize(
+    ("heads", "words"),
+    [
+        (((0, 1), (2, 3)), []),
+        (((0,), (1, 2, 3)), []),  # ranked over all blocks: only their number is settled
+        (((0,), (1,)), ["STRUCTURE", "expected 4 units of attention; got 2"]),
+        (((0, 1, 2, 3), (0, 1, 2, 3)), ["STRUCTURE", "expected 4 units of attention; got 8"]),
+    ],
+)
+def test_a_vote_keeps_as_many_heads_as_were_asked(heads: tuple[tuple[int, ...], ...], words: list[str]) -> None:
+    """A voter for few heads would count for more, since votes are in units of their mean."""
+    settings = PruningSettings(policy="vote", target=0.5, multiple=2)
+    keep = ModelStructure(tuple(BlockStructure(q=each, kv=each, ff=tuple(range(8))) for each in heads))
+    asked = replace(assignment(), surgery=Pruning(settings=settings, wanted=True))
+    blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
+    outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
+    if words:
+        assert isinstance(outcome, Failure)
+        assert outcome.code == words[0]
+        assert words[1] in outcome.reason
+    else:
+        assert isinstance(outcome, ClientUpdate)
+
+
+def test_blocks_that_keep_alike_keep_as_many_heads_each() -> None:
+    settings = PruningSettings(policy="vote", target=0.5, multiple=2, allocation="uniform")
+    keep = ModelStructure(tuple(BlockStructure(q=each, kv=each, ff=tuple(range(8))) for each in ((0,), (1, 2, 3))))
+    asked = replace(assignment(), surgery=Pruning(settings=settings, wanted=True))
+    blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
+    outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert outcome.code == "STRUCTURE"

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import fedtune
+from fedtune.devices.simulated_clock import SimulatedClock
+from fedtune.errors import ConfigError
+from fedtune.messages import Blueprint, Client, Measured, Plan, Traffic, Training
+from fedtune.planning.adaptive import Adaptive
+from fedtune.planning.fixed import Fixed
+from fedtune.planning.policy import Arm, Candidate
+from fedtune.pruning.structure import Block, BlockLayout
+from fedtune.rounds.clock import CompletedWork
+from fedtune.runs.fleet import Fleet, fleet_of, speed
+
+NAMES = [f"client-{i:02}" for i in range(8)]
+ANATOMY = BlockLayout("llama", (Block("model.layers.0", 4, 4, 8, 64),), width=32, head=320, outputs=10)
+BLUEPRINT = Blueprint({"model.layers.0.self_attn.q_proj": (32, 32)}, {}, max_rank=8, seed=0, anatomy=ANATOMY)
+TRAINING = Training(batch=4, learning_rate=0.1, steps=2)
+
+
+@pytest.fixture
+def made(tables: dict[str, Any]) -> Callable[..., Fleet]:
+    def make(blueprint: Blueprint = BLUEPRINT, **changes: Any) -> Fleet:
+        rest = {key: value for key, value in tables.items() if key != "override"}
+        recipe = fedtune.bind({**rest, "fleet": {"name": "fedspine80"}, **changes})
+        return fleet_of(recipe, NAMES, replace(blueprint, pruning=recipe.pruning), parameters=20_000)
+
+    return make
+
+
+def test_devices_are_the_fleets_with_what_the_recipe_changes(made: Callable[..., Fleet]) -> None:
+    changed = [
+        {"clients": ["client-0[01]"], "profile": "nano"},
+        {"clients": ["client-00"], "memory_gb": 1.5},
+    ]
+    fleet = made(device=changed)
+    assert fleet.profiles["client-01"].name == "nano"
+    assert (fleet.profiles["client-00"].name, fleet.profiles["client-00"].memory_gb) == ("nano*2", 1.5)
+    told = fleet.told()
+    assert told["profiles"]["nano*2"]["memory_gb"] == {"value": "1.5", "provenance": "recipe"}
+    assert told["profiles"]["nano*2"]["memory_gbps"]["provenance"] == "datasheet"
+    assert "proxy" not in told["clock"]
+
+
+def test_kinds_that_a_recipe_makes_are_told_apart(made: Callable[..., Fleet]) -> None:
+    changed = [
+        {"clients": ["client-00"], "profile": "tx2", "memory_gb": 1.0},
+        {"clients": ["client-01"], "profile": "tx2", "memory_gbps": 9.0},
+    ]
+    told = made(device=changed).told()
+    one, other = (told["profiles"][told["clients"][name]] for name in ("client-00", "client-01"))
+    assert (one["memory_gb"]["value"], other["memory_gb"]["value"]) == ("1", "5.2")
+    assert other["memory_gbps"] == {"value": "9", "provenance": "recipe"}
+
+
+def test_a_device_that_is_nobodys_is_refused(made: Callable[..., Fleet]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"device\.0\.clients: expected names or patterns of clients \(client-00.*none"
+    ):
+        made(device=[{"clients": ["nobody"], "memory_gb": 1.0}])
+
+
+def test_a_proxy_is_said_to_be_one_and_costs_what_it_costs(made: Callable[..., Fleet]) -> None:
+    small, large = made(), made(fleet={"name": "fedspine80", "proxy": "llama-7b"})
+    assert "proxy: operations, bytes and memory are those of llama-7b" in large.told()["clock"]
+    arm = Arm(0.0, 8)
+    assert large.cost("client-00", arm, TRAINING).tflop > 1000 * small.cost("client-00", arm, TRAINING).tflop
+    tx2 = Client(next(name for name, profile in small.profiles.items() if profile.name == "tx2"), 1)
+    assert "has 5.2 GB" in large.misfit(tx2, 0.0, 8, TRAINING)
+    assert not small.misfit(tx2, 0.0, 8, TRAINING)
+    done = CompletedWork(Plan("client-00", 8, 2.0, TRAINING), Measured(tokens=100), Traffic(1000, 1000), 0.0)
+    assert large.load(done).bytes_up > 1000 * small.load(done).bytes_up == 1000 * 1000
+
+
+def test_the_clock_charges_what_the_planner_expected(made: Callable[..., Fleet]) -> None:
+    fleet = made()
+    work = fleet.work("client-00", TRAINING)
+    tokens = int(work.trained_tokens)
+    done = CompletedWork(Plan("client-00", 8, 2.0, TRAINING), Measured(tokens=tokens), Traffic(1, 1), 0.0)
+    assert fleet.load(done).tflop == pytest.approx(fleet.cost("client-00", Arm(0.0, 8), TRAINING).tflop)
+    clock = fleet.clock()
+    assert isinstance(clock, SimulatedClock)
+    assert clock.timed(1, 0.0, {"client-00": done}, {})["client-00"].seconds > 0
+
+
+def test_the_oracle_is_told_the_clocks_own_times(made: Callable[..., Fleet]) -> None:
+    fleet = made(fleet={"name": "fedspine80", "by": "round"}, planner={"name": "oracle", "ranks": [2, 8]})
+    costs = [fleet.cost("client-03", Arm(0.0, rank), TRAINING) for rank in (2, 8)]
+    candidate = Candidate(
+        "client-03", 1.0, (True, True), tuple(c.tflop for c in costs), tuple(c.megabytes for c in costs), (1.0, 1.0)
+    )
+    clock = fleet.clock()
+    assert isinstance(clock, SimulatedClock)
+    for cost, rank, told in zip(costs, (2, 8), fleet.true_seconds(4, candidate), strict=True):
+        half = int(cost.megabytes / 2 * 1e6)
+        plan, measured = (
+            Plan("client-03", rank, 2.0, TRAINING),
+            Measured(tokens=int(fleet.work("client-03", TRAINING).trained_tokens)),
+        )
+        done = CompletedWork(plan, measured, Traffic(half, half), 0.0)
+        assert told == pytest.approx(clock.timed(4, 77.0, {"client-03": done}, {})["client-03"].seconds, rel=1e-3)
+
+
+def test_each_planner_is_made_of_its_name(made: Callable[..., Fleet]) -> None:
+    assert isinstance(made().planner(BLUEPRINT), Fixed)
+    assert isinstance(made(planner={"name": "s-ucb"}).planner(BLUEPRINT), Adaptive)
+    assert made().clock() is not None
+
+
+def test_a_base_whose_costs_nobody_knows_takes_the_fixed_planner_and_no_fleet(tables: dict[str, Any]) -> None:
+    strange = replace(BLUEPRINT, anatomy=None)
+    rest = {key: value for key, value in tables.items() if key != "override"}
+    plain = fleet_of(fedtune.bind(rest), NAMES, strange, parameters=1)
+    assert isinstance(plain.planner(strange), Fixed)
+    assert plain.clock() is None
+    assert plain.told() == {}
+    with pytest.raises(ConfigError, match=r"planner: expected a base of llama, .* for a planner that weighs costs"):
+        fleet_of(fedtune.bind({**rest, "planner": "random"}), NAMES, strange, parameters=1).planner(strange)
+    with pytest.raises(ConfigError, match=r"fleet: expected a base of llama, .*whose costs nobody knows"):
+        fleet_of(fedtune.bind({**rest, "fleet": {"name": "orin8"}}), NAMES, strange, parameters=1)
+
+
+def test_a_planner_knows_the_means_of_a_profile() -> None:
+    from fedtune.devices.profiles import PROFILES
+
+    found = speed(PROFILES["agx-xavier"])
+    assert found.s_per_tflop == pytest.approx(1 / (4.0 * 0.6375))
+    assert found.s_per_mb == pytest.approx(0.8)
+    assert found.overhead_s == 0.5  # latency is in every transfer that is measured

@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import random
+import re
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fedtune.errors import WireError
+from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Training
+from fedtune.tensors import Tensors
+from fedtune.wire import codec
+from fedtune.wire.v1 import round_pb2 as pb
+
+A = {"layer.a": np.ones((2, 3), np.float32), "layer.b": np.zeros((3, 2), ml_dtypes.bfloat16)}
+ASSIGNMENT = Assignment(
+    method="flora",
+    round=3,
+    seed=2**64 - 1,
+    plan=Plan("bank-1", rank=8, scale=2.0, training=Training(batch=4, learning_rate=3e-4, steps=30)),
+    local=LocalAdapter(a_key=2**63, train="b", upload="difference", wire_dtype="fp16", rank_penalty=0.1),
+    blobs={"global": A, "local": {}, "saved": {"score.weight": np.zeros((0, 3), np.float32)}},
+    base="9f3c",
+)
+UPDATE = ClientUpdate(
+    client="bank-1",
+    round=3,
+    num_examples=120,
+    tensors=A,
+    saved={"score.weight": np.full((1, 2), np.nan, np.float32)},
+    measured=Measured(seconds=1.5, peak_bytes=2**33, tokens=900, loss_before=2.5, loss_after=2.25),
+    base="9f3c",
+)
+LIMIT = 1 << 20
+
+
+def bits(tensors: Tensors) -> object:
+    return {name: (array.dtype, array.shape, array.tobytes()) for name, array in tensors.items()}
+
+
+def plain(message: Assignment | ClientUpdate) -> object:
+    """Return the message with every array as its bits, so that two messages can be compared."""
+    if isinstance(message, ClientUpdate):
+        return replace(message, tensors={}, saved={}), bits(message.tensors), bits(message.saved)
+    return replace(message, blobs={}), {role: bits(tensors) for role, tensors in message.blobs.items()}
+
+
+def assignment_again(assignment: Assignment) -> Assignment:
+    encoded = codec.encode_assignment(assignment)
+    return codec.decode_assignment(encoded.header, encoded.blobs)
+
+
+def update_again(update: ClientUpdate) -> ClientUpdate:
+    data = codec.encode_update(update)
+    return codec.decode_update(data, client=update.client, limit_bytes=len(data))
+
+
+def changed(data: bytes, change: Callable[[Any], object]) -> bytes:
+    """Return an encoded update with its header changed."""
+    length = int.from_bytes(data[:4], "little")
+    body = data[-(-(4 + length) // codec.ALIGNMENT) * codec.ALIGNMENT :]
+    header = pb.ClientUpdate.FromString(data[4 : 4 + length])
+    change(header)
+    front = header.SerializeToString()
+    front = len(front).to_bytes(4, "little") + front
+    return front + bytes(-len(front) % codec.ALIGNMENT) + body
+
+
+TENSORS = st.dictionaries(
+    st.text(min_size=1, max_size=6),
+    st.sampled_from([np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]).flatmap(
+        lambda dtype: hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3).map(
+            lambda shape: np.arange(np.prod(shape), dtype=np.float32).reshape(shape).astype(dtype)
+        )
+    ),
+    max_size=3,
+)
+WORD = st.integers(0, 2**64 - 1)
+COUNT = st.integers(0, 2**32 - 1)
+
+
+@given(
+    st.builds(
+        Assignment,
+        method=st.text(),
+        round=COUNT,
+        seed=WORD,
+        plan=st.builds(
+            Plan,
+            client=st.text(),
+            rank=st.integers(1, 2**32 - 1),
+            scale=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+            training=st.just(ASSIGNMENT.plan.training),
+        ),
+        local=st.builds(
+            LocalAdapter,
+            a_key=WORD,
+            train=st.sampled_from(["ab", "b"]),
+            upload=st.sampled_from(["factors", "difference"]),
+            wire_dtype=st.sampled_from(["fp32", "fp16", "bf16"]),
+            rank_penalty=st.floats(0, 1e300),
+            rank_decay=st.floats(0, 1, exclude_min=True),
+        ),
+        blobs=st.dictionaries(st.sampled_from(["global", "local", "saved"]), TENSORS),
+        base=st.text(),
+    )
+)
+@settings(deadline=None, max_examples=60)
+def test_an_assignment_comes_back_exactly(assignment: Assignment) -> None:
+    assert plain(assignment_again(assignment)) == plain(assignment)
+
+
+@given(
+    st.builds(
+        ClientUpdate,
+        client=st.text(),
+        round=COUNT,
+        num_examples=WORD,
+        tensors=TENSORS,
+        saved=TENSORS,
+        measured=st.builds(
+            Measured,
+            seconds=st.floats(0, 1e300),
+            peak_bytes=WORD,
+            tokens=WORD,
+            loss_before=st.none() | st.floats(allow_nan=False),
+            loss_after=st.none() | st.floats(allow_nan=False),
+        ),
+        base=st.text(),
+    )
+)
+@settings(deadline=None, max_examples=60)
+def test_an_update_comes_back_exactly(update: ClientUpdate) -> None:
+    assert plain(update_again(update)) == plain(update)
+
+
+def test_the_fixed_messages_come_back_exactly() -> None:
+    assert plain(assignment_again(ASSIGNMENT)) == plain(ASSIGNMENT)
+    assert plain(update_again(UPDATE)) == plain(UPDATE)
+
+
+def test_a_loss_that_is_not_a_number_travels_and_is_not_taken_for_a_missing_one() -> None:
+    measured = update_again(replace(UPDATE, measured=Measured(loss_after=float("nan")))).measured
+    assert measured.loss_before is None
+    assert np.isnan(measured.loss_after or 0.0)
+
+
+def test_a_state_shared_by_a_cohort_is_encoded_once_and_decoded_once() -> None:
+    encode, decode = codec.blob_encoder(), codec.blob_decoder()
+    cohort = [replace(ASSIGNMENT, seed=seed, blobs={"global": A}) for seed in (1, 2)]
+    first, second = (codec.encode_assignment(assignment, encode=encode) for assignment in cohort)
+    assert first.header != second.header
+    (one,), (other,) = first.blobs.values(), second.blobs.values()
+    assert one is other
+    left, right = (codec.decode_assignment(each.header, each.blobs, decode=decode) for each in (first, second))
+    assert left.blobs["global"] is right.blobs["global"]
+    assert bits(left.blobs["global"]) == bits(A)
+
+
+def test_a_decoder_that_is_kept_tells_apart_two_descriptions_of_one_body() -> None:
+    decode = codec.blob_decoder()
+    blob = codec.encode_blob({"a": np.arange(4, dtype=np.float32)})
+    renamed = pb.Blob.FromString(blob.header.SerializeToString())
+    renamed.tensors[0].name = "b"
+    assert set(decode(blob.header, blob.body)) == {"a"}
+    assert set(decode(renamed, blob.body)) == {"b"}
+
+
+def test_equal_tensors_have_one_digest_whatever_their_mapping() -> None:
+    assert codec.encode_blob(A).digest == codec.encode_blob(dict(reversed(A.items()))).digest
+
+
+def test_every_truncated_assignment_is_refused_or_lacks_a_field() -> None:
+    encoded = codec.encode_assignment(ASSIGNMENT)
+    for length in range(len(encoded.header)):
+        # A header cut between two fields is a valid header without the later ones, such as the last blob.
+        try:
+            decoded = codec.decode_assignment(encoded.header[:length], encoded.blobs)
+        except WireError:
+            continue
+        assert plain(decoded) != plain(ASSIGNMENT)
+
+
+def test_every_truncated_update_is_refused() -> None:
+    data = codec.encode_update(UPDATE)
+    for length in range(len(data)):
+        with pytest.raises(WireError, match=r"^bank-1: "):
+            codec.decode_update(data[:length], client="bank-1", limit_bytes=LIMIT)
+
+
+def test_an_update_followed_by_more_bytes_is_refused() -> None:
+    data = codec.encode_update(UPDATE)
+    with pytest.raises(WireError, match="in all"):
+        codec.decode_update(data + b"\0", client="bank-1", limit_bytes=LIMIT)
+
+
+def test_flipped_bits_give_a_wire_error_or_another_message_and_nothing_else() -> None:
+    rng = random.Random(0)
+    data = codec.encode_update(UPDATE)
+    encoded = codec.encode_assignment(ASSIGNMENT)
+    for _ in range(3000):
+        position, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
+        flipped = data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :]
+        try:
+            assert codec.decode_update(flipped, client="bank-1", limit_bytes=LIMIT).client == "bank-1"
+        except WireError as error:
+            assert str(error).startswith("bank-1: ")  # noqa: PT017  # most flips raise, some make another message
+        position = rng.randrange(len(encoded.header))
+        header = encoded.header
+        flipped = header[:position] + bytes([header[position] ^ bit]) + header[position + 1 :]
+        try:
+            codec.decode_assignment(flipped, encoded.blobs)
+        except WireError:
+            continue
+
+
+@given(st.binary(max_size=300))
+@settings(deadline=None)
+def test_random_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(WireError):
+        codec.decode_update(data, client="bank-1", limit_bytes=LIMIT)
+    with pytest.raises(WireError):
+        codec.decode_assignment(data, {})
+
+
+def test_a_flipped_bit_in_a_body_of_an_assignment_is_found_by_its_digest() -> None:
+    encoded = codec.encode_assignment(replace(ASSIGNMENT, blobs={"global": A}))
+    ((digest, body),) = encoded.blobs.items()
+    with pytest.raises(WireError, match=f"digest '{digest}'"):
+        codec.decode_assignment(encoded.header, {digest: bytes([body[0] ^ 1]) + body[1:]})
+
+
+def test_a_missing_body_is_named_by_its_role() -> None:
+    encoded = codec.encode_assignment(replace(ASSIGNMENT, blobs={"global": A}))
+    with pytest.raises(WireError, match="'global': expected a body of digest"):
+        codec.decode_assignment(encoded.header, {})
+
+
+def test_an_update_that_names_another_client_is_refused() -> None:
+    data = codec.encode_update(UPDATE)
+    with pytest.raises(WireError, match=r"^bank-2: expected an update of this client; got one of 'bank-1'"):
+        codec.decode_update(data, client="bank-2", limit_bytes=LIMIT)
+
+
+def test_an_update_above_the_limit_is_not_read() -> None:
+    data = codec.encode_update(UPDATE)
+    with pytest.raises(WireError, match=f"at most {len(data) - 1} bytes; got {len(data)}"):
+        codec.decode_update(data, client="bank-1", limit_bytes=len(data) - 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.parts.pop(), "parts tensors and saved"),
+        (lambda header: header.parts.add(role="more"), "parts tensors and saved"),
+        (lambda header: setattr(header.parts[0], "num_bytes", 2**64 - 1), "in all"),
+        (lambda header: setattr(header.parts[0], "num_bytes", header.parts[0].num_bytes - 1), "in all"),
+        (lambda header: header.parts[0].tensors[0].shape.append(2**31), "expected at most|as its tensors need"),
+        (lambda header: header.parts[0].tensors[1].MergeFrom(header.parts[0].tensors[0]), "sorted"),
+        (lambda header: setattr(header.parts[0].tensors[0], "dtype", 77), "number format"),
+        (lambda header: setattr(header.measured, "seconds", float("nan")), "time"),
+        (lambda header: setattr(header.measured, "seconds", -1.0), "time"),
+        (lambda header: header.MergeFromString(b"\xf8\x07\x01"), "fields of ClientUpdate of this release"),
+        (lambda header: header.parts[0].MergeFromString(b"\xf8\x07\x01"), "fields of ClientUpdate of this release"),
+    ],
+    ids=[
+        *("part missing", "part too many", "huge part", "short part", "huge shape", "repeated name", "number format"),
+        *("NaN seconds", "negative seconds", "unknown field", "unknown field within"),
+    ],
+)
+def test_an_update_whose_header_lies_is_refused(change: Callable[[Any], object], message: str) -> None:
+    data = changed(codec.encode_update(UPDATE), change)
+    with pytest.raises(WireError, match=message):
+        codec.decode_update(data, client="bank-1", limit_bytes=LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: setattr(header, "verb", 9), r"verb ADAPT \(1\) or PROBE \(\d\); got 9"),
+        (lambda header: setattr(header, "verb", pb.PROBE), "probe: expected seeds from 1 to 4096; got 0"),
+        (lambda header: header.ClearField("verb"), "verb ADAPT"),
+        (lambda header: header.ClearField("plan"), "rank >= 1"),
+        (lambda header: setattr(header.plan, "scale", float("nan")), "scale > 0"),
+        (lambda header: setattr(header.plan, "scale", float("inf")), "scale > 0"),
+        (lambda header: setattr(header.local, "train", 9), "train"),
+        (lambda header: setattr(header.local, "wire_dtype", pb.I8), "wire_dtype"),
+        (lambda header: header.local.ClearField("upload"), "upload"),
+        (lambda header: setattr(header.local, "rank_penalty", -1.0), "rank_penalty"),
+        (lambda header: setattr(header.local, "rank_decay", float("nan")), "rank_decay"),
+        (lambda header: setattr(header, "settings", b"{}"), "settings"),
+        (lambda header: header.down.append(header.down[0]), "each role once"),
+        (lambda header: setattr(header.down[0], "digest", b""), "digest"),
+        (lambda header: setattr(header.down[0], "num_bytes", 1), "body of 1 bytes"),
+        (lambda header: header.MergeFromString(b"\xf8\x07\x01"), "fields of Assignment of this release"),
+    ],
+    ids=[
+        *(
+            "verb of another release",
+            "probe without one",
+            "no verb",
+            "no plan",
+            "NaN scale",
+            "infinite scale",
+            "train",
+            "wire_dtype",
+        ),
+        *("no upload", "penalty", "decay", "settings", "role twice", "no digest", "length", "unknown field"),
+    ],
+)
+def test_an_assignment_whose_header_lies_is_refused(change: Callable[[Any], object], message: str) -> None:
+    encoded = codec.encode_assignment(ASSIGNMENT)
+    header = pb.Assignment.FromString(encoded.header)
+    change(header)
+    with pytest.raises(WireError, match=message):
+        codec.decode_assignment(header.SerializeToString(), encoded.blobs)
+
+
+@pytest.mark.parametrize("length", [2**32 - 1, codec.MAX_HEADER_BYTES])
+def test_a_huge_declared_header_takes_no_memory(length: int) -> None:
+    data = length.to_bytes(4, "little") + bytes(200)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match=re.escape(f"header of {length} bytes")):
+            codec.decode_update(data, client="bank-1", limit_bytes=LIMIT)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_header_above_the_limit_is_not_parsed() -> None:
+    length = codec.MAX_HEADER_BYTES + 1
+    data = length.to_bytes(4, "little") + bytes(length + codec.ALIGNMENT)
+    with pytest.raises(WireError, match=f"header of at most {length - 1} bytes; got {length}"):
+        codec.decode_update(data, client="bank-1", limit_bytes=len(data))
+
+
+def test_padding_that_is_not_zero_is_refused() -> None:
+    data = bytearray(codec.encode_update(UPDATE))
+    end = 4 + int.from_bytes(data[:4], "little")
+    assert end % codec.ALIGNMENT, "this test needs a header that is padded"
+    data[end] = 1
+    with pytest.raises(WireError, match="padded by zeros"):
+        codec.decode_update(bytes(data), client="bank-1", limit_bytes=LIMIT)
+
+
+def test_bodies_of_an_update_start_aligned_so_that_nothing_is_copied() -> None:
+    data = codec.encode_update(replace(UPDATE, tensors={"a": np.ones((2, 2), np.float32)}, saved={}))
+    decoded = codec.decode_update(data, client="bank-1", limit_bytes=LIMIT)
+    assert np.shares_memory(decoded.tensors["a"], np.frombuffer(data, np.uint8))
+    assert not decoded.tensors["a"].flags.writeable
