@@ -35,7 +35,7 @@ class PolicyInputs:
 
 def oracle(arms: tuple[Arm, ...], inputs: PolicyInputs) -> Deadline:
     assert inputs.true_seconds is not None  # config asks for a fleet
-    return Deadline(arms, server_s=inputs.server_s, known=inputs.true_seconds)
+    return Deadline(arms, server_s=inputs.server_s, true_seconds=inputs.true_seconds)
 
 
 POLICIES: Mapping[str, Callable[[AdaptiveSettings, tuple[Arm, ...], PolicyInputs], Policy[Any]]] = {

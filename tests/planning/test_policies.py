@@ -38,4 +38,4 @@ def test_every_policy_is_made_of_its_settings(name: str) -> None:
     assert policy.arms
     if isinstance(policy, Deadline):
         assert policy.server_s == 3.0
-        assert (policy.known is not None) == (name == "oracle")
+        assert (policy.true_seconds is not None) == (name == "oracle")
