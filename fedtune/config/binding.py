@@ -23,7 +23,7 @@ from fedtune.data.settings import GROUP, DataSettings
 from fedtune.devices.profiles import PROFILES, DeviceProfile
 from fedtune.devices.profiles import check as check_profile
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Training, Verb
+from fedtune.messages import ProbeSeeds, Training, Verb
 from fedtune.methods import METHODS
 from fedtune.methods.method import Method
 from fedtune.methods.settings import LinearSettings
@@ -180,7 +180,7 @@ def with_every_layer(table: Mapping[str, Any], objects: Objects) -> Mapping[str,
         method = objects.method or find_method(content["name"])
     except ConfigError:
         return table  # binding the table `method` finds the same fault
-    return {**table, "adapter": EVERY_LAYER} if method.verb == "probe" else table
+    return {**table, "adapter": EVERY_LAYER} if method.task is ProbeSeeds else table
 
 
 def bind_named(table: str, content: Any, found: Findings, objects: Objects) -> Any:

@@ -11,7 +11,7 @@ from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.recipe import Override
 from fedtune.data.settings import TEMPLATES, DataSettings, Split, faults
 from fedtune.errors import Fault
-from fedtune.messages import Training
+from fedtune.messages import VERBS, ProbeSeeds, Training, TrainLora
 from fedtune.methods import METHODS
 from fedtune.methods.method import Method
 from fedtune.methods.settings import ServerOptimizer
@@ -116,7 +116,7 @@ def one_rank(method: Method[Any], rank: int, overrides: Sequence[Override]) -> I
         if override.rank is not None:
             ranks = {override.rank} if "*" in override.clients else ranks | {override.rank}
     if len(ranks) > 1:
-        mixed = [name for name, other in METHODS.items() if other.ranks != "equal" and other.verb == "adapt"]
+        mixed = [name for name, other in METHODS.items() if other.ranks != "equal" and other.task is TrainLora]
         got = f"{join_words(sorted(ranks))} from adapter.rank and the overrides"
         yield Fault(
             "method", f"one rank, as {method.name!r} needs", got, f"use {join_words(mixed, joint='or')}, or one rank"
@@ -194,7 +194,7 @@ IDLE: Mapping[str, Any] = {each.name: each.default for each in fields(Training) 
 
 def seed_method_faults(method: Method[Any], overrides: Sequence[Override], *idle: Any) -> Iterator[Fault]:
     """Yield what a recipe asks for that steps along seeds do not have; `idle` are the values of `IDLE`'s keys."""
-    if method.verb != "probe":
+    if method.task is not ProbeSeeds:
         return
     hint = f"{method.name!r} has forward passes in the base's own format and no optimizer; leave it out"
     for (key, default), value in zip(IDLE.items(), idle, strict=True):
@@ -213,7 +213,7 @@ def one_verb(method: Method[Any], overrides: Sequence[Override]) -> Iterator[Fau
     """Yield where a recipe asks some clients for another verb than the method's: no such round is summed here."""
     # FedKSeed's weights are w0 plus a sum of integers, rounded once. A product of LoRA factors on top would round a
     # second time, and differ between machines.
-    own = method.verb
+    own = VERBS[method.task]
     for place, override in enumerate(overrides):
         if override.verb in (None, own):
             continue
@@ -309,8 +309,8 @@ SENDS_NO_DEADLINE = ("fixed", "random", "s-ucb", "thompson", "ucb")
 def learning_planner(method: Method[Any], planner: Any) -> Iterator[Fault]:
     if not isinstance(planner, AdaptiveSettings):
         return
-    if method.verb == "probe" or method.ranks == "equal":
-        why = "trains no adapter" if method.verb == "probe" else "needs one rank for all"
+    if method.task is ProbeSeeds or method.ranks == "equal":
+        why = "trains no adapter" if method.task is ProbeSeeds else "needs one rank for all"
         yield Fault(
             "planner", f"'fixed' with method {method.name!r}, which {why}", repr(planner.name), "use method = 'flora'"
         )
@@ -331,7 +331,7 @@ def device_faults(
         if steps is None or any("epochs" in each.training for each in overrides):
             hint = "it is told the simulated clock's times, which follow from the recipe alone"
             yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
-    if fleet is not None and method.verb == "probe":
+    if fleet is not None and method.task is ProbeSeeds:
         expected, hint = f"no table with {method.name!r}", "what its forward passes cost a device is not modelled yet"
         yield Fault("fleet", expected, repr(fleet.name), hint)
     if fleet is not None and fleet.late == "drop" and planner.name in SENDS_NO_DEADLINE:
@@ -348,7 +348,7 @@ def method_faults(
     kinds = [steps, *(o.training.get("steps") for o in overrides if o.training.keys() & {"steps", "epochs"})]
     yield from method.faults(settings, kinds)
     known = [count for count in kinds if count is not None]
-    if method.verb == "probe" and any(count > MAX_STEPS for count in known):
+    if method.task is ProbeSeeds and any(count > MAX_STEPS for count in known):
         yield Fault("client.steps", f"at most {MAX_STEPS} scalars a round", str(max(known)))
 
 

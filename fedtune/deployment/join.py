@@ -23,6 +23,7 @@ from fedtune.link.client.training_process import ProcessTrainer, Trainer
 from fedtune.link.pki.identity import Identity, load, renewal
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.settings import JoinSettings
+from fedtune.messages import ProbeSeeds
 from fedtune.store.files import store_errors
 from fedtune.store.lock import lock_run
 
@@ -194,7 +195,7 @@ def planned_requests(made: JoinSetup, greeting: Greeting) -> DryRun:
 def asks(recipe: Recipe, client: str) -> TaskDemand:
     """Return what a recipe asks of a client in a round, as far as it says so; bytes and base it leaves open."""
     rank, training = planned_training(recipe, client)
-    probe = method_of(recipe).verb == "probe"
+    probe = method_of(recipe).task is ProbeSeeds
     return TaskDemand(
         method=recipe.method.name,
         round=1,

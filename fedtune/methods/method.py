@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
@@ -13,12 +13,14 @@ from fedtune.directions.seed_ledger import Manifest, SeedLedger
 from fedtune.errors import Fault
 from fedtune.lora.adapter import Adapter
 from fedtune.messages import (
+    AdmittedUpdate,
     Assignment,
     Blueprint,
-    ClientUpdate,
-    LocalAdapter,
     Plan,
-    Verb,
+    PlannedClient,
+    Proximal,
+    Task,
+    TrainLora,
     Weighting,
     WireDtype,
     cohort_weights,
@@ -28,8 +30,8 @@ from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, weighted_mean
 
 State = TypeVar("State", bound="MethodState")
-Cohort: TypeAlias = Sequence[tuple[ClientUpdate, float]]
-"""Updates with their weights p_k, sorted by client name, as `messages.cohort_weights` returns them."""
+Cohort: TypeAlias = Sequence[tuple[AdmittedUpdate, float]]
+"""Updates with their weights p_k, sorted by client name, as `cohort_weights` returns them."""
 
 
 class MethodState(Protocol):
@@ -67,9 +69,14 @@ def no_seeds(state: MethodState) -> SeedModel | None:
     return None
 
 
-def accept(state: MethodState, update: ClientUpdate) -> str:
+def accept(state: MethodState, update: AdmittedUpdate) -> str:
     """Return no objection: admission has checked what concerns every method."""
     return ""
+
+
+def no_other_assignment(state: MethodState, seed: int, planned: PlannedClient) -> Assignment | None:
+    """Return nothing: the assignments of this method refer to no earlier state."""
+    return None
 
 
 def no_figures(state: MethodState) -> Mapping[str, Any]:
@@ -114,9 +121,9 @@ class Method(Generic[State]):
     """The frozen dataclass of the method's settings; the recipe's table `method` is bound to it."""
     init: Callable[[Blueprint, Any], State]
     """(blueprint, settings) -> the state before round 1"""
-    assign: Callable[[State, int, Plan], Assignment]
-    """(state, run seed, one client's plan) -> that client's assignment"""
-    aggregate: Callable[[State, Sequence[ClientUpdate]], State]
+    assign: Callable[[State, int, PlannedClient], Assignment]
+    """(state, run seed, a client with its plan) -> what that client is asked to do"""
+    aggregate: Callable[[State, Sequence[AdmittedUpdate]], State]
     """(state, admitted updates, at least one) -> the next state"""
     adapter: Callable[[State], Adapter]
     """state -> the global model's change of the base, as one adapter of scale 1"""
@@ -124,11 +131,13 @@ class Method(Generic[State]):
     """`any`: clients may differ in rank; `equal`: one rank for all."""
     energy_kept: Callable[[State], Mapping[str, float]] = no_truncation
     """state -> by module, the share of the squared singular values that is left in what is sent down"""
-    verb: Verb = "adapt"
-    """What clients do; to `probe` they need no adapter, and the server must know every tensor of the base."""
+    task: type[Task] = TrainLora
+    """What clients do; for `ProbeSeeds` they need no adapter, and the server must know every tensor of the base."""
+    assign_whole: Callable[[State, int, PlannedClient], Assignment | None] = no_other_assignment
+    """(as `assign`) -> what is sent in its place to a client that lacks the state which that message refers to"""
     seeds: Callable[[State], SeedModel | None] = no_seeds
     """state -> the global model's change of the whole base, beside its adapter"""
-    refuse: Callable[[State, ClientUpdate], str] = accept
+    refuse: Callable[[State, AdmittedUpdate], str] = accept
     """(state, an update that fits its assignment) -> why it cannot be used all the same; empty if it can"""
     figures: Callable[[State], Mapping[str, Any]] = no_figures
     """state -> numbers for the round's line in rounds.jsonl"""
@@ -150,6 +159,7 @@ class Method(Generic[State]):
         """The functions of a state that hand nothing on to the next one."""
         return {
             "assign": self.assign,
+            "assign_whole": self.assign_whole,
             "adapter": self.adapter,
             "energy_kept": self.energy_kept,
             "seeds": self.seeds,
@@ -171,8 +181,8 @@ class LinearMethod(Method[State]):
     Only this kind can take a server optimiser, or be made private or secure.
     """
 
-    aggregate: Callable[[State, Sequence[ClientUpdate]], State] = field(init=False, repr=False, compare=False)
-    contribution: Callable[[State, ClientUpdate], Tensors]
+    aggregate: Callable[[State, Sequence[AdmittedUpdate]], State] = field(init=False, repr=False, compare=False)
+    contribution: Callable[[State, AdmittedUpdate], Tensors]
     """(state, update) -> the tensors of the client that are averaged"""
     current: Callable[[State], Tensors]
     """state -> the server's own values of these tensors, float32"""
@@ -195,7 +205,7 @@ class LinearMethod(Method[State]):
         }
 
 
-def advance_to_mean(method: LinearMethod[State], state: State, updates: Sequence[ClientUpdate]) -> State:
+def advance_to_mean(method: LinearMethod[State], state: State, updates: Sequence[AdmittedUpdate]) -> State:
     """Return the state after one round of a linear method: the contributions are averaged with p_k."""
     cohort = cohort_weights(updates, method.weights(state))
     mean = weighted_mean([(method.contribution(state, update), share) for update, share in cohort])
@@ -203,16 +213,20 @@ def advance_to_mean(method: LinearMethod[State], state: State, updates: Sequence
 
 
 def make_assignment(
-    method: str, state: MethodState, seed: int, plan: Plan, local: LocalAdapter, blobs: Mapping[str, Tensors]
+    method: str, state: MethodState, seed: int, plan: Plan, task: TrainLora, blobs: Mapping[str, Tensors]
 ) -> Assignment:
-    """Return one client's assignment in the coming round: modules_to_save join the blobs, empty blobs are left out."""
+    """Return what one client is asked to do in the coming round.
+
+    modules_to_save join the blobs, empty blobs are left out, and `client.proximal` becomes a term of the objective.
+    """
+    proximal = (Proximal(plan.training.proximal),) if plan.training.proximal > 0 else ()
+    blobs = {role: tensors for role, tensors in {**blobs, "saved": state.saved}.items() if tensors}
     return Assignment(
         method=method,
         round=state.round + 1,
         seed=derive(seed, "client", state.round + 1, plan.client),
         plan=plan,
-        local=local,
-        blobs={role: tensors for role, tensors in {**blobs, "saved": state.saved}.items() if tensors},
+        task=replace(task, terms=(*task.terms, *proximal), blobs=blobs),
     )
 
 
@@ -237,7 +251,7 @@ def step(old: Tensors, mean: Tensors, server_learning_rate: float) -> Tensors:
 
 def mean_saved(old: Tensors, cohort: Cohort, server_learning_rate: float) -> Tensors:
     """Return modules_to_save after the round: every method averages them with p_k."""
-    return step(old, weighted_mean([(update.saved, share) for update, share in cohort]), server_learning_rate)
+    return step(old, weighted_mean([(update.lora.saved, share) for update, share in cohort]), server_learning_rate)
 
 
 def resize(tensors: Tensors, rank: int) -> Tensors:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Interval
 
-from fedtune.messages import Weighting, WireDtype
-
-OMIT_DEFAULT: Mapping[str, bool] = {"omit_default": True}
-"""Metadata of a recipe key that is younger than others: at its default it is left out of a recipe's text and digest,
-so that recipes of earlier versions keep theirs."""
+from fedtune.messages import OMIT_DEFAULT, Weighting, WireDtype
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
-from fedtune.messages import OUT_OF_MEMORY, Client, Failure, Plan, Training
+from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
 from fedtune.planning.planner import ClientObservation, Cost, Costs, Speed, lora_scale, optimizer_steps
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy
 from fedtune.pruning.ranking import PruningSettings
@@ -92,7 +92,7 @@ class Adaptive:
         """Return what is known before the first round."""
         return Learned(self.policy.start())
 
-    def plan(self, learned: Learned, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
+    def plan(self, learned: Learned, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
         """Return a plan for each client that an arm fits; for the others what the smallest arm would need."""
         options = {client.name: self._options(learned, round, client) for client in cohort}
         feasible = [own for _, own in sorted(options.items()) if own.any_feasible]
@@ -109,7 +109,7 @@ class Adaptive:
         asked = [client for client in seen if client.rank > 0]  # rank 0: it had no plan
         too_large = dict(learned.too_large)
         for client in asked:
-            if OUT_OF_MEMORY in client.reason:
+            if client.out_of_memory:
                 needed = self._cost(client).memory_gb
                 too_large[client.client] = min(needed, too_large.get(client.client, needed))
         observed = [self._observed(client) for client in asked]
@@ -169,7 +169,7 @@ class Adaptive:
             s_per_mb=speed.s_per_mb,
         )
 
-    def _plan(self, own: Options, choice: Choice) -> Plan:
+    def _plan(self, own: Options, choice: Choice) -> PlannedClient:
         name, memory = own.client.name, own.memory_gb
         arm = self.policy.arms[choice.arms[name]]
         in_memory = [
@@ -177,12 +177,15 @@ class Adaptive:
             for arm, cost in zip(self.policy.arms, own.costs, strict=True)
             if memory is None or cost.memory_gb <= memory
         ]
-        return Plan(
+        plan = Plan(
             client=name,
             rank=arm.rank,
             scale=lora_scale(arm.rank, self.alpha, rslora=self.rslora),
             training=own.training,
             ratio=arm.ratio,
+        )
+        return PlannedClient(
+            plan,
             first_ratio=min(in_memory, default=arm.ratio),
             deadline_s=choice.deadline_s,
             why=choice.why.get(name, ""),
@@ -195,16 +198,16 @@ class Adaptive:
             (cost.memory_gb, arm) for arm, cost in zip(self.policy.arms, own.costs, strict=True) if allowed(arm.ratio)
         ]
         if not open_now:
-            expected = f"a ratio that round {round} allows"
-            return Failure(name, f"expected {expected} in planner.ratios; got none; add one", kind="unfit")
+            expected = f"a ratio that round {round} allows in planner.ratios"
+            return Failure(name, expected=expected, got="none", hint="add one", kind="unfit")
         need, arm = min(open_now, key=lambda option: (option[0], option[1].rank))
         got = f"has {memory:.3g} GB" if memory is not None else "its size is not known"
         if (ran_out := learned.too_large.get(name)) is not None:
             got += f", and ran out of memory at {ran_out:.3g} GB"
         return Failure(
             name,
-            f"expected at least {need:.3g} GB of memory, for a ratio of {arm.ratio:g} and rank {arm.rank}; {got}; "
-            f"lower client.batch or data.max_tokens, or {self._advice(round)}",
+            expected=f"at least {need:.3g} GB of memory, for a ratio of {arm.ratio:g} and rank {arm.rank}",
+            hint=f"{got}; lower client.batch or data.max_tokens, or {self._advice(round)}",
             kind="unfit",
         )
 

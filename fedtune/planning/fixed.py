@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from fedtune.messages import Client, Failure, Plan, Training
+from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
 from fedtune.planning.planner import (
     ClientObservation,
     PlannerInputs,
@@ -47,22 +47,21 @@ class Fixed:
     def start(self) -> None:
         """Return None: nothing is learned."""
 
-    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
+    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
         """Return one plan per client of the cohort; epochs become steps by the client's number of examples."""
         return {client.name: self.fitting_plan(client, pruned=self.ranking or round > 1) for client in cohort}
 
     def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> None:
         """Learn nothing."""
 
-    def fitting_plan(self, client: Client, *, pruned: bool) -> Plan | Failure:
+    def fitting_plan(self, client: Client, *, pruned: bool) -> PlannedClient | Failure:
         """Return the plan of one client, or why it does not fit its device."""
         plan = self.plan_for(client, pruned=pruned)
         if why := self.misfit(client, plan.ratio, plan.rank, plan.training):
-            return Failure(client.name, why, kind="unfit")
-        if plan.ratio > 0 and self.misfit(client, 0.0, plan.rank, plan.training):
-            # The whole model does not fit, so the loss before training is measured in the pruned one as well.
-            return replace(plan, first_ratio=plan.ratio)
-        return plan
+            return Failure.from_text(client.name, why, kind="unfit")
+        # Where the whole model does not fit, the loss before training is measured in the pruned one as well.
+        whole_fits = plan.ratio == 0 or not self.misfit(client, 0.0, plan.rank, plan.training)
+        return PlannedClient(plan, first_ratio=0.0 if whole_fits else plan.ratio)
 
     def plan_for(self, client: Client, *, pruned: bool = True) -> Plan:
         """Return the plan of one client, whether it fits its device or not."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 from typing import Any, Literal, Protocol, TypeAlias
 
-from fedtune.messages import Client, Failure, Plan, Training
+from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.ranking import PruningSettings
 
@@ -22,7 +22,8 @@ class ClientObservation:
     rank: int
     status: str = "ok"
     """`ok`, or the kind of failure."""
-    reason: str = ""
+    out_of_memory: bool = False
+    """Whether it failed because memory ran out."""
     compute_s: float | None = None
     transfer_s: float | None = None
     loss_before: float | None = None
@@ -43,7 +44,7 @@ class Planner(Protocol):
         """Return what is known before the first round."""
         ...
 
-    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
+    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
         """Return one plan per client of the cohort, by name, or a failure of the kind `unfit` if none is feasible."""
         ...
 
@@ -118,17 +119,21 @@ class PlannerInputs:
     true_seconds: Callable[[int, Candidate], Sequence[float]] | None = None
     """(round, client) -> seconds of every arm, as simulated: for the oracle."""
 
-    def plan(self, client: Client, *, rank: int | None = None, ratio: float = 0.0) -> Plan:
-        """Return a plan for a client as the recipe trains it, of another rank or pruning ratio where one is given."""
+    def plan(
+        self, client: Client, *, rank: int | None = None, steps: int | None = None, ratio: float = 0.0
+    ) -> PlannedClient:
+        """Return a plan for a client as the recipe trains it, with another rank or other steps where they are given."""
         recipe_rank, training = self.training(client.name)
         chosen = recipe_rank if rank is None else rank
-        return Plan(
+        steps = optimizer_steps(training, client.num_examples) if steps is None else steps
+        plan = Plan(
             client=client.name,
             rank=chosen,
             scale=lora_scale(chosen, self.alpha, rslora=self.rslora),
-            training=replace(training, steps=optimizer_steps(training, client.num_examples), epochs=None),
+            training=replace(training, steps=steps, epochs=None),
             ratio=ratio,
         )
+        return PlannedClient(plan)
 
 
 def lora_scale(rank: int, alpha: float | Literal["2r"], *, rslora: bool) -> float:

@@ -17,7 +17,7 @@ from fedtune.config import Recipe, render
 from fedtune.config.recipe import largest_rank, method_of, resources
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Blueprint, Client
+from fedtune.messages import Blueprint, Client, ProbeSeeds
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base
@@ -56,7 +56,7 @@ class Experiment:
 
     @cached_property
     def _blueprint(self) -> Blueprint:
-        recipe, whole = self.recipe, method_of(self.recipe).verb == "probe"
+        recipe, whole = self.recipe, method_of(self.recipe).task is ProbeSeeds
         found = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
         return replace(found, **pruning_of(recipe, self.base, self.federation.labels))
 

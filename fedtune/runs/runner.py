@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from fedtune.config import Recipe, bind, changes, digest, render
 from fedtune.config.recipe import Objects, method_of
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
-from fedtune.messages import Blueprint
+from fedtune.messages import Blueprint, ProbeSeeds
 from fedtune.methods import serialization as states
 from fedtune.methods.method import GlobalModel, Method
 from fedtune.methods.settings import LinearSettings
@@ -459,7 +459,7 @@ def summary(
 def num_trainable(setting: RunContext, tuned: GlobalModel | None) -> int:
     """Return how many numbers are trained: of the largest adapter and modules_to_save, or of the tensors seeds move."""
     blueprint = setting.blueprint
-    if method_of(setting.recipe).verb == "probe":
+    if method_of(setting.recipe).task is ProbeSeeds:
         seeds = tuned.seeds if tuned else None
         return sum(seeds.manifest.entries[ordinal].num_parameters for ordinal in seeds.trainable) if seeds else 0
     return blueprint.max_rank * sum(m + n for m, n in blueprint.modules.values()) + sum(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune.errors import StoreError
 from fedtune.lora.adapter import Factors, pack
-from fedtune.messages import ClientUpdate
+from fedtune.messages import AdmittedUpdate, ClientUpdate, LoraResult
 from fedtune.methods import METHODS, with_settings
 from fedtune.methods.method import LinearMethod, Method
 from fedtune.methods.serialization import decode, digest, encode
@@ -30,18 +30,16 @@ def optimized(method_name: str, **optimizer: Any) -> LinearMethod[Any]:
     return with_server_optimizer(method, ServerOptimizer(**optimizer))
 
 
-def clients(*values: float) -> list[ClientUpdate]:
+def clients(*values: float) -> list[AdmittedUpdate]:
     """Clients of one example each, whose b and head have a value."""
-    return [
-        ClientUpdate(
-            client=f"c{place}",
-            round=1,
-            num_examples=1,
-            tensors=pack({"m": Factors(a=np.ones((1, 1), np.float32), b=np.full((1, 1), value, np.float32))}),
+    results = [
+        LoraResult(
+            pack({"m": Factors(a=np.ones((1, 1), np.float32), b=np.full((1, 1), value, np.float32))}),
             saved={"head": np.full(1, value, np.float32)},
         )
-        for place, value in enumerate(values)
+        for value in values
     ]
+    return [AdmittedUpdate(ClientUpdate(f"c{place}", 1, 1, result)) for place, result in enumerate(results)]
 
 
 def first(method: Method[Any], federate: Any, **chosen: Any) -> Any:
@@ -139,8 +137,8 @@ def test_clients_are_asked_what_the_method_asks_them(federate: Any, name: str) -
     plain, method = METHODS[name], optimized(name, name="fedyogi")
     federation, member = federate({"m": (5, 4)}, max_rank=2, saved=SAVED), ("c", 2, 1.0, 3)
     asked, expected = (federation.assign(m, federation.state(m), member) for m in (method, plain))
-    assert {role: sorted(tensors) for role, tensors in asked.blobs.items()} == {
-        role: sorted(tensors) for role, tensors in expected.blobs.items()
+    assert {role: sorted(tensors) for role, tensors in asked.lora.blobs.items()} == {
+        role: sorted(tensors) for role, tensors in expected.lora.blobs.items()
     }
     assert (asked.plan, asked.seed, asked.method) == (expected.plan, expected.seed, name)
 
@@ -158,8 +156,19 @@ def test_every_operation_reads_the_inner_state() -> None:
     """An operation that is added to `Method` must be handed on too."""
     method = METHODS["fedit"]
     assert isinstance(method, LinearMethod)
-    of_state = {"assign", "aggregate", "adapter", "energy_kept", "seeds", "refuse", "figures", "structure", "ranking"}
-    rest = {"name", "settings", "init", "ranks", "verb", "why_not_pruned", "downlink_rank", "wire_dtype", "faults"}
+    of_state = {
+        "assign",
+        "assign_whole",
+        "aggregate",
+        "adapter",
+        "energy_kept",
+        "seeds",
+        "refuse",
+        "figures",
+        "structure",
+        "ranking",
+    }
+    rest = {"name", "settings", "init", "ranks", "task", "why_not_pruned", "downlink_rank", "wire_dtype", "faults"}
     linear = {"contribution", "current", "weights", "advance"}
     assert {field.name for field in fields(method)} == of_state | rest | linear
     assert set(method.operations) == (of_state | linear) - {"aggregate", "advance"}

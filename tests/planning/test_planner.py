@@ -28,7 +28,8 @@ def test_the_table_names_each_planner_and_its_settings(name: str) -> None:
 def test_inputs_plan_a_client_as_the_recipe_trains_it() -> None:
     training = replace(TRAINING, steps=None, epochs=1.0)
     inputs = PlannerInputs(seed=0, rounds=1, training=lambda name: (4, training))
-    plan, wide = inputs.plan(Client("ann", 17)), inputs.plan(Client("ann", 17), rank=16, ratio=0.5)
+    plan, wide = inputs.plan(Client("ann", 17)).plan, inputs.plan(Client("ann", 17), rank=16, ratio=0.5).plan
+    assert inputs.plan(Client("ann", 17), steps=2).plan.training.steps == 2
     assert (plan.rank, plan.scale, plan.training.steps, plan.training.epochs, plan.ratio) == (4, 2.0, 5, None, 0.0)
     assert (wide.rank, wide.scale, wide.ratio) == (16, 2.0, 0.5)
 

@@ -102,10 +102,7 @@ def test_a_planner_object_has_state_of_its_own_kind(recipe: dict[str, Any], tmp_
             return 0
 
         def plan(self, learned: int, round: int, cohort: Any) -> Any:
-            from dataclasses import replace
-
-            plans = {client.name: self.inputs.plan(client) for client in cohort}
-            return {n: replace(p, training=replace(p.training, steps=learned + 1)) for n, p in plans.items()}
+            return {client.name: self.inputs.plan(client, steps=learned + 1) for client in cohort}
 
         def observe(self, learned: int, seen: Any) -> int:
             return learned + 1

@@ -10,7 +10,7 @@ import numpy as np
 from annotated_types import Ge
 
 from fedtune.lora.adapter import Adapter, unpack
-from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, LocalAdapter, Plan
+from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Client, PlannedClient, TrainLora
 from fedtune.methods.fedit import shared_start
 from fedtune.methods.method import Method, make_assignment
 from fedtune.methods.serialization import NOT_PERSISTED
@@ -42,17 +42,17 @@ def init(blueprint: Blueprint, settings: MedianSettings) -> MedianState:
     return MedianState(settings, round=0, tensors=shared_start(blueprint), saved=blueprint.saved)
 
 
-def assign(state: MedianState, seed: int, plan: Plan) -> Assignment:
-    local = LocalAdapter(a_key=0, wire_dtype="fp32")
-    return make_assignment("median", state, seed, plan, local, {"local": state.tensors})
+def assign(state: MedianState, seed: int, planned: PlannedClient) -> Assignment:
+    task = TrainLora(a_key=0, wire_dtype="fp32")
+    return make_assignment("median", state, seed, planned.plan, task, {"local": state.tensors})
 
 
-def aggregate(state: MedianState, updates: Sequence[ClientUpdate]) -> MedianState:
+def aggregate(state: MedianState, updates: Sequence[AdmittedUpdate]) -> MedianState:
     return replace(
         state,
         round=state.round + 1,
-        tensors=median([update.tensors for update in updates]),
-        saved=median([update.saved for update in updates]),
+        tensors=median([update.lora.tensors for update in updates]),
+        saved=median([update.lora.saved for update in updates]),
     )
 
 
@@ -95,12 +95,11 @@ class ByExamples:
     def start(self) -> None:
         """Return None: nothing is learned."""
 
-    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan]:
-        return {client.name: self.plan_for(client) for client in cohort}
-
-    def plan_for(self, client: Client) -> Plan:
-        plan = self.inputs.plan(client)
-        return replace(plan, training=replace(plan.training, steps=1)) if client.num_examples < self.few else plan
+    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient]:
+        return {
+            client.name: self.inputs.plan(client, steps=1 if client.num_examples < self.few else None)
+            for client in cohort
+        }
 
     def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> None:
         """Learn nothing."""
