@@ -177,7 +177,7 @@ def measured_scores(
     order = generator(derive(key, "prune.scores")).permutation(len(examples)).tolist()
     rows = [order[i : i + batch] for i in range(0, min(len(order), settings.batches * batch), batch)]
     batches = [collate([examples[i] for i in part], base) for part in rows]
-    found = scores(model, batches, settings.score, anatomy, keep=keep, task=base.task, key=derive(key, "prune"))
+    found = scores(model, batches, settings.score, anatomy, structure=keep, task=base.task, key=derive(key, "prune"))
     wide = to_base_coordinates(found, keep, anatomy)
     scaled = normalise(wide, {name: np.isfinite(part) for name, part in wide.items()}, anatomy)
     forward = settings.score not in ("magnitude", "random")
