@@ -34,6 +34,7 @@ class FedKSeedSettings:
     """Settings of `fedkseed`."""
 
     name: Literal["fedkseed"] = "fedkseed"
+    """Name of the method."""
     bank: BankName = "hadamard"
     """Where directions come from: `hadamard` is exact and fast, `gaussian` nearest to the paper and slow, `kron` is
     added in the forward pass, never rewrites a weight and makes an adapter."""
