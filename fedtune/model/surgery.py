@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -243,7 +243,12 @@ def refuse_static_caches(model: nn.Module) -> Any:
 
 
 def shrink_further(
-    model: Any, optimizer: torch.optim.Optimizer, before: ModelStructure, after: ModelStructure, layout: BlockLayout
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    before: ModelStructure,
+    after: ModelStructure,
+    layout: BlockLayout,
+    start: MutableMapping[nn.Parameter, torch.Tensor] | None = None,
 ) -> list[nn.Parameter]:
     """Shrink a pruned model in training further, in place, and return the parameters that the optimizer now holds.
 
@@ -257,6 +262,7 @@ def shrink_further(
         before: the structure that the model has now.
         after: a part of it.
         layout: of the base.
+        start: values by parameter that are sliced as the parameters are, in place.
 
     Raises:
         ShapeError: if `after` is not a part of `before`, or the model is not what `before` says.
@@ -264,6 +270,7 @@ def shrink_further(
     check(after, layout)
     old, new = cuts(before, layout), cuts(after, layout)
     parts = {name: slice_index(part) for name, part in within(old, new).items()}
+    start = {} if start is None else start
     for name, shape in shapes(whole_shapes(layout), old).items():
         if (got := linear_shape(core(model.get_submodule(name)))) != shape:
             raise ShapeError(f"{name}: expected {shape}, as the structure before has it; got {got}")
@@ -272,14 +279,16 @@ def shrink_further(
         linear = core(module)
         of_weight = part.weight(linear)
         for was, now in cut_linear(linear, part).items():
-            replace_in_optimizer(optimizer, was, now, part.rows if was.dim() == 1 else of_weight)
+            replace_in_optimizer(optimizer, start, was, now, part.rows if was.dim() == 1 else of_weight)
         if linear is not module:
-            cut_lora(module, part, optimizer)
+            cut_lora(module, part, optimizer, start)
     fit(model, after, layout)
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def cut_lora(layer: Any, part: SliceIndex, optimizer: torch.optim.Optimizer) -> None:
+def cut_lora(
+    layer: Any, part: SliceIndex, optimizer: torch.optim.Optimizer, start: MutableMapping[nn.Parameter, torch.Tensor]
+) -> None:
     """Take columns out of A and rows out of B of every adapter in a LoRA layer of peft, in place."""
     layer.out_features, layer.in_features = linear_shape(layer.base_layer) or (0, 0)
     for factors, of_factor in ((layer.lora_A, part.columns), (layer.lora_B, part.rows)):
@@ -287,18 +296,21 @@ def cut_lora(layer: Any, part: SliceIndex, optimizer: torch.optim.Optimizer) -> 
             was = factor.weight
             now = slice_parameter(was, of_factor)
             set_parameters(factor, now, None)
-            replace_in_optimizer(optimizer, was, now, of_factor)
+            replace_in_optimizer(optimizer, start, was, now, of_factor)
 
 
 def replace_in_optimizer(
     optimizer: torch.optim.Optimizer,
+    start: MutableMapping[nn.Parameter, torch.Tensor],
     was: nn.Parameter,
     now: nn.Parameter,
     part: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Replace a parameter by its part in an optimizer, with the same part of its moments."""
+    """Replace a parameter by its part in an optimizer, with the same part of its moments and of its start value."""
     if was is now:
         return
+    if was in start:
+        start[now] = part(start.pop(was))
     for group in optimizer.param_groups:
         group["params"] = [now if parameter is was else parameter for parameter in group["params"]]
     if was in optimizer.state:
