@@ -56,6 +56,7 @@ def block_layout(base: Base) -> BlockLayout:
         head = sum(parameters[name].numel() for name in base.saved)
         outputs = int(model.config.num_labels)
     else:
+        # Tied to the embeddings or not: the product with the output matrix is computed all the same.
         head, outputs = int(model.get_output_embeddings().weight.numel()), int(model.config.vocab_size)
     size = next(iter(parameters.values())).element_size()
     return replace(layout, head=head, outputs=outputs, number_bytes=size)
@@ -143,6 +144,7 @@ def with_pruned_model(base: Base, structure: ModelStructure | None, layout: Bloc
 
 def evaluation_rows(examples: Sequence[Example], base: Base, *, key: int, batch: int) -> Sequence[Batch]:
     """Return the examples on which a round's losses are measured, in batches that training has memory for."""
+    # Drawn by a key of their own: data order and scores must not depend on how many rows are evaluated.
     chosen = generator(derive(key, "prune.rows")).permutation(len(examples))[:ROWS].tolist()
     return [collate([examples[i] for i in chosen[at : at + batch]], base) for at in range(0, len(chosen), batch)]
 
@@ -207,6 +209,7 @@ def vote(
 ) -> bytes:
     """Return the mask that a client votes for: what its own scores keep at a ratio; units that it lacks go first."""
     wide = {
+        # Below every score, and finite: units that the client lacks have none.
         name: np.where(np.isfinite(part), part, -1.0)
         for name, part in to_base_coordinates(importance, structure, layout).items()
     }
@@ -227,6 +230,7 @@ def stage_shrinker(
     """
     if len(stages) < 2:
         return None
+    # (steps - 1) intervals, so that the last stage begins before the last step.
     every = min(settings.steps_between, (steps - 1) // (len(stages) - 1))
 
     def between(steps: int, optimizer: torch.optim.Optimizer, start: Start) -> Sequence[torch.nn.Parameter] | None:
