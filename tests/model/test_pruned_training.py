@@ -144,7 +144,7 @@ def test_stages_end_in_the_structure_that_was_asked(base: Base, examples: Rows) 
     assert update.structure == from_bitmap(order.lora.pruning.stages[-1], state.anatomy)
     still = answered(asked(state, base, 0.5, learning_rate=1e-12), base, rows, state)
     largest = max(float(np.abs(t).max()) for t in still.lora.tensors.values())
-    assert largest < 1e-8  # the start is told from the end in the last structure's coordinates
+    assert largest < 1e-8  # start and end are compared in the last structure's coordinates
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 6])
