@@ -16,7 +16,7 @@ from fedtune.link.client import outbox
 from fedtune.store.history import replay_journal
 from tests.cli.test_flower_server import toml
 from tests.link.federation import Federation, federation
-from tests.link.scripted import EXAMPLES, FOUNDATION, work
+from tests.link.scripted import EXAMPLES, MODEL, scripted_update
 
 CLIENTS = ("0", "1", "2", "3")
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -160,17 +160,17 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
     from fedtune.store import peft
 
     bound = data_at_sites(recipe)
-    blueprint = Blueprint(FOUNDATION.modules, {}, max_rank=largest_rank(bound), seed=bound.seed)
+    blueprint = Blueprint(MODEL.modules, {}, max_rank=largest_rank(bound), seed=bound.seed)
     setting = RunContext(
         recipe=bound,
         blueprint=blueprint,
         planner=Fixed(partial(planned_training, bound), alpha=bound.adapter.alpha, rslora=bound.adapter.rslora),
-        base={"name": "none", "digest": FOUNDATION.base, "parameters": FOUNDATION.parameters},
+        base={"name": "none", "digest": MODEL.base, "parameters": MODEL.parameters},
         target=peft.Target(base="none", revision=None, task="causal", fan_in_fan_out=False, saved_modules=()),
         fleet=dict.fromkeys(SITES, EXAMPLES),
         machine={},
     )
-    engine = InProcess([Client(name, EXAMPLES) for name in SITES], dict.fromkeys(SITES, work))
+    engine = InProcess([Client(name, EXAMPLES) for name in SITES], dict.fromkeys(SITES, scripted_update))
     *_, last = run_rounds_of(setting, engine)
     return last.digest
 
@@ -190,7 +190,7 @@ def test_a_server_that_is_killed_goes_on_and_nothing_is_trained_twice(tmp_path: 
         assert last_state(made) == reference(tmp_path)
         for name in SITES:  # one answer for each round, whoever was killed when
             run = next((made.folder / name / "state" / "runs").iterdir()).name
-            entries = outbox.entries(made.folder / name / "state", run)
+            entries = outbox.load_entries(made.folder / name / "state", run)
             assert sorted(one.header.round for one in entries) == [1, 2, 3, 4]
 
 

@@ -47,13 +47,13 @@ def test_without_the_right_fingerprint_nothing_is_signed(folder: Path) -> None:
     run("enroll", "request", "--name", "site-a", "--org", "a")
     assert "compare it by voice first" in run("enroll", "sign", "site-a.request.json", status=2)
     wrong = run("enroll", "sign", "site-a.request.json", "--fingerprint", "0000 " * 8, status=2)
-    assert "somebody has changed the request" in wrong
+    assert "the request was changed on its way" in wrong
     assert not (folder / "site-a.bundle.json").exists()
 
 
 def test_a_roster_is_listed_changed_and_installed(folder: Path) -> None:
     run("ca", "init", "ca", "--federation", "care")
-    assert "nobody is enrolled yet" in run("roster", "list", "--ca", "ca")
+    assert "no party is enrolled yet" in run("roster", "list", "--ca", "ca")
     for name, more in (("server", ["--role", "coordinator", "--host", "localhost"]), ("site-a", [])):
         asked = run("enroll", "request", "--name", name, "--org", "o", "--identity", f"{name}/identity", *more)
         run("enroll", "sign", f"{name}.request.json", "--fingerprint", read_out(asked))

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from fedtune.cli.main import app
 from tests.deployment.test_coordinator import RECIPE
 from tests.deployment.test_join import SITE as OWN
-from tests.link.ceremony import ceremony
+from tests.link.ceremony import enroll_parties
 from tests.link.federation import federation
-from tests.link.server.test_service import served
+from tests.link.server.test_service import serve_link_fixture
 from tests.test_link import FLORA, SITE, SITES, scripted
 
 
@@ -43,10 +43,10 @@ def test_a_server_without_an_identity_is_told_how_to_get_one(tmp_path: Path, mon
 
 
 def test_a_dry_run_asks_a_server_and_leaves_nothing(tmp_path: Path) -> None:
-    with served(tmp_path) as made:
+    with serve_link_fixture(tmp_path) as made:
         site = tmp_path / "site-a" / "site.toml"
         site.write_text(OWN.replace("localhost:1", f"localhost:{made.port}"))
-        object.__setattr__(made.hub.run, "recipe", RECIPE.encode())
+        object.__setattr__(made.dispatcher.run, "recipe", RECIPE.encode())
         status, output = run("join", str(site), "--dry-run")
         assert status == 2  # the recipe of this server's plan was signed before it was changed
         assert "coordinator has signed" in output
@@ -54,12 +54,12 @@ def test_a_dry_run_asks_a_server_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_against_nobody_says_so(tmp_path: Path) -> None:
-    ceremony(tmp_path)
+    enroll_parties(tmp_path)
     site = tmp_path / "site-a" / "site.toml"
     site.write_text(OWN)
     status, output = run("join", str(site), "--dry-run")
     assert status == 2
-    assert "nobody listens on localhost:1" in output
+    assert "no server listens on localhost:1" in output
 
 
 def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:

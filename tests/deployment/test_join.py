@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deployment.join import asks, join, load_join_setup, planned_requests
+from fedtune.deployment.join import compare_with_policy, join, load_join_setup, recipe_demand
 from fedtune.deployment.server_setup import data_at_sites
 from fedtune.errors import ConfigError
-from fedtune.link.client.client import Greeting
+from fedtune.link.client.session import Greeting
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.deployment.test_coordinator import RECIPE
-from tests.link.ceremony import ceremony
+from tests.link.ceremony import enroll_parties
 
 SITE = """
 name = "site-a"
@@ -32,7 +32,7 @@ max_rank = 4
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    ceremony(tmp_path)
+    enroll_parties(tmp_path)
     path = tmp_path / "site-a" / "site.toml"
     path.write_text(SITE)
     return path
@@ -69,19 +69,19 @@ def greeting(recipe: str) -> Greeting:
 
 
 def test_a_dry_run_says_what_would_be_asked_and_what_the_policy_says(site: Path) -> None:
-    shown = planned_requests(load_join_setup(site), greeting(RECIPE))
+    shown = compare_with_policy(load_join_setup(site), greeting(RECIPE))
     assert shown.allowed
     assert (shown.demand.method, shown.demand.rank, shown.demand.steps, shown.rounds) == ("flora", 2, 1, 1)
     assert shown.columns == {"instruction": "question", "output": "answer"}
-    refused = planned_requests(load_join_setup(site), greeting(RECIPE.replace("rank = 2", "rank = 8")))
+    refused = compare_with_policy(load_join_setup(site), greeting(RECIPE.replace("rank = 2", "rank = 8")))
     assert not refused.allowed
     assert refused.facts["refusals"] == ["policy.max_rank: allowed 4; got 8"]
 
 
 def test_an_override_for_this_site_counts() -> None:
     recipe = data_at_sites(RECIPE + '[[override]]\nclients = ["site-a"]\nrank = 1\n')
-    assert asks(recipe, "site-a").rank == 1
-    assert asks(recipe, "site-b").rank == 2
+    assert recipe_demand(recipe, "site-a").rank == 1
+    assert recipe_demand(recipe, "site-b").rank == 2
 
 
 def test_one_process_takes_part_with_a_state_folder(site: Path) -> None:
@@ -90,4 +90,4 @@ def test_one_process_takes_part_with_a_state_folder(site: Path) -> None:
 
     (site.parent / "state").mkdir()
     with lock_run(site.parent / "state"), pytest.raises(StoreError, match="no other process"):
-        join(site, tell=lambda kind, **fields: None)
+        join(site, record=lambda kind, **fields: None)

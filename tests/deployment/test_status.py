@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.deployment.status import ClientStatus, audit, client_statuses, server_status
+from fedtune.deployment.status import ClientStatus, client_statuses, load_audit_history, server_status
 from fedtune.errors import StoreError
-from fedtune.link.audit_log import Audit, Entry, read
+from fedtune.link.audit_log import AuditLog, Entry, read_audit_log
 
 
 def entries(*told: tuple[str, dict[str, Any]]) -> list[Entry]:
@@ -48,17 +48,17 @@ def test_a_run_of_another_command_is_told_apart(tmp_path: Path) -> None:
 def test_a_log_is_found_in_a_run_in_a_state_folder_or_by_its_own_path(tmp_path: Path) -> None:
     path = tmp_path / "run" / "link" / "audit"
     path.parent.mkdir(parents=True)
-    log = Audit(path)
-    log.tell("asked", client="anna", bytes=1)
+    log = AuditLog(path)
+    log.record("asked", client="anna", bytes=1)
     log.close()
-    first = read(path).head
-    log = Audit(path)
-    log.tell("stopped")
+    first = read_audit_log(path).head
+    log = AuditLog(path)
+    log.record("stopped")
     log.close()
     for place in (tmp_path / "run", path.parent, path):
-        assert [one.kind for one in audit(place).entries] == ["asked", "stopped"]
-    assert audit(path, head=first.upper()).head != first
+        assert [one.kind for one in load_audit_history(place).entries] == ["asked", "stopped"]
+    assert load_audit_history(path, head=first.upper()).head != first
     with pytest.raises(StoreError, match="written anew"):
-        audit(path, head="ab" * 32)
+        load_audit_history(path, head="ab" * 32)
     with pytest.raises(StoreError, match="expected an audit log"):
-        audit(tmp_path / "nowhere")
+        load_audit_history(tmp_path / "nowhere")

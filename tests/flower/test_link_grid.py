@@ -20,31 +20,31 @@ from fedtune.wire.codec import encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.flower.conftest import FOUNDATION, flower_task
-from tests.link.conftest import Clock, Desk, answer, assignment, made, part
-from tests.link.scripted import work
+from tests.link.conftest import Clock, Desk, assignment, make_desk, part, signed_reply
+from tests.link.scripted import scripted_update
 
 __all__ = ["flower_task"]  # a fixture
 
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
-    return made(tmp_path)
+    return make_desk(tmp_path)
 
 
 def answered(desk: Desk, client: str, *bodies: tuple[str, bytes]) -> None:
     """Answer the order that a client is offered."""
-    offered = desk.hub.offer(client, ())
+    offered = desk.dispatcher.offer(client, ())
     assert offered is not None
     order = pb.Header.FromString(offered.work.order.header)
     parts = [part(key, data) for key, data in sorted(bodies)]
-    sent = answer(client, order, digest(offered.work.order), b"", parts=parts)
+    sent = signed_reply(client, order, digest(offered.work.order), b"", parts=parts)
     desk.submit(client, sent, *(data for _, data in bodies))
 
 
 def test_clients_are_nodes_under_the_names_of_the_roster(desk: Desk) -> None:
-    grid = LinkGrid(desk.hub)
+    grid = LinkGrid(desk.dispatcher)
     assert grid.get_nodes() == []
-    desk.hub.sign_of_life("anna")
+    desk.dispatcher.sign_of_life("anna")
     (node,) = grid.get_nodes()
     assert (node.node_id, node.name) == (node_of("anna"), "anna")
     assert node_of("anna") > 2**53
@@ -53,8 +53,8 @@ def test_clients_are_nodes_under_the_names_of_the_roster(desk: Desk) -> None:
 
 
 def test_a_message_comes_back_as_the_client_answered_it(desk: Desk) -> None:
-    grid = LinkGrid(desk.hub)
-    desk.hub.sign_of_life("anna")
+    grid = LinkGrid(desk.dispatcher)
+    desk.dispatcher.sign_of_life("anna")
     grid.get_nodes()
     message = Message(pack(b"", {}), node_of("anna"), HELLO, ttl=60)
     (message_id,) = grid.push_messages([message])
@@ -69,22 +69,22 @@ def test_a_message_comes_back_as_the_client_answered_it(desk: Desk) -> None:
 
 
 def test_who_is_not_there_is_not_asked(desk: Desk) -> None:
-    grid = LinkGrid(desk.hub)
+    grid = LinkGrid(desk.dispatcher)
     assert list(grid.push_messages([Message(pack(b"", {}), 7, HELLO, ttl=60)])) == [""]
 
 
 def test_a_round_goes_over_it_with_an_answer_and_a_decline(desk: Desk) -> None:
-    grid = LinkGrid(desk.hub)
+    grid = LinkGrid(desk.dispatcher)
     transport = GridTransport(grid, expected=2, sleep=lambda seconds: serve())
     for name in ("anna", "bob"):
-        desk.hub.sign_of_life(name)
+        desk.dispatcher.sign_of_life(name)
     data = encode_update(work_of("anna"))
-    desk.hub.limit = lambda front: len(data)
+    desk.dispatcher.max_reply_bytes = lambda front: len(data)
 
     def serve() -> None:
         """Stand for the clients, whenever the server waits."""
         for name in ("anna", "bob"):
-            offered = desk.hub.offer(name, ())
+            offered = desk.dispatcher.offer(name, ())
             if offered is None:
                 continue
             order = pb.Header.FromString(offered.work.order.header)
@@ -96,7 +96,7 @@ def test_a_round_goes_over_it_with_an_answer_and_a_decline(desk: Desk) -> None:
             else:
                 note = pb.Decline(veto=pb.OPERATOR, note="not today")
                 changes = {"kind": pb.DECLINE, "parts": [], "decline": note}
-                desk.submit(name, answer(name, order, digest(offered.work.order), b"", **changes))
+                desk.submit(name, signed_reply(name, order, digest(offered.work.order), b"", **changes))
 
     assert [one.name for one in transport.clients()] == ["anna", "bob"]
     orders = {name: assignment(name, 1) for name in ("anna", "bob")}
@@ -110,25 +110,25 @@ def work_of(name: str):  # type: ignore[no-untyped-def]
     from fedtune.wire.codec import decode_assignment
 
     order = assignment(name, 1)
-    return work(decode_assignment(order.header, order.blobs))
+    return scripted_update(decode_assignment(order.header, order.blobs))
 
 
 def test_messages_can_be_sent_and_waited_for_as_with_any_grid(desk: Desk) -> None:
-    grid = LinkGrid(desk.hub)
-    desk.hub.sign_of_life("anna")
+    grid = LinkGrid(desk.dispatcher)
+    desk.dispatcher.sign_of_life("anna")
     grid.get_nodes()
     order = assignment("anna", 1)
     message = Message(pack(order.header, order.blobs), node_of("anna"), MessageType.TRAIN, ttl=60)
     assert list(grid.send_and_receive([message], timeout=0.0)) == []
-    grid.doze(0.0)
-    desk.hub.end(1)
+    grid.wait(0.0)
+    desk.dispatcher.end_round(1)
     (message_id,) = [message.metadata.message_id]
     (reply,) = grid.pull_messages([message_id])
     assert reply.error.reason == "its round has ended"
 
 
 def offered(desk: Desk, client: str) -> tuple[pb.Header, bytes]:
-    found = desk.hub.offer(client, ())
+    found = desk.dispatcher.offer(client, ())
     assert found is not None
     return pb.Header.FromString(found.work.order.header), digest(found.work.order)
 
@@ -139,9 +139,9 @@ def trained(client: str, number: int = 1, *, ttl: float = 60) -> Message:
 
 
 def grid_with(desk: Desk, *clients: str) -> LinkGrid:
-    grid = LinkGrid(desk.hub)
+    grid = LinkGrid(desk.dispatcher)
     for client in clients:
-        desk.hub.sign_of_life(client)
+        desk.dispatcher.sign_of_life(client)
     grid.get_nodes()
     return grid
 
@@ -154,7 +154,7 @@ def test_node_ids_are_the_same_in_every_process_and_differ_between_clients(desk:
 
 
 def test_a_client_that_has_gone_is_no_node_but_can_still_be_asked(tmp_path: Path) -> None:
-    desk = made(tmp_path, LinkSettings(lease_s=10, lost_s=100))
+    desk = make_desk(tmp_path, LinkSettings(lease_s=10, lost_s=100))
     grid = grid_with(desk, "anna")
     desk.clock.now += 11
     assert list(grid.get_node_ids()) == []
@@ -169,25 +169,27 @@ def test_a_client_that_has_gone_is_no_node_but_can_still_be_asked(tmp_path: Path
 
 def test_large_bodies_stay_views_of_their_files(desk: Desk) -> None:
     data = bytes(range(256)) * 400
-    desk.hub.limit = lambda front: len(data)
+    desk.dispatcher.max_reply_bytes = lambda front: len(data)
     grid = grid_with(desk, "anna")
     (message_id,) = grid.push_messages([trained("anna")])
     order, asked = offered(desk, "anna")
-    sent = answer("anna", order, asked, data)
+    sent = signed_reply("anna", order, asked, data)
     desk.submit("anna", sent)
     wanted = sha256(data).digest()
-    incoming = uploads.IncomingUpload(uploads.place(desk.hub.folder, "anna", wanted), part("update", data), 0)
+    incoming = uploads.IncomingUpload(
+        uploads.part_path(desk.dispatcher.folder, "anna", wanted), part("update", data), 0
+    )
     incoming.append(data)
     assert incoming.finish()
     incoming.close()
-    desk.hub.arrived("anna", digest(sent), wanted)
+    desk.dispatcher.add_pushed_part("anna", digest(sent), wanted)
     desk.submit("anna", sent)
     (reply,) = grid.pull_messages([message_id])
     body = unpack(reply.content).blobs["update"]
     assert isinstance(body, memoryview)
     assert isinstance(body.obj, mmap.mmap)
-    desk.hub.settle("anna", 1, None)
-    assert not list(desk.hub.folder.iterdir())
+    desk.dispatcher.settle("anna", 1, None)
+    assert not list(desk.dispatcher.folder.iterdir())
     assert bytes(body) == data  # after its file has gone
 
 
@@ -219,7 +221,7 @@ def test_sending_waits_for_who_answers_in_another_thread(desk: Desk) -> None:
     grid = grid_with(desk, "anna", "bob")
     asked = threading.Event()
     for client in ("anna", "bob"):
-        desk.hub.listen(client, asked.set)
+        desk.dispatcher.listen(client, asked.set)
 
     def clients() -> None:
         left = {"anna", "bob"}
@@ -227,7 +229,7 @@ def test_sending_waits_for_who_answers_in_another_thread(desk: Desk) -> None:
             asked.wait(60)
             asked.clear()
             for client in sorted(left):
-                if desk.hub.offer(client, ()) is not None:
+                if desk.dispatcher.offer(client, ()) is not None:
                     answered(desk, client, ("update", f"of {client}".encode()))
                     left.discard(client)
 
@@ -241,7 +243,7 @@ def test_sending_waits_for_who_answers_in_another_thread(desk: Desk) -> None:
 
 
 def test_nobody_to_send_to_is_nothing_to_wait_for(desk: Desk) -> None:
-    grid = LinkGrid(desk.hub)
+    grid = LinkGrid(desk.dispatcher)
     assert list(grid.send_and_receive([])) == []
     assert list(grid.send_and_receive([Message(pack(b"", {}), 7, HELLO, ttl=60)])) == []
 
@@ -254,16 +256,16 @@ def test_a_decline_is_an_error_of_fedtunes_own(desk: Desk, veto: pb.Veto, said: 
     (message_id,) = grid.push_messages([trained("anna")])
     order, asked = offered(desk, "anna")
     decline = pb.Decline(veto=veto, note="no")
-    desk.submit("anna", answer("anna", order, asked, b"", kind=pb.DECLINE, parts=[], decline=decline))
+    desk.submit("anna", signed_reply("anna", order, asked, b"", kind=pb.DECLINE, parts=[], decline=decline))
     (reply,) = grid.pull_messages([message_id])
     assert (reply.error.code, reply.error.reason) == (ERROR, said)
 
 
 def test_rounds_go_over_it_with_clients_in_a_thread_of_their_own(desk: Desk) -> None:
-    """Three rounds over the transport; each client answers each round's order once, and the hub is told what came."""
+    """Three rounds over the transport: each client replies to each round's task once, and has a receipt."""
     clients, ends, given = ("anna", "bob", "carl"), threading.Event(), list[tuple[str, int]]()
     data = encode_update(work_of("anna"))
-    desk.hub.limit = lambda front: len(data)
+    desk.dispatcher.max_reply_bytes = lambda front: len(data)
     grid = grid_with(desk, *clients)
     failed = list[BaseException]()
 
@@ -271,7 +273,7 @@ def test_rounds_go_over_it_with_clients_in_a_thread_of_their_own(desk: Desk) -> 
         try:
             while not ends.is_set():
                 for name in clients:
-                    if (found := desk.hub.offer(name, ())) is None:
+                    if (found := desk.dispatcher.offer(name, ())) is None:
                         continue
                     order = pb.Header.FromString(found.work.order.header)
                     if order.task == HELLO:
@@ -288,24 +290,24 @@ def test_rounds_go_over_it_with_clients_in_a_thread_of_their_own(desk: Desk) -> 
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        transport = GridTransport(grid, expected=3, sleep=grid.doze)
+        transport = GridTransport(grid, expected=3, sleep=grid.wait)
         for number in (1, 2, 3):
             assert [one.name for one in transport.clients()] == list(clients)
-            desk.hub.opened(clients)
+            desk.dispatcher.begin_round(clients)
             orders = {name: assignment(name, number) for name in clients}
             found = {one.client: one for one in transport.exchange(orders, Rule(quorum=3))}
             assert {name: bytes(one.update) for name, one in found.items() if isinstance(one, Reply)} == dict.fromkeys(
                 clients, data
             )
             for name in clients:
-                desk.hub.settle(name, number, None)
-            desk.hub.end(number)
+                desk.dispatcher.settle(name, number, None)
+            desk.dispatcher.end_round(number)
     finally:
         ends.set()
         thread.join()
     assert not failed
     assert sorted(given) == sorted((name, number) for name in clients for number in (1, 2, 3))
-    assert all(status.orders == 0 for status in desk.hub.status().values())
+    assert all(status.open_tasks == 0 for status in desk.dispatcher.status().values())
 
 
 def test_a_short_order_is_asked_again_after_the_whole_one_came_too_late(desk: Desk) -> None:
@@ -315,7 +317,7 @@ def test_a_short_order_is_asked_again_after_the_whole_one_came_too_late(desk: De
     def serve(seconds: float) -> None:
         """Say that the state is lost, and be too slow for the whole one."""
         clock.now += 1
-        if (found := desk.hub.offer("anna", ())) is None:
+        if (found := desk.dispatcher.offer("anna", ())) is None:
             return
         if pb.Header.FromString(found.work.order.header).task == HELLO:
             profile = encode_profile(ClientProfile("anna", 10, FOUNDATION))

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fedtune
 from fedtune.experiment import prepare
+
+import fedtune
 from tests.golden import recipes
 from tests.golden.commands import toml
 from tests.golden.recipes import CLIENTS, Tables

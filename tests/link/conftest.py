@@ -1,4 +1,4 @@
-"""A hub with a clock that is turned by hand, and clients that sign what they answer."""
+"""A dispatcher with a clock that is turned by hand, and clients that sign what they answer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.link.envelopes import PROTOCOL, TRAIN, UPDATE, build, digest, seal
+from fedtune.link.envelopes import PROTOCOL, TRAIN, UPDATE, build_version, digest, seal
 from fedtune.link.server.blocklist import Blocklist
-from fedtune.link.server.dispatcher import Dispatcher, RunInfo
+from fedtune.link.server.dispatcher import Dispatcher
+from fedtune.link.server.run_info import RunInfo
 from fedtune.link.settings import LinkSettings
 from fedtune.messages import Assignment, LocalAdapter, Plan, Training
 from fedtune.wire.codec import EncodedAssignment, encode_assignment
@@ -34,23 +35,23 @@ class Clock:
 
 @dataclass
 class Desk:
-    """A hub, and everything that is done to it."""
+    """A dispatcher, and everything that is done to it."""
 
-    hub: Dispatcher
+    dispatcher: Dispatcher
     clock: Clock
     told: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
 
     def post(self, client: str, number: int = 1, *, seconds: float = 60.0) -> tuple[str, pb.Header, bytes]:
         """Ask a client for a round; return the message id, the order's header and its digest."""
         order = assignment(client, number)
-        message_id = self.hub.post(client, TRAIN, order.header, order.blobs, seconds=seconds)
-        reply = self.hub.offer(client, ())
+        message_id = self.dispatcher.post(client, TRAIN, order.header, order.blobs, seconds=seconds)
+        reply = self.dispatcher.offer(client, ())
         assert reply is not None
         return message_id, pb.Header.FromString(reply.work.order.header), digest(reply.work.order)
 
     def submit(self, client: str, envelope: pb.Envelope, *data: bytes) -> pb.SubmitReply | None:
         header = pb.Header.FromString(envelope.header)
-        return self.hub.submit(client, digest(envelope), header, {sha256(one).digest(): one for one in data})
+        return self.dispatcher.submit(client, digest(envelope), header, {sha256(one).digest(): one for one in data})
 
 
 def assignment(client: str, number: int, *, seed: int = 0) -> EncodedAssignment:
@@ -60,7 +61,7 @@ def assignment(client: str, number: int, *, seed: int = 0) -> EncodedAssignment:
     )
 
 
-def answer(client: str, asked: pb.Header, asked_digest: bytes, data: bytes, **changes: Any) -> pb.Envelope:
+def signed_reply(client: str, asked: pb.Header, asked_digest: bytes, data: bytes, **changes: Any) -> pb.Envelope:
     """Return a client's signed answer to an order."""
     header = pb.Header(
         protocol=PROTOCOL,
@@ -74,7 +75,7 @@ def answer(client: str, asked: pb.Header, asked_digest: bytes, data: bytes, **ch
         state=asked.state,
         order=asked_digest,
         parts=[pb.Part(key=UPDATE, digest=sha256(data).digest(), num_bytes=len(data))],
-        build=build(),
+        build=build_version(),
     )
     for name, value in changes.items():
         if name == "parts":
@@ -93,16 +94,18 @@ def part(key: str, data: bytes) -> pb.Part:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
-    return made(tmp_path)
+    return make_desk(tmp_path)
 
 
-def made(folder: Path, settings: LinkSettings | None = None, **more: Any) -> Desk:
+def make_desk(folder: Path, settings: LinkSettings | None = None, **more: Any) -> Desk:
     clock, told = Clock(), list[tuple[str, Mapping[str, Any]]]()
 
-    def tell(kind: str, **fields: int | str) -> None:
+    def record(kind: str, **fields: int | str) -> None:
         told.append((kind, fields))
 
-    bars = Blocklist(folder / "barred", clock=clock)
-    hub = Dispatcher(RUN, settings or LinkSettings(), folder / "spool", bars, tell=tell, clock=clock, **more)
-    hub.limit = lambda front: 1000
-    return Desk(hub, clock, told)
+    blocklist = Blocklist(folder / "barred", clock=clock)
+    dispatcher = Dispatcher(
+        RUN, settings or LinkSettings(), folder / "spool", blocklist, record=record, clock=clock, **more
+    )
+    dispatcher.max_reply_bytes = lambda front: 1000
+    return Desk(dispatcher, clock, told)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.link.ceremony import ceremony
+from tests.link.ceremony import enroll_parties
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "from fedtune.cli.main import main; main()"
@@ -132,7 +132,7 @@ def federation(
         server: settings of the link.
         port: that clients dial, if it is not the server's.
     """
-    places = ceremony(folder, clients=clients)
+    places = enroll_parties(folder, clients=clients)
     made = Federation(folder, free_port(), places)
     (folder / "recipe.toml").write_text(recipe)
     settings = {"listen": f"127.0.0.1:{made.port}", "identity": str(places["server"]), "health": "", **(server or {})}

@@ -15,7 +15,7 @@ import pytest
 
 from fedtune.link.client import outbox
 from fedtune.link.client.channel import dial
-from fedtune.link.pki.identity import load
+from fedtune.link.pki.identity import load_identity
 from fedtune.link.settings import JoinSettings
 from fedtune.seeds import derive, generator
 from fedtune.store.history import replay_journal
@@ -73,10 +73,10 @@ def over(made: Federation) -> bool:
 def repeated(made: Federation, name: str, rng: np.random.Generator) -> None:
     """Send what a site has answered once more, in any order: nothing of it may count again."""
     link = JoinSettings(address=f"localhost:{made.port}")
-    calls = dial(load(made.places[name], role="client", now=int(time.time())), link)
+    calls = dial(load_identity(made.places[name], role="client", now=int(time.time())), link)
     try:
         for run in (made.folder / name / "state" / "runs").glob("*"):
-            requests = [one.answer() for one in outbox.entries(made.folder / name / "state", run.name)]
+            requests = [one.reply() for one in outbox.load_entries(made.folder / name / "state", run.name)]
             known = [one for one in requests if one is not None]
             for place in rng.permutation(len(known)).tolist():
                 calls.submit(pb.SubmitRequest(envelope=known[place].envelope), timeout=30)

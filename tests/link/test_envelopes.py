@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import WireError
-from fedtune.link.envelopes import KIND, digest, expect, part, seal, subject, verify_envelope
+from fedtune.link.envelopes import KIND, assignment_subject, digest, expect_fields, make_part, seal, verify_envelope
 from fedtune.link.pki.roster import Party
-from fedtune.link.pki.signing import key_id, raw, sign
+from fedtune.link.pki.signing import key_id, public_bytes, sign
 from fedtune.link.rejections import RejectionError
 from fedtune.messages import Assignment, LocalAdapter, Plan, Probe, SeedState, Training
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
-ANNA = Party("anna", "a", "client", raw(KEY), ("1",), 0, 1)
+ANNA = Party("anna", "a", "client", public_bytes(KEY), ("1",), 0, 1)
 HEADER = pb.Header(protocol=1, federation="care", run="r", author="anna", kind=pb.ANSWER, round=3)
 SEALED = seal(HEADER, KEY)
 
@@ -33,7 +33,7 @@ def test_a_statement_is_opened_as_it_was_sealed() -> None:
 
 
 def signed(data: bytes) -> pb.Envelope:
-    return pb.Envelope(header=data, signature=sign(KEY, KIND, data), key_id=key_id(raw(KEY)))
+    return pb.Envelope(header=data, signature=sign(KEY, KIND, data), key_id=key_id(public_bytes(KEY)))
 
 
 def header(**changes: object) -> pb.Envelope:
@@ -87,7 +87,7 @@ def test_bytes_that_nobody_signed_are_refused(data: bytes, signature: bytes, key
 
 
 def test_a_field_that_differs_is_refused_by_its_own_reason() -> None:
-    expect(HEADER, federation="care", run="r", round=3)
+    expect_fields(HEADER, federation="care", run="r", round=3)
     for name, value, reason in (
         ("federation", "x", "WRONG_FEDERATION"),
         ("run", "x", "WRONG_RUN"),
@@ -99,7 +99,7 @@ def test_a_field_that_differs_is_refused_by_its_own_reason() -> None:
         ("build", "fedtune 9", "BUILD_DIFFERS"),
     ):
         with pytest.raises(RejectionError) as caught:
-            expect(HEADER, **{name: value})
+            expect_fields(HEADER, **{name: value})
         assert pb.Reason.Name(caught.value.refusal.reason) == reason
 
 
@@ -107,11 +107,11 @@ def test_the_subject_of_an_order_is_its_round_its_base_and_the_bodies_it_brings(
     plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
     made = Assignment("flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c")
     front = encode_assignment(made).header
-    bodies = [part("", front), part("b", b"two"), part("a", b"one")]
-    number, base, state = subject(front, bodies)
+    bodies = [make_part("", front), make_part("b", b"two"), make_part("a", b"one")]
+    number, base, state = assignment_subject(front, bodies)
     assert (number, base) == (3, "9f3c")
-    assert state == subject(front, bodies[::-1])[2]
-    assert state != subject(front, bodies[:2])[2]
+    assert state == assignment_subject(front, bodies[::-1])[2]
+    assert state != assignment_subject(front, bodies[:2])[2]
 
 
 def test_size_comes_before_the_key_and_the_key_before_the_signature() -> None:
@@ -149,10 +149,13 @@ def test_the_subject_of_a_probe_is_the_state_that_its_seeds_stand_for() -> None:
     front = encode_assignment(
         Assignment("fedkseed", round=2, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c", probe=probe)
     ).header
-    whole, short = subject(front, [part("", front), part("a", b"bodies")]), subject(front, [part("", front)])
+    whole, short = (
+        assignment_subject(front, [make_part("", front), make_part("a", b"bodies")]),
+        assignment_subject(front, [make_part("", front)]),
+    )
     assert whole == short == (2, "", b"d" * 32)  # whichever bodies bring it there; the state names its base
 
 
 def test_what_is_no_assignment_has_no_subject() -> None:
     with pytest.raises(WireError):
-        subject(b"\xff\xff", [])
+        assignment_subject(b"\xff\xff", [])

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 
-from fedtune.deployment.coordinator import refusal
+from fedtune.deployment.coordinator import refusal_of
 from fedtune.link.envelopes import KIND, digest, verify_envelope
 from fedtune.link.pki.roster import Party
-from fedtune.link.pki.signing import key_id, raw, sign
+from fedtune.link.pki.signing import key_id, public_bytes, sign
 from fedtune.link.rejections import RejectionError
-from fedtune.link.server.dispatcher import ReceivedParts
+from fedtune.link.server.assignments import ReceivedParts
 from fedtune.messages import (
     Assignment,
     Blueprint,
@@ -41,12 +41,12 @@ from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 from fedtune.wire.codec import encode_assignment, encode_update
 from fedtune.wire.v1 import link_pb2 as pb
-from tests.link.conftest import KEY, answer, made
+from tests.link.conftest import KEY, make_desk, signed_reply
 from tests.methods import test_fedkseed as seeds
 
 MUTATIONS = 10_000
 GROWTH_MIB = 64
-MEMBER = Party("anna", "a", "client", raw(KEY), ("1",), 0, 1)
+MEMBER = Party("anna", "a", "client", public_bytes(KEY), ("1",), 0, 1)
 
 
 def peak_mib() -> float:
@@ -113,10 +113,10 @@ def mutations(data: bytes, purpose: str, count: int = MUTATIONS) -> Iterator[byt
 
 def test_spoilt_envelopes_are_refused_whoever_signed_them(tmp_path: Path) -> None:
     """Half of them are signed after they were spoilt, as a bad client would: then the header itself is at fault."""
-    desk = made(tmp_path)
+    desk = make_desk(tmp_path)
     message_id, order, asked = desk.post("anna")
     data = b"the update"
-    good = answer("anna", order, asked, data)
+    good = signed_reply("anna", order, asked, data)
     members = {key_id(MEMBER.key): MEMBER}
     outcomes, before = Counter[str](), peak_mib()
     for number, found in enumerate(mutations(good.SerializeToString(), "envelopes")):
@@ -133,7 +133,7 @@ def test_spoilt_envelopes_are_refused_whoever_signed_them(tmp_path: Path) -> Non
         try:
             header_found, author = verify_envelope(envelope, members.get)
             assert author == MEMBER
-            reply = desk.hub.submit("anna", digest(envelope), header_found, {})
+            reply = desk.dispatcher.submit("anna", digest(envelope), header_found, {})
             # What still says the same in the fields that count is an answer of anna's like any other.
             assert reply is not None
             assert reply.WhichOneof("what") in ("wanted", "receipt")
@@ -144,9 +144,9 @@ def test_spoilt_envelopes_are_refused_whoever_signed_them(tmp_path: Path) -> Non
     assert len(outcomes) > 8, outcomes
     assert outcomes["taken"] < MUTATIONS / 10
     assert peak_mib() - before < GROWTH_MIB
-    assert desk.hub.collect([message_id]) == {}
+    assert desk.dispatcher.collect([message_id]) == {}
     assert desk.submit("anna", good, data) is None  # whatever came before it, the whole answer is the one that counts
-    assert desk.hub.collect([message_id]) == {message_id: ReceivedParts("anna", {"update": data})}
+    assert desk.dispatcher.collect([message_id]) == {message_id: ReceivedParts("anna", {"update": data})}
 
 
 MODULES = {"layer.q": (6, 5), "layer.v": (4, 5)}
@@ -362,7 +362,7 @@ def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> 
         assert isinstance(found, Failure), (codes, turn)
         assert found.kind == "refused"
         assert found.code in codes.split(), found
-        told = refusal(found)
+        told = refusal_of(found)
         assert pb.Reason.Name(told.reason) == found.code
         for text in (told.field, told.expected, told.found):
             assert text.isprintable()

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.link.server.dispatcher import ReceivedParts
+from fedtune.link.server.assignments import ReceivedParts
 from tests.link.client.test_client import collected, expected, post, site
 from tests.link.proxy import Fate, proxy
-from tests.link.server.test_service import SETTINGS, served
+from tests.link.server.test_service import SETTINGS, serve_link_fixture
 
 MB = 10**6
 SLACK = 1.05
@@ -29,7 +29,7 @@ def test_a_cut_in_the_middle_of_a_line_with_delay_sends_little_again(tmp_path: P
     settings = replace(SETTINGS, part_kib=64, window_mib=1 if size < 50 * MB else 4, stall_s=30)
     with (
         proxy(lambda number: fates[number] if number < len(fates) else Fate()) as between,
-        served(tmp_path, settings) as link,
+        serve_link_fixture(tmp_path, settings) as link,
     ):
         between.target, between.pause_s, link.port = link.port, 0.002, between.port
         with site(link) as made:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from fedtune.link.client.channel import diagnose, dial, host_of
-from fedtune.link.pki.identity import load
+from fedtune.link.pki.identity import load_identity
 from fedtune.link.settings import JoinSettings
-from tests.link.ceremony import ceremony
+from tests.link.ceremony import enroll_parties
 from tests.link.federation import free_port
-from tests.link.server.test_service import greeting, served
+from tests.link.server.test_service import greeting, serve_link_fixture
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_the_host_of_an_address(address: str, host: str) -> None:
 
 
 def test_each_step_to_a_server_that_fails_is_named(tmp_path: Path) -> None:
-    with served(tmp_path / "care") as made:
+    with serve_link_fixture(tmp_path / "care") as made:
         anna = made.identities["site-a"]
 
         def found(address: str, **changes: str) -> tuple[str, bool]:
@@ -31,7 +31,7 @@ def test_each_step_to_a_server_that_fails_is_named(tmp_path: Path) -> None:
             return diagnosis.reason, diagnosis.permanent
 
         reason, permanent = found(f"localhost:{free_port()}")
-        assert reason.startswith("nobody listens on localhost")
+        assert reason.startswith("no server listens on localhost")
         assert not permanent
         reason, permanent = found("no-such-host.invalid:9000")
         assert "expected a host that is known" in reason
@@ -39,13 +39,13 @@ def test_each_step_to_a_server_that_fails_is_named(tmp_path: Path) -> None:
         reason, permanent = found(f"127.0.0.1:{made.port}", server_name="elsewhere.example")
         assert "expected a server certificate of this federation" in reason
         assert permanent
-        other = ceremony(tmp_path / "other", clients=("site-a",))
-        stranger = load(other["site-a"], role="client", now=int(made.time.now))
+        other = enroll_parties(tmp_path / "other", clients=("site-a",))
+        stranger = load_identity(other["site-a"], role="client", now=int(made.time.now))
         diagnosis = diagnose(stranger, JoinSettings(f"localhost:{made.port}"))
         assert "expected a server certificate" in diagnosis.reason
         assert diagnosis.permanent
         diagnosis = diagnose(replace(stranger, ca=anna.ca), JoinSettings(f"localhost:{made.port}"))
-        assert "does not take this site's certificate" in diagnosis.reason
+        assert "rejects this site's certificate" in diagnosis.reason
         assert not diagnosis.permanent
         reason, permanent = found(f"localhost:{made.port}")
         assert reason == "TLS succeeds, but the server does not answer calls"
@@ -55,10 +55,10 @@ def test_each_step_to_a_server_that_fails_is_named(tmp_path: Path) -> None:
 
 
 def test_a_server_that_speaks_no_tls_is_told_apart(tmp_path: Path) -> None:
-    places = ceremony(tmp_path)
+    places = enroll_parties(tmp_path)
     import time
 
-    anna = load(places["site-a"], role="client", now=int(time.time()))
+    anna = load_identity(places["site-a"], role="client", now=int(time.time()))
     with socket.create_server(("127.0.0.1", 0)) as plain:
 
         def answer() -> None:
@@ -76,7 +76,7 @@ def test_a_server_that_speaks_no_tls_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_server_name_may_differ_from_the_address(tmp_path: Path) -> None:
-    with served(tmp_path) as made:
+    with serve_link_fixture(tmp_path) as made:
         calls = dial(made.identities["site-a"], JoinSettings(f"127.0.0.1:{made.port}", server_name="localhost"))
         assert greeting(calls).epoch
         calls.close()

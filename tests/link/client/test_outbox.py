@@ -16,7 +16,7 @@ RUN = "0123456789abcdef"
 
 def entry(state: Path, number: int = 1) -> Entry:
     header = pb.Header(run=RUN, round=number, to="anna")
-    return outbox.entry(state, pb.Envelope(header=header.SerializeToString()), header)
+    return outbox.open_entry(state, pb.Envelope(header=header.SerializeToString()), header)
 
 
 def request(data: bytes, *, inline: bool) -> pb.SubmitRequest:
@@ -28,33 +28,33 @@ def request(data: bytes, *, inline: bool) -> pb.SubmitRequest:
 
 def test_an_order_is_found_again_with_what_came_of_it(tmp_path: Path) -> None:
     made = entry(tmp_path)
-    assert made.answer() is None
-    made.keep_answer(request(b"small", inline=True))
-    made.keep_receipt(pb.Envelope(header=b"r"))
-    (found,) = outbox.entries(tmp_path, RUN)
+    assert made.reply() is None
+    made.store_reply(request(b"small", inline=True))
+    made.store_receipt(pb.Envelope(header=b"r"))
+    (found,) = outbox.load_entries(tmp_path, RUN)
     assert found.digest == made.digest
-    assert found.answer() == request(b"small", inline=True)
+    assert found.reply() == request(b"small", inline=True)
     assert found.receipt() == pb.Envelope(header=b"r")
-    assert entry(tmp_path).answer() is not None
+    assert entry(tmp_path).reply() is not None
 
 
 def test_an_answer_without_its_bytes_is_none_and_is_made_anew(tmp_path: Path) -> None:
     made = entry(tmp_path)
     made.update.write_bytes(b"large")
-    made.keep_answer(request(b"large", inline=False))
-    assert made.answer() is not None
+    made.store_reply(request(b"large", inline=False))
+    assert made.reply() is not None
     made.update.unlink()
-    assert made.answer() is None
+    assert made.reply() is None
 
 
 def test_bodies_go_with_the_next_round_and_what_was_signed_stays(tmp_path: Path) -> None:
     first = entry(tmp_path, 1)
     first.update.write_bytes(b"large")
     first.part(b"\1" * 32).write_bytes(b"down")
-    first.keep_answer(request(b"large", inline=False))
-    outbox.tidy(tmp_path, RUN, keep=first)
+    first.store_reply(request(b"large", inline=False))
+    outbox.remove_earlier_bodies(tmp_path, RUN, keep=first)
     assert first.update.exists()
-    outbox.tidy(tmp_path, RUN, keep=entry(tmp_path, 2))
+    outbox.remove_earlier_bodies(tmp_path, RUN, keep=entry(tmp_path, 2))
     assert sorted(path.name for path in first.folder.iterdir()) == ["answer", "order"]
 
 
@@ -62,12 +62,12 @@ def test_rounds_and_bytes_are_counted_over_what_was_answered(tmp_path: Path) -> 
     for number, data in ((1, b"x" * 100), (2, b"y" * 50)):
         made = entry(tmp_path, number)
         made.update.write_bytes(data)
-        made.keep_answer(request(data, inline=False))
+        made.store_reply(request(data, inline=False))
     entry(tmp_path, 3)
-    assert outbox.count_answers(tmp_path, RUN) == 2
+    assert outbox.count_replies(tmp_path, RUN) == 2
     now = (tmp_path / "runs" / RUN).stat().st_mtime
     assert outbox.bytes_sent_last_day(tmp_path, now=now) == 150
-    old = outbox.entries(tmp_path, RUN)[0].folder / "answer"
+    old = outbox.load_entries(tmp_path, RUN)[0].folder / "answer"
     os.utime(old, (now - 90_000, now - 90_000))
     assert outbox.bytes_sent_last_day(tmp_path, now=now) == 50
 
@@ -75,9 +75,9 @@ def test_rounds_and_bytes_are_counted_over_what_was_answered(tmp_path: Path) -> 
 def test_an_order_that_was_not_written_whole_is_left_out(tmp_path: Path) -> None:
     made = entry(tmp_path)
     (made.folder / "order").write_bytes(b"\xff\xff\xff")
-    assert outbox.entries(tmp_path, RUN) == []
+    assert outbox.load_entries(tmp_path, RUN) == []
     (made.folder / "order").unlink()
-    assert outbox.entries(tmp_path, RUN) == []
+    assert outbox.load_entries(tmp_path, RUN) == []
 
 
 def test_a_damaged_answer_is_named(tmp_path: Path) -> None:
@@ -88,6 +88,6 @@ def test_a_damaged_answer_is_named(tmp_path: Path) -> None:
 
 
 def test_the_plan_of_a_run_is_kept_for_people_to_read(tmp_path: Path) -> None:
-    outbox.keep_plan(tmp_path, RUN, pb.Envelope(header=b"p"), b'name = "x"\n')
+    outbox.store_plan(tmp_path, RUN, pb.Envelope(header=b"p"), b'name = "x"\n')
     assert (tmp_path / "runs" / RUN / "recipe.toml").read_text() == 'name = "x"\n'
-    assert outbox.entries(tmp_path, RUN) == []
+    assert outbox.load_entries(tmp_path, RUN) == []

@@ -41,7 +41,7 @@ def died() -> list[str]:
 
 @pytest.fixture
 def trainer(died: list[str]) -> ProcessTrainer:
-    return ProcessTrainer([sys.executable, "-c", SCRIPT], died=died.append)
+    return ProcessTrainer([sys.executable, "-c", SCRIPT], on_exit=died.append)
 
 
 def test_one_process_does_everything_until_it_is_closed(

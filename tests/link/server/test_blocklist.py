@@ -8,21 +8,21 @@ from fedtune.link.server.blocklist import Blocklist, read_blocklist
 def test_a_bar_lasts_and_the_operator_may_edit_the_file(tmp_path: Path) -> None:
     time, path = [0.0], tmp_path / "barred"
     bars = Blocklist(path, clock=lambda: time[0])
-    assert bars.why("anna") == ""
-    bars.bar("anna", "3 refusals,\nthe last SIGNATURE")
-    assert bars.why("anna").startswith("3 refusals")
-    assert Blocklist(path).why("anna") == "3 refusals, the last SIGNATURE"
+    assert bars.reason("anna") == ""
+    bars.block("anna", "3 refusals,\nthe last SIGNATURE")
+    assert bars.reason("anna").startswith("3 refusals")
+    assert Blocklist(path).reason("anna") == "3 refusals, the last SIGNATURE"
     path.write_text("# nobody\nbob\ncarl too loud\n")
     time[0] += 1
-    assert [bars.why(name) for name in ("anna", "bob", "carl")] == ["", "by the operator", "too loud"]
+    assert [bars.reason(name) for name in ("anna", "bob", "carl")] == ["", "by the operator", "too loud"]
     path.unlink()
     time[0] += 1
-    assert bars.why("bob") == ""
+    assert bars.reason("bob") == ""
 
 
 def test_a_bar_keeps_what_the_operator_wrote_meanwhile(tmp_path: Path) -> None:
     bars = Blocklist(tmp_path / "barred", clock=lambda: 0.0)
-    bars.bar("anna", "x")
+    bars.block("anna", "x")
     (tmp_path / "barred").write_text("bob y\n")
-    bars.bar("carl", "z")
+    bars.block("carl", "z")
     assert read_blocklist(tmp_path / "barred") == {"bob": "y", "carl": "z"}
