@@ -75,6 +75,6 @@ class JoinSettings:
     backoff_s: Annotated[float, Gt(0)] = 0.5
     """Seconds of the first pause after a failed connection; doubled up to `backoff_cap_s`, then drawn below that."""
     backoff_cap_s: Annotated[float, Gt(0)] = 30.0
-    """Longest pause in seconds."""
+    """Seconds of the longest pause between two attempts to connect."""
     patience_s: Annotated[float, Ge(0)] = 0.0
     """Seconds without a connection, after which the client gives up; 0: never."""

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.experiment import prepare
-
 import fedtune
+from fedtune.runs.local import prepare
 from tests.golden import recipes
 from tests.golden.commands import toml
 from tests.golden.recipes import CLIENTS, Tables

@@ -34,7 +34,7 @@ class Policy:
     bases: Sequence[str] = ()
     """Digests (hex, or at least their first 8 digits) of the base models that may be tuned; empty: the site's own."""
     max_rank: Annotated[int, Ge(1)] | None = None
-    """Largest rank of an adapter that the site trains."""
+    """Largest LoRA rank that the site trains; none: any."""
     max_steps: Annotated[int, Ge(1)] | None = None
     """Local steps of a round, or scalars of FedKSeed."""
     max_rounds: Annotated[int, Ge(1)] | None = None

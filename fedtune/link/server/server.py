@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from fedtune.errors import ConfigError, Fault
+from fedtune.link import ENVIRONMENT, SET_IN_TIME
 from fedtune.link.audit_log import RecordEvent, ignore_event
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import RosterFile
@@ -131,6 +132,18 @@ def serve_link(
         record("stopped")
 
 
+def check_cipher_suites(set_in_time: bool) -> None:
+    """Refuse to serve in a process whose gRPC may not know that only TLS 1.3 is allowed.
+
+    Raises:
+        ConfigError: if gRPC was loaded before `fedtune.link` set GRPC_SSL_CIPHER_SUITES.
+    """
+    if not set_in_time:
+        suites = f"GRPC_SSL_CIPHER_SUITES={ENVIRONMENT['GRPC_SSL_CIPHER_SUITES']}"
+        hint = f"import fedtune.link before grpc or flwr, or start the process with {suites}"
+        raise ConfigError(Fault("", "TLS 1.3 alone", "a process that loaded grpc before it could be set", hint))
+
+
 def check_address(address: str) -> None:
     """Check the form of an address: of a port above 65535 gRPC takes the lowest 16 bits.
 
@@ -148,8 +161,9 @@ async def start_server(
     """Start the gRPC server in the running loop.
 
     Raises:
-        ConfigError: if the address cannot be listened on.
+        ConfigError: if the address cannot be listened on, or older versions of TLS cannot be excluded.
     """
+    check_cipher_suites(SET_IN_TIME)
     check_address(dispatcher.settings.listen)
     service = Service(dispatcher, roster, epoch=secrets.randbits(63), record=record, now=now)
     server = grpc.aio.server(options=server_options(dispatcher.settings, parties=len(roster.current().parties)))
