@@ -81,12 +81,15 @@ def coordinate(
         check_vacant(run)
         write_recipe(run, render(recipe))  # first of all: with it the run can be resumed, whenever this process ends
     folder = run / LINK
+    # Left in reverse order: the server stops first, and the audit log last, with every event in it.
     with store_errors(folder), ExitStack() as stack:
         folder.mkdir(exist_ok=True)
+        # Two servers of one run would each give receipts for other updates.
         stack.enter_context(lock_run(folder))
         audit = AuditLog(folder / AUDIT, on_failure=lambda error: record("warning", text=str(error)))
         stack.callback(audit.close)
         metrics = Metrics(names=settings.metrics_names)
+        # The audit log is first: an event is in it even if a later recorder fails.
         record_all = record_to_all(audit.record, metrics.record, log_event, record)
         dispatcher = create_dispatcher(recipe, run, settings, identity, record_all)
         metrics.add_gauges(
@@ -171,6 +174,7 @@ def first_cohort_size(recipe: Recipe, roster: RosterFile) -> int:
         return expected_clients(recipe)
     parties = roster.current().parties.values()
     enrolled = sum(party.role == "client" and party.state == "active" for party in parties)
+    # Else a run would begin with the first clients that happen to connect.
     return max(recipe.rounds.min_clients, enrolled)
 
 
@@ -205,6 +209,7 @@ def on_event(dispatcher: Dispatcher, record: RecordEvent, event: Event) -> None:
             if failure.kind == "refused":
                 dispatcher.settle(failure.client, round, refusal_of(failure))
             record("unused", client=failure.client, round=round, why=failure.kind, reason=failure.reason)
+        # Round 0 is the evaluation before the first round, for which no client has a task.
         case RoundFinished(line) if line["round"]:
             dispatcher.end_round(line["round"])
             used = sum(client["status"] == "ok" for client in line["clients"].values())

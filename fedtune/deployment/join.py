@@ -59,6 +59,7 @@ def load_join_setup(site: Path, *, server: str | None = None) -> JoinSetup:
     if not host or not port.isdecimal():
         raise ConfigError(Fault("link.address", "HOST:PORT", repr(link.address)), source=str(site))
     identity = load_identity((settings.root / link.identity).resolve(), role="client", now=int(time.time()))
+    # The roster knows the client by this name; under another one its plan would never reach it.
     if settings.name != identity.name:
         hint = f'set name = "{identity.name}", or enrol under the other name'
         raise ConfigError(Fault("name", f"{identity.name!r}, as this site is enrolled", repr(settings.name), hint))
@@ -90,7 +91,9 @@ def join(
     setup = load_join_setup(site, server=server)
     with store_errors(setup.state):
         setup.state.mkdir(parents=True, exist_ok=True)
+        # Updates lie here, from which something of the data may be inferred.
         setup.state.chmod(0o700)
+    # Two clients with one outbox would both reply to the same task.
     with lock_run(setup.state), open_audit_log(setup.state / AUDIT, record) as log, ExitStack() as stack:
         record_all = record_to_all(log.record, log_event, record)
         if warning := renewal_warning(setup.identity, int(time.time())):
@@ -114,6 +117,7 @@ def join(
 
 def make_trainer(site: Path, record: RecordEvent) -> ProcessTrainer:
     """Return a trainer in a process of its own, which loads base and data of a site's file."""
+    # A process of its own: torch may run out of memory and die without ending the connection.
     command = [sys.executable, "-m", "fedtune.client.site_process", str(site.resolve())]
     return ProcessTrainer(command, on_exit=lambda reason: record("died", reason=reason))
 

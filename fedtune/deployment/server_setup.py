@@ -29,6 +29,7 @@ def data_at_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: with every fault.
     """
+    # Every site has data of its own; a table in the recipe could only be wrong for some of them.
     *_, tables = read(source)
     return bind(source, overrides=(*overrides, *(() if "data" in tables else (DATA_AT_SITES,))))
 

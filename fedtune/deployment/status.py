@@ -176,6 +176,7 @@ def verify_receipts(run: Path, state: Path) -> int:
     """
     folder, heads = state / "runs" / read_run_id(run), list[str]()
     end = journal.read(run / "journal", lambda record: heads.append(record.prev))
+    # heads[n] is the head after n records.
     heads.append(end.head)
     total = 0
     for path in sorted(folder.glob("*/receipt")):

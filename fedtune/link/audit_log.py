@@ -93,6 +93,7 @@ class AuditLog:
                 while True:
                     entries.append(self._queue.get_nowait())
             over = None in entries
+            # After a failed write the end of the file is unknown: further events would break the chain.
             if self._journal.usable:
                 try:
                     self._journal.extend([entry for entry in entries if entry is not None])

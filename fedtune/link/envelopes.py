@@ -57,12 +57,14 @@ def verify_envelope(envelope: pb.Envelope, find_author: Callable[[bytes], Party 
     """
     if len(envelope.header) > MAX_HEADER_BYTES:
         raise rejection(pb.HEADER_TOO_LARGE, "header", f"at most {MAX_HEADER_BYTES} bytes", len(envelope.header))
+    # The id only finds the key; it is the signature that proves the author.
     author = find_author(envelope.key_id)
     if author is None:
         raise rejection(pb.KEY_UNKNOWN, "key_id", "a key of the roster", envelope.key_id[:16].hex())
     if not verify(author.key, KIND, envelope.header, envelope.signature):
         raise rejection(pb.SIGNATURE, "signature", f"one by {author.name}", "another, or other bytes signed")
     try:
+        # Not before here: bytes of an unknown sender never reach the parser.
         header = parse(pb.Header(), envelope.header)
     except WireError as error:
         raise rejection(pb.HEADER_MALFORMED, "header", "a Header of this release", error) from None
@@ -70,6 +72,7 @@ def verify_envelope(envelope: pb.Envelope, find_author: Callable[[bytes], Party 
         raise rejection(pb.PROTOCOL, "protocol", PROTOCOL, header.protocol)
     if header.author != author.name:
         raise rejection(pb.AUTHOR_MISMATCH, "author", author.name, header.author)
+    # Sorted and each once: else a key could name two bodies, and two readers take different ones.
     keys = [part.key for part in header.parts]
     if len(keys) > MAX_PARTS or keys != sorted(set(keys)) or any(len(part.digest) != 32 for part in header.parts):
         raise rejection(

@@ -52,6 +52,7 @@ def rejection(reason: pb.Reason, field: str, expected: object, got: object) -> R
             field=one_line(field),
             expected=one_line(str(expected)),
             found=one_line(str(got)),
+            # Sent along, since a client may be of an earlier release that does not know the reason.
             passing=reason in TRANSIENT,
         )
     )

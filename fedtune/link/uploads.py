@@ -48,6 +48,7 @@ class IncomingUpload:
         self.path, self.received_bytes, self._num_bytes, self._digest = path, stored, part.num_bytes, part.digest
         self._hash = sha256()
         with store_errors(path):
+            # Unbuffered: after a cut the next transfer goes on at the size of the file.
             self._file = path.open("ab", buffering=0)
             if stored:
                 with path.open("rb") as file:

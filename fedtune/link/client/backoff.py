@@ -95,11 +95,13 @@ class Backoff:
         """
         self._check(job)
         now, status, details = self._clock(), error.code(), error.details()
+        # Such as UNIMPLEMENTED of another service on that port: to wait would hide the mistake for days.
         if status not in TRANSIENT_STATUS:
             raise ConfigError(Fault("link.address", "a fedtune server", f"{status.name}: {one_line(details or '')}"))
         self._failed_at = now
         if self._unreachable_since is None:
             self._unreachable_since = now
+        # Only the main loop reports: the calls of all jobs fail for the same reason.
         if job is None and now - self._reported_at >= REPORT_INTERVAL_S:
             self._report(now)
         if self._settings.patience_s and now - self._unreachable_since > self._settings.patience_s:

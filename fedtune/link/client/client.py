@@ -143,6 +143,7 @@ class Client:
         """Take part in a run, or go on with it: stored replies without a receipt are sent first."""
         if self._stop.is_set():
             return
+        # A run is known by its folder, so a restarted client does not ask its operator again.
         is_known = (self._state / "runs" / greeting.run).exists()
         self._record(
             "hello",
@@ -169,6 +170,7 @@ class Client:
         assert greeting is not None
         with self._lock:
             holding = list(self._jobs)
+        # The server names those of the held tasks that it has closed, and offers none of them again.
         request = pb.NextRequest(epoch=greeting.epoch, holding=holding)
         reply = self._calls.next(request, timeout=greeting.limits.hold_ms / 1000 + CALL_S)
         match reply.WhichOneof("what"):

@@ -65,6 +65,7 @@ class Delivery:
                             raise WireError("expected the server to want a part of the reply; it wants another")
                         self._push(job, reply, want, paths[want.digest])
                     if durable is not None:
+                        # The next Submit promises these bytes: after a crash they must be here to be sent again.
                         durable.join()
                 case "busy":
                     job.wait(response.busy.retry_after_ms / 1000)

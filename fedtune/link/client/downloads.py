@@ -45,8 +45,10 @@ class Downloads:
             StoppedError: if the job should give up.
         """
         whole = entry.part(part.digest)
+        # Renamed into place only after its digest was verified, so it need not be read again.
         if whole.exists():
             return
+        # Inline bytes are not signed themselves; wrong ones are ignored, and the part is fetched.
         if (data := inline.get(part.digest)) is not None and sha256(data).digest() == part.digest:
             with store_errors(whole):
                 whole.write_bytes(data)

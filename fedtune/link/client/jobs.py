@@ -65,6 +65,7 @@ class ThreadGuard:
         except StoppedError:
             pass
         except FedtuneError as error:
+            # The first fault is the cause; later ones come from the channel that it closes.
             self.fault = self.fault or error
             self._close_channel()
         except ValueError:  # what gRPC raises on a channel that was closed before a call began

@@ -84,6 +84,7 @@ def open_entry(state: Path, task: pb.Envelope, header: pb.Header) -> Entry:
     folder = state / "runs" / header.run / f"{header.round:06}-{sha256(task.header).hexdigest()[:16]}"
     with store_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        # After a restart the task is the same bytes; a rewrite could leave half of them.
         if not (folder / TASK).exists():
             (folder / TASK).write_bytes(task.SerializeToString())
     return Entry(folder, task, header)
@@ -104,6 +105,7 @@ def _iterate_entries(folder: Path) -> Iterator[Entry]:
             try:
                 task = parse(pb.Envelope(), (path / TASK).read_bytes())
                 yield Entry(path, task, parse(pb.Header(), task.header))
+            # A crash can leave a task without its bytes, since nothing here was synced.
             except (WireError, FileNotFoundError):
                 continue
 

@@ -129,12 +129,14 @@ def check_policy(
 
 
 def violations(policy: Policy, demand: TaskDemand, recipe: str, usage: Usage, now: time) -> Iterator[PolicyViolation]:
+    # Every limit, not only the first: the operator sees at once what would have to be allowed.
     if policy.methods and demand.method not in policy.methods:
         yield PolicyViolation(
             pb.METHOD_NOT_ALLOWED, f"policy.methods: allowed {', '.join(policy.methods)}; got {demand.method}"
         )
     if policy.recipes and not digest_matches(recipe, policy.recipes):
         yield PolicyViolation(pb.RECIPE_NOT_ALLOWED, f"policy.recipes: recipe {recipe[:16]} is not among them")
+    # A dry run does not know the base yet, and leaves it empty.
     if policy.bases and demand.base and not digest_matches(demand.base, policy.bases):
         yield PolicyViolation(pb.BASE_NOT_ALLOWED, f"policy.bases: base {demand.base[:16]} is not among them")
     if policy.max_rank is not None and demand.rank is not None and demand.rank > policy.max_rank:
@@ -183,6 +185,7 @@ def digest_matches(digest: str, prefixes: Sequence[str]) -> bool:
 def is_within_hours(hours: str, now: time) -> bool:
     """Return whether a time of day lies within `HH:MM-HH:MM`, which may go over midnight."""
     begin, end = (time.fromisoformat(text) for text in hours.split("-"))
+    # The end is excluded, so that 20:00-06:00 and 06:00-20:00 share no minute.
     if begin <= end:
         return begin <= now < end
     return now >= begin or now < end

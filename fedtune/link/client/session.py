@@ -79,6 +79,7 @@ class Session:
             build=build_version(),
             roster_version=self._roster.current().version,
         )
+        # A loop, since some refusals pass: an expired roster is renewed at the server without a restart here.
         while (reply := self._calls.hello(request, timeout=CALL_S)).HasField("refusal"):
             self._backoff.wait_after_refusal(reply.refusal)
         if reply.roster:

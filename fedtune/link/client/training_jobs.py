@@ -71,6 +71,7 @@ class TrainingJobs:
     def load(self) -> None:
         """Load base and data, and write the profile that answers hellos."""
         folder = self._state / "profile"
+        # A profile of an earlier start may be of other data.
         shutil.rmtree(folder, ignore_errors=True)
         began = self._clock()
         try:
@@ -141,6 +142,7 @@ class TrainingJobs:
         if front is None or front.num_bytes > MAX_HEADER_BYTES:
             raise WireError(f"expected a task with an assignment of at most {MAX_HEADER_BYTES} bytes; got another")
         usage = self._usage(job.header.run)
+        # Only the assignment at first: a task that the policy forbids costs no download.
         self._downloads.fetch(job, entry, front, inline)
         demand = policy.read_demand(job.header, entry.part(front.digest).read_bytes())
         local_time = datetime.fromtimestamp(self._now()).time()
@@ -157,6 +159,7 @@ class TrainingJobs:
             (entry.folder / "front").write_bytes(entry.part(front.digest).read_bytes())
         self._perform(job, entry)
         size = entry.update.stat().st_size
+        # The size is known only now; an update over the limit is removed at once and never sent.
         if (violation := policy.check_upload(self._rules, size, usage)) is not None:
             entry.update.unlink()
             return self._decline(job, violation.veto, violation.note)

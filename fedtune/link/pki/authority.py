@@ -37,6 +37,7 @@ def create_authority(folder: Path, federation: str, *, now: int, years: int = 10
     key, root = certificates.new_tls_key(), Ed25519PrivateKey.generate()
     with store_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        # Before the first key is written: else other users could read it for a moment.
         folder.chmod(0o700)
     write_bytes(folder / CA_KEY, certificates.pem_of(key), mode=0o600)
     write_bytes(folder / ROSTER_KEY, certificates.pem_of(root), mode=0o600)
@@ -135,6 +136,7 @@ def revoke(folder: Path, name: str, *, now: int) -> Roster:
     if name not in before.parties:
         known: Sequence[str] = sorted(before.parties)
         raise ConfigError(Fault("name", f"a party ({', '.join(known) or 'there is none yet'})", repr(name)))
+    # Revoked, and not removed: its key must not come back under another name.
     revoked = dataclasses.replace(before.parties[name], state="revoked", serials=())
     sign_next_version(folder, dataclasses.replace(before, parties={**before.parties, name: revoked}), now=now)
     return current_roster(folder)
@@ -148,6 +150,7 @@ def renew(folder: Path, *, days: int = ROSTER_DAYS, now: int) -> Roster:
 
 def sign_next_version(folder: Path, changed: Roster, *, days: int = ROSTER_DAYS, now: int) -> bytes:
     """Sign a roster under the next version number, write it, and return it."""
+    # Never earlier than before: a new party must not shorten the time in which the roster is valid.
     until = max(changed.valid_until, now + days * DAY_S)
     following = dataclasses.replace(changed, version=changed.version + 1, valid_until=until)
     with key_errors(folder):

@@ -79,6 +79,7 @@ def new_tls_key() -> ec.EllipticCurvePrivateKey:
 
 
 def common_name(name: str) -> x509.Name:
+    # 64 characters are the limit of X.520; the whole name is in the URI.
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
 
 
@@ -110,6 +111,7 @@ def ca_certificate(federation: str, key: ec.EllipticCurvePrivateKey, *, years: i
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin)
         .not_valid_after(end)
+        # No CA below it: a stolen certificate of a party cannot issue others.
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -139,6 +141,7 @@ def csr_key(pem: bytes) -> ec.EllipticCurvePublicKey:
     key = request.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ValueError("not a key of ECDSA P-256")
+    # Its own signature proves that the author has the private key.
     if not request.is_signature_valid:
         raise ValueError("its signature does not hold")
     return key
@@ -165,6 +168,7 @@ def issue_certificate(
     issuer = x509.load_pem_x509_certificate(ca)
     begin, end = validity_dates(now, timedelta(days=days))
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri)]
+    # Hosts in a server certificate alone: no client can pose as the server that others dial.
     names += [host_general_name(host) for host in hosts] if server else []
     purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
     signed = (
@@ -174,6 +178,7 @@ def issue_certificate(
         .public_key(public)
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin)
+        # A certificate that outlives its CA would fail with a misleading reason.
         .not_valid_after(min(end, issuer.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)

@@ -159,6 +159,7 @@ def accept_bundle(folder: Path, bundle: bytes, *, now: int) -> Identity:
             certificates.matches_key(pem, certificates.load_tls_key(tls)),
             certificates.is_issued_by(pem, ca),
         )
+        # The whole bundle is verified before the first file is written.
         root, public = parse_root_key(anchor), public_bytes(certificates.load_signing_key(key))
         is_unchanged = (
             certificates.is_canonical(pem) and certificates.are_trust_anchors(ca) and anchor == root_pem(root)
@@ -172,6 +173,7 @@ def accept_bundle(folder: Path, bundle: bytes, *, now: int) -> Identity:
         raise ConfigError(Fault("bundle", f"a certificate of the key in {folder}", f"one of another, {name!r}", hint))
     if not is_issued:
         raise ConfigError(Fault("bundle", "a certificate signed by the CA in it", "one of another CA"))
+    # Pinned at the first enrolment: a bundle swapped on its way must not bring another CA.
     for path, data, what in ((folder / CA, ca, "CA"), (folder / ROOT, anchor, "roster key")):
         if path.exists() and path.read_bytes() != data:
             hint = f"if the federation has really changed its {what}, compare fingerprints by voice and remove {path}"
@@ -215,6 +217,7 @@ def unpack_bundle(data: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     Raises:
         WireError: if it is malformed.
     """
+    # Before it is parsed: a JSON parser needs many times the memory of its text.
     if len(data) > MAX_BUNDLE_BYTES:
         raise WireError(f"bundle: expected at most {MAX_BUNDLE_BYTES} bytes; got more")
     body = parse_json(data, "bundle")

@@ -82,6 +82,7 @@ def load_identity(folder: Path, *, role: str, now: int) -> Identity:
     except WireError as error:
         hint = "fedtune roster install FILE, with the file from the coordinator"
         raise identity_error(f"a roster of this federation in {folder}", str(error), hint) from None
+    # The roster, and not the certificate, says which key signs for a party.
     party = roster.parties.get(name)
     if party is None or party.key != public_bytes(key):
         raise identity_error(
@@ -147,6 +148,7 @@ def read_required(path: Path) -> bytes:
     step = "fedtune enroll request" if path.suffix == ".key" else "fedtune enroll accept BUNDLE"
     try:
         with path.open("rb") as file:
+            # Bounded: one byte more than any valid file is enough to reject it.
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise identity_error(f"a file {path}", "none", f"it is made by {step}") from None

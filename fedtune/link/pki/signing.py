@@ -15,6 +15,7 @@ def pae(kind: str, payload: bytes) -> bytes:
     b'DSSEv1 29 http://example.com/HelloWorld 11 hello world'
     """
     name = kind.encode()
+    # Lengths first: no type and payload have the encoding of another pair.
     return b"DSSEv1 %d %s %d %s" % (len(name), name, len(payload), payload)
 
 

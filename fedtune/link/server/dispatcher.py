@@ -10,29 +10,24 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 
 from fedtune.link import uploads
 from fedtune.link.audit_log import RecordEvent, ignore_event
-from fedtune.link.envelopes import HELLO, assignment_subject, digest, expect_fields, make_part
-from fedtune.link.rejections import TRANSIENT, RejectionError, describe, one_line, rejection
+from fedtune.link.envelopes import HELLO, assignment_subject, digest, make_part
+from fedtune.link.rejections import TRANSIENT
 from fedtune.link.server.assignments import (
     Assignments,
     Body,
-    ReceivedParts,
     Result,
     Task,
-    TaskReply,
-    Withdrawn,
-    check_parts,
     is_hello,
     is_training,
-    total_bytes,
 )
 from fedtune.link.server.blocklist import Blocklist, RefusalCounter
 from fedtune.link.server.presence import ClientPresence, Presence
 from fedtune.link.server.receipts import Receipts
+from fedtune.link.server.replies import Replies
 from fedtune.link.server.run_info import RunInfo
 from fedtune.link.settings import KIB, MIB, LinkSettings
 from fedtune.store.files import make_folder, store_errors
@@ -40,8 +35,6 @@ from fedtune.wire.v1 import link_pb2 as pb
 
 STALE_PART_S = 24 * 3600.0
 """After which a part that a client stopped sending is removed from the disk at the next start."""
-RETRY_REPLY_MS = 500
-"""After which a client submits again a reply to a task that this process has not posted yet."""
 
 
 class Wakeup:
@@ -104,6 +97,9 @@ class Dispatcher:
         self._tasks = Assignments(folder, inline_bytes=settings.inline_kib * KIB)
         self._receipts = Receipts(accepted or {}, ended)
         self._presence = Presence(settings, clock, on_arrival=self._wakeup.set)
+        self._replies = Replies(
+            run, settings, folder, self._tasks, self._receipts, self._presence, self._wakeup.set, record
+        )
         self._refusals = RefusalCounter()
         self._cohort: Collection[str] = ()
         self._informed = set[str]()  # clients that know that there is no more work
@@ -152,7 +148,7 @@ class Dispatcher:
             posted.deadline = new.deadline
             message_id = self._tasks.new_message_id(posted)
             if posted.is_answered:
-                self._deliver(posted)
+                self._replies.deliver(posted)
             self._presence.wake(client)
         self._record(
             "asked",
@@ -183,9 +179,9 @@ class Dispatcher:
         for earlier in self._tasks.of_client(new.client):
             if is_hello(new):  # of several hellos only the last one is waited for
                 if is_hello(earlier):
-                    self._close(earlier)
+                    self._replies.close(earlier)
             elif is_training(earlier) and earlier.digest != new.digest and earlier.header.round == new.header.round:
-                self._give_receipt(earlier, pb.NOTED)  # its client asked for more than the first task brought
+                self._replies.give_receipt(earlier, pb.NOTED)  # its client asked for more than the first task brought
 
     def collect(self, message_ids: Collection[str]) -> Mapping[str, Result]:
         """Return the results that are ready, each once; tasks of lost clients are withdrawn."""
@@ -214,7 +210,7 @@ class Dispatcher:
         with self._lock:
             for task in self._tasks.of_client(client):
                 if task.header.round == number and task.is_answered and not task.has_receipt:
-                    self._give_receipt(task, pb.REFUSED if refusal else pb.ACCEPTED, refusal)
+                    self._replies.give_receipt(task, pb.REFUSED if refusal else pb.ACCEPTED, refusal)
                     if refusal:
                         self.count_refusal(client, refusal)
 
@@ -224,9 +220,9 @@ class Dispatcher:
             self._receipts.end_round(number)
             for task in self._tasks.all():
                 if 0 < task.header.round <= number:
-                    self._give_receipt(task, pb.LATE)
+                    self._replies.give_receipt(task, pb.LATE)
                     self._tasks.end_waiting(task, "its round has ended")
-                    self._close(task)
+                    self._replies.close(task)
 
     def stop(self, why: pb.Stop.Why, *, retry_after_s: float = 0.0) -> None:
         """Answer every client that asks for work that there is none left."""
@@ -315,36 +311,7 @@ class Dispatcher:
             RejectionError: if it is no reply to an open task, or not one that its task allows.
         """
         with self._lock:
-            expect_fields(header, federation=self.run.federation, run=self.run.run)
-            if header.kind not in (pb.ANSWER, pb.DECLINE):
-                raise rejection(pb.KIND_NOT_EXPECTED, "kind", "ANSWER or DECLINE", header.kind)
-            if (given := self._receipts.given(client, header.order)) is not None:
-                first, receipt = given
-                if first != reply:
-                    raise conflict(first, reply)
-                return pb.SubmitReply(receipt=receipt)
-            task = self._tasks.get(client, header.order)
-            if task is None:
-                return self._respond_without_task(client, reply, header)
-            expect_fields(
-                header,
-                round=task.header.round,
-                recipe=self.run.recipe_digest,
-                base=task.header.base,
-                state=task.header.state,
-            )
-            if self.settings.build:
-                expect_fields(header, build=self.settings.build)
-            if header.kind == pb.DECLINE:
-                return self._decline(task, reply, header)
-            check_parts(task, header)
-            if task.reply is None or (task.reply.digest != reply and not task.reply.is_whole):
-                self._check_quota(client, header)
-                self._tasks.remove_files(task)
-                task.reply = TaskReply(reply, header)
-            elif task.reply.digest != reply:  # the first whole reply counts: a second one could be chosen after it
-                raise conflict(task.reply.digest, reply)
-            return self._receive(task, task.reply, inline)
+            return self._replies.submit(client, reply, header, inline)
 
     def missing_part(self, client: str, reply: bytes, part_digest: bytes) -> pb.Part:
         """Return the part of a reply whose bytes are not here yet.
@@ -378,110 +345,3 @@ class Dispatcher:
                 if task.reply is not None and task.reply.digest == reply:
                     path = uploads.part_path(self.folder, client, part_digest)
                     task.reply.bodies[part_digest] = uploads.map_file(path)
-
-    # ---- called with the lock held ----
-
-    def _respond_without_task(self, client: str, reply: bytes, header: pb.Header) -> pb.SubmitReply:
-        """Return the response to a reply whose task is not open: it has been accepted before, or comes too late."""
-        if self._receipts.is_accepted(client, header):
-            receipt = self._receipts.give(self.run, client, reply, header, pb.ACCEPTED)
-            return pb.SubmitReply(receipt=receipt)
-        if 0 < header.round <= self._receipts.ended:
-            self._record("late", client=client, round=header.round)
-            return pb.SubmitReply(receipt=self._receipts.give(self.run, client, reply, header, pb.LATE))
-        is_posted = any(task.header.round == header.round for task in self._tasks.of_client(client))
-        if header.round == self._receipts.ended + 1 and not is_posted:  # this process will post it soon
-            return pb.SubmitReply(busy=pb.Wait(retry_after_ms=RETRY_REPLY_MS))
-        raise rejection(pb.ORDER_UNKNOWN, "order", "a task of this client", header.order.hex()[:16])
-
-    def _decline(self, task: Task, reply: bytes, header: pb.Header) -> pb.SubmitReply:
-        """Withdraw a task that its client will not do."""
-        if task.is_answered:
-            raise rejection(pb.CONFLICT, "answer", "the reply that came first", "a decline")
-        veto = pb.Veto.Name(header.decline.veto) if header.decline.veto in pb.Veto.values() else "VETO_UNKNOWN"
-        note = one_line(header.decline.note, longest=500)
-        reason = note if header.decline.veto == pb.WORK_FAILED else f"declined, {veto}: {note}"
-        self._tasks.set_result(task, Withdrawn(task.client, reason))
-        self._wakeup.set()
-        self._record("declined", client=task.client, round=task.header.round, veto=veto, reason=note)
-        receipt = self._receipts.give(self.run, task.client, reply, header, pb.NOTED)
-        self._receipts.remember(task.client, task.digest, reply, receipt)
-        self._close(task)
-        return pb.SubmitReply(receipt=receipt)
-
-    def _check_quota(self, client: str, header: pb.Header) -> None:
-        total = total_bytes(header)
-        limit, day_total = int(self.settings.day_gib * 2**30), self._presence.day_bytes(client) + total
-        if day_total > limit:
-            raise rejection(pb.QUOTA, "parts", f"at most {limit} bytes a day", day_total)
-        free, required = uploads.free_bytes(self.folder), total + self.settings.free_mib * MIB
-        if free < required:
-            raise rejection(pb.DISK_LOW, "disk", f"{required} bytes free", free)
-
-    def _receive(self, task: Task, reply: TaskReply, inline: Mapping[bytes, bytes]) -> pb.SubmitReply | None:
-        """Take the parts that came inline; return what is missing, the receipt, or None while that is pending."""
-        wanted = list[pb.Want]()
-        for part in reply.header.parts:
-            if part.digest in reply.bodies:
-                continue
-            if (data := inline.get(part.digest)) is not None:
-                if len(data) != part.num_bytes or sha256(data).digest() != part.digest:
-                    raise rejection(pb.DIGEST, part.key, part.digest.hex()[:16], sha256(data).hexdigest()[:16])
-                reply.bodies[part.digest] = data
-                self._presence.count_bytes(task.client, len(data))
-                continue
-            path = uploads.part_path(self.folder, task.client, part.digest)
-            wanted.append(pb.Want(digest=part.digest, offset=uploads.stored_bytes(path)))
-        if wanted:
-            return pb.SubmitReply(wanted=pb.Wanted(parts=wanted))
-        if not reply.is_whole:
-            reply.is_whole = True
-            self._deliver(task)
-            self._record(
-                "answered",
-                client=task.client,
-                task=task.header.task,
-                round=task.header.round,
-                answer=reply.digest.hex(),
-                bytes=total_bytes(reply.header),
-            )
-            if is_hello(task):
-                self._give_receipt(task, pb.NOTED)
-                self._close(task)
-        return pb.SubmitReply(receipt=reply.receipt) if reply.receipt is not None else None
-
-    def _deliver(self, task: Task) -> None:
-        """Have a whole reply ready for the round loop."""
-        assert task.reply is not None
-        bodies = {part.key: task.reply.bodies[part.digest] for part in task.reply.header.parts}
-        self._tasks.set_result(task, ReceivedParts(task.client, bodies))
-        self._wakeup.set()
-
-    def _give_receipt(self, task: Task, verdict: pb.Verdict, refusal: pb.Refusal | None = None) -> None:
-        """Give the receipt of a whole reply, unless it has one."""
-        reply = task.reply
-        if reply is None or not reply.is_whole or reply.receipt is not None:
-            return
-        reply.receipt = self._receipts.give(self.run, task.client, reply.digest, reply.header, verdict, refusal)
-        self._receipts.remember(task.client, task.digest, reply.digest, reply.receipt)
-        if verdict == pb.ACCEPTED:
-            self._receipts.accept(task.client, reply.header)
-        self._tasks.remove_files(task)
-        reply.bodies.clear()
-        self._record(
-            "receipt",
-            client=task.client,
-            round=task.header.round,
-            answer=reply.digest.hex(),
-            verdict=pb.Verdict.Name(verdict),
-            reason=describe(refusal) if refusal else "",
-        )
-        self._presence.wake(task.client)
-
-    def _close(self, task: Task) -> None:
-        self._tasks.close(task)
-        self._presence.wake(task.client)
-
-
-def conflict(first: bytes, reply: bytes) -> RejectionError:
-    return rejection(pb.CONFLICT, "answer", f"{first.hex()[:16]}, which came first", reply.hex()[:16])

@@ -79,6 +79,7 @@ class Metrics:
 
 
 class HealthServer(ThreadingMixIn, WSGIServer):
+    # A probe that hangs must not keep the server from ending.
     daemon_threads = True
 
 
@@ -106,6 +107,7 @@ def serve_health(address: str, metrics: Metrics, *, unready: Callable[[], str]) 
         if path == "/metrics":
             page: Iterable[bytes] = metrics_app(environ, start_response)
             return page
+        # Only /readyz: an orchestrator restarts what is not healthy, and a restart does not mend a full disk.
         reason = unready() if path == "/readyz" else ""
         status = HTTPStatus.OK if path in ("/healthz", "/readyz") else HTTPStatus.NOT_FOUND
         status = HTTPStatus.SERVICE_UNAVAILABLE if reason else status

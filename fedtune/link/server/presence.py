@@ -52,6 +52,7 @@ class Presence:
 
     def clients(self) -> Sequence[str]:
         """Return the clients whose last sign of life is younger than `lease_s`, or that have a call held."""
+        # Sorted: cohorts are drawn by position, and must not depend on who came first.
         return sorted(client for client in self._seen if self._is_connected(client))
 
     def clients_with_calls(self) -> Sequence[str]:
@@ -80,6 +81,7 @@ class Presence:
 
     def count_bytes(self, client: str, num_bytes: int) -> None:
         """Count bytes that a client has sent, which is a sign of life, too."""
+        # Not `sign_of_life`: the round loop need not wake for bytes of a client that is here already.
         self._seen[client] = self._clock()
         self._uploads.setdefault(client, []).append((self._clock(), num_bytes))
 

@@ -79,6 +79,7 @@ class Receipts:
     def remember(self, client: str, task: bytes, reply: bytes, receipt: pb.Envelope) -> None:
         """Keep a receipt for repeats, and drop the oldest ones beyond `MAX_RECEIPTS`."""
         self._given[(client, task)] = reply, receipt
+        # The first key of a dict is its oldest: any client can cause receipts, so memory must be bounded.
         while len(self._given) > MAX_RECEIPTS:
             del self._given[next(iter(self._given))]
 
