@@ -17,7 +17,7 @@ def test_what_others_say_is_not_obeyed_by_the_terminal() -> None:
     assert format_event("refused", {"client": "a\x1b[2J", "reason": "b\rc"}) == "a\\x1b[2J refused: b\\rc"
 
 
-def test_what_went_well_is_told_to_the_log_collector_alone() -> None:
+def test_what_went_well_is_written_for_log_collectors_alone() -> None:
     assert EVENT_TEXTS.keys() >= FAULTS_ONLY
     assert format_event("receipt", {"client": "anna", "round": 1, "verdict": "ACCEPTED"}) == ""
     assert format_event("receipt", {"client": "anna", "round": 1, "verdict": "LATE"}) == "round 1: anna LATE"

@@ -1,4 +1,4 @@
-"""A site's own file held against what a run asks; taking part is tried in tests/test_link.py."""
+"""A site's own file compared with the demands of a run; joining one is tested in tests/test_link.py."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def site(tmp_path: Path) -> Path:
 
 
 def test_a_site_is_bound_with_its_identity_and_its_paths_start_at_its_file(site: Path) -> None:
-    made = load_join_setup(site)
-    assert made.identity.name == "site-a"
-    assert made.state == site.parent / "state"
+    result = load_join_setup(site)
+    assert result.identity.name == "site-a"
+    assert result.state == site.parent / "state"
     assert load_join_setup(site, server="other:2").link.address == "other:2"
 
 
@@ -54,7 +54,7 @@ def test_a_site_is_bound_with_its_identity_and_its_paths_start_at_its_file(site:
         ('address = "localhost:1"', 'address = "localhost:1"\nidentity = "nowhere"', "fedtune enroll request"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_dialled(site: Path, old: str, new: str, match: str) -> None:
+def test_what_does_not_fit_is_reported_before_a_connection(site: Path, old: str, new: str, match: str) -> None:
     assert old in SITE
     site.write_text(SITE.replace(old, new))
     with pytest.raises(ConfigError, match=match):

@@ -17,7 +17,7 @@ def enroll_parties(
     host: str = "localhost",
     now: int | None = None,
 ) -> Mapping[str, Path]:
-    """Enrol everybody as their own commands would, and return the identity folders by name, and the CA's under `ca`."""
+    """Enrol all parties as their commands would; return the identity folders by name, and the CA's under `ca`."""
     at = int(time.time()) if now is None else now
     ca = folder / "ca"
     authority.create_authority(ca, federation, now=at)
@@ -37,7 +37,7 @@ def enroll_parties(
 
 
 def copy_roster(ca: Path, places: Mapping[str, Path], *, to: Sequence[str] | None = None) -> None:
-    """Put the CA's newest roster into identity folders: of everybody, or of those that are named."""
+    """Copy the CA's newest roster into identity folders: into all, or into those that `to` names."""
     for name, place in places.items():
         if name != "ca" and (to is None or name in to):
             (place / "roster").write_bytes((ca / "roster").read_bytes())

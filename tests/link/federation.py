@@ -24,10 +24,10 @@ END_S = 180.0
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on; servers that are started again need the same one."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Return a port of loopback that no server listens on; servers that are started again need the same one."""
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        return int(result.getsockname()[1])
 
 
 @dataclass
@@ -53,9 +53,9 @@ class Federation:
         return "".join(self.lines.get(name, []))
 
     def events(self, name: str, kind: str) -> list[Mapping[str, Any]]:
-        """Return what a process has told, of one kind."""
-        found = [json.loads(line) for line in list(self.lines.get(name, [])) if line.startswith("{")]
-        return [one for one in found if one.get("event") == kind]
+        """Return the events of one kind that a process has written."""
+        result = [json.loads(line) for line in list(self.lines.get(name, [])) if line.startswith("{")]
+        return [one for one in result if one.get("event") == kind]
 
     def until(self, happened: Callable[[], object]) -> None:
         """Wait until what processes have written says that something has happened."""
@@ -133,16 +133,16 @@ def federation(
         port: that clients dial, if it is not the server's.
     """
     places = enroll_parties(folder, clients=clients)
-    made = Federation(folder, free_port(), places)
+    fed = Federation(folder, free_port(), places)
     (folder / "recipe.toml").write_text(recipe)
-    settings = {"listen": f"127.0.0.1:{made.port}", "identity": str(places["server"]), "health": "", **(server or {})}
+    settings = {"listen": f"127.0.0.1:{fed.port}", "identity": str(places["server"]), "health": "", **(server or {})}
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     (folder / "server.toml").write_text("\n".join(["[link]", *lines, ""]))
     for name in clients:
-        link = [f'address = "localhost:{port or made.port}"', "backoff_s = 0.1", "backoff_cap_s = 1.0"]
+        link = [f'address = "localhost:{port or fed.port}"', "backoff_s = 0.1", "backoff_cap_s = 1.0"]
         text = [f'name = "{name}"', site[name], "[link]", *link, ""]
         (folder / name / "site.toml").write_text("\n".join(text))
     try:
-        yield made
+        yield fed
     finally:
-        made.end()
+        fed.end()

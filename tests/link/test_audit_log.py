@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.link.audit_log import AuditLog, ignore_event, read_audit_log, record_digests, record_to_all
+from fedtune.link.audit_log import (
+    LOGGER,
+    AuditLog,
+    ignore_event,
+    log_event,
+    read_audit_log,
+    record_digests,
+    record_to_all,
+)
 
 
 def written(path: Path, *kinds: str) -> None:
@@ -20,14 +28,14 @@ def test_a_log_is_read_in_order_and_goes_on(tmp_path: Path) -> None:
     written(path, "asked", "answered")
     first = read_audit_log(path)
     written(path, "stopped")
-    found = read_audit_log(path)
-    assert [(one.n, one.kind, one.fields) for one in found.entries] == [
+    result = read_audit_log(path)
+    assert [(one.n, one.kind, one.fields) for one in result.entries] == [
         (0, "asked", {"client": "anna", "bytes": 0}),
         (1, "answered", {"client": "anna", "bytes": 1}),
         (2, "stopped", {"client": "anna", "bytes": 0}),
     ]
-    assert all(one.unix_ms > 1.7e12 for one in found.entries)
-    assert {first.head, found.head} <= record_digests(path)
+    assert all(one.unix_ms > 1.7e12 for one in result.entries)
+    assert {first.head, result.head} <= record_digests(path)
 
 
 def test_a_log_that_was_changed_is_refused_and_the_entry_named(tmp_path: Path) -> None:
@@ -51,18 +59,18 @@ def test_what_a_crash_left_of_an_entry_is_cut(tmp_path: Path) -> None:
     assert [one.kind for one in read_audit_log(path).entries] == ["asked", "stopped"]
 
 
-def test_a_log_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
-    told: list[StoreError] = []
-    log = AuditLog(tmp_path / "audit", on_failure=told.append)
+def test_a_log_that_cannot_be_written_is_reported_once(tmp_path: Path) -> None:
+    events: list[StoreError] = []
+    log = AuditLog(tmp_path / "audit", on_failure=events.append)
     log.record("asked", client="anna", fraction=0.5)  # type: ignore[arg-type]
     log.record("asked", client="anna")
     log.close()
-    assert len(told) == 1  # what stood beside it is lost with it
+    assert len(events) == 1  # what stood beside it is lost with it
     written(tmp_path / "audit", "stopped")
     assert read_audit_log(tmp_path / "audit").entries[-1].kind == "stopped"
 
 
-def test_several_are_told_the_same() -> None:
+def test_several_recorders_receive_the_same() -> None:
     heard: list[tuple[str, object]] = []
     tell = record_to_all(ignore_event, lambda kind, **fields: heard.append((kind, fields)))
     tell("asked", round=1)
@@ -72,3 +80,10 @@ def test_several_are_told_the_same() -> None:
 def test_without_a_log_the_error_says_what_makes_one(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="fedtune serve"):
         read_audit_log(tmp_path / "audit")
+
+
+def test_events_reach_the_logger_of_an_application_that_configures_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="fedtune.link"):
+        log_event("hello", client="anna", roster=3)
+    assert caplog.messages == ["hello {'client': 'anna', 'roster': 3}"]
+    assert not LOGGER.handlers  # a library leaves handlers and levels to its application

@@ -37,14 +37,14 @@ def signed(data: bytes) -> pb.Envelope:
 
 
 def header(**changes: object) -> pb.Envelope:
-    made = pb.Header()
-    made.CopyFrom(HEADER)
+    result = pb.Header()
+    result.CopyFrom(HEADER)
     for name, value in changes.items():
         if isinstance(value, list):
-            getattr(made, name).extend(value)
+            getattr(result, name).extend(value)
         else:
-            setattr(made, name, value)
-    return signed(made.SerializeToString())
+            setattr(result, name, value)
+    return signed(result.SerializeToString())
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_is_wrong_with_a_statement_has_a_name(envelope: Callable[[], pb.Env
 
 
 @given(st.binary(max_size=200), st.binary(max_size=80), st.binary(max_size=20))
-def test_bytes_that_nobody_signed_are_refused(data: bytes, signature: bytes, key: bytes) -> None:
+def test_bytes_without_a_valid_signature_are_refused(data: bytes, signature: bytes, key: bytes) -> None:
     with pytest.raises(RejectionError):
         verify_envelope(pb.Envelope(header=data, signature=signature, key_id=key), member)
 
@@ -103,10 +103,10 @@ def test_a_field_that_differs_is_refused_by_its_own_reason() -> None:
         assert pb.Reason.Name(caught.value.refusal.reason) == reason
 
 
-def test_the_subject_of_an_order_is_its_round_its_base_and_the_bodies_it_brings() -> None:
+def test_the_subject_of_a_task_is_its_round_its_base_and_the_bodies_it_brings() -> None:
     plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
-    made = Assignment("flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c")
-    front = encode_assignment(made).header
+    result = Assignment("flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c")
+    front = encode_assignment(result).header
     bodies = [make_part("", front), make_part("b", b"two"), make_part("a", b"one")]
     number, base, state = assignment_subject(front, bodies)
     assert (number, base) == (3, "9f3c")
@@ -118,17 +118,17 @@ def test_size_comes_before_the_key_and_the_key_before_the_signature() -> None:
     large = pb.Envelope(header=b"x" * (64 * 1024 + 1), signature=b"none", key_id=b"unknown")
     unknown = pb.Envelope(header=b"\xff\xff", signature=b"none", key_id=b"unknown")
     forged = pb.Envelope(header=b"\xff\xff", signature=b"none", key_id=SEALED.key_id)
-    asked = list[bytes]()
+    task_digest = list[bytes]()
 
     def counted(key: bytes) -> Party | None:
-        asked.append(key)
+        task_digest.append(key)
         return member(key)
 
     for envelope, reason in ((large, "HEADER_TOO_LARGE"), (unknown, "KEY_UNKNOWN"), (forged, "SIGNATURE")):
         with pytest.raises(RejectionError) as caught:
             verify_envelope(envelope, counted)
         assert pb.Reason.Name(caught.value.refusal.reason) == reason
-    assert asked == [b"unknown", SEALED.key_id]
+    assert task_digest == [b"unknown", SEALED.key_id]
 
 
 def test_a_header_of_the_largest_size_is_read() -> None:

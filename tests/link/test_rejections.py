@@ -9,11 +9,11 @@ from fedtune.wire.v1 import link_pb2 as pb
 
 
 @given(st.text(max_size=2000))
-def test_a_text_of_somebody_else_is_one_short_printable_line(text: str) -> None:
-    found = one_line(text)
-    assert len(found) <= MAX_TEXT_CHARS
-    assert found.isprintable()
-    assert found == found.strip()
+def test_a_text_from_outside_is_one_short_printable_line(text: str) -> None:
+    result = one_line(text)
+    assert len(result) <= MAX_TEXT_CHARS
+    assert result.isprintable()
+    assert result == result.strip()
 
 
 def test_a_refusal_says_what_was_expected_what_came_and_what_to_do() -> None:
@@ -27,15 +27,15 @@ def test_a_refusal_says_what_was_expected_what_came_and_what_to_do() -> None:
     assert rejection(pb.BUSY, "uploads", 8, 9).refusal.passing
 
 
-def test_a_reason_of_a_later_release_is_told_all_the_same() -> None:
+def test_a_reason_of_a_later_release_is_shown_by_its_number() -> None:
     later = pb.Refusal.FromString(b"\x08\xe7\x07")
     assert reason_name(later.reason) == "reason 999"
     assert describe(later).startswith("reason 999: expected")
 
 
 @given(st.text(max_size=2000), st.text(max_size=2000), st.text(max_size=2000))
-def test_every_text_of_a_refusal_is_cut_before_it_travels(field: str, expected: str, found: str) -> None:
-    error = rejection(pb.SIGNATURE, field, expected, found)
+def test_every_text_of_a_refusal_is_cut_before_it_travels(field: str, expected: str, result: str) -> None:
+    error = rejection(pb.SIGNATURE, field, expected, result)
     for text in (error.refusal.field, error.refusal.expected, error.refusal.found):
         assert len(text) <= MAX_TEXT_CHARS
         assert text.isprintable()

@@ -36,7 +36,7 @@ def test_a_part_that_was_cut_goes_on_where_its_file_ends(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("offset", [0, 999, 1001])
-def test_a_sender_that_starts_elsewhere_is_told_where(tmp_path: Path, offset: int) -> None:
+def test_a_sender_that_starts_elsewhere_learns_where(tmp_path: Path, offset: int) -> None:
     path = tmp_path / "part"
     path.write_bytes(DATA[:1000])
     with pytest.raises(RejectionError) as caught:
@@ -77,7 +77,7 @@ def test_a_view_outlives_its_file(tmp_path: Path) -> None:
     assert bytes(uploads.map_file(path)) == b""
 
 
-def test_parts_that_nobody_went_on_with_are_swept(tmp_path: Path) -> None:
+def test_parts_without_new_bytes_are_removed(tmp_path: Path) -> None:
     for name, age_s in (("old", 100.0), ("new", 0.0)):
         (tmp_path / name).write_bytes(b"x")
         at = (tmp_path / name).stat().st_mtime - age_s
@@ -98,7 +98,7 @@ def test_what_lay_there_counts_towards_the_digest_however_long_it_is(tmp_path: P
         assert incoming.received_bytes == uploads.stored_bytes(path) == end
         assert incoming.finish() == (end == len(data))
         incoming.close()
-    again = uploads.IncomingUpload(path, part, len(data))  # whole, but nobody has said so yet
+    again = uploads.IncomingUpload(path, part, len(data))  # whole, but not announced as whole yet
     assert again.finish()
     again.close()
 

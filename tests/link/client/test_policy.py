@@ -63,7 +63,7 @@ def test_each_limit_is_a_veto_of_its_own(policy: Policy, veto: str) -> None:
     assert vetoes(policy, spent=Usage(rounds=1)) == [veto]
 
 
-def test_all_vetoes_are_told_together() -> None:
+def test_all_vetoes_are_reported_together() -> None:
     assert len(vetoes(Policy(methods=["fedit"], max_rank=1, min_cohort=9))) == 3
 
 
@@ -83,7 +83,7 @@ def test_hours_may_go_over_midnight(hours: str, inside: list[str], outside: list
     assert not any(is_within_hours(hours, time.fromisoformat(one)) for one in outside)
 
 
-def test_what_leaves_the_site_is_limited_for_each_answer_and_each_day() -> None:
+def test_what_leaves_the_site_is_limited_for_each_reply_and_each_day() -> None:
     assert check_upload(Policy(), 10**12, Usage()) is None
     assert check_upload(Policy(max_up_mib=1), MIB, Usage()) is None
     assert check_upload(Policy(max_up_mib=1), MIB + 1, Usage()) is not None
@@ -101,8 +101,8 @@ def test_a_demand_is_what_the_assignment_says() -> None:
         state=SeedState("whole", 0, b"\0" * 16, 2, b"d" * 32),
     )  # fmt: skip
     assigned = Assignment("fedkseed", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), probe=probe)
-    found = read_demand(header, encode_assignment(assigned).header)
-    assert (found.method, found.rank, found.steps) == ("fedkseed", None, 7)
+    result = read_demand(header, encode_assignment(assigned).header)
+    assert (result.method, result.rank, result.steps) == ("fedkseed", None, 7)
 
 
 def test_an_assignment_of_another_round_than_the_signed_one_is_refused() -> None:

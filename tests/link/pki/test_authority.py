@@ -54,7 +54,7 @@ def test_the_same_key_gets_a_further_certificate_and_the_last_two_count(ca: Path
     assert len(authority.current_roster(ca).parties["anna"].serials) == 1
 
 
-def test_another_key_under_a_known_name_needs_a_word(ca: Path, tmp_path: Path) -> None:
+def test_another_key_under_a_known_name_needs_replace(ca: Path, tmp_path: Path) -> None:
     authority.sign_request(ca, request(tmp_path), now=NOW)
     other = request(tmp_path / "other")
     with pytest.raises(ConfigError, match="--replace"):
@@ -63,7 +63,7 @@ def test_another_key_under_a_known_name_needs_a_word(ca: Path, tmp_path: Path) -
     assert len(authority.current_roster(ca).parties["anna"].serials) == 1
 
 
-def test_another_role_or_organisation_needs_a_word_and_ends_the_old_certificates(ca: Path, tmp_path: Path) -> None:
+def test_another_role_or_organisation_needs_replace_and_ends_the_old_certificates(ca: Path, tmp_path: Path) -> None:
     authority.sign_request(ca, request(tmp_path), now=NOW)
     for changes in ({"role": "auditor"}, {"org": "b"}):
         with pytest.raises(ConfigError, match="anna as client of a"):
@@ -85,13 +85,13 @@ def test_one_key_has_one_name_even_after_it_was_taken_out(ca: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["roster.pub", "roster.key", "ca.key"])
-def test_keys_of_a_ca_that_cannot_be_used_are_told(ca: Path, tmp_path: Path, name: str) -> None:
+def test_keys_of_a_ca_that_cannot_be_used_are_named(ca: Path, tmp_path: Path, name: str) -> None:
     (ca / name).write_text("nonsense")
     with pytest.raises(ConfigError, match="keys in"):
         authority.sign_request(ca, request(tmp_path), now=NOW)
 
 
-def test_who_is_revoked_has_no_certificate_and_comes_back_only_with_a_word(ca: Path, tmp_path: Path) -> None:
+def test_a_revoked_party_has_no_certificate_and_comes_back_only_with_replace(ca: Path, tmp_path: Path) -> None:
     data = request(tmp_path)
     authority.sign_request(ca, data, now=NOW)
     gone = authority.revoke(ca, "anna", now=NOW).parties["anna"]
@@ -130,7 +130,7 @@ def test_hosts_stand_in_the_certificate_of_a_coordinator_alone(ca: Path, tmp_pat
     for name, role in (("server", "coordinator"), ("anna", "client")):
         data = request(tmp_path, name, role=role, hosts=hosts)
         pem = json.loads(authority.sign_request(ca, data, now=NOW))["certificate"].encode()
-        found = x509.load_pem_x509_certificate(pem).extensions.get_extension_for_class(x509.SubjectAlternativeName)
-        names.append([str(one.value) for one in found.value])
+        result = x509.load_pem_x509_certificate(pem).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        names.append([str(one.value) for one in result.value])
         assert certificates.spiffe_parts(pem) == ("care", "a", name)
     assert names == [["spiffe://care/a/server", "fl.example.org", "10.0.0.1"], ["spiffe://care/a/anna"]]

@@ -82,8 +82,8 @@ def test_a_bundle_is_for_the_folder_that_asked(tmp_path: Path) -> None:
         bundles[name] = authority.sign_request(tmp_path / "ca", data, now=NOW)
     with pytest.raises(ConfigError, match="one of another"):
         enrollment.accept_bundle(tmp_path / "anna", bundles["bob"], now=NOW)
-    made = enrollment.accept_bundle(tmp_path / "anna", bundles["anna"], now=NOW)
-    assert (made.name, made.org, made.federation, made.role) == ("anna", "a", "care", "client")
+    result = enrollment.accept_bundle(tmp_path / "anna", bundles["anna"], now=NOW)
+    assert (result.name, result.org, result.federation, result.role) == ("anna", "a", "care", "client")
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +109,11 @@ def test_bits_of_a_signature_that_do_not_count_are_changes_too(tmp_path: Path) -
     data = enrollment.make_request(tmp_path / "anna", name="anna", org="a", role="client")
     while True:  # until a signature ends on a bit that may be declared unused
         body = json.loads(authority.sign_request(tmp_path / "ca", data, now=NOW))
-        found = x509.load_pem_x509_certificate(body["certificate"].encode())
-        if not found.signature[-1] & 1:
+        result = x509.load_pem_x509_certificate(body["certificate"].encode())
+        if not result.signature[-1] & 1:
             break
-    der = found.public_bytes(Encoding.DER)
-    at = len(der) - len(found.signature) - 1
+    der = result.public_bytes(Encoding.DER)
+    at = len(der) - len(result.signature) - 1
     text = base64.b64encode(der[:at] + b"\1" + der[at + 1 :]).decode()
     lines = [text[start : start + 64] for start in range(0, len(text), 64)]
     body["certificate"] = "\n".join(["-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", ""])
@@ -128,8 +128,8 @@ def test_a_bundle_that_others_have_overtaken_keeps_the_roster_that_is_here(tmp_p
     bundle = authority.sign_request(ca, again, now=NOW)
     later = authority.revoke(ca, "site-b", now=NOW)
     enrollment.install_roster(anna, (ca / "roster").read_bytes(), now=NOW)
-    made = enrollment.accept_bundle(anna, bundle, now=NOW)
-    assert made.serial == later.parties["site-a"].serials[-1]
+    result = enrollment.accept_bundle(anna, bundle, now=NOW)
+    assert result.serial == later.parties["site-a"].serials[-1]
     assert (anna / "roster").read_bytes() == (ca / "roster").read_bytes()
 
 

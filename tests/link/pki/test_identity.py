@@ -26,9 +26,9 @@ def anna(tmp_path: Path) -> Path:
 
 
 def test_an_identity_is_loaded_and_shows_no_secret(anna: Path) -> None:
-    made = load_identity(anna, role="client", now=NOW)
-    assert (made.name, made.org, made.role, made.federation) == ("anna", "org-anna", "client", "care")
-    shown = repr(made)
+    result = load_identity(anna, role="client", now=NOW)
+    assert (result.name, result.org, result.role, result.federation) == ("anna", "org-anna", "client", "care")
+    shown = repr(result)
     assert "PRIVATE" not in shown
     assert "tls_key" not in shown
 
@@ -92,9 +92,9 @@ def test_a_client_is_no_coordinator(anna: Path) -> None:
 
 
 def test_a_warning_comes_with_the_last_third_of_a_certificate(anna: Path) -> None:
-    made = load_identity(anna, role="client", now=NOW)
-    assert not renewal_warning(made, NOW + 59 * DAY)
-    assert "enrol again" in renewal_warning(made, NOW + 61 * DAY)
+    result = load_identity(anna, role="client", now=NOW)
+    assert not renewal_warning(result, NOW + 59 * DAY)
+    assert "enrol again" in renewal_warning(result, NOW + 61 * DAY)
 
 
 def test_a_pinned_root_key_that_cannot_be_read_is_named(anna: Path) -> None:

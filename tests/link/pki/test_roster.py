@@ -40,7 +40,7 @@ def test_a_roster_comes_back_as_it_was_signed() -> None:
     assert decode(SIGNED, PUBLIC) == ROSTER
 
 
-def test_only_active_members_are_known_by_their_keys() -> None:
+def test_only_active_parties_are_known_by_their_keys() -> None:
     assert find_party(ROSTER, key_id(ANNA.key)) == ANNA
     assert find_party(ROSTER, key_id(BOB.key)) is None
     assert find_party(ROSTER, b"") is None
@@ -151,9 +151,9 @@ def test_what_is_no_roster_is_refused(data: bytes) -> None:
         (replace(ROSTER, version=4, valid_until=49), "expired"),
     ],
 )
-def test_only_a_newer_roster_takes_the_place_of_another(found: Roster, match: str) -> None:
+def test_only_a_newer_roster_takes_the_place_of_another(result: Roster, match: str) -> None:
     with pytest.raises(WireError, match=match):
-        check_successor(ROSTER, found, now=50)
+        check_successor(ROSTER, result, now=50)
     assert check_successor(ROSTER, replace(ROSTER, version=4), now=50).version == 4
     assert check_successor(ROSTER, ROSTER, now=50) == ROSTER
     assert check_successor(None, ROSTER, now=50) == ROSTER

@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.errors import ConfigError
 from fedtune.link.server.metrics import Metrics, serve_health
-from tests.link.conftest import make_desk
+from tests.link.harness import make_harness
 
 
 def get(port: int, path: str) -> tuple[int, str]:
@@ -28,7 +28,7 @@ def ready() -> list[str]:
 
 @pytest.fixture
 def port(tmp_path: Path, ready: list[str]) -> Iterator[int]:
-    dispatcher, metrics = make_desk(tmp_path).dispatcher, Metrics()
+    dispatcher, metrics = make_harness(tmp_path).dispatcher, Metrics()
     metrics.add_gauges(dispatcher, roster_version=lambda: 7, certificate_until=1.8e9)
     for kind, fields in (
         ("round", {"round": 3}),
@@ -39,8 +39,8 @@ def port(tmp_path: Path, ready: list[str]) -> Iterator[int]:
     ):
         metrics.record(kind, **fields)
     dispatcher.sign_of_life("anna")
-    with serve_health("127.0.0.1:0", metrics, unready=lambda: ready[0]) as found:
-        yield found
+    with serve_health("127.0.0.1:0", metrics, unready=lambda: ready[0]) as result:
+        yield result
 
 
 def test_what_happened_is_counted_and_nobody_is_named(port: int) -> None:
@@ -64,8 +64,8 @@ def test_what_happened_is_counted_and_nobody_is_named(port: int) -> None:
 def test_names_appear_where_the_operator_wants_them(tmp_path: Path) -> None:
     metrics = Metrics(names=True)
     metrics.record("receipt", client="anna", verdict="LATE")
-    with serve_health("127.0.0.1:0", metrics, unready=lambda: "") as found:
-        assert 'fedtune_answers_total{client="anna",verdict="LATE"} 1.0' in get(found, "/metrics")[1]
+    with serve_health("127.0.0.1:0", metrics, unready=lambda: "") as result:
+        assert 'fedtune_answers_total{client="anna",verdict="LATE"} 1.0' in get(result, "/metrics")[1]
 
 
 def test_alive_is_not_ready(port: int, ready: list[str]) -> None:
@@ -94,8 +94,8 @@ def test_counters_add_up_by_verdict_code_and_direction() -> None:
     for size in (1, 20, 300):
         metrics.record("answered", client="anna", bytes=size)
     metrics.record("note", text="anything else is counted by its kind alone")
-    with serve_health("127.0.0.1:0", metrics, unready=lambda: "") as found:
-        lines = get(found, "/metrics")[1].splitlines()
+    with serve_health("127.0.0.1:0", metrics, unready=lambda: "") as result:
+        lines = get(result, "/metrics")[1].splitlines()
     for line in (
         'fedtune_answers_total{verdict="ACCEPTED"} 2.0',
         'fedtune_answers_total{verdict="LATE"} 1.0',
@@ -107,12 +107,12 @@ def test_counters_add_up_by_verdict_code_and_direction() -> None:
 
 
 def test_bytes_that_are_arriving_are_shown_as_they_come(tmp_path: Path) -> None:
-    dispatcher, metrics = make_desk(tmp_path).dispatcher, Metrics()
+    dispatcher, metrics = make_harness(tmp_path).dispatcher, Metrics()
     metrics.add_gauges(dispatcher, roster_version=lambda: 1, certificate_until=0.0)
-    with serve_health("127.0.0.1:0", metrics, unready=lambda: "") as found:
+    with serve_health("127.0.0.1:0", metrics, unready=lambda: "") as result:
         for size in (0, 1000):
             (dispatcher.folder / "part").write_bytes(bytes(size))
-            assert f"fedtune_spool_bytes {size}.0" in get(found, "/metrics")[1].splitlines()
+            assert f"fedtune_spool_bytes {size}.0" in get(result, "/metrics")[1].splitlines()
 
 
 def test_the_port_is_free_again_when_the_block_ends() -> None:
