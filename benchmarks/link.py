@@ -314,7 +314,7 @@ def tiny(clients: int, rounds: int) -> None:
             made.serve()
             for name in sites:
                 made.start(name, __file__, "tiny-client", str(made.folder / name / "site.toml"))
-            made.ended("server", *sites)
+            made.exit_statuses("server", *sites)
             whole = [one["ms"] for one in made.events("server", "committed")][5:]
             asked, answered = dict[int, int](), dict[int, int]()
             for entry in read_audit_log(made.run / "link" / "audit").entries:

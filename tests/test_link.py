@@ -78,7 +78,7 @@ def test_four_sites_over_grpc_come_to_the_state_of_the_simulated_run(
         for name in CLIENTS:
             fed.join(name)
         simulated = fedtune.simulate(bind(text), out=tmp_path / "simulated")
-        assert fed.ended("server", *CLIENTS) == [0] * 5, fed.log("server")
+        assert fed.exit_statuses("server", *CLIENTS) == [0] * 5, fed.log("server")
         summary = json.loads((fed.run / "summary.json").read_text())
         assert summary["state"] == "finished"
         assert summary["state_digest"] == simulated.summary["state_digest"]
@@ -108,7 +108,7 @@ def test_kills_of_server_and_site_change_no_bit_of_a_real_run(
         fed.serve(resume=True)
         fed.join("1")
         simulated = fedtune.simulate(bind(text), out=tmp_path / "simulated")
-        assert fed.ended("server", *CLIENTS) == [0] * 5, fed.log("server")
+        assert fed.exit_statuses("server", *CLIENTS) == [0] * 5, fed.log("server")
         assert last_state(fed) == simulated.summary["state_digest"]
 
 
@@ -186,7 +186,7 @@ def test_a_server_that_is_killed_goes_on_and_nothing_is_trained_twice(tmp_path: 
         fed.until(lambda: fed.events("site-a", "receipt") and fed.events("server", "committed"))
         fed.kill("server")
         fed.serve(resume=True)
-        assert fed.ended("server", *SITES) == [0] * 4, fed.log("server")
+        assert fed.exit_statuses("server", *SITES) == [0] * 4, fed.log("server")
         assert last_state(fed) == reference(tmp_path)
         for name in SITES:  # one reply for each round, whatever was killed when
             run = next((fed.folder / name / "state" / "runs").iterdir()).name
@@ -201,7 +201,7 @@ def test_a_site_that_is_killed_sends_the_same_bytes_again(tmp_path: Path) -> Non
         fed.until(lambda: fed.events("site-b", "sending"))
         fed.kill("site-b")
         scripted(fed, "site-b")
-        assert fed.ended("server", *SITES) == [0] * 4, fed.log("server")
+        assert fed.exit_statuses("server", *SITES) == [0] * 4, fed.log("server")
         assert last_state(fed) == reference(tmp_path)
 
 
@@ -214,5 +214,5 @@ def test_a_stopped_server_says_how_to_resume_and_the_sites_wait(tmp_path: Path) 
         assert any("fedtune serve --resume" in one["text"] for one in fed.events("server", "note"))
         assert [fed.processes[name].poll() for name in SITES] == [None] * 3
         fed.serve(resume=True)
-        assert fed.ended("server", *SITES) == [0] * 4, fed.log("server")
+        assert fed.exit_statuses("server", *SITES) == [0] * 4, fed.log("server")
         assert last_state(fed) == reference(tmp_path)

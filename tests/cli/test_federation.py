@@ -72,7 +72,7 @@ def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:
         shown = json.loads(output)
         assert status == 0
         assert (shown["demand"]["method"], shown["demand"]["rank"], shown["rounds"]) == ("flora", 4, 4)
-        assert running.ended("server", *SITES) == [0] * 4
+        assert running.exit_statuses("server", *SITES) == [0] * 4
         status, output = run("status", str(running.run))
         assert status == 0
         assert "finished" in output

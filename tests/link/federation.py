@@ -20,7 +20,7 @@ from tests.link.ceremony import enroll_parties
 ROOT = Path(__file__).parents[2]
 COMMAND = "from fedtune.cli.main import main; main()"
 END_S = 180.0
-"""After which a test that hangs fails."""
+"""Seconds after which a test that hangs fails."""
 
 
 def free_port() -> int:
@@ -41,7 +41,7 @@ class Federation:
     """Identity folders by name."""
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     lines: dict[str, list[str]] = field(default_factory=dict)
-    """That processes have written, by name."""
+    """Output of the processes, by name."""
     news: threading.Condition = field(default_factory=threading.Condition)
     readers: list[threading.Thread] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ class Federation:
         return [one for one in result if one.get("event") == kind]
 
     def until(self, happened: Callable[[], object]) -> None:
-        """Wait until what processes have written says that something has happened."""
+        """Wait until a condition on the output of the processes holds."""
         with self.news:
             assert self.news.wait_for(happened, END_S), {name: self.log(name) for name in self.lines}
 
@@ -95,8 +95,8 @@ class Federation:
     def join(self, name: str) -> subprocess.Popen[str]:
         return self.start(name, "-c", COMMAND, "join", str(self.folder / name / "site.toml"), "--log", "json")
 
-    def ended(self, *names: str) -> list[int]:
-        """Return the exit statuses of processes that end by themselves."""
+    def exit_statuses(self, *names: str) -> list[int]:
+        """Wait for processes to end by themselves, and return their exit statuses."""
         return [self.processes[name].wait(END_S) for name in names]
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int:
@@ -122,7 +122,7 @@ def federation(
     server: Mapping[str, Any] | None = None,
     port: int | None = None,
 ) -> Iterator[Federation]:
-    """Give a federation whose files are written; its processes end with the block.
+    """Write the files of a federation; its processes end with the block.
 
     Args:
         folder: for everything.

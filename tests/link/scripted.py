@@ -1,4 +1,4 @@
-"""A site without torch: `fedtune join` with a trainer that draws its updates from the assignment's key."""
+"""A site without torch: `fedtune join` with a trainer whose updates are drawn from the assignment's seed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scripted_update(assignment: Assignment) -> ClientUpdate:
 
 
 class ScriptedTrainer:
-    """Works in this process, for so many seconds."""
+    """Writes updates in this process, each after so many seconds."""
 
     def __init__(self, client: str, seconds: float) -> None:
         self._client, self._seconds = client, seconds
@@ -55,9 +55,9 @@ class ScriptedTrainer:
             (into / digest).write_bytes(body)
 
     def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> None:
-        held = {name: bytes(map_file(folder / name)) for name in bodies}
-        update = scripted_update(decode_assignment((folder / "front").read_bytes(), held))
-        threading.Event().wait(self._seconds)  # stands for training: what a kill may interrupt
+        contents = {name: bytes(map_file(folder / name)) for name in bodies}
+        update = scripted_update(decode_assignment((folder / "front").read_bytes(), contents))
+        threading.Event().wait(self._seconds)  # in place of training, which a kill may interrupt
         into.write_bytes(encode_update(update))
 
     def kill(self) -> None:
@@ -65,7 +65,7 @@ class ScriptedTrainer:
 
 
 def main() -> None:
-    """Take part with the site file that is named, training for so many seconds a round."""
+    """Join with a site file, training for so many seconds in a round."""
     site = Path(sys.argv[1])
     with stop_on_signals():
         end = join(site, record=event_writer("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""Fifty federations on a bad network with processes that are killed: each ends with the right bytes, and none hangs."""
+"""Fifty federations on a bad network whose processes are killed: each ends with the right state, and none hangs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.test_link import FLORA, SITE, SITES, reference, scripted
 
 SEEDS = 50
 FAULTS: Mapping[Fault, float] = {"none": 0.35, "cut": 0.3, "delay": 0.15, "flip": 0.17, "silence": 0.03}
-"""What becomes of a connection, and how often."""
+"""Faults of a connection, and their frequency."""
 QUIET = 6
 """Connections of a federation after which the network is good, so that every run can end."""
 
@@ -37,7 +37,7 @@ def right(folder: Path) -> str:
 
 
 def fates(rng: np.random.Generator) -> list[Fate]:
-    """Return how the first connections of a federation fare."""
+    """Return the faults of a federation's first connections."""
     kinds = rng.choice(len(FAULTS), size=QUIET, p=list(FAULTS.values()))
     return [
         Fate(
@@ -50,8 +50,8 @@ def fates(rng: np.random.Generator) -> list[Fate]:
     ]
 
 
-def struck(fed: Federation, rng: np.random.Generator) -> None:
-    """Kill a process when something has happened that is drawn, and start it again."""
+def strike(fed: Federation, rng: np.random.Generator) -> None:
+    """Kill a random process after a random event, and start it again."""
     victim = str(rng.choice(["server", *SITES]))
     kind, count = str(rng.choice(["asked", "sending", "receipt"])), int(rng.integers(1, 5))
     witness = str(rng.choice(SITES))
@@ -70,8 +70,8 @@ def over(fed: Federation) -> bool:
     return any(fed.events("server", "stopped")) and fed.processes["server"].poll() is not None
 
 
-def repeated(fed: Federation, name: str, rng: np.random.Generator) -> None:
-    """Send what a site has answered once more, in any order: nothing of it may count again."""
+def repeat_replies(fed: Federation, name: str, rng: np.random.Generator) -> None:
+    """Send a site's replies once more, in any order: none of them may count again."""
     link = JoinSettings(address=f"localhost:{fed.port}")
     calls = dial(load_identity(fed.places[name], role="client", now=int(time.time())), link)
     try:
@@ -99,16 +99,20 @@ def test_a_federation_in_chaos_ends_with_the_right_bytes(tmp_path: Path, seed: i
         fed.serve()
         scripted(fed, *SITES, seconds=0.05)
         for _ in range(int(rng.integers(0, 4))):
-            struck(fed, rng)
+            strike(fed, rng)
         if rng.integers(2):
             fed.until(lambda: fed.events("site-a", "receipt") or over(fed))
             with suppress(grpc.RpcError):  # the server may be away just then
-                repeated(fed, "site-a", rng)
-        assert fed.ended("server") == [0], {name: fed.log(name)[-3000:] for name in fed.lines}
-        for name in SITES:  # one that was killed at the very end finds no server any more that says that the run is complete
+                repeat_replies(fed, "site-a", rng)
+        assert fed.exit_statuses("server") == [0], {name: fed.log(name)[-3000:] for name in fed.lines}
+        for (
+            name
+        ) in SITES:  # one that was killed at the very end finds no server any more that says that the run is complete
             fed.processes[name].send_signal(signal.SIGTERM)
         # -SIGTERM: it had ended by itself, and was met on its way out.
-        assert set(fed.ended(*SITES)) <= {0, -signal.SIGTERM}, {name: fed.log(name)[-3000:] for name in fed.lines}
+        assert set(fed.exit_statuses(*SITES)) <= {0, -signal.SIGTERM}, {
+            name: fed.log(name)[-3000:] for name in fed.lines
+        }
         history = replay_journal(fed.run)[0]
         assert history.committed == 4
         assert history.digests[-1] == right(tmp_path), "another state than in one process"

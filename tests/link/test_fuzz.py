@@ -1,4 +1,4 @@
-"""Ten thousand spoilt envelopes, and as many spoilt updates: each is refused or changes nothing; memory is bounded."""
+"""Ten thousand damaged envelopes and as many updates: each is refused or changes nothing; memory is bounded."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_spoilt_envelopes_are_refused_anyone_who_signed_them(tmp_path: Path) -> 
             header_found, author = verify_envelope(envelope, members.get)
             assert author == MEMBER
             reply = harness.dispatcher.submit("anna", digest(envelope), header_found, {})
-            # What still says the same in the fields that count is an answer of anna's like any other.
+            # With the same values in the fields that count it is a valid reply of anna.
             assert reply is not None
             assert reply.WhichOneof("what") in ("wanted", "receipt")
             outcomes["taken"] += 1
@@ -266,8 +266,8 @@ def test_spoilt_replies_to_seeds_are_refused_and_the_sums_are_those_without_them
             states.encode(method.aggregate(state, [one for one in outcomes if isinstance(one, ClientUpdate)]))
         )
 
-    without, everybody = summed(*honest[:2]), summed(*honest)
-    assert without != everybody
+    without, with_all = summed(*honest[:2]), summed(*honest)
+    assert without != with_all
     outcomes, before = Counter[str](), peak_mib()
     for number, result in enumerate(mutations(good["cleo"], "seeds")):
         outcome = decode_and_admit(Reply("cleo", result), around)

@@ -114,7 +114,7 @@ def test_an_assignment_of_another_round_than_the_signed_one_is_refused() -> None
         read_demand(pb.Header(round=3), b"\xff\xff")
 
 
-def test_what_is_no_time_and_no_digest_is_told_at_once() -> None:
+def test_malformed_times_and_digests_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         validate_policy(Policy(hours="25:00-26:00", recipes=["short"], bases=["xyzxyzxyz"]))
     assert [fault.path for fault in caught.value.faults] == ["policy.hours", "policy.recipes", "policy.bases"]

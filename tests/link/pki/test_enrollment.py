@@ -153,7 +153,7 @@ def test_a_bundle_that_lay_too_long_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "anna" / "roster").exists()
 
 
-def test_a_file_that_did_not_arrive_is_told_with_the_step_that_makes_it(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_the_command_that_writes_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a bundle at .*none.*; it is made by fedtune enroll sign"):
         enrollment.read_received(tmp_path / "none", "a bundle", "fedtune enroll sign")
 

@@ -104,7 +104,7 @@ def test_a_pinned_root_key_that_cannot_be_read_is_named(anna: Path) -> None:
         read_root_key(anna / "root.pub")
 
 
-def test_who_was_revoked_loads_and_is_told_by_the_server(anna: Path) -> None:
+def test_a_revoked_identity_loads_and_the_server_refuses_it(anna: Path) -> None:
     # The site's own copy may be newer than the server's; the server decides.
     authority.revoke(anna.parents[1] / "ca", "anna", now=NOW)
     (anna / "roster").write_bytes((anna.parents[1] / "ca" / "roster").read_bytes())

@@ -85,7 +85,7 @@ def test_small_parts_travel_with_their_task_and_large_ones_are_fetched(tmp_path:
 
 
 def test_two_questions_never_have_the_same_id(harness: Harness) -> None:
-    """Else the decline of the first, which nobody has collected, is taken for the answer to the second."""
+    """Else the decline of the first, not collected yet, is taken for the reply to the second."""
     first, task, task_digest = harness.post("anna")
     said = pb.Decline(veto=pb.OUTSIDE_HOURS, note="at night")
     harness.submit("anna", signed_reply("anna", task, task_digest, b"", kind=pb.DECLINE, parts=[], decline=said))

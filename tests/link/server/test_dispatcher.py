@@ -51,7 +51,9 @@ def test_the_receipt_of_a_refused_update_has_the_reason(harness: Harness) -> Non
     assert pb.Header.FromString(reply.receipt.header).receipt.refusal.reason == pb.NOT_FINITE
 
 
-def test_a_client_without_a_sign_of_life_is_lost_and_its_late_reply_is_kept_for_the_next_question(tmp_path: Path) -> None:
+def test_a_silent_client_is_lost_and_its_late_reply_is_kept_for_the_next_question(
+    tmp_path: Path,
+) -> None:
     harness = make_harness(tmp_path, LinkSettings(lost_s=30, lease_s=10))
     harness.dispatcher.sign_of_life("anna")
     message_id, task, task_digest = harness.post("anna")
@@ -230,7 +232,7 @@ def test_parts_of_a_round_that_has_ended_go_with_it(harness: Harness) -> None:
 CLIENTS = ("anna", "bob", "carl")
 KINDS = ("submit", "submit", "submit", "submit", "collect", "settle", "end", "restart")
 VARIANTS = 5
-"""Two answers, one of another run, one of the next round, and a decline."""
+"""Two replies, one of another run, one of the next round, and a decline."""
 Action = tuple[str, str, str, int, int]
 actions = st.tuples(
     st.sampled_from(KINDS),
@@ -278,7 +280,7 @@ class Game:
             reply = self.harness.submit(client, envelope, data)
         except RejectionError:
             return
-        assert variant != 2, "an answer of another run was taken"
+        assert variant != 2, "a reply of another run was taken"
         if reply is not None and reply.WhichOneof("what") == "receipt":
             first = self.receipts.setdefault((client, digest(envelope)), reply.receipt.SerializeToString())
             assert first == reply.receipt.SerializeToString() or variant == 4, "two receipts of one answer"

@@ -43,7 +43,7 @@ def port(tmp_path: Path, ready: list[str]) -> Iterator[int]:
         yield result
 
 
-def test_what_happened_is_counted_and_nobody_is_named(port: int) -> None:
+def test_events_are_counted_without_names_of_clients(port: int) -> None:
     status, page = get(port, "/metrics")
     assert status == 200
     for line in (

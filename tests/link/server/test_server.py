@@ -17,7 +17,7 @@ from tests.link.ceremony import copy_roster
 from tests.link.link_server import SETTINGS, greeting, run_link_server
 
 
-def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_before_anything_starts(tmp_path: Path) -> None:
     with run_link_server(tmp_path / "one") as first:
         before = threading.active_count()
         with (
@@ -36,7 +36,7 @@ def test_no_thread_and_no_port_is_left_when_a_server_ends(tmp_path: Path) -> Non
     assert left <= before
 
 
-def test_who_waits_is_told_that_the_server_goes_down(tmp_path: Path) -> None:
+def test_waiting_clients_hear_that_the_server_goes_down(tmp_path: Path) -> None:
     result: list[pb.NextReply] = []
     with run_link_server(tmp_path, replace(SETTINGS, hold_s=30, drain_s=5)) as running:
         calls = running.calls()

@@ -355,7 +355,7 @@ def test_a_client_that_forges_three_times_is_blocked_and_no_other(link: LinkServ
 
 
 class Sender:
-    """Messages of a push that comes to a halt behind those that are given."""
+    """Messages of a push that stops after these."""
 
     def __init__(self, *messages: pb.PushPart) -> None:
         self._messages, self.halt = iter(messages), threading.Event()
@@ -371,7 +371,7 @@ class Sender:
 
 
 def begun(link: LinkServer, name: str, data: bytes) -> tuple[pb.Envelope, pb.PushPart]:
-    """Return an answer that is waited for, and the first message of its push, with a thousand bytes."""
+    """Return a reply whose part is wanted, and the first message of its push, with a thousand bytes."""
     task, _ = post_task(link, name, assignment(name, 1).header, {})
     envelope = signed(link, name, task, data)
     assert link.calls(name).submit(pb.SubmitRequest(envelope=envelope), timeout=10).wanted.parts
