@@ -26,7 +26,7 @@ from fedtune.link.server.metrics import Metrics, serve_health
 from fedtune.link.server.run_info import RunInfo
 from fedtune.link.server.server import serve_link
 from fedtune.link.settings import LinkSettings
-from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.messages import AdmittedUpdate, Blueprint, Failure, ProbeSeeds, TrainLora
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.runs.runner import check_resumable, run_recipe
@@ -181,12 +181,8 @@ def first_cohort_size(recipe: Recipe, roster: RosterFile) -> int:
 def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:
     """Return the bytes that an honest reply to an encoded assignment has at most."""
     message = parse(round_pb2.Assignment(), front)
-    training = Training(batch=1, learning_rate=1.0, steps=message.probe.steps or 1)
-    plan = Plan(message.plan.client, max(1, message.plan.rank), 1.0, training)
-    asked = Assignment(message.method, message.round, 0, plan, LocalAdapter(a_key=0))
-    if message.verb == round_pb2.PROBE:
-        return message.probe.steps + 1024
-    return largest_update(asked, blueprint)
+    task = ProbeSeeds if message.verb == round_pb2.PROBE else TrainLora
+    return largest_update(task, rank=max(1, message.plan.rank), steps=message.probe.steps, blueprint=blueprint)
 
 
 def on_event(dispatcher: Dispatcher, record: RecordEvent, event: Event) -> None:
@@ -195,7 +191,7 @@ def on_event(dispatcher: Dispatcher, record: RecordEvent, event: Event) -> None:
         case RoundStarted(round, rounds, cohort):
             dispatcher.begin_round(cohort)
             record("round", round=round, rounds=rounds, clients=" ".join(cohort))
-        case ClientFinished(round, ClientUpdate() as update, traffic):
+        case ClientFinished(round, AdmittedUpdate() as update, traffic):
             dispatcher.settle(update.client, round, None)
             record(
                 "used",
@@ -231,10 +227,15 @@ def on_event(dispatcher: Dispatcher, record: RecordEvent, event: Event) -> None:
 
 def refusal_of(failure: Failure) -> pb.Refusal:
     """Return why an update was refused, as it travels to its author."""
-    field, _, rest = failure.reason.partition("expected ")
-    expected, _, got = rest.partition("; got ")
-    code = failure.code or "MALFORMED"
-    return pb.Refusal(reason=code, field=one_line(field.rstrip(": ")), expected=one_line(expected), found=one_line(got))
+    if not failure.expected:
+        return pb.Refusal(reason=failure.code or "MALFORMED", field=one_line(failure.reason))
+    got = "; ".join(part for part in (failure.got, failure.hint) if part)
+    return pb.Refusal(
+        reason=failure.code or "MALFORMED",
+        field=one_line(failure.where),
+        expected=one_line(failure.expected),
+        found=one_line(got),
+    )
 
 
 def readiness_fault(dispatcher: Dispatcher, roster: RosterFile) -> str:

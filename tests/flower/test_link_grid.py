@@ -101,9 +101,9 @@ def test_a_round_goes_over_it_with_a_reply_and_a_decline(harness: Harness) -> No
     assert [one.name for one in transport.clients()] == ["anna", "bob"]
     orders = {name: assignment(name, 1) for name in ("anna", "bob")}
     result = {one.client: one for one in transport.exchange(orders, Rule(quorum=1))}
-    assert result["anna"] == Reply("anna", result["anna"].update)  # type: ignore[union-attr]
-    assert bytes(result["anna"].update) == data
-    assert result["bob"] == Failure("bob", "declined, OPERATOR: not today")
+    assert isinstance(result["anna"], Reply)
+    assert (result["anna"].client, bytes(result["anna"].update)) == ("anna", data)
+    assert result["bob"] == Failure.from_text("bob", "declined, OPERATOR: not today")
 
 
 def work_of(name: str):  # type: ignore[no-untyped-def]

@@ -9,11 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import WireError
-from fedtune.link.envelopes import KIND, assignment_subject, digest, expect_fields, make_part, seal, verify_envelope
+from fedtune.link.envelopes import (
+    KIND,
+    assignment_subject,
+    digest,
+    expect_fields,
+    make_part,
+    seal,
+    verify_envelope,
+)
 from fedtune.link.pki.roster import Party
 from fedtune.link.pki.signing import key_id, public_bytes, sign
 from fedtune.link.rejections import RejectionError
-from fedtune.messages import Assignment, LocalAdapter, Plan, Probe, SeedState, Training
+from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Training, TrainLora
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -105,8 +113,8 @@ def test_a_field_that_differs_is_refused_by_its_own_reason() -> None:
 
 def test_the_subject_of_a_task_is_its_round_its_base_and_the_bodies_it_brings() -> None:
     plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
-    result = Assignment("flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c")
-    front = encode_assignment(result).header
+    made = Assignment("flora", round=3, seed=0, plan=plan, task=TrainLora(a_key=0), base="9f3c")
+    front = encode_assignment(made).header
     bodies = [make_part("", front), make_part("b", b"two"), make_part("a", b"one")]
     number, base, state = assignment_subject(front, bodies)
     assert (number, base) == (3, "9f3c")
@@ -142,13 +150,11 @@ def test_a_header_of_the_largest_size_is_read() -> None:
 
 def test_the_subject_of_a_probe_is_the_state_that_its_seeds_stand_for() -> None:
     plan = Plan("anna", rank=1, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
-    probe = Probe(
+    probe = ProbeSeeds(
         bank="hadamard", seeds=4, key=1, exponent=20, shift=1, perturbation=1,
         state=SeedState("whole", 0, b"\0" * 16, 2, b"d" * 32),
     )  # fmt: skip
-    front = encode_assignment(
-        Assignment("fedkseed", round=2, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c", probe=probe)
-    ).header
+    front = encode_assignment(Assignment("fedkseed", round=2, seed=0, plan=plan, task=probe, base="9f3c")).header
     whole, short = (
         assignment_subject(front, [make_part("", front), make_part("a", b"bodies")]),
         assignment_subject(front, [make_part("", front)]),
