@@ -152,7 +152,7 @@ def test_a_short_round_reaches_its_last_stage_all_the_same(steps: int, base: Bas
     assert update.keep == from_bitmap(order.surgery.stages[-1], state.anatomy)
 
 
-@pytest.mark.parametrize("where", ["measured_scores", "paired_loss"])
+@pytest.mark.parametrize("where", ["measured_scores", "evaluation_loss"])
 def test_memory_that_runs_out_beside_training_is_told_as_such(
     where: str, loaded: Loader, examples: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
