@@ -29,15 +29,26 @@ help:  ## list these targets
 demo: $(INSTALLED)  ## fine-tune the embedded model over its clients, and say what it gave
 	@$(BIN)/fedtune demo
 
-test: $(INSTALLED)  ## check style and types, then run the tests
+test: $(INSTALLED)  ## check style and types, and run the fast tests beside them, in under four minutes on two cores
+	@$(MAKE) --no-print-directory --jobs style types fast
+
+test-all: $(INSTALLED)  ## the same with every test: all crash points, kills, chaos, Ray, SuperLink, wheel and sdist
+	@$(MAKE) --no-print-directory --jobs style types full
+
+style: $(INSTALLED)
 	@echo "ruff check"
 	@$(BIN)/ruff check .
 	@echo "ruff format --check"
 	@$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
 	@echo "mypy"
 	@$(BIN)/mypy
-	@echo "pytest"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Files stay whole: what a module's fixtures set up, as a server of worker processes, then stands in one process.
+fast full: $(INSTALLED)
+	@echo "pytest, $@"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(if $(filter full,$@),-m "")
 
 docs: $(INSTALLED)  ## build the documentation into site/; every warning is an error
 	@$(BIN)/python -m mkdocs build --strict --quiet

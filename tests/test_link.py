@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,32 +58,36 @@ def dolly(shared: Path, stories: Path, method: str) -> dict[str, Any]:
     }
 
 
-def ranks(method: str) -> str:
+def ranks(method: str, names: Sequence[str] = CLIENTS) -> str:
     """Return overrides that give every client a rank of its own."""
     if method != "flora":
         return ""
-    return "".join(f'\n[[override]]\nclients = ["{name}"]\nrank = {2**place}\n' for place, name in enumerate(CLIENTS))
+    return "".join(f'\n[[override]]\nclients = ["{name}"]\nrank = {2**place}\n' for place, name in enumerate(names))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_four_sites_over_grpc_come_to_the_state_of_the_simulated_run(
-    shared: Path, stories: Path, tmp_path: Path, method: str
+@pytest.mark.parametrize(
+    ("method", "sites"),
+    [("flora", 2), *(pytest.param(method, 4, marks=pytest.mark.slow) for method in sorted(METHODS))],
+)
+def test_sites_over_grpc_come_to_the_state_of_the_simulated_run(
+    shared: Path, stories: Path, tmp_path: Path, method: str, sites: int
 ) -> None:
-    tables = dolly(shared, stories, method)
-    text = toml(tables) + ranks(method)
+    tables, names = dolly(shared, stories, method), CLIENTS[:sites]
+    tables["rounds"]["min_clients"] = tables["data"]["split"]["clients"] = sites
+    text = toml(tables) + ranks(method, names)
     adapter = {"targets": ["q_proj", "up_proj"]}
     own = toml({"model": tables["model"], "adapter": adapter, "data": tables["data"]})
-    with federation(tmp_path, text, CLIENTS, site=dict.fromkeys(CLIENTS, own)) as fed:
+    with federation(tmp_path, text, names, site=dict.fromkeys(names, own)) as fed:
         fed.serve()
-        for name in CLIENTS:
+        for name in names:
             fed.join(name)
         simulated = fedtune.simulate(bind(text), out=tmp_path / "simulated")
-        assert fed.exit_statuses("server", *CLIENTS) == [0] * 5, fed.log("server")
+        assert fed.exit_statuses("server", *names) == [0] * (sites + 1), fed.log("server")
         summary = json.loads((fed.run / "summary.json").read_text())
         assert summary["state"] == "finished"
         assert summary["state_digest"] == simulated.summary["state_digest"]
-        assert [one["updates"] for one in fed.events("server", "committed")] == [4, 4, 4]
-        for name in CLIENTS:
+        assert [one["updates"] for one in fed.events("server", "committed")] == [sites] * 3
+        for name in names:
             events = fed.events(name, "receipt")
             assert {one["verdict"] for one in events} == {"ACCEPTED", "NOTED"}
             assert not fed.events(name, "refused")
@@ -194,6 +198,7 @@ def test_a_server_that_is_killed_goes_on_and_nothing_is_trained_twice(tmp_path: 
             assert sorted(one.header.round for one in entries) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_site_that_is_killed_sends_the_same_bytes_again(tmp_path: Path) -> None:
     with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE), server={"inline_kib": 1}) as fed:
         fed.serve()

@@ -53,6 +53,12 @@ GROWTH_MIB = 64
 MEMBER = Party("anna", "a", "client", public_bytes(KEY), ("1",), 0, 1)
 
 
+def resident_mib() -> float:
+    """Return the memory of this process, and let its peak start from there: earlier tests may have needed more."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_mib()
+
+
 def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -115,14 +121,14 @@ def mutations(data: bytes, purpose: str, count: int = MUTATIONS) -> Iterator[byt
         yield spoilt(data, rng)
 
 
-def test_spoilt_envelopes_are_refused_anyone_who_signed_them(tmp_path: Path) -> None:
+def test_spoilt_envelopes_are_refused_even_where_they_are_signed(tmp_path: Path) -> None:
     """Half of them are signed after they were spoilt, as a bad client would: then the header itself is at fault."""
     harness = make_harness(tmp_path)
     message_id, task, task_digest = harness.post("anna")
     data = b"the update"
     good = signed_reply("anna", task, task_digest, data)
     members = {key_id(MEMBER.key): MEMBER}
-    outcomes, before = Counter[str](), peak_mib()
+    outcomes, before = Counter[str](), resident_mib()
     for number, result in enumerate(mutations(good.SerializeToString(), "envelopes")):
         if number % 2:
             header = spoilt(good.header, generator(derive(number, "header")))
@@ -195,7 +201,7 @@ def test_spoilt_updates_are_refused_and_the_sum_is_the_one_without_them() -> Non
     method = METHODS["flora"]
     first = method.init(BLUEPRINT, settings_of("flora"))
     without = states.digest(states.encode(method.aggregate(first, honest)))  # type: ignore[arg-type]
-    outcomes, before = Counter[str](), peak_mib()
+    outcomes, before = Counter[str](), resident_mib()
     for result in mutations(good["carl"], "updates"):
         outcome = decode_and_admit(Reply("carl", result), around)
         if isinstance(outcome, Failure):
@@ -238,7 +244,7 @@ def test_spoilt_scalars_are_refused() -> None:
     scalars = np.array([1, -2, 3, 0, 127, -127, 5, 6], np.int8)
     given = ProbeResult(scalars, state=b"s" * 8, checks=b"c" * 16)
     data = encode_update(ClientUpdate("carl", 1, 10, given))
-    outcomes, before = Counter[str](), peak_mib()
+    outcomes, before = Counter[str](), resident_mib()
     for result in mutations(data, "scalars"):
         outcome = decode_and_admit(Reply("carl", result), around)
         if isinstance(outcome, Failure):
@@ -276,7 +282,7 @@ def test_spoilt_replies_to_seeds_are_refused_and_the_sums_are_those_without_them
 
     without, with_all = summed(*honest[:2]), summed(*honest)
     assert without != with_all
-    outcomes, before = Counter[str](), peak_mib()
+    outcomes, before = Counter[str](), resident_mib()
     for number, result in enumerate(mutations(good["cleo"], "seeds")):
         outcome = decode_and_admit(Reply("cleo", result), around)
         if isinstance(outcome, Failure):
@@ -373,7 +379,7 @@ def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> 
         used = [one for one in outcomes if isinstance(one, AdmittedUpdate)]
         return states.digest(states.encode(method.aggregate(first, used)))
 
-    without, before, seen = summed(*honest), peak_mib(), Counter[str]()
+    without, before, seen = summed(*honest), resident_mib(), Counter[str]()
     rng = generator(derive(0, "lies"))
     for turn in range(200 * len(CHANGES)):
         codes, change = CHANGES[turn % len(CHANGES)]
@@ -396,7 +402,7 @@ def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f" + bytes(100)])
 def test_headers_that_promise_what_is_not_there_cost_nothing(data: bytes) -> None:
-    before = peak_mib()
+    before = resident_mib()
     outcome = decode_and_admit(Reply("carl", data), round_request({"carl": assignment("carl")}))
     assert isinstance(outcome, Failure)
     assert peak_mib() - before < GROWTH_MIB
@@ -412,7 +418,7 @@ def test_a_header_that_promises_tensors_without_end_costs_nothing() -> None:
     header.parts.add(role="saved")
     front = header.SerializeToString()
     front = len(front).to_bytes(4, "little") + front
-    before = peak_mib()
+    before = resident_mib()
     outcome = decode_and_admit(
         Reply("carl", front + bytes(-len(front) % 64)), round_request({"carl": assignment("carl")})
     )
