@@ -109,7 +109,7 @@ def _resume(
     overrides: Sequence[str],
     watch: Watch,
 ) -> Run:
-    from fedtune.runs.runner import check_resumable
+    from fedtune.runs.resume import check_resumable
 
     bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides)
     check_resumable(path, bound)
@@ -223,7 +223,7 @@ def verify(run: str | Path) -> Verified:
     Raises:
         StoreError: naming the first thing that is missing, damaged or was changed.
     """
-    from fedtune.runs.runner import check_results
+    from fedtune.runs.verification import check_results
 
     path = Path(run)
     check_run(path)

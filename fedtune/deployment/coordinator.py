@@ -27,7 +27,8 @@ from fedtune.link.settings import LinkSettings
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, LocalAdapter, Plan, Training
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
-from fedtune.runs.runner import check_resumable, run_recipe
+from fedtune.runs.resume import check_resumable
+from fedtune.runs.runner import run_recipe
 from fedtune.store import journal
 from fedtune.store.files import store_errors, write_text
 from fedtune.store.history import has_begun
@@ -204,18 +205,17 @@ def on_event(hub: Dispatcher, tell: RecordEvent, event: Event) -> None:
             if failure.kind == "refused":
                 hub.settle(failure.client, round, refusal(failure))
             tell("unused", client=failure.client, round=round, why=failure.kind, reason=failure.reason)
-        case RoundFinished(record) if record["round"]:
-            hub.end(record["round"])
-            used = sum(client["status"] == "ok" for client in record["clients"].values())
+        case RoundFinished(record) if record.round:
+            hub.end(record.round)
             tell(
                 "committed",
-                round=record["round"],
-                updates=used,
-                asked=len(record["cohort"]),
-                state=record["state_digest"],
-                up=record["bytes_up"],
-                down=record["bytes_down"],
-                ms=int(1000 * record["seconds"]),
+                round=record.round,
+                updates=record.used,
+                asked=len(record.cohort),
+                state=record.state_digest,
+                up=record.bytes_up,
+                down=record.bytes_down,
+                ms=int(1000 * record.seconds),
             )
         case Note(text):
             tell("note", text=text)

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedtune.errors import ConfigError, Fault
-from fedtune.report.curves import Floats, LossCurve, loss_curve, standings
+from fedtune.report.curves import Floats, LossCurve, evaluations, loss_curve
 from fedtune.report.drawing import label, line_style, new_figure, png, styled
 from fedtune.report.page import figure_card, replace_text
 from fedtune.report.planner_choices import idle
@@ -106,10 +106,10 @@ def _row(runs: Sequence[Run]) -> Row:
         seeds=tuple(run.seed for run in runs),
         rounds=min(run.rounds[-1].round for run in runs),
         finished=all(run.state == "finished" for run in runs),
-        test_before=over(lambda run: loss(standings(run)[0].test)),
-        test_after=over(lambda run: loss(standings(run)[1].test)),
-        mean_client=over(lambda run: loss(standings(run)[1].mean)),
-        worst_client=over(lambda run: loss(standings(run)[1].worst)),
+        test_before=over(lambda run: loss(evaluations(run)[0].test)),
+        test_after=over(lambda run: loss(evaluations(run)[1].test)),
+        mean_client=over(lambda run: loss(evaluations(run)[1].mean)),
+        worst_client=over(lambda run: loss(evaluations(run)[1].worst)),
         bytes_up=over(lambda run: float(sum(record.bytes_up for record in run.rounds))),
         bytes_down=over(lambda run: float(sum(record.bytes_down for record in run.rounds))),
         seconds=over(lambda run: run.summary.seconds if run.summary else sum(record.seconds for record in run.rounds)),

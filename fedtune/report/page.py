@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedtune.report import tables
-from fedtune.report.curves import client_names, kinds, loss_curve, paired_losses, standings, training_rounds
+from fedtune.report.curves import client_names, evaluations, kinds, loss_curve, paired_losses, training_rounds
 from fedtune.report.drawing import png, svg
 from fedtune.report.planner_choices import choices_table, devices_table, idle
 from fedtune.report.plots import PLOTS
@@ -133,7 +133,7 @@ def _header(run: Run) -> str:
 
 
 def _key_numbers(run: Run) -> str:
-    before, after = standings(run)
+    before, after = evaluations(run)
     tiles = [_loss_tile("test loss", before.test, after.test), _loss_tile("mean of clients", before.mean, after.mean)]
     worst = after.worst.client if after.worst else ""
     tiles.append(_loss_tile("worst client", before.worst, after.worst, note=worst))
@@ -184,7 +184,7 @@ def _loss_tile(title: str, before: Scores | None, after: Scores | None, note: st
 
 
 def _scores(run: Run) -> str:
-    before, after = standings(run)
+    before, after = evaluations(run)
     return _details("All scores, base and tuned", tables.scores(run)) if before != after or before.test else ""
 
 
@@ -227,7 +227,7 @@ def _leaving(run: Run) -> str:
     modules = next((record.modules for record in reversed(run.rounds) if record.modules), {})
     parts = []
     if sent:
-        sizes = [client.bytes_up or 0 for client in sent]
+        sizes = [client.bytes_up for client in sent]
         low, high = bytes_text(min(sizes)), bytes_text(max(sizes))
         size = low if low == high else f"{low} to {high}"
         parts.append(f"<li>{size} per update, {len(sent)} updates, {bytes_text(sum(sizes))} in all.</li>")

@@ -12,8 +12,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fedtune.report import tables
 from fedtune.report.curves import Floats, natural, training_rounds
 from fedtune.report.drawing import label, line_style, new_figure, styled, whole_rounds
-from fedtune.report.reader import ClientRound, RoundRecord, Run
+from fedtune.report.reader import Run
 from fedtune.report.units import number_text, seconds_text, seconds_unit
+from fedtune.rounds.record import ClientRecord, RoundRecord
 
 EVERYBODY = "all clients"
 MOST_KINDS = 8
@@ -37,7 +38,7 @@ def classes(run: Run) -> Mapping[str, Sequence[str]]:
     return dict(sorted(found.items())) if len(found) <= MOST_KINDS else {EVERYBODY: names}
 
 
-def seconds(client: ClientRound) -> float:
+def seconds(client: ClientRecord) -> float:
     """Return how long a client took on its device; NaN where that is not known."""
     if client.compute_s is None or client.transfer_s is None:
         return math.nan
@@ -45,7 +46,7 @@ def seconds(client: ClientRound) -> float:
 
 
 def mean_by_round(
-    rounds: Sequence[RoundRecord], names: Sequence[str], value: Callable[[ClientRound], float | None]
+    rounds: Sequence[RoundRecord], names: Sequence[str], value: Callable[[ClientRecord], float | None]
 ) -> Floats:
     """Return the mean over a kind's clients of each round, (rounds,); NaN where none of them took part."""
     found = []
@@ -63,7 +64,7 @@ def choices(run: Run) -> Figure | None:
     if not rounds or not has_choices(run):
         return None
     number = np.array([record.round for record in rounds], dtype=np.float64)
-    parts: list[tuple[str, Callable[[ClientRound], float | None]]] = [
+    parts: list[tuple[str, Callable[[ClientRecord], float | None]]] = [
         ("pruning ratio", lambda client: client.ratio if client.ratio is not None else math.nan),
         ("rank", lambda client: None if client.rank is None else float(client.rank)),
         ("seconds on the device", seconds),

@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from fedtune.report.curves import Floats, client_names, kinds, loss_curve, paired_losses, standings, training_rounds
+from fedtune.report.curves import Floats, client_names, evaluations, kinds, loss_curve, paired_losses, training_rounds
 from fedtune.report.reader import FailureRecord, Run, Scores, finite
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
 
@@ -138,7 +138,7 @@ def spectrum(run: Run) -> str:
 
 def scores(run: Run) -> str:
     """Return every metric that was measured, of the base and of the tuned model."""
-    before, after = standings(run)
+    before, after = evaluations(run)
     pairs: tuple[tuple[str, Scores | None, Scores | None], ...] = (
         ("global test", before.test, after.test),
         ("mean of clients", before.mean, after.mean),
@@ -156,7 +156,7 @@ def scores(run: Run) -> str:
 
 
 def _worst_name(run: Run) -> str:
-    before, after = standings(run)
+    before, after = evaluations(run)
     names = [worst.client for worst in (before.worst, after.worst) if worst]
     return "worst client: " + " (base), ".join(dict.fromkeys(names)) + (" (tuned)" if len(set(names)) > 1 else "")
 
@@ -197,7 +197,7 @@ def failures(run: Run) -> Sequence[FailureRecord]:
         for name, client in record.clients.items()
         if client.status != "ok"
     ] + [
-        FailureRecord(round=record.round, client=each.client, kind=each.kind, reason=each.reason)
+        FailureRecord(round=record.round, client=reply.client, kind=reply.kind, reason=reply.reason)
         for record in run.rounds
-        for each in record.aside
+        for reply in record.unsolicited
     ]

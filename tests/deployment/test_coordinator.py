@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from fedtune.messages import (
 )
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Note, RoundFinished, RoundStarted
+from fedtune.rounds.record import ClientRecord, RoundRecord
 from fedtune.store.run_journal import RunJournal
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
@@ -45,14 +47,7 @@ from tests.link.ceremony import ceremony
 from tests.link.conftest import Clock, answer, made
 from tests.store.test_run_journal import INPUTS
 
-RECORD: Mapping[str, Any] = {
-    "clients": {},
-    "cohort": [],
-    "state_digest": "ab",
-    "bytes_up": 1,
-    "bytes_down": 2,
-    "seconds": 0.1,
-}
+RECORD = RoundRecord(round=1, seconds=0.1, state_digest="ab", bytes_up=1, bytes_down=2)
 BLUEPRINT = Blueprint({"q": (6, 5)}, {"head": np.zeros((2, 3), np.float32)}, max_rank=4, seed=0)
 
 
@@ -73,9 +68,8 @@ def test_what_became_of_an_update_is_told_to_its_client(tmp_path: Path) -> None:
     on_event(desk.hub, tell, ClientFinished(1, ClientUpdate("anna", 1, 10, {}), Traffic(3, 4)))
     bad = Failure("bob", "q.a: expected finite numbers; got 1 of 10 that are not", kind="refused", code="NOT_FINITE")
     on_event(desk.hub, tell, ClientFinished(1, bad, Traffic(3, 4)))
-    record = {**RECORD, "round": 1}
-    on_event(desk.hub, tell, RoundFinished(record))
-    on_event(desk.hub, tell, RoundFinished({**record, "round": 0}))
+    on_event(desk.hub, tell, RoundFinished(RECORD))
+    on_event(desk.hub, tell, RoundFinished(replace(RECORD, round=0)))
     on_event(desk.hub, tell, Note("a remark"))
     receipts = {}
     for name in sent:
@@ -191,7 +185,7 @@ def test_an_update_that_failed_or_came_too_late_waits_for_the_end_of_its_round(t
     desk.submit("anna", sent, b"data")
     on_event(desk.hub, silent, ClientFinished(1, Failure("anna", "no answer in 60 s", kind=kind), Traffic(1, 2)))
     assert desk.submit("anna", sent) is None  # the round may ask for it again
-    on_event(desk.hub, silent, RoundFinished({**RECORD, "round": 1}))
+    on_event(desk.hub, silent, RoundFinished(RECORD))
     reply = desk.submit("anna", sent)
     assert reply is not None
     assert pb.Header.FromString(reply.receipt.header).receipt.verdict == pb.LATE
@@ -214,9 +208,9 @@ def test_an_update_that_is_refused_for_its_size_beside_the_others_keeps_its_rece
 def test_the_line_before_the_first_round_ends_none(tmp_path: Path) -> None:
     desk = made(tmp_path)
     message_id, _, _ = desk.post("anna")
-    on_event(desk.hub, silent, RoundFinished({**RECORD, "round": 0}))
+    on_event(desk.hub, silent, RoundFinished(replace(RECORD, round=0)))
     assert desk.hub.collect([message_id]) == {}
-    on_event(desk.hub, silent, RoundFinished({**RECORD, "round": 1}))
+    on_event(desk.hub, silent, RoundFinished(RECORD))
     assert desk.hub.collect([message_id]) == {message_id: Withdrawn("anna", "its round has ended")}
 
 
@@ -229,19 +223,19 @@ def test_three_refused_updates_bar_their_client_over_the_rounds(tmp_path: Path) 
         desk.submit("anna", answer("anna", order, asked, b"data"), b"data")
         bad = Failure("anna", "q.a: expected finite numbers; got 1", kind="refused", code="NOT_FINITE")
         on_event(desk.hub, silent, ClientFinished(turn, bad, Traffic(1, 2)))
-        on_event(desk.hub, silent, RoundFinished({**RECORD, "round": turn}))
+        on_event(desk.hub, silent, RoundFinished(replace(RECORD, round=turn)))
     assert "NOT_FINITE" in desk.hub.bars.why("anna")
 
 
 def test_what_is_committed_is_told_in_numbers(tmp_path: Path) -> None:
     told = list[tuple[str, Mapping[str, Any]]]()
-    record = {
-        **RECORD,
-        "round": 2,
-        "cohort": ["anna", "bob", "carl"],
-        "clients": {"anna": {"status": "ok"}, "bob": {"status": "late"}, "carl": {"status": "ok"}},
-        "seconds": 1.2345,
-    }
+    record = replace(
+        RECORD,
+        round=2,
+        cohort=("anna", "bob", "carl"),
+        clients={"anna": ClientRecord("ok"), "bob": ClientRecord("late"), "carl": ClientRecord("ok")},
+        seconds=1.2345,
+    )
     on_event(made(tmp_path).hub, lambda kind, **fields: told.append((kind, fields)), RoundFinished(record))
     ((kind, fields),) = told
     assert kind == "committed"

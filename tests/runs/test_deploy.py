@@ -353,7 +353,7 @@ def test_nobody_pruned_in_training_is_said(tables: Tables, tmp_path: Path) -> No
         out=tmp_path / "run",
         watch=watch,
     )
-    assert any("nobody is pruned in training" in text for text in said)
+    assert any("no client is pruned in training" in text for text in said)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5])

@@ -14,10 +14,13 @@ from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
 from fedtune.report.reader import read_run
 from fedtune.rounds.loop import Event, Note, RoundFinished, Watch
+from fedtune.runs import context as contexts
 from fedtune.runs import local
 from fedtune.runs import runner as conducting
 from fedtune.runs.local import Experiment, prepare, run_context, transport
-from fedtune.runs.runner import check_results, check_resumable, resume_command, run_recipe
+from fedtune.runs.resume import check_resumable, resume_command
+from fedtune.runs.runner import run_recipe
+from fedtune.runs.verification import check_results
 from fedtune.store import peft
 from fedtune.store.run_directory import write_recipe
 
@@ -79,8 +82,8 @@ def test_a_round_is_told_only_once_it_is_on_the_disk(prepared: Experiment, run: 
 
     def watch(event: Event) -> None:
         if isinstance(event, RoundFinished):
-            at = json.loads((run / "adapter" / "fedtune.json").read_text())["round"] if event.record["round"] else None
-            written.append((event.record["round"], len(lines(run)), at))
+            at = json.loads((run / "adapter" / "fedtune.json").read_text())["round"] if event.record.round else None
+            written.append((event.record.round, len(lines(run)), at))
 
     conducted(prepared, run, watch)
     assert written == [(0, 1, None), (1, 2, 1), (2, 3, 2)]
@@ -171,7 +174,7 @@ def test_a_run_beside_its_writer_is_left_alone(prepared: Experiment, run: Path) 
     longer = replace(prepared, recipe=replace(prepared.recipe, rounds=replace(prepared.recipe.rounds, count=9)))
 
     def watch(event: Event) -> None:
-        if isinstance(event, RoundFinished) and event.record["round"] == 1:
+        if isinstance(event, RoundFinished) and event.record.round == 1:
             before = (run / "recipe.toml").read_text()
             with pytest.raises(StoreError, match="no other process writes it"):
                 conducted(longer, run, resume=True)
@@ -268,13 +271,13 @@ def test_a_run_does_not_go_on_over_other_data_or_another_base(what: str, prepare
     conducted(prepared, run)
     now = run_context(prepared)
     now = replace(now, data="other") if what == "data" else replace(now, base={**now.base, "digest": "other"})
-    with transport(prepared) as engine, pytest.raises(ConfigError, match=r"what the run was begun with \(digest"):
+    with transport(prepared) as engine, pytest.raises(ConfigError, match=r"what the run was started with \(digest"):
         run_recipe(now, run, engine, resume=True, watch=lambda event: None)
 
 
 def test_other_versions_are_noted(prepared: Experiment, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conducted(prepared, run)
-    monkeypatch.setattr(conducting, "versions", lambda: {"python": "9.9"})
+    monkeypatch.setattr(contexts, "versions", lambda: {"python": "9.9"})
     events: list[Event] = []
     conducted(prepared, run, events.append, resume=True)
     assert any(isinstance(event, Note) and "now python 9.9" in event.text for event in events)

@@ -354,7 +354,7 @@ def test_every_start_is_recorded_and_all_are_of_one_run(run: Path) -> None:
     with RunJournal.reopen(run) as kept:
         assert kept.first == INPUTS
         kept.begin({**INPUTS, "threads": 2})
-        assert kept.recorded == [INPUTS, {**INPUTS, "threads": 2}]
+        assert replay_journal(tmp_path)[0].inputs == [INPUTS, {**INPUTS, "threads": 2}]
         assert kept.first == INPUTS
     history, end = replay_journal(run)
     assert end.epoch == 2
