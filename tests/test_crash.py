@@ -161,8 +161,8 @@ Loss = Literal["nothing", "all", "half", "zeros"]
 """What becomes of what was not synced. nothing: the process died, the machine went on. The others are power cuts. all:
 neither names nor bytes got to the disk; half: names did, and of appended bytes the first half; zeros: names and lengths
 did, and no bytes."""
-STEPS = ("append_to", "create_beside", "write", "sync", "sync_folder", "cut", "rename", "make_folder", "remove")
-SHRINKING = {"cut", "rename", "remove", "sync_folder"}
+STEPS = ("append_to", "create_beside", "write", "sync", "sync_folder", "truncate", "rename", "make_folder", "remove")
+SHRINKING = {"truncate", "rename", "remove", "sync_folder"}
 """Steps that a full disk allows."""
 
 
@@ -323,7 +323,7 @@ def test_the_run_has_many_steps_and_every_kind_of_outcome(undisturbed: tuple[End
     end, steps = undisturbed
     assert len(steps) >= 96
     assert set(steps) == set(STEPS)
-    kinds = {client["status"] for line in end.lines for client in line["clients"].values()}
+    kinds = {client.status for record in end.lines for client in record.clients.values()}
     assert kinds == {"ok", "failed", "refused"}
     assert len(set(end.digests)) == ROUNDS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fedtune
-from fedtune.experiment import prepare
+from fedtune.runs.local import prepare
 from tests.golden import recipes
 from tests.golden.commands import toml
 from tests.golden.recipes import CLIENTS, Tables

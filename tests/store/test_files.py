@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,18 @@ def test_bytes_last_before_their_name_and_the_name_before_the_call_returns(
     assert taken == ["sync_folder", "sync", "sync_folder", "rename", "sync_folder"]
 
 
+def test_the_disk_is_asked_to_keep_a_file_before_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = list[str](), os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_text(tmp_path / "a.json", "new")
+    assert synced == ["file", "folder"]
+
+
 def test_a_write_that_the_system_takes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:3]))
@@ -154,7 +167,7 @@ def test_every_durable_write_of_a_run_is_made_of_the_steps_of_this_module() -> N
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in steps
         if not (isinstance(node.func.value, ast.Name) and node.func.value.id == "files")
     ]
-    assert found == [("run.py", "mkdir")]  # `vacant`, before there is a run
+    assert found == [("run_directory.py", "mkdir")]  # `check_vacant`, before there is a run
 
 
 def test_bytes_take_the_mode_that_is_asked_for(tmp_path: Path) -> None:
