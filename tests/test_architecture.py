@@ -48,6 +48,7 @@ HOMES: Mapping[str, frozenset[str]] = {
     "typer": frozenset({"cli"}),
     "rich": frozenset({"cli"}),
     "matplotlib": frozenset({"report"}),
+    "jinja2": frozenset({"report"}),
     "google": frozenset({"wire"}),
     "flwr": frozenset({"flower"}),
     "grpc": frozenset({"link"}),

@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedtune.report import tables
 from fedtune.report.curves import Floats, natural, training_rounds
 from fedtune.report.drawing import label, line_style, new_figure, styled, whole_rounds
 from fedtune.report.reader import Run
+from fedtune.report.rendering import Table
 from fedtune.report.units import number_text, seconds_text, seconds_unit
 from fedtune.rounds.record import ClientRecord, RoundRecord
 
@@ -96,7 +96,7 @@ def choices(run: Run) -> Figure | None:
     return figure
 
 
-def choices_table(run: Run) -> str:
+def choices_table(run: Run) -> Table:
     """Return every choice, with what spoke for it."""
     rows = []
     for record in training_rounds(run):
@@ -112,7 +112,7 @@ def choices_table(run: Run) -> str:
                     client.why or client.reason,
                 ]
             )
-    return tables.table(["round", "client", "ratio", "rank", "time on the device", "why"], rows, text_columns=2)
+    return Table(["round", "client", "ratio", "rank", "time on the device", "why"], rows, text_columns=2)
 
 
 def idle(run: Run) -> float | None:
@@ -126,10 +126,10 @@ def idle(run: Run) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def devices_table(run: Run) -> str:
-    """Return every number of every device profile with where it comes from; nothing where no devices are known."""
+def devices_table(run: Run) -> Table | None:
+    """Return every number of every device profile with its provenance; None where no devices are known."""
     if run.summary is None or not run.summary.devices.profiles:
-        return ""
+        return None
     counts: dict[str, int] = {}
     for kind in run.summary.devices.clients.values():
         counts[kind] = counts.get(kind, 0) + 1
@@ -138,4 +138,4 @@ def devices_table(run: Run) -> str:
         for name, profile in run.summary.devices.profiles.items()
         for field, part in profile.items()
     ]
-    return tables.table(["device", "clients", "what", "value", "from"], rows, text_columns=1)
+    return Table(["device", "clients", "what", "value", "from"], rows, text_columns=1)
