@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from fedtune.messages import Failure
 from fedtune.planning.planner import ClientObservation
 
 Metrics: TypeAlias = Mapping[str, float | int | None]
@@ -122,7 +123,7 @@ def observations(record: RoundRecord) -> Sequence[ClientObservation]:
             ratio=client.ratio or 0.0,
             rank=client.rank or 0,
             status=client.status,
-            reason=client.reason,
+            out_of_memory=client.status == "failed" and Failure.from_text(name, client.reason).out_of_memory,
             compute_s=client.compute_s,
             transfer_s=client.transfer_s,
             loss_before=client.loss_before,

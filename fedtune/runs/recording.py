@@ -13,7 +13,7 @@ import numpy as np
 from fedtune.config import Recipe
 from fedtune.lora.adapter import Adapter
 from fedtune.lora.lowrank import LowRank, compress
-from fedtune.messages import Failure
+from fedtune.messages import Failure, TrainLora
 from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure
@@ -102,7 +102,7 @@ def round_record(
         held_out=scores.held_out,
         clients=clients,
         unsolicited=tuple(
-            UnsolicitedRecord(reply.client, reply.reason, reply.num_bytes, reply.kind) for reply in finished.aside
+            UnsolicitedRecord(reply.client, reply.reason, reply.num_bytes, reply.kind) for reply in finished.unsolicited
         ),
         bytes_down=sum(client.bytes_down for client in clients.values()),
         bytes_up=sum(client.bytes_up for client in clients.values()),
@@ -114,18 +114,18 @@ def round_record(
 
 
 def client_record(finished: RoundResult, name: str) -> ClientRecord:
-    outcome, assignment = finished.outcomes[name], finished.assignments.get(name)
+    outcome, planned = finished.outcomes[name], finished.planned.get(name)
     traffic, device = finished.traffic[name], finished.spent.get(name)
     record = ClientRecord(status="ok", examples=finished.examples[name], bytes_down=traffic.down, bytes_up=traffic.up)
-    if assignment is not None:  # without a feasible plan there is none
-        plan = assignment.plan
+    if planned is not None:  # a client without a feasible plan has no assignment
+        plan, task = finished.assignments[name].plan, finished.assignments[name].task
         record = replace(
             record,
-            rank=plan.rank if assignment.verb == "adapt" else None,
+            rank=plan.rank if isinstance(task, TrainLora) else None,
             steps=plan.training.steps,
-            ratio=plan.ratio if assignment.surgery is not None else None,
-            deadline_s=plan.deadline_s,
-            why=plan.why,
+            ratio=plan.ratio if isinstance(task, TrainLora) and task.pruning is not None else None,
+            deadline_s=planned.deadline_s,
+            why=planned.why,
         )
     if device is not None:
         record = replace(record, compute_s=device.compute_s, transfer_s=device.transfer_s, overhead_s=device.overhead_s)
