@@ -15,6 +15,7 @@ from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreEr
 from fedtune.methods.method import GlobalModel, Method
 from fedtune.planning.planner import Planner, PlannerInputs
 from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.record import Metrics
 from fedtune.runs.demo import recipe_text, write_data
 from fedtune.runs.export import check_base, open_run
 from fedtune.simulation.process_pool import ForkServer
@@ -157,7 +158,7 @@ def _resume(
     overrides: Sequence[str],
     watch: Watch,
 ) -> Run:
-    from fedtune.runs.runner import check_resumable
+    from fedtune.runs.resume import check_resumable
 
     bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides, objects)
     check_resumable(path, bound)
@@ -202,9 +203,7 @@ def _conduct(experiment: Any, path: Path, nursery: ForkServer | None, watch: Wat
     return Run(path=path, summary=summary)
 
 
-def evaluate(
-    run: str | Path, *, data: str | Path | None = None, examples: int | None = None
-) -> Mapping[str, Mapping[str, float]]:
+def evaluate(run: str | Path, *, data: str | Path | None = None, examples: int | None = None) -> Mapping[str, Metrics]:
     """Score a run's base and its adapter on the test data of its recipe, or on another file, and return both.
 
     Args:
@@ -271,7 +270,7 @@ def verify(run: str | Path) -> Verified:
     Raises:
         StoreError: naming the first thing that is missing, damaged or was changed.
     """
-    from fedtune.runs.runner import check_results
+    from fedtune.runs.verification import check_results
 
     path = Path(run)
     check_run(path)

@@ -148,7 +148,7 @@ def test_a_resumed_run_needs_its_model_and_data_again(recipe: dict[str, Any], tm
     with pytest.raises(ConfigError, match=r"data.*pass it again"):
         fedtune.simulate(resume=run.path)
     fewer = {name: rows[:-1] for name, rows in rows_of(recipe).items()}
-    with pytest.raises(ConfigError, match="what the run was begun with"):
+    with pytest.raises(ConfigError, match="what the run was started with"):
         fedtune.simulate(resume=run.path, data=fewer)
     fedtune.simulate(resume=run.path, data=rows_of(recipe))
 
