@@ -16,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
 # $(call step,NAME,COMMAND): say what is done, which large files are downloaded for it, and how many seconds it took.
-step = echo "  $(1) ..." && start=$$SECONDS && $(2) | { grep --line-buffered -oE 'Downloading .*[0-9] MB|Installing collected' || true; } \
+step = echo "  $(1) ..." && start=$$SECONDS && $(2) | { grep --line-buffered -oE 'Downloading .*[0-9] MB.|Installing collected' || true; } \
 	| sed -u 's|^|    |; s|Downloading .*/|Downloading |' && echo "  $(1): $$((SECONDS - start)) s"
 
 .DEFAULT_GOAL := help

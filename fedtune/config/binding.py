@@ -22,7 +22,7 @@ from fedtune.data.settings import DataSettings
 from fedtune.devices.profiles import PROFILES, DeviceProfile
 from fedtune.devices.profiles import check as check_profile
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Training, Verb
+from fedtune.messages import ProbeSeeds, Training, Verb
 from fedtune.methods import METHODS
 from fedtune.methods.flora import FloraSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
@@ -138,7 +138,7 @@ def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
 def probes(method: Any) -> bool:
     """Return whether a table `method`, or a bare name, names a method that trains no adapter."""
     name = method.get("name") if isinstance(method, dict) else method
-    return isinstance(name, str) and name in METHODS and METHODS[name].verb == "probe"
+    return isinstance(name, str) and name in METHODS and METHODS[name].task is ProbeSeeds
 
 
 def bind_named(kinds: Mapping[str, type[Any]], content: Any, path: str, found: Findings) -> Any:

@@ -12,7 +12,7 @@ from fedtune.config.recipe import Override
 from fedtune.data.settings import TEMPLATES, DataSettings, Split, faults
 from fedtune.directions.bank import BANKS
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Training
+from fedtune.messages import VERBS, ProbeSeeds, Training, TrainLora
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.adaptive import AdaptiveSettings
@@ -116,7 +116,7 @@ def one_rank(method: str, rank: int, overrides: Sequence[Override]) -> Iterator[
         if override.rank is not None:
             ranks = {override.rank} if "*" in override.clients else ranks | {override.rank}
     if len(ranks) > 1:
-        mixed = [name for name, other in METHODS.items() if other.ranks != "equal" and other.verb == "adapt"]
+        mixed = [name for name, other in METHODS.items() if other.ranks != "equal" and other.task is TrainLora]
         got = f"{join_words(sorted(ranks))} from adapter.rank and the overrides"
         yield Fault(
             "method", f"one rank, as {method!r} needs", got, f"use {join_words(mixed, joint='or')}, or one rank"
@@ -194,7 +194,7 @@ IDLE: Mapping[str, Any] = {each.name: each.default for each in fields(Training) 
 
 def seed_method_faults(method: str, overrides: Sequence[Override], *idle: Any) -> Iterator[Fault]:
     """Yield what a recipe asks for that steps along seeds do not have; `idle` are the values of `IDLE`'s keys."""
-    if METHODS[method].verb != "probe":
+    if METHODS[method].task is not ProbeSeeds:
         return
     hint = f"{method!r} has forward passes in the base's own format and no optimizer; leave it out"
     for (key, default), value in zip(IDLE.items(), idle, strict=True):
@@ -213,7 +213,7 @@ def one_verb(method: Any, overrides: Sequence[Override]) -> Iterator[Fault]:
     FedKSeed's weights under the banks hadamard and gaussian are one rounding of w0 and a sum of integers: a product of
     LoRA factors on top would be a second one, which differs between machines. Under kron both parts would be factors.
     """
-    own = METHODS[method.name].verb
+    own = VERBS[METHODS[method.name].task]
     for place, override in enumerate(overrides):
         if override.verb in (None, own):
             continue
@@ -320,8 +320,8 @@ READERS: Mapping[str, Sequence[str]] = {
 def learning_planner(method: str, planner: Any) -> Iterator[Fault]:
     if not isinstance(planner, AdaptiveSettings):
         return
-    if METHODS[method].verb == "probe" or METHODS[method].ranks == "equal":
-        why = "trains no adapter" if METHODS[method].verb == "probe" else "needs one rank for all"
+    if METHODS[method].task is ProbeSeeds or METHODS[method].ranks == "equal":
+        why = "trains no adapter" if METHODS[method].task is ProbeSeeds else "needs one rank for all"
         yield Fault(
             "planner", f"'fixed' with method {method!r}, which {why}", repr(planner.name), "use method = 'flora'"
         )

@@ -20,7 +20,7 @@ from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.kron import Kron
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ClientError
-from fedtune.messages import Probe, Training
+from fedtune.messages import ProbeSeeds, Training
 from fedtune.model.base import Base
 from fedtune.model.kron_forward import with_injected_paths
 from fedtune.model.seed_rebuild import DisplacedPosition, Move, RebuiltPosition, working_copy
@@ -79,7 +79,7 @@ def measure(
     base: Base,
     examples: Sequence[Example],
     training: Training,
-    probe: Probe,
+    probe: ProbeSeeds,
     ledger: SeedLedger,
     trainable: Sequence[int],
     ids: Array,
@@ -154,14 +154,14 @@ def finite(numbers: Sequence[float]) -> bool:
     return all(map(math.isfinite, numbers))
 
 
-def around(seeds: Sequence[int], probe: Probe) -> Sequence[Move]:
+def around(seeds: Sequence[int], probe: ProbeSeeds) -> Sequence[Move]:
     """Return where the losses of a step are measured: w + E u z is A - E e_k."""
     if probe.estimator == "one-sided":
         return [(seeds[0], 0), *((seed, -probe.perturbation) for seed in seeds)]
     return [(seed, amount) for seed in seeds for amount in (-probe.perturbation, probe.perturbation)]
 
 
-def steps_of(losses: Sequence[float], probe: Probe, learning_rate: float, sizes: deque[float]) -> list[float]:
+def steps_of(losses: Sequence[float], probe: ProbeSeeds, learning_rate: float, sizes: deque[float]) -> list[float]:
     """Return the step wanted along each seed, in the weights' own unit; remembers the sizes of g for the running clip.
 
     Two-sided (Spall 1992; MeZO, arXiv 2305.17333): lr (l+ - l-) / (2 eps). One-sided over N queries (FZOO, arXiv

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -236,7 +236,12 @@ def refuse_static_caches(model: nn.Module) -> Any:
 
 
 def shrink_further(
-    model: Any, optimizer: torch.optim.Optimizer, before: ModelStructure, after: ModelStructure, anatomy: BlockLayout
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    before: ModelStructure,
+    after: ModelStructure,
+    anatomy: BlockLayout,
+    start: MutableMapping[nn.Parameter, torch.Tensor] | None = None,
 ) -> list[nn.Parameter]:
     """Make a pruned model in training smaller still, in place, and return the parameters that the optimizer now holds.
 
@@ -250,6 +255,7 @@ def shrink_further(
         before: what the model is now.
         after: a part of it.
         anatomy: of the base.
+        start: values by parameter that are cut as the parameters are, in place.
 
     Raises:
         ShapeError: if `after` is not a part of `before`, or the model is not what `before` says.
@@ -257,6 +263,7 @@ def shrink_further(
     check(after, anatomy)
     old, new = cuts(before, anatomy), cuts(after, anatomy)
     parts = {name: slice_of(cut) for name, cut in within(old, new).items()}
+    start = {} if start is None else start
     for name, shape in shapes(whole_shapes(anatomy), old).items():
         if (got := linear_shape(core(model.get_submodule(name)))) != shape:
             raise ShapeError(f"{name}: expected {shape}, as kept before; got {got}")
@@ -265,14 +272,16 @@ def shrink_further(
         linear = core(module)
         of_weight = part.weight(linear)
         for was, now in cut_linear(linear, part).items():
-            follow(optimizer, was, now, part.rows if was.dim() == 1 else of_weight)
+            follow(optimizer, start, was, now, part.rows if was.dim() == 1 else of_weight)
         if linear is not module:
-            cut_lora(module, part, optimizer)
+            cut_lora(module, part, optimizer, start)
     fit(model, after, anatomy)
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def cut_lora(layer: Any, part: Taken, optimizer: torch.optim.Optimizer) -> None:
+def cut_lora(
+    layer: Any, part: Taken, optimizer: torch.optim.Optimizer, start: MutableMapping[nn.Parameter, torch.Tensor]
+) -> None:
     """Take columns out of A and rows out of B, of every adapter in one of peft's layers."""
     layer.out_features, layer.in_features = linear_shape(layer.base_layer) or (0, 0)
     for factors, of_factor in ((layer.lora_A, part.columns), (layer.lora_B, part.rows)):
@@ -280,18 +289,21 @@ def cut_lora(layer: Any, part: Taken, optimizer: torch.optim.Optimizer) -> None:
             was = factor.weight
             now = smaller(was, of_factor)
             set_parameters(factor, now, None)
-            follow(optimizer, was, now, of_factor)
+            follow(optimizer, start, was, now, of_factor)
 
 
 def follow(
     optimizer: torch.optim.Optimizer,
+    start: MutableMapping[nn.Parameter, torch.Tensor],
     was: nn.Parameter,
     now: nn.Parameter,
     part: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Put a parameter's part in its place in an optimizer, with the same part of its moments."""
+    """Put a parameter's part in its place in an optimizer, with the same part of its moments and of its start."""
     if was is now:
         return
+    if was in start:
+        start[now] = part(start.pop(was))
     for group in optimizer.param_groups:
         group["params"] = [now if parameter is was else parameter for parameter in group["params"]]
     if was in optimizer.state:
@@ -322,23 +334,6 @@ def gates(model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[Any]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def with_gates(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> Iterator[Any]:
-    """Multiply by 0 what is not kept, for the length of the block: what `pruned` computes, at the full model's cost."""
-    check(keep, anatomy)
-    values = {}
-    for names, sizes, parts in (
-        (readers(anatomy, "q"), [block.heads for block in anatomy.blocks], [kept.q for kept in keep.blocks]),
-        (readers(anatomy, "ff"), [block.channels for block in anatomy.blocks], [kept.ff for kept in keep.blocks]),
-    ):
-        for name, size, part in zip(names, sizes, parts, strict=True):
-            value = torch.zeros(size)
-            value[list(part)] = 1.0
-            values[name] = value.to(core(model.get_submodule(name)).weight.device)
-    with gates(model, values):
-        yield model
 
 
 def readers(anatomy: BlockLayout, side: Side) -> list[str]:

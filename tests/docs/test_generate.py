@@ -171,6 +171,17 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert anchor in anchors(text), f"{path.relative_to(ROOT)}: {link}: no such heading"
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_a_document_names_exist(path: Path) -> None:
+    if path.name == "CHANGELOG.md":
+        return  # names what was there at the time
+    folders = "fedtune|tests|server|clients|simulations|proto|benchmarks|docs"
+    names = re.findall(rf"`((?:{folders})/[\w./-]+)`", path.read_text())
+    assert not [name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()], (
+        path.relative_to(ROOT)
+    )
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 10_000
 
