@@ -147,5 +147,5 @@ def keep_plan(state: Path, run: str, plan: pb.Envelope, recipe: bytes) -> None:
 def settle(path: Path) -> None:
     """Make a file that is written last: it is sent only after that, so that the same bytes can be sent again."""
     with store_errors(path):
-        files.settle(path)
+        files.sync_readable(path)
         files.sync_folder(path.parent)
