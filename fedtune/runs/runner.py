@@ -73,7 +73,7 @@ def run_recipe(
             if records:
                 with suppress(StoreError):  # on a full disk the error to report is the one that stopped the run
                     write("Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop))
-            watch(Note(stopped(stop, context.door, run, records)))
+            watch(Note(stop_note(stop, context.door, run, records)))
             raise
         content = write("")
         journal.finish(records[-1].round)
@@ -105,7 +105,7 @@ def recorded_rounds(
             watch(Note(f"sums of 32 bits have room for {left} more rounds in the worst case"))
 
 
-def stopped(stop: BaseException, door: Door, run: Path, records: Sequence[RoundRecord]) -> str:
+def stop_note(stop: BaseException, door: Door, run: Path, records: Sequence[RoundRecord]) -> str:
     """Return the note on a stopped run: the rounds that are complete, and how to go on."""
     complete = f"after round {records[-1].round}" if records else "before its first round"
     final = isinstance(stop, RoundError) and stop.final
