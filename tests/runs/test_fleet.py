@@ -121,7 +121,7 @@ def test_a_base_whose_costs_nobody_knows_takes_the_fixed_planner_and_no_fleet(ta
     assert plain.summary() == {}
     with pytest.raises(ConfigError, match=r"planner: expected a base of llama, .* for a planner that weighs costs"):
         fleet_of(fedtune.bind({**rest, "planner": "random"}), NAMES, strange, parameters=1).planner(strange)
-    with pytest.raises(ConfigError, match=r"fleet: expected a base of llama, .*whose costs nobody knows"):
+    with pytest.raises(ConfigError, match=r"fleet: expected a base of llama, .*for which no cost model exists"):
         fleet_of(fedtune.bind({**rest, "fleet": {"name": "orin8"}}), NAMES, strange, parameters=1)
 
 
