@@ -396,7 +396,7 @@ def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> 
             assert summed(honest[0], result, honest[1]) == without
         seen[result.code] += 1
     assert len(seen) >= 9, seen
-    assert isinstance(decode_and_admit(Reply("carl", encode_update(good)), around), ClientUpdate)
+    assert isinstance(decode_and_admit(Reply("carl", encode_update(good)), around), AdmittedUpdate)
     assert peak_mib() - before < GROWTH_MIB
 
 
