@@ -12,7 +12,7 @@ from typing import Any
 from fedtune.config import Recipe, bind
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.methods.method import GlobalModel
-from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.events import Note, Watch
 from fedtune.runs.demo import recipe_text, write_data
 from fedtune.runs.export import check_base, open_run
 from fedtune.simulation.process_pool import ForkServer
@@ -63,7 +63,7 @@ def simulate(
         fresh: if the directory is taken, start beside it instead of refusing.
         resume: directory of a run to go on with, after a crash or for more rounds; its result is the one that the run
             would have had without a break. `rounds.count` and the engine may change, nothing else.
-        watch: called with each event of `fedtune.rounds.loop`.
+        watch: called with each event of `fedtune.rounds.events`.
 
     Raises:
         ConfigError: if the recipe, or anything that it names, is wrong; with every fault found.

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fedtune.cli.text import duration, number, printable, size
 from fedtune.messages import AdmittedUpdate, Failure, Outcome, Traffic
-from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
 
 RECENT = 5
 """Rounds whose median length the estimated end is made of: a robust mean that follows changes."""

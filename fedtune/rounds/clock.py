@@ -24,7 +24,7 @@ class ClientTime:
         return self.compute_s + self.transfer_s + self.overhead_s
 
     @classmethod
-    def given_up(cls, after_s: float) -> ClientTime:
+    def until_deadline(cls, after_s: float) -> ClientTime:
         """Return the time of a client that was given up: nobody can know how it would have been divided."""
         return cls(after_s, 0.0)
 
@@ -44,7 +44,7 @@ class CompletedWork:
 class Clock(Protocol):
     """Says how long clients took: simulated from their devices, or as it was measured."""
 
-    def timed(
+    def client_times(
         self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
     ) -> Mapping[str, ClientTime]:
         """Return the times of a round that began at `now_s`; of no client where none are known.
@@ -57,7 +57,7 @@ class Clock(Protocol):
         """
         ...
 
-    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+    def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         """Return the clients that were given up, with the seconds after which that was.
 
         Args:
@@ -66,7 +66,7 @@ class Clock(Protocol):
         """
         ...
 
-    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
+    def round_seconds(self, spent: Mapping[str, ClientTime]) -> float:
         """Return how long a round lasted in which clients took so long: as long as the slowest, and the server."""
         ...
 
@@ -78,15 +78,15 @@ class Clock(Protocol):
 class NullClock:
     """The clock of clients that share one machine: how long one took says nothing of its device."""
 
-    def timed(
+    def client_times(
         self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
     ) -> Mapping[str, ClientTime]:
         return {}
 
-    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+    def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         return {}
 
-    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
+    def round_seconds(self, spent: Mapping[str, ClientTime]) -> float:
         return 0.0
 
     def reachable(self, round: int, client: str) -> bool:

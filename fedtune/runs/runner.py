@@ -21,8 +21,10 @@ from fedtune.methods.method import GlobalModel
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure
-from fedtune.rounds.clock import Clock
-from fedtune.rounds.loop import Note, RoundFinished, RoundJournal, RoundResult, Watch
+from fedtune.rounds.clock import Clock, NullClock
+from fedtune.rounds.events import Note, RoundFinished, Watch
+from fedtune.rounds.journal import NullJournal, RoundJournal
+from fedtune.rounds.loop import RoundContext, RoundResult
 from fedtune.rounds.loop import run as run_rounds
 from fedtune.rounds.transport import Transport
 from fedtune.store import peft, result, round_records
@@ -142,7 +144,7 @@ def run_recipe(
             elif lines[-1]["round"] == setting.recipe.rounds.count:
                 watch(Note(f"nothing is left to do up to round {lines[-1]['round']}; set rounds.count for more"))
             for played in run_rounds_of(
-                setting, transport, ledger=ledger, start=state, lines=tuple(lines), watch=watch
+                setting, transport, journal=ledger, start=state, lines=tuple(lines), watch=watch
             ):
                 lines.append(record_round(setting, run, played, lines))
                 watch(RoundFinished(lines[-1]))
@@ -202,16 +204,16 @@ def run_rounds_of(
     setting: RunContext,
     transport: Transport,
     *,
-    ledger: RoundJournal | None = None,
+    journal: RoundJournal | None = None,
     start: Any | None = None,
     lines: Sequence[Mapping[str, Any]] = (),
     watch: Watch = lambda event: None,
 ) -> Iterator[RoundResult]:
-    """Yield the recipe's rounds, from a state or from the first one; without a ledger nothing of them is kept.
+    """Yield the recipe's rounds, from a state or from the first one; without a journal nothing of them is kept.
 
     From the lines of the rounds before, the planner learns again what it knew.
     """
-    return run_rounds(
+    context = RoundContext(
         method=METHODS[setting.recipe.method.name],
         settings=setting.recipe.method,
         planner=setting.planner,
@@ -219,12 +221,15 @@ def run_rounds_of(
         schedule=setting.recipe.rounds,
         blueprint=setting.blueprint,
         base=setting.base["digest"],
-        ledger=ledger,
+        journal=journal or NullJournal(),
+        clock=setting.clock or NullClock(),
+        watch=watch,
+    )
+    return run_rounds(
+        context,
         start=start,
         history=[round_records.observations(line) for line in lines],
-        clock=setting.clock,
         clock_s=lines[-1].get("clock_s", 0.0) if lines else 0.0,
-        watch=watch,
     )
 
 

@@ -102,7 +102,7 @@ def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
         trains = isinstance(task, TrainLora)
         record |= {"steps": plan.training.steps, "rank": plan.rank if trains else None}
         record |= plan_fields(planned, pruned=isinstance(task, TrainLora) and task.pruning is not None)
-    if (spent := result.spent.get(name)) is not None:
+    if (spent := result.times.get(name)) is not None:
         record |= {"compute_s": spent.compute_s, "transfer_s": spent.transfer_s, "overhead_s": spent.overhead_s}
     if isinstance(outcome, Failure):
         return record | {"status": outcome.kind, "reason": outcome.reason}

@@ -18,7 +18,7 @@ from typing import Any, Self
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
 from fedtune.methods.serialization import digest
-from fedtune.rounds.loop import InterruptedRound
+from fedtune.rounds.journal import InterruptedRound
 from fedtune.store import files
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import History, Round, replay_journal
@@ -173,7 +173,7 @@ class RunJournal:
             raise self._misreported(reported)
         return self._blobs.get(history.digests[reported - 1], f"the state of round {reported}") if reported else None
 
-    def opened(self, round: int) -> InterruptedRound | None:
+    def interrupted(self, round: int) -> InterruptedRound | None:
         """Return what is known of a round that had begun: the open one, or the last one, which has no line yet.
 
         Raises:
@@ -184,7 +184,7 @@ class RunJournal:
             return None
         return InterruptedRound(
             cohort=found.cohort,
-            orders=found.orders,
+            digests=found.orders,
             updates=self._updates(found),
             failures=found.failures,
             sizes=found.sizes,
@@ -207,7 +207,7 @@ class RunJournal:
         *,
         state: str,
         cohort: Mapping[str, int],
-        orders: Mapping[str, str],
+        digests: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
     ) -> None:
         """Note what a round begins with, and let go of what only a repetition of the one before would need.
@@ -217,7 +217,7 @@ class RunJournal:
         """
         needed = self._history.needed().keys()
         said = {"memory": memory} if memory else {}  # as earlier releases wrote it where nothing is said
-        self._note("open", {"round": round, "state": state, "cohort": cohort, "orders": orders, **said})
+        self._note("open", {"round": round, "state": state, "cohort": cohort, "orders": digests, **said})
         self._blobs.release(needed - self._history.needed().keys())
         self._opened_at = self._flushed_at = self._clock()
         self._flushing_s = 0.0

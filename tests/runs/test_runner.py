@@ -13,7 +13,7 @@ from fedtune.client.perform import perform
 from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
 from fedtune.report.reader import read_run
-from fedtune.rounds.loop import Event, Note, RoundFinished, Watch
+from fedtune.rounds.events import Event, Note, RoundFinished, Watch
 from fedtune.runs import local
 from fedtune.runs import runner as conducting
 from fedtune.runs.local import Experiment, prepare, run_context, transport
