@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import fedtune.link  # noqa: E402, F401, I001 - before grpc, which reads its TLS settings once
 import grpc  # noqa: E402
 
 from fedtune.link.audit_log import read  # noqa: E402

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.recipe import Override
 from fedtune.data.settings import TEMPLATES, DataSettings, Split, faults
-from fedtune.directions.banks import BANKS
+from fedtune.directions.bank import BANKS
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import VERBS, ProbeSeeds, Training, TrainLora
 from fedtune.methods import METHODS

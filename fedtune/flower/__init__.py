@@ -6,12 +6,16 @@ processes that Flower starts before fedtune is imported: service units and conta
 
 import os
 
+# Sets which TLS gRPC may speak. flwr loads gRPC, which reads that once: a server that is started in this process later
+# would accept TLS 1.2 as well.
+import fedtune.link  # noqa: F401
+
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # a SuperLink would install the app's dependencies per run
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces, whatever it is told
+    "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces, whatever its options say
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default of its next release, for which it warns otherwise
 }
 

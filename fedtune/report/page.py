@@ -257,8 +257,8 @@ def _leaving(run: Run) -> str:
         return ""
     parts.append(
         f"<li>Training rows are not part of an update. The {'scalars' if uses_seeds(run) else 'factors'} are computed "
-        "from them, so whoever reads a single update may infer something about its rows: "
-        "protect it in transit and at the server.</li>"
+        "from them, so a reader of a single update may infer something about its rows: protect it in transit and at "
+        "the server.</li>"
     )
     names = "".join(f"<li><code>{escape(name)}</code>, rank {module.rank}</li>" for name, module in modules.items())
     return f"<ul>{''.join(parts)}</ul>" + _details("Every module", f"<ul>{names}</ul>" if names else "")

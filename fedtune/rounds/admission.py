@@ -9,7 +9,7 @@ from typing import assert_never
 
 import numpy as np
 
-from fedtune.directions.sums import MAX_SCALAR
+from fedtune.directions.downlink import MAX_SCALAR
 from fedtune.errors import ShapeError
 from fedtune.lora.adapter import norm, unpack
 from fedtune.messages import (

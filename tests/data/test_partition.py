@@ -79,6 +79,13 @@ def test_dirichlet_is_skewed_for_small_alpha_and_even_for_large() -> None:
     assert largest_share(0.1) > 0.6
 
 
+def test_dirichlet_shuffles_a_group_before_it_is_shared_out() -> None:
+    split = Split("dirichlet", by="x", clients=2, alpha=1e5)
+    first = partition(split, rows=200, groups=["a"] * 200, seed=1)["client-0"]
+    assert first.tolist() != list(range(len(first)))
+    assert np.count_nonzero(first < 100) < 0.7 * len(first)  # both halves of a sorted file reach every client
+
+
 def test_an_impossible_dirichlet_split_says_which_client_and_what_to_do() -> None:
     split = Split("dirichlet", by="x", clients=6, alpha=0.01, min_examples=50)
     with pytest.raises(ConfigError) as caught:

@@ -56,6 +56,14 @@ def test_reading_the_weights_can_be_what_a_step_waits_for() -> None:
     assert heavy.compute_s == pytest.approx(light.compute_s * 10.0 / (1.0 / AGX.tflops))
 
 
+def test_an_upload_meets_the_bandwidth_of_the_time_at_which_the_work_ends() -> None:
+    worked = FLEET.client("ann", Load(200.0, 0.0, 0, 10**6), round=1, now_s=0.0)
+    alone = FLEET.client("ann", Load(0.0, 0.0, 0, 10**6), round=1, now_s=worked.compute_s)
+    at_once = FLEET.client("ann", Load(0.0, 0.0, 0, 10**6), round=1, now_s=0.0)
+    assert worked.transfer_s == pytest.approx(alone.transfer_s)
+    assert worked.transfer_s != pytest.approx(at_once.transfer_s, rel=0.01)
+
+
 def test_the_world_is_the_same_whatever_was_asked_and_whoever_else_takes_part() -> None:
     done = {name: CompletedWork(PLAN, Measured(tokens=900), Traffic(10**5, 10**5), 0.0) for name in ("ann", "bob")}
     both = FLEET.client_times(2, 50.0, done, {})

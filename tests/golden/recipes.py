@@ -134,10 +134,6 @@ def recipes() -> Mapping[str, Tables]:
     }
 
 
-OTHER_ENGINES = ("flora", "hetlora", "fedkseed-kron", "flora-vote")
-"""Recipes that every engine runs; each must come to the digests that the run in process comes to."""
-
-
 def described(run: Path, *, simulated_clock: bool) -> Mapping[str, Any]:
     """Return what a finished run's directory says."""
     dropped = TIMED if simulated_clock else TIMED | CLOCKED

@@ -5,7 +5,7 @@ python tests/golden/record.py --write            write them anew; only before a 
 python tests/golden/record.py --check --only methods --only messages
 
 Bits of torch depend on the machine and the versions; where they differ from those of the recording, --check says so
-and compares what does not depend on them.
+and compares what does not depend on them. --ray adds the engine ray.
 """
 
 from __future__ import annotations
@@ -76,16 +76,55 @@ def methods() -> Mapping[str, Any]:
     return values
 
 
+def engines(*, ray: bool = False) -> Mapping[str, Any]:
+    """Return the digests of the states and assignments that each engine comes to."""
+    from tests.golden import engines as module
+
+    with workplace() as folder:
+        return module.digests(folder, ray=ray)
+
+
 def messages() -> Mapping[str, Any]:
     """Return the bytes of one message of each kind."""
-    from tests.golden import messages
+    from tests.golden import messages as module
 
-    return messages.values()
+    return module.values()
+
+
+def commands() -> Mapping[str, Any]:
+    """Return exit codes, machine-readable output and written files of each command."""
+    from tests.golden import commands as module
+
+    with workplace() as folder:
+        return module.values(folder)
+
+
+def archives() -> Mapping[str, Any]:
+    """Return how the archived runs of 0.2.0, stopped after their first round, go on and end."""
+    from tests.golden import archives as module
+
+    with workplace() as folder:
+        return module.resumed(folder)
+
+
+def archive() -> int:
+    """Make the archived runs; only a checkout of 0.2.0 can."""
+    from tests.golden import archives
+
+    if version("fedtune") != "0.2.0":
+        print(f"expected a checkout of 0.2.0; got {version('fedtune')}; archived runs are those that 0.2.0 began")
+        return 1
+    with workplace() as folder:
+        archives.write(folder)
+    return 0
 
 
 SECTIONS: Mapping[str, Callable[[], Mapping[str, Any]]] = {
     "messages": messages,
     "methods": methods,
+    "archives": archives,
+    "commands": commands,
+    "engines": engines,
 }
 
 
@@ -143,15 +182,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", action="store_true", help="write the values of this checkout")
+    what.add_argument("--archive", action="store_true", help="make the stopped runs of runs-0.2.0 anew")
     what.add_argument("--check", action="store_true", help="compare this checkout with the recorded values")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="one section; may be given again")
+    parser.add_argument("--ray", action="store_true", help="run the engine ray too")
     parser.add_argument("--limit", type=int, default=40, help="differences to print for each section")
     options = parser.parse_args(arguments)
     environment()
+    if options.archive:
+        return archive()
     different = 0
     for name in options.only or SECTIONS:
         began = time.monotonic()
-        values = SECTIONS[name]()
+        values = engines(ray=options.ray) if name == "engines" else SECTIONS[name]()
         if options.write:
             content = {"values": values} if name in PORTABLE else {"machine": machine(), "values": values}
             (HERE / f"{name}.json").write_text(laid_out(content) + "\n")

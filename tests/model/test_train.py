@@ -97,6 +97,22 @@ def test_sgd_and_bf16_autocast_train(loaded: Any, examples: Any) -> None:
     assert trained.loss_after < trained.loss_before
 
 
+def test_a_gradient_above_the_bound_is_scaled_down_to_it(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(4)
+    training = replace(TRAINING, optimizer="sgd", learning_rate=1.0, steps=1)
+
+    def moved(clip_norm: float | None) -> float:
+        plan = Plan("c", 4, 2.0, training)
+        before = start(TrainLora(a_key=5), plan, base.modules)
+        _, after = run(base, rows, replace(training, clip_norm=clip_norm))
+        squares = [np.square(after[n].a - before[n].a).sum() + np.square(after[n].b - before[n].b).sum() for n in after]
+        return float(np.sqrt(sum(squares)))
+
+    free = moved(None)
+    assert moved(free / 4) == pytest.approx(free / 4, rel=1e-3)
+    assert moved(4 * free) == pytest.approx(free, rel=1e-6)
+
+
 def test_a_classifier_trains_on_labels(loaded: Any, examples: Any) -> None:
     base = loaded("bert", targets=["query"], task="classification", labels=["a", "b"])
     rows = examples(6, classes=2)

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from fedtune.client.replica import Replicas, restore
-from fedtune.directions.bank import displacement
-from fedtune.directions.banks import BANKS
+from fedtune.directions.bank import BANKS, displacement
 from fedtune.directions.consistency import block_checks
-from fedtune.directions.manifest import describe
+from fedtune.directions.seed_ledger import describe_base
 from fedtune.messages import (
     Assignment,
     Blueprint,
@@ -41,7 +40,7 @@ SHAPE = (4, 6)
 TRAINING = Training(batch=1, learning_rate=0.1, steps=1)
 
 
-LISTED = describe({"x.weight": np.ones(SHAPE, np.float32), "y.bias": np.zeros(5000, np.float32)})
+LISTED = describe_base({"x.weight": np.ones(SHAPE, np.float32), "y.bias": np.zeros(5000, np.float32)})
 
 
 Script = Callable[[Assignment], ClientUpdate | Failure | bytes]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,18 @@ def test_bytes_last_before_their_name_and_the_name_before_the_call_returns(
         (folder / "inner").mkdir()
         (folder / "inner" / "a").write_text("1")
     assert taken == ["sync_folder", "sync", "sync_folder", "rename", "sync_folder"]
+
+
+def test_the_disk_is_asked_to_keep_a_file_before_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = list[str](), os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_text(tmp_path / "a.json", "new")
+    assert synced == ["file", "folder"]
 
 
 def test_a_write_that_the_system_takes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fedtune.directions.seed_ledger import describe_base
 from fedtune.errors import WireError
 from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors
@@ -51,6 +52,14 @@ def test_a_profile_arrives_as_it_was_sent() -> None:
     np.testing.assert_array_equal(arrived.foundation.saved["score.weight"], FOUNDATION.saved["score.weight"])
     bare = replace(arrived, foundation=replace(arrived.foundation, saved={}))
     assert bare == replace(PROFILE, foundation=replace(FOUNDATION, saved={}))
+
+
+def test_a_manifest_of_another_number_of_parameters_is_refused() -> None:
+    listed = describe_base({"layer.q.weight": np.ones((4, 6), np.float32)}).encode()
+    whole = replace(PROFILE, foundation=replace(FOUNDATION, manifest=listed, parameters=24))
+    assert again(whole).foundation.manifest == listed
+    with pytest.raises(WireError, match=r"bank-1: expected a manifest of 25 parameters, no tensor empty; got 24"):
+        again(replace(whole, foundation=replace(whole.foundation, parameters=25)))
 
 
 def test_a_base_without_a_head_sends_no_tensors() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from fedtune.errors import ConfigError, Fault
+from fedtune.link import ENVIRONMENT, SET_IN_TIME
 from fedtune.link.audit_log import RecordEvent, silent
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import RosterFile
@@ -128,6 +129,18 @@ def serve_link(
         tell("stopped")
 
 
+def check_cipher_suites(set_in_time: bool) -> None:
+    """Refuse to serve in a process whose gRPC may not know that only TLS 1.3 is allowed.
+
+    Raises:
+        ConfigError: if gRPC was loaded before `fedtune.link` set GRPC_SSL_CIPHER_SUITES.
+    """
+    if not set_in_time:
+        suites = f"GRPC_SSL_CIPHER_SUITES={ENVIRONMENT['GRPC_SSL_CIPHER_SUITES']}"
+        hint = f"import fedtune.link before grpc or flwr, or start the process with {suites}"
+        raise ConfigError(Fault("", "TLS 1.3 alone", "a process that loaded grpc before it could be set", hint))
+
+
 def check_address(address: str) -> None:
     """Refuse a port that does not exist: gRPC would listen on another one in its place.
 
@@ -145,8 +158,9 @@ async def start(
     """Start the gRPC server in the running loop.
 
     Raises:
-        ConfigError: if the address cannot be listened on.
+        ConfigError: if the address cannot be listened on, or older versions of TLS cannot be excluded.
     """
+    check_cipher_suites(SET_IN_TIME)
     check_address(hub.settings.listen)
     service = Service(hub, roster, epoch=secrets.randbits(63), tell=tell, now=now)
     server = grpc.aio.server(options=options(hub.settings, members=len(roster.current().members)))

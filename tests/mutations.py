@@ -1,0 +1,413 @@
+"""Plants faults in a copy of the source, one at a time, and says which of them the fast tests catch.
+
+    python tests/mutations.py [--only TEXT] [--jobs 2] [--narrow] [--trust] [--json FILE]
+    python tests/mutations.py --check        only that every fault can be planted
+
+For each fault the test file that mirrors the module runs first, with those that the fault names; where these pass, the
+whole fast tier runs. A fault is caught by a failing test, by an error while tests are collected, or by a run that
+does not end in time. Before that the narrow tests must pass without any fault. Exits with 1 if more than `--survivors`
+faults survive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of one file that a test must notice."""
+
+    file: str
+    """Below fedtune/."""
+    old: str
+    """Text that the file holds exactly once."""
+    new: str
+    what: str
+    tests: tuple[str, ...] = ()
+    """Below tests/: run first as well, beside the file that mirrors the module."""
+
+
+FAULTS = (
+    # Methods: what is summed, with which weight, in which order.
+    Fault("round.py", "cohort = sorted(updates, key=lambda update: update.client)", "cohort = list(updates)",
+          "a cohort is weighed in the order of arrival", ("methods/test_method.py",)),
+    Fault("methods/fedit.py", "weights=lambda state: state.settings.weights", 'weights=lambda state: "uniform"',
+          "FedIT weighs clients alike, whatever they hold"),
+    Fault("methods/method.py", "rate * (mean[name] - old[name])", "rate * (old[name] - mean[name])",
+          "the server steps away from the mean"),
+    Fault("methods/method.py", "np.concatenate([factor[:rank], np.zeros", "np.concatenate([factor[-rank:], np.zeros",
+          "a smaller client is sent the last rows of A in place of the first", ("methods/test_zeropad.py",)),
+    Fault("methods/ffa.py", 'train="b", wire_dtype', 'train="ab", wire_dtype',
+          "FFA-LoRA trains A as well"),
+    Fault("methods/zeropad.py", "mean, state.settings.server_learning_rate)", "mean, 1.0)",
+          "the server's learning rate is not applied", ("methods/test_method.py",)),
+    Fault("methods/hetlora.py", "[size / total for size in norms] if total",
+          "[1 / len(norms) for size in norms] if total",
+          "HetLoRA weighs clients alike in place of by norm"),
+    Fault("methods/flexlora.py", "(old.factors, 1 - rate)", "(old.factors, 0.0)",
+          "a part step forgets the old sum"),
+    Fault("methods/fedex.py", "(new[name], -1.0)", "(old[name], -1.0)",
+          "the residual is taken against the factors before the round"),
+    Fault("methods/flora.py", "b=np.concatenate([difference.b, start.b], axis=1)",
+          "b=np.concatenate([start.b, difference.b], axis=1)",
+          "the two halves of a client's change are swapped"),
+    Fault("methods/flora.py", "b=f.b / c) for name, f in factors.items()", "b=f.b) for name, f in factors.items()",
+          "the scale of a warm start is dropped from b"),
+    Fault("methods/pruning.py", "1.0 / np.maximum(share, floor)", "1.0 / np.maximum(share, 1e-3)",
+          "the floor of the coverage is ignored"),
+    Fault("methods/fedkseed.py", "max(1, round(MAX_WEIGHT * update.num_examples / most))", "max(1, MAX_WEIGHT)",
+          "FedKSeed weighs clients alike"),
+    Fault("methods/fedkseed.py", "if update.probed.state != state.digest[:STATE]:", "if False:",
+          "work on another state is taken"),
+    Fault("methods/seed_state.py", "return self.settings.fraction_bits + self.coarseness",
+          "return self.settings.fraction_bits", "a coarser scalar moves the sums no further",
+          ("methods/test_fedkseed.py",)),
+    Fault("methods/state.py", "key=lambda name: (-tensors[name].itemsize, name)", "key=lambda name: name",
+          "a state's tensors are written in another order"),
+    # Arithmetic that methods stand on.
+    Fault("tensors.py", "acc = np.zeros(first[name].shape, np.float64)",
+          "acc = np.zeros(first[name].shape, np.float32)",
+          "means are summed in single precision"),
+    Fault("adapter.py", 'derive(key, "lora.a", client=module)', 'derive(key, "lora.a")',
+          "all modules start from the same A"),
+    Fault("seeds.py", 'digest.update(len(data).to_bytes(8, "little") + data)', "digest.update(data)",
+          "two different purposes may share one key"),
+    Fault("lowrank.py", "count if max_rank is None else min(count, max_rank)", "count",
+          "the largest rank is no limit"),
+    Fault("keep.py", "b[cut.out] = factors.b", "b[: len(cut.out)] = factors.b",
+          "a pruned client's rows go back to the wrong places"),
+    Fault("ranking.py", "new = mean if old is None else np.where(weights > 0, 0.5 * old + 0.5 * mean, old)",
+          "new = mean if old is None else 0.5 * old + 0.5 * mean",
+          "scores fade of what no client holds"),
+    # Seeded directions.
+    Fault("directions/philox.py", "k0, k1 = key & MASK, key >> 32", "k0, k1 = key >> 32, key & MASK",
+          "the two halves of a key are swapped"),
+    Fault("directions/hadamard.py", "y = fwht(x).reshape(-1, BLOCK) * second", "y = fwht(x).reshape(-1, BLOCK)",
+          "the second signs are left out"),
+    Fault("directions/kron.py", "i, j = divmod(index, self.rank)", "j, i = divmod(index, self.rank)",
+          "rows and columns of a direction are swapped", ("directions/test_bank.py",)),
+    Fault("directions/ids.py", "m = n + (word * (size - n) >> 32)", "m = n + (word * (size - n - 1) >> 32)",
+          "the bound of a draw is off by one"),
+    Fault("directions/sums.py", "quotient - ((rest == 0) & (quotient & 1 == 1))", "quotient",
+          "ties are rounded up in place of to even"),
+    Fault("directions/downlink.py", "short(accumulators) else \"<i4\"", "short(accumulators) else \"<i2\"",
+          "sums that need 32 bits are sent in 16"),
+    Fault("directions/checks.py", "hashlib.sha256(y.astype(\"<i4\").tobytes())",
+          "hashlib.sha256(y[:1].astype(\"<i4\").tobytes())",
+          "a check reads one displacement of a block"),
+    Fault("directions/numba_rebuild.py", "uint32(0x7FFF)", "uint32(0x8000)",
+          "bfloat16 is not rounded to even"),
+    Fault("replica.py", "if ledger.digest != state.digest:", "if False:",
+          "the digest of rebuilt accumulators is not compared"),
+    # The client.
+    Fault("client.py", 'tensors[f"{name}.b"] = scale * b', 'tensors[f"{name}.b"] = b',
+          "the scale is dropped on the way up"),
+    Fault("client.py", "if assignment.base and assignment.base != base.digest:", "if False:",
+          "a client trains on another base"),
+    Fault("model/lora.py", "b=b / np.float32(assignment.plan.scale)", "b=b",
+          "the scale is not divided out of a start"),
+    Fault("model/train.py", "torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)", "pass",
+          "gradients are not clipped"),
+    Fault("model/train.py", 'derive(key, "data.order", epoch)', 'derive(key, "data.order")',
+          "each pass over the data has the same order"),
+    Fault("model/probe.py", "plus, minus = losses", "minus, plus = losses",
+          "a probe's step has the wrong sign"),
+    Fault("model/injected.py", "to, fro = (i, j) if path.by_columns else (j, i)", "to, fro = (i, j)",
+          "rows and columns are swapped for transposed layers"),
+    Fault("model/merge.py", "if isinstance(module, Conv1D):", "if False:",
+          "a merge forgets that GPT-2 holds its weights transposed", ("test_exports.py",)),
+    Fault("model/evaluate.py", "tokens += rows.count", "tokens += rows.tokens",
+          "the loss is divided by all tokens, not by those that count"),
+    Fault("model/scores.py", "squared = squared + 2 * ((weight.T @ b) * a.T).sum(dim=1)",
+          "squared = squared + ((weight.T @ b) * a.T).sum(dim=1)",
+          "a factor of two is missing in the score of a column"),
+    Fault("data/encode.py", "labels=np.array([IGNORED] * lead + ids[lead:kept]", "labels=np.array(list(ids[:kept])",
+          "prompts count in the loss"),
+    Fault("data/partition.py", "draw.permutation(members)", "members",
+          "a group's rows are shared out unshuffled"),
+    # The loop, admission, schedule and planners.
+    Fault("rounds.py", "found = {name: {**outcomes, **silent, **asked.unfit}[name] for name in asked.enrolled}",
+          "found = {**outcomes, **silent, **asked.unfit}", "outcomes stand in the order of arrival"),
+    Fault("rounds.py", "elif opened.orders != orders:", "elif False:",
+          "a round goes on with other assignments than the journal holds"),
+    Fault("rounds.py", "ledger.accept(asked.round, name, answer.update)", "pass",
+          "an accepted update is not made durable"),
+    Fault("admit.py", 'if update.base != assignment.base and assignment.verb == "adapt":', "if False:",
+          "an update of another base is admitted"),
+    Fault("admit.py", "if bound > LARGEST:", "if False:",
+          "factors whose product overflows are admitted"),
+    Fault("admit.py", "limit = max_norm * middle", "limit = 2 * max_norm * middle",
+          "the cap on norms is twice as high"),
+    Fault("schedule.py", "for position in sorted(drawn.tolist())", "for position in drawn.tolist()",
+          "a cohort is not sorted"),
+    Fault("planning/fixed.py", "(sqrt(rank) if rslora else rank)", "rank",
+          "rsLoRA's scale is LoRA's"),
+    Fault("planning/adaptive.py", "and (has is None or cost.memory_gb <= has)", "and True",
+          "a planner asks for more memory than a device has"),
+    Fault("planning/deadline.py", "order = np.lexsort((seconds, -worth), axis=1)",
+          "order = np.lexsort((-worth, seconds), axis=1)",
+          "the quickest setting wins over the best one"),
+    Fault("planning/rewards.py", "each.gain - 0.5 * each.delay", "each.gain + 0.5 * each.delay",
+          "slow clients are rewarded"),
+    Fault("simulation/clock.py", "begin = now_s + first + compute + profile.overhead_s", "begin = now_s",
+          "uploads start before the work is done"),
+    Fault("simulation/processes.py", "elif now >= running.deadline:", "elif False:",
+          "a client that hangs is never given up"),
+    # The wire.
+    Fault("wire/messages.py", "if found != header.digest:", "if False:",
+          "the digest of a body is not compared"),
+    Fault("wire/messages.py", "if len(data) > limit_bytes:", "if False:",
+          "an update may be of any size"),
+    Fault("wire/tensors.py", "if name <= previous:", "if name < previous:",
+          "a tensor may come twice"),
+    Fault("wire/settings.py", "return bool(value > limit)", "return bool(value >= limit)",
+          "a bound is off by one: zero is taken as a positive number"),
+    Fault("wire/profile.py", "if sum(sizes) != message.parameters or 0 in sizes:", "if 0 in sizes:",
+          "a profile's manifest may list other parameters"),
+    # The store.
+    Fault("store/files.py", "def sync(descriptor: int) -> None:\n    os.fsync(descriptor)",
+          "def sync(descriptor: int) -> None:\n    pass", "nothing is synced to the disk"),
+    Fault("store/files.py", "            rename(temporary, path)\n        except BaseException:",
+          "            path.write_bytes(data)\n            remove(temporary)\n        except BaseException:",
+          "a file is not replaced in one step", ("test_crash.py",)),
+    Fault("store/journal.py", "if number != n or prev != head:", "if number != n:",
+          "the chain of the journal is not compared"),
+    Fault("store/blobs.py", "if found != name:", "if False:",
+          "the digest of a state is not compared"),
+    Fault("store/blobs.py", "files.sync_folder(target.parent)", "pass",
+          "a blob's name does not last", ("test_crash.py",)),
+    Fault("store/lock.py", "if taken(descriptor, fcntl.LOCK_EX):", "if True:",
+          "two processes may write one run"),
+    Fault("store/history.py", "if history.digests and state != history.digests[-1]:", "if False:",
+          "a round may start from another state than the last"),
+    Fault("store/ledger.py", "found is None or found.number != round:", "found is None:",
+          "an older round is taken for the interrupted one", ("test_crash.py",)),
+    Fault("store/peft.py", '"alpha_pattern": pattern,', '"alpha_pattern": {},',
+          "an exported adapter of mixed ranks has wrong scales"),
+    # The link between sites.
+    Fault("link/signing.py", "Ed25519PublicKey.from_public_bytes(public).verify(signature, pae(kind, payload))",
+          "Ed25519PublicKey.from_public_bytes(public)", "a signature is not verified"),
+    Fault("link/statements.py", "if header.author != author.name:", "if False:",
+          "a member may sign in another's name"),
+    Fault("link/roster.py", "if now > found.valid_until:", "if False:",
+          "an expired roster is taken"),
+    Fault("link/roster.py", "if found.version < held.version:", "if False:",
+          "an older roster is taken back"),
+    Fault("link/policy.py", "and asked.rank > policy.max_rank:", "and False:",
+          "the site's largest rank is not asked for"),
+    Fault("link/policy.py", "spent.day_bytes + num_bytes > policy.day_up_mib * MIB",
+          "num_bytes > policy.day_up_mib * MIB",
+          "what left today does not count"),
+    Fault("link/hub.py", "if self._day(client) + total > limit:", "if False:",
+          "a client's daily quota is off"),
+    Fault("link/hub.py", "                if known[0] != answer:", "                if False:",
+          "a second, different answer is given the first one's receipt"),
+    Fault("link/service.py", 'if member.state != "active":', "if False:",
+          "a revoked member may call"),
+    Fault("link/service.py", "if serial not in member.serials:", "if False:",
+          "an old certificate may call"),
+    Fault("link/spool.py", "if (found := self._hash.digest()) != self._digest:",
+          "if (found := self._hash.digest()) and False:",
+          "the digest of an uploaded part is not compared"),
+    Fault("link/enrol.py", "if not own:", "if False:",
+          "a certificate of another key is installed"),
+    # Doors.
+    Fault("flower/grid_transport.py", "if sent.client and name != sent.client:", "if False:",
+          "a client may call itself by another's name"),
+    Fault("report/compare.py", "np.std(known, ddof=1)", "np.std(known)",
+          "the deviation over seeds is that of a population"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one fault."""
+
+    file: str
+    what: str
+    caught: bool
+    by: str
+    """The first test that failed; or how else the run ended."""
+    stage: str
+    """`narrow` or `fast tier`: the tests that ran last."""
+    seconds: float
+
+
+class Copy:
+    """A copy of the tracked files in which tests run, alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+
+    def pytest(self, tests: Sequence[str], *, timeout_s: float) -> tuple[int | None, str]:
+        """Run tests up to the first failure; return pytest's exit status, None after so many seconds, and its text."""
+        env = {
+            "FEDTUNE_SHARED": str(ROOT.parent / "shared"),
+            **os.environ,
+            "PYTHONPATH": str(self.root),  # before an editable install, which names the original
+            "PYTHONDONTWRITEBYTECODE": "1",  # two faults of one size within a second would share their bytecode
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                command, cwd=self.root, env=env, stdout=output, stderr=output, start_new_session=True
+            )
+            status: int | None
+            try:
+                status = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                if process.poll() is None:  # or it was interrupted
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            output.seek(0)
+            return status, output.read().decode(errors="replace")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", default="", help="faults whose file or description holds this text")
+    parser.add_argument("--check", action="store_true", help="only check that every fault can be planted")
+    parser.add_argument("--narrow", action="store_true", help="leave out the whole fast tier")
+    parser.add_argument("--trust", action="store_true", help="do not run the narrow tests without a fault first")
+    parser.add_argument("--jobs", type=int, default=2, help="faults at the same time, each in a copy of its own")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one run of tests")
+    parser.add_argument("--survivors", type=int, default=2, help="faults that may survive")
+    parser.add_argument("--json", type=Path, help="write the outcomes to this file")
+    args = parser.parse_args()
+    faults = [fault for fault in FAULTS if args.only in fault.file or args.only in fault.what]
+    if problems := [problem for fault in FAULTS if (problem := unplantable(fault))]:
+        print("\n".join(problems), file=sys.stderr)
+        return 2
+    print(f"{len(FAULTS)} faults in {len({fault.file for fault in FAULTS})} modules can be planted")
+    if args.check:
+        return 0
+    with tempfile.TemporaryDirectory(prefix="fedtune-mutations-") as folder:
+        copies = SimpleQueue[Copy]()
+        for number in range(args.jobs):
+            copies.put(Copy(Path(folder) / str(number) / "fedtune-source"))
+
+        checked = set[tuple[str, ...]]()
+
+        def work(fault: Fault) -> Outcome:
+            copy = copies.get()
+            try:
+                if not args.trust and (tests := tuple(narrow(fault))) not in checked:
+                    check_healthy(copy, tests, timeout_s=args.timeout)
+                    checked.add(tests)
+                outcome = plant(fault, copy, whole=not args.narrow, timeout_s=args.timeout)
+            finally:
+                copies.put(copy)
+            print(
+                f"{'caught  ' if outcome.caught else 'SURVIVED'} {outcome.seconds:6.1f} s  {fault.file}: {fault.what}"
+                f" [{outcome.by}]",
+                flush=True,
+            )
+            return outcome
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            outcomes = list(pool.map(work, faults))
+    survivors = [outcome for outcome in outcomes if not outcome.caught]
+    print(
+        f"{len(outcomes) - len(survivors)} of {len(outcomes)} faults were caught; not caught:"
+        + " none" * (not survivors)
+    )
+    for outcome in survivors:
+        print(f"  {outcome.file}: {outcome.what} (after: {outcome.stage})")
+    if args.json:
+        args.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    return int(len(survivors) > args.survivors)
+
+
+def unplantable(fault: Fault) -> str:
+    """Return why a fault cannot be planted; empty if it can."""
+    path = ROOT / "fedtune" / fault.file
+    if not path.is_file():
+        return f"{fault.file}: expected a file of fedtune/; got none ({fault.what})"
+    text = path.read_text()
+    if (count := text.count(fault.old)) != 1:
+        return f"{fault.file}: expected this text once; got it {count} times: {fault.old!r} ({fault.what})"
+    if missing := [test for test in narrow(fault) if not (ROOT / test).exists()]:
+        return f"{fault.file}: expected tests; got none at {', '.join(missing)}; name them in the fault"
+    try:
+        ast.parse(text.replace(fault.old, fault.new))
+    except SyntaxError as error:
+        return f"{fault.file}: expected Python after the change; got {error} ({fault.what})"
+    return ""
+
+
+def narrow(fault: Fault) -> Sequence[str]:
+    """Return the tests of a fault's module: the file that mirrors it, or its folder's, and those that it names."""
+    mirror = Path(fault.file).with_name(f"test_{Path(fault.file).name}")
+    if not (ROOT / "tests" / mirror).exists() and mirror.parent.name:
+        mirror = mirror.parent.with_name(f"test_{mirror.parent.name}.py")
+    return [f"tests/{test}" for test in (mirror, *fault.tests)]
+
+
+def check_healthy(copy: Copy, tests: Sequence[str], *, timeout_s: float) -> None:
+    """Check that tests pass without a fault: otherwise they would catch everything."""
+    status, text = copy.pytest(tests, timeout_s=timeout_s)
+    if status != 0:
+        raise SystemExit(
+            f"{text[-3000:]}\nexpected {', '.join(tests)} to pass without a fault; got exit status {status}; "
+            "mend them first"
+        )
+
+
+def plant(fault: Fault, copy: Copy, *, whole: bool, timeout_s: float) -> Outcome:
+    """Run the tests with a fault in place, the narrow ones first, and take it out again."""
+    path, began = copy.root / "fedtune" / fault.file, time.perf_counter()
+    text = path.read_text()
+    path.write_text(text.replace(fault.old, fault.new))
+    try:
+        stage = "narrow"
+        by, caught = verdict(*copy.pytest(narrow(fault), timeout_s=timeout_s))
+        if whole and not caught:
+            stage = "fast tier"
+            by, caught = verdict(*copy.pytest((), timeout_s=timeout_s))
+    finally:
+        path.write_text(text)
+    return Outcome(fault.file, fault.what, caught, by, stage, round(time.perf_counter() - began, 1))
+
+
+def verdict(status: int | None, output: str) -> tuple[str, bool]:
+    """Return what a run of tests says, and whether it noticed the fault."""
+    first = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    if status is None:
+        return "did not end in time", True
+    if status in (1, 2):  # a test failed; a file could not be collected
+        return first[1] if first else f"exit status {status}", True
+    if status == 0:
+        return "all tests passed", False
+    if status < 0:
+        return f"killed by signal {-status}", True
+    raise SystemExit(f"{output[-3000:]}\nexpected tests to run; got pytest's exit status {status}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
