@@ -28,7 +28,8 @@ from fedtune.messages import (
 )
 from fedtune.methods import METHODS
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds.loop import RoundContext, run
+from fedtune.rounds.context import RoundContext
+from fedtune.rounds.loop import run
 from fedtune.rounds.schedule import Schedule
 from fedtune.seeds import generator
 from fedtune.simulation.inprocess import InProcess

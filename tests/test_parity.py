@@ -27,7 +27,8 @@ from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.lora import with_adapters
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds.loop import RoundContext, run
+from fedtune.rounds.context import RoundContext
+from fedtune.rounds.loop import run
 from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.inprocess import InProcess
 from fedtune.tensors import Array

@@ -38,7 +38,7 @@ from fedtune.model.base import Base, to_numpy
 from fedtune.model.lora import frozen, read_local, start, with_adapters
 from fedtune.model.objective import kept_rank, tail_norm
 from fedtune.model.probe import measure
-from fedtune.model.train import Between, Trained, report_out_of_memory, train
+from fedtune.model.train import Between, report_out_of_memory, train
 from fedtune.pruning.structure import LayerSlice, bitmap
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
@@ -153,7 +153,7 @@ def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignmen
             result, measured = train_pruned(base, examples, assignment, task, task.pruning)
         else:
             learned = train_locally(base, base, examples, assignment, task, {})
-            result, measured = lora_result(base, assignment, task, learned), measured_of(learned.trained)
+            result, measured = lora_result(base, assignment, task, learned), learned.measured
     return ClientUpdate(name, assignment.round, len(examples), result, measured)
 
 
@@ -164,7 +164,7 @@ class LocalTraining:
     initial: Adapter
     final: Adapter
     saved: Tensors
-    trained: Trained
+    measured: Measured
     seen: Any = None
     """What `then` returned."""
 
@@ -223,7 +223,7 @@ def train_locally(
         parameters = dict(model.named_parameters())
         new_saved = {key: to_numpy(parameters[key]) for key in saved}
         seen = then(model) if then is not None else None
-    return LocalTraining(initial, final, new_saved, done, seen)
+    return LocalTraining(initial, final, new_saved, done.measured, seen)
 
 
 def lora_result(base: Base, assignment: Assignment, task: TrainLora, learned: LocalTraining) -> LoraResult:
@@ -292,7 +292,7 @@ def train_pruned(
         pruned_training.cut_of(parts.last, body),
     )
     done = replace(
-        measured_of(learned.trained),
+        learned.measured,
         seconds=time.perf_counter() - began,
         loss_before=loss_before,
         loss_after=loss_after,
@@ -324,14 +324,3 @@ def upload(initial: Adapter, final: Adapter, task: TrainLora, *, scale: float) -
         if task.train == "ab":
             tensors[f"{name}.a"] = a
     return tensors
-
-
-def measured_of(trained: Trained) -> Measured:
-    return Measured(
-        seconds=trained.seconds,
-        peak_bytes=trained.peak_bytes,
-        tokens=trained.tokens,
-        loss_before=trained.loss_before,
-        loss_after=trained.loss_after,
-        importance=trained.importance,
-    )

@@ -20,11 +20,12 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.rounds.admission import admit, admit_norms, largest_update
-from fedtune.rounds.clock import ClientTime, Clock, CompletedWork
-from fedtune.rounds.events import ClientFinished, Note, Watch
-from fedtune.rounds.journal import UNFIT, InterruptedRound, RoundJournal
-from fedtune.rounds.schedule import Schedule, enough
-from fedtune.rounds.transport import Reply, Transport, UnsolicitedReply
+from fedtune.rounds.clock import ClientTime, CompletedWork
+from fedtune.rounds.context import RoundContext
+from fedtune.rounds.events import ClientFinished, Note
+from fedtune.rounds.journal import UNFIT, InterruptedRound
+from fedtune.rounds.schedule import enough
+from fedtune.rounds.transport import Reply, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment, decode_update, encode_assignment
 
 
@@ -73,18 +74,9 @@ class Collector:
     whole state. Where too few have replied in time, the late ones are waited for again, `attempts` times in all.
     """
 
-    def __init__(
-        self,
-        request: RoundRequest,
-        *,
-        transport: Transport,
-        schedule: Schedule,
-        journal: RoundJournal,
-        watch: Watch,
-    ) -> None:
-        self._request, self._transport, self._schedule = request, transport, schedule
-        self._journal, self._watch = journal, watch
-        self._goal = enough(len(request.enrolled), schedule)
+    def __init__(self, context: RoundContext, request: RoundRequest) -> None:
+        self._context, self._request = context, request
+        self._goal = enough(len(request.enrolled), context.schedule)
         self._outcomes = dict[str, Outcome]()
         self._whole = dict[str, EncodedAssignment]()
         """Assignments with the whole state, of the clients that asked for it."""
@@ -99,9 +91,9 @@ class Collector:
         if interrupted is not None:
             self._restore(interrupted)
         if interrupted is None or interrupted.failures is None:
-            for _ in range(self._schedule.attempts):
+            for _ in range(self._context.schedule.attempts):
                 self._attempt()
-                if self._used >= self._schedule.min_clients or not any(map(is_late, self._outcomes.values())):
+                if self._used >= self._context.schedule.min_clients or not any(map(is_late, self._outcomes.values())):
                     break
         return self._replies()
 
@@ -131,11 +123,11 @@ class Collector:
 
     def _exchange(self, encoded: Mapping[str, EncodedAssignment], began: float) -> None:
         # Updates accepted already count towards the quorum, and time spent towards the deadline.
-        rule = self._schedule.rule
+        rule = self._context.schedule.rule
         rule = replace(rule, quorum=max(0, rule.quorum - self._used))
         if rule.deadline_s is not None:
             rule = replace(rule, deadline_s=max(0.0, rule.deadline_s - (time.perf_counter() - began)))
-        for reply in self._transport.exchange(encoded, rule):
+        for reply in self._context.transport.exchange(encoded, rule):
             if isinstance(reply, UnsolicitedReply):
                 self._drop(reply)
             elif reply.client not in encoded or reply.client in self._outcomes:
@@ -147,7 +139,7 @@ class Collector:
 
     def _drop(self, reply: UnsolicitedReply) -> None:
         self._unsolicited.append(reply)
-        self._watch(Note(f"{reply.client}: {reply.reason}"))
+        self._context.watch(Note(f"{reply.client}: {reply.reason}"))
 
     def _take(self, reply: Reply | Failure, num_bytes: int, *, new: bool = False) -> None:
         """Settle what becomes of one client; `new`: the reply came now, and not before the run was interrupted."""
@@ -163,10 +155,10 @@ class Collector:
         if new:
             self._arrived[name] = time.perf_counter() - self._began
         if new and isinstance(reply, Reply) and isinstance(outcome, AdmittedUpdate):
-            self._journal.accept(self._request.round, name, reply.update)
+            self._context.journal.accept(self._request.round, name, reply.update)
         # Only now: a client that is told that its update is used must not learn otherwise after a crash.
         traffic = Traffic(down=self._down[name], up=self._up[name])
-        self._watch(ClientFinished(self._request.round, outcome, traffic))
+        self._context.watch(ClientFinished(self._request.round, outcome, traffic))
 
     def _replies(self) -> RoundReplies:
         request = self._request
@@ -174,7 +166,7 @@ class Collector:
         if self._used >= self._goal:
             silent = Failure("", got=f"the round had its {self._goal} updates", kind="late")
         for failure in request.unfit.values():
-            self._watch(ClientFinished(request.round, failure, Traffic()))
+            self._context.watch(ClientFinished(request.round, failure, Traffic()))
         known = {**self._outcomes, **request.unfit}
         return RoundReplies(
             outcomes={name: known.get(name) or replace(silent, client=name) for name in request.enrolled},
@@ -228,7 +220,7 @@ def encoded_bytes(encoded: EncodedAssignment) -> int:
 
 
 def apply_clock(
-    replies: RoundReplies, request: RoundRequest, schedule: Schedule, clock: Clock, now_s: float, watch: Watch
+    context: RoundContext, request: RoundRequest, replies: RoundReplies, now_s: float
 ) -> tuple[RoundReplies, Mapping[str, ClientTime]]:
     """Return the replies, those past their deadline by the clock as late failures, and how long each client took.
 
@@ -246,10 +238,10 @@ def apply_clock(
         for name, outcome in replies.outcomes.items()
         if is_late(outcome) and name in replies.arrived
     }
-    times = dict(clock.client_times(request.round, now_s, work, late))
+    times = dict(context.clock.client_times(request.round, now_s, work, late))
     deadlines = {name: at for name in updates if (at := request.planned[name].deadline_s) is not None}
-    overdue = clock.overdue(deadlines, times)
-    needed = max(0, schedule.min_clients - (len(updates) - len(overdue)))
+    overdue = context.clock.overdue(deadlines, times)
+    needed = max(0, context.schedule.min_clients - (len(updates) - len(overdue)))
     waited = sorted(overdue, key=lambda name: (times[name].seconds, name))[:needed]
     outcomes = dict(replies.outcomes)
     for name, bound in overdue.items():
@@ -258,12 +250,12 @@ def apply_clock(
         came = f"it would have come after {times[name].seconds:.3g} s"
         failure = Failure(name, expected=f"an update within {bound:.3g} s", hint=came, kind="late")
         outcomes[name], times[name] = failure, ClientTime.until_deadline(bound)
-        watch(ClientFinished(request.round, failure, replies.traffic[name]))
+        context.watch(ClientFinished(request.round, failure, replies.traffic[name]))
     return replace(replies, outcomes=outcomes), times
 
 
 def filter_by_norm(
-    replies: RoundReplies, request: RoundRequest, schedule: Schedule, watch: Watch
+    context: RoundContext, request: RoundRequest, replies: RoundReplies
 ) -> tuple[Mapping[str, float], Mapping[str, Outcome]]:
     """Return the norms of the changes, and the outcomes after updates far above the others are refused.
 
@@ -271,13 +263,13 @@ def filter_by_norm(
         RoundError: if too few updates are left.
     """
     updates = [outcome for outcome in replies.outcomes.values() if isinstance(outcome, AdmittedUpdate)]
-    norms, refused = admit_norms(updates, schedule.max_norm, assignments=request.assignments)
+    norms, refused = admit_norms(updates, context.schedule.max_norm, assignments=request.assignments)
     outcomes = {**replies.outcomes, **{failure.client: failure for failure in refused}}
     for failure in refused:
-        watch(ClientFinished(request.round, failure, replies.traffic[failure.client]))
-    if len(updates) - len(refused) < schedule.min_clients:
+        context.watch(ClientFinished(request.round, failure, replies.traffic[failure.client]))
+    if len(updates) - len(refused) < context.schedule.min_clients:
         final = not any(isinstance(outcome, Failure) for outcome in replies.outcomes.values())
-        raise RoundError(too_few(request.round, schedule.min_clients, outcomes, final=final), final=final)
+        raise RoundError(too_few(request.round, context.schedule.min_clients, outcomes, final=final), final=final)
     return norms, outcomes
 
 

@@ -12,7 +12,6 @@ from fedtune.errors import RoundError, StoreError
 from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
-    Blueprint,
     Client,
     Failure,
     LoraResult,
@@ -22,41 +21,15 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.methods import serialization as states
-from fedtune.methods.method import Method
-from fedtune.planning.planner import ClientObservation, Planner
-from fedtune.rounds.clock import ClientTime, Clock, NullClock
-from fedtune.rounds.events import RoundStarted, Watch
+from fedtune.planning.planner import ClientObservation
+from fedtune.rounds.clock import ClientTime
+from fedtune.rounds.context import RoundContext
+from fedtune.rounds.events import RoundStarted
 from fedtune.rounds.exchange import Collector, RoundRequest, apply_clock, filter_by_norm
-from fedtune.rounds.journal import InterruptedRound, NullJournal, RoundJournal
-from fedtune.rounds.schedule import Schedule, sample
-from fedtune.rounds.transport import Transport, UnsolicitedReply
+from fedtune.rounds.journal import InterruptedRound, RoundJournal
+from fedtune.rounds.schedule import sample
+from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.wire.codec import blob_encoder, encode_assignment
-
-
-@dataclass(frozen=True)
-class RoundContext:
-    """What the rounds of a run have in common."""
-
-    method: Method[Any]
-    """What is sent, and how it is combined."""
-    settings: Any
-    """The method's own."""
-    planner: Planner
-    """What each client is asked to do."""
-    transport: Transport
-    """How messages travel."""
-    schedule: Schedule
-    """How many rounds, and who takes part."""
-    blueprint: Blueprint
-    """Of the base model."""
-    base: str
-    """Digest of the base model, which every client must hold."""
-    journal: RoundJournal = field(default_factory=NullJournal)
-    """Makes every step durable."""
-    clock: Clock = field(default_factory=NullClock)
-    """Says how long clients took."""
-    watch: Watch = lambda event: None
-    """Called when a round starts and when a client is done."""
 
 
 @dataclass(frozen=True)
@@ -133,31 +106,28 @@ def run(
         RoundError: if fewer than `min_clients` updates of a round could be used.
         StoreError: if the journal cannot be written, or holds a round that began otherwise than it would now.
     """
-    method, schedule, journal, clock, watch = (
-        context.method, context.schedule, context.journal, context.clock, context.watch,
-    )  # fmt: skip
+    method, journal, count = context.method, context.journal, context.schedule.count
     state = method.init(context.blueprint, context.settings) if start is None else start
     digest = states.digest(states.encode(state))
     learned = context.planner.start()
     for past in history:
         learned = context.planner.observe(learned, past)
-    while state.round < schedule.count:
+    while state.round < count:
         began, interrupted = time.perf_counter(), journal.interrupted(state.round + 1)
         cohort = cohort_of(context, state.round + 1, interrupted)
-        watch(RoundStarted(state.round + 1, schedule.count, tuple(client.name for client in cohort)))
+        context.watch(RoundStarted(state.round + 1, count, tuple(client.name for client in cohort)))
         request = make_request(context, state, learned, cohort)
         open_round(journal, request, cohort, digest, interrupted)
-        collector = Collector(request, transport=context.transport, schedule=schedule, journal=journal, watch=watch)
-        replies = collector.collect(interrupted)
-        timed, times = apply_clock(replies, request, schedule, clock, clock_s, watch)
-        norms, outcomes = filter_by_norm(timed, request, schedule, watch)
+        replies = Collector(context, request).collect(interrupted)
+        on_time, times = apply_clock(context, request, replies, clock_s)
+        norms, outcomes = filter_by_norm(context, request, on_time)
         if interrupted is None or interrupted.failures is None:
             # As they were before the clock and the norms, which follow from them.
             failures = {name: why for name, why in replies.outcomes.items() if isinstance(why, Failure)}
             journal.close(request.round, failures, {name: replies.traffic[name].up for name in failures})
         state = method.aggregate(state, [update for update in outcomes.values() if isinstance(update, AdmittedUpdate)])
         digest = journal.commit(request.round, states.encode(state))
-        clock_s += clock.round_seconds(times)
+        clock_s += context.clock.round_seconds(times)
         result = RoundResult(
             round=request.round,
             state=state,

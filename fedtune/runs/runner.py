@@ -22,9 +22,10 @@ from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.clock import Clock, NullClock
+from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import Note, RoundFinished, Watch
 from fedtune.rounds.journal import NullJournal, RoundJournal
-from fedtune.rounds.loop import RoundContext, RoundResult
+from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.loop import run as run_rounds
 from fedtune.rounds.transport import Transport
 from fedtune.store import peft, result, round_records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Literal, TypeVar
 
@@ -276,18 +276,10 @@ def encode_update(update: ClientUpdate) -> bytes:
     """
     if isinstance(update.result, ProbeResult):
         return probe.update_to_message(update, update.result).SerializeToString()
-    measured, result = update.measured, update.result
+    result = update.result
     header = pb.ClientUpdate(
         examples=update.num_examples,
-        measured=pb.Measured(
-            seconds=measured.seconds,
-            peak_bytes=measured.peak_bytes,
-            tokens=measured.tokens,
-            loss_before=measured.loss_before,
-            loss_after=measured.loss_after,
-            importance=measured.importance,
-            side_tokens=measured.side_tokens,
-        ),
+        measured=pb.Measured(**asdict(update.measured)),  # of the same names; None leaves a field out
         client=update.client,
         round=update.round,
         base=result.base,
@@ -357,15 +349,7 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
             mask=header.mask,
             scores=more[0] if more else {},
         ),
-        measured=Measured(
-            seconds=measured.seconds,
-            peak_bytes=measured.peak_bytes,
-            tokens=measured.tokens,
-            loss_before=measured.loss_before if measured.HasField("loss_before") else None,
-            loss_after=measured.loss_after if measured.HasField("loss_after") else None,
-            importance=measured.importance if measured.HasField("importance") else None,
-            side_tokens=measured.side_tokens,
-        ),
+        measured=Measured(**{field.name: value for field, value in measured.ListFields()}),
     )
 
 

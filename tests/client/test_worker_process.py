@@ -31,8 +31,9 @@ from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.planner import ClientObservation
+from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import ClientFinished, Event, RoundStarted
-from fedtune.rounds.loop import RoundContext, RoundResult, run
+from fedtune.rounds.loop import RoundResult, run
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Transport
 from fedtune.simulation.inprocess import InProcess

@@ -15,7 +15,8 @@ from fedtune.flower.grid_transport import HELLO
 from fedtune.flower.records import ERROR, HEADER, TENSORS
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
-from fedtune.rounds.loop import RoundContext, run
+from fedtune.rounds.context import RoundContext
+from fedtune.rounds.loop import run
 from fedtune.rounds.transport import Transport
 from fedtune.runs.local import Experiment, prepare, transport
 from fedtune.wire.profile import ClientProfile, decode_profile

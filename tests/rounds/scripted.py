@@ -28,8 +28,9 @@ from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.planner import ClientObservation
 from fedtune.rounds.clock import ClientTime, CompletedWork
+from fedtune.rounds.context import RoundContext
 from fedtune.rounds.journal import InterruptedRound, NullJournal
-from fedtune.rounds.loop import RoundContext, RoundResult, run
+from fedtune.rounds.loop import RoundResult, run
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Answer, Reply, Rule
 from fedtune.wire.codec import EncodedAssignment, decode_assignment, encode_update
