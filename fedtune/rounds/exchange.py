@@ -156,7 +156,7 @@ class Collector:
             self._arrived[name] = time.perf_counter() - self._began
         if new and isinstance(reply, Reply) and isinstance(outcome, AdmittedUpdate):
             self._context.journal.accept(self._request.round, name, reply.update)
-        # Only now: a client that is told that its update is used must not learn otherwise after a crash.
+        # Only after the journal: a client may hear of this, and after a crash its update must still be used.
         traffic = Traffic(down=self._down[name], up=self._up[name])
         self._context.watch(ClientFinished(self._request.round, outcome, traffic))
 
@@ -226,7 +226,7 @@ def apply_clock(
 
     Clients that `min_clients` needs stay in, the quickest of the late ones first: the round waits for them.
     """
-    updates = {name: each for name, each in replies.outcomes.items() if isinstance(each, AdmittedUpdate)}
+    updates = {name: update for name, update in replies.outcomes.items() if isinstance(update, AdmittedUpdate)}
     work = {
         name: CompletedWork(
             request.planned[name].plan, update.measured, replies.traffic[name], replies.arrived.get(name)

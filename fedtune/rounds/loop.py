@@ -198,7 +198,7 @@ def split_unfit(
     Raises:
         RoundError: if no client has one.
     """
-    feasible = {c.name: found for c in cohort if isinstance(found := planned[c.name], PlannedClient)}
+    feasible = {c.name: plan for c in cohort if isinstance(plan := planned[c.name], PlannedClient)}
     unfit = {c.name: why for c in cohort if isinstance(why := planned[c.name], Failure)}
     if not feasible:
         nearest = "; ".join(f"{name}: {why.reason}" for name, why in list(unfit.items())[:2])

@@ -89,12 +89,12 @@ def blob_encoder() -> Callable[[Tensors], Blob]:
 
     A server state that goes to a whole cohort is one mapping in many assignments.
     """
-    kept: dict[int, tuple[Tensors, Blob]] = {}  # the mapping is kept too, so that its id stays its own
+    cache: dict[int, tuple[Tensors, Blob]] = {}  # holds the mapping too, so that no other one takes over its id
 
     def encode(tensors: Tensors) -> Blob:
-        if id(tensors) not in kept:
-            kept[id(tensors)] = tensors, encode_blob(tensors)
-        return kept[id(tensors)][1]
+        if id(tensors) not in cache:
+            cache[id(tensors)] = tensors, encode_blob(tensors)
+        return cache[id(tensors)][1]
 
     return encode
 
@@ -108,9 +108,9 @@ def decode_blob(header: pb.Blob, body: bytes) -> Tensors:
     if header.num_bytes != len(body):
         raise WireError(f"{header.role!r}: expected a body of {header.num_bytes} bytes; got {len(body)}")
     tensors = bodies.decode(header.tensors, body)
-    found = bodies.digest(body)
-    if found != header.digest:
-        raise WireError(f"{header.role!r}: expected a body of digest {header.digest.hex()!r}; got {found.hex()!r}")
+    digest = bodies.digest(body)
+    if digest != header.digest:
+        raise WireError(f"{header.role!r}: expected a body of digest {header.digest.hex()!r}; got {digest.hex()!r}")
     return tensors
 
 
@@ -119,12 +119,12 @@ def blob_decoder() -> Callable[[pb.Blob, bytes], Tensors]:
 
     Many clients in one process receive the same body in their assignments.
     """
-    kept: dict[int, tuple[pb.Blob, bytes, Tensors]] = {}
+    cache: dict[int, tuple[pb.Blob, bytes, Tensors]] = {}
 
     def decode(header: pb.Blob, body: bytes) -> Tensors:
-        if id(body) not in kept or kept[id(body)][0] != header:
-            kept[id(body)] = header, body, decode_blob(header, body)
-        return kept[id(body)][2]
+        if id(body) not in cache or cache[id(body)][0] != header:
+            cache[id(body)] = header, body, decode_blob(header, body)
+        return cache[id(body)][2]
 
     return decode
 
@@ -388,7 +388,7 @@ def parse(message: AnyMessage, data: bytes) -> AnyMessage:
 
 @lru_cache(maxsize=64)
 def _training(data: bytes) -> Training:
-    # Kept, because a fleet has few different settings and receives them with every assignment.
+    # Cached, because a fleet has few different settings and receives them with every assignment.
     return settings.decode(data, Training)
 
 
