@@ -1,4 +1,4 @@
-"""One client's own base and examples, loaded once per process, and what it says and does with them."""
+"""One client: its base and examples, loaded once per process, its profile, and its answers to assignments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.config import Recipe, bind
-from fedtune.config.recipe import resources
+from fedtune.config.plugins import find_data_source
+from fedtune.config.recipe import PYTHON, Objects, missing_object, resources
 from fedtune.config.site import bind_site
 from fedtune.data.encode import Example
 from fedtune.data.federation import Federation, federate
@@ -22,7 +23,7 @@ from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
 from fedtune.model import embedded
-from fedtune.model.base import Base, load, load_tokenizer, memory_bytes
+from fedtune.model.base import Base, base_from_object, load, load_tokenizer, memory_bytes
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.pruning.structure import BlockLayout
@@ -31,7 +32,7 @@ from fedtune.wire.profile import ClientProfile, Device, ModelSpec
 
 @dataclass(frozen=True)
 class Site:
-    """A client with everything that it needs, whichever network asks it."""
+    """A client with everything that it needs to answer, the same for every network."""
 
     client: str
     base: Base
@@ -40,10 +41,10 @@ class Site:
     labels: Sequence[str]
     threads: int
     replicas: Replicas = field(default_factory=Replicas)
-    """What this process remembers of a run between rounds."""
+    """The accumulators that this process remembers between rounds."""
 
     def profile(self) -> ClientProfile:
-        """Return what the client says of itself."""
+        """Return what the client tells a server about itself."""
         base = self.base
         return ClientProfile(
             client=self.client,
@@ -64,7 +65,7 @@ class Site:
         )
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
-        """Do what an assignment asks.
+        """Return the client's update for an assignment.
 
         Raises:
             ClientError: if it is for another client, or cannot be done.
@@ -77,8 +78,8 @@ class Site:
         return perform(self.base, self.examples, assignment, threads=self.threads, replicas=self.replicas)
 
 
-# What is loaded is kept by this module, not by an app object: Ray pickles the app with every message, and what it holds
-# would be loaded as often.
+# Cached in this module and not in an app object: Ray pickles the app with every message, and a base inside of it would
+# be loaded as often.
 @lru_cache(maxsize=1)
 def from_file(path: str) -> Site:
     """Return the site that a local file describes.
@@ -91,6 +92,7 @@ def from_file(path: str) -> Site:
         settings.model, settings.adapter.settings, settings.data, seed=settings.seed, root=settings.root
     )
     shards = federation.clients
+    # Without a split all of the data belong to this client, whatever name the shard has.
     name = settings.name if settings.split else next(iter(shards))
     if name not in shards:
         raise ConfigError(
@@ -100,7 +102,7 @@ def from_file(path: str) -> Site:
 
 
 def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Site:
-    """Return the client of a recipe, in TOML or as a path, that a node of Flower's simulation engine stands for.
+    """Return the client of a recipe, in TOML or as a path, for a node of Flower's simulation engine.
 
     Raises:
         ConfigError: if the recipe is wrong, or has fewer clients than there are nodes.
@@ -118,28 +120,40 @@ def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapp
 
 @lru_cache(maxsize=1)
 def cached_recipe(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
-    """Return a recipe with the data and the base that it names, loaded once per process, and what it remembers."""
+    """Return a recipe with its data, its base and the memory of its clients, loaded once per process."""
     bound = bind(recipe)
     return bound, *load_site(bound.model, bound.adapter, bound.data, seed=bound.seed, root=bound.root), Replicas()
 
 
 def load_site(
-    model: ModelSettings, adapter: AdapterSettings, data: DataSettings, *, seed: int, root: Path
+    model: ModelSettings,
+    adapter: AdapterSettings,
+    data: DataSettings,
+    *,
+    seed: int,
+    root: Path,
+    objects: Objects | None = None,
 ) -> tuple[Federation, Base]:
-    """Load data and base.
+    """Load data and base, or take them from the Python objects that stand in for them.
 
     Raises:
-        ConfigError: if a file, column or module that the settings name does not exist.
+        ConfigError: if a file, column, module or object that the settings name does not exist.
     """
+    objects = objects or Objects()
+    for argument, name, given in (("model", model.base, objects.model), ("data", data.source, objects.data)):
+        if name == PYTHON and given is None:
+            raise ConfigError(missing_object(argument))
     if model.base == "embedded" and not (embedded.path() / "config.json").is_file():
         expected, hint = "the model inside the package", "run the app in server/superlink, which ships no code"
         raise ConfigError(Fault("model.base", expected, "Flower's bundle of the package, which holds code alone", hint))
-    tokenizer = load_tokenizer(model, root)
-    federation = federate(data, tokenizer=tokenizer, task=model.task, seed=seed, root=root)
-    base = load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
+    rows = find_data_source(data)() if data.format == "plugin" and objects.data is None else objects.data
+    given = None if objects.model is None else base_from_object(model, adapter, objects.model)
+    tokenizer = load_tokenizer(model, root) if given is None else given.tokenizer
+    federation = federate(data, tokenizer=tokenizer, task=model.task, seed=seed, root=root, rows=rows)
+    base = given or load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
     shards = federation.clients.values()
-    every = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
-    longest = max(len(example.input_ids) for example in every)
+    examples = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
+    longest = max(len(example.input_ids) for example in examples)
     if longest > base.positions:
         expected = f"examples of at most {base.positions} tokens, the positions that {base.name} has"
         hint = f"set data.max_tokens = {base.positions}"
@@ -148,21 +162,21 @@ def load_site(
 
 
 def manifest(base: Base) -> bytes:
-    """Return the list of the base's tensors; nothing if one is not finite or of another format: LoRA may do with it."""
+    """Return the encoded manifest of the base; empty if it has none, for LoRA can train such a base all the same."""
     with suppress(ConfigError):
         return base.manifest.encode()
     return b""
 
 
 def blocks(base: Base) -> BlockLayout | None:
-    """Return the blocks of the base; none if surgery does not know it: only pruning asks for them."""
+    """Return the blocks of the base; None for a family that cannot be pruned, for only pruning needs them."""
     with suppress(ConfigError):
         return block_layout(base)
     return None
 
 
 def device(base: Base) -> Device:
-    """Return what the machine of this process can carry."""
+    """Return memory, cores and accelerator of this process."""
     return Device(
         memory_bytes=memory_bytes(base.device),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,

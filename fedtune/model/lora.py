@@ -33,7 +33,7 @@ def with_adapters(
     train: str = "ab",
     saved: Tensors | None = None,
 ) -> Iterator[Any]:
-    """Attach adapters to the base for the length of the block, and leave it exactly as it was before.
+    """Attach adapters to the base inside the block, and restore it exactly afterwards.
 
     Args:
         base: the resident base model.
@@ -42,7 +42,7 @@ def with_adapters(
         scale: the local adapter's alpha / rank.
         dropout: on the local adapter's input.
         train: factors of the local adapter that get gradients, `ab` or `b`.
-        saved: values of modules_to_save for the length of the block; trainable if `local` is given.
+        saved: values of modules_to_save inside the block; trainable if `local` is given.
 
     Raises:
         ShapeError: if a module or a parameter is not in the base, or has another shape there.
@@ -106,6 +106,7 @@ def inject(model: nn.Module, config: LoraConfig, name: str, tuner: LoraModel | N
 
 def lora_config(model: nn.Module, adapter: Adapter, *, scale: float, dropout: float) -> LoraConfig:
     """Return peft's configuration of exactly these modules and ranks."""
+    # peft reads the names as patterns: a dot that is not escaped would match any character.
     ranks = {re.escape(name): factors.rank for name, factors in adapter.items()}
     first = next(iter(adapter))
     return LoraConfig(
@@ -136,7 +137,7 @@ def fill(base: Base, adapter: Adapter, name: str) -> None:
 
 
 def read_local(model: nn.Module) -> Adapter:
-    """Return the trained local adapter as it stands, b without the scale."""
+    """Return the current factors of the local adapter, b without the scale."""
     return {
         name: Factors(a=to_numpy(layer.lora_A["local"].weight), b=to_numpy(layer.lora_B["local"].weight))
         for name, layer in layers(model, "local").items()

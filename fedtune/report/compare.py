@@ -1,27 +1,22 @@
-"""Runs side by side: one row per recipe, seeds grouped to mean and spread, and the curves in one figure."""
+"""Runs side by side: one row per recipe with mean and spread over its seeds, and the page that shows them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from fedtune.errors import ConfigError, Fault
-from fedtune.report.curves import Floats, LossCurve, loss_curve, standings
-from fedtune.report.drawing import label, line_style, new_figure, png, styled
-from fedtune.report.page import figure_card, replace_text
+from fedtune.report.comparison_curves import curves, deployed_loss, numbers, shared_loss
+from fedtune.report.curves import Floats, LossCurve, evaluations, loss_curve
+from fedtune.report.drawing import png, svg
 from fedtune.report.planner_choices import idle
-from fedtune.report.plots import Against, axis_unit
 from fedtune.report.reader import Run, Scores, finite, read_run
-from fedtune.report.style import page
-from fedtune.report.tables import table
+from fedtune.report.rendering import Card, Table, render, replace_text
 from fedtune.report.time_to_target import Ratio, times_to_target
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
 
@@ -44,7 +39,7 @@ class Row:
     method: str
     seeds: tuple[int, ...]
     rounds: int
-    """Of the seed that got least far."""
+    """Of the seed with the fewest."""
     finished: bool
     test_before: Spread
     test_after: Spread
@@ -74,7 +69,9 @@ class Comparison:
 def compare(runs: Sequence[Path]) -> Comparison:
     """Read the run directories and group those that share name and method.
 
-    Raises: StoreError if one cannot be read; ConfigError if none is given or a recipe's seed comes twice.
+    Raises:
+        StoreError: if one cannot be read.
+        ConfigError: if none is given, or a recipe's seed is there twice.
     """
     if not runs:
         raise ConfigError(Fault("", "at least one run directory", "none", "name one or more"))
@@ -106,10 +103,10 @@ def _row(runs: Sequence[Run]) -> Row:
         seeds=tuple(run.seed for run in runs),
         rounds=min(run.rounds[-1].round for run in runs),
         finished=all(run.state == "finished" for run in runs),
-        test_before=over(lambda run: loss(standings(run)[0].test)),
-        test_after=over(lambda run: loss(standings(run)[1].test)),
-        mean_client=over(lambda run: loss(standings(run)[1].mean)),
-        worst_client=over(lambda run: loss(standings(run)[1].worst)),
+        test_before=over(lambda run: loss(evaluations(run)[0].test)),
+        test_after=over(lambda run: loss(evaluations(run)[1].test)),
+        mean_client=over(lambda run: loss(evaluations(run)[1].mean)),
+        worst_client=over(lambda run: loss(evaluations(run)[1].worst)),
         bytes_up=over(lambda run: float(sum(record.bytes_up for record in run.rounds))),
         bytes_down=over(lambda run: float(sum(record.bytes_down for record in run.rounds))),
         seconds=over(lambda run: run.summary.seconds if run.summary else sum(record.seconds for record in run.rounds)),
@@ -128,7 +125,7 @@ def last(losses: Floats) -> float:
 def mean_and_spread(values: Sequence[float]) -> Spread:
     """Return mean and sample standard deviation of the values that are known.
 
-    >>> spread([1.0, 3.0])
+    >>> mean_and_spread([1.0, 3.0])
     Spread(mean=2.0, deviation=1.4142135623730951)
     """
     known = [value for value in values if not math.isnan(value)]
@@ -140,37 +137,34 @@ def mean_and_spread(values: Sequence[float]) -> Spread:
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     """Write comparison.html and its figures as PNG into the folder `out` and return the page's path.
 
-    Raises: as `compare` does.
+    Raises:
+        StoreError, ConfigError: as `compare` does.
     """
     comparison = compare(runs)
     out.mkdir(parents=True, exist_ok=True)
-    numbers = comparison_table(comparison)
-    body = f"<header><p>fedtune comparison</p><h1>{_heading(comparison)}</h1></header><section><h2>Results</h2>"
-    body += numbers + "<p>Mean ± sample standard deviation over seeds; losses in nats per token.</p></section>"
-    timed = time_table(comparison)
-    if timed:
-        body += (
-            f"<section><h2>Time on the devices</h2>{timed}<p>Target of a seed: the lowest loss that the weakest recipe "
-            "reaches there, so that no recipe is left out. Shares of the first recipe's time: geometric mean over the "
-            "seeds, with the 95 % interval of the paired logarithms. A seed in which a recipe never came below its "
-            "start has no target, and is left out.</p></section>"
-        )
-    cards, caption = "", "One line per recipe; the band spans its seeds."
-    for name, (title, lines) in {"comparison": _measure(comparison), "deployed": _deployed(comparison)}.items():
+    cards = []
+    for name, (title, lines) in {
+        "comparison": shared_loss(comparison.groups),
+        "deployed": deployed_loss(comparison.groups),
+    }.items():
         if lines:
             figure = curves(title, lines)
             (out / f"{name}.png").write_bytes(png(figure))
             heading = f"{title[0].upper()}{title[1:]} by round, traffic and time"
-            cards += figure_card(name, heading, caption, figure, _numbers(title, lines))
-    if cards:
-        body += f"<section><h2>Curves</h2>{cards}</section>"
-    recipes = "".join(
-        f"<details><summary>{escape(runs[0].name)}</summary><pre>{escape(runs[0].recipe)}</pre></details>"
-        for runs in comparison.groups
-    )
-    body += f"<section><h2>Recipes</h2>{recipes}</section>"
+            drawing = svg(figure, name=name, title=heading)
+            caption = "One line per recipe; the band spans its seeds."
+            cards.append(Card(name, heading, caption, drawing, numbers(title, lines)))
     target = out / "comparison.html"
-    replace_text(target, page("fedtune comparison", body))
+    text = render(
+        "comparison.html.j2",
+        title="fedtune comparison",
+        heading=_heading(comparison),
+        results=comparison_table(comparison),
+        times=time_table(comparison),
+        cards=cards,
+        recipes=[members[0] for members in comparison.groups],
+    )
+    replace_text(target, text)
     return target
 
 
@@ -179,8 +173,8 @@ def _heading(comparison: Comparison) -> str:
     return f"{recipes} recipe{'' if recipes == 1 else 's'}, {runs} run{'' if runs == 1 else 's'}"
 
 
-def comparison_table(comparison: Comparison) -> str:
-    """Return the rows as an HTML table."""
+def comparison_table(comparison: Comparison) -> Table:
+    """Return the rows as the page shows them."""
     head = [
         "recipe",
         "method",
@@ -209,23 +203,23 @@ def comparison_table(comparison: Comparison) -> str:
         ]
         for row in comparison.rows
     ]
-    return table(head, rows, text_columns=3)
+    return Table(head, rows, text_columns=3)
 
 
-def time_table(comparison: Comparison) -> str:
-    """Return how the recipes fare by the clock of the devices, as an HTML table; nothing if a recipe has none."""
+def time_table(comparison: Comparison) -> Table | None:
+    """Return each recipe's time on the devices, in all and to the common targets; None if a recipe has no clock."""
     if any(math.isnan(row.clock.mean) for row in comparison.rows):
-        return ""
+        return None
     kinds: tuple[tuple[str, Callable[[LossCurve], Floats]], ...] = (
         ("test loss", lambda curve: curve.test),
         ("deployed loss", lambda curve: curve.deployed),
     )
-    found = {kind: times_to_target(comparison.groups, read) for kind, read in kinds}
-    shown = {kind: times for kind, (targets, times) in found.items() if targets}
+    measured = {kind: times_to_target(comparison.groups, read) for kind, read in kinds}
+    shown = {kind: times for kind, (targets, times) in measured.items() if targets}
     with_deployed = any(not math.isnan(row.deployed.mean) for row in comparison.rows)
     head = ["recipe", "whole run", "idle", *(["deployed, tuned"] if with_deployed else [])]
     for kind in shown:
-        low, high = min(found[kind][0].values()), max(found[kind][0].values())
+        low, high = min(measured[kind][0].values()), max(measured[kind][0].values())
         target = number_text(low) if low == high else f"{number_text(low)} to {number_text(high)}"
         head += [f"until {kind} {target}", f"of {comparison.rows[0].name}"]
     rows = []
@@ -242,7 +236,7 @@ def time_table(comparison: Comparison) -> str:
                 _ratio(times[index].ratio),
             ]
         rows.append(cells)
-    return table(head, rows)
+    return Table(head, rows)
 
 
 def _text(value: Spread, show: Callable[[float], str], show_deviation: Callable[[float], str]) -> str:
@@ -263,107 +257,3 @@ def _ratio(ratio: Ratio) -> str:
     if math.isnan(ratio.mean):
         return NOTHING
     return f"{ratio.mean:.2f}" + ("" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})")
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One recipe over the rounds that all its seeds measured; every array is (rounds,)."""
-
-    name: str
-    rounds: Floats
-    bytes: Floats
-    """Mean over seeds, as are `seconds` and `clock`."""
-    seconds: Floats
-    clock: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
-
-
-def _measure(comparison: Comparison) -> tuple[str, list[_Line]]:
-    """Return the first loss that every run has measured, and each recipe's line of it."""
-    choices: tuple[tuple[str, Callable[[LossCurve], Floats]], ...] = (
-        ("global test loss", lambda curve: curve.test),
-        ("clients' mean held-out loss", lambda curve: curve.mean),
-        ("training loss", lambda curve: curve.training),
-    )
-    groups = [[loss_curve(run) for run in members] for members in comparison.groups]
-    for title, read in choices:
-        if all(not np.isnan(read(curve)).all() for curves in groups for curve in curves):
-            lines = [
-                _line(members[0].name, curves, read) for members, curves in zip(comparison.groups, groups, strict=True)
-            ]
-            return title, [line for line in lines if len(line.rounds)]
-    return "", []
-
-
-def _line(name: str, seeds: Sequence[LossCurve], read: Callable[[LossCurve], Floats]) -> _Line:
-    measured = [set(curve.rounds[~np.isnan(read(curve))].tolist()) for curve in seeds]
-    rounds = np.array(sorted(set.intersection(*measured)))
-    at = [np.flatnonzero(np.isin(curve.rounds, rounds)) for curve in seeds]
-    values = np.array([read(curve)[places] for curve, places in zip(seeds, at, strict=True)])  # (seeds, rounds)
-    return _Line(
-        name=name,
-        rounds=rounds,
-        bytes=np.mean([curve.bytes[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
-        seconds=np.mean([curve.seconds[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
-        clock=np.mean([curve.clock[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
-        mean=values.mean(axis=0),
-        low=values.min(axis=0),
-        high=values.max(axis=0),
-    )
-
-
-def _deployed(comparison: Comparison) -> tuple[str, list[_Line]]:
-    """Return each recipe's line of the deployed model's loss; none if a run has not measured it."""
-    groups = [[loss_curve(run) for run in members] for members in comparison.groups]
-    if any(np.isnan(curve.deployed).all() for curves in groups for curve in curves):
-        return "", []
-    lines = [
-        _line(members[0].name, curves, lambda curve: curve.deployed)
-        for members, curves in zip(comparison.groups, groups, strict=True)
-    ]
-    return "deployed model's test loss", [line for line in lines if len(line.rounds)]
-
-
-@styled
-def curves(title: str, lines: Sequence[_Line]) -> Figure:
-    """Draw each recipe's loss by round, by bytes and by time: the devices' where all have it."""
-    legend_rows = -(-len(lines) // 3)
-    figure = new_figure(9.6, 3.1 + 0.2 * legend_rows)
-    panels = figure.subplots(1, 3, sharey=True)
-    timed = all(line.clock.any() for line in lines)
-    horizontal: tuple[Against, ...] = ("rounds", "bytes", "clock" if timed else "seconds")
-    for axes, against in zip(panels, horizontal, strict=True):
-        _draw(axes, lines, against)
-    panels[0].set_ylabel(f"{title} (nats per token)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
-    return figure
-
-
-def _draw(axes: Axes, lines: Sequence[_Line], against: Against) -> None:
-    reach = max(float(getattr(line, against).max()) for line in lines)
-    size = axis_unit(axes, reach, against)
-    for index, line in enumerate(lines):
-        style = line_style(index, len(line.rounds))
-        x = getattr(line, against) / size
-        axes.fill_between(x, line.low, line.high, color=style["color"], alpha=0.16, linewidth=0)
-        axes.plot(x, line.mean, label=label(line.name, 34), **style)
-
-
-def _numbers(title: str, lines: Sequence[_Line]) -> str:
-    timed = any(line.clock.any() for line in lines)
-    rows = [
-        [
-            line.name,
-            str(int(line.rounds[index])),
-            *(number_text(float(values[index])) for values in (line.mean, line.low, line.high)),
-            bytes_text(float(line.bytes[index])),
-            seconds_text(float(line.seconds[index])),
-            *([seconds_text(float(line.clock[index]))] if timed else []),
-        ]
-        for line in lines
-        for index in range(len(line.rounds))
-    ]
-    head = ["recipe", "round", f"{title}, mean", "lowest seed", "highest seed", "traffic", "time here"]
-    return table([*head, *(["time on the devices"] if timed else [])], rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+from html import escape
 from typing import Any
 
 from matplotlib import rc_context
@@ -59,7 +60,7 @@ styled = rc_context(STYLE)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches that keeps its labels apart by itself."""
+    """Return an empty figure, in inches, whose layout keeps labels from overlapping."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -70,7 +71,7 @@ def whole_rounds(axes: Axes) -> None:
 
 
 def line_style(index: int, points: int) -> dict[str, Any]:
-    """Return colour, dash and marker of the index-th line; no two of the first 28 agree in colour and dash."""
+    """Return colour, dash and marker of the index-th line; no two of the first 28 share colour and dash."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index % len(DASHES)],
@@ -90,8 +91,8 @@ def _drawable(char: str) -> bool:
     return char.isprintable() and get_font(findfont("DejaVu Sans")).get_char_index(ord(char)) != 0
 
 
-def _settle(figure: Figure) -> None:
-    """Place the parts once: both forms of a figure then agree, and the second costs no layout."""
+def _fix_layout(figure: Figure) -> None:
+    """Lay a figure out once, so that its PNG and its SVG agree and the second one costs no layout."""
     if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
@@ -99,7 +100,7 @@ def _settle(figure: Figure) -> None:
 
 @styled
 def png(figure: Figure) -> bytes:
-    _settle(figure)
+    _fix_layout(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -107,8 +108,11 @@ def png(figure: Figure) -> bytes:
 
 @styled
 def svg(figure: Figure, *, name: str, title: str) -> str:
-    """Return the figure as an <svg> element for a page; `name` sets its ids apart from those of other figures."""
-    _settle(figure)
+    """Return the figure as an <svg> element for a page; `name` sets its ids apart from those of other figures.
+
+    Its texts are drawn as outlines (`svg.fonttype`), so that no name of a client becomes markup.
+    """
+    _fix_layout(figure)
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", metadata=nothing)
@@ -119,4 +123,4 @@ def svg(figure: Figure, *, name: str, title: str) -> str:
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
     # The page sets the width; the view box keeps the proportions. Only the root has sizes in points.
     text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1).strip()

@@ -1,4 +1,4 @@
-"""What a planner asked of each kind of device over the rounds, and how the fleet spent its time."""
+"""What a planner chose for each kind of device over the rounds, and the share of time that devices were idle."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedtune.report import tables
 from fedtune.report.curves import Floats, natural, training_rounds
 from fedtune.report.drawing import label, line_style, new_figure, styled, whole_rounds
-from fedtune.report.reader import ClientRound, RoundRecord, Run
+from fedtune.report.reader import Run
+from fedtune.report.rendering import Table
 from fedtune.report.units import number_text, seconds_text, seconds_unit
+from fedtune.rounds.record import ClientRecord, RoundRecord
 
-EVERYBODY = "all clients"
+ALL_CLIENTS = "all clients"
 MOST_KINDS = 8
-"""Kinds of devices that are told apart in a figure."""
+"""Kinds of devices with a line of their own: more lines cannot be distinguished in one figure."""
 
 
 def has_choices(run: Run) -> bool:
-    """Return whether clients were asked for different things: pruned, or chosen for by a planner that says why."""
+    """Return whether there are choices to show: pruned clients, or a planner that gives its reasons."""
     rows = [client for record in run.rounds for client in record.clients.values()]
     return any(client.ratio is not None or client.why for client in rows)
 
@@ -30,14 +31,14 @@ def classes(run: Run) -> Mapping[str, Sequence[str]]:
     """Return the clients by kind of device, one kind where devices are not known."""
     names = sorted({name for record in run.rounds for name in record.clients}, key=natural)
     known = run.summary.devices.clients if run.summary else {}
-    found: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(known.get(name, EVERYBODY), []).append(name)
-    # Where nearly every client is a kind of its own, lines of kinds say nothing.
-    return dict(sorted(found.items())) if len(found) <= MOST_KINDS else {EVERYBODY: names}
+        kinds.setdefault(known.get(name, ALL_CLIENTS), []).append(name)
+    # Where nearly every client is a kind of its own, a mean over a kind is no mean.
+    return dict(sorted(kinds.items())) if len(kinds) <= MOST_KINDS else {ALL_CLIENTS: names}
 
 
-def seconds(client: ClientRound) -> float:
+def seconds(client: ClientRecord) -> float:
     """Return how long a client took on its device; NaN where that is not known."""
     if client.compute_s is None or client.transfer_s is None:
         return math.nan
@@ -45,15 +46,15 @@ def seconds(client: ClientRound) -> float:
 
 
 def mean_by_round(
-    rounds: Sequence[RoundRecord], names: Sequence[str], value: Callable[[ClientRound], float | None]
+    rounds: Sequence[RoundRecord], names: Sequence[str], value: Callable[[ClientRecord], float | None]
 ) -> Floats:
     """Return the mean over a kind's clients of each round, (rounds,); NaN where none of them took part."""
-    found = []
+    means = []
     for record in rounds:
         values = [value(record.clients[name]) for name in names if name in record.clients]
-        known = [each for each in values if each is not None and not math.isnan(each)]
-        found.append(float(np.mean(known)) if known else math.nan)
-    return np.array(found)
+        known = [number for number in values if number is not None and not math.isnan(number)]
+        means.append(float(np.mean(known)) if known else math.nan)
+    return np.array(means)
 
 
 @styled
@@ -63,7 +64,7 @@ def choices(run: Run) -> Figure | None:
     if not rounds or not has_choices(run):
         return None
     number = np.array([record.round for record in rounds], dtype=np.float64)
-    parts: list[tuple[str, Callable[[ClientRound], float | None]]] = [
+    parts: list[tuple[str, Callable[[ClientRecord], float | None]]] = [
         ("pruning ratio", lambda client: client.ratio if client.ratio is not None else math.nan),
         ("rank", lambda client: None if client.rank is None else float(client.rank)),
         ("seconds on the device", seconds),
@@ -95,8 +96,8 @@ def choices(run: Run) -> Figure | None:
     return figure
 
 
-def choices_table(run: Run) -> str:
-    """Return every choice, with what spoke for it."""
+def choices_table(run: Run) -> Table:
+    """Return every choice with its reason."""
     rows = []
     for record in training_rounds(run):
         for name in sorted(record.clients, key=natural):
@@ -111,7 +112,7 @@ def choices_table(run: Run) -> str:
                     client.why or client.reason,
                 ]
             )
-    return tables.table(["round", "client", "ratio", "rank", "time on the device", "why"], rows, text_columns=2)
+    return Table(["round", "client", "ratio", "rank", "time on the device", "why"], rows, text_columns=2)
 
 
 def idle(run: Run) -> float | None:
@@ -119,16 +120,16 @@ def idle(run: Run) -> float | None:
     shares = []
     for record in training_rounds(run):
         times = [seconds(client) for client in record.clients.values()]
-        known = [each for each in times if not math.isnan(each)]
+        known = [time for time in times if not math.isnan(time)]
         if known and max(known) > 0:
             shares.append(1 - float(np.mean(known)) / max(known))
     return float(np.mean(shares)) if shares else None
 
 
-def devices_table(run: Run) -> str:
-    """Return every number of every device profile with where it comes from; nothing where no devices are known."""
+def devices_table(run: Run) -> Table | None:
+    """Return every number of every device profile with its provenance; None where no devices are known."""
     if run.summary is None or not run.summary.devices.profiles:
-        return ""
+        return None
     counts: dict[str, int] = {}
     for kind in run.summary.devices.clients.values():
         counts[kind] = counts.get(kind, 0) + 1
@@ -137,4 +138,4 @@ def devices_table(run: Run) -> str:
         for name, profile in run.summary.devices.profiles.items()
         for field, part in profile.items()
     ]
-    return tables.table(["device", "clients", "what", "value", "from"], rows, text_columns=1)
+    return Table(["device", "clients", "what", "value", "from"], rows, text_columns=1)

@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from fedtune.errors import ExtraError
-from fedtune.report.reader import RoundRecord, Scores, finite, read_run
+from fedtune.report.reader import Scores, finite, read_run
+from fedtune.rounds.record import Metrics, RoundRecord
 
 FOLDER = "tensorboard"
 
@@ -18,7 +19,9 @@ def write_events(run: Path) -> None:
 
     Steps are rounds; an event's wall time is the seconds since the run began.
 
-    Raises: ExtraError without the package tensorboard; StoreError if the directory cannot be read.
+    Raises:
+        ExtraError: without the package tensorboard.
+        StoreError: if the directory cannot be read.
     """
     try:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -30,16 +33,16 @@ def write_events(run: Path) -> None:
             'install the extra tensorboard: pip install "fedtune[tensorboard]"'
         ) from missing
 
-    record = read_run(run)
+    content = read_run(run)
     folder = run / FOLDER
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     writer = EventFileWriter(str(folder))
     seconds = 0.0
-    for each in record.rounds:
-        seconds += each.seconds
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(each)]
-        writer.add_event(Event(step=each.round, wall_time=seconds, summary=Summary(value=values)))
+    for record in content.rounds:
+        seconds += record.seconds
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record)]
+        writer.add_event(Event(step=record.round, wall_time=seconds, summary=Summary(value=values)))
     writer.close()
 
 
@@ -58,8 +61,8 @@ def scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
     ]
     if record.test:
         named += _scores("test", record.test)
-    for name, scores in record.held_out.items():
-        named += _scores(f"held_out/{name}", scores)
+    for name, metrics in record.held_out.items():
+        named += _scores(f"held_out/{name}", metrics)
     for name, client in record.clients.items():
         named += [
             (f"training/{name}/before", finite(client.loss_before)),
@@ -70,6 +73,6 @@ def scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
     return ((tag, value) for tag, value in named if math.isfinite(value))
 
 
-def _scores(prefix: str, scores: Scores) -> list[tuple[str, float]]:
+def _scores(prefix: str, metrics: Metrics) -> list[tuple[str, float]]:
     names = [entry.name for entry in fields(Scores) if entry.name not in ("examples", "tokens")]
-    return [(f"{prefix}/{name}", finite(getattr(scores, name))) for name in names]
+    return [(f"{prefix}/{name}", finite(metrics.get(name))) for name in names]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from fedtune.messages import Outcome, Traffic
+from fedtune.rounds.record import RoundRecord
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ClientFinished:
 
 @dataclass(frozen=True)
 class RoundFinished:
-    record: Mapping[str, Any]
+    record: RoundRecord
     """The round's line of rounds.jsonl."""
 
 
