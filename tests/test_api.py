@@ -17,7 +17,7 @@ from fedtune.errors import ConfigError, RoundError, StoreError
 from fedtune.messages import TrainLora
 from fedtune.methods import METHODS
 from fedtune.report.reader import read_run
-from fedtune.rounds.loop import Note, RoundFinished
+from fedtune.rounds.events import Note, RoundFinished
 from tests.conftest import Simulated, base_of, kseed
 
 # peft asks transformers by a name that transformers is about to drop

@@ -17,7 +17,7 @@ from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.methods import serialization as states
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure, cuts, full_block, slice_adapter, sparsity
-from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.events import Note, Watch
 from fedtune.store import peft, result
 from fedtune.store import pruning as store_pruning
 from fedtune.store.blobs import Blobs

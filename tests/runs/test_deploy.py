@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import fedtune
 from fedtune import api
 from fedtune.errors import ConfigError, RoundError, StoreError
-from fedtune.rounds.loop import Note
+from fedtune.rounds.events import Note
 from fedtune.runs import deploy
 from tests.conftest import Simulated
 
