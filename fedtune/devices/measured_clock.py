@@ -1,4 +1,4 @@
-"""The clock of real deployments: what clients say they worked, as far as it went by until they answered."""
+"""The clock of real deployments: the seconds that clients report, at most those until their answer arrived."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from fedtune.rounds.clock import ClientTime, CompletedWork
 
 
 class MeasuredClock:
-    """Takes times as they were measured; nobody is given up here, for a deadline of the round has done that."""
+    """Takes times as they were measured; late clients were given up by the round's own deadline."""
 
     def client_times(
         self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
     ) -> Mapping[str, ClientTime]:
-        """Return, by client, its own seconds of work, and the rest of the time from the first order to its answer.
+        """Return, by client, its seconds of work, and as transfer the rest of the time until its answer.
 
-        Nobody can have worked for longer than until its answer came, whatever it says.
+        A client cannot have worked for longer than until its answer arrived, whatever it reports.
         """
-        there = {
+        answered = {
             name: split_seconds(each.measured.seconds, each.arrived_s) for name, each in done.items() if each.arrived_s
         }
-        return {**there, **{name: ClientTime.until_deadline(after_s) for name, after_s in late.items()}}
+        return {**answered, **{name: ClientTime.until_deadline(after_s) for name, after_s in late.items()}}
 
     def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         return {}
