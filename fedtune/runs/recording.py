@@ -154,6 +154,7 @@ def module_record(change: LowRank, energy_kept: float | None) -> ModuleRecord:
     return ModuleRecord(
         rank=change.rank,
         norm=float(np.linalg.norm(change.s)),
+        # Six digits: the last bits of a decomposition depend on the machine and would only lengthen every line.
         singular_values=tuple(float(f"{value:.6g}") for value in change.s[:SPECTRUM]),
         energy_kept=energy_kept,
     )
