@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedtune.config.recipe import method_of
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.pruning.structure import full_block, sparsity
 from fedtune.rounds.loop import Note, Watch
@@ -14,9 +15,6 @@ from fedtune.runs.trained_run import TrainedRun, checked_ratios, deployed_ratios
 from fedtune.store import peft, result
 from fedtune.store import pruning as store_pruning
 from fedtune.store.files import new_folder
-
-if TYPE_CHECKING:
-    pass
 
 # torch and transformers take seconds to import, so `runs.local` and `model` are imported where they are needed.
 
@@ -165,7 +163,7 @@ def write_ratio(
         layout,
         ratio=ratio,
         settings=recipe.pruning,
-        ranking=getattr(trained.state, "order", {}),
+        ranking=method_of(recipe).ranking(trained.state),
         base={"name": base.name, "digest": base.digest, "revision": recipe.model.revision or ""},
     )
     options: Any = {"saved": trained.tuned.saved, "dtype": chosen, "revision": recipe.model.revision}

@@ -7,15 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter, sparsity
 from fedtune.rounds.loop import Note, Watch
 from fedtune.runs.trained_run import TrainedRun, checked_ratios, deployed_ratios, load_run, trained_ratios
-
-if TYPE_CHECKING:
-    pass
 
 # torch and transformers take seconds to import, so `runs.local` and `model` are imported where they are needed.
 

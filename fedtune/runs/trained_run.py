@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config import bind
+from fedtune.config.recipe import method_of
 from fedtune.errors import ConfigError, Fault, StoreError
-from fedtune.methods import METHODS
 from fedtune.methods import serialization as states
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure
@@ -46,8 +46,7 @@ class TrainedRun:
         """
         if ratio == 0:
             return None
-        structure_at = getattr(self.state, "structure", None)
-        structure: ModelStructure | None = structure_at(ratio) if structure_at else None
+        structure = method_of(self.experiment.recipe).structure(self.state, ratio)
         if structure is None:
             expected = "a run that pruned by one ranking for all (pruning.policy nested or vote)"
             pruning = self.experiment.recipe.pruning
@@ -77,7 +76,7 @@ def load_run(run: Path) -> TrainedRun:
     check_base(experiment.base.digest, origin, run)
     body = Blobs(run / "blobs").get(digests[-1], f"the state of round {len(digests)}")
     state = states.decode(body, first_state(bound, experiment.blueprint))
-    return TrainedRun(run, experiment, state, METHODS[bound.method.name].tuned(state))
+    return TrainedRun(run, experiment, state, method_of(bound).global_model(state))
 
 
 def trained_ratios(run: Path) -> Mapping[str, float]:
