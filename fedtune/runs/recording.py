@@ -46,7 +46,7 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
     tuned = method.global_model(finished.state)
     last, every = finished.round == recipe.rounds.count, recipe.evaluate.every
     test = last or (every > 0 and finished.round % every == 0)
-    scores = context.score(tuned, test=test, clients=last, keep=deployed_structure(recipe, finished.state))
+    scores = context.score(tuned, test=test, clients=last, structure=deployed_structure(recipe, finished.state))
     record = round_record(
         finished,
         tuned.adapter,
