@@ -109,7 +109,7 @@ def fork_server_of(recipe: Recipe) -> AbstractContextManager[ForkServer | None]:
 def bind_recipe(
     recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str], objects: Objects = NO_OBJECTS
 ) -> Recipe:
-    """Return the recipe bound, with the Python objects in place of the names that they stand for."""
+    """Return the recipe bound, with Python objects in place of what it names."""
     if not isinstance(recipe, Recipe):
         return bind(recipe, overrides=overrides, objects=objects)
     if objects == NO_OBJECTS:

@@ -148,14 +148,15 @@ def evaluate(
     with report_errors(debug):
         from fedtune import api
         from fedtune.cli.summary import client_views, comparison, views
-        from fedtune.runs import deploy as deploy_module
+        from fedtune.runs.pruned_scores import views as score_views
+        from fedtune.runs.trained_run import has_shared_ranking
 
         scores: dict[str, Any] = dict(api.evaluate(run, data=data, examples=examples))
-        if data is None and deploy_module.has_shared_ranking(run):
+        if data is None and has_shared_ranking(run):
             scores["views"] = run_with_progress(
                 "evaluate",
                 True,
-                lambda watch: deploy_module.views(run, ratios=ratio or None, examples=examples, watch=watch),
+                lambda watch: score_views(run, ratios=ratio or None, examples=examples, watch=watch),
             )
         elif ratio:
             got = "--data" if data is not None else "a run without [pruning], or with the policy local"

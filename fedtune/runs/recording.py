@@ -46,7 +46,7 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
     tuned = method.global_model(finished.state)
     last, every = finished.round == recipe.rounds.count, recipe.evaluate.every
     test = last or (every > 0 and finished.round % every == 0)
-    scores = context.score(tuned, test=test, clients=last, keep=deployed_structure(recipe, finished.state))
+    scores = context.score(tuned, test=test, clients=last, structure=deployed_structure(recipe, finished.state))
     record = round_record(
         finished,
         tuned.adapter,
@@ -153,6 +153,7 @@ def module_record(change: LowRank, energy_kept: float | None) -> ModuleRecord:
     return ModuleRecord(
         rank=change.rank,
         norm=float(np.linalg.norm(change.s)),
+        # Six digits: the last bits of a decomposition depend on the machine and would only lengthen every line.
         singular_values=tuple(float(f"{value:.6g}") for value in change.s[:SPECTRUM]),
         energy_kept=energy_kept,
     )

@@ -338,7 +338,7 @@ def test_a_run_that_was_stopped_before_it_began_can_only_be_started_anew(tmp_pat
     with RunJournal.create(tmp_path):
         pass
     for use in (RunJournal.inputs, lambda run: RunJournal.reopen(run).__enter__()):
-        with pytest.raises(StoreError, match="expected a run that has begun; it was stopped before; start it anew"):
+        with pytest.raises(StoreError, match="expected a run that has begun; it was stopped before"):
             use(tmp_path)
     with RunJournal.create(tmp_path) as kept:
         kept.begin(INPUTS)
