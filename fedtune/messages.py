@@ -39,7 +39,7 @@ class Client:
 class Training:
     """How a client trains in one round; the recipe's table `client`.
 
-    With `fedkseed` only batch, learning_rate, steps and epochs have an effect.
+    With `fedkseed` there are only batch, learning_rate, steps and epochs; the other keys are refused.
     """
 
     batch: Annotated[int, Ge(1)]
@@ -64,7 +64,7 @@ class Training:
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Decoupled weight decay of the adapter's parameters; 0 is off."""
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Momentum of sgd: share of the last step that is repeated; 0 is off. adamw does not read it."""
+    """Momentum of sgd: share of the last step that is repeated; 0 is off. Not with adamw."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
     """Gradients with a larger norm than this are scaled down to it; none never scales."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
@@ -458,7 +458,7 @@ class Blueprint:
     seed: int
     """The run's seed."""
     manifest: bytes = b""
-    """`directions.manifest.Manifest.encode` of the base, for methods that move all of it; empty for others."""
+    """`directions.seed_ledger.Manifest.encode` of the base, for methods that move all of it; empty for others."""
     anatomy: BlockLayout | None = None
     """Of the base's blocks; None for a model that cannot be pruned."""
     pruning: PruningSettings | None = None

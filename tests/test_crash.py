@@ -328,15 +328,30 @@ def test_the_run_has_many_steps_and_every_kind_of_outcome(undisturbed: tuple[End
     assert len(set(end.digests)) == ROUNDS
 
 
+def offset(every: int) -> int:
+    """Return the first of every so many steps: another one with each commit, so that in time all are tried."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return int(subprocess.run(git, capture_output=True, text=True, check=True).stdout, 16) % every
+    return derive(setting().recipe.seed, "test.crash") % every
+
+
+FIFTH = pytest.param(5, id="every fifth step")
+EVERY = pytest.param(1, id="every step", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "first",
-    ["half", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("nothing", "all", "zeros"))],
+    ("first", "every"),
+    [
+        pytest.param("half", 5, id="half, every fifth step"),
+        *(pytest.param(loss, 1, id=f"{loss}, every step", marks=pytest.mark.slow) for loss in LOSSES),
+    ],
 )
 def test_a_run_killed_at_any_step_and_again_while_it_recovers_ends_in_the_same_bytes(
-    disk: Disk, undisturbed: tuple[Ending, Sequence[str]], first: Loss
+    disk: Disk, undisturbed: tuple[Ending, Sequence[str]], first: Loss, every: int
 ) -> None:
     end, steps = undisturbed
-    for at in range(1, len(steps) + 1):
+    for at in range(1 + offset(every), len(steps) + 1, every):
         second, again = LOSSES[at % len(LOSSES)], 1 + at * 7 % 29
         disk.renew()
         reported: list[int] = []
@@ -350,11 +365,12 @@ def test_a_run_killed_at_any_step_and_again_while_it_recovers_ends_in_the_same_b
         assert ending(disk.root / "run") == end, (at, steps[at - 1], first, again, second)
 
 
+@pytest.mark.parametrize("every", [FIFTH, EVERY])
 def test_a_disk_that_is_full_at_any_step_stops_the_run_clearly_and_it_goes_on_when_space_is_back(
-    disk: Disk, undisturbed: tuple[Ending, Sequence[str]]
+    disk: Disk, undisturbed: tuple[Ending, Sequence[str]], every: int
 ) -> None:
     end, steps = undisturbed
-    for at in range(1, len(steps) + 1):
+    for at in range(1 + offset(every), len(steps) + 1, every):
         disk.renew()
         with disk.attached(at, full):
             if set(steps[at - 1 :]) - SHRINKING:
@@ -398,7 +414,7 @@ def verify_if_begun(run: Path) -> None:
         verify(run)
 
 
-@pytest.mark.parametrize("trials", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_that_is_really_killed_again_and_again_ends_in_the_same_bytes(
     tmp_path: Path, undisturbed: tuple[Ending, Sequence[str]], trials: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""How a coordinator listens and how a client dials: limits, patience and quotas of the link."""
+"""Settings of the link: addresses, timeouts and quotas of a server, address and pauses of a client."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class LinkSettings:
     after a cut."""
     inline_kib: Annotated[int, Ge(0), Le(512)] = 64
     """Smaller messages travel within the call itself instead of as a transfer."""
-    uploads: Annotated[int, Ge(1)] = 8
+    max_concurrent_uploads: Annotated[int, Ge(1)] = 8
     """Most uploads at the same time, of all clients together; further ones are asked to try again."""
-    downloads: Annotated[int, Ge(1)] = 16
+    max_concurrent_downloads: Annotated[int, Ge(1)] = 16
     """Most downloads at the same time, of all clients together; further ones are asked to try again."""
     calls_per_min: Annotated[int, Ge(10)] = 12_000
     """Most calls of one client in a minute; further ones are refused until the minute is over."""
@@ -79,6 +79,6 @@ class JoinSettings:
     """Pause after the first failed connection. Each further pause may be twice as long, up to `backoff_cap_s`; the
     actual one is drawn at random below that."""
     backoff_cap_s: Annotated[float, Gt(0)] = 30.0
-    """Longest pause between two attempts to connect."""
+    """Seconds of the longest pause between two attempts to connect."""
     patience_s: Annotated[float, Ge(0)] = 0.0
     """The site gives up after this time without a connection; 0: never."""
