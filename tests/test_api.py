@@ -205,7 +205,7 @@ def test_ctrl_c_leaves_the_rounds_before_it_and_says_where(tables: Tables, tmp_p
     def watch(event: Any) -> None:
         if isinstance(event, Note):
             notes.append(event.text)
-        if isinstance(event, RoundFinished) and event.record["round"] == 1:
+        if isinstance(event, RoundFinished) and event.record.round == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -243,7 +243,7 @@ def test_a_killed_run_goes_on_with_its_own_recipe_or_with_one_for_more_rounds(
     tables: Tables, tmp_path: Path, simulated: Simulated
 ) -> None:
     def killed(event: Any) -> None:
-        if isinstance(event, RoundFinished) and event.record["round"] == 1:
+        if isinstance(event, RoundFinished) and event.record.round == 1:
             raise SystemExit  # nothing is tidied up, as with a kill
 
     with pytest.raises(SystemExit):
@@ -330,7 +330,7 @@ def test_a_model_that_diverges_is_recorded_and_reported(
     tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedtune.runs import local
-    from fedtune.runs.runner import ModelScores
+    from fedtune.runs.context import ModelScores
 
     lost = {"loss": float("nan"), "perplexity": float("inf")}
     monkeypatch.setattr(local, "score", lambda *a, **k: ModelScores(test=lost, held_out={"client-0": lost}))
@@ -423,7 +423,7 @@ def test_a_run_of_seeds_that_is_killed_goes_on_to_the_same_bits(
     for round in rounds:
 
         def killed(event: Any, round: int = round) -> None:
-            if isinstance(event, RoundFinished) and event.record["round"] == round:
+            if isinstance(event, RoundFinished) and event.record.round == round:
                 raise SystemExit  # nothing is tidied up, as with a kill
 
         run = tmp_path / f"killed-{round}"

@@ -159,7 +159,8 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
     from fedtune.deployment.server_setup import data_at_sites
     from fedtune.messages import Blueprint, Client
     from fedtune.planning.fixed import Fixed
-    from fedtune.runs.runner import RunContext, run_rounds_of
+    from fedtune.runs.context import RunContext
+    from fedtune.runs.runner import run_rounds_of
     from fedtune.simulation.inprocess import InProcess
     from fedtune.store import peft
 

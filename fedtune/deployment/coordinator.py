@@ -29,7 +29,8 @@ from fedtune.link.settings import LinkSettings
 from fedtune.messages import AdmittedUpdate, Blueprint, Failure, ProbeSeeds, TrainLora
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
-from fedtune.runs.runner import check_resumable, run_recipe
+from fedtune.runs.resume import check_resumable
+from fedtune.runs.runner import run_recipe
 from fedtune.store import journal
 from fedtune.store.files import store_errors, write_text
 from fedtune.store.history import has_begun
@@ -206,18 +207,17 @@ def on_event(dispatcher: Dispatcher, record: RecordEvent, event: Event) -> None:
                 dispatcher.settle(failure.client, round, refusal_of(failure))
             record("unused", client=failure.client, round=round, why=failure.kind, reason=failure.reason)
         # Round 0 is the evaluation before the first round, for which no client has a task.
-        case RoundFinished(line) if line["round"]:
-            dispatcher.end_round(line["round"])
-            used = sum(client["status"] == "ok" for client in line["clients"].values())
+        case RoundFinished(line) if line.round:
+            dispatcher.end_round(line.round)
             record(
                 "committed",
-                round=line["round"],
-                updates=used,
-                asked=len(line["cohort"]),
-                state=line["state_digest"],
-                up=line["bytes_up"],
-                down=line["bytes_down"],
-                ms=int(1000 * line["seconds"]),
+                round=line.round,
+                updates=line.used,
+                asked=len(line.cohort),
+                state=line.state_digest,
+                up=line.bytes_up,
+                down=line.bytes_down,
+                ms=int(1000 * line.seconds),
             )
         case Note(text):
             record("note", text=text)

@@ -14,8 +14,8 @@ from fedtune.flower.grid_transport import GridTransport
 from fedtune.messages import Blueprint, ProbeSeeds
 from fedtune.methods import METHODS
 from fedtune.runs.base_checks import check_pruning, check_ranks
+from fedtune.runs.context import Door, RunContext, first_state
 from fedtune.runs.fleet import fleet_of
-from fedtune.runs.runner import Door, RunContext, first_state
 from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
 from fedtune.store.run_journal import RunJournal

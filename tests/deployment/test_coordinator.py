@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from fedtune.messages import (
 )
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Note, RoundFinished, RoundStarted
+from fedtune.rounds.record import ClientRecord, RoundRecord
 from fedtune.store.run_journal import RunJournal
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
@@ -47,14 +49,7 @@ from tests.link.ceremony import enroll_parties
 from tests.link.harness import Clock, make_harness, signed_reply
 from tests.store.test_run_journal import INPUTS
 
-RECORD: Mapping[str, Any] = {
-    "clients": {},
-    "cohort": [],
-    "state_digest": "ab",
-    "bytes_up": 1,
-    "bytes_down": 2,
-    "seconds": 0.1,
-}
+RECORD = RoundRecord(round=1, seconds=0.1, state_digest="ab", bytes_up=1, bytes_down=2)
 BLUEPRINT = Blueprint({"q": (6, 5)}, {"head": np.zeros((2, 3), np.float32)}, max_rank=4, seed=0)
 
 
@@ -81,9 +76,8 @@ def test_each_client_has_a_receipt_of_its_update(tmp_path: Path) -> None:
         "bob", "q.a: expected finite numbers; got 1 of 10 that are not", kind="refused", code="NOT_FINITE"
     )
     on_event(harness.dispatcher, record, ClientFinished(1, bad, Traffic(3, 4)))
-    line = {**RECORD, "round": 1}
-    on_event(harness.dispatcher, record, RoundFinished(line))
-    on_event(harness.dispatcher, record, RoundFinished({**line, "round": 0}))
+    on_event(harness.dispatcher, record, RoundFinished(RECORD))
+    on_event(harness.dispatcher, record, RoundFinished(replace(RECORD, round=0)))
     on_event(harness.dispatcher, record, Note("a remark"))
     receipts = {}
     for name in sent:
@@ -209,7 +203,7 @@ def test_an_update_that_failed_or_came_too_late_waits_for_the_end_of_its_round(t
         ClientFinished(1, Failure.from_text("anna", "no answer in 60 s", kind=kind), Traffic(1, 2)),
     )
     assert harness.submit("anna", sent) is None  # the round may ask for it again
-    on_event(harness.dispatcher, silent, RoundFinished({**RECORD, "round": 1}))
+    on_event(harness.dispatcher, silent, RoundFinished(RECORD))
     reply = harness.submit("anna", sent)
     assert reply is not None
     assert pb.Header.FromString(reply.receipt.header).receipt.verdict == pb.LATE
@@ -238,9 +232,9 @@ def test_an_update_that_is_refused_for_its_size_beside_the_others_keeps_its_rece
 def test_the_line_before_the_first_round_ends_none(tmp_path: Path) -> None:
     harness = make_harness(tmp_path)
     message_id, _, _ = harness.post("anna")
-    on_event(harness.dispatcher, silent, RoundFinished({**RECORD, "round": 0}))
+    on_event(harness.dispatcher, silent, RoundFinished(replace(RECORD, round=0)))
     assert harness.dispatcher.collect([message_id]) == {}
-    on_event(harness.dispatcher, silent, RoundFinished({**RECORD, "round": 1}))
+    on_event(harness.dispatcher, silent, RoundFinished(RECORD))
     assert harness.dispatcher.collect([message_id]) == {message_id: Withdrawn("anna", "its round has ended")}
 
 
@@ -253,19 +247,19 @@ def test_three_refused_updates_block_their_client_over_the_rounds(tmp_path: Path
         harness.submit("anna", signed_reply("anna", task, task_digest, b"data"), b"data")
         bad = Failure.from_text("anna", "q.a: expected finite numbers; got 1", kind="refused", code="NOT_FINITE")
         on_event(harness.dispatcher, silent, ClientFinished(turn, bad, Traffic(1, 2)))
-        on_event(harness.dispatcher, silent, RoundFinished({**RECORD, "round": turn}))
+        on_event(harness.dispatcher, silent, RoundFinished(replace(RECORD, round=turn)))
     assert "NOT_FINITE" in harness.dispatcher.blocklist.reason("anna")
 
 
 def test_a_committed_round_is_recorded_in_numbers(tmp_path: Path) -> None:
     events = list[tuple[str, Mapping[str, Any]]]()
-    record = {
-        **RECORD,
-        "round": 2,
-        "cohort": ["anna", "bob", "carl"],
-        "clients": {"anna": {"status": "ok"}, "bob": {"status": "late"}, "carl": {"status": "ok"}},
-        "seconds": 1.2345,
-    }
+    record = replace(
+        RECORD,
+        round=2,
+        cohort=("anna", "bob", "carl"),
+        clients={"anna": ClientRecord("ok"), "bob": ClientRecord("late"), "carl": ClientRecord("ok")},
+        seconds=1.2345,
+    )
     on_event(
         make_harness(tmp_path).dispatcher, lambda kind, **fields: events.append((kind, fields)), RoundFinished(record)
     )

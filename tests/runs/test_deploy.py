@@ -363,7 +363,7 @@ def test_nobody_pruned_in_training_is_said(tables: Tables, tmp_path: Path) -> No
         out=tmp_path / "run",
         watch=watch,
     )
-    assert any("nobody is pruned in training" in text for text in said)
+    assert any("no client is pruned in training" in text for text in said)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5])
@@ -387,12 +387,21 @@ def test_a_recipe_of_another_base_is_refused(shrunk: api.Run, checkpoints: dict[
         fedtune.load_pruned(out, dtype="int3")
 
 
-def test_a_line_that_was_changed_after_the_run_is_told(shrunk: api.Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "message"),
+    [
+        ('"x"', r"rounds\.jsonl, line .: clients\.client-.\.ratio: expected float; got 'x'"),
+        ("0.9", r"round ., client-.: expected a ratio from 0 to 0\.875; got 0\.9; the line was changed"),
+    ],
+)
+def test_a_line_that_was_changed_after_the_run_is_refused(
+    ratio: str, message: str, shrunk: api.Run, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shrunk.path, copy)
     lines = (copy / "rounds.jsonl").read_text()
-    (copy / "rounds.jsonl").write_text(lines.replace('"ratio": 0.5', '"ratio": "x"'))
-    with pytest.raises(StoreError, match=r"client-.: expected a ratio from 0 to 0\.875; got 'x'"):
+    (copy / "rounds.jsonl").write_text(lines.replace('"ratio": 0.5', f'"ratio": {ratio}'))
+    with pytest.raises(StoreError, match=message):
         fedtune.deploy(copy, out=tmp_path / "out")
 
 
