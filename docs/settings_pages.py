@@ -20,6 +20,7 @@ from fedtune.config.site import SiteSettings
 from fedtune.devices.profiles import DeviceProfile
 from fedtune.link.settings import LinkSettings
 from fedtune.methods import METHODS
+from fedtune.planning import PLANNERS
 from fedtune.planning.policies import POLICIES
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride
@@ -91,20 +92,14 @@ UNITS: Mapping[str, str] = {
 }
 PLAIN_NUMBERS = frozenset(
     (
-        *("alpha", "clip", "clip_norm", "coverage_floor", "learning_rate", "max_norm", "momentum", "net_sigma"),
-        *(
-            "over_select",
-            "perturbation",
-            "proximal",
-            "rank_penalty",
-            "scalar_step",
-            "seed",
-            "server_learning_rate",
-            "weight_decay",
-        ),
+        *("alpha", "beta1", "beta2", "clip", "clip_norm", "coverage_floor", "learning_rate", "max_norm", "momentum"),
+        *("net_sigma", "over_select", "perturbation", "proximal", "rank_penalty", "scalar_step", "seed"),
+        *("server_learning_rate", "weight_decay"),
     )
 )
 """Numbers without a unit."""
+UNITS_BY_PATH: Mapping[str, str] = {"method.server_optimizer.tau": "no unit"}
+"""Keys whose name has another unit elsewhere."""
 
 DEVICE_RANGES: Mapping[str, str] = {
     "memory_gb": "> 0",
@@ -306,7 +301,7 @@ def keys_of(cls: type[Any], path: str, *, only: Sequence[str] | None = None, opt
             kind=kind_of(hints[field.name]),
             range=range_of(hints[field.name]),
             default="unchanged" if optional else default_of(field),
-            unit=unit_of(field.name, hints[field.name]),
+            unit=UNITS_BY_PATH.get(name) or unit_of(field.name, hints[field.name]),
             text=texts.get(field.name, ""),
         )
 
@@ -351,7 +346,7 @@ def override_table() -> Table:
     """Return the table `[[override]]`: which clients, and the keys of other tables that differ for them."""
     ranges = {
         "override.rank": range_of(get_type_hints(binding.SECTIONS["adapter"], include_extras=True)["rank"]),
-        "override.ratio": range_of(get_type_hints(binding.NAMED["planner"]["fixed"], include_extras=True)["ratio"]),
+        "override.ratio": range_of(get_type_hints(PLANNERS["fixed"].settings, include_extras=True)["ratio"]),
     }
     own = [
         replace(key, range=ranges.get(key.name, ""))
@@ -385,12 +380,11 @@ def recipe_pages() -> Mapping[str, Sequence[Table]]:
             for name, method in METHODS.items()
         ),
     ]
-    planners = binding.NAMED["planner"]
-    learning = [name for name in planners if name in POLICIES]
-    adaptive = planners[learning[0]]
+    learning = [name for name in PLANNERS if name in POLICIES]
+    adaptive = PLANNERS[learning[0]].settings
     pages["planner"] = [
-        choice_table("planner", list(planners), toml("fixed"), field_texts(adaptive)["name"]),
-        without_name(table_of(planners["fixed"], "planner", "`fixed`")),
+        choice_table("planner", list(PLANNERS), toml("fixed"), field_texts(adaptive)["name"]),
+        without_name(table_of(PLANNERS["fixed"].settings, "planner", "`fixed`")),
         without_name(table_of(adaptive, "planner", ", ".join(f"`{name}`" for name in learning))),
     ]
     pages["override"] = [override_table()]
@@ -425,8 +419,8 @@ keys the table has. `planner = "deadline"` is short for `planner = { name = "dea
 is `fixed`. [Plug-ins](../plug-ins.md) bring further names.""",
     "override": """Changes settings for some clients. Tables are applied in their order: where two name the same client
 and key, the later one wins.""",
-    "device": """Changes the simulated devices of some clients; it needs the table [`fleet`](fleet.md). Tables are applied
-in their order.""",
+    "device": """Changes the simulated devices of some clients; needs the table [`fleet`](fleet.md). Tables are applied in
+their order.""",
     "pruning": "Without this table every client trains the whole model.",
     "fleet": "Without this table no devices are simulated.",
 }

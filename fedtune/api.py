@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Recipe, bind
+from fedtune.config import Recipe, bind, render
+from fedtune.config.recipe import Objects
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
-from fedtune.methods.method import GlobalModel
+from fedtune.methods.method import GlobalModel, Method
+from fedtune.planning.planner import Planner, PlannerInputs
 from fedtune.rounds.loop import Note, Watch
 from fedtune.rounds.record import Metrics
 from fedtune.runs.demo import recipe_text, write_data
@@ -25,6 +27,9 @@ from fedtune.store.verify import Status, Verified
 
 # The client wing (torch, transformers, peft, datasets) takes seconds to import, so `experiment` and `model` are
 # imported where they are needed: a recipe that is wrong says so at once, and reading a report needs neither.
+
+
+NO_OBJECTS = Objects()
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ def simulate(
     out: str | Path | None = None,
     fresh: bool = False,
     resume: str | Path | None = None,
+    method: Method[Any] | None = None,
+    planner: Planner | Callable[[PlannerInputs], Planner] | None = None,
+    model: Any | None = None,
+    data: Mapping[str, Any] | None = None,
     watch: Watch = lambda event: None,
 ) -> Run:
     """Run a recipe with all its clients on this machine, and return the run.
@@ -63,7 +72,14 @@ def simulate(
         out: run directory; `runs/<name>` without it.
         fresh: if the directory is taken, start beside it instead of refusing.
         resume: directory of a run to go on with, after a crash or for more rounds; its result is the one that the run
-            would have had without a break. `rounds.count` and the engine may change, nothing else.
+            would have had without a break. `rounds.count` and the engine may change, nothing else; the Python objects
+            that it was given must be given again.
+        method: a method of your own; the recipe's table `method` holds its settings.
+        planner: a planner of your own, or a function that creates it; in place of the recipe's table `planner`.
+        model: a transformers model and its tokenizer as a pair, or a `fedtune.model.base.Base`; in place of
+            `model.base`. It is frozen, and moved to `model.device`, in place.
+        data: by client name its rows, each a mapping from column to value, or a `datasets.Dataset`; or a mapping with
+            the rows to `train` on and those `held_out`. In place of `data.source` and `data.split`.
         watch: called with each event of `fedtune.rounds.loop`.
 
     Raises:
@@ -71,11 +87,12 @@ def simulate(
         RoundError: if a round could not be completed; the run directory holds the rounds before it.
         StoreError: if the run directory cannot be written.
     """
+    objects = check_objects(Objects(method=method, planner=planner, model=model, data=data))
     if resume is not None:
-        return _resume(Path(resume), recipe, overrides=overrides, watch=watch)
+        return _resume(Path(resume), recipe, objects, overrides=overrides, watch=watch)
     if recipe is None:
         raise ConfigError(Fault("recipe", "a recipe, or a run to resume", "neither"))
-    bound = bind_recipe(recipe, overrides)
+    bound = bind_recipe(recipe, overrides, objects)
     with fork_server_of(bound) as nursery:
         from fedtune.runs.local import prepare
 
@@ -89,8 +106,38 @@ def fork_server_of(recipe: Recipe) -> AbstractContextManager[ForkServer | None]:
     return ForkServer() if recipe.engine.name == "processes" else nullcontext()
 
 
-def bind_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else bind(recipe, overrides=overrides)
+def bind_recipe(
+    recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str], objects: Objects = NO_OBJECTS
+) -> Recipe:
+    """Return the recipe bound, with the Python objects in place of the names that they stand for."""
+    if not isinstance(recipe, Recipe):
+        return bind(recipe, overrides=overrides, objects=objects)
+    if objects == NO_OBJECTS:
+        return recipe
+    return replace(bind(render(recipe), objects=objects), root=recipe.root)
+
+
+def check_objects(objects: Objects) -> Objects:
+    """Return Python objects after checking that they have the types that a run needs.
+
+    Raises:
+        ConfigError: naming those that have not.
+    """
+    operations = ("start", "plan", "observe")
+    faults = []
+    if not isinstance(objects.method, Method | None):
+        expected = "a fedtune.methods.method.Method"
+        faults.append(Fault("method", expected, f"a {type(objects.method).__name__}"))
+    if objects.planner is not None and not callable(objects.planner):
+        missing = [name for name in operations if name not in dir(objects.planner)]
+        if missing:
+            expected = "a planner with start, plan and observe, or a function that creates one"
+            faults.append(Fault("planner", expected, f"a {type(objects.planner).__name__} without {missing[0]}"))
+    if objects.data is not None and not (isinstance(objects.data, Mapping) and objects.data):
+        faults.append(Fault("data", "rows by client, of one client at least", f"a {type(objects.data).__name__}"))
+    if faults:
+        raise ConfigError(faults)
+    return objects
 
 
 def recipe_of(run: Path) -> Path:
@@ -106,13 +153,14 @@ def recipe_of(run: Path) -> Path:
 def _resume(
     path: Path,
     recipe: Recipe | str | Path | Mapping[str, Any] | None,
+    objects: Objects,
     *,
     overrides: Sequence[str],
     watch: Watch,
 ) -> Run:
     from fedtune.runs.resume import check_resumable
 
-    bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides)
+    bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides, objects)
     check_resumable(path, bound)
     with fork_server_of(bound) as nursery:
         from fedtune.runs.local import prepare

@@ -15,20 +15,21 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedtune.config.checks import check, steps_or_epochs
 from fedtune.config.error_text import allows, choices, describe, display, join_words, nearest, quote
+from fedtune.config.plugins import find_method, find_planner, method_names, planner_names
 from fedtune.config.presets import PRESETS, expand_preset
 from fedtune.config.reading import apply_overrides, read, value_of
-from fedtune.config.recipe import Override, Recipe, ReportSettings
-from fedtune.data.settings import DataSettings
+from fedtune.config.recipe import PYTHON, PYTHON_PLANNER, Objects, Override, Recipe, ReportSettings
+from fedtune.data.settings import GROUP, DataSettings
 from fedtune.devices.profiles import PROFILES, DeviceProfile
 from fedtune.devices.profiles import check as check_profile
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import ProbeSeeds, Training, Verb
 from fedtune.methods import METHODS
-from fedtune.methods.flora import FloraSettings
+from fedtune.methods.method import Method
+from fedtune.methods.settings import LinearSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
-from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.planning.policies import POLICIES
+from fedtune.planning.planner import PlannerType
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.resources import Resources
@@ -51,10 +52,8 @@ OPTIONAL = ("planner", "evaluate", "engine", "report", "override", "pruning", "f
 ABSENT = ("pruning", "fleet")
 """Tables that stand for nothing where they are left out."""
 
-NAMED: Mapping[str, Mapping[str, type[Any]]] = {  # table -> settings by the table's key `name`
-    "method": {name: method.settings for name, method in METHODS.items()} | dict.fromkeys(PRESETS, FloraSettings),
-    "planner": {"fixed": FixedSettings, **dict.fromkeys(POLICIES, AdaptiveSettings)},
-}
+NAMED = ("method", "planner")
+"""Tables whose key `name` says which settings they hold."""
 
 EXAMPLES: Mapping[str, str] = {
     "model": '{ base = "embedded" }',
@@ -84,39 +83,41 @@ class Findings:
     """Good values by dotted key."""
 
 
-def bind(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
+def bind(
+    source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (), objects: Objects | None = None
+) -> Recipe:
     """Read, check and freeze a recipe.
 
     Args:
         source: a file; a text, which is TOML if it has a line break and a file's path otherwise; or parsed tables.
         overrides: `table.key=value` as given to `--set`; values are TOML, bare words are text.
+        objects: Python objects in place of the names of method, planner, model or data.
 
     Raises:
         ConfigError: with every fault at once, or the reason why the file cannot be read.
     """
     label, stem, root, table = read(source)
-    found = Findings()
-    table = expand_preset(apply_overrides(table, overrides, found.faults))
-    bound = sections(table, found)
+    found, objects = Findings(), objects or Objects()
+    table = expand_preset(with_objects(apply_overrides(table, overrides, found.faults), objects))
+    bound = sections(table, found, objects)
     bound["name"] = bind_name(table.get("name", stem), found)
     bound["seed"] = leaf(Annotated[int, Ge(0)], table.get("seed", 0), "seed", found)
     bound["override"] = bind_overrides(table.get("override", ()), found)
     bound["device"] = bind_devices(table.get("device", ()), found)
     found.faults.extend(check(found.values))
+    found.faults.extend(unreachable_objects(objects, found.values.get("engine.name")))
     if found.faults:
         raise ConfigError(found.faults, source=label)
-    return with_absolute_paths(Recipe(root=root, **bound), root)
+    return with_absolute_paths(Recipe(root=root, objects=objects, **bound), root)
 
 
-def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+def sections(table: Mapping[str, Any], found: Findings, objects: Objects) -> dict[str, Any]:
     """Bind every table but `override`; a table that has a fault is bound to None."""
     known = ("name", "seed", *SECTIONS, *NAMED, "override", "device")
     found.faults.extend(unknown_keys(table, known, ""))
-    bound = {}
+    bound: dict[str, Any] = {}
+    table = with_every_layer(table, objects)
     for name in (*SECTIONS, *NAMED):
-        if name == "adapter" and name not in table and probes(table.get("method")):
-            bound[name] = bind_table(AdapterSettings, EVERY_LAYER, name, found)
-            continue
         if name not in table and name not in OPTIONAL:
             found.faults.append(Fault(name, f"the table [{name}]", "nothing", f"e.g. {name} = {EXAMPLES[name]}"))
             continue
@@ -125,7 +126,7 @@ def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
             continue
         content = table.get(name, {})
         if name in NAMED:
-            bound[name] = bind_named(NAMED[name], content, name, found)
+            bound[name] = bind_named(name, content, found, objects)
             if bound[name] is not None:
                 found.values[name] = bound[name]
         else:
@@ -135,25 +136,108 @@ def sections(table: Mapping[str, Any], found: Findings) -> dict[str, Any]:
     return bound
 
 
-def probes(method: Any) -> bool:
-    """Return whether a table `method`, or a bare name, names a method that trains no adapter."""
-    name = method.get("name") if isinstance(method, dict) else method
-    return isinstance(name, str) and name in METHODS and METHODS[name].task is ProbeSeeds
+def with_objects(table: Mapping[str, Any], objects: Objects) -> Mapping[str, Any]:
+    """Return a recipe's tables with the names that Python objects have in its text."""
+    tables = dict(table)
+    for name, given, values in (
+        ("method", objects.method, {"name": objects.method.name} if objects.method else {}),
+        ("model", objects.model, {"base": PYTHON}),
+        ("data", objects.data, {"source": PYTHON, "split": {"kind": "key", "by": GROUP}}),
+    ):
+        own = tables.get(name, {})
+        if given is not None and isinstance(own, Mapping):  # else `bind_table` finds the fault
+            tables[name] = {**values, **own} if name == "method" else {**own, **values}
+    data = tables.get("data")
+    if isinstance(data, Mapping) and data.get("format") == "plugin":
+        tables["data"] = {"split": {"kind": "key", "by": GROUP}, **data}
+    if objects.planner is not None:
+        tables["planner"] = {"name": PYTHON, "type": type_name(objects.planner)}
+    return tables
 
 
-def bind_named(kinds: Mapping[str, type[Any]], content: Any, path: str, found: Findings) -> Any:
-    """Bind a table whose key `name` says which settings it holds."""
+def unreachable_objects(objects: Objects, engine: str | None) -> Iterator[Fault]:
+    """Yield the objects that an engine's worker processes would need and cannot be given."""
+    given = [name for name, value in vars(objects).items() if value is not None]
+    alone = {"processes": [name for name in given if name == "model"], "ray": given}.get(engine or "", [])
+    if alone:
+        got = f"{quote(engine)} with {join_words(f'{name}=' for name in alone)}"
+        hint = "worker processes load by name what a Python object gives to this process alone"
+        yield Fault("engine.name", '"inprocess" with Python objects', got, hint)
+
+
+def type_name(planner: Any) -> str:
+    """Return module and name of a planner's class, or of the function or the class that creates it."""
+    kind = planner if callable(planner) else type(planner)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def with_every_layer(table: Mapping[str, Any], objects: Objects) -> Mapping[str, Any]:
+    """Return the tables with one for `adapter` that takes every layer, where the method trains no adapter."""
+    content = table.get("method")
+    if "adapter" in table or not isinstance(content, dict) or not isinstance(content.get("name"), str):
+        return table
+    try:
+        method = objects.method or find_method(content["name"])
+    except ConfigError:
+        return table  # binding the table `method` finds the same fault
+    return {**table, "adapter": EVERY_LAYER} if method.task is ProbeSeeds else table
+
+
+def bind_named(table: str, content: Any, found: Findings, objects: Objects) -> Any:
+    """Bind a table whose key `name` says which settings it holds, and note the type that has this name."""
+    names = names_in(table, objects)
     if not isinstance(content, dict):
-        found.faults.append(Fault(path, f"a table or a name ({join_words(kinds, joint='or')})", display(content)))
+        found.faults.append(Fault(table, f"a table or a name ({join_words(names, joint='or')})", display(content)))
         return None
-    name = content.get("name", next(iter(kinds)) if path in OPTIONAL else None)
-    if not isinstance(name, str) or name not in kinds:
-        meant = nearest(name, kinds)
+    name = content.get("name", names[0] if table in OPTIONAL else None)
+    if not isinstance(name, str) or name not in (*names, PYTHON):
+        meant = nearest(name, names)
         got = "nothing" if name is None else display(name)
-        hint = f"did you mean {quote(meant)}?" if meant else ""
-        found.faults.append(Fault(f"{path}.name", join_words(map(quote, kinds), joint="or"), got, hint))
+        hint = f"did you mean {quote(meant)}?" if meant else f"or pass {table}=, or install the package that brings it"
+        found.faults.append(Fault(f"{table}.name", join_words(map(quote, names), joint="or"), got, hint))
         return None
-    return bind_table(kinds[name], content, path, found)
+    try:
+        kind = type_named(table, name, objects)
+    except ConfigError as error:
+        found.faults.extend(error.faults)
+        return None
+    found.values[f"{table}:type"] = kind  # with a colon, so that no key of the table has this name
+    if table == "method" and "server_optimizer" in content and not takes_optimizer(kind.settings):
+        linear = [name for name, method in METHODS.items() if takes_optimizer(method.settings)]
+        expected = f"a method whose server takes one step towards a mean ({join_words(linear, joint='or')})"
+        found.faults.append(
+            Fault("method.server_optimizer", expected, quote(name), "leave it out, or change the method")
+        )
+        content = {key: value for key, value in content.items() if key != "server_optimizer"}
+    return bind_table(kind.settings, content, table, found)
+
+
+def names_in(table: str, objects: Objects) -> Sequence[str]:
+    """Return what may be written in `method.name` or `planner.name`."""
+    if table == "planner":
+        return planner_names()
+    own = [objects.method.name] if objects.method else []
+    return [*dict.fromkeys((*own, *method_names(), *PRESETS))]
+
+
+def type_named(table: str, name: str, objects: Objects) -> Method[Any] | PlannerType:
+    """Return the method, or the kind of planner, of a name.
+
+    Raises:
+        ConfigError: if it cannot be used.
+    """
+    if table == "planner":
+        return PYTHON_PLANNER if name == PYTHON else find_planner(name)
+    if objects.method is None:
+        return find_method(name)
+    if name != objects.method.name:
+        expected = f"{quote(objects.method.name)}, the name of the method that was passed as an object"
+        raise ConfigError(Fault("method.name", expected, quote(name), "change the name, or pass no method"))
+    return objects.method
+
+
+def takes_optimizer(settings: type[Any]) -> bool:
+    return issubclass(settings, LinearSettings)
 
 
 def bind_table(cls: type[Any], content: Any, path: str, found: Findings) -> Any:

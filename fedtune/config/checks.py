@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.recipe import Override
 from fedtune.data.settings import TEMPLATES, DataSettings, Split, faults
-from fedtune.directions.bank import BANKS
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import Fault
 from fedtune.messages import VERBS, ProbeSeeds, Training, TrainLora
 from fedtune.methods import METHODS
-from fedtune.methods.fedkseed_state import FedKSeedSettings
+from fedtune.methods.method import Method
+from fedtune.methods.settings import ServerOptimizer
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.pruning.ranking import PruningSettings
@@ -108,8 +108,8 @@ def fleet_size(split: Split, cohort: int | float | None, least: int) -> Iterator
         yield Fault("rounds.min_clients", expected, str(least))
 
 
-def one_rank(method: str, rank: int, overrides: Sequence[Override]) -> Iterator[Fault]:
-    if METHODS[method].ranks != "equal":
+def one_rank(method: Method[Any], rank: int, overrides: Sequence[Override]) -> Iterator[Fault]:
+    if method.ranks != "equal":
         return
     ranks = {rank}
     for override in overrides:
@@ -119,7 +119,7 @@ def one_rank(method: str, rank: int, overrides: Sequence[Override]) -> Iterator[
         mixed = [name for name, other in METHODS.items() if other.ranks != "equal" and other.task is TrainLora]
         got = f"{join_words(sorted(ranks))} from adapter.rank and the overrides"
         yield Fault(
-            "method", f"one rank, as {method!r} needs", got, f"use {join_words(mixed, joint='or')}, or one rank"
+            "method", f"one rank, as {method.name!r} needs", got, f"use {join_words(mixed, joint='or')}, or one rank"
         )
 
 
@@ -192,41 +192,38 @@ IDLE: Mapping[str, Any] = {each.name: each.default for each in fields(Training) 
 """The others, with their defaults."""
 
 
-def seed_method_faults(method: str, overrides: Sequence[Override], *idle: Any) -> Iterator[Fault]:
+def seed_method_faults(method: Method[Any], overrides: Sequence[Override], *idle: Any) -> Iterator[Fault]:
     """Yield what a recipe asks for that steps along seeds do not have; `idle` are the values of `IDLE`'s keys."""
-    if METHODS[method].task is not ProbeSeeds:
+    if method.task is not ProbeSeeds:
         return
-    hint = f"{method!r} has forward passes in the base's own format and no optimizer; leave it out"
+    hint = f"{method.name!r} has forward passes in the base's own format and no optimizer; leave it out"
     for (key, default), value in zip(IDLE.items(), idle, strict=True):
         if value != default and (key, value) != ("autocast", "off"):
             yield Fault(f"client.{key}", display(default), display(value), hint)
     for place, override in enumerate(overrides):
         for key in sorted(override.training.keys() - {*KEPT}):
-            yield Fault(f"override.{place}.{key}", "batch, learning_rate, steps or epochs", key, f"with {method!r}")
+            yield Fault(
+                f"override.{place}.{key}", "batch, learning_rate, steps or epochs", key, f"with {method.name!r}"
+            )
         if override.rank is not None:
-            yield Fault(f"override.{place}.rank", "nothing", str(override.rank), f"{method!r} trains no adapter")
+            yield Fault(f"override.{place}.rank", "nothing", str(override.rank), f"{method.name!r} trains no adapter")
 
 
-def one_verb(method: Any, overrides: Sequence[Override]) -> Iterator[Fault]:
-    """Yield where a recipe asks some clients for another verb than the method's: no such round is summed here.
-
-    FedKSeed's weights under the banks hadamard and gaussian are one rounding of w0 and a sum of integers: a product of
-    LoRA factors on top would be a second one, which differs between machines. Under kron both parts would be factors.
-    """
-    own = VERBS[METHODS[method.name].task]
+def one_verb(method: Method[Any], overrides: Sequence[Override]) -> Iterator[Fault]:
+    """Yield where a recipe asks some clients for another verb than the method's: no such round is summed here."""
+    # FedKSeed's weights are w0 plus a sum of integers, rounded once. A product of LoRA factors on top would round a
+    # second time, and differ between machines.
+    own = VERBS[method.task]
     for place, override in enumerate(overrides):
         if override.verb in (None, own):
             continue
-        hint = f"{method.name!r} trains adapters alone"
-        if isinstance(method, FedKSeedSettings):
-            exact = "weights rebuilt from integers are rounded once, and a product of factors on top rounds them again"
-            hint = "the sum of both is exact as factors, but it is not built" if method.bank == "kron" else exact
         expected = f"{quote(own)}, as all clients of {method.name!r}"
-        yield Fault(f"override.{place}.verb", expected, display(override.verb), f"{hint}; run two methods apart")
+        hint = "a round sums updates of one kind; start a run for each method"
+        yield Fault(f"override.{place}.verb", expected, display(override.verb), hint)
 
 
 def prunable(
-    method: str, pruning: PruningSettings | None, planner: Any, overrides: Sequence[Override]
+    method: Method[Any], pruning: PruningSettings | None, planner: Any, overrides: Sequence[Override]
 ) -> Iterator[Fault]:
     """Yield where a recipe prunes what cannot be pruned, or asks for ratios without pruning."""
     asked = [(f"override.{place}.ratio", o.ratio) for place, o in enumerate(overrides) if o.ratio is not None]
@@ -239,10 +236,10 @@ def prunable(
             if ratio > 0:
                 yield Fault(path, "0 without the table pruning", f"{ratio:g}", "write [pruning]")
         return
-    if method != "flora":
-        why = PRUNES_NOT.get(method, "it does not scatter what pruned clients send")
-        expected, hint = "no table with this method", 'use method = "flora", or leave pruning out'
-        yield Fault("pruning", expected, f"{method!r}: {why}", hint)
+    if why := method.why_not_pruned:
+        able = join_words([quote(name) for name, other in METHODS.items() if not other.why_not_pruned], joint="or")
+        hint = f"use method = {able}, or leave pruning out"
+        yield Fault("pruning", "no table with this method", f"{method.name!r}: {why}", hint)
     if pruning.score == "magnitude" and pruning.allocation == "global":
         hint = "weights of different blocks are of different size: global ranks by magnitude are worse than chance"
         yield Fault("pruning.allocation", "uniform with score = 'magnitude'", "'global'", hint)
@@ -258,7 +255,7 @@ def prunable(
             hint = f"add {pruning.target:g}: in the last rounds everybody trains what is deployed"
             got = ", ".join(f"{ratio:g}" for ratio in planner.ratios)
             yield Fault("planner.ratios", f"pruning.target = {pruning.target:g} among them", got, hint)
-    elif pruning.policy == "vote" and len(ratios_of(planner, overrides)) > 1:
+    elif isinstance(planner, FixedSettings) and pruning.policy == "vote" and len(ratios_of(planner, overrides)) > 1:
         yield Fault(
             "pruning.policy", "one ratio for all with 'vote', whose clients share a mask", "several", "use nested"
         )
@@ -283,18 +280,6 @@ def chosen_by_planner(planner: AdaptiveSettings, overrides: Sequence[Override]) 
                 yield Fault(f"override.{place}.{key}", expected, f"{value:g}", hint)
 
 
-PRUNES_NOT: Mapping[str, str] = {
-    "fedit": "a mean of factors that lack different rows and columns is up to 78 % off",
-    "ffa": "its shared A would be cut differently at every client",
-    "zeropad": "a mean of padded factors is no mean of changes",
-    "hetlora": "its weights compare norms of whole changes",
-    "flexlora": "it restarts clients from whole factors",
-    "fedex": "its residual is that of whole factors",
-    "fedkseed": "its directions move every weight of the base",
-}
-"""Why the other methods do not take pruned clients."""
-
-
 def arms(planner: Any) -> Iterator[Fault]:
     if not isinstance(planner, AdaptiveSettings):
         return
@@ -317,90 +302,90 @@ READERS: Mapping[str, Sequence[str]] = {
 """The planners that a setting means something to."""
 
 
-def learning_planner(method: str, planner: Any) -> Iterator[Fault]:
+SENDS_NO_DEADLINE = ("fixed", "random", "s-ucb", "thompson", "ucb")
+"""Planners whose plans say nothing of when a round should be over."""
+
+
+def learning_planner(method: Method[Any], planner: Any) -> Iterator[Fault]:
     if not isinstance(planner, AdaptiveSettings):
         return
-    if METHODS[method].task is ProbeSeeds or METHODS[method].ranks == "equal":
-        why = "trains no adapter" if METHODS[method].task is ProbeSeeds else "needs one rank for all"
+    if method.task is ProbeSeeds or method.ranks == "equal":
+        why = "trains no adapter" if method.task is ProbeSeeds else "needs one rank for all"
         yield Fault(
-            "planner", f"'fixed' with method {method!r}, which {why}", repr(planner.name), "use method = 'flora'"
+            "planner", f"'fixed' with method {method.name!r}, which {why}", repr(planner.name), "use method = 'flora'"
         )
 
 
 def device_faults(
-    method: str,
+    method: Method[Any],
     fleet: FleetSettings | None,
     devices: Sequence[DeviceOverride],
     planner: Any,
     steps: int | None,
     overrides: Sequence[Override],
 ) -> Iterator[Fault]:
-    if getattr(planner, "name", "") == "oracle":
+    if planner.name == "oracle":
         if fleet is None or fleet.by != "round":
             hint = "it is told the simulated clock's times, which must not depend on what was chosen before"
             yield Fault("planner", "another, without fleet.by = 'round'", "'oracle'", hint)
         if steps is None or any("epochs" in each.training for each in overrides):
             hint = "it is told the simulated clock's times, which follow from the recipe alone"
             yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
-    if fleet is not None and method == "fedkseed":
-        expected, hint = "no table with 'fedkseed'", "what its forward passes cost a device is not modelled yet"
+    if fleet is not None and method.task is ProbeSeeds:
+        expected, hint = f"no table with {method.name!r}", "what its forward passes cost a device is not modelled yet"
         yield Fault("fleet", expected, repr(fleet.name), hint)
-    if fleet is not None and fleet.late == "drop" and getattr(planner, "name", "") not in ("deadline", "oracle"):
+    if fleet is not None and fleet.late == "drop" and planner.name in SENDS_NO_DEADLINE:
         hint = 'take planner = "deadline", or leave fleet.late out'
-        name = getattr(planner, "name", "")
-        yield Fault("fleet.late", f"'wait' with the planner {name!r}, which sends no deadline", "'drop'", hint)
+        yield Fault("fleet.late", f"'wait' with the planner {planner.name!r}, which sends no deadline", "'drop'", hint)
     if fleet is None and devices:
         yield Fault("device", "no tables without [fleet]", f"{len(devices)}", 'write fleet = { name = "fedspine80" }')
 
 
-def seeds_of(method: Any, steps: int | None, overrides: Sequence[Override]) -> Iterator[Fault]:
-    """Yield what does not fit together in the table `method` of FedKSeed."""
-    if not isinstance(method, FedKSeedSettings):
-        return
-    if (steps is None or any("epochs" in o.training for o in overrides)) and (
-        method.sampling == "distinct" or method.estimator == "one-sided"
-    ):
-        hint = "how many scalars a client measures must be known for distinct seeds and for groups of queries"
-        yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
-    try:
-        BANKS[method.bank](method.seeds, 0)
-    except ConfigError as error:
-        yield from (replace(fault, path=f"method.{fault.path}") for fault in error.faults)
-    counts = [count for count in (steps, *(o.training.get("steps") for o in overrides)) if count is not None]
-    if any(count > MAX_STEPS for count in counts):
-        yield Fault("client.steps", f"at most {MAX_STEPS} scalars a round", str(max(counts)))
-    if method.sampling == "distinct" and any(count > method.seeds for count in counts):
-        expected = f"at most method.seeds = {method.seeds} with distinct seeds"
-        yield Fault("client.steps", expected, str(max(counts)), "take fewer steps, or sampling = 'uniform'")
-    if method.estimator == "one-sided" and any(count % method.queries for count in counts):
-        odd = next(count for count in counts if count % method.queries)
-        expected = f"a multiple of method.queries = {method.queries}, since steps counts directions"
-        yield Fault("client.steps", expected, str(odd), f"e.g. {-(-odd // method.queries) * method.queries}")
-    if method.public_log and method.sampling == "pro":
-        hint = "which seeds were drawn follows from what nobody is sent"
-        yield Fault("method.public_log", "false with sampling = 'pro'", "true", hint)
-    if method.public_log and method.sync != "auto":
-        yield Fault("method.public_log", "false with sync = 'whole'", "true", 'set sync = "auto"')
-    for key in ("vectors", "embeddings"):
-        if getattr(method, key) and method.bank != "kron":
-            hint = "the other banks move every tensor; choose with method.trainable"
-            yield Fault(f"method.{key}", f"false with bank = {method.bank!r}", "true", hint)
+def method_faults(
+    method: Method[Any], settings: Any, steps: int | None, overrides: Sequence[Override]
+) -> Iterator[Fault]:
+    """Yield what the method itself says of its settings, given the steps of a round of each kind of client."""
+    kinds = [steps, *(o.training.get("steps") for o in overrides if o.training.keys() & {"steps", "epochs"})]
+    yield from method.faults(settings, kinds)
+    known = [count for count in kinds if count is not None]
+    if method.task is ProbeSeeds and any(count > MAX_STEPS for count in known):
+        yield Fault("client.steps", f"at most {MAX_STEPS} scalars a round", str(max(known)))
+
+
+def optimizer_keys(optimizer: ServerOptimizer) -> Iterator[Fault]:
+    """Yield the keys of a server optimiser that the rule it names does not read."""
+    usual = ServerOptimizer()
+    for key, readers in OPTIMIZER_READERS.items():
+        value = getattr(optimizer, key)
+        if optimizer.name not in readers and value != getattr(usual, key):
+            expected = f"nothing with {optimizer.name!r}, which does not read it"
+            yield Fault(f"method.server_optimizer.{key}", expected, display(value), f"it is of {join_words(readers)}")
+
+
+OPTIMIZER_READERS: Mapping[str, Sequence[str]] = {
+    "momentum": ("fedavgm",),
+    "beta1": ("fedadam", "fedyogi"),
+    "beta2": ("fedadam", "fedyogi"),
+    "tau": ("fedadam", "fedyogi"),
+}
+"""The server optimisers that read a key."""
 
 
 CHECKS: Sequence[Check] = (
     (("model.base",), some_base),
     (("model.device",), device_name),
     (("adapter.targets", "adapter.modules_to_save"), targets_overlap),
-    (("method.name", "adapter.rank", "override"), one_rank),
+    (("method:type", "adapter.rank", "override"), one_rank),
     (("client.steps", "client.epochs"), steps_or_epochs),
     (("client.optimizer", "client.momentum", "override"), momentum_of),
-    (("method.name", "override", *(f"client.{key}" for key in IDLE)), seed_method_faults),
-    (("method", "override"), one_verb),
-    (("method", "client.steps", "override"), seeds_of),
-    (("method.name", "pruning", "planner", "override"), prunable),
+    (("method:type", "override", *(f"client.{key}" for key in IDLE)), seed_method_faults),
+    (("method:type", "override"), one_verb),
+    (("method:type", "method", "client.steps", "override"), method_faults),
+    (("method:type", "pruning", "planner", "override"), prunable),
+    (("method.server_optimizer",), optimizer_keys),
     (("planner",), arms),
-    (("method.name", "planner"), learning_planner),
-    (("method.name", "fleet", "device", "planner", "client.steps", "override"), device_faults),
+    (("method:type", "planner"), learning_planner),
+    (("method:type", "fleet", "device", "planner", "client.steps", "override"), device_faults),
     (("rounds.cohort", "rounds.min_clients"), cohort_bounds),
     (("engine.name", "rounds.over_select", "fleet"), early_end),
     (("data.split", "rounds.cohort", "rounds.min_clients"), fleet_size),

@@ -15,6 +15,10 @@ Part = Literal["text", "instruction", "input", "output", "label"]
 
 Task = Literal["causal", "classification"]
 
+GROUP = "group"
+"""The column that holds what the split divides by: the value of `split.by`, the stem of the row's file, or the client's
+name where rows are given by client."""
+
 TEMPLATES = ("alpaca", "chat", "plain")
 
 
@@ -52,8 +56,9 @@ class DataSettings:
     """A file, a list of files, a glob, the folder of a saved data set, or a name on a hub (`name:split` for another
     split than `train`). Relative paths are relative to the recipe's folder."""
     split: Split
-    format: Literal["auto", "jsonl", "json", "csv", "parquet", "text", "saved", "hub"] = "auto"
-    """auto: by the file's ending, a folder with state.json as a saved dataset, otherwise a hub name."""
+    format: Literal["auto", "jsonl", "json", "csv", "parquet", "text", "saved", "hub", "plugin"] = "auto"
+    """auto: by the file's ending, a folder with state.json as a saved dataset, otherwise a hub name; plugin: the source
+    is the name of an entry point `fedtune.data` of an installed package, which gives rows by client."""
     subset: str | None = None
     """Name of the configuration of a hub data set, where it has several."""
     fields: Mapping[Part, str] = field(default_factory=dict)

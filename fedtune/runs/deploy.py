@@ -12,8 +12,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config import bind
+from fedtune.config.recipe import method_of
 from fedtune.errors import ConfigError, Fault, StoreError
-from fedtune.methods import METHODS
 from fedtune.methods import serialization as states
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure, cuts, full_block, slice_adapter, sparsity
@@ -54,8 +54,7 @@ class TrainedRun:
         """
         if ratio == 0:
             return None
-        structure = getattr(self.state, "structure", None)
-        keep: ModelStructure | None = structure(ratio) if structure else None
+        keep = method_of(self.experiment.recipe).structure(self.state, ratio)
         if keep is None:
             expected = "a run that pruned by one order for all (pruning.policy nested or vote)"
             pruning = self.experiment.recipe.pruning
@@ -85,7 +84,7 @@ def load_run(run: Path) -> TrainedRun:
     check_base(experiment.base.digest, origin, run)
     body = Blobs(run / "blobs").get(digests[-1], f"the state of round {len(digests)}")
     state = states.decode(body, first_state(bound, experiment.blueprint))
-    return TrainedRun(run, experiment, state, METHODS[bound.method.name].tuned(state))
+    return TrainedRun(run, experiment, state, method_of(bound).global_model(state))
 
 
 def trained_ratios(run: Path) -> Mapping[str, float]:
@@ -388,7 +387,7 @@ def write_ratio(
         body,
         ratio=ratio,
         settings=recipe.pruning,
-        order=getattr(trained.state, "order", {}),
+        order=method_of(recipe).ranking(trained.state),
         base={"name": base.name, "digest": base.digest, "revision": recipe.model.revision or ""},
     )
     options: Any = {"saved": trained.tuned.saved, "dtype": chosen, "revision": recipe.model.revision}

@@ -15,6 +15,8 @@ from fedtune.config.binding import Findings, bind_table
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.lora.lowrank import compress, truncate
+from fedtune.messages import ProbeSeeds
+from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model.settings import ModelSettings
 from fedtune.rounds.loop import Note, Watch
@@ -70,7 +72,8 @@ def export(
             raise ConfigError(Fault("export", "neither dtype nor max_rank: seeds give one model, to the bit", got))
         return _export_seeds(path, tuned.seeds, origin, target, form=form, watch=watch)
     if form == "ledger":
-        expected = "a run of a method that moves all weights (fedkseed)"
+        methods = ", ".join(name for name, method in METHODS.items() if method.task is ProbeSeeds)
+        expected = f"a run of a method that moves all weights ({methods})"
         raise ConfigError(Fault("form", expected, f"'ledger' of a run of {origin.get('method')!r}", "choose peft"))
     adapter, saved = tuned.adapter, tuned.saved
     if max_rank is not None:

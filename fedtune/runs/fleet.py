@@ -8,18 +8,16 @@ from functools import partial
 from typing import Any
 
 from fedtune.config import Recipe, planned_training
-from fedtune.config.recipe import requested_ratio
+from fedtune.config.recipe import method_of, planner_type_of, requested_ratio
 from fedtune.devices.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, round_bytes, round_flops, sizes
 from fedtune.devices.cost import block_parameters as blocks_of
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Blueprint, Client, ProbeSeeds, Training, WireDtype
-from fedtune.methods import METHODS
-from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, Cost, Speed
-from fedtune.planning.fixed import Fixed
-from fedtune.planning.planner import ClientObservation, Planner
-from fedtune.planning.policies import PolicyInputs, arms_of, policy_of
+from fedtune.messages import Blueprint, Client, ProbeSeeds, Training
+from fedtune.planning.adaptive import MEMORY_SHARE, AdaptiveSettings
+from fedtune.planning.planner import ClientObservation, Cost, Planner, PlannerInputs, Speed
+from fedtune.planning.policies import arms_of
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
@@ -78,7 +76,7 @@ class Fleet:
     @property
     def global_rank(self) -> float:
         """Rank of what goes down: bounded by the recipe, or taken to be twice the largest that goes up."""
-        largest = getattr(self.recipe.method, "max_rank", None)
+        largest = method_of(self.recipe).downlink_rank(self.recipe.method)
         planner = self.recipe.planner
         ranks = planner.ranks if isinstance(planner, AdaptiveSettings) else (self.recipe.adapter.rank,)
         return float(largest if largest is not None else 2 * max(ranks))
@@ -86,7 +84,7 @@ class Fleet:
     def cost(self, client: str, arm: Arm, training: Training) -> Cost:
         """Return what an arm costs a client in a round."""
         pruning, work = self.recipe.pruning, self.work(client, training)
-        dtype: WireDtype = getattr(self.recipe.method, "wire_dtype", "fp32")
+        dtype = method_of(self.recipe).wire_dtype(self.recipe.method)
         traffic = round_bytes(
             self.charged, pruning, arm.ratio, arm.rank, global_rank=work.global_rank, wire_dtype=dtype
         )
@@ -127,7 +125,7 @@ class Fleet:
     def misfit(self, client: Client, ratio: float, rank: int, training: Training) -> str:
         """Say why a ratio and a rank do not fit a client; nothing where they do, or where that is not known."""
         has = self.memory_gb(client)
-        if has is None or self.body is None or METHODS[self.recipe.method.name].task is ProbeSeeds:
+        if has is None or self.body is None or method_of(self.recipe).task is ProbeSeeds:
             return ""  # what forward passes alone need is not modelled
         need = self.cost(client.name, Arm(ratio, rank), training).memory_gb
         if need <= has:
@@ -150,42 +148,24 @@ class Fleet:
             ConfigError: if it wants costs of a base that they are not known for.
         """
         recipe = self.recipe
-        alpha, rslora, settings = recipe.adapter.alpha, recipe.adapter.rslora, recipe.planner
-        scored = bool(blueprint.ranking) or recipe.pruning is None or recipe.pruning.policy == "local"
-        if not isinstance(settings, AdaptiveSettings):
-            return Fixed(
-                partial(planned_training, recipe),
-                alpha=alpha,
-                rslora=rslora,
-                ratio=partial(requested_ratio, recipe),
-                scored=scored,
-                misfit=self.misfit,
-            )
-        if self.body is None:
-            expected = f"a base of {', '.join(FAMILIES)}, for a planner that weighs costs"
-            got = f"{recipe.model.base!r}, whose costs nobody knows"
-            raise ConfigError(Fault("planner", expected, got, 'set planner = "fixed"'))
-        return Adaptive(
-            policy=policy_of(
-                settings,
-                pruned=recipe.pruning is not None,
-                given=PolicyInputs(
-                    target=recipe.pruning.target if recipe.pruning else 0.0,
-                    server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
-                    known=self.true_seconds,
-                ),
-            ),
-            training=lambda client: planned_training(recipe, client)[1],
-            costs=self.cost,
-            traffic=self.megabytes,
-            speeds={name: speed(profile) for name, profile in self.profiles.items()},
-            alpha=alpha,
-            rslora=rslora,
+        inputs = PlannerInputs(
             seed=recipe.seed,
             rounds=recipe.rounds.count,
+            training=partial(planned_training, recipe),
+            alpha=recipe.adapter.alpha,
+            rslora=recipe.adapter.rslora,
+            ratio=partial(requested_ratio, recipe),
             pruning=recipe.pruning,
             ranking=bool(blueprint.ranking),
+            base=recipe.model.base,
+            costs=None if self.body is None else self.cost,
+            traffic=self.megabytes,
+            speeds={name: speed(profile) for name, profile in self.profiles.items()},
+            misfit=self.misfit,
+            server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
+            true_seconds=self.true_seconds,
         )
+        return planner_type_of(recipe).create(recipe.planner, inputs)
 
     def true_seconds(self, round: int, candidate: Candidate) -> Sequence[float]:
         """Return the seconds that every arm will take a client in a round, whose traces do not depend on the time."""

@@ -14,11 +14,10 @@ from fedtune.client.replica import Replicas
 from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
 from fedtune.config import Recipe, render
-from fedtune.config.recipe import largest_rank, resources
+from fedtune.config.recipe import largest_rank, method_of, resources
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint, Client, ProbeSeeds
-from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base
@@ -57,7 +56,7 @@ class Experiment:
 
     @cached_property
     def _blueprint(self) -> Blueprint:
-        recipe, whole = self.recipe, METHODS[self.recipe.method.name].task is ProbeSeeds
+        recipe, whole = self.recipe, method_of(self.recipe).task is ProbeSeeds
         found = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
         return replace(found, **pruning_of(recipe, self.base, self.federation.labels))
 
@@ -100,7 +99,9 @@ def prepare(recipe: Recipe) -> Experiment:
     Raises:
         ConfigError: if a file, column, module or client that the recipe names does not exist, or a rank does not fit.
     """
-    federation, base = load_site(recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root)
+    federation, base = load_site(
+        recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root, objects=recipe.objects
+    )
     names = list(federation.clients)
     faults = [
         Fault(
