@@ -419,8 +419,8 @@ keys the table has. `planner = "deadline"` is short for `planner = { name = "dea
 is `fixed`. [Plug-ins](../plug-ins.md) bring further names.""",
     "override": """Changes settings for some clients. Tables are applied in their order: where two name the same client
 and key, the later one wins.""",
-    "device": """Changes the simulated devices of some clients; needs the table [`fleet`](fleet.md). Tables are applied in
-their order.""",
+    "device": """Changes the simulated devices of some clients; it needs the table [`fleet`](fleet.md). Tables are
+applied in their order.""",
     "pruning": "Without this table every client trains the whole model.",
     "fleet": "Without this table no devices are simulated.",
 }
