@@ -329,11 +329,11 @@ def clients_key(table: str) -> Key:
 def choice_table(table: str, names: Sequence[str], default: str, text: str) -> Table:
     """Return the key `name` of a table whose other keys depend on it."""
     key = Key(f"{table}.name", " | ".join(f'`"{name}"`' for name in names), "", default, "", text)
-    return Table(f"`{table}.name`", "", [key])
+    return Table("Name", "", [key])
 
 
 def without_name(table: Table) -> Table:
-    return replace(table, keys=[key for key in table.keys if not key.name.endswith(".name")])
+    return replace(table, keys=[key for key in table.keys if key.name not in ("method.name", "planner.name")])
 
 
 def file_keys(cls: type[Any], defaults: Mapping[str, str]) -> Table:

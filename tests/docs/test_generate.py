@@ -61,6 +61,7 @@ def test_every_key_that_a_recipe_binds_is_documented() -> None:
     expected = {f"{name}.{field.name}" for name, cls in tables for field in fields(cls)}
     expected -= {"data.split", "method.server_optimizer"}  # tables in tables, of which the keys are documented
     assert expected <= documented
+    assert {"method.name", "method.server_optimizer.name", "planner.name"} <= documented
     assert {"name", "seed", "data.split.kind", "override.rank", "override.threads", "device.memory_gb"} <= documented
 
 
@@ -290,3 +291,6 @@ def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(tmp_path: Path
     for name in ("reference/recipe/client.html", "reference/commands/simulate.html", "search/search_index.js"):
         assert (site / name).is_file()
     assert "fedtune.simulate" in (site / "reference" / "python.html").read_text()
+    for page, name in (("method", "MedianSettings"), ("planner", "ByExamplesSettings"), ("data", "proverbs")):
+        # ruff formats code blocks of documents, and would turn an included file into an expression.
+        assert name in re.sub(r"<[^>]*>", "", (site / "tutorials" / f"own-{page}.html").read_text())
