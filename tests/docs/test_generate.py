@@ -291,6 +291,6 @@ def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(tmp_path: Path
     for name in ("reference/recipe/client.html", "reference/commands/simulate.html", "search/search_index.js"):
         assert (site / name).is_file()
     assert "fedtune.simulate" in (site / "reference" / "python.html").read_text()
-    for page, name in (("method", "MedianSettings"), ("planner", "ByExamplesSettings"), ("data", "proverbs")):
+    for topic, name in (("method", "MedianSettings"), ("planner", "ByExamplesSettings"), ("data", "proverbs")):
         # ruff formats code blocks of documents, and would turn an included file into an expression.
-        assert name in re.sub(r"<[^>]*>", "", (site / "tutorials" / f"own-{page}.html").read_text())
+        assert name in re.sub(r"<[^>]*>", "", (site / "tutorials" / f"own-{topic}.html").read_text())
