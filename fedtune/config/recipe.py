@@ -136,11 +136,11 @@ def planned_training(recipe: Recipe, client: str) -> tuple[int, Training]:
 
 def resources(recipe: Recipe, client: str) -> Resources:
     """Return what one client takes of the machine after all overrides that cover it."""
-    found = Resources(threads=recipe.model.threads)
+    own = Resources(threads=recipe.model.threads)
     for override in recipe.override:
         if override.covers(client):
-            found = replace(found, **override.resources)
-    return found
+            own = replace(own, **override.resources)
+    return own
 
 
 def largest_rank(recipe: Recipe) -> int:

@@ -26,9 +26,9 @@ from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
 PROVISIONAL = 26
-"""e of the first round where `scalar_step` is measured: nothing is added up in it."""
+"""e of a first round that measures `scalar_step`: nothing is added up in it."""
 FINE = 16
-"""Units that a perturbation has at least."""
+"""Least units of a perturbation: it is then rounded by at most 1/32 of itself."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FedKSeedSettings:
     """examples: clients count in proportion to their examples, in whole numbers up to 127; uniform: all count the same.
     """
     sync: Literal["auto", "whole"] = "auto"
-    """auto: a client gets the shortest form of what it has missed; whole: always all K integers, 8 or 16 kB."""
+    """auto: a client gets the shortest form of what it has missed; whole: always all K integers, 16 kB at most."""
     public_log: bool = False
     """Let auto send what each client measured to every client, which is shortest. Clients then see each other's
     updates."""
@@ -126,9 +126,9 @@ class FedKSeedState:
     exponent: int
     """e of the displacement unit 2^-e."""
     calibrated: bool
-    """Whether e is the run's own, and not that of a first round that measures it."""
+    """Whether e is settled; not so in a first round that measures it."""
     coarseness: int
-    """j: a scalar of one stands for 2^j times the step that the run began with."""
+    """j: a scalar of one changes weights by 2^j times the step that the run began with."""
     longest: int
     """Scalars of the longest update so far."""
     accumulators: Tensors
@@ -184,15 +184,15 @@ class FedKSeedState:
 
     @cached_property
     def checks(self) -> bytes:
-        """What a client's blocks must be, made here without the base."""
+        """Digests of the blocks of displacements, which a client's must equal; no base is needed for them."""
         return block_checks(self.ledger, self.manifest, self.trainable, fastest_displacement(self.bank))
 
     @cached_property
     def forms(self) -> Mapping[int, SeedState]:
         """The shortest message by the round that a client has last worked on; 0 serves clients that hold nothing."""
-        return {since: self.sent(since) for since in {0, *map(int, self.past)}}
+        return {since: self.message_since(since) for since in {0, *map(int, self.past)}}
 
-    def sent(self, since: int) -> SeedState:
+    def message_since(self, since: int) -> SeedState:
         forms = {"whole": downlink.encode_whole(self.sums)}
         if self.settings.sync == "auto":
             known = self.past[str(since)] if since else np.zeros_like(self.sums)

@@ -59,7 +59,7 @@ class HetLoraState:
 
 
 def init(blueprint: Blueprint, settings: HetLoraSettings) -> HetLoraState:
-    """Return the first state: one A drawn for everybody, B zero."""
+    """Return the first state: one A drawn for all clients, B zero."""
     tensors = shared_start(blueprint)
     return HetLoraState(settings=settings, round=0, max_rank=blueprint.max_rank, tensors=tensors, saved=blueprint.saved)
 

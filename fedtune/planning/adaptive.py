@@ -87,7 +87,7 @@ class Adaptive:
     rounds: int
     pruning: PruningSettings | None = None
     ranking: bool = False
-    """Whether heads and channels are ranked from the start: else nobody is pruned in the first round."""
+    """Whether heads and channels are ranked from the start: else no client is pruned in the first round."""
 
     def start(self) -> Learned:
         """Return what is known before the first round."""
@@ -113,10 +113,10 @@ class Adaptive:
             if client.out_of_memory:
                 needed = self._cost(client).memory_gb
                 too_large[client.client] = min(needed, too_large.get(client.client, needed))
-        observed = [self._observed(client) for client in asked]
+        observed = [self._observation(client) for client in asked]
         return Learned(self.policy.learn(learned.policy, observed), too_large)
 
-    def allowed(self, round: int) -> Callable[[float], bool]:
+    def ratio_filter(self, round: int) -> Callable[[float], bool]:
         """Return the test whether a round allows a ratio: from the ramp's to the largest, in the end only the target.
 
         Voters share one structure, so for them it is the ramp's in every round.
@@ -136,7 +136,7 @@ class Adaptive:
     def _options(self, learned: Learned, round: int, client: Client) -> Options:
         training = self._training(client)
         costs = [self.costs(client.name, arm, training) for arm in self.policy.arms]
-        memory, allowed = self._memory_gb(client), self.allowed(round)
+        memory, allowed = self._memory_gb(client), self.ratio_filter(round)
         ran_out = learned.too_large.get(client.name)
         feasible = tuple(
             allowed(arm.ratio)
@@ -194,7 +194,7 @@ class Adaptive:
 
     def _unfit(self, learned: Learned, round: int, own: Options) -> Failure:
         """Return the failure of a client without a feasible arm: what the smallest arm needs, and what there is."""
-        name, memory, allowed = own.client.name, own.memory_gb, self.allowed(round)
+        name, memory, allowed = own.client.name, own.memory_gb, self.ratio_filter(round)
         open_now = [
             (cost.memory_gb, arm) for arm, cost in zip(self.policy.arms, own.costs, strict=True) if allowed(arm.ratio)
         ]
@@ -213,15 +213,15 @@ class Adaptive:
         )
 
     def _advice(self, round: int) -> str:
-        if self.pruning is not None and all(self.allowed(round)(ratio) == (ratio == 0) for ratio in (0, 0.5)):
-            return "name a file in pruning.ranking: without one the first round prunes nobody"
+        if self.pruning is not None and all(self.ratio_filter(round)(ratio) == (ratio == 0) for ratio in (0, 0.5)):
+            return "name a file in pruning.ranking: without one the first round prunes no client"
         return "allow larger planner.ratios"
 
     def _cost(self, seen: ClientObservation) -> Cost:
         client = Client(seen.client, seen.num_examples)
         return self.costs(seen.client, Arm(seen.ratio, seen.rank), self._training(client))
 
-    def _observed(self, seen: ClientObservation) -> Observed:
+    def _observation(self, seen: ClientObservation) -> Observed:
         known = [part for part in (seen.compute_s, seen.transfer_s) if part is not None and isfinite(part)]
         late, used = seen.status == "late", seen.status == "ok"
         timed, speed = len(known) == 2 and not late, self.speeds.get(seen.client, Speed())

@@ -40,7 +40,7 @@ class Fixed:
     ratio: Callable[[str], float] = lambda client: 0.0
     """client -> its pruning ratio"""
     ranking: bool = True
-    """Whether heads and channels are ranked from the start: else nobody is pruned in the first round."""
+    """Whether heads and channels are ranked from the start: else no client is pruned in the first round."""
     misfit: Callable[[Client, float, int, Training], str] = fits
     """(client, ratio, rank, training) -> why that does not fit its device; empty if it does, or is not known"""
 

@@ -1,4 +1,4 @@
-"""How many rounds a run has, which clients take part in each, and with how many updates one is over."""
+"""How many rounds a run has, which clients take part in each, and how many updates end one."""
 
 from __future__ import annotations
 

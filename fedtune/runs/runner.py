@@ -13,7 +13,11 @@ from fedtune.config.recipe import method_of
 from fedtune.errors import FedtuneError, RoundError, StoreError
 from fedtune.methods.settings import LinearSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.rounds.loop import Note, RoundFinished, RoundJournal, RoundResult, Watch
+from fedtune.rounds.clock import NullClock
+from fedtune.rounds.context import RoundContext
+from fedtune.rounds.events import Note, RoundFinished, Watch
+from fedtune.rounds.journal import NullJournal, RoundJournal
+from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.loop import run as run_rounds
 from fedtune.rounds.record import RoundRecord, observations
 from fedtune.rounds.transport import Transport
@@ -73,7 +77,7 @@ def run_recipe(
             if records:
                 with suppress(StoreError):  # on a full disk the error to report is the one that stopped the run
                     write("Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop))
-            watch(Note(stopped(stop, context.door, run, records)))
+            watch(Note(stop_note(stop, context.door, run, records)))
             raise
         content = write("")
         journal.finish(records[-1].round)
@@ -105,7 +109,7 @@ def recorded_rounds(
             watch(Note(f"sums of 32 bits have room for {left} more rounds in the worst case"))
 
 
-def stopped(stop: BaseException, door: Door, run: Path, records: Sequence[RoundRecord]) -> str:
+def stop_note(stop: BaseException, door: Door, run: Path, records: Sequence[RoundRecord]) -> str:
     """Return the note on a stopped run: the rounds that are complete, and how to go on."""
     complete = f"after round {records[-1].round}" if records else "before its first round"
     final = isinstance(stop, RoundError) and stop.final
@@ -125,7 +129,7 @@ def run_rounds_of(
 
     From the records of earlier rounds the planner learns again what it knew.
     """
-    return run_rounds(
+    rounds = RoundContext(
         method=method_of(context.recipe),
         settings=context.recipe.method,
         planner=context.planner,
@@ -133,12 +137,15 @@ def run_rounds_of(
         schedule=context.recipe.rounds,
         blueprint=context.blueprint,
         base=context.base["digest"],
-        ledger=journal,
+        journal=journal or NullJournal(),
+        clock=context.clock or NullClock(),
+        watch=watch,
+    )
+    return run_rounds(
+        rounds,
         start=start,
         history=[observations(record) for record in records if record.round],
-        clock=context.clock,
         clock_s=records[-1].clock_s if records else 0.0,
-        watch=watch,
     )
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import fedtune
 from fedtune import api
 from fedtune.errors import ConfigError, RoundError, StoreError
-from fedtune.rounds.loop import Note
+from fedtune.rounds.events import Note
 from fedtune.runs import deploy
 from tests.conftest import Simulated
 
@@ -139,7 +139,7 @@ def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, table
     from fedtune.model.pruned_training import with_pruned_model
     from fedtune.pruning.structure import cuts, slice_adapter
 
-    keep, body = trained.keep(0.5), trained.experiment.blueprint.anatomy
+    keep, body = trained.structure(0.5), trained.experiment.blueprint.anatomy
     assert keep is not None
     assert body is not None
     with with_pruned_model(trained.experiment.base, keep, body) as small, torch.inference_mode():
@@ -182,7 +182,7 @@ def test_the_other_policies_run(policy: str, tables: Tables, tmp_path: Path) -> 
     lines = lines_of(run)
     assert {c["status"] for line in lines[1:] for c in line["clients"].values()} == {"ok"}
     assert {c["ratio"] for c in lines[-1]["clients"].values()} == {0.5}
-    assert deploy.pruned_by_one_order(run.path) == (policy == "vote")
+    assert deploy.has_shared_ranking(run.path) == (policy == "vote")
     if policy == "local":
         with pytest.raises(ConfigError, match="one order for all"):
             fedtune.deploy(run.path)
@@ -231,7 +231,7 @@ Change = Callable[[Tables], None]
         ({"method": {"coverage_floor": 0.0}}, "method.coverage_floor"),
         ({"planner": {"ratios": [0.0, 0.25]}}, "planner.ratios: expected pruning.target = 0.5 among them; got 0, 0.25"),
         ({"planner": {"ratios": [0.0, 0.75]}}, "planner.ratios: expected pruning.target = 0.5 among them"),
-        ({"planner": {"ratios": [0.5]}}, r"planner.ratios: expected 0 among them .*the first round prunes nobody"),
+        ({"planner": {"ratios": [0.5]}}, r"planner.ratios: expected 0 among them .*the first round prunes no client"),
         ({"planner": {"name": "ucb", "explore": 2}}, "planner.explore: expected nothing with the planner 'ucb'"),
         ({"planner": {"reward": "fedmp"}}, "planner.reward: expected nothing with the planner 'deadline'"),
         ({"planner": {"name": "s-ucb", "deadline_s": 3.0}}, "planner.deadline_s: expected nothing"),
