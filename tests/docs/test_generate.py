@@ -23,7 +23,9 @@ from fedtune.config import binding
 from fedtune.config.link import bind_link
 from fedtune.config.reading import read
 from fedtune.methods import METHODS
+from fedtune.methods.method import LinearMethod, Method
 from fedtune.planning import PLANNERS
+from fedtune.planning.planner import ClientObservation, PlannerInputs, PlannerType
 from fedtune.rounds import record
 
 ROOT = Path(__file__).parents[2]
@@ -290,7 +292,13 @@ def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(tmp_path: Path
         assert not re.search(r"url\([\"']?(?:https?:)?//|@import", sheet.read_text()), sheet.name
     for name in ("reference/recipe/client.html", "reference/commands/simulate.html", "search/search_index.js"):
         assert (site / name).is_file()
-    assert "fedtune.simulate" in (site / "reference" / "python.html").read_text()
+    python = (site / "reference" / "python.html").read_text()
+    assert "fedtune.simulate" in python
+    for cls in (Method, LinearMethod, PlannerType, PlannerInputs, ClientObservation):
+        own = [field.name for field in fields(cls) if field.name in vars(cls).get("__annotations__", ())]
+        missing = [name for name in own if f'id="{cls.__module__}.{cls.__name__}.{name}"' not in python]
+        assert not missing, f"docs/reference/python.md: expected every field of {cls.__name__}; missing {missing}"
+    assert all(f'id="fedtune.planning.planner.Planner.{name}"' in python for name in ("start", "plan", "observe"))
     for topic, name in (("method", "MedianSettings"), ("planner", "ByExamplesSettings"), ("data", "proverbs")):
         # ruff formats code blocks of documents, and would turn an included file into an expression.
         assert name in re.sub(r"<[^>]*>", "", (site / "tutorials" / f"own-{topic}.html").read_text())
