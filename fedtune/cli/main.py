@@ -27,7 +27,7 @@ from fedtune.cli.options import (
 
 if TYPE_CHECKING:
     from fedtune.api import Run
-    from fedtune.rounds.loop import Watch
+    from fedtune.rounds.events import Watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -343,7 +343,7 @@ def write_demo(path: Path) -> None:
 def run_with_progress(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
     """Call with an observer that shows progress on stderr, or only its remarks if quiet."""
     if quiet:
-        from fedtune.rounds.loop import Note
+        from fedtune.rounds.events import Note
 
         return call(lambda event: typer.echo(print_line(event.text), err=True) if isinstance(event, Note) else None)
     from fedtune.cli.progress import Progress

@@ -10,7 +10,7 @@ from typing import Any
 from fedtune.config.recipe import method_of
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.pruning.structure import full_block, sparsity
-from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.events import Note, Watch
 from fedtune.runs.trained_run import TrainedRun, checked_ratios, deployed_ratios, load_run
 from fedtune.store import peft, result
 from fedtune.store import pruning as store_pruning

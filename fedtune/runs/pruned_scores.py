@@ -11,7 +11,7 @@ from typing import Any
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter, sparsity
-from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.events import Note, Watch
 from fedtune.runs.trained_run import TrainedRun, checked_ratios, deployed_ratios, load_run, trained_ratios
 
 # torch and transformers take seconds to import, so `runs.local` and `model` are imported where they are needed.

@@ -114,7 +114,7 @@ def round_record(
 
 def client_record(finished: RoundResult, name: str) -> ClientRecord:
     outcome, planned = finished.outcomes[name], finished.planned.get(name)
-    traffic, device = finished.traffic[name], finished.spent.get(name)
+    traffic, device = finished.traffic[name], finished.times.get(name)
     record = ClientRecord(status="ok", examples=finished.examples[name], bytes_down=traffic.down, bytes_up=traffic.up)
     if planned is not None:  # a client without a feasible plan has no assignment
         plan, task = finished.assignments[name].plan, finished.assignments[name].task

@@ -17,7 +17,7 @@ from fedtune.api import Run
 from fedtune.cli.main import app
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, Fault, RoundError, StoreError
-from fedtune.rounds.loop import Event, Note
+from fedtune.rounds.events import Event, Note
 from fedtune.runs.export import ReplayResult
 from tests.cli.conftest import HOSTILE
 

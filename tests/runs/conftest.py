@@ -12,7 +12,7 @@ import pytest
 from fedtune import api
 from fedtune.client.perform import perform
 from fedtune.config import bind
-from fedtune.rounds.loop import Watch
+from fedtune.rounds.events import Watch
 from fedtune.runs.local import Experiment, prepare, run_context, transport
 from fedtune.runs.runner import run_recipe
 from fedtune.store import peft

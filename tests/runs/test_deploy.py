@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import fedtune
 from fedtune import api
 from fedtune.errors import ConfigError, RoundError, StoreError
-from fedtune.rounds.loop import Note
+from fedtune.rounds.events import Note
 from fedtune.runs import trained_run
 from tests.runs.conftest import Tables, spine
 
@@ -188,7 +188,7 @@ Change = Callable[[Tables], None]
         ({"method": {"coverage_floor": 0.0}}, "method.coverage_floor"),
         ({"planner": {"ratios": [0.0, 0.25]}}, "planner.ratios: expected pruning.target = 0.5 among them; got 0, 0.25"),
         ({"planner": {"ratios": [0.0, 0.75]}}, "planner.ratios: expected pruning.target = 0.5 among them"),
-        ({"planner": {"ratios": [0.5]}}, r"planner.ratios: expected 0 among them .*the first round prunes nobody"),
+        ({"planner": {"ratios": [0.5]}}, r"planner.ratios: expected 0 among them .*the first round prunes no client"),
         ({"planner": {"name": "ucb", "explore": 2}}, "planner.explore: expected nothing with the planner 'ucb'"),
         ({"planner": {"reward": "fedmp"}}, "planner.reward: expected nothing with the planner 'deadline'"),
         ({"planner": {"name": "s-ucb", "deadline_s": 3.0}}, "planner.deadline_s: expected nothing"),
