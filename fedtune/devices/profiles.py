@@ -20,29 +20,29 @@ class DeviceProfile:
 
     name: str
     memory_gb: float
-    """Usable for a model: main memory less what the system takes."""
+    """Memory that a model may use: main memory less what the system takes."""
     peak_tflops: float
-    """1e12 operations per second at most."""
+    """Most operations that the device computes per second, in 10^12."""
     utilisation: float
-    """Share of the peak that training reaches, in (0, 1]."""
+    """Share of the peak that training reaches."""
     memory_gbps: float
-    """Memory bandwidth in 1e9 bytes per second."""
+    """Bandwidth of the device's memory."""
     up_mbps: float = 10.0
-    """Mean bandwidth to the server in 1e6 bits per second."""
+    """Mean bandwidth to the server."""
     down_mbps: float = 10.0
-    """Mean bandwidth from the server in 1e6 bits per second."""
+    """Mean bandwidth from the server."""
     net_sigma: float = 0.5
-    """Standard deviation of the logarithm of a device's own mean bandwidth, over devices."""
+    """How much mean bandwidth differs between devices: standard deviation of its logarithm; 0 for none."""
     latency_s: float = 0.05
-    """One way."""
+    """Time that a message needs one way, beside its transfer."""
     overhead_s: float = 0.5
-    """Of a round: setting up, loading, tearing down."""
+    """Time that every round costs the device beside training and transfer: setting up, loading, tearing down."""
     modes: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
-    """Shares of its speed that a device runs at, one drawn per period."""
+    """Shares of its top speed that the device runs at; one is drawn for each period."""
     mode_period_s: float = 1200.0
-    """Seconds for which a drawn share of the speed holds."""
+    """How long a drawn share of the speed lasts."""
     availability: float = 1.0
-    """Share of the time that it can be asked, in [0, 1]."""
+    """Share of the time in which the device can be asked."""
     provenance: Mapping[str, Provenance] = field(default_factory=dict)
     """By field; what is not named is assumed."""
 

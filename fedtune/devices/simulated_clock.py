@@ -58,7 +58,7 @@ class SimulatedClock:
     late: Literal["wait", "drop"] = "wait"
     server_s: float = 0.0
 
-    def timed(
+    def client_times(
         self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
     ) -> Mapping[str, ClientTime]:
         """Return how long each client took in a round that began at `now_s`."""
@@ -82,13 +82,13 @@ class SimulatedClock:
         second = profile.latency_s + integrated_seconds(begin, load.bytes_up, up)
         return ClientTime(compute, first + second, overhead_s=profile.overhead_s)
 
-    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+    def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         """Return the clients that are given up: after the deadline, or with `late = "wait"` after thrice that time."""
         share = 1.0 if self.late == "drop" else PATIENCE
         bounds = {name: share * deadline_s for name, deadline_s in deadlines_s.items()}
         return {name: bound for name, bound in bounds.items() if name in spent and spent[name].seconds > bound}
 
-    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
+    def round_seconds(self, spent: Mapping[str, ClientTime]) -> float:
         """Return the seconds of a round: its slowest client's, then the server's."""
         return max((each.seconds for each in spent.values()), default=0.0) + self.server_s
 

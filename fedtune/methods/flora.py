@@ -60,26 +60,26 @@ class FloraSettings:
     name: Literal["flora"] = "flora"
     """Name of the method."""
     mode: Literal["reinit", "svt", "continue"] = "continue"
-    """continue: the leading part of Delta is trained on, the rest is frozen; reinit: every round a fresh local adapter
-    beside the frozen Delta (the paper); svt: the same with Delta truncated (after FLoRIST, arXiv 2506.09199). On real
-    data `continue` learns most (simulations/dolly10), which is why it is the default."""
+    """What the next round starts from. continue: the leading part of the global change is trained on, the rest is
+    frozen; reinit: a fresh adapter beside the frozen change (the paper); svt: as reinit, and only `tau` of the change
+    is sent down (after FLoRIST, arXiv 2506.09199). On real data continue learns most (`simulations/dolly10`)."""
     tau: Annotated[float, Interval(gt=0, le=1)] | None = None
-    """Share of Delta's squared singular values that is sent down; none is the mode's own: 0.9 in svt, otherwise 1."""
+    """Share of the global change's squared singular values that is sent down; none: 0.9 in mode svt, else 1."""
     max_rank: Annotated[int, Ge(1)] | None = None
-    """Largest rank of any module that is sent down; none sends what tau asks for."""
+    """Largest rank of any module that is sent down; none sends as many as `tau` needs."""
     state_max_rank: Annotated[int, Ge(1)] | None = None
-    """Largest rank of any module that the server keeps, which gives up exactness; none keeps all."""
+    """Largest rank of any module that the server keeps; the sum is no longer exact beyond it. none keeps everything."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
-    """Factor on the clients' summed change."""
+    """Factor on the clients' mean change; 1 adds it as it is."""
     weights: Weighting = "examples"
-    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
+    """examples: clients count in proportion to their training examples; uniform: all count the same."""
     wire_dtype: WireDtype = "bf16"
-    """Number format of the factors, down and up."""
+    """Number format in which factors travel, down and up; modules_to_save always travel in fp32."""
     coverage: Literal["normalised", "zero"] = "normalised"
-    """Of rows and columns that only some pruned clients kept: normalised divides their change by the share of the
-    examples that trained them; zero takes the plain sum, in which the others' change is zero."""
+    """For rows and columns that only some of the pruned clients kept. normalised: their change is divided by these
+    clients' share of the weights; zero: the other clients count as no change."""
     coverage_floor: Annotated[float, Interval(gt=0, le=1)] = 0.2
-    """Least share that is divided by."""
+    """With normalised: the share that is divided by is at least this."""
 
 
 @dataclass(frozen=True)

@@ -23,22 +23,23 @@ MEMORY_SHARE = 0.85
 
 @dataclass(frozen=True)
 class AdaptiveSettings:
-    """Settings of the planners that choose a pruning ratio and a rank for every client and round."""
+    """Settings of the planners that choose an *arm*, a pruning ratio and a rank, for every client and round."""
 
     name: PolicyName = "deadline"
-    """deadline: learns each client's speed and chooses for the whole cohort (ours, the default); s-ucb: a tree of arms
-    per client (FedSpine-style, formula ours); ucb and thompson: bandits over a few and over all arms; random; oracle:
-    deadline with the simulated clock's true times, for comparisons (needs fleet.by = "round")."""
+    """deadline: learns each client's speed and lets the cohort end together; s-ucb: a tree of arms per client
+    (FedSpine-style, formula ours); ucb: a bandit over a few arms; thompson: a bandit over all; random: any arm that
+    fits; oracle: deadline with the simulated clock's true times, for comparisons (needs `fleet.by = "round"`)."""
     ratios: Sequence[Annotated[float, Interval(ge=0, le=0.875)]] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-    """Pruning ratios to choose from; without the table `pruning` it is always 0."""
+    """Pruning ratios to choose from; without the table `pruning` there is only 0."""
     ranks: Sequence[Annotated[int, Ge(1)]] = (2, 4, 8, 16, 32)
     """LoRA ranks to choose from."""
     explore: Annotated[int, Ge(0)] = 0
-    """deadline: clients per round that try another arm within the deadline."""
+    """With deadline: clients per round that try another arm that still ends in time."""
     deadline_s: Annotated[float, Gt(0)] | None = None
-    """deadline: seconds that a round is to take; none lets the planner choose."""
+    """With deadline: seconds that every round is to take; none lets the planner choose."""
     reward: Literal["time", "fedmp"] = "time"
-    """ucb and thompson: time punishes only clients slower than the cohort's median; fedmp is FedMP's."""
+    """With ucb and thompson. time: only clients slower than the cohort's median lose; fedmp: the fall of the loss,
+    divided by the distance from the cohort's mean time, as in FedMP."""
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from fedtune.planning.planner import (
 
 @dataclass(frozen=True)
 class FixedSettings:
-    """Settings of the planner `fixed`."""
+    """Settings of the planner `fixed`: every round, each client trains as the recipe and its overrides say."""
 
     name: Literal["fixed"] = "fixed"
     """Name of the planner."""
     ratio: Annotated[float, Interval(ge=0, le=0.875)] = 0.0
-    """Pruning ratio of every client that no override names; above 0 it needs the table `pruning`."""
+    """Pruning ratio of every client that no `[[override]]` names; above 0 it needs the table `pruning`."""
 
 
 @dataclass(frozen=True)

@@ -24,36 +24,44 @@ LEAST = 8
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """How clients' models are made smaller; the recipe's table `pruning`. FedSpine-style, formulas ours.
+    """How clients' models are made smaller; the recipe's table `pruning`.
 
-    Which ratio a client gets is the planner's choice; this says what a ratio keeps.
+    The planner chooses the pruning ratio of each client; this table says which heads and channels a ratio removes.
+    FedSpine-style; the formulas are ours.
     """
 
     target: Annotated[float, Interval(ge=0, le=0.875)] = 0.5
-    """Block sparsity that is deployed, and that every client trains at in the last rounds; 0 lets them be free."""
+    """Pruning ratio of the model that will be deployed; all clients train at it in the last rounds. 0 leaves the
+    planner free to the end."""
     ramp: Annotated[float, Interval(gt=0, le=1)] = 0.8
-    """Share of the rounds over which the least ratio rises to `target`, by a cubic."""
+    """Share of the rounds over which the smallest allowed ratio rises from 0 to `target`, along a cubic curve."""
     policy: Literal["nested", "local", "vote"] = "nested"
-    """nested: one ranking at the server, so every smaller model is part of every larger one; local: each client ranks
-    by its own data; vote: clients vote, and all share the mask of a round."""
+    """nested: the server has one ranking, and every smaller model is part of every larger one; vote: clients vote in
+    each round, and all share the result; local: each client ranks by its own data."""
     score: Criterion = "wanda"
-    """How heads and channels are scored: wanda (forward passes), lora, gate (backward), magnitude, random."""
+    """How important a head or channel is. wanda: weights times activations, by forward passes; lora and gate: by
+    backward passes; magnitude: of the weights alone; random: as a baseline."""
     batches: Annotated[int, Ge(1)] = 20
-    """Forward passes over which a score is taken."""
+    """Forward passes that a client scores heads and channels with."""
     refresh: Annotated[int, Ge(0)] = 0
-    """Rounds between two calls for scores (nested, vote); 0: once. A new order undoes what was recovered in the old."""
+    """Rounds after which clients score again, with nested and vote; 0 scores once. A new ranking loses what was
+    regained under the old one."""
     unit: Literal["auto", "kv_group", "even_q"] = "auto"
-    """What of the attention goes at once: a key/value head with its query heads, or one query head of every group."""
+    """What is removed from attention at once. kv_group: a key/value head with its query heads; even_q: one query head
+    of every group; auto: whole groups where a block has enough of them to choose from."""
     allocation: Literal["auto", "global", "uniform"] = "auto"
-    """global: heads are ranked over all blocks; uniform: as many in each. auto: global, but for magnitude."""
+    """global: heads are ranked over all blocks, so blocks may keep different numbers; uniform: every block keeps as
+    many; auto: uniform for the score magnitude, else global."""
     multiple: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
-    """Channels per block are rounded to this; auto: 32, or what an eighth of them holds."""
+    """Every block keeps a multiple of so many feed-forward channels; auto: 32, or less where a block has fewer than 256
+    channels."""
     stages: Annotated[int, Interval(ge=1, le=64)] = 1
-    """Steps in which the ratio of a round is reached."""
+    """Steps within a round in which a client's model shrinks to its ratio."""
     steps_between: Annotated[int, Ge(1)] = 20
-    """Optimizer steps between two stages."""
+    """Optimizer steps that a client trains between two stages."""
     ranking: str | None = None
-    """File `pruning.json` of an earlier export whose ranking is taken; none asks the clients before the first cut."""
+    """File `pruning.json` of an earlier export whose ranking is used; none: clients score before anything is removed.
+    """
 
     @property
     def everywhere(self) -> bool:

@@ -19,7 +19,7 @@ from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model.settings import ModelSettings
-from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.events import Note, Watch
 from fedtune.store import peft, result
 from fedtune.store import seeds as store_seeds
 from fedtune.store.files import new_folder, store_errors
