@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fedtune.data.settings import DataSettings
 from fedtune.messages import Training, Verb
@@ -50,15 +50,22 @@ class ReportSettings:
     """Also write TensorBoard event files (needs the extra `tensorboard`)."""
 
 
+class NamedSettings(Protocol):
+    """The settings of a method: a frozen dataclass whose field `name` says of which."""
+
+    @property
+    def name(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment. Local files that existed when it was bound stand here as absolute paths."""
+    """One experiment; local files that existed when it was bound are absolute paths here."""
 
     name: str
     """Letters, digits, `.`, `_` and `-`: the run's folder is named after it."""
     model: ModelSettings
     adapter: AdapterSettings
-    method: Any
+    method: NamedSettings
     """The settings dataclass of `METHODS[method.name]`."""
     client: Training
     rounds: Schedule
@@ -78,6 +85,21 @@ class Recipe:
     report: ReportSettings = field(default_factory=ReportSettings)
     root: Path = field(default=Path(), compare=False)
     """Folder of the recipe's file; relative paths in it are relative to this."""
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "model": ModelSettings,
+    "adapter": AdapterSettings,
+    "client": Training,
+    "rounds": Schedule,
+    "data": DataSettings,
+    "evaluate": EvaluationSettings,
+    "pruning": PruningSettings,
+    "fleet": FleetSettings,
+    "engine": EngineSettings,
+    "report": ReportSettings,
+}
+"""The tables of a recipe whose settings do not depend on a name in them."""
 
 
 def requested_ratio(recipe: Recipe, client: str) -> float:
@@ -101,15 +123,15 @@ def planned_training(recipe: Recipe, client: str) -> tuple[int, Training]:
 
 def resources(recipe: Recipe, client: str) -> Resources:
     """Return what one client takes of the machine after all overrides that cover it."""
-    found = Resources(threads=recipe.model.threads)
+    taken = Resources(threads=recipe.model.threads)
     for override in recipe.override:
         if override.covers(client):
-            found = replace(found, **override.resources)
-    return found
+            taken = replace(taken, **override.resources)
+    return taken
 
 
 def largest_rank(recipe: Recipe) -> int:
-    """Return the largest rank that any client may be asked for, whoever is in the fleet."""
+    """Return the largest rank that any client may be asked for, whichever clients take part."""
     if isinstance(recipe.planner, AdaptiveSettings):
         return max(recipe.planner.ranks)
     ranks = [recipe.adapter.rank]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config import bind
-from fedtune.config.binding import Findings, bind_table
+from fedtune.config.tables import bind_table
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.lora.lowrank import compress, truncate
@@ -215,13 +215,14 @@ def model_settings(origin: Mapping[str, Any], base: str, source: Path) -> ModelS
     Raises:
         StoreError: if it says something else.
     """
-    found, noted = Findings(), origin.get("model", {})
-    if isinstance(noted, dict):
-        noted = {"base": base, "device": "cpu", **{key: value for key, value in noted.items() if value is not None}}
-    bound: ModelSettings | None = bind_table(ModelSettings, noted, "model", found)
-    if bound is None:
-        raise StoreError(f"{source}: expected how the base was loaded; {found.faults[0]}; put back a copy")
-    return bound
+    table = origin.get("model", {})
+    if isinstance(table, dict):
+        table = {"base": base, "device": "cpu", **{key: value for key, value in table.items() if value is not None}}
+    faults: list[Fault] = []
+    settings = bind_table(ModelSettings, table, "model", faults)
+    if faults:
+        raise StoreError(f"{source}: expected how the base was loaded; {faults[0]}; put back a copy")
+    return settings
 
 
 def open_run(run: Path) -> tuple[GlobalModel, Mapping[str, Any]]:

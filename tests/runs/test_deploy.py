@@ -221,7 +221,7 @@ Change = Callable[[Tables], None]
         ({"method": {"coverage_floor": 0.0}}, "method.coverage_floor"),
         ({"planner": {"ratios": [0.0, 0.25]}}, "planner.ratios: expected pruning.target = 0.5 among them; got 0, 0.25"),
         ({"planner": {"ratios": [0.0, 0.75]}}, "planner.ratios: expected pruning.target = 0.5 among them"),
-        ({"planner": {"ratios": [0.5]}}, r"planner.ratios: expected 0 among them .*the first round prunes nobody"),
+        ({"planner": {"ratios": [0.5]}}, r"planner.ratios: expected 0 among them .*the first round prunes no client"),
         ({"planner": {"name": "ucb", "explore": 2}}, "planner.explore: expected nothing with the planner 'ucb'"),
         ({"planner": {"reward": "fedmp"}}, "planner.reward: expected nothing with the planner 'deadline'"),
         ({"planner": {"name": "s-ucb", "deadline_s": 3.0}}, "planner.deadline_s: expected nothing"),
@@ -243,7 +243,7 @@ Change = Callable[[Tables], None]
         ({"override": [{"clients": ["client-0"], "rank": 2}]}, "override.0.rank: expected nothing with the planner"),
         ({"device": [{"clients": ["client-0"], "memory_gb": -1.0}]}, "device.0.memory_gb: expected a finite number"),
         ({"device": [{"clients": ["client-0"], "profile": "tx3"}]}, 'did you mean "tx2"'),
-        ({"device": [{"clients": ["client-0"], "memory": 4}]}, "device.0.memory: expected a known key"),
+        ({"device": [{"clients": ["client-0"], "memory": 4}]}, "device.0.memory: unknown key"),
         ({"planner": {"name": "oracle"}}, r"planner: expected another, without fleet\.by = 'round'"),
         (
             {"planner": {"name": "oracle"}, "client": {"steps": None, "epochs": 1}},
