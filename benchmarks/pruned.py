@@ -29,7 +29,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from fedtune.model.deployed import load_pruned_base
+from fedtune.model.checkpoint import load_pruned_base
 from fedtune.model.settings import ModelSettings
 from fedtune.model.surgery import layout_of, with_structure
 from fedtune.pruning.ranking import PruningSettings, rank_units, structure_at

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.directions.consistency import STATE
-from fedtune.directions.manifest import describe
+from fedtune.directions.seed_ledger import describe_base
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Measured, ProbeResult, Training
 from fedtune.methods.fedkseed import METHOD
 from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
@@ -57,7 +57,7 @@ def traffic(settings: FedKSeedSettings, *, clients: int, steps: int, rounds: int
     training = Training(batch=1, learning_rate=3e-7, steps=steps)
     planner = Fixed(lambda name: (1, training), alpha="2r", rslora=False)
     plans = {client.name: planner.plan_for(client) for client in cohort}
-    manifest = describe({"weight": np.zeros((64, 64), np.float32)}).encode()
+    manifest = describe_base({"weight": np.zeros((64, 64), np.float32)}).encode()
     state: FedKSeedState = METHOD.init(Blueprint({}, {}, max_rank=1, seed=0, manifest=manifest), settings)
     down, up = [], []
     for _ in range(rounds):

@@ -39,6 +39,7 @@ class Training:
     batch: Annotated[int, Ge(1)]
     """Examples per forward pass."""
     learning_rate: Annotated[float, Gt(0)]
+    """Step size of the optimizer, or of a step of FedKSeed."""
     steps: Annotated[int, Ge(1)] | None = None
     """Optimizer steps per round; exactly one of `steps` and `epochs` is given."""
     epochs: Annotated[float, Gt(0)] | None = None
@@ -46,11 +47,13 @@ class Training:
     accumulation: Annotated[int, Ge(1)] = 1
     """Forward passes per optimizer step: one step sees batch * accumulation examples."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw: Adam with decoupled weight decay; sgd: stochastic gradient descent."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate over this client's steps of this round, after the warm-up."""
     warmup: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of the steps over which the learning rate rises linearly from zero."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Decoupled weight decay of the adapter's parameters; 0 is off."""
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """SGD only."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,8 @@ import pytest
 
 if TYPE_CHECKING:
     from fedtune.api import Run
+
+Simulated = Callable[[dict[str, Any], Path], "Run"]
 
 ROOT = Path(__file__).parents[1]
 OFFLINE = {
@@ -128,16 +133,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return built
 
 
-@pytest.fixture
-def tables(tmp_path: Path, checkpoints: dict[str, Path]) -> dict[str, Any]:
-    """A recipe of three clients over a tiny model, which a round of takes a moment."""
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> dict[str, Any]:
+    """The recipe that `tables` copies, and its data."""
     text = "the quick brown fox jumps over the lazy dog and the dog sleeps while the fox runs"
     words = text.split()
     rows = [
         {"text": " ".join(words[(3 * i + j) % len(words)] for j in range(6 + i % 5)), "who": f"client-{i % 3}"}
         for i in range(24)
     ]
-    data = tmp_path / "data.jsonl"
+    data = tmp_path_factory.mktemp("tiny") / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "name": "tiny",
@@ -151,6 +156,29 @@ def tables(tmp_path: Path, checkpoints: dict[str, Path]) -> dict[str, Any]:
         "report": {"plots": False},
         "override": [{"clients": ["client-1"], "rank": 2}, {"clients": ["client-2"], "rank": 8}],
     }
+
+
+@pytest.fixture
+def tables(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of three clients over a tiny model, which a round of takes a moment; each test may change its own."""
+    return copy.deepcopy(tiny_recipe)
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Simulated:
+    """Simulate a recipe into a folder, which the test may read or damage: once per session, after that by a copy."""
+    import fedtune
+
+    runs: dict[str, Run] = {}
+
+    def simulate(tables: dict[str, Any], out: Path) -> Run:
+        recipe = json.dumps(tables)
+        if recipe not in runs:
+            runs[recipe] = fedtune.simulate(tables, out=tmp_path_factory.mktemp("golden") / "run")
+        shutil.copytree(runs[recipe].path, out)
+        return fedtune.Run(out, copy.deepcopy(dict(runs[recipe].summary)))
+
+    return simulate
 
 
 def kseed(tables: dict[str, Any], bank: str = "hadamard", **method: Any) -> dict[str, Any]:
@@ -173,16 +201,12 @@ def base_of(run: Run) -> str:
 
 
 @pytest.fixture
-def ran(tables: dict[str, Any], tmp_path: Path) -> Run:
+def ran(simulated: Simulated, tables: dict[str, Any], tmp_path: Path) -> Run:
     """The tiny recipe, run."""
-    import fedtune
-
-    return fedtune.simulate(tables, out=tmp_path / "run")
+    return simulated(tables, tmp_path / "run")
 
 
 @pytest.fixture(params=["hadamard", "kron"])
-def seeded(request: pytest.FixtureRequest, tables: dict[str, Any], tmp_path: Path) -> Run:
+def seeded(request: pytest.FixtureRequest, simulated: Simulated, tables: dict[str, Any], tmp_path: Path) -> Run:
     """The tiny recipe with seeds of either bank, run."""
-    import fedtune
-
-    return fedtune.simulate(kseed(tables, request.param), out=tmp_path / "run")
+    return simulated(kseed(tables, request.param), tmp_path / "run")

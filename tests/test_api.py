@@ -337,9 +337,10 @@ def test_a_model_that_diverges_is_recorded_and_reported(
 
 
 def test_an_example_longer_than_the_bases_positions_is_refused(tables: Tables, tmp_path: Path) -> None:
-    with Path(tables["data"]["source"]).open("a") as file:
-        file.write(json.dumps({"text": 90 * "fox dog ", "who": "client-1"}) + "\n")
-    tables["data"] |= {"max_tokens": 500}
+    data = tmp_path / "data.jsonl"
+    row = json.dumps({"text": 90 * "fox dog ", "who": "client-1"})
+    data.write_text(Path(tables["data"]["source"]).read_text() + row + "\n")
+    tables["data"] |= {"source": str(data), "max_tokens": 500}
     message = r"data\.max_tokens: expected examples of at most 128 tokens.*set data\.max_tokens = 128"
     with pytest.raises(ConfigError, match=message):
         fedtune.simulate(tables, out=tmp_path / "run")

@@ -112,7 +112,7 @@ def conduct(run: Path, reported: list[int] | None = None, rounds: int = ROUNDS) 
     options = {"group_s": 3, "clock": count().__next__}
     ledgers = {name: partial(getattr(RunJournal, name), **options) for name in ("create", "reopen")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conducting, "RunLedger", SimpleNamespace(**ledgers))
+        patch.setattr(conducting, "RunJournal", SimpleNamespace(**ledgers))
         patch.setattr(conducting, "versions", dict)  # to look them up takes longer than a round
         conducting.run_recipe(setting(rounds), run, Scripted(), resume=True, watch=watch)
 
@@ -161,8 +161,8 @@ Loss = Literal["nothing", "all", "half", "zeros"]
 """What becomes of what was not synced. nothing: the process died, the machine went on. The others are power cuts. all:
 neither names nor bytes got to the disk; half: names did, and of appended bytes the first half; zeros: names and lengths
 did, and no bytes."""
-STEPS = ("append_to", "create_beside", "write", "sync", "sync_folder", "cut", "rename", "make_folder", "remove")
-SHRINKING = {"cut", "rename", "remove", "sync_folder"}
+STEPS = ("append_to", "create_beside", "write", "sync", "sync_folder", "truncate", "rename", "make_folder", "remove")
+SHRINKING = {"truncate", "rename", "remove", "sync_folder"}
 """Steps that a full disk allows."""
 
 

@@ -15,13 +15,12 @@ import torch
 from fedtune.client.replica import Replicas, restore
 from fedtune.data.encode import Example
 from fedtune.directions import sampling as sampling_module
-from fedtune.directions.bank import DirectionBank, displacement
-from fedtune.directions.banks import BANKS
+from fedtune.directions.bank import BANKS, DirectionBank, displacement
 from fedtune.directions.consistency import STATE, Displacement, block_checks
 from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_torch import displacement as torch_displacement
 from fedtune.directions.rebuild_torch import fastest, rebuild_compiled
-from fedtune.directions.trainable import Reach, trainable
+from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import ClientError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, ProbeResult, Pruning
@@ -80,8 +79,8 @@ def measure_seeds(
     )
     if ledger is None:
         return replace(answer, probed=ProbeResult(np.empty(0, np.int8), lost=True))
-    reach = Reach(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
-    ordinals = trainable(base.manifest, reach, base.matrices)
+    reach = TensorSelection(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
+    ordinals = trainable_ordinals(base.manifest, reach, base.matrices)
     steps, sampling = training.steps, probe.sampling
     if probe.calibrate:
         steps, sampling = probe.queries * -(-CALIBRATION // probe.queries), "uniform"

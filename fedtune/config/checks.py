@@ -18,7 +18,7 @@ from fedtune.config.recipe import Recipe
 from fedtune.config.tables import apply_rule
 from fedtune.data.settings import TEMPLATES, DataSettings, Split
 from fedtune.data.settings import faults as data_faults
-from fedtune.directions.banks import BANKS
+from fedtune.directions.bank import BANKS
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Training
 from fedtune.methods import METHODS

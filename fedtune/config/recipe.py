@@ -71,6 +71,7 @@ class Recipe:
     rounds: Schedule
     data: DataSettings
     seed: int = 0
+    """Seed of all randomness: the same recipe and seed give the same result, bit for bit, on one machine."""
     planner: FixedSettings | AdaptiveSettings = field(default_factory=FixedSettings)
     pruning: PruningSettings | None = None
     """None: every client trains the whole model."""

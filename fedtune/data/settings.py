@@ -35,6 +35,7 @@ class Split:
     min_examples: Annotated[int, Ge(1)] = 1
     """Least rows of any client before some are held out; dirichlet draws again (up to 100 times) until it holds."""
     sizes: Sequence[Annotated[int, Ge(1)]] | None = None
+    """Rows of each client, in the order of the clients, for `sizes`."""
     only: Sequence[str] | None = None
     """Names of the clients that take part after the division; the others' rows are left out. One name trains that
     client alone, on the very rows that it has in the federation."""

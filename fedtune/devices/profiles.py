@@ -30,6 +30,7 @@ class DeviceProfile:
     up_mbps: float = 10.0
     """Mean bandwidth to the server in 1e6 bits per second."""
     down_mbps: float = 10.0
+    """Mean bandwidth from the server in 1e6 bits per second."""
     net_sigma: float = 0.5
     """Standard deviation of the logarithm of a device's own mean bandwidth, over devices."""
     latency_s: float = 0.05
@@ -39,6 +40,7 @@ class DeviceProfile:
     modes: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
     """Shares of its speed that a device runs at, one drawn per period."""
     mode_period_s: float = 1200.0
+    """Seconds for which a drawn share of the speed holds."""
     availability: float = 1.0
     """Share of the time that it can be asked, in [0, 1]."""
     provenance: Mapping[str, Provenance] = field(default_factory=dict)

@@ -1,32 +1,39 @@
-"""How accumulators travel to a client: whole, as what changed, or as the log of the rounds it has missed.
+"""What a cohort's scalars add to the accumulators, and how accumulators travel: whole, as a change, or as a log.
 
-Every form stands for the same K integers; the client checks the digest of what it has put together.
+In every form a client gets the same K integers; it checks the digest of what it has put together.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.directions.sums import MAX_SHIFT, MAX_WEIGHT, count_scalars, increments, weighted_sum
 from fedtune.errors import WireError
 from fedtune.tensors import Array
 
+MAX_SCALAR = 127
+"""Bound of a scalar, which is a signed byte; -128 is not allowed, so that both signs reach equally far."""
+MAX_WEIGHT = 127
+"""Largest averaging weight of a client."""
+MAX_SHIFT = 24
+"""A scalar of 1 never moves an accumulator by more than 2^24."""
 MAX_LOG = 16
-"""Rounds that a log may span, and a client keeps."""
-FRONT = struct.Struct("<BH")
-ONE = struct.Struct("<QBH")
+"""Rounds that a log may span, and that a client remembers."""
+ROUND_HEADER = struct.Struct("<BH")
+"""Shift and number of clients."""
+UPDATE_HEADER = struct.Struct("<QBH")
+"""Sample key, weight and number of scalars."""
 INT16 = 2**15
 
-Ids = Callable[[int, int], Array]
+SampleIds = Callable[[int, int], Array]
 """From a sample key and a number of scalars to the ids they belong to."""
 
 
 @dataclass(frozen=True)
-class Logged:
+class LoggedUpdate:
     """What one client's update of one round added."""
 
     key: int
@@ -39,20 +46,51 @@ class Logged:
 
 @dataclass(frozen=True)
 class LoggedRound:
-    """All that one round added, in the order of the clients' names, which do not stand here."""
+    """All that one round added, in the order of the clients' names; the names themselves are left out."""
 
     shift: int
-    """A scalar of one moved an accumulator by 2^shift, before the mean was taken."""
-    clients: Sequence[Logged]
+    """A scalar of 1 moved an accumulator by 2^shift, before the mean was taken."""
+    clients: Sequence[LoggedUpdate]
+
+
+def count_scalars(ids: Array, scalars: Array, size: int) -> Array:
+    """Return a client's sum of scalars for each of K directions, int64 (K,)."""
+    sums = np.zeros(size, np.int64)
+    # Not sums[ids] += scalars, which adds a repeated id only once.
+    np.add.at(sums, ids, scalars.astype(np.int64))
+    return sums
+
+
+def weighted_sum(parts: Iterable[tuple[Array, int]], size: int) -> tuple[Array, int]:
+    """Return (sum of w_i a_i, sum of w_i), exactly: a_i is int64 (K,), w_i a whole number from 1 to 127."""
+    sums, total = np.zeros(size, np.int64), 0
+    for client_sums, weight in parts:
+        sums += weight * client_sums
+        total += weight
+    return sums, total
+
+
+def increments(sums: Array, total: int, shift: int) -> Array:
+    """Return 2^shift * sums / total rounded to the nearest integer, a tie to the even one, int64 (K,).
+
+    Integers all the way: no order of arrival and no machine can change a bit. The client's own step,
+    `A[k] += q * 2^shift`, is the case of one client. A `total` of zero means no client; then nothing is added.
+    """
+    if total == 0:
+        return np.zeros(len(sums), np.int64)
+    twice = (sums << (shift + 1)) + total
+    # floor((2 a + b) / 2b) rounds a / b to the nearest with ties up; an odd result without a rest was such a tie.
+    quotient, rest = np.divmod(twice, 2 * total)
+    return np.asarray(quotient - ((rest == 0) & (quotient & 1 == 1)), np.int64)
 
 
 def encode_whole(accumulators: Array) -> bytes:
-    """Return all K integers, in 16 bits where all fit."""
-    return bytes(accumulators.astype("<i2" if short(accumulators) else "<i4").tobytes())
+    """Return all K integers, in 16 bits where all fit, else in 32."""
+    return bytes(accumulators.astype("<i2" if fits_16_bits(accumulators) else "<i4").tobytes())
 
 
 def decode_whole(data: bytes, size: int) -> Array:
-    """Return what was encoded, int32 (K,).
+    """Return the accumulators that were encoded, int32 (K,).
 
     Raises:
         WireError: if the length is that of neither form.
@@ -69,7 +107,7 @@ def encode_changed(accumulators: Array, known: Array) -> bytes:
 
 
 def decode_changed(data: bytes, known: Array) -> Array:
-    """Return the accumulators, int32 (K,), given what the client knows.
+    """Return the accumulators, int32 (K,), given those that the client knows.
 
     Raises:
         WireError: if the length does not fit the bits.
@@ -88,12 +126,13 @@ def decode_changed(data: bytes, known: Array) -> Array:
 
 
 def encode_log(rounds: Sequence[LoggedRound]) -> bytes:
-    """Return rounds one after the other: shift, number of clients, and key, weight, count and scalars of each."""
+    """Return rounds one after the other: shift, number of clients, then key, weight, count and scalars of each."""
     parts = []
-    for each in rounds:
-        parts.append(FRONT.pack(each.shift, len(each.clients)))
-        for one in each.clients:
-            parts += [ONE.pack(one.key, one.weight, len(one.scalars)), one.scalars.astype(np.int8).tobytes()]
+    for entry in rounds:
+        parts.append(ROUND_HEADER.pack(entry.shift, len(entry.clients)))
+        for update in entry.clients:
+            header = UPDATE_HEADER.pack(update.key, update.weight, len(update.scalars))
+            parts += [header, update.scalars.astype(np.int8).tobytes()]
     return b"".join(parts)
 
 
@@ -101,42 +140,46 @@ def decode_log(data: bytes) -> Sequence[LoggedRound]:
     """Return the rounds that were encoded.
 
     Raises:
-        WireError: if the bytes are no log to the last one.
+        WireError: if the bytes do not end with an entry, or a number is out of range.
     """
     rounds, place = [], 0
     try:
         while place < len(data):
-            shift, number = FRONT.unpack_from(data, place)
-            place += FRONT.size
+            shift, number = ROUND_HEADER.unpack_from(data, place)
+            place += ROUND_HEADER.size
             clients = []
             for _ in range(number):
-                key, weight, steps = ONE.unpack_from(data, place)
-                place += ONE.size
+                key, weight, steps = UPDATE_HEADER.unpack_from(data, place)
+                place += UPDATE_HEADER.size
                 scalars = np.frombuffer(data, np.int8, count=steps, offset=place)
                 place += steps
-                clients.append(Logged(key, weight, scalars))
+                clients.append(LoggedUpdate(key, weight, scalars))
             rounds.append(LoggedRound(shift, clients))
     except (struct.error, ValueError):
         raise WireError(f"log of rounds: expected whole entries; got {len(data)} bytes that end within one") from None
-    if any(each.shift > MAX_SHIFT or any(not 1 <= one.weight <= MAX_WEIGHT for one in each.clients) for each in rounds):
+    weights = [update.weight for entry in rounds for update in entry.clients]
+    if any(entry.shift > MAX_SHIFT for entry in rounds) or not all(1 <= weight <= MAX_WEIGHT for weight in weights):
         raise WireError(f"log: expected shifts of at most {MAX_SHIFT} and weights from 1 to {MAX_WEIGHT}; got others")
     return rounds
 
 
-def replay_log(accumulators: Array, rounds: Sequence[LoggedRound], ids: Ids) -> Array:
+def replay_log(accumulators: Array, rounds: Sequence[LoggedRound], sample_ids: SampleIds) -> Array:
     """Return the accumulators after some more rounds, int64 (K,): the very sums that the server made."""
     size, sums = len(accumulators), accumulators.astype(np.int64)
-    for each in rounds:
-        # One after the other: a log has thousands of clients where its sender wants it to.
-        parts = ((count_scalars(ids(one.key, len(one.scalars)), one.scalars, size), one.weight) for one in each.clients)
-        sums = sums + increments(*weighted_sum(parts, size), each.shift)
+    for entry in rounds:
+        # A generator, so that one client's K sums are in memory at a time: a hostile log may have thousands of clients.
+        parts = (
+            (count_scalars(sample_ids(update.key, len(update.scalars)), update.scalars, size), update.weight)
+            for update in entry.clients
+        )
+        sums = sums + increments(*weighted_sum(parts, size), entry.shift)
     return sums
 
 
-def smallest(forms: Mapping[str, bytes]) -> tuple[str, bytes]:
-    """Return the form that takes the fewest bytes; of equals the first by name."""
+def shortest_form(forms: Mapping[str, bytes]) -> tuple[str, bytes]:
+    """Return (name, bytes) of the form that takes the fewest bytes; of equals the first by name."""
     return min(sorted(forms.items()), key=lambda form: len(form[1]))
 
 
-def short(values: Array) -> bool:
+def fits_16_bits(values: Array) -> bool:
     return bool((values >= -INT16).all() and (values < INT16).all())

@@ -8,17 +8,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune.directions.bank import check_key, check_size
-from fedtune.directions.blocks import BLOCK, positions
-from fedtune.directions.philox import Purpose, words
+from fedtune.directions.blocks import BLOCK, check_size, positions
+from fedtune.directions.philox import Purpose, check_key, words
 from fedtune.tensors import Array
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """z = m/2 with m = popcount(16 random bits) - 8: mean 0, variance exactly 1, kurtosis 2.875, |z| <= 4.
+    """Directions z = m/2 with m = popcount(16 random bits) - 8: mean 0, variance exactly 1, kurtosis 2.875, |z| <= 4.
 
-    No transform adds the directions up: a rebuild costs K draws a position.
+    No transform adds the directions up: a rebuild costs K random numbers per position.
     """
 
     size: int
@@ -26,7 +25,7 @@ class Gaussian:
     name: ClassVar[str] = "gaussian"
     code: ClassVar[int] = 1
     halvings: ClassVar[int] = 1
-    reach: ClassVar[int] = 8
+    max_abs: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
         check_size(self.size, self.name)
@@ -38,6 +37,7 @@ class Gaussian:
             block = range(number, number + 1)
             y = np.zeros(len(positions(block, shape)), np.int32)
             for k in np.flatnonzero(accumulators).tolist():
+                # Widened first: an int8 product would wrap at 128.
                 y += accumulators[k] * self.direction(k, ordinal=ordinal, shape=shape, blocks=block).astype(np.int32)
             yield y
 

@@ -9,11 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune.directions.bank import FP32_LIMIT, check_key, check_size, value_bound
-from fedtune.directions.blocks import BLOCK, positions
-from fedtune.directions.hadamard import Hadamard, fwht
-from fedtune.directions.philox import Purpose
-from fedtune.directions.signs import halves, signs
+from fedtune.directions.blocks import BLOCK, FP32_LIMIT, absolute_sum, check_size, positions
+from fedtune.directions.hadamard import Hadamard, fwht, sign_halves, signs
+from fedtune.directions.philox import Purpose, check_key
 from fedtune.errors import ConfigError, Fault
 from fedtune.tensors import Array
 
@@ -23,9 +21,10 @@ PIECE = 2**20
 
 @dataclass(frozen=True)
 class Kron:
-    """K = p * p, z_k of a matrix (R, C) is u_i v_j^T with k = i * p + j; y = U^T M V with M = A as (p, p).
+    """Directions of a matrix (R, C) as outer products: K = p * p, z_k = u_i v_j^T with k = i * p + j.
 
-    U is (p, R) and V is (p, C). A vector or a number has the directions of the hadamard bank.
+    U is (p, R), V is (p, C), and y = U^T M V with M = A as (p, p). A vector or a number has the directions of the
+    hadamard bank.
     """
 
     size: int
@@ -33,7 +32,7 @@ class Kron:
     name: ClassVar[str] = "kron"
     code: ClassVar[int] = 3
     halvings: ClassVar[int] = 0
-    reach: ClassVar[int] = 1
+    max_abs: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_size(self.size, self.name, power=4)
@@ -66,13 +65,15 @@ class Kron:
             yield from self.vectors.pieces(accumulators, ordinal=ordinal, shape=shape, blocks=blocks)
             return
         u, v = self.factors(ordinal, shape)
-        # Sums of integers are exact in either format, in whatever order a library adds them up.
-        exact = np.float32 if value_bound(self, accumulators) < FP32_LIMIT else np.float64
+        # With signs alone |y| and all partial sums are at most sum |A|. Sums of integers below the format's limit are
+        # exact in whatever order a matrix product adds them up.
+        exact = np.float32 if absolute_sum(accumulators) < FP32_LIMIT else np.float64
         small = accumulators.reshape(self.rank, self.rank).astype(exact) @ v.astype(exact)  # (p, C)
         columns, real = max(1, shape[1]), positions(blocks, shape)
         step = max(1, PIECE // columns)
         for row in range(real.start // columns, -(-real.stop // columns), step):
             y = (u[:, row : row + step].T.astype(exact) @ small).astype(np.int32).reshape(-1)
+            # A run of blocks may start and end within a row.
             first = row * columns
             yield y[max(0, real.start - first) : max(0, real.stop - first)]
 
@@ -103,7 +104,7 @@ def check_shape(shape: Sequence[int]) -> None:
 
 def sign_rows(key: int, purpose: Purpose, size: int, length: int, ordinal: int) -> Array:
     """Return the signs of all directions 0..size-1 over positions 0..length-1, int8 (size, length)."""
-    first, second = halves(key, purpose, range(-(-length // BLOCK)), ordinal)
+    first, second = sign_halves(key, purpose, range(-(-length // BLOCK)), ordinal)
     # The transform of e_k * sgn(d1) is the row k of the Walsh matrix, for all groups of `size` positions at once.
     groups = first.reshape(-1, size)  # (groups, size)
     rows = fwht(np.eye(size, dtype=np.int8))[:, None] * groups.T[:, :, None]  # (k, groups, j)

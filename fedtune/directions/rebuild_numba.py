@@ -1,7 +1,7 @@
-"""Rebuilds compiled by numba (the extra `fast`): signs, transform and rounding of a block while it lies in the cache.
+"""Rebuilds compiled by numba (the extra `fast`): signs, transform and rounding of a block while it is in the cache.
 
-Code is compiled when it is first needed, in a few seconds, and kept in memory only: numba would write its cache beside
-the installed modules and read it back with pickle.
+Code is compiled at its first use, in a few seconds, and stays in memory only: numba would write its cache beside the
+installed modules and read it back with pickle.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fedtune.directions.bank import DirectionBank, check_accumulators
-from fedtune.directions.blocks import BLOCK, positions, runs, whole
+from fedtune.directions.blocks import BLOCK, all_blocks, positions, split_runs
 from fedtune.directions.gaussian import Gaussian
-from fedtune.directions.hadamard import Hadamard
+from fedtune.directions.hadamard import SIGN_WORDS, Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.philox import INCREMENTS, MASK, MULTIPLIERS, ROUNDS, Purpose
-from fedtune.directions.rebuild_numpy import narrow, prepare_output, scale
-from fedtune.directions.signs import WORDS
+from fedtune.directions.rebuild_numpy import prepare_output, round_into, unit_scale
 from fedtune.errors import ExtraError
 from fedtune.tensors import DTYPES, Array
 
@@ -32,12 +31,12 @@ except ImportError as missing:
     ) from missing
 
 Compiled: TypeAlias = Callable[..., Any]
-# Without fastmath, which would flush small numbers to zero; nogil lets the threads run.
-compiled: Callable[[Callable[..., Any]], Compiled] = njit(nogil=True, error_model="numpy")
+# Without fastmath, which would reorder sums and flush small numbers to zero; nogil lets the threads run in parallel.
+compile_nogil: Callable[[Callable[..., Any]], Compiled] = njit(nogil=True, error_model="numpy")
 
 RUN = 64
 """Blocks converted together where a number format is not the kernel's own."""
-SIGN_CALLS = WORDS // 4
+SIGN_CALLS = SIGN_WORDS // 4
 GAUSSIAN_CALLS = BLOCK // 8
 M0, M1 = MULTIPLIERS
 K0, K1 = INCREMENTS
@@ -54,11 +53,11 @@ def rebuild(
     out: Array | None = None,
     threads: int = 1,
 ) -> Array:
-    """See `rebuild.Rebuild`; `threads` share the tensor's blocks, and their number changes no bit."""
+    """See `rebuild_numpy.Rebuild`; `threads` share the tensor's blocks, and their number changes no bit."""
     out = prepare_output(tensor, out)
-    sums, unit = check_accumulators(bank, accumulators), scale(bank, exponent)
+    sums, unit = check_accumulators(bank, accumulators), unit_scale(bank, exponent)
     old, new = np.ascontiguousarray(tensor).reshape(-1), out.reshape(-1)
-    write = writer(bank, sums, ordinal=ordinal, shape=tensor.shape, unit=unit)
+    write = block_writer(bank, sums, ordinal=ordinal, shape=tensor.shape, unit=unit)
 
     def work(blocks: range) -> None:
         # float16, and a change of format, go through float32 outside of the kernel: numba knows no float16.
@@ -66,35 +65,35 @@ def rebuild(
             real = positions(blocks, tensor.shape)
             write(blocks, old[real.start : real.stop], new[real.start : real.stop])
             return
-        for run in runs(blocks, RUN):
+        for run in split_runs(blocks, RUN):
             real = positions(run, tensor.shape)
             wide = old[real.start : real.stop].astype(np.float32)
             write(run, wide, wide)
-            narrow(wide, new[real.start : real.stop])
+            round_into(wide, new[real.start : real.stop])
 
-    share(work, whole(tensor.shape), threads)
+    run_in_threads(work, all_blocks(tensor.shape), threads)
     return out
 
 
 def rewriter(
     tensors: Sequence[tuple[int, Array, Array]], *, bank: DirectionBank, exponent: int, threads: int = 1
 ) -> Callable[[Array], None]:
-    """Return the function that writes w(A) of many tensors, given A; everything else is made ready once.
+    """Return a function that writes w(A) of many tensors, given A; everything that does not depend on A is done once.
 
     Args:
-        tensors: (ordinal, w0, where w(A) is written); see `rebuild.Rebuild`.
+        tensors: (ordinal, w0, the array that w(A) is written to); see `rebuild_numpy.Rebuild`.
         bank: the directions.
         exponent: e of the displacement unit 2^-e.
-        threads: that share a tensor's blocks.
+        threads: number of threads that share a tensor's blocks.
     """
-    unit, key = scale(bank, exponent), np.uint64(bank.key)
+    unit, key = unit_scale(bank, exponent), np.uint64(bank.key)
     direct, others = [], []
     for ordinal, old, new in tensors:
         prepare_output(old, new)
         same = old.dtype == new.dtype and old.dtype in (DTYPES["fp32"], DTYPES["bf16"]) and old.flags.c_contiguous
         if isinstance(bank, Hadamard) and same and threads == 1:
-            run = kernel(Hadamard, bank.size, old.dtype.name)
-            direct.append((run, plain(old.reshape(-1)), plain(new.reshape(-1)), np.uint32(ordinal)))
+            run = block_loop(Hadamard, bank.size, old.dtype.name)
+            direct.append((run, as_bits(old.reshape(-1)), as_bits(new.reshape(-1)), np.uint32(ordinal)))
         else:
             others.append((ordinal, old, new))
 
@@ -118,36 +117,37 @@ def displacement(
     threads: int = 1,
 ) -> Array:
     """See `bank.displacement`."""
-    chosen = whole(shape) if blocks is None else blocks
+    chosen = all_blocks(shape) if blocks is None else blocks
     first = positions(chosen, shape).start
     y = np.empty(len(positions(chosen, shape)), np.int32)
-    write = writer(bank, check_accumulators(bank, accumulators), ordinal=ordinal, shape=shape, unit=np.float32(0))
+    write = block_writer(bank, check_accumulators(bank, accumulators), ordinal=ordinal, shape=shape, unit=np.float32(0))
 
     def work(part: range) -> None:
         real = positions(part, shape)
         piece = y[real.start - first : real.stop - first]
         write(part, piece, piece)
 
-    share(work, chosen, threads)
+    run_in_threads(work, chosen, threads)
     return y
 
 
-def share(work: Callable[[range], None], blocks: range, threads: int) -> None:
-    """Do the work for all blocks, in as many equal parts as there are threads."""
-    parts = runs(blocks, max(1, -(-len(blocks) // threads)))
+def run_in_threads(work: Callable[[range], None], blocks: range, threads: int) -> None:
+    """Run `work` on all blocks, split into as many equal parts as there are threads."""
+    parts = split_runs(blocks, max(1, -(-len(blocks) // threads)))
     if len(parts) < 2:
         for part in parts:
             work(part)
         return
     with ThreadPoolExecutor(len(parts)) as pool:
-        for done in pool.map(work, parts):
-            assert done is None
+        # Only reading the results raises what a thread raised.
+        for result in pool.map(work, parts):
+            assert result is None
 
 
-def writer(
+def block_writer(
     bank: DirectionBank, accumulators: Array, *, ordinal: int, shape: Sequence[int], unit: np.float32
 ) -> Callable[[range, Array, Array], None]:
-    """Return the function that writes the result of a run of blocks, given old and new flat values of one format."""
+    """Return a function (blocks, old, new) that writes a run of blocks, given old and new flat values of one format."""
     if isinstance(bank, Kron) and len(shape) < 2:
         bank = bank.vectors
     if isinstance(bank, Hadamard | Gaussian):
@@ -155,8 +155,8 @@ def writer(
         key, size = np.uint64(bank.key), bank.size
 
         def write(blocks: range, old: Array, new: Array) -> None:
-            kernel(kind, size, old.dtype.name)(
-                plain(old), plain(new), accumulators, key, np.uint32(ordinal), np.uint32(blocks.start), unit
+            block_loop(kind, size, old.dtype.name)(
+                as_bits(old), as_bits(new), accumulators, key, np.uint32(ordinal), np.uint32(blocks.start), unit
             )
 
         return write
@@ -165,24 +165,24 @@ def writer(
         start = 0
         for y in bank.pieces(accumulators, ordinal=ordinal, shape=shape, blocks=blocks):
             stop = start + len(y)
-            finisher(old.dtype.name)(plain(old[start:stop]), y, plain(new[start:stop]), unit)
+            finish_loop(old.dtype.name)(as_bits(old[start:stop]), y, as_bits(new[start:stop]), unit)
             start = stop
 
     return write_pieces
 
 
-def plain(array: Array) -> Array:
-    """Return an array as numba knows it: bfloat16 as its bits."""
+def as_bits(array: Array) -> Array:
+    """Return an array in a type that numba knows: bfloat16 as its bits in uint16."""
     return array.view(np.uint16) if array.dtype == DTYPES["bf16"] else array
 
 
 @cache
-def kernel(kind: type[Hadamard] | type[Gaussian], size: int, dtype: str) -> Compiled:
-    """Return the loop over blocks: displacements of a block, then its weights."""
-    displace = hadamard(size) if kind is Hadamard else gaussian
+def block_loop(kind: type[Hadamard] | type[Gaussian], size: int, dtype: str) -> Compiled:
+    """Return the compiled loop over blocks that computes the displacements of a block, then its weights."""
+    displace = hadamard_displacement(size) if kind is Hadamard else gaussian_displacement
     finish = FINISH[dtype]
 
-    @compiled
+    @compile_nogil
     def run(old: Any, new: Any, accumulators: Any, key: Any, ordinal: Any, first: Any, unit: Any) -> None:
         y = np.empty(BLOCK, np.int32)
         wide = np.empty(BLOCK, np.float32)
@@ -195,11 +195,11 @@ def kernel(kind: type[Hadamard] | type[Gaussian], size: int, dtype: str) -> Comp
 
 
 @cache
-def finisher(dtype: str) -> Compiled:
-    """Return the loop over blocks for displacements that are there already."""
+def finish_loop(dtype: str) -> Compiled:
+    """Return the compiled loop over blocks that writes weights, given their displacements."""
     finish = FINISH[dtype]
 
-    @compiled
+    @compile_nogil
     def run(old: Any, y: Any, new: Any, unit: Any) -> None:
         wide = np.empty(BLOCK, np.float32)
         for start in range(0, new.size, BLOCK):
@@ -209,25 +209,25 @@ def finisher(dtype: str) -> Compiled:
     return run
 
 
-@compiled
+@compile_nogil
 def finish_float32(old: Any, y: Any, new: Any, unit: Any, wide: Any, bits: Any) -> None:
     for i in range(new.size):
         new[i] = old[i] - float32(y[i]) * unit
 
 
-@compiled
+@compile_nogil
 def finish_bfloat16(old: Any, y: Any, new: Any, unit: Any, wide: Any, bits: Any) -> None:
     for i in range(new.size):
         bits[i] = uint32(old[i]) << uint32(16)
     for i in range(new.size):
         wide[i] -= float32(y[i]) * unit
     for i in range(new.size):
-        # To nearest even: half a unit of the last kept bit, less a little where that bit is even.
+        # Rounds to nearest even: adds half a unit of the last bit that stays, minus one where that bit is even.
         rounded = uint32(bits[i] + uint32(0x7FFF) + ((bits[i] >> uint32(16)) & uint32(1)))
         new[i] = uint16(rounded >> uint32(16))
 
 
-@compiled
+@compile_nogil
 def finish_int32(old: Any, y: Any, new: Any, unit: Any, wide: Any, bits: Any) -> None:
     for i in range(new.size):
         new[i] = y[i]
@@ -238,17 +238,17 @@ FINISH: Mapping[str, Compiled] = {
     "bfloat16": finish_bfloat16,
     "int32": finish_int32,
 }
-"""What becomes of a block's displacements, by the format of the result; int32 are the displacements themselves."""
+"""How displacements are written, by the format of the result; int32 takes the displacements themselves."""
 
 
-@compiled
-def count(drawn: Any, key: Any, third: Any, block: Any, ordinal: Any) -> None:
+@compile_nogil
+def fill_words(drawn: Any, key: Any, third: Any, block: Any, ordinal: Any) -> None:
     """Write the words of calls 0, 1, ... of one block, word n of call i at [n, i]; see `philox.philox`."""
     for i in range(drawn.shape[1]):
         c0, c1, c2, c3 = uint64(i), uint64(block), uint64(third), uint64(ordinal)
         k0, k1 = key & uint64(MASK), key >> uint64(32)
         for _ in range(ROUNDS):
-            # Only the low 32 bits of a word count: what stands above them is dropped where it is used.
+            # Only the low 32 bits of a word count; bits above them are masked away before each multiplication.
             p0, p1 = (c0 & uint64(MASK)) * uint64(M0), (c2 & uint64(MASK)) * uint64(M1)
             c0, c1, c2, c3 = (p1 >> uint64(32)) ^ c1 ^ k0, p1, (p0 >> uint64(32)) ^ c3 ^ k1, p0
             k0, k1 = k0 + uint64(K0), k1 + uint64(K1)
@@ -256,15 +256,15 @@ def count(drawn: Any, key: Any, third: Any, block: Any, ordinal: Any) -> None:
 
 
 @cache
-def hadamard(size: int) -> Compiled:
+def hadamard_displacement(size: int) -> Compiled:
     """Return the function that writes a block's displacements of the hadamard bank."""
     transform = fwht(size)
 
-    @compiled
+    @compile_nogil
     def displace(y: Any, accumulators: Any, key: Any, block: Any, ordinal: Any) -> None:
         drawn = np.empty((4, SIGN_CALLS), np.uint32)
         x = np.empty(BLOCK, np.int32)
-        count(drawn, key, uint32(DENSE_SIGNS), block, ordinal)
+        fill_words(drawn, key, uint32(DENSE_SIGNS), block, ordinal)
         for n in range(BLOCK // 32):
             word = drawn[n % 4, n // 4]
             for bit in range(32):
@@ -286,19 +286,20 @@ def fwht(size: int) -> Compiled:
     """Return the transform of each group of `size` of a block's numbers, in place, three steps a pass."""
     passes, width = [], 1
     while width < size:
+        # Up to three butterfly steps in registers for one pass over memory.
         radix = min(8, size // width)
         passes.append({2: butterfly_2, 4: butterfly_4, 8: butterfly_8}[radix](width))
         width *= radix
-    return reduce(then, passes) if passes else nothing
+    return reduce(chain, passes) if passes else leave_unchanged
 
 
-@compiled
-def nothing(x: Any) -> None:
+@compile_nogil
+def leave_unchanged(x: Any) -> None:
     return
 
 
-def then(first: Compiled, second: Compiled) -> Compiled:
-    @compiled
+def chain(first: Compiled, second: Compiled) -> Compiled:
+    @compile_nogil
     def both(x: Any) -> None:
         first(x)
         second(x)
@@ -306,9 +307,9 @@ def then(first: Compiled, second: Compiled) -> Compiled:
     return both
 
 
-# The width is a constant of the compiled code: distances known in advance are what lets LLVM use vectors in place.
+# The width is a constant of the compiled code: LLVM vectorises loops in place only with distances that it knows.
 def butterfly_2(width: int) -> Compiled:
-    @compiled
+    @compile_nogil
     def step(x: Any) -> None:
         for group in range(BLOCK // (2 * width)):
             for i in range(width):
@@ -320,7 +321,7 @@ def butterfly_2(width: int) -> Compiled:
 
 
 def butterfly_4(width: int) -> Compiled:
-    @compiled
+    @compile_nogil
     def step(x: Any) -> None:
         for group in range(BLOCK // (4 * width)):
             for i in range(width):
@@ -333,7 +334,7 @@ def butterfly_4(width: int) -> Compiled:
 
 
 def butterfly_8(width: int) -> Compiled:
-    @compiled
+    @compile_nogil
     def step(x: Any) -> None:
         for group in range(BLOCK // (8 * width)):
             for i in range(width):
@@ -348,8 +349,8 @@ def butterfly_8(width: int) -> Compiled:
     return step
 
 
-@compiled
-def gaussian(y: Any, accumulators: Any, key: Any, block: Any, ordinal: Any) -> None:
+@compile_nogil
+def gaussian_displacement(y: Any, accumulators: Any, key: Any, block: Any, ordinal: Any) -> None:
     """Write a block's displacements of the gaussian bank."""
     drawn = np.empty((4, GAUSSIAN_CALLS), np.uint32)
     even, odd = np.zeros((4, GAUSSIAN_CALLS), np.int32), np.zeros((4, GAUSSIAN_CALLS), np.int32)
@@ -358,7 +359,7 @@ def gaussian(y: Any, accumulators: Any, key: Any, block: Any, ordinal: Any) -> N
         a = accumulators[k]
         if a == 0:
             continue
-        count(drawn, key, uint32(GAUSSIAN | k << 8), block, ordinal)
+        fill_words(drawn, key, uint32(GAUSSIAN | k << 8), block, ordinal)
         for n in range(4):
             add_popcounts(even[n], odd[n], drawn[n], a)
         eights = int32(eights + 8 * a)
@@ -367,7 +368,7 @@ def gaussian(y: Any, accumulators: Any, key: Any, block: Any, ordinal: Any) -> N
             y[8 * i + 2 * n], y[8 * i + 2 * n + 1] = even[n, i] - eights, odd[n, i] - eights
 
 
-@compiled
+@compile_nogil
 def add_popcounts(even: Any, odd: Any, drawn: Any, a: Any) -> None:
     """Add a times the number of bits set in the low half of each word to `even`, in the high half to `odd`."""
     for i in range(drawn.size):

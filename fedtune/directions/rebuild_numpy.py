@@ -13,16 +13,16 @@ from typing import Protocol
 import numpy as np
 
 from fedtune.directions.bank import DirectionBank, check_accumulators
-from fedtune.directions.blocks import whole
+from fedtune.directions.blocks import all_blocks
 from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.tensors import DTYPES, Array
 
 EXPONENTS = range(126)
-"""Of the displacement unit u = 2^-e: y * u is then a normal float32, whatever y."""
+"""Legal e of the displacement unit u = 2^-e: y * u is then a normal float32, whatever y."""
 
 
 class Rebuild(Protocol):
-    """A way to rebuild; all give the same bits."""
+    """A way to rebuild a tensor from accumulators; all ways give the same bits."""
 
     def __call__(
         self,
@@ -34,19 +34,19 @@ class Rebuild(Protocol):
         exponent: int,
         out: Array | None = None,
     ) -> Array:
-        """Return w(A) of a tensor w0; w(A - E e_k), a perturbed one, comes from other accumulators.
+        """Return w(A) of a tensor w0; see `bank.perturb` for weights beside w(A).
 
         Args:
-            tensor: w0, finite, in float32, float16 or bfloat16; it is never changed unless it is `out`.
+            tensor: w0, finite, in float32, float16 or bfloat16; it is only changed if it is `out`.
             accumulators: A, int32 (K,).
             bank: the directions.
             ordinal: the tensor's place in the manifest.
             exponent: e of the displacement unit 2^-e.
-            out: contiguous array of the tensor's shape that takes the result, in the format wanted; None makes one
-                in the tensor's own.
+            out: contiguous array of the tensor's shape that takes the result, in the format wanted; None makes a new
+                one in the tensor's own format.
 
         Raises:
-            ConfigError: if e is out of range, or the bank has no directions of this shape.
+            ConfigError: if e is out of range, or the bank has no directions for this shape.
             RoundError: if a displacement could leave int32.
             ShapeError: if K, the shapes or the number formats do not fit.
         """
@@ -62,9 +62,9 @@ def rebuild(
     exponent: int,
     out: Array | None = None,
 ) -> Array:
-    """See `Rebuild`; this is the reference."""
+    """See `Rebuild`; this is the reference that every other way is tested against."""
     out = prepare_output(tensor, out)
-    blocks, sums, unit = whole(tensor.shape), check_accumulators(bank, accumulators), scale(bank, exponent)
+    blocks, sums, unit = all_blocks(tensor.shape), check_accumulators(bank, accumulators), unit_scale(bank, exponent)
     old, new, start = np.ascontiguousarray(tensor).reshape(-1), out.reshape(-1), 0
     for y in bank.pieces(sums, ordinal=ordinal, shape=tensor.shape, blocks=blocks):
         subtract(old[start : start + len(y)], y, unit, new[start : start + len(y)])
@@ -73,19 +73,20 @@ def rebuild(
 
 
 def subtract(old: Array, y: Array, unit: np.float32, new: Array) -> None:
-    """Write old - y * unit into `new` by the rounding rule."""
-    narrow(old.astype(np.float32) - y.astype(np.float32) * unit, new)
+    """Write old - y * unit into `new` by the rounding rule of this module."""
+    # In float32 whatever the base's format: a 16-bit difference would lose most small displacements.
+    round_into(old.astype(np.float32) - y.astype(np.float32) * unit, new)
 
 
-def narrow(wide: Array, new: Array) -> None:
+def round_into(wide: Array, new: Array) -> None:
     """Write float32 numbers in another format, to nearest even."""
     # A weight beyond the format's range is infinite by the rule: the loss shows it, not a warning.
     with np.errstate(over="ignore"):
         new[...] = wide.astype(new.dtype)
 
 
-def scale(bank: DirectionBank, exponent: int) -> np.float32:
-    """Return 2^-e, with a bank's halvings in it.
+def unit_scale(bank: DirectionBank, exponent: int) -> np.float32:
+    """Return the factor 2^-(e + halvings) between the integers y and a weight's own unit.
 
     Raises:
         ConfigError: if e is out of range.
@@ -104,6 +105,7 @@ def prepare_output(tensor: Array, out: Array | None) -> Array:
         ShapeError: if it does not fit the tensor, or a number format is none of float32, float16 and bfloat16.
     """
     out = np.empty(tensor.shape, tensor.dtype) if out is None else out
+    # Contiguous, or `reshape(-1)` would give a copy, and the result would be written into nothing.
     if out.shape != tensor.shape or not out.flags.c_contiguous:
         raise ShapeError(f"expected a contiguous result of shape {tensor.shape}; got {out.shape}; make a new array")
     for array in (tensor, out):

@@ -75,5 +75,6 @@ class JoinSettings:
     backoff_s: Annotated[float, Gt(0)] = 0.5
     """First pause after a failed connection; doubled up to `backoff_cap_s`, and drawn at random below that."""
     backoff_cap_s: Annotated[float, Gt(0)] = 30.0
+    """Longest pause between two attempts to connect."""
     patience_s: Annotated[float, Ge(0)] = 0.0
     """Without a connection, after which the client gives up; 0: never."""

@@ -35,9 +35,11 @@ class FedExSettings:
     """Settings of `fedex`."""
 
     name: Literal["fedex"] = "fedex"
+    """Name of the method."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
     """Step from the old factors, and from the old model, towards the clients' mean; 1 takes the mean."""
     weights: Weighting = "examples"
+    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
     wire_dtype: WireDtype = "bf16"
     """Number format of factors and residual, down and up."""
 

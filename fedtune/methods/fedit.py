@@ -21,9 +21,11 @@ class FedItSettings:
     """Settings of `fedit`."""
 
     name: Literal["fedit"] = "fedit"
+    """Name of the method."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
     """Step from the old factors towards the clients' mean; 1 takes the mean."""
     weights: Weighting = "examples"
+    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
     wire_dtype: WireDtype = "bf16"
     """Number format of the factors, down and up."""
 

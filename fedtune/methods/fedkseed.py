@@ -15,14 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.directions import downlink, manifest, sampling
-from fedtune.directions.bank import headroom, total
-from fedtune.directions.banks import BANKS
+from fedtune.directions import downlink, sampling
+from fedtune.directions.bank import BANKS, headroom
+from fedtune.directions.blocks import absolute_sum
 from fedtune.directions.consistency import STATE, first_wrong
-from fedtune.directions.downlink import MAX_LOG, Logged, LoggedRound
-from fedtune.directions.manifest import Manifest
-from fedtune.directions.sums import MAX_SCALAR, MAX_SHIFT, MAX_WEIGHT, count_scalars, increments, weighted_sum
-from fedtune.directions.trainable import Reach, trainable
+from fedtune.directions.downlink import (
+    MAX_LOG,
+    MAX_SCALAR,
+    MAX_SHIFT,
+    MAX_WEIGHT,
+    LoggedRound,
+    LoggedUpdate,
+    count_scalars,
+    increments,
+    weighted_sum,
+)
+from fedtune.directions.seed_ledger import Manifest, decode_manifest
+from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import RoundError
 from fedtune.lora.adapter import Adapter
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Probe, SeedState
@@ -43,11 +52,11 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
     Raises:
         ConfigError: if K is none of the bank's sizes, or the bank cannot move the tensors that are asked for.
     """
-    listed = manifest.decode(blueprint.manifest) if blueprint.manifest else Manifest(())
+    listed = decode_manifest(blueprint.manifest) if blueprint.manifest else Manifest(())
     layers = {f"{name}.weight" for name in blueprint.modules} | {
         name for name, array in blueprint.saved.items() if array.ndim == 2
     }
-    ordinals = trainable(listed, reach(settings), layers) if listed.entries else ()
+    ordinals = trainable_ordinals(listed, reach(settings), layers) if listed.entries else ()
     BANKS[settings.bank](settings.seeds, 0)  # refuses a K that it does not have
     zeros, (exponent, coarseness) = np.zeros(settings.seeds, np.int64), units(settings, settings.scalar_step)
     return FedKSeedState(
@@ -69,8 +78,8 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
     )
 
 
-def reach(settings: FedKSeedSettings) -> Reach:
-    return Reach(settings.bank, settings.trainable, vectors=settings.vectors, embeddings=settings.embeddings)
+def reach(settings: FedKSeedSettings) -> TensorSelection:
+    return TensorSelection(settings.bank, settings.trainable, vectors=settings.vectors, embeddings=settings.embeddings)
 
 
 def assign(state: FedKSeedState, seed: int, plan: Plan) -> Assignment:
@@ -125,8 +134,8 @@ def check_headroom(state: FedKSeedState, plan: Plan) -> None:
     if left < 1:
         raise RoundError(
             f"round {state.round + 1}: expected room for {plan.training.steps} more scalars in sums of 32 bits; got "
-            f"sum |A| = {total(state.sums)} with e = {state.exponent}; export the model and start a new run from it, "
-            "or start again with a larger method.scalar_step",
+            f"sum |A| = {absolute_sum(state.sums)} with e = {state.exponent}; export the model and start a new run "
+            "from it, or start again with a larger method.scalar_step",
             final=True,
         )
 
@@ -160,7 +169,7 @@ def aggregate(state: FedKSeedState, updates: Sequence[ClientUpdate]) -> FedKSeed
     if not state.calibrated:
         return with_history(state, cohort, calibrate(state, [update.probed.rms for update in cohort if update.probed]))
     logged = [
-        Logged(sample_key(state, update.client), weight, scalars(update))
+        LoggedUpdate(sample_key(state, update.client), weight, scalars(update))
         for update, weight in integer_weights(state, cohort)
     ]
     parts = [(count_scalars(sampled_ids(state, one), one.scalars, len(state.sums)), one.weight) for one in logged]
@@ -168,7 +177,7 @@ def aggregate(state: FedKSeedState, updates: Sequence[ClientUpdate]) -> FedKSeed
     return with_history(state, cohort, advance(state, sums, weight, logged))
 
 
-def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[Logged]) -> FedKSeedState:
+def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[LoggedUpdate]) -> FedKSeedState:
     """Return the state after a weighted sum of scalars has been added; of `logged` only counts and log are taken."""
     added = (state.sums + increments(sums, weight, state.shift)).astype(np.int32)
     number = state.round + 1
@@ -234,14 +243,14 @@ def sample_key(state: FedKSeedState, client: str) -> int:
     return derive(derive(state.seed, "client", state.round + 1, client), "fedkseed.ids")
 
 
-def sampled_ids(state: FedKSeedState, one: Logged) -> Array:
+def sampled_ids(state: FedKSeedState, one: LoggedUpdate) -> Array:
     settings = state.settings
     return sampling.sample_ids(
         one.key, len(one.scalars), settings.seeds, sampling=settings.sampling, levels=state.levels
     )
 
 
-def seed_visits(state: FedKSeedState, logged: Sequence[Logged], *, coarser: bool) -> Tensors:
+def seed_visits(state: FedKSeedState, logged: Sequence[LoggedUpdate], *, coarser: bool) -> Tensors:
     """Return how large the scalars of each seed were and how often it was drawn, this round's added.
 
     In the unit of the coming round: twice as coarse a scalar is half as large.
@@ -269,7 +278,7 @@ def figures(state: FedKSeedState) -> Mapping[str, Any]:
     """Return what a round's line notes of the accumulators."""
     return {
         "seeds_moved": int(np.count_nonzero(state.sums)),
-        "sum_abs": total(state.sums),
+        "sum_abs": absolute_sum(state.sums),
         "displacement_rms": float(np.sqrt(np.square(state.sums, dtype=np.float64).sum())) * 2.0**-state.exponent,
         "scalar_step": 2.0 ** (state.shift - state.exponent),
         "exponent": state.exponent,

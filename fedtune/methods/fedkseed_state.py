@@ -11,16 +11,14 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Gt, Interval
 
-from fedtune.directions import downlink, pro
+from fedtune.directions import downlink
 from fedtune.directions import sampling as sampling_module
-from fedtune.directions.bank import DirectionBank
-from fedtune.directions.banks import BANKS
-from fedtune.directions.consistency import block_checks
-from fedtune.directions.manifest import Manifest
+from fedtune.directions.bank import BANKS, DirectionBank
+from fedtune.directions.consistency import block_checks, fastest_displacement
+from fedtune.directions.downlink import MAX_SHIFT
 from fedtune.directions.rebuild_numpy import EXPONENTS
-from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.directions.sums import MAX_SHIFT
-from fedtune.directions.ways import displacement_for
+from fedtune.directions.sampling import paper_probabilities, repaired_probabilities
+from fedtune.directions.seed_ledger import Manifest, SeedLedger
 from fedtune.messages import BankName, Estimator, Sampling, SeedState, Weighting
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
@@ -36,6 +34,7 @@ class FedKSeedSettings:
     """Settings of `fedkseed`."""
 
     name: Literal["fedkseed"] = "fedkseed"
+    """Name of the method."""
     bank: BankName = "hadamard"
     """Where directions come from: `hadamard` is exact and fast, `gaussian` nearest to the paper and slow, `kron` is
     added in the forward pass, never rewrites a weight and makes an adapter."""
@@ -142,13 +141,13 @@ class FedKSeedState:
         """A byte per seed for `pro`, which decides how often it is drawn; empty for other samplings."""
         if self.settings.sampling != "pro":
             return b""
-        rule = pro.paper_probabilities if self.settings.pro == "paper" else pro.repaired_probabilities
-        return sampling_module.levels(rule(self.drawn["sizes"], self.drawn["visits"])).tobytes()
+        rule = paper_probabilities if self.settings.pro == "paper" else repaired_probabilities
+        return sampling_module.quantise_levels(rule(self.drawn["sizes"], self.drawn["visits"])).tobytes()
 
     @cached_property
     def checks(self) -> bytes:
         """What a client's blocks must be, made here without the base."""
-        return block_checks(self.ledger, self.manifest, self.trainable, displacement_for(self.bank))
+        return block_checks(self.ledger, self.manifest, self.trainable, fastest_displacement(self.bank))
 
     @cached_property
     def forms(self) -> Mapping[int, SeedState]:
@@ -163,7 +162,7 @@ class FedKSeedState:
             missed = [str(number) for number in range(since + 1, self.round + 1)]
             if set(missed) <= self.log.keys():
                 forms["log"] = b"".join(self.log[number].tobytes() for number in missed)
-        form, data = downlink.smallest(forms)
+        form, data = downlink.shortest_form(forms)
         return SeedState(form, 0 if form == "whole" else since, data, self.round, self.digest)  # type: ignore[arg-type]
 
 

@@ -21,9 +21,11 @@ class FfaSettings:
     """Settings of `ffa`."""
 
     name: Literal["ffa"] = "ffa"
+    """Name of the method."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
     """Step from the old B towards the clients' mean; 1 takes the mean."""
     weights: Weighting = "examples"
+    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
     wire_dtype: WireDtype = "bf16"
     """Number format of B, down and up; A never travels."""
 

@@ -35,9 +35,11 @@ class FlexLoraSettings:
     """Settings of `flexlora`."""
 
     name: Literal["flexlora"] = "flexlora"
+    """Name of the method."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
     """Step from the old sum towards the new one; 1 takes the new one."""
     weights: Weighting = "examples"
+    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
     wire_dtype: WireDtype = "bf16"
     """Number format of the factors, down and up."""
 

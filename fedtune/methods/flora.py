@@ -57,6 +57,7 @@ class FloraSettings:
     """Settings of `flora`."""
 
     name: Literal["flora"] = "flora"
+    """Name of the method."""
     mode: Literal["reinit", "svt", "continue"] = "continue"
     """continue: the leading part of Delta is trained on, the rest is frozen; reinit: every round a fresh local adapter
     beside the frozen Delta (the paper); svt: the same with Delta truncated (after FLoRIST, arXiv 2506.09199). On real
@@ -70,6 +71,7 @@ class FloraSettings:
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
     """Factor on the clients' summed change."""
     weights: Weighting = "examples"
+    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
     wire_dtype: WireDtype = "bf16"
     """Number format of the factors, down and up."""
     coverage: Literal["normalised", "zero"] = "normalised"

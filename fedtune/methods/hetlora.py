@@ -32,6 +32,7 @@ class HetLoraSettings:
     """Settings of `hetlora`."""
 
     name: Literal["hetlora"] = "hetlora"
+    """Name of the method."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
     """Step from the old factors towards the clients' mean; 1 takes the mean."""
     weights: Weighting = "examples"

@@ -8,8 +8,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from fedtune.directions.manifest import Manifest
-from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.seed_ledger import Manifest, SeedLedger
 from fedtune.lora.adapter import Adapter
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Verb, Weighting, cohort_weights
 from fedtune.seeds import derive

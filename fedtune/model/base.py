@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.directions.manifest import Manifest, describe_one, fault_of
 from fedtune.directions.rebuild_torch import as_array
+from fedtune.directions.seed_ledger import Manifest, describe_tensor, tensor_fault
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint
 from fedtune.model import embedded
@@ -354,10 +354,10 @@ def manifest_of(model: nn.Module) -> Manifest:
             faults.append(Fault(name, f"weights in {', '.join(DTYPES)}", str(kind), "convert the base"))
             continue
         array = as_array(parameter.detach().cpu().contiguous())
-        if fault := fault_of(name, array):
+        if fault := tensor_fault(name, array):
             faults.append(fault)
         else:
-            entries.append(describe_one(name, array))
+            entries.append(describe_tensor(name, array))
     if faults:
         raise ConfigError(faults)
     return Manifest(tuple(entries))

@@ -15,10 +15,10 @@ import torch
 
 from fedtune.data.encode import Example
 from fedtune.directions.bank import check_accumulators, perturb
+from fedtune.directions.downlink import MAX_SCALAR
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.kron import Kron
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.directions.sums import MAX_SCALAR
 from fedtune.errors import ClientError
 from fedtune.messages import Probe, Training
 from fedtune.model.base import Base

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from fedtune.directions.bank import perturb
-from fedtune.directions.rebuild_numpy import scale
+from fedtune.directions.consistency import fastest_displacement
+from fedtune.directions.rebuild_numpy import unit_scale
 from fedtune.directions.rebuild_torch import rewriter
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.directions.ways import displacement_for
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import Base
 from fedtune.model.train import Batch, summed_loss
@@ -90,8 +90,8 @@ class DisplacedPosition:
 
     def __init__(self, base: Base, ledger: SeedLedger, trios: Sequence[Trio]) -> None:
         self._base, self._bank, self._trios = base, ledger.bank, trios
-        self._unit = float(scale(ledger.bank, ledger.exponent))
-        self._way = displacement_for(ledger.bank)
+        self._unit = float(unit_scale(ledger.bank, ledger.exponent))
+        self._way = fastest_displacement(ledger.bank)
         self._sums = [self._drawn(ledger.accumulators, ordinal, own) for ordinal, own, _ in trios]
 
     def losses(self, batch: Batch, moves: Sequence[Move]) -> Sequence[float]:

@@ -16,6 +16,7 @@ class ModelSettings:
     base: str
     """Folder with config.json, hub name, or `embedded` for the small model inside the package."""
     task: Literal["causal", "classification"] = "causal"
+    """causal: the base predicts the next token; classification: one label per example."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -36,6 +37,7 @@ class AdapterSettings:
     targets: Sequence[str]
     """Module names or their last parts, e.g. ["q_proj", "v_proj"]; ["all-linear"] takes every linear layer."""
     kind: Literal["lora"] = "lora"
+    """Kind of adapter; LoRA is the only one."""
     alpha: Annotated[float, Gt(0)] | Literal["2r"] = "2r"
     """Numerator of the LoRA scale; 2r keeps the scale at 2 for every rank."""
     rslora: bool = False
@@ -57,6 +59,7 @@ class EvaluationSettings:
     client_examples: Annotated[int, Ge(1)] | None = 64
     """Held-out examples per client used for that."""
     batch: Annotated[int, Ge(1)] = 16
+    """Examples per forward pass of an evaluation."""
     generate: Annotated[int, Ge(0)] = 0
     """Test examples to answer by greedy generation and score with Rouge-L and exact match; 0 is off."""
     new_tokens: Annotated[int, Ge(1)] = 64

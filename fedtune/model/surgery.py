@@ -324,23 +324,6 @@ def gates(model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[Any]:
             hook.remove()
 
 
-@contextmanager
-def with_gates(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> Iterator[Any]:
-    """Multiply by 0 what is not kept, for the length of the block: what `pruned` computes, at the full model's cost."""
-    check(keep, anatomy)
-    values = {}
-    for names, sizes, parts in (
-        (readers(anatomy, "q"), [block.heads for block in anatomy.blocks], [kept.q for kept in keep.blocks]),
-        (readers(anatomy, "ff"), [block.channels for block in anatomy.blocks], [kept.ff for kept in keep.blocks]),
-    ):
-        for name, size, part in zip(names, sizes, parts, strict=True):
-            value = torch.zeros(size)
-            value[list(part)] = 1.0
-            values[name] = value.to(core(model.get_submodule(name)).weight.device)
-    with gates(model, values):
-        yield model
-
-
 def readers(anatomy: BlockLayout, side: Side) -> list[str]:
     """Return the layers whose input is heads (`q`) or channels (`ff`), one a block, in the blocks' order."""
     return [name for name, (_, _, into) in anatomy.sides.items() if into == side]

@@ -18,6 +18,7 @@ class FixedSettings:
     """Settings of the planner `fixed`."""
 
     name: Literal["fixed"] = "fixed"
+    """Name of the planner."""
     ratio: Annotated[float, Interval(ge=0, le=0.875)] = 0.0
     """Pruning ratio of every client that no override names; above 0 it needs the table `pruning`."""
 

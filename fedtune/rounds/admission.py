@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 
-from fedtune.directions.sums import MAX_SCALAR
+from fedtune.directions.downlink import MAX_SCALAR
 from fedtune.errors import ShapeError
 from fedtune.lora.adapter import norm, unpack
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, ProbeResult, Pruning

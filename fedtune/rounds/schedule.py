@@ -19,6 +19,7 @@ class Schedule:
     """How many rounds, and who takes part; the recipe's table `rounds`."""
 
     count: Annotated[int, Ge(1)]
+    """Rounds of the run."""
     cohort: Annotated[int, Ge(1)] | Annotated[float, Gt(0)] | None = None
     """Clients per round: a whole number of them, or a share of the fleet in (0, 1]; none takes all."""
     min_clients: Annotated[int, Ge(1)] = 1

@@ -168,7 +168,8 @@ def cut_from_base(recipe: Path, base: str | Path | None, *, dtype: str, device: 
     The sum is rounded to the number format in which the run held the base, and the model is cast after that.
     """
     from fedtune.model.base import DTYPES
-    from fedtune.model.deployed import anatomy_at, load_pruned_base, merge_into
+    from fedtune.model.checkpoint import layout_from_config, load_pruned_base
+    from fedtune.model.pruned_export import merge_into
     from fedtune.model.settings import ModelSettings
 
     adapter, saved, origin = peft.read(recipe)
@@ -186,7 +187,7 @@ def cut_from_base(recipe: Path, base: str | Path | None, *, dtype: str, device: 
         )
     except (KeyError, TypeError) as error:
         raise StoreError(f"{recipe / 'fedtune.json'}: expected {error} of the run; export it again") from error
-    body = anatomy_at(settings, root=Path())
+    body = layout_from_config(settings, root=Path())
     keep = store_pruning.read(recipe / store_pruning.NAME, body, digest)
     found = load_pruned_base(settings, keep, root=Path(), seed=seed, labels=labels)
     if found.digest != digest:
@@ -371,7 +372,7 @@ def write_ratio(
 ) -> Mapping[str, Any]:
     """Write the three forms of one ratio, and return what `deploy.json` says of it."""
     from fedtune.model.base import DTYPES
-    from fedtune.model.deployed import write, write_uniform
+    from fedtune.model.pruned_export import write, write_uniform
 
     experiment = trained.experiment
     base, recipe, body = experiment.base, experiment.recipe, experiment.blueprint.anatomy

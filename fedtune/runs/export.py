@@ -178,8 +178,8 @@ def replay(
         WireError: if its bytes are none.
     """
     from fedtune.directions import seed_ledger as ledgers
-    from fedtune.directions.trainable import Reach
-    from fedtune.directions.trainable import trainable as chosen
+    from fedtune.directions.trainable import TensorSelection
+    from fedtune.directions.trainable import trainable_ordinals as chosen
     from fedtune.model import replay as rebuilding
 
     source, target = Path(ledger), None if out is None else Path(out)
@@ -187,7 +187,7 @@ def replay(
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
     seeds, origin = store_seeds.read(source) if source.is_dir() else (None, dict[str, Any]())
     with store_errors(source):
-        found = seeds.ledger if seeds else ledgers.decode(source.read_bytes())
+        found = seeds.ledger if seeds else ledgers.decode_ledger(source.read_bytes())
     if not seeds and found.bank.name == "kron" and not trainable:
         expected = "the folder of a run's seeds, or the tensors that were moved: a kron ledger alone does not name them"
         raise ConfigError(Fault("ledger", expected, str(source), "give runs/NAME/seeds, or --trainable GLOB"))
@@ -199,7 +199,7 @@ def replay(
         labels=origin.get("labels", ()),
         in_full=origin.get("modules_to_save", ()),
     )
-    everything = Reach(found.bank.name, trainable, vectors=True, embeddings=True)
+    everything = TensorSelection(found.bank.name, trainable, vectors=True, embeddings=True)
     ordinals = seeds.trainable if seeds else chosen(loaded.manifest, everything, loaded.matrices)
     if target is None:
         weights = rebuilding.write(loaded, found, ordinals, None)

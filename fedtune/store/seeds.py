@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.directions import manifest, seed_ledger
+from fedtune.directions import seed_ledger
 from fedtune.directions.kron import Kron
+from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import StoreError, WireError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.methods.method import SeedModel
@@ -45,7 +46,11 @@ def read(path: Path) -> tuple[SeedModel, Mapping[str, Any]]:
             raise StoreError(f"{path}: expected a seed ledger ({LEDGER}); run fedtune simulate first")
         parts = [(path / name).read_bytes() for name in (LEDGER, MANIFEST, ORIGIN)]
     try:
-        found, listed, provenance = seed_ledger.decode(parts[0]), manifest.decode(parts[1]), json.loads(parts[2])
+        found, listed, provenance = (
+            seed_ledger.decode_ledger(parts[0]),
+            decode_manifest(parts[1]),
+            json.loads(parts[2]),
+        )
         ordinals = tuple(listed.ordinals[name] for name in provenance["trainable"])
     except (WireError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: expected whole files of one run; {error}; put back a copy") from error

@@ -8,9 +8,9 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from fedtune.directions.bank import MAX_SIZE
+from fedtune.directions.blocks import MAX_SIZE
+from fedtune.directions.downlink import MAX_SHIFT
 from fedtune.directions.rebuild_numpy import EXPONENTS
-from fedtune.directions.sums import MAX_SHIFT
 from fedtune.errors import WireError
 from fedtune.messages import BankName, ClientUpdate, Measured, Probe, ProbeResult, Sampling, SeedState, Training
 from fedtune.wire.v1 import round_pb2 as pb

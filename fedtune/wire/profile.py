@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedtune.directions import manifest
+from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import WireError
 from fedtune.pruning.structure import FAMILIES, Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors, digest
@@ -192,7 +192,7 @@ def check_manifest(name: str, message: pb.ClientProfile) -> None:
     """Raise WireError unless the manifest, if one came, lists as many parameters as the client says there are."""
     if not message.manifest:
         return
-    listed = manifest.decode(message.manifest)
+    listed = decode_manifest(message.manifest)
     sizes = [entry.num_parameters for entry in listed.entries]
     if sum(sizes) != message.parameters or 0 in sizes:
         raise WireError(

@@ -56,7 +56,7 @@ class Scripted:
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
     def put(name: str, answer: Any, events: Sequence[Event] = ()) -> Scripted:
         scripted = Scripted(answer, events)
-        home = "exports" if name in ("export", "replay") else "api"
+        home = "runs.export" if name in ("export", "replay") else "api"
         monkeypatch.setattr(f"fedtune.{home}.{name}", scripted)
         return scripted
 

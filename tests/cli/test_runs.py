@@ -8,8 +8,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-import fedtune
 from fedtune.cli.main import app
+from tests.conftest import Simulated
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -19,8 +19,8 @@ def command(*arguments: object) -> Result:
 
 
 @pytest.fixture
-def ran(tables: dict[str, Any], tmp_path: Path) -> Path:
-    return fedtune.simulate(tables, out=tmp_path / "runs" / "tiny").path
+def ran(simulated: Simulated, tables: dict[str, Any], tmp_path: Path) -> Path:
+    return simulated(tables, tmp_path / "runs" / "tiny").path
 
 
 def test_runs_are_listed_with_what_became_of_them(ran: Path) -> None:

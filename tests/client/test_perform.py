@@ -13,8 +13,8 @@ from fedtune.client import perform as perform_module
 from fedtune.client.replica import Replicas
 from fedtune.data.encode import Example
 from fedtune.directions import sampling
-from fedtune.directions.consistency import places
-from fedtune.directions.sums import count_scalars
+from fedtune.directions.consistency import sample_places
+from fedtune.directions.downlink import count_scalars
 from fedtune.errors import ClientError, ShapeError, WireError
 from fedtune.lora.adapter import draw_a
 from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, ProbeResult, Training
@@ -217,7 +217,7 @@ def test_checks_of_other_displacements_are_refused_with_the_tensor(base: Base, r
     wrong = bytearray(measured(update).checks)
     wrong[4] ^= 1
     planted = replace(update, probed=replace(measured(update), checks=bytes(wrong)))
-    name = state.manifest.entries[places(state.digest, state.manifest, state.trainable)[1][0]].name
+    name = state.manifest.entries[sample_places(state.digest, state.manifest, state.trainable)[1][0]].name
     assert f"expected the displacements of {name}, block" in fedkseed.refuse(state, planted)
 
 

@@ -10,7 +10,7 @@ from fedtune.client.replica import Replicas, restore
 from fedtune.directions import downlink
 from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import DirectionBank
-from fedtune.directions.downlink import MAX_LOG, Logged, LoggedRound
+from fedtune.directions.downlink import MAX_LOG, LoggedRound, LoggedUpdate
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.seed_ledger import SeedLedger
@@ -38,7 +38,9 @@ class Run:
         self.log = list[LoggedRound]()
         for _ in range(rounds):
             clients = [
-                Logged(int(rng.integers(2**63)), int(rng.integers(1, 128)), rng.integers(-127, 128, 3).astype(np.int8))
+                LoggedUpdate(
+                    int(rng.integers(2**63)), int(rng.integers(1, 128)), rng.integers(-127, 128, 3).astype(np.int8)
+                )
                 for _ in range(2)
             ]
             self.log.append(LoggedRound(4, clients))
@@ -224,13 +226,13 @@ def test_sums_beyond_32_bits_are_refused_before_they_are_hashed() -> None:
     state = SeedState("whole", 0, downlink.encode_whole(huge), 4, ledger(4, huge).digest)
     with pytest.raises(WireError, match="sums that fit into 32 bits; got larger ones"):
         read(state, Replicas())
-    loud = [LoggedRound(24, [Logged(1, 1, np.full(60, 127, np.int8))])]
+    loud = [LoggedRound(24, [LoggedUpdate(1, 1, np.full(60, 127, np.int8))])]
     with pytest.raises(WireError, match="sums that fit into 32 bits; got larger ones"):
         read(SeedState("log", 0, downlink.encode_log(loud), 1, bytes(32)), Replicas())
 
 
 def test_a_log_of_distinct_seeds_is_read_by_the_same_sampling() -> None:
-    one = LoggedRound(4, [Logged(3, 1, np.array([1, 2, 3], np.int8))])
+    one = LoggedRound(4, [LoggedUpdate(3, 1, np.array([1, 2, 3], np.int8))])
     sums = downlink.replay_log(
         np.zeros(64, np.int32), [one], lambda key, count: sampling_module.sample_distinct(key, count, 64)
     )
@@ -246,6 +248,6 @@ def test_a_log_of_distinct_seeds_is_read_by_the_same_sampling() -> None:
 @pytest.mark.parametrize(("sampling", "steps"), [("pro", 3), ("distinct", 65)])
 def test_a_log_whose_draws_cannot_be_made_is_refused(sampling: str, steps: int) -> None:
     # `pro` draws by levels that the log does not hold; distinct seeds are at most K.
-    log = [LoggedRound(4, [Logged(3, 1, np.ones(steps, np.int8))])]
+    log = [LoggedRound(4, [LoggedUpdate(3, 1, np.ones(steps, np.int8))])]
     with pytest.raises(WireError):
         read(SeedState("log", 0, downlink.encode_log(log), 1, bytes(32)), Replicas(), sampling=sampling)

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.directions.bank import DirectionBank, displacement, headroom, perturb, value_bound
-from fedtune.directions.blocks import whole
+from fedtune.directions.bank import BANK_NAMES, DirectionBank, displacement, headroom, perturb, value_bound
+from fedtune.directions.bank import BANKS as CONSTRUCTORS
+from fedtune.directions.blocks import all_blocks
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
@@ -23,7 +24,7 @@ def test_a_displacement_is_the_sum_over_all_directions(bank: DirectionBank) -> N
         shape = (size,) if size != 10_000 else (40, 250)
         y = np.zeros(size, np.int64)
         for k in np.flatnonzero(sums).tolist():
-            y += int(sums[k]) * bank.direction(k, ordinal=5, shape=shape, blocks=whole(shape)).astype(np.int64)
+            y += int(sums[k]) * bank.direction(k, ordinal=5, shape=shape, blocks=all_blocks(shape)).astype(np.int64)
         np.testing.assert_array_equal(displacement(bank, sums, ordinal=5, shape=shape), y)
 
 
@@ -54,10 +55,10 @@ def test_every_direction_has_mean_zero_and_variance_one(bank: DirectionBank) -> 
     n = 2**16
     shape = (256, 256)
     for k in {0, bank.size // 2, bank.size - 1}:
-        z = bank.direction(k, ordinal=1, shape=shape, blocks=whole(shape)) / 2**bank.halvings
+        z = bank.direction(k, ordinal=1, shape=shape, blocks=all_blocks(shape)) / 2**bank.halvings
         # An outer product of signs has as many independent ones as rows, not as positions.
         assert abs(z.mean()) < 5 / np.sqrt(n if bank.name != "kron" else 256)
-        spread = 0.0 if bank.reach == 1 else 5 * np.sqrt((2.875 - 1) / n)
+        spread = 0.0 if bank.max_abs == 1 else 5 * np.sqrt((2.875 - 1) / n)
         assert abs(np.square(z).mean() - 1) <= spread
 
 
@@ -84,7 +85,7 @@ def test_headroom_counts_down_to_the_last_sum_that_fits() -> None:
 
 @pytest.mark.parametrize("bank", [Hadamard(4, SEED), Gaussian(4, SEED), Kron(4, SEED)], ids=lambda bank: bank.name)
 def test_sums_that_could_leave_32_bits_are_refused(bank: DirectionBank) -> None:
-    sums = np.array([(2**31 - 1) // bank.reach, 1, 0, 0], np.int32)
+    sums = np.array([(2**31 - 1) // bank.max_abs, 1, 0, 0], np.int32)
     with pytest.raises(RoundError, match=r"accumulators: expected sum \|A\| of at most"):
         displacement(bank, sums, ordinal=0, shape=(2, 2))
 
@@ -111,3 +112,9 @@ def test_a_kron_pool_is_a_square() -> None:
 def test_a_key_has_64_bits() -> None:
     with pytest.raises(ConfigError, match="key: expected an integer of 64 bits"):
         Gaussian(4, 2**64)
+
+
+def test_every_bank_stands_under_its_own_name_and_byte() -> None:
+    assert {code: CONSTRUCTORS[name](16, 5).code for code, name in BANK_NAMES.items()} == {1: 1, 2: 2, 3: 3}
+    assert {name: CONSTRUCTORS[name](16, 5).name for name in CONSTRUCTORS} == {name: name for name in CONSTRUCTORS}
+    assert all((bank.size, bank.key) == (16, 5) for bank in (make(16, 5) for make in CONSTRUCTORS.values()))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -12,18 +13,21 @@ from hypothesis.extra import numpy as hnp
 
 from fedtune.directions import sampling
 from fedtune.directions.downlink import (
-    Logged,
     LoggedRound,
+    LoggedUpdate,
+    count_scalars,
     decode_changed,
     decode_log,
     decode_whole,
     encode_changed,
     encode_log,
     encode_whole,
+    increments,
     replay_log,
-    smallest,
+    shortest_form,
+    weighted_sum,
 )
-from fedtune.directions.sums import count_scalars, increments, weighted_sum
+from fedtune.directions.sampling import sample_uniform
 from fedtune.errors import WireError
 from fedtune.tensors import Array
 
@@ -37,7 +41,7 @@ def of(size: int, numbers: st.SearchStrategy[int] = NUMBERS) -> st.SearchStrateg
 
 
 LOGGED = st.builds(
-    Logged,
+    LoggedUpdate,
     key=st.integers(0, 2**64 - 1),
     weight=st.integers(1, 127),
     scalars=st.lists(st.integers(-127, 127), max_size=9).map(lambda q: np.array(q, np.int8)),
@@ -46,9 +50,11 @@ ROUNDS = st.lists(
     st.builds(LoggedRound, shift=st.integers(0, 24), clients=st.lists(LOGGED, max_size=4)), min_size=1, max_size=5
 )
 LOG = [
-    LoggedRound(4, [Logged(1, 3, np.array([10, -5, 127, 1], np.int8)), Logged(2, 1, np.array([-127, 2], np.int8))]),
+    LoggedRound(
+        4, [LoggedUpdate(1, 3, np.array([10, -5, 127, 1], np.int8)), LoggedUpdate(2, 1, np.array([-127, 2], np.int8))]
+    ),
     LoggedRound(5, []),
-    LoggedRound(5, [Logged(2**64 - 1, 127, np.array([7], np.int8))]),
+    LoggedRound(5, [LoggedUpdate(2**64 - 1, 127, np.array([7], np.int8))]),
 ]
 
 
@@ -116,11 +122,11 @@ def test_the_bytes_of_each_form_by_hand() -> None:
     sums[[0, 9]] = 3, -1
     assert encode_changed(sums, known) == b"\x01\x02" + b"\x03\x00" + b"\xff\xff"
     entry = b"\x04\x01\x00" + b"\x08\x07\x06\x05\x04\x03\x02\x01" + b"\x7f" + b"\x02\x00" + b"\x01\xff"
-    assert encode_log([LoggedRound(4, [Logged(0x0102030405060708, 127, np.array([1, -1], np.int8))])]) == entry
+    assert encode_log([LoggedRound(4, [LoggedUpdate(0x0102030405060708, 127, np.array([1, -1], np.int8))])]) == entry
 
 
 def test_a_round_of_ten_clients_with_200_scalars_takes_2113_bytes() -> None:
-    clients = [Logged(key, 127, np.zeros(200, np.int8)) for key in range(10)]
+    clients = [LoggedUpdate(key, 127, np.zeros(200, np.int8)) for key in range(10)]
     assert len(encode_log([LoggedRound(4, clients)])) == 3 + 10 * (11 + 200)
 
 
@@ -191,7 +197,7 @@ def test_a_log_with_more_behind_it_is_refused(more: bytes) -> None:
     ids=["shift", "largest shift", "no weight", "weight", "clients", "many clients", "scalars", "many scalars"],
 )
 def test_a_log_that_lies_is_refused(place: int, value: int, reason: str) -> None:
-    data = bytearray(encode_log([LoggedRound(24, [Logged(7, 127, np.array([1, 2], np.int8))])]))
+    data = bytearray(encode_log([LoggedRound(24, [LoggedUpdate(7, 127, np.array([1, 2], np.int8))])]))
     data[place] = value
     with pytest.raises(WireError, match=reason):
         decode_log(bytes(data))
@@ -224,7 +230,10 @@ def test_what_is_replayed_is_what_the_server_sums_up(start: Array, rounds: list[
 
 
 def test_the_expected_round_is_replayed() -> None:
-    clients = [Logged(1, 3, np.array([10, -5, 127, 1], np.int8)), Logged(2, 1, np.array([-127, 2, 0, 3], np.int8))]
+    clients = [
+        LoggedUpdate(1, 3, np.array([10, -5, 127, 1], np.int8)),
+        LoggedUpdate(2, 1, np.array([-127, 2, 0, 3], np.int8)),
+    ]
     start = np.arange(8, dtype=np.int32)
     found = replay_log(start, [LoggedRound(4, clients)], partial(sampling.sample_ids, size=8, sampling="uniform"))
     assert (found - start).tolist() == [0, 0, 0, -52, 0, 0, 1668, -508]
@@ -233,7 +242,7 @@ def test_the_expected_round_is_replayed() -> None:
 
 def test_every_round_is_rounded_by_itself_and_shifted_by_its_own() -> None:
     # A third of one, four times: each rounds to 0 with a shift of 0; with 4 it is 5.33 and rounds to 5.
-    one = [Logged(1, 1, np.array([1], np.int8)), Logged(1, 2, np.array([0], np.int8))]
+    one = [LoggedUpdate(1, 1, np.array([1], np.int8)), LoggedUpdate(1, 2, np.array([0], np.int8))]
     start = np.zeros(1, np.int32)
     draw = partial(sampling.sample_ids, size=1, sampling="uniform")
     assert replay_log(start, [LoggedRound(0, one)] * 4, draw).tolist() == [0]
@@ -241,5 +250,129 @@ def test_every_round_is_rounded_by_itself_and_shifted_by_its_own() -> None:
 
 
 def test_the_smallest_form_is_chosen_and_of_equals_the_first_by_name() -> None:
-    assert smallest({"whole": b"1234", "changed": b"123", "log": b"12345"}) == ("changed", b"123")
-    assert smallest({"whole": b"12", "log": b"ab", "changed": b"ab!"}) == ("log", b"ab")
+    assert shortest_form({"whole": b"1234", "changed": b"123", "log": b"12345"}) == ("changed", b"123")
+    assert shortest_form({"whole": b"12", "log": b"ab", "changed": b"ab!"}) == ("log", b"ab")
+
+
+SIZE = 8
+SCALARS = st.lists(st.integers(-127, 127), min_size=1, max_size=12)
+COHORT = st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 127), SCALARS), min_size=1, max_size=6)
+SHIFT = st.integers(0, 24)
+
+Member = tuple[int, int, Sequence[int]]
+"""(sample key, weight, scalars)"""
+
+
+def part(member: Member) -> tuple[Array, int]:
+    key, weight, scalars = member
+    return count_scalars(sample_uniform(key, len(scalars), SIZE), np.array(scalars, np.int8), SIZE), weight
+
+
+def rounded(sums: Array, total: int, shift: int) -> list[int]:
+    """Return what `increments` must be: Python rounds fractions to nearest even."""
+    return [round(Fraction(int(each) << shift, total)) for each in sums]
+
+
+def test_the_expected_cohort_adds_the_expected_increments() -> None:
+    cohort = [(1, 3, [10, -5, 127, 1]), (2, 1, [-127, 2, 0, 3])]
+    assert [sample_uniform(key, 4, SIZE).tolist() for key, _, _ in cohort] == [[6, 3, 6, 6], [7, 3, 7, 6]]
+    assert [part(one)[0].tolist() for one in cohort] == [[0, 0, 0, -5, 0, 0, 138, 0], [0, 0, 0, 2, 0, 0, 3, -127]]
+    sums, total = weighted_sum([part(one) for one in cohort], SIZE)
+    assert (sums.tolist(), total) == ([0, 0, 0, -13, 0, 0, 417, -127], 4)
+    assert increments(sums, total, 4).tolist() == [0, 0, 0, -52, 0, 0, 1668, -508]
+
+
+@pytest.mark.parametrize(
+    ("sums", "total", "shift", "expected"),
+    [
+        ([3, 5, -3, -5, 1, -1], 2, 0, [2, 2, -2, -2, 0, 0]),
+        ([100, -100], 7, 4, [229, -229]),
+        ([1, 3, -1, -3], 32, 4, [0, 2, 0, -2]),
+        ([4, -4, 5, -5], 3, 0, [1, -1, 2, -2]),
+        ([127 * 127 * 65_535], 1, 24, [127 * 127 * 65_535 << 24]),
+    ],
+)
+def test_ties_go_to_the_even_number_whatever_the_sign(
+    sums: list[int], total: int, shift: int, expected: list[int]
+) -> None:
+    found = increments(np.array(sums, np.int64), total, shift)
+    assert found.tolist() == expected
+    assert found.dtype == np.int64
+
+
+@given(sums=st.lists(st.integers(-(2**36), 2**36), min_size=1, max_size=20), total=st.integers(1, 2**20), shift=SHIFT)
+def test_increments_are_exact_fractions_rounded_to_nearest_even(sums: list[int], total: int, shift: int) -> None:
+    given_sums = np.array(sums, np.int64)
+    assert increments(given_sums, total, shift).tolist() == rounded(given_sums, total, shift)
+
+
+@given(half=st.integers(-(2**30), 2**30), total=st.integers(1, 1000))
+def test_exact_halves_always_give_an_even_number(half: int, total: int) -> None:
+    sums = np.array([(2 * half + 1) * total], np.int64)
+    (found,) = increments(sums, 2 * total, 0).tolist()
+    assert found % 2 == 0
+    assert abs(2 * found - (2 * half + 1)) == 1
+
+
+@settings(deadline=None)
+@given(cohort=COHORT, shift=SHIFT, data=st.data())
+def test_the_order_of_clients_changes_no_bit(cohort: list[Member], shift: int, data: st.DataObject) -> None:
+    other = data.draw(st.permutations(cohort))
+    (sums, total), (again, same) = (weighted_sum([part(one) for one in each], SIZE) for each in (cohort, other))
+    assert total == same == sum(weight for _, weight, _ in cohort)
+    assert sums.tolist() == again.tolist()
+    assert increments(sums, total, shift).tolist() == increments(again, total, shift).tolist()
+
+
+@settings(deadline=None)
+@given(cohort=COHORT, shift=SHIFT)
+def test_a_cohort_adds_the_weighted_mean_of_its_clients(cohort: list[Member], shift: int) -> None:
+    sums, total = weighted_sum([part(one) for one in cohort], SIZE)
+    plain = [Fraction(0)] * SIZE
+    for key, weight, scalars in cohort:
+        for k, q in zip(sample_uniform(key, len(scalars), SIZE).tolist(), scalars, strict=True):
+            plain[k] += Fraction(weight * q * 2**shift, sum(w for _, w, _ in cohort))
+    assert increments(sums, total, shift).tolist() == [round(each) for each in plain]
+
+
+@given(key=st.integers(0, 2**64 - 1), weight=st.integers(1, 127), scalars=SCALARS, shift=SHIFT)
+def test_one_client_alone_adds_its_own_steps_whatever_its_weight(
+    key: int, weight: int, scalars: list[int], shift: int
+) -> None:
+    own = [0] * SIZE
+    for k, q in zip(sample_uniform(key, len(scalars), SIZE).tolist(), scalars, strict=True):
+        own[k] += q << shift
+    assert increments(*weighted_sum([part((key, weight, scalars))], SIZE), shift).tolist() == own
+
+
+@given(
+    first=st.lists(st.tuples(st.integers(0, 7), st.integers(-127, 127)), max_size=20),
+    second=st.lists(st.tuples(st.integers(0, 7), st.integers(-127, 127)), max_size=20),
+)
+def test_the_sums_of_two_halves_are_those_of_the_whole(
+    first: list[tuple[int, int]], second: list[tuple[int, int]]
+) -> None:
+    def of(draws: list[tuple[int, int]]) -> Array:
+        ids, scalars = np.array(draws, np.int32).reshape(-1, 2).T
+        return count_scalars(ids, scalars.astype(np.int8), SIZE)
+
+    assert (of(first) + of(second)).tolist() == of(first + second).tolist()
+
+
+def test_a_seed_drawn_often_leaves_the_eight_bits_of_a_scalar() -> None:
+    found = count_scalars(np.zeros(1000, np.int32), np.full(1000, -127, np.int8), 2)
+    assert found.tolist() == [-127_000, 0]
+    assert found.dtype == np.int64
+
+
+def test_nobody_adds_nothing() -> None:
+    sums, total = weighted_sum([], SIZE)
+    assert (sums.tolist(), total) == ([0] * SIZE, 0)
+    assert increments(sums, total, 4).tolist() == [0] * SIZE
+
+
+def test_what_is_summed_stays_as_it_was() -> None:
+    one = np.arange(SIZE, dtype=np.int64)
+    weighted_sum([(one, 5), (one, 7)], SIZE)
+    increments(one, 3, 4)
+    assert one.tolist() == list(range(SIZE))

@@ -1,18 +1,27 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.directions.banks import BANKS
+from fedtune.directions.bank import BANKS
 from fedtune.directions.hadamard import Hadamard
-from fedtune.directions.manifest import describe
-from fedtune.directions.seed_ledger import SeedLedger, decode
-from fedtune.errors import WireError
+from fedtune.directions.seed_ledger import (
+    Manifest,
+    SeedLedger,
+    TensorEntry,
+    decode_ledger,
+    decode_manifest,
+    describe_base,
+)
+from fedtune.errors import ConfigError, WireError
+from fedtune.tensors import DTYPES, Array
 from tests.directions.vectors import SEED, SMALL, accumulators, small_w0
 
-MANIFEST = describe({"b.weight": small_w0((4, 6)), "a.bias": small_w0((5,))}).digest
+MANIFEST = describe_base({"b.weight": small_w0((4, 6)), "a.bias": small_w0((5,))}).digest
 TINY = SeedLedger(Hadamard(8, SEED), 10, 3, MANIFEST, SMALL)
 
 
@@ -34,10 +43,10 @@ def test_a_ledger_of_4096_seeds_has_16444_bytes() -> None:
     exponent=st.integers(0, 125),
     round=st.integers(0, 2**32 - 1),
 )
-def test_what_is_encoded_is_decoded(name: str, size: int, key: int, exponent: int, round: int) -> None:
+def test_an_encoded_ledger_is_decoded_again(name: str, size: int, key: int, exponent: int, round: int) -> None:
     bank = BANKS[name](size, key)
     ledger = SeedLedger(bank, exponent, round, MANIFEST, accumulators(bank, most=2**16, key=round))
-    found = decode(ledger.encode())
+    found = decode_ledger(ledger.encode())
     assert (found.bank, found.exponent, found.round, found.manifest) == (bank, exponent, round, MANIFEST)
     np.testing.assert_array_equal(found.accumulators, ledger.accumulators)
     assert found.encode() == ledger.encode()
@@ -48,7 +57,7 @@ def test_every_truncated_and_every_longer_ledger_is_refused() -> None:
     data = TINY.encode()
     for wrong in [*(data[:length] for length in range(len(data))), data + b"\0", data + bytes(4)]:
         with pytest.raises(WireError, match="seed ledger: expected"):
-            decode(wrong)
+            decode_ledger(wrong)
 
 
 @pytest.mark.parametrize(
@@ -73,20 +82,160 @@ def test_a_ledger_that_no_run_wrote_is_refused(offset: int, value: bytes, reason
     data = bytearray(TINY.encode())
     data[offset : offset + len(value)] = value
     with pytest.raises(WireError, match=reason):
-        decode(bytes(data))
+        decode_ledger(bytes(data))
 
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.binary(max_size=200))
-def test_arbitrary_bytes_raise_nothing_but_a_wire_error(data: bytes) -> None:
+def test_arbitrary_ledger_bytes_raise_nothing_but_a_wire_error(data: bytes) -> None:
     with pytest.raises(WireError):
-        decode(data)
+        decode_ledger(data)
 
 
 def test_the_digest_knows_every_field() -> None:
-    digests = {decode(TINY.encode()).digest}
+    digests = {decode_ledger(TINY.encode()).digest}
     for offset in (12, 20, 24, 28, 60):
         data = bytearray(TINY.encode())
         data[offset] ^= 1
-        digests.add(decode(bytes(data)).digest)
+        digests.add(decode_ledger(bytes(data)).digest)
     assert len(digests) == 6
+
+
+BASE = {"b.weight": small_w0((4, 6)), "a.bias": small_w0((5,))}
+
+
+def test_the_tiny_manifest_has_the_expected_digest() -> None:
+    manifest = describe_base(BASE)
+    assert len(manifest.encode()) == 123
+    assert manifest.digest.hex() == "1fe13af778e030d751a0368e0ebc743550afbd26c3eb22619fd4555b95888d33"
+
+
+def test_ordinals_follow_the_bytes_of_the_names_whatever_the_order_given() -> None:
+    names = ["layers.2.w", "layers.10.w", "Z", "é", "z", "a"]
+    manifest = describe_base({name: np.zeros(2, np.float32) for name in names})
+    assert manifest.ordinals == {"Z": 0, "a": 1, "layers.10.w": 2, "layers.2.w": 3, "z": 4, "é": 5}
+
+
+def test_the_digest_knows_every_name_format_shape_and_bit() -> None:
+    base = np.array([[1.0, -0.0]], np.float32)
+    tensors: list[dict[str, Array]] = [
+        {"w": base},
+        {"v": base},
+        {"w": base.T},
+        {"w": base.astype(np.float16)},
+        {"w": base.astype(DTYPES["bf16"])},
+        {"w": np.abs(base)},
+        {"w": base, "x": base},
+    ]
+    assert len({describe_base(each).digest for each in tensors}) == len(tensors)
+
+
+def test_an_entry_holds_the_digest_of_the_tensors_bytes_in_row_major_order() -> None:
+    turned = np.asfortranarray(small_w0((4, 6)))
+    assert describe_base({"w": turned}).entries[0].digest == hashlib.sha256(small_w0((4, 6)).tobytes()).digest()
+    assert describe_base({"w": turned}).entries[0].num_parameters == 24
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_base_that_is_not_finite_is_refused_by_name(dtype: str, bad: float) -> None:
+    tensors = {"good": np.ones(3, DTYPES[dtype]), "bad": np.array([1, bad], np.float32).astype(DTYPES[dtype])}
+    with pytest.raises(ConfigError, match=r"^bad: expected finite weights; got NaN or infinity"):
+        describe_base(tensors)
+
+
+def test_the_largest_and_smallest_numbers_are_finite() -> None:
+    info = np.finfo(np.float16)
+    describe_base({"w": np.array([info.max, info.min, info.smallest_subnormal, -0.0], np.float16)})
+
+
+def test_all_faults_of_a_base_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        describe_base({"a": np.zeros(2), "b": np.zeros(2, np.float32), "c": np.zeros(2, np.int8)})
+    assert [fault.path for fault in caught.value.faults] == ["a", "c"]
+
+
+@pytest.mark.parametrize("names", [("b", "a"), ("a", "a")])
+def test_a_manifest_out_of_order_cannot_be_made(names: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="sorted by name"):
+        Manifest(tuple(TensorEntry(name, "fp32", (2,), bytes(32)) for name in names))
+
+
+NAME = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+ENTRIES = st.dictionaries(
+    NAME,
+    st.tuples(
+        st.sampled_from(sorted(DTYPES)),
+        st.lists(st.integers(0, 2**64 - 1), max_size=9).map(tuple),
+        st.binary(min_size=32, max_size=32),
+    ),
+    max_size=5,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(found=ENTRIES)
+def test_an_encoded_manifest_is_decoded_again(found: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+    manifest = Manifest(tuple(TensorEntry(name, *found[name]) for name in sorted(found, key=str.encode)))
+    again = decode_manifest(manifest.encode())
+    assert again == manifest
+    assert again.digest == manifest.digest
+    assert again.ordinals == manifest.ordinals
+
+
+def test_every_truncated_and_every_longer_manifest_is_refused() -> None:
+    data = describe_base(BASE).encode()
+    for wrong in [*(data[:length] for length in range(len(data) - 32)), data + b"\0", data + data[9:]]:
+        with pytest.raises(WireError, match="manifest: expected"):
+            decode_manifest(wrong)
+
+
+@pytest.mark.parametrize("missing", [1, 31, 32])
+def test_a_manifest_cut_within_its_last_digest_is_refused(missing: int) -> None:
+    data = describe_base(BASE).encode()
+    with pytest.raises(WireError, match="manifest: expected"):
+        decode_manifest(data[:-missing])
+
+
+# Of the tiny manifest: front of 9 bytes; length at 9, name of 6 at 13, format at 19, axes at 20, then one axis of 8.
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, b"FTKS"),
+        (4, b"\x02"),
+        (5, (1).to_bytes(4, "little")),
+        (5, (3).to_bytes(4, "little")),
+        (5, (2**32 - 1).to_bytes(4, "little")),
+        (9, (2**32 - 1).to_bytes(4, "little")),
+        (9, (5).to_bytes(4, "little")),
+        (13, b"\xff"),
+        (13, b"c"),
+        (19, b"\x00"),
+        (19, b"\x04"),
+        (20, b"\x00"),
+        (20, b"\x02"),
+        (20, b"\xff"),
+    ],
+    ids=[
+        *("magic", "version", "fewer", "more", "many more", "long name", "short name", "no text", "order"),
+        *("no format", "unknown format", "fewer axes", "more axes", "many axes"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(place: int, value: bytes) -> None:
+    data = bytearray(describe_base(BASE).encode())
+    data[place : place + len(value)] = value
+    with pytest.raises(WireError, match="manifest: expected"):
+        decode_manifest(bytes(data))
+
+
+def test_a_name_that_stands_twice_is_refused() -> None:
+    one = TensorEntry("w", "fp32", (2,), bytes(32)).encode()
+    with pytest.raises(WireError, match="sorted by name"):
+        decode_manifest(b"FTKM\x01" + (2).to_bytes(4, "little") + one + one)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.binary(max_size=120), front=st.booleans())
+def test_arbitrary_manifest_bytes_raise_nothing_but_a_wire_error(data: bytes, front: bool) -> None:
+    with pytest.raises(WireError):
+        decode_manifest((b"FTKM\x01" + (2).to_bytes(4, "little") if front else b"") + data)

@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.directions import downlink, manifest
-from fedtune.directions.banks import BANKS
-from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions import downlink
+from fedtune.directions.bank import BANKS
+from fedtune.directions.seed_ledger import SeedLedger, describe_base
 from fedtune.link.envelopes import digest, part, seal, subject
 from fedtune.link.pki import roster
 from fedtune.link.pki.roster import Party, Roster
@@ -212,7 +212,7 @@ FOUNDATION = ModelSpec(
     transposed=True,
     parameters=260_000,
 )
-MANIFEST = manifest.describe({"b.weight": numbers((3, 4)), "a.bias": numbers((5,), ml_dtypes.bfloat16)})
+MANIFEST = describe_base({"b.weight": numbers((3, 4)), "a.bias": numbers((5,), ml_dtypes.bfloat16)})
 PROFILES: Mapping[str, ClientProfile] = {
     "plain": ClientProfile("bank-1", 120, replace(FOUNDATION, saved={}, saved_modules=(), labels=()), ("flora",)),
     "every field": ClientProfile(
@@ -333,7 +333,7 @@ def seeds() -> Mapping[str, Any]:
     """Return what stands in files and messages of seeds: manifests, ledgers, and the forms of accumulators."""
     sums = np.array([0, 5, -7, 30_000] * 16, np.int32)
     wide, known = sums * 10, np.where(np.arange(64) % 8 == 0, sums + 1, sums).astype(np.int32)
-    logged = downlink.LoggedRound(5, (downlink.Logged(2**64 - 1, 127, np.array([1, -1, 127], np.int8)),))
+    logged = downlink.LoggedRound(5, (downlink.LoggedUpdate(2**64 - 1, 127, np.array([1, -1, 127], np.int8)),))
     made = {
         "manifest": MANIFEST.encode(),
         "whole, 16 bits": downlink.encode_whole(sums),

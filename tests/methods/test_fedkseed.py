@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.client.replica import Replicas, restore
-from fedtune.directions import pro
 from fedtune.directions import sampling as sampling_module
-from fedtune.directions.bank import INT32_LIMIT, displacement, headroom, perturb
-from fedtune.directions.banks import BANKS
-from fedtune.directions.consistency import STATE, block_checks, places
+from fedtune.directions.bank import BANKS, displacement, headroom, perturb
+from fedtune.directions.blocks import INT32_LIMIT
+from fedtune.directions.consistency import STATE, block_checks, sample_places
 from fedtune.directions.downlink import MAX_LOG
-from fedtune.directions.manifest import Manifest, describe
+from fedtune.directions.sampling import paper_probabilities, repaired_probabilities
+from fedtune.directions.seed_ledger import Manifest, describe_base
 from fedtune.errors import ConfigError, RoundError
 from fedtune.lora.adapter import delta
 from fedtune.messages import Assignment, Blueprint, ClientUpdate, Plan, Probe, ProbeResult, SeedState, Training
@@ -34,7 +34,7 @@ from fedtune.tensors import Array
 from fedtune.wire.codec import decode_assignment, encode_assignment
 
 SEED = 11
-BASE = describe(
+BASE = describe_base(
     {
         "embed.weight": np.zeros((30, 6), np.float32),
         "layer.bias": np.zeros(6, np.float32),
@@ -414,7 +414,7 @@ def test_no_size_that_is_admitted_breaks_the_unit(rms: float) -> None:
 def test_a_round_that_could_leave_32_bits_is_not_begun(bank: str, seeds: int) -> None:
     start = first(bank=bank, seeds=seeds)
     growth = 127 * 4 * 16 + seeds // 2
-    room = (INT32_LIMIT - 1) // start.bank.reach - start.perturbation
+    room = (INT32_LIMIT - 1) // start.bank.max_abs - start.perturbation
     sums = np.zeros(seeds, np.int64)
     sums[3] = -(room - growth)
     state = replace(start, accumulators={"a": sums.astype(np.int32)})
@@ -486,7 +486,7 @@ def test_the_planted_wrong_block_is_named(bank: str, seeds: int) -> None:
         y = displacement(kind, sums, ordinal=ordinal, shape=shape, blocks=blocks)
         return y + ((ordinal, blocks.start) == place)
 
-    for place in places(state.digest, BASE, state.trainable):
+    for place in sample_places(state.digest, BASE, state.trainable):
         theirs = block_checks(state.ledger, BASE, state.trainable, off)
         name = BASE.entries[place[0]].name
         assert METHOD.refuse(state, spoiled(state, checks=theirs)) == (
@@ -694,7 +694,7 @@ def test_a_state_that_was_kept_goes_on_to_the_same_bits(mode: str) -> None:
 
 
 def test_pro_draws_evenly_before_the_first_visit_and_by_its_rule_after() -> None:
-    for name, rule in (("repaired", pro.repaired_probabilities), ("paper", pro.paper_probabilities)):
+    for name, rule in (("repaired", repaired_probabilities), ("paper", paper_probabilities)):
         state = first(sampling="pro", pro=name)
         assert probe(state).levels == bytes([255] * 8)
         after = METHOD.aggregate(state, [answer(state, "ann", [100, -100, 3, 0]), answer(state, "bob", [-9, 8, 7, -6])])
@@ -704,7 +704,7 @@ def test_pro_draws_evenly_before_the_first_visit_and_by_its_rule_after() -> None
                 sizes[k], visits[k] = sizes[k] + abs(q), visits[k] + 1
         assert after.drawn["sizes"].tolist() == sizes.tolist()
         assert after.drawn["visits"].tolist() == visits.tolist()
-        assert probe(after).levels == sampling_module.levels(rule(sizes, visits)).tobytes()
+        assert probe(after).levels == sampling_module.quantise_levels(rule(sizes, visits)).tobytes()
         assert len(set(probe(after).levels)) > 1
 
 

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from fedtune.directions import downlink
-from fedtune.directions.manifest import describe
-from fedtune.directions.seed_ledger import decode
+from fedtune.directions.seed_ledger import decode_ledger, describe_base
 from fedtune.messages import Blueprint
 from fedtune.methods.fedkseed import METHOD
 from fedtune.methods.fedkseed_state import FINE, PROVISIONAL, FedKSeedSettings, FedKSeedState, units
 from fedtune.tensors import Array
 
-BASE = describe({"layer.weight": np.zeros((6, 10), np.float32)})
+BASE = describe_base({"layer.weight": np.zeros((6, 10), np.float32)})
 
 
 def state(sums: Array | None = None, **settings: object) -> FedKSeedState:
@@ -51,7 +50,7 @@ def test_a_perturbation_is_what_was_asked_for_within_a_32nd(perturbation: float)
 def test_the_ledger_is_the_state_in_60_and_4_k_bytes() -> None:
     made = state(np.arange(16))
     assert len(made.ledger.encode()) == 60 + 4 * 16
-    read = decode(made.ledger.encode())
+    read = decode_ledger(made.ledger.encode())
     assert read.digest == made.digest
     assert (read.manifest, read.round, read.accumulators.tolist()) == (BASE.digest, 5, list(range(16)))
 

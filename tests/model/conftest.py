@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from fedtune.data.encode import Example
-from fedtune.directions.bank import DirectionBank
-from fedtune.directions.banks import BANKS
+from fedtune.directions.bank import BANKS, DirectionBank
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings

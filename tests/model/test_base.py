@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from fedtune.data.encode import Example
-from fedtune.directions import manifest
+from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import ConfigError
 from fedtune.model.base import choose_device, digest, load, load_tokenizer, manifest_of
 from fedtune.model.settings import AdapterSettings, ModelSettings
@@ -196,7 +196,7 @@ def test_a_line_of_the_manifest_is_shape_format_and_digest_of_the_bytes(
 def test_the_manifest_travels_to_the_method_only_where_it_needs_all_of_the_base(loaded: Any) -> None:
     base = loaded()
     assert base.blueprint(max_rank=1, seed=0).manifest == b""
-    assert manifest.decode(base.blueprint(max_rank=1, seed=0, whole=True).manifest) == base.manifest
+    assert decode_manifest(base.blueprint(max_rank=1, seed=0, whole=True).manifest) == base.manifest
 
 
 def test_every_weight_that_is_no_finite_number_of_a_known_format_is_named(loaded: Any) -> None:

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from fedtune.errors import ClientError, ConfigError
 from fedtune.model.importance import DECAY, gradients, pool, scores, sketch, sketch_layers, smooth, unit_scores
 from fedtune.model.lora import with_adapters
-from fedtune.model.surgery import core, layout_of, readers, with_gates, with_structure
+from fedtune.model.surgery import core, layout_of, readers, with_structure
 from fedtune.model.train import Batch, summed_loss
 from fedtune.pruning.ranking import Criterion, PruningSettings, at_structure, rank_units, structure_at
 from fedtune.pruning.structure import BlockStructure, ModelStructure, cuts, full_block, rows, shapes, slice_adapter
+from tests.model.gating import with_gates
 from tests.model.test_surgery import CONFIGS, IDS, MASK, base_of, build, model_of, random_adapter, random_keep
 
 ALL: list[Criterion] = ["wanda", "lora", "gate", "magnitude", "random"]

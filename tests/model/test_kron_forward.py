@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.directions.trainable import Reach, trainable
+from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import ClientError, ConfigError
 from fedtune.model.base import Base, digest
 from fedtune.model.kron_forward import with_injected_paths
@@ -25,7 +25,9 @@ QUERIES = [(3, 0), (3, -60), (5, -60), (14, -60)]
 
 
 def reached(base: Base, *, vectors: bool = False, embeddings: bool = False) -> Sequence[int]:
-    return trainable(base.manifest, Reach("kron", vectors=vectors, embeddings=embeddings), base.matrices)
+    return trainable_ordinals(
+        base.manifest, TensorSelection("kron", vectors=vectors, embeddings=embeddings), base.matrices
+    )
 
 
 def materialised(

@@ -17,9 +17,9 @@ import torch
 from fedtune.data.encode import Example
 from fedtune.directions import sampling
 from fedtune.directions.bank import displacement, perturb
+from fedtune.directions.downlink import count_scalars
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.directions.sums import count_scalars
-from fedtune.directions.trainable import Reach, trainable
+from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import ClientError, RoundError
 from fedtune.messages import Probe, SeedState, Training
 from fedtune.model import probe as probing
@@ -45,7 +45,7 @@ def training(steps: int, *, batch: int = 1, learning_rate: float = 0.1) -> Train
 
 
 def reached(base: Base, bank: str) -> Sequence[int]:
-    return trainable(base.manifest, Reach(bank), base.matrices)
+    return trainable_ordinals(base.manifest, TensorSelection(bank), base.matrices)
 
 
 def measured(

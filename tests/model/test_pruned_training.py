@@ -22,6 +22,7 @@ from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import from_bitmap, sparsity
 from fedtune.rounds.admission import admit
 from fedtune.wire.codec import decode_assignment, decode_update, encode_assignment, encode_update
+from tests.model.gating import with_gates
 
 Loader = Callable[..., Base]
 Rows = Callable[[int], list[Example]]
@@ -110,7 +111,6 @@ def test_a_pruned_client_trains_the_slice_of_the_global_model(base: Base, exampl
     keep, anatomy = update.keep, pruned_training.block_layout(base)
     assert keep is not None
     batch = pruned_training.evaluation_rows(rows, base, key=asked(state, base, 0.5).seed, batch=4)
-    from fedtune.model.surgery import with_gates
     from fedtune.pruning.structure import cuts, slice_adapter
 
     with with_adapters(base, frozen=METHOD.adapter(state)) as model, with_gates(model, keep, anatomy):
@@ -152,7 +152,7 @@ def test_a_short_round_reaches_its_last_stage_all_the_same(steps: int, base: Bas
     assert update.keep == from_bitmap(order.surgery.stages[-1], state.anatomy)
 
 
-@pytest.mark.parametrize("where", ["measured_scores", "paired_loss"])
+@pytest.mark.parametrize("where", ["measured_scores", "evaluation_loss"])
 def test_memory_that_runs_out_beside_training_is_told_as_such(
     where: str, loaded: Loader, examples: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

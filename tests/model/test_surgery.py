@@ -39,7 +39,7 @@ from fedtune.errors import ConfigError, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import Base
 from fedtune.model.lora import layers, with_adapters
-from fedtune.model.surgery import fit, gates, layout_of, readers, shrink_further, with_gates, with_structure
+from fedtune.model.surgery import fit, gates, layout_of, readers, shrink_further, with_structure
 from fedtune.pruning.structure import (
     Block,
     BlockLayout,
@@ -51,6 +51,7 @@ from fedtune.pruning.structure import (
     shapes,
     slice_adapter,
 )
+from tests.model.gating import with_gates
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 LLAMA = {**SIZES, "intermediate_size": 24, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1}

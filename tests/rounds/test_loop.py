@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from fedtune.client.replica import Replicas, restore
-from fedtune.directions.bank import displacement
-from fedtune.directions.banks import BANKS
+from fedtune.directions.bank import BANKS, displacement
 from fedtune.directions.consistency import block_checks
-from fedtune.directions.manifest import describe
+from fedtune.directions.seed_ledger import describe_base
 from fedtune.errors import RoundError, StoreError
 from fedtune.messages import (
     Assignment,
@@ -37,7 +36,7 @@ from fedtune.wire.codec import EncodedAssignment, decode_assignment, encode_upda
 
 SHAPE = (4, 6)
 TRAINING = Training(batch=1, learning_rate=0.1, steps=1)
-LISTED = describe({"x.weight": np.ones(SHAPE, np.float32), "y.bias": np.zeros(5000, np.float32)})
+LISTED = describe_base({"x.weight": np.ones(SHAPE, np.float32), "y.bias": np.zeros(5000, np.float32)})
 Script = Callable[[Assignment], Outcome | bytes]
 """What a client answers, or its bytes as they arrive."""
 

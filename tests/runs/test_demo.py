@@ -80,5 +80,5 @@ def test_the_recipe_is_toml_and_gives_every_client_its_rank() -> None:
 
 
 def test_the_demo_is_described_without_loading_torch() -> None:
-    code = "import sys, fedtune.demo; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, fedtune.runs.demo; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,6 +18,7 @@ from fedtune import api
 from fedtune.errors import ConfigError, RoundError, StoreError
 from fedtune.rounds.loop import Note
 from fedtune.runs import deploy
+from tests.conftest import Simulated
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -48,8 +49,8 @@ def spine(tables: Tables, **changes: Any) -> Tables:
 
 
 @pytest.fixture
-def shrunk(tables: Tables, tmp_path: Path) -> api.Run:
-    return fedtune.simulate(spine(tables), out=tmp_path / "spine")
+def shrunk(simulated: Simulated, tables: Tables, tmp_path: Path) -> api.Run:
+    return simulated(spine(tables), tmp_path / "spine")
 
 
 def lines_of(run: api.Run) -> list[dict[str, Any]]:

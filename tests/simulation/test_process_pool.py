@@ -288,8 +288,8 @@ def test_an_answer_that_ctrl_c_left_behind_is_not_taken_for_another(monkeypatch:
 MAIN = """
     import sys
     sys.path.insert(0, {folder!r})
-    from test_processes import *
-    with loaded(Nursery(COMMAND), acts={{"ann": "tell", "bob": "hang"}}) as nursery:
+    from test_process_pool import *
+    with loaded(ForkServer(COMMAND), acts={{"ann": "tell", "bob": "hang"}}) as nursery:
         for answer in pool(nursery, workers=1).exchange(orders("ann", "bob"), RULE):
             print(answer.reason, flush=True)
 """

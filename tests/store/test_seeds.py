@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.directions.banks import BANKS
-from fedtune.directions.manifest import describe
-from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.bank import BANKS
+from fedtune.directions.seed_ledger import SeedLedger, describe_base
 from fedtune.errors import StoreError
 from fedtune.methods.method import SeedModel
 from fedtune.store import seeds
 
-LISTED = describe({name: np.full((2, 3), value, np.float32) for value, name in enumerate(("a", "b", "layers.é"))})
+LISTED = describe_base({name: np.full((2, 3), value, np.float32) for value, name in enumerate(("a", "b", "layers.é"))})
 
 
 def change(bank: str = "hadamard") -> SeedModel:
@@ -73,7 +72,7 @@ def test_a_provenance_that_names_no_tensors_of_the_base_is_refused(text: str, tm
 
 def test_the_manifest_of_another_base_is_refused(tmp_path: Path) -> None:
     folder = seeds.write(tmp_path / "seeds", change(), {})
-    other = describe({name: np.full((2, 3), 9, np.float32) for name in ("a", "b", "layers.é")})
+    other = describe_base({name: np.full((2, 3), 9, np.float32) for name in ("a", "b", "layers.é")})
     (folder / "manifest.ftkm").write_bytes(other.encode())
     with pytest.raises(StoreError, match="expected the manifest that the ledger names; got another"):
         seeds.read(folder)

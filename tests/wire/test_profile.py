@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fedtune.directions.manifest import describe
+from fedtune.directions.seed_ledger import describe_base
 from fedtune.errors import WireError
 from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors
@@ -55,7 +55,7 @@ def test_a_profile_arrives_as_it_was_sent() -> None:
 
 
 def test_a_manifest_of_another_number_of_parameters_is_refused() -> None:
-    listed = describe({"layer.q.weight": np.ones((4, 6), np.float32)}).encode()
+    listed = describe_base({"layer.q.weight": np.ones((4, 6), np.float32)}).encode()
     whole = replace(PROFILE, foundation=replace(FOUNDATION, manifest=listed, parameters=24))
     assert again(whole).foundation.manifest == listed
     with pytest.raises(WireError, match=r"bank-1: expected a manifest of 25 parameters, no tensor empty; got 24"):

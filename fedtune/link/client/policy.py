@@ -31,6 +31,7 @@ class Policy:
     bases: Sequence[str] = ()
     """Digests (hex, or how they begin) of the base models that may be tuned; none named: the site's own base."""
     max_rank: Annotated[int, Ge(1)] | None = None
+    """Largest LoRA rank of an assignment; none allows any."""
     max_steps: Annotated[int, Ge(1)] | None = None
     """Local steps of a round, or scalars of FedKSeed."""
     max_rounds: Annotated[int, Ge(1)] | None = None

@@ -281,10 +281,10 @@ def test_a_run_whose_number_is_a_path_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_the_disk_is_declined(link: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.link.client.client.room", lambda folder: 600 * 2**20)
+    monkeypatch.setattr("fedtune.link.client.client.free_bytes", lambda folder: 600 * 2**20)
     with site(link):
         assert isinstance(collected(link, post(link, body=b"x" * 1000)), ReceivedParts)
-        monkeypatch.setattr("fedtune.link.client.client.room", lambda folder: 2**20)
+        monkeypatch.setattr("fedtune.link.client.client.free_bytes", lambda folder: 2**20)
         found = collected(link, post(link, 2, body=b"x" * 1000))
     assert isinstance(found, Withdrawn)
     assert "do not fit the disk" in found.reason

@@ -1,0 +1,218 @@
+"""The generated pages say everything about every key and command, and no document has a broken link."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from annotated_types import Ge, Interval
+
+import fedtune
+from docs import command_pages, generate, schema_pages, settings_pages
+from docs.settings_pages import Key, Table
+from fedtune.config import binding
+from fedtune.config.link import bind_link
+from fedtune.config.reading import read
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not {".venv", "site", "build", "dist", "node_modules"} & set(path.relative_to(ROOT).parts)
+)
+
+TABLES: dict[str, Sequence[Table]] = {
+    **{f"recipe: {name}": tables for name, tables in settings_pages.recipe_pages().items()},
+    "site": settings_pages.site_pages(),
+    "server": settings_pages.server_pages(),
+}
+KEYS = [
+    pytest.param(key, id=f"{page}: {key.name}") for page, tables in TABLES.items() for t in tables for key in t.keys
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_has_type_default_unit_and_text(key: Key) -> None:
+    assert key.kind
+    assert key.default
+    assert len(key.text) > 5, f"{key.name}: expected a docstring under its field"
+    assert ("number" in key.kind) == bool(key.unit), key
+
+
+def test_every_key_that_a_recipe_binds_is_documented() -> None:
+    documented = {
+        key.name for tables in settings_pages.recipe_pages().values() for table in tables for key in table.keys
+    }
+    tables = [*binding.SECTIONS.items()]
+    tables += [(name, cls) for name, kinds in binding.NAMED.items() for cls in kinds.values()]
+    expected = {f"{name}.{field.name}" for name, cls in tables for field in fields(cls)} - {"data.split"}
+    assert expected <= documented
+    assert {"name", "seed", "data.split.kind", "override.rank", "override.threads", "device.memory_gb"} <= documented
+
+
+def test_every_key_of_a_real_recipe_is_documented() -> None:
+    documented = {
+        key.name for tables in settings_pages.recipe_pages().values() for table in tables for key in table.keys
+    }
+    for path in sorted((ROOT / "simulations").rglob("*.toml")):
+        _, _, _, tables = read(path)
+        assert set(written(tables)) <= documented | {"planner", "method", "data.split"}, path
+
+
+def recipe_keys() -> set[str]:
+    return {key.name for page, tables in TABLES.items() if page.startswith("recipe") for t in tables for key in t.keys}
+
+
+def written(tables: object, path: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a file's tables."""
+    assert isinstance(tables, dict)
+    for name, value in tables.items():
+        where = f"{path}.{name}" if path else name
+        if isinstance(value, dict) and where != "data.fields":
+            yield from written(value, where)
+        elif name in ("override", "device"):
+            for row in value:
+                yield from written(row, name)
+        else:
+            yield where
+
+
+@pytest.mark.parametrize(("name", "bounds"), settings_pages.DEVICE_RANGES.items())
+def test_the_ranges_shown_of_a_device_are_those_that_bind(name: str, bounds: str) -> None:
+    def refused(value: float) -> bool:
+        found = binding.Findings()
+        shown = (value,) if name == "modes" else value
+        binding.bind_device({"clients": "a", name: shown}, "device", found)
+        return bool(found.faults)
+
+    for bound in bounds.split(" and "):
+        sign, limit = bound.split()
+        outside = -1e-6 if sign in ("≥", ">") else 1e-6
+        assert refused(float(limit) + outside), bound
+        assert refused(float(limit)) == (sign == ">"), bound
+
+
+def test_the_defaults_shown_are_those_that_bind() -> None:
+    settings, _ = bind_link(None)
+    shown = {key.name: key.default for key in settings_pages.server_pages()[0].keys}
+    assert shown["link.hold_s"] == str(settings.hold_s)
+    assert shown["link.metrics_names"] == "false"
+    assert shown["link.listen"] == f'"{settings.listen}"'
+
+
+def test_types_and_ranges_are_put_into_words() -> None:
+    assert settings_pages.kind_of(Annotated[int, Ge(1)] | None) == "whole number or none"
+    assert settings_pages.range_of(Annotated[float, Interval(ge=0, lt=1)] | None) == "≥ 0 and < 1"
+    assert settings_pages.unit_of("timeout_s", float) == "seconds"
+    with pytest.raises(KeyError, match="expected a unit"):
+        settings_pages.unit_of("furlongs", float)
+
+
+def test_every_command_has_a_page_with_all_its_options() -> None:
+    pages = generate.generated_pages()
+    commands = dict(command_pages.commands())
+    assert {"fedtune simulate", "fedtune runs list", "fedtune enroll sign"} <= set(commands)
+    for name, command in commands.items():
+        page = pages[f"reference/commands/{generate.command_file(name)}"]
+        assert page.startswith(f"# {name}\n")
+        assert command.help
+        for param in command.params:
+            assert getattr(param, "help", None), f"{name}: expected a help text for {param.name}"
+            assert all(option in page for option in param.opts if option.startswith("-"))
+
+
+def test_every_number_of_the_schema_is_listed() -> None:
+    table = schema_pages.enum_table("link.proto", "Reason")
+    assert "| 33 | `RECIPE_DIFFERS` |" in table
+    assert "UNSET" not in table
+    blocks = schema_pages.message_blocks("round.proto")
+    assert all(f"### {name}" in blocks for name in ("Assignment", "ClientUpdate", "ProbeUpdate"))
+    assert "`RoundError`" in schema_pages.exception_table()
+
+
+# ---- documents ----
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a Markdown text's headings, as GitHub and mkdocs make them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", title.lower()).strip() for title in titles]
+    return {re.sub(r"\s+", "-", title) for title in plain}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    pages = generate.generated_pages()
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = Path(os.path.normpath(path.parent / name)) if name else path
+        generated = str(target.relative_to(ROOT / "docs")) if target.is_relative_to(ROOT / "docs") else ""
+        if generated in pages:
+            text = pages[generated]
+        elif generated == "changelog.md":
+            text = (ROOT / "CHANGELOG.md").read_text()
+        else:
+            assert target.exists(), f"{path.relative_to(ROOT)}: {link} leads nowhere"
+            text = target.read_text() if anchor else ""
+        if anchor and not anchor.startswith("fedtune."):  # those mkdocstrings makes; the strict build checks them
+            assert anchor in anchors(text), f"{path.relative_to(ROOT)}: {link}: no such heading"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_a_document_names_exist(path: Path) -> None:
+    if path.name == "CHANGELOG.md":
+        return  # names what was there at the time
+    folders = "fedtune|tests|server|clients|simulations|proto|benchmarks|docs"
+    names = re.findall(rf"`((?:{folders})/[\w./-]+)`", path.read_text())
+    assert not [name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()], (
+        path.relative_to(ROOT)
+    )
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 10_000
+
+
+def test_pictures_are_small() -> None:
+    pictures = list((ROOT / "docs" / "images").iterdir())
+    assert pictures
+    assert all(picture.stat().st_size <= 150_000 for picture in pictures)
+
+
+def test_the_recipe_of_the_readme_binds() -> None:
+    block = re.search(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    assert fedtune.bind(block.group(1)).rounds.count > 0
+
+
+def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(site)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 60
+    for page in pages:
+        foreign = re.findall(
+            r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*", page.read_text()
+        )
+        assert not foreign, f"{page.relative_to(site)}: {foreign}"
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\([\"']?(?:https?:)?//|@import", sheet.read_text()), sheet.name
+    for name in ("reference/recipe/client.html", "reference/commands/simulate.html", "search/search_index.js"):
+        assert (site / name).is_file()
+    assert "fedtune.simulate" in (site / "reference" / "python.html").read_text()
