@@ -20,7 +20,12 @@ from threadpoolctl import threadpool_limits
 
 from fedtune.lora import lowrank
 from fedtune.lora.adapter import Factors
-from fedtune.messages import Blueprint, ClientUpdate
+from fedtune.messages import (
+    AdmittedUpdate,
+    Blueprint,
+    ClientUpdate,
+    LoraResult,
+)
 from fedtune.methods import flora
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
@@ -54,10 +59,10 @@ def aggregate(modules: int, size: int, ranks: Sequence[int], *, repeat: int) -> 
         for name in names:
             factors = draw(size, rank, key=f"{client} {name}")
             tensors |= {f"{name}.a": factors.a, f"{name}.b": factors.b}
-        updates.append(ClientUpdate(client=f"{client:03d}", round=1, num_examples=100 + client, tensors=tensors))
+        updates.append(AdmittedUpdate(ClientUpdate(f"{client:03d}", 1, 100 + client, LoraResult(tensors))))
     shapes = dict.fromkeys(names, (size, size))
     state = flora.init(Blueprint(modules=shapes, saved={}, max_rank=max(ranks), seed=0), flora.FloraSettings())
-    input_bytes = sum(tensor.nbytes for update in updates for tensor in update.tensors.values())
+    input_bytes = sum(tensor.nbytes for update in updates for tensor in update.lora.tensors.values())
     before = peak_bytes()
     seconds = best(lambda: flora.aggregate(state, updates), repeat)
     return {

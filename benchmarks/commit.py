@@ -135,7 +135,7 @@ def rounds(folder: Path, repeats: int) -> dict[str, Any]:
             ledger.open(number, state=previous, cohort=dict.fromkeys(names, 9), orders=dict.fromkeys(names, "0" * 64))
             for name, update in zip(names, updates, strict=False):
                 ledger.accept(number, name, update)
-            ledger.close(number, {names[-1]: Failure(names[-1], "late", "late")}, {names[-1]: 0})
+            ledger.close(number, {names[-1]: Failure.from_text(names[-1], "late", kind="late")}, {names[-1]: 0})
             previous = ledger.commit(number, state)
             times.append(time.perf_counter() - began)
     # The target is that of the framework's whole round, which `rounds.py` measures: the ledger is a part of it.

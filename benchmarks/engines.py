@@ -34,7 +34,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 
 from fedtune.config import Recipe, bind
-from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Training
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    Client,
+    ClientUpdate,
+    LoraResult,
+    Training,
+    TrainLora,
+)
 from fedtune.methods import METHODS
 from fedtune.model.settings import ModelSettings
 from fedtune.planning.fixed import Fixed
@@ -78,7 +86,7 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=[name for name, each in METHODS.items() if each.verb == "adapt"],
+        choices=[name for name, each in METHODS.items() if each.task is TrainLora],
         default=["fedit", "flora"],
         help="for rounds",
     )
@@ -180,7 +188,7 @@ def answering() -> Work:
     ready = cast(factors, "bf16")
 
     def answer(assignment: Assignment) -> ClientUpdate:
-        return ClientUpdate(assignment.plan.client, assignment.round, 10, ready, base=assignment.base)
+        return ClientUpdate(assignment.plan.client, assignment.round, 10, LoraResult(ready, base=assignment.base))
 
     return answer
 

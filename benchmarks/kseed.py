@@ -4,7 +4,7 @@
     python benchmarks/kseed.py step
 
 Prints one JSON line per case, on one core. Times of a rebuild are the best of several, scaled to 10^9 parameters; a
-slow way is measured on a slice, whose size stands in its line. The published loop draws one normal tensor per seed and
+slow way is measured on a slice, whose size is in its line. The published loop draws one normal tensor per seed and
 adds it. A step is measured on a Llama of 25 million random weights: two forward passes of the same batch are the floor
 (processor time, which a busy machine changes least), and the published step perturbs all weights in place three times,
 with a draw each, and a fourth time to update them.
@@ -32,9 +32,10 @@ from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_numpy import rebuild
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
-from fedtune.model.base import Base, find_targets
+from fedtune.model.base import Base
 from fedtune.model.probe import Position, at_position
 from fedtune.model.seed_rebuild import mean_loss
+from fedtune.model.targets import find_targets
 from fedtune.model.torch_seed import torch_seed
 from fedtune.model.train import Batch, collate
 from fedtune.seeds import derive, generator
@@ -58,23 +59,23 @@ def main() -> None:
         PARTS[part](int(args.parameters), args.repeat)
 
 
-def rebuilds(parameters: int, repeat: int) -> None:
+def measure_rebuilds(parameters: int, repeat: int) -> None:
     """Rebuild one bfloat16 matrix of the size asked for."""
     base = torch.full((parameters // WIDTH, WIDTH), 0.02, dtype=torch.bfloat16)
     result = torch.empty_like(base)
     floor = per_billion(lambda: result.copy_(base), base.numel(), repeat)
     report("copy", seconds_per_billion=floor, measured_at=base.numel())
-    loops = {size: loop(2**22, size) for size in (1024, 4096)}
+    loops = {size: published_loop(2**22, size) for size in (1024, 4096)}
     for size, seconds in loops.items():
         report("published loop", seeds=size, seconds_per_billion=seconds, measured_at=2**22, seeds_measured=SEEDS)
     for bank in (Hadamard(4096, KEY), Hadamard(1024, KEY), Kron(4096, KEY), Gaussian(1024, KEY), Gaussian(4096, KEY)):
-        for way, rewrite in WAYS.items():
+        for way, rebuild_with in WAYS.items():
             slow = isinstance(bank, Gaussian)
             rows = min(len(base), SLICES[way, slow] // WIDTH)
             if not rows:
                 continue
             sums = accumulators(bank)
-            call = rewriting(rewrite, base[:rows], result[:rows], sums, bank)
+            call = rebuild_call(rebuild_with, base[:rows], result[:rows], sums, bank)
             call()  # compiles, and draws what is drawn once
             seconds = per_billion(call, rows * WIDTH, 1 if slow else repeat)
             report(
@@ -89,7 +90,7 @@ def rebuilds(parameters: int, repeat: int) -> None:
             )
 
 
-def steps(parameters: int, repeat: int) -> None:
+def measure_steps(parameters: int, repeat: int) -> None:
     """Measure one two-sided step with each bank; two forward passes are measured right before and after each."""
     base = llama()
     count = sum(parameter.numel() for parameter in base.model.parameters())
@@ -108,11 +109,11 @@ def steps(parameters: int, repeat: int) -> None:
                 floor = best(forwards, repeat)
                 with at_position(base, ledger, ordinals) as position:
                     seconds = best(partial(step, position, batch), repeat)
-                told(bank.name, count, tokens, seconds, min(floor, best(forwards, repeat)))
+                report_step(bank.name, count, tokens, seconds, min(floor, best(forwards, repeat)))
         with torch.inference_mode():
             floor = best(forwards, repeat)
-            seconds = best(partial(published, base, batch), repeat)
-            told("published, in place", count, tokens, seconds, min(floor, best(forwards, repeat)))
+            seconds = best(partial(published_step, base, batch), repeat)
+            report_step("published, in place", count, tokens, seconds, min(floor, best(forwards, repeat)))
 
 
 def step(position: Position, batch: Batch) -> None:
@@ -121,7 +122,7 @@ def step(position: Position, batch: Batch) -> None:
     position.move(5, 1)
 
 
-def published(base: Base, batch: Batch) -> None:
+def published_step(base: Base, batch: Batch) -> None:
     """Perturb in place by +eps, -2 eps and +eps, and update: the published step, one draw of all weights each."""
     for amount in (5e-4, -1e-3):
         nudge(base, amount)
@@ -131,12 +132,13 @@ def published(base: Base, batch: Batch) -> None:
 
 
 def nudge(base: Base, amount: float) -> None:
+    """Add a multiple of one direction, drawn again by its seed, to all weights."""
     draw = torch.Generator().manual_seed(5)
     for parameter in base.model.parameters():
         parameter.data.add_(torch.normal(0.0, 1.0, parameter.shape, generator=draw), alpha=amount)
 
 
-def told(way: str, parameters: int, tokens: int, seconds: float, floor: float) -> None:
+def report_step(way: str, parameters: int, tokens: int, seconds: float, floor: float) -> None:
     report(
         "step",
         way=way,
@@ -148,7 +150,7 @@ def told(way: str, parameters: int, tokens: int, seconds: float, floor: float) -
 
 
 def best(call: Callable[[], Any], repeat: int) -> float:
-    """Return the least processor time of several calls, in seconds, after one that compiles."""
+    """Return the least processor time of several calls, in seconds, after a call that compiles."""
     call()
     times = []
     for _ in range(max(7, repeat)):
@@ -192,17 +194,18 @@ def example(tokens: int) -> Example:
 
 
 SEEDS = 8
+"""Directions that the published loop is measured with; a rebuild's time is scaled to all of them."""
 KEY = derive(0, "fedkseed.bank")
 
 
-def by_numpy(tensor: torch.Tensor, sums: Array, *, out: torch.Tensor, **named: Any) -> None:
-    rebuild(rebuild_torch.as_array(tensor), sums, out=rebuild_torch.as_array(out), **named)
+def rebuild_by_numpy(tensor: torch.Tensor, sums: Array, *, out: torch.Tensor, **options: Any) -> None:
+    rebuild(rebuild_torch.as_array(tensor), sums, out=rebuild_torch.as_array(out), **options)
 
 
 WAYS: Mapping[str, Callable[..., Any]] = {
     "numba": rebuild_torch.rebuild_compiled,
     "torch": rebuild_torch.rebuild,
-    "numpy": by_numpy,
+    "numpy": rebuild_by_numpy,
 }
 SLICES: Mapping[tuple[str, bool], int] = {
     ("numba", False): 2**40,
@@ -215,27 +218,27 @@ SLICES: Mapping[tuple[str, bool], int] = {
 """Parameters at which a way is measured at most, by whether the bank draws for each direction."""
 
 
-def loop(parameters: int, seeds: int) -> float:
+def published_loop(parameters: int, seeds: int) -> float:
     """Return the seconds that a rebuild takes which draws each direction with torch, for 10^9 parameters."""
     weights = torch.zeros(parameters)
     draw = torch.Generator()
 
-    def some() -> None:
+    def draw_all() -> None:
         for seed in range(SEEDS):
             draw.manual_seed(seed)
             weights.sub_(torch.normal(0.0, 1.0, weights.shape, generator=draw), alpha=1e-6)
 
-    return per_billion(some, parameters, 2) * seeds / SEEDS
+    return per_billion(draw_all, parameters, 2) * seeds / SEEDS
 
 
-def rewriting(
+def rebuild_call(
     way: Callable[..., Any], base: torch.Tensor, result: torch.Tensor, sums: Array, bank: DirectionBank
 ) -> Callable[[], Any]:
     return lambda: way(base, sums, bank=bank, ordinal=0, exponent=EXPONENT, out=result)
 
 
 def accumulators(bank: DirectionBank) -> Array:
-    """Return sums as after some rounds, all below 2^24 together."""
+    """Return accumulators as after some rounds; their absolute sum is below 2^24."""
     return generator(KEY).integers(-1000, 1000, bank.size).astype(np.int32)
 
 
@@ -254,7 +257,7 @@ def report(case: str, **numbers: Any) -> None:
     print(json.dumps({"case": case, **rounded}), flush=True)
 
 
-PARTS: Mapping[str, Callable[[int, int], None]] = {"rebuild": rebuilds, "step": steps}
+PARTS: Mapping[str, Callable[[int, int], None]] = {"rebuild": measure_rebuilds, "step": measure_steps}
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from fedtune.link.server.blocklist import Blocklist  # noqa: E402
 from fedtune.link.server.dispatcher import Dispatcher, ReceivedParts, RunInfo  # noqa: E402
 from fedtune.link.server.server import credentials, serve_link  # noqa: E402
 from fedtune.link.settings import JoinSettings, LinkSettings  # noqa: E402
-from fedtune.messages import Assignment, LocalAdapter, Plan, Training  # noqa: E402
+from fedtune.messages import Assignment, Plan, Training, TrainLora  # noqa: E402
 from fedtune.wire.codec import encode_assignment  # noqa: E402
 from fedtune.wire.profile import ModelSpec  # noqa: E402
 from fedtune.wire.v1 import link_pb2 as pb  # noqa: E402
@@ -137,7 +137,7 @@ def link_server(folder: Path, clients: int, mb: int) -> None:
 
 def order(name: str, body: bytes) -> tuple[bytes, dict[str, bytes]]:
     plan = Plan(name, rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=1))
-    front = encode_assignment(Assignment("flora", round=1, seed=0, plan=plan, local=LocalAdapter(a_key=0))).header
+    front = encode_assignment(Assignment("flora", round=1, seed=0, plan=plan, task=TrainLora(a_key=0))).header
     return front, {"body": body}
 
 

@@ -1,4 +1,4 @@
-"""What surgery saves in real time and memory: inference and a training step of pruned models beside the whole one.
+"""What pruning saves in real time and memory: inference and a training step of pruned models beside the whole one.
 
     python benchmarks/pruned.py [--device cpu|cuda] [--base FOLDER_OF_MINILM] [--repeats 5]
 
@@ -65,12 +65,12 @@ def bert() -> Any:
         return BertForSequenceClassification(config)
 
 
-def keep_of(model: Any, ratio: float) -> ModelStructure:
-    """Return what a ratio keeps by scores drawn at random: which heads and channels stay changes no time."""
-    anatomy, rng = layout_of(model), generator(1)
-    sizes = sum(block.heads for block in anatomy.blocks), sum(block.channels for block in anatomy.blocks)
-    order = {"heads": rng.random(sizes[0]), "channels": rng.random(sizes[1])}
-    return structure_at(rank_units(order, anatomy, SETTINGS), anatomy, SETTINGS, ratio)
+def random_structure(model: Any, ratio: float) -> ModelStructure:
+    """Return the structure of a ratio by random scores: which heads and channels stay changes no time."""
+    layout, rng = layout_of(model), generator(1)
+    sizes = sum(block.heads for block in layout.blocks), sum(block.channels for block in layout.blocks)
+    importance = {"heads": rng.random(sizes[0]), "channels": rng.random(sizes[1])}
+    return structure_at(rank_units(importance, layout, SETTINGS), layout, SETTINGS, ratio)
 
 
 def tokens(model: Any, batch: int, length: int, device: torch.device) -> torch.Tensor:
@@ -78,7 +78,7 @@ def tokens(model: Any, batch: int, length: int, device: torch.device) -> torch.T
     return torch.from_numpy(ids).to(device)
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -112,26 +112,26 @@ def decode(model: Any, ids: torch.Tensor) -> None:
 
 
 def times(name: str, model: Any, targets: list[str], device: torch.device, repeats: int) -> None:
-    """Print the times of one model at every ratio; each is cut out of the same model for the length of its turn."""
+    """Print the times of one model at every ratio; each is cut out of the same model while it is measured."""
     model = model.eval().to(device).requires_grad_(False)
-    anatomy, causal = layout_of(model), isinstance(model, LlamaForCausalLM)
+    layout, causal = layout_of(model), isinstance(model, LlamaForCausalLM)
     batch, length = (8, 128) if causal else (32, 64)
     ids = tokens(model, batch, length, device)
-    found: dict[str, dict[float, list[float]]] = {}
+    seconds: dict[str, dict[float, list[float]]] = {}
     for repeat in range(repeats + 1):
         for ratio in RATIOS:
-            with with_structure(model, keep_of(model, ratio), anatomy):
+            with with_structure(model, random_structure(model, ratio), layout):
                 work = {"prefill" if causal else "inference": partial(forward, model, ids)}
                 if causal:
                     work["decode 32 tokens, batch 1"] = partial(decode, model, ids)
-                for title, each in work.items():
-                    each() if repeat == 0 else None
-                    found.setdefault(title, {}).setdefault(ratio, []).append(timed(each, device))
+                for title, call in work.items():
+                    call() if repeat == 0 else None  # the first call allocates and compiles
+                    seconds.setdefault(title, {}).setdefault(ratio, []).append(seconds_of(call, device))
                 step = training_step(model, ids, targets)
                 step() if repeat == 0 else None
-                found.setdefault("training step", {}).setdefault(ratio, []).append(timed(step, device))
-                model = unwrapped(model)
-    for title, rows in found.items():
+                seconds.setdefault("training step", {}).setdefault(ratio, []).append(seconds_of(step, device))
+                model = remove_lora(model)
+    for title, rows in seconds.items():
         middle = {ratio: median(values[1:]) for ratio, values in rows.items()}
         print(
             json.dumps(
@@ -144,12 +144,12 @@ def times(name: str, model: Any, targets: list[str], device: torch.device, repea
             ),
             flush=True,
         )
-    blocks = {f"{r:g}": round(1 - sparsity(keep_of(model, r), anatomy), 3) for r in RATIOS}
+    blocks = {f"{r:g}": round(1 - sparsity(random_structure(model, r), layout), 3) for r in RATIOS}
     print(json.dumps({"model": name, "what": "parameters of the blocks, of the whole", "of the whole": blocks}))
 
 
-def unwrapped(model: Any) -> Any:
-    """Take peft's layers off a model again."""
+def remove_lora(model: Any) -> Any:
+    """Return the model without the layers of peft, whose base layers it keeps."""
     for module in list(model.modules()):
         for child, layer in list(module.named_children()):
             if hasattr(layer, "base_layer"):
@@ -163,19 +163,19 @@ def peaks(name: str, model: Any, targets: list[str], device: torch.device) -> No
     """Print the peak memory of a training step at every ratio, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        for held, title in (("pruned", "the pruned model alone"), ("whole", "the pruned model beside the whole one")):
-            found = {}
+        for loaded, title in (("pruned", "the pruned model alone"), ("whole", "the pruned model beside the whole one")):
+            peak = {}
             for ratio in RATIOS:
-                arguments = [folder, str(ratio), str(device), ",".join(targets), held]
+                arguments = [folder, str(ratio), str(device), ",".join(targets), loaded]
                 command = [sys.executable, __file__, "--measure", *arguments]
-                found[f"{ratio:g}"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            share = {ratio: round(value / found["0"], 3) for ratio, value in found.items()}
-            megabytes = {ratio: round(value / 1e6, 1) for ratio, value in found.items()}
+                peak[f"{ratio:g}"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            share = {ratio: round(value / peak["0"], 3) for ratio, value in peak.items()}
+            megabytes = {ratio: round(value / 1e6, 1) for ratio, value in peak.items()}
             what = f"peak of a training step, MB: {title}"
             print(json.dumps({"model": name, "what": what, "MB": megabytes, "of the whole": share}), flush=True)
 
 
-def measure(folder: str, ratio: float, device: torch.device, targets: list[str], held: str) -> None:
+def measure(folder: str, ratio: float, device: torch.device, targets: list[str], loaded: str) -> None:
     """Load a model, pruned or whole, take a few steps at its pruned widths, and print the peak memory in bytes."""
     before = resident_bytes()
     data = json.loads((Path(folder) / "config.json").read_text())
@@ -184,14 +184,14 @@ def measure(folder: str, ratio: float, device: torch.device, targets: list[str],
     whole = LlamaForCausalLM if causal else BertForSequenceClassification
     with torch.device("meta"):
         skeleton = whole(whole.config_class.from_pretrained(folder))
-    keep = keep_of(skeleton, ratio)
+    structure = random_structure(skeleton, ratio)
     with ExitStack() as stack:
-        if held == "pruned":
+        if loaded == "pruned":
             labels = [str(i) for i in range(data.get("num_labels", len(data.get("id2label", {"0": 0}))))]
-            model = load_pruned_base(settings, keep, root=Path(), seed=0, labels=labels).model
+            model = load_pruned_base(settings, structure, root=Path(), seed=0, labels=labels).model
         else:
             model = whole.from_pretrained(folder).eval().requires_grad_(False).to(device)
-            stack.enter_context(with_structure(model, keep, layout_of(model)))
+            stack.enter_context(with_structure(model, structure, layout_of(model)))
         step = training_step(model, tokens(model, 8 if causal else 32, 128 if causal else 64, device), targets)
         for _ in range(3):
             step()
@@ -199,15 +199,15 @@ def measure(folder: str, ratio: float, device: torch.device, targets: list[str],
 
 
 def resident_bytes() -> int:
-    """Return the most that this program has held so far; getrusage would count what its parent held before it."""
+    """Return the peak memory of this program so far; getrusage would count that of its parent before it."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        folder, ratio, where, names, held = sys.argv[2:]
-        measure(folder, float(ratio), torch.device(where), names.split(","), held)
+        folder, ratio, where, names, loaded = sys.argv[2:]
+        measure(folder, float(ratio), torch.device(where), names.split(","), loaded)
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cpu")

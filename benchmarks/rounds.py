@@ -17,7 +17,15 @@ from statistics import median
 
 import numpy as np
 
-from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Training
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    Client,
+    ClientUpdate,
+    LoraResult,
+    Training,
+    TrainLora,
+)
 from fedtune.methods import METHODS
 from fedtune.planning.fixed import Fixed
 from fedtune.rounds.loop import run
@@ -33,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
-    for method in [name for name, each in METHODS.items() if each.verb == "adapt"]:
+    for method in [name for name, each in METHODS.items() if each.task is TrainLora]:
         for clients in (8, 32, 100):
             times = seconds(method, clients=clients, modules=4, size=64, rank=4, rounds=args.rounds)
             print(
@@ -77,8 +85,13 @@ def seconds(method: str, *, clients: int, modules: int, size: int, rank: int, ro
 
 
 def answer(ready: Tensors, assignment: Assignment) -> ClientUpdate:
-    kept = {name: tensor for name, tensor in ready.items() if name.rpartition(".")[2] in assignment.local.train}
-    return replace(ClientUpdate(assignment.plan.client, assignment.round, 10, kept), base=assignment.base)
+    kept = {name: tensor for name, tensor in ready.items() if name.rpartition(".")[2] in assignment.lora.train}
+    return replace(
+        ClientUpdate(assignment.plan.client, assignment.round, 10, LoraResult(kept)),
+        result=replace(
+            ClientUpdate(assignment.plan.client, assignment.round, 10, LoraResult(kept)).lora, base=assignment.base
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,18 @@ import numpy as np
 
 from fedtune.directions.consistency import STATE
 from fedtune.directions.seed_ledger import describe_base
-from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Measured, ProbeResult, Training
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    Blueprint,
+    Client,
+    ClientUpdate,
+    LoraResult,
+    Measured,
+    PlannedClient,
+    ProbeResult,
+    Training,
+)
 from fedtune.methods.fedkseed import METHOD
 from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.planning.fixed import Fixed
@@ -61,11 +72,11 @@ def traffic(settings: FedKSeedSettings, *, clients: int, steps: int, rounds: int
     state: FedKSeedState = METHOD.init(Blueprint({}, {}, max_rank=1, seed=0, manifest=manifest), settings)
     down, up = [], []
     for _ in range(rounds):
-        orders = {client.name: METHOD.assign(state, 0, plans[client.name]) for client in cohort}
+        orders = {client.name: METHOD.assign(state, 0, PlannedClient(plans[client.name])) for client in cohort}
         updates = [answer(state, orders[client.name], client, steps) for client in cohort]
         down.append(max(encoded_bytes(encode_assignment(order)) for order in orders.values()))
         up.append(max(len(encode_update(update)) for update in updates))
-        state = METHOD.aggregate(state, updates)
+        state = METHOD.aggregate(state, [AdmittedUpdate(update) for update in updates])
     return down[1:], up[1:]
 
 
@@ -75,16 +86,15 @@ def answer(state: FedKSeedState, order: Assignment, client: Client, steps: int) 
         client=client.name,
         round=order.round,
         num_examples=client.num_examples,
-        tensors={},
+        result=ProbeResult(np.clip(np.rint(drawn), -127, 127).astype(np.int8), state.digest[:STATE], state.checks),
         measured=Measured(12.3, 2**31, 123_456, 3.21, 3.12),
-        probed=ProbeResult(np.clip(np.rint(drawn), -127, 127).astype(np.int8), state.digest[:STATE], state.checks),
     )
 
 
 def secure(seeds: int) -> int:
     """Return the bytes of an update whose scalars are summed by seed: what a guard that is not built yet would mask."""
     sums = generator(0).integers(-(2**31), 2**31, seeds).astype(np.int32)
-    return len(encode_update(ClientUpdate("client-00", 3, 1000, {"a": sums}, base="")))
+    return len(encode_update(ClientUpdate("client-00", 3, 1000, LoraResult({"a": sums}, base=""))))
 
 
 def report(form: str, settings: FedKSeedSettings, args: argparse.Namespace, down: list[int], up: list[int]) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from fedtune.config import binding
-from fedtune.config.recipe import Override, Recipe
+from fedtune.config.recipe import SECTIONS, Override, Recipe
 from fedtune.config.site import SiteSettings
 from fedtune.devices.profiles import DeviceProfile
 from fedtune.link.settings import LinkSettings
@@ -91,7 +91,7 @@ UNITS: Mapping[str, str] = {
 PLAIN_NUMBERS = frozenset(
     (
         *("alpha", "clip", "clip_norm", "coverage_floor", "learning_rate", "max_norm", "momentum", "net_sigma"),
-        *("over_select", "perturbation", "rank_penalty", "scalar_step", "seed", "server_learning_rate", "weight_decay"),
+        *("over_select", "perturbation", "proximal", "rank_penalty", "scalar_step", "seed", "server_learning_rate", "weight_decay"),
     )
 )
 """Numbers without a unit."""
@@ -319,14 +319,14 @@ def clients_key(table: str) -> Key:
 def override_table() -> Table:
     """Return the table `[[override]]`: which clients, and the keys of other tables that differ for them."""
     ranges = {
-        "override.rank": range_of(get_type_hints(binding.SECTIONS["adapter"], include_extras=True)["rank"]),
+        "override.rank": range_of(get_type_hints(SECTIONS["adapter"], include_extras=True)["rank"]),
         "override.ratio": range_of(get_type_hints(binding.NAMED["planner"]["fixed"], include_extras=True)["ratio"]),
     }
     own = [
         replace(key, range=ranges.get(key.name, ""))
         for key in keys_of(Override, "override", only=["rank", "ratio", "verb"])
     ]
-    training = keys_of(binding.SECTIONS["client"], "override", optional=True)
+    training = keys_of(SECTIONS["client"], "override", optional=True)
     resources = keys_of(Resources, "override", optional=True)
     return Table("`[[override]]`", summary(Override), [clients_key("override"), *own, *training, *resources])
 
@@ -346,7 +346,7 @@ def recipe_pages() -> Mapping[str, Sequence[Table]]:
     """Return the tables of a recipe by page."""
     top = Table("Top level", "Keys outside of any table.", list(keys_of(Recipe, "", only=["name", "seed"])))
     pages: dict[str, Sequence[Table]] = {"top-level": [top]}
-    for name, cls in binding.SECTIONS.items():
+    for name, cls in SECTIONS.items():
         pages[name] = [table_of(cls, name)]
     pages["method"] = [
         Table(f"`{name}`", method_summary(name), list(keys_of(method.settings, "method")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
@@ -19,6 +19,9 @@ BankName: TypeAlias = Literal["hadamard", "gaussian", "kron"]
 Sampling: TypeAlias = Literal["uniform", "distinct", "pro"]
 Estimator: TypeAlias = Literal["two-sided", "one-sided"]
 Verb: TypeAlias = Literal["adapt", "probe"]
+
+ON_SERVER: Mapping[str, bool] = {"travels": False}
+"""Metadata of a settings field that is no part of the settings on the wire."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,14 @@ class Training:
     """bf16 arithmetic in forward passes; auto: where the device has fast bf16 (CUDA from Ampere on)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    proximal: Annotated[float, Ge(0)] = field(default=0.0, metadata=ON_SERVER)
+    """FedProx's mu, which pulls all that is trained towards its start; 0 is off. It travels as a term of the
+    objective."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a planner asks of one client in one round."""
+    """What one client is asked to train with in one round."""
 
     client: str
     rank: int
@@ -79,18 +85,70 @@ class Plan:
     """With `steps` set."""
     ratio: float = 0.0
     """Share of the blocks' weights to be pruned away, in [0, 0.875]; 0 leaves the model whole."""
-    first_ratio: float = 0.0
-    """The least that fits the device: where a client takes part for the first time, its loss before is measured in a
-    model pruned by so much; never travels."""
-    deadline_s: float | None = None
-    """When the planner expects the round to be over; never travels."""
-    why: str = ""
-    """What spoke for this plan, for the records; never travels."""
 
 
 @dataclass(frozen=True)
-class LocalAdapter:
-    """Where a client's trainable adapter starts, which factors are trained, and what is sent back.
+class PlannedClient:
+    """A planner's choice for one client in one round, with what stays on the server."""
+
+    plan: Plan
+    first_ratio: float = 0.0
+    """Smallest ratio that fits the device: a client that takes part for the first time measures its loss before
+    training in a model pruned by this ratio."""
+    deadline_s: float | None = None
+    """When the planner expects the round to end."""
+    why: str = ""
+    """Reason for the choice, for the records."""
+
+
+@dataclass(frozen=True)
+class TailRank:
+    """Term of a client's objective: weight * sum over modules of ||B[:, g:]|| ||A[g:, :]||, g = decay * rank.
+
+    HetLoRA's regulariser, Cho et al., EMNLP 2024, arXiv 2401.06432, section 3.2. Where the sum ends below its value at
+    the start, the client cuts its factors to rank g.
+    """
+
+    weight: float
+    """Lambda, at least 0; 0 leaves loss and rank as they are."""
+    decay: float
+    """Gamma, in (0, 1]."""
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """Term of a client's objective: mu / 2 * squared distance of all that is trained from its start.
+
+    FedProx, Li et al., MLSys 2020, arXiv 1812.06127, equation 2.
+    """
+
+    mu: float
+    """At least 0."""
+
+
+Term: TypeAlias = TailRank | Proximal
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a client makes its model smaller for one round, and what it measures around that.
+
+    Structures travel as bitmaps over the whole base (`structure.bitmap`); empty bytes are the whole model.
+    """
+
+    settings: PruningSettings
+    stages: tuple[bytes, ...] = ()
+    """Structures to train in, one after the other, each a part of the one before; none: the whole model, or with the
+    policy `local` what the client's own scores say."""
+    previous: bytes = b""
+    """Structure of the client's last participation, in which `loss_before` is measured."""
+    scores_requested: bool = False
+    """Scores are to be sent, or with the policy `vote` a mask."""
+
+
+@dataclass(frozen=True)
+class TrainLora:
+    """The task to train a LoRA adapter by first-order steps: where it starts, what is trained, what is sent back.
 
     A starts as `draw_a(a_key, ...)` and B as zero; then the rows of A and the columns of B that came in the blob
     `local` take the first places (b is divided by the plan's scale).
@@ -102,27 +160,16 @@ class LocalAdapter:
     """difference: end minus start of either factor, which keeps its precision in a 16-bit wire format."""
     wire_dtype: WireDtype = "bf16"
     """Number format of the upload; modules_to_save always travel in fp32."""
-    rank_penalty: float = 0.0
-    """HetLoRA's lambda: weight of ||B[:, g:]|| ||A[g:, :]|| in the loss, g = rank_decay * rank; 0 is off."""
-    rank_decay: float = 1.0
-    """HetLoRA's gamma; when the penalised product falls below its value at the start, the rank becomes g."""
+    terms: tuple[Term, ...] = ()
+    """Of the objective, beside the loss on the client's examples; each kind at most once."""
+    blobs: Mapping[str, Tensors] = field(default_factory=dict)
+    """Tensors by role: `global` (frozen adapter), `local` (start of the trainable one), `saved` (modules_to_save).
 
-
-@dataclass(frozen=True)
-class Pruning:
-    """How a client makes its model smaller for one round, and what it measures around that.
-
-    Structures travel as bitmaps over the whole base (`keep.bitmap`); empty bytes stand for the whole model.
+    Adapters are flat, as `adapter.pack` makes them. In `global`, `<module>.w` (out, in) may replace both factors.
     """
-
-    settings: PruningSettings
-    stages: tuple[bytes, ...] = ()
-    """What is kept, one structure after the other, each a part of the one before; none: the whole model, or with the
-    policy `local` what the client's own scores say."""
-    before: bytes = b""
-    """Structure of the client's last participation, in which `loss_before` is measured."""
-    wanted: bool = False
-    """Scores are to be sent, or with the policy `vote` a mask."""
+    pruning: Pruning | None = None
+    """How the model is pruned; the blobs are in the coordinates of all that `stages` and `previous` keep, or of the
+    whole base with the policy `local`."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +178,7 @@ class SeedState:
 
     form: Literal["whole", "changed", "log"]
     since: int
-    """Rounds whose result the client must know, for `changed` and `log`; 0 stands for accumulators of zero."""
+    """Rounds whose result the client must know, for `changed` and `log`; 0: accumulators of zero."""
     data: bytes
     round: int
     """Rounds that are in the accumulators."""
@@ -140,8 +187,8 @@ class SeedState:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """How a client measures along seeded directions, and from which weights; see `directions`."""
+class ProbeSeeds:
+    """The task to measure losses along seeded directions: how, and from which weights; see `directions`."""
 
     bank: BankName
     seeds: int
@@ -173,9 +220,78 @@ class Probe:
     """Measure how large g is and move nothing."""
 
 
+Task: TypeAlias = TrainLora | ProbeSeeds
+VERBS: Mapping[type[Task], Verb] = {TrainLora: "adapt", ProbeSeeds: "probe"}
+"""The names of the tasks in recipes."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Server -> client: everything one client needs for one round, beside the base model that it has."""
+
+    method: str
+    round: int
+    seed: int
+    """This client's key for this round; data order and dropout are derived from it."""
+    plan: Plan
+    """Of a `ProbeSeeds` task only `client` and the training's batch, learning_rate and steps are used."""
+    task: Task
+    base: str = ""
+    """Digest of the base model that the tensors belong to."""
+
+    @property
+    def lora(self) -> TrainLora:
+        """The task, where it is known to be this one."""
+        assert isinstance(self.task, TrainLora)
+        return self.task
+
+    @property
+    def probe(self) -> ProbeSeeds:
+        """The task, where it is known to be this one."""
+        assert isinstance(self.task, ProbeSeeds)
+        return self.task
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a client measured while it worked."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    tokens: int = 0
+    """Tokens that went forward in training, padding left out."""
+    loss_before: float | None = None
+    """Mean training loss of the first step's batch, under the model as received. With pruning: of up to 16 rows, in
+    the structure of the last participation."""
+    loss_after: float | None = None
+    """Mean training loss over the last tenth of the steps (at least one). With pruning: of the same rows."""
+    importance: float | None = None
+    """With pruning: mean over the steps of the sum of |parameter * gradient| over the trained factors."""
+    side_tokens: int = 0
+    """Tokens that went forward for scores and for the losses above."""
+
+
+@dataclass(frozen=True)
+class LoraResult:
+    """The result of a `TrainLora` task."""
+
+    tensors: Tensors
+    """Flat factors `<module>.a`, `<module>.b`, the scale folded into b; only `.b` where only B is trained."""
+    saved: Tensors = field(default_factory=dict)
+    """modules_to_save, by parameter name, float32."""
+    base: str = ""
+    """Digest of the base that was trained on."""
+    structure_digest: bytes = b""
+    """Digest of the structure (`ModelStructure.digest`) in whose coordinates the tensors are; empty: all."""
+    mask: bytes = b""
+    """Bitmap of that structure (policy `local`), or of the one the client votes for (`vote`, where requested)."""
+    scores: Tensors = field(default_factory=dict)
+    """`heads` and `channels` of that structure, float16, in units of their means, where they were requested."""
+
+
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a client measured along its seeds."""
+    """The result of a `ProbeSeeds` task."""
 
     scalars: Array
     """int8, one per seed drawn, in the order of the draws."""
@@ -192,92 +308,123 @@ class ProbeResult:
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """Server -> client: everything one client needs for one round, beside the base model that it has."""
-
-    method: str
-    round: int
-    seed: int
-    """This client's key for this round; data order and dropout are derived from it."""
-    plan: Plan
-    local: LocalAdapter
-    blobs: Mapping[str, Tensors] = field(default_factory=dict)
-    """Tensors by role: `global` (frozen adapter), `local` (start of the trainable one), `saved` (modules_to_save).
-
-    Adapters are flat, as `adapter.pack` makes them. In `global`, `<module>.w` (out, in) may stand for both factors.
-    """
-    base: str = ""
-    """Digest of the base model that the tensors belong to."""
-    probe: Probe | None = None
-    """What to measure, for the verb `probe`; `local` and `blobs` are idle then."""
-    surgery: Pruning | None = None
-    """How the model is pruned; the blobs are in the coordinates of all that `stages` and `before` keep, or of the whole
-    base with the policy `local`."""
-    whole: Assignment | None = None
-    """Never travels: what is sent instead to a client that does not hold the accumulators `probe` refers to."""
-
-    @property
-    def verb(self) -> Verb:
-        return "adapt" if self.probe is None else "probe"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a client measured while it worked."""
-
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    tokens: int = 0
-    """Tokens that went forward in training, padding left out."""
-    loss_before: float | None = None
-    """Mean training loss of the first step's batch, under the model as received. With surgery: of up to 16 rows, in
-    the structure of the last participation."""
-    loss_after: float | None = None
-    """Mean training loss over the last tenth of the steps (at least one). With surgery: of the same rows."""
-    importance: float | None = None
-    """With surgery: mean over the steps of the sum of |parameter * gradient| over the trained factors."""
-    side_tokens: int = 0
-    """Tokens that went forward for scores and for the losses above."""
-
-
-@dataclass(frozen=True)
 class ClientUpdate:
     """Client -> server: what one client learned in one round."""
 
     client: str
     round: int
     num_examples: int
-    tensors: Tensors
-    """Flat factors `<module>.a`, `<module>.b`, the scale folded into b; only `.b` where only B is trained."""
-    saved: Tensors = field(default_factory=dict)
-    """modules_to_save, by parameter name, float32."""
+    result: LoraResult | ProbeResult
     measured: Measured = Measured()
-    base: str = ""
-    probed: ProbeResult | None = None
-    """What came of the verb `probe`; `tensors` and `saved` are empty then."""
-    kept: bytes = b""
-    """Digest of what was kept (`Keep.digest`), in whose coordinates the tensors are; empty for the whole model."""
-    mask: bytes = b""
-    """Bitmap of what was kept (policy `local`), or of what the client would keep (`vote`, where it was wanted)."""
-    scores: Tensors = field(default_factory=dict)
-    """`heads` and `channels` of what was kept, float16, in units of their means, where they were wanted."""
-    keep: ModelStructure | None = None
-    """Never travels: what `kept` stands for, once the update is admitted."""
-    ratio: float = 0.0
-    """Never travels: the plan's pruning ratio, once the update is admitted."""
+
+    @property
+    def lora(self) -> LoraResult:
+        """The result, where the task is known to have been `TrainLora`."""
+        assert isinstance(self.result, LoraResult)
+        return self.result
+
+    @property
+    def probe(self) -> ProbeResult:
+        """The result, where the task is known to have been `ProbeSeeds`."""
+        assert isinstance(self.result, ProbeResult)
+        return self.result
 
 
 @dataclass(frozen=True)
+class AdmittedUpdate:
+    """An update that answers its assignment in every respect; methods aggregate these."""
+
+    update: ClientUpdate
+    structure: ModelStructure | None = None
+    """In whose coordinates the tensors are; None: the whole base."""
+    ratio: float = 0.0
+    """The plan's pruning ratio; 0 where the whole model was trained."""
+
+    @property
+    def client(self) -> str:
+        return self.update.client
+
+    @property
+    def num_examples(self) -> int:
+        return self.update.num_examples
+
+    @property
+    def measured(self) -> Measured:
+        return self.update.measured
+
+    @property
+    def lora(self) -> LoraResult:
+        """The result, of a method whose task is `TrainLora`."""
+        return self.update.lora
+
+    @property
+    def probe(self) -> ProbeResult:
+        """The result, of a method whose task is `ProbeSeeds`."""
+        return self.update.probe
+
+
+OUT_OF_MEMORY = "memory ran out"
+"""In the text of the error of a client whose device could not hold what it was asked; see `Failure.from_text`."""
+
+
+@dataclass(frozen=True, eq=False)
 class Failure:
-    """A client whose update of this round is not used, and why: a value, not an exception."""
+    """A client whose update of this round is not used, and why: a value, not an exception.
+
+    Two are equal if client, kind and reason are: one that was read back from a journal equals the one that was written.
+    """
 
     client: str
-    reason: str
+    _: KW_ONLY
+    expected: str = ""
+    """What was expected; empty where `got` is the whole text of another program's error."""
+    got: str = ""
+    hint: str = ""
+    """What to do."""
+    where: str = ""
+    """What it is about, such as a tensor's name."""
     kind: Literal["failed", "refused", "late", "unfit"] = "failed"
     """failed: the client could not do it; refused: the server would not take it; late: no answer in time; unfit:
-    nothing that could be asked fits its device, so it was not asked."""
-    code: str = field(default="", compare=False)
-    """Of a refused update: which of the schema's reasons it is."""
+    no feasible plan for its device, so it was not asked."""
+    code: str = ""
+    """Of a refused update: which of the schema's reasons it is. OUT_OF_MEMORY, WORKER_DIED: why the client failed."""
+
+    @property
+    def reason(self) -> str:
+        """The same in one sentence, as records and journal hold it."""
+        where, hint = f"{self.where}: " if self.where else "", f"; {self.hint}" if self.hint else ""
+        parts = [f"expected {self.expected}"] if self.expected else []
+        parts += [f"got {self.got}" if self.expected else self.got] if self.got else []
+        return f"{where}{'; '.join(parts)}{hint}"
+
+    @property
+    def out_of_memory(self) -> bool:
+        return self.code == "OUT_OF_MEMORY"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Failure) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[str, str, str]:
+        return self.client, self.kind, self.reason
+
+    @classmethod
+    def from_text(
+        cls, client: str, text: str, *, kind: Literal["failed", "refused", "late", "unfit"] = "failed", code: str = ""
+    ) -> Failure:
+        """Return the failure whose reason is a text that came from another process or was read back.
+
+        Only text crosses these borders, so this is the one place where a phrase in it becomes a code.
+        """
+        if kind == "failed" and not code and OUT_OF_MEMORY in text:
+            code = "OUT_OF_MEMORY"
+        where, _, rest = text.partition("expected ")
+        expected, _, got = rest.partition("; got ")
+        where = where.removesuffix(": ")
+        failure = cls(client, expected=expected, got=got, where=where, kind=kind, code=code)
+        return failure if failure.reason == text else cls(client, got=text, kind=kind, code=code)
 
 
 @dataclass(frozen=True)
@@ -288,10 +435,7 @@ class Traffic:
     up: int = 0
 
 
-Outcome: TypeAlias = ClientUpdate | Failure
-
-OUT_OF_MEMORY = "memory ran out"
-"""Stands in the reason of a client whose device could not hold what it was asked; planners look for it."""
+Outcome: TypeAlias = AdmittedUpdate | Failure
 
 
 @dataclass(frozen=True)
@@ -309,14 +453,14 @@ class Blueprint:
     manifest: bytes = b""
     """`directions.manifest.Manifest.encode` of the base, for methods that move all of it; empty for others."""
     anatomy: BlockLayout | None = None
-    """Of the base's blocks; None where surgery does not know them."""
+    """Of the base's blocks; None for a model that cannot be pruned."""
     pruning: PruningSettings | None = None
     """How clients' models are made smaller; None where they are not."""
     ranking: Tensors = field(default_factory=dict)
-    """`heads` and `channels`: worth of each, where the recipe names an order; empty where clients are asked first."""
+    """`heads` and `channels`: importance of each, where the recipe names a ranking; empty where clients measure it."""
 
 
-def cohort_weights(updates: Sequence[ClientUpdate], weights: Weighting) -> Sequence[tuple[ClientUpdate, float]]:
+def cohort_weights(updates: Sequence[AdmittedUpdate], weights: Weighting) -> Sequence[tuple[AdmittedUpdate, float]]:
     """Return (update, p_k) sorted by client name, the p_k summing to 1: by examples, or uniform.
 
     Sorting here makes every method independent of the order in which answers arrived.

@@ -14,6 +14,7 @@ import fedtune
 from fedtune import api
 from fedtune.config import bind
 from fedtune.errors import ConfigError, RoundError, StoreError
+from fedtune.messages import TrainLora
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.report.reader import read_run
@@ -63,7 +64,7 @@ def test_the_bound_recipe_of_a_run_gives_the_run_again(tmp_path: Path, ran: api.
     assert again.summary["adapter_digest"] == ran.summary["adapter_digest"]
 
 
-@pytest.mark.parametrize("method", [name for name, method in sorted(METHODS.items()) if method.verb == "adapt"])
+@pytest.mark.parametrize("method", [name for name, method in sorted(METHODS.items()) if method.task is TrainLora])
 def test_every_method_with_adapters_learns(method: str, tables: Tables, tmp_path: Path) -> None:
     """Ten rounds must clearly lower the loss: a wrong scale anywhere on the way would not."""
     one_rank = METHODS[method].ranks == "equal"

@@ -25,7 +25,7 @@ import pytest
 
 from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
-from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, Training
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, LoraResult, Training
 from fedtune.planning.fixed import Fixed
 from fedtune.rounds.loop import Event, RoundFinished
 from fedtune.rounds.transport import Answer, Reply, Rule
@@ -80,7 +80,7 @@ class Scripted:
         for name, order in sorted(orders.items(), reverse=True):
             assignment = decode_assignment(order.header, order.blobs)
             if (assignment.round, name) == (1, "client-1"):
-                yield Failure(name, "out of memory")
+                yield Failure.from_text(name, "out of memory")
             else:
                 yield Reply(name, encode_update(trained(assignment)))
 
@@ -96,7 +96,7 @@ def trained(assignment: Assignment) -> ClientUpdate:
     if (assignment.round, name) == (3, "client-3"):
         factors["x.b"] *= 1000
     saved = {"bias": rng.standard_normal(3).astype(np.float32)}
-    return ClientUpdate(name, assignment.round, 10, factors, saved, base=assignment.base)
+    return ClientUpdate(name, assignment.round, 10, LoraResult(factors, saved=saved, base=assignment.base))
 
 
 def conduct(run: Path, reported: list[int] | None = None, rounds: int = ROUNDS) -> None:

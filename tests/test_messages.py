@@ -4,11 +4,17 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from fedtune.messages import ClientUpdate, Failure, cohort_weights
+from fedtune.messages import (
+    AdmittedUpdate,
+    ClientUpdate,
+    Failure,
+    LoraResult,
+    cohort_weights,
+)
 
 
-def update(client: str, examples: int) -> ClientUpdate:
-    return ClientUpdate(client=client, round=1, num_examples=examples, tensors={})
+def update(client: str, examples: int) -> AdmittedUpdate:
+    return AdmittedUpdate(ClientUpdate(client, 1, examples, LoraResult({})))
 
 
 def test_weights_are_shares_of_the_examples_of_those_that_answered_sorted_by_name() -> None:
@@ -27,8 +33,8 @@ def test_the_order_of_answers_does_not_matter() -> None:
 
 def test_messages_cannot_be_edited() -> None:
     with pytest.raises(FrozenInstanceError):
-        update("a", 1).num_examples = 5  # type: ignore[misc]
+        update("a", 1).update.num_examples = 5  # type: ignore[misc]
 
 
 def test_a_client_that_fails_is_not_refused() -> None:
-    assert Failure("a", "out of memory").kind == "failed"
+    assert Failure.from_text("a", "out of memory").kind == "failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ import torch
 from fedtune.client import perform as perform_module
 from fedtune.data.encode import Example
 from fedtune.lora.adapter import delta, unpack
-from fedtune.messages import Client, ClientUpdate, Training
+from fedtune.messages import (
+    AdmittedUpdate,
+    Client,
+    ClientUpdate,
+    PlannedClient,
+    Training,
+)
 from fedtune.methods import METHODS
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.lora import with_adapters
@@ -80,7 +87,7 @@ def summed(updates: Sequence[ClientUpdate]) -> dict[str, Array]:
     total = sum(update.num_examples for update in updates)
     changes: dict[str, Array] = {}
     for update in updates:
-        for name, factors in unpack(update.tensors).items():
+        for name, factors in unpack(update.lora.tensors).items():
             changes[name] = changes.get(name, 0) + update.num_examples / total * delta(factors)
     return changes
 
@@ -136,11 +143,11 @@ def test_reinit_is_the_papers_merge_without_merging(checkpoints: dict[str, Path]
     state = method.init(blueprint, method.settings(mode="reinit", wire_dtype="fp32"))
     for _ in range(3):
         plans = {name: planner.plan_for(Client(name, SIZES[name])) for name in fleet}
-        orders = {name: method.assign(state, 0, plan) for name, plan in plans.items()}
+        orders = {name: method.assign(state, 0, PlannedClient(plan)) for name, plan in plans.items()}
         # The paper sends no frozen adapter: what was learned is in the base already.
-        bare = {name: order.__class__(**{**vars(order), "blobs": {}}) for name, order in orders.items()}
+        bare = {name: replace(order, task=replace(order.lora, blobs={})) for name, order in orders.items()}
         updates = [perform(merged, rows_of(name), order) for name, order in bare.items()]
-        state = method.aggregate(state, updates)
+        state = method.aggregate(state, [AdmittedUpdate(update) for update in updates])
         add(merged, summed(updates))
     torch.testing.assert_close(logits(ours_base, method.adapter(ours)), logits(merged), atol=1e-5, rtol=0)
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.text import duration, number, printable, size
-from fedtune.messages import ClientUpdate, Failure, Outcome, Traffic
+from fedtune.messages import AdmittedUpdate, Failure, Outcome, Traffic
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 
 RECENT = 5
@@ -108,7 +108,7 @@ def round_line(standing: ProgressState) -> str:
     record = standing.record
     if record["round"] == 0:
         return "  ".join(["before", *score(standing)])
-    admitted = sum(isinstance(outcome, ClientUpdate) for outcome in standing.outcomes.values())
+    admitted = sum(isinstance(outcome, AdmittedUpdate) for outcome in standing.outcomes.values())
     remaining = standing.remaining_s
     return "  ".join(
         [

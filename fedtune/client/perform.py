@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import floor
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,21 @@ from fedtune.directions.rebuild_torch import fastest, rebuild_compiled
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import ClientError
 from fedtune.lora.adapter import Adapter, Factors
-from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Probe, ProbeResult, Pruning
+from fedtune.messages import (
+    Assignment,
+    ClientUpdate,
+    LoraResult,
+    Measured,
+    ProbeResult,
+    ProbeSeeds,
+    Pruning,
+    TailRank,
+    TrainLora,
+)
 from fedtune.model import libraries, pruned_training
 from fedtune.model.base import Base, to_numpy
-from fedtune.model.lora import frozen, layers, read_local, start, with_adapters
+from fedtune.model.lora import frozen, read_local, start, with_adapters
+from fedtune.model.objective import kept_rank, tail_norm
 from fedtune.model.probe import measure
 from fedtune.model.train import Between, Trained, report_out_of_memory, train
 from fedtune.pruning.structure import LayerSlice, bitmap
@@ -57,18 +67,20 @@ def perform(
         WireError: if accumulators that were sent are not those that they are said to be.
     """
     with libraries.threads(threads):
-        if assignment.probe is not None:
-            return measure_seeds(base, examples, assignment, assignment.probe, replicas or Replicas())
-        return train_adapter(base, examples, assignment)
+        match assignment.task:
+            case ProbeSeeds() as task:
+                return measure_seeds(base, examples, assignment, task, replicas or Replicas())
+            case TrainLora() as task:
+                return train_adapter(base, examples, assignment, task)
 
 
 def measure_seeds(
-    base: Base, examples: Sequence[Example], assignment: Assignment, probe: Probe, replicas: Replicas
+    base: Base, examples: Sequence[Example], assignment: Assignment, probe: ProbeSeeds, replicas: Replicas
 ) -> ClientUpdate:
     """Rebuild the model from the seeds, take steps along more of them, and return the scalars."""
     name, training = assignment.plan.client, assignment.plan.training
     bank = BANKS[probe.bank](probe.seeds, probe.key)
-    answer = ClientUpdate(client=name, round=assignment.round, num_examples=len(examples), tensors={})
+    answer = partial(ClientUpdate, name, assignment.round, len(examples))
     ledger = restore(
         probe.state,
         bank=bank,
@@ -78,7 +90,7 @@ def measure_seeds(
         replicas=replicas,
     )
     if ledger is None:
-        return replace(answer, probed=ProbeResult(np.empty(0, np.int8), lost=True))
+        return answer(ProbeResult(np.empty(0, np.int8), lost=True))
     reach = TensorSelection(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
     ordinals = trainable_ordinals(base.manifest, reach, base.matrices)
     steps, sampling = training.steps, probe.sampling
@@ -99,21 +111,20 @@ def measure_seeds(
         client=name,
     )
     tail = found.losses[-max(1, len(found.losses) // 10) :]
-    return replace(
-        answer,
-        measured=Measured(
-            seconds=found.seconds,
-            peak_bytes=found.peak_bytes,
-            tokens=found.tokens,
-            loss_before=found.losses[0] if found.losses else None,
-            loss_after=sum(tail) / len(tail) if tail else None,
-        ),
-        probed=ProbeResult(
+    return answer(
+        ProbeResult(
             scalars=np.empty(0, np.int8) if probe.calibrate else found.scalars,
             state=ledger.digest[:STATE],
             checks=block_checks(ledger, base.manifest, ordinals, displacement_of(base, bank)),
             skipped=found.skipped,
             rms=found.rms if probe.calibrate else None,
+        ),
+        Measured(
+            seconds=found.seconds,
+            peak_bytes=found.peak_bytes,
+            tokens=found.tokens,
+            loss_before=found.losses[0] if found.losses else None,
+            loss_after=sum(tail) / len(tail) if tail else None,
         ),
     )
 
@@ -129,7 +140,8 @@ def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
     return rebuild_numba.displacement
 
 
-def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignment) -> ClientUpdate:
+def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignment, task: TrainLora) -> ClientUpdate:
+    """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
     name = assignment.plan.client
     if assignment.base and assignment.base != base.digest:
         raise ClientError(
@@ -137,21 +149,24 @@ def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignmen
             "load the same model in the same revision and dtype"
         )
     with report_out_of_memory(name, assignment.plan.training.batch):
-        if assignment.surgery is not None:
-            return train_pruned(base, examples, assignment, assignment.surgery)
-        learned = train_locally(base, base, examples, assignment, {})
-    return make_update(base, examples, assignment, learned, measured_of(learned.trained))
+        if task.pruning is not None:
+            result, measured = train_pruned(base, examples, assignment, task, task.pruning)
+        else:
+            learned = train_locally(base, base, examples, assignment, task, {})
+            result, measured = lora_result(base, assignment, task, learned), measured_of(learned.trained)
+    return ClientUpdate(name, assignment.round, len(examples), result, measured)
 
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """What came of a training: the local adapter before and after, and whatever was looked at while it was attached."""
+    """A local adapter before and after its training, and what was measured."""
 
     initial: Adapter
     final: Adapter
     saved: Tensors
     trained: Trained
     seen: Any = None
+    """What `then` returned."""
 
 
 def train_locally(
@@ -159,6 +174,7 @@ def train_locally(
     small: Base,
     examples: Sequence[Example],
     assignment: Assignment,
+    task: TrainLora,
     cut: Mapping[str, LayerSlice],
     *,
     between: Callable[[torch.nn.Module], Between | None] = lambda model: None,
@@ -170,67 +186,61 @@ def train_locally(
         base: the whole base.
         small: the same, pruned.
         examples: the client's own.
-        assignment: its blobs in the coordinates of `small`.
+        assignment: its plan and seed.
+        task: its blobs in the coordinates of `small`.
         cut: what `small` keeps.
         between: from the model with its adapters to what happens between two steps.
         then: called with the model at the end, its adapters still attached.
     """
-    local, initial = assignment.local, start(assignment, base.modules, cut)
-    saved = assignment.blobs.get("saved", {})
+    plan = assignment.plan
+    initial = start(task, plan, base.modules, cut)
+    saved = task.blobs.get("saved", {})
     with with_adapters(
         small,
-        frozen=frozen(assignment),
+        frozen=frozen(task),
         local=initial,
-        scale=assignment.plan.scale,
-        dropout=assignment.plan.training.dropout,
-        train=local.train,
+        scale=plan.scale,
+        dropout=plan.training.dropout,
+        train=task.train,
         saved=saved,
     ) as model:
-        kept = max(1, floor(local.rank_decay * assignment.plan.rank))
-        tail = tail_norms(model, kept) if local.rank_penalty > 0 else None
-        at_start = 0.0 if tail is None else tail().item()
+        tail = next((term for term in task.terms if isinstance(term, TailRank) and term.weight > 0), None)
+        before = tail_norm(model, tail.decay).item() if tail else 0.0
         done = train(
             small,
             examples,
-            assignment.plan.training,
+            plan.training,
             key=assignment.seed,
-            client=assignment.plan.client,
-            penalty=None if tail is None else lambda: local.rank_penalty * tail(),
+            client=plan.client,
+            terms=task.terms,
             between=between(model),
-            weigh=assignment.surgery is not None,
+            weigh=task.pruning is not None,
         )
         final = read_local(model)
-        if tail is not None and tail().item() < at_start:
-            final = {module: Factors(a=f.a[:kept], b=f.b[:, :kept]) for module, f in final.items()}
+        if tail and tail_norm(model, tail.decay).item() < before:
+            rank = kept_rank(plan.rank, tail.decay)
+            final = {module: Factors(a=f.a[:rank], b=f.b[:, :rank]) for module, f in final.items()}
         parameters = dict(model.named_parameters())
         new_saved = {key: to_numpy(parameters[key]) for key in saved}
         seen = then(model) if then is not None else None
     return LocalTraining(initial, final, new_saved, done, seen)
 
 
-def make_update(
-    base: Base, examples: Sequence[Example], assignment: Assignment, learned: LocalTraining, measured: Measured
-) -> ClientUpdate:
-    local, plan = assignment.local, assignment.plan
-    return ClientUpdate(
-        client=plan.client,
-        round=assignment.round,
-        num_examples=len(examples),
-        tensors=cast(upload(learned.initial, learned.final, local, scale=plan.scale), local.wire_dtype),
-        saved=learned.saved,
-        measured=measured,
-        base=base.digest,
-    )
+def lora_result(base: Base, assignment: Assignment, task: TrainLora, learned: LocalTraining) -> LoraResult:
+    tensors = upload(learned.initial, learned.final, task, scale=assignment.plan.scale)
+    return LoraResult(cast(tensors, task.wire_dtype), learned.saved, base.digest)
 
 
-def train_pruned(base: Base, examples: Sequence[Example], assignment: Assignment, surgery: Pruning) -> ClientUpdate:
+def train_pruned(
+    base: Base, examples: Sequence[Example], assignment: Assignment, task: TrainLora, pruning: Pruning
+) -> tuple[LoraResult, Measured]:
     """Measure the loss as received, make the model smaller, train, measure again, and score heads and channels.
 
-    The loss before is taken at the ratio of the last participation, before surgery: taken after it, a client would be
-    paid for the damage that training repairs. (By the order of heads and channels as it is now: in the round after a
-    new one that is not quite the structure that was trained.)
+    The loss before is taken at the ratio of the last participation, before the model is pruned: taken after it, a
+    planner would reward the damage that training repairs. (By the ranking of heads and channels as it is now: in the
+    round after a new one that is not quite the structure that was trained.)
     """
-    began, key, plan, settings = time.perf_counter(), assignment.seed, assignment.plan, surgery.settings
+    began, key, plan, settings = time.perf_counter(), assignment.seed, assignment.plan, pruning.settings
     body, side = pruned_training.block_layout(base), 0
     if not examples:
         raise ClientError(f"{plan.client}: expected at least one training example; got none; give the client more data")
@@ -243,25 +253,23 @@ def train_pruned(base: Base, examples: Sequence[Example], assignment: Assignment
         batch=plan.training.batch,
     )
     if settings.policy == "local" and plan.ratio > 0:
-        with pruned_training.with_received_adapters(base, assignment, base, {}) as model:
+        with pruned_training.with_received_adapters(base, task, plan, base, {}) as model:
             worth, side = score(model, base, keep=None)
         parts = pruned_training.own_structures(worth, plan.ratio, settings, body)
     else:
-        parts = pruned_training.structures_of(surgery, body)
+        parts = pruned_training.structures_of(pruning, body)
     steps = plan.training.steps
     assert steps is not None  # the planner resolves epochs
     parts = parts.within(steps)
     rows = pruned_training.evaluation_rows(examples, base, key=key, batch=plan.training.batch)
     with pruned_training.with_pruned_model(base, parts.before, body) as small:
-        order, cut = (
-            pruned_training.sliced_assignment(assignment, parts.before, parts.sent, body),
-            pruned_training.cut_of(parts.before, body),
-        )
-        with pruned_training.with_received_adapters(small, order, base, cut) as model:
+        received = pruned_training.sliced_task(task, parts.before, parts.sent, body)
+        cut = pruned_training.cut_of(parts.before, body)
+        with pruned_training.with_received_adapters(small, received, plan, base, cut) as model:
             loss_before = pruned_training.evaluation_loss(model, rows, base)
 
     def then(model: torch.nn.Module) -> tuple[float, Tensors, int]:
-        found, tokens = score(model, base, keep=parts.last) if surgery.wanted else ({}, 0)
+        found, tokens = score(model, base, keep=parts.last) if pruning.scores_requested else ({}, 0)
         return pruned_training.evaluation_loss(model, rows, base), found, tokens
 
     with pruned_training.with_pruned_model(base, parts.first, body) as small:
@@ -269,7 +277,8 @@ def train_pruned(base: Base, examples: Sequence[Example], assignment: Assignment
             base,
             small,
             examples,
-            pruned_training.sliced_assignment(assignment, parts.first, parts.sent, body),
+            assignment,
+            pruned_training.sliced_task(task, parts.first, parts.sent, body),
             pruned_training.cut_of(parts.first, body),
             between=lambda model: pruned_training.cutter(model, parts.stages, settings, body, steps=steps),
             then=then,
@@ -277,7 +286,8 @@ def train_pruned(base: Base, examples: Sequence[Example], assignment: Assignment
     loss_after, worth, tokens = learned.seen
     # The start of what was trained, in the structure in which it ended.
     last = start(
-        pruned_training.sliced_assignment(assignment, parts.last, parts.sent, body),
+        pruned_training.sliced_task(task, parts.last, parts.sent, body),
+        plan,
         base.modules,
         pruned_training.cut_of(parts.last, body),
     )
@@ -291,44 +301,29 @@ def train_pruned(base: Base, examples: Sequence[Example], assignment: Assignment
     mask = b""
     if settings.policy == "local" and parts.last is not None:
         mask = bitmap(parts.last, body)
-    elif settings.policy == "vote" and surgery.wanted:
+    elif settings.policy == "vote" and pruning.scores_requested:
         mask = pruned_training.vote(worth, parts.last, max(plan.ratio, settings.target), settings, body)
-    return replace(
-        make_update(base, examples, assignment, replace(learned, initial=last), done),
-        kept=parts.last.digest if parts.last else b"",
+    sends_scores = pruning.scores_requested and settings.policy == "nested"
+    result = replace(
+        lora_result(base, assignment, task, replace(learned, initial=last)),
+        structure_digest=parts.last.digest if parts.last else b"",
         mask=mask,
-        scores=pruned_training.wire_scores(worth) if surgery.wanted and settings.policy == "nested" else {},
+        scores=pruned_training.wire_scores(worth) if sends_scores else {},
     )
+    return result, done
 
 
-def upload(initial: Adapter, final: Adapter, local: LocalAdapter, *, scale: float) -> Tensors:
-    """Return the flat tensors that go up, the scale folded into b; see `LocalAdapter.upload` and `.train`."""
+def upload(initial: Adapter, final: Adapter, task: TrainLora, *, scale: float) -> Tensors:
+    """Return the flat tensors that go up, the scale folded into b; see `TrainLora.upload` and `.train`."""
     tensors = {}
     for name, factors in final.items():
         a, b = factors.a, factors.b
-        if local.upload == "difference":
+        if task.upload == "difference":
             a, b = a - initial[name].a, b - initial[name].b
         tensors[f"{name}.b"] = scale * b
-        if local.train == "ab":
+        if task.train == "ab":
             tensors[f"{name}.a"] = a
     return tensors
-
-
-def tail_norms(model: torch.nn.Module, kept: int) -> Callable[[], torch.Tensor]:
-    """Return a function that gives the sum over modules of ||B[:, kept:]|| ||A[kept:, :]|| as it then stands.
-
-    HetLoRA's regulariser, Cho et al., EMNLP 2024, arXiv 2401.06432, section 3.2. The small number keeps the gradient
-    of a norm finite at zero.
-    """
-    pairs = [(layer.lora_A["local"].weight, layer.lora_B["local"].weight) for layer in layers(model, "local").values()]
-
-    def tail() -> torch.Tensor:
-        norms = [
-            (b[:, kept:].square().sum() + 1e-12).sqrt() * (a[kept:].square().sum() + 1e-12).sqrt() for a, b in pairs
-        ]
-        return torch.stack(norms).sum()
-
-    return tail
 
 
 def measured_of(trained: Trained) -> Measured:

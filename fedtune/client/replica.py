@@ -1,4 +1,4 @@
-"""What a client remembers of a run between rounds: accumulators it has worked on, so that short messages suffice."""
+"""The accumulators that a client remembers between rounds, so that the server can send changes in place of all."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ class Replicas:
     """Accumulators by run and round, the last `downlink.MAX_LOG` rounds of each run; lost with its process."""
 
     def __init__(self) -> None:
-        self._kept: dict[Key, dict[int, Array]] = {}
+        self._rounds: dict[Key, dict[int, Array]] = {}
 
     def known(self, bank: DirectionBank, manifest: bytes, round: int) -> Array | None:
-        """Return the accumulators after a round of a run, None if they are not held; zeros are known to everybody."""
+        """Return the accumulators after a round of a run, None if they are not stored; round 0 is all zeros."""
         if round == 0:
             return np.zeros(bank.size, np.int32)
-        return self._kept.get(self._key(bank, manifest), {}).get(round)
+        return self._rounds.get(self._key(bank, manifest), {}).get(round)
 
     def keep(self, ledger: SeedLedger) -> None:
+        """Store a ledger's accumulators, and drop those of rounds that no log can span any more."""
         key = self._key(ledger.bank, ledger.manifest)
         oldest = ledger.round - downlink.MAX_LOG
-        before = {round: sums for round, sums in self._kept.get(key, {}).items() if oldest <= round < ledger.round}
-        self._kept[key] = {**before, ledger.round: ledger.accumulators}
+        before = {round: sums for round, sums in self._rounds.get(key, {}).items() if oldest <= round < ledger.round}
+        self._rounds[key] = {**before, ledger.round: ledger.accumulators}
 
     @staticmethod
     def _key(bank: DirectionBank, manifest: bytes) -> Key:
@@ -44,10 +45,13 @@ class Replicas:
 def restore(
     state: SeedState, *, bank: DirectionBank, exponent: int, manifest: bytes, sampling: str, replicas: Replicas
 ) -> SeedLedger | None:
-    """Return the ledger that a message stands for, and keep it; None if what it refers to is not held, or another.
+    """Return the ledger that a message describes, and store its accumulators.
+
+    None if the message builds on accumulators that this client lacks, or that give another state than the server has;
+    the server then sends them whole.
 
     Args:
-        state: as it was sent.
+        state: as the server sent it.
         bank: of the run.
         exponent: e of the run.
         manifest: digest of the client's own base.
@@ -55,7 +59,7 @@ def restore(
         replicas: what the client remembers.
 
     Raises:
-        WireError: if the message cannot be read, or is whole and does not give the state that it states.
+        WireError: if the message cannot be read, or sends everything and still gives another state than it states.
     """
     known = replicas.known(bank, manifest, state.since)
     if state.form != "whole" and known is None:
@@ -69,6 +73,7 @@ def restore(
     if ledger.digest != state.digest:
         if state.since > 0:
             return None
+        # Nothing of an earlier round is in it: to ask for the whole state would give the same again.
         raise WireError(
             f"expected the state {state.digest.hex()[:16]}; got {ledger.digest.hex()[:16]} of this base and what came; "
             "load the same model in the same revision and dtype"
@@ -77,16 +82,23 @@ def restore(
     return ledger
 
 
-def read_accumulators(state: SeedState, known: Array | None, draw: Callable[[int, int], Array], size: int) -> Array:
+def read_accumulators(
+    state: SeedState, known: Array | None, sample_ids: Callable[[int, int], Array], size: int
+) -> Array:
+    """Return the accumulators that a message describes, given those that the client knows.
+
+    Raises:
+        WireError: if the message cannot be read.
+    """
     if state.form == "whole":
         return downlink.decode_whole(state.data, size)
-    assert known is not None  # the caller has looked
+    assert known is not None  # `restore` has checked
     if state.form == "changed":
         return downlink.decode_changed(state.data, known)
     rounds = downlink.decode_log(state.data)
     if len(rounds) != state.round - state.since:
         raise WireError(f"log: expected the rounds {state.since + 1} to {state.round}; got {len(rounds)} of them")
     try:
-        return downlink.replay_log(known, rounds, draw)
-    except (ConfigError, IndexError) as error:  # more distinct seeds than there are, or levels that are not sent
+        return downlink.replay_log(known, rounds, sample_ids)
+    except (ConfigError, IndexError) as error:  # more distinct ids than seeds, or levels that were not sent
         raise WireError(f"log: expected scalars whose seeds can be drawn; got others ({error})") from error

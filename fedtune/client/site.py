@@ -1,4 +1,4 @@
-"""One client's own base and examples, loaded once per process, and what it says and does with them."""
+"""One client: its base and examples, loaded once per process, its profile, and its answers to assignments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fedtune.wire.profile import ClientProfile, Device, ModelSpec
 
 @dataclass(frozen=True)
 class Site:
-    """A client with everything that it needs, whichever network asks it."""
+    """A client with everything that it needs to answer, the same for every network."""
 
     client: str
     base: Base
@@ -40,10 +40,10 @@ class Site:
     labels: Sequence[str]
     threads: int
     replicas: Replicas = field(default_factory=Replicas)
-    """What this process remembers of a run between rounds."""
+    """The accumulators that this process remembers between rounds."""
 
     def profile(self) -> ClientProfile:
-        """Return what the client says of itself."""
+        """Return what the client tells a server about itself."""
         base = self.base
         return ClientProfile(
             client=self.client,
@@ -64,7 +64,7 @@ class Site:
         )
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
-        """Do what an assignment asks.
+        """Return the client's update for an assignment.
 
         Raises:
             ClientError: if it is for another client, or cannot be done.
@@ -77,8 +77,8 @@ class Site:
         return perform(self.base, self.examples, assignment, threads=self.threads, replicas=self.replicas)
 
 
-# What is loaded is kept by this module, not by an app object: Ray pickles the app with every message, and what it holds
-# would be loaded as often.
+# Cached in this module and not in an app object: Ray pickles the app with every message, and a base inside of it would
+# be loaded as often.
 @lru_cache(maxsize=1)
 def from_file(path: str) -> Site:
     """Return the site that a local file describes.
@@ -91,6 +91,7 @@ def from_file(path: str) -> Site:
         settings.model, settings.adapter.settings, settings.data, seed=settings.seed, root=settings.root
     )
     shards = federation.clients
+    # Without a split all of the data belong to this client, whatever name the shard has.
     name = settings.name if settings.split else next(iter(shards))
     if name not in shards:
         raise ConfigError(
@@ -100,7 +101,7 @@ def from_file(path: str) -> Site:
 
 
 def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Site:
-    """Return the client of a recipe, in TOML or as a path, that a node of Flower's simulation engine stands for.
+    """Return the client of a recipe, in TOML or as a path, for a node of Flower's simulation engine.
 
     Raises:
         ConfigError: if the recipe is wrong, or has fewer clients than there are nodes.
@@ -118,7 +119,7 @@ def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapp
 
 @lru_cache(maxsize=1)
 def cached_recipe(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
-    """Return a recipe with the data and the base that it names, loaded once per process, and what it remembers."""
+    """Return a recipe with its data, its base and the memory of its clients, loaded once per process."""
     bound = bind(recipe)
     return bound, *load_site(bound.model, bound.adapter, bound.data, seed=bound.seed, root=bound.root), Replicas()
 
@@ -126,7 +127,7 @@ def cached_recipe(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
 def load_site(
     model: ModelSettings, adapter: AdapterSettings, data: DataSettings, *, seed: int, root: Path
 ) -> tuple[Federation, Base]:
-    """Load data and base.
+    """Return the data and the base of a client, after a check that the base can read the longest example.
 
     Raises:
         ConfigError: if a file, column or module that the settings name does not exist.
@@ -138,8 +139,8 @@ def load_site(
     federation = federate(data, tokenizer=tokenizer, task=model.task, seed=seed, root=root)
     base = load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
     shards = federation.clients.values()
-    every = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
-    longest = max(len(example.input_ids) for example in every)
+    examples = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
+    longest = max(len(example.input_ids) for example in examples)
     if longest > base.positions:
         expected = f"examples of at most {base.positions} tokens, the positions that {base.name} has"
         hint = f"set data.max_tokens = {base.positions}"
@@ -148,21 +149,21 @@ def load_site(
 
 
 def manifest(base: Base) -> bytes:
-    """Return the list of the base's tensors; nothing if one is not finite or of another format: LoRA may do with it."""
+    """Return the encoded manifest of the base; empty if it has none, for LoRA can train such a base all the same."""
     with suppress(ConfigError):
         return base.manifest.encode()
     return b""
 
 
 def blocks(base: Base) -> BlockLayout | None:
-    """Return the blocks of the base; none if surgery does not know it: only pruning asks for them."""
+    """Return the blocks of the base; None for a family that cannot be pruned, for only pruning needs them."""
     with suppress(ConfigError):
         return block_layout(base)
     return None
 
 
 def device(base: Base) -> Device:
-    """Return what the machine of this process can carry."""
+    """Return memory, cores and accelerator of this process."""
     return Device(
         memory_bytes=memory_bytes(base.device),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,

@@ -1,4 +1,4 @@
-"""The process that keeps a site's base and examples: it reads orders line by line, and writes updates to files."""
+"""The process that holds a site's base and examples: it reads requests line by line, and writes updates to files."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from fedtune.wire.profile import encode_profile
 
 
 def main() -> None:
-    """Run on a site's file and the descriptors of requests, replies and life, the last arguments."""
+    """Serve a site's file; the last arguments are the descriptors of requests, replies and the parent's life."""
     site, requests, replies, life = sys.argv[-4], *map(int, sys.argv[-3:])
+    # The read ends when the parent is gone, however it ended: no process with a client's data outlives it.
     threading.Thread(target=lambda: (os.read(life, 1), os._exit(0)), daemon=True).start()
-    with os.fdopen(requests, "r") as lines, os.fdopen(replies, "w") as answers:
+    with os.fdopen(requests, "r") as lines, os.fdopen(replies, "w") as writer:
         for line in lines:
-            answers.write(json.dumps(handle(site, json.loads(line))) + "\n")
-            answers.flush()
+            writer.write(json.dumps(handle(site, json.loads(line))) + "\n")
+            writer.flush()
 
 
 def handle(site: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Do what a request asks, and return what came of it."""
+    """Run a request, and return the reply: `done`, or `failed` with the reason."""
     try:
         run_request(from_file(site), request)
     except FedtuneError as error:
         return {"failed": str(error)}
-    except Exception as error:  # what it says may quote data: only its type leaves the site
+    except Exception as error:  # its text may quote data: only its type leaves the site
         traceback.print_exc()
         return {"failed": f"expected an answer; got {type(error).__name__}; this site's own log says where"}
     return {"done": True}
 
 
 def run_request(site: Site, request: Mapping[str, Any]) -> None:
+    """Write the site's profile, or its update for an assignment, to the path that the request names."""
     into = Path(request["into"])
     if request["do"] == "profile":
         profile = encode_profile(site.profile())

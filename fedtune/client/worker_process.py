@@ -1,4 +1,4 @@
-"""What worker processes are told and run: the base and the clients' examples loaded once, then `client.perform`."""
+"""Worker processes of a simulation: the base and the clients' examples are loaded once, then `client.perform` runs."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def payload(
     labels: Sequence[str] = (),
     base: str = "",
 ) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
-    """Return what `Nursery.load` hands to `prepare`.
+    """Return (settings, examples by client), the arguments of `prepare` as JSON and bytes.
 
     Args:
         model: the recipe's table `model`.
         adapter: the recipe's table `adapter`.
-        examples: for training, by client.
+        examples: training examples by client.
         root: folder that relative paths are relative to.
         seed: the run's seed.
         labels: names of the classes, for classification.
-        base: digest that the base must have; empty accepts any, and each assignment's own is checked all the same.
+        base: digest that the base must have; empty accepts any, and that of each assignment is checked all the same.
     """
     spec = {
         "model": asdict(model),
@@ -55,7 +55,7 @@ def payload(
 
 
 def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepared:
-    """Load the base on the CPU, where all workers share it, and the examples of every client.
+    """Load the base on the CPU, where all worker processes share it, and the examples of every client.
 
     Raises:
         ConfigError: if the base cannot be loaded, or is another one.
@@ -75,34 +75,35 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
     examples = {name: transfer.decode(part) for name, part in parts.items()}
     devices = devices_of(choose_device(model.device))
 
-    def equip(place: int) -> PerformBytes:
+    def make_worker(place: int) -> PerformBytes:
         resident, replicas = base_on_device(base, torch.device(devices[place % len(devices)])), Replicas()
 
         def work(assignment: Assignment, threads: int) -> ClientUpdate:
-            mine = examples[assignment.plan.client]
-            return perform(resident, mine, assignment, threads=threads, replicas=replicas)
+            own = examples[assignment.plan.client]
+            return perform(resident, own, assignment, threads=threads, replicas=replicas)
 
         return work
 
-    return Prepared(equip, devices)
+    return Prepared(make_worker, devices)
 
 
 def devices_of(chosen: torch.device) -> tuple[str, ...]:
-    """Return where workers compute: on every GPU in turn, unless the recipe names one of them."""
+    """Return the devices of the workers: every GPU in turn, unless the recipe names one of them."""
     if chosen.type == "cuda" and chosen.index is None:
         return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
     return (str(chosen),)
 
 
 def base_on_device(base: Base, device: torch.device) -> Base:
-    """Return the base on a device, of which every worker has a copy of its own unless it is the CPU."""
+    """Return the base on a device: on the CPU the shared one, elsewhere a copy of this worker's own."""
     return base if device.type == "cpu" else replace(base, model=base.model.to(device), device=device)
 
 
 def main() -> None:
-    """Run as the process that loads and forks, on the descriptor of the control socket given as the last argument."""
-    # Asks NVIDIA's management library which GPUs there are: to ask CUDA itself would leave the forks without it.
+    """Run the process that loads and forks; the last argument is the descriptor of the control socket."""
+    # Makes torch ask NVIDIA's management library for the GPUs: after a call to CUDA itself, the forks could not use it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    # Before any fork: threads of a pool do not survive it, and the child would wait for them.
     torch.set_num_threads(1)
     serve(int(sys.argv[-1]), prepare)
 

@@ -20,6 +20,7 @@ from fedtune.config.recipe import SECTIONS, Recipe
 from fedtune.config.rows import bind_devices, bind_overrides
 from fedtune.config.tables import bind_table, bind_value, freeze_table, unknown_keys
 from fedtune.errors import ConfigError, Fault
+from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
 from fedtune.methods.flora import FloraSettings
 from fedtune.model.settings import AdapterSettings
@@ -99,7 +100,7 @@ def bind_sections(table: Mapping[str, Any], faults: list[Fault]) -> dict[str, An
 def trains_no_adapter(method: Any) -> bool:
     """Return whether a table `method` names a method whose clients train no adapter."""
     name = method.get("name") if isinstance(method, dict) else method
-    return isinstance(name, str) and name in METHODS and METHODS[name].verb == "probe"
+    return isinstance(name, str) and name in METHODS and METHODS[name].task is ProbeSeeds
 
 
 def bind_named(kinds: Mapping[str, type[Any]], content: Any, path: str, faults: list[Fault]) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from fedtune.data.settings import TEMPLATES, DataSettings, Split
 from fedtune.data.settings import faults as data_faults
 from fedtune.directions.bank import BANKS
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Training
+from fedtune.messages import VERBS, ProbeSeeds, Training, TrainLora
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.rounds.schedule import cohort_size
@@ -124,7 +124,7 @@ def rank_faults(recipe: Recipe) -> Iterator[Fault]:
         if override.rank is not None:
             ranks = {override.rank} if "*" in override.clients else ranks | {override.rank}
     if METHODS[method].ranks == "equal" and len(ranks) > 1:
-        mixed = [name for name, other in METHODS.items() if other.ranks != "equal" and other.verb == "adapt"]
+        mixed = [name for name, other in METHODS.items() if other.ranks != "equal" and other.task is TrainLora]
         got = f"{join_words(sorted(ranks))} from adapter.rank and the overrides"
         hint = f"use {join_words(mixed, joint='or')}, or one rank"
         yield Fault("method", f"one rank, as {method!r} needs", got, hint)
@@ -200,7 +200,7 @@ IDLE: Mapping[str, Any] = {
 def seed_method_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what a recipe asks for that steps along seeds do not have."""
     method = recipe.method.name
-    if METHODS[method].verb != "probe":
+    if METHODS[method].task is not ProbeSeeds:
         return
     hint = f"{method!r} has forward passes in the base's own format and no optimizer; leave it out"
     for key, default in IDLE.items():
@@ -221,7 +221,7 @@ def verb_faults(recipe: Recipe) -> Iterator[Fault]:
     LoRA factors on top would be a second one, which differs between machines. Under kron both parts would be factors.
     """
     method = recipe.method
-    own = METHODS[method.name].verb
+    own = VERBS[METHODS[method.name].task]
     for place, override in enumerate(recipe.override):
         if override.verb in (None, own):
             continue

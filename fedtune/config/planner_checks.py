@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fedtune.config.error_text import display, join_words
 from fedtune.config.recipe import Override, Recipe
 from fedtune.errors import Fault
+from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
@@ -111,8 +112,8 @@ def planner_method_faults(recipe: Recipe) -> Iterator[Fault]:
     method, planner = recipe.method.name, recipe.planner
     if not isinstance(planner, AdaptiveSettings):
         return
-    if METHODS[method].verb == "probe" or METHODS[method].ranks == "equal":
-        why = "trains no adapter" if METHODS[method].verb == "probe" else "needs one rank for all"
+    if METHODS[method].task is ProbeSeeds or METHODS[method].ranks == "equal":
+        why = "trains no adapter" if METHODS[method].task is ProbeSeeds else "needs one rank for all"
         expected = f"'fixed' with method {method!r}, which {why}"
         yield Fault("planner", expected, repr(planner.name), "use method = 'flora'")
 

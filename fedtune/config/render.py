@@ -28,6 +28,11 @@ OUTCOME_FREE = ("name", "engine", "report", "root")
 """Fields of a recipe that change neither the adapter nor its scores."""
 
 
+ADDED: Mapping[str, Mapping[str, Any]] = {"client": {"proximal": 0.0}}
+"""Keys that no release had from the start, with the value that changes nothing: with it they are no part of the digest,
+so that digests which sites have pinned in their policies still hold."""
+
+
 def render(recipe: Recipe) -> str:
     """Return the recipe as TOML with all defaults written out; `bind(render(recipe)) == recipe`."""
     lines = ["# As bound: every value, defaults included.", *entries({"name": recipe.name, "seed": recipe.seed})]
@@ -81,6 +86,8 @@ def digest(recipe: Recipe) -> str:
     Local data and models count by their absolute path; what is in the files is for others to digest.
     """
     content = {key: value for key, value in asdict(recipe).items() if key not in OUTCOME_FREE}
+    for table, defaults in ADDED.items():
+        content[table] = {key: value for key, value in content[table].items() if defaults.get(key, ...) != value}
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 

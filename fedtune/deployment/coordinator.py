@@ -24,7 +24,7 @@ from fedtune.link.server.dispatcher import Dispatcher, RunInfo
 from fedtune.link.server.metrics import Metrics, health
 from fedtune.link.server.server import serve_link
 from fedtune.link.settings import LinkSettings
-from fedtune.messages import Assignment, Blueprint, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.messages import AdmittedUpdate, Blueprint, Failure, ProbeSeeds, TrainLora
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.runs.runner import check_resumable, run_recipe
@@ -176,12 +176,8 @@ def note_journal(hub: Dispatcher, ledger: RunJournal) -> None:
 def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:
     """Return the bytes beyond which no honest answer to an encoded assignment goes."""
     message = parse(round_pb2.Assignment(), front)
-    training = Training(batch=1, learning_rate=1.0, steps=message.probe.steps or 1)
-    plan = Plan(message.plan.client, max(1, message.plan.rank), 1.0, training)
-    asked = Assignment(message.method, message.round, 0, plan, LocalAdapter(a_key=0))
-    if message.verb == round_pb2.PROBE:
-        return message.probe.steps + 1024
-    return largest_update(asked, blueprint)
+    task = ProbeSeeds if message.verb == round_pb2.PROBE else TrainLora
+    return largest_update(task, rank=max(1, message.plan.rank), steps=message.probe.steps, blueprint=blueprint)
 
 
 def on_event(hub: Dispatcher, tell: RecordEvent, event: Event) -> None:
@@ -190,7 +186,7 @@ def on_event(hub: Dispatcher, tell: RecordEvent, event: Event) -> None:
         case RoundStarted(round, rounds, cohort):
             hub.opened(cohort)
             tell("round", round=round, rounds=rounds, clients=" ".join(cohort))
-        case ClientFinished(round, ClientUpdate() as update, traffic):
+        case ClientFinished(round, AdmittedUpdate() as update, traffic):
             hub.settle(update.client, round, None)
             tell(
                 "used",
@@ -225,10 +221,15 @@ def on_event(hub: Dispatcher, tell: RecordEvent, event: Event) -> None:
 
 def refusal(failure: Failure) -> pb.Refusal:
     """Return why an update was refused, as it travels to its author."""
-    field, _, rest = failure.reason.partition("expected ")
-    wanted, _, found = rest.partition("; got ")
-    code = failure.code or "MALFORMED"
-    return pb.Refusal(reason=code, field=one_line(field.rstrip(": ")), expected=one_line(wanted), found=one_line(found))
+    if not failure.expected:
+        return pb.Refusal(reason=failure.code or "MALFORMED", field=one_line(failure.reason))
+    found = "; ".join(part for part in (failure.got, failure.hint) if part)
+    return pb.Refusal(
+        reason=failure.code or "MALFORMED",
+        field=one_line(failure.where),
+        expected=one_line(failure.expected),
+        found=one_line(found),
+    )
 
 
 def readiness_fault(hub: Dispatcher, roster: RosterFile) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedtune.messages import Plan
 from fedtune.rounds.clock import ClientTime, CompletedWork
 
 
@@ -23,7 +22,7 @@ class MeasuredClock:
         }
         return {**there, **{name: ClientTime.given_up(after_s) for name, after_s in late.items()}}
 
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         return {}
 
     def lasted(self, spent: Mapping[str, ClientTime]) -> float:

@@ -9,7 +9,6 @@ from typing import Literal
 from fedtune.devices import traces
 from fedtune.devices.profiles import DeviceProfile
 from fedtune.devices.traces import By
-from fedtune.messages import Plan
 from fedtune.rounds.clock import ClientTime, CompletedWork
 
 PASSES = 2
@@ -82,10 +81,10 @@ class SimulatedClock:
         second = profile.latency_s + integrated_seconds(begin, load.bytes_up, up)
         return ClientTime(compute, first + second, overhead_s=profile.overhead_s)
 
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         """Return who is given up: after the planner's deadline, or where late ones are waited for after thrice that."""
         share = 1.0 if self.late == "drop" else PATIENCE
-        bounds = {name: share * plan.deadline_s for name, plan in plans.items() if plan.deadline_s is not None}
+        bounds = {name: share * deadline_s for name, deadline_s in deadlines_s.items()}
         return {name: bound for name, bound in bounds.items() if name in spent and spent[name].seconds > bound}
 
     def lasted(self, spent: Mapping[str, ClientTime]) -> float:

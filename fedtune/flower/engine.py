@@ -73,7 +73,7 @@ class RayTransport:
             RoundError: if a worker process died; Flower would hand the dead one further messages and fail them all.
         """
         for answer in self.over.exchange(orders, replace(rule, deadline_s=None)):
-            if isinstance(answer, Failure) and "ActorDiedError" in answer.reason:
+            if isinstance(answer, Failure) and answer.code == "WORKER_DIED":
                 raise RoundError(
                     f"{answer.client}: expected a living worker; its process died (out of memory?), and Ray's engine "
                     'does not replace it; resume the run with engine = "processes", which does'

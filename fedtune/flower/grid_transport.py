@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from fedtune.errors import RoundError, WireError
 from fedtune.flower.records import ERROR, UPDATE, arrays, pack, unpack
 from fedtune.messages import Client, Failure
-from fedtune.rounds.transport import Answer, Aside, Reply, Rule
+from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment
 from fedtune.wire.profile import ClientProfile, ModelSpec, common_model_spec, decode_profile, difference, fingerprint
 
@@ -97,7 +97,7 @@ class GridTransport:
         self._here: dict[int, ClientProfile] = {}  # by node; connected clients that have said hello
         self._refused: dict[int, Rejection] = {}  # by node
         self._open: dict[str, SentMessage] = {}  # by message id
-        self._aside: list[Aside] = []  # for the next exchange to tell
+        self._aside: list[UnsolicitedReply] = []  # for the next exchange to tell
         self._foundation: ModelSpec | None = None
         # Initial values may be large: clients that agree share one copy, which goes with the last of them.
         self._foundations: WeakValueDictionary[tuple[object, ...], ModelSpec] = WeakValueDictionary()
@@ -168,7 +168,7 @@ class GridTransport:
                 self._sleep(pause)
             pause = FIRST_PAUSE_S if len(waiting) < before else min(2 * pause, LAST_PAUSE_S)
         for client in waiting.values():
-            yield Failure(client, f"no answer in {self._clock() - began:.0f} s", kind="late")
+            yield Failure(client, got=f"no answer in {self._clock() - began:.0f} s", kind="late")
         yield from self._noted()
 
     def _send(self, orders: Mapping[str, EncodedAssignment], ttl_s: float) -> tuple[dict[str, str], Sequence[Failure]]:
@@ -177,12 +177,12 @@ class GridTransport:
         waiting, failures = dict[str, str](), list[Failure]()
         for client, order in orders.items():
             if client not in nodes:
-                failures.append(Failure(client, "left before its assignment was sent"))
+                failures.append(Failure(client, got="left before its assignment was sent"))
                 continue
             message = pack(order.header, order.blobs, array=array)
             sent = SentMessage(nodes[client], "order", client, self._clock(), ttl_s)
             if (message_id := self._push(sent, message, MessageType.TRAIN)) is None:
-                failures.append(Failure(client, "its assignment was not accepted for delivery"))
+                failures.append(Failure(client, got="its assignment was not accepted for delivery"))
             else:
                 waiting[message_id] = client
         return waiting, failures
@@ -241,9 +241,9 @@ class GridTransport:
             return
         answer = decode_reply(sent.client, reply)
         self._aside.append(
-            Aside(sent.client, f"late, dropped: {answer.reason}")
+            UnsolicitedReply(sent.client, f"late, dropped: {answer.reason}")
             if isinstance(answer, Failure)
-            else Aside(sent.client, "answered after its round had ended; dropped", len(answer.update))
+            else UnsolicitedReply(sent.client, "answered after its round had ended; dropped", len(answer.update))
         )
 
     def _welcome(self, sent: SentMessage, reply: Message) -> None:
@@ -278,7 +278,7 @@ class GridTransport:
         self._refused[node] = Rejection(reason, self._clock() + again_s, taken)
         self._here.pop(node, None)
         if before is None or before.reason != reason:  # else it is known
-            self._aside.append(Aside(name or "unnamed client", f"refused: {reason}", kind="refused"))
+            self._aside.append(UnsolicitedReply(name or "unnamed client", f"refused: {reason}", kind="refused"))
             self._note(f"{name or 'unnamed client'} is refused: {reason}")
 
     def _ready(self) -> bool:
@@ -316,7 +316,7 @@ class GridTransport:
         busy = self._busy()
         return [name for name, node in self._nodes().items() if node not in busy]
 
-    def _noted(self) -> Iterator[Aside]:
+    def _noted(self) -> Iterator[UnsolicitedReply]:
         while self._aside:
             yield self._aside.pop(0)
 
@@ -332,13 +332,15 @@ class GridTransport:
 def decode_reply(client: str, reply: Message) -> Reply | Failure:
     """Return what a client's reply to an order is; only its outer form is looked at."""
     if reply.has_error():
-        return Failure(client, error_reason(reply))
+        dead = reply.error.code != ERROR and "ActorDiedError" in (reply.error.reason or "")
+        return Failure.from_text(client, error_reason(reply), code="WORKER_DIED" if dead else "")
     try:
         content = unpack(reply.content)
     except WireError as error:
-        return Failure(client, str(error), kind="refused")
+        return Failure.from_text(client, str(error), kind="refused")
     if content.blobs.keys() != {UPDATE}:
-        return Failure(client, f"expected one body, {UPDATE!r}; got {sorted(content.blobs)[:5]}", kind="refused")
+        got = f"{sorted(content.blobs)[:5]}"
+        return Failure(client, expected=f"one body, {UPDATE!r}", got=got, kind="refused")
     return Reply(client, content.blobs[UPDATE])
 
 

@@ -16,11 +16,11 @@ from fedtune.lora import lowrank
 from fedtune.lora.adapter import Adapter, stack, unpack
 from fedtune.lora.lowrank import weighted_sums
 from fedtune.messages import (
+    AdmittedUpdate,
     Assignment,
     Blueprint,
-    ClientUpdate,
-    LocalAdapter,
-    Plan,
+    PlannedClient,
+    TrainLora,
     Weighting,
     WireDtype,
     cohort_weights,
@@ -76,23 +76,23 @@ def init(blueprint: Blueprint, settings: FedExSettings) -> FedExState:
     )
 
 
-def assign(state: FedExState, seed: int, plan: Plan) -> Assignment:
+def assign(state: FedExState, seed: int, planned: PlannedClient) -> Assignment:
     """Send both factors to train and the residual frozen; the client returns both factors."""
-    local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
-    return make_assignment("fedex", state, seed, plan, local, state.sent)
+    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
+    return make_assignment("fedex", state, seed, planned.plan, task, state.sent)
 
 
-def aggregate(state: FedExState, updates: Sequence[ClientUpdate]) -> FedExState:
+def aggregate(state: FedExState, updates: Sequence[AdmittedUpdate]) -> FedExState:
     """Return the state after one round: mean factors, and the residual that makes the model's change exact.
 
     With eta = server_learning_rate: residual + (1 - eta) b a + eta * sum of p_k b_k a_k - b' a', b' and a' the new
     factors; at eta = 1 the paper's equation 5, accumulated.
     """
     cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
-    mean = weighted_mean([(update.tensors, share) for update, share in cohort])
+    mean = weighted_mean([(update.lora.tensors, share) for update, share in cohort])
     tensors = step(state.tensors, mean, rate)
     old, new = unpack(state.tensors), unpack(tensors)
-    adapters = [(unpack(update.tensors), rate * share) for update, share in cohort]
+    adapters = [(unpack(update.lora.tensors), rate * share) for update, share in cohort]
     residual = weighted_sums(
         {
             name: [

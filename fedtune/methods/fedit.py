@@ -10,7 +10,7 @@ import numpy as np
 from annotated_types import Gt
 
 from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
-from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
+from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora, Weighting, WireDtype
 from fedtune.methods.method import join, linear, make_assignment, move
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
@@ -60,14 +60,14 @@ def shared_start(blueprint: Blueprint) -> Tensors:
     return pack(start)
 
 
-def assign(state: FedItState, seed: int, plan: Plan) -> Assignment:
+def assign(state: FedItState, seed: int, planned: PlannedClient) -> Assignment:
     """Send both factors; the client trains and returns both."""
-    local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
-    return make_assignment("fedit", state, seed, plan, local, {"local": state.sent})
+    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
+    return make_assignment("fedit", state, seed, planned.plan, task, {"local": state.sent})
 
 
-def contribution(state: FedItState, update: ClientUpdate) -> Tensors:
-    return join(update.tensors, update.saved)
+def contribution(state: FedItState, update: AdmittedUpdate) -> Tensors:
+    return join(update.lora.tensors, update.lora.saved)
 
 
 def advance(state: FedItState, mean: Tensors) -> FedItState:

@@ -34,7 +34,7 @@ from fedtune.directions.seed_ledger import Manifest, decode_manifest
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import RoundError
 from fedtune.lora.adapter import Adapter
-from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Probe, SeedState
+from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Plan, PlannedClient, ProbeSeeds, SeedState
 from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState, units
 from fedtune.methods.method import Method, SeedModel
 from fedtune.seeds import derive
@@ -82,30 +82,37 @@ def reach(settings: FedKSeedSettings) -> TensorSelection:
     return TensorSelection(settings.bank, settings.trainable, vectors=settings.vectors, embeddings=settings.embeddings)
 
 
-def assign(state: FedKSeedState, seed: int, plan: Plan) -> Assignment:
+def assign(state: FedKSeedState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the accumulators in the shortest form that the client can read, and how to measure.
 
     Raises:
         RoundError: if the sums could leave 32 bits in this round.
     """
-    check_headroom(state, plan)
-    since = state.acknowledged.get(plan.client, 0)
-    form = state.forms[since if str(since) in state.past else 0]
-    order = order_of(state, seed, plan, form)
-    if form.since == 0:
-        return order
-    return replace(order, whole=order_of(state, seed, plan, state.forms[0]))
+    check_headroom(state, planned.plan)
+    return assignment_with(state, seed, planned.plan, form_for(state, planned.plan.client))
 
 
-def order_of(state: FedKSeedState, seed: int, plan: Plan, form: SeedState) -> Assignment:
+def assign_whole(state: FedKSeedState, seed: int, planned: PlannedClient) -> Assignment | None:
+    """Send the accumulators in a form that needs no earlier state; None where `assign` has done so already."""
+    if form_for(state, planned.plan.client).since == 0:
+        return None
+    return assignment_with(state, seed, planned.plan, state.forms[0])
+
+
+def form_for(state: FedKSeedState, client: str) -> SeedState:
+    """Return the shortest form that a client can read, by the round that it has last worked on."""
+    since = state.acknowledged.get(client, 0)
+    return state.forms[since if str(since) in state.past else 0]
+
+
+def assignment_with(state: FedKSeedState, seed: int, plan: Plan, form: SeedState) -> Assignment:
     settings, one_sided = state.settings, state.settings.estimator == "one-sided"
     return Assignment(
         method="fedkseed",
         round=state.round + 1,
         seed=derive(seed, "client", state.round + 1, plan.client),
         plan=plan,
-        local=LocalAdapter(a_key=0),
-        probe=Probe(
+        task=ProbeSeeds(
             bank=settings.bank,
             seeds=settings.seeds,
             key=state.bank.key,
@@ -146,30 +153,29 @@ def rounds_left(state: FedKSeedState, steps: int) -> int:
     return headroom(state.bank, state.sums, amount=state.perturbation) // growth
 
 
-def refuse(state: FedKSeedState, update: ClientUpdate) -> str:
+def refuse(state: FedKSeedState, update: AdmittedUpdate) -> str:
     """Return why an update does not belong to this state; empty if it does.
 
     Names the first block of displacements that the client has otherwise than the server.
     """
-    assert update.probed is not None  # admitted as an answer to a probe
-    if update.probed.state != state.digest[:STATE]:
+    if update.probe.state != state.digest[:STATE]:
         return (
-            f"expected work on the state {state.digest[:STATE].hex()}; got {update.probed.state.hex()}: another base, "
+            f"expected work on the state {state.digest[:STATE].hex()}; got {update.probe.state.hex()}: another base, "
             "bank, round or history"
         )
-    wrong = first_wrong(state.checks, update.probed.checks, state.digest, state.manifest, state.trainable)
+    wrong = first_wrong(state.checks, update.probe.checks, state.digest, state.manifest, state.trainable)
     if wrong is None:
         return ""
     return f"expected the displacements of {wrong[0]}, block {wrong[1]}, as the server makes them; got others"
 
 
-def aggregate(state: FedKSeedState, updates: Sequence[ClientUpdate]) -> FedKSeedState:
+def aggregate(state: FedKSeedState, updates: Sequence[AdmittedUpdate]) -> FedKSeedState:
     """Return the state after one round: A_k += RNE(2^shift * sum_i w_i a_ik / sum_i w_i), in whole numbers."""
     cohort = sorted(updates, key=lambda update: update.client)
     if not state.calibrated:
-        return with_history(state, cohort, calibrate(state, [update.probed.rms for update in cohort if update.probed]))
+        return with_history(state, cohort, calibrate(state, [update.probe.rms for update in cohort]))
     logged = [
-        LoggedUpdate(sample_key(state, update.client), weight, scalars(update))
+        LoggedUpdate(sample_key(state, update.client), weight, update.probe.scalars)
         for update, weight in integer_weights(state, cohort)
     ]
     parts = [(count_scalars(sampled_ids(state, one), one.scalars, len(state.sums)), one.weight) for one in logged]
@@ -199,7 +205,7 @@ def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[Log
     )
 
 
-def with_history(state: FedKSeedState, cohort: Sequence[ClientUpdate], after: FedKSeedState) -> FedKSeedState:
+def with_history(state: FedKSeedState, cohort: Sequence[AdmittedUpdate], after: FedKSeedState) -> FedKSeedState:
     """Return the state of the next round, with what must be known of the past to send short messages in it."""
     number = state.round + 1
     if state.settings.sync != "auto":
@@ -225,17 +231,12 @@ def calibrate(state: FedKSeedState, sizes: Sequence[float | None]) -> FedKSeedSt
     return replace(state, calibrated=True, exponent=exponent, coarseness=coarseness)
 
 
-def integer_weights(state: FedKSeedState, cohort: Sequence[ClientUpdate]) -> Sequence[tuple[ClientUpdate, int]]:
+def integer_weights(state: FedKSeedState, cohort: Sequence[AdmittedUpdate]) -> Sequence[tuple[AdmittedUpdate, int]]:
     """Return each update with its whole weight, 1 to 127."""
     if state.settings.weights == "uniform":
         return [(update, 1) for update in cohort]
     most = max(update.num_examples for update in cohort)
     return [(update, max(1, round(MAX_WEIGHT * update.num_examples / most))) for update in cohort]
-
-
-def scalars(update: ClientUpdate) -> Array:
-    assert update.probed is not None  # admitted as an answer to a probe
-    return update.probed.scalars
 
 
 def sample_key(state: FedKSeedState, client: str) -> int:
@@ -293,7 +294,8 @@ METHOD = Method(
     assign=assign,
     aggregate=aggregate,
     adapter=no_adapter,
-    verb="probe",
+    task=ProbeSeeds,
+    assign_whole=assign_whole,
     seeds=seeds,
     refuse=refuse,
     figures=figures,

@@ -10,7 +10,7 @@ import numpy as np
 from annotated_types import Gt
 
 from fedtune.lora.adapter import Adapter, Factors, draw_a
-from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
+from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora, Weighting, WireDtype
 from fedtune.methods.method import join, linear, make_assignment, move, resize
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
@@ -61,16 +61,16 @@ def init(blueprint: Blueprint, settings: FfaSettings) -> FfaState:
     )
 
 
-def assign(state: FfaState, seed: int, plan: Plan) -> Assignment:
+def assign(state: FfaState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the first plan.rank columns of B; the client trains and returns B alone."""
-    local = LocalAdapter(a_key=state.a_key, train="b", wire_dtype=state.settings.wire_dtype)
-    sent = cast(resize(state.tensors, plan.rank), state.settings.wire_dtype)
-    return make_assignment("ffa", state, seed, plan, local, {"local": sent})
+    task = TrainLora(a_key=state.a_key, train="b", wire_dtype=state.settings.wire_dtype)
+    sent = cast(resize(state.tensors, planned.plan.rank), state.settings.wire_dtype)
+    return make_assignment("ffa", state, seed, planned.plan, task, {"local": sent})
 
 
-def contribution(state: FfaState, update: ClientUpdate) -> Tensors:
+def contribution(state: FfaState, update: AdmittedUpdate) -> Tensors:
     """Return the client's B with zero columns up to max_rank: the same product with the whole shared A."""
-    return join(resize(update.tensors, state.max_rank), update.saved)
+    return join(resize(update.lora.tensors, state.max_rank), update.lora.saved)
 
 
 def advance(state: FfaState, mean: Tensors) -> FfaState:

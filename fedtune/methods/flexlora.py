@@ -15,11 +15,11 @@ from fedtune.lora import lowrank
 from fedtune.lora.adapter import Adapter, unpack
 from fedtune.lora.lowrank import LowRank, weighted_sums
 from fedtune.messages import (
+    AdmittedUpdate,
     Assignment,
     Blueprint,
-    ClientUpdate,
-    LocalAdapter,
-    Plan,
+    PlannedClient,
+    TrainLora,
     Weighting,
     WireDtype,
     cohort_weights,
@@ -70,18 +70,18 @@ def init(blueprint: Blueprint, settings: FlexLoraSettings) -> FlexLoraState:
     )
 
 
-def assign(state: FlexLoraState, seed: int, plan: Plan) -> Assignment:
+def assign(state: FlexLoraState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the leading plan.rank components of D; the client trains and returns both factors."""
     wire_dtype = state.settings.wire_dtype
-    start = warm_start(lowrank.unpack(state.total), plan.rank, wire_dtype)
-    local = LocalAdapter(a_key=state.a_key, wire_dtype=wire_dtype)
-    return make_assignment("flexlora", state, seed, plan, local, {"local": start})
+    start = warm_start(lowrank.unpack(state.total), planned.plan.rank, wire_dtype)
+    task = TrainLora(a_key=state.a_key, wire_dtype=wire_dtype)
+    return make_assignment("flexlora", state, seed, planned.plan, task, {"local": start})
 
 
-def aggregate(state: FlexLoraState, updates: Sequence[ClientUpdate]) -> FlexLoraState:
+def aggregate(state: FlexLoraState, updates: Sequence[AdmittedUpdate]) -> FlexLoraState:
     """Return the state after one round: D moves to the clients' exact weighted sum."""
     cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
-    adapters = [(unpack(update.tensors), rate * share) for update, share in cohort]
+    adapters = [(unpack(update.lora.tensors), rate * share) for update, share in cohort]
     total = weighted_sums(
         {
             name: [(old.factors, 1 - rate), *((adapter[name], weight) for adapter, weight in adapters)]

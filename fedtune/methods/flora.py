@@ -24,11 +24,11 @@ from fedtune.lora import lowrank
 from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
 from fedtune.lora.lowrank import LowRank, truncate, weighted_sums
 from fedtune.messages import (
+    AdmittedUpdate,
     Assignment,
     Blueprint,
-    ClientUpdate,
-    LocalAdapter,
-    Plan,
+    PlannedClient,
+    TrainLora,
     Weighting,
     WireDtype,
     cohort_weights,
@@ -188,21 +188,19 @@ def init(blueprint: Blueprint, settings: FloraSettings) -> FloraState:
     )
 
 
-def assign(state: FloraState, seed: int, plan: Plan) -> Assignment:
+def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
     """Send Delta: frozen beside a fresh adapter, or its leading plan.rank components to train and the rest frozen."""
-    wire_dtype = state.settings.wire_dtype
-    local = LocalAdapter(a_key=_a_key(state, plan.client), wire_dtype=wire_dtype)
-    surgery, sent = pruning.pruning_task(state, plan)
+    plan = planned.plan
+    pruned, structure = pruning.pruning_task(state, planned)
+    task = TrainLora(a_key=_a_key(state, plan.client), wire_dtype=state.settings.wire_dtype, pruning=pruned)
     if state.settings.mode != "continue":
-        made = make_assignment("flora", state, seed, plan, local, {"global": state.fixed(sent)})
-    else:
-        # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
-        local = replace(local, upload="difference")
-        made = make_assignment("flora", state, seed, plan, local, state.parted(plan.rank, sent))
-    return replace(made, surgery=surgery)
+        return make_assignment("flora", state, seed, plan, task, {"global": state.fixed(structure)})
+    # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
+    task = replace(task, upload="difference")
+    return make_assignment("flora", state, seed, plan, task, state.parted(plan.rank, structure))
 
 
-def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
+def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraState:
     """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
     settings, cohort = state.settings, cohort_weights(updates, state.settings.weights)
     changes = [(change(state, update), settings.server_learning_rate * share) for update, share in cohort]
@@ -225,16 +223,16 @@ def aggregate(state: FloraState, updates: Sequence[ClientUpdate]) -> FloraState:
     )
 
 
-def change(state: FloraState, update: ClientUpdate) -> Adapter:
+def change(state: FloraState, update: AdmittedUpdate) -> Adapter:
     """Return what one client changed, in the base's coordinates: b @ a at its end minus b @ a at its start.
 
     A fresh adapter starts at b = 0. From differences: b a - b0 a0 = [db | b0] [a0 + da ; da], of twice the rank.
     """
-    adapter, cut = unpack(update.tensors), state.cut(update.keep)
+    adapter, cut = unpack(update.lora.tensors), state.cut(update.structure)
     shapes = {name: low.shape for name, low in state.broadcast.items()}
     if state.settings.mode == "continue":
         rank = max(factors.rank for factors in adapter.values())
-        start = unpack(state.parted(rank, update.keep)["local"])  # after the cast: what the client decoded
+        start = unpack(state.parted(rank, update.structure)["local"])  # after the cast: what the client decoded
         key = _a_key(state, update.client)
         adapter = {
             name: _change(difference, start.get(name), initial_a(key, name, difference.rank, shapes[name], cut))

@@ -13,11 +13,12 @@ from annotated_types import Ge, Gt, Interval
 
 from fedtune.lora.adapter import Adapter, norm, unpack
 from fedtune.messages import (
+    AdmittedUpdate,
     Assignment,
     Blueprint,
-    ClientUpdate,
-    LocalAdapter,
-    Plan,
+    PlannedClient,
+    TailRank,
+    TrainLora,
     Weighting,
     WireDtype,
     cohort_weights,
@@ -65,28 +66,26 @@ def init(blueprint: Blueprint, settings: HetLoraSettings) -> HetLoraState:
     return HetLoraState(settings=settings, round=0, max_rank=blueprint.max_rank, tensors=tensors, saved=blueprint.saved)
 
 
-def assign(state: HetLoraState, seed: int, plan: Plan) -> Assignment:
+def assign(state: HetLoraState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the rows and columns of the client's current rank, with the penalty by which it may shrink further."""
     # The scale stays that of the planned rank: alpha / rank of a pruned rank would make what is left grow.
+    plan, settings = planned.plan, state.settings
     plan = replace(plan, rank=min(plan.rank, state.ranks.get(plan.client, plan.rank)))
-    local = LocalAdapter(
-        a_key=0,
-        wire_dtype=state.settings.wire_dtype,
-        rank_penalty=state.settings.rank_penalty,
-        rank_decay=state.settings.rank_decay,
+    task = TrainLora(
+        a_key=0, wire_dtype=settings.wire_dtype, terms=(TailRank(settings.rank_penalty, settings.rank_decay),)
     )
-    sent = cast(resize(state.tensors, plan.rank), state.settings.wire_dtype)
-    return make_assignment("hetlora", state, seed, plan, local, {"local": sent})
+    sent = cast(resize(state.tensors, plan.rank), settings.wire_dtype)
+    return make_assignment("hetlora", state, seed, plan, task, {"local": sent})
 
 
-def aggregate(state: HetLoraState, updates: Sequence[ClientUpdate]) -> HetLoraState:
+def aggregate(state: HetLoraState, updates: Sequence[AdmittedUpdate]) -> HetLoraState:
     """Return the state after one round: padded factors move to their mean, weighted by `size_weights`."""
     cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
     parts = [
-        (resize(update.tensors, state.max_rank), weight)
+        (resize(update.lora.tensors, state.max_rank), weight)
         for (update, _), weight in zip(cohort, size_weights(cohort), strict=True)
     ]
-    stated = {update.client: max(f.rank for f in unpack(update.tensors).values()) for update, _ in cohort}
+    stated = {update.client: max(f.rank for f in unpack(update.lora.tensors).values()) for update, _ in cohort}
     return replace(
         state,
         round=state.round + 1,
@@ -101,7 +100,7 @@ def size_weights(cohort: Cohort) -> Sequence[float]:
 
     The paper writes the weight for one matrix; here one weight per client covers all modules.
     """
-    norms = [norm(unpack(update.tensors)) for update, _ in cohort]
+    norms = [norm(unpack(update.lora.tensors)) for update, _ in cohort]
     total = sum(norms)
     return [size / total for size in norms] if total else [1 / len(norms)] * len(norms)
 

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from fedtune.directions.seed_ledger import Manifest, SeedLedger
 from fedtune.lora.adapter import Adapter
-from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Verb, Weighting, cohort_weights
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    Blueprint,
+    Plan,
+    PlannedClient,
+    Proximal,
+    Task,
+    TrainLora,
+    Weighting,
+    cohort_weights,
+)
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, weighted_mean
 
 State = TypeVar("State", bound="MethodState")
-Cohort: TypeAlias = Sequence[tuple[ClientUpdate, float]]
-"""Updates with their weights p_k, sorted by client name, as `round.weigh` returns them."""
+Cohort: TypeAlias = Sequence[tuple[AdmittedUpdate, float]]
+"""Updates with their weights p_k, sorted by client name, as `cohort_weights` returns them."""
 
 
 class MethodState(Protocol):
@@ -53,9 +64,14 @@ def no_seeds(state: MethodState) -> SeedModel | None:
     return None
 
 
-def nothing_to_refuse(state: MethodState, update: ClientUpdate) -> str:
+def nothing_to_refuse(state: MethodState, update: AdmittedUpdate) -> str:
     """Find nothing wrong: what concerns every method has been checked before."""
     return ""
+
+
+def no_other_assignment(state: MethodState, seed: int, planned: PlannedClient) -> Assignment | None:
+    """Return nothing: the assignments of this method refer to no earlier state."""
+    return None
 
 
 def no_figures(state: MethodState) -> Mapping[str, Any]:
@@ -76,9 +92,9 @@ class Method(Generic[State]):
     """The frozen dataclass of the method's settings; the recipe's table `method` is bound to it."""
     init: Callable[[Blueprint, Any], State]
     """(blueprint, settings) -> the state before round 1"""
-    assign: Callable[[State, int, Plan], Assignment]
-    """(state, run seed, one client's plan) -> what that client is told"""
-    aggregate: Callable[[State, Sequence[ClientUpdate]], State]
+    assign: Callable[[State, int, PlannedClient], Assignment]
+    """(state, run seed, a client with its plan) -> what that client is asked to do"""
+    aggregate: Callable[[State, Sequence[AdmittedUpdate]], State]
     """(state, admitted updates, at least one) -> the next state"""
     adapter: Callable[[State], Adapter]
     """state -> the global model's change of the base, as one adapter of scale 1"""
@@ -86,11 +102,13 @@ class Method(Generic[State]):
     """`any`: clients may differ in rank; `equal`: one rank for all."""
     energy_kept: Callable[[State], Mapping[str, float]] = nothing_dropped
     """state -> by module, the share of the squared singular values that is left in what is sent down"""
-    verb: Verb = "adapt"
-    """What clients do; to `probe` they need no adapter, and the server must know every tensor of the base."""
+    task: type[Task] = TrainLora
+    """What clients do; for `ProbeSeeds` they need no adapter, and the server must know every tensor of the base."""
+    assign_whole: Callable[[State, int, PlannedClient], Assignment | None] = no_other_assignment
+    """(as `assign`) -> what is sent in its place to a client that lacks the state which that message refers to"""
     seeds: Callable[[State], SeedModel | None] = no_seeds
     """state -> the global model's change of the whole base, beside its adapter"""
-    refuse: Callable[[State, ClientUpdate], str] = nothing_to_refuse
+    refuse: Callable[[State, AdmittedUpdate], str] = nothing_to_refuse
     """(state, an update that fits its assignment) -> why it cannot be used all the same; empty if it can"""
     figures: Callable[[State], Mapping[str, Any]] = no_figures
     """state -> numbers that a round's line notes"""
@@ -110,8 +128,8 @@ def linear(
     name: str,
     settings: type[Any],
     init: Callable[[Blueprint, Any], State],
-    assign: Callable[[State, int, Plan], Assignment],
-    contribution: Callable[[State, ClientUpdate], Tensors],
+    assign: Callable[[State, int, PlannedClient], Assignment],
+    contribution: Callable[[State, AdmittedUpdate], Tensors],
     advance: Callable[[State, Tensors], State],
     weights: Callable[[State], Weighting],
     adapter: Callable[[State], Adapter],
@@ -119,7 +137,7 @@ def linear(
 ) -> LinearMethod[State]:
     """Build a `LinearMethod`: the mean of the contributions, weighted by p_k, is all that `advance` sees."""
 
-    def aggregate(state: State, updates: Sequence[ClientUpdate]) -> State:
+    def aggregate(state: State, updates: Sequence[AdmittedUpdate]) -> State:
         cohort = cohort_weights(updates, weights(state))
         return advance(state, weighted_mean([(contribution(state, update), share) for update, share in cohort]))
 
@@ -129,16 +147,20 @@ def linear(
 
 
 def make_assignment(
-    method: str, state: MethodState, seed: int, plan: Plan, local: LocalAdapter, blobs: Mapping[str, Tensors]
+    method: str, state: MethodState, seed: int, plan: Plan, task: TrainLora, blobs: Mapping[str, Tensors]
 ) -> Assignment:
-    """Return what one client is told in the coming round; modules_to_save join the blobs, empty blobs stay behind."""
+    """Return what one client is asked to do in the coming round.
+
+    modules_to_save join the blobs, empty blobs are left out, and `client.proximal` becomes a term of the objective.
+    """
+    proximal = (Proximal(plan.training.proximal),) if plan.training.proximal > 0 else ()
+    blobs = {role: tensors for role, tensors in {**blobs, "saved": state.saved}.items() if tensors}
     return Assignment(
         method=method,
         round=state.round + 1,
         seed=derive(seed, "client", state.round + 1, plan.client),
         plan=plan,
-        local=local,
-        blobs={role: tensors for role, tensors in {**blobs, "saved": state.saved}.items() if tensors},
+        task=replace(task, terms=(*task.terms, *proximal), blobs=blobs),
     )
 
 
@@ -163,7 +185,7 @@ def step(old: Tensors, mean: Tensors, server_learning_rate: float) -> Tensors:
 
 def mean_saved(old: Tensors, cohort: Cohort, server_learning_rate: float) -> Tensors:
     """Return modules_to_save after the round: every method averages them with p_k."""
-    return step(old, weighted_mean([(update.saved, share) for update, share in cohort]), server_learning_rate)
+    return step(old, weighted_mean([(update.lora.saved, share) for update, share in cohort]), server_learning_rate)
 
 
 def resize(tensors: Tensors, rank: int) -> Tensors:

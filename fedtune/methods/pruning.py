@@ -14,7 +14,7 @@ import numpy as np
 
 from fedtune.errors import RoundError
 from fedtune.lora.adapter import Adapter, Factors
-from fedtune.messages import ClientUpdate, Plan, Pruning, Weighting
+from fedtune.messages import AdmittedUpdate, PlannedClient, Pruning, Weighting
 from fedtune.methods.method import Cohort
 from fedtune.pruning.ranking import (
     PruningSettings,
@@ -50,7 +50,7 @@ class PrunedState(Protocol):
         ...
 
 
-def pruning_task(state: PrunedState, plan: Plan) -> tuple[Pruning | None, ModelStructure | None]:
+def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | None, ModelStructure | None]:
     """Return what one client is told of its structure, and the structure that its blobs are cut to.
 
     The blobs cover all that the round needs: the first of the stages, and the structure of the last participation, in
@@ -59,7 +59,7 @@ def pruning_task(state: PrunedState, plan: Plan) -> tuple[Pruning | None, ModelS
     Raises:
         RoundError: if a ratio is asked for before there is an order.
     """
-    settings, anatomy = state.pruning, state.anatomy
+    settings, anatomy, plan = state.pruning, state.anatomy, planned.plan
     if settings is None or anatomy is None:
         return None, None
     if settings.policy == "local":
@@ -70,17 +70,17 @@ def pruning_task(state: PrunedState, plan: Plan) -> tuple[Pruning | None, ModelS
             f"{plan.ratio:g}; got none; let a device that holds the whole model take part first, or name a file in "
             "pruning.ranking"
         )
-    first = plan.first_ratio if state.order else 0.0
+    first = planned.first_ratio if state.order else 0.0
     before, ratios = state.ratios.get(plan.client, first), stage_ratios(plan.ratio, settings.stages)
     stages = [bitmap(keep, anatomy) for ratio in ratios if (keep := state.structure(ratio)) is not None]
     earlier = state.structure(before)
-    surgery = Pruning(
+    task = Pruning(
         settings=replace(settings, ranking=None),  # where the server's file lies is nobody's business
         stages=tuple(dict.fromkeys(stages)),
-        before=b"" if earlier is None else bitmap(earlier, anatomy),
-        wanted=not state.order or 0 < settings.refresh <= state.round + 1 - state.scored,
+        previous=b"" if earlier is None else bitmap(earlier, anatomy),
+        scores_requested=not state.order or 0 < settings.refresh <= state.round + 1 - state.scored,
     )
-    return surgery, state.structure(min(before, ratios[0]))
+    return task, state.structure(min(before, ratios[0]))
 
 
 def coverage(cohort: Cohort, anatomy: BlockLayout, *, weights: Weighting, floor: float) -> Mapping[str, Array]:
@@ -95,10 +95,10 @@ def coverage(cohort: Cohort, anatomy: BlockLayout, *, weights: Weighting, floor:
         for side, size in (("q", block.heads), ("kv", block.kv_heads), ("ff", block.channels)):
             held = np.zeros(size, np.int64)
             for (update, _), weight in zip(cohort, sizes, strict=True):
-                if update.keep is None:
+                if update.structure is None:
                     held += weight
                 else:
-                    held[list(getattr(update.keep.blocks[index], side))] += weight
+                    held[list(getattr(update.structure.blocks[index], side))] += weight
             trained = held > 0
             if (held[trained] < sum(sizes)).any():
                 share = np.array([float(Fraction(int(count), sum(sizes))) for count in held])
@@ -148,15 +148,17 @@ def observed_fields(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
     if settings is None or anatomy is None:
         return {}
     ratios = {**state.ratios, **{update.client: update.ratio for update, _ in cohort}}
-    parts = [(client_scores(update, anatomy), share) for update, share in cohort if update.scores or update.mask]
+    parts = [
+        (client_scores(update, anatomy), share) for update, share in cohort if update.lora.scores or update.lora.mask
+    ]
     if settings.policy == "local" or not parts:
         return {"ratios": ratios}
     worth = pool_scores(parts, state.worth or state.order, anatomy)
     return {"ratios": ratios, "worth": worth, "order": with_hysteresis(state.order, worth), "scored": state.round + 1}
 
 
-def client_scores(update: ClientUpdate, anatomy: BlockLayout) -> Tensors:
+def client_scores(update: AdmittedUpdate, anatomy: BlockLayout) -> Tensors:
     """Return what a client says of heads and channels, in the base's coordinates: scores, or a vote."""
-    if update.scores:
-        return to_base_coordinates(update.scores, update.keep, anatomy)
-    return votes(from_bitmap(update.mask, anatomy), anatomy)
+    if update.lora.scores:
+        return to_base_coordinates(update.lora.scores, update.structure, anatomy)
+    return votes(from_bitmap(update.lora.mask, anatomy), anatomy)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Gt
 
 from fedtune.lora.adapter import Adapter, unpack
-from fedtune.messages import Assignment, Blueprint, ClientUpdate, LocalAdapter, Plan, Weighting, WireDtype
+from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora, Weighting, WireDtype
 from fedtune.methods.fedit import shared_start
 from fedtune.methods.method import join, linear, make_assignment, move, resize
 from fedtune.tensors import Tensors, cast
@@ -46,16 +46,16 @@ def init(blueprint: Blueprint, settings: ZeroPadSettings) -> ZeroPadState:
     return ZeroPadState(settings=settings, round=0, max_rank=blueprint.max_rank, tensors=tensors, saved=blueprint.saved)
 
 
-def assign(state: ZeroPadState, seed: int, plan: Plan) -> Assignment:
+def assign(state: ZeroPadState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the first plan.rank rows of A and columns of B; the client trains and returns both."""
-    local = LocalAdapter(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
-    sent = cast(resize(state.tensors, plan.rank), state.settings.wire_dtype)
-    return make_assignment("zeropad", state, seed, plan, local, {"local": sent})
+    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
+    sent = cast(resize(state.tensors, planned.plan.rank), state.settings.wire_dtype)
+    return make_assignment("zeropad", state, seed, planned.plan, task, {"local": sent})
 
 
-def contribution(state: ZeroPadState, update: ClientUpdate) -> Tensors:
+def contribution(state: ZeroPadState, update: AdmittedUpdate) -> Tensors:
     """Return the client's factors padded with zeros: what a rank lacks pulls the mean towards zero."""
-    return join(resize(update.tensors, state.max_rank), update.saved)
+    return join(resize(update.lora.tensors, state.max_rank), update.lora.saved)
 
 
 def advance(state: ZeroPadState, mean: Tensors) -> ZeroPadState:

@@ -1,4 +1,4 @@
-"""A base model, loaded once per process and shared by all its clients: targets, digest, and the pristine weights."""
+"""A base model, loaded once per process and shared by all its clients: weights that stay as they were loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,17 @@ from fedtune.messages import Blueprint
 from fedtune.model import embedded
 from fedtune.model.libraries import quiet
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.targets import find_saved, find_targets
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded model whose own weights stay as they were loaded; adapters come and go over it."""
+    """A loaded model whose own weights never change; adapters are attached to it for a while."""
 
     name: str
     """As the recipe gives it."""
@@ -56,7 +56,7 @@ class Base:
 
     @property
     def positions(self) -> int:
-        """The longest input in tokens: what model and tokenizer agree on; very large if neither names a limit."""
+        """The longest input in tokens: the smaller limit of model and tokenizer; 2^31 if neither names one."""
         named = getattr(self.model.config, "max_position_embeddings", None)
         return min(named or 2**31, int(getattr(self.tokenizer, "model_max_length", None) or 2**31))
 
@@ -67,12 +67,14 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills short rows: the config's, by which a decoder's classifier finds a text's last token."""
+        """The token id that pads short rows, from the config: a decoder's classifier finds a text's end by it."""
         return int(self.model.config.pad_token_id)
 
     @cached_property
     def manifest(self) -> Manifest:
-        """Every parameter in the number format that it was loaded in, a shared one under the first of its names.
+        """The manifest of all parameters in the number format that they were loaded in.
+
+        A shared parameter is listed under the first of its names.
 
         Raises:
             ConfigError: naming every tensor that is not finite or of another format than fp32, fp16 and bf16.
@@ -86,7 +88,7 @@ class Base:
         return {f"{name}.weight" for name in self.modules} | {n for n in self.saved if parameters[n].dim() == 2}
 
     def blueprint(self, *, max_rank: int, seed: int, whole: bool = False) -> Blueprint:
-        """Return what a method must know of this model before the first round; `whole`: of every tensor of it."""
+        """Return what a method must know of this model before the first round; `whole`: with every tensor's entry."""
         return Blueprint(
             modules=self.modules,
             saved=self.saved_tensors(),
@@ -126,8 +128,6 @@ def load(
 ) -> Base:
     """Load the base model and find the modules that get adapters. Never runs code that came with a checkpoint.
 
-    (Without an explicit trust_remote_code=False transformers would ask on the terminal whether to run it.)
-
     Args:
         settings: the recipe's table `model`.
         adapter: the recipe's table `adapter`.
@@ -145,6 +145,7 @@ def load(
     if settings.task == "classification":
         classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     try:
+        # Without an explicit trust_remote_code=False transformers would ask on the terminal whether to run code.
         config = AutoConfig.from_pretrained(path, revision=settings.revision, trust_remote_code=False, **classes)
         with quiet(), torch_seed(derive(seed, "model.head"), torch.device("cpu")):
             model, info = auto.from_pretrained(
@@ -159,14 +160,15 @@ def load(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise not_found(settings, error) from error
     new = sorted(info["missing_keys"])
-    if new and settings.task == "causal":  # a head may be new; a language model drawn at random is no base
+    if new and settings.task == "causal":  # a head may be new; random layers of a language model may not
         raise not_found(settings, ValueError(f"it lacks {len(new)} of the model's tensors: {', '.join(new)}"))
     if model.config.pad_token_id in (None, -1):
         choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         model.config.pad_token_id = next(choice for choice in choices if choice is not None)
     model.requires_grad_(False).eval().to(device)
     saved_modules = find_saved(model, adapter.modules_to_save, new, task=settings.task)
-    found = digest(model, leave_out=new)
+    # Before the heads are held in float32 below: the digest is of the tensors as they were loaded.
+    base_digest = digest(model, leave_out=new)
     if settings.dtype != "float32":
         for name in saved_modules:
             hold_in_float32(model.get_submodule(name), DTYPES[settings.dtype])
@@ -177,7 +179,7 @@ def load(
         tokenizer=tokenizer,
         task=settings.task,
         device=device,
-        digest=found,
+        digest=base_digest,
         modules=find_targets(model, adapter.targets, leave_out=saved_modules),
         saved_modules=saved_modules,
         saved=sorted(
@@ -187,9 +189,9 @@ def load(
 
 
 def hold_in_float32(module: nn.Module, outside: torch.dtype) -> None:
-    """Keep a module's weights in float32 within a base of another format, in place; what goes in and out is cast.
+    """Keep a module's weights in float32 within a base of another format, in place; its inputs and outputs are cast.
 
-    Trained in 16 bits most of AdamW's steps would be rounded away, and in float16 its epsilon would be zero.
+    In 16 bits most of AdamW's steps would be rounded away, and in float16 its epsilon would be zero.
     """
     for part in module.modules():
         if next(part.parameters(recurse=False), None) is not None:
@@ -209,7 +211,8 @@ def locate(settings: ModelSettings, root: Path) -> str | Path:
 
 
 def not_found(settings: ModelSettings, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split()).partition(". ")[0][:160]  # the libraries go on with advice of their own
+    """Return the error of a base that cannot be loaded, with the library's own reason."""
+    reason = " ".join(str(error).split()).partition(". ")[0][:160]  # the rest is the libraries' advice
     return ConfigError(
         Fault(
             path="model.base",
@@ -226,129 +229,44 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ConfigError: if the named device is not there.
     """
-    found = ["cpu"]
+    available = ["cpu"]
     if torch.backends.mps.is_available():
-        found.insert(0, "mps")
+        available.insert(0, "mps")
     if torch.cuda.is_available():
-        found.insert(0, "cuda")
+        available.insert(0, "cuda")
     if name == "auto":
-        return torch.device(found[0])
+        return torch.device(available[0])
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in found or (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise ConfigError(Fault("model.device", f"one of auto, {', '.join(found)}", repr(name), "leave it at auto"))
+    if device is None or device.type not in available or (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ConfigError(Fault("model.device", f"one of auto, {', '.join(available)}", repr(name), "leave it at auto"))
     return device
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the bytes of the memory that a base on this device lies in: the accelerator's own, or the machine's."""
+    """Return the size of the memory that a base on this device uses: the accelerator's own, or the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (out, in) of a layer that LoRA can adapt, None for any other."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if isinstance(module, Conv1D):  # GPT-2's layer holds its weight transposed, (in, out)
-        return int(module.weight.shape[1]), int(module.weight.shape[0])
-    return None
-
-
-def find_targets(model: Any, targets: Sequence[str], *, leave_out: Sequence[str] = ()) -> Mapping[str, tuple[int, int]]:
-    """Return (out, in) of the modules that a recipe's targets name, by full name.
-
-    A target matches a full name or the last parts of one. `all-linear` takes every linear layer but the output head
-    and modules_to_save.
-
-    Raises:
-        ConfigError: for each target that matches no linear layer, with the nearest one, or one tied to the embeddings.
-    """
-    outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {
-        name: shape
-        for name, module in model.named_modules()
-        if (shape := linear_shape(module)) and not any(name == m or name.startswith(f"{m}.") for m in leave_out)
-    }
-    heads = {name for name, module in model.named_modules() if module is outputs}
-    found: dict[str, tuple[int, int]] = {}
-    faults = []
-    for target in targets:
-        if target == "all-linear":
-            found |= {name: shape for name, shape in linear.items() if name not in heads}
-            continue
-        matches = {name: s for name, s in linear.items() if name == target or name.endswith(f".{target}")}
-        if not matches:
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            nearest = get_close_matches(target, known, n=1)
-            faults.append(
-                Fault(
-                    path="adapter.targets",
-                    expected=f"names of linear layers of this model ({', '.join(known)})",
-                    got=f"{target!r}, which matches nothing",
-                    hint=f"did you mean {nearest[0]!r}?" if nearest else f'set targets = ["{known[0]}"]',
-                )
-            )
-        for name in matches:
-            if model.get_submodule(name).weight is model.get_input_embeddings().weight:
-                expected = "layers with weights of their own, or a merged model would change its embeddings too"
-                got = f"{target!r}, which is tied to the input embeddings"
-                faults.append(Fault("adapter.targets", expected, got, "leave it out"))
-        found |= matches
-    if faults:
-        raise ConfigError(faults)
-    return dict(sorted(found.items()))
-
-
-def find_saved(model: Any, names: Sequence[str], new: Sequence[str], *, task: str) -> list[str]:
-    """Return the full names of the modules trained in full: those asked for and those the checkpoint lacks.
-
-    Raises:
-        ConfigError: if a name matches no module, or a module shares its weights with another (tied embeddings).
-    """
-    modules = dict(model.named_modules())
-    tied = {id(model.get_input_embeddings().weight)} if getattr(model.config, "tie_word_embeddings", False) else set()
-    found = {name.rpartition(".")[0] for name in new} if task == "classification" else set()
-    for wanted in names:
-        matches = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
-        if not matches:
-            known = sorted(
-                {name.rpartition(".")[2] for name in modules if name and not name.rpartition(".")[2].isdigit()}
-            )
-            nearest = get_close_matches(wanted, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else "leave it out"
-            raise ConfigError(Fault("adapter.modules_to_save", "names of modules of this model", repr(wanted), hint))
-        for name in matches:
-            if tied & {id(parameter) for parameter in modules[name].parameters()}:
-                raise ConfigError(
-                    Fault(
-                        "adapter.modules_to_save",
-                        "modules with weights of their own",
-                        f"{wanted!r}, which is tied to the input embeddings",
-                        "leave it out, or use a base with untied embeddings",
-                    )
-                )
-        found |= set(matches)
-    return sorted(found)
-
-
 def digest(model: nn.Module, *, leave_out: Sequence[str] = ()) -> str:
-    """Return the SHA-256 (hex) over names, shapes, dtypes and bytes of the state, in the order of the names."""
+    """Return the SHA-256 (hex) over names, shapes, dtypes and bytes of the state dict, sorted by name."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name not in leave_out:
             sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            # Viewed as bytes: numpy has no bfloat16.
             sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
 def manifest_of(model: nn.Module) -> Manifest:
-    """Return the list of a model's parameters; see `Base.manifest`."""
+    """Return the manifest of a model's parameters; see `Base.manifest`."""
     faults, entries = [], []
-    for name, parameter in sorted(model.named_parameters(), key=lambda one: one[0].encode()):
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0].encode()):
         kind = parameter.dtype
         if kind not in DTYPES.values():
             faults.append(Fault(name, f"weights in {', '.join(DTYPES)}", str(kind), "convert the base"))

@@ -26,7 +26,7 @@ from fedtune.errors import ShapeError
 from fedtune.model.base import DTYPES, choose_device, locate, not_found
 from fedtune.model.libraries import quiet
 from fedtune.model.settings import ModelSettings
-from fedtune.model.surgery import cut_linear, fit, layout_of, refuse_static_caches, slice_of
+from fedtune.model.surgery import cut_linear, fit, layout_of, refuse_static_caches, slice_index
 from fedtune.model.torch_seed import torch_seed
 from fedtune.pruning.structure import FULL, BlockLayout, LayerSlice, ModelStructure, check, cuts
 from fedtune.seeds import derive
@@ -94,7 +94,7 @@ def load_pruned_base(
             if first not in placed:
                 placed.add(first)
                 # A clone: a tensor that was only read lies in the file's pages, and goes with them.
-                place(model, first, slice_parameter(model, name, tensor, slices).clone().to(device))
+                place(model, first, slice_tensor(model, name, tensor, slices).clone().to(device))
             del tensor  # or it would still be in memory when the next tensor is read
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise not_found(settings, error) from error
@@ -141,7 +141,7 @@ def skeleton(config: Any, *, task: str, dtype: torch.dtype) -> Any:
 def shrink(model: Any, structure: ModelStructure, layout: BlockLayout) -> None:
     """Give every block of a skeleton its own widths, in place."""
     for name, part in cuts(check(structure, layout), layout).items():
-        cut_linear(model.get_submodule(name), slice_of(part))
+        cut_linear(model.get_submodule(name), slice_index(part))
     fit(model, structure, layout)
 
 
@@ -195,10 +195,10 @@ def aliases(model: Any) -> Mapping[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
-def slice_parameter(model: Any, name: str, tensor: torch.Tensor, slices: Mapping[str, LayerSlice]) -> torch.Tensor:
+def slice_tensor(model: Any, name: str, tensor: torch.Tensor, slices: Mapping[str, LayerSlice]) -> torch.Tensor:
     """Return the part of a parameter of the base, by its full name, that the pruned model keeps."""
     module, _, leaf = name.rpartition(".")
-    part = slice_of(slices.get(module, FULL))
+    part = slice_index(slices.get(module, FULL))
     return part.rows(tensor) if leaf == "bias" else part.weight(model.get_submodule(module))(tensor)
 
 

@@ -1,4 +1,4 @@
-"""Scores of the base with an adapter on examples: loss and perplexity, accuracy, and generated answers."""
+"""Scores of a base with an adapter on examples: loss and perplexity, accuracy, and generated answers."""
 
 from __future__ import annotations
 
@@ -52,12 +52,14 @@ def evaluate(
 
 
 def by_length(examples: Sequence[Example], batch: int) -> Sequence[Sequence[int]]:
-    """Return batches of positions, examples of like length together, so that little is padded."""
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
-    return [order[begin : begin + batch] for begin in range(0, len(order), batch)]
+    """Return batches of places in `examples`, those of similar length together, so that little is padded."""
+    # Ties by place: the batches, and with them the last bits of a sum, must not depend on the sorting.
+    by_size = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
+    return [by_size[begin : begin + batch] for begin in range(0, len(by_size), batch)]
 
 
 def likelihood(model: Any, base: Base, examples: Sequence[Example], *, batch: int) -> Metrics:
+    """Return the scores of a causal model that follow from its loss; see `evaluate`."""
     total, tokens = 0.0, 0
     for positions in by_length(examples, batch):
         rows = collate([examples[i] for i in positions], base)
@@ -67,7 +69,7 @@ def likelihood(model: Any, base: Base, examples: Sequence[Example], *, batch: in
     loss = total / max(1, tokens)
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": math.exp(min(loss, 700.0)),  # e^710 is beyond a float
         "bits_per_character": total / math.log(2) / max(1, characters),
         "tokens": tokens,
         "examples": len(examples),
@@ -75,6 +77,7 @@ def likelihood(model: Any, base: Base, examples: Sequence[Example], *, batch: in
 
 
 def classify(model: Any, base: Base, examples: Sequence[Example], *, batch: int) -> Metrics:
+    """Return the scores of a classifier; see `evaluate`."""
     from sklearn.metrics import accuracy_score, f1_score  # a second to import, and only this task needs it
 
     total, predicted = 0.0, np.zeros(len(examples), np.int64)
@@ -94,31 +97,35 @@ def classify(model: Any, base: Base, examples: Sequence[Example], *, batch: int)
 
 
 def answers(model: Any, base: Base, examples: Sequence[Example], *, new_tokens: int) -> Metrics:
-    """Greedy answers to the examples' prompts, against their references."""
+    """Return scores of greedy answers to the examples' prompts against their references; see `evaluate`."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    asked = [example for example in examples if example.reference]
-    if not asked:
+    prompts = [example for example in examples if example.reference]
+    if not prompts:
         return {}
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    given = [
+    generated = [
         continue_text(model, base, example.input_ids[: example.prompt_tokens].tolist(), new_tokens=new_tokens)
-        for example in asked
+        for example in prompts
     ]
-    rouge = [scorer.score(ex.reference, answer)["rougeL"].fmeasure for ex, answer in zip(asked, given, strict=True)]
+    rouge = [
+        scorer.score(ex.reference, answer)["rougeL"].fmeasure for ex, answer in zip(prompts, generated, strict=True)
+    ]
     exact = [
-        " ".join(ex.reference.split()) == " ".join(answer.split()) for ex, answer in zip(asked, given, strict=True)
+        " ".join(ex.reference.split()) == " ".join(answer.split())
+        for ex, answer in zip(prompts, generated, strict=True)
     ]
-    return {"rouge_l": float(np.mean(rouge)), "exact_match": float(np.mean(exact)), "generated": len(asked)}
+    return {"rouge_l": float(np.mean(rouge)), "exact_match": float(np.mean(exact)), "generated": len(prompts)}
 
 
 def continue_text(model: Any, base: Base, ids: Sequence[int], *, new_tokens: int) -> str:
-    """Return the greedy continuation of the tokens, without them; of no tokens, that of the start of a text."""
+    """Return the greedy continuation of the tokens, without the tokens; without tokens that of the start of a text."""
     limit = base.positions
     new_tokens = min(new_tokens, limit - 1)
     first = base.tokenizer.bos_token_id
-    given = list(ids) or [base.pad_id if first is None else first]
-    prompt = torch.tensor([given[-(limit - new_tokens) :]], device=base.device)
+    tokens = list(ids) or [base.pad_id if first is None else first]
+    # The end of a prompt that is too long: an answer must fit within the positions too.
+    prompt = torch.tensor([tokens[-(limit - new_tokens) :]], device=base.device)
     out = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
@@ -131,7 +138,7 @@ def continue_text(model: Any, base: Base, ids: Sequence[int], *, new_tokens: int
 
 
 def sample(base: Base, adapter: Adapter, saved: Tensors, prompt: str, *, new_tokens: int) -> str:
-    """Return what the model continues a prompt with, greedily."""
+    """Return the greedy continuation of a prompt by the global model."""
     ids = base.tokenizer(prompt, add_special_tokens=True)["input_ids"]
     eos = base.tokenizer.eos_token_id
     if len(ids) > 1 and ids[-1] == eos:  # some tokenizers close every text; a prompt stays open

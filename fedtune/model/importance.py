@@ -1,8 +1,9 @@
-"""What a head or channel of a model is worth to a client's data, by five criteria of different cost."""
+"""The importance of heads and channels to a client's data, by five criteria of different cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.model.lora import layers
-from fedtune.model.surgery import core, gates, readers
+from fedtune.model.surgery import core
 from fedtune.model.train import Batch, summed_loss
 from fedtune.pruning.ranking import Criterion, at_structure
 from fedtune.pruning.structure import BlockLayout, BlockStructure, ModelStructure, Side, full_block
@@ -19,83 +20,88 @@ from fedtune.seeds import derive, generator
 from fedtune.tensors import Tensors
 
 DECAY = 0.9
-"""Share of the former value in the moving mean of `lora` over steps."""
+"""Share of the former value in the moving mean of `lora` over steps: about the last ten batches count."""
 
 Gradients = Mapping[torch.nn.Parameter, torch.Tensor]
+"""Gradients of LoRA factors, by factor."""
 
 
 def scores(
     model: Any,
     batches: Sequence[Batch],
     criterion: Criterion,
-    anatomy: BlockLayout,
+    layout: BlockLayout,
     *,
     task: str,
     key: int,
-    keep: ModelStructure | None = None,
+    structure: ModelStructure | None = None,
 ) -> Tensors:
-    """Return what every head and channel that a model has now is worth: `heads` and `channels` over all blocks.
+    """Return the importance of every head and channel that a model has now, float32 (heads,) and (channels,).
 
-    The model is left as it is, and no gradient of it changes. FedSpine-style, formulas ours.
+    The keys are `heads` and `channels`; each runs over all blocks. The model is left as it is, and no gradient of it
+    changes. FedSpine-style, formulas ours.
 
     Args:
         model: in eval mode, with its adapters if it has any; `lora` needs a trainable one.
-        batches: a client's own; magnitude and random need none.
-        criterion: wanda: mean square of what enters a column, times the squared norm of the column, LoRA branch
-            included; gate: absolute derivative of the mean loss by a gate of 1; lora: see `sketch`; magnitude: squared
-            weights of the base; random: what the key says.
-        anatomy: of the base.
+        batches: of the client's data; magnitude and random need none.
+        criterion: wanda (Sun et al., arXiv 2306.11695): mean square of a column's input times the squared norm of the
+            column, LoRA branch included; gate: absolute derivative of the mean loss by a gate of 1; lora: see
+            `sketch`; magnitude: squared weights of the base; random: drawn by the key.
+        layout: of the base.
         task: causal or classification.
         key: of this round and client, for random.
-        keep: what the model was pruned to; None if it is whole.
+        structure: what the model was pruned to; None if it is whole.
 
     Raises:
         ClientError: if a criterion that needs data gets none, or a score is not finite.
         ConfigError: if `lora` finds no trainable adapter on layers of heads, or of channels.
     """
-    kept = full_block(anatomy) if keep is None else keep
+    present = full_block(layout) if structure is None else structure
     if criterion == "random":
-        return at_random(anatomy, keep, key)
+        return random_scores(layout, structure, key)
     if criterion == "magnitude":
-        return pool(magnitudes(model, anatomy), anatomy, kept)
+        return pool(magnitudes(model, layout), layout, present)
     if not batches:
         raise ClientError(f"{criterion}: expected at least one batch to score by; got none; give the client more data")
     if criterion == "wanda":
-        return pool(wanda(model, batches, anatomy, task=task), anatomy, kept)
+        return pool(wanda(model, batches, layout, task=task), layout, present)
     if criterion == "gate":
-        return pool(gate(model, batches, anatomy, kept, task=task), anatomy, kept)
-    found: Tensors | None = None
+        return pool(gate_gradients(model, batches, layout, present, task=task), layout, present)
+    mean: Tensors | None = None
     for batch in batches:
-        found = smooth(found, sketch(model, anatomy, kept, gradients=gradients(model, batch, task=task)))
-    assert found is not None
-    return found
+        mean = smooth(mean, sketch(model, layout, present, gradients=gradients(model, batch, task=task)))
+    assert mean is not None  # there is at least one batch
+    return mean
 
 
-def at_random(anatomy: BlockLayout, keep: ModelStructure | None, key: int) -> Tensors:
-    """Return scores that are the same for a head whatever else of the base is kept."""
+def random_scores(layout: BlockLayout, structure: ModelStructure | None, key: int) -> Tensors:
+    """Return random scores; the score of a head does not depend on what else of the base is kept."""
+    # Drawn over the whole base and then sliced, or clients of other structures would disagree on every head.
     rng = generator(derive(key, "prune"))
-    sizes = {"heads": sum(b.heads for b in anatomy.blocks), "channels": sum(b.channels for b in anatomy.blocks)}
-    found = at_structure({name: rng.random(size) for name, size in sizes.items()}, keep, anatomy)
-    return {name: array.astype(np.float32) for name, array in found.items()}
+    sizes = {"heads": sum(b.heads for b in layout.blocks), "channels": sum(b.channels for b in layout.blocks)}
+    drawn = at_structure({name: rng.random(size) for name, size in sizes.items()}, structure, layout)
+    return {name: array.astype(np.float32) for name, array in drawn.items()}
 
 
-def magnitudes(model: Any, anatomy: BlockLayout) -> Mapping[str, torch.Tensor]:
-    found = {}
-    for name, (_, out, _) in anatomy.sides.items():
+def magnitudes(model: Any, layout: BlockLayout) -> Mapping[str, torch.Tensor]:
+    """Return the squared norm of every row or column that a layer can lose, by the layer's name."""
+    squares = {}
+    for name, (_, out, _) in layout.sides.items():
         weight = matrix(core(model.get_submodule(name)))
-        found[name] = weight.square().sum(dim=0 if out == "all" else 1)
-    return found
+        squares[name] = weight.square().sum(dim=0 if out == "all" else 1)
+    return squares
 
 
-def wanda(model: Any, batches: Sequence[Batch], anatomy: BlockLayout, *, task: str) -> Mapping[str, torch.Tensor]:
-    """Return E[x_j^2] ||W_j + s B a_j||^2 of the columns j that heads and channels are read by, padding left out."""
-    names = [*readers(anatomy, "q"), *readers(anatomy, "ff")]
+def wanda(model: Any, batches: Sequence[Batch], layout: BlockLayout, *, task: str) -> Mapping[str, torch.Tensor]:
+    """Return E[x_j^2] ||W_j + s B a_j||^2 of the columns j that read heads and channels, padding left out."""
+    names = [*readers(layout, "q"), *readers(layout, "ff")]
     squares: dict[str, torch.Tensor] = {}
     mask = torch.zeros(())
 
     def listen(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def add(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = widened(args[0])  # (batch, time, in)
+            # The mask is read from the loop below: padding would count as activity.
             total = (x.square() * mask.to(x.dtype)[..., None]).sum(dim=(0, 1)).cpu().double()
             squares[name] = squares[name] + total if name in squares else total
 
@@ -120,6 +126,7 @@ def column_norms(module: Any) -> torch.Tensor:
     """Return ||W_j + B a_j||^2 of every column, (in,), all active adapters stacked into A (r, in) and B (out, r)."""
     weight = matrix(core(module))
     squared = weight.square().sum(dim=0)
+    # The norm of the sum from products of r rows, so that W + B A is never formed.
     parts = [
         (widened(module.lora_A[name].weight), widened(module.lora_B[name].weight) * module.scaling[name])
         for name in getattr(module, "lora_A", {})
@@ -131,28 +138,28 @@ def column_norms(module: Any) -> torch.Tensor:
     return squared.detach().cpu().double()
 
 
-def gate(
-    model: Any, batches: Sequence[Batch], anatomy: BlockLayout, kept: ModelStructure, *, task: str
+def gate_gradients(
+    model: Any, batches: Sequence[Batch], layout: BlockLayout, structure: ModelStructure, *, task: str
 ) -> Mapping[str, torch.Tensor]:
-    """Return dL/dm of a gate m on every head and channel, L the mean loss over all batches together."""
-    names = [*readers(anatomy, "q"), *readers(anatomy, "ff")]
-    sizes = [*(len(one.q) for one in kept.blocks), *(len(one.ff) for one in kept.blocks)]
+    """Return dL/dm of a gate m = 1 on every head and channel, L the mean loss over all batches together."""
+    names = [*readers(layout, "q"), *readers(layout, "ff")]
+    sizes = [*(len(units.q) for units in structure.blocks), *(len(units.ff) for units in structure.blocks)]
     values = {}
     for name, size in zip(names, sizes, strict=True):
         weight = core(model.get_submodule(name)).weight
         values[name] = torch.ones(size, dtype=accumulation_dtype(weight), device=weight.device, requires_grad=True)
     count = max(1, sum(batch.count for batch in batches))
-    found = {name: torch.zeros(size, dtype=torch.float64) for name, size in zip(names, sizes, strict=True)}
+    sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in zip(names, sizes, strict=True)}
     with gates(model, values), torch.enable_grad():
         for batch in batches:
             loss = summed_loss(model, batch, task=task) / count
             for name, gradient in zip(values, torch.autograd.grad(loss, list(values.values())), strict=True):
-                found[name] += gradient.cpu().double()
-    return found
+                sums[name] += gradient.cpu().double()
+    return sums
 
 
 def gradients(model: Any, batch: Batch, *, task: str) -> Gradients:
-    """Return the gradients of a batch's mean loss by the trainable factors, which keep their own `grad`."""
+    """Return the gradients of a batch's mean loss by the trainable factors; their own `grad` stays as it is."""
     factors = [
         weight
         for layer in layers(model, "local").values()
@@ -167,9 +174,9 @@ def gradients(model: Any, batch: Batch, *, task: str) -> Gradients:
 
 
 def sketch(
-    model: Any, anatomy: BlockLayout, keep: ModelStructure | None = None, *, gradients: Gradients | None = None
+    model: Any, layout: BlockLayout, structure: ModelStructure | None = None, *, gradients: Gradients | None = None
 ) -> Tensors:
-    """Return what heads and channels are worth by the gradients of the LoRA factors alone: |sum of Ghat * W|.
+    """Return the importance of heads and channels by the gradients of the LoRA factors alone: |sum of Ghat * W|.
 
     Ghat = g_B A + B g_A, with factors and gradients as peft holds them, and W the base's weight with the frozen
     adapter; neither Ghat nor the frozen change is ever formed. The sum of a group is taken in each of its matrices,
@@ -177,36 +184,38 @@ def sketch(
 
     Args:
         model: with a trainable adapter `local`.
-        anatomy: of the base.
-        keep: what the model was pruned to; None if it is whole.
-        gradients: of the factors; None takes the `grad` that a backward pass left, before it is clipped or used.
+        layout: of the base.
+        structure: what the model was pruned to; None if it is whole.
+        gradients: of the factors; None takes the `grad` of a backward pass, before it is clipped or used.
 
     Raises:
         ConfigError: if no layer of heads, or none of channels, has a trainable adapter.
     """
-    parts = sketch_layers(model, anatomy, gradients)
-    kinds = {"channels" if prunable_side(anatomy, name) == "ff" else "heads" for name in parts}
+    parts = sketch_layers(model, layout, gradients)
+    kinds = {"channels" if prunable_side(layout, name) == "ff" else "heads" for name in parts}
     if missing := {"heads", "channels"} - kinds:
         raise no_adapter(f"no trained adapter on a layer of {' or '.join(sorted(missing))}")
-    return pool(parts, anatomy, full_block(anatomy) if keep is None else keep)
+    return pool(parts, layout, full_block(layout) if structure is None else structure)
 
 
-def sketch_layers(model: Any, anatomy: BlockLayout, gradients: Gradients | None) -> Mapping[str, torch.Tensor]:
+def sketch_layers(model: Any, layout: BlockLayout, gradients: Gradients | None) -> Mapping[str, torch.Tensor]:
     """Return the sums of Ghat * W over the rows or columns that an adapted layer can lose, by the layer's name."""
     parts = {}
     with torch.no_grad():
         for name, layer in layers(model, "local").items():
-            if name not in anatomy.sides:
+            if name not in layout.sides:
                 continue
             pair = [layer.lora_A["local"].weight, layer.lora_B["local"].weight]
-            held = [one.grad if gradients is None else gradients.get(one) for one in pair]
-            if held[0] is None and held[1] is None:
+            grads = [factor.grad if gradients is None else gradients.get(factor) for factor in pair]
+            if grads[0] is None and grads[1] is None:
                 continue
-            a, b = (widened(one) for one in pair)  # (r, in), (out, r)
+            a, b = (widened(factor) for factor in pair)  # (r, in), (out, r)
             g_a, g_b = (
-                torch.zeros_like(one) if grad is None else widened(grad) for one, grad in zip((a, b), held, strict=True)
+                torch.zeros_like(factor) if grad is None else widened(grad)
+                for factor, grad in zip((a, b), grads, strict=True)
             )
-            if anatomy.sides[name][1] == "all":
+            # Products of W with r vectors in place of the (out, in) matrix Ghat.
+            if layout.sides[name][1] == "all":
                 parts[name] = (left(layer, g_b) * a.T).sum(dim=1) + (left(layer, b) * g_a.T).sum(dim=1)  # (in,)
             else:
                 parts[name] = (g_b * right(layer, a.T)).sum(dim=1) + (b * right(layer, g_a.T)).sum(dim=1)  # (out,)
@@ -219,7 +228,7 @@ def no_adapter(got: str) -> ConfigError:
 
 
 def right(module: Any, factor: torch.Tensor) -> torch.Tensor:
-    """Return W @ factor, (out, k), W with the frozen adapter."""
+    """Return W @ factor, (out, k), W with the frozen adapter; factor is (in, k)."""
     product = matrix(core(module)) @ factor
     if "global" in module.lora_A:
         a, b = widened(module.lora_A["global"].weight), widened(module.lora_B["global"].weight)
@@ -228,7 +237,7 @@ def right(module: Any, factor: torch.Tensor) -> torch.Tensor:
 
 
 def left(module: Any, factor: torch.Tensor) -> torch.Tensor:
-    """Return W^T @ factor, (in, k), W with the frozen adapter."""
+    """Return W^T @ factor, (in, k), W with the frozen adapter; factor is (out, k)."""
     product = matrix(core(module)).T @ factor
     if "global" in module.lora_A:
         a, b = widened(module.lora_A["global"].weight), widened(module.lora_B["global"].weight)
@@ -237,49 +246,51 @@ def left(module: Any, factor: torch.Tensor) -> torch.Tensor:
 
 
 def smooth(before: Tensors | None, now: Tensors) -> Tensors:
-    """Return the moving mean of scores over steps, which starts at the first."""
+    """Return the moving mean of scores over steps, which starts at the first step."""
     if before is None:
         return now
     rest = np.float32(1 - DECAY)
     return {name: np.float32(DECAY) * before[name] + rest * array for name, array in now.items()}
 
 
-def pool(parts: Mapping[str, torch.Tensor], anatomy: BlockLayout, keep: ModelStructure) -> Tensors:
-    """Return scores from a number for every row or column that a layer can lose, by the layer's name.
+def pool(parts: Mapping[str, torch.Tensor], layout: BlockLayout, structure: ModelStructure) -> Tensors:
+    """Return `heads` and `channels`, float32, from a number for every row or column that a layer can lose.
 
-    A group's numbers are summed layer by layer, and the absolute values of the sums added up.
+    `parts` are by the layer's name. The numbers of a head are summed within a layer, and the absolute values of the
+    sums are added up over the layers.
     """
-    heads = [np.zeros(len(kept.q)) for kept in keep.blocks]
-    channels = [np.zeros(len(kept.ff)) for kept in keep.blocks]
+    # In float64 until the end: a sum over thousands of columns loses digits in float32.
+    heads = [np.zeros(len(units.q)) for units in structure.blocks]
+    channels = [np.zeros(len(units.ff)) for units in structure.blocks]
     for name, values in parts.items():
-        index, side = anatomy.sides[name][0], prunable_side(anatomy, name)
-        own = channels if side == "ff" else heads
-        own[index] += unit_scores(values.detach().cpu().double(), side, keep.blocks[index]).numpy()
-    found = {"heads": np.concatenate(heads), "channels": np.concatenate(channels)}
-    for name, array in found.items():
+        index, side = layout.sides[name][0], prunable_side(layout, name)
+        target = channels if side == "ff" else heads
+        target[index] += unit_scores(values.detach().cpu().double(), side, structure.blocks[index]).numpy()
+    pooled = {"heads": np.concatenate(heads), "channels": np.concatenate(channels)}
+    for name, array in pooled.items():
         if not np.isfinite(array).all():
             raise ClientError(f"scores of {name}: expected finite numbers; got others; use another model.dtype")
-    return {name: array.astype(np.float32) for name, array in found.items()}
+    return {name: array.astype(np.float32) for name, array in pooled.items()}
 
 
-def prunable_side(anatomy: BlockLayout, name: str) -> Side:
-    """Return what the one side of a layer that can shrink consists of."""
-    _, out, into = anatomy.sides[name]
+def prunable_side(layout: BlockLayout, name: str) -> Side:
+    """Return what the one prunable side of a layer consists of: heads or channels."""
+    _, out, into = layout.sides[name]
     return into if out == "all" else out
 
 
-def unit_scores(values: torch.Tensor, side: Side, kept: BlockStructure) -> torch.Tensor:
-    """Return a number for every head or channel; query heads share equally what their key/value head is worth."""
+def unit_scores(values: torch.Tensor, side: Side, units: BlockStructure) -> torch.Tensor:
+    """Return a number for every head or channel; a key/value head's number is split equally among its query heads."""
     match side:
         case "ff":
             return values.abs()
         case "kv":
-            group = len(kept.q) // len(kept.kv)
-            return (values.reshape(len(kept.kv), -1).sum(dim=1).abs() / group).repeat_interleave(group)
+            group = len(units.q) // len(units.kv)
+            return (values.reshape(len(units.kv), -1).sum(dim=1).abs() / group).repeat_interleave(group)
         case "qkv":
-            return torch.stack([unit_scores(part, "q", kept) for part in values.chunk(3)]).sum(dim=0)
+            return torch.stack([unit_scores(part, "q", units) for part in values.chunk(3)]).sum(dim=0)
         case _:
-            return values.reshape(len(kept.q), -1).sum(dim=1).abs()
+            return values.reshape(len(units.q), -1).sum(dim=1).abs()
 
 
 def matrix(module: Any) -> torch.Tensor:
@@ -289,8 +300,37 @@ def matrix(module: Any) -> torch.Tensor:
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in at least 32 bits: squares and sums would lose their last digits in 16."""
     return tensor.to(accumulation_dtype(tensor))
 
 
 def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+@contextmanager
+def gates(model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+    """Multiply the inputs of modules by gates inside the block; `values` are (groups,) by the module's full name.
+
+    The hook sits on peft's wrapper where there is one: if it were on the layer beneath, the adapter would see the
+    inputs that the gate hides, and send gradients back past it.
+    """
+
+    def gate(value: torch.Tensor) -> Callable[[torch.nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def multiply(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0]  # (batch, time, in), each group `in / groups` columns in a row
+            return x * value.to(x.dtype).repeat_interleave(x.shape[-1] // len(value)), *args[1:]
+
+        return multiply
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(gate(value)) for name, value in values.items()]
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def readers(layout: BlockLayout, side: Side) -> list[str]:
+    """Return the names of the layers whose input is heads (`q`) or channels (`ff`), one per block, in order."""
+    return [name for name, (_, _, into) in layout.sides.items() if into == side]

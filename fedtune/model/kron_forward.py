@@ -1,8 +1,10 @@
 """Directions of the kron bank added in the forward pass: no weight is rewritten, and all losses share one batch.
 
 For a stored matrix (R, C) the change -u U^T M V is a low-rank path beside the layer, p numbers wide; a perturbation
-along z_k, k = i p + j, adds a multiple of one of these numbers to another. So the base may be shared, read-only, or of
-a number format that cannot hold small steps.
+along z_k, k = i p + j, adds a multiple of one of these p numbers to another of them. So the base may be shared,
+read-only, or of a number format that cannot hold small steps.
+
+Shapes: p is the bank's rank, p * p = K; U is (p, R), V is (p, C), M holds the accumulators as (p, p); u = 2^-e.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from fedtune.model.train import Batch, cross_entropies, logits_of
 
 @dataclass(frozen=True)
 class Path:
-    """The way beside one layer, from the input's p numbers t to the output's p numbers h."""
+    """The low-rank path beside one layer, from p numbers t of its input to p numbers h of its output."""
 
     first: torch.Tensor
     """(p, in), float32."""
     second: torch.Tensor
-    """(p, out), float32, times -u: exact, u being a power of two."""
+    """(p, out), float32, already times -u, which is exact for a power of two."""
     by_columns: bool
     """Whether t belongs to the columns of M, h = t M^T, as in nn.Linear; else to its rows, h = t M."""
 
@@ -50,7 +52,7 @@ class Vector:
 
 
 class Injected:
-    """Losses at w(A) and around it, all of a call in one forward pass over the batch, repeated for each of them."""
+    """Losses at w(A) and around it, by one forward pass over the batch repeated once for each loss."""
 
     def __init__(self, base: Base, ledger: SeedLedger, bank: Kron, vectors: Sequence[Vector]) -> None:
         self._base, self._bank, self._exponent, self._vectors = base, bank, ledger.exponent, vectors
@@ -62,14 +64,14 @@ class Injected:
         self.num_rows = self.num_columns = 0
         """Of the repeated batch."""
         self.parts: Sequence[Mapping[int, torch.Tensor]] = ()
-        """By move, the vectors at w(A + amount e_k), by ordinal."""
+        """For each move, the vectors at w(A + amount e_k), by ordinal."""
 
     def losses(self, batch: Batch, moves: Sequence[Move]) -> Sequence[float]:
-        """See `rebuilt.Rebuilt.losses`."""
+        """See `seed_rebuild.RebuiltPosition.losses`."""
         count = len(moves)
         self.moves, self.num_rows = moves, count * len(batch.input_ids)
         self.num_columns = batch.input_ids.shape[1]
-        self.parts = [self._moved(seed, amount) for seed, amount in moves] if self._vectors else ()
+        self.parts = [self._moved_vectors(seed, amount) for seed, amount in moves] if self._vectors else ()
         repeated = Batch(
             batch.input_ids.repeat(count, 1),
             batch.attention_mask.repeat(count, 1),
@@ -84,7 +86,7 @@ class Injected:
         ]
 
     def move(self, seed: int, amount: int) -> None:
-        """See `rebuilt.Rebuilt.move`."""
+        """See `seed_rebuild.RebuiltPosition.move`."""
         self._sums = perturb(self._sums, seed, amount)
         self.matrix = self._square()
 
@@ -92,7 +94,7 @@ class Injected:
         square = self._sums.reshape(self._bank.rank, self._bank.rank).astype(np.float32)
         return torch.from_numpy(square).to(self._base.device)
 
-    def _moved(self, seed: int, amount: int) -> Mapping[int, torch.Tensor]:
+    def _moved_vectors(self, seed: int, amount: int) -> Mapping[int, torch.Tensor]:
         own = {vector.ordinal: getattr(vector.module, vector.name).data for vector in self._vectors}
         copies = {ordinal: torch.empty_like(data) for ordinal, data in own.items()}
         write = rewriter(
@@ -104,7 +106,7 @@ class Injected:
 
 @contextmanager
 def with_injected_paths(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[Injected]:
-    """Attach the paths to the layers that hold the trainable tensors, for the length of the block.
+    """Attach the paths to the layers that hold the trainable tensors, inside the block.
 
     Layers are found by the tensor that they hold, not by name: a head that is tied to the embeddings moves with them.
 
@@ -115,19 +117,20 @@ def with_injected_paths(base: Base, ledger: SeedLedger, trainable: Sequence[int]
     assert isinstance(bank, Kron)
     parameters, entries = dict(base.model.named_parameters()), base.manifest.entries
     ordinals = {id(parameters[entries[ordinal].name]): ordinal for ordinal in trainable}
-    held = [
+    holders = [
         (ordinals[id(parameter)], name, module)
         for module in base.model.modules()
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         if id(parameter) in ordinals
     ]
-    vectors = [Vector(*one) for one in held if len(entries[one[0]].shape) < 2]
+    vectors = [Vector(*holder) for holder in holders if len(entries[holder[0]].shape) < 2]
     state = Injected(base, ledger, bank, vectors)
+    # The stack removes every hook, also where attaching one of them fails.
     with ExitStack() as stack:
         for module in {id(vector.module): vector.module for vector in vectors}.values():
             own = [vector for vector in vectors if vector.module is module]
             stack.callback(module.register_forward_hook(swap_vectors(state, own)).remove)
-        for ordinal, _, module in held:
+        for ordinal, _, module in holders:
             if len(entries[ordinal].shape) == 2:
                 u, v = (
                     torch.from_numpy(side).to(base.device, torch.float32)
@@ -138,11 +141,12 @@ def with_injected_paths(base: Base, ledger: SeedLedger, trainable: Sequence[int]
         yield state
 
 
+# A forward hook: (module, inputs, output) -> the new output.
 Hook = Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]
 
 
 def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor, *, where: str) -> Hook:
-    """Return the hook that adds a matrix's change to the output of its layer; U is (p, R), V is (p, C)."""
+    """Return the forward hook that adds a matrix's change to the output of its layer."""
     if type(module).forward is nn.Embedding.forward:  # subclasses scale what they look up, or look up something else
         rows = u.T.contiguous()  # (R, p)
         lookup = Path(u, -state.unit * v, by_columns=False)
@@ -161,7 +165,7 @@ def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor,
 
 
 def expand_rows(state: Injected, output: torch.Tensor) -> torch.Tensor:
-    """Return what an embedding gives for every row of the batch: positions are looked up once for all of them."""
+    """Return an embedding's output for every row of the batch: position embeddings are looked up once for all rows."""
     return output.expand(state.num_rows, *output.shape[1:]) if len(output) == 1 else output
 
 
@@ -174,16 +178,17 @@ def add_change(state: Injected, t: torch.Tensor, path: Path, output: torch.Tenso
     h = t @ (state.matrix.T if path.by_columns else state.matrix)
     for part, source, (seed, amount) in zip(h.chunk(count), t.chunk(count), state.moves, strict=True):
         i, j = divmod(seed, rank)
-        to, fro = (i, j) if path.by_columns else (j, i)
-        part[..., to] += amount * source[..., fro]
+        target, origin = (i, j) if path.by_columns else (j, i)
+        part[..., target] += amount * source[..., origin]
     if output.dtype != torch.float32:
+        # The product in float32 first: added in 16 bits, small changes would vanish before they are summed.
         return output + (h @ path.second).to(output.dtype)
     flat = torch.addmm(output.reshape(-1, output.shape[-1]), h.reshape(-1, rank), path.second)
     return flat.view(output.shape)
 
 
 def check_rows(state: Injected, shape: Sequence[int], where: str) -> None:
-    """Raise ClientError unless a layer sees the batch row after row, whole or flattened, so that its parts are told."""
+    """Raise ClientError unless a layer sees the batch row after row, whole or flattened, so that it can be split."""
     if shape[0] != state.num_rows and not (len(shape) == 2 and shape[0] == state.num_rows * state.num_columns):
         raise ClientError(
             f"{where}: expected a layer that sees the {state.num_rows} rows of the batch; got {shape[0]}; "
@@ -192,7 +197,7 @@ def check_rows(state: Injected, shape: Sequence[int], where: str) -> None:
 
 
 def swap_vectors(state: Injected, vectors: Sequence[Vector]) -> Hook:
-    """Return the hook that gives each part of the batch its own vectors of a layer."""
+    """Return the forward hook that runs a layer on each part of the batch with the part's own vectors."""
 
     def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         own = {vector.name: getattr(module, vector.name).data for vector in vectors}

@@ -1,4 +1,4 @@
-"""The libraries beneath, held to fedtune's manners: no chatter while loading, and a fixed number of threads."""
+"""Settings of the libraries beneath: no messages of transformers while loading, and a fixed number of threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' remarks and bars inside the block; what matters is raised or noted by fedtune."""
+    """Silence transformers' warnings and progress bars inside the block; fedtune reports errors itself."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -26,9 +26,9 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[int]:
-    """Hold torch and BLAS to so many threads inside the block, and give the number; none leaves their own choice.
+    """Limit torch and BLAS to `count` threads inside the block, and yield the number; None leaves their own choice.
 
-    Bits are promised per thread count: the order of a sum changes with it.
+    Results are reproducible per number of threads: the order of a sum changes with it.
     """
     before = torch.get_num_threads()
     if count is None:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ShapeError
 from fedtune.lora.adapter import Adapter, Factors, draw_a, unpack
-from fedtune.messages import Assignment
+from fedtune.messages import Plan, TrainLora
 from fedtune.model.base import Base, to_numpy, to_torch
 from fedtune.pruning.structure import FULL, LayerSlice
 from fedtune.tensors import Tensors
@@ -136,22 +136,26 @@ def read_local(model: nn.Module) -> Adapter:
 
 
 def start(
-    assignment: Assignment, modules: Mapping[str, tuple[int, int]], cut: Mapping[str, LayerSlice] | None = None
+    task: TrainLora,
+    plan: Plan,
+    modules: Mapping[str, tuple[int, int]],
+    cut: Mapping[str, LayerSlice] | None = None,
 ) -> Adapter:
-    """Return the local adapter that an assignment starts from, b divided by the scale; see `LocalAdapter`.
+    """Return the local adapter that a task starts from, b divided by the scale; see `TrainLora`.
 
     Args:
-        assignment: its blobs are in the coordinates of the model as it is.
+        task: its blobs are in the coordinates of the model as it is.
+        plan: rank and scale.
         modules: (out, in) of the base's.
         cut: what is kept of each; a fresh A is drawn over the whole base and then cut.
     """
-    sent, rank = assignment.blobs.get("local", {}), assignment.plan.rank
+    sent, rank = task.blobs.get("local", {}), plan.rank
     if strange := sorted(sent.keys() - {f"{name}.{side}" for name in modules for side in "ab"}):
         raise ShapeError(f"{strange[0]}: expected factors .a and .b of modules that get an adapter; got another")
     adapter = {}
     for name, (m, n) in modules.items():
         at = (cut or {}).get(name, FULL)
-        a = draw_a(assignment.local.a_key, name, rank, n)
+        a = draw_a(task.a_key, name, rank, n)
         a = a if at.into is None else a[:, at.into]
         b = np.zeros((m if at.out is None else len(at.out), rank), np.float32)
         for key, whole, part in (("a", a, sent.get(f"{name}.a")), ("b", b.T, sent.get(f"{name}.b"))):
@@ -161,13 +165,13 @@ def start(
             if rows.shape[0] > rank or rows.shape[1:] != whole.shape[1:]:
                 raise ShapeError(f"{name}.{key}: expected at most rank {rank} of {whole.shape}; got {part.shape}")
             whole[: rows.shape[0]] = rows
-        adapter[name] = Factors(a=a, b=b / np.float32(assignment.plan.scale))
+        adapter[name] = Factors(a=a, b=b / np.float32(plan.scale))
     return adapter
 
 
-def frozen(assignment: Assignment) -> Adapter:
-    """Return the frozen adapter of an assignment; a dense `<module>.w` (out, in) becomes exact factors."""
-    blob = assignment.blobs.get("global", {})
+def frozen(task: TrainLora) -> Adapter:
+    """Return the frozen adapter of a task; a dense `<module>.w` (out, in) becomes exact factors."""
+    blob = task.blobs.get("global", {})
     dense = {name.removesuffix(".w"): array for name, array in blob.items() if name.endswith(".w")}
     adapter = dict(unpack({name: array for name, array in blob.items() if not name.endswith(".w")}))
     for name, weight in dense.items():

@@ -1,4 +1,4 @@
-"""Zeroth-order local steps: losses on both sides of the weights along seeds, and the whole numbers they give."""
+"""Zeroth-order local training: losses on both sides of the weights along seeded directions, rounded to integers."""
 
 from __future__ import annotations
 
@@ -20,57 +20,58 @@ from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.kron import Kron
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ClientError
-from fedtune.messages import Probe, Training
+from fedtune.messages import ProbeSeeds, Training
 from fedtune.model.base import Base
 from fedtune.model.kron_forward import with_injected_paths
 from fedtune.model.seed_rebuild import DisplacedPosition, Move, RebuiltPosition, working_copy
 from fedtune.model.train import Batch, batches, collate, out_of_memory, peak_bytes
 from fedtune.tensors import Array
 
-WINDOW, ENOUGH, QUANTILE, TIMES = 128, 16, 0.9, 2.0
-"""The running clip: so many sizes are remembered, from so many on it holds, and it is so many times this quantile."""
-FLAT = 1e-8
-"""Standard deviation of a step's losses below which a normalised step says nothing."""
+CLIP_WINDOW, CLIP_MINIMUM, CLIP_QUANTILE, CLIP_FACTOR = 128, 16, 0.9, 2.0
+"""The running clip: 2 times the 0.9-quantile of the last 128 sizes of g, from 16 sizes on."""
+MIN_SIGMA = 1e-8
+"""Standard deviation of a step's losses below which a normalised step is noise, and is skipped."""
 
 
 class Position(Protocol):
-    """Where a model stands, as accumulators, and what its loss is there and around it."""
+    """A point in the space of weights, as accumulators, and the losses there and around it."""
 
     def losses(self, batch: Batch, moves: Sequence[Move]) -> Sequence[float]:
         """Return the mean loss of the batch at w(A + amount e_k) for each (k, amount)."""
         ...
 
     def move(self, seed: int, amount: int) -> None:
-        """Add to one accumulator for good."""
+        """Add an amount to one accumulator for good."""
         ...
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What a client's steps gave."""
+    """The results of a client's steps."""
 
     scalars: Array
-    """int8, one per seed."""
+    """int8 (steps,), one per seed."""
     skipped: int
-    """Of them, those that are 0 because a loss was not finite."""
+    """How many of them are 0 because a loss was not finite."""
     rms: float
-    """Root mean square of the steps wanted, in the weights' own unit."""
+    """Root mean square of the unrounded steps, in the weights' own unit."""
     losses: Sequence[float]
-    """Mean loss of each step, of those that were finite."""
+    """Mean loss of each step whose losses were finite."""
     tokens: int
-    """That went forward, padding left out."""
+    """Tokens of all forward passes, padding left out."""
     seconds: float
     peak_bytes: int
 
 
 @contextmanager
 def at_position(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[Position]:
-    """Stand at w(A) for the length of the block, in the way that suits the bank; the base is afterwards as before."""
+    """Give the position w(A) inside the block, in the way that suits the bank; the base is unchanged afterwards."""
     if isinstance(ledger.bank, Kron):
         with with_injected_paths(base, ledger, trainable) as position:
             yield position
         return
     with working_copy(base, trainable) as trios:
+        # A rebuild of the gaussian bank costs K random numbers per weight, which displacements are spared.
         kind = DisplacedPosition if isinstance(ledger.bank, Gaussian) else RebuiltPosition
         yield kind(base, ledger, trios)
 
@@ -79,7 +80,7 @@ def measure(
     base: Base,
     examples: Sequence[Example],
     training: Training,
-    probe: Probe,
+    probe: ProbeSeeds,
     ledger: SeedLedger,
     trainable: Sequence[int],
     ids: Array,
@@ -87,16 +88,16 @@ def measure(
     key: int,
     client: str,
 ) -> Measurements:
-    """Take steps along the seeds, each rounded to what the server will add before the next one is taken.
+    """Take one step along every seed; each step is rounded to what the server will add before the next one is taken.
 
     Args:
         base: the pristine base.
         examples: the client's own.
         training: with `steps`, one per seed, `batch` and `learning_rate`.
-        probe: how to measure.
-        ledger: where to start.
+        probe: perturbation, estimator and scalar step.
+        ledger: the weights to start from.
         trainable: ordinals of the tensors that are moved.
-        ids: the seeds, in the order in which they are measured, int32.
+        ids: the seeds in the order in which they are measured, int32 (steps,).
         key: from `derive`; the order of the data follows from it.
         client: for error messages.
 
@@ -108,8 +109,8 @@ def measure(
         raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
     began, order = time.perf_counter(), batches(len(examples), size=training.batch, key=key)
     sums, step = check_accumulators(ledger.bank, ledger.accumulators), 2.0 ** (probe.shift - probe.exponent)
-    sizes = deque[float](maxlen=WINDOW)
-    scalars, wanted, losses, skipped, tokens = list[int](), list[float](), list[float](), 0, 0
+    sizes = deque[float](maxlen=CLIP_WINDOW)
+    scalars, unrounded, losses, skipped, tokens = list[int](), list[float](), list[float](), 0, 0
     group = probe.queries if probe.estimator == "one-sided" else 1
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
@@ -119,18 +120,21 @@ def measure(
                 seeds = ids[start : start + group].tolist()
                 batch = collate([examples[i] for i in next(order)], base)
                 moves = around(seeds, probe)
-                found = position.losses(batch, moves)
+                step_losses = position.losses(batch, moves)
                 tokens += len(moves) * batch.tokens
-                steps = steps_of(found, probe, training.learning_rate, sizes) if finite(found) else [math.nan]
+                steps = [math.nan]
+                if finite(step_losses):
+                    steps = steps_of(step_losses, probe, training.learning_rate, sizes)
                 if finite(steps):
-                    losses.append(sum(found) / len(found))
-                    wanted += steps
+                    losses.append(sum(step_losses) / len(step_losses))
+                    unrounded += steps
                 else:
                     steps, skipped = [0.0] * len(seeds), skipped + len(seeds)
                 for seed, move in zip(seeds, steps, strict=True):
                     scalar = 0 if probe.calibrate else max(-MAX_SCALAR, min(MAX_SCALAR, round(move / step)))
                     scalars.append(scalar)
                     if scalar:
+                        # Checked at every step: a sum beyond 32 bits would wrap around in the rebuild.
                         sums = check_accumulators(ledger.bank, perturb(sums, seed, scalar << probe.shift))
                         position.move(seed, scalar << probe.shift)
     except (RuntimeError, MemoryError) as error:
@@ -142,7 +146,7 @@ def measure(
     return Measurements(
         scalars=np.array(scalars, np.int8),
         skipped=skipped,
-        rms=float(np.sqrt(np.mean(np.square(wanted)))) if wanted else 0.0,
+        rms=float(np.sqrt(np.mean(np.square(unrounded)))) if unrounded else 0.0,
         losses=losses,
         tokens=tokens,
         seconds=time.perf_counter() - began,
@@ -151,18 +155,19 @@ def measure(
 
 
 def finite(numbers: Sequence[float]) -> bool:
+    """Return whether all numbers are finite."""
     return all(map(math.isfinite, numbers))
 
 
-def around(seeds: Sequence[int], probe: Probe) -> Sequence[Move]:
-    """Return where the losses of a step are measured: w + E u z is A - E e_k."""
+def around(seeds: Sequence[int], probe: ProbeSeeds) -> Sequence[Move]:
+    """Return the moves at which the losses of a step are measured; w + E u z is at the accumulators A - E e_k."""
     if probe.estimator == "one-sided":
         return [(seeds[0], 0), *((seed, -probe.perturbation) for seed in seeds)]
     return [(seed, amount) for seed in seeds for amount in (-probe.perturbation, probe.perturbation)]
 
 
-def steps_of(losses: Sequence[float], probe: Probe, learning_rate: float, sizes: deque[float]) -> list[float]:
-    """Return the step wanted along each seed, in the weights' own unit; remembers the sizes of g for the running clip.
+def steps_of(losses: Sequence[float], probe: ProbeSeeds, learning_rate: float, sizes: deque[float]) -> list[float]:
+    """Return the step along each seed, in the weights' own unit; appends |g| to `sizes` for the running clip.
 
     Two-sided (Spall 1992; MeZO, arXiv 2305.17333): lr (l+ - l-) / (2 eps). One-sided over N queries (FZOO, arXiv
     2506.09034): lr (l_i - l_0) / (N eps), or / (N sigma) with the standard deviation of the N losses.
@@ -174,14 +179,14 @@ def steps_of(losses: Sequence[float], probe: Probe, learning_rate: float, sizes:
     first, others = losses[0], losses[1:]
     if probe.normalise:
         sigma = float(np.std(others))
-        return [0.0 if sigma < FLAT else learning_rate * (one - first) / (len(others) * sigma) for one in others]
-    return [learning_rate * clip_scalar((one - first) / distance, probe.clip, sizes) / len(others) for one in others]
+        return [0.0 if sigma < MIN_SIGMA else learning_rate * (loss - first) / (len(others) * sigma) for loss in others]
+    return [learning_rate * clip_scalar((loss - first) / distance, probe.clip, sizes) / len(others) for loss in others]
 
 
 def clip_scalar(g: float, clip: float, sizes: deque[float]) -> float:
-    """Return g within its bound: a number, or 0 for twice the 0.9-quantile of those before it, once there are 16."""
+    """Return g within [-bound, bound], appending |g| to `sizes` where the bound is the running one (`clip` of 0)."""
     bound = clip
     if clip == 0.0:
-        bound = TIMES * float(np.quantile(sizes, QUANTILE)) if len(sizes) >= ENOUGH else math.inf
+        bound = CLIP_FACTOR * float(np.quantile(sizes, CLIP_QUANTILE)) if len(sizes) >= CLIP_MINIMUM else math.inf
         sizes.append(abs(g))
     return max(-bound, min(bound, g))

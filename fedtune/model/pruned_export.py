@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import DTYPES, Base
-from fedtune.model.checkpoint import aliases, checkpoint_files, match_names, slice_parameter, tensor_readers
+from fedtune.model.checkpoint import aliases, checkpoint_files, match_names, slice_tensor, tensor_readers
 from fedtune.model.libraries import quiet
 from fedtune.model.merge import CastLoss, Merged
 from fedtune.pruning.structure import FULL, Block, BlockLayout, ModelStructure, check, cuts, slice_factors
@@ -154,7 +154,7 @@ def pruned_tensors(
             whole = state[name].detach().cpu() if read is None else read()
         if whole.shape != state[name].shape:
             raise ShapeError(f"{name}: expected {tuple(state[name].shape)}; got {tuple(whole.shape)}")
-        part = slice_parameter(model, name, whole, slices)
+        part = slice_tensor(model, name, whole, slices)
         # Merged in float32 whatever the checkpoint's format, so that nothing is rounded twice.
         weight = part.float() if part.is_floating_point() else part.clone()
         module = name.removesuffix(".weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from fedtune.data.encode import Example
-from fedtune.messages import Assignment, Pruning
+from fedtune.messages import Plan, Pruning, TrainLora
 from fedtune.model.base import Base
 from fedtune.model.importance import scores
 from fedtune.model.lora import frozen, start, with_adapters
+from fedtune.model.objective import Start
 from fedtune.model.surgery import layout_of, shrink_further, with_structure
-from fedtune.model.train import Batch, collate, summed_loss
+from fedtune.model.train import Batch, Between, collate, summed_loss
 from fedtune.pruning.ranking import (
     PruningSettings,
     at_structure,
@@ -83,14 +84,14 @@ class Structures:
         return self.stages[-1] if self.stages else None
 
 
-def structures_of(surgery: Pruning, anatomy: BlockLayout) -> Structures:
+def structures_of(pruning: Pruning, anatomy: BlockLayout) -> Structures:
     """Return the structures that an assignment names.
 
     Raises:
         ShapeError: if a bitmap is not one of this base, or no structure holds all others.
     """
-    stages = tuple(from_bitmap(bits, anatomy) for bits in surgery.stages)
-    before = from_bitmap(surgery.before, anatomy) if surgery.before else None
+    stages = tuple(from_bitmap(bits, anatomy) for bits in pruning.stages)
+    before = from_bitmap(pruning.previous, anatomy) if pruning.previous else None
     first = stages[0] if stages else None
     sent = None
     if first is not None and before is not None:
@@ -113,15 +114,15 @@ def cut_of(keep: ModelStructure | None, anatomy: BlockLayout) -> Mapping[str, La
     return {} if keep is None else cuts(keep, anatomy)
 
 
-def sliced_assignment(
-    assignment: Assignment, keep: ModelStructure | None, sent: ModelStructure | None, anatomy: BlockLayout
-) -> Assignment:
-    """Return an assignment with its blobs cut to one structure."""
+def sliced_task(
+    task: TrainLora, keep: ModelStructure | None, sent: ModelStructure | None, anatomy: BlockLayout
+) -> TrainLora:
+    """Return a task with its blobs cut to one structure."""
     if keep is None:
-        return assignment
+        return task
     cut = cut_of(keep, anatomy) if sent is None else within(cuts(sent, anatomy), cuts(keep, anatomy))
-    blobs = {role: blob if role == "saved" else slice_flat(blob, cut) for role, blob in assignment.blobs.items()}
-    return replace(assignment, blobs=blobs)
+    blobs = {role: blob if role == "saved" else slice_flat(blob, cut) for role, blob in task.blobs.items()}
+    return replace(task, blobs=blobs)
 
 
 @contextmanager
@@ -149,15 +150,15 @@ def evaluation_loss(model: torch.nn.Module, batches: Sequence[Batch], base: Base
 
 @contextmanager
 def with_received_adapters(
-    base: Base, order: Assignment, whole: Base, cut: Mapping[str, LayerSlice]
+    base: Base, task: TrainLora, plan: Plan, whole: Base, cut: Mapping[str, LayerSlice]
 ) -> Iterator[torch.nn.Module]:
     """Attach what was received, nothing of it trained, to a base that may be pruned."""
     with with_adapters(
         base,
-        frozen=frozen(order),
-        local=start(order, whole.modules, cut),
-        scale=order.plan.scale,
-        saved=order.blobs.get("saved", {}),
+        frozen=frozen(task),
+        local=start(task, plan, whole.modules, cut),
+        scale=plan.scale,
+        saved=task.blobs.get("saved", {}),
     ) as model:
         yield model
 
@@ -177,7 +178,7 @@ def measured_scores(
     order = generator(derive(key, "prune.scores")).permutation(len(examples)).tolist()
     rows = [order[i : i + batch] for i in range(0, min(len(order), settings.batches * batch), batch)]
     batches = [collate([examples[i] for i in part], base) for part in rows]
-    found = scores(model, batches, settings.score, anatomy, keep=keep, task=base.task, key=derive(key, "prune"))
+    found = scores(model, batches, settings.score, anatomy, structure=keep, task=base.task, key=derive(key, "prune"))
     wide = to_base_coordinates(found, keep, anatomy)
     scaled = normalise(wide, {name: np.isfinite(part) for name, part in wide.items()}, anatomy)
     forward = settings.score not in ("magnitude", "random")
@@ -208,7 +209,7 @@ def cutter(
     anatomy: BlockLayout,
     *,
     steps: int,
-) -> Callable[[int, torch.optim.Optimizer], Sequence[torch.nn.Parameter] | None] | None:
+) -> Between | None:
     """Return what makes a model in training smaller between its steps, stage after stage.
 
     In a short round stages are shorter than `steps_between`: it must end in the structure of the last one.
@@ -217,10 +218,10 @@ def cutter(
         return None
     every = min(settings.steps_between, (steps - 1) // (len(stages) - 1))
 
-    def between(steps: int, optimizer: torch.optim.Optimizer) -> Sequence[torch.nn.Parameter] | None:
+    def between(steps: int, optimizer: torch.optim.Optimizer, start: Start) -> Sequence[torch.nn.Parameter] | None:
         stage, odd = divmod(steps, every)
         if odd or stage >= len(stages):
             return None
-        return shrink_further(model, optimizer, stages[stage - 1], stages[stage], anatomy)
+        return shrink_further(model, optimizer, stages[stage - 1], stages[stage], anatomy, start)
 
     return between

@@ -1,4 +1,4 @@
-"""A whole model written out at the weights that seeds stand for, and the base that a ledger belongs to."""
+"""A whole model written at the weights of a seed ledger, and the base that a ledger belongs to."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fedtune.model.settings import AdapterSettings, ModelSettings
 def write(base: Base, ledger: SeedLedger, trainable: Sequence[int], out: Path | None) -> str:
     """Write a Hugging Face model folder of w(A) in the base's own number format, and return the weights' digest (hex).
 
-    The digest is that of a manifest, as of a base: whoever rebuilds the same weights gets the same one. Without a
-    folder nothing is written.
+    The digest is that of the model's manifest, as of a base: every rebuild of the same weights has the same digest.
+    Without a folder nothing is written.
     """
     with with_rebuilt_weights(base, ledger, trainable):
         if out is not None:
             with quiet():
-                base.model.save_pretrained(out)  # safetensors, which is all that it writes
+                base.model.save_pretrained(out)  # as safetensors alone
                 base.tokenizer.save_pretrained(out)
         return manifest_of(base.model).digest.hex()
 
@@ -35,16 +35,17 @@ def base_of(
 
     Args:
         ledger: names the base by the digest of its manifest.
-        settings: where the base is; its number format is tried first.
+        settings: where the base is; the number format given there is tried first.
         seed: of the run; a classification head that the checkpoint lacks is drawn from it.
         labels: names of the classes, for classification.
         in_full: the run's `adapter.modules_to_save`, which a 16-bit base holds in float32.
 
     Raises:
-        ConfigError: if the base cannot be loaded, or is another in every format.
+        ConfigError: if the base cannot be loaded, or its digest differs in every format.
     """
     tokenizer = load_tokenizer(settings, Path())
     every_layer = AdapterSettings(rank=1, targets=["all-linear"], modules_to_save=in_full)
+    # The ledger does not say the format, and the digest of its manifest depends on it: each format is tried.
     formats = sorted(DTYPES, key=lambda name: name != settings.dtype)
     for dtype in formats:
         chosen = replace(settings, dtype=dtype)  # type: ignore[arg-type]

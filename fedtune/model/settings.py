@@ -1,4 +1,4 @@
-"""Which base model on which device, which layers get an adapter, and when the result is scored."""
+"""Settings of the base model and its device, of the adapter's layers, and of when the global model is scored."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Surgery: a model whose blocks hold fewer heads and channels for a while, and its double with gates instead."""
+"""Structured pruning in place: a model whose blocks hold fewer heads and channels inside a `with` block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault, ShapeError
-from fedtune.model.base import linear_shape
+from fedtune.model.targets import linear_shape
 from fedtune.pruning.structure import (
     FAMILIES,
     Block,
@@ -49,7 +49,7 @@ def layout_of(model: Any) -> BlockLayout:
         raise unsupported_error(family, "spread over devices by tensor parallelism")
     modules = {name: core(module) for name, module in model.named_modules()}
     first = next(iter(FAMILIES[family]))
-    # The block's own name is what is left of its first layer's; a bare model has no prefix before it.
+    # A block's name is its first layer's name without the layer; a bare model has no prefix before it.
     prefixes = [name.removesuffix(f".{first}") for name in modules if name.endswith(f".{first}")]
     blocks = []
     for prefix in prefixes:
@@ -75,6 +75,7 @@ def unsupported_error(family: str, reason: str) -> ConfigError:
 
 
 def head_dim(family: str, modules: Mapping[str, Any], prefix: str) -> int:
+    # Asked of the module: the config's width / heads is wrong where the family has a head_dim of its own.
     match family:
         case "gpt2":
             return int(modules[f"{prefix}.attn"].head_dim)
@@ -89,12 +90,12 @@ def core(module: Any) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def widths(family: str, block: Block, kept: BlockStructure) -> Mapping[str, Mapping[str, int]]:
-    """Return the attributes of a block's modules that follow from what is kept; its linear layers have their own.
+def widths(family: str, block: Block, units: BlockStructure) -> Mapping[str, Mapping[str, int]]:
+    """Return the attributes of a block's modules, other than linear layers, that follow from what is kept.
 
-    `scaling` and the sizes of a head are those of the base: heads are taken out whole.
+    `scaling` and the size of a head are those of the base: heads are taken out whole.
     """
-    heads, wide = len(kept.q), len(kept.q) * block.head_dim
+    heads, wide = len(units.q), len(units.q) * block.head_dim
     match family:
         case "gpt2":
             return {"attn": {"num_heads": heads, "split_size": wide, "embed_dim": wide}}
@@ -102,62 +103,66 @@ def widths(family: str, block: Block, kept: BlockStructure) -> Mapping[str, Mapp
             return {"attention.self": {"num_attention_heads": heads, "all_head_size": wide}}
         case _:
             return {
-                "self_attn": {"num_key_value_groups": heads // len(kept.kv)},
-                "mlp": {"intermediate_size": len(kept.ff)},
+                "self_attn": {"num_key_value_groups": heads // len(units.kv)},
+                "mlp": {"intermediate_size": len(units.ff)},
             }
 
 
-def fit(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> None:
+def fit(model: Any, structure: ModelStructure, layout: BlockLayout) -> None:
     """Write the attributes that follow from what is kept into a model's blocks, in place."""
-    for block, kept in zip(anatomy.blocks, keep.blocks, strict=True):
-        for name, values in widths(anatomy.family, block, kept).items():
+    for block, units in zip(layout.blocks, structure.blocks, strict=True):
+        for name, values in widths(layout.family, block, units).items():
             module = model.get_submodule(f"{block.prefix}.{name}")
             for attribute, value in values.items():
                 setattr(module, attribute, value)
 
 
 @dataclass(frozen=True)
-class Taken:
-    """The kept rows and columns of one linear layer, as index tensors; None: all of them."""
+class SliceIndex:
+    """The rows and columns of one linear layer that stay, as index tensors; None: all of them."""
 
     out: torch.Tensor | None
     into: torch.Tensor | None
 
     def weight(self, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return what takes the kept part of a tensor of the weight's shape; GPT-2's is (in, out)."""
+        """Return the function that slices a tensor of the weight's shape: (out, in), or (in, out) in GPT-2."""
         first, second = (self.into, self.out) if isinstance(module, Conv1D) else (self.out, self.into)
         return lambda tensor: take(take(tensor, 0, first), 1, second)
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the kept part of a bias, or of a LoRA factor B."""
         return take(tensor, 0, self.out)
 
     def columns(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the kept part of a LoRA factor A."""
         return take(tensor, 1, self.into)
 
 
 def take(tensor: torch.Tensor, axis: int, at: torch.Tensor | None) -> torch.Tensor:
-    """Return a contiguous copy of some of a tensor; the tensor itself where that is all of it."""
+    """Return a contiguous copy of a part of a tensor; the tensor itself where the part is all of it."""
     return tensor if at is None or len(at) == tensor.shape[axis] else tensor.index_select(axis, at.to(tensor.device))
 
 
-def slice_of(cut: LayerSlice) -> Taken:
-    return Taken(*(None if part is None else torch.from_numpy(part) for part in (cut.out, cut.into)))
+def slice_index(cut: LayerSlice) -> SliceIndex:
+    """Return a slice of a layer as index tensors."""
+    return SliceIndex(*(None if part is None else torch.from_numpy(part) for part in (cut.out, cut.into)))
 
 
-def smaller(parameter: nn.Parameter, part: Callable[[torch.Tensor], torch.Tensor]) -> nn.Parameter:
-    """Return a parameter of the part; the same object if the part is the whole."""
+def slice_parameter(parameter: nn.Parameter, part: Callable[[torch.Tensor], torch.Tensor]) -> nn.Parameter:
+    """Return a parameter that holds a part of another and of its gradient; the same object if that is all of it."""
+    # The same object, so that layers which lose nothing take no memory and the optimizer keeps its entry.
     with torch.no_grad():
         data = part(parameter.data)
         if data.shape == parameter.shape:
             return parameter
-        found = nn.Parameter(data, requires_grad=parameter.requires_grad)
+        smaller = nn.Parameter(data, requires_grad=parameter.requires_grad)
         if parameter.grad is not None:
-            found.grad = part(parameter.grad)
-    return found
+            smaller.grad = part(parameter.grad)
+    return smaller
 
 
 def set_parameters(module: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-    """Give a linear layer other parameters, and the sizes that follow from them."""
+    """Replace a linear layer's parameters, and set the sizes that follow from them."""
     module.weight = weight
     if bias is not None:
         module.bias = bias
@@ -167,47 +172,48 @@ def set_parameters(module: Any, weight: nn.Parameter, bias: nn.Parameter | None)
         module.out_features, module.in_features = weight.shape
 
 
-def cut_linear(module: Any, part: Taken) -> Mapping[nn.Parameter, nn.Parameter]:
+def cut_linear(module: Any, part: SliceIndex) -> Mapping[nn.Parameter, nn.Parameter]:
     """Take rows and columns out of a linear layer, in place; return (old, new) of the parameters that changed."""
     weight, bias = module.weight, module.bias
     set_parameters(
         module,
-        smaller(weight, part.weight(module)),
-        None if bias is None else smaller(bias, part.rows),
+        slice_parameter(weight, part.weight(module)),
+        None if bias is None else slice_parameter(bias, part.rows),
     )
     pairs = [(weight, module.weight), (bias, module.bias)]
     return {old: new for old, new in pairs if old is not None and old is not new}
 
 
 @contextmanager
-def with_structure(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> Iterator[Any]:
-    """Take heads and channels out of a model for the length of the block: smaller matrices, no masks.
+def with_structure(model: Any, structure: ModelStructure, layout: BlockLayout) -> Iterator[Any]:
+    """Take heads and channels out of a model inside the block: smaller matrices, no masks.
 
-    Afterwards every parameter is the object it was before. What is held besides the model are the smaller copies
-    alone, and none of a layer that keeps everything. Adapters are attached inside of the block, to the smaller shapes.
+    Afterwards every parameter is the object that it was before. The memory beside the model is that of the smaller
+    copies alone; a layer that keeps everything is not copied. Adapters are attached inside the block, to the smaller
+    shapes.
 
     Raises:
-        ShapeError: if the keep is not one of this base, or the model is not as wide as the base.
+        ShapeError: if the structure is not one of this base, or the model is not as wide as the base.
         ConfigError: from a forward pass with a static cache, which is as wide as the config says.
     """
-    check(keep, anatomy)
+    check(structure, layout)
     undo: list[tuple[Any, Mapping[str, Any]]] = []
-    for name, shape in whole_shapes(anatomy).items():
+    for name, shape in whole_shapes(layout).items():
         module = model.get_submodule(name)
-        if linear_shape(module) != shape:  # also where an adapter is attached already, which would not be cut
+        if linear_shape(module) != shape:  # also where an adapter is attached already: it would keep its old shape
             got = linear_shape(module) or f"a {type(module).__name__}"
             raise ShapeError(f"{name}: expected a linear layer of {shape}, as in the base; got {got}")
         sizes = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
         undo.append((module, {at: getattr(module, at) for at in ("weight", "bias", *sizes)}))
-    for block, kept in zip(anatomy.blocks, keep.blocks, strict=True):
-        for name, values in widths(anatomy.family, block, kept).items():
+    for block, units in zip(layout.blocks, structure.blocks, strict=True):
+        for name, values in widths(layout.family, block, units).items():
             module = model.get_submodule(f"{block.prefix}.{name}")
             undo.append((module, {at: getattr(module, at) for at in values}))
     hook = refuse_static_caches(model)
     try:
-        for name, cut in cuts(keep, anatomy).items():
-            cut_linear(core(model.get_submodule(name)), slice_of(cut))
-        fit(model, keep, anatomy)
+        for name, part in cuts(structure, layout).items():
+            cut_linear(core(model.get_submodule(name)), slice_index(part))
+        fit(model, structure, layout)
         yield model
     finally:
         hook.remove()
@@ -216,18 +222,19 @@ def with_structure(model: Any, keep: ModelStructure, anatomy: BlockLayout) -> It
                 setattr(module, attribute, value)
 
 
-def whole_shapes(anatomy: BlockLayout) -> Mapping[str, tuple[int, int]]:
+def whole_shapes(layout: BlockLayout) -> Mapping[str, tuple[int, int]]:
     """Return (out, in) of the linear layers of an unpruned base's blocks, by full name."""
-    return dict(zip(anatomy.sides, linear_shapes(anatomy), strict=True))
+    return dict(zip(layout.sides, linear_shapes(layout), strict=True))
 
 
 def refuse_static_caches(model: nn.Module) -> Any:
     """Make a model refuse caches that are laid out by its config; return the hook's handle."""
+    # The config still has the base's widths: such a cache would be filled in part, and attention would see zeros.
 
     def refuse(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for value in (*args, *kwargs.values()):
             if isinstance(value, StaticCache):
-                expected = "a dynamic cache, whose layers are as wide as what they are given"
+                expected = "a dynamic cache, whose layers are as wide as their input"
                 raise ConfigError(
                     Fault("pruning", expected, type(value).__name__, "generate without cache_implementation")
                 )
@@ -236,62 +243,74 @@ def refuse_static_caches(model: nn.Module) -> Any:
 
 
 def shrink_further(
-    model: Any, optimizer: torch.optim.Optimizer, before: ModelStructure, after: ModelStructure, anatomy: BlockLayout
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    before: ModelStructure,
+    after: ModelStructure,
+    layout: BlockLayout,
+    start: MutableMapping[nn.Parameter, torch.Tensor] | None = None,
 ) -> list[nn.Parameter]:
-    """Make a pruned model in training smaller still, in place, and return the parameters that the optimizer now holds.
+    """Shrink a pruned model in training further, in place, and return the parameters that the optimizer now holds.
 
-    To be called inside of `pruned` and of `attached`, between two optimizer steps: whoever holds parameters must take
-    the new ones. The base's matrices, both adapters and every moment lose the same rows and columns; the optimizer's
-    step count stays. `pruned` still gives back what was there before it.
+    To be called inside `with_structure` and `with_adapters`, between two optimizer steps; the caller must use the new
+    parameters from then on. The base's matrices, both adapters and every moment lose the same rows and columns; the
+    optimizer's step count stays. `with_structure` still restores the whole model.
 
     Args:
         model: with its adapters attached.
         optimizer: over its trainable parameters.
-        before: what the model is now.
+        before: the structure that the model has now.
         after: a part of it.
-        anatomy: of the base.
+        layout: of the base.
+        start: values by parameter that are sliced as the parameters are, in place.
 
     Raises:
         ShapeError: if `after` is not a part of `before`, or the model is not what `before` says.
     """
-    check(after, anatomy)
-    old, new = cuts(before, anatomy), cuts(after, anatomy)
-    parts = {name: slice_of(cut) for name, cut in within(old, new).items()}
-    for name, shape in shapes(whole_shapes(anatomy), old).items():
+    check(after, layout)
+    old, new = cuts(before, layout), cuts(after, layout)
+    parts = {name: slice_index(part) for name, part in within(old, new).items()}
+    start = {} if start is None else start
+    for name, shape in shapes(whole_shapes(layout), old).items():
         if (got := linear_shape(core(model.get_submodule(name)))) != shape:
-            raise ShapeError(f"{name}: expected {shape}, as kept before; got {got}")
+            raise ShapeError(f"{name}: expected {shape}, as the structure before has it; got {got}")
     for name, part in parts.items():
         module = model.get_submodule(name)
         linear = core(module)
         of_weight = part.weight(linear)
         for was, now in cut_linear(linear, part).items():
-            follow(optimizer, was, now, part.rows if was.dim() == 1 else of_weight)
+            replace_in_optimizer(optimizer, start, was, now, part.rows if was.dim() == 1 else of_weight)
         if linear is not module:
-            cut_lora(module, part, optimizer)
-    fit(model, after, anatomy)
+            cut_lora(module, part, optimizer, start)
+    fit(model, after, layout)
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def cut_lora(layer: Any, part: Taken, optimizer: torch.optim.Optimizer) -> None:
-    """Take columns out of A and rows out of B, of every adapter in one of peft's layers."""
+def cut_lora(
+    layer: Any, part: SliceIndex, optimizer: torch.optim.Optimizer, start: MutableMapping[nn.Parameter, torch.Tensor]
+) -> None:
+    """Take columns out of A and rows out of B of every adapter in a LoRA layer of peft, in place."""
     layer.out_features, layer.in_features = linear_shape(layer.base_layer) or (0, 0)
     for factors, of_factor in ((layer.lora_A, part.columns), (layer.lora_B, part.rows)):
         for factor in factors.values():
             was = factor.weight
-            now = smaller(was, of_factor)
+            now = slice_parameter(was, of_factor)
             set_parameters(factor, now, None)
-            follow(optimizer, was, now, of_factor)
+            replace_in_optimizer(optimizer, start, was, now, of_factor)
 
 
-def follow(
+def replace_in_optimizer(
     optimizer: torch.optim.Optimizer,
+    start: MutableMapping[nn.Parameter, torch.Tensor],
     was: nn.Parameter,
     now: nn.Parameter,
     part: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Put a parameter's part in its place in an optimizer, with the same part of its moments."""
+    """Replace a parameter by its part in an optimizer, with the same part of its moments and of its start value."""
     if was is now:
         return
+    if was in start:
+        start[now] = part(start.pop(was))
     for group in optimizer.param_groups:
         group["params"] = [now if parameter is was else parameter for parameter in group["params"]]
     if was in optimizer.state:
@@ -299,31 +318,3 @@ def follow(
             key: part(value) if isinstance(value, torch.Tensor) and value.shape == was.shape else value
             for key, value in optimizer.state.pop(was).items()
         }
-
-
-@contextmanager
-def gates(model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[Any]:
-    """Multiply the inputs of modules by gates, (groups,) by full name, for the length of the block.
-
-    The hook sits on peft's wrapper where there is one: on the layer beneath it the adapter would see what the gate
-    hides, and send gradients back past it.
-    """
-
-    def gate(value: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        def multiply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]  # (batch, time, in), each group `in / groups` columns in a row
-            return x * value.to(x.dtype).repeat_interleave(x.shape[-1] // len(value)), *args[1:]
-
-        return multiply
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(gate(value)) for name, value in values.items()]
-    try:
-        yield model
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def readers(anatomy: BlockLayout, side: Side) -> list[str]:
-    """Return the layers whose input is heads (`q`) or channels (`ff`), one a block, in the blocks' order."""
-    return [name for name, (_, _, into) in anatomy.sides.items() if into == side]

@@ -1,4 +1,4 @@
-"""Torch's global generator, seeded for the few places that cannot be handed a generator of their own."""
+"""Torch's global generator, seeded inside a block for the few places that take no generator of their own."""
 
 from __future__ import annotations
 

@@ -19,14 +19,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.data.encode import IGNORED, Example
 from fedtune.errors import ClientError
-from fedtune.messages import OUT_OF_MEMORY, Training
+from fedtune.messages import OUT_OF_MEMORY, Term, Training
 from fedtune.model.base import Base
 from fedtune.model.lora import layers
+from fedtune.model.objective import TERMS, Start
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive, generator
 
-Between: TypeAlias = Callable[[int, torch.optim.Optimizer], Sequence[torch.nn.Parameter] | None]
-"""(steps taken, optimizer) -> the parameters that the optimizer now holds, or None where nothing has changed."""
+Between: TypeAlias = Callable[[int, torch.optim.Optimizer, Start], Sequence[torch.nn.Parameter] | None]
+"""(steps taken, optimizer, values at the start) -> the parameters that the optimizer now holds, or None: no change."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def train(
     *,
     key: int,
     client: str,
-    penalty: Callable[[], torch.Tensor] | None = None,
+    terms: Sequence[Term] = (),
     between: Between | None = None,
     weigh: bool = False,
 ) -> Trained:
@@ -164,7 +165,7 @@ def train(
         training: with `steps` set.
         key: from `derive`; data order and dropout follow from it.
         client: for error messages.
-        penalty: added to the loss of each step.
+        terms: added to the loss of each step.
         between: called after every step but the last; where it makes the model smaller it returns the parameters that
             the optimizer holds from then on.
         weigh: measure `Trained.importance`.
@@ -177,6 +178,7 @@ def train(
     assert training.steps is not None  # the planner resolves epochs
     model, began = base.model, time.perf_counter()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start: Start = {parameter: parameter.detach().clone() for parameter in parameters} if terms else {}
     optimizer = make_optimizer(training, parameters)
     order = batches(len(examples), size=training.batch, key=key)
     losses, tokens, worth = [], 0, 0.0
@@ -202,8 +204,8 @@ def train(
                         f"{client}, step {step + 1}: expected a finite loss; got {total} with {training.optimizer} at "
                         f"learning_rate {training.learning_rate:g}; lower it, or use another model.dtype"
                     )
-                if penalty is not None:
-                    penalty().backward()
+                for term in terms:
+                    TERMS[type(term)](model, start, term).backward()
                 if weigh:
                     worth += importance(parameters)
                 if training.clip_norm is not None:
@@ -213,7 +215,7 @@ def train(
                 losses.append(total)
                 tokens += sum(batch.tokens for batch in parts)
                 if between is not None and step + 1 < training.steps:
-                    parameters = list(between(step + 1, optimizer) or parameters)
+                    parameters = list(between(step + 1, optimizer, start) or parameters)
     finally:
         model.eval()
         if training.gradient_checkpointing:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
-from fedtune.messages import OUT_OF_MEMORY, Client, Failure, Plan, Training
+from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
 from fedtune.planning.fixed import scale, steps
 from fedtune.planning.planner import ClientObservation
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy
@@ -102,7 +102,7 @@ class Adaptive:
         """Return what is known before the first round."""
         return Learned(self.policy.start())
 
-    def plan(self, learned: Learned, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
+    def plan(self, learned: Learned, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
         """Return a plan for each client that an arm fits, and of the others what the smallest would need."""
         trained = {client.name: self._training(client) for client in cohort}
         costs = {
@@ -128,7 +128,7 @@ class Adaptive:
         observed = [self._observed(each) for each in seen if each.rank > 0]
         too_large = dict(learned.too_large)
         for each in seen:
-            if OUT_OF_MEMORY in each.reason and each.rank > 0:
+            if each.out_of_memory and each.rank > 0:
                 needed = self._cost(each).memory_gb
                 too_large[each.client] = min(needed, too_large.get(each.client, needed))
         return Learned(self.policy.learn(learned.policy, observed), too_large)
@@ -181,19 +181,22 @@ class Adaptive:
             s_per_mb=speed.s_per_mb,
         )
 
-    def _plan(self, client: Client, training: Training, choice: Choice, costs: Sequence[Cost]) -> Plan:
+    def _plan(self, client: Client, training: Training, choice: Choice, costs: Sequence[Cost]) -> PlannedClient:
         arm, has = self.policy.arms[choice.arms[client.name]], self._memory_gb(client)
         fitting = [
             each.ratio
             for each, cost in zip(self.policy.arms, costs, strict=True)
             if has is None or cost.memory_gb <= has
         ]
-        return Plan(
+        plan = Plan(
             client=client.name,
             rank=arm.rank,
             scale=scale(arm.rank, self.alpha, rslora=self.rslora),
             training=training,
             ratio=arm.ratio,
+        )
+        return PlannedClient(
+            plan,
             first_ratio=min(fitting, default=arm.ratio),
             deadline_s=choice.deadline_s,
             why=choice.why.get(client.name, ""),
@@ -206,16 +209,16 @@ class Adaptive:
             (cost.memory_gb, arm) for arm, cost in zip(self.policy.arms, costs, strict=True) if allowed(arm.ratio)
         ]
         if not open_now:
-            expected = f"a ratio that round {round} allows"
-            return Failure(client.name, f"expected {expected} in planner.ratios; got none; add one", kind="unfit")
+            expected = f"a ratio that round {round} allows in planner.ratios"
+            return Failure(client.name, expected=expected, got="none", hint="add one", kind="unfit")
         need, arm = min(open_now, key=lambda each: (each[0], each[1].rank))
         there = f"has {has:.3g} GB" if has is not None else "its size is not known"
         if (banned := learned.too_large.get(client.name)) is not None:
             there += f", and ran out of memory at {banned:.3g} GB"
         return Failure(
             client.name,
-            f"expected at least {need:.3g} GB of memory, for a ratio of {arm.ratio:g} and rank {arm.rank}; {there}; "
-            f"lower client.batch or data.max_tokens, or {self._smaller(round)}",
+            expected=f"at least {need:.3g} GB of memory, for a ratio of {arm.ratio:g} and rank {arm.rank}",
+            hint=f"{there}; lower client.batch or data.max_tokens, or {self._smaller(round)}",
             kind="unfit",
         )
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from fedtune.messages import Client, Failure, Plan, Training
+from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
 from fedtune.planning.planner import ClientObservation
 
 
@@ -41,17 +41,17 @@ class Fixed:
     def start(self) -> None:
         """Return nothing: it learns nothing."""
 
-    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
+    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
         """Return one plan per client of the cohort; epochs become steps by the client's number of examples."""
         plans = {client: self.plan_for(client, pruned=self.scored or round > 1) for client in cohort}
-        plans = {
-            client: replace(plan, first_ratio=plan.ratio)
-            if plan.ratio > 0 and self.misfit(client, 0.0, plan.rank, plan.training)
-            else plan
-            for client, plan in plans.items()
-        }
-        why = {c.name: self.misfit(c, plan.ratio, plan.rank, plan.training) for c, plan in plans.items()}
-        return {c.name: Failure(c.name, why[c.name], kind="unfit") if why[c.name] else p for c, p in plans.items()}
+        return {client.name: self._checked(client, plan) for client, plan in plans.items()}
+
+    def _checked(self, client: Client, plan: Plan) -> PlannedClient | Failure:
+        """Return the plan if it fits the client's device, otherwise why not."""
+        if why := self.misfit(client, plan.ratio, plan.rank, plan.training):
+            return Failure.from_text(client.name, why, kind="unfit")
+        whole_fits = plan.ratio == 0 or not self.misfit(client, 0.0, plan.rank, plan.training)
+        return PlannedClient(plan, first_ratio=0.0 if whole_fits else plan.ratio)
 
     def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> None:
         """Learn nothing."""

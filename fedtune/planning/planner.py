@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fedtune.messages import Client, Failure, Plan
+from fedtune.messages import Client, Failure, PlannedClient
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class ClientObservation:
     rank: int
     status: str = "ok"
     """`ok`, or the kind of failure."""
-    reason: str = ""
+    out_of_memory: bool = False
+    """Whether it failed because memory ran out."""
     compute_s: float | None = None
     transfer_s: float | None = None
     loss_before: float | None = None
@@ -39,7 +40,7 @@ class Planner(Protocol):
         """Return what is known before the first round."""
         ...
 
-    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
+    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
         """Return one plan per client of the cohort, by name; a failure of the kind `unfit` where nothing fits."""
         ...
 

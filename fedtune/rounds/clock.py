@@ -57,8 +57,13 @@ class Clock(Protocol):
         """
         ...
 
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
-        """Return the clients that were given up, with the seconds after which that was."""
+    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+        """Return the clients that were given up, with the seconds after which that was.
+
+        Args:
+            deadlines_s: of the planner, by client; none for those that it gave none.
+            spent: how long each client took.
+        """
         ...
 
     def lasted(self, spent: Mapping[str, ClientTime]) -> float:
@@ -78,7 +83,7 @@ class NullClock:
     ) -> Mapping[str, ClientTime]:
         return {}
 
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         return {}
 
     def lasted(self, spent: Mapping[str, ClientTime]) -> float:

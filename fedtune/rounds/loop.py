@@ -10,14 +10,26 @@ from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from fedtune.errors import RoundError, StoreError, WireError
-from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Plan, Traffic
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    Blueprint,
+    Client,
+    Failure,
+    LoraResult,
+    Outcome,
+    PlannedClient,
+    ProbeResult,
+    Traffic,
+    TrainLora,
+)
 from fedtune.methods import serialization as states
 from fedtune.methods.method import Method
 from fedtune.planning.planner import ClientObservation, Planner
 from fedtune.rounds.admission import admit, admit_norms, largest_update
 from fedtune.rounds.clock import ClientTime, Clock, CompletedWork, NullClock
 from fedtune.rounds.schedule import Schedule, enough, sample
-from fedtune.rounds.transport import Aside, Reply, Transport
+from fedtune.rounds.transport import Reply, Transport, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment, blob_encoder, decode_update, encode_assignment
 
 
@@ -142,6 +154,8 @@ class RoundResult:
     """The method's state after the round."""
     digest: str
     """SHA-256 (hex) of that state, as `methods.state.encode` makes it."""
+    planned: Mapping[str, PlannedClient]
+    """By client, in cohort order."""
     assignments: Mapping[str, Assignment]
     """By client, in cohort order; without the blobs, which the state can make again."""
     examples: Mapping[str, int]
@@ -151,7 +165,7 @@ class RoundResult:
     norms: Mapping[str, float]
     """Frobenius norm of each admitted change."""
     traffic: Mapping[str, Traffic]
-    aside: Sequence[Aside]
+    unsolicited: Sequence[UnsolicitedReply]
     """What came during the round that it did not wait for."""
     seconds: float
     spent: Mapping[str, ClientTime] = field(default_factory=dict)
@@ -170,14 +184,14 @@ class RoundResult:
             client=name,
             num_examples=self.examples[name],
             ratio=assignment.plan.ratio if assignment else 0.0,
-            rank=assignment.plan.rank if assignment and assignment.verb == "adapt" else 0,
+            rank=assignment.plan.rank if assignment and isinstance(assignment.task, TrainLora) else 0,
             compute_s=spent.compute_s if spent else None,
             transfer_s=spent.transfer_s if spent else None,
             bytes_down=self.traffic[name].down,
             bytes_up=self.traffic[name].up,
         )
         if isinstance(outcome, Failure):
-            return replace(known, status=outcome.kind, reason=outcome.reason)
+            return replace(known, status=outcome.kind, out_of_memory=outcome.out_of_memory)
         return replace(
             known,
             loss_before=outcome.measured.loss_before,
@@ -238,11 +252,20 @@ def run(
             else sample_cohort(transport, schedule, clock, seed=blueprint.seed, round=number)
         )
         watch(RoundStarted(number, schedule.count, tuple(client.name for client in cohort)))
-        plans, unfit = split_unfit(number, planner.plan(learned, number, cohort), cohort)
+        planned, unfit = split_unfit(number, planner.plan(learned, number, cohort), cohort)
         assignments = {
-            name: replace(method.assign(state, blueprint.seed, plan), base=base) for name, plan in plans.items()
+            name: replace(method.assign(state, blueprint.seed, client), base=base) for name, client in planned.items()
         }
-        asked = encode_request(number, assignments, cohort, blueprint, partial(method.refuse, state), unfit=unfit)
+        asked = encode_request(
+            number,
+            planned,
+            assignments,
+            cohort,
+            blueprint,
+            partial(method.refuse, state),
+            partial(method.assign_whole, state, blueprint.seed),
+            unfit=unfit,
+        )
         orders = {**assignment_digests(asked.orders), **dict.fromkeys(unfit, UNFIT)}
         if opened is None:
             memory = {client.name: client.memory_bytes for client in cohort if client.memory_bytes}
@@ -255,24 +278,20 @@ def run(
         if opened is None or opened.failures is None:
             failures = {n: outcome for n, outcome in answers.closing.items() if isinstance(outcome, Failure)}
             ledger.close(number, failures, {name: answers.traffic[name].up for name in failures})
-        state = method.aggregate(state, [each for each in outcomes.values() if isinstance(each, ClientUpdate)])
+        state = method.aggregate(state, [each for each in outcomes.values() if isinstance(each, AdmittedUpdate)])
         digest = ledger.commit(number, states.encode(state))
         clock_s += clock.lasted(spent)
         result = RoundResult(
             round=number,
             state=state,
             digest=digest,
-            assignments={name: replace(assignment, blobs={}, whole=None) for name, assignment in assignments.items()},
+            planned=planned,
+            assignments={name: without_blobs(assignment) for name, assignment in assignments.items()},
             examples=asked.enrolled,
-            outcomes={
-                name: replace(outcome, tensors={}, saved={}, scores={}, probed=None)
-                if isinstance(outcome, ClientUpdate)
-                else outcome
-                for name, outcome in outcomes.items()
-            },
+            outcomes={name: without_tensors(outcome) for name, outcome in outcomes.items()},
             norms=norms,
             traffic=answers.traffic,
-            aside=answers.aside,
+            unsolicited=answers.unsolicited,
             seconds=time.perf_counter() - began,
             spent=spent,
             clock_s=clock_s,
@@ -281,15 +300,29 @@ def run(
         yield result
 
 
+def without_blobs(assignment: Assignment) -> Assignment:
+    match assignment.task:
+        case TrainLora() as task:
+            return replace(assignment, task=replace(task, blobs={}))
+        case _:
+            return assignment
+
+
+def without_tensors(outcome: Outcome) -> Outcome:
+    if isinstance(outcome, Failure):
+        return outcome
+    return replace(outcome, update=replace(outcome.update, result=LoraResult({})))
+
+
 def split_unfit(
-    round: int, planned: Mapping[str, Plan | Failure], cohort: Sequence[Client]
-) -> tuple[Mapping[str, Plan], Mapping[str, Failure]]:
+    round: int, planned: Mapping[str, PlannedClient | Failure], cohort: Sequence[Client]
+) -> tuple[Mapping[str, PlannedClient], Mapping[str, Failure]]:
     """Return the plans of those that can be asked, and who cannot, both in cohort order.
 
     Raises:
         RoundError: if nothing fits anybody.
     """
-    plans = {client.name: plan for client in cohort if isinstance(plan := planned[client.name], Plan)}
+    plans = {client.name: plan for client in cohort if isinstance(plan := planned[client.name], PlannedClient)}
     unfit = {client.name: why for client in cohort if isinstance(why := planned[client.name], Failure)}
     if not plans:
         nearest = "; ".join(f"{name}: {why.reason}" for name, why in list(unfit.items())[:2])
@@ -322,25 +355,31 @@ class RoundRequest:
     """What a cohort was told in one round."""
 
     round: int
-    assignments: Mapping[str, Assignment]
+    planned: Mapping[str, PlannedClient]
     """By client, in cohort order."""
+    assignments: Mapping[str, Assignment]
+    """What they are asked to do."""
     orders: Mapping[str, EncodedAssignment]
     """The same, as they travel."""
     enrolled: Mapping[str, int]
     """Examples by client."""
     blueprint: Blueprint
-    refuse: Callable[[ClientUpdate], str]
+    refuse: Callable[[AdmittedUpdate], str]
     """`Method.refuse` over the state that the round starts from."""
+    assign_whole: Callable[[PlannedClient], Assignment | None]
+    """`Method.assign_whole` over that state."""
     unfit: Mapping[str, Failure] = field(default_factory=dict)
     """Who is not asked, and why."""
 
 
 def encode_request(
     round: int,
+    planned: Mapping[str, PlannedClient],
     assignments: Mapping[str, Assignment],
     cohort: Sequence[Client],
     blueprint: Blueprint,
-    refuse: Callable[[ClientUpdate], str],
+    refuse: Callable[[AdmittedUpdate], str],
+    assign_whole: Callable[[PlannedClient], Assignment | None],
     *,
     unfit: Mapping[str, Failure] | None = None,
 ) -> RoundRequest:
@@ -348,11 +387,13 @@ def encode_request(
     encode = blob_encoder()
     return RoundRequest(
         round=round,
+        planned=planned,
         assignments=assignments,
         orders={name: encode_assignment(assignment, encode=encode) for name, assignment in assignments.items()},
         enrolled={client.name: client.num_examples for client in cohort},
         blueprint=blueprint,
         refuse=refuse,
+        assign_whole=assign_whole,
         unfit=unfit or {},
     )
 
@@ -363,7 +404,7 @@ class RoundReplies:
 
     outcomes: Mapping[str, Outcome]
     traffic: Mapping[str, Traffic]
-    aside: Sequence[Aside] = ()
+    unsolicited: Sequence[UnsolicitedReply] = ()
     arrived: Mapping[str, float] = field(default_factory=dict)
     """Seconds from the first order to each client's answer."""
     closing: Mapping[str, Outcome] = field(default_factory=dict)
@@ -383,26 +424,26 @@ def collect_updates(
     A client that does not hold what a short order refers to says so, and is asked once more, with the whole. Where too
     few have answered in time, those who have not are waited for again, `attempts` times in all.
     """
-    rule, outcomes, aside = schedule.rule, dict[str, Outcome](), list[Aside]()
+    rule, outcomes, unsolicited = schedule.rule, dict[str, Outcome](), list[UnsolicitedReply]()
     goal = enough(len(asked.enrolled), schedule)
     sizes, sent = dict[str, int](), {name: encoded_bytes(order) for name, order in asked.orders.items()}
-    lost, first, arrived = list[str](), time.perf_counter(), dict[str, float]()
+    lost, first, arrived = dict[str, Assignment](), time.perf_counter(), dict[str, float]()
 
     def used() -> int:
-        return sum(isinstance(outcome, ClientUpdate) for outcome in outcomes.values())
+        return sum(isinstance(outcome, AdmittedUpdate) for outcome in outcomes.values())
 
     def take(answer: Reply | Failure, num_bytes: int = 0, *, new: bool = False) -> None:
         name, outcome = answer.client, decode_and_admit(answer, asked)
         sizes[name] = sizes.get(name, 0) + (len(answer.update) if isinstance(answer, Reply) else num_bytes)
         if needs_whole_state(outcome):
-            if name not in lost and asked.assignments[name].whole is not None:
-                lost.append(name)
+            if name not in lost and (whole := asked.assign_whole(asked.planned[name])) is not None:
+                lost[name] = whole
                 return
-            outcome = Failure(name, "expected it to work on the whole state; it asked for that again")
+            outcome = Failure(name, expected="it to work on the whole state", hint="it asked for that again")
         outcomes[name] = outcome
         if new:  # when the others came stands nowhere
             arrived[name] = time.perf_counter() - first
-        if new and isinstance(answer, Reply) and isinstance(outcome, ClientUpdate):
+        if new and isinstance(answer, Reply) and isinstance(outcome, AdmittedUpdate):
             ledger.accept(asked.round, name, answer.update)
         # After that: whoever tells the client that its update is used must not have to take it back.
         watch(ClientFinished(asked.round, outcome, Traffic(down=sent[name], up=sizes[name])))
@@ -412,9 +453,10 @@ def collect_updates(
         gone, quorum = time.perf_counter() - began, max(0, rule.quorum - used())
         left = None if rule.deadline_s is None else max(0.0, rule.deadline_s - gone)
         for answer in transport.exchange(orders, replace(rule, quorum=quorum, deadline_s=left)):
-            if isinstance(answer, Aside) or answer.client not in orders or answer.client in outcomes:
-                stray = answer if isinstance(answer, Aside) else Aside(answer.client, "answered unasked; dropped")
-                aside.append(stray)
+            if isinstance(answer, UnsolicitedReply) or answer.client not in orders or answer.client in outcomes:
+                dropped = UnsolicitedReply(answer.client, "answered unasked; dropped")
+                stray = answer if isinstance(answer, UnsolicitedReply) else dropped
+                unsolicited.append(stray)
                 watch(Note(f"{stray.client}: {stray.reason}"))
                 continue
             take(answer, new=True)
@@ -436,16 +478,15 @@ def collect_updates(
             short = asked.orders.keys() - outcomes.keys() - set(lost)
             exchanged({name: order for name, order in asked.orders.items() if name in short}, began)
             if lost and used() < goal:
-                ahead = {name: asked.assignments[name].whole for name in lost if name not in outcomes}
-                whole = {name: encode_assignment(assigned) for name, assigned in ahead.items() if assigned is not None}
+                whole = {name: encode_assignment(order) for name, order in lost.items() if name not in outcomes}
                 sent |= {name: sent[name] + encoded_bytes(order) for name, order in whole.items()}
                 exchanged(whole, began)
             if used() >= schedule.min_clients or not any(map(is_late, outcomes.values())):
                 break
     missing = [name for name in asked.orders if name not in outcomes]
-    why = Failure("", "expected an answer; none came")
+    why = Failure("", expected="an answer", hint="none came")
     if used() >= goal:
-        why = Failure("", f"the round had its {goal} updates", kind="late")
+        why = Failure("", got=f"the round had its {goal} updates", kind="late")
     silent = {name: replace(why, client=name) for name in missing}
     for failure in asked.unfit.values():
         watch(ClientFinished(asked.round, failure, Traffic()))
@@ -453,7 +494,7 @@ def collect_updates(
     return RoundReplies(
         outcomes=found,
         traffic={name: Traffic(down=sent.get(name, 0), up=sizes.get(name, 0)) for name in asked.enrolled},
-        aside=aside,
+        unsolicited=unsolicited,
         arrived=arrived,
         closing=found,
     )
@@ -466,10 +507,10 @@ def apply_clock(
 
     Nobody is given up whom `min_clients` needs, the quickest of the late ones first: the round waits for them.
     """
-    updates = {name: each for name, each in answers.outcomes.items() if isinstance(each, ClientUpdate)}
-    plans = {name: asked.assignments[name].plan for name in updates}
+    updates = {name: each for name, each in answers.outcomes.items() if isinstance(each, AdmittedUpdate)}
+    deadlines = {name: asked.planned[name].deadline_s for name in updates}
     done = {
-        name: CompletedWork(plans[name], each.measured, answers.traffic[name], answers.arrived.get(name))
+        name: CompletedWork(asked.planned[name].plan, each.measured, answers.traffic[name], answers.arrived.get(name))
         for name, each in updates.items()
     }
     missed = {
@@ -479,14 +520,14 @@ def apply_clock(
     }
     spent = dict(clock.timed(asked.round, now_s, done, missed))
     outcomes = dict(answers.outcomes)
-    cut = clock.cut(plans, spent)
+    cut = clock.cut({name: at for name, at in deadlines.items() if at is not None}, spent)
     needed = max(0, schedule.min_clients - (len(updates) - len(cut)))
     waited = sorted(cut, key=lambda name: (spent[name].seconds, name))[:needed]
     for name, bound in cut.items():
         if name in waited:
             continue
-        reason = f"expected an update within {bound:.3g} s; it would have come after {spent[name].seconds:.3g} s"
-        outcomes[name] = failure = Failure(name, reason, kind="late")
+        expected, came = f"an update within {bound:.3g} s", f"it would have come after {spent[name].seconds:.3g} s"
+        outcomes[name] = failure = Failure(name, expected=expected, hint=came, kind="late")
         spent[name] = ClientTime.given_up(bound)
         watch(ClientFinished(asked.round, failure, answers.traffic[name]))
     return replace(answers, outcomes=outcomes), spent
@@ -500,7 +541,7 @@ def filter_by_norm(
     Raises:
         RoundError: if too few updates are left.
     """
-    updates = [outcome for outcome in answers.outcomes.values() if isinstance(outcome, ClientUpdate)]
+    updates = [outcome for outcome in answers.outcomes.values() if isinstance(outcome, AdmittedUpdate)]
     norms, refused = admit_norms(updates, schedule.max_norm, assignments=asked.assignments)
     outcomes = {**answers.outcomes, **{failure.client: failure for failure in refused}}
     for failure in refused:
@@ -516,16 +557,23 @@ def decode_and_admit(answer: Reply | Failure, asked: RoundRequest) -> Outcome:
     if isinstance(answer, Failure):
         return answer
     name, assignment = answer.client, asked.assignments[answer.client]
-    limit = largest_update(assignment, asked.blueprint)
+    task, plan = assignment.task, assignment.plan
+    limit = largest_update(
+        type(task),
+        rank=plan.rank,
+        steps=plan.training.steps or 0,
+        blueprint=asked.blueprint,
+        pruned=isinstance(task, TrainLora) and task.pruning is not None,
+    )
     try:
-        update = decode_update(answer.update, client=name, limit_bytes=limit, verb=assignment.verb)
+        update = decode_update(answer.update, client=name, limit_bytes=limit, task=type(task))
     except WireError as error:
-        return Failure(client=name, reason=str(error), kind="refused", code="MALFORMED")
-    if needs_whole_state(update):
-        return update
+        return Failure.from_text(name, str(error), kind="refused", code="MALFORMED")
+    if isinstance(update.result, ProbeResult) and update.result.lost:
+        return AdmittedUpdate(update)
     outcome = admit(update, assignment, asked.blueprint, num_examples=asked.enrolled[name])
-    if isinstance(outcome, ClientUpdate) and (reason := asked.refuse(outcome)):
-        return Failure(client=name, reason=reason, kind="refused", code="STATE_REBUILT")
+    if isinstance(outcome, AdmittedUpdate) and (reason := asked.refuse(outcome)):
+        return Failure.from_text(name, reason, kind="refused", code="STATE_REBUILT")
     return outcome
 
 
@@ -534,8 +582,10 @@ def is_late(outcome: Outcome) -> bool:
 
 
 def needs_whole_state(outcome: Outcome) -> bool:
-    """Return whether a client asks for the state that its order refers to."""
-    return isinstance(outcome, ClientUpdate) and outcome.probed is not None and outcome.probed.lost
+    """Return whether a client asks for the state that its assignment refers to."""
+    if isinstance(outcome, Failure):
+        return False
+    return isinstance(outcome.update.result, ProbeResult) and outcome.update.result.lost
 
 
 def encoded_bytes(order: EncodedAssignment) -> int:

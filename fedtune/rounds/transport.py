@@ -31,11 +31,11 @@ class Reply:
 
     client: str
     update: bytes
-    """What `wire.messages.encode_update` makes."""
+    """As `wire.codec.encode_update` makes it."""
 
 
 @dataclass(frozen=True)
-class Aside:
+class UnsolicitedReply:
     """What came from a client that the round does not wait for: counted, named and dropped."""
 
     client: str
@@ -45,7 +45,7 @@ class Aside:
     """late: an answer to a round that had ended; refused: a client that cannot take part."""
 
 
-Answer: TypeAlias = Reply | Failure | Aside
+Answer: TypeAlias = Reply | Failure | UnsolicitedReply
 
 
 class Transport(Protocol):

@@ -14,7 +14,7 @@ from fedtune.devices.cost import block_parameters as blocks_of
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Blueprint, Client, Training, WireDtype
+from fedtune.messages import Blueprint, Client, ProbeSeeds, Training, WireDtype
 from fedtune.methods import METHODS
 from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, Cost, Speed
 from fedtune.planning.fixed import Fixed
@@ -127,7 +127,7 @@ class Fleet:
     def misfit(self, client: Client, ratio: float, rank: int, training: Training) -> str:
         """Say why a ratio and a rank do not fit a client; nothing where they do, or where that is not known."""
         has = self.memory_gb(client)
-        if has is None or self.body is None or METHODS[self.recipe.method.name].verb == "probe":
+        if has is None or self.body is None or METHODS[self.recipe.method.name].task is ProbeSeeds:
             return ""  # what forward passes alone need is not modelled
         need = self.cost(client.name, Arm(ratio, rank), training).memory_gb
         if need <= has:

@@ -17,7 +17,7 @@ from fedtune.config import Recipe, render
 from fedtune.config.recipe import largest_rank, resources
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Blueprint, Client
+from fedtune.messages import Blueprint, Client, ProbeSeeds
 from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
@@ -57,7 +57,7 @@ class Experiment:
 
     @cached_property
     def _blueprint(self) -> Blueprint:
-        recipe, whole = self.recipe, METHODS[self.recipe.method.name].verb == "probe"
+        recipe, whole = self.recipe, METHODS[self.recipe.method.name].task is ProbeSeeds
         found = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
         return replace(found, **pruning_of(recipe, self.base, self.federation.labels))
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from fedtune.config import Recipe, bind, changes, digest, render
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
-from fedtune.messages import Blueprint
+from fedtune.messages import Blueprint, ProbeSeeds
 from fedtune.methods import METHODS
 from fedtune.methods import serialization as states
 from fedtune.methods.method import GlobalModel
@@ -451,7 +451,7 @@ def summary(
 def num_trainable(setting: RunContext, tuned: GlobalModel | None) -> int:
     """Return how many numbers are trained: of the largest adapter and modules_to_save, or of the tensors seeds move."""
     blueprint = setting.blueprint
-    if METHODS[setting.recipe.method.name].verb == "probe":
+    if METHODS[setting.recipe.method.name].task is ProbeSeeds:
         seeds = tuned.seeds if tuned else None
         return sum(seeds.manifest.entries[ordinal].num_parameters for ordinal in seeds.trainable) if seeds else 0
     return blueprint.max_rank * sum(m + n for m, n in blueprint.modules.values()) + sum(

@@ -32,4 +32,4 @@ class InProcess:
                     name, encode_update(self.work[name](decode_assignment(order.header, order.blobs, decode=decode)))
                 )
             except FedtuneError as error:
-                yield Failure(client=name, reason=str(error))
+                yield Failure.from_text(name, str(error))

@@ -376,7 +376,7 @@ class ProcessPool:
             return self._failed(running, error=content.decode())
         del self._running[running.worker.place]
         if word == b"failed":
-            return Failure(running.client, content.decode())
+            return Failure.from_text(running.client, content.decode())
         return Reply(running.client, content)
 
     def _failed(self, running: RunningTask, *, hung: bool = False, error: str = "") -> Failure:
@@ -389,7 +389,9 @@ class ProcessPool:
             got = f"{error}; its process was replaced; FEDTUNE_DEBUG=1 shows where that was raised"
         else:
             got = f"none: its process {ended}; lower client.batch or engine.workers if memory ran out"
-        return Failure(running.client, f"{running.client}: expected an update; got {got}")
+        # What a killed process died of is not known; planners ask for less, as after an error of its memory.
+        code = "" if hung or error else "OUT_OF_MEMORY"
+        return Failure(running.client, expected="an update", got=got, where=running.client, code=code)
 
     def _lost(self, worker: Worker) -> str:
         del self._workers[worker.place]

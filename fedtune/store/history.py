@@ -143,7 +143,7 @@ def accept(history: History, fields: Mapping[str, Any]) -> None:
 def close(history: History, fields: Mapping[str, Any]) -> None:
     current = waiting(history, fields)
     updates = {**current.updates, **places(current, fields)}
-    failures = {name: Failure(name, reason, kind) for name, (kind, reason) in fields["failures"].items()}
+    failures = {name: Failure.from_text(name, reason, kind=kind) for name, (kind, reason) in fields["failures"].items()}
     sizes = {name: int(num_bytes) for name, num_bytes in fields["sizes"].items()}
     if updates.keys() & failures.keys() or updates.keys() | failures.keys() != current.cohort.keys():
         raise StoreError(

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedtune.lora.adapter import Adapter
 from fedtune.lora.lowrank import LowRank, compress
-from fedtune.messages import Failure, Plan
+from fedtune.messages import Failure, PlannedClient, TrainLora
 from fedtune.planning.planner import ClientObservation
 from fedtune.rounds.loop import RoundResult
 
@@ -76,7 +76,7 @@ def round_record(
         "test": test,
         "held_out": held_out,
         "clients": clients,
-        "aside": [asdict(each) for each in result.aside],
+        "aside": [asdict(each) for each in result.unsolicited],
         "bytes_down": sum(client["bytes_down"] for client in clients.values()),
         "bytes_up": sum(client["bytes_up"] for client in clients.values()),
         "modules": {name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
@@ -87,7 +87,7 @@ def round_record(
 
 
 def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
-    outcome, assignment, traffic = result.outcomes[name], result.assignments.get(name), result.traffic[name]
+    outcome, planned, traffic = result.outcomes[name], result.planned.get(name), result.traffic[name]
     record: dict[str, Any] = {
         "status": "ok",
         "reason": "",
@@ -97,10 +97,11 @@ def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
         "bytes_down": traffic.down,
         "bytes_up": traffic.up,
     }
-    if assignment is not None:  # a client that nothing fits is asked nothing
-        plan = assignment.plan
-        record |= {"steps": plan.training.steps, "rank": plan.rank if assignment.verb == "adapt" else None}
-        record |= plan_fields(plan, pruned=assignment.surgery is not None)
+    if planned is not None:  # a client without a feasible plan is asked nothing
+        plan, task = result.assignments[name].plan, result.assignments[name].task
+        trains = isinstance(task, TrainLora)
+        record |= {"steps": plan.training.steps, "rank": plan.rank if trains else None}
+        record |= plan_fields(planned, pruned=isinstance(task, TrainLora) and task.pruning is not None)
     if (spent := result.spent.get(name)) is not None:
         record |= {"compute_s": spent.compute_s, "transfer_s": spent.transfer_s, "overhead_s": spent.overhead_s}
     if isinstance(outcome, Failure):
@@ -117,12 +118,12 @@ def client_record(result: RoundResult, name: str) -> Mapping[str, Any]:
     }
 
 
-def plan_fields(plan: Plan, *, pruned: bool) -> Mapping[str, Any]:
+def plan_fields(planned: PlannedClient, *, pruned: bool) -> Mapping[str, Any]:
     """Return what a planner chose beyond rank and steps, and why."""
-    record: dict[str, Any] = {"ratio": plan.ratio} if pruned else {}
-    if plan.deadline_s is not None:
-        record["deadline_s"] = plan.deadline_s
-    return record | ({"why": plan.why} if plan.why else {})
+    record: dict[str, Any] = {"ratio": planned.plan.ratio} if pruned else {}
+    if planned.deadline_s is not None:
+        record["deadline_s"] = planned.deadline_s
+    return record | ({"why": planned.why} if planned.why else {})
 
 
 def observations(line: Mapping[str, Any]) -> Sequence[ClientObservation]:
@@ -134,7 +135,7 @@ def observations(line: Mapping[str, Any]) -> Sequence[ClientObservation]:
             ratio=client.get("ratio", 0.0),
             rank=client["rank"] or 0,
             status=client["status"],
-            reason=client["reason"],
+            out_of_memory=out_of_memory(client),
             compute_s=client.get("compute_s"),
             transfer_s=client.get("transfer_s"),
             loss_before=client.get("loss_before"),
@@ -145,6 +146,13 @@ def observations(line: Mapping[str, Any]) -> Sequence[ClientObservation]:
         )
         for name, client in line["clients"].items()
     ]
+
+
+def out_of_memory(client: Mapping[str, Any]) -> bool:
+    """Return whether a client's part of a line says that its memory ran out."""
+    if client["status"] != "failed":
+        return False
+    return Failure.from_text("", client["reason"]).out_of_memory
 
 
 def mean_loss(clients: Mapping[str, Mapping[str, Any]], key: str) -> float | None:

@@ -11,7 +11,23 @@ from typing import Literal, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from fedtune.errors import WireError
-from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Pruning, Training, Verb, WireDtype
+from fedtune.messages import (
+    Assignment,
+    ClientUpdate,
+    LoraResult,
+    Measured,
+    Plan,
+    ProbeResult,
+    ProbeSeeds,
+    Proximal,
+    Pruning,
+    TailRank,
+    Task,
+    Term,
+    Training,
+    TrainLora,
+    WireDtype,
+)
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.tensors import Tensors
 from fedtune.wire import probe, settings
@@ -119,38 +135,27 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
     Raises:
         WireError: if a tensor or a setting cannot travel.
     """
-    plan, local = assignment.plan, assignment.local
-    if assignment.probe is not None:
-        asked = pb.Assignment(
-            verb=pb.PROBE,
-            method=assignment.method,
-            plan=pb.Plan(client=plan.client),
-            seed=assignment.seed,
-            round=assignment.round,
-            probe=probe.to_message(assignment.probe, plan.training),
-        )  # without the base: the digest of the state is taken over that of the base's manifest too
-        return EncodedAssignment(asked.SerializeToString(), {})
+    plan = assignment.plan
     header = pb.Assignment(
-        verb=pb.ADAPT,
-        method=assignment.method,
-        plan=pb.Plan(rank=plan.rank, scale=plan.scale, client=plan.client, pruning=plan.ratio),
-        seed=assignment.seed,
-        settings=settings.encode(plan.training),
-        local=pb.LocalAdapter(
-            a_key=local.a_key,
-            train=TRAIN[local.train],
-            upload=UPLOAD[local.upload],
-            wire_dtype=WIRE_DTYPE[local.wire_dtype],
-            rank_penalty=local.rank_penalty,
-            rank_decay=local.rank_decay,
-        ),
-        round=assignment.round,
-        base=assignment.base,
-        surgery=_surgery_to(assignment.surgery),
+        method=assignment.method, plan=pb.Plan(client=plan.client), seed=assignment.seed, round=assignment.round
     )
+    match assignment.task:
+        case ProbeSeeds() as task:
+            # Without the base: the digest of the state is taken over that of the base's manifest too.
+            header.verb = pb.PROBE
+            header.probe.CopyFrom(probe.to_message(task, plan.training))
+            return EncodedAssignment(header.SerializeToString(), {})
+        case TrainLora() as task:
+            header.verb = pb.ADAPT
+            header.plan.MergeFrom(pb.Plan(rank=plan.rank, scale=plan.scale, pruning=plan.ratio))
+            header.settings = settings.encode(plan.training)
+            header.base = assignment.base
+            header.local.CopyFrom(_local_to(task))
+            if task.pruning is not None:
+                header.surgery.CopyFrom(_pruning_to(task.pruning))
     blobs = {}
-    for role in sorted(assignment.blobs):
-        blob = encode(assignment.blobs[role])
+    for role in sorted(task.blobs):
+        blob = encode(task.blobs[role])
         blobs[blob.digest] = blob.body
         header.down.append(blob.header)
         header.down[-1].role = role
@@ -168,73 +173,98 @@ def decode_assignment(
         WireError: if the header is malformed, or a body is missing or not the one that the header names.
     """
     message = parse(pb.Assignment(), header)
+    task: Task
     if message.verb == pb.PROBE:
-        asked, training = probe.from_message(message.probe)
-        return Assignment(
-            method=message.method,
-            round=message.round,
-            seed=message.seed,
-            plan=Plan(message.plan.client, rank=1, scale=1.0, training=training),
-            local=LocalAdapter(a_key=0),
-            probe=asked,
-        )
-    if message.verb != pb.ADAPT:
+        task, training = probe.from_message(message.probe)
+        plan = Plan(message.plan.client, rank=1, scale=1.0, training=training)
+    elif message.verb == pb.ADAPT:
+        plan, task = _plan_from(message), _lora_from(message, blobs, decode)
+    else:
         raise WireError(
             f"assignment: expected the verb ADAPT ({pb.ADAPT}) or PROBE ({pb.PROBE}); got {message.verb}; "
             "update this client"
         )
+    return Assignment(message.method, message.round, message.seed, plan, task, message.base)
+
+
+def _plan_from(message: pb.Assignment) -> Plan:
+    plan = message.plan
+    if plan.rank < 1 or not (math.isfinite(plan.scale) and plan.scale > 0):
+        raise WireError(f"assignment: expected rank >= 1 and scale > 0; got rank {plan.rank}, scale {plan.scale}")
+    if not 0 <= plan.pruning <= MAX_RATIO:
+        raise WireError(f"assignment: expected a pruning ratio from 0 to {MAX_RATIO}; got {plan.pruning}")
+    return Plan(plan.client, plan.rank, plan.scale, _training(message.settings), plan.pruning)
+
+
+def _lora_from(
+    message: pb.Assignment, blobs: Mapping[str, bytes], decode: Callable[[pb.Blob, bytes], Tensors]
+) -> TrainLora:
     roles = [blob.role for blob in message.down]
     if roles != sorted(set(roles)):
         raise WireError(f"assignment: expected each role once, in order; got {roles}")
-    plan, local = message.plan, message.local
-    if plan.rank < 1 or not (math.isfinite(plan.scale) and plan.scale > 0):
-        raise WireError(f"assignment: expected rank >= 1 and scale > 0; got rank {plan.rank}, scale {plan.scale}")
+    local = message.local
+    return TrainLora(
+        a_key=local.a_key,
+        train=choice(TRAIN, local.train, "train"),
+        upload=choice(UPLOAD, local.upload, "upload"),
+        wire_dtype=choice(WIRE_DTYPE, local.wire_dtype, "wire_dtype"),
+        terms=_terms_from(local),
+        blobs={blob.role: decode(blob, body_of(blob, blobs)) for blob in message.down},
+        pruning=_pruning_from(message.surgery) if message.HasField("surgery") else None,
+    )
+
+
+def _local_to(task: TrainLora) -> pb.LocalAdapter:
+    local = pb.LocalAdapter(
+        a_key=task.a_key,
+        train=TRAIN[task.train],
+        upload=UPLOAD[task.upload],
+        wire_dtype=WIRE_DTYPE[task.wire_dtype],
+        rank_decay=1.0,  # without the term
+    )
+    for term in task.terms:
+        match term:
+            case TailRank(weight, decay):
+                local.rank_penalty, local.rank_decay = weight, decay
+            case Proximal(mu):
+                local.proximal = mu
+    return local
+
+
+def _terms_from(local: pb.LocalAdapter) -> tuple[Term, ...]:
     if not (0 <= local.rank_penalty < math.inf and 0 < local.rank_decay <= 1):
         raise WireError(
             "assignment: expected rank_penalty >= 0 and rank_decay in (0, 1]; "
             f"got {local.rank_penalty} and {local.rank_decay}"
         )
-    if not 0 <= plan.pruning <= MAX_RATIO:
-        raise WireError(f"assignment: expected a pruning ratio from 0 to {MAX_RATIO}; got {plan.pruning}")
-    return Assignment(
-        method=message.method,
-        round=message.round,
-        seed=message.seed,
-        plan=Plan(plan.client, plan.rank, plan.scale, _training(message.settings), plan.pruning),
-        local=LocalAdapter(
-            a_key=local.a_key,
-            train=choice(TRAIN, local.train, "train"),
-            upload=choice(UPLOAD, local.upload, "upload"),
-            wire_dtype=choice(WIRE_DTYPE, local.wire_dtype, "wire_dtype"),
-            rank_penalty=local.rank_penalty,
-            rank_decay=local.rank_decay,
-        ),
-        blobs={blob.role: decode(blob, body_of(blob, blobs)) for blob in message.down},
-        base=message.base,
-        surgery=_surgery_from(message.surgery) if message.HasField("surgery") else None,
-    )
+    if not 0 <= local.proximal < math.inf:
+        raise WireError(f"assignment: expected proximal >= 0; got {local.proximal}")
+    terms: list[Term] = []
+    if local.rank_penalty > 0 or local.rank_decay < 1:
+        terms.append(TailRank(local.rank_penalty, local.rank_decay))
+    if local.proximal > 0:
+        terms.append(Proximal(local.proximal))
+    return tuple(terms)
 
 
-def _surgery_to(surgery: Pruning | None) -> pb.Surgery | None:
-    if surgery is None:
-        return None
+def _pruning_to(pruning: Pruning) -> pb.Surgery:
     return pb.Surgery(
-        settings=settings.encode(surgery.settings),
-        stages=surgery.stages,
-        before=surgery.before,
-        wanted=surgery.wanted,
+        settings=settings.encode(pruning.settings),
+        stages=pruning.stages,
+        before=pruning.previous,
+        wanted=pruning.scores_requested,
     )
 
 
-def _surgery_from(message: pb.Surgery) -> Pruning:
-    """Return the surgery; whether its bitmaps are of the base can only be told over it."""
+def _pruning_from(message: pb.Surgery) -> Pruning:
+    """Return how to prune; whether its bitmaps are of the base can only be checked against the base."""
     if len(message.stages) > MAX_STAGES or not all(message.stages):
         raise WireError(f"assignment: expected at most {MAX_STAGES} stages, none empty; got {len(message.stages)}")
     return Pruning(
-        settings=_pruning(message.settings),
+        settings=_pruning_settings(message.settings),
         stages=tuple(message.stages),
-        before=message.before,
-        wanted=message.wanted,
+        previous=message.before,
+        scores_requested=message.wanted,
     )
 
 
@@ -244,9 +274,9 @@ def encode_update(update: ClientUpdate) -> bytes:
     Raises:
         WireError: if a tensor cannot travel.
     """
-    if update.probed is not None:
-        return probe.update_to_message(update, update.probed).SerializeToString()
-    measured = update.measured
+    if isinstance(update.result, ProbeResult):
+        return probe.update_to_message(update, update.result).SerializeToString()
+    measured, result = update.measured, update.result
     header = pb.ClientUpdate(
         examples=update.num_examples,
         measured=pb.Measured(
@@ -260,13 +290,13 @@ def encode_update(update: ClientUpdate) -> bytes:
         ),
         client=update.client,
         round=update.round,
-        base=update.base,
-        kept=update.kept,
-        mask=update.mask,
+        base=result.base,
+        kept=result.structure_digest,
+        mask=result.mask,
     )
     parts = []
-    more = [("scores", update.scores)] if update.scores else []
-    for role, tensors in (("tensors", update.tensors), ("saved", update.saved), *more):
+    more = [("scores", result.scores)] if result.scores else []
+    for role, tensors in (("tensors", result.tensors), ("saved", result.saved), *more):
         specs, body = bodies.encode(tensors)
         parts.append(body)
         header.parts.add(role=role, num_bytes=len(body), tensors=specs)
@@ -275,11 +305,11 @@ def encode_update(update: ClientUpdate) -> bytes:
     return b"".join([front, bytes(-len(front) % ALIGNMENT), *parts])
 
 
-def decode_update(data: bytes, *, client: str, limit_bytes: int, verb: Verb = "adapt") -> ClientUpdate:
+def decode_update(data: bytes, *, client: str, limit_bytes: int, task: type[Task] = TrainLora) -> ClientUpdate:
     """Return the update of an authenticated client; its tensors are read-only views of `data`.
 
-    Numbers are taken as they are, NaN too: whether they may be aggregated is for the admission to say. The verb is the
-    one that the client was asked to do.
+    Numbers are taken as they are, NaN too: whether they may be aggregated is for the admission to say. The task is the
+    one that the client was given.
 
     Raises:
         WireError: names the client; if `data` is longer than `limit_bytes`, malformed, or of another client.
@@ -287,7 +317,7 @@ def decode_update(data: bytes, *, client: str, limit_bytes: int, verb: Verb = "a
     try:
         if len(data) > limit_bytes:
             raise WireError(f"expected an update of at most {limit_bytes} bytes; got {len(data)}")
-        if verb == "probe":
+        if task is ProbeSeeds:
             return probe.update_from_message(parse(pb.ProbeUpdate(), bytes(data)), client=client)
         return _update(memoryview(data), client)
     except WireError as error:
@@ -319,8 +349,14 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
         client=header.client,
         round=header.round,
         num_examples=header.examples,
-        tensors=sent,
-        saved=saved,
+        result=LoraResult(
+            tensors=sent,
+            saved=saved,
+            base=header.base,
+            structure_digest=header.kept,
+            mask=header.mask,
+            scores=more[0] if more else {},
+        ),
         measured=Measured(
             seconds=measured.seconds,
             peak_bytes=measured.peak_bytes,
@@ -330,10 +366,6 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
             importance=measured.importance if measured.HasField("importance") else None,
             side_tokens=measured.side_tokens,
         ),
-        base=header.base,
-        kept=header.kept,
-        mask=header.mask,
-        scores=more[0] if more else {},
     )
 
 
@@ -377,5 +409,5 @@ def _training(data: bytes) -> Training:
 
 
 @lru_cache(maxsize=8)
-def _pruning(data: bytes) -> PruningSettings:
+def _pruning_settings(data: bytes) -> PruningSettings:
     return settings.decode(data, PruningSettings)

@@ -12,7 +12,7 @@ from fedtune.directions.blocks import MAX_SIZE
 from fedtune.directions.downlink import MAX_SHIFT
 from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.errors import WireError
-from fedtune.messages import BankName, ClientUpdate, Measured, Probe, ProbeResult, Sampling, SeedState, Training
+from fedtune.messages import BankName, ClientUpdate, Measured, ProbeResult, ProbeSeeds, Sampling, SeedState, Training
 from fedtune.wire.v1 import round_pb2 as pb
 
 BANK: Mapping[BankName, pb.Bank] = {"gaussian": pb.GAUSSIAN, "hadamard": pb.HADAMARD, "kron": pb.KRON}
@@ -29,7 +29,7 @@ MIB = 2**20
 Choice = TypeVar("Choice", bound=str)
 
 
-def to_message(probe: Probe, training: Training) -> pb.Probe:
+def to_message(probe: ProbeSeeds, training: Training) -> pb.Probe:
     """Return the message of an assignment.
 
     Raises:
@@ -64,7 +64,7 @@ def to_message(probe: Probe, training: Training) -> pb.Probe:
     )
 
 
-def from_message(message: pb.Probe) -> tuple[Probe, Training]:
+def from_message(message: pb.Probe) -> tuple[ProbeSeeds, Training]:
     """Return what is to be measured, and with which steps.
 
     Raises:
@@ -98,7 +98,7 @@ def from_message(message: pb.Probe) -> tuple[Probe, Training]:
             f"probe: expected a digest of 32 bytes and at most {most} of accumulators; "
             f"got {len(state.digest)} and {len(state.data)}"
         )
-    probe = Probe(
+    probe = ProbeSeeds(
         bank=choice(BANK, message.bank, "bank"),
         seeds=message.seeds,
         key=message.key,
@@ -152,7 +152,6 @@ def update_from_message(message: pb.ProbeUpdate, *, client: str) -> ClientUpdate
         client=client,
         round=message.round,
         num_examples=message.examples,
-        tensors={},
         measured=Measured(
             seconds=message.seconds,
             peak_bytes=message.peak_mib * MIB,
@@ -160,7 +159,7 @@ def update_from_message(message: pb.ProbeUpdate, *, client: str) -> ClientUpdate
             loss_before=message.loss_before if message.HasField("loss_before") else None,
             loss_after=message.loss_after if message.HasField("loss_after") else None,
         ),
-        probed=ProbeResult(
+        result=ProbeResult(
             scalars=np.frombuffer(message.scalars, np.int8),
             state=message.state,
             checks=message.checks,

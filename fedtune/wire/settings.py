@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -23,7 +24,7 @@ def encode(settings: Any) -> bytes:
         WireError: if a value is not finite.
     """
     try:
-        return _canonical({field.name: getattr(settings, field.name) for field in fields(settings)})
+        return _canonical({name: getattr(settings, name) for name in _travelling(type(settings))})
     except ValueError:
         raise WireError(f"expected finite settings; got {settings!r}") from None
 
@@ -42,7 +43,7 @@ def decode(data: bytes, schema: type[Settings]) -> Settings:
         canonical = _canonical(values) == data
     except (ValueError, RecursionError):
         canonical = False
-    hints = get_type_hints(schema, include_extras=True)
+    hints = _travelling(schema)
     if not canonical or not isinstance(values, dict) or values.keys() != hints.keys():
         raise WireError(
             f"settings: expected canonical JSON with the keys {sorted(hints)}; got {data[:200]!r}; "
@@ -52,6 +53,12 @@ def decode(data: bytes, schema: type[Settings]) -> Settings:
         if not _fits(value, hints[name]):
             raise WireError(f"settings.{name}: expected {hints[name]}; got {value!r}")
     return schema(**values)
+
+
+def _travelling(schema: type[Any]) -> Mapping[str, Any]:
+    """Return the type hints of the fields that are part of the settings on the wire."""
+    hints = get_type_hints(schema, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(schema) if field.metadata.get("travels", True)}
 
 
 def _canonical(values: Any) -> bytes:

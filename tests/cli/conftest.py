@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from fedtune.messages import ClientUpdate, Failure, Traffic
+from fedtune.messages import (
+    AdmittedUpdate,
+    ClientUpdate,
+    Failure,
+    LoraResult,
+    Traffic,
+)
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
 
 HOSTILE = "[red]evil[/]\x1b[2J\u202e"
@@ -33,8 +39,8 @@ def record(round: int, *, test: float | None, seconds: float = 2.0) -> dict[str,
 def round_events(round: int, *, test: float | None, failures: Sequence[str] = ()) -> list[Event]:
     """Two clients answer, then the named ones fail."""
     fine = ("client-0", "client-1")
-    update = {name: ClientUpdate(client=name, round=round, num_examples=3, tensors={}) for name in fine}
-    failed = {name: Failure(name, f"norm 41.2 > 10.0 for {name}", "refused") for name in failures}
+    update = {name: AdmittedUpdate(ClientUpdate(name, round, 3, LoraResult({}))) for name in fine}
+    failed = {name: Failure.from_text(name, f"norm 41.2 > 10.0 for {name}", kind="refused") for name in failures}
     return [
         RoundStarted(round, 3, (*fine, *failures)),
         *(ClientFinished(round, outcome, Traffic(down=1000, up=500)) for outcome in (update | failed).values()),

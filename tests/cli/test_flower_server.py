@@ -196,7 +196,7 @@ def test_no_text_of_a_client_is_obeyed_by_the_terminal(capsys: pytest.CaptureFix
     hostile = "\x1b[2J\r\u202e\x9b\nfedtune: finished"
     say(hostile)
     tell(Note(hostile))
-    tell(ClientFinished(1, Failure("ann", hostile), Traffic()))
+    tell(ClientFinished(1, Failure.from_text("ann", hostile), Traffic()))
     lines = capsys.readouterr().out.split("\n")
     assert len(lines) == 4
     assert all(line.isprintable() for line in lines)

@@ -8,7 +8,13 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.progress import Progress, ProgressState, after_round, failure_lines, table
-from fedtune.messages import ClientUpdate, Failure, Traffic
+from fedtune.messages import (
+    AdmittedUpdate,
+    ClientUpdate,
+    Failure,
+    LoraResult,
+    Traffic,
+)
 from fedtune.rounds.loop import ClientFinished, Event, RoundFinished, RoundStarted
 from tests.cli.conftest import record, round_events
 
@@ -48,7 +54,7 @@ def test_a_client_that_failed_is_named_with_its_reason_and_its_name_is_harmless(
 
 
 def test_many_failures_are_counted() -> None:
-    lines = failure_lines([Failure(f"c{number}", "late") for number in range(12)])
+    lines = failure_lines([Failure.from_text(f"c{number}", "late") for number in range(12)])
     assert len(lines) == 6
     assert lines[-1] == "and 7 more"
 
@@ -77,13 +83,13 @@ def test_the_table_shows_the_round_that_runs(events: list[Event]) -> None:
 
 
 def test_a_client_refused_after_its_update_arrived_counts_once() -> None:
-    update = ClientUpdate(client="a", round=1, num_examples=1, tensors={})
+    update = AdmittedUpdate(ClientUpdate("a", 1, 1, LoraResult({})))
     traffic = Traffic(down=10, up=5)
     end = standing(
         [
             RoundStarted(1, 1, ("a",)),
             ClientFinished(1, update, traffic),
-            ClientFinished(1, Failure("a", "norm", "refused"), traffic),
+            ClientFinished(1, Failure.from_text("a", "norm", kind="refused"), traffic),
         ]
     )
     assert [failure.reason for failure in end.failures] == ["norm"]

@@ -17,13 +17,25 @@ from fedtune.directions.consistency import sample_places
 from fedtune.directions.downlink import count_scalars
 from fedtune.errors import ClientError, ShapeError, WireError
 from fedtune.lora.adapter import draw_a
-from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, ProbeResult, Training
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    ClientUpdate,
+    Plan,
+    PlannedClient,
+    ProbeResult,
+    Proximal,
+    TailRank,
+    Training,
+    TrainLora,
+)
 from fedtune.methods import fedkseed
 from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.seeds import derive
-from fedtune.tensors import Tensors
+from fedtune.tensors import Tensors, l2_norm
+from fedtune.wire.codec import decode_assignment, encode_assignment
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=4)
 
@@ -51,8 +63,7 @@ def assignment(base: Base, *, blobs: Mapping[str, Tensors] | None = None, **loca
         round=3,
         seed=11,
         plan=Plan(client="ann", rank=4, scale=2.0, training=TRAINING),
-        local=LocalAdapter(a_key=5, **local),
-        blobs={"saved": base.saved_tensors()} if blobs is None else blobs,
+        task=TrainLora(a_key=5, **local, blobs={"saved": base.saved_tensors()} if blobs is None else blobs),
         base=base.digest,
     )
 
@@ -85,11 +96,11 @@ def test_tensors_that_do_not_fit_the_base_are_refused_by_name(
 
 def test_an_update_says_who_did_what_on_how_much(base: Base, rows: list[Example]) -> None:
     update = perform(base, rows, assignment(base))
-    assert (update.client, update.round, update.num_examples, update.base) == ("ann", 3, 5, base.digest)
-    assert update.tensors.keys() == {f"{name}.{side}" for name in base.modules for side in "ab"}
-    assert all(array.dtype.name == "bfloat16" for array in update.tensors.values())
-    assert update.saved["lm_head.weight"].dtype == np.float32
-    assert not np.array_equal(update.saved["lm_head.weight"], base.saved_tensors()["lm_head.weight"])
+    assert (update.client, update.round, update.num_examples, update.lora.base) == ("ann", 3, 5, base.digest)
+    assert update.lora.tensors.keys() == {f"{name}.{side}" for name in base.modules for side in "ab"}
+    assert all(array.dtype.name == "bfloat16" for array in update.lora.tensors.values())
+    assert update.lora.saved["lm_head.weight"].dtype == np.float32
+    assert not np.array_equal(update.lora.saved["lm_head.weight"], base.saved_tensors()["lm_head.weight"])
     assert update.measured.tokens == 4 * 2 * 9 - 9  # five examples in batches of two: the third batch is short
     assert update.measured.loss_after is not None
 
@@ -104,20 +115,20 @@ def test_the_scale_is_folded_into_b(base: Base, rows: list[Example]) -> None:
         plan=Plan("ann", 4, 2.0, replace(TRAINING, learning_rate=1e-30)),
     )
     update = perform(base, rows, still)
-    np.testing.assert_allclose(update.tensors[f"{name}.b"], b, rtol=1e-6)
-    np.testing.assert_array_equal(update.tensors[f"{name}.a"], draw_a(5, name, 4, 32))
+    np.testing.assert_allclose(update.lora.tensors[f"{name}.b"], b, rtol=1e-6)
+    np.testing.assert_array_equal(update.lora.tensors[f"{name}.a"], draw_a(5, name, 4, 32))
 
 
 def test_differences_of_an_untrained_client_are_zero(base: Base, rows: list[Example]) -> None:
     still = replace(
         assignment(base, upload="difference"), plan=Plan("ann", 4, 2.0, replace(TRAINING, learning_rate=1e-30))
     )
-    assert max(float(np.abs(array).max()) for array in perform(base, rows, still).tensors.values()) < 1e-25
+    assert max(float(np.abs(array).max()) for array in perform(base, rows, still).lora.tensors.values()) < 1e-25
 
 
 def test_differences_and_factors_describe_the_same_end(base: Base, rows: list[Example]) -> None:
-    factors = perform(base, rows, assignment(base, wire_dtype="fp32")).tensors
-    difference = perform(base, rows, assignment(base, wire_dtype="fp32", upload="difference")).tensors
+    factors = perform(base, rows, assignment(base, wire_dtype="fp32")).lora.tensors
+    difference = perform(base, rows, assignment(base, wire_dtype="fp32", upload="difference")).lora.tensors
     for name in base.modules:
         start = draw_a(5, name, 4, base.modules[name][1])
         np.testing.assert_allclose(factors[f"{name}.a"], start + difference[f"{name}.a"], atol=1e-6)
@@ -126,15 +137,15 @@ def test_differences_and_factors_describe_the_same_end(base: Base, rows: list[Ex
 
 def test_only_b_travels_where_only_b_is_trained(base: Base, rows: list[Example]) -> None:
     update = perform(base, rows, assignment(base, train="b"))
-    assert update.tensors.keys() == {f"{name}.b" for name in base.modules}
+    assert update.lora.tensors.keys() == {f"{name}.b" for name in base.modules}
 
 
 def test_the_same_assignment_gives_the_same_bits_whoever_worked_before(base: Base, rows: list[Example]) -> None:
     first = perform(base, rows, assignment(base))
     perform(base, rows, replace(assignment(base), seed=12))
     second = perform(base, rows, assignment(base))
-    for name, array in first.tensors.items():
-        np.testing.assert_array_equal(array, second.tensors[name])
+    for name, array in first.lora.tensors.items():
+        np.testing.assert_array_equal(array, second.lora.tensors[name])
 
 
 def test_another_base_is_refused_by_name(base: Base, rows: list[Example]) -> None:
@@ -146,12 +157,26 @@ def test_a_penalised_tail_shrinks_the_rank(base: Base, rows: list[Example]) -> N
     plan = Plan("ann", 4, 2.0, replace(TRAINING, steps=10))
     b = {f"{name}.b": np.full((m, 4), 0.1, np.float32) for name, (m, _) in base.modules.items()}
     blobs = {"local": b, "saved": base.saved_tensors()}
-    heavy = replace(assignment(base, blobs=blobs, rank_penalty=50.0, rank_decay=0.5), plan=plan)
-    assert {update.shape[1] for name, update in perform(base, rows, heavy).tensors.items() if name.endswith(".b")} == {
-        2
-    }
+    heavy = replace(assignment(base, blobs=blobs, terms=(TailRank(50.0, 0.5),)), plan=plan)
+    assert {
+        update.shape[1] for name, update in perform(base, rows, heavy).lora.tensors.items() if name.endswith(".b")
+    } == {2}
     off = replace(assignment(base, blobs=blobs), plan=plan)
-    assert {update.shape[1] for name, update in perform(base, rows, off).tensors.items() if name.endswith(".b")} == {4}
+    assert {
+        update.shape[1] for name, update in perform(base, rows, off).lora.tensors.items() if name.endswith(".b")
+    } == {4}
+
+
+def test_a_proximal_term_travels_and_keeps_a_client_near_its_start(base: Base, rows: list[Example]) -> None:
+    ends = {}
+    for terms in ((), (Proximal(1e-9),), (Proximal(50.0),)):
+        sent = encode_assignment(assignment(base, upload="difference", wire_dtype="fp32", terms=terms))
+        update = perform(base, rows, decode_assignment(sent.header, sent.blobs))
+        head = update.lora.saved["lm_head.weight"] - base.saved_tensors()["lm_head.weight"]
+        ends[terms] = l2_norm({**update.lora.tensors, "head": head})
+    free, loose, tight = ends.values()
+    assert loose == pytest.approx(free, rel=1e-3)
+    assert 0 < tight < 0.7 * free
 
 
 Asked = tuple[FedKSeedState, Assignment]
@@ -164,13 +189,15 @@ def probed(base: Base, *, steps: int = 8, state: FedKSeedState | None = None, **
         state = fedkseed.init(base.blueprint(max_rank=1, seed=0, whole=True), chosen)
         sums = np.random.default_rng(0).integers(-60, 61, 16).astype(np.int32)
         state = replace(state, accumulators={"a": sums}, round=5)
-    training = Training(batch=2, learning_rate=0.01, steps=steps)
-    return state, fedkseed.assign(state, 0, Plan("ann", 1, 1.0, training))
+    return state, fedkseed.assign(state, 0, planned(steps))
+
+
+def planned(steps: int = 8) -> PlannedClient:
+    return PlannedClient(Plan("ann", 1, 1.0, Training(batch=2, learning_rate=0.01, steps=steps)))
 
 
 def measured(update: ClientUpdate) -> ProbeResult:
-    assert update.probed is not None
-    return update.probed
+    return update.probe
 
 
 BANKS: list[dict[str, Any]] = [
@@ -189,10 +216,10 @@ def test_a_probe_states_what_the_server_finds_for_itself_and_leaves_the_base_as_
     state, asked = probed(base, **settings)
     update = perform(base, rows, asked)
     found = measured(update)
-    assert (update.client, update.round, update.num_examples, update.tensors) == ("ann", 6, 5, {})
+    assert (update.client, update.round, update.num_examples) == ("ann", 6, 5)
     assert (found.state, found.checks) == (state.digest[:8], state.checks)
     assert len(found.checks) == 16
-    assert fedkseed.refuse(state, update) == ""
+    assert fedkseed.refuse(state, AdmittedUpdate(update)) == ""
     assert (found.scalars.shape, found.scalars.dtype.name, found.skipped, found.rms) == ((8,), "int8", 0, None)
     assert np.count_nonzero(found.scalars) > 4
     assert update.measured.tokens == 2 * (8 * 2 * 9 - 2 * 9)  # twice forward; of eight batches two are short
@@ -204,10 +231,9 @@ def test_what_one_client_alone_sends_moves_the_server_s_sums_as_it_moved_its_own
     settings: dict[str, Any], base: Base, rows: list[Example]
 ) -> None:
     state, asked = probed(base, **settings)
-    assert asked.probe is not None
     scalars = measured(perform(base, rows, asked)).scalars
     drawn = sampling.sample_uniform(derive(asked.seed, "fedkseed.ids"), 8, 16)
-    after = fedkseed.aggregate(state, [perform(base, rows, asked)])
+    after = fedkseed.aggregate(state, [AdmittedUpdate(perform(base, rows, asked))])
     np.testing.assert_array_equal(after.sums - state.sums, count_scalars(drawn, scalars, 16) << asked.probe.shift)
 
 
@@ -216,9 +242,9 @@ def test_checks_of_other_displacements_are_refused_with_the_tensor(base: Base, r
     update = perform(base, rows, asked)
     wrong = bytearray(measured(update).checks)
     wrong[4] ^= 1
-    planted = replace(update, probed=replace(measured(update), checks=bytes(wrong)))
+    planted = replace(update, result=replace(measured(update), checks=bytes(wrong)))
     name = state.manifest.entries[sample_places(state.digest, state.manifest, state.trainable)[1][0]].name
-    assert f"expected the displacements of {name}, block" in fedkseed.refuse(state, planted)
+    assert f"expected the displacements of {name}, block" in fedkseed.refuse(state, AdmittedUpdate(planted))
 
 
 def test_a_probe_that_calibrates_tells_a_size_and_no_scalars(base: Base, rows: list[Example]) -> None:
@@ -229,9 +255,9 @@ def test_a_probe_that_calibrates_tells_a_size_and_no_scalars(base: Base, rows: l
     assert len(found.scalars) == 0
     assert found.rms is not None
     assert 0 < found.rms < 10
-    assert fedkseed.refuse(state, update) == ""
+    assert fedkseed.refuse(state, AdmittedUpdate(update)) == ""
     assert update.measured.tokens == 2 * (16 * 2 * 9 - 5 * 9)  # sixteen scalars, whatever the steps
-    assert fedkseed.aggregate(state, [update]).calibrated
+    assert fedkseed.aggregate(state, [AdmittedUpdate(update)]).calibrated
 
 
 def rounds_of(base: Base, rows: list[Example], replicas: Replicas) -> Asked:
@@ -240,9 +266,8 @@ def rounds_of(base: Base, rows: list[Example], replicas: Replicas) -> Asked:
     state = replace(state, accumulators={"a": np.zeros(16, np.int32)}, round=0)
     for _ in range(2):
         update = perform(base, rows, probed(base, state=state)[1], replicas=replicas)
-        state = fedkseed.aggregate(state, [update])
+        state = fedkseed.aggregate(state, [AdmittedUpdate(update)])
     state, asked = probed(base, state=state)
-    assert asked.probe is not None
     assert (asked.probe.state.form, asked.probe.state.since) == ("changed", 1)
     return state, asked
 
@@ -258,9 +283,10 @@ def test_who_has_lost_what_an_order_refers_to_asks_for_the_whole_and_measures_no
         assert (len(measured(update).scalars), measured(update).state, update.measured.tokens) == (0, b"", 0)
     kept = perform(base, rows, asked, replicas=replicas)
     assert not measured(kept).lost
-    assert asked.whole is not None
-    again = perform(base, rows, asked.whole)
-    assert fedkseed.refuse(state, again) == fedkseed.refuse(state, kept) == ""
+    whole = fedkseed.assign_whole(state, 0, planned())
+    assert whole is not None
+    again = perform(base, rows, whole)
+    assert fedkseed.refuse(state, AdmittedUpdate(again)) == fedkseed.refuse(state, AdmittedUpdate(kept)) == ""
     np.testing.assert_array_equal(measured(again).scalars, measured(kept).scalars)
 
 
@@ -290,8 +316,8 @@ def test_a_client_that_probed_trains_an_adapter_as_one_that_did_not(base: Base, 
     for settings in BANKS:
         perform(base, rows, probed(base, **settings)[1])
     second = perform(base, rows, assignment(base))
-    for name, array in first.tensors.items():
-        np.testing.assert_array_equal(array, second.tensors[name])
+    for name, array in first.lora.tensors.items():
+        np.testing.assert_array_equal(array, second.lora.tensors[name])
 
 
 def test_a_client_without_examples_cannot_probe(base: Base) -> None:

@@ -10,7 +10,7 @@ import pytest
 from fedtune.client import site
 from fedtune.config import bind, render
 from fedtune.errors import ClientError, ConfigError
-from fedtune.messages import Assignment, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, Plan, Training, TrainLora
 from fedtune.model.base import Base, load
 from fedtune.runs.local import prepare
 from tests.cli.test_flower_server import site_files
@@ -84,7 +84,7 @@ def test_an_assignment_for_another_client_is_not_done(tmp_path: Path, tables: di
     (path,) = site_files(tmp_path, tables, ("client-1",))
     plan = Plan("client-2", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=1))
     with pytest.raises(ClientError, match="client-1: expected an assignment of its own; got one for 'client-2'"):
-        site.from_file(str(path)).perform(Assignment("flora", 1, 3, plan, LocalAdapter(a_key=4)))
+        site.from_file(str(path)).perform(Assignment("flora", 1, 3, plan, TrainLora(a_key=4)))
 
 
 def test_examples_longer_than_the_base_are_refused(tables: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from fedtune.client import site_process
 from fedtune.client.site import from_file
 from fedtune.config import bind
-from fedtune.messages import Assignment, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, Plan, Training, TrainLora
 from fedtune.wire.codec import decode_update, encode_assignment
 from fedtune.wire.profile import decode_profile
 from tests.cli.test_flower_server import site_files
@@ -34,12 +34,12 @@ def test_a_profile_and_an_update_are_written_to_files(site: Path, tmp_path: Path
     profile = decode_profile(contents.pop("front"), contents)
     assert profile.client == "client-0"
     plan = Plan("client-0", rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=1))
-    order = encode_assignment(Assignment("flora", round=1, seed=0, plan=plan, local=LocalAdapter(a_key=0)))
+    order = encode_assignment(Assignment("flora", round=1, seed=0, plan=plan, task=TrainLora(a_key=0)))
     (tmp_path / "front").write_bytes(order.header)
     request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
     assert site_process.handle(str(site), request) == {"done": True}
     update = decode_update((tmp_path / "update").read_bytes(), client="client-0", limit_bytes=10**7)
-    assert update.base == from_file(str(site)).base.digest
+    assert update.lora.base == from_file(str(site)).base.digest
 
 
 def test_what_cannot_be_done_is_said_and_what_nobody_foresaw_keeps_its_text(

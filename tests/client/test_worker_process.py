@@ -16,7 +16,16 @@ from fedtune.client import perform as perform_module
 from fedtune.client.worker_process import devices_of, payload, prepare
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError, ConfigError
-from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.messages import (
+    Assignment,
+    Client,
+    ClientUpdate,
+    Failure,
+    Plan,
+    PlannedClient,
+    Training,
+    TrainLora,
+)
 from fedtune.methods import METHODS
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
@@ -74,11 +83,11 @@ class Slow:
 
     def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> None: ...
 
-    def plan(self, learned: Any, round: int, fleet: Sequence[Client]) -> Mapping[str, Plan]:
+    def plan(self, learned: Any, round: int, fleet: Sequence[Client]) -> Mapping[str, PlannedClient]:
         plans = {client.name: self.fixed.plan_for(client) for client in fleet}
         if self.slow and round == 2:
             plans["bob"] = replace(plans["bob"], training=replace(plans["bob"].training, steps=10**7))
-        return plans
+        return {name: PlannedClient(plan) for name, plan in plans.items()}
 
 
 def results(base: Base, transport: Transport, *, slow: bool = False, watch: Any = None) -> list[RoundResult]:
@@ -166,10 +175,12 @@ def test_what_is_prepared_performs_as_the_client_does(model: ModelSettings, base
     blueprint = base.blueprint(max_rank=4, seed=0)
     method = METHODS["fedit"]
     plan = Plan("ann", 4, 2.0, Training(batch=2, learning_rate=0.02, steps=2))
-    assignment = replace(method.assign(method.init(blueprint, method.settings()), 0, plan), base=base.digest)
+    assignment = replace(
+        method.assign(method.init(blueprint, method.settings()), 0, PlannedClient(plan)), base=base.digest
+    )
     here, there = perform_module.perform(base, ROWS["ann"], assignment, threads=1), perform(assignment, 1)
-    assert here.tensors.keys() == there.tensors.keys()
-    assert all(np.array_equal(here.tensors[name], there.tensors[name]) for name in here.tensors)
+    assert here.lora.tensors.keys() == there.lora.tensors.keys()
+    assert all(np.array_equal(here.lora.tensors[name], there.lora.tensors[name]) for name in here.lora.tensors)
 
 
 def test_what_is_prepared_performs_with_the_threads_of_the_order(
@@ -183,7 +194,7 @@ def test_what_is_prepared_performs_with_the_threads_of_the_order(
     perform = prepare(spec, {name: memoryview(part) for name, part in parts.items()}).equip(0)
     plan = Plan("ann", 4, 2.0, Training(batch=2, learning_rate=0.02, steps=2))
     for threads in (1, 3):
-        perform(Assignment("fedit", 1, 3, plan, LocalAdapter(a_key=4), {}, ""), threads)
+        perform(Assignment("fedit", 1, 3, plan, TrainLora(a_key=4, blobs={}), base=""), threads)
     assert found == [1, 3]
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedtune.config import Recipe, bind
 from fedtune.errors import ConfigError
+from fedtune.messages import TrainLora
 from fedtune.methods import METHODS
 from tests.config.conftest import SHORTEST, Faulty
 
@@ -37,7 +38,7 @@ def test_every_method_binds_from_its_name_alone(name: str) -> None:
     assert method.name == name
 
 
-ADAPTING = [name for name, method in sorted(METHODS.items()) if method.verb == "adapt"]
+ADAPTING = [name for name, method in sorted(METHODS.items()) if method.task is TrainLora]
 METHOD_KEYS = [
     ("flora", {"mode": "svt", "tau": 0.95, "max_rank": 64, "state_max_rank": 128}),
     ("hetlora", {"rank_decay": 0.9, "rank_penalty": 0.1}),

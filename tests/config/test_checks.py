@@ -16,6 +16,11 @@ from tests.config.conftest import SHORTEST, Faulty
         (["client.epochs=1"], "client", "exactly one of steps and epochs; got steps = 20 and epochs = 1.0"),
         (["client.steps=none"], "client", "exactly one of steps and epochs; got neither"),
         (["client.momentum=0.9"], "client.momentum", "0 with optimizer 'adamw'; got 0.9"),
+        (
+            ["method=fedkseed", "client.proximal=0.1"],
+            "client.proximal",
+            "expected 0.0; got 0.1; 'fedkseed' has",
+        ),
         (["data.split.kind=dirichlet"], "data.split.alpha", "'dirichlet' needs it"),
         (["data.split.kind=key"], "data.split.by", "'key' needs it"),
         (["data.split.sizes=[1, 2]"], "data.split.sizes", "'iid' has no use for it"),

@@ -18,7 +18,10 @@ from fedtune.config import Override, Recipe, ReportSettings, bind, changes, dige
 from fedtune.config.checks import IDLE
 from fedtune.config.render import toml
 from fedtune.data.settings import DataSettings, Split
-from fedtune.messages import Training
+from fedtune.messages import (
+    Training,
+    TrainLora,
+)
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
@@ -116,7 +119,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     method = draw(
         st.one_of(*(seeded() if name == "fedkseed" else some(method.settings) for name, method in METHODS.items()))
     )
-    adapts = METHODS[method.name].verb == "adapt"
+    adapts = METHODS[method.name].task is TrainLora
     if not adapts:
         steps, epochs = 3, None  # epochs go with some samplings and estimators alone
     rank = st.none() | st.integers(1, 64) if METHODS[method.name].ranks == "any" and adapts else st.none()
@@ -177,6 +180,11 @@ def test_a_copy_in_another_folder_still_finds_the_data(tmp_path: Path) -> None:
 )
 def test_the_digest_changes_with_what_changes_the_result(recipe: Recipe, override: str) -> None:
     assert digest(bind(SHORTEST, overrides=[override])) != digest(recipe)
+
+
+def test_a_key_that_came_later_leaves_digests_as_release_0_2_0_gave_them(recipe: Recipe) -> None:
+    assert digest(recipe) == "85204c5f7d1b279e71536596f3d6f7252ed46ea34aee26732466d908781c9160"
+    assert digest(bind(SHORTEST, overrides=["client.proximal=0.1"])) != digest(recipe)
 
 
 def test_the_digest_ignores_name_report_and_folder(recipe: Recipe) -> None:

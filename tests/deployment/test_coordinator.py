@@ -25,16 +25,18 @@ from fedtune.link.pki import authority
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.dispatcher import Withdrawn
 from fedtune.messages import (
+    AdmittedUpdate,
     Assignment,
     Blueprint,
     ClientUpdate,
     Failure,
-    LocalAdapter,
+    LoraResult,
     Plan,
-    Probe,
+    ProbeSeeds,
     SeedState,
     Traffic,
     Training,
+    TrainLora,
 )
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.loop import ClientFinished, Note, RoundFinished, RoundStarted
@@ -70,8 +72,12 @@ def test_what_became_of_an_update_is_told_to_its_client(tmp_path: Path) -> None:
         sent[name] = answer(name, order, asked, b"data")
         if name != "carl":
             desk.submit(name, sent[name], b"data")
-    on_event(desk.hub, tell, ClientFinished(1, ClientUpdate("anna", 1, 10, {}), Traffic(3, 4)))
-    bad = Failure("bob", "q.a: expected finite numbers; got 1 of 10 that are not", kind="refused", code="NOT_FINITE")
+    on_event(
+        desk.hub, tell, ClientFinished(1, AdmittedUpdate(ClientUpdate("anna", 1, 10, LoraResult({}))), Traffic(3, 4))
+    )
+    bad = Failure.from_text(
+        "bob", "q.a: expected finite numbers; got 1 of 10 that are not", kind="refused", code="NOT_FINITE"
+    )
     on_event(desk.hub, tell, ClientFinished(1, bad, Traffic(3, 4)))
     record = {**RECORD, "round": 1}
     on_event(desk.hub, tell, RoundFinished(record))
@@ -88,14 +94,16 @@ def test_what_became_of_an_update_is_told_to_its_client(tmp_path: Path) -> None:
 
 
 def test_a_reason_in_words_is_taken_apart_for_the_schema() -> None:
-    found = refusal(Failure("bob", "q.a: expected shape (2, 5); got (3, 5)", kind="refused", code="TENSOR_SHAPE"))
+    found = refusal(
+        Failure.from_text("bob", "q.a: expected shape (2, 5); got (3, 5)", kind="refused", code="TENSOR_SHAPE")
+    )
     assert (found.reason, found.field, found.expected, found.found) == (
         pb.TENSOR_SHAPE,
         "q.a",
         "shape (2, 5)",
         "(3, 5)",
     )
-    assert refusal(Failure("bob", "odd", kind="refused")).reason == pb.MALFORMED
+    assert refusal(Failure.from_text("bob", "odd", kind="refused")).reason == pb.MALFORMED
 
 
 def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:
@@ -105,7 +113,7 @@ def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:
         cohort = {"anna": 1, "bob": 1}
         ledger.open(1, state="", cohort=cohort, orders={name: "o" for name in cohort})
         ledger.accept(1, "anna", b"of anna")
-        ledger.close(1, {"bob": Failure("bob", "x")}, {"bob": 0})
+        ledger.close(1, {"bob": Failure.from_text("bob", "x")}, {"bob": 0})
         ledger.commit(1, [b"state"])
         ledger.open(2, state=promised_state(tmp_path), cohort=cohort, orders={name: "o" for name in cohort})
         ledger.accept(2, "bob", b"of bob")
@@ -129,14 +137,18 @@ def test_a_run_keeps_its_number(tmp_path: Path) -> None:
 
 def test_the_largest_answer_follows_from_the_order() -> None:
     plan = Plan("anna", rank=3, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
-    asked = Assignment("flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0))
-    assert max_update_bytes(encode_assignment(asked).header, BLUEPRINT) == largest_update(asked, BLUEPRINT)
-    probe = Probe(
+    asked = Assignment("flora", round=3, seed=0, plan=plan, task=TrainLora(a_key=0))
+    assert max_update_bytes(encode_assignment(asked).header, BLUEPRINT) == largest_update(
+        TrainLora, rank=3, steps=7, blueprint=BLUEPRINT
+    )
+    probe = ProbeSeeds(
         bank="hadamard", seeds=4, key=1, exponent=20, shift=1, perturbation=1,
         state=SeedState("whole", 0, b"\0" * 16, 2, b"d" * 32),
     )  # fmt: skip
-    seeds = Assignment("fedkseed", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), probe=probe)
-    assert max_update_bytes(encode_assignment(seeds).header, BLUEPRINT) == largest_update(seeds, BLUEPRINT)
+    seeds = Assignment("fedkseed", round=3, seed=0, plan=plan, task=probe)
+    assert max_update_bytes(encode_assignment(seeds).header, BLUEPRINT) == largest_update(
+        ProbeSeeds, rank=1, steps=7, blueprint=BLUEPRINT
+    )
 
 
 RECIPE = """
@@ -189,7 +201,9 @@ def test_an_update_that_failed_or_came_too_late_waits_for_the_end_of_its_round(t
     _, order, asked = desk.post("anna")
     sent = answer("anna", order, asked, b"data")
     desk.submit("anna", sent, b"data")
-    on_event(desk.hub, silent, ClientFinished(1, Failure("anna", "no answer in 60 s", kind=kind), Traffic(1, 2)))
+    on_event(
+        desk.hub, silent, ClientFinished(1, Failure.from_text("anna", "no answer in 60 s", kind=kind), Traffic(1, 2))
+    )
     assert desk.submit("anna", sent) is None  # the round may ask for it again
     on_event(desk.hub, silent, RoundFinished({**RECORD, "round": 1}))
     reply = desk.submit("anna", sent)
@@ -202,9 +216,13 @@ def test_an_update_that_is_refused_for_its_size_beside_the_others_keeps_its_rece
     _, order, asked = desk.post("anna")
     sent = answer("anna", order, asked, b"data")
     desk.submit("anna", sent, b"data")
-    on_event(desk.hub, silent, ClientFinished(1, ClientUpdate("anna", 1, 10, {}), Traffic(1, 2)))
+    on_event(
+        desk.hub, silent, ClientFinished(1, AdmittedUpdate(ClientUpdate("anna", 1, 10, LoraResult({}))), Traffic(1, 2))
+    )
     first = desk.submit("anna", sent)
-    large = Failure("anna", "expected a change of norm at most 3; got 9", kind="refused", code="NORM_OVER_CAP")
+    large = Failure.from_text(
+        "anna", "expected a change of norm at most 3; got 9", kind="refused", code="NORM_OVER_CAP"
+    )
     on_event(desk.hub, silent, ClientFinished(1, large, Traffic(1, 2)))
     assert desk.submit("anna", sent) == first
     assert first is not None
@@ -227,7 +245,7 @@ def test_three_refused_updates_bar_their_client_over_the_rounds(tmp_path: Path) 
         on_event(desk.hub, silent, RoundStarted(turn, 3, ("anna",)))
         _, order, asked = desk.post("anna", turn)
         desk.submit("anna", answer("anna", order, asked, b"data"), b"data")
-        bad = Failure("anna", "q.a: expected finite numbers; got 1", kind="refused", code="NOT_FINITE")
+        bad = Failure.from_text("anna", "q.a: expected finite numbers; got 1", kind="refused", code="NOT_FINITE")
         on_event(desk.hub, silent, ClientFinished(turn, bad, Traffic(1, 2)))
         on_event(desk.hub, silent, RoundFinished({**RECORD, "round": turn}))
     assert "NOT_FINITE" in desk.hub.bars.why("anna")
@@ -263,7 +281,7 @@ def test_what_is_committed_is_told_in_numbers(tmp_path: Path) -> None:
     ],
 )
 def test_the_texts_of_a_refusal_are_cut(reason: str, field: str, expected: str, found: str) -> None:
-    made = refusal(Failure("bob", reason, kind="refused", code="TENSOR_NAMES"))
+    made = refusal(Failure.from_text("bob", reason, kind="refused", code="TENSOR_NAMES"))
     assert (made.field, made.expected, made.found) == (field, expected, found)
     assert not made.passing
 
@@ -275,7 +293,7 @@ def test_every_reason_of_an_update_that_is_refused_has_a_number_in_the_schema() 
     codes = {one for one in re.findall(r'"([A-Z][A-Z_]+)"', source) if "_" in one or one in ("MALFORMED", "SCALARS")}
     assert {"NOT_FINITE", "MALFORMED", "STATE_REBUILT", "WRONG_CLIENT"} <= codes
     for code in codes:
-        assert pb.Reason.Name(refusal(Failure("bob", "x", kind="refused", code=code)).reason) == code
+        assert pb.Reason.Name(refusal(Failure.from_text("bob", "x", kind="refused", code=code)).reason) == code
 
 
 def test_an_update_that_was_refused_is_not_promised(tmp_path: Path) -> None:
@@ -288,7 +306,7 @@ def test_an_update_that_was_refused_is_not_promised(tmp_path: Path) -> None:
             {(1, "anna"): sha256(b"of anna").hexdigest()},
             0,
         )  # durable before it is told
-        ledger.close(1, {"bob": Failure("bob", "x", kind="refused", code="NOT_FINITE")}, {"bob": 3})
+        ledger.close(1, {"bob": Failure.from_text("bob", "x", kind="refused", code="NOT_FINITE")}, {"bob": 3})
     assert accepted_updates(tmp_path) == ({(1, "anna"): sha256(b"of anna").hexdigest()}, 0)
 
 

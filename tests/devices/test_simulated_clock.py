@@ -82,12 +82,11 @@ def test_host_time_never_counts() -> None:
 
 
 def test_late_clients_are_dropped_at_the_deadline_or_waited_for_thrice_as_long() -> None:
-    plans = {name: replace(PLAN, client=name, deadline_s=10.0) for name in ("ann", "bob", "cyd")}
+    deadlines = dict.fromkeys(("ann", "bob", "cyd"), 10.0)
     times = {"ann": ClientTime(5.0, 1.0), "bob": ClientTime(11.0, 1.0), "cyd": ClientTime(30.0, 9.0)}
-    assert replace(FLEET, late="drop").cut(plans, times) == {"bob": 10.0, "cyd": 10.0}
-    assert FLEET.cut(plans, times) == {"cyd": 30.0}
-    untimed = {"ann": replace(PLAN, deadline_s=None)}
-    assert FLEET.cut(untimed, {"ann": ClientTime(1e9, 0.0)}) == {}
+    assert replace(FLEET, late="drop").cut(deadlines, times) == {"bob": 10.0, "cyd": 10.0}
+    assert FLEET.cut(deadlines, times) == {"cyd": 30.0}
+    assert FLEET.cut({}, {"ann": ClientTime(1e9, 0.0)}) == {}
 
 
 def test_the_servers_time_is_the_rounds_and_makes_no_client_late() -> None:
@@ -96,7 +95,7 @@ def test_the_servers_time_is_the_rounds_and_makes_no_client_late() -> None:
     times = slow.timed(1, 0.0, done, {})
     assert times == FLEET.timed(1, 0.0, done, {})
     assert slow.lasted(times) == times["ann"].seconds + 100
-    assert slow.cut({"ann": replace(PLAN, deadline_s=times["ann"].seconds)}, times) == {}
+    assert slow.cut({"ann": times["ann"].seconds}, times) == {}
 
 
 def test_odd_periods_end() -> None:

@@ -18,7 +18,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from fedtune.flower import shim
 from fedtune.flower.grid_transport import HELLO, GridTransport
 from fedtune.flower.records import UPDATE, pack
-from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, ClientUpdate, LoraResult, Plan, Training, TrainLora
 from fedtune.rounds.transport import Work
 from fedtune.wire.codec import EncodedAssignment, blob_encoder, decode_assignment, encode_assignment, encode_update
 from fedtune.wire.profile import ClientProfile, ModelSpec, encode_profile
@@ -147,8 +147,9 @@ def echo(assignment: Assignment) -> ClientUpdate:
         client=assignment.plan.client,
         round=assignment.round,
         num_examples=10,
-        tensors={name: np.array(tensor) for name, tensor in assignment.blobs["global"].items()},
-        base=assignment.base,
+        result=LoraResult(
+            {name: np.array(tensor) for name, tensor in assignment.lora.blobs["global"].items()}, base=assignment.base
+        ),
     )
 
 
@@ -209,8 +210,7 @@ def orders(*names: str, round: int = 1) -> dict[str, EncodedAssignment]:
         round=round,
         seed=3,
         plan=Plan("", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=1)),
-        local=LocalAdapter(a_key=4),
-        blobs={"global": blob},
+        task=TrainLora(a_key=4, blobs={"global": blob}),
         base=FOUNDATION.base,
     )
     return {

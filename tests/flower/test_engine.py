@@ -94,7 +94,7 @@ def test_failures_are_values_and_nothing_is_left(capfd: pytest.CaptureFixture[st
         assert [one.name for one in engine.clients()] == list(names)
         answers = {a.client: a for a in engine.exchange(orders(*names), Rule(quorum=1, deadline_s=0.001, grace_s=0))}
     assert isinstance(answers["ann"], Reply)
-    assert answers["fails"] == Failure("fails", "fails: loss is nan")
+    assert answers["fails"] == Failure.from_text("fails", "fails: loss is nan")
     assert isinstance(answers["bug"], Failure)
     assert "KeyError" in answers["bug"].reason
     assert not ray.is_initialized()

@@ -13,7 +13,7 @@ from fedtune.flower.grid_transport import HELLO, GridTransport
 from fedtune.flower.records import ERROR, HEADER, TENSORS, pack
 from fedtune.flower.shim import stamp
 from fedtune.messages import Client, ClientUpdate, Failure
-from fedtune.rounds.transport import Answer, Aside, Reply, Rule
+from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
 from fedtune.wire.codec import decode_update
 from fedtune.wire.profile import ModelSpec
 from tests.flower.conftest import (
@@ -131,7 +131,7 @@ def test_an_error_reply_costs_one_client_its_update(error: Error, reason: str, c
     transport = over(fleet("ann", "bob", ann=failing), clock, expected=2)
     transport.clients()
     answers = exchanged(transport, "ann", "bob")
-    assert answers["ann"] == Failure("ann", reason)
+    assert answers["ann"] == Failure.from_text("ann", reason)
     assert isinstance(answers["bob"], Reply)
 
 
@@ -161,7 +161,7 @@ def test_an_order_that_is_not_accepted_is_a_failure(instead: list[str | None], c
     transport.clients()
     grid.refuse = lambda message: instead if message.metadata.dst_node_id == NODE else None
     answers = exchanged(transport, "ann", "bob")
-    assert answers["ann"] == Failure("ann", "its assignment was not accepted for delivery")
+    assert answers["ann"] == Failure.from_text("ann", "its assignment was not accepted for delivery")
     assert isinstance(answers["bob"], Reply)
     grid.refuse = lambda message: None
     assert names(transport) == ["ann", "bob"]  # and is not busy with what it never got
@@ -173,7 +173,7 @@ def test_a_client_that_has_left_is_a_failure_at_once(clock: Clock) -> None:
     transport.clients()
     del grid.nodes[NODE]
     assert names(transport) == ["bob"]
-    assert exchanged(transport, "ann", "bob")["ann"] == Failure("ann", "left before its assignment was sent")
+    assert exchanged(transport, "ann", "bob")["ann"] == Failure.from_text("ann", "left before its assignment was sent")
 
 
 def test_a_round_that_goes_on_greets_its_cohort_first(clock: Clock) -> None:
@@ -198,7 +198,7 @@ def test_a_round_with_a_quorum_ends_at_its_deadline(clock: Clock) -> None:
     transport.clients()
     answers = exchanged(transport, "ann", "bob", rule=Rule(quorum=1, deadline_s=60, grace_s=30))
     assert isinstance(answers["ann"], Reply)
-    assert answers["bob"] == Failure("bob", "no answer in 60 s", kind="late")
+    assert answers["bob"] == Failure.from_text("bob", "no answer in 60 s", kind="late")
     assert 60 <= clock() < 61
 
 
@@ -206,7 +206,7 @@ def test_a_round_without_a_quorum_waits_for_its_grace_too(clock: Clock) -> None:
     transport = over(fleet("ann", "bob", bob=late("bob", clock, NEVER)), clock, expected=2)
     transport.clients()
     answers = exchanged(transport, "ann", "bob", rule=Rule(quorum=2, deadline_s=60, grace_s=30))
-    assert answers["bob"] == Failure("bob", "no answer in 90 s", kind="late")
+    assert answers["bob"] == Failure.from_text("bob", "no answer in 90 s", kind="late")
     assert 90 <= clock() < 91
 
 
@@ -254,7 +254,7 @@ def test_a_late_answer_is_counted_named_and_dropped(clock: Clock) -> None:
     clock.now = 70
     second = exchanged(transport, "ann", rule=rule)
     stray = second["bob"]
-    assert isinstance(stray, Aside)
+    assert isinstance(stray, UnsolicitedReply)
     assert stray.reason == "answered after its round had ended; dropped"
     reply = second["ann"]
     assert isinstance(reply, Reply)
@@ -271,7 +271,10 @@ def test_a_late_answer_that_comes_between_rounds_is_told_in_the_next(clock: Cloc
     clock.now = 70
     assert names(transport) == ["ann", "bob"]
     found = list(transport.exchange(orders("ann"), rule))
-    assert [type(answer) for answer in found] == [Aside, Reply] or [type(a) for a in found] == [Reply, Aside]
+    assert [type(answer) for answer in found] == [UnsolicitedReply, Reply] or [type(a) for a in found] == [
+        Reply,
+        UnsolicitedReply,
+    ]
 
 
 def test_a_client_is_free_again_when_flower_has_dropped_its_order(clock: Clock) -> None:
@@ -342,7 +345,7 @@ def test_a_hello_that_comes_late_is_welcome(clock: Clock) -> None:
 def told(transport: GridTransport) -> dict[str, str]:
     """Return the notes that the next exchange brings, by client."""
     found = transport.exchange(orders(*names(transport)[:1]), ALL)
-    return {answer.client: answer.reason for answer in found if isinstance(answer, Aside)}
+    return {answer.client: answer.reason for answer in found if isinstance(answer, UnsolicitedReply)}
 
 
 def test_of_two_clients_of_one_name_the_first_stays(clock: Clock) -> None:
@@ -400,7 +403,7 @@ def test_where_nobody_else_can_join_a_refused_client_is_not_waited_for(clock: Cl
 def test_what_there_is_to_tell_is_told_without_an_order_too(clock: Clock) -> None:
     transport = over(MemoryGrid({NODE: client("ann"), NODE + 1: client("ann")}), clock)
     transport.clients()
-    assert [type(answer) for answer in transport.exchange({}, ALL)] == [Aside]
+    assert [type(answer) for answer in transport.exchange({}, ALL)] == [UnsolicitedReply]
 
 
 def test_orders_share_what_flower_has_hashed(clock: Clock) -> None:
@@ -423,7 +426,7 @@ def test_a_hello_that_cannot_be_read_or_fails_is_refused(clock: Clock) -> None:
     )
     transport = over(grid, clock)
     assert names(transport) == ["ann"]
-    reasons = [answer for answer in transport.exchange(orders("ann"), ALL) if isinstance(answer, Aside)]
+    reasons = [answer for answer in transport.exchange(orders("ann"), ALL) if isinstance(answer, UnsolicitedReply)]
     assert [late.client for late in reasons] == ["unnamed client"] * 2
     assert "refused: no such file" in {late.reason for late in reasons}
 
@@ -496,7 +499,7 @@ def test_a_client_that_restarts_under_another_node_is_back_when_the_dead_one_has
     assert isinstance(exchanged(transport, "bob")["bob"], Reply)
     transport.clients()
     (refused,) = transport.exchange({}, ALL)
-    assert isinstance(refused, Aside)
+    assert isinstance(refused, UnsolicitedReply)
     assert "another connected client has this name" in refused.reason
     del grid.nodes[NODE]
     clock.now += 1
@@ -536,7 +539,7 @@ def test_a_client_that_keeps_failing_is_asked_each_minute_told_once_and_holds_no
     reasons = []
     for clock.now in (0, 60, 120, 180):
         assert names(transport) == ["ann"]
-        reasons += [a.reason for a in transport.exchange(orders("ann"), ALL) if isinstance(a, Aside)]
+        reasons += [a.reason for a in transport.exchange(orders("ann"), ALL) if isinstance(a, UnsolicitedReply)]
     assert reasons == ["refused: no such file"]
     assert grid.pushed.count((NODE + 1, HELLO)) == 4
     assert clock() == 180  # though the last of its hellos is open

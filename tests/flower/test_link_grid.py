@@ -101,9 +101,9 @@ def test_a_round_goes_over_it_with_an_answer_and_a_decline(desk: Desk) -> None:
     assert [one.name for one in transport.clients()] == ["anna", "bob"]
     orders = {name: assignment(name, 1) for name in ("anna", "bob")}
     found = {one.client: one for one in transport.exchange(orders, Rule(quorum=1))}
-    assert found["anna"] == Reply("anna", found["anna"].update)  # type: ignore[union-attr]
-    assert bytes(found["anna"].update) == data
-    assert found["bob"] == Failure("bob", "declined, OPERATOR: not today")
+    assert isinstance(found["anna"], Reply)
+    assert (found["anna"].client, bytes(found["anna"].update)) == ("anna", data)
+    assert found["bob"] == Failure.from_text("bob", "declined, OPERATOR: not today")
 
 
 def work_of(name: str):  # type: ignore[no-untyped-def]

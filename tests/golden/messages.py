@@ -26,14 +26,16 @@ from fedtune.messages import (
     Assignment,
     Blueprint,
     ClientUpdate,
-    LocalAdapter,
+    LoraResult,
     Measured,
     Plan,
-    Probe,
     ProbeResult,
+    ProbeSeeds,
     Pruning,
     SeedState,
+    TailRank,
     Training,
+    TrainLora,
 )
 from fedtune.methods import METHODS
 from fedtune.methods.serialization import encode
@@ -96,22 +98,28 @@ ADAPT = Assignment(
     round=3,
     seed=2**64 - 1,
     plan=Plan("bank-1", rank=8, scale=2.0, training=TRAINING),
-    local=LocalAdapter(a_key=2**63),
+    task=TrainLora(a_key=2**63),
 )
 FULL = replace(
     ADAPT,
     method="hetlora",
-    plan=Plan(
-        "bank-2", rank=3, scale=0.5, training=FULL_TRAINING, ratio=0.5, first_ratio=0.25, deadline_s=9.0, why="a reason"
-    ),
-    local=LocalAdapter(a_key=5, train="b", upload="difference", wire_dtype="fp16", rank_penalty=0.125, rank_decay=0.75),
-    blobs={"global": FACTORS, "local": {}, "saved": SAVED},
+    plan=Plan("bank-2", rank=3, scale=0.5, training=FULL_TRAINING, ratio=0.5),
     base="9f3c" * 16,
-    surgery=Pruning(
-        settings=PruningSettings(target=0.75, policy="vote", score="gate", batches=3, refresh=2, multiple=4, stages=2),
-        stages=(bitmap(LARGE, ANATOMY), bitmap(SMALL, ANATOMY)),
-        before=bitmap(LARGE, ANATOMY),
-        wanted=True,
+    task=TrainLora(
+        a_key=5,
+        train="b",
+        upload="difference",
+        wire_dtype="fp16",
+        terms=(TailRank(0.125, 0.75),),
+        blobs={"global": FACTORS, "local": {}, "saved": SAVED},
+        pruning=Pruning(
+            settings=PruningSettings(
+                target=0.75, policy="vote", score="gate", batches=3, refresh=2, multiple=4, stages=2
+            ),
+            stages=(bitmap(LARGE, ANATOMY), bitmap(SMALL, ANATOMY)),
+            previous=bitmap(LARGE, ANATOMY),
+            scores_requested=True,
+        ),
     ),
 )
 PROBE = Assignment(
@@ -119,8 +127,7 @@ PROBE = Assignment(
     round=3,
     seed=7,
     plan=Plan("bank-1", rank=1, scale=1.0, training=Training(batch=3, learning_rate=2e-7, steps=200)),
-    local=LocalAdapter(a_key=0),
-    probe=Probe(
+    task=ProbeSeeds(
         bank="hadamard",
         seeds=4,
         key=2**64 - 1,
@@ -130,10 +137,9 @@ PROBE = Assignment(
         state=SeedState("whole", 0, bytes(range(8)), 2, bytes(range(32))),
     ),
 )
-assert PROBE.probe is not None
 FULL_PROBE = replace(
     PROBE,
-    probe=replace(
+    task=replace(
         PROBE.probe,
         bank="kron",
         state=SeedState("log", 1, bytes(range(16)), 2, bytes(range(32))),
@@ -148,28 +154,42 @@ FULL_PROBE = replace(
         embeddings=True,
         calibrate=True,
     ),
-    whole=PROBE,
 )
 ASSIGNMENTS: Mapping[str, Assignment] = {
     "adapt": ADAPT,
     "adapt, every field": FULL,
-    "adapt, pruning policy local": replace(ADAPT, surgery=Pruning(settings=PruningSettings(policy="local"))),
+    "adapt, pruning policy local": replace(
+        ADAPT, task=replace(ADAPT.lora, pruning=Pruning(settings=PruningSettings(policy="local")))
+    ),
     "probe": PROBE,
     "probe, every field": FULL_PROBE,
     "probe, what changed": replace(
         PROBE,
-        probe=replace(PROBE.probe, bank="gaussian", sampling="distinct", clip=0.0,
-                      state=SeedState("changed", 1, b"\x01\x02\x03", 2, bytes(32))),
+        task=replace(
+            PROBE.probe,
+            bank="gaussian",
+            sampling="distinct",
+            clip=0.0,
+            state=SeedState("changed", 1, b"\x01\x02\x03", 2, bytes(32)),
+        ),
     ),
-}  # fmt: skip
+}
 UPDATES: Mapping[str, ClientUpdate] = {
-    "adapt": ClientUpdate(client="bank-1", round=3, num_examples=120, tensors={"layer.q.a": numbers((2, 6))}),
+    "adapt": ClientUpdate(
+        client="bank-1", round=3, num_examples=120, result=LoraResult({"layer.q.a": numbers((2, 6))})
+    ),
     "adapt, every field": ClientUpdate(
         client="bank-1",
         round=3,
         num_examples=120,
-        tensors=FACTORS,
-        saved=SAVED,
+        result=LoraResult(
+            FACTORS,
+            saved=SAVED,
+            base="9f3c" * 16,
+            structure_digest=SMALL.digest,
+            mask=bitmap(SMALL, ANATOMY),
+            scores={"channels": numbers((2, 4), np.float16), "heads": numbers((2, 2), np.float16)},
+        ),
         measured=Measured(
             seconds=1.5,
             peak_bytes=2**33,
@@ -179,28 +199,20 @@ UPDATES: Mapping[str, ClientUpdate] = {
             importance=0.25,
             side_tokens=77,
         ),
-        base="9f3c" * 16,
-        kept=SMALL.digest,
-        mask=bitmap(SMALL, ANATOMY),
-        scores={"channels": numbers((2, 4), np.float16), "heads": numbers((2, 2), np.float16)},
-        keep=SMALL,
-        ratio=0.5,
     ),
     "probe": ClientUpdate(
         client="bank-1",
         round=3,
         num_examples=120,
-        tensors={},
+        result=ProbeResult(np.array([0, 1, -1, 127, -127], np.int8), state=b"12345678", checks=bytes(range(16))),
         measured=Measured(seconds=1.5, peak_bytes=3 * 2**20, tokens=900),
-        probed=ProbeResult(np.array([0, 1, -1, 127, -127], np.int8), state=b"12345678", checks=bytes(range(16))),
     ),
     "probe, every field": ClientUpdate(
         client="bank-1",
         round=3,
         num_examples=120,
-        tensors={},
+        result=ProbeResult(np.array([5], np.int8), b"12345678", bytes(range(16)), skipped=1, rms=0.25, lost=True),
         measured=Measured(seconds=1.5, peak_bytes=3 * 2**20 + 1, tokens=900, loss_before=2.5, loss_after=2.25),
-        probed=ProbeResult(np.array([5], np.int8), b"12345678", bytes(range(16)), skipped=1, rms=0.25, lost=True),
     ),
 }
 FOUNDATION = ModelSpec(

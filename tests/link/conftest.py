@@ -15,7 +15,7 @@ from fedtune.link.envelopes import PROTOCOL, TRAIN, UPDATE, build, digest, seal
 from fedtune.link.server.blocklist import Blocklist
 from fedtune.link.server.dispatcher import Dispatcher, RunInfo
 from fedtune.link.settings import LinkSettings
-from fedtune.messages import Assignment, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, Plan, Training, TrainLora
 from fedtune.wire.codec import EncodedAssignment, encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -56,7 +56,7 @@ class Desk:
 def assignment(client: str, number: int, *, seed: int = 0) -> EncodedAssignment:
     plan = Plan(client, rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=1))
     return encode_assignment(
-        Assignment("flora", round=number, seed=seed, plan=plan, local=LocalAdapter(a_key=0), base=BASE)
+        Assignment("flora", round=number, seed=seed, plan=plan, task=TrainLora(a_key=0), base=BASE)
     )
 
 

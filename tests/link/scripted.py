@@ -13,7 +13,7 @@ from fedtune.cli.event_log import event_writer
 from fedtune.cli.federation import stop_on_signals
 from fedtune.deployment.join import join
 from fedtune.link.uploads import map_file
-from fedtune.messages import Assignment, ClientUpdate
+from fedtune.messages import Assignment, ClientUpdate, LoraResult
 from fedtune.seeds import generator
 from fedtune.tensors import cast
 from fedtune.wire.codec import decode_assignment, encode_update
@@ -27,7 +27,7 @@ EXAMPLES = 10
 def work(assignment: Assignment) -> ClientUpdate:
     """Return an update that depends on the assignment alone, the global adapter included."""
     drawn = generator(assignment.seed)
-    shared = sum(float(np.sum(one.astype(np.float64))) for one in assignment.blobs.get("global", {}).values())
+    shared = sum(float(np.sum(one.astype(np.float64))) for one in assignment.lora.blobs.get("global", {}).values())
     rank, tensors = assignment.plan.rank, {}
     for name, (m, n) in MODULES.items():
         tensors[f"{name}.a"] = (drawn.standard_normal((rank, n)) + shared % 1).astype(np.float32)
@@ -36,8 +36,7 @@ def work(assignment: Assignment) -> ClientUpdate:
         client=assignment.plan.client,
         round=assignment.round,
         num_examples=EXAMPLES,
-        tensors=cast(tensors, assignment.local.wire_dtype),
-        base=FOUNDATION.base,
+        result=LoraResult(cast(tensors, assignment.lora.wire_dtype), base=FOUNDATION.base),
     )
 
 

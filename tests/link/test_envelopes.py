@@ -13,7 +13,7 @@ from fedtune.link.envelopes import KIND, digest, expect, part, seal, subject, ve
 from fedtune.link.pki.roster import Party
 from fedtune.link.pki.signing import key_id, raw, sign
 from fedtune.link.rejections import RejectionError
-from fedtune.messages import Assignment, LocalAdapter, Plan, Probe, SeedState, Training
+from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Training, TrainLora
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -105,7 +105,7 @@ def test_a_field_that_differs_is_refused_by_its_own_reason() -> None:
 
 def test_the_subject_of_an_order_is_its_round_its_base_and_the_bodies_it_brings() -> None:
     plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
-    made = Assignment("flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c")
+    made = Assignment("flora", round=3, seed=0, plan=plan, task=TrainLora(a_key=0), base="9f3c")
     front = encode_assignment(made).header
     bodies = [part("", front), part("b", b"two"), part("a", b"one")]
     number, base, state = subject(front, bodies)
@@ -142,13 +142,11 @@ def test_a_header_of_the_largest_size_is_read() -> None:
 
 def test_the_subject_of_a_probe_is_the_state_that_its_seeds_stand_for() -> None:
     plan = Plan("anna", rank=1, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
-    probe = Probe(
+    probe = ProbeSeeds(
         bank="hadamard", seeds=4, key=1, exponent=20, shift=1, perturbation=1,
         state=SeedState("whole", 0, b"\0" * 16, 2, b"d" * 32),
     )  # fmt: skip
-    front = encode_assignment(
-        Assignment("fedkseed", round=2, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c", probe=probe)
-    ).header
+    front = encode_assignment(Assignment("fedkseed", round=2, seed=0, plan=plan, task=probe, base="9f3c")).header
     whole, short = subject(front, [part("", front), part("a", b"bodies")]), subject(front, [part("", front)])
     assert whole == short == (2, "", b"d" * 32)  # whichever bodies bring it there; the state names its base
 

@@ -20,18 +20,22 @@ from fedtune.link.pki.signing import key_id, raw, sign
 from fedtune.link.rejections import RejectionError
 from fedtune.link.server.dispatcher import ReceivedParts
 from fedtune.messages import (
+    AdmittedUpdate,
     Assignment,
     Blueprint,
     ClientUpdate,
     Failure,
-    LocalAdapter,
+    LoraResult,
     Measured,
     Outcome,
     Plan,
-    Probe,
+    PlannedClient,
     ProbeResult,
+    ProbeSeeds,
     SeedState,
+    Task,
     Training,
+    TrainLora,
 )
 from fedtune.methods import METHODS
 from fedtune.methods import serialization as states
@@ -152,11 +156,12 @@ def test_spoilt_envelopes_are_refused_whoever_signed_them(tmp_path: Path) -> Non
 MODULES = {"layer.q": (6, 5), "layer.v": (4, 5)}
 BLUEPRINT = Blueprint(modules=MODULES, saved={}, max_rank=2, seed=0)
 CLIENTS = ("anna", "bob", "carl")
+TRAIN = TrainLora(a_key=0)
 
 
-def assignment(client: str, **more: Any) -> Assignment:
+def assignment(client: str, task: Task = TRAIN) -> Assignment:
     plan = Plan(client, rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=8))
-    return Assignment("flora", round=1, seed=0, plan=plan, local=LocalAdapter(a_key=0), base="9f3c", **more)
+    return Assignment("flora", round=1, seed=0, plan=plan, task=task, base="9f3c")
 
 
 def update(client: str) -> ClientUpdate:
@@ -164,17 +169,19 @@ def update(client: str) -> ClientUpdate:
     for name, (m, n) in MODULES.items():
         tensors[f"{name}.a"] = drawn.standard_normal((2, n)).astype(np.float32)
         tensors[f"{name}.b"] = drawn.standard_normal((m, 2)).astype(np.float32)
-    return ClientUpdate(client, 1, 10, tensors, base="9f3c")
+    return ClientUpdate(client, 1, 10, LoraResult(tensors, base="9f3c"))
 
 
 def asked(assignments: dict[str, Assignment]) -> RoundRequest:
     return RoundRequest(
         round=1,
+        planned={name: PlannedClient(one.plan) for name, one in assignments.items()},
         assignments=assignments,
         orders={name: encode_assignment(one) for name, one in assignments.items()},
         enrolled=dict.fromkeys(assignments, 10),
         blueprint=BLUEPRINT,
         refuse=lambda update: "",
+        assign_whole=lambda planned: None,
     )
 
 
@@ -182,7 +189,7 @@ def test_spoilt_updates_are_refused_and_the_sum_is_the_one_without_them() -> Non
     around = asked({name: assignment(name) for name in CLIENTS})
     good = {name: encode_update(update(name)) for name in CLIENTS}
     honest = [decode_and_admit(Reply(name, good[name]), around) for name in CLIENTS[:2]]
-    assert all(isinstance(one, ClientUpdate) for one in honest)
+    assert all(isinstance(one, AdmittedUpdate) for one in honest)
     method = METHODS["flora"]
     first = method.init(BLUEPRINT, settings_of("flora"))
     without = states.digest(states.encode(method.aggregate(first, honest)))  # type: ignore[arg-type]
@@ -194,11 +201,11 @@ def test_spoilt_updates_are_refused_and_the_sum_is_the_one_without_them() -> Non
             assert outcome.client == "carl"
             assert outcome.code in pb.Reason.keys()  # noqa: SIM118
             outcomes[outcome.code] += 1
-            used = [one for one in (*honest, outcome) if isinstance(one, ClientUpdate)]
+            used = [one for one in (*honest, outcome) if isinstance(one, AdmittedUpdate)]
             if sum(outcomes.values()) % 1000 == 1:
                 assert states.digest(states.encode(method.aggregate(first, used))) == without
         else:  # spoilt in its numbers alone: finite, and bounded by the cohort's norms
-            assert outcome.tensors.keys() == update("carl").tensors.keys()
+            assert outcome.lora.tensors.keys() == update("carl").lora.tensors.keys()
             outcomes["numbers"] += 1
     assert sum(outcomes.values()) == MUTATIONS
     assert len(outcomes) >= 5, outcomes
@@ -221,14 +228,14 @@ def settings_of(name: str) -> Any:
 
 
 def test_spoilt_scalars_are_refused() -> None:
-    probe = Probe(
+    probe = ProbeSeeds(
         bank="hadamard", seeds=64, key=1, exponent=20, shift=1, perturbation=1,
         state=SeedState("whole", 0, b"\0" * 256, 0, b"d" * 32),
     )  # fmt: skip
-    around = asked({name: assignment(name, probe=probe) for name in CLIENTS})
+    around = asked({name: assignment(name, probe) for name in CLIENTS})
     scalars = np.array([1, -2, 3, 0, 127, -127, 5, 6], np.int8)
     given = ProbeResult(scalars, state=b"s" * 8, checks=b"c" * 16)
-    data = encode_update(ClientUpdate("carl", 1, 10, {}, probed=given))
+    data = encode_update(ClientUpdate("carl", 1, 10, given))
     outcomes, before = Counter[str](), peak_mib()
     for found in mutations(data, "scalars"):
         outcome = decode_and_admit(Reply("carl", found), around)
@@ -237,8 +244,7 @@ def test_spoilt_scalars_are_refused() -> None:
             assert outcome.code in pb.Reason.keys()  # noqa: SIM118
             outcomes[outcome.code] += 1
         else:
-            assert outcome.probed is not None
-            assert outcome.probed.lost or (len(outcome.probed.scalars) == 8 and outcome.probed.scalars.min() >= -127)
+            assert outcome.probe.lost or (len(outcome.probe.scalars) == 8 and outcome.probe.scalars.min() >= -127)
             outcomes["scalars"] += 1
     assert sum(outcomes.values()) == MUTATIONS
     assert peak_mib() - before < GROWTH_MIB
@@ -249,19 +255,21 @@ def test_spoilt_answers_to_seeds_are_refused_and_the_sums_are_those_without_them
     before_all, names = states.digest(states.encode(state)), ("ann", "bob", "cleo")
     around = RoundRequest(
         round=state.round + 1,
+        planned={},
         assignments=(orders := {name: seeds.assigned(state, name) for name in names}),
         orders={name: encode_assignment(one) for name, one in orders.items()},
         enrolled=dict.fromkeys(names, 200),
         blueprint=BLUEPRINT,
         refuse=lambda update: method.refuse(state, update),
+        assign_whole=lambda planned: None,
     )
-    good = {name: encode_update(seeds.random_answer(state, name)) for name in names}
+    good = {name: encode_update(seeds.random_answer(state, name).update) for name in names}
     honest = [decode_and_admit(Reply(name, good[name]), around) for name in names]
-    assert all(isinstance(one, ClientUpdate) for one in honest)
+    assert all(isinstance(one, AdmittedUpdate) for one in honest)
 
     def summed(*outcomes: Outcome) -> str:
         return states.digest(
-            states.encode(method.aggregate(state, [one for one in outcomes if isinstance(one, ClientUpdate)]))
+            states.encode(method.aggregate(state, [one for one in outcomes if isinstance(one, AdmittedUpdate)]))
         )
 
     without, everybody = summed(*honest[:2]), summed(*honest)
@@ -279,9 +287,8 @@ def test_spoilt_answers_to_seeds_are_refused_and_the_sums_are_those_without_them
             outcomes["lost"] += 1
         else:
             assert outcome.client == "cleo"
-            assert outcome.probed is not None
-            assert len(outcome.probed.scalars) == 4
-            assert outcome.probed.scalars.min() >= -127
+            assert len(outcome.probe.scalars) == 4
+            assert outcome.probe.scalars.min() >= -127
             outcomes["numbers"] += 1
             if not number % 10:
                 assert summed(honest[0], outcome, honest[1]) != without
@@ -296,8 +303,10 @@ Change = tuple[str, Callable[[ClientUpdate, np.random.Generator], ClientUpdate]]
 
 def tensor(update: ClientUpdate, rng: np.random.Generator, make: Callable[[Array], Array]) -> ClientUpdate:
     """Return the update with one of its tensors made into another."""
-    name = sorted(update.tensors)[int(rng.integers(len(update.tensors)))]
-    return replace(update, tensors={**update.tensors, name: make(update.tensors[name])})
+    name = sorted(update.lora.tensors)[int(rng.integers(len(update.lora.tensors)))]
+    return replace(
+        update, result=replace(update.lora, tensors={**update.lora.tensors, name: make(update.lora.tensors[name])})
+    )
 
 
 def number(value: float) -> Callable[[ClientUpdate, np.random.Generator], ClientUpdate]:
@@ -313,9 +322,14 @@ def number(value: float) -> Callable[[ClientUpdate, np.random.Generator], Client
 
 
 def renamed(update: ClientUpdate, rng: np.random.Generator) -> ClientUpdate:
-    name = sorted(update.tensors)[int(rng.integers(len(update.tensors)))]
-    rest = {key: array for key, array in update.tensors.items() if key != name}
-    return replace(update, tensors={**rest, f"{name}\n\x1b[2J{rng.integers(10**6)}": update.tensors[name]})
+    name = sorted(update.lora.tensors)[int(rng.integers(len(update.lora.tensors)))]
+    rest = {key: array for key, array in update.lora.tensors.items() if key != name}
+    return replace(
+        update,
+        result=replace(
+            update.lora, tensors={**rest, f"{name}\n\x1b[2J{rng.integers(10**6)}": update.lora.tensors[name]}
+        ),
+    )
 
 
 def longer(array: Array) -> Array:
@@ -327,8 +341,11 @@ CHANGES: Sequence[Change] = (
     ("NOT_FINITE", number(np.inf)),
     ("NOT_FINITE", number(-np.inf)),
     ("TENSOR_NAMES", renamed),
-    ("TENSOR_NAMES", lambda one, rng: replace(one, tensors={})),
-    ("TENSOR_NAMES", lambda one, rng: replace(one, saved={"head": np.ones((2, 2), np.float32)})),
+    ("TENSOR_NAMES", lambda one, rng: replace(one, result=replace(one.lora, tensors={}))),
+    (
+        "TENSOR_NAMES",
+        lambda one, rng: replace(one, result=replace(one.lora, saved={"head": np.ones((2, 2), np.float32)})),
+    ),
     ("TENSOR_SHAPE RANK_RANGE", lambda one, rng: tensor(one, rng, longer)),
     ("TENSOR_SHAPE RANK_RANGE", lambda one, rng: tensor(one, rng, lambda array: np.ascontiguousarray(array.T))),
     ("TENSOR_SHAPE RANK_RANGE", lambda one, rng: tensor(one, rng, lambda array: array[:, :-1].copy())),
@@ -337,7 +354,7 @@ CHANGES: Sequence[Change] = (
     ("NORM_OVER_CAP NOT_FINITE", lambda one, rng: tensor(one, rng, lambda array: array * np.float32(1e36))),
     ("WRONG_CLIENT MALFORMED", lambda one, rng: replace(one, client="anna")),
     ("WRONG_ROUND", lambda one, rng: replace(one, round=int(rng.integers(2, 100)))),
-    ("WRONG_BASE", lambda one, rng: replace(one, base="0000")),
+    ("WRONG_BASE", lambda one, rng: replace(one, result=replace(one.lora, base="0000"))),
     ("EXAMPLES_RANGE MALFORMED", lambda one, rng: replace(one, num_examples=int(rng.integers(11, 2**31)))),
     ("LOSS_RANGE", lambda one, rng: replace(one, measured=Measured(loss_before=float("nan")))),
     ("LOSS_RANGE", lambda one, rng: replace(one, measured=Measured(loss_after=1e13))),
@@ -351,7 +368,7 @@ def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> 
     first = method.init(BLUEPRINT, settings_of("flora"))
 
     def summed(*outcomes: Outcome) -> str:
-        used = [one for one in outcomes if isinstance(one, ClientUpdate)]
+        used = [one for one in outcomes if isinstance(one, AdmittedUpdate)]
         return states.digest(states.encode(method.aggregate(first, used)))
 
     without, before, seen = summed(*honest), peak_mib(), Counter[str]()

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from fedtune.lora.adapter import Adapter, Factors, draw_a, pack
-from fedtune.messages import Assignment, Blueprint, ClientUpdate, Plan, Training
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    LoraResult,
+    Plan,
+    PlannedClient,
+    Training,
+)
 from fedtune.methods.method import Method
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array, cast
@@ -19,7 +28,7 @@ Member = tuple[str, int, float, int]
 
 @dataclass(frozen=True)
 class Federation:
-    """Clients that follow the assignment as `LocalAdapter` describes it, in numpy, and move their factors at random."""
+    """Clients that follow the assignment as `TrainLora` describes it, in numpy, and move their factors at random."""
 
     blueprint: Blueprint
 
@@ -31,14 +40,14 @@ class Federation:
     def assign(self, method: Method[Any], state: Any, member: Member) -> Assignment:
         name, rank, scale, _ = member
         plan = Plan(client=name, rank=rank, scale=scale, training=Training(batch=1, learning_rate=1.0, steps=1))
-        return method.assign(state, self.blueprint.seed, plan)
+        return method.assign(state, self.blueprint.seed, PlannedClient(plan))
 
     def start(self, assignment: Assignment) -> Adapter:
         """The local adapter before training; b carries the scale."""
-        sent, rank = assignment.blobs.get("local", {}), assignment.plan.rank
+        sent, rank = assignment.lora.blobs.get("local", {}), assignment.plan.rank
         started = {}
         for name, (m, n) in self.blueprint.modules.items():
-            a, b = draw_a(assignment.local.a_key, name, rank, n), np.zeros((m, rank), np.float32)
+            a, b = draw_a(assignment.lora.a_key, name, rank, n), np.zeros((m, rank), np.float32)
             if f"{name}.a" in sent:
                 a[: len(sent[f"{name}.a"])] = sent[f"{name}.a"]
             if f"{name}.b" in sent:
@@ -52,37 +61,33 @@ class Federation:
         trained = {}
         for name, factors in self.start(assignment).items():
             db, da = (rng.standard_normal(f.shape).astype(np.float32) for f in (factors.b, factors.a))
-            still = assignment.local.train == "b"
+            still = assignment.lora.train == "b"
             trained[name] = Factors(
                 a=factors.a if still else factors.a + np.float32(size) * da, b=factors.b + np.float32(size) * db
             )
         return trained
 
-    def answer(self, assignment: Assignment, *, size: float = 0.1, examples: int = 1) -> ClientUpdate:
+    def answer(self, assignment: Assignment, *, size: float = 0.1, examples: int = 1) -> AdmittedUpdate:
         start, end = self.start(assignment), self.end(assignment, size=size)
-        if assignment.local.upload == "difference":
+        if assignment.lora.upload == "difference":
             end = {name: Factors(a=f.a - start[name].a, b=f.b - start[name].b) for name, f in end.items()}
-        sides = assignment.local.train
-        return ClientUpdate(
-            client=assignment.plan.client,
-            round=assignment.round,
-            num_examples=examples,
-            tensors=cast({k: t for k, t in pack(end).items() if k[-1] in sides}, assignment.local.wire_dtype),
-            saved={name: value + np.float32(examples) for name, value in assignment.blobs.get("saved", {}).items()},
-            base=assignment.base,
-        )
+        task = assignment.lora
+        tensors = cast({k: t for k, t in pack(end).items() if k[-1] in task.train}, task.wire_dtype)
+        saved = {name: value + np.float32(examples) for name, value in task.blobs.get("saved", {}).items()}
+        result = LoraResult(tensors, saved, assignment.base)
+        return AdmittedUpdate(ClientUpdate(assignment.plan.client, assignment.round, examples, result))
 
     def round(self, method: Method[Any], state: Any, fleet: Sequence[Member], *, size: float = 0.1) -> Any:
         return method.aggregate(state, self.updates(method, state, fleet, size=size))
 
     def updates(
         self, method: Method[Any], state: Any, fleet: Sequence[Member], *, size: float = 0.1
-    ) -> list[ClientUpdate]:
+    ) -> list[AdmittedUpdate]:
         return [self.answer(self.assign(method, state, member), size=size, examples=member[3]) for member in fleet]
 
     def frozen(self, assignment: Assignment, name: str) -> Array:
         """The dense change of the blob `global`."""
-        sent = {key: tensor.astype(np.float64) for key, tensor in assignment.blobs.get("global", {}).items()}
+        sent = {key: tensor.astype(np.float64) for key, tensor in assignment.lora.blobs.get("global", {}).items()}
         if f"{name}.w" in sent:
             return sent[f"{name}.w"]
         if f"{name}.a" in sent:
@@ -121,8 +126,8 @@ class Federate:
         ]
 
     @staticmethod
-    def update(client: str, adapter: Adapter, *, examples: int, round: int = 1) -> ClientUpdate:
-        return ClientUpdate(client=client, round=round, num_examples=examples, tensors=pack(adapter))
+    def update(client: str, adapter: Adapter, *, examples: int, round: int = 1) -> AdmittedUpdate:
+        return AdmittedUpdate(ClientUpdate(client, round, examples, LoraResult(pack(adapter))))
 
     @staticmethod
     def close(got: Array, expected: Array, *, relative: float = 1e-6) -> bool:
@@ -136,7 +141,7 @@ def federate() -> Federate:
 
 
 @pytest.fixture(scope="session")
-def two_ranks() -> list[ClientUpdate]:
+def two_ranks() -> list[AdmittedUpdate]:
     """Two clients of ranks 1 and 2, p = 1/4 and 3/4, scales 2 and 1/2 folded in: the worked example.
 
     Their exact mean is D = [.5 .75 -.5; 1.75 .75 -.25], of singular values 2.101334 and 0.578270.

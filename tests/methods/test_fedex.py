@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def test_the_residual_by_hand(federate: Any, two_ranks: Any) -> None:
     padded = [
         federate.update(u.client, {"m": Factors(a=t["m.a"], b=t["m.b"])}, examples=u.num_examples)
         for u in two_ranks
-        for t in [resize(u.tensors, 2)]
+        for t in [resize(u.lora.tensors, 2)]
     ]
     state = METHOD.aggregate(federate({"m": (2, 3)}, max_rank=2).state(METHOD), padded)
     exact = np.array([[0.5, 0.75, -0.5], [1.75, 0.75, -0.25]])
@@ -66,7 +67,7 @@ def test_clients_train_the_mean_beside_the_frozen_residual(federate: Any) -> Non
     plain = federation.round(fedit.METHOD, federation.state(fedit.METHOD), fleet)
     assignment = federation.assign(METHOD, state, fleet[0])
     for name, tensor in plain.tensors.items():
-        np.testing.assert_array_equal(assignment.blobs["local"][name], tensor)
+        np.testing.assert_array_equal(assignment.lora.blobs["local"][name], tensor)
     model = federation.frozen(assignment, "m") + delta(federation.start(assignment)["m"])
     assert federate.close(model, delta(METHOD.adapter(state)["m"]))
 
@@ -74,7 +75,7 @@ def test_clients_train_the_mean_beside_the_frozen_residual(federate: Any) -> Non
 def test_equal_clients_leave_no_residual(federate: Any) -> None:
     federation = federate({"m": (30, 40)}, max_rank=2)
     update = federation.updates(METHOD, federation.state(METHOD), [("a", 2, 1.0, 3)])[0]
-    twins = [update, type(update)(**{**vars(update), "client": "b", "num_examples": 5})]
+    twins = [update, replace(update, update=replace(update.update, client="b", num_examples=5))]
     state = METHOD.aggregate(federation.state(METHOD), twins)
     assert np.linalg.norm(state.residual["m.s"]) < 1e-7
 

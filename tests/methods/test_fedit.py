@@ -33,7 +33,7 @@ def test_every_client_counts_by_its_examples(federate: Any) -> None:
     total = sum(update.num_examples for update in updates)
     state = METHOD.aggregate(state, updates)
     for name, tensor in state.tensors.items():
-        plain = sum(update.num_examples / total * update.tensors[name].astype(np.float64) for update in updates)
+        plain = sum(update.num_examples / total * update.lora.tensors[name].astype(np.float64) for update in updates)
         np.testing.assert_allclose(tensor, plain, rtol=1e-6, atol=1e-9)
 
 
@@ -49,7 +49,7 @@ def test_a_server_learning_rate_of_a_half_goes_half_the_way(federate: Any) -> No
     state = federation.state(METHOD, server_learning_rate=0.5)
     update = federation.updates(METHOD, state, [("c", 1, 1.0, 6)])[0]
     after = METHOD.aggregate(state, [update])
-    np.testing.assert_allclose(after.tensors["m.a"], (state.tensors["m.a"] + update.tensors["m.a"]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(after.tensors["m.a"], (state.tensors["m.a"] + update.lora.tensors["m.a"]) / 2, rtol=1e-6)
     np.testing.assert_array_equal(after.saved["head"], [3, 3])
 
 
@@ -58,15 +58,15 @@ def test_the_first_start_is_one_shared_a_and_a_zero_b(federate: Any) -> None:
     assignment = federation.assign(METHOD, federation.state(METHOD), ("c", 4, 2.0, 1))
     shared = {"m": Factors(a=draw_a(derive(9, "lora.shared_a"), "m", 4, 5), b=np.zeros((3, 4), np.float32))}
     for name, tensor in pack(shared).items():
-        np.testing.assert_array_equal(assignment.blobs["local"][name], tensor)
-    assert set(assignment.blobs) == {"local"}
+        np.testing.assert_array_equal(assignment.lora.blobs["local"][name], tensor)
+    assert set(assignment.lora.blobs) == {"local"}
 
 
 def test_factors_travel_in_the_wire_format_and_rest_in_float32(federate: Any) -> None:
     federation = federate({"m": (3, 5)}, max_rank=4)
     state = federation.state(METHOD, wire_dtype="bf16")
     assignment = federation.assign(METHOD, state, ("c", 4, 2.0, 1))
-    assert {tensor.dtype.name for tensor in assignment.blobs["local"].values()} == {"bfloat16"}
+    assert {tensor.dtype.name for tensor in assignment.lora.blobs["local"].values()} == {"bfloat16"}
     after = METHOD.aggregate(state, [federation.answer(assignment)])
     assert {tensor.dtype.name for tensor in after.tensors.values()} == {"float32"}
 

@@ -23,7 +23,18 @@ from fedtune.directions.sampling import paper_probabilities, repaired_probabilit
 from fedtune.directions.seed_ledger import Manifest, describe_base
 from fedtune.errors import ConfigError, RoundError
 from fedtune.lora.adapter import delta
-from fedtune.messages import Assignment, Blueprint, ClientUpdate, Plan, Probe, ProbeResult, SeedState, Training
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    Blueprint,
+    ClientUpdate,
+    Plan,
+    PlannedClient,
+    ProbeResult,
+    ProbeSeeds,
+    SeedState,
+    Training,
+)
 from fedtune.methods.fedkseed import COARSE, METHOD, rounds_left
 from fedtune.methods.fedkseed_state import PROVISIONAL, FedKSeedSettings, FedKSeedState
 from fedtune.methods.method import LinearMethod
@@ -60,21 +71,23 @@ def plan(client: str = "ann", steps: int = 4) -> Plan:
 
 
 def assigned(state: FedKSeedState, client: str = "ann", steps: int = 4) -> Assignment:
-    return METHOD.assign(state, SEED, plan(client, steps))
+    return METHOD.assign(state, SEED, PlannedClient(plan(client, steps)))
 
 
-def probe(state: FedKSeedState, client: str = "ann", steps: int = 4) -> Probe:
-    found = assigned(state, client, steps).probe
-    assert found is not None
-    return found
+def assigned_whole(state: FedKSeedState, client: str = "ann", steps: int = 4) -> Assignment | None:
+    return METHOD.assign_whole(state, SEED, PlannedClient(plan(client, steps)))
+
+
+def probe(state: FedKSeedState, client: str = "ann", steps: int = 4) -> ProbeSeeds:
+    return assigned(state, client, steps).probe
 
 
 def answer(
     state: FedKSeedState, client: str, scalars: Sequence[int] = (), *, examples: int = 10, rms: float | None = None
-) -> ClientUpdate:
+) -> AdmittedUpdate:
     """Return what an honest client sends."""
     probed = ProbeResult(np.array(scalars, np.int8), state=state.digest[:STATE], checks=state.checks, rms=rms)
-    return ClientUpdate(client, state.round + 1, examples, {}, probed=probed)
+    return AdmittedUpdate(ClientUpdate(client, state.round + 1, examples, probed))
 
 
 def drawn(state: FedKSeedState, client: str, steps: int) -> Array:
@@ -107,7 +120,7 @@ def rounds(state: FedKSeedState, count: int, *, steps: int = 4, fleet: Sequence[
     return state
 
 
-def random_answer(state: FedKSeedState, client: str, steps: int = 4) -> ClientUpdate:
+def random_answer(state: FedKSeedState, client: str, steps: int = 4) -> AdmittedUpdate:
     rng = generator(derive(SEED, "test.scalars", state.round, client))
     examples = int(rng.integers(1, 200))
     if not state.calibrated:
@@ -120,7 +133,7 @@ def random_answer(state: FedKSeedState, client: str, steps: int = 4) -> ClientUp
 
 def test_it_probes_has_no_adapter_and_is_not_private_by_type() -> None:
     assert not isinstance(METHOD, LinearMethod)  # a log, Pro and the check for saturation read each client's scalars
-    assert METHOD.verb == "probe"
+    assert METHOD.task is ProbeSeeds
     state = first()
     assert METHOD.adapter(state) == {}
     assert state.saved == {}
@@ -194,9 +207,9 @@ def test_the_head_of_modules_to_save_is_a_layer_to_kron() -> None:
 def test_what_a_client_is_told() -> None:
     state = first(sampling="distinct", trainable=("layer.*",), clip=0.5)
     order, asked = assigned(state, "ann", 4), probe(state)
-    assert (order.method, order.round, order.verb, order.plan) == ("fedkseed", 1, "probe", plan())
+    assert (order.method, order.round, type(order.task), order.plan) == ("fedkseed", 1, ProbeSeeds, plan())
     assert order.seed == derive(SEED, "client", 1, "ann")
-    assert asked == Probe(
+    assert asked == ProbeSeeds(
         bank="hadamard",
         seeds=8,
         key=derive(SEED, "fedkseed.bank"),
@@ -208,7 +221,7 @@ def test_what_a_client_is_told() -> None:
         clip=0.5,
         trainable=("layer.*",),
     )
-    assert order.whole is None
+    assert assigned_whole(state) is None
 
 
 @pytest.mark.parametrize(("clip", "sent"), [("quantile", 0.0), ("none", inf), (0.25, 0.25)])
@@ -457,10 +470,10 @@ def test_work_on_the_servers_own_state_is_not_refused() -> None:
     assert METHOD.refuse(calibrating, random_answer(calibrating, "ann")) == ""
 
 
-def spoiled(state: FedKSeedState, /, **changes: Any) -> ClientUpdate:
+def spoiled(state: FedKSeedState, /, **changes: Any) -> AdmittedUpdate:
     good = answer(state, "ann", [1, 2, 3, 4])
-    assert good.probed is not None
-    return replace(good, probed=replace(good.probed, **changes))
+    assert good.probe is not None
+    return AdmittedUpdate(replace(good.update, result=replace(good.probe, **changes)))
 
 
 def test_work_on_another_state_is_refused_with_both_digests() -> None:
@@ -515,9 +528,10 @@ class Device:
         encoded = encode_assignment(order)
         found = self.read(decode_assignment(encoded.header, encoded.blobs))
         if found is None:
-            assert order.whole is not None, "a client that needs the whole must be able to get it"
+            whole = assigned_whole(state, self.name)
+            assert whole is not None, "a client that needs the whole must be able to get it"
             self.forms.append(("lost", 0))
-            found = self.read(order.whole)
+            found = self.read(whole)
         assert found is not None
         assert found.digest == state.digest
         assert found.accumulators.tolist() == state.sums.tolist()
@@ -661,13 +675,12 @@ def test_a_client_16_rounds_behind_is_still_sent_what_it_missed_and_17_not() -> 
 def test_a_client_whose_message_needs_nothing_has_no_other_to_ask_for() -> None:
     state = rounds(first(seeds=256), 3, fleet=("ann",))
     order = assigned(state, "ann")
-    assert order.probe is not None
+    whole = assigned_whole(state, "ann")
     assert order.probe.state.since == 2
-    assert order.whole is not None
-    assert order.whole.probe is not None
-    assert order.whole.probe.state.since == 0
-    assert replace(order.whole, probe=order.probe) == replace(order, whole=None)
-    assert assigned(state, "new").whole is None
+    assert whole is not None
+    assert whole.probe.state.since == 0
+    assert replace(whole, task=order.probe) == order
+    assert assigned_whole(state, "new") is None
 
 
 # ---- the state at rest

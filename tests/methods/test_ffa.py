@@ -35,9 +35,9 @@ def test_only_b_travels(federate: Any) -> None:
     federation = federate({"m": (6, 5)}, max_rank=4)
     state = federation.round(METHOD, federation.state(METHOD), federate.fleet([4, 2], seed=0))
     assignment = federation.assign(METHOD, state, ("c", 2, 1.0, 1))
-    assert {name: t.shape for name, t in assignment.blobs["local"].items()} == {"m.b": (6, 2)}
-    assert assignment.local.train == "b"
-    assert federation.answer(assignment).tensors.keys() == {"m.b"}
+    assert {name: t.shape for name, t in assignment.lora.blobs["local"].items()} == {"m.b": (6, 2)}
+    assert assignment.lora.train == "b"
+    assert federation.answer(assignment).lora.tensors.keys() == {"m.b"}
 
 
 def test_a_is_the_same_in_every_round_and_a_slice_for_smaller_ranks(federate: Any) -> None:

@@ -116,8 +116,8 @@ def test_a_change_counts_from_what_the_client_decoded(federate: Any, mode: str) 
     state = federation.round(METHOD, federation.state(METHOD, mode=mode, wire_dtype="bf16"), [member])
     assignment = federation.assign(METHOD, state, member)
     start, update = federation.start(assignment)["m"], federation.answer(assignment, size=1e-3)
-    a, b = (update.tensors[name].astype(np.float64) for name in ("m.a", "m.b"))
-    if assignment.local.upload == "difference":
+    a, b = (update.lora.tensors[name].astype(np.float64) for name in ("m.a", "m.b"))
+    if assignment.lora.upload == "difference":
         a, b = start.a + a, start.b + b
     expected = b @ a - delta(start)
     # Delta itself rests in float32, so the change is read to 1e-7 of Delta.
@@ -196,7 +196,7 @@ def test_the_servers_rank_can_be_bounded(federate: Any) -> None:
 def test_the_frozen_part_goes_dense_where_that_is_smaller(federate: Any) -> None:
     federation, fleet = federate({"wide": (60, 50), "small": (6, 5)}, max_rank=4), federate.fleet([4, 2], seed=3)
     state = federation.round(METHOD, federation.state(METHOD), fleet)
-    sent = federation.assign(METHOD, state, fleet[0]).blobs["global"]
+    sent = federation.assign(METHOD, state, fleet[0]).lora.blobs["global"]
     assert {name: tensor.shape for name, tensor in sent.items()} == {
         "wide.a": (6, 50),
         "wide.b": (60, 6),
@@ -208,10 +208,10 @@ def test_the_frozen_part_goes_dense_where_that_is_smaller(federate: Any) -> None
 def test_nothing_empty_is_sent(federate: Any) -> None:
     federation = federate({"m": (6, 5), "still": (6, 5)}, max_rank=2)
     state = federation.state(METHOD, mode="continue")
-    assert federation.assign(METHOD, state, ("c", 2, 1.0, 1)).blobs == {}
+    assert federation.assign(METHOD, state, ("c", 2, 1.0, 1)).lora.blobs == {}
     change = {"m": Factors(a=np.ones((2, 5), np.float32), b=np.ones((6, 2), np.float32))}
     state = METHOD.aggregate(state, [federate.update("c", change, examples=1)])  # `still` missing: a change of zero
-    assert federation.assign(METHOD, state, ("c", 2, 1.0, 1)).blobs["local"].keys() == {"m.a", "m.b"}
+    assert federation.assign(METHOD, state, ("c", 2, 1.0, 1)).lora.blobs["local"].keys() == {"m.a", "m.b"}
     assert METHOD.adapter(state).keys() == {"m"}
 
 
@@ -219,7 +219,7 @@ def test_every_client_draws_its_own_a_in_every_round(federate: Any) -> None:
     federation, fleet = federate({"m": (6, 5)}, max_rank=2), [("a", 2, 1.0, 1), ("b", 2, 1.0, 1)]
     state = federation.state(METHOD)
     later = federation.round(METHOD, state, fleet)
-    keys = {federation.assign(METHOD, s, member).local.a_key for s in (state, later) for member in fleet}
+    keys = {federation.assign(METHOD, s, member).lora.a_key for s in (state, later) for member in fleet}
     assert len(keys) == 4
 
 
@@ -231,7 +231,7 @@ def test_among_like_clients_no_direction_that_goes_down_is_one_clients(federate:
     updates = federation.updates(METHOD, state, fleet)
     low = METHOD.aggregate(state, updates).broadcast["m"]
     for update in updates:
-        a, b = update.tensors["m.a"], update.tensors["m.b"]
+        a, b = update.lora.tensors["m.a"], update.lora.tensors["m.b"]
         assert np.max(np.abs(low.vt @ (a / np.linalg.norm(a, axis=1, keepdims=True)).T)) < 0.999
         assert np.max(np.abs(low.u.T @ (b / np.linalg.norm(b, axis=0)))) < 0.999
 
@@ -240,7 +240,7 @@ def test_a_step_edits_nothing_it_received(federate: Any) -> None:
     federation, fleet = federate({"m": (6, 5)}, max_rank=2), federate.fleet([2, 2], seed=0)
     state = federation.round(METHOD, federation.state(METHOD, mode="continue"), fleet)
     updates = federation.updates(METHOD, state, fleet)
-    for tensors in (state.delta, *(update.tensors for update in updates)):
+    for tensors in (state.delta, *(update.lora.tensors for update in updates)):
         for tensor in tensors.values():
             tensor.setflags(write=False)
     assert METHOD.aggregate(state, updates).round == 2

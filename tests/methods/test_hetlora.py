@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 
 from fedtune.lora.adapter import delta
-from fedtune.messages import cohort_weights
+from fedtune.messages import (
+    AdmittedUpdate,
+    TailRank,
+    cohort_weights,
+)
 from fedtune.methods.hetlora import METHOD, size_weights
 from fedtune.methods.method import LinearMethod, resize
+from fedtune.tensors import Tensors
+
+
+def with_tensors(update: AdmittedUpdate, tensors: Tensors) -> AdmittedUpdate:
+    return replace(update, update=replace(update.update, result=replace(update.lora, tensors=tensors)))
 
 
 def test_weights_by_hand_are_shares_of_the_norms(two_ranks: Any) -> None:
@@ -26,7 +35,7 @@ def test_factors_are_padded_and_averaged_with_those_weights(federate: Any, two_r
 
 
 def test_a_client_without_a_change_has_no_weight_and_all_without_are_equal(two_ranks: Any) -> None:
-    still = [replace(update, tensors={k: 0 * t for k, t in update.tensors.items()}) for update in two_ranks]
+    still = [with_tensors(update, {k: 0 * t for k, t in update.lora.tensors.items()}) for update in two_ranks]
     assert size_weights([(still[0], 0.5), (two_ranks[1], 0.5)]) == [0, 1]
     assert size_weights([(still[0], 0.5), (still[1], 0.5)]) == [0.5, 0.5]
 
@@ -35,12 +44,12 @@ def test_a_pruned_client_gets_its_stated_rank_at_its_planned_scale(federate: Any
     federation, member = federate({"m": (6, 5)}, max_rank=8), ("c", 8, 2.0, 1)
     state = federation.state(METHOD, rank_decay=0.5)
     assignment = federation.assign(METHOD, state, member)
-    assert (assignment.local.rank_decay, assignment.local.rank_penalty) == (0.5, 0.01)
+    assert assignment.lora.terms == (TailRank(0.01, 0.5),)
     update = federation.answer(assignment)
-    state = METHOD.aggregate(state, [replace(update, tensors=resize(update.tensors, 4))])
+    state = METHOD.aggregate(state, [with_tensors(update, resize(update.lora.tensors, 4))])
     again = federation.assign(METHOD, state, member)
     assert (again.plan.rank, again.plan.scale) == (4, 2.0)
-    assert again.blobs["local"]["m.a"].shape == (4, 5)
+    assert again.lora.blobs["local"]["m.a"].shape == (4, 5)
     assert federation.assign(METHOD, state, ("other", 8, 2.0, 1)).plan.rank == 8
 
 

@@ -9,6 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.lora.adapter import delta
+from fedtune.messages import (
+    AdmittedUpdate,
+    Blueprint,
+    Plan,
+    PlannedClient,
+    Proximal,
+    Training,
+    TrainLora,
+)
 from fedtune.methods import METHODS
 from fedtune.methods.method import LinearMethod, resize, step
 from fedtune.tensors import Array, digest, l2_norm
@@ -18,7 +27,7 @@ def f32(values: Any) -> Array:
     return np.array(values, np.float32)
 
 
-EVERY = [name for name, method in sorted(METHODS.items()) if method.verb == "adapt"]
+EVERY = [name for name, method in sorted(METHODS.items()) if method.task is TrainLora]
 """All that train adapters."""
 EXACT_FOR_EQUALS = sorted(set(EVERY) - {"hetlora"})
 
@@ -36,6 +45,10 @@ def ranks_for(name: str, ranks: list[int]) -> list[int]:
     return [max(ranks)] * len(ranks) if METHODS[name].ranks == "equal" else ranks
 
 
+def changed(update: AdmittedUpdate, **changes: Any) -> AdmittedUpdate:
+    return replace(update, update=replace(update.update, **changes))
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_table_names_each_method_and_its_settings(name: str) -> None:
     method = METHODS[name]
@@ -43,7 +56,7 @@ def test_the_table_names_each_method_and_its_settings(name: str) -> None:
     assert is_dataclass(method.settings)
     assert isinstance(method, LinearMethod) == (name in {"fedit", "zeropad", "ffa"})
     assert "weights" in {field.name for field in fields(method.settings)}
-    if method.verb == "adapt":
+    if method.task is TrainLora:
         assert {"server_learning_rate", "wire_dtype"} <= {field.name for field in fields(method.settings)}
 
 
@@ -69,9 +82,9 @@ def test_a_client_split_in_two_changes_nothing(federate: Any, name: str, ranks: 
     method, fleet = METHODS[name], federate.fleet(ranks_for(name, ranks), seed=seed)
     federation = federate({"m": (9, 14)}, max_rank=max(ranks), seed=seed)
     state = federation.state(method)
-    updates = [replace(u, num_examples=2 * u.num_examples) for u in federation.updates(method, state, fleet)]
+    updates = [changed(u, num_examples=2 * u.num_examples) for u in federation.updates(method, state, fleet)]
     halves = [
-        replace(u, client=f"{u.client}{half}", num_examples=u.num_examples // 2) for u in updates for half in "xy"
+        changed(u, client=f"{u.client}{half}", num_examples=u.num_examples // 2) for u in updates for half in "xy"
     ]
     whole, split = (delta(method.adapter(method.aggregate(state, us))["m"]) for us in (updates, halves))
     assert federate.close(split, whole, relative=2e-6)
@@ -91,7 +104,7 @@ def test_equal_clients_give_what_every_method_gives(federate: Any, name: str) ->
     method, federation = METHODS[name], federate({"m": (9, 14)}, max_rank=4)
     state = federation.state(method)
     update = federation.updates(method, state, [("c", 4, 1.5, 7)])[0]
-    twins = [replace(update, client=client, num_examples=size) for client, size in [("a", 1), ("b", 5), ("c", 2)]]
+    twins = [changed(update, client=client, num_examples=size) for client, size in [("a", 1), ("b", 5), ("c", 2)]]
     alone, together = (method.adapter(method.aggregate(state, updates))["m"] for updates in ([update], twins))
     assert federate.close(delta(together), delta(alone), relative=2e-6)
 
@@ -123,7 +136,7 @@ def test_modules_to_save_are_averaged_by_examples(federate: Any, name: str) -> N
     fleet = [("a", 2, 1.0, 1), ("b", 2, 1.0, 3)]
     state = federation.state(method, server_learning_rate=0.5)
     assignment = federation.assign(method, state, fleet[0])
-    np.testing.assert_array_equal(assignment.blobs["saved"]["head"], [0, 0, 0])
+    np.testing.assert_array_equal(assignment.lora.blobs["saved"]["head"], [0, 0, 0])
     np.testing.assert_array_equal(federation.round(method, state, fleet).saved["head"], [1.25, 1.25, 1.25])
 
 
@@ -146,8 +159,8 @@ def test_factors_travel_in_the_wire_format_and_rest_in_float32(federate: Any, na
     fleet, numpy_name = federate.fleet([2, 2], seed=0), {"bf16": "bfloat16", "fp16": "float16"}[wire_dtype]
     state = federation.round(method, federation.state(method, wire_dtype=wire_dtype), fleet)
     assignment = federation.assign(method, state, fleet[0])
-    assert assignment.local.wire_dtype == wire_dtype
-    assert {t.dtype.name for blob in assignment.blobs.values() for t in blob.values()} == {numpy_name}
+    assert assignment.lora.wire_dtype == wire_dtype
+    assert {t.dtype.name for blob in assignment.lora.blobs.values() for t in blob.values()} == {numpy_name}
     kept = [tensors(getattr(state, field.name)) for field in fields(state)]
     assert {tensor.dtype.name for part in kept for tensor in part.values()} == {"float32"}
     assert l2_norm({n: f.b for n, f in method.adapter(state).items()}) > 0
@@ -165,3 +178,14 @@ def test_a_step_of_one_is_the_mean_to_the_last_bit() -> None:
     old, mean = {"x": f32([1e8])}, {"x": f32([0.1])}
     assert step(old, mean, 1.0)["x"] == mean["x"]
     assert step({"x": f32([2])}, {"x": f32([4])}, 0.5)["x"] == 3
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_proximal_term_of_a_recipe_is_the_last_of_the_objective(name: str) -> None:
+    method, blueprint = METHODS[name], Blueprint({"m": (3, 4)}, saved={}, max_rank=2, seed=0)
+    state = method.init(blueprint, method.settings())
+    terms = {}
+    for mu in (0.0, 0.1):
+        training = Training(batch=1, learning_rate=1.0, steps=1, proximal=mu)
+        terms[mu] = method.assign(state, 0, PlannedClient(Plan("ann", 2, 1.0, training))).lora.terms
+    assert terms[0.1] == (*terms[0.0], Proximal(0.1))

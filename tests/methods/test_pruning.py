@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from fedtune.errors import RoundError
 from fedtune.lora import lowrank
 from fedtune.lora.adapter import Factors, delta, unpack
-from fedtune.messages import Blueprint, ClientUpdate, Plan, Training, cohort_weights
+from fedtune.messages import (
+    AdmittedUpdate,
+    Blueprint,
+    ClientUpdate,
+    LoraResult,
+    Plan,
+    PlannedClient,
+    Training,
+    cohort_weights,
+)
 from fedtune.methods import pruning
 from fedtune.methods.flora import METHOD, FloraState
 from fedtune.pruning.ranking import PruningSettings, rank_units, structure_at
@@ -60,26 +69,24 @@ def plan(client: str, ratio: float, rank: int = 2) -> Plan:
     return Plan(client, rank=rank, scale=2.0, training=TRAINING, ratio=ratio)
 
 
-def update(state: FloraState, asked: Plan, seed: int = 0) -> ClientUpdate:
+def update(state: FloraState, asked: Plan, seed: int = 0) -> AdmittedUpdate:
     """What a client sends whose factors moved at random, and what an admission found it to be."""
-    order = METHOD.assign(state, 0, asked)
-    assert order.surgery is not None
-    keep = from_bitmap(order.surgery.stages[-1], ANATOMY) if order.surgery.stages else None
+    order = METHOD.assign(state, 0, PlannedClient(asked))
+    assert order.lora.pruning is not None
+    keep = from_bitmap(order.lora.pruning.stages[-1], ANATOMY) if order.lora.pruning.stages else None
     rng = np.random.default_rng([seed, *asked.client.encode()])
     tensors = {}
     for name, shape in MODULES.items():
         m, n = shape if keep is None else slice_factors(zeros(shape), cuts(keep, ANATOMY)[name]).shape
         tensors[f"{name}.a"] = rng.standard_normal((asked.rank, n)).astype(np.float32)
         tensors[f"{name}.b"] = rng.standard_normal((m, asked.rank)).astype(np.float32)
-    return ClientUpdate(
-        client=asked.client,
-        round=state.round + 1,
-        num_examples=EXAMPLES[asked.client],
-        tensors=tensors,
-        kept=keep.digest if keep else b"",
-        keep=keep,
-        ratio=asked.ratio,
-    )
+    result = LoraResult(tensors, structure_digest=keep.digest if keep else b"")
+    sent = ClientUpdate(asked.client, state.round + 1, EXAMPLES[asked.client], result)
+    return AdmittedUpdate(sent, keep, asked.ratio)
+
+
+def with_result(update: AdmittedUpdate, **changes: Any) -> AdmittedUpdate:
+    return replace(update, update=replace(update.update, result=replace(update.lora, **changes)))
 
 
 def zeros(shape: tuple[int, int]) -> Factors:
@@ -112,7 +119,7 @@ def test_the_stack_of_scattered_factors_is_the_dense_sum(ratios: list[float], ra
     after = METHOD.aggregate(state, updates)
     for name in MODULES:
         exact = sum(
-            share * scattered(unpack(each.tensors)[name], each.keep, name)
+            share * scattered(unpack(each.lora.tensors)[name], each.structure, name)
             for each, share in cohort_weights(updates, "examples")
         )
         found = delta(lowrank.unpack(after.delta)[name].factors)
@@ -130,12 +137,12 @@ def test_training_on_adds_what_each_pruned_client_changed(ratios: list[float], s
         after = METHOD.aggregate(state, updates)
         total = {name: delta(low.factors) for name, low in lowrank.unpack(state.delta).items()}
         for each, share in cohort_weights(updates, "examples"):
-            sent = METHOD.assign(state, 0, plan(each.client, each.ratio))
-            start = started(sent, each.keep)
-            for name, moved in unpack(each.tensors).items():
+            sent = METHOD.assign(state, 0, PlannedClient(plan(each.client, each.ratio)))
+            start = started(sent, each.structure)
+            for name, moved in unpack(each.lora.tensors).items():
                 before = start[name]
                 end = Factors(a=before.a + moved.a, b=before.b + moved.b)
-                change = scattered(end, each.keep, name) - scattered(before, each.keep, name)
+                change = scattered(end, each.structure, name) - scattered(before, each.structure, name)
                 total[name] = total[name] + share * change
         for name, low in lowrank.unpack(after.delta).items():
             np.testing.assert_allclose(delta(low.factors), total[name], atol=2e-5 * float(np.abs(total[name]).max()))
@@ -145,10 +152,10 @@ def test_training_on_adds_what_each_pruned_client_changed(ratios: list[float], s
 def started(order: Any, keep: ModelStructure | None) -> dict[str, Factors]:
     """Where a client's factors start, in its own coordinates and with the scale in b, as it makes them itself."""
     from fedtune.model.lora import start
-    from fedtune.model.pruned_training import cut_of, sliced_assignment, structures_of
+    from fedtune.model.pruned_training import cut_of, sliced_task, structures_of
 
-    parts = structures_of(order.surgery, ANATOMY)
-    own = start(sliced_assignment(order, keep, parts.sent, ANATOMY), MODULES, cut_of(keep, ANATOMY))
+    parts = structures_of(order.lora.pruning, ANATOMY)
+    own = start(sliced_task(order.lora, keep, parts.sent, ANATOMY), order.plan, MODULES, cut_of(keep, ANATOMY))
     return {name: Factors(a=f.a, b=f.b * np.float32(order.plan.scale)) for name, f in own.items()}
 
 
@@ -178,12 +185,12 @@ def test_coverage_by_hand() -> None:
     wide = ModelStructure((BlockStructure((0, 1), (0, 1), (0, 1)),))
     narrow = ModelStructure((BlockStructure((0, 1), (0, 1), (0,)),))
     name = "x.intermediate.dense"
+    low = {f"{name}.a": np.array([[1.0, 0.0]]), f"{name}.b": np.array([[2.0]])}
+    high = {f"{name}.a": np.array([[0.0, 2.0]]), f"{name}.b": np.array([[1.0], [4.0]])}
     cohort = cohort_weights(
         [
-            ClientUpdate("1", 1, 3, {f"{name}.a": np.array([[1.0, 0.0]]), f"{name}.b": np.array([[2.0]])}, keep=narrow),
-            ClientUpdate(
-                "2", 1, 1, {f"{name}.a": np.array([[0.0, 2.0]]), f"{name}.b": np.array([[1.0], [4.0]])}, keep=wide
-            ),
+            AdmittedUpdate(ClientUpdate("1", 1, 3, LoraResult(low)), narrow),
+            AdmittedUpdate(ClientUpdate("2", 1, 1, LoraResult(high)), wide),
         ],
         "examples",
     )
@@ -192,9 +199,9 @@ def test_coverage_by_hand() -> None:
         scale = {} if floor is None else pruning.coverage(cohort, small, weights="examples", floor=floor)
         dense = np.zeros((2, 2))
         for each, share in cohort:
-            f = unpack(each.tensors)[name]
+            f = unpack(each.lora.tensors)[name]
             b = np.zeros((2, 1))
-            b[list(each.keep.blocks[0].ff if each.keep else ())] = f.b
+            b[list(each.structure.blocks[0].ff if each.structure else ())] = f.b
             dense += share * delta(pruning.scale_by_coverage({name: Factors(a=f.a, b=b)}, scale, small)[name])
         return dense.tolist()
 
@@ -234,17 +241,18 @@ def test_coverage_in_a_round_is_the_dense_reference(anatomy: BlockLayout, weight
         for layer, (m, n) in shapes(modules, cuts(keep, anatomy)).items():
             tensors[f"{layer}.a"] = rng.standard_normal((2, n)).astype(np.float32)
             tensors[f"{layer}.b"] = rng.standard_normal((m, 2)).astype(np.float32)
-        updates.append(ClientUpdate(name, 1, examples, tensors, kept=keep.digest, keep=keep, ratio=0.5))
+        sent = ClientUpdate(name, 1, examples, LoraResult(tensors, structure_digest=keep.digest))
+        updates.append(AdmittedUpdate(sent, keep))
     after = METHOD.aggregate(state, updates)
     shares = sizes if weights == "examples" else dict.fromkeys(sizes, 1)
     for layer, (m, n) in modules.items():
         total, rows_held, columns_held = np.zeros((m, n)), np.zeros(m), np.zeros(n)
         for each in updates:
-            assert each.keep is not None
-            cut, share = cuts(each.keep, anatomy)[layer], shares[each.client] / sum(shares.values())
+            assert each.structure is not None
+            cut, share = cuts(each.structure, anatomy)[layer], shares[each.client] / sum(shares.values())
             out = np.arange(m) if cut.out is None else cut.out
             into = np.arange(n) if cut.into is None else cut.into
-            total[np.ix_(out, into)] += share * delta(unpack(each.tensors)[layer])
+            total[np.ix_(out, into)] += share * delta(unpack(each.lora.tensors)[layer])
             rows_held[out] += share
             columns_held[into] += share
         by = [np.where(held > 0, 1 / np.maximum(held, 0.2), 1.0) for held in (rows_held, columns_held)]
@@ -255,33 +263,41 @@ def test_coverage_in_a_round_is_the_dense_reference(anatomy: BlockLayout, weight
 
 def test_a_ranking_that_was_brought_along_holds_and_nobody_is_asked_for_scores() -> None:
     state = first(pruning={"ranking": "private/pruning.json"})
-    order = METHOD.assign(state, 0, plan("ann", 0.5))
-    assert order.surgery is not None
-    assert not order.surgery.wanted
-    assert order.surgery.settings.ranking is None  # a path of the server's machine does not travel
+    order = METHOD.assign(state, 0, PlannedClient(plan("ann", 0.5)))
+    assert order.lora.pruning is not None
+    assert not order.lora.pruning.scores_requested
+    assert order.lora.pruning.settings.ranking is None  # a path of the server's machine does not travel
     again = first(pruning={"refresh": 2})
-    wanted = [METHOD.assign(replace(again, round=done), 0, plan("ann", 0.5)).surgery for done in range(3)]
-    assert [each.wanted for each in wanted if each is not None] == [False, True, True]
+    wanted = [
+        METHOD.assign(replace(again, round=done), 0, PlannedClient(plan("ann", 0.5))).lora.pruning for done in range(3)
+    ]
+    assert [each.scores_requested for each in wanted if each is not None] == [False, True, True]
 
 
 def test_what_nobody_holds_keeps_its_place_in_a_ranking_that_was_brought_along() -> None:
     state = first()
     sent = update(state, plan("ann", 0.5))
-    assert sent.keep is not None
-    sizes = {"heads": sum(len(b.q) for b in sent.keep.blocks), "channels": sum(len(b.ff) for b in sent.keep.blocks)}
-    after = METHOD.aggregate(state, [replace(sent, scores={k: np.ones(n, np.float16) for k, n in sizes.items()})])
-    held = np.isin(np.arange(16), sent.keep.blocks[0].ff)
+    assert sent.structure is not None
+    sizes = {
+        "heads": sum(len(b.q) for b in sent.structure.blocks),
+        "channels": sum(len(b.ff) for b in sent.structure.blocks),
+    }
+    scores = {key: np.ones(size, np.float16) for key, size in sizes.items()}
+    after = METHOD.aggregate(state, [with_result(sent, scores=scores)])
+    held = np.isin(np.arange(16), sent.structure.blocks[0].ff)
     np.testing.assert_array_equal(after.order["channels"][:16][~held], state.order["channels"][:16][~held])
 
 
 def test_first_contact_is_in_the_structure_that_fits() -> None:
     state = first()
-    small = METHOD.assign(state, 0, replace(plan("new", 0.75), first_ratio=0.5)).surgery
+    small = METHOD.assign(state, 0, PlannedClient(plan("new", 0.75), first_ratio=0.5)).lora.pruning
     assert small is not None
-    assert small.before == bitmap(state.structure(0.5), ANATOMY)  # type: ignore[arg-type]
-    known = METHOD.assign(replace(state, ratios={"new": 0.25}), 0, replace(plan("new", 0.75), first_ratio=0.5)).surgery
+    assert small.previous == bitmap(state.structure(0.5), ANATOMY)  # type: ignore[arg-type]
+    known = METHOD.assign(
+        replace(state, ratios={"new": 0.25}), 0, PlannedClient(plan("new", 0.75), first_ratio=0.5)
+    ).lora.pruning
     assert known is not None
-    assert known.before == bitmap(state.structure(0.25), ANATOMY)  # type: ignore[arg-type]
+    assert known.previous == bitmap(state.structure(0.25), ANATOMY)  # type: ignore[arg-type]
 
 
 def test_the_order_of_arrival_changes_nothing() -> None:
@@ -295,18 +311,18 @@ def test_the_order_of_arrival_changes_nothing() -> None:
 def test_what_goes_down_is_a_slice_of_what_others_get() -> None:
     state = first(mode="svt", tau=1.0)
     state = METHOD.aggregate(state, [update(state, plan(name, 0.0)) for name in EXAMPLES])
-    whole, half = (METHOD.assign(state, 0, plan("dan", ratio)) for ratio in (0.0, 0.5))
-    assert half.surgery is not None
+    whole, half = (METHOD.assign(state, 0, PlannedClient(plan("dan", ratio))) for ratio in (0.0, 0.5))
+    assert half.lora.pruning is not None
     # Its last participation was none, so it is sent the whole model, in which it measures the loss before.
-    assert half.surgery.before == b""
-    assert half.blobs["global"].keys() == whole.blobs["global"].keys()
+    assert half.lora.pruning.previous == b""
+    assert half.lora.blobs["global"].keys() == whole.lora.blobs["global"].keys()
     state = replace(state, ratios={"dan": 0.25})
-    half = METHOD.assign(state, 0, plan("dan", 0.5))
-    assert half.surgery is not None
-    larger = from_bitmap(half.surgery.before, ANATOMY)
-    for name, factors in dense(half.blobs["global"]).items():
+    half = METHOD.assign(state, 0, PlannedClient(plan("dan", 0.5)))
+    assert half.lora.pruning is not None
+    larger = from_bitmap(half.lora.pruning.previous, ANATOMY)
+    for name, factors in dense(half.lora.blobs["global"]).items():
         cut = cuts(larger, ANATOMY)[name]
-        wide = dense(whole.blobs["global"])[name]
+        wide = dense(whole.lora.blobs["global"])[name]
         wide = wide if cut.out is None else wide[cut.out]
         np.testing.assert_allclose(factors, wide if cut.into is None else wide[:, cut.into], atol=1e-5)
 
@@ -319,9 +335,9 @@ def dense(blob: Any) -> dict[str, Array]:
 
 def test_nobody_is_pruned_before_there_is_an_order() -> None:
     state = first(order={})
-    assert METHOD.assign(state, 0, plan("ann", 0.0)).surgery is not None
+    assert METHOD.assign(state, 0, PlannedClient(plan("ann", 0.0))).lora.pruning is not None
     with pytest.raises(RoundError, match="expected an order of heads and channels before ann is pruned"):
-        METHOD.assign(state, 0, plan("ann", 0.5))
+        METHOD.assign(state, 0, PlannedClient(plan("ann", 0.5)))
 
 
 @pytest.mark.parametrize(("refresh", "last"), [(2, 5), (0, 1)])
@@ -330,12 +346,12 @@ def test_scores_are_asked_for_at_first_and_every_so_many_rounds(refresh: int, la
     wanted = []
     for number in range(5):
         asked = [plan(name, 0.0 if number == 0 else 0.5) for name in EXAMPLES]
-        order = METHOD.assign(state, 0, asked[0])
-        assert order.surgery is not None
-        wanted.append(order.surgery.wanted)
+        order = METHOD.assign(state, 0, PlannedClient(asked[0]))
+        assert order.lora.pruning is not None
+        wanted.append(order.lora.pruning.scores_requested)
         updates = [update(state, each) for each in asked]
-        if order.surgery.wanted:
-            updates = [replace(each, scores=cast(scored(each.keep, number), "fp16")) for each in updates]
+        if order.lora.pruning.scores_requested:
+            updates = [with_result(each, scores=cast(scored(each.structure, number), "fp16")) for each in updates]
         state = METHOD.aggregate(state, updates)
     assert wanted == [True, False, refresh == 2, False, refresh == 2]
     assert state.scored == last
@@ -351,13 +367,16 @@ def test_votes_make_an_order_and_local_masks_none() -> None:
     voting = first(order={}, pruning={"policy": "vote"}, mode="reinit")
     order = rank_units(worth(5), ANATOMY, voting.pruning or SETTINGS)
     mask = bitmap(structure_at(order, ANATOMY, SETTINGS, 0.5), ANATOMY)
-    updates = [replace(update(voting, plan(name, 0.0)), mask=mask) for name in EXAMPLES]
+    updates = [with_result(update(voting, plan(name, 0.0)), mask=mask) for name in EXAMPLES]
     after = METHOD.aggregate(voting, updates)
     found = after.structure(0.5)
     assert found is not None
     assert bitmap(found, ANATOMY) == mask
     own = first(order={}, pruning={"policy": "local"}, mode="reinit")
-    assert METHOD.assign(own, 0, plan("ann", 0.5)).surgery == pruning.pruning_task(own, plan("ann", 0.5))[0]
+    assert (
+        METHOD.assign(own, 0, PlannedClient(plan("ann", 0.5))).lora.pruning
+        == pruning.pruning_task(own, PlannedClient(plan("ann", 0.5)))[0]
+    )
     assert METHOD.aggregate(own, updates).order == {}
 
 
@@ -365,9 +384,8 @@ def test_a_state_with_an_order_is_written_and_read() -> None:
     from fedtune.methods import serialization as states
 
     state = first(mode="reinit")
-    updates = [
-        replace(update(state, plan(n, 0.5)), scores=cast(scored(state.structure(0.5), 1), "fp16")) for n in EXAMPLES
-    ]
+    scores = cast(scored(state.structure(0.5), 1), "fp16")
+    updates = [with_result(update(state, plan(name, 0.5)), scores=scores) for name in EXAMPLES]
     after = METHOD.aggregate(state, updates)
     again = states.decode(b"".join(states.encode(after)), state)
     assert again.ratios == after.ratios

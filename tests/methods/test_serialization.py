@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load
 
 from fedtune.errors import StoreError
+from fedtune.messages import TrainLora
 from fedtune.methods import METHODS
 from fedtune.methods.serialization import decode, digest, encode
 from fedtune.tensors import Array, Tensors
@@ -55,7 +56,7 @@ def identical(a: Array, b: Array) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("name", [name for name, method in sorted(METHODS.items()) if method.verb == "adapt"])
+@pytest.mark.parametrize("name", [name for name, method in sorted(METHODS.items()) if method.task is TrainLora])
 def test_the_state_of_every_method_with_adapters_comes_back_to_the_last_bit(name: str, federate: Any) -> None:
     method = METHODS[name]
     ranks = [1, 2, 2] if method.ranks == "any" else [2, 2, 2]

@@ -27,7 +27,7 @@ def test_one_client_keeps_its_scale(federate: Any, two_ranks: Any) -> None:
 def test_a_client_is_sent_the_first_rows_and_columns(federate: Any) -> None:
     federation = federate({"m": (6, 5)}, max_rank=8)
     state = federation.round(METHOD, federation.state(METHOD), federate.fleet([8, 4], seed=0))
-    local = federation.assign(METHOD, state, ("c", 3, 1.0, 1)).blobs["local"]
+    local = federation.assign(METHOD, state, ("c", 3, 1.0, 1)).lora.blobs["local"]
     np.testing.assert_array_equal(local["m.a"], state.tensors["m.a"][:3])
     np.testing.assert_array_equal(local["m.b"], state.tensors["m.b"][:, :3])
 

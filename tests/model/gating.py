@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fedtune.model.surgery import core, gates, readers
+from fedtune.model.importance import gates, readers
+from fedtune.model.surgery import core
 from fedtune.pruning.structure import BlockLayout, ModelStructure, check
 
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedtune.errors import ClientError, ConfigError
-from fedtune.model.importance import DECAY, gradients, pool, scores, sketch, sketch_layers, smooth, unit_scores
+from fedtune.model.importance import DECAY, gradients, pool, readers, scores, sketch, sketch_layers, smooth, unit_scores
 from fedtune.model.lora import with_adapters
-from fedtune.model.surgery import core, layout_of, readers, with_structure
+from fedtune.model.surgery import core, layout_of, with_structure
 from fedtune.model.train import Batch, summed_loss
 from fedtune.pruning.ranking import Criterion, PruningSettings, at_structure, rank_units, structure_at
 from fedtune.pruning.structure import BlockStructure, ModelStructure, cuts, full_block, rows, shapes, slice_adapter
@@ -171,7 +171,7 @@ def test_scores_of_a_pruned_model_are_those_of_the_gated_one_at_what_it_keeps(na
         with_structure(model, keep, anatomy),
         with_adapters(replace(base, modules=shapes(base.modules, cut)), local=slice_adapter(adapter, cut)),
     ):
-        found = scores(model, [batch_of(base.task)], criterion, anatomy, keep=keep, **options)  # type: ignore[arg-type]
+        found = scores(model, [batch_of(base.task)], criterion, anatomy, structure=keep, **options)  # type: ignore[arg-type]
     assert found["heads"].shape == (sum(len(kept.q) for kept in keep.blocks),)
     assert found["channels"].shape == (sum(len(kept.ff) for kept in keep.blocks),)
     if criterion in ("gate", "wanda", "random"):

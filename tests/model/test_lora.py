@@ -8,7 +8,7 @@ import torch
 
 from fedtune.errors import ShapeError
 from fedtune.lora.adapter import Factors, delta, draw_a
-from fedtune.messages import Assignment, LocalAdapter, Plan, Training
+from fedtune.messages import Plan, Training, TrainLora
 from fedtune.model.base import Base
 from fedtune.model.lora import frozen, layers, read_local, start, with_adapters
 from fedtune.tensors import cast
@@ -47,9 +47,11 @@ def dense(base: Base, adapter: dict[str, Factors], *, scale: float = 1.0, transp
     return result
 
 
-def assignment(base: Base, rank: int, scale: float, blobs: dict[str, Any]) -> Assignment:
-    plan = Plan("c", rank, scale, Training(batch=1, learning_rate=0.1, steps=1))
-    return Assignment("flora", 1, 3, plan, LocalAdapter(a_key=9), blobs, base.digest)
+def task(blobs: dict[str, Any]) -> TrainLora:
+    return TrainLora(a_key=9, blobs=blobs)
+
+
+PLAN = Plan("c", 4, 2.0, Training(batch=1, learning_rate=0.1, steps=1))
 
 
 def test_a_frozen_adapter_of_mixed_ranks_equals_the_dense_change(loaded: Any) -> None:
@@ -142,7 +144,7 @@ def test_a_module_of_rank_zero_is_the_bases_own(loaded: Any) -> None:
 
 def test_the_local_start_is_drawn_from_the_key_with_b_zero(loaded: Any) -> None:
     base = loaded()
-    for name, factors in start(assignment(base, 4, 2.0, {}), base.modules).items():
+    for name, factors in start(task({}), PLAN, base.modules).items():
         np.testing.assert_array_equal(factors.a, draw_a(9, name, 4, factors.shape[1]))
         assert not factors.b.any()
 
@@ -151,7 +153,7 @@ def test_sent_rows_take_the_first_places_and_b_is_divided_by_the_scale(loaded: A
     base = loaded(targets=["q_proj"])
     name = next(iter(base.modules))
     a, b = np.full((2, 32), 3.0, np.float32), np.full((32, 2), 8.0, np.float32)
-    local = start(assignment(base, 4, 2.0, {"local": {f"{name}.a": a, f"{name}.b": b}}), {name: (32, 32)})[name]
+    local = start(task({"local": {f"{name}.a": a, f"{name}.b": b}}), PLAN, {name: (32, 32)})[name]
     np.testing.assert_array_equal(local.a[:2], a)
     np.testing.assert_array_equal(local.a[2:], draw_a(9, name, 4, 32)[2:])
     np.testing.assert_array_equal(local.b[:, :2], b / 2)
@@ -163,14 +165,14 @@ def test_a_start_of_a_rank_above_the_plans_is_refused(loaded: Any) -> None:
     name = next(iter(base.modules))
     sent = {f"{name}.a": np.zeros((5, 32), np.float32)}
     with pytest.raises(ShapeError, match="at most rank 4"):
-        start(assignment(base, 4, 2.0, {"local": sent}), {name: (32, 32)})
+        start(task({"local": sent}), PLAN, {name: (32, 32)})
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
-def test_a_dense_change_becomes_exact_factors(loaded: Any, shape: tuple[int, int]) -> None:
+def test_a_dense_change_becomes_exact_factors(shape: tuple[int, int]) -> None:
     weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     blob = cast({"x.w": weight}, "bf16")
-    factors = frozen(assignment(loaded(), 4, 2.0, {"global": blob}))["x"]
+    factors = frozen(task({"global": blob}))["x"]
     np.testing.assert_array_equal(delta(factors), blob["x.w"].astype(np.float64))
     assert factors.rank == min(shape)
 

@@ -21,7 +21,7 @@ from fedtune.directions.downlink import count_scalars
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import ClientError, RoundError
-from fedtune.messages import Probe, SeedState, Training
+from fedtune.messages import ProbeSeeds, SeedState, Training
 from fedtune.model import probe as probing
 from fedtune.model.base import Base, digest
 from fedtune.model.probe import Measurements, around, at_position, clip_scalar, measure, steps_of
@@ -34,9 +34,9 @@ KEY = 77
 DRAWN = sampling.sample_uniform(5, 12, 16)
 
 
-def probe(bank: Any = "hadamard", **changes: Any) -> Probe:
+def probe(bank: Any = "hadamard", **changes: Any) -> ProbeSeeds:
     """Return what to measure at e = 10: a scalar of one moves by 2^3, eps is 32 * 2^-10 = 1/32."""
-    asked = Probe(bank, 16, 0, exponent=10, shift=3, perturbation=32, state=SeedState("whole", 0, b"", 0, b""))
+    asked = ProbeSeeds(bank, 16, 0, exponent=10, shift=3, perturbation=32, state=SeedState("whole", 0, b"", 0, b""))
     return replace(asked, **changes)
 
 
@@ -49,7 +49,7 @@ def reached(base: Base, bank: str) -> Sequence[int]:
 
 
 def measured(
-    base: Base, rows: Sequence[Example], asked: Probe, ledger: SeedLedger, drawn: Array = DRAWN, **options: Any
+    base: Base, rows: Sequence[Example], asked: ProbeSeeds, ledger: SeedLedger, drawn: Array = DRAWN, **options: Any
 ) -> Measurements:
     """Measure on a real base."""
     local = training(len(drawn), **options)
@@ -247,7 +247,7 @@ def test_any_other_error_is_let_through(loaded: Any, examples: Any, monkeypatch:
 
 
 def by_hand(
-    base: Base, rows: Sequence[Example], asked: Probe, ledger: SeedLedger, drawn: Array, rate: float
+    base: Base, rows: Sequence[Example], asked: ProbeSeeds, ledger: SeedLedger, drawn: Array, rate: float
 ) -> list[int]:
     """Two-sided steps with batches of one, as the formulas say them, over weights that are set in place."""
     unit = 2.0 ** -(ledger.exponent + ledger.bank.halvings)

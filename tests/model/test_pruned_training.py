@@ -13,7 +13,15 @@ import pytest
 from fedtune.client import perform as perform_module
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError, ShapeError
-from fedtune.messages import OUT_OF_MEMORY, Assignment, ClientUpdate, Failure, Plan, Training
+from fedtune.messages import (
+    OUT_OF_MEMORY,
+    AdmittedUpdate,
+    Assignment,
+    Failure,
+    Plan,
+    PlannedClient,
+    Training,
+)
 from fedtune.methods.flora import METHOD, FloraState
 from fedtune.model import pruned_training
 from fedtune.model.base import Base, digest
@@ -46,17 +54,17 @@ def first(base: Base, **changes: Any) -> FloraState:
 
 def asked(state: FloraState, base: Base, ratio: float, name: str = "ann", **training: Any) -> Assignment:
     plan = Plan(name, rank=4, scale=2.0, training=replace(TRAINING, **training), ratio=ratio)
-    return replace(METHOD.assign(state, 0, plan), base=base.digest)
+    return replace(METHOD.assign(state, 0, PlannedClient(plan)), base=base.digest)
 
 
-def answered(order: Assignment, base: Base, rows: list[Example], state: FloraState) -> ClientUpdate:
+def answered(order: Assignment, base: Base, rows: list[Example], state: FloraState) -> AdmittedUpdate:
     """Go to the client and back as on a network, and through the admission."""
     sent = encode_assignment(order)
     update = perform(base, rows, decode_assignment(sent.header, sent.blobs))
     back = decode_update(encode_update(update), client=order.plan.client, limit_bytes=10**8)
     blueprint = replace(base.blueprint(max_rank=4, seed=0), anatomy=state.anatomy, pruning=state.pruning)
     outcome = admit(back, order, blueprint, num_examples=len(rows))
-    assert isinstance(outcome, ClientUpdate), outcome
+    assert isinstance(outcome, AdmittedUpdate), outcome
     return outcome
 
 
@@ -64,16 +72,16 @@ def test_a_pruned_round_follows_an_unpruned_one_and_leaves_the_base_as_it_was(ba
     rows, before = examples(12), digest(base.model)
     state = first(base)
     whole = answered(asked(state, base, 0.0), base, rows, state)
-    assert whole.keep is None
-    assert set(whole.scores) == {"heads", "channels"}
+    assert whole.structure is None
+    assert set(whole.lora.scores) == {"heads", "channels"}
     state = METHOD.aggregate(state, [whole])
     order = asked(state, base, 0.5)
     half = answered(order, base, rows, state)
-    assert half.keep is not None
+    assert half.structure is not None
     assert state.anatomy is not None
-    assert sparsity(half.keep, state.anatomy) == pytest.approx(0.5, abs=0.15)
+    assert sparsity(half.structure, state.anatomy) == pytest.approx(0.5, abs=0.15)
     assert half.ratio == 0.5
-    assert sum(t.size for t in half.tensors.values()) < sum(t.size for t in whole.tensors.values())
+    assert sum(t.size for t in half.lora.tensors.values()) < sum(t.size for t in whole.lora.tensors.values())
     measured = half.measured
     assert measured.importance is not None
     assert measured.importance > 0
@@ -108,7 +116,7 @@ def test_a_pruned_client_trains_the_slice_of_the_global_model(base: Base, exampl
     state = replace(state, ratios={"ann": 0.5})
     update = answered(asked(state, base, 0.5, learning_rate=1e-12), base, rows, state)
     assert update.measured.loss_after == pytest.approx(update.measured.loss_before, rel=1e-5)
-    keep, anatomy = update.keep, pruned_training.block_layout(base)
+    keep, anatomy = update.structure, pruned_training.block_layout(base)
     assert keep is not None
     batch = pruned_training.evaluation_rows(rows, base, key=asked(state, base, 0.5).seed, batch=4)
     from fedtune.pruning.structure import cuts, slice_adapter
@@ -129,13 +137,13 @@ def test_stages_end_in_the_structure_that_was_asked(base: Base, examples: Rows) 
     state = first(base, stages=3, steps_between=2)
     state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
     order = asked(state, base, 0.5)
-    assert order.surgery is not None
-    assert len(order.surgery.stages) > 1
+    assert order.lora.pruning is not None
+    assert len(order.lora.pruning.stages) > 1
     update = answered(order, base, rows, state)
     assert state.anatomy is not None
-    assert update.keep == from_bitmap(order.surgery.stages[-1], state.anatomy)
+    assert update.structure == from_bitmap(order.lora.pruning.stages[-1], state.anatomy)
     still = answered(asked(state, base, 0.5, learning_rate=1e-12), base, rows, state)
-    largest = max(float(np.abs(t).max()) for t in still.tensors.values())
+    largest = max(float(np.abs(t).max()) for t in still.lora.tensors.values())
     assert largest < 1e-8  # the start is told from the end in the last structure's coordinates
 
 
@@ -145,11 +153,11 @@ def test_a_short_round_reaches_its_last_stage_all_the_same(steps: int, base: Bas
     state = first(base, stages=3, steps_between=20, multiple=1)
     state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
     order = asked(state, base, 0.5, steps=steps)
-    assert order.surgery is not None
-    assert len(order.surgery.stages) == 3
+    assert order.lora.pruning is not None
+    assert len(order.lora.pruning.stages) == 3
     update = answered(order, base, rows, state)
     assert state.anatomy is not None
-    assert update.keep == from_bitmap(order.surgery.stages[-1], state.anatomy)
+    assert update.structure == from_bitmap(order.lora.pruning.stages[-1], state.anatomy)
 
 
 @pytest.mark.parametrize("where", ["measured_scores", "evaluation_loss"])
@@ -182,27 +190,27 @@ def test_every_criterion_scores_a_round(score: str, loaded: Loader, examples: Ro
     base = loaded("llama", targets=["all-linear"])
     state = first(base, score=score)
     update = answered(asked(state, base, 0.0), base, examples(8), state)
-    assert update.scores["heads"].dtype == np.float16
-    assert np.mean(update.scores["heads"].astype(np.float64)) == pytest.approx(1.0, rel=1e-2)
+    assert update.lora.scores["heads"].dtype == np.float16
+    assert np.mean(update.lora.scores["heads"].astype(np.float64)) == pytest.approx(1.0, rel=1e-2)
 
 
 def test_a_client_ranks_by_its_own_data(base: Base, examples: Rows) -> None:
     state = first(base, policy="local")
     update = answered(asked(state, base, 0.5), base, examples(12), state)
-    assert update.keep is not None
-    assert update.mask
-    assert not update.scores
+    assert update.structure is not None
+    assert update.lora.mask
+    assert not update.lora.scores
     assert METHOD.aggregate(state, [update]).ratios == {"ann": 0.5}
 
 
 def test_a_vote_is_a_mask_at_the_target(base: Base, examples: Rows) -> None:
     state = first(base, policy="vote")
     update = answered(asked(state, base, 0.0), base, examples(12), state)
-    assert update.keep is None
-    assert update.mask
+    assert update.structure is None
+    assert update.lora.mask
     after = METHOD.aggregate(state, [update])
     anatomy = pruned_training.block_layout(base)
-    assert after.structure(0.5) == from_bitmap(update.mask, anatomy)
+    assert after.structure(0.5) == from_bitmap(update.lora.mask, anatomy)
 
 
 def test_bitmaps_of_another_base_and_empty_clients_are_refused(loaded: Loader, examples: Rows) -> None:
@@ -210,8 +218,8 @@ def test_bitmaps_of_another_base_and_empty_clients_are_refused(loaded: Loader, e
     state = first(base)
     state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, examples(8), state)])
     order = asked(state, base, 0.5)
-    assert order.surgery is not None
-    bad = replace(order, surgery=replace(order.surgery, stages=(b"\xff",)))
+    assert order.lora.pruning is not None
+    bad = replace(order, task=replace(order.lora, pruning=replace(order.lora.pruning, stages=(b"\xff",))))
     with pytest.raises(ShapeError, match="keep: expected"):
         perform(base, examples(8), bad)
     with pytest.raises(ClientError, match="at least one training example"):
@@ -229,24 +237,31 @@ def test_updates_in_another_structure_are_refused_alone_with_the_reason(loaded: 
     half = perform(base, rows, order)
     for update, said in (
         (replace(whole, round=2), "expected an update of a model pruned by 0.5"),
-        (replace(half, kept=bytes(32)), "to have the digest"),
-        (replace(half, mask=b"\x01"), "expected no mask"),
-        (replace(half, scores=whole.scores), "expected no scores"),
-        (replace(half, tensors=whole.tensors), "expected shape"),
-        (replace(half, tensors={**half.tensors, "x.a": np.zeros((1, 1), np.float32)}), "was not asked for"),
+        (replace(half, result=replace(half.lora, structure_digest=bytes(32))), "to have the digest"),
+        (replace(half, result=replace(half.lora, mask=b"\x01")), "expected no mask"),
+        (replace(half, result=replace(half.lora, scores=whole.lora.scores)), "expected no scores"),
+        (replace(half, result=replace(half.lora, tensors=whole.lora.tensors)), "expected shape"),
+        (
+            replace(
+                half, result=replace(half.lora, tensors={**half.lora.tensors, "x.a": np.zeros((1, 1), np.float32)})
+            ),
+            "was not asked for",
+        ),
     ):
         outcome = admit(update, order, blueprint, num_examples=len(rows))
         assert isinstance(outcome, Failure), said
         assert said in outcome.reason
     first_order = asked(first(base), base, 0.0)
     for scores, said in (
-        ({**whole.scores, "heads": whole.scores["heads"][1:]}, "as kept"),
-        ({"heads": whole.scores["heads"]}, "is missing"),
-        ({**whole.scores, "heads": np.full_like(whole.scores["heads"], np.nan)}, "finite numbers"),
-        ({**whole.scores, "heads": -whole.scores["heads"]}, "none below 0"),
-        ({name: part.astype(np.float32) for name, part in whole.scores.items()}, "format fp16"),
+        ({**whole.lora.scores, "heads": whole.lora.scores["heads"][1:]}, "as kept"),
+        ({"heads": whole.lora.scores["heads"]}, "is missing"),
+        ({**whole.lora.scores, "heads": np.full_like(whole.lora.scores["heads"], np.nan)}, "finite numbers"),
+        ({**whole.lora.scores, "heads": -whole.lora.scores["heads"]}, "none below 0"),
+        ({name: part.astype(np.float32) for name, part in whole.lora.scores.items()}, "format fp16"),
         ({}, "expected scores; got none"),
     ):
-        outcome = admit(replace(whole, scores=scores), first_order, blueprint, num_examples=len(rows))
+        outcome = admit(
+            replace(whole, result=replace(whole.lora, scores=scores)), first_order, blueprint, num_examples=len(rows)
+        )
         assert isinstance(outcome, Failure), said
         assert said in outcome.reason

@@ -38,8 +38,9 @@ from transformers import (
 from fedtune.errors import ConfigError, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import Base
+from fedtune.model.importance import gates, readers
 from fedtune.model.lora import layers, with_adapters
-from fedtune.model.surgery import fit, gates, layout_of, readers, shrink_further, with_structure
+from fedtune.model.surgery import fit, layout_of, shrink_further, with_structure
 from fedtune.pruning.structure import (
     Block,
     BlockLayout,

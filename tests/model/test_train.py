@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedtune.errors import ClientError
-from fedtune.messages import Assignment, LocalAdapter, Plan, Training
+from fedtune.messages import Plan, Training, TrainLora
 from fedtune.model.lora import read_local, start, with_adapters
 from fedtune.model.train import batches, collate, learning_rate, peak_bytes, report_out_of_memory, summed_loss, train
 
@@ -17,7 +17,7 @@ TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
 
 def run(base: Any, rows: Any, training: Training, *, key: int = 1) -> Any:
     plan = Plan("c", 4, 2.0, training)
-    local = start(Assignment("flora", 1, key, plan, LocalAdapter(a_key=5)), base.modules)
+    local = start(TrainLora(a_key=5), plan, base.modules)
     with with_adapters(base, local=local, scale=2.0, dropout=training.dropout) as model:
         return train(base, rows, training, key=key, client="c"), read_local(model)
 
@@ -103,7 +103,7 @@ def test_a_gradient_above_the_bound_is_scaled_down_to_it(loaded: Any, examples: 
 
     def moved(clip_norm: float | None) -> float:
         plan = Plan("c", 4, 2.0, training)
-        before = start(Assignment("flora", 1, 1, plan, LocalAdapter(a_key=5)), base.modules)
+        before = start(TrainLora(a_key=5), plan, base.modules)
         _, after = run(base, rows, replace(training, clip_norm=clip_norm))
         squares = [np.square(after[n].a - before[n].a).sum() + np.square(after[n].b - before[n].b).sum() for n in after]
         return float(np.sqrt(sum(squares)))
@@ -130,7 +130,7 @@ def test_a_head_is_trained_in_float32_over_a_half_precision_base(
     base = loaded(name, targets=targets, task="classification", labels=["a", "b"], dtype=dtype)
     before = base.saved_tensors()
     training = replace(TRAINING, learning_rate=1e-5)
-    local = start(Assignment("flora", 1, 1, Plan("c", 4, 2.0, training), LocalAdapter(a_key=5)), base.modules)
+    local = start(TrainLora(a_key=5), Plan("c", 4, 2.0, training), base.modules)
     with with_adapters(base, local=local, scale=2.0, saved=before):
         train(base, examples(8, classes=2), training, key=1, client="c")
         after = base.saved_tensors()

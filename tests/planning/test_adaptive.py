@@ -5,7 +5,13 @@ from math import exp, isnan
 
 import pytest
 
-from fedtune.messages import OUT_OF_MEMORY, Client, Failure, Plan, Training
+from fedtune.messages import (
+    Client,
+    Failure,
+    Plan,
+    PlannedClient,
+    Training,
+)
 from fedtune.planning.adaptive import Adaptive, AdaptiveSettings, Cost, Speed
 from fedtune.planning.planner import ClientObservation, Planner
 from fedtune.planning.policies import policy_of
@@ -41,14 +47,14 @@ def planner(name: str = "deadline", *, memory: float = 16.0, target: float = 0.5
 
 def plans(made: Adaptive, round: int, learned: object = None) -> dict[str, Plan]:
     found = made.plan(learned or made.start(), round, FLEET)  # type: ignore[arg-type]
-    return {name: plan for name, plan in found.items() if isinstance(plan, Plan)}
+    return {name: planned.plan for name, planned in found.items() if isinstance(planned, PlannedClient)}
 
 
 def test_it_is_a_planner_and_epochs_become_steps() -> None:
     made: Planner = planner()
     found = made.plan(made.start(), 2, FLEET)["ann"]
-    assert isinstance(found, Plan)
-    assert (found.training.steps, found.training.epochs, found.scale) == (2, None, 2.0)
+    assert isinstance(found, PlannedClient)
+    assert (found.plan.training.steps, found.plan.training.epochs, found.plan.scale) == (2, None, 2.0)
     assert found.why
     assert found.deadline_s is not None
 
@@ -97,16 +103,15 @@ def test_what_a_machine_says_of_its_memory_counts_where_no_profile_does() -> Non
     made = planner(speeds={})
     small = [Client("ann", 8, memory_bytes=5 * 10**9)]
     for round in range(2, 8):
-        plan = made.plan(made.start(), round, small)["ann"]
-        assert isinstance(plan, Plan)
+        planned = made.plan(made.start(), round, small)["ann"]
+        assert isinstance(planned, PlannedClient)
+        plan = planned.plan
         assert 8 * (1 - plan.ratio) + plan.rank / 16 <= 0.85 * 5
 
 
 def test_running_out_of_memory_bans_what_needs_as_much_for_that_client() -> None:
     made = planner("random", target=0.0)
-    failed = ClientObservation(
-        "ann", 8, ratio=0.5, rank=16, status="failed", reason=f"ann: a batch; {OUT_OF_MEMORY}; lower it"
-    )
+    failed = ClientObservation("ann", 8, ratio=0.5, rank=16, status="failed", out_of_memory=True)
     learned = made.observe(made.start(), [failed])
     assert learned.too_large == {"ann": 5.0}
     for round in range(2, 30):
@@ -159,12 +164,10 @@ def test_learning_is_made_again_from_what_was_seen(name: str) -> None:
 def test_late_and_failed_clients_teach_what_is_known_of_them() -> None:
     made = planner()
     seen = [
-        ClientObservation(
-            "ann", 8, 0.0, 8, status="late", reason="", compute_s=50.0, transfer_s=10.0, bytes_up=1_000_000
-        ),
-        ClientObservation("bob", 8, 0.0, 8, status="failed", reason="no power"),
+        ClientObservation("ann", 8, 0.0, 8, status="late", compute_s=50.0, transfer_s=10.0, bytes_up=1_000_000),
+        ClientObservation("bob", 8, 0.0, 8, status="failed"),
         ClientObservation("cyd", 8, 0.0, 8, compute_s=4.0, transfer_s=3.0, bytes_down=500_000, bytes_up=1_000_000),
-        ClientObservation("eve", 8, 0.0, 0, status="unfit", reason="too large"),
+        ClientObservation("eve", 8, 0.0, 0, status="unfit"),
     ]
     learned = made.observe(made.start(), seen).policy.clients
     assert learned.keys() == {"ann", "bob", "cyd"}
@@ -179,7 +182,8 @@ def test_late_and_failed_clients_teach_what_is_known_of_them() -> None:
 def test_first_contact_is_in_the_least_pruned_model_that_fits() -> None:
     def first(memory: float) -> set[float]:
         made = planner("random", ranking=True, speeds={client.name: Speed(memory) for client in FLEET})
-        return {plan.first_ratio for plan in plans(made, 6).values()}
+        found = made.plan(made.start(), 6, FLEET).values()
+        return {planned.first_ratio for planned in found if isinstance(planned, PlannedClient)}
 
     assert first(16.0) == {0.0}
     assert first(5.0) == {0.5}  # 4.1 GB with the smallest rank; at .375 it is 5.1

@@ -4,7 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from fedtune.messages import Client, Failure, Plan, Training
+from fedtune.messages import (
+    Client,
+    Failure,
+    PlannedClient,
+    Training,
+)
 from fedtune.planning.fixed import Fixed, steps
 
 TRAINING = Training(batch=4, learning_rate=0.1, steps=7)
@@ -13,7 +18,8 @@ TRAINING = Training(batch=4, learning_rate=0.1, steps=7)
 def test_every_client_gets_its_rank_and_the_scale_of_the_alpha_policy() -> None:
     fixed = Fixed({"ann": (4, TRAINING), "bob": (16, TRAINING)}.__getitem__, "2r", False)
     plans = fixed.plan(None, 1, [Client("ann", 3), Client("bob", 3)])
-    asked = {name: (plan.rank, plan.scale) for name, plan in plans.items() if isinstance(plan, Plan)}
+    found = {name: each.plan for name, each in plans.items() if isinstance(each, PlannedClient)}
+    asked = {name: (plan.rank, plan.scale) for name, plan in found.items()}
     assert asked == {"ann": (4, 2.0), "bob": (16, 2.0)}
     assert plans == fixed.plan(None, 9, [Client("ann", 3), Client("bob", 3)])
 
@@ -39,8 +45,8 @@ def test_given_steps_do_not_depend_on_the_examples() -> None:
 
 def test_nobody_is_pruned_before_heads_can_be_told_apart() -> None:
     fixed = Fixed(lambda name: (4, TRAINING), "2r", False, ratio=lambda name: 0.5, scored=False)
-    ratios = [fixed.plan(None, round, [Client("ann", 3)])["ann"] for round in (1, 2)]
-    assert [plan.ratio for plan in ratios if isinstance(plan, Plan)] == [0.0, 0.5]
+    planned = [fixed.plan(None, round, [Client("ann", 3)])["ann"] for round in (1, 2)]
+    assert [each.plan.ratio for each in planned if isinstance(each, PlannedClient)] == [0.0, 0.5]
 
 
 def test_whoever_cannot_hold_the_plan_sits_out_with_the_reason() -> None:
@@ -50,5 +56,5 @@ def test_whoever_cannot_hold_the_plan_sits_out_with_the_reason() -> None:
     plans = Fixed(lambda name: (4, TRAINING), "2r", False, misfit=misfit).plan(
         None, 1, [Client("ann", 3), Client("bob", 3)]
     )
-    assert isinstance(plans["ann"], Plan)
-    assert plans["bob"] == Failure("bob", "needs 9 GB", kind="unfit")
+    assert isinstance(plans["ann"], PlannedClient)
+    assert plans["bob"] == Failure.from_text("bob", "needs 9 GB", kind="unfit")

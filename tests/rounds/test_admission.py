@@ -9,18 +9,22 @@ import numpy as np
 import pytest
 
 from fedtune.messages import (
+    AdmittedUpdate,
     Assignment,
     Blueprint,
     ClientUpdate,
     Failure,
-    LocalAdapter,
+    LoraResult,
     Measured,
     Plan,
-    Probe,
+    PlannedClient,
     ProbeResult,
+    ProbeSeeds,
     Pruning,
     SeedState,
+    TailRank,
     Training,
+    TrainLora,
 )
 from fedtune.methods import METHODS
 from fedtune.pruning.ranking import PruningSettings
@@ -37,7 +41,7 @@ BLUEPRINT = Blueprint(
 def assignment(**local: Any) -> Assignment:
     plan = Plan(client="anna", rank=2, scale=2.0, training=Training(batch=1, learning_rate=1.0, steps=1))
     return Assignment(
-        method="flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0, **local), base="0123456789abcdef"
+        method="flora", round=3, seed=0, plan=plan, task=TrainLora(a_key=0, **local), base="0123456789abcdef"
     )
 
 
@@ -48,15 +52,14 @@ def factors(rank: int = 2, sides: str = "ab") -> Tensors:
 
 
 def update(**changes: Any) -> ClientUpdate:
-    good = ClientUpdate(
-        client="anna",
-        round=3,
-        num_examples=10,
-        tensors=factors(),
-        saved={"head": np.ones((2, 3), np.float32)},
-        base="0123456789abcdef",
-    )
-    return replace(good, **changes)
+    own = {key: changes.pop(key) for key in [*changes] if key in ("tensors", "saved", "base", "mask")}
+    result = LoraResult(factors(), saved={"head": np.ones((2, 3), np.float32)}, base="0123456789abcdef")
+    return replace(ClientUpdate("anna", 3, 10, replace(result, **own)), **changes)
+
+
+def taken(outcome: AdmittedUpdate | Failure) -> ClientUpdate:
+    assert isinstance(outcome, AdmittedUpdate), outcome
+    return outcome.update
 
 
 def put(name: str, array: Any) -> Callable[[], ClientUpdate]:
@@ -76,7 +79,7 @@ def without(name: str) -> ClientUpdate:
 @pytest.mark.parametrize("format", ["fp32", "bf16", "fp16"])
 def test_an_update_that_answers_its_assignment_is_taken_as_it_is(format: str) -> None:
     good = update(tensors=cast(factors(), format))
-    assert admit(good, assignment(), BLUEPRINT, num_examples=10) is good
+    assert taken(admit(good, assignment(), BLUEPRINT, num_examples=10)) is good
 
 
 HOSTILE: list[tuple[Callable[[], ClientUpdate], list[str]]] = [
@@ -122,13 +125,13 @@ def test_anything_else_is_refused_by_name_with_the_number(make: Callable[[], Cli
 
 def test_only_b_is_taken_where_only_b_is_trained() -> None:
     alone = update(tensors=factors(sides="b"))
-    assert admit(alone, assignment(train="b"), BLUEPRINT, num_examples=10) is alone
+    assert taken(admit(alone, assignment(train="b"), BLUEPRINT, num_examples=10)) is alone
     assert isinstance(admit(update(), assignment(train="b"), BLUEPRINT, num_examples=10), Failure)
 
 
 def test_a_smaller_rank_is_taken_where_ranks_may_shrink() -> None:
-    asked, small = assignment(rank_decay=0.5), update(tensors=factors(1))
-    assert admit(small, asked, BLUEPRINT, num_examples=10) is small
+    asked, small = assignment(terms=(TailRank(0.1, 0.5),)), update(tensors=factors(1))
+    assert taken(admit(small, asked, BLUEPRINT, num_examples=10)) is small
     for rank in (0, 3):
         outcome = admit(update(tensors=factors(rank)), asked, BLUEPRINT, num_examples=10)
         assert isinstance(outcome, Failure)
@@ -139,19 +142,18 @@ def test_a_smaller_rank_is_taken_where_ranks_may_shrink() -> None:
 def test_honest_answers_to_every_method_are_taken(name: str) -> None:
     method = METHODS[name]
     plan = assignment().plan
-    asked = method.assign(method.init(BLUEPRINT, method.settings()), 0, plan)
-    tensors = factors(sides=asked.local.train)
-    answer = update(round=1, base="", tensors=cast(tensors, asked.local.wire_dtype))
-    if method.verb == "probe":
-        answer = replace(answer, tensors={}, saved={}, probed=ProbeResult(np.zeros(1, np.int8), rms=1e-3))
-    assert admit(answer, asked, BLUEPRINT, num_examples=10) is answer
+    asked = method.assign(method.init(BLUEPRINT, method.settings()), 0, PlannedClient(plan))
+    if method.task is ProbeSeeds:
+        answer = ClientUpdate("anna", 1, 10, ProbeResult(np.zeros(1, np.int8), rms=1e-3))
+    else:
+        tensors = factors(sides=asked.lora.train)
+        answer = update(round=1, base="", tensors=cast(tensors, asked.lora.wire_dtype))
+    assert taken(admit(answer, asked, BLUEPRINT, num_examples=10)) is answer
 
 
-def cohort(*sizes: float, **local: Any) -> tuple[list[ClientUpdate], dict[str, Assignment]]:
-    updates = [
-        update(client=f"c{i}", tensors={k: np.float32(size) * t if k[-1] == "b" else t for k, t in factors().items()})
-        for i, size in enumerate(sizes)
-    ]
+def cohort(*sizes: float, **local: Any) -> tuple[list[AdmittedUpdate], dict[str, Assignment]]:
+    tensors = [{k: np.float32(size) * t if k[-1] == "b" else t for k, t in factors().items()} for size in sizes]
+    updates = [AdmittedUpdate(update(client=f"c{i}", tensors=part)) for i, part in enumerate(tensors)]
     return updates, {answer.client: assignment(**local) for answer in updates}
 
 
@@ -160,9 +162,9 @@ def test_a_change_far_above_the_median_is_refused_with_both_numbers() -> None:
     norms, refused = admit_norms(updates, 10.0, assignments=assignments)
     assert list(norms) == ["c0", "c1", "c3"]
     assert [failure.client for failure in refused] == ["c2"]
-    median = change_norm(updates[0], assignments["c0"]) * 1.5
+    median = change_norm(updates[0], assignments["c0"].task) * 1.5
     assert f"{10 * median:.4g}" in refused[0].reason
-    assert f"{change_norm(updates[2], assignments['c2']):.4g}" in refused[0].reason
+    assert f"{change_norm(updates[2], assignments['c2'].task):.4g}" in refused[0].reason
 
 
 @pytest.mark.parametrize(("sizes", "limit"), [((1, 100), 10.0), ((1, 1, 100), None), ((0, 0, 0, 100), 10.0), ((), 1.0)])
@@ -173,10 +175,14 @@ def test_without_a_limit_or_a_median_to_trust_all_are_taken(sizes: tuple[float, 
 
 
 def test_the_norm_is_that_of_the_change_or_of_the_tensors_where_they_are_no_pair() -> None:
-    answer, asked = update(), assignment()
-    assert change_norm(answer, asked) == pytest.approx(2 * np.sqrt(6 * 5 + 2 * 5))  # b a has the entry 2 everywhere
-    assert change_norm(answer, assignment(upload="difference")) == pytest.approx(np.sqrt(10 + 10 + 12 + 4))
-    assert change_norm(update(tensors=factors(sides="b")), assignment(train="b")) == pytest.approx(np.sqrt(12 + 4))
+    answer, asked = AdmittedUpdate(update()), assignment()
+    assert change_norm(answer, asked.task) == pytest.approx(
+        2 * np.sqrt(6 * 5 + 2 * 5)
+    )  # b a has the entry 2 everywhere
+    assert change_norm(answer, assignment(upload="difference").task) == pytest.approx(np.sqrt(10 + 10 + 12 + 4))
+    assert change_norm(AdmittedUpdate(update(tensors=factors(sides="b"))), assignment(train="b").task) == pytest.approx(
+        np.sqrt(12 + 4)
+    )
 
 
 STEPS = 20
@@ -184,15 +190,15 @@ STEPS = 20
 
 def probe(steps: int = STEPS, **changes: Any) -> Assignment:
     state = SeedState("whole", 0, bytes(16), 2, bytes(32))
-    asked = Probe("hadamard", seeds=8, key=0, exponent=26, shift=4, perturbation=9, state=state, **changes)
+    asked = ProbeSeeds("hadamard", seeds=8, key=0, exponent=26, shift=4, perturbation=9, state=state, **changes)
     training = Training(batch=1, learning_rate=1.0, steps=steps)
     plan = Plan(client="anna", rank=1, scale=1.0, training=training)
-    return Assignment(method="fedkseed", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), probe=asked)
+    return Assignment(method="fedkseed", round=3, seed=0, plan=plan, task=asked)
 
 
 def answer(scalars: Any = (5,) * STEPS, **changes: Any) -> ClientUpdate:
     probed = replace(ProbeResult(np.array(scalars, np.int8), state=bytes(8), checks=bytes(16)), **changes)
-    return ClientUpdate(client="anna", round=3, num_examples=10, tensors={}, probed=probed)
+    return ClientUpdate(client="anna", round=3, num_examples=10, result=probed)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +208,11 @@ def answer(scalars: Any = (5,) * STEPS, **changes: Any) -> ClientUpdate:
         answer([127, -127] * 10),
         answer(skipped=2),
         answer(rms=float("nan")),  # of no account beyond the round that measures it
-        replace(answer(), base="beef"),  # neither asked for nor sent: the digest of the state stands for it
     ],
-    ids=["plain", "at the bounds", "some skipped", "stray size", "base"],
+    ids=["plain", "at the bounds", "some skipped", "stray size"],
 )
 def test_scalars_that_answer_a_probe_are_taken_as_they_are(good: ClientUpdate) -> None:
-    assert admit(good, probe(), BLUEPRINT, num_examples=10) is good
+    assert taken(admit(good, probe(), BLUEPRINT, num_examples=10)) is good
 
 
 HOSTILE_PROBES: list[tuple[Callable[[], ClientUpdate], list[str]]] = [
@@ -218,7 +223,6 @@ HOSTILE_PROBES: list[tuple[Callable[[], ClientUpdate], list[str]]] = [
     (lambda: answer([-128] * 20), ["-127 to 127", "got -128"]),
     (lambda: answer(skipped=3), ["at most 10%", "3 of 20", "lower client.learning_rate"]),
     (lambda: answer(skipped=2**32 - 1), ["at most 10%", "4294967295 of 20"]),
-    (lambda: replace(answer(), probed=None), ["expected scalars of seeds; got tensors"]),
     (lambda: update(), ["expected scalars of seeds; got tensors"]),
     (lambda: replace(answer(), client="eve"), ["'anna'", "'eve'"]),
     (lambda: replace(answer(), round=2), ["round 3", "got 2"]),
@@ -241,7 +245,7 @@ def test_a_tenth_of_the_scalars_may_be_missing_and_no_more() -> None:
     for steps in (1, 9, 10, 200):
         allowed = int(MAX_SKIPPED * steps)
         most = answer([0] * steps, skipped=allowed)
-        assert admit(most, probe(steps), BLUEPRINT, num_examples=10) is most
+        assert taken(admit(most, probe(steps), BLUEPRINT, num_examples=10)) is most
         more = answer([0] * steps, skipped=allowed + 1)
         assert isinstance(admit(more, probe(steps), BLUEPRINT, num_examples=10), Failure)
 
@@ -250,7 +254,7 @@ def test_a_tenth_of_the_scalars_may_be_missing_and_no_more() -> None:
 def test_the_size_that_a_first_round_measures_is_taken(rms: float) -> None:
     # Whatever its scalars: none is added up.
     good = answer([], rms=rms)
-    assert admit(good, probe(calibrate=True), BLUEPRINT, num_examples=10) is good
+    assert taken(admit(good, probe(calibrate=True), BLUEPRINT, num_examples=10)) is good
 
 
 @pytest.mark.parametrize("rms", [None, float("nan"), float("inf"), float("-inf"), -1e-9, 1.1e6])
@@ -262,15 +266,15 @@ def test_a_size_that_cannot_be_is_refused(rms: float | None) -> None:
 
 
 def test_scalars_are_no_answer_to_what_asks_for_tensors() -> None:
-    outcome = admit(replace(answer(), base="0123456789abcdef"), assignment(), BLUEPRINT, num_examples=10)
+    outcome = admit(answer(), replace(assignment(), base=""), BLUEPRINT, num_examples=10)
     assert isinstance(outcome, Failure)
-    assert "4 factors" in outcome.reason
+    assert outcome.reason == "expected tensors; got scalars of seeds"
 
 
 def test_the_norm_of_a_probe_is_that_of_its_scalars() -> None:
-    assert change_norm(answer([3, -4]), probe(2)) == 5.0
-    assert change_norm(answer([-127] * 20), probe()) == pytest.approx(127 * np.sqrt(20))
-    updates = [replace(answer([size] * 20), client=f"c{size}") for size in (1, 2, 3, 127)]
+    assert change_norm(AdmittedUpdate(answer([3, -4])), probe(2).task) == 5.0
+    assert change_norm(AdmittedUpdate(answer([-127] * 20)), probe().task) == pytest.approx(127 * np.sqrt(20))
+    updates = [AdmittedUpdate(replace(answer([size] * 20), client=f"c{size}")) for size in (1, 2, 3, 127)]
     norms, refused = admit_norms(updates, 10.0, assignments={each.client: probe() for each in updates})
     assert [failure.client for failure in refused] == ["c127"]
     assert list(norms) == ["c1", "c2", "c3"]
@@ -281,7 +285,8 @@ def test_no_honest_answer_to_a_probe_is_too_long() -> None:
         full = answer([-127] * steps, skipped=2**32 - 1, rms=1.0, lost=True)
         measured = Measured(1e9, 2**50, 2**63, loss_before=1e9, loss_after=1e9)
         data = encode_update(replace(full, round=2**32 - 1, num_examples=2**63, measured=measured))
-        assert len(data) <= largest_update(probe(steps), BLUEPRINT) <= len(data) + 1024
+        limit = largest_update(ProbeSeeds, rank=1, steps=steps, blueprint=BLUEPRINT)
+        assert len(data) <= limit <= len(data) + 1024
 
 
 @pytest.mark.parametrize("skipped", [1, 16])
@@ -308,7 +313,9 @@ def test_a_vote_keeps_as_many_heads_as_were_asked(heads: tuple[tuple[int, ...], 
     """A voter for few heads would count for more, since votes are in units of their mean."""
     settings = PruningSettings(policy="vote", target=0.5, multiple=2)
     keep = ModelStructure(tuple(BlockStructure(q=each, kv=each, ff=tuple(range(8))) for each in heads))
-    asked = replace(assignment(), surgery=Pruning(settings=settings, wanted=True))
+    asked = replace(
+        assignment(), task=replace(assignment().lora, pruning=Pruning(settings=settings, scores_requested=True))
+    )
     blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
     outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
     if words:
@@ -316,13 +323,15 @@ def test_a_vote_keeps_as_many_heads_as_were_asked(heads: tuple[tuple[int, ...], 
         assert outcome.code == words[0]
         assert words[1] in outcome.reason
     else:
-        assert isinstance(outcome, ClientUpdate)
+        assert isinstance(outcome, AdmittedUpdate)
 
 
 def test_blocks_that_keep_alike_keep_as_many_heads_each() -> None:
     settings = PruningSettings(policy="vote", target=0.5, multiple=2, allocation="uniform")
     keep = ModelStructure(tuple(BlockStructure(q=each, kv=each, ff=tuple(range(8))) for each in ((0,), (1, 2, 3))))
-    asked = replace(assignment(), surgery=Pruning(settings=settings, wanted=True))
+    asked = replace(
+        assignment(), task=replace(assignment().lora, pruning=Pruning(settings=settings, scores_requested=True))
+    )
     blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
     outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
     assert isinstance(outcome, Failure)

@@ -13,16 +13,18 @@ from fedtune.directions.consistency import block_checks
 from fedtune.directions.seed_ledger import describe_base
 from fedtune.errors import RoundError, StoreError
 from fedtune.messages import (
+    AdmittedUpdate,
     Assignment,
     Blueprint,
     Client,
     ClientUpdate,
     Failure,
+    LoraResult,
     Measured,
-    Outcome,
-    Plan,
+    PlannedClient,
     ProbeResult,
     Training,
+    TrainLora,
 )
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
@@ -31,13 +33,13 @@ from fedtune.planning.planner import ClientObservation
 from fedtune.rounds.clock import ClientTime, CompletedWork
 from fedtune.rounds.loop import ClientFinished, InterruptedRound, Note, NullJournal, RoundResult, RoundStarted, run
 from fedtune.rounds.schedule import Schedule
-from fedtune.rounds.transport import Answer, Aside, Reply, Rule
+from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment, decode_assignment, encode_update
 
 SHAPE = (4, 6)
 TRAINING = Training(batch=1, learning_rate=0.1, steps=1)
 LISTED = describe_base({"x.weight": np.ones(SHAPE, np.float32), "y.bias": np.zeros(5000, np.float32)})
-Script = Callable[[Assignment], Outcome | bytes]
+Script = Callable[[Assignment], ClientUpdate | Failure | bytes]
 """What a client answers, or its bytes as they arrive."""
 
 
@@ -71,7 +73,10 @@ def answer(value: float = 0.1, **changes: Any) -> Script:
             "x.a": rng.normal(size=(rank, SHAPE[1])).astype(np.float32),
             "x.b": (value * rng.normal(size=(SHAPE[0], rank))).astype(np.float32),
         }
-        return replace(ClientUpdate(name, assignment.round, 10, factors, base=assignment.base), **changes)
+        own = {key: value for key, value in changes.items() if key in ("tensors", "base")}
+        others = {key: value for key, value in changes.items() if key not in own}
+        result = replace(LoraResult(factors, base=assignment.base), **own)
+        return replace(ClientUpdate(name, assignment.round, 10, result), **others)
 
     return reply
 
@@ -112,9 +117,9 @@ def test_the_order_of_arrival_changes_no_bit() -> None:
 
 
 def test_a_client_that_fails_costs_its_update_alone() -> None:
-    replies = {"ann": answer(), "bob": answer(), "cyd": lambda assignment: Failure("cyd", "out of memory")}
+    replies = {"ann": answer(), "bob": answer(), "cyd": lambda assignment: Failure.from_text("cyd", "out of memory")}
     result = rounds(replies)[0]
-    assert result.outcomes["cyd"] == Failure("cyd", "out of memory")
+    assert result.outcomes["cyd"] == Failure.from_text("cyd", "out of memory")
     without = rounds({name: replies[name] for name in ("ann", "bob")})[0]
     assert state_bytes(result) == state_bytes(without)
 
@@ -147,11 +152,11 @@ def test_an_update_far_above_the_median_norm_is_refused() -> None:
     result = rounds(replies)[0]
     assert isinstance(result.outcomes["dan"], Failure)
     assert "dan" not in result.norms
-    assert isinstance(rounds(replies, max_norm=None)[0].outcomes["dan"], ClientUpdate)
+    assert isinstance(rounds(replies, max_norm=None)[0].outcomes["dan"], AdmittedUpdate)
 
 
 def test_too_few_updates_end_the_run_naming_round_and_reasons() -> None:
-    replies = {"ann": answer(), "bob": lambda assignment: Failure("bob", "no space left")}
+    replies = {"ann": answer(), "bob": lambda assignment: Failure.from_text("bob", "no space left")}
     with pytest.raises(
         RoundError, match=r"round 1: expected at least 2 usable updates.*got 1 of 2: bob failed: no space"
     ):
@@ -160,7 +165,7 @@ def test_too_few_updates_end_the_run_naming_round_and_reasons() -> None:
 
 def test_a_silent_client_is_a_failure() -> None:
     result = rounds({"ann": answer(), "bob": answer()}, order=lambda names: ["ann"])[0]
-    assert result.outcomes["bob"] == Failure("bob", "expected an answer; none came")
+    assert result.outcomes["bob"] == Failure.from_text("bob", "expected an answer; none came")
 
 
 def test_the_watcher_sees_start_and_every_client() -> None:
@@ -170,13 +175,14 @@ def test_the_watcher_sees_start_and_every_client() -> None:
     assert [event.outcome.client for event in events if isinstance(event, ClientFinished)] == ["ann", "bob"] * 2
 
 
-@pytest.mark.parametrize("method", [name for name, method in sorted(METHODS.items()) if method.verb == "adapt"])
+@pytest.mark.parametrize("method", [name for name, method in sorted(METHODS.items()) if method.task is TrainLora])
 def test_every_method_with_adapters_runs_under_the_loop(method: str) -> None:
-    def reply(assignment: Assignment) -> Outcome:
+    def reply(assignment: Assignment) -> ClientUpdate:
         update = answer()(assignment)
         assert isinstance(update, ClientUpdate)
-        kept = {name: t for name, t in update.tensors.items() if name.rpartition(".")[2] in assignment.local.train}
-        return replace(update, tensors=kept)
+        tensors = update.lora.tensors.items()
+        kept = {name: t for name, t in tensors if name.rpartition(".")[2] in assignment.lora.train}
+        return replace(update, result=replace(update.lora, tensors=kept))
 
     results = rounds({"ann": reply, "bob": reply}, count=2, method=method)
     assert results[-1].state.round == 2
@@ -185,17 +191,17 @@ def test_every_method_with_adapters_runs_under_the_loop(method: str) -> None:
 
 def test_an_answer_that_nobody_waits_for_is_named_and_changes_nothing() -> None:
     events: list[Any] = []
-    late = Aside("bob", "answered round 0 after its end; dropped", 12)
+    late = UnsolicitedReply("bob", "answered round 0 after its end; dropped", 12)
     twice = Reply("ann", b"once more")
-    result = rounds({"ann": answer()}, strays=[late, twice, Failure("eve", "gone")], watch=events.append)[0]
-    assert [stray.client for stray in result.aside] == ["bob", "ann", "eve"]
+    result = rounds({"ann": answer()}, strays=[late, twice, Failure.from_text("eve", "gone")], watch=events.append)[0]
+    assert [stray.client for stray in result.unsolicited] == ["bob", "ann", "eve"]
     assert [event.text.split(":")[0] for event in events if isinstance(event, Note)] == ["bob", "ann", "eve"]
     assert result.digest == rounds({"ann": answer()})[0].digest
     assert list(result.outcomes) == ["ann"]
 
 
 def test_bytes_are_counted_on_the_messages_as_they_travel() -> None:
-    result = rounds({"ann": answer(), "bob": lambda assignment: Failure("bob", "no power")})[0]
+    result = rounds({"ann": answer(), "bob": lambda assignment: Failure.from_text("bob", "no power")})[0]
     payload = 4 * 2 * (6 + 4)  # four bytes, rank 2, (6 in + 4 out)
     assert payload < result.traffic["ann"].up < payload + 400
     assert 0 < result.traffic["ann"].down < 1000  # nothing but the header in round 1
@@ -246,7 +252,11 @@ class Noted(NullJournal):
         return super().commit(round, state)
 
 
-FLEET: Mapping[str, Script] = {"ann": answer(), "bob": answer(), "cyd": lambda assignment: Failure("cyd", "no power")}
+FLEET: Mapping[str, Script] = {
+    "ann": answer(),
+    "bob": answer(),
+    "cyd": lambda assignment: Failure.from_text("cyd", "no power"),
+}
 
 
 def test_each_step_is_noted_before_the_next_one_is_taken() -> None:
@@ -261,7 +271,7 @@ def test_each_step_is_noted_before_the_next_one_is_taken() -> None:
     ]
 
 
-def never(assignment: Assignment) -> Outcome:
+def never(assignment: Assignment) -> ClientUpdate | Failure:
     raise AssertionError(f"{assignment.plan.client} was asked again")
 
 
@@ -280,7 +290,7 @@ def test_a_closed_round_is_aggregated_without_asking_anybody() -> None:
     whole = rounds(FLEET, ledger=noted)[0]
     updates = {name: noted.noted[name] for name in ("ann", "bob")}
     cohort = {"ann": 10, "bob": 10, "cyd": 10}
-    held = InterruptedRound(cohort, noted.noted["orders"], updates, {"cyd": Failure("cyd", "no power")})
+    held = InterruptedRound(cohort, noted.noted["orders"], updates, {"cyd": Failure.from_text("cyd", "no power")})
     again = rounds(dict.fromkeys(FLEET, never), ledger=Noted(held))[0]
     assert again.digest == whole.digest
     assert again.outcomes["cyd"] == whole.outcomes["cyd"]
@@ -367,15 +377,14 @@ def probing(replicas: Replicas | None = None, told: list[str] | None = None, **c
             sampling=probe.sampling,
             replicas=Replicas() if replicas is None else replicas,
         )
-        answer = ClientUpdate(name, assignment.round, 10, {})
         if ledger is None:
-            return replace(answer, probed=ProbeResult(np.empty(0, np.int8), lost=True))
+            return lost(assignment)
         rng = np.random.default_rng(sum(name.encode()) + assignment.round)
         scalars = rng.integers(-20, 21, STEPS).astype(np.int8)
         found = ProbeResult(scalars, ledger.digest[:8], block_checks(ledger, LISTED, range(2), displacement))
         probed = {key: value for key, value in changes.items() if hasattr(found, key)}
         others = {key: value for key, value in changes.items() if key not in probed}
-        return replace(answer, probed=replace(found, **probed), **others)
+        return replace(ClientUpdate(name, assignment.round, 10, replace(found, **probed)), **others)
 
     return reply
 
@@ -404,7 +413,7 @@ def test_a_client_that_has_lost_its_state_is_asked_once_more_with_the_whole_and_
     forgot = seeded({"ann": probing(Replicas()), "bob": probing(None, told)}, count=4)
     assert told == ["1 log 0", "2 changed 0", *("3 changed 1", "3 changed 0"), *("4 changed 2", "4 changed 0")]
     assert [result.digest for result in forgot] == [result.digest for result in remembered]
-    assert all(isinstance(outcome, ClientUpdate) for result in forgot for outcome in result.outcomes.values())
+    assert all(isinstance(outcome, AdmittedUpdate) for result in forgot for outcome in result.outcomes.values())
     third = [one for one in sizes[4:7] if one[0] == "bob"]
     assert len(third) == 2
     assert forgot[2].traffic["bob"].down == third[0][1] + third[1][1]
@@ -421,9 +430,7 @@ def test_each_client_is_told_finished_once_and_only_what_is_used_is_kept() -> No
 
 
 def lost(assignment: Assignment) -> ClientUpdate:
-    return ClientUpdate(
-        assignment.plan.client, assignment.round, 10, {}, probed=ProbeResult(np.empty(0, np.int8), lost=True)
-    )
+    return ClientUpdate(assignment.plan.client, assignment.round, 10, ProbeResult(np.empty(0, np.int8), lost=True))
 
 
 def lost_from(round: int) -> Script:
@@ -435,33 +442,34 @@ def lost_from(round: int) -> Script:
 def test_a_client_that_has_lost_the_whole_too_is_a_failure_and_the_round_goes_on() -> None:
     result = seeded({"ann": probing(Replicas()), "bob": lost_from(3)}, count=3)[-1]
     failure = result.outcomes["bob"]
-    assert failure == Failure("bob", "expected it to work on the whole state; it asked for that again")
-    assert isinstance(result.outcomes["ann"], ClientUpdate)
+    assert failure == Failure.from_text("bob", "expected it to work on the whole state; it asked for that again")
+    assert isinstance(result.outcomes["ann"], AdmittedUpdate)
 
 
 def test_a_client_that_was_sent_the_whole_at_once_is_not_asked_again() -> None:
     calls = list[int]()
 
-    def always(assignment: Assignment) -> Outcome:
+    def always(assignment: Assignment) -> ClientUpdate:
         calls.append(assignment.round)
         return lost(assignment)
 
     result = seeded({"ann": probing(Replicas()), "bob": always})[0]
     assert calls == [1]
-    assert result.outcomes["bob"] == Failure("bob", "expected it to work on the whole state; it asked for that again")
+    assert result.outcomes["bob"] == Failure.from_text(
+        "bob", "expected it to work on the whole state; it asked for that again"
+    )
     assert result.digest == seeded({"ann": probing(Replicas())})[0].digest
 
 
 def test_a_client_that_falls_silent_when_it_is_asked_again_is_a_failure() -> None:
-    def tired(assignment: Assignment) -> Outcome | bytes:
-        assert assignment.probe is not None
+    def tired(assignment: Assignment) -> ClientUpdate | Failure | bytes:
         if assignment.round < 3:
             return honest(assignment)
-        return lost(assignment) if assignment.probe.state.since else Failure("bob", "no power")
+        return lost(assignment) if assignment.probe.state.since else Failure.from_text("bob", "no power")
 
     honest = probing(Replicas())
     result = seeded({"ann": probing(Replicas()), "bob": tired}, count=3)[-1]
-    assert result.outcomes["bob"] == Failure("bob", "no power")
+    assert result.outcomes["bob"] == Failure.from_text("bob", "no power")
 
 
 def test_who_is_asked_again_is_waited_for_until_so_many_updates_as_the_quorum_are_in(
@@ -475,7 +483,11 @@ def test_who_is_asked_again_is_waited_for_until_so_many_updates_as_the_quorum_ar
         return honest(self, orders, rule)
 
     monkeypatch.setattr(Scripted, "exchange", exchange)
-    fleet = {"ann": probing(Replicas()), "bob": lambda assignment: Failure("bob", "no power"), "cyd": probing()}
+    fleet = {
+        "ann": probing(Replicas()),
+        "bob": lambda assignment: Failure.from_text("bob", "no power"),
+        "cyd": probing(),
+    }
     seeded(fleet, count=3, min_clients=2)
     assert rules == [2, 2, 2, 1]
 
@@ -520,7 +532,7 @@ def test_a_bad_probe_is_refused_by_name_and_the_round_goes_on_without_it(bad: Sc
     assert (failure.client, failure.kind) == ("bad", "refused")
     assert reason in failure.reason
     assert result.digest == alone.digest
-    assert isinstance(result.outcomes["ann"], ClientUpdate)
+    assert isinstance(result.outcomes["ann"], AdmittedUpdate)
 
 
 def test_a_probe_that_is_cut_off_anywhere_is_refused() -> None:
@@ -528,7 +540,7 @@ def test_a_probe_that_is_cut_off_anywhere_is_refused() -> None:
     alone = seeded({"ann": probing(Replicas())})[0]
     result = seeded({"ann": probing(Replicas()), **{f"cut-{place:03}": cut(place) for place in range(whole)}})[0]
     assert result.digest == alone.digest
-    assert {name for name, outcome in result.outcomes.items() if isinstance(outcome, ClientUpdate)} == {"ann"}
+    assert {name for name, outcome in result.outcomes.items() if isinstance(outcome, AdmittedUpdate)} == {"ann"}
     assert {outcome.kind for name, outcome in result.outcomes.items() if isinstance(outcome, Failure)} == {"refused"}
 
 
@@ -542,10 +554,10 @@ def test_more_are_asked_than_are_needed_and_the_round_ends_with_enough() -> None
 
     result = rounds(replies, cohort=2, over_select=1.5, watch=watch)[0]
     assert len(asked) == 3
-    used = [name for name, outcome in result.outcomes.items() if isinstance(outcome, ClientUpdate)]
+    used = [name for name, outcome in result.outcomes.items() if isinstance(outcome, AdmittedUpdate)]
     assert used == asked[:2]  # the scripted clients answer in the order of their names
     late = result.outcomes[asked[2]]
-    assert late == Failure(asked[2], "the round had its 2 updates", kind="late")
+    assert late == Failure.from_text(asked[2], "the round had its 2 updates", kind="late")
 
 
 def test_who_was_late_is_waited_for_again_until_enough_have_answered() -> None:
@@ -553,7 +565,7 @@ def test_who_was_late_is_waited_for_again_until_enough_have_answered() -> None:
 
     def slow(assignment: Assignment) -> Any:
         tries.append(assignment.round)
-        return Failure("bob", "no answer in 5 s", kind="late") if len(tries) < 3 else answer()(assignment)
+        return Failure.from_text("bob", "no answer in 5 s", kind="late") if len(tries) < 3 else answer()(assignment)
 
     result = rounds({"ann": answer(), "bob": slow}, min_clients=2, attempts=3)[0]
     assert len(tries) == 3
@@ -568,7 +580,7 @@ def test_who_failed_for_good_is_not_asked_again() -> None:
 
     def broken(assignment: Assignment) -> Failure:
         tries.append(assignment.round)
-        return Failure("bob", "out of memory")
+        return Failure.from_text("bob", "out of memory")
 
     with pytest.raises(RoundError):
         rounds({"ann": answer(), "bob": broken}, min_clients=2, attempts=3)
@@ -584,12 +596,12 @@ class Choosing:
     def start(self) -> tuple[Any, ...]:
         return ()
 
-    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, Plan | Failure]:
+    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
         plans = {client.name: self.fixed.plan_for(client) for client in cohort}
-        slow: dict[str, Plan | Failure] = {
-            name: replace(plan, deadline_s=10.0, why=f"seen {len(learned)}") for name, plan in plans.items()
+        slow: dict[str, PlannedClient | Failure] = {
+            name: PlannedClient(plan, deadline_s=10.0, why=f"seen {len(learned)}") for name, plan in plans.items()
         }
-        return slow | {"eve": Failure("eve", "needs 9 GB; has 4", kind="unfit")} if "eve" in plans else slow
+        return slow | {"eve": Failure.from_text("eve", "needs 9 GB; has 4", kind="unfit")} if "eve" in plans else slow
 
     def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> Any:
         return (*learned, tuple(seen))
@@ -607,8 +619,8 @@ class Told:
     ) -> Mapping[str, ClientTime]:
         return {name: ClientTime(self.seconds[name], 1.0) for name in done}
 
-    def cut(self, plans: Mapping[str, Plan], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
-        return {name: plan.deadline_s or 0.0 for name, plan in plans.items() if spent[name].seconds > 10}
+    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+        return {name: at for name, at in deadlines_s.items() if spent[name].seconds > 10}
 
     def lasted(self, spent: Mapping[str, ClientTime]) -> float:
         return max((each.seconds for each in spent.values()), default=0.0)
@@ -642,13 +654,13 @@ def chosen(
 
 
 def test_a_client_that_nothing_fits_sits_out_with_the_reason_and_stops_nobody() -> None:
-    def never(assignment: Assignment) -> Outcome:
+    def never(assignment: Assignment) -> ClientUpdate | Failure:
         raise AssertionError("eve must not be asked")
 
     first, second = chosen({"ann": answer(), "eve": never}, {"ann": 2.0})
-    assert first.outcomes["eve"] == Failure("eve", "needs 9 GB; has 4", kind="unfit")
+    assert first.outcomes["eve"] == Failure.from_text("eve", "needs 9 GB; has 4", kind="unfit")
     assert (first.traffic["eve"].down, list(first.outcomes)) == (0, ["ann", "eve"])
-    assert second.assignments["ann"].plan.why == "seen 1"
+    assert second.planned["ann"].why == "seen 1"
     with pytest.raises(
         RoundError, match=r"round 1: expected a client that can do something; got none: eve: needs 9 GB"
     ):
@@ -680,7 +692,7 @@ def test_a_planner_learns_again_from_the_rounds_before() -> None:
         history=[whole[0].seen],
         clock_s=whole[0].clock_s,
     )
-    assert [result.assignments["ann"].plan.why for result in rest] == ["seen 1", "seen 2"]
+    assert [result.planned["ann"].why for result in rest] == ["seen 1", "seen 2"]
     assert (rest[-1].clock_s, rest[-1].digest) == (whole[-1].clock_s, whole[-1].digest)
 
 

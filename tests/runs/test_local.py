@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedtune.config import bind
-from fedtune.messages import Client, Plan
+from fedtune.messages import Client, PlannedClient
 from fedtune.methods.method import GlobalModel
 from fedtune.runs.local import Experiment, prepare, score
 
@@ -22,7 +22,7 @@ def prepared(tables: dict[str, Any]) -> Experiment:
 def test_the_fleet_counts_training_examples_only(prepared: Experiment) -> None:
     assert prepared.fleet == {"client-0": 6, "client-1": 6, "client-2": 6}  # of 8 rows each a quarter is held out
     plans = prepared.planner.plan(None, 1, [Client(name, 6) for name in prepared.fleet])
-    ranks = {name: plan.rank for name, plan in plans.items() if isinstance(plan, Plan)}
+    ranks = {name: each.plan.rank for name, each in plans.items() if isinstance(each, PlannedClient)}
     assert ranks == {"client-0": 4, "client-1": 2, "client-2": 8}
 
 
@@ -39,4 +39,4 @@ def test_scores_are_made_of_what_is_asked_for(prepared: Experiment) -> None:
 
 def test_a_client_that_nobody_knew_gets_the_recipes_plan(prepared: Experiment) -> None:
     plans = prepared.planner.plan(None, 1, [Client("client-2", 10), Client("new", 10)])
-    assert [plan.rank for plan in plans.values() if isinstance(plan, Plan)] == [8, 4]
+    assert [each.plan.rank for each in plans.values() if isinstance(each, PlannedClient)] == [8, 4]

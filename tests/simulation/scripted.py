@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import ClientError, ConfigError, Fault
-from fedtune.messages import Assignment, ClientUpdate
+from fedtune.messages import Assignment, ClientUpdate, LoraResult
 from fedtune.simulation.fork_server import PerformBytes, Prepared, serve
 
 
@@ -81,8 +81,8 @@ def act(
                 "parts": {name: bytes(part).decode() for name, part in parts.items()},
             }
             raise ClientError(json.dumps(facts))
-    tensors = {name: np.array(tensor) for blob in assignment.blobs.values() for name, tensor in blob.items()}
-    return ClientUpdate(client, assignment.round, 5, tensors, base=assignment.base)
+    tensors = {name: np.array(tensor) for blob in assignment.lora.blobs.values() for name, tensor in blob.items()}
+    return ClientUpdate(client, assignment.round, 5, LoraResult(tensors, base=assignment.base))
 
 
 def descriptors() -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.messages import Assignment, LocalAdapter, Plan, Training
+from fedtune.messages import Assignment, Plan, Training, TrainLora
 from fedtune.simulation.fork_server import read_payload, write_payload
 from fedtune.wire.codec import decode_update, encode_assignment
 
@@ -95,7 +95,7 @@ def test_a_worker_leaves_when_its_connection_closes() -> None:
 def test_a_worker_keeps_bodies_until_it_is_told_to_drop_them() -> None:
     blob = {"x.a": np.arange(6, dtype=np.float32)}
     plan = Plan("ann", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=1))
-    order = encode_assignment(Assignment("flora", 1, 3, plan, LocalAdapter(a_key=4), {"global": blob}, "base"))
+    order = encode_assignment(Assignment("flora", 1, 3, plan, TrainLora(a_key=4, blobs={"global": blob}), base="base"))
     (digest,) = order.blobs
 
     def given(connection: Connection[bytes, bytes], *, bodies: list[str], drop: list[str]) -> tuple[bytes, bytes]:
@@ -112,7 +112,7 @@ def test_a_worker_keeps_bodies_until_it_is_told_to_drop_them() -> None:
                 word, content = given(connection, bodies=bodies, drop=[])
                 assert word == b"update"
                 update = decode_update(content, client="ann", limit_bytes=10_000)
-                assert update.tensors["x.a"].tolist() == [0, 1, 2, 3, 4, 5]
+                assert update.lora.tensors["x.a"].tolist() == [0, 1, 2, 3, 4, 5]
             word, content = given(connection, bodies=[], drop=[digest])
             assert word == b"failed"
             assert b"expected a body of digest" in content

@@ -6,7 +6,16 @@ import ml_dtypes
 import numpy as np
 
 from fedtune.errors import ClientError
-from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.messages import (
+    Assignment,
+    Client,
+    ClientUpdate,
+    Failure,
+    LoraResult,
+    Plan,
+    Training,
+    TrainLora,
+)
 from fedtune.rounds.transport import Answer, Reply, Rule, Work
 from fedtune.simulation.inprocess import InProcess
 from fedtune.wire.codec import EncodedAssignment, blob_encoder, decode_update, encode_assignment
@@ -16,7 +25,9 @@ BLOB = {"x.a": np.ones((2, 6), ml_dtypes.bfloat16), "x.b": np.ones((4, 2), ml_dt
 
 
 def assignment(name: str) -> Assignment:
-    return Assignment("flora", 1, 3, Plan(name, 2, 2.0, TRAINING), LocalAdapter(a_key=4), {"global": BLOB}, "base")
+    return Assignment(
+        "flora", 1, 3, Plan(name, 2, 2.0, TRAINING), TrainLora(a_key=4, blobs={"global": BLOB}), base="base"
+    )
 
 
 def orders(*names: str) -> Mapping[str, EncodedAssignment]:
@@ -25,8 +36,8 @@ def orders(*names: str) -> Mapping[str, EncodedAssignment]:
 
 
 def echo(received: Assignment) -> ClientUpdate:
-    tensors = {name: np.array(tensor) for name, tensor in received.blobs["global"].items()}
-    return ClientUpdate(received.plan.client, received.round, 5, tensors, base=received.base)
+    tensors = {name: np.array(tensor) for name, tensor in received.lora.blobs["global"].items()}
+    return ClientUpdate(received.plan.client, received.round, 5, LoraResult(tensors, base=received.base))
 
 
 def exchanged(work: Mapping[str, Work]) -> list[Answer]:
@@ -39,8 +50,8 @@ def test_messages_arrive_as_they_were_sent() -> None:
     assert isinstance(reply, Reply)
     update = decode_update(reply.update, client="ann", limit_bytes=10_000)
     for name, tensor in BLOB.items():
-        np.testing.assert_array_equal(update.tensors[name], tensor)
-        assert update.tensors[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(update.lora.tensors[name], tensor)
+        assert update.lora.tensors[name].dtype == tensor.dtype
 
 
 def test_a_clients_error_is_its_own_failure() -> None:
@@ -49,12 +60,12 @@ def test_a_clients_error_is_its_own_failure() -> None:
 
     ann, bob = exchanged({"ann": echo, "bob": fail})
     assert isinstance(ann, Reply)
-    assert bob == Failure("bob", "bob: loss is nan")
+    assert bob == Failure.from_text("bob", "bob: loss is nan")
 
 
 def test_a_client_cannot_write_into_what_others_receive() -> None:
     def scribble(received: Assignment) -> ClientUpdate:
-        assert not received.blobs["global"]["x.a"].flags.writeable
+        assert not received.lora.blobs["global"]["x.a"].flags.writeable
         return echo(received)
 
     assert all(isinstance(answer, Reply) for answer in exchanged({"ann": scribble, "bob": scribble}))
@@ -64,7 +75,7 @@ def test_a_body_that_many_receive_is_decoded_once() -> None:
     seen = []
 
     def keep(received: Assignment) -> ClientUpdate:
-        seen.append(received.blobs["global"])
+        seen.append(received.lora.blobs["global"])
         return echo(received)
 
     exchanged({"ann": keep, "bob": keep})

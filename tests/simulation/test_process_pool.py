@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 
 from fedtune.errors import ConfigError, RoundError
-from fedtune.messages import Assignment, Client, ClientUpdate, Failure, LocalAdapter, Plan, Training
+from fedtune.messages import (
+    Assignment,
+    Client,
+    ClientUpdate,
+    Failure,
+    LoraResult,
+    Plan,
+    Training,
+    TrainLora,
+)
 from fedtune.rounds.transport import Answer, Reply, Rule
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.process_pool import ForkServer, ProcessPool, Worker, exit_reason, hand_out
@@ -37,7 +46,7 @@ def orders(*names: str, size: int = 6, own: bool = False) -> Mapping[str, Encode
         plan = Plan(name, 2, 2.0, Training(batch=1, learning_rate=0.1, steps=1))
         blobs = {"global": shared} | ({"local": {"y.a": np.full(2, number, np.float32)}} if own else {})
         found[name] = encode_assignment(
-            Assignment("flora", 1, 3, plan, LocalAdapter(a_key=4), blobs, "base"), encode=encode
+            Assignment("flora", 1, 3, plan, TrainLora(a_key=4, blobs=blobs), base="base"), encode=encode
         )
     return found
 
@@ -75,8 +84,8 @@ def wait_until_gone(*pids: int) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_every_client_answers_what_it_answers_in_process(workers: int) -> None:
     def echo(received: Assignment) -> ClientUpdate:
-        tensors = {name: np.array(tensor) for blob in received.blobs.values() for name, tensor in blob.items()}
-        return ClientUpdate(received.plan.client, received.round, 5, tensors, base=received.base)
+        tensors = {name: np.array(tensor) for blob in received.lora.blobs.values() for name, tensor in blob.items()}
+        return ClientUpdate(received.plan.client, received.round, 5, LoraResult(tensors, base=received.base))
 
     inprocess = InProcess(FLEET, dict.fromkeys(NAMES, echo))
     with loaded(ForkServer(COMMAND)) as nursery:

@@ -46,7 +46,7 @@ def test_a_round_is_followed_from_open_to_commit() -> None:
     assert history.open.updates == {"bob": Place("u", 0, 9)}
     history.apply(*CLOSE)
     assert history.open.missing == []
-    assert history.open.failures == {"ann": Failure("ann", "no answer", "late")}
+    assert history.open.failures == {"ann": Failure.from_text("ann", "no answer", kind="late")}
     assert history.open.sizes == {"ann": 7}
     assert (history.committed, history.repeatable) == (0, None)
     history.apply(*COMMIT)

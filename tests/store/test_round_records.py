@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 
 from fedtune.lora.adapter import Factors
-from fedtune.messages import Assignment, ClientUpdate, Failure, LocalAdapter, Measured, Plan, Traffic, Training
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    ClientUpdate,
+    Failure,
+    LoraResult,
+    Measured,
+    Plan,
+    PlannedClient,
+    Traffic,
+    Training,
+    TrainLora,
+)
 from fedtune.rounds.loop import RoundResult
-from fedtune.rounds.transport import Aside
+from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.store import round_records
 
 PLAN = Plan("ann", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=3))
@@ -23,12 +35,13 @@ def result() -> RoundResult:
         state=None,
         digest="d" * 64,
         examples={"ann": 30, "bob": 10, "cyd": 5},
-        aside=[Aside("dan", "answered round 0 after its end; dropped", 7)],
-        assignments={n: Assignment("flora", 1, 0, replace(PLAN, client=n), LocalAdapter(a_key=0)) for n in names},
+        unsolicited=[UnsolicitedReply("dan", "answered round 0 after its end; dropped", 7)],
+        planned={n: PlannedClient(replace(PLAN, client=n)) for n in names},
+        assignments={n: Assignment("flora", 1, 0, replace(PLAN, client=n), TrainLora(a_key=0)) for n in names},
         outcomes={
-            "ann": ClientUpdate("ann", 1, 30, {}, measured=measured),
-            "bob": ClientUpdate("bob", 1, 10, {}, measured=later),
-            "cyd": Failure("cyd", "no memory"),
+            "ann": AdmittedUpdate(ClientUpdate("ann", 1, 30, LoraResult({}), measured=measured)),
+            "bob": AdmittedUpdate(ClientUpdate("bob", 1, 10, LoraResult({}), measured=later)),
+            "cyd": Failure.from_text("cyd", "no memory"),
         },
         norms={"ann": 0.5, "bob": 0.25},
         traffic={name: Traffic(down=100, up=10) for name in names},

@@ -24,7 +24,7 @@ INPUTS = {"recipe": "rounds = 4", "threads": 1}
 COHORT = {"ann": 3, "bob": 4, "cyd": 5}
 ORDERS = {name: f"order of {name}" for name in COHORT}
 UPDATES = {"cyd": b"update of cyd", "ann": b"ann's"}
-FAILURES = {"bob": Failure("bob", "out of memory", "refused")}
+FAILURES = {"bob": Failure.from_text("bob", "out of memory", kind="refused")}
 SIZES = {"bob": 99}
 
 
@@ -197,7 +197,7 @@ def test_what_a_repetition_needs_is_kept_until_the_next_round_begins_and_not_lon
             assert blobs(tmp_path) == {digest([each]) for each in UPDATES.values()} | {digest(state(number))} | earlier
         begin(kept, 4, updates={})
         assert blobs(tmp_path) == {digest(state(3))}
-        kept.close(4, {name: Failure(name, "late") for name in COHORT}, dict.fromkeys(COHORT, 0))
+        kept.close(4, {name: Failure.from_text(name, "late") for name in COHORT}, dict.fromkeys(COHORT, 0))
         kept.commit(4, state(4))
         kept.finish(4)
         assert blobs(tmp_path) == {digest(state(4))}
@@ -457,9 +457,9 @@ def test_a_full_disk_stops_the_run_and_loses_nothing_that_was_noted(run: Path, m
 
 def test_reasons_in_any_language_come_back(tmp_path: Path) -> None:
     failures = {
-        "ann": Failure("ann", "kein Platz: ü \n \U0001f4be \ud800", "refused"),
-        "bob": Failure("bob", "", "late"),
-        "cyd": Failure("cyd", "x" * 10000),
+        "ann": Failure.from_text("ann", "kein Platz: ü \n \U0001f4be \ud800", kind="refused"),
+        "bob": Failure.from_text("bob", "", kind="late"),
+        "cyd": Failure.from_text("cyd", "x" * 10000),
     }
     with RunJournal.create(tmp_path) as kept:
         kept.begin(INPUTS)
@@ -493,7 +493,7 @@ def test_a_random_run_that_is_reopened_at_random_forgets_nothing(tmp_path: Path)
             told[name] = rng.randbytes(rng.randint(0, 50))
             kept.accept(number, name, told[name])
         kept = next(ledgers)
-        failures = {name: Failure(name, "late", "late") for name in names if name not in told}
+        failures = {name: Failure.from_text(name, "late", kind="late") for name in names if name not in told}
         sizes = {name: rng.randint(0, 50) for name in failures}
         kept.close(number, failures, sizes)
         kept = next(ledgers)

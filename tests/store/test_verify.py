@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     with RunJournal.create(tmp_path, group_s=0) as ledger:
         ledger.begin(INPUTS)
         begin(ledger, 1, "0" * 64, "ann")
-        ledger.close(1, {"bob": Failure("bob", "late", "late")}, {"bob": 0})
+        ledger.close(1, {"bob": Failure.from_text("bob", "late", kind="late")}, {"bob": 0})
         state = ledger.commit(1, [b"state 1"])
         begin(ledger, 2, state, "ann")
     return tmp_path
@@ -138,7 +138,7 @@ def test_every_needed_blob_is_looked_at(run: Path, number: int) -> None:
 def test_a_damaged_last_record_is_named_before_the_blob_that_it_let_go_of(run: Path) -> None:
     with RunJournal.reopen(run) as ledger:
         ledger.begin(INPUTS)
-        ledger.close(2, {"bob": Failure("bob", "late", "late")}, {"bob": 0})
+        ledger.close(2, {"bob": Failure.from_text("bob", "late", kind="late")}, {"bob": 0})
         ledger.commit(2, [b"state 2"])
         before = replay_journal(run)[1]
         ledger.finish(2)

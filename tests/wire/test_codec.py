@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedtune.errors import WireError
-from fedtune.messages import Assignment, ClientUpdate, LocalAdapter, Measured, Plan, Training
+from fedtune.messages import (
+    Assignment,
+    ClientUpdate,
+    LoraResult,
+    Measured,
+    Plan,
+    Proximal,
+    TailRank,
+    Training,
+    TrainLora,
+)
 from fedtune.tensors import Tensors
 from fedtune.wire import codec
 from fedtune.wire.v1 import round_pb2 as pb
@@ -26,18 +36,22 @@ ASSIGNMENT = Assignment(
     round=3,
     seed=2**64 - 1,
     plan=Plan("bank-1", rank=8, scale=2.0, training=Training(batch=4, learning_rate=3e-4, steps=30)),
-    local=LocalAdapter(a_key=2**63, train="b", upload="difference", wire_dtype="fp16", rank_penalty=0.1),
-    blobs={"global": A, "local": {}, "saved": {"score.weight": np.zeros((0, 3), np.float32)}},
+    task=TrainLora(
+        a_key=2**63,
+        train="b",
+        upload="difference",
+        wire_dtype="fp16",
+        terms=(TailRank(0.1, 1.0),),
+        blobs={"global": A, "local": {}, "saved": {"score.weight": np.zeros((0, 3), np.float32)}},
+    ),
     base="9f3c",
 )
 UPDATE = ClientUpdate(
     client="bank-1",
     round=3,
     num_examples=120,
-    tensors=A,
-    saved={"score.weight": np.full((1, 2), np.nan, np.float32)},
+    result=LoraResult(A, saved={"score.weight": np.full((1, 2), np.nan, np.float32)}, base="9f3c"),
     measured=Measured(seconds=1.5, peak_bytes=2**33, tokens=900, loss_before=2.5, loss_after=2.25),
-    base="9f3c",
 )
 LIMIT = 1 << 20
 
@@ -49,8 +63,14 @@ def bits(tensors: Tensors) -> object:
 def plain(message: Assignment | ClientUpdate) -> object:
     """Return the message with every array as its bits, so that two messages can be compared."""
     if isinstance(message, ClientUpdate):
-        return replace(message, tensors={}, saved={}), bits(message.tensors), bits(message.saved)
-    return replace(message, blobs={}), {role: bits(tensors) for role, tensors in message.blobs.items()}
+        return (
+            replace(message, result=replace(message.lora, tensors={}, saved={})),
+            bits(message.lora.tensors),
+            bits(message.lora.saved),
+        )
+    return replace(message, task=replace(message.lora, blobs={})), {
+        role: bits(tensors) for role, tensors in message.lora.blobs.items()
+    }
 
 
 def assignment_again(assignment: Assignment) -> Assignment:
@@ -85,6 +105,10 @@ TENSORS = st.dictionaries(
 )
 WORD = st.integers(0, 2**64 - 1)
 COUNT = st.integers(0, 2**32 - 1)
+TAIL_RANK = st.builds(TailRank, st.floats(0, 1e300), st.floats(0, 1, exclude_min=True)).filter(
+    lambda term: term != TailRank(0, 1)  # which is no term on the wire
+)
+PROXIMAL = st.builds(Proximal, st.floats(0, 1e300, exclude_min=True))
 
 
 @given(
@@ -100,16 +124,15 @@ COUNT = st.integers(0, 2**32 - 1)
             scale=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
             training=st.just(ASSIGNMENT.plan.training),
         ),
-        local=st.builds(
-            LocalAdapter,
+        task=st.builds(
+            TrainLora,
             a_key=WORD,
             train=st.sampled_from(["ab", "b"]),
             upload=st.sampled_from(["factors", "difference"]),
             wire_dtype=st.sampled_from(["fp32", "fp16", "bf16"]),
-            rank_penalty=st.floats(0, 1e300),
-            rank_decay=st.floats(0, 1, exclude_min=True),
+            terms=st.tuples(TAIL_RANK | st.none(), PROXIMAL | st.none()).map(lambda two: tuple(filter(None, two))),
+            blobs=st.dictionaries(st.sampled_from(["global", "local", "saved"]), TENSORS),
         ),
-        blobs=st.dictionaries(st.sampled_from(["global", "local", "saved"]), TENSORS),
         base=st.text(),
     )
 )
@@ -124,8 +147,7 @@ def test_an_assignment_comes_back_exactly(assignment: Assignment) -> None:
         client=st.text(),
         round=COUNT,
         num_examples=WORD,
-        tensors=TENSORS,
-        saved=TENSORS,
+        result=st.builds(LoraResult, TENSORS, saved=TENSORS, base=st.text()),
         measured=st.builds(
             Measured,
             seconds=st.floats(0, 1e300),
@@ -134,7 +156,6 @@ def test_an_assignment_comes_back_exactly(assignment: Assignment) -> None:
             loss_before=st.none() | st.floats(allow_nan=False),
             loss_after=st.none() | st.floats(allow_nan=False),
         ),
-        base=st.text(),
     )
 )
 @settings(deadline=None, max_examples=60)
@@ -155,14 +176,14 @@ def test_a_loss_that_is_not_a_number_travels_and_is_not_taken_for_a_missing_one(
 
 def test_a_state_shared_by_a_cohort_is_encoded_once_and_decoded_once() -> None:
     encode, decode = codec.blob_encoder(), codec.blob_decoder()
-    cohort = [replace(ASSIGNMENT, seed=seed, blobs={"global": A}) for seed in (1, 2)]
+    cohort = [replace(ASSIGNMENT, seed=seed, task=replace(ASSIGNMENT.lora, blobs={"global": A})) for seed in (1, 2)]
     first, second = (codec.encode_assignment(assignment, encode=encode) for assignment in cohort)
     assert first.header != second.header
     (one,), (other,) = first.blobs.values(), second.blobs.values()
     assert one is other
     left, right = (codec.decode_assignment(each.header, each.blobs, decode=decode) for each in (first, second))
-    assert left.blobs["global"] is right.blobs["global"]
-    assert bits(left.blobs["global"]) == bits(A)
+    assert left.lora.blobs["global"] is right.lora.blobs["global"]
+    assert bits(left.lora.blobs["global"]) == bits(A)
 
 
 def test_a_decoder_that_is_kept_tells_apart_two_descriptions_of_one_body() -> None:
@@ -232,14 +253,14 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 
 
 def test_a_flipped_bit_in_a_body_of_an_assignment_is_found_by_its_digest() -> None:
-    encoded = codec.encode_assignment(replace(ASSIGNMENT, blobs={"global": A}))
+    encoded = codec.encode_assignment(replace(ASSIGNMENT, task=replace(ASSIGNMENT.lora, blobs={"global": A})))
     ((digest, body),) = encoded.blobs.items()
     with pytest.raises(WireError, match=f"digest '{digest}'"):
         codec.decode_assignment(encoded.header, {digest: bytes([body[0] ^ 1]) + body[1:]})
 
 
 def test_a_missing_body_is_named_by_its_role() -> None:
-    encoded = codec.encode_assignment(replace(ASSIGNMENT, blobs={"global": A}))
+    encoded = codec.encode_assignment(replace(ASSIGNMENT, task=replace(ASSIGNMENT.lora, blobs={"global": A})))
     with pytest.raises(WireError, match="'global': expected a body of digest"):
         codec.decode_assignment(encoded.header, {})
 
@@ -296,6 +317,9 @@ def test_an_update_whose_header_lies_is_refused(change: Callable[[Any], object],
         (lambda header: header.local.ClearField("upload"), "upload"),
         (lambda header: setattr(header.local, "rank_penalty", -1.0), "rank_penalty"),
         (lambda header: setattr(header.local, "rank_decay", float("nan")), "rank_decay"),
+        (lambda header: setattr(header.local, "proximal", -0.1), "proximal"),
+        (lambda header: setattr(header.local, "proximal", float("inf")), "proximal"),
+        (lambda header: setattr(header.local, "proximal", float("nan")), "proximal"),
         (lambda header: setattr(header, "settings", b"{}"), "settings"),
         (lambda header: header.down.append(header.down[0]), "each role once"),
         (lambda header: setattr(header.down[0], "digest", b""), "digest"),
@@ -313,7 +337,8 @@ def test_an_update_whose_header_lies_is_refused(change: Callable[[Any], object],
             "train",
             "wire_dtype",
         ),
-        *("no upload", "penalty", "decay", "settings", "role twice", "no digest", "length", "unknown field"),
+        *("no upload", "penalty", "decay", "negative proximal", "infinite proximal", "NaN proximal", "settings"),
+        *("role twice", "no digest", "length", "unknown field"),
     ],
 )
 def test_an_assignment_whose_header_lies_is_refused(change: Callable[[Any], object], message: str) -> None:
@@ -354,7 +379,9 @@ def test_padding_that_is_not_zero_is_refused() -> None:
 
 
 def test_bodies_of_an_update_start_aligned_so_that_nothing_is_copied() -> None:
-    data = codec.encode_update(replace(UPDATE, tensors={"a": np.ones((2, 2), np.float32)}, saved={}))
+    data = codec.encode_update(
+        replace(UPDATE, result=replace(UPDATE.lora, tensors={"a": np.ones((2, 2), np.float32)}, saved={}))
+    )
     decoded = codec.decode_update(data, client="bank-1", limit_bytes=LIMIT)
-    assert np.shares_memory(decoded.tensors["a"], np.frombuffer(data, np.uint8))
-    assert not decoded.tensors["a"].flags.writeable
+    assert np.shares_memory(decoded.lora.tensors["a"], np.frombuffer(data, np.uint8))
+    assert not decoded.lora.tensors["a"].flags.writeable

@@ -16,13 +16,14 @@ from fedtune.errors import WireError
 from fedtune.messages import (
     Assignment,
     ClientUpdate,
-    LocalAdapter,
+    LoraResult,
     Measured,
     Plan,
-    Probe,
     ProbeResult,
+    ProbeSeeds,
     SeedState,
     Training,
+    TrainLora,
 )
 from fedtune.tensors import Array
 from fedtune.wire import codec, probe
@@ -30,7 +31,7 @@ from fedtune.wire.v1 import round_pb2 as pb
 
 LIMIT = 1 << 20
 STATE = SeedState("whole", 0, bytes(8), 2, bytes(range(32)))
-PROBE = Probe(
+PROBE = ProbeSeeds(
     bank="hadamard",
     seeds=4,
     key=2**64 - 1,
@@ -51,12 +52,7 @@ PROBE = Probe(
 )
 TRAINING = Training(batch=3, learning_rate=3e-7, steps=200)
 ASSIGNMENT = Assignment(
-    method="fedkseed",
-    round=3,
-    seed=2**64 - 1,
-    plan=Plan("bank-1", rank=1, scale=1.0, training=TRAINING),
-    local=LocalAdapter(a_key=0),
-    probe=PROBE,
+    method="fedkseed", round=3, seed=2**64 - 1, plan=Plan("bank-1", rank=1, scale=1.0, training=TRAINING), task=PROBE
 )
 PROBED = ProbeResult(
     np.array([0, 1, -1, 127, -127], np.int8), state=b"12345678", checks=bytes(range(16)), skipped=1, rms=0.25, lost=True
@@ -65,9 +61,8 @@ UPDATE = ClientUpdate(
     client="bank-1",
     round=3,
     num_examples=120,
-    tensors={},
+    result=PROBED,
     measured=Measured(seconds=1.5, peak_bytes=3 * 2**20, tokens=900, loss_before=2.5, loss_after=2.25),
-    probed=PROBED,
 )
 
 
@@ -78,19 +73,19 @@ def assignment_again(assignment: Assignment) -> Assignment:
 
 
 def update_again(update: ClientUpdate, client: str = "bank-1") -> ClientUpdate:
-    return codec.decode_update(codec.encode_update(update), client=client, limit_bytes=LIMIT, verb="probe")
+    return codec.decode_update(codec.encode_update(update), client=client, limit_bytes=LIMIT, task=ProbeSeeds)
 
 
 def plain(update: ClientUpdate) -> object:
     """Return the update with its scalars as bytes, so that two can be compared, NaN as text."""
-    assert update.probed is not None
-    scalars = update.probed.scalars
+    assert update.probe is not None
+    scalars = update.probe.scalars
     assert scalars.dtype == np.int8
-    return repr(replace(update, probed=replace(update.probed, scalars=scalars.tobytes())))  # type: ignore[arg-type]
+    return repr(replace(update, result=replace(update.probe, scalars=scalars.tobytes())))  # type: ignore[arg-type]
 
 
 def asked(**changes: Any) -> Assignment:
-    return replace(ASSIGNMENT, probe=replace(PROBE, **changes))
+    return replace(ASSIGNMENT, task=replace(PROBE, **changes))
 
 
 WORD = st.integers(0, 2**64 - 1)
@@ -99,12 +94,12 @@ SINGLE = st.floats(0, width=32, allow_infinity=False)
 
 
 @st.composite
-def probes(draw: st.DrawFn) -> Probe:
+def probes(draw: st.DrawFn) -> ProbeSeeds:
     seeds = draw(st.sampled_from([1, 4, 1024, 4096]))
     sampling = draw(st.sampled_from(["uniform", "distinct", "pro"]))
     one_sided = draw(st.booleans())
     round = draw(COUNT)
-    return Probe(
+    return ProbeSeeds(
         bank=draw(st.sampled_from(["hadamard", "gaussian", "kron"])),
         seeds=seeds,
         key=draw(WORD),
@@ -142,19 +137,19 @@ def probes(draw: st.DrawFn) -> Probe:
     steps=st.integers(1, 2**16 - 1),
 )
 def test_a_probe_comes_back_exactly(
-    asked_for: Probe, round: int, seed: int, client: str, batch: int, learning_rate: float, steps: int
+    asked_for: ProbeSeeds, round: int, seed: int, client: str, batch: int, learning_rate: float, steps: int
 ) -> None:
     training = Training(batch=batch, learning_rate=learning_rate, steps=steps)
     plan = Plan(client, rank=1, scale=1.0, training=training)
-    assignment = Assignment("fedkseed", round, seed, plan, LocalAdapter(a_key=0), probe=asked_for)
+    assignment = Assignment("fedkseed", round, seed, plan, asked_for)
     found = assignment_again(assignment)
     assert found == assignment
-    assert found.verb == "probe"
+    assert isinstance(found.task, ProbeSeeds)
 
 
 def test_every_field_travels() -> None:
     assert assignment_again(ASSIGNMENT) == ASSIGNMENT
-    other = Probe(
+    other = ProbeSeeds(
         bank="kron",
         seeds=16,
         key=7,
@@ -163,13 +158,7 @@ def test_every_field_travels() -> None:
         perturbation=1,
         state=SeedState("log", 1, b"log", 2, bytes(32)),
     )
-    assert assignment_again(replace(ASSIGNMENT, probe=other)).probe == other
-
-
-def test_what_is_sent_to_a_client_that_lost_its_state_stays_behind() -> None:
-    both = replace(ASSIGNMENT, whole=ASSIGNMENT)
-    assert codec.encode_assignment(both) == codec.encode_assignment(ASSIGNMENT)
-    assert assignment_again(both).whole is None
+    assert assignment_again(replace(ASSIGNMENT, task=other)).probe == other
 
 
 def test_a_clip_of_zero_and_none_at_all_are_told_apart() -> None:
@@ -273,11 +262,11 @@ def test_flipped_bits_give_a_wire_error_or_another_message_and_nothing_else() ->
         place = rng.randrange(len(data))
         flipped = data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
         try:
-            found = codec.decode_update(flipped, client="bank-1", limit_bytes=LIMIT, verb="probe")
+            found = codec.decode_update(flipped, client="bank-1", limit_bytes=LIMIT, task=ProbeSeeds)
         except WireError as error:
             assert str(error).startswith("bank-1: ")  # noqa: PT017  # most flips make another message
             continue
-        assert (found.client, found.tensors) == ("bank-1", {})
+        assert (found.client, type(found.result)) == ("bank-1", ProbeResult)
 
 
 @settings(deadline=None)
@@ -304,9 +293,8 @@ def test_an_update_comes_back_exactly(
         client="bank-1",
         round=round,
         num_examples=examples,
-        tensors={},
+        result=ProbeResult(scalars, state, checks, skipped, rms=floats[2], lost=lost),
         measured=Measured(seconds, peak_mib * 2**20, tokens, loss_before=floats[0], loss_after=floats[1]),
-        probed=ProbeResult(scalars, state, checks, skipped, rms=floats[2], lost=lost),
     )
     assert plain(update_again(update)) == plain(update)
 
@@ -324,18 +312,18 @@ def test_peak_memory_is_rounded_up_to_the_next_mebibyte() -> None:
 def test_200_scalars_take_at_most_260_bytes() -> None:
     honest = ProbeResult(np.full(200, -127, np.int8), state=bytes(8), checks=bytes(16), skipped=20)
     measured = Measured(3599.9, 2**33, 200_000, loss_before=10.5, loss_after=9.5)
-    data = codec.encode_update(replace(UPDATE, round=60, num_examples=5000, measured=measured, probed=honest))
+    data = codec.encode_update(replace(UPDATE, round=60, num_examples=5000, measured=measured, result=honest))
     assert 200 < len(data) <= 260
     # Numbers are written in as many bytes as they need: the largest of all add two dozen.
     counts = {"round": 2**32 - 1, "num_examples": 2**64 - 1}
     most = replace(measured, peak_bytes=(2**32 - 1) * 2**20, tokens=2**64 - 1)
-    assert len(codec.encode_update(replace(UPDATE, measured=most, probed=honest, **counts))) <= 290  # type: ignore[arg-type]
+    assert len(codec.encode_update(replace(UPDATE, measured=most, **counts, result=honest))) <= 290  # type: ignore[arg-type]
 
 
 def test_an_answer_that_asks_again_takes_a_few_bytes() -> None:
-    asks = ClientUpdate("bank-1", 3, 120, {}, probed=ProbeResult(np.empty(0, np.int8), lost=True))
+    asks = ClientUpdate("bank-1", 3, 120, ProbeResult(np.empty(0, np.int8), lost=True))
     assert len(codec.encode_update(asks)) < 16
-    found = update_again(asks).probed
+    found = update_again(asks).probe
     assert found is not None
     assert (found.lost, len(found.scalars), found.rms) == (True, 0, None)
 
@@ -345,7 +333,7 @@ def test_every_truncated_update_is_refused_or_lacks_a_field() -> None:
     refused = 0
     for length in range(len(data)):
         try:
-            found = codec.decode_update(data[:length], client="bank-1", limit_bytes=LIMIT, verb="probe")
+            found = codec.decode_update(data[:length], client="bank-1", limit_bytes=LIMIT, task=ProbeSeeds)
         except WireError as error:
             assert str(error).startswith("bank-1: ")  # noqa: PT017  # a cut between two fields is another message
             refused += 1
@@ -364,36 +352,36 @@ def test_a_time_that_is_none_is_refused(seconds: float) -> None:
 def test_an_update_with_fields_of_another_release_is_refused() -> None:
     data = codec.encode_update(UPDATE) + b"\xf8\x07\x01"
     with pytest.raises(WireError, match=r"^bank-1: expected the fields of ProbeUpdate of this release"):
-        codec.decode_update(data, client="bank-1", limit_bytes=LIMIT, verb="probe")
+        codec.decode_update(data, client="bank-1", limit_bytes=LIMIT, task=ProbeSeeds)
 
 
 def test_an_update_above_the_limit_is_not_read() -> None:
     data = codec.encode_update(UPDATE)
     with pytest.raises(WireError, match=f"at most {len(data) - 1} bytes; got {len(data)}"):
-        codec.decode_update(data, client="bank-1", limit_bytes=len(data) - 1, verb="probe")
+        codec.decode_update(data, client="bank-1", limit_bytes=len(data) - 1, task=ProbeSeeds)
 
 
 def test_an_answer_to_the_other_verb_is_refused_either_way() -> None:
-    adapted = replace(UPDATE, probed=None, tensors={"layer.a": np.ones((2, 3), np.float32)})
+    adapted = replace(UPDATE, result=LoraResult({"layer.a": np.ones((2, 3), np.float32)}))
     with pytest.raises(WireError, match=r"^bank-1: "):
-        codec.decode_update(codec.encode_update(adapted), client="bank-1", limit_bytes=LIMIT, verb="probe")
+        codec.decode_update(codec.encode_update(adapted), client="bank-1", limit_bytes=LIMIT, task=ProbeSeeds)
     with pytest.raises(WireError, match=r"^bank-1: "):
-        codec.decode_update(codec.encode_update(UPDATE), client="bank-1", limit_bytes=LIMIT, verb="adapt")
+        codec.decode_update(codec.encode_update(UPDATE), client="bank-1", limit_bytes=LIMIT, task=TrainLora)
 
 
 @settings(deadline=None)
 @given(data=st.binary(max_size=200))
 def test_arbitrary_bytes_raise_nothing_but_a_wire_error(data: bytes) -> None:
     try:
-        found = codec.decode_update(data, client="bank-1", limit_bytes=LIMIT, verb="probe")
+        found = codec.decode_update(data, client="bank-1", limit_bytes=LIMIT, task=ProbeSeeds)
     except WireError:
         return
-    assert found.probed is not None
-    assert found.probed.scalars.dtype == np.int8
+    assert found.probe is not None
+    assert found.probe.scalars.dtype == np.int8
 
 
 def test_scalars_are_read_where_they_lie() -> None:
     message = probe.update_to_message(UPDATE, PROBED)
-    found = probe.update_from_message(message, client="bank-1").probed
+    found = probe.update_from_message(message, client="bank-1").probe
     assert found is not None
     assert not found.scalars.flags.writeable

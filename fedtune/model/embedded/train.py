@@ -1,4 +1,4 @@
-"""How the embedded model was made: text that every CPython brings along, a tokenizer, a small Llama, one loop.
+"""The script that made the embedded model: text that every CPython brings along, a tokenizer, a small Llama, a loop.
 
     python -m fedtune.model.embedded.train OUT --seed 0 --steps 1500
 
@@ -36,13 +36,13 @@ MODULES = """
     tomllib trace traceback tracemalloc tty types typing uuid venv warnings wave weakref webbrowser wsgiref xmlrpc
     zipapp zipfile zipimport zoneinfo
 """
-"""Modules and packages of the standard library to learn from; the clients of the demo are none of them."""
+"""Modules and packages of the standard library to learn from; those of the demo's clients are left out."""
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 PIECE = 2000
-"""Characters of text that are held out, or not, as one."""
+"""Least number of characters of a piece of text; a piece is held out or trained on as a whole."""
 HELD_OUT = 40
-"""Every so many pieces, one is never trained on."""
+"""One of so many pieces is never trained on."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ def documents() -> Sequence[str]:
 
 def pieces(text: str) -> Sequence[str]:
     """Cut a text into runs of whole lines, each of at least `PIECE` characters but the last."""
-    cut, run, length = [], [], 0
+    finished, run, length = [], [], 0
     for line in text.splitlines(keepends=True):
         run.append(line)
         length += len(line)
         if length >= PIECE:
-            cut.append("".join(run))
+            finished.append("".join(run))
             run, length = [], 0
-    return [*cut, "".join(run)] if run else cut
+    return [*finished, "".join(run)] if run else finished
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
@@ -166,13 +166,13 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, bos: int, conte
     return total / len(starts)
 
 
-def rate(step: int, learning: Learning) -> float:
+def learning_rate(step: int, learning: Learning) -> float:
     """Return the learning rate of a step that counts from 0."""
     warmup = max(1, learning.steps // 20)
     if step < warmup:
         return learning.learning_rate * (step + 1) / warmup
-    along = (step - warmup) / max(1, learning.steps - warmup)
-    return learning.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * along)))
+    progress = (step - warmup) / max(1, learning.steps - warmup)
+    return learning.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def fit(model: LlamaForCausalLM, stream: torch.Tensor, learning: Learning, *, bos: int, context: int, key: int) -> None:
@@ -187,7 +187,7 @@ def fit(model: LlamaForCausalLM, stream: torch.Tensor, learning: Learning, *, bo
     running = 0.0
     for step in range(learning.steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, learning)
+            group["lr"] = learning_rate(step, learning)
         starts = torch.randint(len(stream) - context, (learning.batch,), generator=generator)
         loss = token_loss(model, windows(stream, starts, bos, context))
         optimizer.zero_grad()
@@ -211,7 +211,7 @@ def build(out: Path, *, seed: int, size: Size, learning: Learning, characters: i
     """Train tokenizer and model and write them to a folder that transformers loads.
 
     Args:
-        characters: use only so many characters of each document; none uses all.
+        characters: use only so many characters of each document; None uses all.
     """
     # Equal pieces (licence headers, whole copies) count once, so that no held-out piece was also trained on.
     unique = list(dict.fromkeys(piece for text in documents() for piece in pieces(text[:characters])))
@@ -248,21 +248,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--characters", type=int, help="use only so many characters of each document")
     parser.add_argument("--threads", type=int, default=1, help="of torch; bits are the same per thread count")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
     size = Size(
-        vocabulary=given.vocabulary,
-        hidden=given.hidden,
-        layers=given.layers,
-        heads=given.heads,
-        kv_heads=given.kv_heads,
-        feed_forward=given.feed_forward,
-        context=given.context,
+        vocabulary=args.vocabulary,
+        hidden=args.hidden,
+        layers=args.layers,
+        heads=args.heads,
+        kv_heads=args.kv_heads,
+        feed_forward=args.feed_forward,
+        context=args.context,
     )
     learning = Learning(
-        steps=given.steps, batch=given.batch, learning_rate=given.learning_rate, weight_decay=given.weight_decay
+        steps=args.steps, batch=args.batch, learning_rate=args.learning_rate, weight_decay=args.weight_decay
     )
-    build(given.out, seed=given.seed, size=size, learning=learning, characters=given.characters)
+    build(args.out, seed=args.seed, size=size, learning=learning, characters=args.characters)
 
 
 if __name__ == "__main__":

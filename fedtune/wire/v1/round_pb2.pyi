@@ -123,20 +123,22 @@ class Plan(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., pruning: _Optional[float] = ..., scale: _Optional[float] = ..., client: _Optional[str] = ...) -> None: ...
 
 class LocalAdapter(_message.Message):
-    __slots__ = ("a_key", "train", "upload", "wire_dtype", "rank_penalty", "rank_decay")
+    __slots__ = ("a_key", "train", "upload", "wire_dtype", "rank_penalty", "rank_decay", "proximal")
     A_KEY_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     RANK_PENALTY_FIELD_NUMBER: _ClassVar[int]
     RANK_DECAY_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_FIELD_NUMBER: _ClassVar[int]
     a_key: int
     train: Train
     upload: Upload
     wire_dtype: DType
     rank_penalty: float
     rank_decay: float
-    def __init__(self, a_key: _Optional[int] = ..., train: _Optional[_Union[Train, str]] = ..., upload: _Optional[_Union[Upload, str]] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., rank_penalty: _Optional[float] = ..., rank_decay: _Optional[float] = ...) -> None: ...
+    proximal: float
+    def __init__(self, a_key: _Optional[int] = ..., train: _Optional[_Union[Train, str]] = ..., upload: _Optional[_Union[Upload, str]] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., rank_penalty: _Optional[float] = ..., rank_decay: _Optional[float] = ..., proximal: _Optional[float] = ...) -> None: ...
 
 class SeedState(_message.Message):
     __slots__ = ("form", "since", "data", "round", "digest")

@@ -8,7 +8,7 @@ import pytest
 from fedtune.errors import ConfigError, WireError
 from fedtune.link.client.policy import Policy, TaskDemand, Usage, check, check_policy, demand, leaves, within
 from fedtune.link.settings import MIB
-from fedtune.messages import Assignment, LocalAdapter, Plan, Probe, SeedState, Training
+from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Training, TrainLora
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -84,21 +84,21 @@ def test_what_leaves_the_site_is_limited_for_each_answer_and_each_day() -> None:
 
 def test_a_demand_is_what_the_assignment_says() -> None:
     plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
-    adapt = encode_assignment(Assignment("flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0)))
+    adapt = encode_assignment(Assignment("flora", round=3, seed=0, plan=plan, task=TrainLora(a_key=0)))
     header = pb.Header(round=3, cohort=5, base=b"\x9f", parts=[pb.Part(num_bytes=10), pb.Part(num_bytes=20)])
     assert demand(header, adapt.header) == TaskDemand("flora", 3, 4, 7, 5, 30, "9f")
-    probe = Probe(
+    probe = ProbeSeeds(
         bank="hadamard", seeds=4, key=1, exponent=20, shift=1, perturbation=1,
         state=SeedState("whole", 0, b"\0" * 16, 2, b"d" * 32),
     )  # fmt: skip
-    assigned = Assignment("fedkseed", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0), probe=probe)
+    assigned = Assignment("fedkseed", round=3, seed=0, plan=plan, task=probe)
     found = demand(header, encode_assignment(assigned).header)
     assert (found.method, found.rank, found.steps) == ("fedkseed", None, 7)
 
 
 def test_an_assignment_of_another_round_than_the_signed_one_is_refused() -> None:
     plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
-    encoded = encode_assignment(Assignment("flora", round=3, seed=0, plan=plan, local=LocalAdapter(a_key=0)))
+    encoded = encode_assignment(Assignment("flora", round=3, seed=0, plan=plan, task=TrainLora(a_key=0)))
     with pytest.raises(WireError, match="round 4"):
         demand(pb.Header(round=4), encoded.header)
     with pytest.raises(WireError):
