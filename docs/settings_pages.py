@@ -90,8 +90,18 @@ UNITS: Mapping[str, str] = {
 }
 PLAIN_NUMBERS = frozenset(
     (
-        *("alpha", "clip", "clip_norm", "coverage_floor", "learning_rate", "max_norm", "momentum", "net_sigma"),
-        *("over_select", "perturbation", "proximal", "rank_penalty", "scalar_step", "seed", "server_learning_rate", "weight_decay"),
+        *("alpha", "clip", "clip_norm", "coverage_floor", "learning_rate", "max_norm", "momentum"),
+        *(
+            "net_sigma",
+            "over_select",
+            "perturbation",
+            "proximal",
+            "rank_penalty",
+            "scalar_step",
+            "seed",
+            "server_learning_rate",
+        ),
+        "weight_decay",
     )
 )
 """Numbers without a unit."""
