@@ -30,21 +30,23 @@ sys.path.insert(0, str(ROOT))
 import fedtune.link  # noqa: E402, F401, I001 - before grpc, which reads its TLS settings once
 import grpc  # noqa: E402
 
-from fedtune.link.audit_log import read  # noqa: E402
+from fedtune.link.audit_log import read_audit_log  # noqa: E402
 from fedtune.link.client.client import Client  # noqa: E402
 from fedtune.link.client.policy import Policy  # noqa: E402
 from fedtune.link.envelopes import TRAIN  # noqa: E402
-from fedtune.link.pki.identity import Identity, load  # noqa: E402
+from fedtune.link.pki.identity import Identity, load_identity  # noqa: E402
 from fedtune.link.pki.roster import RosterFile  # noqa: E402
+from fedtune.link.server.assignments import ReceivedParts  # noqa: E402
 from fedtune.link.server.blocklist import Blocklist  # noqa: E402
-from fedtune.link.server.dispatcher import Dispatcher, ReceivedParts, RunInfo  # noqa: E402
-from fedtune.link.server.server import credentials, serve_link  # noqa: E402
+from fedtune.link.server.dispatcher import Dispatcher  # noqa: E402
+from fedtune.link.server.run_info import RunInfo  # noqa: E402
+from fedtune.link.server.server import serve_link, server_credentials  # noqa: E402
 from fedtune.link.settings import JoinSettings, LinkSettings  # noqa: E402
 from fedtune.messages import Assignment, Plan, Training, TrainLora  # noqa: E402
 from fedtune.wire.codec import encode_assignment  # noqa: E402
 from fedtune.wire.profile import ModelSpec  # noqa: E402
 from fedtune.wire.v1 import link_pb2 as pb  # noqa: E402
-from tests.link.ceremony import ceremony  # noqa: E402
+from tests.link.ceremony import enroll_parties  # noqa: E402
 from tests.link.federation import federation  # noqa: E402
 
 PART = 256 * 1024
@@ -83,7 +85,7 @@ def names(clients: int) -> Sequence[str]:
 
 def identity(folder: Path, name: str) -> Identity:
     role = "coordinator" if name == "server" else "client"
-    return load(folder / name / "identity", role=role, now=int(time.time()))
+    return load_identity(folder / name / "identity", role=role, now=int(time.time()))
 
 
 def told(process: subprocess.Popen[str]) -> Mapping[str, Any]:
@@ -112,26 +114,26 @@ def link_server(folder: Path, clients: int, mb: int) -> None:
     roster = RosterFile(own.folder / "roster", own.root)
     run = RunInfo(own.federation, "0123456789abcdef", b'name = "x"\n', own.name, own.key)
     settings = LinkSettings(listen="127.0.0.1:0", health="", drain_s=5)
-    hub = Dispatcher(run, settings, folder / "spool", Blocklist(folder / "barred"))
-    hub.limit = lambda front: 2 * mb * 10**6
-    with serve_link(hub, own, roster) as running:
+    dispatcher = Dispatcher(run, settings, folder / "spool", Blocklist(folder / "barred"))
+    dispatcher.max_reply_bytes = lambda front: 2 * mb * 10**6
+    with serve_link(dispatcher, own, roster) as running:
         say(port=running.port)
-        while len(hub.fleet()) < clients:
-            hub.wait(0.05)
+        while len(dispatcher.fleet()) < clients:
+            dispatcher.wait(0.05)
         idle = memory_mb(what="VmRSS")
         body = (folder / "body").read_bytes()
-        hub.opened(names(clients))
+        dispatcher.begin_round(names(clients))
         began = time.perf_counter()
-        ids = {name: hub.post(name, TRAIN, *order(name, body), seconds=3600) for name in names(clients)}
+        ids = {name: dispatcher.post(name, TRAIN, *order(name, body), seconds=3600) for name in names(clients)}
         waiting = dict(ids)
         while waiting:
-            for found in hub.collect(list(waiting.values())).values():
+            for found in dispatcher.collect(list(waiting.values())).values():
                 assert isinstance(found, ReceivedParts), found
-                hub.settle(found.client, 1, None)
+                dispatcher.settle(found.client, 1, None)
                 del waiting[found.client]
-            hub.wait(0.05)
+            dispatcher.wait(0.05)
         seconds = time.perf_counter() - began
-        hub.stop(pb.Stop.FINISHED)
+        dispatcher.stop(pb.Stop.FINISHED)
     say(seconds=seconds, idle=idle, peak=memory_mb(), anonymous=memory_mb(what="RssAnon"))
 
 
@@ -207,7 +209,7 @@ def plain_server(folder: Path, mb: int, keep: bool) -> None:
             "Up": grpc.stream_unary_rpc_method_handler(up),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("plain", handlers),))
-        port = server.add_secure_port("127.0.0.1:0", credentials(identity(folder, "server")))
+        port = server.add_secure_port("127.0.0.1:0", server_credentials(identity(folder, "server")))
         await server.start()
         say(port=port)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
@@ -281,7 +283,7 @@ def transfers(clients: int, mb: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for place in range(2):
             folder = Path(temporary) / str(place)
-            ceremony(folder, clients=names(clients))
+            enroll_parties(folder, clients=names(clients))
             (folder / "body").write_bytes(os.urandom(mb * 10**6))
             floor, equal = (plain(folder, clients, mb, keep=keep) for keep in (False, True))
             found = linked(folder, clients, mb)
@@ -312,10 +314,10 @@ def tiny(clients: int, rounds: int) -> None:
             made.serve()
             for name in sites:
                 made.start(name, __file__, "tiny-client", str(made.folder / name / "site.toml"))
-            made.ended("server", *sites)
+            made.exit_statuses("server", *sites)
             whole = [one["ms"] for one in made.events("server", "committed")][5:]
             asked, answered = dict[int, int](), dict[int, int]()
-            for entry in read(made.run / "link" / "audit").entries:
+            for entry in read_audit_log(made.run / "link" / "audit").entries:
                 if entry.kind == "asked":
                     asked.setdefault(entry.fields["round"], entry.unix_ms)
                 elif entry.kind == "answered":
@@ -337,8 +339,8 @@ def tiny_client(site: str) -> None:
     from tests.link import scripted
 
     scripted.MODULES = {"q": (8, 8)}
-    scripted.FOUNDATION = ModelSpec(base="9f3c" * 16, modules=scripted.MODULES, parameters=64)
-    join(Path(site), tell=event_writer("json"), trainer=scripted.ScriptedTrainer(Path(site).parent.name, 0.0))
+    scripted.MODEL = ModelSpec(base="9f3c" * 16, modules=scripted.MODULES, parameters=64)
+    join(Path(site), record=event_writer("json"), trainer=scripted.ScriptedTrainer(Path(site).parent.name, 0.0))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from fedtune.config import Recipe, bind
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.methods.method import GlobalModel
 from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.record import Metrics
 from fedtune.runs.demo import recipe_text, write_data
 from fedtune.runs.export import check_base, open_run
 from fedtune.simulation.fork_client import ForkServer
@@ -109,7 +110,7 @@ def _resume(
     overrides: Sequence[str],
     watch: Watch,
 ) -> Run:
-    from fedtune.runs.runner import check_resumable
+    from fedtune.runs.resume import check_resumable
 
     bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides)
     check_resumable(path, bound)
@@ -154,9 +155,7 @@ def _conduct(experiment: Any, path: Path, nursery: ForkServer | None, watch: Wat
     return Run(path=path, summary=summary)
 
 
-def evaluate(
-    run: str | Path, *, data: str | Path | None = None, examples: int | None = None
-) -> Mapping[str, Mapping[str, float]]:
+def evaluate(run: str | Path, *, data: str | Path | None = None, examples: int | None = None) -> Mapping[str, Metrics]:
     """Score a run's base and its adapter on the test data of its recipe, or on another file, and return both.
 
     Args:
@@ -223,7 +222,7 @@ def verify(run: str | Path) -> Verified:
     Raises:
         StoreError: naming the first thing that is missing, damaged or was changed.
     """
-    from fedtune.runs.runner import check_results
+    from fedtune.runs.verification import check_results
 
     path = Path(run)
     check_run(path)

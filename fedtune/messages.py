@@ -451,7 +451,7 @@ class Blueprint:
     seed: int
     """The run's seed."""
     manifest: bytes = b""
-    """`directions.manifest.Manifest.encode` of the base, for methods that move all of it; empty for others."""
+    """`directions.seed_ledger.Manifest.encode` of the base, for methods that move all of it; empty for others."""
     anatomy: BlockLayout | None = None
     """Of the base's blocks; None for a model that cannot be pruned."""
     pruning: PruningSettings | None = None

@@ -193,6 +193,18 @@ def kseed(tables: dict[str, Any], bank: str = "hadamard", **method: Any) -> dict
     }
 
 
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are built and not rendered, which takes seconds: for tests of what stands around them."""
+    from matplotlib.figure import Figure
+
+    def save(figure: Figure, file: Any, *, format: str, **options: Any) -> None:
+        file.write("<svg></svg>" if format == "svg" else b"")
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    monkeypatch.setattr(Figure, "draw_without_rendering", lambda figure: None)
+
+
 def base_of(run: Run) -> str:
     """Return the folder of a run's base."""
     import fedtune

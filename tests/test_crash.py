@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -28,14 +28,17 @@ from fedtune.errors import ConfigError, StoreError
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, LoraResult, Training
 from fedtune.planning.fixed import Fixed
 from fedtune.rounds.loop import Event, RoundFinished
+from fedtune.rounds.record import RoundRecord
 from fedtune.rounds.transport import Answer, Reply, Rule
+from fedtune.runs import context, recording, summary
 from fedtune.runs import runner as conducting
-from fedtune.runs.runner import RunContext, check_results
+from fedtune.runs.context import RunContext
+from fedtune.runs.verification import check_results
 from fedtune.seeds import derive, generator
 from fedtune.store import files, peft
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import has_begun, replay_journal
-from fedtune.store.run_directory import read_rounds, read_summary
+from fedtune.store.round_records import read_rounds
 from fedtune.store.run_journal import RunJournal
 from fedtune.store.verify import verify
 from fedtune.wire.codec import EncodedAssignment, decode_assignment, encode_update
@@ -104,7 +107,7 @@ def conduct(run: Path, reported: list[int] | None = None, rounds: int = ROUNDS) 
 
     def watch(event: Event) -> None:
         if isinstance(event, RoundFinished) and reported is not None:
-            reported.append(event.record["round"])
+            reported.append(event.record.round)
 
     run.mkdir(exist_ok=True)
     # By this clock the first flush of a process takes so long that later updates are grouped: some updates last on
@@ -113,7 +116,8 @@ def conduct(run: Path, reported: list[int] | None = None, rounds: int = ROUNDS) 
     ledgers = {name: partial(getattr(RunJournal, name), **options) for name in ("create", "reopen")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conducting, "RunJournal", SimpleNamespace(**ledgers))
-        patch.setattr(conducting, "versions", dict)  # to look them up takes longer than a round
+        for module in (context, summary):
+            patch.setattr(module, "versions", dict)  # to look them up takes longer than a round
         conducting.run_recipe(setting(rounds), run, Scripted(), resume=True, watch=watch)
 
 
@@ -126,7 +130,7 @@ class Ending:
     """Of every round's state."""
     state: bytes
     """The last one."""
-    lines: Sequence[Mapping[str, Any]]
+    lines: Sequence[RoundRecord]
     """Of rounds.jsonl, without times."""
     summary: Mapping[str, Any]
     """Without its time."""
@@ -142,15 +146,11 @@ def ending(run: Path) -> Ending:
         recipe=(run / "recipe.toml").read_text(),
         digests=history.digests,
         state=Blobs(run / "blobs").get(history.digests[-1], "the last state"),
-        lines=[timeless(line) for line in read_rounds(run)],
-        summary=timeless(read_summary(run)),
+        lines=[replace(record, seconds=0.0) for record in read_rounds(run)],
+        summary={**json.loads((run / "summary.json").read_text()), "seconds": 0.0},
         files=sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()),
         adapter={path.name: path.read_bytes() for path in (run / "adapter").iterdir()},
     )
-
-
-def timeless(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {key: value for key, value in record.items() if key != "seconds"}
 
 
 class Killed(BaseException):
@@ -323,20 +323,35 @@ def test_the_run_has_many_steps_and_every_kind_of_outcome(undisturbed: tuple[End
     end, steps = undisturbed
     assert len(steps) >= 96
     assert set(steps) == set(STEPS)
-    kinds = {client["status"] for line in end.lines for client in line["clients"].values()}
+    kinds = {client.status for record in end.lines for client in record.clients.values()}
     assert kinds == {"ok", "failed", "refused"}
     assert len(set(end.digests)) == ROUNDS
 
 
+def offset(every: int) -> int:
+    """Return the first of every so many steps: another one with each commit, so that in time all are tried."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return int(subprocess.run(git, capture_output=True, text=True, check=True).stdout, 16) % every
+    return derive(setting().recipe.seed, "test.crash") % every
+
+
+FIFTH = pytest.param(5, id="every fifth step")
+EVERY = pytest.param(1, id="every step", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "first",
-    ["half", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("nothing", "all", "zeros"))],
+    ("first", "every"),
+    [
+        pytest.param("half", 5, id="half, every fifth step"),
+        *(pytest.param(loss, 1, id=f"{loss}, every step", marks=pytest.mark.slow) for loss in LOSSES),
+    ],
 )
 def test_a_run_killed_at_any_step_and_again_while_it_recovers_ends_in_the_same_bytes(
-    disk: Disk, undisturbed: tuple[Ending, Sequence[str]], first: Loss
+    disk: Disk, undisturbed: tuple[Ending, Sequence[str]], first: Loss, every: int
 ) -> None:
     end, steps = undisturbed
-    for at in range(1, len(steps) + 1):
+    for at in range(1 + offset(every), len(steps) + 1, every):
         second, again = LOSSES[at % len(LOSSES)], 1 + at * 7 % 29
         disk.renew()
         reported: list[int] = []
@@ -344,17 +359,18 @@ def test_a_run_killed_at_any_step_and_again_while_it_recovers_ends_in_the_same_b
             with suppress(Killed), disk.attached(number, die):
                 conduct(disk.root / "run", reported)
             disk.crash(loss)
-            assert set(reported) <= {line["round"] for line in read_rounds(disk.root / "run")}
+            assert set(reported) <= {line.round for line in read_rounds(disk.root / "run")}
         with disk.attached(NEVER, die):
             conduct(disk.root / "run")
         assert ending(disk.root / "run") == end, (at, steps[at - 1], first, again, second)
 
 
+@pytest.mark.parametrize("every", [FIFTH, EVERY])
 def test_a_disk_that_is_full_at_any_step_stops_the_run_clearly_and_it_goes_on_when_space_is_back(
-    disk: Disk, undisturbed: tuple[Ending, Sequence[str]]
+    disk: Disk, undisturbed: tuple[Ending, Sequence[str]], every: int
 ) -> None:
     end, steps = undisturbed
-    for at in range(1, len(steps) + 1):
+    for at in range(1 + offset(every), len(steps) + 1, every):
         disk.renew()
         with disk.attached(at, full):
             if set(steps[at - 1 :]) - SHRINKING:
@@ -373,18 +389,18 @@ def test_a_run_killed_between_a_commit_and_its_line_is_not_cut_to_fewer_rounds_a
     disk: Disk, undisturbed: tuple[Ending, Sequence[str]], monkeypatch: pytest.MonkeyPatch, unreached: str
 ) -> None:
     end, _ = undisturbed
-    run, reported, real = disk.root / "run", list[int](), getattr(conducting, unreached)
+    run, reported, real = disk.root / "run", list[int](), getattr(recording, unreached)
 
     def killed(*arguments: Any) -> Any:
         if reported and reported[-1] == ROUNDS - 1:
             raise Killed
         return real(*arguments)
 
-    monkeypatch.setattr(conducting, unreached, killed)
+    monkeypatch.setattr(recording, unreached, killed)
     with pytest.raises(Killed):
         conduct(run, reported)
     monkeypatch.undo()
-    assert (len(replay_journal(run)[0].digests), read_rounds(run)[-1]["round"]) == (ROUNDS, ROUNDS - 1)
+    assert (len(replay_journal(run)[0].digests), read_rounds(run)[-1].round) == (ROUNDS, ROUNDS - 1)
     left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=f"rounds.count: expected at least {ROUNDS}, .* got {ROUNDS - 1}"):
         conduct(run, rounds=ROUNDS - 1)
@@ -398,7 +414,7 @@ def verify_if_begun(run: Path) -> None:
         verify(run)
 
 
-@pytest.mark.parametrize("trials", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_that_is_really_killed_again_and_again_ends_in_the_same_bytes(
     tmp_path: Path, undisturbed: tuple[Ending, Sequence[str]], trials: int
 ) -> None:

@@ -50,10 +50,14 @@ SEEDS = ({"bank": "hadamard"}, {"bank": "kron", "sampling": "pro"})
 """Settings of `fedkseed`; the first of its rounds measures the step."""
 
 
-@pytest.fixture
-def tables(tables: Tables) -> Tables:
+def with_dropout(tables: Tables) -> Tables:
     """The recipe of mixed ranks, with dropout: what a client draws must depend on no one before it either."""
     return tables | {"client": tables["client"] | {"dropout": 0.1}, "rounds": {"count": ROUNDS, "min_clients": 3}}
+
+
+@pytest.fixture
+def tables(tables: Tables) -> Tables:
+    return with_dropout(tables)
 
 
 def chosen(name: Literal["inprocess", "processes", "ray"], workers: int) -> Engine:
@@ -136,19 +140,32 @@ def seeded(tables: Tables, **settings: Any) -> Tables:
     return tables | {"method": {"name": "fedkseed", "seeds": 64, **settings}, "client": client, "override": []}
 
 
+@pytest.fixture(scope="module")
+def experiments(tiny_recipe: Tables) -> Sequence[Experiment]:
+    """One of every kind of method."""
+    tables = with_dropout(tiny_recipe)
+    adapters = [prepare(bind(tables | {"method": method})) for method in METHODS]
+    return adapters + [prepare(bind(seeded(tables, **settings))) for settings in SEEDS]
+
+
+@pytest.fixture(scope="module")
+def expected(experiments: Sequence[Experiment]) -> Sequence[Sequence[tuple[str, ...]]]:
+    """The digests and outcomes of their rounds in this process."""
+    return played(experiments, chosen("inprocess", 1))
+
+
 @pytest.mark.parametrize(
     "engine",
     [
-        pytest.param(chosen("processes", 1), id="one process"),
+        pytest.param(chosen("processes", 1), id="one process", marks=pytest.mark.slow),
         pytest.param(chosen("processes", 2), id="two processes"),
         pytest.param(in_memory_grid, id="grid"),
         pytest.param(chosen("ray", 2), id="ray", marks=SLOW_RAY),
     ],
 )
-def test_three_rounds_of_every_kind_of_method_are_those_in_process_bit_for_bit(engine: Engine, tables: Tables) -> None:
-    experiments = [prepare(bind(tables | {"method": method})) for method in METHODS]
-    experiments += [prepare(bind(seeded(tables, **settings))) for settings in SEEDS]
-    expected = played(experiments, chosen("inprocess", 1))
+def test_three_rounds_of_every_kind_of_method_are_those_in_process_bit_for_bit(
+    engine: Engine, experiments: Sequence[Experiment], expected: Sequence[Sequence[tuple[str, ...]]]
+) -> None:
     assert len({digest for each in expected for digest, *_ in each}) == ROUNDS * len(experiments)
     assert played(experiments, engine) == expected
 
@@ -177,7 +194,9 @@ def engines(*names: str) -> Sequence[Sequence[str]]:
 @pytest.mark.parametrize(
     "parts",
     [
-        pytest.param(engines("processes/2", "inprocess", "processes/1"), id="processes and back"),
+        pytest.param(
+            engines("processes/2", "inprocess", "processes/1"), id="processes and back", marks=pytest.mark.slow
+        ),
         pytest.param(engines("inprocess", "ray/2", "inprocess"), id="ray", marks=SLOW_RAY),
     ],
 )

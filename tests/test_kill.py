@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fedtune.store.history import has_begun
 
 KILLS = 50
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_simulation_killed_at_fifty_random_moments_ends_in_the_same_bytes(
     tables: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedtune.link.client import outbox
 from fedtune.store.history import replay_journal
 from tests.cli.test_flower_server import toml
 from tests.link.federation import Federation, federation
-from tests.link.scripted import EXAMPLES, FOUNDATION, work
+from tests.link.scripted import EXAMPLES, MODEL, scripted_update
 
 CLIENTS = ("0", "1", "2", "3")
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -58,35 +58,39 @@ def dolly(shared: Path, stories: Path, method: str) -> dict[str, Any]:
     }
 
 
-def ranks(method: str) -> str:
+def ranks(method: str, names: Sequence[str] = CLIENTS) -> str:
     """Return overrides that give every client a rank of its own."""
     if method != "flora":
         return ""
-    return "".join(f'\n[[override]]\nclients = ["{name}"]\nrank = {2**place}\n' for place, name in enumerate(CLIENTS))
+    return "".join(f'\n[[override]]\nclients = ["{name}"]\nrank = {2**place}\n' for place, name in enumerate(names))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_four_sites_over_grpc_come_to_the_state_of_the_simulated_run(
-    shared: Path, stories: Path, tmp_path: Path, method: str
+@pytest.mark.parametrize(
+    ("method", "sites"),
+    [("flora", 2), *(pytest.param(method, 4, marks=pytest.mark.slow) for method in sorted(METHODS))],
+)
+def test_sites_over_grpc_come_to_the_state_of_the_simulated_run(
+    shared: Path, stories: Path, tmp_path: Path, method: str, sites: int
 ) -> None:
-    tables = dolly(shared, stories, method)
-    text = toml(tables) + ranks(method)
+    tables, names = dolly(shared, stories, method), CLIENTS[:sites]
+    tables["rounds"]["min_clients"] = tables["data"]["split"]["clients"] = sites
+    text = toml(tables) + ranks(method, names)
     adapter = {"targets": ["q_proj", "up_proj"]}
     own = toml({"model": tables["model"], "adapter": adapter, "data": tables["data"]})
-    with federation(tmp_path, text, CLIENTS, site=dict.fromkeys(CLIENTS, own)) as made:
-        made.serve()
-        for name in CLIENTS:
-            made.join(name)
+    with federation(tmp_path, text, names, site=dict.fromkeys(names, own)) as fed:
+        fed.serve()
+        for name in names:
+            fed.join(name)
         simulated = fedtune.simulate(bind(text), out=tmp_path / "simulated")
-        assert made.ended("server", *CLIENTS) == [0] * 5, made.log("server")
-        summary = json.loads((made.run / "summary.json").read_text())
+        assert fed.exit_statuses("server", *names) == [0] * (sites + 1), fed.log("server")
+        summary = json.loads((fed.run / "summary.json").read_text())
         assert summary["state"] == "finished"
         assert summary["state_digest"] == simulated.summary["state_digest"]
-        assert [one["updates"] for one in made.events("server", "committed")] == [4, 4, 4]
-        for name in CLIENTS:
-            told = made.events(name, "receipt")
-            assert {one["verdict"] for one in told} == {"ACCEPTED", "NOTED"}
-            assert not made.events(name, "refused")
+        assert [one["updates"] for one in fed.events("server", "committed")] == [sites] * 3
+        for name in names:
+            events = fed.events(name, "receipt")
+            assert {one["verdict"] for one in events} == {"ACCEPTED", "NOTED"}
+            assert not fed.events(name, "refused")
 
 
 @pytest.mark.slow
@@ -98,18 +102,18 @@ def test_kills_of_server_and_site_change_no_bit_of_a_real_run(
     text = toml(tables) + ranks(method)
     adapter = {"targets": ["q_proj", "up_proj"]}
     own = toml({"model": tables["model"], "adapter": adapter, "data": tables["data"]})
-    with federation(tmp_path, text, CLIENTS, site=dict.fromkeys(CLIENTS, own)) as made:
-        made.serve()
+    with federation(tmp_path, text, CLIENTS, site=dict.fromkeys(CLIENTS, own)) as fed:
+        fed.serve()
         for name in CLIENTS:
-            made.join(name)
-        made.until(lambda: made.events("server", "committed"))
-        made.kill("server")
-        made.kill("1")  # forgets the state that short messages of fedkseed refer to
-        made.serve(resume=True)
-        made.join("1")
+            fed.join(name)
+        fed.until(lambda: fed.events("server", "committed"))
+        fed.kill("server")
+        fed.kill("1")  # forgets the state that short messages of fedkseed refer to
+        fed.serve(resume=True)
+        fed.join("1")
         simulated = fedtune.simulate(bind(text), out=tmp_path / "simulated")
-        assert made.ended("server", *CLIENTS) == [0] * 5, made.log("server")
-        assert last_state(made) == simulated.summary["state_digest"]
+        assert fed.exit_statuses("server", *CLIENTS) == [0] * 5, fed.log("server")
+        assert last_state(fed) == simulated.summary["state_digest"]
 
 
 SITE = '[model]\nbase = "none"\n[adapter]\ntargets = ["q"]\n[data]\nsource = "none"\n'
@@ -140,14 +144,14 @@ rank = 16
 SITES = ("site-a", "site-b", "site-c")
 
 
-def scripted(made: Federation, *names: str, seconds: float = 0.3) -> None:
+def scripted(fed: Federation, *names: str, seconds: float = 0.3) -> None:
     """Start sites whose trainer needs no torch."""
     for name in names:
-        made.start(name, "-m", "tests.link.scripted", str(made.folder / name / "site.toml"), str(seconds))
+        fed.start(name, "-m", "tests.link.scripted", str(fed.folder / name / "site.toml"), str(seconds))
 
 
 def reference(tmp_path: Path, recipe: str = FLORA) -> str:
-    """Return the digest of the state that the recipe comes to in one process."""
+    """Return the digest of the final state of the recipe in one process."""
     from functools import partial
 
     from fedtune.config import planned_training
@@ -155,64 +159,66 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
     from fedtune.deployment.server_setup import data_at_sites
     from fedtune.messages import Blueprint, Client
     from fedtune.planning.fixed import Fixed
-    from fedtune.runs.runner import RunContext, run_rounds_of
+    from fedtune.runs.context import RunContext
+    from fedtune.runs.runner import run_rounds_of
     from fedtune.simulation.inprocess import InProcess
     from fedtune.store import peft
 
     bound = data_at_sites(recipe)
-    blueprint = Blueprint(FOUNDATION.modules, {}, max_rank=largest_rank(bound), seed=bound.seed)
+    blueprint = Blueprint(MODEL.modules, {}, max_rank=largest_rank(bound), seed=bound.seed)
     setting = RunContext(
         recipe=bound,
         blueprint=blueprint,
         planner=Fixed(partial(planned_training, bound), alpha=bound.adapter.alpha, rslora=bound.adapter.rslora),
-        base={"name": "none", "digest": FOUNDATION.base, "parameters": FOUNDATION.parameters},
+        base={"name": "none", "digest": MODEL.base, "parameters": MODEL.parameters},
         target=peft.Target(base="none", revision=None, task="causal", fan_in_fan_out=False, saved_modules=()),
         fleet=dict.fromkeys(SITES, EXAMPLES),
         machine={},
     )
-    engine = InProcess([Client(name, EXAMPLES) for name in SITES], dict.fromkeys(SITES, work))
+    engine = InProcess([Client(name, EXAMPLES) for name in SITES], dict.fromkeys(SITES, scripted_update))
     *_, last = run_rounds_of(setting, engine)
     return last.digest
 
 
-def last_state(made: Federation) -> str:
-    return replay_journal(made.run)[0].digests[-1]
+def last_state(fed: Federation) -> str:
+    return replay_journal(fed.run)[0].digests[-1]
 
 
 def test_a_server_that_is_killed_goes_on_and_nothing_is_trained_twice(tmp_path: Path) -> None:
-    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE), server={"inline_kib": 1}) as made:
-        made.serve()
-        scripted(made, *SITES)
-        made.until(lambda: made.events("site-a", "receipt") and made.events("server", "committed"))
-        made.kill("server")
-        made.serve(resume=True)
-        assert made.ended("server", *SITES) == [0] * 4, made.log("server")
-        assert last_state(made) == reference(tmp_path)
-        for name in SITES:  # one answer for each round, whoever was killed when
-            run = next((made.folder / name / "state" / "runs").iterdir()).name
-            entries = outbox.entries(made.folder / name / "state", run)
+    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE), server={"inline_kib": 1}) as fed:
+        fed.serve()
+        scripted(fed, *SITES)
+        fed.until(lambda: fed.events("site-a", "receipt") and fed.events("server", "committed"))
+        fed.kill("server")
+        fed.serve(resume=True)
+        assert fed.exit_statuses("server", *SITES) == [0] * 4, fed.log("server")
+        assert last_state(fed) == reference(tmp_path)
+        for name in SITES:  # one reply for each round, whatever was killed when
+            run = next((fed.folder / name / "state" / "runs").iterdir()).name
+            entries = outbox.load_entries(fed.folder / name / "state", run)
             assert sorted(one.header.round for one in entries) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_site_that_is_killed_sends_the_same_bytes_again(tmp_path: Path) -> None:
-    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE), server={"inline_kib": 1}) as made:
-        made.serve()
-        scripted(made, *SITES)
-        made.until(lambda: made.events("site-b", "sending"))
-        made.kill("site-b")
-        scripted(made, "site-b")
-        assert made.ended("server", *SITES) == [0] * 4, made.log("server")
-        assert last_state(made) == reference(tmp_path)
+    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE), server={"inline_kib": 1}) as fed:
+        fed.serve()
+        scripted(fed, *SITES)
+        fed.until(lambda: fed.events("site-b", "sending"))
+        fed.kill("site-b")
+        scripted(fed, "site-b")
+        assert fed.exit_statuses("server", *SITES) == [0] * 4, fed.log("server")
+        assert last_state(fed) == reference(tmp_path)
 
 
-def test_a_server_that_is_told_to_stop_says_how_to_go_on_and_the_sites_wait(tmp_path: Path) -> None:
-    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE)) as made:
-        made.serve()
-        scripted(made, *SITES, seconds=0.5)
-        made.until(lambda: made.events("server", "committed"))
-        assert made.kill("server", signal.SIGTERM) == 0
-        assert any("fedtune serve --resume" in one["text"] for one in made.events("server", "note"))
-        assert [made.processes[name].poll() for name in SITES] == [None] * 3
-        made.serve(resume=True)
-        assert made.ended("server", *SITES) == [0] * 4, made.log("server")
-        assert last_state(made) == reference(tmp_path)
+def test_a_stopped_server_says_how_to_resume_and_the_sites_wait(tmp_path: Path) -> None:
+    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE)) as fed:
+        fed.serve()
+        scripted(fed, *SITES, seconds=0.5)
+        fed.until(lambda: fed.events("server", "committed"))
+        assert fed.kill("server", signal.SIGTERM) == 0
+        assert any("fedtune serve --resume" in one["text"] for one in fed.events("server", "note"))
+        assert [fed.processes[name].poll() for name in SITES] == [None] * 3
+        fed.serve(resume=True)
+        assert fed.exit_statuses("server", *SITES) == [0] * 4, fed.log("server")
+        assert last_state(fed) == reference(tmp_path)

@@ -1,4 +1,4 @@
-"""The command `fedtune ca`: the certificate authority of a federation, on a machine without a network."""
+"""The command `fedtune ca`: create the certificate authority of a federation, on a machine without a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="Make the certificate authority that signs who is in a federation.",
+    help="Create the certificate authority that signs the parties of a federation.",
 )
 
 
@@ -30,13 +30,13 @@ def init(
     years: Annotated[int, typer.Option(min=1, max=30, help="How long the CA lasts.")] = 10,
     debug: DebugOption = False,
 ) -> None:
-    """Make a CA key, its certificate, the key that signs the roster, and an empty roster; keep the folder offline."""
+    """Create a CA key, its certificate, the key that signs the roster, and an empty roster; keep the folder offline."""
     with report_errors(debug):
         from fedtune.link.pki import authority
         from fedtune.link.pki.signing import fingerprint
 
-        authority.init(folder, federation, now=int(time.time()), years=years)
-        anchors = authority.read(folder / authority.CA) + authority.read(folder / authority.ROSTER_PUB)
-        typer.echo(f"made {folder} for the federation {federation}; whoever has this folder decides who is in it")
+        authority.create_authority(folder, federation, now=int(time.time()), years=years)
+        anchors = authority.read_ca_file(folder / authority.CA) + authority.read_ca_file(folder / authority.ROSTER_PUB)
+        typer.echo(f"created {folder} for the federation {federation}; its keys decide who is in it: keep it offline")
         typer.echo(f"fingerprint of its anchors, for sites to compare: {fingerprint(anchors)}")
         typer.echo("next, at each party: fedtune enroll request --name NAME --org ORG")

@@ -1,4 +1,4 @@
-"""The command `fedtune enroll`: keys made at a site, a request that the CA signs, and the bundle that comes back."""
+"""The command `fedtune enroll`: keys of a party, a request that the CA signs, and the bundle that it sends back."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def request(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of NAME.request.json.")] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Make this party's keys, which stay here, and a request for the CA; again, to renew a certificate."""
+    """Create this party's keys, which stay here, and a request for the CA; run it again to renew a certificate."""
     with report_errors(debug):
         from fedtune.link.pki import enrollment
         from fedtune.link.pki.signing import fingerprint
         from fedtune.store.files import write_bytes
 
-        made: Any = enrollment.request(identity, name=name, org=org, role=role, hosts=host or ())  # type: ignore[arg-type]
+        data: Any = enrollment.make_request(identity, name=name, org=org, role=role, hosts=host or ())  # type: ignore[arg-type]
         path = out or Path(f"{name}.request.json")
-        write_bytes(path, made)
+        write_bytes(path, data)
         typer.echo(f"wrote {path}; the keys stay in {identity}")
-        typer.echo(f"fingerprint, to compare by voice with whoever signs: {fingerprint(made)}")
+        typer.echo(f"fingerprint, to compare by voice with the person who signs: {fingerprint(data)}")
         typer.echo(f"next, at the CA: fedtune enroll sign {path}")
 
 
@@ -73,31 +73,33 @@ def sign(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of NAME.bundle.json.")] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Put a party into the roster and give it a certificate, after its fingerprint has been compared."""
+    """Enter a party into the roster and sign its certificate, after its fingerprint has been compared."""
     with report_errors(debug):
         from fedtune.errors import ConfigError, Fault
         from fedtune.link.pki import authority, enrollment, signing
         from fedtune.store.files import write_bytes
 
         data = enrollment.read_received(request, "a request", "fedtune enroll request")
-        asked = enrollment.read_request(data)
-        found = signing.fingerprint(data)
-        typer.echo(f"{printable(asked.name)}, {asked.role} of {printable(asked.org)}" + hosts(asked.hosts))
-        typer.echo(f"fingerprint {found}")
+        applicant = enrollment.read_request(data)
+        actual = signing.fingerprint(data)
+        typer.echo(
+            f"{printable(applicant.name)}, {applicant.role} of {printable(applicant.org)}" + hosts(applicant.hosts)
+        )
+        typer.echo(f"fingerprint {actual}")
         if fingerprint is not None:
-            if plain(fingerprint) != plain(found):
-                hint = "ask the site again; if it differs, somebody has changed the request"
-                raise ConfigError(Fault("--fingerprint", found, repr(fingerprint), hint))
+            if plain(fingerprint) != plain(actual):
+                hint = "ask the site again; if it differs, the request was changed on its way"
+                raise ConfigError(Fault("--fingerprint", actual, repr(fingerprint), hint))
         elif not sys.stdin.isatty():
             raise ConfigError(Fault("--fingerprint", "what the site read out", "none", "compare it by voice first"))
         elif not typer.confirm("Is that what the site reads out?"):
             raise typer.Exit(1)
         bundle = authority.sign_request(ca, data, days=days, replace=replace, now=int(time.time()))
-        path = out or Path(f"{asked.name}.bundle.json")
+        path = out or Path(f"{applicant.name}.bundle.json")
         write_bytes(path, bundle)
         version = authority.current_roster(ca).version
         typer.echo(f"wrote {path}; the roster has version {version}")
-        typer.echo(f"next, at {printable(asked.name)}: fedtune enroll accept {path}")
+        typer.echo(f"next, at {printable(applicant.name)}: fedtune enroll accept {path}")
         typer.echo(f"and at the server: fedtune roster install {ca / authority.ROSTER}")
 
 
@@ -110,16 +112,18 @@ def accept(
     """Install the certificate, the federation's anchors and the roster, checked against this party's keys."""
     with report_errors(debug):
         from fedtune.link.pki import enrollment
-        from fedtune.link.pki.identity import CA, ROOT, day
+        from fedtune.link.pki.identity import CA, ROOT, format_time
         from fedtune.link.pki.signing import fingerprint
 
         data = enrollment.read_received(bundle, "a bundle", "fedtune enroll sign REQUEST")
-        made = enrollment.accept(identity, data, now=int(time.time()))
-        until = day(made.not_after)
+        accepted = enrollment.accept_bundle(identity, data, now=int(time.time()))
+        until = format_time(accepted.not_after)
         anchors = (identity / CA).read_bytes() + (identity / ROOT).read_bytes()
-        typer.echo(f"{made.name} of {made.org} is enrolled as {made.role} in {made.federation}, until {until}")
+        typer.echo(
+            f"{accepted.name} of {accepted.org} is enrolled as {accepted.role} in {accepted.federation}, until {until}"
+        )
         typer.echo(f"fingerprint of the federation's anchors, to compare with the CA's: {fingerprint(anchors)}")
-        step = "fedtune serve RECIPE" if made.role == "coordinator" else "fedtune join SITE --dry-run"
+        step = "fedtune serve RECIPE" if accepted.role == "coordinator" else "fedtune join SITE --dry-run"
         typer.echo(f"next: {step}")
 
 

@@ -1,4 +1,4 @@
-"""How what happens on the link is written: one line a person reads, or one JSON object a log collector does."""
+"""Events of the link on standard error: a line of text for people, or a JSON object for log collectors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Literal, TextIO, TypeAlias
 from fedtune.cli.text import duration, printable, size
 from fedtune.link.audit_log import RecordEvent
 
-Form: TypeAlias = Literal["text", "json"]
+LogFormat: TypeAlias = Literal["text", "json"]
 
-TEXTS: Mapping[str, str] = {
+EVENT_TEXTS: Mapping[str, str] = {
     "listening": "listening on {address}",
     "health": "health and metrics on http://{address}/",
     "serving": "run {run}, {rounds} rounds, recipe {recipe:.16}",
@@ -22,7 +22,7 @@ TEXTS: Mapping[str, str] = {
         "round {round}: {updates} of {asked} updates, up {up:size}, down {down:size}, {ms:ms}; state {state:.16}"
     ),
     "unused": "round {round}: {client} {why}: {reason}",
-    "barred": "{client} is barred: {reason}",
+    "barred": "{client} is blocked: {reason}",
     "refused": "{client} refused: {reason}",
     "declined": "round {round}: {client} declines: {veto}, {reason}",
     "lost": "{client} is lost in round {round}: {reason}",
@@ -33,57 +33,57 @@ TEXTS: Mapping[str, str] = {
     "loaded": "base and data loaded in {seconds} s",
     "finished": "the run is complete",
     "draining": "the server goes down; waiting for it to come back",
-    "unreached": "no connection to {server}: {reason}; trying on",
+    "unreached": "no connection to {server}: {reason}; trying again",
     "reached": "connected again",
     "receipt": "round {round}: {client} {verdict} {reason}",
-    "withdrawn": "round {round}: not wanted any more",
+    "withdrawn": "round {round}: withdrawn by the server",
     "failed": "round {round}: {reason}",
     "cut": "round {round}: the connection was cut after {bytes:size}",
     "put off": "round {round}: put off: {reason}",
     "died": "{reason}",
 }
-"""By kind, what a person is told; kinds that are not here stand in the audit log alone."""
-QUIET = frozenset({"receipt"})
-"""Told to a person only when something is wrong."""
+"""Text of an event by kind; kinds that are not here are in the audit log alone."""
+FAULTS_ONLY = frozenset({"receipt"})
+"""Kinds that people see only when something is wrong."""
 
 
-class JsonWriter:
-    """A number that can be formatted as a size or a time, and a text that is made printable."""
+class FieldText:
+    """A field of an event, which formats itself as a size, a time, or printable text."""
 
     def __init__(self, value: int | str) -> None:
         self._value = value
 
-    def __format__(self, how: str) -> str:
-        match how:
+    def __format__(self, spec: str) -> str:
+        match spec:
             case "size":
                 return size(float(self._value))
             case "ms":
                 return duration(float(self._value) / 1000)
             case _:
-                return format(printable(self._value), how)
+                return format(printable(self._value), spec)
 
 
-def human(kind: str, fields: Mapping[str, int | str]) -> str:
-    """Return one line, or nothing where a person need not be told."""
-    text = TEXTS.get(kind)
-    if text is None or (kind in QUIET and fields.get("verdict") in ("ACCEPTED", "NOTED")):
+def format_event(kind: str, fields: Mapping[str, int | str]) -> str:
+    """Return an event as a line of text; empty if people need not see it."""
+    text = EVENT_TEXTS.get(kind)
+    if text is None or (kind in FAULTS_ONLY and fields.get("verdict") in ("ACCEPTED", "NOTED")):
         return ""
-    known = {name: JsonWriter(value) for name, value in fields.items()}
+    texts = {name: FieldText(value) for name, value in fields.items()}
     for name in ("client", "reason"):
-        known.setdefault(name, JsonWriter("this site" if name == "client" else ""))
-    return " ".join(text.format_map(known).split())
+        texts.setdefault(name, FieldText("this site" if name == "client" else ""))
+    return " ".join(text.format_map(texts).split())
 
 
-def event_writer(form: Form, file: TextIO | None = None, *, now: Callable[[], float] = time.time) -> RecordEvent:
-    """Return what writes each event to a file, standard error without one."""
+def event_writer(form: LogFormat, file: TextIO | None = None, *, now: Callable[[], float] = time.time) -> RecordEvent:
+    """Return a function that writes each event to a file, or to standard error without one."""
     out = file if file is not None else sys.stderr
 
-    def tell(kind: str, **fields: int | str) -> None:
+    def record(kind: str, **fields: int | str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now()))
         if form == "json":
             out.write(json.dumps({"time": stamp, "event": kind, **fields}) + "\n")
-        elif text := human(kind, fields):
+        elif text := format_event(kind, fields):
             out.write(f"{stamp[11:19]} {text}\n")
         out.flush()
 
-    return tell
+    return record

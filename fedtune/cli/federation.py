@@ -17,8 +17,8 @@ import typer
 from fedtune.cli.options import DebugOption, JsonOption, RunArgument, SetOption, console, examples, report_errors
 from fedtune.cli.text import printable, size
 
-AGAIN = 75
-"""Exit status of what may succeed when it is tried again, as sysexits.h has it."""
+EXIT_RETRY = 75
+"""Exit status if another try may succeed: EX_TEMPFAIL of sysexits.h."""
 
 LogOption = Annotated[str, typer.Option("--log", metavar="FORM", help="How events are written: text or json.")]
 
@@ -28,9 +28,7 @@ def serve(
         Path | None, typer.Argument(metavar="[RECIPE]", help="The experiment, in TOML.", show_default=False)
     ] = None,
     overrides: SetOption = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped or killed.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Resume a run that was stopped or killed.")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The server's own file, with the table link.")
     ] = None,
@@ -60,14 +58,14 @@ def serve(
         settings, root = bind_link(config, tuple(edits))
         bound = data_at_sites(str(source), overrides=overrides or ())
         run = resume if resume is not None else out or Path("runs") / bound.name
-        tell = event_writer(form(log))
+        record = event_writer(check_log_format(log))
         try:
-            summary = coordinate(bound, run, settings, root, resume=resume is not None, expect=expect, tell=tell)
+            summary = coordinate(bound, run, settings, root, resume=resume is not None, expect=expect, record=record)
         except RoundError as error:
             typer.echo(f"fedtune: {printable(str(error))}", err=True)
-            raise typer.Exit(1 if error.final else AGAIN) from None
+            raise typer.Exit(1 if error.final else EXIT_RETRY) from None
         except KeyboardInterrupt:
-            return  # the run's own note says how to go on with it
+            return  # the note event of the run says how to resume it
         if as_json:
             typer.echo(json.dumps({**summary, "path": str(run)}))
         else:
@@ -82,7 +80,7 @@ def join(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the server's run would ask of this site, and do nothing.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Agree to the recipe where policy.ask wants somebody to.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to the recipe where policy.ask requires it.")] = False,
     log: LogOption = "text",
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -107,26 +105,26 @@ def join(
             return yes or (sys.stdin.isatty() and typer.confirm("Take part in this run?", err=True))
 
         with suppress(KeyboardInterrupt):
-            join_module.join(site, server=server, tell=event_writer(form(log)), agree=agree)
+            join_module.join(site, server=server, record=event_writer(check_log_format(log)), agree=agree)
 
 
 def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Say how a served run stands: its rounds, and rounds, bytes and last error of each client; also while it runs."""
+    """Show the status of a served run, also while it runs: its rounds; bytes and last error of each client."""
     with report_errors(debug):
         from fedtune.deployment import status as status_module
 
-        found = status_module.server_status(run)
+        shown = status_module.server_status(run)
         if as_json:
-            typer.echo(json.dumps(found.facts))
+            typer.echo(json.dumps(shown.facts))
             return
         from rich.table import Table
 
-        for name, text in found.lines.items():
+        for name, text in shown.lines.items():
             typer.echo(f"{name:11} {printable(text)}")
         table = Table(box=None, pad_edge=False)
         for column in ("client", "state", "seen", "rounds", "up", "down", "last error"):
             table.add_column(column, justify="right" if column in ("rounds", "up", "down") else "left", overflow="fold")
-        for client in found.clients:
+        for client in shown.clients:
             table.add_row(
                 printable(client.name),
                 client.state,
@@ -136,7 +134,7 @@ def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
                 size(client.down),
                 printable(client.error),
             )
-        console(sys.stdout).print(table if found.clients else "no client has come yet")
+        console(sys.stdout).print(table if shown.clients else "no client has come yet")
 
 
 def audit(
@@ -149,7 +147,7 @@ def audit(
     ] = None,
     receipts: Annotated[
         Path | None,
-        typer.Option(metavar="STATE", help="A site's state folder: hold its receipts against the run's journal."),
+        typer.Option(metavar="STATE", help="A site's state folder: compare its receipts with the run's journal."),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -160,10 +158,12 @@ def audit(
 
         from fedtune.deployment import status as status_module
 
-        log = status_module.audit(path, head=head)
+        log = status_module.load_audit_history(path, head=head)
         if receipts is not None:
-            held = status_module.receipts(path, receipts)
-            typer.echo(f"{held} receipts of {printable(str(receipts))} stand in the journal of {printable(str(path))}")
+            total = status_module.verify_receipts(path, receipts)
+            typer.echo(
+                f"{total} receipts of {printable(str(receipts))} agree with the journal of {printable(str(path))}"
+            )
             return
         for entry in log.entries:
             if kind is not None and entry.kind != kind:
@@ -178,7 +178,7 @@ def audit(
             typer.echo(f"{len(log.entries)} entries, chain verified; head {log.head}")
 
 
-def form(text: str) -> Any:
+def check_log_format(text: str) -> Any:
     if text not in ("text", "json"):
         raise typer.BadParameter(f"expected text or json; got {text!r}", param_hint="--log")
     return text
@@ -186,7 +186,7 @@ def form(text: str) -> Any:
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does; a second signal ends the process at once: the journal survives it."""
+    """Have SIGTERM end the block as Ctrl-C does; a second one ends the process at once, which the journal survives."""
     signals = 0
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -14,7 +14,8 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.messages import Failure
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
-from fedtune.runs.runner import check_resumable, run_recipe
+from fedtune.runs.resume import check_resumable
+from fedtune.runs.runner import run_recipe
 from fedtune.store.run_directory import check_vacant
 
 RECIPE = "the recipe: TOML, or the absolute path of a file on the server's host"
@@ -88,9 +89,8 @@ def tell(event: Event) -> None:
     match event:
         case RoundStarted(1, _, cohort):
             say(f"round 1 begins with {', '.join(cohort)}")
-        case RoundFinished(record) if record["round"]:  # round 0 is the base, which nobody has updated
-            used = sum(client["status"] == "ok" for client in record["clients"].values())
-            say(f"round {record['round']}: {used} of {len(record['cohort'])} updates")
+        case RoundFinished(record) if record.round:  # round 0 is the base, which nobody has updated
+            say(f"round {record.round}: {record.used} of {len(record.cohort)} updates")
         case ClientFinished(round, Failure() as failure, _):
             say(f"round {round}: {failure.client} {failure.kind}: {failure.reason}")
         case Note(text):

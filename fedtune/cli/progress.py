@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,6 +17,7 @@ from rich.text import Text
 from fedtune.cli.text import duration, number, printable, size
 from fedtune.messages import AdmittedUpdate, Failure, Outcome, Traffic
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.record import Metrics, RoundRecord
 
 RECENT = 5
 """Rounds whose median length the estimated end is made of: a robust mean that follows changes."""
@@ -38,9 +38,9 @@ class ProgressState:
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
     """Of the round that is running or was finished last, by client."""
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
-    """The last line of rounds.jsonl."""
-    test: Mapping[str, float] = field(default_factory=dict)
+    record: RoundRecord | None = None
+    """Of the last finished round."""
+    test: Metrics = field(default_factory=dict)
     """The last scores on the test data, and since when they are the best."""
     best: tuple[float, int] | None = None
     """Lowest test loss and its round."""
@@ -79,25 +79,25 @@ def after_round(standing: ProgressState, event: Event) -> ProgressState:
                 traffic={**standing.traffic, name: traffic},
             )
         case RoundFinished(record=record):
-            return with_round(ProgressState(rounds=standing.rounds) if record["round"] == 0 else standing, record)
+            return with_round(ProgressState(rounds=standing.rounds) if record.round == 0 else standing, record)
         case _:
             return standing
 
 
-def with_round(standing: ProgressState, record: Mapping[str, Any]) -> ProgressState:
-    """Return the standing after a line of rounds.jsonl; the line of round 0 begins a run."""
-    test = record.get("test") or {}
+def with_round(standing: ProgressState, record: RoundRecord) -> ProgressState:
+    """Return the standing after the record of a round; that of round 0 begins a run."""
+    test = record.test or {}
     loss, best = test.get("loss"), standing.best
     if loss is not None and (best is None or loss < best[0]):
-        best = (loss, record["round"])
+        best = (loss, record.round)
     return replace(
         standing,
-        round=record["round"],
-        done=record["round"],
+        round=record.round,
+        done=record.round,
         record=record,
         test=test or standing.test,
         best=best,
-        seconds=(*standing.seconds, record["seconds"])[-RECENT:] if record["round"] else (),
+        seconds=(*standing.seconds, record.seconds)[-RECENT:] if record.round else (),
         earlier=standing.total,
         traffic={},
     )
@@ -106,7 +106,7 @@ def with_round(standing: ProgressState, record: Mapping[str, Any]) -> ProgressSt
 def round_line(standing: ProgressState) -> str:
     """Return what the round that just ended came to, as one plain line."""
     record = standing.record
-    if record["round"] == 0:
+    if record is None or record.round == 0:
         return "  ".join(["before", *score(standing)])
     admitted = sum(isinstance(outcome, AdmittedUpdate) for outcome in standing.outcomes.values())
     remaining = standing.remaining_s
@@ -114,19 +114,20 @@ def round_line(standing: ProgressState) -> str:
         [
             f"round {standing.round}/{standing.rounds}",
             *losses(record),
-            *(score(standing) if record.get("test") else ()),
+            *(score(standing) if record.test else ()),
             f"clients {admitted}/{len(standing.cohort)}",
-            f"up {size(record['bytes_up'])}",
-            f"down {size(record['bytes_down'])}",
-            duration(record["seconds"]),
+            f"up {size(record.bytes_up)}",
+            f"down {size(record.bytes_down)}",
+            duration(record.seconds),
             *([f"ETA {duration(remaining)}"] if remaining else ()),
         ]
     )
 
 
-def losses(record: Mapping[str, Any]) -> Sequence[str]:
-    before, end = record.get("loss_before"), record.get("loss_after")
-    return [] if end is None else [f"loss {number(before)} -> {number(end)}"]
+def losses(record: RoundRecord | None) -> Sequence[str]:
+    if record is None or record.loss_after is None:
+        return []
+    return [f"loss {number(record.loss_before)} -> {number(record.loss_after)}"]
 
 
 def score(standing: ProgressState) -> Sequence[str]:
@@ -134,7 +135,7 @@ def score(standing: ProgressState) -> Sequence[str]:
     words = [f"{metric} {number(standing.test[metric])}" for metric in ("accuracy",) if metric in standing.test]
     if "loss" in standing.test and standing.best is not None:
         loss, at = standing.best
-        best = f" (best {number(loss)}, round {at})" if standing.record["round"] else ""
+        best = f" (best {number(loss)}, round {at})" if standing.record and standing.record.round else ""
         words.insert(0, f"test {number(standing.test['loss'])}{best}")
     return words
 

@@ -1,4 +1,4 @@
-"""The command `fedtune roster`: who is in a federation, who is no more, and the newest word on that installed."""
+"""The command `fedtune roster`: list, revoke and renew the parties of a federation, and install its newest roster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="List and change who is in a federation; the CA signs every change.",
+    help="List and change the parties of a federation; the CA signs every change.",
 )
 INSTALL = "next, at the server: fedtune roster install {path}; clients receive it from there"
 
@@ -31,48 +31,57 @@ def list_parties(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List who is in the federation, as the newest roster here has it."""
+    """List the parties of the federation by the newest roster here."""
     with report_errors(debug):
         from fedtune.link.pki import authority
-        from fedtune.link.pki.identity import ROOT, ROSTER, day, read_required, read_root_key
+        from fedtune.link.pki.identity import ROOT, ROSTER, format_time, read_required, read_root_key
         from fedtune.link.pki.roster import decode
 
-        found = (
+        roster = (
             authority.current_roster(ca)
             if ca is not None
             else decode(read_required(identity / ROSTER), read_root_key(identity / ROOT))
         )
         if as_json:
-            members = [{**asdict(one), "key": one.key.hex()} for one in found.members.values()]
-            head = {"federation": found.federation, "version": found.version, "valid_until": found.valid_until}
+            members = [{**asdict(party), "key": party.key.hex()} for party in roster.parties.values()]
+            head = {"federation": roster.federation, "version": roster.version, "valid_until": roster.valid_until}
             typer.echo(json.dumps({**head, "members": members}))
             return
         from rich.table import Table
 
-        expired = ", EXPIRED" if time.time() > found.valid_until else ""
-        typer.echo(f"{found.federation}, version {found.version}, valid until {day(found.valid_until)}{expired}")
+        expired = ", EXPIRED" if time.time() > roster.valid_until else ""
+        typer.echo(
+            f"{roster.federation}, version {roster.version}, valid until {format_time(roster.valid_until)}{expired}"
+        )
         table = Table(box=None, pad_edge=False)
         for column in ("name", "org", "role", "state", "certificate until", "serials"):
             table.add_column(column, overflow="fold")
-        for one in found.members.values():
-            serials = " ".join(serial[:12] for serial in one.serials)
-            row = (printable(one.name), printable(one.org), one.role, one.state, day(one.not_after), serials)
+        for party in roster.parties.values():
+            serials = " ".join(serial[:12] for serial in party.serials)
+            row = (
+                printable(party.name),
+                printable(party.org),
+                party.role,
+                party.state,
+                format_time(party.not_after),
+                serials,
+            )
             table.add_row(*row)
-        console(sys.stdout).print(table if found.members else "nobody is enrolled yet")
+        console(sys.stdout).print(table if roster.parties else "no party is enrolled yet")
 
 
 @app.command(epilog=examples("fedtune roster revoke site-c"))
 def revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Who is to leave.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Party to revoke.", show_default=False)],
     ca: AuthorityOption = Path("ca"),
     debug: DebugOption = False,
 ) -> None:
-    """Take a party out of the federation: nothing that it says counts once the server has the new roster."""
+    """Revoke a party: its calls and signatures are refused once the server has the new roster."""
     with report_errors(debug):
         from fedtune.link.pki import authority
 
-        made = authority.revoke(ca, name, now=int(time.time()))
-        typer.echo(f"{name} is revoked; the roster has version {made.version}")
+        roster = authority.revoke(ca, name, now=int(time.time()))
+        typer.echo(f"{name} is revoked; the roster has version {roster.version}")
         typer.echo(INSTALL.format(path=ca / authority.ROSTER))
 
 
@@ -85,10 +94,10 @@ def renew(
     """Sign the roster again before it expires."""
     with report_errors(debug):
         from fedtune.link.pki import authority
-        from fedtune.link.pki.identity import day
+        from fedtune.link.pki.identity import format_time
 
-        made = authority.renew(ca, days=days, now=int(time.time()))
-        typer.echo(f"the roster has version {made.version} and is valid until {day(made.valid_until)}")
+        roster = authority.renew(ca, days=days, now=int(time.time()))
+        typer.echo(f"the roster has version {roster.version} and is valid until {format_time(roster.valid_until)}")
         typer.echo(INSTALL.format(path=ca / authority.ROSTER))
 
 
@@ -98,13 +107,15 @@ def install(
     identity: IdentityOption = Path("identity"),
     debug: DebugOption = False,
 ) -> None:
-    """Put a newer roster into an identity folder; a running server or client reads it within a second."""
+    """Install a newer roster in an identity folder; a running server or client reads it within a second."""
     with report_errors(debug):
         from fedtune.link.pki import enrollment
 
         data = enrollment.read_received(
             file, "a signed roster", "every fedtune enroll sign and fedtune roster command at the CA"
         )
-        made = enrollment.install(identity, data, now=int(time.time()))
-        typer.echo(f"installed version {made.version} in {identity}; who runs with it reads it within a second")
-        typer.echo(f"next, to see who is in: fedtune roster list --identity {identity}")
+        roster = enrollment.install_roster(identity, data, now=int(time.time()))
+        typer.echo(
+            f"installed version {roster.version} in {identity}; a running server or client reads it within a second"
+        )
+        typer.echo(f"next, to list the parties: fedtune roster list --identity {identity}")

@@ -72,7 +72,7 @@ def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
         if found.missing:
             facts["waits for"] = ", ".join(printable(name) for name in found.missing)
         if found.holder is None and not found.finished:
-            from fedtune.runs.runner import resume_command
+            from fedtune.runs.resume import resume_command
 
             facts["go on with"] = printable(resume_command(found.inputs.get("door", "simulate"), run))
         for name, text in facts.items():

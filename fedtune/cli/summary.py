@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.text import duration, number, printable, size
-from fedtune.store.round_records import COUNTS
+from fedtune.rounds.record import COUNTS
 
 Metrics: TypeAlias = Mapping[str, Any]
 

@@ -245,16 +245,16 @@ def train_pruned(
     if not examples:
         raise ClientError(f"{plan.client}: expected at least one training example; got none; give the client more data")
     score = partial(
-        pruned_training.measured_scores,
+        pruned_training.score_units,
         examples=examples,
         settings=settings,
-        anatomy=body,
+        layout=body,
         key=key,
         batch=plan.training.batch,
     )
     if settings.policy == "local" and plan.ratio > 0:
         with pruned_training.with_received_adapters(base, task, plan, base, {}) as model:
-            worth, side = score(model, base, keep=None)
+            worth, side = score(model, base, structure=None)
         parts = pruned_training.own_structures(worth, plan.ratio, settings, body)
     else:
         parts = pruned_training.structures_of(pruning, body)
@@ -263,13 +263,13 @@ def train_pruned(
     parts = parts.within(steps)
     rows = pruned_training.evaluation_rows(examples, base, key=key, batch=plan.training.batch)
     with pruned_training.with_pruned_model(base, parts.before, body) as small:
-        received = pruned_training.sliced_task(task, parts.before, parts.sent, body)
-        cut = pruned_training.cut_of(parts.before, body)
+        received = pruned_training.slice_task(task, parts.before, parts.sent, body)
+        cut = pruned_training.slices_of(parts.before, body)
         with pruned_training.with_received_adapters(small, received, plan, base, cut) as model:
             loss_before = pruned_training.evaluation_loss(model, rows, base)
 
     def then(model: torch.nn.Module) -> tuple[float, Tensors, int]:
-        found, tokens = score(model, base, keep=parts.last) if pruning.scores_requested else ({}, 0)
+        found, tokens = score(model, base, structure=parts.last) if pruning.scores_requested else ({}, 0)
         return pruned_training.evaluation_loss(model, rows, base), found, tokens
 
     with pruned_training.with_pruned_model(base, parts.first, body) as small:
@@ -278,18 +278,18 @@ def train_pruned(
             small,
             examples,
             assignment,
-            pruned_training.sliced_task(task, parts.first, parts.sent, body),
-            pruned_training.cut_of(parts.first, body),
-            between=lambda model: pruned_training.cutter(model, parts.stages, settings, body, steps=steps),
+            pruned_training.slice_task(task, parts.first, parts.sent, body),
+            pruned_training.slices_of(parts.first, body),
+            between=lambda model: pruned_training.stage_shrinker(model, parts.stages, settings, body, steps=steps),
             then=then,
         )
     loss_after, worth, tokens = learned.seen
     # The start of what was trained, in the structure in which it ended.
     last = start(
-        pruned_training.sliced_task(task, parts.last, parts.sent, body),
+        pruned_training.slice_task(task, parts.last, parts.sent, body),
         plan,
         base.modules,
-        pruned_training.cut_of(parts.last, body),
+        pruned_training.slices_of(parts.last, body),
     )
     done = replace(
         measured_of(learned.trained),

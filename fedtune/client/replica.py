@@ -24,13 +24,13 @@ class Replicas:
     def __init__(self) -> None:
         self._rounds: dict[Key, dict[int, Array]] = {}
 
-    def known(self, bank: DirectionBank, manifest: bytes, round: int) -> Array | None:
+    def get(self, bank: DirectionBank, manifest: bytes, round: int) -> Array | None:
         """Return the accumulators after a round of a run, None if they are not stored; round 0 is all zeros."""
         if round == 0:
             return np.zeros(bank.size, np.int32)
         return self._rounds.get(self._key(bank, manifest), {}).get(round)
 
-    def keep(self, ledger: SeedLedger) -> None:
+    def store(self, ledger: SeedLedger) -> None:
         """Store a ledger's accumulators, and drop those of rounds that no log can span any more."""
         key = self._key(ledger.bank, ledger.manifest)
         oldest = ledger.round - downlink.MAX_LOG
@@ -61,7 +61,7 @@ def restore(
     Raises:
         WireError: if the message cannot be read, or sends everything and still gives another state than it states.
     """
-    known = replicas.known(bank, manifest, state.since)
+    known = replicas.get(bank, manifest, state.since)
     if state.form != "whole" and known is None:
         return None
     sums = read_accumulators(
@@ -78,7 +78,7 @@ def restore(
             f"expected the state {state.digest.hex()[:16]}; got {ledger.digest.hex()[:16]} of this base and what came; "
             "load the same model in the same revision and dtype"
         )
-    replicas.keep(ledger)
+    replicas.store(ledger)
     return ledger
 
 

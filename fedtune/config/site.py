@@ -16,7 +16,7 @@ from fedtune.data.settings import DataSettings
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.client.policy import Policy
-from fedtune.link.client.policy import check as check_policy
+from fedtune.link.client.policy import validate_policy as check_policy
 from fedtune.link.settings import JoinSettings
 from fedtune.model.settings import AdapterSettings, ModelSettings
 

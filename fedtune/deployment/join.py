@@ -1,11 +1,11 @@
-"""One site's part in a federation: its own file, identity and rules bound to a client of the link."""
+"""A site that joins a federation: its own file, identity and policy bound to a client of the link."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 from fedtune.config import Recipe, bind, planned_training
 from fedtune.config.site import SiteSettings, bind_site
 from fedtune.errors import ConfigError, Fault
-from fedtune.link.audit_log import Audit, RecordEvent, both, silent
+from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
 from fedtune.link.client import policy
-from fedtune.link.client.client import Client, End, Greeting
+from fedtune.link.client.client import Client, End
 from fedtune.link.client.policy import TaskDemand, Usage
+from fedtune.link.client.session import Greeting
 from fedtune.link.client.training_process import ProcessTrainer, Trainer
-from fedtune.link.pki.identity import Identity, load, renewal
+from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.settings import JoinSettings
 from fedtune.store.files import store_errors
@@ -30,7 +31,7 @@ AUDIT = "audit"
 
 @dataclass(frozen=True)
 class JoinSetup:
-    """A site with everything that it needs to dial."""
+    """A site with everything that it needs to connect."""
 
     settings: SiteSettings
     link: JoinSettings
@@ -40,10 +41,10 @@ class JoinSetup:
 
 
 def load_join_setup(site: Path, *, server: str | None = None) -> JoinSetup:
-    """Return the site of a file, checked as far as can be without a network.
+    """Return the site of a file, after every check that needs no network.
 
     Raises:
-        ConfigError: with what is wrong.
+        ConfigError: naming what is missing or wrong.
     """
     settings = bind_site(site)
     link = settings.link
@@ -57,74 +58,73 @@ def load_join_setup(site: Path, *, server: str | None = None) -> JoinSetup:
     host, _, port = link.address.rpartition(":")
     if not host or not port.isdecimal():
         raise ConfigError(Fault("link.address", "HOST:PORT", repr(link.address)), source=str(site))
-    identity = load((settings.root / link.identity).resolve(), role="client", now=int(time.time()))
+    identity = load_identity((settings.root / link.identity).resolve(), role="client", now=int(time.time()))
+    # The roster knows the client by this name; under another one its plan would never reach it.
     if settings.name != identity.name:
         hint = f'set name = "{identity.name}", or enrol under the other name'
         raise ConfigError(Fault("name", f"{identity.name!r}, as this site is enrolled", repr(settings.name), hint))
-    return JoinSetup(
-        settings,
-        link,
-        identity,
-        RosterFile(identity.folder / "roster", identity.root),
-        (settings.root / link.state).resolve(),
-    )
+    roster = RosterFile(identity.folder / "roster", identity.root)
+    return JoinSetup(settings, link, identity, roster, (settings.root / link.state).resolve())
 
 
 def join(
     site: Path,
     *,
     server: str | None = None,
-    tell: RecordEvent,
+    record: RecordEvent,
     agree: Callable[[str], bool] = lambda recipe: False,
     trainer: Trainer | None = None,
 ) -> End:
-    """Dial, and do what is asked and allowed until the run is complete.
+    """Connect, and do the tasks that the site's policy allows until the run is complete.
 
     Args:
         site: the site's own file.
         server: address instead of the file's.
-        tell: told what happens, beside the audit log.
-        agree: asked with the recipe before the site takes part in a run, if its policy says so.
-        trainer: does the work; a process of its own without one.
+        record: receives the events, beside the audit log.
+        agree: asked with the recipe before the site takes part in a run, if its policy has `ask`.
+        trainer: trains; None: a process of its own.
 
     Raises:
         ConfigError: if something must be changed before this can succeed.
         StoreError: if the state folder cannot be written.
     """
-    made = load_join_setup(site, server=server)
-    with store_errors(made.state):
-        made.state.mkdir(parents=True, exist_ok=True)
-        made.state.chmod(0o700)
-    with lock_run(made.state), open_audit_log(made.state / AUDIT, tell) as log:
-        told = both(log.tell, tell)
-        if warning := renewal(made.identity, int(time.time())):
-            told("warning", text=warning)
-        own = None if trainer is not None else process(site, told)
+    setup = load_join_setup(site, server=server)
+    with store_errors(setup.state):
+        setup.state.mkdir(parents=True, exist_ok=True)
+        # Updates lie here, from which something of the data may be inferred.
+        setup.state.chmod(0o700)
+    # Two clients with one outbox would both reply to the same task.
+    with lock_run(setup.state), open_audit_log(setup.state / AUDIT, record) as log, ExitStack() as stack:
+        record_all = record_to_all(log.record, log_event, record)
+        if warning := renewal_warning(setup.identity, int(time.time())):
+            record_all("warning", text=warning)
+        if trainer is None:
+            process = make_trainer(site, record_all)
+            stack.callback(process.close)
+            trainer = process
         client = Client(
-            made.identity,
-            made.roster,
-            made.link,
-            made.settings.policy,
-            made.state,
-            trainer or own or process(site, told),
-            tell=told,
-            agree=lambda greeting: not made.settings.policy.ask or agree(greeting.recipe.decode()),
+            setup.identity,
+            setup.roster,
+            setup.link,
+            setup.settings.policy,
+            setup.state,
+            trainer,
+            record=record_all,
+            agree=lambda greeting: not setup.settings.policy.ask or agree(greeting.recipe.decode()),
         )
-        try:
-            return client.run()
-        finally:
-            if own is not None:
-                own.close()
+        return client.run()
 
 
-def process(site: Path, tell: RecordEvent) -> ProcessTrainer:
+def make_trainer(site: Path, record: RecordEvent) -> ProcessTrainer:
+    """Return a trainer in a process of its own, which loads base and data of a site's file."""
+    # A process of its own: torch may run out of memory and die without ending the connection.
     command = [sys.executable, "-m", "fedtune.client.site_process", str(site.resolve())]
-    return ProcessTrainer(command, died=lambda reason: tell("died", reason=reason))
+    return ProcessTrainer(command, on_exit=lambda reason: record("died", reason=reason))
 
 
 @contextmanager
-def open_audit_log(path: Path, tell: RecordEvent) -> Iterator[Audit]:
-    log = Audit(path, failed=lambda error: tell("warning", text=str(error)))
+def open_audit_log(path: Path, record: RecordEvent) -> Iterator[AuditLog]:
+    log = AuditLog(path, on_failure=lambda error: record("warning", text=str(error)))
     try:
         yield log
     finally:
@@ -133,7 +133,7 @@ def open_audit_log(path: Path, tell: RecordEvent) -> Iterator[Audit]:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a server's run would ask of a site, and what the site's policy says of it."""
+    """What a server's run would demand of a site, and which limits of the site's policy that exceeds."""
 
     server: str
     run: str
@@ -142,7 +142,7 @@ class DryRun:
     recipe_digest: str
     demand: TaskDemand
     rounds: int
-    refusals: Sequence[policy.Refusal]
+    refusals: Sequence[policy.PolicyViolation]
     columns: Mapping[str, str]
     """Columns of the site's files, by what they are used for."""
 
@@ -153,45 +153,46 @@ class DryRun:
     @property
     def facts(self) -> Mapping[str, Any]:
         """The same for a program."""
-        told = {key: value for key, value in asdict(self).items() if key != "refusals"}
-        return {**told, "allowed": self.allowed, "refusals": [one.note for one in self.refusals]}
+        fields = {key: value for key, value in asdict(self).items() if key != "refusals"}
+        return {**fields, "allowed": self.allowed, "refusals": [violation.note for violation in self.refusals]}
 
 
 def dry_run(site: Path, *, server: str | None = None) -> DryRun:
-    """Ask the server what it runs, and hold that against the site's policy; nothing is loaded, trained or sent.
+    """Ask the server for its run, and compare it with the site's policy; nothing is loaded, trained or sent.
 
     Raises:
         ConfigError: if the server cannot be reached or does not take this site.
     """
-    made = load_join_setup(site, server=server)
-    client = Client(made.identity, made.roster, made.link, made.settings.policy, made.state, NullTrainer(), tell=silent)
+    setup = load_join_setup(site, server=server)
+    client = Client(setup.identity, setup.roster, setup.link, setup.settings.policy, setup.state, NullTrainer())
     try:
         greeting = client.greet()
     finally:
         client.stop()
-    return planned_requests(made, greeting)
+    return compare_with_policy(setup, greeting)
 
 
-def planned_requests(made: JoinSetup, greeting: Greeting) -> DryRun:
+def compare_with_policy(setup: JoinSetup, greeting: Greeting) -> DryRun:
+    """Return what the greeting's recipe demands of a site, compared with the site's policy."""
     recipe = bind(greeting.recipe.decode())
-    asked = asks(recipe, made.identity.name)
+    demand = recipe_demand(recipe, setup.identity.name)
     refusals = policy.check_policy(
-        made.settings.policy, asked, greeting.recipe_digest.hex(), Usage(), now=datetime.now().time()
+        setup.settings.policy, demand, greeting.recipe_digest.hex(), Usage(), now=datetime.now().time()
     )
     return DryRun(
-        server=made.link.address,
+        server=setup.link.address,
         run=greeting.run,
         recipe=greeting.recipe.decode(),
         recipe_digest=greeting.recipe_digest.hex(),
-        demand=asked,
+        demand=demand,
         rounds=recipe.rounds.count,
         refusals=refusals,
-        columns={str(part): column for part, column in made.settings.data.fields.items()},
+        columns={str(part): column for part, column in setup.settings.data.fields.items()},
     )
 
 
-def asks(recipe: Recipe, client: str) -> TaskDemand:
-    """Return what a recipe asks of a client in a round, as far as it says so; bytes and base it leaves open."""
+def recipe_demand(recipe: Recipe, client: str) -> TaskDemand:
+    """Return what a recipe demands of a client in a round; it does not say how many bytes, and of which base."""
     rank, training = planned_training(recipe, client)
     probe = recipe.method.name == "fedkseed"
     return TaskDemand(
@@ -206,7 +207,7 @@ def asks(recipe: Recipe, client: str) -> TaskDemand:
 
 
 class NullTrainer:
-    """The trainer of a site that does nothing."""
+    """A trainer that does nothing, for a dry run."""
 
     def profile(self, into: Path) -> None: ...
 

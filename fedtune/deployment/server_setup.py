@@ -1,4 +1,4 @@
-"""One run on a server without a model: what the clients say they have in common stands for it."""
+"""A run on a server that holds no model: shapes and digests come from the profiles of the clients."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fedtune.flower.grid_transport import GridTransport
 from fedtune.messages import Blueprint, ProbeSeeds
 from fedtune.methods import METHODS
 from fedtune.runs.base_checks import check_pruning, check_ranks
+from fedtune.runs.context import Door, RunContext, first_state
 from fedtune.runs.fleet import fleet_of
-from fedtune.runs.runner import Door, RunContext, first_state
 from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
 from fedtune.store.run_journal import RunJournal
@@ -24,11 +24,12 @@ DATA_AT_SITES = 'data={ source = "at the sites", split = { kind = "files" } }'
 
 
 def data_at_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe of a TOML text or a path; one without a table `data` is whole here, for the data lie elsewhere.
+    """Return the recipe of a TOML text or a path; it needs no table `data`, since the data stay at the sites.
 
     Raises:
         ConfigError: with every fault.
     """
+    # Every site has data of its own; a table in the recipe could only be wrong for some of them.
     *_, tables = read(source)
     return bind(source, overrides=(*overrides, *(() if "data" in tables else (DATA_AT_SITES,))))
 
@@ -46,7 +47,7 @@ def server_context(
     door: Door,
     opened: Callable[[RunJournal], None] = lambda ledger: None,
 ) -> RunContext:
-    """Return what the run is conducted over: what the clients have in common stands for a model that is not here."""
+    """Return the context of a run whose model is described by what the clients have in common."""
     common, profiles = transport.foundation, transport.profiles
     check_ranks(recipe, common.modules)
     if METHODS[recipe.method.name].task is ProbeSeeds and not common.manifest:
@@ -70,11 +71,11 @@ def server_context(
             blueprint, ranking=read_ranking(recipe.pruning.ranking, recipe.root, common.anatomy, common.base)
         )
     if recipe.planner.name == "oracle":
-        hint = "it is told the times of a simulated clock, which no deployment has; take planner = 'deadline'"
+        hint = "it needs the times of a simulated clock, which no deployment has; take planner = 'deadline'"
         raise ConfigError(Fault("planner", "another in a deployment", "'oracle'", hint))
     devices = fleet_of(replace(recipe, fleet=None), list(profiles), blueprint, parameters=common.parameters)
     check_pruning(blueprint)
-    first_state(recipe, blueprint)  # what the method refuses of the base it refuses now
+    first_state(recipe, blueprint)  # a base that the method cannot use is refused now, and not in the first round
     return RunContext(
         recipe=recipe,
         blueprint=blueprint,
@@ -96,9 +97,9 @@ def server_context(
     )
 
 
-def check_overrides(recipe: Recipe, clients: Collection[str], said: Callable[[str], None]) -> None:
-    """Say which overrides cover no client of the first round's: a later one may still come, or it is mistyped."""
+def check_overrides(recipe: Recipe, clients: Collection[str], note: Callable[[str], None]) -> None:
+    """Note which overrides cover no client that is here: it may still come, or the name is mistyped."""
     known = f"{', '.join(sorted(clients)[:8])}{', ...' * (len(clients) > 8)}"
     for override in recipe.override:
         if not any(override.covers(name) for name in clients):
-            said(f"override.clients: {list(override.clients)} match none of the clients that are here ({known})")
+            note(f"override.clients: {list(override.clients)} match none of the clients that are here ({known})")

@@ -1,4 +1,4 @@
-"""How a served run stands: its rounds from the journal, and its clients from what the audit log says happened."""
+"""Status of a served run: its rounds from the journal, its clients from the audit log."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import StoreError, WireError
-from fedtune.link import audit_log as log
-from fedtune.link.audit_log import Entry, Log
+from fedtune.link import audit_log
+from fedtune.link.audit_log import AuditHistory, Entry
 from fedtune.link.server import blocklist
 from fedtune.store import journal
 from fedtune.store.files import store_errors
@@ -24,25 +24,25 @@ LINK, AUDIT, BARRED, ID = "link", "audit", "barred", "id"
 
 @dataclass(frozen=True)
 class ClientStatus:
-    """One client, as the audit log has it."""
+    """A client, by the entries of the audit log."""
 
     name: str
     state: str = "away"
     """here, away or barred."""
     seen_ms: int = 0
-    """When it was last heard of, in milliseconds since 1970."""
+    """Last sign of life, in milliseconds since 1970."""
     rounds: int = 0
-    """Of which an update was used."""
+    """In which its update was used."""
     up: int = 0
-    """Bytes of its answers."""
+    """Bytes of its replies."""
     down: int = 0
-    """Bytes of what it was asked."""
+    """Bytes of its tasks."""
     error: str = ""
     """The last thing that went wrong, and in which round."""
 
     @property
     def seen(self) -> str:
-        """Return how long ago that was."""
+        """How long ago the last sign of life was, in words."""
         seconds = max(0, int(time.time() - self.seen_ms / 1000))
         for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
             if seconds >= size:
@@ -59,16 +59,16 @@ class ServerStatus:
     clients: Sequence[ClientStatus]
     head: str
     """SHA-256 (hex) of the audit log's last entry."""
-    number: str = ""
-    """The run's number on the link."""
+    run_id: str = ""
+    """Of the run on the link; empty if it was never served."""
 
     @property
     def lines(self) -> Mapping[str, str]:
-        """What is said above the clients."""
+        """Texts to show above the table of clients, by label."""
         run = self.run
         state = "finished" if run.finished else f"running, process {run.holder}" if run.holder else "stopped"
         lines = {
-            "run": f"{self.path} ({self.number or 'not begun'})",
+            "run": f"{self.path} ({self.run_id or 'not begun'})",
             "state": f"{state}, in round {run.open}" if run.open else state,
             "rounds": str(run.committed),
             "last state": run.state or "none yet",
@@ -80,46 +80,51 @@ class ServerStatus:
     def facts(self) -> Mapping[str, Any]:
         """The same for a program."""
         run = {key: value for key, value in asdict(self.run).items() if key != "inputs"}
-        return {"path": str(self.path), **run, "audit": self.head, "clients": [asdict(one) for one in self.clients]}
+        return {
+            "path": str(self.path),
+            **run,
+            "audit": self.head,
+            "clients": [asdict(client) for client in self.clients],
+        }
 
 
 def server_status(run: Path) -> ServerStatus:
-    """Return how a served run stands; safe beside the process that serves it.
+    """Return the status of a served run; safe while another process serves it.
 
     Raises:
-        StoreError: if it is none, or its logs cannot be trusted.
+        StoreError: if it was not served over the link, or its logs cannot be trusted.
     """
     folder = run / LINK
     if not folder.is_dir():
         raise StoreError(f"{run}: expected a run of fedtune serve; got none; for others there is fedtune runs status")
-    found, entries = run_status(run), log.read(folder / AUDIT)
-    clients = client_statuses(entries.entries)
-    if found.holder is None:
-        clients = {name: replace(one, state="away") for name, one in clients.items()}
+    status, history = run_status(run), audit_log.read_audit_log(folder / AUDIT)
+    clients = client_statuses(history.entries)
+    if status.holder is None:  # no process serves it
+        clients = {name: replace(client, state="away") for name, client in clients.items()}
     barred = blocklist.read_blocklist(folder / BARRED)
     clients |= {
-        name: replace(clients.get(name, ClientStatus(name)), state="barred", error=why) for name, why in barred.items()
+        name: replace(clients.get(name, ClientStatus(name)), state="barred", error=reason)
+        for name, reason in barred.items()
     }
-    return ServerStatus(run, found, [clients[name] for name in sorted(clients)], entries.head, read_run_id(run))
+    return ServerStatus(run, status, [clients[name] for name in sorted(clients)], history.head, read_run_id(run))
 
 
 def client_statuses(entries: Sequence[Entry]) -> dict[str, ClientStatus]:
-    """Return what a log says of each client."""
-    found: dict[str, ClientStatus] = {}
+    """Return the status of each client after all entries of a log."""
+    clients: dict[str, ClientStatus] = {}
     for entry in entries:
         name = str(entry.fields.get("client", ""))
         if not name:
             continue
-        client = found.get(name, ClientStatus(name))
-        found[name] = update_status(client, entry)
-    return found
+        clients[name] = update_status(clients.get(name, ClientStatus(name)), entry)
+    return clients
 
 
 def update_status(client: ClientStatus, entry: Entry) -> ClientStatus:
-    """Return a client after one entry of the log."""
+    """Return the status of a client after one more entry of the log."""
     fields = entry.fields
     here = replace(client, state="here", seen_ms=entry.unix_ms)
-    where = f"round {fields['round']}: " if fields.get("round") else ""
+    prefix = f"round {fields['round']}: " if fields.get("round") else ""
     match entry.kind:
         case "asked":
             return replace(client, down=client.down + fields["bytes"])
@@ -128,75 +133,74 @@ def update_status(client: ClientStatus, entry: Entry) -> ClientStatus:
         case "used":
             return replace(here, rounds=client.rounds + 1)
         case "unused" | "declined":
-            return replace(client, error=f"{where}{fields['reason']}")
+            return replace(client, error=f"{prefix}{fields['reason']}")
         case "refused":
             return replace(client, error=f"{fields['reason']}")
         case "lost" | "left":
-            return replace(
-                client, state="away", error=f"{where}{fields['reason']}" if "reason" in fields else client.error
-            )
+            error = f"{prefix}{fields['reason']}" if "reason" in fields else client.error
+            return replace(client, state="away", error=error)
         case _:
             return here
 
 
-def audit(path: Path, *, head: str | None = None) -> Log:
+def load_audit_history(path: Path, *, head: str | None = None) -> AuditHistory:
     """Return the audit log of a run, of a site's state folder, or of a file, its chain verified.
 
     Args:
-        path: of any of them.
-        head: SHA-256 (hex) of an entry that was noted earlier; the log must hold it.
+        path: of the directory, the folder or the file.
+        head: SHA-256 (hex) of an entry that was noted earlier, and must be in the log.
 
     Raises:
-        StoreError: if it is none, its chain is broken, or the head is not in it.
+        StoreError: if there is no log, its chain is broken, or the head is not in it.
     """
     places = [path / LINK / AUDIT, path / AUDIT, path]
-    found = next((one for one in places if one.is_file()), places[0])
-    read = log.read(found)
-    if head is not None and head.lower() not in log.heads(found):
-        raise StoreError(f"{found}: expected an entry of digest {head[:16]}; got none; the log was cut or written anew")
-    return read
+    file = next((place for place in places if place.is_file()), places[0])
+    history = audit_log.read_audit_log(file)
+    if head is not None and head.lower() not in audit_log.record_digests(file):
+        raise StoreError(f"{file}: expected an entry of digest {head[:16]}; got none; the log was cut or written anew")
+    return history
 
 
-def receipts(run: Path, state: Path) -> int:
-    """Return how many receipts of a site stand for what a run's journal holds, after each has been held against it.
+def verify_receipts(run: Path, state: Path) -> int:
+    """Compare a site's receipts with a run's journal, and return their number.
 
-    A receipt names the number of the journal's records when it was given and the digest of the last, so a journal that
-    was cut or written anew afterwards is found out by whoever keeps one.
+    A receipt names the number of the journal's records when it was given, and the digest of the last. It proves that a
+    journal was cut or written anew afterwards, also if the server itself did it.
 
     Args:
         run: the run directory.
         state: the site's state folder.
 
     Raises:
-        StoreError: naming the receipt that differs, or if there is none of this run.
+        StoreError: naming the receipt that differs, or if the site has none of this run.
     """
     folder, heads = state / "runs" / read_run_id(run), list[str]()
     end = journal.read(run / "journal", lambda record: heads.append(record.prev))
+    # heads[n] is the head after n records.
     heads.append(end.head)
-    held = 0
+    total = 0
     for path in sorted(folder.glob("*/receipt")):
         with store_errors(path):
             data = path.read_bytes()
         try:
-            found = parse(pb.Header(), parse(pb.Envelope(), data).header)
+            receipt = parse(pb.Header(), parse(pb.Envelope(), data).header).receipt
         except WireError as error:
             raise StoreError(f"{path}: {error}; the state folder is damaged") from None
-        said = found.receipt
-        if not said.journal_records:
+        if not receipt.journal_records:  # given before the run had a journal
             continue
-        there = heads[said.journal_records] if said.journal_records < len(heads) else "nothing"
-        if there != said.journal_head.hex():
+        actual = heads[receipt.journal_records] if receipt.journal_records < len(heads) else "nothing"
+        if actual != receipt.journal_head.hex():
             raise StoreError(
-                f"{path}: expected the journal of {run} to have the head {said.journal_head.hex()[:16]} after "
-                f"{said.journal_records} records, as was signed; got {there[:16]}; it was cut or written anew"
+                f"{path}: expected the journal of {run} to have the head {receipt.journal_head.hex()[:16]} after "
+                f"{receipt.journal_records} records, as was signed; got {actual[:16]}; it was cut or written anew"
             )
-        held += 1
-    if not held:
+        total += 1
+    if not total:
         raise StoreError(f"{folder}: expected receipts of the run {run}; got none; name the site's state folder")
-    return held
+    return total
 
 
 def read_run_id(run: Path) -> str:
-    """Return the run's number on the link; empty if it was never served."""
+    """Return the run's id on the link; empty if it was never served."""
     path = run / LINK / ID
     return path.read_text().strip() if path.exists() else ""

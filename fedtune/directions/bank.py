@@ -90,6 +90,7 @@ def perturb(accumulators: Array, index: int, amount: int) -> Array:
 
 def headroom(bank: DirectionBank, accumulators: Array, *, amount: int = 0) -> int:
     """Return by how much sum |A| may still grow, with a perturbation of `amount` on top; negative if it is beyond."""
+    # One less than 2^31: a sum may have either sign.
     return (INT32_LIMIT - 1) // bank.max_abs - amount - absolute_sum(accumulators)
 
 
@@ -115,4 +116,5 @@ def check_accumulators(bank: DirectionBank, accumulators: Array) -> Array:
             f"accumulators: expected sum |A| of at most {(INT32_LIMIT - 1) // bank.max_abs} for the bank "
             f"{bank.name!r}; got {absolute_sum(accumulators)}; start again with a coarser unit (a smaller exponent e)"
         )
+    # After the check above the sums of 64 bits that `perturb` returns fit as well.
     return np.ascontiguousarray(accumulators, np.int32)

@@ -155,7 +155,7 @@ def decode_log(data: bytes) -> Sequence[LoggedRound]:
                 place += steps
                 clients.append(LoggedUpdate(key, weight, scalars))
             rounds.append(LoggedRound(shift, clients))
-    except (struct.error, ValueError):
+    except (struct.error, ValueError):  # the latter from frombuffer, where scalars are missing
         raise WireError(f"log of rounds: expected whole entries; got {len(data)} bytes that end within one") from None
     weights = [update.weight for entry in rounds for update in entry.clients]
     if any(entry.shift > MAX_SHIFT for entry in rounds) or not all(1 <= weight <= MAX_WEIGHT for weight in weights):

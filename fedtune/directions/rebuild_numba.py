@@ -86,6 +86,7 @@ def rewriter(
         exponent: e of the displacement unit 2^-e.
         threads: number of threads that share a tensor's blocks.
     """
+    # The whole tensor in one compiled call where nothing has to be converted or shared among threads.
     unit, key = unit_scale(bank, exponent), np.uint64(bank.key)
     direct, others = [], []
     for ordinal, old, new in tensors:
@@ -211,12 +212,14 @@ def finish_loop(dtype: str) -> Compiled:
 
 @compile_nogil
 def finish_float32(old: Any, y: Any, new: Any, unit: Any, wide: Any, bits: Any) -> None:
+    """Write float32 weights; all `finish_` functions have one signature, and `wide` and `bits` share memory."""
     for i in range(new.size):
         new[i] = old[i] - float32(y[i]) * unit
 
 
 @compile_nogil
 def finish_bfloat16(old: Any, y: Any, new: Any, unit: Any, wide: Any, bits: Any) -> None:
+    """Write bfloat16 weights, whose bits are the upper half of a float32's."""
     for i in range(new.size):
         bits[i] = uint32(old[i]) << uint32(16)
     for i in range(new.size):
@@ -229,6 +232,7 @@ def finish_bfloat16(old: Any, y: Any, new: Any, unit: Any, wide: Any, bits: Any)
 
 @compile_nogil
 def finish_int32(old: Any, y: Any, new: Any, unit: Any, wide: Any, bits: Any) -> None:
+    """Write the displacements themselves."""
     for i in range(new.size):
         new[i] = y[i]
 
@@ -270,6 +274,7 @@ def hadamard_displacement(size: int) -> Compiled:
             for bit in range(32):
                 flip = -int32((word >> uint32(bit)) & uint32(1))  # 0 or -1: (a ^ -1) + 1 is -a
                 j = n * 32 + bit
+                # Each group of K positions starts with the same K accumulators.
                 x[j] = (accumulators[j & (size - 1)] ^ flip) - flip
         transform(x)
         for n in range(BLOCK // 32):
@@ -295,10 +300,13 @@ def fwht(size: int) -> Compiled:
 
 @compile_nogil
 def leave_unchanged(x: Any) -> None:
+    """Do nothing: the transform of K = 1."""
     return
 
 
 def chain(first: Compiled, second: Compiled) -> Compiled:
+    """Return one function that runs both in turn."""
+
     @compile_nogil
     def both(x: Any) -> None:
         first(x)
@@ -309,6 +317,8 @@ def chain(first: Compiled, second: Compiled) -> Compiled:
 
 # The width is a constant of the compiled code: LLVM vectorises loops in place only with distances that it knows.
 def butterfly_2(width: int) -> Compiled:
+    """Return the pass that combines two numbers at distances of `width`."""
+
     @compile_nogil
     def step(x: Any) -> None:
         for group in range(BLOCK // (2 * width)):
@@ -321,6 +331,8 @@ def butterfly_2(width: int) -> Compiled:
 
 
 def butterfly_4(width: int) -> Compiled:
+    """Return the pass that combines four numbers at distances of `width`."""
+
     @compile_nogil
     def step(x: Any) -> None:
         for group in range(BLOCK // (4 * width)):
@@ -334,6 +346,8 @@ def butterfly_4(width: int) -> Compiled:
 
 
 def butterfly_8(width: int) -> Compiled:
+    """Return the pass that combines eight numbers at distances of `width`."""
+
     @compile_nogil
     def step(x: Any) -> None:
         for group in range(BLOCK // (8 * width)):
@@ -354,6 +368,8 @@ def gaussian_displacement(y: Any, accumulators: Any, key: Any, block: Any, ordin
     """Write a block's displacements of the gaussian bank."""
     drawn = np.empty((4, GAUSSIAN_CALLS), np.uint32)
     even, odd = np.zeros((4, GAUSSIAN_CALLS), np.int32), np.zeros((4, GAUSSIAN_CALLS), np.int32)
+    # m is popcount - 8: the eights are summed once for all positions. Sums may wrap on the way, but modulo 2^32 the
+    # difference is exact, and it fits into int32.
     eights = int32(0)
     for k in range(accumulators.size):
         a = accumulators[k]
@@ -372,6 +388,7 @@ def gaussian_displacement(y: Any, accumulators: Any, key: Any, block: Any, ordin
 def add_popcounts(even: Any, odd: Any, drawn: Any, a: Any) -> None:
     """Add a times the number of bits set in the low half of each word to `even`, in the high half to `odd`."""
     for i in range(drawn.size):
+        # Counts in fields of 2, 4, 8 and 16 bits; the halves are never added up.
         v = drawn[i]
         v = uint32(v - ((v >> uint32(1)) & uint32(0x55555555)))
         v = uint32((v & uint32(0x33333333)) + ((v >> uint32(2)) & uint32(0x33333333)))

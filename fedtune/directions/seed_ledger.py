@@ -121,6 +121,7 @@ class Manifest:
     entries: tuple[TensorEntry, ...]
 
     def __post_init__(self) -> None:
+        # By bytes: a sort of str would differ between languages beyond the first 2^16 characters.
         names = [entry.name.encode() for entry in self.entries]
         if any(a >= b for a, b in pairwise(names)):
             raise ConfigError(
@@ -158,6 +159,7 @@ def describe_base(tensors: Tensors) -> Manifest:
 def describe_tensor(name: str, tensor: Array) -> TensorEntry:
     """Return a tensor's entry in the manifest."""
     dtype = next(key for key, kind in DTYPES.items() if kind == tensor.dtype)
+    # Viewed as bytes: hashlib refuses the buffer of a bfloat16 array.
     digest = hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).digest()
     return TensorEntry(name, dtype, tuple(tensor.shape), digest)
 
@@ -187,6 +189,7 @@ def decode_manifest(data: bytes) -> Manifest:
         (count,) = struct.unpack_from("<I", data, len(MANIFEST_MAGIC))
         for _ in range(count):
             (length,) = struct.unpack_from("<I", data, place)
+            # A slice beyond the end is short without an error; the comparison at the end refuses what follows.
             name = bytes(data[place + 4 : place + 4 + length]).decode()
             code, axes = struct.unpack_from("<BB", data, place + 4 + length)
             shape = struct.unpack_from(f"<{axes}Q", data, place + 6 + length)

@@ -11,24 +11,25 @@ from flwr.serverapp import Grid
 
 from fedtune.flower import shim
 from fedtune.flower.records import ERROR, HEADER, STYPE, TENSORS, unpack
-from fedtune.link.server.dispatcher import Body, Dispatcher, Withdrawn
+from fedtune.link.server.assignments import Body, Withdrawn
+from fedtune.link.server.dispatcher import Dispatcher
 
 TTL_S = 7 * 24 * 3600.0
 """Of a message that has none."""
 
 
 class LinkGrid(Grid):
-    """Messages as orders of a hub; a client that declines, fails or is lost answers with an error."""
+    """Messages as tasks of a dispatcher; a client that declines, fails or is lost replies with an error."""
 
-    def __init__(self, hub: Dispatcher) -> None:
-        """Bind a hub, and give this process the identity that Flower's messages read: one run per process."""
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        """Bind a dispatcher, and give this process the identity that Flower's messages read: one run per process."""
         shim.enter_task()
-        self._hub = hub
+        self._dispatcher = dispatcher
         self._names: dict[int, str] = {}  # by node id
         self._shells: dict[str, Message] = {}  # addresses of messages without their content, by message id
 
     def set_run(self, run: shim.Run) -> None:
-        """Do nothing: the run is the hub's."""
+        """Do nothing: the run is the dispatcher's."""
 
     @property
     def run(self) -> shim.Run:
@@ -43,10 +44,10 @@ class LinkGrid(Grid):
         return [node.node_id for node in self.get_nodes()]
 
     def get_nodes(self) -> Sequence[shim.NodeInfo]:
-        """Return the clients that give signs of life, under the names of the roster."""
-        found = {node_of(name): name for name in self._hub.fleet()}
-        self._names |= found
-        return [shim.NodeInfo(node_id=node, name=name) for node, name in found.items()]
+        """Return the clients with recent signs of life, under the names of the roster."""
+        nodes = {node_of(name): name for name in self._dispatcher.fleet()}
+        self._names |= nodes
+        return [shim.NodeInfo(node_id=node, name=name) for node, name in nodes.items()]
 
     def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
         """Post each message to its client, and return their ids; "" for one that has no such client."""
@@ -57,7 +58,7 @@ class LinkGrid(Grid):
         if node not in self._names:
             return ""
         content, ttl_s = unpack(message.content), message.metadata.ttl or TTL_S
-        message_id = self._hub.post(self._names[node], kind, content.header, content.blobs, seconds=ttl_s)
+        message_id = self._dispatcher.post(self._names[node], kind, content.header, content.blobs, seconds=ttl_s)
         shim.stamp(message, message_id)
         shell = Message(RecordDict(), node, kind, ttl=ttl_s)
         shim.stamp(shell, message_id)
@@ -67,12 +68,13 @@ class LinkGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Sequence[Message]:
         """Return the replies that are here; does not wait for others."""
         replies = []
-        for message_id, found in self._hub.collect([one for one in message_ids if one in self._shells]).items():
+        waiting = [message_id for message_id in message_ids if message_id in self._shells]
+        for message_id, result in self._dispatcher.collect(waiting).items():
             shell = self._shells.pop(message_id)
-            if isinstance(found, Withdrawn):
-                replies.append(Message(Error(ERROR, found.reason), reply_to=shell))
+            if isinstance(result, Withdrawn):
+                replies.append(Message(Error(ERROR, result.reason), reply_to=shell))
             else:
-                replies.append(Message(reply_content(found.bodies), reply_to=shell))
+                replies.append(Message(reply_content(result.bodies), reply_to=shell))
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Sequence[Message]:
@@ -80,16 +82,16 @@ class LinkGrid(Grid):
         waiting, replies = set(self.push_messages(messages)) - {""}, list[Message]()
         ends = time.monotonic() + (TTL_S if timeout is None else timeout)
         while waiting and (left := ends - time.monotonic()) > 0:
-            found = self.pull_messages(waiting)
-            replies += found
-            waiting -= {reply.metadata.reply_to_message_id for reply in found}
-            if waiting and not found:
-                self.doze(min(left, 1.0))
+            received = self.pull_messages(waiting)
+            replies += received
+            waiting -= {reply.metadata.reply_to_message_id for reply in received}
+            if waiting and not received:
+                self.wait(min(left, 1.0))
         return replies
 
-    def doze(self, seconds: float) -> None:
-        """Wait until a reply or a client has come, or so long."""
-        self._hub.wait(seconds)
+    def wait(self, seconds: float) -> None:
+        """Wait until a reply or a client has come, at most so long."""
+        self._dispatcher.wait(seconds)
 
 
 def node_of(name: str) -> int:

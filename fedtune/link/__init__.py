@@ -8,9 +8,9 @@ import sys
 ENVIRONMENT = {
     # TLS 1.3 alone: the one suite named here for 1.2 wants RSA certificates, and ours are ECDSA. gRPC has no switch.
     "GRPC_SSL_CIPHER_SUITES": "AES256-GCM-SHA384",
-    "GRPC_VERBOSITY": "NONE",  # what goes wrong is told by fedtune, once and in words
+    "GRPC_VERBOSITY": "NONE",  # fedtune itself says what goes wrong, once and in words
 }
-"""What gRPC reads when it is first used in a process."""
+"""Variables that gRPC reads when it is first used in a process."""
 
 # gRPC reads them once, and would go on with TLS 1.2 without a word; `server` refuses to start then.
 SET_IN_TIME = "grpc" not in sys.modules or "GRPC_SSL_CIPHER_SUITES" in os.environ

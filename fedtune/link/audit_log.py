@@ -1,7 +1,8 @@
-"""What happened on the link, told once and kept in a chain: who came, what was asked, what left, what was refused."""
+"""Events of the link, and the audit log that keeps them in a chain of hashes."""
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,25 +15,32 @@ from fedtune.errors import StoreError
 from fedtune.store import journal
 from fedtune.store.journal import BEFORE_FIRST, End, Journal
 
+LOGGER = logging.getLogger("fedtune.link")
+
 
 class RecordEvent(Protocol):
-    """Told what happens: a kind, and integers and strings that belong to it; never a secret and nothing of the data."""
+    """Receives an event: its kind, and integers and strings as fields; never a secret, and nothing of the data."""
 
     def __call__(self, kind: str, **fields: int | str) -> None: ...
 
 
-def silent(kind: str, **fields: int | str) -> None:
-    """Tell nobody."""
+def ignore_event(kind: str, **fields: int | str) -> None:
+    """Drop an event."""
 
 
-def both(*tells: RecordEvent) -> RecordEvent:
-    """Return what tells each of them."""
+def log_event(kind: str, **fields: int | str) -> None:
+    """Pass an event to the logger `fedtune.link` at level INFO; it is silent unless the application configures it."""
+    LOGGER.info("%s %s", kind, fields)
 
-    def tell(kind: str, **fields: int | str) -> None:
-        for one in tells:
-            one(kind, **fields)
 
-    return tell
+def record_to_all(*recorders: RecordEvent) -> RecordEvent:
+    """Return a function that passes each event to all of these."""
+
+    def record(kind: str, **fields: int | str) -> None:
+        for recorder in recorders:
+            recorder(kind, **fields)
+
+    return record
 
 
 @dataclass(frozen=True)
@@ -46,60 +54,61 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Log:
-    """An audit log as it was read, its chain verified."""
+class AuditHistory:
+    """The entries of an audit log whose chain has been verified."""
 
     entries: Sequence[Entry]
     head: str
-    """SHA-256 (hex) of the last record: who keeps it can tell later whether anything before it was changed."""
+    """SHA-256 (hex) of the last record: noted elsewhere, it proves later that nothing before it was changed."""
 
 
-class Audit:
-    """The end of an audit log; a thread of its own writes and syncs, so that nobody waits for the disk."""
+class AuditLog:
+    """Appends to an audit log; a thread of its own writes and syncs, so that no caller waits for the disk."""
 
-    def __init__(self, path: Path, *, failed: Callable[[StoreError], None] = lambda error: None) -> None:
+    def __init__(self, path: Path, *, on_failure: Callable[[StoreError], None] = lambda error: None) -> None:
         """Open the log, and cut off what a crash left of a record.
 
         Args:
             path: of the log.
-            failed: told once, in the writing thread, if it cannot be written any more.
+            on_failure: called once, in the writing thread, if it cannot be written any more.
 
         Raises:
             StoreError: if it cannot be opened, or its chain is broken.
         """
         end = journal.read(path, lambda record: None) if path.exists() else End()
-        self._journal, self._failed = Journal(path, end), failed
+        self._journal, self._on_failure = Journal(path, end), on_failure
         self._queue: queue.SimpleQueue[tuple[str, Mapping[str, int | str]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="fedtune audit", daemon=True)
         self._thread.start()
 
-    def tell(self, kind: str, **fields: int | str) -> None:
-        """Keep an entry; returns at once."""
+    def record(self, kind: str, **fields: int | str) -> None:
+        """Append an event; returns at once."""
         self._queue.put((kind, fields))
 
     def _write(self) -> None:
         over = False
         while not over:
             entries = [self._queue.get()]
-            with suppress(queue.Empty):  # what has come meanwhile is synced together
+            with suppress(queue.Empty):  # one sync for all that has come meanwhile: a round has many events
                 while True:
                     entries.append(self._queue.get_nowait())
             over = None in entries
+            # After a failed write the end of the file is unknown: further events would break the chain.
             if self._journal.usable:
                 try:
-                    self._journal.extend([one for one in entries if one is not None])
+                    self._journal.extend([entry for entry in entries if entry is not None])
                 except StoreError as error:
-                    self._failed(error)
+                    self._on_failure(error)
 
     def close(self) -> None:
-        """Write what waits, and close the file."""
+        """Write what is queued, and close the file."""
         self._queue.put(None)
         self._thread.join()
         self._journal.close()
 
 
-def read(path: Path) -> Log:
-    """Return an audit log; safe beside the process that writes it.
+def read_audit_log(path: Path) -> AuditHistory:
+    """Return an audit log, verified; safe while another process writes it.
 
     Raises:
         StoreError: naming the first entry that is damaged or breaks the chain.
@@ -107,16 +116,16 @@ def read(path: Path) -> Log:
     if not path.exists():
         raise StoreError(f"{path}: expected an audit log; got nothing; it is made by fedtune serve and fedtune join")
     entries = list[Entry]()
-    end = journal.read(path, lambda one: entries.append(Entry(one.n, one.unix_ms, one.kind, one.fields)))
-    return Log(entries, end.head if entries else BEFORE_FIRST)
+    end = journal.read(path, lambda line: entries.append(Entry(line.n, line.unix_ms, line.kind, line.fields)))
+    return AuditHistory(entries, end.head if entries else BEFORE_FIRST)
 
 
-def heads(path: Path) -> frozenset[str]:
-    """Return the digest (hex) of every record of a log, any of which somebody may have noted.
+def record_digests(path: Path) -> frozenset[str]:
+    """Return the digest (hex) of every record of a log, any of which may have been noted as its head.
 
     Raises:
         StoreError: if it is damaged.
     """
-    found = set[str]()
-    end = journal.read(path, lambda one: found.add(one.prev))
-    return frozenset(found | {end.head})
+    digests = set[str]()
+    end = journal.read(path, lambda record: digests.add(record.prev))
+    return frozenset(digests | {end.head})

@@ -1,4 +1,4 @@
-"""Signed statements: who asked for what, who answered, and what became of it; verified before they are parsed."""
+"""Signed statements of coordinator and clients: plans, tasks, replies and receipts, verified before they are parsed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.errors import WireError
 from fedtune.link.pki.roster import Party
-from fedtune.link.pki.signing import key_id, raw, sign, verify
+from fedtune.link.pki.signing import key_id, public_bytes, sign, verify
 from fedtune.link.rejections import rejection
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
@@ -22,46 +22,49 @@ KIND = "application/vnd.fedtune.header.v1"
 MAX_HEADER_BYTES = 64 * 1024
 MAX_PARTS = 64
 HELLO, TRAIN = "query.caps", "train"
-"""Tasks."""
+"""Kinds of tasks."""
 UPDATE = "update"
-"""Key of the one part of an answer to TRAIN."""
+"""Key of the one part of a reply to TRAIN."""
 
 
 @lru_cache(maxsize=1)
-def build() -> str:
-    """Return what is running here."""
+def build_version() -> str:
+    """Return name and version of the package that runs here."""
     return f"fedtune {version('fedtune')}"
 
 
 def seal(header: pb.Header, key: Ed25519PrivateKey) -> pb.Envelope:
-    """Return a header as it travels, signed."""
+    """Return a header as a signed envelope."""
+    # Deterministic: the same task must be the same bytes, and so have the same digest, after a restart.
     data = header.SerializeToString(deterministic=True)
-    return pb.Envelope(header=data, signature=sign(key, KIND, data), key_id=key_id(raw(key)))
+    return pb.Envelope(header=data, signature=sign(key, KIND, data), key_id=key_id(public_bytes(key)))
 
 
 def digest(envelope: pb.Envelope) -> bytes:
-    """Return what a statement is known by: the digest of its header as it was signed."""
+    """Return the digest that identifies a statement: of its header as it was signed."""
     return sha256(envelope.header).digest()
 
 
-def verify_envelope(envelope: pb.Envelope, member: Callable[[bytes], Party | None]) -> tuple[pb.Header, Party]:
-    """Return what a statement says and who says it: size, key and signature are checked before anything is parsed.
+def verify_envelope(envelope: pb.Envelope, find_author: Callable[[bytes], Party | None]) -> tuple[pb.Header, Party]:
+    """Return header and author of a statement; size, key and signature are checked before anything is parsed.
 
     Args:
-        envelope: as it came.
-        member: from a key id to the member of the roster.
+        envelope: from outside.
+        find_author: returns the party with a key of this id; None if there is none.
 
     Raises:
-        RefusalError: with the reason.
+        RejectionError: with the reason.
     """
     if len(envelope.header) > MAX_HEADER_BYTES:
         raise rejection(pb.HEADER_TOO_LARGE, "header", f"at most {MAX_HEADER_BYTES} bytes", len(envelope.header))
-    author = member(envelope.key_id)
+    # The id only finds the key; it is the signature that proves the author.
+    author = find_author(envelope.key_id)
     if author is None:
         raise rejection(pb.KEY_UNKNOWN, "key_id", "a key of the roster", envelope.key_id[:16].hex())
     if not verify(author.key, KIND, envelope.header, envelope.signature):
         raise rejection(pb.SIGNATURE, "signature", f"one by {author.name}", "another, or other bytes signed")
     try:
+        # Not before here: bytes of an unknown sender never reach the parser.
         header = parse(pb.Header(), envelope.header)
     except WireError as error:
         raise rejection(pb.HEADER_MALFORMED, "header", "a Header of this release", error) from None
@@ -69,6 +72,7 @@ def verify_envelope(envelope: pb.Envelope, member: Callable[[bytes], Party | Non
         raise rejection(pb.PROTOCOL, "protocol", PROTOCOL, header.protocol)
     if header.author != author.name:
         raise rejection(pb.AUTHOR_MISMATCH, "author", author.name, header.author)
+    # Sorted and each once: else a key could name two bodies, and two readers take different ones.
     keys = [part.key for part in header.parts]
     if len(keys) > MAX_PARTS or keys != sorted(set(keys)) or any(len(part.digest) != 32 for part in header.parts):
         raise rejection(
@@ -77,16 +81,16 @@ def verify_envelope(envelope: pb.Envelope, member: Callable[[bytes], Party | Non
     return header, author
 
 
-def expect(header: pb.Header, **values: object) -> None:
-    """Refuse a header whose fields are not these; the reason is the one of `FIELDS`.
+def expect_fields(header: pb.Header, **values: object) -> None:
+    """Check that fields of a header have these values.
 
     Raises:
-        RefusalError: naming the first field that differs.
+        RejectionError: naming the first field that differs, with its reason from `FIELDS`.
     """
     for name, value in values.items():
-        found = getattr(header, name)
-        if found != value:
-            raise rejection(FIELDS[name], name, display_value(value), display_value(found))
+        actual = getattr(header, name)
+        if actual != value:
+            raise rejection(FIELDS[name], name, display_value(value), display_value(actual))
 
 
 FIELDS: Mapping[str, pb.Reason] = {
@@ -103,22 +107,22 @@ FIELDS: Mapping[str, pb.Reason] = {
     "order": pb.ORDER_UNKNOWN,
     "build": pb.BUILD_DIFFERS,
 }
-"""What is wrong if a field of a header is another than expected."""
+"""Reason of the rejection if a field of a header is not as expected."""
 
 
 def display_value(value: object) -> str:
     return value.hex()[:16] if isinstance(value, bytes) else repr(value)
 
 
-def part(key: str, data: bytes | memoryview) -> pb.Part:
+def make_part(key: str, data: bytes | memoryview) -> pb.Part:
     return pb.Part(key=key, digest=sha256(data).digest(), num_bytes=len(data))
 
 
-def subject(front: bytes, parts: Sequence[pb.Part]) -> tuple[int, str, bytes]:
+def assignment_subject(front: bytes, parts: Sequence[pb.Part]) -> tuple[int, str, bytes]:
     """Return round, base (hex) and state of an encoded assignment.
 
-    The state is what the server's state comes to at this client: of seeds the digest of their ledger; of adapters the
-    digest over those of the bodies that are sent.
+    The state is a digest of the server's state as this client sees it: with seeds that of their ledger; with adapters
+    the digest over the sorted digests of the bodies that are sent.
 
     Raises:
         WireError: if it is no assignment.
@@ -126,5 +130,5 @@ def subject(front: bytes, parts: Sequence[pb.Part]) -> tuple[int, str, bytes]:
     assignment = parse(round_pb2.Assignment(), front)
     if assignment.verb == round_pb2.PROBE:
         return assignment.round, assignment.base, assignment.probe.state.digest
-    bodies = b"".join(sorted(one.digest for one in parts if one.key))
+    bodies = b"".join(sorted(part.digest for part in parts if part.key))
     return assignment.round, assignment.base, sha256(bodies).digest()

@@ -1,13 +1,13 @@
-"""Why something is not taken, as it travels: a reason of the schema, with what was expected and what was found."""
+"""Rejections as they travel: a reason code of the schema, with what was expected and what came."""
 
 from __future__ import annotations
 
 from fedtune.errors import WireError
 from fedtune.wire.v1 import link_pb2 as pb
 
-LONGEST = 256
-"""Characters of each text of a refusal."""
-PASSING = frozenset(
+MAX_TEXT_CHARS = 256
+"""In each text of a refusal."""
+TRANSIENT = frozenset(
     {pb.STALE_EPOCH, pb.TOO_MANY_CALLS, pb.DISK_LOW, pb.STALLED, pb.BUSY, pb.ROSTER_OLD, pb.QUOTA, pb.OFFSET}
 )
 """After these the same bytes may be taken later; after any other they never will."""
@@ -23,7 +23,7 @@ FATAL = frozenset(
         pb.BUILD_DIFFERS,
     }
 )
-"""After these there is nothing that a client can do by trying again: somebody must act."""
+"""After these no further try of a client can succeed: a person must act."""
 ADVICE = {
     pb.NOT_IN_ROSTER: "ask the coordinator to enrol this site",
     pb.REVOKED: "ask the coordinator why this site was revoked",
@@ -37,42 +37,44 @@ ADVICE = {
 
 
 class RejectionError(WireError):
-    """Something is not taken; carries the refusal."""
+    """Something from outside is rejected; carries the refusal that is sent back."""
 
     def __init__(self, refusal: pb.Refusal) -> None:
         self.refusal = refusal
         super().__init__(describe(refusal))
 
 
-def rejection(reason: pb.Reason, field: str, expected: object, found: object) -> RejectionError:
-    """Return the error of a refusal; texts are cut and put on one line."""
+def rejection(reason: pb.Reason, field: str, expected: object, got: object) -> RejectionError:
+    """Return the error for a refusal; texts are cut and put on one line."""
     return RejectionError(
         pb.Refusal(
             reason=reason,
             field=one_line(field),
             expected=one_line(str(expected)),
-            found=one_line(str(found)),
-            passing=reason in PASSING,
+            found=one_line(str(got)),
+            # Sent along, since a client may be of an earlier release that does not know the reason.
+            passing=reason in TRANSIENT,
         )
     )
 
 
-def one_line(text: str, *, longest: int = LONGEST) -> str:
-    """Return a text of somebody else's as one printable line of at most so many characters."""
-    plain = "".join(one if one.isprintable() else " " for one in text[: 4 * longest])
+def one_line(text: str, *, longest: int = MAX_TEXT_CHARS) -> str:
+    """Return a text from outside as one printable line of at most `longest` characters."""
+    # Cut first, so that a huge text costs no time; four times, since runs of spaces shrink to one.
+    plain = "".join(char if char.isprintable() else " " for char in text[: 4 * longest])
     return " ".join(plain.split())[:longest]
 
 
-def code(reason: int) -> str:
-    """Return the name of a reason, also of one that only a later release knows."""
+def reason_name(reason: int) -> str:
+    """Return the name of a reason code; of one that only a later release knows, its number."""
     return str(pb.Reason.Name(pb.Reason.ValueType(reason))) if reason in pb.Reason.values() else f"reason {reason}"
 
 
 def describe(refusal: pb.Refusal) -> str:
-    """Return a refusal as one sentence; what came from elsewhere is made one printable line."""
+    """Return a refusal as one printable sentence."""
     field = f"{one_line(refusal.field)}: " if refusal.field else ""
     advice = ADVICE.get(refusal.reason, "")
     return (
-        f"{code(refusal.reason)}: {field}expected {one_line(refusal.expected)}; got {one_line(refusal.found)}"
+        f"{reason_name(refusal.reason)}: {field}expected {one_line(refusal.expected)}; got {one_line(refusal.found)}"
         f"{f'; {advice}' if advice else ''}"
     )

@@ -1,4 +1,4 @@
-"""How a coordinator listens and how a client dials: limits, patience and quotas of the link."""
+"""Settings of the link: addresses, timeouts and quotas of a server, address and pauses of a client."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ class LinkSettings:
     identity: str = "identity"
     """Folder made by `fedtune enroll`; relative to the file's folder."""
     hold_s: Annotated[float, Gt(0), Le(300)] = 20.0
-    """How long a client's question for work is held; below the idle limits of common proxies."""
+    """Seconds for which a client's call for work is held; below the idle limits of common proxies."""
     lease_s: Annotated[float, Gt(0)] = 45.0
-    """Without a sign of life, after which a client is not offered to the next round."""
+    """Seconds without a sign of life, after which a client is not sampled for the next round."""
     lost_s: Annotated[float, Gt(0)] = 600.0
-    """Without a sign of life, after which a round waits no longer for a client that works for it."""
+    """Seconds without a sign of life, after which a round does not wait any longer for a client that works for it."""
     patience_s: Annotated[float, Gt(0)] = 7 * 24 * 3600.0
-    """How long a run waits for enough clients."""
+    """Seconds for which a run waits for enough clients."""
     stall_s: Annotated[float, Gt(0)] = 60.0
-    """Without a byte, after which a transfer is given up; where it stood is kept."""
+    """Seconds without a byte, after which a transfer is given up; the next one goes on behind what came."""
     drain_s: Annotated[float, Ge(0)] = 30.0
-    """That transfers are given to end when the server goes down."""
+    """Seconds within which transfers can end when the server goes down."""
     part_kib: Annotated[int, Ge(1), Le(512)] = 256
     """KiB per message of a transfer."""
     window_mib: Annotated[int, Ge(1), Le(64)] = 4
-    """MiB of an upload that may be under way: bounds the memory of the server and what a cut sends again."""
+    """MiB of an upload without an acknowledgement: bounds the server's memory, and what is sent again after a cut."""
     inline_kib: Annotated[int, Ge(0), Le(512)] = 64
     """KiB up to which a part travels within the call itself."""
-    uploads: Annotated[int, Ge(1)] = 8
-    """At once."""
-    downloads: Annotated[int, Ge(1)] = 16
-    """At once."""
+    max_concurrent_uploads: Annotated[int, Ge(1)] = 8
+    """Uploads at the same time, of all clients; a further one is tried again later."""
+    max_concurrent_downloads: Annotated[int, Ge(1)] = 16
+    """Downloads at the same time, of all clients; a further one is tried again later."""
     calls_per_min: Annotated[int, Ge(10)] = 12_000
-    """Of one client."""
+    """Calls of one client in a minute, beyond which further ones are refused for now."""
     day_gib: Annotated[float, Gt(0)] = 100.0
     """GiB that one client may send in 24 hours."""
     hello_mib: Annotated[int, Ge(1)] = 1024
-    """MiB of a client's hello, which brings the initial values of `modules_to_save`."""
+    """MiB of a client's profile, which brings the initial values of `modules_to_save`."""
     free_mib: Annotated[int, Ge(0)] = 512
-    """MiB that stay free on the disk; below that no update is taken for the time being."""
+    """MiB that stay free on the disk; below that, updates are refused for now."""
     bar_after: Annotated[int, Ge(1)] = 3
-    """Final refusals in ten rounds after which a client is barred until the operator clears it."""
+    """Final refusals in ten rounds, after which a client is blocked until the operator admits it again."""
     build: str = ""
-    """Version of fedtune that every client must run, e.g. "fedtune 0.2.0"; empty for any."""
+    """Version of fedtune that every client must run, e.g. "fedtune 0.2.0"; empty: any."""
     health: str = "127.0.0.1:9464"
-    """Address of /healthz, /readyz and /metrics, plain HTTP; empty for none."""
+    """Address of /healthz, /readyz and /metrics, plain HTTP; empty: none."""
     metrics_names: bool = False
     """Whether client names appear in the metrics."""
 
@@ -73,8 +73,8 @@ class JoinSettings:
     proxy: str = ""
     """HTTP proxy that connections are tunnelled through, e.g. "http://proxy.example.org:3128"."""
     backoff_s: Annotated[float, Gt(0)] = 0.5
-    """First pause after a failed connection; doubled up to `backoff_cap_s`, and drawn at random below that."""
+    """Seconds of the first pause after a failed connection; doubled up to `backoff_cap_s`, then drawn below that."""
     backoff_cap_s: Annotated[float, Gt(0)] = 30.0
-    """Longest pause between two attempts to connect."""
+    """Seconds of the longest pause between two attempts to connect."""
     patience_s: Annotated[float, Ge(0)] = 0.0
-    """Without a connection, after which the client gives up; 0: never."""
+    """Seconds without a connection, after which the client gives up; 0: never."""

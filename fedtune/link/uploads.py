@@ -1,4 +1,4 @@
-"""Parts of answers on the server's disk while they arrive: found again after a cut, and hashed before they are used."""
+"""Parts of replies on the server's disk while they arrive: continued after a cut, and hashed before they are used."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from fedtune.store.files import store_errors
 from fedtune.wire.v1 import link_pb2 as pb
 
 BLOCK = 2**20
+"""Bytes that are read and hashed at once."""
 
 
-def place(folder: Path, client: str, digest: bytes) -> Path:
-    """Return where a part of a client's answer lies; a name of the roster is a name of a file."""
+def part_path(folder: Path, client: str, digest: bytes) -> Path:
+    """Return where a part of a client's reply lies; names of the roster are safe as names of files."""
     return folder / f"{client}-{digest.hex()}"
 
 
 def stored_bytes(path: Path) -> int:
-    """Return how many bytes of a part are there."""
+    """Return how many bytes of a part have arrived."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -30,56 +31,58 @@ def stored_bytes(path: Path) -> int:
 
 
 class IncomingUpload:
-    """A part while it arrives: appended to its file, and hashed as it comes."""
+    """A part that is arriving: appended to its file, and hashed as it comes."""
 
     def __init__(self, path: Path, part: pb.Part, offset: int) -> None:
-        """Open the file behind what it holds, which is hashed again.
+        """Open the file to append to it; what it holds already is hashed again.
 
-        Nothing is synced: a receipt is given for what the journal has, and what a crash spoils here is sent again.
+        Nothing is synced: receipts are given for what the journal holds, and what a crash damages here is sent again.
 
         Raises:
-            RefusalError: if the sender does not start where the file ends.
+            RejectionError: if the sender does not start where the file ends.
             StoreError: if the file cannot be opened.
         """
-        found = stored_bytes(path)
-        if offset != found:
-            raise rejection(pb.OFFSET, "offset", found, offset)
-        self.path, self.taken, self._num_bytes, self._digest = path, found, part.num_bytes, part.digest
+        stored = stored_bytes(path)
+        if offset != stored:
+            raise rejection(pb.OFFSET, "offset", stored, offset)
+        self.path, self.received_bytes, self._num_bytes, self._digest = path, stored, part.num_bytes, part.digest
         self._hash = sha256()
         with store_errors(path):
+            # Unbuffered: after a cut the next transfer goes on at the size of the file.
             self._file = path.open("ab", buffering=0)
-            if found:
+            if stored:
                 with path.open("rb") as file:
                     while block := file.read(BLOCK):
                         self._hash.update(block)
 
     def append(self, data: bytes) -> None:
-        """Take what comes next.
+        """Write the next bytes.
 
         Raises:
-            RefusalError: if it is more than the part has.
+            RejectionError: if it is more than the part has.
             StoreError: if it cannot be written.
         """
-        if self.taken + len(data) > self._num_bytes:
-            raise rejection(pb.LENGTH, "data", f"{self._num_bytes} bytes", f"{self.taken + len(data)} or more")
+        total = self.received_bytes + len(data)
+        if total > self._num_bytes:  # else a client could fill the disk
+            raise rejection(pb.LENGTH, "data", f"{self._num_bytes} bytes", f"{total} or more")
         with store_errors(self.path):
             rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
         self._hash.update(data)
-        self.taken += len(data)
+        self.received_bytes += len(data)
 
     def finish(self) -> bool:
         """Return whether the part is whole.
 
         Raises:
-            RefusalError: if it has another digest; then the file is gone, and the part may be sent from its beginning.
+            RejectionError: if it has another digest; its file is then removed, and it can be sent from the beginning.
         """
-        if self.taken < self._num_bytes:
+        if self.received_bytes < self._num_bytes:
             return False
-        if (found := self._hash.digest()) != self._digest:
+        if (actual := self._hash.digest()) != self._digest:
             self.path.unlink(missing_ok=True)
-            raise rejection(pb.DIGEST, "part", self._digest.hex()[:16], found.hex()[:16])
+            raise rejection(pb.DIGEST, "part", self._digest.hex()[:16], actual.hex()[:16])
         return True
 
     def close(self) -> None:
@@ -107,8 +110,8 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def sweep(folder: Path, *, older_s: float) -> None:
-    """Remove parts that nobody has added to for so long."""
+def remove_stale_parts(folder: Path, *, older_s: float) -> None:
+    """Remove parts to which no bytes were added for so many seconds."""
     now = time.time()
     with store_errors(folder):
         for path in folder.iterdir():

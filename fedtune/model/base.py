@@ -162,9 +162,11 @@ def load(
     new = sorted(info["missing_keys"])
     if new and settings.task == "causal":  # a head may be new; random layers of a language model may not
         raise not_found(settings, ValueError(f"it lacks {len(new)} of the model's tensors: {', '.join(new)}"))
+    # A decoder's classifier refuses batches without a padding token.
     if model.config.pad_token_id in (None, -1):
         choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         model.config.pad_token_id = next(choice for choice in choices if choice is not None)
+    # In eval mode for good: only adapters have dropout; see `train.only_adapters_train`.
     model.requires_grad_(False).eval().to(device)
     saved_modules = find_saved(model, adapter.modules_to_save, new, task=settings.task)
     # Before the heads are held in float32 below: the digest is of the tensors as they were loaded.

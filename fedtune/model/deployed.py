@@ -53,6 +53,7 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
             raise ValueError(f"model_type {data['model_type']!r}, format {described['format']!r}")
         if described["task"] not in TASKS:
             raise ValueError(f"task {described['task']!r}")
+        # trust_remote_code=False covers `auto_map`, but not attention kernels of a hub, nor quantisers.
         plain = {key: value for key, value in data.items() if not key.endswith(CODE_KEYS)}
         config = CONFIG_MAPPING[family].from_dict({**plain, "model_type": family})
         model = skeleton(config, task=described["task"], dtype=DTYPES[dtype])
@@ -61,6 +62,7 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
         shrink(model, ModelStructure(tuple(leading_units(block, **counts) for block, counts in blocks)), layout)
         first_names, expected = aliases(model), model.state_dict()
         readers = tensor_readers([folder / "model.safetensors"])
+        # Neither more nor less: a missing tensor would stay on the meta device, an extra one be ignored in silence.
         if readers.keys() != set(first_names.values()):
             strange = sorted(readers.keys() ^ set(first_names.values()))
             raise ValueError(f"its tensors are not those of the config: {', '.join(strange[:3])}")
@@ -70,7 +72,7 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
             # A copy even where format and device agree: what was read lies in the file's pages.
             place(model, name, tensor.to(device, expected[name].dtype, copy=True))
-        finish(model, (), key=0, device=device)
+        finish(model, (), key=0, device=device)  # draws nothing: no parameter is new
         set_generation_config(model, folder)
     except DAMAGE_ERRORS as error:
         reason = " ".join(str(error).split())[:200]

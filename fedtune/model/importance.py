@@ -100,7 +100,7 @@ def wanda(model: Any, batches: Sequence[Batch], layout: BlockLayout, *, task: st
 
     def listen(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def add(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = widened(args[0])  # (batch, time, in)
+            x = widen(args[0])  # (batch, time, in)
             # The mask is read from the loop below: padding would count as activity.
             total = (x.square() * mask.to(x.dtype)[..., None]).sum(dim=(0, 1)).cpu().double()
             squares[name] = squares[name] + total if name in squares else total
@@ -128,7 +128,7 @@ def column_norms(module: Any) -> torch.Tensor:
     squared = weight.square().sum(dim=0)
     # The norm of the sum from products of r rows, so that W + B A is never formed.
     parts = [
-        (widened(module.lora_A[name].weight), widened(module.lora_B[name].weight) * module.scaling[name])
+        (widen(module.lora_A[name].weight), widen(module.lora_B[name].weight) * module.scaling[name])
         for name in getattr(module, "lora_A", {})
         if name in module.active_adapters
     ]
@@ -209,9 +209,9 @@ def sketch_layers(model: Any, layout: BlockLayout, gradients: Gradients | None) 
             grads = [factor.grad if gradients is None else gradients.get(factor) for factor in pair]
             if grads[0] is None and grads[1] is None:
                 continue
-            a, b = (widened(factor) for factor in pair)  # (r, in), (out, r)
+            a, b = (widen(factor) for factor in pair)  # (r, in), (out, r)
             g_a, g_b = (
-                torch.zeros_like(factor) if grad is None else widened(grad)
+                torch.zeros_like(factor) if grad is None else widen(grad)
                 for factor, grad in zip((a, b), grads, strict=True)
             )
             # Products of W with r vectors in place of the (out, in) matrix Ghat.
@@ -231,7 +231,7 @@ def right(module: Any, factor: torch.Tensor) -> torch.Tensor:
     """Return W @ factor, (out, k), W with the frozen adapter; factor is (in, k)."""
     product = matrix(core(module)) @ factor
     if "global" in module.lora_A:
-        a, b = widened(module.lora_A["global"].weight), widened(module.lora_B["global"].weight)
+        a, b = widen(module.lora_A["global"].weight), widen(module.lora_B["global"].weight)
         product = product + module.scaling["global"] * (b @ (a @ factor))
     return product
 
@@ -240,7 +240,7 @@ def left(module: Any, factor: torch.Tensor) -> torch.Tensor:
     """Return W^T @ factor, (in, k), W with the frozen adapter; factor is (out, k)."""
     product = matrix(core(module)).T @ factor
     if "global" in module.lora_A:
-        a, b = widened(module.lora_A["global"].weight), widened(module.lora_B["global"].weight)
+        a, b = widen(module.lora_A["global"].weight), widen(module.lora_B["global"].weight)
         product = product + module.scaling["global"] * (a.T @ (b.T @ factor))
     return product
 
@@ -295,11 +295,11 @@ def unit_scores(values: torch.Tensor, side: Side, units: BlockStructure) -> torc
 
 def matrix(module: Any) -> torch.Tensor:
     """Return a linear layer's weight as (out, in), in at least 32 bits."""
-    weight = widened(module.weight.detach())
+    weight = widen(module.weight.detach())
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def widened(tensor: torch.Tensor) -> torch.Tensor:
+def widen(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in at least 32 bits: squares and sums would lose their last digits in 16."""
     return tensor.to(accumulation_dtype(tensor))
 

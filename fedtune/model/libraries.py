@@ -35,6 +35,7 @@ def threads(count: int | None) -> Iterator[int]:
         yield before
         return
     torch.set_num_threads(count)
+    # torch's setting does not reach the BLAS of numpy, which the aggregation and the rebuild use.
     try:
         with threadpool_limits(count):
             yield count

@@ -1,4 +1,4 @@
-"""Adapters over a pristine base: a frozen `global` and a trainable `local` one, attached for a while through peft."""
+"""Adapters over a pristine base: a frozen `global` and a trainable `local` one, attached through peft in a block."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def with_adapters(
     train: str = "ab",
     saved: Tensors | None = None,
 ) -> Iterator[Any]:
-    """Attach adapters to the base for the length of the block, and leave it exactly as it was before.
+    """Attach adapters to the base inside the block, and restore it exactly afterwards.
 
     Args:
         base: the resident base model.
@@ -42,37 +42,37 @@ def with_adapters(
         scale: the local adapter's alpha / rank.
         dropout: on the local adapter's input.
         train: factors of the local adapter that get gradients, `ab` or `b`.
-        saved: values of modules_to_save for the length of the block; trainable if `local` is given.
+        saved: values of modules_to_save inside the block; trainable if `local` is given.
 
     Raises:
         ShapeError: if a module or a parameter is not in the base, or has another shape there.
     """
     parameters = dict(base.model.named_parameters())
-    there = {**base.modules, **{name: tuple(parameter.shape) for name, parameter in parameters.items()}}
-    came = [(name, factors.shape) for adapter in (frozen, local) for name, factors in (adapter or {}).items()]
-    for name, shape in [*came, *((name, array.shape) for name, array in (saved or {}).items())]:
-        if shape != there.get(name):
-            raise ShapeError(f"{name}: expected {there.get(name, 'no such module')} as in {base.name}; got {shape}")
+    expected = {**base.modules, **{name: tuple(parameter.shape) for name, parameter in parameters.items()}}
+    given = [(name, factors.shape) for adapter in (frozen, local) for name, factors in (adapter or {}).items()]
+    for name, shape in [*given, *((name, array.shape) for name, array in (saved or {}).items())]:
+        if shape != expected.get(name):
+            raise ShapeError(f"{name}: expected {expected.get(name, 'no such module')} as in {base.name}; got {shape}")
     before = {name: parameters[name].detach().clone() for name in (saved or {})}
     tuner: LoraModel | None = None
-    # A module of rank 0 would be refused by peft; without it the layer is the base's own.
+    # A module of rank 0 would be refused by peft; without an adapter the layer is the base's own, which is the same.
     parts = [("global", frozen, 1.0, 0.0), ("local", local, scale, dropout)]
     active = []
     try:
         for name, adapter, factor, drop in parts:
-            kept = {module: factors for module, factors in (adapter or {}).items() if factors.rank > 0}
-            if not kept:
+            nonzero = {module: factors for module, factors in (adapter or {}).items() if factors.rank > 0}
+            if not nonzero:
                 continue
-            config = lora_config(base.model, kept, scale=factor, dropout=drop)
+            config = lora_config(base.model, nonzero, scale=factor, dropout=drop)
             with warnings.catch_warnings():
-                # peft warns that a second adapter is being added, which is what is wanted here
+                # peft warns of a second adapter, which is intended here.
                 warnings.filterwarnings("ignore", message=".*multiple adapters.*|Already found a `peft_config`.*")
                 if tuner is None:
                     tuner = LoraModel(base.model, {name: config}, name, low_cpu_mem_usage=True)
                 else:
                     tuner.peft_config[name] = config
                     tuner.inject_adapter(base.model, name, low_cpu_mem_usage=True)
-            fill(base, kept, name)
+            fill(base, nonzero, name)
             active.append(name)
         if tuner is not None:
             tuner.set_adapter(active)
@@ -98,6 +98,7 @@ def with_adapters(
 
 def lora_config(model: nn.Module, adapter: Adapter, *, scale: float, dropout: float) -> LoraConfig:
     """Return peft's configuration of exactly these modules and ranks."""
+    # peft reads the names as patterns: a dot that is not escaped would match any character.
     ranks = {re.escape(name): factors.rank for name, factors in adapter.items()}
     first = next(iter(adapter))
     return LoraConfig(
@@ -119,16 +120,17 @@ def layers(model: nn.Module, name: str) -> Mapping[str, Any]:
 
 def fill(base: Base, adapter: Adapter, name: str) -> None:
     """Write the factors into peft's layers, in float32 on the base's device."""
-    found = layers(base.model, name)
-    if found.keys() != adapter.keys():
-        raise ShapeError(f"adapter {name!r}: expected modules {sorted(adapter)}; the model gave {sorted(found)}")
+    # New parameters, for low_cpu_mem_usage leaves those of peft on the meta device.
+    wrapped = layers(base.model, name)
+    if wrapped.keys() != adapter.keys():
+        raise ShapeError(f"adapter {name!r}: expected modules {sorted(adapter)}; the model gave {sorted(wrapped)}")
     for module, factors in adapter.items():
-        found[module].lora_A[name].weight = nn.Parameter(to_torch(factors.a, base.device), requires_grad=False)
-        found[module].lora_B[name].weight = nn.Parameter(to_torch(factors.b, base.device), requires_grad=False)
+        wrapped[module].lora_A[name].weight = nn.Parameter(to_torch(factors.a, base.device), requires_grad=False)
+        wrapped[module].lora_B[name].weight = nn.Parameter(to_torch(factors.b, base.device), requires_grad=False)
 
 
 def read_local(model: nn.Module) -> Adapter:
-    """Return the trained local adapter as it stands, b without the scale."""
+    """Return the current factors of the local adapter, b without the scale."""
     return {
         name: Factors(a=to_numpy(layer.lora_A["local"].weight), b=to_numpy(layer.lora_B["local"].weight))
         for name, layer in layers(model, "local").items()

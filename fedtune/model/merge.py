@@ -39,7 +39,7 @@ class CastLoss:
         self._squared += float(change.square().sum())
         self._off += float((cast - change).square().sum())
 
-    def merged(self) -> Merged:
+    def result(self) -> Merged:
         """Return the share that was applied; without any change that is all of it."""
         if self._squared == 0.0:
             return Merged(applied=1.0, error=0.0)
@@ -79,4 +79,4 @@ def merge(base: Base, adapter: Adapter, saved: Tensors, *, dtype: str, revision:
     with quiet():
         model.save_pretrained(out)  # as safetensors alone
         base.tokenizer.save_pretrained(out)
-    return loss.merged()
+    return loss.result()

@@ -26,9 +26,9 @@ def tail_norm(model: nn.Module, decay: float) -> torch.Tensor:
     norms = []
     for layer in layers(model, "local").values():
         a, b = layer.lora_A["local"].weight, layer.lora_B["local"].weight  # (rank, in), (out, rank)
-        kept = kept_rank(a.shape[0], decay)
+        rank = kept_rank(a.shape[0], decay)
         # The small number keeps the gradient of a norm finite at zero.
-        norms.append((b[:, kept:].square().sum() + 1e-12).sqrt() * (a[kept:].square().sum() + 1e-12).sqrt())
+        norms.append((b[:, rank:].square().sum() + 1e-12).sqrt() * (a[rank:].square().sum() + 1e-12).sqrt())
     return torch.stack(norms).sum()
 
 

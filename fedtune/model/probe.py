@@ -108,9 +108,11 @@ def measure(
     if not examples:
         raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
     began, order = time.perf_counter(), batches(len(examples), size=training.batch, key=key)
+    # `step` is the change of a weight by a scalar of 1: a power of two, so that dividing by it is exact.
     sums, step = check_accumulators(ledger.bank, ledger.accumulators), 2.0 ** (probe.shift - probe.exponent)
     sizes = deque[float](maxlen=CLIP_WINDOW)
     scalars, unrounded, losses, skipped, tokens = list[int](), list[float](), list[float](), 0, 0
+    # One-sided queries of a group share the batch and the loss at the middle.
     group = probe.queries if probe.estimator == "one-sided" else 1
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
@@ -129,6 +131,7 @@ def measure(
                     losses.append(sum(step_losses) / len(step_losses))
                     unrounded += steps
                 else:
+                    # Scalars of 0, not fewer scalars: the server matches them to the ids by their place.
                     steps, skipped = [0.0] * len(seeds), skipped + len(seeds)
                 for seed, move in zip(seeds, steps, strict=True):
                     scalar = 0 if probe.calibrate else max(-MAX_SCALAR, min(MAX_SCALAR, round(move / step)))

@@ -167,7 +167,7 @@ def pruned_tensors(
             weight = after
         target = DTYPES[dtype] if weight.is_floating_point() else weight.dtype
         tensors[name] = weight.to(target, copy=True).contiguous()
-    return tensors, loss.merged()
+    return tensors, loss.result()
 
 
 def weight_change(factors: Factors) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a client with a pruned model does around its training: structures, losses on both sides of surgery, scores."""
+"""A client's steps around training a pruned model: its structures, losses before and after, and scores."""
 
 from __future__ import annotations
 
@@ -41,187 +41,202 @@ from fedtune.seeds import derive, generator
 from fedtune.tensors import Tensors
 
 ROWS = 16
-"""Examples on which the losses before and after are taken: two forward passes, the same rows for both."""
+"""Examples on which the losses before and after are measured, the same for both; they cost two forward passes."""
 
 
 def block_layout(base: Base) -> BlockLayout:
-    """Return the blocks of a base, with what its costs are made of.
+    """Return the blocks of a base, with the sizes that its costs depend on.
 
     Raises:
-        ConfigError: for a model that surgery does not know.
+        ConfigError: for a model that cannot be pruned.
     """
-    found, model = layout_of(base.model), base.model
+    layout, model = layout_of(base.model), base.model
     parameters = dict(model.named_parameters())
     if base.task == "classification":
         head = sum(parameters[name].numel() for name in base.saved)
         outputs = int(model.config.num_labels)
     else:
+        # Tied to the embeddings or not: the product with the output matrix is computed all the same.
         head, outputs = int(model.get_output_embeddings().weight.numel()), int(model.config.vocab_size)
     size = next(iter(parameters.values())).element_size()
-    return replace(found, head=head, outputs=outputs, number_bytes=size)
+    return replace(layout, head=head, outputs=outputs, number_bytes=size)
 
 
 @dataclass(frozen=True)
 class Structures:
-    """The structures of one client in one round; None stands for the whole model."""
+    """The structures of one client in one round; None is the whole model."""
 
     stages: tuple[ModelStructure, ...]
     """Empty: the model stays whole."""
     before: ModelStructure | None
+    """What the client trained in its last round."""
     sent: ModelStructure | None
-    """In whose coordinates the blobs came: the largest of them all."""
+    """The largest of them, in whose coordinates the blobs were sent."""
 
     def within(self, steps: int) -> Structures:
-        """Return the structures that so many optimizer steps have room for, at least one each: the last ones."""
+        """Return the last stages, as many as there are optimizer steps: every stage takes at least one."""
         return replace(self, stages=self.stages[-steps:])
 
     @property
     def first(self) -> ModelStructure | None:
+        """The structure in which training starts."""
         return self.stages[0] if self.stages else None
 
     @property
     def last(self) -> ModelStructure | None:
+        """The structure in which training ends."""
         return self.stages[-1] if self.stages else None
 
 
-def structures_of(pruning: Pruning, anatomy: BlockLayout) -> Structures:
+def structures_of(pruning: Pruning, layout: BlockLayout) -> Structures:
     """Return the structures that an assignment names.
 
     Raises:
         ShapeError: if a bitmap is not one of this base, or no structure holds all others.
     """
-    stages = tuple(from_bitmap(bits, anatomy) for bits in pruning.stages)
-    before = from_bitmap(pruning.previous, anatomy) if pruning.previous else None
+    stages = tuple(from_bitmap(bits, layout) for bits in pruning.stages)
+    before = from_bitmap(pruning.previous, layout) if pruning.previous else None
     first = stages[0] if stages else None
     sent = None
     if first is not None and before is not None:
-        sent = max(first, before, key=lambda keep: sum(len(one.q) + len(one.ff) for one in keep.blocks))
+        sent = max(first, before, key=lambda structure: sum(len(units.q) + len(units.ff) for units in structure.blocks))
     return Structures(stages=stages, before=before, sent=sent)
 
 
-def own_structures(worth: Tensors, ratio: float, settings: PruningSettings, anatomy: BlockLayout) -> Structures:
-    """Return the structures that a client's own scores give; what comes is in the coordinates of the whole base."""
-    order = rank_units(worth, anatomy, settings)
+def own_structures(importance: Tensors, ratio: float, settings: PruningSettings, layout: BlockLayout) -> Structures:
+    """Return the structures by a client's own scores; blobs are then in the coordinates of the whole base."""
+    ranking = rank_units(importance, layout, settings)
     stages = (
-        [structure_at(order, anatomy, settings, each) for each in stage_ratios(ratio, settings.stages)]
+        [structure_at(ranking, layout, settings, stage) for stage in stage_ratios(ratio, settings.stages)]
         if ratio > 0
         else []
     )
+    # Two ratios may round to one structure, which needs no step of its own.
     return Structures(stages=tuple(dict.fromkeys(stages)), before=None, sent=None)
 
 
-def cut_of(keep: ModelStructure | None, anatomy: BlockLayout) -> Mapping[str, LayerSlice]:
-    return {} if keep is None else cuts(keep, anatomy)
+def slices_of(structure: ModelStructure | None, layout: BlockLayout) -> Mapping[str, LayerSlice]:
+    """Return the slices of the base's layers that a structure keeps; none for the whole model."""
+    return {} if structure is None else cuts(structure, layout)
 
 
-def sliced_task(
-    task: TrainLora, keep: ModelStructure | None, sent: ModelStructure | None, anatomy: BlockLayout
+def slice_task(
+    task: TrainLora, structure: ModelStructure | None, sent: ModelStructure | None, layout: BlockLayout
 ) -> TrainLora:
-    """Return a task with its blobs cut to one structure."""
-    if keep is None:
+    """Return a task with its blobs, sent in the coordinates of `sent`, sliced to one structure."""
+    if structure is None:
         return task
-    cut = cut_of(keep, anatomy) if sent is None else within(cuts(sent, anatomy), cuts(keep, anatomy))
-    blobs = {role: blob if role == "saved" else slice_flat(blob, cut) for role, blob in task.blobs.items()}
+    own = cuts(structure, layout)
+    slices = own if sent is None else within(cuts(sent, layout), own)
+    blobs = {role: blob if role == "saved" else slice_flat(blob, slices) for role, blob in task.blobs.items()}
     return replace(task, blobs=blobs)
 
 
 @contextmanager
-def with_pruned_model(base: Base, keep: ModelStructure | None, anatomy: BlockLayout) -> Iterator[Base]:
-    """Give the base with a pruned model for the length of the block."""
-    if keep is None:
+def with_pruned_model(base: Base, structure: ModelStructure | None, layout: BlockLayout) -> Iterator[Base]:
+    """Yield the base with its model pruned to a structure inside the block."""
+    if structure is None:
         yield base
         return
-    with with_structure(base.model, keep, anatomy):
-        yield replace(base, modules=shapes(base.modules, cuts(keep, anatomy)))
+    with with_structure(base.model, structure, layout):
+        yield replace(base, modules=shapes(base.modules, cuts(structure, layout)))
 
 
 def evaluation_rows(examples: Sequence[Example], base: Base, *, key: int, batch: int) -> Sequence[Batch]:
-    """Return the rows on which a round's losses are taken, in batches that training has room for."""
-    order = generator(derive(key, "prune.rows")).permutation(len(examples))[:ROWS].tolist()
-    return [collate([examples[i] for i in order[at : at + batch]], base) for at in range(0, len(order), batch)]
+    """Return the examples on which a round's losses are measured, in batches that training has memory for."""
+    # Drawn by a key of their own: data order and scores must not depend on how many rows are evaluated.
+    chosen = generator(derive(key, "prune.rows")).permutation(len(examples))[:ROWS].tolist()
+    return [collate([examples[i] for i in chosen[at : at + batch]], base) for at in range(0, len(chosen), batch)]
 
 
 def evaluation_loss(model: torch.nn.Module, batches: Sequence[Batch], base: Base) -> float:
-    """Return the mean loss of rows."""
+    """Return the mean loss over the evaluation rows, in nats per token (causal) or example."""
     with torch.inference_mode():
-        total = sum(float(summed_loss(model, each, task=base.task)) for each in batches)
-    return total / max(1, sum(each.count for each in batches))
+        total = sum(float(summed_loss(model, rows, task=base.task)) for rows in batches)
+    return total / max(1, sum(rows.count for rows in batches))
 
 
 @contextmanager
 def with_received_adapters(
-    base: Base, task: TrainLora, plan: Plan, whole: Base, cut: Mapping[str, LayerSlice]
+    base: Base, task: TrainLora, plan: Plan, whole: Base, slices: Mapping[str, LayerSlice]
 ) -> Iterator[torch.nn.Module]:
-    """Attach what was received, nothing of it trained, to a base that may be pruned."""
+    """Attach the received adapters, not trained, to a base that may be pruned; `slices` are those of its structure."""
     with with_adapters(
         base,
         frozen=frozen(task),
-        local=start(task, plan, whole.modules, cut),
+        local=start(task, plan, whole.modules, slices),
         scale=plan.scale,
         saved=task.blobs.get("saved", {}),
     ) as model:
         yield model
 
 
-def measured_scores(
+def score_units(
     model: torch.nn.Module,
     base: Base,
     examples: Sequence[Example],
     settings: PruningSettings,
-    anatomy: BlockLayout,
-    keep: ModelStructure | None,
+    layout: BlockLayout,
+    structure: ModelStructure | None,
     *,
     key: int,
     batch: int,
 ) -> tuple[Tensors, int]:
-    """Return (scores of what the model has, tokens that went forward for them), in units of their means."""
-    order = generator(derive(key, "prune.scores")).permutation(len(examples)).tolist()
-    rows = [order[i : i + batch] for i in range(0, min(len(order), settings.batches * batch), batch)]
+    """Return (scores of the heads and channels that the model has, tokens of the forward passes for them).
+
+    Scores are in units of their mean (heads over all blocks, channels by block), so that the server can pool those of
+    clients with different data.
+    """
+    shuffled = generator(derive(key, "prune.scores")).permutation(len(examples)).tolist()
+    rows = [shuffled[i : i + batch] for i in range(0, min(len(shuffled), settings.batches * batch), batch)]
     batches = [collate([examples[i] for i in part], base) for part in rows]
-    found = scores(model, batches, settings.score, anatomy, structure=keep, task=base.task, key=derive(key, "prune"))
-    wide = to_base_coordinates(found, keep, anatomy)
-    scaled = normalise(wide, {name: np.isfinite(part) for name, part in wide.items()}, anatomy)
+    raw = scores(model, batches, settings.score, layout, structure=structure, task=base.task, key=derive(key, "prune"))
+    wide = to_base_coordinates(raw, structure, layout)
+    scaled = normalise(wide, {name: np.isfinite(part) for name, part in wide.items()}, layout)
     forward = settings.score not in ("magnitude", "random")
-    return at_structure(scaled, keep, anatomy), sum(each.tokens for each in batches) if forward else 0
+    return at_structure(scaled, structure, layout), sum(rows.tokens for rows in batches) if forward else 0
 
 
-def wire_scores(worth: Tensors) -> Tensors:
-    """Return scores as they travel."""
+def wire_scores(importance: Tensors) -> Tensors:
+    """Return scores as they travel, in float16."""
+    # Clipped first: an infinite score would be refused by the server.
     largest = float(np.finfo(np.float16).max)
-    return {name: np.clip(part, 0, largest).astype(np.float16) for name, part in worth.items()}
+    return {name: np.clip(part, 0, largest).astype(np.float16) for name, part in importance.items()}
 
 
 def vote(
-    worth: Tensors, keep: ModelStructure | None, ratio: float, settings: PruningSettings, anatomy: BlockLayout
+    importance: Tensors, structure: ModelStructure | None, ratio: float, settings: PruningSettings, layout: BlockLayout
 ) -> bytes:
-    """Return the mask that a client votes for: what its own scores keep at a ratio; what it lacks goes first."""
+    """Return the mask that a client votes for: what its own scores keep at a ratio; units that it lacks go first."""
     wide = {
+        # Below every score, and finite: units that the client lacks have none.
         name: np.where(np.isfinite(part), part, -1.0)
-        for name, part in to_base_coordinates(worth, keep, anatomy).items()
+        for name, part in to_base_coordinates(importance, structure, layout).items()
     }
-    return bitmap(structure_at(rank_units(wide, anatomy, settings), anatomy, settings, ratio), anatomy)
+    return bitmap(structure_at(rank_units(wide, layout, settings), layout, settings, ratio), layout)
 
 
-def cutter(
+def stage_shrinker(
     model: torch.nn.Module,
     stages: Sequence[ModelStructure],
     settings: PruningSettings,
-    anatomy: BlockLayout,
+    layout: BlockLayout,
     *,
     steps: int,
 ) -> Between | None:
-    """Return what makes a model in training smaller between its steps, stage after stage.
+    """Return the function that shrinks a model in training between its steps, stage after stage; None for one stage.
 
-    In a short round stages are shorter than `steps_between`: it must end in the structure of the last one.
+    In a short round stages are shorter than `steps_between`, so that it ends in the structure of the last stage.
     """
     if len(stages) < 2:
         return None
+    # (steps - 1) intervals, so that the last stage begins before the last step.
     every = min(settings.steps_between, (steps - 1) // (len(stages) - 1))
 
     def between(steps: int, optimizer: torch.optim.Optimizer, start: Start) -> Sequence[torch.nn.Parameter] | None:
-        stage, odd = divmod(steps, every)
-        if odd or stage >= len(stages):
+        stage, within_stage = divmod(steps, every)
+        if within_stage or stage >= len(stages):
             return None
-        return shrink_further(model, optimizer, stages[stage - 1], stages[stage], anatomy, start)
+        return shrink_further(model, optimizer, stages[stage - 1], stages[stage], layout, start)
 
     return between

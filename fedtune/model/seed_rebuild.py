@@ -31,6 +31,7 @@ def working_copy(base: Base, trainable: Sequence[int]) -> Iterator[Sequence[Trio
     The base's own weights are neither written nor moved: worker processes share their memory.
     """
     parameters, entries = dict(base.model.named_parameters()), base.manifest.entries
+    # `.data` alone is exchanged: modules, hooks and tied names keep the parameter objects that they have.
     trained = {ordinal: parameters[entries[ordinal].name] for ordinal in trainable}
     own = {ordinal: parameter.data for ordinal, parameter in trained.items()}
     trios = [

@@ -197,6 +197,7 @@ def with_structure(model: Any, structure: ModelStructure, layout: BlockLayout) -
         ConfigError: from a forward pass with a static cache, which is as wide as the config says.
     """
     check(structure, layout)
+    # The old objects themselves: nothing is copied back, so that the base is bit for bit what it was.
     undo: list[tuple[Any, Mapping[str, Any]]] = []
     for name, shape in whole_shapes(layout).items():
         module = model.get_submodule(name)
@@ -269,6 +270,7 @@ def shrink_further(
     """
     check(after, layout)
     old, new = cuts(before, layout), cuts(after, layout)
+    # Relative to what is there now, and checked before the first matrix changes.
     parts = {name: slice_index(part) for name, part in within(old, new).items()}
     start = {} if start is None else start
     for name, shape in shapes(whole_shapes(layout), old).items():
@@ -314,6 +316,7 @@ def replace_in_optimizer(
     for group in optimizer.param_groups:
         group["params"] = [now if parameter is was else parameter for parameter in group["params"]]
     if was in optimizer.state:
+        # Moments have the parameter's shape; the step count is a single number, and stays.
         optimizer.state[now] = {
             key: part(value) if isinstance(value, torch.Tensor) and value.shape == was.shape else value
             for key, value in optimizer.state.pop(was).items()

@@ -36,6 +36,7 @@ def find_targets(model: Any, targets: Sequence[str], *, leave_out: Sequence[str]
         for name, module in model.named_modules()
         if (shape := linear_shape(module)) and not any(name == m or name.startswith(f"{m}.") for m in leave_out)
     }
+    # By identity: the output layer has another name in every family.
     heads = {name for name, module in model.named_modules() if module is outputs}
     chosen: dict[str, tuple[int, int]] = {}
     faults = []

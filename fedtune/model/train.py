@@ -1,4 +1,4 @@
-"""First-order local steps: the loss, the data order, the schedule, and one client's training loop."""
+"""First-order local training: the loss, the order of the data, the schedule, and one client's training loop."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Between: TypeAlias = Callable[[int, torch.optim.Optimizer, Start], Sequence[torc
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run measured."""
+    """The measurements of one training run."""
 
     losses: Sequence[float]
     """Mean loss of each optimizer step, before the step."""
     tokens: int
-    """Tokens that went forward, padding left out."""
+    """Tokens of all forward passes, padding left out."""
     seconds: float
     peak_bytes: int
     """Of the device's allocator on CUDA; of the whole process elsewhere."""
@@ -57,6 +57,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Batch:
+    """Examples of equal padded length, as tensors on the base's device."""
+
     input_ids: torch.Tensor
     """(batch, time)"""
     attention_mask: torch.Tensor
@@ -66,14 +68,16 @@ class Batch:
     count: int
     """Tokens (causal) or examples (classification) that count in the loss."""
     tokens: int
+    """Tokens of the examples, padding left out."""
 
 
 def collate(examples: Sequence[Example], base: Base) -> Batch:
-    """Pad examples on the right to the longest one."""
+    """Return examples as a batch, padded on the right to the longest example."""
     width = max(len(example.input_ids) for example in examples)
     ids = np.full((len(examples), width), base.pad_id, np.int64)
     mask = np.zeros((len(examples), width), np.int64)
     causal = base.task == "causal"
+    # IGNORED is what cross_entropy leaves out: no loss is taken on padding.
     labels = np.full((len(examples), width) if causal else (len(examples),), IGNORED, np.int64)
     for row, example in enumerate(examples):
         ids[row, : len(example.input_ids)] = example.input_ids
@@ -94,15 +98,16 @@ def summed_loss(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
 
 
 def logits_of(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
-    """Return what a model says of a batch: (batch, time, vocabulary), or (batch, classes)."""
-    # Without use_cache=False every forward pass would keep keys and values for a generation that never comes.
+    """Return the logits of a batch: (batch, time, vocabulary), or (batch, classes)."""
+    # Without use_cache=False every forward pass would store keys and values for a generation that never comes.
     options = {"use_cache": False} if task == "causal" else {}
     logits: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).logits
     return logits
 
 
 def cross_entropies(logits: torch.Tensor, labels: torch.Tensor, *, task: str) -> torch.Tensor:
-    """Return the cross-entropy summed over what counts, in float32."""
+    """Return the cross-entropy summed over the tokens or examples that count, in float32."""
+    # In float32: a sum over a vocabulary in 16 bits would round the loss to two or three digits.
     if task == "causal":
         return cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
@@ -111,7 +116,7 @@ def cross_entropies(logits: torch.Tensor, labels: torch.Tensor, *, task: str) ->
 
 
 def batches(num_examples: int, *, size: int, key: int) -> Iterator[Sequence[int]]:
-    """Yield endless batches of positions: one seeded permutation after another, the last batch of each may be short."""
+    """Yield endless batches of places in the data: seeded permutations, of which the last batch may be short."""
     for epoch in range(2**31):
         order = generator(derive(key, "data.order", epoch)).permutation(num_examples)
         for begin in range(0, num_examples, size):
@@ -120,6 +125,7 @@ def batches(num_examples: int, *, size: int, key: int) -> Iterator[Sequence[int]
 
 def learning_rate(training: Training, step: int, steps: int) -> float:
     """Return the learning rate of a step (from 0): linear warm-up, then constant, linear or cosine to zero."""
+    # Not transformers' schedules: their warm-up starts at a rate of 0, and the first step of a round would do nothing.
     warm = math.ceil(training.warmup * steps)
     if step < warm:
         return training.learning_rate * (step + 1) / warm
@@ -130,12 +136,14 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
 
 def autocast(training: Training, device: torch.device) -> AbstractContextManager[Any]:
     """Return the bf16 autocast context where the recipe wants it, or where the device is fast at it (`auto`)."""
+    # Compute capability 8.0 is Ampere, the first with bf16 in its tensor cores.
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     wanted = training.autocast == "bf16" or (training.autocast == "auto" and fast)
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
 def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer, SGD or AdamW, new for every round."""
     if training.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
@@ -154,7 +162,7 @@ def train(
     between: Between | None = None,
     weigh: bool = False,
 ) -> Trained:
-    """Take `training.steps` optimizer steps on whatever of the base's model requires a gradient.
+    """Take `training.steps` optimizer steps on all parameters of the base's model that require a gradient.
 
     One step averages the loss over all tokens (causal) or examples of its `accumulation` batches, so that it equals
     one step on the joined batch.
@@ -171,7 +179,7 @@ def train(
         weigh: measure `Trained.importance`.
 
     Raises:
-        ClientError: if there is no example, or a loss is not finite; of memory that runs out see `memory_told`.
+        ClientError: if there is no example, or a loss is not finite; see `report_out_of_memory` too.
     """
     if not examples:
         raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
@@ -181,7 +189,7 @@ def train(
     start: Start = {parameter: parameter.detach().clone() for parameter in parameters} if terms else {}
     optimizer = make_optimizer(training, parameters)
     order = batches(len(examples), size=training.batch, key=key)
-    losses, tokens, worth = [], 0, 0.0
+    losses, tokens, total_importance = [], 0, 0.0
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
     if training.gradient_checkpointing:
@@ -207,7 +215,7 @@ def train(
                 for term in terms:
                     TERMS[type(term)](model, start, term).backward()
                 if weigh:
-                    worth += importance(parameters)
+                    total_importance += importance(parameters)
                 if training.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
                 optimizer.step()
@@ -226,19 +234,19 @@ def train(
         tokens=tokens,
         seconds=time.perf_counter() - began,
         peak_bytes=peak_bytes(base.device),
-        importance=worth / training.steps if weigh else None,
+        importance=total_importance / training.steps if weigh else None,
     )
 
 
 def importance(parameters: Sequence[torch.nn.Parameter]) -> float:
     """Return the sum of |parameter * gradient|."""
-    products = [(each.detach() * each.grad).abs().sum() for each in parameters if each.grad is not None]
+    products = [(p.detach() * p.grad).abs().sum() for p in parameters if p.grad is not None]
     return float(torch.stack(products).sum()) if products else 0.0
 
 
 @contextmanager
 def report_out_of_memory(client: str, batch: int) -> Iterator[None]:
-    """Say in one way that memory ran out, whatever the device calls it: planners ask for less after it.
+    """Raise one kind of error where memory runs out, on every device: planners then ask for less.
 
     Raises:
         ClientError: in place of the device's own error.
@@ -255,21 +263,22 @@ def report_out_of_memory(client: str, batch: int) -> Iterator[None]:
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    # torch.OutOfMemoryError is CUDA's alone: the CPU and mps say it in a bare RuntimeError.
+    """Return whether an error means that memory ran out."""
+    # torch.OutOfMemoryError is CUDA's alone: the CPU and mps raise a bare RuntimeError.
     return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def only_adapters_train(model: Any) -> None:
     """Put the trainable adapter's dropout into training mode, and leave the base's own off.
 
-    The base is frozen: noise in it would only make the loss that is trained on another than the one that is scored.
+    The base is frozen: dropout in it would only make the trained loss differ from the evaluated one.
     """
     model.eval()
     for layer in layers(model, "local").values():
         layer.lora_dropout["local"].train()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # the flag alone: checkpointing asks for it, and the parts inside stay as they are
+            module.training = True  # the flag alone: checkpointing reads it, and the modules inside stay in eval mode
 
 
 def peak_bytes(device: torch.device) -> int:

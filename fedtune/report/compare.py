@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,14 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedtune.errors import ConfigError, Fault
-from fedtune.report.curves import Floats, LossCurve, loss_curve, standings
-from fedtune.report.drawing import label, line_style, new_figure, png, styled
-from fedtune.report.page import figure_card, replace_text
+from fedtune.report.curves import Floats, LossCurve, evaluations, loss_curve
+from fedtune.report.drawing import label, line_style, new_figure, png, styled, svg
 from fedtune.report.planner_choices import idle
 from fedtune.report.plots import Against, axis_unit
 from fedtune.report.reader import Run, Scores, finite, read_run
-from fedtune.report.style import page
-from fedtune.report.tables import table
+from fedtune.report.rendering import Card, Table, render, replace_text
 from fedtune.report.time_to_target import Ratio, times_to_target
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
 
@@ -106,10 +103,10 @@ def _row(runs: Sequence[Run]) -> Row:
         seeds=tuple(run.seed for run in runs),
         rounds=min(run.rounds[-1].round for run in runs),
         finished=all(run.state == "finished" for run in runs),
-        test_before=over(lambda run: loss(standings(run)[0].test)),
-        test_after=over(lambda run: loss(standings(run)[1].test)),
-        mean_client=over(lambda run: loss(standings(run)[1].mean)),
-        worst_client=over(lambda run: loss(standings(run)[1].worst)),
+        test_before=over(lambda run: loss(evaluations(run)[0].test)),
+        test_after=over(lambda run: loss(evaluations(run)[1].test)),
+        mean_client=over(lambda run: loss(evaluations(run)[1].mean)),
+        worst_client=over(lambda run: loss(evaluations(run)[1].worst)),
         bytes_up=over(lambda run: float(sum(record.bytes_up for record in run.rounds))),
         bytes_down=over(lambda run: float(sum(record.bytes_down for record in run.rounds))),
         seconds=over(lambda run: run.summary.seconds if run.summary else sum(record.seconds for record in run.rounds)),
@@ -140,37 +137,31 @@ def mean_and_spread(values: Sequence[float]) -> Spread:
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     """Write comparison.html and its figures as PNG into the folder `out` and return the page's path.
 
-    Raises: as `compare` does.
+    Raises:
+        StoreError, ConfigError: as `compare` does.
     """
     comparison = compare(runs)
     out.mkdir(parents=True, exist_ok=True)
-    numbers = comparison_table(comparison)
-    body = f"<header><p>fedtune comparison</p><h1>{_heading(comparison)}</h1></header><section><h2>Results</h2>"
-    body += numbers + "<p>Mean ± sample standard deviation over seeds; losses in nats per token.</p></section>"
-    timed = time_table(comparison)
-    if timed:
-        body += (
-            f"<section><h2>Time on the devices</h2>{timed}<p>Target of a seed: the lowest loss that the weakest recipe "
-            "reaches there, so that no recipe is left out. Shares of the first recipe's time: geometric mean over the "
-            "seeds, with the 95 % interval of the paired logarithms. A seed in which a recipe never came below its "
-            "start has no target, and is left out.</p></section>"
-        )
-    cards, caption = "", "One line per recipe; the band spans its seeds."
+    cards = []
     for name, (title, lines) in {"comparison": _measure(comparison), "deployed": _deployed(comparison)}.items():
         if lines:
             figure = curves(title, lines)
             (out / f"{name}.png").write_bytes(png(figure))
             heading = f"{title[0].upper()}{title[1:]} by round, traffic and time"
-            cards += figure_card(name, heading, caption, figure, _numbers(title, lines))
-    if cards:
-        body += f"<section><h2>Curves</h2>{cards}</section>"
-    recipes = "".join(
-        f"<details><summary>{escape(runs[0].name)}</summary><pre>{escape(runs[0].recipe)}</pre></details>"
-        for runs in comparison.groups
-    )
-    body += f"<section><h2>Recipes</h2>{recipes}</section>"
+            drawing = svg(figure, name=name, title=heading)
+            caption = "One line per recipe; the band spans its seeds."
+            cards.append(Card(name, heading, caption, drawing, _numbers(title, lines)))
     target = out / "comparison.html"
-    replace_text(target, page("fedtune comparison", body))
+    text = render(
+        "comparison.html.j2",
+        title="fedtune comparison",
+        heading=_heading(comparison),
+        results=comparison_table(comparison),
+        times=time_table(comparison),
+        cards=cards,
+        recipes=[members[0] for members in comparison.groups],
+    )
+    replace_text(target, text)
     return target
 
 
@@ -179,8 +170,8 @@ def _heading(comparison: Comparison) -> str:
     return f"{recipes} recipe{'' if recipes == 1 else 's'}, {runs} run{'' if runs == 1 else 's'}"
 
 
-def comparison_table(comparison: Comparison) -> str:
-    """Return the rows as an HTML table."""
+def comparison_table(comparison: Comparison) -> Table:
+    """Return the rows as the page shows them."""
     head = [
         "recipe",
         "method",
@@ -209,13 +200,13 @@ def comparison_table(comparison: Comparison) -> str:
         ]
         for row in comparison.rows
     ]
-    return table(head, rows, text_columns=3)
+    return Table(head, rows, text_columns=3)
 
 
-def time_table(comparison: Comparison) -> str:
-    """Return how the recipes fare by the clock of the devices, as an HTML table; nothing if a recipe has none."""
+def time_table(comparison: Comparison) -> Table | None:
+    """Return how the recipes fare by the clock of the devices; None if a recipe has none."""
     if any(math.isnan(row.clock.mean) for row in comparison.rows):
-        return ""
+        return None
     kinds: tuple[tuple[str, Callable[[LossCurve], Floats]], ...] = (
         ("test loss", lambda curve: curve.test),
         ("deployed loss", lambda curve: curve.deployed),
@@ -242,7 +233,7 @@ def time_table(comparison: Comparison) -> str:
                 _ratio(times[index].ratio),
             ]
         rows.append(cells)
-    return table(head, rows)
+    return Table(head, rows)
 
 
 def _text(value: Spread, show: Callable[[float], str], show_deviation: Callable[[float], str]) -> str:
@@ -351,7 +342,7 @@ def _draw(axes: Axes, lines: Sequence[_Line], against: Against) -> None:
         axes.plot(x, line.mean, label=label(line.name, 34), **style)
 
 
-def _numbers(title: str, lines: Sequence[_Line]) -> str:
+def _numbers(title: str, lines: Sequence[_Line]) -> Table:
     timed = any(line.clock.any() for line in lines)
     rows = [
         [
@@ -366,4 +357,4 @@ def _numbers(title: str, lines: Sequence[_Line]) -> str:
         for index in range(len(line.rounds))
     ]
     head = ["recipe", "round", f"{title}, mean", "lowest seed", "highest seed", "traffic", "time here"]
-    return table([*head, *(["time on the devices"] if timed else [])], rows)
+    return Table([*head, *(["time on the devices"] if timed else [])], rows)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.report.reader import ClientScores, Evaluation, RoundRecord, Run, Scores, finite
+from fedtune.report.reader import ClientScores, Evaluation, Run, Scores, finite, loss_of, scores_of
+from fedtune.rounds.record import RoundRecord
 
 Floats = NDArray[np.float64]
 
@@ -38,15 +39,15 @@ class LossCurve:
 
 
 def loss_curve(run: Run) -> LossCurve:
-    held_out = [[finite(scores.loss) for scores in record.held_out.values()] for record in run.rounds]
+    held_out = [[loss_of(metrics) for metrics in record.held_out.values()] for record in run.rounds]
     known = [[loss for loss in losses if not math.isnan(loss)] for losses in held_out]
     return LossCurve(
         rounds=np.array([record.round for record in run.rounds], dtype=np.float64),
         bytes=np.cumsum([float(record.bytes_up + record.bytes_down) for record in run.rounds]),
         seconds=np.cumsum([record.seconds for record in run.rounds]),
         clock=np.array([record.clock_s for record in run.rounds]),
-        deployed=np.array([finite(record.deployed.loss) if record.deployed else math.nan for record in run.rounds]),
-        test=np.array([finite(record.test.loss) if record.test else math.nan for record in run.rounds]),
+        deployed=np.array([loss_of(record.deployed) for record in run.rounds]),
+        test=np.array([loss_of(record.test) for record in run.rounds]),
         mean=np.array([float(np.mean(losses)) if losses else math.nan for losses in known]),
         best=np.array([min(losses, default=math.nan) for losses in known]),
         worst=np.array([max(losses, default=math.nan) for losses in known]),
@@ -84,23 +85,25 @@ def gains(run: Run, names: list[str]) -> Floats:
     return table
 
 
-def standings(run: Run) -> tuple[Evaluation, Evaluation]:
+def evaluations(run: Run) -> tuple[Evaluation, Evaluation]:
     """Return the global model before and after: the summary's, or the first and last round that was evaluated."""
     if run.summary:
         return run.summary.before, run.summary.after
     evaluated = [record for record in run.rounds if record.test or record.held_out]
-    return (_standing(evaluated[0]), _standing(evaluated[-1])) if evaluated else (Evaluation(), Evaluation())
+    return (_evaluation(evaluated[0]), _evaluation(evaluated[-1])) if evaluated else (Evaluation(), Evaluation())
 
 
-def _standing(record: RoundRecord) -> Evaluation:
-    losses = {name: finite(scores.loss) for name, scores in record.held_out.items()}
+def _evaluation(record: RoundRecord) -> Evaluation:
+    test = scores_of(record.test) if record.test else None
+    scores = {name: scores_of(metrics) for name, metrics in record.held_out.items()}
+    losses = {name: loss_of(metrics) for name, metrics in record.held_out.items()}
     losses = {name: loss for name, loss in losses.items() if not math.isnan(loss)}
     if not losses:
-        return Evaluation(test=record.test, held_out=record.held_out)
+        return Evaluation(test=test, held_out=scores)
     worst = max(sorted(losses, key=natural), key=lambda name: losses[name])
     return Evaluation(
-        test=record.test,
-        held_out=record.held_out,
+        test=test,
+        held_out=scores,
         mean=Scores(loss=float(np.mean(list(losses.values())))),
         worst=ClientScores(loss=losses[worst], client=worst),
     )
@@ -108,7 +111,7 @@ def _standing(record: RoundRecord) -> Evaluation:
 
 def paired_losses(run: Run) -> list[tuple[str, float, float]]:
     """Return (client, held-out loss before, after), highest loss after first, of clients measured both times."""
-    before, after = standings(run)
+    before, after = evaluations(run)
     names = sorted(before.held_out.keys() & after.held_out.keys(), key=natural)
     pairs = [(name, finite(before.held_out[name].loss), finite(after.held_out[name].loss)) for name in names]
     return sorted((pair for pair in pairs if not math.isnan(pair[1] + pair[2])), key=lambda pair: -pair[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+from html import escape
 from typing import Any
 
 from matplotlib import rc_context
@@ -107,7 +108,10 @@ def png(figure: Figure) -> bytes:
 
 @styled
 def svg(figure: Figure, *, name: str, title: str) -> str:
-    """Return the figure as an <svg> element for a page; `name` sets its ids apart from those of other figures."""
+    """Return the figure as an <svg> element for a page; `name` sets its ids apart from those of other figures.
+
+    Its texts are drawn as outlines (`svg.fonttype`), so that no name of a client becomes markup.
+    """
     _settle(figure)
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -119,4 +123,4 @@ def svg(figure: Figure, *, name: str, title: str) -> str:
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
     # The page sets the width; the view box keeps the proportions. Only the root has sizes in points.
     text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1).strip()

@@ -9,11 +9,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedtune.report import tables
 from fedtune.report.curves import Floats, natural, training_rounds
 from fedtune.report.drawing import label, line_style, new_figure, styled, whole_rounds
-from fedtune.report.reader import ClientRound, RoundRecord, Run
+from fedtune.report.reader import Run
+from fedtune.report.rendering import Table
 from fedtune.report.units import number_text, seconds_text, seconds_unit
+from fedtune.rounds.record import ClientRecord, RoundRecord
 
 EVERYBODY = "all clients"
 MOST_KINDS = 8
@@ -37,7 +38,7 @@ def classes(run: Run) -> Mapping[str, Sequence[str]]:
     return dict(sorted(found.items())) if len(found) <= MOST_KINDS else {EVERYBODY: names}
 
 
-def seconds(client: ClientRound) -> float:
+def seconds(client: ClientRecord) -> float:
     """Return how long a client took on its device; NaN where that is not known."""
     if client.compute_s is None or client.transfer_s is None:
         return math.nan
@@ -45,7 +46,7 @@ def seconds(client: ClientRound) -> float:
 
 
 def mean_by_round(
-    rounds: Sequence[RoundRecord], names: Sequence[str], value: Callable[[ClientRound], float | None]
+    rounds: Sequence[RoundRecord], names: Sequence[str], value: Callable[[ClientRecord], float | None]
 ) -> Floats:
     """Return the mean over a kind's clients of each round, (rounds,); NaN where none of them took part."""
     found = []
@@ -63,7 +64,7 @@ def choices(run: Run) -> Figure | None:
     if not rounds or not has_choices(run):
         return None
     number = np.array([record.round for record in rounds], dtype=np.float64)
-    parts: list[tuple[str, Callable[[ClientRound], float | None]]] = [
+    parts: list[tuple[str, Callable[[ClientRecord], float | None]]] = [
         ("pruning ratio", lambda client: client.ratio if client.ratio is not None else math.nan),
         ("rank", lambda client: None if client.rank is None else float(client.rank)),
         ("seconds on the device", seconds),
@@ -95,7 +96,7 @@ def choices(run: Run) -> Figure | None:
     return figure
 
 
-def choices_table(run: Run) -> str:
+def choices_table(run: Run) -> Table:
     """Return every choice, with what spoke for it."""
     rows = []
     for record in training_rounds(run):
@@ -111,7 +112,7 @@ def choices_table(run: Run) -> str:
                     client.why or client.reason,
                 ]
             )
-    return tables.table(["round", "client", "ratio", "rank", "time on the device", "why"], rows, text_columns=2)
+    return Table(["round", "client", "ratio", "rank", "time on the device", "why"], rows, text_columns=2)
 
 
 def idle(run: Run) -> float | None:
@@ -125,10 +126,10 @@ def idle(run: Run) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def devices_table(run: Run) -> str:
-    """Return every number of every device profile with where it comes from; nothing where no devices are known."""
+def devices_table(run: Run) -> Table | None:
+    """Return every number of every device profile with its provenance; None where no devices are known."""
     if run.summary is None or not run.summary.devices.profiles:
-        return ""
+        return None
     counts: dict[str, int] = {}
     for kind in run.summary.devices.clients.values():
         counts[kind] = counts.get(kind, 0) + 1
@@ -137,4 +138,4 @@ def devices_table(run: Run) -> str:
         for name, profile in run.summary.devices.profiles.items()
         for field, part in profile.items()
     ]
-    return tables.table(["device", "clients", "what", "value", "from"], rows, text_columns=1)
+    return Table(["device", "clients", "what", "value", "from"], rows, text_columns=1)

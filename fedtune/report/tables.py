@@ -1,15 +1,15 @@
-"""The numbers under each plot, and the other tables of a report, as HTML."""
+"""The numbers under each plot, and the other tables of a report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from fedtune.report.curves import Floats, client_names, kinds, loss_curve, paired_losses, standings, training_rounds
+from fedtune.report.curves import Floats, client_names, evaluations, kinds, loss_curve, paired_losses, training_rounds
 from fedtune.report.reader import FailureRecord, Run, Scores, finite
+from fedtune.report.rendering import Table
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
 
 METRICS: Mapping[str, str] = {
@@ -25,18 +25,7 @@ METRICS: Mapping[str, str] = {
 }
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
-    """Return an HTML table of escaped texts; all but the first `text_columns` columns are aligned as numbers."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        marks = ("" if index < text_columns else ' class="n"' for index in range(len(row)))
-        return "".join(f"<{tag}{mark}>{escape(text)}</{tag}>" for mark, text in zip(marks, row, strict=True))
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def losses(run: Run) -> str:
+def losses(run: Run) -> Table:
     """Return the losses of every round; the deployed model's and the devices' time where there are any."""
     curve = loss_curve(run)
     columns = {
@@ -57,10 +46,10 @@ def losses(run: Run) -> str:
         ]
         for index in range(len(curve.rounds))
     ]
-    return table(["round", *columns, "traffic so far", *times], rows)
+    return Table(["round", *columns, "traffic so far", *times], rows)
 
 
-def traffic(run: Run) -> str:
+def traffic(run: Run) -> Table:
     rounds = training_rounds(run)
     up = np.cumsum([record.bytes_up for record in rounds])
     down = np.cumsum([record.bytes_down for record in rounds])
@@ -68,14 +57,14 @@ def traffic(run: Run) -> str:
         [
             str(record.round),
             *map(bytes_text, (record.bytes_up, record.bytes_down, float(up[index]), float(down[index]))),
-            str(sum(client.status == "ok" for client in record.clients.values())),
+            str(record.used),
         ]
         for index, record in enumerate(rounds)
     ]
-    return table(["round", "up", "down", "up so far", "down so far", "clients used"], rows)
+    return Table(["round", "up", "down", "up so far", "down so far", "clients used"], rows)
 
 
-def client_map(run: Run) -> str:
+def client_map(run: Run) -> Table:
     rounds = training_rounds(run)
 
     def cell(name: str, column: int) -> str:
@@ -87,12 +76,12 @@ def client_map(run: Run) -> str:
         return number_text(finite(client.loss_before) - finite(client.loss_after), 3)
 
     rows = [[name, *(cell(name, column) for column in range(len(rounds)))] for name in client_names(run)]
-    return table(["client", *(str(record.round) for record in rounds)], rows)
+    return Table(["client", *(str(record.round) for record in rounds)], rows)
 
 
-def before_after(run: Run) -> str:
+def before_after(run: Run) -> Table:
     rows = [[name, *map(number_text, (before, after, after - before))] for name, before, after in paired_losses(run)]
-    return table(["client", "base", "tuned", "change"], rows)
+    return Table(["client", "base", "tuned", "change"], rows)
 
 
 def _span(values: Floats, text: Callable[[float], str]) -> str:
@@ -103,7 +92,7 @@ def _span(values: Floats, text: Callable[[float], str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def ranks(run: Run) -> str:
+def ranks(run: Run) -> Table:
     rounds = [record for record in run.rounds if record.modules]
     groups = kinds(name for record in rounds for name in record.modules)
     rows = []
@@ -116,13 +105,13 @@ def ranks(run: Run) -> str:
             row.append(_span(energy, lambda value: f"{100 * value:.3f} %"))
         rows.append(row)
     head = [text for kind in groups for text in (f"{kind}: rank", f"{kind}: energy kept")]
-    return table(["round", *head], rows)
+    return Table(["round", *head], rows)
 
 
-def spectrum(run: Run) -> str:
+def spectrum(run: Run) -> Table | None:
     record = next((record for record in reversed(run.rounds) if record.modules), None)
     if record is None:
-        return ""
+        return None
     rows = [
         [
             name,
@@ -133,12 +122,12 @@ def spectrum(run: Run) -> str:
         for names in kinds(record.modules).values()
         for name in names
     ]
-    return table([f"module, round {record.round}", "rank", "norm", "singular values"], rows)
+    return Table([f"module, round {record.round}", "rank", "norm", "singular values"], rows)
 
 
-def scores(run: Run) -> str:
+def scores(run: Run) -> Table | None:
     """Return every metric that was measured, of the base and of the tuned model."""
-    before, after = standings(run)
+    before, after = evaluations(run)
     pairs: tuple[tuple[str, Scores | None, Scores | None], ...] = (
         ("global test", before.test, after.test),
         ("mean of clients", before.mean, after.mean),
@@ -152,11 +141,11 @@ def scores(run: Run) -> str:
                 continue
             change = "" if key in ("examples", "tokens") else number_text(finite(last) - finite(first), 3)
             rows.append([where, title, number_text(first), number_text(last), change])
-    return table(["measured on", "metric", "base", "tuned", "change"], rows, text_columns=2)
+    return Table(["measured on", "metric", "base", "tuned", "change"], rows, text_columns=2)
 
 
 def _worst_name(run: Run) -> str:
-    before, after = standings(run)
+    before, after = evaluations(run)
     names = [worst.client for worst in (before.worst, after.worst) if worst]
     return "worst client: " + " (base), ".join(dict.fromkeys(names)) + (" (tuned)" if len(set(names)) > 1 else "")
 
@@ -166,29 +155,29 @@ def _metric(scores: Scores | None, key: str) -> float | int | None:
     return value if value is None or math.isfinite(value) else None
 
 
-def clients(run: Run) -> str:
+def clients(run: Run) -> Table | None:
     """Return what each client had, sent and received over the whole run."""
     if run.summary is None or not run.summary.clients:
-        return ""
+        return None
     rows = [
         [
             name,
-            number_text(each.examples),
-            number_text(each.rank),
-            bytes_text(each.bytes_up),
-            bytes_text(each.bytes_down),
-            seconds_text(each.seconds),
-            str(each.failures),
+            number_text(total.examples),
+            number_text(total.rank),
+            bytes_text(total.bytes_up),
+            bytes_text(total.bytes_down),
+            seconds_text(total.seconds),
+            str(total.failures),
         ]
-        for name, each in (
+        for name, total in (
             (name, run.summary.clients[name]) for name in client_names(run) if name in run.summary.clients
         )
     ]
-    return table(["client", "examples", "rank", "sent up", "received", "time", "failures"], rows)
+    return Table(["client", "examples", "rank", "sent up", "received", "time", "failures"], rows)
 
 
 def failures(run: Run) -> Sequence[FailureRecord]:
-    """Return the summary's failures or, without one, those that the rounds tell."""
+    """Return the summary's failures or, without one, those of the rounds."""
     if run.summary:
         return run.summary.failures
     return [
@@ -197,7 +186,42 @@ def failures(run: Run) -> Sequence[FailureRecord]:
         for name, client in record.clients.items()
         if client.status != "ok"
     ] + [
-        FailureRecord(round=record.round, client=each.client, kind=each.kind, reason=each.reason)
+        FailureRecord(round=record.round, client=reply.client, kind=reply.kind, reason=reply.reason)
         for record in run.rounds
-        for each in record.aside
+        for reply in record.unsolicited
     ]
+
+
+def failures_table(run: Run) -> Table | None:
+    rows = [[str(failure.round), failure.client, failure.kind, failure.reason] for failure in failures(run)]
+    return Table(["round", "client", "what", "reason"], rows, text_columns=4) if rows else None
+
+
+def seeds(run: Run) -> Table | None:
+    """Return how the integers that a run of seeds consists of grew; None for a run of adapters."""
+    rows = [
+        [
+            str(record.round),
+            f"{record.figures['seeds_moved']:.0f}",
+            f"{record.figures['sum_abs']:.0f}",
+            f"{record.figures['displacement_rms']:.3g}",
+            f"{record.figures['scalar_step']:.3g}",
+            f"{record.figures['rounds_left']:.0f}" if "rounds_left" in record.figures else NOTHING,
+        ]
+        for record in run.rounds
+        if "seeds_moved" in record.figures
+    ]
+    head = ["round", "seeds moved", "sum of |A|", "rms change of a weight", "step of a scalar", "rounds left at worst"]
+    return Table(head, rows, text_columns=0) if rows else None
+
+
+def provenance(run: Run) -> Table | None:
+    """Return versions, machine and digests, by which a result can be traced; None without a summary."""
+    if run.summary is None:
+        return None
+    base = run.summary.base
+    rows = [["base", base.name], ["base digest", base.digest], ["digest of the result", run.summary.adapter_digest]]
+    rows.append(["state digest", run.summary.state_digest])
+    rows += [[f"version of {name}", version] for name, version in run.summary.versions.items()]
+    rows += [[f"machine: {name}", str(value)] for name, value in run.summary.machine.items()]
+    return Table(["what", "value"], [row for row in rows if row[1]], text_columns=2)

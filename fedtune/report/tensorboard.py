@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from fedtune.errors import ExtraError
-from fedtune.report.reader import RoundRecord, Scores, finite, read_run
+from fedtune.report.reader import Scores, finite, read_run
+from fedtune.rounds.record import Metrics, RoundRecord
 
 FOLDER = "tensorboard"
 
@@ -58,8 +59,8 @@ def scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
     ]
     if record.test:
         named += _scores("test", record.test)
-    for name, scores in record.held_out.items():
-        named += _scores(f"held_out/{name}", scores)
+    for name, metrics in record.held_out.items():
+        named += _scores(f"held_out/{name}", metrics)
     for name, client in record.clients.items():
         named += [
             (f"training/{name}/before", finite(client.loss_before)),
@@ -70,6 +71,6 @@ def scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
     return ((tag, value) for tag, value in named if math.isfinite(value))
 
 
-def _scores(prefix: str, scores: Scores) -> list[tuple[str, float]]:
+def _scores(prefix: str, metrics: Metrics) -> list[tuple[str, float]]:
     names = [entry.name for entry in fields(Scores) if entry.name not in ("examples", "tokens")]
-    return [(f"{prefix}/{name}", finite(getattr(scores, name))) for name in names]
+    return [(f"{prefix}/{name}", finite(metrics.get(name))) for name in names]

@@ -28,6 +28,7 @@ from fedtune.methods.method import Method
 from fedtune.planning.planner import ClientObservation, Planner
 from fedtune.rounds.admission import admit, admit_norms, largest_update
 from fedtune.rounds.clock import ClientTime, Clock, CompletedWork, NullClock
+from fedtune.rounds.record import RoundRecord
 from fedtune.rounds.schedule import Schedule, enough, sample
 from fedtune.rounds.transport import Reply, Transport, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment, blob_encoder, decode_update, encode_assignment
@@ -130,8 +131,7 @@ class ClientFinished:
 
 @dataclass(frozen=True)
 class RoundFinished:
-    record: Mapping[str, Any]
-    """The round's line of rounds.jsonl."""
+    record: RoundRecord
 
 
 @dataclass(frozen=True)

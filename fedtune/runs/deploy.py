@@ -23,7 +23,8 @@ from fedtune.store import pruning as store_pruning
 from fedtune.store.blobs import Blobs
 from fedtune.store.files import new_folder
 from fedtune.store.history import replay_journal
-from fedtune.store.run_directory import check_run, read_rounds
+from fedtune.store.round_records import read_rounds
+from fedtune.store.run_directory import check_run
 
 if TYPE_CHECKING:
     from fedtune.runs.local import Experiment
@@ -75,9 +76,9 @@ def load_run(run: Path) -> TrainedRun:
     digests = replay_journal(run)[0].digests
     if not digests:
         raise StoreError(f"{run}: expected a run with a committed round; got none yet")
+    from fedtune.runs.context import first_state
     from fedtune.runs.export import check_base
     from fedtune.runs.local import prepare
-    from fedtune.runs.runner import first_state
 
     experiment = prepare(bound)
     _, origin = result.read(run)
@@ -89,21 +90,17 @@ def load_run(run: Path) -> TrainedRun:
 
 def trained_ratios(run: Path) -> Mapping[str, float]:
     """Return the pruning ratio of every client's last participation."""
-    found: dict[str, float] = {}
-    for line in read_rounds(run):
-        for name, client in line["clients"].items():
-            if client["status"] == "ok" and client.get("ratio") is not None:
-                found[name] = ratio_of(client["ratio"], run, line["round"], name)
-    return found
-
-
-def ratio_of(value: Any, run: Path, round: int, client: str) -> float:
-    if isinstance(value, int | float) and 0 <= value <= 0.875:
-        return float(value)
-    raise StoreError(
-        f"{run / 'rounds.jsonl'}: round {round}, {client}: expected a ratio from 0 to 0.875; got {value!r}; "
-        "the line was changed after the run"
-    )
+    ratios: dict[str, float] = {}
+    for record in read_rounds(run):
+        for name, client in record.clients.items():
+            if client.status == "ok" and client.ratio is not None:
+                if not 0 <= client.ratio <= 0.875:
+                    raise StoreError(
+                        f"{run / 'rounds.jsonl'}: round {record.round}, {name}: expected a ratio from 0 to 0.875; "
+                        f"got {client.ratio!r}; the line was changed after the run"
+                    )
+                ratios[name] = client.ratio
+    return ratios
 
 
 def classes(run: Path) -> Mapping[str, Sequence[str]]:

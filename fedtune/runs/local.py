@@ -29,8 +29,8 @@ from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
 from fedtune.rounds.transport import Transport
 from fedtune.runs.base_checks import check_pruning, check_ranks
+from fedtune.runs.context import ModelScores, RunContext, first_state
 from fedtune.runs.fleet import Fleet, Lengths, fleet_of
-from fedtune.runs.runner import ModelScores, RunContext, first_state
 from fedtune.simulation.fork_client import ForkServer
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.process_pool import ProcessPool

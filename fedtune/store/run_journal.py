@@ -24,7 +24,7 @@ from fedtune.store.blobs import Blobs
 from fedtune.store.history import History, Round, replay_journal
 from fedtune.store.journal import End, Journal
 from fedtune.store.lock import lock_run
-from fedtune.store.run_directory import mend_rounds
+from fedtune.store.round_records import mend_rounds
 
 WRITING_SHARE = 0.05
 """Share of a round's time up to which each accepted update is made durable at once."""
@@ -130,11 +130,6 @@ class RunJournal:
     def first(self) -> Mapping[str, Any]:
         """What the run was begun with."""
         return self._history.inputs[0]
-
-    @property
-    def recorded(self) -> Sequence[Mapping[str, Any]]:
-        """What each of the run's processes was started with, this one's last once it has begun."""
-        return self._history.inputs
 
     @property
     def end(self) -> tuple[int, str]:

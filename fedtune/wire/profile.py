@@ -51,7 +51,7 @@ class ModelSpec:
     parameters: int = 0
     """Of the base model."""
     manifest: bytes = b""
-    """Every tensor of the base, as `directions.manifest` writes them."""
+    """Every tensor of the base, as `directions.seed_ledger.Manifest` writes them."""
     anatomy: BlockLayout | None = None
     """Of the base's blocks; None where surgery does not know them."""
 

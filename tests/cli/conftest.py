@@ -16,6 +16,7 @@ from fedtune.messages import (
     Traffic,
 )
 from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.record import RoundRecord
 
 HOSTILE = "[red]evil[/]\x1b[2J\u202e"
 
@@ -24,16 +25,16 @@ def metrics(loss: float) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(loss), "examples": 40}
 
 
-def record(round: int, *, test: float | None, seconds: float = 2.0) -> dict[str, Any]:
-    return {
-        "round": round,
-        "seconds": seconds,
-        "loss_before": 2.6 if round else None,
-        "loss_after": 2.4 if round else None,
-        "test": None if test is None else metrics(test),
-        "bytes_down": 2000 * bool(round),
-        "bytes_up": 1000 * bool(round),
-    }
+def record(round: int, *, test: float | None, seconds: float = 2.0) -> RoundRecord:
+    return RoundRecord(
+        round=round,
+        seconds=seconds,
+        loss_before=2.6 if round else None,
+        loss_after=2.4 if round else None,
+        test=None if test is None else metrics(test),
+        bytes_down=2000 * bool(round),
+        bytes_up=1000 * bool(round),
+    )
 
 
 def round_events(round: int, *, test: float | None, failures: Sequence[str] = ()) -> list[Event]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtune.cli.dry_run import show
-from fedtune.deployment.join import load_join_setup, planned_requests
+from fedtune.deployment.join import compare_with_policy, load_join_setup
 from tests.deployment.test_coordinator import RECIPE
 from tests.deployment.test_join import greeting, site
 
@@ -15,7 +15,7 @@ __all__ = ["site"]  # a fixture
 
 def shown(place: Path, recipe: str) -> str:
     out = io.StringIO()
-    show(Console(file=out, width=200), planned_requests(load_join_setup(place), greeting(recipe)))
+    show(Console(file=out, width=200), compare_with_policy(load_join_setup(place), greeting(recipe)))
     return out.getvalue()
 
 

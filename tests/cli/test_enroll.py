@@ -18,9 +18,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*words: str, status: int = 0) -> str:
-    found = CliRunner().invoke(app, list(words))
-    assert found.exit_code == status, found.output
-    return found.output
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == status, result.output
+    return result.output
 
 
 def read_out(output: str) -> str:
@@ -30,8 +30,8 @@ def read_out(output: str) -> str:
 
 
 def test_a_site_is_enrolled_step_by_step_and_each_step_names_the_next() -> None:
-    made = run("ca", "init", "ca", "--federation", "care")
-    assert "next, at each party: fedtune enroll request" in made
+    result = run("ca", "init", "ca", "--federation", "care")
+    assert "next, at each party: fedtune enroll request" in result
     asked = run("enroll", "request", "--name", "site-a", "--org", "hospital-a")
     assert "next, at the CA: fedtune enroll sign site-a.request.json" in asked
     signed = run("enroll", "sign", "site-a.request.json", "--fingerprint", read_out(asked).upper())
@@ -39,7 +39,7 @@ def test_a_site_is_enrolled_step_by_step_and_each_step_names_the_next() -> None:
     assert "next, at site-a: fedtune enroll accept site-a.bundle.json" in signed
     accepted = run("enroll", "accept", "site-a.bundle.json")
     assert "site-a of hospital-a is enrolled as client in care" in accepted
-    assert read_out(accepted) == read_out(made)
+    assert read_out(accepted) == read_out(result)
 
 
 def test_without_the_right_fingerprint_nothing_is_signed(folder: Path) -> None:
@@ -47,13 +47,13 @@ def test_without_the_right_fingerprint_nothing_is_signed(folder: Path) -> None:
     run("enroll", "request", "--name", "site-a", "--org", "a")
     assert "compare it by voice first" in run("enroll", "sign", "site-a.request.json", status=2)
     wrong = run("enroll", "sign", "site-a.request.json", "--fingerprint", "0000 " * 8, status=2)
-    assert "somebody has changed the request" in wrong
+    assert "the request was changed on its way" in wrong
     assert not (folder / "site-a.bundle.json").exists()
 
 
 def test_a_roster_is_listed_changed_and_installed(folder: Path) -> None:
     run("ca", "init", "ca", "--federation", "care")
-    assert "nobody is enrolled yet" in run("roster", "list", "--ca", "ca")
+    assert "no party is enrolled yet" in run("roster", "list", "--ca", "ca")
     for name, more in (("server", ["--role", "coordinator", "--host", "localhost"]), ("site-a", [])):
         asked = run("enroll", "request", "--name", name, "--org", "o", "--identity", f"{name}/identity", *more)
         run("enroll", "sign", f"{name}.request.json", "--fingerprint", read_out(asked))

@@ -3,30 +3,30 @@ from __future__ import annotations
 import io
 import json
 
-from fedtune.cli.event_log import QUIET, TEXTS, event_writer, human
+from fedtune.cli.event_log import EVENT_TEXTS, FAULTS_ONLY, event_writer, format_event
 
 
 def test_sizes_times_and_digests_are_for_people() -> None:
-    line = human(
+    line = format_event(
         "committed", {"round": 2, "updates": 3, "asked": 4, "up": 61_100, "down": 10**6, "ms": 1500, "state": "ab" * 32}
     )
     assert line == "round 2: 3 of 4 updates, up 61.1 kB, down 1.0 MB, 1.5 s; state abababababababab"
 
 
 def test_what_others_say_is_not_obeyed_by_the_terminal() -> None:
-    assert human("refused", {"client": "a\x1b[2J", "reason": "b\rc"}) == "a\\x1b[2J refused: b\\rc"
+    assert format_event("refused", {"client": "a\x1b[2J", "reason": "b\rc"}) == "a\\x1b[2J refused: b\\rc"
 
 
-def test_what_went_well_is_told_to_the_log_collector_alone() -> None:
-    assert TEXTS.keys() >= QUIET
-    assert human("receipt", {"client": "anna", "round": 1, "verdict": "ACCEPTED"}) == ""
-    assert human("receipt", {"client": "anna", "round": 1, "verdict": "LATE"}) == "round 1: anna LATE"
-    assert human("asked", {"client": "anna"}) == ""
+def test_what_went_well_is_written_for_log_collectors_alone() -> None:
+    assert EVENT_TEXTS.keys() >= FAULTS_ONLY
+    assert format_event("receipt", {"client": "anna", "round": 1, "verdict": "ACCEPTED"}) == ""
+    assert format_event("receipt", {"client": "anna", "round": 1, "verdict": "LATE"}) == "round 1: anna LATE"
+    assert format_event("asked", {"client": "anna"}) == ""
 
 
 def test_a_site_speaks_of_itself() -> None:
     assert (
-        human("declined", {"round": 1, "veto": "OPERATOR", "reason": "no"})
+        format_event("declined", {"round": 1, "veto": "OPERATOR", "reason": "no"})
         == "round 1: this site declines: OPERATOR, no"
     )
 

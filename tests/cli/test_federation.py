@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 from fedtune.cli.main import app
 from tests.deployment.test_coordinator import RECIPE
 from tests.deployment.test_join import SITE as OWN
-from tests.link.ceremony import ceremony
+from tests.link.ceremony import enroll_parties
 from tests.link.federation import federation
-from tests.link.server.test_service import served
+from tests.link.link_server import run_link_server
 from tests.test_link import FLORA, SITE, SITES, scripted
 
 
 def run(*words: str) -> tuple[int, str]:
-    found = CliRunner().invoke(app, list(words))
-    return found.exit_code, found.output
+    result = CliRunner().invoke(app, list(words))
+    return result.exit_code, result.output
 
 
 @pytest.mark.parametrize("command", ["serve", "join", "status", "audit"])
@@ -29,7 +29,7 @@ def test_help_has_examples(command: str) -> None:
     assert f"fedtune {command}" in output
 
 
-def test_a_server_without_an_identity_is_told_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_an_identity_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text(RECIPE)
     status, output = run("serve", "recipe.toml")
@@ -43,66 +43,66 @@ def test_a_server_without_an_identity_is_told_how_to_get_one(tmp_path: Path, mon
 
 
 def test_a_dry_run_asks_a_server_and_leaves_nothing(tmp_path: Path) -> None:
-    with served(tmp_path) as made:
+    with run_link_server(tmp_path) as running:
         site = tmp_path / "site-a" / "site.toml"
-        site.write_text(OWN.replace("localhost:1", f"localhost:{made.port}"))
-        object.__setattr__(made.hub.run, "recipe", RECIPE.encode())
+        site.write_text(OWN.replace("localhost:1", f"localhost:{running.port}"))
+        object.__setattr__(running.dispatcher.run, "recipe", RECIPE.encode())
         status, output = run("join", str(site), "--dry-run")
         assert status == 2  # the recipe of this server's plan was signed before it was changed
         assert "coordinator has signed" in output
     assert not (tmp_path / "site-a" / "state").exists()
 
 
-def test_a_dry_run_against_nobody_says_so(tmp_path: Path) -> None:
-    ceremony(tmp_path)
+def test_a_dry_run_without_a_server_says_so(tmp_path: Path) -> None:
+    enroll_parties(tmp_path)
     site = tmp_path / "site-a" / "site.toml"
     site.write_text(OWN)
     status, output = run("join", str(site), "--dry-run")
     assert status == 2
-    assert "nobody listens on localhost:1" in output
+    assert "no server listens on localhost:1" in output
 
 
 def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:
-    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE)) as made:
-        made.serve()
-        scripted(made, *SITES, seconds=0.0)
-        made.until(lambda: made.events("server", "listening"))
-        site = str(made.folder / "site-b" / "site.toml")
+    with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE)) as running:
+        running.serve()
+        scripted(running, *SITES, seconds=0.0)
+        running.until(lambda: running.events("server", "listening"))
+        site = str(running.folder / "site-b" / "site.toml")
         status, output = run("join", site, "--dry-run", "--json")
         shown = json.loads(output)
         assert status == 0
         assert (shown["demand"]["method"], shown["demand"]["rank"], shown["rounds"]) == ("flora", 4, 4)
-        assert made.ended("server", *SITES) == [0] * 4
-        status, output = run("status", str(made.run))
+        assert running.exit_statuses("server", *SITES) == [0] * 4
+        status, output = run("status", str(running.run))
         assert status == 0
         assert "finished" in output
         for name in SITES:
             assert name in output
-        told = json.loads(run("status", str(made.run), "--json")[1])
-        assert [(one["name"], one["rounds"], one["error"]) for one in told["clients"]] == [
+        events = json.loads(run("status", str(running.run), "--json")[1])
+        assert [(one["name"], one["rounds"], one["error"]) for one in events["clients"]] == [
             (name, 4, "") for name in SITES
         ]
-        status, output = run("audit", str(made.run), "--kind", "used")
+        status, output = run("audit", str(running.run), "--kind", "used")
         assert status == 0
         assert output.count(" used ") == 12
         head = output.rsplit(maxsplit=1)[-1]
-        sent = run("audit", str(made.folder / "site-a" / "state"), "--kind", "sending", "--json")[1]
+        sent = run("audit", str(running.folder / "site-a" / "state"), "--kind", "sending", "--json")[1]
         assert len([one for one in map(json.loads, sent.splitlines()) if one["round"]]) == 4
-        assert run("audit", str(made.run), "--head", head)[0] == 0
-        assert run("audit", str(made.run), "--head", "ab" * 32)[0] == 2
+        assert run("audit", str(running.run), "--head", head)[0] == 0
+        assert run("audit", str(running.run), "--head", "ab" * 32)[0] == 2
         for name in SITES:
-            state = str(made.folder / name / "state")
-            assert run("audit", str(made.run), "--receipts", state)[1].startswith("4 receipts")
-        assert run("audit", str(made.run), "--receipts", str(made.folder))[0] == 2
-        journal = (made.run / "journal").read_bytes()
-        (made.run / "journal").write_bytes(journal[: len(journal) // 2])
-        status, output = run("audit", str(made.run), "--receipts", str(made.folder / "site-a" / "state"))
+            state = str(running.folder / name / "state")
+            assert run("audit", str(running.run), "--receipts", state)[1].startswith("4 receipts")
+        assert run("audit", str(running.run), "--receipts", str(running.folder))[0] == 2
+        journal = (running.run / "journal").read_bytes()
+        (running.run / "journal").write_bytes(journal[: len(journal) // 2])
+        status, output = run("audit", str(running.run), "--receipts", str(running.folder / "site-a" / "state"))
         assert status == 2
         assert "cut or written anew" in output
-        (made.run / "journal").write_bytes(journal)
-        log = made.run / "link" / "audit"
+        (running.run / "journal").write_bytes(journal)
+        log = running.run / "link" / "audit"
         log.write_bytes(log.read_bytes().replace(b"site-a", b"site-x", 1))
-        status, output = run("audit", str(made.run))
+        status, output = run("audit", str(running.run))
         assert status == 2
         assert "damaged" in output
-        assert run("runs", "verify", str(made.run))[0] == 0
+        assert run("runs", "verify", str(running.run))[0] == 0

@@ -294,7 +294,7 @@ def test_a_memory_that_is_another_than_the_server_s_counts_as_lost(base: Base, r
     replicas = Replicas()
     state, asked = rounds_of(base, rows, replicas)
     ledger = replace(state.ledger, round=1, accumulators=np.full(16, 7, np.int32))
-    replicas.keep(ledger)
+    replicas.store(ledger)
     assert measured(perform(base, rows, asked, replicas=replicas)).lost
 
 

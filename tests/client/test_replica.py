@@ -79,7 +79,7 @@ def arrives(state: SeedState, replicas: Replicas) -> bool:
     found = read(state, replicas)
     if found is None:
         return False
-    kept = replicas.known(BANK, BASE, state.round)
+    kept = replicas.get(BANK, BASE, state.round)
     assert kept is not None
     assert kept.tolist() == found.accumulators.tolist() == RUN.sums[state.round].tolist()
     assert (found.digest, found.round, found.exponent, found.manifest) == (state.digest, state.round, E, BASE)
@@ -124,13 +124,13 @@ def test_what_refers_to_a_round_that_is_not_held_is_asked_for_again(form: str) -
     assert read(RUN.sent(form, 9, 5), replicas) is None
     assert arrives(RUN.sent("whole", 4), replicas)
     assert read(RUN.sent(form, 9, 5), replicas) is None
-    assert replicas.known(BANK, BASE, 9) is None
+    assert replicas.get(BANK, BASE, 9) is None
     assert arrives(RUN.sent("whole", 9), replicas)
 
 
 def test_the_first_round_needs_nothing_to_be_held() -> None:
     assert arrives(RUN.sent("changed", 0), Replicas())
-    zeros = Replicas().known(BANK, BASE, 0)
+    zeros = Replicas().get(BANK, BASE, 0)
     assert zeros is not None
     assert not zeros.any()
 
@@ -138,10 +138,10 @@ def test_the_first_round_needs_nothing_to_be_held() -> None:
 def test_accumulators_of_another_run_under_the_same_key_are_asked_for_again() -> None:
     # The same seed, bank and base with, say, another learning rate: only the digest tells them apart.
     replicas = Replicas()
-    replicas.keep(ledger(5, RUN.sums[5] + 1))
+    replicas.store(ledger(5, RUN.sums[5] + 1))
     for form in ("changed", "log"):
         assert read(RUN.sent(form, 9, 5), replicas) is None
-        assert replicas.known(BANK, BASE, 9) is None
+        assert replicas.get(BANK, BASE, 9) is None
     assert arrives(RUN.sent("whole", 9), replicas)
 
 
@@ -158,39 +158,39 @@ def test_another_unit_or_bank_is_told_apart_by_the_digest(change: dict[str, Any]
     replicas = Replicas()
     with pytest.raises(WireError, match="expected the state"):
         read(RUN.sent("whole", 9), replicas, **change)
-    assert replicas.known(change.get("bank", BANK), BASE, 9) is None
+    assert replicas.get(change.get("bank", BANK), BASE, 9) is None
 
 
 def test_what_is_held_of_one_base_or_bank_is_unknown_to_another() -> None:
     replicas = Replicas()
     assert arrives(RUN.sent("whole", 5), replicas)
-    assert replicas.known(BANK, bytes(32), 5) is None
+    assert replicas.get(BANK, bytes(32), 5) is None
     for bank in (Hadamard(64, 0), Hadamard(32, SEED), Gaussian(64, SEED)):
-        assert replicas.known(bank, BASE, 5) is None
+        assert replicas.get(bank, BASE, 5) is None
 
 
 def test_only_the_rounds_that_a_log_may_span_are_remembered() -> None:
     replicas = Replicas()
     for round in range(1, 25):
-        replicas.keep(ledger(round, RUN.sums[round]))
-        held = [number for number in range(1, 30) if replicas.known(BANK, BASE, number) is not None]
+        replicas.store(ledger(round, RUN.sums[round]))
+        held = [number for number in range(1, 30) if replicas.get(BANK, BASE, number) is not None]
         assert held == list(range(max(1, round - MAX_LOG), round + 1))
 
 
 def test_a_run_that_starts_again_forgets_the_rounds_beyond() -> None:
     replicas = Replicas()
     for round in (1, 2, 3, 2):
-        replicas.keep(ledger(round, RUN.sums[round]))
-    assert replicas.known(BANK, BASE, 3) is None
-    assert replicas.known(BANK, BASE, 1) is not None
+        replicas.store(ledger(round, RUN.sums[round]))
+    assert replicas.get(BANK, BASE, 3) is None
+    assert replicas.get(BANK, BASE, 1) is not None
 
 
 def test_two_runs_side_by_side_do_not_disturb_each_other() -> None:
     replicas, other = Replicas(), Hadamard(64, 7)
     for round in (1, 20):
-        replicas.keep(ledger(round, RUN.sums[round]))
-        replicas.keep(ledger(round, RUN.sums[round] + 1, bank=other))
-    ours, theirs = replicas.known(BANK, BASE, 20), replicas.known(other, BASE, 20)
+        replicas.store(ledger(round, RUN.sums[round]))
+        replicas.store(ledger(round, RUN.sums[round] + 1, bank=other))
+    ours, theirs = replicas.get(BANK, BASE, 20), replicas.get(other, BASE, 20)
     assert ours is not None
     assert theirs is not None
     assert (theirs - ours).tolist() == [1] * 64
@@ -218,7 +218,7 @@ def test_every_cut_message_raises_nothing_but_a_wire_error(form: str) -> None:
         replicas = Replicas()
         with pytest.raises(WireError):
             read(replace(state, data=wrong), replicas)
-        assert replicas.known(BANK, BASE, 4) is None
+        assert replicas.get(BANK, BASE, 4) is None
 
 
 def test_sums_beyond_32_bits_are_refused_before_they_are_hashed() -> None:

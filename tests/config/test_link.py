@@ -15,9 +15,9 @@ def test_without_a_file_everything_has_its_default() -> None:
 
 def test_a_file_and_the_command_line_are_bound_and_paths_start_at_the_file(tmp_path: Path) -> None:
     path = tmp_path / "server.toml"
-    path.write_text('[link]\nlisten = "127.0.0.1:1"\nuploads = 2\n')
+    path.write_text('[link]\nlisten = "127.0.0.1:1"\nmax_concurrent_uploads = 2\n')
     settings, root = bind_link(path, ('link.listen="127.0.0.1:2"',))
-    assert (settings.listen, settings.uploads, root) == ("127.0.0.1:2", 2, tmp_path)
+    assert (settings.listen, settings.max_concurrent_uploads, root) == ("127.0.0.1:2", 2, tmp_path)
 
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A site's own file held against what a run asks; taking part is tried in tests/test_link.py."""
+"""A site's own file compared with the demands of a run; joining one is tested in tests/test_link.py."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deployment.join import asks, join, load_join_setup, planned_requests
+from fedtune.deployment.join import compare_with_policy, join, load_join_setup, recipe_demand
 from fedtune.deployment.server_setup import data_at_sites
 from fedtune.errors import ConfigError
-from fedtune.link.client.client import Greeting
+from fedtune.link.client.session import Greeting
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.deployment.test_coordinator import RECIPE
-from tests.link.ceremony import ceremony
+from tests.link.ceremony import enroll_parties
 
 SITE = """
 name = "site-a"
@@ -32,16 +32,16 @@ max_rank = 4
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    ceremony(tmp_path)
+    enroll_parties(tmp_path)
     path = tmp_path / "site-a" / "site.toml"
     path.write_text(SITE)
     return path
 
 
 def test_a_site_is_bound_with_its_identity_and_its_paths_start_at_its_file(site: Path) -> None:
-    made = load_join_setup(site)
-    assert made.identity.name == "site-a"
-    assert made.state == site.parent / "state"
+    result = load_join_setup(site)
+    assert result.identity.name == "site-a"
+    assert result.state == site.parent / "state"
     assert load_join_setup(site, server="other:2").link.address == "other:2"
 
 
@@ -54,7 +54,7 @@ def test_a_site_is_bound_with_its_identity_and_its_paths_start_at_its_file(site:
         ('address = "localhost:1"', 'address = "localhost:1"\nidentity = "nowhere"', "fedtune enroll request"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_dialled(site: Path, old: str, new: str, match: str) -> None:
+def test_what_does_not_fit_is_reported_before_a_connection(site: Path, old: str, new: str, match: str) -> None:
     assert old in SITE
     site.write_text(SITE.replace(old, new))
     with pytest.raises(ConfigError, match=match):
@@ -69,19 +69,19 @@ def greeting(recipe: str) -> Greeting:
 
 
 def test_a_dry_run_says_what_would_be_asked_and_what_the_policy_says(site: Path) -> None:
-    shown = planned_requests(load_join_setup(site), greeting(RECIPE))
+    shown = compare_with_policy(load_join_setup(site), greeting(RECIPE))
     assert shown.allowed
     assert (shown.demand.method, shown.demand.rank, shown.demand.steps, shown.rounds) == ("flora", 2, 1, 1)
     assert shown.columns == {"instruction": "question", "output": "answer"}
-    refused = planned_requests(load_join_setup(site), greeting(RECIPE.replace("rank = 2", "rank = 8")))
+    refused = compare_with_policy(load_join_setup(site), greeting(RECIPE.replace("rank = 2", "rank = 8")))
     assert not refused.allowed
     assert refused.facts["refusals"] == ["policy.max_rank: allowed 4; got 8"]
 
 
 def test_an_override_for_this_site_counts() -> None:
     recipe = data_at_sites(RECIPE + '[[override]]\nclients = ["site-a"]\nrank = 1\n')
-    assert asks(recipe, "site-a").rank == 1
-    assert asks(recipe, "site-b").rank == 2
+    assert recipe_demand(recipe, "site-a").rank == 1
+    assert recipe_demand(recipe, "site-b").rank == 2
 
 
 def test_one_process_takes_part_with_a_state_folder(site: Path) -> None:
@@ -90,4 +90,4 @@ def test_one_process_takes_part_with_a_state_folder(site: Path) -> None:
 
     (site.parent / "state").mkdir()
     with lock_run(site.parent / "state"), pytest.raises(StoreError, match="no other process"):
-        join(site, tell=lambda kind, **fields: None)
+        join(site, record=lambda kind, **fields: None)

@@ -24,7 +24,7 @@ def test_the_first_round_waits_for_its_cohort() -> None:
     assert expected_clients(data_at_sites(RECIPE + "cohort = 0.5\nmin_clients = 2\n")) == 2
 
 
-def test_an_override_that_meets_nobody_is_told() -> None:
+def test_an_override_without_a_client_is_noted() -> None:
     said: list[str] = []
     recipe = data_at_sites(RECIPE + '[[override]]\nclients = ["anan"]\nrank = 1\n')
     check_overrides(recipe, ["anna"], said.append)

@@ -34,7 +34,7 @@ def small(name: str) -> Tables:
 
 def after_round(number: int) -> Callable[[Any], bool]:
     """Return whether an event says that a round is over and its line written."""
-    return lambda event: type(event).__name__ == "RoundFinished" and event.record["round"] == number
+    return lambda event: type(event).__name__ == "RoundFinished" and event.record.round == number
 
 
 def within_round(number: int) -> Callable[[Any], bool]:

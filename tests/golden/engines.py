@@ -76,7 +76,7 @@ def linked(folder: Path, tables: Tables, data: Path) -> Mapping[str, Any]:
         parties.serve()
         for name in CLIENTS:
             parties.join(name)
-        exits = parties.ended("server", *CLIENTS)
+        exits = parties.exit_statuses("server", *CLIENTS)
         assert exits == [0] * (1 + len(CLIENTS)), parties.log("server")
         lines = [json.loads(line) for line in parties.lines["server"] if line.startswith("{")]
         return {

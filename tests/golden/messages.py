@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.directions import downlink
 from fedtune.directions.bank import BANKS
 from fedtune.directions.seed_ledger import SeedLedger, describe_base
-from fedtune.link.envelopes import digest, part, seal, subject
+from fedtune.link.envelopes import assignment_subject, digest, make_part, seal
 from fedtune.link.pki import roster
 from fedtune.link.pki.roster import Party, Roster
-from fedtune.link.pki.signing import raw
+from fedtune.link.pki.signing import public_bytes
 from fedtune.messages import (
     Assignment,
     Blueprint,
@@ -283,12 +283,17 @@ def envelopes() -> Mapping[str, Any]:
 
     def body(assignment: Assignment) -> tuple[Sequence[Any], tuple[int, str, bytes]]:
         message = encode_assignment(assignment)
-        parts = [part("", message.header), *(part(name, data) for name, data in sorted(message.blobs.items()))]
-        return parts, subject(message.header, parts)
+        parts = [
+            make_part("", message.header),
+            *(make_part(name, data) for name, data in sorted(message.blobs.items())),
+        ]
+        return parts, assignment_subject(message.header, parts)
 
     made: dict[str, Any] = {}
-    made["plan"] = header(author="server", kind=pb.PLAN, parts=[part("", b"name = 1\n")], build=build)
-    made["hello"] = header(author="server", to="anna", kind=pb.ORDER, task="query.caps", parts=[part("", b"")], nonce=9)
+    made["plan"] = header(author="server", kind=pb.PLAN, parts=[make_part("", b"name = 1\n")], build=build)
+    made["hello"] = header(
+        author="server", to="anna", kind=pb.ORDER, task="query.caps", parts=[make_part("", b"")], nonce=9
+    )
     for name, assignment in (("order", FULL), ("order of a probe", PROBE)):
         parts, (number, base, state) = body(assignment)
         made[name] = header(
@@ -306,7 +311,7 @@ def envelopes() -> Mapping[str, Any]:
     shared = {"round": 3, "order": order, "build": build}
     update = encode_update(UPDATES["adapt, every field"])
     made["answer"] = header(
-        author="anna", kind=pb.ANSWER, base=bytes(32), state=bytes(32), parts=[part("update", update)], **shared
+        author="anna", kind=pb.ANSWER, base=bytes(32), state=bytes(32), parts=[make_part("update", update)], **shared
     )
     made["decline"] = header(
         author="anna", kind=pb.DECLINE, decline=pb.Decline(veto=pb.RANK_TOO_LARGE, note="rank 8 is above 4"), **shared
@@ -335,7 +340,7 @@ def signed_roster() -> bytes:
     """Return a roster of two members, one of them revoked."""
     key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
     members = {
-        "anna": Party("anna", "clinic", "client", raw(key), ("1f", "20"), 0, 10, "active"),
+        "anna": Party("anna", "clinic", "client", public_bytes(key), ("1f", "20"), 0, 10, "active"),
         "server": Party("server", "centre", "coordinator", bytes(32), ("21",), 0, 10, "revoked"),
     }
     return roster.encode(Roster("care", 4, 10, members), key)

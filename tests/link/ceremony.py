@@ -9,7 +9,7 @@ from pathlib import Path
 from fedtune.link.pki import authority, enrollment
 
 
-def ceremony(
+def enroll_parties(
     folder: Path,
     *,
     federation: str = "care",
@@ -17,27 +17,27 @@ def ceremony(
     host: str = "localhost",
     now: int | None = None,
 ) -> Mapping[str, Path]:
-    """Enrol everybody as their own commands would, and return the identity folders by name, and the CA's under `ca`."""
+    """Enrol all parties as their commands would; return the identity folders by name, and the CA's under `ca`."""
     at = int(time.time()) if now is None else now
     ca = folder / "ca"
-    authority.init(ca, federation, now=at)
+    authority.create_authority(ca, federation, now=at)
     places = {name: folder / name / "identity" for name in ("server", *clients)}
     for name, place in places.items():
         server = name == "server"
-        request = enrollment.request(
+        request = enrollment.make_request(
             place,
             name=name,
             org=f"org-{name}",
             role="coordinator" if server else "client",
             hosts=(host, "127.0.0.1") if server else (),
         )
-        enrollment.accept(place, authority.sign_request(ca, request, now=at), now=at)
-    spread(ca, places)
+        enrollment.accept_bundle(place, authority.sign_request(ca, request, now=at), now=at)
+    copy_roster(ca, places)
     return {**places, "ca": ca}
 
 
-def spread(ca: Path, places: Mapping[str, Path], *, to: Sequence[str] | None = None) -> None:
-    """Put the CA's newest roster into identity folders: of everybody, or of those that are named."""
+def copy_roster(ca: Path, places: Mapping[str, Path], *, to: Sequence[str] | None = None) -> None:
+    """Copy the CA's newest roster into identity folders: into all, or into those that `to` names."""
     for name, place in places.items():
         if name != "ca" and (to is None or name in to):
             (place / "roster").write_bytes((ca / "roster").read_bytes())

@@ -15,19 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.link.ceremony import ceremony
+from tests.link.ceremony import enroll_parties
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "from fedtune.cli.main import main; main()"
 END_S = 180.0
-"""After which a test that hangs fails."""
+"""Seconds after which a test that hangs fails."""
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on; servers that are started again need the same one."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Return a port of loopback that no server listens on; servers that are started again need the same one."""
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        return int(result.getsockname()[1])
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Federation:
     """Identity folders by name."""
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     lines: dict[str, list[str]] = field(default_factory=dict)
-    """That processes have written, by name."""
+    """Output of the processes, by name."""
     news: threading.Condition = field(default_factory=threading.Condition)
     readers: list[threading.Thread] = field(default_factory=list)
 
@@ -53,12 +53,12 @@ class Federation:
         return "".join(self.lines.get(name, []))
 
     def events(self, name: str, kind: str) -> list[Mapping[str, Any]]:
-        """Return what a process has told, of one kind."""
-        found = [json.loads(line) for line in list(self.lines.get(name, [])) if line.startswith("{")]
-        return [one for one in found if one.get("event") == kind]
+        """Return the events of one kind that a process has written."""
+        result = [json.loads(line) for line in list(self.lines.get(name, [])) if line.startswith("{")]
+        return [one for one in result if one.get("event") == kind]
 
     def until(self, happened: Callable[[], object]) -> None:
-        """Wait until what processes have written says that something has happened."""
+        """Wait until a condition on the output of the processes holds."""
         with self.news:
             assert self.news.wait_for(happened, END_S), {name: self.log(name) for name in self.lines}
 
@@ -95,8 +95,8 @@ class Federation:
     def join(self, name: str) -> subprocess.Popen[str]:
         return self.start(name, "-c", COMMAND, "join", str(self.folder / name / "site.toml"), "--log", "json")
 
-    def ended(self, *names: str) -> list[int]:
-        """Return the exit statuses of processes that end by themselves."""
+    def exit_statuses(self, *names: str) -> list[int]:
+        """Wait for processes to end by themselves, and return their exit statuses."""
         return [self.processes[name].wait(END_S) for name in names]
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int:
@@ -122,7 +122,7 @@ def federation(
     server: Mapping[str, Any] | None = None,
     port: int | None = None,
 ) -> Iterator[Federation]:
-    """Give a federation whose files are written; its processes end with the block.
+    """Write the files of a federation; its processes end with the block.
 
     Args:
         folder: for everything.
@@ -132,17 +132,17 @@ def federation(
         server: settings of the link.
         port: that clients dial, if it is not the server's.
     """
-    places = ceremony(folder, clients=clients)
-    made = Federation(folder, free_port(), places)
+    places = enroll_parties(folder, clients=clients)
+    fed = Federation(folder, free_port(), places)
     (folder / "recipe.toml").write_text(recipe)
-    settings = {"listen": f"127.0.0.1:{made.port}", "identity": str(places["server"]), "health": "", **(server or {})}
+    settings = {"listen": f"127.0.0.1:{fed.port}", "identity": str(places["server"]), "health": "", **(server or {})}
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     (folder / "server.toml").write_text("\n".join(["[link]", *lines, ""]))
     for name in clients:
-        link = [f'address = "localhost:{port or made.port}"', "backoff_s = 0.1", "backoff_cap_s = 1.0"]
+        link = [f'address = "localhost:{port or fed.port}"', "backoff_s = 0.1", "backoff_cap_s = 1.0"]
         text = [f'name = "{name}"', site[name], "[link]", *link, ""]
         (folder / name / "site.toml").write_text("\n".join(text))
     try:
-        yield made
+        yield fed
     finally:
-        made.end()
+        fed.end()

@@ -1,4 +1,4 @@
-"""A TCP proxy that does to connections what networks do: cuts, delays, wrong bytes, and silence with open ends."""
+"""A TCP proxy with the faults of networks: cuts, delays, wrong bytes, and silence on open connections."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Fault: TypeAlias = Literal["none", "cut", "delay", "flip", "silence"]
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of a connection."""
+    """The fault of a connection, and when it happens."""
 
     fault: Fault = "none"
     after: int = 0
-    """Bytes in one direction, before it happens."""
+    """Bytes in one direction before it happens."""
     up: bool = True
-    """Whether those from the client are meant."""
+    """Whether the bytes from the client count, or those to it."""
     seconds: float = 0.0
-    """Of each delay, or until what was silent is cut."""
+    """Of each delay, or of the silence before the cut."""
 
 
 @dataclass
 class Proxy:
-    """A proxy that runs; how each connection fares is decided when it is made."""
+    """A running proxy; the fault of each connection is decided when it is accepted."""
 
     port: int
     target: int = 0
-    """Port of loopback that it carries to."""
+    """Port on loopback to which it connects."""
     pause_s: float = 0.0
     """Before each block is passed on."""
     fates: list[Fate] = field(default_factory=list)
@@ -43,9 +43,9 @@ class Proxy:
 
 @contextmanager
 def proxy(fate: Callable[[int], Fate]) -> Iterator[Proxy]:
-    """Give a proxy until the block ends, whose target is still to be set; `fate` is asked for each connection's.
+    """Run a proxy until the block ends; the caller sets its target, and `fate` returns the fault of each connection.
 
-    It has its port before the server is given one: a port that is drawn and let go may be drawn again.
+    It listens before the server does: a port that is chosen and released could be chosen again.
     """
     listener = socket.create_server(("127.0.0.1", 0))
     made, over = Proxy(listener.getsockname()[1]), threading.Event()

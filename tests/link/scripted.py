@@ -1,4 +1,4 @@
-"""A site without torch: `fedtune join` with a trainer that draws its updates from the assignment's key."""
+"""A site without torch: `fedtune join` with a trainer whose updates are drawn from the assignment's seed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import ClientProfile, ModelSpec, encode_profile
 
 MODULES: Mapping[str, tuple[int, int]] = {"layer.q": (4096, 2048), "layer.v": (1024, 2048)}
-FOUNDATION = ModelSpec(base="9f3c" * 16, modules=MODULES, parameters=10_485_760)
+MODEL = ModelSpec(base="9f3c" * 16, modules=MODULES, parameters=10_485_760)
 EXAMPLES = 10
 
 
-def work(assignment: Assignment) -> ClientUpdate:
+def scripted_update(assignment: Assignment) -> ClientUpdate:
     """Return an update that depends on the assignment alone, the global adapter included."""
     drawn = generator(assignment.seed)
     shared = sum(float(np.sum(one.astype(np.float64))) for one in assignment.lora.blobs.get("global", {}).values())
@@ -36,27 +36,27 @@ def work(assignment: Assignment) -> ClientUpdate:
         client=assignment.plan.client,
         round=assignment.round,
         num_examples=EXAMPLES,
-        result=LoraResult(cast(tensors, assignment.lora.wire_dtype), base=FOUNDATION.base),
+        result=LoraResult(cast(tensors, assignment.lora.wire_dtype), base=MODEL.base),
     )
 
 
 class ScriptedTrainer:
-    """Works in this process, for so many seconds."""
+    """Writes updates in this process, each after so many seconds."""
 
     def __init__(self, client: str, seconds: float) -> None:
         self._client, self._seconds = client, seconds
 
     def profile(self, into: Path) -> None:
-        profile = encode_profile(ClientProfile(self._client, EXAMPLES, FOUNDATION, methods=("flora",)))
+        profile = encode_profile(ClientProfile(self._client, EXAMPLES, MODEL, methods=("flora",)))
         into.mkdir(parents=True, exist_ok=True)
         (into / "front").write_bytes(profile.header)
         for digest, body in profile.blobs.items():
             (into / digest).write_bytes(body)
 
     def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> None:
-        held = {name: bytes(map_file(folder / name)) for name in bodies}
-        update = work(decode_assignment((folder / "front").read_bytes(), held))
-        threading.Event().wait(self._seconds)  # stands for training: what a kill may interrupt
+        contents = {name: bytes(map_file(folder / name)) for name in bodies}
+        update = scripted_update(decode_assignment((folder / "front").read_bytes(), contents))
+        threading.Event().wait(self._seconds)  # in place of training, which a kill may interrupt
         into.write_bytes(encode_update(update))
 
     def kill(self) -> None:
@@ -64,10 +64,10 @@ class ScriptedTrainer:
 
 
 def main() -> None:
-    """Take part with the site file that is named, training for so many seconds a round."""
+    """Join with a site file, training for so many seconds in a round."""
     site = Path(sys.argv[1])
     with stop_on_signals():
-        end = join(site, tell=event_writer("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))
+        end = join(site, record=event_writer("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))
     print(end)
 
 

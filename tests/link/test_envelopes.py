@@ -9,16 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import WireError
-from fedtune.link.envelopes import KIND, digest, expect, part, seal, subject, verify_envelope
+from fedtune.link.envelopes import (
+    KIND,
+    assignment_subject,
+    digest,
+    expect_fields,
+    make_part,
+    seal,
+    verify_envelope,
+)
 from fedtune.link.pki.roster import Party
-from fedtune.link.pki.signing import key_id, raw, sign
+from fedtune.link.pki.signing import key_id, public_bytes, sign
 from fedtune.link.rejections import RejectionError
 from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Training, TrainLora
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
-ANNA = Party("anna", "a", "client", raw(KEY), ("1",), 0, 1)
+ANNA = Party("anna", "a", "client", public_bytes(KEY), ("1",), 0, 1)
 HEADER = pb.Header(protocol=1, federation="care", run="r", author="anna", kind=pb.ANSWER, round=3)
 SEALED = seal(HEADER, KEY)
 
@@ -33,18 +41,18 @@ def test_a_statement_is_opened_as_it_was_sealed() -> None:
 
 
 def signed(data: bytes) -> pb.Envelope:
-    return pb.Envelope(header=data, signature=sign(KEY, KIND, data), key_id=key_id(raw(KEY)))
+    return pb.Envelope(header=data, signature=sign(KEY, KIND, data), key_id=key_id(public_bytes(KEY)))
 
 
 def header(**changes: object) -> pb.Envelope:
-    made = pb.Header()
-    made.CopyFrom(HEADER)
+    result = pb.Header()
+    result.CopyFrom(HEADER)
     for name, value in changes.items():
         if isinstance(value, list):
-            getattr(made, name).extend(value)
+            getattr(result, name).extend(value)
         else:
-            setattr(made, name, value)
-    return signed(made.SerializeToString())
+            setattr(result, name, value)
+    return signed(result.SerializeToString())
 
 
 @pytest.mark.parametrize(
@@ -81,13 +89,13 @@ def test_what_is_wrong_with_a_statement_has_a_name(envelope: Callable[[], pb.Env
 
 
 @given(st.binary(max_size=200), st.binary(max_size=80), st.binary(max_size=20))
-def test_bytes_that_nobody_signed_are_refused(data: bytes, signature: bytes, key: bytes) -> None:
+def test_bytes_without_a_valid_signature_are_refused(data: bytes, signature: bytes, key: bytes) -> None:
     with pytest.raises(RejectionError):
         verify_envelope(pb.Envelope(header=data, signature=signature, key_id=key), member)
 
 
 def test_a_field_that_differs_is_refused_by_its_own_reason() -> None:
-    expect(HEADER, federation="care", run="r", round=3)
+    expect_fields(HEADER, federation="care", run="r", round=3)
     for name, value, reason in (
         ("federation", "x", "WRONG_FEDERATION"),
         ("run", "x", "WRONG_RUN"),
@@ -99,36 +107,36 @@ def test_a_field_that_differs_is_refused_by_its_own_reason() -> None:
         ("build", "fedtune 9", "BUILD_DIFFERS"),
     ):
         with pytest.raises(RejectionError) as caught:
-            expect(HEADER, **{name: value})
+            expect_fields(HEADER, **{name: value})
         assert pb.Reason.Name(caught.value.refusal.reason) == reason
 
 
-def test_the_subject_of_an_order_is_its_round_its_base_and_the_bodies_it_brings() -> None:
+def test_the_subject_of_a_task_is_its_round_its_base_and_the_bodies_it_brings() -> None:
     plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
     made = Assignment("flora", round=3, seed=0, plan=plan, task=TrainLora(a_key=0), base="9f3c")
     front = encode_assignment(made).header
-    bodies = [part("", front), part("b", b"two"), part("a", b"one")]
-    number, base, state = subject(front, bodies)
+    bodies = [make_part("", front), make_part("b", b"two"), make_part("a", b"one")]
+    number, base, state = assignment_subject(front, bodies)
     assert (number, base) == (3, "9f3c")
-    assert state == subject(front, bodies[::-1])[2]
-    assert state != subject(front, bodies[:2])[2]
+    assert state == assignment_subject(front, bodies[::-1])[2]
+    assert state != assignment_subject(front, bodies[:2])[2]
 
 
 def test_size_comes_before_the_key_and_the_key_before_the_signature() -> None:
     large = pb.Envelope(header=b"x" * (64 * 1024 + 1), signature=b"none", key_id=b"unknown")
     unknown = pb.Envelope(header=b"\xff\xff", signature=b"none", key_id=b"unknown")
     forged = pb.Envelope(header=b"\xff\xff", signature=b"none", key_id=SEALED.key_id)
-    asked = list[bytes]()
+    task_digest = list[bytes]()
 
     def counted(key: bytes) -> Party | None:
-        asked.append(key)
+        task_digest.append(key)
         return member(key)
 
     for envelope, reason in ((large, "HEADER_TOO_LARGE"), (unknown, "KEY_UNKNOWN"), (forged, "SIGNATURE")):
         with pytest.raises(RejectionError) as caught:
             verify_envelope(envelope, counted)
         assert pb.Reason.Name(caught.value.refusal.reason) == reason
-    assert asked == [b"unknown", SEALED.key_id]
+    assert task_digest == [b"unknown", SEALED.key_id]
 
 
 def test_a_header_of_the_largest_size_is_read() -> None:
@@ -147,10 +155,13 @@ def test_the_subject_of_a_probe_is_the_state_that_its_seeds_stand_for() -> None:
         state=SeedState("whole", 0, b"\0" * 16, 2, b"d" * 32),
     )  # fmt: skip
     front = encode_assignment(Assignment("fedkseed", round=2, seed=0, plan=plan, task=probe, base="9f3c")).header
-    whole, short = subject(front, [part("", front), part("a", b"bodies")]), subject(front, [part("", front)])
+    whole, short = (
+        assignment_subject(front, [make_part("", front), make_part("a", b"bodies")]),
+        assignment_subject(front, [make_part("", front)]),
+    )
     assert whole == short == (2, "", b"d" * 32)  # whichever bodies bring it there; the state names its base
 
 
 def test_what_is_no_assignment_has_no_subject() -> None:
     with pytest.raises(WireError):
-        subject(b"\xff\xff", [])
+        assignment_subject(b"\xff\xff", [])

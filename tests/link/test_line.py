@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.link.server.dispatcher import ReceivedParts
-from tests.link.client.test_client import collected, expected, post, site
+from fedtune.link.server.assignments import ReceivedParts
+from tests.link.link_server import SETTINGS, run_link_server
 from tests.link.proxy import Fate, proxy
-from tests.link.server.test_service import SETTINGS, served
+from tests.link.site import collect_one, expected_update, post, run_site
 
 MB = 10**6
 SLACK = 1.05
@@ -29,14 +29,17 @@ def test_a_cut_in_the_middle_of_a_line_with_delay_sends_little_again(tmp_path: P
     settings = replace(SETTINGS, part_kib=64, window_mib=1 if size < 50 * MB else 4, stall_s=30)
     with (
         proxy(lambda number: fates[number] if number < len(fates) else Fate()) as between,
-        served(tmp_path, settings) as link,
+        run_link_server(tmp_path, settings) as link,
     ):
         between.target, between.pause_s, link.port = link.port, 0.002, between.port
-        with site(link) as made:
-            made.trainer.size = size
-            found = collected(link, post(link, body=body))
-            assert isinstance(found, ReceivedParts)
-            assert sha256(found.bodies["update"]).digest() == sha256(expected(made.trainer.done[0], size)).digest()
+        with run_site(link) as running:
+            running.trainer.size = size
+            result = collect_one(link, post(link, body=body))
+            assert isinstance(result, ReceivedParts)
+            assert (
+                sha256(result.bodies["update"]).digest()
+                == sha256(expected_update(running.trainer.done[0], size)).digest()
+            )
             assert len(between.fates) == 3, "both cuts happened"
         up, down = between.carried
     budget = SLACK * size + (1 if size < 50 * MB else 0) * MB  # the window, where it is more than a twentieth

@@ -5,7 +5,7 @@ from fedtune.link.settings import MIB, JoinSettings, LinkSettings
 
 def test_defaults_bound_what_a_client_can_make_the_server_hold() -> None:
     settings = LinkSettings()
-    assert settings.uploads * settings.window_mib <= 64
+    assert settings.max_concurrent_uploads * settings.window_mib <= 64
     assert settings.inline_kib * 1024 < MIB  # the largest message
     assert settings.part_kib * 1024 < MIB
     assert settings.hold_s < settings.lease_s < settings.lost_s

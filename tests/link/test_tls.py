@@ -1,4 +1,4 @@
-"""Whatever of fedtune is imported first, gRPC is loaded after it was told to take no older TLS than 1.3."""
+"""Whichever module is imported first, gRPC is loaded after TLS older than 1.3 has been excluded."""
 
 from __future__ import annotations
 

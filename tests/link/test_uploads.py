@@ -21,7 +21,7 @@ def reason(error: pytest.ExceptionInfo[RejectionError]) -> str:
 
 
 def test_a_part_that_was_cut_goes_on_where_its_file_ends(tmp_path: Path) -> None:
-    path = uploads.place(tmp_path, "anna", PART.digest)
+    path = uploads.part_path(tmp_path, "anna", PART.digest)
     assert uploads.stored_bytes(path) == 0
     first = uploads.IncomingUpload(path, PART, 0)
     first.append(DATA[:1000])
@@ -36,7 +36,7 @@ def test_a_part_that_was_cut_goes_on_where_its_file_ends(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("offset", [0, 999, 1001])
-def test_a_sender_that_starts_elsewhere_is_told_where(tmp_path: Path, offset: int) -> None:
+def test_a_sender_that_starts_elsewhere_learns_where(tmp_path: Path, offset: int) -> None:
     path = tmp_path / "part"
     path.write_bytes(DATA[:1000])
     with pytest.raises(RejectionError) as caught:
@@ -77,12 +77,12 @@ def test_a_view_outlives_its_file(tmp_path: Path) -> None:
     assert bytes(uploads.map_file(path)) == b""
 
 
-def test_parts_that_nobody_went_on_with_are_swept(tmp_path: Path) -> None:
+def test_parts_without_new_bytes_are_removed(tmp_path: Path) -> None:
     for name, age_s in (("old", 100.0), ("new", 0.0)):
         (tmp_path / name).write_bytes(b"x")
         at = (tmp_path / name).stat().st_mtime - age_s
         os.utime(tmp_path / name, (at, at))
-    uploads.sweep(tmp_path, older_s=50.0)
+    uploads.remove_stale_parts(tmp_path, older_s=50.0)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert uploads.free_bytes(tmp_path) > 0
 
@@ -90,15 +90,15 @@ def test_parts_that_nobody_went_on_with_are_swept(tmp_path: Path) -> None:
 def test_what_lay_there_counts_towards_the_digest_however_long_it_is(tmp_path: Path) -> None:
     data = bytes(range(251)) * 13_000  # three blocks and a bit
     part = pb.Part(key="update", digest=sha256(data).digest(), num_bytes=len(data))
-    path = uploads.place(tmp_path, "anna", part.digest)
+    path = uploads.part_path(tmp_path, "anna", part.digest)
     cuts = [0, 1, 2**20, 2**20 + 1, 3 * 2**20, len(data)]
     for start, end in itertools.pairwise(cuts):
         incoming = uploads.IncomingUpload(path, part, start)
         incoming.append(data[start:end])
-        assert incoming.taken == uploads.stored_bytes(path) == end
+        assert incoming.received_bytes == uploads.stored_bytes(path) == end
         assert incoming.finish() == (end == len(data))
         incoming.close()
-    again = uploads.IncomingUpload(path, part, len(data))  # whole, but nobody has said so yet
+    again = uploads.IncomingUpload(path, part, len(data))  # whole, but not announced as whole yet
     assert again.finish()
     again.close()
 
@@ -123,4 +123,4 @@ def test_a_part_that_cannot_be_opened_is_a_fault_of_the_store(tmp_path: Path) ->
 
 
 def test_two_clients_parts_of_the_same_bytes_lie_apart(tmp_path: Path) -> None:
-    assert uploads.place(tmp_path, "anna", PART.digest) != uploads.place(tmp_path, "bob", PART.digest)
+    assert uploads.part_path(tmp_path, "anna", PART.digest) != uploads.part_path(tmp_path, "bob", PART.digest)

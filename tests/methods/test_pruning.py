@@ -152,10 +152,10 @@ def test_training_on_adds_what_each_pruned_client_changed(ratios: list[float], s
 def started(order: Any, keep: ModelStructure | None) -> dict[str, Factors]:
     """Where a client's factors start, in its own coordinates and with the scale in b, as it makes them itself."""
     from fedtune.model.lora import start
-    from fedtune.model.pruned_training import cut_of, sliced_task, structures_of
+    from fedtune.model.pruned_training import slice_task, slices_of, structures_of
 
     parts = structures_of(order.lora.pruning, ANATOMY)
-    own = start(sliced_task(order.lora, keep, parts.sent, ANATOMY), order.plan, MODULES, cut_of(keep, ANATOMY))
+    own = start(slice_task(order.lora, keep, parts.sent, ANATOMY), order.plan, MODULES, slices_of(keep, ANATOMY))
     return {name: Factors(a=f.a, b=f.b * np.float32(order.plan.scale)) for name, f in own.items()}
 
 

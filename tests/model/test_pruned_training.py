@@ -144,7 +144,7 @@ def test_stages_end_in_the_structure_that_was_asked(base: Base, examples: Rows) 
     assert update.structure == from_bitmap(order.lora.pruning.stages[-1], state.anatomy)
     still = answered(asked(state, base, 0.5, learning_rate=1e-12), base, rows, state)
     largest = max(float(np.abs(t).max()) for t in still.lora.tensors.values())
-    assert largest < 1e-8  # the start is told from the end in the last structure's coordinates
+    assert largest < 1e-8  # start and end are compared in the last structure's coordinates
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 6])
@@ -160,7 +160,7 @@ def test_a_short_round_reaches_its_last_stage_all_the_same(steps: int, base: Bas
     assert update.structure == from_bitmap(order.lora.pruning.stages[-1], state.anatomy)
 
 
-@pytest.mark.parametrize("where", ["measured_scores", "evaluation_loss"])
+@pytest.mark.parametrize("where", ["score_units", "evaluation_loss"])
 def test_memory_that_runs_out_beside_training_is_told_as_such(
     where: str, loaded: Loader, examples: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""A model written out at the weights that seeds stand for, and the base found that they belong to."""
+"""A model written at the weights of a seed ledger, and the base that the ledger belongs to."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.report.curves import client_names, gains, kinds, loss_curve, natural, paired_losses, standings
-from fedtune.report.reader import read_run
+from fedtune.report.curves import client_names, evaluations, gains, kinds, loss_curve, natural, paired_losses
+from fedtune.report.reader import read_run, scores_of
 from tests.report.conftest import WriteRun
 
 
@@ -35,13 +35,13 @@ def test_a_gain_is_loss_before_minus_after_and_nan_without_an_update(write_run: 
     assert np.isnan(table[1:, 0]).all()
 
 
-def test_without_a_summary_the_first_and_last_evaluated_rounds_stand_for_before_and_after(write_run: WriteRun) -> None:
+def test_without_a_summary_the_first_and_last_evaluated_rounds_are_before_and_after(write_run: WriteRun) -> None:
     path = write_run(clients=2, rounds=3)
     (path / "summary.json").unlink()
     run = read_run(path)
-    before, after = standings(run)
-    assert before.held_out == run.rounds[0].held_out
-    assert after.held_out == run.rounds[3].held_out
+    before, after = evaluations(run)
+    for scores, record in ((before, run.rounds[0]), (after, run.rounds[3])):
+        assert scores.held_out == {name: scores_of(metrics) for name, metrics in record.held_out.items()}
     assert after.worst is not None
     assert after.worst.client == "client-1"
 

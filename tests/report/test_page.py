@@ -130,6 +130,7 @@ def test_hostile_names_samples_reasons_and_recipes_stay_text(write_run: WriteRun
     assert f"# {HOSTILE}\n" in reader.text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_an_interrupted_run_says_so_and_shows_what_it_has(write_run: WriteRun) -> None:
     path = write_run(rounds=3)
     (path / "summary.json").unlink()
@@ -140,6 +141,7 @@ def test_an_interrupted_run_says_so_and_shows_what_it_has(write_run: WriteRun) -
     assert "3.150 → 2.790" in text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_figure_that_a_run_cannot_fill_is_left_out(write_run: WriteRun) -> None:
     def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
         for line in lines:

@@ -569,7 +569,7 @@ def test_who_was_late_is_waited_for_again_until_enough_have_answered() -> None:
 
     result = rounds({"ann": answer(), "bob": slow}, min_clients=2, attempts=3)[0]
     assert len(tries) == 3
-    assert all(isinstance(outcome, ClientUpdate) for outcome in result.outcomes.values())
+    assert all(isinstance(outcome, AdmittedUpdate) for outcome in result.outcomes.values())
     tries.clear()
     with pytest.raises(RoundError, match="expected at least 2 usable updates"):
         rounds({"ann": answer(), "bob": slow}, min_clients=2, attempts=2)

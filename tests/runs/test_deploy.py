@@ -73,9 +73,17 @@ def test_a_round_says_what_was_chosen_and_why_and_how_long_it_took(shrunk: api.R
     assert "simulated" in devices["clock"]
 
 
-@pytest.mark.parametrize("planner", ["deadline", "s-ucb", "ucb", "thompson", "random", "oracle"])
+@pytest.mark.parametrize(
+    "planner",
+    [
+        "deadline",
+        "s-ucb",
+        "thompson",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ucb", "random", "oracle")),
+    ],
+)
 def test_learning_survives_a_resume_to_the_bit(planner: str, tables: Tables, tmp_path: Path) -> None:
-    recipe = spine(tables, planner={"name": planner}, fleet={"by": "round"}, evaluate={"every": 0})
+    recipe = spine(tables, planner={"name": planner}, fleet={"by": "round"}, evaluate={"every": 0}, rounds={"count": 4})
     whole = fedtune.simulate(recipe, out=tmp_path / "whole")
     seen = 0
 
@@ -98,6 +106,7 @@ def test_learning_survives_a_resume_to_the_bit(planner: str, tables: Tables, tmp
             )
 
 
+@pytest.mark.slow
 def test_worker_processes_come_to_the_same_bits(shrunk: api.Run, tables: Tables, tmp_path: Path) -> None:
     again = fedtune.simulate(spine(tables, engine={"name": "processes", "workers": 2}), out=tmp_path / "again")
     assert again.summary["state_digest"] == shrunk.summary["state_digest"]
@@ -201,7 +210,7 @@ def test_stages_and_fixed_ratios_per_client_run(tables: Tables, tmp_path: Path) 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_would(tables: Tables, tmp_path: Path) -> None:
     tiny = [{"clients": ["client-0"], "memory_gb": 0.1}]
-    run = fedtune.simulate(spine(tables, device=tiny), out=tmp_path / "one")
+    run = fedtune.simulate(spine(tables, device=tiny, rounds={"count": 1}), out=tmp_path / "one")
     out = lines_of(run)[-1]["clients"]["client-0"]
     assert out["status"] == "unfit"
     assert "expected at least" in out["reason"]
@@ -294,9 +303,9 @@ def test_a_folder_that_holds_files_is_left_alone(shrunk: api.Run, tmp_path: Path
     assert not (shrunk.path / "deploy").exists()
 
 
-def test_the_report_shows_the_choices(tables: Tables, tmp_path: Path) -> None:
-    run = fedtune.simulate(spine(tables, report={"plots": True}), out=tmp_path / "drawn")
-    page = run.report.read_text()
+def test_the_report_shows_the_choices(shrunk: api.Run) -> None:
+    run = shrunk
+    page = api.report(run.path).read_text()
     assert "What each kind of device was asked" in page
     assert "Loss by time on the devices" in page
     assert "assumed" in page
@@ -312,7 +321,7 @@ def test_notes_say_what_could_not_be_written(shrunk: api.Run) -> None:
 
 
 def test_without_test_data_the_models_are_timed_and_not_scored(tables: Tables, tmp_path: Path) -> None:
-    bare = spine(tables, data={"held_out": 0.0})
+    bare = spine(tables, data={"held_out": 0.0}, rounds={"count": 3})
     bare["data"].pop("test", None)
     ran = fedtune.simulate(bare, out=tmp_path / "run")
     found = fedtune.views(ran.path)
@@ -331,12 +340,12 @@ def test_ratios_that_are_told_alike_are_one_and_devices_find_theirs(shrunk: api.
         fedtune.load_pruned(out)
 
 
-def test_the_summary_tells_the_deployed_model_and_the_time_on_the_devices(tables: Tables, tmp_path: Path) -> None:
+def test_the_summary_tells_the_deployed_model_and_the_time_on_the_devices(shrunk: api.Run) -> None:
     from rich.console import Console
 
     from fedtune.cli.summary import show_summary
 
-    ran = fedtune.simulate(spine(tables), out=tmp_path / "run")
+    ran = shrunk
     lines = [json.loads(line) for line in (ran.path / "rounds.jsonl").read_text().splitlines()]
     assert ran.summary["deployed"] == lines[-1]["deployed"]
     console = Console(record=True, width=160)
@@ -354,7 +363,7 @@ def test_nobody_pruned_in_training_is_said(tables: Tables, tmp_path: Path) -> No
         out=tmp_path / "run",
         watch=watch,
     )
-    assert any("nobody is pruned in training" in text for text in said)
+    assert any("no client is pruned in training" in text for text in said)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5])
@@ -378,19 +387,28 @@ def test_a_recipe_of_another_base_is_refused(shrunk: api.Run, checkpoints: dict[
         fedtune.load_pruned(out, dtype="int3")
 
 
-def test_a_line_that_was_changed_after_the_run_is_told(shrunk: api.Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "message"),
+    [
+        ('"x"', r"rounds\.jsonl, line .: clients\.client-.\.ratio: expected float; got 'x'"),
+        ("0.9", r"round ., client-.: expected a ratio from 0 to 0\.875; got 0\.9; the line was changed"),
+    ],
+)
+def test_a_line_that_was_changed_after_the_run_is_refused(
+    ratio: str, message: str, shrunk: api.Run, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shrunk.path, copy)
     lines = (copy / "rounds.jsonl").read_text()
-    (copy / "rounds.jsonl").write_text(lines.replace('"ratio": 0.5', '"ratio": "x"'))
-    with pytest.raises(StoreError, match=r"client-.: expected a ratio from 0 to 0\.875; got 'x'"):
+    (copy / "rounds.jsonl").write_text(lines.replace('"ratio": 0.5', f'"ratio": {ratio}'))
+    with pytest.raises(StoreError, match=message):
         fedtune.deploy(copy, out=tmp_path / "out")
 
 
 def test_where_every_client_is_a_kind_of_its_own_they_are_told_as_one(tables: Tables, tmp_path: Path) -> None:
     lonely = {"kind": "iid", "clients": 9}
     many = spine(tables, fleet={"name": "lognormal"}, data={"split": lonely}, rounds={"count": 2})
-    ran = fedtune.simulate({**many, "report": {"plots": True}}, out=tmp_path / "run")
+    ran = fedtune.simulate(many, out=tmp_path / "run")
     assert set(deploy.classes(ran.path)) == {"every-device"}
     out = fedtune.deploy(ran.path, out=tmp_path / "out")
     assert json.loads((out / "deploy.json").read_text())["devices"] == {"every-device": "ratio-0.5"}

@@ -15,7 +15,7 @@ import fedtune
 from fedtune import api
 from fedtune.errors import ConfigError, StoreError, WireError
 from fedtune.rounds.loop import Note
-from tests.conftest import base_of, kseed
+from tests.conftest import Simulated, base_of, kseed
 
 # peft asks transformers by a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -113,10 +113,10 @@ def test_a_whole_model_is_written_that_is_replayed_to_the_bit_from_every_copy_of
 
 
 def test_seeds_that_move_some_tensors_are_replayed_over_those_from_a_ledger_alone_where_they_are_named(
-    tables: Tables, tmp_path: Path
+    tables: Tables, tmp_path: Path, simulated: Simulated
 ) -> None:
     globs = ["*.mlp.*", "lm_head.weight"]
-    run = fedtune.simulate(kseed(tables, trainable=globs), out=tmp_path / "run")
+    run = simulated(kseed(tables, trainable=globs), tmp_path / "run")
     base, ledger = base_of(run), run.adapter / "ledger.ftks"
     whole = fedtune.replay(base, run.adapter).weights
     assert fedtune.replay(base, ledger, trainable=globs).weights == whole
@@ -144,10 +144,10 @@ def test_replay_refuses_another_base_and_bytes_that_are_no_ledger(
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_adapter_of_the_kron_bank_gives_stock_peft_the_rebuilt_model_s_logits(
-    name: str, tables: Tables, checkpoints: dict[str, Path], tmp_path: Path
+    name: str, tables: Tables, checkpoints: dict[str, Path], tmp_path: Path, simulated: Simulated
 ) -> None:
     tables["model"]["base"] = str(checkpoints[name])
-    run = fedtune.simulate(kseed(tables, "kron"), out=tmp_path / "run")
+    run = simulated(kseed(tables, "kron"), tmp_path / "run")
     merged = AutoModelForCausalLM.from_pretrained(fedtune.export(run.path, form="merged"))
     stock = AutoModelForCausalLM.from_pretrained(checkpoints[name])
     own = logits_of(stock)
@@ -163,9 +163,9 @@ def test_the_adapter_of_the_kron_bank_gives_stock_peft_the_rebuilt_model_s_logit
 )
 @pytest.mark.parametrize("form", ["peft", "uniform"])
 def test_what_no_adapter_can_hold_is_refused_with_the_reason(
-    form: str, method: dict[str, Any], tables: Tables, tmp_path: Path
+    form: str, method: dict[str, Any], tables: Tables, tmp_path: Path, simulated: Simulated
 ) -> None:
-    run = fedtune.simulate(kseed(tables, **method) | {"rounds": {"count": 1}}, out=tmp_path / "run")
+    run = simulated(kseed(tables, **method) | {"rounds": {"count": 1}}, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"form: expected merged or ledger: only bank = 'kron'.*--form merged"):
         fedtune.export(run.path, form=form)
     assert not (run.path / form).exists()
@@ -193,9 +193,9 @@ def test_a_head_that_the_kron_bank_moves_is_no_adapter_either(
 
 @pytest.mark.parametrize("options", [{"dtype": "float16"}, {"max_rank": 2}, {"dtype": "float32", "form": "merged"}])
 def test_seeds_give_one_model_that_is_neither_cast_nor_cut(
-    options: dict[str, Any], tables: Tables, tmp_path: Path
+    options: dict[str, Any], tables: Tables, tmp_path: Path, simulated: Simulated
 ) -> None:
-    run = fedtune.simulate(kseed(tables) | {"rounds": {"count": 1}}, out=tmp_path / "run")
+    run = simulated(kseed(tables, bank="hadamard") | {"rounds": {"count": 1}}, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"dtype: expected none|export: expected neither dtype nor max_rank"):
         fedtune.export(run.path, **options)
 

@@ -167,7 +167,7 @@ def test_every_durable_write_of_a_run_is_made_of_the_steps_of_this_module() -> N
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in steps
         if not (isinstance(node.func.value, ast.Name) and node.func.value.id == "files")
     ]
-    assert found == [("run.py", "mkdir")]  # `vacant`, before there is a run
+    assert found == [("run_directory.py", "mkdir")]  # `check_vacant`, before there is a run
 
 
 def test_bytes_take_the_mode_that_is_asked_for(tmp_path: Path) -> None:

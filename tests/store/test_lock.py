@@ -13,8 +13,8 @@ from fedtune.store.lock import holder, lock_run
 OTHER = """
 import sys
 from pathlib import Path
-from fedtune.store.lock import locked
-with locked(Path(sys.argv[1])):
+from fedtune.store.lock import lock_run
+with lock_run(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()
 """

@@ -1,104 +1,123 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import math
+from pathlib import Path
 
-import numpy as np
 import pytest
 
-from fedtune.lora.adapter import Factors
-from fedtune.messages import (
-    AdmittedUpdate,
-    Assignment,
-    ClientUpdate,
-    Failure,
-    LoraResult,
-    Measured,
-    Plan,
-    PlannedClient,
-    Traffic,
-    Training,
-    TrainLora,
+from fedtune.errors import StoreError
+from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
+from fedtune.store import files
+from fedtune.store.round_records import append_round, mend_rounds, read_rounds, scan
+
+
+def record(number: int, **fields: object) -> RoundRecord:
+    return RoundRecord(round=number, seconds=1.5, **fields)  # type: ignore[arg-type]
+
+
+OK = ClientRecord(
+    "ok", rank=2, steps=3, examples=30, bytes_down=100, bytes_up=10, ratio=0.5, deadline_s=9.0, why="fits",
+    compute_s=2.0, transfer_s=1.0, overhead_s=0.5, loss_before=4.0, loss_after=2.0, seconds=1.0, peak_bytes=10,
+    tokens=20, norm=0.5, importance=0.25,
+)  # fmt: skip
+
+
+def test_the_keys_of_a_line_and_their_order_are_those_of_version_1(tmp_path: Path) -> None:
+    """They are read by other programs, and by every later release."""
+    clients = {"ann": OK, "bob": ClientRecord("failed", "no memory", examples=10), "cyd": ClientRecord("ok", norm=None)}
+    full = record(
+        0,
+        clients=clients,
+        unsolicited=(UnsolicitedRecord("dan", "late", 7, "late"),),
+        modules={"x": ModuleRecord(2, 5.0, (4.0, 3.0), 0.9), "y": ModuleRecord(1, 1.0, (1.0,))},
+        deployed={"loss": 1.0},
+    )
+    append_round(tmp_path, full)
+    line = json.loads((tmp_path / "rounds.jsonl").read_text())
+    assert list(line) == [
+        "version", "round", "state_digest", "seconds", "cohort", "loss_before", "loss_after", "test", "held_out",
+        "clients", "aside", "bytes_down", "bytes_up", "modules", "figures", "clock_s", "deployed",
+    ]  # fmt: skip
+    asked = ["status", "reason", "rank", "steps", "examples", "bytes_down", "bytes_up"]
+    measured = ["loss_before", "loss_after", "seconds", "peak_bytes", "tokens", "norm"]
+    device = ["compute_s", "transfer_s", "overhead_s"]
+    assert list(line["clients"]["ann"]) == [*asked, "ratio", "deadline_s", "why", *device, *measured, "importance"]
+    assert list(line["clients"]["bob"]) == asked
+    assert list(line["clients"]["cyd"]) == [*asked, *measured]
+    assert line["aside"] == [{"client": "dan", "reason": "late", "num_bytes": 7, "kind": "late"}]
+    assert list(line["modules"]["x"]) == ["rank", "norm", "singular_values", "energy_kept"]
+    assert list(line["modules"]["y"]) == ["rank", "norm", "singular_values"]
+    assert read_rounds(tmp_path) == (full,)
+
+
+def test_rounds_are_read_as_they_were_appended(tmp_path: Path) -> None:
+    assert read_rounds(tmp_path) == ()
+    test = {"loss": math.nan, "examples": 3}
+    records = [record(number, cohort=("ann",), test=test, figures={"left": 4}) for number in range(3)]
+    for each in records:
+        append_round(tmp_path, each)
+    (_, second, _) = read_rounds(tmp_path)
+    assert second == record(1, cohort=("ann",), test={"loss": None, "examples": 3}, figures={"left": 4})
+    assert second.test is not None
+    assert type(second.test["examples"]) is int
+
+
+def test_a_line_torn_at_any_byte_is_left_out_and_cut_by_the_writer(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    append_round(tmp_path, record(0))
+    append_round(tmp_path, record(1))
+    whole, records = path.read_bytes(), read_rounds(tmp_path)
+    append_round(tmp_path, record(2, state_digest="ü"))
+    data = path.read_bytes()
+    torn = [data[:length] for length in range(len(whole), len(data))]
+    torn += [data[:length] + bytes(len(data) - length) for length in range(len(whole), len(data))]
+    torn += [whole + bytes(20) + b"\n"]
+    for content in torn:
+        path.write_bytes(content)
+        assert read_rounds(tmp_path) == records
+        assert scan(path).torn_bytes == len(content) - len(whole)
+        assert path.read_bytes() == content
+        mend_rounds(tmp_path)
+        assert path.read_bytes() == whole
+    append_round(tmp_path, record(2))
+    assert [each.round for each in read_rounds(tmp_path)] == [0, 1, 2]
+
+
+def test_lines_that_are_whole_are_synced_before_a_run_goes_on_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend_rounds(tmp_path)
+    append_round(tmp_path, record(0))
+    steps = list[str]()
+    for step in ("sync", "sync_folder"):
+        monkeypatch.setattr(files, step, lambda _, step=step: steps.append(step))
+    mend_rounds(tmp_path)
+    assert steps == ["sync", "sync_folder"]
+
+
+def line(number: int, version: int = 1) -> str:
+    return json.dumps({"version": version, "round": number, "seconds": 1})
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([line(0), "{torn", line(2)], r"line 2: expected one JSON object; got Expecting"),
+        ([line(0), "", line(1)], r"line 2: expected one JSON object; got Expecting"),
+        (["[]", line(1)], r"line 1: expected an object \(RoundRecord\); got \[\]"),
+        (["{}", line(1)], r"line 1: expected version 1; got None"),
+        ([line(0), line(1), line(3)], r"line 3: expected round 2: every round from 0 on has one line.*; got round 3;"),
+        ([line(0), line(0)], r"line 2: expected round 1: .*; got round 0; put back a copy"),
+        ([line(1), line(2)], r"line 1: expected round 0: .*; got round 1; put back a copy"),
+        ([line(0, version=9)], r"line 1: expected version 1; got 9; read it with the fedtune that wrote it"),
+        ([line(0), '{"version": 1, "round": 1}'], r"line 2: expected the key 'seconds'; got none"),
+    ],
 )
-from fedtune.rounds.loop import RoundResult
-from fedtune.rounds.transport import UnsolicitedReply
-from fedtune.store import round_records
-
-PLAN = Plan("ann", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=3))
-
-
-def result() -> RoundResult:
-    measured = Measured(seconds=1.5, peak_bytes=10, tokens=20, loss_before=4.0, loss_after=2.0)
-    later = replace(measured, loss_before=2.0, loss_after=1.0)
-    names = ("ann", "bob", "cyd")
-    return RoundResult(
-        round=1,
-        state=None,
-        digest="d" * 64,
-        examples={"ann": 30, "bob": 10, "cyd": 5},
-        unsolicited=[UnsolicitedReply("dan", "answered round 0 after its end; dropped", 7)],
-        planned={n: PlannedClient(replace(PLAN, client=n)) for n in names},
-        assignments={n: Assignment("flora", 1, 0, replace(PLAN, client=n), TrainLora(a_key=0)) for n in names},
-        outcomes={
-            "ann": AdmittedUpdate(ClientUpdate("ann", 1, 30, LoraResult({}), measured=measured)),
-            "bob": AdmittedUpdate(ClientUpdate("bob", 1, 10, LoraResult({}), measured=later)),
-            "cyd": Failure.from_text("cyd", "no memory"),
-        },
-        norms={"ann": 0.5, "bob": 0.25},
-        traffic={name: Traffic(down=100, up=10) for name in names},
-        seconds=3.0,
-    )
-
-
-def line() -> dict[str, object]:
-    adapter = {"x": Factors(a=np.diag([1.0, 1.0]).astype(np.float32), b=np.diag([3.0, 4.0]).astype(np.float32))}
-    return dict(
-        round_records.round_record(
-            result(), adapter, energy_kept={"x": 0.9}, figures={"sum_abs": 3}, test={"loss": 1.0}, held_out={}
-        )
-    )
-
-
-def test_losses_are_means_by_examples_over_the_updates_that_were_used() -> None:
-    assert line()["loss_before"] == pytest.approx((4.0 * 30 + 2.0 * 10) / 40)
-    assert line()["loss_after"] == pytest.approx((2.0 * 30 + 1.0 * 10) / 40)
-
-
-def test_a_failed_client_keeps_its_reason_and_its_bytes() -> None:
-    clients = line()["clients"]
-    assert isinstance(clients, dict)
-    assert clients["cyd"]["status"] == "failed"
-    assert clients["cyd"]["reason"] == "no memory"
-    assert line()["bytes_down"] == 300
-    assert round_records.failures([line()]) == [
-        {"round": 1, "client": "cyd", "kind": "failed", "reason": "no memory"},
-        {"round": 1, "client": "dan", "kind": "late", "reason": "answered round 0 after its end; dropped"},
-    ]
-
-
-def test_a_modules_spectrum_by_hand() -> None:
-    assert line()["modules"] == {"x": {"rank": 2, "norm": 5.0, "singular_values": [4.0, 3.0], "energy_kept": 0.9}}
-
-
-def test_mean_and_worst_client_by_hand() -> None:
-    held_out = {
-        "ann": {"loss": 1.0, "accuracy": 0.5, "examples": 3},
-        "bob": {"loss": 3.0, "accuracy": 0.7, "examples": 4},
-    }
-    scores = round_records.scores({"loss": 2.0}, held_out)
-    assert scores["mean"] == {"loss": 2.0, "accuracy": pytest.approx(0.6)}
-    assert scores["worst"] == {"client": "bob", "loss": 3.0, "accuracy": 0.7, "examples": 4}
-    assert round_records.scores(None, {}) == {"test": None, "held_out": {}, "mean": {}, "worst": {}}
-
-
-def test_totals_add_up_over_rounds_and_absent_clients_have_none() -> None:
-    totals = round_records.clients_summary([line(), line()], {"ann": 30, "bob": 10, "cyd": 5, "dan": 7})
-    assert totals["ann"] == {
-        "examples": 30,
-        "rank": 2,
-        "bytes_down": 200,
-        "bytes_up": 20,
-        "seconds": 3.0,
-        "failures": 0,
-    }
-    assert totals["cyd"]["failures"] == 2
-    assert totals["dan"]["rank"] is None
+def test_lines_that_cannot_be_trusted_are_named(tmp_path: Path, lines: list[str], message: str) -> None:
+    data = "\n".join([*lines, ""])
+    (tmp_path / "rounds.jsonl").write_text(data)
+    for use in (read_rounds, mend_rounds):
+        with pytest.raises(StoreError, match=rf"rounds\.jsonl, {message}"):
+            use(tmp_path)
+    assert (tmp_path / "rounds.jsonl").read_text() == data

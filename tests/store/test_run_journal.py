@@ -15,9 +15,10 @@ from fedtune.errors import StoreError
 from fedtune.messages import Failure
 from fedtune.methods.serialization import digest
 from fedtune.rounds.loop import InterruptedRound, RoundJournal
+from fedtune.rounds.record import RoundRecord
 from fedtune.store import files, journal, run_journal
 from fedtune.store.history import replay_journal
-from fedtune.store.run_directory import append_round, read_rounds
+from fedtune.store.round_records import append_round, read_rounds
 from fedtune.store.run_journal import RunJournal
 
 INPUTS = {"recipe": "rounds = 4", "threads": 1}
@@ -354,7 +355,7 @@ def test_every_start_is_recorded_and_all_are_of_one_run(run: Path) -> None:
     with RunJournal.reopen(run) as kept:
         assert kept.first == INPUTS
         kept.begin({**INPUTS, "threads": 2})
-        assert kept.recorded == [INPUTS, {**INPUTS, "threads": 2}]
+        assert replay_journal(run)[0].inputs == [INPUTS, {**INPUTS, "threads": 2}]
         assert kept.first == INPUTS
     history, end = replay_journal(run)
     assert end.epoch == 2
@@ -384,8 +385,8 @@ def closed_early(kept: RoundJournal) -> None:
 
 
 def test_what_a_killed_process_left_half_done_is_gone_after_reopening(run: Path) -> None:
-    append_round(run, {"round": 0})
-    append_round(run, {"round": 1})
+    append_round(run, RoundRecord(round=0, seconds=0.5))
+    append_round(run, RoundRecord(round=1, seconds=0.5))
     whole = {path: path.read_bytes() for path in (run / "journal", run / "rounds.jsonl")}
     for path, data in whole.items():
         path.write_bytes(data + data[:9])
@@ -402,7 +403,7 @@ def test_what_a_killed_process_left_half_done_is_gone_after_reopening(run: Path)
     assert not stray.exists()
     assert not list(run.rglob("*.partial"))
     assert (run / ".gitignore").exists()
-    assert [line["round"] for line in read_rounds(run)] == [0, 1]
+    assert [record.round for record in read_rounds(run)] == [0, 1]
 
 
 def test_a_reader_changes_nothing(run: Path) -> None:

@@ -1,12 +1,11 @@
-"""From a site to its server: the channel, the calls on it, and in words why no connection comes about."""
+"""From a client to its server: the channel, the calls on it, and a diagnosis in words when there is no connection."""
 
 from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 
@@ -15,11 +14,14 @@ from fedtune.link.settings import MIB, JoinSettings
 from fedtune.wire.v1 import link_pb2 as pb
 
 CONNECT_S = 10.0
+SILENCE_S = 1.0
+"""After a TLS handshake, within which a server that rejects the client's certificate closes the connection."""
+SERVICE = "/fedtune.v1.Link"
 
-PASSING = frozenset(
+TRANSIENT_STATUS = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.CANCELLED,  # a server with too many calls at once says so, too
+        grpc.StatusCode.CANCELLED,  # also what a server with too many calls at once answers
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         grpc.StatusCode.INTERNAL,
@@ -31,57 +33,57 @@ PASSING = frozenset(
 
 
 @dataclass(frozen=True)
-class Calls:
+class LinkStub:
     """The calls of the link on one channel."""
 
-    hello: Callable[..., pb.HelloReply]
-    next: Callable[..., pb.NextReply]
-    fetch: Callable[..., Iterator[pb.Chunk]]
-    submit: Callable[..., pb.SubmitReply]
-    push: Callable[..., Iterator[pb.PushAck]]
+    hello: grpc.UnaryUnaryMultiCallable[pb.HelloRequest, pb.HelloReply]
+    next: grpc.UnaryUnaryMultiCallable[pb.NextRequest, pb.NextReply]
+    fetch: grpc.UnaryStreamMultiCallable[pb.FetchRequest, pb.Chunk]
+    submit: grpc.UnaryUnaryMultiCallable[pb.SubmitRequest, pb.SubmitReply]
+    push: grpc.StreamStreamMultiCallable[pb.PushPart, pb.PushAck]
     close: Callable[[], None]
+
+
+def link_stub(channel: grpc.Channel) -> LinkStub:
+    """Return the calls of the schema's service `Link`, which a test compares with the schema.
+
+    Not generated with the messages: what grpcio-tools writes is untyped, and would have `wire` import gRPC.
+    """
+    return LinkStub(
+        hello=channel.unary_unary(f"{SERVICE}/Hello", pb.HelloRequest.SerializeToString, pb.HelloReply.FromString),
+        next=channel.unary_unary(f"{SERVICE}/Next", pb.NextRequest.SerializeToString, pb.NextReply.FromString),
+        fetch=channel.unary_stream(f"{SERVICE}/Fetch", pb.FetchRequest.SerializeToString, pb.Chunk.FromString),
+        submit=channel.unary_unary(f"{SERVICE}/Submit", pb.SubmitRequest.SerializeToString, pb.SubmitReply.FromString),
+        push=channel.stream_stream(f"{SERVICE}/Push", pb.PushPart.SerializeToString, pb.PushAck.FromString),
+        close=channel.close,
+    )
 
 
 def host_of(address: str) -> str:
     return address.rpartition(":")[0].strip("[]")
 
 
-def dial(identity: Identity, settings: JoinSettings) -> Calls:
+def dial(identity: Identity, settings: JoinSettings) -> LinkStub:
     """Return the calls of the server at an address; nothing is connected before the first."""
     options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", 2 * MIB),
-        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_time_ms", 30_000),  # below the idle limits of common proxies and NATs
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 5_000),
         ("grpc.max_reconnect_backoff_ms", int(1000 * settings.backoff_cap_s)),
-        ("grpc.enable_retries", 0),  # we try again ourselves, knowing what for
+        ("grpc.enable_retries", 0),  # gRPC would repeat a call blindly; `Backoff` knows where a transfer goes on
         ("grpc.http2.lookahead_bytes", 4 * MIB),
         ("grpc.use_local_subchannel_pool", 1),  # two clients in one process share no connection
-        ("grpc.enable_http_proxy", 0),
     ]
     if settings.server_name:
         options.append(("grpc.ssl_target_name_override", settings.server_name))
-    if settings.proxy:
-        options = [one for one in options if one[0] != "grpc.enable_http_proxy"]
-        options.append(("grpc.http_proxy", settings.proxy))
+    # Without a setting, proxies of the environment are ignored: the site's own file says where its data go.
+    options.append(("grpc.http_proxy", settings.proxy) if settings.proxy else ("grpc.enable_http_proxy", 0))
     credentials = grpc.ssl_channel_credentials(identity.ca, identity.tls_key, identity.certificate)
-    channel = grpc.secure_channel(settings.address, credentials, options=options)
-    made: dict[str, Any] = {}
-    for method in pb.DESCRIPTOR.services_by_name["Link"].methods:
-        make = {
-            (False, False): channel.unary_unary,
-            (False, True): channel.unary_stream,
-            (True, True): channel.stream_stream,
-        }[method.client_streaming, method.server_streaming]
-        made[method.name.lower()] = make(
-            f"/fedtune.v1.Link/{method.name}",
-            request_serializer=getattr(pb, method.input_type.name).SerializeToString,
-            response_deserializer=getattr(pb, method.output_type.name).FromString,
-        )
-    return Calls(**made, close=channel.close)
+    return link_stub(grpc.secure_channel(settings.address, credentials, options=options))
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Diagnosis:
 def diagnose(identity: Identity, settings: JoinSettings) -> Diagnosis:
     """Return which step to the server fails: its name, its port, or TLS in either direction.
 
-    gRPC answers a dead port and a refused certificate alike; this looks for itself.
+    gRPC reports a closed port and a rejected certificate with the same status, so this opens a connection of its own.
     """
     host, port = host_of(settings.address), settings.address.rpartition(":")[2]
     if settings.proxy:
@@ -107,29 +109,29 @@ def diagnose(identity: Identity, settings: JoinSettings) -> Diagnosis:
         reason = f"expected a host that is known; got {host!r} ({error.strerror or error}); check link.address"
         return Diagnosis(reason, permanent=False)
     try:
-        plain = socket.create_connection((str(address[0]), int(port)), timeout=CONNECT_S)
+        connection = socket.create_connection((str(address[0]), int(port)), timeout=CONNECT_S)
     except OSError as error:
-        reason = f"nobody listens on {settings.address} ({error.strerror or error})"
+        reason = f"no server listens on {settings.address} ({error.strerror or error})"
         return Diagnosis(reason, permanent=False)
-    with plain:
-        return handshake(plain, identity, settings.server_name or host)
+    with connection:
+        return diagnose_tls(connection, identity, settings.server_name or host)
 
 
-def handshake(plain: socket.socket, identity: Identity, name: str) -> Diagnosis:
-    """Return what comes of a TLS handshake."""
+def diagnose_tls(connection: socket.socket, identity: Identity, name: str) -> Diagnosis:
+    """Return how a TLS handshake on a connection ends."""
     context = ssl.create_default_context(cadata=identity.ca.decode())
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(identity.folder / "tls.crt", identity.folder / "tls.key")
     context.set_alpn_protocols(["h2"])
     try:
-        with context.wrap_socket(plain, server_hostname=name) as tls:
-            tls.settimeout(1.0)
+        with context.wrap_socket(connection, server_hostname=name) as tls:
+            tls.settimeout(SILENCE_S)
             try:
-                if not tls.recv(
-                    1
-                ):  # in TLS 1.3 the server judges our certificate after the handshake, and says nothing
+                # In TLS 1.3 the server verifies our certificate after the handshake has succeeded here: the end of the
+                # connection is all that a rejected client sees.
+                if not tls.recv(1):
                     reason = (
-                        "the server closed the connection: it does not take this site's certificate, or has too many "
+                        "the server closed the connection: it rejects this site's certificate, or has too many "
                         "connections; check that both were enrolled by the same CA"
                     )
                     return Diagnosis(reason, permanent=False)  # a network may cut here too
@@ -144,7 +146,7 @@ def handshake(plain: socket.socket, identity: Identity, name: str) -> Diagnosis:
     except ssl.SSLError as error:
         if "ALERT" in (error.reason or "") or "CERTIFICATE" in (error.reason or ""):
             reason = (
-                f"the server does not take this site's certificate ({(error.reason or '').lower().replace('_', ' ')}); "
+                f"the server rejects this site's certificate ({(error.reason or '').lower().replace('_', ' ')}); "
                 "check that both were enrolled by the same CA and that the dates are right"
             )
             return Diagnosis(reason, permanent=True)

@@ -1,4 +1,4 @@
-"""What a client has been asked and has answered, on its disk: killed at any time, it sends the same bytes again."""
+"""Tasks and replies of a client on its disk: killed at any time, it sends the same bytes again after the next start."""
 
 from __future__ import annotations
 
@@ -13,55 +13,61 @@ from fedtune.store.files import store_errors, write_bytes, write_text
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 
-ORDER, ANSWER, RECEIPT, UPDATE = "order", "answer", "receipt", "update"
+TASK, REPLY, RECEIPT, UPDATE = "order", "answer", "receipt", "update"
+"""Names of files, which folders of earlier releases have, too."""
 DAY_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One order of a round, and what has become of it."""
+    """The folder of one task of a round, and of the reply to it."""
 
     folder: Path
-    order: pb.Envelope
+    task: pb.Envelope
     header: pb.Header
 
     @property
     def digest(self) -> bytes:
-        return sha256(self.order.header).digest()
+        return sha256(self.task.header).digest()
 
     @property
     def update(self) -> Path:
-        """Where the answer's part lies."""
+        """Where the trainer writes the update."""
         return self.folder / UPDATE
 
     def part(self, digest: bytes) -> Path:
-        """Return where a part of the order lies; beside it, its beginning as long as it is not whole."""
+        """Return where a part of the task is stored; until it is whole its beginning is beside it, named `.part`."""
         return self.folder / digest.hex()
 
-    def answer(self) -> pb.SubmitRequest | None:
-        """Return the signed answer, as it is sent; None before it is made, or if its part has gone."""
-        if (data := self._bytes(ANSWER)) is None:
+    def reply(self) -> pb.SubmitRequest | None:
+        """Return the signed reply, as it is sent; None before there is one, or if its update has gone."""
+        if (data := self._read(REPLY)) is None:
             return None
-        found = parse(pb.SubmitRequest(), data)
-        inline = {one.digest for one in found.inline}
-        wanted = [one for one in parse(pb.Header(), found.envelope.header).parts if one.digest not in inline]
-        return found if not wanted or self.update.exists() else None
+        request = parse(pb.SubmitRequest(), data)
+        inline = {part.digest for part in request.inline}
+        apart = [part for part in parse(pb.Header(), request.envelope.header).parts if part.digest not in inline]
+        return request if not apart or self.update.exists() else None
 
     def receipt(self) -> pb.Envelope | None:
-        """Return what the server said of the answer."""
-        data = self._bytes(RECEIPT)
+        """Return the server's receipt of the reply; None before there is one."""
+        data = self._read(RECEIPT)
         return None if data is None else parse(pb.Envelope(), data)
 
-    def keep_answer(self, request: pb.SubmitRequest) -> None:
-        """Make the answer durable; its update is so already, or travels within it."""
-        write_bytes(self.folder / ANSWER, request.SerializeToString())
+    def store_reply(self, request: pb.SubmitRequest) -> None:
+        """Make the reply durable; its update is so already, or travels within it."""
+        write_bytes(self.folder / REPLY, request.SerializeToString())
 
-    def keep_receipt(self, receipt: pb.Envelope) -> None:
-        """Keep what the server said; it need not last: it says the same again."""
+    def store_reply_and_update(self, request: pb.SubmitRequest) -> None:
+        """Make a reply and its update durable."""
+        make_durable(self.update)  # first: a stored reply promises that the update's bytes can be sent again
+        self.store_reply(request)
+
+    def store_receipt(self, receipt: pb.Envelope) -> None:
+        """Store the receipt, without a sync: a server that is asked again gives the same one."""
         with store_errors(self.folder):
             (self.folder / RECEIPT).write_bytes(receipt.SerializeToString())
 
-    def _bytes(self, name: str) -> bytes | None:
+    def _read(self, name: str) -> bytes | None:
         with store_errors(self.folder / name):
             try:
                 return (self.folder / name).read_bytes()
@@ -69,64 +75,69 @@ class Entry:
                 return None
 
 
-def entry(state: Path, order: pb.Envelope, header: pb.Header) -> Entry:
-    """Return the entry of an order, which is made if need be. It need not last: the server asks again.
+def open_entry(state: Path, task: pb.Envelope, header: pb.Header) -> Entry:
+    """Return the entry of a task, created if missing; not synced, since the server offers the task again.
 
     Raises:
         StoreError: if the folder cannot be written.
     """
-    folder = state / "runs" / header.run / f"{header.round:06}-{sha256(order.header).hexdigest()[:16]}"
-    made = Entry(folder, order, header)
+    folder = state / "runs" / header.run / f"{header.round:06}-{sha256(task.header).hexdigest()[:16]}"
     with store_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / ORDER).exists():
-            (folder / ORDER).write_bytes(order.SerializeToString())
-    return made
+        # After a restart the task is the same bytes; a rewrite could leave half of them.
+        if not (folder / TASK).exists():
+            (folder / TASK).write_bytes(task.SerializeToString())
+    return Entry(folder, task, header)
 
 
-def entries(state: Path, run: str) -> Sequence[Entry]:
-    """Return the entries of a run, in the order of its rounds; what is not whole is left out and asked for again.
+def load_entries(state: Path, run: str) -> Sequence[Entry]:
+    """Return the entries of a run in the order of its rounds; damaged ones are left out, and their tasks offered again.
 
     Raises:
         StoreError: if a file cannot be read.
     """
-    return list(_entries(state / "runs" / run))
+    return list(_iterate_entries(state / "runs" / run))
 
 
-def _entries(folder: Path) -> Iterator[Entry]:
+def _iterate_entries(folder: Path) -> Iterator[Entry]:
     for path in sorted(folder.glob("*-*")):
         with store_errors(path):
             try:
-                order = parse(pb.Envelope(), (path / ORDER).read_bytes())
-                yield Entry(path, order, parse(pb.Header(), order.header))
+                task = parse(pb.Envelope(), (path / TASK).read_bytes())
+                yield Entry(path, task, parse(pb.Header(), task.header))
+            # A crash can leave a task without its bytes, since nothing here was synced.
             except (WireError, FileNotFoundError):
                 continue
 
 
-def tidy(state: Path, run: str, keep: Entry) -> None:
-    """Remove what was received and sent in the rounds before; the statements and receipts stay.
+def remove_earlier_bodies(state: Path, run: str, keep: Entry) -> None:
+    """Remove the large files of the rounds before an entry's; signed statements and receipts stay.
 
-    Bodies of the last round stay too: until the next one begins, the server may ask for the answer again.
+    Bodies of the entry's own round stay: until the next one begins, the server may ask for the reply again.
     """
     with store_errors(state):
         earlier = [path for path in (state / "runs" / run).glob("*-*") if int(path.name[:6]) < keep.header.round]
         for folder in sorted(earlier, reverse=True):
-            bodies = [path for path in folder.iterdir() if path.name not in (ORDER, ANSWER, RECEIPT)]
-            if not bodies:
-                return  # those before it were tidied with it
+            bodies = [path for path in folder.iterdir() if path.name not in (TASK, REPLY, RECEIPT)]
+            if not bodies:  # an earlier call emptied this folder, and every one before it
+                return
             for path in bodies:
                 path.unlink(missing_ok=True)
 
 
-def count_answers(state: Path, run: str) -> int:
-    """Return how many rounds of a run have an answer."""
-    return sum(1 for _ in (state / "runs" / run).glob(f"*-*/{ANSWER}"))
+def count_replies(state: Path, run: str) -> int:
+    """Return how many rounds of a run have a reply."""
+    return sum(1 for _ in (state / "runs" / run).glob(f"*-*/{REPLY}"))
 
 
 def bytes_sent_last_day(state: Path, *, now: float) -> int:
-    """Return the bytes of the answers that were made within 24 hours, whatever the run."""
+    """Return the bytes of the replies that were stored within 24 hours, whatever the run.
+
+    Raises:
+        StoreError: if a reply cannot be read: a damaged file must not raise the site's own daily limit.
+    """
     total = 0
-    for path in (state / "runs").glob(f"*/*/{ANSWER}"):
+    for path in (state / "runs").glob(f"*/*/{REPLY}"):
         with store_errors(path):
             if now - path.stat().st_mtime < DAY_S:
                 try:
@@ -137,15 +148,15 @@ def bytes_sent_last_day(state: Path, *, now: float) -> int:
     return total
 
 
-def keep_plan(state: Path, run: str, plan: pb.Envelope, recipe: bytes) -> None:
-    """Keep what a run is: the coordinator's signed statement, and the recipe for people to read."""
+def store_plan(state: Path, run: str, plan: pb.Envelope, recipe: bytes) -> None:
+    """Store the coordinator's signed statement of a run, and its recipe for people to read."""
     folder = state / "runs" / run
     write_bytes(folder / "plan", plan.SerializeToString())
     write_text(folder / "recipe.toml", recipe.decode())
 
 
-def settle(path: Path) -> None:
-    """Make a file that is written last: it is sent only after that, so that the same bytes can be sent again."""
+def make_durable(path: Path) -> None:
+    """Sync a file and its folder."""
     with store_errors(path):
         files.settle(path)
         files.sync_folder(path.parent)

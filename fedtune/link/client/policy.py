@@ -1,4 +1,4 @@
-"""What a site will do for a federation: its own word, checked before anything of an order is fetched or run."""
+"""Limits that a site sets for itself, checked before anything large of a task is fetched or trained."""
 
 from __future__ import annotations
 
@@ -19,75 +19,78 @@ from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
 
+MIN_DIGEST_DIGITS = 8
+"""Hex digits of a digest that a policy must give at least: 32 bits, so that no other digest matches by chance."""
+
 
 @dataclass(frozen=True)
 class Policy:
     """The table `policy` of a site's own file; what it does not mention is allowed."""
 
     methods: Sequence[str] = ()
-    """That may be run; none named: any that is installed."""
+    """Methods that may be run; empty: every installed one."""
     recipes: Sequence[str] = ()
-    """Digests (hex, or how they begin, from 8 digits on) of the recipes that may be run; none named: any."""
+    """Digests (hex, or at least their first 8 digits) of the recipes that may be run; empty: any."""
     bases: Sequence[str] = ()
-    """Digests (hex, or how they begin) of the base models that may be tuned; none named: the site's own base."""
+    """Digests (hex, or at least their first 8 digits) of the base models that may be tuned; empty: the site's own."""
     max_rank: Annotated[int, Ge(1)] | None = None
-    """Largest LoRA rank of an assignment; none allows any."""
+    """Largest LoRA rank that the site trains; none: any."""
     max_steps: Annotated[int, Ge(1)] | None = None
     """Local steps of a round, or scalars of FedKSeed."""
     max_rounds: Annotated[int, Ge(1)] | None = None
     """Rounds of a run that the site takes part in."""
     max_up_mib: Annotated[float, Gt(0)] | None = None
-    """MiB that leave the site in one answer."""
+    """MiB that leave the site in one update."""
     max_down_mib: Annotated[float, Gt(0)] | None = None
-    """MiB that come with one order."""
+    """MiB that the site downloads for one task."""
     day_up_mib: Annotated[float, Gt(0)] | None = None
     """MiB that leave the site within 24 hours."""
     hours: str = ""
     """When work may begin, in the site's local time, e.g. "20:00-06:00"; empty: always."""
     min_cohort: Annotated[int, Ge(1)] = 1
-    """Clients of a round below which the site takes no part: of two, each can subtract itself."""
+    """Clients of a round below which the site takes no part: of two clients, each can subtract its own update."""
     columns: Sequence[str] = ()
-    """Columns of the site's files that may become training text; none named: those that the table `data` names."""
+    """Columns of the site's files that may become training text; empty: those that the table `data` names."""
     ask: bool = False
-    """Whether somebody at the terminal must agree to the recipe before the site takes part."""
+    """Whether a person at the terminal must agree to the recipe before the site takes part."""
 
 
 @dataclass(frozen=True)
 class TaskDemand:
-    """What an order asks of a site, in numbers."""
+    """What a task demands of a site, in numbers."""
 
     method: str
     round: int
     rank: int | None
-    """None where nothing is trained by adapters."""
+    """Of the adapter; None where the site measures seeds instead."""
     steps: int
     cohort: int
     num_bytes: int
-    """That come with it."""
+    """To download."""
     base: str
     """Digest (hex)."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the site has done already."""
+    """What the site has done already, as far as the policy limits it."""
 
     rounds: int = 0
-    """Of this run, that it has answered; without the one that is asked for."""
+    """Of this run, for which it has sent an update; without the current one."""
     day_bytes: int = 0
-    """That have left it within 24 hours."""
+    """That it has sent within 24 hours."""
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why an order is not done."""
+class PolicyViolation:
+    """One limit that a task exceeds."""
 
     veto: pb.Veto
     note: str
 
 
-def demand(header: pb.Header, front: bytes) -> TaskDemand:
-    """Return what the order of a round asks.
+def read_demand(header: pb.Header, front: bytes) -> TaskDemand:
+    """Return what the task of a round demands.
 
     Raises:
         WireError: if it is no assignment of this release.
@@ -110,70 +113,86 @@ def demand(header: pb.Header, front: bytes) -> TaskDemand:
     )
 
 
-def check_policy(policy: Policy, asked: TaskDemand, recipe: str, spent: Usage, *, now: time) -> Sequence[Refusal]:
-    """Return everything in a demand that the policy does not allow.
+def check_policy(
+    policy: Policy, demand: TaskDemand, recipe: str, usage: Usage, *, now: time
+) -> Sequence[PolicyViolation]:
+    """Return every limit of the policy that a demand exceeds.
 
     Args:
         policy: the site's.
-        asked: what the order asks.
+        demand: of the task.
         recipe: digest (hex) of the run's recipe.
-        spent: what the site has done.
+        usage: what the site has done already.
         now: the site's local time.
     """
-    return list(refusals(policy, asked, recipe, spent, now))
+    return list(violations(policy, demand, recipe, usage, now))
 
 
-def refusals(policy: Policy, asked: TaskDemand, recipe: str, spent: Usage, now: time) -> Iterator[Refusal]:
-    if policy.methods and asked.method not in policy.methods:
-        yield Refusal(pb.METHOD_NOT_ALLOWED, f"policy.methods: allowed {', '.join(policy.methods)}; got {asked.method}")
-    if policy.recipes and not digest_matches(recipe, policy.recipes):
-        yield Refusal(pb.RECIPE_NOT_ALLOWED, f"policy.recipes: recipe {recipe[:16]} is not among them")
-    if policy.bases and asked.base and not digest_matches(asked.base, policy.bases):
-        yield Refusal(pb.BASE_NOT_ALLOWED, f"policy.bases: base {asked.base[:16]} is not among them")
-    if policy.max_rank is not None and asked.rank is not None and asked.rank > policy.max_rank:
-        yield Refusal(pb.RANK_TOO_LARGE, f"policy.max_rank: allowed {policy.max_rank}; got {asked.rank}")
-    if policy.max_steps is not None and asked.steps > policy.max_steps:
-        yield Refusal(pb.TOO_MANY_STEPS, f"policy.max_steps: allowed {policy.max_steps}; got {asked.steps}")
-    if policy.max_rounds is not None and spent.rounds >= policy.max_rounds:
-        yield Refusal(pb.TOO_MANY_ROUNDS, f"policy.max_rounds: allowed {policy.max_rounds}; all of them are done")
-    if policy.max_down_mib is not None and asked.num_bytes > policy.max_down_mib * MIB:
-        yield Refusal(
-            pb.TOO_MANY_BYTES, f"policy.max_down_mib: allowed {policy.max_down_mib:g}; got {mib(asked.num_bytes)}"
+def violations(policy: Policy, demand: TaskDemand, recipe: str, usage: Usage, now: time) -> Iterator[PolicyViolation]:
+    # Every limit, not only the first: the operator sees at once what would have to be allowed.
+    if policy.methods and demand.method not in policy.methods:
+        yield PolicyViolation(
+            pb.METHOD_NOT_ALLOWED, f"policy.methods: allowed {', '.join(policy.methods)}; got {demand.method}"
         )
-    if asked.cohort < policy.min_cohort:
-        yield Refusal(pb.COHORT_TOO_SMALL, f"policy.min_cohort: at least {policy.min_cohort}; got {asked.cohort}")
-    if policy.hours and not within(policy.hours, now):
-        yield Refusal(pb.OUTSIDE_HOURS, f"policy.hours: allowed {policy.hours}; it is {now:%H:%M}")
+    if policy.recipes and not digest_matches(recipe, policy.recipes):
+        yield PolicyViolation(pb.RECIPE_NOT_ALLOWED, f"policy.recipes: recipe {recipe[:16]} is not among them")
+    # A dry run does not know the base yet, and leaves it empty.
+    if policy.bases and demand.base and not digest_matches(demand.base, policy.bases):
+        yield PolicyViolation(pb.BASE_NOT_ALLOWED, f"policy.bases: base {demand.base[:16]} is not among them")
+    if policy.max_rank is not None and demand.rank is not None and demand.rank > policy.max_rank:
+        yield PolicyViolation(pb.RANK_TOO_LARGE, f"policy.max_rank: allowed {policy.max_rank}; got {demand.rank}")
+    if policy.max_steps is not None and demand.steps > policy.max_steps:
+        yield PolicyViolation(pb.TOO_MANY_STEPS, f"policy.max_steps: allowed {policy.max_steps}; got {demand.steps}")
+    if policy.max_rounds is not None and usage.rounds >= policy.max_rounds:
+        yield PolicyViolation(
+            pb.TOO_MANY_ROUNDS, f"policy.max_rounds: allowed {policy.max_rounds}; all of them are done"
+        )
+    if policy.max_down_mib is not None and demand.num_bytes > policy.max_down_mib * MIB:
+        yield PolicyViolation(
+            pb.TOO_MANY_BYTES,
+            f"policy.max_down_mib: allowed {policy.max_down_mib:g}; got {format_mib(demand.num_bytes)}",
+        )
+    if demand.cohort < policy.min_cohort:
+        yield PolicyViolation(
+            pb.COHORT_TOO_SMALL, f"policy.min_cohort: at least {policy.min_cohort}; got {demand.cohort}"
+        )
+    if policy.hours and not is_within_hours(policy.hours, now):
+        yield PolicyViolation(pb.OUTSIDE_HOURS, f"policy.hours: allowed {policy.hours}; it is {now:%H:%M}")
 
 
-def leaves(policy: Policy, num_bytes: int, spent: Usage) -> Refusal | None:
-    """Return why an answer of so many bytes must not leave the site; None if it may."""
+def check_upload(policy: Policy, num_bytes: int, usage: Usage) -> PolicyViolation | None:
+    """Return the limit that an update of so many bytes exceeds; None if it may leave the site."""
     if policy.max_up_mib is not None and num_bytes > policy.max_up_mib * MIB:
-        return Refusal(pb.TOO_MANY_BYTES, f"policy.max_up_mib: allowed {policy.max_up_mib:g}; got {mib(num_bytes)}")
-    if policy.day_up_mib is not None and spent.day_bytes + num_bytes > policy.day_up_mib * MIB:
-        total = mib(spent.day_bytes + num_bytes)
-        return Refusal(pb.TOO_MANY_BYTES, f"policy.day_up_mib: allowed {policy.day_up_mib:g}; it would be {total}")
+        return PolicyViolation(
+            pb.TOO_MANY_BYTES, f"policy.max_up_mib: allowed {policy.max_up_mib:g}; got {format_mib(num_bytes)}"
+        )
+    if policy.day_up_mib is not None and usage.day_bytes + num_bytes > policy.day_up_mib * MIB:
+        total = format_mib(usage.day_bytes + num_bytes)
+        return PolicyViolation(
+            pb.TOO_MANY_BYTES, f"policy.day_up_mib: allowed {policy.day_up_mib:g}; it would be {total}"
+        )
     return None
 
 
-def mib(num_bytes: int) -> str:
+def format_mib(num_bytes: int) -> str:
     return f"{num_bytes / MIB:.1f}"
 
 
 def digest_matches(digest: str, prefixes: Sequence[str]) -> bool:
-    return any(len(one) >= 8 and digest.startswith(one.lower()) for one in prefixes)
+    return any(len(prefix) >= MIN_DIGEST_DIGITS and digest.startswith(prefix.lower()) for prefix in prefixes)
 
 
-def within(hours: str, now: time) -> bool:
+def is_within_hours(hours: str, now: time) -> bool:
     """Return whether a time of day lies within `HH:MM-HH:MM`, which may go over midnight."""
-    begin, end = (time.fromisoformat(one) for one in hours.split("-"))
+    begin, end = (time.fromisoformat(text) for text in hours.split("-"))
+    # The end is excluded, so that 20:00-06:00 and 06:00-20:00 share no minute.
     if begin <= end:
         return begin <= now < end
     return now >= begin or now < end
 
 
-def check(policy: Policy) -> None:
-    """Refuse what no single field can tell.
+def validate_policy(policy: Policy) -> None:
+    """Check the texts of a policy, whose form no type describes.
 
     Raises:
         ConfigError: with every fault.
@@ -183,9 +202,9 @@ def check(policy: Policy) -> None:
         faults.append(Fault("policy.hours", 'two times of day, such as "20:00-06:00"', repr(policy.hours)))
     for name in ("recipes", "bases"):
         faults += [
-            Fault(f"policy.{name}", "at least 8 hexadecimal digits each", repr(one))
-            for one in getattr(policy, name)
-            if not re.fullmatch(r"[0-9a-fA-F]{8,64}", one)
+            Fault(f"policy.{name}", "at least 8 hexadecimal digits each", repr(digest))
+            for digest in getattr(policy, name)
+            if not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest)
         ]
     if faults:
         raise ConfigError(faults)

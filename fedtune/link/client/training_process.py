@@ -1,4 +1,4 @@
-"""The process that holds a site's model and data: started by the link, told what to do, replaced if it dies."""
+"""The process that holds a site's model and data: started when it is first needed, and anew after it has died."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any, Protocol
 from fedtune.errors import ClientError, ConfigError, Fault
 
 END_S = 5.0
-"""That the process is given to end by itself."""
+"""Within which the process must end by itself before it is killed."""
 
 
 class Trainer(Protocol):
-    """Does what an order asks, with files instead of values: bodies may be larger than the memory."""
+    """Does the work of tasks, with files instead of values: bodies may be larger than the memory."""
 
     def profile(self, into: Path) -> None:
-        """Write what the client says of itself: `front`, and a file per body under its digest (hex).
+        """Write the client's profile: its header as `front`, and each body under its digest (hex).
 
         Raises:
             ConfigError: if the site's own file is wrong, or the process died.
@@ -38,23 +38,23 @@ class Trainer(Protocol):
         ...
 
     def kill(self) -> None:
-        """End what is being done at once; the next order starts anew."""
+        """End the current work at once; the next task starts anew."""
         ...
 
 
 class ProcessTrainer:
     """A trainer in a process of its own, so that whatever happens to it, the client's signs of life go on."""
 
-    def __init__(self, command: Sequence[str], *, died: Callable[[str], None] = lambda reason: None) -> None:
+    def __init__(self, command: Sequence[str], *, on_exit: Callable[[str], None] = lambda reason: None) -> None:
         """Bind a command, which is started when it is first needed.
 
         Args:
-            command: it is given two descriptors as last arguments: of the socket that it is told on, and of a pipe
-                whose end means that this process has gone.
-            died: told when the process has ended without being asked to.
+            command: gets three descriptors as last arguments: of the pipe with requests, of the one for replies, and
+                of one whose end means that this process has gone.
+            on_exit: called with the reason when the process has ended without being asked to.
         """
-        self._command, self._died = tuple(command), died
-        self._lock = threading.Lock()  # one order at a time
+        self._command, self._on_exit = tuple(command), on_exit
+        self._lock = threading.Lock()  # one request at a time: requests and replies share two pipes
         self._process: subprocess.Popen[bytes] | None = None
         self._requests = self._replies = self._life = -1
 
@@ -82,7 +82,7 @@ class ProcessTrainer:
         process = self._process
         if process is None:
             return
-        self._shut()
+        self._close_pipes()
         try:
             process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -96,44 +96,46 @@ class ProcessTrainer:
                 self._start()
             try:
                 os.write(self._requests, json.dumps(request).encode() + b"\n")
-                line = self._line()
+                line = self._read_line()
             except BrokenPipeError:
                 line = b""
             if line.endswith(b"\n"):
                 reply: Mapping[str, Any] = json.loads(line)
                 return reply
             assert self._process is not None
-            self._shut()
+            self._close_pipes()
             code = self._process.wait()
             self._process = None
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-            reason = f"the training process ended ({how})"
-            self._died(reason)
+            status = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+            reason = f"the training process ended ({status})"
+            self._on_exit(reason)
             raise ClientError(f"expected an update; {reason}; this site's own log says more")
 
     def _start(self) -> None:
-        theirs_in, self._requests = os.pipe()
-        self._replies, theirs_out = os.pipe()
-        their_life, self._life = os.pipe()
-        theirs = (theirs_in, theirs_out, their_life)
+        child_requests, self._requests = os.pipe()
+        self._replies, child_replies = os.pipe()
+        # Nothing is ever written to it: the operating system ends it when this process dies, even by SIGKILL, and the
+        # child then exits instead of training for a client that has gone.
+        child_life, self._life = os.pipe()
+        child_ends = (child_requests, child_replies, child_life)
         try:
             self._process = subprocess.Popen(
-                [*self._command, *map(str, theirs)],
-                pass_fds=theirs,
+                [*self._command, *map(str, child_ends)],
+                pass_fds=child_ends,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the link process, which ends this one
             )
         finally:
-            for descriptor in theirs:
+            for descriptor in child_ends:
                 os.close(descriptor)
 
-    def _line(self) -> bytes:
+    def _read_line(self) -> bytes:
         data = b""
         while not data.endswith(b"\n") and (more := os.read(self._replies, 65536)):
             data += more
         return data
 
-    def _shut(self) -> None:
+    def _close_pipes(self) -> None:
         for descriptor in (self._requests, self._replies, self._life):
             with suppress(OSError):
                 os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The certificate authority of a federation, a folder on an offline machine: it signs requests and the roster."""
+"""The certificate authority of a federation: a folder of keys, offline, that sign certificates and the roster."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.pki import certificates, roster
 from fedtune.link.pki.enrollment import Request, pack_bundle, read_request, root_pem
-from fedtune.link.pki.identity import root_key, secret
+from fedtune.link.pki.identity import parse_root_key, read_secret
 from fedtune.link.pki.roster import NAME, Party, Roster
-from fedtune.link.pki.signing import raw
+from fedtune.link.pki.signing import public_bytes
 from fedtune.store.files import store_errors, write_bytes
 
 CA_KEY, CA, ROSTER_KEY, ROSTER_PUB, ROSTER = "ca.key", "ca.crt", "roster.key", "roster.pub", "roster"
 ROSTER_DAYS = 30
 DAY_S = 86_400
-KEPT_SERIALS = 2
+MAX_SERIALS = 2
+"""Certificates of a party that count at the same time: the renewed one, and the one before until it is installed."""
 
 
-def init(folder: Path, federation: str, *, now: int, years: int = 10) -> Roster:
-    """Make a CA, the key of the roster, and a roster without members.
+def create_authority(folder: Path, federation: str, *, now: int, years: int = 10) -> Roster:
+    """Create a CA, the key that signs the roster, and a roster without parties.
 
     Raises:
-        ConfigError: if the name is none, or the folder holds something.
+        ConfigError: if the name has other characters, or the folder is not empty.
     """
     if not NAME.fullmatch(federation):
         raise ConfigError(Fault("federation", "letters, digits, '.', '_', '-', at most 100", repr(federation)))
@@ -36,26 +37,27 @@ def init(folder: Path, federation: str, *, now: int, years: int = 10) -> Roster:
     key, root = certificates.new_tls_key(), Ed25519PrivateKey.generate()
     with store_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        # Before the first key is written: else other users could read it for a moment.
         folder.chmod(0o700)
     write_bytes(folder / CA_KEY, certificates.pem_of(key), mode=0o600)
     write_bytes(folder / ROSTER_KEY, certificates.pem_of(root), mode=0o600)
-    write_bytes(folder / CA, certificates.authority(federation, key, years=years, now=now))
-    write_bytes(folder / ROSTER_PUB, root_pem(raw(root)))
-    made = Roster(federation, 1, now + ROSTER_DAYS * DAY_S, {})
-    write_bytes(folder / ROSTER, roster.encode(made, root))
-    return made
+    write_bytes(folder / CA, certificates.ca_certificate(federation, key, years=years, now=now))
+    write_bytes(folder / ROSTER_PUB, root_pem(public_bytes(root)))
+    first = Roster(federation, 1, now + ROSTER_DAYS * DAY_S, {})
+    write_bytes(folder / ROSTER, roster.encode(first, root))
+    return first
 
 
 def current_roster(folder: Path) -> Roster:
-    """Return the roster of a CA as it last signed it.
+    """Return the roster that a CA has signed last.
 
     Raises:
         ConfigError: if the folder is no CA.
         WireError: if the roster is not signed by the folder's own key.
     """
-    with keys_of(folder):
-        root = root_key(read(folder / ROSTER_PUB))
-    return roster.decode(read(folder / ROSTER), root)
+    with key_errors(folder):
+        root = parse_root_key(read_ca_file(folder / ROSTER_PUB))
+    return roster.decode(read_ca_file(folder / ROSTER), root)
 
 
 def sign_request(folder: Path, request: bytes, *, days: int = 90, replace: bool = False, now: int) -> bytes:
@@ -63,9 +65,9 @@ def sign_request(folder: Path, request: bytes, *, days: int = 90, replace: bool 
 
     Args:
         folder: of the CA.
-        request: what `enrol.request` made.
-        days: how long the certificate lasts.
-        replace: whether a party of that name may come with another signing key, organisation or role, or after it was
+        request: as `enrollment.make_request` returned it.
+        days: life of the certificate.
+        replace: whether a known party may have another signing key, organisation or role, or come back after it was
             revoked; its old key and certificates end.
         now: seconds since 1970.
 
@@ -73,26 +75,27 @@ def sign_request(folder: Path, request: bytes, *, days: int = 90, replace: bool 
         WireError: if the request is malformed or its signatures do not hold.
         ConfigError: if it must not be signed, with the reason.
     """
-    asked = read_request(request)
+    applicant = read_request(request)
     before = current_roster(folder)
-    old = before.members.get(asked.name)
-    if old is not None and not replace and (problem := misfit(old, asked)):
+    old = before.parties.get(applicant.name)
+    if old is not None and not replace and (problem := renewal_fault(old, applicant)):
         raise ConfigError(problem)
-    twin = next((one for one in before.members.values() if one.key == asked.key and one.name != asked.name), None)
-    if twin is not None:  # revoked or not: who was taken out must not come back under another name
+    same_key = [party for party in before.parties.values() if party.key == applicant.key]
+    twin = next((party for party in same_key if party.name != applicant.name), None)
+    if twin is not None:  # also a revoked one: it must not come back under another name
         hint = "request it from a new identity folder, with keys of its own"
-        raise ConfigError(Fault("request", f"a key of {asked.name} alone", f"the one of {twin.name}", hint))
-    if asked.role == "coordinator" and not asked.hosts:
+        raise ConfigError(Fault("request", f"a key of {applicant.name} alone", f"the one of {twin.name}", hint))
+    if applicant.role == "coordinator" and not applicant.hosts:
         raise ConfigError(Fault("request", "hosts that clients dial", "none", "request with --host NAME"))
-    ca = read(folder / CA)
-    with keys_of(folder):
-        ca_key = certificates.tls_key(secret(folder / CA_KEY))
+    ca = read_ca_file(folder / CA)
+    with key_errors(folder):
+        ca_key = certificates.load_tls_key(read_secret(folder / CA_KEY))
     try:
-        pem = certificates.certificate(
-            certificates.csr_key(asked.csr),
-            f"{certificates.SCHEME}{before.federation}/{asked.org}/{asked.name}",
-            hosts=asked.hosts,
-            server=asked.role == "coordinator",
+        pem = certificates.issue_certificate(
+            certificates.csr_key(applicant.csr),
+            f"{certificates.SCHEME}{before.federation}/{applicant.org}/{applicant.name}",
+            hosts=applicant.hosts,
+            server=applicant.role == "coordinator",
             days=days,
             ca=ca,
             ca_key=ca_key,
@@ -100,69 +103,72 @@ def sign_request(folder: Path, request: bytes, *, days: int = 90, replace: bool 
         )
     except ValueError as error:
         raise ConfigError(Fault("days", "a certificate that may be signed", str(error))) from None
-    kept = old.serials if old is not None and not replace else ()  # without replace it fits, as found above
+    # Without `replace` the old certificate, whose key has just been compared, counts until the new one is installed.
+    serials = old.serials if old is not None and not replace else ()
     begin, end = certificates.validity(pem)
-    member = Party(
-        asked.name, asked.org, asked.role, asked.key, (*kept, certificates.serial(pem))[-KEPT_SERIALS:], begin, end
-    )
-    made = resign(folder, dataclasses.replace(before, members={**before.members, asked.name: member}), now=now)
-    return pack_bundle(pem, ca, read(folder / ROSTER_PUB), made)
+    serials = (*serials, certificates.serial_number(pem))[-MAX_SERIALS:]
+    party = Party(applicant.name, applicant.org, applicant.role, applicant.key, serials, begin, end)
+    changed = dataclasses.replace(before, parties={**before.parties, applicant.name: party})
+    signed = sign_next_version(folder, changed, now=now)
+    return pack_bundle(pem, ca, read_ca_file(folder / ROSTER_PUB), signed)
 
 
-def misfit(old: Party, asked: Request) -> Fault | None:
-    """Return why a request is not simply a further certificate for a member."""
-    if old.key != asked.key:
+def renewal_fault(old: Party, applicant: Request) -> Fault | None:
+    """Return why a request is more than a further certificate for a known party; None if it is not."""
+    if old.key != applicant.key:
         hint = "compare the fingerprint by voice, then sign with --replace"
-        return Fault("request", f"the key that {asked.name} is enrolled with", "another", hint)
+        return Fault("request", f"the key that {applicant.name} is enrolled with", "another", hint)
     if old.state == "revoked":
-        return Fault("request", "a party that is not revoked", asked.name, "sign with --replace to readmit it")
-    if (old.org, old.role) != (asked.org, asked.role):
-        expected, got = f"{asked.name} as {old.role} of {old.org}", f"as {asked.role} of {asked.org}"
+        return Fault("request", "a party that is not revoked", applicant.name, "sign with --replace to readmit it")
+    if (old.org, old.role) != (applicant.org, applicant.role):
+        expected, got = f"{applicant.name} as {old.role} of {old.org}", f"as {applicant.role} of {applicant.org}"
         return Fault("request", expected, got, "sign with --replace if it has really changed")
     return None
 
 
 def revoke(folder: Path, name: str, *, now: int) -> Roster:
-    """Take a party out: its certificate and signatures count no more wherever the new roster is.
+    """Revoke a party: its certificates and signatures do not count any more where the new roster is installed.
 
     Raises:
         ConfigError: if there is no such party.
     """
     before = current_roster(folder)
-    if name not in before.members:
-        known: Sequence[str] = sorted(before.members)
-        raise ConfigError(Fault("name", f"a member ({', '.join(known) or 'there is none yet'})", repr(name)))
-    gone = dataclasses.replace(before.members[name], state="revoked", serials=())
-    resign(folder, dataclasses.replace(before, members={**before.members, name: gone}), now=now)
+    if name not in before.parties:
+        known: Sequence[str] = sorted(before.parties)
+        raise ConfigError(Fault("name", f"a party ({', '.join(known) or 'there is none yet'})", repr(name)))
+    # Revoked, and not removed: its key must not come back under another name.
+    revoked = dataclasses.replace(before.parties[name], state="revoked", serials=())
+    sign_next_version(folder, dataclasses.replace(before, parties={**before.parties, name: revoked}), now=now)
     return current_roster(folder)
 
 
 def renew(folder: Path, *, days: int = ROSTER_DAYS, now: int) -> Roster:
-    """Sign the roster again, for so many days from now."""
-    resign(folder, current_roster(folder), days=days, now=now)
+    """Sign the roster again, valid for so many days from now."""
+    sign_next_version(folder, current_roster(folder), days=days, now=now)
     return current_roster(folder)
 
 
-def resign(folder: Path, changed: Roster, *, days: int = ROSTER_DAYS, now: int) -> bytes:
+def sign_next_version(folder: Path, changed: Roster, *, days: int = ROSTER_DAYS, now: int) -> bytes:
     """Sign a roster under the next version number, write it, and return it."""
+    # Never earlier than before: a new party must not shorten the time in which the roster is valid.
     until = max(changed.valid_until, now + days * DAY_S)
-    made = dataclasses.replace(changed, version=changed.version + 1, valid_until=until)
-    with keys_of(folder):
-        key = certificates.signing_key(secret(folder / ROSTER_KEY))
-    data = roster.encode(made, key)
+    following = dataclasses.replace(changed, version=changed.version + 1, valid_until=until)
+    with key_errors(folder):
+        key = certificates.load_signing_key(read_secret(folder / ROSTER_KEY))
+    data = roster.encode(following, key)
     write_bytes(folder / ROSTER, data)
     return data
 
 
 @contextmanager
-def keys_of(folder: Path) -> Iterator[None]:
+def key_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
         raise ConfigError(Fault("ca", f"keys in {folder} that can be used", str(error), "put back a copy")) from None
 
 
-def read(path: Path) -> bytes:
+def read_ca_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

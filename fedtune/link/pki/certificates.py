@@ -22,18 +22,19 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 SCHEME = "spiffe://"
-BACKDATED = timedelta(minutes=5)
-"""Clocks of two machines differ."""
-LONGEST_DAYS = 397
+CLOCK_TOLERANCE = timedelta(minutes=5)
+"""By which a certificate begins earlier, since the clocks of two machines differ."""
+MAX_DAYS = 397
+"""Longest life of a certificate, as the baseline requirements of the CA/Browser Forum recommend."""
 
 
 @contextmanager
-def parsing() -> Iterator[None]:
-    """Turn whatever the library says about bytes that it cannot read into a ValueError: it has five other words."""
+def parse_errors_as_value_errors() -> Iterator[None]:
+    """Raise a ValueError in place of the five other errors that the library has for bytes it cannot read."""
     try:
         yield
     except (
-        TypeError,  # a private key under a password
+        TypeError,  # a private key that is encrypted
         UnsupportedAlgorithm,
         x509.InvalidVersion,
         x509.DuplicateExtension,
@@ -43,13 +44,13 @@ def parsing() -> Iterator[None]:
 
 
 def pem_of(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
-    """Return a private key as PEM, not encrypted: its file's mode protects it."""
+    """Return a private key as PEM, not encrypted: the mode of its file protects it."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-@parsing()
-def tls_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
-    """Return the key of a PEM.
+@parse_errors_as_value_errors()
+def load_tls_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """Return the private key of a PEM.
 
     Raises:
         ValueError: if it is not one of ECDSA P-256.
@@ -60,9 +61,9 @@ def tls_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-@parsing()
-def signing_key(pem: bytes) -> Ed25519PrivateKey:
-    """Return the key of a PEM.
+@parse_errors_as_value_errors()
+def load_signing_key(pem: bytes) -> Ed25519PrivateKey:
+    """Return the private key of a PEM.
 
     Raises:
         ValueError: if it is not one of Ed25519.
@@ -77,19 +78,20 @@ def new_tls_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def common(name: str) -> x509.Name:
+def common_name(name: str) -> x509.Name:
+    # 64 characters are the limit of X.520; the whole name is in the URI.
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
 
 
-def times(now: int, span: timedelta) -> tuple[datetime, datetime]:
+def validity_dates(now: int, span: timedelta) -> tuple[datetime, datetime]:
     begin = datetime.fromtimestamp(now, UTC)
-    return begin - BACKDATED, begin + span
+    return begin - CLOCK_TOLERANCE, begin + span
 
 
-def authority(federation: str, key: ec.EllipticCurvePrivateKey, *, years: int, now: int) -> bytes:
+def ca_certificate(federation: str, key: ec.EllipticCurvePrivateKey, *, years: int, now: int) -> bytes:
     """Return the certificate (PEM) of a CA, signed by itself."""
-    begin, end = times(now, timedelta(days=365 * years))
-    name = common(f"{federation} CA")
+    begin, end = validity_dates(now, timedelta(days=365 * years))
+    name = common_name(f"{federation} CA")
     usage = x509.KeyUsage(
         digital_signature=False,
         content_commitment=False,
@@ -101,7 +103,7 @@ def authority(federation: str, key: ec.EllipticCurvePrivateKey, *, years: int, n
         encipher_only=False,
         decipher_only=False,
     )
-    made = (
+    signed = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -109,25 +111,26 @@ def authority(federation: str, key: ec.EllipticCurvePrivateKey, *, years: int, n
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin)
         .not_valid_after(end)
+        # No CA below it: a stolen certificate of a party cannot issue others.
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    return made.public_bytes(Encoding.PEM)
+    return signed.public_bytes(Encoding.PEM)
 
 
 def csr(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
-    """Return a signing request (PEM); what it should say beyond the key is for the CA to decide."""
+    """Return a signing request (PEM) for a key; the CA decides everything else in the certificate."""
     return (
         x509.CertificateSigningRequestBuilder()
-        .subject_name(common(name))
+        .subject_name(common_name(name))
         .sign(key, hashes.SHA256())
         .public_bytes(Encoding.PEM)
     )
 
 
-@parsing()
+@parse_errors_as_value_errors()
 def csr_key(pem: bytes) -> ec.EllipticCurvePublicKey:
     """Return the key of a signing request.
 
@@ -138,12 +141,13 @@ def csr_key(pem: bytes) -> ec.EllipticCurvePublicKey:
     key = request.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ValueError("not a key of ECDSA P-256")
+    # Its own signature proves that the author has the private key.
     if not request.is_signature_valid:
         raise ValueError("its signature does not hold")
     return key
 
 
-def certificate(
+def issue_certificate(
     public: ec.EllipticCurvePublicKey,
     uri: str,
     *,
@@ -154,25 +158,27 @@ def certificate(
     ca_key: ec.EllipticCurvePrivateKey,
     now: int,
 ) -> bytes:
-    """Return a certificate (PEM) for a party that `uri` names; hosts only where it is a server's.
+    """Return a certificate (PEM) for the party that `uri` names; `hosts` are for a server's alone.
 
     Raises:
         ValueError: if it would last longer than `LONGEST_DAYS`.
     """
-    if not 1 <= days <= LONGEST_DAYS:
-        raise ValueError(f"expected 1 to {LONGEST_DAYS} days; got {days}")
+    if not 1 <= days <= MAX_DAYS:
+        raise ValueError(f"expected 1 to {MAX_DAYS} days; got {days}")
     issuer = x509.load_pem_x509_certificate(ca)
-    begin, end = times(now, timedelta(days=days))
+    begin, end = validity_dates(now, timedelta(days=days))
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri)]
-    names += [general(host) for host in hosts] if server else []
+    # Hosts in a server certificate alone: no client can pose as the server that others dial.
+    names += [host_general_name(host) for host in hosts] if server else []
     purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
-    made = (
+    signed = (
         x509.CertificateBuilder()
-        .subject_name(common(uri.rpartition("/")[2]))
+        .subject_name(common_name(uri.rpartition("/")[2]))
         .issuer_name(issuer.subject)
         .public_key(public)
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin)
+        # A certificate that outlives its CA would fail with a misleading reason.
         .not_valid_after(min(end, issuer.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
@@ -180,26 +186,26 @@ def certificate(
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
         .sign(ca_key, hashes.SHA256())
     )
-    return made.public_bytes(Encoding.PEM)
+    return signed.public_bytes(Encoding.PEM)
 
 
-def general(host: str) -> x509.GeneralName:
+def host_general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
 
 
-@parsing()
-def spiffe(pem: bytes) -> tuple[str, str, str]:
+@parse_errors_as_value_errors()
+def spiffe_parts(pem: bytes) -> tuple[str, str, str]:
     """Return federation, organisation and name of the party that a certificate names.
 
     Raises:
         ValueError: if it names none, or more than one.
     """
-    found = x509.load_pem_x509_certificate(pem)
+    parsed = x509.load_pem_x509_certificate(pem)
     try:
-        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         raise ValueError("a certificate without a name") from None
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
@@ -209,8 +215,8 @@ def spiffe(pem: bytes) -> tuple[str, str, str]:
     return parts[0], parts[1], parts[2]
 
 
-@parsing()
-def serial(pem: bytes) -> str:
+@parse_errors_as_value_errors()
+def serial_number(pem: bytes) -> str:
     """Return a certificate's serial number in lower-case hex.
 
     Raises:
@@ -219,58 +225,60 @@ def serial(pem: bytes) -> str:
     return f"{x509.load_pem_x509_certificate(pem).serial_number:x}"
 
 
-@parsing()
+@parse_errors_as_value_errors()
 def validity(pem: bytes) -> tuple[int, int]:
     """Return from when to when a certificate is valid, in seconds since 1970."""
-    found = x509.load_pem_x509_certificate(pem)
-    return int(found.not_valid_before_utc.timestamp()), int(found.not_valid_after_utc.timestamp())
+    parsed = x509.load_pem_x509_certificate(pem)
+    return int(parsed.not_valid_before_utc.timestamp()), int(parsed.not_valid_after_utc.timestamp())
 
 
-@parsing()
+@parse_errors_as_value_errors()
 def is_issued_by(pem: bytes, ca: bytes) -> bool:
     """Return whether a certificate is signed by the CA, or one of the CAs, of a PEM."""
-    found = x509.load_pem_x509_certificate(pem)
-    return any(vouches(anchor, found) for anchor in x509.load_pem_x509_certificates(ca))
+    parsed = x509.load_pem_x509_certificate(pem)
+    return any(is_signed_by(parsed, anchor) for anchor in x509.load_pem_x509_certificates(ca))
 
 
-@parsing()
-def anchors(ca: bytes) -> bool:
-    """Return whether every certificate of a PEM is one of a CA, signed by itself and not changed since."""
-    found = x509.load_pem_x509_certificates(ca)
-    again = b"".join(one.public_bytes(Encoding.PEM) for one in found)
-    return ca == again and all(vouches(one, one) and is_authority(one) and is_whole(one) for one in found)
+@parse_errors_as_value_errors()
+def are_trust_anchors(ca: bytes) -> bool:
+    """Return whether every certificate of a PEM is a CA's, signed by itself and not changed since."""
+    anchors = x509.load_pem_x509_certificates(ca)
+    rewritten = b"".join(anchor.public_bytes(Encoding.PEM) for anchor in anchors)
+    return ca == rewritten and all(
+        is_signed_by(anchor, anchor) and is_authority(anchor) and has_whole_signature(anchor) for anchor in anchors
+    )
 
 
-@parsing()
+@parse_errors_as_value_errors()
 def is_canonical(pem: bytes) -> bool:
-    """Return whether a PEM is one certificate in the one spelling that is written here."""
-    found = x509.load_pem_x509_certificate(pem)
-    return pem == found.public_bytes(Encoding.PEM) and is_whole(found)
+    """Return whether a PEM is one certificate, spelled exactly as `issue_certificate` writes it."""
+    parsed = x509.load_pem_x509_certificate(pem)
+    return pem == parsed.public_bytes(Encoding.PEM) and has_whole_signature(parsed)
 
 
-def is_whole(found: x509.Certificate) -> bool:
-    """Return whether the signature is of whole bytes: how many bits of it do not count is itself not signed."""
-    return found.public_bytes(Encoding.DER).endswith(b"\0" + found.signature)
+def has_whole_signature(certificate: x509.Certificate) -> bool:
+    """Return whether the signature uses all bits of its bytes: the number of unused ones is not signed itself."""
+    return certificate.public_bytes(Encoding.DER).endswith(b"\0" + certificate.signature)
 
 
-def is_authority(found: x509.Certificate) -> bool:
+def is_authority(certificate: x509.Certificate) -> bool:
     try:
-        return found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except x509.ExtensionNotFound:
         return False
 
 
-def vouches(anchor: x509.Certificate, found: x509.Certificate) -> bool:
+def is_signed_by(certificate: x509.Certificate, anchor: x509.Certificate) -> bool:
     try:
-        found.verify_directly_issued_by(anchor)
+        certificate.verify_directly_issued_by(anchor)
     except (InvalidSignature, ValueError, TypeError):
         return False
     return True
 
 
-@parsing()
-def belongs(pem: bytes, key: ec.EllipticCurvePrivateKey) -> bool:
-    """Return whether a certificate is one of this key."""
+@parse_errors_as_value_errors()
+def matches_key(pem: bytes, key: ec.EllipticCurvePrivateKey) -> bool:
+    """Return whether a certificate is for this key."""
     return public_der(x509.load_pem_x509_certificate(pem).public_key()) == public_der(key.public_key())
 
 

@@ -1,4 +1,4 @@
-"""Ed25519 signatures over DSSE's pre-authentication encoding: what is signed is a type and bytes, nothing parsed."""
+"""Ed25519 signatures over DSSE's pre-authentication encoding, verified before anything is parsed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def pae(kind: str, payload: bytes) -> bytes:
     b'DSSEv1 29 http://example.com/HelloWorld 11 hello world'
     """
     name = kind.encode()
+    # Lengths first: no type and payload have the encoding of another pair.
     return b"DSSEv1 %d %s %d %s" % (len(name), name, len(payload), payload)
 
 
@@ -23,7 +24,7 @@ def sign(key: Ed25519PrivateKey, kind: str, payload: bytes) -> bytes:
 
 
 def verify(public: bytes, kind: str, payload: bytes, signature: bytes) -> bool:
-    """Return whether a signature is one of this public key (32 bytes); anything malformed is none."""
+    """Return whether a signature is made with this public key (32 bytes); False for anything malformed."""
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, pae(kind, payload))
     except (InvalidSignature, ValueError):
@@ -31,17 +32,17 @@ def verify(public: bytes, kind: str, payload: bytes, signature: bytes) -> bool:
     return True
 
 
-def raw(key: Ed25519PrivateKey) -> bytes:
-    """Return the public key that belongs to it, 32 bytes."""
+def public_bytes(key: Ed25519PrivateKey) -> bytes:
+    """Return the public key of a private key, 32 bytes."""
     return key.public_key().public_bytes_raw()
 
 
 def key_id(public: bytes) -> bytes:
-    """Return what a key is known by in a statement: the first 16 bytes of its SHA-256."""
+    """Return the id of a public key in a statement: the first 16 bytes of its SHA-256."""
     return sha256(public).digest()[:16]
 
 
 def fingerprint(data: bytes) -> str:
-    """Return what two people compare by voice: 128 bits of the SHA-256 as eight groups of four hex digits."""
+    """Return a fingerprint to compare by voice: 128 bits of the SHA-256 as eight groups of four hex digits."""
     digits = sha256(data).hexdigest()[:32]
     return " ".join(digits[at : at + 4] for at in range(0, 32, 4))

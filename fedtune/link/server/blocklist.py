@@ -1,4 +1,4 @@
-"""Clients that a server takes nothing from for now: a file of names and reasons that the operator may edit."""
+"""Clients that a server refuses for now: a file of names and reasons that the operator may edit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedtune.errors import StoreError
+from fedtune.link.rejections import reason_name
 from fedtune.store.files import store_errors, write_text
+from fedtune.wire.v1 import link_pb2 as pb
 
 HEAD = "# One client per line, then why. Remove its line to admit a client again; a running server looks each second.\n"
+RECHECK_S = 1.0
+"""At most so often the file's time of change is looked at, since every call of a client asks."""
+COUNTED_ROUNDS = 10
+"""Refusals in earlier rounds no longer count."""
 
 
 def read_blocklist(path: Path) -> Mapping[str, str]:
-    """Return why each client is barred.
+    """Return the reason why each client is blocked.
 
     Raises:
         StoreError: if the file cannot be read.
@@ -23,13 +29,13 @@ def read_blocklist(path: Path) -> Mapping[str, str]:
         return {}
     with store_errors(path):
         text = path.read_text(encoding="utf-8", errors="replace")
-    lines = [one.split(maxsplit=1) for one in text.splitlines() if one.strip() and not one.startswith("#")]
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return {words[0]: " ".join(words[1:]) or "by the operator" for words in lines}
 
 
-def write_blocklist(path: Path, bars: Mapping[str, str]) -> None:
+def write_blocklist(path: Path, blocked: Mapping[str, str]) -> None:
     """Write the file whole."""
-    write_text(path, HEAD + "".join(f"{name} {' '.join(why.split())}\n" for name, why in sorted(bars.items())))
+    write_text(path, HEAD + "".join(f"{name} {' '.join(reason.split())}\n" for name, reason in sorted(blocked.items())))
 
 
 class Blocklist:
@@ -37,40 +43,60 @@ class Blocklist:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock, self._lock = path, clock, threading.Lock()
-        self._read_at, self._stamp, self._bars = float("-inf"), (0, 0, 0), dict[str, str]()
+        self._checked_at, self._stamp, self._blocked = float("-inf"), (0, 0, 0), dict[str, str]()
 
-    def why(self, client: str) -> str:
-        """Return why a client is barred; empty if it is not. A file that cannot be read changes nothing."""
+    def reason(self, client: str) -> str:
+        """Return why a client is blocked; empty if it is not. A file that cannot be read changes nothing."""
         with self._lock:
-            if self._clock() - self._read_at >= 1.0:
-                self._read_at = self._clock()
+            if self._clock() - self._checked_at >= RECHECK_S:
+                self._checked_at = self._clock()
                 self._reload()
-            return self._bars.get(client, "")
+            return self._blocked.get(client, "")
 
-    def bar(self, client: str, why: str) -> None:
-        """Bar a client, durably.
+    def block(self, client: str, reason: str) -> None:
+        """Block a client, durably.
 
         Raises:
-            StoreError: if the file cannot be written; the client is barred as long as this process lives.
+            StoreError: if the file cannot be written; the client is blocked as long as this process lives.
         """
         with self._lock:
-            self._reload()
-            self._bars[client] = why
-            write_blocklist(self._path, self._bars)
-            self._stamp = self._found()
+            self._reload()  # else a line that the operator has just removed would come back
+            self._blocked[client] = reason
+            write_blocklist(self._path, self._blocked)
+            self._stamp = self._file_stamp()
 
     def _reload(self) -> None:
-        stamp = self._found()
+        stamp = self._file_stamp()
         if stamp != self._stamp:
             try:
-                self._bars = dict(read_blocklist(self._path))
+                self._blocked = dict(read_blocklist(self._path))
             except StoreError:
                 return
             self._stamp = stamp
 
-    def _found(self) -> tuple[int, int, int]:
+    def _file_stamp(self) -> tuple[int, int, int]:
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError:
             return 0, 0, 0
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+class RefusalCounter:
+    """In which rounds each client was refused for good; not thread-safe."""
+
+    def __init__(self) -> None:
+        self._rounds: dict[str, list[int]] = {}
+
+    def count(self, client: str, refusal: pb.Refusal, number: int, *, limit: int) -> str:
+        """Count one refusal in a round, and return the reason to block the client; empty below the limit.
+
+        After the limit the count begins anew, so that a client that the operator admits again has all its tries.
+        """
+        recent = [earlier for earlier in self._rounds.get(client, []) if number - earlier < COUNTED_ROUNDS]
+        self._rounds[client] = [*recent, number]
+        total = len(recent) + 1
+        if total < limit:
+            return ""
+        del self._rounds[client]
+        return f"{total} refusals within {COUNTED_ROUNDS} rounds, the last {reason_name(refusal.reason)}"

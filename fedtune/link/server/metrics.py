@@ -1,4 +1,4 @@
-"""Whether the server is alive and ready, and what it does in numbers: plain HTTP for the operator's own monitoring."""
+"""Health and metrics of the server over plain HTTP, for the operator's own monitoring."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fedtune.link.server.dispatcher import Dispatcher
 
 
 class Metrics:
-    """Counters of what is told, and gauges of how things stand."""
+    """Counters of the events, and gauges of the current state."""
 
     def __init__(self, *, names: bool = False) -> None:
-        """Begin to count; names of clients appear only if asked for."""
+        """Begin to count; names of clients are labels only if `names` is set."""
         self.registry, self._names = CollectorRegistry(), names
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -33,83 +33,90 @@ class Metrics:
             return Counter(name, text, [*labels, *label], registry=self.registry)
 
         self._events = counter("fedtune_events", "What happened on the link", "kind")
-        self._answers = counter("fedtune_answers", "Receipts given, by verdict", "verdict")
-        self._refused = counter("fedtune_refused", "Calls and answers refused", "code")
+        self._receipts = counter("fedtune_answers", "Receipts given, by verdict", "verdict")
+        self._refused = counter("fedtune_refused", "Calls and replies refused", "code")
         self._bytes = counter("fedtune_bytes", "Bytes of parts", "direction")
         self._round = Gauge("fedtune_round", "Round that is open, or the last one", registry=self.registry)
 
-    def gauge(self, hub: Dispatcher, *, roster_version: Callable[[], int], certificate_until: float) -> None:
-        """Show how a hub stands whenever somebody looks."""
+    def add_gauges(
+        self, dispatcher: Dispatcher, *, roster_version: Callable[[], int], certificate_until: float
+    ) -> None:
+        """Add gauges that are computed whenever the metrics are read."""
 
-        def spooled() -> int:
-            return sum(path.stat().st_size for path in hub.folder.iterdir() if path.is_file())
+        def arriving_bytes() -> int:
+            return sum(path.stat().st_size for path in dispatcher.folder.iterdir() if path.is_file())
 
         gauges: Mapping[str, tuple[str, Callable[[], float]]] = {
-            "fedtune_clients_connected": ("Clients that give signs of life", lambda: len(hub.fleet())),
-            "fedtune_orders_open": ("Orders out", lambda: sum(one.orders for one in hub.status().values())),
-            "fedtune_spool_bytes": ("Bytes of answers that are arriving", spooled),
-            "fedtune_disk_free_bytes": ("Bytes free on the disk", lambda: uploads.free_bytes(hub.folder)),
+            "fedtune_clients_connected": ("Clients that give signs of life", lambda: len(dispatcher.fleet())),
+            "fedtune_orders_open": (
+                "Tasks that clients work on",
+                lambda: sum(client.open_tasks for client in dispatcher.status().values()),
+            ),
+            "fedtune_spool_bytes": ("Bytes of replies that are arriving", arriving_bytes),
+            "fedtune_disk_free_bytes": ("Bytes free on the disk", lambda: uploads.free_bytes(dispatcher.folder)),
             "fedtune_roster_version": ("Version of the roster", roster_version),
             "fedtune_certificate_until_seconds": ("When the certificate ends, since 1970", lambda: certificate_until),
         }
         for name, (text, value) in gauges.items():
             Gauge(name, text, registry=self.registry).set_function(value)
 
-    def tell(self, kind: str, **fields: int | str) -> None:
-        """Count what happens."""
-        who = {"client": str(fields.get("client", ""))} if self._names else {}
-        self._events.labels(kind=kind, **who).inc()
+    def record(self, kind: str, **fields: int | str) -> None:
+        """Count an event."""
+        client = {"client": str(fields.get("client", ""))} if self._names else {}
+        self._events.labels(kind=kind, **client).inc()
         size = int(fields.get("bytes", 0))
         match kind:
             case "receipt":
-                self._answers.labels(verdict=str(fields["verdict"]), **who).inc()
+                self._receipts.labels(verdict=str(fields["verdict"]), **client).inc()
             case "refused":
-                self._refused.labels(code=str(fields["code"]), **who).inc()
+                self._refused.labels(code=str(fields["code"]), **client).inc()
             case "answered":
-                self._bytes.labels(direction="up", **who).inc(size)
+                self._bytes.labels(direction="up", **client).inc(size)
             case "fetched":
-                self._bytes.labels(direction="down", **who).inc(size)
+                self._bytes.labels(direction="down", **client).inc(size)
             case "round":
                 self._round.set(int(fields["round"]))
 
 
-class Server(ThreadingMixIn, WSGIServer):
+class HealthServer(ThreadingMixIn, WSGIServer):
+    # A probe that hangs must not keep the server from ending.
     daemon_threads = True
 
 
-class Quiet(WSGIRequestHandler):
+class QuietRequestHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: a probe comes every few seconds."""
+        """Log nothing: a probe comes every few seconds."""
 
 
 @contextmanager
-def health(address: str, metrics: Metrics, *, unready: Callable[[], str]) -> Iterator[int]:
+def serve_health(address: str, metrics: Metrics, *, unready: Callable[[], str]) -> Iterator[int]:
     """Answer /healthz, /readyz and /metrics until the block ends; yields the port.
 
     Args:
-        address: host and port; anything but loopback shows the numbers to whoever reaches it.
-        metrics: what is shown.
-        unready: why the server cannot take part in rounds now; empty if it can.
+        address: host and port; on anything but loopback other machines can read the numbers.
+        metrics: shown at /metrics.
+        unready: returns why the server cannot take updates now; empty if it can.
 
     Raises:
         ConfigError: if the address cannot be listened on.
     """
-    exposed = make_wsgi_app(metrics.registry)
+    metrics_app = make_wsgi_app(metrics.registry)
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
-            page: Iterable[bytes] = exposed(environ, start_response)
+            page: Iterable[bytes] = metrics_app(environ, start_response)
             return page
-        why = unready() if path == "/readyz" else ""
+        # Only /readyz: an orchestrator restarts what is not healthy, and a restart does not mend a full disk.
+        reason = unready() if path == "/readyz" else ""
         status = HTTPStatus.OK if path in ("/healthz", "/readyz") else HTTPStatus.NOT_FOUND
-        status = HTTPStatus.SERVICE_UNAVAILABLE if why else status
+        status = HTTPStatus.SERVICE_UNAVAILABLE if reason else status
         start_response(f"{status.value} {status.phrase}", [("Content-Type", "text/plain; charset=utf-8")])
-        return [f"{why or status.phrase.lower()}\n".encode()]
+        return [f"{reason or status.phrase.lower()}\n".encode()]
 
     host, _, port = address.rpartition(":")
     try:
-        server = make_server(host, int(port), app, server_class=Server, handler_class=Quiet)
+        server = make_server(host, int(port), app, server_class=HealthServer, handler_class=QuietRequestHandler)
     except (OSError, ValueError, OverflowError) as error:
         hint = 'choose another one, or link.health = "" for none'
         raise ConfigError(Fault("link.health", "an address that is free", f"{address!r} ({error})", hint)) from None

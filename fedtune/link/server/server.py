@@ -1,4 +1,4 @@
-"""The server of the link: gRPC with mutual TLS over a hub, in a thread of its own, from its start to its last byte."""
+"""The server of the link: gRPC with mutual TLS over a dispatcher, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ import grpc
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.link import ENVIRONMENT, SET_IN_TIME
-from fedtune.link.audit_log import RecordEvent, silent
+from fedtune.link.audit_log import RecordEvent, ignore_event
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.dispatcher import Dispatcher
-from fedtune.link.server.service import Service, handlers
+from fedtune.link.server.service import Service, rpc_handlers
 from fedtune.link.settings import MIB, LinkSettings
 from fedtune.wire.v1 import link_pb2 as pb
 
 LARGEST_PORT = 65_535
 RETRY_AFTER_S = 2.0
-"""What clients are told of a server that goes down and comes back."""
+"""After which clients come back to a server that restarts."""
+DRAIN_POLL_S = 0.02
 
 
-def options(settings: LinkSettings, *, members: int) -> list[tuple[str, int | str]]:
-    """Return gRPC's own limits: they hold before a byte of a call is kept."""
+def server_options(settings: LinkSettings, *, parties: int) -> list[tuple[str, int | str]]:
+    """Return gRPC's own limits, which hold before our code sees a byte of a call."""
     return [
         ("grpc.so_reuseport", 0),  # a second server on the port is an error, not half of the clients
         ("grpc.max_receive_message_length", MIB),
         ("grpc.max_send_message_length", 2 * MIB),
         ("grpc.max_metadata_size", 8 * 1024),
         ("grpc.max_concurrent_streams", 16),
-        ("grpc.max_allowed_incoming_connections", 2 * members + 16),
+        # Two for each party, one that ends beside one that begins, and some for connections before their handshake.
+        ("grpc.max_allowed_incoming_connections", 2 * parties + 16),
         ("grpc.server_handshake_timeout_ms", 5000),
-        ("grpc.compression_enabled_algorithms_bitset", 1),  # nothing is inflated
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not inflate to a huge one
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -48,7 +50,7 @@ def options(settings: LinkSettings, *, members: int) -> list[tuple[str, int | st
     ]
 
 
-def credentials(identity: Identity) -> grpc.ServerCredentials:
+def server_credentials(identity: Identity) -> grpc.ServerCredentials:
     """Return the server's half of mutual TLS; a renewed certificate in the folder serves the next connection."""
     folder: Path = identity.folder
 
@@ -56,49 +58,50 @@ def credentials(identity: Identity) -> grpc.ServerCredentials:
         pair = ((folder / "tls.key").read_bytes(), (folder / "tls.crt").read_bytes())
         return grpc.ssl_server_certificate_configuration([pair], root_certificates=identity.ca)
 
-    seen = [(folder / "tls.crt").stat().st_mtime_ns]
+    loaded_at = (folder / "tls.crt").stat().st_mtime_ns
 
-    def renewed() -> Any:  # a configuration, or None for the one before; gRPC's stubs do not know the second
+    def reload() -> Any:  # None keeps the configuration before, which types-grpcio does not know
+        nonlocal loaded_at
         try:
-            found = (folder / "tls.crt").stat().st_mtime_ns
-            if found == seen[0]:
+            changed_at = (folder / "tls.crt").stat().st_mtime_ns
+            if changed_at == loaded_at:
                 return None
-            made = configuration()
-        except OSError:  # while it is being replaced: the one before serves
+            renewed = configuration()
+        except OSError:  # while the file is being replaced, the certificate before serves
             return None
-        seen[0] = found
-        return made
+        loaded_at = changed_at
+        return renewed
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), renewed, require_client_authentication=True)
+    return grpc.dynamic_ssl_server_credentials(configuration(), reload, require_client_authentication=True)
 
 
 class RunningServer:
     """A server that runs; `port` is where it listens."""
 
-    def __init__(self, hub: Dispatcher, service: Service, server: grpc.aio.Server, port: int) -> None:
-        self.hub, self.service, self.port, self._server = hub, service, port, server
+    def __init__(self, dispatcher: Dispatcher, service: Service, server: grpc.aio.Server, port: int) -> None:
+        self.dispatcher, self.service, self.port, self._server = dispatcher, service, port, server
         self.done = asyncio.Event()
 
-    async def drained(self, seconds: float) -> None:
-        """Wait until no transfer is under way and every client knows of the end, or so long; then close everything."""
+    async def drain(self, seconds: float) -> None:
+        """Wait until no transfer is under way and every client knows of the end, at most so long; then close all."""
         loop = asyncio.get_running_loop()
         ends = loop.time() + seconds
-        while (self.service.transfers or self.hub.untold()) and loop.time() < ends:
-            await asyncio.sleep(0.02)
+        while (self.service.transfers or self.dispatcher.uninformed()) and loop.time() < ends:
+            await asyncio.sleep(DRAIN_POLL_S)
         await self._server.stop(grace=min(1.0, seconds))
         self.service.close()
 
 
 @contextmanager
 def serve_link(
-    hub: Dispatcher,
+    dispatcher: Dispatcher,
     identity: Identity,
     roster: RosterFile,
     *,
-    tell: RecordEvent = silent,
+    record: RecordEvent = ignore_event,
     now: Callable[[], float] = time.time,
 ) -> Iterator[RunningServer]:
-    """Serve a hub until the block ends; then clients are told that the server goes down, unless the run has finished.
+    """Serve a dispatcher until the block ends; clients then hear that the server goes down, or that the run is over.
 
     Raises:
         ConfigError: if the address cannot be listened on.
@@ -107,26 +110,26 @@ def serve_link(
 
     async def run() -> None:
         try:
-            running = await start(hub, identity, roster, tell=tell, now=now)
+            running = await start_server(dispatcher, identity, roster, record=record, now=now)
         except ConfigError as error:
             started.set_exception(error)
             return
         started.set_result((asyncio.get_running_loop(), running))
         await running.done.wait()
-        await running.drained(hub.settings.drain_s)
+        await running.drain(dispatcher.settings.drain_s)
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), name="fedtune link", daemon=True)
     thread.start()
     loop, running = started.result()
-    tell("listening", address=hub.settings.listen, port=running.port)
+    record("listening", address=dispatcher.settings.listen, port=running.port)
     try:
         yield running
     finally:
-        if hub.stopping is None:
-            hub.stop(pb.Stop.DRAINING, retry_after_s=RETRY_AFTER_S)
+        if dispatcher.stopping is None:
+            dispatcher.stop(pb.Stop.DRAINING, retry_after_s=RETRY_AFTER_S)
         loop.call_soon_threadsafe(running.done.set)
         thread.join()
-        tell("stopped")
+        record("stopped")
 
 
 def check_cipher_suites(set_in_time: bool) -> None:
@@ -142,18 +145,18 @@ def check_cipher_suites(set_in_time: bool) -> None:
 
 
 def check_address(address: str) -> None:
-    """Refuse a port that does not exist: gRPC would listen on another one in its place.
+    """Check the form of an address: of a port above 65535 gRPC takes the lowest 16 bits.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if host or port are missing, or the port does not exist.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > LARGEST_PORT:
         raise ConfigError(Fault("link.listen", f"HOST:PORT, a port of at most {LARGEST_PORT}", repr(address)))
 
 
-async def start(
-    hub: Dispatcher, identity: Identity, roster: RosterFile, *, tell: RecordEvent, now: Callable[[], float]
+async def start_server(
+    dispatcher: Dispatcher, identity: Identity, roster: RosterFile, *, record: RecordEvent, now: Callable[[], float]
 ) -> RunningServer:
     """Start the gRPC server in the running loop.
 
@@ -161,18 +164,18 @@ async def start(
         ConfigError: if the address cannot be listened on, or older versions of TLS cannot be excluded.
     """
     check_cipher_suites(SET_IN_TIME)
-    check_address(hub.settings.listen)
-    service = Service(hub, roster, epoch=secrets.randbits(63), tell=tell, now=now)
-    server = grpc.aio.server(options=options(hub.settings, members=len(roster.current().members)))
-    server.add_generic_rpc_handlers((handlers(service),))
-    address = hub.settings.listen
+    check_address(dispatcher.settings.listen)
+    service = Service(dispatcher, roster, epoch=secrets.randbits(63), record=record, now=now)
+    server = grpc.aio.server(options=server_options(dispatcher.settings, parties=len(roster.current().parties)))
+    server.add_generic_rpc_handlers((rpc_handlers(service),))
+    address = dispatcher.settings.listen
     try:
-        port = server.add_secure_port(address, credentials(identity))
+        port = server.add_secure_port(address, server_credentials(identity))
     except RuntimeError:
         port = 0
     if not port:
         service.close()
-        hint = "choose another port with --listen, or end the server that has it"
+        hint = "choose another port with --listen, or stop the server that uses it"
         raise ConfigError(Fault("link.listen", "an address that is free", repr(address), hint))
     await server.start()
-    return RunningServer(hub, service, server, port)
+    return RunningServer(dispatcher, service, server, port)

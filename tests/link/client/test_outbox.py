@@ -16,7 +16,7 @@ RUN = "0123456789abcdef"
 
 def entry(state: Path, number: int = 1) -> Entry:
     header = pb.Header(run=RUN, round=number, to="anna")
-    return outbox.entry(state, pb.Envelope(header=header.SerializeToString()), header)
+    return outbox.open_entry(state, pb.Envelope(header=header.SerializeToString()), header)
 
 
 def request(data: bytes, *, inline: bool) -> pb.SubmitRequest:
@@ -26,68 +26,68 @@ def request(data: bytes, *, inline: bool) -> pb.SubmitRequest:
     return pb.SubmitRequest(envelope=pb.Envelope(header=header, signature=b"s"), inline=sent)
 
 
-def test_an_order_is_found_again_with_what_came_of_it(tmp_path: Path) -> None:
-    made = entry(tmp_path)
-    assert made.answer() is None
-    made.keep_answer(request(b"small", inline=True))
-    made.keep_receipt(pb.Envelope(header=b"r"))
-    (found,) = outbox.entries(tmp_path, RUN)
-    assert found.digest == made.digest
-    assert found.answer() == request(b"small", inline=True)
-    assert found.receipt() == pb.Envelope(header=b"r")
-    assert entry(tmp_path).answer() is not None
+def test_a_task_is_found_again_with_what_came_of_it(tmp_path: Path) -> None:
+    item = entry(tmp_path)
+    assert item.reply() is None
+    item.store_reply(request(b"small", inline=True))
+    item.store_receipt(pb.Envelope(header=b"r"))
+    (result,) = outbox.load_entries(tmp_path, RUN)
+    assert result.digest == item.digest
+    assert result.reply() == request(b"small", inline=True)
+    assert result.receipt() == pb.Envelope(header=b"r")
+    assert entry(tmp_path).reply() is not None
 
 
-def test_an_answer_without_its_bytes_is_none_and_is_made_anew(tmp_path: Path) -> None:
-    made = entry(tmp_path)
-    made.update.write_bytes(b"large")
-    made.keep_answer(request(b"large", inline=False))
-    assert made.answer() is not None
-    made.update.unlink()
-    assert made.answer() is None
+def test_a_reply_without_its_bytes_is_none_and_is_made_anew(tmp_path: Path) -> None:
+    item = entry(tmp_path)
+    item.update.write_bytes(b"large")
+    item.store_reply(request(b"large", inline=False))
+    assert item.reply() is not None
+    item.update.unlink()
+    assert item.reply() is None
 
 
 def test_bodies_go_with_the_next_round_and_what_was_signed_stays(tmp_path: Path) -> None:
     first = entry(tmp_path, 1)
     first.update.write_bytes(b"large")
     first.part(b"\1" * 32).write_bytes(b"down")
-    first.keep_answer(request(b"large", inline=False))
-    outbox.tidy(tmp_path, RUN, keep=first)
+    first.store_reply(request(b"large", inline=False))
+    outbox.remove_earlier_bodies(tmp_path, RUN, keep=first)
     assert first.update.exists()
-    outbox.tidy(tmp_path, RUN, keep=entry(tmp_path, 2))
+    outbox.remove_earlier_bodies(tmp_path, RUN, keep=entry(tmp_path, 2))
     assert sorted(path.name for path in first.folder.iterdir()) == ["answer", "order"]
 
 
 def test_rounds_and_bytes_are_counted_over_what_was_answered(tmp_path: Path) -> None:
     for number, data in ((1, b"x" * 100), (2, b"y" * 50)):
-        made = entry(tmp_path, number)
-        made.update.write_bytes(data)
-        made.keep_answer(request(data, inline=False))
+        item = entry(tmp_path, number)
+        item.update.write_bytes(data)
+        item.store_reply(request(data, inline=False))
     entry(tmp_path, 3)
-    assert outbox.count_answers(tmp_path, RUN) == 2
+    assert outbox.count_replies(tmp_path, RUN) == 2
     now = (tmp_path / "runs" / RUN).stat().st_mtime
     assert outbox.bytes_sent_last_day(tmp_path, now=now) == 150
-    old = outbox.entries(tmp_path, RUN)[0].folder / "answer"
+    old = outbox.load_entries(tmp_path, RUN)[0].folder / "answer"
     os.utime(old, (now - 90_000, now - 90_000))
     assert outbox.bytes_sent_last_day(tmp_path, now=now) == 50
 
 
-def test_an_order_that_was_not_written_whole_is_left_out(tmp_path: Path) -> None:
-    made = entry(tmp_path)
-    (made.folder / "order").write_bytes(b"\xff\xff\xff")
-    assert outbox.entries(tmp_path, RUN) == []
-    (made.folder / "order").unlink()
-    assert outbox.entries(tmp_path, RUN) == []
+def test_a_task_that_was_not_written_whole_is_left_out(tmp_path: Path) -> None:
+    item = entry(tmp_path)
+    (item.folder / "order").write_bytes(b"\xff\xff\xff")
+    assert outbox.load_entries(tmp_path, RUN) == []
+    (item.folder / "order").unlink()
+    assert outbox.load_entries(tmp_path, RUN) == []
 
 
-def test_a_damaged_answer_is_named(tmp_path: Path) -> None:
-    made = entry(tmp_path)
-    (made.folder / "answer").write_bytes(b"\xff\xff\xff")
+def test_a_damaged_reply_is_named(tmp_path: Path) -> None:
+    item = entry(tmp_path)
+    (item.folder / "answer").write_bytes(b"\xff\xff\xff")
     with pytest.raises(StoreError, match="move its folder away"):
-        outbox.bytes_sent_last_day(tmp_path, now=made.folder.stat().st_mtime)
+        outbox.bytes_sent_last_day(tmp_path, now=item.folder.stat().st_mtime)
 
 
 def test_the_plan_of_a_run_is_kept_for_people_to_read(tmp_path: Path) -> None:
-    outbox.keep_plan(tmp_path, RUN, pb.Envelope(header=b"p"), b'name = "x"\n')
+    outbox.store_plan(tmp_path, RUN, pb.Envelope(header=b"p"), b'name = "x"\n')
     assert (tmp_path / "runs" / RUN / "recipe.toml").read_text() == 'name = "x"\n'
-    assert outbox.entries(tmp_path, RUN) == []
+    assert outbox.load_entries(tmp_path, RUN) == []

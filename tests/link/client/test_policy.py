@@ -6,7 +6,16 @@ from datetime import time
 import pytest
 
 from fedtune.errors import ConfigError, WireError
-from fedtune.link.client.policy import Policy, TaskDemand, Usage, check, check_policy, demand, leaves, within
+from fedtune.link.client.policy import (
+    Policy,
+    TaskDemand,
+    Usage,
+    check_policy,
+    check_upload,
+    is_within_hours,
+    read_demand,
+    validate_policy,
+)
 from fedtune.link.settings import MIB
 from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Training, TrainLora
 from fedtune.wire.codec import encode_assignment
@@ -54,7 +63,7 @@ def test_each_limit_is_a_veto_of_its_own(policy: Policy, veto: str) -> None:
     assert vetoes(policy, spent=Usage(rounds=1)) == [veto]
 
 
-def test_all_vetoes_are_told_together() -> None:
+def test_all_vetoes_are_reported_together() -> None:
     assert len(vetoes(Policy(methods=["fedit"], max_rank=1, min_cohort=9))) == 3
 
 
@@ -70,43 +79,43 @@ def test_nothing_of_rank_has_no_rank_to_refuse() -> None:
     ],
 )
 def test_hours_may_go_over_midnight(hours: str, inside: list[str], outside: list[str]) -> None:
-    assert all(within(hours, time.fromisoformat(one)) for one in inside)
-    assert not any(within(hours, time.fromisoformat(one)) for one in outside)
+    assert all(is_within_hours(hours, time.fromisoformat(one)) for one in inside)
+    assert not any(is_within_hours(hours, time.fromisoformat(one)) for one in outside)
 
 
-def test_what_leaves_the_site_is_limited_for_each_answer_and_each_day() -> None:
-    assert leaves(Policy(), 10**12, Usage()) is None
-    assert leaves(Policy(max_up_mib=1), MIB, Usage()) is None
-    assert leaves(Policy(max_up_mib=1), MIB + 1, Usage()) is not None
-    assert leaves(Policy(day_up_mib=2), MIB, Usage(day_bytes=MIB)) is None
-    assert leaves(Policy(day_up_mib=2), MIB, Usage(day_bytes=MIB + 1)) is not None
+def test_what_leaves_the_site_is_limited_for_each_reply_and_each_day() -> None:
+    assert check_upload(Policy(), 10**12, Usage()) is None
+    assert check_upload(Policy(max_up_mib=1), MIB, Usage()) is None
+    assert check_upload(Policy(max_up_mib=1), MIB + 1, Usage()) is not None
+    assert check_upload(Policy(day_up_mib=2), MIB, Usage(day_bytes=MIB)) is None
+    assert check_upload(Policy(day_up_mib=2), MIB, Usage(day_bytes=MIB + 1)) is not None
 
 
 def test_a_demand_is_what_the_assignment_says() -> None:
     plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
     adapt = encode_assignment(Assignment("flora", round=3, seed=0, plan=plan, task=TrainLora(a_key=0)))
     header = pb.Header(round=3, cohort=5, base=b"\x9f", parts=[pb.Part(num_bytes=10), pb.Part(num_bytes=20)])
-    assert demand(header, adapt.header) == TaskDemand("flora", 3, 4, 7, 5, 30, "9f")
+    assert read_demand(header, adapt.header) == TaskDemand("flora", 3, 4, 7, 5, 30, "9f")
     probe = ProbeSeeds(
         bank="hadamard", seeds=4, key=1, exponent=20, shift=1, perturbation=1,
         state=SeedState("whole", 0, b"\0" * 16, 2, b"d" * 32),
     )  # fmt: skip
     assigned = Assignment("fedkseed", round=3, seed=0, plan=plan, task=probe)
-    found = demand(header, encode_assignment(assigned).header)
-    assert (found.method, found.rank, found.steps) == ("fedkseed", None, 7)
+    result = read_demand(header, encode_assignment(assigned).header)
+    assert (result.method, result.rank, result.steps) == ("fedkseed", None, 7)
 
 
 def test_an_assignment_of_another_round_than_the_signed_one_is_refused() -> None:
     plan = Plan("anna", rank=4, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
     encoded = encode_assignment(Assignment("flora", round=3, seed=0, plan=plan, task=TrainLora(a_key=0)))
     with pytest.raises(WireError, match="round 4"):
-        demand(pb.Header(round=4), encoded.header)
+        read_demand(pb.Header(round=4), encoded.header)
     with pytest.raises(WireError):
-        demand(pb.Header(round=3), b"\xff\xff")
+        read_demand(pb.Header(round=3), b"\xff\xff")
 
 
-def test_what_is_no_time_and_no_digest_is_told_at_once() -> None:
+def test_malformed_times_and_digests_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        check(Policy(hours="25:00-26:00", recipes=["short"], bases=["xyzxyzxyz"]))
+        validate_policy(Policy(hours="25:00-26:00", recipes=["short"], bases=["xyzxyzxyz"]))
     assert [fault.path for fault in caught.value.faults] == ["policy.hours", "policy.recipes", "policy.bases"]
-    check(Policy(hours="00:00-23:59", recipes=["0123abcd"]))
+    validate_policy(Policy(hours="00:00-23:59", recipes=["0123abcd"]))

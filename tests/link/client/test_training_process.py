@@ -41,7 +41,7 @@ def died() -> list[str]:
 
 @pytest.fixture
 def trainer(died: list[str]) -> ProcessTrainer:
-    return ProcessTrainer([sys.executable, "-c", SCRIPT], died=died.append)
+    return ProcessTrainer([sys.executable, "-c", SCRIPT], on_exit=died.append)
 
 
 def test_one_process_does_everything_until_it_is_closed(
@@ -67,7 +67,7 @@ def test_what_it_cannot_do_is_its_reason(trainer: ProcessTrainer, tmp_path: Path
 
 
 @pytest.mark.parametrize(("name", "how"), [("die", "killed by SIGKILL"), ("leave", "status 3")])
-def test_a_process_that_ends_costs_one_order_and_is_started_anew(
+def test_a_process_that_ends_costs_one_task_and_is_started_anew(
     trainer: ProcessTrainer, tmp_path: Path, died: list[str], name: str, how: str
 ) -> None:
     with pytest.raises(ClientError, match=how):

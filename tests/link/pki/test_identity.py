@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 
 from fedtune.errors import ConfigError
 from fedtune.link.pki import authority
-from fedtune.link.pki.identity import load, read_root_key, renewal
-from tests.link.ceremony import ceremony
+from fedtune.link.pki.identity import load_identity, read_root_key, renewal_warning
+from tests.link.ceremony import enroll_parties
 
 NOW = 1_800_000_000
 LOCKED = Ed25519PrivateKey.from_private_bytes(bytes(32)).private_bytes(
@@ -22,13 +22,13 @@ DAY = 86_400
 
 @pytest.fixture
 def anna(tmp_path: Path) -> Path:
-    return ceremony(tmp_path, clients=("anna", "bob"), now=NOW)["anna"]
+    return enroll_parties(tmp_path, clients=("anna", "bob"), now=NOW)["anna"]
 
 
 def test_an_identity_is_loaded_and_shows_no_secret(anna: Path) -> None:
-    made = load(anna, role="client", now=NOW)
-    assert (made.name, made.org, made.role, made.federation) == ("anna", "org-anna", "client", "care")
-    shown = repr(made)
+    result = load_identity(anna, role="client", now=NOW)
+    assert (result.name, result.org, result.role, result.federation) == ("anna", "org-anna", "client", "care")
+    shown = repr(result)
     assert "PRIVATE" not in shown
     assert "tls_key" not in shown
 
@@ -46,7 +46,7 @@ def of_bob(name: str) -> Callable[[Path], None]:
 
 def of_another_ca(name: str) -> Callable[[Path], None]:
     def replaced(place: Path) -> None:
-        ceremony(place.parents[1] / "other", clients=("anna",), now=NOW)
+        enroll_parties(place.parents[1] / "other", clients=("anna",), now=NOW)
         shutil.copy(place.parents[1] / "other" / "anna" / "identity" / name, place / name)
 
     return replaced
@@ -76,36 +76,36 @@ def of_another_ca(name: str) -> Callable[[Path], None]:
 def test_what_does_not_fit_is_named_with_what_to_do(anna: Path, spoil: Callable[[Path], None], match: str) -> None:
     spoil(anna)
     with pytest.raises(ConfigError, match=match) as caught:
-        load(anna, role="client", now=NOW)
+        load_identity(anna, role="client", now=NOW)
     assert "PRIVATE" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("now", "match"), [(NOW + 91 * DAY, "ended on 2027"), (NOW - DAY, "begins on 2027")])
 def test_a_certificate_has_its_time(anna: Path, now: int, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        load(anna, role="client", now=now)
+        load_identity(anna, role="client", now=now)
 
 
 def test_a_client_is_no_coordinator(anna: Path) -> None:
     with pytest.raises(ConfigError, match="--role coordinator"):
-        load(anna, role="coordinator", now=NOW)
+        load_identity(anna, role="coordinator", now=NOW)
 
 
 def test_a_warning_comes_with_the_last_third_of_a_certificate(anna: Path) -> None:
-    made = load(anna, role="client", now=NOW)
-    assert not renewal(made, NOW + 59 * DAY)
-    assert "enrol again" in renewal(made, NOW + 61 * DAY)
+    result = load_identity(anna, role="client", now=NOW)
+    assert not renewal_warning(result, NOW + 59 * DAY)
+    assert "enrol again" in renewal_warning(result, NOW + 61 * DAY)
 
 
 def test_a_pinned_root_key_that_cannot_be_read_is_named(anna: Path) -> None:
-    assert read_root_key(anna / "root.pub") == load(anna, role="client", now=NOW).root
+    assert read_root_key(anna / "root.pub") == load_identity(anna, role="client", now=NOW).root
     (anna / "root.pub").write_text("nonsense")
     with pytest.raises(ConfigError, match=r"root\.pub"):
         read_root_key(anna / "root.pub")
 
 
-def test_who_was_revoked_loads_and_is_told_by_the_server(anna: Path) -> None:
+def test_a_revoked_identity_loads_and_the_server_refuses_it(anna: Path) -> None:
     # The site's own copy may be newer than the server's; the server decides.
     authority.revoke(anna.parents[1] / "ca", "anna", now=NOW)
     (anna / "roster").write_bytes((anna.parents[1] / "ca" / "roster").read_bytes())
-    assert load(anna, role="client", now=NOW).name == "anna"
+    assert load_identity(anna, role="client", now=NOW).name == "anna"

@@ -18,18 +18,18 @@ from fedtune.link.pki.roster import (
     Party,
     Roster,
     RosterFile,
-    by_key_id,
-    canonical,
+    canonical_json,
+    check_successor,
     decode,
     encode,
+    find_party,
     make_dsse,
-    newer,
 )
-from fedtune.link.pki.signing import key_id, raw
+from fedtune.link.pki.signing import key_id, public_bytes
 
 ROOT = Ed25519PrivateKey.from_private_bytes(bytes(32))
 OTHER = Ed25519PrivateKey.from_private_bytes(b"\1" * 32)
-PUBLIC = raw(ROOT)
+PUBLIC = public_bytes(ROOT)
 ANNA = Party("anna", "a", "client", b"k" * 32, ("ab12",), 0, 100)
 BOB = Party("bob", "b", "coordinator", b"l" * 32, ("1", "2"), 0, 100, "revoked")
 ROSTER = Roster("care", 3, 1000, {"anna": ANNA, "bob": BOB})
@@ -40,15 +40,15 @@ def test_a_roster_comes_back_as_it_was_signed() -> None:
     assert decode(SIGNED, PUBLIC) == ROSTER
 
 
-def test_only_active_members_are_known_by_their_keys() -> None:
-    assert by_key_id(ROSTER, key_id(ANNA.key)) == ANNA
-    assert by_key_id(ROSTER, key_id(BOB.key)) is None
-    assert by_key_id(ROSTER, b"") is None
+def test_only_active_parties_are_known_by_their_keys() -> None:
+    assert find_party(ROSTER, key_id(ANNA.key)) == ANNA
+    assert find_party(ROSTER, key_id(BOB.key)) is None
+    assert find_party(ROSTER, b"") is None
 
 
 def test_another_root_key_signs_nothing() -> None:
     with pytest.raises(WireError, match="signature"):
-        decode(SIGNED, raw(OTHER))
+        decode(SIGNED, public_bytes(OTHER))
 
 
 @given(st.integers(0, len(SIGNED) - 1), st.integers(1, 255))
@@ -64,8 +64,8 @@ def test_what_is_not_signed_has_one_spelling() -> None:
     envelope = json.loads(SIGNED)
     for other in (
         json.dumps(envelope).encode(),
-        canonical({**envelope, "signatures": envelope["signatures"] * 2}),
-        canonical({**envelope, "signatures": [{**envelope["signatures"][0], "keyid": "00" * 16}]}),
+        canonical_json({**envelope, "signatures": envelope["signatures"] * 2}),
+        canonical_json({**envelope, "signatures": [{**envelope["signatures"][0], "keyid": "00" * 16}]}),
     ):
         with pytest.raises(WireError, match="roster"):
             decode(other, PUBLIC)
@@ -101,10 +101,10 @@ def body(**changes: Any) -> dict[str, Any]:
         body(version=True),
         body(version=2**60),
         body(federation="../x"),
-        body(members={}),
-        body(members=[1]),
-        body(members=[*body()["members"], *body()["members"]]),
-        body(members=[*body()["members"], {**body()["members"][0], "name": "bob"}]),
+        body(parties={}),
+        body(parties=[1]),
+        body(parties=[*body()["members"], *body()["members"]]),
+        body(parties=[*body()["members"], {**body()["members"][0], "name": "bob"}]),
         body(member={"name": "a b"}),
         body(member={"role": "root"}),
         body(member={"state": "gone"}),
@@ -121,7 +121,7 @@ def body(**changes: Any) -> dict[str, Any]:
 )
 def test_what_the_root_key_signed_is_checked_all_the_same(content: Any) -> None:
     with pytest.raises(WireError, match="roster"):
-        decode(make_dsse(KIND, canonical(content), ROOT), PUBLIC)
+        decode(make_dsse(KIND, canonical_json(content), ROOT), PUBLIC)
 
 
 def test_a_key_that_stands_twice_is_refused() -> None:
@@ -146,17 +146,17 @@ def test_what_is_no_roster_is_refused(data: bytes) -> None:
     ("found", "match"),
     [
         (replace(ROSTER, version=2), "version 3 or a later one"),
-        (replace(ROSTER, members={}), "two that differ"),
+        (replace(ROSTER, parties={}), "two that differ"),
         (replace(ROSTER, federation="other"), "one of care"),
         (replace(ROSTER, version=4, valid_until=49), "expired"),
     ],
 )
-def test_only_a_newer_roster_takes_the_place_of_another(found: Roster, match: str) -> None:
+def test_only_a_newer_roster_takes_the_place_of_another(result: Roster, match: str) -> None:
     with pytest.raises(WireError, match=match):
-        newer(ROSTER, found, now=50)
-    assert newer(ROSTER, replace(ROSTER, version=4), now=50).version == 4
-    assert newer(ROSTER, ROSTER, now=50) == ROSTER
-    assert newer(None, ROSTER, now=50) == ROSTER
+        check_successor(ROSTER, result, now=50)
+    assert check_successor(ROSTER, replace(ROSTER, version=4), now=50).version == 4
+    assert check_successor(ROSTER, ROSTER, now=50) == ROSTER
+    assert check_successor(None, ROSTER, now=50) == ROSTER
 
 
 def test_a_file_is_read_again_when_it_changes_and_what_is_wrong_with_it_harms_nothing(tmp_path: Path) -> None:

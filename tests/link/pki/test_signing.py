@@ -4,7 +4,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.link.pki.signing import fingerprint, key_id, pae, raw, sign, verify
+from fedtune.link.pki.signing import fingerprint, key_id, pae, public_bytes, sign, verify
 
 # RFC 8032, section 7.1, test 1: the secret key and its public key
 SECRET = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
@@ -21,7 +21,7 @@ def test_the_encoding_is_the_one_of_dsse() -> None:
 
 
 def test_the_public_key_is_the_one_of_rfc_8032() -> None:
-    assert raw(KEY) == PUBLIC
+    assert public_bytes(KEY) == PUBLIC
 
 
 @given(st.text(max_size=20), st.binary(max_size=100), st.text(max_size=20), st.binary(max_size=100))

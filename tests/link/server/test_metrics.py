@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import ConfigError
-from fedtune.link.server.metrics import Metrics, health
-from tests.link.conftest import made
+from fedtune.link.server.metrics import Metrics, serve_health
+from tests.link.harness import make_harness
 
 
 def get(port: int, path: str) -> tuple[int, str]:
@@ -28,8 +28,8 @@ def ready() -> list[str]:
 
 @pytest.fixture
 def port(tmp_path: Path, ready: list[str]) -> Iterator[int]:
-    hub, metrics = made(tmp_path).hub, Metrics()
-    metrics.gauge(hub, roster_version=lambda: 7, certificate_until=1.8e9)
+    dispatcher, metrics = make_harness(tmp_path).dispatcher, Metrics()
+    metrics.add_gauges(dispatcher, roster_version=lambda: 7, certificate_until=1.8e9)
     for kind, fields in (
         ("round", {"round": 3}),
         ("answered", {"client": "anna", "bytes": 100}),
@@ -37,13 +37,13 @@ def port(tmp_path: Path, ready: list[str]) -> Iterator[int]:
         ("receipt", {"client": "anna", "verdict": "ACCEPTED"}),
         ("refused", {"client": "anna", "code": "SIGNATURE"}),
     ):
-        metrics.tell(kind, **fields)
-    hub.sign_of_life("anna")
-    with health("127.0.0.1:0", metrics, unready=lambda: ready[0]) as found:
-        yield found
+        metrics.record(kind, **fields)
+    dispatcher.sign_of_life("anna")
+    with serve_health("127.0.0.1:0", metrics, unready=lambda: ready[0]) as result:
+        yield result
 
 
-def test_what_happened_is_counted_and_nobody_is_named(port: int) -> None:
+def test_events_are_counted_without_names_of_clients(port: int) -> None:
     status, page = get(port, "/metrics")
     assert status == 200
     for line in (
@@ -63,9 +63,9 @@ def test_what_happened_is_counted_and_nobody_is_named(port: int) -> None:
 
 def test_names_appear_where_the_operator_wants_them(tmp_path: Path) -> None:
     metrics = Metrics(names=True)
-    metrics.tell("receipt", client="anna", verdict="LATE")
-    with health("127.0.0.1:0", metrics, unready=lambda: "") as found:
-        assert 'fedtune_answers_total{client="anna",verdict="LATE"} 1.0' in get(found, "/metrics")[1]
+    metrics.record("receipt", client="anna", verdict="LATE")
+    with serve_health("127.0.0.1:0", metrics, unready=lambda: "") as result:
+        assert 'fedtune_answers_total{client="anna",verdict="LATE"} 1.0' in get(result, "/metrics")[1]
 
 
 def test_alive_is_not_ready(port: int, ready: list[str]) -> None:
@@ -78,24 +78,24 @@ def test_alive_is_not_ready(port: int, ready: list[str]) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:99999", "nowhere", "127.0.0.1:x"])
 def test_an_address_that_cannot_be_listened_on_is_told(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"link\.health"), health(address, Metrics(), unready=lambda: ""):
+    with pytest.raises(ConfigError, match=r"link\.health"), serve_health(address, Metrics(), unready=lambda: ""):
         pass
 
 
 def test_a_health_port_that_is_taken_is_told(port: int) -> None:
-    with pytest.raises(ConfigError, match=str(port)), health(f"127.0.0.1:{port}", Metrics(), unready=lambda: ""):
+    with pytest.raises(ConfigError, match=str(port)), serve_health(f"127.0.0.1:{port}", Metrics(), unready=lambda: ""):
         pass
 
 
 def test_counters_add_up_by_verdict_code_and_direction() -> None:
     metrics = Metrics()
     for verdict in ("ACCEPTED", "ACCEPTED", "LATE"):
-        metrics.tell("receipt", client="anna", verdict=verdict)
+        metrics.record("receipt", client="anna", verdict=verdict)
     for size in (1, 20, 300):
-        metrics.tell("answered", client="anna", bytes=size)
-    metrics.tell("note", text="anything else is counted by its kind alone")
-    with health("127.0.0.1:0", metrics, unready=lambda: "") as found:
-        lines = get(found, "/metrics")[1].splitlines()
+        metrics.record("answered", client="anna", bytes=size)
+    metrics.record("note", text="anything else is counted by its kind alone")
+    with serve_health("127.0.0.1:0", metrics, unready=lambda: "") as result:
+        lines = get(result, "/metrics")[1].splitlines()
     for line in (
         'fedtune_answers_total{verdict="ACCEPTED"} 2.0',
         'fedtune_answers_total{verdict="LATE"} 1.0',
@@ -107,16 +107,16 @@ def test_counters_add_up_by_verdict_code_and_direction() -> None:
 
 
 def test_bytes_that_are_arriving_are_shown_as_they_come(tmp_path: Path) -> None:
-    hub, metrics = made(tmp_path).hub, Metrics()
-    metrics.gauge(hub, roster_version=lambda: 1, certificate_until=0.0)
-    with health("127.0.0.1:0", metrics, unready=lambda: "") as found:
+    dispatcher, metrics = make_harness(tmp_path).dispatcher, Metrics()
+    metrics.add_gauges(dispatcher, roster_version=lambda: 1, certificate_until=0.0)
+    with serve_health("127.0.0.1:0", metrics, unready=lambda: "") as result:
         for size in (0, 1000):
-            (hub.folder / "part").write_bytes(bytes(size))
-            assert f"fedtune_spool_bytes {size}.0" in get(found, "/metrics")[1].splitlines()
+            (dispatcher.folder / "part").write_bytes(bytes(size))
+            assert f"fedtune_spool_bytes {size}.0" in get(result, "/metrics")[1].splitlines()
 
 
 def test_the_port_is_free_again_when_the_block_ends() -> None:
-    with health("127.0.0.1:0", Metrics(), unready=lambda: "") as first:
+    with serve_health("127.0.0.1:0", Metrics(), unready=lambda: "") as first:
         pass
-    with health(f"127.0.0.1:{first}", Metrics(), unready=lambda: "") as second:
+    with serve_health(f"127.0.0.1:{first}", Metrics(), unready=lambda: "") as second:
         assert second == first

@@ -7,7 +7,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,86 +15,24 @@ from typing import Any
 import grpc
 import pytest
 
-from fedtune.link.client.channel import Calls, dial
-from fedtune.link.envelopes import PROTOCOL, TRAIN, digest, seal
+from fedtune.link.client.channel import LinkStub, dial
+from fedtune.link.envelopes import TRAIN, digest, seal
 from fedtune.link.pki import authority, certificates, roster
-from fedtune.link.pki.identity import Identity, load
-from fedtune.link.pki.roster import RosterFile
-from fedtune.link.server.blocklist import Blocklist
-from fedtune.link.server.dispatcher import Dispatcher, ReceivedParts, RunInfo
-from fedtune.link.server.server import serve_link
-from fedtune.link.settings import JoinSettings, LinkSettings
-from fedtune.link.uploads import place
+from fedtune.link.pki.identity import load_identity
+from fedtune.link.server.assignments import ReceivedParts
+from fedtune.link.settings import JoinSettings
+from fedtune.link.uploads import part_path
 from fedtune.wire.v1 import link_pb2 as pb
-from tests.link.ceremony import ceremony, spread
-from tests.link.conftest import Clock, answer, assignment
-
-NOW = 1_800_000_000
-SETTINGS = LinkSettings(listen="127.0.0.1:0", hold_s=0.3, inline_kib=0, part_kib=16, window_mib=1, stall_s=5, drain_s=0)
-
-
-@dataclass
-class Served:
-    """A server on loopback and the identities of everybody."""
-
-    folder: Path
-    hub: Dispatcher
-    port: int
-    identities: dict[str, Identity]
-    clock: Clock
-    time: Clock
-    places: dict[str, Path]
-
-    def calls(self, name: str = "site-a") -> Calls:
-        """Return the calls of a client; closed with the fixture."""
-        made = dial(self.identities[name], JoinSettings(f"localhost:{self.port}"))
-        self.opened.append(made)
-        return made
-
-    def __post_init__(self) -> None:
-        self.opened: list[Calls] = []
-        self.ids: dict[bytes, str] = {}  # of questions, by the digest of their order
-
-
-@contextmanager
-def served(folder: Path, settings: LinkSettings = SETTINGS, *, run: str = "0123456789abcdef") -> Iterator[Served]:
-    import time
-
-    now = int(time.time())  # TLS looks at the machine's own clock
-    places = dict(ceremony(folder, now=now))
-    identities = {
-        name: load(places[name], role="coordinator" if name == "server" else "client", now=now)
-        for name in ("server", "site-a", "site-b")
-    }
-    clock, wall = Clock(), Clock(float(now))
-    rosters = RosterFile(places["server"] / "roster", identities["server"].root, clock=clock, now=wall)
-    own = identities["server"]
-    described = RunInfo("care", run, b'name = "x"\n', own.name, own.key)
-    hub = Dispatcher(described, settings, folder / "spool", Blocklist(folder / "barred", clock=clock))
-    hub.limit = lambda front: 200_000_000
-    with serve_link(hub, own, rosters, now=wall) as running:
-        made = Served(folder, hub, running.port, identities, clock, wall, places)
-        yield made
-        for calls in made.opened:
-            calls.close()
-
-
-@pytest.fixture
-def link(tmp_path: Path) -> Iterator[Served]:
-    with served(tmp_path) as made:
-        yield made
-
-
-def greeting(calls: Calls, **changes: object) -> pb.HelloReply:
-    given = {"protocols": [PROTOCOL], "federation": "care", "build": "test", "roster_version": 0, **changes}
-    return calls.hello(pb.HelloRequest(**given), timeout=10)  # type: ignore[arg-type]
+from tests.link.ceremony import copy_roster, enroll_parties
+from tests.link.harness import assignment, signed_reply
+from tests.link.link_server import SETTINGS, LinkServer, greeting, run_link_server
 
 
 def reason(refusal: pb.Refusal) -> str:
     return pb.Reason.Name(refusal.reason)
 
 
-def test_a_hello_brings_the_run_the_limits_and_the_newer_roster(link: Served) -> None:
+def test_a_hello_brings_the_run_the_limits_and_the_newer_roster(link: LinkServer) -> None:
     reply = greeting(link.calls())
     assert reply.recipe == b'name = "x"\n'
     assert pb.Header.FromString(reply.plan.header).kind == pb.PLAN
@@ -103,34 +41,34 @@ def test_a_hello_brings_the_run_the_limits_and_the_newer_roster(link: Served) ->
     assert greeting(link.calls(), roster_version=99).roster == b""
 
 
-def test_a_question_for_work_is_held_until_there_is_some(link: Served) -> None:
+def test_a_question_for_work_is_held_until_there_is_some(link: LinkServer) -> None:
     calls = link.calls()
     epoch = greeting(calls).epoch
     assert calls.next(pb.NextRequest(epoch=epoch), timeout=10).WhichOneof("what") == "wait"
-    order = assignment("site-a", 1)
-    link.hub.post("site-a", TRAIN, order.header, order.blobs, seconds=60)
+    task = assignment("site-a", 1)
+    link.dispatcher.post("site-a", TRAIN, task.header, task.blobs, seconds=60)
     reply = calls.next(pb.NextRequest(epoch=epoch), timeout=10)
     assert pb.Header.FromString(reply.work.order.header).to == "site-a"
     assert {one.digest for one in pb.Header.FromString(reply.work.order.header).parts}
     assert calls.next(pb.NextRequest(epoch=epoch, holding=[b"gone"]), timeout=10).withdrawn.order == b"gone"
 
 
-def test_a_held_question_is_woken_by_its_order(tmp_path: Path) -> None:
-    with served(tmp_path, replace(SETTINGS, hold_s=300)) as link:
-        calls, found = link.calls(), list[pb.NextReply]()
+def test_a_held_question_is_woken_by_its_task(tmp_path: Path) -> None:
+    with run_link_server(tmp_path, replace(SETTINGS, hold_s=300)) as link:
+        calls, result = link.calls(), list[pb.NextReply]()
         epoch = greeting(calls).epoch
-        waiter = threading.Thread(target=lambda: found.append(calls.next(pb.NextRequest(epoch=epoch), timeout=60)))
+        waiter = threading.Thread(target=lambda: result.append(calls.next(pb.NextRequest(epoch=epoch), timeout=60)))
         waiter.start()
-        while not (stands := link.hub.status().get("site-a")) or stands.seen_s:  # 0 only while a call is held
-            link.hub.wait(0.01)
-        other, order = assignment("site-b", 1), assignment("site-a", 1)
-        link.hub.post("site-b", TRAIN, other.header, other.blobs, seconds=60)
-        link.hub.post("site-a", TRAIN, order.header, order.blobs, seconds=60)
+        while not (stands := link.dispatcher.status().get("site-a")) or stands.seen_s:  # 0 only while a call is held
+            link.dispatcher.wait(0.01)
+        other, task = assignment("site-b", 1), assignment("site-a", 1)
+        link.dispatcher.post("site-b", TRAIN, other.header, other.blobs, seconds=60)
+        link.dispatcher.post("site-a", TRAIN, task.header, task.blobs, seconds=60)
         waiter.join()
-        assert pb.Header.FromString(found[0].work.order.header).to == "site-a"
+        assert pb.Header.FromString(result[0].work.order.header).to == "site-a"
 
 
-Call = Callable[[Calls], pb.Refusal]
+Call = Callable[[LinkStub], pb.Refusal]
 CALLS: dict[str, Call] = {
     "hello": lambda calls: greeting(calls).refusal,
     "next": lambda calls: calls.next(pb.NextRequest(), timeout=10).refusal,
@@ -141,39 +79,39 @@ CALLS: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_every_call_looks_at_who_calls_first(link: Served, call: str) -> None:
+def test_every_call_looks_at_who_calls_first(link: LinkServer, call: str) -> None:
     ask, calls = CALLS[call], link.calls()
     now = int(link.time.now)
 
     def changed(change: Callable[[], object]) -> str:
         change()
-        spread(link.places["ca"], link.places, to=["server"])
+        copy_roster(link.places["ca"], link.places, to=["server"])
         link.clock.now += 2
         return reason(ask(calls))
 
     good = authority.current_roster(link.places["ca"])
-    root = certificates.signing_key((link.places["ca"] / "roster.key").read_bytes())
+    root = certificates.load_signing_key((link.places["ca"] / "roster.key").read_bytes())
 
     def resigned(**members: object) -> None:
-        held = authority.current_roster(link.places["ca"])
-        one = good.members["site-a"]
-        changed_members = {**good.members, "site-a": replace(one, **members)}  # type: ignore[arg-type]
-        made = replace(held, version=held.version + 1, members=changed_members)
-        (link.places["ca"] / "roster").write_bytes(roster.encode(made, root))
+        current = authority.current_roster(link.places["ca"])
+        one = good.parties["site-a"]
+        changed_members = {**good.parties, "site-a": replace(one, **members)}  # type: ignore[arg-type]
+        running = replace(current, version=current.version + 1, parties=changed_members)
+        (link.places["ca"] / "roster").write_bytes(roster.encode(running, root))
 
     assert changed(lambda: resigned(serials=("abc",))) == "SERIAL_UNKNOWN"
     assert changed(lambda: resigned(role="auditor")) == "WRONG_ROLE"
     assert changed(lambda: authority.revoke(link.places["ca"], "site-a", now=now)) == "REVOKED"
-    held = authority.current_roster(link.places["ca"])
-    rest = {name: one for name, one in good.members.items() if name != "site-a"}
-    alone = replace(held, version=held.version + 1, members=rest)
+    current = authority.current_roster(link.places["ca"])
+    rest = {name: one for name, one in good.parties.items() if name != "site-a"}
+    alone = replace(current, version=current.version + 1, parties=rest)
 
     def removed() -> None:
         (link.places["ca"] / "roster").write_bytes(roster.encode(alone, root))
 
     assert changed(removed) == "NOT_IN_ROSTER"
     assert changed(resigned) in ("REASON_UNSET", "STALE_EPOCH", "NOT_WANTED", "KEY_UNKNOWN")  # it is itself again
-    link.hub.bars.bar("site-a", "too many refusals")
+    link.dispatcher.blocklist.block("site-a", "too many refusals")
     assert reason(ask(calls)) == "BARRED"
     (link.folder / "barred").unlink()
     link.clock.now += 2
@@ -181,38 +119,38 @@ def test_every_call_looks_at_who_calls_first(link: Served, call: str) -> None:
     assert reason(ask(calls)) == "ROSTER_OLD"
 
 
-def test_a_hello_of_another_federation_or_protocol_is_refused(link: Served) -> None:
+def test_a_hello_of_another_federation_or_protocol_is_refused(link: LinkServer) -> None:
     assert reason(greeting(link.calls(), federation="other").refusal) == "WRONG_FEDERATION"
     assert reason(greeting(link.calls(), protocols=[2, 3]).refusal) == "PROTOCOL"
     assert reason(link.calls().next(pb.NextRequest(epoch=1), timeout=10).refusal) == "STALE_EPOCH"
 
 
 def test_a_client_that_calls_too_often_is_put_off(tmp_path: Path) -> None:
-    with served(tmp_path, replace(SETTINGS, calls_per_min=10)) as link:
+    with run_link_server(tmp_path, replace(SETTINGS, calls_per_min=10)) as link:
         calls = link.calls()
-        found = [reason(greeting(calls).refusal) for _ in range(11)]
-        assert found == ["REASON_UNSET"] * 10 + ["TOO_MANY_CALLS"]
+        result = [reason(greeting(calls).refusal) for _ in range(11)]
+        assert result == ["REASON_UNSET"] * 10 + ["TOO_MANY_CALLS"]
         assert reason(greeting(link.calls("site-b")).refusal) == "REASON_UNSET"
 
 
-def asked(link: Served, name: str, front: bytes, bodies: dict[str, bytes]) -> tuple[pb.Envelope, pb.Header]:
-    message_id = link.hub.post(name, TRAIN, front, bodies, seconds=60)
-    offered = link.hub.offer(name, ())
+def post_task(link: LinkServer, name: str, front: bytes, bodies: dict[str, bytes]) -> tuple[pb.Envelope, pb.Header]:
+    message_id = link.dispatcher.post(name, TRAIN, front, bodies, seconds=60)
+    offered = link.dispatcher.offer(name, ())
     assert offered is not None
     link.ids[digest(offered.work.order)] = message_id
     return offered.work.order, pb.Header.FromString(offered.work.order.header)
 
 
-def signed(link: Served, name: str, order: pb.Envelope, data: bytes) -> pb.Envelope:
+def signed(link: LinkServer, name: str, task: pb.Envelope, data: bytes) -> pb.Envelope:
     """Return a client's answer, signed with its own key."""
-    made = answer(name, pb.Header.FromString(order.header), digest(order), data)
-    return seal(pb.Header.FromString(made.header), link.identities[name].key)
+    running = signed_reply(name, pb.Header.FromString(task.header), digest(task), data)
+    return seal(pb.Header.FromString(running.header), link.identities[name].key)
 
 
-def test_a_part_of_an_order_is_fetched_from_any_offset_by_its_own_client(link: Served) -> None:
+def test_a_part_of_a_task_is_fetched_from_any_offset_by_its_own_client(link: LinkServer) -> None:
     body = bytes(range(256)) * 1000
     front = assignment("site-a", 1).header
-    asked(link, "site-a", front, {sha256(body).hexdigest(): body})
+    post_task(link, "site-a", front, {sha256(body).hexdigest(): body})
     for offset in (0, 1, 16 * 1024, len(body) - 1, len(body)):
         chunks = list(link.calls().fetch(pb.FetchRequest(digest=sha256(body).digest(), offset=offset), timeout=10))
         assert b"".join(one.data for one in chunks) == body[offset:]
@@ -232,31 +170,31 @@ def parts(envelope: pb.Envelope, data: bytes, offset: int = 0, *, step: int = 16
 
 
 @contextmanager
-def accepting(link: Served, order: pb.Envelope) -> Iterator[list[ReceivedParts]]:
-    """Stand for the round loop: take the first answer to an order as soon as it has come, and say that it is used."""
-    found, ends = list[ReceivedParts](), threading.Event()
+def accepting(link: LinkServer, task: pb.Envelope) -> Iterator[list[ReceivedParts]]:
+    """Act as the round loop: collect the reply to a task as soon as it has come, and settle it as used."""
+    result, ends = list[ReceivedParts](), threading.Event()
 
     def loop() -> None:
-        while not found and not ends.is_set():
-            for one in link.hub.collect([link.ids[digest(order)]]).values():
+        while not result and not ends.is_set():
+            for one in link.dispatcher.collect([link.ids[digest(task)]]).values():
                 assert isinstance(one, ReceivedParts)
-                found.append(one)
-                link.hub.settle(one.client, 1, None)
-            link.hub.wait(0.02)
+                result.append(one)
+                link.dispatcher.settle(one.client, 1, None)
+            link.dispatcher.wait(0.02)
 
     thread = threading.Thread(target=loop)
     thread.start()
     try:
-        yield found
+        yield result
     finally:
         ends.set()
         thread.join()
 
 
-def test_an_answer_is_pushed_cut_and_pushed_on(link: Served) -> None:
+def test_a_reply_is_pushed_cut_and_pushed_on(link: LinkServer) -> None:
     calls, data = link.calls(), bytes(range(256)) * 20_000
-    order, _ = asked(link, "site-a", assignment("site-a", 1).header, {})
-    envelope = signed(link, "site-a", order, data)
+    task, _ = post_task(link, "site-a", assignment("site-a", 1).header, {})
+    envelope = signed(link, "site-a", task, data)
     request = pb.SubmitRequest(envelope=envelope)
     (want,) = calls.submit(request, timeout=10).wanted.parts
     assert (want.digest, want.offset) == (sha256(data).digest(), 0)
@@ -265,16 +203,16 @@ def test_an_answer_is_pushed_cut_and_pushed_on(link: Served) -> None:
     acks = list(calls.push(parts(envelope, data, step=100_000), timeout=10))
     assert acks[-1].complete
     assert [one.taken for one in acks] == sorted(one.taken for one in acks)
-    with accepting(link, order):
+    with accepting(link, task):
         reply = calls.submit(request, timeout=30)
     assert calls.submit(request, timeout=10) == reply
     assert pb.Header.FromString(reply.receipt.header).receipt.verdict == pb.ACCEPTED
 
 
-def test_a_push_goes_on_behind_what_the_server_has(link: Served) -> None:
+def test_a_push_goes_on_behind_what_the_server_has(link: LinkServer) -> None:
     calls, data = link.calls(), bytes(range(256)) * 20_000
-    order, _ = asked(link, "site-a", assignment("site-a", 1).header, {})
-    envelope = signed(link, "site-a", order, data)
+    task, _ = post_task(link, "site-a", assignment("site-a", 1).header, {})
+    envelope = signed(link, "site-a", task, data)
     request = pb.SubmitRequest(envelope=envelope)
     calls.submit(request, timeout=10)
     list(calls.push((one for one, _ in zip(parts(envelope, data), range(100), strict=False)), timeout=10))
@@ -284,28 +222,28 @@ def test_a_push_goes_on_behind_what_the_server_has(link: Served) -> None:
     assert reason(wrong[-1].refusal) == "OFFSET"
     acks = list(calls.push(parts(envelope, data, want.offset), timeout=10))
     assert acks[-1].complete
-    assert not link.hub.collect([link.ids[digest(order)]])  # it is delivered when it is submitted, not before
-    with accepting(link, order) as taken:
+    assert not link.dispatcher.collect([link.ids[digest(task)]])  # it is delivered when it is submitted, not before
+    with accepting(link, task) as taken:
         reply = calls.submit(request, timeout=30)
     assert reply.WhichOneof("what") == "receipt"
     assert bytes(taken[0].bodies["update"]) == data
 
 
-def test_a_part_that_lay_whole_before_a_restart_is_looked_at_and_taken(link: Served) -> None:
+def test_a_part_that_lay_whole_before_a_restart_is_looked_at_and_taken(link: LinkServer) -> None:
     calls, data = link.calls(), bytes(range(256)) * 1000
-    order, _ = asked(link, "site-a", assignment("site-a", 1).header, {})
-    envelope = signed(link, "site-a", order, data)
-    place(link.hub.folder, "site-a", sha256(data).digest()).write_bytes(data)
+    task, _ = post_task(link, "site-a", assignment("site-a", 1).header, {})
+    envelope = signed(link, "site-a", task, data)
+    part_path(link.dispatcher.folder, "site-a", sha256(data).digest()).write_bytes(data)
     (want,) = calls.submit(pb.SubmitRequest(envelope=envelope), timeout=10).wanted.parts
     assert want.offset == len(data)
     first = pb.PushPart(answer=digest(envelope), digest=want.digest, offset=want.offset)
     assert list(calls.push(iter([first]), timeout=10))[-1].complete
 
 
-def test_bytes_that_are_others_than_signed_are_thrown_away(link: Served) -> None:
+def test_bytes_that_are_others_than_signed_are_thrown_away(link: LinkServer) -> None:
     calls, data = link.calls(), bytes(100_000)
-    order, _ = asked(link, "site-a", assignment("site-a", 1).header, {})
-    envelope = signed(link, "site-a", order, data)
+    task, _ = post_task(link, "site-a", assignment("site-a", 1).header, {})
+    envelope = signed(link, "site-a", task, data)
     calls.submit(pb.SubmitRequest(envelope=envelope), timeout=10)
 
     def pushed(sent: bytes) -> Sequence[pb.PushAck]:
@@ -317,9 +255,9 @@ def test_bytes_that_are_others_than_signed_are_thrown_away(link: Served) -> None
     assert pushed(data)[-1].complete
 
 
-def test_a_statement_is_sent_by_its_author_alone(link: Served) -> None:
-    order, _ = asked(link, "site-a", assignment("site-a", 1).header, {})
-    envelope = signed(link, "site-a", order, b"data")
+def test_a_statement_is_sent_by_its_author_alone(link: LinkServer) -> None:
+    task, _ = post_task(link, "site-a", assignment("site-a", 1).header, {})
+    envelope = signed(link, "site-a", task, b"data")
     assert (
         reason(link.calls("site-b").submit(pb.SubmitRequest(envelope=envelope), timeout=10).refusal)
         == "AUTHOR_MISMATCH"
@@ -339,7 +277,7 @@ def status(call: Callable[[], object]) -> grpc.StatusCode:
     return code
 
 
-def test_a_message_that_is_too_long_or_compressed_is_refused_by_grpc(link: Served) -> None:
+def test_a_message_that_is_too_long_or_compressed_is_refused_by_grpc(link: LinkServer) -> None:
     calls = link.calls()
     large = pb.SubmitRequest(envelope=pb.Envelope(header=bytes(2**20 + 1)))
     assert status(lambda: calls.submit(large, timeout=10)) == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -350,9 +288,9 @@ def test_a_message_that_is_too_long_or_compressed_is_refused_by_grpc(link: Serve
     )
 
 
-def test_only_certificates_of_the_federation_get_through(link: Served, tmp_path: Path) -> None:
-    other = ceremony(tmp_path / "other", clients=("site-a",))
-    stranger = load(other["site-a"], role="client", now=int(link.time.now))
+def test_only_certificates_of_the_federation_get_through(link: LinkServer, tmp_path: Path) -> None:
+    other = enroll_parties(tmp_path / "other", clients=("site-a",))
+    stranger = load_identity(other["site-a"], role="client", now=int(link.time.now))
     mixed = replace(stranger, ca=link.identities["site-a"].ca)  # takes the server's, shows its own
     for identity in (stranger, mixed):
         calls = dial(identity, JoinSettings(f"localhost:{link.port}"))
@@ -368,7 +306,7 @@ def test_only_certificates_of_the_federation_get_through(link: Served, tmp_path:
 
 
 @pytest.mark.parametrize(("version", "spoken"), [(ssl.TLSVersion.TLSv1_2, None), (ssl.TLSVersion.TLSv1_3, "TLSv1.3")])
-def test_nothing_older_than_tls_1_3_is_spoken(link: Served, version: ssl.TLSVersion, spoken: str | None) -> None:
+def test_nothing_older_than_tls_1_3_is_spoken(link: LinkServer, version: ssl.TLSVersion, spoken: str | None) -> None:
     identity = link.identities["site-a"]
     context = ssl.create_default_context(cadata=identity.ca.decode())
     context.load_cert_chain(identity.folder / "tls.crt", identity.folder / "tls.key")
@@ -377,39 +315,39 @@ def test_nothing_older_than_tls_1_3_is_spoken(link: Served, version: ssl.TLSVers
     with socket.create_connection(("127.0.0.1", link.port)) as plain:
         try:
             with context.wrap_socket(plain, server_hostname="localhost") as tls:
-                found = tls.version()
+                result = tls.version()
         except ssl.SSLError:
-            found = None
-    assert found == spoken
+            result = None
+    assert result == spoken
 
 
-def test_a_small_answer_travels_within_the_call(tmp_path: Path) -> None:
-    with served(tmp_path, replace(SETTINGS, inline_kib=64)) as link:
+def test_a_small_reply_travels_within_the_call(tmp_path: Path) -> None:
+    with run_link_server(tmp_path, replace(SETTINGS, inline_kib=64)) as link:
         calls, data = link.calls(), b"a small update"
-        order, _ = asked(link, "site-a", assignment("site-a", 1).header, {})
-        envelope = signed(link, "site-a", order, data)
+        task, _ = post_task(link, "site-a", assignment("site-a", 1).header, {})
+        envelope = signed(link, "site-a", task, data)
         request = pb.SubmitRequest(envelope=envelope, inline=[pb.Inline(digest=sha256(data).digest(), data=data)])
-        with accepting(link, order) as found:
+        with accepting(link, task) as result:
             reply = calls.submit(request, timeout=30)
         assert pb.Header.FromString(reply.receipt.header).receipt.verdict == pb.ACCEPTED
-        assert bytes(found[0].bodies["update"]) == data
+        assert bytes(result[0].bodies["update"]) == data
         wrong = pb.SubmitRequest(envelope=envelope, inline=[pb.Inline(digest=sha256(data).digest(), data=b"other")])
         assert calls.submit(wrong, timeout=10) == reply  # what has its receipt is not looked at again
 
 
 def test_a_hello_of_another_build_is_refused_where_one_is_pinned(tmp_path: Path) -> None:
-    with served(tmp_path, replace(SETTINGS, build="fedtune 9.9.9")) as link:
+    with run_link_server(tmp_path, replace(SETTINGS, build="fedtune 9.9.9")) as link:
         assert reason(greeting(link.calls()).refusal) == "BUILD_DIFFERS"
         assert reason(greeting(link.calls(), build="fedtune 9.9.9").refusal) == "REASON_UNSET"
 
 
-def test_the_coordinators_certificate_is_none_of_a_client(link: Served) -> None:
+def test_the_coordinators_certificate_is_none_of_a_client(link: LinkServer) -> None:
     assert status(lambda: greeting(link.calls("server"))) == grpc.StatusCode.UNAVAILABLE
 
 
-def test_who_forges_three_times_is_barred_and_nobody_else(link: Served) -> None:
-    order, _ = asked(link, "site-a", assignment("site-a", 1).header, {})
-    envelope, calls = signed(link, "site-a", order, b"data"), link.calls("site-b")
+def test_a_client_that_forges_three_times_is_blocked_and_no_other(link: LinkServer) -> None:
+    task, _ = post_task(link, "site-a", assignment("site-a", 1).header, {})
+    envelope, calls = signed(link, "site-a", task, b"data"), link.calls("site-b")
     replies = [calls.submit(pb.SubmitRequest(envelope=envelope), timeout=10) for _ in range(4)]
     assert [reason(one.refusal) for one in replies] == ["AUTHOR_MISMATCH"] * 3 + ["BARRED"]
     assert reason(greeting(calls).refusal) == "BARRED"
@@ -417,7 +355,7 @@ def test_who_forges_three_times_is_barred_and_nobody_else(link: Served) -> None:
 
 
 class Sender:
-    """Messages of a push that comes to a halt behind those that are given."""
+    """Messages of a push that stops after these."""
 
     def __init__(self, *messages: pb.PushPart) -> None:
         self._messages, self.halt = iter(messages), threading.Event()
@@ -432,21 +370,21 @@ class Sender:
         raise StopIteration
 
 
-def begun(link: Served, name: str, data: bytes) -> tuple[pb.Envelope, pb.PushPart]:
-    """Return an answer that is waited for, and the first message of its push, with a thousand bytes."""
-    order, _ = asked(link, name, assignment(name, 1).header, {})
-    envelope = signed(link, name, order, data)
+def begun(link: LinkServer, name: str, data: bytes) -> tuple[pb.Envelope, pb.PushPart]:
+    """Return a reply whose part is wanted, and the first message of its push, with a thousand bytes."""
+    task, _ = post_task(link, name, assignment(name, 1).header, {})
+    envelope = signed(link, name, task, data)
     assert link.calls(name).submit(pb.SubmitRequest(envelope=envelope), timeout=10).wanted.parts
     return envelope, pb.PushPart(answer=digest(envelope), digest=sha256(data).digest(), data=data[:1000])
 
 
-def until(link: Served, held: Callable[[], bool]) -> None:
-    while not held():
-        link.hub.wait(0.01)
+def until(link: LinkServer, current: Callable[[], bool]) -> None:
+    while not current():
+        link.dispatcher.wait(0.01)
 
 
 def test_a_push_that_says_nothing_is_given_up_and_what_came_is_kept(tmp_path: Path) -> None:
-    with served(tmp_path, replace(SETTINGS, stall_s=0.2)) as link:
+    with run_link_server(tmp_path, replace(SETTINGS, stall_s=0.2)) as link:
         data = bytes(range(256)) * 4000
         envelope, first = begun(link, "site-a", data)
         sender = Sender(first)
@@ -460,17 +398,17 @@ def test_a_push_that_says_nothing_is_given_up_and_what_came_is_kept(tmp_path: Pa
         assert reason(list(link.calls().push(silent, timeout=30))[-1].refusal) == "STALLED"
         silent.halt.set()
         assert list(link.calls().push(parts(envelope, data, 1000), timeout=10))[-1].complete
-        assert not link.hub.bars.why("site-a")
+        assert not link.dispatcher.blocklist.reason("site-a")
 
 
 def test_more_uploads_than_fit_are_put_off_and_their_slots_come_back(tmp_path: Path) -> None:
-    with served(tmp_path, replace(SETTINGS, uploads=1, stall_s=60)) as link:
+    with run_link_server(tmp_path, replace(SETTINGS, max_concurrent_uploads=1, stall_s=60)) as link:
         data = bytes(range(256)) * 4000
         envelope, first = begun(link, "site-a", data)
         other, second = begun(link, "site-b", data)
         sender = Sender(first)
         pushing: Any = link.calls().push(sender, timeout=60)
-        until(link, lambda: place(link.hub.folder, "site-a", sha256(data).digest()).exists())
+        until(link, lambda: part_path(link.dispatcher.folder, "site-a", sha256(data).digest()).exists())
         (busy,) = link.calls("site-b").push(iter([second]), timeout=10)
         assert reason(busy.refusal) == "BUSY"
         assert busy.refusal.passing
@@ -484,32 +422,32 @@ def test_more_uploads_than_fit_are_put_off_and_their_slots_come_back(tmp_path: P
         (want,) = link.calls().submit(pb.SubmitRequest(envelope=envelope), timeout=10).wanted.parts
         assert want.offset in (0, 1000)  # what had come is kept, unless it came with the cut
         assert list(link.calls().push(parts(envelope, data, want.offset), timeout=10))[-1].complete
-        assert not link.hub.bars.why("site-b")
+        assert not link.dispatcher.blocklist.reason("site-b")
 
 
-def test_a_part_is_pushed_by_one_transfer_at_a_time(link: Served) -> None:
+def test_a_part_is_pushed_by_one_transfer_at_a_time(link: LinkServer) -> None:
     data = bytes(range(256)) * 4000
     _, first = begun(link, "site-a", data)
     sender = Sender(first)
     acks = link.calls().push(sender, timeout=60)
-    until(link, lambda: place(link.hub.folder, "site-a", sha256(data).digest()).exists())
+    until(link, lambda: part_path(link.dispatcher.folder, "site-a", sha256(data).digest()).exists())
     (busy,) = link.calls().push(iter([first]), timeout=10)
     assert reason(busy.refusal) == "BUSY"
     sender.halt.set()
     assert not any(one.complete for one in acks)
 
 
-def test_bytes_of_transfers_that_were_cut_count_towards_the_quota(link: Served) -> None:
+def test_bytes_of_transfers_that_were_cut_count_towards_the_quota(link: LinkServer) -> None:
     """Else a client sends as much as it likes, in pushes of less than a mebibyte."""
     data = bytes(range(256)) * 4000
     envelope, first = begun(link, "site-a", data)
     list(link.calls().push(iter([first]), timeout=10))
     (want,) = link.calls().submit(pb.SubmitRequest(envelope=envelope), timeout=10).wanted.parts
     assert want.offset == 1000
-    assert link.hub.status()["site-a"].num_bytes == 1000
+    assert link.dispatcher.status()["site-a"].num_bytes == 1000
 
 
-def test_bytes_that_are_no_message_harm_nobody(link: Served) -> None:
+def test_bytes_that_are_no_message_do_no_harm(link: LinkServer) -> None:
     identity = link.identities["site-a"]
     credentials = grpc.ssl_channel_credentials(identity.ca, identity.tls_key, identity.certificate)
     with grpc.secure_channel(f"localhost:{link.port}", credentials) as channel:
@@ -527,10 +465,10 @@ def test_bytes_that_are_no_message_harm_nobody(link: Served) -> None:
 
 
 def test_a_body_is_fetched_by_one_client_while_another_has_stopped_reading(tmp_path: Path) -> None:
-    with served(tmp_path, replace(SETTINGS, downloads=1, part_kib=256)) as link:
+    with run_link_server(tmp_path, replace(SETTINGS, max_concurrent_downloads=1, part_kib=256)) as link:
         body = bytes(2**25)
         for name in ("site-a", "site-b"):
-            asked(link, name, assignment(name, 1).header, {sha256(body).hexdigest(): body})
+            post_task(link, name, assignment(name, 1).header, {sha256(body).hexdigest(): body})
         slow: Any = link.calls().fetch(pb.FetchRequest(digest=sha256(body).digest()), timeout=60)
         assert next(slow).data  # the rest waits in the server, not in memory
         request = pb.FetchRequest(digest=sha256(body).digest())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedtune.link.rejections import ADVICE, FATAL, PASSING
+from fedtune.link.rejections import ADVICE, FATAL, TRANSIENT
 from fedtune.wire.v1 import link_pb2 as pb
 
 
@@ -19,7 +19,7 @@ def test_the_service_has_five_calls() -> None:
 
 
 def test_no_reason_is_both_passing_and_fatal_and_advice_is_given_for_what_somebody_must_mend() -> None:
-    assert not PASSING & FATAL
+    assert not TRANSIENT & FATAL
     assert set(ADVICE) == FATAL
 
 

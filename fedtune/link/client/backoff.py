@@ -1,0 +1,141 @@
+"""Pauses of a client between failed calls, and the decision whether another try can help at all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import grpc
+
+from fedtune.errors import ConfigError, Fault
+from fedtune.link.audit_log import RecordEvent
+from fedtune.link.client.channel import TRANSIENT_STATUS, diagnose
+from fedtune.link.client.jobs import Job, StoppedError
+from fedtune.link.pki.identity import Identity
+from fedtune.link.rejections import describe, one_line, reason_name
+from fedtune.link.settings import JoinSettings
+from fedtune.wire.v1 import link_pb2 as pb
+
+REPORT_INTERVAL_S = 300.0
+"""At most so often a client says why it cannot reach its server: a diagnosis opens connections of its own."""
+STABLE_S = 60.0
+"""Of successful calls, after which pauses start again from the shortest."""
+REFUSED_PAUSE_S = 1.0
+MAX_DOUBLINGS = 10
+"""Of the first pause; beyond them the cap of the settings counts, and a float would overflow in the end."""
+Response = TypeVar("Response")
+
+
+class Backoff:
+    """Waits after failed calls: up to a limit that doubles, drawn at random, reset after a minute of good calls.
+
+    Every thread of a client shares one. Its counters are read and written without a lock: a lost increment only makes a
+    random pause shorter.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        settings: JoinSettings,
+        *,
+        stop: threading.Event,
+        record: RecordEvent,
+        clock: Callable[[], float],
+    ) -> None:
+        """Begin without failures.
+
+        Args:
+            identity: of the client, for the diagnosis of a connection.
+            settings: address, pauses and patience.
+            stop: set when the client is to end.
+            record: receives the events.
+            clock: seconds from any start.
+        """
+        self._identity, self._settings, self._stop, self._record, self._clock = identity, settings, stop, record, clock
+        self._failures, self._failed_at = 0, 0.0
+        self._reported_at = float("-inf")
+        self._unreachable_since: float | None = None
+
+    def retry(self, job: Job, call: Callable[[], Response]) -> Response:
+        """Return the response of a call, which is repeated until there is one.
+
+        Raises:
+            StoppedError: if the job should give up.
+            ConfigError: if no repetition can help.
+        """
+        while True:
+            job.check()
+            try:
+                return call()
+            except grpc.RpcError as error:
+                self.wait_after_error(error, job)
+
+    def note_success(self) -> None:
+        """Note that the server answers."""
+        now = self._clock()
+        self._unreachable_since = None
+        if self._failures and now - self._failed_at > STABLE_S:
+            self._failures = 0
+        if self._reported_at > float("-inf"):
+            self._record("reached", server=self._settings.address)
+            self._reported_at = float("-inf")
+
+    def wait_after_error(self, error: grpc.RpcError, job: Job | None = None) -> None:
+        """Wait before a failed call is repeated.
+
+        Args:
+            error: what gRPC raised.
+            job: whose call it was; without one, the main loop's.
+
+        Raises:
+            ConfigError: if no repetition can help.
+            StoppedError: if the client or the job should give up.
+        """
+        self._check(job)
+        now, status, details = self._clock(), error.code(), error.details()
+        # Such as UNIMPLEMENTED of another service on that port: to wait would hide the mistake for days.
+        if status not in TRANSIENT_STATUS:
+            raise ConfigError(Fault("link.address", "a fedtune server", f"{status.name}: {one_line(details or '')}"))
+        self._failed_at = now
+        if self._unreachable_since is None:
+            self._unreachable_since = now
+        # Only the main loop reports: the calls of all jobs fail for the same reason.
+        if job is None and now - self._reported_at >= REPORT_INTERVAL_S:
+            self._report(now)
+        if self._settings.patience_s and now - self._unreachable_since > self._settings.patience_s:
+            waited = f"{now - self._unreachable_since:.0f} s without a connection"
+            raise ConfigError(Fault("link.address", "a server that can be reached", waited, "start join again later"))
+        # A random share of the limit: clients that lost the same server must not all come back at the same moment.
+        self._failures = min(self._failures + 1, 30)
+        doubled = self._settings.backoff_s * 2.0 ** min(self._failures - 1, MAX_DOUBLINGS)
+        share = int.from_bytes(os.urandom(4), "little") / 2**32
+        (job.over if job is not None else self._stop).wait(share * min(self._settings.backoff_cap_s, doubled))
+        self._check(job)
+
+    def wait_after_refusal(self, refusal: pb.Refusal) -> None:
+        """Wait before a server is asked again that has refused this client as such.
+
+        Raises:
+            ConfigError: if the refusal is final, and a person must act.
+            StoppedError: if the client is to end.
+        """
+        self._record("refused", reason=describe(refusal), code=reason_name(refusal.reason))
+        if not refusal.passing:
+            raise ConfigError(Fault("", "a server that takes this site", describe(refusal)))
+        self._stop.wait(REFUSED_PAUSE_S)
+        self._check(None)
+
+    def _report(self, now: float) -> None:
+        self._reported_at = now
+        diagnosis = diagnose(self._identity, self._settings)
+        if diagnosis.permanent:
+            raise ConfigError(Fault("link.address", "a server of this federation", diagnosis.reason))
+        self._record("unreached", server=self._settings.address, reason=diagnosis.reason)
+
+    def _check(self, job: Job | None) -> None:
+        if job is not None:
+            job.check()
+        elif self._stop.is_set():
+            raise StoppedError("stopped")

@@ -1,0 +1,73 @@
+"""Jobs of a client: the tasks that it works on, each in a thread of its own, and the first fault of any thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fedtune.errors import FedtuneError
+from fedtune.wire.v1 import link_pb2 as pb
+
+
+class StoppedError(FedtuneError):
+    """The client is to end, or the task that it works on has been withdrawn."""
+
+
+@dataclass
+class Job:
+    """A task that a thread works on."""
+
+    task: bytes
+    """Digest of the task's header."""
+    header: pb.Header
+    stop: threading.Event
+    """Set when the client is to end."""
+    over: threading.Event = field(default_factory=threading.Event)
+    """Set when the reply is of no use any more."""
+    training: bool = False
+    """Whether the trainer works for it now."""
+
+    def check(self) -> None:
+        """Raise `StoppedError` if the thread should give up."""
+        if self.stop.is_set() or self.over.is_set():
+            raise StoppedError("stopped")
+
+    def wait(self, seconds: float) -> None:
+        """Wait, unless the thread should give up; a client that ends sets `over` of all its jobs, too."""
+        self.check()
+        self.over.wait(seconds)
+        self.check()
+
+
+class ThreadGuard:
+    """Keeps the first fault of any thread of a client, for the main loop to raise."""
+
+    def __init__(self, stop: threading.Event, close_channel: Callable[[], None]) -> None:
+        """Begin without a fault.
+
+        Args:
+            stop: set when the client is to end.
+            close_channel: called after a fault; it ends the call in which the main loop waits for the server.
+        """
+        self._stop, self._close_channel = stop, close_channel
+        self.fault: FedtuneError | None = None
+
+    def start(self, work: Callable[[], None], *, name: str) -> threading.Thread:
+        """Do work in a daemon thread whose fault ends the client."""
+        thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except StoppedError:
+            pass
+        except FedtuneError as error:
+            # The first fault is the cause; later ones come from the channel that it closes.
+            self.fault = self.fault or error
+            self._close_channel()
+        except ValueError:  # what gRPC raises on a channel that was closed before a call began
+            if self.fault is None and not self._stop.is_set():
+                raise

@@ -1,0 +1,71 @@
+"""Signed replies of a client to its tasks: a header that repeats what was asked, and the parts that are small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedtune.link.client.jobs import Job
+from fedtune.link.envelopes import PROTOCOL, build_version, seal
+from fedtune.link.pki.identity import Identity
+from fedtune.link.rejections import one_line
+from fedtune.wire.v1 import link_pb2 as pb
+
+MAX_INLINE_BYTES = 768 * 1024
+"""Of all parts that travel within one `SubmitRequest`: below the 1 MiB that a server receives in one message."""
+MAX_NOTE_CHARS = 500
+
+
+def reply_header(identity: Identity, job: Job, parts: Sequence[pb.Part]) -> pb.Header:
+    """Return the header of a reply; the server compares what it repeats of the task."""
+    task = job.header
+    return pb.Header(
+        protocol=PROTOCOL,
+        federation=task.federation,
+        run=task.run,
+        author=identity.name,
+        kind=pb.ANSWER,
+        round=task.round,
+        recipe=task.recipe,
+        base=task.base,
+        state=task.state,
+        order=job.task,
+        parts=parts,
+        build=build_version(),
+    )
+
+
+def sign_reply(
+    identity: Identity, header: pb.Header, paths: Mapping[bytes, Path], *, inline_bytes: int
+) -> pb.SubmitRequest:
+    """Return a signed reply, with those of its parts that have at most `inline_bytes`; the others are pushed.
+
+    Args:
+        identity: that signs.
+        header: of the reply.
+        paths: files of the parts by digest.
+        inline_bytes: the server's limit for one part.
+    """
+    inline, left = list[pb.Inline](), MAX_INLINE_BYTES
+    for part in header.parts:
+        if part.num_bytes <= min(inline_bytes, left):
+            inline.append(pb.Inline(digest=part.digest, data=paths[part.digest].read_bytes()))
+            left -= part.num_bytes
+    return pb.SubmitRequest(envelope=seal(header, identity.key), inline=inline)
+
+
+def sign_decline(identity: Identity, job: Job, veto: pb.Veto, note: str) -> pb.SubmitRequest:
+    """Return the signed statement that a task will not be done, and why."""
+    header = reply_header(identity, job, parts=())
+    header.kind = pb.DECLINE
+    header.decline.CopyFrom(pb.Decline(veto=veto, note=one_line(note, longest=MAX_NOTE_CHARS)))
+    return pb.SubmitRequest(envelope=seal(header, identity.key))
+
+
+def is_decline(request: pb.SubmitRequest) -> bool:
+    return pb.Header.FromString(request.envelope.header).kind == pb.DECLINE
+
+
+def reply_bytes(request: pb.SubmitRequest) -> int:
+    """Return the total bytes of a reply's parts."""
+    return sum(part.num_bytes for part in pb.Header.FromString(request.envelope.header).parts)

@@ -1,0 +1,206 @@
+"""What a client does for its tasks: send its profile, or check the policy, fetch, train, and deliver the update."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+
+from fedtune.errors import ClientError, WireError
+from fedtune.link.audit_log import RecordEvent
+from fedtune.link.client import outbox, policy
+from fedtune.link.client.delivery import Delivery
+from fedtune.link.client.downloads import Downloads, hash_file
+from fedtune.link.client.jobs import Job, ThreadGuard
+from fedtune.link.client.outbox import Entry
+from fedtune.link.client.policy import Policy, Usage
+from fedtune.link.client.replies import is_decline, reply_header, sign_decline, sign_reply
+from fedtune.link.client.session import Greeting, Session
+from fedtune.link.client.training_process import Trainer
+from fedtune.link.envelopes import UPDATE, make_part
+from fedtune.link.rejections import one_line
+from fedtune.link.settings import MIB
+from fedtune.link.uploads import free_bytes
+from fedtune.store.files import store_errors
+from fedtune.wire.codec import MAX_HEADER_BYTES
+from fedtune.wire.v1 import link_pb2 as pb
+
+MIN_FREE_BYTES = 512 * MIB
+"""Of this site's disk that stay free, whatever a task brings: its own databases may live there, too."""
+
+
+class TrainingJobs:
+    """The work of a client, called in the threads of its jobs."""
+
+    def __init__(
+        self,
+        session: Session,
+        downloads: Downloads,
+        delivery: Delivery,
+        guard: ThreadGuard,
+        rules: Policy,
+        state: Path,
+        trainer: Trainer,
+        *,
+        record: RecordEvent,
+        clock: Callable[[], float],
+        now: Callable[[], float],
+    ) -> None:
+        """Bind what the work needs.
+
+        Args:
+            session: with the server.
+            downloads: parts of tasks.
+            delivery: of replies.
+            guard: starts threads.
+            rules: what the site allows.
+            state: folder of the outbox.
+            trainer: trains.
+            record: receives the events.
+            clock: seconds from any start.
+            now: seconds since 1970.
+        """
+        self._session, self._downloads, self._delivery, self._guard = session, downloads, delivery, guard
+        self._rules, self._state, self._trainer = rules, state, trainer
+        self._record, self._clock, self._now = record, clock, now
+        self._profile_ready = threading.Event()  # also set when loading has failed
+
+    def load(self) -> None:
+        """Load base and data, and write the profile that answers hellos."""
+        folder = self._state / "profile"
+        # A profile of an earlier start may be of other data.
+        shutil.rmtree(folder, ignore_errors=True)
+        began = self._clock()
+        try:
+            self._trainer.profile(folder)
+            self._record("loaded", seconds=int(self._clock() - began))
+        finally:
+            self._profile_ready.set()
+
+    def send_profile(self, job: Job) -> None:
+        """Reply to a hello."""
+        while not self._profile_ready.wait(1.0):
+            job.check()
+        folder = self._state / "profile"
+        with store_errors(folder):
+            contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+        parts = {"" if name == "front" else name: data for name, data in contents.items()}
+        header = reply_header(self._session.identity, job, [make_part(key, parts[key]) for key in sorted(parts)])
+        paths = {sha256(data).digest(): folder / name for name, data in contents.items()}
+        self._delivery.deliver(job, self._sign(header, paths), paths)
+
+    def decline_unknown(self, job: Job) -> None:
+        """Reply to a task that only another release knows."""
+        note = f"task {one_line(job.header.task)!r} is none that this release knows"
+        self._delivery.deliver(job, self._decline(job, pb.TASK_UNKNOWN, note), {})
+
+    def train(self, job: Job, task: pb.Envelope, inline: Mapping[bytes, bytes]) -> None:
+        """Do a task of a round, or send again what was made for it before a restart."""
+        greeting = self._session.greeting
+        assert greeting is not None
+        entry = outbox.open_entry(self._state, task, job.header)
+        total = sum(part.num_bytes for part in job.header.parts)
+        self._record("asked", round=job.header.round, order=job.task.hex(), bytes=total)
+        if (stored := entry.reply()) is not None:
+            self._send(job, entry, stored)
+            return
+        outbox.remove_earlier_bodies(self._state, job.header.run, keep=entry)
+        try:
+            request = self._make_reply(job, entry, inline, greeting)
+        except (ClientError, WireError) as error:
+            request = self._decline(job, pb.WORK_FAILED, str(error))
+        job.check()
+        if is_decline(request):
+            self._delivery.deliver(job, request, {})  # not stored: when asked again, what failed may be mended
+            return
+        if request.inline or not entry.update.exists():
+            entry.store_reply(request)
+            self._send(job, entry, request)
+            return
+        # The disk works beside the network. Pushed bytes alone count for nothing: until the reply is submitted as
+        # whole, which waits for this thread, a crash may lose it and another one may take its place.
+        durable = self._guard.start(lambda: entry.store_reply_and_update(request), name="fedtune disk")
+        try:
+            self._send(job, entry, request, durable=durable)
+        finally:
+            durable.join()
+
+    def resend(self, job: Job, entry: Entry) -> None:
+        """Send a stored reply that has no receipt yet."""
+        request = entry.reply()
+        assert request is not None
+        self._send(job, entry, request)
+
+    def _make_reply(
+        self, job: Job, entry: Entry, inline: Mapping[bytes, bytes], greeting: Greeting
+    ) -> pb.SubmitRequest:
+        """Check a task against the policy before it is fetched whole, train, and return the signed reply."""
+        front = next((part for part in job.header.parts if not part.key), None)
+        if front is None or front.num_bytes > MAX_HEADER_BYTES:
+            raise WireError(f"expected a task with an assignment of at most {MAX_HEADER_BYTES} bytes; got another")
+        usage = self._usage(job.header.run)
+        # Only the assignment at first: a task that the policy forbids costs no download.
+        self._downloads.fetch(job, entry, front, inline)
+        demand = policy.read_demand(job.header, entry.part(front.digest).read_bytes())
+        local_time = datetime.fromtimestamp(self._now()).time()
+        recipe_digest = greeting.recipe_digest.hex()
+        violations = policy.check_policy(self._rules, demand, recipe_digest, usage, now=local_time)
+        if violations:
+            return self._decline(job, violations[0].veto, "; ".join(violation.note for violation in violations))
+        if (free := free_bytes(self._state)) < demand.num_bytes + MIN_FREE_BYTES:
+            note = f"{demand.num_bytes} bytes do not fit the disk, where {free} are free and {MIN_FREE_BYTES} stay so"
+            return self._decline(job, pb.TOO_MANY_BYTES, note)
+        for part in job.header.parts:
+            self._downloads.fetch(job, entry, part, inline)
+        with store_errors(entry.folder):
+            (entry.folder / "front").write_bytes(entry.part(front.digest).read_bytes())
+        self._perform(job, entry)
+        size = entry.update.stat().st_size
+        # The size is known only now; an update over the limit is removed at once and never sent.
+        if (violation := policy.check_upload(self._rules, size, usage)) is not None:
+            entry.update.unlink()
+            return self._decline(job, violation.veto, violation.note)
+        update_digest = hash_file(entry.update).digest()
+        part = pb.Part(key=UPDATE, digest=update_digest, num_bytes=size)
+        header = reply_header(self._session.identity, job, [part])
+        return self._sign(header, {update_digest: entry.update})
+
+    def _perform(self, job: Job, entry: Entry) -> None:
+        """Have the trainer write the update; `training` tells the client that a withdrawal must kill it."""
+        bodies = [part.digest.hex() for part in job.header.parts if part.key]
+        job.training = True
+        try:
+            self._trainer.perform(entry.folder, bodies, entry.update)
+        finally:
+            job.training = False
+
+    def _usage(self, run: str) -> Usage:
+        """Return what the site has done already; the outbox is read only for the limits that are set."""
+        rules, now = self._rules, self._now()
+        return Usage(
+            rounds=outbox.count_replies(self._state, run) if rules.max_rounds is not None else 0,
+            day_bytes=outbox.bytes_sent_last_day(self._state, now=now) if rules.day_up_mib is not None else 0,
+        )
+
+    def _send(
+        self, job: Job, entry: Entry, request: pb.SubmitRequest, *, durable: threading.Thread | None = None
+    ) -> None:
+        """Send a reply until there is a receipt, and store that."""
+        header = pb.Header.FromString(request.envelope.header)
+        paths = {} if request.inline else {part.digest: entry.update for part in header.parts}
+        receipt = self._delivery.deliver(job, request, paths, durable=durable)
+        if receipt is not None:
+            entry.store_receipt(receipt)
+
+    def _sign(self, header: pb.Header, paths: Mapping[bytes, Path]) -> pb.SubmitRequest:
+        greeting = self._session.greeting
+        inline_bytes = greeting.limits.inline_bytes if greeting is not None else 0
+        return sign_reply(self._session.identity, header, paths, inline_bytes=inline_bytes)
+
+    def _decline(self, job: Job, veto: pb.Veto, note: str) -> pb.SubmitRequest:
+        text = one_line(note, longest=500)
+        self._record("declined", round=job.header.round, veto=pb.Veto.Name(veto), reason=text)
+        return sign_decline(self._session.identity, job, veto, note)

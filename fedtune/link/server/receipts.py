@@ -1,0 +1,97 @@
+"""Signed receipts: what became of a reply, given again as the same bytes on every repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fedtune.link.envelopes import build_version
+from fedtune.link.server.run_info import RunInfo
+from fedtune.wire.v1 import link_pb2 as pb
+
+MAX_RECEIPTS = 10_000
+"""Kept in memory; one that was dropped is signed anew, from the digests of the accepted updates."""
+
+
+class Receipts:
+    """Receipts of a run, and which updates it has accepted; not thread-safe, the dispatcher holds its lock."""
+
+    def __init__(self, accepted: Mapping[tuple[int, str], str], ended: int) -> None:
+        """Go on from what the journal holds.
+
+        Args:
+            accepted: SHA-256 (hex) of the accepted updates by round and client.
+            ended: number of the last round that is over.
+        """
+        self._accepted, self._ended = dict(accepted), ended
+        self._given: dict[tuple[str, bytes], tuple[bytes, pb.Envelope]] = {}  # by client and task: reply, receipt
+        self.journal_end: Callable[[], tuple[int, str]] = lambda: (0, "")
+        """Number of records of the run's journal, and the digest (hex) of the last."""
+
+    @property
+    def ended(self) -> int:
+        """Number of the last round that is over."""
+        return self._ended
+
+    def end_round(self, number: int) -> None:
+        self._ended = max(self._ended, number)
+
+    def given(self, client: str, task: bytes) -> tuple[bytes, pb.Envelope] | None:
+        """Return the reply digest and the receipt that a client's task has; None if it has none."""
+        return self._given.get((client, task))
+
+    def give(
+        self,
+        run: RunInfo,
+        client: str,
+        reply: bytes,
+        header: pb.Header,
+        verdict: pb.Verdict,
+        refusal: pb.Refusal | None = None,
+    ) -> pb.Envelope:
+        """Return a new signed receipt.
+
+        Args:
+            run: whose coordinator signs.
+            client: author of the reply.
+            reply: digest of the reply's header.
+            header: of the reply.
+            verdict: what became of it.
+            refusal: why, where it was refused.
+        """
+        records, head = self.journal_end()
+        return run.seal(
+            pb.Header(
+                kind=pb.RECEIPT,
+                to=client,
+                round=header.round,
+                order=header.order,
+                receipt=pb.Receipt(
+                    answer=reply,
+                    verdict=verdict,
+                    refusal=refusal,
+                    journal_records=records,
+                    journal_head=bytes.fromhex(head),
+                ),
+                build=build_version(),
+            )
+        )
+
+    def remember(self, client: str, task: bytes, reply: bytes, receipt: pb.Envelope) -> None:
+        """Keep a receipt for repeats, and drop the oldest ones beyond `MAX_RECEIPTS`."""
+        self._given[(client, task)] = reply, receipt
+        # The first key of a dict is its oldest: any client can cause receipts, so memory must be bounded.
+        while len(self._given) > MAX_RECEIPTS:
+            del self._given[next(iter(self._given))]
+
+    def forget(self, client: str, task: bytes) -> None:
+        """Drop the receipt of a task that is asked again: what an earlier reply led to does not count any more."""
+        self._given.pop((client, task), None)
+
+    def accept(self, client: str, header: pb.Header) -> None:
+        """Note the digests of an accepted reply, as the journal has them, for repeats after its receipt was dropped."""
+        for part in header.parts:
+            self._accepted[(header.round, client)] = part.digest.hex()
+
+    def is_accepted(self, client: str, header: pb.Header) -> bool:
+        """Return whether a reply carries the update that this run, or an earlier process of it, accepted."""
+        return any(self._accepted.get((header.round, client)) == part.digest.hex() for part in header.parts)

@@ -1,0 +1,39 @@
+"""What all signed statements of a coordinator's run have in common: federation, run id, recipe, author and key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedtune.link.envelopes import PROTOCOL, build_version, make_part, seal
+from fedtune.wire.v1 import link_pb2 as pb
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The run that a coordinator serves, and the key that signs for it."""
+
+    federation: str
+    run: str
+    """Run id: 16 hex digits."""
+    recipe: bytes
+    """TOML."""
+    author: str
+    """The coordinator's name."""
+    key: Ed25519PrivateKey = field(repr=False)
+
+    @property
+    def recipe_digest(self) -> bytes:
+        return sha256(self.recipe).digest()
+
+    def plan(self) -> pb.Envelope:
+        """Return the signed statement that this is the recipe of the run."""
+        return self.seal(pb.Header(kind=pb.PLAN, parts=[make_part("", self.recipe)], build=build_version()))
+
+    def seal(self, header: pb.Header) -> pb.Envelope:
+        """Fill in what is common to all statements of the run, and return the header signed."""
+        header.protocol, header.federation, header.run, header.author = PROTOCOL, self.federation, self.run, self.author
+        header.recipe = self.recipe_digest
+        return seal(header, self.key)

@@ -1,0 +1,136 @@
+"""The record of one round: a line of rounds.jsonl, the event at the end of a round, and what a report is drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from fedtune.messages import Failure
+from fedtune.planning.planner import ClientObservation
+
+Metrics: TypeAlias = Mapping[str, float | int | None]
+"""Scores of one model on one set of examples, by metric: `loss` in nats per token, `perplexity`, `accuracy`, ...
+
+None is a number that JSON cannot hold, such as the loss of a model that has diverged.
+"""
+
+COUNTS = ("examples", "tokens", "generated")
+"""Metrics that say how much was scored, of which a mean over clients says nothing."""
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What one client of the cohort was asked for and delivered."""
+
+    status: Literal["ok", "failed", "refused", "late", "unfit"]
+    reason: str = ""
+    """Why the update was not used; empty for `ok`."""
+    rank: int | None = None
+    """LoRA rank; None for a client that had no assignment, or that measured seeds."""
+    steps: int | None = None
+    examples: int = 0
+    """Training examples, as enrolled."""
+    bytes_down: int = 0
+    bytes_up: int = 0
+    ratio: float | None = None
+    """Pruning ratio that was asked for; None without pruning."""
+    deadline_s: float | None = None
+    why: str = ""
+    """The planner's reason for its choice."""
+    compute_s: float | None = None
+    """On the client's device, simulated or measured; None without a clock, as are the next two."""
+    transfer_s: float | None = None
+    """Down and up."""
+    overhead_s: float = 0.0
+    loss_before: float | None = None
+    """Training loss before and after the local steps; None also where it is not finite."""
+    loss_after: float | None = None
+    seconds: float | None = None
+    """Wall time of the local work; None without a used update, as are the next three."""
+    peak_bytes: int | None = None
+    tokens: int | None = None
+    norm: float | None = None
+    """Frobenius norm of the admitted change."""
+    importance: float | None = None
+    """With pruning: mean over the steps of the sum of |parameter * gradient| over the trained factors."""
+
+
+@dataclass(frozen=True)
+class UnsolicitedRecord:
+    """A reply that the round did not wait for."""
+
+    client: str
+    reason: str
+    num_bytes: int = 0
+    kind: str = "late"
+
+
+@dataclass(frozen=True)
+class ModuleRecord:
+    """The global change of one module after a round."""
+
+    rank: int
+    norm: float | None = None
+    """Frobenius norm."""
+    singular_values: tuple[float, ...] = ()
+    """The largest ones, descending."""
+    energy_kept: float | None = None
+    """Share of the squared norm that was kept when the state was cut to its rank, in [0, 1]; None if it was not cut."""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round; round 0 is the base before any training."""
+
+    round: int
+    seconds: float
+    """Wall time."""
+    state_digest: str = ""
+    """SHA-256 (hex) of the state after the round; empty for round 0."""
+    cohort: tuple[str, ...] = ()
+    loss_before: float | None = None
+    """Mean over the used updates, weighted by examples."""
+    loss_after: float | None = None
+    test: Metrics | None = None
+    """Scores of the global model on the test data; None if it was not scored in this round."""
+    held_out: Mapping[str, Metrics] = field(default_factory=dict)
+    """Its scores on each client's held-out rows."""
+    clients: Mapping[str, ClientRecord] = field(default_factory=dict)
+    unsolicited: tuple[UnsolicitedRecord, ...] = field(default=(), metadata={"key": "aside"})
+    bytes_down: int = 0
+    bytes_up: int = 0
+    modules: Mapping[str, ModuleRecord] = field(default_factory=dict)
+    figures: Mapping[str, float | int] = field(default_factory=dict)
+    """Numbers that the method reports about its state."""
+    clock_s: float = 0.0
+    """Simulated or measured seconds of the run so far."""
+    deployed: Metrics | None = None
+    """Scores on the test data of the model pruned to what is deployed."""
+
+    @property
+    def used(self) -> int:
+        """Number of updates that were aggregated."""
+        return sum(client.status == "ok" for client in self.clients.values())
+
+
+def observations(record: RoundRecord) -> Sequence[ClientObservation]:
+    """Return what a planner learns from a record: the same as from the round itself, so a resumed run plans alike."""
+    return [
+        ClientObservation(
+            client=name,
+            num_examples=client.examples,
+            ratio=client.ratio or 0.0,
+            rank=client.rank or 0,
+            status=client.status,
+            out_of_memory=client.status == "failed" and Failure.from_text(name, client.reason).out_of_memory,
+            compute_s=client.compute_s,
+            transfer_s=client.transfer_s,
+            loss_before=client.loss_before,
+            loss_after=client.loss_after,
+            importance=client.importance,
+            bytes_down=client.bytes_down,
+            bytes_up=client.bytes_up,
+        )
+        for name, client in record.clients.items()
+    ]

@@ -1,0 +1,103 @@
+"""Everything that a run is given: recipe, base, fleet, planner, clock, and how global models are scored."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal, TypeAlias
+
+from fedtune.config import Recipe, digest, render
+from fedtune.messages import Blueprint
+from fedtune.methods import METHODS
+from fedtune.methods.method import GlobalModel
+from fedtune.planning.planner import Planner
+from fedtune.pruning.structure import ModelStructure
+from fedtune.rounds.clock import Clock
+from fedtune.rounds.record import Metrics
+from fedtune.store import peft
+from fedtune.store.run_journal import RunJournal
+
+Door: TypeAlias = Literal["simulate", "flower", "link"]
+"""What a run is started by: a simulation, a Flower app, or `fedtune serve`."""
+
+VERSIONS = ("fedtune", "numpy", "torch", "transformers", "peft", "flwr")
+"""Packages whose versions a run notes: another one may change the last bits."""
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """Scores of one global model; none where there is no model or nothing to score."""
+
+    test: Metrics | None = None
+    held_out: Mapping[str, Metrics] = field(default_factory=dict)
+    """By client, on its held-out rows."""
+    deployed: Metrics | None = None
+    """Of the same model pruned to what is deployed, on the test data."""
+
+
+def no_scores(tuned: GlobalModel, *, test: bool, clients: bool, keep: ModelStructure | None = None) -> ModelScores:
+    """Score nothing: a server has neither model nor data."""
+    return ModelScores()
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a run is given, the same in a simulation and on a server without a model."""
+
+    recipe: Recipe
+    blueprint: Blueprint
+    planner: Planner
+    base: Mapping[str, Any]
+    """`name`, `digest` and, where the model is loaded, `parameters`."""
+    target: peft.Target
+    fleet: Mapping[str, int]
+    """Training examples by client, as known at the start."""
+    machine: Mapping[str, Any]
+    data: str = ""
+    """Digest of every client's examples; empty where they are not known."""
+    labels: Sequence[str] = ()
+    """Classification: the class names, by class."""
+    notes: Sequence[str] = ()
+    """Remarks of the preparation, such as examples that were dropped."""
+    score: Callable[..., ModelScores] = no_scores
+    sample: Callable[[GlobalModel], Mapping[str, str] | None] = lambda tuned: None
+    """Continues the recipe's prompt before and after."""
+    door: Door = "simulate"
+    clock: Clock | None = None
+    """Measures or simulates the time on the clients' devices; None where it is not known."""
+    devices: Mapping[str, Any] = field(default_factory=dict)
+    """By client, the profile of the device that it is simulated on, with the provenance of each number."""
+    opened: Callable[[RunJournal], None] = lambda journal: None
+    """Called with the journal before the first round; over the link, receipts state its last record."""
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """What the journal notes at a run's start, and a resumed run is compared with."""
+        return {
+            "recipe": render(self.recipe),
+            "recipe_digest": digest(self.recipe),
+            "base": self.base["digest"],
+            "data": self.data,
+            "door": self.door,
+            "versions": " ".join(f"{name} {number}" for name, number in versions().items()),
+            "platform": platform.platform(),
+        }
+
+
+def versions() -> Mapping[str, str]:
+    """Return the versions of Python and of the packages in `VERSIONS`, as far as they are installed."""
+    return dict(installed_versions()) | {"python": platform.python_version()}
+
+
+def installed_versions() -> Iterator[tuple[str, str]]:
+    for name in VERSIONS:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
+
+
+def first_state(recipe: Recipe, blueprint: Blueprint) -> Any:
+    """Return the state of the recipe's method before any round."""
+    return METHODS[recipe.method.name].init(blueprint, recipe.method)

@@ -1,0 +1,159 @@
+"""What a run writes after each round: scores, the global model, and the line of rounds.jsonl."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune.config import Recipe
+from fedtune.lora.adapter import Adapter
+from fedtune.lora.lowrank import LowRank, compress
+from fedtune.messages import Failure, TrainLora
+from fedtune.methods import METHODS
+from fedtune.methods.method import GlobalModel
+from fedtune.pruning.structure import ModelStructure
+from fedtune.rounds.loop import RoundResult
+from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
+from fedtune.runs.context import ModelScores, RunContext
+from fedtune.runs.summary import provenance
+from fedtune.store import result
+from fedtune.store.round_records import append_round
+
+SPECTRUM = 64
+"""Singular values per module in a line, the largest ones: as many as the report draws."""
+
+
+def record_base(context: RunContext, run: Path) -> RoundRecord:
+    """Score the base before any training, and write and return the record of round 0."""
+    began = time.perf_counter()
+    scores = context.score(GlobalModel(saved=context.blueprint.saved), test=True, clients=True)
+    record = RoundRecord(round=0, seconds=time.perf_counter() - began, test=scores.test, held_out=scores.held_out)
+    append_round(run, record)
+    return record
+
+
+def record_round(context: RunContext, run: Path, finished: RoundResult, earlier: Sequence[RoundRecord]) -> RoundRecord:
+    """Score the state as the recipe asks, write the global model, then the round's line, and return the record.
+
+    The line comes last: once it is there, a resumed run does not repeat the round, so the model must be on the disk.
+    """
+    recipe, method = context.recipe, METHODS[context.recipe.method.name]
+    tuned = method.tuned(finished.state)
+    last, every = finished.round == recipe.rounds.count, recipe.evaluate.every
+    test = last or (every > 0 and finished.round % every == 0)
+    scores = context.score(tuned, test=test, clients=last, keep=deployed_structure(recipe, finished.state))
+    record = round_record(
+        finished,
+        tuned.adapter,
+        energy_kept=method.energy_kept(finished.state),
+        figures=method.figures(finished.state),
+        scores=scores,
+    )
+    write_result(context, run, finished.state, [*earlier, record])
+    append_round(run, record)
+    return record
+
+
+def deployed_structure(recipe: Recipe, state: Any) -> ModelStructure | None:
+    """Return the structure that is deployed in the end; None for the whole model, or where it is not known yet."""
+    if recipe.pruning is None or not recipe.pruning.target:
+        return None
+    structure: ModelStructure | None = state.structure(recipe.pruning.target)
+    return structure
+
+
+def write_result(context: RunContext, run: Path, state: Any, records: Sequence[RoundRecord]) -> None:
+    """Write the global model of the state after the last of the records, with its provenance."""
+    tuned = METHODS[context.recipe.method.name].tuned(state)
+    result.write(run, tuned, context.target, provenance(context, tuned, records))
+
+
+def round_record(
+    finished: RoundResult,
+    adapter: Adapter,
+    *,
+    energy_kept: Mapping[str, float],
+    figures: Mapping[str, Any],
+    scores: ModelScores,
+) -> RoundRecord:
+    """Return the record of one round.
+
+    Args:
+        finished: the round's result.
+        adapter: the global model's change after the round.
+        energy_kept: share of squared singular values that the next broadcast keeps, by module.
+        figures: numbers that the method reports about its state.
+        scores: of the global model after the round.
+    """
+    clients = {name: client_record(finished, name) for name in finished.outcomes}
+    return RoundRecord(
+        round=finished.round,
+        seconds=finished.seconds,
+        state_digest=finished.digest,
+        cohort=tuple(finished.outcomes),
+        loss_before=mean_loss([(client, client.loss_before) for client in clients.values()]),
+        loss_after=mean_loss([(client, client.loss_after) for client in clients.values()]),
+        test=scores.test,
+        held_out=scores.held_out,
+        clients=clients,
+        unsolicited=tuple(
+            UnsolicitedRecord(reply.client, reply.reason, reply.num_bytes, reply.kind) for reply in finished.unsolicited
+        ),
+        bytes_down=sum(client.bytes_down for client in clients.values()),
+        bytes_up=sum(client.bytes_up for client in clients.values()),
+        modules={name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
+        figures=figures,
+        clock_s=finished.clock_s,
+        deployed=scores.deployed,
+    )
+
+
+def client_record(finished: RoundResult, name: str) -> ClientRecord:
+    outcome, planned = finished.outcomes[name], finished.planned.get(name)
+    traffic, device = finished.traffic[name], finished.spent.get(name)
+    record = ClientRecord(status="ok", examples=finished.examples[name], bytes_down=traffic.down, bytes_up=traffic.up)
+    if planned is not None:  # a client without a feasible plan has no assignment
+        plan, task = finished.assignments[name].plan, finished.assignments[name].task
+        record = replace(
+            record,
+            rank=plan.rank if isinstance(task, TrainLora) else None,
+            steps=plan.training.steps,
+            ratio=plan.ratio if isinstance(task, TrainLora) and task.pruning is not None else None,
+            deadline_s=planned.deadline_s,
+            why=planned.why,
+        )
+    if device is not None:
+        record = replace(record, compute_s=device.compute_s, transfer_s=device.transfer_s, overhead_s=device.overhead_s)
+    if isinstance(outcome, Failure):
+        return replace(record, status=outcome.kind, reason=outcome.reason)
+    measured = outcome.measured
+    return replace(
+        record,
+        loss_before=measured.loss_before,
+        loss_after=measured.loss_after,
+        seconds=measured.seconds,
+        peak_bytes=measured.peak_bytes,
+        tokens=measured.tokens,
+        norm=finished.norms.get(name),
+        importance=measured.importance,
+    )
+
+
+def mean_loss(losses: Sequence[tuple[ClientRecord, float | None]]) -> float | None:
+    """Return the mean over the clients whose update was used, weighted by their examples; None for none."""
+    known = [(loss, client.examples) for client, loss in losses if client.status == "ok" and loss is not None]
+    return sum(loss * n for loss, n in known) / sum(n for _, n in known) if known else None
+
+
+def module_record(change: LowRank, energy_kept: float | None) -> ModuleRecord:
+    return ModuleRecord(
+        rank=change.rank,
+        norm=float(np.linalg.norm(change.s)),
+        singular_values=tuple(float(f"{value:.6g}") for value in change.s[:SPECTRUM]),
+        energy_kept=energy_kept,
+    )

@@ -1,0 +1,106 @@
+"""Whether and where a run goes on: its recipe, base and data against the journal, its last state, and the command."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Recipe, bind, changes
+from fedtune.errors import ConfigError, Fault, StoreError
+from fedtune.methods import serialization
+from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.record import RoundRecord
+from fedtune.runs.context import Door, RunContext, first_state
+from fedtune.store.history import has_begun
+from fedtune.store.round_records import read_rounds
+from fedtune.store.run_journal import RunJournal
+
+RESTORE_ADVICE = "put back a copy of the run directory, or start the run again"
+
+
+def load_resumed(
+    context: RunContext, run: Path, journal: RunJournal, watch: Watch
+) -> tuple[list[RoundRecord], Any | None]:
+    """Return the records of a run, and the state after the last of them; None before the first round.
+
+    Raises:
+        ConfigError: if it was started with another base or other data, or has more rounds than the recipe.
+        StoreError: if round lines, journal and states do not belong together.
+    """
+    check_inputs(context, journal.first, watch)
+    if context.recipe.rounds.count < journal.begun:
+        expected = f"at least {journal.begun}, the rounds that have begun"
+        raise ConfigError(Fault("rounds.count", expected, str(context.recipe.rounds.count)))
+    records = list(read_rounds(run))
+    if not records and journal.begun:
+        raise StoreError(
+            f"{run / 'rounds.jsonl'}: expected the lines of {journal.begun} rounds; got none; {RESTORE_ADVICE}"
+        )
+    state = journal.resume(records[-1].round if records else 0)
+    if state is None:
+        return records, None
+    return records, serialization.decode(state, first_state(context.recipe, context.blueprint))
+
+
+def check_inputs(context: RunContext, start: Mapping[str, str], watch: Watch) -> None:
+    """Refuse to go on over another base or other data, and note other versions.
+
+    Args:
+        context: what the run is given now.
+        start: what the journal notes of its start.
+        watch: called with a note for each version that differs.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    now = context.inputs
+    faults = [
+        Fault(path, f"what the run was started with (digest {start[key][:12]})", f"{now[key][:12]}", hint)
+        for key, path, hint in (
+            ("base", "model.base", "load the same model in the same revision and dtype"),
+            ("data", "data", "put the files back, or start another run with --fresh"),
+        )
+        if start[key] and now[key] and start[key] != now[key]
+    ]
+    if faults:
+        raise ConfigError(faults)
+    if bool(start["data"]) != bool(now["data"]):
+        watch(Note("the data are known at only one of start and resume: whether they are the same is not checked"))
+    for key in ("versions", "platform"):
+        if start[key] != now[key]:
+            watch(Note(f"started with {key} {start[key]}; now {now[key]}: the last bits may differ from here on"))
+
+
+def check_resumable(run: Path, recipe: Recipe) -> None:
+    """Refuse to resume a run with another recipe than at its start; rounds.count and the engine may change.
+
+    Raises:
+        ConfigError: with every key that differs.
+        StoreError: if the folder is no run, or its journal cannot be trusted.
+    """
+    if not has_begun(run):
+        return  # killed before anything of it was noted: it starts
+    start = bind(RunJournal.inputs(run)["recipe"])
+    different = [change for change in changes(start, recipe) if not resumable(change)]
+    if different:
+        raise ConfigError(
+            [Fault("", "the recipe that the run was started with", change) for change in different],
+            source=f"resume {run}",
+        )
+
+
+def resumable(change: str) -> bool:
+    """Return whether a run may go on in spite of a change, as `config.changes` writes it."""
+    return change.startswith("rounds.count:")
+
+
+def resume_command(door: Door, run: Path) -> str:
+    """Return the command that resumes a run, ready to be pasted into a shell."""
+    if door == "simulate":
+        return f"fedtune simulate --resume {shlex.quote(str(run))}"
+    if door == "link":
+        return f"fedtune serve --resume {shlex.quote(str(run))}"
+    path = run.absolute()
+    return f'flwr run . --run-config \'recipe="{path}/recipe.toml" store="{path.parent}" resume="{path.name}"\''

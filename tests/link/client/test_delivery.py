@@ -1,0 +1,71 @@
+"""Replies on their way: pushed within a window, and the same bytes after a restart."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from fedtune.link.client.delivery import OutgoingUpload
+from fedtune.link.server.assignments import ReceivedParts
+from fedtune.wire.v1 import link_pb2 as pb
+from tests.link.link_server import LinkServer
+from tests.link.site import END_S, collect_one, post, run_site, until
+
+
+def test_after_a_restart_the_same_bytes_are_sent_and_nothing_is_done_again(link: LinkServer) -> None:
+    with run_site(link) as first:
+        message_id = post(link)
+        result = collect_one(link, message_id)
+    assert isinstance(result, ReceivedParts)
+    with run_site(link) as second:
+        until(link, lambda: "sending" in second.kinds())
+        link.dispatcher.settle("site-a", 1, None)
+        until(link, lambda: "receipt" in second.kinds())
+        assert not second.trainer.done
+    sent = [fields["answer"] for one in (first, second) for kind, fields in one.events if kind == "sending"]
+    assert len(set(sent)) == 1
+
+
+LIMITS = pb.Limits(part_bytes=10, window_bytes=20)
+
+
+def upload(folder: Path, data: bytes, offset: int = 0) -> OutgoingUpload:
+    path = folder / "update"
+    path.write_bytes(data)
+    return OutgoingUpload(path, b"reply", pb.Want(digest=b"part", offset=offset), LIMITS)
+
+
+def test_the_first_message_names_the_part_and_the_others_only_carry_on(tmp_path: Path) -> None:
+    outgoing = upload(tmp_path, bytes(range(21)), offset=3)
+    first, second = outgoing.messages()
+    assert (first.answer, first.digest, first.offset, first.data) == (b"reply", b"part", 3, bytes(range(3, 13)))
+    assert (second.answer, second.digest, second.data) == (b"", b"", bytes(range(13, 21)))
+    assert outgoing.sent == 21
+
+
+def test_a_part_that_the_server_has_whole_is_still_announced(tmp_path: Path) -> None:
+    (only,) = upload(tmp_path, b"whole", offset=5).messages()
+    assert (only.offset, only.data) == (5, b"")
+
+
+def test_no_more_than_a_window_is_sent_without_an_acknowledgement(tmp_path: Path) -> None:
+    outgoing, sent = upload(tmp_path, bytes(100)), list[pb.PushPart]()
+    thread = threading.Thread(target=lambda: sent.extend(outgoing.messages()))
+    thread.start()
+    while outgoing.sent < 30:  # one message beyond the window: its sender waits before the next
+        thread.join(0.01)
+    thread.join(0.1)
+    assert thread.is_alive()
+    assert outgoing.sent == 30
+    outgoing.acknowledge(100)
+    thread.join(END_S)
+    assert sum(len(message.data) for message in sent) == 100
+
+
+def test_an_upload_that_has_ended_lets_its_sender_go(tmp_path: Path) -> None:
+    outgoing = upload(tmp_path, bytes(100))
+    thread = threading.Thread(target=lambda: list(outgoing.messages()))
+    thread.start()
+    outgoing.end()
+    thread.join(END_S)
+    assert not thread.is_alive()

@@ -1,0 +1,72 @@
+"""Tasks from the policy to the signed update, with a trainer that writes known bytes."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import pytest
+
+from fedtune.link.client.policy import Policy
+from fedtune.link.envelopes import HELLO
+from fedtune.link.server.assignments import ReceivedParts, Withdrawn
+from tests.link.link_server import LinkServer
+from tests.link.site import RecordingTrainer, collect_one, post, run_site
+
+
+def test_the_reply_to_a_hello_is_the_profile_that_the_trainer_wrote(link: LinkServer) -> None:
+    with run_site(link):
+        message_id = link.dispatcher.post("site-a", HELLO, b"", {}, seconds=60)
+        result = collect_one(link, message_id)
+        assert result == ReceivedParts("site-a", {"": b"profile", sha256(b"body").hexdigest(): b"body"}) or isinstance(
+            result, ReceivedParts
+        )
+        assert isinstance(result, ReceivedParts)
+        assert {key: bytes(one) for key, one in result.bodies.items()} == {
+            "": b"profile",
+            sha256(b"body").hexdigest(): b"body",
+        }
+
+
+def test_what_the_policy_forbids_is_declined_unread(link: LinkServer) -> None:
+    with run_site(link, Policy(max_rank=1, min_cohort=3)) as running:
+        result = collect_one(link, post(link, body=b"x" * 200_000))
+        assert isinstance(result, Withdrawn)
+        assert result.reason == (
+            "declined, RANK_TOO_LARGE: policy.max_rank: allowed 1; got 2; policy.min_cohort: at least 3; got 2"
+        )
+        assert not running.trainer.done
+        assert not list(running.state.glob(f"runs/*/*/{sha256(b'x' * 200_000).hexdigest()}*"))
+
+
+def test_a_reply_that_is_too_large_for_the_policy_never_leaves(link: LinkServer) -> None:
+    with run_site(link, Policy(max_up_mib=0.1)) as running:
+        result = collect_one(link, post(link))
+        assert isinstance(result, Withdrawn)
+        assert "policy.max_up_mib: allowed 0.1; got 0.3" in result.reason
+        assert not list(running.state.glob("runs/*/*/update"))
+
+
+def test_a_trainer_that_fails_costs_one_reply_with_its_reason(link: LinkServer) -> None:
+    with run_site(link, trainer=RecordingTrainer(fails="expected a base; got none")) as running:
+        running.trainer.gate.set()
+        assert collect_one(link, post(link)) == Withdrawn("site-a", "expected a base; got none")
+        running.trainer.fails = ""
+        assert isinstance(collect_one(link, post(link, 2)), ReceivedParts)
+
+
+def test_what_failed_is_tried_anew_when_it_is_asked_again(link: LinkServer) -> None:
+    with run_site(link, trainer=RecordingTrainer(fails="out of memory")) as running:
+        running.trainer.gate.set()
+        assert collect_one(link, post(link)) == Withdrawn("site-a", "out of memory")
+        running.trainer.fails = ""
+        assert isinstance(collect_one(link, post(link)), ReceivedParts)  # the same order, as a resumed run asks it
+
+
+def test_what_does_not_fit_the_disk_is_declined(link: LinkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.link.client.training_jobs.free_bytes", lambda folder: 600 * 2**20)
+    with run_site(link):
+        assert isinstance(collect_one(link, post(link, body=b"x" * 1000)), ReceivedParts)
+        monkeypatch.setattr("fedtune.link.client.training_jobs.free_bytes", lambda folder: 2**20)
+        result = collect_one(link, post(link, 2, body=b"x" * 1000))
+    assert isinstance(result, Withdrawn)
+    assert "do not fit the disk" in result.reason

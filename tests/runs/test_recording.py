@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedtune.lora.adapter import Factors
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    ClientUpdate,
+    Failure,
+    LoraResult,
+    Measured,
+    Plan,
+    PlannedClient,
+    Traffic,
+    Training,
+    TrainLora,
+)
+from fedtune.rounds.loop import RoundResult
+from fedtune.rounds.record import ModuleRecord, RoundRecord
+from fedtune.rounds.transport import UnsolicitedReply
+from fedtune.runs.context import ModelScores
+from fedtune.runs.recording import round_record
+
+PLAN = Plan("ann", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=3))
+
+
+def result() -> RoundResult:
+    measured = Measured(seconds=1.5, peak_bytes=10, tokens=20, loss_before=4.0, loss_after=2.0)
+    later = replace(measured, loss_before=2.0, loss_after=1.0)
+    names = ("ann", "bob", "cyd")
+    return RoundResult(
+        round=1,
+        state=None,
+        digest="d" * 64,
+        examples={"ann": 30, "bob": 10, "cyd": 5},
+        unsolicited=[UnsolicitedReply("dan", "answered round 0 after its end; dropped", 7)],
+        planned={n: PlannedClient(replace(PLAN, client=n)) for n in names},
+        assignments={n: Assignment("flora", 1, 0, replace(PLAN, client=n), TrainLora(a_key=0)) for n in names},
+        outcomes={
+            "ann": AdmittedUpdate(ClientUpdate("ann", 1, 30, LoraResult({}), measured=measured)),
+            "bob": AdmittedUpdate(ClientUpdate("bob", 1, 10, LoraResult({}), measured=later)),
+            "cyd": Failure.from_text("cyd", "no memory"),
+        },
+        norms={"ann": 0.5, "bob": 0.25},
+        traffic={name: Traffic(down=100, up=10) for name in names},
+        seconds=3.0,
+    )
+
+
+def record() -> RoundRecord:
+    adapter = {"x": Factors(a=np.diag([1.0, 1.0]).astype(np.float32), b=np.diag([3.0, 4.0]).astype(np.float32))}
+    return round_record(
+        result(), adapter, energy_kept={"x": 0.9}, figures={"sum_abs": 3}, scores=ModelScores(test={"loss": 1.0})
+    )
+
+
+def test_losses_are_means_by_examples_over_the_updates_that_were_used() -> None:
+    assert record().loss_before == pytest.approx((4.0 * 30 + 2.0 * 10) / 40)
+    assert record().loss_after == pytest.approx((2.0 * 30 + 1.0 * 10) / 40)
+
+
+def test_a_failed_client_keeps_its_reason_and_its_bytes() -> None:
+    failed = record().clients["cyd"]
+    assert (failed.status, failed.reason, failed.bytes_down) == ("failed", "no memory", 100)
+    assert (failed.loss_after, failed.seconds, failed.norm) == (None, None, None)
+    assert record().bytes_down == 300
+    assert record().used == 2
+
+
+def test_a_reply_that_the_round_did_not_wait_for_is_recorded() -> None:
+    (reply,) = record().unsolicited
+    assert (reply.client, reply.kind, reply.num_bytes) == ("dan", "late", 7)
+
+
+def test_a_modules_spectrum_by_hand() -> None:
+    assert record().modules == {"x": ModuleRecord(rank=2, norm=5.0, singular_values=(4.0, 3.0), energy_kept=0.9)}

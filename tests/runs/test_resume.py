@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedtune.errors import ConfigError, StoreError
+from fedtune.rounds.loop import Event, Note
+from fedtune.runs import context as contexts
+from fedtune.runs.local import Experiment, run_context, transport
+from fedtune.runs.resume import check_resumable, resume_command
+from fedtune.runs.runner import run_recipe
+from fedtune.store.run_directory import write_recipe
+from tests.runs.conftest import read_lines, run_prepared
+
+# peft asks transformers by a name that transformers is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def test_a_finished_run_goes_on_for_more_rounds_and_cannot_go_back(
+    prepared: Experiment, run: Path, tmp_path: Path
+) -> None:
+    longer = replace(prepared, recipe=replace(prepared.recipe, rounds=replace(prepared.recipe.rounds, count=3)))
+    write_recipe(tmp_path / "whole", "")
+    run_prepared(longer, tmp_path / "whole")
+    run_prepared(prepared, run)
+    assert run_prepared(prepared, run, resume=True)["rounds"] == 2  # nothing was left to do
+    run_prepared(longer, run, resume=True)
+    assert [line["state_digest"] for line in read_lines(run)] == [
+        line["state_digest"] for line in read_lines(tmp_path / "whole")
+    ]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"rounds.count: expected at least 3, the rounds that have begun; got 2"):
+        run_prepared(prepared, run, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_lines_that_are_gone_are_not_written_anew(prepared: Experiment, run: Path) -> None:
+    run_prepared(prepared, run)
+    (run / "rounds.jsonl").unlink()
+    with pytest.raises(StoreError, match="expected the lines of 2 rounds; got none"):
+        run_prepared(prepared, run, resume=True)
+    assert not (run / "rounds.jsonl").exists()
+
+
+def test_a_run_may_be_resumed_where_the_data_are_not_known(prepared: Experiment, run: Path) -> None:
+    """As on a server, over the same clients."""
+    run_prepared(prepared, run)
+    events: list[Event] = []
+    with transport(prepared) as engine:
+        run_recipe(
+            replace(run_context(prepared), data="", door="flower"), run, engine, resume=True, watch=events.append
+        )
+    assert any(isinstance(event, Note) and "is not checked" in event.text for event in events)
+    run_prepared(prepared, run, resume=True)
+
+
+def test_a_run_is_resumed_with_the_recipe_of_its_start_only(prepared: Experiment, run: Path) -> None:
+    run_prepared(prepared, run)
+    check_resumable(run, prepared.recipe)
+    check_resumable(run, replace(prepared.recipe, rounds=replace(prepared.recipe.rounds, count=9)))
+    check_resumable(run, replace(prepared.recipe, engine=replace(prepared.recipe.engine, name="processes", workers=2)))
+    other = replace(prepared.recipe, seed=5, client=replace(prepared.recipe.client, learning_rate=1.0))
+    with pytest.raises(ConfigError, match="2 faults") as error:
+        check_resumable(run, other)
+    assert "client.learning_rate: 0.05 -> 1.0" in str(error.value)
+    assert "seed: 0 -> 5" in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["data", "base"])
+def test_a_run_is_not_resumed_over_other_data_or_another_base(what: str, prepared: Experiment, run: Path) -> None:
+    run_prepared(prepared, run)
+    now = run_context(prepared)
+    now = replace(now, data="other") if what == "data" else replace(now, base={**now.base, "digest": "other"})
+    with transport(prepared) as engine, pytest.raises(ConfigError, match=r"what the run was started with \(digest"):
+        run_recipe(now, run, engine, resume=True, watch=lambda event: None)
+
+
+def test_other_versions_are_noted(prepared: Experiment, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_prepared(prepared, run)
+    monkeypatch.setattr(contexts, "versions", lambda: {"python": "9.9"})
+    events: list[Event] = []
+    run_prepared(prepared, run, events.append, resume=True)
+    assert any(isinstance(event, Note) and "now python 9.9" in event.text for event in events)
+
+
+def test_the_resume_command_can_be_pasted() -> None:
+    assert resume_command("simulate", Path("runs/my run")) == "fedtune simulate --resume 'runs/my run'"
+    expected = '\'recipe="/store/notes/recipe.toml" store="/store" resume="notes"\''
+    assert resume_command("flower", Path("/store/notes")) == f"flwr run . --run-config {expected}"
