@@ -23,10 +23,9 @@ import numpy as np
 
 from fedtune.devices.traces import log_deviation
 from fedtune.planning.bandits import Thompson, Ucb
-from fedtune.planning.deadline import Deadline
-from fedtune.planning.oracle import Oracle
+from fedtune.planning.deadline import LATE_SHARE, Deadline, best_arms, candidate_ends
 from fedtune.planning.policies import few
-from fedtune.planning.policy import Arm, Candidate, Observed, Policy
+from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy
 from fedtune.planning.random_choice import RandomChoice
 from fedtune.planning.s_ucb import SUcb
 from fedtune.seeds import derive, generator
@@ -39,6 +38,37 @@ MODES, PERIOD = (1.0, 0.7, 0.5, 0.35), 20
 TOKENS, WEIGHTS, SIDES = 40_960, 86e6, 165_888
 GOAL = 0.308
 """Summed mean true gain per round at which a run has reached its goal."""
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What `deadline` would choose if it knew the round's true times and qualities: the yardstick of regret."""
+
+    arms: tuple[Arm, ...]
+    seconds: Callable[[int, Candidate], Array]
+    """(round, client) -> true seconds of every arm in that round."""
+    quality: Callable[[int, Candidate], Array]
+    """(round, client) -> true quality of every arm."""
+    server_s: float = 0.0
+
+    def start(self) -> None:
+        """Return None: nothing is left to learn."""
+
+    def choose(self, memory: None, round: int, candidates: Sequence[Candidate], *, key: int) -> Choice:
+        """Return the arms with the largest true quality per true second."""
+        if not candidates:
+            return Choice({})
+        cohort = sorted(candidates, key=lambda client: client.client)
+        seconds = np.array([self.seconds(round, client) for client in cohort])
+        seconds = np.where([client.feasible for client in cohort], seconds, np.inf)
+        quality = np.array([self.quality(round, client) for client in cohort])
+        weights = np.array([client.weight for client in cohort])
+        chosen, end = best_arms(seconds, quality, weights, candidate_ends(seconds), self.server_s)
+        arms = {client.client: int(arm) for client, arm in zip(cohort, chosen, strict=True)}
+        return Choice(arms, deadline_s=LATE_SHARE * end, why=dict.fromkeys(arms, "known"))
+
+    def learn(self, memory: None, observed: Sequence[Observed]) -> None:
+        """Learn nothing."""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from fedtune.config import binding
 from fedtune.config.recipe import SECTIONS, Override, Recipe
 from fedtune.config.site import SiteSettings
 from fedtune.devices.profiles import DeviceProfile
 from fedtune.link.settings import LinkSettings
 from fedtune.methods import METHODS
+from fedtune.planning import PLANNERS
 from fedtune.planning.policies import POLICIES
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride
@@ -90,21 +90,14 @@ UNITS: Mapping[str, str] = {
 }
 PLAIN_NUMBERS = frozenset(
     (
-        *("alpha", "clip", "clip_norm", "coverage_floor", "learning_rate", "max_norm", "momentum"),
-        *(
-            "net_sigma",
-            "over_select",
-            "perturbation",
-            "proximal",
-            "rank_penalty",
-            "scalar_step",
-            "seed",
-            "server_learning_rate",
-        ),
-        "weight_decay",
+        *("alpha", "beta1", "beta2", "clip", "clip_norm", "coverage_floor", "learning_rate", "max_norm", "momentum"),
+        *("net_sigma", "over_select", "perturbation", "proximal", "rank_penalty", "scalar_step", "seed"),
+        *("server_learning_rate", "weight_decay"),
     )
 )
 """Numbers without a unit."""
+UNITS_BY_PATH: Mapping[str, str] = {"method.server_optimizer.tau": "no unit"}
+"""Keys whose name has another unit elsewhere."""
 
 DEVICE_RANGES: Mapping[str, str] = {
     "memory_gb": "> 0",
@@ -301,7 +294,7 @@ def keys_of(cls: type[Any], path: str, *, only: Sequence[str] | None = None, opt
             kind=kind_of(hints[field.name]),
             range=range_of(hints[field.name]),
             default="unchanged" if optional else default_of(field),
-            unit=unit_of(field.name, hints[field.name]),
+            unit=UNITS_BY_PATH.get(name) or unit_of(field.name, hints[field.name]),
             text=texts.get(field.name, ""),
         )
 
@@ -330,7 +323,7 @@ def override_table() -> Table:
     """Return the table `[[override]]`: which clients, and the keys of other tables that differ for them."""
     ranges = {
         "override.rank": range_of(get_type_hints(SECTIONS["adapter"], include_extras=True)["rank"]),
-        "override.ratio": range_of(get_type_hints(binding.NAMED["planner"]["fixed"], include_extras=True)["ratio"]),
+        "override.ratio": range_of(get_type_hints(PLANNERS["fixed"].settings, include_extras=True)["ratio"]),
     }
     own = [
         replace(key, range=ranges.get(key.name, ""))
@@ -362,11 +355,10 @@ def recipe_pages() -> Mapping[str, Sequence[Table]]:
         Table(f"`{name}`", method_summary(name), list(keys_of(method.settings, "method")))
         for name, method in METHODS.items()
     ]
-    planners = binding.NAMED["planner"]
-    learning = [name for name in planners if name in POLICIES]
+    learning = [name for name in PLANNERS if name in POLICIES]
     pages["planner"] = [
-        table_of(planners["fixed"], "planner", "`fixed`"),
-        table_of(planners[learning[0]], "planner", ", ".join(f"`{name}`" for name in learning)),
+        table_of(PLANNERS["fixed"].settings, "planner", "`fixed`"),
+        table_of(PLANNERS[learning[0]].settings, "planner", ", ".join(f"`{name}`" for name in learning)),
     ]
     pages["override"] = [override_table()]
     pages["device"] = [device_table()]

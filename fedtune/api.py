@@ -1,17 +1,19 @@
-"""fedtune from Python: simulate, evaluate, report and compare, as the command line calls them."""
+"""fedtune from Python: simulate, evaluate, report and compare, the functions behind the command line."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Recipe, bind
+from fedtune.config import Recipe, bind, render
+from fedtune.config.recipe import Objects
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
-from fedtune.methods.method import GlobalModel
+from fedtune.methods.method import GlobalModel, Method
+from fedtune.planning.planner import Planner, PlannerInputs
 from fedtune.rounds.loop import Note, Watch
 from fedtune.rounds.record import Metrics
 from fedtune.runs.demo import recipe_text, write_data
@@ -23,13 +25,16 @@ from fedtune.store.files import store_errors
 from fedtune.store.run_directory import check_run, check_vacant, write_recipe
 from fedtune.store.verify import Status, Verified
 
-# The client wing (torch, transformers, peft, datasets) takes seconds to import, so `experiment` and `model` are
-# imported where they are needed: a recipe that is wrong says so at once, and reading a report needs neither.
+# torch, transformers, peft and datasets take seconds to import, so `runs.local` and `model` are imported where they are
+# needed: a mistake in a recipe is reported at once, and drawing a report needs none of them.
+
+
+NO_OBJECTS = Objects()
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, and what its summary says."""
+    """A run directory and its summary."""
 
     path: Path
     summary: Mapping[str, Any]
@@ -53,6 +58,10 @@ def simulate(
     out: str | Path | None = None,
     fresh: bool = False,
     resume: str | Path | None = None,
+    method: Method[Any] | None = None,
+    planner: Planner | Callable[[PlannerInputs], Planner] | None = None,
+    model: Any | None = None,
+    data: Mapping[str, Any] | None = None,
     watch: Watch = lambda event: None,
 ) -> Run:
     """Run a recipe with all its clients on this machine, and return the run.
@@ -63,7 +72,14 @@ def simulate(
         out: run directory; `runs/<name>` without it.
         fresh: if the directory is taken, start beside it instead of refusing.
         resume: directory of a run to go on with, after a crash or for more rounds; its result is the one that the run
-            would have had without a break. `rounds.count` and the engine may change, nothing else.
+            would have had without a break. `rounds.count` and the engine may change, nothing else; the Python objects
+            that it was given must be given again.
+        method: a method of your own; the recipe's table `method` holds its settings.
+        planner: a planner of your own, or a function that creates it; in place of the recipe's table `planner`.
+        model: a transformers model and its tokenizer as a pair, or a `fedtune.model.base.Base`; in place of
+            `model.base`. It is frozen, and moved to `model.device`, in place.
+        data: by client name its rows, each a mapping from column to value, or a `datasets.Dataset`; or a mapping with
+            the rows to `train` on and those `held_out`. In place of `data.source` and `data.split`.
         watch: called with each event of `fedtune.rounds.loop`.
 
     Raises:
@@ -71,33 +87,64 @@ def simulate(
         RoundError: if a round could not be completed; the run directory holds the rounds before it.
         StoreError: if the run directory cannot be written.
     """
+    objects = check_objects(Objects(method=method, planner=planner, model=model, data=data))
     if resume is not None:
-        return _resume(Path(resume), recipe, overrides=overrides, watch=watch)
+        return _resume(Path(resume), recipe, objects, overrides=overrides, watch=watch)
     if recipe is None:
         raise ConfigError(Fault("recipe", "a recipe, or a run to resume", "neither"))
-    bound = bind_recipe(recipe, overrides)
-    with fork_server_of(bound) as nursery:
+    bound = bind_recipe(recipe, overrides, objects)
+    with fork_server_of(bound) as fork_server:
         from fedtune.runs.local import prepare
 
         experiment = prepare(bound)
         path = check_vacant(Path(out) if out is not None else Path("runs") / bound.name, fresh=fresh)
-        return _conduct(experiment, path, nursery, watch)
+        return _run(experiment, path, fork_server, watch)
 
 
 def fork_server_of(recipe: Recipe) -> AbstractContextManager[ForkServer | None]:
-    """Start the process that loads the base for worker processes, while this one still imports and loads its own."""
+    """Start the process that loads the base for worker processes, so that it loads while this one prepares the run."""
     return ForkServer() if recipe.engine.name == "processes" else nullcontext()
 
 
-def bind_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else bind(recipe, overrides=overrides)
+def bind_recipe(
+    recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str], objects: Objects = NO_OBJECTS
+) -> Recipe:
+    """Return the recipe bound, with the Python objects in place of the names that they stand for."""
+    if not isinstance(recipe, Recipe):
+        return bind(recipe, overrides=overrides, objects=objects)
+    if objects == NO_OBJECTS:
+        return recipe
+    return replace(bind(render(recipe), objects=objects), root=recipe.root)
+
+
+def check_objects(objects: Objects) -> Objects:
+    """Return Python objects after checking that they have the types that a run needs.
+
+    Raises:
+        ConfigError: naming those that have not.
+    """
+    operations = ("start", "plan", "observe")
+    faults = []
+    if not isinstance(objects.method, Method | None):
+        expected = "a fedtune.methods.method.Method"
+        faults.append(Fault("method", expected, f"a {type(objects.method).__name__}"))
+    if objects.planner is not None and not callable(objects.planner):
+        missing = [name for name in operations if name not in dir(objects.planner)]
+        if missing:
+            expected = "a planner with start, plan and observe, or a function that creates one"
+            faults.append(Fault("planner", expected, f"a {type(objects.planner).__name__} without {missing[0]}"))
+    if objects.data is not None and not (isinstance(objects.data, Mapping) and objects.data):
+        faults.append(Fault("data", "rows by client, of one client at least", f"a {type(objects.data).__name__}"))
+    if faults:
+        raise ConfigError(faults)
+    return objects
 
 
 def recipe_of(run: Path) -> Path:
-    """Return the recipe's file of a run.
+    """Return the recipe file of a run.
 
     Raises:
-        StoreError: if the folder is none.
+        StoreError: if the folder is no run directory.
     """
     check_run(run)
     return run / "recipe.toml"
@@ -106,23 +153,24 @@ def recipe_of(run: Path) -> Path:
 def _resume(
     path: Path,
     recipe: Recipe | str | Path | Mapping[str, Any] | None,
+    objects: Objects,
     *,
     overrides: Sequence[str],
     watch: Watch,
 ) -> Run:
     from fedtune.runs.resume import check_resumable
 
-    bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides)
+    bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides, objects)
     check_resumable(path, bound)
-    with fork_server_of(bound) as nursery:
+    with fork_server_of(bound) as fork_server:
         from fedtune.runs.local import prepare
 
         experiment = prepare(bound)
-        return _conduct(experiment, path, nursery, watch, resume=True)
+        return _run(experiment, path, fork_server, watch, resume=True)
 
 
 def demo(*, out: str | Path | None = None, watch: Watch = lambda event: None) -> Run:
-    """Run the federation that fedtune brings along: its own small model, and this Python's library as the clients."""
+    """Run the built-in federation: fedtune's own small model, and packages of this Python's library as the clients."""
     path = check_vacant(Path(out) if out is not None else Path("runs") / "demo", fresh=out is None)
     write_data(path / "data")
     write_recipe(path, recipe_text())
@@ -130,10 +178,10 @@ def demo(*, out: str | Path | None = None, watch: Watch = lambda event: None) ->
     from fedtune.runs.local import prepare
 
     experiment = prepare(bound)
-    return _conduct(experiment, path, None, watch)
+    return _run(experiment, path, None, watch)
 
 
-def _conduct(experiment: Any, path: Path, nursery: ForkServer | None, watch: Watch, *, resume: bool = False) -> Run:
+def _run(experiment: Any, path: Path, fork_server: ForkServer | None, watch: Watch, *, resume: bool = False) -> Run:
     from fedtune.runs.local import run_context, transport
     from fedtune.runs.runner import run_recipe
 
@@ -144,10 +192,10 @@ def _conduct(experiment: Any, path: Path, nursery: ForkServer | None, watch: Wat
             report(path, tensorboard=settings.tensorboard)
 
     try:
-        with transport(experiment, nursery) as engine:
+        with transport(experiment, fork_server) as engine:
             summary = run_recipe(run_context(experiment), path, engine, resume=resume, watch=watch)
     except (KeyboardInterrupt, FedtuneError):
-        with suppress(FedtuneError):  # what stopped the run is told, not what came of it
+        with suppress(FedtuneError):  # the error to report is the one that stopped the run
             if (path / "summary.json").exists():
                 draw()
         raise
@@ -188,15 +236,16 @@ def evaluate(run: str | Path, *, data: str | Path | None = None, examples: int |
 
 
 def runs(folder: str | Path = "runs") -> Sequence[tuple[Path, Status | str]]:
-    """Return the runs of a folder by name, each with where it stands or why that cannot be told.
+    """Return the runs in a folder by name, each with its status, or with the reason why it has none.
 
     Raises:
         StoreError: if the folder cannot be read.
     """
     path = Path(folder)
     with store_errors(path):
-        found = [each for each in sorted(path.iterdir()) if (each / "recipe.toml").is_file()] if path.exists() else []
-    return [(each, _status(each)) for each in found]
+        folders = sorted(path.iterdir()) if path.exists() else []
+        named = [run for run in folders if (run / "recipe.toml").is_file()]
+    return [(run, _status(run)) for run in named]
 
 
 def _status(run: Path) -> Status | str:
@@ -207,7 +256,7 @@ def _status(run: Path) -> Status | str:
 
 
 def status(run: str | Path) -> Status:
-    """Return where a run stands, also while it goes on.
+    """Return how far a run is, also while it is in progress.
 
     Raises:
         StoreError: if the folder is no run, or its journal is damaged.
@@ -217,7 +266,7 @@ def status(run: str | Path) -> Status:
 
 
 def verify(run: str | Path) -> Verified:
-    """Check a run's journal and blobs, and that its round lines and its adapter are those that the journal notes.
+    """Check a run's journal and blobs, and that its recipe, round lines and result are those that the journal notes.
 
     Raises:
         StoreError: naming the first thing that is missing, damaged or was changed.
@@ -226,9 +275,9 @@ def verify(run: str | Path) -> Verified:
 
     path = Path(run)
     check_run(path)
-    found = verify_module.verify(path)
+    verified = verify_module.verify(path)
     check_results(path)
-    return found
+    return verified
 
 
 def report(run: str | Path, *, tensorboard: bool = False) -> Path:
@@ -292,7 +341,7 @@ def compare(
 
 
 def check_distinct(runs: Sequence[tuple[str, int]]) -> None:
-    """Refuse to run the same name with the same seed twice: nothing could tell the two apart afterwards."""
+    """Refuse to run the same name with the same seed twice: the page could not distinguish the two."""
     twice = [f"{name} with seed {seed}" for (name, seed), count in Counter(runs).items() if count > 1]
     if twice:
         raise ConfigError(Fault("name", "recipes of different names, each seed once", f"{twice[0]} more than once"))

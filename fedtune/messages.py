@@ -20,6 +20,9 @@ Sampling: TypeAlias = Literal["uniform", "distinct", "pro"]
 Estimator: TypeAlias = Literal["two-sided", "one-sided"]
 Verb: TypeAlias = Literal["adapt", "probe"]
 
+OMIT_DEFAULT: Mapping[str, bool] = {"omit_default": True}
+"""Metadata of a recipe's key that a release added: at its default it is left out of a recipe's text and of its digest,
+so that digests which sites have pinned in their policies still hold."""
 ON_SERVER: Mapping[str, bool] = {"travels": False}
 """Metadata of a settings field that is no part of the settings on the wire."""
 
@@ -67,7 +70,7 @@ class Training:
     """bf16 arithmetic in forward passes; auto: where the device has fast bf16 (CUDA from Ampere on)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    proximal: Annotated[float, Ge(0)] = field(default=0.0, metadata=ON_SERVER)
+    proximal: Annotated[float, Ge(0)] = field(default=0.0, metadata={**ON_SERVER, **OMIT_DEFAULT})
     """FedProx's mu, which pulls all that is trained towards its start; 0 is off. It travels as a term of the
     objective."""
 

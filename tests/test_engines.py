@@ -45,7 +45,12 @@ SLOW_RAY = (
 )
 
 ROUNDS = 3
-METHODS = ({"name": "flora", "mode": "continue"}, {"name": "flexlora"}, {"name": "zeropad"})
+METHODS = (
+    {"name": "flora", "mode": "continue"},
+    {"name": "flexlora"},
+    {"name": "zeropad"},
+    {"name": "zeropad", "server_optimizer": "fedyogi"},
+)
 SEEDS = ({"bank": "hadamard"}, {"bank": "kron", "sampling": "pro"})
 """Settings of `fedkseed`; the first of its rounds measures the step."""
 

@@ -151,7 +151,7 @@ def evaluate(
         from fedtune.runs import deploy as deploy_module
 
         scores: dict[str, Any] = dict(api.evaluate(run, data=data, examples=examples))
-        if data is None and deploy_module.pruned_by_one_order(run):
+        if data is None and deploy_module.has_shared_ranking(run):
             scores["views"] = run_with_progress(
                 "evaluate",
                 True,

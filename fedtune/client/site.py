@@ -13,7 +13,8 @@ from typing import Any
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.config import Recipe, bind
-from fedtune.config.recipe import resources
+from fedtune.config.plugins import find_data_source
+from fedtune.config.recipe import PYTHON, Objects, missing_object, resources
 from fedtune.config.site import bind_site
 from fedtune.data.encode import Example
 from fedtune.data.federation import Federation, federate
@@ -22,7 +23,7 @@ from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
 from fedtune.model import embedded
-from fedtune.model.base import Base, load, load_tokenizer, memory_bytes
+from fedtune.model.base import Base, base_from_object, load, load_tokenizer, memory_bytes
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.pruning.structure import BlockLayout
@@ -125,19 +126,31 @@ def cached_recipe(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
 
 
 def load_site(
-    model: ModelSettings, adapter: AdapterSettings, data: DataSettings, *, seed: int, root: Path
+    model: ModelSettings,
+    adapter: AdapterSettings,
+    data: DataSettings,
+    *,
+    seed: int,
+    root: Path,
+    objects: Objects | None = None,
 ) -> tuple[Federation, Base]:
-    """Return the data and the base of a client, after a check that the base can read the longest example.
+    """Load data and base, or take them from the Python objects that stand in for them.
 
     Raises:
-        ConfigError: if a file, column or module that the settings name does not exist.
+        ConfigError: if a file, column, module or object that the settings name does not exist.
     """
+    objects = objects or Objects()
+    for argument, name, given in (("model", model.base, objects.model), ("data", data.source, objects.data)):
+        if name == PYTHON and given is None:
+            raise ConfigError(missing_object(argument))
     if model.base == "embedded" and not (embedded.path() / "config.json").is_file():
         expected, hint = "the model inside the package", "run the app in server/superlink, which ships no code"
         raise ConfigError(Fault("model.base", expected, "Flower's bundle of the package, which holds code alone", hint))
-    tokenizer = load_tokenizer(model, root)
-    federation = federate(data, tokenizer=tokenizer, task=model.task, seed=seed, root=root)
-    base = load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
+    rows = find_data_source(data)() if data.format == "plugin" and objects.data is None else objects.data
+    given = None if objects.model is None else base_from_object(model, adapter, objects.model)
+    tokenizer = load_tokenizer(model, root) if given is None else given.tokenizer
+    federation = federate(data, tokenizer=tokenizer, task=model.task, seed=seed, root=root, rows=rows)
+    base = given or load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
     shards = federation.clients.values()
     examples = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
     longest = max(len(example.input_ids) for example in examples)

@@ -14,29 +14,27 @@ from annotated_types import Ge
 
 from fedtune.config.checks import check
 from fedtune.config.error_text import display, join_words, nearest, quote
+from fedtune.config.plugins import find_method, find_planner, method_names, planner_names
 from fedtune.config.presets import PRESETS, expand_preset
 from fedtune.config.reading import apply_overrides, read
-from fedtune.config.recipe import SECTIONS, Recipe
+from fedtune.config.recipe import PYTHON, PYTHON_PLANNER, SECTIONS, Objects, Recipe
 from fedtune.config.rows import bind_devices, bind_overrides
-from fedtune.config.tables import bind_table, bind_value, freeze_table, unknown_keys
+from fedtune.config.tables import AT_FAULT, bind_table, bind_value, freeze_table, unknown_keys
+from fedtune.data.settings import GROUP
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
-from fedtune.methods.flora import FloraSettings
-from fedtune.model.settings import AdapterSettings
-from fedtune.planning.adaptive import AdaptiveSettings
-from fedtune.planning.fixed import FixedSettings
-from fedtune.planning.policies import POLICIES
+from fedtune.methods.method import Method
+from fedtune.methods.settings import LinearSettings
+from fedtune.planning.planner import PlannerType
 
 OPTIONAL = ("planner", "evaluate", "engine", "report", "override", "pruning", "fleet", "device")
 """Tables that a recipe may leave out."""
 ABSENT = ("pruning", "fleet")
 """Tables without which something is not done; the others that are left out have their defaults."""
 
-NAMED: Mapping[str, Mapping[str, type[Any]]] = {  # table -> settings by the table's key `name`
-    "method": {name: method.settings for name, method in METHODS.items()} | dict.fromkeys(PRESETS, FloraSettings),
-    "planner": {"fixed": FixedSettings, **dict.fromkeys(POLICIES, AdaptiveSettings)},
-}
+NAMED = ("method", "planner")
+"""Tables whose key `name` says which settings they hold."""
 
 EXAMPLES: Mapping[str, str] = {
     "model": '{ base = "embedded" }',
@@ -52,22 +50,25 @@ EVERY_LAYER: Mapping[str, Any] = {"rank": 1, "targets": ["all-linear"]}
 """The table `adapter` for methods that train none: which layers there are, all of them."""
 
 
-def bind(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
+def bind(
+    source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (), objects: Objects | None = None
+) -> Recipe:
     """Read, check and freeze a recipe.
 
     Args:
         source: a file; a text, which is TOML if it has a line break and a file's path otherwise; or parsed tables.
         overrides: `table.key=value` as given to `--set`; values are TOML, bare words are text.
+        objects: Python objects in place of the names of method, planner, model or data.
 
     Raises:
         ConfigError: with every fault at once, or the reason why the file cannot be read.
     """
     label, stem, root, table = read(source)
     faults: list[Fault] = []
-    table = expand_preset(apply_overrides(table, overrides, faults))
-    values = bind_sections(table, faults)
-    values["root"] = root
-    values["name"] = bind_name(table.get("name", stem), faults)
+    objects = objects or Objects()
+    table = expand_preset(with_objects(apply_overrides(table, overrides, faults), objects))
+    values = bind_sections(table, objects, faults)
+    values |= {"root": root, "objects": objects, "name": bind_name(table.get("name", stem), faults)}
     values["seed"] = bind_value(Annotated[int, Ge(0)], table.get("seed", 0), "seed", faults)
     values["override"] = bind_overrides(table.get("override", ()), faults)
     values["device"] = bind_devices(table.get("device", ()), faults)
@@ -78,44 +79,113 @@ def bind(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = (
     return with_absolute_paths(recipe, root)
 
 
-def bind_sections(table: Mapping[str, Any], faults: list[Fault]) -> dict[str, Any]:
+def bind_sections(table: Mapping[str, Any], objects: Objects, faults: list[Fault]) -> dict[str, Any]:
     """Bind every table but `override` and `device`; one that is missing and may not be is left out."""
     known = ("name", "seed", *SECTIONS, *NAMED, "override", "device")
     faults.extend(unknown_keys(table, known, ""))
     bound = dict[str, Any]()
+    table = with_every_layer(table, objects)
     for name in (*SECTIONS, *NAMED):
-        if name == "adapter" and name not in table and trains_no_adapter(table.get("method")):
-            bound[name] = bind_table(AdapterSettings, EVERY_LAYER, name, faults)
-        elif name not in table and name not in OPTIONAL:
+        if name not in table and name not in OPTIONAL:
             faults.append(Fault(name, f"the table [{name}]", "nothing", f"e.g. {name} = {EXAMPLES[name]}"))
         elif name not in table and name in ABSENT:
             bound[name] = None
         elif name in NAMED:
-            bound |= bind_named(NAMED[name], table.get(name, {}), name, faults)
+            bound[name] = bind_named(name, table.get(name, {}), objects, faults)
         else:
             bound[name] = bind_table(SECTIONS[name], table.get(name, {}), name, faults)
     return bound
 
 
-def trains_no_adapter(method: Any) -> bool:
-    """Return whether a table `method` names a method whose clients train no adapter."""
-    name = method.get("name") if isinstance(method, dict) else method
-    return isinstance(name, str) and name in METHODS and METHODS[name].task is ProbeSeeds
+def with_objects(table: Mapping[str, Any], objects: Objects) -> Mapping[str, Any]:
+    """Return a recipe's tables with the names that Python objects have in its text."""
+    tables = dict(table)
+    for name, value, values in (
+        ("method", objects.method, {"name": objects.method.name} if objects.method else {}),
+        ("model", objects.model, {"base": PYTHON}),
+        ("data", objects.data, {"source": PYTHON, "split": {"kind": "key", "by": GROUP}}),
+    ):
+        own = tables.get(name, {})
+        if value is not None and isinstance(own, Mapping):  # else `bind_table` finds the fault
+            tables[name] = {**values, **own} if name == "method" else {**own, **values}
+    data = tables.get("data")
+    if isinstance(data, Mapping) and data.get("format") == "plugin":
+        tables["data"] = {"split": {"kind": "key", "by": GROUP}, **data}
+    if objects.planner is not None:
+        tables["planner"] = {"name": PYTHON, "type": type_name(objects.planner)}
+    return tables
 
 
-def bind_named(kinds: Mapping[str, type[Any]], content: Any, path: str, faults: list[Fault]) -> Mapping[str, Any]:
-    """Bind a table whose key `name` says which settings it holds; return it by its name, or nothing at all."""
+def type_name(planner: Any) -> str:
+    """Return module and name of a planner's class, or of the function or the class that creates it."""
+    kind = planner if callable(planner) else type(planner)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def with_every_layer(table: Mapping[str, Any], objects: Objects) -> Mapping[str, Any]:
+    """Return the tables with one for `adapter` that takes every layer, where the method trains no adapter."""
+    content = table.get("method")
+    if "adapter" in table or not isinstance(content, dict) or not isinstance(content.get("name"), str):
+        return table
+    try:
+        method = objects.method or find_method(content["name"])
+    except ConfigError:
+        return table  # binding the table `method` finds the same fault
+    return {**table, "adapter": EVERY_LAYER} if method.task is ProbeSeeds else table
+
+
+def bind_named(table: str, content: Any, objects: Objects, faults: list[Fault]) -> Any:
+    """Bind a table whose key `name` says which settings it holds; `AT_FAULT` if that cannot be known."""
+    names = names_in(table, objects)
     if not isinstance(content, dict):
-        faults.append(Fault(path, f"a table or a name ({join_words(kinds, joint='or')})", display(content)))
-        return {}
-    name = content.get("name", next(iter(kinds)) if path in OPTIONAL else None)
-    if not isinstance(name, str) or name not in kinds:
-        meant = nearest(name, kinds)
+        faults.append(Fault(table, f"a table or a name ({join_words(names, joint='or')})", display(content)))
+        return AT_FAULT
+    name = content.get("name", names[0] if table in OPTIONAL else None)
+    if not isinstance(name, str) or name not in (*names, PYTHON):
+        meant = nearest(name, names)
         got = "nothing" if name is None else display(name)
-        hint = f"did you mean {quote(meant)}?" if meant else ""
-        faults.append(Fault(f"{path}.name", join_words(map(quote, kinds), joint="or"), got, hint))
-        return {}
-    return {path: bind_table(kinds[name], content, path, faults)}
+        hint = f"did you mean {quote(meant)}?" if meant else f"or pass {table}=, or install the package that brings it"
+        faults.append(Fault(f"{table}.name", join_words(map(quote, names), joint="or"), got, hint))
+        return AT_FAULT
+    try:
+        kind = type_named(table, name, objects)
+    except ConfigError as error:
+        faults.extend(error.faults)
+        return AT_FAULT
+    if table == "method" and "server_optimizer" in content and not takes_optimizer(kind.settings):
+        linear = [name for name, method in METHODS.items() if takes_optimizer(method.settings)]
+        expected = f"a method whose server takes one step towards a mean ({join_words(linear, joint='or')})"
+        faults.append(Fault("method.server_optimizer", expected, quote(name), "leave it out, or change the method"))
+        content = {key: value for key, value in content.items() if key != "server_optimizer"}
+    return bind_table(kind.settings, content, table, faults)
+
+
+def names_in(table: str, objects: Objects) -> Sequence[str]:
+    """Return what may be written in `method.name` or `planner.name`."""
+    if table == "planner":
+        return planner_names()
+    own = [objects.method.name] if objects.method else []
+    return [*dict.fromkeys((*own, *method_names(), *PRESETS))]
+
+
+def type_named(table: str, name: str, objects: Objects) -> Method[Any] | PlannerType:
+    """Return the method, or the kind of planner, of a name.
+
+    Raises:
+        ConfigError: if it cannot be used.
+    """
+    if table == "planner":
+        return PYTHON_PLANNER if name == PYTHON else find_planner(name)
+    if objects.method is None:
+        return find_method(name)
+    if name != objects.method.name:
+        expected = f"{quote(objects.method.name)}, the name of the method that was passed as an object"
+        raise ConfigError(Fault("method.name", expected, quote(name), "change the name, or pass no method"))
+    return objects.method
+
+
+def takes_optimizer(settings: type[Any]) -> bool:
+    return issubclass(settings, LinearSettings)
 
 
 def bind_name(content: Any, faults: list[Fault]) -> str:

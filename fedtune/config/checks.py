@@ -14,15 +14,14 @@ from fedtune.config.planner_checks import (
     planner_method_faults,
     pruning_faults,
 )
-from fedtune.config.recipe import Recipe
+from fedtune.config.recipe import Recipe, method_type_of
 from fedtune.config.tables import apply_rule
 from fedtune.data.settings import TEMPLATES, DataSettings, Split
 from fedtune.data.settings import faults as data_faults
-from fedtune.directions.bank import BANKS
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import Fault
 from fedtune.messages import VERBS, ProbeSeeds, Training, TrainLora
 from fedtune.methods import METHODS
-from fedtune.methods.fedkseed_state import FedKSeedSettings
+from fedtune.methods.settings import LinearSettings, ServerOptimizer
 from fedtune.rounds.schedule import cohort_size
 from fedtune.wire.probe import MAX_STEPS
 
@@ -119,15 +118,15 @@ def fleet_size_faults(recipe: Recipe) -> Iterator[Fault]:
 
 def rank_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield a fault if clients get different ranks with a method that needs one rank for all."""
-    method, ranks = recipe.method.name, {recipe.adapter.rank}
+    method, ranks = method_type_of(recipe), {recipe.adapter.rank}
     for override in recipe.override:
         if override.rank is not None:
             ranks = {override.rank} if "*" in override.clients else ranks | {override.rank}
-    if METHODS[method].ranks == "equal" and len(ranks) > 1:
+    if method.ranks == "equal" and len(ranks) > 1:
         mixed = [name for name, other in METHODS.items() if other.ranks != "equal" and other.task is TrainLora]
         got = f"{join_words(sorted(ranks))} from adapter.rank and the overrides"
         hint = f"use {join_words(mixed, joint='or')}, or one rank"
-        yield Fault("method", f"one rank, as {method!r} needs", got, hint)
+        yield Fault("method", f"one rank, as {method.name!r} needs", got, hint)
 
 
 def causal_only_faults(recipe: Recipe) -> Iterator[Fault]:
@@ -199,74 +198,74 @@ IDLE: Mapping[str, Any] = {
 
 def seed_method_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what a recipe asks for that steps along seeds do not have."""
-    method = recipe.method.name
-    if METHODS[method].task is not ProbeSeeds:
+    method = method_type_of(recipe)
+    if method.task is not ProbeSeeds:
         return
-    hint = f"{method!r} has forward passes in the base's own format and no optimizer; leave it out"
+    hint = f"{method.name!r} has forward passes in the base's own format and no optimizer; leave it out"
     for key, default in IDLE.items():
         value = getattr(recipe.client, key)
         if value != default and (key, value) != ("autocast", "off"):
             yield Fault(f"client.{key}", display(default), display(value), hint)
     for place, override in enumerate(recipe.override):
         for key in sorted(override.training.keys() - {*READ_BY_SEED_METHODS}):
-            yield Fault(f"override.{place}.{key}", "batch, learning_rate, steps or epochs", key, f"with {method!r}")
+            expected = "batch, learning_rate, steps or epochs"
+            yield Fault(f"override.{place}.{key}", expected, key, f"with {method.name!r}")
         if override.rank is not None:
-            yield Fault(f"override.{place}.rank", "nothing", str(override.rank), f"{method!r} trains no adapter")
+            yield Fault(f"override.{place}.rank", "nothing", str(override.rank), f"{method.name!r} trains no adapter")
 
 
 def verb_faults(recipe: Recipe) -> Iterator[Fault]:
-    """Yield where a recipe asks some clients for another verb than the method's: no such round is summed here.
-
-    FedKSeed's weights under the banks hadamard and gaussian are one rounding of w0 and a sum of integers: a product of
-    LoRA factors on top would be a second one, which differs between machines. Under kron both parts would be factors.
-    """
-    method = recipe.method
-    own = VERBS[METHODS[method.name].task]
+    """Yield where a recipe asks some clients for another verb than the method's: no such round is summed here."""
+    # FedKSeed's weights are w0 plus a sum of integers, rounded once. A product of LoRA factors on top would round a
+    # second time, and differ between machines.
+    method = method_type_of(recipe)
+    own = VERBS[method.task]
     for place, override in enumerate(recipe.override):
-        if override.verb in (None, own):
-            continue
-        hint = f"{method.name!r} trains adapters alone"
-        if isinstance(method, FedKSeedSettings):
-            exact = "weights rebuilt from integers are rounded once, and a product of factors on top rounds them again"
-            hint = "the sum of both is exact as factors, but it is not built" if method.bank == "kron" else exact
-        expected = f"{quote(own)}, as all clients of {method.name!r}"
-        yield Fault(f"override.{place}.verb", expected, display(override.verb), f"{hint}; run two methods apart")
+        if override.verb not in (None, own):
+            expected = f"{quote(own)}, as all clients of {method.name!r}"
+            hint = "a round sums updates of one kind; start a run for each method"
+            yield Fault(f"override.{place}.verb", expected, display(override.verb), hint)
 
 
-def fedkseed_faults(recipe: Recipe) -> Iterator[Fault]:
-    """Yield what does not fit together in the table `method` of FedKSeed."""
-    method, steps = recipe.method, recipe.client.steps
-    if not isinstance(method, FedKSeedSettings):
-        return
-    if (steps is None or any("epochs" in override.training for override in recipe.override)) and (
-        method.sampling == "distinct" or method.estimator == "one-sided"
-    ):
-        hint = "how many scalars a client measures must be known for distinct seeds and for groups of queries"
-        yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
-    try:
-        BANKS[method.bank](method.seeds, 0)
-    except ConfigError as error:
-        yield from (replace(fault, path=f"method.{fault.path}") for fault in error.faults)
-    lengths = (steps, *(override.training.get("steps") for override in recipe.override))
-    counts = [count for count in lengths if count is not None]
-    if any(count > MAX_STEPS for count in counts):
+def method_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield what the method itself says of its settings, given the steps of a round of each kind of client."""
+    method, overrides = method_type_of(recipe), [override.training for override in recipe.override]
+    steps = [recipe.client.steps, *(o.get("steps") for o in overrides if o.keys() & {"steps", "epochs"})]
+    yield from method.faults(recipe.method, steps)
+    counts = [count for count in steps if count is not None]
+    if method.task is ProbeSeeds and any(count > MAX_STEPS for count in counts):
         yield Fault("client.steps", f"at most {MAX_STEPS} scalars a round", str(max(counts)))
-    if method.sampling == "distinct" and any(count > method.seeds for count in counts):
-        expected = f"at most method.seeds = {method.seeds} with distinct seeds"
-        yield Fault("client.steps", expected, str(max(counts)), "take fewer steps, or sampling = 'uniform'")
-    if method.estimator == "one-sided" and any(count % method.queries for count in counts):
-        odd = next(count for count in counts if count % method.queries)
-        expected = f"a multiple of method.queries = {method.queries}, since steps counts directions"
-        yield Fault("client.steps", expected, str(odd), f"e.g. {-(-odd // method.queries) * method.queries}")
-    if method.public_log and method.sampling == "pro":
-        hint = "which seeds were drawn follows from sizes and visits, which clients do not receive"
-        yield Fault("method.public_log", "false with sampling = 'pro'", "true", hint)
-    if method.public_log and method.sync != "auto":
-        yield Fault("method.public_log", "false with sync = 'whole'", "true", 'set sync = "auto"')
-    for key, moves in (("vectors", method.vectors), ("embeddings", method.embeddings)):
-        if moves and method.bank != "kron":
-            hint = "the other banks move every tensor; choose with method.trainable"
-            yield Fault(f"method.{key}", f"false with bank = {method.bank!r}", "true", hint)
+
+
+OPTIMIZER_READERS: Mapping[str, Sequence[str]] = {
+    "momentum": ("fedavgm",),
+    "beta1": ("fedadam", "fedyogi"),
+    "beta2": ("fedadam", "fedyogi"),
+    "tau": ("fedadam", "fedyogi"),
+}
+"""The server optimisers that read a key."""
+
+
+def server_optimizer_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield the keys of a server optimiser that the rule it names does not read."""
+    if not isinstance(recipe.method, LinearSettings):
+        return
+    optimizer, usual = recipe.method.server_optimizer, ServerOptimizer()
+    for key, readers in OPTIMIZER_READERS.items():
+        value = getattr(optimizer, key)
+        if optimizer.name not in readers and value != getattr(usual, key):
+            expected = f"nothing with {optimizer.name!r}, which does not read it"
+            yield Fault(f"method.server_optimizer.{key}", expected, display(value), f"it is of {join_words(readers)}")
+
+
+def object_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield the Python objects that an engine's worker processes would need and cannot be given."""
+    names = [name for name, value in vars(recipe.objects).items() if value is not None]
+    alone = {"processes": [name for name in names if name == "model"], "ray": names}.get(recipe.engine.name, [])
+    if alone:
+        got = f"{quote(recipe.engine.name)} with {join_words(f'{name}=' for name in alone)}"
+        hint = "worker processes load by name what a Python object gives to this process alone"
+        yield Fault("engine.name", '"inprocess" with Python objects', got, hint)
 
 
 RULES: Sequence[Rule] = (
@@ -278,8 +277,9 @@ RULES: Sequence[Rule] = (
     momentum_faults,
     seed_method_faults,
     verb_faults,
-    fedkseed_faults,
+    method_faults,
     pruning_faults,
+    server_optimizer_faults,
     planner_key_faults,
     planner_method_faults,
     fleet_table_faults,
@@ -293,4 +293,5 @@ RULES: Sequence[Rule] = (
     template_faults,
     column_faults,
     causal_only_faults,
+    object_faults,
 )

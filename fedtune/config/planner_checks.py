@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from fedtune.config.error_text import display, join_words
-from fedtune.config.recipe import Override, Recipe
+from fedtune.config.error_text import display, join_words, quote
+from fedtune.config.recipe import Override, Recipe, method_type_of
 from fedtune.errors import Fault
 from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
-
-WHY_NOT_PRUNED: Mapping[str, str] = {
-    "fedit": "a mean of factors that lack different rows and columns is up to 78 % off",
-    "ffa": "its shared A would be cut differently at every client",
-    "zeropad": "a mean of padded factors is no mean of changes",
-    "hetlora": "its weights compare norms of whole changes",
-    "flexlora": "it restarts clients from whole factors",
-    "fedex": "its residual is that of whole factors",
-    "fedkseed": "its directions move every weight of the base",
-}
-"""Why the other methods do not take pruned clients."""
 
 READERS: Mapping[str, Sequence[str]] = {
     "explore": ("deadline",),
@@ -31,18 +20,22 @@ READERS: Mapping[str, Sequence[str]] = {
 """The planners that read a setting, where not all do."""
 
 
+SENDS_NO_DEADLINE = ("fixed", "random", "s-ucb", "thompson", "ucb")
+"""Planners whose plans say nothing of when a round should end; those of other packages may."""
+
+
 def pruning_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield where a recipe prunes what cannot be pruned, or asks for ratios without pruning."""
-    method, pruning, planner, overrides = recipe.method.name, recipe.pruning, recipe.planner, recipe.override
+    method, pruning, planner, overrides = method_type_of(recipe), recipe.pruning, recipe.planner, recipe.override
     if isinstance(planner, AdaptiveSettings):
         yield from chosen_by_planner_faults(planner, overrides)
     if pruning is None:
         yield from ratio_faults(recipe)
         return
-    if method != "flora":
-        why = WHY_NOT_PRUNED.get(method, "it does not scatter what pruned clients send")
-        hint = 'use method = "flora", or leave pruning out'
-        yield Fault("pruning", "no table with this method", f"{method!r}: {why}", hint)
+    if why := method.why_not_pruned:
+        able = join_words([quote(name) for name, other in METHODS.items() if not other.why_not_pruned], joint="or")
+        hint = f"use method = {able}, or leave pruning out"
+        yield Fault("pruning", "no table with this method", f"{method.name!r}: {why}", hint)
     if pruning.score == "magnitude" and pruning.allocation == "global":
         hint = "weights of different blocks are of different size: global ranks by magnitude are worse than chance"
         yield Fault("pruning.allocation", "uniform with score = 'magnitude'", "'global'", hint)
@@ -58,7 +51,11 @@ def pruning_faults(recipe: Recipe) -> Iterator[Fault]:
             hint = f"add {pruning.target:g}: in the last rounds everybody trains what is deployed"
             got = ", ".join(f"{ratio:g}" for ratio in planner.ratios)
             yield Fault("planner.ratios", f"pruning.target = {pruning.target:g} among them", got, hint)
-    elif pruning.policy == "vote" and len(requested_ratios(planner, overrides)) > 1:
+    elif (
+        isinstance(planner, FixedSettings)
+        and pruning.policy == "vote"
+        and len(requested_ratios(planner, overrides)) > 1
+    ):
         expected = "one ratio for all with 'vote', whose clients share a mask"
         yield Fault("pruning.policy", expected, "several", "use nested")
 
@@ -109,18 +106,18 @@ def planner_key_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def planner_method_faults(recipe: Recipe) -> Iterator[Fault]:
-    method, planner = recipe.method.name, recipe.planner
+    method, planner = method_type_of(recipe), recipe.planner
     if not isinstance(planner, AdaptiveSettings):
         return
-    if METHODS[method].task is ProbeSeeds or METHODS[method].ranks == "equal":
-        why = "trains no adapter" if METHODS[method].task is ProbeSeeds else "needs one rank for all"
-        expected = f"'fixed' with method {method!r}, which {why}"
+    if method.task is ProbeSeeds or method.ranks == "equal":
+        why = "trains no adapter" if method.task is ProbeSeeds else "needs one rank for all"
+        expected = f"'fixed' with method {method.name!r}, which {why}"
         yield Fault("planner", expected, repr(planner.name), "use method = 'flora'")
 
 
 def fleet_table_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what the tables `fleet` and `device` exclude, and what the planner `oracle` needs of them."""
-    method, fleet, planner = recipe.method.name, recipe.fleet, recipe.planner.name
+    method, fleet, planner = method_type_of(recipe), recipe.fleet, recipe.planner.name
     if planner == "oracle":
         if fleet is None or fleet.by != "round":
             hint = "it reads the simulated clock's times, which must not depend on what was chosen before"
@@ -128,10 +125,10 @@ def fleet_table_faults(recipe: Recipe) -> Iterator[Fault]:
         if recipe.client.steps is None or any("epochs" in override.training for override in recipe.override):
             hint = "it reads the simulated clock's times, which follow from the recipe alone"
             yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
-    if fleet is not None and method == "fedkseed":
-        expected, hint = "no table with 'fedkseed'", "what its forward passes cost a device is not modelled yet"
+    if fleet is not None and method.task is ProbeSeeds:
+        expected, hint = f"no table with {method.name!r}", "what its forward passes cost a device is not modelled yet"
         yield Fault("fleet", expected, repr(fleet.name), hint)
-    if fleet is not None and fleet.late == "drop" and planner not in ("deadline", "oracle"):
+    if fleet is not None and fleet.late == "drop" and planner in SENDS_NO_DEADLINE:
         hint = 'take planner = "deadline", or leave fleet.late out'
         yield Fault("fleet.late", f"'wait' with the planner {planner!r}, which sends no deadline", "'drop'", hint)
     if fleet is None and recipe.device:

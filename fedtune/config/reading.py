@@ -16,6 +16,7 @@ SHORT: Mapping[tuple[str, ...], str] = {
     ("planner",): "name",
     ("engine",): "name",
     ("fleet",): "name",
+    ("method", "server_optimizer"): "name",
     ("data", "split"): "kind",
 }
 """Tables that may be written as one word, and the key that the word then is."""

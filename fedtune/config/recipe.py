@@ -6,13 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from fedtune.config.plugins import find_method, find_planner
 from fedtune.data.settings import DataSettings
+from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Training, Verb
+from fedtune.methods import with_settings
+from fedtune.methods.method import Method
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
-from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.fixed import FixedSettings
+from fedtune.planning.planner import Planner, PlannerInputs, PlannerType
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.resources import Resources
@@ -50,8 +54,34 @@ class ReportSettings:
     """Also write TensorBoard event files (needs the extra `tensorboard`)."""
 
 
+PYTHON: Literal["<python>"] = "<python>"
+"""In a recipe's text, the name of what was given as a Python object."""
+
+
+@dataclass(frozen=True)
+class PythonPlanner:
+    """The table `planner` of a run whose planner was given as a Python object."""
+
+    name: Literal["<python>"] = PYTHON
+    type: str = ""
+    """Its class, by module and name: a resumed run must be given the same."""
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What Python code gives in place of names; see `fedtune.simulate`."""
+
+    method: Method[Any] | None = None
+    planner: Any | None = None
+    """A `Planner`, or a function from `PlannerInputs` to one."""
+    model: Any | None = None
+    """A `Base`, or a transformers model and its tokenizer."""
+    data: Mapping[str, Any] | None = None
+    """By client, its rows, or its rows to train on and to hold out."""
+
+
 class NamedSettings(Protocol):
-    """The settings of a method: a frozen dataclass whose field `name` says of which."""
+    """The settings of a method or a planner: a frozen dataclass whose field `name` says of which."""
 
     @property
     def name(self) -> str: ...
@@ -66,13 +96,14 @@ class Recipe:
     model: ModelSettings
     adapter: AdapterSettings
     method: NamedSettings
-    """The settings dataclass of `METHODS[method.name]`."""
+    """An instance of the method's own settings dataclass."""
     client: Training
     rounds: Schedule
     data: DataSettings
     seed: int = 0
     """Seed of all randomness: the same recipe and seed give the same result, bit for bit, on one machine."""
-    planner: FixedSettings | AdaptiveSettings = field(default_factory=FixedSettings)
+    planner: NamedSettings = field(default_factory=FixedSettings)
+    """An instance of the planner's own settings dataclass."""
     pruning: PruningSettings | None = None
     """None: every client trains the whole model."""
     fleet: FleetSettings | None = None
@@ -86,6 +117,8 @@ class Recipe:
     report: ReportSettings = field(default_factory=ReportSettings)
     root: Path = field(default=Path(), compare=False)
     """Folder of the recipe's file; relative paths in it are relative to this."""
+    objects: Objects = field(default=Objects(), compare=False)
+    """Never part of the recipe's text."""
 
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -133,13 +166,59 @@ def resources(recipe: Recipe, client: str) -> Resources:
 
 def largest_rank(recipe: Recipe) -> int:
     """Return the largest rank that any client may be asked for, whichever clients take part."""
-    if isinstance(recipe.planner, AdaptiveSettings):
-        return max(recipe.planner.ranks)
+    if (largest := planner_type_of(recipe).largest_rank(recipe.planner)) is not None:
+        return largest
     ranks = [recipe.adapter.rank]
     for override in recipe.override:
         if override.rank is not None:
             ranks = [override.rank] if "*" in override.clients else [*ranks, override.rank]
     return max(ranks)
+
+
+def method_of(recipe: Recipe) -> Method[Any]:
+    """Return the method of a recipe, with the server optimiser that it names.
+
+    Raises:
+        ConfigError: if no method of that name is installed.
+    """
+    return with_settings(method_type_of(recipe), recipe.method)
+
+
+def method_type_of(recipe: Recipe) -> Method[Any]:
+    """Return the method of a recipe's name, without regard to its settings.
+
+    Raises:
+        ConfigError: if no method of that name is installed.
+    """
+    return recipe.objects.method or find_method(recipe.method.name)
+
+
+def planner_type_of(recipe: Recipe) -> PlannerType:
+    """Return the kind of planner that a recipe names, which creates it.
+
+    Raises:
+        ConfigError: if no planner of that name is installed, or it was a Python object that is not given.
+    """
+    if recipe.planner.name != PYTHON:
+        return find_planner(recipe.planner.name)
+    planner = recipe.objects.planner
+    if planner is None:
+        return PYTHON_PLANNER
+    return replace(PYTHON_PLANNER, create=lambda _, inputs: planner(inputs) if callable(planner) else planner)
+
+
+def no_planner(settings: PythonPlanner, inputs: PlannerInputs) -> Planner:
+    raise ConfigError(missing_object("planner", settings.type))
+
+
+PYTHON_PLANNER = PlannerType(PYTHON, PythonPlanner, create=no_planner)
+"""The kind of a planner that is not given again."""
+
+
+def missing_object(argument: str, got: str = PYTHON) -> Fault:
+    """Return the fault of a run that was started with a Python object and is loaded without it."""
+    hint = f"pass it again: fedtune.simulate(resume=..., {argument}=...)"
+    return Fault(argument, "the Python object that the run was started with", f"only its name, {got}", hint)
 
 
 def with_changes(training: Training, changes: Mapping[str, Any]) -> Training:

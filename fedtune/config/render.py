@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from fedtune.config.recipe import Override, Recipe
@@ -24,13 +24,8 @@ TABLES: Mapping[str, str] = {
     "engine": "what runs the clients on this machine",
     "report": "what is written beside the records",
 }
-OUTCOME_FREE = ("name", "engine", "report", "root")
+OUTCOME_FREE = ("name", "engine", "report", "root", "objects")
 """Fields of a recipe that change neither the adapter nor its scores."""
-
-
-ADDED: Mapping[str, Mapping[str, Any]] = {"client": {"proximal": 0.0}}
-"""Keys that no release had from the start, with the value that changes nothing: with it they are no part of the digest,
-so that digests which sites have pinned in their policies still hold."""
 
 
 def render(recipe: Recipe) -> str:
@@ -53,8 +48,30 @@ def entries(table: Mapping[str, Any]) -> Iterator[str]:
 
 def table_of(settings: Any) -> dict[str, Any]:
     """Return the keys of a settings dataclass, without those that are none and would be none when left out."""
-    values = {each.name: (getattr(settings, each.name), each.default) for each in fields(settings)}
+    values = {each.name: (getattr(settings, each.name), each.default) for each in written_fields(settings)}
     return {key: value for key, (value, default) in values.items() if value is not None or default is not None}
+
+
+def written_fields(settings: Any) -> Iterator[Field[Any]]:
+    """Yield the fields of a dataclass that count: those marked `omit_default` only where they differ from it."""
+    for field in fields(settings):
+        if not (field.metadata.get("omit_default") and getattr(settings, field.name) == field.default):
+            yield field
+
+
+def plain(value: Any) -> Any:
+    """Return settings as nested mappings, with the fields that count."""
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in written_fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
+
+
+def tables(recipe: Recipe) -> dict[str, Any]:
+    """Return everything in a recipe that changes the result."""
+    parts = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    return {name: plain(part) for name, part in parts.items() if name not in OUTCOME_FREE}
 
 
 def override_keys(override: Override) -> dict[str, Any]:
@@ -85,19 +102,16 @@ def digest(recipe: Recipe) -> str:
 
     Local data and models count by their absolute path; what is in the files is for others to digest.
     """
-    content = {key: value for key, value in asdict(recipe).items() if key not in OUTCOME_FREE}
-    for table, defaults in ADDED.items():
-        content[table] = {key: value for key, value in content[table].items() if defaults.get(key, ...) != value}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(tables(recipe), sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def changes(old: Recipe, new: Recipe) -> Sequence[str]:
     """Return a line `client.steps: 10 -> 20` for each key that changes the result and differs."""
-    before, after = flat(asdict(old)), flat(asdict(new))
+    before, after = flat(tables(old)), flat(tables(new))
     return [
         f"{key}: {toml(before.get(key))} -> {toml(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key.partition(".")[0] not in OUTCOME_FREE
+        if before.get(key) != after.get(key)
     ]
 
 

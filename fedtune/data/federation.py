@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from fedtune.data.encode import Encoded, Example, Tokenizer, encode_causal, encode_classes, pack
 from fedtune.data.partition import Rows, partition, sorted_values
-from fedtune.data.settings import DataSettings, Task, faults
-from fedtune.data.source import GROUP, load, load_test
+from fedtune.data.settings import GROUP, DataSettings, Task, faults
+from fedtune.data.source import load, load_rows, load_test
 from fedtune.errors import ConfigError, Fault
 from fedtune.seeds import derive, generator
 
@@ -40,11 +41,28 @@ class Federation:
     """What a user should know: rows dropped or cut."""
 
 
-def federate(settings: DataSettings, *, tokenizer: Tokenizer, task: Task, seed: int, root: Path) -> Federation:
+def federate(
+    settings: DataSettings,
+    *,
+    tokenizer: Tokenizer,
+    task: Task,
+    seed: int,
+    root: Path,
+    rows: Mapping[str, Any] | None = None,
+) -> Federation:
     """Return every client's training and held-out examples and the global test data.
 
-    `root` is the folder that relative paths start from. All draws depend on the seed and, for held-out rows, on the
-    client's name, so a client that changes its data changes no other client's.
+    All draws depend on the seed and, for held-out rows, on the client's name, so a client that changes its data changes
+    no other client's.
+
+    Args:
+        settings: the recipe's table `data`.
+        tokenizer: the base's.
+        task: what the base is trained for.
+        seed: the run's.
+        root: folder that relative paths start from.
+        rows: by client, its rows, or a mapping with the rows to `train` on and those `held_out`; in place of the
+            source that the settings name.
 
     Raises: ConfigError if data cannot be read, divided or encoded, or a client is left with no training example.
     """
@@ -52,17 +70,28 @@ def federate(settings: DataSettings, *, tokenizer: Tokenizer, task: Task, seed: 
         raise ConfigError(wrong)
     if settings.packing and task == "classification":
         raise ConfigError(Fault("data.packing", "false for classification", "true"))
-    source, test = load(settings, root, task=task), load_test(settings, root, task=task)
-    labels = _labels(source, test) if task == "classification" else []
-    rows = _take(source, settings.limit, seed)
-    groups = rows[GROUP][:] if GROUP in rows.column_names else None
-    parts = _select(partition(settings.split, rows=len(rows), groups=groups, seed=seed), settings.split.only)
+    if rows is not None and settings.split.kind != "key":
+        expected = "'key', by the client that each row is given for"
+        raise ConfigError(Fault("data.split.kind", expected, repr(settings.split.kind), "leave data.split out"))
+    held_out = None if rows is None else _held_out(settings, rows, task)
+    source = load(settings, root, task=task) if rows is None else load_rows(settings, _training(rows), task=task)
+    test = load_test(settings, root, task=task)
+    labels = _labels(source, test, held_out) if task == "classification" else []
+    limited = _take(source, settings.limit, seed)
+    groups = limited[GROUP][:] if GROUP in limited.column_names else None
+    parts = _select(partition(settings.split, rows=len(limited), groups=groups, seed=seed), settings.split.only)
 
-    encoded = {name: _encode(rows.select(part), settings, tokenizer, labels) for name, part in parts.items()}
+    encoded = {name: _encode(limited.select(part), settings, tokenizer, labels) for name, part in parts.items()}
     notes = _notes(list(encoded.values()), settings)
-    if left := len(rows) - sum(map(len, parts.values())):
-        notes.append(f"data.split: {left} of {len(rows)} rows go to no client")
-    clients = {name: _shard(name, client, settings, seed) for name, client in encoded.items()}
+    if left := len(limited) - sum(map(len, parts.values())):
+        notes.append(f"data.split: {left} of {len(limited)} rows go to no client")
+    apart = {} if held_out is None else _by_client(_encode(held_out, settings, tokenizer, labels), held_out[GROUP][:])
+    clients = {
+        name: Shard(_shard(name, client, replace(settings, held_out=0.0), seed).train, apart[name])
+        if name in apart
+        else _shard(name, client, settings, seed)
+        for name, client in encoded.items()
+    }
     if test is None:
         scored = [example for shard in clients.values() for example in shard.held_out]
     else:
@@ -74,6 +103,36 @@ def federate(settings: DataSettings, *, tokenizer: Tokenizer, task: Task, seed: 
             raise ConfigError(Fault("data.max_tokens", expected, f"none left at {settings.max_tokens} tokens"))
     order = generator(derive(seed, "data.test")).permutation(len(scored))
     return Federation(clients, [scored[row] for row in order], labels, notes)
+
+
+def _training(rows: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return by client the rows to train on.
+
+    Raises: ConfigError for a client whose mapping has other keys than `train` and `held_out`.
+    """
+    for client, given in rows.items():
+        if isinstance(given, Mapping) and not {"train"} <= given.keys() <= {"train", "held_out"}:
+            expected = f"rows for {client!r}, or a mapping with train and held_out"
+            raise ConfigError(Fault("data", expected, f"a mapping with {', '.join(map(str, given))}"))
+    return {client: given["train"] if isinstance(given, Mapping) else given for client, given in rows.items()}
+
+
+def _held_out(settings: DataSettings, rows: Mapping[str, Any], task: Task) -> Dataset | None:
+    """Return the rows that clients hold out by themselves; None if no client does."""
+    apart = {client: given["held_out"] for client, given in rows.items() if _holds_out(given)}
+    return load_rows(settings, apart, task=task) if apart else None
+
+
+def _holds_out(given: Any) -> bool:
+    return isinstance(given, Mapping) and len(given.get("held_out", ())) > 0
+
+
+def _by_client(encoded: Encoded, groups: Sequence[str]) -> Mapping[str, Sequence[Example]]:
+    """Return encoded rows by the client that each belongs to, without those that were dropped."""
+    apart: dict[str, list[Example]] = {}
+    for client, example in zip(groups, encoded.examples, strict=True):
+        apart.setdefault(client, []).extend([] if example is None else [example])
+    return apart
 
 
 def digest(federation: Federation) -> str:
@@ -104,7 +163,7 @@ def _take(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     return rows.select(np.sort(chosen))
 
 
-def _labels(source: Dataset, test: Dataset | None) -> list[str]:
+def _labels(source: Dataset, *others: Dataset | None) -> list[str]:
     """Return the classes of the whole source, in order: a limit or a split must not change what a class is called."""
     if "label" not in source.column_names:
         got = ", ".join(source.column_names) or "none"
@@ -113,9 +172,10 @@ def _labels(source: Dataset, test: Dataset | None) -> list[str]:
     labels = sorted_values(source["label"][:])
     if len(labels) < 2:
         raise ConfigError(Fault("data.fields.label", "at least two classes", f"only {labels[0]!r}"))
-    if test is not None and "label" in test.column_names and (unseen := set(test["label"][:]) - set(labels)):
-        got = f"{sorted_values(unseen)[0]!r} ({len(unseen)} such)"
-        raise ConfigError(Fault("data.test", "classes that occur in the source", got, "check the labels' spelling"))
+    for other in others:
+        if other is not None and "label" in other.column_names and (unseen := set(other["label"][:]) - set(labels)):
+            got = f"{sorted_values(unseen)[0]!r} ({len(unseen)} such)"
+            raise ConfigError(Fault("data.test", "classes that occur in the source", got, "check the labels' spelling"))
     return labels
 
 

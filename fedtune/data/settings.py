@@ -15,6 +15,10 @@ Part = Literal["text", "instruction", "input", "output", "label"]
 
 Task = Literal["causal", "classification"]
 
+GROUP = "group"
+"""The column that holds what the split divides by: the value of `split.by`, the stem of the row's file, or the client's
+name where rows are given by client."""
+
 TEMPLATES = ("alpaca", "chat", "plain")
 
 
@@ -49,8 +53,9 @@ class DataSettings:
     """File(s), glob, folder of a saved dataset, or hub name (`name:split` for another split than `train`); relative
     paths are relative to the recipe."""
     split: Split
-    format: Literal["auto", "jsonl", "json", "csv", "parquet", "text", "saved", "hub"] = "auto"
-    """auto: by the file's ending, a folder with state.json as a saved dataset, otherwise a hub name."""
+    format: Literal["auto", "jsonl", "json", "csv", "parquet", "text", "saved", "hub", "plugin"] = "auto"
+    """auto: by the file's ending, a folder with state.json as a saved dataset, otherwise a hub name; plugin: the source
+    is the name of an entry point `fedtune.data` of an installed package, which gives rows by client."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     fields: Mapping[Part, str] = field(default_factory=dict)

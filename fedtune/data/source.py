@@ -15,11 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 
-from fedtune.data.settings import DataSettings, Part, Task
+from fedtune.data.settings import GROUP, DataSettings, Part, Task
 from fedtune.errors import ConfigError, Fault
-
-GROUP = "group"
-"""The column that holds what the split divides by: the value of `split.by`, or the stem of the row's file."""
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -50,6 +47,37 @@ def load_test(settings: DataSettings, root: Path, *, task: Task) -> Dataset | No
     if settings.test is None:
         return None
     return _load(settings, root, settings.test, task=task, key="data.test", by=None)
+
+
+def load_rows(settings: DataSettings, rows: Mapping[str, Any], *, task: Task) -> Dataset:
+    """Return the rows that Python code gives by client, as `load` returns those of files: group is the client.
+
+    Args:
+        settings: the recipe's table `data`; its source and its split are not read.
+        rows: by client, a `datasets.Dataset` or a sequence of mappings from column to value.
+        task: which parts are read.
+
+    Raises: ConfigError as `load`.
+    """
+    read: dict[str, list[Any]] = {}
+    for client, given in sorted(rows.items()):
+        where = f"the rows of {client!r}"
+        if not isinstance(given, Dataset) and not all(isinstance(row, Mapping) for row in given):
+            raise ConfigError(Fault("data", "a Dataset, or a sequence of mappings from column to value", where))
+        columns = _columns(given) if isinstance(given, Dataset) else _to_columns(list(given))
+        count = len(next(iter(columns.values()), ()))
+        if not count:
+            raise ConfigError(Fault("data", "at least one row for every client", f"none for {client!r}"))
+        chosen = _select_columns(settings, columns, where, task)
+        parts = {
+            part: _cells(part, columns[column], f"column {column!r} of {where}") for part, column in chosen.items()
+        }
+        if read and read.keys() != {*parts, GROUP}:
+            expected = f"the columns of the first client ({', '.join(part for part in read if part != GROUP)})"
+            raise ConfigError(Fault("data", expected, f"{', '.join(parts) or 'none'} in {where}"))
+        for part, values in {**parts, GROUP: [client] * count}.items():
+            read.setdefault(part, []).extend(values)
+    return Dataset.from_dict(read)
 
 
 def _load(

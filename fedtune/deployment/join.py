@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, bind, planned_training
+from fedtune.config.recipe import method_of
 from fedtune.config.site import SiteSettings, bind_site
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
@@ -23,6 +24,7 @@ from fedtune.link.client.training_process import ProcessTrainer, Trainer
 from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.settings import JoinSettings
+from fedtune.messages import ProbeSeeds
 from fedtune.store.files import store_errors
 from fedtune.store.lock import lock_run
 
@@ -194,7 +196,7 @@ def compare_with_policy(setup: JoinSetup, greeting: Greeting) -> DryRun:
 def recipe_demand(recipe: Recipe, client: str) -> TaskDemand:
     """Return what a recipe demands of a client in a round; it does not say how many bytes, and of which base."""
     rank, training = planned_training(recipe, client)
-    probe = recipe.method.name == "fedkseed"
+    probe = method_of(recipe).task is ProbeSeeds
     return TaskDemand(
         method=recipe.method.name,
         round=1,

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 from fedtune.config import Recipe, bind
 from fedtune.config.reading import read
-from fedtune.config.recipe import largest_rank
+from fedtune.config.recipe import largest_rank, method_of
 from fedtune.devices.measured_clock import MeasuredClock
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.messages import Blueprint, ProbeSeeds
-from fedtune.methods import METHODS
 from fedtune.runs.base_checks import check_pruning, check_ranks
 from fedtune.runs.context import Door, RunContext, first_state
 from fedtune.runs.fleet import fleet_of
@@ -50,7 +49,7 @@ def server_context(
     """Return the context of a run whose model is described by what the clients have in common."""
     common, profiles = transport.foundation, transport.profiles
     check_ranks(recipe, common.modules)
-    if METHODS[recipe.method.name].task is ProbeSeeds and not common.manifest:
+    if method_of(recipe).task is ProbeSeeds and not common.manifest:
         expected = f"clients whose base {recipe.method.name!r} can move: finite, in float32, float16 or bfloat16"
         raise ConfigError(Fault("model.base", expected, "another, by what most of them say"))
     blueprint = Blueprint(
@@ -58,7 +57,7 @@ def server_context(
         common.saved,
         max_rank=largest_rank(recipe),
         seed=recipe.seed,
-        manifest=common.manifest if METHODS[recipe.method.name].task is ProbeSeeds else b"",
+        manifest=common.manifest if method_of(recipe).task is ProbeSeeds else b"",
         anatomy=common.anatomy,
         pruning=recipe.pruning,
     )

@@ -6,11 +6,9 @@ The paper adds the residual to the base; here it stays beside it, factored and i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Literal
-
-from annotated_types import Gt
+from typing import Literal
 
 from fedtune.lora import lowrank
 from fedtune.lora.adapter import Adapter, stack, unpack
@@ -21,32 +19,26 @@ from fedtune.messages import (
     Blueprint,
     PlannedClient,
     TrainLora,
-    Weighting,
-    WireDtype,
     cohort_weights,
 )
 from fedtune.methods.fedit import shared_start
 from fedtune.methods.method import Method, make_assignment, mean_saved, step
+from fedtune.methods.serialization import NOT_PERSISTED
+from fedtune.methods.settings import AveragingSettings
 from fedtune.tensors import Tensors, cast, weighted_mean
 
 
 @dataclass(frozen=True)
-class FedExSettings:
+class FedExSettings(AveragingSettings):
     """Settings of `fedex`."""
 
     name: Literal["fedex"] = "fedex"
     """Name of the method."""
-    server_learning_rate: Annotated[float, Gt(0)] = 1.0
-    """Step from the old factors, and from the old model, towards the clients' mean; 1 takes the mean."""
-    weights: Weighting = "examples"
-    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
-    wire_dtype: WireDtype = "bf16"
-    """Number format of factors and residual, down and up."""
 
 
 @dataclass(frozen=True)
 class FedExState:
-    settings: FedExSettings
+    settings: FedExSettings = field(metadata=NOT_PERSISTED)
     round: int
     """Rounds completed."""
     tensors: Tensors
@@ -127,4 +119,6 @@ METHOD = Method(
     aggregate=aggregate,
     adapter=adapter,
     ranks="equal",
+    wire_dtype=lambda settings: settings.wire_dtype,
+    why_not_pruned="its residual is that of whole factors",
 )

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from annotated_types import Gt
 
 from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
-from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora, Weighting, WireDtype
-from fedtune.methods.method import join, linear, make_assignment, move
+from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
+from fedtune.methods.method import LinearMethod, join, make_assignment, move
+from fedtune.methods.serialization import NOT_PERSISTED
+from fedtune.methods.settings import LinearSettings
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
 
 @dataclass(frozen=True)
-class FedItSettings:
+class FedItSettings(LinearSettings):
     """Settings of `fedit`."""
 
     name: Literal["fedit"] = "fedit"
     """Name of the method."""
-    server_learning_rate: Annotated[float, Gt(0)] = 1.0
-    """Step from the old factors towards the clients' mean; 1 takes the mean."""
-    weights: Weighting = "examples"
-    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
-    wire_dtype: WireDtype = "bf16"
-    """Number format of the factors, down and up."""
 
 
 @dataclass(frozen=True)
 class FedItState:
-    settings: FedItSettings
+    settings: FedItSettings = field(metadata=NOT_PERSISTED)
     round: int
     """Rounds completed."""
     tensors: Tensors
@@ -70,6 +65,10 @@ def contribution(state: FedItState, update: AdmittedUpdate) -> Tensors:
     return join(update.lora.tensors, update.lora.saved)
 
 
+def current(state: FedItState) -> Tensors:
+    return join(state.tensors, state.saved)
+
+
 def advance(state: FedItState, mean: Tensors) -> FedItState:
     """Return the state after one round: factors move to their weighted mean."""
     tensors, saved = move(state.tensors, state.saved, mean, state.settings.server_learning_rate)
@@ -80,14 +79,17 @@ def adapter(state: FedItState) -> Adapter:
     return unpack(state.tensors)
 
 
-METHOD = linear(
+METHOD = LinearMethod(
     name="fedit",
     settings=FedItSettings,
     init=init,
     assign=assign,
-    contribution=contribution,
-    advance=advance,
-    weights=lambda state: state.settings.weights,
     adapter=adapter,
+    contribution=contribution,
+    current=current,
+    weights=lambda state: state.settings.weights,
+    advance=advance,
+    wire_dtype=lambda settings: settings.wire_dtype,
+    why_not_pruned="a mean of factors that lack different rows and columns is up to 78 % off",
     ranks="equal",
 )

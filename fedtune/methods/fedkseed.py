@@ -35,7 +35,7 @@ from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import RoundError
 from fedtune.lora.adapter import Adapter
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Plan, PlannedClient, ProbeSeeds, SeedState
-from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState, units
+from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState, faults, units
 from fedtune.methods.method import Method, SeedModel
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
@@ -299,4 +299,6 @@ METHOD = Method(
     seeds=seeds,
     refuse=refuse,
     figures=figures,
+    faults=faults,
+    why_not_pruned="its directions move every weight of the base",
 )

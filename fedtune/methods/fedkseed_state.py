@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, log2
 from typing import Annotated, Literal
@@ -19,7 +19,9 @@ from fedtune.directions.downlink import MAX_SHIFT
 from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.directions.sampling import paper_probabilities, repaired_probabilities
 from fedtune.directions.seed_ledger import Manifest, SeedLedger
+from fedtune.errors import ConfigError, Fault
 from fedtune.messages import BankName, Estimator, Sampling, SeedState, Weighting
+from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
@@ -72,10 +74,38 @@ class FedKSeedSettings:
     """`kron`: move embeddings and all other matrices as well."""
 
 
+def faults(settings: FedKSeedSettings, steps: Sequence[int | None]) -> Iterator[Fault]:
+    """Yield what does not fit together in the table `method`, and with the steps of a round; None: epochs decide."""
+    known = [count for count in steps if count is not None]
+    if None in steps and (settings.sampling == "distinct" or settings.estimator == "one-sided"):
+        hint = "distinct seeds and groups of queries need a known number of scalars"
+        yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
+    try:
+        BANKS[settings.bank](settings.seeds, 0)
+    except ConfigError as error:
+        yield from (replace(fault, path=f"method.{fault.path}") for fault in error.faults)
+    if settings.sampling == "distinct" and any(count > settings.seeds for count in known):
+        expected = f"at most method.seeds = {settings.seeds} with distinct seeds"
+        yield Fault("client.steps", expected, str(max(known)), "take fewer steps, or sampling = 'uniform'")
+    if settings.estimator == "one-sided" and any(count % settings.queries for count in known):
+        odd = next(count for count in known if count % settings.queries)
+        expected = f"a multiple of method.queries = {settings.queries}, since steps counts directions"
+        yield Fault("client.steps", expected, str(odd), f"e.g. {-(-odd // settings.queries) * settings.queries}")
+    if settings.public_log and settings.sampling == "pro":
+        hint = "clients would have to be sent what the draws follow from"
+        yield Fault("method.public_log", "false with sampling = 'pro'", "true", hint)
+    if settings.public_log and settings.sync != "auto":
+        yield Fault("method.public_log", "false with sync = 'whole'", "true", 'set sync = "auto"')
+    for key, value in (("vectors", settings.vectors), ("embeddings", settings.embeddings)):
+        if value and settings.bank != "kron":
+            hint = "the other banks move every tensor; choose with method.trainable"
+            yield Fault(f"method.{key}", f"false with bank = {settings.bank!r}", "true", hint)
+
+
 @dataclass(frozen=True)
 class FedKSeedState:
-    settings: FedKSeedSettings
-    manifest: Manifest
+    settings: FedKSeedSettings = field(metadata=NOT_PERSISTED)
+    manifest: Manifest = field(metadata=NOT_PERSISTED)
     """Of the base."""
     round: int
     """Rounds completed."""

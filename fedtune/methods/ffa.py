@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
-from annotated_types import Gt
 
 from fedtune.lora.adapter import Adapter, Factors, draw_a
-from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora, Weighting, WireDtype
-from fedtune.methods.method import join, linear, make_assignment, move, resize
+from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
+from fedtune.methods.method import LinearMethod, join, make_assignment, move, resize
+from fedtune.methods.serialization import NOT_PERSISTED
+from fedtune.methods.settings import LinearSettings
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
 
 @dataclass(frozen=True)
-class FfaSettings:
+class FfaSettings(LinearSettings):
     """Settings of `ffa`."""
 
     name: Literal["ffa"] = "ffa"
     """Name of the method."""
-    server_learning_rate: Annotated[float, Gt(0)] = 1.0
-    """Step from the old B towards the clients' mean; 1 takes the mean."""
-    weights: Weighting = "examples"
-    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
-    wire_dtype: WireDtype = "bf16"
-    """Number format of B, down and up; A never travels."""
 
 
 @dataclass(frozen=True)
 class FfaState:
-    settings: FfaSettings
+    settings: FfaSettings = field(metadata=NOT_PERSISTED)
     round: int
     """Rounds completed."""
     a_key: int
@@ -73,6 +68,10 @@ def contribution(state: FfaState, update: AdmittedUpdate) -> Tensors:
     return join(resize(update.lora.tensors, state.max_rank), update.lora.saved)
 
 
+def current(state: FfaState) -> Tensors:
+    return join(state.tensors, state.saved)
+
+
 def advance(state: FfaState, mean: Tensors) -> FfaState:
     """Return the state after one round: B moves to its weighted mean."""
     tensors, saved = move(state.tensors, state.saved, mean, state.settings.server_learning_rate)
@@ -86,13 +85,16 @@ def adapter(state: FfaState) -> Adapter:
     }
 
 
-METHOD = linear(
+METHOD = LinearMethod(
     name="ffa",
     settings=FfaSettings,
     init=init,
     assign=assign,
-    contribution=contribution,
-    advance=advance,
-    weights=lambda state: state.settings.weights,
     adapter=adapter,
+    contribution=contribution,
+    current=current,
+    weights=lambda state: state.settings.weights,
+    advance=advance,
+    wire_dtype=lambda settings: settings.wire_dtype,
+    why_not_pruned="its shared A would be cut differently at every client",
 )

@@ -6,10 +6,8 @@ Bai et al., NeurIPS 2024, arXiv 2402.11505. Where the paper forms and decomposes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
-
-from annotated_types import Gt
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from fedtune.lora import lowrank
 from fedtune.lora.adapter import Adapter, unpack
@@ -20,33 +18,27 @@ from fedtune.messages import (
     Blueprint,
     PlannedClient,
     TrainLora,
-    Weighting,
-    WireDtype,
     cohort_weights,
 )
 from fedtune.methods.flora import warm_start
 from fedtune.methods.method import Method, make_assignment, mean_saved
+from fedtune.methods.serialization import NOT_PERSISTED
+from fedtune.methods.settings import AveragingSettings
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class FlexLoraSettings:
+class FlexLoraSettings(AveragingSettings):
     """Settings of `flexlora`."""
 
     name: Literal["flexlora"] = "flexlora"
     """Name of the method."""
-    server_learning_rate: Annotated[float, Gt(0)] = 1.0
-    """Step from the old sum towards the new one; 1 takes the new one."""
-    weights: Weighting = "examples"
-    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
-    wire_dtype: WireDtype = "bf16"
-    """Number format of the factors, down and up."""
 
 
 @dataclass(frozen=True)
 class FlexLoraState:
-    settings: FlexLoraSettings
+    settings: FlexLoraSettings = field(metadata=NOT_PERSISTED)
     round: int
     """Rounds completed."""
     a_key: int
@@ -119,4 +111,6 @@ METHOD = Method(
     aggregate=aggregate,
     adapter=adapter,
     energy_kept=energy_kept,
+    wire_dtype=lambda settings: settings.wire_dtype,
+    why_not_pruned="it restarts clients from whole factors",
 )

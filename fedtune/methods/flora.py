@@ -35,6 +35,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import pruning
 from fedtune.methods.method import Method, make_assignment, mean_saved
+from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.pruning.ranking import PruningSettings, Ranking, rank_units, structure_at
 from fedtune.pruning.structure import (
     FULL,
@@ -83,7 +84,7 @@ class FloraSettings:
 
 @dataclass(frozen=True)
 class FloraState:
-    settings: FloraSettings
+    settings: FloraSettings = field(metadata=NOT_PERSISTED)
     round: int
     """Rounds completed."""
     seed: int
@@ -91,9 +92,9 @@ class FloraState:
     delta: Tensors
     """Delta as `lowrank.pack` makes it flat, float32; its rank never exceeds min(m, n)."""
     saved: Tensors
-    anatomy: BlockLayout | None = None
+    anatomy: BlockLayout | None = field(default=None, metadata=NOT_PERSISTED)
     """Of the base's blocks, where clients are pruned."""
-    pruning: PruningSettings | None = None
+    pruning: PruningSettings | None = field(default=None, metadata=NOT_PERSISTED)
     worth: Tensors = field(default_factory=dict)
     """`heads` and `channels`: what clients' scores came to so far, float32; empty before the first."""
     order: Tensors = field(default_factory=dict)
@@ -294,4 +295,9 @@ METHOD = Method(
     aggregate=aggregate,
     adapter=adapter,
     energy_kept=energy_kept,
+    structure=FloraState.structure,
+    ranking=lambda state: state.order,
+    why_not_pruned="",
+    downlink_rank=lambda settings: settings.max_rank,
+    wire_dtype=lambda settings: settings.wire_dtype,
 )

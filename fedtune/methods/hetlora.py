@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Interval
 
 from fedtune.lora.adapter import Adapter, norm, unpack
 from fedtune.messages import (
@@ -20,26 +20,23 @@ from fedtune.messages import (
     TailRank,
     TrainLora,
     Weighting,
-    WireDtype,
     cohort_weights,
 )
 from fedtune.methods.fedit import shared_start
 from fedtune.methods.method import Cohort, Method, make_assignment, mean_saved, resize, step
+from fedtune.methods.serialization import NOT_PERSISTED
+from fedtune.methods.settings import AveragingSettings
 from fedtune.tensors import Tensors, cast, weighted_mean
 
 
 @dataclass(frozen=True)
-class HetLoraSettings:
+class HetLoraSettings(AveragingSettings):
     """Settings of `hetlora`."""
 
     name: Literal["hetlora"] = "hetlora"
     """Name of the method."""
-    server_learning_rate: Annotated[float, Gt(0)] = 1.0
-    """Step from the old factors towards the clients' mean; 1 takes the mean."""
     weights: Weighting = "examples"
     """Of modules_to_save; factors are weighted by the norm of the change."""
-    wire_dtype: WireDtype = "bf16"
-    """Number format of the factors, down and up."""
     rank_decay: Annotated[float, Interval(gt=0, le=1)] = 0.99
     """Gamma: the share of its rank that a client keeps when it prunes; 1 never prunes."""
     rank_penalty: Annotated[float, Ge(0)] = 0.01
@@ -48,7 +45,7 @@ class HetLoraSettings:
 
 @dataclass(frozen=True)
 class HetLoraState:
-    settings: HetLoraSettings
+    settings: HetLoraSettings = field(metadata=NOT_PERSISTED)
     round: int
     """Rounds completed."""
     max_rank: int
@@ -110,5 +107,12 @@ def adapter(state: HetLoraState) -> Adapter:
 
 
 METHOD = Method(
-    name="hetlora", settings=HetLoraSettings, init=init, assign=assign, aggregate=aggregate, adapter=adapter
+    name="hetlora",
+    settings=HetLoraSettings,
+    init=init,
+    assign=assign,
+    aggregate=aggregate,
+    adapter=adapter,
+    wire_dtype=lambda settings: settings.wire_dtype,
+    why_not_pruned="its weights compare norms of whole changes",
 )

@@ -1,14 +1,16 @@
-"""What a method is: pure functions over a frozen state; and the few steps that several methods share."""
+"""The interface of a method, pure functions over a frozen state, and the few steps that several methods share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from fedtune.directions.seed_ledger import Manifest, SeedLedger
+from fedtune.errors import Fault
 from fedtune.lora.adapter import Adapter
 from fedtune.messages import (
     AdmittedUpdate,
@@ -20,8 +22,10 @@ from fedtune.messages import (
     Task,
     TrainLora,
     Weighting,
+    WireDtype,
     cohort_weights,
 )
+from fedtune.pruning.structure import ModelStructure
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, weighted_mean
 
@@ -61,11 +65,12 @@ class GlobalModel:
 
 
 def no_seeds(state: MethodState) -> SeedModel | None:
+    """Return None: the whole change is in the adapter."""
     return None
 
 
-def nothing_to_refuse(state: MethodState, update: AdmittedUpdate) -> str:
-    """Find nothing wrong: what concerns every method has been checked before."""
+def accept(state: MethodState, update: AdmittedUpdate) -> str:
+    """Return no objection: admission has checked what concerns every method."""
     return ""
 
 
@@ -78,14 +83,38 @@ def no_figures(state: MethodState) -> Mapping[str, Any]:
     return {}
 
 
-def nothing_dropped(state: MethodState) -> Mapping[str, float]:
+def no_truncation(state: MethodState) -> Mapping[str, float]:
     """Return no shares: what this method sends down is whole."""
     return {}
 
 
+def unpruned(state: MethodState, ratio: float) -> ModelStructure | None:
+    """Return None: every client trains the whole model."""
+    return None
+
+
+def no_ranking(state: MethodState) -> Tensors:
+    return {}
+
+
+def unbounded(settings: Any) -> int | None:
+    return None
+
+
+def full_precision(settings: Any) -> WireDtype:
+    return "fp32"
+
+
+def no_faults(settings: Any, steps: Sequence[int | None]) -> Iterable[Fault]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Method(Generic[State]):
-    """A method of federated tuning; see each file of this folder."""
+    """A method of federated tuning: pure functions over a frozen state.
+
+    The operations with a default are optional. They let other packages ask a method instead of knowing its name.
+    """
 
     name: str
     settings: type[Any]
@@ -100,7 +129,7 @@ class Method(Generic[State]):
     """state -> the global model's change of the base, as one adapter of scale 1"""
     ranks: Literal["any", "equal"] = "any"
     """`any`: clients may differ in rank; `equal`: one rank for all."""
-    energy_kept: Callable[[State], Mapping[str, float]] = nothing_dropped
+    energy_kept: Callable[[State], Mapping[str, float]] = no_truncation
     """state -> by module, the share of the squared singular values that is left in what is sent down"""
     task: type[Task] = TrainLora
     """What clients do; for `ProbeSeeds` they need no adapter, and the server must know every tensor of the base."""
@@ -108,42 +137,79 @@ class Method(Generic[State]):
     """(as `assign`) -> what is sent in its place to a client that lacks the state which that message refers to"""
     seeds: Callable[[State], SeedModel | None] = no_seeds
     """state -> the global model's change of the whole base, beside its adapter"""
-    refuse: Callable[[State, AdmittedUpdate], str] = nothing_to_refuse
+    refuse: Callable[[State, AdmittedUpdate], str] = accept
     """(state, an update that fits its assignment) -> why it cannot be used all the same; empty if it can"""
     figures: Callable[[State], Mapping[str, Any]] = no_figures
-    """state -> numbers that a round's line notes"""
+    """state -> numbers for the round's line in rounds.jsonl"""
+    structure: Callable[[State, float], ModelStructure | None] = unpruned
+    """(state, pruning ratio) -> what is left of the model at that ratio; None: all of it"""
+    ranking: Callable[[State], Tensors] = no_ranking
+    """state -> scores of `heads` and `channels`, by which they are pruned; empty before there are any"""
+    why_not_pruned: str = "it does not scatter what pruned clients send"
+    """Why the method refuses the recipe's table `pruning`; empty if clients may be pruned."""
+    downlink_rank: Callable[[Any], int | None] = unbounded
+    """settings -> the largest rank of what is sent down; None: no bound"""
+    wire_dtype: Callable[[Any], WireDtype] = full_precision
+    """settings -> number format of what is sent down"""
+    faults: Callable[[Any, Sequence[int | None]], Iterable[Fault]] = no_faults
+    """(settings, steps of a round by kind of client, None where epochs decide) -> what does not fit together"""
 
-    def tuned(self, state: State) -> GlobalModel:
+    @property
+    def operations(self) -> Mapping[str, Callable[..., Any]]:
+        """The functions of a state that hand nothing on to the next one."""
+        return {
+            "assign": self.assign,
+            "assign_whole": self.assign_whole,
+            "adapter": self.adapter,
+            "energy_kept": self.energy_kept,
+            "seeds": self.seeds,
+            "refuse": self.refuse,
+            "figures": self.figures,
+            "structure": self.structure,
+            "ranking": self.ranking,
+        }
+
+    def global_model(self, state: State) -> GlobalModel:
         """Return the global model of a state."""
         return GlobalModel(self.adapter(state), state.saved, self.seeds(state))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinearMethod(Method[State]):
-    """A method whose aggregation is `advance(state, weighted mean)`: only this kind can be made private or secure."""
+    """A method whose aggregation is `advance(state, weighted mean)`: the mean of the contributions is all it sees.
+
+    Only this kind can take a server optimiser, or be made private or secure.
+    """
+
+    aggregate: Callable[[State, Sequence[AdmittedUpdate]], State] = field(init=False, repr=False, compare=False)
+    contribution: Callable[[State, AdmittedUpdate], Tensors]
+    """(state, update) -> the tensors of the client that are averaged"""
+    current: Callable[[State], Tensors]
+    """state -> the server's own values of these tensors, float32"""
+    weights: Callable[[State], Weighting]
+    """state -> how clients are weighed in the mean"""
+    advance: Callable[[State, Tensors], State]
+    """(state, mean) -> the next state"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "aggregate", partial(advance_to_mean, self))
+
+    @property
+    def operations(self) -> Mapping[str, Callable[..., Any]]:
+        """The functions of a state that hand nothing on to the next one."""
+        return {
+            **super().operations,
+            "contribution": self.contribution,
+            "current": self.current,
+            "weights": self.weights,
+        }
 
 
-def linear(
-    *,
-    name: str,
-    settings: type[Any],
-    init: Callable[[Blueprint, Any], State],
-    assign: Callable[[State, int, PlannedClient], Assignment],
-    contribution: Callable[[State, AdmittedUpdate], Tensors],
-    advance: Callable[[State, Tensors], State],
-    weights: Callable[[State], Weighting],
-    adapter: Callable[[State], Adapter],
-    ranks: Literal["any", "equal"] = "any",
-) -> LinearMethod[State]:
-    """Build a `LinearMethod`: the mean of the contributions, weighted by p_k, is all that `advance` sees."""
-
-    def aggregate(state: State, updates: Sequence[AdmittedUpdate]) -> State:
-        cohort = cohort_weights(updates, weights(state))
-        return advance(state, weighted_mean([(contribution(state, update), share) for update, share in cohort]))
-
-    return LinearMethod(
-        name=name, settings=settings, init=init, assign=assign, aggregate=aggregate, adapter=adapter, ranks=ranks
-    )
+def advance_to_mean(method: LinearMethod[State], state: State, updates: Sequence[AdmittedUpdate]) -> State:
+    """Return the state after one round of a linear method: the contributions are averaged with p_k."""
+    cohort = cohort_weights(updates, method.weights(state))
+    mean = weighted_mean([(method.contribution(state, update), share) for update, share in cohort])
+    return method.advance(state, mean)
 
 
 def make_assignment(
@@ -170,7 +236,7 @@ def join(tensors: Tensors, saved: Tensors) -> Tensors:
 
 
 def move(tensors: Tensors, saved: Tensors, mean: Tensors, server_learning_rate: float) -> tuple[Tensors, Tensors]:
-    """Return (factors, modules_to_save) after a step towards the mean of what `join` made of the clients'."""
+    """Return (factors, modules_to_save) after a step towards the clients' mean, which `join` has laid out."""
     new = step(join(tensors, saved), mean, server_learning_rate)
     return {name: new[f"local/{name}"] for name in tensors}, {name: new[f"saved/{name}"] for name in saved}
 

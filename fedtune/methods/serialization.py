@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,8 +17,8 @@ from fedtune.tensors import Array
 State = TypeVar("State")
 
 VERSION = 1
-GIVEN = ("settings", "manifest", "anatomy", "pruning")
-"""Fields of a state that the recipe and the base give again."""
+NOT_PERSISTED: Mapping[str, bool] = {"persisted": False}
+"""Metadata of a state's field that is not written: recipe and base give it again."""
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
@@ -33,23 +33,20 @@ NAMES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.item
 
 
 def encode(state: Any) -> Sequence[bytes | memoryview]:
-    """Return a state in parts that together are a safetensors file; what recipe and base give again is left out.
+    """Return a state in parts that together are a safetensors file; fields marked `NOT_PERSISTED` are left out.
 
-    Each tensor is named `<field>/<name>`; fields that are no tensors stand as JSON in the metadata. The parts are
-    views of the state's own arrays, so nothing is copied.
+    Each tensor is named `<field>/<name>`; fields that hold no tensors are JSON in the metadata. The fields of a state
+    within a state are named `<field>.<inner field>`. The parts are views of the state's own arrays: nothing is copied.
 
     Raises:
         StoreError: if a tensor's numbers have no name in `DTYPES`.
     """
     values: dict[str, Any] = {}
     tensors: dict[str, Array] = {}
-    for each in fields(state):
-        value = getattr(state, each.name)
-        if each.name in GIVEN:
-            continue
+    for path, value in persisted_fields(state):
         if holds_tensors(value):
-            tensors |= {f"{each.name}/{name}": array for name, array in value.items()}
-        values[each.name] = None if holds_tensors(value) else value
+            tensors |= {f"{path}/{name}": array for name, array in value.items()}
+        values[path] = None if holds_tensors(value) else value
     header: dict[str, Any] = {"__metadata__": {"fedtune": canonical({"values": values, "version": VERSION})}}
     body, offset = [], 0
     # Wide numbers first, as safetensors orders them: every tensor is aligned in the file, whatever the others' sizes.
@@ -67,7 +64,7 @@ def encode(state: Any) -> Sequence[bytes | memoryview]:
 
 
 def decode(data: bytes | memoryview, like: State) -> State:
-    """Return the state that was encoded; what is `GIVEN`, and the names and types of the fields, are those of `like`.
+    """Return the state that was encoded; `like` gives the names and types of its fields, and those not persisted.
 
     Its tensors are read-only views of `data`.
 
@@ -77,24 +74,45 @@ def decode(data: bytes | memoryview, like: State) -> State:
     try:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(bytes(data[8 : 8 + length]))
-        kept = json.loads(header.pop("__metadata__")["fedtune"])
-        version, values = kept["version"], dict(kept["values"])
+        metadata = json.loads(header.pop("__metadata__")["fedtune"])
+        version, values = metadata["version"], dict(metadata["values"])
         body = memoryview(data).toreadonly()[8 + length :]
         tensors = {name: _array(spec, body) for name, spec in header.items()}
         if sum(array.nbytes for array in tensors.values()) != len(body):
             raise ValueError(f"{len(body)} bytes of tensors")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"expected the state of a method; got {len(data)} bytes that are none ({error})") from error
-    expected = {each.name for each in fields(like)} - {*GIVEN}  # type: ignore[arg-type]
+    expected = {path for path, _ in persisted_fields(like)}
     if version != VERSION or values.keys() != expected:
         raise StoreError(
             f"expected a state of version {VERSION} with {sorted(expected)}; got version {version} with "
             f"{sorted(values)}; resume with the fedtune and the method that wrote it"
         )
-    for name in [name for name, value in values.items() if value is None]:
-        found = {key.removeprefix(f"{name}/"): a for key, a in tensors.items() if key.startswith(f"{name}/")}
-        values[name] = found or None  # a field without tensors is none: an empty mapping travels as one
-    return replace(like, **values)  # type: ignore[type-var]
+    for path in [path for path, value in values.items() if value is None]:
+        own = {key.removeprefix(f"{path}/"): array for key, array in tensors.items() if key.startswith(f"{path}/")}
+        values[path] = own or None  # a field without tensors is none: an empty mapping travels as one
+    return with_values(like, values)
+
+
+def persisted_fields(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield path and value of every field that is written, those of a state within the state after its own name."""
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if not field.metadata.get("persisted", True):
+            continue
+        if is_dataclass(value):
+            yield from persisted_fields(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def with_values(state: State, values: Mapping[str, Any]) -> State:
+    """Return a state with other values in its persisted fields, given by their paths."""
+    own = {path: value for path, value in values.items() if "." not in path}
+    for field in {path.partition(".")[0] for path in values if "." in path}:
+        inner = {path.removeprefix(f"{field}."): v for path, v in values.items() if path.startswith(f"{field}.")}
+        own[field] = with_values(getattr(state, field), inner)
+    return replace(state, **own)  # type: ignore[type-var]
 
 
 def digest(parts: Sequence[bytes | memoryview]) -> str:
@@ -106,7 +124,7 @@ def digest(parts: Sequence[bytes | memoryview]) -> str:
 
 
 def holds_tensors(value: Any) -> bool:
-    """Tell tensors from other mappings; an empty mapping is either and travels as JSON."""
+    """Return whether a value is a mapping to arrays; an empty mapping is not, and travels as JSON."""
     return isinstance(value, Mapping) and bool(value) and all(isinstance(part, np.ndarray) for part in value.values())
 
 

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
-
-from annotated_types import Gt
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from fedtune.lora.adapter import Adapter, unpack
-from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora, Weighting, WireDtype
+from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
 from fedtune.methods.fedit import shared_start
-from fedtune.methods.method import join, linear, make_assignment, move, resize
+from fedtune.methods.method import LinearMethod, join, make_assignment, move, resize
+from fedtune.methods.serialization import NOT_PERSISTED
+from fedtune.methods.settings import LinearSettings
 from fedtune.tensors import Tensors, cast
 
 
 @dataclass(frozen=True)
-class ZeroPadSettings:
+class ZeroPadSettings(LinearSettings):
     """Settings of `zeropad`."""
 
     name: Literal["zeropad"] = "zeropad"
     """Name of the method."""
-    server_learning_rate: Annotated[float, Gt(0)] = 1.0
-    """Step from the old factors towards the clients' mean; 1 takes the mean."""
-    weights: Weighting = "examples"
-    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
-    wire_dtype: WireDtype = "bf16"
-    """Number format of the factors, down and up."""
 
 
 @dataclass(frozen=True)
 class ZeroPadState:
-    settings: ZeroPadSettings
+    settings: ZeroPadSettings = field(metadata=NOT_PERSISTED)
     round: int
     """Rounds completed."""
     max_rank: int
@@ -58,6 +52,10 @@ def contribution(state: ZeroPadState, update: AdmittedUpdate) -> Tensors:
     return join(resize(update.lora.tensors, state.max_rank), update.lora.saved)
 
 
+def current(state: ZeroPadState) -> Tensors:
+    return join(state.tensors, state.saved)
+
+
 def advance(state: ZeroPadState, mean: Tensors) -> ZeroPadState:
     """Return the state after one round: padded factors move to their weighted mean."""
     tensors, saved = move(state.tensors, state.saved, mean, state.settings.server_learning_rate)
@@ -68,13 +66,16 @@ def adapter(state: ZeroPadState) -> Adapter:
     return unpack(state.tensors)
 
 
-METHOD = linear(
+METHOD = LinearMethod(
     name="zeropad",
     settings=ZeroPadSettings,
     init=init,
     assign=assign,
-    contribution=contribution,
-    advance=advance,
-    weights=lambda state: state.settings.weights,
     adapter=adapter,
+    contribution=contribution,
+    current=current,
+    weights=lambda state: state.settings.weights,
+    advance=advance,
+    wire_dtype=lambda settings: settings.wire_dtype,
+    why_not_pruned="a mean of padded factors is no mean of changes",
 )

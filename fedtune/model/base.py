@@ -139,7 +139,8 @@ def load(
     Raises:
         ConfigError: if the model, the device or a target module does not exist, or weights are missing.
     """
-    path, device = locate(settings, root), choose_device(settings.device)
+    path = locate(settings, root)
+    choose_device(settings.device)  # before the weights are read, which may take minutes
     auto = AutoModelForSequenceClassification if settings.task == "classification" else AutoModelForCausalLM
     classes: dict[str, Any] = {}
     if settings.task == "classification":
@@ -162,6 +163,32 @@ def load(
     new = sorted(info["missing_keys"])
     if new and settings.task == "causal":  # a head may be new; random layers of a language model may not
         raise not_found(settings, ValueError(f"it lacks {len(new)} of the model's tensors: {', '.join(new)}"))
+    return base_of(settings, adapter, model, tokenizer, path=str(path), new=new)
+
+
+def base_of(
+    settings: ModelSettings,
+    adapter: AdapterSettings,
+    model: Any,
+    tokenizer: Any,
+    *,
+    path: str,
+    new: Sequence[str] = (),
+) -> Base:
+    """Return a loaded model as a base: frozen, in eval mode, on the recipe's device; all of that in place.
+
+    Args:
+        settings: the recipe's table `model`.
+        adapter: the recipe's table `adapter`.
+        model: of transformers.
+        tokenizer: of the model.
+        path: folder or hub name that the model comes from.
+        new: names of the tensors that its checkpoint lacks.
+
+    Raises:
+        ConfigError: if the device or a target module does not exist.
+    """
+    device = choose_device(settings.device)
     # A decoder's classifier refuses batches without a padding token.
     if model.config.pad_token_id in (None, -1):
         choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -176,7 +203,7 @@ def load(
             hold_in_float32(model.get_submodule(name), DTYPES[settings.dtype])
     return Base(
         name=settings.base,
-        path=str(path),
+        path=path,
         model=model,
         tokenizer=tokenizer,
         task=settings.task,
@@ -188,6 +215,29 @@ def load(
             name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in saved_modules)
         ),
     )
+
+
+def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: Any) -> Base:
+    """Return the base that Python code gives: a `Base`, or a transformers model and its tokenizer.
+
+    Raises:
+        ConfigError: if it is neither, or does not fit the recipe's tables `model` and `adapter`.
+    """
+    if isinstance(given, Base):
+        targets = find_targets(given.model, adapter.targets, leave_out=given.saved_modules)
+        if given.task != settings.task or given.modules != targets:
+            expected = f"a base for the task {settings.task!r} that adapts {len(targets)} modules, as the recipe says"
+            got = f"one for {given.task!r} that adapts {len(given.modules)}"
+            raise ConfigError(Fault("model", expected, got, "pass the model and its tokenizer instead"))
+        return given
+    if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], nn.Module):
+        expected = "a fedtune.model.base.Base, or a pair of a transformers model and its tokenizer"
+        raise ConfigError(Fault("model", expected, f"a {type(given).__name__}"))
+    model, tokenizer = given
+    if (dtype := next(model.parameters()).dtype) != DTYPES[settings.dtype]:
+        got = f"one in {str(dtype).removeprefix('torch.')}"
+        raise ConfigError(Fault("model.dtype", f"a model in {settings.dtype}", got, "set model.dtype to the model's"))
+    return base_of(settings, adapter, model, tokenizer, path=model.name_or_path or settings.base)
 
 
 def hold_in_float32(module: nn.Module, outside: torch.dtype) -> None:

@@ -1,1 +1,13 @@
-"""Who is asked to do what: one planner per file, and the interface through which the round loop calls them."""
+"""The planners by name: each chooses what every client of a round does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedtune.planning import fixed, policies
+from fedtune.planning.planner import PlannerType
+
+PLANNERS: Mapping[str, PlannerType] = {
+    "fixed": fixed.PLANNER,
+    **{name: policies.planner_type(name) for name in policies.POLICIES},
+}

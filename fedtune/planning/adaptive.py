@@ -1,4 +1,4 @@
-"""The planners that learn: what each arm would cost a client, what fits its memory, and a policy that chooses."""
+"""The planners that learn: which arms fit a client's memory and what they cost; a policy chooses among them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from annotated_types import Ge, Gt, Interval
 
 from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
-from fedtune.planning.fixed import scale, steps
-from fedtune.planning.planner import ClientObservation
+from fedtune.planning.planner import ClientObservation, Cost, Costs, Speed, lora_scale, optimizer_steps
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.seeds import derive
@@ -19,7 +18,7 @@ from fedtune.seeds import derive
 PolicyName: TypeAlias = Literal["deadline", "s-ucb", "ucb", "thompson", "random", "oracle"]
 
 MEMORY_SHARE = 0.85
-"""Of the main memory that a machine says it has: what the system leaves (assumed)."""
+"""Share of a machine's main memory that the system leaves free; assumed, not measured."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class AdaptiveSettings:
     per client (FedSpine-style, formula ours); ucb and thompson: bandits over a few and over all arms; random; oracle:
     deadline with the simulated clock's true times, for comparisons (needs fleet.by = "round")."""
     ratios: Sequence[Annotated[float, Interval(ge=0, le=0.875)]] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-    """Pruning ratios to choose from; without the table `pruning` only 0 is."""
+    """Pruning ratios to choose from; without the table `pruning` it is always 0."""
     ranks: Sequence[Annotated[int, Ge(1)]] = (2, 4, 8, 16, 32)
     """LoRA ranks to choose from."""
     explore: Annotated[int, Ge(0)] = 0
@@ -39,34 +38,7 @@ class AdaptiveSettings:
     deadline_s: Annotated[float, Gt(0)] | None = None
     """deadline: seconds that a round is to take; none lets the planner choose."""
     reward: Literal["time", "fedmp"] = "time"
-    """ucb and thompson: time punishes only who is slower than the cohort's median; fedmp is FedMP's."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one arm would cost one client in one round."""
-
-    tflop: float
-    megabytes: float
-    memory_gb: float
-
-
-Costs: TypeAlias = Callable[[str, Arm, Training], Cost]
-"""(client, arm, how it trains) -> its cost; made of the base and the client's texts by the top floors."""
-
-Traffic: TypeAlias = Callable[[ClientObservation], float]
-"""Megabytes that a client's round took, down and up; where a proxy is charged, what it would have taken."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What is known of a client's device before it has done anything."""
-
-    memory_gb: float | None = None
-    """Usable; None where it is not known."""
-    s_per_tflop: float | None = None
-    s_per_mb: float | None = None
-    overhead_s: float = 0.0
+    """ucb and thompson: time punishes only clients slower than the cohort's median; fedmp is FedMP's."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +52,32 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Options:
+    """What one client may be asked in one round; sequences run over the arms."""
+
+    client: Client
+    training: Training
+    """With `steps` set."""
+    costs: Sequence[Cost]
+    memory_gb: float | None
+    """None where it is not known."""
+    feasible: tuple[bool, ...]
+
+    @property
+    def any_feasible(self) -> bool:
+        return any(self.feasible)
+
+
+@dataclass(frozen=True)
 class Adaptive:
-    """Plans by a policy over arms; memory is a hard constraint, which no client has to fail to teach."""
+    """Plans by a policy over arms. Memory is a hard constraint: infeasible arms are never tried."""
 
     policy: Policy[Any]
     training: Callable[[str], Training]
-    """From a client's name to how it trains."""
+    """client -> how it trains"""
     costs: Costs
-    traffic: Traffic
+    traffic: Callable[[ClientObservation], float]
+    """Megabytes of a client's round."""
     speeds: Mapping[str, Speed]
     """By client, where a device's profile is known."""
     alpha: float | Literal["2r"]
@@ -96,60 +86,68 @@ class Adaptive:
     rounds: int
     pruning: PruningSettings | None = None
     ranking: bool = False
-    """Whether the recipe brings an order of heads and channels along: else the first round prunes nobody."""
+    """Whether heads and channels are ranked from the start: else nobody is pruned in the first round."""
 
     def start(self) -> Learned:
         """Return what is known before the first round."""
         return Learned(self.policy.start())
 
     def plan(self, learned: Learned, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
-        """Return a plan for each client that an arm fits, and of the others what the smallest would need."""
-        trained = {client.name: self._training(client) for client in cohort}
-        costs = {
-            name: [self.costs(name, arm, training) for arm in self.policy.arms] for name, training in trained.items()
-        }
-        fits = {client.name: self._feasible(learned, client, round, costs[client.name]) for client in cohort}
-        able = [client for client in sorted(cohort, key=lambda client: client.name) if any(fits[client.name])]
-        total = sum(client.num_examples for client in able)
-        candidates = [
-            self._candidate(client, client.num_examples / total, fits[client.name], costs[client.name])
-            for client in able
-        ]
+        """Return a plan for each client that an arm fits; for the others what the smallest arm would need."""
+        options = {client.name: self._options(learned, round, client) for client in cohort}
+        feasible = [own for _, own in sorted(options.items()) if own.any_feasible]
+        total = sum(own.client.num_examples for own in feasible)
+        candidates = [self._candidate(own, weight=own.client.num_examples / total) for own in feasible]
         choice = self.policy.choose(learned.policy, round, candidates, key=derive(self.seed, "planner", round))
         return {
-            client.name: self._plan(client, trained[client.name], choice, costs[client.name])
-            if any(fits[client.name])
-            else self._unfit(learned, client, round, costs[client.name])
-            for client in cohort
+            name: self._plan(own, choice) if own.any_feasible else self._unfit(learned, round, own)
+            for name, own in options.items()
         }
 
     def observe(self, learned: Learned, seen: Sequence[ClientObservation]) -> Learned:
         """Return what is known after a round."""
-        observed = [self._observed(each) for each in seen if each.rank > 0]
+        asked = [client for client in seen if client.rank > 0]  # rank 0: it had no plan
         too_large = dict(learned.too_large)
-        for each in seen:
-            if each.out_of_memory and each.rank > 0:
-                needed = self._cost(each).memory_gb
-                too_large[each.client] = min(needed, too_large.get(each.client, needed))
+        for client in asked:
+            if client.out_of_memory:
+                needed = self._cost(client).memory_gb
+                too_large[client.client] = min(needed, too_large.get(client.client, needed))
+        observed = [self._observed(client) for client in asked]
         return Learned(self.policy.learn(learned.policy, observed), too_large)
 
     def allowed(self, round: int) -> Callable[[float], bool]:
-        """Return whether a ratio is one of this round's: between the ramp and the largest, at the end the target's."""
+        """Return the test whether a round allows a ratio: from the ramp's to the largest, in the end only the target.
+
+        Voters share one structure, so for them it is the ramp's in every round.
+        """
         settings = self.pruning
         if settings is None or (round == 1 and not self.ranking and settings.policy != "local"):
             return lambda ratio: ratio == 0
         least = settings.ratio(round, self.rounds)
         if settings.target and (least == settings.target or settings.policy == "vote"):
-            # In the last rounds recovery must happen in the structure that is deployed; voters share one structure.
+            # In the last rounds clients must recover in the structure that is deployed.
             wanted = least if settings.policy == "vote" else settings.target
             nearest = min((arm.ratio for arm in self.policy.arms), key=lambda ratio: (abs(ratio - wanted), ratio))
             return lambda ratio: ratio == nearest
         largest = max(arm.ratio for arm in self.policy.arms)
         return lambda ratio: ratio >= min(least, largest)
 
+    def _options(self, learned: Learned, round: int, client: Client) -> Options:
+        training = self._training(client)
+        costs = [self.costs(client.name, arm, training) for arm in self.policy.arms]
+        memory, allowed = self._memory_gb(client), self.allowed(round)
+        ran_out = learned.too_large.get(client.name)
+        feasible = tuple(
+            allowed(arm.ratio)
+            and (memory is None or cost.memory_gb <= memory)
+            and (ran_out is None or cost.memory_gb < ran_out)
+            for arm, cost in zip(self.policy.arms, costs, strict=True)
+        )
+        return Options(client, training, costs, memory, feasible)
+
     def _training(self, client: Client) -> Training:
         training = self.training(client.name)
-        return replace(training, steps=steps(training, client.num_examples), epochs=None)
+        return replace(training, steps=optimizer_steps(training, client.num_examples), epochs=None)
 
     def _memory_gb(self, client: Client) -> float | None:
         speed = self.speeds.get(client.name)
@@ -157,72 +155,63 @@ class Adaptive:
             return speed.memory_gb
         return MEMORY_SHARE * client.memory_bytes / 1e9 if client.memory_bytes else None
 
-    def _feasible(self, learned: Learned, client: Client, round: int, costs: Sequence[Cost]) -> tuple[bool, ...]:
-        has, allowed = self._memory_gb(client), self.allowed(round)
-        banned = learned.too_large.get(client.name)
-        return tuple(
-            allowed(arm.ratio)
-            and (has is None or cost.memory_gb <= has)
-            and (banned is None or cost.memory_gb < banned)
-            for arm, cost in zip(self.policy.arms, costs, strict=True)
-        )
-
-    def _candidate(self, client: Client, weight: float, fits: tuple[bool, ...], costs: Sequence[Cost]) -> Candidate:
-        speed = self.speeds.get(client.name, Speed())
+    def _candidate(self, own: Options, *, weight: float) -> Candidate:
+        speed = self.speeds.get(own.client.name, Speed())
         return Candidate(
-            client=client.name,
+            client=own.client.name,
             weight=weight,
-            feasible=fits,
-            tflop=tuple(cost.tflop for cost in costs),
-            megabytes=tuple(cost.megabytes for cost in costs),
-            memory_gb=tuple(cost.memory_gb for cost in costs),
+            feasible=own.feasible,
+            tflop=tuple(cost.tflop for cost in own.costs),
+            megabytes=tuple(cost.megabytes for cost in own.costs),
+            memory_gb=tuple(cost.memory_gb for cost in own.costs),
             overhead_s=speed.overhead_s,
             s_per_tflop=speed.s_per_tflop,
             s_per_mb=speed.s_per_mb,
         )
 
-    def _plan(self, client: Client, training: Training, choice: Choice, costs: Sequence[Cost]) -> PlannedClient:
-        arm, has = self.policy.arms[choice.arms[client.name]], self._memory_gb(client)
-        fitting = [
-            each.ratio
-            for each, cost in zip(self.policy.arms, costs, strict=True)
-            if has is None or cost.memory_gb <= has
+    def _plan(self, own: Options, choice: Choice) -> PlannedClient:
+        name, memory = own.client.name, own.memory_gb
+        arm = self.policy.arms[choice.arms[name]]
+        in_memory = [
+            arm.ratio
+            for arm, cost in zip(self.policy.arms, own.costs, strict=True)
+            if memory is None or cost.memory_gb <= memory
         ]
         plan = Plan(
-            client=client.name,
+            client=name,
             rank=arm.rank,
-            scale=scale(arm.rank, self.alpha, rslora=self.rslora),
-            training=training,
+            scale=lora_scale(arm.rank, self.alpha, rslora=self.rslora),
+            training=own.training,
             ratio=arm.ratio,
         )
         return PlannedClient(
             plan,
-            first_ratio=min(fitting, default=arm.ratio),
+            first_ratio=min(in_memory, default=arm.ratio),
             deadline_s=choice.deadline_s,
-            why=choice.why.get(client.name, ""),
+            why=choice.why.get(name, ""),
         )
 
-    def _unfit(self, learned: Learned, client: Client, round: int, costs: Sequence[Cost]) -> Failure:
-        """Say what the smallest thing that could be asked would need, and what there is."""
-        allowed, has = self.allowed(round), self._memory_gb(client)
+    def _unfit(self, learned: Learned, round: int, own: Options) -> Failure:
+        """Return the failure of a client without a feasible arm: what the smallest arm needs, and what there is."""
+        name, memory, allowed = own.client.name, own.memory_gb, self.allowed(round)
         open_now = [
-            (cost.memory_gb, arm) for arm, cost in zip(self.policy.arms, costs, strict=True) if allowed(arm.ratio)
+            (cost.memory_gb, arm) for arm, cost in zip(self.policy.arms, own.costs, strict=True) if allowed(arm.ratio)
         ]
         if not open_now:
             expected = f"a ratio that round {round} allows in planner.ratios"
-            return Failure(client.name, expected=expected, got="none", hint="add one", kind="unfit")
-        need, arm = min(open_now, key=lambda each: (each[0], each[1].rank))
-        there = f"has {has:.3g} GB" if has is not None else "its size is not known"
-        if (banned := learned.too_large.get(client.name)) is not None:
-            there += f", and ran out of memory at {banned:.3g} GB"
+            return Failure(name, expected=expected, got="none", hint="add one", kind="unfit")
+        need, arm = min(open_now, key=lambda option: (option[0], option[1].rank))
+        got = f"has {memory:.3g} GB" if memory is not None else "its size is not known"
+        if (ran_out := learned.too_large.get(name)) is not None:
+            got += f", and ran out of memory at {ran_out:.3g} GB"
         return Failure(
-            client.name,
+            name,
             expected=f"at least {need:.3g} GB of memory, for a ratio of {arm.ratio:g} and rank {arm.rank}",
-            hint=f"{there}; lower client.batch or data.max_tokens, or {self._smaller(round)}",
+            hint=f"{got}; lower client.batch or data.max_tokens, or {self._advice(round)}",
             kind="unfit",
         )
 
-    def _smaller(self, round: int) -> str:
+    def _advice(self, round: int) -> str:
         if self.pruning is not None and all(self.allowed(round)(ratio) == (ratio == 0) for ratio in (0, 0.5)):
             return "name a file in pruning.ranking: without one the first round prunes nobody"
         return "allow larger planner.ratios"

@@ -1,10 +1,10 @@
-"""The planners `ucb` and `thompson`: one bandit per client over arms, optimistic, or drawn from what it believes."""
+"""The planners `ucb` and `thompson`: one bandit per client over arms, choosing by a bound or by a draw."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log, sqrt
+from math import inf, log, sqrt
 
 import numpy as np
 
@@ -13,15 +13,18 @@ from fedtune.planning.rewards import RewardName, rewards, with_worst
 from fedtune.seeds import derive, generator
 
 RECENT = 500
-"""Rewards of all clients that the common spread is taken over."""
+"""Rewards of all clients over which their common mean and deviation are taken."""
 
 
 @dataclass(frozen=True)
 class Plays:
-    """How often one client was asked for an arm, and what that was paid in all."""
+    """How often one client played an arm, and the sum of its rewards."""
 
     count: int = 0
     total: float = 0.0
+
+
+UNPLAYED = Plays()
 
 
 @dataclass(frozen=True)
@@ -43,24 +46,25 @@ class BanditMemory:
 def observe_rewards(memory: BanditMemory, observed: Sequence[Observed], reward: RewardName) -> BanditMemory:
     """Return what is known after a round; the arm that was really played is paid."""
     paid, plays = rewards(observed, reward), dict(memory.plays)
-    every = with_worst(paid, observed)
-    for each in sorted(observed, key=lambda one: one.client):
-        if each.client not in every:
+    with_unused = with_worst(paid, observed)
+    for seen in sorted(observed, key=lambda client: client.client):
+        if seen.client not in with_unused:
             continue
-        own = dict(plays.get(each.client, {}))
-        before = own.get(each.arm, Plays())
-        own[each.arm] = Plays(before.count + 1, before.total + every[each.client])
-        plays[each.client] = own
+        own = dict(plays.get(seen.client, {}))
+        before = own.get(seen.arm, UNPLAYED)
+        own[seen.arm] = Plays(before.count + 1, before.total + with_unused[seen.client])
+        plays[seen.client] = own
+    # Only measured rewards: the lowest, paid again for every client that failed, would widen the deviation.
     recent = (*memory.recent, *(paid[client] for client in sorted(paid)))[-RECENT:]
     return BanditMemory(plays, recent)
 
 
 @dataclass(frozen=True)
 class Ucb:
-    """UCB1: the largest mean plus sd sqrt(2 ln n / N), arms that were never played first."""
+    """UCB1: the largest mean plus deviation sqrt(2 ln n / N); arms that were never played come first."""
 
     arms: tuple[Arm, ...]
-    """Few, for a client takes part some tens of times."""
+    """Few of them: a client takes part some tens of times."""
     reward: RewardName = "time"
 
     def start(self) -> BanditMemory:
@@ -70,21 +74,22 @@ class Ucb:
     def choose(self, memory: BanditMemory, round: int, candidates: Sequence[Candidate], *, key: int) -> Choice:
         """Return an arm for every candidate; ties go to the lower index."""
         arms, why = {}, {}
-        for each in candidates:
-            own = memory.plays.get(each.client, {})
+        for client in candidates:
+            own = memory.plays.get(client.client, {})
             n = sum(plays.count for plays in own.values())
-            bounds = [self.bound(own.get(arm, Plays()), n, memory.deviation) for arm in self.arms]
-            arms[each.client] = max(
-                (index for index, fits in enumerate(each.feasible) if fits), key=lambda index: (bounds[index], -index)
-            )
-            bound = bounds[arms[each.client]]
-            why[each.client] = "not tried yet" if bound == float("inf") else f"bound {bound:.3g} after {n} plays"
+            bounds = [self.bound(own.get(arm, UNPLAYED), n, memory.deviation) for arm in self.arms]
+            feasible = [index for index, fits in enumerate(client.feasible) if fits]
+            arm = max(feasible, key=lambda index: (bounds[index], -index))
+            arms[client.client] = arm
+            why[client.client] = "not tried yet" if bounds[arm] == inf else f"bound {bounds[arm]:.3g} after {n} plays"
         return Choice(arms, why=why)
 
     @staticmethod
     def bound(plays: Plays, n: int, deviation: float) -> float:
+        """Return the upper bound of an arm's reward after n plays of the client; infinite for an arm never played."""
         if not plays.count:
-            return float("inf")
+            return inf
+        # 1.1 keeps the logarithm above 0 after the first play.
         return plays.total / plays.count + deviation * sqrt(2 * log(max(n, 1.1)) / plays.count)
 
     def learn(self, memory: BanditMemory, observed: Sequence[Observed]) -> BanditMemory:
@@ -94,7 +99,10 @@ class Ucb:
 
 @dataclass(frozen=True)
 class Thompson:
-    """Draws each arm's worth from what is believed of it, mean (S + m0) / (N + 1) and variance v / (N + 1)."""
+    """Draws each arm's reward from its posterior, of mean (S + m0) / (N + 1) and variance v / (N + 1).
+
+    The prior of every arm is one play that earned m0, the mean of all clients' recent rewards.
+    """
 
     arms: tuple[Arm, ...]
     reward: RewardName = "time"
@@ -106,15 +114,15 @@ class Thompson:
     def choose(self, memory: BanditMemory, round: int, candidates: Sequence[Candidate], *, key: int) -> Choice:
         """Return an arm for every candidate."""
         arms, why = {}, {}
-        for each in candidates:
-            own = memory.plays.get(each.client, {})
-            rng = generator(derive(key, "thompson", round, each.client))
-            counts = np.array([own.get(arm, Plays()).count for arm in self.arms])
-            totals = np.array([own.get(arm, Plays()).total for arm in self.arms])
+        for client in candidates:
+            own = memory.plays.get(client.client, {})
+            rng = generator(derive(key, "thompson", round, client.client))
+            counts = np.array([own.get(arm, UNPLAYED).count for arm in self.arms])
+            totals = np.array([own.get(arm, UNPLAYED).total for arm in self.arms])
             means = (totals + memory.mean) / (counts + 1)
             drawn = means + memory.deviation / np.sqrt(counts + 1) * rng.standard_normal(len(self.arms))
-            arms[each.client] = int(np.where(each.feasible, drawn, -np.inf).argmax())
-            why[each.client] = f"drew {drawn[arms[each.client]]:.3g}"
+            arms[client.client] = int(np.where(client.feasible, drawn, -np.inf).argmax())
+            why[client.client] = f"drew {drawn[arms[client.client]]:.3g}"
         return Choice(arms, why=why)
 
     def learn(self, memory: BanditMemory, observed: Sequence[Observed]) -> BanditMemory:

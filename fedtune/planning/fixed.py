@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, sqrt
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
 from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
-from fedtune.planning.planner import ClientObservation
+from fedtune.planning.planner import (
+    ClientObservation,
+    PlannerInputs,
+    PlannerType,
+    fits,
+    lora_scale,
+    optimizer_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -27,56 +33,58 @@ class FixedSettings:
 class Fixed:
     """Plans that do not depend on the round or on what was measured."""
 
-    asked: Callable[[str], tuple[int, Training]]
-    """From a client's name, whoever takes part, to its LoRA rank and how it trains."""
+    training: Callable[[str], tuple[int, Training]]
+    """client -> its LoRA rank and how it trains"""
     alpha: float | Literal["2r"]
     rslora: bool
     ratio: Callable[[str], float] = lambda client: 0.0
-    """From a client's name to its pruning ratio."""
-    scored: bool = True
-    """Whether heads and channels can be told apart from the start: else the first round prunes nobody."""
-    misfit: Callable[[Client, float, int, Training], str] = lambda client, ratio, rank, training: ""
-    """Why a ratio and a rank do not fit a client's device; empty where they do, or where it is not known."""
+    """client -> its pruning ratio"""
+    ranking: bool = True
+    """Whether heads and channels are ranked from the start: else nobody is pruned in the first round."""
+    misfit: Callable[[Client, float, int, Training], str] = fits
+    """(client, ratio, rank, training) -> why that does not fit its device; empty if it does, or is not known"""
 
     def start(self) -> None:
-        """Return nothing: it learns nothing."""
+        """Return None: nothing is learned."""
 
     def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
         """Return one plan per client of the cohort; epochs become steps by the client's number of examples."""
-        plans = {client: self.plan_for(client, pruned=self.scored or round > 1) for client in cohort}
-        return {client.name: self._checked(client, plan) for client, plan in plans.items()}
-
-    def _checked(self, client: Client, plan: Plan) -> PlannedClient | Failure:
-        """Return the plan if it fits the client's device, otherwise why not."""
-        if why := self.misfit(client, plan.ratio, plan.rank, plan.training):
-            return Failure.from_text(client.name, why, kind="unfit")
-        whole_fits = plan.ratio == 0 or not self.misfit(client, 0.0, plan.rank, plan.training)
-        return PlannedClient(plan, first_ratio=0.0 if whole_fits else plan.ratio)
+        return {client.name: self.fitting_plan(client, pruned=self.ranking or round > 1) for client in cohort}
 
     def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> None:
         """Learn nothing."""
 
+    def fitting_plan(self, client: Client, *, pruned: bool) -> PlannedClient | Failure:
+        """Return the plan of one client, or why it does not fit its device."""
+        plan = self.plan_for(client, pruned=pruned)
+        if why := self.misfit(client, plan.ratio, plan.rank, plan.training):
+            return Failure.from_text(client.name, why, kind="unfit")
+        # Where the whole model does not fit, the loss before training is measured in the pruned one as well.
+        whole_fits = plan.ratio == 0 or not self.misfit(client, 0.0, plan.rank, plan.training)
+        return PlannedClient(plan, first_ratio=0.0 if whole_fits else plan.ratio)
+
     def plan_for(self, client: Client, *, pruned: bool = True) -> Plan:
         """Return the plan of one client, whether it fits its device or not."""
-        rank, training = self.asked(client.name)
+        rank, training = self.training(client.name)
         return Plan(
             client=client.name,
             rank=rank,
-            scale=scale(rank, self.alpha, rslora=self.rslora),
-            training=replace(training, steps=steps(training, client.num_examples), epochs=None),
+            scale=lora_scale(rank, self.alpha, rslora=self.rslora),
+            training=replace(training, steps=optimizer_steps(training, client.num_examples), epochs=None),
             ratio=self.ratio(client.name) if pruned else 0.0,
         )
 
 
-def scale(rank: int, alpha: float | Literal["2r"], *, rslora: bool) -> float:
-    """Return the LoRA scale of a rank: alpha / rank, or alpha / sqrt(rank)."""
-    numerator = 2.0 * rank if alpha == "2r" else alpha
-    return numerator / (sqrt(rank) if rslora else rank)
+def create(settings: FixedSettings, inputs: PlannerInputs) -> Fixed:
+    """Return the planner of a recipe."""
+    return Fixed(
+        inputs.training,
+        alpha=inputs.alpha,
+        rslora=inputs.rslora,
+        ratio=inputs.ratio,
+        ranking=inputs.ranking or inputs.pruning is None or inputs.pruning.policy == "local",
+        misfit=inputs.misfit,
+    )
 
 
-def steps(training: Training, num_examples: int) -> int:
-    """Return the optimizer steps of one round: as given, or epochs over the client's examples, rounded up."""
-    if training.steps is not None:
-        return training.steps
-    assert training.epochs is not None  # config binds exactly one of the two
-    return max(1, ceil(training.epochs * num_examples / (training.batch * training.accumulation)))
+PLANNER = PlannerType("fixed", FixedSettings, create)

@@ -1,17 +1,20 @@
-"""Who is asked to do what: the planners and the seam through which the round loop calls them."""
+"""The interface of a planner, which chooses what each client of a round does, and what it is created from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, sqrt
+from typing import Any, Literal, Protocol, TypeAlias
 
-from fedtune.messages import Client, Failure, PlannedClient
+from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
+from fedtune.planning.policy import Arm, Candidate
+from fedtune.pruning.ranking import PruningSettings
 
 
 @dataclass(frozen=True)
 class ClientObservation:
-    """What one client of a round came to, as a planner learns from it; all of it stands in the round's line."""
+    """What a planner learns of one client's round; all of it is in the round's line of rounds.jsonl."""
 
     client: str
     num_examples: int
@@ -31,9 +34,10 @@ class ClientObservation:
 
 
 class Planner(Protocol):
-    """Chooses pruning ratio, rank, batch and steps of each client of a round, and learns from what came of it.
+    """Chooses pruning ratio, rank, batch and steps of each client of a round, and learns from the outcome.
 
-    What it has learned is a value that follows from the rounds so far: after a crash it is made again from their lines.
+    What it has learned is a value that follows from the rounds so far: after a crash it is computed again from the
+    lines of these rounds.
     """
 
     def start(self) -> Any:
@@ -41,9 +45,123 @@ class Planner(Protocol):
         ...
 
     def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
-        """Return one plan per client of the cohort, by name; a failure of the kind `unfit` where nothing fits."""
+        """Return one plan per client of the cohort, by name, or a failure of the kind `unfit` if none is feasible."""
         ...
 
     def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> Any:
         """Return what is known after a round."""
         ...
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one arm costs one client in one round."""
+
+    tflop: float
+    megabytes: float
+    memory_gb: float
+
+
+Costs: TypeAlias = Callable[[str, Arm, Training], Cost]
+"""(client, arm, how it trains) -> its cost, from the sizes of the base and of the client's texts."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is known of a client's device before its first round."""
+
+    memory_gb: float | None = None
+    """Usable; None where it is not known."""
+    s_per_tflop: float | None = None
+    s_per_mb: float | None = None
+    overhead_s: float = 0.0
+
+
+def fits(client: Client, ratio: float, rank: int, training: Training) -> str:
+    """Return no objection, as where no device's memory is known."""
+    return ""
+
+
+def counted_megabytes(seen: ClientObservation) -> float:
+    return (seen.bytes_down + seen.bytes_up) / 1e6
+
+
+@dataclass(frozen=True)
+class PlannerInputs:
+    """What a planner is created from, beside its settings."""
+
+    seed: int
+    rounds: int
+    """Rounds of the run."""
+    training: Callable[[str], tuple[int, Training]]
+    """client -> its LoRA rank and how it trains, as the recipe and its overrides say"""
+    alpha: float | Literal["2r"] = "2r"
+    """Numerator of the LoRA scale, `adapter.alpha`."""
+    rslora: bool = False
+    """Whether the scale is alpha / sqrt(rank)."""
+    ratio: Callable[[str], float] = lambda client: 0.0
+    """client -> its pruning ratio, as the recipe and its overrides say"""
+    pruning: PruningSettings | None = None
+    ranking: bool = False
+    """Whether heads and channels are ranked from the start: else nobody can be pruned in the first round."""
+    base: str = ""
+    """The base, as the recipe names it."""
+    costs: Costs | None = None
+    """None where the base is of a family for which there is no cost model."""
+    traffic: Callable[[ClientObservation], float] = counted_megabytes
+    """Megabytes of a client's round, down and up; where a larger model stands in, what that would have taken."""
+    speeds: Mapping[str, Speed] = field(default_factory=dict)
+    """By client, where a device's profile is known."""
+    misfit: Callable[[Client, float, int, Training], str] = fits
+    """(client, ratio, rank, how it trains) -> why that does not fit its device; empty if it does, or is not known"""
+    server_s: float = 0.0
+    """Seconds of a round in which the server works, in a simulation."""
+    true_seconds: Callable[[int, Candidate], Sequence[float]] | None = None
+    """(round, client) -> seconds of every arm, as simulated: for the oracle."""
+
+    def plan(
+        self, client: Client, *, rank: int | None = None, steps: int | None = None, ratio: float = 0.0
+    ) -> PlannedClient:
+        """Return a plan for a client as the recipe trains it, with another rank or other steps where they are given."""
+        recipe_rank, training = self.training(client.name)
+        chosen = recipe_rank if rank is None else rank
+        steps = optimizer_steps(training, client.num_examples) if steps is None else steps
+        plan = Plan(
+            client=client.name,
+            rank=chosen,
+            scale=lora_scale(chosen, self.alpha, rslora=self.rslora),
+            training=replace(training, steps=steps, epochs=None),
+            ratio=ratio,
+        )
+        return PlannedClient(plan)
+
+
+def lora_scale(rank: int, alpha: float | Literal["2r"], *, rslora: bool) -> float:
+    """Return the LoRA scale of a rank: alpha / rank, or alpha / sqrt(rank)."""
+    numerator = 2.0 * rank if alpha == "2r" else alpha
+    return numerator / (sqrt(rank) if rslora else rank)
+
+
+def optimizer_steps(training: Training, num_examples: int) -> int:
+    """Return the optimizer steps of one round: as given, or epochs over the client's examples, rounded up."""
+    if training.steps is not None:
+        return training.steps
+    assert training.epochs is not None  # config binds exactly one of the two
+    return max(1, ceil(training.epochs * num_examples / (training.batch * training.accumulation)))
+
+
+def largest_of_recipe(settings: Any) -> int | None:
+    return None
+
+
+@dataclass(frozen=True)
+class PlannerType:
+    """A kind of planner, by the name that a recipe's table `planner` gives."""
+
+    name: str
+    settings: type[Any]
+    """The frozen dataclass that the recipe's table `planner` is bound to."""
+    create: Callable[[Any, PlannerInputs], Planner]
+    """(settings, inputs) -> the planner"""
+    largest_rank: Callable[[Any], int | None] = largest_of_recipe
+    """settings -> the largest rank it may plan; None: the largest of adapter.rank and the overrides"""

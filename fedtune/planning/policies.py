@@ -1,4 +1,4 @@
-"""The table of policies: from a planner's settings to what chooses its arms."""
+"""The policies of the planners that learn, by name, and how such a planner is created from a recipe."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from fedtune.planning.adaptive import AdaptiveSettings
+from fedtune.errors import ConfigError, Fault
+from fedtune.planning.adaptive import Adaptive, AdaptiveSettings
 from fedtune.planning.bandits import Thompson, Ucb
 from fedtune.planning.deadline import Deadline
+from fedtune.planning.planner import Planner, PlannerInputs, PlannerType
 from fedtune.planning.policy import Arm, Candidate, Policy
 from fedtune.planning.random_choice import RandomChoice
 from fedtune.planning.s_ucb import SUcb
+from fedtune.pruning.structure import FAMILIES
 
 FEW_RATIOS, FEW_RANKS = (0.0, 0.25, 0.5), (4, 16)
 """Arms of `ucb`: a client takes part some tens of times, which is too few for all."""
@@ -20,35 +23,35 @@ FEW_RATIOS, FEW_RANKS = (0.0, 0.25, 0.5), (4, 16)
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """What a policy is told beside its settings."""
+    """What a policy reads beside its settings."""
 
     target: float = 0.0
-    """The ratio that all train at in the end."""
+    """The pruning ratio at which every client trains in the last rounds."""
     server_s: float = 0.0
-    """Of a round."""
-    known: Callable[[int, Candidate], Sequence[float]] | None = None
+    """Seconds of a round in which the server works."""
+    true_seconds: Callable[[int, Candidate], Sequence[float]] | None = None
     """True seconds of a round's arms, for the oracle."""
 
 
-def oracle(arms: tuple[Arm, ...], given: PolicyInputs) -> Deadline:
-    assert given.known is not None  # config asks for a fleet
-    return Deadline(arms, server_s=given.server_s, known=given.known)
+def oracle(arms: tuple[Arm, ...], inputs: PolicyInputs) -> Deadline:
+    assert inputs.true_seconds is not None  # config asks for a fleet
+    return Deadline(arms, server_s=inputs.server_s, true_seconds=inputs.true_seconds)
 
 
 POLICIES: Mapping[str, Callable[[AdaptiveSettings, tuple[Arm, ...], PolicyInputs], Policy[Any]]] = {
-    "deadline": lambda settings, arms, given: Deadline(
-        arms, explore=settings.explore, deadline_s=settings.deadline_s, server_s=given.server_s
+    "deadline": lambda settings, arms, inputs: Deadline(
+        arms, explore=settings.explore, deadline_s=settings.deadline_s, server_s=inputs.server_s
     ),
-    "oracle": lambda settings, arms, given: oracle(arms, given),
-    "s-ucb": lambda settings, arms, given: SUcb(arms),
-    "ucb": lambda settings, arms, given: Ucb(few(arms, given.target), reward=settings.reward),
-    "thompson": lambda settings, arms, given: Thompson(arms, reward=settings.reward),
-    "random": lambda settings, arms, given: RandomChoice(arms),
+    "oracle": lambda settings, arms, inputs: oracle(arms, inputs),
+    "s-ucb": lambda settings, arms, inputs: SUcb(arms),
+    "ucb": lambda settings, arms, inputs: Ucb(few(arms, inputs.target), reward=settings.reward),
+    "thompson": lambda settings, arms, inputs: Thompson(arms, reward=settings.reward),
+    "random": lambda settings, arms, inputs: RandomChoice(arms),
 }
 
 
 def arms_of(settings: AdaptiveSettings, *, pruned: bool) -> tuple[Arm, ...]:
-    """Return what there is to choose from; without pruning only the rank is."""
+    """Return the arms that settings list: every ratio with every rank; without pruning only the ratio 0."""
     ratios = sorted(set(settings.ratios)) if pruned else [0.0]
     return tuple(Arm(ratio, rank) for ratio, rank in product(ratios, sorted(set(settings.ranks))))
 
@@ -62,12 +65,40 @@ def few(arms: tuple[Arm, ...], target: float = 0.0) -> tuple[Arm, ...]:
     return tuple(arm for arm in arms if arm.ratio in near and arm.rank in of)
 
 
-def policy_of(settings: AdaptiveSettings, *, pruned: bool, given: PolicyInputs | None = None) -> Policy[Any]:
-    """Return what chooses the arms of a recipe.
+def policy_of(settings: AdaptiveSettings, *, pruned: bool, inputs: PolicyInputs | None = None) -> Policy[Any]:
+    """Return the policy that a recipe's table `planner` names; `pruned`: there are ratios to choose from."""
+    return POLICIES[settings.name](settings, arms_of(settings, pruned=pruned), inputs or PolicyInputs())
 
-    Args:
-        settings: the recipe's table `planner`.
-        pruned: whether there are ratios to choose from.
-        given: what else a policy may want to know.
+
+def create(settings: AdaptiveSettings, inputs: PlannerInputs) -> Planner:
+    """Return the planner that learns, over the policy that the settings name.
+
+    Raises:
+        ConfigError: if there is no cost model for the base.
     """
-    return POLICIES[settings.name](settings, arms_of(settings, pruned=pruned), given or PolicyInputs())
+    pruning = inputs.pruning
+    if inputs.costs is None:
+        expected = f"a base of {', '.join(FAMILIES)}, for a planner that weighs costs"
+        got = f"{inputs.base!r}, for which no cost model exists"
+        raise ConfigError(Fault("planner", expected, got, 'set planner = "fixed"'))
+    return Adaptive(
+        policy=policy_of(
+            settings,
+            pruned=pruning is not None,
+            inputs=PolicyInputs(pruning.target if pruning else 0.0, inputs.server_s, inputs.true_seconds),
+        ),
+        training=lambda client: inputs.training(client)[1],
+        costs=inputs.costs,
+        traffic=inputs.traffic,
+        speeds=inputs.speeds,
+        alpha=inputs.alpha,
+        rslora=inputs.rslora,
+        seed=inputs.seed,
+        rounds=inputs.rounds,
+        pruning=pruning,
+        ranking=inputs.ranking,
+    )
+
+
+def planner_type(name: str) -> PlannerType:
+    return PlannerType(name, AdaptiveSettings, create, largest_rank=lambda settings: max(settings.ranks))

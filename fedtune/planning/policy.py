@@ -1,4 +1,4 @@
-"""What a planner decides and learns, in numbers alone: arms, what each would cost a client, and what came of them."""
+"""What a planner that learns decides and observes, in numbers alone: arms, their costs, and their outcomes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ Memory = TypeVar("Memory")
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that a client may be asked to do."""
+    """A pruning ratio and a rank, between which a planner chooses for every client."""
 
     ratio: float
-    """Asked block sparsity, in [0, 0.875]."""
+    """Share of the blocks' weights that is pruned, in [0, 0.875]."""
     rank: int
     """LoRA rank, at least 1."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One client of a cohort, and what each arm would cost it; sequences run over the arms."""
+    """One client of a cohort, with the cost of every arm; sequences run over the arms."""
 
     client: str
     weight: float
     """Share of the cohort's examples; the cohort's weights sum to 1."""
     feasible: tuple[bool, ...]
-    """Whether the arm fits the client's memory, and the round's least ratio; at least one does."""
+    """Whether the arm fits the client's memory and the ratios that the round allows; at least one arm does."""
     tflop: tuple[float, ...]
     """Work of a round in 1e12 floating point operations, above 0."""
     megabytes: tuple[float, ...]
@@ -42,19 +42,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a planner asks of a cohort."""
+    """The arm of every client of a cohort."""
 
     arms: Mapping[str, int]
     """Index of an arm by client; of every candidate one that is feasible for it."""
     deadline_s: float | None = None
-    """When the round should have ended; None where the policy knows no times."""
+    """Seconds after which the round should be over; None where the policy knows no times."""
     why: Mapping[str, str] = field(default_factory=dict)
-    """A few words by client: what spoke for its arm."""
+    """By client, the reason for its arm in a few words."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What came of one client's arm in one round."""
+    """The outcome of one client's arm in one round."""
 
     client: str
     arm: Arm
@@ -62,18 +62,18 @@ class Observed:
     megabytes: float
     """As counted, down and up."""
     compute_s: float | None
-    """None where nothing is known of it, as of a client that failed, or was given up."""
+    """None where it is not known, as for a client that failed or was given up."""
     transfer_s: float | None
     used: bool = True
-    """Whether its work went into the round; else the arm brought nothing."""
+    """Whether its update was aggregated."""
     late_s: float | None = None
-    """Seconds after which it was given up, where it was: it would have taken at least as long."""
+    """Seconds after which the client was given up: it would have taken at least as long. None where it was not."""
     overhead_s: float = 0.0
-    """As of a candidate, and so are the next two."""
+    """This and the next two as in `Candidate`."""
     s_per_tflop: float | None = None
     s_per_mb: float | None = None
     loss_before: float | None = None
-    """Before surgery, in the structure of the last participation."""
+    """Before this round's pruning, in the structure of the last participation."""
     loss_after: float | None = None
     """On the same rows, in the new structure."""
     importance: float | None = None
@@ -85,11 +85,11 @@ class Observed:
 
 
 class Policy(Protocol[Memory]):
-    """Chooses among arms; a pure function of what it has learned, the round, and a key."""
+    """Chooses among arms: a pure function of what it has learned, the round and a key."""
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """What there is to choose from."""
+        """The arms to choose from."""
         ...
 
     def start(self) -> Memory:
@@ -97,7 +97,7 @@ class Policy(Protocol[Memory]):
         ...
 
     def choose(self, memory: Memory, round: int, candidates: Sequence[Candidate], *, key: int) -> Choice:
-        """Return an arm for every candidate; what comes out depends on the names, never on their order."""
+        """Return an arm for every candidate; the choice does not depend on the order of the candidates."""
         ...
 
     def learn(self, memory: Memory, observed: Sequence[Observed]) -> Memory:

@@ -1,4 +1,4 @@
-"""The planner `random`: any arm that fits, which is what every other one has to beat."""
+"""The planner `random`: any arm that fits, the baseline that every other planner has to beat."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ class RandomChoice:
     arms: tuple[Arm, ...]
 
     def start(self) -> None:
-        """Return nothing: it learns nothing."""
+        """Return None: nothing is learned."""
 
     def choose(self, memory: None, round: int, candidates: Sequence[Candidate], *, key: int) -> Choice:
         """Return an arm for every candidate."""
         arms = {}
-        for each in candidates:
-            rng = generator(derive(key, "random.arm", round, each.client))
-            arms[each.client] = int(rng.choice(np.flatnonzero(each.feasible)))
+        for client in candidates:
+            # A generator per client: an arm depends on the name alone, not on who else is in the cohort.
+            rng = generator(derive(key, "random.arm", round, client.client))
+            arms[client.client] = int(rng.choice(np.flatnonzero(client.feasible)))
         return Choice(arms, why=dict.fromkeys(arms, "drawn"))
 
     def learn(self, memory: None, observed: Sequence[Observed]) -> None:

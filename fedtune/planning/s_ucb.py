@@ -1,11 +1,15 @@
-"""The planner `s-ucb`: a tree per client that splits where it was played; FedSpine-style, formula ours."""
+"""The planner `s-ucb`: a tree per client over ratio and rank, split where it was played; FedSpine-style, formula ours.
+
+Arms near each other cost and teach about the same. So a reward counts for the whole leaf around the arm that earned it,
+and leaves become smaller where a client has taken part often.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from math import log, log2, sqrt
+from math import inf, log, log2, sqrt
 from typing import TypeAlias
 
 import numpy as np
@@ -17,12 +21,15 @@ from fedtune.seeds import derive, generator
 Point: TypeAlias = tuple[float, float]
 
 RECENT = 500
+"""Rewards of all clients over which their common deviation is taken."""
 TRIES = 16
-"""Draws in a leaf before its corner of the least memory is taken."""
+"""Points drawn in a leaf before the arm of the least memory in it is taken."""
 SMALLEST = 0.15
-"""Side of a leaf that is not split any more."""
+"""A leaf whose longer side is at most this is not split: it holds one or two arms."""
 MIDDLE = 0.25
-"""A split lies within the middle half of a side."""
+"""A split lies within the middle half of a side, so that no leaf becomes a sliver."""
+PROGRESS, IMPORTANCE = 0.25, 0.25
+"""The most that a larger ratio than before, and an important update, add to a reward, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +47,19 @@ class Leaf:
         return self.x[0] <= point[0] < self.x[1] and self.y[0] <= point[1] < self.y[1]
 
     def split(self, point: Point) -> tuple[Leaf, ...]:
-        """Return the two halves across the longer side, at the point as far as it lies in the middle half."""
+        """Return the two halves across the longer side, cut at the point if that is in the middle half."""
         wide, high = self.x[1] - self.x[0], self.y[1] - self.y[0]
         if max(wide, high) <= SMALLEST:
             return (self,)
         if wide >= high:
-            at = middle(self.x, point[0])
+            at = into_middle(self.x, point[0])
             return Leaf((self.x[0], at), self.y), Leaf((at, self.x[1]), self.y)
-        at = middle(self.y, point[1])
+        at = into_middle(self.y, point[1])
         return Leaf(self.x, (self.y[0], at)), Leaf(self.x, (at, self.y[1]))
 
 
-def middle(side: tuple[float, float], at: float) -> float:
+def into_middle(side: tuple[float, float], at: float) -> float:
+    """Return the place nearest to `at` in the middle half of a side."""
     low, high = side
     return min(high - MIDDLE * (high - low), max(low + MIDDLE * (high - low), at))
 
@@ -83,20 +91,20 @@ class TreeMemory:
 
 @dataclass(frozen=True)
 class SUcb:
-    """Plays the leaf with the largest R + sd sqrt(2 ln n / N), somewhere in it, and splits it there."""
+    """Plays an arm in the leaf with the largest mean + deviation sqrt(2 ln n / N), and splits that leaf at the arm."""
 
     arms: tuple[Arm, ...]
     discount: float = 1.0
-    """Of a reward per own participation since."""
+    """Of a reward, for every later participation of the client."""
 
     def start(self) -> TreeMemory:
         """Return what is known before the first round: nothing."""
         return TreeMemory()
 
     def place(self, arm: Arm) -> Point:
-        """Return an arm's place in the unit square, whose upper ends no arm reaches."""
-        largest = max(each.ratio for each in self.arms)
-        ranks = [each.rank for each in self.arms]
+        """Return an arm's place in the unit square, below 1 on either side, since leaves are open there."""
+        largest = max(arm.ratio for arm in self.arms)
+        ranks = [arm.rank for arm in self.arms]
         low, high = log2(min(ranks)), log2(max(ranks))
         x = arm.ratio / largest if largest else 0.0
         y = (log2(arm.rank) - low) / (high - low) if high > low else 0.0
@@ -104,70 +112,73 @@ class SUcb:
         return min(x, below), min(y, below)
 
     def choose(self, memory: TreeMemory, round: int, candidates: Sequence[Candidate], *, key: int) -> Choice:
-        """Return an arm for every candidate: the feasible one nearest to where its best leaf was drawn."""
-        points, deviation = [self.place(arm) for arm in self.arms], memory.deviation
-        arms, why = {}, {}
-        for each in candidates:
-            tree = memory.clients.get(each.client, Tree())
-            leaf, bound = self.leaf(tree, deviation, list(compress(points, each.feasible)))
-            rng = generator(derive(key, "tree", round, each.client))
-            arms[each.client] = self.drawn(leaf, points, each, rng)
-            chance = "not tried yet" if bound == float("inf") else f"bound {bound:.3g}"
-            why[each.client] = (
+        """Return an arm for every candidate: the feasible one nearest to a point drawn in its best leaf."""
+        points, arms, why = [self.place(arm) for arm in self.arms], {}, {}
+        for client in candidates:
+            tree = memory.clients.get(client.client, Tree())
+            leaf, bound = self.best_leaf(tree, memory.deviation, list(compress(points, client.feasible)))
+            rng = generator(derive(key, "tree", round, client.client))
+            arms[client.client] = self.draw_arm(leaf, points, client, rng)
+            chance = "not tried yet" if bound == inf else f"bound {bound:.3g}"
+            why[client.client] = (
                 f"{chance} in ratio {leaf.x[0]:.2f}..{leaf.x[1]:.2f}, rank {leaf.y[0]:.2f}..{leaf.y[1]:.2f}"
             )
         return Choice(arms, why=why)
 
-    def leaf(self, tree: Tree, deviation: float, points: Sequence[Point]) -> tuple[Leaf, float]:
-        """Return the leaf with the largest bound among those that hold an arm that fits; large ones first."""
-        weights = [self.discount**age for age in range(len(tree.played) - 1, -1, -1)]
-        n, found = sum(weights), list[tuple[float, float, int]]()
-        for index, leaf in enumerate(tree.leaves):
-            if not any(map(leaf.holds, points)):
-                continue
-            own = [(w, reward) for w, (x, y, reward) in zip(weights, tree.played, strict=True) if leaf.holds((x, y))]
-            count = sum(weight for weight, _ in own)
-            bound = float("inf")
-            if count:
-                mean = sum(weight * reward for weight, reward in own) / count
-                bound = mean + deviation * sqrt(2 * log(max(n, 1.1)) / count)
-            found.append((bound, leaf.area, -index))
-        bound, _, place = max(found)
+    def best_leaf(self, tree: Tree, deviation: float, points: Sequence[Point]) -> tuple[Leaf, float]:
+        """Return the leaf with the largest bound, and the bound, among those that hold one of the feasible points."""
+        # Of equal bounds the larger leaf is taken, since less is known of it; then the one that came first.
+        bounds = [
+            (self.bound(tree, leaf, deviation), leaf.area, -index)
+            for index, leaf in enumerate(tree.leaves)
+            if any(map(leaf.holds, points))
+        ]
+        bound, _, place = max(bounds)
         return tree.leaves[-place], bound
 
-    def drawn(self, leaf: Leaf, points: Sequence[Point], each: Candidate, rng: np.random.Generator) -> int:
+    def bound(self, tree: Tree, leaf: Leaf, deviation: float) -> float:
+        """Return the upper bound of a leaf's reward; infinite where it was never played."""
+        weights = [self.discount**age for age in range(len(tree.played) - 1, -1, -1)]
+        own = [(w, reward) for w, (x, y, reward) in zip(weights, tree.played, strict=True) if leaf.holds((x, y))]
+        count = sum(weight for weight, _ in own)
+        if not count:
+            return inf
+        mean = sum(weight * reward for weight, reward in own) / count
+        # 1.1 keeps the logarithm above 0 after the first participation.
+        return mean + deviation * sqrt(2 * log(max(sum(weights), 1.1)) / count)
+
+    def draw_arm(self, leaf: Leaf, points: Sequence[Point], client: Candidate, rng: np.random.Generator) -> int:
         """Return a feasible arm of the leaf: the one nearest to a point drawn in it, else the one of least memory."""
         for _ in range(TRIES):
             x, y = rng.uniform(*leaf.x), rng.uniform(*leaf.y)
-            away = [(at - x) ** 2 + (up - y) ** 2 for at, up in points]
-            nearest = away.index(min(away))
-            if each.feasible[nearest] and leaf.holds(points[nearest]):
+            distances = [(at - x) ** 2 + (up - y) ** 2 for at, up in points]
+            nearest = distances.index(min(distances))
+            if client.feasible[nearest] and leaf.holds(points[nearest]):
                 return nearest
-        fitting = [index for index, point in enumerate(points) if each.feasible[index] and leaf.holds(point)]
-        return min(fitting, key=lambda index: each.memory_gb[index])
+        inside = [index for index, point in enumerate(points) if client.feasible[index] and leaf.holds(point)]
+        return min(inside, key=lambda index: client.memory_gb[index])
 
     def learn(self, memory: TreeMemory, observed: Sequence[Observed]) -> TreeMemory:
         """Return what is known after a round; the leaf of the arm that was really played is split there."""
         paid, clients = self.rewards(memory, observed), dict(memory.clients)
-        every = with_worst(paid, observed)
-        for each in sorted(observed, key=lambda one: one.client):
-            tree = clients.get(each.client, Tree())
-            reward = every.get(each.client)
-            if reward is None:
+        rewards = with_worst(paid, observed)
+        for seen in sorted(observed, key=lambda client: client.client):
+            if (reward := rewards.get(seen.client)) is None:
                 continue
-            point = self.place(each.arm)
+            tree, point = clients.get(seen.client, Tree()), self.place(seen.arm)
             leaves = tuple(
                 part for leaf in tree.leaves for part in (leaf.split(point) if leaf.holds(point) else (leaf,))
             )
-            ratio = each.arm.ratio if each.used else tree.ratio
-            clients[each.client] = Tree(leaves, (*tree.played, (*point, reward)), ratio)
+            ratio = seen.arm.ratio if seen.used else tree.ratio
+            clients[seen.client] = Tree(leaves, (*tree.played, (*point, reward)), ratio)
         return TreeMemory(clients, (*memory.recent, *paid.values())[-RECENT:])
 
     def rewards(self, memory: TreeMemory, observed: Sequence[Observed]) -> Mapping[str, float]:
-        """Return what each client that can be judged is paid, by name."""
+        """Return the reward of each client whose losses and time are known, by name."""
         largest = max(arm.ratio for arm in self.arms) or 1.0
-        arms, found = {each.client: each.arm for each in observed}, {}
-        for client, known in relative(observed).items():
+        arms, rewards = {seen.client: seen.arm for seen in observed}, {}
+        for client, beside in relative(observed).items():
             progress = max(0.0, arms[client].ratio - memory.clients.get(client, Tree()).ratio) / largest
-            found[client] = known.gain * (1 + 0.25 * progress) * (1 + 0.25 * known.importance) / (1 + known.delay)
-        return found
+            gain = beside.gain * (1 + PROGRESS * progress) * (1 + IMPORTANCE * beside.importance)
+            rewards[client] = gain / (1 + beside.delay)
+        return rewards

@@ -1,1 +1,1 @@
-"""A run directory made into pages, pictures and event files, from its records alone."""
+"""Pages, figures and event files of a run, from the JSON in its directory alone."""

@@ -1,4 +1,4 @@
-"""Runs side by side: one row per recipe, seeds grouped to mean and spread, and the curves in one figure."""
+"""Runs side by side: one row per recipe with mean and spread over its seeds, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from fedtune.errors import ConfigError, Fault
+from fedtune.report.comparison_curves import curves, deployed_loss, numbers, shared_loss
 from fedtune.report.curves import Floats, LossCurve, evaluations, loss_curve
-from fedtune.report.drawing import label, line_style, new_figure, png, styled, svg
+from fedtune.report.drawing import png, svg
 from fedtune.report.planner_choices import idle
-from fedtune.report.plots import Against, axis_unit
 from fedtune.report.reader import Run, Scores, finite, read_run
 from fedtune.report.rendering import Card, Table, render, replace_text
 from fedtune.report.time_to_target import Ratio, times_to_target
@@ -41,7 +39,7 @@ class Row:
     method: str
     seeds: tuple[int, ...]
     rounds: int
-    """Of the seed that got least far."""
+    """Of the seed with the fewest."""
     finished: bool
     test_before: Spread
     test_after: Spread
@@ -71,7 +69,9 @@ class Comparison:
 def compare(runs: Sequence[Path]) -> Comparison:
     """Read the run directories and group those that share name and method.
 
-    Raises: StoreError if one cannot be read; ConfigError if none is given or a recipe's seed comes twice.
+    Raises:
+        StoreError: if one cannot be read.
+        ConfigError: if none is given, or a recipe's seed is there twice.
     """
     if not runs:
         raise ConfigError(Fault("", "at least one run directory", "none", "name one or more"))
@@ -125,7 +125,7 @@ def last(losses: Floats) -> float:
 def mean_and_spread(values: Sequence[float]) -> Spread:
     """Return mean and sample standard deviation of the values that are known.
 
-    >>> spread([1.0, 3.0])
+    >>> mean_and_spread([1.0, 3.0])
     Spread(mean=2.0, deviation=1.4142135623730951)
     """
     known = [value for value in values if not math.isnan(value)]
@@ -143,14 +143,17 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     comparison = compare(runs)
     out.mkdir(parents=True, exist_ok=True)
     cards = []
-    for name, (title, lines) in {"comparison": _measure(comparison), "deployed": _deployed(comparison)}.items():
+    for name, (title, lines) in {
+        "comparison": shared_loss(comparison.groups),
+        "deployed": deployed_loss(comparison.groups),
+    }.items():
         if lines:
             figure = curves(title, lines)
             (out / f"{name}.png").write_bytes(png(figure))
             heading = f"{title[0].upper()}{title[1:]} by round, traffic and time"
             drawing = svg(figure, name=name, title=heading)
             caption = "One line per recipe; the band spans its seeds."
-            cards.append(Card(name, heading, caption, drawing, _numbers(title, lines)))
+            cards.append(Card(name, heading, caption, drawing, numbers(title, lines)))
     target = out / "comparison.html"
     text = render(
         "comparison.html.j2",
@@ -204,19 +207,19 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def time_table(comparison: Comparison) -> Table | None:
-    """Return how the recipes fare by the clock of the devices; None if a recipe has none."""
+    """Return each recipe's time on the devices, in all and to the common targets; None if a recipe has no clock."""
     if any(math.isnan(row.clock.mean) for row in comparison.rows):
         return None
     kinds: tuple[tuple[str, Callable[[LossCurve], Floats]], ...] = (
         ("test loss", lambda curve: curve.test),
         ("deployed loss", lambda curve: curve.deployed),
     )
-    found = {kind: times_to_target(comparison.groups, read) for kind, read in kinds}
-    shown = {kind: times for kind, (targets, times) in found.items() if targets}
+    measured = {kind: times_to_target(comparison.groups, read) for kind, read in kinds}
+    shown = {kind: times for kind, (targets, times) in measured.items() if targets}
     with_deployed = any(not math.isnan(row.deployed.mean) for row in comparison.rows)
     head = ["recipe", "whole run", "idle", *(["deployed, tuned"] if with_deployed else [])]
     for kind in shown:
-        low, high = min(found[kind][0].values()), max(found[kind][0].values())
+        low, high = min(measured[kind][0].values()), max(measured[kind][0].values())
         target = number_text(low) if low == high else f"{number_text(low)} to {number_text(high)}"
         head += [f"until {kind} {target}", f"of {comparison.rows[0].name}"]
     rows = []
@@ -254,107 +257,3 @@ def _ratio(ratio: Ratio) -> str:
     if math.isnan(ratio.mean):
         return NOTHING
     return f"{ratio.mean:.2f}" + ("" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})")
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One recipe over the rounds that all its seeds measured; every array is (rounds,)."""
-
-    name: str
-    rounds: Floats
-    bytes: Floats
-    """Mean over seeds, as are `seconds` and `clock`."""
-    seconds: Floats
-    clock: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
-
-
-def _measure(comparison: Comparison) -> tuple[str, list[_Line]]:
-    """Return the first loss that every run has measured, and each recipe's line of it."""
-    choices: tuple[tuple[str, Callable[[LossCurve], Floats]], ...] = (
-        ("global test loss", lambda curve: curve.test),
-        ("clients' mean held-out loss", lambda curve: curve.mean),
-        ("training loss", lambda curve: curve.training),
-    )
-    groups = [[loss_curve(run) for run in members] for members in comparison.groups]
-    for title, read in choices:
-        if all(not np.isnan(read(curve)).all() for curves in groups for curve in curves):
-            lines = [
-                _line(members[0].name, curves, read) for members, curves in zip(comparison.groups, groups, strict=True)
-            ]
-            return title, [line for line in lines if len(line.rounds)]
-    return "", []
-
-
-def _line(name: str, seeds: Sequence[LossCurve], read: Callable[[LossCurve], Floats]) -> _Line:
-    measured = [set(curve.rounds[~np.isnan(read(curve))].tolist()) for curve in seeds]
-    rounds = np.array(sorted(set.intersection(*measured)))
-    at = [np.flatnonzero(np.isin(curve.rounds, rounds)) for curve in seeds]
-    values = np.array([read(curve)[places] for curve, places in zip(seeds, at, strict=True)])  # (seeds, rounds)
-    return _Line(
-        name=name,
-        rounds=rounds,
-        bytes=np.mean([curve.bytes[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
-        seconds=np.mean([curve.seconds[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
-        clock=np.mean([curve.clock[places] for curve, places in zip(seeds, at, strict=True)], axis=0),
-        mean=values.mean(axis=0),
-        low=values.min(axis=0),
-        high=values.max(axis=0),
-    )
-
-
-def _deployed(comparison: Comparison) -> tuple[str, list[_Line]]:
-    """Return each recipe's line of the deployed model's loss; none if a run has not measured it."""
-    groups = [[loss_curve(run) for run in members] for members in comparison.groups]
-    if any(np.isnan(curve.deployed).all() for curves in groups for curve in curves):
-        return "", []
-    lines = [
-        _line(members[0].name, curves, lambda curve: curve.deployed)
-        for members, curves in zip(comparison.groups, groups, strict=True)
-    ]
-    return "deployed model's test loss", [line for line in lines if len(line.rounds)]
-
-
-@styled
-def curves(title: str, lines: Sequence[_Line]) -> Figure:
-    """Draw each recipe's loss by round, by bytes and by time: the devices' where all have it."""
-    legend_rows = -(-len(lines) // 3)
-    figure = new_figure(9.6, 3.1 + 0.2 * legend_rows)
-    panels = figure.subplots(1, 3, sharey=True)
-    timed = all(line.clock.any() for line in lines)
-    horizontal: tuple[Against, ...] = ("rounds", "bytes", "clock" if timed else "seconds")
-    for axes, against in zip(panels, horizontal, strict=True):
-        _draw(axes, lines, against)
-    panels[0].set_ylabel(f"{title} (nats per token)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
-    return figure
-
-
-def _draw(axes: Axes, lines: Sequence[_Line], against: Against) -> None:
-    reach = max(float(getattr(line, against).max()) for line in lines)
-    size = axis_unit(axes, reach, against)
-    for index, line in enumerate(lines):
-        style = line_style(index, len(line.rounds))
-        x = getattr(line, against) / size
-        axes.fill_between(x, line.low, line.high, color=style["color"], alpha=0.16, linewidth=0)
-        axes.plot(x, line.mean, label=label(line.name, 34), **style)
-
-
-def _numbers(title: str, lines: Sequence[_Line]) -> Table:
-    timed = any(line.clock.any() for line in lines)
-    rows = [
-        [
-            line.name,
-            str(int(line.rounds[index])),
-            *(number_text(float(values[index])) for values in (line.mean, line.low, line.high)),
-            bytes_text(float(line.bytes[index])),
-            seconds_text(float(line.seconds[index])),
-            *([seconds_text(float(line.clock[index]))] if timed else []),
-        ]
-        for line in lines
-        for index in range(len(line.rounds))
-    ]
-    head = ["recipe", "round", f"{title}, mean", "lowest seed", "highest seed", "traffic", "time here"]
-    return Table([*head, *(["time on the devices"] if timed else [])], rows)

@@ -1,4 +1,4 @@
-"""What the plots and tables show, computed from a run's records: losses, traffic and time by round."""
+"""The numbers behind plots and tables, computed from a run's records: losses, traffic and time by round."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def loss_curve(run: Run) -> LossCurve:
 
 
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Return a sorting key under which client-2 stands before client-10."""
+    """Return a sorting key under which client-2 is before client-10."""
     parts = re.split(r"([0-9]+)", name)
     return tuple((0, int(part)) if index % 2 else (1, part) for index, part in enumerate(parts))
 

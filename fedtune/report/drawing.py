@@ -60,7 +60,7 @@ styled = rc_context(STYLE)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches that keeps its labels apart by itself."""
+    """Return an empty figure, in inches, whose layout keeps labels from overlapping."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -71,7 +71,7 @@ def whole_rounds(axes: Axes) -> None:
 
 
 def line_style(index: int, points: int) -> dict[str, Any]:
-    """Return colour, dash and marker of the index-th line; no two of the first 28 agree in colour and dash."""
+    """Return colour, dash and marker of the index-th line; no two of the first 28 share colour and dash."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index % len(DASHES)],
@@ -91,8 +91,8 @@ def _drawable(char: str) -> bool:
     return char.isprintable() and get_font(findfont("DejaVu Sans")).get_char_index(ord(char)) != 0
 
 
-def _settle(figure: Figure) -> None:
-    """Place the parts once: both forms of a figure then agree, and the second costs no layout."""
+def _fix_layout(figure: Figure) -> None:
+    """Lay a figure out once, so that its PNG and its SVG agree and the second one costs no layout."""
     if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
@@ -100,7 +100,7 @@ def _settle(figure: Figure) -> None:
 
 @styled
 def png(figure: Figure) -> bytes:
-    _settle(figure)
+    _fix_layout(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -112,7 +112,7 @@ def svg(figure: Figure, *, name: str, title: str) -> str:
 
     Its texts are drawn as outlines (`svg.fonttype`), so that no name of a client becomes markup.
     """
-    _settle(figure)
+    _fix_layout(figure)
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", metadata=nothing)

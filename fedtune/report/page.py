@@ -44,7 +44,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Sent:
+class Uploads:
     """What the server received from clients, as far as the rounds recorded it."""
 
     updates: int
@@ -96,7 +96,7 @@ def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
         idle=idle(run),
         sample=run.summary.sample if run.summary else None,
         failures=tables.failures_table(run),
-        sent=sent(run),
+        uploads=uploads(run),
         seeds=tables.seeds(run),
         provenance=tables.provenance(run),
     )
@@ -176,7 +176,7 @@ def trainable_tile(run: Run) -> Tile | None:
     return Tile("trainable", number_text(run.summary.trainable), note)
 
 
-def sent(run: Run) -> Sent | None:
+def uploads(run: Run) -> Uploads | None:
     """Return what the server received from clients; None if no client was ever asked."""
     clients = [client for record in run.rounds for client in record.clients.values()]
     sizes = [client.bytes_up for client in clients if client.bytes_up]
@@ -185,7 +185,7 @@ def sent(run: Run) -> Sent | None:
     if not (clients or modules or scalars):
         return None
     low, high = bytes_text(min(sizes, default=0)), bytes_text(max(sizes, default=0))
-    return Sent(
+    return Uploads(
         updates=len(sizes),
         sizes=low if low == high else f"{low} to {high}",
         total=bytes_text(sum(sizes)),

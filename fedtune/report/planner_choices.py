@@ -1,4 +1,4 @@
-"""What a planner asked of each kind of device over the rounds, and how the fleet spent its time."""
+"""What a planner chose for each kind of device over the rounds, and the share of time that devices were idle."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fedtune.report.rendering import Table
 from fedtune.report.units import number_text, seconds_text, seconds_unit
 from fedtune.rounds.record import ClientRecord, RoundRecord
 
-EVERYBODY = "all clients"
+ALL_CLIENTS = "all clients"
 MOST_KINDS = 8
-"""Kinds of devices that are told apart in a figure."""
+"""Kinds of devices with a line of their own: more lines cannot be distinguished in one figure."""
 
 
 def has_choices(run: Run) -> bool:
-    """Return whether clients were asked for different things: pruned, or chosen for by a planner that says why."""
+    """Return whether there are choices to show: pruned clients, or a planner that gives its reasons."""
     rows = [client for record in run.rounds for client in record.clients.values()]
     return any(client.ratio is not None or client.why for client in rows)
 
@@ -31,11 +31,11 @@ def classes(run: Run) -> Mapping[str, Sequence[str]]:
     """Return the clients by kind of device, one kind where devices are not known."""
     names = sorted({name for record in run.rounds for name in record.clients}, key=natural)
     known = run.summary.devices.clients if run.summary else {}
-    found: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(known.get(name, EVERYBODY), []).append(name)
-    # Where nearly every client is a kind of its own, lines of kinds say nothing.
-    return dict(sorted(found.items())) if len(found) <= MOST_KINDS else {EVERYBODY: names}
+        kinds.setdefault(known.get(name, ALL_CLIENTS), []).append(name)
+    # Where nearly every client is a kind of its own, a mean over a kind is no mean.
+    return dict(sorted(kinds.items())) if len(kinds) <= MOST_KINDS else {ALL_CLIENTS: names}
 
 
 def seconds(client: ClientRecord) -> float:
@@ -49,12 +49,12 @@ def mean_by_round(
     rounds: Sequence[RoundRecord], names: Sequence[str], value: Callable[[ClientRecord], float | None]
 ) -> Floats:
     """Return the mean over a kind's clients of each round, (rounds,); NaN where none of them took part."""
-    found = []
+    means = []
     for record in rounds:
         values = [value(record.clients[name]) for name in names if name in record.clients]
-        known = [each for each in values if each is not None and not math.isnan(each)]
-        found.append(float(np.mean(known)) if known else math.nan)
-    return np.array(found)
+        known = [number for number in values if number is not None and not math.isnan(number)]
+        means.append(float(np.mean(known)) if known else math.nan)
+    return np.array(means)
 
 
 @styled
@@ -97,7 +97,7 @@ def choices(run: Run) -> Figure | None:
 
 
 def choices_table(run: Run) -> Table:
-    """Return every choice, with what spoke for it."""
+    """Return every choice with its reason."""
     rows = []
     for record in training_rounds(run):
         for name in sorted(record.clients, key=natural):
@@ -120,7 +120,7 @@ def idle(run: Run) -> float | None:
     shares = []
     for record in training_rounds(run):
         times = [seconds(client) for client in record.clients.values()]
-        known = [each for each in times if not math.isnan(each)]
+        known = [time for time in times if not math.isnan(time)]
         if known and max(known) > 0:
             shares.append(1 - float(np.mean(known)) / max(known))
     return float(np.mean(shares)) if shares else None

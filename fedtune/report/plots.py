@@ -104,25 +104,25 @@ def traffic(run: Run) -> Figure | None:
         return None
     number = np.array([record.round for record in rounds], dtype=np.float64)
     figure = new_figure(7.4, 3.0)
-    each, total = figure.subplots(1, 2)
+    single, total = figure.subplots(1, 2)
     size, unit = bytes_unit(float(max(up.max(), down.max())))
     width = 0.78 if len(rounds) <= 60 else 1.0
     fine = {"edgecolor": "white", "linewidth": 0.0 if len(rounds) > 60 else 0.5}
-    each.bar(number, up / size, width, color=COLOURS[1], label="up: clients to server", **fine)
+    single.bar(number, up / size, width, color=COLOURS[1], label="up: clients to server", **fine)
     hatch = "////" if len(rounds) <= 60 else None
-    each.bar(number, -down / size, width, color=COLOURS[5], label="down: server to clients", hatch=hatch, **fine)
-    each.axhline(0, color=INK, linewidth=0.8)
-    each.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
-    each.set(title="per round", ylabel=f"{unit}, down below, up above")
+    single.bar(number, -down / size, width, color=COLOURS[5], label="down: server to clients", hatch=hatch, **fine)
+    single.axhline(0, color=INK, linewidth=0.8)
+    single.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
+    single.set(title="per round", ylabel=f"{unit}, down below, up above")
     size, unit = bytes_unit(float(max(up.sum(), down.sum())))
     every = max(1, len(rounds) // 10)
     total.plot(number, np.cumsum(up) / size, color=COLOURS[1], marker="^", markevery=every)
     total.plot(number, np.cumsum(down) / size, color=COLOURS[5], marker="v", markevery=every, linestyle=(0, (5, 2)))
     total.set(title="summed", ylabel=unit)
     total.set_ylim(bottom=0)
-    for axes in (each, total):
+    for axes in (single, total):
         whole_rounds(axes)
-    figure.legend(*each.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    figure.legend(*single.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return figure
 
 
@@ -143,7 +143,7 @@ def client_map(run: Run) -> Figure | None:
     axes.grid(visible=False)
     reach = float(np.nanmax(np.abs(table))) if not np.isnan(table).all() else 1.0
     worse = bool((table < 0).any())
-    # Symmetric about zero only if somebody got worse: else half of the scale would lie idle.
+    # Symmetric about zero only if a loss rose: otherwise half of the scale would not be used.
     colours = (
         colormaps["PuOr"].with_extremes(bad="#f4f6f7") if worse else colormaps["PuBu"].with_extremes(bad="#f4f6f7")
     )

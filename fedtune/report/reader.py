@@ -1,4 +1,4 @@
-"""A run directory read into frozen values: the recipe, one record per round, the summary."""
+"""A run directory as values: the recipe, one record per round, and the summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedtune.store.typed_json import decode
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on one set of examples; a metric that makes no sense there is None."""
+    """Scores of one model on one set of examples; a metric that does not apply is None."""
 
     loss: float | None = None
     """Nats per token."""
@@ -93,18 +93,18 @@ class DeviceField:
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices that clients were taken to be."""
+    """The devices that clients are simulated on."""
 
     clients: Mapping[str, str] = field(default_factory=dict)
     """Name of the profile by client."""
     profiles: Mapping[str, Mapping[str, DeviceField]] = field(default_factory=dict)
     clock: str = ""
-    """How time was told, e.g. of which model the operations are."""
+    """How time is simulated, e.g. of which model the operations are."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What stands in summary.json."""
+    """The content of summary.json."""
 
     version: int
     name: str

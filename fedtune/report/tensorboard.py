@@ -19,7 +19,9 @@ def write_events(run: Path) -> None:
 
     Steps are rounds; an event's wall time is the seconds since the run began.
 
-    Raises: ExtraError without the package tensorboard; StoreError if the directory cannot be read.
+    Raises:
+        ExtraError: without the package tensorboard.
+        StoreError: if the directory cannot be read.
     """
     try:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -31,16 +33,16 @@ def write_events(run: Path) -> None:
             'install the extra tensorboard: pip install "fedtune[tensorboard]"'
         ) from missing
 
-    record = read_run(run)
+    content = read_run(run)
     folder = run / FOLDER
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     writer = EventFileWriter(str(folder))
     seconds = 0.0
-    for each in record.rounds:
-        seconds += each.seconds
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(each)]
-        writer.add_event(Event(step=each.round, wall_time=seconds, summary=Summary(value=values)))
+    for record in content.rounds:
+        seconds += record.seconds
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record)]
+        writer.add_event(Event(step=record.round, wall_time=seconds, summary=Summary(value=values)))
     writer.close()
 
 

@@ -1,4 +1,4 @@
-"""Time to target: when recipes reach a loss that all of them reach, by the clock of the devices."""
+"""Time to target: how long each recipe takes, on the devices' clock, to a loss that all recipes reach."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedtune.report.curves import Floats, LossCurve, loss_curve
 from fedtune.report.reader import Run
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t at 0.975 for 1, 2, ... degrees of freedom; with more the last one is a little too wide."""
+"""Student's t at 0.975 for 1 to 15 degrees of freedom; beyond that the last value makes intervals slightly too wide."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TimeToTarget:
 def times_to_target(
     groups: Sequence[Sequence[Run]], read: Callable[[LossCurve], Floats]
 ) -> tuple[Mapping[int, float], tuple[TimeToTarget, ...]]:
-    """Return the common target by seed, and each recipe's time to it; nothing where no seed measured it for all.
+    """Return the common target by seed, and each recipe's time to it; nothing where no seed has one.
 
     The target of a seed is what the weakest recipe reaches there at its best, so that no recipe is left out. Between
     two measurements the later one counts. A seed in which one recipe never got below its start has no target: all
@@ -45,26 +45,26 @@ def times_to_target(
 
     Args:
         groups: the runs of each recipe.
-        read: the loss that is meant, of a run's curves.
+        read: selects one of a run's losses.
     """
     curves = [{run.seed: loss_curve(run) for run in members} for members in groups]
-    shared = sorted(set.intersection(*(set(each) for each in curves)))
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in curves)))
     reached = {
-        seed: [_lowest(read(each[seed])) for each in curves]
+        seed: [_lowest(read(by_seed[seed])) for by_seed in curves]
         for seed in shared
-        if all(each[seed].clock.any() for each in curves)
+        if all(by_seed[seed].clock.any() for by_seed in curves)
     }
     targets = {
         seed: max(lows)
         for seed, lows in reached.items()
         if not any(map(math.isnan, lows))
-        and all(time_to(each[seed].clock, read(each[seed]), max(lows)) > 0 for each in curves)
+        and all(time_to(by_seed[seed].clock, read(by_seed[seed]), max(lows)) > 0 for by_seed in curves)
     }
     if not targets:
         return {}, ()
     times = [
-        tuple(time_to(each[seed].clock, read(each[seed]), target) for seed, target in targets.items())
-        for each in curves
+        tuple(time_to(by_seed[seed].clock, read(by_seed[seed]), target) for seed, target in targets.items())
+        for by_seed in curves
     ]
     return targets, tuple(TimeToTarget(seconds, paired_ratio(seconds, times[0])) for seconds in times)
 
@@ -75,14 +75,14 @@ def time_to(clock: Floats, losses: Floats, target: float) -> float:
     >>> time_to(np.array([0.0, 5.0, 9.0]), np.array([3.0, math.nan, 1.0]), 2.0)
     9.0
     """
-    there = np.flatnonzero(losses <= target)  # a comparison with NaN is false
-    return float(clock[there[0]]) if there.size else math.inf
+    reached = np.flatnonzero(losses <= target)  # a comparison with NaN is false
+    return float(clock[reached[0]]) if reached.size else math.inf
 
 
 def paired_ratio(seconds: Sequence[float], others: Sequence[float]) -> Ratio:
-    """Return how much of the others' time was needed, seed by seed.
+    """Return the ratio of one recipe's times to another's, paired by seed.
 
-    >>> paired([2.0, 8.0], [1.0, 4.0])
+    >>> paired_ratio([2.0, 8.0], [1.0, 4.0])
     Ratio(mean=2.0, low=2.0, high=2.0)
     """
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,11 +1,11 @@
-"""Numbers as a reader wants them: bytes, seconds and losses with their units."""
+"""Bytes, seconds and losses as texts with units and few digits."""
 
 from __future__ import annotations
 
 import math
 
 NOTHING = "\N{EN DASH}"
-"""Stands where a number was not measured."""
+"""Shown where a number was not measured."""
 
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _SECONDS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))

@@ -1,1 +1,1 @@
-"""One run from recipe to summary: local, served, exported, deployed."""
+"""One run from its recipe to summary.json, and what is exported and deployed of it."""

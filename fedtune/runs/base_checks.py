@@ -1,4 +1,4 @@
-"""Whether a recipe fits the base that it names: what can only be checked against its layers."""
+"""Checks of a recipe against its base: ranks and pruning settings that the base's layers do not allow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedtune.pruning.ranking import multiple_of
 
 
 def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse a rank above the smaller side of a layer: more columns than that add parameters and nothing else.
+    """Refuse a rank above the smaller side of a layer, which adds parameters but no expressiveness.
 
     Raises:
         ConfigError: naming the smallest layer.
@@ -32,29 +32,27 @@ def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
 
 
 def check_pruning(blueprint: Blueprint) -> None:
-    """Refuse settings of surgery that do nothing to this base, or that every client would fail with.
+    """Refuse pruning settings that do nothing to this base, or that every client would fail with.
 
     Raises:
-        ConfigError: with every fault, and the nearest that would do.
+        ConfigError: with every fault, and the nearest setting that works.
     """
-    settings, anatomy = blueprint.pruning, blueprint.anatomy
-    if settings is None or anatomy is None:
+    settings, layout = blueprint.pruning, blueprint.anatomy
+    if settings is None or layout is None:
         return
-    faults, narrow = [], min(anatomy.blocks, key=lambda block: block.channels)
+    faults, narrow = [], min(layout.blocks, key=lambda block: block.channels)
     if settings.multiple != "auto" and settings.multiple >= narrow.channels:
-        expected = f"fewer than the {narrow.channels} channels of {narrow.prefix}, or none could be cut"
+        expected = f"fewer than the {narrow.channels} channels of {narrow.prefix}, or none could be pruned"
         hint = f'e.g. {multiple_of(replace(settings, multiple="auto"), narrow)}, or "auto"'
         faults.append(Fault("pruning.multiple", expected, str(settings.multiple), hint))
-    if settings.unit == "even_q" and any(block.group == 1 for block in anatomy.blocks):
+    if settings.unit == "even_q" and any(block.group == 1 for block in layout.blocks):
         expected = "kv_group for a base with one query head for every key/value head"
         faults.append(Fault("pruning.unit", expected, "'even_q'", 'set unit = "auto"'))
-    saved = sorted(
-        {name.removesuffix(".weight").removesuffix(".bias") for name in blueprint.saved} & set(anatomy.sides)
-    )
+    saved = sorted({name.removesuffix(".weight").removesuffix(".bias") for name in blueprint.saved} & set(layout.sides))
     if saved:
-        expected = f"no layers of blocks, which are cut; {saved[0]} is one"
+        expected = f"no layers of blocks, which are pruned; {saved[0]} is one"
         faults.append(Fault("adapter.modules_to_save", expected, f"{len(saved)} of them", "adapt it by LoRA"))
-    touched = {side for name in blueprint.modules for side in anatomy.sides.get(name, ("", ""))[1:]}
+    touched = {side for name in blueprint.modules for side in layout.sides.get(name, ("", ""))[1:]}
     if settings.score == "lora" and not ("ff" in touched and touched & {"q", "kv", "qkv"}):
         expected = "adapters on layers of heads and of channels, by whose gradients lora scores"
         hint = 'set score = "wanda", or targets = ["all-linear"]'

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeAlias
 
 from fedtune.config import Recipe, digest, render
+from fedtune.config.recipe import method_of
 from fedtune.messages import Blueprint
-from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure
@@ -100,4 +100,4 @@ def installed_versions() -> Iterator[tuple[str, str]]:
 
 def first_state(recipe: Recipe, blueprint: Blueprint) -> Any:
     """Return the state of the recipe's method before any round."""
-    return METHODS[recipe.method.name].init(blueprint, recipe.method)
+    return method_of(recipe).init(blueprint, recipe.method)

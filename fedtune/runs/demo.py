@@ -1,4 +1,4 @@
-"""The federation of `fedtune demo`: packages of this Python's standard library as clients, and the recipe they run."""
+"""The federation of `fedtune demo`: packages of Python's standard library as clients, and its recipe."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CLIENTS: Mapping[str, int] = MappingProxyType(
 """LoRA rank by client. Each is a package that every CPython has and that the embedded model was not trained on."""
 
 CHUNK = 600
-"""Most characters of an example, as long as a paragraph of code allows; about 190 tokens of the embedded model."""
+"""Characters of an example at most, unless one paragraph of code is longer; about 190 tokens of the embedded model."""
 STRIDE = 3
-"""Of so many chunks one is an example: clients keep their natural proportions, and the demo stays quick."""
+"""Every third chunk is an example: the clients' sizes keep their proportions, and the demo stays quick."""
 RANK = 8
-"""The rank that no override needs to name."""
+"""The recipe's default rank; clients of this rank need no override."""
 
 
 def write_data(folder: Path) -> Path:
@@ -48,8 +48,8 @@ def examples(package: str) -> Sequence[str]:
     """Return every `STRIDE`th chunk of a standard-library package's source, in the order of its files."""
     root = Path(sysconfig.get_path("stdlib")) / package
     files = sorted(file for file in root.rglob("*.py") if not {"test", "tests"} & {*file.relative_to(root).parts})
-    found = [chunk for file in files for chunk in chunks(file.read_text(encoding="utf-8"))]
-    return list(dict.fromkeys(found))[::STRIDE]
+    texts = [chunk for file in files for chunk in chunks(file.read_text(encoding="utf-8"))]
+    return list(dict.fromkeys(texts))[::STRIDE]
 
 
 def chunks(source: str) -> Sequence[str]:
@@ -70,7 +70,7 @@ def chunks(source: str) -> Sequence[str]:
 
 
 def recipe_text() -> str:
-    """Return the demo's recipe: TOML with a word on every line that a user would change."""
+    """Return the demo's recipe: TOML with a comment on every line that a user may want to change."""
     ranked = sorted(CLIENTS, key=lambda client: -CLIENTS[client])
     overrides = [
         f"[[override]]\nclients = {json.dumps(list(group))}\nrank = {rank}\n"

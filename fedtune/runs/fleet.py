@@ -1,4 +1,4 @@
-"""The planner, the costs and the clock of a recipe, over the devices that its clients are taken to be."""
+"""The devices that a recipe's clients are simulated on, and the planner, costs and clock that follow from them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from functools import partial
 from typing import Any
 
 from fedtune.config import Recipe, planned_training
-from fedtune.config.recipe import requested_ratio
+from fedtune.config.recipe import method_of, planner_type_of, requested_ratio
 from fedtune.devices.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, round_bytes, round_flops, sizes
 from fedtune.devices.cost import block_parameters as blocks_of
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Blueprint, Client, ProbeSeeds, Training, WireDtype
-from fedtune.methods import METHODS
-from fedtune.planning.adaptive import MEMORY_SHARE, Adaptive, AdaptiveSettings, Cost, Speed
-from fedtune.planning.fixed import Fixed
-from fedtune.planning.planner import ClientObservation, Planner
-from fedtune.planning.policies import PolicyInputs, arms_of, policy_of
+from fedtune.messages import Blueprint, Client, ProbeSeeds, Training
+from fedtune.planning.adaptive import MEMORY_SHARE, AdaptiveSettings
+from fedtune.planning.planner import ClientObservation, Cost, Planner, PlannerInputs, Speed
+from fedtune.planning.policies import arms_of
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
@@ -29,7 +27,7 @@ SIMULATED_METHODS = "Time is simulated: operations, bytes and traces of the devi
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of a client's examples, in tokens."""
+    """Lengths of a client's examples, in tokens."""
 
     mean: float
     longest: float
@@ -37,31 +35,31 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Fleet:
-    """What a recipe's clients are taken to run on, and what a round costs them."""
+    """The devices of a recipe's clients, and what a round costs them."""
 
     recipe: Recipe
     body: Body | None
-    """None where surgery and costs do not know the base."""
+    """None for a base without a cost model."""
     profiles: Mapping[str, DeviceProfile] = field(default_factory=dict)
     """By client; empty where no devices are simulated."""
     tokens: Mapping[str, Lengths] = field(default_factory=dict)
     """By client, where the texts are known."""
     proxy: Body | None = None
-    """A larger model that the clock takes in place of the one that is trained."""
+    """A larger model whose costs the clock uses in place of the trained model's."""
 
     @property
     def charged(self) -> Body:
-        """The base whose operations, bytes and memory count."""
-        found = self.proxy or self.body
-        assert found is not None  # asked only where costs are known
-        return found
+        """The model whose operations, bytes and memory are counted."""
+        body = self.proxy or self.body
+        assert body is not None  # called only where costs are known
+        return body
 
     def lengths(self, client: str) -> Lengths:
         longest = float(self.recipe.data.max_tokens)
         return self.tokens.get(client) or Lengths(longest, longest)
 
     def work(self, client: str, training: Training) -> Work:
-        """Return what a round asks of a client beside ratio and rank."""
+        """Return a client's work in a round, apart from ratio and rank."""
         assert training.steps is not None  # the planner has resolved epochs
         length = self.lengths(client)
         return Work(
@@ -77,8 +75,8 @@ class Fleet:
 
     @property
     def global_rank(self) -> float:
-        """Rank of what goes down: bounded by the recipe, or taken to be twice the largest that goes up."""
-        largest = getattr(self.recipe.method, "max_rank", None)
+        """Rank of the broadcast: the recipe's bound, or without one twice the largest rank of a client, an estimate."""
+        largest = method_of(self.recipe).downlink_rank(self.recipe.method)
         planner = self.recipe.planner
         ranks = planner.ranks if isinstance(planner, AdaptiveSettings) else (self.recipe.adapter.rank,)
         return float(largest if largest is not None else 2 * max(ranks))
@@ -86,7 +84,7 @@ class Fleet:
     def cost(self, client: str, arm: Arm, training: Training) -> Cost:
         """Return what an arm costs a client in a round."""
         pruning, work = self.recipe.pruning, self.work(client, training)
-        dtype: WireDtype = getattr(self.recipe.method, "wire_dtype", "fp32")
+        dtype = method_of(self.recipe).wire_dtype(self.recipe.method)
         traffic = round_bytes(
             self.charged, pruning, arm.ratio, arm.rank, global_rank=work.global_rank, wire_dtype=dtype
         )
@@ -97,21 +95,21 @@ class Fleet:
         )
 
     def load(self, done: CompletedWork) -> Load:
-        """Return what a round has asked of a client's device, from the tokens and bytes that were counted."""
+        """Return the load of a finished round on a client's device, from the tokens and bytes that were counted."""
         plan, measured, pruning = done.plan, done.measured, self.recipe.pruning
         work = self.work(plan.client, plan.training)
         size = sizes(self.charged.anatomy, pruning, plan.ratio)
-        each = flops_per_token(self.charged, size, plan.rank, work)
+        flops = flops_per_token(self.charged, size, plan.rank, work)
         factor = self._traffic_factor(plan.ratio, plan.rank)
         return Load(
-            tflop=each * (measured.tokens + 0.5 * measured.side_tokens) / 1e12,
+            tflop=flops * (measured.tokens + 0.5 * measured.side_tokens) / 1e12,
             gigabytes=self.gigabytes(plan.client, Arm(plan.ratio, plan.rank), plan.training),
             bytes_down=done.traffic.down * factor,
             bytes_up=done.traffic.up * factor,
         )
 
     def megabytes(self, seen: ClientObservation) -> float:
-        """Return what was counted down and up of a client's round; of a proxy, what that would have taken."""
+        """Return a client's counted megabytes, down and up together; with a proxy, scaled to the proxy's size."""
         return (seen.bytes_down + seen.bytes_up) / 1e6 * self._traffic_factor(seen.ratio, seen.rank)
 
     def _traffic_factor(self, ratio: float, rank: int) -> float:
@@ -125,9 +123,9 @@ class Fleet:
         return both[0] / both[1]
 
     def misfit(self, client: Client, ratio: float, rank: int, training: Training) -> str:
-        """Say why a ratio and a rank do not fit a client; nothing where they do, or where that is not known."""
+        """Return why a ratio and a rank do not fit a client's memory; empty where they do, or it is not known."""
         has = self.memory_gb(client)
-        if has is None or self.body is None or METHODS[self.recipe.method.name].task is ProbeSeeds:
+        if has is None or self.body is None or method_of(self.recipe).task is ProbeSeeds:
             return ""  # what forward passes alone need is not modelled
         need = self.cost(client.name, Arm(ratio, rank), training).memory_gb
         if need <= has:
@@ -147,70 +145,52 @@ class Fleet:
         """Return the planner that the recipe names.
 
         Raises:
-            ConfigError: if it wants costs of a base that they are not known for.
+            ConfigError: if it needs costs and the base has no cost model.
         """
         recipe = self.recipe
-        alpha, rslora, settings = recipe.adapter.alpha, recipe.adapter.rslora, recipe.planner
-        scored = bool(blueprint.ranking) or recipe.pruning is None or recipe.pruning.policy == "local"
-        if not isinstance(settings, AdaptiveSettings):
-            return Fixed(
-                partial(planned_training, recipe),
-                alpha=alpha,
-                rslora=rslora,
-                ratio=partial(requested_ratio, recipe),
-                scored=scored,
-                misfit=self.misfit,
-            )
-        if self.body is None:
-            expected = f"a base of {', '.join(FAMILIES)}, for a planner that weighs costs"
-            got = f"{recipe.model.base!r}, whose costs nobody knows"
-            raise ConfigError(Fault("planner", expected, got, 'set planner = "fixed"'))
-        return Adaptive(
-            policy=policy_of(
-                settings,
-                pruned=recipe.pruning is not None,
-                given=PolicyInputs(
-                    target=recipe.pruning.target if recipe.pruning else 0.0,
-                    server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
-                    known=self.true_seconds,
-                ),
-            ),
-            training=lambda client: planned_training(recipe, client)[1],
-            costs=self.cost,
-            traffic=self.megabytes,
-            speeds={name: speed(profile) for name, profile in self.profiles.items()},
-            alpha=alpha,
-            rslora=rslora,
+        inputs = PlannerInputs(
             seed=recipe.seed,
             rounds=recipe.rounds.count,
+            training=partial(planned_training, recipe),
+            alpha=recipe.adapter.alpha,
+            rslora=recipe.adapter.rslora,
+            ratio=partial(requested_ratio, recipe),
             pruning=recipe.pruning,
             ranking=bool(blueprint.ranking),
+            base=recipe.model.base,
+            costs=None if self.body is None else self.cost,
+            traffic=self.megabytes,
+            speeds={name: speed(profile) for name, profile in self.profiles.items()},
+            misfit=self.misfit,
+            server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
+            true_seconds=self.true_seconds,
         )
+        return planner_type_of(recipe).create(recipe.planner, inputs)
 
     def true_seconds(self, round: int, candidate: Candidate) -> Sequence[float]:
-        """Return the seconds that every arm will take a client in a round, whose traces do not depend on the time."""
+        """Return the seconds of every arm for a client in a round; only for traces that do not depend on time."""
         clock = self.clock()
         assert isinstance(clock, SimulatedClock)  # config asks the oracle for a fleet by rounds
         name, settings = candidate.client, self.recipe.planner
         assert isinstance(settings, AdaptiveSettings)
         training = planned_training(self.recipe, name)[1]
-        found = []
+        seconds = []
         for arm, tflop, megabytes in zip(
             arms_of(settings, pruned=self.recipe.pruning is not None), candidate.tflop, candidate.megabytes, strict=True
         ):
             load = Load(tflop, self.gigabytes(name, arm, training), megabytes / 2 * 1e6, megabytes / 2 * 1e6)
-            found.append(clock.client(name, load, round=round, now_s=0.0).seconds)
-        return found
+            seconds.append(clock.client(name, load, round=round, now_s=0.0).seconds)
+        return seconds
 
     def gigabytes(self, client: str, arm: Arm, training: Training) -> float:
-        """Return the weights that are read in a round, once per pass and step."""
+        """Return the gigabytes of weights that are read in a round, once per pass and step."""
         anatomy, work = self.charged.anatomy, self.work(client, training)
-        kept = blocks_of(anatomy, sizes(anatomy, self.recipe.pruning, arm.ratio))
-        weights = self.charged.parameters - blocks_of(anatomy, sizes(anatomy, None, 0.0)) + kept
+        pruned = blocks_of(anatomy, sizes(anatomy, self.recipe.pruning, arm.ratio))
+        weights = self.charged.parameters - blocks_of(anatomy, sizes(anatomy, None, 0.0)) + pruned
         return (PASSES + work.checkpointing) * work.steps * work.passes * weights * anatomy.number_bytes / 1e9
 
     def clock(self) -> Clock | None:
-        """Return the simulated clock; none where no fleet is."""
+        """Return the simulated clock; None without a simulated fleet."""
         settings = self.recipe.fleet
         if settings is None or self.body is None:
             return None
@@ -223,8 +203,8 @@ class Fleet:
             server_s=settings.server_s,
         )
 
-    def told(self) -> Mapping[str, Any]:
-        """Return the devices as a run's summary holds them."""
+    def summary(self) -> Mapping[str, Any]:
+        """Return the devices as summary.json describes them."""
         if not self.profiles or self.recipe.fleet is None:
             return {}
         proxy = self.recipe.fleet.proxy
@@ -237,7 +217,7 @@ class Fleet:
 
 
 def speed(profile: DeviceProfile) -> Speed:
-    """Return what a planner knows of a device before it has done anything: its means."""
+    """Return what a planner knows about a device before the first round: its mean speeds."""
     megabit_s = 8.0 * 0.5 * (1 / profile.up_mbps + 1 / profile.down_mbps)
     return Speed(
         memory_gb=profile.memory_gb,
@@ -255,10 +235,10 @@ def fleet_of(
     parameters: int,
     tokens: Mapping[str, Lengths] | None = None,
 ) -> Fleet:
-    """Return what a recipe's clients are taken to run on.
+    """Return the devices that a recipe's clients are simulated on.
 
     Raises:
-        ConfigError: if a device cannot be so, or costs are asked of a base that they are not known for.
+        ConfigError: if an override matches no client or is impossible, or the base has no cost model.
     """
     body = body_of(recipe, blueprint, parameters)
     if recipe.fleet is None:
@@ -268,7 +248,7 @@ def fleet_of(
             Fault(
                 "fleet",
                 f"a base of {', '.join(FAMILIES)}",
-                f"{recipe.model.base!r}, whose costs nobody knows",
+                f"{recipe.model.base!r}, for which no cost model exists",
                 "leave it out",
             )
         )
@@ -287,13 +267,13 @@ def fleet_of(
 
 
 def with_overrides(start: DeviceProfile, fields: Mapping[str, Any], place: int) -> DeviceProfile:
-    """Return a profile with what a recipe changes of it, under a name of its own: two kinds are never told as one."""
+    """Return a profile with a recipe's changes, renamed, so that reports do not mix it with the original."""
     provenance: Mapping[str, Provenance] = {**start.provenance, **{name: "recipe" for name in fields}}
     return check(replace(start, name=f"{start.name}*{place + 1}", provenance=provenance, **fields))
 
 
 def body_of(recipe: Recipe, blueprint: Blueprint, parameters: int) -> Body | None:
-    """Return what the costs of a run's base follow from; None for a base that surgery does not know."""
+    """Return the sizes from which a base's costs follow; None for a base without a cost model."""
     if blueprint.anatomy is None:
         return None
     return Body(

@@ -1,4 +1,4 @@
-"""A recipe made real on this machine: data and base loaded, clients bound to them, an engine to run them, scores."""
+"""A recipe on this machine: loads data and base, binds clients to an engine, and scores global models."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from fedtune.client.replica import Replicas
 from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
 from fedtune.config import Recipe, render
-from fedtune.config.recipe import largest_rank, resources
+from fedtune.config.recipe import largest_rank, method_of, resources
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint, Client, ProbeSeeds
-from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base
@@ -40,7 +39,7 @@ from fedtune.store.pruning import read_ranking
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything loaded that a recipe names."""
+    """A recipe with its data and its base loaded."""
 
     recipe: Recipe
     federation: Federation
@@ -53,35 +52,39 @@ class Experiment:
 
     @property
     def blueprint(self) -> Blueprint:
-        """What the method must know of the base."""
+        """Layers, shapes and settings of the base that methods and planners use."""
         return self._blueprint
 
     @cached_property
     def _blueprint(self) -> Blueprint:
-        recipe, whole = self.recipe, METHODS[self.recipe.method.name].task is ProbeSeeds
-        found = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
-        return replace(found, **pruning_of(recipe, self.base, self.federation.labels))
+        recipe, whole = self.recipe, method_of(self.recipe).task is ProbeSeeds
+        blueprint = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
+        return replace(blueprint, **pruning_of(recipe, self.base, self.federation.labels))
 
     @property
     def planner(self) -> Planner:
-        """What each client is asked to do."""
+        """Chooses each client's rank, pruning ratio, steps and batch."""
         return self.devices.planner(self.blueprint)
 
     @cached_property
     def devices(self) -> Fleet:
-        """What its clients are taken to run on, and what a round costs them."""
+        """The devices of its clients, and what a round costs them."""
         shards = self.federation.clients
         return fleet_of(
             self.recipe,
             list(self.fleet),
             self.blueprint,
             parameters=sum(parameter.numel() for parameter in self.base.model.parameters()),
-            tokens={name: lengths([len(each.input_ids) for each in s.train]) for name, s in shards.items() if s.train},
+            tokens={
+                name: lengths([len(example.input_ids) for example in shard.train])
+                for name, shard in shards.items()
+                if shard.train
+            },
         )
 
     @property
     def target(self) -> peft.Target:
-        """What an adapter of this experiment says of its base."""
+        """The base as adapter_config.json describes it."""
         return peft.Target(
             base=self.base.path,
             revision=self.recipe.model.revision,
@@ -101,7 +104,9 @@ def prepare(recipe: Recipe) -> Experiment:
     Raises:
         ConfigError: if a file, column, module or client that the recipe names does not exist, or a rank does not fit.
     """
-    federation, base = load_site(recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root)
+    federation, base = load_site(
+        recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root, objects=recipe.objects
+    )
     names = list(federation.clients)
     faults = [
         Fault(
@@ -117,32 +122,32 @@ def prepare(recipe: Recipe) -> Experiment:
     check_ranks(recipe, base.modules)
     experiment = Experiment(recipe=recipe, federation=federation, base=base)
     check_pruning(experiment.blueprint)
-    first_state(recipe, experiment.blueprint)  # what a method refuses of a base it refuses before anything is written
+    first_state(recipe, experiment.blueprint)  # a base that the method refuses is refused before anything is written
     experiment.devices.planner(experiment.blueprint)
     return experiment
 
 
 def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str, Any]:
-    """Return the fields of a blueprint that pruning and planning read.
+    """Return the fields of a blueprint for pruning and planning.
 
     Raises:
-        ConfigError: if the recipe prunes a base that surgery does not know, or its ranking is of another base.
+        ConfigError: if the recipe prunes a base that cannot be pruned, or its ranking is of another base.
     """
     settings = recipe.pruning
     try:
-        found = block_layout(base)
+        layout = block_layout(base)
     except ConfigError:
         if settings is not None:
             raise
-        return {}  # nobody asks for surgery
-    ranking = read_ranking(settings.ranking, recipe.root, found, base.digest) if settings and settings.ranking else {}
-    return {"anatomy": found, "pruning": settings, "ranking": ranking}
+        return {}  # without [pruning] the layout is only used for costs
+    ranking = read_ranking(settings.ranking, recipe.root, layout, base.digest) if settings and settings.ranking else {}
+    return {"anatomy": layout, "pruning": settings, "ranking": ranking}
 
 
 def score(
     experiment: Experiment, tuned: GlobalModel, *, test: bool, clients: bool, keep: ModelStructure | None = None
 ) -> ModelScores:
-    """Score a global model on the test data, on each client's held-out rows, or on both; pruned to `keep` as well."""
+    """Score a global model on the test data (also pruned to `keep`), on each client's held-out rows, or on both."""
     settings, federation = experiment.recipe.evaluate, experiment.federation
     measure = partial(scoring.evaluate, experiment.base, tuned.adapter, tuned.saved, batch=settings.batch)
     shards = sorted(federation.clients.items()) if clients and settings.clients else []
@@ -168,19 +173,19 @@ def score_pruned(experiment: Experiment, tuned: GlobalModel, keep: ModelStructur
 
 
 def with_seeds(base: Base, seeds: SeedModel | None) -> AbstractContextManager[None]:
-    """Give the base the weights that seeds stand for, for the length of the block."""
+    """Give the base the weights rebuilt from seeds while the block runs."""
     return with_rebuilt_weights(base, seeds.ledger, seeds.trainable) if seeds else nullcontext()
 
 
 def run_context(experiment: Experiment) -> RunContext:
-    """Return what a run of this experiment is conducted over."""
+    """Return what a run of this experiment is given."""
     recipe, base = experiment.recipe, experiment.base
     return RunContext(
         recipe=recipe,
         blueprint=experiment.blueprint,
         planner=experiment.planner,
         clock=experiment.devices.clock(),
-        devices=experiment.devices.told(),
+        devices=experiment.devices.summary(),
         base={
             "name": base.name,
             "digest": base.digest,
@@ -198,10 +203,10 @@ def run_context(experiment: Experiment) -> RunContext:
 
 
 @contextmanager
-def transport(experiment: Experiment, nursery: ForkServer | None = None) -> Iterator[Transport]:
+def transport(experiment: Experiment, fork_server: ForkServer | None = None) -> Iterator[Transport]:
     """Give the engine that the recipe names, with every client bound to its examples; it is closed at the end.
 
-    A nursery that has been started already, while the experiment was prepared, saves the engine `processes` seconds.
+    A fork server that was started earlier, while the experiment was prepared, saves the engine `processes` seconds.
 
     Raises:
         ConfigError: if the engine cannot run on this machine.
@@ -210,7 +215,7 @@ def transport(experiment: Experiment, nursery: ForkServer | None = None) -> Iter
     """
     match experiment.recipe.engine.name:
         case "processes":
-            with nullcontext(nursery) if nursery else ForkServer() as started:
+            with nullcontext(fork_server) if fork_server else ForkServer() as started:
                 yield pool(experiment, started)
         case "ray":
             with ray(experiment) as engine:
@@ -234,10 +239,10 @@ def in_process(experiment: Experiment) -> InProcess:
     return InProcess(fleet=clients(experiment), work=work)
 
 
-def pool(experiment: Experiment, nursery: ForkServer) -> ProcessPool:
-    """Return the engine of worker processes, and tell their nursery what to load."""
+def pool(experiment: Experiment, fork_server: ForkServer) -> ProcessPool:
+    """Return the engine of worker processes, and have their fork server load base and data."""
     recipe, shards = experiment.recipe, experiment.federation.clients
-    nursery.load(
+    fork_server.load(
         *payload(
             recipe.model,
             recipe.adapter,
@@ -249,7 +254,7 @@ def pool(experiment: Experiment, nursery: ForkServer) -> ProcessPool:
         )
     )
     return ProcessPool(
-        nursery,
+        fork_server,
         clients(experiment),
         {name: resources(recipe, name) for name in shards},
         workers=workers(experiment),
@@ -273,7 +278,7 @@ def ray(experiment: Experiment) -> AbstractContextManager[Transport]:
 
 
 def workers(experiment: Experiment) -> int:
-    """Return the worker processes of the recipe: without a number one per GPU, or what the cores carry."""
+    """Return the number of worker processes: the recipe's, or one per GPU, or as many as the cores have threads for."""
     recipe = experiment.recipe
     if recipe.engine.workers is not None:
         return recipe.engine.workers

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from fedtune.config import Recipe
+from fedtune.config.recipe import method_of
 from fedtune.lora.adapter import Adapter
 from fedtune.lora.lowrank import LowRank, compress
 from fedtune.messages import Failure, TrainLora
-from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.loop import RoundResult
@@ -42,8 +42,8 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
 
     The line comes last: once it is there, a resumed run does not repeat the round, so the model must be on the disk.
     """
-    recipe, method = context.recipe, METHODS[context.recipe.method.name]
-    tuned = method.tuned(finished.state)
+    recipe, method = context.recipe, method_of(context.recipe)
+    tuned = method.global_model(finished.state)
     last, every = finished.round == recipe.rounds.count, recipe.evaluate.every
     test = last or (every > 0 and finished.round % every == 0)
     scores = context.score(tuned, test=test, clients=last, keep=deployed_structure(recipe, finished.state))
@@ -63,13 +63,12 @@ def deployed_structure(recipe: Recipe, state: Any) -> ModelStructure | None:
     """Return the structure that is deployed in the end; None for the whole model, or where it is not known yet."""
     if recipe.pruning is None or not recipe.pruning.target:
         return None
-    structure: ModelStructure | None = state.structure(recipe.pruning.target)
-    return structure
+    return method_of(recipe).structure(state, recipe.pruning.target)
 
 
 def write_result(context: RunContext, run: Path, state: Any, records: Sequence[RoundRecord]) -> None:
     """Write the global model of the state after the last of the records, with its provenance."""
-    tuned = METHODS[context.recipe.method.name].tuned(state)
+    tuned = method_of(context.recipe).global_model(state)
     result.write(run, tuned, context.target, provenance(context, tuned, records))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, bind, changes
+from fedtune.config.recipe import Objects
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.methods import serialization
 from fedtune.rounds.loop import Note, Watch
@@ -82,7 +83,8 @@ def check_resumable(run: Path, recipe: Recipe) -> None:
     """
     if not has_begun(run):
         return  # killed before anything of it was noted: it starts
-    start = bind(RunJournal.inputs(run)["recipe"])
+    # A method that was given as an object is needed to read its settings; the other objects are names in the text.
+    start = bind(RunJournal.inputs(run)["recipe"], objects=Objects(method=recipe.objects.method))
     different = [change for change in changes(start, recipe) if not resumable(change)]
     if different:
         raise ConfigError(

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, render
+from fedtune.config.recipe import method_of
 from fedtune.errors import FedtuneError, RoundError, StoreError
-from fedtune.methods import METHODS
+from fedtune.methods.settings import LinearSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.rounds.loop import Note, RoundFinished, RoundJournal, RoundResult, Watch
 from fedtune.rounds.loop import run as run_rounds
@@ -72,7 +73,7 @@ def run_recipe(
             if records:
                 with suppress(StoreError):  # on a full disk the error to report is the one that stopped the run
                     write("Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop))
-            watch(Note(stopped(stop, context.door, run, records)))
+            watch(Note(stop_note(stop, context.door, run, records)))
             raise
         content = write("")
         journal.finish(records[-1].round)
@@ -104,7 +105,7 @@ def recorded_rounds(
             watch(Note(f"sums of 32 bits have room for {left} more rounds in the worst case"))
 
 
-def stopped(stop: BaseException, door: Door, run: Path, records: Sequence[RoundRecord]) -> str:
+def stop_note(stop: BaseException, door: Door, run: Path, records: Sequence[RoundRecord]) -> str:
     """Return the note on a stopped run: the rounds that are complete, and how to go on."""
     complete = f"after round {records[-1].round}" if records else "before its first round"
     final = isinstance(stop, RoundError) and stop.final
@@ -125,7 +126,7 @@ def run_rounds_of(
     From the records of earlier rounds the planner learns again what it knew.
     """
     return run_rounds(
-        method=METHODS[context.recipe.method.name],
+        method=method_of(context.recipe),
         settings=context.recipe.method,
         planner=context.planner,
         transport=transport,
@@ -134,7 +135,7 @@ def run_rounds_of(
         base=context.base["digest"],
         ledger=journal,
         start=start,
-        history=[observations(record) for record in records],
+        history=[observations(record) for record in records if record.round],
         clock=context.clock,
         clock_s=records[-1].clock_s if records else 0.0,
         watch=watch,
@@ -146,3 +147,7 @@ def remarks(recipe: Recipe) -> Iterator[str]:
     planner, ratios = recipe.planner, [override.ratio for override in recipe.override]
     if recipe.pruning is not None and isinstance(planner, FixedSettings) and not planner.ratio and not any(ratios):
         yield "no client is pruned in training: planner.ratio is 0; the deployed model is pruned afterwards"
+    if isinstance(recipe.method, LinearSettings) and recipe.method.server_learning_rate == 1:
+        rule = recipe.method.server_optimizer.name
+        if rule in ("fedadam", "fedyogi"):
+            yield f"method.server_learning_rate is 1, by which {rule} may move every number in a round; 0.01 is usual"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import digest
+from fedtune.config.recipe import method_of
 from fedtune.messages import ProbeSeeds
-from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel
 from fedtune.rounds.record import COUNTS, Metrics, RoundRecord
 from fedtune.runs.context import RunContext, versions
@@ -89,7 +89,7 @@ def provenance(context: RunContext, tuned: GlobalModel, records: Sequence[RoundR
 def num_trainable(context: RunContext, tuned: GlobalModel | None) -> int:
     """Return how many numbers are trained: of the largest adapter and modules_to_save, or of the tensors seeds move."""
     blueprint = context.blueprint
-    if METHODS[context.recipe.method.name].task is ProbeSeeds:
+    if method_of(context.recipe).task is ProbeSeeds:
         seeds = tuned.seeds if tuned else None
         return sum(seeds.manifest.entries[ordinal].num_parameters for ordinal in seeds.trainable) if seeds else 0
     return blueprint.max_rank * sum(m + n for m, n in blueprint.modules.values()) + sum(

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, bind, changes
+from fedtune.config.recipe import method_of
 from fedtune.errors import StoreError
 from fedtune.messages import Blueprint
-from fedtune.methods import METHODS, serialization
+from fedtune.methods import serialization
 from fedtune.methods.method import GlobalModel
 from fedtune.runs.context import first_state
 from fedtune.runs.resume import RESTORE_ADVICE, resumable
@@ -93,10 +94,10 @@ def check_result(
         raise StoreError(
             f"{folder}: expected the {folder.name} of round {last}; got {number!r}'s; {REWRITE_ADVICE} {run}"
         )
-    method, blueprint = METHODS[recipe.method.name], Blueprint(modules={}, saved={}, max_rank=1, seed=recipe.seed)
+    method, blueprint = method_of(recipe), Blueprint(modules={}, saved={}, max_rank=1, seed=recipe.seed)
     data = Blobs(run / "blobs").get(digests[number - 1], f"the state of round {number}")
     state = serialization.decode(data, first_state(recipe, blueprint))
-    if not result.same(method.tuned(state), tuned):
+    if not result.same(method.global_model(state), tuned):
         difference = "other integers" if tuned.seeds else "other tensors"
         raise StoreError(
             f"{folder}: expected the {folder.name} of round {number}'s state; got {difference}; {REWRITE_ADVICE} {run}"

@@ -1,4 +1,4 @@
-"""States and updates of a run, each in a file named by the SHA-256 of its bytes."""
+"""States and updates of a run, each in a file that is named by the SHA-256 of its content."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from fedtune.errors import StoreError
 from fedtune.methods.serialization import digest
 from fedtune.store import files
+from fedtune.store.run_directory import REMEDY
 
 
 class Blobs:
@@ -18,7 +19,7 @@ class Blobs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lasting = set[Path]()
+        self._durable_folders = set[Path]()
         """Folders whose own names are known to be on the disk."""
 
     def path(self, name: str) -> Path:
@@ -26,36 +27,37 @@ class Blobs:
         return self.folder / name[:2] / name
 
     def put(self, parts: Sequence[bytes | memoryview]) -> str:
-        """Write the parts one behind the other, sync them, and return the blob's name.
+        """Write the parts one after the other, sync them, and return the blob's name.
 
-        What lies there under the name is replaced. Others than the owner cannot read it: it may be a client's update.
+        A file that has the name already is replaced. Only the owner can read a blob: it may be a client's update.
 
         Raises:
             StoreError: if it cannot be written.
         """
-        # Hashing and writing leave the interpreter to others, so that the one costs no time beside the other.
+        # Hashing and writing both release the interpreter lock, so a second thread hides the time of hashing.
         with files.store_errors(self.folder), ThreadPoolExecutor(1) as hashing:
             hashed = hashing.submit(digest, parts)
-            self._keep(self.folder)
+            self._make_durable(self.folder)
             descriptor, temporary = files.create_beside(self.folder / "blob")
             try:
                 try:
                     for part in parts:
                         files.write(descriptor, part)
+                    # Before the rename: after a power cut a name must never lead to bytes that are not on the disk.
                     files.sync(descriptor)
                 finally:
                     os.close(descriptor)
                 target = self.path(hashed.result())
-                self._keep(target.parent)
+                self._make_durable(target.parent)
                 files.rename(temporary, target)
             except BaseException:
                 files.remove(temporary)
                 raise
-            files.sync_folder(target.parent)
+            files.sync_folder(target.parent)  # the name itself; the journal's next record relies on it
         return target.name
 
     def get(self, name: str, what: str) -> bytes:
-        """Return the bytes of a blob; `what` says what it is, should it not be there.
+        """Return the bytes of a blob; `what` describes it in the error.
 
         Raises:
             StoreError: if it is missing or damaged.
@@ -68,9 +70,9 @@ class Blobs:
             if not path.exists():
                 raise StoreError(f"{path}: expected {what}; it is missing; {REMEDY}") from error
             raise
-        found = digest([data])
-        if found != name:
-            raise StoreError(f"{path}: expected {what}, of digest {name[:12]}; got {found[:12]}; {REMEDY}")
+        actual = digest([data])
+        if actual != name:
+            raise StoreError(f"{path}: expected {what}, of digest {name[:12]}; got {actual[:12]}; {REMEDY}")
         return data
 
     def present(self) -> Iterator[str]:
@@ -81,22 +83,19 @@ class Blobs:
                     yield path.name
 
     def release(self, names: Collection[str]) -> None:
-        """Remove blobs that nothing needs any more; should a crash bring one back, `sweep` removes it."""
+        """Remove blobs that are no longer needed. Not synced: if a crash brings one back, `sweep` removes it."""
         with files.store_errors(self.folder):
             for name in sorted(names):
                 files.remove(self.path(name))
 
     def sweep(self, keep: Collection[str]) -> None:
-        """Remove all blobs but these, and what a killed process was writing."""
+        """Remove all blobs but these, and the unfinished files of a killed process."""
         files.sweep(self.folder)
         self.release(set(self.present()) - set(keep))
 
-    def _keep(self, folder: Path) -> None:
-        """Make a folder whose name lasts; one that a killed process made may not, so that is seen to once."""
-        if folder not in self._lasting:
+    def _make_durable(self, folder: Path) -> None:
+        """Make a folder and sync its name, once per process: a killed process may have made it without the sync."""
+        if folder not in self._durable_folders:
             files.make_folder(folder)
             files.sync_folder(folder.parent)
-            self._lasting.add(folder)
-
-
-REMEDY = "put back a copy of the run directory, or start the run again with --fresh"
+            self._durable_folders.add(folder)

@@ -1,7 +1,8 @@
-"""Files that are either whole or absent: written beside, synced and renamed into place."""
+"""Durable writes: a file or folder is written under another name, synced, and renamed into place."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -14,57 +15,58 @@ from safetensors import SafetensorError
 from fedtune.errors import StoreError
 
 PARTIAL = ".partial"
-"""How the name of a file or folder ends that is not in its place yet."""
+"""End of the name of a file or folder that is not renamed into place yet."""
 
 
 @contextmanager
 def store_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a path into a StoreError that names it."""
+    """Turn an error of the operating system into a StoreError that names the path."""
     try:
         yield
     except OSError as error:
         raise StoreError(f"{path}: expected to read or write it; {error.strerror or error}; {advice(error)}") from error
     except SafetensorError as error:
-        # It keeps of the operating system's error the text alone.
+        # safetensors passes on the text of the operating system's error, not its number.
         raise StoreError(f"{path}: expected to write tensors; {error}; check the space and the permissions") from error
 
 
 def advice(error: OSError) -> str:
     if isinstance(error, PermissionError):
         return "check its permissions, or choose another folder with --out"
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space and try again, a run with --resume; what was written before is whole"
     return "check the path"
 
 
-# The steps that touch the disk. Whatever must survive a crash is made of these alone, called as `files.<step>`: who
-# stands in for them can break every durable write of a run.
+# The steps that touch the disk. Everything that must survive a crash is made of these alone, called as `files.<step>`:
+# tests replace them, and so interrupt a run at every single step (tests/test_crash.py).
 
 
 def append_to(path: Path) -> int:
-    """Open a file to write at its end, which is made if need be, and return the descriptor."""
+    """Open a file to write at its end, creating it if it is missing, and return the descriptor."""
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
 def create_beside(path: Path) -> tuple[int, Path]:
-    """Make an empty file, for the owner alone, that is to take the place of `path`; return descriptor and path."""
+    """Create an empty file, readable by the owner alone, that will replace `path`; return descriptor and path."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     return descriptor, Path(name)
 
 
 def write(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of it."""
+    """Write all of the data."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def sync(descriptor: int) -> None:
+    """Wait until a file's bytes and length are on the disk."""
     os.fsync(descriptor)
 
 
 def sync_folder(path: Path) -> None:
-    """Make names that were given or taken in a folder last; without it a synced file may have no name after a crash."""
+    """Make new, changed and removed names in a folder durable: a synced file may have no name after a crash."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -86,7 +88,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; what is gone already is gone."""
+    """Remove a file, or a folder with its content; nothing happens if it is gone already."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -99,7 +101,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> None:
-    """Replace a file's content in one step, as `write_text` does; until it has this mode it is for the owner alone."""
+    """Replace a file's content in one step, as `write_text` does; until it has this mode only the owner can read it."""
     with store_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = create_beside(path)
@@ -107,18 +109,18 @@ def write_bytes(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> N
             try:
                 write(descriptor, data)
                 os.fchmod(descriptor, mode)
-                sync(descriptor)
+                sync(descriptor)  # before the rename: otherwise a power cut can leave the new name with no bytes
             finally:
                 os.close(descriptor)
             rename(temporary, path)
         except BaseException:
             remove(temporary)
             raise
-        sync_folder(path.parent)
+        sync_folder(path.parent)  # otherwise a power cut can bring the old file back after others relied on the new
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and sync it to the disk; a line that does not fit whole is taken back."""
+    """Append one line and sync it to the disk; a line that does not fit whole is cut off again."""
     with store_errors(path):
         descriptor = append_to(path)
         try:
@@ -129,28 +131,28 @@ def append_line(path: Path, line: str) -> None:
                 write(descriptor, line.encode() + b"\n")
                 sync(descriptor)
             except OSError:
-                with suppress(OSError):  # what cannot be taken back is a torn last line, which readers leave out
+                with suppress(OSError):  # if that fails too, a torn last line is left, which readers leave out
                     truncate(descriptor, size)
                 raise
         finally:
             os.close(descriptor)
 
 
-def settle(file: Path) -> None:
-    """Sync a written file and let everyone read it: safetensors makes its files for the owner alone."""
+def sync_readable(file: Path) -> None:
+    """Sync a written file, and let all users read it: safetensors creates files that only the owner can read."""
     file.chmod(0o644)
-    with file.open("rb") as opened:
-        sync(opened.fileno())
+    with file.open("rb") as descriptor:
+        sync(descriptor.fileno())
 
 
 def fill(file: Path, data: bytes) -> None:
-    """Write a file into a folder that `new_folder` gives, which syncs it with all the others."""
+    """Write a file into a folder of `new_folder`, which syncs it together with the others."""
     file.write_bytes(data)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, which takes the place of `path` when the block ends without an error."""
+    """Give an empty folder to fill, which replaces `path` when the block ends without an error."""
     with store_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
@@ -161,10 +163,10 @@ def new_folder(path: Path) -> Iterator[Path]:
                 if inner.is_dir():
                     sync_folder(inner)
                 elif inner.is_file():
-                    settle(inner)
+                    sync_readable(inner)
             temporary.chmod(0o755)
             sync_folder(temporary)
-            if path.exists():
+            if path.exists():  # a folder cannot be renamed over one that is not empty
                 rename(path, old)
             rename(temporary, path)
             sync_folder(path.parent)
@@ -174,7 +176,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process had not put in its place; only where no other process writes."""
+    """Remove unfinished files and folders of a killed process; only under the lock of the run."""
     with store_errors(folder):
         for path in sorted(folder.glob(f".*{PARTIAL}")):
             remove(path)

@@ -1,4 +1,4 @@
-"""What a journal says happened: its records folded into where the run stands, in the writer and in every reader."""
+"""The state of a run that follows from its journal: every record is checked against those before it, then applied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedtune.store.journal import End, Record
 
 @dataclass(frozen=True)
 class Place:
-    """Where an update lies: updates that were made durable together share a blob."""
+    """Where the bytes of an update are stored: updates that were made durable together share a blob."""
 
     blob: str
     offset: int
@@ -32,15 +32,15 @@ class Round:
     cohort: Mapping[str, int]
     """Clients by name, with the examples they had enrolled."""
     orders: Mapping[str, str]
-    """Digest of what each of them was told."""
+    """SHA-256 (hex) of each client's assignment, or `unfit`."""
     updates: dict[str, Place] = field(default_factory=dict)
-    """Accepted ones by client, in the order of their arrival."""
+    """Accepted updates by client, in the order of their arrival."""
     failures: Mapping[str, Failure] | None = None
     """Why the others are not used; None while the round waits for them."""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Bytes that came from each of those."""
+    """Bytes received from each client that failed."""
     memory: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of main memory of the clients that said so."""
+    """Main memory in bytes, of the clients that reported it."""
 
     @property
     def missing(self) -> Sequence[str]:
@@ -50,16 +50,16 @@ class Round:
 
 @dataclass
 class History:
-    """Where a run stands. Every record is checked against those before it."""
+    """What a run has done so far."""
 
     run: str = ""
-    """The run's own number, drawn at its beginning."""
+    """Identifier of the run, drawn at its start."""
     inputs: list[Mapping[str, Any]] = field(default_factory=list)
-    """What each of the run's processes was started with."""
+    """Recipe, digests and versions that each process of the run was started with."""
     digests: list[str] = field(default_factory=list)
-    """Of the states after rounds 1, 2, ..."""
+    """SHA-256 (hex) of the states after rounds 1, 2, ..."""
     round: Round | None = None
-    """The last one that has begun, which may be committed."""
+    """The last round that has begun; it may be committed."""
     finished: bool = False
 
     @property
@@ -74,11 +74,11 @@ class History:
 
     @property
     def repeatable(self) -> Round | None:
-        """The last committed round, as long as all that it was made of is kept: nothing has begun after it."""
+        """The last committed round, while its first state and updates are still there: until another round begins."""
         return None if self.open or self.finished else self.round
 
     def needed(self) -> Mapping[str, str]:
-        """Return the blobs that are kept, by name, and what each of them is."""
+        """Return the blobs that must be there, by name, with a description of each."""
         states = [self.committed - 1, self.committed] if self.repeatable else [self.committed]
         needed = {self.digests[number - 1]: f"the state of round {number}" for number in states if number > 0}
         current = self.open or self.repeatable
@@ -92,7 +92,7 @@ class History:
         return needed
 
     def apply(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Take one record in, or nothing of it.
+        """Apply one record, or raise and leave everything unchanged.
 
         Raises:
             StoreError: if it cannot follow the records before it.
@@ -130,7 +130,7 @@ def begin(history: History, fields: Mapping[str, Any]) -> None:
         )
     cohort, orders = dict(fields["cohort"]), dict(fields["orders"])
     if cohort.keys() != orders.keys():
-        raise StoreError(f"expected an order for each client of {sorted(cohort)}; got {sorted(orders)}")
+        raise StoreError(f"expected an assignment for each client of {sorted(cohort)}; got {sorted(orders)}")
     memory = {str(name): int(num_bytes) for name, num_bytes in fields.get("memory", {}).items()}
     history.round, history.finished = Round(number, state, cohort, orders, memory=memory), False
 
@@ -169,11 +169,11 @@ def finish(history: History, fields: Mapping[str, Any]) -> None:
 
 
 STEPS = {"start": start, "open": begin, "accept": accept, "close": close, "commit": commit, "final": finish}
-"""What each kind of record does."""
+"""The function that applies each kind of record."""
 
 
 def waiting(history: History, fields: Mapping[str, Any]) -> Round:
-    """Return the round that the record belongs to, which still waits for clients."""
+    """Return the open round, which must be the record's and still wait for clients."""
     current = history.open
     if current is None or current.number != fields["round"] or current.failures is not None:
         raise StoreError(f"expected a round that waits for clients; got round {fields['round']}")
@@ -181,17 +181,17 @@ def waiting(history: History, fields: Mapping[str, Any]) -> Round:
 
 
 def places(current: Round, fields: Mapping[str, Any]) -> Mapping[str, Place]:
-    """Return where the updates lie that a record accepts."""
-    found: dict[str, Place] = {}
+    """Return where the updates that a record accepts are stored, by client."""
+    stored: dict[str, Place] = {}
     for client, offset, length in fields["updates"]:
-        if client not in current.cohort or client in current.updates or client in found:
+        if client not in current.cohort or client in current.updates or client in stored:
             raise StoreError(f"expected one update of each client in {sorted(current.cohort)}; got another of {client}")
-        found[client] = Place(fields["blob"], offset, length)
-    return found
+        stored[client] = Place(fields["blob"], offset, length)
+    return stored
 
 
 def has_begun(run: Path) -> bool:
-    """Tell whether a run directory holds the beginning of a run: if not, there is nothing to resume.
+    """Return whether a run has begun: if not, it was killed before that, and there is nothing to resume.
 
     Raises:
         StoreError: if the journal is damaged.
@@ -200,7 +200,7 @@ def has_begun(run: Path) -> bool:
 
 
 def replay_journal(run: Path) -> tuple[History, End]:
-    """Return what the journal of a run directory says, and where its records end; safe beside the run's writer.
+    """Return what a run has done according to its journal, and where the records end; safe beside the run's writer.
 
     Raises:
         StoreError: if there is none, or naming the first record that cannot be trusted.

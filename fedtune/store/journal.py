@@ -1,8 +1,8 @@
-"""The journal of a run: an append-only file of chained records, each of which lasts before what it announces happens.
+"""The journal of a run: an append-only file of hash-chained records, each on the disk before what it announces happens.
 
 A record is `u32 length | u32 crc32 | JSON`, little-endian; the JSON has sorted keys, is ASCII, and holds integers and
 strings only. Beside the fields of its kind it holds `n`, `prev` (SHA-256 of the JSON before it), `epoch` (which of the
-run's processes wrote it), `kind`, and `unix_ms`, which is information and decides nothing.
+run's processes wrote it), `kind`, and `unix_ms`, which is for people and never read by the program.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Record:
     fields: Mapping[str, Any]
     """Those of its kind."""
     unix_ms: int = field(default=0, compare=False)
-    """When it was written, by the clock of the machine; information that decides nothing."""
+    """When it was written, by the clock of the machine; no decision depends on it."""
     prev: str = field(default=BEFORE_FIRST, compare=False)
     """SHA-256 (hex) of the JSON of the record before it."""
 
@@ -56,36 +56,36 @@ class End:
     """Of the last record."""
     num_bytes: int = 0
     torn_bytes: int = 0
-    """What a crash left of a record behind them."""
+    """Bytes behind them: what a crash left of one more record."""
 
 
-def read(path: Path, each: Callable[[Record], None]) -> End:
-    """Hand every whole record to `each`, in order, and return where they end; safe beside a process that writes.
+def read(path: Path, apply: Callable[[Record], None]) -> End:
+    """Call `apply` with every whole record, in order, and return where they end; safe beside a process that writes.
 
     A last record that is incomplete, or does not match its checksum, was being written when the process died: it is
     left out. Nothing else may be wrong.
 
     Raises:
-        StoreError: naming the first record that is damaged or breaks the chain; or raised by `each`.
+        StoreError: naming the first record that is damaged or breaks the chain; or raised by `apply`.
     """
     with files.store_errors(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         n, head, epoch, at = 0, BEFORE_FIRST, 0, 0
         while at < size:
             try:
-                data = whole(file, size - at)
+                data = read_whole(file, size - at)
                 if data is None:
                     break
                 record = parse_record(data, n, head, epoch)
             except StoreError as error:
                 damage = "the journal is damaged: put back a copy of the run directory"
                 raise StoreError(f"{path}, record {n}: {error}; {damage}") from error
-            each(record)
+            apply(record)
             n, head, epoch, at = n + 1, sha256(data).hexdigest(), record.epoch, at + FRONT.size + len(data)
         return End(n, head, epoch, at, size - at)
 
 
-def whole(file: BinaryIO, rest: int) -> bytes | None:
+def read_whole(file: BinaryIO, rest: int) -> bytes | None:
     """Return the JSON of the next record if it is what its checksum says, or None if its writing was cut short.
 
     Args:
@@ -110,13 +110,13 @@ def whole(file: BinaryIO, rest: int) -> bytes | None:
     if FRONT.size + length < rest:
         raise StoreError(f"expected the checksum {checksum:08x}; got {crc32(data):08x}")
     if len(data) < length and complete(data):
-        # The length was damaged, not the writing cut short: to cut here could lose records that were promised.
+        # The length is damaged, the record is not torn: to cut here could lose records whose updates are acknowledged.
         raise StoreError(f"expected {length} bytes; got a record that ends earlier within {len(data)}")
     return None
 
 
 def complete(data: bytes) -> bool:
-    """Tell whether the bytes begin with a whole JSON object, which the beginning of a longer one never does."""
+    """Return whether the bytes begin with a whole JSON object; a part of a longer object never does."""
     try:
         json.JSONDecoder().raw_decode(data.decode("latin-1"))
     except ValueError:
@@ -143,7 +143,7 @@ def parse_record(data: bytes, n: int, head: str, epoch: int) -> Record:
 
 
 class Journal:
-    """The end of a journal's file, to append to. Once a write has failed it takes no more: what lasts is unknown."""
+    """The end of a journal's file, to append to. After a failed write it refuses more: what is on disk is unknown."""
 
     def __init__(self, path: Path, end: End) -> None:
         """Open the file behind its last whole record, and cut off what a crash left of another.
@@ -157,10 +157,11 @@ class Journal:
             self._descriptor = files.append_to(path)
             try:
                 if end.count == 0:
-                    files.sync_folder(path.parent)  # before the first record: a record never lasts without its file
+                    files.sync_folder(path.parent)  # before the first record: a durable record needs a durable name
                 if end.torn_bytes:
                     files.truncate(self._descriptor, end.num_bytes)
-                # A process that was killed may have left whole records that are not synced, and they are acted on now.
+                # A killed process may have left whole records that are not synced. This process acts on them, so they
+                # must not vanish in a later power cut.
                 files.sync(self._descriptor)
             except BaseException:
                 self.close()
@@ -187,7 +188,7 @@ class Journal:
         self.extend([(kind, fields)])
 
     def extend(self, records: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Append records, which a crash may leave any number of, and sync them together.
+        """Append several records and sync them once; a crash in between may leave the first few of them.
 
         Raises:
             StoreError: as for `append`; then none of them is there.
@@ -222,19 +223,19 @@ class Journal:
                     f"{self._path}: expected {self._end.num_bytes} bytes, as this process left it; another one has "
                     "written; end all but one"
                 )
-            self._usable = False  # whatever interrupts the next lines: nobody writes behind half a record
+            self._usable = False  # if anything interrupts the next lines, no record may follow half a record
             try:
                 files.write(self._descriptor, b"".join(written))
                 files.sync(self._descriptor)
             except OSError:
-                with suppress(OSError):  # what stays of it is cut off by whoever opens the journal next
+                with suppress(OSError):  # if that fails too, the next process that opens the journal cuts it off
                     files.truncate(self._descriptor, self._end.num_bytes)
                 raise
             self._usable = True
         self._end = end
 
     def close(self) -> None:
-        """Close the file; nothing waits to be written."""
+        """Close the file; every record in it is synced already."""
         self._usable = False
         os.close(self._descriptor)
 

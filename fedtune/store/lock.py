@@ -1,4 +1,4 @@
-"""One writer for a run directory: the lock that a process holds while it conducts the run."""
+"""One writer for a run directory: the file lock of the process that runs it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fedtune.errors import StoreError
 from fedtune.store import files
 
 TRIES, PAUSE_S = 5, 0.02
-"""`holder` holds a lock for an instant too, which must not keep a run from starting."""
+"""`holder` takes the lock for an instant too: a run that starts just then must try again, not fail."""
 
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Hold the lock of a run directory. It ends with the process, however that ends.
+    """Hold the lock of a run directory; the kernel releases it with the process, even a killed one.
 
     Raises:
         StoreError: naming the process that holds it.
@@ -41,11 +41,13 @@ def lock_run(run: Path) -> Iterator[None]:
             files.write(descriptor, f"{os.getpid()}\n".encode())
         yield
     finally:
-        os.close(descriptor)  # which gives the lock back; the file stays, or two could hold locks of one name
+        os.close(
+            descriptor
+        )  # releases the lock. The file stays: removed and made anew, it would allow two locks of one name
 
 
 def holder(run: Path) -> str | None:
-    """Return the process that writes a run directory, as it gave its number; None if nobody does.
+    """Return the number of the process that writes a run directory, as it wrote it; None if there is none.
 
     Raises:
         StoreError: if the lock cannot be read.

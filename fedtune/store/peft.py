@@ -20,12 +20,12 @@ from fedtune.tensors import Array, Tensors
 from fedtune.tensors import digest as tensors_digest
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the base model's own names."""
+"""Prefix of PEFT before the base model's own names."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an adapter's configuration must say of the model it belongs to."""
+    """The base model of an adapter, as adapter_config.json describes it."""
 
     base: str
     """Folder or hub name of the base."""
@@ -72,16 +72,16 @@ def write(path: Path, adapter: Adapter, saved: Tensors, target: Target, provenan
 
     A module of rank 0 is left out, of the targets too; an adapter that changes nothing keeps its modules at rank 1.
     """
-    kept = {name: factors for name, factors in adapter.items() if factors.rank > 0}
-    if not kept:
-        kept = {name: Factors(a=zeros((1, f.shape[1])), b=zeros((f.shape[0], 1))) for name, f in adapter.items()}
+    written = {name: factors for name, factors in adapter.items() if factors.rank > 0}
+    if not written:  # PEFT loads no adapter without modules
+        written = {name: Factors(a=zeros((1, f.shape[1])), b=zeros((f.shape[0], 1))) for name, f in adapter.items()}
     tensors = {f"{PREFIX}{name}": np.ascontiguousarray(array, np.float32) for name, array in saved.items()}
-    for name, factors in kept.items():
+    for name, factors in written.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(factors.a, np.float32)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(factors.b, np.float32)
     with new_folder(path) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(config(kept, target), indent=1) + "\n")
+        (folder / "adapter_config.json").write_text(json.dumps(config(written, target), indent=1) + "\n")
         (folder / "fedtune.json").write_text(json.dumps(provenance, indent=1) + "\n")
     return path
 

@@ -1,4 +1,4 @@
-"""`pruning.json`: what a pruned model keeps of its base, and the order of heads and channels that it follows from."""
+"""`pruning.json`: the structure of a pruned model, and the ranking of heads and channels that it follows from."""
 
 from __future__ import annotations
 
@@ -22,93 +22,99 @@ FORMAT = 1
 
 def write(
     folder: Path,
-    keep: ModelStructure,
-    anatomy: BlockLayout,
+    structure: ModelStructure,
+    layout: BlockLayout,
     *,
     ratio: float,
     settings: PruningSettings,
-    order: Tensors,
+    ranking: Tensors,
     base: Mapping[str, str],
 ) -> None:
-    """Write what is kept, as runs of [start, length], with the order it follows from and the base it is of.
+    """Write which heads and channels stay, as runs of [start, length], with their ranking and the base's digest.
 
     Raises:
         StoreError: if it cannot be written.
     """
     blocks = [
-        {"prefix": block.prefix, "q": list(kept.q), "kv": list(kept.kv), "ff": runs(kept.ff)}
-        for block, kept in zip(anatomy.blocks, keep.blocks, strict=True)
+        {"prefix": block.prefix, "q": list(part.q), "kv": list(part.kv), "ff": runs(part.ff)}
+        for block, part in zip(layout.blocks, structure.blocks, strict=True)
     ]
-    told = {
+    content = {
         "format": FORMAT,
         "base": dict(base),
-        "family": anatomy.family,
-        "head_dim": anatomy.blocks[0].head_dim,
+        "family": layout.family,
+        "head_dim": layout.blocks[0].head_dim,
         "ratio": ratio,
-        "sparsity": sparsity(keep, anatomy),
-        "digest": keep.digest.hex(),
+        "sparsity": sparsity(structure, layout),
+        "digest": structure.digest.hex(),
         "settings": asdict(settings),
         "blocks": blocks,
-        "order": {name: [float(f"{value:.9g}") for value in array.tolist()] for name, array in order.items()},
+        "order": {name: [float(f"{value:.9g}") for value in array.tolist()] for name, array in ranking.items()},
     }
-    write_text(folder / NAME, json.dumps(told, indent=1) + "\n")
+    write_text(folder / NAME, json.dumps(content, indent=1) + "\n")
 
 
-def read(path: Path, anatomy: BlockLayout, base: str) -> ModelStructure:
-    """Return what a `pruning.json` keeps, held against the base that is here.
+def read(path: Path, layout: BlockLayout, base: str) -> ModelStructure:
+    """Return the structure in a `pruning.json`, checked against the base that is loaded.
+
+    Args:
+        path: of the file.
+        layout: heads and channels of the base.
+        base: its digest.
 
     Raises:
-        ConfigError: if the file is none, or of another base, or what it keeps is no model.
+        ConfigError: if the file is missing or malformed, of another base, or its lists do not fit the base's blocks.
     """
-    told = _told(path)
-    _of_this_base(told, path, anatomy, base)
+    content = _read_file(path)
+    _check_base(content, path, layout, base)
     try:
         blocks = tuple(
-            BlockStructure(tuple(one["q"]), tuple(one["kv"]), expand_runs(one["ff"])) for one in told["blocks"]
+            BlockStructure(tuple(block["q"]), tuple(block["kv"]), expand_runs(block["ff"]))
+            for block in content["blocks"]
         )
-        keep, noted = check(ModelStructure(blocks), anatomy), str(told["digest"])
+        structure, digest = check(ModelStructure(blocks), layout), str(content["digest"])
     except (KeyError, TypeError, ValueError, ShapeError) as error:
         raise _fault(path, "heads and channels of this base", str(error)) from error
-    if keep.digest.hex() != noted:
-        raise _fault(path, f"lists of the digest {noted[:12]}", keep.digest.hex()[:12])
-    return keep
+    if structure.digest.hex() != digest:
+        raise _fault(path, f"lists of the digest {digest[:12]}", structure.digest.hex()[:12])
+    return structure
 
 
-def read_ranking(name: str, root: Path, anatomy: BlockLayout | None, base: str) -> Tensors:
-    """Return the order of heads and channels that a recipe's `pruning.ranking` brings along.
+def read_ranking(name: str, root: Path, layout: BlockLayout | None, base: str) -> Tensors:
+    """Return the ranking of heads and channels in the file that a recipe's `pruning.ranking` names.
 
     Raises:
-        ConfigError: if the file is none, or of another base.
+        ConfigError: if the file is missing or malformed, or of another base.
     """
     path = root / Path(name).expanduser()
-    told = _told(path)
-    if anatomy is None:
-        raise _fault(path, "a base that surgery knows", "another")
-    _of_this_base(told, path, anatomy, base)
+    content = _read_file(path)
+    if layout is None:
+        raise _fault(path, "a base whose blocks can be pruned", "another")
+    _check_base(content, path, layout, base)
     try:
-        order = {key: np.asarray(told["order"][key], np.float32) for key in ("heads", "channels")}
-        split_by_block(order, anatomy)
+        ranking = {key: np.asarray(content["order"][key], np.float32) for key in ("heads", "channels")}
+        split_by_block(ranking, layout)
     except (KeyError, TypeError, ValueError, ShapeError) as error:
-        raise _fault(path, "an order of this base's heads and channels", str(error)) from error
-    if not all(np.isfinite(part).all() for part in order.values()):
-        raise _fault(path, "finite numbers in its order", "others")
-    return order
+        raise _fault(path, "a ranking of this base's heads and channels", str(error)) from error
+    if not all(np.isfinite(part).all() for part in ranking.values()):
+        raise _fault(path, "finite numbers in its ranking", "others")
+    return ranking
 
 
-def _told(path: Path) -> Mapping[str, Any]:
+def _read_file(path: Path) -> Mapping[str, Any]:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(told, dict) or told.get("format") != FORMAT:
-            raise ValueError(f"format {told.get('format') if isinstance(told, dict) else None!r}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"format {content.get('format') if isinstance(content, dict) else None!r}")
     except (OSError, ValueError) as error:
         raise _fault(path, f"a {NAME} of format {FORMAT}, as fedtune export --deploy writes it", str(error)) from error
-    return told
+    return content
 
 
-def _of_this_base(told: Mapping[str, Any], path: Path, anatomy: BlockLayout, base: str) -> None:
-    noted = str(found.get("digest")) if isinstance(found := told.get("base"), dict) else "none"
-    if noted != base or told.get("family") != anatomy.family:
-        raise _fault(path, f"the base {base[:12]} ({anatomy.family})", f"{noted[:12]} ({told.get('family')})")
+def _check_base(content: Mapping[str, Any], path: Path, layout: BlockLayout, base: str) -> None:
+    digest = str(origin.get("digest")) if isinstance(origin := content.get("base"), dict) else "none"
+    if digest != base or content.get("family") != layout.family:
+        raise _fault(path, f"the base {base[:12]} ({layout.family})", f"{digest[:12]} ({content.get('family')})")
 
 
 def _fault(path: Path, expected: str, got: str) -> ConfigError:
@@ -121,13 +127,13 @@ def runs(numbers: Sequence[int]) -> list[list[int]]:
     >>> runs([3, 4, 5, 9])
     [[3, 3], [9, 1]]
     """
-    found: list[list[int]] = []
+    parts: list[list[int]] = []
     for number in numbers:
-        if found and number == sum(found[-1]):
-            found[-1][1] += 1
+        if parts and number == sum(parts[-1]):
+            parts[-1][1] += 1
         else:
-            found.append([number, 1])
-    return found
+            parts.append([number, 1])
+    return parts
 
 
 def expand_runs(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:

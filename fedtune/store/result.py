@@ -1,4 +1,4 @@
-"""What a run has come to, on disk: an adapter, or seeds, whichever its method makes."""
+"""A run's global model on disk: an adapter or seeds, depending on the method."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fedtune.store import peft, seeds
 from fedtune.tensors import digest as tensors_digest
 
 ADAPTER, SEEDS = "adapter", "seeds"
-"""Names of the two folders, of which a run has one."""
+"""Names of the two folders; a run has one of them."""
 
 
 def folder(run: Path) -> Path:
-    """Return where a run's result lies, or would lie."""
+    """Return the folder of a run's result, whether or not it exists yet."""
     return run / SEEDS if (run / SEEDS).exists() else run / ADAPTER
 
 
 def write(run: Path, tuned: GlobalModel, target: peft.Target, provenance: Mapping[str, Any]) -> Path:
-    """Write a global model with where it came from, in one step, and return the folder."""
+    """Write a global model with its provenance, in one step, and return the folder."""
     if tuned.seeds is not None:
         return seeds.write(run / SEEDS, tuned.seeds, provenance)
     return peft.write(run / ADAPTER, tuned.adapter, tuned.saved, target, provenance)
@@ -34,8 +34,8 @@ def read(run: Path) -> tuple[GlobalModel, Mapping[str, Any]]:
         StoreError: if there is none, or a file is torn.
     """
     if (run / SEEDS).exists():
-        found, provenance = seeds.read(run / SEEDS)
-        return GlobalModel(seeds=found), provenance
+        model, provenance = seeds.read(run / SEEDS)
+        return GlobalModel(seeds=model), provenance
     adapter, saved, provenance = peft.read(run / ADAPTER)
     return GlobalModel(adapter, saved), provenance
 
@@ -48,7 +48,7 @@ def digest(tuned: GlobalModel) -> str:
 
 
 def same(ours: GlobalModel, theirs: GlobalModel) -> bool:
-    """Return whether two global models are one: the same numbers, moving the same tensors."""
+    """Return whether two global models are equal: the same numbers, moving the same tensors."""
     moved = [None if tuned.seeds is None else list(tuned.seeds.trainable) for tuned in (ours, theirs)]
     return digest(ours) == digest(theirs) and moved[0] == moved[1]
 

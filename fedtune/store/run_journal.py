@@ -1,9 +1,9 @@
-"""The ledger of a run directory: each step of a round lasts before the next is taken, so that any crash is harmless.
+"""The journal of rounds in a run directory: each step is durable before the next is taken, so any crash is harmless.
 
-What must be on the disk, before what happens: `open` before the first order leaves, the updates before `accept` or
+What is on the disk before what happens: `open` before the first assignment is sent, the updates before `accept` or
 `close` names them, `close` before the round is aggregated, the state before `commit` names it, `commit` before the
 round's line is written, and that line before the next `open`. Until then the round can be done again to the same bytes:
-the state it started from and its updates are kept.
+the state that it started from and its updates are not removed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from fedtune.store.lock import lock_run
 from fedtune.store.round_records import mend_rounds
 
 WRITING_SHARE = 0.05
-"""Share of a round's time up to which each accepted update is made durable at once."""
+"""Share of a round's time that may be spent on making each accepted update durable at once."""
 GROUP_S = 1.0
-"""Where that share is used up, updates that come closer together are made durable together."""
+"""Seconds: beyond that share, updates that arrive closer together are made durable together."""
 GROUP_BYTES = 64 * 1024 * 1024
-"""Updates of this size in all are made durable whatever the time."""
+"""Waiting updates of this size together are made durable at any time: they are in memory until then."""
 
 
 class RunJournal:
-    """Implements `rounds.Ledger` in a run directory; `create` and `reopen` give one and hold the directory's lock."""
+    """Implements `rounds.loop.RoundJournal` in a run directory, whose lock `create` and `reopen` hold."""
 
     def __init__(self, run: Path, history: History, end: End, *, group_s: float, clock: Callable[[], float]) -> None:
         self._run, self._history = run, history
@@ -54,7 +54,7 @@ class RunJournal:
     def create(
         cls, run: Path, *, group_s: float = GROUP_S, clock: Callable[[], float] = time.monotonic
     ) -> Iterator[Self]:
-        """Give the ledger of a new run, which `begin` must start.
+        """Give the journal of a new run, which `begin` must start.
 
         Args:
             run: the run directory.
@@ -71,19 +71,19 @@ class RunJournal:
                 raise StoreError(f"{run}: expected a new run; it holds one; pass --resume to go on with it, or --fresh")
             files.sweep(run)  # of a process that was killed before the run had begun
             with files.store_errors(run):
-                files.sync_folder(run.resolve().parent)
-            with cls._writing(run, history, end, group_s, clock) as ledger:
-                yield ledger
+                files.sync_folder(run.resolve().parent)  # the run directory's own name
+            with cls._writing(run, history, end, group_s, clock) as journal:
+                yield journal
 
     @classmethod
     @contextmanager
     def reopen(
         cls, run: Path, *, group_s: float = GROUP_S, clock: Callable[[], float] = time.monotonic
     ) -> Iterator[Self]:
-        """Give the ledger of a run that goes on after a crash, or after its end, once `begin` is called.
+        """Give the journal of a run that is resumed after a crash, or after its end; `begin` must be called first.
 
-        What a crash left half done is removed: the torn end of the journal and of rounds.jsonl, blobs that nothing
-        needs, and files that were not in their place yet. The arguments are those of `create`.
+        What a crash left half done is removed: the torn end of the journal and of rounds.jsonl, blobs that are not
+        needed, and files that were not renamed into place. The arguments are those of `create`.
 
         Raises:
             StoreError: if another process writes the directory, or the journal is missing or damaged.
@@ -93,31 +93,31 @@ class RunJournal:
             check_begun(run, history)
             files.sweep(run)
             mend_rounds(run)
-            with cls._writing(run, history, end, group_s, clock) as ledger:
-                ledger._blobs.sweep(history.needed().keys())
-                yield ledger
+            with cls._writing(run, history, end, group_s, clock) as journal:
+                journal._blobs.sweep(history.needed().keys())
+                yield journal
 
     @classmethod
     @contextmanager
     def _writing(
         cls, run: Path, history: History, end: End, group_s: float, clock: Callable[[], float]
     ) -> Iterator[Self]:
-        ledger = cls(run, history, end, group_s=group_s, clock=clock)
+        journal = cls(run, history, end, group_s=group_s, clock=clock)
         try:
-            yield ledger
-            ledger.flush()
+            yield journal
+            journal.flush()
         except BaseException:
-            # Nobody need be asked again for an update that came before the run was stopped.
-            if ledger._journal.usable:
+            # So that no client is asked again for an update that arrived before the run was stopped.
+            if journal._journal.usable:
                 with suppress(StoreError):
-                    ledger.flush()
+                    journal.flush()
             raise
         finally:
-            ledger._journal.close()
+            journal._journal.close()
 
     @staticmethod
     def inputs(run: Path) -> Mapping[str, Any]:
-        """Return what a run was begun with; needs no lock.
+        """Return what a run was started with; needs no lock.
 
         Raises:
             StoreError: if the folder holds no run that has begun, or its journal is damaged.
@@ -128,7 +128,7 @@ class RunJournal:
 
     @property
     def first(self) -> Mapping[str, Any]:
-        """What the run was begun with."""
+        """What the run was started with."""
         return self._history.inputs[0]
 
     @property
@@ -147,7 +147,7 @@ class RunJournal:
         return self._history.committed
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
-        """Note what this process is started with: integers, strings, and lists or mappings of them.
+        """Note what this process was started with: integers, strings, and lists or mappings of them.
 
         Raises:
             StoreError: if that cannot be written.
@@ -155,7 +155,7 @@ class RunJournal:
         self._note("start", {"run": self._history.run or secrets.token_hex(8), "inputs": inputs})
 
     def resume(self, reported: int) -> bytes | None:
-        """Return the state to go on from, as `methods.state.encode` made it; None stands for the method's first one.
+        """Return the encoded state to go on from; None for the method's first state.
 
         Args:
             reported: number of the last round whose line was written; 0 before the first.
@@ -165,35 +165,35 @@ class RunJournal:
         """
         history = self._history
         if reported != history.committed and not (history.repeatable and reported == history.committed - 1):
-            raise self._misreported(reported)
+            raise self._wrong_last_line(reported)
         return self._blobs.get(history.digests[reported - 1], f"the state of round {reported}") if reported else None
 
     def opened(self, round: int) -> InterruptedRound | None:
-        """Return what is known of a round that had begun: the open one, or the last one, which has no line yet.
+        """Return a round that had begun: the open one, or the last committed one, if its line is missing.
 
         Raises:
             StoreError: if an update of it is missing or damaged.
         """
-        found = self._history.open or self._history.repeatable
-        if found is None or found.number != round:
+        current = self._history.open or self._history.repeatable
+        if current is None or current.number != round:
             return None
         return InterruptedRound(
-            cohort=found.cohort,
-            orders=found.orders,
-            updates=self._updates(found),
-            failures=found.failures,
-            sizes=found.sizes,
-            memory=found.memory,
+            cohort=current.cohort,
+            orders=current.orders,
+            updates=self._updates(current),
+            failures=current.failures,
+            sizes=current.sizes,
+            memory=current.memory,
         )
 
-    def _updates(self, found: Round) -> Mapping[str, bytes]:
+    def _updates(self, current: Round) -> Mapping[str, bytes]:
         needed = self._history.needed()
-        blobs = {place.blob: b"" for place in found.updates.values()}
+        blobs = {place.blob: b"" for place in current.updates.values()}
         for name in blobs:
             blobs[name] = self._blobs.get(name, needed[name])
         return {
             client: blobs[place.blob][place.offset : place.offset + place.length]
-            for client, place in found.updates.items()
+            for client, place in current.updates.items()
         }
 
     def open(
@@ -205,23 +205,24 @@ class RunJournal:
         orders: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
     ) -> None:
-        """Note what a round begins with, and let go of what only a repetition of the one before would need.
+        """Note the start of a round, then remove the blobs that only a repetition of the round before would need.
 
         Raises:
             StoreError: if the round before is not committed, or the directory cannot be written.
         """
         needed = self._history.needed().keys()
-        said = {"memory": memory} if memory else {}  # as earlier releases wrote it where nothing is said
-        self._note("open", {"round": round, "state": state, "cohort": cohort, "orders": orders, **said})
+        # Without reported memory the record has the bytes that releases before 0.2.0 wrote.
+        reported = {"memory": memory} if memory else {}
+        self._note("open", {"round": round, "state": state, "cohort": cohort, "orders": orders, **reported})
         self._blobs.release(needed - self._history.needed().keys())
         self._opened_at = self._flushed_at = self._clock()
         self._flushing_s = 0.0
 
     def accept(self, round: int, client: str, update: bytes) -> None:
-        """Keep an update: at once while that takes a small share of the round's time, otherwise with those that follow.
+        """Store an update: at once while that takes a small share of the round's time, otherwise with the next ones.
 
-        So an update is volatile only in a round that is young beside what its flushes take: what a crash may cost, the
-        clients can soon do again. Of slow clients every update lasts, those that come at the same moment too.
+        So an update can be lost in a crash only in a round that is short compared with its flushes, where the clients
+        can soon repeat it. In rounds of slow clients every update is durable at once, also those that arrive together.
 
         Raises:
             StoreError: if the directory cannot be written.
@@ -247,9 +248,9 @@ class RunJournal:
             self._flushing_s += self._flush_s
 
     def close(self, round: int, failures: Mapping[str, Failure], sizes: Mapping[str, int]) -> None:
-        """Note that the round waits for nobody any more, with the updates that are not durable yet.
+        """Note that the round no longer waits for clients, together with the updates that are not durable yet.
 
-        What came aside during the round is not noted: a crash after this loses it, and nothing is computed from it.
+        Unsolicited replies are not noted: a crash after this loses them, and nothing is computed from them.
 
         Raises:
             StoreError: if a client has neither an update nor a failure, or the directory cannot be written.
@@ -258,28 +259,28 @@ class RunJournal:
         self._note_updates("close", {"failures": reasons, "sizes": sizes})
 
     def commit(self, round: int, state: Sequence[bytes | memoryview]) -> str:
-        """Keep the state after the round and return its digest; a round done again is held against the first time.
+        """Store the state after the round and return its digest; a repeated round must give the same state.
 
         Raises:
-            StoreError: if the round, done again, came to another state; or if the directory cannot be written.
+            StoreError: if the repeated round gives another state, or the directory cannot be written.
         """
         if self._history.repeatable and round == self._history.committed:
-            noted, found = self._history.digests[-1], digest(state)
-            if found != noted:
+            noted, repeated = self._history.digests[-1], digest(state)
+            if repeated != noted:
                 raise StoreError(
                     f"{self._run}: round {round}: expected the state {noted[:12]}, which the journal notes; "
-                    f"got {found[:12]} when done again; "
-                    "resume with the versions and the threads the run was started with"
+                    f"got {repeated[:12]} when done again; "
+                    "resume with the versions and the threads that the run was started with"
                 )
             return noted
-        name = self._blobs.put(state)
+        name = self._blobs.put(state)  # durable before the record that names it
         self._note("commit", {"round": round, "state": name})
         return name
 
     def finish(self, reported: int) -> None:
-        """Note that the last round's line is written, and let go of what only its repetition would need.
+        """Note that the last round's line is written, and remove the blobs that only its repetition would need.
 
-        More rounds may follow all the same.
+        More rounds may follow.
 
         Args:
             reported: number of the last round whose line was written; 0 before the first.
@@ -288,17 +289,17 @@ class RunJournal:
             StoreError: if a round is open or has no line yet, or the directory cannot be written.
         """
         if reported != self.committed:
-            raise self._misreported(reported)
+            raise self._wrong_last_line(reported)
         if not self._history.finished:
             needed = self._history.needed().keys()
             self._note("final", {"round": self._history.committed})
             self._blobs.release(needed - self._history.needed().keys())
 
     def _note_updates(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Put the waiting updates in one blob, and append one record with their places.
+        """Store the waiting updates in one blob, and append one record with their places in it.
 
-        One record, so that what a crash leaves of it is the journal's last and can be cut: of several, the disk might
-        hold a later one without an earlier one.
+        One record, so that what a crash leaves of it is the journal's end and can be cut off: of several records the
+        disk might hold a later one without an earlier one.
         """
         updates, offset = [], 0
         for client, update in self._waiting:
@@ -310,14 +311,14 @@ class RunJournal:
         self._waiting.clear()
 
     def _note(self, kind: str, fields: Mapping[str, Any]) -> None:
-        # Refused before it is written: the journal holds nothing that could not be replayed.
+        # Applied before it is written: the journal never holds a record that could not be replayed.
         try:
             self._history.apply(kind, fields)
         except StoreError as error:
             raise StoreError(f"{self._run}: {error}") from error
         self._journal.append(kind, fields)
 
-    def _misreported(self, reported: int) -> StoreError:
+    def _wrong_last_line(self, reported: int) -> StoreError:
         return StoreError(
             f"{self._run}: expected rounds.jsonl to end with round {self.committed}, as the journal does; "
             f"got {reported}; put back a copy of the run directory, or start the run again with --fresh"
@@ -326,4 +327,6 @@ class RunJournal:
 
 def check_begun(run: Path, history: History) -> None:
     if not history.inputs:
-        raise StoreError(f"{run}: expected a run that has begun; it was stopped before; start it anew with --fresh")
+        raise StoreError(
+            f"{run}: expected a run that has begun; it was stopped before that; start it again with --fresh"
+        )

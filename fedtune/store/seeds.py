@@ -1,4 +1,4 @@
-"""A run's result as seeds: the ledger of K integers, the manifest of their base, and where they came from."""
+"""A run's result as seeds: the ledger of K integers, the manifest of their base, and their provenance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(path: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> Path:
 
 
 def put(folder: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> None:
-    """Write the three files into a folder that `new_folder` gives."""
+    """Write the three files into a folder of `files.new_folder`."""
     names = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
     fill(folder / LEDGER, seeds.ledger.encode())
     fill(folder / MANIFEST, seeds.manifest.encode())
@@ -46,17 +46,14 @@ def read(path: Path) -> tuple[SeedModel, Mapping[str, Any]]:
             raise StoreError(f"{path}: expected a seed ledger ({LEDGER}); run fedtune simulate first")
         parts = [(path / name).read_bytes() for name in (LEDGER, MANIFEST, ORIGIN)]
     try:
-        found, listed, provenance = (
-            seed_ledger.decode_ledger(parts[0]),
-            decode_manifest(parts[1]),
-            json.loads(parts[2]),
-        )
-        ordinals = tuple(listed.ordinals[name] for name in provenance["trainable"])
+        ledger, manifest = seed_ledger.decode_ledger(parts[0]), decode_manifest(parts[1])
+        provenance = json.loads(parts[2])
+        ordinals = tuple(manifest.ordinals[name] for name in provenance["trainable"])
     except (WireError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: expected whole files of one run; {error}; put back a copy") from error
-    if found.manifest != listed.digest:
+    if ledger.manifest != manifest.digest:
         raise StoreError(f"{path}: expected the manifest that the ledger names; got another; put back a copy")
-    return SeedModel(found, listed, ordinals), provenance
+    return SeedModel(ledger, manifest, ordinals), provenance
 
 
 def kron_adapter(change: SeedModel, *, transposed: bool) -> Adapter:
@@ -71,11 +68,11 @@ def kron_adapter(change: SeedModel, *, transposed: bool) -> Adapter:
     """
     bank, unit = change.ledger.bank, np.float64(2.0**-change.ledger.exponent)
     assert isinstance(bank, Kron)
-    M = change.ledger.accumulators.reshape(bank.rank, bank.rank).astype(np.float64)
-    found = {}
+    M = change.ledger.accumulators.reshape(bank.rank, bank.rank).astype(np.float64)  # (p, p)
+    adapter = {}
     for ordinal in change.trainable:
         entry = change.manifest.entries[ordinal]
         U, V = (side.astype(np.float64) for side in bank.factors(ordinal, entry.shape))  # (p, R) and (p, C)
         b, a = ((M @ V).T, U) if transposed else (U.T @ M, V)
-        found[entry.name.removesuffix(".weight")] = Factors(a=a.astype(np.float32), b=(-unit * b).astype(np.float32))
-    return found
+        adapter[entry.name.removesuffix(".weight")] = Factors(a=a.astype(np.float32), b=(-unit * b).astype(np.float32))
+    return adapter

@@ -1,4 +1,4 @@
-"""What a run directory says of itself, and whether it can be trusted; read beside a run in progress too."""
+"""The status of a run directory, and whether every record and blob in it is intact; safe beside a run in progress."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from fedtune.store.run_directory import check_run
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands."""
+    """How far a run is."""
 
     run: str
-    """The run's own number, drawn at its beginning."""
+    """Identifier of the run, drawn at its start."""
     inputs: Mapping[str, Any]
-    """What it was begun with."""
+    """What it was started with."""
     begun: bool
-    """Whether anything of it is noted; a run that was killed before that merely starts when it is resumed."""
+    """Whether its journal has a record; a run that was killed before that starts when it is resumed."""
     committed: int
     """Rounds committed."""
     state: str
     """Digest of the state after the last of them; empty before the first."""
     open: int | None
-    """The round that has begun and is not committed."""
+    """Number of the round that has begun and is not committed."""
     missing: Sequence[str]
     """Clients that it still waits for."""
     epochs: int
-    """Processes that have conducted the run: one more than it was resumed."""
+    """Processes that have run it: one more than the times it was resumed."""
     finished: bool
     holder: str | None
-    """Process that conducts it now."""
+    """Number of the process that runs it now."""
     num_bytes: int
-    """On disk, everything in the run directory."""
+    """Of all files in the run directory."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in order."""
+    """How much was checked and is intact."""
 
     records: int
     epochs: int
@@ -56,11 +56,11 @@ class Verified:
     num_bytes: int
     """Of the blobs."""
     torn_bytes: int
-    """Behind the journal's last record: one that is being written, or that a crash cut short and a resume will cut."""
+    """Behind the journal's last record: a record that is being written, or a torn one that a resume will cut off."""
 
 
 def status(run: Path) -> Status:
-    """Return where a run stands.
+    """Return how far a run is.
 
     Raises:
         StoreError: if the folder is no run directory, or its journal is damaged.
@@ -86,7 +86,7 @@ def status(run: Path) -> Status:
 
 
 def verify(run: Path) -> Verified:
-    """Check the whole chain of the journal, and every blob: those that are needed, and those that are merely there.
+    """Check the whole chain of the journal, and every blob that is needed or present.
 
     Raises:
         StoreError: naming the first record or blob that is missing or damaged.
@@ -99,7 +99,8 @@ def verify(run: Path) -> Verified:
             before = end
             history, end = replay_journal(run)
             if end == before:
-                raise  # and was no blob that the run, going on, let go of meanwhile
+                raise
+            # The run went on meanwhile and may have removed a blob that it no longer needs: look again.
 
 
 def check_run_files(run: Path, history: History, end: End) -> Verified:
@@ -111,7 +112,7 @@ def check_run_files(run: Path, history: History, end: End) -> Verified:
             num_bytes += len(blobs.get(name, needed.get(name, "a whole blob")))
         except StoreError as error:
             if end.torn_bytes and name not in present:
-                # Damage to the last record looks like a torn one, and that record may be why the blob was let go of.
+                # Damage to the last record looks like a torn one, and that record may be why the blob was removed.
                 raise StoreError(
                     f"{run / 'journal'}, record {end.count} at byte {end.num_bytes}: expected a whole record, or none; "
                     f"got {end.torn_bytes} bytes, torn or damaged; then {error}"
@@ -121,7 +122,7 @@ def check_run_files(run: Path, history: History, end: End) -> Verified:
 
 
 def size(folder: Path) -> int:
-    """Return the bytes of all files in a folder; what is gone before it is looked at counts nothing."""
+    """Return the bytes of all files in a folder; a file that is removed meanwhile counts nothing."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

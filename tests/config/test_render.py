@@ -24,6 +24,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
+from fedtune.methods.settings import ServerOptimizer
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.rounds.schedule import Schedule
 from tests.config.conftest import SHORTEST
@@ -48,6 +49,8 @@ def anything(annotation: Any) -> st.SearchStrategy[Any]:
         return st.lists(anything(arguments[0]), min_size=1, max_size=3).map(tuple)
     if origin is Mapping:
         return st.dictionaries(anything(arguments[0]), anything(arguments[1]), max_size=3)
+    if annotation is ServerOptimizer:
+        return OPTIMIZERS
     if is_dataclass(annotation):
         return some(annotation)
     if annotation is str:
@@ -63,6 +66,12 @@ def some(settings: Any, **chosen: Any) -> st.SearchStrategy[Any]:
     return st.builds(settings, **drawn | {name: st.just(value) for name, value in chosen.items()})
 
 
+BELOW_1 = st.floats(0, 1, exclude_max=True)
+OPTIMIZERS = st.one_of(
+    st.just(ServerOptimizer()),
+    st.builds(ServerOptimizer, name=st.just("fedavgm"), momentum=BELOW_1),
+    st.builds(ServerOptimizer, name=st.sampled_from(["fedadam", "fedyogi"]), beta1=BELOW_1, tau=st.floats(1e-9, 1.0)),
+)
 SPLITS = st.one_of(
     some(Split, kind="key", clients=None, alpha=None, sizes=None, only=None).filter(lambda split: split.by),
     some(Split, kind="iid", by=None, clients=9, alpha=None, sizes=None),

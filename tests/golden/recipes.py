@@ -63,6 +63,12 @@ def mixed(method: str, **settings: Any) -> Tables:
     return {**tiny(), "method": {"name": method, **settings}}
 
 
+def optimized(tables: Tables, **optimizer: Any) -> Tables:
+    """Return a recipe whose server steps by an optimiser, on modules_to_save as well."""
+    method = {**tables["method"], "server_learning_rate": 0.05, "server_optimizer": optimizer}
+    return {**tables, "method": method, "adapter": {**tables["adapter"], "modules_to_save": ["norm"]}}
+
+
 def seeded(bank: str, **settings: Any) -> Tables:
     """Return the recipe with seeds and scalars in place of adapters."""
     rest = {key: value for key, value in tiny().items() if key not in ("adapter", "override")}
@@ -96,6 +102,9 @@ def recipes() -> Mapping[str, Tables]:
         "fedit": equal("fedit"),
         "ffa": equal("ffa"),
         "zeropad": mixed("zeropad"),
+        "fedit-fedavgm": optimized(equal("fedit"), name="fedavgm"),
+        "ffa-fedadam": optimized(equal("ffa"), name="fedadam", beta1=0.8),
+        "zeropad-fedyogi": optimized(mixed("zeropad"), name="fedyogi"),
         "hetlora": mixed("hetlora", rank_decay=0.5, rank_penalty=0.1),
         "flexlora": mixed("flexlora"),
         "fedex": equal("fedex"),

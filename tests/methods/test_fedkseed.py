@@ -137,7 +137,7 @@ def test_it_probes_has_no_adapter_and_is_not_private_by_type() -> None:
     state = first()
     assert METHOD.adapter(state) == {}
     assert state.saved == {}
-    tuned = METHOD.tuned(state)
+    tuned = METHOD.global_model(state)
     assert tuned.seeds is not None
     assert tuned.seeds.ledger.digest == state.digest
     assert tuned.seeds.manifest == BASE
@@ -773,7 +773,7 @@ def test_a_kron_run_has_the_form_of_an_adapter_exactly(transposed: bool, most: i
     sums = generator(3).integers(-most, most, 16, endpoint=True).astype(np.int32)
     assert np.abs(sums.astype(np.int64)).sum() < 2**24
     state = replace(start, accumulators={"a": sums})
-    change = METHOD.tuned(state).seeds
+    change = METHOD.global_model(state).seeds
     assert change is not None
     adapter = kron_adapter(change, transposed=transposed)
     assert set(adapter) == {"layer", "wide"}
@@ -790,6 +790,6 @@ def test_a_kron_run_has_the_form_of_an_adapter_exactly(transposed: bool, most: i
 
 
 def test_a_kron_run_that_has_not_moved_is_an_adapter_of_zero() -> None:
-    change = METHOD.tuned(first(bank="kron", seeds=16)).seeds
+    change = METHOD.global_model(first(bank="kron", seeds=16)).seeds
     assert change is not None
     assert not any(delta(factors).any() for factors in kron_adapter(change, transposed=False).values())

@@ -14,13 +14,13 @@ from safetensors.numpy import load
 from fedtune.errors import StoreError
 from fedtune.messages import TrainLora
 from fedtune.methods import METHODS
-from fedtune.methods.serialization import decode, digest, encode
+from fedtune.methods.serialization import NOT_PERSISTED, decode, digest, encode
 from fedtune.tensors import Array, Tensors
 
 
 @dataclass(frozen=True)
 class Toy:
-    settings: str
+    settings: str = field(metadata=NOT_PERSISTED)
     round: int
     tensors: Tensors
     saved: Tensors = field(default_factory=dict)

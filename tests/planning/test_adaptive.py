@@ -5,15 +5,9 @@ from math import exp, isnan
 
 import pytest
 
-from fedtune.messages import (
-    Client,
-    Failure,
-    Plan,
-    PlannedClient,
-    Training,
-)
-from fedtune.planning.adaptive import Adaptive, AdaptiveSettings, Cost, Speed
-from fedtune.planning.planner import ClientObservation, Planner
+from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
+from fedtune.planning.adaptive import Adaptive, AdaptiveSettings
+from fedtune.planning.planner import ClientObservation, Cost, Planner, Speed
 from fedtune.planning.policies import policy_of
 from fedtune.planning.policy import Arm
 from fedtune.pruning.ranking import PruningSettings

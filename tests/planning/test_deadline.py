@@ -13,8 +13,8 @@ from fedtune.planning.deadline import (
     DeadlineMemory,
     Rate,
     Rates,
-    best,
-    deadlines,
+    best_arms,
+    candidate_ends,
     quality,
     rates_of,
     update_rate,
@@ -28,13 +28,13 @@ def test_the_example_on_paper() -> None:
     """X takes (10, 6) s and Y (4, 3) s for arms of worth 1 and 3/4: V = .125, .1458, .1458, .1 at D = 3, 4, 6, 10."""
     seconds, worth = np.array([[10.0, 6.0], [4.0, 3.0]]), np.array([[1.0, 0.75]] * 2)
     weights = np.array([0.5, 0.5])
-    assert deadlines(seconds).tolist() == [3.0, 4.0, 6.0, 10.0]
+    assert candidate_ends(seconds).tolist() == [3.0, 4.0, 6.0, 10.0]
     values = {}
     for bound in (3.0, 4.0, 6.0, 10.0):
-        chosen, end = best(seconds, worth, weights, np.array([bound]), 0.0)
+        chosen, end = best_arms(seconds, worth, weights, np.array([bound]), 0.0)
         values[bound] = float(weights @ worth[[0, 1], chosen]) / end
     assert values == pytest.approx({3.0: 0.125, 4.0: 0.1458333, 6.0: 0.1458333, 10.0: 0.1})
-    chosen, end = best(seconds, worth, weights, deadlines(seconds), 0.0)
+    chosen, end = best_arms(seconds, worth, weights, candidate_ends(seconds), 0.0)
     assert (chosen.tolist(), end) == ([1, 0], 6.0)
 
 
@@ -53,7 +53,7 @@ def test_there_are_75_hypotheses_and_quality_falls_with_the_ratio_and_rises_with
 def test_nobody_that_has_an_arm_in_time_ends_after_it(seconds: list[list[float]], bound: float) -> None:
     table = np.array(seconds)
     worth = np.tile([1.0, 0.7, 0.7], (len(table), 1))
-    chosen, _ = best(table, worth, np.full(len(table), 1 / len(table)), np.array([bound]), 0.0)
+    chosen, _ = best_arms(table, worth, np.full(len(table), 1 / len(table)), np.array([bound]), 0.0)
     for row, arm in zip(table, chosen, strict=True):
         assert row[arm] <= bound or (row > bound).all()
         assert row[arm] <= bound or row[arm] == row.min()

@@ -1,16 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from fedtune.messages import (
-    Client,
-    Failure,
-    PlannedClient,
-    Training,
-)
-from fedtune.planning.fixed import Fixed, steps
+from fedtune.messages import Client, Failure, PlannedClient, Training
+from fedtune.planning.fixed import Fixed
 
 TRAINING = Training(batch=4, learning_rate=0.1, steps=7)
 
@@ -30,21 +23,8 @@ def test_a_given_alpha_is_divided_by_the_rank_or_its_root(rslora: bool, scale: f
     assert plan.scale == scale
 
 
-@pytest.mark.parametrize(("epochs", "examples", "expected"), [(1.0, 16, 4), (1.0, 17, 5), (0.01, 5, 1), (2.5, 16, 10)])
-def test_epochs_become_steps_rounded_up(epochs: float, examples: int, expected: int) -> None:
-    assert steps(replace(TRAINING, steps=None, epochs=epochs), examples) == expected
-
-
-def test_accumulated_batches_count_as_one_step() -> None:
-    assert steps(replace(TRAINING, steps=None, epochs=1.0, accumulation=4), 64) == 4
-
-
-def test_given_steps_do_not_depend_on_the_examples() -> None:
-    assert steps(TRAINING, 1) == steps(TRAINING, 10_000) == 7
-
-
 def test_nobody_is_pruned_before_heads_can_be_told_apart() -> None:
-    fixed = Fixed(lambda name: (4, TRAINING), "2r", False, ratio=lambda name: 0.5, scored=False)
+    fixed = Fixed(lambda name: (4, TRAINING), "2r", False, ratio=lambda name: 0.5, ranking=False)
     planned = [fixed.plan(None, round, [Client("ann", 3)])["ann"] for round in (1, 2)]
     assert [each.plan.ratio for each in planned if isinstance(each, PlannedClient)] == [0.0, 0.5]
 

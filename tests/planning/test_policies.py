@@ -27,15 +27,15 @@ def test_ucb_has_few_arms_and_one_that_fits_small_devices() -> None:
         (ratio, rank) for ratio in (0.0, 0.25, 0.5, 0.75) for rank in (4, 16)
     }
     assert few((Arm(0.0, 8),)) == (Arm(0.0, 8),)
-    aimed = policy_of(AdaptiveSettings(name="ucb"), pruned=True, given=PolicyInputs(target=0.375))
+    aimed = policy_of(AdaptiveSettings(name="ucb"), pruned=True, inputs=PolicyInputs(target=0.375))
     assert 0.375 in {arm.ratio for arm in aimed.arms}
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_is_made_of_its_settings(name: str) -> None:
     settings = AdaptiveSettings(name=name, explore=2, deadline_s=9.0)  # type: ignore[arg-type]
-    policy = policy_of(settings, pruned=True, given=PolicyInputs(known=lambda round, each: [1.0], server_s=3.0))
+    policy = policy_of(settings, pruned=True, inputs=PolicyInputs(true_seconds=lambda round, each: [1.0], server_s=3.0))
     assert policy.arms
     if isinstance(policy, Deadline):
         assert policy.server_s == 3.0
-        assert (policy.known is not None) == (name == "oracle")
+        assert (policy.true_seconds is not None) == (name == "oracle")

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+
+from tests.planning.conftest import ARMS, candidate
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "planner.py"
 
@@ -43,3 +46,18 @@ def test_deadline_comes_near_the_oracle_and_beats_the_bandits(bench: ModuleType,
     }
     assert times["deadline"] < 1.5
     assert all(times["deadline"] < other for name, other in times.items() if name != "deadline")
+
+
+def test_the_oracle_chooses_by_what_is_true_and_not_by_what_is_known(bench: ModuleType) -> None:
+    true = {"ann": np.array([1.0, 8.0, 9.0]), "bob": np.array([9.0, 1.0, 9.0])}
+    policy = bench.Oracle(ARMS, lambda round, each: true[each.client], lambda round, each: np.array([0.5, 0.5, 1.0]))
+    choice = policy.choose(None, 1, [candidate("ann", [9, 9, 1]), candidate("bob", [9, 9, 1])], key=0)
+    assert choice.arms == {"ann": 0, "bob": 1}
+    assert choice.deadline_s == 1.25
+    assert policy.choose(None, 1, [], key=0).arms == {}
+
+
+def test_the_oracle_knows_memory_too(bench: ModuleType) -> None:
+    policy = bench.Oracle(ARMS, lambda round, each: np.ones(3), lambda round, each: np.array([3.0, 2.0, 1.0]))
+    cohort = [candidate("ann", [1, 1, 1], feasible=[False, True, True])]
+    assert policy.choose(None, 1, cohort, key=0).arms == {"ann": 1}

@@ -14,7 +14,7 @@ def test_the_first_play_splits_across_the_first_side_where_it_was_drawn() -> Non
     left, right = ROOT.split((0.6, 0.2))
     assert (left.x, right.x, left.y) == ((0.0, 0.6), (0.6, 1.0), (0.0, 1.0))
     tree = Tree((left, right), ((0.9, 0.5, 1.0),))
-    found, bound = SUcb(ARMS).leaf(tree, 1.0, [(0.1, 0.1), (0.9, 0.5)])
+    found, bound = SUcb(ARMS).best_leaf(tree, 1.0, [(0.1, 0.1), (0.9, 0.5)])
     assert (found, bound) == (left, float("inf"))
 
 

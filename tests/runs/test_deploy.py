@@ -139,7 +139,7 @@ def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, table
     from fedtune.model.pruned_training import with_pruned_model
     from fedtune.pruning.structure import cuts, slice_adapter
 
-    keep, body = trained.keep(0.5), trained.experiment.blueprint.anatomy
+    keep, body = trained.structure(0.5), trained.experiment.blueprint.anatomy
     assert keep is not None
     assert body is not None
     with with_pruned_model(trained.experiment.base, keep, body) as small, torch.inference_mode():
@@ -182,7 +182,7 @@ def test_the_other_policies_run(policy: str, tables: Tables, tmp_path: Path) -> 
     lines = lines_of(run)
     assert {c["status"] for line in lines[1:] for c in line["clients"].values()} == {"ok"}
     assert {c["ratio"] for c in lines[-1]["clients"].values()} == {0.5}
-    assert deploy.pruned_by_one_order(run.path) == (policy == "vote")
+    assert deploy.has_shared_ranking(run.path) == (policy == "vote")
     if policy == "local":
         with pytest.raises(ConfigError, match="one order for all"):
             fedtune.deploy(run.path)

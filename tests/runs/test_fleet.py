@@ -41,7 +41,7 @@ def test_devices_are_the_fleets_with_what_the_recipe_changes(made: Callable[...,
     fleet = made(device=changed)
     assert fleet.profiles["client-01"].name == "nano"
     assert (fleet.profiles["client-00"].name, fleet.profiles["client-00"].memory_gb) == ("nano*2", 1.5)
-    told = fleet.told()
+    told = fleet.summary()
     assert told["profiles"]["nano*2"]["memory_gb"] == {"value": "1.5", "provenance": "recipe"}
     assert told["profiles"]["nano*2"]["memory_gbps"]["provenance"] == "datasheet"
     assert "proxy" not in told["clock"]
@@ -52,7 +52,7 @@ def test_kinds_that_a_recipe_makes_are_told_apart(made: Callable[..., Fleet]) ->
         {"clients": ["client-00"], "profile": "tx2", "memory_gb": 1.0},
         {"clients": ["client-01"], "profile": "tx2", "memory_gbps": 9.0},
     ]
-    told = made(device=changed).told()
+    told = made(device=changed).summary()
     one, other = (told["profiles"][told["clients"][name]] for name in ("client-00", "client-01"))
     assert (one["memory_gb"]["value"], other["memory_gb"]["value"]) == ("1", "5.2")
     assert other["memory_gbps"] == {"value": "9", "provenance": "recipe"}
@@ -67,7 +67,7 @@ def test_a_device_that_is_nobodys_is_refused(made: Callable[..., Fleet]) -> None
 
 def test_a_proxy_is_said_to_be_one_and_costs_what_it_costs(made: Callable[..., Fleet]) -> None:
     small, large = made(), made(fleet={"name": "fedspine80", "proxy": "llama-7b"})
-    assert "proxy: operations, bytes and memory are those of llama-7b" in large.told()["clock"]
+    assert "proxy: operations, bytes and memory are those of llama-7b" in large.summary()["clock"]
     arm = Arm(0.0, 8)
     assert large.cost("client-00", arm, TRAINING).tflop > 1000 * small.cost("client-00", arm, TRAINING).tflop
     tx2 = Client(next(name for name, profile in small.profiles.items() if profile.name == "tx2"), 1)
@@ -118,7 +118,7 @@ def test_a_base_whose_costs_nobody_knows_takes_the_fixed_planner_and_no_fleet(ta
     plain = fleet_of(fedtune.bind(rest), NAMES, strange, parameters=1)
     assert isinstance(plain.planner(strange), Fixed)
     assert plain.clock() is None
-    assert plain.told() == {}
+    assert plain.summary() == {}
     with pytest.raises(ConfigError, match=r"planner: expected a base of llama, .* for a planner that weighs costs"):
         fleet_of(fedtune.bind({**rest, "planner": "random"}), NAMES, strange, parameters=1).planner(strange)
     with pytest.raises(ConfigError, match=r"fleet: expected a base of llama, .*whose costs nobody knows"):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +87,36 @@ def wait_until_gone(*pids: int) -> None:
         os.close(descriptor)
 
 
+@pytest.fixture(scope="module")
+def echoing() -> Iterator[ForkServer]:
+    """A server of workers that send back what they get, for tests that leave it as it was."""
+    with loaded(ForkServer(COMMAND)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def telling() -> Iterator[ForkServer]:
+    """A server of workers that say where and how they run, for tests that leave it as it was."""
+    with loaded(ForkServer(COMMAND), acts=dict.fromkeys(NAMES, "tell")) as server:
+        yield server
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_every_client_answers_what_it_answers_in_process(workers: int) -> None:
+def test_every_client_answers_what_it_answers_in_process(workers: int, echoing: ForkServer) -> None:
     def echo(received: Assignment) -> ClientUpdate:
         tensors = {name: np.array(tensor) for blob in received.lora.blobs.values() for name, tensor in blob.items()}
         return ClientUpdate(received.plan.client, received.round, 5, LoraResult(tensors, base=received.base))
 
     inprocess = InProcess(FLEET, dict.fromkeys(NAMES, echo))
-    with loaded(ForkServer(COMMAND)) as fork_server:
-        processes = pool(fork_server, workers=workers, cores=4)
-        assert processes.clients() == FLEET
-        for _ in range(2):
-            sent = orders(*NAMES, own=True)
-            assert by_name(list(processes.exchange(sent, RULE))) == by_name(list(inprocess.exchange(sent, RULE)))
+    processes = pool(echoing, workers=workers, cores=4)
+    assert processes.clients() == FLEET
+    for _ in range(2):
+        sent = orders(*NAMES, own=True)
+        assert by_name(list(processes.exchange(sent, RULE))) == by_name(list(inprocess.exchange(sent, RULE)))
 
 
-def test_nobody_asked_is_nobody_answered() -> None:
-    with loaded(ForkServer(COMMAND)) as fork_server:
-        assert list(pool(fork_server).exchange({}, RULE)) == []
+def test_nobody_asked_is_nobody_answered(echoing: ForkServer) -> None:
+    assert list(pool(echoing).exchange({}, RULE)) == []
 
 
 @pytest.mark.parametrize(
@@ -196,45 +208,39 @@ def test_with_no_process_at_all_the_round_ends() -> None:
         list(pool(fork_server).exchange(orders(*NAMES), RULE))
 
 
-def test_each_clients_threads_reach_its_work() -> None:
-    with loaded(ForkServer(COMMAND), acts=dict.fromkeys(NAMES, "tell")) as fork_server:
-        processes = pool(fork_server, resources={"bob": Resources(threads=3)})
-        answers = by_name(list(processes.exchange(orders(*NAMES), RULE)))
-        assert {name: told(answer)["threads"] for name, answer in answers.items()} == dict.fromkeys(NAMES, 1) | {
-            "bob": 3
-        }
+def test_each_clients_threads_reach_its_work(telling: ForkServer) -> None:
+    processes = pool(telling, resources={"bob": Resources(threads=3)})
+    answers = by_name(list(processes.exchange(orders(*NAMES), RULE)))
+    assert {name: told(answer)["threads"] for name, answer in answers.items()} == dict.fromkeys(NAMES, 1) | {"bob": 3}
 
 
-def test_a_worker_holds_the_payload_its_connection_and_nothing_else() -> None:
-    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as fork_server, open(os.devnull, "rb") as file:
+def test_a_worker_holds_the_payload_its_connection_and_nothing_else(telling: ForkServer) -> None:
+    with open(os.devnull, "rb") as file:
         os.set_inheritable(file.fileno(), True)
-        facts = told(next(iter(pool(fork_server).exchange(orders("ann"), RULE))))
+        facts = told(next(iter(pool(telling).exchange(orders("ann"), RULE))))
     assert facts["parts"] == {"data": "shared"}
     assert facts["descriptors"] == ["/memfd", "socket"]
 
 
-def test_ctrl_c_reaches_this_process_alone() -> None:
-    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as fork_server:
-        facts = told(next(iter(pool(fork_server).exchange(orders("ann"), RULE))))
+def test_ctrl_c_reaches_this_process_alone(telling: ForkServer) -> None:
+    facts = told(next(iter(pool(telling).exchange(orders("ann"), RULE))))
     assert facts["sigint"]
     assert facts["session"] != os.getsid(0)
 
 
-def test_where_memory_runs_out_a_worker_goes_first() -> None:
-    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as fork_server:
-        facts = told(next(iter(pool(fork_server).exchange(orders("ann"), RULE))))
-        assert facts["oom_score_adj"] == 500
-        for pid in (facts["parent"], os.getpid()):
-            assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) < 500
+def test_where_memory_runs_out_a_worker_goes_first(telling: ForkServer) -> None:
+    facts = told(next(iter(pool(telling).exchange(orders("ann"), RULE))))
+    assert facts["oom_score_adj"] == 500
+    for pid in (facts["parent"], os.getpid()):
+        assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) < 500
 
 
-def test_a_worker_is_left_with_the_bodies_of_its_last_client_only() -> None:
+def test_a_worker_is_left_with_the_bodies_of_its_last_client_only(echoing: ForkServer) -> None:
     sent = orders(*NAMES, own=True)
-    with loaded(ForkServer(COMMAND)) as fork_server:
-        processes = pool(fork_server, workers=1)
-        assert len(list(processes.exchange(sent, RULE))) == 4
-        (worker,) = processes._workers.values()
-        assert worker.digests == sent["dan"].blobs.keys()
+    processes = pool(echoing, workers=1)
+    assert len(list(processes.exchange(sent, RULE))) == 4
+    (worker,) = processes._workers.values()
+    assert worker.digests == sent["dan"].blobs.keys()
 
 
 def test_no_process_is_left_when_the_block_ends() -> None:

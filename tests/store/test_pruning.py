@@ -24,7 +24,7 @@ BASE = {"name": "tiny", "digest": "abc123", "revision": ""}
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    pruning.write(tmp_path, KEEP, ANATOMY, ratio=0.5, settings=PruningSettings(), order=ORDER, base=BASE)
+    pruning.write(tmp_path, KEEP, ANATOMY, ratio=0.5, settings=PruningSettings(), ranking=ORDER, base=BASE)
     return tmp_path / "pruning.json"
 
 

@@ -158,5 +158,5 @@ def store_plan(state: Path, run: str, plan: pb.Envelope, recipe: bytes) -> None:
 def make_durable(path: Path) -> None:
     """Sync a file and its folder."""
     with store_errors(path):
-        files.settle(path)
+        files.sync_readable(path)
         files.sync_folder(path.parent)

@@ -4,12 +4,14 @@ import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedtune.link.client.channel import diagnose, dial, host_of
+from fedtune.link.client.channel import diagnose, dial, host_of, link_stub
 from fedtune.link.pki.identity import load_identity
 from fedtune.link.settings import JoinSettings
+from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import enroll_parties
 from tests.link.federation import free_port
 from tests.link.link_server import greeting, run_link_server
@@ -80,3 +82,30 @@ def test_a_server_name_may_differ_from_the_address(tmp_path: Path) -> None:
         calls = dial(running.identities["site-a"], JoinSettings(f"127.0.0.1:{running.port}", server_name="localhost"))
         assert greeting(calls).epoch
         calls.close()
+
+
+def test_the_stub_has_the_calls_of_the_schema() -> None:
+    calls = dict[str, tuple[str, str]]()
+
+    class Channel:
+        """Notes the shape of each call, and the type of its responses."""
+
+        def __getattr__(self, shape: str) -> Any:
+            def call(path: str, request_serializer: Any, response_deserializer: Any) -> None:
+                assert callable(request_serializer)
+                calls[path] = shape, type(response_deserializer(b"")).__name__
+
+            return call
+
+        def close(self) -> None: ...
+
+    channel: Any = Channel()
+    link_stub(channel)
+    words = {False: "unary", True: "stream"}
+    assert calls == {
+        f"/fedtune.v1.Link/{method.name}": (
+            f"{words[method.client_streaming]}_{words[method.server_streaming]}",
+            method.output_type.name,
+        )
+        for method in pb.DESCRIPTOR.services_by_name["Link"].methods
+    }

@@ -143,7 +143,7 @@ def test_what_is_no_roster_is_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "match"),
+    ("result", "match"),
     [
         (replace(ROSTER, version=2), "version 3 or a later one"),
         (replace(ROSTER, parties={}), "two that differ"),

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from fedtune.link.envelopes import TRAIN, digest, seal
 from fedtune.link.pki import authority, certificates, roster
 from fedtune.link.pki.identity import load_identity
 from fedtune.link.server.assignments import ReceivedParts
+from fedtune.link.server.service import Service, rpc_handlers
 from fedtune.link.settings import JoinSettings
 from fedtune.link.uploads import part_path
 from fedtune.wire.v1 import link_pb2 as pb
@@ -480,3 +482,16 @@ def test_a_body_is_fetched_by_one_client_while_another_has_stopped_reading(tmp_p
             return sum(len(one.data) for one in link.calls("site-b").fetch(request, timeout=30)) == len(body)
 
         until(link, through)
+
+
+def test_the_handlers_are_those_of_the_schema() -> None:
+    service: Any = Service.__new__(Service)
+    handlers = rpc_handlers(service)
+    for method in pb.DESCRIPTOR.services_by_name["Link"].methods:
+        details: Any = SimpleNamespace(method=f"/fedtune.v1.Link/{method.name}", invocation_metadata=())
+        handler = handlers.service(details)
+        assert handler is not None, method.name
+        streaming = handler.request_streaming, handler.response_streaming
+        assert streaming == (method.client_streaming, method.server_streaming)
+        deserializer: Any = handler.request_deserializer
+        assert type(deserializer(b"")).__name__ == method.input_type.name
