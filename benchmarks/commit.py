@@ -132,7 +132,7 @@ def rounds(folder: Path, repeats: int) -> dict[str, Any]:
         for number in range(1, repeats + 1):
             state = [data(MIB, number)]
             began = time.perf_counter()
-            ledger.open(number, state=previous, cohort=dict.fromkeys(names, 9), orders=dict.fromkeys(names, "0" * 64))
+            ledger.open(number, state=previous, cohort=dict.fromkeys(names, 9), digests=dict.fromkeys(names, "0" * 64))
             for name, update in zip(names, updates, strict=False):
                 ledger.accept(number, name, update)
             ledger.close(number, {names[-1]: Failure.from_text(names[-1], "late", kind="late")}, {names[-1]: 0})

@@ -46,6 +46,7 @@ from fedtune.messages import (
 from fedtune.methods import METHODS
 from fedtune.model.settings import ModelSettings
 from fedtune.planning.fixed import Fixed
+from fedtune.rounds.context import RoundContext
 from fedtune.rounds.loop import run
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Transport, Work
@@ -169,13 +170,15 @@ def seconds(engine: Engine, methods: Sequence[str], *, clients: int, rounds: int
         found = {}
         for method in methods:
             results = run(
-                method=METHODS[method],
-                settings=METHODS[method].settings(),
-                planner=Fixed(lambda name: (RANK, TRAINING), alpha="2r", rslora=False),
-                transport=transport,
-                schedule=Schedule(count=rounds + 2, min_clients=clients),
-                blueprint=Blueprint(LAYERS, {}, max_rank=RANK, seed=0),
-                base="",
+                RoundContext(
+                    method=METHODS[method],
+                    settings=METHODS[method].settings(),
+                    planner=Fixed(lambda name: (RANK, TRAINING), alpha="2r", rslora=False),
+                    transport=transport,
+                    schedule=Schedule(count=rounds + 2, min_clients=clients),
+                    blueprint=Blueprint(LAYERS, {}, max_rank=RANK, seed=0),
+                    base="",
+                )
             )
             found[method] = [result.seconds for result in results][2:]
         return found

@@ -28,6 +28,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import METHODS
 from fedtune.planning.fixed import Fixed
+from fedtune.rounds.context import RoundContext
 from fedtune.rounds.loop import run
 from fedtune.rounds.schedule import Schedule
 from fedtune.seeds import generator
@@ -73,13 +74,15 @@ def seconds(method: str, *, clients: int, modules: int, size: int, rank: int, ro
     }
     ready = cast(factors, "bf16")
     results = run(
-        method=METHODS[method],
-        settings=METHODS[method].settings(),
-        planner=Fixed(lambda name: (rank, TRAINING), alpha="2r", rslora=False),
-        transport=InProcess([Client(name, 10) for name in names], {name: partial(answer, ready) for name in names}),
-        schedule=Schedule(count=rounds + 2),
-        blueprint=Blueprint(modules=layers, saved={}, max_rank=rank, seed=0),
-        base="",
+        RoundContext(
+            method=METHODS[method],
+            settings=METHODS[method].settings(),
+            planner=Fixed(lambda name: (rank, TRAINING), alpha="2r", rslora=False),
+            transport=InProcess([Client(name, 10) for name in names], {name: partial(answer, ready) for name in names}),
+            schedule=Schedule(count=rounds + 2),
+            blueprint=Blueprint(modules=layers, saved={}, max_rank=rank, seed=0),
+            base="",
+        )
     )
     return [result.seconds for result in results][2:]
 

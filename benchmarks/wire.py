@@ -33,7 +33,7 @@ from fedtune.messages import (
 from fedtune.methods.fedkseed import METHOD
 from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds.loop import encoded_bytes
+from fedtune.rounds.exchange import encoded_bytes
 from fedtune.seeds import derive, generator
 from fedtune.wire.codec import encode_assignment, encode_update
 

@@ -16,12 +16,17 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from docs.command_pages import command_page, commands
-from docs.schema_pages import enum_table, exception_table, message_blocks
+from docs.schema_pages import enum_table, exception_table, message_blocks, record_table
 from docs.settings_pages import RECIPE_INTRODUCTIONS, recipe_pages, server_pages, settings_page, site_pages
 
 ROOT = Path(__file__).parents[1]
 
-MARKERS: Mapping[str, Any] = {"enum": enum_table, "messages": message_blocks, "exceptions": exception_table}
+MARKERS: Mapping[str, Any] = {
+    "enum": enum_table,
+    "messages": message_blocks,
+    "exceptions": exception_table,
+    "record": record_table,
+}
 """What a line `[[generated NAME ARGUMENTS]]` of a page becomes."""
 
 

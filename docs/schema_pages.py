@@ -1,14 +1,17 @@
-"""Tables of messages, numbered reasons and exceptions, from the schema and `fedtune.errors`."""
+"""Tables of messages, numbered reasons, exceptions and lines of rounds.jsonl, from the schema and the code."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+from docs.settings_pages import field_texts
 from fedtune import errors
+from fedtune.rounds import record
 
 SCHEMA = Path(__file__).parents[1] / "proto" / "fedtune" / "v1"
 
@@ -50,4 +53,15 @@ def exception_table() -> str:
     for name, cls in vars(errors).items():
         if isinstance(cls, type) and issubclass(cls, errors.FedtuneError):
             rows.append(f"| `{name}` | {inspect.cleandoc(cls.__doc__ or '').splitlines()[0]} |")
+    return "\n".join(rows)
+
+
+def record_table(name: str) -> str:
+    """Return the keys of a record of rounds.jsonl as a Markdown table."""
+    cls = getattr(record, name)
+    texts = field_texts(cls)
+    rows = ["| key | content |", "|---|---|"]
+    for field in fields(cls):
+        text = " ".join(texts[field.name].split()).replace("|", "\\|")
+        rows.append(f"| `{field.metadata.get('key', field.name)}` | {text} |")
     return "\n".join(rows)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
+from fedtune.config.presets import PRESETS
 from fedtune.config.recipe import SECTIONS, Override, Recipe
 from fedtune.config.site import SiteSettings
 from fedtune.devices.profiles import DeviceProfile
@@ -45,7 +46,7 @@ UNITS: Mapping[str, str] = {
     "clients": "clients",
     "cohort": "clients, or share of the fleet",
     "count": "rounds",
-    "downloads": "transfers",
+    "max_concurrent_downloads": "transfers",
     "dropout": "probability",
     "epochs": "passes over the client's examples",
     "every": "rounds",
@@ -83,7 +84,7 @@ UNITS: Mapping[str, str] = {
     "target": "share of the blocks' weights",
     "tau": "share of the squared singular values",
     "threads": "CPU threads",
-    "uploads": "transfers",
+    "max_concurrent_uploads": "transfers",
     "utilisation": "share of the peak",
     "warmup": "share of the steps",
     "workers": "processes",
@@ -117,6 +118,11 @@ DEVICE_RANGES: Mapping[str, str] = {
 
 NOUNS: Mapping[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
+REQUIRED, STEM = "required", "default: the file's name without its ending"
+"""Defaults that are no values."""
+
+SITE_SPLIT = """Leave out `data.split`: all rows are then the site's own. With it, the site's rows are the part that
+has its name."""
 COMMON_CLIENTS = "Names or globs (`*`, `?`, `[..]`) of the clients that this table is about."
 
 
@@ -131,14 +137,14 @@ class Key:
     range: str
     """Allowed numbers; empty where every value of the type is allowed."""
     default: str
-    """As it would be written in TOML; `required` without one."""
+    """As it would be written in TOML; `REQUIRED` without one."""
     unit: str
     """Empty where the value is no number."""
     text: str
     """The field's docstring, as Markdown."""
 
     def markdown(self) -> str:
-        default = "required" if self.default == "required" else f"default `{self.default}`"
+        default = self.default if self.default in (REQUIRED, STEM) else f"default `{self.default}`"
         facts = " · ".join(filter(None, [self.kind, self.range, self.unit, default]))
         return f"### `{self.name}`\n\n{facts}\n{{ .facts }}\n\n{self.text}\n"
 
@@ -167,7 +173,7 @@ def field_texts(cls: type[Any]) -> Mapping[str, str]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 texts.pop(node.target.id, None)
                 if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                    texts[node.target.id] = inspect.cleandoc(str(following.value.value))
+                    texts[node.target.id] = inspect.cleandoc(str(following.value.value)).strip()
     return texts
 
 
@@ -251,7 +257,7 @@ def default_of(field: Field[Any]) -> str:
     """Return a field's default as TOML would write it."""
     if field.default is not MISSING:
         return toml(field.default)
-    return toml(field.default_factory()) if field.default_factory is not MISSING else "required"
+    return toml(field.default_factory()) if field.default_factory is not MISSING else REQUIRED
 
 
 def toml(value: Any) -> str:
@@ -316,7 +322,23 @@ def table_of(cls: type[Any], path: str, title: str = "") -> Table:
 
 
 def clients_key(table: str) -> Key:
-    return Key(f"{table}.clients", "text or list of text", "", "required", "", COMMON_CLIENTS)
+    return Key(f"{table}.clients", "text or list of text", "", REQUIRED, "", COMMON_CLIENTS)
+
+
+def choice_table(table: str, names: Sequence[str], default: str, text: str) -> Table:
+    """Return the key `name` of a table whose other keys depend on it."""
+    key = Key(f"{table}.name", " | ".join(f'`"{name}"`' for name in names), "", default, "", text)
+    return Table("Name", "", [key])
+
+
+def without_name(table: Table) -> Table:
+    return replace(table, keys=[key for key in table.keys if key.name not in ("method.name", "planner.name")])
+
+
+def file_keys(cls: type[Any], defaults: Mapping[str, str]) -> Table:
+    """Return the keys `name` and `seed` of a file, which stand outside of any table."""
+    keys = [replace(key, default=defaults[key.name]) for key in keys_of(cls, "", only=["name", "seed"])]
+    return Table("Top level", "Keys outside of any table.", keys)
 
 
 def override_table() -> Table:
@@ -347,18 +369,22 @@ def device_table() -> Table:
 
 def recipe_pages() -> Mapping[str, Sequence[Table]]:
     """Return the tables of a recipe by page."""
-    top = Table("Top level", "Keys outside of any table.", list(keys_of(Recipe, "", only=["name", "seed"])))
-    pages: dict[str, Sequence[Table]] = {"top-level": [top]}
+    pages: dict[str, Sequence[Table]] = {"top-level": [file_keys(Recipe, {"name": STEM, "seed": "0"})]}
     for name, cls in SECTIONS.items():
         pages[name] = [table_of(cls, name)]
     pages["method"] = [
-        Table(f"`{name}`", method_summary(name), list(keys_of(method.settings, "method")))
-        for name, method in METHODS.items()
+        choice_table("method", [*METHODS, *PRESETS], REQUIRED, "What is sent, and how clients' updates are combined."),
+        *(
+            without_name(Table(f"`{name}`", method_summary(name), list(keys_of(method.settings, "method"))))
+            for name, method in METHODS.items()
+        ),
     ]
     learning = [name for name in PLANNERS if name in POLICIES]
+    adaptive = PLANNERS[learning[0]].settings
     pages["planner"] = [
-        table_of(PLANNERS["fixed"].settings, "planner", "`fixed`"),
-        table_of(PLANNERS[learning[0]].settings, "planner", ", ".join(f"`{name}`" for name in learning)),
+        choice_table("planner", list(PLANNERS), toml("fixed"), field_texts(adaptive)["name"]),
+        without_name(table_of(PLANNERS["fixed"].settings, "planner", "`fixed`")),
+        without_name(table_of(adaptive, "planner", ", ".join(f"`{name}`" for name in learning))),
     ]
     pages["override"] = [override_table()]
     pages["device"] = [device_table()]
@@ -368,8 +394,9 @@ def recipe_pages() -> Mapping[str, Sequence[Table]]:
 def site_pages() -> Sequence[Table]:
     """Return the tables of a site's own file."""
     hints = get_type_hints(SiteSettings, include_extras=True)
-    top = Table("Top level", "Keys outside of any table.", list(keys_of(SiteSettings, "", only=["name", "seed"])))
-    return [top, *(table_of(settings_of(hints[name]), name) for name in ("link", "policy", "model", "adapter", "data"))]
+    tables = [table_of(settings_of(hints[name]), name) for name in ("link", "policy", "model", "adapter", "data")]
+    tables[-1] = replace(tables[-1], text=f"{tables[-1].text} {SITE_SPLIT}")
+    return [file_keys(SiteSettings, {"name": STEM, "seed": "0"}), *tables]
 
 
 def settings_of(annotation: Any) -> type[Any]:
@@ -385,12 +412,14 @@ def server_pages() -> Sequence[Table]:
 RECIPE_INTRODUCTIONS: Mapping[str, str] = {
     "method": """`method.name` chooses the method, and with it which keys the table has. `method = "flora"` is short for
 `method = { name = "flora" }`. `method = "fedspine"` is a preset: `flora`, the table `pruning` and the planner
-`deadline`.""",
-    "planner": """`planner.name` chooses who decides what each device is asked to do. Without the table the planner is
-`fixed`.""",
+`deadline`. [Plug-ins](../plug-ins.md) bring further names.""",
+    "planner": """`planner.name` chooses the planner, which decides what each device is asked to do, and with it which
+keys the table has. `planner = "deadline"` is short for `planner = { name = "deadline" }`. Without the table the planner
+is `fixed`. [Plug-ins](../plug-ins.md) bring further names.""",
     "override": """Changes settings for some clients. Tables are applied in their order: where two name the same client
-and key, the later one holds.""",
-    "device": "Changes the simulated devices of some clients. Tables are applied in their order.",
+and key, the later one wins.""",
+    "device": """Changes the simulated devices of some clients; it needs the table [`fleet`](fleet.md). Tables are
+applied in their order.""",
     "pruning": "Without this table every client trains the whole model.",
     "fleet": "Without this table no devices are simulated.",
 }

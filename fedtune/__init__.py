@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from fedtune.api import Run, compare, evaluate, simulate
     from fedtune.config import Recipe, bind
     from fedtune.errors import ConfigError, FedtuneError
-    from fedtune.runs.deploy import deploy, load_pruned, views
+    from fedtune.runs.deploy import deploy, load_pruned
     from fedtune.runs.export import export, replay
+    from fedtune.runs.pruned_scores import views
 
 __all__ = [
     "ConfigError",
@@ -40,7 +41,7 @@ _HOMES = {
     "bind": "config",
     "deploy": "runs.deploy",
     "load_pruned": "runs.deploy",
-    "views": "runs.deploy",
+    "views": "runs.pruned_scores",
     "export": "runs.export",
     "replay": "runs.export",
 }

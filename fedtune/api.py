@@ -14,7 +14,7 @@ from fedtune.config.recipe import Objects
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.methods.method import GlobalModel, Method
 from fedtune.planning.planner import Planner, PlannerInputs
-from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.record import Metrics
 from fedtune.runs.demo import recipe_text, write_data
 from fedtune.runs.export import check_base, open_run
@@ -80,7 +80,7 @@ def simulate(
             `model.base`. It is frozen, and moved to `model.device`, in place.
         data: by client name its rows, each a mapping from column to value, or a `datasets.Dataset`; or a mapping with
             the rows to `train` on and those `held_out`. In place of `data.source` and `data.split`.
-        watch: called with each event of `fedtune.rounds.loop`.
+        watch: called with each event of `fedtune.rounds.events`.
 
     Raises:
         ConfigError: if the recipe, or anything that it names, is wrong; with every fault found.
@@ -109,7 +109,7 @@ def fork_server_of(recipe: Recipe) -> AbstractContextManager[ForkServer | None]:
 def bind_recipe(
     recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str], objects: Objects = NO_OBJECTS
 ) -> Recipe:
-    """Return the recipe bound, with the Python objects in place of the names that they stand for."""
+    """Return the recipe bound, with Python objects in place of what it names."""
     if not isinstance(recipe, Recipe):
         return bind(recipe, overrides=overrides, objects=objects)
     if objects == NO_OBJECTS:

@@ -40,39 +40,46 @@ class Client:
 
 @dataclass(frozen=True)
 class Training:
-    """How a client trains; the recipe's table `client`. To `probe`, batch, learning_rate and steps are all there is."""
+    """How a client trains in one round; the recipe's table `client`.
+
+    With `fedkseed` there are only batch, learning_rate, steps and epochs; the other keys are refused.
+    """
 
     batch: Annotated[int, Ge(1)]
     """Examples per forward pass."""
     learning_rate: Annotated[float, Gt(0)]
-    """Step size of the optimizer, or of a step of FedKSeed."""
+    """Step size of the optimizer; with `fedkseed`, of each step along a direction."""
     steps: Annotated[int, Ge(1)] | None = None
-    """Optimizer steps per round; exactly one of `steps` and `epochs` is given."""
+    """Optimizer steps per round; with `fedkseed`, directions measured per round. Give either `steps` or `epochs`."""
     epochs: Annotated[float, Gt(0)] | None = None
-    """Passes over the client's examples per round; the planner turns them into steps."""
+    """Passes over the client's examples per round, turned into steps for each client. Give either `steps` or `epochs`.
+    """
     accumulation: Annotated[int, Ge(1)] = 1
     """Forward passes per optimizer step: one step sees batch * accumulation examples."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw: Adam with decoupled weight decay; sgd: stochastic gradient descent."""
+    """adamw: Adam with decoupled weight decay; sgd: stochastic gradient descent. Its memory starts empty in every
+    round."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate over this client's steps of this round, after the warm-up."""
+    """How the learning rate falls after the warm-up, within the steps of one round: not at all, in a line or a half
+    cosine to zero."""
     warmup: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of the steps over which the learning rate rises linearly from zero."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Decoupled weight decay of the adapter's parameters; 0 is off."""
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """SGD only."""
+    """Momentum of sgd: share of the last step that is repeated; 0 is off. Not with adamw."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
-    """Gradient norm above which gradients are scaled down; none leaves them as they are."""
+    """Gradients with a larger norm than this are scaled down to it; none never scales."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """On the input of the trainable adapter only."""
+    """Dropout on the input of the trained adapter; nothing else of the model is dropped."""
     autocast: Literal["auto", "bf16", "off"] = "auto"
-    """bf16 arithmetic in forward passes; auto: where the device has fast bf16 (CUDA from Ampere on)."""
+    """Arithmetic of forward passes. bf16: in bfloat16; off: in `model.dtype`; auto: bf16 where the device computes it
+    fast (CUDA from Ampere on)."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Compute activations again in the backward pass instead of storing them: less memory, about a third more time."""
     proximal: Annotated[float, Ge(0)] = field(default=0.0, metadata={**ON_SERVER, **OMIT_DEFAULT})
-    """FedProx's mu, which pulls all that is trained towards its start; 0 is off. It travels as a term of the
-    objective."""
+    """FedProx's mu: adds mu / 2 times the squared distance from the received values to the loss, for all that is
+    trained; 0 is off."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fedtune.messages import TrainLora
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.report.reader import read_run
-from fedtune.rounds.loop import Note, RoundFinished
+from fedtune.rounds.events import Note, RoundFinished
 from tests.conftest import Simulated, base_of, kseed
 
 # peft asks transformers by a name that transformers is about to drop
@@ -473,10 +473,7 @@ def test_a_trainable_tensor_that_was_left_out_of_the_seeds_is_noticed(seeded: ap
 
 
 @pytest.mark.usefixtures("unrendered")
-@pytest.mark.parametrize("seeded", ["hadamard"], indirect=True)
-def test_runs_of_seeds_and_of_adapters_are_set_side_by_side(
-    ran: api.Run, seeded: api.Run, tables: Tables, tmp_path: Path
-) -> None:
-    other = seeded
+def test_runs_of_seeds_and_of_adapters_are_set_side_by_side(ran: api.Run, tables: Tables, tmp_path: Path) -> None:
+    other = fedtune.simulate({**kseed(tables), "name": "seeds"}, out=tmp_path / "other")
     page = fedtune.compare([ran.path, other.path], out=tmp_path / "compare")
     assert "fedkseed" in page.read_text()

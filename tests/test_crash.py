@@ -27,7 +27,7 @@ from fedtune.config import bind
 from fedtune.errors import ConfigError, StoreError
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, Failure, LoraResult, Training
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds.loop import Event, RoundFinished
+from fedtune.rounds.events import Event, RoundFinished
 from fedtune.rounds.record import RoundRecord
 from fedtune.rounds.transport import Answer, Reply, Rule
 from fedtune.runs import context, recording, summary

@@ -21,7 +21,7 @@ from fedtune.config import bind, render
 from fedtune.flower import shim
 from fedtune.flower.client_app import client_app
 from fedtune.messages import Assignment, ClientUpdate
-from fedtune.rounds.loop import ClientFinished, Event, RoundStarted
+from fedtune.rounds.events import ClientFinished, Event, RoundStarted
 from fedtune.rounds.transport import Transport
 from fedtune.runs import local
 from fedtune.runs.local import Experiment, prepare, run_context, transport

@@ -27,6 +27,7 @@ from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.lora import with_adapters
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning.fixed import Fixed
+from fedtune.rounds.context import RoundContext
 from fedtune.rounds.loop import run
 from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.inprocess import InProcess
@@ -67,13 +68,15 @@ def states(base: Base, method: str, settings: dict[str, Any], ranks: dict[str, i
     """Return (the state after each round, the updates of each round)."""
     spied = Spied(base)
     results = run(
-        method=METHODS[method],
-        settings=METHODS[method].settings(**settings),
-        planner=Fixed(lambda name: (ranks[name], TRAINING), alpha="2r", rslora=False),
-        transport=InProcess([Client(n, SIZES[n]) for n in ranks], dict.fromkeys(ranks, spied.work)),
-        schedule=Schedule(count=rounds),
-        blueprint=base.blueprint(max_rank=max(ranks.values()), seed=0),
-        base=base.digest,
+        RoundContext(
+            method=METHODS[method],
+            settings=METHODS[method].settings(**settings),
+            planner=Fixed(lambda name: (ranks[name], TRAINING), alpha="2r", rslora=False),
+            transport=InProcess([Client(n, SIZES[n]) for n in ranks], dict.fromkeys(ranks, spied.work)),
+            schedule=Schedule(count=rounds),
+            blueprint=base.blueprint(max_rank=max(ranks.values()), seed=0),
+            base=base.digest,
+        )
     )
     found, begun = [], 0
     for result in results:

@@ -13,7 +13,7 @@ from fedtune.deployment.server_setup import check_overrides, data_at_sites, expe
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.messages import Failure
-from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.runs.resume import check_resumable
 from fedtune.runs.runner import run_recipe
 from fedtune.store.run_directory import check_vacant

@@ -27,7 +27,7 @@ from fedtune.cli.options import (
 
 if TYPE_CHECKING:
     from fedtune.api import Run
-    from fedtune.rounds.loop import Watch
+    from fedtune.rounds.events import Watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -148,14 +148,15 @@ def evaluate(
     with report_errors(debug):
         from fedtune import api
         from fedtune.cli.summary import client_views, comparison, views
-        from fedtune.runs import deploy as deploy_module
+        from fedtune.runs.pruned_scores import views as score_views
+        from fedtune.runs.trained_run import has_shared_ranking
 
         scores: dict[str, Any] = dict(api.evaluate(run, data=data, examples=examples))
-        if data is None and deploy_module.has_shared_ranking(run):
+        if data is None and has_shared_ranking(run):
             scores["views"] = run_with_progress(
                 "evaluate",
                 True,
-                lambda watch: deploy_module.views(run, ratios=ratio or None, examples=examples, watch=watch),
+                lambda watch: score_views(run, ratios=ratio or None, examples=examples, watch=watch),
             )
         elif ratio:
             got = "--data" if data is not None else "a run without [pruning], or with the policy local"
@@ -342,7 +343,7 @@ def write_demo(path: Path) -> None:
 def run_with_progress(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
     """Call with an observer that shows progress on stderr, or notes alone if quiet."""
     if quiet:
-        from fedtune.rounds.loop import Note
+        from fedtune.rounds.events import Note
 
         return call(lambda event: typer.echo(print_line(event.text), err=True) if isinstance(event, Note) else None)
     from fedtune.cli.progress import Progress

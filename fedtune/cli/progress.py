@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedtune.cli.text import duration, number, printable, size
 from fedtune.messages import AdmittedUpdate, Failure, Outcome, Traffic
-from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.rounds.record import Metrics, RoundRecord
 
 RECENT = 5

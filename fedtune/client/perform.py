@@ -27,6 +27,7 @@ from fedtune.messages import (
     ClientUpdate,
     LoraResult,
     Measured,
+    Plan,
     ProbeResult,
     ProbeSeeds,
     Pruning,
@@ -38,8 +39,9 @@ from fedtune.model.base import Base, to_numpy
 from fedtune.model.lora import frozen, read_local, start, with_adapters
 from fedtune.model.objective import kept_rank, tail_norm
 from fedtune.model.probe import measure
-from fedtune.model.train import Between, Trained, report_out_of_memory, train
-from fedtune.pruning.structure import LayerSlice, bitmap
+from fedtune.model.pruned_training import Structures
+from fedtune.model.train import Batch, Between, report_out_of_memory, train
+from fedtune.pruning.structure import BlockLayout, LayerSlice, bitmap
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
@@ -80,7 +82,7 @@ def measure_seeds(
     """Rebuild the model from the seeds, take steps along more of them, and return the scalars."""
     name, training = assignment.plan.client, assignment.plan.training
     bank = BANKS[probe.bank](probe.seeds, probe.key)
-    answer = partial(ClientUpdate, name, assignment.round, len(examples))
+    update = partial(ClientUpdate, name, assignment.round, len(examples))
     ledger = restore(
         probe.state,
         bank=bank,
@@ -90,14 +92,14 @@ def measure_seeds(
         replicas=replicas,
     )
     if ledger is None:
-        return answer(ProbeResult(np.empty(0, np.int8), lost=True))
+        return update(ProbeResult(np.empty(0, np.int8), lost=True))
     reach = TensorSelection(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
     ordinals = trainable_ordinals(base.manifest, reach, base.matrices)
     steps, sampling = training.steps, probe.sampling
     if probe.calibrate:
         steps, sampling = probe.queries * -(-CALIBRATION // probe.queries), "uniform"
     assert steps is not None  # the message holds a number
-    found = measure(
+    measurements = measure(
         base,
         examples,
         training,
@@ -110,20 +112,20 @@ def measure_seeds(
         key=assignment.seed,
         client=name,
     )
-    tail = found.losses[-max(1, len(found.losses) // 10) :]
-    return answer(
+    tail = measurements.losses[-max(1, len(measurements.losses) // 10) :]
+    return update(
         ProbeResult(
-            scalars=np.empty(0, np.int8) if probe.calibrate else found.scalars,
+            scalars=np.empty(0, np.int8) if probe.calibrate else measurements.scalars,
             state=ledger.digest[:STATE],
             checks=block_checks(ledger, base.manifest, ordinals, displacement_of(base, bank)),
-            skipped=found.skipped,
-            rms=found.rms if probe.calibrate else None,
+            skipped=measurements.skipped,
+            rms=measurements.rms if probe.calibrate else None,
         ),
         Measured(
-            seconds=found.seconds,
-            peak_bytes=found.peak_bytes,
-            tokens=found.tokens,
-            loss_before=found.losses[0] if found.losses else None,
+            seconds=measurements.seconds,
+            peak_bytes=measurements.peak_bytes,
+            tokens=measurements.tokens,
+            loss_before=measurements.losses[0] if measurements.losses else None,
             loss_after=sum(tail) / len(tail) if tail else None,
         ),
     )
@@ -153,7 +155,7 @@ def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignmen
             result, measured = train_pruned(base, examples, assignment, task, task.pruning)
         else:
             learned = train_locally(base, base, examples, assignment, task, {})
-            result, measured = lora_result(base, assignment, task, learned), measured_of(learned.trained)
+            result, measured = lora_result(base, assignment, task, learned), learned.measured
     return ClientUpdate(name, assignment.round, len(examples), result, measured)
 
 
@@ -164,7 +166,7 @@ class LocalTraining:
     initial: Adapter
     final: Adapter
     saved: Tensors
-    trained: Trained
+    measured: Measured
     seen: Any = None
     """What `then` returned."""
 
@@ -204,15 +206,17 @@ def train_locally(
         train=task.train,
         saved=saved,
     ) as model:
-        tail = next((term for term in task.terms if isinstance(term, TailRank) and term.weight > 0), None)
+        # Of weight 0 it is no part of the loss, and no rank is ever cut.
+        terms = [term for term in task.terms if not (isinstance(term, TailRank) and term.weight == 0)]
+        tail = next((term for term in terms if isinstance(term, TailRank)), None)
         before = tail_norm(model, tail.decay).item() if tail else 0.0
-        done = train(
+        trained = train(
             small,
             examples,
             plan.training,
             key=assignment.seed,
             client=plan.client,
-            terms=task.terms,
+            terms=terms,
             between=between(model),
             weigh=task.pruning is not None,
         )
@@ -223,7 +227,7 @@ def train_locally(
         parameters = dict(model.named_parameters())
         new_saved = {key: to_numpy(parameters[key]) for key in saved}
         seen = then(model) if then is not None else None
-    return LocalTraining(initial, final, new_saved, done, seen)
+    return LocalTraining(initial, final, new_saved, trained.measured, seen)
 
 
 def lora_result(base: Base, assignment: Assignment, task: TrainLora, learned: LocalTraining) -> LoraResult:
@@ -262,15 +266,11 @@ def train_pruned(
     assert steps is not None  # the planner resolves epochs
     parts = parts.within(steps)
     rows = pruned_training.evaluation_rows(examples, base, key=key, batch=plan.training.batch)
-    with pruned_training.with_pruned_model(base, parts.before, body) as small:
-        received = pruned_training.slice_task(task, parts.before, parts.sent, body)
-        cut = pruned_training.slices_of(parts.before, body)
-        with pruned_training.with_received_adapters(small, received, plan, base, cut) as model:
-            loss_before = pruned_training.evaluation_loss(model, rows, base)
+    loss_before = loss_as_received(base, task, plan, parts, body, rows)
 
     def then(model: torch.nn.Module) -> tuple[float, Tensors, int]:
-        found, tokens = score(model, base, structure=parts.last) if pruning.scores_requested else ({}, 0)
-        return pruned_training.evaluation_loss(model, rows, base), found, tokens
+        scores, tokens = score(model, base, structure=parts.last) if pruning.scores_requested else ({}, 0)
+        return pruned_training.evaluation_loss(model, rows, base), scores, tokens
 
     with pruned_training.with_pruned_model(base, parts.first, body) as small:
         learned = train_locally(
@@ -291,26 +291,42 @@ def train_pruned(
         base.modules,
         pruned_training.slices_of(parts.last, body),
     )
-    done = replace(
-        measured_of(learned.trained),
+    measured = replace(
+        learned.measured,
         seconds=time.perf_counter() - began,
         loss_before=loss_before,
         loss_after=loss_after,
-        side_tokens=side + tokens + 2 * sum(each.tokens for each in rows),
+        side_tokens=side + tokens + 2 * sum(batch.tokens for batch in rows),
     )
-    mask = b""
-    if settings.policy == "local" and parts.last is not None:
-        mask = bitmap(parts.last, body)
-    elif settings.policy == "vote" and pruning.scores_requested:
-        mask = pruned_training.vote(worth, parts.last, max(plan.ratio, settings.target), settings, body)
     sends_scores = pruning.scores_requested and settings.policy == "nested"
     result = replace(
         lora_result(base, assignment, task, replace(learned, initial=last)),
         structure_digest=parts.last.digest if parts.last else b"",
-        mask=mask,
+        mask=mask_of(pruning, plan.ratio, parts, worth, body),
         scores=pruned_training.wire_scores(worth) if sends_scores else {},
     )
-    return result, done
+    return result, measured
+
+
+def loss_as_received(
+    base: Base, task: TrainLora, plan: Plan, parts: Structures, body: BlockLayout, rows: Sequence[Batch]
+) -> float:
+    """Return the loss of what was sent, in the structure of the client's last participation."""
+    with pruned_training.with_pruned_model(base, parts.before, body) as small:
+        received = pruned_training.slice_task(task, parts.before, parts.sent, body)
+        cut = pruned_training.slices_of(parts.before, body)
+        with pruned_training.with_received_adapters(small, received, plan, base, cut) as model:
+            return pruned_training.evaluation_loss(model, rows, base)
+
+
+def mask_of(pruning: Pruning, ratio: float, parts: Structures, worth: Tensors, body: BlockLayout) -> bytes:
+    """Return the bitmap that is sent: of a client's own structure, of its vote, or none."""
+    settings = pruning.settings
+    if settings.policy == "local" and parts.last is not None:
+        return bitmap(parts.last, body)
+    if settings.policy == "vote" and pruning.scores_requested:
+        return pruned_training.vote(worth, parts.last, max(ratio, settings.target), settings, body)
+    return b""
 
 
 def upload(initial: Adapter, final: Adapter, task: TrainLora, *, scale: float) -> Tensors:
@@ -324,14 +340,3 @@ def upload(initial: Adapter, final: Adapter, task: TrainLora, *, scale: float) -
         if task.train == "ab":
             tensors[f"{name}.a"] = a
     return tensors
-
-
-def measured_of(trained: Trained) -> Measured:
-    return Measured(
-        seconds=trained.seconds,
-        peak_bytes=trained.peak_bytes,
-        tokens=trained.tokens,
-        loss_before=trained.loss_before,
-        loss_after=trained.loss_after,
-        importance=trained.importance,
-    )

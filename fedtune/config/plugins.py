@@ -33,12 +33,12 @@ def method_names() -> Sequence[str]:
     Raises:
         ConfigError: if two methods have one name.
     """
-    return [*METHODS, *installed(METHOD_GROUP, METHODS)]
+    return [*METHODS, *entry_points_of(METHOD_GROUP, METHODS)]
 
 
 def planner_names() -> Sequence[str]:
     """Return the names of all planners, as `method_names` does."""
-    return [*PLANNERS, *installed(PLANNER_GROUP, PLANNERS)]
+    return [*PLANNERS, *entry_points_of(PLANNER_GROUP, PLANNERS)]
 
 
 def find_method(name: str) -> Method[Any]:
@@ -47,13 +47,15 @@ def find_method(name: str) -> Method[Any]:
     Raises:
         ConfigError: if there is none, or the package that brings it cannot be used.
     """
-    return METHODS[name] if name in METHODS else load("method", name, installed(METHOD_GROUP, METHODS), Method)
+    return METHODS[name] if name in METHODS else load("method", name, entry_points_of(METHOD_GROUP, METHODS), Method)
 
 
 def find_planner(name: str) -> PlannerType:
     """Return a kind of planner by its name, as `find_method` does."""
     return (
-        PLANNERS[name] if name in PLANNERS else load("planner", name, installed(PLANNER_GROUP, PLANNERS), PlannerType)
+        PLANNERS[name]
+        if name in PLANNERS
+        else load("planner", name, entry_points_of(PLANNER_GROUP, PLANNERS), PlannerType)
     )
 
 
@@ -63,7 +65,7 @@ def find_data_source(settings: DataSettings) -> Callable[[], Mapping[str, Any]]:
     Raises:
         ConfigError: if there is none, or the package that brings it cannot be used.
     """
-    name, entries = settings.source, installed(DATA_GROUP, {})
+    name, entries = settings.source, entry_points_of(DATA_GROUP, {})
     if not isinstance(name, str) or name not in entries:
         expected = f"the name of an entry point of {DATA_GROUP} ({', '.join(entries) or 'none is installed'})"
         raise ConfigError(Fault("data.source", expected, repr(name), "install the package that brings it"))
@@ -74,7 +76,7 @@ def find_data_source(settings: DataSettings) -> Callable[[], Mapping[str, Any]]:
     return cast(Callable[[], Mapping[str, Any]], source)
 
 
-def installed(group: str, own: Mapping[str, Any]) -> Mapping[str, EntryPoint]:
+def entry_points_of(group: str, own: Mapping[str, Any]) -> Mapping[str, EntryPoint]:
     """Return the entry points of a group by name, sorted.
 
     Raises:

@@ -25,16 +25,17 @@ from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSet
 
 @dataclass(frozen=True)
 class Override:
-    """What is different for some clients; one table `override` of the recipe."""
+    """Settings that differ for some clients; one table `override` of the recipe."""
 
     clients: Sequence[str]
     """Names or globs (`*`, `?`, `[..]`); a client matches if one of them does."""
     rank: int | None = None
-    """LoRA rank; none leaves it."""
+    """LoRA rank of these clients; none keeps `adapter.rank`."""
     ratio: float | None = None
-    """Pruning ratio that the planner `fixed` asks for; none leaves it."""
+    """Pruning ratio that the planner `fixed` gives these clients; none keeps `planner.ratio`."""
     verb: Verb | None = None
-    """What these clients do; none: what the method's clients do."""
+    """adapt: train a LoRA adapter; probe: measure losses along random directions (FedKSeed); none: as the method does.
+    Clients of one run cannot differ in it yet."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The fields of `Training` that change, by name; `steps` replaces `epochs` and the other way round."""
     resources: Mapping[str, Any] = field(default_factory=dict)
@@ -46,12 +47,12 @@ class Override:
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What is written beside the run's records; the recipe's table `report`."""
+    """What is written beside the run's records, when the run ends; the recipe's table `report`."""
 
     plots: bool = True
-    """Draw `report.html` when the run ends."""
+    """Write the page `report.html` and its figures."""
     tensorboard: bool = False
-    """Also write TensorBoard event files (needs the extra `tensorboard`)."""
+    """Also write event files for TensorBoard (needs the extra `tensorboard`)."""
 
 
 PYTHON: Literal["<python>"] = "<python>"
@@ -157,11 +158,11 @@ def planned_training(recipe: Recipe, client: str) -> tuple[int, Training]:
 
 def resources(recipe: Recipe, client: str) -> Resources:
     """Return what one client takes of the machine after all overrides that cover it."""
-    taken = Resources(threads=recipe.model.threads)
+    own = Resources(threads=recipe.model.threads)
     for override in recipe.override:
         if override.covers(client):
-            taken = replace(taken, **override.resources)
-    return taken
+            own = replace(own, **override.resources)
+    return own
 
 
 def largest_rank(recipe: Recipe) -> int:

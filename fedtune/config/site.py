@@ -26,7 +26,7 @@ WHOLE: Mapping[str, Any] = {"kind": "iid", "clients": 1}
 
 @dataclass(frozen=True)
 class Layers:
-    """The table `adapter` of a site: which layers get an adapter; the server chooses the rank."""
+    """Which layers get an adapter; the table `adapter` of a site. The server says the rank."""
 
     targets: Sequence[str]
     """Module names or their last parts, as in the run's recipe."""
@@ -43,12 +43,13 @@ class SiteSettings:
     """A client's own file: its name, its base, its data, and what it allows."""
 
     name: str
-    """The client's lasting name; the one that its key is registered under."""
+    """The client's lasting name, under which it is enrolled."""
     model: ModelSettings
     adapter: Layers
     data: DataSettings
     seed: int
-    """The run's seed: a classification head that the base lacks is drawn from it, the same at every site."""
+    """The run's seed. A classification head that the base lacks is drawn from it, and must be the same at every site.
+    """
     split: bool
     """Whether the data are divided, and the site's part is the one of its name."""
     root: Path

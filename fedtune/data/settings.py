@@ -27,56 +27,62 @@ class Split:
     """How training rows are divided among clients; the recipe's table `data.split`."""
 
     kind: Literal["key", "iid", "dirichlet", "sizes", "files"]
-    """key: one client per value of the column `by`; iid: equal random parts; dirichlet: skewed shares of each value
-    of `by`; sizes: the first sizes[0] shuffled rows to the first client, and so on; files: one client per source file.
-    """
+    """key: one client per value of the column `by`; iid: equal random parts; dirichlet: random shares of each value of
+    `by`, more unequal the smaller `alpha`; sizes: as many rows for each client as `sizes` says, shuffled; files: one
+    client per source file."""
     by: str | None = None
-    """Column for `key` (the client's name) and `dirichlet` (the label), by its name in the source."""
+    """Column of the source that `key` takes as the client's name, and `dirichlet` as the label whose rows are shared
+    out."""
     clients: Annotated[int, Ge(1)] | None = None
-    """Number of clients, for `iid` and `dirichlet`; for `key` and `files`, keep only the first so many by name."""
+    """Number of clients, for `iid` and `dirichlet`; with `key` and `files`, only the first so many by name take part.
+    """
     alpha: Annotated[float, Gt(0)] | None = None
-    """Concentration of the Dirichlet distribution: small is skewed, large is even."""
+    """Concentration of the Dirichlet distribution, for `dirichlet`: 0.1 is very uneven, 100 nearly even."""
     min_examples: Annotated[int, Ge(1)] = 1
-    """Least rows of any client before some are held out; dirichlet draws again (up to 100 times) until it holds."""
+    """Fewest rows that any client may get, held-out rows included; `dirichlet` draws again, up to 100 times, until that
+    is so."""
     sizes: Sequence[Annotated[int, Ge(1)]] | None = None
-    """Rows of each client, in the order of the clients, for `sizes`."""
+    """Rows of each client, for `sizes`: the first number is that of the first client."""
     only: Sequence[str] | None = None
-    """Names of the clients that take part after the division; the others' rows are left out. One name trains that
-    client alone, on the very rows that it has in the federation."""
+    """Names of the only clients that take part; the rows of all others are left out. With one name a client trains
+    alone on the rows that it has in the federation."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The recipe's table `data`."""
+    """Where the rows come from and how they become examples; the recipe's table `data`."""
 
     source: str | Sequence[str]
-    """File(s), glob, folder of a saved dataset, or hub name (`name:split` for another split than `train`); relative
-    paths are relative to the recipe."""
+    """A file, a list of files, a glob, the folder of a saved data set, or a name on a hub (`name:split` for another
+    split than `train`). Relative paths are relative to the recipe's folder."""
     split: Split
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "text", "saved", "hub", "plugin"] = "auto"
     """auto: by the file's ending, a folder with state.json as a saved dataset, otherwise a hub name; plugin: the source
     is the name of an entry point `fedtune.data` of an installed package, which gives rows by client."""
     subset: str | None = None
-    """Configuration name of a hub data set."""
+    """Name of the configuration of a hub data set, where it has several."""
     fields: Mapping[Part, str] = field(default_factory=dict)
-    """Which column plays which part; a column that already has the part's name needs no entry."""
+    """Which column plays which part, e.g. { instruction = "question", output = "answer" }; a column that has the part's
+    name needs no entry."""
     template: str = "alpaca"
-    """alpaca | chat (the tokenizer's own template) | plain (prompt, newline, output) | your own text with
-    {instruction}, {input} and ending in {output}. Rows with only `text` are taken as they are."""
+    """How a row becomes a text: alpaca; chat (the tokenizer's own template); plain (prompt, newline, output); or a text
+    of your own with {instruction}, {input} and, at its end, {output}. Rows with only a `text` are used as they are."""
     max_tokens: Annotated[int, Ge(2)] = 512
-    """Longer examples are cut at the end; an example whose whole completion is cut is dropped and counted."""
+    """Longer examples are cut at the end; an example that would lose its whole answer is dropped, and both are counted.
+    """
     loss_on: Literal["completion", "all"] = "completion"
-    """Which tokens count in the loss; for rows of plain text all do."""
+    """completion: only the tokens of the answer count in the loss; all: those of the prompt too. Rows of plain text
+    always count whole."""
     packing: bool = False
-    """Join training examples end to end into rows of at most max_tokens (causal only); no example is cut for it, and
-    attention is not cut between them. A packed row counts as one example."""
+    """Join training examples end to end into rows of at most `max_tokens`; no example is cut for it, each attends to
+    those before it in its row, and a row counts as one example. Causal models only."""
     held_out: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """Share of each client's rows kept for evaluation and never trained on; if above 0 at least one row, unless the
-    client has only one."""
+    """Share of each client's rows that is kept for evaluation and never trained on; above 0 at least one row, unless
+    the client has only one."""
     test: str | Sequence[str] | None = None
-    """Separate test file(s); without it the global test data are all clients' held-out rows."""
+    """Files with test data of their own; none: all clients' held-out rows together are the test data."""
     limit: Annotated[int, Ge(1)] | None = None
-    """Use only so many rows of the source, drawn at random (seeded); none uses all."""
+    """Use only so many rows of the source, drawn at random from the run's seed; none uses all."""
 
 
 def faults(settings: DataSettings) -> list[Fault]:

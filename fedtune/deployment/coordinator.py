@@ -28,7 +28,7 @@ from fedtune.link.server.server import serve_link
 from fedtune.link.settings import LinkSettings
 from fedtune.messages import AdmittedUpdate, Blueprint, Failure, ProbeSeeds, TrainLora
 from fedtune.rounds.admission import largest_update
-from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.runs.resume import check_resumable
 from fedtune.runs.runner import run_recipe
 from fedtune.store import journal

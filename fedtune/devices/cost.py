@@ -11,7 +11,7 @@ from fedtune.pruning.structure import Block, BlockLayout, Side
 
 BYTES: Mapping[WireDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATION_BYTES = 34
-"""Per token, layer and entry of the residual stream, for the backward pass of 16-bit numbers (assumed)."""
+"""Per token, layer and entry of the residual stream, for the backward pass of 16-bit numbers ; assumed."""
 RUNTIME_BYTES = 0.5e9
 """What the libraries and the allocator take (assumed)."""
 TRAINED_BYTES = 16
@@ -22,7 +22,7 @@ LOGIT_BYTES = 10
 
 @dataclass(frozen=True)
 class Body:
-    """What the costs of a base follow from."""
+    """The sizes of a base from which its costs follow."""
 
     anatomy: BlockLayout
     modules: Mapping[str, tuple[int, int]]
@@ -37,7 +37,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked of one client in one round, beside ratio and rank."""
+    """The work of one client in one round, beside ratio and rank."""
 
     steps: int
     rows: int
@@ -61,7 +61,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How wide a block is after surgery: the mean over blocks where they differ."""
+    """How wide a block is after pruning: the mean over blocks where they differ."""
 
     q: float
     """Query heads."""
@@ -70,7 +70,7 @@ class Sizes:
 
 
 def sizes(anatomy: BlockLayout, settings: PruningSettings | None, ratio: float) -> Sizes:
-    """Return the realised widths of a ratio: they are settled by counts, whichever heads and channels stay."""
+    """Return the widths of a block at a ratio; they do not depend on which heads and channels stay."""
     number = len(anatomy.blocks)
     if settings is None or ratio == 0:
         return Sizes(*(sum(each) / number for each in zip(*map(_whole, anatomy.blocks), strict=True)))
@@ -135,8 +135,8 @@ def flops_per_token(body: Body, size: Sizes, rank: int, work: Work) -> float:
 
 def round_flops(body: Body, settings: PruningSettings | None, ratio: float, rank: int, work: Work) -> float:
     """Return the operations of a round; tokens that only go forward, for scores and losses, cost half."""
-    each = flops_per_token(body, sizes(body.anatomy, settings, ratio), rank, work)
-    return each * (work.trained_tokens + 0.5 * work.side_tokens)
+    per_token = flops_per_token(body, sizes(body.anatomy, settings, ratio), rank, work)
+    return per_token * (work.trained_tokens + 0.5 * work.side_tokens)
 
 
 def round_bytes(
@@ -161,17 +161,18 @@ def memory_bytes(body: Body, settings: PruningSettings | None, ratio: float, ran
     """Return the peak memory of a round: base, global adapter, what is trained, activations, logits, runtime.
 
     The activations are a formula, not a measurement, and scale with what is kept of a block (assumed). With
-    checkpointing one block's are held, and what every block gets.
+    checkpointing those of one block are in memory, and the input of every block.
     """
     anatomy, size = body.anatomy, sizes(body.anatomy, settings, ratio)
     whole = sizes(anatomy, None, 0.0)
-    kept, blocks = block_parameters(anatomy, size), block_parameters(anatomy, whole)
+    left, blocks = block_parameters(anatomy, size), block_parameters(anatomy, whole)
     sides, tokens = adapter_sides(body, size), work.rows * work.longest
-    base = (body.parameters - blocks + kept) * anatomy.number_bytes
+    base = (body.parameters - blocks + left) * anatomy.number_bytes
     trained = (rank * sides + body.saved) * TRAINED_BYTES
     layers = 1 if work.checkpointing else len(anatomy.blocks)
-    each = ACTIVATION_BYTES * anatomy.number_bytes / 2 * (0.25 + 0.75 * kept / blocks)
-    activations = tokens * anatomy.width * layers * each
+    # A quarter is the residual stream's, which is never cut.
+    per_entry = ACTIVATION_BYTES * anatomy.number_bytes / 2 * (0.25 + 0.75 * left / blocks)
+    activations = tokens * anatomy.width * layers * per_entry
     if work.checkpointing:
         activations += tokens * anatomy.width * len(anatomy.blocks) * anatomy.number_bytes
     logits = 0.0 if body.classifies else tokens * anatomy.outputs * LOGIT_BYTES
@@ -200,4 +201,4 @@ def _shape(anatomy: BlockLayout, out: Side, into: Side) -> tuple[int, int]:
 
 
 PROXIES = {"roberta-base": roberta_base, "llama-7b": llama_7b}
-"""Larger models whose costs may stand for those of the one that is trained."""
+"""Larger models whose costs may be charged in place of those of the model that is trained."""

@@ -1,4 +1,4 @@
-"""The clock of real deployments: what clients say they worked, as far as it went by until they answered."""
+"""The clock of real deployments: the seconds that clients report, at most those until their answer arrived."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from fedtune.rounds.clock import ClientTime, CompletedWork
 
 
 class MeasuredClock:
-    """Takes times as they were measured; nobody is given up here, for a deadline of the round has done that."""
+    """Takes times as they were measured; late clients were given up by the round's own deadline."""
 
-    def timed(
+    def client_times(
         self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
     ) -> Mapping[str, ClientTime]:
-        """Return, by client, its own seconds of work, and the rest of the time from the first order to its answer.
+        """Return, by client, its seconds of work, and as transfer the rest of the time until its answer.
 
-        Nobody can have worked for longer than until its answer came, whatever it says.
+        A client cannot have worked for longer than until its answer arrived, whatever it reports.
         """
-        there = {
+        answered = {
             name: split_seconds(each.measured.seconds, each.arrived_s) for name, each in done.items() if each.arrived_s
         }
-        return {**there, **{name: ClientTime.given_up(after_s) for name, after_s in late.items()}}
+        return {**answered, **{name: ClientTime.until_deadline(after_s) for name, after_s in late.items()}}
 
-    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+    def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         return {}
 
-    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
+    def round_seconds(self, spent: Mapping[str, ClientTime]) -> float:
         return max((each.seconds for each in spent.values()), default=0.0)
 
     def reachable(self, round: int, client: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a machine can carry: profiles of devices, each number with where it comes from, and fleets of them."""
+"""Profiles of devices, each number with where it comes from, and fleets of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.seeds import derive, generator
 
 Provenance: TypeAlias = Literal["datasheet", "measured", "assumed", "recipe"]
-"""recipe: a number that whoever wrote the recipe set in a table `device`."""
+"""recipe: a number that the recipe sets in a table `device`."""
 
 
 @dataclass(frozen=True)
@@ -20,29 +20,29 @@ class DeviceProfile:
 
     name: str
     memory_gb: float
-    """Usable for a model: main memory less what the system takes."""
+    """Memory that a model may use: main memory less what the system takes."""
     peak_tflops: float
-    """1e12 operations per second at most."""
+    """Most operations that the device computes per second, in 10^12."""
     utilisation: float
-    """Share of the peak that training reaches, in (0, 1]."""
+    """Share of the peak that training reaches."""
     memory_gbps: float
-    """Memory bandwidth in 1e9 bytes per second."""
+    """Bandwidth of the device's memory."""
     up_mbps: float = 10.0
-    """Mean bandwidth to the server in 1e6 bits per second."""
+    """Mean bandwidth to the server."""
     down_mbps: float = 10.0
-    """Mean bandwidth from the server in 1e6 bits per second."""
+    """Mean bandwidth from the server."""
     net_sigma: float = 0.5
-    """Standard deviation of the logarithm of a device's own mean bandwidth, over devices."""
+    """How much mean bandwidth differs between devices: standard deviation of its logarithm; 0 for none."""
     latency_s: float = 0.05
-    """One way."""
+    """Time that a message needs one way, beside its transfer."""
     overhead_s: float = 0.5
-    """Of a round: setting up, loading, tearing down."""
+    """Time that every round costs the device beside training and transfer: setting up, loading, tearing down."""
     modes: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
-    """Shares of its speed that a device runs at, one drawn per period."""
+    """Shares of its top speed that the device runs at; one is drawn for each period."""
     mode_period_s: float = 1200.0
-    """Seconds for which a drawn share of the speed holds."""
+    """How long a drawn share of the speed lasts."""
     availability: float = 1.0
-    """Share of the time that it can be asked, in [0, 1]."""
+    """Share of the time in which the device can be asked."""
     provenance: Mapping[str, Provenance] = field(default_factory=dict)
     """By field; what is not named is assumed."""
 
@@ -55,26 +55,26 @@ class DeviceProfile:
     def mean_mode(self) -> float:
         return sum(self.modes) / len(self.modes)
 
-    def told(self) -> Mapping[str, Mapping[str, str]]:
+    def as_table(self) -> Mapping[str, Mapping[str, str]]:
         """Return every number with where it comes from, as a report prints it."""
-        found = {}
-        for each in fields(self):
-            if each.name not in ("name", "provenance"):
-                value = getattr(self, each.name)
+        table = {}
+        for number in fields(self):
+            if number.name not in ("name", "provenance"):
+                value = getattr(self, number.name)
                 text = ", ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else f"{value:.4g}"
-                found[each.name] = {"value": text, "provenance": self.provenance.get(each.name, "assumed")}
-        return found
+                table[number.name] = {"value": text, "provenance": self.provenance.get(number.name, "assumed")}
+        return table
 
 
 LEAST = {"up_mbps": 0.01, "down_mbps": 0.01, "mode_period_s": 1.0}
-"""Below that a transfer would be integrated over more pieces than anybody waits for."""
+"""Below these a transfer would be integrated over millions of pieces."""
 
 
 def check(profile: DeviceProfile) -> DeviceProfile:
-    """Return the profile if a device can be so.
+    """Return the profile if all of its numbers are possible.
 
     Raises:
-        ConfigError: with every impossible number, and the nearest that would do.
+        ConfigError: with every impossible number, and an example of a possible one.
     """
     faults = []
     where = f"device {profile.name}"
@@ -169,13 +169,13 @@ def lognormal_fleet(clients: Sequence[str], seed: int) -> Mapping[str, DevicePro
 
     A sample is taken as 0.05 TFLOP, so that the median device trains at 3.7 TFLOP/s.
     """
-    found = {}
+    devices = {}
     for name in sorted(clients):
         rng = generator(derive(seed, "fleet", client=name))
         seconds = 0.005 * exp(1.0 + 0.6 * float(rng.standard_normal()))
         memory = min(64.0, max(2.0, 8.0 * exp(0.5 * float(rng.standard_normal()))))
         bandwidth = 10.0 * exp(0.5 * float(rng.standard_normal()))
-        found[name] = DeviceProfile(
+        devices[name] = DeviceProfile(
             f"lognormal-{name}",
             memory_gb=memory,
             peak_tflops=0.05 / seconds,
@@ -185,11 +185,11 @@ def lognormal_fleet(clients: Sequence[str], seed: int) -> Mapping[str, DevicePro
             down_mbps=bandwidth,
             net_sigma=0.0,
         )
-    return found
+    return devices
 
 
 FLEETS: Mapping[str, Callable[[Sequence[str], int], Mapping[str, DeviceProfile]]] = {
     **{name: mixed_fleet(shares) for name, shares in SHARES.items()},
     "lognormal": lognormal_fleet,
 }
-"""(clients, seed) -> each one's device, whatever the order of the names."""
+"""(clients, seed) -> the device of every client; the order of the names does not matter."""

@@ -1,4 +1,4 @@
-"""The simulated clock: operations and bytes of a fleet turned into seconds, the same whoever asks and however fast."""
+"""The simulated clock: operations and bytes of a fleet turned into seconds, the same on every machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Load:
 def integrated_seconds(start_s: float, work: float, rate: Callable[[float], tuple[float, float]]) -> float:
     """Return the seconds that work takes whose rate is constant in pieces, integrated exactly.
 
-    >>> spent(0, 10, lambda now: (1, 4 - now) if now < 4 else (0.5, float("inf")))
+    >>> integrated_seconds(0, 10, lambda now: (1, 4 - now) if now < 4 else (0.5, float("inf")))
     16.0
     """
     now, left = start_s, work
@@ -58,7 +58,7 @@ class SimulatedClock:
     late: Literal["wait", "drop"] = "wait"
     server_s: float = 0.0
 
-    def timed(
+    def client_times(
         self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
     ) -> Mapping[str, ClientTime]:
         """Return how long each client took in a round that began at `now_s`."""
@@ -81,16 +81,16 @@ class SimulatedClock:
         second = profile.latency_s + integrated_seconds(begin, load.bytes_up, up)
         return ClientTime(compute, first + second, overhead_s=profile.overhead_s)
 
-    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
-        """Return who is given up: after the planner's deadline, or where late ones are waited for after thrice that."""
+    def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+        """Return the clients that are given up: after the deadline, or with `late = "wait"` after thrice that time."""
         share = 1.0 if self.late == "drop" else PATIENCE
         bounds = {name: share * deadline_s for name, deadline_s in deadlines_s.items()}
         return {name: bound for name, bound in bounds.items() if name in spent and spent[name].seconds > bound}
 
-    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
+    def round_seconds(self, spent: Mapping[str, ClientTime]) -> float:
         """Return the seconds of a round: its slowest client's, then the server's."""
         return max((each.seconds for each in spent.values()), default=0.0) + self.server_s
 
     def reachable(self, round: int, client: str) -> bool:
-        """Return whether a device is there in a round, by its availability."""
+        """Return whether a device can be reached in a round, by its availability."""
         return traces.available(self.profiles[client], self.seed, client, round)

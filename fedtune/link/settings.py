@@ -12,69 +12,73 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 @dataclass(frozen=True)
 class LinkSettings:
-    """The table `link` of a server's own file; nothing in it changes what a run computes."""
+    """How a coordinator listens, and its limits; the table `link` of the server's file."""
 
     listen: str = "0.0.0.0:9000"
-    """Address and port; clients dial it."""
+    """Address and port on which clients connect."""
     identity: str = "identity"
-    """Folder made by `fedtune enroll`; relative to the file's folder."""
+    """Folder with the server's keys and certificate, from `fedtune enroll`; relative to the file's folder."""
     hold_s: Annotated[float, Gt(0), Le(300)] = 20.0
-    """Seconds for which a client's call for work is held; below the idle limits of common proxies."""
+    """How long a client's request for work stays open while there is none; shorter than the idle limit of common
+    proxies."""
     lease_s: Annotated[float, Gt(0)] = 45.0
-    """Seconds without a sign of life, after which a client is not sampled for the next round."""
+    """A client that was silent for longer than this is not asked in the next round."""
     lost_s: Annotated[float, Gt(0)] = 600.0
-    """Seconds without a sign of life, after which a round does not wait any longer for a client that works for it."""
+    """A round stops waiting for a client that was silent for longer than this."""
     patience_s: Annotated[float, Gt(0)] = 7 * 24 * 3600.0
-    """Seconds for which a run waits for enough clients."""
+    """How long a run waits for enough clients before it stops."""
     stall_s: Annotated[float, Gt(0)] = 60.0
-    """Seconds without a byte, after which a transfer is given up; the next one goes on behind what came."""
+    """A transfer without a byte for this long is given up; it can go on later from where it stopped."""
     drain_s: Annotated[float, Ge(0)] = 30.0
-    """Seconds within which transfers can end when the server goes down."""
+    """How long running transfers may go on when the server shuts down."""
     part_kib: Annotated[int, Ge(1), Le(512)] = 256
-    """KiB per message of a transfer."""
+    """Size of one message of a transfer."""
     window_mib: Annotated[int, Ge(1), Le(64)] = 4
-    """MiB of an upload without an acknowledgement: bounds the server's memory, and what is sent again after a cut."""
+    """Most bytes of an upload that are on their way unconfirmed: limits the server's memory, and what is sent again
+    after a cut."""
     inline_kib: Annotated[int, Ge(0), Le(512)] = 64
-    """KiB up to which a part travels within the call itself."""
+    """Smaller messages travel within the call itself instead of as a transfer."""
     max_concurrent_uploads: Annotated[int, Ge(1)] = 8
-    """Uploads at the same time, of all clients; a further one is tried again later."""
+    """Most uploads at the same time, of all clients together; further ones are asked to try again."""
     max_concurrent_downloads: Annotated[int, Ge(1)] = 16
-    """Downloads at the same time, of all clients; a further one is tried again later."""
+    """Most downloads at the same time, of all clients together; further ones are asked to try again."""
     calls_per_min: Annotated[int, Ge(10)] = 12_000
-    """Calls of one client in a minute, beyond which further ones are refused for now."""
+    """Most calls of one client in a minute; further ones are refused until the minute is over."""
     day_gib: Annotated[float, Gt(0)] = 100.0
-    """GiB that one client may send in 24 hours."""
+    """Most bytes that one client may send in 24 hours."""
     hello_mib: Annotated[int, Ge(1)] = 1024
-    """MiB of a client's profile, which brings the initial values of `modules_to_save`."""
+    """Largest first message of a client, which brings the initial values of `modules_to_save`."""
     free_mib: Annotated[int, Ge(0)] = 512
-    """MiB that stay free on the disk; below that, updates are refused for now."""
+    """Disk space that stays free: with less than this, updates are refused until there is more."""
     bar_after: Annotated[int, Ge(1)] = 3
-    """Final refusals in ten rounds, after which a client is blocked until the operator admits it again."""
+    """A client is blocked after so many final refusals within ten rounds, until the operator deletes its entry in the
+    run's `link/barred`."""
     build: str = ""
-    """Version of fedtune that every client must run, e.g. "fedtune 0.2.0"; empty: any."""
+    """Version of fedtune that every client must run, e.g. "fedtune 0.2.0"; empty allows any."""
     health: str = "127.0.0.1:9464"
-    """Address of /healthz, /readyz and /metrics, plain HTTP; empty: none."""
+    """Address of /healthz, /readyz and /metrics over plain HTTP; empty: none of them."""
     metrics_names: bool = False
-    """Whether client names appear in the metrics."""
+    """Show clients by name in the metrics."""
 
 
 @dataclass(frozen=True)
 class JoinSettings:
-    """The table `link` of a site's own file."""
+    """How a site reaches the server; the table `link` of a site's file."""
 
     address: str
     """Host and port of the server."""
     identity: str = "identity"
-    """Folder made by `fedtune enroll`; relative to the file's folder."""
+    """Folder with the site's keys and certificate, from `fedtune enroll`; relative to the file's folder."""
     state: str = "state"
-    """Folder of the outbox and the audit log; relative to the file's folder."""
+    """Folder of the outbox, the audit log and what each run sent and received; relative to the file's folder."""
     server_name: str = ""
-    """Name in the server's certificate, where it is not the host of the address."""
+    """Name in the server's certificate, if it is not the host in `address`."""
     proxy: str = ""
-    """HTTP proxy that connections are tunnelled through, e.g. "http://proxy.example.org:3128"."""
+    """HTTP proxy through which the site connects, e.g. "http://proxy.example.org:3128"; empty: straight."""
     backoff_s: Annotated[float, Gt(0)] = 0.5
-    """Seconds of the first pause after a failed connection; doubled up to `backoff_cap_s`, then drawn below that."""
+    """Pause after the first failed connection. Each further pause may be twice as long, up to `backoff_cap_s`; the
+    actual one is drawn at random below that."""
     backoff_cap_s: Annotated[float, Gt(0)] = 30.0
     """Seconds of the longest pause between two attempts to connect."""
     patience_s: Annotated[float, Ge(0)] = 0.0
-    """Seconds without a connection, after which the client gives up; 0: never."""
+    """The site gives up after this time without a connection; 0: never."""

@@ -207,10 +207,10 @@ def _root(gram: Array) -> tuple[Array, Array] | None:
     leave the singular vectors less orthonormal than 1e-6; then the answer is None.
     """
     values, vectors = np.linalg.eigh(gram)
-    kept = values > 1e-14 * values[-1]
-    if np.any(values[kept] < 1e-9 * values[-1]):
+    nonzero = values > 1e-14 * values[-1]
+    if np.any(values[nonzero] < 1e-9 * values[-1]):
         return None
-    return np.sqrt(values[kept]), vectors[:, kept]
+    return np.sqrt(values[nonzero]), vectors[:, nonzero]
 
 
 def _by_qr(x: Array, y: Array) -> Triple:

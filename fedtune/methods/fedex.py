@@ -58,7 +58,7 @@ class FedExState:
 
 
 def init(blueprint: Blueprint, settings: FedExSettings) -> FedExState:
-    """Return the first state: one A drawn for everybody, B zero, no residual."""
+    """Return the first state: one A drawn for all clients, B zero, no residual."""
     return FedExState(
         settings=settings,
         round=0,
@@ -70,7 +70,7 @@ def init(blueprint: Blueprint, settings: FedExSettings) -> FedExState:
 
 def assign(state: FedExState, seed: int, planned: PlannedClient) -> Assignment:
     """Send both factors to train and the residual frozen; the client returns both factors."""
-    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
+    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is not used: every row of A is sent
     return make_assignment("fedex", state, seed, planned.plan, task, state.sent)
 
 

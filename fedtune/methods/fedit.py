@@ -41,7 +41,7 @@ class FedItState:
 
 
 def init(blueprint: Blueprint, settings: FedItSettings) -> FedItState:
-    """Return the first state: one A drawn for everybody, B zero."""
+    """Return the first state: one A drawn for all clients, B zero."""
     return FedItState(settings=settings, round=0, tensors=shared_start(blueprint), saved=blueprint.saved)
 
 
@@ -57,7 +57,7 @@ def shared_start(blueprint: Blueprint) -> Tensors:
 
 def assign(state: FedItState, seed: int, planned: PlannedClient) -> Assignment:
     """Send both factors; the client trains and returns both."""
-    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
+    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is not used: every row of A is sent
     return make_assignment("fedit", state, seed, planned.plan, task, {"local": state.sent})
 
 

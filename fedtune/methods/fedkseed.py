@@ -259,9 +259,9 @@ def seed_visits(state: FedKSeedState, logged: Sequence[LoggedUpdate], *, coarser
     if not state.drawn:
         return {}
     size, sizes, visits = len(state.sums), state.drawn["sizes"], state.drawn["visits"]
-    for one in logged:
-        drawn = sampled_ids(state, one)
-        sizes = sizes + count_scalars(drawn, np.abs(one.scalars.astype(np.int16)), size)
+    for entry in logged:
+        drawn = sampled_ids(state, entry)
+        sizes = sizes + count_scalars(drawn, np.abs(entry.scalars.astype(np.int16)), size)
         visits = visits + np.bincount(drawn, minlength=size)
     return {"sizes": sizes >> int(coarser), "visits": visits}
 

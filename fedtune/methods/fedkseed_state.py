@@ -26,9 +26,9 @@ from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
 PROVISIONAL = 26
-"""e of the first round where `scalar_step` is measured: nothing is added up in it."""
+"""e of a first round that measures `scalar_step`: nothing is added up in it."""
 FINE = 16
-"""Units that a perturbation has at least."""
+"""Least units of a perturbation: it is then rounded by at most 1/32 of itself."""
 
 
 @dataclass(frozen=True)
@@ -38,40 +38,48 @@ class FedKSeedSettings:
     name: Literal["fedkseed"] = "fedkseed"
     """Name of the method."""
     bank: BankName = "hadamard"
-    """Where directions come from: `hadamard` is exact and fast, `gaussian` nearest to the paper and slow, `kron` is
-    added in the forward pass, never rewrites a weight and makes an adapter."""
+    """What the random directions are. hadamard: signs, exact and fast; gaussian: nearest to the paper, slow; kron:
+    added in the forward pass, so no weight is rewritten, and the result is also an adapter."""
     seeds: Annotated[int, Interval(ge=1, le=4096)] = 4096
-    """K, a power of two (of four for `kron`); 1024 is enough for `gaussian`, whose rebuilds cost K draws a weight."""
+    """K, the number of directions: a power of two, with kron a power of four. With gaussian 1024 is enough, since
+    rebuilding a weight takes K random numbers."""
     perturbation: Annotated[float, Interval(ge=1e-6, le=1)] = 5e-4
-    """Distance along a direction, in every weight, at which losses are compared (the paper's epsilon)."""
+    """How far every weight is moved along a direction to measure the loss (the paper's epsilon)."""
     estimator: Estimator = "two-sided"
-    """`two-sided`: the loss on both sides of the weights; `one-sided`: one loss at them and one per query."""
+    """two-sided: a step measures the loss on both sides of the weights; one-sided: once at the weights and once for
+    each of `queries` directions."""
     queries: Annotated[int, Interval(ge=2, le=64)] = 8
-    """Directions per optimizer step, for `one-sided`; `client.steps` counts directions and must be a multiple."""
+    """With one-sided: directions that are measured for one optimizer step; `client.steps` counts directions and must be
+    a multiple of it."""
     normalise: bool = True
-    """`one-sided`: divide by the standard deviation of the step's losses instead of by the perturbation (FZOO)."""
+    """With one-sided: divide by the standard deviation of the step's losses instead of by `perturbation` (FZOO)."""
     scalar_step: Literal["auto"] | Annotated[float, Interval(gt=0, le=1e-3)] = "auto"
-    """Change of every weight that a scalar of one stands for; auto: the first round measures it and moves nothing."""
+    """How far a weight moves for a byte of value 1; auto: the first round measures it and changes nothing else."""
     fraction_bits: Annotated[int, Interval(ge=0, le=8)] = 4
-    """Bits of the server's sums below a scalar of one: what a mean over clients is rounded to."""
+    """Bits below the value 1 that the server keeps of a mean over clients, which is rounded to them."""
     sampling: Sampling = "uniform"
-    """How clients draw seeds: `uniform`, `distinct` (each at most once a round), `pro` (by what they did before)."""
+    """How clients draw directions. uniform: all alike; distinct: each at most once a round; pro: more often those that
+    changed the loss most before."""
     pro: Literal["repaired", "paper"] = "repaired"
-    """Rule of `pro`; the paper's starves seeds that were never drawn."""
+    """Rule of the sampling pro. paper: as published, where directions that were not drawn yet are the least likely;
+    repaired: ours, where they are as likely as the mean."""
     clip: Literal["quantile", "none"] | Annotated[float, Gt(0)] = "quantile"
-    """Bound on |g|: twice the client's running 0.9-quantile, none, or a number."""
+    """Bound on the size of a measured slope. quantile: twice the client's running 0.9-quantile; none: no bound; or a
+    number."""
     weights: Weighting = "examples"
-    """`examples`: 1 to 127, in proportion to the largest of the cohort; `uniform`: all alike."""
+    """examples: clients count in proportion to their examples, in whole numbers up to 127; uniform: all count the same.
+    """
     sync: Literal["auto", "whole"] = "auto"
-    """`auto`: a client is sent the shortest form of what it has missed; `whole`: always all K integers."""
+    """auto: a client gets the shortest form of what it has missed; whole: always all K integers, 8 or 16 kB."""
     public_log: bool = False
-    """Let `auto` send every client's scalars to every client, the shortest form; nothing of a client is hidden then."""
+    """Let auto send what each client measured to every client, which is shortest. Clients then see each other's
+    updates."""
     trainable: Sequence[str] = ()
-    """Globs over the names of tensors to move; none takes all, for `kron` the weights of `adapter.targets`."""
+    """Names or globs of the tensors that are tuned; empty: all, with kron the weights of `adapter.targets`."""
     vectors: bool = False
-    """`kron`: move biases and norms as well."""
+    """With kron: also tune biases and norms."""
     embeddings: bool = False
-    """`kron`: move embeddings and all other matrices as well."""
+    """With kron: also tune embeddings and all other matrices."""
 
 
 def faults(settings: FedKSeedSettings, steps: Sequence[int | None]) -> Iterator[Fault]:
@@ -118,9 +126,9 @@ class FedKSeedState:
     exponent: int
     """e of the displacement unit 2^-e."""
     calibrated: bool
-    """Whether e is the run's own, and not that of a first round that measures it."""
+    """Whether e is settled; not so in a first round that measures it."""
     coarseness: int
-    """j: a scalar of one stands for 2^j times the step that the run began with."""
+    """j: a scalar of one changes weights by 2^j times the step that the run began with."""
     longest: int
     """Scalars of the longest update so far."""
     accumulators: Tensors
@@ -176,15 +184,15 @@ class FedKSeedState:
 
     @cached_property
     def checks(self) -> bytes:
-        """What a client's blocks must be, made here without the base."""
+        """Digests of the blocks of displacements, which a client's must equal; no base is needed for them."""
         return block_checks(self.ledger, self.manifest, self.trainable, fastest_displacement(self.bank))
 
     @cached_property
     def forms(self) -> Mapping[int, SeedState]:
         """The shortest message by the round that a client has last worked on; 0 serves clients that hold nothing."""
-        return {since: self.sent(since) for since in {0, *map(int, self.past)}}
+        return {since: self.message_since(since) for since in {0, *map(int, self.past)}}
 
-    def sent(self, since: int) -> SeedState:
+    def message_since(self, since: int) -> SeedState:
         forms = {"whole": downlink.encode_whole(self.sums)}
         if self.settings.sync == "auto":
             known = self.past[str(since)] if since else np.zeros_like(self.sums)

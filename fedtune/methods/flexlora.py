@@ -1,4 +1,4 @@
-"""FlexLoRA: the exact sum is formed, and every client restarts from as much of it as its rank holds.
+"""FlexLoRA: the clients' exact sum, of which every client restarts from as many components as its rank allows.
 
 Bai et al., NeurIPS 2024, arXiv 2402.11505. Where the paper forms and decomposes the dense sum, factors are decomposed.
 """
@@ -44,7 +44,7 @@ class FlexLoraState:
     a_key: int
     """Key of the rows of A that the sum does not fill: all of them in round 1."""
     max_rank: int
-    """The largest planned rank: what lies beyond it reaches nobody."""
+    """The largest planned rank: components beyond it reach no client."""
     total: Tensors
     """D = sum of p_k b_k a_k as `lowrank.pack` makes it flat, float32, scale folded in."""
     saved: Tensors
@@ -88,19 +88,19 @@ def aggregate(state: FlexLoraState, updates: Sequence[AdmittedUpdate]) -> FlexLo
     )
 
 
-def sent(state: FlexLoraState) -> Mapping[str, LowRank]:
-    """Return what the client of the largest rank is sent, before the cast to the wire format."""
+def largest_share(state: FlexLoraState) -> Mapping[str, LowRank]:
+    """Return the components that a client of the largest rank gets, before the cast to the wire format."""
     return {name: low.components(0, state.max_rank) for name, low in lowrank.unpack(state.total).items()}
 
 
 def adapter(state: FlexLoraState) -> Adapter:
     """Return what the client of the largest rank is sent, in float32; the rest of D is lost in the next round."""
-    return lowrank.adapter(sent(state))
+    return lowrank.adapter(largest_share(state))
 
 
 def energy_kept(state: FlexLoraState) -> Mapping[str, float]:
     whole = lowrank.unpack(state.total)
-    return {name: lowrank.energy_kept(whole[name], part) for name, part in sent(state).items()}
+    return {name: lowrank.energy_kept(whole[name], part) for name, part in largest_share(state).items()}
 
 
 METHOD = Method(

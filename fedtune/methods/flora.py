@@ -60,26 +60,26 @@ class FloraSettings:
     name: Literal["flora"] = "flora"
     """Name of the method."""
     mode: Literal["reinit", "svt", "continue"] = "continue"
-    """continue: the leading part of Delta is trained on, the rest is frozen; reinit: every round a fresh local adapter
-    beside the frozen Delta (the paper); svt: the same with Delta truncated (after FLoRIST, arXiv 2506.09199). On real
-    data `continue` learns most (simulations/dolly10), which is why it is the default."""
+    """What the next round starts from. continue: the leading part of the global change is trained on, the rest is
+    frozen; reinit: a fresh adapter beside the frozen change (the paper); svt: as reinit, and only `tau` of the change
+    is sent down (after FLoRIST, arXiv 2506.09199). On real data continue learns most (`simulations/dolly10`)."""
     tau: Annotated[float, Interval(gt=0, le=1)] | None = None
-    """Share of Delta's squared singular values that is sent down; none is the mode's own: 0.9 in svt, otherwise 1."""
+    """Share of the global change's squared singular values that is sent down; none: 0.9 in mode svt, else 1."""
     max_rank: Annotated[int, Ge(1)] | None = None
-    """Largest rank of any module that is sent down; none sends what tau asks for."""
+    """Largest rank of any module that is sent down; none sends as many as `tau` needs."""
     state_max_rank: Annotated[int, Ge(1)] | None = None
-    """Largest rank of any module that the server keeps, which gives up exactness; none keeps all."""
+    """Largest rank of any module that the server keeps; the sum is no longer exact beyond it. none keeps everything."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
-    """Factor on the clients' summed change."""
+    """Factor on the clients' mean change; 1 adds it as it is."""
     weights: Weighting = "examples"
-    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
+    """examples: clients count in proportion to their training examples; uniform: all count the same."""
     wire_dtype: WireDtype = "bf16"
-    """Number format of the factors, down and up."""
+    """Number format in which factors travel, down and up; modules_to_save always travel in fp32."""
     coverage: Literal["normalised", "zero"] = "normalised"
-    """Of rows and columns that only some pruned clients kept: normalised divides their change by the share of the
-    examples that trained them; zero takes the plain sum, in which the others' change is zero."""
+    """For rows and columns that only some of the pruned clients kept. normalised: their change is divided by these
+    clients' share of the weights; zero: the other clients count as no change."""
     coverage_floor: Annotated[float, Interval(gt=0, le=1)] = 0.2
-    """Least share that is divided by."""
+    """With normalised: the share that is divided by is at least this."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,17 @@ class FloraState:
     """Of the base's blocks, where clients are pruned."""
     pruning: PruningSettings | None = field(default=None, metadata=NOT_PERSISTED)
     worth: Tensors = field(default_factory=dict)
-    """`heads` and `channels`: what clients' scores came to so far, float32; empty before the first."""
+    """`heads` and `channels`: pooled scores of all clients so far, float32; empty before the first."""
     order: Tensors = field(default_factory=dict)
-    """The same as the ranking goes by, which small changes do not move."""
+    """The scores that rank heads and channels: the pooled ones, which small changes do not move."""
     scored: int = 0
-    """Round that the last scores came in."""
+    """Round of the last scores."""
     ratios: Mapping[str, float] = field(default_factory=dict)
     """By client, the pruning ratio of its last participation."""
 
     @cached_property
     def broadcast(self) -> Mapping[str, LowRank]:
-        """Delta as far as it is sent down, before the cast to the wire format."""
+        """The part of Delta that is sent down, before the cast to the wire format."""
         settings = self.settings
         tau = settings.tau if settings.tau is not None else 0.9 if settings.mode == "svt" else 1.0
         whole = lowrank.unpack(self.delta)
@@ -114,32 +114,32 @@ class FloraState:
 
     @cached_property
     def frozen(self) -> Tensors:
-        """The whole broadcast as it travels where nothing of it is trained on: one mapping, so it is encoded once."""
+        """The broadcast in wire format for clients that train a fresh adapter: one mapping, so it is encoded once."""
         return cast(lowrank.smallest(lowrank.adapter(self.broadcast)), self.settings.wire_dtype)
 
-    def parted(self, rank: int, keep: ModelStructure | None = None) -> Mapping[str, Tensors]:
-        """The blobs of a client of this rank and structure that trains on: made once for all clients like it."""
+    def split_blobs(self, rank: int, keep: ModelStructure | None = None) -> Mapping[str, Tensors]:
+        """Return the blobs of a client that trains the leading `rank` components, once for all clients like it."""
         key = (rank, keep.digest if keep else b"")
-        if key not in self._parted:
+        if key not in self._blobs:
             rest = {name: low.components(rank, low.rank) for name, low in self.broadcast.items()}
             cut = self.cut(keep)
-            self._parted[key] = {
+            self._blobs[key] = {
                 "global": cast(lowrank.smallest(slice_adapter(lowrank.adapter(rest), cut)), self.settings.wire_dtype),
                 "local": warm_start(self.broadcast, rank, self.settings.wire_dtype, cut),
             }
-        return self._parted[key]
+        return self._blobs[key]
 
-    def fixed(self, keep: ModelStructure | None) -> Tensors:
-        """The whole broadcast of a structure, nothing of which is trained on."""
+    def frozen_at(self, keep: ModelStructure | None) -> Tensors:
+        """Return the broadcast at a structure, for clients that train a fresh adapter."""
         if keep is None:
             return self.frozen
-        if (0, keep.digest) not in self._parted:
+        if (0, keep.digest) not in self._blobs:
             rest = slice_adapter(lowrank.adapter(self.broadcast), self.cut(keep))
-            self._parted[0, keep.digest] = {"global": cast(lowrank.smallest(rest), self.settings.wire_dtype)}
-        return self._parted[0, keep.digest]["global"]
+            self._blobs[0, keep.digest] = {"global": cast(lowrank.smallest(rest), self.settings.wire_dtype)}
+        return self._blobs[0, keep.digest]["global"]
 
     def cut(self, keep: ModelStructure | None) -> Mapping[str, LayerSlice]:
-        """Return what a structure keeps of every layer; nothing is said of layers that it keeps whole."""
+        """Return the rows and columns of every layer that a structure keeps; layers kept whole are left out."""
         if keep is None or self.anatomy is None:
             return {}
         if keep.digest not in self._cuts:
@@ -147,7 +147,7 @@ class FloraState:
         return self._cuts[keep.digest]
 
     def structure(self, ratio: float) -> ModelStructure | None:
-        """Return what the order keeps at a pruning ratio; None: all of it."""
+        """Return what the ranking keeps at a pruning ratio; None: all of it."""
         if ratio == 0 or self.anatomy is None or self.pruning is None or not self.order:
             return None
         if ratio not in self._structures:
@@ -156,13 +156,13 @@ class FloraState:
 
     @cached_property
     def ranking(self) -> Ranking:
-        assert self.anatomy is not None  # `structure` has looked
+        assert self.anatomy is not None  # checked in `structure`
         assert self.pruning is not None
         return rank_units(self.order, self.anatomy, self.pruning)
 
-    # What the functions above have made; it follows from the state alone.
+    # Caches of the functions above; their content follows from the state alone.
     @cached_property
-    def _parted(self) -> dict[tuple[int, bytes], Mapping[str, Tensors]]:
+    def _blobs(self) -> dict[tuple[int, bytes], Mapping[str, Tensors]]:
         return {}
 
     @cached_property
@@ -195,10 +195,10 @@ def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
     pruned, structure = pruning.pruning_task(state, planned)
     task = TrainLora(a_key=_a_key(state, plan.client), wire_dtype=state.settings.wire_dtype, pruning=pruned)
     if state.settings.mode != "continue":
-        return make_assignment("flora", state, seed, plan, task, {"global": state.fixed(structure)})
+        return make_assignment("flora", state, seed, plan, task, {"global": state.frozen_at(structure)})
     # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
     task = replace(task, upload="difference")
-    return make_assignment("flora", state, seed, plan, task, state.parted(plan.rank, structure))
+    return make_assignment("flora", state, seed, plan, task, state.split_blobs(plan.rank, structure))
 
 
 def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraState:
@@ -220,7 +220,7 @@ def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraStat
         round=state.round + 1,
         delta=lowrank.pack(delta),
         saved=mean_saved(state.saved, cohort, settings.server_learning_rate),
-        **pruning.observed_fields(state, cohort),
+        **pruning.fields_after(state, cohort),
     )
 
 
@@ -233,7 +233,7 @@ def change(state: FloraState, update: AdmittedUpdate) -> Adapter:
     shapes = {name: low.shape for name, low in state.broadcast.items()}
     if state.settings.mode == "continue":
         rank = max(factors.rank for factors in adapter.values())
-        start = unpack(state.parted(rank, update.structure)["local"])  # after the cast: what the client decoded
+        start = unpack(state.split_blobs(rank, update.structure)["local"])  # after the cast: what the client decoded
         key = _a_key(state, update.client)
         adapter = {
             name: _change(difference, start.get(name), initial_a(key, name, difference.rank, shapes[name], cut))

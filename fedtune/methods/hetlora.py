@@ -36,11 +36,12 @@ class HetLoraSettings(AveragingSettings):
     name: Literal["hetlora"] = "hetlora"
     """Name of the method."""
     weights: Weighting = "examples"
-    """Of modules_to_save; factors are weighted by the norm of the change."""
+    """How clients count in the mean of modules_to_save: in proportion to their training examples, or uniform. Factors
+    are weighted by the norm of their change."""
     rank_decay: Annotated[float, Interval(gt=0, le=1)] = 0.99
-    """Gamma: the share of its rank that a client keeps when it prunes; 1 never prunes."""
+    """Gamma: a client that cuts its rank keeps this share of it; 1 never cuts."""
     rank_penalty: Annotated[float, Ge(0)] = 0.01
-    """Lambda: weight in the loss of the part that pruning would remove."""
+    """Lambda: weight in the loss of the factors that a cut would remove; 0 leaves loss and rank as they are."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class HetLoraState:
 
 
 def init(blueprint: Blueprint, settings: HetLoraSettings) -> HetLoraState:
-    """Return the first state: one A drawn for everybody, B zero."""
+    """Return the first state: one A drawn for all clients, B zero."""
     tensors = shared_start(blueprint)
     return HetLoraState(settings=settings, round=0, max_rank=blueprint.max_rank, tensors=tensors, saved=blueprint.saved)
 

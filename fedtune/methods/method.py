@@ -35,7 +35,7 @@ Cohort: TypeAlias = Sequence[tuple[AdmittedUpdate, float]]
 
 
 class MethodState(Protocol):
-    """What the round loop reads of any method's state; all its arrays lie in flat `Tensors`."""
+    """What the round loop reads of any method's state; all arrays of a state are in flat `Tensors`."""
 
     @property
     def round(self) -> int: ...
@@ -88,7 +88,7 @@ def no_truncation(state: MethodState) -> Mapping[str, float]:
     return {}
 
 
-def unpruned(state: MethodState, ratio: float) -> ModelStructure | None:
+def whole_model(state: MethodState, ratio: float) -> ModelStructure | None:
     """Return None: every client trains the whole model."""
     return None
 
@@ -97,7 +97,7 @@ def no_ranking(state: MethodState) -> Tensors:
     return {}
 
 
-def unbounded(settings: Any) -> int | None:
+def no_bound(settings: Any) -> int | None:
     return None
 
 
@@ -141,13 +141,13 @@ class Method(Generic[State]):
     """(state, an update that fits its assignment) -> why it cannot be used all the same; empty if it can"""
     figures: Callable[[State], Mapping[str, Any]] = no_figures
     """state -> numbers for the round's line in rounds.jsonl"""
-    structure: Callable[[State, float], ModelStructure | None] = unpruned
+    structure: Callable[[State, float], ModelStructure | None] = whole_model
     """(state, pruning ratio) -> what is left of the model at that ratio; None: all of it"""
     ranking: Callable[[State], Tensors] = no_ranking
     """state -> scores of `heads` and `channels`, by which they are pruned; empty before there are any"""
     why_not_pruned: str = "it does not scatter what pruned clients send"
     """Why the method refuses the recipe's table `pruning`; empty if clients may be pruned."""
-    downlink_rank: Callable[[Any], int | None] = unbounded
+    downlink_rank: Callable[[Any], int | None] = no_bound
     """settings -> the largest rank of what is sent down; None: no bound"""
     wire_dtype: Callable[[Any], WireDtype] = full_precision
     """settings -> number format of what is sent down"""

@@ -1,4 +1,4 @@
-"""What pruned clients are told, how their updates are weighed, and how their scores become an order.
+"""The pruning of clients: their tasks, the weights of their updates, and the ranking that their scores give.
 
 FedSpine-style (after FedMP, FedPrLLM and HeteroFL), formulas ours.
 """
@@ -46,18 +46,18 @@ class PrunedState(Protocol):
     @property
     def ratios(self) -> Mapping[str, float]: ...
     def structure(self, ratio: float) -> ModelStructure | None:
-        """Return what the order keeps at a ratio; None: all of it."""
+        """Return what the ranking keeps at a ratio; None: all of it."""
         ...
 
 
 def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | None, ModelStructure | None]:
-    """Return what one client is told of its structure, and the structure that its blobs are cut to.
+    """Return one client's pruning task, and the structure that its blobs are cut to.
 
     The blobs cover all that the round needs: the first of the stages, and the structure of the last participation, in
     which the loss before is measured. Nested structures contain each other, so the larger one of the two is enough.
 
     Raises:
-        RoundError: if a ratio is asked for before there is an order.
+        RoundError: if a ratio is planned before heads and channels are ranked.
     """
     settings, anatomy, plan = state.pruning, state.anatomy, planned.plan
     if settings is None or anatomy is None:
@@ -75,7 +75,7 @@ def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | 
     stages = [bitmap(keep, anatomy) for ratio in ratios if (keep := state.structure(ratio)) is not None]
     earlier = state.structure(before)
     task = Pruning(
-        settings=replace(settings, ranking=None),  # where the server's file lies is nobody's business
+        settings=replace(settings, ranking=None),  # a path on the server tells clients nothing
         stages=tuple(dict.fromkeys(stages)),
         previous=b"" if earlier is None else bitmap(earlier, anatomy),
         scores_requested=not state.order or 0 < settings.refresh <= state.round + 1 - state.scored,
@@ -90,25 +90,25 @@ def coverage(cohort: Cohort, anatomy: BlockLayout, *, weights: Weighting, floor:
     keep the same, it is exactly 1 and nothing is scaled.
     """
     sizes = [update.num_examples if weights == "examples" else 1 for update, _ in cohort]
-    found = {}
+    scales = {}
     for index, block in enumerate(anatomy.blocks):
         for side, size in (("q", block.heads), ("kv", block.kv_heads), ("ff", block.channels)):
-            held = np.zeros(size, np.int64)
+            trainers = np.zeros(size, np.int64)  # examples (or clients) whose structure holds each head or channel
             for (update, _), weight in zip(cohort, sizes, strict=True):
                 if update.structure is None:
-                    held += weight
+                    trainers += weight
                 else:
-                    held[list(getattr(update.structure.blocks[index], side))] += weight
-            trained = held > 0
-            if (held[trained] < sum(sizes)).any():
-                share = np.array([float(Fraction(int(count), sum(sizes))) for count in held])
-                found[f"{index}.{side}"] = np.where(trained, 1.0 / np.maximum(share, floor), 1.0)
-    return found
+                    trainers[list(getattr(update.structure.blocks[index], side))] += weight
+            trained = trainers > 0
+            if (trainers[trained] < sum(sizes)).any():
+                share = np.array([float(Fraction(int(count), sum(sizes))) for count in trainers])
+                scales[f"{index}.{side}"] = np.where(trained, 1.0 / np.maximum(share, floor), 1.0)
+    return scales
 
 
 def scale_by_coverage(adapter: Adapter, scale: Mapping[str, Array], anatomy: BlockLayout) -> Adapter:
     """Return an adapter of the base with the rows or columns of its pruned sides scaled, as `coverage` says."""
-    found = dict(adapter)
+    scaled = dict(adapter)
     for name, factors in adapter.items():
         index, out, into = anatomy.sides.get(name, (-1, "all", "all"))
         for side, cut in ((out, "b"), (into, "a")):
@@ -120,8 +120,8 @@ def scale_by_coverage(adapter: Adapter, scale: Mapping[str, Array], anatomy: Blo
                 if cut == "b"
                 else Factors(a=_product(factors.a, by), b=factors.b)
             )
-        found[name] = factors
-    return found
+        scaled[name] = factors
+    return scaled
 
 
 def _product(factor: Array, by: Array) -> Array:
@@ -142,8 +142,8 @@ def _along(side: Side, index: int, scale: Mapping[str, Array], anatomy: BlockLay
     return np.tile(wide, 3) if side == "qkv" else wide
 
 
-def observed_fields(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
-    """Return the fields of the state that change by what a round taught of heads and channels."""
+def fields_after(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
+    """Return the fields of the state that change by the scores of a round."""
     settings, anatomy = state.pruning, state.anatomy
     if settings is None or anatomy is None:
         return {}
@@ -158,7 +158,7 @@ def observed_fields(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
 
 
 def client_scores(update: AdmittedUpdate, anatomy: BlockLayout) -> Tensors:
-    """Return what a client says of heads and channels, in the base's coordinates: scores, or a vote."""
+    """Return a client's scores of heads and channels in the base's coordinates; a vote counts as scores of 0 and 1."""
     if update.lora.scores:
         return to_base_coordinates(update.lora.scores, update.structure, anatomy)
     return votes(from_bitmap(update.lora.mask, anatomy), anatomy)

@@ -19,16 +19,17 @@ class ServerOptimizer:
     """
 
     name: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
-    """none: a plain step; fedavgm: momentum; fedadam and fedyogi: a step for every number by the size of its past
-    changes, which needs a small server_learning_rate."""
+    """none: the step goes straight to the mean; fedavgm: with momentum; fedadam and fedyogi: each number's step is
+    divided by the size of its past changes, which needs a small `server_learning_rate`."""
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-    """fedavgm: share of the last step that is repeated."""
+    """With fedavgm: share of the last step that is repeated."""
     beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-    """fedadam, fedyogi: decay of the mean change."""
+    """With fedadam and fedyogi: how much of the mean change is kept from round to round."""
     beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.99
-    """fedadam, fedyogi: decay of the mean squared change."""
+    """With fedadam and fedyogi: how much of the mean squared change is kept from round to round."""
     tau: Annotated[float, Gt(0)] = 1e-3
-    """fedadam, fedyogi: added to the root of the mean squared change; large values adapt less."""
+    """With fedadam and fedyogi: added to the root of the mean squared change; the larger, the less the steps of
+    different numbers differ."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class AveragingSettings:
     name: str = ""
     """Name of the method."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
-    """Step from the old values towards the clients' mean; 1 takes the mean."""
+    """Size of the server's step from its values towards the clients' mean; 1 takes the mean."""
     weights: Weighting = "examples"
-    """`examples`: a client counts in proportion to its training examples; `uniform`: all clients count the same."""
+    """examples: clients count in proportion to their training examples; uniform: all count the same."""
     wire_dtype: WireDtype = "bf16"
-    """Number format of everything that is trained, down and up, but of modules_to_save, which travel in fp32."""
+    """Number format in which factors travel, down and up; modules_to_save always travel in fp32."""
 
 
 @dataclass(frozen=True)

@@ -28,21 +28,21 @@ class ZeroPadState:
     round: int
     """Rounds completed."""
     max_rank: int
-    """The largest planned rank, fixed for the run, whoever takes part."""
+    """The largest planned rank: fixed for the run, whichever clients take part."""
     tensors: Tensors
     """Flat factors of rank max_rank, float32; b carries the scale, so a client's own alpha / rank never mixes in."""
     saved: Tensors
 
 
 def init(blueprint: Blueprint, settings: ZeroPadSettings) -> ZeroPadState:
-    """Return the first state: one A drawn for everybody, B zero."""
+    """Return the first state: one A drawn for all clients, B zero."""
     tensors = shared_start(blueprint)
     return ZeroPadState(settings=settings, round=0, max_rank=blueprint.max_rank, tensors=tensors, saved=blueprint.saved)
 
 
 def assign(state: ZeroPadState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the first plan.rank rows of A and columns of B; the client trains and returns both."""
-    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is idle: every row of A is sent
+    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is not used: every row of A is sent
     sent = cast(resize(state.tensors, planned.plan.rank), state.settings.wire_dtype)
     return make_assignment("zeropad", state, seed, planned.plan, task, {"local": sent})
 

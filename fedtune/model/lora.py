@@ -1,10 +1,10 @@
-"""Adapters over a pristine base: a frozen `global` and a trainable `local` one, attached through peft in a block."""
+"""LoRA adapters on a base that stays as it is: a frozen `global` and a trainable `local` one, attached with peft."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,33 +47,20 @@ def with_adapters(
     Raises:
         ShapeError: if a module or a parameter is not in the base, or has another shape there.
     """
+    trains, frozen, local, saved = local is not None, frozen or {}, local or {}, saved or {}
     parameters = dict(base.model.named_parameters())
-    expected = {**base.modules, **{name: tuple(parameter.shape) for name, parameter in parameters.items()}}
-    given = [(name, factors.shape) for adapter in (frozen, local) for name, factors in (adapter or {}).items()]
-    for name, shape in [*given, *((name, array.shape) for name, array in (saved or {}).items())]:
-        if shape != expected.get(name):
-            raise ShapeError(f"{name}: expected {expected.get(name, 'no such module')} as in {base.name}; got {shape}")
-    before = {name: parameters[name].detach().clone() for name in (saved or {})}
+    check_shapes(base, [frozen, local], saved)
+    before = {name: parameters[name].detach().clone() for name in saved}
     tuner: LoraModel | None = None
-    # A module of rank 0 would be refused by peft; without an adapter the layer is the base's own, which is the same.
-    parts = [("global", frozen, 1.0, 0.0), ("local", local, scale, dropout)]
     active = []
     try:
-        for name, adapter, factor, drop in parts:
-            nonzero = {module: factors for module, factors in (adapter or {}).items() if factors.rank > 0}
-            if not nonzero:
-                continue
-            config = lora_config(base.model, nonzero, scale=factor, dropout=drop)
-            with warnings.catch_warnings():
-                # peft warns of a second adapter, which is intended here.
-                warnings.filterwarnings("ignore", message=".*multiple adapters.*|Already found a `peft_config`.*")
-                if tuner is None:
-                    tuner = LoraModel(base.model, {name: config}, name, low_cpu_mem_usage=True)
-                else:
-                    tuner.peft_config[name] = config
-                    tuner.inject_adapter(base.model, name, low_cpu_mem_usage=True)
-            fill(base, nonzero, name)
-            active.append(name)
+        for name, adapter, factor, drop in (("global", frozen, 1.0, 0.0), ("local", local, scale, dropout)):
+            # A module of rank 0 would be refused by peft; without it the layer is the base's own.
+            adapter = {module: factors for module, factors in adapter.items() if factors.rank > 0}
+            if adapter:
+                tuner = inject(base.model, lora_config(base.model, adapter, scale=factor, dropout=drop), name, tuner)
+                fill(base, adapter, name)
+                active.append(name)
         if tuner is not None:
             tuner.set_adapter(active)
         base.model.requires_grad_(False)
@@ -81,9 +68,9 @@ def with_adapters(
             for side in train:
                 for layer in layers(base.model, "local").values():
                     getattr(layer, f"lora_{side.upper()}")["local"].weight.requires_grad_(True)
-        for name, array in (saved or {}).items():
+        for name, array in saved.items():
             parameters[name].data.copy_(to_torch(array, base.device))
-            parameters[name].requires_grad_(local is not None)
+            parameters[name].requires_grad_(trains)
         yield base.model
     finally:
         if tuner is not None:
@@ -94,6 +81,27 @@ def with_adapters(
         base.model.zero_grad(set_to_none=True)
         for name, tensor in before.items():
             parameters[name].data.copy_(tensor)
+
+
+def check_shapes(base: Base, adapters: Sequence[Adapter], saved: Tensors) -> None:
+    """Raise ShapeError unless every module and parameter is in the base, in this shape."""
+    own = {name: tuple(parameter.shape) for name, parameter in base.model.named_parameters()} | dict(base.modules)
+    shapes = [(name, factors.shape) for adapter in adapters for name, factors in adapter.items()]
+    for name, shape in [*shapes, *((name, array.shape) for name, array in saved.items())]:
+        if shape != own.get(name):
+            raise ShapeError(f"{name}: expected {own.get(name, 'no such module')} as in {base.name}; got {shape}")
+
+
+def inject(model: nn.Module, config: LoraConfig, name: str, tuner: LoraModel | None) -> LoraModel:
+    """Wrap a model's layers for one more adapter, and return peft's tuner over it: the given one, or the first."""
+    with warnings.catch_warnings():
+        # peft warns of a second adapter, which is intended here.
+        warnings.filterwarnings("ignore", message=".*multiple adapters.*|Already found a `peft_config`.*")
+        if tuner is None:
+            return LoraModel(model, {name: config}, name, low_cpu_mem_usage=True)
+        tuner.peft_config[name] = config
+        tuner.inject_adapter(model, name, low_cpu_mem_usage=True)
+        return tuner
 
 
 def lora_config(model: nn.Module, adapter: Adapter, *, scale: float, dropout: float) -> LoraConfig:
@@ -120,10 +128,9 @@ def layers(model: nn.Module, name: str) -> Mapping[str, Any]:
 
 def fill(base: Base, adapter: Adapter, name: str) -> None:
     """Write the factors into peft's layers, in float32 on the base's device."""
-    # New parameters, for low_cpu_mem_usage leaves those of peft on the meta device.
     wrapped = layers(base.model, name)
     if wrapped.keys() != adapter.keys():
-        raise ShapeError(f"adapter {name!r}: expected modules {sorted(adapter)}; the model gave {sorted(wrapped)}")
+        raise ShapeError(f"adapter {name!r}: expected modules {sorted(adapter)}; got {sorted(wrapped)}")
     for module, factors in adapter.items():
         wrapped[module].lora_A[name].weight = nn.Parameter(to_torch(factors.a, base.device), requires_grad=False)
         wrapped[module].lora_B[name].weight = nn.Parameter(to_torch(factors.b, base.device), requires_grad=False)

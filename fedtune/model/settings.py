@@ -11,58 +11,60 @@ from annotated_types import Ge, Gt
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The recipe's table `model`."""
+    """The base model and where it runs; the recipe's table `model`."""
 
     base: str
-    """Folder with config.json, hub name, or `embedded` for the small model inside the package."""
+    """Folder with a config.json, name on a model hub, or `embedded` for the small model that comes with fedtune."""
     task: Literal["causal", "classification"] = "causal"
-    """causal: the base predicts the next token; classification: one label per example."""
+    """causal: the model predicts the next token; classification: it gives each example one label."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen base; adapters are always trained in float32."""
+    """Number format of the frozen base; adapters are always trained in float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] | str = "auto"
-    """auto: cuda if there is one, else mps, else cpu; `cuda:1` chooses among several."""
+    """Where the model computes. auto: cuda if there is one, else mps, else cpu; `cuda:1` chooses one of several."""
     threads: Annotated[int, Ge(1)] = 1
-    """CPU threads that a client trains with, on every engine; their number changes the last bits of a sum. One thread
-    and as many worker processes as cores is the fastest way to run small clients."""
+    """CPU threads that each client trains with, on every engine. Another number changes the last bits of the result.
+    With small models one thread and a worker process per core is fastest."""
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The recipe's table `adapter`."""
+    """Which layers get a LoRA adapter, and how large it is; the recipe's table `adapter`."""
 
     rank: Annotated[int, Ge(1)]
-    """LoRA rank of every client that no override names."""
+    """LoRA rank of every client that no `[[override]]` names."""
     targets: Sequence[str]
-    """Module names or their last parts, e.g. ["q_proj", "v_proj"]; ["all-linear"] takes every linear layer."""
+    """Modules that get an adapter, by name or last part of the name, e.g. ["q_proj", "v_proj"]; ["all-linear"] takes
+    every linear layer."""
     kind: Literal["lora"] = "lora"
-    """Kind of adapter; LoRA is the only one."""
+    """Kind of adapter; there is only LoRA."""
     alpha: Annotated[float, Gt(0)] | Literal["2r"] = "2r"
-    """Numerator of the LoRA scale; 2r keeps the scale at 2 for every rank."""
+    """The adapter is scaled by alpha / rank; 2r is twice the client's rank, which keeps the scale at 2 whatever the
+    rank."""
     rslora: bool = False
-    """Scale alpha / sqrt(rank) instead of alpha / rank."""
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     modules_to_save: Sequence[str] = ()
-    """Modules trained in full beside the adapter, such as a classification head; averaged with p_k."""
+    """Modules trained whole beside the adapter, such as a classification head; the server averages them."""
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """When and on how much the global model is scored; the recipe's table `evaluate`."""
+    """When, and on how many examples, the global model is scored; the recipe's table `evaluate`."""
 
     every: Annotated[int, Ge(0)] = 1
-    """Rounds between scores of the global model on the test data; 0 scores only before the first and after the last."""
+    """Score the test data every so many rounds; 0 only before the first round and after the last."""
     examples: Annotated[int, Ge(1)] | None = 256
-    """Test examples used, the first so many; none uses all."""
+    """Test examples that are scored, from the first on; none scores all."""
     clients: bool = True
-    """Also score the global model on each client's held-out examples, before the first round and after the last."""
+    """Also score each client's held-out examples, before the first round and after the last."""
     client_examples: Annotated[int, Ge(1)] | None = 64
-    """Held-out examples per client used for that."""
+    """Held-out examples of each client that are scored, from the first on; none scores all."""
     batch: Annotated[int, Ge(1)] = 16
     """Examples per forward pass of an evaluation."""
     generate: Annotated[int, Ge(0)] = 0
-    """Test examples to answer by greedy generation and score with Rouge-L and exact match; 0 is off."""
+    """Test examples that are also answered by greedy generation and scored with Rouge-L and exact match; 0 is off."""
     new_tokens: Annotated[int, Ge(1)] = 64
-    """Longest generated answer."""
+    """Longest answer that `generate` and `prompt` may give."""
     prompt: str | None = None
-    """Text to continue before and after the run, shown at its end."""
+    """A text that the model continues before and after the run; both continuations are shown at its end."""

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.data.encode import IGNORED, Example
 from fedtune.errors import ClientError
-from fedtune.messages import OUT_OF_MEMORY, Term, Training
+from fedtune.messages import OUT_OF_MEMORY, Measured, Term, Training
 from fedtune.model.base import Base
 from fedtune.model.lora import layers
 from fedtune.model.objective import TERMS, Start
@@ -32,27 +32,12 @@ Between: TypeAlias = Callable[[int, torch.optim.Optimizer, Start], Sequence[torc
 
 @dataclass(frozen=True)
 class Trained:
-    """The measurements of one training run."""
+    """The course of a training run."""
 
     losses: Sequence[float]
     """Mean loss of each optimizer step, before the step."""
-    tokens: int
-    """Tokens of all forward passes, padding left out."""
-    seconds: float
-    peak_bytes: int
-    """Of the device's allocator on CUDA; of the whole process elsewhere."""
-    importance: float | None = None
-    """Mean over the steps of the sum of |parameter * gradient|, where it was asked for."""
-
-    @property
-    def loss_before(self) -> float:
-        return self.losses[0]
-
-    @property
-    def loss_after(self) -> float:
-        """Mean over the last tenth of the steps, at least one."""
-        tail = self.losses[-max(1, len(self.losses) // 10) :]
-        return sum(tail) / len(tail)
+    measured: Measured
+    """Its importance only where it was asked for; memory of the allocator on CUDA, of the whole process elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +161,10 @@ def train(
         terms: added to the loss of each step.
         between: called after every step but the last; where it makes the model smaller it returns the parameters that
             the optimizer holds from then on.
-        weigh: measure `Trained.importance`.
+        weigh: measure the importance.
 
     Raises:
-        ClientError: if there is no example, or a loss is not finite; see `report_out_of_memory` too.
+        ClientError: if there is no example, or a loss is not finite; of memory see `report_out_of_memory`.
     """
     if not examples:
         raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
@@ -229,13 +214,16 @@ def train(
         if training.gradient_checkpointing:
             model.activation_checkpointing_disable()
             model.disable_input_require_grads()  # enabling puts a hook on the embeddings, which disabling leaves there
-    return Trained(
-        losses=losses,
-        tokens=tokens,
+    tail = losses[-max(1, len(losses) // 10) :]
+    measured = Measured(
         seconds=time.perf_counter() - began,
         peak_bytes=peak_bytes(base.device),
+        tokens=tokens,
+        loss_before=losses[0],
+        loss_after=sum(tail) / len(tail),
         importance=total_importance / training.steps if weigh else None,
     )
+    return Trained(losses, measured)
 
 
 def importance(parameters: Sequence[torch.nn.Parameter]) -> float:

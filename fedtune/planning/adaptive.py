@@ -23,22 +23,23 @@ MEMORY_SHARE = 0.85
 
 @dataclass(frozen=True)
 class AdaptiveSettings:
-    """Settings of the planners that choose a pruning ratio and a rank for every client and round."""
+    """Settings of the planners that choose an *arm*, a pruning ratio and a rank, for every client and round."""
 
     name: PolicyName = "deadline"
-    """deadline: learns each client's speed and chooses for the whole cohort (ours, the default); s-ucb: a tree of arms
-    per client (FedSpine-style, formula ours); ucb and thompson: bandits over a few and over all arms; random; oracle:
-    deadline with the simulated clock's true times, for comparisons (needs fleet.by = "round")."""
+    """deadline: learns each client's speed and lets the cohort end together; s-ucb: a tree of arms per client
+    (FedSpine-style, formula ours); ucb: a bandit over a few arms; thompson: a bandit over all; random: any arm that
+    fits; oracle: deadline with the simulated clock's true times, for comparisons (needs `fleet.by = "round"`)."""
     ratios: Sequence[Annotated[float, Interval(ge=0, le=0.875)]] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-    """Pruning ratios to choose from; without the table `pruning` it is always 0."""
+    """Pruning ratios to choose from; without the table `pruning` there is only 0."""
     ranks: Sequence[Annotated[int, Ge(1)]] = (2, 4, 8, 16, 32)
     """LoRA ranks to choose from."""
     explore: Annotated[int, Ge(0)] = 0
-    """deadline: clients per round that try another arm within the deadline."""
+    """With deadline: clients per round that try another arm that still ends in time."""
     deadline_s: Annotated[float, Gt(0)] | None = None
-    """deadline: seconds that a round is to take; none lets the planner choose."""
+    """With deadline: seconds that every round is to take; none lets the planner choose."""
     reward: Literal["time", "fedmp"] = "time"
-    """ucb and thompson: time punishes only clients slower than the cohort's median; fedmp is FedMP's."""
+    """With ucb and thompson. time: only clients slower than the cohort's median lose; fedmp: the fall of the loss,
+    divided by the distance from the cohort's mean time, as in FedMP."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Adaptive:
     rounds: int
     pruning: PruningSettings | None = None
     ranking: bool = False
-    """Whether heads and channels are ranked from the start: else nobody is pruned in the first round."""
+    """Whether heads and channels are ranked from the start: else no client is pruned in the first round."""
 
     def start(self) -> Learned:
         """Return what is known before the first round."""
@@ -112,10 +113,10 @@ class Adaptive:
             if client.out_of_memory:
                 needed = self._cost(client).memory_gb
                 too_large[client.client] = min(needed, too_large.get(client.client, needed))
-        observed = [self._observed(client) for client in asked]
+        observed = [self._observation(client) for client in asked]
         return Learned(self.policy.learn(learned.policy, observed), too_large)
 
-    def allowed(self, round: int) -> Callable[[float], bool]:
+    def ratio_filter(self, round: int) -> Callable[[float], bool]:
         """Return the test whether a round allows a ratio: from the ramp's to the largest, in the end only the target.
 
         Voters share one structure, so for them it is the ramp's in every round.
@@ -135,7 +136,7 @@ class Adaptive:
     def _options(self, learned: Learned, round: int, client: Client) -> Options:
         training = self._training(client)
         costs = [self.costs(client.name, arm, training) for arm in self.policy.arms]
-        memory, allowed = self._memory_gb(client), self.allowed(round)
+        memory, allowed = self._memory_gb(client), self.ratio_filter(round)
         ran_out = learned.too_large.get(client.name)
         feasible = tuple(
             allowed(arm.ratio)
@@ -193,7 +194,7 @@ class Adaptive:
 
     def _unfit(self, learned: Learned, round: int, own: Options) -> Failure:
         """Return the failure of a client without a feasible arm: what the smallest arm needs, and what there is."""
-        name, memory, allowed = own.client.name, own.memory_gb, self.allowed(round)
+        name, memory, allowed = own.client.name, own.memory_gb, self.ratio_filter(round)
         open_now = [
             (cost.memory_gb, arm) for arm, cost in zip(self.policy.arms, own.costs, strict=True) if allowed(arm.ratio)
         ]
@@ -212,15 +213,15 @@ class Adaptive:
         )
 
     def _advice(self, round: int) -> str:
-        if self.pruning is not None and all(self.allowed(round)(ratio) == (ratio == 0) for ratio in (0, 0.5)):
-            return "name a file in pruning.ranking: without one the first round prunes nobody"
+        if self.pruning is not None and all(self.ratio_filter(round)(ratio) == (ratio == 0) for ratio in (0, 0.5)):
+            return "name a file in pruning.ranking: without one the first round prunes no client"
         return "allow larger planner.ratios"
 
     def _cost(self, seen: ClientObservation) -> Cost:
         client = Client(seen.client, seen.num_examples)
         return self.costs(seen.client, Arm(seen.ratio, seen.rank), self._training(client))
 
-    def _observed(self, seen: ClientObservation) -> Observed:
+    def _observation(self, seen: ClientObservation) -> Observed:
         known = [part for part in (seen.compute_s, seen.transfer_s) if part is not None and isfinite(part)]
         late, used = seen.status == "late", seen.status == "ok"
         timed, speed = len(known) == 2 and not late, self.speeds.get(seen.client, Speed())

@@ -21,12 +21,12 @@ from fedtune.planning.planner import (
 
 @dataclass(frozen=True)
 class FixedSettings:
-    """Settings of the planner `fixed`."""
+    """Settings of the planner `fixed`: every round, each client trains as the recipe and its overrides say."""
 
     name: Literal["fixed"] = "fixed"
     """Name of the planner."""
     ratio: Annotated[float, Interval(ge=0, le=0.875)] = 0.0
-    """Pruning ratio of every client that no override names; above 0 it needs the table `pruning`."""
+    """Pruning ratio of every client that no `[[override]]` names; above 0 it needs the table `pruning`."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Fixed:
     ratio: Callable[[str], float] = lambda client: 0.0
     """client -> its pruning ratio"""
     ranking: bool = True
-    """Whether heads and channels are ranked from the start: else nobody is pruned in the first round."""
+    """Whether heads and channels are ranked from the start: else no client is pruned in the first round."""
     misfit: Callable[[Client, float, int, Training], str] = fits
     """(client, ratio, rank, training) -> why that does not fit its device; empty if it does, or is not known"""
 

@@ -103,7 +103,7 @@ class PlannerInputs:
     """client -> its pruning ratio, as the recipe and its overrides say"""
     pruning: PruningSettings | None = None
     ranking: bool = False
-    """Whether heads and channels are ranked from the start: else nobody can be pruned in the first round."""
+    """Whether heads and channels are ranked from the start: else no client can be pruned in the first round."""
     base: str = ""
     """The base, as the recipe names it."""
     costs: Costs | None = None

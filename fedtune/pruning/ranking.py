@@ -1,4 +1,4 @@
-"""The order in which heads and channels go: scores pooled over clients, and what a pruning ratio keeps of a base."""
+"""The ranking of heads and channels by scores pooled over clients, and what a pruning ratio keeps of a base."""
 
 from __future__ import annotations
 
@@ -17,43 +17,51 @@ Unit: TypeAlias = Literal["kv_group", "even_q"]
 Criterion: TypeAlias = Literal["wanda", "lora", "gate", "magnitude", "random"]
 
 SWAP = 0.1
-"""Share by which a pooled score must have changed before the order takes notice: groups of like score do not flap."""
+"""Share by which a pooled score must change before the ranking follows: equal groups do not swap every round."""
 LEAST = 8
 """A block keeps at least 1/8 of its channels."""
 
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """How clients' models are made smaller; the recipe's table `pruning`. FedSpine-style, formulas ours.
+    """How clients' models are made smaller; the recipe's table `pruning`.
 
-    Which ratio a client gets is the planner's choice; this says what a ratio keeps.
+    The planner chooses the pruning ratio of each client; this table says which heads and channels a ratio removes.
+    FedSpine-style; the formulas are ours.
     """
 
     target: Annotated[float, Interval(ge=0, le=0.875)] = 0.5
-    """Block sparsity that is deployed, and that every client trains at in the last rounds; 0 lets them be free."""
+    """Pruning ratio of the model that will be deployed; all clients train at it in the last rounds. 0 leaves the
+    planner free to the end."""
     ramp: Annotated[float, Interval(gt=0, le=1)] = 0.8
-    """Share of the rounds over which the least ratio rises to `target`, by a cubic."""
+    """Share of the rounds over which the smallest allowed ratio rises from 0 to `target`, along a cubic curve."""
     policy: Literal["nested", "local", "vote"] = "nested"
-    """nested: one ranking at the server, so every smaller model is part of every larger one; local: each client ranks
-    by its own data; vote: clients vote, and all share the mask of a round."""
+    """nested: the server has one ranking, and every smaller model is part of every larger one; vote: clients vote in
+    each round, and all share the result; local: each client ranks by its own data."""
     score: Criterion = "wanda"
-    """What a head or channel is worth: wanda (forward passes), lora, gate (backward), magnitude, random."""
+    """How important a head or channel is. wanda: weights times activations, by forward passes; lora and gate: by
+    backward passes; magnitude: of the weights alone; random: as a baseline."""
     batches: Annotated[int, Ge(1)] = 20
-    """Forward passes over which a score is taken."""
+    """Forward passes that a client scores heads and channels with."""
     refresh: Annotated[int, Ge(0)] = 0
-    """Rounds between two calls for scores (nested, vote); 0: once. A new order undoes what was recovered in the old."""
+    """Rounds after which clients score again, with nested and vote; 0 scores once. A new ranking loses what was
+    regained under the old one."""
     unit: Literal["auto", "kv_group", "even_q"] = "auto"
-    """What of the attention goes at once: a key/value head with its query heads, or one query head of every group."""
+    """What is removed from attention at once. kv_group: a key/value head with its query heads; even_q: one query head
+    of every group; auto: whole groups where a block has enough of them to choose from."""
     allocation: Literal["auto", "global", "uniform"] = "auto"
-    """global: heads are ranked over all blocks; uniform: as many in each. auto: global, but for magnitude."""
+    """global: heads are ranked over all blocks, so blocks may keep different numbers; uniform: every block keeps as
+    many; auto: uniform for the score magnitude, else global."""
     multiple: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
-    """Channels per block are rounded to this; auto: 32, or what an eighth of them holds."""
+    """Every block keeps a multiple of so many feed-forward channels; auto: 32, or less where a block has fewer than 256
+    channels."""
     stages: Annotated[int, Interval(ge=1, le=64)] = 1
-    """Steps in which the ratio of a round is reached."""
+    """Steps within a round in which a client's model shrinks to its ratio."""
     steps_between: Annotated[int, Ge(1)] = 20
-    """Optimizer steps between two stages."""
+    """Optimizer steps that a client trains between two stages."""
     ranking: str | None = None
-    """File `pruning.json` of an earlier export whose ranking is taken; none asks the clients before the first cut."""
+    """File `pruning.json` of an earlier export whose ranking is used; none: clients score before anything is removed.
+    """
 
     @property
     def everywhere(self) -> bool:
@@ -88,7 +96,7 @@ def units_of(settings: Settings, block: Block) -> int:
 
 @dataclass(frozen=True)
 class Counts:
-    """How much a ratio keeps, whichever it is: this decides costs, bytes and memory."""
+    """How many heads and channels a ratio keeps; costs, bytes and memory depend on nothing else."""
 
     units: tuple[int, ...] | None
     """Attention units by block; None where blocks may differ, and only `total` is settled."""
@@ -123,7 +131,7 @@ def channels_kept(block: Block, multiple: int, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Heads and channels in the order of their worth, the best first."""
+    """Heads and channels in the order of their importance, the best first."""
 
     attention: tuple[tuple[int, tuple[int, ...]], ...]
     """(block, the unit's query heads) over all blocks; every block's best one comes before all others."""
@@ -137,7 +145,7 @@ def split_by_block(scores: Tensors, anatomy: BlockLayout) -> tuple[Sequence[Arra
     Raises:
         ShapeError: if they are not as long as the base is wide.
     """
-    found = []
+    parts = []
     for name, sizes in (
         ("heads", [block.heads for block in anatomy.blocks]),
         ("channels", [block.channels for block in anatomy.blocks]),
@@ -145,12 +153,12 @@ def split_by_block(scores: Tensors, anatomy: BlockLayout) -> tuple[Sequence[Arra
         if scores.keys() != {"heads", "channels"} or scores[name].shape != (sum(sizes),):
             got = {key: array.shape for key, array in scores.items()}
             raise ShapeError(f"scores: expected {name} of shape ({sum(sizes)},); got {got}")
-        found.append(np.split(scores[name].astype(np.float64), np.cumsum(sizes)[:-1]))
-    return found[0], found[1]
+        parts.append(np.split(scores[name].astype(np.float64), np.cumsum(sizes)[:-1]))
+    return parts[0], parts[1]
 
 
 def rank_units(scores: Tensors, anatomy: BlockLayout, settings: Settings) -> Ranking:
-    """Return the order that scores give; ties go to the lower index, so it is the same everywhere."""
+    """Return the ranking that scores give; ties go to the lower index, so it is the same on every machine."""
     heads, channels = split_by_block(scores, anatomy)
     units: list[tuple[float, int, tuple[int, ...]]] = []
     first: list[tuple[int, tuple[int, ...]]] = []
@@ -206,7 +214,7 @@ def structure_at(ranking: Ranking, anatomy: BlockLayout, settings: Settings, rat
 def stage_ratios(ratio: float, stages: int) -> Sequence[float]:
     """Return the ratios of a round's stages: p (1 - (1 - s/S)^3), the last of them p.
 
-    >>> staged(0.5, 1), staged(0.5, 2)
+    >>> stage_ratios(0.5, 1), stage_ratios(0.5, 2)
     ([0.5], [0.4375, 0.5])
     """
     return [ratio * (1 - (1 - stage / stages) ** 3) for stage in range(1, stages + 1)]
@@ -221,23 +229,23 @@ def to_base_coordinates(scores: Tensors, keep: ModelStructure | None, anatomy: B
     if keep is None:
         split_by_block(scores, anatomy)
         return {name: array.astype(np.float64) for name, array in scores.items()}
-    found = {}
+    spread = {}
     for name, sizes, parts in (
         ("heads", [block.heads for block in anatomy.blocks], [one.q for one in keep.blocks]),
         ("channels", [block.channels for block in anatomy.blocks], [one.ff for one in keep.blocks]),
     ):
         offsets = np.cumsum([0, *sizes[:-1]])
-        held = np.concatenate([np.asarray(part, np.int64) + at for part, at in zip(parts, offsets, strict=True)])
-        if scores.keys() != {"heads", "channels"} or scores[name].shape != held.shape:
+        places = np.concatenate([np.asarray(part, np.int64) + at for part, at in zip(parts, offsets, strict=True)])
+        if scores.keys() != {"heads", "channels"} or scores[name].shape != places.shape:
             got = {key: array.shape for key, array in scores.items()}
-            raise ShapeError(f"scores: expected {name} of shape {held.shape}, as kept; got {got}")
-        found[name] = np.full(sum(sizes), np.nan)
-        found[name][held] = scores[name]
-    return found
+            raise ShapeError(f"scores: expected {name} of shape {places.shape}, as kept; got {got}")
+        spread[name] = np.full(sum(sizes), np.nan)
+        spread[name][places] = scores[name]
+    return spread
 
 
 def at_structure(scores: Tensors, keep: ModelStructure | None, anatomy: BlockLayout) -> Tensors:
-    """Return scores of the whole base at what is kept: the inverse of `spread`."""
+    """Return scores of the whole base at a structure: the inverse of `to_base_coordinates`."""
     if keep is None:
         return scores
     heads, channels = split_by_block(scores, anatomy)
@@ -263,19 +271,18 @@ def normalise(scores: Tensors, held: Tensors, anatomy: BlockLayout) -> Tensors:
 
 
 def mean_normalised(values: Array, mask: Array) -> Array:
-    """Return values in units of the mean of what is marked, none above the number of what is.
+    """Return values in units of the mean of the marked ones, none above the number of the marked ones.
 
-    That is the most that one of them can come to. Else a client whose common part is next to nothing would lift the
-    rest without bound.
+    No marked value can be larger than that. Without the bound, a client whose marked values are all close to zero would
+    lift its others without limit.
     """
-    found: Array = np.minimum(values / mean_of(values, mask), mask.sum() or mask.size)
-    return found
+    return np.asarray(np.minimum(values / mean_of(values, mask), mask.sum() or mask.size))
 
 
 def mean_of(values: Array, mask: Array) -> float:
-    """Return the mean of what is marked, or 1 where nothing is, or all of it is zero."""
-    found = float(np.mean(values[mask])) if mask.any() else 0.0
-    return found if found > 0 and np.isfinite(found) else 1.0
+    """Return the mean of the marked values; 1 where none is marked, or all of them are zero."""
+    mean = float(np.mean(values[mask])) if mask.any() else 0.0
+    return mean if mean > 0 and np.isfinite(mean) else 1.0
 
 
 def pool_scores(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy: BlockLayout) -> Tensors:
@@ -283,27 +290,27 @@ def pool_scores(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy
 
     Args:
         parts: scores in the base's coordinates, NaN where a client holds nothing, with weights p_k.
-        before: pooled scores so far; empty before the first time. What nobody holds keeps its value.
+        before: pooled scores so far; empty before the first time. What no client holds keeps its value.
         anatomy: of the base.
     """
     common = {name: np.all([np.isfinite(each[name]) for each, _ in parts], axis=0) for name in ("heads", "channels")}
     scaled = [(normalise(each, common, anatomy), weight) for each, weight in parts]
-    found = {}
+    pooled = {}
     for name in ("heads", "channels"):
         total, weights = np.zeros(common[name].shape), np.zeros(common[name].shape)
-        for each, weight in scaled:
-            held = np.isfinite(each[name])
-            total[held] += weight * each[name][held]
-            weights += weight * held
+        for own, weight in scaled:
+            known = np.isfinite(own[name])
+            total[known] += weight * own[name][known]
+            weights += weight * known
         mean = np.where(weights > 0, total / np.where(weights > 0, weights, 1.0), 0.0)
         old = before.get(name)
         new = mean if old is None else np.where(weights > 0, 0.5 * old + 0.5 * mean, old)
-        found[name] = new.astype(np.float32)
-    return found
+        pooled[name] = new.astype(np.float32)
+    return pooled
 
 
 def with_hysteresis(order: Tensors, scores: Tensors) -> Tensors:
-    """Return the scores that the order goes by: a group's moves only when it has changed by more than `SWAP`."""
+    """Return the scores that rank: a group's follows the pooled one only when that has changed by more than `SWAP`."""
     if not order:
         return scores
     return {
@@ -314,7 +321,7 @@ def with_hysteresis(order: Tensors, scores: Tensors) -> Tensors:
 
 def votes(keep: ModelStructure, anatomy: BlockLayout) -> Tensors:
     """Return a client's mask as scores: 1 for what it keeps, 0 for the rest."""
-    found = {
+    masks = {
         "heads": np.concatenate(
             [np.isin(np.arange(b.heads), k.q) for b, k in zip(anatomy.blocks, keep.blocks, strict=True)]
         ),
@@ -322,4 +329,4 @@ def votes(keep: ModelStructure, anatomy: BlockLayout) -> Tensors:
             [np.isin(np.arange(b.channels), k.ff) for b, k in zip(anatomy.blocks, keep.blocks, strict=True)]
         ),
     }
-    return {name: mask.astype(np.float32) for name, mask in found.items()}
+    return {name: mask.astype(np.float32) for name, mask in masks.items()}

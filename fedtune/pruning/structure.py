@@ -73,7 +73,7 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The blocks of a base that surgery knows; both wings derive from it what a layer's rows and columns mean."""
+    """The blocks of a base that can be pruned, from which server and clients derive the rows and columns of a layer."""
 
     family: str
     """A key of `FAMILIES`."""
@@ -121,7 +121,7 @@ class ModelStructure:
 
 
 def full_block(anatomy: BlockLayout) -> ModelStructure:
-    """Return the keep that leaves everything."""
+    """Return the structure that keeps everything."""
     return ModelStructure(
         tuple(
             BlockStructure(tuple(range(b.heads)), tuple(range(b.kv_heads)), tuple(range(b.channels)))
@@ -131,7 +131,7 @@ def full_block(anatomy: BlockLayout) -> ModelStructure:
 
 
 def check(keep: ModelStructure, anatomy: BlockLayout) -> ModelStructure:
-    """Return the keep if it is one of this base.
+    """Return the structure if it is one of this base.
 
     Raises:
         ShapeError: naming block and list: another number of blocks, an empty, unsorted or repeated list, an index out
@@ -139,8 +139,8 @@ def check(keep: ModelStructure, anatomy: BlockLayout) -> ModelStructure:
     """
     if len(keep.blocks) != len(anatomy.blocks):
         raise ShapeError(f"keep: expected {len(anatomy.blocks)} blocks, as the base has; got {len(keep.blocks)}")
-    for block, kept in zip(anatomy.blocks, keep.blocks, strict=True):
-        parts = (("q", kept.q, block.heads), ("kv", kept.kv, block.kv_heads), ("ff", kept.ff, block.channels))
+    for block, left in zip(anatomy.blocks, keep.blocks, strict=True):
+        parts = (("q", left.q, block.heads), ("kv", left.kv, block.kv_heads), ("ff", left.ff, block.channels))
         for name, part, size in parts:
             if not part:
                 raise ShapeError(f"{block.prefix}, {name}: expected at least one of {size} to be kept; got none")
@@ -150,11 +150,11 @@ def check(keep: ModelStructure, anatomy: BlockLayout) -> ModelStructure:
                 raise ShapeError(
                     f"{block.prefix}, {name}: expected indices from 0 to {size - 1}; got {index_list(part)}"
                 )
-        counts = {head: 0 for head in kept.kv}
-        for head in kept.q:
+        counts = {head: 0 for head in left.kv}
+        for head in left.q:
             if head // block.group not in counts:
                 raise ShapeError(
-                    f"{block.prefix}, q: expected heads of the kept key/value heads {index_list(kept.kv)}; got {head}"
+                    f"{block.prefix}, q: expected heads of the kept key/value heads {index_list(left.kv)}; got {head}"
                 )
             counts[head // block.group] += 1
         if len(set(counts.values())) != 1:
@@ -169,10 +169,10 @@ def index_list(part: Sequence[int]) -> str:
 
 
 def bitmap(keep: ModelStructure, anatomy: BlockLayout) -> bytes:
-    """Return a keep as it travels: per block a bit per query head, key/value head and channel, lowest bit first."""
+    """Return a structure as it travels: by block a bit per query head, key/value head and channel, lowest bit first."""
     bits = []
-    for block, kept in zip(anatomy.blocks, keep.blocks, strict=True):
-        for part, size in ((kept.q, block.heads), (kept.kv, block.kv_heads), (kept.ff, block.channels)):
+    for block, left in zip(anatomy.blocks, keep.blocks, strict=True):
+        for part, size in ((left.q, block.heads), (left.kv, block.kv_heads), (left.ff, block.channels)):
             row = np.zeros(size, bool)
             row[list(part)] = True
             bits.append(row)
@@ -180,10 +180,10 @@ def bitmap(keep: ModelStructure, anatomy: BlockLayout) -> bytes:
 
 
 def from_bitmap(data: bytes, anatomy: BlockLayout) -> ModelStructure:
-    """Return the keep that `bitmap` wrote.
+    """Return the structure that `bitmap` wrote.
 
     Raises:
-        ShapeError: if the bits are not those of a keep of this base.
+        ShapeError: if the bits are not those of a structure of this base.
     """
     sizes = [size for b in anatomy.blocks for size in (b.heads, b.kv_heads, b.channels)]
     total = sum(sizes)
@@ -202,8 +202,7 @@ def rows(heads: Sequence[int], head_dim: int) -> Array:
     >>> rows([1], 2).tolist(), rows([0, 3], 2).tolist()
     ([2, 3], [0, 1, 6, 7])
     """
-    found: Array = (np.asarray(heads, np.int64)[:, None] * head_dim + np.arange(head_dim)).reshape(-1)
-    return found
+    return np.asarray((np.asarray(heads, np.int64)[:, None] * head_dim + np.arange(head_dim)).reshape(-1))
 
 
 def places(block: Block, kept: BlockStructure, side: Side) -> Array | None:
@@ -214,8 +213,8 @@ def places(block: Block, kept: BlockStructure, side: Side) -> Array | None:
         case "kv":
             return rows(kept.kv, block.head_dim)
         case "qkv":  # GPT-2's c_attn: queries, keys and values one after the other, as many heads of each
-            one, width = rows(kept.q, block.head_dim), block.heads * block.head_dim
-            return np.concatenate([one, one + width, one + 2 * width])
+            queries, width = rows(kept.q, block.head_dim), block.heads * block.head_dim
+            return np.concatenate([queries, queries + width, queries + 2 * width])
         case "ff":
             return np.asarray(kept.ff, np.int64)
         case "all":
@@ -224,7 +223,7 @@ def places(block: Block, kept: BlockStructure, side: Side) -> Array | None:
 
 @dataclass(frozen=True)
 class LayerSlice:
-    """What is kept of one linear layer; None stands for all of a side."""
+    """The rows and columns that are kept of one linear layer; None: all of a side."""
 
     out: Array | None
     into: Array | None
@@ -232,23 +231,23 @@ class LayerSlice:
 
 def cuts(keep: ModelStructure, anatomy: BlockLayout) -> Mapping[str, LayerSlice]:
     """Return what is kept of every linear layer of every block, by full name."""
-    found = {}
+    slices = {}
     for name, (index, out, into) in anatomy.sides.items():
-        block, kept = anatomy.blocks[index], keep.blocks[index]
-        found[name] = LayerSlice(out=places(block, kept, out), into=places(block, kept, into))
-    return found
+        block, left = anatomy.blocks[index], keep.blocks[index]
+        slices[name] = LayerSlice(out=places(block, left, out), into=places(block, left, into))
+    return slices
 
 
 FULL = LayerSlice(None, None)
 
 
 def shapes(modules: Mapping[str, tuple[int, int]], cut: Mapping[str, LayerSlice]) -> Mapping[str, tuple[int, int]]:
-    """Return (out, in) of modules after surgery; those outside of the blocks stay as they are."""
-    found = {}
+    """Return (out, in) of modules after pruning; those outside of the blocks stay as they are."""
+    shapes_after = {}
     for name, (m, n) in modules.items():
         at = cut.get(name, FULL)
-        found[name] = (m if at.out is None else len(at.out), n if at.into is None else len(at.into))
-    return found
+        shapes_after[name] = (m if at.out is None else len(at.out), n if at.into is None else len(at.into))
+    return shapes_after
 
 
 def slice_factors(factors: Factors, cut: LayerSlice) -> Factors:
@@ -283,7 +282,7 @@ def slice_adapter(adapter: Adapter, cut: Mapping[str, LayerSlice]) -> Adapter:
 
 def slice_flat(tensors: Tensors, cut: Mapping[str, LayerSlice]) -> Tensors:
     """Return flat factors `<module>.a`, `.b` and dense `.w` at the kept rows and columns alone."""
-    found = {}
+    sliced = {}
     for key, array in tensors.items():
         name, _, kind = key.rpartition(".")
         at = cut.get(name, FULL)
@@ -291,8 +290,8 @@ def slice_flat(tensors: Tensors, cut: Mapping[str, LayerSlice]) -> Tensors:
             array = array[at.out]
         if kind != "b" and at.into is not None:
             array = array[:, at.into]
-        found[key] = array
-    return found
+        sliced[key] = array
+    return sliced
 
 
 def within(before: Mapping[str, LayerSlice], after: Mapping[str, LayerSlice]) -> Mapping[str, LayerSlice]:

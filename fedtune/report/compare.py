@@ -81,6 +81,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
         groups.setdefault((run.name, run.method), []).append(run)
     for (name, _), members in groups.items():
         seeds = sorted(run.seed for run in members)
+        # A seed that counts twice would narrow the spread without a second experiment.
         twice = next((seed for seed, following in pairwise(seeds) if seed == following), None)
         if twice is not None:
             raise ConfigError(

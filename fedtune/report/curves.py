@@ -100,6 +100,7 @@ def _evaluation(record: RoundRecord) -> Evaluation:
     losses = {name: loss for name, loss in losses.items() if not math.isnan(loss)}
     if not losses:
         return Evaluation(test=test, held_out=scores)
+    # Sorted first, so that of equal losses the same client is named in every report.
     worst = max(sorted(losses, key=natural), key=lambda name: losses[name])
     return Evaluation(
         test=test,

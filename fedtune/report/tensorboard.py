@@ -35,6 +35,7 @@ def write_events(run: Path) -> None:
 
     content = read_run(run)
     folder = run / FOLDER
+    # TensorBoard merges all event files of a folder: an old one would draw every curve twice.
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     writer = EventFileWriter(str(folder))

@@ -248,13 +248,13 @@ def _check_counts(mask: ModelStructure, ratio: float, pruning: Pruning, anatomy:
     """Check that a structure is as large as a ratio says."""
     count = counts(anatomy, pruning.settings, ratio)
     units = tuple(
-        len(kept.kv) if unit_of(pruning.settings, block) == "kv_group" else len(kept.q) // max(1, len(kept.kv))
-        for kept, block in zip(mask.blocks, anatomy.blocks, strict=True)
+        len(part.kv) if unit_of(pruning.settings, block) == "kv_group" else len(part.q) // max(1, len(part.kv))
+        for part, block in zip(mask.blocks, anatomy.blocks, strict=True)
     )
     if sum(units) != count.total or (count.units is not None and units != count.units):
         got = f"{sum(units)}, {units[:4]} in the first blocks"
         raise _RefusedError("STRUCTURE", f"{count.total} units of attention", got)
-    channels = tuple(len(kept.ff) for kept in mask.blocks)
+    channels = tuple(len(part.ff) for part in mask.blocks)
     if channels != count.channels:
         raise _RefusedError("STRUCTURE", f"{count.channels[:4]} channels in the first blocks", f"{channels[:4]}")
 
@@ -266,8 +266,8 @@ def _check_scores(result: LoraResult, pruning: Pruning, structure: ModelStructur
         raise _RefusedError("SCORES", expected, f"{sorted(result.scores) or 'none'}")
     if not result.scores:
         return
-    kept = structure.blocks if structure else [None] * len(anatomy.blocks)
-    pairs = list(zip(anatomy.blocks, kept, strict=True))
+    parts = structure.blocks if structure else [None] * len(anatomy.blocks)
+    pairs = list(zip(anatomy.blocks, parts, strict=True))
     sizes = {
         "heads": sum(len(part.q) if part else block.heads for block, part in pairs),
         "channels": sum(len(part.ff) if part else block.channels for block, part in pairs),

@@ -1,4 +1,4 @@
-"""How long clients took: what a clock is told, what it says, and the one that says nothing."""
+"""How long clients took: the seam to a clock, its inputs and its answer, and the clock that knows no times."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ class ClientTime:
         return self.compute_s + self.transfer_s + self.overhead_s
 
     @classmethod
-    def given_up(cls, after_s: float) -> ClientTime:
-        """Return the time of a client that was given up: nobody can know how it would have been divided."""
+    def until_deadline(cls, after_s: float) -> ClientTime:
+        """Return the time of a client that was waited for until a deadline, of which no division is known."""
         return cls(after_s, 0.0)
 
 
 @dataclass(frozen=True)
 class CompletedWork:
-    """What one client did, as a clock weighs it."""
+    """The work of one client, as a clock reads it."""
 
     plan: Plan
     measured: Measured
     traffic: Traffic
     arrived_s: float | None
-    """Seconds from the round's first order to this client's answer, on this machine's clock; None of an answer that
+    """Seconds from the round's first assignment to this client's reply, on this machine's clock; None for a reply that
     came before the run was resumed."""
 
 
 class Clock(Protocol):
     """Says how long clients took: simulated from their devices, or as it was measured."""
 
-    def timed(
+    def client_times(
         self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
     ) -> Mapping[str, ClientTime]:
         """Return the times of a round that began at `now_s`; of no client where none are known.
@@ -52,22 +52,22 @@ class Clock(Protocol):
         Args:
             round: its number.
             now_s: what this clock showed when it began.
-            done: what clients did.
-            late: seconds after which others were given up by whoever waited for their answers.
+            done: the work of the clients that replied.
+            late: seconds after which the transport gave up others.
         """
         ...
 
-    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
-        """Return the clients that were given up, with the seconds after which that was.
+    def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+        """Return the clients that missed their deadline, with the seconds after which they are given up.
 
         Args:
-            deadlines_s: of the planner, by client; none for those that it gave none.
+            deadlines_s: by client, of those that the planner gave one.
             spent: how long each client took.
         """
         ...
 
-    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
-        """Return how long a round lasted in which clients took so long: as long as the slowest, and the server."""
+    def round_seconds(self, spent: Mapping[str, ClientTime]) -> float:
+        """Return the seconds of a round from its clients' times: those of the slowest, then the server's."""
         ...
 
     def reachable(self, round: int, client: str) -> bool:
@@ -76,17 +76,17 @@ class Clock(Protocol):
 
 
 class NullClock:
-    """The clock of clients that share one machine: how long one took says nothing of its device."""
+    """The clock of clients that share one machine, where the time that one took says nothing of its device."""
 
-    def timed(
+    def client_times(
         self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
     ) -> Mapping[str, ClientTime]:
         return {}
 
-    def cut(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
+    def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         return {}
 
-    def lasted(self, spent: Mapping[str, ClientTime]) -> float:
+    def round_seconds(self, spent: Mapping[str, ClientTime]) -> float:
         return 0.0
 
     def reachable(self, round: int, client: str) -> bool:

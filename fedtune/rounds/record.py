@@ -24,32 +24,41 @@ class ClientRecord:
     """What one client of the cohort was asked for and delivered."""
 
     status: Literal["ok", "failed", "refused", "late", "unfit"]
+    """`ok`, or why the update was not used."""
     reason: str = ""
     """Why the update was not used; empty for `ok`."""
     rank: int | None = None
     """LoRA rank; None for a client that had no assignment, or that measured seeds."""
     steps: int | None = None
+    """Optimizer steps, or seeds measured; None without an assignment."""
     examples: int = 0
     """Training examples, as enrolled."""
     bytes_down: int = 0
+    """Bytes sent to the client, counted on the encoded message."""
     bytes_up: int = 0
+    """Bytes of its update, counted on the encoded message."""
     ratio: float | None = None
     """Pruning ratio that was asked for; None without pruning."""
     deadline_s: float | None = None
+    """When the planner expected the round to end; None if it expects nothing."""
     why: str = ""
     """The planner's reason for its choice."""
     compute_s: float | None = None
-    """On the client's device, simulated or measured; None without a clock, as are the next two."""
+    """Seconds of training on the client's device, simulated or measured; None without a clock."""
     transfer_s: float | None = None
-    """Down and up."""
+    """Seconds of transfer, down and up; None without a clock."""
     overhead_s: float = 0.0
+    """Seconds beside these two."""
     loss_before: float | None = None
-    """Training loss before and after the local steps; None also where it is not finite."""
+    """Training loss before the local steps; None also where it is not finite."""
     loss_after: float | None = None
+    """Training loss after them."""
     seconds: float | None = None
     """Wall time of the local work; None without a used update, as are the next three."""
     peak_bytes: int | None = None
+    """Most memory that the local work took."""
     tokens: int | None = None
+    """Tokens that went forward in training."""
     norm: float | None = None
     """Frobenius norm of the admitted change."""
     importance: float | None = None
@@ -61,9 +70,13 @@ class UnsolicitedRecord:
     """A reply that the round did not wait for."""
 
     client: str
+    """Its name."""
     reason: str
+    """Why the reply was not used."""
     num_bytes: int = 0
+    """Size of the reply."""
     kind: str = "late"
+    """`late`, or what else it was."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,7 @@ class ModuleRecord:
     """The global change of one module after a round."""
 
     rank: int
+    """Rank of the global change."""
     norm: float | None = None
     """Frobenius norm."""
     singular_values: tuple[float, ...] = ()
@@ -84,23 +98,31 @@ class RoundRecord:
     """One round; round 0 is the base before any training."""
 
     round: int
+    """Its number; 0 is the base before any training."""
     seconds: float
-    """Wall time."""
+    """Wall time of the round, in seconds."""
     state_digest: str = ""
     """SHA-256 (hex) of the state after the round; empty for round 0."""
     cohort: tuple[str, ...] = ()
+    """Names of the clients that were asked."""
     loss_before: float | None = None
-    """Mean over the used updates, weighted by examples."""
+    """Training loss before the local steps, mean over the used updates, weighted by examples."""
     loss_after: float | None = None
+    """The same after the local steps."""
     test: Metrics | None = None
     """Scores of the global model on the test data; None if it was not scored in this round."""
     held_out: Mapping[str, Metrics] = field(default_factory=dict)
-    """Its scores on each client's held-out rows."""
+    """Scores of the global model on each client's held-out rows."""
     clients: Mapping[str, ClientRecord] = field(default_factory=dict)
+    """What each client of the cohort was asked for and delivered, by name."""
     unsolicited: tuple[UnsolicitedRecord, ...] = field(default=(), metadata={"key": "aside"})
+    """Replies that the round did not wait for."""
     bytes_down: int = 0
+    """Bytes sent to all clients."""
     bytes_up: int = 0
+    """Bytes of all updates."""
     modules: Mapping[str, ModuleRecord] = field(default_factory=dict)
+    """The global change, by module."""
     figures: Mapping[str, float | int] = field(default_factory=dict)
     """Numbers that the method reports about its state."""
     clock_s: float = 0.0

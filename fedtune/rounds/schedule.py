@@ -1,4 +1,4 @@
-"""How many rounds a run has, which clients take part in each, and with how many updates one is over."""
+"""How many rounds a run has, which clients take part in each, and how many updates end one."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from fedtune.seeds import derive, generator
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many rounds, and who takes part; the recipe's table `rounds`."""
+    """How many rounds there are, who takes part in each, and when it ends; the recipe's table `rounds`."""
 
     count: Annotated[int, Ge(1)]
     """Rounds of the run."""
     cohort: Annotated[int, Ge(1)] | Annotated[float, Gt(0)] | None = None
-    """Clients per round: a whole number of them, or a share of the fleet in (0, 1]; none takes all."""
+    """Clients drawn for each round: their number, or their share of all clients (a number with a decimal point, at most
+    1.0); none takes all."""
     min_clients: Annotated[int, Ge(1)] = 1
-    """Admitted updates without which a round cannot be completed."""
+    """Usable updates that a round needs; with fewer the run stops and can be resumed."""
     max_norm: Annotated[float, Gt(0)] | None = 10.0
-    """An update whose change has more than so many times the cohort's median norm is refused; none takes any."""
+    """An update whose change is more than this many times as large as the cohort's median is refused; none refuses no
+    size."""
     deadline_s: Annotated[float, Gt(0)] | None = None
-    """Seconds after which a round over a network ends if `min_clients` have answered; none waits for every client."""
+    """Over a network, a round ends after this time if `min_clients` have answered; none waits for every client."""
     grace_s: Annotated[float, Ge(0)] = 60.0
-    """Seconds beyond the deadline that a round over a network waits for `min_clients`."""
+    """Over a network, how much longer than `deadline_s` a round waits for `min_clients`."""
     over_select: Annotated[float, Ge(1)] = 1.0
-    """Times the cohort that is asked; the round ends with the cohort's number of updates, and the others are late."""
+    """Ask this many times as many clients as `cohort` says; the round ends when `cohort` updates are there, and later
+    ones are not used."""
     attempts: Annotated[int, Ge(1)] = 1
-    """How often a round over a network is waited for, a deadline each, before too few updates stop the run."""
+    """Over a network, how often a round waits for `deadline_s` before too few updates stop the run."""
 
     @property
     def rule(self) -> Rule:

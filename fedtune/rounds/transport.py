@@ -10,7 +10,7 @@ from fedtune.messages import Assignment, Client, ClientUpdate, Failure
 from fedtune.wire.codec import EncodedAssignment
 
 Work: TypeAlias = Callable[[Assignment], ClientUpdate]
-"""What a client does: `client.perform` bound to its base and its examples."""
+"""`client.perform` bound to one client's base and examples."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Reply:
-    """An update as it arrived, from a client that the transport knows by name; nobody has looked into it yet."""
+    """An update as it arrived, from a client that the transport knows by name; not decoded yet."""
 
     client: str
     update: bytes
@@ -49,16 +49,16 @@ Answer: TypeAlias = Reply | Failure | UnsolicitedReply
 
 
 class Transport(Protocol):
-    """How messages travel; whoever makes one also closes it."""
+    """How messages travel; its creator closes it."""
 
     def clients(self) -> Sequence[Client]:
-        """Return who can take part in the next round, in any order; waits until somebody can."""
+        """Return the clients that can take part in the next round, in any order; waits until one can."""
         ...
 
     def exchange(self, orders: Mapping[str, EncodedAssignment], rule: Rule) -> Iterable[Answer]:
-        """Deliver the orders and yield one `Reply` or `Failure` per client, in any order, and whatever came aside.
+        """Deliver assignments and yield one `Reply` or `Failure` per client, in any order, and what came unsolicited.
 
-        A client that answers no more in this round is a `Failure` of the kind `late`; nothing that one client does
+        A client that does not reply in this round is a `Failure` of the kind `late`; nothing that one client does
         raises. Engines on one machine have no deadline: there every client is waited for.
         """
         ...

@@ -38,7 +38,7 @@ class ModelScores:
     """Of the same model pruned to what is deployed, on the test data."""
 
 
-def no_scores(tuned: GlobalModel, *, test: bool, clients: bool, keep: ModelStructure | None = None) -> ModelScores:
+def no_scores(tuned: GlobalModel, *, test: bool, clients: bool, structure: ModelStructure | None = None) -> ModelScores:
     """Score nothing: a server has neither model nor data."""
     return ModelScores()
 

@@ -17,7 +17,7 @@ from fedtune.lora.adapter import Adapter, Factors
 from fedtune.lora.lowrank import compress, truncate
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model.settings import ModelSettings
-from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.events import Note, Watch
 from fedtune.store import peft, result
 from fedtune.store import seeds as store_seeds
 from fedtune.store.files import new_folder, store_errors

@@ -211,7 +211,7 @@ class Fleet:
         of = "" if proxy == "none" else f"; proxy: operations, bytes and memory are those of {proxy}"
         return {
             "clients": {name: profile.name for name, profile in self.profiles.items()},
-            "profiles": {profile.name: profile.told() for profile in self.profiles.values()},
+            "profiles": {profile.name: profile.as_table() for profile in self.profiles.values()},
             "clock": f"{SIMULATED_METHODS}{of}.",
         }
 

@@ -145,9 +145,9 @@ def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str
 
 
 def score(
-    experiment: Experiment, tuned: GlobalModel, *, test: bool, clients: bool, keep: ModelStructure | None = None
+    experiment: Experiment, tuned: GlobalModel, *, test: bool, clients: bool, structure: ModelStructure | None = None
 ) -> ModelScores:
-    """Score a global model on the test data (also pruned to `keep`), on each client's held-out rows, or on both."""
+    """Score a global model on the test data (also pruned to `structure`), on clients' held-out rows, or on both."""
     settings, federation = experiment.recipe.evaluate, experiment.federation
     measure = partial(scoring.evaluate, experiment.base, tuned.adapter, tuned.saved, batch=settings.batch)
     shards = sorted(federation.clients.items()) if clients and settings.clients else []
@@ -158,17 +158,17 @@ def score(
             new_tokens=settings.new_tokens,
         )
         held_out = measure({name: shard.held_out[: settings.client_examples] for name, shard in shards})
-        small = score_pruned(experiment, tuned, keep) if test and keep else None
+        small = score_pruned(experiment, tuned, structure) if test and structure else None
     return ModelScores(test=on_test.get("test"), held_out=held_out, deployed=small)
 
 
-def score_pruned(experiment: Experiment, tuned: GlobalModel, keep: ModelStructure) -> Mapping[str, float] | None:
+def score_pruned(experiment: Experiment, tuned: GlobalModel, structure: ModelStructure) -> Mapping[str, float] | None:
     """Score a global model on the test data, pruned to a structure; None without test data."""
     base, settings, body = experiment.base, experiment.recipe.evaluate, experiment.blueprint.anatomy
     assert body is not None  # a base without one is not pruned
-    adapter = slice_adapter(tuned.adapter, cuts(keep, body))
+    adapter = slice_adapter(tuned.adapter, cuts(structure, body))
     test = experiment.federation.test[: settings.examples]
-    with with_pruned_model(base, keep, body) as small:
+    with with_pruned_model(base, structure, body) as small:
         return scoring.evaluate(small, adapter, tuned.saved, {"test": test}, batch=settings.batch).get("test")
 
 

@@ -46,7 +46,7 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
     tuned = method.global_model(finished.state)
     last, every = finished.round == recipe.rounds.count, recipe.evaluate.every
     test = last or (every > 0 and finished.round % every == 0)
-    scores = context.score(tuned, test=test, clients=last, keep=deployed_structure(recipe, finished.state))
+    scores = context.score(tuned, test=test, clients=last, structure=deployed_structure(recipe, finished.state))
     record = round_record(
         finished,
         tuned.adapter,
@@ -114,7 +114,7 @@ def round_record(
 
 def client_record(finished: RoundResult, name: str) -> ClientRecord:
     outcome, planned = finished.outcomes[name], finished.planned.get(name)
-    traffic, device = finished.traffic[name], finished.spent.get(name)
+    traffic, device = finished.traffic[name], finished.times.get(name)
     record = ClientRecord(status="ok", examples=finished.examples[name], bytes_down=traffic.down, bytes_up=traffic.up)
     if planned is not None:  # a client without a feasible plan has no assignment
         plan, task = finished.assignments[name].plan, finished.assignments[name].task
@@ -153,6 +153,7 @@ def module_record(change: LowRank, energy_kept: float | None) -> ModuleRecord:
     return ModuleRecord(
         rank=change.rank,
         norm=float(np.linalg.norm(change.s)),
+        # Six digits: the last bits of a decomposition depend on the machine and would only lengthen every line.
         singular_values=tuple(float(f"{value:.6g}") for value in change.s[:SPECTRUM]),
         energy_kept=energy_kept,
     )

@@ -11,7 +11,7 @@ from fedtune.config import Recipe, bind, changes
 from fedtune.config.recipe import Objects
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.methods import serialization
-from fedtune.rounds.loop import Note, Watch
+from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.record import RoundRecord
 from fedtune.runs.context import Door, RunContext, first_state
 from fedtune.store.history import has_begun

@@ -13,7 +13,11 @@ from fedtune.config.recipe import method_of
 from fedtune.errors import FedtuneError, RoundError, StoreError
 from fedtune.methods.settings import LinearSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.rounds.loop import Note, RoundFinished, RoundJournal, RoundResult, Watch
+from fedtune.rounds.clock import NullClock
+from fedtune.rounds.context import RoundContext
+from fedtune.rounds.events import Note, RoundFinished, Watch
+from fedtune.rounds.journal import NullJournal, RoundJournal
+from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.loop import run as run_rounds
 from fedtune.rounds.record import RoundRecord, observations
 from fedtune.rounds.transport import Transport
@@ -125,7 +129,7 @@ def run_rounds_of(
 
     From the records of earlier rounds the planner learns again what it knew.
     """
-    return run_rounds(
+    rounds = RoundContext(
         method=method_of(context.recipe),
         settings=context.recipe.method,
         planner=context.planner,
@@ -133,12 +137,15 @@ def run_rounds_of(
         schedule=context.recipe.rounds,
         blueprint=context.blueprint,
         base=context.base["digest"],
-        ledger=journal,
+        journal=journal or NullJournal(),
+        clock=context.clock or NullClock(),
+        watch=watch,
+    )
+    return run_rounds(
+        rounds,
         start=start,
         history=[observations(record) for record in records if record.round],
-        clock=context.clock,
         clock_s=records[-1].clock_s if records else 0.0,
-        watch=watch,
     )
 
 

@@ -11,12 +11,13 @@ from annotated_types import Ge, Interval
 
 @dataclass(frozen=True)
 class Resources:
-    """What one client's work takes while it runs."""
+    """What one client takes of the machine while it trains."""
 
     threads: Annotated[int, Ge(1)] = 1
-    """CPU threads of torch and BLAS. Results are the same bits only with the same number."""
+    """CPU threads that the client trains with; another number changes the last bits of the result."""
     gpu_share: Annotated[float, Interval(gt=0, le=1)] | None = None
-    """Share of a GPU; none takes an equal share of the workers on that GPU. Without a GPU it means nothing."""
+    """Share of a GPU that the client takes; none: an equal share of the workers on it. Without a GPU it has no effect.
+    """
 
 
 @dataclass(frozen=True)

@@ -12,45 +12,55 @@ from annotated_types import Ge, Gt
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The recipe's table `engine`: it changes how long a run takes, never its result."""
+    """What runs the clients on this machine; the recipe's table `engine`.
+
+    It changes how long a run takes, never its result.
+    """
 
     name: Literal["inprocess", "processes", "ray"] = "inprocess"
-    """inprocess: one client after the other; processes: several at once over one copy of the base; ray: Flower's own
+    """inprocess: one client after the other; processes: several at once, over one copy of the base; ray: Flower's
     simulation engine (needs the extra `ray`)."""
     workers: Annotated[int, Ge(1)] | None = None
-    """Worker processes of `processes` and `ray`; none takes as many as the cores carry, at most one per client."""
+    """Worker processes of `processes` and `ray`; none: as many as the cores carry, at most one per client."""
     timeout_s: Annotated[float, Gt(0)] | None = None
-    """Seconds after which `processes` replaces the process of a client that has not answered; none waits."""
+    """With `processes`: a client that works longer than this is taken for stuck, fails, and its process is replaced;
+    none waits for ever."""
 
 
 @dataclass(frozen=True)
 class FleetSettings:
-    """The devices that clients simulate, and the clock that turns their work into seconds; table `fleet`.
+    """The devices that clients are simulated to be, and the clock that turns their work into seconds; the recipe's
+    table `fleet`.
 
-    The training is real, the time is simulated: from operations, bytes and traces, never from this machine's clock.
+    The learning is real, the time is simulated: it follows from operations, bytes and device profiles, never from this
+    machine's clock.
     """
 
     name: Literal["fedspine80", "orin8", "lognormal"] = "fedspine80"
-    """fedspine80: 30 TX2, 40 Xavier NX, 10 AGX Xavier; orin8: 4 Orin Nano, 2 Orin NX, 2 AGX Orin; lognormal: after
-    FedScale. Other numbers of clients are divided in the same proportion."""
+    """fedspine80: 30 TX2, 40 Xavier NX and 10 AGX Xavier; orin8: 4 Orin Nano, 2 Orin NX and 2 AGX Orin; lognormal:
+    random speeds after FedScale. With another number of clients the shares stay the same."""
     by: Literal["time", "round"] = "time"
-    """What a device's speed and bandwidth depend on: simulated time, or the number of the round."""
+    """A device's speed and bandwidth change with simulated time, or with the number of the round, which makes runs
+    comparable round by round."""
     late: Literal["wait", "drop"] = "wait"
-    """A client that misses the planner's deadline is waited for, up to three times that, or dropped."""
+    """A client that misses the planner's deadline is waited for, up to three times the deadline, or its update is
+    dropped."""
     server_s: Annotated[float, Ge(0)] = 0.0
-    """Seconds of a round in which the server works."""
+    """Simulated seconds that the server adds to every round."""
     proxy: Literal["none", "roberta-base", "llama-7b"] = "none"
-    """A larger model whose operations, bytes and memory the clock takes in place of the one that is trained."""
+    """The clock counts operations, bytes and memory as if this larger model were trained; none counts those of the
+    model itself."""
 
 
 @dataclass(frozen=True)
 class DeviceOverride:
-    """What is different for some clients' devices; one table `device` of the recipe."""
+    """Simulated devices that differ from the fleet's; one table `device` of the recipe."""
 
     clients: Sequence[str]
     """Names or globs."""
     profile: str | None = None
-    """A known device that takes the place of the fleet's."""
+    """Kind of device to start from: nano, tx2, xavier-nx, agx-xavier, orin-nano-8, orin-nx-16 or agx-orin-64; none: the
+    one that the fleet gave."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The fields of `DeviceProfile` that change, by name."""
 

@@ -79,6 +79,7 @@ class History:
 
     def needed(self) -> Mapping[str, str]:
         """Return the blobs that must be there, by name, with a description of each."""
+        # While the last round may be repeated, the state that it started from must stay as well.
         states = [self.committed - 1, self.committed] if self.repeatable else [self.committed]
         needed = {self.digests[number - 1]: f"the state of round {number}" for number in states if number > 0}
         current = self.open or self.repeatable
@@ -114,7 +115,7 @@ class History:
 
 def start(history: History, fields: Mapping[str, Any]) -> None:
     run, inputs = fields["run"], dict(fields["inputs"])
-    if history.run not in ("", run):
+    if history.run not in ("", run):  # journals of two runs mixed by hand
         raise StoreError(f"expected the run {history.run}; got {run}")
     history.run = run
     history.inputs.append(inputs)
@@ -141,6 +142,7 @@ def accept(history: History, fields: Mapping[str, Any]) -> None:
 
 
 def close(history: History, fields: Mapping[str, Any]) -> None:
+    # Everything is checked before anything is assigned: a record that is refused must leave no trace.
     current = waiting(history, fields)
     updates = {**current.updates, **places(current, fields)}
     failures = {name: Failure.from_text(name, reason, kind=kind) for name, (kind, reason) in fields["failures"].items()}

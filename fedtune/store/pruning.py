@@ -49,6 +49,7 @@ def write(
         "digest": structure.digest.hex(),
         "settings": asdict(settings),
         "blocks": blocks,
+        # Nine significant digits bring every float32 back exactly.
         "order": {name: [float(f"{value:.9g}") for value in array.tolist()] for name, array in ranking.items()},
     }
     write_text(folder / NAME, json.dumps(content, indent=1) + "\n")
@@ -142,6 +143,7 @@ def expand_runs(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     Raises:
         ValueError: if a run is longer than any model is wide.
     """
+    # A limit before memory is taken: the file may come from anywhere. No model has a layer of 2**20 channels.
     if any(length < 1 or length > 1 << 20 for _, length in parts):
         raise ValueError(f"expected runs of [start, length]; got {list(parts)[:3]}")
     return tuple(number for start, length in parts for number in range(start, start + length))

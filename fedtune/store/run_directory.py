@@ -31,6 +31,7 @@ def check_vacant(path: Path, *, fresh: bool = False) -> Path:
                     "pass --resume to go on with it, --fresh to start another run beside it, --out to choose a folder"
                 )
             chosen, number = path.with_name(f"{path.name}-{number}"), number + 1
+        # Not durable yet: the journal syncs the name when the run begins.
         chosen.mkdir(parents=True, exist_ok=True)
     return chosen
 

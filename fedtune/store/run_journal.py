@@ -18,7 +18,7 @@ from typing import Any, Self
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
 from fedtune.methods.serialization import digest
-from fedtune.rounds.loop import InterruptedRound
+from fedtune.rounds.journal import InterruptedRound
 from fedtune.store import files
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import History, Round, replay_journal
@@ -168,7 +168,7 @@ class RunJournal:
             raise self._wrong_last_line(reported)
         return self._blobs.get(history.digests[reported - 1], f"the state of round {reported}") if reported else None
 
-    def opened(self, round: int) -> InterruptedRound | None:
+    def interrupted(self, round: int) -> InterruptedRound | None:
         """Return a round that had begun: the open one, or the last committed one, if its line is missing.
 
         Raises:
@@ -179,7 +179,7 @@ class RunJournal:
             return None
         return InterruptedRound(
             cohort=current.cohort,
-            orders=current.orders,
+            digests=current.orders,
             updates=self._updates(current),
             failures=current.failures,
             sizes=current.sizes,
@@ -202,7 +202,7 @@ class RunJournal:
         *,
         state: str,
         cohort: Mapping[str, int],
-        orders: Mapping[str, str],
+        digests: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
     ) -> None:
         """Note the start of a round, then remove the blobs that only a repetition of the round before would need.
@@ -213,7 +213,7 @@ class RunJournal:
         needed = self._history.needed().keys()
         # Without reported memory the record has the bytes that releases before 0.2.0 wrote.
         reported = {"memory": memory} if memory else {}
-        self._note("open", {"round": round, "state": state, "cohort": cohort, "orders": orders, **reported})
+        self._note("open", {"round": round, "state": state, "cohort": cohort, "orders": digests, **reported})
         self._blobs.release(needed - self._history.needed().keys())
         self._opened_at = self._flushed_at = self._clock()
         self._flushing_s = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Literal, TypeVar
 
@@ -89,12 +89,12 @@ def blob_encoder() -> Callable[[Tensors], Blob]:
 
     A server state that goes to a whole cohort is one mapping in many assignments.
     """
-    kept: dict[int, tuple[Tensors, Blob]] = {}  # the mapping is kept too, so that its id stays its own
+    cache: dict[int, tuple[Tensors, Blob]] = {}  # holds the mapping too, so that no other one takes over its id
 
     def encode(tensors: Tensors) -> Blob:
-        if id(tensors) not in kept:
-            kept[id(tensors)] = tensors, encode_blob(tensors)
-        return kept[id(tensors)][1]
+        if id(tensors) not in cache:
+            cache[id(tensors)] = tensors, encode_blob(tensors)
+        return cache[id(tensors)][1]
 
     return encode
 
@@ -108,9 +108,9 @@ def decode_blob(header: pb.Blob, body: bytes) -> Tensors:
     if header.num_bytes != len(body):
         raise WireError(f"{header.role!r}: expected a body of {header.num_bytes} bytes; got {len(body)}")
     tensors = bodies.decode(header.tensors, body)
-    found = bodies.digest(body)
-    if found != header.digest:
-        raise WireError(f"{header.role!r}: expected a body of digest {header.digest.hex()!r}; got {found.hex()!r}")
+    digest = bodies.digest(body)
+    if digest != header.digest:
+        raise WireError(f"{header.role!r}: expected a body of digest {header.digest.hex()!r}; got {digest.hex()!r}")
     return tensors
 
 
@@ -119,12 +119,12 @@ def blob_decoder() -> Callable[[pb.Blob, bytes], Tensors]:
 
     Many clients in one process receive the same body in their assignments.
     """
-    kept: dict[int, tuple[pb.Blob, bytes, Tensors]] = {}
+    cache: dict[int, tuple[pb.Blob, bytes, Tensors]] = {}
 
     def decode(header: pb.Blob, body: bytes) -> Tensors:
-        if id(body) not in kept or kept[id(body)][0] != header:
-            kept[id(body)] = header, body, decode_blob(header, body)
-        return kept[id(body)][2]
+        if id(body) not in cache or cache[id(body)][0] != header:
+            cache[id(body)] = header, body, decode_blob(header, body)
+        return cache[id(body)][2]
 
     return decode
 
@@ -276,18 +276,10 @@ def encode_update(update: ClientUpdate) -> bytes:
     """
     if isinstance(update.result, ProbeResult):
         return probe.update_to_message(update, update.result).SerializeToString()
-    measured, result = update.measured, update.result
+    result = update.result
     header = pb.ClientUpdate(
         examples=update.num_examples,
-        measured=pb.Measured(
-            seconds=measured.seconds,
-            peak_bytes=measured.peak_bytes,
-            tokens=measured.tokens,
-            loss_before=measured.loss_before,
-            loss_after=measured.loss_after,
-            importance=measured.importance,
-            side_tokens=measured.side_tokens,
-        ),
+        measured=pb.Measured(**asdict(update.measured)),  # of the same names; None leaves a field out
         client=update.client,
         round=update.round,
         base=result.base,
@@ -357,15 +349,7 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
             mask=header.mask,
             scores=more[0] if more else {},
         ),
-        measured=Measured(
-            seconds=measured.seconds,
-            peak_bytes=measured.peak_bytes,
-            tokens=measured.tokens,
-            loss_before=measured.loss_before if measured.HasField("loss_before") else None,
-            loss_after=measured.loss_after if measured.HasField("loss_after") else None,
-            importance=measured.importance if measured.HasField("importance") else None,
-            side_tokens=measured.side_tokens,
-        ),
+        measured=Measured(**{field.name: value for field, value in measured.ListFields()}),
     )
 
 
@@ -404,7 +388,7 @@ def parse(message: AnyMessage, data: bytes) -> AnyMessage:
 
 @lru_cache(maxsize=64)
 def _training(data: bytes) -> Training:
-    # Kept, because a fleet has few different settings and receives them with every assignment.
+    # Cached, because a fleet has few different settings and receives them with every assignment.
     return settings.decode(data, Training)
 
 

@@ -23,7 +23,7 @@ MAX_NAME = 100
 
 @dataclass(frozen=True)
 class Device:
-    """What a client's device can carry; zero and the empty text stand for what is not known."""
+    """The device of a client; zero and the empty text where something is not known."""
 
     memory_bytes: int = 0
     """Main memory of the machine."""
@@ -53,7 +53,7 @@ class ModelSpec:
     manifest: bytes = b""
     """Every tensor of the base, as `directions.seed_ledger.Manifest` writes them."""
     anatomy: BlockLayout | None = None
-    """Of the base's blocks; None where surgery does not know them."""
+    """Of the base's blocks; None for a model that cannot be pruned."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def layout_from(name: str, message: pb.Anatomy, modules: Mapping[str, tuple[int,
     """
     blocks = tuple(Block(b.prefix, b.heads, b.kv_heads, b.head_dim, b.channels) for b in message.blocks)
     sizes = [(b.heads, b.kv_heads, b.head_dim, b.channels, message.width) for b in blocks]
-    whole = blocks and all(min(each) > 0 and max(each) <= WIDEST for each in sizes)
+    whole = blocks and all(min(size) > 0 and max(size) <= WIDEST for size in sizes)
     alone = len({b.prefix for b in blocks}) == len(blocks)
     if message.family not in FAMILIES or not whole or not alone or any(b.heads % b.kv_heads for b in blocks):
         raise WireError(

@@ -74,7 +74,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in args
     if origin in (Union, types.UnionType):
         return any(_fits(value, choice) for choice in args)
-    if hint is float:  # finite, being canonical; a whole number is taken as a float
+    if hint is float:  # finite, being canonical; a whole number is the float that it equals
         return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
     return type(value) is hint
 

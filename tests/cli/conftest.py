@@ -15,7 +15,7 @@ from fedtune.messages import (
     LoraResult,
     Traffic,
 )
-from fedtune.rounds.loop import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.rounds.record import RoundRecord
 
 HOSTILE = "[red]evil[/]\x1b[2J\u202e"

@@ -20,7 +20,7 @@ from fedtune.config import bind, render
 from fedtune.deployment.server_setup import expected_clients
 from fedtune.errors import ConfigError, StoreError
 from fedtune.messages import Failure, Traffic
-from fedtune.rounds.loop import ClientFinished, Note
+from fedtune.rounds.events import ClientFinished, Note
 from tests.flower.conftest import NODE, MemoryGrid, flower_task, running
 
 __all__ = ["flower_task"]  # a fixture

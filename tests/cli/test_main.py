@@ -17,7 +17,7 @@ from fedtune.api import Run
 from fedtune.cli.main import app
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, Fault, RoundError, StoreError
-from fedtune.rounds.loop import Event, Note
+from fedtune.rounds.events import Event, Note
 from fedtune.runs.export import ReplayResult
 from tests.cli.conftest import HOSTILE
 
@@ -246,7 +246,7 @@ def test_a_reader_who_left_is_no_error() -> None:
 
 def test_evaluate_shows_before_and_after(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = script("evaluate", {"before": {"loss": 2.0}, "after": {"loss": 1.0}})
-    monkeypatch.setattr("fedtune.runs.deploy.pruned_by_one_order", lambda run: False)
+    monkeypatch.setattr("fedtune.runs.trained_run.has_shared_ranking", lambda run: False)
     assert "2.000" in fedtune("evaluate", "runs/x").stdout
     ended = fedtune("evaluate", "runs/x", "--data", "other.jsonl", "--examples", "5", "--json")
     assert json.loads(ended.stdout) == {"before": {"loss": 2.0}, "after": {"loss": 1.0}}

@@ -15,7 +15,7 @@ from fedtune.messages import (
     LoraResult,
     Traffic,
 )
-from fedtune.rounds.loop import ClientFinished, Event, RoundFinished, RoundStarted
+from fedtune.rounds.events import ClientFinished, Event, RoundFinished, RoundStarted
 from tests.cli.conftest import record, round_events
 
 

@@ -31,7 +31,9 @@ from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.planner import ClientObservation
-from fedtune.rounds.loop import ClientFinished, Event, RoundResult, RoundStarted, run
+from fedtune.rounds.context import RoundContext
+from fedtune.rounds.events import ClientFinished, Event, RoundStarted
+from fedtune.rounds.loop import RoundResult, run
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Transport
 from fedtune.simulation.fork_client import ForkServer
@@ -93,14 +95,16 @@ class Slow:
 
 def results(base: Base, transport: Transport, *, slow: bool = False, watch: Any = None) -> list[RoundResult]:
     found = run(
-        method=METHODS["flora"],
-        settings=METHODS["flora"].settings(),
-        planner=Slow(slow=slow),
-        transport=transport,
-        schedule=Schedule(count=3),
-        blueprint=base.blueprint(max_rank=8, seed=0),
-        base=base.digest,
-        watch=watch or (lambda event: None),
+        RoundContext(
+            method=METHODS["flora"],
+            settings=METHODS["flora"].settings(),
+            planner=Slow(slow=slow),
+            transport=transport,
+            schedule=Schedule(count=3),
+            blueprint=base.blueprint(max_rank=8, seed=0),
+            base=base.digest,
+            watch=watch or (lambda event: None),
+        )
     )
     return list(found)
 

@@ -40,7 +40,7 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.rounds.admission import largest_update
-from fedtune.rounds.loop import ClientFinished, Note, RoundFinished, RoundStarted
+from fedtune.rounds.events import ClientFinished, Note, RoundFinished, RoundStarted
 from fedtune.rounds.record import ClientRecord, RoundRecord
 from fedtune.store.run_journal import RunJournal
 from fedtune.wire.codec import encode_assignment
@@ -107,11 +107,11 @@ def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:
     with RunJournal.create(tmp_path, group_s=0.0) as ledger:
         ledger.begin(INPUTS)
         cohort = {"anna": 1, "bob": 1}
-        ledger.open(1, state="", cohort=cohort, orders={name: "o" for name in cohort})
+        ledger.open(1, state="", cohort=cohort, digests={name: "o" for name in cohort})
         ledger.accept(1, "anna", b"of anna")
         ledger.close(1, {"bob": Failure.from_text("bob", "x")}, {"bob": 0})
         ledger.commit(1, [b"state"])
-        ledger.open(2, state=promised_state(tmp_path), cohort=cohort, orders={name: "o" for name in cohort})
+        ledger.open(2, state=promised_state(tmp_path), cohort=cohort, digests={name: "o" for name in cohort})
         ledger.accept(2, "bob", b"of bob")
     accepted, committed = accepted_updates(tmp_path)
     assert committed == 1
@@ -289,9 +289,9 @@ def test_the_texts_of_a_refusal_are_cut(reason: str, field: str, expected: str, 
 
 
 def test_every_reason_of_an_update_that_is_refused_has_a_number_in_the_schema() -> None:
-    from fedtune.rounds import admission, loop
+    from fedtune.rounds import admission, exchange
 
-    source = "".join(Path(str(module.__file__)).read_text() for module in (admission, loop))
+    source = "".join(Path(str(module.__file__)).read_text() for module in (admission, exchange))
     codes = {one for one in re.findall(r'"([A-Z][A-Z_]+)"', source) if "_" in one or one in ("MALFORMED", "SCALARS")}
     assert {"NOT_FINITE", "MALFORMED", "STATE_REBUILT", "WRONG_CLIENT"} <= codes
     for code in codes:
@@ -301,7 +301,7 @@ def test_every_reason_of_an_update_that_is_refused_has_a_number_in_the_schema() 
 def test_an_update_that_was_refused_is_not_promised(tmp_path: Path) -> None:
     with RunJournal.create(tmp_path, group_s=0.0) as ledger:
         ledger.begin(INPUTS)
-        ledger.open(1, state="", cohort={"anna": 1, "bob": 1}, orders={"anna": "o", "bob": "o"})
+        ledger.open(1, state="", cohort={"anna": 1, "bob": 1}, digests={"anna": "o", "bob": "o"})
         assert accepted_updates(tmp_path) == ({}, 0)
         ledger.accept(1, "anna", b"of anna")
         assert accepted_updates(tmp_path) == (
@@ -316,7 +316,7 @@ def test_two_clients_with_the_same_bytes_are_both_promised(tmp_path: Path) -> No
     with RunJournal.create(tmp_path, group_s=0.0) as ledger:
         ledger.begin(INPUTS)
         names = ("anna", "bob", "carl")
-        ledger.open(1, state="", cohort=dict.fromkeys(names, 1), orders=dict.fromkeys(names, "o"))
+        ledger.open(1, state="", cohort=dict.fromkeys(names, 1), digests=dict.fromkeys(names, "o"))
         for name in names:
             ledger.accept(1, name, b"the same")
     assert accepted_updates(tmp_path)[0] == {(1, name): sha256(b"the same").hexdigest() for name in names}

@@ -12,13 +12,13 @@ def test_what_is_left_of_the_time_until_the_answer_was_transfer() -> None:
         "ann": CompletedWork(PLAN, Measured(seconds=4.0), Traffic(), arrived_s=6.0),
         "liar": CompletedWork(PLAN, Measured(seconds=9.0), Traffic(), arrived_s=6.0),
     }
-    found = MeasuredClock().timed(1, 0.0, done, {})
+    found = MeasuredClock().client_times(1, 0.0, done, {})
     assert found == {"ann": ClientTime(4.0, 2.0), "liar": ClientTime(6.0, 0.0)}
-    assert MeasuredClock().cut({"ann": 1.0}, found) == {}
+    assert MeasuredClock().overdue({"ann": 1.0}, found) == {}
 
 
 def test_who_was_given_up_is_known_to_have_taken_so_long_and_what_came_before_a_resume_teaches_nothing() -> None:
     done = {"ann": CompletedWork(PLAN, Measured(seconds=4.0), Traffic(), arrived_s=None)}
-    found = MeasuredClock().timed(1, 0.0, done, {"bob": 30.0})
-    assert found == {"bob": ClientTime.given_up(30.0)}
-    assert MeasuredClock().lasted(found) == 30.0
+    found = MeasuredClock().client_times(1, 0.0, done, {"bob": 30.0})
+    assert found == {"bob": ClientTime.until_deadline(30.0)}
+    assert MeasuredClock().round_seconds(found) == 30.0

@@ -25,7 +25,7 @@ EFFECTIVE = {
 def test_known_devices_are_possible_and_train_as_fast_as_is_assumed(name: str) -> None:
     profile = check(PROFILES[name])
     assert profile.tflops == pytest.approx(EFFECTIVE[name])
-    told = profile.told()
+    told = profile.as_table()
     assert told.keys() == {each.name for each in fields(DeviceProfile)} - {"name", "provenance"}
     assert told["memory_gbps"]["provenance"] == "datasheet"
     assert told["utilisation"]["provenance"] == "assumed"

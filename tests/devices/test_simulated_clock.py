@@ -66,16 +66,18 @@ def test_an_upload_meets_the_bandwidth_of_the_time_at_which_the_work_ends() -> N
 
 def test_the_world_is_the_same_whatever_was_asked_and_whoever_else_takes_part() -> None:
     done = {name: CompletedWork(PLAN, Measured(tokens=900), Traffic(10**5, 10**5), 0.0) for name in ("ann", "bob")}
-    both = FLEET.timed(2, 50.0, done, {})
-    assert FLEET.timed(2, 50.0, {"bob": done["bob"]}, {})["bob"] == both["bob"]
-    assert both == FLEET.timed(2, 50.0, dict(reversed(done.items())), {})
+    both = FLEET.client_times(2, 50.0, done, {})
+    assert FLEET.client_times(2, 50.0, {"bob": done["bob"]}, {})["bob"] == both["bob"]
+    assert both == FLEET.client_times(2, 50.0, dict(reversed(done.items())), {})
     twice = FLEET.client("ann", Load(1.8, 0.0, 10**5, 10**5), round=2, now_s=50.0)
     assert twice.compute_s == pytest.approx(2 * both["ann"].compute_s, rel=0.01)
 
 
 def test_host_time_never_counts() -> None:
     slow, quick = (
-        FLEET.timed(1, 0.0, {"ann": CompletedWork(PLAN, Measured(seconds=s, tokens=5), Traffic(1, 1), s)}, {})["ann"]
+        FLEET.client_times(1, 0.0, {"ann": CompletedWork(PLAN, Measured(seconds=s, tokens=5), Traffic(1, 1), s)}, {})[
+            "ann"
+        ]
         for s in (9.0, 1.0)
     )
     assert slow == quick
@@ -84,18 +86,18 @@ def test_host_time_never_counts() -> None:
 def test_late_clients_are_dropped_at_the_deadline_or_waited_for_thrice_as_long() -> None:
     deadlines = dict.fromkeys(("ann", "bob", "cyd"), 10.0)
     times = {"ann": ClientTime(5.0, 1.0), "bob": ClientTime(11.0, 1.0), "cyd": ClientTime(30.0, 9.0)}
-    assert replace(FLEET, late="drop").cut(deadlines, times) == {"bob": 10.0, "cyd": 10.0}
-    assert FLEET.cut(deadlines, times) == {"cyd": 30.0}
-    assert FLEET.cut({}, {"ann": ClientTime(1e9, 0.0)}) == {}
+    assert replace(FLEET, late="drop").overdue(deadlines, times) == {"bob": 10.0, "cyd": 10.0}
+    assert FLEET.overdue(deadlines, times) == {"cyd": 30.0}
+    assert FLEET.overdue({}, {"ann": ClientTime(1e9, 0.0)}) == {}
 
 
 def test_the_servers_time_is_the_rounds_and_makes_no_client_late() -> None:
     slow = replace(FLEET, server_s=100.0, late="drop")
     done = {"ann": CompletedWork(PLAN, Measured(tokens=5), Traffic(1, 1), 0.0)}
-    times = slow.timed(1, 0.0, done, {})
-    assert times == FLEET.timed(1, 0.0, done, {})
-    assert slow.lasted(times) == times["ann"].seconds + 100
-    assert slow.cut({"ann": times["ann"].seconds}, times) == {}
+    times = slow.client_times(1, 0.0, done, {})
+    assert times == FLEET.client_times(1, 0.0, done, {})
+    assert slow.round_seconds(times) == times["ann"].seconds + 100
+    assert slow.overdue({"ann": times["ann"].seconds}, times) == {}
 
 
 def test_odd_periods_end() -> None:
@@ -104,7 +106,9 @@ def test_odd_periods_end() -> None:
         FLEET, profiles={"ann": odd}, load=lambda done: Load(tflop=300.0, gigabytes=0.0, bytes_down=1, bytes_up=1)
     )
     assert (
-        1000 < fleet.timed(1, 0.0, {"ann": CompletedWork(PLAN, Measured(), Traffic(), 0.0)}, {})["ann"].seconds < 5000
+        1000
+        < fleet.client_times(1, 0.0, {"ann": CompletedWork(PLAN, Measured(), Traffic(), 0.0)}, {})["ann"].seconds
+        < 5000
     )
 
 

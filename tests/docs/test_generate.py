@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pytest
 from annotated_types import Ge, Interval
@@ -24,6 +26,7 @@ from fedtune.config.rows import bind_device
 from fedtune.errors import Fault
 from fedtune.methods import METHODS
 from fedtune.planning import PLANNERS
+from fedtune.rounds import record
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -60,6 +63,7 @@ def test_every_key_that_a_recipe_binds_is_documented() -> None:
     expected = {f"{name}.{field.name}" for name, cls in tables for field in fields(cls)}
     expected -= {"data.split", "method.server_optimizer"}  # tables in tables, of which the keys are documented
     assert expected <= documented
+    assert {"method.name", "method.server_optimizer.name", "planner.name"} <= documented
     assert {"name", "seed", "data.split.kind", "override.rank", "override.threads", "device.memory_gb"} <= documented
 
 
@@ -143,6 +147,73 @@ def test_every_number_of_the_schema_is_listed() -> None:
     assert "`RoundError`" in schema_pages.exception_table()
 
 
+def test_every_key_of_a_round_is_listed() -> None:
+    table = schema_pages.record_table("RoundRecord")
+    assert "| `aside` | Replies" in table  # the key in the line, where the field has another name
+    assert "|parameter" not in schema_pages.record_table("ClientRecord").replace("\\|", "")
+    for name, cls in (("RoundRecord", record.RoundRecord), ("ClientRecord", record.ClientRecord)):
+        assert schema_pages.record_table(name).count("\n") == len(fields(cls)) + 1
+
+
+# ---- Python ----
+
+PYTHON_PAGE = (ROOT / "docs" / "reference" / "python.md").read_text()
+
+
+LISTED = {
+    module: members.split(", ")
+    for module, members in re.findall(
+        r"^::: ([\w.]+)\n    options:\n      members: \[(.*)\]$", PYTHON_PAGE, re.MULTILINE
+    )
+}
+"""Members by module, as the page lists them."""
+NOT_EXPLAINED = {"Fault", "ModelStructure"}
+"""Types of parts that few extensions use."""
+
+
+def test_every_public_name_has_an_entry() -> None:
+    shown = re.findall(r"^::: fedtune\.(\w+)$(?!\n    options)", PYTHON_PAGE, re.MULTILINE)
+    assert sorted(shown) == sorted(fedtune.__all__)
+
+
+@pytest.mark.parametrize("module", LISTED)
+def test_listed_members_exist(module: str) -> None:
+    assert not [name for name in LISTED[module] if not hasattr(import_module(module), name)]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("fedtune.methods.method", "Method"),
+        ("fedtune.methods.method", "LinearMethod"),
+        ("fedtune.planning.planner", "Planner"),
+        ("fedtune.planning.planner", "ClientObservation"),
+    ],
+)
+def test_what_an_extension_implements_is_listed_with_the_types_in_it(module: str, name: str) -> None:
+    """A type in a signature that the page does not explain sends its reader to the source."""
+    assert name in LISTED[module]
+    cls = getattr(import_module(module), name)
+    members = [*get_type_hints(cls).values()]
+    members += [hint for _, function in inspect.getmembers(cls, inspect.isfunction) for hint in hints_of(function)]
+    named = {cls.__name__ for hint in members for cls in classes_in(hint) if cls.__module__.startswith("fedtune.")}
+    explained = {member for members in LISTED.values() for member in members}
+    assert not named - explained - NOT_EXPLAINED
+
+
+def hints_of(function: Any) -> list[Any]:
+    return list(get_type_hints(function).values())
+
+
+def classes_in(hint: Any) -> Iterator[type]:
+    """Yield the classes that a type names, those inside it included."""
+    if isinstance(hint, type):
+        yield hint
+    for part in get_args(hint):
+        for inner in part if isinstance(part, list) else [part]:
+            yield from classes_in(inner)
+
+
 # ---- documents ----
 
 
@@ -222,3 +293,6 @@ def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(tmp_path: Path
     for name in ("reference/recipe/client.html", "reference/commands/simulate.html", "search/search_index.js"):
         assert (site / name).is_file()
     assert "fedtune.simulate" in (site / "reference" / "python.html").read_text()
+    for page, name in (("method", "MedianSettings"), ("planner", "ByExamplesSettings"), ("data", "proverbs")):
+        # ruff formats code blocks of documents, and would turn an included file into an expression.
+        assert name in re.sub(r"<[^>]*>", "", (site / "tutorials" / f"own-{page}.html").read_text())

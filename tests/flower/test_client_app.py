@@ -15,6 +15,7 @@ from fedtune.flower.grid_transport import HELLO
 from fedtune.flower.records import ERROR, HEADER, TENSORS
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
+from fedtune.rounds.context import RoundContext
 from fedtune.rounds.loop import run
 from fedtune.rounds.transport import Transport
 from fedtune.runs.local import Experiment, prepare, transport
@@ -97,13 +98,15 @@ def test_a_site_is_chosen_by_the_context() -> None:
 def digests(experiment: Experiment, engine: Transport) -> list[str]:
     recipe = experiment.recipe
     results = run(
-        method=METHODS[recipe.method.name],
-        settings=recipe.method,
-        planner=experiment.planner,
-        transport=engine,
-        schedule=recipe.rounds,
-        blueprint=experiment.blueprint,
-        base=experiment.base.digest,
+        RoundContext(
+            method=METHODS[recipe.method.name],
+            settings=recipe.method,
+            planner=experiment.planner,
+            transport=engine,
+            schedule=recipe.rounds,
+            blueprint=experiment.blueprint,
+            base=experiment.base.digest,
+        )
     )
     return [result.digest for result in results]
 

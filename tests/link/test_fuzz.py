@@ -39,7 +39,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import METHODS
 from fedtune.methods import serialization as states
-from fedtune.rounds.loop import RoundRequest, decode_and_admit, needs_whole_state
+from fedtune.rounds.exchange import RoundRequest, decode_and_admit, needs_whole_state
 from fedtune.rounds.transport import Reply
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
@@ -185,7 +185,7 @@ def round_request(assignments: dict[str, Assignment]) -> RoundRequest:
         round=1,
         planned={name: PlannedClient(one.plan) for name, one in assignments.items()},
         assignments=assignments,
-        orders={name: encode_assignment(one) for name, one in assignments.items()},
+        encoded={name: encode_assignment(one) for name, one in assignments.items()},
         enrolled=dict.fromkeys(assignments, 10),
         blueprint=BLUEPRINT,
         refuse=lambda update: "",
@@ -265,7 +265,7 @@ def test_spoilt_replies_to_seeds_are_refused_and_the_sums_are_those_without_them
         round=state.round + 1,
         planned={},
         assignments=(orders := {name: seeds.assigned(state, name) for name in names}),
-        orders={name: encode_assignment(one) for name, one in orders.items()},
+        encoded={name: encode_assignment(one) for name, one in orders.items()},
         enrolled=dict.fromkeys(names, 200),
         blueprint=BLUEPRINT,
         refuse=lambda update: method.refuse(state, update),
@@ -396,7 +396,7 @@ def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> 
             assert summed(honest[0], result, honest[1]) == without
         seen[result.code] += 1
     assert len(seen) >= 9, seen
-    assert isinstance(decode_and_admit(Reply("carl", encode_update(good)), around), ClientUpdate)
+    assert isinstance(decode_and_admit(Reply("carl", encode_update(good)), around), AdmittedUpdate)
     assert peak_mib() - before < GROWTH_MIB
 
 

@@ -59,7 +59,7 @@ def test_every_form_gives_the_same_integers() -> None:
     sums = np.zeros(16, np.int64)
     sums[3] = -70_000
     for sync, form in (("auto", "changed"), ("whole", "whole")):
-        sent = state(sums, sync=sync).sent(0)
+        sent = state(sums, sync=sync).message_since(0)
         known = np.zeros(16, np.int32)
         read = downlink.decode_changed(sent.data, known) if form == "changed" else downlink.decode_whole(sent.data, 16)
         assert (sent.form, sent.round, read.tolist()) == (form, 5, sums.tolist())

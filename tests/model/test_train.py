@@ -43,7 +43,7 @@ def test_training_lowers_the_loss_and_is_bit_equal_from_the_same_key(loaded: Any
     base, rows = loaded(), examples(4)
     training = replace(TRAINING, steps=20, dropout=0.1)
     (first, one), (second, two), (_, other) = (run(base, rows, training, key=key) for key in (1, 1, 2))
-    assert first.loss_after < 0.9 * first.loss_before
+    assert first.measured.loss_after < 0.9 * first.measured.loss_before
     assert first.losses == second.losses
     name = next(iter(one))
     np.testing.assert_array_equal(one[name].b, two[name].b)
@@ -94,7 +94,7 @@ def test_no_keys_and_values_are_kept_for_a_generation_that_never_comes(
 def test_sgd_and_bf16_autocast_train(loaded: Any, examples: Any) -> None:
     base, rows = loaded(), examples(4)
     trained, _ = run(base, rows, replace(TRAINING, optimizer="sgd", momentum=0.9, steps=20, autocast="bf16"))
-    assert trained.loss_after < trained.loss_before
+    assert trained.measured.loss_after < trained.measured.loss_before
 
 
 def test_a_gradient_above_the_bound_is_scaled_down_to_it(loaded: Any, examples: Any) -> None:
@@ -119,7 +119,7 @@ def test_a_classifier_trains_on_labels(loaded: Any, examples: Any) -> None:
     with torch.inference_mode():
         assert summed_loss(base.model, collate(rows, base), task="classification").item() > 0
     trained, _ = run(base, rows, replace(TRAINING, batch=6, steps=40))
-    assert trained.loss_after < trained.loss_before
+    assert trained.measured.loss_after < trained.measured.loss_before
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -143,7 +143,7 @@ def test_a_head_is_trained_in_float32_over_a_half_precision_base(
 def test_tokens_are_counted_without_padding(loaded: Any, examples: Any) -> None:
     rows = examples(4)
     trained, _ = run(loaded(), rows, replace(TRAINING, batch=4, steps=2))
-    assert trained.tokens == 2 * sum(len(row.input_ids) for row in rows)
+    assert trained.measured.tokens == 2 * sum(len(row.input_ids) for row in rows)
 
 
 def test_a_loss_that_is_not_finite_names_client_step_and_remedy(loaded: Any, examples: Any) -> None:

@@ -20,22 +20,6 @@ def test_the_loss_plot_holds_the_numbers_of_the_run(write_run: WriteRun) -> None
     np.testing.assert_allclose(lines["training, cohort"], [2.39, 2.38])
 
 
-def test_the_map_marks_failed_refused_and_late_cells_in_their_place(write_run: WriteRun) -> None:
-    def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-        for line in lines:
-            line["clients"] = {}
-        lines[1]["clients"] = {"client-1": {"status": "failed"}}
-        lines[2]["clients"] = {"client-0": {"status": "refused"}, "client-1": {"status": "late"}}
-
-    figure = PLOTS["clients"](read_run(write_run(clients=2, rounds=2, edit=edit)))
-    assert figure is not None
-    failed, refused, late = figure.axes[0].collections
-    assert np.asarray(failed.get_offsets()).tolist() == [[0, 1]]
-    assert np.asarray(refused.get_offsets()).tolist() == [[1, 0]]
-    assert np.asarray(late.get_offsets()).tolist() == [[1, 1]]
-    assert "late" in [text.get_text() for text in figure.legends[0].get_texts()]
-
-
 def test_a_client_that_got_worse_has_its_own_mark(write_run: WriteRun) -> None:
     def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
         summary["after"]["held_out"]["client-1"]["loss"] = 9.0

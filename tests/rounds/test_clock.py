@@ -11,5 +11,5 @@ def test_a_clients_time_is_that_of_its_parts() -> None:
 def test_the_clock_of_one_machine_says_nothing() -> None:
     plan = Plan("ann", 1, 1.0, Training(batch=1, learning_rate=1.0, steps=1))
     clock: Clock = NullClock()
-    assert clock.timed(1, 0.0, {"ann": CompletedWork(plan, Measured(seconds=9.0), Traffic(), 9.0)}, {}) == {}
-    assert clock.cut({"ann": 9.0}, {}) == {}
+    assert clock.client_times(1, 0.0, {"ann": CompletedWork(plan, Measured(seconds=9.0), Traffic(), 9.0)}, {}) == {}
+    assert clock.overdue({"ann": 9.0}, {}) == {}

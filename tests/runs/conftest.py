@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
+from fedtune import api
 from fedtune.client.perform import perform
 from fedtune.config import bind
-from fedtune.rounds.loop import Watch
+from fedtune.rounds.events import Watch
 from fedtune.runs.local import Experiment, prepare, run_context, transport
 from fedtune.runs.runner import run_recipe
 from fedtune.store import peft
 from fedtune.store.run_directory import write_recipe
+from tests.conftest import Simulated
+
+Tables = dict[str, Any]
 
 
 def run_prepared(
@@ -71,3 +75,31 @@ def cut(path: Path) -> None:
 def edit(path: Path, old: str, new: str) -> None:
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
+
+
+def spine(tables: Tables, **changes: Any) -> Tables:
+    """The tiny recipe with pruning, a planner and simulated devices: five rounds; what is None is left out."""
+    rest = {key: value for key, value in tables.items() if key != "override"}
+    base: Tables = {
+        **rest,
+        "adapter": {"rank": 4, "targets": ["all-linear"]},
+        "method": {"name": "fedspine"},
+        "pruning": {"target": 0.5, "multiple": 8, "batches": 2, "refresh": 3},
+        "planner": {"name": "deadline", "ratios": [0.0, 0.25, 0.5], "ranks": [2, 4]},
+        "fleet": {"name": "fedspine80"},
+        "rounds": {"count": 5},
+    }
+    return {
+        **base,
+        **{
+            key: {k: v for k, v in {**base.get(key, {}), **value}.items() if v is not None}
+            if isinstance(value, dict)
+            else value
+            for key, value in changes.items()
+        },
+    }
+
+
+@pytest.fixture
+def shrunk(simulated: Simulated, tables: Tables, tmp_path: Path) -> api.Run:
+    return simulated(spine(tables), tmp_path / "spine")

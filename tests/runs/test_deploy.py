@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,41 +15,11 @@ from transformers import AutoModelForCausalLM
 import fedtune
 from fedtune import api
 from fedtune.errors import ConfigError, RoundError, StoreError
-from fedtune.rounds.loop import Note
-from fedtune.runs import deploy
-from tests.conftest import Simulated
+from fedtune.rounds.events import Note
+from fedtune.runs import trained_run
+from tests.runs.conftest import Tables, spine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
-Tables = dict[str, Any]
-
-
-def spine(tables: Tables, **changes: Any) -> Tables:
-    """The tiny recipe with pruning, a planner and simulated devices: five rounds; what is None is left out."""
-    rest = {key: value for key, value in tables.items() if key != "override"}
-    base: Tables = {
-        **rest,
-        "adapter": {"rank": 4, "targets": ["all-linear"]},
-        "method": {"name": "fedspine"},
-        "pruning": {"target": 0.5, "multiple": 8, "batches": 2, "refresh": 3},
-        "planner": {"name": "deadline", "ratios": [0.0, 0.25, 0.5], "ranks": [2, 4]},
-        "fleet": {"name": "fedspine80"},
-        "rounds": {"count": 5},
-    }
-    return {
-        **base,
-        **{
-            key: {k: v for k, v in {**base.get(key, {}), **value}.items() if v is not None}
-            if isinstance(value, dict)
-            else value
-            for key, value in changes.items()
-        },
-    }
-
-
-@pytest.fixture
-def shrunk(simulated: Simulated, tables: Tables, tmp_path: Path) -> api.Run:
-    return simulated(spine(tables), tmp_path / "spine")
 
 
 def lines_of(run: api.Run) -> list[dict[str, Any]]:
@@ -113,18 +82,6 @@ def test_worker_processes_come_to_the_same_bits(shrunk: api.Run, tables: Tables,
     assert again.summary["clock_s"] == shrunk.summary["clock_s"]
 
 
-def test_three_views_of_one_change(shrunk: api.Run) -> None:
-    found = deploy.views(shrunk.path)
-    assert found["deployed"].keys() == {"0.5"}
-    whole, half = found["whole"], found["deployed"]["0.5"]
-    assert whole["loss"] == pytest.approx(fedtune.evaluate(shrunk.path)["after"]["loss"], rel=1e-5)
-    assert half["sparsity"] == pytest.approx(0.5, abs=0.1)
-    assert half["parameters"] < whole["parameters"]
-    assert half["forward_ms"] > 0
-    assert found["clients"].keys() == {"client-0", "client-1", "client-2"}
-    assert deploy.views(shrunk.path, ratios=[0.25])["deployed"].keys() == {"0.25"}
-
-
 def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, tables: Tables) -> None:
     notes: list[Any] = []
     folder = fedtune.deploy(shrunk.path, watch=notes.append)
@@ -133,7 +90,7 @@ def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, table
     assert told["ratios"]["0.5"]["forms"][:2] == ["recipe", "model"]
     place = folder / "ratio-0.5"
     model = fedtune.load_pruned(place / "model")
-    trained = deploy.load_run(shrunk.path)
+    trained = trained_run.load_run(shrunk.path)
     ids = torch.tensor([[5, 6, 7, 8]])
     from fedtune.model.lora import with_adapters
     from fedtune.model.pruned_training import with_pruned_model
@@ -182,7 +139,7 @@ def test_the_other_policies_run(policy: str, tables: Tables, tmp_path: Path) -> 
     lines = lines_of(run)
     assert {c["status"] for line in lines[1:] for c in line["clients"].values()} == {"ok"}
     assert {c["ratio"] for c in lines[-1]["clients"].values()} == {0.5}
-    assert deploy.has_shared_ranking(run.path) == (policy == "vote")
+    assert trained_run.has_shared_ranking(run.path) == (policy == "vote")
     if policy == "local":
         with pytest.raises(ConfigError, match="one order for all"):
             fedtune.deploy(run.path)
@@ -204,7 +161,7 @@ def test_stages_and_fixed_ratios_per_client_run(tables: Tables, tmp_path: Path) 
         "client-1": 0.25,
         "client-2": 0.0,
     }
-    ratios = deploy.deployed_ratios(run.path, 0.0)
+    ratios = trained_run.deployed_ratios(run.path, 0.0)
     assert set(ratios.values()) <= {0.0, 0.25, 0.5}
 
 
@@ -261,7 +218,7 @@ Change = Callable[[Tables], None]
         ),
     ],
 )
-def test_what_cannot_be_is_told_by_its_key(changes: Tables, said: str, tables: Tables) -> None:
+def test_what_cannot_be_is_refused_by_its_key(changes: Tables, said: str, tables: Tables) -> None:
     with pytest.raises(ConfigError, match=said):
         fedtune.bind(spine(tables, **changes))
 
@@ -320,26 +277,6 @@ def test_notes_say_what_could_not_be_written(shrunk: api.Run) -> None:
     assert stock != any("no folder stock: expected" in text for text in said)
 
 
-def test_without_test_data_the_models_are_timed_and_not_scored(tables: Tables, tmp_path: Path) -> None:
-    bare = spine(tables, data={"held_out": 0.0}, rounds={"count": 3})
-    bare["data"].pop("test", None)
-    ran = fedtune.simulate(bare, out=tmp_path / "run")
-    found = fedtune.views(ran.path)
-    assert "loss" not in found["whole"]
-    assert found["whole"]["forward_ms"] > 0
-    with pytest.raises(ConfigError, match=r"ratio: expected numbers from 0 to 0\.875; got 5"):
-        fedtune.views(ran.path, ratios=[5.0, 0.5])
-
-
-def test_ratios_that_are_told_alike_are_one_and_devices_find_theirs(shrunk: api.Run, tmp_path: Path) -> None:
-    out = fedtune.deploy(shrunk.path, out=tmp_path / "out", ratios=[0.5, 0.25, 0.25000001])
-    told = json.loads((out / "deploy.json").read_text())
-    assert list(told["ratios"]) == ["0.25", "0.5"]
-    assert set(told["devices"].values()) == {"ratio-0.5"}
-    with pytest.raises(ConfigError, match=r"a folder with a config.json.*load .*ratio-0\.25/model"):
-        fedtune.load_pruned(out)
-
-
 def test_the_summary_tells_the_deployed_model_and_the_time_on_the_devices(shrunk: api.Run) -> None:
     from rich.console import Console
 
@@ -355,7 +292,7 @@ def test_the_summary_tells_the_deployed_model_and_the_time_on_the_devices(shrunk
     assert "on the devices" in " ".join(said.split())
 
 
-def test_nobody_pruned_in_training_is_said(tables: Tables, tmp_path: Path) -> None:
+def test_a_run_that_prunes_no_client_in_training_is_noted(tables: Tables, tmp_path: Path) -> None:
     said: list[str] = []
     watch = lambda event: said.append(event.text) if isinstance(event, Note) else None  # noqa: E731
     fedtune.simulate(
@@ -385,33 +322,6 @@ def test_a_recipe_of_another_base_is_refused(shrunk: api.Run, checkpoints: dict[
         fedtune.load_pruned(out, base=tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="dtype: expected one of"):
         fedtune.load_pruned(out, dtype="int3")
-
-
-@pytest.mark.parametrize(
-    ("ratio", "message"),
-    [
-        ('"x"', r"rounds\.jsonl, line .: clients\.client-.\.ratio: expected float; got 'x'"),
-        ("0.9", r"round ., client-.: expected a ratio from 0 to 0\.875; got 0\.9; the line was changed"),
-    ],
-)
-def test_a_line_that_was_changed_after_the_run_is_refused(
-    ratio: str, message: str, shrunk: api.Run, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(shrunk.path, copy)
-    lines = (copy / "rounds.jsonl").read_text()
-    (copy / "rounds.jsonl").write_text(lines.replace('"ratio": 0.5', f'"ratio": {ratio}'))
-    with pytest.raises(StoreError, match=message):
-        fedtune.deploy(copy, out=tmp_path / "out")
-
-
-def test_where_every_client_is_a_kind_of_its_own_they_are_told_as_one(tables: Tables, tmp_path: Path) -> None:
-    lonely = {"kind": "iid", "clients": 9}
-    many = spine(tables, fleet={"name": "lognormal"}, data={"split": lonely}, rounds={"count": 2})
-    ran = fedtune.simulate(many, out=tmp_path / "run")
-    assert set(deploy.classes(ran.path)) == {"every-device"}
-    out = fedtune.deploy(ran.path, out=tmp_path / "out")
-    assert json.loads((out / "deploy.json").read_text())["devices"] == {"every-device": "ratio-0.5"}
 
 
 def test_a_recipe_that_is_damaged_is_refused(shrunk: api.Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import fedtune
 from fedtune import api
 from fedtune.errors import ConfigError, StoreError, WireError
-from fedtune.rounds.loop import Note
+from fedtune.rounds.events import Note
 from tests.conftest import Simulated, base_of, kseed
 
 # peft asks transformers by a name that transformers is about to drop

@@ -85,7 +85,7 @@ def test_the_clock_charges_what_the_planner_expected(made: Callable[..., Fleet])
     assert fleet.load(done).tflop == pytest.approx(fleet.cost("client-00", Arm(0.0, 8), TRAINING).tflop)
     clock = fleet.clock()
     assert isinstance(clock, SimulatedClock)
-    assert clock.timed(1, 0.0, {"client-00": done}, {})["client-00"].seconds > 0
+    assert clock.client_times(1, 0.0, {"client-00": done}, {})["client-00"].seconds > 0
 
 
 def test_the_oracle_is_told_the_clocks_own_times(made: Callable[..., Fleet]) -> None:
@@ -103,7 +103,9 @@ def test_the_oracle_is_told_the_clocks_own_times(made: Callable[..., Fleet]) -> 
             Measured(tokens=int(fleet.work("client-03", TRAINING).trained_tokens)),
         )
         done = CompletedWork(plan, measured, Traffic(half, half), 0.0)
-        assert told == pytest.approx(clock.timed(4, 77.0, {"client-03": done}, {})["client-03"].seconds, rel=1e-3)
+        assert told == pytest.approx(
+            clock.client_times(4, 77.0, {"client-03": done}, {})["client-03"].seconds, rel=1e-3
+        )
 
 
 def test_each_planner_is_made_of_its_name(made: Callable[..., Fleet]) -> None:

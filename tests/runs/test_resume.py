@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import ConfigError, StoreError
-from fedtune.rounds.loop import Event, Note
+from fedtune.rounds.events import Event, Note
 from fedtune.runs import context as contexts
 from fedtune.runs.local import Experiment, run_context, transport
 from fedtune.runs.resume import check_resumable, resume_command

@@ -10,7 +10,7 @@ import pytest
 from fedtune.config import bind
 from fedtune.errors import StoreError
 from fedtune.report.reader import read_run
-from fedtune.rounds.loop import Event, Note, RoundFinished
+from fedtune.rounds.events import Event, Note, RoundFinished
 from fedtune.runs import local
 from fedtune.runs import runner as conducting
 from fedtune.runs.local import Experiment, prepare

@@ -86,7 +86,7 @@ def test_a_finished_run_may_get_more_rounds() -> None:
         ([START], ("vote", {}), "of the kinds start, open, accept, close, commit, final; got 'vote'"),
         ([START], SECOND, "expected round 1 to begin once, after round 0 is committed; got 2"),
         ([START, OPEN], OPEN, "expected round 1 to begin once"),
-        ([START], ("open", {**OPEN[1], "orders": {"ann": "a"}}), "expected an order for each client"),
+        ([START], ("open", {**OPEN[1], "orders": {"ann": "a"}}), "expected an assignment for each client"),
         ([START, OPEN, ACCEPT, CLOSE, COMMIT], ("open", {**SECOND[1], "state": TWO}), "to start from the state 1111"),
         ([START], ACCEPT, "expected a round that waits for clients; got round 1"),
         ([START, OPEN, ACCEPT], ACCEPT, "expected one update of each client .* got another of bob"),

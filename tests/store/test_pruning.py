@@ -77,7 +77,7 @@ def test_an_order_of_another_length_or_of_no_numbers_is_refused(written: Path, t
     for bad, said in (
         ([1.0], "expected heads of shape"),
         ([1.0, 2.0, None, 4.0], "finite numbers"),
-        ("x", "an order of"),
+        ("x", "a ranking of"),
     ):
         written.write_text(json.dumps({**told, "order": {**told["order"], "heads": bad}}))
         with pytest.raises(ConfigError, match=said):

@@ -24,7 +24,7 @@ ORDERS = {"ann": "a", "bob": "b"}
 
 
 def begin(ledger: RunJournal, round: int, state: str, *clients: str) -> None:
-    ledger.open(round, state=state, cohort=COHORT, orders=ORDERS)
+    ledger.open(round, state=state, cohort=COHORT, digests=ORDERS)
     for client in clients:
         ledger.accept(round, client, f"{client} in {round}".encode())
 

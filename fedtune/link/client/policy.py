@@ -25,34 +25,36 @@ MIN_DIGEST_DIGITS = 8
 
 @dataclass(frozen=True)
 class Policy:
-    """The table `policy` of a site's own file; what it does not mention is allowed."""
+    """What the site allows a run to do; the table `policy` of its file. What is not mentioned is allowed."""
 
     methods: Sequence[str] = ()
-    """Methods that may be run; empty: every installed one."""
+    """Methods that may be run; empty: any that is installed."""
     recipes: Sequence[str] = ()
-    """Digests (hex, or at least their first 8 digits) of the recipes that may be run; empty: any."""
+    """Recipes that may be run, by their SHA-256 or at least its first 8 hexadecimal digits; empty: any."""
     bases: Sequence[str] = ()
-    """Digests (hex, or at least their first 8 digits) of the base models that may be tuned; empty: the site's own."""
+    """Base models that may be tuned, by their SHA-256 or at least its first 8 hexadecimal digits; empty: the one that
+    the site loads."""
     max_rank: Annotated[int, Ge(1)] | None = None
     """Largest LoRA rank that the site trains; none: any."""
     max_steps: Annotated[int, Ge(1)] | None = None
-    """Local steps of a round, or scalars of FedKSeed."""
+    """Most optimizer steps of a round, or directions with `fedkseed`; none: any number."""
     max_rounds: Annotated[int, Ge(1)] | None = None
-    """Rounds of a run that the site takes part in."""
+    """Rounds of one run in which the site takes part; none: all."""
     max_up_mib: Annotated[float, Gt(0)] | None = None
-    """MiB that leave the site in one update."""
+    """Most that leaves the site in one answer; none: no limit."""
     max_down_mib: Annotated[float, Gt(0)] | None = None
-    """MiB that the site downloads for one task."""
+    """Most that the site fetches for one assignment; none: no limit."""
     day_up_mib: Annotated[float, Gt(0)] | None = None
-    """MiB that leave the site within 24 hours."""
+    """Most that leaves the site within 24 hours; none: no limit."""
     hours: str = ""
-    """When work may begin, in the site's local time, e.g. "20:00-06:00"; empty: always."""
+    """Hours in which the site begins work, in its local time, e.g. "20:00-06:00"; empty: always."""
     min_cohort: Annotated[int, Ge(1)] = 1
-    """Clients of a round below which the site takes no part: of two clients, each can subtract its own update."""
+    """The site takes part only in rounds of at least so many clients. In a round of two, each can compute the other's
+    update from the result."""
     columns: Sequence[str] = ()
     """Columns of the site's files that may become training text; empty: those that the table `data` names."""
     ask: bool = False
-    """Whether a person at the terminal must agree to the recipe before the site takes part."""
+    """Wait until a person at the terminal has agreed to the recipe, once per run."""
 
 
 @dataclass(frozen=True)

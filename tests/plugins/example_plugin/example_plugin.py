@@ -1,5 +1,6 @@
 """A method, a planner and a data source for fedtune, as a package of its own would bring them."""
 
+# --8<-- [start:imports]
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,9 @@ from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.planning.planner import ClientObservation, PlannerInputs, PlannerType
 from fedtune.tensors import Tensors
 
-# --- a method: the coordinate-wise median of the clients' factors (Yin et al., ICML 2018, arXiv 1803.01498)
+# --8<-- [end:imports]
+# --8<-- [start:method]
+# A method: the coordinate-wise median of the clients' factors (Yin et al., ICML 2018, arXiv 1803.01498)
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,12 @@ METHOD = Method(
     aggregate=aggregate,
     adapter=adapter,
     ranks="equal",
-    why_not_pruned="a median of factors that lack different rows is none of changes",
+    why_not_pruned="a median of factors that lack different rows is not the median of the changes",
 )
 
-# --- a planner: fewer steps for clients with few examples
+# --8<-- [end:method]
+# --8<-- [start:planner]
+# A planner: fewer steps for clients with few examples
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,14 @@ PLANNER = PlannerType(
     create=lambda settings, inputs: ByExamples(settings.few, inputs),
 )
 
-# --- a data source: rows by client; one client says itself which rows it holds out
+# --8<-- [end:planner]
+# --8<-- [start:data]
+# A data source: rows by client; one of them says itself which rows it holds out
 
 
 def proverbs() -> Mapping[str, Any]:
     rows = [{"text": f"{who} {verb} best"} for who in ("he", "she", "who") for verb in ("laughs", "knows", "sees")]
     return {"north": rows[:5], "south": {"train": rows[:8], "held_out": rows[8:]}}
+
+
+# --8<-- [end:data]

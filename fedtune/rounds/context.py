@@ -1,0 +1,41 @@
+"""What the rounds of a run have in common: method, planner, transport, schedule, and where each step is recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtune.messages import Blueprint
+from fedtune.methods.method import Method
+from fedtune.planning.planner import Planner
+from fedtune.rounds.clock import Clock, NullClock
+from fedtune.rounds.events import Watch
+from fedtune.rounds.journal import NullJournal, RoundJournal
+from fedtune.rounds.schedule import Schedule
+from fedtune.rounds.transport import Transport
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What the rounds of a run have in common."""
+
+    method: Method[Any]
+    """What is sent, and how it is combined."""
+    settings: Any
+    """The method's own."""
+    planner: Planner
+    """What each client is asked to do."""
+    transport: Transport
+    """How messages travel."""
+    schedule: Schedule
+    """How many rounds, and who takes part."""
+    blueprint: Blueprint
+    """Of the base model."""
+    base: str
+    """Digest of the base model, which every client must hold."""
+    journal: RoundJournal = field(default_factory=NullJournal)
+    """Makes every step durable."""
+    clock: Clock = field(default_factory=NullClock)
+    """Says how long clients took."""
+    watch: Watch = lambda event: None
+    """Called when a round starts and when a client is done."""

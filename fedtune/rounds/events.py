@@ -1,0 +1,41 @@
+"""The events of a run: a round starts, a client is done, a round is over, a remark is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fedtune.messages import Outcome, Traffic
+from fedtune.rounds.record import RoundRecord
+
+
+@dataclass(frozen=True)
+class RoundStarted:
+    round: int
+    rounds: int
+    cohort: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClientFinished:
+    round: int
+    outcome: Outcome
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class RoundFinished:
+    record: RoundRecord
+    """The round's line of rounds.jsonl."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """A remark worth a line, such as examples that were dropped."""
+
+    text: str
+
+
+Event: TypeAlias = RoundStarted | ClientFinished | RoundFinished | Note
+Watch: TypeAlias = Callable[[Event], None]

@@ -1,0 +1,285 @@
+"""One round's exchange: assignments are sent, updates come back, each is admitted or refused with its reason."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fedtune.errors import RoundError, WireError
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    Blueprint,
+    Failure,
+    Outcome,
+    PlannedClient,
+    ProbeResult,
+    Traffic,
+    TrainLora,
+)
+from fedtune.rounds.admission import admit, admit_norms, largest_update
+from fedtune.rounds.clock import ClientTime, CompletedWork
+from fedtune.rounds.context import RoundContext
+from fedtune.rounds.events import ClientFinished, Note
+from fedtune.rounds.journal import UNFIT, InterruptedRound
+from fedtune.rounds.schedule import enough
+from fedtune.rounds.transport import Reply, UnsolicitedReply
+from fedtune.wire.codec import EncodedAssignment, decode_update, encode_assignment
+
+
+@dataclass(frozen=True)
+class RoundRequest:
+    """What the clients of a cohort are asked to do in one round."""
+
+    round: int
+    enrolled: Mapping[str, int]
+    """Examples by client, of the whole cohort."""
+    planned: Mapping[str, PlannedClient]
+    """By client with a feasible plan, in cohort order, as the two below."""
+    assignments: Mapping[str, Assignment]
+    encoded: Mapping[str, EncodedAssignment]
+    """The assignments as they travel."""
+    blueprint: Blueprint
+    refuse: Callable[[AdmittedUpdate], str]
+    """`Method.refuse` over the state that the round starts from."""
+    assign_whole: Callable[[PlannedClient], Assignment | None]
+    """`Method.assign_whole` over that state."""
+    unfit: Mapping[str, Failure] = field(default_factory=dict)
+    """The clients without a feasible plan, which are not asked, and why."""
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """The SHA-256 (hex) of each assignment: its header names the digests of its bodies."""
+        digests = {name: hashlib.sha256(encoded.header).hexdigest() for name, encoded in self.encoded.items()}
+        return {**digests, **dict.fromkeys(self.unfit, UNFIT)}
+
+
+@dataclass(frozen=True)
+class RoundReplies:
+    """The outcome of each client of a cohort, in cohort order whatever the arrival."""
+
+    outcomes: Mapping[str, Outcome]
+    traffic: Mapping[str, Traffic]
+    unsolicited: Sequence[UnsolicitedReply] = ()
+    arrived: Mapping[str, float] = field(default_factory=dict)
+    """Seconds from the first assignment to each client's reply; none for those that came before a resume."""
+
+
+class Collector:
+    """Waits for the replies of one round.
+
+    A client that does not hold the state that its short assignment refers to says so, and is asked once more, with the
+    whole state. Where too few have replied in time, the late ones are waited for again, `attempts` times in all.
+    """
+
+    def __init__(self, context: RoundContext, request: RoundRequest) -> None:
+        self._context, self._request = context, request
+        self._goal = enough(len(request.enrolled), context.schedule)
+        self._outcomes = dict[str, Outcome]()
+        self._whole = dict[str, EncodedAssignment]()
+        """Assignments with the whole state, of the clients that asked for it."""
+        self._down = {name: encoded_bytes(encoded) for name, encoded in request.encoded.items()}
+        self._up = dict[str, int]()
+        self._arrived = dict[str, float]()
+        self._unsolicited = list[UnsolicitedReply]()
+        self._began = time.perf_counter()
+
+    def collect(self, interrupted: InterruptedRound | None) -> RoundReplies:
+        """Return every client's admitted update or failure; what the journal holds already is not asked for again."""
+        if interrupted is not None:
+            self._restore(interrupted)
+        if interrupted is None or interrupted.failures is None:
+            for _ in range(self._context.schedule.attempts):
+                self._attempt()
+                if self._used >= self._context.schedule.min_clients or not any(map(is_late, self._outcomes.values())):
+                    break
+        return self._replies()
+
+    @property
+    def _used(self) -> int:
+        return sum(isinstance(outcome, AdmittedUpdate) for outcome in self._outcomes.values())
+
+    def _restore(self, interrupted: InterruptedRound) -> None:
+        for name, update in interrupted.updates.items():
+            self._take(Reply(name, update), len(update))
+        for name, failure in (interrupted.failures or {}).items():
+            if name not in self._request.unfit:
+                self._take(failure, interrupted.sizes.get(name, 0))
+
+    def _attempt(self) -> None:
+        """Ask every client that has not replied, or was late, and wait for the rule of the schedule to be met."""
+        began = time.perf_counter()
+        self._outcomes = {name: outcome for name, outcome in self._outcomes.items() if not is_late(outcome)}
+        # A client that lacks the state is asked with the whole of it from then on.
+        done = self._outcomes.keys() | self._whole.keys()
+        self._exchange({name: sent for name, sent in self._request.encoded.items() if name not in done}, began)
+        if self._whole and self._used < self._goal:
+            whole = {name: sent for name, sent in self._whole.items() if name not in self._outcomes}
+            for name, sent in whole.items():
+                self._down[name] += encoded_bytes(sent)
+            self._exchange(whole, began)
+
+    def _exchange(self, encoded: Mapping[str, EncodedAssignment], began: float) -> None:
+        # Updates accepted already count towards the quorum, and time spent towards the deadline.
+        rule = self._context.schedule.rule
+        rule = replace(rule, quorum=max(0, rule.quorum - self._used))
+        if rule.deadline_s is not None:
+            rule = replace(rule, deadline_s=max(0.0, rule.deadline_s - (time.perf_counter() - began)))
+        for reply in self._context.transport.exchange(encoded, rule):
+            if isinstance(reply, UnsolicitedReply):
+                self._drop(reply)
+            elif reply.client not in encoded or reply.client in self._outcomes:
+                self._drop(UnsolicitedReply(reply.client, "answered unasked; dropped"))
+            else:
+                self._take(reply, len(reply.update) if isinstance(reply, Reply) else 0, new=True)
+                if self._used >= self._goal:
+                    return
+
+    def _drop(self, reply: UnsolicitedReply) -> None:
+        self._unsolicited.append(reply)
+        self._context.watch(Note(f"{reply.client}: {reply.reason}"))
+
+    def _take(self, reply: Reply | Failure, num_bytes: int, *, new: bool = False) -> None:
+        """Settle what becomes of one client; `new`: the reply came now, and not before the run was interrupted."""
+        name, outcome = reply.client, decode_and_admit(reply, self._request)
+        self._up[name] = self._up.get(name, 0) + num_bytes
+        if needs_whole_state(outcome):
+            whole = None if name in self._whole else self._request.assign_whole(self._request.planned[name])
+            if whole is not None:
+                self._whole[name] = encode_assignment(whole)
+                return
+            outcome = Failure(name, expected="it to work on the whole state", hint="it asked for that again")
+        self._outcomes[name] = outcome
+        if new:
+            self._arrived[name] = time.perf_counter() - self._began
+        if new and isinstance(reply, Reply) and isinstance(outcome, AdmittedUpdate):
+            self._context.journal.accept(self._request.round, name, reply.update)
+        # Only after the journal: a client may hear of this, and after a crash its update must still be used.
+        traffic = Traffic(down=self._down[name], up=self._up[name])
+        self._context.watch(ClientFinished(self._request.round, outcome, traffic))
+
+    def _replies(self) -> RoundReplies:
+        request = self._request
+        silent = Failure("", expected="an answer", hint="none came")
+        if self._used >= self._goal:
+            silent = Failure("", got=f"the round had its {self._goal} updates", kind="late")
+        for failure in request.unfit.values():
+            self._context.watch(ClientFinished(request.round, failure, Traffic()))
+        known = {**self._outcomes, **request.unfit}
+        return RoundReplies(
+            outcomes={name: known.get(name) or replace(silent, client=name) for name in request.enrolled},
+            traffic={
+                name: Traffic(down=self._down.get(name, 0), up=self._up.get(name, 0)) for name in request.enrolled
+            },
+            unsolicited=self._unsolicited,
+            arrived=self._arrived,
+        )
+
+
+def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
+    """Return the update if it can be read and answers its assignment, otherwise why not."""
+    if isinstance(reply, Failure):
+        return reply
+    name, assignment = reply.client, request.assignments[reply.client]
+    task, plan = assignment.task, assignment.plan
+    limit = largest_update(
+        type(task),
+        rank=plan.rank,
+        steps=plan.training.steps or 0,
+        blueprint=request.blueprint,
+        pruned=isinstance(task, TrainLora) and task.pruning is not None,
+    )
+    try:
+        update = decode_update(reply.update, client=name, limit_bytes=limit, task=type(task))
+    except WireError as error:
+        return Failure.from_text(name, str(error), kind="refused", code="MALFORMED")
+    if isinstance(update.result, ProbeResult) and update.result.lost:
+        return AdmittedUpdate(update)
+    outcome = admit(update, assignment, request.blueprint, num_examples=request.enrolled[name])
+    if isinstance(outcome, AdmittedUpdate) and (reason := request.refuse(outcome)):
+        return Failure.from_text(name, reason, kind="refused", code="STATE_REBUILT")
+    return outcome
+
+
+def needs_whole_state(outcome: Outcome) -> bool:
+    """Return whether a client asks for the state that its assignment refers to."""
+    if isinstance(outcome, Failure):
+        return False
+    return isinstance(outcome.update.result, ProbeResult) and outcome.update.result.lost
+
+
+def is_late(outcome: Outcome) -> bool:
+    return isinstance(outcome, Failure) and outcome.kind == "late"
+
+
+def encoded_bytes(encoded: EncodedAssignment) -> int:
+    """Return the bytes of an assignment as it travels, every blob counted for each client."""
+    return len(encoded.header) + sum(len(body) for body in encoded.blobs.values())
+
+
+def apply_clock(
+    context: RoundContext, request: RoundRequest, replies: RoundReplies, now_s: float
+) -> tuple[RoundReplies, Mapping[str, ClientTime]]:
+    """Return the replies, those past their deadline by the clock as late failures, and how long each client took.
+
+    Clients that `min_clients` needs stay in, the quickest of the late ones first: the round waits for them.
+    """
+    updates = {name: update for name, update in replies.outcomes.items() if isinstance(update, AdmittedUpdate)}
+    work = {
+        name: CompletedWork(
+            request.planned[name].plan, update.measured, replies.traffic[name], replies.arrived.get(name)
+        )
+        for name, update in updates.items()
+    }
+    late = {
+        name: replies.arrived[name]
+        for name, outcome in replies.outcomes.items()
+        if is_late(outcome) and name in replies.arrived
+    }
+    times = dict(context.clock.client_times(request.round, now_s, work, late))
+    deadlines = {name: at for name in updates if (at := request.planned[name].deadline_s) is not None}
+    overdue = context.clock.overdue(deadlines, times)
+    needed = max(0, context.schedule.min_clients - (len(updates) - len(overdue)))
+    waited = sorted(overdue, key=lambda name: (times[name].seconds, name))[:needed]
+    outcomes = dict(replies.outcomes)
+    for name, bound in overdue.items():
+        if name in waited:
+            continue
+        came = f"it would have come after {times[name].seconds:.3g} s"
+        failure = Failure(name, expected=f"an update within {bound:.3g} s", hint=came, kind="late")
+        outcomes[name], times[name] = failure, ClientTime.until_deadline(bound)
+        context.watch(ClientFinished(request.round, failure, replies.traffic[name]))
+    return replace(replies, outcomes=outcomes), times
+
+
+def filter_by_norm(
+    context: RoundContext, request: RoundRequest, replies: RoundReplies
+) -> tuple[Mapping[str, float], Mapping[str, Outcome]]:
+    """Return the norms of the changes, and the outcomes after updates far above the others are refused.
+
+    Raises:
+        RoundError: if too few updates are left.
+    """
+    updates = [outcome for outcome in replies.outcomes.values() if isinstance(outcome, AdmittedUpdate)]
+    norms, refused = admit_norms(updates, context.schedule.max_norm, assignments=request.assignments)
+    outcomes = {**replies.outcomes, **{failure.client: failure for failure in refused}}
+    for failure in refused:
+        context.watch(ClientFinished(request.round, failure, replies.traffic[failure.client]))
+    if len(updates) - len(refused) < context.schedule.min_clients:
+        final = not any(isinstance(outcome, Failure) for outcome in replies.outcomes.values())
+        raise RoundError(too_few(request.round, context.schedule.min_clients, outcomes, final=final), final=final)
+    return norms, outcomes
+
+
+def too_few(round: int, min_clients: int, outcomes: Mapping[str, Outcome], *, final: bool) -> str:
+    """Return why a round cannot be completed; final: every client has replied, so none can be asked again."""
+    failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
+    reasons = "; ".join(f"{failure.client} {failure.kind}: {failure.reason}" for failure in failures[:5])
+    more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
+    advice = "; start another run with other rounds.max_norm or rounds.min_clients" if final else ""
+    return (
+        f"round {round}: expected at least {min_clients} usable updates (rounds.min_clients); "
+        f"got {len(outcomes) - len(failures)} of {len(outcomes)}: {reasons}{more}{advice}"
+    )

@@ -1,0 +1,90 @@
+"""The seam between the round loop and its journal, and what a journal knows of a round that was interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedtune.messages import Failure
+from fedtune.methods import serialization as states
+
+UNFIT = "unfit"
+"""Recorded in place of the assignment's digest of a client without a feasible plan."""
+
+
+@dataclass(frozen=True)
+class InterruptedRound:
+    """A round that had begun when its run was killed, as the journal recorded it."""
+
+    cohort: Mapping[str, int]
+    """Clients by name, with the examples they had enrolled."""
+    digests: Mapping[str, str]
+    """Of the assignment of each of them."""
+    updates: Mapping[str, bytes]
+    """Updates accepted so far."""
+    failures: Mapping[str, Failure] | None = None
+    """Why the others are not used; None while the round still waits for them."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that came from those of them that sent something."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of main memory of those of them that stated it."""
+
+
+class RoundJournal(Protocol):
+    """Makes each step of a round durable before it takes effect, so that a run goes on where it was killed."""
+
+    def interrupted(self, round: int) -> InterruptedRound | None:
+        """Return what is known of a round that had begun already."""
+        ...
+
+    def open(
+        self,
+        round: int,
+        *,
+        state: str,
+        cohort: Mapping[str, int],
+        digests: Mapping[str, str],
+        memory: Mapping[str, int] | None = None,
+    ) -> None:
+        """Record the digest of the state, the clients, and the digests of their assignments; before the first is sent.
+
+        Clients without a feasible plan are recorded with the assignment digest `UNFIT`.
+        """
+        ...
+
+    def accept(self, round: int, client: str, update: bytes) -> None:
+        """Keep an update that will be used."""
+        ...
+
+    def close(self, round: int, failures: Mapping[str, Failure], sizes: Mapping[str, int]) -> None:
+        """Record that the round waits for no further client; before it is aggregated. Sizes: bytes by failed client."""
+        ...
+
+    def commit(self, round: int, state: Sequence[bytes | memoryview]) -> str:
+        """Keep the state after the round, as `methods.serialization.encode` makes it, and return its digest."""
+        ...
+
+
+class NullJournal:
+    """The journal that keeps nothing: its runs cannot be resumed."""
+
+    def interrupted(self, round: int) -> InterruptedRound | None:
+        return None
+
+    def open(
+        self,
+        round: int,
+        *,
+        state: str,
+        cohort: Mapping[str, int],
+        digests: Mapping[str, str],
+        memory: Mapping[str, int] | None = None,
+    ) -> None: ...
+
+    def accept(self, round: int, client: str, update: bytes) -> None: ...
+
+    def close(self, round: int, failures: Mapping[str, Failure], sizes: Mapping[str, int]) -> None: ...
+
+    def commit(self, round: int, state: Sequence[bytes | memoryview]) -> str:
+        return states.digest(state)
