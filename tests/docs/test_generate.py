@@ -19,9 +19,11 @@ from annotated_types import Ge, Interval
 import fedtune
 from docs import command_pages, generate, schema_pages, settings_pages
 from docs.settings_pages import Key, Table
-from fedtune.config import binding
 from fedtune.config.link import bind_link
 from fedtune.config.reading import read
+from fedtune.config.recipe import SECTIONS
+from fedtune.config.rows import bind_device
+from fedtune.errors import Fault
 from fedtune.methods import METHODS
 from fedtune.methods.method import LinearMethod, Method
 from fedtune.planning import PLANNERS
@@ -57,7 +59,7 @@ def test_every_key_that_a_recipe_binds_is_documented() -> None:
     documented = {
         key.name for tables in settings_pages.recipe_pages().values() for table in tables for key in table.keys
     }
-    tables = [*binding.SECTIONS.items()]
+    tables = [*SECTIONS.items()]
     tables += [("method", method.settings) for method in METHODS.values()]
     tables += [("planner", kind.settings) for kind in PLANNERS.values()]
     expected = {f"{name}.{field.name}" for name, cls in tables for field in fields(cls)}
@@ -97,10 +99,10 @@ def written(tables: object, path: str = "") -> Iterator[str]:
 @pytest.mark.parametrize(("name", "bounds"), settings_pages.DEVICE_RANGES.items())
 def test_the_ranges_shown_of_a_device_are_those_that_bind(name: str, bounds: str) -> None:
     def refused(value: float) -> bool:
-        found = binding.Findings()
+        faults: list[Fault] = []
         shown = (value,) if name == "modes" else value
-        binding.bind_device({"clients": "a", name: shown}, "device", found)
-        return bool(found.faults)
+        bind_device({"clients": "a", name: shown}, "device", faults)
+        return bool(faults)
 
     for bound in bounds.split(" and "):
         sign, limit = bound.split()
