@@ -11,7 +11,7 @@ from fedtune.pruning.structure import Block, BlockLayout, Side
 
 BYTES: Mapping[WireDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATION_BYTES = 34
-"""Per token, layer and entry of the residual stream, for the backward pass of 16-bit numbers ; assumed."""
+"""Per token, layer and entry of the residual stream, for the backward pass of 16-bit numbers; assumed."""
 RUNTIME_BYTES = 0.5e9
 """What the libraries and the allocator take (assumed)."""
 TRAINED_BYTES = 16
@@ -127,9 +127,13 @@ def flops_per_token(body: Body, size: Sizes, rank: int, work: Work) -> float:
     """
     anatomy = body.anatomy
     head = 0.0 if body.classifies else float(anatomy.head)
+    # For each weight: 2 forward, 2 backward for the inputs, none for its own gradient; 2 more where activations are computed
+    # twice.
     passes = 6.0 if work.checkpointing else 4.0
     sides = adapter_sides(body, size)
+    # Scores and weighted sums: 4 operations forward, 8 backward, for every token and number of a head.
     attention = 12.0 * work.tokens * len(anatomy.blocks) * size.q * anatomy.blocks[0].head_dim
+    # The factors in training cost 2 forward and 4 backward; the frozen adapter beside them only 4.
     return passes * (block_parameters(anatomy, size) + head) + (6.0 * rank + 4.0 * work.global_rank) * sides + attention
 
 
@@ -150,6 +154,7 @@ def round_bytes(
 ) -> tuple[float, float]:
     """Return (bytes down, bytes up) of a round: the sliced global change and the factors, modules_to_save, bitmaps."""
     number, sides = BYTES[wire_dtype], adapter_sides(body, sizes(body.anatomy, settings, ratio))
+    # Two bitmaps travel down: of the structure of this round, and of the client's last one.
     groups = sum(b.heads + b.kv_heads + b.channels for b in body.anatomy.blocks) if settings else 0
     return (
         number * global_rank * sides + 4 * body.saved + groups / 4,
@@ -182,6 +187,7 @@ def memory_bytes(body: Body, settings: PruningSettings | None, ratio: float, ran
 def roberta_base() -> Body:
     """Return RoBERTa-base with all six linear layers of a block adapted."""
     blocks = tuple(Block(f"roberta.encoder.layer.{i}", 12, 12, 64, 3072) for i in range(12))
+    # The head: 768 x 768 and 768 x 2 with their biases.
     anatomy = BlockLayout("roberta", blocks, width=768, head=592_130, outputs=2, number_bytes=4)
     shapes = {name: _shape(anatomy, out, into) for name, (_, out, into) in anatomy.sides.items()}
     return Body(anatomy, shapes, parameters=124_647_170, saved=592_130, classifies=True)

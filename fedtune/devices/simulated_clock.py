@@ -75,6 +75,7 @@ class SimulatedClock:
         work_s = max(load.tflop / profile.tflops, load.gigabytes / profile.memory_gbps) * traces.noise(
             seed, name, round
         )
+        # Integrated over the modes: a long computation meets several of them.
         mode = traces.speed(profile, seed, name, by=self.by, round=round)
         compute = integrated_seconds(now_s + first, work_s, mode)
         begin = now_s + first + compute + profile.overhead_s

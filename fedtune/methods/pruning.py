@@ -75,7 +75,9 @@ def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | 
     stages = [bitmap(keep, anatomy) for ratio in ratios if (keep := state.structure(ratio)) is not None]
     earlier = state.structure(before)
     task = Pruning(
-        settings=replace(settings, ranking=None),  # a path on the server tells clients nothing
+        # A path on the server means nothing to clients.
+        settings=replace(settings, ranking=None),
+        # Two ratios may round to one structure, which needs no step of its own.
         stages=tuple(dict.fromkeys(stages)),
         previous=b"" if earlier is None else bitmap(earlier, anatomy),
         scores_requested=not state.order or 0 < settings.refresh <= state.round + 1 - state.scored,
@@ -102,6 +104,7 @@ def coverage(cohort: Cohort, anatomy: BlockLayout, *, weights: Weighting, floor:
             trained = trainers > 0
             if (trainers[trained] < sum(sizes)).any():
                 share = np.array([float(Fraction(int(count), sum(sizes))) for count in trainers])
+                # The floor bounds how far a few clients' change can grow: at 0.2, to five times itself.
                 scales[f"{index}.{side}"] = np.where(trained, 1.0 / np.maximum(share, floor), 1.0)
     return scales
 
@@ -125,6 +128,7 @@ def scale_by_coverage(adapter: Adapter, scale: Mapping[str, Array], anatomy: Blo
 
 
 def _product(factor: Array, by: Array) -> Array:
+    # In float64, so that the product is rounded once.
     return (factor.astype(np.float64) * by).astype(np.float32)
 
 
@@ -153,6 +157,7 @@ def fields_after(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
     ]
     if settings.policy == "local" or not parts:
         return {"ratios": ratios}
+    # Before the first scores, those of the ranking file that the recipe names.
     worth = pool_scores(parts, state.worth or state.order, anatomy)
     return {"ratios": ratios, "worth": worth, "order": with_hysteresis(state.order, worth), "scored": state.round + 1}
 

@@ -66,6 +66,7 @@ class PruningSettings:
     @property
     def everywhere(self) -> bool:
         """Whether all blocks keep as much."""
+        # Magnitudes of different blocks do not compare: ranked over all of them, a toy model lost more than with random scores.
         return self.allocation == "uniform" or (self.allocation == "auto" and self.score == "magnitude")
 
     def ratio(self, round: int, rounds: int) -> float:
@@ -80,6 +81,7 @@ def unit_of(settings: Settings, block: Block) -> Unit:
     """Return what goes at once: auto takes whole groups where there are enough of them to choose from."""
     if settings.unit != "auto":
         return settings.unit
+    # With few groups a ratio would be coarse: Qwen2.5-0.5B has two, SmolLM2-135M three.
     return "kv_group" if block.group == 1 or (block.group <= 4 and block.kv_heads >= 4) else "even_q"
 
 
@@ -111,12 +113,14 @@ def counts(anatomy: BlockLayout, settings: Settings, ratio: float) -> Counts:
     sizes = [units_of(settings, block) for block in anatomy.blocks]
     channels = tuple(channels_kept(block, multiple_of(settings, block), ratio) for block in anatomy.blocks)
     if settings.everywhere:
+        # Never none: a block without heads or channels is no block of a stock model.
         units = tuple(max(1, half_up((1 - ratio) * size)) for size in sizes)
         return Counts(units=units, total=sum(units), channels=channels)
     return Counts(units=None, total=max(len(sizes), half_up((1 - ratio) * sum(sizes))), channels=channels)
 
 
 def half_up(number: float) -> int:
+    # Not round(), which takes 2.5 to 2 and 3.5 to 4: a half always counts as one more.
     return int(number + 0.5)
 
 
@@ -165,6 +169,7 @@ def rank_units(scores: Tensors, anatomy: BlockLayout, settings: Settings) -> Ran
     for index, block in enumerate(anatomy.blocks):
         own = [(-worth, index, members) for worth, members in units_by_importance(heads[index], block, settings)]
         own.sort()
+        # Ahead of all other units, so that no ratio empties a block.
         first.append(own[0][1:])
         units += own[1:]
     return Ranking(
@@ -239,6 +244,7 @@ def to_base_coordinates(scores: Tensors, keep: ModelStructure | None, anatomy: B
         if scores.keys() != {"heads", "channels"} or scores[name].shape != places.shape:
             got = {key: array.shape for key, array in scores.items()}
             raise ShapeError(f"scores: expected {name} of shape {places.shape}, as kept; got {got}")
+        # NaN and not 0: a client has no opinion of what it does not hold.
         spread[name] = np.full(sum(sizes), np.nan)
         spread[name][places] = scores[name]
     return spread
@@ -293,6 +299,7 @@ def pool_scores(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy
         before: pooled scores so far; empty before the first time. What no client holds keeps its value.
         anatomy: of the base.
     """
+    # What all clients hold: means over different parts would put them on different scales.
     common = {name: np.all([np.isfinite(each[name]) for each, _ in parts], axis=0) for name in ("heads", "channels")}
     scaled = [(normalise(each, common, anatomy), weight) for each, weight in parts]
     pooled = {}

@@ -17,6 +17,7 @@ from fedtune.tensors import Array, Tensors
 Side: TypeAlias = Literal["all", "q", "kv", "qkv", "ff"]
 """What one side of a layer consists of: the residual stream, which is never cut, heads, or channels."""
 
+# Embeddings, norms and the residual stream are never cut: so the changes of all clients lie in one space.
 LLAMA: Mapping[str, tuple[Side, Side]] = {
     "self_attn.q_proj": ("q", "all"),
     "self_attn.k_proj": ("kv", "all"),
@@ -115,6 +116,7 @@ class ModelStructure:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the lists, each with its length before it, as little-endian uint32."""
+        # Each list with its length: otherwise [1], [2, 3] and [1, 2], [3] would have one digest.
         lists = (part for kept in self.blocks for part in (kept.q, kept.kv, kept.ff))
         numbers = [number for part in lists for number in (len(part), *part)]
         return hashlib.sha256(np.asarray(numbers, "<u4").tobytes()).digest()
@@ -150,6 +152,7 @@ def check(keep: ModelStructure, anatomy: BlockLayout) -> ModelStructure:
                 raise ShapeError(
                     f"{block.prefix}, {name}: expected indices from 0 to {size - 1}; got {index_list(part)}"
                 )
+        # Stock models repeat every key/value head as often: with unequal shares, heads would read another's keys.
         counts = {head: 0 for head in left.kv}
         for head in left.q:
             if head // block.group not in counts:
@@ -190,6 +193,7 @@ def from_bitmap(data: bytes, anatomy: BlockLayout) -> ModelStructure:
     if len(data) != -(-total // 8):
         raise ShapeError(f"keep: expected {-(-total // 8)} bytes, a bit per head and channel; got {len(data)}")
     bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    # One spelling alone: equal structures are found by equal bitmaps.
     if bits[total:].any():
         raise ShapeError(f"keep: expected zero bits after the {total} of the base; got others")
     parts = [tuple(np.flatnonzero(part).tolist()) for part in np.split(bits[:total], np.cumsum(sizes)[:-1])]
@@ -202,6 +206,7 @@ def rows(heads: Sequence[int], head_dim: int) -> Array:
     >>> rows([1], 2).tolist(), rows([0, 3], 2).tolist()
     ([2, 3], [0, 1, 6, 7])
     """
+    # Whole heads: rotary angles and Qwen3's norms of queries and keys belong to places within a head.
     return np.asarray((np.asarray(heads, np.int64)[:, None] * head_dim + np.arange(head_dim)).reshape(-1))
 
 
@@ -212,7 +217,8 @@ def places(block: Block, kept: BlockStructure, side: Side) -> Array | None:
             return rows(kept.q, block.head_dim)
         case "kv":
             return rows(kept.kv, block.head_dim)
-        case "qkv":  # GPT-2's c_attn: queries, keys and values one after the other, as many heads of each
+        # GPT-2's c_attn: queries, keys and values one after the other, as many heads of each.
+        case "qkv":
             queries, width = rows(kept.q, block.head_dim), block.heads * block.head_dim
             return np.concatenate([queries, queries + width, queries + 2 * width])
         case "ff":
@@ -262,6 +268,7 @@ def scatter_factors(factors: Factors, cut: LayerSlice, shape: tuple[int, int]) -
     """Return a pruned layer's change in the base's coordinates: zero rows and columns where nothing was kept."""
     a, b = factors.a, factors.b
     if cut.into is not None:
+        # Zeros: a client cannot have changed what it did not hold, so the sum over clients stays exact.
         a = np.zeros((factors.rank, shape[1]), factors.a.dtype)
         a[:, cut.into] = factors.a
     if cut.out is not None:
@@ -309,6 +316,7 @@ def within(before: Mapping[str, LayerSlice], after: Mapping[str, LayerSlice]) ->
 def places_in(name: str, before: Array | None, after: Array | None) -> Array | None:
     if before is None or after is None:
         return None
+    # `check` has found the indices sorted, which this search needs.
     at: Array = np.searchsorted(before, after)
     if (at == len(before)).any() or (before[at] != after).any():
         raise ShapeError(f"{name}: expected a part of the {len(before)} rows or columns kept before; got others")
@@ -317,6 +325,7 @@ def places_in(name: str, before: Array | None, after: Array | None) -> Array | N
 
 def sparsity(keep: ModelStructure, anatomy: BlockLayout) -> float:
     """Return the share of the blocks' linear weights that is gone."""
+    # Of the blocks alone: embeddings would hide the ratio in a small model with a large vocabulary.
     before = after = 0
     for cut, (m, n) in zip(cuts(keep, anatomy).values(), linear_shapes(anatomy), strict=True):
         before += m * n
@@ -325,7 +334,7 @@ def sparsity(keep: ModelStructure, anatomy: BlockLayout) -> float:
 
 
 def linear_shapes(anatomy: BlockLayout) -> Iterator[tuple[int, int]]:
-    """Yield (out, in) of the base's linear layers, in the order of `Anatomy.sides`."""
+    """Yield (out, in) of the base's linear layers, in the order of `BlockLayout.sides`."""
     for index, out, into in anatomy.sides.values():
         block = anatomy.blocks[index]
         sizes = {
