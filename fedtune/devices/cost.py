@@ -74,6 +74,7 @@ def sizes(anatomy: BlockLayout, settings: PruningSettings | None, ratio: float) 
     number = len(anatomy.blocks)
     if settings is None or ratio == 0:
         return Sizes(*(sum(each) / number for each in zip(*map(_whole, anatomy.blocks), strict=True)))
+    # Blocks of one base have the same numbers of heads, so the first gives the size of a group.
     count, block = counts(anatomy, settings, ratio), anatomy.blocks[0]
     units = count.total / number
     q, kv = (
@@ -127,8 +128,8 @@ def flops_per_token(body: Body, size: Sizes, rank: int, work: Work) -> float:
     """
     anatomy = body.anatomy
     head = 0.0 if body.classifies else float(anatomy.head)
-    # For each weight: 2 forward, 2 backward for the inputs, none for its own gradient; 2 more where activations are computed
-    # twice.
+    # For each weight 2 forward, 2 backward for the inputs, none for its own gradient; with checkpointing the forward
+    # operations count twice.
     passes = 6.0 if work.checkpointing else 4.0
     sides = adapter_sides(body, size)
     # Scores and weighted sums: 4 operations forward, 8 backward, for every token and number of a head.
@@ -154,7 +155,7 @@ def round_bytes(
 ) -> tuple[float, float]:
     """Return (bytes down, bytes up) of a round: the sliced global change and the factors, modules_to_save, bitmaps."""
     number, sides = BYTES[wire_dtype], adapter_sides(body, sizes(body.anatomy, settings, ratio))
-    # Two bitmaps travel down: of the structure of this round, and of the client's last one.
+    # Two bitmaps of a bit per group: the structure and the previous one.
     groups = sum(b.heads + b.kv_heads + b.channels for b in body.anatomy.blocks) if settings else 0
     return (
         number * global_rank * sides + 4 * body.saved + groups / 4,

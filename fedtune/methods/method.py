@@ -192,7 +192,7 @@ class LinearMethod(Method[State]):
     """(state, mean) -> the next state"""
 
     def __post_init__(self) -> None:
-        # The class is frozen; how it aggregates follows from its other operations, and cannot be passed in.
+        # Derived, never passed: `replace(method, advance=...)` then changes the aggregation as well.
         object.__setattr__(self, "aggregate", partial(advance_to_mean, self))
 
     @property

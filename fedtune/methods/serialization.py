@@ -59,7 +59,7 @@ def encode(state: Any) -> Sequence[bytes | memoryview]:
         body.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         offset = ends[1]
     front = canonical(header).encode()
-    # Tensors begin at a multiple of 8 bytes in the file, as safetensors writes it.
+    # Tensors begin at a multiple of 8, as safetensors writes them.
     front += b" " * (-len(front) % 8)
     return [len(front).to_bytes(8, "little") + front, *body]
 

@@ -66,7 +66,7 @@ class PruningSettings:
     @property
     def everywhere(self) -> bool:
         """Whether all blocks keep as much."""
-        # Magnitudes of different blocks do not compare: ranked over all of them, a toy model lost more than with random scores.
+        # Blocks do not compare by magnitude: ranked over all of them, a toy model lost more than by random scores.
         return self.allocation == "uniform" or (self.allocation == "auto" and self.score == "magnitude")
 
     def ratio(self, round: int, rounds: int) -> float:
@@ -88,6 +88,7 @@ def unit_of(settings: Settings, block: Block) -> Unit:
 def multiple_of(settings: Settings, block: Block) -> int:
     if settings.multiple != "auto":
         return settings.multiple
+    # At multiples of 32 a narrow block would have too few widths to choose from.
     return min(32, 1 << max(0, (block.channels // LEAST).bit_length() - 1))
 
 
@@ -112,15 +113,15 @@ def counts(anatomy: BlockLayout, settings: Settings, ratio: float) -> Counts:
     """Return how many units and channels are left at a ratio in [0, 1); never less for a smaller ratio."""
     sizes = [units_of(settings, block) for block in anatomy.blocks]
     channels = tuple(channels_kept(block, multiple_of(settings, block), ratio) for block in anatomy.blocks)
+    # At least one unit is left in every block: attention without a head is no attention.
     if settings.everywhere:
-        # Never none: a block without heads or channels is no block of a stock model.
         units = tuple(max(1, half_up((1 - ratio) * size)) for size in sizes)
         return Counts(units=units, total=sum(units), channels=channels)
     return Counts(units=None, total=max(len(sizes), half_up((1 - ratio) * sum(sizes))), channels=channels)
 
 
 def half_up(number: float) -> int:
-    # Not round(), which takes 2.5 to 2 and 3.5 to 4: a half always counts as one more.
+    # Not `round`, which rounds halves to the even number: a count must not depend on its neighbour's parity.
     return int(number + 0.5)
 
 
@@ -169,7 +170,7 @@ def rank_units(scores: Tensors, anatomy: BlockLayout, settings: Settings) -> Ran
     for index, block in enumerate(anatomy.blocks):
         own = [(-worth, index, members) for worth, members in units_by_importance(heads[index], block, settings)]
         own.sort()
-        # Ahead of all other units, so that no ratio empties a block.
+        # Every block's best unit comes before all others, so that no ratio empties a block.
         first.append(own[0][1:])
         units += own[1:]
     return Ranking(
@@ -299,8 +300,8 @@ def pool_scores(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy
         before: pooled scores so far; empty before the first time. What no client holds keeps its value.
         anatomy: of the base.
     """
-    # What all clients hold: means over different parts would put them on different scales.
     common = {name: np.all([np.isfinite(each[name]) for each, _ in parts], axis=0) for name in ("heads", "channels")}
+    # Scaled over what all clients hold: else a client that lacks the weak groups would score the others lower.
     scaled = [(normalise(each, common, anatomy), weight) for each, weight in parts]
     pooled = {}
     for name in ("heads", "channels"):
