@@ -117,35 +117,35 @@ class FloraState:
         """The broadcast in wire format for clients that train a fresh adapter: one mapping, so it is encoded once."""
         return cast(lowrank.smallest(lowrank.adapter(self.broadcast)), self.settings.wire_dtype)
 
-    def split_blobs(self, rank: int, keep: ModelStructure | None = None) -> Mapping[str, Tensors]:
+    def split_blobs(self, rank: int, structure: ModelStructure | None = None) -> Mapping[str, Tensors]:
         """Return the blobs of a client that trains the leading `rank` components, once for all clients like it."""
-        key = (rank, keep.digest if keep else b"")
+        key = (rank, structure.digest if structure else b"")
         if key not in self._blobs:
             rest = {name: low.components(rank, low.rank) for name, low in self.broadcast.items()}
-            cut = self.cut(keep)
+            cut = self.cut(structure)
             self._blobs[key] = {
                 "global": cast(lowrank.smallest(slice_adapter(lowrank.adapter(rest), cut)), self.settings.wire_dtype),
                 "local": warm_start(self.broadcast, rank, self.settings.wire_dtype, cut),
             }
         return self._blobs[key]
 
-    def frozen_at(self, keep: ModelStructure | None) -> Tensors:
+    def frozen_at(self, structure: ModelStructure | None) -> Tensors:
         """Return the broadcast at a structure, for clients that train a fresh adapter."""
-        if keep is None:
+        if structure is None:
             return self.frozen
-        if (0, keep.digest) not in self._blobs:
+        if (0, structure.digest) not in self._blobs:
             # Truncated over the whole base and cut afterwards: the clients then hold slices of one model.
-            rest = slice_adapter(lowrank.adapter(self.broadcast), self.cut(keep))
-            self._blobs[0, keep.digest] = {"global": cast(lowrank.smallest(rest), self.settings.wire_dtype)}
-        return self._blobs[0, keep.digest]["global"]
+            rest = slice_adapter(lowrank.adapter(self.broadcast), self.cut(structure))
+            self._blobs[0, structure.digest] = {"global": cast(lowrank.smallest(rest), self.settings.wire_dtype)}
+        return self._blobs[0, structure.digest]["global"]
 
-    def cut(self, keep: ModelStructure | None) -> Mapping[str, LayerSlice]:
+    def cut(self, structure: ModelStructure | None) -> Mapping[str, LayerSlice]:
         """Return the rows and columns of every layer that a structure keeps; layers kept whole are left out."""
-        if keep is None or self.anatomy is None:
+        if structure is None or self.anatomy is None:
             return {}
-        if keep.digest not in self._cuts:
-            self._cuts[keep.digest] = cuts(keep, self.anatomy)
-        return self._cuts[keep.digest]
+        if structure.digest not in self._cuts:
+            self._cuts[structure.digest] = cuts(structure, self.anatomy)
+        return self._cuts[structure.digest]
 
     def structure(self, ratio: float) -> ModelStructure | None:
         """Return what the ranking keeps at a pruning ratio; None: all of it."""

@@ -122,26 +122,28 @@ class ModelStructure:
         return hashlib.sha256(np.asarray(numbers, "<u4").tobytes()).digest()
 
 
-def full_block(anatomy: BlockLayout) -> ModelStructure:
+def full_block(layout: BlockLayout) -> ModelStructure:
     """Return the structure that keeps everything."""
     return ModelStructure(
         tuple(
             BlockStructure(tuple(range(b.heads)), tuple(range(b.kv_heads)), tuple(range(b.channels)))
-            for b in anatomy.blocks
+            for b in layout.blocks
         )
     )
 
 
-def check(keep: ModelStructure, anatomy: BlockLayout) -> ModelStructure:
+def check(structure: ModelStructure, layout: BlockLayout) -> ModelStructure:
     """Return the structure if it is one of this base.
 
     Raises:
         ShapeError: naming block and list: another number of blocks, an empty, unsorted or repeated list, an index out
             of range, or key/value heads that do not keep the same number of query heads each (repeat_kv needs that).
     """
-    if len(keep.blocks) != len(anatomy.blocks):
-        raise ShapeError(f"keep: expected {len(anatomy.blocks)} blocks, as the base has; got {len(keep.blocks)}")
-    for block, left in zip(anatomy.blocks, keep.blocks, strict=True):
+    if len(structure.blocks) != len(layout.blocks):
+        raise ShapeError(
+            f"structure: expected {len(layout.blocks)} blocks, as the base has; got {len(structure.blocks)}"
+        )
+    for block, left in zip(layout.blocks, structure.blocks, strict=True):
         parts = (("q", left.q, block.heads), ("kv", left.kv, block.kv_heads), ("ff", left.ff, block.channels))
         for name, part, size in parts:
             if not part:
@@ -164,17 +166,17 @@ def check(keep: ModelStructure, anatomy: BlockLayout) -> ModelStructure:
             raise ShapeError(
                 f"{block.prefix}, q: expected as many query heads for every kept key/value head; got {counts}"
             )
-    return keep
+    return structure
 
 
 def index_list(part: Sequence[int]) -> str:
     return f"{list(part[:8])}{' ...' if len(part) > 8 else ''}"
 
 
-def bitmap(keep: ModelStructure, anatomy: BlockLayout) -> bytes:
+def bitmap(structure: ModelStructure, layout: BlockLayout) -> bytes:
     """Return a structure as it travels: by block a bit per query head, key/value head and channel, lowest bit first."""
     bits = []
-    for block, left in zip(anatomy.blocks, keep.blocks, strict=True):
+    for block, left in zip(layout.blocks, structure.blocks, strict=True):
         for part, size in ((left.q, block.heads), (left.kv, block.kv_heads), (left.ff, block.channels)):
             row = np.zeros(size, bool)
             row[list(part)] = True
@@ -182,22 +184,22 @@ def bitmap(keep: ModelStructure, anatomy: BlockLayout) -> bytes:
     return np.packbits(np.concatenate(bits), bitorder="little").tobytes()
 
 
-def from_bitmap(data: bytes, anatomy: BlockLayout) -> ModelStructure:
+def from_bitmap(data: bytes, layout: BlockLayout) -> ModelStructure:
     """Return the structure that `bitmap` wrote.
 
     Raises:
         ShapeError: if the bits are not those of a structure of this base.
     """
-    sizes = [size for b in anatomy.blocks for size in (b.heads, b.kv_heads, b.channels)]
+    sizes = [size for b in layout.blocks for size in (b.heads, b.kv_heads, b.channels)]
     total = sum(sizes)
     if len(data) != -(-total // 8):
-        raise ShapeError(f"keep: expected {-(-total // 8)} bytes, a bit per head and channel; got {len(data)}")
+        raise ShapeError(f"structure: expected {-(-total // 8)} bytes, a bit per head and channel; got {len(data)}")
     bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
     # One structure has one form: otherwise two digests could name the same structure.
     if bits[total:].any():
-        raise ShapeError(f"keep: expected zero bits after the {total} of the base; got others")
+        raise ShapeError(f"structure: expected zero bits after the {total} of the base; got others")
     parts = [tuple(np.flatnonzero(part).tolist()) for part in np.split(bits[:total], np.cumsum(sizes)[:-1])]
-    return check(ModelStructure(tuple(BlockStructure(*parts[i : i + 3]) for i in range(0, len(parts), 3))), anatomy)
+    return check(ModelStructure(tuple(BlockStructure(*parts[i : i + 3]) for i in range(0, len(parts), 3))), layout)
 
 
 def rows(heads: Sequence[int], head_dim: int) -> Array:
@@ -235,11 +237,11 @@ class LayerSlice:
     into: Array | None
 
 
-def cuts(keep: ModelStructure, anatomy: BlockLayout) -> Mapping[str, LayerSlice]:
+def cuts(structure: ModelStructure, layout: BlockLayout) -> Mapping[str, LayerSlice]:
     """Return what is kept of every linear layer of every block, by full name."""
     slices = {}
-    for name, (index, out, into) in anatomy.sides.items():
-        block, left = anatomy.blocks[index], keep.blocks[index]
+    for name, (index, out, into) in layout.sides.items():
+        block, left = layout.blocks[index], structure.blocks[index]
         slices[name] = LayerSlice(out=places(block, left, out), into=places(block, left, into))
     return slices
 
@@ -324,22 +326,22 @@ def places_in(name: str, before: Array | None, after: Array | None) -> Array | N
     return at
 
 
-def sparsity(keep: ModelStructure, anatomy: BlockLayout) -> float:
+def sparsity(structure: ModelStructure, layout: BlockLayout) -> float:
     """Return the share of the blocks' linear weights that is gone."""
     # Of the blocks alone: embeddings would hide the ratio in a small model with a large vocabulary.
     before = after = 0
-    for cut, (m, n) in zip(cuts(keep, anatomy).values(), linear_shapes(anatomy), strict=True):
+    for cut, (m, n) in zip(cuts(structure, layout).values(), linear_shapes(layout), strict=True):
         before += m * n
         after += (m if cut.out is None else len(cut.out)) * (n if cut.into is None else len(cut.into))
     return 1 - after / before
 
 
-def linear_shapes(anatomy: BlockLayout) -> Iterator[tuple[int, int]]:
+def linear_shapes(layout: BlockLayout) -> Iterator[tuple[int, int]]:
     """Yield (out, in) of the base's linear layers, in the order of `BlockLayout.sides`."""
-    for index, out, into in anatomy.sides.values():
-        block = anatomy.blocks[index]
+    for index, out, into in layout.sides.values():
+        block = layout.blocks[index]
         sizes = {
-            "all": anatomy.width,
+            "all": layout.width,
             "q": block.heads * block.head_dim,
             "kv": block.kv_heads * block.head_dim,
             "qkv": 3 * block.heads * block.head_dim,
