@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from math import floor
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import Proximal, TailRank, Term
 from fedtune.model.lora import layers
 
@@ -30,6 +31,18 @@ def tail_norm(model: nn.Module, decay: float) -> torch.Tensor:
         # The small number keeps the gradient of a norm finite at zero.
         norms.append((b[:, rank:].square().sum() + 1e-12).sqrt() * (a[rank:].square().sum() + 1e-12).sqrt())
     return torch.stack(norms).sum()
+
+
+def tail_size(model: nn.Module, terms: Sequence[Term]) -> float:
+    """Return the same for the tail that these terms pull on; 0 if none does."""
+    return sum(tail_norm(model, term.decay).item() for term in terms if isinstance(term, TailRank))
+
+
+def cut_tail(adapter: Adapter, terms: Sequence[Term]) -> Adapter:
+    """Return an adapter without the tail that these terms pull on."""
+    decay = next(term.decay for term in terms if isinstance(term, TailRank))
+    ranks = {module: kept_rank(factors.rank, decay) for module, factors in adapter.items()}
+    return {module: Factors(a=f.a[: ranks[module]], b=f.b[:, : ranks[module]]) for module, f in adapter.items()}
 
 
 def kept_rank(rank: int, decay: float) -> int:
