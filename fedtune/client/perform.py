@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +30,15 @@ from fedtune.messages import (
     ProbeResult,
     ProbeSeeds,
     Pruning,
-    TailRank,
     TrainLora,
 )
 from fedtune.model import libraries, pruned_training
 from fedtune.model.base import Base, to_numpy
 from fedtune.model.lora import global_adapter, read_local, start, with_adapters
-from fedtune.model.objective import cut_tail, tail_size
+from fedtune.model.objective import Hooks
 from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
-from fedtune.model.train import Batch, Between, report_out_of_memory, train
+from fedtune.model.train import Batch, report_out_of_memory, train
 from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
@@ -151,7 +149,8 @@ def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignmen
         if task.pruning is not None:
             result, measured = train_pruned(base, examples, assignment, task, task.pruning)
         else:
-            learned = train_locally(base, examples, assignment, task, start(task, plan, base.modules))
+            hooks = partial(Hooks, terms=task.terms) if task.terms else None
+            learned = train_locally(base, examples, assignment, task, start(task, plan, base.modules), hooks)
             result, measured = lora_result(base, assignment, task, learned), learned.measured
     return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
 
@@ -171,8 +170,8 @@ class LocalTraining:
     final: Adapter
     saved: Tensors
     measured: Measured
-    seen: Any = None
-    """What `then` returned."""
+    hooks: Hooks | None
+    """What was done beside plain steps."""
 
 
 def train_locally(
@@ -181,8 +180,7 @@ def train_locally(
     assignment: Assignment,
     task: TrainLora,
     initial: Adapter,
-    between: Callable[[torch.nn.Module], Between | None] | None = None,
-    then: Callable[[torch.nn.Module], Any] | None = None,
+    make_hooks: Callable[[torch.nn.Module], Hooks] | None = None,
 ) -> LocalTraining:
     """Train an adapter from its initial value as an assignment asks.
 
@@ -192,12 +190,9 @@ def train_locally(
         assignment: its plan and seed.
         task: its blobs in the coordinates of `base`.
         initial: the trainable adapter.
-        between: from the model with its adapters to what happens between two steps.
-        then: called with the model at the end, its adapters still attached.
+        make_hooks: from the model with its adapters to what is done beside plain steps.
     """
     plan, saved = assignment.plan, task.blobs.get("saved", {})
-    # HetLoRA's term of weight 0 is no part of the loss, and no rank is ever cut.
-    terms = [term for term in task.terms if not (isinstance(term, TailRank) and term.weight == 0)]
     with with_adapters(
         base,
         frozen=global_adapter(task),
@@ -207,23 +202,13 @@ def train_locally(
         train=task.train,
         saved=saved,
     ) as model:
-        tail = tail_size(model, terms)
-        trained = train(
-            base,
-            examples,
-            plan.training,
-            key=assignment.seed,
-            client=plan.client,
-            terms=terms,
-            between=between(model) if between else None,
-            weigh=task.pruning is not None,
-        )
-        final, parameters = read_local(model), dict(model.named_parameters())
-        if tail_size(model, terms) < tail:
-            final = cut_tail(final, terms)
+        hooks = make_hooks(model) if make_hooks else None
+        trained = train(base, examples, plan.training, key=assignment.seed, client=plan.client, hooks=hooks)
+        parameters, final = dict(model.named_parameters()), read_local(model)
         new_saved = {name: to_numpy(parameters[name]) for name in saved}
-        seen = then(model) if then else None
-    return LocalTraining(initial, final, new_saved, trained.measured, seen)
+        if hooks:
+            final = hooks.after_training(final)
+    return LocalTraining(initial, final, new_saved, trained.measured, hooks)
 
 
 def lora_result(base: Base, assignment: Assignment, task: TrainLora, learned: LocalTraining) -> LoraResult:
@@ -264,22 +249,20 @@ def train_pruned(
     rows = pruned_training.evaluation_rows(examples, base, key=key, batch=plan.training.batch)
     loss_before = loss_as_received(base, task, plan, parts, body, rows)
 
-    def then(model: torch.nn.Module) -> tuple[float, Tensors, int]:
+    def measure_at_end(model: torch.nn.Module) -> tuple[float, Tensors, int]:
         scores, tokens = score(model, base, structure=parts.last) if pruning.scores_requested else ({}, 0)
         return pruned_training.evaluation_loss(model, rows, base), scores, tokens
 
+    def hooks_of(model: torch.nn.Module) -> Hooks:
+        shrink = pruned_training.stage_shrinker(model, parts.stages, settings, body, steps=steps)
+        return Hooks(model, task.terms, between=shrink, weigh=True, measure=measure_at_end)
+
     with pruned_training.with_pruned_model(base, parts.first, body) as small:
         received = pruned_training.slice_task(task, parts.first, parts.sent, body)
-        learned = train_locally(
-            small,
-            examples,
-            assignment,
-            received,
-            start(received, plan, base.modules, pruned_training.slices_of(parts.first, body)),
-            between=lambda model: pruned_training.stage_shrinker(model, parts.stages, settings, body, steps=steps),
-            then=then,
-        )
-    loss_after, worth, tokens = learned.seen
+        initial = start(received, plan, base.modules, pruned_training.slices_of(parts.first, body))
+        learned = train_locally(small, examples, assignment, received, initial, hooks_of)
+    assert learned.hooks is not None
+    loss_after, worth, tokens = learned.hooks.at_end
     # The start of what was trained, in the structure in which it ended.
     last = start(
         pruned_training.slice_task(task, parts.last, parts.sent, body),
@@ -292,6 +275,7 @@ def train_pruned(
         seconds=time.perf_counter() - began,
         loss_before=loss_before,
         loss_after=loss_after,
+        importance=learned.hooks.importance / steps,
         side_tokens=side + tokens + 2 * sum(batch.tokens for batch in rows),
     )
     sends_scores = pruning.scores_requested and settings.policy == "nested"

@@ -7,10 +7,10 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -19,15 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.data.encode import IGNORED, Example
 from fedtune.errors import ClientError
-from fedtune.messages import OUT_OF_MEMORY, Measured, Term, Training
+from fedtune.messages import OUT_OF_MEMORY, Measured, Training
 from fedtune.model.base import Base
 from fedtune.model.lora import layers
-from fedtune.model.objective import TERMS, Start
+from fedtune.model.objective import Hooks
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive, generator
-
-Between: TypeAlias = Callable[[int, torch.optim.Optimizer, Start], Sequence[torch.nn.Parameter] | None]
-"""(steps taken, optimizer, values at the start) -> the parameters that the optimizer now holds, or None: no change."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Trained:
     losses: Sequence[float]
     """Mean loss of each optimizer step, before the step."""
     measured: Measured
-    """Its importance only where it was asked for; memory of the allocator on CUDA, of the whole process elsewhere."""
+    """Memory of the allocator on CUDA, of the whole process elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +124,7 @@ def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter])
 
 
 def train(
-    base: Base,
-    examples: Sequence[Example],
-    training: Training,
-    *,
-    key: int,
-    client: str,
-    terms: Sequence[Term] = (),
-    between: Between | None = None,
-    weigh: bool = False,
+    base: Base, examples: Sequence[Example], training: Training, *, key: int, client: str, hooks: Hooks | None = None
 ) -> Trained:
     """Take `training.steps` optimizer steps on all parameters of the base's model that require a gradient.
 
@@ -148,10 +137,7 @@ def train(
         training: with `steps` set.
         key: from `derive`; data order and dropout follow from it.
         client: for error messages.
-        terms: added to the loss of each step.
-        between: called after every step but the last; where it makes the model smaller it returns the parameters that
-            the optimizer holds from then on.
-        weigh: measure the importance.
+        hooks: what is done beside that: after each backward pass, and after every step but the last.
 
     Raises:
         ClientError: if there is no example, or a loss is not finite; of memory see `report_out_of_memory`.
@@ -160,39 +146,30 @@ def train(
         raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
     assert training.steps is not None  # the planner resolves epochs
     began, order = time.perf_counter(), batches(len(examples), size=training.batch, key=key)
-    parameters = [parameter for parameter in base.model.parameters() if parameter.requires_grad]
-    start: Start = {parameter: parameter.detach().clone() for parameter in parameters} if terms else {}
-    optimizer = make_optimizer(training, parameters)
-    losses, tokens, total_importance = [], 0, 0.0
+    optimizer = make_optimizer(training, [p for p in base.model.parameters() if p.requires_grad])
+    [group] = optimizer.param_groups
+    losses, tokens = [], 0
     with training_mode(base, training), torch_seed(derive(key, "dropout"), base.device):
         for step in range(training.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(training, step, training.steps)
+            group["lr"] = learning_rate(training, step, training.steps)
             parts = [collate([examples[i] for i in next(order)], base) for _ in range(training.accumulation)]
             losses.append(backward(base, parts, training))
-            # A loss that is not finite makes every later parameter NaN: the update could only be refused.
+            # After one step on a loss that is not finite, every parameter would be NaN.
             if not math.isfinite(losses[-1]):
                 raise not_finite(client, step, losses[-1], training)
-            for term in terms:
-                TERMS[type(term)](base.model, start, term).backward()
-            # Before the gradients are clipped, which would make every step look alike.
-            if weigh:
-                total_importance += importance(parameters)
+            if hooks:
+                hooks.after_backward(optimizer)
             if training.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
+                torch.nn.utils.clip_grad_norm_(group["params"], training.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens += sum(batch.tokens for batch in parts)
-            if between is not None and step + 1 < training.steps:
-                parameters = list(between(step + 1, optimizer, start) or parameters)
+            if hooks and step + 1 < training.steps:
+                hooks.after_step(step + 1, optimizer)
     tail = losses[-max(1, len(losses) // 10) :]
+    seconds, after = time.perf_counter() - began, sum(tail) / len(tail)
     measured = Measured(
-        seconds=time.perf_counter() - began,
-        peak_bytes=peak_bytes(base.device),
-        tokens=tokens,
-        loss_before=losses[0],
-        loss_after=sum(tail) / len(tail),
-        importance=total_importance / training.steps if weigh else None,
+        seconds=seconds, peak_bytes=peak_bytes(base.device), tokens=tokens, loss_before=losses[0], loss_after=after
     )
     return Trained(losses, measured)
 
@@ -241,12 +218,6 @@ def activation_checkpointing(model: Any) -> Iterator[None]:
     finally:
         model.activation_checkpointing_disable()
         model.disable_input_require_grads()  # enabling puts a hook on the embeddings, which disabling leaves there
-
-
-def importance(parameters: Sequence[torch.nn.Parameter]) -> float:
-    """Return the sum of |parameter * gradient|."""
-    products = [(p.detach() * p.grad).abs().sum() for p in parameters if p.grad is not None]
-    return float(torch.stack(products).sum()) if products else 0.0
 
 
 @contextmanager
