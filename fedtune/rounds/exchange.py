@@ -147,7 +147,7 @@ class Collector:
         """Settle what becomes of one client; `new`: the reply came now, and not before the run was interrupted."""
         name, outcome = reply.client, decode_and_admit(reply, self._request)
         self._up[name] = self._up.get(name, 0) + num_bytes
-        if lacks_state(outcome):
+        if needs_whole_state(outcome):
             failure = self._ask_again(name)
             if failure is None:
                 return
@@ -202,7 +202,7 @@ def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
         update = decode_update(reply.update, client=name, limit_bytes=limit, task=type(task))
     except WireError as error:
         return Failure.from_text(name, str(error), kind="refused", code="MALFORMED")
-    if lacks_state(AdmittedUpdate(update)):
+    if needs_whole_state(AdmittedUpdate(update)):
         return AdmittedUpdate(update)
     outcome = admit(update, assignment, request.blueprint, num_examples=request.enrolled[name])
     if isinstance(outcome, AdmittedUpdate) and (reason := request.refuse(outcome)):
@@ -210,7 +210,7 @@ def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
     return outcome
 
 
-def lacks_state(outcome: Outcome) -> bool:
+def needs_whole_state(outcome: Outcome) -> bool:
     """Return whether a client asks for the state that its assignment refers to, in place of an update."""
     result = None if isinstance(outcome, Failure) else outcome.update.result
     return isinstance(result, ProbeResult) and result.lost

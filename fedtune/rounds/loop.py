@@ -31,6 +31,8 @@ from fedtune.rounds.schedule import sample
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.wire.codec import blob_encoder, encode_assignment
 
+NO_TIMES: Mapping[str, ClientTime] = {}
+
 
 @dataclass(frozen=True)
 class RoundResult:
@@ -115,7 +117,7 @@ def run(
         request = make_request(context, state, learned, cohort)
         open_round(journal, request, cohort, digest, interrupted)
         replies = Collector(context, request).collect(interrupted)
-        on_time, times = replies, dict[str, ClientTime]()
+        on_time, times = replies, NO_TIMES
         if context.clock is not None:
             on_time, times = apply_clock(context, context.clock, request, replies, clock_s)
             clock_s += context.clock.round_seconds(times)
