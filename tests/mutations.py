@@ -327,7 +327,9 @@ class Copy:
             "PYTHONDONTWRITEBYTECODE": "1",  # two faults of one size within a second would share their bytecode
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        # Left out: the check that every fault can be planted fails wherever one is.
+        ignored = "--ignore=tests/test_mutations.py"
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", ignored, *tests]
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 command, cwd=self.root, env=env, stdout=output, stderr=output, start_new_session=True
