@@ -51,9 +51,10 @@ from fedtune.rounds.loop import run
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Transport, Work
 from fedtune.seeds import generator
+from fedtune.simulation.fork_client import ForkServer
 from fedtune.simulation.fork_server import Prepared, serve
 from fedtune.simulation.inprocess import InProcess
-from fedtune.simulation.process_pool import ForkServer, ProcessPool
+from fedtune.simulation.process_pool import ProcessPool
 from fedtune.tensors import cast
 from fedtune.wire.profile import ClientProfile, ModelSpec
 

@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from fedtune.config import binding
 from fedtune.config.presets import PRESETS
-from fedtune.config.recipe import Override, Recipe
+from fedtune.config.recipe import SECTIONS, Override, Recipe
 from fedtune.config.site import SiteSettings
 from fedtune.devices.profiles import DeviceProfile
 from fedtune.link.settings import LinkSettings
@@ -345,14 +344,14 @@ def file_keys(cls: type[Any], defaults: Mapping[str, str]) -> Table:
 def override_table() -> Table:
     """Return the table `[[override]]`: which clients, and the keys of other tables that differ for them."""
     ranges = {
-        "override.rank": range_of(get_type_hints(binding.SECTIONS["adapter"], include_extras=True)["rank"]),
+        "override.rank": range_of(get_type_hints(SECTIONS["adapter"], include_extras=True)["rank"]),
         "override.ratio": range_of(get_type_hints(PLANNERS["fixed"].settings, include_extras=True)["ratio"]),
     }
     own = [
         replace(key, range=ranges.get(key.name, ""))
         for key in keys_of(Override, "override", only=["rank", "ratio", "verb"])
     ]
-    training = keys_of(binding.SECTIONS["client"], "override", optional=True)
+    training = keys_of(SECTIONS["client"], "override", optional=True)
     resources = keys_of(Resources, "override", optional=True)
     return Table("`[[override]]`", summary(Override), [clients_key("override"), *own, *training, *resources])
 
@@ -371,7 +370,7 @@ def device_table() -> Table:
 def recipe_pages() -> Mapping[str, Sequence[Table]]:
     """Return the tables of a recipe by page."""
     pages: dict[str, Sequence[Table]] = {"top-level": [file_keys(Recipe, {"name": STEM, "seed": "0"})]}
-    for name, cls in binding.SECTIONS.items():
+    for name, cls in SECTIONS.items():
         pages[name] = [table_of(cls, name)]
     pages["method"] = [
         choice_table("method", [*METHODS, *PRESETS], REQUIRED, "What is sent, and how clients' updates are combined."),

@@ -18,7 +18,7 @@ from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.record import Metrics
 from fedtune.runs.demo import recipe_text, write_data
 from fedtune.runs.export import check_base, open_run
-from fedtune.simulation.process_pool import ForkServer
+from fedtune.simulation.fork_client import ForkServer
 from fedtune.store import result
 from fedtune.store import verify as verify_module
 from fedtune.store.files import store_errors

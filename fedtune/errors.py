@@ -24,22 +24,24 @@ class FedtuneError(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with a recipe: where it stands, what was expected, what came, what to do."""
+    """One thing wrong with a recipe: its key, what was expected, what came, what to do."""
 
     path: str
     """Dotted path of the key, e.g. `method.max_rank`; empty if the fault concerns the whole file."""
     expected: str
+    """Empty where `got` says everything, such as `unknown key`."""
     got: str
     hint: str = ""
 
     def __str__(self) -> str:
         where = f"{self.path}: " if self.path else ""
+        what = f"expected {self.expected}; got {self.got}" if self.expected else self.got
         hint = f"; {self.hint}" if self.hint else ""
-        return f"{where}expected {self.expected}; got {self.got}{hint}"
+        return f"{where}{what}{hint}"
 
 
 class ConfigError(FedtuneError):
-    """A recipe or an argument is wrong; raised before anything starts, with every fault found."""
+    """A recipe or an argument is wrong; raised before anything starts, with every fault at once."""
 
     def __init__(self, faults: Fault | Sequence[Fault], *, source: str = "") -> None:
         self.faults = (faults,) if isinstance(faults, Fault) else tuple(faults)
@@ -71,7 +73,7 @@ class ClientError(FedtuneError):
 
 
 class RoundError(FedtuneError):
-    """A round cannot be completed; `final` says that going on with the run cannot change it."""
+    """A round cannot be completed; `final` says that resuming the run cannot change it."""
 
     def __init__(self, message: str, *, final: bool = False) -> None:
         super().__init__(message)

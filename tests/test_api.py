@@ -16,6 +16,7 @@ from fedtune.config import bind
 from fedtune.errors import ConfigError, RoundError, StoreError
 from fedtune.messages import TrainLora
 from fedtune.methods import METHODS
+from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.report.reader import read_run
 from fedtune.rounds.events import Note, RoundFinished
 from tests.conftest import Simulated, base_of, kseed
@@ -370,7 +371,9 @@ def test_a_comparison_goes_on_without_the_recipe_that_broke_off(tables: Tables, 
 
 @pytest.mark.usefixtures("unrendered")
 def test_a_run_of_seeds_says_what_it_did_and_can_be_read_scored_and_reported(seeded: api.Run) -> None:
-    kron = bind(seeded.path / "recipe.toml").method.bank == "kron"
+    method = bind(seeded.path / "recipe.toml").method
+    assert isinstance(method, FedKSeedSettings)
+    kron = method.bank == "kron"
     assert seeded.adapter == seeded.path / "seeds"
     assert not (seeded.path / "adapter").exists()
     assert (seeded.adapter / "ledger.ftks").stat().st_size == 60 + 4 * 64

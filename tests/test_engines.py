@@ -26,7 +26,8 @@ from fedtune.rounds.transport import Transport
 from fedtune.runs import local
 from fedtune.runs.local import Experiment, prepare, run_context, transport
 from fedtune.runs.runner import run_rounds_of
-from fedtune.simulation.process_pool import ForkServer, ProcessPool
+from fedtune.simulation.fork_client import ForkServer
+from fedtune.simulation.process_pool import ProcessPool
 from fedtune.simulation.resources import Resources
 from fedtune.store import peft
 from tests.flower.conftest import NODE, Clock, MemoryGrid, over, running

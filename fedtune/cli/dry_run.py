@@ -12,29 +12,32 @@ if TYPE_CHECKING:
 
 
 def show(console: Any, shown: DryRun) -> None:
-    """Print what is asked, the recipe, and what the site's policy says of it."""
+    """Print what the run asks, its recipe, and what the site's policy decides."""
     for name, text in facts(shown):
         console.print(f"{name:12} {printable(text)}", markup=False)
     console.print()
     console.print(printable(shown.recipe.strip(), lines=True), markup=False)
     console.print()
-    for one in shown.refusals:
-        console.print(f"x {printable(one.note)}", markup=False)
+    for refusal in shown.refusals:
+        console.print(f"x {printable(refusal.note)}", markup=False)
     console.print("allowed by this site's policy" if shown.allowed else "this site would decline", markup=False)
 
 
 def facts(shown: DryRun) -> Iterator[tuple[str, str]]:
-    asked = shown.demand
+    demand = shown.demand
     yield "server", shown.server
     yield "run", f"{shown.run}, recipe {shown.recipe_digest}"
-    yield "method", asked.method
-    yield "rounds", f"{shown.rounds}, at least {asked.cohort} clients each"
-    yield "of this site", f"{asked.steps or 'so many epochs of'} steps" + (f", rank {asked.rank}" if asked.rank else "")
+    yield "method", demand.method
+    yield "rounds", f"{shown.rounds}, at least {demand.cohort} clients each"
+    yield (
+        "of this site",
+        f"{demand.steps or 'so many epochs of'} steps" + (f", rank {demand.rank}" if demand.rank else ""),
+    )
     yield "its data", ", ".join(f"{part} from {column}" for part, column in sorted(shown.columns.items())) or "by name"
     yield (
         "leaves it",
         "signed bytes of scalars, a few hundred per round"
-        if asked.rank is None
+        if demand.rank is None
         else "LoRA factors of the named layers",
     )
     yield "and", "number of examples, losses, seconds, tokens and peak memory; its name and signature"

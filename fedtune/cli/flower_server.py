@@ -22,24 +22,24 @@ RECIPE = "the recipe: TOML, or the absolute path of a file on the server's host"
 
 
 def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
-    """Run the recipe that a run's configuration names, or go on with an earlier run of it.
+    """Run the recipe that a run's configuration names, or resume an earlier run of it.
 
     Raises:
         ConfigError: if the recipe is wrong, or nothing names one.
-        RoundError: if too few clients came, or a round could not be completed.
+        RoundError: if too few clients connected, or a round could not be completed.
         StoreError: if the run directory cannot be written or trusted.
     """
     recipe = bind_source(text(run_config, "recipe", RECIPE))
-    resume = bare(str(run_config.get("resume") or ""))
+    resume = run_name(str(run_config.get("resume") or ""))
     run = directory(str(run_config.get("store") or ""), resume or recipe.name)
     if resume:
         check_resumable(run, recipe)
     else:
         check_vacant(run)
     transport = connect(expected=expected_clients(recipe), least=recipe.rounds.min_clients, note=say)
-    conducted = server_context(recipe, transport, door="flower")
-    check_overrides(recipe, conducted.fleet, say)
-    summary = run_recipe(conducted, run, transport, resume=bool(resume), watch=tell)
+    context = server_context(recipe, transport, door="flower")
+    check_overrides(recipe, context.fleet, say)
+    summary = run_recipe(context, run, transport, resume=bool(resume), watch=print_event)
     say(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
 
 
@@ -60,8 +60,8 @@ def text(run_config: Mapping[str, Scalar], key: str, what: str) -> str:
     raise ConfigError(Fault(key, what, "nothing", f"pass --run-config '{key}=\"/etc/fedtune/recipes/notes.toml\"'"))
 
 
-def bare(resume: str) -> str:
-    """Return the name of the run to go on with, empty for none.
+def run_name(resume: str) -> str:
+    """Return the name of the run to resume, empty for none.
 
     Raises:
         ConfigError: if it is a path: `store` says where the runs lie.
@@ -73,7 +73,7 @@ def bare(resume: str) -> str:
 
 
 def directory(store: str, name: str) -> Path:
-    """Return the run directory of a name below `store`; a SuperLink's working directory says nothing to anybody.
+    """Return the run directory of a name below `store`; a SuperLink's working directory means nothing.
 
     Raises:
         ConfigError: if `store` is a relative path.
@@ -84,12 +84,12 @@ def directory(store: str, name: str) -> Path:
     return (Path(store) if store else home / "runs") / name
 
 
-def tell(event: Event) -> None:
-    """Print one line per event that matters; Flower streams it to whoever follows the run."""
+def print_event(event: Event) -> None:
+    """Print one line per event that matters; Flower streams it to those who follow the run."""
     match event:
         case RoundStarted(1, _, cohort):
-            say(f"round 1 begins with {', '.join(cohort)}")
-        case RoundFinished(record) if record.round:  # round 0 is the base, which nobody has updated
+            say(f"round 1 starts with {', '.join(cohort)}")
+        case RoundFinished(record) if record.round:  # round 0 is the base before any update
             say(f"round {record.round}: {record.used} of {len(record.cohort)} updates")
         case ClientFinished(round, Failure() as failure, _):
             say(f"round {round}: {failure.client} {failure.kind}: {failure.reason}")

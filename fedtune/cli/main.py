@@ -93,7 +93,7 @@ def simulate(
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes of the engine.")] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Go on with a run that was stopped or killed, or for more rounds."),
+        typer.Option(metavar="RUN", help="Resume a run that was stopped or killed, or continue it for more rounds."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory instead of runs/NAME.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="If the run directory is taken, start beside it.")] = False,
@@ -266,13 +266,13 @@ def replay(
     with report_errors(debug):
         from fedtune.runs import export as export_module
 
-        done = export_module.replay(base, ledger, out=out, trainable=trainable or ())
-        told = {"base": done.base, "state": done.state, "weights": done.weights}
-        told |= {"path": str(done.path)} if done.path else {}
+        rebuilt = export_module.replay(base, ledger, out=out, trainable=trainable or ())
+        facts = {"base": rebuilt.base, "state": rebuilt.state, "weights": rebuilt.weights}
+        facts |= {"path": str(rebuilt.path)} if rebuilt.path else {}
         if as_json:
-            typer.echo(json.dumps(told))
+            typer.echo(json.dumps(facts))
         else:
-            for name, value in told.items():
+            for name, value in facts.items():
                 typer.echo(f"{name:8} {value}")
 
 
@@ -341,7 +341,7 @@ def write_demo(path: Path) -> None:
 
 
 def run_with_progress(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
-    """Call with an observer that shows progress on stderr, or only its remarks if quiet."""
+    """Call with an observer that shows progress on stderr, or notes alone if quiet."""
     if quiet:
         from fedtune.rounds.events import Note
 
@@ -353,7 +353,7 @@ def run_with_progress(title: str, quiet: bool, call: Callable[[Watch], Any]) -> 
 
 
 def finish(run: Run, as_json: bool, quiet: bool) -> None:
-    """Print what a run came to: as a table, as the paths alone, or as JSON."""
+    """Print the result of a run: as a table, as its path alone, or as JSON."""
     if not as_json and not quiet:
         from fedtune.cli.summary import show_summary
 

@@ -1,4 +1,4 @@
-"""What every command shares: its common options, where it writes, and how an error is told."""
+"""What the commands share: common options, where they write, and how they report errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 USAGE, INTERRUPTED = 2, 130
-"""Exit statuses: something that the user can mend, and Ctrl-C."""
+"""Exit statuses: an error that the user can correct, and Ctrl-C."""
 
 
 def examples(*lines: str) -> str:
@@ -39,7 +39,7 @@ def console(file: Any) -> Any:
 
 @contextmanager
 def report_errors(debug: bool) -> Iterator[None]:
-    """Turn every error that the user can mend into one message on stderr and an exit status, without a traceback."""
+    """Print an error that the user can correct as one message on stderr, and exit with its status."""
     from fedtune.errors import FedtuneError
 
     if debug or os.environ.get("FEDTUNE_DEBUG"):
@@ -51,7 +51,7 @@ def report_errors(debug: bool) -> Iterator[None]:
         typer.echo(f"fedtune: {print_line(str(error))}", err=True)
         raise typer.Exit(USAGE) from None
     except BrokenPipeError:
-        # Whoever read our output has left; Python would complain once more when it closes stdout.
+        # The reader of our output has closed it; Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except OSError as error:

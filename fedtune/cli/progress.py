@@ -1,4 +1,4 @@
-"""How a run is told while it goes on: one live table on a terminal, one plain line per round elsewhere."""
+"""The progress of a run: one live table on a terminal, one plain line per round elsewhere."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, Ro
 from fedtune.rounds.record import Metrics, RoundRecord
 
 RECENT = 5
-"""Rounds whose median length the estimated end is made of: a robust mean that follows changes."""
+"""Rounds whose median length gives the estimated end: a robust mean that follows changes."""
 NAMED_FAILURES = 5
 """Failed clients of a round that are named; the others are counted."""
 
 
 @dataclass(frozen=True)
 class ProgressState:
-    """How far a run has come, as its events tell."""
+    """How far a run is, according to its events."""
 
     round: int = 0
     """The round that is running or was finished last."""
@@ -41,7 +41,7 @@ class ProgressState:
     record: RoundRecord | None = None
     """Of the last finished round."""
     test: Metrics = field(default_factory=dict)
-    """The last scores on the test data, and since when they are the best."""
+    """The last scores on the test data."""
     best: tuple[float, int] | None = None
     """Lowest test loss and its round."""
     seconds: Sequence[float] = ()
@@ -65,57 +65,57 @@ class ProgressState:
         return median(self.seconds) * (self.rounds - self.done) if self.seconds else None
 
 
-def after_round(standing: ProgressState, event: Event) -> ProgressState:
-    """Return the standing after one event."""
+def after_round(state: ProgressState, event: Event) -> ProgressState:
+    """Return the state of progress after one event."""
     match event:
         case RoundStarted(round=number, rounds=rounds, cohort=cohort):
-            return replace(standing, round=number, rounds=rounds, cohort=cohort, outcomes={}, traffic={})
+            return replace(state, round=number, rounds=rounds, cohort=cohort, outcomes={}, traffic={})
         case ClientFinished(outcome=outcome, traffic=traffic):
-            # A client may be heard of twice: refused in the end although its update arrived.
+            # A client may finish twice: its update arrived, and is refused later.
             name = outcome.client
             return replace(
-                standing,
-                outcomes={**standing.outcomes, name: outcome},
-                traffic={**standing.traffic, name: traffic},
+                state,
+                outcomes={**state.outcomes, name: outcome},
+                traffic={**state.traffic, name: traffic},
             )
         case RoundFinished(record=record):
-            return with_round(ProgressState(rounds=standing.rounds) if record.round == 0 else standing, record)
+            return with_round(ProgressState(rounds=state.rounds) if record.round == 0 else state, record)
         case _:
-            return standing
+            return state
 
 
-def with_round(standing: ProgressState, record: RoundRecord) -> ProgressState:
-    """Return the standing after the record of a round; that of round 0 begins a run."""
+def with_round(state: ProgressState, record: RoundRecord) -> ProgressState:
+    """Return the state of progress after the record of a round; that of round 0 begins a run."""
     test = record.test or {}
-    loss, best = test.get("loss"), standing.best
+    loss, best = test.get("loss"), state.best
     if loss is not None and (best is None or loss < best[0]):
         best = (loss, record.round)
     return replace(
-        standing,
+        state,
         round=record.round,
         done=record.round,
         record=record,
-        test=test or standing.test,
+        test=test or state.test,
         best=best,
-        seconds=(*standing.seconds, record.seconds)[-RECENT:] if record.round else (),
-        earlier=standing.total,
+        seconds=(*state.seconds, record.seconds)[-RECENT:] if record.round else (),
+        earlier=state.total,
         traffic={},
     )
 
 
-def round_line(standing: ProgressState) -> str:
-    """Return what the round that just ended came to, as one plain line."""
-    record = standing.record
+def round_line(state: ProgressState) -> str:
+    """Return the result of the round that just ended, as one plain line."""
+    record = state.record
     if record is None or record.round == 0:
-        return "  ".join(["before", *score(standing)])
-    admitted = sum(isinstance(outcome, AdmittedUpdate) for outcome in standing.outcomes.values())
-    remaining = standing.remaining_s
+        return "  ".join(["before", *score(state)])
+    admitted = sum(isinstance(outcome, AdmittedUpdate) for outcome in state.outcomes.values())
+    remaining = state.remaining_s
     return "  ".join(
         [
-            f"round {standing.round}/{standing.rounds}",
+            f"round {state.round}/{state.rounds}",
             *losses(record),
-            *(score(standing) if record.test else ()),
-            f"clients {admitted}/{len(standing.cohort)}",
+            *(score(state) if record.test else ()),
+            f"clients {admitted}/{len(state.cohort)}",
             f"up {size(record.bytes_up)}",
             f"down {size(record.bytes_down)}",
             duration(record.seconds),
@@ -130,13 +130,13 @@ def losses(record: RoundRecord | None) -> Sequence[str]:
     return [f"loss {number(record.loss_before)} -> {number(record.loss_after)}"]
 
 
-def score(standing: ProgressState) -> Sequence[str]:
+def score(state: ProgressState) -> Sequence[str]:
     """Return the last test scores in words."""
-    words = [f"{metric} {number(standing.test[metric])}" for metric in ("accuracy",) if metric in standing.test]
-    if "loss" in standing.test and standing.best is not None:
-        loss, at = standing.best
-        best = f" (best {number(loss)}, round {at})" if standing.record and standing.record.round else ""
-        words.insert(0, f"test {number(standing.test['loss'])}{best}")
+    words = [f"{metric} {number(state.test[metric])}" for metric in ("accuracy",) if metric in state.test]
+    if "loss" in state.test and state.best is not None:
+        loss, at = state.best
+        best = f" (best {number(loss)}, round {at})" if state.record and state.record.round else ""
+        words.insert(0, f"test {number(state.test['loss'])}{best}")
     return words
 
 
@@ -145,23 +145,23 @@ def failure_lines(failures: Sequence[Failure]) -> Sequence[str]:
     return [*lines, f"and {len(failures) - NAMED_FAILURES} more"] if len(failures) > NAMED_FAILURES else lines
 
 
-def table(standing: ProgressState, title: str, elapsed_s: float) -> RenderableType:
-    """Return the live table: where the run is, how it goes, who is done."""
+def table(state: ProgressState, title: str, elapsed_s: float) -> RenderableType:
+    """Return the live table: the round, the scores, the clients that are done."""
     head = Table.grid(padding=(0, 2))
-    remaining = standing.remaining_s
+    remaining = state.remaining_s
     head.add_row(
         Text(printable(title), style="bold"),
-        f"round {standing.round}/{standing.rounds}",
-        ProgressBar(total=max(standing.rounds, 1), completed=standing.done, width=24),
+        f"round {state.round}/{state.rounds}",
+        ProgressBar(total=max(state.rounds, 1), completed=state.done, width=24),
         f"elapsed {duration(elapsed_s)}",
         "" if remaining is None else f"ETA {duration(remaining)}",
     )
-    total = standing.total
-    middle = [*losses(standing.record), *score(standing), f"up {size(total.up)}", f"down {size(total.down)}"]
+    total = state.total
+    middle = [*losses(state.record), *score(state), f"up {size(total.up)}", f"down {size(total.down)}"]
     rows: list[RenderableType] = [head, Text("  " + "   ".join(middle))]
-    if standing.cohort:
-        rows.append(Text(f"  clients {len(standing.outcomes)}/{len(standing.cohort)}"))
-    rows += [Text(f"  {line}", style="yellow", no_wrap=True) for line in failure_lines(standing.failures)]
+    if state.cohort:
+        rows.append(Text(f"  clients {len(state.outcomes)}/{len(state.cohort)}"))
+    rows += [Text(f"  {line}", style="yellow", no_wrap=True) for line in failure_lines(state.failures)]
     return Group(*rows)
 
 
@@ -175,7 +175,7 @@ class Progress:
         self.console = console
         self.title = title
         self.clock = clock
-        self.standing = ProgressState()
+        self.state = ProgressState()
         self._live: Live | None = None
         self._began = clock()
 
@@ -192,17 +192,17 @@ class Progress:
             self._live.stop()
 
     def __rich__(self) -> RenderableType:
-        if not self.standing.rounds and not self.standing.record:
+        if not self.state.rounds and not self.state.record:
             return Text(f"{printable(self.title)}  preparing  {duration(self.clock() - self._began)}")
-        return table(self.standing, self.title, self.clock() - self._began)
+        return table(self.state, self.title, self.clock() - self._began)
 
     def __call__(self, event: Event) -> None:
-        self.standing = after_round(self.standing, event)
+        self.state = after_round(self.state, event)
         if isinstance(event, Note):
             self._print(printable(event.text))
         elif isinstance(event, RoundFinished) and self._live is None:
-            self._print(round_line(self.standing))
-            for line in failure_lines(self.standing.failures):
+            self._print(round_line(self.state))
+            for line in failure_lines(self.state.failures):
                 self._print(f"  {line}")
 
     def _print(self, line: str) -> None:

@@ -1,4 +1,4 @@
-"""The command `fedtune runs`: which runs there are, where one stands, and whether it can be trusted."""
+"""The command `fedtune runs`: which runs there are, their state, and whether a run can be trusted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="List runs, say where one stands, and check its journal, states and result against each other.",
+    help="List runs, show the state of a run, and check its journal, states and result against each other.",
 )
 
 
@@ -34,47 +34,47 @@ def list_runs(
     with report_errors(debug):
         from fedtune import api
 
-        found = api.runs(folder)
+        statuses = api.runs(folder)
         if as_json:
-            typer.echo(json.dumps([status_line(path, status) for path, status in found]))
+            typer.echo(json.dumps([status_line(path, status) for path, status in statuses]))
             return
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False)
         for column in ("run", "rounds", "state", "on disk"):
             table.add_column(column, justify="right" if column in ("rounds", "on disk") else "left", overflow="fold")
-        for path, status in found:
+        for path, status in statuses:
             if isinstance(status, str):
                 table.add_row(printable(str(path)), "", f"damaged: {printable(status.removeprefix(f'{path}: '))}", "")
             else:
                 table.add_row(printable(str(path)), str(status.committed), state(status), size(status.num_bytes))
-        console(sys.stdout).print(table if found else f"no runs in {printable(str(folder))}")
+        console(sys.stdout).print(table if statuses else f"no runs in {printable(str(folder))}")
 
 
 @app.command(epilog=examples("fedtune runs status runs/demo"))
 def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Say where a run stands; also while it goes on."""
+    """Show the state of a run, also while it runs."""
     with report_errors(debug):
         from fedtune import api
 
-        found = api.status(run)
+        status = api.status(run)
         if as_json:
-            typer.echo(json.dumps(status_line(run, found)))
+            typer.echo(json.dumps(status_line(run, status)))
             return
         facts = {
-            "run": f"{printable(str(run))} ({found.run})",
-            "state": state(found),
-            "rounds": str(found.committed),
-            "last state": found.state or "none yet",
-            "started": "not yet" if not found.begun else "once" if found.epochs == 1 else f"{found.epochs} times",
-            "on disk": size(found.num_bytes),
+            "run": f"{printable(str(run))} ({status.run})",
+            "state": state(status),
+            "rounds": str(status.committed),
+            "last state": status.state or "none yet",
+            "started": "not yet" if not status.begun else "once" if status.epochs == 1 else f"{status.epochs} times",
+            "on disk": size(status.num_bytes),
         }
-        if found.missing:
-            facts["waits for"] = ", ".join(printable(name) for name in found.missing)
-        if found.holder is None and not found.finished:
+        if status.missing:
+            facts["waits for"] = ", ".join(printable(name) for name in status.missing)
+        if status.holder is None and not status.finished:
             from fedtune.runs.resume import resume_command
 
-            facts["go on with"] = printable(resume_command(found.inputs.get("door", "simulate"), run))
+            facts["resume with"] = printable(resume_command(status.inputs.get("door", "simulate"), run))
         for name, text in facts.items():
             typer.echo(f"{name:11} {text}")
 
@@ -85,21 +85,24 @@ def verify(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
     with report_errors(debug):
         from fedtune import api
 
-        found = api.verify(run)
+        verified = api.verify(run)
         if as_json:
-            typer.echo(json.dumps(asdict(found)))
+            typer.echo(json.dumps(asdict(verified)))
             return
         torn = (
-            f"; {found.torn_bytes} bytes of a torn record at the end, which a resume cuts" if found.torn_bytes else ""
+            f"; {verified.torn_bytes} bytes of a torn record at the end, which a resume cuts"
+            if verified.torn_bytes
+            else ""
         )
         typer.echo(
-            f"{printable(str(run))}: {found.records} records, {found.committed} rounds and {found.blobs} blobs "
-            f"({size(found.num_bytes)}) in order; rounds.jsonl and the adapter agree with them{torn}"
+            f"{printable(str(run))}: {verified.records} records, {verified.committed} rounds and "
+            f"{verified.blobs} blobs ({size(verified.num_bytes)}) in order; "
+            f"rounds.jsonl and the adapter agree with them{torn}"
         )
 
 
 def state(status: Status) -> str:
-    """Return in words what a run does."""
+    """Return the state of a run in words."""
     if not status.begun:
         return "not begun"
     if status.holder is not None:

@@ -1,4 +1,4 @@
-"""What a finished run came to, as tables on a terminal."""
+"""The result of a finished run, as tables on a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_CLIENTS = 30
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], *, adapter: Path, report: Path) -> None:
-    """Print the scores before and after, the clients, a sample, and where the result lies.
+    """Print the scores before and after, the clients, a sample, and the paths of the result.
 
     Args:
         console: where to.
@@ -39,9 +39,9 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, adapter: Path,
         console.print(Text(f"{name:8} {printable(path)}"), soft_wrap=True)
 
 
-def views(found: Mapping[str, Any]) -> Table:
+def views(scores: Mapping[str, Any]) -> Table:
     """Return the whole model beside those that devices get: scores, size, time of a forward pass."""
-    rows = {"whole": found["whole"], **{f"pruned by {ratio}": row for ratio, row in found["deployed"].items()}}
+    rows = {"whole": scores["whole"], **{f"pruned by {ratio}": row for ratio, row in scores["deployed"].items()}}
     metrics = [name for name in score_names(*rows.values()) if name not in COSTS]
     table = grid(
         "the same change in smaller models", "", *metrics, "block sparsity", "parameters", "MB", "forward, 16 rows"
@@ -60,11 +60,11 @@ def views(found: Mapping[str, Any]) -> Table:
 COSTS = ("sparsity", "parameters", "megabytes", "forward_ms")
 
 
-def client_views(found: Mapping[str, Any]) -> Table:
+def client_views(scores: Mapping[str, Any]) -> Table:
     """Return each client's held-out scores in the structure that it trained last."""
-    metrics = [name for name in score_names(*found.values()) if name != "ratio"]
+    metrics = [name for name in score_names(*scores.values()) if name != "ratio"]
     table = grid("each client's rows, in the model that it trained last", "client", "ratio", *metrics)
-    for name, row in list(found.items())[:MOST_CLIENTS]:
+    for name, row in list(scores.items())[:MOST_CLIENTS]:
         table.add_row(printable(name), f"{row['ratio']:g}", *(number(row[metric]) for metric in metrics))
     return table
 

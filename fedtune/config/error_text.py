@@ -17,7 +17,7 @@ NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 
 def describe(annotation: Any) -> str:
-    """Say in words what a setting's type allows.
+    """Return in words what a setting's type allows.
 
     >>> from typing import Annotated
     >>> from annotated_types import Ge
@@ -74,7 +74,7 @@ def is_union(annotation: Any) -> bool:
 
 
 def allows(annotation: Any, kind: type) -> bool:
-    """Whether a value of the plain type `kind` may stand for a setting."""
+    """Return whether a setting may have a value of the plain type `kind`."""
     if is_union(annotation):
         return any(allows(option, kind) for option in get_args(annotation))
     if get_origin(annotation) is Annotated:
@@ -89,7 +89,7 @@ def quote(text: object) -> str:
 def display(value: object) -> str:
     """Return a value as a recipe would write it, shortened.
 
-    >>> shown(True), shown("8"), shown({"a": 1})
+    >>> display(True), display("8"), display({"a": 1})
     ('true', "'8'", 'a table')
     """
     if isinstance(value, bool):
@@ -108,8 +108,8 @@ def nearest(word: object, known: Iterable[str]) -> str | None:
     if not isinstance(word, str):
         return None
     by_lower = {option.lower(): option for option in known}
-    found = get_close_matches(word.lower(), by_lower, n=1)
-    return by_lower[found[0]] if found else None
+    matches = get_close_matches(word.lower(), by_lower, n=1)
+    return by_lower[matches[0]] if matches else None
 
 
 def join_words(words: Iterable[object], *, joint: str = "and") -> str:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.binding import Findings, bind_table, unknown_keys
 from fedtune.config.reading import apply_overrides, read
+from fedtune.config.tables import bind_table, unknown_keys
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.settings import LinkSettings
 
@@ -22,13 +22,14 @@ def bind_link(path: Path | None, overrides: tuple[str, ...] = ()) -> tuple[LinkS
     """
     if path is not None and not path.is_file():
         raise ConfigError(Fault("", "a server file in TOML", f"none at {path}"), source=str(path))
-    found, label, root = Findings(), "server", Path.cwd()
+    faults: list[Fault] = []
+    label, root = "server", Path.cwd()
     tables: Mapping[str, Any] = {}
     if path is not None:
         label, _, root, tables = read(path)
-    table = apply_overrides(tables, overrides, found.faults)
-    found.faults.extend(unknown_keys(table, ("link",), ""))
-    settings = bind_table(LinkSettings, table.get("link", {}), "link", found)
-    if found.faults or settings is None:
-        raise ConfigError(found.faults, source=label)
+    table = apply_overrides(tables, overrides, faults)
+    faults.extend(unknown_keys(table, ("link",), ""))
+    settings = bind_table(LinkSettings, table.get("link", {}), "link", faults)
+    if faults:
+        raise ConfigError(faults, source=label)
     return settings, root

@@ -23,7 +23,7 @@ SHORT: Mapping[tuple[str, ...], str] = {
 
 
 def read(source: Path | str | Mapping[str, Any]) -> tuple[str, str, Path, Mapping[str, Any]]:
-    """Return (name for messages, name of the run, folder, tables) of a recipe."""
+    """Return the name for messages, the name of the run, the folder and the tables of a recipe."""
     if isinstance(source, Mapping):
         return "", "run", Path.cwd(), source
     if isinstance(source, str) and "\n" in source:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from fedtune.config.plugins import find_method, find_planner
 from fedtune.data.settings import DataSettings
@@ -81,6 +81,13 @@ class Objects:
     """By client, its rows, or its rows to train on and to hold out."""
 
 
+class NamedSettings(Protocol):
+    """The settings of a method or a planner: a frozen dataclass whose field `name` says of which."""
+
+    @property
+    def name(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One experiment; local files that existed when it was bound are absolute paths here."""
@@ -89,14 +96,14 @@ class Recipe:
     """Letters, digits, `.`, `_` and `-`: the run's folder is named after it."""
     model: ModelSettings
     adapter: AdapterSettings
-    method: Any
+    method: NamedSettings
     """An instance of the method's own settings dataclass."""
     client: Training
     rounds: Schedule
     data: DataSettings
     seed: int = 0
     """Seed of all randomness: the same recipe and seed give the same result, bit for bit, on one machine."""
-    planner: Any = field(default_factory=FixedSettings)
+    planner: NamedSettings = field(default_factory=FixedSettings)
     """An instance of the planner's own settings dataclass."""
     pruning: PruningSettings | None = None
     """None: every client trains the whole model."""
@@ -113,6 +120,21 @@ class Recipe:
     """Folder of the recipe's file; relative paths in it are relative to this."""
     objects: Objects = field(default=Objects(), compare=False)
     """Never part of the recipe's text."""
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "model": ModelSettings,
+    "adapter": AdapterSettings,
+    "client": Training,
+    "rounds": Schedule,
+    "data": DataSettings,
+    "evaluate": EvaluationSettings,
+    "pruning": PruningSettings,
+    "fleet": FleetSettings,
+    "engine": EngineSettings,
+    "report": ReportSettings,
+}
+"""The tables of a recipe whose settings do not depend on a name in them."""
 
 
 def requested_ratio(recipe: Recipe, client: str) -> float:
@@ -160,7 +182,16 @@ def method_of(recipe: Recipe) -> Method[Any]:
     Raises:
         ConfigError: if no method of that name is installed.
     """
-    return with_settings(recipe.objects.method or find_method(recipe.method.name), recipe.method)
+    return with_settings(method_type_of(recipe), recipe.method)
+
+
+def method_type_of(recipe: Recipe) -> Method[Any]:
+    """Return the method of a recipe's name, without regard to its settings.
+
+    Raises:
+        ConfigError: if no method of that name is installed.
+    """
+    return recipe.objects.method or find_method(recipe.method.name)
 
 
 def planner_type_of(recipe: Recipe) -> PlannerType:

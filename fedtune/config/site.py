@@ -1,4 +1,4 @@
-"""A client's own file: its name, its base and its data; everything else is in what the server asks of it."""
+"""A client's own file: its name, its base and its data; all else is in the server's assignments."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from fedtune.config.binding import Findings, bind_name, bind_table, leaf, unknown_keys
+from fedtune.config.binding import bind_name
 from fedtune.config.reading import apply_overrides, read
+from fedtune.config.tables import apply_rule, bind_table, bind_value, freeze_table, unknown_keys
 from fedtune.data.settings import DataSettings
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import ConfigError, Fault
@@ -20,7 +21,7 @@ from fedtune.link.settings import JoinSettings
 from fedtune.model.settings import AdapterSettings, ModelSettings
 
 WHOLE: Mapping[str, Any] = {"kind": "iid", "clients": 1}
-"""The split of a site that says none: all rows are its own."""
+"""The split of a site whose file has none: all rows are its own."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """What a client is made of."""
+    """A client's own file: its name, its base, its data, and what it allows."""
 
     name: str
     """The client's lasting name, under which it is enrolled."""
@@ -54,9 +55,19 @@ class SiteSettings:
     root: Path
     """Folder of the file; relative paths in it are relative to this."""
     link: JoinSettings | None = None
-    """How it dials a server of fedtune's own; none for a site on a SuperNode."""
+    """How it connects to a server of fedtune's own; none for a site on a SuperNode."""
     policy: Policy = field(default_factory=Policy)
-    """What it will do over the link."""
+    """What it agrees to do over the link."""
+
+
+TABLES: Mapping[str, type[Any]] = {
+    "model": ModelSettings,
+    "adapter": Layers,
+    "data": DataSettings,
+    "link": JoinSettings,
+    "policy": Policy,
+}
+"""The settings by their table."""
 
 
 def bind_site(path: Path) -> SiteSettings:
@@ -66,45 +77,40 @@ def bind_site(path: Path) -> SiteSettings:
         ConfigError: with every fault at once, or the reason why the file cannot be read.
     """
     if not path.is_file():
-        fault = Fault("", "a site file", "no such file", "clients/supernode/site.toml shows what stands in one")
+        fault = Fault("", "a site file", "no such file", "clients/supernode/site.toml is an example")
         raise ConfigError(fault, source=str(path))
     label, stem, root, read_table = read(path)
-    found = Findings()
-    table = apply_overrides(read_table, (), found.faults)
-    found.faults.extend(unknown_keys(table, ("name", "seed", "model", "adapter", "data", "link", "policy"), ""))
+    faults: list[Fault] = []
+    table = apply_overrides(read_table, (), faults)
+    faults.extend(unknown_keys(table, ("name", "seed", *TABLES), ""))
     for name in ("model", "adapter", "data"):
         if name not in table:
-            found.faults.append(Fault(name, f"the table [{name}]", "nothing"))
-    data, split = table.get("data", {}), False
+            faults.append(Fault(name, f"the table [{name}]", "nothing"))
+    data = table.get("data")
     if isinstance(data, dict):
-        split = "split" in data
-        data = {"split": dict(WHOLE), **data}
-    bound: dict[str, Any] = {
-        "model": bind_table(ModelSettings, table["model"], "model", found) if "model" in table else None,
-        "adapter": bind_table(Layers, table["adapter"], "adapter", found) if "adapter" in table else None,
-        "data": bind_table(DataSettings, data, "data", found) if "data" in table else None,
-        "name": bind_name(table.get("name", stem), found),
-        "seed": leaf(Annotated[int, Ge(0)], table.get("seed", 0), "seed", found),
-    }
-    if bound["data"] is not None:
-        found.faults.extend(data_faults(bound["data"]))
-    if "link" in table:
-        bound["link"] = bind_table(JoinSettings, table["link"], "link", found)
-    if "policy" in table and (policy := bind_table(Policy, table["policy"], "policy", found)) is not None:
-        bound["policy"] = policy
-        found.faults.extend(policy_faults(policy, bound["data"]))
-    if found.faults:
-        raise ConfigError(found.faults, source=label)
-    return SiteSettings(root=root, split=split, **bound)
+        table["data"] = {"split": dict(WHOLE), **data}
+    values = {name: bind_table(cls, table[name], name, faults) for name, cls in TABLES.items() if name in table}
+    values["root"] = root
+    values["split"] = isinstance(data, dict) and "split" in data
+    values["name"] = bind_name(table.get("name", stem), faults)
+    values["seed"] = bind_value(Annotated[int, Ge(0)], table.get("seed", 0), "seed", faults)
+    site = freeze_table(SiteSettings, values, complete=not faults)
+    for rule in (lambda settings: data_faults(settings.data), policy_faults):
+        faults.extend(apply_rule(rule, site))
+    if faults:
+        raise ConfigError(faults, source=label)
+    return site
 
 
-def policy_faults(policy: Policy, data: DataSettings | None) -> Sequence[Fault]:
+def policy_faults(site: SiteSettings) -> Sequence[Fault]:
     """Return what of a policy is wrong by itself, and the columns of the data that it does not allow."""
+    policy = site.policy
     try:
         check_policy(policy)
     except ConfigError as error:
         return error.faults
-    if not policy.columns or data is None:
+    data = site.data
+    if not policy.columns:
         return ()
     if not data.fields:
         return [Fault("data.fields", "every column by name, where policy.columns names some", "none")]

@@ -102,7 +102,7 @@ def encode_causal(rows: Mapping[str, Sequence[str]], settings: DataSettings, tok
     texts = list(_texts(rows, settings, tokenizer))
     coded: list[tuple[Example | None, int, int]] = []
     for start in range(0, len(texts), _BATCH):
-        coded += _coded(texts[start : start + _BATCH], settings, tokenizer)
+        coded += _encode_texts(texts[start : start + _BATCH], settings, tokenizer)
     return Encoded(
         examples=[example for example, _, _ in coded],
         prompt_tokens=np.array([prompt_tokens for _, prompt_tokens, _ in coded], dtype=np.int64),
@@ -163,7 +163,7 @@ def pack(examples: Sequence[Example], *, max_tokens: int) -> list[Example]:
     ]
 
 
-def _coded(
+def _encode_texts(
     texts: Sequence[_Text], settings: DataSettings, tokenizer: Tokenizer
 ) -> Iterator[tuple[Example | None, int, int]]:
     """Yield each text's example, its prompt's tokens and all its tokens, the latter two uncut."""
@@ -181,16 +181,16 @@ def _coded(
         boundary = next((token for token in tokens if token is not None), len(ids))
         if text.ends and end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
-        kept = min(len(ids), settings.max_tokens)
-        if max(1, boundary) >= kept:
+        length = min(len(ids), settings.max_tokens)
+        if max(1, boundary) >= length:
             yield None, boundary, len(ids)
             continue
         # Nothing predicts the first token, not even one that spans the boundary.
         lead = max(1, boundary) if settings.loss_on == "completion" and text.prompt else 1
-        reach = len(whole[row]) if kept == len(ids) else _reach(encoded, row, kept - 1)
+        reach = len(whole[row]) if length == len(ids) else _reach(encoded, row, length - 1)
         example = Example(
-            input_ids=np.array(ids[:kept], dtype=np.int64),
-            labels=np.array([IGNORED] * lead + ids[lead:kept], dtype=np.int64),
+            input_ids=np.array(ids[:length], dtype=np.int64),
+            labels=np.array([IGNORED] * lead + ids[lead:length], dtype=np.int64),
             characters=reach - _reach(encoded, row, lead - 1),
             prompt=text.prompt,
             reference=text.reference,
@@ -222,13 +222,13 @@ def _texts(rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer:
     if "instruction" not in rows and "input" not in rows:
         raise ConfigError(_missing("instruction", "a prompt", rows))
     if settings.template == "chat":
-        return (_chat(_joined(*row[:2], "\n\n"), row[2], tokenizer) for row in _checked_chat(columns, tokenizer))
-    return (_filled(settings.template, *row) for row in columns)
+        return (_chat(_join(*row[:2], "\n\n"), row[2], tokenizer) for row in _checked_chat(columns, tokenizer))
+    return (_fill(settings.template, *row) for row in columns)
 
 
-def _filled(template: str, instruction: str, context: str, output: str) -> _Text:
+def _fill(template: str, instruction: str, context: str, output: str) -> _Text:
     if template == "plain":
-        return _Text(_joined(instruction, context, "\n") + "\n", output, output, ends=True, special=True)
+        return _Text(_join(instruction, context, "\n") + "\n", output, output, ends=True, special=True)
     if template == "alpaca":
         template = _ALPACA_INPUT if context else _ALPACA
     values = {"instruction": instruction, "input": context}
@@ -256,7 +256,7 @@ def _chat(question: str, output: str, tokenizer: Tokenizer) -> _Text:
     return _Text(prompt, answered[len(prompt) :], output, ends=False, special=False)
 
 
-def _joined(first: str, second: str, separator: str) -> str:
+def _join(first: str, second: str, separator: str) -> str:
     return separator.join(part for part in (first, second) if part)
 
 

@@ -66,8 +66,8 @@ def federate(
 
     Raises: ConfigError if data cannot be read, divided or encoded, or a client is left with no training example.
     """
-    if found := faults(settings):
-        raise ConfigError(found)
+    if wrong := faults(settings):
+        raise ConfigError(wrong)
     if settings.packing and task == "classification":
         raise ConfigError(Fault("data.packing", "false for classification", "true"))
     if rows is not None and settings.split.kind != "key":
@@ -77,15 +77,15 @@ def federate(
     source = load(settings, root, task=task) if rows is None else load_rows(settings, _training(rows), task=task)
     test = load_test(settings, root, task=task)
     labels = _labels(source, test, held_out) if task == "classification" else []
-    limited = _limited(source, settings.limit, seed)
+    limited = _take(source, settings.limit, seed)
     groups = limited[GROUP][:] if GROUP in limited.column_names else None
-    parts = _chosen(partition(settings.split, rows=len(limited), groups=groups, seed=seed), settings.split.only)
+    parts = _select(partition(settings.split, rows=len(limited), groups=groups, seed=seed), settings.split.only)
 
-    encoded = {name: _encoded(limited.select(part), settings, tokenizer, labels) for name, part in parts.items()}
+    encoded = {name: _encode(limited.select(part), settings, tokenizer, labels) for name, part in parts.items()}
     notes = _notes(list(encoded.values()), settings)
     if left := len(limited) - sum(map(len, parts.values())):
         notes.append(f"data.split: {left} of {len(limited)} rows go to no client")
-    apart = {} if held_out is None else _by_client(_encoded(held_out, settings, tokenizer, labels), held_out[GROUP][:])
+    apart = {} if held_out is None else _by_client(_encode(held_out, settings, tokenizer, labels), held_out[GROUP][:])
     clients = {
         name: Shard(_shard(name, client, replace(settings, held_out=0.0), seed).train, apart[name])
         if name in apart
@@ -95,7 +95,7 @@ def federate(
     if test is None:
         scored = [example for shard in clients.values() for example in shard.held_out]
     else:
-        scored_rows = _encoded(test, settings, tokenizer, labels)
+        scored_rows = _encode(test, settings, tokenizer, labels)
         notes += [f"test: {note}" for note in _notes([scored_rows], settings)]
         scored = [example for example in scored_rows.examples if example is not None]
         if not scored:
@@ -146,7 +146,7 @@ def digest(federation: Federation) -> str:
     return sha.hexdigest()
 
 
-def _chosen(parts: Mapping[str, Rows], only: Sequence[str] | None) -> Mapping[str, Rows]:
+def _select(parts: Mapping[str, Rows], only: Sequence[str] | None) -> Mapping[str, Rows]:
     if only is None:
         return parts
     if unknown := sorted(set(only) - parts.keys()):
@@ -156,7 +156,7 @@ def _chosen(parts: Mapping[str, Rows], only: Sequence[str] | None) -> Mapping[st
     return {name: part for name, part in parts.items() if name in only}
 
 
-def _limited(rows: Dataset, limit: int | None, seed: int) -> Dataset:
+def _take(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     if limit is None or limit >= len(rows):
         return rows
     chosen = generator(derive(seed, "data.limit")).choice(len(rows), size=limit, replace=False)
@@ -179,7 +179,7 @@ def _labels(source: Dataset, *others: Dataset | None) -> list[str]:
     return labels
 
 
-def _encoded(rows: Dataset, settings: DataSettings, tokenizer: Tokenizer, labels: Sequence[str]) -> Encoded:
+def _encode(rows: Dataset, settings: DataSettings, tokenizer: Tokenizer, labels: Sequence[str]) -> Encoded:
     columns = {name: rows[name][:] for name in rows.column_names if name != GROUP}
     if labels:
         return encode_classes(columns, settings, tokenizer, labels=labels)
@@ -188,14 +188,14 @@ def _encoded(rows: Dataset, settings: DataSettings, tokenizer: Tokenizer, labels
 
 def _shard(name: str, encoded: Encoded, settings: DataSettings, seed: int) -> Shard:
     count = len(encoded.examples)
-    held = min(max(1, round(settings.held_out * count)), count - 1) if settings.held_out else 0
+    num_held_out = min(max(1, round(settings.held_out * count)), count - 1) if settings.held_out else 0
     order = generator(derive(seed, "data.held_out", client=name)).permutation(count)
-    train = [example for row in np.sort(order[held:]) if (example := encoded.examples[row]) is not None]
+    train = [example for row in np.sort(order[num_held_out:]) if (example := encoded.examples[row]) is not None]
     if not train:
         expected = f"at least one training example for client {name!r}"
         got = f"none of its {count} rows has an answer left at {settings.max_tokens} tokens"
         raise ConfigError(Fault("data.max_tokens", expected, got, "raise max_tokens or give the client more rows"))
-    held_out = [example for row in order[:held] if (example := encoded.examples[row]) is not None]
+    held_out = [example for row in order[:num_held_out] if (example := encoded.examples[row]) is not None]
     return Shard(pack(train, max_tokens=settings.max_tokens) if settings.packing else train, held_out)
 
 

@@ -35,13 +35,13 @@ def partition(split: Split, *, rows: int, groups: Sequence[str] | None, seed: in
     Raises: ConfigError if a client would get fewer than `min_examples` rows.
     """
     if split.kind in ("key", "files"):
-        parts = _by_group(_given("by", groups), split.clients)
+        parts = _by_group(_check_values("by", groups), split.clients)
     elif split.kind == "iid":
-        parts = _numbered(np.array_split(_shuffled(rows, seed), _given("clients", split.clients)))
+        parts = _name_clients(np.array_split(_shuffle(rows, seed), _check_values("clients", split.clients)))
     elif split.kind == "sizes":
-        parts = _by_sizes(_given("sizes", split.sizes), rows=rows, seed=seed)
+        parts = _by_sizes(_check_values("sizes", split.sizes), rows=rows, seed=seed)
     else:
-        return _dirichlet(split, _given("by", groups), seed=seed)
+        return _dirichlet(split, _check_values("by", groups), seed=seed)
     if short := _too_small(parts, split.min_examples):
         hint = "lower clients or min_examples, or give more rows"
         raise ConfigError(Fault("data.split", f"at least {split.min_examples} examples per client", short, hint))
@@ -84,7 +84,7 @@ def _by_group(groups: Sequence[str], clients: int | None) -> dict[str, Rows]:
 def _by_sizes(sizes: Sequence[int], *, rows: int, seed: int) -> dict[str, Rows]:
     if sum(sizes) > rows:
         raise ConfigError(Fault("data.split.sizes", f"sizes that sum to at most {rows} rows", str(sum(sizes))))
-    return _numbered(np.split(_shuffled(rows, seed), np.cumsum(sizes))[:-1])
+    return _name_clients(np.split(_shuffle(rows, seed), np.cumsum(sizes))[:-1])
 
 
 def _dirichlet(split: Split, groups: Sequence[str], *, seed: int) -> dict[str, Rows]:
@@ -93,7 +93,7 @@ def _dirichlet(split: Split, groups: Sequence[str], *, seed: int) -> dict[str, R
     As in NIID-Bench (Li et al. 2021, arXiv 2102.02079) the draw is over clients for each group, and repeated while a
     client is too small.
     """
-    clients, alpha = _given("clients", split.clients), _given("alpha", split.alpha)
+    clients, alpha = _check_values("clients", split.clients), _check_values("alpha", split.alpha)
     where = _where(groups)
     if clients * split.min_examples > len(groups):
         expected = f"at least {clients} x {split.min_examples} rows"
@@ -107,7 +107,7 @@ def _dirichlet(split: Split, groups: Sequence[str], *, seed: int) -> dict[str, R
             ends = np.rint(np.cumsum(proportions)[:-1] * len(members)).astype(np.int64)
             for share, taken in zip(shares, np.split(draw.permutation(members), ends), strict=True):
                 share.append(taken)
-        parts = _numbered([np.concatenate(share) for share in shares])
+        parts = _name_clients([np.concatenate(share) for share in shares])
         short = _too_small(parts, split.min_examples)
         if short is None:
             return parts
@@ -124,11 +124,11 @@ def _where(groups: Sequence[str]) -> dict[str, Rows]:
     return {value: np.array(members, dtype=np.int64) for value, members in rows.items()}
 
 
-def _shuffled(rows: int, seed: int) -> Rows:
+def _shuffle(rows: int, seed: int) -> Rows:
     return generator(derive(seed, "data.partition")).permutation(rows).astype(np.int64)
 
 
-def _numbered(parts: Sequence[Rows]) -> dict[str, Rows]:
+def _name_clients(parts: Sequence[Rows]) -> dict[str, Rows]:
     width = len(str(len(parts) - 1))
     return {f"client-{number:0{width}d}": np.sort(part) for number, part in enumerate(parts)}
 
@@ -138,7 +138,7 @@ def _too_small(parts: Mapping[str, Rows], least: int) -> str | None:
     return f"{len(parts[name])} for {name}" if len(parts[name]) < least else None
 
 
-def _given(name: str, value: T | None) -> T:
+def _check_values(name: str, value: T | None) -> T:
     if value is None:
         raise ConfigError(Fault(f"data.split.{name}", "a value", "none"))
     return value

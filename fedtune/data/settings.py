@@ -86,22 +86,22 @@ class DataSettings:
 
 
 def faults(settings: DataSettings) -> list[Fault]:
-    """Return what no single field can tell: settings that need or exclude each other, and a template that is none."""
-    split, found = settings.split, []
+    """Return the faults between settings that need or exclude each other, and those of the template."""
+    split, wrong = settings.split, list[Fault]()
     needs = {"key": ["by"], "iid": ["clients"], "dirichlet": ["by", "clients", "alpha"], "sizes": ["sizes"]}
     needed = needs.get(split.kind, [])
     for name in needed:
         if not getattr(split, name):
-            found.append(Fault(f"data.split.{name}", f"a value, for {split.kind!r} needs it", "none", f"set {name}"))
+            wrong.append(Fault(f"data.split.{name}", f"a value, for {split.kind!r} needs it", "none", f"set {name}"))
     optional = {"key": ["clients"], "files": ["clients"]}.get(split.kind, [])
     for name in ("by", "clients", "alpha", "sizes"):
         value = getattr(split, name)
         if value is not None and name not in needed + optional:
             expected = f"no value, for {split.kind!r} has no use for it"
-            found.append(Fault(f"data.split.{name}", expected, repr(value), "remove it or choose another kind"))
+            wrong.append(Fault(f"data.split.{name}", expected, repr(value), "remove it or choose another kind"))
     if settings.template not in TEMPLATES and not settings.template.endswith("{output}"):
         expected = f"{', '.join(TEMPLATES)} or a text that ends in {{output}}"
-        found.append(Fault("data.template", expected, repr(settings.template)))
+        wrong.append(Fault("data.template", expected, repr(settings.template)))
     elif settings.template.count("{output}") > 1:
-        found.append(Fault("data.template", "{output} once, at the end", repr(settings.template)))
-    return found
+        wrong.append(Fault("data.template", "{output} once, at the end", repr(settings.template)))
+    return wrong

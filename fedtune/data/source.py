@@ -64,11 +64,11 @@ def load_rows(settings: DataSettings, rows: Mapping[str, Any], *, task: Task) ->
         where = f"the rows of {client!r}"
         if not isinstance(given, Dataset) and not all(isinstance(row, Mapping) for row in given):
             raise ConfigError(Fault("data", "a Dataset, or a sequence of mappings from column to value", where))
-        columns = _columns(given) if isinstance(given, Dataset) else _transposed(list(given))
+        columns = _columns(given) if isinstance(given, Dataset) else _to_columns(list(given))
         count = len(next(iter(columns.values()), ()))
         if not count:
             raise ConfigError(Fault("data", "at least one row for every client", f"none for {client!r}"))
-        chosen = _chosen(settings, columns, where, task)
+        chosen = _select_columns(settings, columns, where, task)
         parts = {
             part: _cells(part, columns[column], f"column {column!r} of {where}") for part, column in chosen.items()
         }
@@ -85,11 +85,11 @@ def _load(
 ) -> Dataset:
     rows: dict[str, list[Any]] = {}
     for name, form in _places([source] if isinstance(source, str) else source, settings.format, root, key):
-        columns = _READERS[form](name, key) if form in _READERS else _stored(name, form, settings.subset, key)
+        columns = _READERS[form](name, key) if form in _READERS else _read_stored(name, form, settings.subset, key)
         count = len(next(iter(columns.values()), ()))
         if not count:
             raise ConfigError(Fault(key, "at least one row", f"none in {name}"))
-        chosen = _chosen(settings, columns, name, task)
+        chosen = _select_columns(settings, columns, name, task)
         read = {part: _cells(part, columns[column], f"column {column!r} of {name}") for part, column in chosen.items()}
         if by == GROUP:
             read[GROUP] = [Path(name).stem] * count
@@ -115,8 +115,8 @@ def _places(sources: Sequence[str], form: str, root: Path, key: str) -> list[tup
             places.append((source, form))
         elif path.exists():
             places.append((str(path), _form(path, form, key)))
-        elif found := sorted(glob.glob(str(path), recursive=True)):
-            places.extend((name, _form(Path(name), form, key)) for name in found)
+        elif matches := sorted(glob.glob(str(path), recursive=True)):
+            places.extend((name, _form(Path(name), form, key)) for name in matches)
         elif form == "auto" and _may_be_hub_name(source):
             places.append((source, "hub"))
         else:
@@ -141,7 +141,7 @@ def _may_be_hub_name(source: str) -> bool:
     return Path(name).suffix.lower() not in _ENDINGS and plain.isalnum() and not name.startswith((".", "/"))
 
 
-def _stored(name: str, form: str, subset: str | None, key: str) -> Columns:
+def _read_stored(name: str, form: str, subset: str | None, key: str) -> Columns:
     """Read what `datasets` itself stores: a saved data set, or the split of a hub data set."""
     place, _, split = name.partition(":") if form == "hub" else (name, "", "")
     try:
@@ -210,7 +210,7 @@ def _jsonl(name: str, key: str) -> Columns:
         if not isinstance(rows[-1], dict):
             got = f"a {type(rows[-1]).__name__} in line {number} of {name}"
             raise ConfigError(Fault(key, "one JSON object per line", got, 'for a list of objects set format = "json"'))
-    return _transposed(rows)
+    return _to_columns(rows)
 
 
 def _json(name: str, key: str) -> Columns:
@@ -227,7 +227,7 @@ def _json(name: str, key: str) -> Columns:
         rows = [rows]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(Fault(key, "a list of JSON objects", f"something else in {name}"))
-    return _transposed(rows)
+    return _to_columns(rows)
 
 
 _READERS: Mapping[str, Callable[[str, str], Columns]] = {
@@ -252,12 +252,12 @@ def _read(name: str, key: str) -> str:
     return text
 
 
-def _transposed(rows: Sequence[Mapping[str, Any]]) -> Columns:
+def _to_columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _chosen(settings: DataSettings, columns: Columns, name: str, task: Task) -> dict[str, str]:
+def _select_columns(settings: DataSettings, columns: Columns, name: str, task: Task) -> dict[str, str]:
     """Return the column of each part that the task uses: what it does not use may be empty or odd."""
     chosen = {part: column for part in get_args(Part) if (column := _column(settings, part, columns, name))}
     if task == "causal":

@@ -74,6 +74,7 @@ def sizes(anatomy: BlockLayout, settings: PruningSettings | None, ratio: float) 
     number = len(anatomy.blocks)
     if settings is None or ratio == 0:
         return Sizes(*(sum(each) / number for each in zip(*map(_whole, anatomy.blocks), strict=True)))
+    # Blocks of one base have the same numbers of heads, so the first gives the size of a group.
     count, block = counts(anatomy, settings, ratio), anatomy.blocks[0]
     units = count.total / number
     q, kv = (
@@ -150,6 +151,7 @@ def round_bytes(
 ) -> tuple[float, float]:
     """Return (bytes down, bytes up) of a round: the sliced global change and the factors, modules_to_save, bitmaps."""
     number, sides = BYTES[wire_dtype], adapter_sides(body, sizes(body.anatomy, settings, ratio))
+    # Two bitmaps of a bit per group: the structure and the previous one.
     groups = sum(b.heads + b.kv_heads + b.channels for b in body.anatomy.blocks) if settings else 0
     return (
         number * global_rank * sides + 4 * body.saved + groups / 4,

@@ -76,6 +76,7 @@ class SimulatedClock:
             seed, name, round
         )
         mode = traces.speed(profile, seed, name, by=self.by, round=round)
+        # Work starts when the download is over, which decides the mode that it runs in.
         compute = integrated_seconds(now_s + first, work_s, mode)
         begin = now_s + first + compute + profile.overhead_s
         second = profile.latency_s + integrated_seconds(begin, load.bytes_up, up)

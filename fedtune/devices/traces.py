@@ -29,6 +29,7 @@ NOISE = 0.1
 
 def mode(profile: DeviceProfile, seed: int, client: str, slot: int) -> float:
     """Return the share of its speed that a device runs at in a period."""
+    # A key per slot: any slot can be asked for without the ones before it, so all policies meet the same world.
     drawn = generator(derive(seed, "trace/mode", slot, client)).integers(len(profile.modes))
     return profile.modes[int(drawn)]
 

@@ -1,4 +1,4 @@
-"""The Flower app of a client: it says hello, and does what an assignment asks with its own model and data."""
+"""The Flower app of a client: it says hello, and performs assignments with its own model and data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SiteOf: TypeAlias = Callable[[Mapping[str, Scalar], Mapping[str, Scalar]], Site]
 
 
 def client_app(site_of: SiteOf) -> ClientApp:
-    """Return the app of whichever client the node that it runs on belongs to."""
+    """Return the app of the client whose node it runs on."""
     app = ClientApp()
 
     @app.query("caps")
@@ -58,7 +58,7 @@ def reply_to(message: Message, work: Callable[[], RecordDict]) -> Message:
         return Message(work(), reply_to=message)
     except FedtuneError as error:
         return Message(Error(ERROR, str(error)), reply_to=message)
-    except Exception as error:  # what it says may quote data, and Flower would send that on: only its type leaves
+    except Exception as error:  # its text may quote data, and Flower would send it: only its type leaves
         if shim.in_simulation():  # with its type in words: of what is raised on Ray, Flower's reply keeps only the text
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         traceback.print_exc()
@@ -72,5 +72,5 @@ def hello(site: Site) -> RecordDict:
 
 
 def train_reply(site: Site, content: RecordDict) -> RecordDict:
-    order = unpack(content)
-    return pack(b"", {UPDATE: encode_update(site.perform(decode_assignment(order.header, order.blobs)))})
+    assignment = unpack(content)
+    return pack(b"", {UPDATE: encode_update(site.perform(decode_assignment(assignment.header, assignment.blobs)))})

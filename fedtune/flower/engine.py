@@ -42,7 +42,7 @@ class EngineState:
     """The grid is there, or the engine has ended."""
     ended: Event = field(default_factory=Event)
     release: Event = field(default_factory=Event)
-    """The main thread needs it no more."""
+    """The main thread does not need the engine any more."""
     grid: Grid | None = None
     error: BaseException | None = None
 
@@ -66,13 +66,13 @@ class RayTransport:
         """Return the clients, once all have said hello."""
         return self.over.clients()
 
-    def exchange(self, orders: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
+    def exchange(self, assignments: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
         """Yield one answer per client.
 
         Raises:
             RoundError: if a worker process died; Flower would hand the dead one further messages and fail them all.
         """
-        for answer in self.over.exchange(orders, replace(rule, deadline_s=None)):
+        for answer in self.over.exchange(assignments, replace(rule, deadline_s=None)):
             if isinstance(answer, Failure) and answer.code == "WORKER_DIED":
                 raise RoundError(
                     f"{answer.client}: expected a living worker; its process died (out of memory?), and Ray's engine "
@@ -87,12 +87,12 @@ def ray_transport(
 ) -> Iterator[RayTransport]:
     """Start Flower's simulation engine beside the main thread, give a transport over its grid, and end it.
 
-    After `kill -9` of this process nobody ends it: Ray's agents may run on, and its folder `ray-*` stays in the
-    temporary folder. `ray stop --force` ends every Ray of this user; then the folder can be deleted.
+    After `kill -9` of this process, Ray's agents may run on, and its folder `ray-*` stays in the temporary folder.
+    `ray stop --force` ends every Ray of this user; then the folder can be deleted.
 
     Args:
         client_app: must hold nothing that is large or loaded: it travels to a worker with every message.
-        clients: how many there are; each is told its place as `partition-id`.
+        clients: how many there are; each gets its place as `partition-id`.
         workers: processes that do their work.
         share: of the machine, for each worker.
         start_s: seconds within which all clients must have said hello; the first of each worker loads the base.
@@ -141,7 +141,7 @@ def ray_transport(
                 )
             )
         except BaseException:
-            # What the clients still do is of no use to anybody, and the engine would wait for it.
+            # The clients' work is of no more use, and the engine would wait for it.
             shim.kill_workers()
             raise
         finally:
@@ -181,7 +181,7 @@ def quiet_logs() -> Iterator[None]:
 def run_engine(
     running: EngineState, server_app: ServerApp, client_app: ClientApp, clients: int, backend: dict[str, object]
 ) -> None:
-    """Run the engine until it ends; what ends it before its time is kept for the main thread."""
+    """Run the engine until it ends; an error that ends it is kept for the main thread."""
     try:
         shim.simulate(server_app, client_app, clients=clients, backend=backend)
     except RuntimeError as error:

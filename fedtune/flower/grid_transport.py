@@ -13,7 +13,8 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import RoundError, WireError
-from fedtune.flower.records import ERROR, UPDATE, arrays, pack, unpack
+from fedtune.flower.records import arrays, pack, unpack
+from fedtune.flower.replies import decode_reply, error_reason, one_line
 from fedtune.messages import Client, Failure
 from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment
@@ -21,16 +22,15 @@ from fedtune.wire.profile import ClientProfile, ModelSpec, common_model_spec, de
 
 HELLO = f"{MessageType.QUERY}.caps"
 TTL_S = 7 * 24 * 3600.0
-"""How long Flower keeps an order of a round without a deadline."""
+"""How long Flower keeps an assignment of a round without a deadline."""
 WINDOW = 16
 """Replies asked for at once: so many updates are in memory, not a cohort's."""
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.5
-"""Between two looks for replies; doubled while nothing comes."""
-LONGEST_REASON = 500
+"""Between two looks for replies; doubled as long as none comes."""
 LATE_S = 60.0
-"""How much longer than a round can last Flower keeps its orders: an answer that comes by then is counted."""
+"""How long Flower keeps assignments after the longest that a round can last: answers until then are counted."""
 AGAIN_S = 60.0
-"""After which a client is asked again that was refused for something that may pass."""
+"""After which a client that was refused for a passing reason is asked again."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,22 @@ class SentMessage:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a connected node takes no part."""
+    """Why a connected node does not take part."""
 
     reason: str
     until: float
     """When it is asked again, by the transport's clock; infinite where that would change nothing."""
     taken: str = ""
-    """The name that another client holds, if that is why: a client that starts anew meets its own, until Flower sees
+    """The name that another client has, if that is the reason: a restarted client meets its own name until Flower sees
     that the process before it is dead."""
 
 
 class GridTransport:
-    """Orders out and updates back as Flower messages; node ids never leave this class.
+    """Assignments out and updates back as Flower messages; node ids never leave this class.
 
-    A client says hello before its first order. Its name is the one that the grid has bound to its key; where the grid
-    knows none, what it calls itself. Who holds another base than most, or takes a name that is taken, is refused; the
-    first for the whole run, the second until the name is free.
+    A client says hello before its first assignment. Its name is the one that the grid has bound to its key, or the one
+    that it gives itself. A client with another base than most is refused for the whole run; one with the name of
+    another client is refused until that name is free.
     """
 
     def __init__(
@@ -81,39 +81,39 @@ class GridTransport:
         """Bind a grid.
 
         Args:
-            grid: of the run; whoever made it closes it.
+            grid: of the run; the caller closes it.
             expected: clients that must have said hello before the first round.
             least: clients without an unanswered message that a round needs.
             patience_s: seconds to wait for either.
             hello_s: seconds to wait for the hello of a further client when there are enough of them; it loads the base.
-            closed: whether nobody else can join: then a refused client is not waited for.
-            note: told at once whom the run waits for, who has come and who is refused.
+            closed: whether no further client can join: then a refused client is not waited for.
+            note: receives at once whom the run waits for, who has connected and who is refused.
             clock: seconds from any start.
             sleep: waits so many seconds.
         """
         self._grid, self._clock, self._sleep = grid, clock, sleep
         self._expected, self._least, self._patience_s, self._hello_s = expected, least, patience_s, hello_s
         self._closed, self._note = closed, note
-        self._here: dict[int, ClientProfile] = {}  # by node; connected clients that have said hello
+        self._connected: dict[int, ClientProfile] = {}  # by node; connected clients that have said hello
         self._refused: dict[int, Rejection] = {}  # by node
-        self._open: dict[str, SentMessage] = {}  # by message id
-        self._aside: list[UnsolicitedReply] = []  # for the next exchange to tell
+        self._unanswered: dict[str, SentMessage] = {}  # by message id
+        self._unsolicited: list[UnsolicitedReply] = []  # for the next exchange to tell
         self._foundation: ModelSpec | None = None
         # Initial values may be large: clients that agree share one copy, which goes with the last of them.
         self._foundations: WeakValueDictionary[tuple[object, ...], ModelSpec] = WeakValueDictionary()
 
     def clients(self) -> Sequence[Client]:
-        """Return the clients that are connected, fit together and are not busy with an earlier order.
+        """Return the clients that are connected, have the same base and are not busy with an earlier assignment.
 
         Raises:
-            RoundError: if there are not enough of them after `patience_s`; names who is there.
+            RoundError: if there are not enough of them after `patience_s`; names those that are.
         """
         began = self._clock()
         if self._foundation is None:
             self._note(f"waiting for {self._expected} client{'s' * (self._expected > 1)} to say hello")
-        self._gather(lambda: self._ready() or self._hopeless())
+        self._await_clients(lambda: self._ready() or self._cannot_be_ready())
         if not self._ready():
-            raise RoundError(self._too_few(self._clock() - began))
+            raise RoundError(self._too_few_message(self._clock() - began))
         # A client that leaves later must not hold up every round after it.
         self._expected = self._least
         return [
@@ -135,33 +135,35 @@ class GridTransport:
 
     @property
     def profiles(self) -> Mapping[str, ClientProfile]:
-        """What each connected client has said of itself, by name."""
-        return {profile.client: profile for profile in sorted(self._here.values(), key=lambda one: one.client)}
+        """What each connected client says of itself, by name."""
+        return {
+            profile.client: profile for profile in sorted(self._connected.values(), key=lambda profile: profile.client)
+        }
 
-    def exchange(self, orders: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
-        """Deliver the orders and yield each answer as it comes, and what came late from rounds before.
+    def exchange(self, assignments: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
+        """Deliver the assignments and yield each answer as it comes, and late ones of earlier rounds.
 
-        Bodies that many orders share are hashed and uploaded once. A client that says nothing in time is a `Failure`
-        of the kind `late`, and busy until it answers or Flower drops its order.
+        Bodies that many assignments share are hashed and uploaded once. A client without an answer in time is a
+        `Failure` of the kind `late`, and busy until it answers or Flower drops its assignment.
         """
-        if not orders.keys() <= self._nodes().keys():  # a round that goes on is not preceded by `clients`
-            self._gather(lambda: orders.keys() <= self._nodes().keys())
+        if not assignments.keys() <= self._nodes().keys():  # a resumed round is not preceded by `clients`
+            self._await_clients(lambda: assignments.keys() <= self._nodes().keys())
         began = self._clock()
         ttl_s = TTL_S if rule.deadline_s is None else rule.deadline_s + rule.grace_s + LATE_S
-        waiting, failures = self._send(orders, ttl_s)
+        waiting, failures = self._send(assignments, ttl_s)
         yield from failures
-        came, pause = 0, FIRST_PAUSE_S
+        num_replies, pause = 0, FIRST_PAUSE_S
         while waiting:
             before = len(waiting)
             for message_id, sent, reply in self._pull():
                 if message_id in waiting:
                     answer = decode_reply(waiting.pop(message_id), reply)
-                    came += isinstance(answer, Reply)
+                    num_replies += isinstance(answer, Reply)
                     yield answer
                 else:
-                    self._settle(sent, reply)
-            yield from self._noted()
-            patience_s = 0.0 if came >= rule.quorum else rule.grace_s
+                    self._sort_reply(sent, reply)
+            yield from self._drain_unsolicited()
+            patience_s = 0.0 if num_replies >= rule.quorum else rule.grace_s
             if rule.deadline_s is not None and self._clock() - began >= rule.deadline_s + patience_s:
                 break
             if len(waiting) == before:
@@ -169,17 +171,19 @@ class GridTransport:
             pause = FIRST_PAUSE_S if len(waiting) < before else min(2 * pause, LAST_PAUSE_S)
         for client in waiting.values():
             yield Failure(client, got=f"no answer in {self._clock() - began:.0f} s", kind="late")
-        yield from self._noted()
+        yield from self._drain_unsolicited()
 
-    def _send(self, orders: Mapping[str, EncodedAssignment], ttl_s: float) -> tuple[dict[str, str], Sequence[Failure]]:
-        """Push the orders; return the clients by message id, and those that cannot be reached."""
+    def _send(
+        self, assignments: Mapping[str, EncodedAssignment], ttl_s: float
+    ) -> tuple[dict[str, str], Sequence[Failure]]:
+        """Push the assignments; return the clients by message id, and the failures of those not reached."""
         nodes, array = self._nodes(), arrays()
         waiting, failures = dict[str, str](), list[Failure]()
-        for client, order in orders.items():
+        for client, assignment in assignments.items():
             if client not in nodes:
                 failures.append(Failure(client, got="left before its assignment was sent"))
                 continue
-            message = pack(order.header, order.blobs, array=array)
+            message = pack(assignment.header, assignment.blobs, array=array)
             sent = SentMessage(nodes[client], "order", client, self._clock(), ttl_s)
             if (message_id := self._push(sent, message, MessageType.TRAIN)) is None:
                 failures.append(Failure(client, got="its assignment was not accepted for delivery"))
@@ -191,169 +195,142 @@ class GridTransport:
         # One by one: of a message that is refused some grids drop the id and some return None in its place. A list,
         # because a SuperLink's grid walks it twice.
         message_ids = self._grid.push_messages([Message(content, sent.node, kind, ttl=sent.ttl_s)])
-        message_id = next((one for one in message_ids if one), None)
+        message_id = next((accepted for accepted in message_ids if accepted), None)
         if message_id is not None:
-            self._open[message_id] = sent
+            self._unanswered[message_id] = sent
         return message_id
 
     def _pull(self) -> Iterator[tuple[str, SentMessage, Message]]:
-        """Yield what has been answered since: message id, what was sent, and the reply."""
-        asked = list(self._open)
-        for start in range(0, len(asked), WINDOW):
-            for reply in self._grid.pull_messages(asked[start : start + WINDOW]):
+        """Yield each new reply with its message's id and what was sent."""
+        sent_ids = list(self._unanswered)
+        for start in range(0, len(sent_ids), WINDOW):
+            for reply in self._grid.pull_messages(sent_ids[start : start + WINDOW]):
                 # By the message's id alone: the source of a reply is unchecked, and the server's own in error replies.
                 message_id = reply.metadata.reply_to_message_id
-                if message_id in self._open:
-                    yield message_id, self._open.pop(message_id), reply
+                if message_id in self._unanswered:
+                    yield message_id, self._unanswered.pop(message_id), reply
 
-    def _gather(self, done: Callable[[], bool]) -> None:
-        """Greet who is new and take in what comes, until `done` or `patience_s` have passed."""
+    def _await_clients(self, done: Callable[[], bool]) -> None:
+        """Send hellos and sort the replies, until `done` or `patience_s` have passed."""
         began, pause = self._clock(), FIRST_PAUSE_S
         while True:
-            self._greet()
+            self._send_hellos()
             for _, sent, reply in self._pull():
-                self._settle(sent, reply)
+                self._sort_reply(sent, reply)
             if done() or self._clock() - began >= self._patience_s:
                 return
             self._sleep(pause)
             pause = min(2 * pause, LAST_PAUSE_S)
 
-    def _greet(self) -> None:
-        """Say hello to who is new or may be asked again, and forget who has gone: those names are free again."""
+    def _send_hellos(self) -> None:
+        """Send hellos to new clients and those to retry; forget clients that are gone, whose names are free again."""
         bound = {node.node_id: node.name for node in self._grid.get_nodes()}
-        self._here = {node: profile for node, profile in self._here.items() if node in bound}
-        held = self._nodes().keys() | {""}
-        self._refused = {node: no for node, no in self._refused.items() if node in bound and no.taken in held}
-        # Flower answers for an order that it has dropped; a grid that does not must not keep a client busy for ever.
-        self._open = {
-            message_id: sent for message_id, sent in self._open.items() if self._clock() - sent.at < sent.ttl_s + LATE_S
+        self._connected = {node: profile for node, profile in self._connected.items() if node in bound}
+        names = self._nodes().keys() | {""}
+        self._refused = {node: no for node, no in self._refused.items() if node in bound and no.taken in names}
+        # Flower answers for a message that it has dropped; with another grid a client must not stay busy for ever.
+        self._unanswered = {
+            message_id: sent
+            for message_id, sent in self._unanswered.items()
+            if self._clock() - sent.at < sent.ttl_s + LATE_S
         }
         refused = {node for node, no in self._refused.items() if self._clock() < no.until}
-        for node in sorted(bound.keys() - self._here.keys() - refused - self._busy()):
+        for node in sorted(bound.keys() - self._connected.keys() - refused - self._busy()):
             sent = SentMessage(node, "hello", bound[node], self._clock(), self._patience_s)
             if self._push(sent, pack(b"", {}), HELLO) is None:
-                self._refuse(node, bound[node], "a hello to it was not accepted for delivery", again_s=AGAIN_S)
+                self._reject(node, bound[node], "a hello to it was not accepted for delivery", again_s=AGAIN_S)
 
-    def _settle(self, sent: SentMessage, reply: Message) -> None:
-        """Take in a hello, or what nobody waits for any more."""
+    def _sort_reply(self, sent: SentMessage, reply: Message) -> None:
+        """Admit a client that said hello; note an answer to an earlier round."""
         if sent.kind == "hello":
-            self._welcome(sent, reply)
+            self._admit(sent, reply)
             return
         answer = decode_reply(sent.client, reply)
-        self._aside.append(
+        self._unsolicited.append(
             UnsolicitedReply(sent.client, f"late, dropped: {answer.reason}")
             if isinstance(answer, Failure)
             else UnsolicitedReply(sent.client, "answered after its round had ended; dropped", len(answer.update))
         )
 
-    def _welcome(self, sent: SentMessage, reply: Message) -> None:
-        if reply.has_error():  # each message starts a new process: what failed may pass, or be put right at the site
-            self._refuse(sent.node, sent.client, error_reason(reply), again_s=AGAIN_S)
+    def _admit(self, sent: SentMessage, reply: Message) -> None:
+        if reply.has_error():  # each message starts a new process: the cause may pass, or be mended at the site
+            self._reject(sent.node, sent.client, error_reason(reply), again_s=AGAIN_S)
             return
         try:
             hello = unpack(reply.content)
             profile = decode_profile(hello.header, hello.blobs)
         except WireError as error:
-            self._refuse(sent.node, sent.client, str(error))
+            self._reject(sent.node, sent.client, str(error))
             return
         name, common = profile.client, profile.foundation
         common = self._foundations.setdefault(fingerprint(common), common)
         if sent.client and name != sent.client:
             reason = f"expected the name {sent.client!r}, which its key is registered under; it calls itself {name!r}"
-            self._refuse(sent.node, sent.client, reason)
+            self._reject(sent.node, sent.client, reason)
         elif self._foundation and (odd := difference(self._foundation, common)):
-            self._refuse(sent.node, name, odd)
+            self._reject(sent.node, name, odd)
         elif name in self._nodes():
             reason = (
                 "another connected client has this name; give each client its own, or wait until the other has gone"
             )
-            self._refuse(sent.node, name, reason, again_s=AGAIN_S, taken=name)
+            self._reject(sent.node, name, reason, again_s=AGAIN_S, taken=name)
         else:
             self._refused.pop(sent.node, None)
-            self._here[sent.node] = replace(profile, foundation=common)
-            self._note(f"{name} is here, with {profile.num_examples} examples")
+            self._connected[sent.node] = replace(profile, foundation=common)
+            count = "" if self._foundation else f" ({len(self._connected)} of {self._expected})"
+            self._note(f"{name} connected: {profile.num_examples} examples{count}")
 
-    def _refuse(self, node: int, name: str, reason: str, *, again_s: float = math.inf, taken: str = "") -> None:
-        reason, before = plain(reason), self._refused.get(node)
+    def _reject(self, node: int, name: str, reason: str, *, again_s: float = math.inf, taken: str = "") -> None:
+        reason, before = one_line(reason), self._refused.get(node)
         self._refused[node] = Rejection(reason, self._clock() + again_s, taken)
-        self._here.pop(node, None)
-        if before is None or before.reason != reason:  # else it is known
-            self._aside.append(UnsolicitedReply(name or "unnamed client", f"refused: {reason}", kind="refused"))
+        self._connected.pop(node, None)
+        if before is None or before.reason != reason:  # else it was reported before
+            self._unsolicited.append(UnsolicitedReply(name or "unnamed client", f"refused: {reason}", kind="refused"))
             self._note(f"{name or 'unnamed client'} is refused: {reason}")
 
     def _ready(self) -> bool:
         """Return whether a round can start; the first time that it could, settle what the clients have in common."""
-        if self._greeting(self._hello_s) or len(self._here) < self._expected:
+        if self._awaits_hello(self._hello_s) or len(self._connected) < self._expected:
             return False
-        if self._foundation is None and self._here:
+        if self._foundation is None and self._connected:
             self._foundation = common_model_spec(list(self.profiles.values()))
             nodes = self._nodes()
             for name, profile in self.profiles.items():
                 if odd := difference(self._foundation, profile.foundation):
-                    self._refuse(nodes[name], name, odd)
-        return len(self._here) >= self._expected and len(self._free()) >= self._least
+                    self._reject(nodes[name], name, odd)
+        return len(self._connected) >= self._expected and len(self._free()) >= self._least
 
-    def _hopeless(self) -> bool:
-        """Return whether everybody has answered and too few will do, where nobody else can join."""
-        everybody = len(self._here) + len(self._refused) >= self._expected
-        return self._closed and not self._greeting(math.inf) and everybody and len(self._here) < self._expected
+    def _cannot_be_ready(self) -> bool:
+        """Return whether all clients have answered and too few are admitted, where no other client can join."""
+        complete = len(self._connected) + len(self._refused) >= self._expected
+        return self._closed and not self._awaits_hello(math.inf) and complete and len(self._connected) < self._expected
 
-    def _greeting(self, within_s: float) -> bool:
-        """Return whether a first hello that is not older is open; who was refused holds nobody up a second time."""
+    def _awaits_hello(self, within_s: float) -> bool:
+        """Return whether a recent first hello is unanswered; a client that was refused is not waited for again."""
         return any(
             sent.kind == "hello" and sent.node not in self._refused and self._clock() - sent.at < within_s
-            for sent in self._open.values()
+            for sent in self._unanswered.values()
         )
 
     def _nodes(self) -> Mapping[str, int]:
         """Return the nodes of the clients that are here, by name."""
-        return {profile.client: node for node, profile in self._here.items()}
+        return {profile.client: node for node, profile in self._connected.items()}
 
     def _busy(self) -> set[int]:
-        return {sent.node for sent in self._open.values()}
+        return {sent.node for sent in self._unanswered.values()}
 
     def _free(self) -> Collection[str]:
         busy = self._busy()
         return [name for name, node in self._nodes().items() if node not in busy]
 
-    def _noted(self) -> Iterator[UnsolicitedReply]:
-        while self._aside:
-            yield self._aside.pop(0)
+    def _drain_unsolicited(self) -> Iterator[UnsolicitedReply]:
+        while self._unsolicited:
+            yield self._unsolicited.pop(0)
 
-    def _too_few(self, seconds: float) -> str:
-        refused = "".join(f"; {each.client} {each.reason}" for each in self._aside[-5:])
+    def _too_few_message(self, seconds: float) -> str:
+        refused = "".join(f"; {reply.client} {reply.reason}" for reply in self._unsolicited[-5:])
         return (
             f"expected at least {self._expected} clients, {self._least} of them free; after {seconds:.0f} s "
-            f"{', '.join(self.profiles) or 'nobody'} had said hello, of which "
+            f"{', '.join(self.profiles) or 'none'} had said hello, of which "
             f"{len(self._free())} free{refused}"
         )
-
-
-def decode_reply(client: str, reply: Message) -> Reply | Failure:
-    """Return what a client's reply to an order is; only its outer form is looked at."""
-    if reply.has_error():
-        dead = reply.error.code != ERROR and "ActorDiedError" in (reply.error.reason or "")
-        return Failure.from_text(client, error_reason(reply), code="WORKER_DIED" if dead else "")
-    try:
-        content = unpack(reply.content)
-    except WireError as error:
-        return Failure.from_text(client, str(error), kind="refused")
-    if content.blobs.keys() != {UPDATE}:
-        got = f"{sorted(content.blobs)[:5]}"
-        return Failure(client, expected=f"one body, {UPDATE!r}", got=got, kind="refused")
-    return Reply(client, content.blobs[UPDATE])
-
-
-def error_reason(reply: Message) -> str:
-    """Return the reason of an error reply: fedtune's own as it is, of Flower's with its code, the two ends."""
-    reason = plain(reply.error.reason or "no reason given")
-    if reply.error.code == ERROR:
-        return reason[:LONGEST_REASON]
-    if len(reason) > LONGEST_REASON:  # a traceback: its kind stands at the front, what happened at the end
-        reason = f"{reason[: LONGEST_REASON // 2]} ... {reason[-LONGEST_REASON // 2 :]}"
-    return f"Flower error {reply.error.code}: {reason}"
-
-
-def plain(text: str) -> str:
-    """Return a client's text as one line without control characters: errors carry it to logs that escape nothing."""
-    return " ".join("".join(one if one.isprintable() else " " for one in text).split())

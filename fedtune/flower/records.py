@@ -38,13 +38,13 @@ def pack(
 
 
 def arrays() -> Callable[[str, bytes], Array]:
-    """Return a function that makes the array of a body once, found by its digest, as long as the function is kept."""
-    kept: dict[str, Array] = {}
+    """Return a function that makes the array of a body once, found by its digest, as long as the function lives."""
+    cache: dict[str, Array] = {}
 
     def array(digest: str, body: bytes) -> Array:
-        if digest not in kept:
-            kept[digest] = raw(body)
-        return kept[digest]
+        if digest not in cache:
+            cache[digest] = raw(body)
+        return cache[digest]
 
     return array
 

@@ -38,14 +38,14 @@ SUPPORTED = ((1, 41), (1, 42))
 """Minor versions whose internals are the ones used here."""
 
 
-def check_version(found: str) -> None:
-    """Refuse a flwr whose internals nobody has looked at.
+def check_version(installed: str) -> None:
+    """Refuse a flwr whose internals are not known to be the ones used here.
 
     Raises:
         ConfigError: naming the version.
     """
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) not in SUPPORTED:
-        raise ConfigError(Fault("", "flwr>=1.41,<1.43", f"flwr {found}", 'run pip install "flwr>=1.41,<1.43"'))
+    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) not in SUPPORTED:
+        raise ConfigError(Fault("", "flwr>=1.41,<1.43", f"flwr {installed}", 'run pip install "flwr>=1.41,<1.43"'))
 
 
 check_version(version("flwr"))

@@ -85,6 +85,7 @@ def aggregate(state: FedExState, updates: Sequence[AdmittedUpdate]) -> FedExStat
     tensors = step(state.tensors, mean, rate)
     old, new = unpack(state.tensors), unpack(tensors)
     adapters = [(unpack(update.lora.tensors), rate * share) for update, share in cohort]
+    # Only differences enter the residual: what the mean of factors represents already is subtracted again.
     residual = weighted_sums(
         {
             name: [

@@ -172,6 +172,7 @@ def refuse(state: FedKSeedState, update: AdmittedUpdate) -> str:
 def aggregate(state: FedKSeedState, updates: Sequence[AdmittedUpdate]) -> FedKSeedState:
     """Return the state after one round: A_k += RNE(2^shift * sum_i w_i a_ik / sum_i w_i), in whole numbers."""
     cohort = sorted(updates, key=lambda update: update.client)
+    # A round that measures the step moves nothing: its scalars are in no unit yet.
     if not state.calibrated:
         return with_history(state, cohort, calibrate(state, [update.probe.rms for update in cohort]))
     logged = [
@@ -212,6 +213,7 @@ def with_history(state: FedKSeedState, cohort: Sequence[AdmittedUpdate], after: 
         return replace(after, round=number)
     # Who has answered holds the state that it started from.
     acknowledged = {**state.acknowledged, **{update.client: state.round for update in cohort}}
+    # A client that was away for longer gets the accumulators whole.
     oldest = max(1, number - MAX_LOG)
     acknowledged = {name: since for name, since in sorted(acknowledged.items()) if since >= oldest}
     wanted = set(acknowledged.values())

@@ -70,7 +70,7 @@ class FedKSeedSettings:
     """examples: clients count in proportion to their examples, in whole numbers up to 127; uniform: all count the same.
     """
     sync: Literal["auto", "whole"] = "auto"
-    """auto: a client gets the shortest form of what it has missed; whole: always all K integers, 8 or 16 kB."""
+    """auto: a client gets the shortest form of what it has missed; whole: always all K integers, 16 kB at most."""
     public_log: bool = False
     """Let auto send what each client measured to every client, which is shortest. Clients then see each other's
     updates."""

@@ -76,6 +76,7 @@ def aggregate(state: FlexLoraState, updates: Sequence[AdmittedUpdate]) -> FlexLo
     adapters = [(unpack(update.lora.tensors), rate * share) for update, share in cohort]
     total = weighted_sums(
         {
+            # In factors: the dense sum of a 4096 x 4096 layer would take 128 MiB in float64.
             name: [(old.factors, 1 - rate), *((adapter[name], weight) for adapter, weight in adapters)]
             for name, old in lowrank.unpack(state.total).items()
         }

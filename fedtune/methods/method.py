@@ -192,6 +192,7 @@ class LinearMethod(Method[State]):
     """(state, mean) -> the next state"""
 
     def __post_init__(self) -> None:
+        # Derived, never passed: `replace(method, advance=...)` then changes the aggregation as well.
         object.__setattr__(self, "aggregate", partial(advance_to_mean, self))
 
     @property

@@ -70,6 +70,7 @@ def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | 
             f"{plan.ratio:g}; got none; let a device that holds the whole model take part first, or name a file in "
             "pruning.ranking"
         )
+    # A client that takes part for the first time has no earlier structure: the least that fits its device serves.
     first = planned.first_ratio if state.order else 0.0
     before, ratios = state.ratios.get(plan.client, first), stage_ratios(plan.ratio, settings.stages)
     stages = [bitmap(keep, anatomy) for ratio in ratios if (keep := state.structure(ratio)) is not None]
@@ -101,6 +102,7 @@ def coverage(cohort: Cohort, anatomy: BlockLayout, *, weights: Weighting, floor:
                     trainers[list(getattr(update.structure.blocks[index], side))] += weight
             trained = trainers > 0
             if (trainers[trained] < sum(sizes)).any():
+                # As a fraction of integers, a share of 1 is exactly 1 and scales nothing.
                 share = np.array([float(Fraction(int(count), sum(sizes))) for count in trainers])
                 scales[f"{index}.{side}"] = np.where(trained, 1.0 / np.maximum(share, floor), 1.0)
     return scales
@@ -125,6 +127,7 @@ def scale_by_coverage(adapter: Adapter, scale: Mapping[str, Array], anatomy: Blo
 
 
 def _product(factor: Array, by: Array) -> Array:
+    # In float64, rounded once.
     return (factor.astype(np.float64) * by).astype(np.float32)
 
 
@@ -147,6 +150,7 @@ def fields_after(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
     settings, anatomy = state.pruning, state.anatomy
     if settings is None or anatomy is None:
         return {}
+    # Kept for clients that were not in the cohort as well: they may come back many rounds later.
     ratios = {**state.ratios, **{update.client: update.ratio for update, _ in cohort}}
     parts = [
         (client_scores(update, anatomy), share) for update, share in cohort if update.lora.scores or update.lora.mask

@@ -59,7 +59,7 @@ def encode(state: Any) -> Sequence[bytes | memoryview]:
         body.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         offset = ends[1]
     front = canonical(header).encode()
-    front += b" " * (-len(front) % 8)
+    front += b" " * (-len(front) % 8)  # tensors begin at a multiple of 8, as safetensors writes them
     return [len(front).to_bytes(8, "little") + front, *body]
 
 

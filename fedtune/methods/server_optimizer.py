@@ -55,6 +55,7 @@ def fedadam(settings: ServerOptimizer, m: Array, v: Array, change: Array) -> tup
 
 def fedyogi(settings: ServerOptimizer, m: Array, v: Array, change: Array) -> tuple[Array, Array, Array]:
     m = settings.beta1 * m + (1 - settings.beta1) * change
+    # The sign in place of FedAdam's decay: v changes by at most the new square, so it forgets slowly.
     v = v - (1 - settings.beta2) * change**2 * np.sign(v - change**2)
     return m, v, m / (np.sqrt(v) + settings.tau)
 

@@ -86,6 +86,7 @@ def unit_of(settings: Settings, block: Block) -> Unit:
 def multiple_of(settings: Settings, block: Block) -> int:
     if settings.multiple != "auto":
         return settings.multiple
+    # At multiples of 32 a narrow block would have too few widths to choose from.
     return min(32, 1 << max(0, (block.channels // LEAST).bit_length() - 1))
 
 
@@ -110,6 +111,7 @@ def counts(anatomy: BlockLayout, settings: Settings, ratio: float) -> Counts:
     """Return how many units and channels are left at a ratio in [0, 1); never less for a smaller ratio."""
     sizes = [units_of(settings, block) for block in anatomy.blocks]
     channels = tuple(channels_kept(block, multiple_of(settings, block), ratio) for block in anatomy.blocks)
+    # At least one unit is left in every block: attention without a head is no attention.
     if settings.everywhere:
         units = tuple(max(1, half_up((1 - ratio) * size)) for size in sizes)
         return Counts(units=units, total=sum(units), channels=channels)
@@ -117,6 +119,7 @@ def counts(anatomy: BlockLayout, settings: Settings, ratio: float) -> Counts:
 
 
 def half_up(number: float) -> int:
+    # Not `round`, which rounds halves to the even number: a count must not depend on its neighbour's parity.
     return int(number + 0.5)
 
 
@@ -165,6 +168,7 @@ def rank_units(scores: Tensors, anatomy: BlockLayout, settings: Settings) -> Ran
     for index, block in enumerate(anatomy.blocks):
         own = [(-worth, index, members) for worth, members in units_by_importance(heads[index], block, settings)]
         own.sort()
+        # Every block's best unit comes before all others, so that no ratio empties a block.
         first.append(own[0][1:])
         units += own[1:]
     return Ranking(
@@ -294,6 +298,7 @@ def pool_scores(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy
         anatomy: of the base.
     """
     common = {name: np.all([np.isfinite(each[name]) for each, _ in parts], axis=0) for name in ("heads", "channels")}
+    # Scaled over what all clients hold: else a client that lacks the weak groups would score the others lower.
     scaled = [(normalise(each, common, anatomy), weight) for each, weight in parts]
     pooled = {}
     for name in ("heads", "channels"):

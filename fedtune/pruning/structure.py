@@ -150,6 +150,7 @@ def check(keep: ModelStructure, anatomy: BlockLayout) -> ModelStructure:
                 raise ShapeError(
                     f"{block.prefix}, {name}: expected indices from 0 to {size - 1}; got {index_list(part)}"
                 )
+        # transformers repeats each key/value head equally often, so groups of different size cannot be computed.
         counts = {head: 0 for head in left.kv}
         for head in left.q:
             if head // block.group not in counts:
@@ -190,6 +191,7 @@ def from_bitmap(data: bytes, anatomy: BlockLayout) -> ModelStructure:
     if len(data) != -(-total // 8):
         raise ShapeError(f"keep: expected {-(-total // 8)} bytes, a bit per head and channel; got {len(data)}")
     bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    # One structure has one form: otherwise two digests could name the same structure.
     if bits[total:].any():
         raise ShapeError(f"keep: expected zero bits after the {total} of the base; got others")
     parts = [tuple(np.flatnonzero(part).tolist()) for part in np.split(bits[:total], np.cumsum(sizes)[:-1])]
@@ -286,6 +288,7 @@ def slice_flat(tensors: Tensors, cut: Mapping[str, LayerSlice]) -> Tensors:
     for key, array in tensors.items():
         name, _, kind = key.rpartition(".")
         at = cut.get(name, FULL)
+        # b and w have the output's rows, a and w the input's columns.
         if kind != "a" and at.out is not None:
             array = array[at.out]
         if kind != "b" and at.into is not None:

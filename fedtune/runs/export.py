@@ -1,4 +1,4 @@
-"""A run's result for other programs: an adapter, a merged model, or seeds, from which the model is rebuilt."""
+"""What a run leaves for others to load: an adapter, a whole model, or seeds; and the model that seeds stand for."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 
 from fedtune.config import bind
-from fedtune.config.binding import Findings, bind_table
+from fedtune.config.tables import bind_table
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.lora.lowrank import compress, truncate
-from fedtune.messages import ProbeSeeds
-from fedtune.methods import METHODS
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model.settings import ModelSettings
 from fedtune.rounds.events import Note, Watch
@@ -25,7 +23,7 @@ from fedtune.store import seeds as store_seeds
 from fedtune.store.files import new_folder, store_errors
 from fedtune.store.run_directory import check_run
 
-# torch and transformers take seconds to import, so `runs.local` and `model` are imported where they are needed.
+# The client wing takes seconds to import, so `experiment` and `model` are imported where they are needed.
 
 FORMS = ("peft", "uniform", "merged", "ledger")
 
@@ -50,7 +48,7 @@ def export(
         out: folder to write; `<run>/<form>` without it.
         max_rank: cut every layer to its best approximation of this rank.
         dtype: number format of the merged model; the base's own without it.
-        watch: called with a note on what a cut or a cast has cost.
+        watch: told what a cut or a cast has cost.
 
     Raises:
         StoreError: if the folder holds no run, or `out` holds files already.
@@ -72,8 +70,7 @@ def export(
             raise ConfigError(Fault("export", "neither dtype nor max_rank: seeds give one model, to the bit", got))
         return _export_seeds(path, tuned.seeds, origin, target, form=form, watch=watch)
     if form == "ledger":
-        methods = ", ".join(name for name, method in METHODS.items() if method.task is ProbeSeeds)
-        expected = f"a run of a method that moves all weights ({methods})"
+        expected = "a run of a method that moves all weights (fedkseed)"
         raise ConfigError(Fault("form", expected, f"'ledger' of a run of {origin.get('method')!r}", "choose peft"))
     adapter, saved = tuned.adapter, tuned.saved
     if max_rank is not None:
@@ -89,7 +86,7 @@ def export(
 def _export_seeds(
     path: Path, seeds: SeedModel, origin: Mapping[str, Any], target: Path, *, form: str, watch: Watch
 ) -> Path:
-    """Write seeds in a form: alone, beside the rebuilt model, or as an adapter of the bank `kron`."""
+    """Write what seeds stand for: themselves, the whole model with them beside it, or an adapter of the bank `kron`."""
     if form == "ledger":
         return store_seeds.write(target, seeds, origin)
     bound = bind(path / "recipe.toml")
@@ -115,7 +112,7 @@ def _export_seeds(
 
 
 def check_form(form: str, method: Any, beyond: Sequence[str]) -> None:
-    """Refuse to write seeds as an adapter where they are none; `beyond` are tensors outside the adapted layers."""
+    """Refuse to write seeds as an adapter where they are none; `beyond` are tensors outside of the adapted layers."""
     if method.bank == "kron" and not (method.vectors or method.embeddings or beyond):
         return
     got = f"{form!r} of a run with bank = {method.bank!r}" + (f" that moves {beyond[0]} as well" if beyond else "")
@@ -167,7 +164,7 @@ class ReplayResult:
 def replay(
     base: str | Path, ledger: str | Path, *, out: str | Path | None = None, trainable: Sequence[str] = ()
 ) -> ReplayResult:
-    """Rebuild the model of a seed ledger, on any machine that has its base, and return the digests.
+    """Rebuild the model that a seed ledger stands for, anywhere where its base is, and return the digests.
 
     Args:
         base: folder or hub name of the base that the run started from.
@@ -178,7 +175,7 @@ def replay(
     Raises:
         ConfigError: if the base is another than the ledger's.
         StoreError: if the ledger cannot be read, or `out` holds files already.
-        WireError: if the file is no ledger.
+        WireError: if its bytes are none.
     """
     from fedtune.directions import seed_ledger as ledgers
     from fedtune.directions.trainable import TensorSelection
@@ -190,78 +187,77 @@ def replay(
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
     seeds, origin = store_seeds.read(source) if source.is_dir() else (None, dict[str, Any]())
     with store_errors(source):
-        content = seeds.ledger if seeds else ledgers.decode_ledger(source.read_bytes())
-    if not seeds and content.bank.name == "kron" and not trainable:
+        found = seeds.ledger if seeds else ledgers.decode_ledger(source.read_bytes())
+    if not seeds and found.bank.name == "kron" and not trainable:
         expected = "the folder of a run's seeds, or the tensors that were moved: a kron ledger alone does not name them"
         raise ConfigError(Fault("ledger", expected, str(source), "give runs/NAME/seeds, or --trainable GLOB"))
     settings = model_settings(origin, str(base), source)
     loaded = rebuilding.base_of(
-        content,
+        found,
         settings,
         seed=origin.get("seed", 0),
         labels=origin.get("labels", ()),
         in_full=origin.get("modules_to_save", ()),
     )
-    everything = TensorSelection(content.bank.name, trainable, vectors=True, embeddings=True)
+    everything = TensorSelection(found.bank.name, trainable, vectors=True, embeddings=True)
     ordinals = seeds.trainable if seeds else chosen(loaded.manifest, everything, loaded.matrices)
     if target is None:
-        weights = rebuilding.write(loaded, content, ordinals, None)
+        weights = rebuilding.write(loaded, found, ordinals, None)
     else:
         with new_folder(target) as folder:
-            weights = rebuilding.write(loaded, content, ordinals, folder)
-    return ReplayResult(loaded.manifest.digest.hex(), content.digest.hex(), weights, target)
+            weights = rebuilding.write(loaded, found, ordinals, folder)
+    return ReplayResult(loaded.manifest.digest.hex(), found.digest.hex(), weights, target)
 
 
 def model_settings(origin: Mapping[str, Any], base: str, source: Path) -> ModelSettings:
-    """Return how the base of a run's seeds was loaded, from their provenance.
+    """Return how the base of a run's seeds was loaded, as their provenance says.
 
     Raises:
-        StoreError: if the provenance is malformed.
+        StoreError: if it says something else.
     """
-    findings, noted = Findings(), origin.get("model", {})
-    if isinstance(noted, dict):
-        noted = {"base": base, "device": "cpu", **{key: value for key, value in noted.items() if value is not None}}
-    bound: ModelSettings | None = bind_table(ModelSettings, noted, "model", findings)
-    if bound is None:
-        raise StoreError(f"{source}: expected how the base was loaded; {findings.faults[0]}; put back a copy")
-    return bound
+    table = origin.get("model", {})
+    if isinstance(table, dict):
+        table = {"base": base, "device": "cpu", **{key: value for key, value in table.items() if value is not None}}
+    faults: list[Fault] = []
+    settings = bind_table(ModelSettings, table, "model", faults)
+    if faults:
+        raise StoreError(f"{source}: expected how the base was loaded; {faults[0]}; put back a copy")
+    return settings
 
 
 def open_run(run: Path) -> tuple[GlobalModel, Mapping[str, Any]]:
     """Return (global model, provenance) of a run directory.
 
     Raises:
-        StoreError: if the folder is no run directory, or holds no result.
+        StoreError: if it is none, or holds no result.
     """
     check_run(run)
     return result.read(run)
 
 
-def check_base(digest: str, origin: Mapping[str, Any], run: Path) -> None:
+def check_base(found: str, origin: Mapping[str, Any], run: Path) -> None:
     """Refuse an adapter that was trained over other weights than those that are loaded now."""
     wanted = str(origin.get("base", {}).get("digest"))
-    if digest != wanted:
+    if found != wanted:
         raise ConfigError(
             Fault(
                 path="model.base",
                 expected=f"the base that {result.folder(run)} was trained on (digest {wanted[:12]})",
-                got=f"another one (digest {digest[:12]})",
+                got=f"another one (digest {found[:12]})",
                 hint="load the same model in the same revision and dtype",
             )
         )
 
 
 def truncate_adapter(adapter: Adapter, max_rank: int, watch: Watch) -> Adapter:
-    """Return each layer's best approximation of at most this rank, and note the share of the change that remains."""
+    """Return each layer's best approximation of at most this rank, and note what share of the change is kept."""
     if max_rank < 1:
         raise ConfigError(Fault("max_rank", "at least 1", str(max_rank)))
     whole = compress(adapter)
     short = {name: truncate(low, tau=1.0, max_rank=max_rank) for name, low in whole.items()}
     total = sum(float(np.square(low.s).sum()) for low in whole.values())
-    remaining = sum(float(np.square(low.s).sum()) for low in short.values())
-    watch(
-        Note(f"cut to rank {max_rank}: {remaining / total if total else 1.0:.2%} of the squared singular values kept")
-    )
+    kept = sum(float(np.square(low.s).sum()) for low in short.values())
+    watch(Note(f"cut to rank {max_rank}: {kept / total if total else 1.0:.2%} of the squared singular values kept"))
     return {name: low.factors for name, low in short.items()}
 
 

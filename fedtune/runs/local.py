@@ -30,8 +30,9 @@ from fedtune.rounds.transport import Transport
 from fedtune.runs.base_checks import check_pruning, check_ranks
 from fedtune.runs.context import ModelScores, RunContext, first_state
 from fedtune.runs.fleet import Fleet, Lengths, fleet_of
+from fedtune.simulation.fork_client import ForkServer
 from fedtune.simulation.inprocess import InProcess
-from fedtune.simulation.process_pool import ForkServer, ProcessPool
+from fedtune.simulation.process_pool import ProcessPool
 from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
 

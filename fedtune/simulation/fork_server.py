@@ -37,15 +37,15 @@ MAX_MESSAGE_BYTES = 64 * 1024
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 PerformBytes: TypeAlias = Callable[[Assignment, int], ClientUpdate]
-"""Does an assignment with so many CPU threads."""
+"""Performs an assignment with a number of CPU threads."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a nursery has loaded."""
+    """What a fork server has loaded."""
 
-    equip: Callable[[int], PerformBytes]
-    """Called in a worker, with its place among the workers, before its first assignment."""
+    make_worker: Callable[[int], PerformBytes]
+    """Called in a worker, with its place among the workers; returns what performs its assignments."""
     devices: tuple[str, ...] = ("cpu",)
     """Where workers compute, in turn."""
 
@@ -81,7 +81,7 @@ def read_payload(descriptor: int) -> tuple[Mapping[str, Any], Mapping[str, memor
 
 
 def serve(descriptor: int, prepare: Prepare) -> None:
-    """Load the payload that comes first, then fork and end workers as told, until the control socket closes.
+    """Load the payload that comes first, then fork and end workers on request, until the control socket closes.
 
     The process ends with that. Each message is one packet of JSON, with a descriptor where one is needed: `load` (the
     payload), `fork` (the worker's socket) and `end`; the answers are `devices`, `pid` and `status`, or `error`, or the
@@ -89,19 +89,19 @@ def serve(descriptor: int, prepare: Prepare) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control, workers = socket.socket(fileno=descriptor), set[int]()
-    with exit_after(lambda text: answer(control, {"error": text})):
+    with exit_after(lambda text: send_answer(control, {"error": text})):
         try:
             prepared = load_payload(control, prepare)
             while prepared is not None:
-                order, descriptors = receive(control)
-                if order is None:
+                request, descriptors = receive(control)
+                if request is None:
                     break
-                if order["verb"] == "fork":
-                    fork(control, descriptors[0], order["place"], prepared, workers)
+                if request["verb"] == "fork":
+                    fork(control, descriptors[0], request["place"], prepared, workers)
                 else:
-                    os.kill(order["pid"], signal.SIGKILL)  # changes nothing where it is dead already
-                    answer(control, {"status": os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1])})
-                    workers.discard(order["pid"])
+                    os.kill(request["pid"], signal.SIGKILL)  # changes nothing where it is dead already
+                    send_answer(control, {"status": os.waitstatus_to_exitcode(os.waitpid(request["pid"], 0)[1])})
+                    workers.discard(request["pid"])
         finally:
             for pid in workers:
                 os.kill(pid, signal.SIGKILL)
@@ -109,9 +109,9 @@ def serve(descriptor: int, prepare: Prepare) -> None:
 
 
 def load_payload(control: socket.socket, prepare: Prepare) -> Prepared | None:
-    """Answer the first message; None if there is none, or what it asks for cannot be loaded."""
-    order, descriptors = receive(control)
-    if order is None:
+    """Load what the first message describes; None if there is no message, or the load failed, which is answered."""
+    request, descriptors = receive(control)
+    if request is None:
         return None
     spec, parts = read_payload(descriptors[0])
     os.close(descriptors[0])
@@ -124,19 +124,19 @@ def load_payload(control: socket.socket, prepare: Prepare) -> Prepared | None:
                 'find what starts them (a profiler, a pool of a library), or set engine.name = "inprocess"'
             )
     except ConfigError as error:
-        answer(control, {"faults": [asdict(fault) for fault in error.faults], "source": error.source})
+        send_answer(control, {"faults": [asdict(fault) for fault in error.faults], "source": error.source})
         return None
     except FedtuneError as error:
-        answer(control, {"error": str(error)})
+        send_answer(control, {"error": str(error)})
         return None
     gc.collect()
     gc.freeze()  # else each worker's first collection would write into, and so copy, every page that holds an object
-    answer(control, {"devices": prepared.devices})
+    send_answer(control, {"devices": prepared.devices})
     return prepared
 
 
 def threads(limit_s: float) -> Sequence[str]:
-    """Return the names of this process's threads; those that are about to end are given so many seconds.
+    """Return the names of this process's threads, after waiting some seconds for all but one to end.
 
     Libraries load with pools of threads that they do not wait for.
     """
@@ -152,61 +152,61 @@ def threads(limit_s: float) -> Sequence[str]:
 
 
 def fork(control: socket.socket, descriptor: int, place: int, prepared: Prepared, workers: set[int]) -> None:
-    """Fork a worker on its end of a socket and answer its process id."""
-    nursery = os.getpid()
+    """Fork a worker on its end of a socket, and answer with its process id."""
+    parent = os.getpid()
     try:
         pid = os.fork()
     except OSError as error:  # no memory, or too many processes
         os.close(descriptor)
-        answer(control, {"error": str(error)})
+        send_answer(control, {"error": str(error)})
         return
     if pid == 0:
         control.close()
         connection: Connection[bytes, bytes] = Connection(descriptor)
-        with exit_after(lambda text: send(connection, b"broken", text.encode())):
+        with exit_after(lambda text: send_result(connection, b"broken", text.encode())):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() == nursery:  # else it died before it could be watched
+            if os.getppid() == parent:  # else it died before its death could be noticed
                 with suppress(OSError):
-                    # Where memory runs out, the system is to take a worker before its parent or the user's process.
+                    # Where memory runs out, the system must kill a worker before its parent or the user's process.
                     Path("/proc/self/oom_score_adj").write_text("500")
-                work(connection, prepared.equip(place))
+                work(connection, prepared.make_worker(place))
     os.close(descriptor)
     workers.add(pid)
-    answer(control, {"pid": pid})
+    send_answer(control, {"pid": pid})
 
 
 def work(connection: Connection[bytes, bytes], perform: PerformBytes) -> None:
-    """Do one assignment after the other, until the connection closes.
+    """Perform assignments one after the other, until the connection closes.
 
-    An order is a JSON value, an assignment's header, and those of its bodies that this worker does not hold yet. The
-    answer is a word and what belongs to it: `update` with its bytes, `failed` with the reason, or, of an error that
-    is none of fedtune's and ends this process, `broken`.
+    A request is a JSON value, an assignment's header, and those of its bodies that this worker does not have yet. The
+    answer is a word and its content: `update` with its bytes, `failed` with the reason, or `broken` for an error that
+    is not fedtune's own and ends this process.
     """
-    held, decoders = dict[str, bytes](), dict[str, Callable[[pb.Blob, bytes], Tensors]]()
+    bodies, decoders = dict[str, bytes](), dict[str, Callable[[pb.Blob, bytes], Tensors]]()
 
     def decode(header: pb.Blob, body: bytes) -> Tensors:
         return decoders[header.digest.hex()](header, body)
 
     while True:
         try:
-            order, header = json.loads(connection.recv_bytes()), connection.recv_bytes()
-            for digest in order["drop"]:
-                del held[digest], decoders[digest]
-            for digest in order["bodies"]:
-                held[digest], decoders[digest] = connection.recv_bytes(), blob_decoder()
+            request, header = json.loads(connection.recv_bytes()), connection.recv_bytes()
+            for digest in request["drop"]:
+                del bodies[digest], decoders[digest]
+            for digest in request["bodies"]:
+                bodies[digest], decoders[digest] = connection.recv_bytes(), blob_decoder()
         except EOFError:
             return
         try:
-            assignment = decode_assignment(header, held, decode=decode)
-            word, content = b"update", encode_update(perform(assignment, order["threads"]))
+            assignment = decode_assignment(header, bodies, decode=decode)
+            word, content = b"update", encode_update(perform(assignment, request["threads"]))
         except FedtuneError as error:
             word, content = b"failed", str(error).encode()
-        send(connection, word, content)
+        send_result(connection, word, content)
 
 
 @contextmanager
-def exit_after(tell: Callable[[str], None]) -> Iterator[None]:
-    """End this process after the block, whatever happens in it; an error is told in one line first.
+def exit_after(report: Callable[[str], None]) -> Iterator[None]:
+    """End this process after the block, whatever happens in it; an error is reported in one line first.
 
     Its traceback is printed only where FEDTUNE_DEBUG asks for it.
     """
@@ -218,10 +218,12 @@ def exit_after(tell: Callable[[str], None]) -> Iterator[None]:
         if os.environ.get("FEDTUNE_DEBUG"):
             traceback.print_exc()
         sys.stderr.flush()
-        tell(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")  # the last act: whoever hears it may kill
+        report(
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )  # last, because the reader may kill this process
         raise
     finally:
-        os._exit(status)  # a fork must not run what its parent has put off until the end
+        os._exit(status)  # a fork must not run the exit handlers of its parent
 
 
 def receive(control: socket.socket) -> tuple[Any, list[int]]:
@@ -230,12 +232,12 @@ def receive(control: socket.socket) -> tuple[Any, list[int]]:
     return (json.loads(data) if data else None), descriptors
 
 
-def answer(control: socket.socket, message: Mapping[str, Any]) -> None:
-    with suppress(OSError):  # whoever asked is gone; the next message to be received says so
+def send_answer(control: socket.socket, message: Mapping[str, Any]) -> None:
+    with suppress(OSError):  # the other end has closed; the next `receive` says so
         control.send(json.dumps(message).encode())
 
 
-def send(connection: Connection[bytes, bytes], word: bytes, content: bytes) -> None:
+def send_result(connection: Connection[bytes, bytes], word: bytes, content: bytes) -> None:
     with suppress(OSError):  # as above
         connection.send_bytes(word)
         connection.send_bytes(content)

@@ -23,13 +23,12 @@ class InProcess:
         """Return the fleet."""
         return self.fleet
 
-    def exchange(self, orders: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
-        """Yield one answer per client, in the order of the orders; a client's error costs its update alone."""
+    def exchange(self, assignments: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
+        """Yield one answer per client, in the order of the assignments; a client's error costs its update alone."""
         decode = blob_decoder()
-        for name, order in orders.items():
+        for name, assignment in assignments.items():
             try:
-                yield Reply(
-                    name, encode_update(self.work[name](decode_assignment(order.header, order.blobs, decode=decode)))
-                )
+                decoded = decode_assignment(assignment.header, assignment.blobs, decode=decode)
+                yield Reply(name, encode_update(self.work[name](decoded)))
             except FedtuneError as error:
                 yield Failure.from_text(name, str(error))

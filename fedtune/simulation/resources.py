@@ -22,12 +22,12 @@ class Resources:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to share."""
+    """The cores, GPUs and worker processes that clients share."""
 
     cores: int
     """CPU threads that clients may use at the same time."""
     workers: int
-    """Worker processes; they stand in the places 0, 1, ..."""
+    """Worker processes; they have the places 0, 1, ..."""
     devices: Sequence[str] = ("cpu",)
     """Where the workers compute, in turn: `cpu` alone, or GPUs by name."""
 
@@ -35,7 +35,7 @@ class Machine:
         return self.devices[place % len(self.devices)]
 
     def threads(self, resources: Resources) -> int:
-        return min(resources.threads, self.cores)  # one that wants more than there is runs alone
+        return min(resources.threads, self.cores)  # a client that wants more than there are runs alone
 
     def share(self, resources: Resources, device: str) -> float:
         """Return the share of a device that the work takes, at most 1; the CPU is shared by threads instead."""
@@ -48,7 +48,7 @@ class Machine:
 def start_order(needs: Mapping[str, Resources]) -> Sequence[str]:
     """Return clients in the order of their start: the widest first, equals in the order given.
 
-    Then nobody starves: what runs beside a wide client fits beside the next one, which is no wider.
+    Then no client starves: what runs beside a wide client fits beside the next one, which is no wider.
     """
     return sorted(needs, key=lambda name: (-(needs[name].gpu_share or 0), -needs[name].threads))
 
@@ -63,32 +63,31 @@ def next_start(
     """Return the first waiting client that fits beside what runs, and the idle worker for it.
 
     Args:
-        waiting: clients, as `queued` orders them.
+        waiting: clients, in the order of `start_order`.
         needs: by client.
         running: by the worker's place.
         idle: places of the workers that are free.
         machine: what there is to share.
 
     Returns:
-        (client, place), the place on the least loaded device; None if nothing fits until a running client ends, which
-        is never so while nothing runs.
+        (client, place), the place on the least loaded device; None if nothing fits until a running client ends. While
+        none runs, something always fits.
     """
     free = machine.cores - sum(machine.threads(resources) for resources in running.values())
     load = dict.fromkeys(machine.devices, 0.0)
     for place, resources in running.items():
         load[machine.device(place)] += machine.share(resources, machine.device(place))
     places = sorted(idle, key=lambda place: (load[machine.device(place)], place))
-    refused = set[Resources]()
+    too_wide = set[Resources]()
     for client in waiting:
         resources = needs[client]
-        if resources in refused or machine.threads(resources) > free:
-            refused.add(resources)
+        if resources in too_wide or machine.threads(resources) > free:
+            too_wide.add(resources)
             continue
         for place in places:
             device = machine.device(place)
-            if (
-                load[device] + machine.share(resources, device) <= 1 + 1e-9
-            ):  # nine ninths come to a little more in floats
+            # A tolerance, because nine ninths add up to a little more than 1 in floats.
+            if load[device] + machine.share(resources, device) <= 1 + 1e-9:
                 return client, place
-        refused.add(resources)
+        too_wide.add(resources)
     return None

@@ -1,4 +1,4 @@
-"""Which engine runs a recipe's clients on one machine, and which devices they are taken to be."""
+"""Which engine runs a recipe's clients on one machine, and which devices they simulate."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict, UserConfig
 
 import fedtune
 from fedtune.cli import flower_client, flower_server
-from fedtune.cli.flower_server import bare, bind_source, directory, say, tell, text
+from fedtune.cli.flower_server import bind_source, directory, print_event, run_name, say, text
 from fedtune.config import bind, render
 from fedtune.deployment.server_setup import expected_clients
 from fedtune.errors import ConfigError, StoreError
@@ -86,7 +86,7 @@ def test_a_deployed_run_ends_in_the_state_of_the_simulated_one(
         assert ours.read_bytes() == theirs.read_bytes(), file
     printed = capsys.readouterr().out
     assert "round 2: 3 of 3 updates" in printed
-    assert "round 1 begins with client-0, client-1, client-2" in printed
+    assert "round 1 starts with client-0, client-1, client-2" in printed
     assert "round 0" not in printed
 
 
@@ -175,9 +175,9 @@ def test_a_recipe_by_a_relative_path_is_refused(source: str) -> None:
 @pytest.mark.parametrize("resume", ["..", ".", "/srv/runs/tiny", "runs/tiny", "tiny/", "tiny\n"])
 def test_a_run_to_go_on_with_is_a_bare_name(resume: str) -> None:
     with pytest.raises(ConfigError, match=r"resume: expected the name of a run.*as store"):
-        bare(resume)
-    assert bare("tiny-2") == "tiny-2"
-    assert bare("") == ""
+        run_name(resume)
+    assert run_name("tiny-2") == "tiny-2"
+    assert run_name("") == ""
 
 
 def test_an_override_that_covers_nobody_is_told(
@@ -195,8 +195,8 @@ def test_an_override_that_covers_nobody_is_told(
 def test_no_text_of_a_client_is_obeyed_by_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     hostile = "\x1b[2J\r\u202e\x9b\nfedtune: finished"
     say(hostile)
-    tell(Note(hostile))
-    tell(ClientFinished(1, Failure.from_text("ann", hostile), Traffic()))
+    print_event(Note(hostile))
+    print_event(ClientFinished(1, Failure.from_text("ann", hostile), Traffic()))
     lines = capsys.readouterr().out.split("\n")
     assert len(lines) == 4
     assert all(line.isprintable() for line in lines)

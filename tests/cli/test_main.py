@@ -165,7 +165,7 @@ def test_all_faults_of_a_recipe_are_told_without_a_traceback(recipe: str) -> Non
     assert ended.exit_code == 2
     assert ended.stdout == ""
     assert ended.stderr.startswith("fedtune: tiny.toml: 2 faults\n")
-    assert "did you mean count?" in ended.stderr
+    assert "did you mean rounds.count?" in ended.stderr
     assert "client.steps: expected a whole number of at least 1" in ended.stderr
     assert "Traceback" not in ended.stderr
 

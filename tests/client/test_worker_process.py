@@ -36,8 +36,9 @@ from fedtune.rounds.events import ClientFinished, Event, RoundStarted
 from fedtune.rounds.loop import RoundResult, run
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Transport
+from fedtune.simulation.fork_client import ForkServer
 from fedtune.simulation.inprocess import InProcess
-from fedtune.simulation.process_pool import ForkServer, ProcessPool
+from fedtune.simulation.process_pool import ProcessPool
 from fedtune.simulation.resources import Resources
 
 RANKS = {"ann": 2, "bob": 4, "cyd": 8}
@@ -136,7 +137,7 @@ def test_a_killed_worker_costs_its_clients_update_of_that_round(workers: int, ba
         if isinstance(event, RoundStarted):
             rounds.append(event.round)
         if isinstance(event, ClientFinished) and event.outcome.client == "ann" and rounds[-1] == 2:
-            os.kill(pool.at_work["bob"], signal.SIGKILL)
+            os.kill(next(task.worker.pid for task in pool._running.values() if task.client == "bob"), signal.SIGKILL)
 
     expected = results(base, InProcess(FLEET, {**inprocess(base).work, "bob": fail}), slow=True)
     found = results(base, pool, slow=True, watch=kill)
@@ -175,7 +176,7 @@ def test_another_base_than_expected_is_refused(model: ModelSettings) -> None:
 
 def test_what_is_prepared_performs_as_the_client_does(model: ModelSettings, base: Base) -> None:
     spec, parts = payload(model, ADAPTER, ROWS, root=Path(), seed=0, base=base.digest)
-    perform = prepare(spec, {name: memoryview(part) for name, part in parts.items()}).equip(3)
+    perform = prepare(spec, {name: memoryview(part) for name, part in parts.items()}).make_worker(3)
     blueprint = base.blueprint(max_rank=4, seed=0)
     method = METHODS["fedit"]
     plan = Plan("ann", 4, 2.0, Training(batch=2, learning_rate=0.02, steps=2))
@@ -195,7 +196,7 @@ def test_what_is_prepared_performs_with_the_threads_of_the_order(
         "fedtune.client.worker_process.perform", lambda *arguments, threads, replicas: found.append(threads)
     )
     spec, parts = payload(model, ADAPTER, ROWS, root=Path(), seed=0)
-    perform = prepare(spec, {name: memoryview(part) for name, part in parts.items()}).equip(0)
+    perform = prepare(spec, {name: memoryview(part) for name, part in parts.items()}).make_worker(0)
     plan = Plan("ann", 4, 2.0, Training(batch=2, learning_rate=0.02, steps=2))
     for threads in (1, 3):
         perform(Assignment("fedit", 1, 3, plan, TrainLora(a_key=4, blobs={}), base=""), threads)

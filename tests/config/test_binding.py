@@ -55,7 +55,7 @@ def test_every_method_binds_its_own_settings(name: str, keys: dict[str, object])
 
 def test_a_method_refuses_the_settings_of_another(faulty: Faulty) -> None:
     found = faulty("method=fedit", "method.max_rank=64")
-    assert found["method.max_rank"].startswith("method.max_rank: expected a known key; got an unknown one")
+    assert found["method.max_rank"].startswith("method.max_rank: unknown key")
 
 
 def test_the_shortest_recipe_has_at_most_twelve_lines() -> None:
@@ -89,9 +89,7 @@ def test_one_misspelt_key_reads_as_one_sentence(tmp_path: Path) -> None:
     file.write_text(SHORTEST.replace('"flora"', '{ name = "flora", max_rnak = 4 }'))
     with pytest.raises(ConfigError) as caught:
         bind(file)
-    assert str(caught.value) == (
-        "recipe.toml: 1 fault\n  method.max_rnak: expected a known key; got an unknown one; did you mean max_rank?"
-    )
+    assert str(caught.value) == ("recipe.toml: 1 fault\n  method.max_rnak: unknown key; did you mean method.max_rank?")
 
 
 def test_an_unknown_table_is_told_with_those_that_there_are(faulty: Faulty) -> None:
@@ -104,58 +102,6 @@ def test_a_bad_override_is_told_beside_the_other_faults(faulty: Faulty) -> None:
     assert set(faulty("seed", "adapter.rank=0")) == {"--set seed", "adapter.rank"}
 
 
-def test_unknown_keys_name_the_nearest_known_one(faulty: Faulty) -> None:
-    found = faulty("method.max_rnak=4", "client.lerning_rate=1", "data.split.alhpa=1", "data.fields.outptu=x", "sead=1")
-    assert found["client.lerning_rate"].endswith("did you mean learning_rate?")
-    assert found["method.max_rnak"].endswith("did you mean max_rank?")
-    assert found["data.split.alhpa"].endswith("did you mean alpha?")
-    assert found["data.fields.outptu"].endswith("did you mean output?")
-    assert found["sead"].endswith("did you mean seed?")
-
-
-def test_a_key_in_the_wrong_table_is_sent_home(faulty: Faulty) -> None:
-    assert faulty("client.rank=4")["client.rank"].endswith("it belongs in adapter.rank")
-    assert "the keys are count, cohort" in faulty("rounds.zzzzz=4")["rounds.zzzzz"]
-
-
-def test_wrong_choices_name_the_nearest_one(faulty: Faulty) -> None:
-    found = faulty("client.optimizer=adam", "method=fedti", "data.split.kind=dirichlett")
-    assert found["client.optimizer"].endswith("""one of "adamw", "sgd"; got 'adam'; did you mean "adamw"?""")
-    assert found["method.name"].endswith('did you mean "fedit"?')
-    assert found["data.split.kind"].endswith('did you mean "dirichlet"?')
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("adapter.rank='8'", "adapter.rank: expected a whole number of at least 1; got '8'; write 8 without quotes"),
-        ("adapter.rank=true", "adapter.rank: expected a whole number of at least 1; got true"),
-        ("adapter.rank=8.0", "adapter.rank: expected a whole number of at least 1; got 8.0"),
-        ("report.plots=1", "report.plots: expected true or false; got 1"),
-        ("client.learning_rate=nan", "client.learning_rate: expected a number above 0; got nan"),
-        ("client.learning_rate=inf", "client.learning_rate: expected a number above 0; got inf"),
-        ("client.warmup=1", "client.warmup: expected a number of at least 0 and below 1; got 1"),
-        ("adapter.alpha=3r", """adapter.alpha: expected a number above 0 or "2r"; got '3r'"""),
-        ("adapter.targets=q_proj", "adapter.targets: expected a list, each item text; got 'q_proj'"),
-        ("model.base=2026-01-01", "model.base: expected text; got 2026-01-01"),
-        ("data.fields.output=3", "data.fields.output: expected text; got 3"),
-        ("data.fields=3", "data.fields: expected a table; got 3"),
-        ("data.split.only=a", "data.split.only: expected a list, each item text, or \"none\"; got 'a'"),
-        ("data.split=3", "data.split: expected a table; got 3"),
-        (
-            "planner.name=3",
-            'planner.name: expected "fixed", "deadline", "oracle", "s-ucb", "ucb", "thompson" or "random"; got 3',
-        ),
-        ("client=3", "client: expected a table; got 3"),
-        ("seed=-1", "seed: expected a whole number of at least 0; got -1"),
-        ("method=3", "method: expected a table or a name"),
-    ],
-)
-def test_a_wrong_value_is_told_in_words(faulty: Faulty, override: str, message: str) -> None:
-    (found,) = [text for path, text in faulty(override).items() if message.startswith(path)]
-    assert found.startswith(message)
-
-
 def test_missing_tables_come_with_an_example(faulty: Faulty) -> None:
     found = faulty(text="\n")
     assert set(found) == {"model", "adapter", "method", "client", "rounds", "data"}
@@ -166,49 +112,6 @@ def test_missing_keys_say_what_they_hold(faulty: Faulty) -> None:
     found = faulty("client={}", "method={}")
     assert found["client.batch"] == "client.batch: expected a whole number of at least 1; got nothing"
     assert "flora" in found["method.name"]
-
-
-def test_none_switches_a_setting_off() -> None:
-    bound = bind(SHORTEST, overrides=["client.clip_norm=none", "evaluate.examples=none", "evaluate.prompt=none"])
-    assert bound.client.clip_norm is None
-    assert bound.evaluate.examples is None
-    assert bound.evaluate.prompt == "none"  # any text is a prompt
-
-
-def test_numbers_keep_their_kind() -> None:
-    assert bind(SHORTEST, overrides=["client.learning_rate=1"]).client.learning_rate == 1.0
-    share, count = (bind(SHORTEST, overrides=[f"rounds.cohort={text}"]).rounds.cohort for text in ("1.0", "1"))
-    assert (type(share), type(count)) == (float, int)
-
-
-def test_overrides_of_clients_are_checked_like_the_rest(faulty: Faulty) -> None:
-    rows = ['clients = "client-["\nrank = 4', "rank = 4", 'clients = "a"', "clients = []\nbatch = 0\nlerning_rate = 1"]
-    rows += ['clients = ["a"]\nsteps = 1\nepochs = 1']
-    found = faulty(more="".join(f"[[override]]\n{row}\n" for row in rows))
-    assert "every [ closed" in found["override.0.clients"]
-    assert "the name or glob" in found["override.1.clients"]
-    assert "something that changes" in found["override.2"]
-    assert found["override.3.lerning_rate"].endswith("did you mean learning_rate?")
-    assert "at least 1; got 0" in found["override.3.batch"]
-    assert "the name or glob" in found["override.3.clients"]
-    assert "one of steps and epochs; got steps = 1 and epochs = 1.0" in found["override.4"]
-
-
-def test_an_override_may_not_leave_a_client_without_steps(faulty: Faulty) -> None:
-    row = '[[override]]\nclients = "a"\nsteps = "none"\n'
-    assert faulty(more=row)["override.0"].startswith(
-        "override.0: expected exactly one of steps and epochs; got neither"
-    )
-    training = bind(SHORTEST + row + "epochs = 2\n").override[0].training
-    assert training == {"steps": None, "epochs": 2.0}
-
-
-def test_a_row_of_overrides_that_is_no_table_is_told(faulty: Faulty) -> None:
-    assert faulty("override=[3]") == {"override.0": "override.0: expected a table; got 3"}
-
-
-def test_one_table_in_place_of_a_list_of_overrides_is_told(faulty: Faulty) -> None:
-    assert "each [[override]]" in faulty(more='[override]\nclients = "a"\n')["override"]
 
 
 def test_the_name_is_the_files_unless_given_and_names_a_folder(tmp_path: Path, faulty: Faulty) -> None:

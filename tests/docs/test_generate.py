@@ -19,11 +19,15 @@ from annotated_types import Ge, Interval
 import fedtune
 from docs import command_pages, generate, schema_pages, settings_pages
 from docs.settings_pages import Key, Table
-from fedtune.config import binding
 from fedtune.config.link import bind_link
 from fedtune.config.reading import read
+from fedtune.config.recipe import SECTIONS
+from fedtune.config.rows import bind_device
+from fedtune.errors import Fault
 from fedtune.methods import METHODS
+from fedtune.methods.method import LinearMethod, Method
 from fedtune.planning import PLANNERS
+from fedtune.planning.planner import ClientObservation, PlannerInputs, PlannerType
 from fedtune.rounds import record
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +59,7 @@ def test_every_key_that_a_recipe_binds_is_documented() -> None:
     documented = {
         key.name for tables in settings_pages.recipe_pages().values() for table in tables for key in table.keys
     }
-    tables = [*binding.SECTIONS.items()]
+    tables = [*SECTIONS.items()]
     tables += [("method", method.settings) for method in METHODS.values()]
     tables += [("planner", kind.settings) for kind in PLANNERS.values()]
     expected = {f"{name}.{field.name}" for name, cls in tables for field in fields(cls)}
@@ -95,10 +99,10 @@ def written(tables: object, path: str = "") -> Iterator[str]:
 @pytest.mark.parametrize(("name", "bounds"), settings_pages.DEVICE_RANGES.items())
 def test_the_ranges_shown_of_a_device_are_those_that_bind(name: str, bounds: str) -> None:
     def refused(value: float) -> bool:
-        found = binding.Findings()
+        faults: list[Fault] = []
         shown = (value,) if name == "modes" else value
-        binding.bind_device({"clients": "a", name: shown}, "device", found)
-        return bool(found.faults)
+        bind_device({"clients": "a", name: shown}, "device", faults)
+        return bool(faults)
 
     for bound in bounds.split(" and "):
         sign, limit = bound.split()
@@ -290,7 +294,13 @@ def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(tmp_path: Path
         assert not re.search(r"url\([\"']?(?:https?:)?//|@import", sheet.read_text()), sheet.name
     for name in ("reference/recipe/client.html", "reference/commands/simulate.html", "search/search_index.js"):
         assert (site / name).is_file()
-    assert "fedtune.simulate" in (site / "reference" / "python.html").read_text()
-    for page, name in (("method", "MedianSettings"), ("planner", "ByExamplesSettings"), ("data", "proverbs")):
+    python = (site / "reference" / "python.html").read_text()
+    assert "fedtune.simulate" in python
+    for cls in (Method, LinearMethod, PlannerType, PlannerInputs, ClientObservation):
+        own = [field.name for field in fields(cls) if field.name in vars(cls).get("__annotations__", ())]
+        missing = [name for name in own if f'id="{cls.__module__}.{cls.__name__}.{name}"' not in python]
+        assert not missing, f"docs/reference/python.md: expected every field of {cls.__name__}; missing {missing}"
+    assert all(f'id="fedtune.planning.planner.Planner.{name}"' in python for name in ("start", "plan", "observe"))
+    for topic, name in (("method", "MedianSettings"), ("planner", "ByExamplesSettings"), ("data", "proverbs")):
         # ruff formats code blocks of documents, and would turn an included file into an expression.
-        assert name in re.sub(r"<[^>]*>", "", (site / "tutorials" / f"own-{page}.html").read_text())
+        assert name in re.sub(r"<[^>]*>", "", (site / "tutorials" / f"own-{topic}.html").read_text())

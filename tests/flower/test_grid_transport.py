@@ -320,7 +320,7 @@ def test_clients_that_do_not_come_are_an_error_that_names_those_who_did(clock: C
     transport = over(fleet("ann", "bob"), clock, expected=3, patience_s=60)
     with pytest.raises(RoundError, match=r"expected at least 3 clients.*after 60 s ann, bob had said hello"):
         transport.clients()
-    with pytest.raises(RoundError, match="nobody had said hello"):
+    with pytest.raises(RoundError, match="none had said hello"):
         over(MemoryGrid({}), clock, patience_s=60).clients()
 
 
@@ -597,13 +597,13 @@ def test_nothing_is_kept_of_a_base_that_was_refused(clock: Clock) -> None:
         return greeting(profile("bob", foundation=replace(FOUNDATION, base="77" * 32)))
 
     transport = over(fleet("ann", "bob", "cyd", bob=node), clock, expected=2)
-    original = transport._refuse
+    original = transport._reject
 
     def noted(node: int, *rest: object, **more: object) -> None:
-        held.append(ref(transport._here[node].foundation))
+        held.append(ref(transport._connected[node].foundation))
         original(node, *rest, **more)  # type: ignore[arg-type]
 
-    transport._refuse = noted  # type: ignore[method-assign]
+    transport._reject = noted  # type: ignore[method-assign]
     assert names(transport) == ["ann", "cyd"]
     collect()
     assert [one() for one in held] == [None]

@@ -20,4 +20,7 @@ def test_the_app_hands_on_the_runs_configuration_and_its_grid() -> None:
     server_app(run_recipe)(fleet("bob", "ann"), context)
     assert seen == [{"recipe": "x", "resume": ""}, ["ann", "bob"]]
     assert notes[0] == "waiting for 2 clients to say hello"
-    assert sorted(notes[1:]) == ["ann is here, with 10 examples", "bob is here, with 10 examples"]
+    assert {note.partition(" (")[0] for note in notes[1:]} == {
+        f"{name} connected: 10 examples" for name in ("ann", "bob")
+    }
+    assert [note[-8:] for note in notes[1:]] == ["(1 of 2)", "(2 of 2)"]

@@ -210,7 +210,7 @@ Change = Callable[[Tables], None]
         ({"override": [{"clients": ["client-0"], "rank": 2}]}, "override.0.rank: expected nothing with the planner"),
         ({"device": [{"clients": ["client-0"], "memory_gb": -1.0}]}, "device.0.memory_gb: expected a finite number"),
         ({"device": [{"clients": ["client-0"], "profile": "tx3"}]}, 'did you mean "tx2"'),
-        ({"device": [{"clients": ["client-0"], "memory": 4}]}, "device.0.memory: expected a known key"),
+        ({"device": [{"clients": ["client-0"], "memory": 4}]}, "device.0.memory: unknown key"),
         ({"planner": {"name": "oracle"}}, r"planner: expected another, without fleet\.by = 'round'"),
         (
             {"planner": {"name": "oracle"}, "client": {"steps": None, "epochs": 1}},

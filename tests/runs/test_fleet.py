@@ -114,7 +114,7 @@ def test_each_planner_is_made_of_its_name(made: Callable[..., Fleet]) -> None:
     assert made().clock() is not None
 
 
-def test_a_base_whose_costs_nobody_knows_takes_the_fixed_planner_and_no_fleet(tables: dict[str, Any]) -> None:
+def test_a_base_without_a_cost_model_takes_the_fixed_planner_and_no_fleet(tables: dict[str, Any]) -> None:
     strange = replace(BLUEPRINT, anatomy=None)
     rest = {key: value for key, value in tables.items() if key != "override"}
     plain = fleet_of(fedtune.bind(rest), NAMES, strange, parameters=1)
@@ -123,7 +123,7 @@ def test_a_base_whose_costs_nobody_knows_takes_the_fixed_planner_and_no_fleet(ta
     assert plain.summary() == {}
     with pytest.raises(ConfigError, match=r"planner: expected a base of llama, .* for a planner that weighs costs"):
         fleet_of(fedtune.bind({**rest, "planner": "random"}), NAMES, strange, parameters=1).planner(strange)
-    with pytest.raises(ConfigError, match=r"fleet: expected a base of llama, .*whose costs nobody knows"):
+    with pytest.raises(ConfigError, match=r"fleet: expected a base of llama, .*for which no cost model exists"):
         fleet_of(fedtune.bind({**rest, "fleet": {"name": "orin8"}}), NAMES, strange, parameters=1)
 
 

@@ -1,4 +1,4 @@
-"""A nursery without torch, whose clients do as their names are told; started as a process by several tests."""
+"""A fork server without torch, whose clients do what the spec names; started as a process by several tests."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
     elif "once" in spec:
         raise ConfigError(Fault("model.base", "a base", "none", "give one"))
 
-    def equip(place: int) -> PerformBytes:
+    def make_worker(place: int) -> PerformBytes:
         return lambda assignment, threads: act(spec, parts, place, assignment, threads)
 
-    return Prepared(equip, tuple(spec.get("devices", ["cpu"])))
+    return Prepared(make_worker, tuple(spec.get("devices", ["cpu"])))
 
 
 def scarce() -> int:
@@ -56,7 +56,7 @@ def act(
     match spec.get("acts", {}).get(client):
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        case "kill the nursery":
+        case "kill the server":
             os.kill(os.getppid(), signal.SIGKILL)
             signal.pause()
         case "leave":

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.errors import ConfigError, RoundError
+from fedtune.errors import RoundError
 from fedtune.messages import (
     Assignment,
     Client,
@@ -27,8 +27,9 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.rounds.transport import Answer, Reply, Rule
+from fedtune.simulation.fork_client import ForkServer, Worker
 from fedtune.simulation.inprocess import InProcess
-from fedtune.simulation.process_pool import ForkServer, ProcessPool, Worker, exit_reason, hand_out
+from fedtune.simulation.process_pool import ProcessPool, send_assignment
 from fedtune.simulation.resources import Resources
 from fedtune.wire.codec import EncodedAssignment, blob_encoder, encode_assignment
 
@@ -51,13 +52,18 @@ def orders(*names: str, size: int = 6, own: bool = False) -> Mapping[str, Encode
     return found
 
 
-def loaded(nursery: ForkServer, **spec: Any) -> ForkServer:
-    nursery.load(spec, {"data": b"shared"})
-    return nursery
+def loaded(fork_server: ForkServer, **spec: Any) -> ForkServer:
+    fork_server.load(spec, {"data": b"shared"})
+    return fork_server
 
 
-def pool(nursery: ForkServer, **settings: Any) -> ProcessPool:
-    return ProcessPool(nursery, FLEET, **{"workers": 2, "cores": 2, **settings})
+def pool(fork_server: ForkServer, **settings: Any) -> ProcessPool:
+    return ProcessPool(fork_server, FLEET, **{"workers": 2, "cores": 2, **settings})
+
+
+def pids(processes: ProcessPool) -> Mapping[str, int]:
+    """Return the process ids of the workers that are busy, by client."""
+    return {running.client: running.worker.pid for running in processes._running.values()}
 
 
 def by_name(answers: Sequence[Answer]) -> Mapping[str, Answer]:
@@ -121,16 +127,16 @@ def test_nobody_asked_is_nobody_answered(echoing: ForkServer) -> None:
         ("break", "bob: expected an update; got RuntimeError: a kernel is missing;"),
         ("fail", "bob: expected a loss; got none"),
         ("hang", "bob: expected an update; got none within 1 s; its process was killed; raise engine.timeout_s"),
-        ("kill the nursery", "bob: expected an update; got none: its process was killed by signal 9 (SIGKILL"),
+        ("kill the server", "bob: expected an update; got none: its process was killed by signal 9 (SIGKILL"),
     ],
 )
 @pytest.mark.parametrize("workers", [1, 3])
 def test_one_clients_end_costs_its_own_update_of_one_round(
     act: str, reason: str, workers: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with loaded(ForkServer(COMMAND), acts={"bob": act}) as nursery:
-        # One core: with several at work, those beside a nursery that is killed would die with it.
-        processes = pool(nursery, workers=workers, cores=1, timeout_s=1.0 if act == "hang" else None)
+    with loaded(ForkServer(COMMAND), acts={"bob": act}) as fork_server:
+        # One core: with several at work, those beside a fork server that is killed would die with it.
+        processes = pool(fork_server, workers=workers, cores=1, timeout_s=1.0 if act == "hang" else None)
         for _ in range(1 if act == "hang" else 2):
             answers = by_name(list(processes.exchange(orders(*NAMES), RULE)))
             assert answers.keys() == set(NAMES)
@@ -145,54 +151,28 @@ def test_a_traceback_is_shown_where_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FEDTUNE_DEBUG", "1")
-    with loaded(ForkServer(COMMAND), acts={"bob": "break"}) as nursery:
-        list(pool(nursery).exchange(orders("bob"), RULE))
+    with loaded(ForkServer(COMMAND), acts={"bob": "break"}) as fork_server:
+        list(pool(fork_server).exchange(orders("bob"), RULE))
     assert "RuntimeError: a kernel\nis missing" in capfd.readouterr().err
 
 
-def test_everybody_at_work_is_lost_with_the_nursery_and_nobody_else() -> None:
-    with loaded(ForkServer(COMMAND), acts={"ann": "hang", "bob": "kill the nursery"}) as nursery:
-        answers = by_name(list(pool(nursery, workers=2).exchange(orders(*NAMES), RULE)))
+def test_everybody_at_work_is_lost_with_the_fork_server_and_nobody_else() -> None:
+    with loaded(ForkServer(COMMAND), acts={"ann": "hang", "bob": "kill the server"}) as fork_server:
+        answers = by_name(list(pool(fork_server, workers=2).exchange(orders(*NAMES), RULE)))
         assert [isinstance(answers[name], Reply) for name in NAMES] == [False, False, True, True]
 
 
-def test_a_nursery_that_cannot_start_again_ends_the_round(tmp_path: Path) -> None:
-    with loaded(ForkServer(COMMAND), acts={"bob": "kill the nursery"}, once=str(tmp_path / "started")) as nursery:
-        answers = pool(nursery, workers=1).exchange(orders(*NAMES), RULE)
+def test_a_fork_server_that_cannot_start_again_ends_the_round(tmp_path: Path) -> None:
+    with loaded(ForkServer(COMMAND), acts={"bob": "kill the server"}, once=str(tmp_path / "started")) as fork_server:
+        answers = pool(fork_server, workers=1).exchange(orders(*NAMES), RULE)
         assert [next(answers).client, next(answers).client] == ["ann", "bob"]
-        with pytest.raises(RoundError, match="expected to start the nursery of the worker processes again; got model"):
+        with pytest.raises(RoundError, match="expected to restart the fork server of the worker processes; got model"):
             next(answers)
 
 
-@pytest.mark.parametrize(
-    ("start", "error", "text"),
-    [
-        ("fault", ConfigError, "a.toml: 1 fault\n  model.base: expected a base; got none; give one"),
-        (
-            "die",
-            RoundError,
-            "expected a process that loads the base for the workers; got one that was killed by signal 9",
-        ),
-        ("break", RoundError, "expected a process that loads the base for the workers; got MemoryError: no room"),
-        ("threads", RoundError, "expected one thread in the process that forks the workers; got 2"),
-    ],
-)
-def test_what_cannot_be_loaded_is_told_and_waited_for_by_nobody(start: str, error: type[Exception], text: str) -> None:
-    with loaded(ForkServer(COMMAND), start=start) as nursery:
-        with pytest.raises(error) as caught:
-            pool(nursery).clients()
-        assert text in str(caught.value)
-
-
-def test_a_command_that_is_none_is_told() -> None:
-    command = [sys.executable, "-c", "raise SystemExit(7)"]
-    with loaded(ForkServer(command)) as nursery, pytest.raises(RoundError, match="one that ended with status 7"):
-        pool(nursery).clients()
-
-
 def test_a_worker_that_stops_reading_is_given_up() -> None:
-    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as nursery:
-        processes = pool(nursery, workers=1, timeout_s=1.0)
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as fork_server:
+        processes = pool(fork_server, workers=1, timeout_s=1.0)
         (answer,) = processes.exchange(orders("ann"), RULE)
         os.kill(told(answer)["pid"], signal.SIGSTOP)
         answers = by_name(list(processes.exchange(orders("bob", "cyd", size=1_000_000), RULE)))
@@ -203,8 +183,8 @@ def test_a_worker_that_stops_reading_is_given_up() -> None:
 
 
 def test_a_worker_that_dies_idle_costs_nobody_anything() -> None:
-    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as nursery:
-        processes = pool(nursery, workers=1)
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell"}) as fork_server:
+        processes = pool(fork_server, workers=1)
         (answer,) = processes.exchange(orders("ann"), RULE)
         os.kill(told(answer)["pid"], signal.SIGKILL)
         wait_until_gone(told(answer)["pid"])
@@ -212,20 +192,20 @@ def test_a_worker_that_dies_idle_costs_nobody_anything() -> None:
 
 
 def test_with_fewer_processes_than_wanted_the_round_goes_on() -> None:
-    with loaded(ForkServer(COMMAND), forks=1) as nursery:
-        assert all(isinstance(answer, Reply) for answer in pool(nursery, workers=2).exchange(orders(*NAMES), RULE))
+    with loaded(ForkServer(COMMAND), forks=1) as fork_server:
+        assert all(isinstance(answer, Reply) for answer in pool(fork_server, workers=2).exchange(orders(*NAMES), RULE))
 
 
 def test_a_worker_that_cannot_be_replaced_leaves_its_clients_to_the_others() -> None:
-    with loaded(ForkServer(COMMAND), forks=2, acts={"ann": "die"}) as nursery:
-        answers = by_name(list(pool(nursery, workers=2).exchange(orders(*NAMES), RULE)))
+    with loaded(ForkServer(COMMAND), forks=2, acts={"ann": "die"}) as fork_server:
+        answers = by_name(list(pool(fork_server, workers=2).exchange(orders(*NAMES), RULE)))
         assert [isinstance(answers[name], Reply) for name in NAMES] == [False, True, True, True]
 
 
 def test_with_no_process_at_all_the_round_ends() -> None:
     text = "expected another worker process; got no process left; lower engine.workers"
-    with loaded(ForkServer(COMMAND), forks=0) as nursery, pytest.raises(RoundError, match=text):
-        list(pool(nursery).exchange(orders(*NAMES), RULE))
+    with loaded(ForkServer(COMMAND), forks=0) as fork_server, pytest.raises(RoundError, match=text):
+        list(pool(fork_server).exchange(orders(*NAMES), RULE))
 
 
 def test_each_clients_threads_reach_its_work(telling: ForkServer) -> None:
@@ -260,12 +240,12 @@ def test_a_worker_is_left_with_the_bodies_of_its_last_client_only(echoing: ForkS
     processes = pool(echoing, workers=1)
     assert len(list(processes.exchange(sent, RULE))) == 4
     (worker,) = processes._workers.values()
-    assert worker.held == sent["dan"].blobs.keys()
+    assert worker.digests == sent["dan"].blobs.keys()
 
 
 def test_no_process_is_left_when_the_block_ends() -> None:
-    with loaded(ForkServer(COMMAND), acts={"ann": "tell", "bob": "hang"}) as nursery:
-        answers = iter(pool(nursery, workers=2).exchange(orders("ann", "bob"), RULE))
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell", "bob": "hang"}) as fork_server:
+        answers = iter(pool(fork_server, workers=2).exchange(orders("ann", "bob"), RULE))
         facts = told(next(answers))
     for pid in (facts["pid"], facts["parent"]):
         with pytest.raises(ProcessLookupError):
@@ -273,13 +253,13 @@ def test_no_process_is_left_when_the_block_ends() -> None:
 
 
 def test_an_exchange_that_is_given_up_leaves_nobody_at_work() -> None:
-    with loaded(ForkServer(COMMAND), acts={"bob": "hang"}) as nursery:
-        processes = pool(nursery, workers=2)
+    with loaded(ForkServer(COMMAND), acts={"bob": "hang"}) as fork_server:
+        processes = pool(fork_server, workers=2)
         answers = processes.exchange(orders(*NAMES), RULE)
         assert next(answers).client == "ann"
-        hung = processes.at_work["bob"]
+        hung = pids(processes)["bob"]
         answers.close()
-        assert processes.at_work == {}
+        assert pids(processes) == {}
         wait_until_gone(hung)
         assert all(isinstance(answer, Reply) for answer in processes.exchange(orders("ann", "cyd"), RULE))
 
@@ -288,24 +268,24 @@ def test_an_answer_that_ctrl_c_left_behind_is_not_taken_for_another(monkeypatch:
     def interrupted(control: object) -> None:
         raise KeyboardInterrupt
 
-    with loaded(ForkServer(COMMAND), acts={"ann": "tell", "bob": "hang"}) as nursery:
-        processes = pool(nursery, workers=1)
+    with loaded(ForkServer(COMMAND), acts={"ann": "tell", "bob": "hang"}) as fork_server:
+        processes = pool(fork_server, workers=1)
         processes.clients()
         with monkeypatch.context() as patch:
-            patch.setattr("fedtune.simulation.process_pool.receive", interrupted)
+            patch.setattr("fedtune.simulation.fork_client.receive", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 list(processes.exchange(orders(*NAMES), RULE))
         answers = processes.exchange(orders("ann", "bob"), RULE)
         # Else the answer to the first request would be taken for the second one's, and another process be killed.
-        assert told(next(answers))["pid"] == processes.at_work["bob"]
+        assert told(next(answers))["pid"] == pids(processes)["bob"]
 
 
 MAIN = """
     import sys
     sys.path.insert(0, {folder!r})
     from test_process_pool import *
-    with loaded(ForkServer(COMMAND), acts={{"ann": "tell", "bob": "hang"}}) as nursery:
-        for answer in pool(nursery, workers=1).exchange(orders("ann", "bob"), RULE):
+    with loaded(ForkServer(COMMAND), acts={{"ann": "tell", "bob": "hang"}}) as fork_server:
+        for answer in pool(fork_server, workers=1).exchange(orders("ann", "bob"), RULE):
             print(answer.reason, flush=True)
 """
 
@@ -338,22 +318,9 @@ def test_a_body_travels_to_a_worker_once_and_is_dropped_when_nobody_needs_it() -
         connection.sent.clear()
         order = EncodedAssignment(b"header", {digest: digest.encode() for digest in digests})
         needed.subtract(digests)
-        hand_out(worker, order, needed, threads=1)
+        send_assignment(worker, order, needed, threads=1)
         heads.append(json.loads(connection.sent[0]))
         assert connection.sent[1:] == [b"header", *(digest.encode() for digest in heads[-1]["bodies"])]
     assert [head["bodies"] for head in heads] == [["all", "both", "ann's"], ["bob's"], []]
     assert [head["drop"] for head in heads] == [[], ["ann's"], ["bob's"]]
-    assert worker.held == {"all", "both"}
-
-
-def test_an_end_is_put_into_words() -> None:
-    assert exit_reason(1) == "ended with status 1"
-    assert exit_reason(-signal.SIGSEGV) == "was killed by signal 11 (SIGSEGV)"
-    assert "memory" in exit_reason(-signal.SIGKILL)
-    assert exit_reason(-60) == "was killed by signal 60 (without a name)"
-
-
-def test_another_system_is_told_to_use_the_engine_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(ConfigError, match="expected Linux for worker processes that share memory; got 'darwin'"):
-        ForkServer(COMMAND)
+    assert worker.digests == {"all", "both"}

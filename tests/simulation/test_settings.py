@@ -35,7 +35,7 @@ def test_the_engine_changes_neither_digest_nor_what_a_resumed_run_is_held_agains
     [
         ("process", r"engine.name: .*did you mean"),
         ({"workers": 0}, r"engine.workers: expected .*got 0"),
-        ({"name": "ray", "worker": 2}, r"engine.worker: .*did you mean workers"),
+        ({"name": "ray", "worker": 2}, r"engine.worker: .*did you mean engine.workers"),
         ({"timeout_s": -1.0}, r"engine.timeout_s"),
     ],
 )

@@ -1,0 +1,136 @@
+"""What the tables of pruning, planner and simulated devices must satisfy together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from fedtune.config.error_text import display, join_words, quote
+from fedtune.config.recipe import Override, Recipe, method_type_of
+from fedtune.errors import Fault
+from fedtune.messages import ProbeSeeds
+from fedtune.methods import METHODS
+from fedtune.planning.adaptive import AdaptiveSettings
+from fedtune.planning.fixed import FixedSettings
+
+READERS: Mapping[str, Sequence[str]] = {
+    "explore": ("deadline",),
+    "deadline_s": ("deadline",),
+    "reward": ("ucb", "thompson"),
+}
+"""The planners that read a setting, where not all do."""
+
+
+SENDS_NO_DEADLINE = ("fixed", "random", "s-ucb", "thompson", "ucb")
+"""Planners whose plans say nothing of when a round should end; those of other packages may."""
+
+
+def pruning_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield where a recipe prunes what cannot be pruned, or asks for ratios without pruning."""
+    method, pruning, planner, overrides = method_type_of(recipe), recipe.pruning, recipe.planner, recipe.override
+    if isinstance(planner, AdaptiveSettings):
+        yield from chosen_by_planner_faults(planner, overrides)
+    if pruning is None:
+        yield from ratio_faults(recipe)
+        return
+    if why := method.why_not_pruned:
+        able = join_words([quote(name) for name, other in METHODS.items() if not other.why_not_pruned], joint="or")
+        hint = f"use method = {able}, or leave pruning out"
+        yield Fault("pruning", "no table with this method", f"{method.name!r}: {why}", hint)
+    if pruning.score == "magnitude" and pruning.allocation == "global":
+        hint = "weights of different blocks are of different size: global ranks by magnitude are worse than chance"
+        yield Fault("pruning.allocation", "uniform with score = 'magnitude'", "'global'", hint)
+    if pruning.policy == "vote" and pruning.target == 0:
+        hint = "the largest of planner.ratios" if isinstance(planner, AdaptiveSettings) else "your ratio"
+        yield Fault("pruning.target", "above 0 with 'vote', whose clients vote for a mask of that size", "0", hint)
+    if isinstance(planner, AdaptiveSettings):
+        if 0 not in planner.ratios and planner.ratios and pruning.policy != "local" and pruning.ranking is None:
+            hint = "add 0: the first round prunes no client, and asks for the scores; or name a file in pruning.ranking"
+            got = f"at least {min(planner.ratios):g}"
+            yield Fault("planner.ratios", "0 among them where pruning.ranking brings no order", got, hint)
+        if planner.ratios and pruning.target and pruning.target not in planner.ratios:
+            hint = f"add {pruning.target:g}: in the last rounds everybody trains what is deployed"
+            got = ", ".join(f"{ratio:g}" for ratio in planner.ratios)
+            yield Fault("planner.ratios", f"pruning.target = {pruning.target:g} among them", got, hint)
+    elif (
+        isinstance(planner, FixedSettings)
+        and pruning.policy == "vote"
+        and len(requested_ratios(planner, overrides)) > 1
+    ):
+        expected = "one ratio for all with 'vote', whose clients share a mask"
+        yield Fault("pruning.policy", expected, "several", "use nested")
+
+
+def ratio_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield the pruning ratios that a recipe without the table `pruning` asks for."""
+    ratios = [(f"override.{place}.ratio", override.ratio) for place, override in enumerate(recipe.override)]
+    if isinstance(recipe.planner, FixedSettings):
+        ratios.append(("planner.ratio", recipe.planner.ratio))
+    for path, ratio in ratios:
+        if ratio:
+            yield Fault(path, "0 without the table pruning", f"{ratio:g}", "write [pruning]")
+
+
+def requested_ratios(planner: FixedSettings, overrides: Sequence[Override]) -> set[float]:
+    """Return the ratios that the planner `fixed` may ask clients for."""
+    ratios = {planner.ratio}
+    for override in overrides:
+        if override.ratio is not None:
+            ratios = {override.ratio} if "*" in override.clients else ratios | {override.ratio}
+    return ratios
+
+
+def chosen_by_planner_faults(planner: AdaptiveSettings, overrides: Sequence[Override]) -> Iterator[Fault]:
+    """Yield what a recipe says of some clients that its planner chooses."""
+    for place, override in enumerate(overrides):
+        for key, value in (("ratio", override.ratio), ("rank", override.rank)):
+            if value is not None:
+                hint = 'the planner chooses it; set planner = "fixed" to say it yourself'
+                expected = f"nothing with the planner {planner.name!r}"
+                yield Fault(f"override.{place}.{key}", expected, f"{value:g}", hint)
+
+
+def planner_key_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield empty lists of a planner that chooses, and the keys that it does not read."""
+    planner, usual = recipe.planner, AdaptiveSettings()
+    if not isinstance(planner, AdaptiveSettings):
+        return
+    for key, numbers in (("ratios", planner.ratios), ("ranks", planner.ranks)):
+        if not numbers:
+            hint = "leave it out for the default ones"
+            yield Fault(f"planner.{key}", "at least one number", "an empty list", hint)
+    for key, readers in READERS.items():
+        value = getattr(planner, key)
+        if planner.name not in readers and value != getattr(usual, key):
+            expected = f"nothing with the planner {planner.name!r}, which does not read it"
+            yield Fault(f"planner.{key}", expected, display(value), f"it is of {join_words(readers)}")
+
+
+def planner_method_faults(recipe: Recipe) -> Iterator[Fault]:
+    method, planner = method_type_of(recipe), recipe.planner
+    if not isinstance(planner, AdaptiveSettings):
+        return
+    if method.task is ProbeSeeds or method.ranks == "equal":
+        why = "trains no adapter" if method.task is ProbeSeeds else "needs one rank for all"
+        expected = f"'fixed' with method {method.name!r}, which {why}"
+        yield Fault("planner", expected, repr(planner.name), "use method = 'flora'")
+
+
+def fleet_table_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield what the tables `fleet` and `device` exclude, and what the planner `oracle` needs of them."""
+    method, fleet, planner = method_type_of(recipe), recipe.fleet, recipe.planner.name
+    if planner == "oracle":
+        if fleet is None or fleet.by != "round":
+            hint = "it reads the simulated clock's times, which must not depend on what was chosen before"
+            yield Fault("planner", "another, without fleet.by = 'round'", "'oracle'", hint)
+        if recipe.client.steps is None or any("epochs" in override.training for override in recipe.override):
+            hint = "it reads the simulated clock's times, which follow from the recipe alone"
+            yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
+    if fleet is not None and method.task is ProbeSeeds:
+        expected, hint = f"no table with {method.name!r}", "what its forward passes cost a device is not modelled yet"
+        yield Fault("fleet", expected, repr(fleet.name), hint)
+    if fleet is not None and fleet.late == "drop" and planner in SENDS_NO_DEADLINE:
+        hint = 'take planner = "deadline", or leave fleet.late out'
+        yield Fault("fleet.late", f"'wait' with the planner {planner!r}, which sends no deadline", "'drop'", hint)
+    if fleet is None and recipe.device:
+        expected, hint = "no tables without [fleet]", 'write fleet = { name = "fedspine80" }'
+        yield Fault("device", expected, f"{len(recipe.device)}", hint)

@@ -1,0 +1,226 @@
+"""The user's side of the process that forks workers: it is started, given what to load, and asked for workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+from fedtune.errors import ConfigError, Fault, RoundError
+from fedtune.simulation.fork_server import receive, write_payload
+
+COMMAND = (sys.executable, "-P", "-m", "fedtune.client.worker_process")
+"""Starts a fork server; -P because a file of the working directory must not be imported in place of a library."""
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""While the fork server loads: threads do not outlive a fork. Each client's work sets its own number."""
+
+LEAVE_S = 10.0
+"""Seconds that a fork server has to end its workers and itself."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process that does one client's work at a time."""
+
+    pid: int
+    place: int
+    connection: Connection[bytes, bytes]
+    parent: subprocess.Popen[bytes]
+    digests: set[str] = field(default_factory=set)
+    """Of the bodies that it has."""
+
+
+class ForkServer:
+    """A fresh interpreter that loads the base once and forks workers; they share its memory until they write to it.
+
+    Workers are not forked from the user's own process, whose threads, OpenMP pools and CUDA contexts do not survive
+    that. The interpreter starts at once and imports its libraries while the caller loads what it needs itself; it is
+    a context manager that leaves no process behind.
+    """
+
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+        """Start it.
+
+        Args:
+            command: runs `fork_server.serve` on the descriptor that is its last argument.
+
+        Raises:
+            ConfigError: on another system than Linux.
+        """
+        if sys.platform != "linux":
+            hint = 'set engine.name = "inprocess"'
+            raise ConfigError(Fault("", "Linux for worker processes that share memory", repr(sys.platform), hint))
+        self.command = command
+        self._payload: int | None = None
+        self._devices: tuple[str, ...] = ()
+        self._workers = set[Worker]()
+        self._process, self._control = start_server(command)
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.connection.close()
+        self._workers.clear()
+        self._stop()
+        if self._payload is not None:
+            os.close(self._payload)
+
+    def load(self, spec: Mapping[str, Any], parts: Mapping[str, bytes]) -> None:
+        """Send what the command's `prepare` is to load; returns at once, and is called once."""
+        self._payload = write_payload(spec, parts)
+        self._send({"verb": "load"}, self._payload)
+
+    def devices(self) -> tuple[str, ...]:
+        """Return where workers compute, once everything is loaded.
+
+        Raises:
+            ConfigError: if the payload names what does not exist.
+            RoundError: if it cannot be loaded for another reason.
+        """
+        if not self._devices:
+            message = self._receive()
+            if message is None:
+                got = f'one that {wait_for_exit(self._process)}; see what it printed, or set engine.name = "inprocess"'
+                raise RoundError(f"expected a process that loads the base for the workers; got {got}")
+            if "faults" in message:
+                raise ConfigError([Fault(**fault) for fault in message["faults"]], source=message["source"])
+            if "error" in message:
+                raise RoundError(f"expected a process that loads the base for the workers; got {message['error']}")
+            self._devices = tuple(message["devices"])
+        return self._devices
+
+    def fork(self, place: int, *, timeout_s: float | None = None) -> Worker:
+        """Return a new worker; if the fork server has died, another is started and loaded first.
+
+        Args:
+            place: of the worker among the workers.
+            timeout_s: seconds that this process waits for a worker in the middle of a message.
+
+        Raises:
+            RoundError: if there are no processes left, or the fork server ends again.
+        """
+        self.devices()
+        message, connection = self._request_worker(place, timeout_s)
+        if message is None:
+            self._restart()
+            message, connection = self._request_worker(place, timeout_s)
+        if message is None or "error" in message:
+            connection.close()
+            got = (
+                f"{message['error']}; lower engine.workers"
+                if message
+                else f"a fork server that {wait_for_exit(self._process)}"
+            )
+            raise RoundError(f"expected another worker process; got {got}")
+        worker = Worker(message["pid"], place, connection, self._process)
+        self._workers.add(worker)
+        return worker
+
+    def end(self, worker: Worker) -> str:
+        """Kill a worker unless it is dead, and return how it ended, as a predicate."""
+        worker.connection.close()
+        message = None
+        if worker in self._workers:  # else it ended with an earlier server; its id may be another process's
+            self._workers.discard(worker)
+            self._send({"verb": "end", "pid": worker.pid})
+            message = self._receive()
+        return wait_for_exit(worker.parent) if message is None else exit_reason(message["status"])
+
+    def _request_worker(self, place: int, timeout_s: float | None) -> tuple[Any, Connection[bytes, bytes]]:
+        """Return the answer to a request for a worker, None if the server is dead, and the connection to the worker."""
+        ours, theirs = socket.socketpair()
+        if timeout_s is not None:
+            limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                ours.setsockopt(socket.SOL_SOCKET, option, limit)
+        with ours, theirs:
+            self._send({"verb": "fork", "place": place}, theirs.fileno())
+            theirs.close()
+            message = self._receive()
+            return message, Connection(ours.detach())
+
+    def _restart(self) -> None:
+        self._stop()
+        self._workers.clear()
+        self._devices = ()
+        self._process, self._control = start_server(self.command)
+        assert self._payload is not None  # or nothing was loaded, and nothing forked
+        self._send({"verb": "load"}, self._payload)
+        try:
+            self.devices()
+        except ConfigError as error:  # the payload had no fault at the start of the run
+            raise RoundError(f"expected to restart the fork server of the worker processes; got {error}") from error
+
+    def _stop(self) -> None:
+        """Close the control socket, on which the fork server ends its workers and itself."""
+        self._control.close()
+        if not self._devices:
+            self._process.kill()  # it has no worker to end, and does not listen while it loads
+        wait_for_exit(self._process)
+
+    def _send(self, message: Mapping[str, Any], *descriptors: int) -> None:
+        if self._control.fileno() != -1:
+            with suppress(BrokenPipeError, ConnectionResetError):  # it is dead; the next `_receive` returns None
+                socket.send_fds(self._control, [json.dumps(message).encode()], descriptors)
+
+    def _receive(self) -> Any:
+        """Return the fork server's answer, None if it is dead."""
+        if self._control.fileno() == -1:
+            return None
+        try:
+            return receive(self._control)[0]
+        except ConnectionResetError:
+            return None
+        except BaseException:
+            # On Ctrl-C: the answer that is still to come must not be taken for that to the next message.
+            self._control.close()
+            raise
+
+
+def start_server(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a fork server with this process's module path, and return it with its control socket."""
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    with theirs:
+        process = subprocess.Popen(
+            [*command, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **ONE_THREAD, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C goes to a terminal's whole group; this process decides what it means
+        )
+    return process, control
+
+
+def wait_for_exit(process: subprocess.Popen[bytes]) -> str:
+    """Wait for a process that is about to end, and return how it ended, as a predicate."""
+    try:
+        return exit_reason(process.wait(LEAVE_S))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return exit_reason(process.wait())
+
+
+def exit_reason(status: int) -> str:
+    """Return how a process ended, as a predicate: by an exit status, or by a signal if it is negative."""
+    if status >= 0:
+        return f"ended with status {status}"
+    name = next((number.name for number in signal.Signals if number == -status), "without a name")
+    memory = "; the system sends it when memory runs out" if status == -signal.SIGKILL else ""
+    return f"was killed by signal {-status} ({name}{memory})"

@@ -1,0 +1,64 @@
+"""Faults between pruning, planner and simulated devices, each named by its key."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedtune.config import bind
+from fedtune.config.planner_checks import requested_ratios
+from fedtune.config.recipe import Override
+from fedtune.methods import METHODS
+from fedtune.planning.fixed import FixedSettings
+from tests.config.conftest import SHORTEST, Faulty
+
+ADAPTIVE = ["planner=deadline", "pruning={target = 0.5}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "words"),
+    [
+        (["planner.ratio=0.5"], "planner.ratio", "0 without the table pruning; got 0.5; write [pruning]"),
+        (['override=[{clients = "a", ratio = 0.25}]'], "override.0.ratio", "0 without the table pruning; got 0.25"),
+        (["method=fedit", "pruning={}"], "pruning", "no table with this method; got 'fedit': a mean of factors"),
+        (["pruning={score='magnitude', allocation='global'}"], "pruning.allocation", "uniform with score"),
+        (["pruning={policy='vote', target=0.0}"], "pruning.target", "above 0 with 'vote'"),
+        (
+            ["pruning={policy='vote'}", 'override=[{clients = "a", ratio = 0.25}]'],
+            "pruning.policy",
+            "one ratio for all with 'vote', whose clients share a mask; got several; use nested",
+        ),
+        ([*ADAPTIVE, "planner.ratios=[0.5]"], "planner.ratios", "0 among them"),
+        ([*ADAPTIVE, "planner.ratios=[0.0]"], "planner.ratios", "pruning.target = 0.5 among them; got 0;"),
+        ([*ADAPTIVE, 'override=[{clients = "a", rank = 2}]'], "override.0.rank", "nothing with the planner 'deadline'"),
+        ([*ADAPTIVE, "planner.ranks=[]"], "planner.ranks", "at least one number; got an empty list"),
+        ([*ADAPTIVE, "planner.reward=fedmp"], "planner.reward", "nothing with the planner 'deadline'"),
+        (["planner=deadline", "method=fedit"], "planner", "'fixed' with method 'fedit', which needs one rank for all"),
+        (["planner=oracle"], "planner", "another, without fleet.by = 'round'"),
+        (["fleet={name='orin8', late='drop'}"], "fleet.late", "'wait' with the planner 'fixed'"),
+        (['device=[{clients = "a", memory_gb = 4.0}]'], "device", "no tables without [fleet]; got 1"),
+        (["method=fedkseed", "fleet=orin8", "adapter={rank = 1, targets = ['all-linear']}"], "fleet", "'fedkseed'"),
+    ],
+)
+def test_a_fault_between_tables_is_named_by_its_key(
+    faulty: Faulty, overrides: list[str], path: str, words: str
+) -> None:
+    assert words in faulty(*overrides)[path]
+
+
+def test_a_fault_elsewhere_in_a_table_hides_no_rule(faulty: Faulty) -> None:
+    messages = faulty("fleet={name='orin8', late='drop', server_s=-1.0}", "planner={name='ucb', explore=2, reward=3}")
+    assert set(messages) == {"fleet.server_s", "fleet.late", "planner.reward"}  # whether explore is idle is not known
+
+
+def test_every_method_without_pruning_says_why() -> None:
+    assert [name for name, method in METHODS.items() if not method.why_not_pruned] == ["flora"]
+
+
+def test_ratios_are_those_of_the_last_override_for_all() -> None:
+    assert requested_ratios(FixedSettings(ratio=0.5), ()) == {0.5}
+    overrides = [Override(["a"], ratio=0.25), Override(["*"], ratio=0.125), Override(["b"], ratio=0.0)]
+    assert requested_ratios(FixedSettings(ratio=0.5), overrides) == {0.125, 0.0}
+
+
+def test_pruning_with_a_planner_that_chooses_binds() -> None:
+    assert bind(SHORTEST, overrides=ADAPTIVE).planner.name == "deadline"
