@@ -230,7 +230,7 @@ class Dispatcher:
             self.stopping = pb.Stop(why=why, retry_after_ms=int(1000 * retry_after_s))
             self._presence.wake_all()
 
-    def uninformed(self) -> Sequence[str]:
+    def clients_to_inform(self) -> Sequence[str]:
         """Return the clients that are here and do not know yet that there is no more work.
 
         At the end of a run these are all with a recent sign of life: when they ask next, no server would answer them.

@@ -35,7 +35,7 @@ class Receipts:
     def end_round(self, number: int) -> None:
         self._ended = max(self._ended, number)
 
-    def given(self, client: str, task: bytes) -> tuple[bytes, pb.Envelope] | None:
+    def find(self, client: str, task: bytes) -> tuple[bytes, pb.Envelope] | None:
         """Return the reply digest and the receipt that a client's task has; None if it has none."""
         return self._given.get((client, task))
 

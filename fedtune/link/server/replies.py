@@ -56,7 +56,7 @@ class Replies:
         expect_fields(header, federation=self._run.federation, run=self._run.run)
         if header.kind not in (pb.ANSWER, pb.DECLINE):
             raise rejection(pb.KIND_NOT_EXPECTED, "kind", "ANSWER or DECLINE", header.kind)
-        if (given := self._receipts.given(client, header.order)) is not None:
+        if (given := self._receipts.find(client, header.order)) is not None:
             first, receipt = given
             if first != reply:
                 raise conflict(first, reply)

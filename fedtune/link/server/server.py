@@ -86,7 +86,7 @@ class RunningServer:
         """Wait until no transfer is under way and every client knows of the end, at most so long; then close all."""
         loop = asyncio.get_running_loop()
         ends = loop.time() + seconds
-        while (self.service.transfers or self.dispatcher.uninformed()) and loop.time() < ends:
+        while (self.service.transfers or self.dispatcher.clients_to_inform()) and loop.time() < ends:
             await asyncio.sleep(DRAIN_POLL_S)
         await self._server.stop(grace=min(1.0, seconds))
         self.service.close()
