@@ -104,7 +104,7 @@ def test_all_terms_of_an_objective_count_in_any_order(loaded: Any, examples: Any
             for name, (m, n) in base.modules.items()
         }
         with with_adapters(base, local=local) as model:
-            train(base, examples(6), replace(TRAINING, steps=3), key=1, client="ann", terms=terms)
+            train(base, examples(6), replace(TRAINING, steps=3), key=1, client="ann", hooks=Hooks(model, terms))
             ends.append(np.concatenate([factors.b.ravel() for factors in read_local(model).values()]))
     both, swapped, *alone = ends
     np.testing.assert_allclose(both, swapped, atol=1e-5)
