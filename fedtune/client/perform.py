@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,17 +30,16 @@ from fedtune.messages import (
     ProbeResult,
     ProbeSeeds,
     Pruning,
-    TailRank,
     TrainLora,
 )
 from fedtune.model import libraries, pruned_training
 from fedtune.model.base import Base, to_numpy
-from fedtune.model.lora import frozen, read_local, start, with_adapters
-from fedtune.model.objective import kept_rank, tail_norm
+from fedtune.model.lora import global_adapter, read_local, start, with_adapters
+from fedtune.model.objective import Hooks
 from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
-from fedtune.model.train import Batch, Between, report_out_of_memory, train
-from fedtune.pruning.structure import BlockLayout, LayerSlice, bitmap
+from fedtune.model.train import Batch, report_out_of_memory, train
+from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
@@ -144,19 +142,24 @@ def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
 
 def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignment, task: TrainLora) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
-    name = assignment.plan.client
+    plan = assignment.plan
     if assignment.base and assignment.base != base.digest:
-        raise ClientError(
-            f"{name}: expected base {assignment.base[:12]}; has {base.digest[:12]} ({base.name}); "
-            "load the same model in the same revision and dtype"
-        )
-    with report_out_of_memory(name, assignment.plan.training.batch):
+        raise wrong_base(assignment, base)
+    with report_out_of_memory(plan.client, plan.training.batch):
         if task.pruning is not None:
             result, measured = train_pruned(base, examples, assignment, task, task.pruning)
         else:
-            learned = train_locally(base, base, examples, assignment, task, {})
+            hooks = partial(Hooks, terms=task.terms) if task.terms else None
+            learned = train_locally(base, examples, assignment, task, start(task, plan, base.modules), hooks)
             result, measured = lora_result(base, assignment, task, learned), learned.measured
-    return ClientUpdate(name, assignment.round, len(examples), result, measured)
+    return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
+
+
+def wrong_base(assignment: Assignment, base: Base) -> ClientError:
+    return ClientError(
+        f"{assignment.plan.client}: expected base {assignment.base[:12]}; has {base.digest[:12]} ({base.name}); "
+        "load the same model in the same revision and dtype"
+    )
 
 
 @dataclass(frozen=True)
@@ -167,67 +170,45 @@ class LocalTraining:
     final: Adapter
     saved: Tensors
     measured: Measured
-    seen: Any = None
-    """What `then` returned."""
+    hooks: Hooks | None
+    """What was done beside plain steps."""
 
 
 def train_locally(
     base: Base,
-    small: Base,
     examples: Sequence[Example],
     assignment: Assignment,
     task: TrainLora,
-    cut: Mapping[str, LayerSlice],
-    *,
-    between: Callable[[torch.nn.Module], Between | None] = lambda model: None,
-    then: Callable[[torch.nn.Module], Any] | None = None,
+    initial: Adapter,
+    make_hooks: Callable[[torch.nn.Module], Hooks] | None = None,
 ) -> LocalTraining:
-    """Train as an assignment asks, on a base that is pruned as `cut` says.
+    """Train an adapter from its initial value as an assignment asks.
 
     Args:
-        base: the whole base.
-        small: the same, pruned.
+        base: the base, whole or pruned.
         examples: the client's own.
         assignment: its plan and seed.
-        task: its blobs in the coordinates of `small`.
-        cut: what `small` keeps.
-        between: from the model with its adapters to what happens between two steps.
-        then: called with the model at the end, its adapters still attached.
+        task: its blobs in the coordinates of `base`.
+        initial: the trainable adapter.
+        make_hooks: from the model with its adapters to what is done beside plain steps.
     """
-    plan = assignment.plan
-    initial = start(task, plan, base.modules, cut)
-    saved = task.blobs.get("saved", {})
+    plan, saved = assignment.plan, task.blobs.get("saved", {})
     with with_adapters(
-        small,
-        frozen=frozen(task),
+        base,
+        frozen=global_adapter(task),
         local=initial,
         scale=plan.scale,
         dropout=plan.training.dropout,
         train=task.train,
         saved=saved,
     ) as model:
-        # Of weight 0 it is no part of the loss, and no rank is ever cut.
-        terms = [term for term in task.terms if not (isinstance(term, TailRank) and term.weight == 0)]
-        tail = next((term for term in terms if isinstance(term, TailRank)), None)
-        before = tail_norm(model, tail.decay).item() if tail else 0.0
-        trained = train(
-            small,
-            examples,
-            plan.training,
-            key=assignment.seed,
-            client=plan.client,
-            terms=terms,
-            between=between(model),
-            weigh=task.pruning is not None,
-        )
-        final = read_local(model)
-        if tail and tail_norm(model, tail.decay).item() < before:
-            rank = kept_rank(plan.rank, tail.decay)
-            final = {module: Factors(a=f.a[:rank], b=f.b[:, :rank]) for module, f in final.items()}
-        parameters = dict(model.named_parameters())
-        new_saved = {key: to_numpy(parameters[key]) for key in saved}
-        seen = then(model) if then is not None else None
-    return LocalTraining(initial, final, new_saved, trained.measured, seen)
+        hooks = make_hooks(model) if make_hooks else None
+        trained = train(base, examples, plan.training, key=assignment.seed, client=plan.client, hooks=hooks)
+        parameters, final = dict(model.named_parameters()), read_local(model)
+        new_saved = {name: to_numpy(parameters[name]) for name in saved}
+        if hooks:
+            final = hooks.after_training(final)
+    return LocalTraining(initial, final, new_saved, trained.measured, hooks)
 
 
 def lora_result(base: Base, assignment: Assignment, task: TrainLora, learned: LocalTraining) -> LoraResult:
@@ -268,22 +249,20 @@ def train_pruned(
     rows = pruned_training.evaluation_rows(examples, base, key=key, batch=plan.training.batch)
     loss_before = loss_as_received(base, task, plan, parts, body, rows)
 
-    def then(model: torch.nn.Module) -> tuple[float, Tensors, int]:
+    def measure_at_end(model: torch.nn.Module) -> tuple[float, Tensors, int]:
         scores, tokens = score(model, base, structure=parts.last) if pruning.scores_requested else ({}, 0)
         return pruned_training.evaluation_loss(model, rows, base), scores, tokens
 
+    def hooks_of(model: torch.nn.Module) -> Hooks:
+        shrink = pruned_training.stage_shrinker(model, parts.stages, settings, body, steps=steps)
+        return Hooks(model, task.terms, between=shrink, weigh=True, measure=measure_at_end)
+
     with pruned_training.with_pruned_model(base, parts.first, body) as small:
-        learned = train_locally(
-            base,
-            small,
-            examples,
-            assignment,
-            pruned_training.slice_task(task, parts.first, parts.sent, body),
-            pruned_training.slices_of(parts.first, body),
-            between=lambda model: pruned_training.stage_shrinker(model, parts.stages, settings, body, steps=steps),
-            then=then,
-        )
-    loss_after, worth, tokens = learned.seen
+        received = pruned_training.slice_task(task, parts.first, parts.sent, body)
+        initial = start(received, plan, base.modules, pruned_training.slices_of(parts.first, body))
+        learned = train_locally(small, examples, assignment, received, initial, hooks_of)
+    assert learned.hooks is not None
+    loss_after, worth, tokens = learned.hooks.at_end
     # The start of what was trained, in the structure in which it ended.
     last = start(
         pruned_training.slice_task(task, parts.last, parts.sent, body),
@@ -296,6 +275,7 @@ def train_pruned(
         seconds=time.perf_counter() - began,
         loss_before=loss_before,
         loss_after=loss_after,
+        importance=learned.hooks.importance / steps,
         side_tokens=side + tokens + 2 * sum(batch.tokens for batch in rows),
     )
     sends_scores = pruning.scores_requested and settings.policy == "nested"
@@ -331,12 +311,9 @@ def mask_of(pruning: Pruning, ratio: float, parts: Structures, worth: Tensors, b
 
 def upload(initial: Adapter, final: Adapter, task: TrainLora, *, scale: float) -> Tensors:
     """Return the flat tensors that go up, the scale folded into b; see `TrainLora.upload` and `.train`."""
-    tensors = {}
-    for name, factors in final.items():
-        a, b = factors.a, factors.b
-        if task.upload == "difference":
-            a, b = a - initial[name].a, b - initial[name].b
-        tensors[f"{name}.b"] = scale * b
-        if task.train == "ab":
-            tensors[f"{name}.a"] = a
+    if task.upload == "difference":
+        final = {name: Factors(a=f.a - initial[name].a, b=f.b - initial[name].b) for name, f in final.items()}
+    tensors = {f"{name}.b": scale * factors.b for name, factors in final.items()}
+    if task.train == "ab":
+        tensors |= {f"{name}.a": factors.a for name, factors in final.items()}
     return tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from fedtune.errors import ShapeError
 from fedtune.lora.adapter import Adapter, Factors, draw_a, unpack
 from fedtune.messages import Plan, TrainLora
 from fedtune.model.base import Base, to_numpy, to_torch
-from fedtune.pruning.structure import FULL, LayerSlice
-from fedtune.tensors import Tensors
+from fedtune.pruning.structure import LayerSlice, slice_factors
+from fedtune.tensors import Array, Tensors
 
 
 @contextmanager
@@ -47,40 +47,49 @@ def with_adapters(
     Raises:
         ShapeError: if a module or a parameter is not in the base, or has another shape there.
     """
-    trains, frozen, local, saved = local is not None, frozen or {}, local or {}, saved or {}
-    parameters = dict(base.model.named_parameters())
-    check_shapes(base, [frozen, local], saved)
-    before = {name: parameters[name].detach().clone() for name in saved}
-    tuner: LoraModel | None = None
-    active = []
+    model, tuner = base.model, None
+    check_shapes(base, [frozen or {}, local or {}], saved or {})
+    # peft refuses a module of rank 0; without an adapter the layer is the base's own.
+    adapters = {"global": nonzero(frozen or {}), "local": nonzero(local or {})}
+    active = [name for name, adapter in adapters.items() if adapter]
     try:
-        for name, adapter, factor, drop in (("global", frozen, 1.0, 0.0), ("local", local, scale, dropout)):
-            # A module of rank 0 would be refused by peft; without it the layer is the base's own.
-            adapter = {module: factors for module, factors in adapter.items() if factors.rank > 0}
-            if adapter:
-                tuner = inject(base.model, lora_config(base.model, adapter, scale=factor, dropout=drop), name, tuner)
-                fill(base, adapter, name)
-                active.append(name)
+        for name in active:
+            factor, drop = (scale, dropout) if name == "local" else (1.0, 0.0)
+            tuner = inject(model, lora_config(model, adapters[name], scale=factor, dropout=drop), name)
         if tuner is not None:
             tuner.set_adapter(active)
-        base.model.requires_grad_(False)
-        if "local" in active:
-            for side in train:
-                for layer in layers(base.model, "local").values():
-                    getattr(layer, f"lora_{side.upper()}")["local"].weight.requires_grad_(True)
-        for name, array in saved.items():
-            parameters[name].data.copy_(to_torch(array, base.device))
-            parameters[name].requires_grad_(trains)
-        yield base.model
+        model.requires_grad_(False)
+        # Last, because peft makes the factors of every active adapter trainable.
+        for name in active:
+            fill(base, adapters[name], name, trainable=train if name == "local" else "")
+        with with_saved(base, saved, trainable=local is not None) if saved else nullcontext():
+            yield model
     finally:
         if tuner is not None:
             tuner.unload()
-            if hasattr(base.model, "peft_config"):
-                del base.model.peft_config
-        base.model.requires_grad_(False)
-        base.model.zero_grad(set_to_none=True)
+        vars(model).pop("peft_config", None)  # with it, peft would take the next adapters for more of these
+        model.requires_grad_(False)
+        model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def with_saved(base: Base, saved: Tensors, *, trainable: bool) -> Iterator[None]:
+    """Give modules_to_save other values inside the block."""
+    parameters = dict(base.model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in saved}
+    for name, array in saved.items():
+        parameters[name].data.copy_(to_torch(array, base.device))
+        parameters[name].requires_grad_(trainable)
+    try:
+        yield
+    finally:
         for name, tensor in before.items():
             parameters[name].data.copy_(tensor)
+
+
+def nonzero(adapter: Adapter) -> Adapter:
+    """Return an adapter without its modules of rank 0."""
+    return {module: factors for module, factors in adapter.items() if factors.rank > 0}
 
 
 def check_shapes(base: Base, adapters: Sequence[Adapter], saved: Tensors) -> None:
@@ -92,31 +101,24 @@ def check_shapes(base: Base, adapters: Sequence[Adapter], saved: Tensors) -> Non
             raise ShapeError(f"{name}: expected {own.get(name, 'no such module')} as in {base.name}; got {shape}")
 
 
-def inject(model: nn.Module, config: LoraConfig, name: str, tuner: LoraModel | None) -> LoraModel:
-    """Wrap a model's layers for one more adapter, and return peft's tuner over it: the given one, or the first."""
+def inject(model: nn.Module, config: LoraConfig, name: str) -> LoraModel:
+    """Wrap a model's layers for one adapter, or for one more, and return peft's tuner over all of them."""
     with warnings.catch_warnings():
         # peft warns of a second adapter, which is intended here.
         warnings.filterwarnings("ignore", message=".*multiple adapters.*|Already found a `peft_config`.*")
-        if tuner is None:
-            return LoraModel(model, {name: config}, name, low_cpu_mem_usage=True)
-        tuner.peft_config[name] = config
-        tuner.inject_adapter(model, name, low_cpu_mem_usage=True)
-        return tuner
+        return LoraModel(model, {name: config}, name, low_cpu_mem_usage=True)
 
 
 def lora_config(model: nn.Module, adapter: Adapter, *, scale: float, dropout: float) -> LoraConfig:
     """Return peft's configuration of exactly these modules and ranks."""
     # peft reads the names as patterns: a dot that is not escaped would match any character.
     ranks = {re.escape(name): factors.rank for name, factors in adapter.items()}
-    first = next(iter(adapter))
     return LoraConfig(
-        r=adapter[first].rank,
-        lora_alpha=scale * adapter[first].rank,
         rank_pattern=ranks,
         alpha_pattern={name: scale * rank for name, rank in ranks.items()},
         target_modules=list(adapter),
         lora_dropout=dropout,
-        fan_in_fan_out=isinstance(model.get_submodule(first), Conv1D),
+        fan_in_fan_out=isinstance(model.get_submodule(next(iter(adapter))), Conv1D),
         init_lora_weights=False,  # every factor is written by `fill`
     )
 
@@ -126,14 +128,19 @@ def layers(model: nn.Module, name: str) -> Mapping[str, Any]:
     return {key: module for key, module in model.named_modules() if name in getattr(module, "lora_A", {})}
 
 
-def fill(base: Base, adapter: Adapter, name: str) -> None:
-    """Write the factors into peft's layers, in float32 on the base's device."""
+def fill(base: Base, adapter: Adapter, name: str, *, trainable: str = "") -> None:
+    """Write the factors into peft's layers, in float32 on the base's device; those named in `trainable` get gradients.
+
+    Raises:
+        ShapeError: if peft wrapped other modules than the adapter's.
+    """
     wrapped = layers(base.model, name)
     if wrapped.keys() != adapter.keys():
         raise ShapeError(f"adapter {name!r}: expected modules {sorted(adapter)}; got {sorted(wrapped)}")
     for module, factors in adapter.items():
-        wrapped[module].lora_A[name].weight = nn.Parameter(to_torch(factors.a, base.device), requires_grad=False)
-        wrapped[module].lora_B[name].weight = nn.Parameter(to_torch(factors.b, base.device), requires_grad=False)
+        a, b = to_torch(factors.a, base.device), to_torch(factors.b, base.device)
+        wrapped[module].lora_A[name].weight = nn.Parameter(a, requires_grad="a" in trainable)
+        wrapped[module].lora_B[name].weight = nn.Parameter(b, requires_grad="b" in trainable)
 
 
 def read_local(model: nn.Module) -> Adapter:
@@ -158,36 +165,44 @@ def start(
         modules: (out, in) of the base's.
         cut: what is kept of each; a fresh A is drawn over the whole base and then cut.
     """
-    sent, rank = task.blobs.get("local", {}), plan.rank
+    sent, adapter = task.blobs.get("local", {}), {}
     if strange := sorted(sent.keys() - {f"{name}.{side}" for name in modules for side in "ab"}):
         raise ShapeError(f"{strange[0]}: expected factors .a and .b of modules that get an adapter; got another")
-    adapter = {}
     for name, (m, n) in modules.items():
-        at = (cut or {}).get(name, FULL)
-        a = draw_a(task.a_key, name, rank, n)
-        a = a if at.into is None else a[:, at.into]
-        b = np.zeros((m if at.out is None else len(at.out), rank), np.float32)
-        for key, whole, part in (("a", a, sent.get(f"{name}.a")), ("b", b.T, sent.get(f"{name}.b"))):
-            if part is None:
-                continue
-            rows = part if key == "a" else part.T
-            if rows.shape[0] > rank or rows.shape[1:] != whole.shape[1:]:
-                raise ShapeError(f"{name}.{key}: expected at most rank {rank} of {whole.shape}; got {part.shape}")
-            whole[: rows.shape[0]] = rows
-        adapter[name] = Factors(a=a, b=b / np.float32(plan.scale))
+        fresh = Factors(a=draw_a(task.a_key, name, plan.rank, n), b=np.zeros((m, plan.rank), np.float32))
+        if cut and name in cut:
+            fresh = slice_factors(fresh, cut[name])
+        for key, rows in ((f"{name}.a", fresh.a), (f"{name}.b", fresh.b.T)):
+            if key in sent:
+                overwrite(rows, sent[key] if rows is fresh.a else sent[key].T, key)
+        adapter[name] = Factors(a=fresh.a, b=fresh.b / np.float32(plan.scale))
     return adapter
 
 
-def frozen(task: TrainLora) -> Adapter:
+def overwrite(rows: Array, sent: Array, name: str) -> None:
+    """Write what was sent into the first rows of a fresh factor; b is given and sent transposed, (rank, out)."""
+    if sent.shape[1:] != rows.shape[1:] or len(sent) > len(rows):
+        raise ShapeError(f"{name}: expected at most rank {len(rows)} of {rows.shape}; got {sent.shape}")
+    rows[: len(sent)] = sent
+
+
+def global_adapter(task: TrainLora) -> Adapter:
     """Return the frozen adapter of a task; a dense `<module>.w` (out, in) becomes exact factors."""
     blob = task.blobs.get("global", {})
+    factors = unpack({name: array for name, array in blob.items() if not name.endswith(".w")})
     dense = {name.removesuffix(".w"): array for name, array in blob.items() if name.endswith(".w")}
-    adapter = dict(unpack({name: array for name, array in blob.items() if not name.endswith(".w")}))
-    for name, weight in dense.items():
-        w = weight.astype(np.float32)
-        if w.ndim != 2:
-            raise ShapeError(f"{name}.w: expected (out, in); got {w.shape}")
-        m, n = w.shape
-        eye = np.eye(min(m, n), dtype=np.float32)
-        adapter[name] = Factors(a=w, b=eye) if m <= n else Factors(a=eye, b=w)
-    return adapter
+    return {**factors, **{name: exact_factors(name, array) for name, array in dense.items()}}
+
+
+def exact_factors(name: str, dense: Array) -> Factors:
+    """Return factors whose product is a dense matrix, without any rounding: the matrix and an identity.
+
+    Raises:
+        ShapeError: if it has other than two axes.
+    """
+    w = dense.astype(np.float32)
+    if w.ndim != 2:
+        raise ShapeError(f"{name}.w: expected (out, in); got {w.shape}")
+    m, n = w.shape
+    eye = np.eye(min(m, n), dtype=np.float32)
+    return Factors(a=w, b=eye) if m <= n else Factors(a=eye, b=w)

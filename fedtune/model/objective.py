@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from math import floor
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import Proximal, TailRank, Term
 from fedtune.model.lora import layers
 
@@ -48,3 +49,62 @@ TERMS: Mapping[type[Term], Callable[[nn.Module, Start, Any], torch.Tensor]] = {
     Proximal: proximal,
 }
 """(model with its adapters, values at the start, the term) -> a loss, by kind of term."""
+
+
+Between: TypeAlias = Callable[[int, torch.optim.Optimizer, Start], object]
+"""(steps taken, optimizer, values at the start): what happens between two steps, such as making the model smaller."""
+
+
+class Hooks:
+    """What a training run does beside plain steps on the examples' loss: terms, importance, a model that shrinks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Sequence[Term] = (),
+        *,
+        between: Between | None = None,
+        weigh: bool = False,
+        measure: Callable[[nn.Module], Any] | None = None,
+    ) -> None:
+        self.at_end: Any = None
+        """What `measure` returned for the trained model, its adapters still attached."""
+        self.importance = 0.0
+        """Sum over the steps of the sum of |parameter * gradient|; only where it is weighed."""
+        self._model, self._between, self._weigh, self._measure = model, between, weigh, measure
+        # HetLoRA's term of weight 0 is no part of the loss, and no rank is ever cut.
+        self._terms = [term for term in terms if not (isinstance(term, TailRank) and term.weight == 0)]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._start: Start = {parameter: parameter.detach().clone() for parameter in trained} if self._terms else {}
+        self._tail = self._tail_size()
+
+    def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the terms' gradients to those of the examples' loss, before they are clipped."""
+        for term in self._terms:
+            TERMS[type(term)](self._model, self._start, term).backward()
+        if self._weigh:
+            self.importance += importance(optimizer.param_groups[0]["params"])
+
+    def after_step(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
+        """Do what is due between two steps; so many have been taken."""
+        if self._between is not None:
+            self._between(steps, optimizer, self._start)
+
+    def after_training(self, adapter: Adapter) -> Adapter:
+        """Return the trained adapter, without its tail if the training has made that smaller (HetLoRA); measure."""
+        if self._measure is not None:
+            self.at_end = self._measure(self._model)
+        decays = [term.decay for term in self._terms if isinstance(term, TailRank)]
+        if not decays or self._tail_size() >= self._tail:
+            return adapter
+        ranks = {module: kept_rank(factors.rank, decays[0]) for module, factors in adapter.items()}
+        return {module: Factors(a=f.a[: ranks[module]], b=f.b[:, : ranks[module]]) for module, f in adapter.items()}
+
+    def _tail_size(self) -> float:
+        return sum(tail_norm(self._model, term.decay).item() for term in self._terms if isinstance(term, TailRank))
+
+
+def importance(parameters: Sequence[nn.Parameter]) -> float:
+    """Return the sum of |parameter * gradient|."""
+    products = [(p.detach() * p.grad).abs().sum() for p in parameters if p.grad is not None]
+    return float(torch.stack(products).sum()) if products else 0.0

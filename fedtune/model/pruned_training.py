@@ -13,10 +13,10 @@ from fedtune.data.encode import Example
 from fedtune.messages import Plan, Pruning, TrainLora
 from fedtune.model.base import Base
 from fedtune.model.importance import scores
-from fedtune.model.lora import frozen, start, with_adapters
-from fedtune.model.objective import Start
+from fedtune.model.lora import global_adapter, start, with_adapters
+from fedtune.model.objective import Between, Start
 from fedtune.model.surgery import layout_of, shrink_further, with_structure
-from fedtune.model.train import Batch, Between, collate, summed_loss
+from fedtune.model.train import Batch, collate, summed_loss
 from fedtune.pruning.ranking import (
     PruningSettings,
     at_structure,
@@ -99,6 +99,7 @@ def structures_of(pruning: Pruning, layout: BlockLayout) -> Structures:
     first = stages[0] if stages else None
     sent = None
     if first is not None and before is not None:
+        # Structures of one ranking contain each other, so the one with more units holds both.
         sent = max(first, before, key=lambda structure: sum(len(units.q) + len(units.ff) for units in structure.blocks))
     return Structures(stages=stages, before=before, sent=sent)
 
@@ -163,7 +164,7 @@ def with_received_adapters(
     """Attach the received adapters, not trained, to a base that may be pruned; `slices` are those of its structure."""
     with with_adapters(
         base,
-        frozen=frozen(task),
+        frozen=global_adapter(task),
         local=start(task, plan, whole.modules, slices),
         scale=plan.scale,
         saved=task.blobs.get("saved", {}),

@@ -7,27 +7,24 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.data.encode import IGNORED, Example
 from fedtune.errors import ClientError
-from fedtune.messages import OUT_OF_MEMORY, Measured, Term, Training
+from fedtune.messages import OUT_OF_MEMORY, Measured, Training
 from fedtune.model.base import Base
 from fedtune.model.lora import layers
-from fedtune.model.objective import TERMS, Start
+from fedtune.model.objective import Hooks
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive, generator
-
-Between: TypeAlias = Callable[[int, torch.optim.Optimizer, Start], Sequence[torch.nn.Parameter] | None]
-"""(steps taken, optimizer, values at the start) -> the parameters that the optimizer now holds, or None: no change."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Trained:
     losses: Sequence[float]
     """Mean loss of each optimizer step, before the step."""
     measured: Measured
-    """Its importance only where it was asked for; memory of the allocator on CUDA, of the whole process elsewhere."""
+    """Memory of the allocator on CUDA, of the whole process elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +55,17 @@ class Batch:
 
 def collate(examples: Sequence[Example], base: Base) -> Batch:
     """Return examples as a batch, padded on the right to the longest example."""
-    width = max(len(example.input_ids) for example in examples)
-    ids = np.full((len(examples), width), base.pad_id, np.int64)
-    mask = np.zeros((len(examples), width), np.int64)
+    rows = [torch.tensor(example.input_ids, dtype=torch.int64) for example in examples]
+    labels = [torch.tensor(example.labels, dtype=torch.int64) for example in examples]
+    ids = pad_sequence(rows, batch_first=True, padding_value=base.pad_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     causal = base.task == "causal"
     # IGNORED is what cross_entropy leaves out: no loss is taken on padding.
-    labels = np.full((len(examples), width) if causal else (len(examples),), IGNORED, np.int64)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.input_ids)] = example.input_ids
-        mask[row, : len(example.input_ids)] = 1
-        if causal:
-            labels[row, : len(example.input_ids)] = example.labels
-        else:
-            labels[row] = example.labels
+    targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED) if causal else torch.stack(labels)
     # The first token of a row is predicted by nothing, so it never counts.
-    count = int((labels[:, 1:] != IGNORED).sum()) if causal else len(examples)
-    ids_t, mask_t, labels_t = (torch.from_numpy(array).to(base.device) for array in (ids, mask, labels))
-    return Batch(input_ids=ids_t, attention_mask=mask_t, labels=labels_t, count=count, tokens=int(mask.sum()))
+    count = int((targets[:, 1:] != IGNORED).sum()) if causal else len(examples)
+    ids, mask, targets = (tensor.to(base.device) for tensor in (ids, mask, targets))
+    return Batch(ids, mask, targets, count=count, tokens=sum(map(len, rows)))
 
 
 def summed_loss(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
@@ -92,12 +83,10 @@ def logits_of(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
 
 def cross_entropies(logits: torch.Tensor, labels: torch.Tensor, *, task: str) -> torch.Tensor:
     """Return the cross-entropy summed over the tokens or examples that count, in float32."""
-    # In float32: a sum over a vocabulary in 16 bits would round the loss to two or three digits.
     if task == "causal":
-        return cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-    return cross_entropy(logits.float(), labels, reduction="sum")
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # the output at t predicts token t + 1
+    # In float32: a sum over a vocabulary in 16 bits would round the loss to two or three digits.
+    return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
 def batches(num_examples: int, *, size: int, key: int) -> Iterator[Sequence[int]]:
@@ -128,24 +117,14 @@ def autocast(training: Training, device: torch.device) -> AbstractContextManager
 
 
 def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer, SGD or AdamW, new for every round."""
+    """Return the recipe's optimizer, SGD or AdamW, new for every round; `train` sets its learning rate step by step."""
     if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
-        )
-    return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        return torch.optim.SGD(parameters, momentum=training.momentum, weight_decay=training.weight_decay)
+    return torch.optim.AdamW(parameters, weight_decay=training.weight_decay)
 
 
 def train(
-    base: Base,
-    examples: Sequence[Example],
-    training: Training,
-    *,
-    key: int,
-    client: str,
-    terms: Sequence[Term] = (),
-    between: Between | None = None,
-    weigh: bool = False,
+    base: Base, examples: Sequence[Example], training: Training, *, key: int, client: str, hooks: Hooks | None = None
 ) -> Trained:
     """Take `training.steps` optimizer steps on all parameters of the base's model that require a gradient.
 
@@ -158,10 +137,7 @@ def train(
         training: with `steps` set.
         key: from `derive`; data order and dropout follow from it.
         client: for error messages.
-        terms: added to the loss of each step.
-        between: called after every step but the last; where it makes the model smaller it returns the parameters that
-            the optimizer holds from then on.
-        weigh: measure the importance.
+        hooks: what is done beside that: after each backward pass, and after every step but the last.
 
     Raises:
         ClientError: if there is no example, or a loss is not finite; of memory see `report_out_of_memory`.
@@ -169,67 +145,79 @@ def train(
     if not examples:
         raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
     assert training.steps is not None  # the planner resolves epochs
-    model, began = base.model, time.perf_counter()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    start: Start = {parameter: parameter.detach().clone() for parameter in parameters} if terms else {}
-    optimizer = make_optimizer(training, parameters)
-    order = batches(len(examples), size=training.batch, key=key)
-    losses, tokens, total_importance = [], 0, 0.0
-    if base.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(base.device)
-    if training.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    only_adapters_train(model)
-    try:
-        with torch_seed(derive(key, "dropout"), base.device):
-            for step in range(training.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(training, step, training.steps)
-                parts = [collate([examples[i] for i in next(order)], base) for _ in range(training.accumulation)]
-                total = 0.0
-                for batch in parts:
-                    with autocast(training, base.device):
-                        loss = summed_loss(model, batch, task=base.task) / max(1, sum(p.count for p in parts))
-                    loss.backward()
-                    total += loss.item()
-                if not math.isfinite(total):
-                    raise ClientError(
-                        f"{client}, step {step + 1}: expected a finite loss; got {total} with {training.optimizer} at "
-                        f"learning_rate {training.learning_rate:g}; lower it, or use another model.dtype"
-                    )
-                for term in terms:
-                    TERMS[type(term)](model, start, term).backward()
-                if weigh:
-                    total_importance += importance(parameters)
-                if training.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses.append(total)
-                tokens += sum(batch.tokens for batch in parts)
-                if between is not None and step + 1 < training.steps:
-                    parameters = list(between(step + 1, optimizer, start) or parameters)
-    finally:
-        model.eval()
-        if training.gradient_checkpointing:
-            model.activation_checkpointing_disable()
-            model.disable_input_require_grads()  # enabling puts a hook on the embeddings, which disabling leaves there
+    began, order = time.perf_counter(), batches(len(examples), size=training.batch, key=key)
+    optimizer = make_optimizer(training, [p for p in base.model.parameters() if p.requires_grad])
+    [group] = optimizer.param_groups
+    losses, tokens = [], 0
+    with training_mode(base, training), torch_seed(derive(key, "dropout"), base.device):
+        for step in range(training.steps):
+            group["lr"] = learning_rate(training, step, training.steps)
+            parts = [collate([examples[i] for i in next(order)], base) for _ in range(training.accumulation)]
+            losses.append(backward(base, parts, training))
+            # After one step on a loss that is not finite, every parameter would be NaN.
+            if not math.isfinite(losses[-1]):
+                raise not_finite(client, step, losses[-1], training)
+            if hooks:
+                hooks.after_backward(optimizer)
+            if training.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(group["params"], training.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens += sum(batch.tokens for batch in parts)
+            if hooks and step + 1 < training.steps:
+                hooks.after_step(step + 1, optimizer)
     tail = losses[-max(1, len(losses) // 10) :]
+    seconds, after = time.perf_counter() - began, sum(tail) / len(tail)
     measured = Measured(
-        seconds=time.perf_counter() - began,
-        peak_bytes=peak_bytes(base.device),
-        tokens=tokens,
-        loss_before=losses[0],
-        loss_after=sum(tail) / len(tail),
-        importance=total_importance / training.steps if weigh else None,
+        seconds=seconds, peak_bytes=peak_bytes(base.device), tokens=tokens, loss_before=losses[0], loss_after=after
     )
     return Trained(losses, measured)
 
 
-def importance(parameters: Sequence[torch.nn.Parameter]) -> float:
-    """Return the sum of |parameter * gradient|."""
-    products = [(p.detach() * p.grad).abs().sum() for p in parameters if p.grad is not None]
-    return float(torch.stack(products).sum()) if products else 0.0
+def backward(base: Base, parts: Sequence[Batch], training: Training) -> float:
+    """Add up the gradients of one optimizer step, batch by batch, and return the mean loss over all of them."""
+    # Divided by the count of the whole step, not of each batch: a short last batch must not weigh more.
+    count, total = max(1, sum(batch.count for batch in parts)), 0.0
+    for batch in parts:
+        with autocast(training, base.device):
+            loss = summed_loss(base.model, batch, task=base.task) / count
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def not_finite(client: str, step: int, loss: float, training: Training) -> ClientError:
+    return ClientError(
+        f"{client}, step {step + 1}: expected a finite loss; got {loss} with {training.optimizer} at "
+        f"learning_rate {training.learning_rate:g}; lower it, or use another model.dtype"
+    )
+
+
+@contextmanager
+def training_mode(base: Base, training: Training) -> Iterator[None]:
+    """Put a model with adapters into training mode inside the block, and measure its peak memory from here on."""
+    if base.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(base.device)
+    only_adapters_train(base.model)
+    try:
+        with activation_checkpointing(base.model) if training.gradient_checkpointing else nullcontext():
+            yield
+    finally:
+        base.model.eval()
+
+
+@contextmanager
+def activation_checkpointing(model: Any) -> Iterator[None]:
+    """Let a model compute activations again in the backward pass instead of storing them, inside the block."""
+    model.activation_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # the flag alone: checkpointing reads it, and the modules inside stay in eval mode
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+        model.disable_input_require_grads()  # enabling puts a hook on the embeddings, which disabling leaves there
 
 
 @contextmanager
@@ -242,12 +230,16 @@ def report_out_of_memory(client: str, batch: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise ClientError(
-            f"{client}: expected its batch of {batch} to fit; {OUT_OF_MEMORY}; lower client.batch (and raise "
-            f"client.accumulation) or set client.gradient_checkpointing = true"
-        ) from error
+        if out_of_memory(error):
+            raise too_large(client, batch) from error
+        raise
+
+
+def too_large(client: str, batch: int) -> ClientError:
+    return ClientError(
+        f"{client}: expected its batch of {batch} to fit; {OUT_OF_MEMORY}; lower client.batch (and raise "
+        f"client.accumulation) or set client.gradient_checkpointing = true"
+    )
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -264,9 +256,6 @@ def only_adapters_train(model: Any) -> None:
     model.eval()
     for layer in layers(model, "local").values():
         layer.lora_dropout["local"].train()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # the flag alone: checkpointing reads it, and the modules inside stay in eval mode
 
 
 def peak_bytes(device: torch.device) -> int:

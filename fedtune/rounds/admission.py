@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from statistics import median
 from typing import assert_never
 
@@ -43,15 +43,17 @@ MAX_SKIPPED = 0.1
 """Share of a client's scalars that may be missing because a loss was not finite."""
 
 
-@dataclass
 class _RefusedError(Exception):
     """An update does not answer its assignment."""
 
-    code: str
-    expected: str
-    got: str
-    hint: str = ""
-    where: str = ""
+    def __init__(self, code: str, expected: str, got: str, hint: str = "", where: str = "") -> None:
+        self.failure = Failure("", expected=expected, got=got, hint=hint, where=where, kind="refused", code=code)
+
+
+def _require(holds: bool, code: str, expected: str, got: object, hint: str = "", where: str = "") -> None:
+    """Return if a condition holds; refuse the update if not."""
+    if not holds:
+        raise _RefusedError(code, expected, str(got), hint, where)
 
 
 def admit(
@@ -76,15 +78,7 @@ def admit(
             case _ as never:
                 assert_never(never)
     except _RefusedError as why:
-        return Failure(
-            assignment.plan.client,
-            expected=why.expected,
-            got=why.got,
-            hint=why.hint,
-            where=why.where,
-            kind="refused",
-            code=why.code,
-        )
+        return replace(why.failure, client=assignment.plan.client)
 
 
 def largest_update(task: type[Task], *, rank: int, steps: int, blueprint: Blueprint, pruned: bool = False) -> int:
@@ -145,26 +139,25 @@ def change_norm(update: AdmittedUpdate, task: Task) -> float:
 
 
 def _check_author(update: ClientUpdate, assignment: Assignment) -> None:
-    if update.client != assignment.plan.client:
-        expected = f"an update of client {assignment.plan.client!r}"
-        raise _RefusedError("WRONG_CLIENT", expected, f"one of {update.client[:80]!r}")
+    client, base = assignment.plan.client, assignment.base
+    author = f"one of {update.client[:80]!r}"
+    _require(update.client == client, "WRONG_CLIENT", f"an update of client {client!r}", author)
     # The answer to a ProbeSeeds task names no base: the digest of its state covers it.
     if isinstance(assignment.task, TrainLora):
-        base = update.result.base if isinstance(update.result, LoraResult) else ""
-        if base != assignment.base:
-            expected = f"base digest {assignment.base[:16]!r}"
-            raise _RefusedError("WRONG_BASE", expected, f"{base[:16]!r}", "load the base the run uses")
+        own = update.result.base if isinstance(update.result, LoraResult) else ""
+        _require(own == base, "WRONG_BASE", f"base digest {base[:16]!r}", f"{own[:16]!r}", "load the base the run uses")
 
 
 def _check_round(update: ClientUpdate, assignment: Assignment, num_examples: int) -> None:
-    if update.round != assignment.round:
-        raise _RefusedError("WRONG_ROUND", f"round {assignment.round}", f"{update.round}")
-    if not 1 <= update.num_examples <= num_examples:
-        raise _RefusedError("EXAMPLES_RANGE", f"1 to {num_examples} examples, as enrolled", f"{update.num_examples}")
+    _require(update.round == assignment.round, "WRONG_ROUND", f"round {assignment.round}", update.round)
+    # More than it enrolled would buy a client more weight in the mean.
+    honest = 1 <= update.num_examples <= num_examples
+    _require(honest, "EXAMPLES_RANGE", f"1 to {num_examples} examples, as enrolled", update.num_examples)
     measured = update.measured
-    for what, loss in (("loss_before", measured.loss_before), ("loss_after", measured.loss_after)):
+    for name, loss in (("loss_before", measured.loss_before), ("loss_after", measured.loss_after)):
+        # A comparison with NaN is false, so NaN is refused too.
         if loss is not None and not abs(loss) <= LARGEST_LOSS:
-            raise _RefusedError("LOSS_RANGE", f"a finite {what}, at most {LARGEST_LOSS:g}", f"{loss:g}")
+            raise _RefusedError("LOSS_RANGE", f"a finite {name}, at most {LARGEST_LOSS:g}", f"{loss:g}")
 
 
 def _check_scalars(result: LoraResult | ProbeResult, task: ProbeSeeds, steps: int) -> None:
@@ -195,23 +188,33 @@ def _check_adapter(
     """Check an answer to a `TrainLora` task, and return the structure in whose coordinates it is."""
     if not isinstance(result, LoraResult):
         raise _RefusedError("TENSOR_NAMES", "tensors", "scalars of seeds")
+    # Names before shapes, shapes before numbers: what is missing or extra cannot be looked up.
     _check_keys("factors", {f"{name}.{side}" for name in blueprint.modules for side in task.train}, result.tensors)
     _check_keys("modules_to_save", set(blueprint.saved), result.saved)
     modules, structure = blueprint.modules, None
     if task.pruning is not None:
-        assert blueprint.anatomy is not None  # no client is asked to prune without it
-        structure = _check_structure(result, task.pruning, assignment.plan.ratio, blueprint.anatomy)
-        modules = shapes(modules, cuts(structure, blueprint.anatomy)) if structure else modules
-        _check_scores(result, task.pruning, structure, blueprint.anatomy)
-    elif result.structure_digest or result.mask or result.scores:
-        raise _RefusedError("STRUCTURE", "an update of the whole model", "one of a pruned one, or scores")
+        modules, structure = _check_pruned(result, task.pruning, assignment.plan.ratio, blueprint)
+    else:
+        whole = not (result.structure_digest or result.mask or result.scores)
+        _require(whole, "STRUCTURE", "an update of the whole model", "one of a pruned one, or scores")
     for name, shape in modules.items():
         _check_factors(result.tensors, name, shape, task, assignment.plan.rank)
     for name, array in sorted(result.saved.items()):
-        if array.shape != blueprint.saved[name].shape:
-            raise _RefusedError("TENSOR_SHAPE", f"shape {blueprint.saved[name].shape}", f"{array.shape}", where=name)
+        own = blueprint.saved[name].shape
+        _require(array.shape == own, "TENSOR_SHAPE", f"shape {own}", array.shape, where=name)
         _check_numbers(name, array, ("fp32",))
     return structure
+
+
+def _check_pruned(
+    result: LoraResult, pruning: Pruning, ratio: float, blueprint: Blueprint
+) -> tuple[Mapping[str, tuple[int, int]], ModelStructure | None]:
+    """Check structure and scores of a pruned client; return (out, in) of its modules, and the structure."""
+    assert blueprint.anatomy is not None  # no client is asked to prune without it
+    structure = _check_structure(result, pruning, ratio, blueprint.anatomy)
+    _check_scores(result, pruning, structure, blueprint.anatomy)
+    modules = blueprint.modules
+    return shapes(modules, cuts(structure, blueprint.anatomy)) if structure else modules, structure
 
 
 def _check_structure(result: LoraResult, pruning: Pruning, ratio: float, anatomy: BlockLayout) -> ModelStructure | None:
@@ -295,26 +298,25 @@ def _check_factors(tensors: Tensors, name: str, shape: tuple[int, int], task: Tr
     rank = b.shape[1] if b.ndim == 2 else -1
     shrinks = any(isinstance(term, TailRank) and term.decay < 1 for term in task.terms)
     least = 1 if shrinks else planned
-    if b.shape != (m, rank) or not least <= rank <= planned:
-        ranks = f"{planned}" if least == planned else f"{least}..{planned}"
-        raise _RefusedError("RANK_RANGE", f"shape ({m}, {ranks})", f"{b.shape}", where=f"{name}.b")
+    ranks = f"{planned}" if least == planned else f"{least}..{planned}"
+    fits = b.shape == (m, rank) and least <= rank <= planned
+    _require(fits, "RANK_RANGE", f"shape ({m}, {ranks})", b.shape, where=f"{name}.b")
     _check_numbers(f"{name}.b", b, tuple(DTYPES))
-    if task.train == "b":
-        return
-    a = tensors[f"{name}.a"]
-    if a.shape != (rank, n):
+    if task.train == "ab":
+        a = tensors[f"{name}.a"]
         expected = f"shape ({rank}, {n}), b having rank {rank}"
-        raise _RefusedError("TENSOR_SHAPE", expected, f"{a.shape}", where=f"{name}.a")
-    _check_numbers(f"{name}.a", a, tuple(DTYPES))
-    bound = float(np.sqrt(squared_norm(a) * squared_norm(b)))
-    if bound > LARGEST:
+        _require(a.shape == (rank, n), "TENSOR_SHAPE", expected, a.shape, where=f"{name}.a")
+        _check_numbers(f"{name}.a", a, tuple(DTYPES))
+        # Each factor may be finite and their product not: then the global change would be infinite for all.
+        bound = float(np.sqrt(squared_norm(a) * squared_norm(b)))
         expected = f"factors whose product fits float32, norm below {LARGEST:.3g}"
-        raise _RefusedError("NORM_OVER_CAP", expected, f"up to {bound:.3g}", where=name)
+        _require(bound <= LARGEST, "NORM_OVER_CAP", expected, f"up to {bound:.3g}", where=name)
 
 
 def _check_numbers(name: str, array: Array, formats: Sequence[str]) -> None:
-    if array.dtype not in [DTYPES[format] for format in formats]:
-        raise _RefusedError("TENSOR_DTYPE", f"numbers of format {' or '.join(formats)}", array.dtype.name, where=name)
+    known = array.dtype in [DTYPES[format] for format in formats]
+    _require(known, "TENSOR_DTYPE", f"numbers of format {' or '.join(formats)}", array.dtype.name, where=name)
+    # One sum instead of a mask of the tensor's size: it is finite where, and only where, every number is.
     if not np.isfinite(squared_norm(array)):
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         raise _RefusedError("NOT_FINITE", "finite numbers", f"{bad} of {array.size} that are not", where=name)

@@ -1,4 +1,4 @@
-"""How long clients took: the seam to a clock, its inputs and its answer, and the clock that knows no times."""
+"""How long clients took: the seam to a clock, its inputs and its answer."""
 
 from __future__ import annotations
 
@@ -73,21 +73,3 @@ class Clock(Protocol):
     def reachable(self, round: int, client: str) -> bool:
         """Return whether a client can be asked in a round."""
         ...
-
-
-class NullClock:
-    """The clock of clients that share one machine, where the time that one took says nothing of its device."""
-
-    def client_times(
-        self, round: int, now_s: float, done: Mapping[str, CompletedWork], late: Mapping[str, float]
-    ) -> Mapping[str, ClientTime]:
-        return {}
-
-    def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
-        return {}
-
-    def round_seconds(self, spent: Mapping[str, ClientTime]) -> float:
-        return 0.0
-
-    def reachable(self, round: int, client: str) -> bool:
-        return True

@@ -8,7 +8,7 @@ from typing import Any
 from fedtune.messages import Blueprint
 from fedtune.methods.method import Method
 from fedtune.planning.planner import Planner
-from fedtune.rounds.clock import Clock, NullClock
+from fedtune.rounds.clock import Clock
 from fedtune.rounds.events import Watch
 from fedtune.rounds.journal import NullJournal, RoundJournal
 from fedtune.rounds.schedule import Schedule
@@ -35,7 +35,7 @@ class RoundContext:
     """Digest of the base model, which every client must hold."""
     journal: RoundJournal = field(default_factory=NullJournal)
     """Makes every step durable."""
-    clock: Clock = field(default_factory=NullClock)
-    """Says how long clients took."""
+    clock: Clock | None = None
+    """Says how long clients took; None where clients share one machine, whose times say nothing of their devices."""
     watch: Watch = lambda event: None
     """Called when a round starts and when a client is done."""

@@ -20,12 +20,12 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.rounds.admission import admit, admit_norms, largest_update
-from fedtune.rounds.clock import ClientTime, CompletedWork
+from fedtune.rounds.clock import ClientTime, Clock, CompletedWork
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import ClientFinished, Note
 from fedtune.rounds.journal import UNFIT, InterruptedRound
 from fedtune.rounds.schedule import enough
-from fedtune.rounds.transport import Reply, UnsolicitedReply
+from fedtune.rounds.transport import Answer, Reply, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment, decode_update, encode_assignment
 
 
@@ -116,28 +116,30 @@ class Collector:
         done = self._outcomes.keys() | self._whole.keys()
         self._exchange({name: sent for name, sent in self._request.encoded.items() if name not in done}, began)
         if self._whole and self._used < self._goal:
-            whole = {name: sent for name, sent in self._whole.items() if name not in self._outcomes}
-            for name, sent in whole.items():
-                self._down[name] += encoded_bytes(sent)
-            self._exchange(whole, began)
+            self._exchange_whole(began)
+
+    def _exchange_whole(self, began: float) -> None:
+        """Send the whole state to the clients that asked for it."""
+        whole = {name: sent for name, sent in self._whole.items() if name not in self._outcomes}
+        for name, sent in whole.items():
+            self._down[name] += encoded_bytes(sent)
+        self._exchange(whole, began)
 
     def _exchange(self, encoded: Mapping[str, EncodedAssignment], began: float) -> None:
         # Updates accepted already count towards the quorum, and time spent towards the deadline.
-        rule = self._context.schedule.rule
-        rule = replace(rule, quorum=max(0, rule.quorum - self._used))
-        if rule.deadline_s is not None:
-            rule = replace(rule, deadline_s=max(0.0, rule.deadline_s - (time.perf_counter() - began)))
+        rule = self._context.schedule.rule.remaining(self._used, time.perf_counter() - began)
         for reply in self._context.transport.exchange(encoded, rule):
-            if isinstance(reply, UnsolicitedReply):
+            # A second reply of a client must not replace the first, whose receipt it may have.
+            if isinstance(reply, UnsolicitedReply) or reply.client not in encoded or reply.client in self._outcomes:
                 self._drop(reply)
-            elif reply.client not in encoded or reply.client in self._outcomes:
-                self._drop(UnsolicitedReply(reply.client, "answered unasked; dropped"))
-            else:
-                self._take(reply, len(reply.update) if isinstance(reply, Reply) else 0, new=True)
-                if self._used >= self._goal:
-                    return
+                continue
+            self._take(reply, len(reply.update) if isinstance(reply, Reply) else 0, new=True)
+            if self._used >= self._goal:
+                return
 
-    def _drop(self, reply: UnsolicitedReply) -> None:
+    def _drop(self, reply: Answer) -> None:
+        if not isinstance(reply, UnsolicitedReply):
+            reply = UnsolicitedReply(reply.client, "answered unasked; dropped")
         self._unsolicited.append(reply)
         self._context.watch(Note(f"{reply.client}: {reply.reason}"))
 
@@ -146,11 +148,10 @@ class Collector:
         name, outcome = reply.client, decode_and_admit(reply, self._request)
         self._up[name] = self._up.get(name, 0) + num_bytes
         if needs_whole_state(outcome):
-            whole = None if name in self._whole else self._request.assign_whole(self._request.planned[name])
-            if whole is not None:
-                self._whole[name] = encode_assignment(whole)
+            failure = self._ask_again(name)
+            if failure is None:
                 return
-            outcome = Failure(name, expected="it to work on the whole state", hint="it asked for that again")
+            outcome = failure
         self._outcomes[name] = outcome
         if new:
             self._arrived[name] = time.perf_counter() - self._began
@@ -160,22 +161,32 @@ class Collector:
         traffic = Traffic(down=self._down[name], up=self._up[name])
         self._context.watch(ClientFinished(self._request.round, outcome, traffic))
 
+    def _ask_again(self, name: str) -> Failure | None:
+        """Note that a client is to get the whole state; or return why not, if it has had that or there is none."""
+        whole = None if name in self._whole else self._request.assign_whole(self._request.planned[name])
+        if whole is None:
+            return Failure(name, expected="it to work on the whole state", hint="it asked for that again")
+        self._whole[name] = encode_assignment(whole)
+        return None
+
     def _replies(self) -> RoundReplies:
         request = self._request
-        silent = Failure("", expected="an answer", hint="none came")
-        if self._used >= self._goal:
-            silent = Failure("", got=f"the round had its {self._goal} updates", kind="late")
         for failure in request.unfit.values():
             self._context.watch(ClientFinished(request.round, failure, Traffic()))
-        known = {**self._outcomes, **request.unfit}
+        known, down, up = {**self._outcomes, **request.unfit}, self._down, self._up
+        # In the cohort's order, not that of arrival: sums of floats depend on it, and so would the state's digest.
         return RoundReplies(
-            outcomes={name: known.get(name) or replace(silent, client=name) for name in request.enrolled},
-            traffic={
-                name: Traffic(down=self._down.get(name, 0), up=self._up.get(name, 0)) for name in request.enrolled
-            },
+            outcomes={name: known.get(name) or self._silence(name) for name in request.enrolled},
+            traffic={name: Traffic(down=down.get(name, 0), up=up.get(name, 0)) for name in request.enrolled},
             unsolicited=self._unsolicited,
             arrived=self._arrived,
         )
+
+    def _silence(self, name: str) -> Failure:
+        """Return the failure of a client of which nothing came before the round ended."""
+        if self._used >= self._goal:
+            return Failure(name, got=f"the round had its {self._goal} updates", kind="late")
+        return Failure(name, expected="an answer", hint="none came")
 
 
 def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
@@ -184,18 +195,14 @@ def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
         return reply
     name, assignment = reply.client, request.assignments[reply.client]
     task, plan = assignment.task, assignment.plan
-    limit = largest_update(
-        type(task),
-        rank=plan.rank,
-        steps=plan.training.steps or 0,
-        blueprint=request.blueprint,
-        pruned=isinstance(task, TrainLora) and task.pruning is not None,
-    )
+    pruned, steps = isinstance(task, TrainLora) and task.pruning is not None, plan.training.steps or 0
+    # Before a byte is parsed: what a client sends must not decide how much memory the server takes.
+    limit = largest_update(type(task), rank=plan.rank, steps=steps, blueprint=request.blueprint, pruned=pruned)
     try:
         update = decode_update(reply.update, client=name, limit_bytes=limit, task=type(task))
     except WireError as error:
         return Failure.from_text(name, str(error), kind="refused", code="MALFORMED")
-    if isinstance(update.result, ProbeResult) and update.result.lost:
+    if needs_whole_state(AdmittedUpdate(update)):
         return AdmittedUpdate(update)
     outcome = admit(update, assignment, request.blueprint, num_examples=request.enrolled[name])
     if isinstance(outcome, AdmittedUpdate) and (reason := request.refuse(outcome)):
@@ -204,10 +211,9 @@ def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
 
 
 def needs_whole_state(outcome: Outcome) -> bool:
-    """Return whether a client asks for the state that its assignment refers to."""
-    if isinstance(outcome, Failure):
-        return False
-    return isinstance(outcome.update.result, ProbeResult) and outcome.update.result.lost
+    """Return whether a client asks for the state that its assignment refers to, in place of an update."""
+    result = None if isinstance(outcome, Failure) else outcome.update.result
+    return isinstance(result, ProbeResult) and result.lost
 
 
 def is_late(outcome: Outcome) -> bool:
@@ -220,12 +226,9 @@ def encoded_bytes(encoded: EncodedAssignment) -> int:
 
 
 def apply_clock(
-    context: RoundContext, request: RoundRequest, replies: RoundReplies, now_s: float
+    context: RoundContext, clock: Clock, request: RoundRequest, replies: RoundReplies, now_s: float
 ) -> tuple[RoundReplies, Mapping[str, ClientTime]]:
-    """Return the replies, those past their deadline by the clock as late failures, and how long each client took.
-
-    Clients that `min_clients` needs stay in, the quickest of the late ones first: the round waits for them.
-    """
+    """Return the replies, those past their deadline by the clock as late failures, and how long each client took."""
     updates = {name: update for name, update in replies.outcomes.items() if isinstance(update, AdmittedUpdate)}
     work = {
         name: CompletedWork(
@@ -238,20 +241,23 @@ def apply_clock(
         for name, outcome in replies.outcomes.items()
         if is_late(outcome) and name in replies.arrived
     }
-    times = dict(context.clock.client_times(request.round, now_s, work, late))
+    times = dict(clock.client_times(request.round, now_s, work, late))
     deadlines = {name: at for name in updates if (at := request.planned[name].deadline_s) is not None}
-    overdue = context.clock.overdue(deadlines, times)
-    needed = max(0, context.schedule.min_clients - (len(updates) - len(overdue)))
-    waited = sorted(overdue, key=lambda name: (times[name].seconds, name))[:needed]
+    overdue = clock.overdue(deadlines, times)
     outcomes = dict(replies.outcomes)
-    for name, bound in overdue.items():
-        if name in waited:
-            continue
+    for name in given_up(overdue, times, wanted=context.schedule.min_clients - (len(updates) - len(overdue))):
         came = f"it would have come after {times[name].seconds:.3g} s"
-        failure = Failure(name, expected=f"an update within {bound:.3g} s", hint=came, kind="late")
-        outcomes[name], times[name] = failure, ClientTime.until_deadline(bound)
+        failure = Failure(name, expected=f"an update within {overdue[name]:.3g} s", hint=came, kind="late")
+        outcomes[name], times[name] = failure, ClientTime.until_deadline(overdue[name])
         context.watch(ClientFinished(request.round, failure, replies.traffic[name]))
     return replace(replies, outcomes=outcomes), times
+
+
+def given_up(overdue: Mapping[str, float], times: Mapping[str, ClientTime], *, wanted: int) -> Sequence[str]:
+    """Return the overdue clients without the quickest `wanted` ones: for those that `min_clients` needs it waits."""
+    # The name decides between equal times: they are frequent in simulations, and a replay must give up the same.
+    quickest = sorted(overdue, key=lambda name: (times[name].seconds, name))[: max(0, wanted)]
+    return [name for name in overdue if name not in quickest]
 
 
 def filter_by_norm(
@@ -268,18 +274,19 @@ def filter_by_norm(
     for failure in refused:
         context.watch(ClientFinished(request.round, failure, replies.traffic[failure.client]))
     if len(updates) - len(refused) < context.schedule.min_clients:
-        final = not any(isinstance(outcome, Failure) for outcome in replies.outcomes.values())
-        raise RoundError(too_few(request.round, context.schedule.min_clients, outcomes, final=final), final=final)
+        raise too_few(request.round, context.schedule.min_clients, outcomes, replies)
     return norms, outcomes
 
 
-def too_few(round: int, min_clients: int, outcomes: Mapping[str, Outcome], *, final: bool) -> str:
-    """Return why a round cannot be completed; final: every client has replied, so none can be asked again."""
+def too_few(round: int, min_clients: int, outcomes: Mapping[str, Outcome], replies: RoundReplies) -> RoundError:
+    """Return why a round cannot be completed; final if every client has replied: then none can be asked again."""
+    final = not any(isinstance(outcome, Failure) for outcome in replies.outcomes.values())
     failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
     reasons = "; ".join(f"{failure.client} {failure.kind}: {failure.reason}" for failure in failures[:5])
     more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
     advice = "; start another run with other rounds.max_norm or rounds.min_clients" if final else ""
-    return (
+    return RoundError(
         f"round {round}: expected at least {min_clients} usable updates (rounds.min_clients); "
-        f"got {len(outcomes) - len(failures)} of {len(outcomes)}: {reasons}{more}{advice}"
+        f"got {len(outcomes) - len(failures)} of {len(outcomes)}: {reasons}{more}{advice}",
+        final=final,
     )

@@ -22,7 +22,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import serialization as states
 from fedtune.planning.planner import ClientObservation
-from fedtune.rounds.clock import ClientTime
+from fedtune.rounds.clock import ClientTime, Clock
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import RoundStarted
 from fedtune.rounds.exchange import Collector, RoundRequest, apply_clock, filter_by_norm
@@ -30,6 +30,8 @@ from fedtune.rounds.journal import InterruptedRound, RoundJournal
 from fedtune.rounds.schedule import sample
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.wire.codec import blob_encoder, encode_assignment
+
+NO_TIMES: Mapping[str, ClientTime] = {}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class RoundResult:
 
     def _observation(self, name: str) -> ClientObservation:
         outcome, assignment, spent = self.outcomes[name], self.assignments.get(name), self.times.get(name)
-        known = ClientObservation(
+        observation = ClientObservation(
             client=name,
             num_examples=self.examples[name],
             ratio=assignment.plan.ratio if assignment else 0.0,
@@ -78,13 +80,9 @@ class RoundResult:
             bytes_up=self.traffic[name].up,
         )
         if isinstance(outcome, Failure):
-            return replace(known, status=outcome.kind, out_of_memory=outcome.out_of_memory)
-        return replace(
-            known,
-            loss_before=outcome.measured.loss_before,
-            loss_after=outcome.measured.loss_after,
-            importance=outcome.measured.importance,
-        )
+            return replace(observation, status=outcome.kind, out_of_memory=outcome.out_of_memory)
+        m = outcome.measured
+        return replace(observation, loss_before=m.loss_before, loss_after=m.loss_after, importance=m.importance)
 
 
 def run(
@@ -119,7 +117,10 @@ def run(
         request = make_request(context, state, learned, cohort)
         open_round(journal, request, cohort, digest, interrupted)
         replies = Collector(context, request).collect(interrupted)
-        on_time, times = apply_clock(context, request, replies, clock_s)
+        on_time, times = replies, NO_TIMES
+        if context.clock is not None:
+            on_time, times = apply_clock(context, context.clock, request, replies, clock_s)
+            clock_s += context.clock.round_seconds(times)
         norms, outcomes = filter_by_norm(context, request, on_time)
         if interrupted is None or interrupted.failures is None:
             # As they were before the clock and the norms, which follow from them.
@@ -127,7 +128,6 @@ def run(
             journal.close(request.round, failures, {name: replies.traffic[name].up for name in failures})
         state = method.aggregate(state, [update for update in outcomes.values() if isinstance(update, AdmittedUpdate)])
         digest = journal.commit(request.round, states.encode(state))
-        clock_s += context.clock.round_seconds(times)
         result = RoundResult(
             round=request.round,
             state=state,
@@ -154,15 +154,30 @@ def cohort_of(context: RoundContext, round: int, interrupted: InterruptedRound |
         RoundError: if no client is there.
     """
     if interrupted is not None:
-        memory = interrupted.memory
-        return [Client(name, examples, memory.get(name, 0)) for name, examples in sorted(interrupted.cohort.items())]
+        return recorded_cohort(interrupted)
+    # Transports list clients in any order, and a cohort is drawn by position.
     known = sorted(context.transport.clients(), key=lambda client: client.name)
-    fleet = [client for client in known if context.clock.reachable(round, client.name)]
-    if known and not fleet:
-        expected = f"one of {len(known)} clients to be there"
-        raise RoundError(f"round {round}: expected {expected}; got none; raise availability of [[device]]", final=True)
+    fleet = known if context.clock is None else reachable(known, round, context.clock)
     schedule = context.schedule
     return sample(fleet, schedule.cohort, seed=context.blueprint.seed, round=round, over_select=schedule.over_select)
+
+
+def recorded_cohort(interrupted: InterruptedRound) -> Sequence[Client]:
+    memory = interrupted.memory
+    return [Client(name, examples, memory.get(name, 0)) for name, examples in sorted(interrupted.cohort.items())]
+
+
+def reachable(clients: Sequence[Client], round: int, clock: Clock) -> Sequence[Client]:
+    """Return the clients that can be asked in a round.
+
+    Raises:
+        RoundError: if none can.
+    """
+    fleet = [client for client in clients if clock.reachable(round, client.name)]
+    if clients and not fleet:
+        expected = f"one of {len(clients)} clients to be there"
+        raise RoundError(f"round {round}: expected {expected}; got none; raise availability of [[device]]", final=True)
+    return fleet
 
 
 def make_request(context: RoundContext, state: Any, learned: Any, cohort: Sequence[Client]) -> RoundRequest:
@@ -201,10 +216,14 @@ def split_unfit(
     feasible = {c.name: plan for c in cohort if isinstance(plan := planned[c.name], PlannedClient)}
     unfit = {c.name: why for c in cohort if isinstance(why := planned[c.name], Failure)}
     if not feasible:
-        nearest = "; ".join(f"{name}: {why.reason}" for name, why in list(unfit.items())[:2])
-        nearest += f"; and {len(unfit) - 2} more" if len(unfit) > 2 else ""
-        raise RoundError(f"round {round}: expected a client that can do something; got none: {nearest}", final=True)
+        raise nothing_fits(round, unfit)
     return feasible, unfit
+
+
+def nothing_fits(round: int, unfit: Mapping[str, Failure]) -> RoundError:
+    nearest = "; ".join(f"{name}: {why.reason}" for name, why in list(unfit.items())[:2])
+    nearest += f"; and {len(unfit) - 2} more" if len(unfit) > 2 else ""
+    return RoundError(f"round {round}: expected a client that can do something; got none: {nearest}", final=True)
 
 
 def open_round(
@@ -224,12 +243,12 @@ def open_round(
         memory = {client.name: client.memory_bytes for client in cohort if client.memory_bytes}
         journal.open(request.round, state=state, cohort=request.enrolled, digests=digests, memory=memory)
     elif interrupted.digests != digests:
-        raise StoreError(changed_assignments(request.round, interrupted.digests, digests))
+        raise changed_assignments(request.round, interrupted.digests, digests)
 
 
-def changed_assignments(round: int, recorded: Mapping[str, str], now: Mapping[str, str]) -> str:
+def changed_assignments(round: int, recorded: Mapping[str, str], now: Mapping[str, str]) -> StoreError:
     name = next(name for name in sorted(recorded.keys() | now.keys()) if recorded.get(name) != now.get(name))
-    return (
+    return StoreError(
         f"round {round}: expected to send {name} what the journal notes (digest {recorded.get(name, 'none')[:12]}); "
         f"got {now.get(name, 'none')[:12]}; resume with the versions the run was started with"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
 from fedtune.messages import Assignment, Client, ClientUpdate, Failure
@@ -23,6 +23,11 @@ class Rule:
     """Seconds after which the round ends if the quorum is in; none waits for every client."""
     grace_s: float = 60.0
     """Seconds beyond the deadline after which the round ends without a quorum too."""
+
+    def remaining(self, updates: int, seconds: float) -> Rule:
+        """Return what is left of the rule after so many updates and so much time."""
+        deadline = None if self.deadline_s is None else max(0.0, self.deadline_s - seconds)
+        return replace(self, quorum=max(0, self.quorum - updates), deadline_s=deadline)
 
 
 @dataclass(frozen=True)

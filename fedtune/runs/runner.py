@@ -13,7 +13,6 @@ from fedtune.config.recipe import method_of
 from fedtune.errors import FedtuneError, RoundError, StoreError
 from fedtune.methods.settings import LinearSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.rounds.clock import NullClock
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import Note, RoundFinished, Watch
 from fedtune.rounds.journal import NullJournal, RoundJournal
@@ -138,7 +137,7 @@ def run_rounds_of(
         blueprint=context.blueprint,
         base=context.base["digest"],
         journal=journal or NullJournal(),
-        clock=context.clock or NullClock(),
+        clock=context.clock,
         watch=watch,
     )
     return run_rounds(

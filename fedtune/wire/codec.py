@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -26,12 +26,12 @@ from fedtune.messages import (
     Term,
     Training,
     TrainLora,
-    WireDtype,
 )
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.tensors import Tensors
 from fedtune.wire import probe, settings
 from fedtune.wire import tensors as bodies
+from fedtune.wire.expect import expect
 from fedtune.wire.probe import choice
 from fedtune.wire.v1 import round_pb2 as pb
 
@@ -39,12 +39,12 @@ MAX_HEADER_BYTES = 64 * 1024 + 256 * bodies.MAX_TENSORS
 ALIGNMENT = 64
 """Bodies of an update start at a multiple of this, so that its tensors can be used where they lie."""
 
-TRAIN: Mapping[Literal["ab", "b"], pb.Train] = {"ab": pb.TRAIN_AB, "b": pb.TRAIN_B}
-UPLOAD: Mapping[Literal["factors", "difference"], pb.Upload] = {
-    "factors": pb.UPLOAD_FACTORS,
-    "difference": pb.UPLOAD_DIFFERENCE,
+CHOICES: Mapping[str, Mapping[str, int]] = {
+    "train": {"ab": pb.TRAIN_AB, "b": pb.TRAIN_B},
+    "upload": {"factors": pb.UPLOAD_FACTORS, "difference": pb.UPLOAD_DIFFERENCE},
+    "wire_dtype": {"fp32": pb.F32, "fp16": pb.F16, "bf16": pb.BF16},
 }
-WIRE_DTYPE: Mapping[WireDtype, pb.DType] = {"fp32": pb.F32, "fp16": pb.F16, "bf16": pb.BF16}
+"""The numbers of the values of a task's fields, which have the same names in the schema."""
 
 MAX_RATIO = 0.875
 """A block keeps at least an eighth."""
@@ -105,10 +105,9 @@ def decode_blob(header: pb.Blob, body: bytes) -> Tensors:
     Raises:
         WireError: if length, digest or tensors of the body are not those that the header names.
     """
-    if header.num_bytes != len(body):
-        raise WireError(f"{header.role!r}: expected a body of {header.num_bytes} bytes; got {len(body)}")
-    tensors = bodies.decode(header.tensors, body)
-    digest = bodies.digest(body)
+    expect(header.num_bytes == len(body), f"a body of {header.num_bytes} bytes for {header.role!r}", len(body))
+    # The tensors' own checks first: they cost nothing beside hashing the body.
+    tensors, digest = bodies.decode(header.tensors, body), bodies.digest(body)
     if digest != header.digest:
         raise WireError(f"{header.role!r}: expected a body of digest {header.digest.hex()!r}; got {digest.hex()!r}")
     return tensors
@@ -135,31 +134,44 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
     Raises:
         WireError: if a tensor or a setting cannot travel.
     """
-    plan = assignment.plan
-    header = pb.Assignment(
-        method=assignment.method, plan=pb.Plan(client=plan.client), seed=assignment.seed, round=assignment.round
-    )
+    plan, blobs = assignment.plan, dict[str, bytes]()
+    header = pb.Assignment(method=assignment.method, seed=assignment.seed, round=assignment.round)
+    header.plan.client = plan.client
     match assignment.task:
         case ProbeSeeds() as task:
             # Without the base: the digest of the state is taken over that of the base's manifest too.
             header.verb = pb.PROBE
             header.probe.CopyFrom(probe.to_message(task, plan.training))
-            return EncodedAssignment(header.SerializeToString(), {})
         case TrainLora() as task:
-            header.verb = pb.ADAPT
+            header.verb, header.base = pb.ADAPT, assignment.base
             header.plan.MergeFrom(pb.Plan(rank=plan.rank, scale=plan.scale, pruning=plan.ratio))
             header.settings = settings.encode(plan.training)
-            header.base = assignment.base
-            header.local.CopyFrom(_local_to(task))
-            if task.pruning is not None:
-                header.surgery.CopyFrom(_pruning_to(task.pruning))
-    blobs = {}
-    for role in sorted(task.blobs):
-        blob = encode(task.blobs[role])
-        blobs[blob.digest] = blob.body
-        header.down.append(blob.header)
-        header.down[-1].role = role
+            _write_task(header, task)
+            # Sorted: a reader refuses roles in another order, so that one assignment has one encoding.
+            for role in sorted(task.blobs):
+                blob = encode(task.blobs[role])
+                blobs[blob.digest] = blob.body
+                header.down.append(blob.header)
+                header.down[-1].role = role
     return EncodedAssignment(header.SerializeToString(), blobs)
+
+
+def _write_task(header: pb.Assignment, task: TrainLora) -> None:
+    """Write what is no plan and no tensor of a task."""
+    numbers: dict[str, Any] = {field: table[getattr(task, field)] for field, table in CHOICES.items()}
+    header.local.CopyFrom(pb.LocalAdapter(a_key=task.a_key, rank_decay=1.0, **numbers))  # 1: without HetLoRA's term
+    for term in task.terms:
+        _write_term(header.local, term)
+    if task.pruning is not None:
+        header.surgery.CopyFrom(_pruning_to(task.pruning))
+
+
+def _write_term(local: pb.LocalAdapter, term: Term) -> None:
+    match term:
+        case TailRank(weight, decay):
+            local.rank_penalty, local.rank_decay = weight, decay
+        case Proximal(mu):
+            local.proximal = mu
 
 
 def decode_assignment(
@@ -174,71 +186,43 @@ def decode_assignment(
     """
     message = parse(pb.Assignment(), header)
     task: Task
-    if message.verb == pb.PROBE:
-        task, training = probe.from_message(message.probe)
-        plan = Plan(message.plan.client, rank=1, scale=1.0, training=training)
-    elif message.verb == pb.ADAPT:
-        plan, task = _plan_from(message), _lora_from(message, blobs, decode)
-    else:
-        raise WireError(
-            f"assignment: expected the verb ADAPT ({pb.ADAPT}) or PROBE ({pb.PROBE}); got {message.verb}; "
-            "update this client"
-        )
+    match message.verb:
+        case pb.PROBE:
+            task, training = probe.from_message(message.probe)
+            plan = Plan(message.plan.client, rank=1, scale=1.0, training=training)
+        case pb.ADAPT:
+            plan, task = _plan_from(message), _lora_from(message, blobs, decode)
+        case other:
+            known = f"the verb ADAPT ({pb.ADAPT}) or PROBE ({pb.PROBE})"
+            raise WireError(f"assignment: expected {known}; got {other}; update this client")
     return Assignment(message.method, message.round, message.seed, plan, task, message.base)
 
 
 def _plan_from(message: pb.Assignment) -> Plan:
-    plan = message.plan
-    if plan.rank < 1 or not (math.isfinite(plan.scale) and plan.scale > 0):
-        raise WireError(f"assignment: expected rank >= 1 and scale > 0; got rank {plan.rank}, scale {plan.scale}")
-    if not 0 <= plan.pruning <= MAX_RATIO:
-        raise WireError(f"assignment: expected a pruning ratio from 0 to {MAX_RATIO}; got {plan.pruning}")
+    plan, scaled = message.plan, 0 < message.plan.scale < math.inf
+    expect(plan.rank >= 1 and scaled, "rank >= 1 and scale > 0", f"rank {plan.rank}, scale {plan.scale}")
+    expect(0 <= plan.pruning <= MAX_RATIO, f"a pruning ratio from 0 to {MAX_RATIO}", plan.pruning)
     return Plan(plan.client, plan.rank, plan.scale, _training(message.settings), plan.pruning)
 
 
 def _lora_from(
     message: pb.Assignment, blobs: Mapping[str, bytes], decode: Callable[[pb.Blob, bytes], Tensors]
 ) -> TrainLora:
-    roles = [blob.role for blob in message.down]
-    if roles != sorted(set(roles)):
-        raise WireError(f"assignment: expected each role once, in order; got {roles}")
-    local = message.local
-    return TrainLora(
-        a_key=local.a_key,
-        train=choice(TRAIN, local.train, "train"),
-        upload=choice(UPLOAD, local.upload, "upload"),
-        wire_dtype=choice(WIRE_DTYPE, local.wire_dtype, "wire_dtype"),
-        terms=_terms_from(local),
-        blobs={blob.role: decode(blob, body_of(blob, blobs)) for blob in message.down},
-        pruning=_pruning_from(message.surgery) if message.HasField("surgery") else None,
-    )
-
-
-def _local_to(task: TrainLora) -> pb.LocalAdapter:
-    local = pb.LocalAdapter(
-        a_key=task.a_key,
-        train=TRAIN[task.train],
-        upload=UPLOAD[task.upload],
-        wire_dtype=WIRE_DTYPE[task.wire_dtype],
-        rank_decay=1.0,  # without the term
-    )
-    for term in task.terms:
-        match term:
-            case TailRank(weight, decay):
-                local.rank_penalty, local.rank_decay = weight, decay
-            case Proximal(mu):
-                local.proximal = mu
-    return local
+    local, roles = message.local, [blob.role for blob in message.down]
+    expect(roles == sorted(set(roles)), "each role once, in order", roles)
+    names: dict[str, Any] = {field: choice(table, getattr(local, field), field) for field, table in CHOICES.items()}
+    tensors = {blob.role: decode(blob, body_of(blob, blobs)) for blob in message.down}
+    # NaN is unequal to 0 and to 1, so it gets to the checks.
+    plain = local.rank_penalty == 0 and local.rank_decay == 1 and local.proximal == 0
+    task = TrainLora(local.a_key, terms=() if plain else _terms_from(local), blobs=tensors, **names)
+    return replace(task, pruning=_pruning_from(message.surgery)) if message.HasField("surgery") else task
 
 
 def _terms_from(local: pb.LocalAdapter) -> tuple[Term, ...]:
-    if not (0 <= local.rank_penalty < math.inf and 0 < local.rank_decay <= 1):
-        raise WireError(
-            "assignment: expected rank_penalty >= 0 and rank_decay in (0, 1]; "
-            f"got {local.rank_penalty} and {local.rank_decay}"
-        )
-    if not 0 <= local.proximal < math.inf:
-        raise WireError(f"assignment: expected proximal >= 0; got {local.proximal}")
+    tail = 0 <= local.rank_penalty < math.inf and 0 < local.rank_decay <= 1
+    got = f"{local.rank_penalty} and {local.rank_decay}"
+    expect(tail, "rank_penalty >= 0 and rank_decay in (0, 1]", got)
+    expect(0 <= local.proximal < math.inf, "proximal >= 0", local.proximal)
     terms: list[Term] = []
     if local.rank_penalty > 0 or local.rank_decay < 1:
         terms.append(TailRank(local.rank_penalty, local.rank_decay))
@@ -258,8 +242,8 @@ def _pruning_to(pruning: Pruning) -> pb.Surgery:
 
 def _pruning_from(message: pb.Surgery) -> Pruning:
     """Return how to prune; whether its bitmaps are of the base can only be checked against the base."""
-    if len(message.stages) > MAX_STAGES or not all(message.stages):
-        raise WireError(f"assignment: expected at most {MAX_STAGES} stages, none empty; got {len(message.stages)}")
+    few = len(message.stages) <= MAX_STAGES and all(message.stages)
+    expect(few, f"at most {MAX_STAGES} stages, none empty", len(message.stages))
     return Pruning(
         settings=_pruning_settings(message.settings),
         stages=tuple(message.stages),
@@ -276,25 +260,19 @@ def encode_update(update: ClientUpdate) -> bytes:
     """
     if isinstance(update.result, ProbeResult):
         return probe.update_to_message(update, update.result).SerializeToString()
-    result = update.result
-    header = pb.ClientUpdate(
-        examples=update.num_examples,
-        measured=pb.Measured(**asdict(update.measured)),  # of the same names; None leaves a field out
-        client=update.client,
-        round=update.round,
-        base=result.base,
-        kept=result.structure_digest,
-        mask=result.mask,
-    )
-    parts = []
-    more = [("scores", result.scores)] if result.scores else []
-    for role, tensors in (("tensors", result.tensors), ("saved", result.saved), *more):
+    result, bodies_in_order = update.result, list[bytes]()
+    # Of the same names; None leaves a field out.
+    header = pb.ClientUpdate(examples=update.num_examples, measured=pb.Measured(**asdict(update.measured)))
+    header.client, header.round, header.base = update.client, update.round, result.base
+    header.kept, header.mask = result.structure_digest, result.mask
+    parts = {"tensors": result.tensors, "saved": result.saved} | ({"scores": result.scores} if result.scores else {})
+    for role, tensors in parts.items():
         specs, body = bodies.encode(tensors)
-        parts.append(body)
+        bodies_in_order.append(body)
         header.parts.add(role=role, num_bytes=len(body), tensors=specs)
     front = header.SerializeToString()
     front = len(front).to_bytes(4, "little") + front
-    return b"".join([front, bytes(-len(front) % ALIGNMENT), *parts])
+    return b"".join([front, bytes(-len(front) % ALIGNMENT), *bodies_in_order])
 
 
 def decode_update(data: bytes, *, client: str, limit_bytes: int, task: type[Task] = TrainLora) -> ClientUpdate:
@@ -307,8 +285,8 @@ def decode_update(data: bytes, *, client: str, limit_bytes: int, task: type[Task
         WireError: names the client; if `data` is longer than `limit_bytes`, malformed, or of another client.
     """
     try:
-        if len(data) > limit_bytes:
-            raise WireError(f"expected an update of at most {limit_bytes} bytes; got {len(data)}")
+        # Before anything is parsed: what a client sends must not decide how much memory the server takes.
+        expect(len(data) <= limit_bytes, f"an update of at most {limit_bytes} bytes", len(data))
         if task is ProbeSeeds:
             return probe.update_from_message(parse(pb.ProbeUpdate(), bytes(data)), client=client)
         return _update(memoryview(data), client)
@@ -319,44 +297,29 @@ def decode_update(data: bytes, *, client: str, limit_bytes: int, task: type[Task
 def _update(data: memoryview, client: str) -> ClientUpdate:
     length = int.from_bytes(data[:4], "little")
     start = -(-(4 + length) // ALIGNMENT) * ALIGNMENT
-    if start > len(data) or any(data[4 + length : start]):
-        raise WireError(
-            f"expected a header of {length} bytes, padded by zeros to {start}; got {len(data)} bytes in all"
-        )
+    # Zero bytes, so that one update has one encoding: its digest names it in the journal.
+    padded = start <= len(data) and not any(data[4 + length : start])
+    expect(padded, f"a header of {length} bytes, padded by zeros to {start}", f"{len(data)} bytes in all")
     header = parse(pb.ClientUpdate(), bytes(data[4 : 4 + length]))
-    if header.client != client:
-        raise WireError(f"expected an update of this client; got one of {header.client!r}")
-    if [part.role for part in header.parts] not in (["tensors", "saved"], ["tensors", "saved", "scores"]):
-        roles = [part.role for part in header.parts]
-        raise WireError(f"expected the parts tensors and saved, and scores where they are wanted; got {roles}")
-    sent, saved, *more = _cut(header.parts, data[start:])
+    expect(header.client == client, "an update of this client", f"one of {header.client!r}")
+    roles = [part.role for part in header.parts]
+    known = roles[:2] == ["tensors", "saved"] and roles[2:] in ([], ["scores"])
+    expect(known, "the parts tensors and saved, and scores where they are wanted", roles)
     measured = header.measured
-    if not 0 <= measured.seconds < math.inf:
-        raise WireError(f"expected a time of at least 0 s; got {measured.seconds}")
-    if not 0 <= measured.importance < math.inf:
-        raise WireError(f"expected an importance of at least 0; got {measured.importance}")
-    if len(header.kept) not in (0, 32):
-        raise WireError(f"expected a digest of 32 bytes of what was kept; got {len(header.kept)}")
-    return ClientUpdate(
-        client=header.client,
-        round=header.round,
-        num_examples=header.examples,
-        result=LoraResult(
-            tensors=sent,
-            saved=saved,
-            base=header.base,
-            structure_digest=header.kept,
-            mask=header.mask,
-            scores=more[0] if more else {},
-        ),
-        measured=Measured(**{field.name: value for field, value in measured.ListFields()}),
-    )
+    # NaN fails both: a time or weight that no number is would spread through the planner's means.
+    expect(0 <= measured.seconds < math.inf, "a time of at least 0 s", measured.seconds)
+    expect(0 <= measured.importance < math.inf, "an importance of at least 0", measured.importance)
+    expect(len(header.kept) in (0, 32), "a digest of 32 bytes of what was kept", len(header.kept))
+    tensors, saved, *scores = _cut(header.parts, data[start:])
+    result = LoraResult(tensors, saved, header.base, header.kept, header.mask, *scores)
+    numbers = Measured(**{field.name: value for field, value in measured.ListFields()})
+    return ClientUpdate(header.client, header.round, header.examples, result, numbers)
 
 
 def _cut(parts: Sequence[pb.Blob], body: memoryview) -> Iterator[Tensors]:
     """Yield the tensors of each part; the parts fill the body."""
-    if sum(part.num_bytes for part in parts) != len(body):
-        raise WireError(f"expected bodies of {[part.num_bytes for part in parts]} bytes; got {len(body)} in all")
+    sizes = [part.num_bytes for part in parts]
+    expect(sum(sizes) == len(body), f"bodies of {sizes} bytes", f"{len(body)} in all")
     for part in parts:
         yield bodies.decode(part.tensors, body[: part.num_bytes])
         body = body[part.num_bytes :]
@@ -371,8 +334,7 @@ def body_of(blob: pb.Blob, blobs: Mapping[str, bytes]) -> bytes:
 
 def parse(message: AnyMessage, data: bytes) -> AnyMessage:
     """Return the message with `data` parsed into it; fields that this release does not know are refused."""
-    if len(data) > MAX_HEADER_BYTES:
-        raise WireError(f"expected a header of at most {MAX_HEADER_BYTES} bytes; got {len(data)}")
+    expect(len(data) <= MAX_HEADER_BYTES, f"a header of at most {MAX_HEADER_BYTES} bytes", len(data))
     name = type(message).__name__
     try:
         message.ParseFromString(data)
@@ -381,8 +343,8 @@ def parse(message: AnyMessage, data: bytes) -> AnyMessage:
     known = message.ByteSize()
     message.DiscardUnknownFields()
     # An instruction that is not understood must not be skipped in silence.
-    if message.ByteSize() != known:
-        raise WireError(f"expected the fields of {name} of this release; got others too; update this side")
+    whole = message.ByteSize() == known
+    expect(whole, f"the fields of {name} of this release", "others too", hint="update this side")
     return message
 
 

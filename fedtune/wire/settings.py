@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import operator
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from fedtune.errors import WireError
 
 MAX_SETTINGS_BYTES = 16 * 1024
+BOUNDS: Mapping[str, Callable[[Any, Any], bool]] = {name: getattr(operator, name) for name in ("ge", "gt", "le", "lt")}
+"""Comparisons by the names that annotated_types gives to limits."""
 
 Settings = TypeVar("Settings")
 
@@ -80,15 +81,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _within(value: Any, bound: object) -> bool:
-    match bound:
-        case Ge(limit):
-            return bool(value >= limit)
-        case Gt(limit):
-            return bool(value > limit)
-        case Le(limit):
-            return bool(value <= limit)
-        case Lt(limit):
-            return bool(value < limit)
-        case Interval():
-            return all(_within(value, part) for part in bound)
-    raise TypeError(f"expected a bound of annotated_types; got {bound!r}")
+    """Say whether a value keeps to one of annotated_types' bounds; an Interval has several of these limits."""
+    limits = {name: getattr(bound, name) for name in BOUNDS if getattr(bound, name, None) is not None}
+    if not limits:
+        raise TypeError(f"expected a bound of annotated_types; got {bound!r}")
+    return all(BOUNDS[name](value, limit) for name, limit in limits.items())

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedtune.errors import WireError
 from fedtune.tensors import Array, Tensors
+from fedtune.wire.expect import expect
 from fedtune.wire.v1.round_pb2 import DType, TensorSpec
 
 MAX_TENSORS = 20_000
@@ -60,8 +61,7 @@ def decode(specs: Sequence[TensorSpec], body: bytes | memoryview) -> Tensors:
     Raises:
         WireError: if the specs are not those of this body, to the byte, or break a limit of this module.
     """
-    if len(specs) > MAX_TENSORS:
-        raise WireError(f"expected at most {MAX_TENSORS} tensors; got {len(specs)}")
+    expect(len(specs) <= MAX_TENSORS, f"at most {MAX_TENSORS} tensors", len(specs))
     layout = _layout(specs, len(body))
     view = memoryview(body).toreadonly()
     tensors: dict[str, Array] = {}
@@ -79,20 +79,19 @@ def _layout(specs: Sequence[TensorSpec], length: int) -> Sequence[tuple[str, np.
     layout, offset, previous = [], 0, ""
     for spec in specs:
         name, dtype, shape = spec.name, NUMPY.get(spec.dtype), tuple(spec.shape)
-        if name <= previous:
-            raise WireError(f"{name!r}: expected unique, sorted tensor names, none empty; it comes after {previous!r}")
+        # Sorted, so that one set of tensors has one encoding and one digest.
+        expect(previous < name, "unique, sorted tensor names, none empty", f"{name!r} after {previous!r}")
         if dtype is None:
             raise WireError(f"{name!r}: expected a number format from 1 to {max(NUMPY)}; got {spec.dtype}")
         size = math.prod(shape)
         # Without any entry the other axes must still be ones that numpy can count.
         extent = size or math.prod(axis or 1 for axis in shape)
-        if len(shape) > MAX_AXES or extent * dtype.itemsize > MAX_BODY_BYTES:
-            raise WireError(f"{name!r}: expected at most {MAX_AXES} axes and {MAX_BODY_BYTES} bytes; got shape {shape}")
+        small = len(shape) <= MAX_AXES and extent * dtype.itemsize <= MAX_BODY_BYTES
+        expect(small, f"at most {MAX_AXES} axes and {MAX_BODY_BYTES} bytes", f"shape {shape} of {name!r}")
         layout.append((name, dtype, shape, offset))
         offset += size * dtype.itemsize
         previous = name
-    if offset != length:
-        raise WireError(f"expected a body of {offset} bytes, as its tensors need; got {length} bytes")
+    expect(offset == length, f"a body of {offset} bytes, as its tensors need", f"{length} bytes")
     return layout
 
 

@@ -10,7 +10,7 @@ from fedtune.errors import ShapeError
 from fedtune.lora.adapter import Factors, delta, draw_a
 from fedtune.messages import Plan, Training, TrainLora
 from fedtune.model.base import Base
-from fedtune.model.lora import frozen, layers, read_local, start, with_adapters
+from fedtune.model.lora import global_adapter, layers, read_local, start, with_adapters
 from fedtune.tensors import cast
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -172,7 +172,7 @@ def test_a_start_of_a_rank_above_the_plans_is_refused(loaded: Any) -> None:
 def test_a_dense_change_becomes_exact_factors(shape: tuple[int, int]) -> None:
     weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     blob = cast({"x.w": weight}, "bf16")
-    factors = frozen(task({"global": blob}))["x"]
+    factors = global_adapter(task({"global": blob}))["x"]
     np.testing.assert_array_equal(delta(factors), blob["x.w"].astype(np.float64))
     assert factors.rank == min(shape)
 

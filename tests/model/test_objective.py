@@ -11,7 +11,7 @@ import torch
 from fedtune.lora.adapter import Factors
 from fedtune.messages import Proximal, TailRank, Training
 from fedtune.model.lora import layers, read_local, with_adapters
-from fedtune.model.objective import TERMS, Start, kept_rank, proximal, tail_norm, tail_rank
+from fedtune.model.objective import TERMS, Hooks, Start, kept_rank, proximal, tail_norm, tail_rank
 from fedtune.model.surgery import shrink_further, with_structure
 from fedtune.model.train import train
 from fedtune.tensors import Array
@@ -72,7 +72,7 @@ def test_a_large_mu_keeps_a_client_at_its_start_and_a_small_one_does_not(loaded:
             for name, (m, n) in base.modules.items()
         }
         with with_adapters(base, local=local, saved=saved) as model:
-            train(base, examples(6), TRAINING, key=1, client="ann", terms=(Proximal(mu),) if mu else ())
+            train(base, examples(6), TRAINING, key=1, client="ann", hooks=Hooks(model, (Proximal(mu),)) if mu else None)
             head = dict(model.named_parameters())["lm_head.weight"].detach().numpy()
             ways[mu] = [moved(base, model, local), float(np.abs(head - saved["lm_head.weight"]).max())]
     for at in (0, 1):  # the factors, and modules_to_save
@@ -88,7 +88,7 @@ def test_the_first_step_from_the_start_feels_no_pull(loaded: Any, examples: Any)
             for name, (m, n) in base.modules.items()
         }
         with with_adapters(base, local=local) as model:
-            train(base, examples(6), replace(TRAINING, steps=1), key=1, client="ann", terms=terms)
+            train(base, examples(6), replace(TRAINING, steps=1), key=1, client="ann", hooks=Hooks(model, terms))
             ends.append(read_local(model))
     for name in ends[0]:
         np.testing.assert_array_equal(ends[0][name].a, ends[1][name].a)
@@ -104,7 +104,7 @@ def test_all_terms_of_an_objective_count_in_any_order(loaded: Any, examples: Any
             for name, (m, n) in base.modules.items()
         }
         with with_adapters(base, local=local) as model:
-            train(base, examples(6), replace(TRAINING, steps=3), key=1, client="ann", terms=terms)
+            train(base, examples(6), replace(TRAINING, steps=3), key=1, client="ann", hooks=Hooks(model, terms))
             ends.append(np.concatenate([factors.b.ravel() for factors in read_local(model).values()]))
     both, swapped, *alone = ends
     np.testing.assert_allclose(both, swapped, atol=1e-5)

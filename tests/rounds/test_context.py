@@ -3,7 +3,6 @@ from __future__ import annotations
 from fedtune.messages import Blueprint, Training
 from fedtune.methods import METHODS
 from fedtune.planning.fixed import Fixed
-from fedtune.rounds.clock import NullClock
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import Note
 from fedtune.rounds.journal import NullJournal
@@ -22,5 +21,5 @@ def test_without_journal_and_clock_nothing_is_kept_and_no_time_is_known() -> Non
         base="base",
     )
     assert isinstance(context.journal, NullJournal)
-    assert isinstance(context.clock, NullClock)
+    assert context.clock is None
     context.watch(Note("which no one hears"))

@@ -102,6 +102,7 @@ def read_demand(header: pb.Header, front: bytes) -> TaskDemand:
         rank, steps = None, message.probe.steps
     else:
         rank, steps = message.plan.rank, settings.decode(message.settings, Training).steps or 0
+    # The limits are checked against the signed header: the work must be of the round that was checked.
     if message.round != header.round:
         raise WireError(f"expected an assignment of round {header.round}, as signed; got one of {message.round}")
     return TaskDemand(
@@ -164,6 +165,7 @@ def violations(policy: Policy, demand: TaskDemand, recipe: str, usage: Usage, no
 
 def check_upload(policy: Policy, num_bytes: int, usage: Usage) -> PolicyViolation | None:
     """Return the limit that an update of so many bytes exceeds; None if it may leave the site."""
+    # Only when the update is there: no task says how large it will be.
     if policy.max_up_mib is not None and num_bytes > policy.max_up_mib * MIB:
         return PolicyViolation(
             pb.TOO_MANY_BYTES, f"policy.max_up_mib: allowed {policy.max_up_mib:g}; got {format_mib(num_bytes)}"
