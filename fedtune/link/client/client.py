@@ -18,7 +18,6 @@ from fedtune.link.client.channel import LinkStub, diagnose, dial
 from fedtune.link.client.delivery import Delivery
 from fedtune.link.client.downloads import Downloads
 from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
-from fedtune.link.client.policy import Policy
 from fedtune.link.client.session import CALL_S, Greeting, Session
 from fedtune.link.client.training_jobs import TrainingJobs
 from fedtune.link.client.training_process import Trainer
@@ -26,7 +25,7 @@ from fedtune.link.envelopes import HELLO, TRAIN, digest, expect_fields, verify_e
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.rejections import RejectionError, describe, one_line, reason_name
-from fedtune.link.settings import JoinSettings
+from fedtune.link.settings import JoinSettings, Policy
 from fedtune.wire.v1 import link_pb2 as pb
 
 UNVERIFIED_PAUSE_S = 1.0

@@ -16,13 +16,13 @@ from fedtune.link.client.delivery import Delivery
 from fedtune.link.client.downloads import Downloads, hash_file
 from fedtune.link.client.jobs import Job, ThreadGuard
 from fedtune.link.client.outbox import Entry
-from fedtune.link.client.policy import Policy, Usage
+from fedtune.link.client.policy import Usage
 from fedtune.link.client.replies import is_decline, reply_header, sign_decline, sign_reply
 from fedtune.link.client.session import Greeting, Session
 from fedtune.link.client.training_process import Trainer
 from fedtune.link.envelopes import UPDATE, make_part
 from fedtune.link.rejections import one_line
-from fedtune.link.settings import MIB
+from fedtune.link.settings import MIB, Policy
 from fedtune.link.uploads import free_bytes
 from fedtune.store.files import store_errors
 from fedtune.wire.codec import MAX_HEADER_BYTES
