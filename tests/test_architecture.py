@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -285,6 +286,12 @@ def test_every_public_name_can_be_had_and_is_announced_to_type_checkers() -> Non
     typed = {name.rpartition(".")[2] for _, name in imports(ROOT / "fedtune" / "__init__.py")}
     assert set(fedtune.__all__) == typed - {"annotations", "import_module", "TYPE_CHECKING", "Any"}
     assert list(fedtune.__all__) == sorted(fedtune.__all__)
+
+
+def test_the_wheel_holds_the_package_and_no_door() -> None:
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    assert built["wheel"] == {"packages": ["fedtune"]}  # else `server` and `clients` would lie in site-packages
+    assert {"fedtune", "proto", "README.md", "LICENSE"} <= set(built["sdist"]["include"])
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
