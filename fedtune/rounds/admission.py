@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import assert_never
 
 import numpy as np
 
@@ -75,8 +74,6 @@ def admit(
             case TrainLora() as task:
                 structure = _check_adapter(update.result, task, assignment, blueprint)
                 return AdmittedUpdate(update, structure, assignment.plan.ratio if structure else 0.0)
-            case _ as never:
-                assert_never(never)
     except _RefusedError as why:
         return replace(why.failure, client=assignment.plan.client)
 

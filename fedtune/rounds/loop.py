@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedtune.errors import RoundError, StoreError
 from fedtune.messages import (
@@ -31,6 +31,8 @@ from fedtune.rounds.schedule import sample
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.wire.codec import blob_encoder, encode_assignment
 
+Observations: TypeAlias = Sequence[ClientObservation]
+"""What a planner learns from one round."""
 NO_TIMES: Mapping[str, ClientTime] = {}
 
 
@@ -63,7 +65,7 @@ class RoundResult:
     """Simulated or measured seconds of the run so far: a round lasts as long as its slowest client."""
 
     @property
-    def observations(self) -> Sequence[ClientObservation]:
+    def observations(self) -> Observations:
         """What a planner learns from the round."""
         return [self._observation(name) for name in self.outcomes]
 
@@ -86,11 +88,7 @@ class RoundResult:
 
 
 def run(
-    context: RoundContext,
-    *,
-    start: Any | None = None,
-    history: Sequence[Sequence[ClientObservation]] = (),
-    clock_s: float = 0.0,
+    context: RoundContext, *, start: Any | None = None, history: Sequence[Observations] = (), clock_s: float = 0.0
 ) -> Iterator[RoundResult]:
     """Yield the result of one round after the other.
 
@@ -227,11 +225,7 @@ def nothing_fits(round: int, unfit: Mapping[str, Failure]) -> RoundError:
 
 
 def open_round(
-    journal: RoundJournal,
-    request: RoundRequest,
-    cohort: Sequence[Client],
-    state: str,
-    interrupted: InterruptedRound | None,
+    journal: RoundJournal, request: RoundRequest, cohort: Sequence[Client], state: str, earlier: InterruptedRound | None
 ) -> None:
     """Record the beginning of a round before its first assignment is sent, or hold it against what is recorded.
 
@@ -239,11 +233,11 @@ def open_round(
         StoreError: if an assignment is not the recorded one.
     """
     digests = request.digests
-    if interrupted is None:
+    if earlier is None:
         memory = {client.name: client.memory_bytes for client in cohort if client.memory_bytes}
         journal.open(request.round, state=state, cohort=request.enrolled, digests=digests, memory=memory)
-    elif interrupted.digests != digests:
-        raise changed_assignments(request.round, interrupted.digests, digests)
+    elif earlier.digests != digests:
+        raise changed_assignments(request.round, earlier.digests, digests)
 
 
 def changed_assignments(round: int, recorded: Mapping[str, str], now: Mapping[str, str]) -> StoreError:
