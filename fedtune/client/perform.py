@@ -88,12 +88,14 @@ def measure_seeds(
         sampling=probe.sampling,
         replicas=replicas,
     )
+    # Not an error: a client that was away for long lacks the state, and is sent the whole of it.
     if ledger is None:
         return update(ProbeResult(np.empty(0, np.int8), lost=True))
     reach = TensorSelection(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
     ordinals = trainable_ordinals(base.manifest, reach, base.matrices)
     steps, sampling = training.steps, probe.sampling
     if probe.calibrate:
+        # Uniform: before there are scalars, no seed has a level by which `pro` could draw it.
         steps, sampling = probe.queries * -(-CALIBRATION // probe.queries), "uniform"
     assert steps is not None  # the message holds a number
     measurements = measure(
@@ -142,6 +144,7 @@ def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
 def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignment, task: TrainLora) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
     plan = assignment.plan
+    # Before training: hours of work on another base would only be refused in the end.
     if assignment.base and assignment.base != base.digest:
         raise wrong_base(assignment, base)
     with report_out_of_memory(plan.client, plan.training.batch):
@@ -192,6 +195,7 @@ def train_locally(
     ) as model:
         hooks = extend(model) if extend else None
         trained = train(base, examples, plan.training, key=assignment.seed, client=plan.client, hooks=hooks)
+        # Inside the block: outside of it the base is as before, and what was learned is gone.
         parameters, final = dict(model.named_parameters()), read_local(model)
         new_saved = {name: to_numpy(parameters[name]) for name in saved}
         if hooks:
@@ -225,6 +229,7 @@ def train_pruned(
         key=key,
         batch=plan.training.batch,
     )
+    # Scored as received, before any step: the client's own structure must not depend on how it trains.
     if settings.policy == "local" and plan.ratio > 0:
         with pruned_training.with_received_adapters(base, task, plan, base, {}) as model:
             worth, side = score(model, base, structure=None)
@@ -300,6 +305,7 @@ def mask_of(pruning: Pruning, ratio: float, parts: Structures, worth: Tensors, b
 def upload(initial: Adapter, final: Adapter, task: TrainLora, *, scale: float) -> Tensors:
     """Return the flat tensors that go up, the scale folded into b; see `TrainLora.upload` and `.train`."""
     if task.upload == "difference":
+        # In float32, before the cast: in 16 bits the small difference of two large factors is mostly rounding.
         final = {name: Factors(a=f.a - initial[name].a, b=f.b - initial[name].b) for name, f in final.items()}
     tensors = {f"{name}.b": scale * factors.b for name, factors in final.items()}
     if task.train == "ab":
