@@ -34,7 +34,7 @@ class InterruptedRound:
 class RoundJournal(Protocol):
     """Makes each step of a round durable before it takes effect, so that a run goes on where it was killed."""
 
-    def interrupted(self, round: int) -> InterruptedRound | None:
+    def interrupted_round(self, round: int) -> InterruptedRound | None:
         """Return what is known of a round that had begun already."""
         ...
 
@@ -69,7 +69,7 @@ class RoundJournal(Protocol):
 class NullJournal:
     """The journal that keeps nothing: its runs cannot be resumed."""
 
-    def interrupted(self, round: int) -> InterruptedRound | None:
+    def interrupted_round(self, round: int) -> InterruptedRound | None:
         return None
 
     def open(

@@ -110,7 +110,7 @@ def run(
         learned = context.planner.observe(learned, past)
     while state.round < count:
         # The journal decides, not a flag: a run that was killed goes on in the round where it was.
-        began, interrupted = time.perf_counter(), journal.interrupted(state.round + 1)
+        began, interrupted = time.perf_counter(), journal.interrupted_round(state.round + 1)
         cohort = cohort_of(context, state.round + 1, interrupted)
         context.watch(RoundStarted(state.round + 1, count, tuple(client.name for client in cohort)))
         request = make_request(context, state, learned, cohort)

@@ -168,7 +168,7 @@ class RunJournal:
             raise self._wrong_last_line(reported)
         return self._blobs.get(history.digests[reported - 1], f"the state of round {reported}") if reported else None
 
-    def interrupted(self, round: int) -> InterruptedRound | None:
+    def interrupted_round(self, round: int) -> InterruptedRound | None:
         """Return a round that had begun: the open one, or the last committed one, if its line is missing.
 
         Raises:

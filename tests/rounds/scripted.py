@@ -121,7 +121,7 @@ class Noted(NullJournal):
         self.held = held
         self.noted: dict[str, Any] = {}
 
-    def interrupted(self, round: int) -> InterruptedRound | None:
+    def interrupted_round(self, round: int) -> InterruptedRound | None:
         return self.held if round == 1 else None
 
     def open(

@@ -127,16 +127,16 @@ def test_before_its_first_round_a_run_has_begun_none(tmp_path: Path) -> None:
 def test_committed_states_are_read_and_not_computed(run: Path) -> None:
     with RunJournal.reopen(run) as kept:
         assert kept.resume(2) == b"state of round 2"
-        assert kept.interrupted(3) is None
+        assert kept.interrupted_round(3) is None
 
 
 def test_a_round_without_its_line_is_done_again_from_all_that_it_was_made_of(run: Path) -> None:
     with RunJournal.reopen(run) as kept:
         kept.begin(INPUTS)
         assert kept.resume(1) == b"state of round 1"
-        assert kept.interrupted(2) == InterruptedRound(COHORT, ORDERS, UPDATES, FAILURES, SIZES)
+        assert kept.interrupted_round(2) == InterruptedRound(COHORT, ORDERS, UPDATES, FAILURES, SIZES)
         assert kept.commit(2, state(2)) == digest(state(2))
-        assert kept.interrupted(3) is None
+        assert kept.interrupted_round(3) is None
         complete(kept, 3)
     assert [kind for kind in kinds(run)[8:] if kind != "accept"] == ["start", "open", "close", "commit"]
 
@@ -148,7 +148,7 @@ def test_the_first_round_is_done_again_from_the_methods_own_state(tmp_path: Path
         complete(kept, 1)
     with RunJournal.reopen(tmp_path) as kept:
         assert kept.resume(0) is None
-        assert kept.interrupted(1) is not None
+        assert kept.interrupted_round(1) is not None
 
 
 def test_a_round_that_comes_to_another_state_is_refused_with_both_digests(run: Path) -> None:
@@ -217,12 +217,14 @@ def test_an_open_round_goes_on_with_the_updates_it_has(tmp_path: Path) -> None:
     with RunJournal.reopen(tmp_path, group_s=0) as kept:
         kept.begin(INPUTS)
         assert kept.resume(0) is None
-        assert kept.interrupted(1) == InterruptedRound(cohort=COHORT, digests=ORDERS, updates=UPDATES, failures=None)
+        assert kept.interrupted_round(1) == InterruptedRound(
+            cohort=COHORT, digests=ORDERS, updates=UPDATES, failures=None
+        )
         kept.accept(1, "bob", b"bob's")
         kept.close(1, {}, {})
         kept.commit(1, state(1))
     with RunJournal.reopen(tmp_path) as kept:
-        opened = kept.interrupted(1)
+        opened = kept.interrupted_round(1)
         assert opened is not None
         assert opened.updates == UPDATES | {"bob": b"bob's"}
         assert list(opened.updates) == ["cyd", "ann", "bob"]  # as they arrived
@@ -267,7 +269,7 @@ def test_making_updates_durable_takes_a_small_share_of_a_round_and_one_waits_for
         assert 0 < disk.syncs * disk.sync_s <= 0.051 * (disk.clock.now - began)
         assert max(waiting) <= 10
         kept.close(1, {}, {})
-        opened = kept.interrupted(1)
+        opened = kept.interrupted_round(1)
         assert opened is not None
         assert opened.updates == {name: name.encode() for name in names}
 
@@ -424,7 +426,7 @@ def test_a_missing_or_damaged_blob_is_named_by_what_it_is(run: Path, round: int,
     for spoil in (lambda: path.write_bytes(data[:-1] + b"?"), path.unlink):
         spoil()
         with RunJournal.reopen(run) as kept, pytest.raises(StoreError, match=what):
-            kept.interrupted(2) if round == 2 else kept.resume(1)
+            kept.interrupted_round(2) if round == 2 else kept.resume(1)
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing_that_was_noted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,7 +450,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing_that_was_noted(run: Path, m
     assert kinds(run) == [*noted, "start", "open", "accept"]
     with RunJournal.reopen(run) as kept:
         kept.begin(INPUTS)
-        opened = kept.interrupted(3)
+        opened = kept.interrupted_round(3)
         assert opened is not None
         assert opened.updates == {"cyd": UPDATES["cyd"]}
         kept.accept(3, "ann", UPDATES["ann"])
@@ -467,7 +469,7 @@ def test_reasons_in_any_language_come_back(tmp_path: Path) -> None:
         begin(kept, 1, updates={})
         kept.close(1, failures, dict.fromkeys(failures, 0))
     with RunJournal.reopen(tmp_path) as kept:
-        opened = kept.interrupted(1)
+        opened = kept.interrupted_round(1)
         assert opened is not None
         assert opened.failures == failures
 
@@ -498,7 +500,7 @@ def test_a_random_run_that_is_reopened_at_random_forgets_nothing(tmp_path: Path)
         sizes = {name: rng.randint(0, 50) for name in failures}
         kept.close(number, failures, sizes)
         kept = next(ledgers)
-        assert kept.interrupted(number) == InterruptedRound(
+        assert kept.interrupted_round(number) == InterruptedRound(
             dict.fromkeys(names, 1), dict.fromkeys(names, "o"), told, failures, sizes
         )
         kept.commit(number, state(number))
