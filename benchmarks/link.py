@@ -32,7 +32,7 @@ import grpc  # noqa: E402
 
 from fedtune.link.audit_log import read_audit_log  # noqa: E402
 from fedtune.link.client.client import Client  # noqa: E402
-from fedtune.link.client.policy import Policy  # noqa: E402
+from fedtune.link.settings import Policy  # noqa: E402
 from fedtune.link.envelopes import TRAIN  # noqa: E402
 from fedtune.link.pki.identity import Identity, load_identity  # noqa: E402
 from fedtune.link.pki.roster import RosterFile  # noqa: E402

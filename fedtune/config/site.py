@@ -15,9 +15,8 @@ from fedtune.config.tables import apply_rule, bind_table, bind_value, freeze_tab
 from fedtune.data.settings import DataSettings
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import ConfigError, Fault
-from fedtune.link.client.policy import Policy
-from fedtune.link.client.policy import validate_policy as check_policy
-from fedtune.link.settings import JoinSettings
+from fedtune.link.settings import JoinSettings, Policy
+from fedtune.link.settings import validate_policy as check_policy
 from fedtune.model.settings import AdapterSettings, ModelSettings
 
 WHOLE: Mapping[str, Any] = {"kind": "iid", "clients": 1}

@@ -80,7 +80,8 @@ def coordinate(
         check_resumable(run, recipe)
     else:
         check_vacant(run)
-        write_recipe(run, render(recipe))  # first of all: with it the run can be resumed, whenever this process ends
+        # First of all: with it the run can be resumed, whenever this process ends.
+        write_recipe(run, render(recipe))
     folder = run / LINK
     # Left in reverse order: the server stops first, and the audit log last, with every event in it.
     with store_errors(folder), ExitStack() as stack:
@@ -117,6 +118,7 @@ def coordinate(
             run_context = server_context(
                 recipe, transport, door="link", opened=lambda ledger: dispatcher.set_journal_end(lambda: ledger.end)
             )
+            # Not before: the base is what the profiles of most clients say.
             dispatcher.base = bytes.fromhex(run_context.base["digest"])
             dispatcher.max_reply_bytes = lambda front: max_update_bytes(front, run_context.blueprint)
             check_overrides(recipe, run_context.fleet, lambda text: record_all("note", text=text))
@@ -126,6 +128,7 @@ def coordinate(
 
         grid = LinkGrid(dispatcher)
         server_app(rounds)(grid, context({}))
+        # Reached only when all rounds are over: after an error `serve_link` has the clients wait for the next process.
         dispatcher.stop(pb.Stop.FINISHED)
         return summary
 
@@ -158,7 +161,8 @@ def accepted_updates(run: Path) -> tuple[Mapping[tuple[int, str], str], int]:
 
     def take(record: Record) -> None:
         nonlocal committed
-        if record.kind in ("accept", "close"):  # over the link each update has a blob of its own, named by its digest
+        # Over the link each update has a blob of its own, named by its digest.
+        if record.kind in ("accept", "close"):
             for client, offset, _ in record.fields["updates"]:
                 if not offset:
                     accepted[record.fields["round"], client] = record.fields["blob"]
@@ -193,6 +197,7 @@ def on_event(dispatcher: Dispatcher, record: RecordEvent, event: Event) -> None:
             dispatcher.begin_round(cohort)
             record("round", round=round, rounds=rounds, clients=" ".join(cohort))
         case ClientFinished(round, AdmittedUpdate() as update, traffic):
+            # The journal holds the update by now: a receipt promises that no crash loses it.
             dispatcher.settle(update.client, round, None)
             record(
                 "used",

@@ -74,6 +74,7 @@ def join(
     *,
     server: str | None = None,
     record: RecordEvent,
+    # Without somebody to ask, a site whose policy has `ask` takes part in nothing.
     agree: Callable[[str], bool] = lambda recipe: False,
     trainer: Trainer | None = None,
 ) -> End:

@@ -72,9 +72,11 @@ def server_context(
     if recipe.planner.name == "oracle":
         hint = "it needs the times of a simulated clock, which no deployment has; take planner = 'deadline'"
         raise ConfigError(Fault("planner", "another in a deployment", "'oracle'", hint))
+    # A recipe's fleet is of simulated devices, and these clients are real ones.
     devices = fleet_of(replace(recipe, fleet=None), list(profiles), blueprint, parameters=common.parameters)
     check_pruning(blueprint)
-    first_state(recipe, blueprint)  # a base that the method cannot use is refused now, and not in the first round
+    # A base that the method cannot use is refused now, and not in the first round.
+    first_state(recipe, blueprint)
     return RunContext(
         recipe=recipe,
         blueprint=blueprint,

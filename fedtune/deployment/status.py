@@ -101,6 +101,7 @@ def server_status(run: Path) -> ServerStatus:
     clients = client_statuses(history.entries)
     if status.holder is None:  # no process serves it
         clients = {name: replace(client, state="away") for name, client in clients.items()}
+    # From the file and not the log: the operator edits it by hand.
     barred = blocklist.read_blocklist(folder / BARRED)
     clients |= {
         name: replace(clients.get(name, ClientStatus(name)), state="barred", error=reason)
@@ -127,6 +128,7 @@ def update_status(client: ClientStatus, entry: Entry) -> ClientStatus:
     prefix = f"round {fields['round']}: " if fields.get("round") else ""
     match entry.kind:
         case "asked":
+            # No sign of life: the server has asked, and the client may be away.
             return replace(client, down=client.down + fields["bytes"])
         case "answered":
             return replace(here, up=client.up + fields["bytes"])
@@ -156,6 +158,7 @@ def load_audit_history(path: Path, *, head: str | None = None) -> AuditHistory:
     places = [path / LINK / AUDIT, path / AUDIT, path]
     file = next((place for place in places if place.is_file()), places[0])
     history = audit_log.read_audit_log(file)
+    # An entry anywhere, since the log has grown since its head was noted.
     if head is not None and head.lower() not in audit_log.record_digests(file):
         raise StoreError(f"{file}: expected an entry of digest {head[:16]}; got none; the log was cut or written anew")
     return history
@@ -186,7 +189,8 @@ def verify_receipts(run: Path, state: Path) -> int:
             receipt = parse(pb.Header(), parse(pb.Envelope(), data).header).receipt
         except WireError as error:
             raise StoreError(f"{path}: {error}; the state folder is damaged") from None
-        if not receipt.journal_records:  # given before the run had a journal
+        # Given before the run had a journal.
+        if not receipt.journal_records:
             continue
         actual = heads[receipt.journal_records] if receipt.journal_records < len(heads) else "nothing"
         if actual != receipt.journal_head.hex():

@@ -11,7 +11,7 @@ from fedtune.pruning.structure import Block, BlockLayout, Side
 
 BYTES: Mapping[WireDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATION_BYTES = 34
-"""Per token, layer and entry of the residual stream, for the backward pass of 16-bit numbers ; assumed."""
+"""Per token, layer and entry of the residual stream, for the backward pass of 16-bit numbers; assumed."""
 RUNTIME_BYTES = 0.5e9
 """What the libraries and the allocator take (assumed)."""
 TRAINED_BYTES = 16
@@ -24,7 +24,7 @@ LOGIT_BYTES = 10
 class Body:
     """The sizes of a base from which its costs follow."""
 
-    anatomy: BlockLayout
+    layout: BlockLayout
     modules: Mapping[str, tuple[int, int]]
     """(out, in) of every module that gets an adapter."""
     parameters: int
@@ -69,13 +69,13 @@ class Sizes:
     ff: float
 
 
-def sizes(anatomy: BlockLayout, settings: PruningSettings | None, ratio: float) -> Sizes:
+def sizes(layout: BlockLayout, settings: PruningSettings | None, ratio: float) -> Sizes:
     """Return the widths of a block at a ratio; they do not depend on which heads and channels stay."""
-    number = len(anatomy.blocks)
+    number = len(layout.blocks)
     if settings is None or ratio == 0:
-        return Sizes(*(sum(each) / number for each in zip(*map(_whole, anatomy.blocks), strict=True)))
+        return Sizes(*(sum(each) / number for each in zip(*map(_whole, layout.blocks), strict=True)))
     # Blocks of one base have the same numbers of heads, so the first gives the size of a group.
-    count, block = counts(anatomy, settings, ratio), anatomy.blocks[0]
+    count, block = counts(layout, settings, ratio), layout.blocks[0]
     units = count.total / number
     q, kv = (
         (units * block.group, units)
@@ -92,10 +92,10 @@ def _whole(block: Block) -> tuple[int, int, int]:
     return block.heads, block.kv_heads, block.channels
 
 
-def _side(side: Side, size: Sizes, anatomy: BlockLayout) -> float:
-    head_dim = anatomy.blocks[0].head_dim
+def _side(side: Side, size: Sizes, layout: BlockLayout) -> float:
+    head_dim = layout.blocks[0].head_dim
     return {
-        "all": float(anatomy.width),
+        "all": float(layout.width),
         "q": size.q * head_dim,
         "kv": size.kv * head_dim,
         "qkv": 3 * size.q * head_dim,
@@ -103,18 +103,18 @@ def _side(side: Side, size: Sizes, anatomy: BlockLayout) -> float:
     }[side]
 
 
-def block_parameters(anatomy: BlockLayout, size: Sizes) -> float:
+def block_parameters(layout: BlockLayout, size: Sizes) -> float:
     """Return the weights of the linear layers of all blocks at these widths."""
-    return sum(_side(out, size, anatomy) * _side(into, size, anatomy) for _, out, into in anatomy.sides.values())
+    return sum(_side(out, size, layout) * _side(into, size, layout) for _, out, into in layout.sides.values())
 
 
 def adapter_sides(body: Body, size: Sizes) -> float:
     """Return the sum over adapted modules of (out + in) at these widths: the numbers of an adapter of rank 1."""
     total = 0.0
     for name, (m, n) in body.modules.items():
-        if name in body.anatomy.sides:
-            _, out, into = body.anatomy.sides[name]
-            total += _side(out, size, body.anatomy) + _side(into, size, body.anatomy)
+        if name in body.layout.sides:
+            _, out, into = body.layout.sides[name]
+            total += _side(out, size, body.layout) + _side(into, size, body.layout)
         else:
             total += m + n
     return total
@@ -126,17 +126,21 @@ def flops_per_token(body: Body, size: Sizes, rank: int, work: Work) -> float:
     4 P_kept + 4 P_head + 6 r sum(|O| + |I|) + 12 s sum n_l h + 4 rank_global sum(|O| + |I|); the base's part is half
     as much again where activations are computed twice. A classifier's head sees one row per example.
     """
-    anatomy = body.anatomy
-    head = 0.0 if body.classifies else float(anatomy.head)
+    layout = body.layout
+    head = 0.0 if body.classifies else float(layout.head)
+    # For each weight 2 forward, 2 backward for the inputs, none for its own gradient; with checkpointing the forward
+    # operations count twice.
     passes = 6.0 if work.checkpointing else 4.0
     sides = adapter_sides(body, size)
-    attention = 12.0 * work.tokens * len(anatomy.blocks) * size.q * anatomy.blocks[0].head_dim
-    return passes * (block_parameters(anatomy, size) + head) + (6.0 * rank + 4.0 * work.global_rank) * sides + attention
+    # Scores and weighted sums: 4 operations forward, 8 backward, for every token and number of a head.
+    attention = 12.0 * work.tokens * len(layout.blocks) * size.q * layout.blocks[0].head_dim
+    # The factors in training cost 2 forward and 4 backward; the frozen adapter beside them only 4.
+    return passes * (block_parameters(layout, size) + head) + (6.0 * rank + 4.0 * work.global_rank) * sides + attention
 
 
 def round_flops(body: Body, settings: PruningSettings | None, ratio: float, rank: int, work: Work) -> float:
     """Return the operations of a round; tokens that only go forward, for scores and losses, cost half."""
-    per_token = flops_per_token(body, sizes(body.anatomy, settings, ratio), rank, work)
+    per_token = flops_per_token(body, sizes(body.layout, settings, ratio), rank, work)
     return per_token * (work.trained_tokens + 0.5 * work.side_tokens)
 
 
@@ -150,9 +154,9 @@ def round_bytes(
     wire_dtype: WireDtype,
 ) -> tuple[float, float]:
     """Return (bytes down, bytes up) of a round: the sliced global change and the factors, modules_to_save, bitmaps."""
-    number, sides = BYTES[wire_dtype], adapter_sides(body, sizes(body.anatomy, settings, ratio))
+    number, sides = BYTES[wire_dtype], adapter_sides(body, sizes(body.layout, settings, ratio))
     # Two bitmaps of a bit per group: the structure and the previous one.
-    groups = sum(b.heads + b.kv_heads + b.channels for b in body.anatomy.blocks) if settings else 0
+    groups = sum(b.heads + b.kv_heads + b.channels for b in body.layout.blocks) if settings else 0
     return (
         number * global_rank * sides + 4 * body.saved + groups / 4,
         number * rank * sides + 4 * body.saved,
@@ -165,41 +169,42 @@ def memory_bytes(body: Body, settings: PruningSettings | None, ratio: float, ran
     The activations are a formula, not a measurement, and scale with what is kept of a block (assumed). With
     checkpointing those of one block are in memory, and the input of every block.
     """
-    anatomy, size = body.anatomy, sizes(body.anatomy, settings, ratio)
-    whole = sizes(anatomy, None, 0.0)
-    left, blocks = block_parameters(anatomy, size), block_parameters(anatomy, whole)
+    layout, size = body.layout, sizes(body.layout, settings, ratio)
+    whole = sizes(layout, None, 0.0)
+    left, blocks = block_parameters(layout, size), block_parameters(layout, whole)
     sides, tokens = adapter_sides(body, size), work.rows * work.longest
-    base = (body.parameters - blocks + left) * anatomy.number_bytes
+    base = (body.parameters - blocks + left) * layout.number_bytes
     trained = (rank * sides + body.saved) * TRAINED_BYTES
-    layers = 1 if work.checkpointing else len(anatomy.blocks)
+    layers = 1 if work.checkpointing else len(layout.blocks)
     # A quarter is the residual stream's, which is never cut.
-    per_entry = ACTIVATION_BYTES * anatomy.number_bytes / 2 * (0.25 + 0.75 * left / blocks)
-    activations = tokens * anatomy.width * layers * per_entry
+    per_entry = ACTIVATION_BYTES * layout.number_bytes / 2 * (0.25 + 0.75 * left / blocks)
+    activations = tokens * layout.width * layers * per_entry
     if work.checkpointing:
-        activations += tokens * anatomy.width * len(anatomy.blocks) * anatomy.number_bytes
-    logits = 0.0 if body.classifies else tokens * anatomy.outputs * LOGIT_BYTES
+        activations += tokens * layout.width * len(layout.blocks) * layout.number_bytes
+    logits = 0.0 if body.classifies else tokens * layout.outputs * LOGIT_BYTES
     return base + work.global_rank * sides * 2 + trained + activations + logits + RUNTIME_BYTES
 
 
 def roberta_base() -> Body:
     """Return RoBERTa-base with all six linear layers of a block adapted."""
     blocks = tuple(Block(f"roberta.encoder.layer.{i}", 12, 12, 64, 3072) for i in range(12))
-    anatomy = BlockLayout("roberta", blocks, width=768, head=592_130, outputs=2, number_bytes=4)
-    shapes = {name: _shape(anatomy, out, into) for name, (_, out, into) in anatomy.sides.items()}
-    return Body(anatomy, shapes, parameters=124_647_170, saved=592_130, classifies=True)
+    # The head: 768 x 768 and 768 x 2 with their biases.
+    layout = BlockLayout("roberta", blocks, width=768, head=592_130, outputs=2, number_bytes=4)
+    shapes = {name: _shape(layout, out, into) for name, (_, out, into) in layout.sides.items()}
+    return Body(layout, shapes, parameters=124_647_170, saved=592_130, classifies=True)
 
 
 def llama_7b() -> Body:
     """Return LLaMA-7B in 16 bits with all seven linear layers of a block adapted."""
     blocks = tuple(Block(f"model.layers.{i}", 32, 32, 128, 11008) for i in range(32))
-    anatomy = BlockLayout("llama", blocks, width=4096, head=131_072_000, outputs=32000, number_bytes=2)
-    shapes = {name: _shape(anatomy, out, into) for name, (_, out, into) in anatomy.sides.items()}
-    return Body(anatomy, shapes, parameters=6_738_415_616)
+    layout = BlockLayout("llama", blocks, width=4096, head=131_072_000, outputs=32000, number_bytes=2)
+    shapes = {name: _shape(layout, out, into) for name, (_, out, into) in layout.sides.items()}
+    return Body(layout, shapes, parameters=6_738_415_616)
 
 
-def _shape(anatomy: BlockLayout, out: Side, into: Side) -> tuple[int, int]:
-    size = sizes(anatomy, None, 0.0)
-    return int(_side(out, size, anatomy)), int(_side(into, size, anatomy))
+def _shape(layout: BlockLayout, out: Side, into: Side) -> tuple[int, int]:
+    size = sizes(layout, None, 0.0)
+    return int(_side(out, size, layout)), int(_side(into, size, layout))
 
 
 PROXIES = {"roberta-base": roberta_base, "llama-7b": llama_7b}

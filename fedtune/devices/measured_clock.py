@@ -33,5 +33,6 @@ class MeasuredClock:
 
 
 def split_seconds(work_s: float, arrived_s: float) -> ClientTime:
+    # A client reports its own seconds: those beyond its answer would make its transfer negative.
     work_s = min(work_s, arrived_s)
     return ClientTime(work_s, arrived_s - work_s)

@@ -158,6 +158,7 @@ def mixed_fleet(shares: Mapping[str, int]) -> Callable[[Sequence[str], int], Map
         for place in rest[: len(names) - sum(counts)]:
             counts[place] += 1
         dealt = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+        # Shuffled: by name alone, the first clients would all have the first kind.
         order = generator(derive(seed, "fleet")).permutation(len(names)).tolist()
         return {name: PROFILES[dealt[place]] for name, place in zip(names, order, strict=True)}
 
@@ -183,6 +184,7 @@ def lognormal_fleet(clients: Sequence[str], seed: int) -> Mapping[str, DevicePro
             memory_gbps=60.0,
             up_mbps=bandwidth,
             down_mbps=bandwidth,
+            # Its bandwidth is drawn above; a second draw would spread it further.
             net_sigma=0.0,
         )
     return devices

@@ -75,6 +75,7 @@ class SimulatedClock:
         work_s = max(load.tflop / profile.tflops, load.gigabytes / profile.memory_gbps) * traces.noise(
             seed, name, round
         )
+        # Integrated over the modes: a long computation meets several of them.
         mode = traces.speed(profile, seed, name, by=self.by, round=round)
         # Work starts when the download is over, which decides the mode that it runs in.
         compute = integrated_seconds(now_s + first, work_s, mode)

@@ -59,6 +59,7 @@ def log_deviation(seed: int, client: str, slot: int) -> float:
 
 def noise(seed: int, client: str, round: int) -> float:
     """Return the factor on a client's time in a round, whatever it is asked to do."""
+    # One factor for a round, not for an arm: else a planner could profit by choosing the arm with the lucky draw.
     return exp(NOISE * float(generator(derive(seed, "trace/noise", round, client)).standard_normal()))
 
 
@@ -70,7 +71,8 @@ def available(profile: DeviceProfile, seed: int, client: str, round: int) -> boo
 def slot_at(now_s: float, length_s: float) -> tuple[int, float]:
     """Return (slot, seconds until the next one); these are above 0, or time would stand still."""
     slot = floor(now_s / length_s)
-    if (slot + 1) * length_s <= now_s:  # the quotient of numbers that are rounded may lie below the slot's beginning
+    # The quotient of numbers that are rounded may lie below the slot's beginning.
+    if (slot + 1) * length_s <= now_s:
         slot += 1
     return slot, (slot + 1) * length_s - now_s
 

@@ -8,7 +8,8 @@ import sys
 ENVIRONMENT = {
     # TLS 1.3 alone: the one suite named here for 1.2 wants RSA certificates, and ours are ECDSA. gRPC has no switch.
     "GRPC_SSL_CIPHER_SUITES": "AES256-GCM-SHA384",
-    "GRPC_VERBOSITY": "NONE",  # fedtune itself says what goes wrong, once and in words
+    # fedtune itself reports what fails, once and in its own words.
+    "GRPC_VERBOSITY": "NONE",
 }
 """Variables that gRPC reads when it is first used in a process."""
 

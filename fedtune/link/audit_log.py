@@ -75,8 +75,10 @@ class AuditLog:
         Raises:
             StoreError: if it cannot be opened, or its chain is broken.
         """
+        # Read whole: every record carries the digest of the one before it, and a broken chain must not be continued.
         end = journal.read(path, lambda record: None) if path.exists() else End()
         self._journal, self._on_failure = Journal(path, end), on_failure
+        # Without a bound: no event may be dropped, and no round may wait for the disk.
         self._queue: queue.SimpleQueue[tuple[str, Mapping[str, int | str]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="fedtune audit", daemon=True)
         self._thread.start()
@@ -89,7 +91,8 @@ class AuditLog:
         over = False
         while not over:
             entries = [self._queue.get()]
-            with suppress(queue.Empty):  # one sync for all that has come meanwhile: a round has many events
+            # One sync for all that has come meanwhile: a round has many events.
+            with suppress(queue.Empty):
                 while True:
                     entries.append(self._queue.get_nowait())
             over = None in entries
@@ -127,5 +130,6 @@ def record_digests(path: Path) -> frozenset[str]:
         StoreError: if it is damaged.
     """
     digests = set[str]()
+    # A record names the digest of the one before it; that of the last record is the end of the chain.
     end = journal.read(path, lambda record: digests.add(record.prev))
     return frozenset(digests | {end.head})

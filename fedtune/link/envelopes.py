@@ -70,6 +70,7 @@ def verify_envelope(envelope: pb.Envelope, find_author: Callable[[bytes], Party 
         raise rejection(pb.HEADER_MALFORMED, "header", "a Header of this release", error) from None
     if header.protocol != PROTOCOL:
         raise rejection(pb.PROTOCOL, "protocol", PROTOCOL, header.protocol)
+    # Logs and receipts show the name in the header: a client must not sign in the name of another.
     if header.author != author.name:
         raise rejection(pb.AUTHOR_MISMATCH, "author", author.name, header.author)
     # Sorted and each once: else a key could name two bodies, and two readers take different ones.
@@ -130,5 +131,6 @@ def assignment_subject(front: bytes, parts: Sequence[pb.Part]) -> tuple[int, str
     assignment = parse(round_pb2.Assignment(), front)
     if assignment.verb == round_pb2.PROBE:
         return assignment.round, assignment.base, assignment.probe.state.digest
+    # Without the header's own part, which differs between clients; sorted, so that keys do not matter.
     bodies = b"".join(sorted(part.digest for part in parts if part.key))
     return assignment.round, assignment.base, sha256(bodies).digest()

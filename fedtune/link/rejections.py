@@ -75,6 +75,7 @@ def describe(refusal: pb.Refusal) -> str:
     field = f"{one_line(refusal.field)}: " if refusal.field else ""
     advice = ADVICE.get(refusal.reason, "")
     return (
+        # Cut again: a refusal may come from a peer that does not hold to the limits.
         f"{reason_name(refusal.reason)}: {field}expected {one_line(refusal.expected)}; got {one_line(refusal.found)}"
         f"{f'; {advice}' if advice else ''}"
     )

@@ -1,13 +1,20 @@
-"""Settings of the link: addresses, timeouts and quotas of a server, address and pauses of a client."""
+"""Settings of the link: addresses, timeouts and quotas of a server, a client's address and pauses, a site's policy."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 
+from fedtune.errors import ConfigError, Fault
+
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+MIN_DIGEST_DIGITS = 8
+"""Hex digits of a digest that a policy must give at least: 32 bits, so that no other digest matches by chance."""
 
 
 @dataclass(frozen=True)
@@ -82,3 +89,56 @@ class JoinSettings:
     """Seconds of the longest pause between two attempts to connect."""
     patience_s: Annotated[float, Ge(0)] = 0.0
     """The site gives up after this time without a connection; 0: never."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the site allows a run to do; the table `policy` of its file. What is not mentioned is allowed."""
+
+    methods: Sequence[str] = ()
+    """Methods that may be run; empty: any that is installed."""
+    recipes: Sequence[str] = ()
+    """Recipes that may be run, by their SHA-256 or at least its first 8 hexadecimal digits; empty: any."""
+    bases: Sequence[str] = ()
+    """Base models that may be tuned, by their SHA-256 or at least its first 8 hexadecimal digits; empty: the one that
+    the site loads."""
+    max_rank: Annotated[int, Ge(1)] | None = None
+    """Largest LoRA rank that the site trains; none: any."""
+    max_steps: Annotated[int, Ge(1)] | None = None
+    """Most optimizer steps of a round, or directions with `fedkseed`; none: any number."""
+    max_rounds: Annotated[int, Ge(1)] | None = None
+    """Rounds of one run in which the site takes part; none: all."""
+    max_up_mib: Annotated[float, Gt(0)] | None = None
+    """Most that leaves the site in one answer; none: no limit."""
+    max_down_mib: Annotated[float, Gt(0)] | None = None
+    """Most that the site fetches for one assignment; none: no limit."""
+    day_up_mib: Annotated[float, Gt(0)] | None = None
+    """Most that leaves the site within 24 hours; none: no limit."""
+    hours: str = ""
+    """Hours in which the site begins work, in its local time, e.g. "20:00-06:00"; empty: always."""
+    min_cohort: Annotated[int, Ge(1)] = 1
+    """The site takes part only in rounds of at least so many clients. In a round of two, each can compute the other's
+    update from the result."""
+    columns: Sequence[str] = ()
+    """Columns of the site's files that may become training text; empty: those that the table `data` names."""
+    ask: bool = False
+    """Wait until a person at the terminal has agreed to the recipe, once per run."""
+
+
+def validate_policy(policy: Policy) -> None:
+    """Check the texts of a policy, whose form no type describes.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    faults = []
+    if policy.hours and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d", policy.hours):
+        faults.append(Fault("policy.hours", 'two times of day, such as "20:00-06:00"', repr(policy.hours)))
+    for name in ("recipes", "bases"):
+        faults += [
+            Fault(f"policy.{name}", "at least 8 hexadecimal digits each", repr(digest))
+            for digest in getattr(policy, name)
+            if not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest)
+        ]
+    if faults:
+        raise ConfigError(faults)

@@ -19,6 +19,7 @@ BLOCK = 2**20
 
 def part_path(folder: Path, client: str, digest: bytes) -> Path:
     """Return where a part of a client's reply lies; names of the roster are safe as names of files."""
+    # The digest in the name: a client that replies anew must not append to the bytes of its earlier reply.
     return folder / f"{client}-{digest.hex()}"
 
 
@@ -63,9 +64,11 @@ class IncomingUpload:
             StoreError: if it cannot be written.
         """
         total = self.received_bytes + len(data)
-        if total > self._num_bytes:  # else a client could fill the disk
+        # Else a client could fill the disk.
+        if total > self._num_bytes:
             raise rejection(pb.LENGTH, "data", f"{self._num_bytes} bytes", f"{total} or more")
         with store_errors(self.path):
+            # An unbuffered file may take only a part of the bytes at a time.
             rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -98,10 +101,12 @@ def map_file(path: Path) -> memoryview:
     with store_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            # mmap refuses a file without bytes.
             if not os.fstat(descriptor).st_size:
                 return memoryview(b"")
             return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
         finally:
+            # The map needs none: with one for every reply, a large round would pass the limit of open files.
             os.close(descriptor)
 
 

@@ -50,6 +50,7 @@ class FedExState:
     @cached_property
     def sent(self) -> Mapping[str, Tensors]:
         """Factors and residual in wire format: the same mappings for the whole cohort, so each is encoded once."""
+        # Its rank is up to (K + 1) r for K clients, so the dense matrix may be the smaller message.
         frozen = lowrank.smallest(lowrank.adapter(lowrank.unpack(self.residual)))
         return {
             "global": cast(frozen, self.settings.wire_dtype),
@@ -70,7 +71,8 @@ def init(blueprint: Blueprint, settings: FedExSettings) -> FedExState:
 
 def assign(state: FedExState, seed: int, planned: PlannedClient) -> Assignment:
     """Send both factors to train and the residual frozen; the client returns both factors."""
-    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is not used: every row of A is sent
+    # The key is not used: every row of A is sent.
+    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)
     return make_assignment("fedex", state, seed, planned.plan, task, state.sent)
 
 

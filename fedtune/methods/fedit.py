@@ -47,6 +47,7 @@ def init(blueprint: Blueprint, settings: FedItSettings) -> FedItState:
 
 def shared_start(blueprint: Blueprint) -> Tensors:
     """Return flat factors of the largest planned rank: A from the run's shared key, B zero."""
+    # One A for all: the mean of separate draws would be smaller by the root of their number.
     key, rank = derive(blueprint.seed, "lora.shared_a"), blueprint.max_rank
     start = {
         name: Factors(a=draw_a(key, name, rank, n), b=np.zeros((m, rank), np.float32))
@@ -57,7 +58,8 @@ def shared_start(blueprint: Blueprint) -> Tensors:
 
 def assign(state: FedItState, seed: int, planned: PlannedClient) -> Assignment:
     """Send both factors; the client trains and returns both."""
-    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is not used: every row of A is sent
+    # The key is not used: every row of A is sent.
+    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)
     return make_assignment("fedit", state, seed, planned.plan, task, {"local": state.sent})
 
 
@@ -91,5 +93,6 @@ METHOD = LinearMethod(
     advance=advance,
     wire_dtype=lambda settings: settings.wire_dtype,
     why_not_pruned="a mean of factors that lack different rows and columns is up to 78 % off",
+    # Factors of unequal rank have no mean; `zeropad` pads them.
     ranks="equal",
 )

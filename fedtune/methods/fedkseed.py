@@ -57,7 +57,8 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
         name for name, array in blueprint.saved.items() if array.ndim == 2
     }
     ordinals = trainable_ordinals(listed, reach(settings), layers) if listed.entries else ()
-    BANKS[settings.bank](settings.seeds, 0)  # refuses a K that it does not have
+    # Refuses a K that the bank does not have.
+    BANKS[settings.bank](settings.seeds, 0)
     zeros, (exponent, coarseness) = np.zeros(settings.seeds, np.int64), units(settings, settings.scalar_step)
     return FedKSeedState(
         settings=settings,
@@ -125,6 +126,7 @@ def assignment_with(state: FedKSeedState, seed: int, plan: Plan, form: SeedState
             estimator=settings.estimator,
             queries=settings.queries if one_sided else 1,
             normalise=settings.normalise and one_sided,
+            # On the wire 0 asks for the running quantile, and infinity for no bound.
             clip={"quantile": 0.0, "none": inf}.get(settings.clip, settings.clip),  # type: ignore[arg-type]
             trainable=settings.trainable,
             vectors=settings.vectors,
@@ -149,7 +151,8 @@ def check_headroom(state: FedKSeedState, plan: Plan) -> None:
 
 def rounds_left(state: FedKSeedState, steps: int) -> int:
     """Return how many rounds of so many scalars, each at its bound on one side, still fit into 32 bits."""
-    growth = (MAX_SCALAR * steps << state.shift) + state.settings.seeds // 2  # half a unit of rounding per seed
+    # Every scalar at its bound and on one side, and half a unit of rounding for each seed.
+    growth = (MAX_SCALAR * steps << state.shift) + state.settings.seeds // 2
     return headroom(state.bank, state.sums, amount=state.perturbation) // growth
 
 
@@ -186,6 +189,7 @@ def aggregate(state: FedKSeedState, updates: Sequence[AdmittedUpdate]) -> FedKSe
 
 def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[LoggedUpdate]) -> FedKSeedState:
     """Return the state after a weighted sum of scalars has been added; of `logged` only counts and log are taken."""
+    # Within 32 bits: a round in which the sums could leave them has been refused by `check_headroom`.
     added = (state.sums + increments(sums, weight, state.shift)).astype(np.int32)
     number = state.round + 1
     log = state.log
@@ -194,6 +198,7 @@ def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[Log
         log = {name: data for name, data in log.items() if int(name) > number - MAX_LOG}
         log = {**log, str(number): np.frombuffer(entry, np.uint8)}
     every = np.concatenate([one.scalars for one in logged])
+    # Widened first: the absolute value of -128 does not fit into int8.
     saturated = float(np.mean(np.abs(every.astype(np.int16)) == MAX_SCALAR))
     coarser = saturated > SATURATED and state.shift < MAX_SHIFT
     return replace(
@@ -228,7 +233,9 @@ def with_history(state: FedKSeedState, cohort: Sequence[AdmittedUpdate], after: 
 
 def calibrate(state: FedKSeedState, sizes: Sequence[float | None]) -> FedKSeedState:
     """Return the state with e chosen from what the first cohort measured: the median of its root mean squares."""
+    # The median: no single client's report may set the unit of a whole run.
     step = median(size for size in sizes if size is not None) / COARSE
+    # Bounded as the recipe's own setting is; a step of 0, where no loss moved, leaves the provisional unit.
     exponent, coarseness = units(state.settings, min(step, 1e-3) or "auto")
     return replace(state, calibrated=True, exponent=exponent, coarseness=coarseness)
 
@@ -237,6 +244,7 @@ def integer_weights(state: FedKSeedState, cohort: Sequence[AdmittedUpdate]) -> S
     """Return each update with its whole weight, 1 to 127."""
     if state.settings.weights == "uniform":
         return [(update, 1) for update in cohort]
+    # Whole numbers keep the weighted sum in integers, so that no order of arrival changes a bit of it.
     most = max(update.num_examples for update in cohort)
     return [(update, max(1, round(MAX_WEIGHT * update.num_examples / most))) for update in cohort]
 

@@ -195,9 +195,11 @@ class FedKSeedState:
     def message_since(self, since: int) -> SeedState:
         forms = {"whole": downlink.encode_whole(self.sums)}
         if self.settings.sync == "auto":
+            # A client that holds nothing starts from zeros, so that a young run sends it only what has moved.
             known = self.past[str(since)] if since else np.zeros_like(self.sums)
             forms["changed"] = downlink.encode_changed(self.sums, known)
             missed = [str(number) for number in range(since + 1, self.round + 1)]
+            # Every missed round or none: with a gap, a client would end at other sums.
             if set(missed) <= self.log.keys():
                 forms["log"] = b"".join(self.log[number].tobytes() for number in missed)
         form, data = downlink.shortest_form(forms)
@@ -211,6 +213,7 @@ def units(settings: FedKSeedSettings, step: float | Literal["auto"]) -> tuple[in
     it fits; where that makes units too fine for the step, j makes it up.
     """
     wanted = PROVISIONAL if step == "auto" else settings.fraction_bits - round(log2(step))
+    # E stays below 2^27, to leave room for the sums: with gaussian, 8 (sum |A| + E) must stay below 2^31.
     least, most = ceil(log2(FINE / settings.perturbation)), int(log2(2**27 / settings.perturbation))
     exponent = max(EXPONENTS.start, least, min(wanted, most, EXPONENTS.stop - 1))
     return exponent, max(0, min(exponent - wanted, MAX_SHIFT - settings.fraction_bits))

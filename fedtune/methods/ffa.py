@@ -46,6 +46,7 @@ def init(blueprint: Blueprint, settings: FfaSettings) -> FfaState:
     return FfaState(
         settings=settings,
         round=0,
+        # One A for the whole run: sum of p_k B_k A = (sum of p_k B_k) A holds only as long as it is shared.
         a_key=derive(blueprint.seed, "lora.shared_a"),
         in_features={name: n for name, (_, n) in blueprint.modules.items()},
         max_rank=blueprint.max_rank,

@@ -117,34 +117,35 @@ class FloraState:
         """The broadcast in wire format for clients that train a fresh adapter: one mapping, so it is encoded once."""
         return cast(lowrank.smallest(lowrank.adapter(self.broadcast)), self.settings.wire_dtype)
 
-    def split_blobs(self, rank: int, keep: ModelStructure | None = None) -> Mapping[str, Tensors]:
+    def split_blobs(self, rank: int, structure: ModelStructure | None = None) -> Mapping[str, Tensors]:
         """Return the blobs of a client that trains the leading `rank` components, once for all clients like it."""
-        key = (rank, keep.digest if keep else b"")
+        key = (rank, structure.digest if structure else b"")
         if key not in self._blobs:
             rest = {name: low.components(rank, low.rank) for name, low in self.broadcast.items()}
-            cut = self.cut(keep)
+            cut = self.cut(structure)
             self._blobs[key] = {
                 "global": cast(lowrank.smallest(slice_adapter(lowrank.adapter(rest), cut)), self.settings.wire_dtype),
                 "local": warm_start(self.broadcast, rank, self.settings.wire_dtype, cut),
             }
         return self._blobs[key]
 
-    def frozen_at(self, keep: ModelStructure | None) -> Tensors:
+    def frozen_at(self, structure: ModelStructure | None) -> Tensors:
         """Return the broadcast at a structure, for clients that train a fresh adapter."""
-        if keep is None:
+        if structure is None:
             return self.frozen
-        if (0, keep.digest) not in self._blobs:
-            rest = slice_adapter(lowrank.adapter(self.broadcast), self.cut(keep))
-            self._blobs[0, keep.digest] = {"global": cast(lowrank.smallest(rest), self.settings.wire_dtype)}
-        return self._blobs[0, keep.digest]["global"]
+        if (0, structure.digest) not in self._blobs:
+            # Truncated over the whole base and cut afterwards: the clients then hold slices of one model.
+            rest = slice_adapter(lowrank.adapter(self.broadcast), self.cut(structure))
+            self._blobs[0, structure.digest] = {"global": cast(lowrank.smallest(rest), self.settings.wire_dtype)}
+        return self._blobs[0, structure.digest]["global"]
 
-    def cut(self, keep: ModelStructure | None) -> Mapping[str, LayerSlice]:
+    def cut(self, structure: ModelStructure | None) -> Mapping[str, LayerSlice]:
         """Return the rows and columns of every layer that a structure keeps; layers kept whole are left out."""
-        if keep is None or self.anatomy is None:
+        if structure is None or self.anatomy is None:
             return {}
-        if keep.digest not in self._cuts:
-            self._cuts[keep.digest] = cuts(keep, self.anatomy)
-        return self._cuts[keep.digest]
+        if structure.digest not in self._cuts:
+            self._cuts[structure.digest] = cuts(structure, self.anatomy)
+        return self._cuts[structure.digest]
 
     def structure(self, ratio: float) -> ModelStructure | None:
         """Return what the ranking keeps at a pruning ratio; None: all of it."""
@@ -207,6 +208,7 @@ def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraStat
     changes = [(change(state, update), settings.server_learning_rate * share) for update, share in cohort]
     if state.anatomy is not None and settings.coverage == "normalised":
         scale = pruning.coverage(cohort, state.anatomy, weights=settings.weights, floor=settings.coverage_floor)
+        # One scale for all clients, and not one for each: the scaled sum is as exact as the plain one.
         changes = [(pruning.scale_by_coverage(adapter, scale, state.anatomy), weight) for adapter, weight in changes]
     total = weighted_sums(
         {
@@ -214,6 +216,7 @@ def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraStat
             for name, low in lowrank.unpack(state.delta).items()
         }
     )
+    # All that is left of the sum stays in the state: only what goes down is truncated, so losses do not add up.
     delta = {name: truncate(low, tau=1.0, max_rank=settings.state_max_rank) for name, low in total.items()}
     return replace(
         state,
@@ -233,7 +236,8 @@ def change(state: FloraState, update: AdmittedUpdate) -> Adapter:
     shapes = {name: low.shape for name, low in state.broadcast.items()}
     if state.settings.mode == "continue":
         rank = max(factors.rank for factors in adapter.values())
-        start = unpack(state.split_blobs(rank, update.structure)["local"])  # after the cast: what the client decoded
+        # After the cast to the wire format: what the client has decoded and trained on.
+        start = unpack(state.split_blobs(rank, update.structure)["local"])
         key = _a_key(state, update.client)
         adapter = {
             name: _change(difference, start.get(name), initial_a(key, name, difference.rank, shapes[name], cut))
@@ -268,6 +272,7 @@ def warm_start(
 
     They lead over the whole base, and are cut to a structure after that: so all clients hold slices of one model.
     """
+    # All of S in b: with its root in both factors, a toy federation had four times the error after six rounds.
     factors = slice_adapter(lowrank.adapter({n: low.components(0, rank) for n, low in changes.items()}), cut or {})
     c = np.float32(ROW_NORM)
     return cast(pack({name: Factors(a=c * f.a, b=f.b / c) for name, f in factors.items()}), wire_dtype)
@@ -284,6 +289,7 @@ def energy_kept(state: FloraState) -> Mapping[str, float]:
 
 
 def _a_key(state: FloraState, client: str) -> int:
+    # Another A for each client: with one for all, a toy federation had 1.5 times the error.
     return derive(state.seed, "lora.init", state.round + 1, client)
 
 

@@ -89,6 +89,7 @@ def aggregate(state: HetLoraState, updates: Sequence[AdmittedUpdate]) -> HetLora
         round=state.round + 1,
         tensors=step(state.tensors, weighted_mean(parts), rate),
         saved=mean_saved(state.saved, cohort, rate),
+        # Clients that are not in this cohort keep theirs: a rank that was cut does not grow again.
         ranks={**state.ranks, **stated},
     )
 
@@ -98,6 +99,7 @@ def size_weights(cohort: Cohort) -> Sequence[float]:
 
     The paper writes the weight for one matrix; here one weight per client covers all modules.
     """
+    # Of the products, since a factor's own norm depends on how the change is split between the two.
     norms = [norm(unpack(update.lora.tensors)) for update, _ in cohort]
     total = sum(norms)
     return [size / total for size in norms] if total else [1 / len(norms)] * len(norms)

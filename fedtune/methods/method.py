@@ -220,11 +220,13 @@ def make_assignment(
 
     modules_to_save join the blobs, empty blobs are left out, and `client.proximal` becomes a term of the objective.
     """
+    # Only where it is used: a term of 0 would change the bytes of every message.
     proximal = (Proximal(plan.training.proximal),) if plan.training.proximal > 0 else ()
     blobs = {role: tensors for role, tensors in {**blobs, "saved": state.saved}.items() if tensors}
     return Assignment(
         method=method,
         round=state.round + 1,
+        # By round and name: whichever engine or machine trains this client, it draws the same.
         seed=derive(seed, "client", state.round + 1, plan.client),
         plan=plan,
         task=replace(task, terms=(*task.terms, *proximal), blobs=blobs),
@@ -233,6 +235,7 @@ def make_assignment(
 
 def join(tensors: Tensors, saved: Tensors) -> Tensors:
     """Return factors and modules_to_save as one mapping, for a mean over both."""
+    # Prefixes, since a factor and a parameter trained in full may have one name.
     return {f"local/{name}": t for name, t in tensors.items()} | {f"saved/{name}": t for name, t in saved.items()}
 
 
@@ -245,7 +248,8 @@ def move(tensors: Tensors, saved: Tensors, mean: Tensors, server_learning_rate: 
 def step(old: Tensors, mean: Tensors, server_learning_rate: float) -> Tensors:
     """Return old + server_learning_rate * (mean - old), which is the mean itself at 1."""
     if server_learning_rate == 1.0:
-        return mean  # old + (mean - old) is not, to the last bit
+        # Taken as it is: old + (mean - old) is not the mean to the last bit.
+        return mean
     rate = np.float32(server_learning_rate)
     return {name: old[name] + rate * (mean[name] - old[name]) for name in old}
 
@@ -257,6 +261,7 @@ def mean_saved(old: Tensors, cohort: Cohort, server_learning_rate: float) -> Ten
 
 def resize(tensors: Tensors, rank: int) -> Tensors:
     """Return flat factors cut, or padded with zeros, to a rank: rows of every `.a`, columns of every `.b`."""
+    # Zero rows of a and columns of b add nothing to b a: a padded adapter is the same change of the base.
     return {name: _resize(t, rank, axis=0 if name.endswith(".a") else 1) for name, t in tensors.items()}
 
 

@@ -59,8 +59,8 @@ def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | 
     Raises:
         RoundError: if a ratio is planned before heads and channels are ranked.
     """
-    settings, anatomy, plan = state.pruning, state.anatomy, planned.plan
-    if settings is None or anatomy is None:
+    settings, layout, plan = state.pruning, state.anatomy, planned.plan
+    if settings is None or layout is None:
         return None, None
     if settings.policy == "local":
         return Pruning(settings=replace(settings, ranking=None)), None
@@ -73,18 +73,20 @@ def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | 
     # A client that takes part for the first time has no earlier structure: the least that fits its device serves.
     first = planned.first_ratio if state.order else 0.0
     before, ratios = state.ratios.get(plan.client, first), stage_ratios(plan.ratio, settings.stages)
-    stages = [bitmap(keep, anatomy) for ratio in ratios if (keep := state.structure(ratio)) is not None]
+    stages = [bitmap(structure, layout) for ratio in ratios if (structure := state.structure(ratio)) is not None]
     earlier = state.structure(before)
     task = Pruning(
-        settings=replace(settings, ranking=None),  # a path on the server tells clients nothing
+        # A path on the server means nothing to clients.
+        settings=replace(settings, ranking=None),
+        # Two ratios may round to one structure, which needs no step of its own.
         stages=tuple(dict.fromkeys(stages)),
-        previous=b"" if earlier is None else bitmap(earlier, anatomy),
+        previous=b"" if earlier is None else bitmap(earlier, layout),
         scores_requested=not state.order or 0 < settings.refresh <= state.round + 1 - state.scored,
     )
     return task, state.structure(min(before, ratios[0]))
 
 
-def coverage(cohort: Cohort, anatomy: BlockLayout, *, weights: Weighting, floor: float) -> Mapping[str, Array]:
+def coverage(cohort: Cohort, layout: BlockLayout, *, weights: Weighting, floor: float) -> Mapping[str, Array]:
     """Return 1 / max(c_g, floor) per head and channel, `<block>.<side>`, for the sides where a c_g is below 1.
 
     c_g is the share of the examples (or of the clients) whose structure holds g, an integer ratio: where all clients
@@ -92,7 +94,7 @@ def coverage(cohort: Cohort, anatomy: BlockLayout, *, weights: Weighting, floor:
     """
     sizes = [update.num_examples if weights == "examples" else 1 for update, _ in cohort]
     scales = {}
-    for index, block in enumerate(anatomy.blocks):
+    for index, block in enumerate(layout.blocks):
         for side, size in (("q", block.heads), ("kv", block.kv_heads), ("ff", block.channels)):
             trainers = np.zeros(size, np.int64)  # examples (or clients) whose structure holds each head or channel
             for (update, _), weight in zip(cohort, sizes, strict=True):
@@ -104,17 +106,18 @@ def coverage(cohort: Cohort, anatomy: BlockLayout, *, weights: Weighting, floor:
             if (trainers[trained] < sum(sizes)).any():
                 # As a fraction of integers, a share of 1 is exactly 1 and scales nothing.
                 share = np.array([float(Fraction(int(count), sum(sizes))) for count in trainers])
+                # The floor bounds how far a few clients' change can grow: at 0.2, to five times itself.
                 scales[f"{index}.{side}"] = np.where(trained, 1.0 / np.maximum(share, floor), 1.0)
     return scales
 
 
-def scale_by_coverage(adapter: Adapter, scale: Mapping[str, Array], anatomy: BlockLayout) -> Adapter:
+def scale_by_coverage(adapter: Adapter, scale: Mapping[str, Array], layout: BlockLayout) -> Adapter:
     """Return an adapter of the base with the rows or columns of its pruned sides scaled, as `coverage` says."""
     scaled = dict(adapter)
     for name, factors in adapter.items():
-        index, out, into = anatomy.sides.get(name, (-1, "all", "all"))
+        index, out, into = layout.sides.get(name, (-1, "all", "all"))
         for side, cut in ((out, "b"), (into, "a")):
-            by = _along(side, index, scale, anatomy)
+            by = _along(side, index, scale, layout)
             if by is None:
                 continue
             factors = (
@@ -131,7 +134,7 @@ def _product(factor: Array, by: Array) -> Array:
     return (factor.astype(np.float64) * by).astype(np.float32)
 
 
-def _along(side: Side, index: int, scale: Mapping[str, Array], anatomy: BlockLayout) -> Array | None:
+def _along(side: Side, index: int, scale: Mapping[str, Array], layout: BlockLayout) -> Array | None:
     """Return a side's scale by row (or column); None where it is 1 throughout."""
     if side == "all" or index < 0:
         return None
@@ -141,28 +144,29 @@ def _along(side: Side, index: int, scale: Mapping[str, Array], anatomy: BlockLay
         return None
     if side == "ff":
         return by
-    wide: Array = by[rows(range(len(by)), anatomy.blocks[index].head_dim) // anatomy.blocks[index].head_dim]
+    wide: Array = by[rows(range(len(by)), layout.blocks[index].head_dim) // layout.blocks[index].head_dim]
     return np.tile(wide, 3) if side == "qkv" else wide
 
 
 def fields_after(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
     """Return the fields of the state that change by the scores of a round."""
-    settings, anatomy = state.pruning, state.anatomy
-    if settings is None or anatomy is None:
+    settings, layout = state.pruning, state.anatomy
+    if settings is None or layout is None:
         return {}
     # Kept for clients that were not in the cohort as well: they may come back many rounds later.
     ratios = {**state.ratios, **{update.client: update.ratio for update, _ in cohort}}
     parts = [
-        (client_scores(update, anatomy), share) for update, share in cohort if update.lora.scores or update.lora.mask
+        (client_scores(update, layout), share) for update, share in cohort if update.lora.scores or update.lora.mask
     ]
     if settings.policy == "local" or not parts:
         return {"ratios": ratios}
-    worth = pool_scores(parts, state.worth or state.order, anatomy)
+    # Before the first scores, those of the ranking file that the recipe names.
+    worth = pool_scores(parts, state.worth or state.order, layout)
     return {"ratios": ratios, "worth": worth, "order": with_hysteresis(state.order, worth), "scored": state.round + 1}
 
 
-def client_scores(update: AdmittedUpdate, anatomy: BlockLayout) -> Tensors:
+def client_scores(update: AdmittedUpdate, layout: BlockLayout) -> Tensors:
     """Return a client's scores of heads and channels in the base's coordinates; a vote counts as scores of 0 and 1."""
     if update.lora.scores:
-        return to_base_coordinates(update.lora.scores, update.structure, anatomy)
-    return votes(from_bitmap(update.lora.mask, anatomy), anatomy)
+        return to_base_coordinates(update.lora.scores, update.structure, layout)
+    return votes(from_bitmap(update.lora.mask, layout), layout)

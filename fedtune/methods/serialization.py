@@ -59,7 +59,8 @@ def encode(state: Any) -> Sequence[bytes | memoryview]:
         body.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         offset = ends[1]
     front = canonical(header).encode()
-    front += b" " * (-len(front) % 8)  # tensors begin at a multiple of 8, as safetensors writes them
+    # Tensors begin at a multiple of 8, as safetensors writes them.
+    front += b" " * (-len(front) % 8)
     return [len(front).to_bytes(8, "little") + front, *body]
 
 
@@ -78,6 +79,7 @@ def decode(data: bytes | memoryview, like: State) -> State:
         version, values = metadata["version"], dict(metadata["values"])
         body = memoryview(data).toreadonly()[8 + length :]
         tensors = {name: _array(spec, body) for name, spec in header.items()}
+        # Bytes of no tensor would let two files with different digests be one state.
         if sum(array.nbytes for array in tensors.values()) != len(body):
             raise ValueError(f"{len(body)} bytes of tensors")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -90,7 +92,8 @@ def decode(data: bytes | memoryview, like: State) -> State:
         )
     for path in [path for path, value in values.items() if value is None]:
         own = {key.removeprefix(f"{path}/"): array for key, array in tensors.items() if key.startswith(f"{path}/")}
-        values[path] = own or None  # a field without tensors is none: an empty mapping travels as one
+        # A field without tensors is none: an empty mapping travels as one.
+        values[path] = own or None
     return with_values(like, values)
 
 
@@ -129,6 +132,7 @@ def holds_tensors(value: Any) -> bool:
 
 
 def canonical(value: Any) -> str:
+    # Not NaN: it is no JSON, and other readers refuse it.
     return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
 
 

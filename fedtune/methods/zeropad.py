@@ -42,7 +42,8 @@ def init(blueprint: Blueprint, settings: ZeroPadSettings) -> ZeroPadState:
 
 def assign(state: ZeroPadState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the first plan.rank rows of A and columns of B; the client trains and returns both."""
-    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)  # the key is not used: every row of A is sent
+    # The key is not used: every row of A is sent.
+    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)
     sent = cast(resize(state.tensors, planned.plan.rank), state.settings.wire_dtype)
     return make_assignment("zeropad", state, seed, planned.plan, task, {"local": sent})
 

@@ -57,6 +57,7 @@ class Base:
     @property
     def positions(self) -> int:
         """The longest input in tokens: the smaller limit of model and tokenizer; 2^31 if neither names one."""
+        # transformers gives a tokenizer without a limit one of 1e30, which no range or tensor can have.
         named = getattr(self.model.config, "max_position_embeddings", None)
         return min(named or 2**31, int(getattr(self.tokenizer, "model_max_length", None) or 2**31))
 
@@ -140,7 +141,8 @@ def load(
         ConfigError: if the model, the device or a target module does not exist, or weights are missing.
     """
     path = locate(settings, root)
-    choose_device(settings.device)  # before the weights are read, which may take minutes
+    # Before the weights are read, which may take minutes.
+    choose_device(settings.device)
     auto = AutoModelForSequenceClassification if settings.task == "classification" else AutoModelForCausalLM
     classes: dict[str, Any] = {}
     if settings.task == "classification":
@@ -148,6 +150,7 @@ def load(
     try:
         # Without an explicit trust_remote_code=False transformers would ask on the terminal whether to run code.
         config = AutoConfig.from_pretrained(path, revision=settings.revision, trust_remote_code=False, **classes)
+        # A head that the checkpoint lacks is drawn from torch's global generator, and must be the same everywhere.
         with quiet(), torch_seed(derive(seed, "model.head"), torch.device("cpu")):
             model, info = auto.from_pretrained(
                 path,
@@ -155,13 +158,15 @@ def load(
                 trust_remote_code=False,
                 config=config,
                 dtype=DTYPES[settings.dtype],
+                # Never a pickled checkpoint, which can run code as it is read.
                 use_safetensors=True,
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise not_found(settings, error) from error
     new = sorted(info["missing_keys"])
-    if new and settings.task == "causal":  # a head may be new; random layers of a language model may not
+    # A head may be new; random layers of a language model may not.
+    if new and settings.task == "causal":
         raise not_found(settings, ValueError(f"it lacks {len(new)} of the model's tensors: {', '.join(new)}"))
     return base_of(settings, adapter, model, tokenizer, path=str(path), new=new)
 
@@ -264,7 +269,8 @@ def locate(settings: ModelSettings, root: Path) -> str | Path:
 
 def not_found(settings: ModelSettings, error: Exception) -> ConfigError:
     """Return the error of a base that cannot be loaded, with the library's own reason."""
-    reason = " ".join(str(error).split()).partition(". ")[0][:160]  # the rest is the libraries' advice
+    # What follows the first sentence is the libraries' own advice.
+    reason = " ".join(str(error).split()).partition(". ")[0][:160]
     return ConfigError(
         Fault(
             path="model.base",
@@ -308,6 +314,7 @@ def digest(model: nn.Module, *, leave_out: Sequence[str] = ()) -> str:
     """Return the SHA-256 (hex) over names, shapes, dtypes and bytes of the state dict, sorted by name."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        # Not the new head: it is drawn by the run's seed, and no part of the base that sites have in common.
         if name not in leave_out:
             sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
             # Viewed as bytes: numpy has no bfloat16.
@@ -317,6 +324,7 @@ def digest(model: nn.Module, *, leave_out: Sequence[str] = ()) -> str:
 
 def manifest_of(model: nn.Module) -> Manifest:
     """Return the manifest of a model's parameters; see `Base.manifest`."""
+    # By the bytes of the name, on every machine: the place in this order is a tensor's ordinal.
     faults, entries = [], []
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0].encode()):
         kind = parameter.dtype

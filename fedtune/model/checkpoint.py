@@ -73,10 +73,12 @@ def load_pruned_base(
         expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
         first_names, slices = aliases(model), cuts(check(structure, layout), layout)
         shrink(model, structure, layout)
+        # What transformers lets a checkpoint lack, such as tensors that are computed.
         optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
         readers = tensor_readers(checkpoint_files(path, settings.revision))
         readers = match_names(readers, expected.keys(), model.base_model_prefix)
         sha, new, placed = hashlib.sha256(), [], set()
+        # In the order of `base.digest` and over whole tensors: both must give the same digest of the same base.
         for name, (shape, kind) in sorted(expected.items()):
             first = first_names[name]
             read = next(
@@ -86,6 +88,7 @@ def load_pruned_base(
                 new.append(name)
                 continue
             tensor = read()
+            # A file may hold anything; slicing by the config's widths would take the wrong rows without a word.
             if tensor.shape != shape:
                 raise ShapeError(f"{name}: expected {tuple(shape)}, as the config says; got {tuple(tensor.shape)}")
             tensor = tensor.to(kind)
@@ -95,7 +98,8 @@ def load_pruned_base(
                 placed.add(first)
                 # A clone: a tensor that was only read lies in the file's pages, and goes with them.
                 place(model, first, slice_tensor(model, name, tensor, slices).clone().to(device))
-            del tensor  # or it would still be in memory when the next tensor is read
+            # Else it would still be in memory when the next tensor is read.
+            del tensor
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise not_found(settings, error) from error
     missing = [name for name in new if not any(re.search(pattern, name) for pattern in optional)]
@@ -115,6 +119,7 @@ def layout_from_config(settings: ModelSettings, *, root: Path) -> BlockLayout:
         ConfigError: if there is no such base, or it cannot be pruned.
     """
     try:
+        # One class will do: the head is no part of the blocks.
         model = skeleton(read_config(settings, root=root, labels=("",)), task=settings.task, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise not_found(settings, error) from error

@@ -153,6 +153,7 @@ def gate_gradients(
     with gates(model, values), torch.enable_grad():
         for batch in batches:
             loss = summed_loss(model, batch, task=task) / count
+            # `grad` and not `backward`: the gradients that the parameters hold stay as they are.
             for name, gradient in zip(values, torch.autograd.grad(loss, list(values.values())), strict=True):
                 sums[name] += gradient.cpu().double()
     return sums
@@ -205,6 +206,8 @@ def sketch_layers(model: Any, layout: BlockLayout, gradients: Gradients | None) 
         for name, layer in layers(model, "local").items():
             if name not in layout.sides:
                 continue
+            # W without the trained adapter, whose change is as small as a round's steps; with it, as in LoRAPrune, a
+            # temporary matrix as large as W would be needed.
             pair = [layer.lora_A["local"].weight, layer.lora_B["local"].weight]
             grads = [factor.grad if gradients is None else gradients.get(factor) for factor in pair]
             if grads[0] is None and grads[1] is None:
@@ -264,6 +267,7 @@ def pool(parts: Mapping[str, torch.Tensor], layout: BlockLayout, structure: Mode
     channels = [np.zeros(len(units.ff)) for units in structure.blocks]
     for name, values in parts.items():
         index, side = layout.sides[name][0], prunable_side(layout, name)
+        # Not normalised by layer: that would hide which layers matter, and cost more than a worse criterion.
         target = channels if side == "ff" else heads
         target[index] += unit_scores(values.detach().cpu().double(), side, structure.blocks[index]).numpy()
     pooled = {"heads": np.concatenate(heads), "channels": np.concatenate(channels)}

@@ -72,6 +72,7 @@ class Injected:
         self.moves, self.num_rows = moves, count * len(batch.input_ids)
         self.num_columns = batch.input_ids.shape[1]
         self.parts = [self._moved_vectors(seed, amount) for seed, amount in moves] if self._vectors else ()
+        # One pass for all losses of a step: the base is read once, and small batches fill the machine.
         repeated = Batch(
             batch.input_ids.repeat(count, 1),
             batch.attention_mask.repeat(count, 1),
@@ -120,6 +121,7 @@ def with_injected_paths(base: Base, ledger: SeedLedger, trainable: Sequence[int]
     holders = [
         (ordinals[id(parameter)], name, module)
         for module in base.model.modules()
+        # Duplicates too: a tied tensor needs a path in every module that holds it.
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         if id(parameter) in ordinals
     ]
@@ -147,7 +149,8 @@ Hook = Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]
 
 def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor, *, where: str) -> Hook:
     """Return the forward hook that adds a matrix's change to the output of its layer."""
-    if type(module).forward is nn.Embedding.forward:  # subclasses scale what they look up, or look up something else
+    # Subclasses scale what they look up, or look up something else.
+    if type(module).forward is nn.Embedding.forward:
         rows = u.T.contiguous()  # (R, p)
         lookup = Path(u, -state.unit * v, by_columns=False)
         return lambda _, inputs, output: add_change(
@@ -207,7 +210,8 @@ def swap_vectors(state: Injected, vectors: Sequence[Vector]) -> Hook:
             for part, moved in zip(inputs[0].chunk(len(state.moves)), state.parts, strict=True):
                 for vector in vectors:
                     getattr(module, vector.name).data = moved[vector.ordinal]
-                outputs.append(module.forward(part))  # not the module itself: hooks would run again
+                # Not the module itself: its hooks would run again.
+                outputs.append(module.forward(part))
         finally:
             for name, data in own.items():
                 getattr(module, name).data = data

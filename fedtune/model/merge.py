@@ -72,6 +72,7 @@ def merge(base: Base, adapter: Adapter, saved: Tensors, *, dtype: str, revision:
             change = torch.from_numpy(factors.b).double() @ torch.from_numpy(factors.a).double()  # (out, in)
             if isinstance(module, Conv1D):
                 change = change.T
+            # A copy, since the weight is changed in place: the loss of the cast is measured on the difference.
             before = module.weight.detach().clone()
             module.weight.copy_((before.double() + change).float())
             loss.add(before, module.weight, change)

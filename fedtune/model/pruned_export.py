@@ -113,6 +113,7 @@ def write_tensors(
             raise ShapeError(f"{name}: expected {base.modules.get(name, 'no such module')}; got {factors.shape}")
     out.mkdir(parents=True, exist_ok=True)
     tensors, merged = pruned_tensors(base, structure, layout, adapter or {}, saved, dtype=dtype, revision=revision)
+    # transformers refuses a file whose metadata does not name a framework.
     save_file(dict(tensors), out / "model.safetensors", metadata={"format": "pt"})
     with quiet():
         if base.model.can_generate():
@@ -144,13 +145,15 @@ def pruned_tensors(
     check_untied(adapter, first_names)
     for name in state:
         names = [other for other in state if first_names[other] == first_names[name]]
+        # A tied tensor is written once, as transformers does; loading ties it again.
         if name != names[0]:
             continue
         read = next((readers[other] for other in names if other in readers), None)
         trained = next((saved[other] for other in names if other in saved), None)
         if trained is not None:
             whole = torch.from_numpy(np.array(trained, np.float32))
-        else:  # a tensor that the checkpoint lacks was drawn when the base was loaded
+        # A tensor that the checkpoint lacks was drawn when the base was loaded.
+        else:
             whole = state[name].detach().cpu() if read is None else read()
         if whole.shape != state[name].shape:
             raise ShapeError(f"{name}: expected {tuple(state[name].shape)}; got {tuple(whole.shape)}")

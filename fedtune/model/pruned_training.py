@@ -99,6 +99,7 @@ def structures_of(pruning: Pruning, layout: BlockLayout) -> Structures:
     first = stages[0] if stages else None
     sent = None
     if first is not None and before is not None:
+        # Structures of one ranking contain each other, so the one with more units holds both.
         sent = max(first, before, key=lambda structure: sum(len(units.q) + len(units.ff) for units in structure.blocks))
     return Structures(stages=stages, before=before, sent=sent)
 

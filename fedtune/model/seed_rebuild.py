@@ -53,6 +53,7 @@ def with_rebuilt_weights(base: Base, ledger: SeedLedger, trainable: Sequence[int
     Raises:
         ConfigError: if the ledger belongs to another base.
     """
+    # Accumulators are displacements from one base: over any other weights they are noise.
     if ledger.manifest != base.manifest.digest:
         expected = f"the base whose manifest has the digest {ledger.manifest.hex()[:16]}"
         got, hint = base.manifest.digest.hex()[:16], "load the same model in the same revision, dtype and seed"

@@ -57,7 +57,8 @@ def layout_of(model: Any) -> BlockLayout:
         for layer, sides in FAMILIES[family].items():
             module = modules.get(f"{prefix}.{layer}")
             shape = None if module is None else linear_shape(module)
-            if shape is None or type(module) not in (nn.Linear, Conv1D):  # a quantised layer would be a subclass
+            # A quantised layer would be a subclass, and slicing its codes would mix its blocks.
+            if shape is None or type(module) not in (nn.Linear, Conv1D):
                 got = "missing" if module is None else type(module).__name__
                 raise unsupported_error(family, f"whose {prefix}.{layer} is {got}")
             sizes |= dict(zip(sides, shape, strict=True))
@@ -201,7 +202,8 @@ def with_structure(model: Any, structure: ModelStructure, layout: BlockLayout) -
     undo: list[tuple[Any, Mapping[str, Any]]] = []
     for name, shape in whole_shapes(layout).items():
         module = model.get_submodule(name)
-        if linear_shape(module) != shape:  # also where an adapter is attached already: it would keep its old shape
+        # Also where an adapter is attached already: it would keep its old shape.
+        if linear_shape(module) != shape:
             got = linear_shape(module) or f"a {type(module).__name__}"
             raise ShapeError(f"{name}: expected a linear layer of {shape}, as in the base; got {got}")
         sizes = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")

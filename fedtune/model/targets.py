@@ -16,7 +16,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """Return (out, in) of a linear layer, None for any layer that LoRA cannot adapt."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    if isinstance(module, Conv1D):  # GPT-2's layer holds its weight transposed, (in, out)
+    # GPT-2's layer holds its weight transposed, (in, out).
+    if isinstance(module, Conv1D):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
     return None
 

@@ -15,6 +15,7 @@ def torch_seed(key: int, device: torch.device) -> Iterator[None]:
     Dropout and the initialisation of new layers in transformers draw from the global generator and take no other;
     everything else in fedtune passes generators explicitly.
     """
+    # By default fork_rng saves the state of every CUDA device, and starts each of them for it.
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(key)

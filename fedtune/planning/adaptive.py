@@ -96,6 +96,7 @@ class Adaptive:
     def plan(self, learned: Learned, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
         """Return a plan for each client that an arm fits; for the others what the smallest arm would need."""
         options = {client.name: self._options(learned, round, client) for client in cohort}
+        # By name: sums and draws must not depend on the order in which clients were listed.
         feasible = [own for _, own in sorted(options.items()) if own.any_feasible]
         total = sum(own.client.num_examples for own in feasible)
         candidates = [self._candidate(own, weight=own.client.num_examples / total) for own in feasible]
@@ -107,11 +108,13 @@ class Adaptive:
 
     def observe(self, learned: Learned, seen: Sequence[ClientObservation]) -> Learned:
         """Return what is known after a round."""
-        asked = [client for client in seen if client.rank > 0]  # rank 0: it had no plan
+        # Rank 0: the client had no plan.
+        asked = [client for client in seen if client.rank > 0]
         too_large = dict(learned.too_large)
         for client in asked:
             if client.out_of_memory:
                 needed = self._cost(client).memory_gb
+                # The least that was too much: every arm that needs as much is out for this client, for good.
                 too_large[client.client] = min(needed, too_large.get(client.client, needed))
         observed = [self._observation(client) for client in asked]
         return Learned(self.policy.learn(learned.policy, observed), too_large)
@@ -123,14 +126,17 @@ class Adaptive:
         """
         settings = self.pruning
         if settings is None or (round == 1 and not self.ranking and settings.policy != "local"):
+            # Nothing says yet what may go: the first round's clients score heads and channels.
             return lambda ratio: ratio == 0
         least = settings.ratio(round, self.rounds)
         if settings.target and (least == settings.target or settings.policy == "vote"):
             # In the last rounds clients must recover in the structure that is deployed.
             wanted = least if settings.policy == "vote" else settings.target
+            # The target need not be one of the arms; of two as near, the smaller ratio loses less.
             nearest = min((arm.ratio for arm in self.policy.arms), key=lambda ratio: (abs(ratio - wanted), ratio))
             return lambda ratio: ratio == nearest
         largest = max(arm.ratio for arm in self.policy.arms)
+        # Never above the largest arm, or none would be left.
         return lambda ratio: ratio >= min(least, largest)
 
     def _options(self, learned: Learned, round: int, client: Client) -> Options:
@@ -187,6 +193,7 @@ class Adaptive:
         )
         return PlannedClient(
             plan,
+            # The least pruned structure that fits: in it a new client's loss before training is measured.
             first_ratio=min(in_memory, default=arm.ratio),
             deadline_s=choice.deadline_s,
             why=choice.why.get(name, ""),
@@ -213,6 +220,7 @@ class Adaptive:
         )
 
     def _advice(self, round: int) -> str:
+        # Asked at two ratios: without a ranking a round allows 0 and nothing else.
         if self.pruning is not None and all(self.ratio_filter(round)(ratio) == (ratio == 0) for ratio in (0, 0.5)):
             return "name a file in pruning.ranking: without one the first round prunes no client"
         return "allow larger planner.ratios"
@@ -224,6 +232,7 @@ class Adaptive:
     def _observation(self, seen: ClientObservation) -> Observed:
         known = [part for part in (seen.compute_s, seen.transfer_s) if part is not None and isfinite(part)]
         late, used = seen.status == "late", seen.status == "ok"
+        # The seconds of a client that was given up are a bound and no measurement.
         timed, speed = len(known) == 2 and not late, self.speeds.get(seen.client, Speed())
         return Observed(
             client=seen.client,

@@ -12,6 +12,7 @@ from fedtune.planning.policy import Arm, Candidate, Choice, Observed
 from fedtune.planning.rewards import RewardName, rewards, with_worst
 from fedtune.seeds import derive, generator
 
+# Of all clients together: one alone takes part some tens of times, too few for a deviation of its own.
 RECENT = 500
 """Rewards of all clients over which their common mean and deviation are taken."""
 
@@ -36,6 +37,7 @@ class BanditMemory:
 
     @property
     def deviation(self) -> float:
+        # Until there are two: 1, the range of a gain; 0 would leave no room to explore.
         return float(np.std(self.recent)) if len(self.recent) > 1 else 1.0
 
     @property
@@ -89,7 +91,7 @@ class Ucb:
         """Return the upper bound of an arm's reward after n plays of the client; infinite for an arm never played."""
         if not plays.count:
             return inf
-        # 1.1 keeps the logarithm above 0 after the first play.
+        # UCB1 takes rewards from 0 to 1: the deviation scales its bound. 1.1 keeps the logarithm above 0 at first.
         return plays.total / plays.count + deviation * sqrt(2 * log(max(n, 1.1)) / plays.count)
 
     def learn(self, memory: BanditMemory, observed: Sequence[Observed]) -> BanditMemory:
@@ -120,6 +122,7 @@ class Thompson:
             counts = np.array([own.get(arm, UNPLAYED).count for arm in self.arms])
             totals = np.array([own.get(arm, UNPLAYED).total for arm in self.arms])
             means = (totals + memory.mean) / (counts + 1)
+            # Drawn for all arms and masked afterwards: the draw of an arm does not depend on which others fit.
             drawn = means + memory.deviation / np.sqrt(counts + 1) * rng.standard_normal(len(self.arms))
             arms[client.client] = int(np.where(client.feasible, drawn, -np.inf).argmax())
             why[client.client] = f"drew {drawn[arms[client.client]]:.3g}"

@@ -82,6 +82,7 @@ def create(settings: FixedSettings, inputs: PlannerInputs) -> Fixed:
         alpha=inputs.alpha,
         rslora=inputs.rslora,
         ratio=inputs.ratio,
+        # With local scores every client ranks for itself, so none has to wait for a first round.
         ranking=inputs.ranking or inputs.pruning is None or inputs.pruning.policy == "local",
         misfit=inputs.misfit,
     )

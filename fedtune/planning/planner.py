@@ -138,6 +138,7 @@ class PlannerInputs:
 
 def lora_scale(rank: int, alpha: float | Literal["2r"], *, rslora: bool) -> float:
     """Return the LoRA scale of a rank: alpha / rank, or alpha / sqrt(rank)."""
+    # One alpha for ranks from 4 to 64 would spread the scale sixteenfold; rsLoRA (arXiv 2312.03732) takes the root.
     numerator = 2.0 * rank if alpha == "2r" else alpha
     return numerator / (sqrt(rank) if rslora else rank)
 
@@ -147,6 +148,7 @@ def optimizer_steps(training: Training, num_examples: int) -> int:
     if training.steps is not None:
         return training.steps
     assert training.epochs is not None  # config binds exactly one of the two
+    # Never 0: a client with less than one batch trains as well.
     return max(1, ceil(training.epochs * num_examples / (training.batch * training.accumulation)))
 
 
@@ -163,5 +165,6 @@ class PlannerType:
     """The frozen dataclass that the recipe's table `planner` is bound to."""
     create: Callable[[Any, PlannerInputs], Planner]
     """(settings, inputs) -> the planner"""
+    # Needed before the first round: methods that pad factors keep this rank for the whole run.
     largest_rank: Callable[[Any], int | None] = largest_of_recipe
     """settings -> the largest rank it may plan; None: the largest of adapter.rank and the overrides"""

@@ -52,6 +52,7 @@ POLICIES: Mapping[str, Callable[[AdaptiveSettings, tuple[Arm, ...], PolicyInputs
 
 def arms_of(settings: AdaptiveSettings, *, pruned: bool) -> tuple[Arm, ...]:
     """Return the arms that settings list: every ratio with every rank; without pruning only the ratio 0."""
+    # Sorted, each once: ties go to the lower index, so the order of a recipe's list must not matter.
     ratios = sorted(set(settings.ratios)) if pruned else [0.0]
     return tuple(Arm(ratio, rank) for ratio, rank in product(ratios, sorted(set(settings.ranks))))
 
@@ -59,6 +60,7 @@ def arms_of(settings: AdaptiveSettings, *, pruned: bool) -> tuple[Arm, ...]:
 def few(arms: tuple[Arm, ...], target: float = 0.0) -> tuple[Arm, ...]:
     """Return the arms nearest to the few, none twice; the target and the largest ratio are always among them."""
     ratios, ranks = sorted({arm.ratio for arm in arms}), sorted({arm.rank for arm in arms})
+    # The target, or no arm would be left in the last rounds; the largest, for clients that can hold nothing more.
     wishes = (*FEW_RATIOS, target, ratios[-1])
     near = {min(ratios, key=lambda ratio: abs(ratio - wish)) for wish in wishes}
     of = {min(ranks, key=lambda rank: abs(rank - wish)) for wish in FEW_RANKS}

@@ -44,6 +44,7 @@ def relative(observed: Sequence[Observed]) -> Mapping[str, Relative]:
     gains = {seen.client: loss_gained(seen) for seen in known}
     times = [seen.seconds for seen in known if seen.seconds is not None]
     importances = [seen.importance for seen in known if seen.importance is not None and np.isfinite(seen.importance)]
+    # Of absolute gains: where most clients lost, the median itself would turn every sign around.
     gain, time, importance = median([abs(gain) for gain in gains.values()]), median(times), median(importances)
     return {
         seen.client: Relative(
@@ -58,6 +59,7 @@ def relative(observed: Sequence[Observed]) -> Mapping[str, Relative]:
 def is_rewardable(seen: Observed) -> bool:
     """Return whether a client's losses are known and its time is possible; without a clock no time is known."""
     losses = (seen.loss_before, seen.loss_after)
+    # Clients report these numbers: one that is not finite would spoil the medians of all.
     known = all(loss is not None and np.isfinite(loss) for loss in losses)
     return known and (seen.seconds is None or (np.isfinite(seen.seconds) and seen.seconds >= 0))
 
@@ -96,5 +98,6 @@ def rewards(observed: Sequence[Observed], name: RewardName) -> Mapping[str, floa
         return {client: own.gain - PRICE_OF_DELAY * own.delay for client, own in relative(observed).items()}
     known = [seen for seen in sorted(observed, key=lambda client: client.client) if is_rewardable(seen)]
     mean = float(np.mean([seen.seconds or 0.0 for seen in known])) if known else 0.0
+    # As published: a client quicker than the mean loses as well, which `time` avoids.
     gaps = {seen.client: abs((seen.seconds or 0.0) - mean) / mean if mean > 0 else 0.0 for seen in known}
     return {seen.client: loss_gained(seen) / (gaps[seen.client] + SMALLEST_GAP) for seen in known}

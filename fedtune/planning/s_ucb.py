@@ -20,6 +20,7 @@ from fedtune.seeds import derive, generator
 
 Point: TypeAlias = tuple[float, float]
 
+# Of all clients together: one alone takes part some tens of times, too few for a deviation of its own.
 RECENT = 500
 """Rewards of all clients over which their common deviation is taken."""
 TRIES = 16
@@ -86,6 +87,7 @@ class TreeMemory:
 
     @property
     def deviation(self) -> float:
+        # Until there are two: 1, the range of a gain; 0 would leave no room to explore.
         return float(np.std(self.recent)) if len(self.recent) > 1 else 1.0
 
 
@@ -117,6 +119,7 @@ class SUcb:
         for client in candidates:
             tree = memory.clients.get(client.client, Tree())
             leaf, bound = self.best_leaf(tree, memory.deviation, list(compress(points, client.feasible)))
+            # A generator per client: an arm does not depend on who else is in the cohort.
             rng = generator(derive(key, "tree", round, client.client))
             arms[client.client] = self.draw_arm(leaf, points, client, rng)
             chance = "not tried yet" if bound == inf else f"bound {bound:.3g}"
@@ -138,6 +141,7 @@ class SUcb:
 
     def bound(self, tree: Tree, leaf: Leaf, deviation: float) -> float:
         """Return the upper bound of a leaf's reward; infinite where it was never played."""
+        # Age in the client's own participations: by rounds, a client that is drawn rarely would forget it all.
         weights = [self.discount**age for age in range(len(tree.played) - 1, -1, -1)]
         own = [(w, reward) for w, (x, y, reward) in zip(weights, tree.played, strict=True) if leaf.holds((x, y))]
         count = sum(weight for weight, _ in own)
@@ -169,8 +173,10 @@ class SUcb:
             leaves = tuple(
                 part for leaf in tree.leaves for part in (leaf.split(point) if leaf.holds(point) else (leaf,))
             )
+            # Progress is counted from the last ratio that reached the global model.
             ratio = seen.arm.ratio if seen.used else tree.ratio
             clients[seen.client] = Tree(leaves, (*tree.played, (*point, reward)), ratio)
+        # Measured rewards alone: the lowest, paid again for every client that failed, would widen the deviation.
         return TreeMemory(clients, (*memory.recent, *paid.values())[-RECENT:])
 
     def rewards(self, memory: TreeMemory, observed: Sequence[Observed]) -> Mapping[str, float]:

@@ -66,6 +66,7 @@ class PruningSettings:
     @property
     def everywhere(self) -> bool:
         """Whether all blocks keep as much."""
+        # Blocks do not compare by magnitude: ranked over all of them, a toy model lost more than by random scores.
         return self.allocation == "uniform" or (self.allocation == "auto" and self.score == "magnitude")
 
     def ratio(self, round: int, rounds: int) -> float:
@@ -80,6 +81,7 @@ def unit_of(settings: Settings, block: Block) -> Unit:
     """Return what goes at once: auto takes whole groups where there are enough of them to choose from."""
     if settings.unit != "auto":
         return settings.unit
+    # With few groups a ratio would be coarse: Qwen2.5-0.5B has two, SmolLM2-135M three.
     return "kv_group" if block.group == 1 or (block.group <= 4 and block.kv_heads >= 4) else "even_q"
 
 
@@ -107,10 +109,10 @@ class Counts:
     """By block."""
 
 
-def counts(anatomy: BlockLayout, settings: Settings, ratio: float) -> Counts:
+def counts(layout: BlockLayout, settings: Settings, ratio: float) -> Counts:
     """Return how many units and channels are left at a ratio in [0, 1); never less for a smaller ratio."""
-    sizes = [units_of(settings, block) for block in anatomy.blocks]
-    channels = tuple(channels_kept(block, multiple_of(settings, block), ratio) for block in anatomy.blocks)
+    sizes = [units_of(settings, block) for block in layout.blocks]
+    channels = tuple(channels_kept(block, multiple_of(settings, block), ratio) for block in layout.blocks)
     # At least one unit is left in every block: attention without a head is no attention.
     if settings.everywhere:
         units = tuple(max(1, half_up((1 - ratio) * size)) for size in sizes)
@@ -142,7 +144,7 @@ class Ranking:
     """By block."""
 
 
-def split_by_block(scores: Tensors, anatomy: BlockLayout) -> tuple[Sequence[Array], Sequence[Array]]:
+def split_by_block(scores: Tensors, layout: BlockLayout) -> tuple[Sequence[Array], Sequence[Array]]:
     """Return (scores of query heads, scores of channels) by block, from `heads` and `channels` over all blocks.
 
     Raises:
@@ -150,8 +152,8 @@ def split_by_block(scores: Tensors, anatomy: BlockLayout) -> tuple[Sequence[Arra
     """
     parts = []
     for name, sizes in (
-        ("heads", [block.heads for block in anatomy.blocks]),
-        ("channels", [block.channels for block in anatomy.blocks]),
+        ("heads", [block.heads for block in layout.blocks]),
+        ("channels", [block.channels for block in layout.blocks]),
     ):
         if scores.keys() != {"heads", "channels"} or scores[name].shape != (sum(sizes),):
             got = {key: array.shape for key, array in scores.items()}
@@ -160,12 +162,12 @@ def split_by_block(scores: Tensors, anatomy: BlockLayout) -> tuple[Sequence[Arra
     return parts[0], parts[1]
 
 
-def rank_units(scores: Tensors, anatomy: BlockLayout, settings: Settings) -> Ranking:
+def rank_units(scores: Tensors, layout: BlockLayout, settings: Settings) -> Ranking:
     """Return the ranking that scores give; ties go to the lower index, so it is the same on every machine."""
-    heads, channels = split_by_block(scores, anatomy)
+    heads, channels = split_by_block(scores, layout)
     units: list[tuple[float, int, tuple[int, ...]]] = []
     first: list[tuple[int, tuple[int, ...]]] = []
-    for index, block in enumerate(anatomy.blocks):
+    for index, block in enumerate(layout.blocks):
         own = [(-worth, index, members) for worth, members in units_by_importance(heads[index], block, settings)]
         own.sort()
         # Every block's best unit comes before all others, so that no ratio empties a block.
@@ -190,10 +192,10 @@ def units_by_importance(heads: Array, block: Block, settings: Settings) -> Seque
     return [(float(worth[slot]), tuple(sorted(members[:, slot].tolist()))) for slot in range(block.group)]
 
 
-def structure_at(ranking: Ranking, anatomy: BlockLayout, settings: Settings, ratio: float) -> ModelStructure:
+def structure_at(ranking: Ranking, layout: BlockLayout, settings: Settings, ratio: float) -> ModelStructure:
     """Return what a ratio keeps: a larger ratio keeps a part of what a smaller one keeps."""
-    count = counts(anatomy, settings, ratio)
-    taken: list[list[int]] = [[] for _ in anatomy.blocks]
+    count = counts(layout, settings, ratio)
+    taken: list[list[int]] = [[] for _ in layout.blocks]
     if count.units is not None:
         left = list(count.units)
         for index, members in ranking.attention:
@@ -210,7 +212,7 @@ def structure_at(ranking: Ranking, anatomy: BlockLayout, settings: Settings, rat
                 kv=tuple(sorted({head // block.group for head in heads})),
                 ff=tuple(sorted(order[:size])),
             )
-            for block, heads, order, size in zip(anatomy.blocks, taken, ranking.channels, count.channels, strict=True)
+            for block, heads, order, size in zip(layout.blocks, taken, ranking.channels, count.channels, strict=True)
         )
     )
 
@@ -224,48 +226,49 @@ def stage_ratios(ratio: float, stages: int) -> Sequence[float]:
     return [ratio * (1 - (1 - stage / stages) ** 3) for stage in range(1, stages + 1)]
 
 
-def to_base_coordinates(scores: Tensors, keep: ModelStructure | None, anatomy: BlockLayout) -> Tensors:
+def to_base_coordinates(scores: Tensors, structure: ModelStructure | None, layout: BlockLayout) -> Tensors:
     """Return a pruned client's scores in the base's coordinates, NaN where it holds nothing.
 
     Raises:
         ShapeError: if they are not as long as what the client kept.
     """
-    if keep is None:
-        split_by_block(scores, anatomy)
+    if structure is None:
+        split_by_block(scores, layout)
         return {name: array.astype(np.float64) for name, array in scores.items()}
     spread = {}
     for name, sizes, parts in (
-        ("heads", [block.heads for block in anatomy.blocks], [one.q for one in keep.blocks]),
-        ("channels", [block.channels for block in anatomy.blocks], [one.ff for one in keep.blocks]),
+        ("heads", [block.heads for block in layout.blocks], [one.q for one in structure.blocks]),
+        ("channels", [block.channels for block in layout.blocks], [one.ff for one in structure.blocks]),
     ):
         offsets = np.cumsum([0, *sizes[:-1]])
         places = np.concatenate([np.asarray(part, np.int64) + at for part, at in zip(parts, offsets, strict=True)])
         if scores.keys() != {"heads", "channels"} or scores[name].shape != places.shape:
             got = {key: array.shape for key, array in scores.items()}
             raise ShapeError(f"scores: expected {name} of shape {places.shape}, as kept; got {got}")
+        # NaN and not 0: a client has no opinion of what it does not hold.
         spread[name] = np.full(sum(sizes), np.nan)
         spread[name][places] = scores[name]
     return spread
 
 
-def at_structure(scores: Tensors, keep: ModelStructure | None, anatomy: BlockLayout) -> Tensors:
+def at_structure(scores: Tensors, structure: ModelStructure | None, layout: BlockLayout) -> Tensors:
     """Return scores of the whole base at a structure: the inverse of `to_base_coordinates`."""
-    if keep is None:
+    if structure is None:
         return scores
-    heads, channels = split_by_block(scores, anatomy)
+    heads, channels = split_by_block(scores, layout)
     return {
-        "heads": np.concatenate([part[list(one.q)] for part, one in zip(heads, keep.blocks, strict=True)]),
-        "channels": np.concatenate([part[list(one.ff)] for part, one in zip(channels, keep.blocks, strict=True)]),
+        "heads": np.concatenate([part[list(one.q)] for part, one in zip(heads, structure.blocks, strict=True)]),
+        "channels": np.concatenate([part[list(one.ff)] for part, one in zip(channels, structure.blocks, strict=True)]),
     }
 
 
-def normalise(scores: Tensors, held: Tensors, anatomy: BlockLayout) -> Tensors:
+def normalise(scores: Tensors, held: Tensors, layout: BlockLayout) -> Tensors:
     """Return scores in units of their mean over what `held` marks: heads over all blocks, channels block by block.
 
     Heads are never put on a scale of their own block: that would hide which blocks matter.
     """
-    heads, channels = split_by_block(scores, anatomy)
-    _, common = split_by_block({name: mask.astype(np.float64) for name, mask in held.items()}, anatomy)
+    heads, channels = split_by_block(scores, layout)
+    _, common = split_by_block({name: mask.astype(np.float64) for name, mask in held.items()}, layout)
     return {
         "heads": mean_normalised(np.concatenate(heads), held["heads"].astype(bool)),
         "channels": np.concatenate(
@@ -289,17 +292,17 @@ def mean_of(values: Array, mask: Array) -> float:
     return mean if mean > 0 and np.isfinite(mean) else 1.0
 
 
-def pool_scores(parts: Sequence[tuple[Tensors, float]], before: Tensors, anatomy: BlockLayout) -> Tensors:
+def pool_scores(parts: Sequence[tuple[Tensors, float]], before: Tensors, layout: BlockLayout) -> Tensors:
     """Return scores after a round: half of what they were, half of the clients' weighted mean.
 
     Args:
         parts: scores in the base's coordinates, NaN where a client holds nothing, with weights p_k.
         before: pooled scores so far; empty before the first time. What no client holds keeps its value.
-        anatomy: of the base.
+        layout: of the base.
     """
     common = {name: np.all([np.isfinite(each[name]) for each, _ in parts], axis=0) for name in ("heads", "channels")}
     # Scaled over what all clients hold: else a client that lacks the weak groups would score the others lower.
-    scaled = [(normalise(each, common, anatomy), weight) for each, weight in parts]
+    scaled = [(normalise(each, common, layout), weight) for each, weight in parts]
     pooled = {}
     for name in ("heads", "channels"):
         total, weights = np.zeros(common[name].shape), np.zeros(common[name].shape)
@@ -324,14 +327,14 @@ def with_hysteresis(order: Tensors, scores: Tensors) -> Tensors:
     }
 
 
-def votes(keep: ModelStructure, anatomy: BlockLayout) -> Tensors:
+def votes(structure: ModelStructure, layout: BlockLayout) -> Tensors:
     """Return a client's mask as scores: 1 for what it keeps, 0 for the rest."""
     masks = {
         "heads": np.concatenate(
-            [np.isin(np.arange(b.heads), k.q) for b, k in zip(anatomy.blocks, keep.blocks, strict=True)]
+            [np.isin(np.arange(b.heads), k.q) for b, k in zip(layout.blocks, structure.blocks, strict=True)]
         ),
         "channels": np.concatenate(
-            [np.isin(np.arange(b.channels), k.ff) for b, k in zip(anatomy.blocks, keep.blocks, strict=True)]
+            [np.isin(np.arange(b.channels), k.ff) for b, k in zip(layout.blocks, structure.blocks, strict=True)]
         ),
     }
     return {name: mask.astype(np.float32) for name, mask in masks.items()}

@@ -17,6 +17,7 @@ from fedtune.tensors import Array, Tensors
 Side: TypeAlias = Literal["all", "q", "kv", "qkv", "ff"]
 """What one side of a layer consists of: the residual stream, which is never cut, heads, or channels."""
 
+# Embeddings, norms and the residual stream are never cut: so the changes of all clients lie in one space.
 LLAMA: Mapping[str, tuple[Side, Side]] = {
     "self_attn.q_proj": ("q", "all"),
     "self_attn.k_proj": ("kv", "all"),
@@ -115,31 +116,34 @@ class ModelStructure:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the lists, each with its length before it, as little-endian uint32."""
+        # Each list with its length: otherwise [1], [2, 3] and [1, 2], [3] would have one digest.
         lists = (part for kept in self.blocks for part in (kept.q, kept.kv, kept.ff))
         numbers = [number for part in lists for number in (len(part), *part)]
         return hashlib.sha256(np.asarray(numbers, "<u4").tobytes()).digest()
 
 
-def full_block(anatomy: BlockLayout) -> ModelStructure:
+def full_block(layout: BlockLayout) -> ModelStructure:
     """Return the structure that keeps everything."""
     return ModelStructure(
         tuple(
             BlockStructure(tuple(range(b.heads)), tuple(range(b.kv_heads)), tuple(range(b.channels)))
-            for b in anatomy.blocks
+            for b in layout.blocks
         )
     )
 
 
-def check(keep: ModelStructure, anatomy: BlockLayout) -> ModelStructure:
+def check(structure: ModelStructure, layout: BlockLayout) -> ModelStructure:
     """Return the structure if it is one of this base.
 
     Raises:
         ShapeError: naming block and list: another number of blocks, an empty, unsorted or repeated list, an index out
             of range, or key/value heads that do not keep the same number of query heads each (repeat_kv needs that).
     """
-    if len(keep.blocks) != len(anatomy.blocks):
-        raise ShapeError(f"keep: expected {len(anatomy.blocks)} blocks, as the base has; got {len(keep.blocks)}")
-    for block, left in zip(anatomy.blocks, keep.blocks, strict=True):
+    if len(structure.blocks) != len(layout.blocks):
+        raise ShapeError(
+            f"structure: expected {len(layout.blocks)} blocks, as the base has; got {len(structure.blocks)}"
+        )
+    for block, left in zip(layout.blocks, structure.blocks, strict=True):
         parts = (("q", left.q, block.heads), ("kv", left.kv, block.kv_heads), ("ff", left.ff, block.channels))
         for name, part, size in parts:
             if not part:
@@ -162,17 +166,17 @@ def check(keep: ModelStructure, anatomy: BlockLayout) -> ModelStructure:
             raise ShapeError(
                 f"{block.prefix}, q: expected as many query heads for every kept key/value head; got {counts}"
             )
-    return keep
+    return structure
 
 
 def index_list(part: Sequence[int]) -> str:
     return f"{list(part[:8])}{' ...' if len(part) > 8 else ''}"
 
 
-def bitmap(keep: ModelStructure, anatomy: BlockLayout) -> bytes:
+def bitmap(structure: ModelStructure, layout: BlockLayout) -> bytes:
     """Return a structure as it travels: by block a bit per query head, key/value head and channel, lowest bit first."""
     bits = []
-    for block, left in zip(anatomy.blocks, keep.blocks, strict=True):
+    for block, left in zip(layout.blocks, structure.blocks, strict=True):
         for part, size in ((left.q, block.heads), (left.kv, block.kv_heads), (left.ff, block.channels)):
             row = np.zeros(size, bool)
             row[list(part)] = True
@@ -180,22 +184,22 @@ def bitmap(keep: ModelStructure, anatomy: BlockLayout) -> bytes:
     return np.packbits(np.concatenate(bits), bitorder="little").tobytes()
 
 
-def from_bitmap(data: bytes, anatomy: BlockLayout) -> ModelStructure:
+def from_bitmap(data: bytes, layout: BlockLayout) -> ModelStructure:
     """Return the structure that `bitmap` wrote.
 
     Raises:
         ShapeError: if the bits are not those of a structure of this base.
     """
-    sizes = [size for b in anatomy.blocks for size in (b.heads, b.kv_heads, b.channels)]
+    sizes = [size for b in layout.blocks for size in (b.heads, b.kv_heads, b.channels)]
     total = sum(sizes)
     if len(data) != -(-total // 8):
-        raise ShapeError(f"keep: expected {-(-total // 8)} bytes, a bit per head and channel; got {len(data)}")
+        raise ShapeError(f"structure: expected {-(-total // 8)} bytes, a bit per head and channel; got {len(data)}")
     bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
     # One structure has one form: otherwise two digests could name the same structure.
     if bits[total:].any():
-        raise ShapeError(f"keep: expected zero bits after the {total} of the base; got others")
+        raise ShapeError(f"structure: expected zero bits after the {total} of the base; got others")
     parts = [tuple(np.flatnonzero(part).tolist()) for part in np.split(bits[:total], np.cumsum(sizes)[:-1])]
-    return check(ModelStructure(tuple(BlockStructure(*parts[i : i + 3]) for i in range(0, len(parts), 3))), anatomy)
+    return check(ModelStructure(tuple(BlockStructure(*parts[i : i + 3]) for i in range(0, len(parts), 3))), layout)
 
 
 def rows(heads: Sequence[int], head_dim: int) -> Array:
@@ -204,6 +208,7 @@ def rows(heads: Sequence[int], head_dim: int) -> Array:
     >>> rows([1], 2).tolist(), rows([0, 3], 2).tolist()
     ([2, 3], [0, 1, 6, 7])
     """
+    # Whole heads: rotary angles and Qwen3's norms of queries and keys belong to places within a head.
     return np.asarray((np.asarray(heads, np.int64)[:, None] * head_dim + np.arange(head_dim)).reshape(-1))
 
 
@@ -214,7 +219,8 @@ def places(block: Block, kept: BlockStructure, side: Side) -> Array | None:
             return rows(kept.q, block.head_dim)
         case "kv":
             return rows(kept.kv, block.head_dim)
-        case "qkv":  # GPT-2's c_attn: queries, keys and values one after the other, as many heads of each
+        # GPT-2's c_attn: queries, keys and values one after the other, as many heads of each.
+        case "qkv":
             queries, width = rows(kept.q, block.head_dim), block.heads * block.head_dim
             return np.concatenate([queries, queries + width, queries + 2 * width])
         case "ff":
@@ -231,11 +237,11 @@ class LayerSlice:
     into: Array | None
 
 
-def cuts(keep: ModelStructure, anatomy: BlockLayout) -> Mapping[str, LayerSlice]:
+def cuts(structure: ModelStructure, layout: BlockLayout) -> Mapping[str, LayerSlice]:
     """Return what is kept of every linear layer of every block, by full name."""
     slices = {}
-    for name, (index, out, into) in anatomy.sides.items():
-        block, left = anatomy.blocks[index], keep.blocks[index]
+    for name, (index, out, into) in layout.sides.items():
+        block, left = layout.blocks[index], structure.blocks[index]
         slices[name] = LayerSlice(out=places(block, left, out), into=places(block, left, into))
     return slices
 
@@ -264,6 +270,7 @@ def scatter_factors(factors: Factors, cut: LayerSlice, shape: tuple[int, int]) -
     """Return a pruned layer's change in the base's coordinates: zero rows and columns where nothing was kept."""
     a, b = factors.a, factors.b
     if cut.into is not None:
+        # Zeros: a client cannot have changed what it did not hold, so the sum over clients stays exact.
         a = np.zeros((factors.rank, shape[1]), factors.a.dtype)
         a[:, cut.into] = factors.a
     if cut.out is not None:
@@ -312,27 +319,29 @@ def within(before: Mapping[str, LayerSlice], after: Mapping[str, LayerSlice]) ->
 def places_in(name: str, before: Array | None, after: Array | None) -> Array | None:
     if before is None or after is None:
         return None
+    # `check` has found the indices sorted, which this search needs.
     at: Array = np.searchsorted(before, after)
     if (at == len(before)).any() or (before[at] != after).any():
         raise ShapeError(f"{name}: expected a part of the {len(before)} rows or columns kept before; got others")
     return at
 
 
-def sparsity(keep: ModelStructure, anatomy: BlockLayout) -> float:
+def sparsity(structure: ModelStructure, layout: BlockLayout) -> float:
     """Return the share of the blocks' linear weights that is gone."""
+    # Of the blocks alone: embeddings would hide the ratio in a small model with a large vocabulary.
     before = after = 0
-    for cut, (m, n) in zip(cuts(keep, anatomy).values(), linear_shapes(anatomy), strict=True):
+    for cut, (m, n) in zip(cuts(structure, layout).values(), linear_shapes(layout), strict=True):
         before += m * n
         after += (m if cut.out is None else len(cut.out)) * (n if cut.into is None else len(cut.into))
     return 1 - after / before
 
 
-def linear_shapes(anatomy: BlockLayout) -> Iterator[tuple[int, int]]:
-    """Yield (out, in) of the base's linear layers, in the order of `Anatomy.sides`."""
-    for index, out, into in anatomy.sides.values():
-        block = anatomy.blocks[index]
+def linear_shapes(layout: BlockLayout) -> Iterator[tuple[int, int]]:
+    """Yield (out, in) of the base's linear layers, in the order of `BlockLayout.sides`."""
+    for index, out, into in layout.sides.values():
+        block = layout.blocks[index]
         sizes = {
-            "all": anatomy.width,
+            "all": layout.width,
             "q": block.heads * block.head_dim,
             "kv": block.kv_heads * block.head_dim,
             "qkv": 3 * block.heads * block.head_dim,

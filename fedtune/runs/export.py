@@ -1,4 +1,4 @@
-"""What a run leaves for others to load: an adapter, a whole model, or seeds; and the model that seeds stand for."""
+"""What a run leaves for others to load: an adapter, a whole model, or seeds; and the model rebuilt from seeds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def export(
         out: folder to write; `<run>/<form>` without it.
         max_rank: cut every layer to its best approximation of this rank.
         dtype: number format of the merged model; the base's own without it.
-        watch: told what a cut or a cast has cost.
+        watch: called with a note of what a truncation or a cast has cost.
 
     Raises:
         StoreError: if the folder holds no run, or `out` holds files already.
@@ -86,7 +86,7 @@ def export(
 def _export_seeds(
     path: Path, seeds: SeedModel, origin: Mapping[str, Any], target: Path, *, form: str, watch: Watch
 ) -> Path:
-    """Write what seeds stand for: themselves, the whole model with them beside it, or an adapter of the bank `kron`."""
+    """Write a seed model: its ledger, the whole model with the ledger beside it, or an adapter of the bank `kron`."""
     if form == "ledger":
         return store_seeds.write(target, seeds, origin)
     bound = bind(path / "recipe.toml")
@@ -164,7 +164,7 @@ class ReplayResult:
 def replay(
     base: str | Path, ledger: str | Path, *, out: str | Path | None = None, trainable: Sequence[str] = ()
 ) -> ReplayResult:
-    """Rebuild the model that a seed ledger stands for, anywhere where its base is, and return the digests.
+    """Rebuild the tuned model from a seed ledger and its base, and return the digests.
 
     Args:
         base: folder or hub name of the base that the run started from.
@@ -187,26 +187,26 @@ def replay(
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
     seeds, origin = store_seeds.read(source) if source.is_dir() else (None, dict[str, Any]())
     with store_errors(source):
-        found = seeds.ledger if seeds else ledgers.decode_ledger(source.read_bytes())
-    if not seeds and found.bank.name == "kron" and not trainable:
+        seed_ledger = seeds.ledger if seeds else ledgers.decode_ledger(source.read_bytes())
+    if not seeds and seed_ledger.bank.name == "kron" and not trainable:
         expected = "the folder of a run's seeds, or the tensors that were moved: a kron ledger alone does not name them"
         raise ConfigError(Fault("ledger", expected, str(source), "give runs/NAME/seeds, or --trainable GLOB"))
     settings = model_settings(origin, str(base), source)
     loaded = rebuilding.base_of(
-        found,
+        seed_ledger,
         settings,
         seed=origin.get("seed", 0),
         labels=origin.get("labels", ()),
         in_full=origin.get("modules_to_save", ()),
     )
-    everything = TensorSelection(found.bank.name, trainable, vectors=True, embeddings=True)
+    everything = TensorSelection(seed_ledger.bank.name, trainable, vectors=True, embeddings=True)
     ordinals = seeds.trainable if seeds else chosen(loaded.manifest, everything, loaded.matrices)
     if target is None:
-        weights = rebuilding.write(loaded, found, ordinals, None)
+        weights = rebuilding.write(loaded, seed_ledger, ordinals, None)
     else:
         with new_folder(target) as folder:
-            weights = rebuilding.write(loaded, found, ordinals, folder)
-    return ReplayResult(loaded.manifest.digest.hex(), found.digest.hex(), weights, target)
+            weights = rebuilding.write(loaded, seed_ledger, ordinals, folder)
+    return ReplayResult(loaded.manifest.digest.hex(), seed_ledger.digest.hex(), weights, target)
 
 
 def model_settings(origin: Mapping[str, Any], base: str, source: Path) -> ModelSettings:
@@ -235,15 +235,15 @@ def open_run(run: Path) -> tuple[GlobalModel, Mapping[str, Any]]:
     return result.read(run)
 
 
-def check_base(found: str, origin: Mapping[str, Any], run: Path) -> None:
+def check_base(digest: str, origin: Mapping[str, Any], run: Path) -> None:
     """Refuse an adapter that was trained over other weights than those that are loaded now."""
     wanted = str(origin.get("base", {}).get("digest"))
-    if found != wanted:
+    if digest != wanted:
         raise ConfigError(
             Fault(
                 path="model.base",
                 expected=f"the base that {result.folder(run)} was trained on (digest {wanted[:12]})",
-                got=f"another one (digest {found[:12]})",
+                got=f"another one (digest {digest[:12]})",
                 hint="load the same model in the same revision and dtype",
             )
         )
@@ -256,8 +256,10 @@ def truncate_adapter(adapter: Adapter, max_rank: int, watch: Watch) -> Adapter:
     whole = compress(adapter)
     short = {name: truncate(low, tau=1.0, max_rank=max_rank) for name, low in whole.items()}
     total = sum(float(np.square(low.s).sum()) for low in whole.values())
-    kept = sum(float(np.square(low.s).sum()) for low in short.values())
-    watch(Note(f"cut to rank {max_rank}: {kept / total if total else 1.0:.2%} of the squared singular values kept"))
+    remaining = sum(float(np.square(low.s).sum()) for low in short.values())
+    watch(
+        Note(f"cut to rank {max_rank}: {remaining / total if total else 1.0:.2%} of the squared singular values kept")
+    )
     return {name: low.factors for name, low in short.items()}
 
 

@@ -98,7 +98,7 @@ class Fleet:
         """Return the load of a finished round on a client's device, from the tokens and bytes that were counted."""
         plan, measured, pruning = done.plan, done.measured, self.recipe.pruning
         work = self.work(plan.client, plan.training)
-        size = sizes(self.charged.anatomy, pruning, plan.ratio)
+        size = sizes(self.charged.layout, pruning, plan.ratio)
         flops = flops_per_token(self.charged, size, plan.rank, work)
         factor = self._traffic_factor(plan.ratio, plan.rank)
         return Load(
@@ -184,10 +184,10 @@ class Fleet:
 
     def gigabytes(self, client: str, arm: Arm, training: Training) -> float:
         """Return the gigabytes of weights that are read in a round, once per pass and step."""
-        anatomy, work = self.charged.anatomy, self.work(client, training)
-        pruned = blocks_of(anatomy, sizes(anatomy, self.recipe.pruning, arm.ratio))
-        weights = self.charged.parameters - blocks_of(anatomy, sizes(anatomy, None, 0.0)) + pruned
-        return (PASSES + work.checkpointing) * work.steps * work.passes * weights * anatomy.number_bytes / 1e9
+        layout, work = self.charged.layout, self.work(client, training)
+        pruned = blocks_of(layout, sizes(layout, self.recipe.pruning, arm.ratio))
+        weights = self.charged.parameters - blocks_of(layout, sizes(layout, None, 0.0)) + pruned
+        return (PASSES + work.checkpointing) * work.steps * work.passes * weights * layout.number_bytes / 1e9
 
     def clock(self) -> Clock | None:
         """Return the simulated clock; None without a simulated fleet."""
@@ -277,7 +277,7 @@ def body_of(recipe: Recipe, blueprint: Blueprint, parameters: int) -> Body | Non
     if blueprint.anatomy is None:
         return None
     return Body(
-        anatomy=blueprint.anatomy,
+        layout=blueprint.anatomy,
         modules=blueprint.modules,
         parameters=parameters,
         saved=sum(array.size for array in blueprint.saved.values()),

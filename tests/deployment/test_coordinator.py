@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -12,6 +13,7 @@ import pytest
 
 from fedtune.deployment.coordinator import (
     accepted_updates,
+    create_dispatcher,
     first_cohort_size,
     max_update_bytes,
     on_event,
@@ -23,8 +25,10 @@ from fedtune.deployment.server_setup import data_at_sites
 from fedtune.errors import WireError
 from fedtune.link import uploads
 from fedtune.link.pki import authority
+from fedtune.link.pki.identity import load_identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.assignments import Withdrawn
+from fedtune.link.settings import LinkSettings
 from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
@@ -46,7 +50,7 @@ from fedtune.store.run_journal import RunJournal
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import enroll_parties
-from tests.link.harness import Clock, make_harness, signed_reply
+from tests.link.harness import Clock, Harness, make_harness, signed_reply, verdict
 from tests.store.test_run_journal import INPUTS
 
 RECORD = RoundRecord(round=1, seconds=0.1, state_digest="ab", bytes_up=1, bytes_down=2)
@@ -116,6 +120,22 @@ def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:
     accepted, committed = accepted_updates(tmp_path)
     assert committed == 1
     assert accepted == {(1, "anna"): sha256(b"of anna").hexdigest(), (2, "bob"): sha256(b"of bob").hexdigest()}
+
+
+def test_a_restarted_server_gives_the_receipts_that_its_journal_promises(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with RunJournal.create(run, group_s=0.0) as journal:
+        journal.begin(INPUTS)
+        journal.open(1, state="", cohort={"anna": 1, "bob": 1}, digests={"anna": "o", "bob": "o"})
+        journal.accept(1, "anna", b"of anna")
+        journal.close(1, {"bob": Failure.from_text("bob", "x")}, {"bob": 0})
+        journal.commit(1, [b"state"])
+    identity = load_identity(enroll_parties(tmp_path / "sites")["server"], role="coordinator", now=int(time.time()))
+    dispatcher = create_dispatcher(data_at_sites(RECIPE), run, LinkSettings(), identity, silent)
+    restarted, task = Harness(dispatcher, Clock()), pb.Header(federation=identity.federation, run=run_id(run), round=1)
+    assert verdict(restarted.submit("anna", signed_reply("anna", task, b"o" * 32, b"of anna"))) == "ACCEPTED"
+    assert verdict(restarted.submit("bob", signed_reply("bob", task, b"o" * 32, b"of bob"))) == "LATE"
 
 
 def promised_state(run: Path) -> str:

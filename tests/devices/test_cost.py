@@ -33,8 +33,8 @@ def test_roberta_base_on_paper() -> None:
 
     The number leaves the classifier's head out: it sees one row per example.
     """
-    whole = sizes(ROBERTA.anatomy, None, 0.0)
-    assert block_parameters(ROBERTA.anatomy, whole) == 84_934_656
+    whole = sizes(ROBERTA.layout, None, 0.0)
+    assert block_parameters(ROBERTA.layout, whole) == 84_934_656
     assert adapter_sides(ROBERTA, whole) == 165_888
     assert flops_per_token(ROBERTA, whole, 16, WORK) == 369_819_648
     flops = round_flops(ROBERTA, None, 0.0, 16, WORK)
@@ -45,8 +45,8 @@ def test_roberta_base_on_paper() -> None:
 
 
 def test_half_of_roberta_base() -> None:
-    half = sizes(ROBERTA.anatomy, PRUNING, 0.5)
-    assert block_parameters(ROBERTA.anatomy, half) == 84_934_656 / 2
+    half = sizes(ROBERTA.layout, PRUNING, 0.5)
+    assert block_parameters(ROBERTA.layout, half) == 84_934_656 / 2
     assert adapter_sides(ROBERTA, half) == 110_592
     _, up = round_bytes(replace(ROBERTA, saved=0), PRUNING, 0.5, 8, global_rank=32, wire_dtype="bf16")
     assert up == pytest.approx(1.77e6, rel=2e-3)
@@ -93,7 +93,7 @@ def test_a_seven_billion_model_fits_no_board_of_eight_gigabytes_and_an_agx_prune
 
 def test_side_tokens_cost_half_and_a_classifier_has_no_logits_per_token() -> None:
     side = replace(WORK, steps=0, side_tokens=100.0, longest=100.0)
-    each = flops_per_token(ROBERTA, sizes(ROBERTA.anatomy, None, 0.0), 8, side)
+    each = flops_per_token(ROBERTA, sizes(ROBERTA.layout, None, 0.0), 8, side)
     assert round_flops(ROBERTA, None, 0.0, 8, side) == pytest.approx(50 * each)
     causal: Body = replace(ROBERTA, classifies=False)
     assert memory_bytes(causal, None, 0.0, 8, WORK) > memory_bytes(ROBERTA, None, 0.0, 8, WORK)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib import import_module
@@ -26,6 +28,7 @@ from fedtune.config.rows import bind_device
 from fedtune.errors import Fault
 from fedtune.methods import METHODS
 from fedtune.methods.method import LinearMethod, Method
+from fedtune.methods.settings import LinearSettings
 from fedtune.planning import PLANNERS
 from fedtune.planning.planner import ClientObservation, PlannerInputs, PlannerType
 from fedtune.rounds import record
@@ -259,6 +262,43 @@ def test_files_that_a_document_names_exist(path: Path) -> None:
     assert not [name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()], (
         path.relative_to(ROOT)
     )
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """Yield the calls of fedtune in the code blocks of a document, as words."""
+    for block in re.findall(r"^```(?:bash|)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("fedtune "):
+                yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_that_a_document_shows_exist_with_their_options(path: Path) -> None:
+    if path.name == "CHANGELOG.md":
+        return
+    known = dict(command_pages.commands())
+    for words in command_lines(path.read_text()):
+        name = next((" ".join(words[:size]) for size in (3, 2) if " ".join(words[:size]) in known), None)
+        if words[1].startswith("-"):
+            continue  # `fedtune --version` and its like
+        assert name, f"{path.relative_to(ROOT)}: {' '.join(words)}: no such command"
+        options = {option for param in known[name].params for option in param.opts} | {"--help"}
+        unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
+        assert not unknown, f"{path.relative_to(ROOT)}: {' '.join(words)}: no option {unknown}"
+
+
+def test_the_recipes_of_server_optimizers_bind() -> None:
+    readme = re.search(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert readme
+    tables = tomllib.loads(readme.group(1))
+    page = (ROOT / "docs" / "how-to" / "server-optimizers.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        recipe = {**tables, "override": [], "method": "fedit"} | tomllib.loads(block)
+        bound = fedtune.bind(recipe)
+        assert isinstance(bound.method, LinearSettings)
+        assert (bound.client.proximal, bound.method.server_optimizer.name) in ((0.1, "none"), (0.0, "fedadam"))
 
 
 def test_the_readme_is_short() -> None:

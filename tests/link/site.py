@@ -13,11 +13,10 @@ from typing import Any
 
 from fedtune.errors import ClientError, FedtuneError
 from fedtune.link.client.client import Client
-from fedtune.link.client.policy import Policy
 from fedtune.link.envelopes import TRAIN
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
-from fedtune.link.settings import JoinSettings
+from fedtune.link.settings import JoinSettings, Policy
 from tests.link.harness import assignment
 from tests.link.link_server import LinkServer
 

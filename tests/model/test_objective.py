@@ -14,6 +14,7 @@ from fedtune.model.lora import layers, read_local, with_adapters
 from fedtune.model.objective import TERMS, Hooks, Start, kept_rank, proximal, tail_norm, tail_rank
 from fedtune.model.surgery import shrink_further, with_structure
 from fedtune.model.train import train
+from fedtune.tensors import Array
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=8, optimizer="sgd", clip_norm=None)
 
@@ -92,6 +93,23 @@ def test_the_first_step_from_the_start_feels_no_pull(loaded: Any, examples: Any)
     for name in ends[0]:
         np.testing.assert_array_equal(ends[0][name].a, ends[1][name].a)
         np.testing.assert_array_equal(ends[0][name].b, ends[1][name].b)
+
+
+def test_all_terms_of_an_objective_count_in_any_order(loaded: Any, examples: Any) -> None:
+    base, tail, pull = loaded(targets=["q_proj"]), TailRank(0.5, 0.5), Proximal(4.0)
+    ends: list[Array] = []
+    for terms in ((tail, pull), (pull, tail), (tail,), (pull,)):
+        local = {
+            name: Factors(a=np.ones((2, n), np.float32), b=np.ones((m, 2), np.float32))
+            for name, (m, n) in base.modules.items()
+        }
+        with with_adapters(base, local=local) as model:
+            train(base, examples(6), replace(TRAINING, steps=3), key=1, client="ann", hooks=Hooks(model, terms))
+            ends.append(np.concatenate([factors.b.ravel() for factors in read_local(model).values()]))
+    both, swapped, *alone = ends
+    np.testing.assert_allclose(both, swapped, atol=1e-5)
+    for end in alone:
+        assert np.abs(both - end).max() > 1e-2
 
 
 def test_the_tail_is_what_cutting_the_rank_would_remove(attached: Any) -> None:

@@ -220,7 +220,7 @@ def test_bitmaps_of_another_base_and_empty_clients_are_refused(loaded: Loader, e
     order = asked(state, base, 0.5)
     assert order.lora.pruning is not None
     bad = replace(order, task=replace(order.lora, pruning=replace(order.lora.pruning, stages=(b"\xff",))))
-    with pytest.raises(ShapeError, match="keep: expected"):
+    with pytest.raises(ShapeError, match="structure: expected"):
         perform(base, examples(8), bad)
     with pytest.raises(ClientError, match="at least one training example"):
         perform(base, [], order)

@@ -64,6 +64,13 @@ def test_the_leaf_that_paid_is_preferred_once_all_were_tried() -> None:
     assert arms <= {1, 2}
 
 
+def test_a_client_of_twice_the_median_time_earns_half_for_the_same_gain() -> None:
+    cohort = [seen("ann", ARMS[0]), seen("bob", ARMS[0], seconds=2.0), seen("cyd", ARMS[0])]
+    memory = SUcb(ARMS).learn(SUcb(ARMS).start(), cohort)
+    (_, _, quick), (_, _, slow) = memory.clients["ann"].played[0], memory.clients["bob"].played[0]
+    assert slow == pytest.approx(quick / 2)
+
+
 def test_progress_in_pruning_is_paid_and_a_step_back_is_not() -> None:
     policy, others = SUcb(ARMS), [seen("bob", ARMS[0]), seen("cyd", ARMS[0])]
     up = policy.learn(policy.start(), [seen("ann", Arm(0.5, 4)), *others]).clients["ann"]

@@ -141,7 +141,7 @@ def test_the_other_policies_run(policy: str, tables: Tables, tmp_path: Path) -> 
     assert {c["ratio"] for c in lines[-1]["clients"].values()} == {0.5}
     assert trained_run.has_shared_ranking(run.path) == (policy == "vote")
     if policy == "local":
-        with pytest.raises(ConfigError, match="one order for all"):
+        with pytest.raises(ConfigError, match="one ranking for all"):
             fedtune.deploy(run.path)
     else:
         assert all(len({c["ratio"] for c in line["clients"].values()}) == 1 for line in lines[1:])

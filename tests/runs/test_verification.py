@@ -12,7 +12,7 @@ from fedtune.errors import StoreError
 from fedtune.runs.local import Experiment, run_context
 from fedtune.runs.verification import check_results
 from fedtune.store import peft
-from tests.runs.conftest import cut, edit, run_prepared
+from tests.runs.conftest import cut, edit, read_lines, run_prepared
 
 # peft asks transformers by a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -38,6 +38,7 @@ def test_a_changed_or_missing_adapter_is_written_again_from_the_state(prepared: 
     [
         (lambda run: (run / "rounds.jsonl").unlink(), "up to round 2; got them up to -1"),
         (lambda run: cut(run / "rounds.jsonl"), "up to round 2; got them up to 1"),
+        (lambda run: edit(run / "rounds.jsonl", read_lines(run)[1]["state_digest"], "ab" * 32), "got abababababab"),
         (lambda run: edit(run / "recipe.toml", "steps = 3", "steps = 4"), r"recipe.toml: .*client.steps: 3 -> 4"),
         (
             lambda run: edit(run / "adapter" / "fedtune.json", '"round": 2', '"round": 1'),

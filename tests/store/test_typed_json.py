@@ -17,6 +17,7 @@ class Point:
     name: str = ""
     kind: Literal["a", "b"] = "a"
     count: float | int | None = None
+    size: int = 0
     loss: float | None = None
     parts: tuple[float, ...] = field(default=(), metadata={"key": "pieces"})
 
@@ -29,7 +30,7 @@ class Cloud:
 def test_values_take_the_types_of_their_fields() -> None:
     value = {"x": 1, "name": "n", "kind": "b", "count": 3, "loss": 2, "pieces": [1, 2.5], "later": {}}
     point = decode(Point, value, "here")
-    assert point == Point(1.0, "n", "b", 3, 2.0, (1.0, 2.5))
+    assert point == Point(1.0, "n", "b", 3, loss=2.0, parts=(1.0, 2.5))
     assert (type(point.x), type(point.count), type(point.loss)) == (float, int, float)
     assert decode(Point, {"x": 0.5, "count": None}, "here") == Point(0.5)
 
@@ -42,6 +43,8 @@ def test_values_take_the_types_of_their_fields() -> None:
         ({"points": []}, r"^f, line 2: points: expected an object; got \[\];"),
         ({"points": {"p": {}}}, r"^f, line 2: points\.p: expected the key 'x'; got none;"),
         ({"points": {"p": {"x": True}}}, r"points\.p\.x: expected float; got True;"),
+        ({"points": {"p": {"x": 1, "size": True}}}, r"points\.p\.size: expected int; got True;"),
+        ({"points": {"p": {"x": 1, "size": 1.0}}}, r"points\.p\.size: expected int; got 1\.0;"),
         ({"points": {"p": {"x": 1, "name": None}}}, r"points\.p\.name: expected str; got None;"),
         ({"points": {"p": {"x": 1, "kind": "c"}}}, r"points\.p\.kind: expected 'a' or 'b'; got 'c';"),
         ({"points": {"p": {"x": 1, "count": "3"}}}, r"points\.p\.count: expected float; got '3';"),

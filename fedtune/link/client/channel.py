@@ -21,7 +21,8 @@ SERVICE = "/fedtune.v1.Link"
 TRANSIENT_STATUS = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.CANCELLED,  # also what a server with too many calls at once answers
+        # Also what a server with too many calls at once answers.
+        grpc.StatusCode.CANCELLED,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         grpc.StatusCode.INTERNAL,
@@ -67,14 +68,18 @@ def dial(identity: Identity, settings: JoinSettings) -> LinkStub:
     """Return the calls of the server at an address; nothing is connected before the first."""
     options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", 2 * MIB),
-        ("grpc.keepalive_time_ms", 30_000),  # below the idle limits of common proxies and NATs
+        # Below the idle limits of common proxies and NATs.
+        ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 5_000),
+        # gRPC's own cap of two minutes would hide a server that is back.
         ("grpc.max_reconnect_backoff_ms", int(1000 * settings.backoff_cap_s)),
-        ("grpc.enable_retries", 0),  # gRPC would repeat a call blindly; `Backoff` knows where a transfer goes on
+        # gRPC would repeat a call blindly; `Backoff` knows where a transfer goes on.
+        ("grpc.enable_retries", 0),
+        # 4 MiB in each round trip of 100 ms are 40 MB/s: the receive window must not be what limits a download.
         ("grpc.http2.lookahead_bytes", 4 * MIB),
         ("grpc.use_local_subchannel_pool", 1),  # two clients in one process share no connection
     ]
@@ -101,6 +106,7 @@ def diagnose(identity: Identity, settings: JoinSettings) -> Diagnosis:
     gRPC reports a closed port and a rejected certificate with the same status, so this opens a connection of its own.
     """
     host, port = host_of(settings.address), settings.address.rpartition(":")[2]
+    # A connection of our own would show the way to the proxy alone.
     if settings.proxy:
         return Diagnosis(f"no connection to {settings.address} through {settings.proxy}", permanent=False)
     try:
@@ -122,6 +128,7 @@ def diagnose_tls(connection: socket.socket, identity: Identity, name: str) -> Di
     context = ssl.create_default_context(cadata=identity.ca.decode())
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(identity.folder / "tls.crt", identity.folder / "tls.key")
+    # gRPC refuses a handshake that does not offer HTTP/2, and this one would fail where a real call succeeds.
     context.set_alpn_protocols(["h2"])
     try:
         with context.wrap_socket(connection, server_hostname=name) as tls:

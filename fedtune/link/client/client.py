@@ -18,7 +18,6 @@ from fedtune.link.client.channel import LinkStub, diagnose, dial
 from fedtune.link.client.delivery import Delivery
 from fedtune.link.client.downloads import Downloads
 from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
-from fedtune.link.client.policy import Policy
 from fedtune.link.client.session import CALL_S, Greeting, Session
 from fedtune.link.client.training_jobs import TrainingJobs
 from fedtune.link.client.training_process import Trainer
@@ -26,7 +25,7 @@ from fedtune.link.envelopes import HELLO, TRAIN, digest, expect_fields, verify_e
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.rejections import RejectionError, describe, one_line, reason_name
-from fedtune.link.settings import JoinSettings
+from fedtune.link.settings import JoinSettings, Policy
 from fedtune.wire.v1 import link_pb2 as pb
 
 UNVERIFIED_PAUSE_S = 1.0
@@ -90,6 +89,7 @@ class Client:
     def stop(self) -> None:
         """End soon: work under way is given up, and what the outbox holds is sent after the next start."""
         self._stop.set()
+        # Ends the call in which the main loop waits, which the server may hold for `hold_s`.
         self._calls.close()
 
     def greet(self) -> Greeting:
@@ -124,9 +124,11 @@ class Client:
                         return end
                     self._backoff.note_success()
                 except (grpc.RpcError, ValueError) as error:
-                    if self._guard.fault is not None:  # its thread has closed the channel, which failed this call
+                    # The thread of the fault has closed the channel, which failed this call.
+                    if self._guard.fault is not None:
                         raise self._guard.fault from error
-                    if isinstance(error, ValueError):  # what gRPC raises on a channel that `stop` has closed
+                    # What gRPC raises on a channel that `stop` has closed.
+                    if isinstance(error, ValueError):
                         break
                     self._backoff.wait_after_error(error)
             return "stopped"
@@ -136,6 +138,7 @@ class Client:
             self._stop.set()
             for job in self._jobs.values():
                 job.over.set()
+            # What it has not finished is trained again from the same seed, and nothing of it has left the site.
             self._trainer.kill()
             self._calls.close()
 
@@ -157,6 +160,7 @@ class Client:
         outbox.store_plan(self._state, greeting.run, greeting.plan, greeting.recipe)
         with self._lock:
             for job in self._jobs.values():
+                # The address serves another run: it would refuse a reply to this one.
                 if job.header.run != greeting.run:
                     self._withdraw(job)
         self._session.greeting = greeting
@@ -240,5 +244,6 @@ class Client:
         if not job.over.is_set():
             job.over.set()
             self._record("withdrawn", round=job.header.round, order=job.task.hex())
+            # Only then: otherwise the trainer works for another job.
             if job.training:
                 self._trainer.kill()

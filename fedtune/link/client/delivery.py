@@ -112,6 +112,7 @@ class Delivery:
     def _push(self, job: Job, reply: bytes, want: pb.Want, path: Path) -> None:
         """Send a part from where the server's copy ends; after a failure, too, the next Submit says what is missing."""
         greeting = self._session.greeting
+        # The server has gone: the main loop says hello first, and learns the limits of the next one.
         if greeting is None:
             job.wait(PUSH_RETRY_S)
             return
@@ -163,6 +164,7 @@ class OutgoingUpload:
                 yield message
                 message = pb.PushPart()
                 with self._changed:
+                    # HTTP/2's own window follows the sender: without this one, a server's memory would grow with it.
                     while not self._over and self.sent - self._acknowledged > self._limits.window_bytes:
                         self._changed.wait(1.0)
 

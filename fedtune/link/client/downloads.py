@@ -75,6 +75,7 @@ class Downloads:
                 if file.tell() >= part.num_bytes:
                     return hasher.digest()
                 try:
+                    # No deadline: a part may take hours on a slow line. Keepalive notices a server that has gone.
                     for chunk in self._calls.fetch(pb.FetchRequest(digest=part.digest, offset=file.tell())):
                         job.check()
                         if chunk.HasField("refusal"):
@@ -86,7 +87,8 @@ class Downloads:
                         file.write(chunk.data)
                         hasher.update(chunk.data)
                 except grpc.RpcError as error:
-                    file.flush()  # the next try asks from the file's end
+                    # The next try asks from the file's end.
+                    file.flush()
                     self._backoff.wait_after_error(error, job)
                     continue
                 if file.tell() >= part.num_bytes:

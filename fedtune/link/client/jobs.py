@@ -55,6 +55,7 @@ class ThreadGuard:
 
     def start(self, work: Callable[[], None], *, name: str) -> threading.Thread:
         """Do work in a daemon thread whose fault ends the client."""
+        # Daemon: a thread deep in a call must not keep a client from ending.
         thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
         thread.start()
         return thread

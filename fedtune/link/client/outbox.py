@@ -46,6 +46,7 @@ class Entry:
         request = parse(pb.SubmitRequest(), data)
         inline = {part.digest for part in request.inline}
         apart = [part for part in parse(pb.Header(), request.envelope.header).parts if part.digest not in inline]
+        # Without its update a reply could never be pushed: as if there were none, the task is trained again.
         return request if not apart or self.update.exists() else None
 
     def receipt(self) -> pb.Envelope | None:
@@ -59,7 +60,8 @@ class Entry:
 
     def store_reply_and_update(self, request: pb.SubmitRequest) -> None:
         """Make a reply and its update durable."""
-        make_durable(self.update)  # first: a stored reply promises that the update's bytes can be sent again
+        # The update first: a stored reply promises that its bytes can be sent again.
+        make_durable(self.update)
         self.store_reply(request)
 
     def store_receipt(self, receipt: pb.Envelope) -> None:
@@ -119,7 +121,8 @@ def remove_earlier_bodies(state: Path, run: str, keep: Entry) -> None:
         earlier = [path for path in (state / "runs" / run).glob("*-*") if int(path.name[:6]) < keep.header.round]
         for folder in sorted(earlier, reverse=True):
             bodies = [path for path in folder.iterdir() if path.name not in (TASK, REPLY, RECEIPT)]
-            if not bodies:  # an earlier call emptied this folder, and every one before it
+            # An earlier call emptied this folder, and every one before it.
+            if not bodies:
                 return
             for path in bodies:
                 path.unlink(missing_ok=True)

@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import time
-from typing import Annotated
 
-from annotated_types import Ge, Gt
-
-from fedtune.errors import ConfigError, Fault, WireError
+from fedtune.errors import WireError
 from fedtune.link.rejections import one_line
-from fedtune.link.settings import MIB
+from fedtune.link.settings import MIB, MIN_DIGEST_DIGITS, Policy
 from fedtune.messages import Training
 from fedtune.wire import settings
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
-
-MIN_DIGEST_DIGITS = 8
-"""Hex digits of a digest that a policy must give at least: 32 bits, so that no other digest matches by chance."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What the site allows a run to do; the table `policy` of its file. What is not mentioned is allowed."""
-
-    methods: Sequence[str] = ()
-    """Methods that may be run; empty: any that is installed."""
-    recipes: Sequence[str] = ()
-    """Recipes that may be run, by their SHA-256 or at least its first 8 hexadecimal digits; empty: any."""
-    bases: Sequence[str] = ()
-    """Base models that may be tuned, by their SHA-256 or at least its first 8 hexadecimal digits; empty: the one that
-    the site loads."""
-    max_rank: Annotated[int, Ge(1)] | None = None
-    """Largest LoRA rank that the site trains; none: any."""
-    max_steps: Annotated[int, Ge(1)] | None = None
-    """Most optimizer steps of a round, or directions with `fedkseed`; none: any number."""
-    max_rounds: Annotated[int, Ge(1)] | None = None
-    """Rounds of one run in which the site takes part; none: all."""
-    max_up_mib: Annotated[float, Gt(0)] | None = None
-    """Most that leaves the site in one answer; none: no limit."""
-    max_down_mib: Annotated[float, Gt(0)] | None = None
-    """Most that the site fetches for one assignment; none: no limit."""
-    day_up_mib: Annotated[float, Gt(0)] | None = None
-    """Most that leaves the site within 24 hours; none: no limit."""
-    hours: str = ""
-    """Hours in which the site begins work, in its local time, e.g. "20:00-06:00"; empty: always."""
-    min_cohort: Annotated[int, Ge(1)] = 1
-    """The site takes part only in rounds of at least so many clients. In a round of two, each can compute the other's
-    update from the result."""
-    columns: Sequence[str] = ()
-    """Columns of the site's files that may become training text; empty: those that the table `data` names."""
-    ask: bool = False
-    """Wait until a person at the terminal has agreed to the recipe, once per run."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +61,7 @@ def read_demand(header: pb.Header, front: bytes) -> TaskDemand:
         rank, steps = None, message.probe.steps
     else:
         rank, steps = message.plan.rank, settings.decode(message.settings, Training).steps or 0
+    # The limits are checked against the signed header: the work must be of the round that was checked.
     if message.round != header.round:
         raise WireError(f"expected an assignment of round {header.round}, as signed; got one of {message.round}")
     return TaskDemand(
@@ -164,6 +124,7 @@ def violations(policy: Policy, demand: TaskDemand, recipe: str, usage: Usage, no
 
 def check_upload(policy: Policy, num_bytes: int, usage: Usage) -> PolicyViolation | None:
     """Return the limit that an update of so many bytes exceeds; None if it may leave the site."""
+    # Only when the update is there: no task says how large it will be.
     if policy.max_up_mib is not None and num_bytes > policy.max_up_mib * MIB:
         return PolicyViolation(
             pb.TOO_MANY_BYTES, f"policy.max_up_mib: allowed {policy.max_up_mib:g}; got {format_mib(num_bytes)}"
@@ -191,22 +152,3 @@ def is_within_hours(hours: str, now: time) -> bool:
     if begin <= end:
         return begin <= now < end
     return now >= begin or now < end
-
-
-def validate_policy(policy: Policy) -> None:
-    """Check the texts of a policy, whose form no type describes.
-
-    Raises:
-        ConfigError: with every fault.
-    """
-    faults = []
-    if policy.hours and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d", policy.hours):
-        faults.append(Fault("policy.hours", 'two times of day, such as "20:00-06:00"', repr(policy.hours)))
-    for name in ("recipes", "bases"):
-        faults += [
-            Fault(f"policy.{name}", "at least 8 hexadecimal digits each", repr(digest))
-            for digest in getattr(policy, name)
-            if not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest)
-        ]
-    if faults:
-        raise ConfigError(faults)

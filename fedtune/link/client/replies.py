@@ -18,6 +18,7 @@ MAX_NOTE_CHARS = 500
 
 def reply_header(identity: Identity, job: Job, parts: Sequence[pb.Part]) -> pb.Header:
     """Return the header of a reply; the server compares what it repeats of the task."""
+    # Signed with the reply: an update that was trained for another round or state cannot be passed off as one of this.
     task = job.header
     return pb.Header(
         protocol=PROTOCOL,
@@ -48,6 +49,7 @@ def sign_reply(
     """
     inline, left = list[pb.Inline](), MAX_INLINE_BYTES
     for part in header.parts:
+        # Neither the server's limit for a part nor the size of one message is exceeded; the rest is pushed.
         if part.num_bytes <= min(inline_bytes, left):
             inline.append(pb.Inline(digest=part.digest, data=paths[part.digest].read_bytes()))
             left -= part.num_bytes

@@ -90,6 +90,7 @@ class Session:
             raise ConfigError(Fault("link.identity", "a roster that is valid", got, "ask the coordinator to renew it"))
         try:
             plan, _ = verify_envelope(reply.plan, self.find_coordinator)
+            # The recipe itself is not signed: the plan's header names its digest.
             recipe_digest = sha256(reply.recipe).digest()
             expect_fields(plan, federation=self.identity.federation, kind=pb.PLAN, recipe=recipe_digest)
         except RejectionError as error:
@@ -102,9 +103,11 @@ class Session:
     def find_coordinator(self, key_id: bytes) -> Party | None:
         """Return the coordinator whose signing key has this id; None for any other key."""
         roster = self._roster.current()
-        if self._now() > roster.valid_until:  # it may still name a coordinator that has been revoked since
+        # It may still name a coordinator that has been revoked since.
+        if self._now() > roster.valid_until:
             return None
         party = find_party(roster, key_id)
+        # The role, too: a client of the federation must not give tasks to the others.
         return party if party is not None and party.role == "coordinator" else None
 
     def _install_roster(self, data: bytes) -> None:

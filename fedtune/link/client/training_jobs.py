@@ -16,13 +16,13 @@ from fedtune.link.client.delivery import Delivery
 from fedtune.link.client.downloads import Downloads, hash_file
 from fedtune.link.client.jobs import Job, ThreadGuard
 from fedtune.link.client.outbox import Entry
-from fedtune.link.client.policy import Policy, Usage
+from fedtune.link.client.policy import Usage
 from fedtune.link.client.replies import is_decline, reply_header, sign_decline, sign_reply
 from fedtune.link.client.session import Greeting, Session
 from fedtune.link.client.training_process import Trainer
 from fedtune.link.envelopes import UPDATE, make_part
 from fedtune.link.rejections import one_line
-from fedtune.link.settings import MIB
+from fedtune.link.settings import MIB, Policy
 from fedtune.link.uploads import free_bytes
 from fedtune.store.files import store_errors
 from fedtune.wire.codec import MAX_HEADER_BYTES
@@ -66,7 +66,8 @@ class TrainingJobs:
         self._session, self._downloads, self._delivery, self._guard = session, downloads, delivery, guard
         self._rules, self._state, self._trainer = rules, state, trainer
         self._record, self._clock, self._now = record, clock, now
-        self._profile_ready = threading.Event()  # also set when loading has failed
+        # Also set when loading has failed, or the job of a hello would wait for ever.
+        self._profile_ready = threading.Event()
 
     def load(self) -> None:
         """Load base and data, and write the profile that answers hellos."""
@@ -112,9 +113,11 @@ class TrainingJobs:
             request = self._make_reply(job, entry, inline, greeting)
         except (ClientError, WireError) as error:
             request = self._decline(job, pb.WORK_FAILED, str(error))
+        # A withdrawn job fails as well, since its trainer was killed: that is no decline to send.
         job.check()
         if is_decline(request):
-            self._delivery.deliver(job, request, {})  # not stored: when asked again, what failed may be mended
+            # Not stored: when asked again, what failed may be mended.
+            self._delivery.deliver(job, request, {})
             return
         if request.inline or not entry.update.exists():
             entry.store_reply(request)
@@ -197,6 +200,7 @@ class TrainingJobs:
 
     def _sign(self, header: pb.Header, paths: Mapping[bytes, Path]) -> pb.SubmitRequest:
         greeting = self._session.greeting
+        # Without a server at the moment its limit is not known, and nothing travels inline.
         inline_bytes = greeting.limits.inline_bytes if greeting is not None else 0
         return sign_reply(self._session.identity, header, paths, inline_bytes=inline_bytes)
 

@@ -54,7 +54,8 @@ class ProcessTrainer:
             on_exit: called with the reason when the process has ended without being asked to.
         """
         self._command, self._on_exit = tuple(command), on_exit
-        self._lock = threading.Lock()  # one request at a time: requests and replies share two pipes
+        # One request at a time: requests and replies share two pipes.
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._requests = self._replies = self._life = -1
 
@@ -72,6 +73,7 @@ class ProcessTrainer:
             raise ClientError(str(reply["failed"]))
 
     def kill(self) -> None:
+        # Without the lock, which is held for as long as the work takes that is to end.
         process = self._process
         if process is not None:
             with suppress(ProcessLookupError):
@@ -82,6 +84,7 @@ class ProcessTrainer:
         process = self._process
         if process is None:
             return
+        # It exits when its pipes end; only if it does not in time is it killed.
         self._close_pipes()
         try:
             process.wait(END_S)
@@ -123,7 +126,8 @@ class ProcessTrainer:
                 [*self._command, *map(str, child_ends)],
                 pass_fds=child_ends,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the link process, which ends this one
+                # Ctrl-C is for the link process, which ends this one.
+                start_new_session=True,
             )
         finally:
             for descriptor in child_ends:

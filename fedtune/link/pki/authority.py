@@ -18,6 +18,7 @@ from fedtune.link.pki.signing import public_bytes
 from fedtune.store.files import store_errors, write_bytes
 
 CA_KEY, CA, ROSTER_KEY, ROSTER_PUB, ROSTER = "ca.key", "ca.crt", "roster.key", "roster.pub", "roster"
+# The longest time for which a server that gets no newer roster still takes a party that was revoked.
 ROSTER_DAYS = 30
 DAY_S = 86_400
 MAX_SERIALS = 2
@@ -57,6 +58,7 @@ def current_roster(folder: Path) -> Roster:
     """
     with key_errors(folder):
         root = parse_root_key(read_ca_file(folder / ROSTER_PUB))
+    # Verified although the folder is our own: a change made to the file would be signed with the next version.
     return roster.decode(read_ca_file(folder / ROSTER), root)
 
 
@@ -82,7 +84,8 @@ def sign_request(folder: Path, request: bytes, *, days: int = 90, replace: bool 
         raise ConfigError(problem)
     same_key = [party for party in before.parties.values() if party.key == applicant.key]
     twin = next((party for party in same_key if party.name != applicant.name), None)
-    if twin is not None:  # also a revoked one: it must not come back under another name
+    # Also a revoked one: it must not come back under another name.
+    if twin is not None:
         hint = "request it from a new identity folder, with keys of its own"
         raise ConfigError(Fault("request", f"a key of {applicant.name} alone", f"the one of {twin.name}", hint))
     if applicant.role == "coordinator" and not applicant.hosts:

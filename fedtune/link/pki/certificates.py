@@ -75,6 +75,7 @@ def load_signing_key(pem: bytes) -> Ed25519PrivateKey:
 
 
 def new_tls_key() -> ec.EllipticCurvePrivateKey:
+    # Not Ed25519, as for statements: gRPC's TLS library refuses such certificates.
     return ec.generate_private_key(ec.SECP256R1())
 
 
@@ -92,6 +93,7 @@ def ca_certificate(federation: str, key: ec.EllipticCurvePrivateKey, *, years: i
     """Return the certificate (PEM) of a CA, signed by itself."""
     begin, end = validity_dates(now, timedelta(days=365 * years))
     name = common_name(f"{federation} CA")
+    # It signs certificates and nothing else: a stolen copy of the CA's key is no server's key in a handshake.
     usage = x509.KeyUsage(
         digital_signature=False,
         content_commitment=False,
@@ -161,7 +163,7 @@ def issue_certificate(
     """Return a certificate (PEM) for the party that `uri` names; `hosts` are for a server's alone.
 
     Raises:
-        ValueError: if it would last longer than `LONGEST_DAYS`.
+        ValueError: if it would last longer than `MAX_DAYS`.
     """
     if not 1 <= days <= MAX_DAYS:
         raise ValueError(f"expected 1 to {MAX_DAYS} days; got {days}")
@@ -170,6 +172,7 @@ def issue_certificate(
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri)]
     # Hosts in a server certificate alone: no client can pose as the server that others dial.
     names += [host_general_name(host) for host in hosts] if server else []
+    # One purpose each: a client's certificate is refused where a server's is needed, and the other way round.
     purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
     signed = (
         x509.CertificateBuilder()
@@ -209,6 +212,7 @@ def spiffe_parts(pem: bytes) -> tuple[str, str, str]:
     except x509.ExtensionNotFound:
         raise ValueError("a certificate without a name") from None
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    # Exactly one: of two names, two readers could take different ones.
     parts = uris[0].removeprefix(SCHEME).split("/") if len(uris) == 1 and uris[0].startswith(SCHEME) else []
     if len(parts) != 3 or not all(parts):
         raise ValueError(f"expected one name {SCHEME}FEDERATION/ORG/NAME; got {[uri[:100] for uri in uris[:2]]}")
@@ -243,6 +247,7 @@ def is_issued_by(pem: bytes, ca: bytes) -> bool:
 def are_trust_anchors(ca: bytes) -> bool:
     """Return whether every certificate of a PEM is a CA's, signed by itself and not changed since."""
     anchors = x509.load_pem_x509_certificates(ca)
+    # Text around the certificates of a PEM is not signed; only their own spelling is taken, so none can be added.
     rewritten = b"".join(anchor.public_bytes(Encoding.PEM) for anchor in anchors)
     return ca == rewritten and all(
         is_signed_by(anchor, anchor) and is_authority(anchor) and has_whole_signature(anchor) for anchor in anchors
@@ -271,6 +276,7 @@ def is_authority(certificate: x509.Certificate) -> bool:
 def is_signed_by(certificate: x509.Certificate, anchor: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(anchor)
+    # ValueError: the certificate names another issuer; TypeError: the issuer's key is of a kind that signs none.
     except (InvalidSignature, ValueError, TypeError):
         return False
     return True

@@ -89,8 +89,10 @@ def make_request(folder: Path, *, name: str, org: str, role: Role, hosts: Sequen
     if faults:
         raise ConfigError(faults)
     with store_errors(folder):
-        if not folder.exists():  # the mode of a folder with other contents stays: each key file has its own
+        # The mode of a folder with other contents stays: each key file has its own.
+        if not folder.exists():
             folder.mkdir(parents=True, mode=0o700)
+    # Keys that are here stay: a renewal asks for another certificate of the same keys.
     if not (folder / SIGN_KEY).exists():
         write_bytes(folder / SIGN_KEY, certificates.pem_of(Ed25519PrivateKey.generate()), mode=0o600)
     if not (folder / TLS_KEY).exists():
@@ -137,6 +139,7 @@ def read_request(data: bytes) -> Request:
         tls.verify(signatures[1][1], pae(KIND, payload), ec.ECDSA(hashes.SHA256()))
     except (ValueError, InvalidSignature) as error:
         raise WireError(f"request: expected signatures by both of its keys; {error or 'one does not hold'}") from None
+    # Checked again, since it comes from outside: a "/" in a name would make another URI in the certificate.
     if not NAME.fullmatch(name) or not NAME.fullmatch(org) or role not in ROLES:
         raise WireError(f"request: expected names and a role; got {name[:100]!r}, {org[:100]!r}, {role[:20]!r}")
     if len(hosts) > MAX_HOSTS or not all(isinstance(host, str) and HOST.fullmatch(host) for host in hosts):
@@ -180,6 +183,7 @@ def accept_bundle(folder: Path, bundle: bytes, *, now: int) -> Identity:
             raise ConfigError(Fault("bundle", f"the {what} that is pinned in {folder}", "another", hint))
     new = roster.decode(signed, root)
     party = new.parties.get(name)
+    # Without its own key in the roster no server would take what this site signs.
     if new.federation != federation or party is None or party.key != public:
         raise ConfigError(Fault("bundle", f"a roster of {federation} with {name} and this folder's key", "another"))
     current = roster.decode(read_required(folder / ROSTER), root) if (folder / ROSTER).exists() else None

@@ -27,6 +27,7 @@ class Identity:
     org: str
     role: str
     federation: str
+    # Not in the repr: a traceback or a log would show the private key.
     key: Ed25519PrivateKey = field(repr=False)
     """Signs its statements."""
     public: bytes
@@ -67,6 +68,7 @@ def load_identity(folder: Path, *, role: str, now: int) -> Identity:
         )
     except ValueError as error:
         raise identity_error(f"keys and certificates in {folder} that can be read", str(error), ENROL_AGAIN) from None
+    # A handshake would fail for the same reasons, but gRPC does not say for which of them.
     if not is_own:
         raise identity_error(f"a certificate of the key {folder / TLS_KEY}", "one of another key", ENROL_AGAIN)
     if not is_issued:
@@ -137,7 +139,8 @@ def read_secret(path: Path) -> bytes:
         ConfigError: if other users may read it, or it is missing.
     """
     data = read_required(path)
-    if path.stat().st_mode & 0o077:  # another user of the machine could sign updates in this site's name
+    # Another user of the machine could sign updates in this site's name.
+    if path.stat().st_mode & 0o077:
         raise identity_error(
             f"a private key that its owner alone can read at {path}", "one that others can read", "chmod 600 it"
         )

@@ -103,7 +103,8 @@ def decode(data: bytes, root: bytes) -> Roster:
     if len({party.name for party in parties}) != len(parties):
         raise WireError("roster: expected each name once; got one twice")
     keys = [party.key for party in parties if party.state == "active"]
-    if len(set(keys)) != len(keys):  # one party could sign in the name of the other
+    # One party could sign in the name of the other.
+    if len(set(keys)) != len(keys):
         raise WireError("roster: expected each key once; got one of two parties")
     if not NAME.fullmatch(federation) or not 1 <= version <= LATEST or not 0 <= valid_until <= LATEST:
         raise WireError(f"roster: expected a federation, a version and a time; got {federation[:100]!r}, {version}")
@@ -156,7 +157,8 @@ def check_successor(current: Roster | None, new: Roster, *, now: int) -> Roster:
         return new
     if new.federation != current.federation:
         raise WireError(f"roster: expected one of {current.federation}; got one of {new.federation}")
-    if new.version < current.version:  # it may name a party that has been revoked since
+    # An older one may name a party that has been revoked since.
+    if new.version < current.version:
         raise WireError(f"roster: expected version {current.version} or a later one; got {new.version}")
     if new.version == current.version and new != current:
         raise WireError(f"roster: expected one version {current.version}; got two that differ; ask who signed them")
@@ -180,6 +182,7 @@ class RosterFile:
             WireError: if it is not a roster that the root key has signed.
         """
         self._path, self._root, self._clock, self._now = path, root, clock, now
+        # Before the read: a file that is replaced meanwhile has another stamp, and is read again.
         self._stamp = self._file_stamp()
         self.data = read_roster_bytes(path)
         """The current roster as it was signed."""
@@ -192,6 +195,7 @@ class RosterFile:
         if self._clock() - self._checked_at >= RECHECK_S:
             self._checked_at = self._clock()
             if (stamp := self._file_stamp()) != self._stamp:
+                # Also of a file that turns out not to be valid: it is not parsed again with every call.
                 self._stamp = stamp
                 try:
                     data = read_roster_bytes(self._path)
@@ -206,12 +210,14 @@ class RosterFile:
             status = self._path.stat()
         except OSError:
             return 0, 0, 0
+        # The inode, too: a file replaced within one tick of the clock may have the same time and size.
         return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def read_roster_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
+            # One byte more than allowed is enough to refuse a file that is too large.
             return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise WireError(f"{path}: expected a signed roster; {error.strerror or error}") from None
@@ -245,7 +251,8 @@ def verify_dsse(data: bytes, kind: str, public: bytes, what: str) -> Any:
 
 def is_signed_by(public: bytes, kind: str, payload: bytes, signature: tuple[str, bytes]) -> bool:
     """Return whether a signature of an envelope names this key and is made with it."""
-    name, value = signature  # the id of the key, which is not signed, must not be free to change
+    # The id of the key is not signed itself, and must not be free to change.
+    name, value = signature
     return name == key_id(public).hex() and verify(public, kind, payload, value)
 
 
@@ -286,6 +293,7 @@ def parse_json(data: bytes, what: str) -> Any:
 
     try:
         return json.loads(data.decode("ascii"), object_pairs_hook=once)
+    # RecursionError: brackets within brackets, thousands deep.
     except (ValueError, RecursionError):
         raise WireError(f"{what}: expected JSON; got {len(data)} bytes that are none") from None
 
@@ -299,7 +307,8 @@ def read_fields(body: Any, types: Mapping[str, type], what: str) -> tuple[Any, .
     if not isinstance(body, dict) or body.keys() != types.keys():
         raise WireError(f"{what}: expected the keys {', '.join(types)}; got others")
     for name, kind in types.items():
-        if type(body[name]) is not kind:  # not isinstance: True is an int
+        # Not isinstance: True is an int.
+        if type(body[name]) is not kind:
             raise WireError(f"{what}: {name}: expected {kind.__name__}; got {type(body[name]).__name__}")
     return tuple(body[name] for name in types)
 
@@ -309,6 +318,7 @@ def decode_base64(text: str, what: str) -> bytes:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         data = b""
-    if base64.b64encode(data).decode() != text:  # unused bits could differ, and so one key have two spellings
+    # Unused bits could differ, and so one key have two spellings.
+    if base64.b64encode(data).decode() != text:
         raise WireError(f"{what}: expected base64; got something else")
     return data

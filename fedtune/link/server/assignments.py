@@ -97,6 +97,7 @@ class Assignments:
         self._numbers = count()
 
     def of_client(self, client: str) -> Sequence[Task]:
+        # A copy: callers close tasks while they go through it.
         return list(self._tasks.get(client, {}).values())
 
     def all(self) -> Sequence[Task]:
@@ -107,6 +108,7 @@ class Assignments:
 
     def add(self, task: Task, contents: Mapping[str, bytes]) -> Task:
         """Open a task with the bytes of its parts by key; returns the open one if its digest is the same."""
+        # The open task, if it is the same one: what has arrived of its reply stays.
         task = self._tasks.setdefault(task.client, {}).setdefault(task.digest, task)
         self._bodies |= {part.digest: contents[part.key] for part in task.header.parts}
         return task
@@ -164,6 +166,7 @@ class Assignments:
         Raises:
             RejectionError: if no open task of this client has such a part, whatever other clients' tasks have.
         """
+        # By this client's own tasks: a digest seen elsewhere must not fetch what another client was sent.
         if not any(part.digest == digest for task in self.of_client(client) for part in task.header.parts):
             raise rejection(pb.NOT_WANTED, "digest", "a part of an open task of this client", digest[:16].hex())
         return self._bodies[digest]
@@ -185,6 +188,7 @@ class Assignments:
         """Forget a task, its files, and the bodies that no other task needs."""
         self._tasks.get(task.client, {}).pop(task.digest, None)
         self.remove_files(task)
+        # Clients of a round share bodies: only the last task that names one frees it.
         needed = {part.digest for other in self.all() for part in other.header.parts}
         for part in task.header.parts:
             if part.digest not in needed:

@@ -28,6 +28,7 @@ def read_blocklist(path: Path) -> Mapping[str, str]:
     if not path.exists():
         return {}
     with store_errors(path):
+        # The operator edits it: a byte that is not UTF-8 must not hide the other lines.
         text = path.read_text(encoding="utf-8", errors="replace")
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return {words[0]: " ".join(words[1:]) or "by the operator" for words in lines}
@@ -35,6 +36,7 @@ def read_blocklist(path: Path) -> Mapping[str, str]:
 
 def write_blocklist(path: Path, blocked: Mapping[str, str]) -> None:
     """Write the file whole."""
+    # A reason on one line: what follows a line break would be read as the name of a client.
     write_text(path, HEAD + "".join(f"{name} {' '.join(reason.split())}\n" for name, reason in sorted(blocked.items())))
 
 
@@ -42,6 +44,7 @@ class Blocklist:
     """The file, read again when it has changed."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        # Two threads: the service asks with every call, and the round loop blocks a client whose update it refused.
         self._path, self._clock, self._lock = path, clock, threading.Lock()
         self._checked_at, self._stamp, self._blocked = float("-inf"), (0, 0, 0), dict[str, str]()
 
@@ -60,7 +63,9 @@ class Blocklist:
             StoreError: if the file cannot be written; the client is blocked as long as this process lives.
         """
         with self._lock:
-            self._reload()  # else a line that the operator has just removed would come back
+            # Else a line that the operator has just removed would come back.
+            self._reload()
+            # In memory first: the client is blocked even if the disk is full.
             self._blocked[client] = reason
             write_blocklist(self._path, self._blocked)
             self._stamp = self._file_stamp()
@@ -70,6 +75,7 @@ class Blocklist:
         if stamp != self._stamp:
             try:
                 self._blocked = dict(read_blocklist(self._path))
+            # The stamp stays as it was, so that the next look tries again.
             except StoreError:
                 return
             self._stamp = stamp

@@ -93,6 +93,7 @@ class Dispatcher:
         """From the header of an assignment to the bytes that an honest reply has at most."""
         self.stopping: pb.Stop | None = None
         self._record, self._clock = record, clock
+        # Re-entrant: `settle`, which holds it, counts a refusal, which takes it again.
         self._lock, self._wakeup = threading.RLock(), Wakeup()
         self._tasks = Assignments(folder, inline_bytes=settings.inline_kib * KIB)
         self._receipts = Receipts(accepted or {}, ended)
@@ -139,10 +140,12 @@ class Dispatcher:
         new = self._make_task(client, task, contents, seconds)
         with self._lock:
             self._close_earlier_tasks(new)
-            if self._tasks.get(client, new.digest) is None:  # asked again: what the earlier reply led to is over
+            # Asked again: what the earlier reply led to does not count any more.
+            if self._tasks.get(client, new.digest) is None:
                 self._receipts.forget(client, new.digest)
             posted = self._tasks.add(new, contents)
-            if posted.has_receipt:  # noted, but the round needs more
+            # The earlier reply was noted, but the round needs more.
+            if posted.has_receipt:
                 posted.reply = None
                 self._receipts.forget(client, posted.digest)
             posted.deadline = new.deadline
@@ -170,6 +173,7 @@ class Dispatcher:
         else:
             number, base, state = assignment_subject(contents[""], parts)
             header.round, header.base, header.state = number, bytes.fromhex(base) or self.base, state
+            # Signed with the task: a site's policy may refuse rounds of too few clients.
             header.cohort, max_bytes = len(self._cohort), self.max_reply_bytes(contents[""])
         envelope, now = self.run.seal(header), self._clock()
         return Task(client, digest(envelope), envelope, header, max_bytes, now + seconds, now)
@@ -220,6 +224,7 @@ class Dispatcher:
             self._receipts.end_round(number)
             for task in self._tasks.all():
                 if 0 < task.header.round <= number:
+                    # The receipt first: closing the task forgets the reply that it is for.
                     self._replies.give_receipt(task, pb.LATE)
                     self._tasks.end_waiting(task, "its round has ended")
                     self._replies.close(task)
@@ -230,7 +235,7 @@ class Dispatcher:
             self.stopping = pb.Stop(why=why, retry_after_ms=int(1000 * retry_after_s))
             self._presence.wake_all()
 
-    def uninformed(self) -> Sequence[str]:
+    def uninformed_clients(self) -> Sequence[str]:
         """Return the clients that are here and do not know yet that there is no more work.
 
         At the end of a run these are all with a recent sign of life: when they ask next, no server would answer them.
@@ -275,11 +280,13 @@ class Dispatcher:
             holding: digests of the tasks that it works on already.
         """
         with self._lock:
+            # First what may stop: a client that trains for a closed task wastes its machine.
             for task_digest in holding:
                 if self._tasks.get(client, task_digest) is None:
                     return pb.NextReply(withdrawn=pb.Withdrawn(order=task_digest))
             for task in self._tasks.of_client(client):
                 if task.digest not in holding and not task.is_answered:
+                    # A duration, since the clocks of two machines differ.
                     left_s = max(0.0, task.deadline - self._clock())
                     return pb.NextReply(work=self._tasks.work(task, left_s=left_s))
             if self.stopping is None:
@@ -329,6 +336,7 @@ class Dispatcher:
 
     def count_refusal(self, client: str, refusal: pb.Refusal) -> None:
         """Count a final refusal; after `bar_after` of them in ten rounds the client is blocked."""
+        # An honest client comes with an unknown task, too: after a restart of the server, or when it is far too late.
         if refusal.reason in TRANSIENT or refusal.reason == pb.ORDER_UNKNOWN:
             return
         with self._lock:
@@ -344,4 +352,5 @@ class Dispatcher:
             for task in self._tasks.of_client(client):
                 if task.reply is not None and task.reply.digest == reply:
                     path = uploads.part_path(self.folder, client, part_digest)
+                    # Mapped, not read: the updates of a whole cohort need not fit into the memory.
                     task.reply.bodies[part_digest] = uploads.map_file(path)

@@ -24,9 +24,11 @@ class Metrics:
 
     def __init__(self, *, names: bool = False) -> None:
         """Begin to count; names of clients are labels only if `names` is set."""
+        # A registry of its own: the library's global one would add up the runs of one process.
         self.registry, self._names = CollectorRegistry(), names
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+        # Off unless asked for: those who read the metrics would learn which sites take part.
         label = ["client"] if names else []
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -46,6 +48,7 @@ class Metrics:
         def arriving_bytes() -> int:
             return sum(path.stat().st_size for path in dispatcher.folder.iterdir() if path.is_file())
 
+        # The names of series are those of earlier releases: dashboards and alerts refer to them.
         gauges: Mapping[str, tuple[str, Callable[[], float]]] = {
             "fedtune_clients_connected": ("Clients that give signs of life", lambda: len(dispatcher.fleet())),
             "fedtune_orders_open": (

@@ -88,6 +88,7 @@ class Presence:
     def day_bytes(self, client: str) -> int:
         """Return the bytes that a client has sent within 24 hours."""
         now = self._clock()
+        # Cut where it is read: over a long run the list would grow with every upload.
         recent = [(at, size) for at, size in self._uploads.get(client, []) if now - at < DAY_S]
         self._uploads[client] = recent
         return sum(size for _, size in recent)
@@ -108,4 +109,5 @@ class Presence:
             self.wake(client)
 
     def _is_connected(self, client: str) -> bool:
+        # A held call counts for as long as it lasts: gRPC's keepalive ends it 40 s after its client has gone.
         return bool(self._held_calls.get(client)) or self._clock() - self._seen[client] < self._settings.lease_s

@@ -35,7 +35,7 @@ class Receipts:
     def end_round(self, number: int) -> None:
         self._ended = max(self._ended, number)
 
-    def given(self, client: str, task: bytes) -> tuple[bytes, pb.Envelope] | None:
+    def find_receipt(self, client: str, task: bytes) -> tuple[bytes, pb.Envelope] | None:
         """Return the reply digest and the receipt that a client's task has; None if it has none."""
         return self._given.get((client, task))
 
@@ -58,6 +58,7 @@ class Receipts:
             verdict: what became of it.
             refusal: why, where it was refused.
         """
+        # With the journal's end in every receipt, a site can prove later that the journal was cut or written anew.
         records, head = self.journal_end()
         return run.seal(
             pb.Header(
@@ -94,4 +95,5 @@ class Receipts:
 
     def is_accepted(self, client: str, header: pb.Header) -> bool:
         """Return whether a reply carries the update that this run, or an earlier process of it, accepted."""
+        # By the update's digest: the journal names blobs, and not the headers that brought them.
         return any(self._accepted.get((header.round, client)) == part.digest.hex() for part in header.parts)

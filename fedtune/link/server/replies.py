@@ -56,8 +56,9 @@ class Replies:
         expect_fields(header, federation=self._run.federation, run=self._run.run)
         if header.kind not in (pb.ANSWER, pb.DECLINE):
             raise rejection(pb.KIND_NOT_EXPECTED, "kind", "ANSWER or DECLINE", header.kind)
-        if (given := self._receipts.given(client, header.order)) is not None:
-            first, receipt = given
+        if (earlier := self._receipts.find_receipt(client, header.order)) is not None:
+            first, receipt = earlier
+            # A receipt is final: a client must not swap its update after the round has gone on with the first one.
             if first != reply:
                 raise conflict(first, reply)
             return pb.SubmitReply(receipt=receipt)
@@ -79,6 +80,7 @@ class Replies:
         check_parts(task, header)
         if task.reply is None or (task.reply.digest != reply and not task.reply.is_whole):
             self._check_quota(client, header)
+            # Another reply takes the place of one that never arrived whole, whose bytes would stay on the disk.
             self._tasks.remove_files(task)
             task.reply = TaskReply(reply, header)
         elif task.reply.digest != reply:
@@ -103,6 +105,7 @@ class Replies:
         if verdict == pb.ACCEPTED:
             self._receipts.accept(task.client, reply.header)
         self._tasks.remove_files(task)
+        # The space of a removed file is free only when its map has gone as well.
         reply.bodies.clear()
         self._record(
             "receipt",
@@ -160,7 +163,8 @@ class Replies:
         if day_total > limit:
             raise rejection(pb.QUOTA, "parts", f"at most {limit} bytes a day", day_total)
         free, required = uploads.free_bytes(self._folder), total + self._settings.free_mib * MIB
-        if free < required:  # a full disk would stop the journal, and with it the run
+        # A full disk would stop the journal, and with it the run.
+        if free < required:
             raise rejection(pb.DISK_LOW, "disk", f"{required} bytes free", free)
 
     def _receive(self, task: Task, reply: TaskReply, inline: Mapping[bytes, bytes]) -> pb.SubmitReply | None:
@@ -170,12 +174,14 @@ class Replies:
             if part.digest in reply.bodies:
                 continue
             if (data := inline.get(part.digest)) is not None:
+                # Inline bytes are not signed themselves: the signature covers their digests.
                 if len(data) != part.num_bytes or sha256(data).digest() != part.digest:
                     raise rejection(pb.DIGEST, part.key, part.digest.hex()[:16], sha256(data).hexdigest()[:16])
                 reply.bodies[part.digest] = data
                 self._presence.count_bytes(task.client, len(data))
                 continue
             path = uploads.part_path(self._folder, task.client, part.digest)
+            # From where the file ends: after a cut only the rest is sent.
             wanted.append(pb.Want(digest=part.digest, offset=uploads.stored_bytes(path)))
         if wanted:
             return pb.SubmitReply(wanted=pb.Wanted(parts=wanted))
@@ -190,7 +196,8 @@ class Replies:
                 answer=reply.digest.hex(),
                 bytes=total_bytes(reply.header),
             )
-            if is_hello(task):  # no round decides about it, so its receipt need not wait
+            # No round decides about a profile, so its receipt need not wait.
+            if is_hello(task):
                 self.give_receipt(task, pb.NOTED)
                 self.close(task)
         return pb.SubmitReply(receipt=reply.receipt) if reply.receipt is not None else None

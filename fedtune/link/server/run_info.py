@@ -22,6 +22,7 @@ class RunInfo:
     """TOML."""
     author: str
     """The coordinator's name."""
+    # Not in the repr: a traceback or a log would show the private key.
     key: Ed25519PrivateKey = field(repr=False)
 
     @property

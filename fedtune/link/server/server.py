@@ -33,19 +33,25 @@ DRAIN_POLL_S = 0.02
 def server_options(settings: LinkSettings, *, parties: int) -> list[tuple[str, int | str]]:
     """Return gRPC's own limits, which hold before our code sees a byte of a call."""
     return [
-        ("grpc.so_reuseport", 0),  # a second server on the port is an error, not half of the clients
+        # Else a second server on the port would be no error, and take half of the clients.
+        ("grpc.so_reuseport", 0),
+        # gRPC holds a message whole before we see it; the largest has 768 KiB of inline parts and a header of 64 KiB.
         ("grpc.max_receive_message_length", MIB),
         ("grpc.max_send_message_length", 2 * MIB),
         ("grpc.max_metadata_size", 8 * 1024),
         ("grpc.max_concurrent_streams", 16),
         # Two for each party, one that ends beside one that begins, and some for connections before their handshake.
         ("grpc.max_allowed_incoming_connections", 2 * parties + 16),
+        # gRPC's own limit would let a peer that connects and stays silent hold its place for two minutes.
         ("grpc.server_handshake_timeout_ms", 5000),
-        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not inflate to a huge one
+        # None but identity: a small compressed message must not inflate to a huge one.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        # A held call has no traffic: without pings a proxy would cut it, and a client that has gone seem to be here.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # else the clients' pings end the connection
+        # Without it the clients' own pings end the connection as too many.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_ping_strikes", 0),
     ]
 
@@ -67,7 +73,8 @@ def server_credentials(identity: Identity) -> grpc.ServerCredentials:
             if changed_at == loaded_at:
                 return None
             renewed = configuration()
-        except OSError:  # while the file is being replaced, the certificate before serves
+        # While the file is being replaced, the certificate before serves.
+        except OSError:
             return None
         loaded_at = changed_at
         return renewed
@@ -86,7 +93,7 @@ class RunningServer:
         """Wait until no transfer is under way and every client knows of the end, at most so long; then close all."""
         loop = asyncio.get_running_loop()
         ends = loop.time() + seconds
-        while (self.service.transfers or self.dispatcher.uninformed()) and loop.time() < ends:
+        while (self.service.transfers or self.dispatcher.uninformed_clients()) and loop.time() < ends:
             await asyncio.sleep(DRAIN_POLL_S)
         await self._server.stop(grace=min(1.0, seconds))
         self.service.close()
@@ -118,6 +125,7 @@ def serve_link(
         await running.done.wait()
         await running.drain(dispatcher.settings.drain_s)
 
+    # A thread of its own: the round loop computes for minutes, and calls must be answered meanwhile.
     thread = threading.Thread(target=lambda: asyncio.run(run()), name="fedtune link", daemon=True)
     thread.start()
     loop, running = started.result()
@@ -125,6 +133,7 @@ def serve_link(
     try:
         yield running
     finally:
+        # After an error or a signal: clients wait for the next process instead of taking the run for finished.
         if dispatcher.stopping is None:
             dispatcher.stop(pb.Stop.DRAINING, retry_after_s=RETRY_AFTER_S)
         loop.call_soon_threadsafe(running.done.set)
@@ -170,6 +179,7 @@ async def start_server(
     server.add_generic_rpc_handlers((rpc_handlers(service),))
     address = dispatcher.settings.listen
     try:
+        # For an address in use, grpcio raises or returns 0, depending on its release.
         port = server.add_secure_port(address, server_credentials(identity))
     except RuntimeError:
         port = 0

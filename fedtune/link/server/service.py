@@ -71,7 +71,9 @@ class Service:
             stall_ms=int(1000 * settings.stall_s),
         )
         self._plan = dispatcher.run.plan()
+        # Disk and hashing in threads: in the loop they would delay the calls of all clients.
         self._disk = ThreadPoolExecutor(max_workers=DISK_THREADS, thread_name_prefix="fedtune disk")
+        # Without a lock: every call runs in one loop, and none waits between a test of these and a change.
         self._free_uploads = settings.max_concurrent_uploads
         self._free_downloads = settings.max_concurrent_downloads
         self._pushing = set[tuple[str, bytes]]()  # by client and part
@@ -113,6 +115,7 @@ class Service:
                 raise rejection(pb.STALE_EPOCH, "epoch", "this server's", "another's; say hello")
         except RejectionError as error:
             return pb.NextReply(refusal=self._refusal(context, error))
+        # Cut: a long list from outside would slow down every look at the tasks.
         holding = tuple(request.holding[:MAX_HELD_TASKS])
         offer = partial(self._dispatcher.offer, party.name, holding)
         reply = await self._hold(party.name, offer, self._dispatcher.settings.hold_s)
@@ -135,6 +138,7 @@ class Service:
         self.transfers += 1
         try:
             while sent < len(body):
+                # Copied part by part: a body may be larger than the memory that is free.
                 yield pb.Chunk(data=bytes(body[sent : sent + step]))
                 sent = min(len(body), sent + step)
                 self._dispatcher.sign_of_life(party.name)
@@ -151,7 +155,8 @@ class Service:
             return pb.SubmitReply(refusal=self._refusal(context, error))
         try:
             header, author = verify_envelope(request.envelope, partial(find_party, self._roster.current()))
-            if author.name != party.name:  # a client must not deliver what another one has signed
+            # A client must not deliver what another one has signed.
+            if author.name != party.name:
                 raise rejection(pb.AUTHOR_MISMATCH, "author", party.name, author.name)
             inline = {part.digest: part.data for part in request.inline[:MAX_INLINE_PARTS]}
             submit = partial(self._dispatcher.submit, party.name, digest(request.envelope), header, inline)
@@ -174,6 +179,7 @@ class Service:
             yield pb.PushAck(refusal=self._refusal(context, error, party=party))
         except StoreError as error:
             self._record("disk", reason=one_line(str(error)))
+            # The operator's trouble and not the client's fault: it is not counted, and passes.
             problem = rejection(pb.DISK_LOW, "disk", "a disk that can be written", "none")
             yield pb.PushAck(refusal=self._refusal(context, problem, party=party))
 
@@ -204,11 +210,13 @@ class Service:
             raise rejection(pb.WRONG_ROLE, "roster", "the role client", f"{name}, {party.role}")
         if reason := self._dispatcher.blocklist.reason(name):
             raise rejection(pb.BARRED, "operator", f"{name} to be admitted", reason)
+        # Last: only clients of the roster get a queue, so that strangers cannot fill the memory.
         self._limit_calls(name)
         return party
 
     def _valid_roster(self) -> Roster:
         roster = self._roster.current()
+        # It may still name clients that have been revoked since.
         if self._now() > roster.valid_until:
             got = f"version {roster.version}"
             raise rejection(pb.ROSTER_OLD, "roster", "a roster on the server that is valid", got)
@@ -238,6 +246,7 @@ class Service:
         try:
             # Asked again after listening: a change in between would be missed, and the client wait in vain.
             while (reply := ask()) is None and (left := ends - loop.time()) > 0:
+                # `wake` sets it in this loop, and nothing waits between `ask` and here: no change falls in between.
                 changed.clear()
                 try:
                     await asyncio.wait_for(changed.wait(), left)
@@ -270,6 +279,7 @@ class Service:
             return
         part = self._dispatcher.missing_part(client, first.answer, first.digest)
         key = (client, first.digest)
+        # Two transfers of one part would append to one file.
         if key in self._pushing:
             got = "another; the one before may not have noticed its end"
             raise rejection(pb.BUSY, "part", "one transfer of it", got)
@@ -287,9 +297,11 @@ class Service:
                     waiting, size = [], 0
                     if incoming.received_bytes == part.num_bytes:
                         break
+                    # Acknowledged when written: the client's window then bounds what waits in this process's memory.
                     yield incoming.received_bytes, False
                 if (message := await next_message(stream, stall_s)) is None:
-                    return  # cut off: what came stays on the disk, and the next transfer goes on behind it
+                    # Cut off: what came stays on the disk, and the next transfer goes on behind it.
+                    return
                 waiting.append(message.data)
                 size += len(message.data)
             if incoming.finish():
@@ -298,6 +310,7 @@ class Service:
         finally:
             self._pushing.discard(key)
             if incoming is not None:
+                # Also when the call is cancelled, so that nothing is sent twice; a batch at most, so the loop goes on.
                 if waiting and incoming.received_bytes + size <= part.num_bytes:
                     incoming.append(b"".join(waiting))
                     self._dispatcher.count_bytes(client, size)
@@ -337,6 +350,7 @@ def caller_certificate(context: CallContext) -> bytes:
     return bytes(pem)
 
 
+# Every call brings the certificate, which is the same for a whole connection.
 @lru_cache(maxsize=1024)
 def certificate_identity(pem: bytes) -> tuple[str, str, str]:
     """Return federation, name and serial number of a certificate.

@@ -100,11 +100,13 @@ def pieces(text: str) -> Sequence[str]:
 def train_tokenizer(texts: Sequence[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer: any text encodes, and a text begins with `<bos>`."""
     tokenizer = Tokenizer(models.BPE())
+    # Without a space put in front, decoding gives back the text that was encoded.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[PAD, BOS, EOS],
+        # All 256 bytes, so that texts with bytes that the corpus lacks still encode.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -138,7 +140,8 @@ def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, key: int) -> Llama
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch_seed(key, torch.device("cpu")):  # transformers draws from torch's global generator and takes no other
+    # transformers draws from torch's global generator and takes no other.
+    with torch_seed(key, torch.device("cpu")):
         return LlamaForCausalLM(config)
 
 
@@ -160,6 +163,7 @@ def token_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, bos: int, context: int) -> float:
     """Return the mean loss (nats per token) over the stream in windows that do not overlap."""
+    # A window opens with <bos>, so it holds one token less of the stream.
     starts = torch.arange(0, len(stream) - context, context - 1)
     groups = [starts[first : first + 16] for first in range(0, len(starts), 16)]
     total = sum(len(group) * token_loss(model, windows(stream, group, bos, context)).item() for group in groups)
@@ -188,6 +192,7 @@ def fit(model: LlamaForCausalLM, stream: torch.Tensor, learning: Learning, *, bo
     for step in range(learning.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, learning)
+        # From a generator of its own: the batches follow from the key, whatever else draws.
         starts = torch.randint(len(stream) - context, (learning.batch,), generator=generator)
         loss = token_loss(model, windows(stream, starts, bos, context))
         optimizer.zero_grad()
@@ -224,6 +229,7 @@ def build(out: Path, *, seed: int, size: Size, learning: Learning, characters: i
     bos = tokenizer.bos_token_id
     fit(model, stream, learning, bos=bos, context=size.context, key=derive(seed, "embedded.batches"))
     loss = held_out_loss(model, test, bos, size.context)
+    # Per byte of text: models with other vocabularies can be compared by it.
     bits = loss / math.log(2) * len(test) / len("".join(held_out).encode())
     print(f"held out: {loss:.4f} nats per token, {bits:.4f} bits per byte ({len(test):,} tokens)")
     model.save_pretrained(out)

@@ -84,6 +84,15 @@ def test_pauses_double_up_to_the_cap_and_start_anew_after_a_minute_of_good_calls
     assert round(rig.stop.seconds[-1]) == 1
 
 
+def test_a_pause_is_a_random_share_of_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(tmp_path, monkeypatch)
+    quarter = SimpleNamespace(urandom=lambda count: (2**30).to_bytes(count, "little"))
+    monkeypatch.setattr("fedtune.link.client.backoff.os", quarter)
+    for _ in range(2):
+        rig.backoff.wait_after_error(Failed())
+    assert rig.stop.seconds == [0.25, 0.5]
+
+
 def test_a_lost_connection_is_reported_once_in_a_while_and_its_return_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from fedtune.link.client.delivery import OutgoingUpload
+import pytest
+
+from fedtune.errors import WireError
+from fedtune.link.client.delivery import Delivery, OutgoingUpload
+from fedtune.link.client.jobs import Job
+from fedtune.link.envelopes import digest
+from fedtune.link.pki.roster import Party
+from fedtune.link.pki.signing import public_bytes
 from fedtune.link.server.assignments import ReceivedParts
+from fedtune.link.server.receipts import Receipts
 from fedtune.wire.v1 import link_pb2 as pb
+from tests.link.harness import KEY, RUN, signed_reply
 from tests.link.link_server import LinkServer
 from tests.link.site import END_S, collect_one, post, run_site, until
 
@@ -24,6 +35,45 @@ def test_after_a_restart_the_same_bytes_are_sent_and_nothing_is_done_again(link:
         assert not second.trainer.done
     sent = [fields["answer"] for one in (first, second) for kind, fields in one.events if kind == "sending"]
     assert len(set(sent)) == 1
+
+
+TASK = b"t" * 32
+ROUND = pb.Header(federation="care", run=RUN.run, round=1, order=TASK)
+
+
+def deliver(reply: pb.Envelope, responses: list[pb.SubmitReply]) -> list[str]:
+    """Deliver a reply to a server that gives these responses, and return what happened in which order."""
+    steps: list[str] = []
+    coordinator = Party("server", "org-server", "coordinator", public_bytes(KEY), ("1",), 0, 1)
+    session: Any = SimpleNamespace(identity=SimpleNamespace(name="site-a"), find_coordinator=lambda _: coordinator)
+    backoff: Any = SimpleNamespace(retry=lambda job, call: call())
+    durable: Any = SimpleNamespace(join=lambda: steps.append("durable"))
+
+    def submit(request: pb.SubmitRequest, timeout: float) -> pb.SubmitReply:
+        steps.append("submit")
+        return responses.pop(0)
+
+    calls: Any = SimpleNamespace(submit=submit)
+    delivery = Delivery(session, calls, backoff, record=lambda kind, **fields: None)
+    job = Job(TASK, ROUND, threading.Event())
+    assert delivery.deliver(job, pb.SubmitRequest(envelope=reply), {}, durable=durable) is not None
+    return steps
+
+
+def receipt_of(reply: bytes) -> pb.SubmitReply:
+    return pb.SubmitReply(receipt=Receipts({}, 0).give(RUN, "site-a", reply, ROUND, pb.ACCEPTED))
+
+
+def test_a_reply_is_on_the_disk_before_it_is_submitted_as_whole() -> None:
+    reply = signed_reply("site-a", ROUND, TASK, b"data")
+    responses = [pb.SubmitReply(wanted=pb.Wanted()), receipt_of(digest(reply))]
+    assert deliver(reply, responses) == ["submit", "durable", "submit"]
+
+
+def test_a_receipt_of_another_reply_is_refused() -> None:
+    reply, other = (signed_reply("site-a", ROUND, TASK, data) for data in (b"data", b"other"))
+    with pytest.raises(WireError, match="expected a receipt of this reply"):
+        deliver(reply, [receipt_of(digest(other))])
 
 
 LIMITS = pb.Limits(part_bytes=10, window_bytes=20)

@@ -47,6 +47,17 @@ def test_a_reply_without_its_bytes_is_none_and_is_made_anew(tmp_path: Path) -> N
     assert item.reply() is None
 
 
+def test_an_update_is_durable_before_the_reply_that_promises_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr(outbox, "make_durable", lambda path: steps.append(path.name))
+    monkeypatch.setattr(outbox, "write_bytes", lambda path, data: steps.append(path.name))
+    item = entry(tmp_path)
+    item.store_reply_and_update(request(b"large", inline=False))
+    assert steps == ["update", "answer"]
+
+
 def test_bodies_go_with_the_next_round_and_what_was_signed_stays(tmp_path: Path) -> None:
     first = entry(tmp_path, 1)
     first.update.write_bytes(b"large")

@@ -6,17 +6,8 @@ from datetime import time
 import pytest
 
 from fedtune.errors import ConfigError, WireError
-from fedtune.link.client.policy import (
-    Policy,
-    TaskDemand,
-    Usage,
-    check_policy,
-    check_upload,
-    is_within_hours,
-    read_demand,
-    validate_policy,
-)
-from fedtune.link.settings import MIB
+from fedtune.link.client.policy import TaskDemand, Usage, check_policy, check_upload, is_within_hours, read_demand
+from fedtune.link.settings import MIB, Policy, validate_policy
 from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Training, TrainLora
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb

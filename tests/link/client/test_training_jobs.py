@@ -6,9 +6,9 @@ from hashlib import sha256
 
 import pytest
 
-from fedtune.link.client.policy import Policy
 from fedtune.link.envelopes import HELLO
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
+from fedtune.link.settings import Policy
 from tests.link.link_server import LinkServer
 from tests.link.site import RecordingTrainer, collect_one, post, run_site
 

@@ -126,11 +126,11 @@ def test_every_client_that_asks_hears_of_the_end(harness: Harness) -> None:
     harness.dispatcher.hold("anna", 1)
     assert harness.dispatcher.offer("anna", ()) is None
     harness.dispatcher.stop(pb.Stop.FINISHED)
-    assert harness.dispatcher.uninformed() == ["anna"]
+    assert harness.dispatcher.uninformed_clients() == ["anna"]
     offered = harness.dispatcher.offer("anna", ())
     assert offered is not None
     assert offered.stop.why == pb.Stop.FINISHED
-    assert harness.dispatcher.uninformed() == []
+    assert harness.dispatcher.uninformed_clients() == []
 
 
 def test_the_end_of_a_round_leaves_the_next_one_alone(harness: Harness) -> None:
@@ -185,7 +185,7 @@ def test_the_server_waits_only_for_clients_that_do_not_know_the_end_yet(tmp_path
         harness.dispatcher.sign_of_life(name)
     harness.dispatcher.stop(pb.Stop.FINISHED)
     harness.dispatcher.offer("anna", ())
-    assert harness.dispatcher.uninformed() == ["bob"]
+    assert harness.dispatcher.uninformed_clients() == ["bob"]
 
 
 # ---- faults of earlier versions, by the test's name ----

@@ -23,10 +23,10 @@ def test_a_receipt_is_dropped_after_many_later_ones(monkeypatch: pytest.MonkeyPa
     for number in range(3):
         task = bytes([number])
         receipts.remember("anna", task, b"reply", receipts.give(RUN, "anna", b"reply", header, pb.LATE))
-    assert receipts.given("anna", b"\0") is None
-    assert receipts.given("anna", b"\2") is not None
+    assert receipts.find_receipt("anna", b"\0") is None
+    assert receipts.find_receipt("anna", b"\2") is not None
     receipts.forget("anna", b"\2")
-    assert receipts.given("anna", b"\2") is None
+    assert receipts.find_receipt("anna", b"\2") is None
 
 
 def test_the_last_round_never_goes_back() -> None:

@@ -84,6 +84,12 @@ def test_an_address_that_cannot_be_listened_on_is_named(tmp_path: Path, address:
         pass
 
 
+def test_no_server_starts_where_grpc_may_speak_an_older_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.link.server.server.SET_IN_TIME", False)
+    with pytest.raises(ConfigError, match=r"expected TLS 1\.3 alone"), run_link_server(tmp_path):
+        pass
+
+
 def test_a_server_that_goes_down_of_itself_says_that_it_comes_back_and_one_that_has_finished_does_not(
     tmp_path: Path,
 ) -> None:
