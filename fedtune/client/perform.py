@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -43,17 +44,15 @@ from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
 
+Extend: TypeAlias = Callable[[torch.nn.Module], Hooks]
+"""From a model with its adapters to what its training does beside plain steps."""
+
 CALIBRATION = 16
 """Scalars that are measured, at least, to learn how large they are."""
 
 
 def perform(
-    base: Base,
-    examples: Sequence[Example],
-    assignment: Assignment,
-    *,
-    threads: int,
-    replicas: Replicas | None = None,
+    base: Base, examples: Sequence[Example], assignment: Assignment, *, threads: int, replicas: Replicas | None = None
 ) -> ClientUpdate:
     """Do what an assignment asks on so many CPU threads, and return the update; the base is afterwards as before.
 
@@ -89,12 +88,14 @@ def measure_seeds(
         sampling=probe.sampling,
         replicas=replicas,
     )
+    # Not an error: a client that was away for long lacks the state, and is sent the whole of it.
     if ledger is None:
         return update(ProbeResult(np.empty(0, np.int8), lost=True))
     reach = TensorSelection(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
     ordinals = trainable_ordinals(base.manifest, reach, base.matrices)
     steps, sampling = training.steps, probe.sampling
     if probe.calibrate:
+        # Uniform: before there are scalars, no seed has a level by which `pro` could draw it.
         steps, sampling = probe.queries * -(-CALIBRATION // probe.queries), "uniform"
     assert steps is not None  # the message holds a number
     measurements = measure(
@@ -143,14 +144,15 @@ def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
 def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignment, task: TrainLora) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
     plan = assignment.plan
+    # Before training: hours of work on another base would only be refused in the end.
     if assignment.base and assignment.base != base.digest:
         raise wrong_base(assignment, base)
     with report_out_of_memory(plan.client, plan.training.batch):
         if task.pruning is not None:
             result, measured = train_pruned(base, examples, assignment, task, task.pruning)
         else:
-            hooks = partial(Hooks, terms=task.terms) if task.terms else None
-            learned = train_locally(base, examples, assignment, task, start(task, plan, base.modules), hooks)
+            extend = partial(Hooks, terms=task.terms) if task.terms else None
+            learned = train_locally(base, examples, assignment, start(task, plan, base.modules), extend)
             result, measured = lora_result(base, assignment, task, learned), learned.measured
     return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
 
@@ -175,35 +177,25 @@ class LocalTraining:
 
 
 def train_locally(
-    base: Base,
-    examples: Sequence[Example],
-    assignment: Assignment,
-    task: TrainLora,
-    initial: Adapter,
-    make_hooks: Callable[[torch.nn.Module], Hooks] | None = None,
+    base: Base, examples: Sequence[Example], assignment: Assignment, initial: Adapter, extend: Extend | None = None
 ) -> LocalTraining:
     """Train an adapter from its initial value as an assignment asks.
 
     Args:
         base: the base, whole or pruned.
         examples: the client's own.
-        assignment: its plan and seed.
-        task: its blobs in the coordinates of `base`.
+        assignment: its blobs in the coordinates of `base`.
         initial: the trainable adapter.
-        make_hooks: from the model with its adapters to what is done beside plain steps.
+        extend: from the model with its adapters to what is done beside plain steps.
     """
-    plan, saved = assignment.plan, task.blobs.get("saved", {})
+    plan, task = assignment.plan, assignment.lora
+    saved, frozen, dropout = task.blobs.get("saved", {}), global_adapter(task), plan.training.dropout
     with with_adapters(
-        base,
-        frozen=global_adapter(task),
-        local=initial,
-        scale=plan.scale,
-        dropout=plan.training.dropout,
-        train=task.train,
-        saved=saved,
+        base, frozen=frozen, local=initial, scale=plan.scale, dropout=dropout, train=task.train, saved=saved
     ) as model:
-        hooks = make_hooks(model) if make_hooks else None
+        hooks = extend(model) if extend else None
         trained = train(base, examples, plan.training, key=assignment.seed, client=plan.client, hooks=hooks)
+        # Inside the block: outside of it the base is as before, and what was learned is gone.
         parameters, final = dict(model.named_parameters()), read_local(model)
         new_saved = {name: to_numpy(parameters[name]) for name in saved}
         if hooks:
@@ -237,6 +229,7 @@ def train_pruned(
         key=key,
         batch=plan.training.batch,
     )
+    # Scored as received, before any step: the client's own structure must not depend on how it trains.
     if settings.policy == "local" and plan.ratio > 0:
         with pruned_training.with_received_adapters(base, task, plan, base, {}) as model:
             worth, side = score(model, base, structure=None)
@@ -253,14 +246,14 @@ def train_pruned(
         scores, tokens = score(model, base, structure=parts.last) if pruning.scores_requested else ({}, 0)
         return pruned_training.evaluation_loss(model, rows, base), scores, tokens
 
-    def hooks_of(model: torch.nn.Module) -> Hooks:
+    def extend(model: torch.nn.Module) -> Hooks:
         shrink = pruned_training.stage_shrinker(model, parts.stages, settings, body, steps=steps)
         return Hooks(model, task.terms, between=shrink, weigh=True, measure=measure_at_end)
 
     with pruned_training.with_pruned_model(base, parts.first, body) as small:
         received = pruned_training.slice_task(task, parts.first, parts.sent, body)
         initial = start(received, plan, base.modules, pruned_training.slices_of(parts.first, body))
-        learned = train_locally(small, examples, assignment, received, initial, hooks_of)
+        learned = train_locally(small, examples, replace(assignment, task=received), initial, extend)
     assert learned.hooks is not None
     loss_after, worth, tokens = learned.hooks.at_end
     # The start of what was trained, in the structure in which it ended.
@@ -312,6 +305,7 @@ def mask_of(pruning: Pruning, ratio: float, parts: Structures, worth: Tensors, b
 def upload(initial: Adapter, final: Adapter, task: TrainLora, *, scale: float) -> Tensors:
     """Return the flat tensors that go up, the scale folded into b; see `TrainLora.upload` and `.train`."""
     if task.upload == "difference":
+        # In float32, before the cast: in 16 bits the small difference of two large factors is mostly rounding.
         final = {name: Factors(a=f.a - initial[name].a, b=f.b - initial[name].b) for name, f in final.items()}
     tensors = {f"{name}.b": scale * factors.b for name, factors in final.items()}
     if task.train == "ab":

@@ -34,6 +34,7 @@ class Replicas:
         """Store a ledger's accumulators, and drop those of rounds that no log can span any more."""
         key = self._key(ledger.bank, ledger.manifest)
         oldest = ledger.round - downlink.MAX_LOG
+        # Of later rounds too: a server that was set back would send changes of a history that is no more.
         before = {round: sums for round, sums in self._rounds.get(key, {}).items() if oldest <= round < ledger.round}
         self._rounds[key] = {**before, ledger.round: ledger.accumulators}
 
@@ -67,10 +68,12 @@ def restore(
     sums = read_accumulators(
         state, known, partial(sampling_module.sample_ids, size=bank.size, sampling=sampling), bank.size
     )
+    # Clipped to 32 bits, beyond which one is refused anyhow: the sum of such numbers could wrap around.
     if len(sums) != bank.size or headroom(bank, np.clip(sums, -(2**31), 2**31 - 1)) < 0:
         raise WireError("accumulators: expected sums that fit into 32 bits; got larger ones")
     ledger = SeedLedger(bank, exponent, state.round, manifest, sums.astype(np.int32))
     if ledger.digest != state.digest:
+        # The remembered accumulators may be wrong, so the whole state is worth asking for.
         if state.since > 0:
             return None
         # Nothing of an earlier round is in it: to ask for the whole state would give the same again.

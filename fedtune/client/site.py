@@ -108,6 +108,7 @@ def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapp
         ConfigError: if the recipe is wrong, or has fewer clients than there are nodes.
     """
     bound, federation, base, replicas = cached_recipe(recipe)
+    # By position, not node id: ids are new in every run, and a client would get other data when it resumes.
     names, place = sorted(federation.clients), int(node_config["partition-id"])
     if place >= len(names):
         raise ConfigError(
@@ -153,6 +154,7 @@ def load_site(
     base = given or load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
     shards = federation.clients.values()
     examples = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
+    # Once, here: a position beyond the model's table fails deep inside torch, on CUDA without a readable error.
     longest = max(len(example.input_ids) for example in examples)
     if longest > base.positions:
         expected = f"examples of at most {base.positions} tokens, the positions that {base.name} has"

@@ -26,6 +26,7 @@ def main() -> None:
     with os.fdopen(requests, "r") as lines, os.fdopen(replies, "w") as writer:
         for line in lines:
             writer.write(json.dumps(handle(site, json.loads(line))) + "\n")
+            # The parent waits for the line; in a buffer it would wait for ever.
             writer.flush()
 
 
@@ -52,6 +53,7 @@ def run_request(site: Site, request: Mapping[str, Any]) -> None:
             (into / digest).write_bytes(body)
         return
     folder = Path(request["folder"])
+    # Mapped, not read: an assignment may be larger than the memory that is free.
     bodies: dict[str, Any] = {name: map_file(folder / name) for name in request["bodies"]}
     update = encode_update(site.perform(decode_assignment((folder / "front").read_bytes(), bodies)))
     into.write_bytes(update)

@@ -62,6 +62,7 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
     """
     model, adapter, root = ModelSettings(**spec["model"]), AdapterSettings(**spec["adapter"]), Path(spec["root"])
     base = load(
+        # Forks share the pages of memory, but not those of a GPU.
         replace(model, device="cpu"),
         adapter,
         tokenizer=load_tokenizer(model, root),
@@ -72,6 +73,7 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
     if spec["base"] not in ("", base.digest):
         expected, got = f"the base of digest {spec['base'][:12]}", f"{base.digest[:12]} ({base.name})"
         raise ConfigError(Fault("model.base", expected, got, "leave the files alone while a run starts"))
+    # Before the forks too, so that a fleet's examples are in memory once.
     examples = {name: transfer.decode(part) for name, part in parts.items()}
     devices = devices_of(choose_device(model.device))
 

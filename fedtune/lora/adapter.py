@@ -50,6 +50,7 @@ def stack(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
         ShapeError: if two adapters disagree on a module's in or out size.
     """
     stacked = {}
+    # Sorted: the order of a set of strings differs from process to process.
     for name in sorted({name for adapter, _ in adapters for name in adapter}):
         parts = [(adapter[name], weight) for adapter, weight in adapters if name in adapter]
         if len({factors.shape for factors, _ in parts}) > 1:
@@ -65,6 +66,7 @@ def stack(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
 
 def delta(factors: Factors) -> Array:
     """Return the dense change b @ a, (out, in), in float64."""
+    # In float64: what exact aggregation is checked against must not itself be rounded to float32.
     product: Array = factors.b.astype(np.float64) @ factors.a.astype(np.float64)
     return product
 
@@ -78,6 +80,7 @@ def inner(left: Factors, right: Factors) -> float:
 
 def norm(adapter: Adapter) -> float:
     """Return the Frobenius norm of the adapter's change over all modules, without forming it."""
+    # Rounding can leave a sum of squares a little below zero, whose root would be NaN.
     return float(np.sqrt(max(0.0, sum(inner(factors, factors) for factors in adapter.values()))))
 
 
@@ -86,6 +89,7 @@ def draw_a(key: int, module: str, rank: int, in_features: int) -> Array:
 
     The first rows do not depend on `rank`, so a client of a smaller rank holds a slice of a larger client's A.
     """
+    # Row by row from one stream, so that a smaller rank is a prefix of a larger one.
     rows = generator(derive(key, "lora.a", client=module)).random((rank, in_features), dtype=np.float32)
     drawn: Array = (2.0 * rows - 1.0) / np.float32(np.sqrt(in_features))
     return drawn

@@ -172,6 +172,7 @@ def _sizes(x: Array, y: Array) -> Array:
 def _svd_of_product(x: Array, y: Array) -> Triple:
     """Return the singular value decomposition of x @ y, x (m, R) and y (R, n), R < min(m, n)."""
     sizes = _sizes(x, y)
+    # A term of zero would be divided by its own norm below.
     if not np.all(sizes):
         x, y = x[:, sizes > 0], y[sizes > 0]
     if not y.size:
@@ -194,6 +195,7 @@ def _by_gram(x: Array, y: Array) -> Triple | None:
     core_u, s, core_vt = np.linalg.svd((v_x * root_x).T @ (v_y * root_y), full_matrices=False)
     u = x @ ((balance[:, None] * v_x / root_x) @ core_u)  # (m, p)
     vt = (core_vt @ (v_y / root_y).T / balance) @ y  # (p, n)
+    # One random vector shows the error of the whole product at the cost of three products with a vector.
     probe = generator(derive(0, "lowrank.probe")).standard_normal(y.shape[1])
     exact = x @ (y @ probe)
     error = np.linalg.norm(exact - u @ (s * (vt @ probe)))

@@ -55,7 +55,7 @@ def with_adapters(
     try:
         for name in active:
             factor, drop = (scale, dropout) if name == "local" else (1.0, 0.0)
-            tuner = inject(model, lora_config(model, adapters[name], scale=factor, dropout=drop), name)
+            tuner = inject(model, adapters[name], name, scale=factor, dropout=drop)
         if tuner is not None:
             tuner.set_adapter(active)
         model.requires_grad_(False)
@@ -101,26 +101,22 @@ def check_shapes(base: Base, adapters: Sequence[Adapter], saved: Tensors) -> Non
             raise ShapeError(f"{name}: expected {own.get(name, 'no such module')} as in {base.name}; got {shape}")
 
 
-def inject(model: nn.Module, config: LoraConfig, name: str) -> LoraModel:
+def inject(model: nn.Module, adapter: Adapter, name: str, *, scale: float, dropout: float) -> LoraModel:
     """Wrap a model's layers for one adapter, or for one more, and return peft's tuner over all of them."""
-    with warnings.catch_warnings():
-        # peft warns of a second adapter, which is intended here.
-        warnings.filterwarnings("ignore", message=".*multiple adapters.*|Already found a `peft_config`.*")
-        return LoraModel(model, {name: config}, name, low_cpu_mem_usage=True)
-
-
-def lora_config(model: nn.Module, adapter: Adapter, *, scale: float, dropout: float) -> LoraConfig:
-    """Return peft's configuration of exactly these modules and ranks."""
     # peft reads the names as patterns: a dot that is not escaped would match any character.
-    ranks = {re.escape(name): factors.rank for name, factors in adapter.items()}
-    return LoraConfig(
+    ranks = {re.escape(module): factors.rank for module, factors in adapter.items()}
+    config = LoraConfig(
         rank_pattern=ranks,
-        alpha_pattern={name: scale * rank for name, rank in ranks.items()},
+        alpha_pattern={module: scale * rank for module, rank in ranks.items()},
         target_modules=list(adapter),
         lora_dropout=dropout,
         fan_in_fan_out=isinstance(model.get_submodule(next(iter(adapter))), Conv1D),
         init_lora_weights=False,  # every factor is written by `fill`
     )
+    with warnings.catch_warnings():
+        # peft warns of a second adapter, which is intended here.
+        warnings.filterwarnings("ignore", message=".*multiple adapters.*|Already found a `peft_config`.*")
+        return LoraModel(model, {name: config}, name, low_cpu_mem_usage=True)
 
 
 def layers(model: nn.Module, name: str) -> Mapping[str, Any]:

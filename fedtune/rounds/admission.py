@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import assert_never
 
 import numpy as np
 
@@ -75,8 +74,6 @@ def admit(
             case TrainLora() as task:
                 structure = _check_adapter(update.result, task, assignment, blueprint)
                 return AdmittedUpdate(update, structure, assignment.plan.ratio if structure else 0.0)
-            case _ as never:
-                assert_never(never)
     except _RefusedError as why:
         return replace(why.failure, client=assignment.plan.client)
 
@@ -111,12 +108,14 @@ def admit_norms(
     """
     norms = {update.client: change_norm(update, assignments[update.client].task) for update in updates}
     middle = median(norms.values()) if norms else 0.0
+    # The median, because a mean would be moved by the very update that it is to expose.
     if max_norm is None or len(updates) < 3 or middle == 0:
         return norms, ()
     limit = max_norm * middle
     expected = f"a change of norm at most {limit:.4g}, {max_norm:g} times the cohort's median"
     refused = [
         Failure(name, expected=expected, got=f"{size:.4g}", kind="refused", code="NORM_OVER_CAP")
+        # Sorted by name, so that a resumed run refuses in the same order and writes the same record.
         for name, size in sorted(norms.items())
         if size > limit
     ]
@@ -172,12 +171,14 @@ def _check_scalars(result: LoraResult | ProbeResult, task: ProbeSeeds, steps: in
             expected = f"a finite size of the gradient, at most {LARGEST_RMS:g}"
             raise _RefusedError("SCALAR_RANGE", expected, f"{result.rms}")
         return
+    # A few losses may overflow along steep directions; many mean that training diverges, which a mean would hide.
     if result.skipped > MAX_SKIPPED * steps:
         expected = f"at most {MAX_SKIPPED:.0%} of its losses to be not finite"
         hint = "lower client.learning_rate or method.perturbation"
         raise _RefusedError("NOT_FINITE", expected, f"{result.skipped} of {steps}", hint)
     if len(result.scalars) != steps:
         raise _RefusedError("SCALARS", f"{steps} scalars, one per seed drawn", f"{len(result.scalars)}")
+    # -128 fits int8 and is no scalar: clients round to -127 to 127, so that a sign can be turned.
     if (result.scalars < -MAX_SCALAR).any():
         raise _RefusedError("SCALAR_RANGE", f"scalars from -{MAX_SCALAR} to {MAX_SCALAR}", f"{result.scalars.min()}")
 
@@ -234,6 +235,7 @@ def _check_structure(result: LoraResult, pruning: Pruning, ratio: float, anatomy
         expected = f"what was kept to have the digest {structure.digest.hex()[:12]}"
         raise _RefusedError("STRUCTURE", expected, result.structure_digest.hex()[:12])
     if mask is not None:
+        # By count and not by content: which units are worth keeping is the client's own finding.
         target = ratio if policy == "local" else max(ratio, pruning.settings.target)
         _check_counts(mask, target, pruning, anatomy)
     return structure
@@ -281,6 +283,7 @@ def _check_scores(result: LoraResult, pruning: Pruning, structure: ModelStructur
         if array.shape != (size,):
             raise _RefusedError("TENSOR_SHAPE", f"shape ({size},), as kept", f"{array.shape}", where=where)
         _check_numbers(where, array, ("fp16",))
+        # Scores are sizes; one below zero would let a client push units out of everybody's ranking.
         if (array < 0).any():
             raise _RefusedError("SCORES", "none below 0", f"{float(array.min()):.3g}", where=where)
 
@@ -296,6 +299,7 @@ def _check_keys(what: str, expected: set[str], tensors: Tensors) -> None:
 def _check_factors(tensors: Tensors, name: str, shape: tuple[int, int], task: TrainLora, planned: int) -> None:
     (m, n), b = shape, tensors[f"{name}.b"]
     rank = b.shape[1] if b.ndim == 2 else -1
+    # Only HetLoRA's term lets a client return fewer ranks than planned; elsewhere numpy would broadcast rank 1.
     shrinks = any(isinstance(term, TailRank) and term.decay < 1 for term in task.terms)
     least = 1 if shrinks else planned
     ranks = f"{planned}" if least == planned else f"{least}..{planned}"

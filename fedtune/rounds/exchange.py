@@ -80,6 +80,7 @@ class Collector:
         self._outcomes = dict[str, Outcome]()
         self._whole = dict[str, EncodedAssignment]()
         """Assignments with the whole state, of the clients that asked for it."""
+        # Counted on the encoded bytes, so that reports show what a network would carry and not an estimate.
         self._down = {name: encoded_bytes(encoded) for name, encoded in request.encoded.items()}
         self._up = dict[str, int]()
         self._arrived = dict[str, float]()
@@ -91,6 +92,7 @@ class Collector:
         if interrupted is not None:
             self._restore(interrupted)
         if interrupted is None or interrupted.failures is None:
+            # A closed round is not reopened: its outcomes are recorded, and clients may have learned of them.
             for _ in range(self._context.schedule.attempts):
                 self._attempt()
                 if self._used >= self._context.schedule.min_clients or not any(map(is_late, self._outcomes.values())):
@@ -102,6 +104,7 @@ class Collector:
         return sum(isinstance(outcome, AdmittedUpdate) for outcome in self._outcomes.values())
 
     def _restore(self, interrupted: InterruptedRound) -> None:
+        # Admitted anew from their bytes: the journal stores no verdict that could disagree with the checks.
         for name, update in interrupted.updates.items():
             self._take(Reply(name, update), len(update))
         for name, failure in (interrupted.failures or {}).items():
@@ -153,6 +156,7 @@ class Collector:
                 return
             outcome = failure
         self._outcomes[name] = outcome
+        # Not on a resume: the time since this process began says nothing of the client.
         if new:
             self._arrived[name] = time.perf_counter() - self._began
         if new and isinstance(reply, Reply) and isinstance(outcome, AdmittedUpdate):
@@ -269,6 +273,7 @@ def filter_by_norm(
         RoundError: if too few updates are left.
     """
     updates = [outcome for outcome in replies.outcomes.values() if isinstance(outcome, AdmittedUpdate)]
+    # After the clock: an update that came too late must not move the median either.
     norms, refused = admit_norms(updates, context.schedule.max_norm, assignments=request.assignments)
     outcomes = {**replies.outcomes, **{failure.client: failure for failure in refused}}
     for failure in refused:

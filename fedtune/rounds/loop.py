@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedtune.errors import RoundError, StoreError
 from fedtune.messages import (
@@ -31,6 +31,8 @@ from fedtune.rounds.schedule import sample
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.wire.codec import blob_encoder, encode_assignment
 
+Observations: TypeAlias = Sequence[ClientObservation]
+"""What a planner learns from one round."""
 NO_TIMES: Mapping[str, ClientTime] = {}
 
 
@@ -63,7 +65,7 @@ class RoundResult:
     """Simulated or measured seconds of the run so far: a round lasts as long as its slowest client."""
 
     @property
-    def observations(self) -> Sequence[ClientObservation]:
+    def observations(self) -> Observations:
         """What a planner learns from the round."""
         return [self._observation(name) for name in self.outcomes]
 
@@ -86,11 +88,7 @@ class RoundResult:
 
 
 def run(
-    context: RoundContext,
-    *,
-    start: Any | None = None,
-    history: Sequence[Sequence[ClientObservation]] = (),
-    clock_s: float = 0.0,
+    context: RoundContext, *, start: Any | None = None, history: Sequence[Observations] = (), clock_s: float = 0.0
 ) -> Iterator[RoundResult]:
     """Yield the result of one round after the other.
 
@@ -111,10 +109,13 @@ def run(
     for past in history:
         learned = context.planner.observe(learned, past)
     while state.round < count:
+        # The journal decides, not a flag: a run that was killed goes on in the round where it was.
         began, interrupted = time.perf_counter(), journal.interrupted_round(state.round + 1)
         cohort = cohort_of(context, state.round + 1, interrupted)
         context.watch(RoundStarted(state.round + 1, count, tuple(client.name for client in cohort)))
         request = make_request(context, state, learned, cohort)
+        # Before the first assignment is sent: after a crash the same bytes must go out, or updates that were accepted
+        # would answer an assignment that was never recorded.
         open_round(journal, request, cohort, digest, interrupted)
         replies = Collector(context, request).collect(interrupted)
         on_time, times = replies, NO_TIMES
@@ -126,7 +127,9 @@ def run(
             # As they were before the clock and the norms, which follow from them.
             failures = {name: why for name, why in replies.outcomes.items() if isinstance(why, Failure)}
             journal.close(request.round, failures, {name: replies.traffic[name].up for name in failures})
+        # In cohort order, which `replies` keeps: sums of floats in order of arrival would differ from run to run.
         state = method.aggregate(state, [update for update in outcomes.values() if isinstance(update, AdmittedUpdate)])
+        # Durable before the result is handed on: what a caller has seen must survive a crash.
         digest = journal.commit(request.round, states.encode(state))
         result = RoundResult(
             round=request.round,
@@ -164,6 +167,7 @@ def cohort_of(context: RoundContext, round: int, interrupted: InterruptedRound |
 
 def recorded_cohort(interrupted: InterruptedRound) -> Sequence[Client]:
     memory = interrupted.memory
+    # Not drawn again: the fleet may have changed since, and updates of the old cohort are in the journal.
     return [Client(name, examples, memory.get(name, 0)) for name, examples in sorted(interrupted.cohort.items())]
 
 
@@ -189,8 +193,11 @@ def make_request(context: RoundContext, state: Any, learned: Any, cohort: Sequen
     method, seed, round = context.method, context.blueprint.seed, state.round + 1
     planned, unfit = split_unfit(round, context.planner.plan(learned, round, cohort), cohort)
     assignments = {
-        name: replace(method.assign(state, seed, client), base=context.base) for name, client in planned.items()
+        # The base's digest is added here, so that no method can forget it.
+        name: replace(method.assign(state, seed, client), base=context.base)
+        for name, client in planned.items()
     }
+    # One encoder for the cohort: a state of gigabytes is serialised and hashed once, not once per client.
     encode = blob_encoder()
     return RoundRequest(
         round=round,
@@ -213,6 +220,7 @@ def split_unfit(
     Raises:
         RoundError: if no client has one.
     """
+    # By the cohort's order, whatever order the planner returned: assignments and digests follow it.
     feasible = {c.name: plan for c in cohort if isinstance(plan := planned[c.name], PlannedClient)}
     unfit = {c.name: why for c in cohort if isinstance(why := planned[c.name], Failure)}
     if not feasible:
@@ -227,11 +235,7 @@ def nothing_fits(round: int, unfit: Mapping[str, Failure]) -> RoundError:
 
 
 def open_round(
-    journal: RoundJournal,
-    request: RoundRequest,
-    cohort: Sequence[Client],
-    state: str,
-    interrupted: InterruptedRound | None,
+    journal: RoundJournal, request: RoundRequest, cohort: Sequence[Client], state: str, earlier: InterruptedRound | None
 ) -> None:
     """Record the beginning of a round before its first assignment is sent, or hold it against what is recorded.
 
@@ -239,11 +243,11 @@ def open_round(
         StoreError: if an assignment is not the recorded one.
     """
     digests = request.digests
-    if interrupted is None:
+    if earlier is None:
         memory = {client.name: client.memory_bytes for client in cohort if client.memory_bytes}
         journal.open(request.round, state=state, cohort=request.enrolled, digests=digests, memory=memory)
-    elif interrupted.digests != digests:
-        raise changed_assignments(request.round, interrupted.digests, digests)
+    elif earlier.digests != digests:
+        raise changed_assignments(request.round, earlier.digests, digests)
 
 
 def changed_assignments(round: int, recorded: Mapping[str, str], now: Mapping[str, str]) -> StoreError:
@@ -255,6 +259,7 @@ def changed_assignments(round: int, recorded: Mapping[str, str], now: Mapping[st
 
 
 def without_blobs(assignment: Assignment) -> Assignment:
+    # A result that is kept for a report must not keep a cohort's tensors in memory.
     if isinstance(assignment.task, TrainLora):
         return replace(assignment, task=replace(assignment.task, blobs={}))
     return assignment

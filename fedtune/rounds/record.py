@@ -145,6 +145,7 @@ def observations(record: RoundRecord) -> Sequence[ClientObservation]:
             ratio=client.ratio or 0.0,
             rank=client.rank or 0,
             status=client.status,
+            # The record holds the reason as text alone, as a process that failed has sent it.
             out_of_memory=client.status == "failed" and Failure.from_text(name, client.reason).out_of_memory,
             compute_s=client.compute_s,
             transfer_s=client.transfer_s,

@@ -47,6 +47,7 @@ def cohort_size(fleet: int, cohort: int | float | None) -> int:
     """Return how many clients of a fleet a round takes: all, a number of them, or a share rounded up."""
     if cohort is None:
         return fleet
+    # 0.07 * 100 is a little more than 7 in binary: without the small number the share would be rounded up to 8.
     return min(fleet, cohort if isinstance(cohort, int) else ceil(cohort * fleet - 1e-9))
 
 
@@ -56,6 +57,7 @@ def enough(asked: int, schedule: Schedule) -> float:
     >>> enough(13, Schedule(5, cohort=10, over_select=1.3)), enough(13, Schedule(5, cohort=0.5, over_select=1.3))
     (10, 10)
     """
+    # Without clients to spare, an early end would leave out the slow ones in every round.
     if schedule.over_select == 1 or schedule.cohort is None:
         return inf
     if isinstance(schedule.cohort, int):

@@ -48,6 +48,7 @@ CHOICES: Mapping[str, Mapping[str, int]] = {
 
 MAX_RATIO = 0.875
 """A block keeps at least an eighth."""
+# Each stage is a bitmap over the base that the client decodes.
 MAX_STAGES = 64
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
@@ -121,6 +122,7 @@ def blob_decoder() -> Callable[[pb.Blob, bytes], Tensors]:
     cache: dict[int, tuple[pb.Blob, bytes, Tensors]] = {}
 
     def decode(header: pb.Blob, body: bytes) -> Tensors:
+        # The header too: another message may describe the same bytes as other tensors.
         if id(body) not in cache or cache[id(body)][0] != header:
             cache[id(body)] = header, body, decode_blob(header, body)
         return cache[id(body)][2]
@@ -269,7 +271,9 @@ def encode_update(update: ClientUpdate) -> bytes:
     for role, tensors in parts.items():
         specs, body = bodies.encode(tensors)
         bodies_in_order.append(body)
+        # No digest: the link's signed digest of the whole update covers the bodies.
         header.parts.add(role=role, num_bytes=len(body), tensors=specs)
+    # The length comes first, so that a reader takes no byte of a body for the header.
     front = header.SerializeToString()
     front = len(front).to_bytes(4, "little") + front
     return b"".join([front, bytes(-len(front) % ALIGNMENT), *bodies_in_order])
@@ -320,6 +324,7 @@ def _cut(parts: Sequence[pb.Blob], body: memoryview) -> Iterator[Tensors]:
     """Yield the tensors of each part; the parts fill the body."""
     sizes = [part.num_bytes for part in parts]
     expect(sum(sizes) == len(body), f"bodies of {sizes} bytes", f"{len(body)} in all")
+    # Views, not copies: an update of many gigabytes is held once.
     for part in parts:
         yield bodies.decode(part.tensors, body[: part.num_bytes])
         body = body[part.num_bytes :]

@@ -36,6 +36,7 @@ def to_message(probe: ProbeSeeds, training: Training) -> pb.Probe:
         WireError: if there are more scalars than can travel.
     """
     assert training.steps is not None  # the planner resolves epochs
+    # Here already, not only at the client: the log of later rounds could not be written.
     if training.steps > MAX_STEPS:
         raise WireError(f"client.steps: expected at most {MAX_STEPS} scalars a round; got {training.steps}")
     state = probe.state
@@ -54,6 +55,7 @@ def to_message(probe: ProbeSeeds, training: Training) -> pb.Probe:
         learning_rate=training.learning_rate,
         sampling=SAMPLING[probe.sampling],
         levels=probe.levels,
+        # 0 queries is the two-sided estimator, so that its messages need no field for it.
         queries=probe.queries if probe.estimator == "one-sided" else 0,
         normalise=probe.normalise,
         clip=None if math.isinf(probe.clip) else probe.clip,
@@ -131,6 +133,7 @@ def update_to_message(update: ClientUpdate, probed: ProbeResult) -> pb.ProbeUpda
         examples=update.num_examples,
         skipped=probed.skipped,
         seconds=measured.seconds,
+        # Rounded up: a planner that reads too small a number would ask for more than the device has.
         peak_mib=-(-measured.peak_bytes // MIB),
         tokens=measured.tokens,
         loss_before=measured.loss_before,

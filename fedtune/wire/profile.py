@@ -182,6 +182,7 @@ def layout_from(name: str, message: pb.Anatomy, modules: Mapping[str, tuple[int,
     anatomy = BlockLayout(
         message.family, blocks, message.width, message.head, message.outputs, max(1, message.number_bytes)
     )
+    # Pruning slices by these shapes: a layer of another shape would be cut at the wrong rows.
     for layer, shape in zip(anatomy.sides, linear_shapes(anatomy), strict=True):
         if modules.get(layer, shape) != shape:
             raise WireError(f"{name}: {layer}: expected {shape}, as its anatomy says; got {modules[layer]}")
@@ -190,10 +191,12 @@ def layout_from(name: str, message: pb.Anatomy, modules: Mapping[str, tuple[int,
 
 def check_manifest(name: str, message: pb.ClientProfile) -> None:
     """Raise WireError unless the manifest, if one came, lists as many parameters as the client says there are."""
+    # A base whose tensors cannot be listed can still be trained with adapters.
     if not message.manifest:
         return
     listed = decode_manifest(message.manifest)
     sizes = [entry.num_parameters for entry in listed.entries]
+    # Directions are drawn by position in the manifest: one tensor more would shift all that follow.
     if sum(sizes) != message.parameters or 0 in sizes:
         raise WireError(
             f"{name}: expected a manifest of {message.parameters} parameters, no tensor empty; got {sum(sizes)}"
@@ -208,6 +211,7 @@ def common_model_spec(profiles: Sequence[ClientProfile]) -> ModelSpec:
     """
     ordered = sorted(profiles, key=lambda profile: profile.client)
     prints = [fingerprint(profile.foundation) for profile in ordered]
+    # By the majority, so that one client with another base cannot decide for all which base a run has.
     counts = Counter(prints)
     # max takes the first of equals
     return ordered[max(range(len(ordered)), key=lambda place: counts[prints[place]])].foundation

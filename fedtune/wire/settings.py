@@ -50,6 +50,7 @@ def decode(data: bytes, schema: type[Settings]) -> Settings:
             f"settings: expected canonical JSON with the keys {sorted(hints)}; got {data[:200]!r}; "
             "run the same release of fedtune on both sides"
         )
+    # Types and bounds as in a recipe: a server must not ask for what no recipe could.
     for name, value in values.items():
         if not _fits(value, hints[name]):
             raise WireError(f"settings.{name}: expected {hints[name]}; got {value!r}")
@@ -77,6 +78,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, choice) for choice in args)
     if hint is float:  # finite, being canonical; a whole number is the float that it equals
         return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
+    # Not isinstance: True is an int to Python, and would pass for one step.
     return type(value) is hint
 
 

@@ -15,6 +15,7 @@ from fedtune.tensors import Array, Tensors
 from fedtune.wire.expect import expect
 from fedtune.wire.v1.round_pb2 import DType, TensorSpec
 
+# Limits that hold before memory is taken: a few bytes of header can name any shape.
 MAX_TENSORS = 20_000
 MAX_AXES = 8
 MAX_BODY_BYTES = 1 << 40
@@ -63,10 +64,12 @@ def decode(specs: Sequence[TensorSpec], body: bytes | memoryview) -> Tensors:
     """
     expect(len(specs) <= MAX_TENSORS, f"at most {MAX_TENSORS} tensors", len(specs))
     layout = _layout(specs, len(body))
+    # Read-only, because clients in one process share a body: one that wrote into it would change the others' start.
     view = memoryview(body).toreadonly()
     tensors: dict[str, Array] = {}
     for name, dtype, shape, offset in layout:
         array: Array = np.ndarray(shape, dtype, buffer=view, offset=offset)
+        # Else numpy would copy it at every use: arithmetic on unaligned arrays goes through buffers.
         if not array.flags.aligned:
             array = array.copy()
             array.flags.writeable = False
