@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.mutations import FAULTS, narrow, unplantable
+from tests.mutations import FAULTS, ROOT, narrow, unplantable
 
 
 def test_every_fault_can_be_planted() -> None:
@@ -17,6 +17,13 @@ def test_every_fault_can_be_planted() -> None:
 def test_no_fault_is_planted_twice() -> None:
     assert len({(fault.file, fault.new, fault.old) for fault in FAULTS}) == len(FAULTS)
     assert len({fault.what for fault in FAULTS}) == len(FAULTS)
+
+
+def test_every_folder_of_the_package_has_faults() -> None:
+    package = ROOT / "fedtune"
+    folders = {path.parent for path in package.rglob("*.py") if path.stem != "__init__"}
+    generated, trains_a_model_once = package / "wire" / "v1", package / "model" / "embedded"
+    assert folders - {generated, trains_a_model_once} == {(package / fault.file).parent for fault in FAULTS}
 
 
 @pytest.mark.parametrize(
