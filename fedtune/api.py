@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, bind, render
+from fedtune.config.plugins import find_method, method_names
 from fedtune.config.recipe import Objects
 from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
 from fedtune.methods.method import GlobalModel, Method
 from fedtune.planning.planner import Planner, PlannerInputs
 from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.record import Metrics
+from fedtune.runs.context import bind_to_score
 from fedtune.runs.demo import recipe_text, write_data
 from fedtune.runs.export import check_base, open_run
 from fedtune.simulation.fork_client import ForkServer
@@ -128,6 +130,9 @@ def check_objects(objects: Objects) -> Objects:
     if not isinstance(objects.method, Method | None):
         expected = "a fedtune.methods.method.Method"
         faults.append(Fault("method", expected, f"a {type(objects.method).__name__}"))
+    elif objects.method is not None and is_taken(objects.method):
+        hint = "name it, and its settings, otherwise: a run is resumed by the name"
+        faults.append(Fault("method", "a name that no other method has", repr(objects.method.name), hint))
     if objects.planner is not None and not callable(objects.planner):
         missing = [name for name in operations if name not in dir(objects.planner)]
         if missing:
@@ -138,6 +143,11 @@ def check_objects(objects: Objects) -> Objects:
     if faults:
         raise ConfigError(faults)
     return objects
+
+
+def is_taken(method: Method[Any]) -> bool:
+    """Return whether a method object has the name of another method, which a resume without it would use unnoticed."""
+    return method.name in method_names() and find_method(method.name) is not method
 
 
 def recipe_of(run: Path) -> Path:
@@ -220,7 +230,7 @@ def evaluate(run: str | Path, *, data: str | Path | None = None, examples: int |
     """
     path = Path(run)
     tuned, origin = open_run(path)
-    bound = bind(path / "recipe.toml")
+    bound = bind_to_score(path)
     if data is not None:
         bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve())))
     bound = replace(bound, evaluate=replace(bound.evaluate, examples=examples))

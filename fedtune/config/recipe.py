@@ -218,8 +218,18 @@ PYTHON_PLANNER = PlannerType(PYTHON, PythonPlanner, create=no_planner)
 
 def missing_object(argument: str, got: str = PYTHON) -> Fault:
     """Return the fault of a run that was started with a Python object and is loaded without it."""
-    hint = f"pass it again: fedtune.simulate(resume=..., {argument}=...)"
-    return Fault(argument, "the Python object that the run was started with", f"only its name, {got}", hint)
+    expected = "the Python object that the run was started with"
+    return Fault(argument, expected, f"only its name, {got}", pass_again(argument))
+
+
+def missing_plugin(table: str, name: str) -> Fault:
+    """Return the fault of a run whose method or planner is loaded by its name, and is not installed."""
+    hint = f"install the package that brings it; or, if it was a Python object, {pass_again(table)}"
+    return Fault(table, f"the {table} that the run was started with", f"only its name, {name}", hint)
+
+
+def pass_again(argument: str) -> str:
+    return f"pass it again with fedtune.simulate(resume=..., {argument}=...), which alone takes Python objects"
 
 
 def with_changes(training: Training, changes: Mapping[str, Any]) -> Training:

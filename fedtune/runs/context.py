@@ -5,14 +5,19 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from fedtune.config import Recipe, digest, render
-from fedtune.config.recipe import method_of
+from fedtune.config import Recipe, bind, digest, render
+from fedtune.config.plugins import method_names, planner_names
+from fedtune.config.reading import read
+from fedtune.config.recipe import PYTHON, method_of, missing_plugin
+from fedtune.errors import ConfigError
 from fedtune.messages import Blueprint
 from fedtune.methods.method import GlobalModel
+from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.clock import Clock
@@ -101,3 +106,29 @@ def installed_versions() -> Iterator[tuple[str, str]]:
 def first_state(recipe: Recipe, blueprint: Blueprint) -> Any:
     """Return the state of the recipe's method before any round."""
     return method_of(recipe).init(blueprint, recipe.method)
+
+
+def bind_recorded(source: Path | str) -> Recipe:
+    """Return a recipe that a run has recorded, from its file or its text.
+
+    Raises:
+        ConfigError: if its method or planner is not installed: one that Python code passed as an object never is.
+    """
+    *_, tables = read(source)
+    for table, names in (("method", method_names()), ("planner", (*planner_names(), PYTHON))):
+        content = tables.get(table)
+        name = content.get("name") if isinstance(content, Mapping) else None
+        if isinstance(name, str) and name not in names:
+            raise ConfigError(missing_plugin(table, name))
+    return bind(source)
+
+
+def bind_to_score(run: Path) -> Recipe:
+    """Return the recipe of a run whose model is scored or exported, for which no client is planned any more.
+
+    Raises:
+        ConfigError: as `bind_recorded`.
+    """
+    recipe = bind_recorded(run / "recipe.toml")
+    # A planner that was a Python object is gone. Like the fixed one it leaves the largest rank to the recipe.
+    return replace(recipe, planner=FixedSettings()) if recipe.planner.name == PYTHON else recipe

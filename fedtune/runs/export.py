@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.config import bind
 from fedtune.config.tables import bind_table
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lora.adapter import Adapter, Factors
@@ -18,6 +17,7 @@ from fedtune.lora.lowrank import compress, truncate
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model.settings import ModelSettings
 from fedtune.rounds.events import Note, Watch
+from fedtune.runs.context import bind_to_score
 from fedtune.store import peft, result
 from fedtune.store import seeds as store_seeds
 from fedtune.store.files import new_folder, store_errors
@@ -89,7 +89,7 @@ def _export_seeds(
     """Write a seed model: its ledger, the whole model with the ledger beside it, or an adapter of the bank `kron`."""
     if form == "ledger":
         return store_seeds.write(target, seeds, origin)
-    bound = bind(path / "recipe.toml")
+    bound = bind_to_score(path)
     if form != "merged":
         check_form(form, bound.method, [])
     from fedtune.runs.local import prepare, run_context
@@ -130,7 +130,7 @@ def _merge(
     dtype: str | None,
     watch: Watch,
 ) -> Path:
-    bound = bind(path / "recipe.toml")
+    bound = bind_to_score(path)
     from fedtune.model.base import DTYPES
     from fedtune.model.merge import merge
     from fedtune.runs.local import prepare

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.config import bind
 from fedtune.config.recipe import method_of
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.methods import serialization as states
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure
+from fedtune.runs.context import bind_to_score, first_state
 from fedtune.store import result
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import replay_journal
@@ -63,11 +63,10 @@ def load_run(run: Path) -> TrainedRun:
         ConfigError: if the base is another than the one that was trained on.
     """
     check_run(run)
-    bound = bind(run / "recipe.toml")
+    bound = bind_to_score(run)
     digests = replay_journal(run)[0].digests
     if not digests:
         raise StoreError(f"{run}: expected a run with a committed round; got none yet")
-    from fedtune.runs.context import first_state
     from fedtune.runs.export import check_base
     from fedtune.runs.local import prepare
 
@@ -114,7 +113,7 @@ def has_shared_ranking(run: Path) -> bool:
         StoreError: if the folder holds no run.
     """
     check_run(run)
-    pruning = bind(run / "recipe.toml").pruning
+    pruning = bind_to_score(run).pruning
     return pruning is not None and pruning.policy != "local"
 
 

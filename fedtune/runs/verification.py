@@ -12,7 +12,7 @@ from fedtune.errors import StoreError
 from fedtune.messages import Blueprint
 from fedtune.methods import serialization
 from fedtune.methods.method import GlobalModel
-from fedtune.runs.context import first_state
+from fedtune.runs.context import bind_recorded, first_state
 from fedtune.runs.resume import RESTORE_ADVICE, resumable
 from fedtune.store import result
 from fedtune.store.blobs import Blobs
@@ -50,7 +50,7 @@ def check_results_once(run: Path) -> None:
     records, folder = read_rounds(run), result.folder(run)
     written = result.read(run) if folder.exists() else None
     history, _ = replay_journal(run)
-    recipe = bind(history.inputs[-1]["recipe"])
+    recipe = bind_recorded(history.inputs[-1]["recipe"])
     check_recipe_file(run, recipe)
     last = records[-1].round if records else -1
     check_last_line(run, last, history)

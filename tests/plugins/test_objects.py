@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedtune
+from fedtune import api
 from fedtune.errors import ConfigError
+from fedtune.methods import METHODS
 from fedtune.model.base import Base
 from fedtune.planning.planner import PlannerInputs
+from fedtune.runs.export import export
 
 
 def digests(run: Path) -> list[str]:
@@ -218,3 +223,41 @@ def test_a_model_of_another_type_or_format_is_refused(recipe: dict[str, Any]) ->
 def test_a_method_must_have_the_name_that_the_recipe_gives(recipe: dict[str, Any], module: Any) -> None:
     with pytest.raises(ConfigError, match="the name of the method that was passed as an object"):
         fedtune.simulate(recipe, method=module.METHOD)
+
+
+def test_a_method_with_the_name_of_another_is_refused(recipe: dict[str, Any], module: Any, tmp_path: Path) -> None:
+    """The run's recipe holds the name alone: resumed without the object, the other method would go on with it."""
+    for other in (METHODS["fedit"], module.METHOD):
+        with pytest.raises(ConfigError, match="a name that no other method has") as error:
+            fedtune.simulate(recipe, method=replace(other, adapter=lambda state: {}), out=tmp_path / "run")
+        assert error.value.faults[0].path == "method"
+    tables = {**recipe, "method": "fedit", "rounds": {"count": 1}}
+    fedtune.simulate(tables, method=METHODS["fedit"], out=tmp_path / "run")
+
+
+def test_a_run_of_a_method_object_says_what_it_lacks(recipe: dict[str, Any], module: Any, tmp_path: Path) -> None:
+    method = replace(module.METHOD, name="other", settings=make_dataclass("Other", [("name", str, "other")]))
+    tables = {**{key: value for key, value in recipe.items() if key != "method"}, "rounds": {"count": 1}}
+    run = fedtune.simulate(tables, method=method, out=tmp_path / "run").path
+    uses: list[Callable[[], Any]] = [
+        lambda: fedtune.evaluate(run),
+        lambda: api.verify(run),
+        lambda: export(run, form="merged", out=tmp_path / "merged"),
+    ]
+    for use in uses:
+        with pytest.raises(ConfigError) as error:
+            use()
+        (fault,) = error.value.faults
+        assert (fault.path, fault.got) == ("method", "only its name, other")
+        assert "simulate(resume=..., method=...)" in fault.hint
+    assert export(run, out=tmp_path / "peft").is_dir()
+
+
+def test_a_run_of_a_planner_object_is_scored_and_exported_without_it(
+    recipe: dict[str, Any], module: Any, tmp_path: Path
+) -> None:
+    tables = {**recipe, "rounds": {"count": 1}}
+    run = fedtune.simulate(tables, planner=lambda inputs: module.ByExamples(9, inputs), out=tmp_path / "run")
+    assert fedtune.evaluate(run.path)["after"] == run.summary["after"]["test"]
+    assert export(run.path, form="merged", out=tmp_path / "merged").is_dir()
+    assert api.verify(run.path).committed == 1
