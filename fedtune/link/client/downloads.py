@@ -48,12 +48,14 @@ class Downloads:
         # Renamed into place only after its digest was verified, so it need not be read again.
         if whole.exists():
             return
+        partial = whole.with_name(f"{whole.name}.part")
         # Inline bytes are not signed themselves; wrong ones are ignored, and the part is fetched.
         if (data := inline.get(part.digest)) is not None and sha256(data).digest() == part.digest:
             with store_errors(whole):
-                whole.write_bytes(data)
+                # Renamed into place like a download: a crash within the write must leave no torn part under this name.
+                partial.write_bytes(data)
+                partial.replace(whole)
             return
-        partial = whole.with_name(f"{whole.name}.part")
         for attempt in range(ATTEMPTS):
             if self._download(job, part, partial) == part.digest:
                 with store_errors(whole):

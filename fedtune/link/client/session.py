@@ -119,4 +119,6 @@ class Session:
             self._record("refused", reason=one_line(str(error)), code="ROSTER")
             return
         write_bytes(self.identity.folder / "roster", data)
+        # At once: the roster before it may have expired, and this connection would be given up for that.
+        self._roster.refresh()
         self._record("roster", version=roster.version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -204,6 +205,11 @@ class RosterFile:
                 except WireError as error:
                     self.problem = str(error)
         return self._roster
+
+    def refresh(self) -> Roster:
+        """Return the newest valid roster after a look at the file, however recent the last one was."""
+        self._checked_at = -math.inf
+        return self.current()
 
     def _file_stamp(self) -> tuple[int, int, int]:
         try:

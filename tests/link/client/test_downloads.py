@@ -100,3 +100,19 @@ def test_a_passing_refusal_is_waited_for_and_a_final_one_gives_the_task_up(tmp_p
 def test_a_file_is_hashed_whole(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(DATA)
     assert hash_file(tmp_path / "file").digest() == PART.digest
+
+
+def test_a_crash_while_inline_bytes_are_written_leaves_no_torn_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_bytes", torn)
+        fetch(tmp_path, Server(), {PART.digest: DATA})
+    server = Server()
+    path, _ = fetch(tmp_path, server, {PART.digest: DATA})
+    assert (path.read_bytes(), server.offsets) == (DATA, [])

@@ -48,3 +48,13 @@ def test_only_the_coordinators_key_is_taken_and_none_after_the_roster_has_expire
         assert session.find_coordinator(client) is None
         session._now = lambda: 2.0**40
         assert session.find_coordinator(server) is None
+
+
+def test_a_client_whose_roster_has_expired_joins_with_the_newer_one_of_the_server(link: LinkServer) -> None:
+    authority.renew(link.places["ca"], days=60, now=int(link.time.now))
+    copy_roster(link.places["ca"], link.places, to=["server"])
+    link.clock.now += 2
+    link.time.now += 31 * 86400.0
+    with run_site(link, now=lambda: link.time.now) as running:
+        until(link, lambda: "hello" in running.kinds() or bool(running.ended))
+        assert "hello" in running.kinds()
