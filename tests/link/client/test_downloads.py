@@ -110,9 +110,10 @@ def test_a_crash_while_inline_bytes_are_written_leaves_no_torn_part(
             file.write(data[:100])
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", torn)
-        fetch(tmp_path, Server(), {PART.digest: DATA})
+        with pytest.raises(KeyboardInterrupt):
+            fetch(tmp_path, Server(), {PART.digest: DATA})
     server = Server()
     path, _ = fetch(tmp_path, server, {PART.digest: DATA})
     assert (path.read_bytes(), server.offsets) == (DATA, [])
