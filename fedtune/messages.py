@@ -434,6 +434,7 @@ class Failure:
         expected, _, got = rest.partition("; got ")
         where = where.removesuffix(": ")
         failure = cls(client, expected=expected, got=got, where=where, kind=kind, code=code)
+        # Where the parts do not give the text again it stays whole: a record must say what the journal says.
         return failure if failure.reason == text else cls(client, got=text, kind=kind, code=code)
 
 
@@ -476,5 +477,6 @@ def cohort_weights(updates: Sequence[AdmittedUpdate], weights: Weighting) -> Seq
     Sorting here makes every method independent of the order in which answers arrived.
     """
     cohort = sorted(updates, key=lambda update: update.client)
+    # Integers, so that the sum is exact and every p_k is rounded only once.
     sizes = [update.num_examples if weights == "examples" else 1 for update in cohort]
     return [(update, size / sum(sizes)) for update, size in zip(cohort, sizes, strict=True)]
