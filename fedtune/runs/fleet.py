@@ -13,9 +13,10 @@ from fedtune.devices.cost import PROXIES, Body, Work, flops_per_token, memory_by
 from fedtune.devices.cost import block_parameters as blocks_of
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
-from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Blueprint, Client, ProbeSeeds, Training
+from fedtune.errors import ConfigError, Fault, RoundError
+from fedtune.messages import Blueprint, Client, Failure, PlannedClient, ProbeSeeds, Training
 from fedtune.planning.adaptive import MEMORY_SHARE, AdaptiveSettings
+from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import ClientObservation, Cost, Planner, PlannerInputs, Speed
 from fedtune.planning.policies import arms_of
 from fedtune.planning.policy import Arm, Candidate
@@ -165,7 +166,10 @@ class Fleet:
             server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
             true_seconds=self.true_seconds,
         )
-        return planner_type_of(recipe).create(recipe.planner, inputs)
+        planner = planner_type_of(recipe).create(recipe.planner, inputs)
+        if isinstance(recipe.planner, FixedSettings | AdaptiveSettings) or method_of(recipe).task is ProbeSeeds:
+            return planner  # the recipe's rules have bounded its ranks
+        return RankChecked(planner, blueprint.max_rank, equal=method_of(recipe).ranks == "equal")
 
     def true_seconds(self, round: int, candidate: Candidate) -> Sequence[float]:
         """Return the seconds of every arm for a client in a round; only for traces that do not depend on time."""
@@ -214,6 +218,38 @@ class Fleet:
             "profiles": {profile.name: profile.as_table() for profile in self.profiles.values()},
             "clock": f"{SIMULATED_METHODS}{of}.",
         }
+
+
+@dataclass(frozen=True)
+class RankChecked:
+    """A planner of another package whose ranks are checked: a method would cut them, or fail after the training."""
+
+    planner: Planner
+    largest: int
+    """The largest rank that the run was prepared for."""
+    equal: bool
+    """Whether the method needs that rank of every client."""
+
+    def start(self) -> Any:
+        return self.planner.start()
+
+    def plan(self, learned: Any, round: int, cohort: Sequence[Client]) -> Mapping[str, PlannedClient | Failure]:
+        """Return the planner's plans.
+
+        Raises:
+            RoundError: naming the first client whose rank the method cannot combine.
+        """
+        plans = self.planner.plan(learned, round, cohort)
+        for name, own in plans.items():
+            rank = own.plan.rank if isinstance(own, PlannedClient) else self.largest
+            if rank > self.largest or (self.equal and rank != self.largest):
+                expected = f"rank {self.largest} for all clients" if self.equal else f"rank {self.largest} at most"
+                hint = "set adapter.rank, or largest_rank of the planner's type"
+                raise RoundError(f"round {round}: {name}: expected {expected}; got {rank}; {hint}", final=True)
+        return plans
+
+    def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> Any:
+        return self.planner.observe(learned, seen)
 
 
 def speed(profile: DeviceProfile) -> Speed:

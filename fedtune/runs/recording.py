@@ -106,7 +106,8 @@ def round_record(
         bytes_down=sum(client.bytes_down for client in clients.values()),
         bytes_up=sum(client.bytes_up for client in clients.values()),
         modules={name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
-        figures=figures,
+        # NaN would become null in the line, which no reader takes for a number: the run could not be resumed.
+        figures={name: value for name, value in figures.items() if np.isfinite(value)},
         clock_s=finished.clock_s,
         deployed=scores.deployed,
     )

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 import fedtune
+from fedtune.config.recipe import Objects
 from fedtune.devices.simulated_clock import SimulatedClock
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, RoundError
 from fedtune.messages import Blueprint, Client, Measured, Plan, Traffic, Training
 from fedtune.planning.adaptive import Adaptive
 from fedtune.planning.fixed import Fixed
+from fedtune.planning.planner import PlannerInputs
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.clock import CompletedWork
@@ -134,3 +136,39 @@ def test_a_planner_knows_the_means_of_a_profile() -> None:
     assert found.s_per_tflop == pytest.approx(1 / (4.0 * 0.6375))
     assert found.s_per_mb == pytest.approx(0.8)
     assert found.overhead_s == 0.5  # latency is in every transfer that is measured
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "expected"),
+    [
+        ("flora", 8, ""),
+        ("zeropad", 9, "client-00: expected rank 8 at most; got 9"),
+        ("fedit", 8, ""),
+        ("fedit", 4, "client-00: expected rank 8 for all clients; got 4"),
+    ],
+)
+def test_ranks_of_a_planner_object_are_those_that_the_method_can_combine(
+    tables: dict[str, Any], method: str, rank: int, expected: str
+) -> None:
+    class Chosen:
+        def __init__(self, inputs: PlannerInputs) -> None:
+            self.inputs = inputs
+
+        def start(self) -> int:
+            return 0
+
+        def plan(self, learned: int, round: int, cohort: Any) -> Any:
+            return {client.name: self.inputs.plan(client, rank=rank) for client in cohort}
+
+        def observe(self, learned: int, seen: Any) -> int:
+            return learned + 1
+
+    rest = {key: value for key, value in tables.items() if key != "override"}
+    recipe = fedtune.bind({**rest, "method": method}, objects=Objects(planner=Chosen))
+    planner = fleet_of(recipe, NAMES, BLUEPRINT, parameters=20_000).planner(BLUEPRINT)
+    assert planner.observe(planner.start(), []) == 1
+    if expected:
+        with pytest.raises(RoundError, match=expected):
+            planner.plan(0, 1, [Client("client-00", 10)])
+    else:
+        assert planner.plan(0, 1, [Client("client-00", 10)]).keys() == {"client-00"}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from fedtune.rounds.record import ModuleRecord, RoundRecord
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.runs.context import ModelScores
 from fedtune.runs.recording import round_record
+from fedtune.store.round_records import append_round, read_rounds
 
 PLAN = Plan("ann", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=3))
 
@@ -78,3 +80,10 @@ def test_a_reply_that_the_round_did_not_wait_for_is_recorded() -> None:
 
 def test_a_modules_spectrum_by_hand() -> None:
     assert record().modules == {"x": ModuleRecord(rank=2, norm=5.0, singular_values=(4.0, 3.0), energy_kept=0.9)}
+
+
+def test_a_figure_that_is_no_number_leaves_a_line_that_can_be_read(tmp_path: Path) -> None:
+    figures = {"rms": float("nan"), "left": 3}
+    record = round_record(result(), {}, energy_kept={}, figures=figures, scores=ModelScores())
+    append_round(tmp_path, replace(record, round=0))
+    assert read_rounds(tmp_path)[0].figures == {"left": 3}
