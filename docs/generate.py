@@ -46,6 +46,11 @@ def generated_pages() -> Mapping[str, str]:
     return pages
 
 
+def changelog() -> str:
+    """Return the changelog of the repository, with its links to pages as they are from within docs/."""
+    return (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](")
+
+
 def command_file(name: str) -> str:
     return name.removeprefix("fedtune ").replace(" ", "-") + ".md"
 
@@ -75,7 +80,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages, and the changelog of the repository."""
     for path, content in generated_pages().items():
         files.append(File.generated(config, path, content=content))
-    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text()))
+    files.append(File.generated(config, "changelog.md", content=changelog()))
     return files
 
 

@@ -73,7 +73,7 @@ def simulate(
         overrides: settings that replace the recipe's, as `client.steps=10`.
         out: run directory; `runs/<name>` without it.
         fresh: if the directory is taken, start beside it instead of refusing.
-        resume: directory of a run to go on with, after a crash or for more rounds; its result is the one that the run
+        resume: directory of a run to continue, after a crash or for more rounds; its result is the one that the run
             would have had without a break. `rounds.count` and the engine may change, nothing else; the Python objects
             that it was given must be given again.
         method: a method of your own; the recipe's table `method` holds its settings.

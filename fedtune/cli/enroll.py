@@ -64,11 +64,11 @@ def sign(
     ca: AuthorityOption = Path("ca"),
     days: Annotated[int, typer.Option(min=1, max=397, help="How long the certificate lasts.")] = 90,
     fingerprint: Annotated[
-        str | None, typer.Option(metavar="HEX", help="What the site read out; without a terminal it is needed.")
+        str | None, typer.Option(metavar="HEX", help="Fingerprint that the site read out; required without a terminal.")
     ] = None,
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Let a known party come with a new key, organisation or role."),
+        typer.Option("--replace", help="Accept a new key, organisation or role of an enrolled party."),
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of NAME.bundle.json.")] = None,
     debug: DebugOption = False,

@@ -64,7 +64,7 @@ def demo(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Run a small federation that fedtune brings along: its own language model, this Python's library as 8 clients."""
+    """Run a small federation that comes with fedtune: its own model, and this Python's library as 8 clients."""
     with report_errors(debug):
         if write is not None:
             write_demo(write)
@@ -161,7 +161,7 @@ def evaluate(
         elif ratio:
             got = "--data" if data is not None else "a run without [pruning], or with the policy local"
             raise typer.BadParameter(
-                f"expected a run with [pruning] and one order for all, and no --data; got {got}; leave --ratio out",
+                f"expected a run with [pruning] and one ranking for all, and no --data; got {got}; leave --ratio out",
                 param_hint="--ratio",
             )
         if as_json:

@@ -30,7 +30,7 @@ def list_runs(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the runs of a folder: rounds done, what state they are in, bytes on disk."""
+    """List the runs of a folder: rounds done, state, bytes on disk."""
     with report_errors(debug):
         from fedtune import api
 

@@ -201,7 +201,7 @@ def seed_method_faults(recipe: Recipe) -> Iterator[Fault]:
     method = method_type_of(recipe)
     if method.task is not ProbeSeeds:
         return
-    hint = f"{method.name!r} has forward passes in the base's own format and no optimizer; leave it out"
+    hint = f"{method.name!r} only measures losses, and trains nothing that this key acts on; leave it out"
     for key, default in IDLE.items():
         value = getattr(recipe.client, key)
         if value != default and (key, value) != ("autocast", "off"):

@@ -150,6 +150,8 @@ def unknown_keys(content: Mapping[str, Any], known: Collection[str], path: str) 
             hint = f"did you mean {prefix}{meant}?"
         elif elsewhere:
             hint = f"it belongs in {join_words(elsewhere, joint='or')}"
+        elif longer := [name for name in known if name.endswith(f"_{key}")]:
+            hint = f"did you mean {join_words([prefix + name for name in longer], joint='or')}?"
         else:
             hint = f"the keys are {join_words(known)}"
         yield Fault(f"{prefix}{key}", "", "unknown key", hint)

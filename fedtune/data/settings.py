@@ -92,7 +92,7 @@ def faults(settings: DataSettings) -> list[Fault]:
     needed = needs.get(split.kind, [])
     for name in needed:
         if not getattr(split, name):
-            wrong.append(Fault(f"data.split.{name}", f"a value, for {split.kind!r} needs it", "none", f"set {name}"))
+            wrong.append(Fault(f"data.split.{name}", f"a value, which {split.kind!r} needs", "none", f"set {name}"))
     optional = {"key": ["clients"], "files": ["clients"]}.get(split.kind, [])
     for name in ("by", "clients", "alpha", "sizes"):
         value = getattr(split, name)

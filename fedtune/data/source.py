@@ -205,7 +205,10 @@ def _jsonl(name: str, key: str) -> Columns:
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:  # also a number of too many digits, and too deep nesting
-            got = f"{_first_line(error)} in line {number} of {name}"
+            reason = _first_line(error)
+            if isinstance(error, json.JSONDecodeError):  # its text counts lines from the start of this one
+                reason = f"{error.msg.removesuffix(' at')} at character {error.colno}"
+            got = f"{reason} in line {number} of {name}"
             raise ConfigError(Fault(key, "one JSON object per line", got)) from error
         if not isinstance(rows[-1], dict):
             got = f"a {type(rows[-1]).__name__} in line {number} of {name}"

@@ -224,7 +224,7 @@ def read_lines(path: Path, *, finished: bool) -> RoundLines:
             f"finished; got a line that is cut off; {REMEDY}"
         )
     if not lines.records:
-        raise StoreError(f"{path}: expected at least one complete round; got none; let the run go on first")
+        raise StoreError(f"{path}: expected at least one complete round; got none; let the run finish a round first")
     return lines
 
 

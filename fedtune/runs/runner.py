@@ -37,7 +37,7 @@ def run_recipe(
 ) -> Mapping[str, Any]:
     """Run the rounds, or those that are left, record each of them in the run directory, and return the summary.
 
-    With `resume` a stopped run goes on; one that was killed before its journal began starts.
+    With `resume` a stopped run continues; one that was killed before its journal began starts.
 
     When a round cannot be completed, or on Ctrl-C, the completed rounds stay: their lines, the last adapter, and a
     summary with the reason; then the exception is raised again. The run can be resumed after that, and after any crash.
@@ -109,10 +109,10 @@ def recorded_rounds(
 
 
 def stop_note(stop: BaseException, door: Door, run: Path, records: Sequence[RoundRecord]) -> str:
-    """Return the note on a stopped run: the rounds that are complete, and how to go on."""
+    """Return the note on a stopped run: the rounds that are complete, and how to resume it."""
     complete = f"after round {records[-1].round}" if records else "before its first round"
     final = isinstance(stop, RoundError) and stop.final
-    return f"stopped {complete}" + ("" if final else f"; go on with: {resume_command(door, run)}")
+    return f"stopped {complete}" + ("" if final else f"; resume with: {resume_command(door, run)}")
 
 
 def run_rounds_of(

@@ -28,7 +28,7 @@ def check_vacant(path: Path, *, fresh: bool = False) -> Path:
             if not fresh:
                 raise StoreError(
                     f"{path}: expected a new or an empty folder; it holds a run or other files; "
-                    "pass --resume to go on with it, --fresh to start another run beside it, --out to choose a folder"
+                    "pass --resume to continue a run, --fresh to start another run beside it, --out to choose a folder"
                 )
             chosen, number = path.with_name(f"{path.name}-{number}"), number + 1
         # Not durable yet: the journal syncs the name when the run begins.

@@ -68,7 +68,9 @@ class RunJournal:
         with lock_run(run):
             history, end = replay_journal(run) if (run / "journal").exists() else (History(), End())
             if history.inputs:
-                raise StoreError(f"{run}: expected a new run; it holds one; pass --resume to go on with it, or --fresh")
+                raise StoreError(
+                    f"{run}: expected a new run; it holds one; pass --resume to continue it, --fresh to start another"
+                )
             files.sweep(run)  # of a process that was killed before the run had begun
             with files.store_errors(run):
                 files.sync_folder(run.resolve().parent)  # the run directory's own name

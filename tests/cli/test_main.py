@@ -376,7 +376,7 @@ def test_ctrl_c_in_the_first_round_leaves_a_run_that_can_be_reported(
     path = tmp_path / "run"
     ended = fedtune("simulate", tiny, "--out", path, "--set", "report.plots=true")
     assert ended.exit_code == 130
-    assert f"stopped after round 0; go on with: fedtune simulate --resume {path}" in ended.stderr
+    assert f"stopped after round 0; resume with: fedtune simulate --resume {path}" in ended.stderr
     assert "interrupted" in (path / "report.html").read_text()
     assert fedtune("report", path).exit_code == 0
     refused = fedtune("export", path)

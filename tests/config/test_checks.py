@@ -19,7 +19,7 @@ from tests.config.conftest import SHORTEST, Faulty
         (
             ["method=fedkseed", "client.proximal=0.1"],
             "client.proximal",
-            "expected 0.0; got 0.1; 'fedkseed' has",
+            "expected 0.0; got 0.1; 'fedkseed' only measures losses",
         ),
         (["data.split.kind=dirichlet"], "data.split.alpha", "'dirichlet' needs it"),
         (["data.split.kind=key"], "data.split.by", "'key' needs it"),

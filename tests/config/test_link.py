@@ -27,5 +27,8 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         bind_link(path)
     assert len(caught.value.faults) == 4
     assert "uploads" in str(caught.value)
+    path.write_text("[link]\nuploads = 2\n")
+    with pytest.raises(ConfigError, match=r"link\.uploads: unknown key; did you mean link\.max_concurrent_uploads\?"):
+        bind_link(path)
     with pytest.raises(ConfigError, match="none at"):
         bind_link(tmp_path / "none.toml")

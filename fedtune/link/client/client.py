@@ -143,7 +143,7 @@ class Client:
             self._calls.close()
 
     def _begin(self, greeting: Greeting) -> None:
-        """Take part in a run, or go on with it: stored replies without a receipt are sent first."""
+        """Take part in a run, or resume it: stored replies without a receipt are sent first."""
         if self._stop.is_set():
             return
         # A run is known by its folder, so a restarted client does not ask its operator again.
