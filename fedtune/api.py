@@ -129,7 +129,8 @@ def check_objects(objects: Objects) -> Objects:
     faults = []
     if not isinstance(objects.method, Method | None):
         expected = "a fedtune.methods.method.Method"
-        faults.append(Fault("method", expected, f"a {type(objects.method).__name__}"))
+        hint = "the name of a method belongs in the recipe, as method.name" if isinstance(objects.method, str) else ""
+        faults.append(Fault("method", expected, f"a {type(objects.method).__name__}", hint))
     elif objects.method is not None and is_taken(objects.method):
         hint = "name it, and its settings, otherwise: a run is resumed by the name"
         faults.append(Fault("method", "a name that no other method has", repr(objects.method.name), hint))

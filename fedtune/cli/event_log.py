@@ -26,7 +26,7 @@ EVENT_TEXTS: Mapping[str, str] = {
     "refused": "{client} refused: {reason}",
     "declined": "round {round}: {client} declines: {veto}, {reason}",
     "lost": "{client} is lost in round {round}: {reason}",
-    "stopped": "stopped",
+    "stopped": "server stopped",
     "note": "{text}",
     "warning": "warning: {text}",
     "roster": "took the roster version {version}",

@@ -32,7 +32,7 @@ def test_a_site_speaks_of_itself() -> None:
 
 
 def test_each_event_is_one_line() -> None:
-    for form, expected in (("text", "00:00:01 stopped\n"), ("json", None)):
+    for form, expected in (("text", "00:00:01 server stopped\n"), ("json", None)):
         out = io.StringIO()
         tell = event_writer(form, out, now=lambda: 1.0)  # type: ignore[arg-type]
         tell("asked", client="anna", bytes=3)

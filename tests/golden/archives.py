@@ -1,4 +1,4 @@
-"""Runs that 0.2.0 began and that were stopped, archived so that a later release can be seen to go on with them.
+"""Runs that 0.2.0 began and that were stopped, archived so that a later release can be seen to resume them.
 
 python tests/golden/record.py --archive    makes them; only a checkout of 0.2.0 may
 """
