@@ -96,7 +96,7 @@ def verify(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
         )
         typer.echo(
             f"{printable(str(run))}: {verified.records} records, {verified.committed} rounds and "
-            f"{verified.blobs} blobs ({size(verified.num_bytes)}) in order; "
+            f"{verified.blobs} {'blob' if verified.blobs == 1 else 'blobs'} ({size(verified.num_bytes)}) in order; "
             f"rounds.jsonl and the adapter agree with them{torn}"
         )
 

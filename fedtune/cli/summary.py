@@ -99,8 +99,10 @@ def scores(summary: Mapping[str, Any]) -> Table:
 def clients(summary: Mapping[str, Any]) -> Table:
     """Return one row per client: size, rank, loss of the global model on its held-out data, bytes, seconds."""
     old, new = (summary[when].get("held_out") or {} for when in ("before", "after"))
-    table = grid("", "client", "examples", "rank", "held-out loss", "up", "down", "seconds", "failures")
     rows = sorted(summary["clients"].items())
+    # Only where there are any: without this column the table fits a terminal of 80 columns.
+    failures = ["failures"] if any(client["failures"] for _, client in rows) else []
+    table = grid("", "client", "examples", "rank", "held-out loss", "up", "down", "seconds", *failures)
     for name, client in rows[:MOST_CLIENTS]:
         table.add_row(
             Text(printable(name)),
@@ -110,7 +112,7 @@ def clients(summary: Mapping[str, Any]) -> Table:
             size(client["bytes_up"]),
             size(client["bytes_down"]),
             f"{client['seconds']:.1f}",
-            str(client["failures"] or ""),
+            *(str(client["failures"] or "") for _ in failures),
         )
     if len(rows) > MOST_CLIENTS:
         table.add_row(f"and {len(rows) - MOST_CLIENTS} more")
@@ -148,7 +150,9 @@ def change(before: float | None, after: float | None) -> str:
 
 
 def grid(title: str, first: str, *others: str) -> Table:
-    table = Table(title=Text(printable(title)) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=Text(printable(title)) if title else None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column(first, overflow="fold")
     for name in others:
         table.add_column(name, justify="right")
