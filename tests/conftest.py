@@ -35,6 +35,20 @@ import fedtune.link  # noqa: E402, F401
 os.environ.update(OFFLINE)
 
 
+LONGEST = (
+    *("test_engines.py", "link/server/test_dispatcher.py", "test_link.py", "runs/test_deploy.py", "test_crash.py"),
+    *("test_api.py", "directions/test_rebuild_numba.py", "client/test_site_process.py", "docs/test_generate.py"),
+    *("golden/test_archives.py", "client/test_worker_process.py", "simulation/test_process_pool.py"),
+)
+"""Test files that take longest, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files: two processes share whole files, and one would wait for the other at the end."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every test the offline environment, whatever the one before it set."""
