@@ -29,7 +29,7 @@ help:  ## list these targets
 demo: $(INSTALLED)  ## fine-tune the embedded model over its clients, and say what it gave
 	@$(BIN)/fedtune demo
 
-test: $(INSTALLED)  ## check style and types, and run the fast tests beside them, in under four minutes on two cores
+test: $(INSTALLED)  ## check style and types, and run the fast tests beside them, in a little over four minutes on two cores
 	@$(MAKE) --no-print-directory --jobs style types fast
 
 test-all: $(INSTALLED)  ## the same with every test: all crash points, kills, chaos, Ray, SuperLink, wheel and sdist
