@@ -1,4 +1,4 @@
-"""The nouns of a round: what a client is asked, what it answers, and what becomes of a client that fails."""
+"""The messages of a round as values: assignments, updates and failures, with the settings that travel in them."""
 
 from __future__ import annotations
 

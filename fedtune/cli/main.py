@@ -1,4 +1,4 @@
-"""The command `fedtune`: thin verbs over `fedtune.api`; nothing heavy is imported before it is needed."""
+"""The command `fedtune`: its subcommands call `fedtune.api`; nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 

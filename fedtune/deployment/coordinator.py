@@ -116,7 +116,10 @@ def coordinate(
                 sleep=grid.wait,
             )
             run_context = server_context(
-                recipe, transport, door="link", opened=lambda ledger: dispatcher.set_journal_end(lambda: ledger.end)
+                recipe,
+                transport,
+                door="link",
+                on_journal=lambda journal: dispatcher.set_journal_end(lambda: journal.end),
             )
             # Not before: the base is what the profiles of most clients say.
             dispatcher.base = bytes.fromhex(run_context.base["digest"])

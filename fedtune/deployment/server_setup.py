@@ -44,7 +44,7 @@ def server_context(
     transport: GridTransport,
     *,
     door: Door,
-    opened: Callable[[RunJournal], None] = lambda ledger: None,
+    on_journal: Callable[[RunJournal], None] = lambda journal: None,
 ) -> RunContext:
     """Return the context of a run whose model is described by what the clients have in common."""
     common, profiles = transport.foundation, transport.profiles
@@ -94,7 +94,7 @@ def server_context(
         machine={"engine": door},
         labels=common.labels,
         door=door,
-        opened=opened,
+        on_journal=on_journal,
     )
 
 

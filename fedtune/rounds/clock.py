@@ -1,4 +1,4 @@
-"""How long clients took: the seam to a clock, its inputs and its answer."""
+"""The interface of a clock, which says how long each client took in a round: its inputs and its answer."""
 
 from __future__ import annotations
 

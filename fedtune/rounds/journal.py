@@ -1,4 +1,4 @@
-"""The seam between the round loop and its journal, and what a journal knows of a round that was interrupted."""
+"""The interface of the journal that makes each round durable, and its record of a round that was interrupted."""
 
 from __future__ import annotations
 

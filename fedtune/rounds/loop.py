@@ -1,4 +1,4 @@
-"""The one loop: plan, assign, exchange, admit, aggregate, commit, and hand each round's result on."""
+"""The round loop: plan, assign, exchange, admit, aggregate, commit, and hand each round's result on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one seam between the round loop and the clients: encoded assignments out, encoded updates back."""
+"""The interface of a transport between round loop and clients: encoded assignments out, encoded updates back."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class RunContext:
     """Measures or simulates the time on the clients' devices; None where it is not known."""
     devices: Mapping[str, Any] = field(default_factory=dict)
     """By client, the profile of the device that it is simulated on, with the provenance of each number."""
-    opened: Callable[[RunJournal], None] = lambda journal: None
+    on_journal: Callable[[RunJournal], None] = lambda journal: None
     """Called with the journal before the first round; over the link, receipts state its last record."""
 
     @property

@@ -1,4 +1,4 @@
-"""Whether and where a run goes on: its recipe, base and data against the journal, its last state, and the command."""
+"""Resuming a run: its recipe, base and data held against the journal, its last state, and the command for it."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def run_recipe(
         records, state = load_resumed(context, run, journal, watch) if resumed else ([], None)
         write_recipe(run, render(context.recipe))
         journal.begin(context.inputs)
-        context.opened(journal)
+        context.on_journal(journal)
         if records and records[-1].round:
             write_result(context, run, state, records)  # after a crash, or a change by hand, it may be another round's
         earlier = sum(record.seconds for record in records)

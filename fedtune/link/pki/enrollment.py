@@ -1,4 +1,4 @@
-"""Enrolment of a party: keys that never leave it, a request signed by both, and the bundle that the CA sends back."""
+"""Enrollment of a party: keys that never leave it, a request signed by both, and the bundle that the CA sends back."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def accept_bundle(folder: Path, bundle: bytes, *, now: int) -> Identity:
         raise ConfigError(Fault("bundle", f"a certificate of the key in {folder}", f"one of another, {name!r}", hint))
     if not is_issued:
         raise ConfigError(Fault("bundle", "a certificate signed by the CA in it", "one of another CA"))
-    # Pinned at the first enrolment: a bundle swapped on its way must not bring another CA.
+    # Pinned at the first enrollment: a bundle swapped on its way must not bring another CA.
     for path, data, what in ((folder / CA, ca, "CA"), (folder / ROOT, anchor, "roster key")):
         if path.exists() and path.read_bytes() != data:
             hint = f"if the federation has really changed its {what}, compare fingerprints by voice and remove {path}"
