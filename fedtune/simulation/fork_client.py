@@ -133,12 +133,12 @@ class ForkServer:
 
     def end(self, worker: Worker) -> str:
         """Kill a worker unless it is dead, and return how it ended, as a predicate."""
-        worker.connection.close()
         message = None
-        if worker in self._workers:  # else it ended with an earlier server; its id may be another process's
-            self._workers.discard(worker)
-            self._send({"verb": "end", "pid": worker.pid})
-            message = self._receive()
+        with worker.connection:  # closed last: a worker ends by itself once it is, and would not be killed
+            if worker in self._workers:  # else it ended with an earlier server; its id may be another process's
+                self._workers.discard(worker)
+                self._send({"verb": "end", "pid": worker.pid})
+                message = self._receive()
         return wait_for_exit(worker.parent) if message is None else exit_reason(message["status"])
 
     def _request_worker(self, place: int, timeout_s: float | None) -> tuple[Any, Connection[bytes, bytes]]:
