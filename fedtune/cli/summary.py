@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -34,6 +35,8 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, adapter: Path,
             console.print(part)
     if summary.get("sample"):
         console.print(sample(summary["sample"]))
+    for texts in summary.get("samples", ()):
+        console.print(side_by_side(texts))
     written = {adapter.name: adapter} | ({"report": report} if report.exists() else {})
     for name, path in written.items():
         console.print(Text(f"{name:8} {printable(path)}"), soft_wrap=True)
@@ -127,6 +130,33 @@ def sample(texts: Mapping[str, str]) -> RenderableType:
     for name in ("prompt", "before", "after"):
         table.add_row(name, Text(printable(texts[name], lines=True)))
     return table
+
+
+def side_by_side(texts: Mapping[str, Any]) -> RenderableType:
+    """Return the answers to one question before and after, beside each other, with their scores."""
+    table = Table(
+        title=Text(printable(texts["prompt"], lines=True)),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        expand=True,
+        show_footer="scores" in texts,
+    )
+    for name in ("before", "after"):
+        table.add_column(name, ratio=1, overflow="fold", footer=Text(answer_scores(texts, name), style="dim"))
+    table.add_row(*(Text(printable(texts[name].strip() or "(nothing)", lines=True)) for name in ("before", "after")))
+    if "reference" not in texts:
+        return table
+    reference = Text.assemble(("reference  ", "dim"), printable(texts["reference"], lines=True))
+    return Group(table, Padding(reference, (0, 0, 1, 1)))
+
+
+def answer_scores(texts: Mapping[str, Any], name: str) -> str:
+    """Return what an answer scored against the reference, in words."""
+    scores = texts.get("scores", {}).get(name, {})
+    titles = {"rouge_l": "Rouge-L", "loss": "loss of the reference"}
+    return ", ".join(f"{title} {number(scores[key])}" for key, title in titles.items() if key in scores)
 
 
 def comparison(before: Metrics, after: Metrics) -> Table:

@@ -132,6 +132,10 @@ def rank_faults(recipe: Recipe) -> Iterator[Fault]:
 def causal_only_faults(recipe: Recipe) -> Iterator[Fault]:
     task, packing = recipe.model.task, recipe.data.packing
     generate, prompt = recipe.evaluate.generate, recipe.evaluate.prompt
+    questions, references = recipe.evaluate.prompts, recipe.evaluate.references
+    if references and len(references) != len(questions):
+        expected = f"one answer for each of the {len(questions)} evaluate.prompts, or none"
+        yield Fault("evaluate.references", expected, str(len(references)), "leave out what has no question")
     if task == "causal":
         return
     if packing:
@@ -140,6 +144,9 @@ def causal_only_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("evaluate.generate", f"0 with model.task = {task!r}", str(generate), "only causal models write")
     if prompt is not None:
         yield Fault("evaluate.prompt", f"none with model.task = {task!r}", display(prompt), "only causal models write")
+    if questions:
+        got = display(list(questions))
+        yield Fault("evaluate.prompts", f"none with model.task = {task!r}", got, "only causal models write")
 
 
 def column_faults(recipe: Recipe) -> Iterator[Fault]:

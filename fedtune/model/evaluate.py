@@ -101,24 +101,27 @@ def classify(model: Any, base: Base, examples: Sequence[Example], *, batch: int)
 
 def answers(model: Any, base: Base, examples: Sequence[Example], *, new_tokens: int) -> Metrics:
     """Return scores of greedy answers to the examples' prompts against their references; see `evaluate`."""
-    from rouge_score.rouge_scorer import RougeScorer
-
     prompts = [example for example in examples if example.reference]
     if not prompts:
         return {}
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
     generated = [
         continue_text(model, base, example.input_ids[: example.prompt_tokens].tolist(), new_tokens=new_tokens)
         for example in prompts
     ]
-    rouge = [
-        scorer.score(ex.reference, answer)["rougeL"].fmeasure for ex, answer in zip(prompts, generated, strict=True)
-    ]
+    rouge = [rouge_l(example.reference, answer) for example, answer in zip(prompts, generated, strict=True)]
     exact = [
         " ".join(ex.reference.split()) == " ".join(answer.split())
         for ex, answer in zip(prompts, generated, strict=True)
     ]
     return {"rouge_l": float(np.mean(rouge)), "exact_match": float(np.mean(exact)), "generated": len(prompts)}
+
+
+def rouge_l(reference: str, answer: str) -> float:
+    """Return the F1 of the longest common subsequence of the words, unstemmed, of an answer and its reference."""
+    # Imported here: it takes a second, and few runs generate.
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return float(RougeScorer(["rougeL"], use_stemmer=False).score(reference, answer)["rougeL"].fmeasure)
 
 
 def continue_text(model: Any, base: Base, ids: Sequence[int], *, new_tokens: int) -> str:
@@ -138,14 +141,3 @@ def continue_text(model: Any, base: Base, ids: Sequence[int], *, new_tokens: int
     )
     text: str = base.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
     return text
-
-
-def sample(base: Base, adapter: Adapter, saved: Tensors, prompt: str, *, new_tokens: int) -> str:
-    """Return the greedy continuation of a prompt by the global model."""
-    ids = base.tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    eos = base.tokenizer.eos_token_id
-    # Some tokenizers close every text; a prompt stays open.
-    if len(ids) > 1 and ids[-1] == eos:
-        ids = ids[:-1]
-    with with_adapters(base, frozen=adapter, saved=saved) as model, torch.inference_mode():
-        return continue_text(model, base, ids, new_tokens=new_tokens)

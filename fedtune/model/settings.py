@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
+
+from fedtune.messages import OMIT_DEFAULT
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class EvaluationSettings:
     generate: Annotated[int, Ge(0)] = 0
     """Test examples that are also answered by greedy generation and scored with Rouge-L and exact match; 0 is off."""
     new_tokens: Annotated[int, Ge(1)] = 64
-    """Longest answer that `generate` and `prompt` may give."""
+    """Longest answer that `generate`, `prompt` and `prompts` may give."""
     prompt: str | None = None
     """A text that the model continues before and after the run; both continuations are shown at its end."""
+    prompts: Sequence[str] = field(default=(), metadata=OMIT_DEFAULT)
+    """Questions that are put to the model as its training rows are, before and after the run; the answers stand side by
+    side at its end."""
+    references: Sequence[str] = field(default=(), metadata=OMIT_DEFAULT)
+    """A good answer to each of `prompts`, by which the model's are scored: Rouge-L against it, and its own loss."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from fedtune.report.curves import client_names, evaluations, kinds, loss_curve, 
 from fedtune.report.drawing import png, svg
 from fedtune.report.planner_choices import choices_table, devices_table, idle
 from fedtune.report.plots import PLOTS
-from fedtune.report.reader import Run, Scores, finite, read_run
+from fedtune.report.reader import Run, Sample, Scores, finite, read_run
 from fedtune.report.rendering import Card, Table, render, replace_text
 from fedtune.report.units import bytes_text, number_text, seconds_text
 from fedtune.rounds.record import ModuleRecord
@@ -94,12 +94,19 @@ def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
         totals=tables.clients(run),
         profiles=devices_table(run),
         idle=idle(run),
-        sample=run.summary.sample if run.summary else None,
+        samples=samples(run),
         failures=tables.failures_table(run),
         uploads=uploads(run),
         seeds=tables.seeds(run),
         provenance=tables.provenance(run),
     )
+
+
+def samples(run: Run) -> Sequence[Sample]:
+    """Return the prompts with their answers before and after."""
+    if run.summary is None:
+        return []
+    return [*([run.summary.sample] if run.summary.sample else []), *run.summary.samples]
 
 
 def card(run: Run, name: str, figure: Figure) -> Card:

@@ -69,9 +69,14 @@ class ClientTotal:
 
 @dataclass(frozen=True)
 class Sample:
+    """The answers to one prompt before and after."""
+
     prompt: str
     before: str
     after: str
+    reference: str = ""
+    scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    """Of the answers `before` and `after`: `rouge_l`, and `loss` of the reference."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ class Summary:
     bytes_up: int = 0
     seconds: float = 0.0
     sample: Sample | None = None
+    samples: tuple[Sample, ...] = ()
+    """Of `evaluate.prompts`."""
     failures: tuple[FailureRecord, ...] = ()
     adapter_digest: str = ""
     state_digest: str = ""

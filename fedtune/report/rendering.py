@@ -11,6 +11,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from fedtune.report.units import number_text
+
 
 @dataclass(frozen=True)
 class Table:
@@ -43,7 +45,7 @@ def source(name: str) -> str:
 def environment() -> Environment:
     # Names, reasons and samples in a page come from clients. StrictUndefined: a value that the page's code forgot to
     # give is an error in a test, not an empty place in a report.
-    return Environment(
+    pages = Environment(
         loader=FunctionLoader(source),
         autoescape=True,
         undefined=StrictUndefined,
@@ -51,6 +53,8 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    pages.filters["number"] = number_text
+    return pages
 
 
 def render(template: str, **values: object) -> str:

@@ -48,6 +48,11 @@ def no_scores(tuned: GlobalModel, *, test: bool, clients: bool, structure: Model
     return ModelScores()
 
 
+def no_samples(tuned: GlobalModel) -> Mapping[str, Any]:
+    """Answer nothing: a server has no model."""
+    return {"sample": None}
+
+
 @dataclass(frozen=True)
 class RunContext:
     """What a run is given, the same in a simulation and on a server without a model."""
@@ -68,8 +73,8 @@ class RunContext:
     notes: Sequence[str] = ()
     """Remarks of the preparation, such as examples that were dropped."""
     score: Callable[..., ModelScores] = no_scores
-    sample: Callable[[GlobalModel], Mapping[str, str] | None] = lambda tuned: None
-    """Continues the recipe's prompt before and after."""
+    sample: Callable[[GlobalModel], Mapping[str, Any]] = no_samples
+    """Answers the recipe's prompts before and after."""
     door: Door = "simulate"
     clock: Clock | None = None
     """Measures or simulates the time on the clients' devices; None where it is not known."""

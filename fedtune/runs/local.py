@@ -23,6 +23,7 @@ from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base
 from fedtune.model.libraries import threads
 from fedtune.model.pruned_training import block_layout, with_pruned_model
+from fedtune.model.samples import answers
 from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
@@ -30,6 +31,7 @@ from fedtune.rounds.transport import Transport
 from fedtune.runs.base_checks import check_pruning, check_ranks
 from fedtune.runs.context import ModelScores, RunContext, first_state
 from fedtune.runs.fleet import Fleet, Lengths, fleet_of
+from fedtune.runs.samples import prompts, side_by_side
 from fedtune.simulation.fork_client import ForkServer
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.process_pool import ProcessPool
@@ -287,13 +289,13 @@ def workers(experiment: Experiment) -> int:
     return max(1, len(os.sched_getaffinity(0)) // recipe.model.threads)
 
 
-def sample(experiment: Experiment, tuned: GlobalModel) -> Mapping[str, str] | None:
-    """Continue the recipe's prompt with the base and with the global model; None without a prompt."""
-    settings, base = experiment.recipe.evaluate, experiment.base
-    if settings.prompt is None:
-        return None
-    continued = partial(scoring.sample, base, prompt=settings.prompt, new_tokens=settings.new_tokens)
-    with threads(experiment.recipe.model.threads):
-        before = continued({}, {})
+def sample(experiment: Experiment, tuned: GlobalModel) -> Mapping[str, Any]:
+    """Return what summary.json says of samples: the recipe's prompts, answered by the base and by the global model."""
+    recipe, base = experiment.recipe, experiment.base
+    asked = prompts(recipe, base.tokenizer)
+    answered = partial(answers, base, prompts=asked, new_tokens=recipe.evaluate.new_tokens)
+    with threads(recipe.model.threads):
+        before = answered({}, {}) if asked else []
         with with_seeds(base, tuned.seeds):
-            return {"prompt": settings.prompt, "before": before, "after": continued(tuned.adapter, tuned.saved)}
+            after = answered(tuned.adapter, tuned.saved) if asked else []
+    return side_by_side(recipe.evaluate, asked, before, after)

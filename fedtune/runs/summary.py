@@ -14,7 +14,7 @@ from fedtune.config.recipe import method_of
 from fedtune.messages import ProbeSeeds
 from fedtune.methods.method import GlobalModel
 from fedtune.rounds.record import COUNTS, Metrics, RoundRecord
-from fedtune.runs.context import RunContext, versions
+from fedtune.runs.context import RunContext, no_samples, versions
 from fedtune.store import result
 
 
@@ -49,7 +49,7 @@ def summary(
         "bytes_down": sum(record.bytes_down for record in records),
         "bytes_up": sum(record.bytes_up for record in records),
         "seconds": seconds,
-        "sample": context.sample(tuned) if tuned and not reason else None,
+        **(context.sample(tuned) if tuned and not reason else no_samples(GlobalModel())),
         "failures": failures(records),
         "recipe_digest": digest(recipe),
         "adapter_digest": result.digest(tuned) if tuned else "",

@@ -11,9 +11,9 @@ from fedtune.cli.summary import clients, comparison, show_summary
 from tests.cli.conftest import metrics
 
 
-def printed(summary: Mapping[str, Any], folder: Path) -> str:
+def printed(summary: Mapping[str, Any], folder: Path, width: int = 120) -> str:
     file = StringIO()
-    console = Console(file=file, width=120, highlight=False)
+    console = Console(file=file, width=width, highlight=False)
     show_summary(console, summary, adapter=folder / "adapter", report=folder / "report.html")
     return file.getvalue()
 
@@ -79,3 +79,29 @@ def test_a_comparison_has_a_row_per_score_and_none_per_count() -> None:
 
 def test_one_round_is_not_called_rounds(summary: Mapping[str, Any], tmp_path: Path) -> None:
     assert "flora, 1 round, seed 3" in printed({**summary, "rounds": 1}, tmp_path)
+
+
+QUESTION = {
+    "prompt": "Who guards\x1b[31m?",
+    "before": "No one  \n",
+    "after": "The dog, all night, since it has slept the whole day beside the door.",
+    "reference": "The dog.",
+    "scores": {"before": {"rouge_l": 0.0, "loss": 3.25}, "after": {"rouge_l": 0.5, "loss": 1.5}},
+}
+
+
+def test_answers_stand_side_by_side_with_their_scores(summary: Mapping[str, Any], tmp_path: Path) -> None:
+    text = printed({**summary, "samples": [QUESTION]}, tmp_path, width=80)
+    assert "Who guards\\x1b[31m?" in text
+    assert row(text, "No one").startswith("No one The dog, all night, since")
+    assert "Rouge-L 0.000, loss of the reference" in text
+    assert "reference  The dog." in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_answers_without_a_reference_have_no_scores(summary: Mapping[str, Any], tmp_path: Path) -> None:
+    plain = {"prompt": "Who?", "before": "", "after": "I"}
+    text = printed({**summary, "samples": [plain]}, tmp_path)
+    assert row(text, "(nothing)") == "(nothing) I"
+    assert "Rouge" not in text
+    assert "reference" not in text

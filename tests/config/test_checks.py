@@ -54,6 +54,13 @@ from tests.config.conftest import SHORTEST, Faulty
         (["model.task=classification", "data.packing=true"], "data.packing", "only causal models read packed rows"),
         (["model.task=classification", "evaluate.generate=2"], "evaluate.generate", "only causal models write"),
         (["model.task=classification", "evaluate.prompt=Once"], "evaluate.prompt", "only causal models write"),
+        (["model.task=classification", "evaluate.prompts=['Who?']"], "evaluate.prompts", "only causal models write"),
+        (
+            ["evaluate.prompts=['Who?', 'Why?']", "evaluate.references=['I']"],
+            "evaluate.references",
+            "one answer for each of the 2 evaluate.prompts, or none; got 1",
+        ),
+        (["evaluate.references=['I']"], "evaluate.references", "of the 0 evaluate.prompts, or none; got 1"),
         (["model.task=classification", "data.fields.output=y"], "data.fields.label", "the column of the class"),
         (["data.fields.label=y"], "data.fields.label", "no entry with model.task = 'causal'"),
         (["model.device=gpu"], "model.device", "auto, cpu, cuda, cuda:<number> or mps; got 'gpu'"),

@@ -120,7 +120,7 @@ def some_of(field: str) -> st.SearchStrategy[Any]:
 def recipes(draw: st.DrawFn) -> Recipe:
     """Draw a recipe whose settings fit together; which do not is told in `checks`."""
     task = draw(st.sampled_from(["causal", "classification"]))
-    causal: dict[str, Any] = {} if task == "causal" else {"generate": 0, "prompt": None}
+    causal: dict[str, Any] = {} if task == "causal" else {"generate": 0, "prompt": None, "prompts": ()}
     steps, epochs = draw(LENGTHS)
     parts = {"label": "y"} if task == "classification" else {"output": draw(TEXT)}
     template = draw(st.sampled_from(["alpaca", "chat", "plain"]) | TEXT.map(lambda text: f"#{text}{{output}}"))
@@ -149,7 +149,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))),
             **({} if task == "causal" else {"packing": False}),
         ),
-        evaluate=draw(some(EvaluationSettings, **causal)),
+        evaluate=draw(some(EvaluationSettings, references=(), **causal)),
         override=draw(st.lists(row, max_size=2).map(tuple)),
         report=draw(some(ReportSettings)),
     )

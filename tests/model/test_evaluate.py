@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.model.evaluate import by_length, evaluate, sample
+from fedtune.model.evaluate import by_length, evaluate
+from fedtune.model.samples import Prompt, answers
 from fedtune.model.train import collate
 
 
@@ -69,13 +70,7 @@ def test_batches_by_length_hold_every_position_once(examples: Any) -> None:
 def test_an_empty_prompt_is_continued_from_the_first_token_of_a_text(loaded: Any, examples: Any) -> None:
     base = loaded("gpt2", targets=["c_attn"])
     assert base.tokenizer("")["input_ids"] == []  # this tokenizer puts nothing before a text
-    assert sample(base, {}, {}, "", new_tokens=3) == sample(base, {}, {}, "<s>", new_tokens=3)
+    empty, first = answers(base, {}, {}, [Prompt("", ""), Prompt("<s>", "<s>")], new_tokens=3)
+    assert empty == first
     rows = [replace(row, prompt="", prompt_tokens=0) for row in examples(2)]
     assert evaluate(base, {}, {}, {"test": rows}, batch=2, generate=2, new_tokens=3)["test"]["generated"] == 2
-
-
-def test_a_sample_is_greedy_and_without_its_prompt(loaded: Any) -> None:
-    base = loaded()
-    first = sample(base, {}, {}, "the quick", new_tokens=5)
-    assert first == sample(base, {}, {}, "the quick", new_tokens=5)
-    assert not first.startswith("the quick")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.report.page import write_report
+from fedtune.report.page import report_page, write_report
 from fedtune.report.plots import PLOTS
+from fedtune.report.reader import read_run
 from tests.report.conftest import WriteRun, write_directory
 
 HOSTILE = '<script>alert("x")</script>&\'--><img src=http://evil.example/x>$y^2$病'
@@ -154,7 +155,7 @@ def test_a_figure_that_a_run_cannot_fill_is_left_out(write_run: WriteRun) -> Non
     page = write_report(path)
     assert {file.stem for file in (path / "plots").iterdir()} == {"choices", "clients", "traffic"}
     text = " ".join(read(page).text)
-    assert "A sample" not in text
+    assert "Answers before and after" not in text
     assert "every update that was asked for came back" in text
 
 
@@ -163,3 +164,17 @@ def test_a_hundred_clients_and_two_hundred_rounds_fit(write_run: WriteRun) -> No
     page = write_report(write_run(clients=100, rounds=200, layers=22))
     assert page.stat().st_size < 50_000_000
     assert len(re.findall("<svg ", page.read_text())) == len(PLOTS)
+
+
+def test_every_prompt_has_its_answers_and_their_scores(write_run: WriteRun) -> None:
+    path = write_run("run")
+    question = {"prompt": "Who <guards>?", "before": "No", "after": "The dog.", "reference": "A dog."}
+    scores = {"before": {"rouge_l": 0.0, "loss": 3.25}, "after": {"rouge_l": 0.5, "loss": 1.5}}
+    summary = json.loads((path / "summary.json").read_text())
+    summary["samples"] = [{**question, "scores": scores}, {"prompt": "Why?", "before": "", "after": "So."}]
+    (path / "summary.json").write_text(json.dumps(summary))
+    text = report_page(read_run(path), {})
+    assert text.count('<div class="sample">') == 3
+    assert "Who &lt;guards&gt;?" in text
+    assert "Rouge-L 0.5000, loss of the reference 1.500" in text
+    assert "A dog." in text
