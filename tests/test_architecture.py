@@ -49,7 +49,7 @@ HOMES: Mapping[str, frozenset[str]] = {
     "typer": frozenset({"cli"}),
     "rich": frozenset({"cli"}),
     "matplotlib": frozenset({"report"}),
-    "jinja2": frozenset({"report"}),
+    "jinja2": frozenset({"data", "report"}),  # chat templates raise its errors
     "google": frozenset({"wire"}),
     "flwr": frozenset({"flower"}),
     "grpc": frozenset({"link"}),

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.data.settings import DataSettings
+from fedtune.data.settings import DataSettings, Form
+from fedtune.data.templates import OTHERS, Message, join, prompt_of, render, template_of
 from fedtune.errors import ConfigError, Fault
 
 Ids = NDArray[np.int64]
@@ -20,18 +21,6 @@ IGNORED = -100
 
 _BATCH = 256
 """Texts per call of the tokenizer: it keeps every token's text and place until the call's result is dropped."""
-
-# Stanford Alpaca, train.py: the answer follows the last colon directly.
-_ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:{output}"
-)
-_ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{output}"
-)
 
 
 class Tokenizer(Protocol):
@@ -137,6 +126,31 @@ def encode_classes(
     return Encoded(examples, lengths, lengths)
 
 
+def prompt_text(
+    question: str | Sequence[Message], settings: DataSettings, tokenizer: Tokenizer, *, form: Form = "instruction"
+) -> tuple[str, bool]:
+    """Return (the text that a user's question becomes, whether the tokenizer is to add its special tokens).
+
+    The question stands where the questions of the training rows stood, so the model meets what it was trained on.
+
+    Args:
+        question: a text, or the turns of a conversation, of which other templates than `chat` take the last.
+        settings: the recipe's table `data`.
+        tokenizer: the base's.
+        form: of the training rows; raw text has no template, and the question is continued as it is.
+
+    Raises: ConfigError if the tokenizer's chat template refuses the question.
+    """
+    last = question if isinstance(question, str) else str(question[-1]["content"])
+    if form == "text":
+        return last, True
+    template = template_of(settings, tokenizer)
+    if template != "chat":
+        return prompt_of(template, last, ""), True
+    turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    return render(turns, tokenizer, place="the question", open_answer=True), False
+
+
 def pack(examples: Sequence[Example], *, max_tokens: int) -> list[Example]:
     """Join whole examples, in order, into rows of at most max_tokens; each row takes what still fits.
 
@@ -213,51 +227,36 @@ def _texts(rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer:
     count = len(rows["output"])
     empty = [""] * count
     columns = zip(rows.get("instruction", empty), rows.get("input", empty), rows["output"], strict=True)
+    template = template_of(settings, tokenizer)
     needed = {"alpaca": ["instruction"], "chat": [], "plain": []}.get(
-        settings.template, re.findall(r"\{(instruction|input)\}", settings.template)
+        template, re.findall(r"\{(instruction|input)\}", template)
     )
     for part in needed:
         if part not in rows:
-            raise ConfigError(_missing(part, f"template {settings.template!r:.40}", rows, "or choose another template"))
+            raise ConfigError(_missing(part, f"template {template!r:.40}", rows, "or choose another template"))
     if "instruction" not in rows and "input" not in rows:
         raise ConfigError(_missing("instruction", "a prompt", rows))
-    if settings.template == "chat":
-        return (_chat(_join(*row[:2], "\n\n"), row[2], tokenizer) for row in _checked_chat(columns, tokenizer))
-    return (_fill(settings.template, *row) for row in columns)
+    if template == "chat":
+        return (
+            _chat(join(*row[:2], "\n\n"), row[2], tokenizer, f"row {number}")
+            for number, row in enumerate(columns, start=1)
+        )
+    return (_fill(template, *row) for row in columns)
 
 
 def _fill(template: str, instruction: str, context: str, output: str) -> _Text:
-    if template == "plain":
-        return _Text(_join(instruction, context, "\n") + "\n", output, output, ends=True, special=True)
-    if template == "alpaca":
-        template = _ALPACA_INPUT if context else _ALPACA
-    values = {"instruction": instruction, "input": context}
-    head = template.removesuffix("{output}")
-    # All at once: an instruction may itself hold the text {input}.
-    prompt = re.sub(r"\{(instruction|input)\}", lambda match: values[match[1]], head)
-    return _Text(prompt, output, output, ends=True, special=True)
+    return _Text(prompt_of(template, instruction, context), output, output, ends=True, special=True)
 
 
-def _checked_chat(columns: Iterator[tuple[str, str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str, str]]:
-    if tokenizer.chat_template is None:
-        expected = "a template the tokenizer can fill: it has no chat template"
-        raise ConfigError(Fault("data.template", expected, "'chat'", 'use "alpaca", "plain" or your own text'))
-    return columns
-
-
-def _chat(question: str, output: str, tokenizer: Tokenizer) -> _Text:
+def _chat(question: str, output: str, tokenizer: Tokenizer, place: str) -> _Text:
     turns = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    answered = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": output}], tokenize=False)
+    prompt = render(turns, tokenizer, place=place, open_answer=True)
+    answered = render([*turns, {"role": "assistant", "content": output}], tokenizer, place=place)
     if not answered.startswith(prompt):
         expected = "a chat template whose answer follows its generation prompt"
         got = f"{answered[:80]!r}, which does not begin with {prompt[-40:]!r}"
-        raise ConfigError(Fault("data.template", expected, got, 'use "alpaca", "plain" or your own text'))
+        raise ConfigError(Fault("data.template", expected, got, OTHERS))
     return _Text(prompt, answered[len(prompt) :], output, ends=False, special=False)
-
-
-def _join(first: str, second: str, separator: str) -> str:
-    return separator.join(part for part in (first, second) if part)
 
 
 def _missing(part: str, purpose: str, rows: Mapping[str, Sequence[str]], otherwise: str = "") -> Fault:

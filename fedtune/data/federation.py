@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from fedtune.data.encode import Encoded, Example, Tokenizer, encode_causal, encode_classes, pack
 from fedtune.data.partition import Rows, partition, sorted_values
-from fedtune.data.settings import GROUP, DataSettings, Task, faults
+from fedtune.data.settings import GROUP, DataSettings, Form, Task, faults
 from fedtune.data.source import load, load_rows, load_test
 from fedtune.errors import ConfigError, Fault
 from fedtune.seeds import derive, generator
@@ -39,6 +39,8 @@ class Federation:
     """Classification: the class names, by class; otherwise empty."""
     notes: Sequence[str]
     """What a user should know: rows dropped or cut."""
+    form: Form = "text"
+    """What the training rows are: the way in which a user's question is written as theirs were."""
 
 
 def federate(
@@ -102,7 +104,8 @@ def federate(
             expected = "at least one test example"
             raise ConfigError(Fault("data.max_tokens", expected, f"none left at {settings.max_tokens} tokens"))
     order = generator(derive(seed, "data.test")).permutation(len(scored))
-    return Federation(clients, [scored[row] for row in order], labels, notes)
+    form: Form = "instruction" if "output" in source.column_names else "text"
+    return Federation(clients, [scored[row] for row in order], labels, notes, form)
 
 
 def _training(rows: Mapping[str, Any]) -> Mapping[str, Any]:

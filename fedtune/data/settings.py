@@ -19,7 +19,10 @@ GROUP = "group"
 """The column that holds what the split divides by: the value of `split.by`, the stem of the row's file, or the client's
 name where rows are given by client."""
 
-TEMPLATES = ("alpaca", "chat", "plain")
+Form = Literal["text", "instruction"]
+"""What the rows are: raw text, or a question with its answer, around which a template is put."""
+
+TEMPLATES = ("auto", "alpaca", "chat", "plain")
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ class DataSettings:
     fields: Mapping[Part, str] = field(default_factory=dict)
     """Which column plays which part, e.g. { instruction = "question", output = "answer" }; a column that has the part's
     name needs no entry."""
-    template: str = "alpaca"
-    """How a row becomes a text: alpaca; chat (the tokenizer's own template); plain (prompt, newline, output); or a text
-    of your own with {instruction}, {input} and, at its end, {output}. Rows with only a `text` are used as they are."""
+    template: str = "auto"
+    """How a row becomes a text: chat (the tokenizer's own template); alpaca; plain (prompt, newline, output); auto
+    (chat where the tokenizer has a chat template, otherwise alpaca); or a text of your own with {instruction}, {input}
+    and, at its end, {output}. Rows with only a `text` are used as they are."""
     max_tokens: Annotated[int, Ge(2)] = 512
     """Longer examples are cut at the end; an example that would lose its whole answer is dropped, and both are counted.
     """

@@ -292,7 +292,7 @@ def workers(experiment: Experiment) -> int:
 def sample(experiment: Experiment, tuned: GlobalModel) -> Mapping[str, Any]:
     """Return what summary.json says of samples: the recipe's prompts, answered by the base and by the global model."""
     recipe, base = experiment.recipe, experiment.base
-    asked = prompts(recipe, base.tokenizer)
+    asked = prompts(recipe, base.tokenizer, experiment.federation.form)
     answered = partial(answers, base, prompts=asked, new_tokens=recipe.evaluate.new_tokens)
     with threads(recipe.model.threads):
         before = answered({}, {}) if asked else []

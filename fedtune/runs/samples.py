@@ -7,17 +7,27 @@ from itertools import zip_longest
 from typing import Any
 
 from fedtune.config import Recipe
-from fedtune.data.encode import Tokenizer
+from fedtune.data.encode import Tokenizer, prompt_text
+from fedtune.data.settings import Form
 from fedtune.model.samples import Answer, Prompt
 from fedtune.model.settings import EvaluationSettings
 
 
-def prompts(recipe: Recipe, tokenizer: Tokenizer) -> Sequence[Prompt]:
-    """Return `evaluate.prompt` and then each of `evaluate.prompts`, as a model of this recipe reads them."""
+def prompts(recipe: Recipe, tokenizer: Tokenizer, form: Form = "instruction") -> Sequence[Prompt]:
+    """Return `evaluate.prompt` and then each of `evaluate.prompts`, as a model of this recipe reads them.
+
+    The first is continued as it is; the others are written as the training rows, of the given form, were.
+    """
     settings = recipe.evaluate
     single = [] if settings.prompt is None else [Prompt(settings.prompt, settings.prompt)]
     questions = zip_longest(settings.prompts, settings.references, fillvalue="")
-    return [*single, *(Prompt(question, question, reference=reference) for question, reference in questions)]
+    return [
+        *single,
+        *(
+            Prompt(question, *prompt_text(question, recipe.data, tokenizer, form=form), reference=reference)
+            for question, reference in questions
+        ),
+    ]
 
 
 def side_by_side(

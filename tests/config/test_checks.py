@@ -24,7 +24,7 @@ from tests.config.conftest import SHORTEST, Faulty
         (["data.split.kind=dirichlet"], "data.split.alpha", "which 'dirichlet' needs"),
         (["data.split.kind=key"], "data.split.by", "which 'key' needs"),
         (["data.split.sizes=[1, 2]"], "data.split.sizes", "'iid' has no use for it"),
-        (["data.template=alpca"], "data.template", "alpaca, chat, plain or a text that ends in {output}"),
+        (["data.template=alpca"], "data.template", "auto, alpaca, chat, plain or a text that ends in {output}"),
         (["data.template=alpca"], "data.template", 'did you mean "alpaca"?'),
         (["data.template='{output} {output}'"], "data.template", "{output} once, at the end"),
         (["data.split.kind=sizes", "data.split.sizes=[]"], "data.split.sizes", "which 'sizes' needs"),

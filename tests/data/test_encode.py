@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fedtune.data.encode import IGNORED, Encoded, Example, encode_causal, encode_classes, pack
+from fedtune.data.encode import IGNORED, Encoded, Example, encode_causal, encode_classes, pack, prompt_text
 from fedtune.data.settings import DataSettings, Split
 from fedtune.errors import ConfigError
 
@@ -213,3 +213,35 @@ def test_a_tokenizer_without_character_places_is_refused(tokenizer: Any) -> None
 
     with pytest.raises(ConfigError, match=r"model\.base: expected a fast tokenizer .*; got Slow"):
         encode(Slow(), ROW)
+
+
+def test_auto_fills_the_chat_template_where_the_tokenizer_has_one(tokenizer: Any, stories: Path) -> None:
+    assert only(tokenizer, ROW).prompt.startswith("Below is an instruction")
+    chatty = AutoTokenizer.from_pretrained(stories)
+    chatty.chat_template = CHAT
+    assert only(chatty, ROW).prompt == "<user>Say hi.<assistant>"
+
+
+def test_a_question_of_the_user_is_written_as_those_of_the_rows(tokenizer: Any, stories: Path) -> None:
+    chatty = AutoTokenizer.from_pretrained(stories)
+    chatty.chat_template = CHAT
+    for name in (tokenizer, chatty):
+        for template in ("auto", "plain", "alpaca", "Q: {instruction}\nA:{output}"):
+            options = DataSettings("x", Split("files"), template=template)
+            text, special = prompt_text("Say hi.", options, name)
+            example = only(name, ROW, template=template)
+            assert text == example.prompt
+            ids = name(text, add_special_tokens=special)["input_ids"]
+            assert example.input_ids[: len(ids)].tolist() == ids
+    options = DataSettings("x", Split("files"))
+    assert prompt_text("Once", options, chatty, form="text") == ("Once", True)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert prompt_text(turns, options, chatty) == ("<system>Be brief.<user>Hi<assistant>", False)
+    assert prompt_text(turns, options, tokenizer)[0].endswith("### Instruction:\nHi\n\n### Response:")
+
+
+def test_a_chat_template_that_refuses_a_row_is_one_error_with_its_words(stories: Path) -> None:
+    strict = AutoTokenizer.from_pretrained(stories)
+    strict.chat_template = "{{ raise_exception('a system message is required') }}"
+    with pytest.raises(ConfigError, match=r"data\.template: .*'a system message is required' from it for row 1"):
+        encode(strict, ROW)

@@ -5,14 +5,18 @@ from typing import Any
 
 import fedtune
 from fedtune.config import bind
+from fedtune.model.base import load_tokenizer
 from fedtune.model.samples import Answer
 from fedtune.runs.samples import prompts, side_by_side
 
 
 def test_prompts_with_and_without_references(tables: dict[str, Any]) -> None:
     recipe = bind({**tables, "evaluate": {"prompt": "the", "prompts": ["a?", "b?"], "references": ["x", "y"]}})
-    asked = prompts(recipe, None)  # type: ignore[arg-type]
+    asked = prompts(recipe, load_tokenizer(recipe.model, recipe.root))
     assert [(prompt.question, prompt.reference) for prompt in asked] == [("the", ""), ("a?", "x"), ("b?", "y")]
+    assert [prompt.text[-14:] for prompt in asked] == ["the", "\n### Response:", "\n### Response:"]
+    as_text = prompts(recipe, load_tokenizer(recipe.model, recipe.root), "text")
+    assert [prompt.text for prompt in as_text] == ["the", "a?", "b?"]
     answers = [Answer(str(place), {"loss": place}) for place in range(3)]
     content = side_by_side(recipe.evaluate, asked, answers, answers[::-1])
     assert content["sample"] == {"prompt": "the", "before": "0", "after": "2"}
