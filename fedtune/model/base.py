@@ -22,6 +22,7 @@ from fedtune.directions.seed_ledger import Manifest, describe_tensor, tensor_fau
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint
 from fedtune.model import embedded
+from fedtune.model.gguf import convert_once, find_gguf
 from fedtune.model.libraries import quiet
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.targets import find_saved, find_targets
@@ -260,10 +261,19 @@ def hold_in_float32(module: nn.Module, outside: torch.dtype) -> None:
 
 
 def locate(settings: ModelSettings, root: Path) -> str | Path:
-    """Return the folder of a local base, relative to the recipe, or the name of a hub model."""
+    """Return the folder of a local base, relative to the recipe, or the name of a hub model.
+
+    A GGUF file is converted first, where that has not been done before.
+
+    Raises:
+        ConfigError: if it cannot be converted.
+        ExtraError: if that needs a package that is not installed.
+    """
     if settings.base == "embedded":
         return embedded.path()
     local = root / Path(settings.base).expanduser()
+    if file := find_gguf(local):
+        return convert_once(file)
     return local if (local / "config.json").is_file() else settings.base
 
 

@@ -16,7 +16,8 @@ class ModelSettings:
     """The base model and where it runs; the recipe's table `model`."""
 
     base: str
-    """Folder with a config.json, name on a model hub, or `embedded` for the small model that comes with fedtune."""
+    """Folder with a config.json, GGUF file (needs the extra `gguf`), name on a model hub, or `embedded` for the small
+    model that comes with fedtune."""
     task: Literal["causal", "classification"] = "causal"
     """causal: the model predicts the next token; classification: it gives each example one label."""
     revision: str | None = None
