@@ -51,6 +51,9 @@ class Example:
     """The wanted answer in full, however much of it was cut: output, text or label; empty for packed rows."""
     prompt_tokens: int
     """Leading input_ids that encode the prompt: generation continues these, and never encodes the prompt anew."""
+    token_types: Ids | None = None
+    """(tokens,), what the tokenizer calls token_type_ids: the text of a pair that a token belongs to; None where it
+    gives none, or all are 0."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +116,17 @@ def encode_classes(
     pairs = rows.get("input")
     index = {label: number for number, label in enumerate(labels)}
     examples: list[Example | None] = []
+    lengths: list[int] = []
     for start in range(0, len(rows[first]), _BATCH):
         batch = slice(start, start + _BATCH)
         texts = list(rows[first][batch])
         seconds = None if pairs is None else list(pairs[batch])
-        encoded = tokenizer(texts, seconds, truncation=True, max_length=settings.max_tokens)
-        for position, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
+        for position, (ids, types, length) in enumerate(_encode_pairs(texts, seconds, settings, tokenizer)):
             label = rows["label"][start + position]
-            prompt = text if seconds is None else f"{text}\n{seconds[position]}"
-            examples.append(Example(np.array(ids, dtype=np.int64), index[label], 0, prompt, label, len(ids)))
-    lengths = np.array([example.prompt_tokens for example in examples if example], dtype=np.int64)
-    return Encoded(examples, lengths, lengths)
+            prompt = texts[position] if seconds is None else f"{texts[position]}\n{seconds[position]}"
+            examples.append(Example(ids, index[label], 0, prompt, label, len(ids), types))
+            lengths.append(length)
+    return Encoded(examples, np.array(lengths, dtype=np.int64), np.array(lengths, dtype=np.int64))
 
 
 def prompt_text(
@@ -175,6 +178,21 @@ def pack(examples: Sequence[Example], *, max_tokens: int) -> list[Example]:
         )
         for row in rows
     ]
+
+
+def _encode_pairs(
+    texts: Sequence[str], seconds: Sequence[str] | None, settings: DataSettings, tokenizer: Tokenizer
+) -> Iterator[tuple[Ids, Ids | None, int]]:
+    """Yield each text's ids, its token types and the number of its tokens before it was cut."""
+    encoded = tokenizer(texts, seconds, verbose=False)
+    for row, whole in enumerate(encoded["input_ids"]):
+        own = {name: encoded[name][row] for name in ("input_ids", "token_type_ids") if name in encoded}
+        if len(whole) > settings.max_tokens:
+            # Anew, by the tokenizer: of a pair it cuts the longer text first, and closes both as it closes whole ones.
+            second = None if seconds is None else seconds[row]
+            own = tokenizer(texts[row], second, truncation=True, max_length=settings.max_tokens)
+        types = np.array(own.get("token_type_ids", [0]), dtype=np.int64)
+        yield np.array(own["input_ids"], dtype=np.int64), types if types.any() else None, len(whole)
 
 
 def _encode_texts(

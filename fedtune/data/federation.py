@@ -146,6 +146,8 @@ def digest(federation: Federation) -> str:
         for example in shard.train:
             for part in (example.input_ids, np.asarray(example.labels, np.int64)):
                 sha.update(f"{part.shape}\0".encode() + part.tobytes())
+            if example.token_types is not None:
+                sha.update(b"token types\0" + example.token_types.tobytes())
     return sha.hexdigest()
 
 

@@ -10,24 +10,29 @@ from fedtune.data.encode import Example
 
 
 def encode(examples: Sequence[Example]) -> bytes:
-    """Return the token ids and labels of examples; texts, which training does not read, stay behind.
+    """Return token ids, token types and labels of examples; texts, which training does not read, stay behind.
 
-    As 64-bit integers: whether labels are per token, the count, every length, every id, and every label.
+    As 64-bit integers: whether labels are per token, whether there are token types, the count, every length, every id,
+    every type if there are any, and every label.
     """
+    typed = any(example.token_types is not None for example in examples)
     causal = not any(isinstance(example.labels, int) for example in examples)
     lengths = [len(example.input_ids) for example in examples]
     labels = [np.atleast_1d(np.asarray(example.labels, np.int64)) for example in examples]
-    head = np.array([causal, len(examples), *lengths], np.int64)
-    return np.concatenate([head, *(example.input_ids for example in examples), *labels]).astype("<i8").tobytes()
+    head = np.array([causal, typed, len(examples), *lengths], np.int64)
+    ids = [example.input_ids for example in examples]
+    types = [np.zeros_like(ex.input_ids) if ex.token_types is None else ex.token_types for ex in examples if typed]
+    return np.concatenate([head, *ids, *types, *labels]).astype("<i8").tobytes()
 
 
 def decode(data: bytes | memoryview) -> list[Example]:
     """Return the examples that `encode` was given, without their texts; the arrays are read-only views of `data`."""
     numbers = np.frombuffer(data, "<i8")
-    causal, count = bool(numbers[0]), int(numbers[1])
-    lengths, rest = numbers[2 : 2 + count], numbers[2 + count :]
+    causal, typed, count = bool(numbers[0]), bool(numbers[1]), int(numbers[2])
+    lengths, rest = numbers[3 : 3 + count], numbers[3 + count :]
     ends = np.cumsum(lengths)
-    ids, labels = rest[: ends[-1] if count else 0], rest[ends[-1] if count else 0 :]
+    total = int(ends[-1]) if count else 0
+    ids, types, labels = np.split(rest, [total, total * (1 + typed)])
     return [
         Example(
             input_ids=ids[end - length : end],
@@ -36,6 +41,7 @@ def decode(data: bytes | memoryview) -> list[Example]:
             prompt="",
             reference="",
             prompt_tokens=0,
+            token_types=types[end - length : end] if typed else None,
         )
         for row, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True))
     ]

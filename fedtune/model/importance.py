@@ -114,7 +114,7 @@ def wanda(model: Any, batches: Sequence[Batch], layout: BlockLayout, *, task: st
                 mask = batch.attention_mask
                 options = {"use_cache": False} if task == "causal" else {}
                 # Without the head: its logits, as wide as the vocabulary, would be thrown away.
-                model.base_model(input_ids=batch.input_ids, attention_mask=mask, **options)
+                model.base_model(**batch.inputs, **options)
             tokens = sum(batch.tokens for batch in batches)
             return {name: squares[name] / tokens * column_norms(model.get_submodule(name)) for name in names}
     finally:

@@ -79,6 +79,7 @@ class Injected:
             batch.labels,
             batch.count,
             batch.tokens,
+            None if batch.token_types is None else batch.token_types.repeat(count, 1),
         )
         logits = logits_of(self._base.model, repeated, task=self._base.task)
         return [

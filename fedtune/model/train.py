@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -51,6 +53,15 @@ class Batch:
     """Tokens (causal) or examples (classification) that count in the loss."""
     tokens: int
     """Tokens of the examples, padding left out."""
+    token_types: torch.Tensor | None = None
+    """(batch, time), the text of a pair that a token belongs to; None where all are of the first, or the model reads
+    none."""
+
+    @property
+    def inputs(self) -> Mapping[str, torch.Tensor]:
+        """What the model reads, by the name of its argument."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return inputs if self.token_types is None else {**inputs, "token_type_ids": self.token_types}
 
 
 def collate(examples: Sequence[Example], base: Base) -> Batch:
@@ -64,8 +75,25 @@ def collate(examples: Sequence[Example], base: Base) -> Batch:
     targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED) if causal else torch.stack(labels)
     # The first token of a row is predicted by nothing, so it never counts.
     count = int((targets[:, 1:] != IGNORED).sum()) if causal else len(examples)
+    types = token_types(examples, base)
     ids, mask, targets = (tensor.to(base.device) for tensor in (ids, mask, targets))
-    return Batch(ids, mask, targets, count=count, tokens=sum(map(len, rows)))
+    return Batch(ids, mask, targets, count=count, tokens=sum(map(len, rows)), token_types=types)
+
+
+def token_types(examples: Sequence[Example], base: Base) -> torch.Tensor | None:
+    """Return the token types of a padded batch, on the base's device; None where it needs none, or reads none."""
+    if all(example.token_types is None for example in examples) or not reads_token_types(base.model):
+        return None
+    # What is not given is of the first text, which is 0 for every tokenizer.
+    given = (np.zeros_like(ex.input_ids) if ex.token_types is None else ex.token_types for ex in examples)
+    rows = [torch.tensor(types, dtype=torch.int64) for types in given]
+    padding = int(getattr(base.tokenizer, "pad_token_type_id", 0))
+    return pad_sequence(rows, batch_first=True, padding_value=padding).to(base.device)
+
+
+def reads_token_types(model: Any) -> bool:
+    """Return whether a model has an argument for token types; many tokenizers give them to models that have none."""
+    return "token_type_ids" in inspect.signature(model.forward).parameters
 
 
 def summed_loss(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
@@ -77,7 +105,7 @@ def logits_of(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
     """Return the logits of a batch: (batch, time, vocabulary), or (batch, classes)."""
     # Without use_cache=False every forward pass would store keys and values for a generation that never comes.
     options = {"use_cache": False} if task == "causal" else {}
-    logits: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).logits
+    logits: torch.Tensor = model(**batch.inputs, **options).logits
     return logits
 
 

@@ -200,6 +200,7 @@ def test_classes_are_numbered_and_pairs_are_encoded_as_pairs(tokenizer: Any) -> 
     assert first.input_ids.tolist() == expected
     assert len(expected) == 6
     assert (first.labels, second.labels) == (0, 1)
+    assert encoded.tokens.tolist() == [len(tokenizer("big dog", "red cat")["input_ids"]), len(second.input_ids)]
     assert (first.prompt, first.reference, first.characters) == ("big dog\nred cat", "no", 0)
     with pytest.raises(ConfigError, match=r"data\.fields\.label"):
         encode_classes({"text": ["a"]}, options, tokenizer, labels=["no"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -23,6 +25,14 @@ def test_classes_come_back_as_plain_numbers() -> None:
     came = decode(encode([example([5, 6, 7], 2), example([8], 0)]))
     assert [(e.input_ids.tolist(), e.labels) for e in came] == [([5, 6, 7], 2), ([8], 0)]
     assert type(came[0].labels) is int
+
+
+def test_token_types_come_back_where_any_example_has_them() -> None:
+    pair = replace(example([5, 6, 7], 1), token_types=np.array([0, 1, 1]))
+    came = decode(encode([pair, example([8], 0)]))
+    assert [np.asarray(e.token_types).tolist() for e in came] == [[0, 1, 1], [0]]
+    assert [(e.input_ids.tolist(), e.labels) for e in came] == [([5, 6, 7], 1), ([8], 0)]
+    assert [e.token_types for e in decode(encode([example([5, 6], 2)]))] == [None]
 
 
 def test_a_client_may_hold_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,17 @@ def test_losses_are_those_of_weights_with_the_change_in_them(
     assert not batch.attention_mask.all()  # rows of several lengths
     rounds = [PAIR, QUERIES, PAIR]
     close(beside(base, ledger, ordinals, batch, rounds), materialised(base, ledger, ordinals, batch, rounds))
+
+
+def test_token_types_are_repeated_with_the_texts(loaded: Any, examples: Any) -> None:
+    base = loaded("bert", targets=["query"], task="classification", labels=["a", "b", "c"])
+    typed = [replace(row, token_types=np.arange(len(row.input_ids)) % 2) for row in examples(4, classes=3)]
+    batch, ledger, ordinals = collate(typed, base), ledger_of(base, "kron"), reached(base, embeddings=True)
+    assert batch.token_types is not None
+    expected = materialised(base, ledger, ordinals, batch, [PAIR])
+    close(beside(base, ledger, ordinals, batch, [PAIR]), expected)
+    blind = materialised(base, ledger, ordinals, replace(batch, token_types=None), [PAIR])
+    assert abs(blind[0][0] - expected[0][0]) > 1e-4
 
 
 @pytest.mark.parametrize("everything", [False, True])
