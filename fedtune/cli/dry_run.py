@@ -18,6 +18,8 @@ def show(console: Any, shown: DryRun) -> None:
     console.print()
     console.print(printable(shown.recipe.strip(), lines=True), markup=False)
     console.print()
+    for remark in shown.remarks:
+        console.print(f"! {printable(remark)}", markup=False)
     for refusal in shown.refusals:
         console.print(f"x {printable(refusal.note)}", markup=False)
     console.print("allowed by this site's policy" if shown.allowed else "this site would decline", markup=False)
@@ -28,7 +30,15 @@ def facts(shown: DryRun) -> Iterator[tuple[str, str]]:
     yield "server", shown.server
     yield "run", f"{shown.run}, recipe {shown.recipe_digest}"
     yield "method", demand.method
-    yield "rounds", f"{shown.rounds}, at least {demand.cohort} clients each"
+    yield (
+        "rounds",
+        f"{shown.rounds}, "
+        + (
+            f"{demand.cohort} clients each"
+            if demand.cohort is not None
+            else f"at least {shown.least_cohort} clients each"
+        ),
+    )
     yield (
         "of this site",
         f"{demand.steps or 'so many epochs of'} steps" + (f", rank {demand.rank}" if demand.rank else ""),

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.options import DebugOption, JsonOption, RunArgument, SetOption, console, examples, report_errors
+from fedtune.cli.options import DebugOption, JsonOption, RunArgument, console, examples, report_errors
 from fedtune.cli.text import printable, size
 
 EXIT_RETRY = 75
@@ -27,7 +27,14 @@ def serve(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE]", help="The experiment, in TOML.", show_default=False)
     ] = None,
-    overrides: SetOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Replace one setting of the recipe, or with link.KEY of the server; may be given again.",
+        ),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Resume a run that was stopped or killed.")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The server's own file, with the table link.")
@@ -38,6 +45,7 @@ def serve(
         int | None, typer.Option(min=1, help="Clients that round 1 waits for; the cohort, or all that are enrolled.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory instead of runs/NAME.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="If the run directory is taken, start beside it.")] = False,
     log: LogOption = "text",
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -45,6 +53,10 @@ def serve(
     """Serve a recipe to the institutions of a federation: they dial in, train on their own data, and send updates."""
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("expected a RECIPE, or --resume RUN", param_hint="RECIPE")
+    if resume is not None and (out is not None or fresh):
+        raise typer.BadParameter(
+            "expected no --out and no --fresh beside it: the run stays in its folder", param_hint="--resume"
+        )
     with report_errors(debug), stop_on_signals():
         from fedtune.cli.event_log import event_writer
         from fedtune.config.link import bind_link
@@ -55,12 +67,17 @@ def serve(
         source = recipe if recipe is not None else (resume or Path()) / "recipe.toml"
         edits = [f"link.listen={json.dumps(listen)}"] if listen is not None else []
         edits += [f"link.identity={json.dumps(str(identity.absolute()))}"] if identity is not None else []
+        # The server's own settings are no part of the recipe, which the sites see.
+        edits += [text for text in overrides or () if text.startswith("link.")]
+        recipe_edits = [text for text in overrides or () if not text.startswith("link.")]
+        bound = data_at_sites(str(source), overrides=recipe_edits)
         settings, root = bind_link(config, tuple(edits))
-        bound = data_at_sites(str(source), overrides=overrides or ())
         run = resume if resume is not None else out or Path("runs") / bound.name
         record = event_writer(check_log_format(log))
         try:
-            summary = coordinate(bound, run, settings, root, resume=resume is not None, expect=expect, record=record)
+            run, summary = coordinate(
+                bound, run, settings, root, resume=resume is not None, fresh=fresh, expect=expect, record=record
+            )
         except RoundError as error:
             typer.echo(f"fedtune: {printable(str(error))}", err=True)
             raise typer.Exit(1 if error.final else EXIT_RETRY) from None

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, render
+from fedtune.deployment.link_events import on_event, refusal_of
 from fedtune.deployment.server_setup import check_overrides, expected_clients, server_context
 from fedtune.flower.link_grid import LinkGrid
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.flower.shim import context
-from fedtune.link import uploads
+from fedtune.link import audit_log, uploads
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
 from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
-from fedtune.link.rejections import one_line
 from fedtune.link.server.blocklist import Blocklist
 from fedtune.link.server.dispatcher import Dispatcher
 from fedtune.link.server.metrics import Metrics, serve_health
 from fedtune.link.server.run_info import RunInfo
 from fedtune.link.server.server import serve_link
 from fedtune.link.settings import LinkSettings
-from fedtune.messages import AdmittedUpdate, Blueprint, Failure, ProbeSeeds, TrainLora
+from fedtune.messages import Blueprint, Failure, ProbeSeeds, TrainLora
 from fedtune.rounds.admission import largest_update
-from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.runs.resume import check_resumable
 from fedtune.runs.runner import run_recipe
 from fedtune.store import journal
@@ -37,6 +37,7 @@ from fedtune.store.history import has_begun
 from fedtune.store.journal import Record
 from fedtune.store.lock import lock_run
 from fedtune.store.run_directory import check_vacant, write_recipe
+from fedtune.store.verify import status as run_status
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
@@ -53,11 +54,14 @@ def coordinate(
     root: Path,
     *,
     resume: bool = False,
+    fresh: bool = False,
     expect: int | None = None,
     record: RecordEvent,
     on_start: Callable[[int], None] = lambda port: None,
-) -> Mapping[str, Any]:
-    """Serve a recipe's rounds, or those that are left, to the clients of a federation, and return the run's summary.
+) -> tuple[Path, Mapping[str, Any]]:
+    """Serve a recipe's rounds, or those that are left, to the clients of a federation.
+
+    Returns run directory and summary.
 
     Args:
         recipe: of the run.
@@ -65,6 +69,7 @@ def coordinate(
         settings: of the link.
         root: folder that `settings.identity` is relative to.
         resume: whether the run has begun already.
+        fresh: whether a new run lies beside `run` where that is taken.
         expect: clients that the first round waits for; None: its cohort, or all clients of the roster.
         record: receives the events, beside the audit log.
         on_start: called with the port when clients may dial.
@@ -79,7 +84,7 @@ def coordinate(
     if resume:
         check_resumable(run, recipe)
     else:
-        check_vacant(run)
+        run = check_vacant(run, fresh=fresh)
         # First of all: with it the run can be resumed, whenever this process ends.
         write_recipe(run, render(recipe))
     folder = run / LINK
@@ -88,52 +93,119 @@ def coordinate(
         folder.mkdir(exist_ok=True)
         # Two servers of one run would each give receipts for other updates.
         stack.enter_context(lock_run(folder))
-        audit = AuditLog(folder / AUDIT, on_failure=lambda error: record("warning", text=str(error)))
-        stack.callback(audit.close)
-        metrics = Metrics(names=settings.metrics_names)
-        # The audit log is first: an event is in it even if a later recorder fails.
-        record_all = record_to_all(audit.record, metrics.record, log_event, record)
+        record_all, metrics = open_records(stack, folder, settings, record)
         dispatcher = create_dispatcher(recipe, run, settings, identity, record_all)
-        metrics.add_gauges(
-            dispatcher, roster_version=lambda: roster.current().version, certificate_until=identity.not_after
-        )
-        if warning := renewal_warning(identity, int(time.time())):
-            record_all("warning", text=warning)
-        if settings.health:
-            unready = partial(readiness_fault, dispatcher, roster)
-            port = stack.enter_context(serve_health(settings.health, metrics, unready=unready))
-            record_all("health", address=settings.health, port=port)
+        dispatcher.set_enrolled(partial(enrolled_clients, roster))
+        record_all("enrolled", clients=" ".join(enrolled_clients(roster)))
+        watch_health(stack, dispatcher, roster, identity, metrics, record_all)
         running = stack.enter_context(serve_link(dispatcher, identity, roster, record=record_all))
         on_start(running.port)
-        summary = dict[str, Any]()
-
-        def rounds(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
-            transport = connect(
-                expected=expect or first_cohort_size(recipe, roster),
-                least=recipe.rounds.min_clients,
-                note=lambda text: record_all("note", text=text),
-                patience_s=settings.patience_s,
-                sleep=grid.wait,
-            )
-            run_context = server_context(
-                recipe,
-                transport,
-                door="link",
-                on_journal=lambda journal: dispatcher.set_journal_end(lambda: journal.end),
-            )
-            # Not before: the base is what the profiles of most clients say.
-            dispatcher.base = bytes.fromhex(run_context.base["digest"])
-            dispatcher.max_reply_bytes = lambda front: max_update_bytes(front, run_context.blueprint)
-            check_overrides(recipe, run_context.fleet, lambda text: record_all("note", text=text))
-            summary.update(
-                run_recipe(run_context, run, transport, resume=resume, watch=partial(on_event, dispatcher, record_all))
-            )
-
-        grid = LinkGrid(dispatcher)
-        server_app(rounds)(grid, context({}))
+        summary = complete_summary(run, recipe) if resume else None
+        if summary is None:
+            summary = serve_rounds(recipe, run, dispatcher, roster, resume=resume, expect=expect, record=record_all)
         # Reached only when all rounds are over: after an error `serve_link` has the clients wait for the next process.
-        dispatcher.stop(pb.Stop.FINISHED)
-        return summary
+        end_run(dispatcher, int(summary["rounds"]), record_all)
+        return run, summary
+
+
+def open_records(
+    stack: ExitStack, folder: Path, settings: LinkSettings, record: RecordEvent
+) -> tuple[RecordEvent, Metrics]:
+    """Return what records an event everywhere, and the metrics; closed with the stack."""
+    audit = AuditLog(folder / AUDIT, on_failure=lambda error: record("warning", text=str(error)))
+    stack.callback(audit.close)
+    metrics = Metrics(names=settings.metrics_names)
+    # The audit log is first: an event is in it even if a later recorder fails.
+    return record_to_all(audit.record, metrics.record, log_event, record), metrics
+
+
+def watch_health(
+    stack: ExitStack,
+    dispatcher: Dispatcher,
+    roster: RosterFile,
+    identity: Identity,
+    metrics: Metrics,
+    record: RecordEvent,
+) -> None:
+    """Serve health and metrics where the settings ask for them, and warn of what will fail soon."""
+    metrics.add_gauges(
+        dispatcher, roster_version=lambda: roster.current().version, certificate_until=identity.not_after
+    )
+    if warning := renewal_warning(identity, int(time.time())):
+        record("warning", text=warning)
+    if address := dispatcher.settings.health:
+        unready = partial(readiness_fault, dispatcher, roster)
+        port = stack.enter_context(serve_health(address, metrics, unready=unready))
+        record("health", address=address, port=port)
+
+
+def serve_rounds(
+    recipe: Recipe,
+    run: Path,
+    dispatcher: Dispatcher,
+    roster: RosterFile,
+    *,
+    resume: bool,
+    expect: int | None,
+    record: RecordEvent,
+) -> Mapping[str, Any]:
+    """Run the rounds over the clients that connect, and return the run's summary."""
+    summary, grid = dict[str, Any](), LinkGrid(dispatcher)
+
+    def note(text: str) -> None:
+        record("note", text=text)
+
+    def rounds(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
+        transport = connect(
+            expected=expect or first_cohort_size(recipe, roster),
+            least=recipe.rounds.min_clients,
+            note=note,
+            on_admitted=lambda client, examples: record("connected", client=client, examples=examples),
+            on_refused=partial(refuse_client, dispatcher, record),
+            patience_s=dispatcher.settings.patience_s,
+            sleep=grid.wait,
+        )
+        run_context = server_context(
+            recipe,
+            transport,
+            door="link",
+            on_journal=lambda journal: dispatcher.set_journal_end(lambda: journal.end),
+        )
+        # Not before: the base is what the profiles of most clients say.
+        dispatcher.base = bytes.fromhex(run_context.base["digest"])
+        dispatcher.max_reply_bytes = lambda front: max_update_bytes(front, run_context.blueprint)
+        check_overrides(recipe, run_context.fleet, note)
+        watch = partial(on_event, dispatcher, record)
+        summary.update(run_recipe(run_context, run, transport, resume=resume, watch=watch))
+
+    server_app(rounds)(grid, context({}))
+    return summary
+
+
+def refuse_client(dispatcher: Dispatcher, record: RecordEvent, client: str, reason: str, final: bool) -> None:
+    """Record that a client takes no part, and tell it where only its operator can change that."""
+    record("unfit", client=client, reason=reason)
+    if final:
+        dispatcher.refuse(client, refusal_of(Failure.from_text(client, reason, kind="refused", code="SITE_DIFFERS")))
+
+
+def complete_summary(run: Path, recipe: Recipe) -> Mapping[str, Any] | None:
+    """Return the summary of a run that has no round left; None if there is work."""
+    status = run_status(run)
+    if not status.finished or status.committed < recipe.rounds.count:
+        return None
+    content: Mapping[str, Any] = json.loads((run / "summary.json").read_text())
+    return content
+
+
+def end_run(dispatcher: Dispatcher, rounds: int, record: RecordEvent) -> None:
+    """Tell every client that the run is complete; those that are away have as long as the server drains."""
+    record("complete", rounds=rounds)
+    dispatcher.stop(pb.Stop.FINISHED)
+    absent = sorted(set(dispatcher.uninformed_clients()) - dispatcher.fleet().keys())
+    if absent:
+        text = f"for up to {dispatcher.settings.drain_s:.0f} s other sites may still ask: {', '.join(absent)}"
+        record("note", text=text)
 
 
 def create_dispatcher(
@@ -141,11 +213,25 @@ def create_dispatcher(
 ) -> Dispatcher:
     """Return the dispatcher of a run, which goes on from what its journal holds."""
     accepted, ended = accepted_updates(run)
+    informed = informed_clients(run / LINK / AUDIT) if ended else ()
     info = RunInfo(identity.federation, run_id(run), render(recipe).encode(), identity.name, identity.key)
     folder = run / LINK
     record("serving", run=info.run, recipe=info.recipe_digest.hex(), rounds=recipe.rounds.count, ended=ended)
     blocklist = Blocklist(folder / BARRED)
-    return Dispatcher(info, settings, folder / SPOOL, blocklist, accepted=accepted, ended=ended, record=record)
+    return Dispatcher(
+        info, settings, folder / SPOOL, blocklist, accepted=accepted, ended=ended, informed=informed, record=record
+    )
+
+
+def informed_clients(path: Path) -> Collection[str]:
+    """Return the clients that know by the audit log that the run is complete; none if more rounds have begun since."""
+    informed = set[str]()
+    for entry in audit_log.read_audit_log(path).entries if path.exists() else ():
+        if entry.kind == "informed":
+            informed.add(str(entry.fields["client"]))
+        elif entry.kind == "round":
+            informed.clear()
+    return informed
 
 
 def run_id(run: Path) -> str:
@@ -180,10 +266,14 @@ def first_cohort_size(recipe: Recipe, roster: RosterFile) -> int:
     """Return how many clients the first round waits for: its cohort, or without one all clients of the roster."""
     if recipe.rounds.cohort is not None:
         return expected_clients(recipe)
-    parties = roster.current().parties.values()
-    enrolled = sum(party.role == "client" and party.state == "active" for party in parties)
     # Else a run would begin with the first clients that happen to connect.
-    return max(recipe.rounds.min_clients, enrolled)
+    return max(recipe.rounds.min_clients, len(enrolled_clients(roster)))
+
+
+def enrolled_clients(roster: RosterFile) -> Sequence[str]:
+    """Return the names of the clients that the roster admits now."""
+    parties = roster.current().parties.values()
+    return sorted(party.name for party in parties if party.role == "client" and party.state == "active")
 
 
 def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:
@@ -191,59 +281,6 @@ def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:
     message = parse(round_pb2.Assignment(), front)
     task = ProbeSeeds if message.verb == round_pb2.PROBE else TrainLora
     return largest_update(task, rank=max(1, message.plan.rank), steps=message.probe.steps, blueprint=blueprint)
-
-
-def on_event(dispatcher: Dispatcher, record: RecordEvent, event: Event) -> None:
-    """Record an event of the rounds, and have the dispatcher give each client the receipt of its update."""
-    match event:
-        case RoundStarted(round, rounds, cohort):
-            dispatcher.begin_round(cohort)
-            record("round", round=round, rounds=rounds, clients=" ".join(cohort))
-        case ClientFinished(round, AdmittedUpdate() as update, traffic):
-            # The journal holds the update by now: a receipt promises that no crash loses it.
-            dispatcher.settle(update.client, round, None)
-            record(
-                "used",
-                client=update.client,
-                round=round,
-                examples=update.num_examples,
-                up=traffic.up,
-                down=traffic.down,
-            )
-        case ClientFinished(round, Failure() as failure, _):
-            if failure.kind == "refused":
-                dispatcher.settle(failure.client, round, refusal_of(failure))
-            record("unused", client=failure.client, round=round, why=failure.kind, reason=failure.reason)
-        # Round 0 is the evaluation before the first round, for which no client has a task.
-        case RoundFinished(line) if line.round:
-            dispatcher.end_round(line.round)
-            record(
-                "committed",
-                round=line.round,
-                updates=line.used,
-                asked=len(line.cohort),
-                state=line.state_digest,
-                up=line.bytes_up,
-                down=line.bytes_down,
-                ms=int(1000 * line.seconds),
-            )
-        case Note(text):
-            record("note", text=text)
-        case _:
-            pass
-
-
-def refusal_of(failure: Failure) -> pb.Refusal:
-    """Return why an update was refused, as it travels to its author."""
-    if not failure.expected:
-        return pb.Refusal(reason=failure.code or "MALFORMED", field=one_line(failure.reason))
-    got = "; ".join(part for part in (failure.got, failure.hint) if part)
-    return pb.Refusal(
-        reason=failure.code or "MALFORMED",
-        field=one_line(failure.where),
-        expected=one_line(failure.expected),
-        found=one_line(got),
-    )
 
 
 def readiness_fault(dispatcher: Dispatcher, roster: RosterFile) -> str:

@@ -23,7 +23,7 @@ from fedtune.link.client.session import Greeting
 from fedtune.link.client.training_process import ProcessTrainer, Trainer
 from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
-from fedtune.link.settings import JoinSettings
+from fedtune.link.settings import JoinSettings, Policy
 from fedtune.messages import ProbeSeeds
 from fedtune.store.files import store_errors
 from fedtune.store.lock import lock_run
@@ -145,7 +145,11 @@ class DryRun:
     recipe_digest: str
     demand: TaskDemand
     rounds: int
+    least_cohort: int
+    """Updates without which a round is not completed."""
     refusals: Sequence[policy.PolicyViolation]
+    remarks: Sequence[str]
+    """What the recipe leaves open, and the site would decide in each round."""
     columns: Mapping[str, str]
     """Columns of the site's files, by what they are used for."""
 
@@ -189,7 +193,9 @@ def compare_with_policy(setup: JoinSetup, greeting: Greeting) -> DryRun:
         recipe_digest=greeting.recipe_digest.hex(),
         demand=demand,
         rounds=recipe.rounds.count,
+        least_cohort=recipe.rounds.min_clients,
         refusals=refusals,
+        remarks=remarks(setup.settings.policy, recipe, demand),
         columns={str(part): column for part, column in setup.settings.data.fields.items()},
     )
 
@@ -203,9 +209,27 @@ def recipe_demand(recipe: Recipe, client: str) -> TaskDemand:
         round=1,
         rank=None if probe else rank,
         steps=training.steps or 0,
-        cohort=recipe.rounds.cohort if isinstance(recipe.rounds.cohort, int) else recipe.rounds.min_clients,
+        cohort=known_cohort(recipe),
         num_bytes=0,
         base="",
+    )
+
+
+def known_cohort(recipe: Recipe) -> int | None:
+    """Return how many clients each round has; None where it takes a share of those that are there, or all of them."""
+    cohort = recipe.rounds.cohort
+    return cohort if isinstance(cohort, int) else None
+
+
+def remarks(rules: Policy, recipe: Recipe, demand: TaskDemand) -> Sequence[str]:
+    """Return what only the rounds will show: whether they have as many clients as the policy asks for."""
+    least = recipe.rounds.min_clients
+    if demand.cohort is not None or rules.min_cohort <= max(1, least):
+        return ()
+    # `min_clients` counts updates that are used, the policy clients that are asked: fewer are never asked.
+    return (
+        f"policy.min_cohort: rounds of fewer than {rules.min_cohort} clients will be declined; "
+        f"the recipe promises {least} (rounds.min_clients)",
     )
 
 

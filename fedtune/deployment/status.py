@@ -11,15 +11,21 @@ from typing import Any
 from fedtune.errors import StoreError, WireError
 from fedtune.link import audit_log
 from fedtune.link.audit_log import AuditHistory, Entry
+from fedtune.link.rejections import FATAL, reason_name
 from fedtune.link.server import blocklist
 from fedtune.store import journal
 from fedtune.store.files import store_errors
+from fedtune.store.lock import holder
 from fedtune.store.verify import Status
 from fedtune.store.verify import status as run_status
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 
 LINK, AUDIT, BARRED, ID = "link", "audit", "barred", "id"
+STATES = ("connected", "loading", "refused", "barred", "away", "never seen")
+"""Of a client, in the order in which they are counted."""
+SHUT = frozenset(reason_name(reason) for reason in FATAL)
+"""Codes of the refusals after which a client takes no part."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class ClientStatus:
 
     name: str
     state: str = "away"
-    """here, away or barred."""
+    """connected; loading: connected, and has not said yet what it has; refused; away; never seen; barred."""
     seen_ms: int = 0
     """Last sign of life, in milliseconds since 1970."""
     rounds: int = 0
@@ -42,7 +48,11 @@ class ClientStatus:
 
     @property
     def seen(self) -> str:
-        """How long ago the last sign of life was, in words."""
+        """How long ago the last sign of life was, in words; of a client that is connected, now."""
+        if not self.seen_ms:
+            return "never"
+        if self.state in ("connected", "loading"):
+            return "now"
         seconds = max(0, int(time.time() - self.seen_ms / 1000))
         for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
             if seconds >= size:
@@ -61,20 +71,45 @@ class ServerStatus:
     """SHA-256 (hex) of the audit log's last entry."""
     run_id: str = ""
     """Of the run on the link; empty if it was never served."""
+    server: str | None = None
+    """Number of the process that serves the run now; None if there is none."""
+    rounds: int = 0
+    """Of the recipe; 0 if it is not known."""
+
+    @property
+    def state(self) -> str:
+        """What the run does now, in words."""
+        run = self.run
+        if self.server is None:
+            if run.finished:
+                return f"finished after round {run.committed}"
+            return f"stopped, in round {run.open}" if run.open else "stopped"
+        if run.finished:
+            return f"finished after round {run.committed}, telling the sites, process {self.server}"
+        if run.holder is None:
+            return f"waiting for sites, process {self.server}"
+        return f"running, in round {run.open or run.committed}, process {self.server}"
 
     @property
     def lines(self) -> Mapping[str, str]:
         """Texts to show above the table of clients, by label."""
         run = self.run
-        state = "finished" if run.finished else f"running, process {run.holder}" if run.holder else "stopped"
         lines = {
             "run": f"{self.path} ({self.run_id or 'not begun'})",
-            "state": f"{state}, in round {run.open}" if run.open else state,
-            "rounds": str(run.committed),
+            "state": self.state,
+            "rounds": f"{run.committed} of {self.rounds}" if self.rounds else str(run.committed),
+            "sites": self.count,
             "last state": run.state or "none yet",
             "audit log": self.head[:16],
         }
+        lines = {label: text for label, text in lines.items() if text}
         return lines | ({"waits for": ", ".join(run.missing)} if run.missing else {})
+
+    @property
+    def count(self) -> str:
+        """How many clients are in each state, in words."""
+        states = [client.state for client in self.clients]
+        return ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -83,6 +118,8 @@ class ServerStatus:
         return {
             "path": str(self.path),
             **run,
+            "server": self.server,
+            "status": self.state,
             "audit": self.head,
             "clients": [asdict(client) for client in self.clients],
         }
@@ -97,50 +134,69 @@ def server_status(run: Path) -> ServerStatus:
     folder = run / LINK
     if not folder.is_dir():
         raise StoreError(f"{run}: expected a run of fedtune serve; got none; for others there is fedtune runs status")
-    status, history = run_status(run), audit_log.read_audit_log(folder / AUDIT)
+    status, server = run_status(run), holder(folder)
+    history = audit_log.read_audit_log(folder / AUDIT)
     clients = client_statuses(history.entries)
-    if status.holder is None:  # no process serves it
-        clients = {name: replace(client, state="away") for name, client in clients.items()}
+    if server is None:
+        clients = {name: gone(client) for name, client in clients.items()}
     # From the file and not the log: the operator edits it by hand.
     barred = blocklist.read_blocklist(folder / BARRED)
     clients |= {
         name: replace(clients.get(name, ClientStatus(name)), state="barred", error=reason)
         for name, reason in barred.items()
     }
-    return ServerStatus(run, status, [clients[name] for name in sorted(clients)], history.head, read_run_id(run))
+    shown = [clients[name] for name in sorted(clients)]
+    rounds = next((int(one.fields["rounds"]) for one in reversed(history.entries) if one.kind == "serving"), 0)
+    return ServerStatus(run, status, shown, history.head, read_run_id(run), server, rounds)
+
+
+def gone(client: ClientStatus) -> ClientStatus:
+    """Return the status of a client when no server is there for it."""
+    return replace(client, state="away") if client.state in ("connected", "loading") else client
 
 
 def client_statuses(entries: Sequence[Entry]) -> dict[str, ClientStatus]:
     """Return the status of each client after all entries of a log."""
     clients: dict[str, ClientStatus] = {}
     for entry in entries:
-        name = str(entry.fields.get("client", ""))
-        if not name:
-            continue
-        clients[name] = update_status(clients.get(name, ClientStatus(name)), entry)
+        if entry.kind == "enrolled":
+            # Written when a server starts: clients of the process before it have to come again.
+            names = str(entry.fields["clients"]).split()
+            clients = {name: gone(client) for name, client in clients.items()}
+            clients |= {name: ClientStatus(name, state="never seen") for name in names if name not in clients}
+        elif name := str(entry.fields.get("client", "")):
+            clients[name] = update_status(clients.get(name, ClientStatus(name)), entry)
     return clients
 
 
 def update_status(client: ClientStatus, entry: Entry) -> ClientStatus:
     """Return the status of a client after one more entry of the log."""
     fields = entry.fields
-    here = replace(client, state="here", seen_ms=entry.unix_ms)
+    seen = replace(client, seen_ms=entry.unix_ms)
+    # Its work may go on beside a refusal, which only its next hello ends.
+    here = seen if client.state in ("connected", "refused") else replace(seen, state="loading")
     prefix = f"round {fields['round']}: " if fields.get("round") else ""
     match entry.kind:
         case "asked":
             # No sign of life: the server has asked, and the client may be away.
             return replace(client, down=client.down + fields["bytes"])
+        case "hello":
+            return replace(seen, state="connected" if client.state == "connected" else "loading")
+        case "connected":
+            return replace(seen, state="connected", error="" if client.state == "refused" else client.error)
         case "answered":
             return replace(here, up=client.up + fields["bytes"])
         case "used":
-            return replace(here, rounds=client.rounds + 1)
-        case "unused" | "declined":
+            return replace(client, state="connected", rounds=client.rounds + 1)
+        case "unused" | "declined" | "rival":
             return replace(client, error=f"{prefix}{fields['reason']}")
-        case "refused":
-            return replace(client, error=f"{fields['reason']}")
+        case "refused" | "unfit":
+            # At the door, or for what its profile says; a refusal of one transfer leaves it connected.
+            shut = entry.kind == "unfit" or fields.get("code") in SHUT
+            return replace(seen, state="refused" if shut else client.state, error=f"{fields['reason']}")
         case "lost" | "left":
             error = f"{prefix}{fields['reason']}" if "reason" in fields else client.error
-            return replace(client, state="away", error=error)
+            return replace(client, state=client.state if client.state == "refused" else "away", error=error)
         case _:
             return here
 

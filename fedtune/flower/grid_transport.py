@@ -75,6 +75,8 @@ class GridTransport:
         hello_s: float = 300.0,
         closed: bool = False,
         note: Callable[[str], None] = lambda text: None,
+        on_admitted: Callable[[str, int], None] = lambda client, examples: None,
+        on_refused: Callable[[str, str, bool], None] = lambda client, reason, final: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -88,12 +90,15 @@ class GridTransport:
             hello_s: seconds to wait for the hello of a further client when there are enough of them; it loads the base.
             closed: whether no further client can join: then a refused client is not waited for.
             note: receives at once whom the run waits for, who has connected and who is refused.
+            on_admitted: called with the name of a client that takes part, and its training examples.
+            on_refused: called with name, reason, and whether nothing but a new start of the client can change it.
             clock: seconds from any start.
             sleep: waits so many seconds.
         """
         self._grid, self._clock, self._sleep = grid, clock, sleep
         self._expected, self._least, self._patience_s, self._hello_s = expected, least, patience_s, hello_s
         self._closed, self._note = closed, note
+        self._on_admitted, self._on_refused = on_admitted, on_refused
         self._connected: dict[int, ClientProfile] = {}  # by node; connected clients that have said hello
         self._refused: dict[int, Rejection] = {}  # by node
         self._unanswered: dict[str, SentMessage] = {}  # by message id
@@ -279,6 +284,7 @@ class GridTransport:
             self._connected[sent.node] = replace(profile, foundation=common)
             count = "" if self._foundation else f" ({len(self._connected)} of {self._expected})"
             self._note(f"{name} connected: {profile.num_examples} examples{count}")
+            self._on_admitted(name, profile.num_examples)
 
     def _reject(self, node: int, name: str, reason: str, *, again_s: float = math.inf, taken: str = "") -> None:
         reason, before = one_line(reason), self._refused.get(node)
@@ -287,6 +293,7 @@ class GridTransport:
         if before is None or before.reason != reason:  # else it was reported before
             self._unsolicited.append(UnsolicitedReply(name or "unnamed client", f"refused: {reason}", kind="refused"))
             self._note(f"{name or 'unnamed client'} is refused: {reason}")
+        self._on_refused(name, reason, math.isinf(again_s))
 
     def _ready(self) -> bool:
         """Return whether a round can start; the first time that it could, settle what the clients have in common."""

@@ -45,7 +45,7 @@ class LinkGrid(Grid):
 
     def get_nodes(self) -> Sequence[shim.NodeInfo]:
         """Return the clients with recent signs of life, under the names of the roster."""
-        nodes = {node_of(name): name for name in self._dispatcher.fleet()}
+        nodes = {node_of(name, times): name for name, times in self._dispatcher.fleet().items()}
         self._names |= nodes
         return [shim.NodeInfo(node_id=node, name=name) for node, name in nodes.items()]
 
@@ -94,9 +94,13 @@ class LinkGrid(Grid):
         self._dispatcher.wait(seconds)
 
 
-def node_of(name: str) -> int:
-    """Return the node id of a client: the same in every process, and above any that Flower's own tools give."""
-    return int.from_bytes(sha256(name.encode()).digest()[:8], "little") | 2**63
+def node_of(name: str, readmissions: int = 0) -> int:
+    """Return the node id of a client: the same in every process, and above any that Flower's own tools give.
+
+    One that comes again after it was refused is another node, which has to say hello, as after a restart in Flower.
+    """
+    text = f"{name} {readmissions}" if readmissions else name
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "little") | 2**63
 
 
 def reply_content(bodies: Mapping[str, Body]) -> RecordDict:

@@ -24,6 +24,8 @@ class Connect(Protocol):
         expected: int,
         least: int,
         note: Callable[[str], None],
+        on_admitted: Callable[[str, int], None] = lambda client, examples: None,
+        on_refused: Callable[[str, str, bool], None] = lambda client, reason, final: None,
         patience_s: float = 600.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> GridTransport:

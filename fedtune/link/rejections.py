@@ -8,7 +8,17 @@ from fedtune.wire.v1 import link_pb2 as pb
 MAX_TEXT_CHARS = 256
 """In each text of a refusal."""
 TRANSIENT = frozenset(
-    {pb.STALE_EPOCH, pb.TOO_MANY_CALLS, pb.DISK_LOW, pb.STALLED, pb.BUSY, pb.ROSTER_OLD, pb.QUOTA, pb.OFFSET}
+    {
+        pb.STALE_EPOCH,
+        pb.TOO_MANY_CALLS,
+        pb.NAME_IN_USE,
+        pb.DISK_LOW,
+        pb.STALLED,
+        pb.BUSY,
+        pb.ROSTER_OLD,
+        pb.QUOTA,
+        pb.OFFSET,
+    }
 )
 """After these the same bytes may be taken later; after any other they never will."""
 FATAL = frozenset(
@@ -21,6 +31,7 @@ FATAL = frozenset(
         pb.PROTOCOL,
         pb.WRONG_FEDERATION,
         pb.BUILD_DIFFERS,
+        pb.SITE_DIFFERS,
     }
 )
 """After these no further try of a client can succeed: a person must act."""
@@ -32,6 +43,8 @@ ADVICE = {
     pb.BARRED: "ask the coordinator to readmit this site",
     pb.PROTOCOL: "install the fedtune of the server",
     pb.BUILD_DIFFERS: "install the fedtune of the server",
+    pb.NAME_IN_USE: "end one of the two, or enrol this site under a name of its own; it waits until the other has gone",
+    pb.SITE_DIFFERS: "mend this site's file, and start join again",
     pb.WRONG_FEDERATION: "check link.address and link.identity",
 }
 

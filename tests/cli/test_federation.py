@@ -40,6 +40,10 @@ def test_a_server_without_an_identity_says_how_to_get_one(tmp_path: Path, monkey
     assert status == 2
     assert "none.toml" in output
     assert not (tmp_path / "runs").exists()
+    status, output = run("serve", "recipe.toml", "--set", "link.listn='x'", "--set", "rounds.count=2")
+    assert status == 2
+    assert "link.listn" in output
+    assert run("serve", "--resume", "runs/x", "--fresh")[0] == 2
 
 
 def test_a_dry_run_asks_a_server_and_leaves_nothing(tmp_path: Path) -> None:
@@ -75,7 +79,14 @@ def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:
         assert running.exit_statuses("server", *SITES) == [0] * 4
         status, output = run("status", str(running.run))
         assert status == 0
-        assert "finished" in output
+        assert "finished after round 4" in output
+        again, output = run(
+            "serve", "--resume", str(running.run), "--config", str(running.folder / "server.toml"), "--log", "json"
+        )
+        assert again == 0
+        assert "finished after round 4" in output
+        assert "complete" in output
+        output = run("status", str(running.run))[1]
         for name in SITES:
             assert name in output
         events = json.loads(run("status", str(running.run), "--json")[1])

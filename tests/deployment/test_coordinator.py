@@ -16,11 +16,10 @@ from fedtune.deployment.coordinator import (
     create_dispatcher,
     first_cohort_size,
     max_update_bytes,
-    on_event,
     readiness_fault,
-    refusal_of,
     run_id,
 )
+from fedtune.deployment.link_events import on_event, refusal_of
 from fedtune.deployment.server_setup import data_at_sites
 from fedtune.errors import WireError
 from fedtune.link import uploads
@@ -44,7 +43,7 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.rounds.admission import largest_update
-from fedtune.rounds.events import ClientFinished, Note, RoundFinished, RoundStarted
+from fedtune.rounds.events import ClientFinished, RoundFinished, RoundStarted
 from fedtune.rounds.record import ClientRecord, RoundRecord
 from fedtune.store.run_journal import RunJournal
 from fedtune.wire.codec import encode_assignment
@@ -55,55 +54,6 @@ from tests.store.test_run_journal import INPUTS
 
 RECORD = RoundRecord(round=1, seconds=0.1, state_digest="ab", bytes_up=1, bytes_down=2)
 BLUEPRINT = Blueprint({"q": (6, 5)}, {"head": np.zeros((2, 3), np.float32)}, max_rank=4, seed=0)
-
-
-def test_each_client_has_a_receipt_of_its_update(tmp_path: Path) -> None:
-    harness, events = make_harness(tmp_path), list[tuple[str, Mapping[str, Any]]]()
-
-    def record(kind: str, **fields: int | str) -> None:
-        events.append((kind, fields))
-
-    on_event(harness.dispatcher, record, RoundStarted(1, 3, ("anna", "bob", "carl")))
-    sent = {}
-    for name in ("anna", "bob", "carl"):
-        _, task, task_digest = harness.post(name)
-        assert task.cohort == 3
-        sent[name] = signed_reply(name, task, task_digest, b"data")
-        if name != "carl":
-            harness.submit(name, sent[name], b"data")
-    on_event(
-        harness.dispatcher,
-        record,
-        ClientFinished(1, AdmittedUpdate(ClientUpdate("anna", 1, 10, LoraResult({}))), Traffic(3, 4)),
-    )
-    bad = Failure.from_text(
-        "bob", "q.a: expected finite numbers; got 1 of 10 that are not", kind="refused", code="NOT_FINITE"
-    )
-    on_event(harness.dispatcher, record, ClientFinished(1, bad, Traffic(3, 4)))
-    on_event(harness.dispatcher, record, RoundFinished(RECORD))
-    on_event(harness.dispatcher, record, RoundFinished(replace(RECORD, round=0)))
-    on_event(harness.dispatcher, record, Note("a remark"))
-    receipts = {}
-    for name in sent:
-        reply = harness.submit(name, sent[name])
-        assert reply is not None
-        receipts[name] = pb.Header.FromString(reply.receipt.header).receipt
-    assert [receipts[name].verdict for name in sorted(receipts)] == [pb.ACCEPTED, pb.REFUSED, pb.LATE]
-    assert receipts["bob"].refusal == refusal_of(bad)
-    assert [kind for kind, _ in events] == ["round", "used", "unused", "committed", "note"]
-
-
-def test_a_reason_in_words_is_taken_apart_for_the_schema() -> None:
-    result = refusal_of(
-        Failure.from_text("bob", "q.a: expected shape (2, 5); got (3, 5)", kind="refused", code="TENSOR_SHAPE")
-    )
-    assert (result.reason, result.field, result.expected, result.found) == (
-        pb.TENSOR_SHAPE,
-        "q.a",
-        "shape (2, 5)",
-        "(3, 5)",
-    )
-    assert refusal_of(Failure.from_text("bob", "odd", kind="refused")).reason == pb.MALFORMED
 
 
 def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:

@@ -78,6 +78,20 @@ def test_a_dry_run_says_what_would_be_asked_and_what_the_policy_says(site: Path)
     assert refused.facts["refusals"] == ["policy.max_rank: allowed 4; got 8"]
 
 
+def test_a_dry_run_says_which_rounds_would_be_declined_and_refuses_only_what_is_certain(site: Path) -> None:
+    site.write_text(SITE.replace("max_rank = 4", "min_cohort = 3"))
+    setup = load_join_setup(site)
+    open_ended = compare_with_policy(setup, greeting(RECIPE))  # takes every site that is there
+    assert open_ended.allowed
+    assert [text.partition(";")[0] for text in open_ended.remarks] == [
+        "policy.min_cohort: rounds of fewer than 3 clients will be declined"
+    ]
+    promised = compare_with_policy(setup, greeting(RECIPE.replace("[rounds]", "[rounds]\nmin_clients = 3")))
+    assert (promised.allowed, promised.remarks) == (True, ())
+    small = compare_with_policy(setup, greeting(RECIPE.replace("[rounds]", "[rounds]\ncohort = 2")))
+    assert small.facts["refusals"] == ["policy.min_cohort: at least 3; got 2"]
+
+
 def test_an_override_for_this_site_counts() -> None:
     recipe = data_at_sites(RECIPE + '[[override]]\nclients = ["site-a"]\nrank = 1\n')
     assert recipe_demand(recipe, "site-a").rank == 1

@@ -378,6 +378,22 @@ def test_a_client_over_another_base_is_refused_by_name(clock: Clock) -> None:
     assert "expected the base 9f3c9f3c9f3c; got 777777777777" in told(transport)["ann"]
 
 
+def test_who_takes_part_and_who_does_not_is_reported_with_the_reason(clock: Clock) -> None:
+    other, story = client("ann", foundation=replace(FOUNDATION, base="77" * 32)), list[tuple[object, ...]]()
+    grid = fleet("ann", "bob", "cyd", "dan", ann=other, dan=lambda message: Error(ERROR, "no such file"))
+    GridTransport(
+        grid,
+        expected=2,
+        on_admitted=lambda *facts: story.append(facts),
+        on_refused=lambda *facts: story.append(facts),
+        clock=clock,
+        sleep=clock.sleep,
+    ).clients()
+    refused = {str(name): (str(reason)[:17], final) for name, reason, final in (one for one in story if len(one) == 3)}
+    assert refused == {"ann": ("expected the base", True), "": ("no such file", False)}
+    assert {one[0] for one in story if len(one) == 2} >= {"bob", "cyd"}
+
+
 def test_a_client_that_joins_later_must_fit_what_was_settled(clock: Clock) -> None:
     grid = fleet("ann")
     transport = over(grid, clock)

@@ -52,6 +52,17 @@ def test_clients_are_nodes_under_the_names_of_the_roster(harness: Harness) -> No
     assert grid.run.run_id == 1
 
 
+def test_a_client_that_comes_again_after_a_refusal_is_another_node(harness: Harness) -> None:
+    grid = LinkGrid(harness.dispatcher)
+    harness.dispatcher.greet("anna")
+    harness.dispatcher.refuse("anna", pb.Refusal(reason=pb.SITE_DIFFERS))
+    assert grid.get_nodes() == []
+    harness.dispatcher.greet("anna")
+    (node,) = grid.get_nodes()
+    assert node.name == "anna"
+    assert node.node_id == node_of("anna", 1) != node_of("anna")
+
+
 def test_a_message_comes_back_as_the_client_answered_it(harness: Harness) -> None:
     grid = LinkGrid(harness.dispatcher)
     harness.dispatcher.sign_of_life("anna")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 
-from fedtune.deployment.coordinator import refusal_of
+from fedtune.deployment.link_events import refusal_of
 from fedtune.link.envelopes import KIND, digest, verify_envelope
 from fedtune.link.pki.roster import Party
 from fedtune.link.pki.signing import key_id, public_bytes, sign

@@ -53,4 +53,4 @@ def test_a_refusal_is_passing_by_its_reason_alone_and_none_that_passes_ends_a_cl
     for one in pb.DESCRIPTOR.enum_types_by_name["Reason"].values:
         assert rejection(getattr(pb, one.name), "", "", "").refusal.passing == (one.number in TRANSIENT)
     assert not TRANSIENT & FATAL
-    assert ADVICE.keys() <= FATAL | {pb.BUILD_DIFFERS}
+    assert ADVICE.keys() <= FATAL | {pb.BUILD_DIFFERS, pb.NAME_IN_USE}

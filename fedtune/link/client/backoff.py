@@ -56,6 +56,7 @@ class Backoff:
         self._identity, self._settings, self._stop, self._record, self._clock = identity, settings, stop, record, clock
         self._failures, self._failed_at = 0, 0.0
         self._reported_at = float("-inf")
+        self._refusal = "", 0.0  # that was recorded last, and when
         self._unreachable_since: float | None = None
 
     def retry(self, job: Job, call: Callable[[], Response]) -> Response:
@@ -71,6 +72,11 @@ class Backoff:
                 return call()
             except grpc.RpcError as error:
                 self.wait_after_error(error, job)
+
+    @property
+    def unreachable_s(self) -> float:
+        """Seconds since the server has stopped to answer; 0 while it answers."""
+        return 0.0 if self._unreachable_since is None else self._clock() - self._unreachable_since
 
     def note_success(self) -> None:
         """Note that the server answers."""
@@ -121,7 +127,11 @@ class Backoff:
             ConfigError: if the refusal is final, and a person must act.
             StoppedError: if the client is to end.
         """
-        self._record("refused", reason=describe(refusal), code=reason_name(refusal.reason))
+        reason, now = describe(refusal), self._clock()
+        # A refusal that passes is repeated with every try: once in a while is enough for a log.
+        if reason != self._refusal[0] or now - self._refusal[1] >= REPORT_INTERVAL_S:
+            self._record("refused", reason=reason, code=reason_name(refusal.reason))
+            self._refusal = reason, now
         if not refusal.passing:
             raise ConfigError(Fault("", "a server that takes this site", describe(refusal)))
         self._stop.wait(REFUSED_PAUSE_S)

@@ -28,6 +28,8 @@ from fedtune.link.rejections import RejectionError, describe, one_line, reason_n
 from fedtune.link.settings import JoinSettings, Policy
 from fedtune.wire.v1 import link_pb2 as pb
 
+COMPLETE_S = 30.0
+"""Without a server, after which a site whose last run is complete ends: nothing is left for it to do."""
 UNVERIFIED_PAUSE_S = 1.0
 """After a task whose signature does not hold, or that failed: the server offers it again at once."""
 End = Literal["finished", "stopped"]
@@ -112,6 +114,7 @@ class Client:
             ConfigError: if something must be changed before this can succeed.
             StoreError: if the outbox cannot be written.
         """
+        complete = outbox.complete_run(self._state)
         self._guard.start(self._work.load, name="fedtune load")
         try:
             while not self._stop.is_set():
@@ -120,6 +123,7 @@ class Client:
                 try:
                     if self._session.greeting is None:
                         self._begin(self._session.hello())
+                        complete = ""
                     if (end := self._turn()) is not None:
                         return end
                     self._backoff.note_success()
@@ -131,6 +135,9 @@ class Client:
                     if isinstance(error, ValueError):
                         break
                     self._backoff.wait_after_error(error)
+                    if complete and self._backoff.unreachable_s >= COMPLETE_S:
+                        self._record("over", run=complete, seconds=int(COMPLETE_S))
+                        return "finished"
             return "stopped"
         except StoppedError:
             return "stopped"
@@ -175,7 +182,7 @@ class Client:
         with self._lock:
             holding = list(self._jobs)
         # The server names those of the held tasks that it has closed, and offers none of them again.
-        request = pb.NextRequest(epoch=greeting.epoch, holding=holding)
+        request = pb.NextRequest(epoch=greeting.epoch, holding=holding, process=self._session.process)
         reply = self._calls.next(request, timeout=greeting.limits.hold_ms / 1000 + CALL_S)
         match reply.WhichOneof("what"):
             case "work":
@@ -185,6 +192,7 @@ class Client:
                     if (job := self._jobs.get(reply.withdrawn.order)) is not None:
                         self._withdraw(job)
             case "stop" if reply.stop.why == pb.Stop.FINISHED:
+                outbox.store_end(self._state, greeting.run)
                 self._record("finished", run=greeting.run)
                 return "finished"
             case "stop":

@@ -15,6 +15,7 @@ from fedtune.wire.v1 import link_pb2 as pb
 
 TASK, REPLY, RECEIPT, UPDATE = "order", "answer", "receipt", "update"
 """Names of files, which folders of earlier releases have, too."""
+END = "complete"
 DAY_S = 24 * 3600.0
 
 
@@ -92,6 +93,22 @@ def open_entry(state: Path, task: pb.Envelope, header: pb.Header) -> Entry:
     return Entry(folder, task, header)
 
 
+def store_end(state: Path, run: str) -> None:
+    """Note that a run is complete.
+
+    Raises:
+        StoreError: if the note cannot be written.
+    """
+    write_bytes(state / "runs" / run / END, b"")
+
+
+def complete_run(state: Path) -> str:
+    """Return the id of the last run that this site took part in if it is complete; empty if not, or without one."""
+    # By the plan, which is written when the site takes part: later than that of every run before it.
+    plans = sorted((state / "runs").glob("*/plan"), key=lambda path: path.stat().st_mtime_ns)
+    return plans[-1].parent.name if plans and (plans[-1].parent / END).exists() else ""
+
+
 def load_entries(state: Path, run: str) -> Sequence[Entry]:
     """Return the entries of a run in the order of its rounds; damaged ones are left out, and their tasks offered again.
 
@@ -154,6 +171,9 @@ def bytes_sent_last_day(state: Path, *, now: float) -> int:
 def store_plan(state: Path, run: str, plan: pb.Envelope, recipe: bytes) -> None:
     """Store the coordinator's signed statement of a run, and its recipe for people to read."""
     folder = state / "runs" / run
+    # A run that was complete may go on for more rounds.
+    with store_errors(folder):
+        (folder / END).unlink(missing_ok=True)
     write_bytes(folder / "plan", plan.SerializeToString())
     write_text(folder / "recipe.toml", recipe.decode())
 

@@ -25,7 +25,8 @@ class TaskDemand:
     rank: int | None
     """Of the adapter; None where the site measures seeds instead."""
     steps: int
-    cohort: int
+    cohort: int | None
+    """Clients of its round; None where that is not known yet."""
     num_bytes: int
     """To download."""
     base: str
@@ -114,7 +115,7 @@ def violations(policy: Policy, demand: TaskDemand, recipe: str, usage: Usage, no
             pb.TOO_MANY_BYTES,
             f"policy.max_down_mib: allowed {policy.max_down_mib:g}; got {format_mib(demand.num_bytes)}",
         )
-    if demand.cohort < policy.min_cohort:
+    if demand.cohort is not None and demand.cohort < policy.min_cohort:
         yield PolicyViolation(
             pb.COHORT_TOO_SMALL, f"policy.min_cohort: at least {policy.min_cohort}; got {demand.cohort}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -63,6 +64,8 @@ class Session:
         """
         self.identity = identity
         self._roster, self._calls, self._backoff, self._record, self._now = roster, calls, backoff, record, now
+        self.process = secrets.randbits(63) + 1
+        """Random number by which the server tells two processes under one name apart."""
         self.greeting: Greeting | None = None
         """Of the server process that is answering; None before a hello, and after the server has gone away."""
 
@@ -78,6 +81,7 @@ class Session:
             federation=self.identity.federation,
             build=build_version(),
             roster_version=self._roster.current().version,
+            process=self.process,
         )
         # A loop, since some refusals pass: an expired roster is renewed at the server without a restart here.
         while (reply := self._calls.hello(request, timeout=CALL_S)).HasField("refusal"):

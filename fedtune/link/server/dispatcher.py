@@ -25,6 +25,7 @@ from fedtune.link.server.assignments import (
     is_training,
 )
 from fedtune.link.server.blocklist import Blocklist, RefusalCounter
+from fedtune.link.server.membership import Membership
 from fedtune.link.server.presence import ClientPresence, Presence
 from fedtune.link.server.receipts import Receipts
 from fedtune.link.server.replies import Replies
@@ -68,6 +69,7 @@ class Dispatcher:
         *,
         accepted: Mapping[tuple[int, str], str] | None = None,
         ended: int = 0,
+        informed: Collection[str] = (),
         record: RecordEvent = ignore_event,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,6 +82,7 @@ class Dispatcher:
             blocklist: clients whose calls are refused.
             accepted: SHA-256 (hex) of the updates that the run's journal holds, by round and client.
             ended: number of the last round that is over.
+            informed: clients that know from an earlier process that the run is complete.
             record: receives the events.
             clock: seconds from any start.
 
@@ -98,12 +101,12 @@ class Dispatcher:
         self._tasks = Assignments(folder, inline_bytes=settings.inline_kib * KIB)
         self._receipts = Receipts(accepted or {}, ended)
         self._presence = Presence(settings, clock, on_arrival=self._wakeup.set)
+        self._members = Membership(self._presence, record, informed=informed)
         self._replies = Replies(
             run, settings, folder, self._tasks, self._receipts, self._presence, self._wakeup.set, record
         )
         self._refusals = RefusalCounter()
         self._cohort: Collection[str] = ()
-        self._informed = set[str]()  # clients that know that there is no more work
         self._rounds = 0  # that this process has begun
         with store_errors(folder):
             make_folder(folder)
@@ -116,10 +119,21 @@ class Dispatcher:
         with self._lock:
             self._receipts.journal_end = journal_end
 
-    def fleet(self) -> Sequence[str]:
-        """Return the clients with a sign of life within `lease_s`."""
+    def set_enrolled(self, enrolled: Callable[[], Collection[str]]) -> None:
+        """Have the end of the run wait for clients that are enrolled and not here, as long as the server drains."""
         with self._lock:
-            return self._presence.clients()
+            self._members.enrolled = enrolled
+
+    def fleet(self) -> Mapping[str, int]:
+        """Return the clients with a sign of life within `lease_s`, and how often each came again after a refusal."""
+        with self._lock:
+            self._members.record_changes()
+            return {client: self._members.readmissions(client) for client in self._members.here()}
+
+    def refuse(self, client: str, refusal: pb.Refusal) -> None:
+        """Tell a client that it takes no part in the run, and why; until it says hello again it is not asked."""
+        with self._lock:
+            self._members.refuse(client, refusal)
 
     def post(self, client: str, task: str, front: bytes, bodies: Mapping[str, bytes], *, seconds: float) -> str:
         """Give a client a task, and return the message id under which its result is collected.
@@ -190,6 +204,7 @@ class Dispatcher:
     def collect(self, message_ids: Collection[str]) -> Mapping[str, Result]:
         """Return the results that are ready, each once; tasks of lost clients are withdrawn."""
         with self._lock:
+            self._members.record_changes()
             for message_id in message_ids:
                 task = self._tasks.waiting_task(message_id)
                 if task is not None and self._presence.is_lost(task.client, since=task.posted):
@@ -236,14 +251,10 @@ class Dispatcher:
             self._presence.wake_all()
 
     def uninformed_clients(self) -> Sequence[str]:
-        """Return the clients that are here and do not know yet that there is no more work.
-
-        At the end of a run these are all with a recent sign of life: when they ask next, no server would answer them.
-        """
+        """Return the clients that do not know yet that there is no more work, and may still ask."""
         with self._lock:
             finished = self.stopping is not None and self.stopping.why == pb.Stop.FINISHED
-            here = {*self._presence.clients_with_calls(), *(self._presence.clients() if finished else ())}
-            return sorted(here - self._informed)
+            return self._members.list_uninformed(finished=finished)
 
     def status(self) -> Mapping[str, ClientPresence]:
         """Return the presence of every client that has ever come."""
@@ -251,6 +262,17 @@ class Dispatcher:
             return self._presence.status(lambda client: len(self._tasks.of_client(client)))
 
     # ---- the service's side ----
+
+    def greet(self, client: str) -> None:
+        """Note that a client has said hello: a refusal of its process before this one counts no more."""
+        with self._lock:
+            self._members.readmit(client)
+            self._presence.sign_of_life(client)
+
+    def claim(self, client: str, process: int) -> bool:
+        """Return whether a process may act under a client's name; see `Membership.claim`."""
+        with self._lock:
+            return self._members.claim(client, process)
 
     def sign_of_life(self, client: str) -> None:
         with self._lock:
@@ -280,6 +302,8 @@ class Dispatcher:
             holding: digests of the tasks that it works on already.
         """
         with self._lock:
+            if (refusal := self._members.refusal(client)) is not None:
+                return pb.NextReply(refusal=refusal)
             # First what may stop: a client that trains for a closed task wastes its machine.
             for task_digest in holding:
                 if self._tasks.get(client, task_digest) is None:
@@ -291,7 +315,7 @@ class Dispatcher:
                     return pb.NextReply(work=self._tasks.work(task, left_s=left_s))
             if self.stopping is None:
                 return None
-            self._informed.add(client)
+            self._members.inform(client, finished=self.stopping.why == pb.Stop.FINISHED)
             return pb.NextReply(stop=self.stopping)
 
     def body(self, client: str, part_digest: bytes) -> Body:

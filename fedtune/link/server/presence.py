@@ -58,6 +58,10 @@ class Presence:
     def clients_with_calls(self) -> Sequence[str]:
         return [client for client, calls in self._held_calls.items() if calls > 0]
 
+    def has_call(self, client: str) -> bool:
+        """Return whether a call is held for a client: only a living process has one."""
+        return self._held_calls.get(client, 0) > 0
+
     def is_lost(self, client: str, *, since: float) -> bool:
         """Return whether a client has been silent for longer than `lost_s`; one never seen counts from `since`."""
         return not self._held_calls.get(client) and self.silence_s(client, since=since) > self._settings.lost_s

@@ -93,11 +93,12 @@ class Service:
                 raise rejection(pb.WRONG_FEDERATION, "federation", expected, request.federation)
             if (pinned := self._dispatcher.settings.build) and request.build != pinned:
                 raise rejection(pb.BUILD_DIFFERS, "build", pinned, request.build)
+            self._check_process(party.name, request.process)
         except RejectionError as error:
             return pb.HelloReply(refusal=self._refusal(context, error))
         build = one_line(request.build)
         self._record("hello", client=party.name, build=build, roster=request.roster_version)
-        self._dispatcher.sign_of_life(party.name)
+        self._dispatcher.greet(party.name)
         is_newer = self._roster.current().version > request.roster_version
         return pb.HelloReply(
             protocol=PROTOCOL,
@@ -113,6 +114,7 @@ class Service:
             party = self._authenticate(context)
             if request.epoch != self._epoch:
                 raise rejection(pb.STALE_EPOCH, "epoch", "this server's", "another's; say hello")
+            self._check_process(party.name, request.process)
         except RejectionError as error:
             return pb.NextReply(refusal=self._refusal(context, error))
         # Cut: a long list from outside would slow down every look at the tasks.
@@ -213,6 +215,11 @@ class Service:
         # Last: only clients of the roster get a queue, so that strangers cannot fill the memory.
         self._limit_calls(name)
         return party
+
+    def _check_process(self, name: str, process: int) -> None:
+        """Refuse a second process with the same key, until the first has gone."""
+        if not self._dispatcher.claim(name, process):
+            raise rejection(pb.NAME_IN_USE, "process", f"one process under the name {name}", "a second one")
 
     def _valid_roster(self) -> Roster:
         roster = self._roster.current()
@@ -317,9 +324,12 @@ class Service:
                 incoming.close()
 
     def _refusal(self, context: CallContext, error: RejectionError, *, party: Party | None = None) -> pb.Refusal:
-        """Record a refusal, and return it as it is sent; a stale epoch is not recorded: every restart causes one."""
+        """Record a refusal, and return it as it is sent; not a stale epoch: every restart causes one.
+
+        Nor a second process under one name, which asks again and again: the dispatcher records it once.
+        """
         name = party.name if party is not None else caller_name(context)
-        if error.refusal.reason != pb.STALE_EPOCH:
+        if error.refusal.reason not in (pb.STALE_EPOCH, pb.NAME_IN_USE):
             reason, code = describe(error.refusal), reason_name(error.refusal.reason)
             self._record("refused", client=name, reason=reason, code=code)
         return error.refusal

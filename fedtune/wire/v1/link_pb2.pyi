@@ -31,6 +31,7 @@ class Veto(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_UNKNOWN: _ClassVar[Veto]
     WORK_FAILED: _ClassVar[Veto]
     OPERATOR: _ClassVar[Veto]
+    SCORES_NOT_ALLOWED: _ClassVar[Veto]
 
 class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -53,6 +54,8 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROSTER_OLD: _ClassVar[Reason]
     STALE_EPOCH: _ClassVar[Reason]
     TOO_MANY_CALLS: _ClassVar[Reason]
+    NAME_IN_USE: _ClassVar[Reason]
+    SITE_DIFFERS: _ClassVar[Reason]
     HEADER_TOO_LARGE: _ClassVar[Reason]
     KEY_UNKNOWN: _ClassVar[Reason]
     SIGNATURE: _ClassVar[Reason]
@@ -113,6 +116,7 @@ RECIPE_NOT_ALLOWED: Veto
 TASK_UNKNOWN: Veto
 WORK_FAILED: Veto
 OPERATOR: Veto
+SCORES_NOT_ALLOWED: Veto
 VERDICT_UNSET: Verdict
 ACCEPTED: Verdict
 LATE: Verdict
@@ -129,6 +133,8 @@ WRONG_FEDERATION: Reason
 ROSTER_OLD: Reason
 STALE_EPOCH: Reason
 TOO_MANY_CALLS: Reason
+NAME_IN_USE: Reason
+SITE_DIFFERS: Reason
 HEADER_TOO_LARGE: Reason
 KEY_UNKNOWN: Reason
 SIGNATURE: Reason
@@ -268,16 +274,18 @@ class Refusal(_message.Message):
     def __init__(self, reason: _Optional[_Union[Reason, str]] = ..., field: _Optional[str] = ..., expected: _Optional[str] = ..., found: _Optional[str] = ..., passing: bool = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("protocols", "federation", "build", "roster_version")
+    __slots__ = ("protocols", "federation", "build", "roster_version", "process")
     PROTOCOLS_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     protocols: _containers.RepeatedScalarFieldContainer[int]
     federation: str
     build: str
     roster_version: int
-    def __init__(self, protocols: _Optional[_Iterable[int]] = ..., federation: _Optional[str] = ..., build: _Optional[str] = ..., roster_version: _Optional[int] = ...) -> None: ...
+    process: int
+    def __init__(self, protocols: _Optional[_Iterable[int]] = ..., federation: _Optional[str] = ..., build: _Optional[str] = ..., roster_version: _Optional[int] = ..., process: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("part_bytes", "window_bytes", "inline_bytes", "hold_ms", "stall_ms")
@@ -312,12 +320,14 @@ class HelloReply(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., epoch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., plan: _Optional[_Union[Envelope, _Mapping]] = ..., recipe: _Optional[bytes] = ..., roster: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class NextRequest(_message.Message):
-    __slots__ = ("epoch", "holding")
+    __slots__ = ("epoch", "holding", "process")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     HOLDING_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     holding: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, epoch: _Optional[int] = ..., holding: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    process: int
+    def __init__(self, epoch: _Optional[int] = ..., holding: _Optional[_Iterable[bytes]] = ..., process: _Optional[int] = ...) -> None: ...
 
 class NextReply(_message.Message):
     __slots__ = ("work", "withdrawn", "wait", "stop", "refusal")

@@ -12,6 +12,7 @@ class Verb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     VERB_UNSET: _ClassVar[Verb]
     ADAPT: _ClassVar[Verb]
     PROBE: _ClassVar[Verb]
+    SCORE: _ClassVar[Verb]
 
 class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -60,6 +61,7 @@ class Sampling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 VERB_UNSET: Verb
 ADAPT: Verb
 PROBE: Verb
+SCORE: Verb
 DTYPE_UNSET: DType
 F32: DType
 F16: DType
@@ -208,8 +210,16 @@ class Surgery(_message.Message):
     wanted: bool
     def __init__(self, settings: _Optional[bytes] = ..., stages: _Optional[_Iterable[bytes]] = ..., before: _Optional[bytes] = ..., wanted: bool = ...) -> None: ...
 
+class Score(_message.Message):
+    __slots__ = ("examples", "batch")
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    examples: int
+    batch: int
+    def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ...) -> None: ...
+
 class Assignment(_message.Message):
-    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery")
+    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "score")
     VERB_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +231,7 @@ class Assignment(_message.Message):
     BASE_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     SURGERY_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     verb: Verb
     method: str
     plan: Plan
@@ -232,7 +243,8 @@ class Assignment(_message.Message):
     base: str
     probe: Probe
     surgery: Surgery
-    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ...) -> None: ...
+    score: Score
+    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
     __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens")
@@ -302,6 +314,27 @@ class ProbeUpdate(_message.Message):
     lost: bool
     def __init__(self, scalars: _Optional[bytes] = ..., state: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., skipped: _Optional[int] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., rms: _Optional[float] = ..., lost: bool = ...) -> None: ...
 
+class ScoreUpdate(_message.Message):
+    __slots__ = ("client", "round", "base", "metrics", "seconds")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    round: int
+    base: str
+    metrics: _containers.ScalarMap[str, float]
+    seconds: float
+    def __init__(self, client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class Module(_message.Message):
     __slots__ = ("name", "out_features", "in_features")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -353,7 +386,7 @@ class Device(_message.Message):
     def __init__(self, memory_bytes: _Optional[int] = ..., cores: _Optional[int] = ..., accelerator: _Optional[str] = ...) -> None: ...
 
 class ClientProfile(_message.Message):
-    __slots__ = ("client", "examples", "base", "modules", "saved", "saved_modules", "labels", "transposed", "parameters", "verbs", "methods", "protocol", "device", "anatomy", "manifest")
+    __slots__ = ("client", "examples", "base", "modules", "saved", "saved_modules", "labels", "transposed", "parameters", "verbs", "methods", "protocol", "device", "anatomy", "manifest", "held_out")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -369,6 +402,7 @@ class ClientProfile(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ANATOMY_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_FIELD_NUMBER: _ClassVar[int]
     client: str
     examples: int
     base: str
@@ -384,4 +418,5 @@ class ClientProfile(_message.Message):
     device: Device
     anatomy: Anatomy
     manifest: bytes
-    def __init__(self, client: _Optional[str] = ..., examples: _Optional[int] = ..., base: _Optional[str] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., saved: _Optional[_Union[Blob, _Mapping]] = ..., saved_modules: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., transposed: bool = ..., parameters: _Optional[int] = ..., verbs: _Optional[_Iterable[_Union[Verb, str]]] = ..., methods: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., anatomy: _Optional[_Union[Anatomy, _Mapping]] = ..., manifest: _Optional[bytes] = ...) -> None: ...
+    held_out: int
+    def __init__(self, client: _Optional[str] = ..., examples: _Optional[int] = ..., base: _Optional[str] = ..., modules: _Optional[_Iterable[_Union[Module, _Mapping]]] = ..., saved: _Optional[_Union[Blob, _Mapping]] = ..., saved_modules: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., transposed: bool = ..., parameters: _Optional[int] = ..., verbs: _Optional[_Iterable[_Union[Verb, str]]] = ..., methods: _Optional[_Iterable[str]] = ..., protocol: _Optional[int] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., anatomy: _Optional[_Union[Anatomy, _Mapping]] = ..., manifest: _Optional[bytes] = ..., held_out: _Optional[int] = ...) -> None: ...

@@ -111,8 +111,10 @@ def test_a_client_gives_up_where_waiting_cannot_help(tmp_path: Path, monkeypatch
     rig = Rig(tmp_path, monkeypatch, patience_s=10.0)
     with pytest.raises(ConfigError, match="UNIMPLEMENTED: no details"):
         rig.backoff.wait_after_error(Failed(grpc.StatusCode.UNIMPLEMENTED))
+    assert rig.backoff.unreachable_s == 0
     rig.backoff.wait_after_error(Failed())
     rig.now += 11
+    assert rig.backoff.unreachable_s == 11
     with pytest.raises(ConfigError, match="11 s without a connection"):
         rig.backoff.wait_after_error(Failed())
     with pytest.raises(ConfigError, match="why"):
@@ -124,7 +126,9 @@ def test_a_final_refusal_ends_the_client_and_a_passing_one_is_waited_for(
 ) -> None:
     rig = Rig(tmp_path, monkeypatch)
     rig.backoff.wait_after_refusal(rejection(pb.BUSY, "uploads", "8", "9").refusal)
-    assert rig.stop.seconds == [1.0]
+    rig.backoff.wait_after_refusal(rejection(pb.BUSY, "uploads", "8", "9").refusal)
+    assert rig.stop.seconds == [1.0, 1.0]
+    assert rig.events == ["refused"]  # the same one, which is repeated every second
     with pytest.raises(ConfigError, match="REVOKED"):
         rig.backoff.wait_after_refusal(rejection(pb.REVOKED, "roster", "active", "revoked").refusal)
 

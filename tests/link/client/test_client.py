@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from fedtune.errors import ConfigError
 from fedtune.link.client import outbox
 from fedtune.link.pki import authority
+from fedtune.link.rejections import rejection
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import copy_roster
-from tests.link.link_server import LinkServer
+from tests.link.link_server import LinkServer, run_link_server
 from tests.link.site import END_S, RecordingTrainer, collect_one, expected_update, post, run_site, until
 
 
@@ -53,6 +58,44 @@ def test_the_end_of_the_run_ends_the_client(link: LinkServer) -> None:
         link.dispatcher.stop(pb.Stop.FINISHED)
         running.thread.join(END_S)
         assert running.ended == ["finished"]
+        assert outbox.complete_run(running.state) == link.dispatcher.run.run
+
+
+def test_a_site_whose_run_is_complete_does_not_wait_for_its_server_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_link_server(tmp_path) as link:
+        with run_site(link) as running:
+            until(link, lambda: "hello" in running.kinds())
+            link.dispatcher.stop(pb.Stop.FINISHED)
+            running.thread.join(END_S)
+        gone = link
+    monkeypatch.setattr("fedtune.link.client.client.COMPLETE_S", 0.1)
+    with run_site(gone) as again:
+        again.thread.join(END_S)
+        assert again.ended == ["finished"]
+        assert again.events[-1] == ("over", {"run": gone.dispatcher.run.run, "seconds": 0})
+
+
+def test_a_second_process_under_a_name_waits_and_says_so_once(link: LinkServer) -> None:
+    with run_site(link) as first:
+        until(link, lambda: link.dispatcher.status().get("site-a") and "hello" in first.kinds())
+        until(link, lambda: not link.dispatcher.claim("site-a", 1))  # the first one's question is held
+        with run_site(link) as second:
+            until(link, lambda: "refused" in second.kinds())
+            assert [fields["code"] for kind, fields in second.events if kind == "refused"] == ["NAME_IN_USE"]
+            first.client.stop()
+            until(link, lambda: "hello" in second.kinds())
+
+
+def test_a_site_that_does_not_fit_the_run_ends_with_the_reason(link: LinkServer) -> None:
+    with run_site(link) as running:
+        until(link, lambda: "hello" in running.kinds())
+        link.dispatcher.refuse("site-a", rejection(pb.SITE_DIFFERS, "", "the base ab", "cd").refusal)
+        running.thread.join(END_S)
+        (error,) = running.ended
+        assert isinstance(error, ConfigError)
+        assert "SITE_DIFFERS: expected the base ab; got cd; mend this site's file" in str(error)
 
 
 def test_a_site_that_does_not_agree_takes_no_part(link: LinkServer) -> None:

@@ -91,6 +91,15 @@ def test_a_task_that_was_not_written_whole_is_left_out(tmp_path: Path) -> None:
     assert outbox.load_entries(tmp_path, RUN) == []
 
 
+def test_the_last_run_is_complete_until_it_goes_on_or_another_begins(tmp_path: Path) -> None:
+    assert outbox.complete_run(tmp_path) == ""
+    outbox.store_plan(tmp_path, "1" * 16, pb.Envelope(), b"")
+    outbox.store_end(tmp_path, "1" * 16)
+    assert outbox.complete_run(tmp_path) == "1" * 16
+    outbox.store_plan(tmp_path, "1" * 16, pb.Envelope(), b"")
+    assert outbox.complete_run(tmp_path) == ""
+
+
 def test_a_damaged_reply_is_named(tmp_path: Path) -> None:
     item = entry(tmp_path)
     (item.folder / "answer").write_bytes(b"\xff\xff\xff")

@@ -59,7 +59,7 @@ def test_a_silent_client_is_lost_and_its_late_reply_is_kept_for_the_next_questio
     message_id, task, task_digest = harness.post("anna")
     harness.clock.now += 29
     assert harness.dispatcher.collect([message_id]) == {}
-    assert harness.dispatcher.fleet() == []
+    assert not harness.dispatcher.fleet()
     harness.clock.now += 2
     assert harness.dispatcher.collect([message_id]) == {message_id: Withdrawn("anna", "no sign of life for 31 s")}
     harness.submit("anna", signed_reply("anna", task, task_digest, DATA), DATA)

@@ -1,0 +1,63 @@
+"""What the events of a served run mean for its clients: entries of the log, and receipts of their updates."""
+
+from __future__ import annotations
+
+from fedtune.link.audit_log import RecordEvent
+from fedtune.link.rejections import one_line
+from fedtune.link.server.dispatcher import Dispatcher
+from fedtune.messages import AdmittedUpdate, Failure
+from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.wire.v1 import link_pb2 as pb
+
+
+def on_event(dispatcher: Dispatcher, record: RecordEvent, event: Event) -> None:
+    """Record an event of the rounds, and have the dispatcher give each client the receipt of its update."""
+    match event:
+        case RoundStarted(round, rounds, cohort):
+            dispatcher.begin_round(cohort)
+            record("round", round=round, rounds=rounds, clients=" ".join(cohort))
+        case ClientFinished(round, AdmittedUpdate() as update, traffic):
+            # The journal holds the update by now: a receipt promises that no crash loses it.
+            dispatcher.settle(update.client, round, None)
+            record(
+                "used",
+                client=update.client,
+                round=round,
+                examples=update.num_examples,
+                up=traffic.up,
+                down=traffic.down,
+            )
+        case ClientFinished(round, Failure() as failure, _):
+            if failure.kind == "refused":
+                dispatcher.settle(failure.client, round, refusal_of(failure))
+            record("unused", client=failure.client, round=round, why=failure.kind, reason=failure.reason)
+        # Round 0 is the evaluation before the first round, for which no client has a task.
+        case RoundFinished(line) if line.round:
+            dispatcher.end_round(line.round)
+            record(
+                "committed",
+                round=line.round,
+                updates=line.used,
+                asked=len(line.cohort),
+                state=line.state_digest,
+                up=line.bytes_up,
+                down=line.bytes_down,
+                ms=int(1000 * line.seconds),
+            )
+        case Note(text):
+            record("note", text=text)
+        case _:
+            pass
+
+
+def refusal_of(failure: Failure) -> pb.Refusal:
+    """Return why an update was refused, as it travels to its author."""
+    if not failure.expected:
+        return pb.Refusal(reason=failure.code or "MALFORMED", field=one_line(failure.reason))
+    got = "; ".join(part for part in (failure.got, failure.hint) if part)
+    return pb.Refusal(
+        reason=failure.code or "MALFORMED",
+        field=one_line(failure.where),
+        expected=one_line(failure.expected),
+        found=one_line(got),
+    )
