@@ -17,13 +17,14 @@ from fedtune.config.plugins import find_data_source
 from fedtune.config.recipe import PYTHON, Objects, missing_object, resources
 from fedtune.config.site import bind_site
 from fedtune.data.encode import Example
-from fedtune.data.federation import Federation, federate
+from fedtune.data.federation import Federation, federate, with_class_order
 from fedtune.data.settings import DataSettings
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
 from fedtune.model import embedded
-from fedtune.model.base import Base, base_from_object, load, load_tokenizer, memory_bytes
+from fedtune.model.base import Base, base_from_object, class_order, load, load_tokenizer, memory_bytes
+from fedtune.model.classes import match_classes, named_rows, shorten
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.pruning.structure import BlockLayout
@@ -151,6 +152,9 @@ def load_site(
     given = None if objects.model is None else base_from_object(model, adapter, objects.model)
     tokenizer = load_tokenizer(model, root) if given is None else given.tokenizer
     federation = federate(data, tokenizer=tokenizer, task=model.task, seed=seed, root=root, rows=rows)
+    if model.task == "classification":
+        order = class_order(model, root, federation.labels) if given is None else own_order(given, federation.labels)
+        federation = with_class_order(federation, order)
     base = given or load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
     shards = federation.clients.values()
     examples = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
@@ -161,6 +165,19 @@ def load_site(
         hint = f"set data.max_tokens = {base.positions}"
         raise ConfigError(Fault("data.max_tokens", expected, f"one of {longest}", hint))
     return federation, base
+
+
+def own_order(base: Base, labels: Sequence[str]) -> Sequence[str]:
+    """Return the classes of data with these labels by row of the head of a base that Python code gave.
+
+    Raises:
+        ConfigError: if the head is of other classes.
+    """
+    own = named_rows(base.model.config)
+    if not (classes := match_classes(own, labels)).fits:
+        expected = f"a classifier whose id2label names the classes of the data ({shorten(labels)})"
+        raise ConfigError(Fault("model", expected, shorten(own) or "none", "create it with these labels"))
+    return classes.labels
 
 
 def manifest(base: Base) -> bytes:

@@ -138,6 +138,19 @@ def _by_client(encoded: Encoded, groups: Sequence[str]) -> Mapping[str, Sequence
     return apart
 
 
+def with_class_order(federation: Federation, labels: Sequence[str]) -> Federation:
+    """Return the federation with its classes numbered in this order, which holds all of them."""
+    number = np.array([labels.index(label) for label in federation.labels])
+
+    def renumber(examples: Sequence[Example]) -> Sequence[Example]:
+        return [replace(example, labels=int(number[example.labels])) for example in examples]
+
+    clients = {
+        name: Shard(renumber(shard.train), renumber(shard.held_out)) for name, shard in federation.clients.items()
+    }
+    return replace(federation, clients=clients, test=renumber(federation.test), labels=list(labels))
+
+
 def digest(federation: Federation) -> str:
     """Return the SHA-256 (hex) of every client's training examples: what a resumed run must find unchanged."""
     sha = hashlib.sha256()

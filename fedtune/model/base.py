@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fedtune.directions.seed_ledger import Manifest, describe_tensor, tensor_fau
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint
 from fedtune.model import embedded
+from fedtune.model.classes import Classes, class_settings, head_modules, match_classes, named_rows, output_layer
 from fedtune.model.gguf import convert_once, find_gguf
 from fedtune.model.libraries import quiet
 from fedtune.model.settings import AdapterSettings, ModelSettings
@@ -54,6 +55,8 @@ class Base:
     """Names of the parameters trained in full."""
     saved_modules: Sequence[str]
     """Names of the modules they belong to."""
+    notes: Sequence[str] = ()
+    """What a user should know about it, such as a head that was left out."""
 
     @property
     def positions(self) -> int:
@@ -144,13 +147,10 @@ def load(
     path = locate(settings, root)
     # Before the weights are read, which may take minutes.
     choose_device(settings.device)
-    auto = AutoModelForSequenceClassification if settings.task == "classification" else AutoModelForCausalLM
-    classes: dict[str, Any] = {}
-    if settings.task == "classification":
-        classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    classifies = settings.task == "classification"
+    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     try:
-        # Without an explicit trust_remote_code=False transformers would ask on the terminal whether to run code.
-        config = AutoConfig.from_pretrained(path, revision=settings.revision, trust_remote_code=False, **classes)
+        config, classes = read_config(path, settings, labels)
         # A head that the checkpoint lacks is drawn from torch's global generator, and must be the same everywhere.
         with quiet(), torch_seed(derive(seed, "model.head"), torch.device("cpu")):
             model, info = auto.from_pretrained(
@@ -162,14 +162,68 @@ def load(
                 # Never a pickled checkpoint, which can run code as it is read.
                 use_safetensors=True,
                 output_loading_info=True,
+                # A head of other classes, which is drawn anew; any other difference in shape is an error.
+                ignore_mismatched_sizes=classifies and not classes.fits,
             )
+            new = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+            if classifies and not classes.fits:
+                new = sorted({*new, *draw_output_layer(model, new)})
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise not_found(settings, error) from error
-    new = sorted(info["missing_keys"])
-    # A head may be new; random layers of a language model may not.
-    if new and settings.task == "causal":
-        raise not_found(settings, ValueError(f"it lacks {len(new)} of the model's tensors: {', '.join(new)}"))
-    return base_of(settings, adapter, model, tokenizer, path=str(path), new=new)
+    check_complete(settings, model, new)
+    came = classifies and not {name for name in info["missing_keys"] if name.startswith(output_layer(model))}
+    notes = [classes.note] if came and classes.note else []
+    return base_of(settings, adapter, model, tokenizer, path=str(path), new=new, notes=notes)
+
+
+def read_config(path: str | Path, settings: ModelSettings, labels: Sequence[str]) -> tuple[Any, Classes]:
+    """Return the transformers config of a base, with the names of the classes for classification, and those classes."""
+    # Without an explicit trust_remote_code=False transformers would ask on the terminal whether to run code.
+    read = partial(AutoConfig.from_pretrained, path, revision=settings.revision, trust_remote_code=False)
+    config = read()
+    if settings.task != "classification":
+        return config, Classes((), fits=True)
+    classes = match_classes(named_rows(config), labels)
+    return read(**class_settings(classes.labels)), classes
+
+
+def class_order(settings: ModelSettings, root: Path, labels: Sequence[str]) -> Sequence[str]:
+    """Return the classes of data with these labels by row of the base's head; in this order where that is new.
+
+    Raises:
+        ConfigError: if the base has no config.
+    """
+    try:
+        return read_config(locate(settings, root), settings, labels)[1].labels
+    except (OSError, ValueError) as error:
+        raise not_found(settings, error) from error
+
+
+def check_complete(settings: ModelSettings, model: Any, new: Sequence[str]) -> None:
+    """Refuse a checkpoint without tensors of the model: a head may be new, random layers of its body may not.
+
+    Raises:
+        ConfigError: naming the tensors.
+    """
+    heads = head_modules(model) if settings.task == "classification" else []
+    # An encoder that was trained to fill gaps has no pooler; that too is a part of the head.
+    parts = {name for name in new if name.partition(".")[0] not in heads and not (heads and ".pooler." in name)}
+    if parts:
+        lacking = ", ".join(sorted(parts)[:6])
+        raise not_found(settings, ValueError(f"it lacks {len(parts)} of the model's tensors: {lacking}"))
+
+
+def draw_output_layer(model: Any, new: Sequence[str]) -> Sequence[str]:
+    """Draw a classifier's last layer anew, unless it is new already, and return the names of its parameters."""
+    name = output_layer(model)
+    layer = model.get_submodule(name)
+    names = [f"{name}.{leaf}" for leaf, _ in layer.named_parameters()]
+    if not set(names) <= set(new):
+        for leaf, parameter in list(layer.named_parameters()):
+            setattr(layer, leaf, nn.Parameter(torch.empty_like(parameter)))  # transformers draws no marked parameter
+        with torch.no_grad():
+            model._init_weights(layer)
+    return names
 
 
 def base_of(
@@ -180,6 +234,7 @@ def base_of(
     *,
     path: str,
     new: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Base:
     """Return a loaded model as a base: frozen, in eval mode, on the recipe's device; all of that in place.
 
@@ -190,6 +245,7 @@ def base_of(
         tokenizer: of the model.
         path: folder or hub name that the model comes from.
         new: names of the tensors that its checkpoint lacks.
+        notes: what a user should know about it.
 
     Raises:
         ConfigError: if the device or a target module does not exist.
@@ -220,6 +276,7 @@ def base_of(
         saved=sorted(
             name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in saved_modules)
         ),
+        notes=tuple(notes),
     )
 
 

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -23,7 +22,8 @@ from transformers import (
 from transformers.utils import cached_file
 
 from fedtune.errors import ShapeError
-from fedtune.model.base import DTYPES, choose_device, locate, not_found
+from fedtune.model.base import DTYPES, check_complete, choose_device, locate, not_found, read_config
+from fedtune.model.classes import output_layer
 from fedtune.model.libraries import quiet
 from fedtune.model.settings import ModelSettings
 from fedtune.model.surgery import cut_linear, fit, layout_of, refuse_static_caches, slice_index
@@ -68,7 +68,8 @@ def load_pruned_base(
     device, dtype = choose_device(settings.device), DTYPES[settings.dtype]
     path = locate(settings, root)
     try:
-        model = skeleton(read_config(settings, root=root, labels=labels), task=settings.task, dtype=dtype)
+        config, classes = read_config(path, settings, labels)
+        model = skeleton(config, task=settings.task, dtype=dtype)
         layout = layout_of(model)
         expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
         first_names, slices = aliases(model), cuts(check(structure, layout), layout)
@@ -77,6 +78,9 @@ def load_pruned_base(
         optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
         readers = tensor_readers(checkpoint_files(path, settings.revision))
         readers = match_names(readers, expected.keys(), model.base_model_prefix)
+        if not classes.fits:  # the head is of other classes
+            head = output_layer(model)
+            readers = {name: read for name, read in readers.items() if name.rpartition(".")[0] != head}
         sha, new, placed = hashlib.sha256(), [], set()
         # In the order of `base.digest` and over whole tensors: both must give the same digest of the same base.
         for name, (shape, kind) in sorted(expected.items()):
@@ -103,9 +107,7 @@ def load_pruned_base(
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise not_found(settings, error) from error
     missing = [name for name in new if not any(re.search(pattern, name) for pattern in optional)]
-    if missing and settings.task == "causal":
-        reason = f"it lacks {len(missing)} of the model's tensors: {', '.join(missing)}"
-        raise not_found(settings, ValueError(reason))
+    check_complete(settings, model, missing)
     finish(model, new, key=derive(seed, "model.head"), device=device)
     set_generation_config(model, path, settings.revision)
     refuse_static_caches(model)
@@ -120,19 +122,11 @@ def layout_from_config(settings: ModelSettings, *, root: Path) -> BlockLayout:
     """
     try:
         # One class will do: the head is no part of the blocks.
-        model = skeleton(read_config(settings, root=root, labels=("",)), task=settings.task, dtype=torch.float32)
+        config, _ = read_config(locate(settings, root), settings, ("",))
+        model = skeleton(config, task=settings.task, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise not_found(settings, error) from error
     return layout_of(model)
-
-
-def read_config(settings: ModelSettings, *, root: Path, labels: Sequence[str]) -> Any:
-    """Return the transformers config of a base, with the names of the classes for classification."""
-    classes: dict[str, Any] = {}
-    if settings.task == "classification":
-        classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    path = locate(settings, root)
-    return AutoConfig.from_pretrained(path, revision=settings.revision, trust_remote_code=False, **classes)
 
 
 def skeleton(config: Any, *, task: str, dtype: torch.dtype) -> Any:

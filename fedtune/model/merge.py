@@ -61,6 +61,8 @@ def merge(base: Base, adapter: Adapter, saved: Tensors, *, dtype: str, revision:
             config=base.model.config,
             dtype=torch.float32,
             use_safetensors=True,
+            # A head of other classes than the checkpoint's is among the saved modules.
+            ignore_mismatched_sizes=base.task == "classification",
         )
     parameters, loss = dict(model.named_parameters()), CastLoss(DTYPES[dtype])
     with torch.no_grad():

@@ -10,6 +10,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault
+from fedtune.model.classes import head_modules
+
+STATE_SPACE = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
+"""Types of models whose fused kernels read the weight of `out_proj` past an adapter, so that peft refuses one there."""
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -35,7 +39,9 @@ def find_targets(model: Any, targets: Sequence[str], *, leave_out: Sequence[str]
     linear = {
         name: shape
         for name, module in model.named_modules()
-        if (shape := linear_shape(module)) and not any(name == m or name.startswith(f"{m}.") for m in leave_out)
+        if (shape := linear_shape(module))
+        and not any(name == m or name.startswith(f"{m}.") for m in leave_out)
+        and not (model.config.model_type in STATE_SPACE and name.rpartition(".")[2] == "out_proj")
     }
     # By identity: the output layer has another name in every family.
     heads = {name for name, module in model.named_modules() if module is outputs}
@@ -70,14 +76,17 @@ def find_targets(model: Any, targets: Sequence[str], *, leave_out: Sequence[str]
 
 
 def find_saved(model: Any, names: Sequence[str], new: Sequence[str], *, task: str) -> list[str]:
-    """Return the full names of the modules trained in full: those of a recipe and those that the checkpoint lacks.
+    """Return the full names of the modules trained in full: those of a recipe, and for classification the head.
+
+    The head always travels with a classifier's adapter, as PEFT expects it, whether or not it came with the checkpoint.
+    Of nested modules only the topmost is named.
 
     Raises:
         ConfigError: if a name matches no module, or a module shares its weights with another (tied embeddings).
     """
     modules = dict(model.named_modules())
     tied = {id(model.get_input_embeddings().weight)} if getattr(model.config, "tie_word_embeddings", False) else set()
-    chosen = {name.rpartition(".")[0] for name in new} if task == "classification" else set()
+    chosen = {*head_modules(model), *new_modules(model, new)} if task == "classification" else set()
     for wanted in names:
         matches = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         if not matches:
@@ -98,4 +107,16 @@ def find_saved(model: Any, names: Sequence[str], new: Sequence[str], *, task: st
                     )
                 )
         chosen |= set(matches)
-    return sorted(chosen)
+    return sorted(name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen))
+
+
+def new_modules(model: Any, new: Sequence[str]) -> Sequence[str]:
+    """Return the topmost modules of which a checkpoint holds no parameter, by the names of the parameters it lacks."""
+    known = [name for name, _ in model.named_parameters() if name not in set(new)]
+    tops = dict[str, None]()
+    for name in new:
+        parts = name.split(".")[:-1]
+        prefixes = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        top = next((each for each in prefixes if not any(old.startswith(f"{each}.") for old in known)), prefixes[-1])
+        tops[top] = None
+    return list(tops)

@@ -198,7 +198,7 @@ def run_context(experiment: Experiment) -> RunContext:
         machine={"device": str(base.device), "threads": recipe.model.threads, "engine": recipe.engine.name},
         data=digest(experiment.federation),
         labels=experiment.federation.labels,
-        notes=experiment.federation.notes,
+        notes=[*experiment.federation.notes, *base.notes],
         score=partial(score, experiment),
         sample=partial(sample, experiment),
     )

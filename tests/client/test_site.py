@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from fedtune.client import site
 from fedtune.config import bind, render
@@ -14,6 +16,7 @@ from fedtune.messages import Assignment, Plan, Training, TrainLora
 from fedtune.model.base import Base, load
 from fedtune.runs.local import prepare
 from tests.cli.test_flower_server import site_files
+from tests.model.families import CLASSIFIERS, build
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +105,32 @@ def test_a_bundle_without_the_embedded_model_names_the_stub(
     text = render(bind(tables | {"model": {"base": "embedded"}}))
     with pytest.raises(ConfigError, match="run the app in server/superlink"):
         site.simulated_site(text, {"partition-id": 0}, {})
+
+
+def test_classes_are_numbered_by_the_rows_of_the_bases_own_head(
+    tmp_path: Path, checkpoints: dict[str, Path], tables: dict[str, Any]
+) -> None:
+    folder = build(
+        "bert",
+        CLASSIFIERS["bert"],
+        tmp_path / "base",
+        AutoTokenizer.from_pretrained(checkpoints["llama"]),
+        task="classification",
+    )
+    labels = ["maybe", "no", "yes"]
+    rows = [{"text": f"the fox {i}", "label": labels[i % 3], "who": f"client-{i % 2}"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rest = {key: value for key, value in tables.items() if key not in ("override", "evaluate")}
+    recipe = bind(
+        rest
+        | {
+            "model": {"base": str(folder), "task": "classification", "device": "cpu"},
+            "adapter": {"rank": 2, "targets": ["query"]},
+            "data": {"source": str(tmp_path / "rows.jsonl"), "split": {"kind": "key", "by": "who"}, "max_tokens": 32},
+        }
+    )
+    federation = prepare(recipe).federation
+    assert federation.labels == ["yes", "no", "maybe"]
+    for shard in federation.clients.values():
+        for example in shard.train:
+            assert federation.labels[int(example.labels)] == example.reference

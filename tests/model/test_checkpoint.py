@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
 )
 
 from fedtune.errors import ConfigError, ShapeError
@@ -16,6 +17,7 @@ from fedtune.model import checkpoint
 from fedtune.model.checkpoint import layout_from_config, load_pruned_base
 from fedtune.model.surgery import layout_of, with_structure
 from fedtune.pruning.structure import BlockStructure, ModelStructure, full_block
+from tests.model.families import CLASSIFIERS, build
 from tests.model.pruned_folders import same, settings_of, whole_base
 from tests.model.test_surgery import logits, random_keep
 
@@ -48,6 +50,20 @@ def test_a_base_read_at_its_pruned_widths_is_the_whole_one_pruned(
     assert found.model.config.id2label == base.model.config.id2label
     if task == "causal":
         assert found.model.generation_config.to_dict() == base.model.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("labels", [("yes", "no", "maybe"), ("a", "b", "c"), ("a", "b")])
+def test_a_head_of_other_classes_is_drawn_as_for_the_whole_base(
+    labels: Sequence[str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
+    folder = build("llama", CLASSIFIERS["llama"], tmp_path, tokenizer, task="classification")
+    settings = settings_of(folder, "classification", "float32")
+    base, anatomy = whole_base(settings, labels), layout_from_config(settings, root=Path())
+    found = load_pruned_base(settings, full_block(anatomy), root=Path(), seed=5, labels=labels)
+    assert found.digest == base.digest
+    assert torch.equal(found.model.score.weight, base.model.score.weight)
+    assert found.model.config.id2label == base.model.config.id2label
 
 
 def one_at_a_time(files: Sequence[Path]) -> checkpoint.TensorReaders:
