@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtune.config import Recipe, bind, render
 from fedtune.config.plugins import find_method, method_names
+from fedtune.config.reading import read
 from fedtune.config.recipe import Objects
-from fedtune.errors import ConfigError, Fault, FedtuneError, RoundError, StoreError
+from fedtune.errors import ConfigError, Fault, RoundError, StoreError
 from fedtune.methods.method import GlobalModel, Method
 from fedtune.planning.planner import Planner, PlannerInputs
-from fedtune.rounds.events import Note, Watch
-from fedtune.rounds.record import Metrics
+from fedtune.rounds.events import Note, Phase, Watch
+from fedtune.rounds.record import COUNTS, Metrics, RoundRecord
 from fedtune.runs.context import bind_to_score
 from fedtune.runs.demo import recipe_text, write_data
 from fedtune.runs.export import check_base, open_run
@@ -24,8 +27,13 @@ from fedtune.simulation.fork_client import ForkServer
 from fedtune.store import result
 from fedtune.store import verify as verify_module
 from fedtune.store.files import store_errors
-from fedtune.store.run_directory import check_run, check_vacant, write_recipe
+from fedtune.store.round_records import read_rounds
+from fedtune.store.run_directory import check_run, check_vacant, vacant, write_recipe
 from fedtune.store.verify import Status, Verified
+from fedtune.terminal.progress import observer
+
+if TYPE_CHECKING:
+    from fedtune.runs.local import Experiment
 
 # torch, transformers, peft and datasets take seconds to import, so `runs.local` and `model` are imported where they are
 # needed: a mistake in a recipe is reported at once, and drawing a report needs none of them.
@@ -49,8 +57,27 @@ class Run:
 
     @property
     def report(self) -> Path:
-        """The HTML page."""
-        return self.path / "report.html"
+        """The HTML page; it is drawn when it is first asked for, and again once the run went on."""
+        page, records = self.path / "report.html", self.path / "rounds.jsonl"
+        if records.exists() and not (page.exists() and page.stat().st_mtime >= records.stat().st_mtime):
+            report(self.path)
+        return page
+
+    @property
+    def rounds(self) -> Sequence[Mapping[str, Any]]:
+        """One row per round, round 0 first: losses, scores on the test data as `test_<metric>`, bytes, seconds."""
+        return [round_row(record) for record in read_rounds(self.path)]
+
+    def to_pandas(self) -> Any:
+        """Return `rounds` as a `pandas.DataFrame`."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rounds).set_index("round")
+
+    def _repr_html_(self) -> str:
+        from fedtune.report.notebook import run_html
+
+        return run_html(self.path)
 
 
 def simulate(
@@ -64,7 +91,7 @@ def simulate(
     planner: Planner | Callable[[PlannerInputs], Planner] | None = None,
     model: Any | None = None,
     data: Mapping[str, Any] | None = None,
-    watch: Watch = lambda event: None,
+    watch: Watch | None = None,
 ) -> Run:
     """Run a recipe with all its clients on this machine, and return the run.
 
@@ -82,25 +109,26 @@ def simulate(
             `model.base`. It is frozen, and moved to `model.device`, in place.
         data: by client name its rows, each a mapping from column to value, or a `datasets.Dataset`; or a mapping with
             the rows to `train` on and those `held_out`. In place of `data.source` and `data.split`.
-        watch: called with each event of `fedtune.rounds.events`.
+        watch: called with each event of `fedtune.rounds.events`; without it progress and remarks are written to
+            standard error, as the command line writes them. `lambda event: None` is silent.
 
     Raises:
         ConfigError: if the recipe, or anything that it names, is wrong; with every fault found.
         RoundError: if a round could not be completed; the run directory holds the rounds before it.
         StoreError: if the run directory cannot be written.
     """
+    began = time.perf_counter()
     objects = check_objects(Objects(method=method, planner=planner, model=model, data=data))
     if resume is not None:
-        return _resume(Path(resume), recipe, objects, overrides=overrides, watch=watch)
+        return _resume(Path(resume), recipe, objects, overrides=overrides, watch=watch, began=began)
     if recipe is None:
         raise ConfigError(Fault("recipe", "a recipe, or a run to resume", "neither"))
     bound = bind_recipe(recipe, overrides, objects)
-    with fork_server_of(bound) as fork_server:
-        from fedtune.runs.local import prepare
-
-        experiment = prepare(bound)
-        path = check_vacant(Path(out) if out is not None else Path("runs") / bound.name, fresh=fresh)
-        return _run(experiment, path, fork_server, watch)
+    target = Path(out) if out is not None else Path("runs") / bound.name
+    vacant(target, fresh=fresh)  # before torch is imported, and data and base are loaded
+    with observer(watch, bound.name) as observe, fork_server_of(bound) as fork_server:
+        experiment = load(bound, observe)
+        return _run(experiment, check_vacant(target, fresh=fresh), fork_server, observe, began=began)
 
 
 def fork_server_of(recipe: Recipe) -> AbstractContextManager[ForkServer | None]:
@@ -167,51 +195,73 @@ def _resume(
     objects: Objects,
     *,
     overrides: Sequence[str],
-    watch: Watch,
+    watch: Watch | None,
+    began: float,
 ) -> Run:
     from fedtune.runs.resume import check_resumable
 
     bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides, objects)
     check_resumable(path, bound)
-    with fork_server_of(bound) as fork_server:
-        from fedtune.runs.local import prepare
-
-        experiment = prepare(bound)
-        return _run(experiment, path, fork_server, watch, resume=True)
+    with observer(watch, bound.name) as observe, fork_server_of(bound) as fork_server:
+        return _run(load(bound, observe), path, fork_server, observe, resume=True, began=began)
 
 
-def demo(*, out: str | Path | None = None, watch: Watch = lambda event: None) -> Run:
+def load(recipe: Recipe, watch: Watch) -> Experiment:
+    """Load data and base, after the libraries that this takes."""
+    if "torch" not in sys.modules:
+        watch(Phase("loading PyTorch"))
+    from fedtune.runs.local import prepare
+
+    return prepare(recipe, watch)
+
+
+def demo(*, out: str | Path | None = None, watch: Watch | None = None) -> Run:
     """Run the built-in federation: fedtune's own small model, and packages of this Python's library as the clients."""
+    began = time.perf_counter()
     path = check_vacant(Path(out) if out is not None else Path("runs") / "demo", fresh=out is None)
     write_data(path / "data")
     write_recipe(path, recipe_text())
     bound = bind(path / "recipe.toml")
-    from fedtune.runs.local import prepare
-
-    experiment = prepare(bound)
-    return _run(experiment, path, None, watch)
+    with observer(watch, "demo") as observe:
+        return _run(load(bound, observe), path, None, observe, began=began)
 
 
-def _run(experiment: Any, path: Path, fork_server: ForkServer | None, watch: Watch, *, resume: bool = False) -> Run:
+def _run(
+    experiment: Experiment,
+    path: Path,
+    fork_server: ForkServer | None,
+    watch: Watch,
+    *,
+    began: float,
+    resume: bool = False,
+) -> Run:
+    """Run a prepared experiment; its page is drawn once it is asked for, for drawing costs as much as a round."""
     from fedtune.runs.local import run_context, transport
     from fedtune.runs.runner import run_recipe
 
-    settings = experiment.recipe.report
+    with transport(experiment, fork_server) as engine:
+        summary = run_recipe(run_context(experiment), path, engine, resume=resume, watch=watch, began=began)
+    if experiment.recipe.report.tensorboard:
+        from fedtune.report.tensorboard import write_events
 
-    def draw() -> None:
-        if settings.plots or settings.tensorboard:
-            report(path, tensorboard=settings.tensorboard)
-
-    try:
-        with transport(experiment, fork_server) as engine:
-            summary = run_recipe(run_context(experiment), path, engine, resume=resume, watch=watch)
-    except (KeyboardInterrupt, FedtuneError):
-        with suppress(FedtuneError):  # the error to report is the one that stopped the run
-            if (path / "summary.json").exists():
-                draw()
-        raise
-    draw()
+        watch(Phase("writing event files"))
+        with store_errors(path):
+            write_events(path)
     return Run(path=path, summary=summary)
+
+
+def round_row(record: RoundRecord) -> Mapping[str, Any]:
+    """Return a round as one row of a table."""
+    return {
+        "round": record.round,
+        "loss_before": record.loss_before,
+        "loss_after": record.loss_after,
+        **{f"test_{metric}": value for metric, value in (record.test or {}).items() if metric not in COUNTS},
+        "clients": record.used,
+        "bytes_up": record.bytes_up,
+        "bytes_down": record.bytes_down,
+        "seconds": record.seconds,
+    }
 
 
 def evaluate(run: str | Path, *, data: str | Path | None = None, examples: int | None = None) -> Mapping[str, Metrics]:
@@ -246,13 +296,18 @@ def evaluate(run: str | Path, *, data: str | Path | None = None, examples: int |
     return {"before": before, "after": after}
 
 
-def runs(folder: str | Path = "runs") -> Sequence[tuple[Path, Status | str]]:
+def runs(folder: str | Path | None = None) -> Sequence[tuple[Path, Status | str]]:
     """Return the runs in a folder by name, each with its status, or with the reason why it has none.
 
+    Args:
+        folder: of run directories; without it `runs`, which need not be there yet.
+
     Raises:
-        StoreError: if the folder cannot be read.
+        StoreError: if the folder does not exist or cannot be read.
     """
-    path = Path(folder)
+    path = Path("runs" if folder is None else folder)
+    if folder is not None and not path.is_dir():
+        raise StoreError(f"{path}: expected a folder of run directories; got none; make runs with fedtune simulate")
     with store_errors(path):
         folders = sorted(path.iterdir()) if path.exists() else []
         named = [run for run in folders if (run / "recipe.toml").is_file()]
@@ -264,6 +319,14 @@ def _status(run: Path) -> Status | str:
         return verify_module.status(run)
     except StoreError as error:
         return str(error)
+
+
+def wants_page(run: Path) -> bool:
+    """Return whether the recipe of a run asks for its page at the end."""
+    if not (run / "recipe.toml").is_file():
+        return False
+    *_, tables = read(run / "recipe.toml")
+    return bool(tables.get("report", {}).get("plots", True))
 
 
 def status(run: str | Path) -> Status:
@@ -310,7 +373,7 @@ def compare(
     seeds: Sequence[int] | None = None,
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
-    watch: Watch = lambda event: None,
+    watch: Watch | None = None,
 ) -> Path:
     """Run several recipes, each with the same seeds, and write one page that sets them side by side.
 
@@ -319,36 +382,43 @@ def compare(
         seeds: seeds to run each recipe with; the recipe's own without it.
         overrides: settings that replace those of every recipe.
         out: folder of the runs and the page; `runs/compare` (or the next free name) without it.
-        watch: called with each event of every run.
+        watch: called with each event of every run; without it they are shown as `simulate` shows them.
 
     Raises:
         ConfigError: if a recipe is wrong; all are bound before the first one runs.
         StoreError: if a folder holds no run.
         RoundError: if no run could be finished; one that could not is left out of the page, with a note.
     """
-    from fedtune.report.compare import write_comparison
-
     bound = [(Path(recipe), None if Path(recipe).is_dir() else bind(recipe, overrides=overrides)) for recipe in recipes]
     for path, recipe in bound:
         if recipe is None:
             check_run(path)
     check_distinct([(recipe.name, seed) for _, recipe in bound if recipe for seed in seeds or [recipe.seed]])
     folder = check_vacant(Path(out) if out is not None else Path("runs") / "compare", fresh=out is None)
-    runs = []
-    for path, recipe in bound:
-        if recipe is None:
-            runs.append(path)
-            continue
-        for seed in seeds or [recipe.seed]:
-            watch(Note(f"{recipe.name}, seed {seed}"))
-            target = folder / f"{recipe.name}-seed{seed}"
-            try:
-                runs.append(simulate(replace(recipe, seed=seed), out=target, fresh=True, watch=watch).path)
-            except RoundError as error:  # one experiment that broke off must not cost the others their page
-                watch(Note(f"{recipe.name}, seed {seed}: left out of the comparison: {error}"))
-    if not runs:
-        raise RoundError(f"expected at least one run to compare; none was finished; see {folder}")
-    return write_comparison(runs, folder)
+    with observer(watch, "compare") as observe:
+        runs = [run for path, recipe in bound for run in runs_of(path, recipe, seeds, folder, observe)]
+        if not runs:
+            raise RoundError(f"expected at least one run to compare; none was finished; see {folder}")
+        observe(Phase("drawing the comparison"))
+        from fedtune.report.compare import write_comparison
+
+        return write_comparison(runs, folder)
+
+
+def runs_of(
+    path: Path, recipe: Recipe | None, seeds: Sequence[int] | None, folder: Path, watch: Watch
+) -> Iterator[Path]:
+    """Yield the run directories of one recipe, each after its run; without a recipe the path is a finished run."""
+    if recipe is None:
+        yield path
+        return
+    for seed in seeds or [recipe.seed]:
+        watch(Note(f"{recipe.name}, seed {seed}"))
+        target = folder / f"{recipe.name}-seed{seed}"
+        try:
+            yield simulate(replace(recipe, seed=seed), out=target, fresh=True, watch=watch).path
+        except RoundError as error:  # one experiment that broke off must not cost the others their page
+            watch(Note(f"{recipe.name}, seed {seed}: left out of the comparison: {error}"))
 
 
 def check_distinct(runs: Sequence[tuple[str, int]]) -> None:

@@ -309,7 +309,7 @@ FAULTS = (
           "a client may call itself by another's name"),
     Fault("cli/options.py", "raise typer.Exit(INTERRUPTED)", "raise typer.Exit(0)",
           "a command that was interrupted ends with success"),
-    Fault("cli/text.py", "not in HIDDEN or", "or",
+    Fault("terminal/text.py", "not in HIDDEN or", "or",
           "a client's name may move the cursor of a terminal"),
     Fault("report/compare.py", "np.std(known, ddof=1)", "np.std(known)",
           "the deviation over seeds is that of a population"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -477,3 +478,48 @@ def test_runs_of_seeds_and_of_adapters_are_set_side_by_side(ran: api.Run, tables
     other = fedtune.simulate({**kseed(tables), "name": "seeds"}, out=tmp_path / "other")
     page = fedtune.compare([ran.path, other.path], out=tmp_path / "compare")
     assert "fedkseed" in page.read_text()
+
+
+def test_a_run_has_its_rounds_as_a_table_and_a_view_for_notebooks(ran: api.Run) -> None:
+    rounds = ran.rounds
+    assert [row["round"] for row in rounds] == [0, 1, 2]
+    assert rounds[-1]["test_loss"] == ran.summary["after"]["test"]["loss"]
+    assert sum(row["bytes_up"] for row in rounds) == ran.summary["bytes_up"]
+    frame = ran.to_pandas()
+    assert frame.loc[2, "test_loss"] == rounds[2]["test_loss"]
+    assert list(frame.columns) == [key for key in rounds[-1] if key != "round"]
+    assert "tiny" in ran._repr_html_()
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_the_page_is_drawn_when_it_is_asked_for_and_once(ran: api.Run) -> None:
+    page = ran.path / "report.html"
+    assert not page.exists()
+    assert ran.report == page
+    drawn = page.stat().st_mtime_ns
+    assert ran.report.stat().st_mtime_ns == drawn
+    os.utime(page, ns=(0, 0))  # as if the run went on since
+    assert ran.report.stat().st_mtime_ns > 0
+
+
+def test_python_shows_progress_and_remarks_as_the_command_line_does(
+    tables: Tables, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables |= {"data": {**tables["data"], "max_tokens": 8}, "rounds": {"count": 1}}
+    run = fedtune.simulate(tables, out=tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["reading the data, tokenizing ...", "loading the base ..."]
+    assert any("their ends were cut" in line for line in lines)
+    assert any(line.startswith("round 1/1") for line in lines)
+    assert run.summary["seconds"] > sum(row["seconds"] for row in run.rounds)  # loading included
+    fedtune.simulate(tables, out=tmp_path / "silent", watch=lambda event: None)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_taken_folder_is_refused_before_anything_is_loaded(
+    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("fedtune.api.load", lambda *arguments: pytest.fail("loaded"))
+    with pytest.raises(StoreError, match="expected a new or an empty folder"):
+        fedtune.simulate(tables, out=tmp_path)

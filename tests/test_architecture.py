@@ -32,9 +32,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("link", "report"),
     ("config", "flower"),
     ("client",),
-    ("runs",),
+    ("runs", "terminal"),
     ("deployment", "api"),
     ("cli",),
+    ("__main__",),
 )
 """Modules and packages directly below fedtune/, from the ground up: imports only go down."""
 
@@ -47,7 +48,7 @@ HOMES: Mapping[str, frozenset[str]] = {
     "pydantic": frozenset({"config"}),
     "tomllib": frozenset({"config", "report"}),  # the report reads name and seed of a run that was killed
     "typer": frozenset({"cli"}),
-    "rich": frozenset({"cli"}),
+    "rich": frozenset({"cli", "terminal"}),
     "matplotlib": frozenset({"report"}),
     "jinja2": frozenset({"data", "report"}),  # chat templates raise its errors
     "google": frozenset({"wire"}),

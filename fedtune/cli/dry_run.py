@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fedtune.cli.text import printable
+from fedtune.terminal.text import printable
 
 if TYPE_CHECKING:
     from fedtune.deployment.join import DryRun

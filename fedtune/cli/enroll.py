@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.options import DebugOption, examples, report_errors
-from fedtune.cli.text import printable
+from fedtune.terminal.text import printable
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal, TextIO, TypeAlias
 
-from fedtune.cli.text import duration, printable, size
 from fedtune.link.audit_log import RecordEvent
+from fedtune.terminal.text import duration, printable, size
 
 LogFormat: TypeAlias = Literal["text", "json"]
 

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.options import DebugOption, JsonOption, RunArgument, console, examples, report_errors
-from fedtune.cli.text import printable, size
+from fedtune.cli.options import DebugOption, JsonOption, RunArgument, examples, report_errors
+from fedtune.terminal.console import console
+from fedtune.terminal.text import printable, size
 
 EXIT_RETRY = 75
 """Exit status if another try may succeed: EX_TEMPFAIL of sysexits.h."""
@@ -154,6 +155,15 @@ def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
         console(sys.stdout).print(table if shown.clients else "no client has come yet")
 
 
+def check_kind(kind: str | None, kinds: Collection[str]) -> None:
+    """Refuse a kind of event that neither this log nor any other has: nothing would be printed, as if nothing was."""
+    from fedtune.cli.event_log import EVENT_TEXTS
+    from fedtune.errors import ConfigError, Fault
+
+    if kind is not None and kind not in kinds and kind not in EVENT_TEXTS:
+        raise ConfigError(Fault("--kind", f"a kind of event, in this log {', '.join(sorted(kinds))}", repr(kind)))
+
+
 def audit(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="Run directory, a site's state folder, or a log.", show_default=False)
@@ -182,6 +192,7 @@ def audit(
                 f"{total} receipts of {printable(str(receipts))} agree with the journal of {printable(str(path))}"
             )
             return
+        check_kind(kind, {entry.kind for entry in log.entries})
         for entry in log.entries:
             if kind is not None and entry.kind != kind:
                 continue

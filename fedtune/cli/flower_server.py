@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedtune.cli.text import printable
 from fedtune.config import Recipe
 from fedtune.deployment.server_setup import check_overrides, data_at_sites, expected_clients, server_context
 from fedtune.errors import ConfigError, Fault
@@ -17,6 +16,7 @@ from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, Ro
 from fedtune.runs.resume import check_resumable
 from fedtune.runs.runner import run_recipe
 from fedtune.store.run_directory import check_vacant
+from fedtune.terminal.text import printable
 
 RECIPE = "the recipe: TOML, or the absolute path of a file on the server's host"
 

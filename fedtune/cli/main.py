@@ -19,11 +19,11 @@ from fedtune.cli.options import (
     QuietOption,
     RunArgument,
     SetOption,
-    console,
     examples,
     print_line,
     report_errors,
 )
+from fedtune.terminal.console import console
 
 if TYPE_CHECKING:
     from fedtune.api import Run
@@ -147,9 +147,9 @@ def evaluate(
     """
     with report_errors(debug):
         from fedtune import api
-        from fedtune.cli.summary import client_views, comparison, views
         from fedtune.runs.pruned_scores import views as score_views
         from fedtune.runs.trained_run import has_shared_ranking
+        from fedtune.terminal.summary import client_views, comparison, views
 
         scores: dict[str, Any] = dict(api.evaluate(run, data=data, examples=examples))
         if data is None and has_shared_ranking(run):
@@ -346,20 +346,29 @@ def run_with_progress(title: str, quiet: bool, call: Callable[[Watch], Any]) -> 
         from fedtune.rounds.events import Note
 
         return call(lambda event: typer.echo(print_line(event.text), err=True) if isinstance(event, Note) else None)
-    from fedtune.cli.progress import Progress
+    from fedtune.terminal.progress import Progress
 
     with Progress(console(sys.stderr), title=title) as progress:
         return call(progress)
 
 
 def finish(run: Run, as_json: bool, quiet: bool) -> None:
-    """Print the result of a run: as a table, as its path alone, or as JSON."""
-    if not as_json and not quiet:
-        from fedtune.cli.summary import show_summary
+    """Print the result of a run: as tables, as its path alone, or as JSON; the page is drawn if the recipe wants it."""
+    from fedtune import api
 
-        show_summary(console(sys.stdout), run.summary, adapter=run.adapter, report=run.report)
-    elif as_json:
-        paths = {"path": str(run.path), "adapter": str(run.adapter), "report": str(run.report)}
+    drawn = api.wants_page(run.path)
+    if not as_json and not quiet:
+        from fedtune.terminal.summary import show_paths, show_summary
+
+        out = console(sys.stdout)
+        show_summary(out, run.summary)
+        if drawn:
+            typer.echo("drawing the report ...", err=True)
+        show_paths(out, adapter=run.adapter, report=run.report if drawn else None)
+        return
+    report = run.report if drawn else run.path / "report.html"
+    if as_json:
+        paths = {"path": str(run.path), "adapter": str(run.adapter), "report": str(report)}
         typer.echo(json.dumps({**run.summary, **paths}))
     else:
         typer.echo(run.path)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,13 +28,6 @@ SetOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Last line of stdout: the result as one JSON object.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def console(file: Any) -> Any:
-    from rich.console import Console
-
-    # Rich guesses 80 columns where there is no terminal, and would fold tables that are piped into a file.
-    return Console(file=file, highlight=False, width=None if file.isatty() else 120)
 
 
 @contextmanager
@@ -64,6 +57,6 @@ def report_errors(debug: bool) -> Iterator[None]:
 
 
 def print_line(text: str) -> str:
-    from fedtune.cli.text import printable
+    from fedtune.terminal.text import printable
 
     return printable(text, lines=True)

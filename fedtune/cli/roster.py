@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.enroll import AuthorityOption, IdentityOption
-from fedtune.cli.options import DebugOption, JsonOption, console, examples, report_errors
-from fedtune.cli.text import printable
+from fedtune.cli.options import DebugOption, JsonOption, examples, report_errors
+from fedtune.terminal.console import console
+from fedtune.terminal.text import printable
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli.options import DebugOption, JsonOption, RunArgument, console, examples, report_errors
-from fedtune.cli.text import printable, size
+from fedtune.cli.options import DebugOption, JsonOption, RunArgument, examples, report_errors
+from fedtune.terminal.console import console
+from fedtune.terminal.text import printable, size
 
 if TYPE_CHECKING:
     from fedtune.store.verify import Status
@@ -26,7 +27,9 @@ app = typer.Typer(
 
 @app.command("list", epilog=examples("fedtune runs list", "fedtune runs list experiments --json"))
 def list_runs(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Folder of run directories.")] = Path("runs"),
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[FOLDER]", help="Folder of run directories; runs without it.")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -48,7 +51,7 @@ def list_runs(
                 table.add_row(printable(str(path)), "", f"damaged: {printable(status.removeprefix(f'{path}: '))}", "")
             else:
                 table.add_row(printable(str(path)), str(status.committed), state(status), size(status.num_bytes))
-        console(sys.stdout).print(table if statuses else f"no runs in {printable(str(folder))}")
+        console(sys.stdout).print(table if statuses else f"no runs in {printable(str(folder or 'runs'))}")
 
 
 @app.command(epilog=examples("fedtune runs status runs/demo"))

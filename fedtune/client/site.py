@@ -28,6 +28,7 @@ from fedtune.model.classes import match_classes, named_rows, shorten
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.pruning.structure import BlockLayout
+from fedtune.rounds.events import Phase, Watch
 from fedtune.wire.profile import ClientProfile, Device, ModelSpec
 
 
@@ -135,8 +136,9 @@ def load_site(
     seed: int,
     root: Path,
     objects: Objects | None = None,
+    watch: Watch = lambda event: None,
 ) -> tuple[Federation, Base]:
-    """Load data and base, or take them from the Python objects that stand in for them.
+    """Load data and base, or take them from the Python objects that stand in for them; `watch` hears of each step.
 
     Raises:
         ConfigError: if a file, column, module or object that the settings name does not exist.
@@ -150,11 +152,13 @@ def load_site(
         raise ConfigError(Fault("model.base", expected, "Flower's bundle of the package, which holds code alone", hint))
     rows = find_data_source(data)() if data.format == "plugin" and objects.data is None else objects.data
     given = None if objects.model is None else base_from_object(model, adapter, objects.model)
+    watch(Phase("reading the data, tokenizing"))
     tokenizer = load_tokenizer(model, root) if given is None else given.tokenizer
     federation = federate(data, tokenizer=tokenizer, task=model.task, seed=seed, root=root, rows=rows)
     if model.task == "classification":
         order = class_order(model, root, federation.labels) if given is None else own_order(given, federation.labels)
         federation = with_class_order(federation, order)
+    watch(Phase("loading the base"))
     base = given or load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
     shards = federation.clients.values()
     examples = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]

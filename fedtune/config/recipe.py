@@ -50,7 +50,8 @@ class ReportSettings:
     """What is written beside the run's records, when the run ends; the recipe's table `report`."""
 
     plots: bool = True
-    """Write the page `report.html` and its figures."""
+    """Draw the page `report.html` and its figures at the end of `fedtune simulate` and `fedtune demo`. Without it,
+    and in Python, the page is drawn when it is asked for, by `fedtune report` or `run.report`."""
     tensorboard: bool = False
     """Also write event files for TensorBoard (needs the extra `tensorboard`)."""
 

@@ -1,4 +1,4 @@
-"""The events of a run: a round starts, a client is done, a round is over, a remark is made."""
+"""The events of a run: a round starts, a client is done, a round is over, another step begins, a remark is made."""
 
 from __future__ import annotations
 
@@ -37,5 +37,12 @@ class Note:
     text: str
 
 
-Event: TypeAlias = RoundStarted | ClientFinished | RoundFinished | Note
+@dataclass(frozen=True)
+class Phase:
+    """A step before, between or after the rounds that takes a while, such as loading the base, begins."""
+
+    text: str
+
+
+Event: TypeAlias = RoundStarted | ClientFinished | RoundFinished | Note | Phase
 Watch: TypeAlias = Callable[[Event], None]

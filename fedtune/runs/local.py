@@ -27,6 +27,7 @@ from fedtune.model.samples import answers
 from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
+from fedtune.rounds.events import Watch
 from fedtune.rounds.transport import Transport
 from fedtune.runs.base_checks import check_pruning, check_ranks
 from fedtune.runs.context import ModelScores, RunContext, first_state
@@ -100,14 +101,20 @@ def lengths(tokens: Sequence[int]) -> Lengths:
     return Lengths(mean=sum(tokens) / len(tokens), longest=float(max(tokens)))
 
 
-def prepare(recipe: Recipe) -> Experiment:
-    """Load data and base, and check what can only be checked against them.
+def prepare(recipe: Recipe, watch: Watch = lambda event: None) -> Experiment:
+    """Load data and base, and check what can only be checked against them; `watch` hears of each step.
 
     Raises:
         ConfigError: if a file, column, module or client that the recipe names does not exist, or a rank does not fit.
     """
     federation, base = load_site(
-        recipe.model, recipe.adapter, recipe.data, seed=recipe.seed, root=recipe.root, objects=recipe.objects
+        recipe.model,
+        recipe.adapter,
+        recipe.data,
+        seed=recipe.seed,
+        root=recipe.root,
+        objects=recipe.objects,
+        watch=watch,
     )
     names = list(federation.clients)
     faults = [

@@ -14,7 +14,7 @@ from fedtune.errors import FedtuneError, RoundError, StoreError
 from fedtune.methods.settings import LinearSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.rounds.context import RoundContext
-from fedtune.rounds.events import Note, RoundFinished, Watch
+from fedtune.rounds.events import Note, Phase, RoundFinished, Watch
 from fedtune.rounds.journal import NullJournal, RoundJournal
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.loop import run as run_rounds
@@ -33,7 +33,13 @@ FEW_ROUNDS_LEFT = 20
 
 
 def run_recipe(
-    context: RunContext, run: Path, transport: Transport, *, resume: bool = False, watch: Watch
+    context: RunContext,
+    run: Path,
+    transport: Transport,
+    *,
+    resume: bool = False,
+    watch: Watch,
+    began: float | None = None,
 ) -> Mapping[str, Any]:
     """Run the rounds, or those that are left, record each of them in the run directory, and return the summary.
 
@@ -42,6 +48,14 @@ def run_recipe(
     When a round cannot be completed, or on Ctrl-C, the completed rounds stay: their lines, the last adapter, and a
     summary with the reason; then the exception is raised again. The run can be resumed after that, and after any crash.
 
+    Args:
+        context: what the run is given.
+        run: its directory.
+        transport: reaches the clients.
+        resume: see above.
+        watch: called with each event.
+        began: when the user started it, of `time.perf_counter`: loading counts in the time of a run. Now without it.
+
     Raises:
         RoundError: if a round could not be completed.
         StoreError: if the run directory cannot be written or trusted.
@@ -49,7 +63,7 @@ def run_recipe(
     """
     for note in (*context.notes, *remarks(context.recipe)):
         watch(Note(note))
-    began, resumed = time.perf_counter(), resume and has_begun(run)
+    began, resumed = time.perf_counter() if began is None else began, resume and has_begun(run)
     # Over the link a client gets its receipt at once and may delete the update then: each is made durable by itself.
     group_s = 0.0 if context.door == "link" else GROUP_S
     opening = RunJournal.reopen if resumed else RunJournal.create
@@ -78,6 +92,8 @@ def run_recipe(
                     write("Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop))
             watch(Note(stop_note(stop, context.door, run, records)))
             raise
+        if context.recipe.evaluate.prompt or context.recipe.evaluate.prompts:
+            watch(Phase("answering the prompts, before and after"))
         content = write("")
         journal.finish(records[-1].round)
         return content
@@ -95,6 +111,7 @@ def recorded_rounds(
     """Yield the record of each round that is left, once it is on the disk; of a new run, first that of the base."""
     records = list(earlier)
     if not records:
+        watch(Phase("scoring the base"))
         records.append(record_base(context, run))
         yield records[-1]
     elif records[-1].round == context.recipe.rounds.count:

@@ -22,6 +22,19 @@ def check_vacant(path: Path, *, fresh: bool = False) -> Path:
     Raises:
         StoreError: if it holds something already and `fresh` is off, or cannot be made.
     """
+    chosen = vacant(path, fresh=fresh)
+    with store_errors(path):
+        # Not durable yet: the journal syncs the name when the run begins.
+        chosen.mkdir(parents=True, exist_ok=True)
+    return chosen
+
+
+def vacant(path: Path, *, fresh: bool = False) -> Path:
+    """Return the folder that `check_vacant` would make, and make nothing.
+
+    Raises:
+        StoreError: if it holds something already and `fresh` is off.
+    """
     with store_errors(path):
         number, chosen = 2, path
         while chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
@@ -31,8 +44,6 @@ def check_vacant(path: Path, *, fresh: bool = False) -> Path:
                     "pass --resume to continue a run, --fresh to start another run beside it, --out to choose a folder"
                 )
             chosen, number = path.with_name(f"{path.name}-{number}"), number + 1
-        # Not durable yet: the journal syncs the name when the run begins.
-        chosen.mkdir(parents=True, exist_ok=True)
     return chosen
 
 

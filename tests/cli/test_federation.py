@@ -97,6 +97,10 @@ def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:
         assert status == 0
         assert output.count(" used ") == 12
         head = output.rsplit(maxsplit=1)[-1]
+        status, output = run("audit", str(running.run), "--kind", "foo")
+        assert status == 2
+        assert "--kind: expected a kind of event, in this log " in output
+        assert run("audit", str(running.run), "--kind", "barred")[0] == 0  # one that did not happen
         sent = run("audit", str(running.folder / "site-a" / "state"), "--kind", "sending", "--json")[1]
         assert len([one for one in map(json.loads, sent.splitlines()) if one["round"]]) == 4
         assert run("audit", str(running.run), "--head", head)[0] == 0

@@ -39,7 +39,7 @@ def test_runs_are_listed_with_what_became_of_them(ran: Path) -> None:
 
 
 def test_a_folder_without_runs_is_told(tmp_path: Path) -> None:
-    assert "no runs in" in command("list", tmp_path / "none").stdout
+    assert "no runs in" in command("list", tmp_path).stdout
 
 
 def test_the_status_says_where_a_run_stands(ran: Path) -> None:
@@ -86,3 +86,17 @@ def test_what_is_no_run_is_refused(verb: str, tmp_path: Path) -> None:
     refused = command(verb, tmp_path)
     assert refused.exit_code == 2
     assert "expected a run directory" in refused.stderr
+
+
+def test_a_folder_that_is_not_there_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = command("list", tmp_path / "nope")
+    assert refused.exit_code == 2
+    assert "nope: expected a folder of run directories; got none" in refused.stderr
+    monkeypatch.chdir(tmp_path)
+    assert command("list").stdout == "no runs in runs\n"  # before the first run that is no mistake
+
+
+def test_a_piped_table_has_no_blanks_at_the_ends_of_its_lines(ran: Path) -> None:
+    lines = command("list", ran.parent).stdout.splitlines()
+    assert len(lines) == 2
+    assert [line.rstrip() for line in lines] == lines

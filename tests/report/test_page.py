@@ -176,5 +176,5 @@ def test_every_prompt_has_its_answers_and_their_scores(write_run: WriteRun) -> N
     text = report_page(read_run(path), {})
     assert text.count('<div class="sample">') == 3
     assert "Who &lt;guards&gt;?" in text
-    assert "Rouge-L 0.5000, loss of the reference 1.500" in text
+    assert "Rouge-L 0.5000, reference loss 1.500" in text
     assert "A dog." in text

@@ -280,13 +280,13 @@ def test_notes_say_what_could_not_be_written(shrunk: api.Run) -> None:
 def test_the_summary_tells_the_deployed_model_and_the_time_on_the_devices(shrunk: api.Run) -> None:
     from rich.console import Console
 
-    from fedtune.cli.summary import show_summary
+    from fedtune.terminal.summary import show_summary
 
     ran = shrunk
     lines = [json.loads(line) for line in (ran.path / "rounds.jsonl").read_text().splitlines()]
     assert ran.summary["deployed"] == lines[-1]["deployed"]
     console = Console(record=True, width=160)
-    show_summary(console, ran.summary, adapter=ran.path / "adapter", report=ran.path / "report.html")
+    show_summary(console, ran.summary)
     said = console.export_text()
     assert "test data, as deployed" in said
     assert "on the devices" in " ".join(said.split())

@@ -5,16 +5,19 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from fedtune.cli.summary import clients, comparison, show_summary
-from tests.cli.conftest import metrics
+from fedtune.terminal.summary import MOST_METRICS, clients, comparison, show_paths, show_summary, views
+from tests.terminal.conftest import metrics
 
 
 def printed(summary: Mapping[str, Any], folder: Path, width: int = 120) -> str:
     file = StringIO()
     console = Console(file=file, width=width, highlight=False)
-    show_summary(console, summary, adapter=folder / "adapter", report=folder / "report.html")
+    show_summary(console, summary)
+    report = folder / "report.html"
+    show_paths(console, adapter=folder / "adapter", report=report if report.exists() else None)
     return file.getvalue()
 
 
@@ -94,7 +97,7 @@ def test_answers_stand_side_by_side_with_their_scores(summary: Mapping[str, Any]
     text = printed({**summary, "samples": [QUESTION]}, tmp_path, width=80)
     assert "Who guards\\x1b[31m?" in text
     assert row(text, "No one").startswith("No one The dog, all night, since")
-    assert "Rouge-L 0.000, loss of the reference" in text
+    assert "Rouge-L 0.000, reference loss 3.250" in text
     assert "reference  The dog." in text
     assert max(map(len, text.splitlines())) <= 80
 
@@ -105,3 +108,38 @@ def test_answers_without_a_reference_have_no_scores(summary: Mapping[str, Any], 
     assert row(text, "(nothing)") == "(nothing) I"
     assert "Rouge" not in text
     assert "reference" not in text
+
+
+LONG = "a-hospital-with-a-name-of-many-parts-department-of-radiology-0001"
+
+
+@pytest.mark.parametrize("count", [1, MOST_METRICS, 5])
+def test_everything_fits_into_80_columns_and_no_number_is_cut(
+    count: int, summary: Mapping[str, Any], tmp_path: Path
+) -> None:
+    names = ("loss", "perplexity", "bits_per_character", "rouge_l", "exact_match")
+    scored = {name: 1.2345 + place for place, name in enumerate(names[:count])}
+    after = {"test": scored, "held_out": {LONG: scored}, "mean": scored, "worst": {"client": LONG, **scored}}
+    totals = {"examples": 31_200, "rank": 128, "bytes_down": 10**11, "bytes_up": 123_456_789, "seconds": 12_345.6}
+    wide = {
+        **summary,
+        "before": after,
+        "after": after,
+        "clients": {LONG: {**totals, "failures": 12}},
+        "clock_s": 3000.0,
+    }
+    text = printed(wide, tmp_path / "x", width=80)
+    tables = text[: text.index("adapter ")]
+    assert max(map(len, tables.splitlines())) <= 80
+    assert "…" not in tables
+    for value in (*scored.values(), 31_200, 128, "100.0 GB", "123.5 MB", "12345.6", 12):
+        assert (f"{value:.3f}"[:5] if isinstance(value, float) else str(value)) in tables
+
+
+def test_the_pruned_models_fit_into_80_columns() -> None:
+    row = {"loss": 2.0, "perplexity": 7.389, "bits_per_character": 0.75, "sparsity": 0.33, "parameters": 1_988_288}
+    row |= {"megabytes": 1234.5, "forward_ms": 234.5}
+    file = StringIO()
+    Console(file=file, width=80).print(views({"whole": row, "deployed": {"0.25": row}}))
+    assert max(len(line.rstrip()) for line in file.getvalue().splitlines()) <= 80
+    assert file.getvalue().count("234.5") == 4

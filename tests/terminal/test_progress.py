@@ -7,7 +7,6 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fedtune.cli.progress import Progress, ProgressState, after_round, failure_lines, table
 from fedtune.messages import (
     AdmittedUpdate,
     ClientUpdate,
@@ -15,8 +14,9 @@ from fedtune.messages import (
     LoraResult,
     Traffic,
 )
-from fedtune.rounds.events import ClientFinished, Event, RoundFinished, RoundStarted
-from tests.cli.conftest import record, round_events
+from fedtune.rounds.events import ClientFinished, Event, Phase, RoundFinished, RoundStarted
+from fedtune.terminal.progress import Progress, ProgressState, after_round, failure_lines, table
+from tests.terminal.conftest import record, round_events
 
 
 def told(events: Sequence[Event], *, terminal: bool = False) -> str:
@@ -113,3 +113,24 @@ def test_the_line_of_round_zero_begins_another_run(events: list[Event]) -> None:
     assert again.best == (3.5, 0)
     assert again.total == Traffic()
     assert again.seconds == ()
+
+
+def test_steps_outside_the_rounds_have_names() -> None:
+    assert told([Phase("loading the base")]).splitlines() == ["loading the base ..."]
+    on_terminal = told([Phase("loading\x1b the base")], terminal=True)
+    assert "loading\\x1b the base" in on_terminal
+    state = standing([RoundStarted(1, 2, ("a",)), Phase("scoring the base")])
+    console = Console(file=StringIO(), width=110)
+    with console.capture() as caught:
+        console.print(table(state, "tiny", 1.0))
+    assert "scoring the base" in caught.get()
+    assert after_round(state, RoundStarted(2, 2, ("a",))).phase == ""
+
+
+def test_the_estimated_end_comes_nearer_within_a_round() -> None:
+    state = standing([RoundStarted(1, 3, ()), RoundFinished(record(1, test=None, seconds=10.0))])
+    console = Console(file=StringIO(), width=110)
+    for since, shown in ((0.0, "ETA 20.0 s"), (7.0, "ETA 13.0 s"), (99.0, "ETA 0.0 s")):
+        with console.capture() as caught:
+            console.print(table(state, "tiny", 10.0 + since, since))
+        assert shown in caught.get()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.cli.text import duration, number, printable, size
+from fedtune.terminal.text import duration, number, printable, size
 
 
 @given(st.text())

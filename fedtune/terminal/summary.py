@@ -12,24 +12,19 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.text import duration, number, printable, size
 from fedtune.rounds.record import COUNTS
+from fedtune.terminal.text import duration, number, printable, size
 
 Metrics: TypeAlias = Mapping[str, Any]
 
+MOST_METRICS = 3
+"""Metrics beside each other, each before and after, that fit into 80 columns."""
 MOST_CLIENTS = 30
 """Clients that the table names; the report names all."""
 
 
-def show_summary(console: Console, summary: Mapping[str, Any], *, adapter: Path, report: Path) -> None:
-    """Print the scores before and after, the clients, a sample, and the paths of the result.
-
-    Args:
-        console: where to.
-        summary: the content of summary.json.
-        adapter: folder of the PEFT adapter.
-        report: the page; named if it is there.
-    """
+def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """Print the content of summary.json: the scores before and after, the clients, and answers."""
     for part in (scores(summary), clients(summary)):
         if part.row_count:
             console.print(part)
@@ -37,7 +32,11 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, adapter: Path,
         console.print(sample(summary["sample"]))
     for texts in summary.get("samples", ()):
         console.print(side_by_side(texts))
-    written = {adapter.name: adapter} | ({"report": report} if report.exists() else {})
+
+
+def show_paths(console: Console, *, adapter: Path, report: Path | None) -> None:
+    """Print where the result of a run is: its adapter or seeds, and its page if there is one."""
+    written = {adapter.name: adapter} | ({"report": report} if report else {})
     for name, path in written.items():
         console.print(Text(f"{name:8} {printable(path)}"), soft_wrap=True)
 
@@ -47,14 +46,20 @@ def views(scores: Mapping[str, Any]) -> Table:
     rows = {"whole": scores["whole"], **{f"pruned by {ratio}": row for ratio, row in scores["deployed"].items()}}
     metrics = [name for name in score_names(*rows.values()) if name not in COSTS]
     table = grid(
-        "the same change in smaller models", "", *metrics, "block sparsity", "parameters", "MB", "forward, 16 rows"
+        "the same change in smaller models; forward pass of 16 rows",
+        "",
+        *map(words, metrics),
+        "block sparsity",
+        "parameters",
+        "MB",
+        "ms",
     )
     for title, row in rows.items():
         costs = [
             f"{100 * row['sparsity']:.1f} %",
             f"{row['parameters']:,}",
             f"{row['megabytes']:.1f}",
-            f"{row['forward_ms']:.1f} ms",
+            f"{row['forward_ms']:.1f}",
         ]
         table.add_row(title, *(number(row[name]) for name in metrics), *costs)
     return table
@@ -66,7 +71,7 @@ COSTS = ("sparsity", "parameters", "megabytes", "forward_ms")
 def client_views(scores: Mapping[str, Any]) -> Table:
     """Return each client's held-out scores in the structure that it trained last."""
     metrics = [name for name in score_names(*scores.values()) if name != "ratio"]
-    table = grid("each client's rows, in the model that it trained last", "client", "ratio", *metrics)
+    table = grid("each client's rows, in the model that it trained last", "client", "ratio", *map(words, metrics))
     for name, row in list(scores.items())[:MOST_CLIENTS]:
         table.add_row(printable(name), f"{row['ratio']:g}", *(number(row[metric]) for metric in metrics))
     return table
@@ -87,16 +92,34 @@ def scores(summary: Mapping[str, Any]) -> Table:
         "test data, as deployed": (None, summary.get("deployed")),
     }
     shown = {scope: (old or {}, new or {}) for scope, (old, new) in scopes.items() if old or new}
-    metrics = score_names(*(part for pair in shown.values() for part in pair))
     rounds = "1 round" if summary["rounds"] == 1 else f"{summary['rounds']} rounds"
     title = f"{summary['name']}: {summary['method']}, {rounds}, seed {summary['seed']}"
     traffic = f"up {size(summary['bytes_up'])}, down {size(summary['bytes_down'])}, {duration(summary['seconds'])}"
     if summary.get("clock_s"):
         traffic += f" here, {duration(summary['clock_s'])} on the devices"
-    table = grid(f"{title}; {traffic}", "", *metrics)
+    metrics = score_names(*(part for pair in shown.values() for part in pair))
+    if len(metrics) > MOST_METRICS:
+        return long_scores(f"{title}; {traffic}", shown)
+    table = grid(f"{title}; {traffic}", "", *map(words, metrics))
     for scope, (old, new) in shown.items():
         table.add_row(Text(scope), *(change(old.get(metric), new.get(metric)) for metric in metrics))
     return table
+
+
+def long_scores(title: str, shown: Mapping[str, tuple[Metrics, Metrics]]) -> Table:
+    """Return a row per scope and metric: more metrics than `MOST_METRICS` do not fit beside each other."""
+    table = grid(title, "", "before", "after", second="metric")
+    for scope, (old, new) in shown.items():
+        for place, metric in enumerate(score_names(old, new)):
+            table.add_row(
+                Text(scope if place == 0 else ""), words(metric), number(old.get(metric)), number(new.get(metric))
+            )
+    return table
+
+
+def words(metric: str) -> str:
+    """Return a metric's key as words, which a narrow column can break between."""
+    return metric.replace("_", " ")
 
 
 def clients(summary: Mapping[str, Any]) -> Table:
@@ -155,7 +178,7 @@ def side_by_side(texts: Mapping[str, Any]) -> RenderableType:
 def answer_scores(texts: Mapping[str, Any], name: str) -> str:
     """Return what an answer scored against the reference, in words."""
     scores = texts.get("scores", {}).get(name, {})
-    titles = {"rouge_l": "Rouge-L", "loss": "loss of the reference"}
+    titles = {"rouge_l": "Rouge-L", "loss": "reference loss"}
     return ", ".join(f"{title} {number(scores[key])}" for key, title in titles.items() if key in scores)
 
 
@@ -179,11 +202,17 @@ def change(before: float | None, after: float | None) -> str:
     return f"{number(before)} -> {number(after)}"
 
 
-def grid(title: str, first: str, *others: str) -> Table:
+def grid(title: str, first: str, *others: str, second: str = "") -> Table:
+    """Return an empty table: texts in its first column, and in the second if that has a name; then numbers.
+
+    Numbers are never cut: where the terminal is narrow, texts are folded and headings broken.
+    """
     table = Table(
         title=Text(printable(title)) if title else None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    table.add_column(first, overflow="fold")
+    for name in (first, second) if second else (first,):
+        table.add_column(name, overflow="fold")
     for name in others:
-        table.add_column(name, justify="right")
+        longest = max((len(word) for word in name.split()), default=0)
+        table.add_column(name, justify="right", min_width=max(longest, 1))
     return table

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
 from types import TracebackType
@@ -14,10 +16,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.text import duration, number, printable, size
 from fedtune.messages import AdmittedUpdate, Failure, Outcome, Traffic
-from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
+from fedtune.rounds.events import ClientFinished, Event, Note, Phase, RoundFinished, RoundStarted, Watch
 from fedtune.rounds.record import Metrics, RoundRecord
+from fedtune.terminal.console import console
+from fedtune.terminal.text import duration, number, printable, size
 
 RECENT = 5
 """Rounds whose median length gives the estimated end: a robust mean that follows changes."""
@@ -48,6 +51,8 @@ class ProgressState:
     """Of the last few rounds."""
     earlier: Traffic = field(default_factory=Traffic)
     """Of all finished rounds."""
+    phase: str = ""
+    """The step outside the rounds that is under way."""
 
     @property
     def failures(self) -> Sequence[Failure]:
@@ -69,7 +74,7 @@ def after_round(state: ProgressState, event: Event) -> ProgressState:
     """Return the state of progress after one event."""
     match event:
         case RoundStarted(round=number, rounds=rounds, cohort=cohort):
-            return replace(state, round=number, rounds=rounds, cohort=cohort, outcomes={}, traffic={})
+            return replace(state, round=number, rounds=rounds, cohort=cohort, outcomes={}, traffic={}, phase="")
         case ClientFinished(outcome=outcome, traffic=traffic):
             # A client may finish twice: its update arrived, and is refused later.
             name = outcome.client
@@ -80,6 +85,8 @@ def after_round(state: ProgressState, event: Event) -> ProgressState:
             )
         case RoundFinished(record=record):
             return with_round(ProgressState(rounds=state.rounds) if record.round == 0 else state, record)
+        case Phase(text=text):
+            return replace(state, phase=text)
         case _:
             return state
 
@@ -100,6 +107,7 @@ def with_round(state: ProgressState, record: RoundRecord) -> ProgressState:
         seconds=(*state.seconds, record.seconds)[-RECENT:] if record.round else (),
         earlier=state.total,
         traffic={},
+        phase="",
     )
 
 
@@ -145,10 +153,17 @@ def failure_lines(failures: Sequence[Failure]) -> Sequence[str]:
     return [*lines, f"and {len(failures) - NAMED_FAILURES} more"] if len(failures) > NAMED_FAILURES else lines
 
 
-def table(state: ProgressState, title: str, elapsed_s: float) -> RenderableType:
-    """Return the live table: the round, the scores, the clients that are done."""
+def table(state: ProgressState, title: str, elapsed_s: float, since_round_s: float = 0.0) -> RenderableType:
+    """Return the live table: the round, the scores, the clients that are done.
+
+    Args:
+        state: how far the run is.
+        title: the run's name.
+        elapsed_s: seconds since the start.
+        since_round_s: those of them since the last round ended, by which the estimated rest is shorter now.
+    """
     head = Table.grid(padding=(0, 2))
-    remaining = state.remaining_s
+    remaining = None if state.remaining_s is None else max(0.0, state.remaining_s - since_round_s)
     head.add_row(
         Text(printable(title), style="bold"),
         f"round {state.round}/{state.rounds}",
@@ -159,10 +174,22 @@ def table(state: ProgressState, title: str, elapsed_s: float) -> RenderableType:
     total = state.total
     middle = [*losses(state.record), *score(state), f"up {size(total.up)}", f"down {size(total.down)}"]
     rows: list[RenderableType] = [head, Text("  " + "   ".join(middle))]
-    if state.cohort:
+    if state.phase:
+        rows.append(Text(f"  {printable(state.phase)}"))
+    elif state.cohort:
         rows.append(Text(f"  clients {len(state.outcomes)}/{len(state.cohort)}"))
     rows += [Text(f"  {line}", style="yellow", no_wrap=True) for line in failure_lines(state.failures)]
     return Group(*rows)
+
+
+@contextmanager
+def observer(watch: Watch | None, title: str) -> Iterator[Watch]:
+    """Give the observer of a run or, without one, the progress on standard error, until the block ends."""
+    if watch is not None:
+        yield watch
+        return
+    with Progress(console(sys.stderr), title=title) as progress:
+        yield progress
 
 
 class Progress:
@@ -177,7 +204,7 @@ class Progress:
         self.clock = clock
         self.state = ProgressState()
         self._live: Live | None = None
-        self._began = clock()
+        self._began = self._round_ended = clock()
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal and not self.console.is_dumb_terminal:
@@ -193,13 +220,19 @@ class Progress:
 
     def __rich__(self) -> RenderableType:
         if not self.state.rounds and not self.state.record:
-            return Text(f"{printable(self.title)}  preparing  {duration(self.clock() - self._began)}")
-        return table(self.state, self.title, self.clock() - self._began)
+            phase = printable(self.state.phase or "preparing")
+            return Text(f"{printable(self.title)}  {phase}  {duration(self.clock() - self._began)}")
+        now = self.clock()
+        return table(self.state, self.title, now - self._began, now - self._round_ended)
 
     def __call__(self, event: Event) -> None:
         self.state = after_round(self.state, event)
+        if isinstance(event, RoundFinished):
+            self._round_ended = self.clock()
         if isinstance(event, Note):
             self._print(printable(event.text))
+        elif isinstance(event, Phase) and self._live is None:
+            self._print(f"{printable(event.text)} ...")
         elif isinstance(event, RoundFinished) and self._live is None:
             self._print(round_line(self.state))
             for line in failure_lines(self.state.failures):
