@@ -271,14 +271,14 @@ class Measured:
     tokens: int = 0
     """Tokens that went forward in training, padding left out."""
     loss_before: float | None = None
-    """Mean training loss of the first step's batch, under the model as received. With pruning: of up to 16 rows, in
-    the structure of the last participation."""
+    """Mean loss before training, under the model as received, on some of the client's held-out rows, or of its training
+    rows if it holds out none. With pruning: in the structure of the last participation."""
     loss_after: float | None = None
-    """Mean training loss over the last tenth of the steps (at least one). With pruning: of the same rows."""
+    """Mean loss after training, on the same rows."""
     importance: float | None = None
     """With pruning: mean over the steps of the sum of |parameter * gradient| over the trained factors."""
     side_tokens: int = 0
-    """Tokens that went forward for scores and for the losses above."""
+    """With pruning: tokens that went forward for scores and for the losses above."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from fedtune.client.replica import Replicas, restore
 from fedtune.data.encode import Example
+from fedtune.data.loss_rows import loss_rows, num_loss_rows
 from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import BANKS, DirectionBank, displacement
 from fedtune.directions.consistency import STATE, Displacement, block_checks
@@ -31,6 +32,7 @@ from fedtune.messages import (
     ProbeResult,
     ProbeSeeds,
     Pruning,
+    Training,
     TrainLora,
 )
 from fedtune.model import libraries, pruned_training
@@ -52,12 +54,19 @@ CALIBRATION = 16
 
 
 def perform(
-    base: Base, examples: Sequence[Example], assignment: Assignment, *, threads: int, replicas: Replicas | None = None
+    base: Base,
+    examples: Sequence[Example],
+    assignment: Assignment,
+    *,
+    threads: int,
+    replicas: Replicas | None = None,
+    held_out: Sequence[Example] = (),
 ) -> ClientUpdate:
     """Do what an assignment asks on so many CPU threads, and return the update; the base is afterwards as before.
 
     The number of threads is an argument, not the machine's choice, because it changes the last bits of a sum. Replicas
     are what this process remembers of earlier rounds; without them every short message is asked for again, whole.
+    The losses before and after are those of rows that the client holds out, or of training rows if it holds out none.
 
     Raises:
         ClientError: if the base is another, the training fails, or the client holds no example.
@@ -68,13 +77,18 @@ def perform(
     with libraries.threads(threads):
         match assignment.task:
             case ProbeSeeds() as task:
-                return measure_seeds(base, examples, assignment, task, replicas or Replicas())
+                return measure_seeds(base, examples, assignment, task, replicas or Replicas(), held_out)
             case TrainLora() as task:
-                return train_adapter(base, examples, assignment, task)
+                return train_adapter(base, examples, assignment, task, held_out)
 
 
 def measure_seeds(
-    base: Base, examples: Sequence[Example], assignment: Assignment, probe: ProbeSeeds, replicas: Replicas
+    base: Base,
+    examples: Sequence[Example],
+    assignment: Assignment,
+    probe: ProbeSeeds,
+    replicas: Replicas,
+    held_out: Sequence[Example] = (),
 ) -> ClientUpdate:
     """Rebuild the model from the seeds, take steps along more of them, and return the scalars."""
     name, training = assignment.plan.client, assignment.plan.training
@@ -110,8 +124,8 @@ def measure_seeds(
         ),
         key=assignment.seed,
         client=name,
+        rows=loss_rows(examples, held_out, name, count=num_loss_rows(steps * training.batch)),
     )
-    tail = measurements.losses[-max(1, len(measurements.losses) // 10) :]
     return update(
         ProbeResult(
             scalars=np.empty(0, np.int8) if probe.calibrate else measurements.scalars,
@@ -124,8 +138,8 @@ def measure_seeds(
             seconds=measurements.seconds,
             peak_bytes=measurements.peak_bytes,
             tokens=measurements.tokens,
-            loss_before=measurements.losses[0] if measurements.losses else None,
-            loss_after=sum(tail) / len(tail) if tail else None,
+            loss_before=measurements.loss_before,
+            loss_after=measurements.loss_after,
         ),
     )
 
@@ -141,7 +155,13 @@ def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
     return rebuild_numba.displacement
 
 
-def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignment, task: TrainLora) -> ClientUpdate:
+def train_adapter(
+    base: Base,
+    examples: Sequence[Example],
+    assignment: Assignment,
+    task: TrainLora,
+    held_out: Sequence[Example] = (),
+) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
     plan = assignment.plan
     # Before training: hours of work on another base would only be refused in the end.
@@ -149,12 +169,19 @@ def train_adapter(base: Base, examples: Sequence[Example], assignment: Assignmen
         raise wrong_base(assignment, base)
     with report_out_of_memory(plan.client, plan.training.batch):
         if task.pruning is not None:
-            result, measured = train_pruned(base, examples, assignment, task, task.pruning)
+            result, measured = train_pruned(base, examples, assignment, task, task.pruning, held_out)
         else:
             extend = partial(Hooks, terms=task.terms) if task.terms else None
-            learned = train_locally(base, examples, assignment, start(task, plan, base.modules), extend)
+            rows = loss_rows(examples, held_out, plan.client, count=num_loss_rows(examples_seen(plan.training)))
+            learned = train_locally(base, examples, assignment, start(task, plan, base.modules), extend, rows)
             result, measured = lora_result(base, assignment, task, learned), learned.measured
     return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
+
+
+def examples_seen(training: Training) -> int:
+    """Return how many examples go forward in a client's steps, each counted as often as it does."""
+    assert training.steps is not None  # the planner resolves epochs
+    return training.steps * training.batch * training.accumulation
 
 
 def wrong_base(assignment: Assignment, base: Base) -> ClientError:
@@ -177,7 +204,12 @@ class LocalTraining:
 
 
 def train_locally(
-    base: Base, examples: Sequence[Example], assignment: Assignment, initial: Adapter, extend: Extend | None = None
+    base: Base,
+    examples: Sequence[Example],
+    assignment: Assignment,
+    initial: Adapter,
+    extend: Extend | None = None,
+    rows: Sequence[Example] = (),
 ) -> LocalTraining:
     """Train an adapter from its initial value as an assignment asks.
 
@@ -187,6 +219,7 @@ def train_locally(
         assignment: its blobs in the coordinates of `base`.
         initial: the trainable adapter.
         extend: from the model with its adapters to what is done beside plain steps.
+        rows: on which the loss is measured before and after; see `train`.
     """
     plan, task = assignment.plan, assignment.lora
     saved, frozen, dropout = task.blobs.get("saved", {}), global_adapter(task), plan.training.dropout
@@ -194,7 +227,7 @@ def train_locally(
         base, frozen=frozen, local=initial, scale=plan.scale, dropout=dropout, train=task.train, saved=saved
     ) as model:
         hooks = extend(model) if extend else None
-        trained = train(base, examples, plan.training, key=assignment.seed, client=plan.client, hooks=hooks)
+        trained = train(base, examples, plan.training, key=assignment.seed, client=plan.client, hooks=hooks, rows=rows)
         # Inside the block: outside of it the base is as before, and what was learned is gone.
         parameters, final = dict(model.named_parameters()), read_local(model)
         new_saved = {name: to_numpy(parameters[name]) for name in saved}
@@ -209,7 +242,12 @@ def lora_result(base: Base, assignment: Assignment, task: TrainLora, learned: Lo
 
 
 def train_pruned(
-    base: Base, examples: Sequence[Example], assignment: Assignment, task: TrainLora, pruning: Pruning
+    base: Base,
+    examples: Sequence[Example],
+    assignment: Assignment,
+    task: TrainLora,
+    pruning: Pruning,
+    held_out: Sequence[Example] = (),
 ) -> tuple[LoraResult, Measured]:
     """Measure the loss as received, make the model smaller, train, measure again, and score heads and channels.
 
@@ -239,7 +277,8 @@ def train_pruned(
     steps = plan.training.steps
     assert steps is not None  # the planner resolves epochs
     parts = parts.within(steps)
-    rows = pruned_training.evaluation_rows(examples, base, key=key, batch=plan.training.batch)
+    chosen = loss_rows(examples, held_out, plan.client, count=pruned_training.ROWS)
+    rows = pruned_training.evaluation_batches(chosen, base, batch=plan.training.batch)
     loss_before = loss_as_received(base, task, plan, parts, body, rows)
 
     def measure_at_end(model: torch.nn.Module) -> tuple[float, Tensors, int]:

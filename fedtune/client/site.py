@@ -44,6 +44,8 @@ class Site:
     threads: int
     replicas: Replicas = field(default_factory=Replicas)
     """The accumulators that this process remembers between rounds."""
+    held_out: Sequence[Example] = ()
+    """Never trained on; the client's losses before and after its training are measured on some of them."""
 
     def profile(self) -> ClientProfile:
         """Return what the client tells a server about itself."""
@@ -77,7 +79,14 @@ class Site:
                 f"{self.client}: expected an assignment of its own; got one for {assignment.plan.client!r}; "
                 "check the names that the clients are registered under"
             )
-        return perform(self.base, self.examples, assignment, threads=self.threads, replicas=self.replicas)
+        return perform(
+            self.base,
+            self.examples,
+            assignment,
+            threads=self.threads,
+            replicas=self.replicas,
+            held_out=self.held_out,
+        )
 
 
 # Cached in this module and not in an app object: Ray pickles the app with every message, and a base inside of it would
@@ -100,7 +109,8 @@ def from_file(path: str) -> Site:
         raise ConfigError(
             Fault("name", f"one of the clients of data.split ({', '.join(list(shards)[:8])})", repr(name)), source=path
         )
-    return Site(settings.name, base, shards[name].train, federation.labels, settings.model.threads)
+    shard = shards[name]
+    return Site(settings.name, base, shard.train, federation.labels, settings.model.threads, held_out=shard.held_out)
 
 
 def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Site:
@@ -117,8 +127,8 @@ def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapp
             Fault("num-supernodes", f"{len(names)}, the clients of the recipe", f"at least {place + 1}", "lower it")
         )
     name = names[place]
-    examples, threads = federation.clients[name].train, resources(bound, name).threads
-    return Site(name, base, examples, federation.labels, threads, replicas)
+    shard, threads = federation.clients[name], resources(bound, name).threads
+    return Site(name, base, shard.train, federation.labels, threads, replicas, shard.held_out)
 
 
 @lru_cache(maxsize=1)

@@ -15,11 +15,15 @@ from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.data import transfer
 from fedtune.data.encode import Example
+from fedtune.data.loss_rows import MOST, at_most
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.model.base import Base, choose_device, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.simulation.fork_server import PerformBytes, Prepared, serve
+
+TRAIN, HELD_OUT = "train/", "held_out/"
+"""What precedes a client's name in the names of a payload's parts."""
 
 
 def payload(
@@ -31,6 +35,7 @@ def payload(
     seed: int,
     labels: Sequence[str] = (),
     base: str = "",
+    held_out: Mapping[str, Sequence[Example]] | None = None,
 ) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
     """Return (settings, examples by client), the arguments of `prepare` as JSON and bytes.
 
@@ -42,6 +47,7 @@ def payload(
         seed: the run's seed.
         labels: names of the classes, for classification.
         base: digest that the base must have; empty accepts any, and that of each assignment is checked all the same.
+        held_out: held-out examples by client; only as many of them are sent as losses are measured on.
     """
     spec = {
         "model": asdict(model),
@@ -51,7 +57,10 @@ def payload(
         "labels": list(labels),
         "base": base,
     }
-    return spec, {name: transfer.encode(rows) for name, rows in examples.items()}
+    parts = {f"{TRAIN}{name}": rows for name, rows in examples.items()}
+    # The same rows as without worker processes, where all are at hand: drawn from no more than these, they are these.
+    parts |= {f"{HELD_OUT}{name}": at_most(rows, MOST, name) for name, rows in (held_out or {}).items() if rows}
+    return spec, {name: transfer.encode(rows) for name, rows in parts.items()}
 
 
 def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepared:
@@ -81,8 +90,9 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
         resident, replicas = base_on_device(base, torch.device(devices[place % len(devices)])), Replicas()
 
         def work(assignment: Assignment, threads: int) -> ClientUpdate:
-            own = examples[assignment.plan.client]
-            return perform(resident, own, assignment, threads=threads, replicas=replicas)
+            name = assignment.plan.client
+            own, held_out = examples[f"{TRAIN}{name}"], examples.get(f"{HELD_OUT}{name}", ())
+            return perform(resident, own, assignment, threads=threads, replicas=replicas, held_out=held_out)
 
         return work
 

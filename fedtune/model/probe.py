@@ -57,6 +57,10 @@ class Measurements:
     """Root mean square of the unrounded steps, in the weights' own unit."""
     losses: Sequence[float]
     """Mean loss of each step whose losses were finite."""
+    loss_before: float | None
+    """Mean loss of the rows that were given for it, at the weights as received; None if it is not finite."""
+    loss_after: float | None
+    """The same after the last step."""
     tokens: int
     """Tokens of all forward passes, padding left out."""
     seconds: float
@@ -87,6 +91,7 @@ def measure(
     *,
     key: int,
     client: str,
+    rows: Sequence[Example] = (),
 ) -> Measurements:
     """Take one step along every seed; each step is rounded to what the server will add before the next one is taken.
 
@@ -100,6 +105,7 @@ def measure(
         ids: the seeds in the order in which they are measured, int32 (steps,).
         key: from `derive`; the order of the data follows from it.
         client: for error messages.
+        rows: on which the loss is measured before the first step and after the last one; without any it is not.
 
     Raises:
         ClientError: if there is no example, or memory runs out.
@@ -118,6 +124,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats(base.device)
     try:
         with at_position(base, ledger, trainable) as position, torch.inference_mode():
+            loss_before = loss_at(position, rows, base, training.batch)
             for start in range(0, len(ids), group):
                 seeds = ids[start : start + group].tolist()
                 batch = collate([examples[i] for i in next(order)], base)
@@ -140,6 +147,8 @@ def measure(
                         # Checked at every step: a sum beyond 32 bits would wrap around in the rebuild.
                         sums = check_accumulators(ledger.bank, perturb(sums, seed, scalar << probe.shift))
                         position.move(seed, scalar << probe.shift)
+            # A calibration moves nothing.
+            loss_after = loss_before if probe.calibrate else loss_at(position, rows, base, training.batch)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -151,10 +160,25 @@ def measure(
         skipped=skipped,
         rms=float(np.sqrt(np.mean(np.square(unrounded)))) if unrounded else 0.0,
         losses=losses,
+        loss_before=loss_before,
+        loss_after=loss_after,
         tokens=tokens,
         seconds=time.perf_counter() - began,
         peak_bytes=peak_bytes(base.device),
     )
+
+
+def loss_at(position: Position, rows: Sequence[Example], base: Base, batch: int) -> float | None:
+    """Return the mean loss of some rows at a position, in nats per token (causal) or example.
+
+    None where nothing of them counts, or a loss is not finite: such steps are skipped, and the client's work is used.
+    """
+    total, count = 0.0, 0
+    for begin in range(0, len(rows), batch):
+        part = collate(rows[begin : begin + batch], base)
+        [loss] = position.losses(part, [(0, 0)])  # an amount of 0 stays where it is, whatever the seed
+        total, count = total + loss * part.count, count + part.count
+    return total / count if count and math.isfinite(total) else None
 
 
 def finite(numbers: Sequence[float]) -> bool:

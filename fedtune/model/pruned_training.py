@@ -143,11 +143,9 @@ def with_pruned_model(base: Base, structure: ModelStructure | None, layout: Bloc
         yield replace(base, modules=shapes(base.modules, cuts(structure, layout)))
 
 
-def evaluation_rows(examples: Sequence[Example], base: Base, *, key: int, batch: int) -> Sequence[Batch]:
-    """Return the examples on which a round's losses are measured, in batches that training has memory for."""
-    # Drawn by a key of their own: data order and scores must not depend on how many rows are evaluated.
-    chosen = generator(derive(key, "prune.rows")).permutation(len(examples))[:ROWS].tolist()
-    return [collate([examples[i] for i in chosen[at : at + batch]], base) for at in range(0, len(chosen), batch)]
+def evaluation_batches(rows: Sequence[Example], base: Base, *, batch: int) -> Sequence[Batch]:
+    """Return the rows on which a round's losses are measured, in batches that training has memory for."""
+    return [collate(rows[at : at + batch], base) for at in range(0, len(rows), batch)]
 
 
 def evaluation_loss(model: torch.nn.Module, batches: Sequence[Batch], base: Base) -> float:

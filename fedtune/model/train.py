@@ -152,7 +152,14 @@ def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter])
 
 
 def train(
-    base: Base, examples: Sequence[Example], training: Training, *, key: int, client: str, hooks: Hooks | None = None
+    base: Base,
+    examples: Sequence[Example],
+    training: Training,
+    *,
+    key: int,
+    client: str,
+    hooks: Hooks | None = None,
+    rows: Sequence[Example] = (),
 ) -> Trained:
     """Take `training.steps` optimizer steps on all parameters of the base's model that require a gradient.
 
@@ -166,6 +173,7 @@ def train(
         key: from `derive`; data order and dropout follow from it.
         client: for error messages.
         hooks: what is done beside that: after each backward pass, and after every step but the last.
+        rows: on which the loss is measured before the first step and after the last one; without any it is not.
 
     Raises:
         ClientError: if there is no example, or a loss is not finite; of memory see `report_out_of_memory`.
@@ -176,15 +184,15 @@ def train(
     began, order = time.perf_counter(), batches(len(examples), size=training.batch, key=key)
     optimizer = make_optimizer(training, [p for p in base.model.parameters() if p.requires_grad])
     [group] = optimizer.param_groups
-    losses, tokens = [], 0
+    losses, tokens, loss_before = list[float](), 0, loss_on(base, rows, training)
+    check_finite(loss_before, f"{client}, before step 1", training)
     with training_mode(base, training), torch_seed(derive(key, "dropout"), base.device):
         for step in range(training.steps):
             group["lr"] = learning_rate(training, step, training.steps)
             parts = [collate([examples[i] for i in next(order)], base) for _ in range(training.accumulation)]
             losses.append(backward(base, parts, training))
             # After one step on a loss that is not finite, every parameter would be NaN.
-            if not math.isfinite(losses[-1]):
-                raise not_finite(client, step, losses[-1], training)
+            check_finite(losses[-1], f"{client}, step {step + 1}", training)
             if hooks:
                 hooks.after_backward(optimizer)
             if training.clip_norm is not None:
@@ -194,12 +202,33 @@ def train(
             tokens += sum(batch.tokens for batch in parts)
             if hooks and step + 1 < training.steps:
                 hooks.after_step(step + 1, optimizer)
-    tail = losses[-max(1, len(losses) // 10) :]
-    seconds, after = time.perf_counter() - began, sum(tail) / len(tail)
+    loss_after = loss_on(base, rows, training)
+    check_finite(loss_after, f"{client}, after step {training.steps}", training)
     measured = Measured(
-        seconds=seconds, peak_bytes=peak_bytes(base.device), tokens=tokens, loss_before=losses[0], loss_after=after
+        seconds=time.perf_counter() - began,
+        peak_bytes=peak_bytes(base.device),
+        tokens=tokens,
+        loss_before=loss_before,
+        loss_after=loss_after,
     )
     return Trained(losses, measured)
+
+
+def loss_on(base: Base, rows: Sequence[Example], training: Training) -> float | None:
+    """Return the mean loss on some rows, in nats per token (causal) or example; None where nothing of them counts.
+
+    In the arithmetic and the batches of the training, without dropout.
+    """
+    total, count = 0.0, 0
+    base.model.eval()  # adapters are attached in training mode, with their dropout
+    # Not in inference mode: what a model stores in a forward pass, as some do of positions, is used again in training.
+    with torch.no_grad():
+        for begin in range(0, len(rows), training.batch):
+            batch = collate(rows[begin : begin + training.batch], base)
+            with autocast(training, base.device):
+                total += summed_loss(base.model, batch, task=base.task).item()
+            count += batch.count
+    return total / count if count else None
 
 
 def backward(base: Base, parts: Sequence[Batch], training: Training) -> float:
@@ -214,11 +243,13 @@ def backward(base: Base, parts: Sequence[Batch], training: Training) -> float:
     return total
 
 
-def not_finite(client: str, step: int, loss: float, training: Training) -> ClientError:
-    return ClientError(
-        f"{client}, step {step + 1}: expected a finite loss; got {loss} with {training.optimizer} at "
-        f"learning_rate {training.learning_rate:g}; lower it, or use another model.dtype"
-    )
+def check_finite(loss: float | None, where: str, training: Training) -> None:
+    """Raise ClientError if a loss is not finite."""
+    if loss is not None and not math.isfinite(loss):
+        raise ClientError(
+            f"{where}: expected a finite loss; got {loss} with {training.optimizer} at "
+            f"learning_rate {training.learning_rate:g}; lower it, or use another model.dtype"
+        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The map of clients by rounds: whose training loss fell, and who failed, was refused or was absent."""
+"""The map of clients by rounds: whose loss fell, and who failed, was refused or was absent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MARKS = {"failed": "x", "refused": "o", "late": "^", "unfit": "s"}
 
 @styled
 def client_map(run: Run) -> Figure | None:
-    """Draw clients by rounds: how much the training loss fell, and who failed, was refused or was absent."""
+    """Draw clients by rounds: how much the loss on the same rows fell, and who failed, was refused or was absent."""
     names, rounds = client_names(run), training_rounds(run)
     if not names or not rounds:
         return None
@@ -49,7 +49,7 @@ def client_map(run: Run) -> Figure | None:
         cmap=colours,
         norm=Normalize(-reach if worse else 0.0, reach or 1.0),
     )
-    figure.colorbar(image, ax=axes, label="loss gained in the round", pad=0.015, fraction=0.04)
+    figure.colorbar(image, ax=axes, label="fall of the loss on the same rows", pad=0.015, fraction=0.04)
     _map_marks(axes, run, names, row_height)
     _map_numbers(axes, table, reach, worse=worse)
     axes.spines[:].set_visible(False)

@@ -37,7 +37,7 @@ def shared_loss(groups: Sequence[Sequence[Run]]) -> tuple[str, list[CurveOverSee
     choices: tuple[tuple[str, Callable[[LossCurve], Floats]], ...] = (
         ("global test loss", lambda curve: curve.test),
         ("clients' mean held-out loss", lambda curve: curve.mean),
-        ("training loss", lambda curve: curve.training),
+        ("clients' loss after their steps", lambda curve: curve.training),
     )
     measured = [[loss_curve(run) for run in members] for members in groups]
     for title, read in choices:

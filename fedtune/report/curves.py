@@ -35,7 +35,7 @@ class LossCurve:
     best: Floats
     worst: Floats
     training: Floats
-    """The cohort's mean training loss after its local steps."""
+    """Mean over the cohort of the clients' losses after their local steps."""
 
 
 def loss_curve(run: Run) -> LossCurve:
@@ -74,7 +74,7 @@ def training_rounds(run: Run) -> list[RoundRecord]:
 
 
 def gains(run: Run, names: list[str]) -> Floats:
-    """Return (clients, training rounds): how much each training loss fell in its round; NaN without an update."""
+    """Return (clients, training rounds): how much each client's loss on the same rows fell; NaN without an update."""
     rounds = training_rounds(run)
     table = np.full((len(names), len(rounds)), math.nan)
     row = {name: index for index, name in enumerate(names)}

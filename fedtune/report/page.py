@@ -26,7 +26,11 @@ CAPTIONS: Mapping[str, tuple[str, str, Callable[[Run], Table | None]]] = {
     "loss-by-clock": ("Loss by time on the devices", "A round lasts as long as its slowest client.", tables.losses),
     "choices": ("What each kind of device was asked", "Mean over its clients of a round.", choices_table),
     "before-after": ("Before and after, per client", "Held-out rows, never trained on.", tables.before_after),
-    "clients": ("Clients by rounds", "How much a client's training loss fell in its round.", tables.client_map),
+    "clients": (
+        "Clients by rounds",
+        "How much a client's loss fell in its round, on the same rows: on held-out ones where it holds out any.",
+        tables.client_map,
+    ),
     "traffic": ("Bytes up and down", "Measured, all clients together.", tables.traffic),
     "ranks": ("Rank of the global change", "Mean per kind of module; the band spans all of them.", tables.ranks),
     "spectrum": ("Singular values of the global change", "After the last round.", tables.spectrum),

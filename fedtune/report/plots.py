@@ -62,7 +62,7 @@ def loss(run: Run, against: Against) -> Figure | None:
         axes,
         x,
         curve.training,
-        "training, cohort",
+        "clients after their steps",
         color=MUTED,
         linestyle=(0, (1, 1.6)),
         linewidth=1.3,

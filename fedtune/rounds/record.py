@@ -50,9 +50,10 @@ class ClientRecord:
     overhead_s: float = 0.0
     """Seconds beside these two."""
     loss_before: float | None = None
-    """Training loss before the local steps; None also where it is not finite."""
+    """Loss before the local steps, on some of the client's held-out rows, or of its training rows if it holds out none;
+    None also where it is not finite."""
     loss_after: float | None = None
-    """Training loss after them."""
+    """Loss after them, on the same rows."""
     seconds: float | None = None
     """Wall time of the local work; None without a used update, as are the next three."""
     peak_bytes: int | None = None
@@ -106,9 +107,9 @@ class RoundRecord:
     cohort: tuple[str, ...] = ()
     """Names of the clients that were asked."""
     loss_before: float | None = None
-    """Training loss before the local steps, mean over the used updates, weighted by examples."""
+    """Mean over the used updates of the clients' losses before their local steps, weighted by examples."""
     loss_after: float | None = None
-    """The same after the local steps."""
+    """The same after the local steps: each client's loss on the same rows as before."""
     test: Metrics | None = None
     """Scores of the global model on the test data; None if it was not scored in this round."""
     held_out: Mapping[str, Metrics] = field(default_factory=dict)

@@ -242,7 +242,14 @@ def in_process(experiment: Experiment) -> InProcess:
     recipe, shards = experiment.recipe, experiment.federation.clients
     replicas = Replicas()
     work = {
-        name: partial(perform, experiment.base, shard.train, threads=resources(recipe, name).threads, replicas=replicas)
+        name: partial(
+            perform,
+            experiment.base,
+            shard.train,
+            threads=resources(recipe, name).threads,
+            replicas=replicas,
+            held_out=shard.held_out,
+        )
         for name, shard in shards.items()
     }
     return InProcess(fleet=clients(experiment), work=work)
@@ -260,6 +267,7 @@ def pool(experiment: Experiment, fork_server: ForkServer) -> ProcessPool:
             seed=recipe.seed,
             labels=experiment.federation.labels,
             base=experiment.base.digest,
+            held_out={name: shard.held_out for name, shard in shards.items()},
         )
     )
     return ProcessPool(

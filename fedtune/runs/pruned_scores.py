@@ -102,7 +102,8 @@ def score_ratio(trained: TrainedRun, ratio: float, examples: int | None) -> Mapp
         scores["megabytes"] = sum(count * size for count, size in sizes) / 1e6
         with with_adapters(small, frozen=adapter, saved=trained.tuned.saved) as model:
             rows = test or next(shard.train for shard in experiment.federation.clients.values() if shard.train)
-            batches = pruned_training.evaluation_rows(rows, small, key=0, batch=pruned_training.ROWS)
+            timed = rows[: pruned_training.ROWS]
+            batches = pruned_training.evaluation_batches(timed, small, batch=pruned_training.ROWS)
             scores["forward_ms"] = forward_ms(partial(pruned_training.evaluation_loss, model, batches, small))
     return scores
 

@@ -133,9 +133,10 @@ def round_line(state: ProgressState) -> str:
 
 
 def losses(record: RoundRecord | None) -> Sequence[str]:
+    """Return the mean of the clients' losses before and after their local steps, on the same rows."""
     if record is None or record.loss_after is None:
         return []
-    return [f"loss {number(record.loss_before)} -> {number(record.loss_after)}"]
+    return [f"local loss {number(record.loss_before)} -> {number(record.loss_after)}"]
 
 
 def score(state: ProgressState) -> Sequence[str]:

@@ -175,7 +175,8 @@ def test_another_base_than_expected_is_refused(model: ModelSettings) -> None:
 
 
 def test_what_is_prepared_performs_as_the_client_does(model: ModelSettings, base: Base) -> None:
-    spec, parts = payload(model, ADAPTER, ROWS, root=Path(), seed=0, base=base.digest)
+    apart = {"ann": [*rows("bob"), *rows("cyd")] * 20}
+    spec, parts = payload(model, ADAPTER, ROWS, root=Path(), seed=0, base=base.digest, held_out=apart)
     perform = prepare(spec, {name: memoryview(part) for name, part in parts.items()}).make_worker(3)
     blueprint = base.blueprint(max_rank=4, seed=0)
     method = METHODS["fedit"]
@@ -183,7 +184,10 @@ def test_what_is_prepared_performs_as_the_client_does(model: ModelSettings, base
     assignment = replace(
         method.assign(method.init(blueprint, method.settings()), 0, PlannedClient(plan)), base=base.digest
     )
-    here, there = perform_module.perform(base, ROWS["ann"], assignment, threads=1), perform(assignment, 1)
+    here = perform_module.perform(base, ROWS["ann"], assignment, threads=1, held_out=apart["ann"])
+    there = perform(assignment, 1)
+    assert here.measured.loss_before == there.measured.loss_before
+    assert here.measured.loss_after == there.measured.loss_after
     assert here.lora.tensors.keys() == there.lora.tensors.keys()
     assert all(np.array_equal(here.lora.tensors[name], there.lora.tensors[name]) for name in here.lora.tensors)
 
@@ -193,7 +197,7 @@ def test_what_is_prepared_performs_with_the_threads_of_the_order(
 ) -> None:
     found = []
     monkeypatch.setattr(
-        "fedtune.client.worker_process.perform", lambda *arguments, threads, replicas: found.append(threads)
+        "fedtune.client.worker_process.perform", lambda *arguments, threads, replicas, held_out: found.append(threads)
     )
     spec, parts = payload(model, ADAPTER, ROWS, root=Path(), seed=0)
     perform = prepare(spec, {name: memoryview(part) for name, part in parts.items()}).make_worker(0)

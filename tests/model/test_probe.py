@@ -417,3 +417,31 @@ def test_fifty_steps_of_the_papers_loop_end_at_the_same_weights(
         ours = -(2.0 ** -(FINE + 1)) * y.reshape(entry.shape)
         off, size = off + np.square(ours - change).sum(), size + np.square(change).sum()
     assert math.sqrt(off / size) < tolerance
+
+
+@pytest.mark.parametrize("bank", ["hadamard", "gaussian", "kron"])
+def test_losses_before_and_after_are_taken_on_the_same_rows(
+    bank: Any, loaded: Callable[..., Base], examples: Callable[[int], list[Example]]
+) -> None:
+    """Scalars that are all rounded to 0 move nothing, so nothing is gained, whatever batches the steps see."""
+    base, others = loaded(targets=["all-linear"]), examples(5)
+    ledger = ledger_of(base, bank)
+    asked, ids = probe(bank, exponent=10), DRAWN[:4]
+
+    def losses(learning_rate: float) -> tuple[float, float]:
+        local = training(len(ids), batch=2, learning_rate=learning_rate)
+        result = measure(
+            base, examples(6), local, asked, ledger, reached(base, bank), ids, key=KEY, client="ann", rows=others
+        )
+        assert result.loss_before is not None
+        assert result.loss_after is not None
+        return result.loss_before, result.loss_after
+
+    before, after = losses(1e-12)
+    assert before == after
+    again, moved = losses(0.5)
+    assert again == before
+    assert moved != before
+    with at_position(base, ledger, reached(base, bank)) as position, torch.inference_mode():
+        batch = collate(others, base)
+        assert before == pytest.approx(position.losses(batch, [(3, 0)])[0], rel=1e-5)

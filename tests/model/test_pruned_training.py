@@ -103,7 +103,7 @@ def test_the_loss_before_is_that_of_the_structure_of_the_last_participation(base
         for ratio in (0.0, 0.25, 0.75)
     }
     assert losses[0.25] == losses[0.75] == losses[0.0]
-    batch = pruned_training.evaluation_rows(rows, base, key=asked(state, base, 0.0).seed, batch=4)
+    batch = pruned_training.evaluation_batches(rows, base, batch=4)
     with with_adapters(base, frozen=METHOD.adapter(state)) as model:
         assert losses[0.0] == pytest.approx(pruned_training.evaluation_loss(model, batch, base), rel=1e-4)
 
@@ -118,7 +118,7 @@ def test_a_pruned_client_trains_the_slice_of_the_global_model(base: Base, exampl
     assert update.measured.loss_after == pytest.approx(update.measured.loss_before, rel=1e-5)
     keep, anatomy = update.structure, pruned_training.block_layout(base)
     assert keep is not None
-    batch = pruned_training.evaluation_rows(rows, base, key=asked(state, base, 0.5).seed, batch=4)
+    batch = pruned_training.evaluation_batches(rows, base, batch=4)
     from fedtune.pruning.structure import cuts, slice_adapter
 
     with with_adapters(base, frozen=METHOD.adapter(state)) as model, with_gates(model, keep, anatomy):
@@ -177,8 +177,8 @@ def test_memory_that_runs_out_beside_training_is_told_as_such(
 def test_losses_are_taken_in_batches_that_training_has_room_for(loaded: Loader, examples: Rows) -> None:
     base = loaded("llama", targets=["all-linear"])
     rows = examples(20)
-    small, large = (pruned_training.evaluation_rows(rows, base, key=1, batch=batch) for batch in (3, 16))
-    assert [len(each.input_ids) for each in small] == [3, 3, 3, 3, 3, 1]
+    small, large = (pruned_training.evaluation_batches(rows, base, batch=batch) for batch in (3, 20))
+    assert [len(each.input_ids) for each in small] == [3, 3, 3, 3, 3, 3, 2]
     with with_adapters(base, frozen={}) as model:
         assert pruned_training.evaluation_loss(model, small, base) == pytest.approx(
             pruned_training.evaluation_loss(model, large, base)

@@ -31,11 +31,16 @@ from fedtune.model.train import (
 TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
 
 
-def run(base: Any, rows: Any, training: Training, *, key: int = 1) -> Any:
+def run(base: Any, rows: Any, training: Training, *, key: int = 1, measured: Any = None, b: float = 0.0) -> Any:
+    """Train a local adapter whose B starts at one value; losses are measured on the training rows, or on others."""
     plan = Plan("c", 4, 2.0, training)
-    local = start(TrainLora(a_key=5), plan, base.modules)
+    local = {
+        name: replace(factors, b=factors.b + np.float32(b))
+        for name, factors in start(TrainLora(a_key=5), plan, base.modules).items()
+    }
     with with_adapters(base, local=local, scale=2.0, dropout=training.dropout) as model:
-        return train(base, rows, training, key=key, client="c"), read_local(model)
+        trained = train(base, rows, training, key=key, client="c", rows=rows if measured is None else measured)
+        return trained, read_local(model)
 
 
 def test_the_loss_equals_the_models_own(loaded: Any, examples: Any) -> None:
@@ -132,6 +137,47 @@ def test_training_lowers_the_loss_and_is_bit_equal_from_the_same_key(loaded: Any
     name = next(iter(one))
     np.testing.assert_array_equal(one[name].b, two[name].b)
     assert not np.array_equal(one[name].b, other[name].b)
+
+
+def test_losses_before_and_after_are_the_models_own_on_the_rows(loaded: Any, examples: Any) -> None:
+    base, rows, others = loaded(), examples(4), examples(5)
+
+    def own() -> float:
+        with torch.inference_mode():
+            totals = [summed_loss(base.model, collate([row], base), task="causal").item() for row in others]
+        return sum(totals) / sum(collate([row], base).count for row in others)
+
+    before = own()  # B is zero: the model as received is the base
+    plan = Plan("c", 4, 2.0, TRAINING)
+    with with_adapters(base, local=start(TrainLora(a_key=5), plan, base.modules), scale=2.0):
+        measured = train(base, rows, TRAINING, key=1, client="c", rows=others).measured
+        after = own()
+    assert measured.loss_before == pytest.approx(before, rel=1e-6)
+    assert measured.loss_after == pytest.approx(after, rel=1e-6)
+    assert abs(before - after) > 1e-3
+
+
+@pytest.mark.parametrize("autocast", ["off", "bf16"])
+def test_nothing_is_gained_where_nothing_is_learned(autocast: Any, loaded: Any, examples: Any) -> None:
+    still = replace(TRAINING, learning_rate=1e-9, steps=10, dropout=0.5, autocast=autocast)
+    trained, _ = run(loaded(), examples(12), still, b=0.05)
+    assert trained.measured.loss_before == pytest.approx(trained.measured.loss_after, abs=1e-5)
+    assert max(trained.losses) - min(trained.losses) > 0.05  # the losses of the steps, each on another batch
+
+
+def test_measuring_changes_nothing_that_is_learned(loaded: Any, examples: Any) -> None:
+    base, rows, training = loaded(), examples(4), replace(TRAINING, dropout=0.3)
+    (silent, one), (loud, two) = (run(base, rows, training, measured=measured) for measured in ((), examples(7)))
+    assert silent.losses == loud.losses
+    for name in one:
+        np.testing.assert_array_equal(one[name].b, two[name].b)
+    assert (silent.measured.loss_before, silent.measured.loss_after) == (None, None)
+
+
+def test_rows_of_which_nothing_counts_have_no_loss(loaded: Any, examples: Any) -> None:
+    empty = [replace(row, labels=np.full_like(row.labels, -100)) for row in examples(2)]
+    trained, _ = run(loaded(), examples(4), TRAINING, measured=empty)
+    assert (trained.measured.loss_before, trained.measured.loss_after) == (None, None)
 
 
 def test_accumulated_batches_make_the_step_of_the_joined_batch(loaded: Any, examples: Any) -> None:
@@ -234,8 +280,10 @@ def test_a_loss_that_is_not_finite_names_client_step_and_remedy(loaded: Any, exa
     base = loaded()
     with torch.no_grad():
         base.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ClientError, match=r"c, step 1: expected a finite loss; got nan .*learning_rate"):
+    with pytest.raises(ClientError, match=r"c, before step 1: expected a finite loss; got nan .*learning_rate"):
         run(base, examples(4), TRAINING)
+    with pytest.raises(ClientError, match=r"c, step 1: expected a finite loss; got nan .*learning_rate"):
+        run(base, examples(4), TRAINING, measured=())
 
 
 @pytest.mark.parametrize(

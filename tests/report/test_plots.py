@@ -17,7 +17,7 @@ def test_the_loss_plot_holds_the_numbers_of_the_run(write_run: WriteRun) -> None
     assert figure is not None
     lines = {line.get_label(): np.asarray(line.get_ydata()) for line in figure.axes[0].lines}
     np.testing.assert_allclose(lines["global test"], [3.05, 2.85, 2.69])
-    np.testing.assert_allclose(lines["training, cohort"], [2.39, 2.38])
+    np.testing.assert_allclose(lines["clients after their steps"], [2.39, 2.38])
 
 
 def test_a_client_that_got_worse_has_its_own_mark(write_run: WriteRun) -> None:

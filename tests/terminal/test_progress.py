@@ -38,8 +38,8 @@ def test_without_a_terminal_each_round_is_one_plain_line(events: list[Event]) ->
     assert lines[0] == "3 examples were dropped"
     assert lines[1] == "before  test 2.800"
     assert lines[2] == (
-        "round 1/3  loss 2.600 -> 2.400  test 2.500 (best 2.500, round 1)  clients 2/2  up 1.0 kB  down 2.0 kB  2.0 s"
-        "  ETA 4.0 s"
+        "round 1/3  local loss 2.600 -> 2.400  test 2.500 (best 2.500, round 1)  clients 2/2  up 1.0 kB  down 2.0 kB"
+        "  2.0 s  ETA 4.0 s"
     )
     assert "test" not in lines[3]  # not scored in this round
     assert "clients 2/3" in lines[3]
