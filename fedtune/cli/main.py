@@ -298,9 +298,10 @@ def compare(
     overrides: SetOption = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder instead of runs/compare.")] = None,
     quiet: QuietOption = False,
+    as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Run several recipes with the same seeds, and set them side by side: one table, one picture."""
+    """Run several recipes with the same seeds, and set them side by side: tables, differences, one picture."""
     with report_errors(debug):
         from fedtune import api
 
@@ -310,6 +311,14 @@ def compare(
             quiet,
             lambda watch: api.compare(recipes, seeds=numbers, overrides=overrides or (), out=out, watch=watch),
         )
+        content = page.with_name("comparison.json")
+        if as_json:
+            typer.echo(json.dumps({**json.loads(content.read_text(encoding="utf-8")), "page": str(page)}))
+            return
+        if not quiet:
+            from fedtune.terminal.comparison import show_comparison
+
+            show_comparison(console(sys.stdout), json.loads(content.read_text(encoding="utf-8")))
         typer.echo(page)
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.report.comparison_curves import curves, deployed_loss, numbers, shared_loss
 from fedtune.report.curves import Floats, LossCurve, evaluations, loss_curve
+from fedtune.report.differences import differences, settings_table, warnings
 from fedtune.report.drawing import png, svg
 from fedtune.report.planner_choices import idle
 from fedtune.report.reader import Run, Scores, finite, read_run
 from fedtune.report.rendering import Card, Table, render, replace_text
 from fedtune.report.time_to_target import Ratio, times_to_target
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
+from fedtune.store.typed_json import nan_to_null
 
 
 @dataclass(frozen=True)
@@ -136,13 +140,14 @@ def mean_and_spread(values: Sequence[float]) -> Spread:
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Write comparison.html and its figures as PNG into the folder `out` and return the page's path.
+    """Write comparison.html, comparison.json and figures as PNG into the folder `out` and return the page's path.
 
     Raises:
         StoreError, ConfigError: as `compare` does.
     """
     comparison = compare(runs)
     out.mkdir(parents=True, exist_ok=True)
+    replace_text(out / "comparison.json", json.dumps(nan_to_null(numbers_of(comparison)), indent=1) + "\n")
     cards = []
     for name, (title, lines) in {
         "comparison": shared_loss(comparison.groups),
@@ -161,12 +166,59 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
         title="fedtune comparison",
         heading=_heading(comparison),
         results=comparison_table(comparison),
+        differences=difference_table(comparison),
+        settings=settings(comparison),
+        warnings=warnings(comparison.groups),
         times=time_table(comparison),
         cards=cards,
         recipes=[members[0] for members in comparison.groups],
     )
     replace_text(target, text)
     return target
+
+
+def numbers_of(comparison: Comparison) -> Mapping[str, Any]:
+    """Return the content of comparison.json: what the page's tables hold, for programs and for the terminal."""
+    return {
+        "version": 1,
+        "recipes": [
+            {**asdict(row), "bytes": asdict(traffic(members))}
+            for row, members in zip(comparison.rows, comparison.groups, strict=True)
+        ],
+        "differences": [asdict(difference) for difference in differences(comparison.groups)],
+        "settings": settings_table(comparison.groups),
+        "warnings": warnings(comparison.groups),
+    }
+
+
+def traffic(runs: Sequence[Run]) -> Spread:
+    """Return the bytes up and down of a recipe's runs."""
+    return mean_and_spread([float(sum(record.bytes_up + record.bytes_down for record in run.rounds)) for run in runs])
+
+
+def difference_table(comparison: Comparison) -> Table | None:
+    """Return how far each recipe's loss is above the first one's."""
+    rows = [
+        [
+            difference.recipe,
+            difference.measure,
+            f"{difference.interval.mean:+.4f}",
+            NOTHING
+            if math.isnan(difference.interval.low)
+            else f"{difference.interval.low:+.4f} to {difference.interval.high:+.4f}",
+            f"{difference.interval.pairs}, by {difference.paired_by}",
+        ]
+        for difference in differences(comparison.groups)
+    ]
+    head = ["recipe", "of the", f"difference to {comparison.rows[0].name}", "95 % interval", "pairs"]
+    return Table(head, rows, text_columns=2) if rows else None
+
+
+def settings(comparison: Comparison) -> Table | None:
+    """Return the settings that are not the same in all recipes."""
+    rows = [[key, *values] for key, values in settings_table(comparison.groups).items()]
+    head = ["setting", *(row.name for row in comparison.rows)]
+    return Table(head, rows, text_columns=len(head)) if rows else None
 
 
 def _heading(comparison: Comparison) -> str:

@@ -270,7 +270,7 @@ def test_report_prints_the_page(script: Any) -> None:
 
 def test_compare_takes_recipes_seeds_and_settings(script: Any) -> None:
     compare = script("compare", Path("page.html"), [Note("a, seed 0")])
-    ended = fedtune("compare", "a.toml", "runs/b", "--seeds", "0, 1,2", "--set", "rounds.count=2")
+    ended = fedtune("compare", "a.toml", "runs/b", "--seeds", "0, 1,2", "--set", "rounds.count=2", "-q")
     assert ended.stdout == "page.html\n"
     assert "a, seed 0" in ended.stderr
     assert compare.positional == ([Path("a.toml"), Path("runs/b")],)

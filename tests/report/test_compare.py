@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,15 @@ def test_runs_without_a_clock_are_not(write_run: WriteRun, tmp_path: Path) -> No
 
     page = write_comparison([write_run("a", name="a"), write_run("b", name="b", edit=edit)], tmp_path / "out")
     assert "Time on the devices" not in page.read_text(encoding="utf-8")
+
+
+def test_the_numbers_are_written_for_programs(write_run: WriteRun, tmp_path: Path) -> None:
+    paths = [write_run(f"{name}{seed}", name=name, seed=seed) for name in ("a", "b") for seed in (0, 1)]
+    page = write_comparison(paths, tmp_path / "out")
+    content = json.loads(page.with_name("comparison.json").read_text())
+    assert [row["name"] for row in content["recipes"]] == ["a", "b"]
+    assert content["recipes"][0]["test_after"]["mean"] == compare(paths).rows[0].test_after.mean
+    assert content["recipes"][0]["bytes"]["mean"] > 0
+    (difference,) = content["differences"]
+    assert difference["interval"]["mean"] == 0.0
+    assert "Differences" in page.read_text()
