@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fedtune.client.data_checks import check_examples
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.config import Recipe, bind
@@ -23,7 +24,8 @@ from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.messages import Assignment, ClientUpdate
 from fedtune.methods import METHODS
 from fedtune.model import embedded
-from fedtune.model.base import Base, base_from_object, class_order, load, load_tokenizer, memory_bytes
+from fedtune.model.base import Base, base_from_object, load, load_tokenizer, memory_bytes
+from fedtune.model.base_config import class_order
 from fedtune.model.classes import match_classes, named_rows, shorten
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings
@@ -170,14 +172,7 @@ def load_site(
         federation = with_class_order(federation, order)
     watch(Phase("loading the base"))
     base = given or load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
-    shards = federation.clients.values()
-    examples = [*federation.test, *(example for shard in shards for example in (*shard.train, *shard.held_out))]
-    # Once, here: a position beyond the model's table fails deep inside torch, on CUDA without a readable error.
-    longest = max(len(example.input_ids) for example in examples)
-    if longest > base.positions:
-        expected = f"examples of at most {base.positions} tokens, the positions that {base.name} has"
-        hint = f"set data.max_tokens = {base.positions}"
-        raise ConfigError(Fault("data.max_tokens", expected, f"one of {longest}", hint))
+    check_examples(federation, base)
     return federation, base
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,26 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.directions.rebuild_torch import as_array
 from fedtune.directions.seed_ledger import Manifest, describe_tensor, tensor_fault
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint
-from fedtune.model import embedded
-from fedtune.model.classes import Classes, class_settings, head_modules, match_classes, named_rows, output_layer
-from fedtune.model.gguf import convert_once, find_gguf
+from fedtune.model.base_config import auto_class, read_config
+from fedtune.model.base_files import check_folder, check_vocabulary, locate, not_found, readable
+from fedtune.model.classes import draw_output_layer, output_layer
 from fedtune.model.libraries import quiet
+from fedtune.model.load_checks import check_causal, check_complete, check_finite, padding_token, table_positions
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.targets import find_saved, find_targets
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
+
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, ImportError, KeyError, TypeError, AttributeError)
+"""The errors in which transformers ends where a checkpoint is not as its config says, or a library is missing."""
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,7 +66,7 @@ class Base:
     def positions(self) -> int:
         """The longest input in tokens: the smaller limit of model and tokenizer; 2^31 if neither names one."""
         # transformers gives a tokenizer without a limit one of 1e30, which no range or tensor can have.
-        named = getattr(self.model.config, "max_position_embeddings", None)
+        named = table_positions(self.model) or getattr(self.model.config, "max_position_embeddings", None)
         return min(named or 2**31, int(getattr(self.tokenizer, "model_max_length", None) or 2**31))
 
     @property
@@ -115,9 +119,12 @@ def load_tokenizer(settings: ModelSettings, root: Path) -> Any:
         ConfigError: if there is none at `model.base`.
     """
     path = locate(settings, root)
+    check_folder(settings, path)
+    check_vocabulary(path)
     try:
+        source = readable(path, settings.revision)
         with quiet():
-            return AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(source, revision=settings.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:  # also a torn file, or a missing tokenizer library
         raise not_found(settings, error) from error
 
@@ -145,16 +152,17 @@ def load(
         ConfigError: if the model, the device or a target module does not exist, or weights are missing.
     """
     path = locate(settings, root)
+    check_folder(settings, path)
     # Before the weights are read, which may take minutes.
     choose_device(settings.device)
     classifies = settings.task == "classification"
-    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     try:
-        config, classes = read_config(path, settings, labels)
+        source = readable(path, settings.revision)
+        config, classes = read_config(source, settings, labels)
         # A head that the checkpoint lacks is drawn from torch's global generator, and must be the same everywhere.
         with quiet(), torch_seed(derive(seed, "model.head"), torch.device("cpu")):
-            model, info = auto.from_pretrained(
-                path,
+            model, info = auto_class(settings.task).from_pretrained(
+                source,
                 revision=settings.revision,
                 trust_remote_code=False,
                 config=config,
@@ -168,62 +176,15 @@ def load(
             new = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
             if classifies and not classes.fits:
                 new = sorted({*new, *draw_output_layer(model, new)})
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise not_found(settings, error) from error
     check_complete(settings, model, new)
     came = classifies and not {name for name in info["missing_keys"] if name.startswith(output_layer(model))}
     notes = [classes.note] if came and classes.note else []
-    return base_of(settings, adapter, model, tokenizer, path=str(path), new=new, notes=notes)
-
-
-def read_config(path: str | Path, settings: ModelSettings, labels: Sequence[str]) -> tuple[Any, Classes]:
-    """Return the transformers config of a base, with the names of the classes for classification, and those classes."""
-    # Without an explicit trust_remote_code=False transformers would ask on the terminal whether to run code.
-    read = partial(AutoConfig.from_pretrained, path, revision=settings.revision, trust_remote_code=False)
-    config = read()
-    if settings.task != "classification":
-        return config, Classes((), fits=True)
-    classes = match_classes(named_rows(config), labels)
-    return read(**class_settings(classes.labels)), classes
-
-
-def class_order(settings: ModelSettings, root: Path, labels: Sequence[str]) -> Sequence[str]:
-    """Return the classes of data with these labels by row of the base's head; in this order where that is new.
-
-    Raises:
-        ConfigError: if the base has no config.
-    """
-    try:
-        return read_config(locate(settings, root), settings, labels)[1].labels
-    except (OSError, ValueError) as error:
-        raise not_found(settings, error) from error
-
-
-def check_complete(settings: ModelSettings, model: Any, new: Sequence[str]) -> None:
-    """Refuse a checkpoint without tensors of the model: a head may be new, random layers of its body may not.
-
-    Raises:
-        ConfigError: naming the tensors.
-    """
-    heads = head_modules(model) if settings.task == "classification" else []
-    # An encoder that was trained to fill gaps has no pooler; that too is a part of the head.
-    parts = {name for name in new if name.partition(".")[0] not in heads and not (heads and ".pooler." in name)}
-    if parts:
-        lacking = ", ".join(sorted(parts)[:6])
-        raise not_found(settings, ValueError(f"it lacks {len(parts)} of the model's tensors: {lacking}"))
-
-
-def draw_output_layer(model: Any, new: Sequence[str]) -> Sequence[str]:
-    """Draw a classifier's last layer anew, unless it is new already, and return the names of its parameters."""
-    name = output_layer(model)
-    layer = model.get_submodule(name)
-    names = [f"{name}.{leaf}" for leaf, _ in layer.named_parameters()]
-    if not set(names) <= set(new):
-        for leaf, parameter in list(layer.named_parameters()):
-            setattr(layer, leaf, nn.Parameter(torch.empty_like(parameter)))  # transformers draws no marked parameter
-        with torch.no_grad():
-            model._init_weights(layer)
-    return names
+    base = base_of(settings, adapter, model, tokenizer, path=str(path), new=new, notes=notes)
+    if not classifies:
+        check_causal(settings, base.model, base.positions)
+    return base
 
 
 def base_of(
@@ -251,10 +212,9 @@ def base_of(
         ConfigError: if the device or a target module does not exist.
     """
     device = choose_device(settings.device)
+    check_finite(settings, model)
     # A decoder's classifier refuses batches without a padding token.
-    if model.config.pad_token_id in (None, -1):
-        choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        model.config.pad_token_id = next(choice for choice in choices if choice is not None)
+    model.config.pad_token_id = padding_token(model, tokenizer)
     # In eval mode for good: only adapters have dropout; see `train.only_adapters_train`.
     model.requires_grad_(False).eval().to(device)
     saved_modules = find_saved(model, adapter.modules_to_save, new, task=settings.task)
@@ -315,37 +275,6 @@ def hold_in_float32(module: nn.Module, outside: torch.dtype) -> None:
                 lambda _, inputs: tuple(x.float() if x.is_floating_point() else x for x in inputs)
             )
             part.register_forward_hook(lambda _, inputs, output: output.to(outside))
-
-
-def locate(settings: ModelSettings, root: Path) -> str | Path:
-    """Return the folder of a local base, relative to the recipe, or the name of a hub model.
-
-    A GGUF file is converted first, where that has not been done before.
-
-    Raises:
-        ConfigError: if it cannot be converted.
-        ExtraError: if that needs a package that is not installed.
-    """
-    if settings.base == "embedded":
-        return embedded.path()
-    local = root / Path(settings.base).expanduser()
-    if file := find_gguf(local):
-        return convert_once(file)
-    return local if (local / "config.json").is_file() else settings.base
-
-
-def not_found(settings: ModelSettings, error: Exception) -> ConfigError:
-    """Return the error of a base that cannot be loaded, with the library's own reason."""
-    # What follows the first sentence is the libraries' own advice.
-    reason = " ".join(str(error).split()).partition(". ")[0][:160]
-    return ConfigError(
-        Fault(
-            path="model.base",
-            expected="a folder with config.json, tokenizer and safetensors, or a reachable hub name",
-            got=f"{settings.base!r} ({reason})",
-            hint="give a local path, or download the model once and set HF_HOME",
-        )
-    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -22,9 +22,12 @@ from transformers import (
 from transformers.utils import cached_file
 
 from fedtune.errors import ShapeError
-from fedtune.model.base import DTYPES, check_complete, choose_device, locate, not_found, read_config
+from fedtune.model.base import DTYPES, choose_device
+from fedtune.model.base_config import read_config
+from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.classes import output_layer
 from fedtune.model.libraries import quiet
+from fedtune.model.load_checks import check_complete
 from fedtune.model.settings import ModelSettings
 from fedtune.model.surgery import cut_linear, fit, layout_of, refuse_static_caches, slice_index
 from fedtune.model.torch_seed import torch_seed
@@ -67,7 +70,9 @@ def load_pruned_base(
     """
     device, dtype = choose_device(settings.device), DTYPES[settings.dtype]
     path = locate(settings, root)
+    check_folder(settings, path)
     try:
+        path = readable(path, settings.revision)
         config, classes = read_config(path, settings, labels)
         model = skeleton(config, task=settings.task, dtype=dtype)
         layout = layout_of(model)
@@ -120,9 +125,11 @@ def layout_from_config(settings: ModelSettings, *, root: Path) -> BlockLayout:
     Raises:
         ConfigError: if there is no such base, or it cannot be pruned.
     """
+    path = locate(settings, root)
+    check_folder(settings, path)
     try:
         # One class will do: the head is no part of the blocks.
-        config, _ = read_config(locate(settings, root), settings, ("",))
+        config, _ = read_config(readable(path, settings.revision), settings, ("",))
         model = skeleton(config, task=settings.task, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise not_found(settings, error) from error

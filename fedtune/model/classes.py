@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -77,3 +78,16 @@ def output_layer(model: Any) -> str:
         if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
     ]
     return layers[-1]
+
+
+def draw_output_layer(model: Any, new: Sequence[str]) -> Sequence[str]:
+    """Draw a classifier's last layer anew, unless it is new already, and return the names of its parameters."""
+    name = output_layer(model)
+    layer = model.get_submodule(name)
+    names = [f"{name}.{leaf}" for leaf, _ in layer.named_parameters()]
+    if not set(names) <= set(new):
+        for leaf, parameter in list(layer.named_parameters()):
+            setattr(layer, leaf, nn.Parameter(torch.empty_like(parameter)))  # transformers draws no marked parameter
+        with torch.no_grad():
+            model._init_weights(layer)
+    return names

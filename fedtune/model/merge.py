@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.lora.adapter import Adapter
 from fedtune.model.base import DTYPES, Base, to_torch
+from fedtune.model.base_files import readable
 from fedtune.model.libraries import quiet
 from fedtune.tensors import Tensors
 
@@ -55,7 +56,7 @@ def merge(base: Base, adapter: Adapter, saved: Tensors, *, dtype: str, revision:
     auto = AutoModelForSequenceClassification if base.task == "classification" else AutoModelForCausalLM
     with quiet():
         model = auto.from_pretrained(
-            base.path,
+            readable(base.path, revision),
             revision=revision,
             trust_remote_code=False,
             config=base.model.config,

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import DTYPES, Base
+from fedtune.model.base_files import readable
 from fedtune.model.checkpoint import aliases, checkpoint_files, match_names, slice_tensor, tensor_readers
 from fedtune.model.libraries import quiet
 from fedtune.model.merge import CastLoss, Merged
@@ -139,7 +140,7 @@ def pruned_tensors(
     """
     model, slices = base.model, cuts(check(structure, layout), layout)
     state, first_names = model.state_dict(), aliases(model)
-    readers = tensor_readers(checkpoint_files(base.path, revision))
+    readers = tensor_readers(checkpoint_files(readable(base.path, revision), revision))
     readers = match_names(readers, state.keys(), model.base_model_prefix)
     tensors, loss = {}, CastLoss(DTYPES[dtype])
     check_untied(adapter, first_names)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedtune.model.base import Base, class_order, load, load_tokenizer
+from fedtune.model.base import Base, load, load_tokenizer
+from fedtune.model.base_config import class_order
 from fedtune.model.classes import head_modules, match_classes, output_layer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from tests.model.families import CLASSIFIERS, build

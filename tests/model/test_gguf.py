@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.errors import ConfigError, ExtraError
 from fedtune.model import gguf
-from fedtune.model.base import load, load_tokenizer, locate
+from fedtune.model.base import load, load_tokenizer
+from fedtune.model.base_files import locate
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from tests.model.gguf_files import CHAT, write_gguf
 
