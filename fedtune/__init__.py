@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedtune.errors import ConfigError, FedtuneError
     from fedtune.runs.deploy import deploy, load_pruned
     from fedtune.runs.export import export, replay
+    from fedtune.runs.merge import merge
     from fedtune.runs.pruned_scores import views
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_pruned",
+    "merge",
     "replay",
     "simulate",
     "views",
@@ -43,6 +45,7 @@ _HOMES = {
     "load_pruned": "runs.deploy",
     "views": "runs.pruned_scores",
     "export": "runs.export",
+    "merge": "runs.merge",
     "replay": "runs.export",
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli import ca, enroll, federation, roster, runs
+from fedtune.cli import adapters, ca, enroll, federation, roster, runs
 from fedtune.cli.options import (
     DebugOption,
     JsonOption,
@@ -322,6 +322,7 @@ def compare(
         typer.echo(page)
 
 
+adapters.register(app)
 federation.register(app)
 
 

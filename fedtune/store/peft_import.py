@@ -1,0 +1,214 @@
+"""PEFT adapters that others trained: read with the scale folded in, or refused where they are more than two factors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from fedtune.errors import ConfigError, Fault
+from fedtune.lora.adapter import Adapter, Factors, pack
+from fedtune.store.files import store_errors
+from fedtune.store.peft import PREFIX, Target
+from fedtune.tensors import Array, Tensors
+from fedtune.tensors import digest as tensors_digest
+
+DTYPES: Mapping[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
+"""Number formats of adapters, as safetensors names them."""
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class ForeignAdapter:
+    """An adapter as its folder describes it."""
+
+    path: Path
+    adapter: Adapter
+    """Of scale 1, float32."""
+    saved: Tensors
+    """modules_to_save, by parameter name, float32."""
+    target: Target
+    base_digest: str
+    """Of the base, where fedtune wrote the adapter; else empty."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what it changes."""
+        return tensors_digest({**pack(self.adapter), **self.saved})
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules' ranks."""
+        return max(factors.rank for factors in self.adapter.values())
+
+
+def read_adapter(path: Path) -> ForeignAdapter:
+    """Read a folder in PEFT's format, fedtune's or another's; of a run directory, its adapter.
+
+    Raises:
+        ConfigError: naming folder and key, if it is no LoRA adapter or one with parts that are no pair of factors.
+        StoreError: if a file cannot be read.
+    """
+    folder = path / "adapter" if (path / "recipe.toml").is_file() else path
+    config = read_config(folder)
+    if faults := list(config_faults(config, folder)):
+        raise ConfigError(faults)
+    adapter, saved = split(read_tensors(folder), config, folder)
+    return ForeignAdapter(folder, adapter, saved, target_of(config), base_digest(folder))
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """Return the content of adapter_config.json."""
+    for name in FILES:
+        if not (folder / name).is_file():
+            pickled = (folder / "adapter_model.bin").is_file()
+            hint = "save it as safetensors: fedtune reads no pickles" if pickled and name == FILES[0] else ""
+            got = "adapter_model.bin" if hint else f"no {name}"
+            raise ConfigError(Fault(str(folder), "a PEFT adapter (adapter_config.json and its weights)", got, hint))
+    with store_errors(folder):
+        text = (folder / FILES[1]).read_text(encoding="utf-8")
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(Fault(str(folder / FILES[1]), "JSON", str(error))) from None
+    if not isinstance(config, dict):
+        raise ConfigError(Fault(str(folder / FILES[1]), "a JSON object", f"a {type(config).__name__}"))
+    return config
+
+
+def config_faults(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
+    """Yield why an adapter is more, or other, than a product of two factors over the base as it is."""
+    where = str(folder)
+    if config.get("peft_type") != "LORA":
+        yield Fault(where, "an adapter of peft_type LORA", repr(config.get("peft_type")))
+        return
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+        yield Fault(where, "r and lora_alpha as numbers", f"{config.get('r')!r} and {config.get('lora_alpha')!r}")
+    if config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
+        yield Fault(where, "task_type CAUSAL_LM or SEQ_CLS", repr(config["task_type"]))
+    if config.get("use_dora"):
+        got = "use_dora = true, which also rescales the base's weights"
+        yield Fault(where, "factors alone", got, "merge it into its base instead")
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        got = f"bias = {config.get('bias')!r}, lora_bias = {config.get('lora_bias')!r}"
+        yield Fault(where, "no trained biases", got)
+    if config.get("target_parameters"):
+        yield Fault(where, "adapters of modules", f"target_parameters = {config['target_parameters']!r}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        hint = "convert it with PEFT's path_initial_model_for_weight_conversion when you save it"
+        got = f"init_lora_weights = {start!r}, which changes the base"
+        yield Fault(where, "an adapter over the base as it is", got, hint)
+
+
+def target_of(config: Mapping[str, Any]) -> Target:
+    """Return what an adapter's configuration says of its base."""
+    return Target(
+        base=str(config.get("base_model_name_or_path") or ""),
+        revision=config.get("revision"),
+        task="classification" if config.get("task_type") == "SEQ_CLS" else "causal",
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        saved_modules=tuple(config.get("modules_to_save") or ()),
+    )
+
+
+def base_digest(folder: Path) -> str:
+    """Return the digest of the base that fedtune noted beside its adapters; empty for those of others."""
+    try:
+        return str(json.loads((folder / "fedtune.json").read_text(encoding="utf-8"))["base"]["digest"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """Return the tensors of an adapter as float32; bfloat16, which numpy lacks, included.
+
+    Raises:
+        ConfigError: if the file is torn, or holds numbers of another kind.
+    """
+    path = folder / FILES[0]
+    with store_errors(path):
+        data = path.read_bytes()
+    try:
+        entries = deserialize(data)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise ConfigError(Fault(str(path), "a whole safetensors file", str(error))) from None
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in DTYPES:
+            raise ConfigError(Fault(str(path), f"numbers of {', '.join(DTYPES)}", f"{entry['dtype']} in {name}"))
+        values = np.frombuffer(entry["data"], np.dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
+        tensors[name] = values.astype(np.float32)
+    return tensors
+
+
+def split(tensors: Tensors, config: Mapping[str, Any], folder: Path) -> tuple[Adapter, Tensors]:
+    """Return (adapter with the scale folded into b, modules_to_save)."""
+    sides: dict[str, dict[str, Array]] = {}
+    saved: dict[str, Array] = {}
+    trained_whole = tuple(config.get("modules_to_save") or ())
+    for key, array in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
+            sides.setdefault(match[1], {})[match[2].lower()] = array
+        elif "lora_" in name or not set(name.split(".")) & set(trained_whole):
+            expected = "factors lora_A and lora_B, and the modules that modules_to_save names"
+            raise ConfigError(Fault(str(folder), expected, name, "train or save it without that part"))
+        else:
+            saved[name] = array
+    adapter = {name: fold_scale(name, pair, config, folder) for name, pair in sorted(sides.items())}
+    if not adapter:
+        raise ConfigError(Fault(str(folder), "factors of at least one module", "none"))
+    return adapter, saved
+
+
+def fold_scale(name: str, pair: Mapping[str, Array], config: Mapping[str, Any], folder: Path) -> Factors:
+    """Return the factors of one module, b times the scale that PEFT computes for it."""
+    if pair.keys() != {"a", "b"}:
+        raise ConfigError(Fault(str(folder), "both factors of every module", f"one of {name}"))
+    a, b = pair["a"], pair["b"]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise ConfigError(Fault(str(folder), f"a (rank, in) and b (out, rank) of {name}", f"{a.shape} and {b.shape}"))
+    rank = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
+    if rank != a.shape[0] or rank < 1:
+        raise ConfigError(Fault(str(folder), f"rank {rank} of {name}, as adapter_config.json says", f"{a.shape[0]}"))
+    alpha = by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+    # In float64 and cast once, as the scale is no power of two in general.
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return Factors(a=a, b=(scale * b.astype(np.float64)).astype(np.float32))
+
+
+def by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """Return the value of the first pattern that matches the end of a module's name, as PEFT looks it up."""
+    try:
+        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
+    except re.error as error:
+        raise ConfigError(Fault("rank_pattern, alpha_pattern", "regular expressions", f"{error}")) from None
+
+
+def same_base(adapters: Sequence[ForeignAdapter]) -> Iterator[Fault]:
+    """Yield in what the bases of adapters differ; what cannot be known from their folders is not compared."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        for what, ours, theirs in (
+            ("base", base_name(first.target.base), base_name(other.target.base)),
+            ("base digest", first.base_digest, other.base_digest),
+            ("revision", first.target.revision or "", other.target.revision or ""),
+            ("task", first.target.task, other.target.task),
+            ("fan_in_fan_out", str(first.target.fan_in_fan_out), str(other.target.fan_in_fan_out)),
+        ):
+            if ours and theirs and ours != theirs:
+                hint = "give --base NAME if the names mean one model" if what == "base" else ""
+                yield Fault(str(other.path), f"the {what} of {first.path}, {ours}", theirs, hint)
+
+
+def base_name(name: str) -> str:
+    """Return a base's name, a folder's as its absolute path."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
