@@ -38,8 +38,10 @@ from fedtune.messages import (
     Assignment,
     Blueprint,
     Client,
+    ClientScores,
     ClientUpdate,
     LoraResult,
+    ScoreRequest,
     Training,
     TrainLora,
 )
@@ -251,6 +253,9 @@ class Trivial:
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
         return self.work(assignment)
+
+    def score(self, request: ScoreRequest) -> ClientScores:
+        return ClientScores(request.client, request.round, request.base, {})
 
 
 def app(fleet: Sequence[Client]) -> ClientApp:

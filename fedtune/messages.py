@@ -341,6 +341,42 @@ class ClientUpdate:
 
 
 @dataclass(frozen=True)
+class ScoreRequest:
+    """Server -> client: score a global model on the rows that the client trains nothing on."""
+
+    client: str
+    method: str
+    round: int
+    """The last round that is in the model; 0 for the base."""
+    base: str
+    """Digest of the base model that the tensors belong to."""
+    batch: int
+    """Examples per forward pass."""
+    examples: int = 0
+    """Of the held-out rows at most the first so many; 0: all."""
+    blobs: Mapping[str, Tensors] = field(default_factory=dict)
+    """Tensors by role: `global` (adapter of scale 1, flat), `saved` (modules_to_save)."""
+    ledger: bytes = b""
+    """The model as seeds (`SeedLedger.encode`); empty where it is in the blobs."""
+    trainable: tuple[int, ...] = ()
+    """Ordinals of the tensors that the seeds move."""
+
+
+@dataclass(frozen=True)
+class ClientScores:
+    """Client -> server: what a global model scores on the rows that one client holds out."""
+
+    client: str
+    round: int
+    """Of the request."""
+    base: str
+    """Digest of the base that was scored with."""
+    metrics: Mapping[str, float]
+    """By name: `loss`, `accuracy`, ..., and how much was scored: `examples`, `tokens`."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class AdmittedUpdate:
     """An update that answers its assignment in every respect; methods aggregate these."""
 

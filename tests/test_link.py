@@ -13,6 +13,7 @@ import pytest
 import fedtune
 from fedtune.config import bind
 from fedtune.link.client import outbox
+from fedtune.rounds.scores import pooled_scores
 from fedtune.store.history import replay_journal
 from tests.cli.test_flower_server import toml
 from tests.link.federation import Federation, federation
@@ -86,6 +87,11 @@ def test_sites_over_grpc_come_to_the_state_of_the_simulated_run(
         summary = json.loads((fed.run / "summary.json").read_text())
         assert summary["state"] == "finished"
         assert summary["state_digest"] == simulated.summary["state_digest"]
+        for when in ("before", "after"):  # each site's scores of base and global model, to the last bit
+            scores = summary[when]["held_out"]
+            assert sorted(scores) == sorted(names)
+            assert scores == simulated.summary[when]["held_out"]
+            assert summary[when]["test"] == pooled_scores(scores)
         assert [one["updates"] for one in fed.events("server", "committed")] == [sites] * 3
         for name in names:
             events = fed.events(name, "receipt")

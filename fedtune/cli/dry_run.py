@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from fedtune.deployment.join import DryRun
 
 
+SCORES = {"send": "means are sent", "keep": "they stay in its own log", "refuse": "it does not score"}
+"""What `policy.scores` means, in words."""
+
+
 def show(console: Any, shown: DryRun) -> None:
     """Print what the run asks, its recipe, and what the site's policy decides."""
     for name, text in facts(shown):
@@ -50,4 +54,5 @@ def facts(shown: DryRun) -> Iterator[tuple[str, str]]:
         if demand.rank is None
         else "LoRA factors of the named layers",
     )
+    yield "scores", f"of the global model on its held-out rows: {SCORES[shown.scores]}"
     yield "and", "number of examples, losses, seconds, tokens and peak memory; its name and signature"

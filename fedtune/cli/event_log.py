@@ -19,8 +19,10 @@ EVENT_TEXTS: Mapping[str, str] = {
     "serving": "run {run}, {rounds} rounds, recipe {recipe:.16}",
     "round": "round {round} of {rounds} begins with {clients}",
     "committed": (
-        "round {round}: {updates} of {asked} updates, up {up:size}, down {down:size}, {ms:ms}; state {state:.16}"
+        "round {round}: {updates} of {asked} updates, up {up:size}, down {down:size}, {ms:ms}{scores:tail}; "
+        "state {state:.16}"
     ),
+    "base": "round 0: the base has {scores}",
     "unused": "round {round}: {client} {why}: {reason}",
     "barred": "{client} is blocked: {reason}",
     "refused": "{client} refused: {reason}",
@@ -36,6 +38,8 @@ EVENT_TEXTS: Mapping[str, str] = {
     "loaded": "base and data loaded in {seconds} s",
     "finished": "the run is complete",
     "draining": "the server goes down; waiting for it to come back",
+    "scored": "round {round}: the global model has {scores}",
+    "trained": "round {round}: {work}; up {up:size}, down {down:size}: {verdict}",
     "over": "the run {run} was complete, and no server has answered for {seconds} s; start join again for another run",
     "unreached": "no connection to {server}: {reason}; trying again",
     "reached": "connected again",
@@ -61,6 +65,8 @@ class FieldText:
         match spec:
             case "size":
                 return size(float(self._value))
+            case "tail":
+                return f"; {printable(self._value)}" if self._value else ""
             case "ms":
                 return duration(float(self._value) / 1000)
             case _:
@@ -73,7 +79,7 @@ def format_event(kind: str, fields: Mapping[str, int | str]) -> str:
     if text is None or (kind in FAULTS_ONLY and fields.get("verdict") in ("ACCEPTED", "NOTED")):
         return ""
     texts = {name: FieldText(value) for name, value in fields.items()}
-    for name in ("client", "reason"):
+    for name in ("client", "reason", "scores"):
         texts.setdefault(name, FieldText("this site" if name == "client" else ""))
     return " ".join(text.format_map(texts).split())
 

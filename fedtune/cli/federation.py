@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -88,7 +88,8 @@ def serve(
             typer.echo(json.dumps({**summary, "path": str(run)}))
         else:
             typer.echo(
-                f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest'][:16]}; see {run}"
+                f"{summary['state']} after round {summary['rounds']}{losses(summary)}, "
+                f"state {summary['state_digest'][:16]}; see {run}"
             )
 
 
@@ -204,6 +205,12 @@ def audit(
                 typer.echo(f"{entry.n:6} {stamp} {entry.kind:10} {fields}")
         if not as_json:
             typer.echo(f"{len(log.entries)} entries, chain verified; head {log.head}")
+
+
+def losses(summary: Mapping[str, Any]) -> str:
+    """Return the loss on the sites' held-out rows before and after a run; empty if they do not score."""
+    before, after = ((summary[when]["test"] or {}).get("loss") for when in ("before", "after"))
+    return f", held-out loss {before:.3f} to {after:.3f}" if before is not None and after is not None else ""
 
 
 def check_log_format(text: str) -> Any:

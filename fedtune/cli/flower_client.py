@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.client_app import Scalar, Site, client_app
@@ -22,7 +23,9 @@ def site_of(node_config: Mapping[str, Scalar], run_config: Mapping[str, Scalar])
     if path := str(node_config.get("fedtune-site") or ""):
         from fedtune.client.site import from_file
 
-        return from_file(path)
+        site = from_file(path)
+        # A SuperNode has no log of the site's own to keep scores in: such a site does not score.
+        return site if site.scores == "send" else replace(site, scores="refuse")
     if "partition-id" in node_config and in_simulation():
         from fedtune.client.site import simulated_site
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedtune.config import Recipe
+from fedtune.deployment.link_events import scores_text
 from fedtune.deployment.server_setup import check_overrides, data_at_sites, expected_clients, server_context
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.server_app import Connect, Scalar, server_app
@@ -37,7 +38,7 @@ def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
     else:
         check_vacant(run)
     transport = connect(expected=expected_clients(recipe), least=recipe.rounds.min_clients, note=say)
-    context = server_context(recipe, transport, door="flower")
+    context = server_context(recipe, transport, door="flower", note=say)
     check_overrides(recipe, context.fleet, say)
     summary = run_recipe(context, run, transport, resume=bool(resume), watch=print_event)
     say(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
@@ -89,8 +90,11 @@ def print_event(event: Event) -> None:
     match event:
         case RoundStarted(1, _, cohort):
             say(f"round 1 starts with {', '.join(cohort)}")
-        case RoundFinished(record) if record.round:  # round 0 is the base before any update
-            say(f"round {record.round}: {record.used} of {len(record.cohort)} updates")
+        case RoundFinished(record):
+            # Round 0 is the base before any update.
+            work = f"{record.used} of {len(record.cohort)} updates" if record.round else "the base"
+            if (scores := scores_text(record)) or record.round:
+                say(f"round {record.round}: {work}" + (f", {scores}" if scores else ""))
         case ClientFinished(round, Failure() as failure, _):
             say(f"round {round}: {failure.client} {failure.kind}: {failure.reason}")
         case Note(text):

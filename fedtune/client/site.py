@@ -13,6 +13,7 @@ from typing import Any
 from fedtune.client.data_checks import check_examples
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
+from fedtune.client.scoring import score
 from fedtune.config import Recipe, bind
 from fedtune.config.plugins import find_data_source
 from fedtune.config.recipe import PYTHON, Objects, missing_object, resources
@@ -21,7 +22,8 @@ from fedtune.data.encode import Example
 from fedtune.data.federation import Federation, federate, with_class_order
 from fedtune.data.settings import DataSettings
 from fedtune.errors import ClientError, ConfigError, Fault
-from fedtune.messages import Assignment, ClientUpdate
+from fedtune.link.settings import ScorePolicy
+from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
 from fedtune.methods import METHODS
 from fedtune.model import embedded
 from fedtune.model.base import Base, base_from_object, load, load_tokenizer, memory_bytes
@@ -47,7 +49,9 @@ class Site:
     replicas: Replicas = field(default_factory=Replicas)
     """The accumulators that this process remembers between rounds."""
     held_out: Sequence[Example] = ()
-    """Never trained on; the client's losses before and after its training are measured on some of them."""
+    """Never trained on; the client's losses before and after training, and the scores of global models, are of them."""
+    scores: ScorePolicy = "send"
+    """What the site's policy says of scores."""
 
     def profile(self) -> ClientProfile:
         """Return what the client tells a server about itself."""
@@ -68,6 +72,7 @@ class Site:
             ),
             methods=tuple(METHODS),
             device=device(base),
+            held_out=0 if self.scores == "refuse" else len(self.held_out),
         )
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
@@ -89,6 +94,18 @@ class Site:
             replicas=self.replicas,
             held_out=self.held_out,
         )
+
+    def score(self, request: ScoreRequest) -> ClientScores:
+        """Return what a global model scores on the rows that the client holds out.
+
+        Raises:
+            ClientError: if the request is for another client, the site's policy forbids it, or it cannot be done.
+        """
+        if request.client != self.client:
+            raise ClientError(f"{self.client}: expected a request of its own; got one for {request.client!r}")
+        if self.scores == "refuse":
+            raise ClientError(f"{self.client}: expected no request for scores; this site's policy.scores refuses them")
+        return score(self.base, self.held_out, request, threads=self.threads)
 
 
 # Cached in this module and not in an app object: Ray pickles the app with every message, and a base inside of it would
@@ -112,7 +129,15 @@ def from_file(path: str) -> Site:
             Fault("name", f"one of the clients of data.split ({', '.join(list(shards)[:8])})", repr(name)), source=path
         )
     shard = shards[name]
-    return Site(settings.name, base, shard.train, federation.labels, settings.model.threads, held_out=shard.held_out)
+    return Site(
+        settings.name,
+        base,
+        shard.train,
+        federation.labels,
+        settings.model.threads,
+        held_out=shard.held_out,
+        scores=settings.policy.scores,
+    )
 
 
 def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Site:

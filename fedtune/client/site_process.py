@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedtune.errors import FedtuneError
 from fedtune.link.uploads import map_file
 from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import encode_profile
+from fedtune.wire.scores import decode_score_request, encode_scores
 
 
 def main() -> None:
@@ -31,19 +33,18 @@ def main() -> None:
 
 
 def handle(site: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Run a request, and return the reply: `done`, or `failed` with the reason."""
+    """Run a request, and return the reply: `done` with what was measured, or `failed` with the reason."""
     try:
-        run_request(from_file(site), request)
+        return {"done": run_request(from_file(site), request)}
     except FedtuneError as error:
         return {"failed": str(error)}
     except Exception as error:  # its text may quote data: only its type leaves the site
         traceback.print_exc()
         return {"failed": f"expected an answer; got {type(error).__name__}; this site's own log says where"}
-    return {"done": True}
 
 
-def run_request(site: Site, request: Mapping[str, Any]) -> None:
-    """Write the site's profile, or its update for an assignment, to the path that the request names."""
+def run_request(site: Site, request: Mapping[str, Any]) -> Mapping[str, float]:
+    """Write the site's profile, update or scores to the path that a request names, and return what was measured."""
     into = Path(request["into"])
     if request["do"] == "profile":
         profile = encode_profile(site.profile())
@@ -51,12 +52,18 @@ def run_request(site: Site, request: Mapping[str, Any]) -> None:
         (into / "front").write_bytes(profile.header)
         for digest, body in profile.blobs.items():
             (into / digest).write_bytes(body)
-        return
+        return {}
     folder = Path(request["folder"])
     # Mapped, not read: an assignment may be larger than the memory that is free.
     bodies: dict[str, Any] = {name: map_file(folder / name) for name in request["bodies"]}
-    update = encode_update(site.perform(decode_assignment((folder / "front").read_bytes(), bodies)))
-    into.write_bytes(update)
+    front = (folder / "front").read_bytes()
+    if request["do"] == "score":
+        scores = site.score(decode_score_request(front, bodies))
+        into.write_bytes(encode_scores(scores))
+        return {**scores.metrics, "seconds": scores.seconds}
+    update = site.perform(decode_assignment(front, bodies))
+    into.write_bytes(encode_update(update))
+    return {name: value for name, value in asdict(update.measured).items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from fedtune.store.lock import lock_run
 from fedtune.store.run_directory import check_vacant, write_recipe
 from fedtune.store.verify import status as run_status
 from fedtune.wire.codec import parse
+from fedtune.wire.scores import MAX_SCORES_BYTES
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
 
@@ -169,6 +170,7 @@ def serve_rounds(
             recipe,
             transport,
             door="link",
+            note=note,
             on_journal=lambda journal: dispatcher.set_journal_end(lambda: journal.end),
         )
         # Not before: the base is what the profiles of most clients say.
@@ -279,6 +281,8 @@ def enrolled_clients(roster: RosterFile) -> Sequence[str]:
 def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:
     """Return the bytes that an honest reply to an encoded assignment has at most."""
     message = parse(round_pb2.Assignment(), front)
+    if message.verb == round_pb2.SCORE:
+        return MAX_SCORES_BYTES
     task = ProbeSeeds if message.verb == round_pb2.PROBE else TrainLora
     return largest_update(task, rank=max(1, message.plan.rank), steps=message.probe.steps, blueprint=blueprint)
 

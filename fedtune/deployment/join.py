@@ -23,7 +23,7 @@ from fedtune.link.client.session import Greeting
 from fedtune.link.client.training_process import ProcessTrainer, Trainer
 from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
-from fedtune.link.settings import JoinSettings, Policy
+from fedtune.link.settings import JoinSettings, Policy, ScorePolicy
 from fedtune.messages import ProbeSeeds
 from fedtune.store.files import store_errors
 from fedtune.store.lock import lock_run
@@ -150,6 +150,8 @@ class DryRun:
     refusals: Sequence[policy.PolicyViolation]
     remarks: Sequence[str]
     """What the recipe leaves open, and the site would decide in each round."""
+    scores: ScorePolicy
+    """What the site does with its scores of the global model."""
     columns: Mapping[str, str]
     """Columns of the site's files, by what they are used for."""
 
@@ -196,6 +198,7 @@ def compare_with_policy(setup: JoinSetup, greeting: Greeting) -> DryRun:
         least_cohort=recipe.rounds.min_clients,
         refusals=refusals,
         remarks=remarks(setup.settings.policy, recipe, demand),
+        scores=setup.settings.policy.scores,
         columns={str(part): column for part, column in setup.settings.data.fields.items()},
     )
 
@@ -238,6 +241,10 @@ class NullTrainer:
 
     def profile(self, into: Path) -> None: ...
 
-    def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> None: ...
+    def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
+        return {}
+
+    def score(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
+        return {}
 
     def kill(self) -> None: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 from fedtune.config import Recipe, bind
 from fedtune.config.reading import read
@@ -11,9 +12,14 @@ from fedtune.config.recipe import largest_rank, method_of
 from fedtune.devices.measured_clock import MeasuredClock
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.grid_transport import GridTransport
-from fedtune.messages import Blueprint, ProbeSeeds
+from fedtune.lora.adapter import pack
+from fedtune.messages import Blueprint, ProbeSeeds, ScoreRequest, Traffic
+from fedtune.methods.method import GlobalModel
+from fedtune.pruning.structure import ModelStructure
+from fedtune.rounds.scores import pooled_scores
+from fedtune.rounds.site_scores import ask_scores
 from fedtune.runs.base_checks import check_pruning, check_ranks
-from fedtune.runs.context import Door, RunContext, first_state
+from fedtune.runs.context import Door, ModelScores, RunContext, first_state
 from fedtune.runs.fleet import fleet_of
 from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
@@ -44,6 +50,7 @@ def server_context(
     transport: GridTransport,
     *,
     door: Door,
+    note: Callable[[str], None] = lambda text: None,
     on_journal: Callable[[RunJournal], None] = lambda journal: None,
 ) -> RunContext:
     """Return the context of a run whose model is described by what the clients have in common."""
@@ -93,9 +100,53 @@ def server_context(
         fleet={name: profile.num_examples for name, profile in profiles.items()},
         machine={"engine": door},
         labels=common.labels,
+        score=partial(score_at_sites, recipe, transport, base=common.base, note=note),
         door=door,
         on_journal=on_journal,
     )
+
+
+def score_at_sites(
+    recipe: Recipe,
+    transport: GridTransport,
+    tuned: GlobalModel,
+    *,
+    base: str,
+    note: Callable[[str], None],
+    round: int,
+    test: bool,
+    clients: bool,
+    structure: ModelStructure | None = None,
+) -> ModelScores:
+    """Have every connected client score a global model on the rows that it holds out, and pool what they say.
+
+    The server has no test data: what all clients hold out stands in for them, as in a simulation without any. A model
+    that is pruned for some clients is scored whole.
+    """
+    settings, held_out = recipe.evaluate, transport.held_out()
+    if not (test or clients) or not settings.clients or not held_out:
+        return ModelScores()
+    blobs = {"global": pack(tuned.adapter)} if tuned.adapter else {}
+    blobs |= {"saved": tuned.saved} if tuned.saved else {}
+    seeds = tuned.seeds
+    requests = {
+        name: ScoreRequest(
+            client=name,
+            method=recipe.method.name,
+            round=round,
+            base=base,
+            batch=settings.batch,
+            examples=settings.client_examples or 0,
+            blobs=blobs,
+            ledger=seeds.ledger.encode() if seeds else b"",
+            trainable=tuple(seeds.trainable) if seeds else (),
+        )
+        for name in held_out
+    }
+    said = ask_scores(transport, requests, held_out=held_out, rule=recipe.rounds.rule, note=note)
+    travelled = said.traffic.values()
+    traffic = Traffic(down=sum(one.down for one in travelled), up=sum(one.up for one in travelled))
+    return ModelScores(test=pooled_scores(said.scores) or None, held_out=said.scores, traffic=traffic)
 
 
 def check_overrides(recipe: Recipe, clients: Collection[str], note: Callable[[str], None]) -> None:

@@ -75,6 +75,10 @@ class ServerStatus:
     """Number of the process that serves the run now; None if there is none."""
     rounds: int = 0
     """Of the recipe; 0 if it is not known."""
+    base_scores: str = ""
+    """Of the base on the clients' held-out rows; empty if they do not score."""
+    scores: str = ""
+    """Of the global model after the last round that was scored."""
 
     @property
     def state(self) -> str:
@@ -99,6 +103,8 @@ class ServerStatus:
             "state": self.state,
             "rounds": f"{run.committed} of {self.rounds}" if self.rounds else str(run.committed),
             "sites": self.count,
+            "base": self.base_scores,
+            "now": self.scores,
             "last state": run.state or "none yet",
             "audit log": self.head[:16],
         }
@@ -120,6 +126,7 @@ class ServerStatus:
             **run,
             "server": self.server,
             "status": self.state,
+            "scores": {"base": self.base_scores, "now": self.scores},
             "audit": self.head,
             "clients": [asdict(client) for client in self.clients],
         }
@@ -147,7 +154,18 @@ def server_status(run: Path) -> ServerStatus:
     }
     shown = [clients[name] for name in sorted(clients)]
     rounds = next((int(one.fields["rounds"]) for one in reversed(history.entries) if one.kind == "serving"), 0)
-    return ServerStatus(run, status, shown, history.head, read_run_id(run), server, rounds)
+    scores = {one.kind: str(one.fields["scores"]) for one in history.entries if one.fields.get("scores")}
+    return ServerStatus(
+        run,
+        status,
+        shown,
+        history.head,
+        read_run_id(run),
+        server,
+        rounds,
+        base_scores=scores.get("base", ""),
+        scores=scores.get("committed", ""),
+    )
 
 
 def gone(client: ClientStatus) -> ClientStatus:

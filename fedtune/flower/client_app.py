@@ -12,9 +12,10 @@ from flwr.clientapp import ClientApp
 from fedtune.errors import FedtuneError
 from fedtune.flower import shim
 from fedtune.flower.records import ERROR, UPDATE, pack, unpack
-from fedtune.messages import Assignment, ClientUpdate
+from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
 from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile
+from fedtune.wire.scores import decode_score_request, encode_scores
 
 
 class Site(Protocol):
@@ -22,6 +23,10 @@ class Site(Protocol):
 
     def profile(self) -> ClientProfile:
         """Return what the client says of itself."""
+        ...
+
+    def score(self, request: ScoreRequest) -> ClientScores:
+        """Return what a global model scores on the client's held-out rows; raises if that cannot be done."""
         ...
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
@@ -45,6 +50,10 @@ def client_app(site_of: SiteOf) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         return reply_to(message, lambda: train_reply(site_of(context.node_config, context.run_config), message.content))
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return reply_to(message, lambda: score_reply(site_of(context.node_config, context.run_config), message.content))
 
     return app
 
@@ -74,3 +83,8 @@ def hello(site: Site) -> RecordDict:
 def train_reply(site: Site, content: RecordDict) -> RecordDict:
     assignment = unpack(content)
     return pack(b"", {UPDATE: encode_update(site.perform(decode_assignment(assignment.header, assignment.blobs)))})
+
+
+def score_reply(site: Site, content: RecordDict) -> RecordDict:
+    request = unpack(content)
+    return pack(b"", {UPDATE: encode_scores(site.score(decode_score_request(request.header, request.blobs)))})

@@ -146,7 +146,20 @@ class GridTransport:
         }
 
     def exchange(self, assignments: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
-        """Deliver the assignments and yield each answer as it comes, and late ones of earlier rounds.
+        """Deliver assignments and yield each answer as it comes, and late ones of earlier rounds; see `_exchange`."""
+        return self._exchange(assignments, rule, MessageType.TRAIN)
+
+    def evaluate(self, requests: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
+        """Deliver requests for scores and yield each answer as it comes, as with assignments."""
+        return self._exchange(requests, rule, MessageType.EVALUATE)
+
+    def held_out(self) -> Mapping[str, int]:
+        """Return the rows that each client without an unanswered message holds out, where it holds out any."""
+        free, profiles = set(self._free()), self.profiles
+        return {name: one.held_out for name, one in profiles.items() if name in free and one.held_out}
+
+    def _exchange(self, assignments: Mapping[str, EncodedAssignment], rule: Rule, kind: str) -> Iterator[Answer]:
+        """Deliver messages and yield each answer as it comes, and late ones of earlier rounds.
 
         Bodies that many assignments share are hashed and uploaded once. A client without an answer in time is a
         `Failure` of the kind `late`, and busy until it answers or Flower drops its assignment.
@@ -155,7 +168,7 @@ class GridTransport:
             self._await_clients(lambda: assignments.keys() <= self._nodes().keys())
         began = self._clock()
         ttl_s = TTL_S if rule.deadline_s is None else rule.deadline_s + rule.grace_s + LATE_S
-        waiting, failures = self._send(assignments, ttl_s)
+        waiting, failures = self._send(assignments, kind, ttl_s)
         yield from failures
         num_replies, pause = 0, FIRST_PAUSE_S
         while waiting:
@@ -179,7 +192,7 @@ class GridTransport:
         yield from self._drain_unsolicited()
 
     def _send(
-        self, assignments: Mapping[str, EncodedAssignment], ttl_s: float
+        self, assignments: Mapping[str, EncodedAssignment], kind: str, ttl_s: float
     ) -> tuple[dict[str, str], Sequence[Failure]]:
         """Push the assignments; return the clients by message id, and the failures of those not reached."""
         nodes, array = self._nodes(), arrays()
@@ -190,7 +203,7 @@ class GridTransport:
                 continue
             message = pack(assignment.header, assignment.blobs, array=array)
             sent = SentMessage(nodes[client], "order", client, self._clock(), ttl_s)
-            if (message_id := self._push(sent, message, MessageType.TRAIN)) is None:
+            if (message_id := self._push(sent, message, kind)) is None:
                 failures.append(Failure(client, got="its assignment was not accepted for delivery"))
             else:
                 waiting[message_id] = client

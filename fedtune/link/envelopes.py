@@ -21,10 +21,10 @@ PROTOCOL = 1
 KIND = "application/vnd.fedtune.header.v1"
 MAX_HEADER_BYTES = 64 * 1024
 MAX_PARTS = 64
-HELLO, TRAIN = "query.caps", "train"
+HELLO, TRAIN, EVALUATE, RESULT = "query.caps", "train", "evaluate", "result"
 """Kinds of tasks."""
 UPDATE = "update"
-"""Key of the one part of a reply to TRAIN."""
+"""Key of the one part of a reply to TRAIN or EVALUATE."""
 
 
 @lru_cache(maxsize=1)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
 
 from fedtune.errors import ConfigError, Fault
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+ScorePolicy: TypeAlias = Literal["send", "keep", "refuse"]
 
 MIN_DIGEST_DIGITS = 8
 """Hex digits of a digest that a policy must give at least: 32 bits, so that no other digest matches by chance."""
@@ -121,6 +123,9 @@ class Policy:
     update from the result."""
     columns: Sequence[str] = ()
     """Columns of the site's files that may become training text; empty: those that the table `data` names."""
+    scores: ScorePolicy = "send"
+    """What the site does when it is asked what a global model scores on its held-out rows: send the scores, which are
+    means over the rows; keep them in its own log; or refuse to score. The losses of its training leave in any case."""
     ask: bool = False
     """Wait until a person at the terminal has agreed to the recipe, once per run."""
 

@@ -15,7 +15,7 @@ from fedtune.config.plugins import method_names, planner_names
 from fedtune.config.reading import read
 from fedtune.config.recipe import PYTHON, method_of, missing_plugin
 from fedtune.errors import ConfigError
-from fedtune.messages import Blueprint
+from fedtune.messages import Blueprint, Traffic
 from fedtune.methods.method import GlobalModel
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import Planner
@@ -41,9 +41,13 @@ class ModelScores:
     """By client, on its held-out rows."""
     deployed: Metrics | None = None
     """Of the same model pruned to what is deployed, on the test data."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """Bytes of the messages that were needed for it, where the clients score."""
 
 
-def no_scores(tuned: GlobalModel, *, test: bool, clients: bool, structure: ModelStructure | None = None) -> ModelScores:
+def no_scores(
+    tuned: GlobalModel, *, round: int, test: bool, clients: bool, structure: ModelStructure | None = None
+) -> ModelScores:
     """Score nothing: a server has neither model nor data."""
     return ModelScores()
 

@@ -154,7 +154,13 @@ def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str
 
 
 def score(
-    experiment: Experiment, tuned: GlobalModel, *, test: bool, clients: bool, structure: ModelStructure | None = None
+    experiment: Experiment,
+    tuned: GlobalModel,
+    *,
+    test: bool,
+    clients: bool,
+    round: int = 0,
+    structure: ModelStructure | None = None,
 ) -> ModelScores:
     """Score a global model on the test data (also pruned to `structure`), on clients' held-out rows, or on both."""
     settings, federation = experiment.recipe.evaluate, experiment.federation

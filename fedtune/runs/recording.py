@@ -31,8 +31,15 @@ SPECTRUM = 64
 def record_base(context: RunContext, run: Path) -> RoundRecord:
     """Score the base before any training, and write and return the record of round 0."""
     began = time.perf_counter()
-    scores = context.score(GlobalModel(saved=context.blueprint.saved), test=True, clients=True)
-    record = RoundRecord(round=0, seconds=time.perf_counter() - began, test=scores.test, held_out=scores.held_out)
+    scores = context.score(GlobalModel(saved=context.blueprint.saved), round=0, test=True, clients=True)
+    record = RoundRecord(
+        round=0,
+        seconds=time.perf_counter() - began,
+        test=scores.test,
+        held_out=scores.held_out,
+        bytes_down=scores.traffic.down,
+        bytes_up=scores.traffic.up,
+    )
     append_round(run, record)
     return record
 
@@ -46,7 +53,8 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
     tuned = method.global_model(finished.state)
     last, every = finished.round == recipe.rounds.count, recipe.evaluate.every
     test = last or (every > 0 and finished.round % every == 0)
-    scores = context.score(tuned, test=test, clients=last, structure=deployed_structure(recipe, finished.state))
+    structure = deployed_structure(recipe, finished.state)
+    scores = context.score(tuned, round=finished.round, test=test, clients=last, structure=structure)
     record = round_record(
         finished,
         tuned.adapter,
@@ -103,8 +111,8 @@ def round_record(
         unsolicited=tuple(
             UnsolicitedRecord(reply.client, reply.reason, reply.num_bytes, reply.kind) for reply in finished.unsolicited
         ),
-        bytes_down=sum(client.bytes_down for client in clients.values()),
-        bytes_up=sum(client.bytes_up for client in clients.values()),
+        bytes_down=sum(client.bytes_down for client in clients.values()) + scores.traffic.down,
+        bytes_up=sum(client.bytes_up for client in clients.values()) + scores.traffic.up,
         modules={name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
         # NaN would become null in the line, which no reader takes for a number: the run could not be resumed.
         figures={name: value for name, value in figures.items() if np.isfinite(value)},

@@ -67,6 +67,8 @@ class ClientProfile:
     methods: Sequence[str] = ()
     """Methods whose assignments the client understands."""
     device: Device = Device()
+    held_out: int = 0
+    """Rows that it trains nothing on, and scores global models on; 0 where it does not score, or does not say so."""
 
 
 def encode_profile(profile: ClientProfile) -> EncodedAssignment:
@@ -96,6 +98,7 @@ def encode_profile(profile: ClientProfile) -> EncodedAssignment:
         manifest=common.manifest,
         anatomy=None if common.anatomy is None else layout_to(common.anatomy),
         device=pb.Device(memory_bytes=device.memory_bytes, cores=device.cores, accelerator=device.accelerator),
+        held_out=profile.held_out,
     )
     return EncodedAssignment(header.SerializeToString(), {saved.digest: saved.body})
 
@@ -142,6 +145,7 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
         ),
         methods=tuple(message.methods),
         device=Device(message.device.memory_bytes, message.device.cores, message.device.accelerator),
+        held_out=message.held_out,
     )
 
 

@@ -87,6 +87,8 @@ def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:
         assert "finished after round 4" in output
         assert "complete" in output
         output = run("status", str(running.run))[1]
+        assert "base        held-out loss " in output
+        assert "now         held-out loss " in output
         for name in SITES:
             assert name in output
         events = json.loads(run("status", str(running.run), "--json")[1])
@@ -102,7 +104,7 @@ def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:
         assert "--kind: expected a kind of event, in this log " in output
         assert run("audit", str(running.run), "--kind", "barred")[0] == 0  # one that did not happen
         sent = run("audit", str(running.folder / "site-a" / "state"), "--kind", "sending", "--json")[1]
-        assert len([one for one in map(json.loads, sent.splitlines()) if one["round"]]) == 4
+        assert len([one for one in map(json.loads, sent.splitlines()) if one["round"]]) == 8  # updates and scores
         assert run("audit", str(running.run), "--head", head)[0] == 0
         assert run("audit", str(running.run), "--head", "ab" * 32)[0] == 2
         for name in SITES:

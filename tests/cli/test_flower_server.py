@@ -87,7 +87,8 @@ def test_a_deployed_run_ends_in_the_state_of_the_simulated_one(
     printed = capsys.readouterr().out
     assert "round 2: 3 of 3 updates" in printed
     assert "round 1 starts with client-0, client-1, client-2" in printed
-    assert "round 0" not in printed
+    assert "round 0: the base, held-out loss " in printed
+    assert summary["after"]["held_out"] == simulated.summary["after"]["held_out"]
 
 
 def test_a_run_goes_on_where_it_stopped(

@@ -13,9 +13,10 @@ import pytest
 from fedtune.client import site_process
 from fedtune.client.site import from_file
 from fedtune.config import bind
-from fedtune.messages import Assignment, Plan, Training, TrainLora
+from fedtune.messages import Assignment, Plan, ScoreRequest, Training, TrainLora
 from fedtune.wire.codec import decode_update, encode_assignment
 from fedtune.wire.profile import decode_profile
+from fedtune.wire.scores import decode_scores, encode_score_request
 from tests.cli.test_flower_server import site_files
 
 # peft asks transformers by a name that transformers is about to drop
@@ -29,7 +30,7 @@ def site(tmp_path: Path, tables: dict[str, Any]) -> Path:
 
 
 def test_a_profile_and_an_update_are_written_to_files(site: Path, tmp_path: Path) -> None:
-    assert site_process.handle(str(site), {"do": "profile", "into": str(tmp_path / "profile")}) == {"done": True}
+    assert site_process.handle(str(site), {"do": "profile", "into": str(tmp_path / "profile")}) == {"done": {}}
     contents = {path.name: path.read_bytes() for path in (tmp_path / "profile").iterdir()}
     profile = decode_profile(contents.pop("front"), contents)
     assert profile.client == "client-0"
@@ -37,9 +38,21 @@ def test_a_profile_and_an_update_are_written_to_files(site: Path, tmp_path: Path
     order = encode_assignment(Assignment("flora", round=1, seed=0, plan=plan, task=TrainLora(a_key=0)))
     (tmp_path / "front").write_bytes(order.header)
     request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
-    assert site_process.handle(str(site), request) == {"done": True}
+    measured = site_process.handle(str(site), request)["done"]
+    assert measured["seconds"] > 0
+    assert None not in measured.values()
     update = decode_update((tmp_path / "update").read_bytes(), client="client-0", limit_bytes=10**7)
     assert update.lora.base == from_file(str(site)).base.digest
+
+
+def test_scores_are_written_to_a_file_and_returned(site: Path, tmp_path: Path) -> None:
+    base = from_file(str(site)).base.digest
+    (tmp_path / "front").write_bytes(encode_score_request(ScoreRequest("client-0", "flora", 0, base, batch=4)).header)
+    request = {"do": "score", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
+    returned = site_process.handle(str(site), request)["done"]
+    scores = decode_scores((tmp_path / "update").read_bytes(), client="client-0")
+    assert returned == {**scores.metrics, "seconds": scores.seconds}
+    assert scores.metrics["loss"] > 0
 
 
 def test_what_cannot_be_done_is_said_and_what_nobody_foresaw_keeps_its_text(

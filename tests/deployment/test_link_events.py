@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.deployment.link_events import on_event, refusal_of
+from fedtune.deployment.link_events import on_event, refusal_of, scores_text
 from fedtune.messages import AdmittedUpdate, ClientUpdate, Failure, LoraResult, Traffic
 from fedtune.rounds.events import ClientFinished, Note, RoundFinished, RoundStarted
-from fedtune.rounds.record import RoundRecord
+from fedtune.rounds.record import Metrics, RoundRecord
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.harness import make_harness, signed_reply
 
@@ -62,3 +62,27 @@ def test_a_reason_in_words_is_taken_apart_for_the_schema() -> None:
         "(3, 5)",
     )
     assert refusal_of(Failure.from_text("bob", "odd", kind="refused")).reason == pb.MALFORMED
+
+
+def test_scores_are_told_with_their_spread_over_the_sites() -> None:
+    own: dict[str, Metrics] = {"anna": {"loss": 3.25, "examples": 2}, "bob": {"loss": 3.5, "examples": 2}}
+    record = replace(RECORD, test={"loss": 3.375, "accuracy": 0.5, "examples": 4}, held_out=own)
+    assert scores_text(record) == "held-out loss 3.375 (3.250 to 3.500 over 2 sites), accuracy 0.500"
+    assert scores_text(replace(record, held_out={"anna": own["anna"]})).startswith("held-out loss 3.375 (1 site)")
+    assert scores_text(RECORD) == ""
+
+
+def test_the_base_has_a_line_where_the_sites_score_it(tmp_path: Path) -> None:
+    events, dispatcher = list[tuple[str, Mapping[str, Any]]](), make_harness(tmp_path).dispatcher
+
+    def record(kind: str, **fields: int | str) -> None:
+        events.append((kind, fields))
+
+    base = replace(RECORD, round=0, test={"loss": 3.5}, held_out={"anna": {"loss": 3.5}})
+    on_event(dispatcher, record, RoundFinished(base))
+    on_event(dispatcher, record, RoundFinished(replace(base, test=None, held_out={})))
+    on_event(dispatcher, record, RoundFinished(replace(base, round=1)))
+    assert [(kind, fields["scores"]) for kind, fields in events] == [
+        ("base", "held-out loss 3.500 (1 site)"),
+        ("committed", "held-out loss 3.500 (1 site)"),
+    ]

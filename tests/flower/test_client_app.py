@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,16 +10,20 @@ from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 
 from fedtune.client.site import simulated_site
 from fedtune.config import bind, render
+from fedtune.deployment.server_setup import score_at_sites
 from fedtune.errors import ClientError
 from fedtune.flower.client_app import Scalar, Site, client_app
 from fedtune.flower.grid_transport import HELLO
 from fedtune.flower.records import ERROR, HEADER, TENSORS
-from fedtune.messages import Assignment, ClientUpdate
+from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
 from fedtune.methods import METHODS
+from fedtune.methods.method import GlobalModel
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.loop import run
+from fedtune.rounds.scores import pooled_scores
 from fedtune.rounds.transport import Transport
-from fedtune.runs.local import Experiment, prepare, transport
+from fedtune.runs.context import ModelScores
+from fedtune.runs.local import Experiment, prepare, score, transport
 from fedtune.wire.profile import ClientProfile, decode_profile
 from tests.flower.conftest import NODE, Clock, MemoryGrid, orders, over, profile, running
 
@@ -35,6 +40,9 @@ class Failing:
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
         raise ClientError("ann: loss is nan")
+
+    def score(self, request: ScoreRequest) -> ClientScores:
+        raise ClientError("ann: expected rows that are held out; got none")
 
 
 def sent(message_type: str, content: RecordDict) -> Message:
@@ -126,6 +134,32 @@ def test_rounds_over_a_grid_are_those_in_process_bit_for_bit(method: str, tables
     assert len(set(expected)) == 3
 
 
+def test_scores_over_a_grid_are_those_in_process_bit_for_bit(tables: dict[str, Any], clock: Clock) -> None:
+    experiment = prepare(bind(tables))
+    expected = score(experiment, GlobalModel(), test=False, clients=True).held_out
+    app = client_app(partial(simulated_site, render(experiment.recipe)))
+    connected = over(
+        MemoryGrid({NODE - i: running(app, node_config={"partition-id": i}) for i in range(3)}), clock, expected=3
+    )
+    connected.clients()
+    said = score_at_sites(
+        experiment.recipe,
+        connected,
+        GlobalModel(),
+        base=experiment.base.digest,
+        note=pytest.fail,
+        round=0,
+        test=True,
+        clients=True,
+    )
+    assert said.held_out == expected
+    assert said.test == pooled_scores(expected)
+    assert said.traffic.up > 0
+    silent = replace(experiment.recipe, evaluate=replace(experiment.recipe.evaluate, clients=False))
+    options: Any = {"base": experiment.base.digest, "note": pytest.fail, "round": 1, "clients": True}
+    assert score_at_sites(silent, connected, GlobalModel(), test=True, **options) == ModelScores()
+
+
 def test_a_client_that_fails_over_a_grid_is_as_one_that_fails_in_process(tables: dict[str, Any], clock: Clock) -> None:
     recipe = bind({**tables, "rounds": {"count": 2}})
     experiment, text = prepare(recipe), render(recipe)
@@ -151,3 +185,6 @@ class Breaking:
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
         raise ClientError("client-1: loss is nan")
+
+    def score(self, request: ScoreRequest) -> ClientScores:
+        raise ClientError("client-1: expected rows that are held out; got none")

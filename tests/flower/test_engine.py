@@ -16,7 +16,7 @@ import pytest
 from fedtune.errors import ClientError, ConfigError, ExtraError, RoundError
 from fedtune.flower.client_app import Scalar, client_app
 from fedtune.flower.engine import Share, ray_transport
-from fedtune.messages import Assignment, ClientUpdate, Failure
+from fedtune.messages import Assignment, ClientScores, ClientUpdate, Failure, ScoreRequest
 from fedtune.rounds.transport import Reply, Rule
 from fedtune.wire.profile import ClientProfile
 from tests.flower.conftest import FOUNDATION, echo, orders
@@ -52,6 +52,9 @@ class Scripted:
             case "sleeps":
                 time.sleep(3600)
         return echo(assignment)
+
+    def score(self, request: ScoreRequest) -> ClientScores:
+        raise ClientError("expected rows that are held out; got none")
 
 
 def scripted(names: tuple[str, ...], node_config: Mapping[str, Scalar], run_config: Mapping[str, Scalar]) -> Scripted:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedtune.errors import ClientError, FedtuneError
 from fedtune.link.client.client import Client
-from fedtune.link.envelopes import TRAIN
+from fedtune.link.envelopes import EVALUATE, TRAIN
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
 from fedtune.link.settings import JoinSettings, Policy
-from tests.link.harness import assignment
+from fedtune.messages import ScoreRequest
+from fedtune.wire.scores import encode_score_request
+from tests.link.harness import BASE, assignment
 from tests.link.link_server import LinkServer
 
 END_S = 60.0
@@ -38,13 +42,21 @@ class RecordingTrainer:
         (into / "front").write_bytes(b"profile")
         (into / sha256(b"body").hexdigest()).write_bytes(b"body")
 
-    def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> None:
+    def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
         self.gate.wait(END_S)
         if self.fails:
             raise ClientError(self.fails)
         assert all(sha256((folder / one).read_bytes()).hexdigest() == one for one in bodies)
         self.done.append(folder)
         into.write_bytes(expected_update(folder, self.size))
+        return {"loss_before": 3.0, "loss_after": 2.5, "seconds": 0.25}
+
+    def score(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
+        if self.fails:
+            raise ClientError(self.fails)
+        assert all(sha256((folder / one).read_bytes()).hexdigest() == one for one in bodies)
+        into.write_bytes(b"scores")
+        return {"loss": 2.75, "examples": 4.0}
 
     def kill(self) -> None:
         self.kills += 1
@@ -125,6 +137,13 @@ def collect_one(link: LinkServer, message_id: str) -> ReceivedParts | Withdrawn:
     """Wait for the result of a message id."""
     result: ReceivedParts | Withdrawn = until(link, lambda: link.dispatcher.collect([message_id]).get(message_id))
     return result
+
+
+def post_scores(link: LinkServer, number: int = 0, name: str = "site-a") -> str:
+    """Post a request for scores; return the message id."""
+    adapter = {"q.a": np.ones((1, 3), np.float32), "q.b": np.ones((2, 1), np.float32)}
+    request = encode_score_request(ScoreRequest(name, "flora", number, BASE, batch=1, blobs={"global": adapter}))
+    return link.dispatcher.post(name, EVALUATE, request.header, request.blobs, seconds=60)
 
 
 def post(link: LinkServer, number: int = 1, name: str = "site-a", body: bytes = b"") -> str:

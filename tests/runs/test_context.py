@@ -29,7 +29,7 @@ def test_a_first_state_is_before_any_round(prepared: Experiment) -> None:
 
 
 def test_without_a_model_nothing_is_scored() -> None:
-    assert no_scores(GlobalModel(), test=True, clients=True) == ModelScores()
+    assert no_scores(GlobalModel(), round=0, test=True, clients=True) == ModelScores()
 
 
 @pytest.mark.parametrize("table", ["method", "planner"])

@@ -21,7 +21,7 @@ from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
 from fedtune.link.client.session import CALL_S, Greeting, Session
 from fedtune.link.client.training_jobs import TrainingJobs
 from fedtune.link.client.training_process import Trainer
-from fedtune.link.envelopes import HELLO, TRAIN, digest, expect_fields, verify_envelope
+from fedtune.link.envelopes import EVALUATE, HELLO, TRAIN, digest, expect_fields, verify_envelope
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.rejections import RejectionError, describe, one_line, reason_name
@@ -224,6 +224,8 @@ class Client:
             self._start(task, header, self._work.send_profile)
         elif header.task == TRAIN and header.round > 0:
             self._start(task, header, self._work.train, work.order, inline)
+        elif header.task == EVALUATE:
+            self._start(task, header, self._work.score, work.order, inline)
         else:
             self._start(task, header, self._work.decline_unknown)
 
@@ -249,7 +251,7 @@ class Client:
 
     def _withdraw(self, job: Job) -> None:
         """Give up a job whose reply is of no use any more; called with the lock held."""
-        if not job.over.is_set():
+        if not job.over.is_set() and not job.leaving:
             job.over.set()
             self._record("withdrawn", round=job.header.round, order=job.task.hex())
             # Only then: otherwise the trainer works for another job.

@@ -27,6 +27,8 @@ class Job:
     """Set when the reply is of no use any more."""
     training: bool = False
     """Whether the trainer works for it now."""
+    leaving: bool = False
+    """Whether its reply, which needs no round to decide about it, is on its way: the server may have it already."""
 
     def check(self) -> None:
         """Raise `StoppedError` if the thread should give up."""

@@ -58,7 +58,11 @@ def read_demand(header: pb.Header, front: bytes) -> TaskDemand:
         WireError: if it is no assignment of this release.
     """
     message = parse(round_pb2.Assignment(), front)
-    if message.verb == round_pb2.PROBE:
+    cohort: int | None = header.cohort
+    if message.verb == round_pb2.SCORE:
+        # Nothing is trained, and the score of one client says nothing of another's data.
+        rank, steps, cohort = None, 0, None
+    elif message.verb == round_pb2.PROBE:
         rank, steps = None, message.probe.steps
     else:
         rank, steps = message.plan.rank, settings.decode(message.settings, Training).steps or 0
@@ -70,7 +74,7 @@ def read_demand(header: pb.Header, front: bytes) -> TaskDemand:
         round=header.round,
         rank=rank,
         steps=steps,
-        cohort=header.cohort,
+        cohort=cohort,
         num_bytes=sum(part.num_bytes for part in header.parts),
         base=header.base.hex(),
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeAlias
 
 from fedtune.errors import ClientError, WireError
 from fedtune.link.audit_log import RecordEvent
@@ -17,7 +18,8 @@ from fedtune.link.client.downloads import Downloads, hash_file
 from fedtune.link.client.jobs import Job, ThreadGuard
 from fedtune.link.client.outbox import Entry
 from fedtune.link.client.policy import Usage
-from fedtune.link.client.replies import is_decline, reply_header, sign_decline, sign_reply
+from fedtune.link.client.replies import is_decline, reply_bytes, reply_header, sign_decline, sign_reply
+from fedtune.link.client.round_texts import format_scores, format_work, verdict_text
 from fedtune.link.client.session import Greeting, Session
 from fedtune.link.client.training_process import Trainer
 from fedtune.link.envelopes import UPDATE, make_part
@@ -30,6 +32,9 @@ from fedtune.wire.v1 import link_pb2 as pb
 
 MIN_FREE_BYTES = 512 * MIB
 """Of this site's disk that stay free, whatever a task brings: its own databases may live there, too."""
+
+Work: TypeAlias = Callable[[Path, Sequence[str], Path], Mapping[str, float]]
+"""What a trainer does with the files of a task."""
 
 
 class TrainingJobs:
@@ -66,6 +71,7 @@ class TrainingJobs:
         self._session, self._downloads, self._delivery, self._guard = session, downloads, delivery, guard
         self._rules, self._state, self._trainer = rules, state, trainer
         self._record, self._clock, self._now = record, clock, now
+        self._work_texts: dict[bytes, str] = {}  # by task, until its receipt is here
         # Also set when loading has failed, or the job of a hello would wait for ever.
         self._profile_ready = threading.Event()
 
@@ -137,14 +143,63 @@ class TrainingJobs:
         assert request is not None
         self._send(job, entry, request)
 
+    def score(self, job: Job, task: pb.Envelope, inline: Mapping[bytes, bytes]) -> None:
+        """Score a global model on the rows that the site holds out, as far as its policy allows."""
+        greeting = self._session.greeting
+        assert greeting is not None
+        if self._rules.scores == "refuse":
+            note = "policy.scores: this site refuses to score"
+            self._delivery.deliver(job, self._decline(job, pb.SCORES_NOT_ALLOWED, note), {})
+            return
+        entry = outbox.open_entry(self._state, task, job.header)
+        try:
+            request = self._make_scores(job, entry, inline, greeting)
+        except (ClientError, WireError) as error:
+            request = self._decline(job, pb.WORK_FAILED, str(error))
+        job.check()
+        job.leaving = True
+        paths = {part.digest: entry.update for part in pb.Header.FromString(request.envelope.header).parts}
+        self._delivery.deliver(job, request, {} if request.inline else paths)
+        # Asked again, it would be scored again: the model is as large as an update, and the answer is a few bytes.
+        shutil.rmtree(entry.folder, ignore_errors=True)
+
+    def _make_scores(
+        self, job: Job, entry: Entry, inline: Mapping[bytes, bytes], greeting: Greeting
+    ) -> pb.SubmitRequest:
+        """Return the signed scores, or the statement that they stay here."""
+        usage = Usage(day_bytes=self._usage(job.header.run).day_bytes)
+        if (declined := self._fetch_allowed(job, entry, inline, greeting, usage)) is not None:
+            return declined
+        scores = self._perform(job, entry, self._trainer.score)
+        self._record("scored", round=job.header.round, scores=format_scores(scores))
+        if self._rules.scores == "keep":
+            return self._decline(job, pb.SCORES_NOT_ALLOWED, "policy.scores: this site keeps its scores")
+        return self._sign_update(job, entry)
+
     def _make_reply(
         self, job: Job, entry: Entry, inline: Mapping[bytes, bytes], greeting: Greeting
     ) -> pb.SubmitRequest:
         """Check a task against the policy before it is fetched whole, train, and return the signed reply."""
+        usage = self._usage(job.header.run)
+        if (declined := self._fetch_allowed(job, entry, inline, greeting, usage)) is not None:
+            return declined
+        measured = self._perform(job, entry, self._trainer.perform)
+        size = entry.update.stat().st_size
+        # The size is known only now; an update over the limit is removed at once and never sent.
+        if (violation := policy.check_upload(self._rules, size, usage)) is not None:
+            entry.update.unlink()
+            return self._decline(job, violation.veto, violation.note)
+        rank = policy.read_demand(job.header, (entry.folder / "front").read_bytes()).rank
+        self._work_texts[job.task] = format_work(measured, rank)
+        return self._sign_update(job, entry)
+
+    def _fetch_allowed(
+        self, job: Job, entry: Entry, inline: Mapping[bytes, bytes], greeting: Greeting, usage: Usage
+    ) -> pb.SubmitRequest | None:
+        """Fetch a task whole if the policy allows it; otherwise return the signed statement that it does not."""
         front = next((part for part in job.header.parts if not part.key), None)
         if front is None or front.num_bytes > MAX_HEADER_BYTES:
             raise WireError(f"expected a task with an assignment of at most {MAX_HEADER_BYTES} bytes; got another")
-        usage = self._usage(job.header.run)
         # Only the assignment at first: a task that the policy forbids costs no download.
         self._downloads.fetch(job, entry, front, inline)
         demand = policy.read_demand(job.header, entry.part(front.digest).read_bytes())
@@ -160,25 +215,22 @@ class TrainingJobs:
             self._downloads.fetch(job, entry, part, inline)
         with store_errors(entry.folder):
             (entry.folder / "front").write_bytes(entry.part(front.digest).read_bytes())
-        self._perform(job, entry)
-        size = entry.update.stat().st_size
-        # The size is known only now; an update over the limit is removed at once and never sent.
-        if (violation := policy.check_upload(self._rules, size, usage)) is not None:
-            entry.update.unlink()
-            return self._decline(job, violation.veto, violation.note)
-        update_digest = hash_file(entry.update).digest()
-        part = pb.Part(key=UPDATE, digest=update_digest, num_bytes=size)
-        header = reply_header(self._session.identity, job, [part])
-        return self._sign(header, {update_digest: entry.update})
+        return None
 
-    def _perform(self, job: Job, entry: Entry) -> None:
-        """Have the trainer write the update; `training` tells the client that a withdrawal must kill it."""
+    def _perform(self, job: Job, entry: Entry, work: Work) -> Mapping[str, float]:
+        """Have the trainer write its result; `training` tells the client that a withdrawal must kill it."""
         bodies = [part.digest.hex() for part in job.header.parts if part.key]
         job.training = True
         try:
-            self._trainer.perform(entry.folder, bodies, entry.update)
+            return work(entry.folder, bodies, entry.update)
         finally:
             job.training = False
+
+    def _sign_update(self, job: Job, entry: Entry) -> pb.SubmitRequest:
+        """Return the signed reply whose part is what the trainer wrote."""
+        digest, size = hash_file(entry.update).digest(), entry.update.stat().st_size
+        header = reply_header(self._session.identity, job, [pb.Part(key=UPDATE, digest=digest, num_bytes=size)])
+        return self._sign(header, {digest: entry.update})
 
     def _usage(self, run: str) -> Usage:
         """Return what the site has done already; the outbox is read only for the limits that are set."""
@@ -197,6 +249,15 @@ class TrainingJobs:
         receipt = self._delivery.deliver(job, request, paths, durable=durable)
         if receipt is not None:
             entry.store_receipt(receipt)
+            self._record_round(job, request, receipt)
+
+    def _record_round(self, job: Job, request: pb.SubmitRequest, receipt: pb.Envelope) -> None:
+        """Record a round of this site in one event: what it trained, how far, for how long, and what travelled."""
+        # Not after a restart: what was measured before it is not known any more.
+        if (work := self._work_texts.pop(job.task, None)) is not None:
+            verdict = verdict_text(pb.Header.FromString(receipt.header).receipt.verdict)
+            up, down = reply_bytes(request), sum(part.num_bytes for part in job.header.parts)
+            self._record("trained", round=job.header.round, work=work, up=up, down=down, verdict=verdict)
 
     def _sign(self, header: pb.Header, paths: Mapping[bytes, Path]) -> pb.SubmitRequest:
         greeting = self._session.greeting

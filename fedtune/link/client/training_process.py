@@ -29,8 +29,16 @@ class Trainer(Protocol):
         """
         ...
 
-    def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> None:
-        """Do the assignment in `folder/front` with its bodies, and write the encoded update.
+    def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
+        """Do the assignment in `folder/front` with its bodies, write the encoded update, and return what was measured.
+
+        Raises:
+            ClientError: with the reason why it could not be done.
+        """
+        ...
+
+    def score(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
+        """Score the model of the request in `folder/front`, write the encoded scores, and return them.
 
         Raises:
             ClientError: with the reason why it could not be done.
@@ -67,10 +75,18 @@ class ProcessTrainer:
         if "failed" in reply:
             raise ConfigError(Fault("", "a site whose base and data can be loaded", reply["failed"]))
 
-    def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> None:
-        reply = self._ask({"do": "perform", "folder": str(folder), "bodies": list(bodies), "into": str(into)})
+    def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
+        return self._work("perform", folder, bodies, into)
+
+    def score(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
+        return self._work("score", folder, bodies, into)
+
+    def _work(self, what: str, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
+        reply = self._ask({"do": what, "folder": str(folder), "bodies": list(bodies), "into": str(into)})
         if "failed" in reply:
             raise ClientError(str(reply["failed"]))
+        measured: Mapping[str, float] = reply["done"]
+        return measured
 
     def kill(self) -> None:
         # Without the lock, which is held for as long as the work takes that is to end.

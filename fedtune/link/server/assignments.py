@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fedtune.link import uploads
-from fedtune.link.envelopes import HELLO, TRAIN, UPDATE
+from fedtune.link.envelopes import EVALUATE, HELLO, TRAIN, UPDATE
 from fedtune.link.rejections import rejection
 from fedtune.link.settings import KIB
 from fedtune.wire.v1 import link_pb2 as pb
@@ -216,7 +216,7 @@ def check_parts(task: Task, header: pb.Header) -> None:
         RejectionError: if keys or sizes are others.
     """
     keys = [part.key for part in header.parts]
-    if is_training(task):
+    if task.header.task in (TRAIN, EVALUATE):
         if keys != [UPDATE]:
             raise rejection(pb.PARTS, "parts", [UPDATE], keys[:4])
     elif "" not in keys:

@@ -17,7 +17,7 @@ from fedtune.link.server.assignments import (
     TaskReply,
     Withdrawn,
     check_parts,
-    is_hello,
+    is_training,
     total_bytes,
 )
 from fedtune.link.server.presence import Presence
@@ -196,8 +196,8 @@ class Replies:
                 answer=reply.digest.hex(),
                 bytes=total_bytes(reply.header),
             )
-            # No round decides about a profile, so its receipt need not wait.
-            if is_hello(task):
+            # No round decides about a profile or scores, so their receipt need not wait.
+            if not is_training(task):
                 self.give_receipt(task, pb.NOTED)
                 self.close(task)
         return pb.SubmitReply(receipt=reply.receipt) if reply.receipt is not None else None

@@ -211,12 +211,16 @@ class Surgery(_message.Message):
     def __init__(self, settings: _Optional[bytes] = ..., stages: _Optional[_Iterable[bytes]] = ..., before: _Optional[bytes] = ..., wanted: bool = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("examples", "batch")
+    __slots__ = ("examples", "batch", "ledger", "trainable")
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    TRAINABLE_FIELD_NUMBER: _ClassVar[int]
     examples: int
     batch: int
-    def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ...) -> None: ...
+    ledger: bytes
+    trainable: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ..., ledger: _Optional[bytes] = ..., trainable: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "score")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from fedtune.link.envelopes import HELLO
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
 from fedtune.link.settings import Policy
 from tests.link.link_server import LinkServer
-from tests.link.site import RecordingTrainer, collect_one, post, run_site
+from tests.link.site import RecordingTrainer, collect_one, post, post_scores, run_site, until
 
 
 def test_the_reply_to_a_hello_is_the_profile_that_the_trainer_wrote(link: LinkServer) -> None:
@@ -60,6 +61,47 @@ def test_what_failed_is_tried_anew_when_it_is_asked_again(link: LinkServer) -> N
         assert collect_one(link, post(link)) == Withdrawn("site-a", "out of memory")
         running.trainer.fails = ""
         assert isinstance(collect_one(link, post(link)), ReceivedParts)  # the same order, as a resumed run asks it
+
+
+def test_scores_are_sent_and_nothing_of_the_model_stays(link: LinkServer) -> None:
+    with run_site(link) as running:
+        for number in (0, 1):
+            result = collect_one(link, post_scores(link, number))
+            assert isinstance(result, ReceivedParts)
+            assert bytes(result.bodies["update"]) == b"scores"
+        until(link, lambda: not list(running.state.glob("runs/*/0*")))
+        scored = [fields for kind, fields in running.events if kind == "scored"]
+        assert scored == [{"round": number, "scores": "loss 2.75 on 4 held-out rows"} for number in (0, 1)]
+        assert "withdrawn" not in running.kinds()
+
+
+@pytest.mark.parametrize(("scores", "note", "computed"), [("keep", "keeps its scores", 1), ("refuse", "refuses", 0)])
+def test_a_policy_may_keep_scores_or_refuse_to_score(link: LinkServer, scores: Any, note: str, computed: int) -> None:
+    with run_site(link, Policy(scores=scores)) as running:
+        result = collect_one(link, post_scores(link))
+        assert isinstance(result, Withdrawn)
+        assert result.reason.startswith("declined, SCORES_NOT_ALLOWED: policy.scores: this site ")
+        assert note in result.reason
+        assert running.kinds().count("scored") == computed
+
+
+def test_a_policy_for_training_does_not_stand_in_the_way_of_scores(link: LinkServer) -> None:
+    with run_site(link, Policy(min_cohort=3, max_rank=1, max_steps=1, max_rounds=1)):
+        assert isinstance(collect_one(link, post_scores(link)), ReceivedParts)
+    with run_site(link, Policy(methods=("ffa",)), name="site-b"):
+        result = collect_one(link, post_scores(link, name="site-b"))
+        assert isinstance(result, Withdrawn)
+        assert "policy.methods" in result.reason
+
+
+def test_a_round_is_one_event_with_what_it_was(link: LinkServer) -> None:
+    with run_site(link) as running:
+        collect_one(link, post(link))
+        link.dispatcher.settle("site-a", 1, None)
+        until(link, lambda: "trained" in running.kinds())
+        (fields,) = [fields for kind, fields in running.events if kind == "trained"]
+        assert (fields["round"], fields["up"], fields["verdict"]) == (1, 300_000, "used")
+        assert fields["work"] == "own loss 3 to 2.5, rank 2, 0.2 s"
 
 
 def test_what_does_not_fit_the_disk_is_declined(link: LinkServer, monkeypatch: pytest.MonkeyPatch) -> None:

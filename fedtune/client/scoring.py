@@ -1,0 +1,54 @@
+"""What a client does with a request for scores: the global model on the rows that it holds out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from fedtune.data.encode import Example
+from fedtune.directions.seed_ledger import decode_ledger
+from fedtune.errors import ClientError, ConfigError
+from fedtune.lora.adapter import unpack
+from fedtune.messages import ClientScores, ScoreRequest
+from fedtune.model import libraries
+from fedtune.model.base import Base
+from fedtune.model.evaluate import evaluate
+from fedtune.model.seed_rebuild import with_rebuilt_weights
+
+
+def score(base: Base, held_out: Sequence[Example], request: ScoreRequest, *, threads: int) -> ClientScores:
+    """Return what a global model scores on a client's held-out rows; the base is afterwards as before.
+
+    Raises:
+        ClientError: if the base is another, or the client holds no row out.
+        ShapeError: if a tensor that was sent does not fit the base.
+        WireError: if the seeds are none.
+    """
+    began, name = time.perf_counter(), request.client
+    if request.base != base.digest:
+        hint = "load the same model in the same revision and dtype"
+        raise ClientError(f"{name}: expected base {request.base[:12]}; has {base.digest[:12]} ({base.name}); {hint}")
+    rows = held_out[: request.examples or None]
+    if not rows:
+        raise ClientError(f"{name}: expected rows that are held out; got none; set data.held_out above 0")
+    adapter, saved = unpack(request.blobs.get("global", {})), request.blobs.get("saved", {})
+    with libraries.threads(threads), with_seeds(base, request):
+        metrics = evaluate(base, adapter, saved, {name: rows}, batch=request.batch)[name]
+    return ClientScores(name, request.round, base.digest, metrics, time.perf_counter() - began)
+
+
+@contextmanager
+def with_seeds(base: Base, request: ScoreRequest) -> Iterator[None]:
+    """Give the base the weights that the seeds of a request give while the block runs, if it has any."""
+    if not request.ledger:
+        yield
+        return
+    ledger, entries = decode_ledger(request.ledger), len(base.manifest.entries)
+    if request.trainable and request.trainable[-1] >= entries:
+        raise ClientError(f"{request.client}: expected ordinals below {entries}; got {request.trainable[-1]}")
+    try:
+        with with_rebuilt_weights(base, ledger, request.trainable):
+            yield
+    except ConfigError as error:
+        raise ClientError(f"{request.client}: {error}") from error

@@ -1,0 +1,91 @@
+"""The request to score a global model, and a client's scores, to bytes and back, every number checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from fedtune.messages import ClientScores, ScoreRequest
+from fedtune.tensors import Tensors
+from fedtune.wire.codec import Blob, EncodedAssignment, body_of, decode_blob, encode_blob, parse
+from fedtune.wire.expect import expect
+from fedtune.wire.v1 import round_pb2 as pb
+
+ROLES = ("global", "saved")
+MAX_LEDGER_BYTES = 64 * 1024
+MAX_METRICS = 32
+MAX_SCORES_BYTES = 16 * 1024
+"""Of an encoded answer."""
+
+
+def encode_score_request(
+    request: ScoreRequest, *, encode: Callable[[Tensors], Blob] = encode_blob
+) -> EncodedAssignment:
+    """Return a request as header and bodies; one `blob_encoder` for all clients encodes shared tensors once.
+
+    Raises:
+        WireError: if a tensor cannot travel.
+    """
+    header = pb.Assignment(verb=pb.SCORE, method=request.method, round=request.round, base=request.base)
+    header.plan.client = request.client
+    score = pb.Score(examples=request.examples, batch=request.batch, ledger=request.ledger, trainable=request.trainable)
+    header.score.CopyFrom(score)
+    bodies = dict[str, bytes]()
+    # Sorted, as in an assignment: one request has one encoding.
+    for role in sorted(request.blobs):
+        blob = encode(request.blobs[role])
+        bodies[blob.digest] = blob.body
+        header.down.append(blob.header)
+        header.down[-1].role = role
+    return EncodedAssignment(header.SerializeToString(), bodies)
+
+
+def decode_score_request(header: bytes, blobs: Mapping[str, bytes]) -> ScoreRequest:
+    """Return the request; its tensors are read-only views of the bodies.
+
+    Raises:
+        WireError: if the header is malformed, or a body is missing or not the one that the header names.
+    """
+    message = parse(pb.Assignment(), header)
+    expect(message.verb == pb.SCORE, f"the verb SCORE ({pb.SCORE})", message.verb, hint="update this client")
+    score, roles = message.score, [blob.role for blob in message.down]
+    expect(roles == sorted(set(roles) & set(ROLES)), f"roles of {', '.join(ROLES)}, each once and in order", roles)
+    expect(1 <= score.batch < 2**31, "a batch of at least 1", score.batch)
+    expect(len(score.ledger) <= MAX_LEDGER_BYTES, f"a ledger of at most {MAX_LEDGER_BYTES} bytes", len(score.ledger))
+    ordinals = list(score.trainable)
+    # In order and each once: a tensor that was moved twice would be another model.
+    expect(ordinals == sorted(set(ordinals)), "ordinals in rising order", ordinals[:8])
+    expect(bool(score.ledger) or not ordinals, "ordinals beside a ledger alone", ordinals[:8])
+    return ScoreRequest(
+        client=message.plan.client,
+        method=message.method,
+        round=message.round,
+        base=message.base,
+        batch=score.batch,
+        examples=score.examples,
+        blobs={blob.role: decode_blob(blob, body_of(blob, blobs)) for blob in message.down},
+        ledger=score.ledger,
+        trainable=tuple(ordinals),
+    )
+
+
+def encode_scores(scores: ClientScores) -> bytes:
+    """Return a client's scores as bytes."""
+    message = pb.ScoreUpdate(client=scores.client, round=scores.round, base=scores.base, seconds=scores.seconds)
+    message.metrics.update({name: float(value) for name, value in scores.metrics.items()})
+    # A map has no order of its own: one answer is to have one encoding.
+    return message.SerializeToString(deterministic=True)
+
+
+def decode_scores(data: bytes | memoryview, *, client: str) -> ClientScores:
+    """Return the scores of an authenticated client; whether they may be used is for the admission to say.
+
+    Raises:
+        WireError: if they are malformed, or of another client.
+    """
+    expect(len(data) <= MAX_SCORES_BYTES, f"{client}: scores of at most {MAX_SCORES_BYTES} bytes", len(data))
+    message = parse(pb.ScoreUpdate(), bytes(data))
+    expect(message.client == client, f"scores of {client!r}", f"some of {message.client[:80]!r}")
+    expect(0 <= message.seconds < math.inf, f"{client}: a time of at least 0 s", message.seconds)
+    expect(len(message.metrics) <= MAX_METRICS, f"{client}: at most {MAX_METRICS} metrics", len(message.metrics))
+    return ClientScores(client, message.round, message.base, dict(sorted(message.metrics.items())), message.seconds)
