@@ -15,7 +15,7 @@ from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.client.scoring import score
 from fedtune.config import Recipe, bind
-from fedtune.config.plugins import find_data_source
+from fedtune.config.plugins import plugin_rows
 from fedtune.config.recipe import PYTHON, Objects, missing_object, resources
 from fedtune.config.site import bind_site
 from fedtune.data.encode import Example
@@ -187,7 +187,7 @@ def load_site(
     if model.base == "embedded" and not (embedded.path() / "config.json").is_file():
         expected, hint = "the model inside the package", "run the app in server/superlink, which ships no code"
         raise ConfigError(Fault("model.base", expected, "Flower's bundle of the package, which holds code alone", hint))
-    rows = find_data_source(data)() if data.format == "plugin" and objects.data is None else objects.data
+    rows = plugin_rows(data) if data.format == "plugin" and objects.data is None else objects.data
     given = None if objects.model is None else base_from_object(model, adapter, objects.model)
     watch(Phase("reading the data, tokenizing"))
     tokenizer = load_tokenizer(model, root) if given is None else given.tokenizer

@@ -76,6 +76,25 @@ def find_data_source(settings: DataSettings) -> Callable[[], Mapping[str, Any]]:
     return cast(Callable[[], Mapping[str, Any]], source)
 
 
+def plugin_rows(settings: DataSettings) -> Mapping[str, Any]:
+    """Return the rows by client that the function gives which `data.source` names.
+
+    Raises:
+        ConfigError: with the function's own words if it fails, or if it gives something else.
+    """
+    source = find_data_source(settings)
+    entry = entry_points_of(DATA_GROUP, {})[str(settings.source)]
+    try:
+        rows = source()
+    except BROKEN as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ConfigError(Fault("data.source", f"rows by client from {entry_text(entry)}", got)) from error
+    if not isinstance(rows, Mapping) or not rows:
+        got = f"a {type(rows).__name__}{'' if rows else ' without any'}"
+        raise ConfigError(Fault("data.source", f"rows by client from {entry_text(entry)}", got, repair(entry)))
+    return rows
+
+
 def entry_points_of(group: str, own: Mapping[str, Any]) -> Mapping[str, EntryPoint]:
     """Return the entry points of a group by name, sorted.
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.data.chat import Answer, write_conversation
+from fedtune.data.conversation import read_turns
 from fedtune.data.settings import DataSettings, Form
-from fedtune.data.templates import OTHERS, Message, join, prompt_of, render, template_of
+from fedtune.data.templates import DAY, Message, assistant, join, prompt_of, render, template_of, user
 from fedtune.errors import ConfigError, Fault
 
 Ids = NDArray[np.int64]
@@ -32,6 +35,7 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: Any, text_pair: Any = None, **options: Any) -> Any: ...
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+    def get_chat_template(self, chat_template: Any = None, tools: Any = None) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +50,9 @@ class Example:
     characters: int
     """Characters of the text whose tokens count in the loss, for bits per character; 0 for classification."""
     prompt: str
-    """Text before the answer; empty for rows of plain text and packed rows."""
+    """Text before the last answer that is left; empty for rows of plain text and packed rows."""
     reference: str
-    """The wanted answer in full, however much of it was cut: output, text or label; empty for packed rows."""
+    """That answer in full, however much of it was cut: output, turn, text or label; empty for packed rows."""
     prompt_tokens: int
     """Leading input_ids that encode the prompt: generation continues these, and never encodes the prompt anew."""
     token_types: Ids | None = None
@@ -61,37 +65,54 @@ class Encoded:
     examples: Sequence[Example | None]
     """One per row; None where no token of the answer is left."""
     prompt_tokens: Ids
-    """(rows,), uncut."""
+    """(rows,), those before the first answer, uncut."""
     tokens: Ids
     """(rows,), uncut."""
+    unanswered: int = 0
+    """Conversations without a turn of the assistant that answers anything; their example is None."""
 
 
 @dataclass(frozen=True)
 class _Text:
-    prompt: str
-    completion: str
-    """What is learned after the prompt: the answer, in a chat with the template's marks around it."""
-    reference: str
+    whole: str
+    answers: Sequence[Answer]
+    """What is learned, in order: of a chat each turn of the assistant with the template's marks around it."""
     ends: bool
     """Whether the end-of-sequence token is to follow."""
     special: bool
     """Whether the tokenizer adds its own special tokens; a chat template has written them already."""
 
 
-def encode_causal(rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer: Tokenizer) -> Encoded:
+def _row(number: int) -> str:
+    return f"row {number + 1}"
+
+
+def encode_causal(
+    rows: Mapping[str, Sequence[str]],
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    *,
+    place: Callable[[int], str] = _row,
+) -> Encoded:
     """Return one example per row for next-token training.
 
-    Prompt and completion are encoded as one text, as the model met text in pretraining, and split by the character
+    Prompt and answer are encoded as one text, as the model met text in pretraining, and split by the character
     offsets: encoded apart, a SentencePiece tokenizer would put a space before the answer. A token across the boundary
-    belongs to the completion. An end-of-sequence token follows completions, and plain text when packing, because
-    the next text begins there.
+    belongs to the answer. An end-of-sequence token follows answers, and plain text when packing, because the next text
+    begins there.
+
+    Args:
+        rows: by part, the rows' texts.
+        settings: the recipe's table `data`.
+        tokenizer: the base's.
+        place: from a row's number to where it was read, for messages.
 
     Raises: ConfigError if columns are missing, the template is impossible, or the tokenizer gives no offsets.
     """
     if not tokenizer.is_fast:
         expected = "a fast tokenizer (tokenizer.json), which tells the characters of each token"
         raise ConfigError(Fault("model.base", expected, type(tokenizer).__name__))
-    texts = list(_texts(rows, settings, tokenizer))
+    texts = list(_texts(rows, settings, tokenizer, place))
     coded: list[tuple[Example | None, int, int]] = []
     for start in range(0, len(texts), _BATCH):
         coded += _encode_texts(texts[start : start + _BATCH], settings, tokenizer)
@@ -99,6 +120,7 @@ def encode_causal(rows: Mapping[str, Sequence[str]], settings: DataSettings, tok
         examples=[example for example, _, _ in coded],
         prompt_tokens=np.array([prompt_tokens for _, prompt_tokens, _ in coded], dtype=np.int64),
         tokens=np.array([tokens for _, _, tokens in coded], dtype=np.int64),
+        unanswered=sum(not text.answers for text in texts),
     )
 
 
@@ -150,8 +172,8 @@ def prompt_text(
     template = template_of(settings, tokenizer)
     if template != "chat":
         return prompt_of(template, last, ""), True
-    turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    return render(turns, tokenizer, place="the question", open_answer=True), False
+    turns = [user(question)] if isinstance(question, str) else question
+    return render(turns, tokenizer, place="the question", date=settings.date or DAY, open_answer=True), False
 
 
 def pack(examples: Sequence[Example], *, max_tokens: int) -> list[Example]:
@@ -198,37 +220,65 @@ def _encode_pairs(
 def _encode_texts(
     texts: Sequence[_Text], settings: DataSettings, tokenizer: Tokenizer
 ) -> Iterator[tuple[Example | None, int, int]]:
-    """Yield each text's example, its prompt's tokens and all its tokens, the latter two uncut."""
-    whole = [text.prompt + text.completion for text in texts]
+    """Yield each text's example, the tokens before its first answer and all its tokens, the latter two uncut."""
     encoded = tokenizer(
-        whole,
+        [text.whole for text in texts],
         add_special_tokens=texts[0].special,
         return_attention_mask=False,
         verbose=False,  # longer than the model allows: cut below
     )
     end = tokenizer.eos_token_id
     for row, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
-        places = range(len(text.prompt), len(whole[row]))
-        tokens = (encoded.char_to_token(row, place) for place in places)  # none for white space that no token holds
-        boundary = next((token for token in tokens if token is not None), len(ids))
+        if not text.answers:
+            yield None, 0, 0
+            continue
+        spans = [_span(encoded, row, answer, text, len(ids)) for answer in text.answers]
+        boundary = spans[0][0]
         if text.ends and end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
+            spans[-1] = (spans[-1][0], len(ids))
         length = min(len(ids), settings.max_tokens)
         if max(1, boundary) >= length:
             yield None, boundary, len(ids)
             continue
+        if settings.loss_on == "all":
+            spans = [(0, len(ids))]
         # Nothing predicts the first token, not even one that spans the boundary.
-        lead = max(1, boundary) if settings.loss_on == "completion" and text.prompt else 1
-        reach = len(whole[row]) if length == len(ids) else _reach(encoded, row, length - 1)
+        learned = [(max(1, begin), min(stop, length)) for begin, stop in spans if max(1, begin) < min(stop, length)]
+        labels = np.full(length, IGNORED, dtype=np.int64)
+        for begin, stop in learned:
+            labels[begin:stop] = ids[begin:stop]
+        shown, answer = _last_shown(encoded, row, text, length, len(encoded["input_ids"][row]))
         example = Example(
             input_ids=np.array(ids[:length], dtype=np.int64),
-            labels=np.array([IGNORED] * lead + ids[lead:length], dtype=np.int64),
-            characters=reach - _reach(encoded, row, lead - 1),
-            prompt=text.prompt,
-            reference=text.reference,
-            prompt_tokens=boundary,
+            labels=labels,
+            characters=sum(
+                (len(text.whole) if stop == len(ids) else _reach(encoded, row, stop - 1))
+                - _reach(encoded, row, begin - 1)
+                for begin, stop in learned
+            ),
+            prompt=text.whole[: answer.begin],
+            reference=answer.reference,
+            prompt_tokens=shown,
         )
         yield example, boundary, len(ids)
+
+
+def _span(encoded: Any, row: int, answer: Answer, text: _Text, count: int) -> tuple[int, int]:
+    """Return the first token of an answer and the one after its last; (count, count) if no token holds any of it."""
+    places = range(answer.begin, answer.end)
+    # White space may belong to no token.
+    begin = next((token for place in places if (token := encoded.char_to_token(row, place)) is not None), count)
+    if answer.end == len(text.whole):  # with whatever the tokenizer itself puts at the end
+        return begin, count
+    last = next((token for place in reversed(places) if (token := encoded.char_to_token(row, place)) is not None), None)
+    return begin, count if last is None else last + 1
+
+
+def _last_shown(encoded: Any, row: int, text: _Text, length: int, count: int) -> tuple[int, Answer]:
+    """Return the last answer of which a token is left at a length, and the tokens before it."""
+    starts = [(_span(encoded, row, answer, text, count)[0], answer) for answer in text.answers]
+    return next(((start, answer) for start, answer in reversed(starts) if start < length), starts[0])
 
 
 def _reach(encoded: Any, row: int, token: int) -> int:
@@ -237,11 +287,15 @@ def _reach(encoded: Any, row: int, token: int) -> int:
     return 0 if span is None else int(span.end)
 
 
-def _texts(rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer: Tokenizer) -> Iterator[_Text]:
+def _texts(
+    rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer: Tokenizer, place: Callable[[int], str]
+) -> Iterator[_Text]:
+    if "messages" in rows:
+        return _chats(rows, settings, tokenizer, place)
     if "output" not in rows:
         if "text" not in rows:
             raise ConfigError(_missing("output", "causal training", rows, "or map text, for plain text"))
-        return (_Text("", text, text, ends=settings.packing, special=True) for text in rows["text"])
+        return (_text(text, "", text, ends=settings.packing) for text in rows["text"])
     count = len(rows["output"])
     empty = [""] * count
     columns = zip(rows.get("instruction", empty), rows.get("input", empty), rows["output"], strict=True)
@@ -255,26 +309,37 @@ def _texts(rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer:
     if "instruction" not in rows and "input" not in rows:
         raise ConfigError(_missing("instruction", "a prompt", rows))
     if template == "chat":
-        return (
-            _chat(join(*row[:2], "\n\n"), row[2], tokenizer, f"row {number}")
-            for number, row in enumerate(columns, start=1)
-        )
-    return (_fill(template, *row) for row in columns)
+        exchanges = ([user(join(*row[:2], "\n\n")), assistant(row[2])] for row in columns)
+        return (_chat(turns, settings, tokenizer, place(number)) for number, turns in enumerate(exchanges))
+    return (
+        _text(prompt_of(template, *row[:2]) + row[2], prompt_of(template, *row[:2]), row[2], ends=True)
+        for row in columns
+    )
 
 
-def _fill(template: str, instruction: str, context: str, output: str) -> _Text:
-    return _Text(prompt_of(template, instruction, context), output, output, ends=True, special=True)
+def _text(whole: str, prompt: str, reference: str, *, ends: bool) -> _Text:
+    return _Text(whole, [Answer(len(prompt), len(whole), reference)], ends=ends, special=True)
 
 
-def _chat(question: str, output: str, tokenizer: Tokenizer, place: str) -> _Text:
-    turns = [{"role": "user", "content": question}]
-    prompt = render(turns, tokenizer, place=place, open_answer=True)
-    answered = render([*turns, {"role": "assistant", "content": output}], tokenizer, place=place)
-    if not answered.startswith(prompt):
-        expected = "a chat template whose answer follows its generation prompt"
-        got = f"{answered[:80]!r}, which does not begin with {prompt[-40:]!r}"
-        raise ConfigError(Fault("data.template", expected, got, OTHERS))
-    return _Text(prompt, answered[len(prompt) :], output, ends=False, special=False)
+def _chats(
+    rows: Mapping[str, Sequence[str]], settings: DataSettings, tokenizer: Tokenizer, place: Callable[[int], str]
+) -> Iterator[_Text]:
+    if (template := template_of(settings, tokenizer)) != "chat":
+        expected = "the chat template of the base's tokenizer, which rows of messages need"
+        lacks = " (the tokenizer has no chat template)" if tokenizer.chat_template is None else ""
+        hint = "use a base that has one, put chat_template.jinja into its folder, or give instruction and output"
+        raise ConfigError(Fault("data.template", expected, f"{template!r}{lacks}", hint if lacks else 'set "chat"'))
+    tools = rows.get("tools", [""] * len(rows["messages"]))
+    for number, (turns, schemas) in enumerate(zip(rows["messages"], tools, strict=True)):
+        yield _chat(read_turns(turns), settings, tokenizer, place(number), json.loads(schemas) if schemas else None)
+
+
+def _chat(
+    turns: Sequence[Message], settings: DataSettings, tokenizer: Tokenizer, place: str, tools: Any = None
+) -> _Text:
+    date = settings.date or DAY
+    conversation = write_conversation(turns, tokenizer, place=place, date=date, tools=tools)
+    return _Text(conversation.text, conversation.answers, ends=False, special=False)
 
 
 def _missing(part: str, purpose: str, rows: Mapping[str, Sequence[str]], otherwise: str = "") -> Fault:

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from fedtune.data.encode import Encoded, Example, Tokenizer, encode_causal, encode_classes, pack
-from fedtune.data.partition import Rows, partition, sorted_values
+from fedtune.data.labels import alike, class_names
+from fedtune.data.partition import Rows, partition
+from fedtune.data.repeats import fingerprints, note_on_held_out, note_on_test
 from fedtune.data.settings import GROUP, DataSettings, Form, Task, faults
-from fedtune.data.source import load, load_rows, load_test
+from fedtune.data.source import Source, read_rows, read_source, read_test
 from fedtune.errors import ConfigError, Fault
 from fedtune.seeds import derive, generator
+
+Parts = tuple[Rows, Rows]
+"""Places of a client's rows to train on and of its held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -76,36 +80,62 @@ def federate(
         expected = "'key', by the client that each row is given for"
         raise ConfigError(Fault("data.split.kind", expected, repr(settings.split.kind), "leave data.split out"))
     held_out = None if rows is None else _held_out(settings, rows, task)
-    source = load(settings, root, task=task) if rows is None else load_rows(settings, _training(rows), task=task)
-    test = load_test(settings, root, task=task)
-    labels = _labels(source, test, held_out) if task == "classification" else []
-    limited = _take(source, settings.limit, seed)
-    groups = limited[GROUP][:] if GROUP in limited.column_names else None
-    parts = _select(partition(settings.split, rows=len(limited), groups=groups, seed=seed), settings.split.only)
+    source = read_source(settings, root, task=task) if rows is None else read_rows(settings, _training(rows), task=task)
+    test = read_test(settings, root, task=task)
+    labels = class_names(settings, source, test, held_out) if task == "classification" else []
+    taken = _take(len(source.rows), settings.limit, seed)
+    groups = source.rows.select(taken)[GROUP][:] if GROUP in source.rows.column_names else None
+    places = _select(partition(settings.split, rows=len(taken), groups=groups, seed=seed), settings.split.only)
+    parts = {name: taken[part] for name, part in places.items()}
 
-    encoded = {name: _encode(limited.select(part), settings, tokenizer, labels) for name, part in parts.items()}
-    notes = _notes(list(encoded.values()), settings)
-    if left := len(limited) - sum(map(len, parts.values())):
-        notes.append(f"data.split: {left} of {len(limited)} rows go to no client")
-    apart = {} if held_out is None else _by_client(_encode(held_out, settings, tokenizer, labels), held_out[GROUP][:])
-    clients = {
-        name: Shard(_shard(name, client, replace(settings, held_out=0.0), seed).train, apart[name])
-        if name in apart
-        else _shard(name, client, settings, seed)
-        for name, client in encoded.items()
+    encoded = {name: _encode(source, settings, tokenizer, labels, part) for name, part in parts.items()}
+    notes = [*source.notes, *alike(labels), *_notes(list(encoded.values()), settings)]
+    if left := len(taken) - sum(map(len, parts.values())):
+        notes.append(f"data.split: {left} of {len(taken)} rows go to no client")
+    apart = {} if held_out is None else _by_client(held_out, _encode(held_out, settings, tokenizer, labels))
+    divided = {
+        name: _divide(
+            len(part), 0.0 if name in apart else settings.held_out, derive(seed, "data.held_out", client=name)
+        )
+        for name, part in parts.items()
     }
+    clients = {name: _shard(name, client, divided[name], settings) for name, client in encoded.items()}
+    clients |= {name: replace(clients[name], held_out=own) for name, own in apart.items() if name in clients}
+    notes += _repeats(source, test, held_out, parts, divided)
     if test is None:
         scored = [example for shard in clients.values() for example in shard.held_out]
     else:
-        scored_rows = _encode(test, settings, tokenizer, labels)
-        notes += [f"test: {note}" for note in _notes([scored_rows], settings)]
-        scored = [example for example in scored_rows.examples if example is not None]
+        encoded_test = _encode(test, settings, tokenizer, labels)
+        notes += [f"test: {note}" for note in (*test.notes, *_notes([encoded_test], settings))]
+        scored = [example for example in encoded_test.examples if example is not None]
         if not scored:
             expected = "at least one test example"
             raise ConfigError(Fault("data.max_tokens", expected, f"none left at {settings.max_tokens} tokens"))
     order = generator(derive(seed, "data.test")).permutation(len(scored))
-    form: Form = "instruction" if "output" in source.column_names else "text"
-    return Federation(clients, [scored[row] for row in order], labels, notes, form)
+    return Federation(clients, [scored[row] for row in order], labels, notes, _form(source))
+
+
+def _form(source: Source) -> Form:
+    names = source.rows.column_names
+    return "messages" if "messages" in names else "instruction" if "output" in names else "text"
+
+
+def _repeats(
+    source: Source,
+    test: Source | None,
+    held_out: Source | None,
+    parts: Mapping[str, Rows],
+    divided: Mapping[str, Parts],
+) -> list[str]:
+    """Return the notes on rows that are both trained on and scored."""
+    own = fingerprints(source.rows)
+    trained = {name: part[divided[name][0]] for name, part in parts.items()}
+    scored = {name: [own[row] for row in part[divided[name][1]].tolist()] for name, part in parts.items()}
+    if held_out is not None:
+        for client, row in zip(held_out.rows[GROUP][:], fingerprints(held_out.rows), strict=True):
+            scored.setdefault(client, []).append(row)
+    notes = note_on_held_out(own, trained, scored)
+    return notes if test is None else [*notes, *note_on_test(own, trained, fingerprints(test.rows))]
 
 
 def _training(rows: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -120,20 +150,20 @@ def _training(rows: Mapping[str, Any]) -> Mapping[str, Any]:
     return {client: given["train"] if isinstance(given, Mapping) else given for client, given in rows.items()}
 
 
-def _held_out(settings: DataSettings, rows: Mapping[str, Any], task: Task) -> Dataset | None:
+def _held_out(settings: DataSettings, rows: Mapping[str, Any], task: Task) -> Source | None:
     """Return the rows that clients hold out by themselves; None if no client does."""
     apart = {client: given["held_out"] for client, given in rows.items() if _holds_out(given)}
-    return load_rows(settings, apart, task=task) if apart else None
+    return read_rows(settings, apart, task=task) if apart else None
 
 
 def _holds_out(given: Any) -> bool:
     return isinstance(given, Mapping) and len(given.get("held_out", ())) > 0
 
 
-def _by_client(encoded: Encoded, groups: Sequence[str]) -> Mapping[str, Sequence[Example]]:
+def _by_client(source: Source, encoded: Encoded) -> Mapping[str, Sequence[Example]]:
     """Return encoded rows by the client that each belongs to, without those that were dropped."""
     apart: dict[str, list[Example]] = {}
-    for client, example in zip(groups, encoded.examples, strict=True):
+    for client, example in zip(source.rows[GROUP][:], encoded.examples, strict=True):
         apart.setdefault(client, []).extend([] if example is None else [example])
     return apart
 
@@ -174,54 +204,52 @@ def _select(parts: Mapping[str, Rows], only: Sequence[str] | None) -> Mapping[st
     return {name: part for name, part in parts.items() if name in only}
 
 
-def _take(rows: Dataset, limit: int | None, seed: int) -> Dataset:
-    if limit is None or limit >= len(rows):
-        return rows
-    chosen = generator(derive(seed, "data.limit")).choice(len(rows), size=limit, replace=False)
-    return rows.select(np.sort(chosen))
+def _take(count: int, limit: int | None, seed: int) -> Rows:
+    """Return the rows of the source that are used, ascending."""
+    if limit is None or limit >= count:
+        return np.arange(count, dtype=np.int64)
+    chosen = generator(derive(seed, "data.limit")).choice(count, size=limit, replace=False)
+    return np.sort(chosen).astype(np.int64)
 
 
-def _labels(source: Dataset, *others: Dataset | None) -> list[str]:
-    """Return the classes of the whole source, in order: a limit or a split must not change what a class is called."""
-    if "label" not in source.column_names:
-        got = ", ".join(source.column_names) or "none"
-        hint = "map it with fields = { label = ... }"
-        raise ConfigError(Fault("data.fields.label", "a column for label, which classification needs", got, hint))
-    labels = sorted_values(source["label"][:])
-    if len(labels) < 2:
-        raise ConfigError(Fault("data.fields.label", "at least two classes", f"only {labels[0]!r}"))
-    for other in others:
-        if other is not None and "label" in other.column_names and (unseen := set(other["label"][:]) - set(labels)):
-            got = f"{sorted_values(unseen)[0]!r} ({len(unseen)} such)"
-            raise ConfigError(Fault("data.test", "classes that occur in the source", got, "check the labels' spelling"))
-    return labels
-
-
-def _encode(rows: Dataset, settings: DataSettings, tokenizer: Tokenizer, labels: Sequence[str]) -> Encoded:
+def _encode(
+    source: Source, settings: DataSettings, tokenizer: Tokenizer, labels: Sequence[str], part: Rows | None = None
+) -> Encoded:
+    """Return the examples of some rows of a source, in the order of `part`; without it of all."""
+    rows = source.rows if part is None else source.rows.select(part)
     columns = {name: rows[name][:] for name in rows.column_names if name != GROUP}
     if labels:
         return encode_classes(columns, settings, tokenizer, labels=labels)
-    return encode_causal(columns, settings, tokenizer)
+    at = range(len(rows)) if part is None else part.tolist()
+    return encode_causal(columns, settings, tokenizer, place=lambda row: source.place(at[row]))
 
 
-def _shard(name: str, encoded: Encoded, settings: DataSettings, seed: int) -> Shard:
-    count = len(encoded.examples)
-    num_held_out = min(max(1, round(settings.held_out * count)), count - 1) if settings.held_out else 0
-    order = generator(derive(seed, "data.held_out", client=name)).permutation(count)
-    train = [example for row in np.sort(order[num_held_out:]) if (example := encoded.examples[row]) is not None]
+def _divide(count: int, held_out: float, key: int) -> Parts:
+    """Return the places of a client's rows to train on, ascending, and those of its held-out rows, in random order."""
+    num_held_out = min(max(1, round(held_out * count)), count - 1) if held_out else 0
+    order = generator(key).permutation(count)
+    return np.sort(order[num_held_out:]), order[:num_held_out]
+
+
+def _shard(name: str, encoded: Encoded, places: Parts, settings: DataSettings) -> Shard:
+    train, held_out = ([example for row in part if (example := encoded.examples[row]) is not None] for part in places)
     if not train:
         expected = f"at least one training example for client {name!r}"
-        got = f"none of its {count} rows has an answer left at {settings.max_tokens} tokens"
+        got = f"none of its {len(encoded.examples)} rows has an answer left at {settings.max_tokens} tokens"
         raise ConfigError(Fault("data.max_tokens", expected, got, "raise max_tokens or give the client more rows"))
-    held_out = [example for row in order[:num_held_out] if (example := encoded.examples[row]) is not None]
     return Shard(pack(train, max_tokens=settings.max_tokens) if settings.packing else train, held_out)
 
 
 def _notes(parts: Sequence[Encoded], settings: DataSettings) -> list[str]:
     examples = [example for part in parts for example in part.examples]
-    rows, dropped, limit = len(examples), examples.count(None), settings.max_tokens
+    unanswered = sum(part.unanswered for part in parts)
+    rows, dropped, limit = len(examples), examples.count(None) - unanswered, settings.max_tokens
     cut = sum(int(np.count_nonzero(part.tokens > limit)) for part in parts) - dropped
     notes = []
+    if unanswered:
+        notes.append(
+            f"data: {unanswered} of {rows} conversations have no turn of the assistant that answers; they were dropped"
+        )
     if dropped:
         prompt_tokens = np.concatenate([part.prompt_tokens for part in parts])
         share = 99 if dropped > 0.01 * rows else 100

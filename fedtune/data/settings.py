@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval
 
 from fedtune.errors import Fault
 
-Part = Literal["text", "instruction", "input", "output", "label"]
-"""What a column can be for: raw text; the three parts of an instruction; the class."""
+Part = Literal["text", "instruction", "input", "output", "label", "messages", "tools"]
+"""What a column can be for: raw text; the three parts of an instruction; the class; a conversation, and the tools that
+it may call."""
 
 Task = Literal["causal", "classification"]
 
 GROUP = "group"
-"""The column that holds what the split divides by: the value of `split.by`, the stem of the row's file, or the client's
+"""The column that holds what the split divides by: the value of `split.by`, the name of the row's file, or the client's
 name where rows are given by client."""
 
-Form = Literal["text", "instruction"]
-"""What the rows are: raw text, or a question with its answer, around which a template is put."""
+Form = Literal["text", "instruction", "messages"]
+"""What the rows are: raw text; a question with its answer, around which a template is put; or a conversation, which the
+tokenizer's chat template writes."""
 
 TEMPLATES = ("auto", "alpaca", "chat", "plain")
+
+
+OMIT_DEFAULT: Mapping[str, bool] = {"omit_default": True}
+"""Marks a field that is written only where it differs: recipes that came before it keep their digests."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Split:
     kind: Literal["key", "iid", "dirichlet", "sizes", "files"]
     """key: one client per value of the column `by`; iid: equal random parts; dirichlet: random shares of each value of
     `by`, more unequal the smaller `alpha`; sizes: as many rows for each client as `sizes` says, shuffled; files: one
-    client per source file."""
+    client per source file, named by what of their paths differs."""
     by: str | None = None
     """Column of the source that `key` takes as the client's name, and `dirichlet` as the label whose rows are shared
     out."""
@@ -56,21 +63,27 @@ class DataSettings:
     """Where the rows come from and how they become examples; the recipe's table `data`."""
 
     source: str | Sequence[str]
-    """A file, a list of files, a glob, the folder of a saved data set, or a name on a hub (`name:split` for another
-    split than `train`). Relative paths are relative to the recipe's folder."""
+    """A file, a list of files, a glob, a folder of files of one format, the folder of a saved data set, or a name on a
+    hub (`name:split` for another split than `train`). A file may be compressed (.gz, .zst, .xz, .bz2), and is read once
+    however often it is named. Relative paths are relative to the recipe's folder."""
     split: Split
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "text", "saved", "hub", "plugin"] = "auto"
     """auto: by the file's ending, a folder with state.json as a saved dataset, otherwise a hub name; plugin: the source
     is the name of an entry point `fedtune.data` of an installed package, which gives rows by client."""
     subset: str | None = None
     """Name of the configuration of a hub data set, where it has several."""
+    streaming: bool = field(default=False, metadata=OMIT_DEFAULT)
+    """Read only the first `limit` rows of a hub data set, over the network as they are needed, and store nothing."""
     fields: Mapping[Part, str] = field(default_factory=dict)
     """Which column plays which part, e.g. { instruction = "question", output = "answer" }; a column that has the part's
-    name needs no entry."""
+    name needs no entry, nor have `prompt` and `completion`, or `conversations` for `messages`."""
     template: str = "auto"
     """How a row becomes a text: chat (the tokenizer's own template); alpaca; plain (prompt, newline, output); auto
     (chat where the tokenizer has a chat template, otherwise alpaca); or a text of your own with {instruction}, {input}
     and, at its end, {output}. Rows with only a `text` are used as they are."""
+    date: str | None = field(default=None, metadata=OMIT_DEFAULT)
+    """The day that a chat template writes which asks for it, such as "2026-11-29". None: the day on which the run
+    starts, which is then written into its recipe; at a site 2024-07-26, so that all sites write the same."""
     max_tokens: Annotated[int, Ge(2)] = 512
     """Longer examples are cut at the end; an example that would lose its whole answer is dropped, and both are counted.
     """
@@ -85,8 +98,12 @@ class DataSettings:
     the client has only one."""
     test: str | Sequence[str] | None = None
     """Files with test data of their own; none: all clients' held-out rows together are the test data."""
+    labels: Sequence[str] = field(default=(), metadata=OMIT_DEFAULT)
+    """Classification: the names of the classes, in order. None: those that occur in the source. Sites of a federation
+    name the same ones, so that a site without a row of one class takes part."""
     limit: Annotated[int, Ge(1)] | None = None
-    """Use only so many rows of the source, drawn at random from the run's seed; none uses all."""
+    """Use only so many rows of the source, drawn at random from the run's seed; none uses all. With `streaming` these
+    are the first ones."""
 
 
 def faults(settings: DataSettings) -> list[Fault]:
@@ -103,9 +120,26 @@ def faults(settings: DataSettings) -> list[Fault]:
         if value is not None and name not in needed + optional:
             expected = f"no value, for {split.kind!r} has no use for it"
             wrong.append(Fault(f"data.split.{name}", expected, repr(value), "remove it or choose another kind"))
+    if settings.date is not None and not _is_date(settings.date):
+        wrong.append(Fault("data.date", 'a day, such as "2026-11-29"', repr(settings.date)))
+    if settings.labels and len(set(settings.labels)) < max(2, len(settings.labels)):
+        wrong.append(Fault("data.labels", "at least two classes, each once", f"{list(settings.labels)}"))
+    if settings.streaming and settings.limit is None:
+        expected = "a number of rows, with data.streaming"
+        wrong.append(Fault("data.limit", expected, "none", "set limit, or leave streaming out"))
+    if settings.streaming and settings.format not in ("auto", "hub"):
+        expected = f"false with data.format = {settings.format!r}"
+        wrong.append(Fault("data.streaming", expected, "true", "only hub data sets are streamed"))
     if settings.template not in TEMPLATES and not settings.template.endswith("{output}"):
         expected = f"{', '.join(TEMPLATES)} or a text that ends in {{output}}"
         wrong.append(Fault("data.template", expected, repr(settings.template)))
     elif settings.template.count("{output}") > 1:
         wrong.append(Fault("data.template", "{output} once, at the end", repr(settings.template)))
     return wrong
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

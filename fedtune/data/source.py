@@ -2,317 +2,218 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
-import glob
-import io
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 
-from fedtune.data.settings import GROUP, DataSettings, Part, Task
+from fedtune.data.files import ENDINGS, Table, from_rows, read_file, with_class_names
+from fedtune.data.partition import sorted_values
+from fedtune.data.paths import Place, group_names, places
+from fedtune.data.rows import absent, cells, choose, read_parts
+from fedtune.data.settings import GROUP, DataSettings, Task
 from fedtune.errors import ConfigError, Fault
 
-Columns = Mapping[str, Sequence[Any]]
+HUB_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, pa.ArrowException)
+"""What `datasets` raises for a name that it cannot read."""
 
-_ENDINGS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
+
+@dataclass(frozen=True)
+class Source:
+    """Rows with canonical columns, and where each of them was read."""
+
+    rows: Dataset
+    files: Sequence[tuple[str, int]]
+    """Each file, data set or client, with its number of rows, in order."""
+    notes: Sequence[str] = ()
+    """What a user should know: files that were named twice, columns that are not used."""
+
+    def place(self, row: int) -> str:
+        """Return where a row was read, for messages."""
+        for name, count in self.files:
+            if row < count:
+                return f"row {row + 1} of {name}"
+            row -= count
+        return f"row {row + 1}"
 
 
 def load(settings: DataSettings, root: Path, *, task: Task) -> Dataset:
-    """Return the training rows: the parts that the task uses (text, instruction, input, output, label), and group.
+    """Return the training rows: the parts that the task uses (text, messages, instruction, ...), and group.
 
-    Every value is text; labels are class names where the source knows them. Local files are read whole, here and not
-    by `load_dataset`, which would copy them into a cache and report each use of its readers to the hub.
+    Every value is text, a conversation's is JSON; labels are class names where the source knows them.
 
-    Raises: ConfigError if a file is missing or malformed, a column is absent, or a cell is empty that must not be.
+    Raises: ConfigError as `read_source`.
     """
-    by = GROUP if settings.split.kind == "files" else settings.split.by
-    return _load(settings, root, settings.source, task=task, key="data.source", by=by)
+    return read_source(settings, root, task=task).rows
 
 
 def load_test(settings: DataSettings, root: Path, *, task: Task) -> Dataset | None:
     """Return the rows of `settings.test` without groups, or None if there is no separate test data."""
+    source = read_test(settings, root, task=task)
+    return None if source is None else source.rows
+
+
+def read_source(settings: DataSettings, root: Path, *, task: Task) -> Source:
+    """Return the training rows and where each was read.
+
+    Local files are read whole, here and not by `load_dataset`, which would copy them into a cache and report each use
+    of its readers to the hub.
+
+    Raises: ConfigError if a file is missing or malformed, a column is absent, or a cell is empty that must not be.
+    """
+    return _read(settings, root, settings.source, task=task, key="data.source", grouped=True)
+
+
+def read_test(settings: DataSettings, root: Path, *, task: Task) -> Source | None:
+    """Return the rows of `settings.test` without groups, or None if there is no separate test data.
+
+    Raises: ConfigError as `read_source`.
+    """
     if settings.test is None:
         return None
-    return _load(settings, root, settings.test, task=task, key="data.test", by=None)
+    return _read(settings, root, settings.test, task=task, key="data.test", grouped=False)
 
 
-def load_rows(settings: DataSettings, rows: Mapping[str, Any], *, task: Task) -> Dataset:
-    """Return the rows that Python code gives by client, as `load` returns those of files: group is the client.
+def read_rows(settings: DataSettings, rows: Mapping[str, Any], *, task: Task) -> Source:
+    """Return the rows that Python code gives by client, as `read_source` returns those of files: group is the client.
 
     Args:
         settings: the recipe's table `data`; its source and its split are not read.
         rows: by client, a `datasets.Dataset` or a sequence of mappings from column to value.
         task: which parts are read.
 
-    Raises: ConfigError as `load`.
+    Raises: ConfigError as `read_source`.
     """
-    read: dict[str, list[Any]] = {}
+    read: dict[str, list[str]] = {}
+    files, notes = [], list[str]()
     for client, given in sorted(rows.items()):
         where = f"the rows of {client!r}"
-        if not isinstance(given, Dataset) and not all(isinstance(row, Mapping) for row in given):
-            raise ConfigError(Fault("data", "a Dataset, or a sequence of mappings from column to value", where))
-        columns = _columns(given) if isinstance(given, Dataset) else _to_columns(list(given))
-        count = len(next(iter(columns.values()), ()))
-        if not count:
+        table = stored_table(given) if isinstance(given, Dataset) else _given_table(given, where)
+        if not table.count:
             raise ConfigError(Fault("data", "at least one row for every client", f"none for {client!r}"))
-        chosen = _select_columns(settings, columns, where, task)
-        parts = {
-            part: _cells(part, columns[column], f"column {column!r} of {where}") for part, column in chosen.items()
-        }
-        if read and read.keys() != {*parts, GROUP}:
-            expected = f"the columns of the first client ({', '.join(part for part in read if part != GROUP)})"
-            raise ConfigError(Fault("data", expected, f"{', '.join(parts) or 'none'} in {where}"))
-        for part, values in {**parts, GROUP: [client] * count}.items():
-            read.setdefault(part, []).extend(values)
-    return Dataset.from_dict(read)
+        chosen = choose(settings, table.names, where, task)
+        parts = {**read_parts(chosen, table, where), GROUP: [client] * table.count}
+        _append(read, parts, "data", where)
+        files.append((where, table.count))
+        notes += [chosen.note] if chosen.note else []
+    return Source(Dataset.from_dict(read), files, list(dict.fromkeys(notes)))
 
 
-def _load(
-    settings: DataSettings, root: Path, source: str | Sequence[str], *, task: Task, key: str, by: str | None
-) -> Dataset:
-    rows: dict[str, list[Any]] = {}
-    for name, form in _places([source] if isinstance(source, str) else source, settings.format, root, key):
-        columns = _READERS[form](name, key) if form in _READERS else _read_stored(name, form, settings.subset, key)
-        count = len(next(iter(columns.values()), ()))
-        if not count:
-            raise ConfigError(Fault(key, "at least one row", f"none in {name}"))
-        chosen = _select_columns(settings, columns, name, task)
-        read = {part: _cells(part, columns[column], f"column {column!r} of {name}") for part, column in chosen.items()}
-        if by == GROUP:
-            read[GROUP] = [Path(name).stem] * count
-        elif by is not None:
-            if by not in columns:
-                raise ConfigError(_absent("data.split.by", by, columns, name))
-            read[GROUP] = _cells(GROUP, columns[by], f"column {by!r} of {name}")
-        if rows and rows.keys() != read.keys():
-            expected = f"the columns of the first file ({', '.join(rows)})"
-            got = f"{', '.join(read) or 'none'} in {name}"
-            raise ConfigError(Fault(key, expected, got, "give files of one layout"))
-        for part, values in read.items():
-            rows.setdefault(part, []).extend(values)
-    return Dataset.from_dict(rows)
+def labels_of(settings: DataSettings, root: Path) -> Sequence[str]:
+    """Return the labels that occur in a site's own rows, or those of `data.labels`; no other column is read.
+
+    Raises: ConfigError as `read_source`.
+    """
+    if settings.labels:
+        return settings.labels
+    labels: set[str] = set()
+    sources = [settings.source] if isinstance(settings.source, str) else settings.source
+    for place in places(sources, settings.format, root, "data.source")[0]:
+        table = _table(place, settings, "data.source")
+        column = choose(settings, table.names, place.name, "classification").columns["label"]
+        labels |= set(cells("label", table.column(column), f"column {column!r} of {place.name}"))
+    return sorted_values(labels)
 
 
-def _places(sources: Sequence[str], form: str, root: Path, key: str) -> list[tuple[str, str]]:
-    """Return (path or hub name, format) of every file meant, globs expanded in sorted order."""
-    places = []
-    for source in sources:
-        path = root / source
-        if form == "hub":
-            places.append((source, form))
-        elif path.exists():
-            places.append((str(path), _form(path, form, key)))
-        elif matches := sorted(glob.glob(str(path), recursive=True)):
-            places.extend((name, _form(Path(name), form, key)) for name in matches)
-        elif form == "auto" and _may_be_hub_name(source):
-            places.append((source, "hub"))
-        else:
-            raise ConfigError(Fault(key, "an existing file, glob or folder", repr(source), f"paths start from {root}"))
-    return places
+def _read(
+    settings: DataSettings, root: Path, source: str | Sequence[str], *, task: Task, key: str, grouped: bool
+) -> Source:
+    by, by_file = settings.split.by, settings.split.kind == "files"
+    rows: dict[str, list[str]] = {}
+    chosen_places, note = places([source] if isinstance(source, str) else source, settings.format, root, key)
+    names = group_names([place.name for place in chosen_places]) if grouped and by_file else []
+    notes, files = [note] if note else [], []
+    for number, place in enumerate(chosen_places):
+        table = _table(place, settings, key)
+        if not table.count:
+            raise ConfigError(Fault(key, "at least one row", f"none in {place.name}"))
+        chosen = choose(settings, table.names, place.name, task)
+        parts = dict(read_parts(chosen, table, place.name))
+        if names:
+            parts[GROUP] = [names[number]] * table.count
+        elif grouped and by is not None:
+            if by not in table.names:
+                raise ConfigError(absent("data.split.by", by, table.names, place.name))
+            parts[GROUP] = cells(GROUP, table.column(by), f"column {by!r} of {place.name}")
+        _append(rows, parts, key, place.name)
+        files.append((place.name, table.count))
+        notes += [chosen.note] if chosen.note else []
+    return Source(Dataset.from_dict(rows), files, list(dict.fromkeys(notes)))
 
 
-def _form(path: Path, form: str, key: str) -> str:
-    if form != "auto":
-        return form
-    if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-        return "saved"
-    if path.suffix.lower() in _ENDINGS and path.is_file():
-        return _ENDINGS[path.suffix.lower()]
-    expected = f"a saved dataset's folder or a file ending in {', '.join(_ENDINGS)}"
-    raise ConfigError(Fault(key, expected, str(path), "set data.format"))
+def _append(rows: dict[str, list[str]], parts: Mapping[str, Sequence[str]], key: str, where: str) -> None:
+    """Add the rows of one file to those of the files before it, which must have the same parts."""
+    if rows and rows.keys() != parts.keys():
+        first = "client" if key == "data" else "file"
+        expected = f"the columns of the first {first} ({', '.join(part for part in rows if part != GROUP)})"
+        got = f"{', '.join(part for part in parts if part != GROUP) or 'none'} in {where}"
+        raise ConfigError(Fault(key, expected, got, "give files of one layout"))
+    for part, values in parts.items():
+        rows.setdefault(part, []).extend(values)
 
 
-def _may_be_hub_name(source: str) -> bool:
-    name = source.partition(":")[0]
-    plain = name.replace("/", "", 1).replace("-", "").replace("_", "").replace(".", "")
-    return Path(name).suffix.lower() not in _ENDINGS and plain.isalnum() and not name.startswith((".", "/"))
+def _table(place: Place, settings: DataSettings, key: str) -> Table:
+    if place.form in ENDINGS.values():
+        if settings.streaming and key == "data.source":
+            expected = "a hub data set, with data.streaming"
+            raise ConfigError(Fault("data.source", expected, place.name, "leave streaming out: files are local"))
+        return read_file(Path(place.name), place.form, key)
+    return _read_stored(place, settings, key)
 
 
-def _read_stored(name: str, form: str, subset: str | None, key: str) -> Columns:
-    """Read what `datasets` itself stores: a saved data set, or the split of a hub data set."""
-    place, _, split = name.partition(":") if form == "hub" else (name, "", "")
+def _read_stored(place: Place, settings: DataSettings, key: str) -> Table:
+    """Return what `datasets` itself stores: a saved data set, or the split of a hub data set."""
+    form, streaming = place.form, settings.streaming and key == "data.source"
+    name, _, split = place.name.partition(":") if form == "hub" else (place.name, "", "")
     try:
-        # Data scripts are code from the network; `datasets` 4 and later refuse to run them, and so does fedtune.
-        data = load_dataset(place, subset, split=split or "train") if form == "hub" else load_from_disk(place)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        if form != "hub":
+            data = load_from_disk(name)
+        elif streaming:
+            data = load_dataset(name, settings.subset, split=split or "train", streaming=True)
+            return _read_stream(data, settings.limit)
+        else:
+            # Data scripts are code from the network; `datasets` 4 and later refuse to run them, and so does fedtune.
+            data = load_dataset(name, settings.subset, split=split or "train")
+    except HUB_ERRORS as error:
         expected = "a reachable hub name or an existing path" if form == "hub" else "a folder made by save_to_disk"
         hint = "give a local path, or download it once and set HF_HOME" if form == "hub" else "save it again"
-        raise ConfigError(Fault(key, expected, f"{name!r} ({_first_line(error)})", hint)) from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigError(Fault(key, expected, f"{place.name!r} ({reason})", hint)) from error
     if isinstance(data, DatasetDict):
         if "train" not in data:
             raise ConfigError(Fault(key, "a data set with a split 'train'", f"{', '.join(data)} in {name}"))
         data = data["train"]
-    return _columns(data)
+    return stored_table(data)
 
 
-def _columns(data: Dataset) -> Columns:
-    """Return every column as a list, classes by their names."""
-    columns = {}
-    for name, feature in data.features.items():
-        values = data.data.column(name).to_pylist()
-        if isinstance(feature, ClassLabel):  # -1 is how a test set hides its labels
-            values = [feature.names[value] if value is not None and value >= 0 else None for value in values]
-        columns[name] = values
-    return columns
+def stored_table(data: Dataset) -> Table:
+    """Return a data set as a table, classes by their names."""
+    classes = {name: kind.names for name, kind in data.features.items() if isinstance(kind, ClassLabel)}
+
+    def column(name: str) -> Sequence[Any]:
+        # Through the data set, not its table: one that was filtered or shuffled holds the rows' places beside it.
+        values = data.select_columns([name]).with_format("arrow")[:].column(name).to_pylist()
+        return with_class_names(values, classes[name]) if name in classes else values
+
+    return Table(list(data.column_names), len(data), column)
 
 
-def _parquet(name: str, key: str) -> Columns:
-    try:
-        return _columns(Dataset(pyarrow.parquet.read_table(name)))
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigError(Fault(key, "a readable Parquet file", f"{name} ({_first_line(error)})")) from error
+def _read_stream(data: Iterable[Mapping[str, Any]], limit: int | None) -> Table:
+    """Return the first rows of a stream, classes by their names where it knows them."""
+    table = from_rows([dict(row) for row in islice(data, limit)])
+    kinds = dict(getattr(data, "features", None) or {})
+    classes = {name: kind.names for name, kind in kinds.items() if isinstance(kind, ClassLabel)}
+    columns = {name: table.column(name) for name in table.names}
+    named = {name: with_class_names(values, classes[name]) for name, values in columns.items() if name in classes}
+    return Table(table.names, table.count, lambda name: named.get(name, columns[name]))
 
 
-def _text(name: str, key: str) -> Columns:
-    return {"text": [line for line in _read(name, key).split("\n") if line.strip()]}
-
-
-def _csv(name: str, key: str) -> Columns:
-    # Not through pandas: it turns the answers "NA", "None" and "null" into missing values.
-    reader = csv.DictReader(io.StringIO(_read(name, key), newline=""), strict=True)
-    rows = []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                expected = f"{len(reader.fieldnames or ())} columns in every row"
-                raise ConfigError(Fault(key, expected, f"another number in line {reader.line_num} of {name}"))
-            rows.append(row)
-    except csv.Error as error:
-        raise ConfigError(Fault(key, "well-formed CSV", f"{error} in line {reader.line_num} of {name}")) from error
-    return {column: [row[column] for row in rows] for column in reader.fieldnames or ()}
-
-
-def _jsonl(name: str, key: str) -> Columns:
-    # Not through Arrow's JSON reader: it guesses timestamps from text, and knows no line to complain about.
-    lines = _read(name, key).split("\n")  # splitlines would also cut at separators that JSON allows inside strings
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:  # also a number of too many digits, and too deep nesting
-            reason = _first_line(error)
-            if isinstance(error, json.JSONDecodeError):  # its text counts lines from the start of this one
-                reason = f"{error.msg.removesuffix(' at')} at character {error.colno}"
-            got = f"{reason} in line {number} of {name}"
-            raise ConfigError(Fault(key, "one JSON object per line", got)) from error
-        if not isinstance(rows[-1], dict):
-            got = f"a {type(rows[-1]).__name__} in line {number} of {name}"
-            raise ConfigError(Fault(key, "one JSON object per line", got, 'for a list of objects set format = "json"'))
-    return _to_columns(rows)
-
-
-def _json(name: str, key: str) -> Columns:
-    try:
-        rows = json.loads(_read(name, key))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # several objects: JSON lines under the other ending
-            return _jsonl(name, key)
-        got = f"{error.msg} in line {error.lineno} of {name}"
-        raise ConfigError(Fault(key, "a list of JSON objects", got)) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(Fault(key, "a list of JSON objects", f"{_first_line(error)} in {name}")) from error
-    if isinstance(rows, dict):  # JSON lines of one line
-        rows = [rows]
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(Fault(key, "a list of JSON objects", f"something else in {name}"))
-    return _to_columns(rows)
-
-
-_READERS: Mapping[str, Callable[[str, str], Columns]] = {
-    "jsonl": _jsonl,
-    "json": _json,
-    "csv": _csv,
-    "parquet": _parquet,
-    "text": _text,
-}
-
-
-def _read(name: str, key: str) -> str:
-    try:
-        text = Path(name).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        got = f"byte {error.object[error.start]:#04x} at offset {error.start} of {name}"
-        raise ConfigError(Fault(key, "a text file in UTF-8", got)) from error
-    except OSError as error:
-        raise ConfigError(Fault(key, "a readable file", f"{name} ({error.strerror})")) from error
-    if "\0" in text:
-        raise ConfigError(Fault(key, "a text file in UTF-8", f"a NUL byte at character {text.index(chr(0))} of {name}"))
-    return text
-
-
-def _to_columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _select_columns(settings: DataSettings, columns: Columns, name: str, task: Task) -> dict[str, str]:
-    """Return the column of each part that the task uses: what it does not use may be empty or odd."""
-    chosen = {part: column for part in get_args(Part) if (column := _column(settings, part, columns, name))}
-    if task == "causal":
-        unused = ["label", "text"] if "output" in chosen else ["label", "instruction", "input"]
-    else:
-        unused = ["output", "instruction"] if "text" in chosen else ["output"]
-    return {part: column for part, column in chosen.items() if part not in unused}
-
-
-def _column(settings: DataSettings, part: Part, columns: Columns, name: str) -> str | None:
-    """Return the column that plays a part, or None if nothing does and nothing was asked to."""
-    column = settings.fields.get(part)
-    if column is None:
-        return part if part in columns else None
-    if column not in columns:
-        raise ConfigError(_absent(f"data.fields.{part}", column, columns, name))
-    return column
-
-
-def _absent(key: str, column: str, columns: Columns, name: str) -> Fault:
-    near = difflib.get_close_matches(column, columns, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "map a column that is there with fields = {...}"
-    return Fault(key, f"column {column!r}", f"{', '.join(columns)} in {name}", hint)
-
-
-def _cells(part: str, values: Sequence[Any], where: str) -> list[str]:
-    cells = [_cell(part, value) for value in values]
-    usable = [cell for cell in cells if cell is not None]
-    if len(usable) == len(cells):
-        return usable
-    row = cells.index(None)
-    got = f"{str(values[row])[:60]!r} in row {row + 1} of {where} ({len(cells) - len(usable)} such of {len(cells)})"
-    key = "data.split.by" if part == GROUP else f"data.fields.{part}"
-    raise ConfigError(Fault(key, "text or a whole number in every row", got, "fill or remove these rows"))
-
-
-def _cell(part: str, value: object) -> str | None:
-    """Return the value as text, or None if it is nothing to learn from; only `input` may be empty or missing."""
-    if value is None:
-        return "" if part == "input" else None
-    if isinstance(value, float) and value.is_integer():  # whole numbers beside missing ones are stored as floats
-        value = int(value)
-    if isinstance(value, int):
-        return str(value)
-    if not isinstance(value, str) or (part != "input" and not value.strip()):
-        return None
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
-        return None
-    return value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def _given_table(given: Any, where: str) -> Table:
+    rows = list(given)
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise ConfigError(Fault("data", "a Dataset, or a sequence of mappings from column to value", where))
+    return from_rows(rows)

@@ -152,7 +152,8 @@ def test_labels_that_cannot_be_learned_are_refused(tmp_path: Path, tokenizer: An
     write(tmp_path / "x.jsonl", [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}])
     write(tmp_path / "t.jsonl", [{"text": "a", "label": "Yes"}])
     with pytest.raises(
-        ConfigError, match=r"data\.test: expected classes that occur in the source; got 'Yes' \(1 such\)"
+        ConfigError,
+        match=r"data\.test: expected classes that occur in the source \(no, yes\); got 'Yes' in row 1 of .*t\.jsonl",
     ):
         run(test="t.jsonl")
     write(tmp_path / "x.jsonl", [{"text": "a", "label": "yes"}])
@@ -211,3 +212,45 @@ def test_novels_qnli_and_reviews_are_read_as_they_are(shared: Path, tokenizer: A
 def test_reading_and_encoding_import_no_torch() -> None:
     code = "import sys, fedtune.data.federation; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_rows_that_are_trained_on_and_scored_are_noted(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": f"row {number}", "site": "a"} for number in range(8)]
+    write(tmp_path / "x.jsonl", [*rows, *[{**row, "site": "b"} for row in rows]])
+    write(tmp_path / "t.jsonl", [{"text": "row 1"}, {"text": "new"}])
+    (note,) = by_site(tmp_path, tokenizer, held_out=0.5).notes
+    assert note.startswith("data: ")
+    assert "of 8 held-out rows equal a row that is trained on (" in note
+    notes = by_site(tmp_path, tokenizer, held_out=0.0, test="t.jsonl").notes
+    assert [text.partition(";")[0] for text in notes] == ["data.test: 1 of 2 rows equal a row that is trained on"]
+
+
+def test_rows_of_chat_are_encoded_noted_and_named(tmp_path: Path, stories: Path) -> None:
+    chatty = AutoTokenizer.from_pretrained(stories)
+    chatty.chat_template = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}" + (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [{"from": "human", "value": "Once"}, {"from": "gpt", "value": "upon"}]
+    write(tmp_path / "x.jsonl", [{"conversations": turns}, {"conversations": turns[:1]}, {"conversations": turns}])
+    settings = DataSettings("x.jsonl", Split("iid", clients=1), held_out=0.0)
+    federation = federate(settings, tokenizer=chatty, task="causal", seed=0, root=tmp_path)
+    assert federation.form == "messages"
+    assert [example.reference for example in federation.clients["client-0"].train] == ["upon", "upon"]
+    assert list(federation.notes) == [
+        "data: 1 of 3 conversations have no turn of the assistant that answers; they were dropped"
+    ]
+    tool = [{"from": "tool", "value": "4"}, *turns]
+    write(tmp_path / "x.jsonl", [{"conversations": turns}] * 4 + [{"conversations": tool}])
+    with pytest.raises(
+        ConfigError, match=r"data\.template: .*'no tools here' from it for row 5 of .*x\.jsonl \(tool, user, as"
+    ):
+        federate(settings, tokenizer=chatty, task="causal", seed=0, root=tmp_path)
+
+
+def test_a_client_that_lacks_a_class_takes_part_where_the_classes_are_named(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path / "x.jsonl", [{"text": f"row {row}", "label": "yes"} for row in range(4)])
+    settings = DataSettings("x.jsonl", Split("iid", clients=2), labels=("no", "yes"))
+    federation = federate(settings, tokenizer=tokenizer, task="classification", seed=0, root=tmp_path)
+    assert list(federation.labels) == ["no", "yes"]
+    assert {example.labels for shard in federation.clients.values() for example in shard.train} == {1}

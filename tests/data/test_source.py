@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,8 @@ import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from fedtune.data.settings import DataSettings, Split, Task
-from fedtune.data.source import load, load_test
+from fedtune.data.settings import DataSettings, Split, Task, faults
+from fedtune.data.source import load, load_test, read_rows, read_source
 from fedtune.errors import ConfigError
 
 ROWS = [{"text": "eins", "label": 1, "site": "b"}, {"text": "NA", "label": 0, "site": "a"}]
@@ -176,3 +177,74 @@ def test_reading_local_files_writes_nothing(tmp_path: Path, monkeypatch: pytest.
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     read(tmp_path, "x.parquet", task="causal", split=Split("iid", clients=1))
     assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
+
+
+def test_files_of_one_name_are_several_clients(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(lines([{"text": f"of {name}"}]))
+    rows = read(tmp_path, "*/train.jsonl", task="causal", split=Split("files"))
+    assert rows == [{"text": "of a", "group": "a"}, {"text": "of b", "group": "b"}]
+
+
+def test_a_column_that_is_called_group_may_name_the_clients(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(lines([{"text": "a", "group": "north"}]))
+    rows = read(tmp_path, "x.jsonl", task="causal", split=Split("key", by="group"))
+    assert rows == [{"text": "a", "group": "north"}]
+
+
+def test_where_a_row_was_read_is_known_over_all_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines([{"text": "1"}, {"text": "2"}]))
+    (tmp_path / "b.jsonl").write_text(lines([{"text": "3"}]))
+    source = read_source(DataSettings("*.jsonl", Split("files")), tmp_path, task="causal")
+    assert source.place(1) == f"row 2 of {tmp_path}/a.jsonl"
+    assert source.place(2) == f"row 1 of {tmp_path}/b.jsonl"
+
+
+def test_a_filtered_data_set_gives_the_rows_that_are_left() -> None:
+    data = Dataset.from_dict({"text": ["a", "b", "c"]}).filter(lambda row: row["text"] != "a").select([1, 0])
+    rows = read_rows(DataSettings("x", Split("key", by="group")), {"me": data}, task="causal").rows
+    assert rows.to_list() == [{"text": "c", "group": "me"}, {"text": "b", "group": "me"}]
+
+
+def test_a_stream_gives_its_first_rows_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    data = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
+
+    def load_dataset(*args: Any, **options: Any) -> Any:
+        asked.append((args, options))
+        return data.to_iterable_dataset() if options.get("streaming") else data
+
+    monkeypatch.setattr("fedtune.data.source.load_dataset", load_dataset)
+    options: dict[str, Any] = {"split": Split("iid", clients=1), "limit": 2}
+    assert read(tmp_path, "meta/data:test", streaming=True, **options) == [
+        {"text": "a", "label": "pos"},
+        {"text": "b", "label": "neg"},
+    ]
+    assert asked == [(("meta/data", None), {"split": "test", "streaming": True})]
+    assert len(read(tmp_path, "meta/data", **options)) == 3  # the limit is drawn later, at random
+    (tmp_path / "x.jsonl").write_text(lines(ROWS))
+    assert "data.source: expected a hub data set, with data.streaming; got" in refusal(
+        tmp_path, streaming=True, limit=1
+    )
+    assert [fault.path for fault in faults(DataSettings("meta/data", BY_SITE, streaming=True))] == ["data.limit"]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no way"), RuntimeError("no way"), ValueError("no way")])
+def test_whatever_a_hub_answers_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def load_dataset(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("fedtune.data.source.load_dataset", load_dataset)
+    assert "data.source: expected a reachable hub name or an existing path; got 'meta/data' (no way)" in (
+        refusal(tmp_path, "meta/data")
+    )
+
+
+def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name in ("b", "a"):
+        (tmp_path / "d" / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines([{"text": f"of {name}"}]).encode()))
+    rows = read(tmp_path, "d", task="causal", split=Split("files"))
+    assert rows == [{"text": "of a", "group": "a"}, {"text": "of b", "group": "b"}]

@@ -15,6 +15,9 @@ class Tokenizer:
     def __init__(self, chat_template: str | None, answer: str | Exception = "") -> None:
         self.chat_template, self.answer = chat_template, answer
 
+    def get_chat_template(self, chat_template: Any = None, tools: Any = None) -> Any:
+        return self.chat_template
+
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         if isinstance(self.answer, Exception):
             raise self.answer

@@ -10,7 +10,7 @@ import pytest
 
 import fedtune
 from fedtune.config import bind, render
-from fedtune.config.plugins import find_method, find_planner, method_names, planner_names
+from fedtune.config.plugins import find_method, find_planner, method_names, planner_names, plugin_rows
 from fedtune.errors import ConfigError
 from tests.plugins.conftest import Install
 
@@ -136,3 +136,21 @@ def test_a_broken_package_is_named_and_costs_no_other_recipe(
     assert got in broken.got
     assert "uninstall broken 1.0" in broken.hint
     bind(recipe)
+
+
+@pytest.mark.parametrize(
+    ("source", "got"),
+    [
+        ("def rows():\n    raise ValueError('no database')", r"ValueError: no database"),
+        ("def rows():\n    return {}['x']", r"KeyError: 'x'"),
+        ("def rows():\n    return [1]", r"a list"),
+        ("def rows():\n    return {}", r"a dict without any"),
+    ],
+)
+def test_a_data_source_that_fails_is_one_error_with_its_words(
+    install: Install, recipe: dict[str, Any], source: str, got: str
+) -> None:
+    install("broken", source, {"fedtune.data": {"sick": "broken:rows"}})
+    settings = bind({**recipe, "data": {"source": "sick", "format": "plugin"}}).data
+    with pytest.raises(ConfigError, match=rf"data\.source: expected rows by client from broken:rows of .*; got {got}"):
+        plugin_rows(settings)
