@@ -129,6 +129,15 @@ def rank_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("method", f"one rank, as {method.name!r} needs", got, hint)
 
 
+def start_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield a fault if a method is to start from an adapter that it has no state for."""
+    method = method_type_of(recipe)
+    if recipe.adapter.start is not None and method.start is None:
+        able = [name for name, other in METHODS.items() if other.start is not None]
+        expected = f"none with method = {method.name!r}, whose state is no exact adapter"
+        yield Fault("adapter.start", expected, display(recipe.adapter.start), f"use {join_words(able, joint='or')}")
+
+
 def causal_only_faults(recipe: Recipe) -> Iterator[Fault]:
     task, packing = recipe.model.task, recipe.data.packing
     generate, prompt = recipe.evaluate.generate, recipe.evaluate.prompt
@@ -300,5 +309,6 @@ RULES: Sequence[Rule] = (
     template_faults,
     column_faults,
     causal_only_faults,
+    start_faults,
     object_faults,
 )

@@ -19,8 +19,9 @@ from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.scores import pooled_scores
 from fedtune.rounds.site_scores import ask_scores
 from fedtune.runs.base_checks import check_pruning, check_ranks
-from fedtune.runs.context import Door, ModelScores, RunContext, first_state
+from fedtune.runs.context import Door, ModelScores, RunContext
 from fedtune.runs.fleet import fleet_of
+from fedtune.runs.start import check_start_base, start_adapter, start_state
 from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
 from fedtune.store.run_journal import RunJournal
@@ -83,7 +84,9 @@ def server_context(
     devices = fleet_of(replace(recipe, fleet=None), list(profiles), blueprint, parameters=common.parameters)
     check_pruning(blueprint)
     # A base that the method cannot use is refused now, and not in the first round.
-    first_state(recipe, blueprint)
+    start = start_adapter(recipe)
+    check_start_base(start, common.base)
+    start_state(recipe, blueprint)
     return RunContext(
         recipe=recipe,
         blueprint=blueprint,
@@ -99,6 +102,7 @@ def server_context(
         ),
         fleet={name: profile.num_examples for name, profile in profiles.items()},
         machine={"engine": door},
+        start=start.digest if start else "",
         labels=common.labels,
         score=partial(score_at_sites, recipe, transport, base=common.base, note=note),
         door=door,

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from fedtune.errors import ConfigError, Fault
 from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
 from fedtune.methods.method import LinearMethod, join, make_assignment, move
@@ -56,6 +57,20 @@ def shared_start(blueprint: Blueprint) -> Tensors:
     return pack(start)
 
 
+def start(state: FedItState, adapter: Adapter, saved: Tensors) -> FedItState:
+    """Return the first state with factors that are there already; a module that they lack starts afresh.
+
+    Raises:
+        ConfigError: if a module has another rank than the recipe's: factors of unequal rank have no mean.
+    """
+    for name, factors in adapter.items():
+        if (rank := len(state.tensors[f"{name}.a"])) != factors.rank:
+            hint = f"set adapter.rank = {factors.rank} if all have it, or use method = 'flora', which takes any"
+            expected = f"rank {rank} in every module, as the recipe's method 'fedit' trains"
+            raise ConfigError(Fault("adapter.start", expected, f"{factors.rank} in {name}", hint))
+    return replace(state, tensors={**state.tensors, **pack(adapter)}, saved={**state.saved, **saved})
+
+
 def assign(state: FedItState, seed: int, planned: PlannedClient) -> Assignment:
     """Send both factors; the client trains and returns both."""
     # The key is not used: every row of A is sent.
@@ -85,6 +100,7 @@ METHOD = LinearMethod(
     name="fedit",
     settings=FedItSettings,
     init=init,
+    start=start,
     assign=assign,
     adapter=adapter,
     contribution=contribution,

@@ -190,6 +190,12 @@ def init(blueprint: Blueprint, settings: FloraSettings) -> FloraState:
     )
 
 
+def start(state: FloraState, adapter: Adapter, saved: Tensors) -> FloraState:
+    """Return the first state with a change that is there already: of any ranks, and exact."""
+    delta = {**lowrank.unpack(state.delta), **lowrank.compress(adapter)}
+    return replace(state, delta=lowrank.pack(delta), saved={**state.saved, **saved})
+
+
 def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
     """Send Delta: frozen beside a fresh adapter, or its leading plan.rank components to train and the rest frozen."""
     plan = planned.plan
@@ -297,6 +303,7 @@ METHOD = Method(
     name="flora",
     settings=FloraSettings,
     init=init,
+    start=start,
     assign=assign,
     aggregate=aggregate,
     adapter=adapter,

@@ -151,6 +151,9 @@ class Method(Generic[State]):
     """settings -> the largest rank of what is sent down; None: no bound"""
     wire_dtype: Callable[[Any], WireDtype] = full_precision
     """settings -> number format of what is sent down"""
+    start: Callable[[State, Adapter, Tensors], State] | None = None
+    """(the state before round 1, an adapter of scale 1, its modules_to_save) -> the state whose global model is that
+    adapter; None: the method cannot start from one"""
     faults: Callable[[Any, Sequence[int | None]], Iterable[Fault]] = no_faults
     """(settings, steps of a round by kind of client, None where epochs decide) -> what does not fit together"""
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from fedtune.lora.adapter import Adapter
 from fedtune.messages import Blueprint
 from fedtune.methods.method import LinearMethod
 from fedtune.methods.serialization import NOT_PERSISTED
@@ -77,6 +78,10 @@ def with_server_optimizer(method: LinearMethod[Any], optimizer: ServerOptimizer)
         least = {name: np.full_like(value, optimizer.tau**2) for name, value in current.items()}
         return OptimizedState(settings, inner, zero, variance={} if optimizer.name == "fedavgm" else least)
 
+    def start(state: OptimizedState, adapter: Adapter, saved: Tensors) -> OptimizedState:
+        assert method.start is not None
+        return replace(state, inner=method.start(state.inner, adapter, saved))
+
     def advance(state: OptimizedState, mean: Tensors) -> OptimizedState:
         values, momentum, variance = {}, {}, {}
         for name, current in method.current(state.inner).items():
@@ -94,4 +99,5 @@ def with_server_optimizer(method: LinearMethod[Any], optimizer: ServerOptimizer)
         return lambda state, *rest: operation(state.inner, *rest)
 
     operations: Mapping[str, Any] = {name: on_inner(operation) for name, operation in method.operations.items()}
-    return replace(method, init=init, advance=advance, **operations)
+    first: Mapping[str, Any] = {"start": start} if method.start else {}
+    return replace(method, init=init, advance=advance, **first, **operations)

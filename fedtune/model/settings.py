@@ -49,6 +49,10 @@ class AdapterSettings:
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     modules_to_save: Sequence[str] = ()
     """Modules trained whole beside the adapter, such as a classification head; the server averages them."""
+    start: str | None = field(default=None, metadata=OMIT_DEFAULT)
+    """Folder of a PEFT adapter, or a run directory, that the run trains on: its global model is that adapter before
+    round 1. `flora` takes any ranks, `fedit` the rank of the recipe alone; its layers must be among the targets. none:
+    the base as it is."""
 
 
 @dataclass(frozen=True)

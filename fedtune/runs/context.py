@@ -72,6 +72,8 @@ class RunContext:
     machine: Mapping[str, Any]
     data: str = ""
     """Digest of every client's examples; empty where they are not known."""
+    start: str = ""
+    """Digest of the adapter that it starts from; empty for the base."""
     labels: Sequence[str] = ()
     """Classification: the class names, by class."""
     notes: Sequence[str] = ()
@@ -95,6 +97,7 @@ class RunContext:
             "recipe_digest": digest(self.recipe),
             "base": self.base["digest"],
             "data": self.data,
+            **({"start": self.start} if self.start else {}),
             "door": self.door,
             "versions": " ".join(f"{name} {number}" for name, number in versions().items()),
             "platform": platform.platform(),
@@ -139,5 +142,7 @@ def bind_to_score(run: Path) -> Recipe:
         ConfigError: as `bind_recorded`.
     """
     recipe = bind_recorded(run / "recipe.toml")
+    # What it started from is in its states, and the folder may be gone.
+    recipe = replace(recipe, adapter=replace(recipe.adapter, start=None))
     # A planner that was a Python object is gone. Like the fixed one it leaves the largest rank to the recipe.
     return replace(recipe, planner=FixedSettings()) if recipe.planner.name == PYTHON else recipe

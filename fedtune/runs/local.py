@@ -30,9 +30,10 @@ from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
 from fedtune.rounds.events import Watch
 from fedtune.rounds.transport import Transport
 from fedtune.runs.base_checks import check_pruning, check_ranks
-from fedtune.runs.context import ModelScores, RunContext, first_state
+from fedtune.runs.context import ModelScores, RunContext
 from fedtune.runs.fleet import Fleet, Lengths, fleet_of
 from fedtune.runs.samples import prompts, side_by_side
+from fedtune.runs.start import check_start_base, start_adapter, start_state
 from fedtune.simulation.fork_client import ForkServer
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.process_pool import ProcessPool
@@ -131,7 +132,8 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None) -> Experiment:
     check_ranks(recipe, base.modules)
     experiment = Experiment(recipe=recipe, federation=federation, base=base)
     check_pruning(experiment.blueprint)
-    first_state(recipe, experiment.blueprint)  # a base that the method refuses is refused before anything is written
+    check_start_base(start_adapter(recipe), base.digest)
+    start_state(recipe, experiment.blueprint)  # a base that the method refuses is refused before anything is written
     experiment.devices.planner(experiment.blueprint)
     return experiment
 
@@ -195,6 +197,7 @@ def with_seeds(base: Base, seeds: SeedModel | None) -> AbstractContextManager[No
 def run_context(experiment: Experiment) -> RunContext:
     """Return what a run of this experiment is given."""
     recipe, base = experiment.recipe, experiment.base
+    start = start_adapter(recipe)
     return RunContext(
         recipe=recipe,
         blueprint=experiment.blueprint,
@@ -210,6 +213,7 @@ def run_context(experiment: Experiment) -> RunContext:
         fleet=experiment.fleet,
         machine={"device": str(base.device), "threads": recipe.model.threads, "engine": recipe.engine.name},
         data=digest(experiment.federation),
+        start=start.digest if start else "",
         labels=experiment.federation.labels,
         notes=[*experiment.federation.notes, *base.notes],
         score=partial(score, experiment),

@@ -20,6 +20,7 @@ from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
 from fedtune.runs.context import ModelScores, RunContext
+from fedtune.runs.start import start_state
 from fedtune.runs.summary import provenance
 from fedtune.store import result
 from fedtune.store.round_records import append_round
@@ -29,9 +30,13 @@ SPECTRUM = 64
 
 
 def record_base(context: RunContext, run: Path) -> RoundRecord:
-    """Score the base before any training, and write and return the record of round 0."""
+    """Score the base, with the adapter that the run starts from, and write and return the record of round 0."""
     began = time.perf_counter()
-    scores = context.score(GlobalModel(saved=context.blueprint.saved), round=0, test=True, clients=True)
+    recipe = context.recipe
+    start = GlobalModel(saved=context.blueprint.saved)
+    if recipe.adapter.start is not None:
+        start = method_of(recipe).global_model(start_state(recipe, context.blueprint))
+    scores = context.score(start, round=0, test=True, clients=True)
     record = RoundRecord(
         round=0,
         seconds=time.perf_counter() - began,

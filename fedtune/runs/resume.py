@@ -62,8 +62,9 @@ def check_inputs(context: RunContext, start: Mapping[str, str], watch: Watch) ->
         for key, path, hint in (
             ("base", "model.base", "load the same model in the same revision and dtype"),
             ("data", "data", "put the files back, or start another run with --fresh"),
+            ("start", "adapter.start", "put the adapter back, or start another run with --fresh"),
         )
-        if start[key] and now[key] and start[key] != now[key]
+        if start.get(key) and now.get(key) and start[key] != now[key]
     ]
     if faults:
         raise ConfigError(faults)

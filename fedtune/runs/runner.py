@@ -23,6 +23,7 @@ from fedtune.rounds.transport import Transport
 from fedtune.runs.context import Door, RunContext
 from fedtune.runs.recording import record_base, record_round, write_result
 from fedtune.runs.resume import load_resumed, resume_command
+from fedtune.runs.start import start_state
 from fedtune.runs.summary import summary
 from fedtune.store.history import has_begun
 from fedtune.store.run_directory import write_recipe, write_summary
@@ -145,6 +146,8 @@ def run_rounds_of(
 
     From the records of earlier rounds the planner learns again what it knew.
     """
+    if start is None and context.recipe.adapter.start is not None:
+        start = start_state(context.recipe, context.blueprint)
     rounds = RoundContext(
         method=method_of(context.recipe),
         settings=context.recipe.method,
@@ -167,6 +170,8 @@ def run_rounds_of(
 
 def remarks(recipe: Recipe) -> Iterator[str]:
     """Yield what is allowed and seldom intended."""
+    if recipe.adapter.start is not None:
+        yield f"starts from the adapter {recipe.adapter.start}: round 0 is its score, not that of the base alone"
     planner, ratios = recipe.planner, [override.ratio for override in recipe.override]
     if recipe.pruning is not None and isinstance(planner, FixedSettings) and not planner.ratio and not any(ratios):
         yield "no client is pruned in training: planner.ratio is 0; the deployed model is pruned afterwards"

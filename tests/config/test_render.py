@@ -131,6 +131,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     adapts = METHODS[method.name].task is TrainLora
     if not adapts:
         steps, epochs = 3, None  # epochs go with some samplings and estimators alone
+    beginning: dict[str, Any] = {} if METHODS[method.name].start else {"start": None}
     rank = st.none() | st.integers(1, 64) if METHODS[method.name].ranks == "any" and adapts else st.none()
     glob = st.sampled_from(["client-1", "client-[0-4]", "*", "ü?"])
     row = st.builds(
@@ -141,7 +142,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         name=draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,9}", fullmatch=True)),
         seed=draw(st.integers(0, 2**70)),
         model=draw(some(ModelSettings, task=task, device=device)),
-        adapter=draw(some(AdapterSettings, modules_to_save=())),
+        adapter=draw(some(AdapterSettings, modules_to_save=(), **beginning)),
         method=method,
         client=draw(some(Training, steps=steps, epochs=epochs, **({"optimizer": "sgd"} if adapts else IDLE))),
         rounds=draw(some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1)),

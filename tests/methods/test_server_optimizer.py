@@ -168,7 +168,18 @@ def test_every_operation_reads_the_inner_state() -> None:
         "structure",
         "ranking",
     }
-    rest = {"name", "settings", "init", "ranks", "task", "why_not_pruned", "downlink_rank", "wire_dtype", "faults"}
+    rest = {
+        "name",
+        "settings",
+        "init",
+        "start",
+        "ranks",
+        "task",
+        "why_not_pruned",
+        "downlink_rank",
+        "wire_dtype",
+        "faults",
+    }
     linear = {"contribution", "current", "weights", "advance"}
     assert {field.name for field in fields(method)} == of_state | rest | linear
     assert set(method.operations) == (of_state | linear) - {"aggregate", "advance"}

@@ -1,0 +1,61 @@
+"""The state that a run starts from: the method's own, or one whose global model is an adapter that is there already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtune.config import Recipe
+from fedtune.config.recipe import method_of
+from fedtune.errors import ConfigError, Fault
+from fedtune.messages import Blueprint
+from fedtune.runs.context import first_state
+from fedtune.store.peft_import import ForeignAdapter, read_adapter
+
+
+def start_state(recipe: Recipe, blueprint: Blueprint) -> Any:
+    """Return the state before round 1.
+
+    Raises:
+        ConfigError: if the adapter that the recipe starts from cannot be read, or does not fit base, targets or method.
+    """
+    state, start = first_state(recipe, blueprint), start_adapter(recipe)
+    if start is None:
+        return state
+    check_fit(start, blueprint)
+    method = method_of(recipe)
+    assert method.start is not None  # checked when the recipe is bound
+    return method.start(state, start.adapter, start.saved)
+
+
+def start_adapter(recipe: Recipe) -> ForeignAdapter | None:
+    """Return the adapter that a recipe starts from; None if it starts from the base."""
+    return None if recipe.adapter.start is None else read_adapter(recipe.root / recipe.adapter.start)
+
+
+def check_fit(start: ForeignAdapter, blueprint: Blueprint) -> None:
+    """Refuse an adapter of layers that the run does not train, or that have other sizes in its base."""
+    faults = []
+    for name, factors in start.adapter.items():
+        if name not in blueprint.modules:
+            hint = "add its layers to adapter.targets"
+            faults.append(Fault("adapter.start", "layers that adapter.targets names", f"{name} in {start.path}", hint))
+        elif factors.shape != blueprint.modules[name]:
+            expected = f"(out, in) {blueprint.modules[name]} for {name}, as in the base"
+            faults.append(Fault("adapter.start", expected, f"{factors.shape} in {start.path}", "take its own base"))
+    for name, array in start.saved.items():
+        if name not in blueprint.saved:
+            hint = "name it there as well"
+            faults.append(Fault("adapter.start", "tensors of adapter.modules_to_save", f"{name} in {start.path}", hint))
+        elif array.shape != blueprint.saved[name].shape:
+            expected = f"{blueprint.saved[name].shape} for {name}, as in the base"
+            faults.append(Fault("adapter.start", expected, f"{array.shape} in {start.path}"))
+    if faults:
+        raise ConfigError(faults[:3])  # one layer that does not fit seldom stays alone
+
+
+def check_start_base(start: ForeignAdapter | None, digest: str) -> None:
+    """Refuse an adapter of fedtune's that was trained over other weights than those that are loaded."""
+    if start is not None and start.base_digest and start.base_digest != digest:
+        expected = f"an adapter of the base that is loaded (digest {digest[:12]})"
+        got = f"{start.path}, of another (digest {start.base_digest[:12]})"
+        raise ConfigError(Fault("adapter.start", expected, got, "load the same model in the same revision and dtype"))
