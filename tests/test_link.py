@@ -97,6 +97,9 @@ def test_sites_over_grpc_come_to_the_state_of_the_simulated_run(
             events = fed.events(name, "receipt")
             assert {one["verdict"] for one in events} == {"ACCEPTED", "NOTED"}
             assert not fed.events(name, "refused")
+            (given,) = fed.events(name, "result")
+            for file in (fed.run / "adapter").glob("adapter_*") if method != "fedkseed" else ():
+                assert (Path(given["path"]) / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ EVENT_TEXTS: Mapping[str, str] = {
     "draining": "the server goes down; waiting for it to come back",
     "scored": "round {round}: the global model has {scores}",
     "trained": "round {round}: {work}; up {up:size}, down {down:size}: {verdict}",
+    "result": "the model of round {round} is in {path}, {bytes:size}",
     "over": "the run {run} was complete, and no server has answered for {seconds} s; start join again for another run",
     "unreached": "no connection to {server}: {reason}; trying again",
     "reached": "connected again",

@@ -31,7 +31,7 @@ from fedtune.messages import Blueprint, Failure, ProbeSeeds, TrainLora
 from fedtune.rounds.admission import largest_update
 from fedtune.runs.resume import check_resumable
 from fedtune.runs.runner import run_recipe
-from fedtune.store import journal
+from fedtune.store import journal, result, seeds
 from fedtune.store.files import store_errors, write_text
 from fedtune.store.history import has_begun
 from fedtune.store.journal import Record
@@ -40,7 +40,6 @@ from fedtune.store.run_directory import check_vacant, write_recipe
 from fedtune.store.verify import status as run_status
 from fedtune.wire.codec import parse
 from fedtune.wire.scores import MAX_SCORES_BYTES
-from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
 
 LINK, AUDIT, ID, SPOOL, BARRED = "link", "audit", "id", "spool", "barred"
@@ -105,7 +104,7 @@ def coordinate(
         if summary is None:
             summary = serve_rounds(recipe, run, dispatcher, roster, resume=resume, expect=expect, record=record_all)
         # Reached only when all rounds are over: after an error `serve_link` has the clients wait for the next process.
-        end_run(dispatcher, int(summary["rounds"]), record_all)
+        end_run(dispatcher, run, int(summary["rounds"]), record_all)
         return run, summary
 
 
@@ -194,20 +193,36 @@ def refuse_client(dispatcher: Dispatcher, record: RecordEvent, client: str, reas
 def complete_summary(run: Path, recipe: Recipe) -> Mapping[str, Any] | None:
     """Return the summary of a run that has no round left; None if there is work."""
     status = run_status(run)
-    if not status.finished or status.committed < recipe.rounds.count:
+    if not status.finished:
         return None
     content: Mapping[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
+    # A run may have ended before its last round (rounds.patience).
+    ended = status.committed >= recipe.rounds.count or content.get("selection", {}).get("ended")
+    return content if ended else None
 
 
-def end_run(dispatcher: Dispatcher, rounds: int, record: RecordEvent) -> None:
-    """Tell every client that the run is complete; those that are away have as long as the server drains."""
+def end_run(dispatcher: Dispatcher, run: Path, rounds: int, record: RecordEvent) -> None:
+    """Give every client the result, and tell it that the run is complete, as long as the server drains."""
     record("complete", rounds=rounds)
-    dispatcher.stop(pb.Stop.FINISHED)
+    dispatcher.finish(rounds, result_files(run))
     absent = sorted(set(dispatcher.uninformed_clients()) - dispatcher.fleet().keys())
     if absent:
         text = f"for up to {dispatcher.settings.drain_s:.0f} s other sites may still ask: {', '.join(absent)}"
         record("note", text=text)
+
+
+def result_files(run: Path) -> Mapping[str, memoryview]:
+    """Return the files of a run's result, by their names below the run directory; none if it has none.
+
+    What the provenance says of each client, such as its number of examples, stays on the server.
+    """
+    folder = result.folder(run)
+    paths = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
+    files = {f"{folder.name}/{path.name}": uploads.map_file(path) for path in paths}
+    if (origin := folder / seeds.ORIGIN).exists():
+        said = {key: value for key, value in json.loads(origin.read_text()).items() if key != "clients"}
+        files[f"{folder.name}/{origin.name}"] = memoryview((json.dumps(said, indent=1) + "\n").encode())
+    return files
 
 
 def create_dispatcher(

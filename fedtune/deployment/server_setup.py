@@ -117,9 +117,9 @@ def score_at_sites(
     *,
     base: str,
     note: Callable[[str], None],
-    round: int,
     test: bool,
     clients: bool,
+    round: int = 0,
     structure: ModelStructure | None = None,
 ) -> ModelScores:
     """Have every connected client score a global model on the rows that it holds out, and pool what they say.

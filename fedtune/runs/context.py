@@ -46,7 +46,7 @@ class ModelScores:
 
 
 def no_scores(
-    tuned: GlobalModel, *, round: int, test: bool, clients: bool, structure: ModelStructure | None = None
+    tuned: GlobalModel, *, round: int = 0, test: bool, clients: bool, structure: ModelStructure | None = None
 ) -> ModelScores:
     """Score nothing: a server has neither model nor data."""
     return ModelScores()

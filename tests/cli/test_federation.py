@@ -104,7 +104,9 @@ def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:
         assert "--kind: expected a kind of event, in this log " in output
         assert run("audit", str(running.run), "--kind", "barred")[0] == 0  # one that did not happen
         sent = run("audit", str(running.folder / "site-a" / "state"), "--kind", "sending", "--json")[1]
-        assert len([one for one in map(json.loads, sent.splitlines()) if one["round"]]) == 8  # updates and scores
+        assert (
+            len([one for one in map(json.loads, sent.splitlines()) if one["round"]]) == 9
+        )  # updates, scores, and that the result came
         assert run("audit", str(running.run), "--head", head)[0] == 0
         assert run("audit", str(running.run), "--head", "ab" * 32)[0] == 2
         for name in SITES:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from fedtune.deployment.coordinator import (
     first_cohort_size,
     max_update_bytes,
     readiness_fault,
+    result_files,
     run_id,
 )
 from fedtune.deployment.link_events import on_event, refusal_of
@@ -54,6 +56,16 @@ from tests.store.test_run_journal import INPUTS
 
 RECORD = RoundRecord(round=1, seconds=0.1, state_digest="ab", bytes_up=1, bytes_down=2)
 BLUEPRINT = Blueprint({"q": (6, 5)}, {"head": np.zeros((2, 3), np.float32)}, max_rank=4, seed=0)
+
+
+def test_sites_get_the_result_without_what_it_says_of_each_other(tmp_path: Path) -> None:
+    assert result_files(tmp_path) == {}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"numbers")
+    (tmp_path / "adapter" / "fedtune.json").write_text('{"round": 3, "clients": {"anna": {"examples": 7}}}')
+    files = result_files(tmp_path)
+    assert bytes(files["adapter/adapter_model.safetensors"]) == b"numbers"
+    assert json.loads(bytes(files["adapter/fedtune.json"])) == {"round": 3}
 
 
 def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:

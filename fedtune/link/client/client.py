@@ -21,7 +21,7 @@ from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
 from fedtune.link.client.session import CALL_S, Greeting, Session
 from fedtune.link.client.training_jobs import TrainingJobs
 from fedtune.link.client.training_process import Trainer
-from fedtune.link.envelopes import EVALUATE, HELLO, TRAIN, digest, expect_fields, verify_envelope
+from fedtune.link.envelopes import EVALUATE, HELLO, RESULT, TRAIN, digest, expect_fields, verify_envelope
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.rejections import RejectionError, describe, one_line, reason_name
@@ -226,6 +226,8 @@ class Client:
             self._start(task, header, self._work.train, work.order, inline)
         elif header.task == EVALUATE:
             self._start(task, header, self._work.score, work.order, inline)
+        elif header.task == RESULT:
+            self._start(task, header, self._work.receive_result, work.order, inline)
         else:
             self._start(task, header, self._work.decline_unknown)
 

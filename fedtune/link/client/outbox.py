@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -107,6 +108,20 @@ def complete_run(state: Path) -> str:
     # By the plan, which is written when the site takes part: later than that of every run before it.
     plans = sorted((state / "runs").glob("*/plan"), key=lambda path: path.stat().st_mtime_ns)
     return plans[-1].parent.name if plans and (plans[-1].parent / END).exists() else ""
+
+
+def store_result(state: Path, entry: Entry) -> Path:
+    """Put the fetched files of a run's result together in one step, and return their folder.
+
+    Raises:
+        StoreError: if the folder cannot be written.
+    """
+    parts = entry.header.parts
+    path = state / "runs" / entry.header.run / parts[0].key.partition("/")[0]
+    with files.new_folder(path) as folder:
+        for part in parts:
+            shutil.copyfile(entry.part(part.digest), folder / part.key.partition("/")[2])
+    return path
 
 
 def load_entries(state: Path, run: str) -> Sequence[Entry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import time
@@ -14,6 +15,9 @@ from fedtune.wire import settings
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
+
+RESULT_FILE = re.compile(r"(adapter|seeds)/[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+"""Names of the files of a run's result."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,27 @@ def violations(policy: Policy, demand: TaskDemand, recipe: str, usage: Usage, no
         )
     if policy.hours and not is_within_hours(policy.hours, now):
         yield PolicyViolation(pb.OUTSIDE_HOURS, f"policy.hours: allowed {policy.hours}; it is {now:%H:%M}")
+
+
+def check_result(policy: Policy, header: pb.Header, *, free: int) -> PolicyViolation | None:
+    """Return why the files of a run's result may not be fetched; None if they may.
+
+    Args:
+        policy: the site's.
+        header: of the order that brings them.
+        free: bytes that may be written.
+    """
+    total = sum(part.num_bytes for part in header.parts)
+    # Names from outside become names of files: none may lead out of the folder.
+    if odd := [part.key for part in header.parts if not RESULT_FILE.fullmatch(part.key)]:
+        return PolicyViolation(pb.WORK_FAILED, f"expected files of a run's result; got {one_line(odd[0])!r}")
+    if policy.max_down_mib is not None and total > policy.max_down_mib * MIB:
+        note = f"policy.max_down_mib: allowed {policy.max_down_mib:g}; got {format_mib(total)}"
+        return PolicyViolation(pb.TOO_MANY_BYTES, note)
+    # Twice: as it is fetched, and as it is put together.
+    if 2 * total > free:
+        return PolicyViolation(pb.TOO_MANY_BYTES, f"{total} bytes of the result do not fit the disk")
+    return None
 
 
 def check_upload(policy: Policy, num_bytes: int, usage: Usage) -> PolicyViolation | None:

@@ -163,6 +163,26 @@ class TrainingJobs:
         # Asked again, it would be scored again: the model is as large as an update, and the answer is a few bytes.
         shutil.rmtree(entry.folder, ignore_errors=True)
 
+    def receive_result(self, job: Job, task: pb.Envelope, inline: Mapping[bytes, bytes]) -> None:
+        """Fetch the result of the run, put it into the run's folder at this site, and say that it is here."""
+        entry = outbox.open_entry(self._state, task, job.header)
+        if (violation := policy.check_result(self._rules, job.header, free=self._free_bytes())) is not None:
+            request = self._decline(job, violation.veto, violation.note)
+        else:
+            for part in job.header.parts:
+                self._downloads.fetch(job, entry, part, inline)
+            folder = outbox.store_result(self._state, entry)
+            total = sum(part.num_bytes for part in job.header.parts)
+            self._record("result", round=job.header.round, path=str(folder), bytes=total)
+            request = self._sign(reply_header(self._session.identity, job, ()), {})
+        job.leaving = True
+        self._delivery.deliver(job, request, {})
+        shutil.rmtree(entry.folder, ignore_errors=True)
+
+    def _free_bytes(self) -> int:
+        """Return how many bytes may be written without taking what must stay free of this site's disk."""
+        return free_bytes(self._state) - MIN_FREE_BYTES
+
     def _make_scores(
         self, job: Job, entry: Entry, inline: Mapping[bytes, bytes], greeting: Greeting
     ) -> pb.SubmitRequest:
@@ -208,8 +228,8 @@ class TrainingJobs:
         violations = policy.check_policy(self._rules, demand, recipe_digest, usage, now=local_time)
         if violations:
             return self._decline(job, violations[0].veto, "; ".join(violation.note for violation in violations))
-        if (free := free_bytes(self._state)) < demand.num_bytes + MIN_FREE_BYTES:
-            note = f"{demand.num_bytes} bytes do not fit the disk, where {free} are free and {MIN_FREE_BYTES} stay so"
+        if (free := self._free_bytes()) < demand.num_bytes:
+            note = f"{demand.num_bytes} bytes do not fit the disk, where {free} may be written and the rest stays free"
             return self._decline(job, pb.TOO_MANY_BYTES, note)
         for part in job.header.parts:
             self._downloads.fetch(job, entry, part, inline)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fedtune.link import uploads
-from fedtune.link.envelopes import EVALUATE, HELLO, TRAIN, UPDATE
+from fedtune.link.envelopes import EVALUATE, HELLO, RESULT, TRAIN, UPDATE
 from fedtune.link.rejections import rejection
 from fedtune.link.settings import KIB
 from fedtune.wire.v1 import link_pb2 as pb
@@ -106,7 +106,7 @@ class Assignments:
     def get(self, client: str, digest: bytes) -> Task | None:
         return self._tasks.get(client, {}).get(digest)
 
-    def add(self, task: Task, contents: Mapping[str, bytes]) -> Task:
+    def add(self, task: Task, contents: Mapping[str, Body]) -> Task:
         """Open a task with the bytes of its parts by key; returns the open one if its digest is the same."""
         # The open task, if it is the same one: what has arrived of its reply stays.
         task = self._tasks.setdefault(task.client, {}).setdefault(task.digest, task)
@@ -219,6 +219,9 @@ def check_parts(task: Task, header: pb.Header) -> None:
     if task.header.task in (TRAIN, EVALUATE):
         if keys != [UPDATE]:
             raise rejection(pb.PARTS, "parts", [UPDATE], keys[:4])
+    elif task.header.task == RESULT:
+        if keys:
+            raise rejection(pb.PARTS, "parts", "none", keys[:4])
     elif "" not in keys:
         raise rejection(pb.PARTS, "parts", "a profile and its body", keys[:4])
     total = total_bytes(header)

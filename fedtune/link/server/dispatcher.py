@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedtune.link import uploads
 from fedtune.link.audit_log import RecordEvent, ignore_event
-from fedtune.link.envelopes import HELLO, assignment_subject, digest, make_part
+from fedtune.link.envelopes import HELLO, RESULT, assignment_subject, digest, make_part
 from fedtune.link.rejections import TRANSIENT
 from fedtune.link.server.assignments import (
     Assignments,
@@ -34,6 +34,8 @@ from fedtune.link.settings import KIB, MIB, LinkSettings
 from fedtune.store.files import make_folder, store_errors
 from fedtune.wire.v1 import link_pb2 as pb
 
+RESULT_S = 24 * 3600.0
+"""Within which a client should have fetched the result; nothing waits for it so long."""
 STALE_PART_S = 24 * 3600.0
 """After which a part that a client stopped sending is removed from the disk at the next start."""
 
@@ -107,6 +109,9 @@ class Dispatcher:
         )
         self._refusals = RefusalCounter()
         self._cohort: Collection[str] = ()
+        self._result: Mapping[str, Body] = {}  # files that every client gets at the end of the run, by name
+        self._result_round = 0  # the last one of the run
+        self._given = set[str]()  # clients whose order "result" was posted
         self._rounds = 0  # that this process has begun
         with store_errors(folder):
             make_folder(folder)
@@ -244,17 +249,44 @@ class Dispatcher:
                     self._tasks.end_waiting(task, "its round has ended")
                     self._replies.close(task)
 
+    def finish(self, number: int, files: Mapping[str, Body]) -> None:
+        """Note that the run is complete: every client that asks gets the files of its result, and then hears the end.
+
+        Args:
+            number: of the last round.
+            files: by name below the folder of the result.
+        """
+        with self._lock:
+            self._result, self._result_round = files, number
+            self.stop(pb.Stop.FINISHED)
+
+    def _post_result(self, client: str) -> None:
+        """Give a client the files of the run's result, once."""
+        if not self._result or client in self._given:
+            return
+        self._given.add(client)
+        parts = [make_part(name, self._result[name]) for name in sorted(self._result)]
+        header = pb.Header(kind=pb.ORDER, to=client, task=RESULT, round=self._result_round, base=self.base, parts=parts)
+        envelope, now = self.run.seal(header), self._clock()
+        task = Task(client, digest(envelope), envelope, header, 0, now + RESULT_S, now)
+        self._tasks.add(task, self._result)
+        self._record("giving", client=client, order=task.digest.hex(), bytes=sum(part.num_bytes for part in parts))
+
     def stop(self, why: pb.Stop.Why, *, retry_after_s: float = 0.0) -> None:
         """Answer every client that asks for work that there is none left."""
         with self._lock:
             self.stopping = pb.Stop(why=why, retry_after_ms=int(1000 * retry_after_s))
             self._presence.wake_all()
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete."""
+        return self.stopping is not None and self.stopping.why == pb.Stop.FINISHED
+
     def uninformed_clients(self) -> Sequence[str]:
         """Return the clients that do not know yet that there is no more work, and may still ask."""
         with self._lock:
-            finished = self.stopping is not None and self.stopping.why == pb.Stop.FINISHED
-            return self._members.list_uninformed(finished=finished)
+            return self._members.list_uninformed(finished=self.finished)
 
     def status(self) -> Mapping[str, ClientPresence]:
         """Return the presence of every client that has ever come."""
@@ -304,6 +336,7 @@ class Dispatcher:
         with self._lock:
             if (refusal := self._members.refusal(client)) is not None:
                 return pb.NextReply(refusal=refusal)
+            self._post_result(client)
             # First what may stop: a client that trains for a closed task wastes its machine.
             for task_digest in holding:
                 if self._tasks.get(client, task_digest) is None:
@@ -313,9 +346,10 @@ class Dispatcher:
                     # A duration, since the clocks of two machines differ.
                     left_s = max(0.0, task.deadline - self._clock())
                     return pb.NextReply(work=self._tasks.work(task, left_s=left_s))
-            if self.stopping is None:
+            # After the end of the run none but its result is open: the client must not leave before it has that.
+            if self.stopping is None or any(task.header.task == RESULT for task in self._tasks.of_client(client)):
                 return None
-            self._members.inform(client, finished=self.stopping.why == pb.Stop.FINISHED)
+            self._members.inform(client, finished=self.finished)
             return pb.NextReply(stop=self.stopping)
 
     def body(self, client: str, part_digest: bytes) -> Body:

@@ -80,6 +80,8 @@ class Service:
         self._calls: dict[str, deque[float]] = {}  # times of the last minute's, by client
         self.transfers = 0
         """Under way now."""
+        self.fetched_bytes = 0
+        """That clients have fetched."""
 
     # ---- the calls ----
 
@@ -142,6 +144,7 @@ class Service:
             while sent < len(body):
                 # Copied part by part: a body may be larger than the memory that is free.
                 yield pb.Chunk(data=bytes(body[sent : sent + step]))
+                self.fetched_bytes += min(len(body), sent + step) - sent
                 sent = min(len(body), sent + step)
                 self._dispatcher.sign_of_life(party.name)
         finally:

@@ -61,6 +61,30 @@ def test_the_end_of_the_run_ends_the_client(link: LinkServer) -> None:
         assert outbox.complete_run(running.state) == link.dispatcher.run.run
 
 
+def test_a_site_gets_the_result_of_the_run_before_it_ends(link: LinkServer) -> None:
+    files = {"adapter/adapter_config.json": b"{}", "adapter/adapter_model.safetensors": bytes(range(256)) * 500}
+    with run_site(link) as running:
+        until(link, lambda: "hello" in running.kinds())
+        link.dispatcher.finish(4, files)
+        running.thread.join(END_S)
+        assert running.ended == ["finished"]
+        folder = running.state / "runs" / link.dispatcher.run.run / "adapter"
+        assert {f"adapter/{path.name}": path.read_bytes() for path in folder.iterdir()} == files
+        (fields,) = [fields for kind, fields in running.events if kind == "result"]
+        assert (fields["round"], fields["path"], fields["bytes"]) == (4, str(folder), 128_002)
+        assert not list(running.state.glob("runs/*/0*"))
+
+
+def test_a_result_whose_files_would_lie_elsewhere_is_declined(link: LinkServer) -> None:
+    with run_site(link) as running:
+        until(link, lambda: "hello" in running.kinds())
+        link.dispatcher.finish(4, {"adapter/../../evil": b"x"})
+        running.thread.join(END_S)
+        assert running.ended == ["finished"]
+        assert "result" not in running.kinds()
+        assert not list(running.state.rglob("evil"))
+
+
 def test_a_site_whose_run_is_complete_does_not_wait_for_its_server_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

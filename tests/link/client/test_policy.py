@@ -6,7 +6,15 @@ from datetime import time
 import pytest
 
 from fedtune.errors import ConfigError, WireError
-from fedtune.link.client.policy import TaskDemand, Usage, check_policy, check_upload, is_within_hours, read_demand
+from fedtune.link.client.policy import (
+    TaskDemand,
+    Usage,
+    check_policy,
+    check_result,
+    check_upload,
+    is_within_hours,
+    read_demand,
+)
 from fedtune.link.settings import MIB, Policy, validate_policy
 from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Training, TrainLora
 from fedtune.wire.codec import encode_assignment
@@ -72,6 +80,27 @@ def test_nothing_of_rank_has_no_rank_to_refuse() -> None:
 def test_hours_may_go_over_midnight(hours: str, inside: list[str], outside: list[str]) -> None:
     assert all(is_within_hours(hours, time.fromisoformat(one)) for one in inside)
     assert not any(is_within_hours(hours, time.fromisoformat(one)) for one in outside)
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "free", "veto"),
+    [
+        ("adapter/adapter_model.safetensors", 2 * MIB, 4 * MIB, None),
+        ("seeds/ledger.ftks", 2 * MIB, 4 * MIB, None),
+        ("adapter/adapter_model.safetensors", 2 * MIB, 4 * MIB - 1, pb.TOO_MANY_BYTES),
+        ("adapter/adapter_model.safetensors", 2 * MIB + 1, 9 * MIB, pb.TOO_MANY_BYTES),
+        ("adapter/../x", 1, MIB, pb.WORK_FAILED),
+        ("adapter/.bashrc", 1, MIB, pb.WORK_FAILED),
+        ("adapter/a/b", 1, MIB, pb.WORK_FAILED),
+        ("/etc/passwd", 1, MIB, pb.WORK_FAILED),
+    ],
+)
+def test_a_result_is_fetched_under_plain_names_and_within_the_limits(
+    key: str, size: int, free: int, veto: pb.Veto | None
+) -> None:
+    header = pb.Header(parts=[pb.Part(key=key, num_bytes=size)])
+    violation = check_result(Policy(max_down_mib=2), header, free=free)
+    assert (violation.veto if violation else None) == veto
 
 
 def test_what_leaves_the_site_is_limited_for_each_reply_and_each_day() -> None:

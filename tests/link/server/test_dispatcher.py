@@ -188,6 +188,35 @@ def test_the_server_waits_only_for_clients_that_do_not_know_the_end_yet(tmp_path
     assert harness.dispatcher.uninformed_clients() == ["bob"]
 
 
+def test_at_the_end_every_client_gets_the_result_once_and_then_hears_of_the_end(harness: Harness) -> None:
+    dispatcher = harness.dispatcher
+    dispatcher.sign_of_life("anna")
+    dispatcher.finish(3, {"adapter/b": b"bytes", "adapter/a": memoryview(b"more")})
+    offer = dispatcher.offer("anna", ())
+    assert offer is not None
+    order, task = pb.Header.FromString(offer.work.order.header), digest(offer.work.order)
+    assert (order.task, order.round, [one.key for one in order.parts]) == ("result", 3, ["adapter/a", "adapter/b"])
+    assert bytes(dispatcher.body("anna", order.parts[0].digest)) == b"more"
+    assert dispatcher.offer("anna", [task]) is None  # not before it has that
+    assert dispatcher.uninformed_clients() == ["anna"]
+    with pytest.raises(RejectionError, match="PARTS"):
+        harness.submit("anna", signed_reply("anna", order, task, b"x"))
+    reply = harness.submit("anna", signed_reply("anna", order, task, b"", parts=[]))
+    assert verdict(reply) == "NOTED"
+    assert dispatcher.offer("anna", ()) == pb.NextReply(stop=pb.Stop(why=pb.Stop.FINISHED))
+    assert dispatcher.uninformed_clients() == []
+
+
+def test_a_client_that_declines_the_result_hears_of_the_end_all_the_same(harness: Harness) -> None:
+    harness.dispatcher.finish(1, {"adapter/a": b"bytes"})
+    offer = harness.dispatcher.offer("anna", ())
+    assert offer is not None
+    order, task = pb.Header.FromString(offer.work.order.header), digest(offer.work.order)
+    decline = pb.Decline(veto=pb.TASK_UNKNOWN, note="an earlier release")
+    harness.submit("anna", signed_reply("anna", order, task, b"", kind=pb.DECLINE, parts=[], decline=decline))
+    assert harness.dispatcher.offer("anna", ()) == pb.NextReply(stop=pb.Stop(why=pb.Stop.FINISHED))
+
+
 # ---- faults of earlier versions, by the test's name ----
 
 
