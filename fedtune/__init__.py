@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedtune.api import Run, compare, evaluate, simulate
+    from fedtune.client import site
     from fedtune.config import Recipe, bind
     from fedtune.errors import ConfigError, FedtuneError
     from fedtune.runs.deploy import deploy, load_pruned
@@ -33,6 +34,7 @@ __all__ = [
     "merge",
     "replay",
     "simulate",
+    "site",
     "views",
 ]
 
@@ -49,11 +51,16 @@ _HOMES = {
     "replay": "runs.export",
 }
 
+_MODULES = {"site": "client.site"}
+"""Names that are modules: `fedtune.site.from_file(path)` opens a client's own file."""
+
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: `import fedtune` stays quick, and a server that needs one noun loads no torch.
     if name not in __all__:
         raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
+    if name in _MODULES:
+        return import_module(f"fedtune.{_MODULES[name]}")
     return getattr(import_module(f"fedtune.{_HOMES.get(name, 'api')}"), name)
 
 

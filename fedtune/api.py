@@ -198,9 +198,9 @@ def _resume(
     watch: Watch | None,
     began: float,
 ) -> Run:
-    from fedtune.runs.resume import check_resumable
+    from fedtune.runs.resume import as_started, check_resumable
 
-    bound = bind_recipe(recipe_of(path) if recipe is None else recipe, overrides, objects)
+    bound = as_started(path, bind_recipe(recipe_of(path) if recipe is None else recipe, overrides, objects))
     check_resumable(path, bound)
     with observer(watch, bound.name) as observe, fork_server_of(bound) as fork_server:
         return _run(load(bound, observe), path, fork_server, observe, resume=True, began=began)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedtune.data.chat import Answer, write_conversation
 from fedtune.data.conversation import read_turns
 from fedtune.data.settings import DataSettings, Form
-from fedtune.data.templates import DAY, Message, assistant, join, prompt_of, render, template_of, user
+from fedtune.data.templates import DAY, Message, assistant, join, prompt_of, render, template_of, user, writes_date
 from fedtune.errors import ConfigError, Fault
 
 Ids = NDArray[np.int64]
@@ -174,6 +174,11 @@ def prompt_text(
         return prompt_of(template, last, ""), True
     turns = [user(question)] if isinstance(question, str) else question
     return render(turns, tokenizer, place="the question", date=settings.date or DAY, open_answer=True), False
+
+
+def depends_on_date(settings: DataSettings, tokenizer: Tokenizer, *, form: Form) -> bool:
+    """Return whether the texts of rows of a form change with `data.date`."""
+    return form != "text" and template_of(settings, tokenizer) == "chat" and writes_date(tokenizer)
 
 
 def pack(examples: Sequence[Example], *, max_tokens: int) -> list[Example]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
 from fedtune.config import Recipe, render
 from fedtune.config.recipe import largest_rank, method_of, resources
+from fedtune.data.encode import depends_on_date
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint, Client, ProbeSeeds
@@ -105,18 +107,24 @@ def lengths(tokens: Sequence[int]) -> Lengths:
 def prepare(recipe: Recipe, watch: Watch = lambda event: None) -> Experiment:
     """Load data and base, and check what can only be checked against them; `watch` hears of each step.
 
+    Where a chat template writes the day, the recipe of the experiment names it: today's, if it names none yet.
+
     Raises:
         ConfigError: if a file, column, module or client that the recipe names does not exist, or a rank does not fit.
     """
+    data = replace(recipe.data, date=recipe.data.date or date.today().isoformat())
     federation, base = load_site(
         recipe.model,
         recipe.adapter,
-        recipe.data,
+        data,
         seed=recipe.seed,
         root=recipe.root,
         objects=recipe.objects,
         watch=watch,
     )
+    # Only where it matters: all other recipes, and their digests, are the same on every day.
+    if recipe.model.task == "causal" and depends_on_date(data, base.tokenizer, form=federation.form):
+        recipe = replace(recipe, data=data)
     names = list(federation.clients)
     faults = [
         Fault(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def check_inputs(context: RunContext, start: Mapping[str, str], watch: Watch) ->
     for key in ("versions", "platform"):
         if start[key] != now[key]:
             watch(Note(f"started with {key} {start[key]}; now {now[key]}: the last bits may differ from here on"))
+
+
+def as_started(run: Path, recipe: Recipe) -> Recipe:
+    """Return the recipe that a run is resumed with, with the day that it fixed at its start, unless it names another.
+
+    Raises:
+        StoreError: if the folder is no run, or its journal cannot be trusted.
+    """
+    if recipe.data.date is not None or not has_begun(run):
+        return recipe
+    start = bind(RunJournal.inputs(run)["recipe"], objects=Objects(method=recipe.objects.method))
+    return replace(recipe, data=replace(recipe.data, date=start.data.date))
 
 
 def check_resumable(run: Path, recipe: Recipe) -> None:

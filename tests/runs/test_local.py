@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.config import bind
+import fedtune
+from fedtune.api import evaluate
+from fedtune.config import bind, render
+from fedtune.data.federation import digest
+from fedtune.errors import ConfigError
 from fedtune.messages import Client, PlannedClient
 from fedtune.methods.method import GlobalModel
 from fedtune.runs.local import Experiment, prepare, score
@@ -40,3 +47,59 @@ def test_scores_are_made_of_what_is_asked_for(prepared: Experiment) -> None:
 def test_a_client_that_nobody_knew_gets_the_recipes_plan(prepared: Experiment) -> None:
     plans = prepared.planner.plan(None, 1, [Client("client-2", 10), Client("new", 10)])
     assert [each.plan.rank for each in plans.values() if isinstance(each, PlannedClient)] == [8, 4]
+
+
+class Day:
+    """Stands in the place of `datetime.date`."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def today(self) -> Day:
+        return self
+
+    def isoformat(self) -> str:
+        return self.text
+
+
+@pytest.fixture
+def dated(tables: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
+    """A recipe over a base whose chat template writes the day."""
+    shutil.copytree(checkpoints["llama"], tmp_path / "base")
+    template = "the {{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "base" / "chat_template.jinja").write_text(template)
+    rows = [{"instruction": f"the fox {i}", "output": "jumps over", "who": f"c{i % 2}"} for i in range(8)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": str(tmp_path / "x.jsonl"), "max_tokens": 64, "split": {"kind": "key", "by": "who"}}
+    rest = {**tables, "override": [], "rounds": {"count": 1}, "evaluate": {"every": 0, "clients": False}}
+    return {**rest, "data": data, "model": {**tables["model"], "base": str(tmp_path / "base")}}
+
+
+def on(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
+    monkeypatch.setattr("fedtune.runs.local.date", Day(day))
+
+
+def test_a_template_that_writes_the_day_gets_that_of_the_start(
+    dated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, "2026-11-29")
+    first = prepare(bind(dated))
+    assert first.recipe.data.date == "2026-11-29"
+    on(monkeypatch, "2026-11-30")
+    assert digest(prepare(bind(render(first.recipe))).federation) == digest(first.federation)
+    assert digest(prepare(bind(dated)).federation) != digest(first.federation)
+    plain = prepare(bind(dated, overrides=["data.template=plain"]))
+    assert plain.recipe.data.date is None
+
+
+def test_a_run_goes_on_on_another_day(dated: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "2026-11-29")
+    run = fedtune.simulate(dated, out=tmp_path / "run")
+    before = evaluate(run.path)
+    on(monkeypatch, "2026-12-24")
+    assert evaluate(run.path) == before
+    longer = fedtune.simulate({**dated, "rounds": {"count": 2}}, resume=run.path)
+    assert longer.summary["rounds"] == 2
+    assert fedtune.bind(run.path / "recipe.toml").data.date == "2026-11-29"
+    with pytest.raises(ConfigError, match=r'data\.date: "2026-11-29" -> "2026-12-24"'):
+        fedtune.simulate({**dated, "data": {**dated["data"], "date": "2026-12-24"}}, resume=run.path)
