@@ -65,9 +65,9 @@ def test_the_demo_makes_a_model_that_speaks_answer_in_one_line(smollm2: Path, tm
     notes = [event.text for event in events if isinstance(event, Note)]
     assert notes == [remark(find_model())]  # nothing about its own data
     summary = run.summary
-    assert summary["after"]["loss"] < summary["before"]["loss"] - 1.0
-    held_out = [client["held_out"] for client in summary["clients"].values()]
-    assert all(scores["after"]["loss"] < scores["before"]["loss"] for scores in held_out)
+    before, after = summary["before"], summary["after"]
+    assert after["test"]["loss"] < before["test"]["loss"] - 1.0
+    assert all(after["held_out"][client]["loss"] < scores["loss"] for client, scores in before["held_out"].items())
     assert len(summary["samples"]) == 3
     for sample in summary["samples"]:
         assert sample["scores"]["after"]["loss"] < sample["scores"]["before"]["loss"]
