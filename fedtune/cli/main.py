@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli import adapters, ca, enroll, federation, roster, runs
+from fedtune.cli import adapters, ca, chat, enroll, federation, roster, runs
 from fedtune.cli.options import (
     DebugOption,
     JsonOption,
@@ -330,6 +330,7 @@ def compare(
         typer.echo(page)
 
 
+chat.register(app)
 adapters.register(app)
 federation.register(app)
 

@@ -124,8 +124,16 @@ def rouge_l(reference: str, answer: str) -> float:
     return float(RougeScorer(["rougeL"], use_stemmer=False).score(reference, answer)["rougeL"].fmeasure)
 
 
-def continue_text(model: Any, base: Base, ids: Sequence[int], *, new_tokens: int) -> str:
-    """Return the greedy continuation of the tokens, without the tokens; without tokens that of the start of a text."""
+def continue_text(model: Any, base: Base, ids: Sequence[int], *, new_tokens: int, streamer: Any | None = None) -> str:
+    """Return the greedy continuation of the tokens, without the tokens; without tokens that of the start of a text.
+
+    Args:
+        model: the base's, with or without an adapter.
+        base: its tokenizer and limits.
+        ids: the prompt; of one that is too long, the end.
+        new_tokens: length of the continuation at most.
+        streamer: receives the tokens as they are generated, as transformers' generate hands them on.
+    """
     limit = base.positions
     new_tokens = min(new_tokens, limit - 1)
     first = base.tokenizer.bos_token_id
@@ -138,6 +146,7 @@ def continue_text(model: Any, base: Base, ids: Sequence[int], *, new_tokens: int
         max_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=base.pad_id,
+        streamer=streamer,
     )
     text: str = base.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
     return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,3 +79,31 @@ def reference_example(base: Base, prompt: Prompt) -> Example | None:
     labels = ids.copy()
     labels[: max(1, lead)] = IGNORED
     return Example(ids, labels, len(prompt.reference), prompt.text, prompt.reference, lead)
+
+
+class TextStream:
+    """Writes a continuation piece by piece; a `streamer` of transformers' generate."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        self._tokenizer, self._write = tokenizer, write
+        self._ids: list[int] = []
+        self._written, self._begun = 0, False
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Take the prompt, the first time, and then each token."""
+        if not self._begun:
+            self._begun = True
+            return
+        self._ids += tokens.flatten().tolist()
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        # The first bytes of a character that takes several tokens.
+        if not text.endswith("\ufffd"):
+            self._flush(text)
+
+    def end(self) -> None:
+        self._flush(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _flush(self, text: str) -> None:
+        if piece := text[self._written :]:
+            self._written = len(text)
+            self._write(piece)

@@ -74,6 +74,8 @@ class RunContext:
     """Digest of every client's examples; empty where they are not known."""
     start: str = ""
     """Digest of the adapter that it starts from; empty for the base."""
+    form: str = ""
+    """Of the training rows: text or instruction; empty where they are not known."""
     labels: Sequence[str] = ()
     """Classification: the class names, by class."""
     notes: Sequence[str] = ()

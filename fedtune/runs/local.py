@@ -222,6 +222,7 @@ def run_context(experiment: Experiment) -> RunContext:
         machine={"device": str(base.device), "threads": recipe.model.threads, "engine": recipe.engine.name},
         data=digest(experiment.federation),
         start=start.digest if start else "",
+        form=experiment.federation.form,
         labels=experiment.federation.labels,
         notes=[*experiment.federation.notes, *base.notes],
         score=partial(score, experiment),

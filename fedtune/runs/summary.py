@@ -74,6 +74,8 @@ def provenance(context: RunContext, tuned: GlobalModel, records: Sequence[RoundR
         "state_digest": last.state_digest,
         "base": {"name": context.base["name"], "digest": context.base["digest"]},
         "model": {"task": recipe.model.task, "dtype": recipe.model.dtype, "revision": recipe.model.revision},
+        # Chat puts questions as the rows were; most runs are of instructions.
+        **({"form": "text"} if context.form == "text" and recipe.model.task == "causal" else {}),
         "labels": list(context.labels),
         "modules_to_save": list(recipe.adapter.modules_to_save),
         "clients": {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.model.samples import Prompt, answers, reference_example
+from fedtune.model.samples import Prompt, TextStream, answers, reference_example
 
 
 def test_a_sample_is_greedy_and_without_its_prompt(loaded: Any) -> None:
@@ -50,3 +50,36 @@ def test_an_answer_equal_to_its_reference_scores_one(loaded: Any, monkeypatch: p
     monkeypatch.setattr("fedtune.model.samples.continue_text", lambda *args, **kwargs: "the  dog\n")
     (scored,) = answers(loaded(), {}, {}, [Prompt("", "a", reference="the dog")], new_tokens=2)
     assert scored.scores["rouge_l"] == 1.0
+
+
+class Characters:
+    """A tokenizer of bytes, of which a character may take several."""
+
+    def decode(self, ids: list[int], **options: bool) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def test_a_stream_writes_whole_characters_and_not_the_prompt() -> None:
+    pieces: list[str] = []
+    stream = TextStream(Characters(), pieces.append)
+    for tokens in (torch.tensor([[1, 2, 3]]), *(torch.tensor([byte]) for byte in "aé!".encode())):
+        stream.put(tokens)
+    stream.end()
+    assert pieces == ["a", "é", "!"]
+    broken: list[str] = []
+    stream = TextStream(Characters(), broken.append)
+    for tokens in (torch.tensor([[1]]), torch.tensor([97]), torch.tensor([0xC3])):
+        stream.put(tokens)
+    stream.end()
+    assert "".join(broken) == "a\ufffd"  # nothing of what was generated is lost
+
+
+def test_a_streamed_text_is_the_text(loaded: Any) -> None:
+    from fedtune.model.evaluate import continue_text
+
+    base, pieces = loaded(), list[str]()
+    ids = base.tokenizer("the quick")["input_ids"]
+    stream = TextStream(base.tokenizer, pieces.append)
+    text = continue_text(base.model, base, ids, new_tokens=8, streamer=stream)
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
