@@ -45,12 +45,13 @@ class Training:
     With `fedkseed` there are only batch, learning_rate, steps and epochs; the other keys are refused.
     """
 
-    batch: Annotated[int, Ge(1)]
+    batch: Annotated[int, Ge(1)] = 4
     """Examples per forward pass."""
-    learning_rate: Annotated[float, Gt(0)]
+    learning_rate: Annotated[float, Gt(0)] = 2e-4
     """Step size of the optimizer; with `fedkseed`, of each step along a direction."""
     steps: Annotated[int, Ge(1)] | None = None
-    """Optimizer steps per round; with `fedkseed`, directions measured per round. Give either `steps` or `epochs`."""
+    """Optimizer steps per round; with `fedkseed`, directions measured per round. Give either `steps` or `epochs`; a
+    recipe with neither gets 10 steps."""
     epochs: Annotated[float, Gt(0)] | None = None
     """Passes over the client's examples per round, turned into steps for each client. Give either `steps` or `epochs`.
     """

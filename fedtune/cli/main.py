@@ -132,6 +132,28 @@ def simulate(
         finish(run, as_json, quiet)
 
 
+@app.command(epilog=examples("fedtune plan recipe.toml", "fedtune plan recipe.toml --pin"))
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file, TOML.", show_default=False)],
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Write the base's digest into the recipe as model.digest.")
+    ] = False,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Load a recipe's data and base, train nothing, and print the recipe as bound: every value, defaults included.
+
+    The base's digest is part of it: with `--pin` another base than this one is refused from now on, here and at sites.
+    """
+    with report_errors(debug):
+        from fedtune.runs.plan import plan as plan_recipe
+
+        planned = plan_recipe(recipe, overrides=overrides or (), pin=pin)
+        for note in planned.notes:
+            typer.echo(print_line(note), err=True)
+        typer.echo(planned.recipe, nl=False)
+
+
 @app.command(epilog=examples("fedtune evaluate runs/demo", "fedtune evaluate runs/demo --data other.jsonl --json"))
 def evaluate(
     run: RunArgument,

@@ -30,7 +30,7 @@ from fedtune.model.base import Base, base_from_object, load, load_tokenizer, mem
 from fedtune.model.base_config import class_order
 from fedtune.model.classes import match_classes, named_rows, shorten
 from fedtune.model.pruned_training import block_layout
-from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.settings import AdapterSettings, ModelSettings, same_everywhere
 from fedtune.pruning.structure import BlockLayout
 from fedtune.rounds.events import Phase, Watch
 from fedtune.wire.profile import ClientProfile, Device, ModelSpec
@@ -118,9 +118,8 @@ def from_file(path: str) -> Site:
         ConfigError: if the file, or anything that it names, is wrong.
     """
     settings = bind_site(Path(path))
-    federation, base = load_site(
-        settings.model, settings.adapter.settings, settings.data, seed=settings.seed, root=settings.root
-    )
+    model, layers = same_everywhere(settings.model), settings.adapter.settings
+    federation, base = load_site(model, layers, settings.data, seed=settings.seed, root=settings.root)
     shards = federation.clients
     # Without a split all of the data belong to this client, whatever name the shard has.
     name = settings.name if settings.split else next(iter(shards))
@@ -162,7 +161,8 @@ def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapp
 def cached_recipe(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
     """Return a recipe with its data, its base and the memory of its clients, loaded once per process."""
     bound = bind(recipe)
-    return bound, *load_site(bound.model, bound.adapter, bound.data, seed=bound.seed, root=bound.root), Replicas()
+    model = same_everywhere(bound.model)
+    return bound, *load_site(model, bound.adapter, bound.data, seed=bound.seed, root=bound.root), Replicas()
 
 
 def load_site(

@@ -28,7 +28,10 @@ from fedtune.methods.method import Method
 from fedtune.methods.settings import LinearSettings
 from fedtune.planning.planner import PlannerType
 
-OPTIONAL = ("planner", "evaluate", "engine", "report", "override", "pruning", "fleet", "device")
+OPTIONAL = (
+    *("adapter", "method", "client", "rounds", "planner", "evaluate", "engine", "report"),
+    *("override", "pruning", "fleet", "device"),
+)
 """Tables that a recipe may leave out."""
 ABSENT = ("pruning", "fleet")
 """Tables without which something is not done; the others that are left out have their defaults."""
@@ -36,15 +39,13 @@ ABSENT = ("pruning", "fleet")
 NAMED = ("method", "planner")
 """Tables whose key `name` says which settings they hold."""
 
-EXAMPLES: Mapping[str, str] = {
-    "model": '{ base = "embedded" }',
-    "adapter": '{ rank = 8, targets = ["all-linear"] }',
-    "method": f'"{next(iter(METHODS))}"',
-    "client": "{ steps = 20, batch = 4, learning_rate = 3e-4 }",
-    "rounds": "{ count = 10 }",
-    "data": '{ source = "train.jsonl", split = { kind = "iid", clients = 4 } }',
-}
+EXAMPLES: Mapping[str, str] = {"model": '{ base = "embedded" }', "data": '{ source = "train.jsonl" }'}
 """What a missing table might look like."""
+
+STEPS = 10
+"""Of a client in a round, where a recipe gives neither steps nor epochs."""
+CLIENTS = 4
+"""Equal random parts of the rows of one file, where a recipe does not say who holds which."""
 
 EVERY_LAYER: Mapping[str, Any] = {"rank": 1, "targets": ["all-linear"]}
 """The table `adapter` for methods that train none: which layers there are, all of them."""
@@ -67,7 +68,7 @@ def bind(
     faults: list[Fault] = []
     objects = objects or Objects()
     table = expand_preset(with_objects(apply_overrides(table, overrides, faults), objects))
-    values = bind_sections(table, objects, faults)
+    values = bind_sections(with_defaults(table, root), objects, faults)
     values |= {"root": root, "objects": objects, "name": bind_name(table.get("name", stem), faults)}
     values["seed"] = bind_value(Annotated[int, Ge(0)], table.get("seed", 0), "seed", faults)
     values["override"] = bind_overrides(table.get("override", ()), faults)
@@ -132,6 +133,28 @@ def with_every_layer(table: Mapping[str, Any], objects: Objects) -> Mapping[str,
     except ConfigError:
         return table  # binding the table `method` finds the same fault
     return {**table, "adapter": EVERY_LAYER} if method.task is ProbeSeeds else table
+
+
+def with_defaults(table: Mapping[str, Any], root: Path) -> Mapping[str, Any]:
+    """Return the tables with the keys whose default depends on others: a client's steps, and who holds which rows.
+
+    Several files are one client each; the rows of one source are dealt out to a few clients.
+    """
+    tables, client, data = dict(table), table.get("client", {}), table.get("data")
+    if isinstance(client, Mapping) and not {"steps", "epochs"} & client.keys():
+        tables["client"] = {**client, "steps": STEPS}
+    if isinstance(data, Mapping) and "split" not in data:
+        several = count_files(data.get("source"), root) > 1
+        tables["data"] = {**data, "split": {"kind": "files"} if several else {"kind": "iid", "clients": CLIENTS}}
+    return tables
+
+
+def count_files(source: Any, root: Path) -> int:
+    """Return how many files a source names, by itself or by globs; 0 for what is none."""
+    if isinstance(source, list | tuple):
+        return sum(count_files(part, root) for part in source)
+    path = absolute(source, root) if isinstance(source, str) else ""
+    return len(glob.glob(path, recursive=True)) if path and not os.path.exists(path) else int(bool(path))
 
 
 def bind_named(table: str, content: Any, objects: Objects, faults: list[Fault]) -> Any:

@@ -188,6 +188,9 @@ def names_files(files: str | Sequence[str]) -> bool:
 def base_faults(recipe: Recipe) -> Iterator[Fault]:
     if not recipe.model.base:
         yield Fault("model.base", "a folder, a hub name or embedded", "an empty text")
+    if recipe.model.digest is not None and not re.fullmatch("[0-9a-f]{64}", recipe.model.digest):
+        expected, hint = "64 digits of a SHA-256 (0-9, a-f)", "fedtune plan RECIPE --pin writes it"
+        yield Fault("model.digest", expected, display(recipe.model.digest), hint)
 
 
 def torch_device_faults(recipe: Recipe) -> Iterator[Fault]:

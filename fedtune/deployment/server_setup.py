@@ -15,6 +15,7 @@ from fedtune.flower.grid_transport import GridTransport
 from fedtune.lora.adapter import pack
 from fedtune.messages import Blueprint, ProbeSeeds, ScoreRequest, Traffic
 from fedtune.methods.method import GlobalModel
+from fedtune.model.settings import same_everywhere
 from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.scores import pooled_scores
 from fedtune.rounds.site_scores import ask_scores
@@ -37,7 +38,8 @@ def data_at_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
     """
     # Every site has data of its own; a table in the recipe could only be wrong for some of them.
     *_, tables = read(source)
-    return bind(source, overrides=(*overrides, *(() if "data" in tables else (DATA_AT_SITES,))))
+    bound = bind(source, overrides=(*overrides, *(() if "data" in tables else (DATA_AT_SITES,))))
+    return replace(bound, model=same_everywhere(bound.model))
 
 
 def expected_clients(recipe: Recipe) -> int:

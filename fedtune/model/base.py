@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fedtune.model.base_files import check_folder, check_vocabulary, locate, not
 from fedtune.model.classes import draw_output_layer, output_layer
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import check_causal, check_complete, check_finite, padding_token, table_positions
-from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.settings import AdapterSettings, ModelSettings, NumberFormat
 from fedtune.model.targets import find_saved, find_targets
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive
@@ -61,6 +61,8 @@ class Base:
     """Names of the modules they belong to."""
     notes: Sequence[str] = ()
     """What a user should know about it, such as a head that was left out."""
+    dtype: NumberFormat = "float32"
+    """Number format of its weights, a name of `DTYPES`."""
 
     @property
     def positions(self) -> int:
@@ -154,7 +156,7 @@ def load(
     path = locate(settings, root)
     check_folder(settings, path)
     # Before the weights are read, which may take minutes.
-    choose_device(settings.device)
+    settings = replace(settings, dtype=number_format(settings))
     classifies = settings.task == "classification"
     try:
         source = readable(path, settings.revision)
@@ -184,7 +186,35 @@ def load(
     base = base_of(settings, adapter, model, tokenizer, path=str(path), new=new, notes=notes)
     if not classifies:
         check_causal(settings, base.model, base.positions)
+    check_digest(settings, base)
     return base
+
+
+def number_format(settings: ModelSettings) -> NumberFormat:
+    """Return the number format of a base; for `auto`, bfloat16 where the device is fast at it, else float32.
+
+    Raises:
+        ConfigError: if the device does not exist.
+    """
+    device = choose_device(settings.device)
+    if settings.dtype != "auto":
+        return settings.dtype
+    # Compute capability 8.0 is Ampere, the first with bf16 in its tensor cores.
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if fast else "float32"
+
+
+def check_digest(settings: ModelSettings, base: Base) -> None:
+    """Refuse another base than the one that the recipe pins.
+
+    Raises:
+        ConfigError: with both digests.
+    """
+    if settings.digest not in (None, base.digest):
+        expected = f"the base of digest {settings.digest}, which the recipe pins"
+        got = f"{base.digest} ({settings.base} in {base.dtype})"
+        hint = "load the same model in the same revision and dtype, or pin this one: fedtune plan RECIPE --pin"
+        raise ConfigError(Fault("model.digest", expected, got, hint))
 
 
 def base_of(
@@ -237,6 +267,7 @@ def base_of(
             name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in saved_modules)
         ),
         notes=tuple(notes),
+        dtype=settings.dtype,
     )
 
 
@@ -257,10 +288,21 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
         expected = "a fedtune.model.base.Base, or a pair of a transformers model and its tokenizer"
         raise ConfigError(Fault("model", expected, f"a {type(given).__name__}"))
     model, tokenizer = given
-    if (dtype := next(model.parameters()).dtype) != DTYPES[settings.dtype]:
+    dtype = next(model.parameters()).dtype
+    if settings.dtype == "auto":
+        settings = replace(settings, dtype=name_of(dtype))
+    if dtype != DTYPES[settings.dtype]:
         got = f"one in {str(dtype).removeprefix('torch.')}"
         raise ConfigError(Fault("model.dtype", f"a model in {settings.dtype}", got, "set model.dtype to the model's"))
-    return base_of(settings, adapter, model, tokenizer, path=model.name_or_path or settings.base)
+    base = base_of(settings, adapter, model, tokenizer, path=model.name_or_path or settings.base)
+    check_digest(settings, base)
+    return base
+
+
+def name_of(dtype: torch.dtype) -> NumberFormat:
+    """Return the name of a number format, as recipes have it; float32 for one that they have not."""
+    names: Mapping[torch.dtype, NumberFormat] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    return names.get(dtype, "float32")
 
 
 def hold_in_float32(module: nn.Module, outside: torch.dtype) -> None:

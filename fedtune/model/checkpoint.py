@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from fedtune.errors import ShapeError
-from fedtune.model.base import DTYPES, choose_device
+from fedtune.model.base import DTYPES, choose_device, number_format
 from fedtune.model.base_config import read_config
 from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.classes import output_layer
@@ -68,7 +68,7 @@ def load_pruned_base(
         ConfigError: if the model or device does not exist, weights are missing, or the model cannot be pruned.
         ShapeError: if the structure is not one of this base, or a tensor is not as its config says.
     """
-    device, dtype = choose_device(settings.device), DTYPES[settings.dtype]
+    device, dtype = choose_device(settings.device), DTYPES[number_format(settings)]
     path = locate(settings, root)
     check_folder(settings, path)
     try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
 from fedtune.messages import OMIT_DEFAULT
+
+NumberFormat = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -22,22 +24,31 @@ class ModelSettings:
     """causal: the model predicts the next token; classification: it gives each example one label."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the frozen base; adapters are always trained in float32."""
+    dtype: NumberFormat = "auto"
+    """Number format of the frozen base; adapters are always trained in float32. auto: in a simulation bfloat16 on GPUs
+    that are fast at it (CUDA from Ampere on), otherwise float32; at sites float32, for all must hold the same base."""
     device: Literal["auto", "cpu", "cuda", "mps"] | str = "auto"
     """Where the model computes. auto: cuda if there is one, else mps, else cpu; `cuda:1` chooses one of several."""
     threads: Annotated[int, Ge(1)] = 1
     """CPU threads that each client trains with, on every engine. Another number changes the last bits of the result.
     With small models one thread and a worker process per core is fastest."""
+    digest: str | None = field(default=None, metadata=OMIT_DEFAULT)
+    """SHA-256 of the base in this number format, as `fedtune plan --pin` writes it here; another base is refused. none
+    takes any."""
+
+
+def same_everywhere(settings: ModelSettings) -> ModelSettings:
+    """Return the settings of a base that several machines hold: no number format that depends on the device."""
+    return replace(settings, dtype="float32") if settings.dtype == "auto" else settings
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
     """Which layers get a LoRA adapter, and how large it is; the recipe's table `adapter`."""
 
-    rank: Annotated[int, Ge(1)]
+    rank: Annotated[int, Ge(1)] = 8
     """LoRA rank of every client that no `[[override]]` names."""
-    targets: Sequence[str]
+    targets: Sequence[str] = ("all-linear",)
     """Modules that get an adapter, by name or last part of the name, e.g. ["q_proj", "v_proj"]; ["all-linear"] takes
     every linear layer."""
     kind: Literal["lora"] = "lora"

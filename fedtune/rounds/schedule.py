@@ -18,7 +18,7 @@ from fedtune.seeds import derive, generator
 class Schedule:
     """How many rounds there are, who takes part in each, and when it ends; the recipe's table `rounds`."""
 
-    count: Annotated[int, Ge(1)]
+    count: Annotated[int, Ge(1)] = 3
     """Rounds of the run."""
     cohort: Annotated[int, Ge(1)] | Annotated[float, Gt(0)] | None = None
     """Clients drawn for each round: their number, or their share of all clients (a number with a decimal point, at most

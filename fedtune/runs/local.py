@@ -125,6 +125,8 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None) -> Experiment:
     # Only where it matters: all other recipes, and their digests, are the same on every day.
     if recipe.model.task == "causal" and depends_on_date(data, base.tokenizer, form=federation.form):
         recipe = replace(recipe, data=data)
+    # As it was loaded: what is recorded and given to other processes must not depend on their devices.
+    recipe = replace(recipe, model=replace(recipe.model, dtype=base.dtype))
     names = list(federation.clients)
     faults = [
         Fault(

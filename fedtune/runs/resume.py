@@ -77,15 +77,21 @@ def check_inputs(context: RunContext, start: Mapping[str, str], watch: Watch) ->
 
 
 def as_started(run: Path, recipe: Recipe) -> Recipe:
-    """Return the recipe that a run is resumed with, with the day that it fixed at its start, unless it names another.
+    """Return the recipe that a run is resumed with: the day, and the number format, that it fixed at its start.
+
+    A recipe that names another keeps it.
 
     Raises:
         StoreError: if the folder is no run, or its journal cannot be trusted.
     """
-    if recipe.data.date is not None or not has_begun(run):
+    if not has_begun(run):
         return recipe
     start = bind(RunJournal.inputs(run)["recipe"], objects=Objects(method=recipe.objects.method))
-    return replace(recipe, data=replace(recipe.data, date=start.data.date))
+    if recipe.data.date is None:
+        recipe = replace(recipe, data=replace(recipe.data, date=start.data.date))
+    if recipe.model.dtype == "auto":
+        recipe = replace(recipe, model=replace(recipe.model, dtype=start.model.dtype))
+    return recipe
 
 
 def check_resumable(run: Path, recipe: Recipe) -> None:
@@ -109,7 +115,7 @@ def check_resumable(run: Path, recipe: Recipe) -> None:
 
 def resumable(change: str) -> bool:
     """Return whether a run may go on in spite of a change, as `config.changes` writes it."""
-    return change.startswith("rounds.count:")
+    return change.startswith(("rounds.count:", "model.digest:"))
 
 
 def resume_command(door: Door, run: Path) -> str:

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.config import Recipe, bind
+from fedtune.config import Recipe, bind, render
+from fedtune.data.settings import Split
 from fedtune.errors import ConfigError
-from fedtune.messages import TrainLora
+from fedtune.messages import Training, TrainLora
 from fedtune.methods import METHODS
+from fedtune.model.settings import AdapterSettings
 from tests.config.conftest import SHORTEST, Faulty
 
 ROOT = Path(__file__).parents[2]
@@ -104,14 +106,52 @@ def test_a_bad_override_is_told_beside_the_other_faults(faulty: Faulty) -> None:
 
 def test_missing_tables_come_with_an_example(faulty: Faulty) -> None:
     found = faulty(text="\n")
-    assert set(found) == {"model", "adapter", "method", "client", "rounds", "data"}
-    assert found["client"].endswith("e.g. client = { steps = 20, batch = 4, learning_rate = 3e-4 }")
+    assert set(found) == {"model", "data"}
+    assert found["data"].endswith('e.g. data = { source = "train.jsonl" }')
 
 
 def test_missing_keys_say_what_they_hold(faulty: Faulty) -> None:
-    found = faulty("client={}", "method={}")
-    assert found["client.batch"] == "client.batch: expected a whole number of at least 1; got nothing"
-    assert "flora" in found["method.name"]
+    found = faulty("data={}")
+    assert found["data.source"].startswith("data.source: expected")
+    assert found["data.source"].endswith("got nothing")
+
+
+MINIMAL = 'model = { base = "embedded" }\ndata = { source = "train.jsonl" }\n'
+
+
+def test_a_base_and_data_make_a_recipe_whose_defaults_are_written_out() -> None:
+    recipe = bind(MINIMAL)
+    assert recipe.method.name == "flora"  # takes clients of any ranks
+    assert recipe.adapter == AdapterSettings(rank=8, targets=("all-linear",))  # names of layers differ by family
+    assert recipe.client == Training(steps=10, batch=4, learning_rate=2e-4)
+    assert recipe.rounds.count == 3
+    assert recipe.data.split == Split("iid", clients=4)
+    text = render(recipe)
+    for line in ('targets = ["all-linear"]', "steps = 10", "count = 3", 'dtype = "auto"'):
+        assert line in text
+    assert bind(text) == recipe
+
+
+def test_what_is_given_takes_the_place_of_a_default() -> None:
+    recipe = bind(MINIMAL, overrides=["client.epochs=2.0", "adapter.rank=4", 'data.split="files"', "method=fedit"])
+    assert recipe.client.steps is None
+    assert recipe.client.epochs == 2
+    assert recipe.adapter.rank == 4
+    assert recipe.data.split.kind == "files"
+    assert recipe.method.name == "fedit"
+
+
+@pytest.mark.parametrize("source", ['["a.jsonl", "b.jsonl"]', '"*.jsonl"', '"one/../?.jsonl"'])
+def test_several_files_are_one_client_each(source: str, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("")
+    file = tmp_path / "r.toml"
+    file.write_text(f'model = {{ base = "embedded" }}\ndata = {{ source = {source} }}\n')
+    assert bind(file).data.split == Split("files")
+    (tmp_path / "b.jsonl").unlink()
+    if source == '"*.jsonl"':
+        assert bind(file).data.split == Split("iid", clients=4)
 
 
 def test_the_name_is_the_files_unless_given_and_names_a_folder(tmp_path: Path, faulty: Faulty) -> None:

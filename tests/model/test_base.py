@@ -14,8 +14,16 @@ from safetensors.numpy import load_file, save_file
 from fedtune.data.encode import Example
 from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import ConfigError
-from fedtune.model.base import choose_device, digest, load, load_tokenizer, manifest_of
-from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.base import (
+    base_from_object,
+    choose_device,
+    digest,
+    load,
+    load_tokenizer,
+    manifest_of,
+    number_format,
+)
+from fedtune.model.settings import AdapterSettings, ModelSettings, same_everywhere
 from fedtune.model.train import collate
 
 
@@ -172,3 +180,31 @@ def test_matrices_are_those_of_the_adapted_layers_and_of_a_head_that_is_trained_
     assert "lm_head.weight" in loaded(targets=["q_proj"], saved=["lm_head"]).matrices
     head = loaded("bert", targets=["query"], task="classification", labels=["a", "b"]).matrices
     assert head == {*(f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)), "classifier.weight"}
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "wanted"),
+    [
+        ("cpu", (9, 0), "float32"),
+        ("cuda", (8, 0), "bfloat16"),
+        ("cuda", (9, 0), "bfloat16"),
+        ("cuda", (7, 5), "float32"),
+    ],
+)
+def test_the_number_format_is_left_to_the_device(
+    device: str, capability: tuple[int, int], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert number_format(ModelSettings(base="x", device="auto")) == wanted
+    assert number_format(ModelSettings(base="x", device=device, dtype="float16")) == "float16"
+    assert same_everywhere(ModelSettings(base="x")).dtype == "float32"
+    assert same_everywhere(ModelSettings(base="x", dtype="bfloat16")).dtype == "bfloat16"
+
+
+def test_a_model_of_python_code_brings_its_own_number_format(loaded: Any) -> None:
+    given = loaded("llama", dtype="bfloat16")
+    settings = ModelSettings(base="<python>", device="cpu")
+    base = base_from_object(settings, AdapterSettings(targets=["q_proj"]), (given.model, given.tokenizer))
+    assert base.dtype == "bfloat16"

@@ -9,7 +9,7 @@ from fedtune.errors import ConfigError, StoreError
 from fedtune.rounds.events import Event, Note
 from fedtune.runs import context as contexts
 from fedtune.runs.local import Experiment, run_context, transport
-from fedtune.runs.resume import check_resumable, resume_command
+from fedtune.runs.resume import as_started, check_resumable, resume_command
 from fedtune.runs.runner import run_recipe
 from fedtune.store.run_directory import write_recipe
 from tests.runs.conftest import read_lines, run_prepared
@@ -61,6 +61,10 @@ def test_a_run_is_resumed_with_the_recipe_of_its_start_only(prepared: Experiment
     check_resumable(run, prepared.recipe)
     check_resumable(run, replace(prepared.recipe, rounds=replace(prepared.recipe.rounds, count=9)))
     check_resumable(run, replace(prepared.recipe, engine=replace(prepared.recipe.engine, name="processes", workers=2)))
+    # Left to the device, the number format is the one that the run began with; a base may be pinned on the way.
+    auto = replace(prepared.recipe, model=replace(prepared.recipe.model, dtype="auto", digest="0" * 64))
+    assert as_started(run, auto).model.dtype == "float32"
+    check_resumable(run, as_started(run, auto))
     other = replace(prepared.recipe, seed=5, client=replace(prepared.recipe.client, learning_rate=1.0))
     with pytest.raises(ConfigError, match="2 faults") as error:
         check_resumable(run, other)

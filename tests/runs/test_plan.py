@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import fedtune
+from fedtune.cli.main import app
+from fedtune.config import bind, render
+from fedtune.errors import ConfigError
+from fedtune.runs.local import prepare
+from fedtune.runs.plan import plan
+
+
+@pytest.fixture
+def recipe(tables: dict[str, Any], tmp_path: Path) -> Path:
+    """A file with the tiny recipe."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(render(bind(tables)))
+    return path
+
+
+def test_a_plan_is_the_recipe_as_it_would_run_with_the_bases_digest(recipe: Path) -> None:
+    planned, experiment = plan(recipe), prepare(bind(recipe))
+    bound = bind(planned.recipe)
+    assert bound.model.digest == experiment.base.digest
+    assert bound.model.dtype == "float32"  # auto, on a CPU
+    counts = ", ".join(f"{name} {count}" for name, count in experiment.fleet.items())
+    assert planned.notes[-1] == f"training examples: {counts}"
+
+
+def test_pinning_refuses_another_base_from_then_on(recipe: Path) -> None:
+    before = tomllib.loads(recipe.read_text())
+    plan(recipe, pin=True)
+    after = tomllib.loads(recipe.read_text())
+    digest = after["model"].pop("digest")
+    assert after == before
+    assert prepare(bind(recipe)).base.digest == digest
+    with pytest.raises(ConfigError, match=rf"model\.digest: expected the base of digest {digest}.*got [0-9a-f]{{64}} "):
+        prepare(bind(recipe, overrides=['model.dtype="bfloat16"']))
+    plan(recipe, overrides=['model.dtype="bfloat16"'], pin=True)  # a new pin takes the place of the old one
+    assert tomllib.loads(recipe.read_text())["model"]["digest"] != digest
+
+
+def test_a_digest_that_is_none_is_a_fault(tables: dict[str, Any]) -> None:
+    tables["model"]["digest"] = "abc"
+    with pytest.raises(ConfigError, match=r"model\.digest: expected 64 digits"):
+        bind(tables)
+
+
+def test_the_command_prints_the_recipe_alone_on_stdout(recipe: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", str(recipe), "--pin"])
+    assert result.exit_code == 0, result.output
+    assert bind(result.stdout).model.digest == tomllib.loads(recipe.read_text())["model"]["digest"]
+    assert "wrote model.digest into" in result.stderr
+
+
+def test_a_base_and_data_alone_run(checkpoints: dict[str, Path], tables: dict[str, Any], tmp_path: Path) -> None:
+    source = tables["data"]["source"]
+    file = tmp_path / "minimal.toml"
+    file.write_text(f'model = {{ base = "{checkpoints["llama"]}" }}\ndata = {{ source = "{source}" }}\n')
+    overrides = ["client.steps=1", "rounds.count=1", "report.plots=false"]
+    run = fedtune.simulate(file, out=tmp_path / "run", overrides=overrides)
+    recorded = bind(run.path / "recipe.toml")
+    assert recorded.model.dtype == "float32"
+    assert recorded.adapter.rank == 8
+    assert len(run.summary["clients"]) == 4
