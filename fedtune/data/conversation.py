@@ -47,6 +47,8 @@ def write_turns(value: Any) -> str:
             raise ConversationError(f"text that is no JSON ({value[:40]!r})") from error
     if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
         value = value["messages"]
+    if value is None:
+        raise ConversationError("nothing")
     if not isinstance(value, list):
         raise ConversationError(f"a {type(value).__name__} ({str(value)[:40]!r})")
     turns = [turn for number, raw in enumerate(value, start=1) for turn in _turn(raw, number)]

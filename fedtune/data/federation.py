@@ -235,6 +235,9 @@ def _shard(name: str, encoded: Encoded, places: Parts, settings: DataSettings) -
     train, held_out = ([example for row in part if (example := encoded.examples[row]) is not None] for part in places)
     if not train:
         expected = f"at least one training example for client {name!r}"
+        if encoded.unanswered == len(encoded.examples):
+            got = f"{encoded.unanswered} conversations, none with a turn of the assistant that answers"
+            raise ConfigError(Fault("data.source", expected, got))
         got = f"none of its {len(encoded.examples)} rows has an answer left at {settings.max_tokens} tokens"
         raise ConfigError(Fault("data.max_tokens", expected, got, "raise max_tokens or give the client more rows"))
     return Shard(pack(train, max_tokens=settings.max_tokens) if settings.packing else train, held_out)

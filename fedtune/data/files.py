@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -224,6 +225,8 @@ def _csv(text: str, path: Path, key: str) -> Table:
 
 def _csv_rows(text: str, path: Path, key: str) -> tuple[list[str], list[tuple[int, list[str]]], str]:
     """Return the header, each row with the line that it ends in, and the delimiter."""
+    # Excel may write the delimiter into a line of its own.
+    text = re.sub(r"\Asep=[,;\t|]\r?\n", "\n", text)
     delimiter = _delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:

@@ -101,9 +101,11 @@ def _expand(source: str, form: str, root: Path, key: str) -> Sequence[Place]:
     if path.exists():
         return [Place(str(path), _form(path, form, key))]
     if matches := sorted(glob.glob(str(path), recursive=True)):
-        # A recursive glob also gives the folders that it goes through.
-        files = [match for match in matches if os.path.isfile(match) or _is_saved(Path(match))] or matches
-        return [Place(name, _form(Path(name), form, key)) for name in files]
+        # A recursive glob also gives the folders that it goes through; one that gives nothing else means them.
+        files = [match for match in matches if os.path.isfile(match) or _is_saved(Path(match))]
+        if not files and form != "saved":
+            return [place for match in matches for place in _folder(Path(match), form, key)]
+        return [Place(name, _form(Path(name), form, key)) for name in files or matches]
     if form == "auto" and may_be_hub_name(source) and not ("/" in source and path.parent.is_dir()):
         return [Place(source, "hub")]
     expected = "an existing file, glob or folder"

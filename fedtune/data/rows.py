@@ -94,11 +94,14 @@ def _for_causal(mapped: dict[Part, str], names: Sequence[str], where: str) -> Ch
         parts: dict[Part, str] = {"messages": talk}
         if "tools" in {*mapped, *free}:
             parts["tools"] = mapped.get("tools", "tools")
-        spare = [name for name in ("text", "output", "completion") if name in free]
+        spare = [name for name in ("text", "output", "completion", "system") if name in free]
         return Chosen(parts, note=_note(parts, spare, names))
     if "output" in mapped or ("output" in free and "text" not in mapped):
         parts = {part: mapped.get(part, part) for part in _exchange(mapped, free)}
-        return Chosen(parts, note=_note(parts, [name for name in ("text", "completion") if name in free], names))
+        return Chosen(
+            parts,
+            note=_note(parts, [name for name in ("text", "completion", "system", "history") if name in free], names),
+        )
     if {"prompt", "completion"} <= {*free} and "text" not in mapped:
         parts = {"instruction": "prompt", "output": "completion"}
         return Chosen(parts, note=_note(parts, [name for name in ("text",) if name in free], names))

@@ -45,7 +45,8 @@ def test_texts_in_parts_are_joined_and_an_empty_system_turn_is_left_out() -> Non
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, "a NoneType"),
+        (None, "nothing"),
+        (3, "a int ('3')"),
         ("no json", "text that is no JSON"),
         ([], "no turn"),
         (["hi"], "a str as turn 1"),

@@ -240,6 +240,9 @@ def test_rows_of_chat_are_encoded_noted_and_named(tmp_path: Path, stories: Path)
     assert list(federation.notes) == [
         "data: 1 of 3 conversations have no turn of the assistant that answers; they were dropped"
     ]
+    write(tmp_path / "x.jsonl", [{"conversations": turns[:1]}] * 2)
+    with pytest.raises(ConfigError, match=r"data\.source: .* got 2 conversations, none with a turn of the assistant"):
+        federate(settings, tokenizer=chatty, task="causal", seed=0, root=tmp_path)
     tool = [{"from": "tool", "value": "4"}, *turns]
     write(tmp_path / "x.jsonl", [{"conversations": turns}] * 4 + [{"conversations": tool}])
     with pytest.raises(

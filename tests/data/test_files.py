@@ -126,6 +126,7 @@ def test_a_csv_as_spreadsheets_export_it(tmp_path: Path) -> None:
         written(tmp_path / "y.csv", "a,b,b\n1,2,3\n")
     )
     assert read(written(tmp_path / "z.tsv", "a\tb\n1\t\n")) == {"a": ["1"], "b": [""]}
+    assert read(written(tmp_path / "e.csv", "sep=;\r\na;b\r\n1;2\r\n")) == {"a": ["1"], "b": ["2"]}
     text = refusal(written(tmp_path / "w.csv", "a;b,c;d\n1;2\n"))
     assert text.startswith("data.source: expected 3 columns in every row; got another number in line 2 of")
     assert text.endswith("its header is divided by ';'")

@@ -70,6 +70,8 @@ def test_a_folder_gives_its_files_in_order_and_nothing_else(tmp_path: Path) -> N
     assert named(tmp_path, "d") == ["d/a.jsonl.gz", "d/b.jsonl", "d/sub/c.jsonl"]
     assert named(tmp_path, "d/s*/*") == ["d/sub/c.jsonl"]
     assert named(tmp_path, "d/**/c*") == ["d/sub/c.jsonl"]
+    files(tmp_path, "wards/one/rows.jsonl", "wards/two/rows.jsonl")
+    assert named(tmp_path, "wards/*") == ["wards/one/rows.jsonl", "wards/two/rows.jsonl"]
 
 
 def test_a_folder_of_several_formats_or_parts_is_refused(tmp_path: Path) -> None:

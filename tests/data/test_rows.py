@@ -58,6 +58,7 @@ def test_a_column_beside_those_that_are_used_is_noted_and_not_taken() -> None:
     assert columns == {"text": "text", "label": "label"}
     assert note.startswith("data.fields: rows are read from text, label; not used: input")
     assert chosen("text input", "causal")[0] == {"text": "text"}
+    assert "not used: system" in chosen("conversations system")[1]
     assert chosen("messages output")[1].endswith("not used: output (map it with data.fields if it is meant)")
 
 
