@@ -117,4 +117,5 @@ def _between(
     if text.startswith(prompt):
         expected = "a chat template that writes a turn alike whether others follow it or not"
         got = f"{text[len(prompt) :][:80]!r} in place of {answered[len(prompt) :][:80]!r} for {place}"
-    raise ConfigError(Fault("data.template", expected, got, OTHERS))
+    hint = f"mark what it lets the model write by {{% generation %}}, or {OTHERS}"
+    raise ConfigError(Fault("data.template", expected, got, hint))

@@ -149,7 +149,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_by_row(make: Any) -> 
     odd = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else 'gone' }}{% endfor %}" + (
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    with pytest.raises(ConfigError, match=r"data\.template: expected a chat template .* for row 1; use"):
+    with pytest.raises(ConfigError, match=r"data\.template: expected a chat template .* for row 1; mark what"):
         pieces(make(odd), TURNS)
 
 
