@@ -13,8 +13,8 @@ from pathlib import Path
 from fedtune.runs.demo_code import CLIENTS, rank_overrides
 
 ASKED: Mapping[str, Sequence[str]] = {
-    "random": ["Random.shuffle", "Random.choice"],
-    "shutil": ["copytree", "move", "rmtree"],
+    "random": ["Random.choice", "Random.shuffle"],
+    "shutil": ["move", "copytree", "rmtree"],
     "queue": ["Queue.put_nowait", "Queue.get_nowait"],
 }
 """By module, the functions that the model is asked about before and after: of each module the first that this Python
