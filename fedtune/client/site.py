@@ -16,7 +16,7 @@ from fedtune.client.replica import Replicas
 from fedtune.client.scoring import score
 from fedtune.config import Recipe, bind
 from fedtune.config.plugins import plugin_rows
-from fedtune.config.recipe import PYTHON, Objects, missing_object, resources
+from fedtune.config.recipe import PYTHON, Objects, missing_object, resources, sized_adapter
 from fedtune.config.site import bind_site
 from fedtune.data.encode import Example
 from fedtune.data.federation import Federation, federate, with_class_order
@@ -162,7 +162,7 @@ def cached_recipe(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
     """Return a recipe with its data, its base and the memory of its clients, loaded once per process."""
     bound = bind(recipe)
     model = same_everywhere(bound.model)
-    return bound, *load_site(model, bound.adapter, bound.data, seed=bound.seed, root=bound.root), Replicas()
+    return bound, *load_site(model, sized_adapter(bound), bound.data, seed=bound.seed, root=bound.root), Replicas()
 
 
 def load_site(

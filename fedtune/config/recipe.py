@@ -177,6 +177,14 @@ def largest_rank(recipe: Recipe) -> int:
     return max(ranks)
 
 
+def sized_adapter(recipe: Recipe) -> AdapterSettings:
+    """Return the table `adapter` for all clients together: with the largest rank that any may be asked for.
+
+    `all-linear` leaves out the layers that are too small for it, and must leave out the same ones for every client.
+    """
+    return replace(recipe.adapter, rank=largest_rank(recipe))
+
+
 def method_of(recipe: Recipe) -> Method[Any]:
     """Return the method of a recipe, with the server optimiser that it names.
 

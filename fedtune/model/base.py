@@ -27,7 +27,7 @@ from fedtune.model.classes import draw_output_layer, output_layer
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import check_causal, check_complete, check_finite, padding_token, table_positions
 from fedtune.model.settings import AdapterSettings, ModelSettings, NumberFormat
-from fedtune.model.targets import find_saved, find_targets
+from fedtune.model.targets import find_saved, find_targets, frozen_notes
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
@@ -253,6 +253,9 @@ def base_of(
     if settings.dtype != "float32":
         for name in saved_modules:
             hold_in_float32(model.get_submodule(name), DTYPES[settings.dtype])
+    modules = find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank)
+    if "all-linear" in adapter.targets:
+        notes = [*notes, *frozen_notes(model, modules, leave_out=saved_modules)]
     return Base(
         name=settings.base,
         path=path,
@@ -261,7 +264,7 @@ def base_of(
         task=settings.task,
         device=device,
         digest=base_digest,
-        modules=find_targets(model, adapter.targets, leave_out=saved_modules),
+        modules=modules,
         saved_modules=saved_modules,
         saved=sorted(
             name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in saved_modules)
@@ -278,7 +281,7 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
         ConfigError: if it is neither, or does not fit the recipe's tables `model` and `adapter`.
     """
     if isinstance(given, Base):
-        targets = find_targets(given.model, adapter.targets, leave_out=given.saved_modules)
+        targets = find_targets(given.model, adapter.targets, leave_out=given.saved_modules, rank=adapter.rank)
         if given.task != settings.task or given.modules != targets:
             expected = f"a base for the task {settings.task!r} that adapts {len(targets)} modules, as the recipe says"
             got = f"one for {given.task!r} that adapts {len(given.modules)}"

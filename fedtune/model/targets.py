@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -26,11 +26,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def find_targets(model: Any, targets: Sequence[str], *, leave_out: Sequence[str] = ()) -> Mapping[str, tuple[int, int]]:
+def find_targets(
+    model: Any, targets: Sequence[str], *, leave_out: Sequence[str] = (), rank: int = 1
+) -> Mapping[str, tuple[int, int]]:
     """Return (out, in) of the modules that a recipe's targets name, by full name.
 
-    A target matches a full name or the last parts of one. `all-linear` takes every linear layer but the output head
-    and modules_to_save.
+    A target matches a full name or the last parts of one. `all-linear` takes every linear layer but the output head,
+    modules_to_save, and those too small for the rank, such as a gate of one row.
 
     Raises:
         ConfigError: for each target that matches no linear layer, with the nearest one, or one tied to the embeddings.
@@ -49,7 +51,9 @@ def find_targets(model: Any, targets: Sequence[str], *, leave_out: Sequence[str]
     faults = []
     for target in targets:
         if target == "all-linear":
-            chosen |= {name: shape for name, shape in linear.items() if name not in heads}
+            chosen |= {
+                name: shape for name, shape in linear.items() if name not in heads and min(shape) >= max(2, rank)
+            }
             continue
         matches = {name: s for name, s in linear.items() if name == target or name.endswith(f".{target}")}
         if not matches:
@@ -69,10 +73,44 @@ def find_targets(model: Any, targets: Sequence[str], *, leave_out: Sequence[str]
                 got = f"{target!r}, which is tied to the input embeddings"
                 faults.append(Fault("adapter.targets", expected, got, "leave it out"))
         chosen |= matches
+    if not (chosen or faults):
+        widest = max((min(shape) for name, shape in linear.items() if name not in heads), default=0)
+        faults.append(Fault("adapter.rank", f"at most {widest}, the smaller side of the largest layer", str(rank)))
     if faults:
         raise ConfigError(faults)
     # Sorted: the order of the modules is that of the draws and of the bytes on the wire.
     return dict(sorted(chosen.items()))
+
+
+def frozen_notes(model: Any, modules: Collection[str], *, leave_out: Sequence[str]) -> Sequence[str]:
+    """Return what a user should know of the weights that stay as they are, though `all-linear` seems to name them.
+
+    Args:
+        model: of transformers.
+        modules: names of the adapted layers.
+        leave_out: names of the modules trained in full.
+    """
+    outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers = [
+        f"{name} {linear_shape(module)}"
+        for name, module in model.named_modules()
+        if linear_shape(module)
+        and name not in modules
+        and module is not outputs
+        and not any(name == m or name.startswith(f"{m}.") for m in leave_out)
+    ]
+    notes = []
+    if layers:
+        notes.append(
+            f"all-linear leaves {len(layers)} layers out, too small for the rank or past an adapter's reach, "
+            f"such as {layers[0]}"
+        )
+    # transformers holds the experts of a mixture as one tensor of three axes, to which LoRA adds nothing here.
+    stacked = {id(p): p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name}
+    if stacked:
+        share = sum(stacked.values()) / sum({id(p): p.numel() for p in model.parameters()}.values())
+        notes.append(f"experts: {share:.0%} of the weights are stacked experts, which are not adapted; nor are routers")
+    return notes
 
 
 def find_saved(model: Any, names: Sequence[str], new: Sequence[str], *, task: str) -> list[str]:

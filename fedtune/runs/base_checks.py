@@ -26,7 +26,7 @@ def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
                 path="planner.ranks" if isinstance(recipe.planner, AdaptiveSettings) else "adapter.rank",
                 expected=f"at most {min(shape)}, the smaller side of {module} {shape}",
                 got=f"{rank}, the largest in the recipe",
-                hint="lower the rank, or leave that layer out of adapter.targets",
+                hint="lower the rank, or name the layers in adapter.targets without that one",
             )
         )
 

@@ -15,7 +15,7 @@ from fedtune.client.replica import Replicas
 from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
 from fedtune.config import Recipe, render
-from fedtune.config.recipe import largest_rank, method_of, resources
+from fedtune.config.recipe import largest_rank, method_of, resources, sized_adapter
 from fedtune.data.encode import depends_on_date
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
@@ -115,7 +115,7 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None) -> Experiment:
     data = replace(recipe.data, date=recipe.data.date or date.today().isoformat())
     federation, base = load_site(
         recipe.model,
-        recipe.adapter,
+        sized_adapter(recipe),
         data,
         seed=recipe.seed,
         root=recipe.root,
@@ -282,7 +282,7 @@ def pool(experiment: Experiment, fork_server: ForkServer) -> ProcessPool:
     fork_server.load(
         *payload(
             recipe.model,
-            recipe.adapter,
+            sized_adapter(recipe),
             {name: shard.train for name, shard in shards.items()},
             root=recipe.root,
             seed=recipe.seed,

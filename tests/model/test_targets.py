@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from fedtune.errors import ConfigError
+from fedtune.model.base import Base, load, load_tokenizer
+from fedtune.model.settings import AdapterSettings, ModelSettings
+from tests.model.families import CAUSAL, build
 
 
 def test_targets_are_found_by_their_last_part_with_out_and_in_sizes(loaded: Any) -> None:
@@ -52,3 +57,55 @@ def test_a_tied_output_head_is_no_target(loaded: Any) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.targets: .*'lm_head'.*tied"):
         loaded("gpt2", targets=["lm_head", "c_attn"])
     assert "lm_head" in loaded("llama", targets=["lm_head"]).modules
+
+
+def test_all_linear_leaves_out_what_is_too_small_for_the_rank_and_says_so(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = build("qwen2_moe", CAUSAL["qwen2_moe"], tmp_path, tokenizer_of(checkpoints), task="causal")
+    small, large = (load_with_rank(folder, rank) for rank in (1, 20))
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    assert gate not in small.modules  # of one row: a rank of 1 is the whole of it
+    assert "model.layers.0.self_attn.k_proj" in small.modules
+    assert "model.layers.0.self_attn.k_proj" not in large.modules  # (16, 32)
+    assert "model.layers.0.self_attn.q_proj" in large.modules
+    assert any("leaves 2 layers out" in note and f"{gate} (1, 32)" in note for note in small.notes)
+    assert any("leaves 6 layers out" in note for note in large.notes)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_the_share_of_experts_that_stays_as_it_is_is_said(
+    kind: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    base = load_with_rank(build(kind, CAUSAL[kind], tmp_path, tokenizer_of(checkpoints), task="causal"), 2)
+    experts = sum(
+        p.numel() for name, p in base.model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))
+    )
+    share = experts / sum(p.numel() for p in base.model.parameters())
+    assert f"experts: {share:.0%} of the weights are stacked experts, which are not adapted" in base.notes[-1]
+
+
+def test_a_layer_past_an_adapters_reach_is_left_out(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    base = load_with_rank(build("mamba", CAUSAL["mamba"], tmp_path, tokenizer_of(checkpoints), task="causal"), 1)
+    assert "backbone.layers.0.mixer.in_proj" in base.modules
+    assert not [name for name in base.modules if name.endswith("out_proj")]
+    assert "such as backbone.layers.0.mixer.out_proj" in base.notes[0]
+
+
+def test_an_ordinary_base_needs_no_word(loaded: Any) -> None:
+    assert loaded(targets=["all-linear"]).notes == ()
+
+
+def test_a_rank_for_which_every_layer_is_too_small_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.rank: expected at most 32, .*got 33"):
+        load_with_rank(checkpoints["llama"], 33)
+
+
+def tokenizer_of(checkpoints: dict[str, Path]) -> Any:
+    return AutoTokenizer.from_pretrained(checkpoints["llama"])
+
+
+def load_with_rank(folder: Path, rank: int) -> Base:
+    settings = ModelSettings(base=str(folder), device="cpu")
+    adapter, tokenizer = AdapterSettings(rank=rank), load_tokenizer(settings, Path())
+    return load(settings, adapter, tokenizer=tokenizer, root=Path(), seed=0)
