@@ -122,7 +122,8 @@ def _text_of(path: Path, key: str) -> str:
     except UnicodeDecodeError as error:
         ending = next((ending for magic, ending in MAGIC.items() if content.startswith(magic)), None)
         got = f"byte {error.object[error.start]:#04x} at offset {error.start} of {path}"
-        hint = f"its first bytes are those of a {ending} file: give it that ending, or unpack it" if ending else ""
+        remedy = "unpack it" if ending == ".zip" else "give it that ending"
+        hint = f"its first bytes are those of a {ending} file: {remedy}" if ending else ""
         raise ConfigError(Fault(key, "a text file in UTF-8", got, hint)) from error
     except OSError as error:
         reason = error.strerror or _first_line(error)
@@ -238,7 +239,7 @@ def _csv_rows(text: str, path: Path, key: str) -> tuple[list[str], list[tuple[in
 
 def _delimiter(text: str) -> str:
     """Return which of `DELIMITERS` stands most often in the header, outside quotes; the first of those if several."""
-    unquoted = "".join(text.lstrip("\r\n").partition("\n")[0].split('"')[::2])
+    unquoted = "".join(re.split("[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0].split('"')[::2])
     return max(DELIMITERS, key=unquoted.count)
 
 

@@ -6,7 +6,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,12 @@ from fedtune.errors import ConfigError, Fault
 
 SPLITS = re.compile(r"(?:^|[/._-])(train|test|validation|valid|val|dev|eval)(?=[/._-]|\d|$)", re.IGNORECASE)
 """Names of the parts that data sets are published in, in the path of a file."""
+
+REMEDIES: Mapping[str, str] = {
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "unpack it"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as CSV"),
+}
+"""What can be done about files of formats that are not read."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,8 @@ def _form(path: Path, form: str, key: str) -> str:
     if path.is_file() and (known := format_of(path)):
         return known
     expected = f"a saved dataset's folder or a file ending in {', '.join(ENDINGS)}, compressed or not"
-    raise ConfigError(Fault(key, expected, str(path), "set data.format"))
+    remedy = next((remedy for ending, remedy in REMEDIES.items() if ending in path.suffixes), "set data.format")
+    raise ConfigError(Fault(key, expected, str(path), remedy))
 
 
 def may_be_hub_name(source: str) -> bool:

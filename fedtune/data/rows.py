@@ -61,6 +61,9 @@ def _for_classes(mapped: dict[Part, str], names: Sequence[str], where: str) -> C
     if "label" not in {*mapped, *names}:
         expected = "a column for label, which classification needs"
         raise ConfigError(Fault("data.fields.label", expected, _columns_of(names, where), _map("label")))
+    if talk := [part for part in ("messages", "tools") if part in mapped]:
+        expected = "no entry for classification, which reads no conversations"
+        raise ConfigError(Fault(f"data.fields.{talk[0]}", expected, repr(mapped[talk[0]]), "map text and label"))
     label = mapped.get("label", "label")
     if "text" in mapped or ("text" in names and "instruction" not in mapped):
         # An `input` is the second of a pair only where it is said to be: beside a text it may be anything.

@@ -31,7 +31,7 @@ DAY = "2024-07-26"
 """The day that chat templates write where no run has fixed another: the one that Llama 3's falls back to."""
 OTHERS = 'use "alpaca", "plain" or your own text'
 """What can be done about a chat template that does not serve."""
-TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """What a chat template may raise: by its own words, or because it reads what a message does not have."""
 
 

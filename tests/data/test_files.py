@@ -91,7 +91,8 @@ def test_an_archive_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypa
 
 def test_a_packed_file_under_another_ending_is_named(tmp_path: Path) -> None:
     text = refusal(written(tmp_path / "x.jsonl", gzip.compress(LINES)))
-    assert text.endswith("its first bytes are those of a .gz file: give it that ending, or unpack it")
+    assert text.endswith("its first bytes are those of a .gz file: give it that ending")
+    assert refusal(written(tmp_path / "x.csv", b"PK\x03\x04\xff")).endswith("are those of a .zip file: unpack it")
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -126,6 +127,7 @@ def test_a_csv_as_spreadsheets_export_it(tmp_path: Path) -> None:
         written(tmp_path / "y.csv", "a,b,b\n1,2,3\n")
     )
     assert read(written(tmp_path / "z.tsv", "a\tb\n1\t\n")) == {"a": ["1"], "b": [""]}
+    assert read(written(tmp_path / "m.csv", "a;b\r1,5;2\r")) == {"a": ["1,5"], "b": ["2"]}
     assert read(written(tmp_path / "e.csv", "sep=;\r\na;b\r\n1;2\r\n")) == {"a": ["1"], "b": ["2"]}
     text = refusal(written(tmp_path / "w.csv", "a;b,c;d\n1;2\n"))
     assert text.startswith("data.source: expected 3 columns in every row; got another number in line 2 of")

@@ -84,6 +84,9 @@ def test_rows_of_no_form_are_refused_with_the_columns_that_there_are() -> None:
     assert "data.fields.label: expected a column for label, which classification needs; got text, lable in x.jsonl" in (
         refusal("text lable", "classification")
     )
+    assert "data.fields.messages: expected no entry for classification" in (
+        refusal("label text talk", "classification", messages="talk")
+    )
     assert refusal("label q", "classification").startswith("data.fields.text: expected a column for text")
     assert "data.fields.text: expected columns of one form of row; got output and text" in (
         refusal("a b", output="a", text="b")

@@ -137,7 +137,9 @@ def test_hostile_lines_are_refused_with_their_place(tmp_path: Path, content: byt
         ("x.json", b'["a"]', "expected a list of JSON objects; got something else"),
         ("x.json", b"[" + b"1" * 5000 + b"]", "expected a list of JSON objects"),
         ("x.parquet", b"PAR1 and no more", "expected a readable Parquet file"),
-        ("x.xlsx", b"?", "set data.format"),
+        ("x.xlsx", b"?", "save it as CSV"),
+        ("x.tar.gz", b"?", "unpack it"),
+        ("x.dat", b"?", "set data.format"),
     ],
 )
 def test_hostile_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -44,7 +44,9 @@ def test_an_input_decides_between_the_two_alpaca_prompts() -> None:
     assert prompt_of("alpaca", "a", "b").endswith("### Instruction:\na\n\n### Input:\nb\n\n### Response:")
 
 
-@pytest.mark.parametrize("error", [TypeError("no"), ValueError("no"), KeyError("no"), AttributeError("no")])
+@pytest.mark.parametrize(
+    "error", [TypeError("no"), ValueError("no"), KeyError("no"), AttributeError("no"), RecursionError("no")]
+)
 def test_whatever_a_chat_template_raises_is_one_error_with_its_words(error: Exception) -> None:
     turns = [{"role": "tool", "content": "x"}]
     with pytest.raises(ConfigError, match=r"data\.template: .*; got .*no.* from it for row 7 of a\.jsonl \(tool\);"):
