@@ -60,7 +60,7 @@ class Run:
         """The HTML page; it is drawn when it is first asked for, and again once the run went on."""
         page, records = self.path / "report.html", self.path / "rounds.jsonl"
         if records.exists() and not (page.exists() and page.stat().st_mtime >= records.stat().st_mtime):
-            report(self.path)
+            report(self.path, pictures=False)
         return page
 
     @property
@@ -361,8 +361,8 @@ def verify(run: str | Path) -> Verified:
     return verified
 
 
-def report(run: str | Path, *, tensorboard: bool = False) -> Path:
-    """Write report.html and its plots from the run's JSON alone, with event files if wanted, and return the page."""
+def report(run: str | Path, *, tensorboard: bool = False, pictures: bool = True) -> Path:
+    """Write report.html from the run's JSON alone, with its figures as PNG and event files if wanted, and return it."""
     from fedtune.report.page import write_report
     from fedtune.report.tensorboard import write_events
 
@@ -371,7 +371,7 @@ def report(run: str | Path, *, tensorboard: bool = False) -> Path:
     with store_errors(path):
         if tensorboard:
             write_events(path)
-        return write_report(path)
+        return write_report(path, pictures=pictures)
 
 
 def compare(

@@ -496,6 +496,7 @@ def test_the_page_is_drawn_when_it_is_asked_for_and_once(ran: api.Run) -> None:
     page = ran.path / "report.html"
     assert not page.exists()
     assert ran.report == page
+    assert not (ran.path / "plots").exists()  # pictures for a paper are drawn by `fedtune report`
     drawn = page.stat().st_mtime_ns
     assert ran.report.stat().st_mtime_ns == drawn
     os.utime(page, ns=(0, 0))  # as if the run went on since

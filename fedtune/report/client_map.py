@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from fedtune.report.curves import (
     Floats,
@@ -18,11 +19,15 @@ from fedtune.report.curves import (
     gains,
     training_rounds,
 )
-from fedtune.report.drawing import INK, label, new_figure, styled
+from fedtune.report.drawing import CELL_INK, CELL_PAPER, INK, PAPER, label, new_figure, styled, tip
 from fedtune.report.reader import Run
 
 MARKS = {"failed": "x", "refused": "o", "late": "^", "unfit": "s"}
 """Marker of an update that was not used, by status."""
+NO_COLOUR = (0.0, 0.0, 0.0, 0.0)
+"""Of a cell without an update: the ground of the page, light or dark."""
+MOST_CELLS = 600
+"""Cells of a map that get a text of their own; more would weigh more than the map."""
 
 
 @styled
@@ -40,7 +45,7 @@ def client_map(run: Run) -> Figure | None:
     worse = bool((table < 0).any())
     # Symmetric about zero only if a loss rose: otherwise half of the scale would not be used.
     colours = (
-        colormaps["PuOr"].with_extremes(bad="#f4f6f7") if worse else colormaps["PuBu"].with_extremes(bad="#f4f6f7")
+        colormaps["PuOr"].with_extremes(bad=NO_COLOUR) if worse else colormaps["PuBu"].with_extremes(bad=NO_COLOUR)
     )
     image = axes.imshow(
         np.ma.masked_invalid(table),
@@ -51,6 +56,7 @@ def client_map(run: Run) -> Figure | None:
     )
     figure.colorbar(image, ax=axes, label="fall of the loss on the same rows", pad=0.015, fraction=0.04)
     _map_marks(axes, run, names, row_height)
+    _map_tips(axes, run, names, table)
     _map_numbers(axes, table, reach, worse=worse)
     axes.spines[:].set_visible(False)
     step = 1 if row_height >= 0.085 else math.ceil(0.085 / row_height)
@@ -75,7 +81,7 @@ def map_legend(run: Run, *, worse: bool) -> list[Line2D]:
             if status in ("failed", "refused")
             or any(client.status == status for record in rounds for client in record.clients.values())
         ),
-        Line2D([], [], color="#b8c2c8", marker="s", markerfacecolor="#f4f6f7", linestyle="", label="absent (blank)"),
+        Line2D([], [], color="#b8c2c8", marker="s", markerfacecolor="none", linestyle="", label="absent (blank)"),
     ]
     if worse:
         marks.append(Line2D([], [], color=INK, marker="_", linestyle="", label="loss rose"))
@@ -100,6 +106,21 @@ def _map_marks(axes: Axes, run: Run, names: Sequence[str], row_height: float) ->
         axes.scatter(x, y, s=size, linewidths=width, marker=marker, facecolors=faces, edgecolors=edges)
 
 
+def _map_tips(axes: Axes, run: Run, names: Sequence[str], table: Floats) -> None:
+    """Have a page show client, round and gain of a cell, or why there is none."""
+    if table.size > MOST_CELLS:
+        return
+    for (row, column), gain in np.ndenumerate(table):
+        record = training_rounds(run)[column]
+        client = record.clients.get(names[row])
+        what = "absent" if client is None else client.status + (f": {client.reason}" if client.reason else "")
+        text = f"gained {gain:.3g}" if not math.isnan(gain) else what
+        # Not quite transparent: a cell without any colour has no ground that a pointer could rest on.
+        cell = Rectangle((column - 0.5, row - 0.5), 1.0, 1.0, facecolor=PAPER, alpha=0.004)
+        tip(cell, f"{names[row]}, round {record.round}: {text}")
+        axes.add_patch(cell)
+
+
 def _map_numbers(axes: Axes, table: Floats, reach: float, *, worse: bool) -> None:
     """Write the numbers into the cells where they fit; else a bar marks the cells whose loss rose."""
     rows, columns = table.shape
@@ -107,9 +128,8 @@ def _map_numbers(axes: Axes, table: Floats, reach: float, *, worse: bool) -> Non
         for (row, column), value in np.ndenumerate(table):
             if not math.isnan(value):
                 dark = abs(value) > (0.62 if worse else 0.6) * reach
-                axes.text(
-                    column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else INK
-                )
+                colour = CELL_PAPER if dark else CELL_INK
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     elif worse:
         at = np.argwhere(table < 0)
         axes.scatter(at[:, 1], at[:, 0], marker="_", s=6, color=INK, linewidths=0.7)

@@ -5,21 +5,37 @@ from __future__ import annotations
 import functools
 import io
 import re
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
-INK, MUTED, GRID = "#1d2b33", "#55656f", "#e1e7ea"
+INK, MUTED, GRID, PAPER, FAINT = "#1d2b33", "#55656f", "#e1e7ea", "#ffffff", "#9db4c4"
+CELL_INK, CELL_PAPER = "#1d2b32", "#fffffe"
+"""Of numbers in coloured cells, whose ground is the same in a dark page."""
 
 COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#aa4488", "#b07d00", "#3f9fd6", "#1d2b33")
 """After Okabe and Ito: apart from each other under the common colour blindnesses; yellow tones darkened for paper."""
+THEMED = {
+    **{colour: f"var(--line-{index})" for index, colour in enumerate(COLOURS)},
+    INK: "var(--ink)",
+    MUTED: "var(--soft)",
+    GRID: "var(--grid)",
+    PAPER: "var(--card)",
+    FAINT: "var(--faint)",
+}
+"""The page's own colours, light or dark, in place of those that a PNG has."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MOST_TIPS = 120
+"""Points of a line, or cells of a map by columns, that get a text of their own."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 STYLE: Any = {
@@ -106,19 +122,44 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def tip(artist: Artist, text: str) -> None:
+    """Have a page show a text when the pointer rests on a part of a figure."""
+    artist.set_gid(f"tip{text.encode().hex()}")
+
+
+def tip_text(hexadecimal: str) -> str:
+    """Return the text of a tip, as markup may hold it."""
+    return escape(printable_text(bytes.fromhex(hexadecimal).decode()))
+
+
+def printable_text(text: str) -> str:
+    """Return a text without control characters, which no XML may hold."""
+    return "".join(char if char.isprintable() else "□" for char in text)
+
+
+def tips(axes: Axes, x: NDArray[Any], y: NDArray[Any], texts: Sequence[str]) -> None:
+    """Have a page show a text at each point: marks that are not seen carry them, as many as a page can bear."""
+    if len(texts) <= MOST_TIPS:
+        for across, up, text in zip(x, y, texts, strict=True):
+            tip(axes.plot([across], [up], color=INK, marker="o", markersize=9, alpha=0.0, linestyle="")[0], text)
+
+
 @styled
 def svg(figure: Figure, *, name: str, title: str) -> str:
     """Return the figure as an <svg> element for a page; `name` sets its ids apart from those of other figures.
 
-    Its texts are drawn as outlines (`svg.fonttype`), so that no name of a client becomes markup.
+    Its texts are outlines (`svg.fonttype`), and those of `tip` are escaped: no name of a client becomes markup.
+    Colours are the page's variables, and the ground is transparent: light and dark pages have one figure.
     """
     _fix_layout(figure)
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    figure.savefig(buffer, format="svg", metadata=nothing)
+    figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"#[0-9a-f]{6}\b(?=[;\"])", lambda match: THEMED.get(match[0], match[0]), text)
+    text = re.sub(r'<g id="tip([0-9a-f]*)">', lambda match: f"<g><title>{tip_text(match[1])}</title>", text)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
     # The page sets the width; the view box keeps the proportions. Only the root has sizes in points.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from fedtune.report import tables
 from fedtune.report.curves import client_names, evaluations, kinds, loss_curve, paired_losses, training_rounds
 from fedtune.report.drawing import png, svg
+from fedtune.report.headline import adapter_rank, headline
 from fedtune.report.planner_choices import choices_table, devices_table, idle
 from fedtune.report.plots import PLOTS
 from fedtune.report.reader import Run, Sample, Scores, finite, read_run
@@ -63,24 +65,29 @@ class Uploads:
     pruned: bool
 
 
-def write_report(run: Path) -> Path:
-    """Write report.html and plots/*.png into a run directory and return the page's path.
+def write_report(run: Path, *, pictures: bool = True) -> Path:
+    """Write report.html, and with pictures plots/*.png, into a run directory and return the page's path.
 
     Raises:
         StoreError: if the directory cannot be read.
     """
     content = read_run(run)
     figures = {name: figure for name, draw in PLOTS.items() if (figure := draw(content)) is not None}
-    folder = run / "plots"
+    if pictures:
+        write_pictures(run / "plots", figures)
+    target = run / "report.html"
+    replace_text(target, report_page(content, figures))
+    return target
+
+
+def write_pictures(folder: Path, figures: Mapping[str, Figure]) -> None:
+    """Write each figure as PNG into a folder, and remove those of an earlier report."""
     folder.mkdir(exist_ok=True)
     for name in PLOTS:
         if name in figures:
             (folder / f"{name}.png").write_bytes(png(figures[name]))
         else:
-            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
-    target = run / "report.html"
-    replace_text(target, report_page(content, figures))
-    return target
+            (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
@@ -91,6 +98,8 @@ def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
         title=f"{run.name}: report",
         run=run,
         last=run.rounds[-1].round,
+        headline=headline(run),
+        loads=adapter_rank(run) > 0,
         facts=facts(run),
         tiles=tiles(run),
         cards={name: card(run, name, figure) for name, figure in figures.items()},
@@ -128,8 +137,17 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("clients", str(len(client_names(run)))),
         ("rounds", str(run.rounds[-1].round)),
         ("state", run.state),
+        ("ended", end_time(run.path)),
         ("versions", versions),
     ]
+
+
+def end_time(path: Path) -> str:
+    """Return when the summary of a run was written, or else its last round."""
+    for name in ("summary.json", "rounds.jsonl"):
+        if (path / name).exists():
+            return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime((path / name).stat().st_mtime))
+    return ""
 
 
 def tiles(run: Run) -> list[Tile]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -21,10 +21,23 @@ from fedtune.report.curves import (
     paired_losses,
     training_rounds,
 )
-from fedtune.report.drawing import COLOURS, INK, MUTED, label, line_style, new_figure, styled, whole_rounds
+from fedtune.report.drawing import (
+    COLOURS,
+    FAINT,
+    INK,
+    MUTED,
+    PAPER,
+    label,
+    line_style,
+    new_figure,
+    styled,
+    tip,
+    tips,
+    whole_rounds,
+)
 from fedtune.report.planner_choices import choices
 from fedtune.report.reader import Run, finite
-from fedtune.report.units import bytes_unit, seconds_unit
+from fedtune.report.units import bytes_text, bytes_unit, number_text, seconds_unit
 
 Against = Literal["rounds", "bytes", "seconds", "clock"]
 
@@ -37,7 +50,7 @@ def loss(run: Run, against: Against) -> Figure | None:
         return None
     if all(np.isnan(values).all() for values in (curve.test, curve.mean, curve.training)):
         return None
-    figure = new_figure(7.4, 3.3) if against == "rounds" else new_figure(5.4, 3.1)
+    figure = new_figure(5.8, 3.4)
     axes = figure.subplots()
     along: Floats = getattr(curve, against)
     x = along / axis_unit(axes, float(along.max()), against)
@@ -55,6 +68,10 @@ def loss(run: Run, against: Against) -> Figure | None:
         )
         for edge in (curve.best, curve.worst):
             axes.plot(x[band], edge[band], color=COLOURS[0], alpha=0.55, linewidth=0.7)
+    names = [f"round {number:.0f}" for number in curve.rounds]
+    for text, values in (("mean of clients", curve.mean), ("test", curve.test), ("deployed", curve.deployed)):
+        known = np.flatnonzero(~np.isnan(values))
+        tips(axes, x[known], values[known], [f"{text}, {names[i]}: {number_text(float(values[i]))}" for i in known])
     _line(axes, x, curve.mean, "mean of clients, held out", color=COLOURS[0], marker="o", markevery=every)
     _line(axes, x, curve.test, "global test", color=COLOURS[1], marker="s", linestyle=(0, (5, 2)), markevery=every)
     _line(axes, x, curve.deployed, "test, as deployed", color=COLOURS[3], marker="D", markersize=3.5, markevery=every)
@@ -71,7 +88,7 @@ def loss(run: Run, against: Against) -> Figure | None:
     )
     axes.set_ylabel("loss (nats per token)")
     axes.margins(x=0.02)
-    figure.legend(loc="outside upper left", ncols=4 if against == "rounds" else 2)
+    figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 
@@ -105,10 +122,14 @@ def traffic(run: Run) -> Figure | None:
     single, total = figure.subplots(1, 2)
     size, unit = bytes_unit(float(max(up.max(), down.max())))
     width = 0.78 if len(rounds) <= 60 else 1.0
-    fine = {"edgecolor": "white", "linewidth": 0.0 if len(rounds) > 60 else 0.5}
-    single.bar(number, up / size, width, color=COLOURS[1], label="up: clients to server", **fine)
+    fine: dict[str, Any] = {"edgecolor": PAPER, "linewidth": 0.0 if len(rounds) > 60 else 0.5}
     hatch = "////" if len(rounds) <= 60 else None
-    single.bar(number, -down / size, width, color=COLOURS[5], label="down: server to clients", hatch=hatch, **fine)
+    ups = single.bar(number, up / size, width, color=COLOURS[1], label="up: clients to server", **fine)
+    fine |= {"hatch": hatch, "label": "down: server to clients"}
+    downs = single.bar(number, -down / size, width, color=COLOURS[5], **fine)
+    for way, bars, sizes in (("up", ups, up), ("down", downs, down)):
+        for record, bar, sent in zip(rounds, bars, sizes, strict=True):
+            tip(bar, f"round {record.round}: {bytes_text(float(sent))} {way}")
     single.axhline(0, color=INK, linewidth=0.8)
     single.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
     single.set(title="per round", ylabel=f"{unit}, down below, up above")
@@ -196,7 +217,7 @@ def spectrum(run: Run) -> Figure | None:
             axes.semilogy(
                 np.arange(1, len(y) + 1),
                 y,
-                color=shades(0.85 * share),
+                color=shades(0.3 + 0.45 * share),
                 linewidth=1.6 if ends else 0.8,
                 marker=("o" if depth == 0 else "s") if ends else None,
                 markersize=3.5,
@@ -213,9 +234,9 @@ def spectrum(run: Run) -> Figure | None:
     figure.supxlabel("index", fontsize=9)
     figure.supylabel("singular value", fontsize=9)
     ends_only = [
-        Line2D([], [], color=shades(0.0), marker="o", markersize=3.5, label="first module"),
-        Line2D([], [], color=shades(0.85), marker="s", markersize=3.5, label="last module"),
-        Line2D([], [], color=shades(0.42), linewidth=0.8, label="between"),
+        Line2D([], [], color=shades(0.3), marker="o", markersize=3.5, label="first module"),
+        Line2D([], [], color=shades(0.75), marker="s", markersize=3.5, label="last module"),
+        Line2D([], [], color=shades(0.52), linewidth=0.8, label="between"),
     ]
     figure.legend(handles=ends_only, loc="outside upper left", ncols=3)
     return figure
@@ -232,7 +253,7 @@ def before_after(run: Run) -> Figure | None:
     if not pairs:
         return None
     row_height = min(0.28, 9.5 / len(pairs))
-    figure = new_figure(7.4, 1.15 + row_height * len(pairs))
+    figure = new_figure(5.8, 1.15 + row_height * len(pairs))
     axes = figure.subplots()
     axes.grid(visible=False, axis="y")
     rows = np.arange(len(pairs))
@@ -240,8 +261,8 @@ def before_after(run: Run) -> Figure | None:
     after = np.array([pair[2] for pair in pairs])
     size = float(np.clip((row_height * 72 * 0.42) ** 2, 8.0, 42.0))
     better = after <= before
-    axes.hlines(rows[better], after[better], before[better], color="#9db4c4", linewidth=1.6, zorder=1)
-    axes.scatter(before, rows, s=size, facecolors="white", edgecolors=MUTED, linewidths=1.2, label="base", zorder=2)
+    axes.hlines(rows[better], after[better], before[better], color=FAINT, linewidth=1.6, zorder=1)
+    axes.scatter(before, rows, s=size, facecolors=PAPER, edgecolors=MUTED, linewidths=1.2, label="base", zorder=2)
     axes.scatter(after[better], rows[better], s=size, color=COLOURS[0], label="tuned", zorder=3)
     if not better.all():
         axes.hlines(
@@ -262,6 +283,9 @@ def before_after(run: Run) -> Figure | None:
             label="tuned, worse than the base",
             zorder=3,
         )
+    texts = [f"{name}: {number_text(old)} to {number_text(new)}" for name, old, new in pairs]
+    for losses in (before, after):
+        tips(axes, losses, rows, texts)
     step = 1 if row_height >= 0.075 else math.ceil(0.075 / row_height)
     axes.set_yticks(
         rows[::step], [label(name) for name, *_ in pairs[::step]], fontsize=min(8.5, row_height * step * 72 * 0.82)

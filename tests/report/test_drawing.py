@@ -4,15 +4,29 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib
+import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
-from fedtune.report.drawing import COLOURS, DASHES, label, line_style, new_figure, png, styled, svg
+from fedtune.report.drawing import (
+    COLOURS,
+    DASHES,
+    INK,
+    MOST_TIPS,
+    label,
+    line_style,
+    new_figure,
+    png,
+    styled,
+    svg,
+    tips,
+)
 
 
 @styled
 def small() -> Figure:
     figure = new_figure(2, 2)
-    figure.subplots().plot([1, 2], [1, 2], marker="o")
+    figure.subplots().plot([1, 2], [1, 2], **line_style(0, 2))
     return figure
 
 
@@ -48,3 +62,28 @@ def test_lines_are_told_apart_without_colour() -> None:
     styles = [line_style(index, 10) for index in range(len(COLOURS) * len(DASHES))]
     assert len({(style["color"], str(style["linestyle"])) for style in styles}) == len(styles)
     assert len({style["marker"] for style in styles[: len(COLOURS)]}) == len(COLOURS)
+
+
+def test_a_page_gives_its_own_colours_to_a_figure_without_a_ground() -> None:
+    text = svg(small(), name="a", title="t")
+    assert not re.findall(r"#(?:ffffff|1d2b33|55656f|e1e7ea|0072b2)", text)
+    for variable in ("--ink", "--soft", "--grid", "--line-0"):
+        assert f"var({variable})" in text
+    assert INK not in text
+
+
+def test_points_have_texts_that_are_no_markup() -> None:
+    figure = new_figure(2, 2)
+    axes = figure.subplots()
+    names = ["<script>&", "b\x00\x1b"]
+    tips(axes, np.array([1.0, 2.0]), np.array([1.0, 2.0]), names)
+    root = ElementTree.fromstring(svg(figure, name="a", title="t"))
+    titles = [element.text for element in root.iter() if element.tag.endswith("title")]
+    assert titles == ["<script>&", "b□□"]
+
+
+@pytest.mark.parametrize(("points", "shown"), [(MOST_TIPS, MOST_TIPS), (MOST_TIPS + 1, 0)])
+def test_a_line_of_many_points_has_none(points: int, shown: int) -> None:
+    axes = new_figure(2, 2).subplots()
+    tips(axes, np.arange(points), np.arange(points), ["x"] * points)
+    assert len(axes.lines) == shown

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.report.headline import headline
 from fedtune.report.page import report_page, write_report
 from fedtune.report.plots import PLOTS
 from fedtune.report.reader import read_run
@@ -78,6 +79,40 @@ def test_the_page_tells_the_key_numbers_digests_and_recipe(page: Path) -> None:
         assert expected in text
     for expected in ("flora", "torch 2.13.0", "tiny-llama", 'name = "dolly-4"', "The pancreas.", "client-3"):
         assert expected in text
+
+
+def test_the_first_sentence_says_what_happened_and_how_to_load_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert headline(read_run(page.parent)) in "".join(read(page).text)
+    assert text.index('<p class="lead">') < text.index("<dl>")
+    assert "fedtune chat run" in text
+    assert "2027-01-15 08:00 UTC" in text
+
+
+def test_links_lead_to_sections_that_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    anchors = re.findall(r'<a href="#([a-z]+)"', text)
+    assert len(anchors) == 7
+    assert all(f'<section id="{anchor}">' in text for anchor in anchors)
+
+
+def test_figures_follow_the_page_and_the_width_and_show_texts_under_the_pointer(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    figures = "".join(re.findall(r"<svg .*?</svg>", text, flags=re.DOTALL))
+    assert "var(--ink)" in figures
+    assert "#1d2b33" not in figures
+    assert "min-width: 33rem" not in text
+    assert "<title>client-0, round 1: failed: out of memory</title>" in figures
+    assert re.search(r"<title>round 1: [0-9.]+ kB up</title>", figures)
+    assert "<title>test, round 0: 3.150</title>" in figures
+
+
+def test_figures_for_experts_are_folded(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    folded = "".join(re.findall(r"<details>.*?</figure>", text, flags=re.DOTALL))
+    for name in ("loss-by-bytes", "ranks"):
+        assert f'<figure class="{name}">' in folded
+    assert text.index('<figure class="loss-by-round">') < text.index("Loss by traffic and by time")
 
 
 def test_failures_are_told_by_name_and_reason(page: Path) -> None:
