@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedtune.data.encode import IGNORED, Encoded, Example, encode_causal, encode_classes, pack, prompt_text
@@ -246,3 +246,21 @@ def test_a_chat_template_that_refuses_a_row_is_one_error_with_its_words(stories:
     strict.chat_template = "{{ raise_exception('a system message is required') }}"
     with pytest.raises(ConfigError, match=r"data\.template: .*'a system message is required' from it for row 1"):
         encode(strict, ROW)
+
+
+def test_token_types_are_what_the_tokenizer_gives_cut_or_not() -> None:
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "|": 3}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="$A |", pair="$A | $B:1 |:1", special_tokens=[("|", 3)])
+    names = ["input_ids", "token_type_ids"]
+    pairs = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", model_input_names=names)
+    rows = {"instruction": ["a", "a a a"], "input": ["b b", "b"], "label": ["n", "n"]}
+    options = DataSettings("x", Split("files"), max_tokens=5)
+    whole, cut = encode_classes(rows, options, pairs, labels=["n"]).examples
+    assert whole is not None
+    assert cut is not None
+    assert (whole.input_ids.tolist(), np.asarray(whole.token_types).tolist()) == ([1, 3, 2, 2, 3], [0, 0, 1, 1, 1])
+    assert (cut.input_ids.tolist(), np.asarray(cut.token_types).tolist()) == ([1, 1, 3, 2, 3], [0, 0, 0, 1, 1])
+    (single,) = encode_classes({"text": ["a b"], "label": ["n"]}, options, pairs, labels=["n"]).examples
+    assert single is not None
+    assert single.token_types is None

@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from fedtune.data.federation import Federation, federate
+from fedtune.data.federation import Federation, digest, federate
 from fedtune.data.settings import DataSettings, Split
 from fedtune.errors import ConfigError
 
@@ -257,3 +259,11 @@ def test_a_client_that_lacks_a_class_takes_part_where_the_classes_are_named(tmp_
     federation = federate(settings, tokenizer=tokenizer, task="classification", seed=0, root=tmp_path)
     assert list(federation.labels) == ["no", "yes"]
     assert {example.labels for shard in federation.clients.values() for example in shard.train} == {1}
+
+
+def test_the_digest_of_the_data_depends_on_token_types(sites: Path, tokenizer: Any) -> None:
+    federation = by_site(sites, tokenizer)
+    shard = federation.clients["west"]
+    (example,) = shard.train
+    typed = replace(shard, train=[replace(example, token_types=np.ones_like(example.input_ids))])
+    assert digest(replace(federation, clients={**federation.clients, "west": typed})) != digest(federation)
