@@ -65,11 +65,12 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], base: Base) -> Batch:
-    """Return examples as a batch, padded on the right to the longest example."""
+    """Return examples as a batch, padded to the longest example, on the right unless the model needs it otherwise."""
+    side = padding_side(base)
     rows = [torch.tensor(example.input_ids, dtype=torch.int64) for example in examples]
     labels = [torch.tensor(example.labels, dtype=torch.int64) for example in examples]
-    ids = pad_sequence(rows, batch_first=True, padding_value=base.pad_id)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    ids = pad_sequence(rows, batch_first=True, padding_value=base.pad_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     causal = base.task == "causal"
     # IGNORED is what cross_entropy leaves out: no loss is taken on padding.
     targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED) if causal else torch.stack(labels)
@@ -88,7 +89,15 @@ def token_types(examples: Sequence[Example], base: Base) -> torch.Tensor | None:
     given = (np.zeros_like(ex.input_ids) if ex.token_types is None else ex.token_types for ex in examples)
     rows = [torch.tensor(types, dtype=torch.int64) for types in given]
     padding = int(getattr(base.tokenizer, "pad_token_type_id", 0))
-    return pad_sequence(rows, batch_first=True, padding_value=padding).to(base.device)
+    side = padding_side(base)
+    return pad_sequence(rows, batch_first=True, padding_value=padding, padding_side=side).to(base.device)
+
+
+def padding_side(base: Base) -> str:
+    """Return the side on which batches are padded: left for classifiers that read the last position, such as XLNet."""
+    # Others find a text's end by its padding, or read the first position: on the right, positions stay as they are.
+    reads_last = base.task == "classification" and hasattr(base.model, "sequence_summary")
+    return "left" if reads_last and getattr(base.tokenizer, "padding_side", "right") == "left" else "right"
 
 
 def reads_token_types(model: Any) -> bool:

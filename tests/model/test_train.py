@@ -2,15 +2,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
-from fedtune.data.encode import encode_classes
+from fedtune.data.encode import Example, encode_classes
 from fedtune.data.settings import DataSettings, Split
 from fedtune.errors import ClientError
 from fedtune.messages import Plan, Training, TrainLora
@@ -120,6 +127,27 @@ def test_pairs_are_what_the_stock_model_reads_in_scores_and_in_a_step(tmp_path: 
     # A batch that lost them is another input.
     blind = replace(batch, token_types=None)
     assert not torch.allclose(logits_of(base.model, blind, task="classification"), stock(**theirs).logits, atol=1e-3)
+
+
+def test_a_classifier_that_reads_the_last_position_is_padded_on_the_left() -> None:
+    sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        stock = XLNetForSequenceClassification(XLNetConfig(vocab_size=9, pad_token_id=0, **sizes)).eval()
+    tokenizer = SimpleNamespace(padding_side="left", pad_token_type_id=3)
+    base: Any = SimpleNamespace(
+        model=stock, tokenizer=tokenizer, task="classification", device=torch.device("cpu"), pad_id=0
+    )
+    ids, types = ([5, 6, 7, 3], [4, 3]), ([0, 0, 0, 2], [0, 2])
+    rows = [
+        Example(np.array(own), 0, 0, "", "", len(own), np.array(kinds)) for own, kinds in zip(ids, types, strict=True)
+    ]
+    batch = collate(rows, base)
+    assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 0, 2], [3, 3, 0, 2]]
+    with torch.inference_mode():
+        together = logits_of(stock, batch, task="classification")
+        alone = torch.cat([logits_of(stock, collate([row], base), task="classification") for row in rows])
+    torch.testing.assert_close(together, alone)
 
 
 def test_models_without_token_types_are_given_none(loaded: Any, examples: Any) -> None:
