@@ -23,6 +23,7 @@ from fedtune.rounds.record import COUNTS, Metrics, RoundRecord
 from fedtune.runs.context import bind_to_score
 from fedtune.runs.demo import find_model, recipe_text, remark, write_data
 from fedtune.runs.export import check_base, open_run
+from fedtune.runs.path_checks import check_paths
 from fedtune.simulation.fork_client import ForkServer
 from fedtune.store import result
 from fedtune.store import verify as verify_module
@@ -126,6 +127,7 @@ def simulate(
     bound = bind_recipe(recipe, overrides, objects)
     target = Path(out) if out is not None else Path("runs") / bound.name
     vacant(target, fresh=fresh)  # before torch is imported, and data and base are loaded
+    check_paths(bound)
     with observer(watch, bound.name) as observe, fork_server_of(bound) as fork_server:
         experiment = load(bound, observe)
         return _run(experiment, check_vacant(target, fresh=fresh), fork_server, observe, began=began)
@@ -202,6 +204,7 @@ def _resume(
 
     bound = as_started(path, bind_recipe(recipe_of(path) if recipe is None else recipe, overrides, objects))
     check_resumable(path, bound)
+    check_paths(bound)
     with observer(watch, bound.name) as observe, fork_server_of(bound) as fork_server:
         return _run(load(bound, observe), path, fork_server, observe, resume=True, began=began)
 
@@ -400,6 +403,8 @@ def compare(
     for path, recipe in bound:
         if recipe is None:
             check_run(path)
+        else:
+            check_paths(recipe)
     check_distinct([(recipe.name, seed) for _, recipe in bound if recipe for seed in seeds or [recipe.seed]])
     folder = check_vacant(Path(out) if out is not None else Path("runs") / "compare", fresh=out is None)
     with observer(watch, "compare") as observe:

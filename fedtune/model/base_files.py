@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.model import embedded
+from fedtune.model.base_paths import local_base
 from fedtune.model.gguf import convert_once, find_gguf
 from fedtune.model.settings import ModelSettings
 
@@ -74,13 +75,7 @@ def locate(settings: ModelSettings, root: Path) -> str | Path:
     local = root / Path(settings.base).expanduser()
     if file := find_gguf(local):
         return convert_once(file)
-    if local.is_dir():
-        return local
-    if local.exists() or settings.base.startswith((".", "/", "~")) or settings.base.count("/") > 1:
-        got = f"another file at {local}" if local.exists() else f"nothing at {local}"
-        expected = "a folder with config.json, tokenizer and safetensors, or a GGUF file"
-        raise ConfigError(Fault("model.base", expected, got, "check the path; a hub name has one slash"))
-    return settings.base
+    return local_base(settings, root) or settings.base
 
 
 def readable(path: str | Path, revision: str | None) -> str | Path:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config import bind
+from fedtune.errors import ConfigError
+from fedtune.runs.path_checks import check_paths
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"model": {"base": "./none"}}, r"model\.base: .*nothing at"),
+        ({"data": {"source": "none.jsonl"}}, r"data\.source: .*'none\.jsonl'"),
+        ({"data": {"test": ["none.jsonl"]}}, r"data\.test: .*'none\.jsonl'"),
+    ],
+)
+def test_paths_to_nothing_are_refused_by_key(part: dict[str, Any], message: str, tables: dict[str, Any]) -> None:
+    check_paths(bind(tables))
+    recipe = bind({**tables, **{table: {**tables[table], **keys} for table, keys in part.items()}})
+    with pytest.raises(ConfigError, match=message):
+        check_paths(recipe)
+
+
+def test_a_missing_file_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(
+        'model = { base = "embedded" }\ndata = { source = "none.jsonl", split = { kind = "iid", clients = 2 } }\n'
+    )
+    code = (
+        "import sys, fedtune\ntry: fedtune.simulate('r.toml')\nexcept fedtune.ConfigError as error: print(error)\n"
+        "print(*({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    first, last = ended.stdout.splitlines()
+    assert "data.source" in first
+    assert last == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]
+    assert ended.stderr == ""
