@@ -108,10 +108,8 @@ def _between(
         own = answered[len(prompt) :]
         if text.startswith(own, len(prompt)):
             return Answer(len(prompt), len(prompt) + len(own), content)
-        # Some templates write a turn otherwise once others follow it, without its reasoning for one.
-        _, shown, closing = own.rpartition(content.strip()) if content.strip() else ("", "", "")
-        if shown and text.startswith(shown + closing, len(prompt)):
-            return Answer(len(prompt), len(prompt) + len(shown + closing), content)
+        if (shortened := _without_reasoning(text, len(prompt), own, content)) is not None:
+            return shortened
     expected = "a chat template whose answer follows its generation prompt"
     got = f"{answered[:80]!r}, which does not begin with {prompt[-40:]!r}, for {place}"
     if text.startswith(prompt):
@@ -119,3 +117,22 @@ def _between(
         got = f"{text[len(prompt) :][:80]!r} in place of {answered[len(prompt) :][:80]!r} for {place}"
     hint = f"mark what it lets the model write by {{% generation %}}, or {OTHERS}"
     raise ConfigError(Fault("data.template", expected, got, hint))
+
+
+def _without_reasoning(text: str, begin: int, own: str, content: str) -> Answer | None:
+    """Return a turn of which a template leaves out the start once others follow it, as Qwen3's does with reasoning.
+
+    Args:
+        text: the whole conversation.
+        begin: where the turn begins in it.
+        own: the turn as the template writes it where it is the last one.
+        content: the turn's text.
+    """
+    tail = content.strip().rpartition("\n")[2]
+    closing = own.rpartition(tail)[2] if tail else ""
+    end = text.find(tail + closing, begin) if closing else -1
+    shown = text[begin : end + len(tail)]
+    # Only an end of the turn will do: anything else is not what the row says.
+    if end < 0 or not content.strip().endswith(shown.strip()):
+        return None
+    return Answer(begin, end + len(tail + closing), shown.strip())

@@ -63,6 +63,17 @@ def test_every_turn_of_the_assistant_is_learned_with_the_marks_that_close_it(mak
     assert pieces(make(THINKING), TURNS) == ["upon a time</s>\n", "<think>\n</think>was a dog</s>\n"]
 
 
+def test_reasoning_that_a_template_leaves_out_of_earlier_turns_is_left_out(make: Any) -> None:
+    thoughts = [{**turn, "content": f"<think>\nhm\n</think>\n\n{turn['content']}"} for turn in TURNS]
+    turns = [thought if turn["role"] == "assistant" else turn for turn, thought in zip(TURNS, thoughts, strict=True)]
+    template = CHATML.replace(
+        "m.content }}", "m.content.split('</think>')[-1].strip() if not loop.last else m.content }}"
+    )
+    assert pieces(make(template), turns) == ["upon a time</s>\n", "<think>\nhm\n</think>\n\nwas a dog</s>\n"]
+    conversation = write_conversation(turns, make(template), place="row 1", date=DAY)
+    assert conversation.answers[0].reference == "upon a time"
+
+
 def test_the_template_s_own_marks_come_first(make: Any) -> None:
     assert pieces(make(MARKED), TURNS) == ["upon a time</s>", "was a dog</s>"]
     conversation = write_conversation(TURNS, make(MARKED), place="row 1", date=DAY)
