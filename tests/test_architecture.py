@@ -206,8 +206,14 @@ def test_a_module_that_seeds_torch_gives_its_generators_back() -> None:
             assert "torch.random.fork_rng" in names, place
 
 
-WHOLESALE = {"fedtune/flower/client_app.py", "fedtune/client/site_process.py"}
-"""May catch any error: its text must not leave the site."""
+WHOLESALE = {
+    "fedtune/flower/client_app.py",
+    "fedtune/client/site_process.py",
+    "fedtune/simulation/inprocess.py",
+    "fedtune/simulation/fork_server.py",
+}
+"""May catch any error of a client's work: it is that client's failure (`rounds.failures`) and must not end the run, and
+over a network its text must not leave the site."""
 
 
 def test_no_error_is_caught_wholesale() -> None:

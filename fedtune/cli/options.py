@@ -36,7 +36,13 @@ def report_errors(debug: bool) -> Iterator[None]:
     from fedtune.errors import FedtuneError
 
     if debug or os.environ.get("FEDTUNE_DEBUG"):
-        yield
+        # In the environment, so that engines and their worker processes show where a client's work failed, too.
+        before = os.environ.get("FEDTUNE_DEBUG", "")
+        os.environ["FEDTUNE_DEBUG"] = before or "1"
+        try:
+            yield
+        finally:
+            os.environ["FEDTUNE_DEBUG"] = before
         return
     try:
         yield

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.client.site import Site, from_file
-from fedtune.errors import FedtuneError
+from fedtune.errors import ClientError, FedtuneError
 from fedtune.link.uploads import map_file
+from fedtune.rounds.failures import failure_of
 from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import encode_profile
 from fedtune.wire.scores import decode_score_request, encode_scores
@@ -57,12 +58,18 @@ def run_request(site: Site, request: Mapping[str, Any]) -> Mapping[str, float]:
     # Mapped, not read: an assignment may be larger than the memory that is free.
     bodies: dict[str, Any] = {name: map_file(folder / name) for name in request["bodies"]}
     front = (folder / "front").read_bytes()
-    if request["do"] == "score":
-        scores = site.score(decode_score_request(front, bodies))
-        into.write_bytes(encode_scores(scores))
-        return {**scores.metrics, "seconds": scores.seconds}
-    update = site.perform(decode_assignment(front, bodies))
-    into.write_bytes(encode_update(update))
+    try:
+        if request["do"] == "score":
+            scores = site.score(decode_score_request(front, bodies))
+            into.write_bytes(encode_scores(scores))
+            return {**scores.metrics, "seconds": scores.seconds}
+        update = site.perform(decode_assignment(front, bodies))
+        into.write_bytes(encode_update(update))
+    except FedtuneError:
+        raise
+    except (Exception, SystemExit) as error:  # its text may quote data: its type and place alone leave the site
+        traceback.print_exc()
+        raise ClientError(failure_of(site.client, error, quote=False).reason) from error
     return {name: value for name, value in asdict(update.measured).items() if value is not None}
 
 

@@ -9,10 +9,11 @@ from typing import Protocol, TypeAlias
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import ClientError, FedtuneError
 from fedtune.flower import shim
 from fedtune.flower.records import ERROR, UPDATE, pack, unpack
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
+from fedtune.rounds.failures import debug_traceback, failure_of
 from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile
 from fedtune.wire.scores import decode_score_request, encode_scores
@@ -81,8 +82,18 @@ def hello(site: Site) -> RecordDict:
 
 
 def train_reply(site: Site, content: RecordDict) -> RecordDict:
-    assignment = unpack(content)
-    return pack(b"", {UPDATE: encode_update(site.perform(decode_assignment(assignment.header, assignment.blobs)))})
+    """Return the update; any error of the client's work is its failure, with its own message in a simulation alone."""
+    encoded = unpack(content)
+    assignment = decode_assignment(encoded.header, encoded.blobs)
+    try:
+        return pack(b"", {UPDATE: encode_update(site.perform(assignment))})
+    except (Exception, SystemExit) as error:
+        simulated = shim.in_simulation()
+        if simulated:
+            debug_traceback(error)
+        elif not isinstance(error, FedtuneError):
+            traceback.print_exc()
+        raise ClientError(failure_of(assignment.plan.client, error, quote=simulated).reason) from error
 
 
 def score_reply(site: Site, content: RecordDict) -> RecordDict:

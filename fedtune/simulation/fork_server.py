@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 from fedtune.errors import ConfigError, FedtuneError, RoundError
 from fedtune.messages import Assignment, ClientUpdate
+from fedtune.rounds.failures import debug_traceback, failure_of
 from fedtune.tensors import Tensors
 from fedtune.wire.codec import blob_decoder, decode_assignment, encode_update
 from fedtune.wire.v1 import round_pb2 as pb
@@ -179,8 +180,8 @@ def work(connection: Connection[bytes, bytes], perform: PerformBytes) -> None:
     """Perform assignments one after the other, until the connection closes.
 
     A request is a JSON value, an assignment's header, and those of its bodies that this worker does not have yet. The
-    answer is a word and its content: `update` with its bytes, `failed` with the reason, or `broken` for an error that
-    is not fedtune's own and ends this process.
+    answer is a word and its content: `update` with its bytes, `failed` with the reason, or `broken` with the reason
+    where the error is not fedtune's own: it ends this process, whose memory or GPU it may have spoiled.
     """
     bodies, decoders = dict[str, bytes](), dict[str, Callable[[pb.Blob, bytes], Tensors]]()
 
@@ -199,9 +200,14 @@ def work(connection: Connection[bytes, bytes], perform: PerformBytes) -> None:
         try:
             assignment = decode_assignment(header, bodies, decode=decode)
             word, content = b"update", encode_update(perform(assignment, request["threads"]))
-        except FedtuneError as error:
-            word, content = b"failed", str(error).encode()
+        except (Exception, SystemExit) as error:
+            word = b"failed" if isinstance(error, FedtuneError) else b"broken"
+            content = failure_of(request["client"], error).reason.encode()
+            debug_traceback(error)
+        # Last, because the reader kills a broken process.
         send_result(connection, word, content)
+        if word == b"broken":
+            return
 
 
 @contextmanager

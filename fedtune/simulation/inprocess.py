@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedtune.errors import FedtuneError
-from fedtune.messages import Client, Failure
+from fedtune.messages import Client
+from fedtune.rounds.failures import debug_traceback, failure_of
 from fedtune.rounds.transport import Answer, Reply, Rule, Work
 from fedtune.wire.codec import EncodedAssignment, blob_decoder, decode_assignment, encode_update
 
@@ -30,5 +30,7 @@ class InProcess:
             try:
                 decoded = decode_assignment(assignment.header, assignment.blobs, decode=decode)
                 yield Reply(name, encode_update(self.work[name](decoded)))
-            except FedtuneError as error:
-                yield Failure.from_text(name, str(error))
+            # Whatever it is: a run of hours must not end because one client's row or plug-in has a fault.
+            except (Exception, SystemExit) as error:
+                debug_traceback(error)
+                yield failure_of(name, error)

@@ -121,7 +121,7 @@ class ProcessPool:
             limit = float("inf") if self.timeout_s is None else time.monotonic() + self.timeout_s
             self._running[place] = RunningTask(client, worker, resources, limit)
             try:
-                send_assignment(worker, assignment, needed, threads=resources.threads)
+                send_assignment(worker, assignment, needed, client=client, threads=resources.threads)
             except OSError as error:
                 failures.append(self._give_up(self._running[place], hung=isinstance(error, BlockingIOError)))
         return failures
@@ -158,25 +158,23 @@ class ProcessPool:
             return self._give_up(running, hung=True)
         except (EOFError, OSError):
             return self._give_up(running)
-        if word == b"broken":
-            return self._give_up(running, error=content.decode())
         del self._running[running.worker.place]
-        if word == b"failed":
+        if word == b"broken":
+            self._end_worker(running.worker)
+        if word in (b"failed", b"broken"):
             return Failure.from_text(running.client, content.decode())
         return Reply(running.client, content)
 
-    def _give_up(self, running: RunningTask, *, hung: bool = False, error: str = "") -> Failure:
+    def _give_up(self, running: RunningTask, *, hung: bool = False) -> Failure:
         """End a worker that does not answer, and return the failure of its client."""
         del self._running[running.worker.place]
         ended = self._end_worker(running.worker)
         if hung:
             got = f"none within {self.timeout_s:g} s; its process was killed; raise engine.timeout_s, or ask less of it"
-        elif error:
-            got = f"{error}; its process was replaced; FEDTUNE_DEBUG=1 shows where that was raised"
         else:
             got = f"none: its process {ended}; lower client.batch or engine.workers if memory ran out"
         # Why a killed process ended is not known; planners ask for less, as after an error of its memory.
-        code = "" if hung or error else "OUT_OF_MEMORY"
+        code = "" if hung else "OUT_OF_MEMORY"
         return Failure(running.client, expected="an update", got=got, where=running.client, code=code)
 
     def _end_worker(self, worker: Worker) -> str:
@@ -184,7 +182,9 @@ class ProcessPool:
         return self._fork_server.end(worker)
 
 
-def send_assignment(worker: Worker, assignment: EncodedAssignment, needed: Counter[str], *, threads: int) -> None:
+def send_assignment(
+    worker: Worker, assignment: EncodedAssignment, needed: Counter[str], *, client: str, threads: int
+) -> None:
     """Send an assignment to an idle worker, without the bodies it has, and let it drop those not needed again.
 
     Raises:
@@ -193,7 +193,7 @@ def send_assignment(worker: Worker, assignment: EncodedAssignment, needed: Count
     drop = {digest for digest in worker.digests if not needed[digest]} - assignment.blobs.keys()
     new = [digest for digest in assignment.blobs if digest not in worker.digests]
     worker.digests = (worker.digests - drop) | set(new)
-    head = {"threads": threads, "drop": sorted(drop), "bodies": new}
+    head = {"client": client, "threads": threads, "drop": sorted(drop), "bodies": new}
     worker.connection.send_bytes(json.dumps(head).encode())
     worker.connection.send_bytes(assignment.header)
     for digest in new:

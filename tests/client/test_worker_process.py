@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.methods import METHODS
-from fedtune.model.base import Base, load, load_tokenizer
+from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.planner import ClientObservation
@@ -35,11 +36,12 @@ from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import ClientFinished, Event, RoundStarted
 from fedtune.rounds.loop import RoundResult, run
 from fedtune.rounds.schedule import Schedule
-from fedtune.rounds.transport import Transport
+from fedtune.rounds.transport import Reply, Rule, Transport
 from fedtune.simulation.fork_client import ForkServer
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.process_pool import ProcessPool
 from fedtune.simulation.resources import Resources
+from fedtune.wire.codec import encode_assignment
 
 RANKS = {"ann": 2, "bob": 4, "cyd": 8}
 SIZES = {"ann": 3, "bob": 5, "cyd": 4}
@@ -54,6 +56,8 @@ def rows(name: str) -> list[Example]:
 
 
 ROWS = {name: rows(name) for name in SIZES}
+BEYOND = [replace(row, input_ids=row.input_ids + 10**6) for row in rows("ann")]
+"""Rows with token ids that no embedding has."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def model(checkpoints: dict[str, Path]) -> ModelSettings:
 def nursery(model: ModelSettings) -> Iterator[ForkServer]:
     """The one of all tests that need torch in other processes: it takes seconds to start."""
     with ForkServer() as nursery:
-        nursery.load(*payload(model, ADAPTER, ROWS, root=Path(), seed=0))
+        nursery.load(*payload(model, ADAPTER, {**ROWS, "dee": BEYOND}, root=Path(), seed=0))
         yield nursery
 
 
@@ -156,6 +160,37 @@ def test_each_clients_threads_are_its_own(base: Base, nursery: ForkServer) -> No
     resources = {"bob": Resources(threads=2)}
     found = results(base, ProcessPool(nursery, FLEET, resources, workers=2, cores=2))
     assert [result.digest for result in found] == [result.digest for result in expected]
+
+
+def test_an_error_of_torch_is_the_same_failure_as_in_one_process_and_the_next_client_works(
+    base: Base, nursery: ForkServer
+) -> None:
+    method, blueprint = METHODS["fedit"], base.blueprint(max_rank=4, seed=0)
+    fleet = [Client("ann", 3), Client("dee", 3)]
+    plans = [
+        PlannedClient(Plan(client.name, 4, 2.0, Training(batch=2, learning_rate=0.02, steps=1))) for client in fleet
+    ]
+    state = method.init(blueprint, method.settings())
+    orders = {
+        plan.plan.client: encode_assignment(replace(method.assign(state, 0, plan), base=base.digest)) for plan in plans
+    }
+    work = {
+        name: partial(perform_module.perform, base, own, threads=1)
+        for name, own in (("dee", BEYOND), ("ann", ROWS["ann"]))
+    }
+    answers = [
+        {answer.client: answer for answer in engine.exchange(orders, Rule(quorum=1))}
+        for engine in (InProcess(fleet, work), ProcessPool(nursery, fleet, workers=1, cores=1))
+    ]
+    here, there = (found["dee"] for found in answers)
+    assert isinstance(here, Failure)
+    assert here == there
+    assert re.fullmatch(
+        r"dee: expected an update; got IndexError: index out of range in self \(fedtune/model/train.py:\d+\)",
+        here.reason,
+    )
+    assert all(isinstance(found["ann"], Reply) for found in answers)
+    assert digest(base.model) == base.digest
 
 
 def test_a_base_that_is_not_there_is_the_same_fault_as_in_this_process(tmp_path: Path) -> None:

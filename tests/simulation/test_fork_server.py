@@ -99,7 +99,7 @@ def test_a_worker_keeps_bodies_until_it_is_told_to_drop_them() -> None:
     (digest,) = order.blobs
 
     def given(connection: Connection[bytes, bytes], *, bodies: list[str], drop: list[str]) -> tuple[bytes, bytes]:
-        connection.send_bytes(json.dumps({"threads": 1, "drop": drop, "bodies": bodies}).encode())
+        connection.send_bytes(json.dumps({"client": "ann", "threads": 1, "drop": drop, "bodies": bodies}).encode())
         connection.send_bytes(order.header)
         for name in bodies:
             connection.send_bytes(order.blobs[name])

@@ -124,7 +124,7 @@ def test_nobody_asked_is_nobody_answered(echoing: ForkServer) -> None:
     [
         ("die", "bob: expected an update; got none: its process was killed by signal 9 (SIGKILL; the system sends it"),
         ("leave", "bob: expected an update; got none: its process ended with status 3;"),
-        ("break", "bob: expected an update; got RuntimeError: a kernel is missing;"),
+        ("break", "bob: expected an update; got RuntimeError: a kernel is missing"),
         ("fail", "bob: expected a loss; got none"),
         ("hang", "bob: expected an update; got none within 1 s; its process was killed; raise engine.timeout_s"),
         ("kill the server", "bob: expected an update; got none: its process was killed by signal 9 (SIGKILL"),
@@ -318,7 +318,7 @@ def test_a_body_travels_to_a_worker_once_and_is_dropped_when_nobody_needs_it() -
         connection.sent.clear()
         order = EncodedAssignment(b"header", {digest: digest.encode() for digest in digests})
         needed.subtract(digests)
-        send_assignment(worker, order, needed, threads=1)
+        send_assignment(worker, order, needed, client="ann", threads=1)
         heads.append(json.loads(connection.sent[0]))
         assert connection.sent[1:] == [b"header", *(digest.encode() for digest in heads[-1]["bodies"])]
     assert [head["bodies"] for head in heads] == [["all", "both", "ann's"], ["bob's"], []]
