@@ -58,6 +58,7 @@ UNITS: Mapping[str, str] = {
     "held_out": "share of the rows",
     "limit": "rows",
     "max_rank": "rank",
+    "patience": "evaluations",
     "max_rounds": "rounds",
     "max_steps": "steps",
     "max_tokens": "tokens",

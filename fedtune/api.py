@@ -15,14 +15,15 @@ from fedtune.config import Recipe, bind, render
 from fedtune.config.plugins import find_method, method_names
 from fedtune.config.reading import read
 from fedtune.config.recipe import Objects
-from fedtune.errors import ConfigError, Fault, RoundError, StoreError
+from fedtune.errors import ConfigError, Fault, RoundError, StoreError, type_of
 from fedtune.methods.method import GlobalModel, Method
 from fedtune.planning.planner import Planner, PlannerInputs
 from fedtune.rounds.events import Note, Phase, Watch
 from fedtune.rounds.record import COUNTS, Metrics, RoundRecord
+from fedtune.runs.base_checks import check_base
 from fedtune.runs.context import bind_to_score
 from fedtune.runs.demo import find_model, recipe_text, remark, write_data
-from fedtune.runs.export import check_base, open_run
+from fedtune.runs.export import open_run
 from fedtune.runs.path_checks import check_paths
 from fedtune.simulation.fork_client import ForkServer
 from fedtune.store import result
@@ -160,7 +161,7 @@ def check_objects(objects: Objects) -> Objects:
     if not isinstance(objects.method, Method | None):
         expected = "a fedtune.methods.method.Method"
         hint = "the name of a method belongs in the recipe, as method.name" if isinstance(objects.method, str) else ""
-        faults.append(Fault("method", expected, f"a {type(objects.method).__name__}", hint))
+        faults.append(Fault("method", expected, type_of(objects.method), hint))
     elif objects.method is not None and is_taken(objects.method):
         hint = "name it, and its settings, otherwise: a run is resumed by the name"
         faults.append(Fault("method", "a name that no other method has", repr(objects.method.name), hint))
@@ -168,9 +169,9 @@ def check_objects(objects: Objects) -> Objects:
         missing = [name for name in operations if name not in dir(objects.planner)]
         if missing:
             expected = "a planner with start, plan and observe, or a function that creates one"
-            faults.append(Fault("planner", expected, f"a {type(objects.planner).__name__} without {missing[0]}"))
+            faults.append(Fault("planner", expected, f"{type_of(objects.planner)} without {missing[0]}"))
     if objects.data is not None and not (isinstance(objects.data, Mapping) and objects.data):
-        faults.append(Fault("data", "rows by client, of one client at least", f"a {type(objects.data).__name__}"))
+        faults.append(Fault("data", "rows by client, of one client at least", type_of(objects.data)))
     if faults:
         raise ConfigError(faults)
     return objects

@@ -82,3 +82,13 @@ class RoundError(FedtuneError):
 
 class StoreError(FedtuneError):
     """A run directory cannot be read, written or trusted."""
+
+
+def type_of(value: object) -> str:
+    """Return the type of a value in words.
+
+    >>> type_of(3), type_of("x")
+    ('an int', 'a str')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

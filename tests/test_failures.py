@@ -12,7 +12,18 @@ import pytest
 from fedtune.errors import RoundError
 from fedtune.flower import shim
 from fedtune.flower.client_app import Site, client_app
-from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Client, ClientUpdate, Failure, Outcome, Training
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    Blueprint,
+    Client,
+    ClientScores,
+    ClientUpdate,
+    Failure,
+    Outcome,
+    ScoreRequest,
+    Training,
+)
 from fedtune.methods import METHODS
 from fedtune.planning.fixed import Fixed
 from fedtune.rounds.context import RoundContext
@@ -77,6 +88,9 @@ class FaultySite:
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
         return faulty(assignment)
+
+    def score(self, request: ScoreRequest) -> ClientScores:
+        raise AssertionError("is not asked here")
 
 
 @contextmanager

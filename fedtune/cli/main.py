@@ -209,6 +209,7 @@ def evaluate(
     epilog=examples(
         "fedtune export runs/demo",
         "fedtune export runs/demo --form merged --out my-model",
+        "fedtune export runs/demo --round last --out last",
         "fedtune export runs/demo --form uniform --max-rank 16",
         "fedtune export runs/dolly-kseed --form ledger",
         "fedtune export runs/fedspine --deploy",
@@ -229,6 +230,9 @@ def export(
     max_rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to its best fit of this rank.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of a merged model: float32, bfloat16 or float16; the base's without it.")
+    ] = None,
+    round: Annotated[
+        str | None, typer.Option(help="best or last; the round that the recipe keeps (rounds.keep) without it.")
     ] = None,
     deploy: Annotated[
         bool, typer.Option("--deploy", help="Of a run with pruning: the smaller model that each kind of device gets.")
@@ -263,7 +267,9 @@ def export(
         folder = run_with_progress(
             "export",
             True,
-            lambda watch: export_module.export(run, form=form, out=out, max_rank=max_rank, dtype=dtype, watch=watch),
+            lambda watch: export_module.export(
+                run, form=form, out=out, max_rank=max_rank, dtype=dtype, round=round, watch=watch
+            ),
         )
         typer.echo(folder)
 

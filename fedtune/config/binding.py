@@ -167,7 +167,8 @@ def bind_named(table: str, content: Any, objects: Objects, faults: list[Fault]) 
     if not isinstance(name, str) or name not in (*names, PYTHON):
         meant = nearest(name, names)
         got = "nothing" if name is None else display(name)
-        hint = f"did you mean {quote(meant)}?" if meant else f"or pass {table}=, or install the package that brings it"
+        own = f"install the package that brings it; in Python, pass your own: fedtune.simulate(..., {table}=...)"
+        hint = f"did you mean {quote(meant)}?" if meant else own
         faults.append(Fault(f"{table}.name", join_words(map(quote, names), joint="or"), got, hint))
         return AT_FAULT
     try:

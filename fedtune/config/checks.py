@@ -74,6 +74,28 @@ def early_end_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("rounds.over_select", f"1 with the engine {engine!r}, whose clients race", f"{over_select:g}", hint)
 
 
+METRICS: Mapping[str, Sequence[str]] = {
+    "causal": ("loss", "perplexity", "bits_per_character", "rouge_l", "exact_match"),
+    "classification": ("loss", "accuracy", "macro_f1"),
+}
+"""Scores of `rounds.metric`, by task."""
+
+
+def selection_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Refuse to look for the best round by a score that is not taken."""
+    rounds, evaluate, known = recipe.rounds, recipe.evaluate, METRICS[recipe.model.task]
+    asking = {"keep": rounds.keep == "best", "patience": rounds.patience is not None}
+    if rounds.metric not in known:
+        yield Fault("rounds.metric", f"one of {join_words(known)} for {recipe.model.task} models", repr(rounds.metric))
+    elif rounds.metric in ("rouge_l", "exact_match") and not evaluate.generate:
+        hint = "set evaluate.generate to the number of test examples that are answered"
+        yield Fault("rounds.metric", "a score that is taken", f"{rounds.metric!r} with evaluate.generate = 0", hint)
+    if any(asking.values()) and evaluate.every == 0:
+        key = next(key for key, asked in asking.items() if asked)
+        got = f"evaluate.every = 0, by which none is scored before the last round, and rounds.{key}"
+        yield Fault("evaluate.every", "at least 1, to compare rounds", got, "set evaluate.every = 1")
+
+
 def split_faults(recipe: Recipe) -> Iterable[Fault]:
     # The package data knows its own rules. They take a whole table, so what is not asked for is filled in.
     return data_faults(DataSettings(source="-", split=recipe.data.split))
@@ -304,6 +326,7 @@ RULES: Sequence[Rule] = (
     fleet_table_faults,
     cohort_faults,
     early_end_faults,
+    selection_faults,
     fleet_size_faults,
     split_faults,
     selected_client_faults,

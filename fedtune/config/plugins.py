@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, cast
 
 from fedtune.data.settings import DataSettings
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import ConfigError, Fault, type_of
 from fedtune.methods import METHODS
 from fedtune.methods.method import Method
 from fedtune.planning import PLANNERS
@@ -72,7 +72,7 @@ def find_data_source(settings: DataSettings) -> Callable[[], Mapping[str, Any]]:
     source = import_entry("data.source", entries[name])
     if not callable(source):
         expected = f"{entry_text(entries[name])} to be a function that returns rows by client"
-        raise ConfigError(Fault("data.source", expected, f"a {type(source).__name__}"))
+        raise ConfigError(Fault("data.source", expected, type_of(source)))
     return cast(Callable[[], Mapping[str, Any]], source)
 
 
@@ -90,7 +90,7 @@ def plugin_rows(settings: DataSettings) -> Mapping[str, Any]:
         got = f"{type(error).__name__}: {error}"
         raise ConfigError(Fault("data.source", f"rows by client from {entry_text(entry)}", got)) from error
     if not isinstance(rows, Mapping) or not rows:
-        got = f"a {type(rows).__name__}{'' if rows else ' without any'}"
+        got = f"{type_of(rows)}{'' if rows else ' without any'}"
         raise ConfigError(Fault("data.source", f"rows by client from {entry_text(entry)}", got, repair(entry)))
     return rows
 
@@ -136,7 +136,7 @@ def load(table: str, name: str, entries: Mapping[str, EntryPoint], kind: type[Ki
     loaded = import_entry(f"{table}.name", entry)
     if not isinstance(loaded, kind):
         expected = f"{entry_text(entry)} to be a {kind.__module__}.{kind.__name__}"
-        raise ConfigError(Fault(f"{table}.name", expected, f"a {type(loaded).__name__}", repair(entry)))
+        raise ConfigError(Fault(f"{table}.name", expected, type_of(loaded), repair(entry)))
     if fault := fault_of(loaded, name):
         raise ConfigError(Fault(f"{table}.name", f"{entry_text(entry)} {fault}", repr(loaded.name), repair(entry)))
     return loaded

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedtune.data.templates import Message
+from fedtune.errors import type_of
 
 ROLES: Mapping[str, str] = {
     "system": "system",
@@ -50,7 +51,7 @@ def write_turns(value: Any) -> str:
     if value is None:
         raise ConversationError("nothing")
     if not isinstance(value, list):
-        raise ConversationError(f"a {type(value).__name__} ({str(value)[:40]!r})")
+        raise ConversationError(f"{type_of(value)} ({str(value)[:40]!r})")
     turns = [turn for number, raw in enumerate(value, start=1) for turn in _turn(raw, number)]
     if not turns:
         raise ConversationError("no turn")
@@ -78,7 +79,7 @@ def from_prompt(prompt: Any, completion: Any) -> Sequence[Any]:
 def _turn(raw: Any, number: int) -> Iterator[Message]:
     """Yield a turn with the keys that chat templates read; nothing for a system turn without text."""
     if not isinstance(raw, Mapping):
-        raise ConversationError(f"a {type(raw).__name__} as turn {number}")
+        raise ConversationError(f"{type_of(raw)} as turn {number}")
     name = raw.get("role", raw.get("from"))
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
@@ -101,4 +102,4 @@ def _content(value: Any, number: int) -> str:
         return value
     if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
         return "".join(str(part.get("text", "")) for part in value)
-    raise ConversationError(f"a {type(value).__name__} that is no text ({str(value)[:40]!r}) as turn {number}")
+    raise ConversationError(f"{type_of(value)} that is no text ({str(value)[:40]!r}) as turn {number}")

@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet
 
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import ConfigError, Fault, type_of
 
 ENDINGS: Mapping[str, str] = {
     ".jsonl": "jsonl",
@@ -269,7 +269,7 @@ def _json_lines(text: str, path: Path, key: str) -> Iterator[Mapping[str, Any]]:
             got = f"{reason} in line {number} of {path}"
             raise ConfigError(Fault(key, "one JSON object per line", got)) from error
         if not isinstance(row, dict):
-            got = f"a {type(row).__name__} in line {number} of {path}"
+            got = f"{type_of(row)} in line {number} of {path}"
             raise ConfigError(Fault(key, "one JSON object per line", got, 'for a list of objects set format = "json"'))
         yield row
 

@@ -16,6 +16,8 @@ RUNTIME_BYTES = 0.5e9
 """What the libraries and the allocator take (assumed)."""
 TRAINED_BYTES = 16
 """Per number that is trained: float32 weight, gradient, and Adam's two moments."""
+COPY_BYTES = 4
+"""Per number that is trained: its value at the start, in float32."""
 LOGIT_BYTES = 10
 """Per token and entry of the vocabulary: 16 bits, a float32 copy, and its gradient."""
 
@@ -53,6 +55,8 @@ class Work:
     """Tokens that go forward for scores and losses."""
     global_rank: float = 0.0
     """Of the frozen adapter beside the one that is trained."""
+    start_copy: bool = False
+    """A copy of all that is trained stays in memory as it was received (FedProx)."""
 
     @property
     def trained_tokens(self) -> float:
@@ -174,7 +178,7 @@ def memory_bytes(body: Body, settings: PruningSettings | None, ratio: float, ran
     left, blocks = block_parameters(layout, size), block_parameters(layout, whole)
     sides, tokens = adapter_sides(body, size), work.rows * work.longest
     base = (body.parameters - blocks + left) * layout.number_bytes
-    trained = (rank * sides + body.saved) * TRAINED_BYTES
+    trained = (rank * sides + body.saved) * (TRAINED_BYTES + (COPY_BYTES if work.start_copy else 0))
     layers = 1 if work.checkpointing else len(layout.blocks)
     # A quarter is the residual stream's, which is never cut.
     per_entry = ACTIVATION_BYTES * layout.number_bytes / 2 * (0.25 + 0.75 * left / blocks)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.directions.rebuild_torch import as_array
 from fedtune.directions.seed_ledger import Manifest, describe_tensor, tensor_fault
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import ConfigError, Fault, type_of
 from fedtune.messages import Blueprint
 from fedtune.model.base_config import auto_class, read_config
 from fedtune.model.base_files import check_folder, check_vocabulary, locate, not_found, readable
@@ -289,7 +289,7 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
         return given
     if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], nn.Module):
         expected = "a fedtune.model.base.Base, or a pair of a transformers model and its tokenizer"
-        raise ConfigError(Fault("model", expected, f"a {type(given).__name__}"))
+        raise ConfigError(Fault("model", expected, type_of(given)))
     model, tokenizer = given
     dtype = next(model.parameters()).dtype
     if settings.dtype == "auto":

@@ -23,7 +23,7 @@ from fedtune.directions.bank import perturb
 from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_torch import rewriter
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.errors import ClientError, ConfigError, Fault
+from fedtune.errors import ClientError, ConfigError, Fault, type_of
 from fedtune.model.base import Base
 from fedtune.model.seed_rebuild import Move
 from fedtune.model.train import Batch, cross_entropies, logits_of
@@ -163,7 +163,7 @@ def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor,
         path = Path(u, -state.unit * v, by_columns=False)
     else:
         expected = "matrices of linear layers and embeddings for 'kron'"
-        got = f"{where}, of a {type(module).__name__}"
+        got = f"{where}, of {type_of(module)}"
         raise ConfigError(Fault("method.bank", expected, got, 'use "hadamard", or leave it out of method.trainable'))
     return lambda _, inputs, output: add_change(state, inputs[0].float() @ path.first.T, path, output, where=where)
 

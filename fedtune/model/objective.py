@@ -75,7 +75,9 @@ class Hooks:
         # HetLoRA's term of weight 0 is no part of the loss, and no rank is ever cut.
         self._terms = [term for term in terms if not (isinstance(term, TailRank) and term.weight == 0)]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._start: Start = {parameter: parameter.detach().clone() for parameter in trained} if self._terms else {}
+        distant = any(isinstance(term, Proximal) for term in self._terms)
+        # Only for FedProx, which alone compares with the start: the copy is as large as all that is trained.
+        self._start: Start = {parameter: parameter.detach().clone() for parameter in trained} if distant else {}
         self._tail = self._tail_size()
 
     def after_backward(self, optimizer: torch.optim.Optimizer) -> None:

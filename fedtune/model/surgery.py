@@ -12,7 +12,7 @@ from torch import nn
 from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.errors import ConfigError, Fault, ShapeError
+from fedtune.errors import ConfigError, Fault, ShapeError, type_of
 from fedtune.model.targets import linear_shape
 from fedtune.pruning.structure import (
     FAMILIES,
@@ -204,7 +204,7 @@ def with_structure(model: Any, structure: ModelStructure, layout: BlockLayout) -
         module = model.get_submodule(name)
         # Also where an adapter is attached already: it would keep its old shape.
         if linear_shape(module) != shape:
-            got = linear_shape(module) or f"a {type(module).__name__}"
+            got = linear_shape(module) or type_of(module)
             raise ShapeError(f"{name}: expected a linear layer of {shape}, as in the base; got {got}")
         sizes = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
         undo.append((module, {at: getattr(module, at) for at in ("weight", "bias", *sizes)}))

@@ -108,6 +108,29 @@ class Devices:
 
 
 @dataclass(frozen=True)
+class ScoredRound:
+    """A round with its score and the state after it."""
+
+    round: int
+    score: float | None = None
+    state_digest: str = ""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which round's model is the run's result, and why."""
+
+    keep: Literal["last", "best"] = "last"
+    metric: str = "loss"
+    round: int = 0
+    """Whose model is the result."""
+    best: ScoredRound | None = None
+    last: ScoredRound | None = None
+    ended: str = ""
+    """Why the run ended before `rounds.count`; empty where it did not."""
+
+
+@dataclass(frozen=True)
 class Summary:
     """The content of summary.json."""
 
@@ -131,6 +154,7 @@ class Summary:
     failures: tuple[FailureRecord, ...] = ()
     adapter_digest: str = ""
     state_digest: str = ""
+    selection: Selection = field(default_factory=Selection)
     clock_s: float = 0.0
     deployed: Scores | None = None
     """On the test data, of the model as it is deployed, after the last round that scored it."""

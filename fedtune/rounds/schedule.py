@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, inf
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt
 
-from fedtune.messages import Client
+from fedtune.messages import OMIT_DEFAULT, Client
 from fedtune.rounds.transport import Rule
 from fedtune.seeds import derive, generator
+
+Metric: TypeAlias = Literal[
+    "loss", "perplexity", "bits_per_character", "accuracy", "macro_f1", "rouge_l", "exact_match"
+]
+"""A score by which rounds are compared; of the first three lower ones are better."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,15 @@ class Schedule:
     ones are not used."""
     attempts: Annotated[int, Ge(1)] = 1
     """Over a network, how often a round waits for `deadline_s` before too few updates stop the run."""
+    keep: Literal["last", "best"] = field(default="last", metadata=OMIT_DEFAULT)
+    """The round whose model is the result: the last one, or the one with the best score among those that were
+    evaluated (`evaluate.every`)."""
+    metric: Metric = field(default="loss", metadata=OMIT_DEFAULT)
+    """Score that says which round is best, on the test data, or without such over the clients' held-out rows: for
+    causal models loss, perplexity, bits_per_character, and with `evaluate.generate` rouge_l and exact_match; for
+    classification loss, accuracy and macro_f1."""
+    patience: Annotated[int, Ge(1)] | None = field(default=None, metadata=OMIT_DEFAULT)
+    """The run ends after so many evaluations in a row without a better score; none runs all rounds."""
 
     @property
     def rule(self) -> Rule:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.config.recipe import largest_rank
@@ -11,6 +13,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint
 from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.pruning.ranking import multiple_of
+from fedtune.store import result
 
 
 def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
@@ -59,3 +62,17 @@ def check_pruning(blueprint: Blueprint) -> None:
         faults.append(Fault("pruning.score", expected, f"adapters that touch {sorted(touched - {'all', ''})}", hint))
     if faults:
         raise ConfigError(faults)
+
+
+def check_base(digest: str, origin: Mapping[str, Any], run: Path) -> None:
+    """Refuse an adapter that was trained over other weights than those that are loaded now."""
+    wanted = str(origin.get("base", {}).get("digest"))
+    if digest != wanted:
+        raise ConfigError(
+            Fault(
+                path="model.base",
+                expected=f"the base that {result.folder(run)} was trained on (digest {wanted[:12]})",
+                got=f"another one (digest {digest[:12]})",
+                hint="load the same model in the same revision and dtype",
+            )
+        )

@@ -16,8 +16,9 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.methods.method import GlobalModel
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.rounds.events import Phase, Watch
+from fedtune.runs.base_checks import check_base
 from fedtune.runs.context import bind_to_score
-from fedtune.runs.export import check_base, open_run
+from fedtune.runs.export import open_run
 from fedtune.store.peft_import import read_adapter
 
 if TYPE_CHECKING:

@@ -17,15 +17,19 @@ from fedtune.lora.lowrank import compress, truncate
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model.settings import ModelSettings
 from fedtune.rounds.events import Note, Watch
+from fedtune.rounds.selection import best_record
+from fedtune.runs.base_checks import check_base
 from fedtune.runs.context import bind_to_score
 from fedtune.store import peft, result
 from fedtune.store import seeds as store_seeds
 from fedtune.store.files import new_folder, store_errors
+from fedtune.store.round_records import read_rounds
 from fedtune.store.run_directory import check_run
 
 # The client wing takes seconds to import, so `experiment` and `model` are imported where they are needed.
 
 FORMS = ("peft", "uniform", "merged", "ledger")
+ROUNDS = ("best", "last")
 
 
 def export(
@@ -35,6 +39,7 @@ def export(
     out: str | Path | None = None,
     max_rank: int | None = None,
     dtype: str | None = None,
+    round: str | None = None,
     watch: Watch = lambda event: None,
 ) -> Path:
     """Write a run's result for others to load, and return the folder.
@@ -48,6 +53,7 @@ def export(
         out: folder to write; `<run>/<form>` without it.
         max_rank: cut every layer to its best approximation of this rank.
         dtype: number format of the merged model; the base's own without it.
+        round: `best` or `last`; without it the one that the recipe keeps (`rounds.keep`).
         watch: called with a note of what a truncation or a cast has cost.
 
     Raises:
@@ -57,7 +63,7 @@ def export(
     if form is not None and form not in FORMS:
         raise ConfigError(Fault("form", f"one of {', '.join(FORMS)}", repr(form)))
     path = Path(run)
-    tuned, origin = open_run(path)
+    tuned, origin = of_round(path, round) if round else open_run(path)
     form = form or ("merged" if tuned.seeds else "peft")
     if dtype is not None and form != "merged":
         raise ConfigError(Fault("dtype", "none: adapters are float32", repr(dtype), "or choose the form merged"))
@@ -235,18 +241,29 @@ def open_run(run: Path) -> tuple[GlobalModel, Mapping[str, Any]]:
     return result.read(run)
 
 
-def check_base(digest: str, origin: Mapping[str, Any], run: Path) -> None:
-    """Refuse an adapter that was trained over other weights than those that are loaded now."""
-    wanted = str(origin.get("base", {}).get("digest"))
-    if digest != wanted:
-        raise ConfigError(
-            Fault(
-                path="model.base",
-                expected=f"the base that {result.folder(run)} was trained on (digest {wanted[:12]})",
-                got=f"another one (digest {digest[:12]})",
-                hint="load the same model in the same revision and dtype",
-            )
-        )
+def of_round(run: Path, round: str) -> tuple[GlobalModel, Mapping[str, Any]]:
+    """Return (global model, provenance) of a run's best or last round.
+
+    Raises:
+        StoreError: if the folder is no run, or holds no result.
+        ConfigError: if the round is neither, or its state is not there any more.
+    """
+    if round not in ROUNDS:
+        raise ConfigError(Fault("round", f"one of {', '.join(ROUNDS)}", repr(round)))
+    tuned, origin = open_run(run)
+    schedule, records = bind_to_score(run).rounds, read_rounds(run)
+    best, last = best_record(records, schedule.metric), records[-1]
+    wanted = last if round == "last" else best
+    if wanted is not None and wanted.round == origin.get("round"):
+        return tuned, origin
+    if round == "best":
+        scored = f"round {best.round}, whose state was not kept" if best else "a run without scores"
+        hint = 'start another one with rounds.keep = "best"'
+        raise ConfigError(Fault("round", f"a run that keeps its best round by {schedule.metric}", scored, hint))
+    from fedtune.runs.trained_run import load_run
+
+    tuned = load_run(run, last=True).tuned
+    return tuned, {**origin, "round": last.round, "state_digest": last.state_digest}
 
 
 def truncate_adapter(adapter: Adapter, max_rank: int, watch: Watch) -> Adapter:

@@ -72,6 +72,7 @@ class Fleet:
             checkpointing=training.gradient_checkpointing,
             side_tokens=2 * 16 * length.mean if self.recipe.pruning else 0.0,
             global_rank=self.global_rank,
+            start_copy=training.proximal > 0,
         )
 
     @property

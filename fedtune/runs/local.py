@@ -139,6 +139,10 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None) -> Experiment:
     ]
     if faults:
         raise ConfigError(faults)
+    if (recipe.rounds.keep == "best" or recipe.rounds.patience is not None) and not federation.test:
+        expected = "test data, or rows that clients hold out, to find the best round by"
+        hint = "name them in data.test, or set data.held_out"
+        raise ConfigError(Fault("rounds", expected, "neither", hint))
     check_ranks(recipe, base.modules)
     experiment = Experiment(recipe=recipe, federation=federation, base=base)
     check_pruning(experiment.blueprint)

@@ -19,6 +19,7 @@ from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
+from fedtune.rounds.selection import ends_early, kept_record
 from fedtune.runs.context import ModelScores, RunContext
 from fedtune.runs.start import start_state
 from fedtune.runs.summary import provenance
@@ -50,7 +51,7 @@ def record_base(context: RunContext, run: Path) -> RoundRecord:
 
 
 def record_round(context: RunContext, run: Path, finished: RoundResult, earlier: Sequence[RoundRecord]) -> RoundRecord:
-    """Score the state as the recipe asks, write the global model, then the round's line, and return the record.
+    """Score the state as the recipe asks, write the global model if it is the one to keep, then the round's line.
 
     The line comes last: once it is there, a resumed run does not repeat the round, so the model must be on the disk.
     """
@@ -60,6 +61,10 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
     test = last or (every > 0 and finished.round % every == 0)
     structure = deployed_structure(recipe, finished.state)
     scores = context.score(tuned, round=finished.round, test=test, clients=last, structure=structure)
+    scored = RoundRecord(finished.round, 0.0, test=scores.test, held_out=scores.held_out)
+    if not last and not scores.held_out and ends_early(recipe.rounds, [*earlier, scored]):
+        at_end = context.score(tuned, round=finished.round, test=False, clients=True)
+        scores = replace(scores, held_out=at_end.held_out)
     record = round_record(
         finished,
         tuned.adapter,
@@ -67,7 +72,8 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
         figures=method.figures(finished.state),
         scores=scores,
     )
-    write_result(context, run, finished.state, [*earlier, record])
+    if kept_record(recipe.rounds, [*earlier, record]) is record:
+        write_result(context, run, finished.state, [*earlier, record])
     append_round(run, record)
     return record
 

@@ -11,6 +11,7 @@ from typing import Any
 from fedtune.config import Recipe, render
 from fedtune.config.recipe import method_of
 from fedtune.errors import FedtuneError, RoundError, StoreError
+from fedtune.methods import serialization
 from fedtune.methods.settings import LinearSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.rounds.context import RoundContext
@@ -19,8 +20,9 @@ from fedtune.rounds.journal import NullJournal, RoundJournal
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.loop import run as run_rounds
 from fedtune.rounds.record import RoundRecord, observations
+from fedtune.rounds.selection import ends_early, kept_record
 from fedtune.rounds.transport import Transport
-from fedtune.runs.context import Door, RunContext
+from fedtune.runs.context import Door, RunContext, first_state
 from fedtune.runs.recording import record_base, record_round, write_result
 from fedtune.runs.resume import load_resumed, resume_command
 from fedtune.runs.start import start_state
@@ -75,7 +77,7 @@ def run_recipe(
         journal.begin(context.inputs)
         context.on_journal(journal)
         if records and records[-1].round:
-            write_result(context, run, state, records)  # after a crash, or a change by hand, it may be another round's
+            restore_result(context, run, journal, state, records)
         earlier = sum(record.seconds for record in records)
 
         def write(reason: str) -> Mapping[str, Any]:
@@ -117,13 +119,39 @@ def recorded_rounds(
         yield records[-1]
     elif records[-1].round == context.recipe.rounds.count:
         watch(Note(f"nothing is left to do up to round {records[-1].round}; set rounds.count for more"))
+    if reason := ends_early(context.recipe.rounds, records):
+        watch(Note(f"the run ended after round {records[-1].round}: {reason}"))
+        return
     for finished in run_rounds_of(
         context, transport, journal=journal, start=state, records=tuple(records), watch=watch
     ):
         records.append(record_round(context, run, finished, records))
+        keep_best(context, journal, records)
         yield records[-1]
         if (left := records[-1].figures.get("rounds_left", FEW_ROUNDS_LEFT + 1)) <= FEW_ROUNDS_LEFT:
             watch(Note(f"sums of 32 bits have room for {left} more rounds in the worst case"))
+        if reason := ends_early(context.recipe.rounds, records):
+            watch(Note(f"ends after round {records[-1].round} of {context.recipe.rounds.count}: {reason}"))
+            return
+
+
+def keep_best(context: RunContext, journal: RunJournal, records: Sequence[RoundRecord]) -> None:
+    """Keep the last round's state if the recipe keeps the best one and it is that; before the next round begins."""
+    rounds = context.recipe.rounds
+    if rounds.keep == "best" and kept_record(rounds, records) is records[-1]:
+        journal.keep(records[-1].round)
+
+
+def restore_result(
+    context: RunContext, run: Path, journal: RunJournal, state: Any, records: Sequence[RoundRecord]
+) -> None:
+    """Write the result of a run that is resumed: after a crash, or a change by hand, it may be another round's."""
+    keep_best(context, journal, records)
+    chosen = kept_record(context.recipe.rounds, records)
+    if chosen is not records[-1]:
+        first = first_state(context.recipe, context.blueprint)
+        state = serialization.decode(journal.state(chosen.round), first)
+    write_result(context, run, state, records[: chosen.round + 1])
 
 
 def stop_note(stop: BaseException, door: Door, run: Path, records: Sequence[RoundRecord]) -> str:

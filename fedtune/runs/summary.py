@@ -14,6 +14,8 @@ from fedtune.config.recipe import method_of
 from fedtune.messages import ProbeSeeds
 from fedtune.methods.method import GlobalModel
 from fedtune.rounds.record import COUNTS, Metrics, RoundRecord
+from fedtune.rounds.schedule import Schedule
+from fedtune.rounds.selection import best_record, ends_early, kept_record, score_of
 from fedtune.runs.context import RunContext, no_samples, versions
 from fedtune.store import result
 
@@ -32,7 +34,6 @@ def summary(
     """
     recipe, first, last = context.recipe, records[0], records[-1]
     tuned = result.read(run)[0] if result.folder(run).exists() else None
-    tested = next((record for record in reversed(records) if record.test is not None), last)
     return {
         "name": recipe.name,
         "method": recipe.method.name,
@@ -44,7 +45,8 @@ def summary(
         "base": context.base,
         "trainable": num_trainable(context, tuned),
         "before": evaluation(first.test, first.held_out),
-        "after": evaluation(tested.test, last.held_out),
+        "after": after(context, tuned, records, score=not reason),
+        "selection": selection(recipe.rounds, records),
         "clients": client_totals(records, context.fleet),
         "bytes_down": sum(record.bytes_down for record in records),
         "bytes_up": sum(record.bytes_up for record in records),
@@ -58,6 +60,45 @@ def summary(
         "devices": dict(context.devices),
         "versions": versions(),
         "machine": {**context.machine, "platform": platform.platform()},
+    }
+
+
+def after(
+    context: RunContext, tuned: GlobalModel | None, records: Sequence[RoundRecord], *, score: bool
+) -> Mapping[str, Any]:
+    """Return the scores of the model that is the result: of the last round, or of the best one where that is kept.
+
+    The clients' held-out rows are scored after the last round alone; for another one they are scored now, if asked.
+    """
+    chosen, last = kept_record(context.recipe.rounds, records), records[-1]
+    if chosen is last:
+        tested = next((record for record in reversed(records) if record.test is not None), last)
+        return evaluation(tested.test, last.held_out)
+    held_out = chosen.held_out
+    if not held_out and tuned and score and context.door == "simulate":
+        held_out = context.score(tuned, round=chosen.round, test=False, clients=True).held_out
+    return evaluation(chosen.test, held_out)
+
+
+def selection(rounds: Schedule, records: Sequence[RoundRecord]) -> Mapping[str, Any]:
+    """Return which round's model is the result, and the best and the last round with their scores and states."""
+    best = best_record(records, rounds.metric)
+    named = {
+        name: None
+        if record is None or not record.round
+        else {
+            "round": record.round,
+            "score": score_of(record, rounds.metric),
+            "state_digest": record.state_digest,
+        }
+        for name, record in (("best", best), ("last", records[-1]))
+    }
+    return {
+        "keep": rounds.keep,
+        "metric": rounds.metric,
+        "round": kept_record(rounds, records).round,
+        **named,
+        "ended": ends_early(rounds, records),
     }
 
 

@@ -13,6 +13,7 @@ from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.methods import serialization as states
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure
+from fedtune.runs.base_checks import check_base
 from fedtune.runs.context import bind_to_score, first_state
 from fedtune.store import result
 from fedtune.store.blobs import Blobs
@@ -55,8 +56,12 @@ class TrainedRun:
         return structure
 
 
-def load_run(run: Path) -> TrainedRun:
-    """Load a run's base and its last committed state.
+def load_run(run: Path, *, last: bool = False) -> TrainedRun:
+    """Load a run's base and the state that is its result: its last committed one, or the best one where that is kept.
+
+    Args:
+        run: the run directory.
+        last: load the last state in any case.
 
     Raises:
         StoreError: if the folder holds no run, or no round of it is committed.
@@ -64,16 +69,17 @@ def load_run(run: Path) -> TrainedRun:
     """
     check_run(run)
     bound = bind_to_score(run)
-    digests = replay_journal(run)[0].digests
+    history = replay_journal(run)[0]
+    digests = history.digests
     if not digests:
         raise StoreError(f"{run}: expected a run with a committed round; got none yet")
-    from fedtune.runs.export import check_base
     from fedtune.runs.local import prepare
 
     experiment = prepare(bound)
     _, origin = result.read(run)
     check_base(experiment.base.digest, origin, run)
-    body = Blobs(run / "blobs").get(digests[-1], f"the state of round {len(digests)}")
+    number = history.committed if last or not history.kept_round else history.kept_round
+    body = Blobs(run / "blobs").get(digests[number - 1], f"the state of round {number}")
     state = states.decode(body, first_state(bound, experiment.blueprint))
     return TrainedRun(run, experiment, state, method_of(bound).global_model(state))
 

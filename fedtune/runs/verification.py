@@ -12,6 +12,7 @@ from fedtune.errors import StoreError
 from fedtune.messages import Blueprint
 from fedtune.methods import serialization
 from fedtune.methods.method import GlobalModel
+from fedtune.rounds.selection import kept_record
 from fedtune.runs.context import bind_recorded, first_state
 from fedtune.runs.resume import RESTORE_ADVICE, resumable
 from fedtune.store import result
@@ -65,7 +66,7 @@ def check_results_once(run: Path) -> None:
         return
     if written is None:
         raise StoreError(f"{folder}: expected the {folder.name} of round {last}; got none; {REWRITE_ADVICE} {run}")
-    check_result(run, written, recipe, history.digests, last=last)
+    check_result(run, written, recipe, history.digests, last=last, kept=kept_record(recipe.rounds, records).round)
 
 
 def check_recipe_file(run: Path, recipe: Recipe) -> None:
@@ -85,14 +86,20 @@ def check_last_line(run: Path, last: int, history: History) -> None:
 
 
 def check_result(
-    run: Path, written: tuple[GlobalModel, Mapping[str, Any]], recipe: Recipe, digests: list[str], *, last: int
+    run: Path,
+    written: tuple[GlobalModel, Mapping[str, Any]],
+    recipe: Recipe,
+    digests: list[str],
+    *,
+    last: int,
+    kept: int,
 ) -> None:
-    """Check that a result is the global model of a committed state, the last one or the one before it."""
+    """Check that a result is the global model of the round that is kept, or of one whose line is not written yet."""
     (tuned, provenance), folder = written, result.folder(run)
     number = provenance.get("round")
-    if number not in (last, len(digests)) or not number:
+    if number not in (kept, len(digests) if last < len(digests) else kept) or not number:
         raise StoreError(
-            f"{folder}: expected the {folder.name} of round {last}; got {number!r}'s; {REWRITE_ADVICE} {run}"
+            f"{folder}: expected the {folder.name} of round {kept}; got {number!r}'s; {REWRITE_ADVICE} {run}"
         )
     method, blueprint = method_of(recipe), Blueprint(modules={}, saved={}, max_rank=1, seed=recipe.seed)
     data = Blobs(run / "blobs").get(digests[number - 1], f"the state of round {number}")

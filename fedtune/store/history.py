@@ -61,6 +61,8 @@ class History:
     round: Round | None = None
     """The last round that has begun; it may be committed."""
     finished: bool = False
+    kept_round: int = 0
+    """Round whose state stays until another one takes its place; 0 for none."""
 
     @property
     def committed(self) -> int:
@@ -82,6 +84,8 @@ class History:
         # While the last round may be repeated, the state that it started from must stay as well.
         states = [self.committed - 1, self.committed] if self.repeatable else [self.committed]
         needed = {self.digests[number - 1]: f"the state of round {number}" for number in states if number > 0}
+        if self.kept_round:
+            needed.setdefault(self.digests[self.kept_round - 1], f"the state of round {self.kept_round}, the best one")
         current = self.open or self.repeatable
         if current is not None:
             members: dict[str, list[str]] = {}
@@ -170,7 +174,22 @@ def finish(history: History, fields: Mapping[str, Any]) -> None:
     history.finished = True
 
 
-STEPS = {"start": start, "open": begin, "accept": accept, "close": close, "commit": commit, "final": finish}
+def keep(history: History, fields: Mapping[str, Any]) -> None:
+    # Only of the last state, or of one that is kept already: any other one may have been removed.
+    if history.open or fields["round"] not in (history.committed, history.kept_round) or not fields["round"]:
+        raise StoreError(f"expected to keep the state of round {history.committed}; got round {fields['round']}")
+    history.kept_round = fields["round"]
+
+
+STEPS = {
+    "start": start,
+    "open": begin,
+    "accept": accept,
+    "close": close,
+    "commit": commit,
+    "final": finish,
+    "keep": keep,
+}
 """The function that applies each kind of record."""
 
 

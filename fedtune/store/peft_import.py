@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import ConfigError, Fault, type_of
 from fedtune.lora.adapter import Adapter, Factors, pack
 from fedtune.store.files import store_errors
 from fedtune.store.peft import PREFIX, Target
@@ -79,7 +79,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(Fault(str(folder / FILES[1]), "JSON", str(error))) from None
     if not isinstance(config, dict):
-        raise ConfigError(Fault(str(folder / FILES[1]), "a JSON object", f"a {type(config).__name__}"))
+        raise ConfigError(Fault(str(folder / FILES[1]), "a JSON object", type_of(config)))
     return config
 
 

@@ -3,7 +3,8 @@
 What is on the disk before what happens: `open` before the first assignment is sent, the updates before `accept` or
 `close` names them, `close` before the round is aggregated, the state before `commit` names it, `commit` before the
 round's line is written, and that line before the next `open`. Until then the round can be done again to the same bytes:
-the state that it started from and its updates are not removed.
+the state that it started from and its updates are not removed. `keep` names a state that stays longer, as that of the
+best round; it is written while that state is the last one.
 """
 
 from __future__ import annotations
@@ -278,6 +279,30 @@ class RunJournal:
         name = self._blobs.put(state)  # durable before the record that names it
         self._note("commit", {"round": round, "state": name})
         return name
+
+    @property
+    def kept_round(self) -> int:
+        """Number of the round whose state is kept beside the last one; 0 for none."""
+        return self._history.kept_round
+
+    def keep(self, round: int) -> None:
+        """Keep the state of the last committed round from now on, in place of the one that was kept before.
+
+        Raises:
+            StoreError: if it is another round, or that cannot be written.
+        """
+        if round != self._history.kept_round:
+            needed = self._history.needed().keys()
+            self._note("keep", {"round": round})
+            self._blobs.release(needed - self._history.needed().keys())
+
+    def state(self, round: int) -> bytes:
+        """Return the encoded state after a round that is the last one or kept.
+
+        Raises:
+            StoreError: if it is missing or damaged.
+        """
+        return self._blobs.get(self._history.digests[round - 1], f"the state of round {round}")
 
     def finish(self, reported: int) -> None:
         """Note that the last round's line is written, and remove the blobs that only its repetition would need.

@@ -28,10 +28,26 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     for part in (scores(summary), clients(summary)):
         if part.row_count:
             console.print(part)
+    if line := selection(summary):
+        console.print(Text(line), soft_wrap=True)
     if summary.get("sample"):
         console.print(sample(summary["sample"]))
     for texts in summary.get("samples", ()):
         console.print(side_by_side(texts))
+
+
+def selection(summary: Mapping[str, Any]) -> str:
+    """Return which round's model is the result, where that is not simply the last one; else nothing."""
+    chosen = summary.get("selection", {})
+    best, last = chosen.get("best"), chosen.get("last")
+    if not best or not last or (chosen["keep"] == "last" and not chosen["ended"]):
+        return ""
+    metric = words(chosen["metric"])
+    ended = f"; ended early: {chosen['ended']}" if chosen["ended"] else ""
+    return (
+        f"the result is round {chosen['round']} of {last['round']}: {metric} {number(best['score'])} in round "
+        f"{best['round']} (best), {number(last['score'])} in round {last['round']} (last){ended}"
+    )
 
 
 def show_paths(console: Console, *, adapter: Path, report: Path | None) -> None:

@@ -121,6 +121,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     """Draw a recipe whose settings fit together; which do not is told in `checks`."""
     task = draw(st.sampled_from(["causal", "classification"]))
     causal: dict[str, Any] = {} if task == "causal" else {"generate": 0, "prompt": None, "prompts": ()}
+    # Rounds are compared by scores that are taken: as often as `every` says, and of the task.
+    metric, every = draw(st.sampled_from(["loss", "perplexity" if task == "causal" else "accuracy"])), st.integers(1, 9)
     steps, epochs = draw(LENGTHS)
     parts = {"label": "y"} if task == "classification" else {"output": draw(TEXT)}
     template = draw(st.sampled_from(["auto", "alpaca", "chat", "plain"]) | TEXT.map(lambda text: f"#{text}{{output}}"))
@@ -145,12 +147,14 @@ def recipes(draw: st.DrawFn) -> Recipe:
         adapter=draw(some(AdapterSettings, modules_to_save=(), **beginning)),
         method=method,
         client=draw(some(Training, steps=steps, epochs=epochs, **({"optimizer": "sgd"} if adapts else IDLE))),
-        rounds=draw(some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1)),
+        rounds=draw(
+            some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1, metric=metric)
+        ),
         data=replace(
             draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))),
             **({} if task == "causal" else {"packing": False}),
         ),
-        evaluate=draw(some(EvaluationSettings, references=(), **causal)),
+        evaluate=draw(some(EvaluationSettings, references=(), every=draw(every), **causal)),
         override=draw(st.lists(row, max_size=2).map(tuple)),
         report=draw(some(ReportSettings)),
     )

@@ -78,6 +78,12 @@ def test_pruning_harder_never_costs_more_and_rank_never_less(ratio: float, more:
         assert cost(ratio, rank + 1) > cost(ratio, rank)
 
 
+def test_the_copy_of_the_start_is_counted_where_fedprox_needs_one() -> None:
+    plain, proximal = (memory_bytes(ROBERTA, None, 0.0, 8, replace(WORK, start_copy=copy)) for copy in (False, True))
+    trained = 8 * adapter_sides(ROBERTA, sizes(ROBERTA.layout, None, 0.0)) + ROBERTA.saved
+    assert proximal - plain == 4 * trained
+
+
 def test_checkpointing_trades_memory_for_operations() -> None:
     again = replace(WORK, checkpointing=True)
     assert round_flops(ROBERTA, None, 0.0, 8, again) > round_flops(ROBERTA, None, 0.0, 8, WORK)

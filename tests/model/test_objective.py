@@ -112,6 +112,12 @@ def test_all_terms_of_an_objective_count_in_any_order(loaded: Any, examples: Any
         assert np.abs(both - end).max() > 1e-2
 
 
+def test_only_fedprox_keeps_a_copy_of_the_start(attached: Any) -> None:
+    _, model, _ = attached
+    assert Hooks(model, (TailRank(0.5, 0.5),))._start == {}
+    assert Hooks(model, (TailRank(0.5, 0.5), Proximal(1.0)))._start
+
+
 def test_the_tail_is_what_cutting_the_rank_would_remove(attached: Any) -> None:
     _, model, local = attached
     expected = sum(np.linalg.norm(f.b[:, 1:]) * np.linalg.norm(f.a[1:]) for f in local.values())

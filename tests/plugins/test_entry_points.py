@@ -115,7 +115,7 @@ def test_two_packages_cannot_have_one_name(install: Install, recipe: dict[str, A
     [
         ("import absent_package", "importable", "ModuleNotFoundError"),
         ("1 / 0", "importable", "ZeroDivisionError"),
-        ("METHOD = 3", "to be a fedtune.methods.method.Method", "a int"),
+        ("METHOD = 3", "to be a fedtune.methods.method.Method", "an int"),
         ("from fedtune.methods.fedit import METHOD", "to have the name 'broken'", "'fedit'"),
         (
             "from dataclasses import replace\nfrom fedtune.methods.fedit import METHOD\n"

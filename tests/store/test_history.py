@@ -83,7 +83,7 @@ def test_a_finished_run_may_get_more_rounds() -> None:
     [
         ([], OPEN, "to begin with start; got open"),
         ([START], ("start", {"run": "other", "inputs": {}}), "expected the run r; got other"),
-        ([START], ("vote", {}), "of the kinds start, open, accept, close, commit, final; got 'vote'"),
+        ([START], ("vote", {}), "of the kinds start, open, accept, close, commit, final, keep; got 'vote'"),
         ([START], SECOND, "expected round 1 to begin once, after round 0 is committed; got 2"),
         ([START, OPEN], OPEN, "expected round 1 to begin once"),
         ([START], ("open", {**OPEN[1], "orders": {"ann": "a"}}), "expected an assignment for each client"),
@@ -105,6 +105,9 @@ def test_a_finished_run_may_get_more_rounds() -> None:
         ),
         ([START, OPEN, ACCEPT], COMMIT, "expected a round to be closed before it is committed; got round 1"),
         ([START, OPEN, ACCEPT, CLOSE, COMMIT], COMMIT, "expected a round to be closed"),
+        ([START], ("keep", {"round": 0}), "expected to keep the state of round 0; got round 0"),
+        ([START, OPEN, ACCEPT, CLOSE], ("keep", {"round": 1}), "expected to keep the state of round 0; got round 1"),
+        ([START, OPEN, ACCEPT, CLOSE, COMMIT], ("keep", {"round": 2}), "of round 1; got round 2"),
         ([START, OPEN], FINAL, "expected a run to end after round 0; got 1"),
         ([START], ("open", {"round": 1}), r"expected the fields of open; got \['round'\]"),
         ([START, OPEN], ("accept", {"round": 1, "blob": "u", "updates": [["bob"]]}), "expected the fields of accept"),

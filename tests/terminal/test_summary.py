@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.terminal.summary import MOST_METRICS, clients, comparison, show_paths, show_summary, views
+from fedtune.terminal.summary import MOST_METRICS, clients, comparison, selection, show_paths, show_summary, views
 from tests.terminal.conftest import metrics
 
 
@@ -143,3 +143,13 @@ def test_the_pruned_models_fit_into_80_columns() -> None:
     Console(file=file, width=80).print(views({"whole": row, "deployed": {"0.25": row}}))
     assert max(len(line.rstrip()) for line in file.getvalue().splitlines()) <= 80
     assert file.getvalue().count("234.5") == 4
+
+
+def test_the_round_that_is_the_result_is_named_where_it_is_not_simply_the_last() -> None:
+    best, last = {"round": 2, "score": 2.0, "state_digest": "a"}, {"round": 4, "score": 2.25, "state_digest": "b"}
+    chosen = {"keep": "best", "metric": "loss", "round": 2, "best": best, "last": last, "ended": "no better loss"}
+    line = selection({"selection": chosen})
+    assert line.startswith("the result is round 2 of 4: loss 2.000 in round 2 (best), 2.250 in round 4 (last)")
+    assert line.endswith("; ended early: no better loss")
+    assert selection({"selection": {**chosen, "keep": "last", "ended": ""}}) == ""
+    assert selection({}) == ""
