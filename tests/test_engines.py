@@ -16,7 +16,6 @@ import pytest
 import fedtune
 from fedtune import api
 from fedtune.client import perform, site
-from fedtune.client.replica import Replicas
 from fedtune.config import bind, render
 from fedtune.flower import shim
 from fedtune.flower.client_app import client_app
@@ -240,9 +239,9 @@ def test_each_client_works_with_its_own_threads(
 ) -> None:
     found = Counter[tuple[str, int]]()
 
-    def counted(base: Any, examples: Any, assignment: Assignment, *, threads: int, replicas: Replicas) -> ClientUpdate:
+    def counted(base: Any, examples: Any, assignment: Assignment, *, threads: int, **more: Any) -> ClientUpdate:
         found[assignment.plan.client, threads] += 1
-        return perform.perform(base, examples, assignment, threads=threads, replicas=replicas)
+        return perform.perform(base, examples, assignment, threads=threads, **more)
 
     monkeypatch.setattr(local, "perform", counted)
     monkeypatch.setattr(site, "perform", counted)

@@ -216,6 +216,7 @@ def test_a_model_of_another_type_or_format_is_refused(recipe: dict[str, Any]) ->
     with pytest.raises(ConfigError, match="a pair of a transformers model and its tokenizer"):
         fedtune.simulate(recipe, model="gpt2")
     half, tokenizer = loaded(recipe)
+    recipe["model"]["dtype"] = "float32"
     with pytest.raises(ConfigError, match=r"model\.dtype"):
         fedtune.simulate(recipe, model=(half.half(), tokenizer))
 
