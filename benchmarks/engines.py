@@ -254,6 +254,9 @@ class Trivial:
     def perform(self, assignment: Assignment) -> ClientUpdate:
         return self.work(assignment)
 
+    def with_labels(self, labels: Sequence[str]) -> Trivial:
+        return self
+
     def score(self, request: ScoreRequest) -> ClientScores:
         return ClientScores(request.client, request.round, request.base, {})
 

@@ -149,7 +149,7 @@ class Copying:
     def __init__(self, update: Path) -> None:
         self._update = update
 
-    def profile(self, into: Path) -> None:
+    def profile(self, into: Path, labels: Sequence[str] = ()) -> None:
         into.mkdir(parents=True, exist_ok=True)
 
     def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:

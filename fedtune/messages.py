@@ -249,6 +249,8 @@ class Assignment:
     task: Task
     base: str = ""
     """Digest of the base model that the tensors belong to."""
+    labels: tuple[str, ...] = ()
+    """Class names that the client must use, by class; none: its own."""
 
     @property
     def lora(self) -> TrainLora:
@@ -361,6 +363,8 @@ class ScoreRequest:
     """The model as seeds (`SeedLedger.encode`); empty where it is in the blobs."""
     trainable: tuple[int, ...] = ()
     """Ordinals of the tensors that the seeds move."""
+    labels: tuple[str, ...] = ()
+    """Class names that the client must use, by class; none: its own."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,13 @@ def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
         check_resumable(run, recipe)
     else:
         check_vacant(run)
-    transport = connect(expected=expected_clients(recipe), least=recipe.rounds.min_clients, note=say)
+    transport = connect(
+        expected=expected_clients(recipe),
+        least=recipe.rounds.min_clients,
+        base=recipe.model.digest or "",
+        labels=recipe.data.labels,
+        note=say,
+    )
     context = server_context(recipe, transport, door="flower", note=say)
     check_overrides(recipe, context.fleet, say)
     summary = run_recipe(context, run, transport, resume=bool(resume), watch=print_event)

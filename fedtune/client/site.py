@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,14 @@ class Site:
     """Never trained on; the client's losses before and after training, and the scores of global models, are of them."""
     scores: ScorePolicy = "send"
     """What the site's policy says of scores."""
+    reload: Callable[[Sequence[str]], Site] | None = None
+    """Loads the same client with other class names; None where all clients have the same anyhow."""
+
+    def with_labels(self, labels: Sequence[str]) -> Site:
+        """Return the client with the class names that all clients of a run use; none are its own."""
+        if not labels or tuple(labels) == tuple(self.labels) or self.reload is None:
+            return self
+        return self.reload(labels)
 
     def profile(self) -> ClientProfile:
         """Return what the client tells a server about itself."""
@@ -86,13 +94,14 @@ class Site:
                 f"{self.client}: expected an assignment of its own; got one for {assignment.plan.client!r}; "
                 "check the names that the clients are registered under"
             )
+        site = self.with_labels(assignment.labels)
         return perform(
-            self.base,
-            self.examples,
+            site.base,
+            site.examples,
             assignment,
-            threads=self.threads,
-            replicas=self.replicas,
-            held_out=self.held_out,
+            threads=site.threads,
+            replicas=site.replicas,
+            held_out=site.held_out,
         )
 
     def score(self, request: ScoreRequest) -> ClientScores:
@@ -105,21 +114,39 @@ class Site:
             raise ClientError(f"{self.client}: expected a request of its own; got one for {request.client!r}")
         if self.scores == "refuse":
             raise ClientError(f"{self.client}: expected no request for scores; this site's policy.scores refuses them")
-        return score(self.base, self.held_out, request, threads=self.threads)
+        site = self.with_labels(request.labels)
+        return score(site.base, site.held_out, request, threads=site.threads)
 
 
 # Cached in this module and not in an app object: Ray pickles the app with every message, and a base inside of it would
 # be loaded as often.
-@lru_cache(maxsize=1)
-def from_file(path: str) -> Site:
+# Two of them: with the class names of its own data, by which a client says hello, and with those of the federation.
+@lru_cache(maxsize=2)
+def from_file(path: str, labels: tuple[str, ...] = ()) -> Site:
     """Return the site that a local file describes.
 
+    Args:
+        path: of the file.
+        labels: class names to use, by class; none: those of its own file or data.
+
     Raises:
-        ConfigError: if the file, or anything that it names, is wrong.
+        ConfigError: if the file, or anything that it names, is wrong; or its data have a class that is none of these.
     """
     settings = bind_site(Path(path))
-    model, layers = same_everywhere(settings.model), settings.adapter.settings
-    federation, base = load_site(model, layers, settings.data, seed=settings.seed, root=settings.root)
+    data = replace(settings.data, labels=labels) if labels else settings.data
+    # The names of classes say what a site has: without a list that was agreed on they would be taken from its data.
+    if settings.model.task == "classification" and settings.policy.labels == "keep" and not data.labels:
+        expected = "the classes that the federation has agreed on, where policy.labels is 'keep'"
+        raise ConfigError(Fault("data.labels", expected, "none", "copy them from the recipe"), source=path)
+    federation, base = load_site(
+        same_everywhere(settings.model),
+        settings.adapter.settings,
+        data,
+        seed=settings.seed,
+        root=settings.root,
+        # A site may lack a class, also the only other one: the federation knows it.
+        least_classes=1,
+    )
     shards = federation.clients
     # Without a split all of the data belong to this client, whatever name the shard has.
     name = settings.name if settings.split else next(iter(shards))
@@ -136,6 +163,7 @@ def from_file(path: str) -> Site:
         settings.model.threads,
         held_out=shard.held_out,
         scores=settings.policy.scores,
+        reload=lambda names: from_file(path, tuple(names)),
     )
 
 
@@ -173,6 +201,7 @@ def load_site(
     seed: int,
     root: Path,
     objects: Objects | None = None,
+    least_classes: int = 2,
     watch: Watch = lambda event: None,
 ) -> tuple[Federation, Base]:
     """Load data and base, or take them from the Python objects that stand in for them; `watch` hears of each step.
@@ -191,7 +220,9 @@ def load_site(
     given = None if objects.model is None else base_from_object(model, adapter, objects.model)
     watch(Phase("reading the data, tokenizing"))
     tokenizer = load_tokenizer(model, root) if given is None else given.tokenizer
-    federation = federate(data, tokenizer=tokenizer, task=model.task, seed=seed, root=root, rows=rows)
+    federation = federate(
+        data, tokenizer=tokenizer, task=model.task, seed=seed, root=root, rows=rows, least_classes=least_classes
+    )
     if model.task == "classification":
         order = class_order(model, root, federation.labels) if given is None else own_order(given, federation.labels)
         federation = with_class_order(federation, order)

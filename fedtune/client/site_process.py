@@ -48,7 +48,7 @@ def run_request(site: Site, request: Mapping[str, Any]) -> Mapping[str, float]:
     """Write the site's profile, update or scores to the path that a request names, and return what was measured."""
     into = Path(request["into"])
     if request["do"] == "profile":
-        profile = encode_profile(site.profile())
+        profile = encode_profile(site.with_labels(request.get("labels", ())).profile())
         into.mkdir(parents=True, exist_ok=True)
         (into / "front").write_bytes(profile.header)
         for digest, body in profile.blobs.items():

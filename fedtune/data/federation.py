@@ -55,6 +55,7 @@ def federate(
     seed: int,
     root: Path,
     rows: Mapping[str, Any] | None = None,
+    least_classes: int = 2,
 ) -> Federation:
     """Return every client's training and held-out examples and the global test data.
 
@@ -69,6 +70,7 @@ def federate(
         root: folder that relative paths start from.
         rows: by client, its rows, or a mapping with the rows to `train` on and those `held_out`; in place of the
             source that the settings name.
+        least_classes: classes that must occur where the settings name none.
 
     Raises: ConfigError if data cannot be read, divided or encoded, or a client is left with no training example.
     """
@@ -82,7 +84,7 @@ def federate(
     held_out = None if rows is None else _held_out(settings, rows, task)
     source = read_source(settings, root, task=task) if rows is None else read_rows(settings, _training(rows), task=task)
     test = read_test(settings, root, task=task)
-    labels = class_names(settings, source, test, held_out) if task == "classification" else []
+    labels = class_names(settings, source, test, held_out, least=least_classes) if task == "classification" else []
     taken = _take(len(source.rows), settings.limit, seed)
     groups = source.rows.select(taken)[GROUP][:] if GROUP in source.rows.column_names else None
     places = _select(partition(settings.split, rows=len(taken), groups=groups, seed=seed), settings.split.only)

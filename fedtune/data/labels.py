@@ -10,19 +10,19 @@ from fedtune.data.source import Source
 from fedtune.errors import ConfigError, Fault
 
 
-def class_names(settings: DataSettings, source: Source, *others: Source | None) -> list[str]:
+def class_names(settings: DataSettings, source: Source, *others: Source | None, least: int = 2) -> list[str]:
     """Return the classes in order: those of `data.labels`, or those of the whole source.
 
     Of the whole source: a limit or a split must not change what a class is called.
 
-    Raises: ConfigError naming row and file of a label that is none of them, or if there are fewer than two.
+    Raises: ConfigError naming row and file of a label that is none of them, or if there are fewer than `least`.
     """
     if settings.labels:
         for part in (source, *others):
             _check_known(part, settings.labels, "data.labels", "labels of data.labels", "add it, or check its spelling")
         return list(settings.labels)
     labels = sorted_values(source.rows["label"][:])
-    if len(labels) < 2:
+    if len(labels) < least:
         hint = "name all classes of the federation in data.labels"
         raise ConfigError(Fault("data.fields.label", "at least two classes", f"only {labels[0]!r}", hint))
     for part in others:

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from fedtune.wire.codec import parse
 from fedtune.wire.scores import MAX_SCORES_BYTES
 from fedtune.wire.v1 import round_pb2
 
-LINK, AUDIT, ID, SPOOL, BARRED = "link", "audit", "id", "spool", "barred"
+LINK, AUDIT, ID, SPOOL, BARRED, BASE = "link", "audit", "id", "spool", "barred", "base"
 """Names below a run directory: the folder of the link, and the files in it."""
 UNREADY_DISK = "less disk free than link.free_mib"
 
@@ -159,6 +160,9 @@ def serve_rounds(
         transport = connect(
             expected=expect or first_cohort_size(recipe, roster),
             least=recipe.rounds.min_clients,
+            base=recipe.model.digest or pinned_base(run),
+            labels=recipe.data.labels,
+            on_base=partial(pin_base, run),
             note=note,
             on_admitted=lambda client, examples: record("connected", client=client, examples=examples),
             on_refused=partial(refuse_client, dispatcher, record),
@@ -181,6 +185,17 @@ def serve_rounds(
 
     server_app(rounds)(grid, context({}))
     return summary
+
+
+def pinned_base(run: Path) -> str:
+    """Return the digest (hex) of the base that the first client of a run had; empty before one has come."""
+    path = run / LINK / BASE
+    return path.read_text().strip() if path.exists() else ""
+
+
+def pin_base(run: Path, digest: str) -> None:
+    """Note which base a run is of, before anything is trained: after a restart no other one is taken either."""
+    write_text(run / LINK / BASE, digest)
 
 
 def refuse_client(dispatcher: Dispatcher, record: RecordEvent, client: str, reason: str, final: bool) -> None:
@@ -231,13 +246,23 @@ def create_dispatcher(
     """Return the dispatcher of a run, which goes on from what its journal holds."""
     accepted, ended = accepted_updates(run)
     informed = informed_clients(run / LINK / AUDIT) if ended else ()
-    info = RunInfo(identity.federation, run_id(run), render(recipe).encode(), identity.name, identity.key)
+    info = RunInfo(identity.federation, run_id(run), plan_text(recipe, run).encode(), identity.name, identity.key)
     folder = run / LINK
     record("serving", run=info.run, recipe=info.recipe_digest.hex(), rounds=recipe.rounds.count, ended=ended)
     blocklist = Blocklist(folder / BARRED)
     return Dispatcher(
         info, settings, folder / SPOOL, blocklist, accepted=accepted, ended=ended, informed=informed, record=record
     )
+
+
+def plan_text(recipe: Recipe, run: Path) -> str:
+    """Return the recipe as sites get it: the same at a resume, although a base was pinned in the run's own meanwhile.
+
+    Updates that a site has signed before name the digest of this text.
+    """
+    if pinned_base(run) == recipe.model.digest:
+        recipe = replace(recipe, model=replace(recipe.model, digest=None))
+    return render(recipe)
 
 
 def informed_clients(path: Path) -> Collection[str]:

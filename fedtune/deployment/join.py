@@ -239,7 +239,7 @@ def remarks(rules: Policy, recipe: Recipe, demand: TaskDemand) -> Sequence[str]:
 class NullTrainer:
     """A trainer that does nothing, for a dry run."""
 
-    def profile(self, into: Path) -> None: ...
+    def profile(self, into: Path, labels: Sequence[str] = ()) -> None: ...
 
     def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
         return {}

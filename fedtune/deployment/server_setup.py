@@ -58,6 +58,8 @@ def server_context(
 ) -> RunContext:
     """Return the context of a run whose model is described by what the clients have in common."""
     common, profiles = transport.foundation, transport.profiles
+    # In the run's own recipe from now on, whoever decided which base it is.
+    recipe = replace(recipe, model=replace(recipe.model, digest=common.base))
     check_ranks(recipe, common.modules)
     if method_of(recipe).task is ProbeSeeds and not common.manifest:
         expected = f"clients whose base {recipe.method.name!r} can move: finite, in float32, float16 or bfloat16"
@@ -106,6 +108,7 @@ def server_context(
         machine={"engine": door},
         start=start.digest if start else "",
         labels=common.labels,
+        sent_labels=transport.labels,
         score=partial(score_at_sites, recipe, transport, base=common.base, note=note),
         door=door,
         on_journal=on_journal,
@@ -146,6 +149,7 @@ def score_at_sites(
             blobs=blobs,
             ledger=seeds.ledger.encode() if seeds else b"",
             trainable=tuple(seeds.trainable) if seeds else (),
+            labels=tuple(transport.labels),
         )
         for name in held_out
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -15,7 +15,7 @@ from fedtune.flower.records import ERROR, UPDATE, pack, unpack
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
 from fedtune.rounds.failures import debug_traceback, failure_of
 from fedtune.wire.codec import decode_assignment, encode_update
-from fedtune.wire.profile import ClientProfile, encode_profile
+from fedtune.wire.profile import ClientProfile, decode_terms, encode_profile
 from fedtune.wire.scores import decode_score_request, encode_scores
 
 
@@ -24,6 +24,10 @@ class Site(Protocol):
 
     def profile(self) -> ClientProfile:
         """Return what the client says of itself."""
+        ...
+
+    def with_labels(self, labels: Sequence[str]) -> Site:
+        """Return the client with the class names that all clients of a run use."""
         ...
 
     def score(self, request: ScoreRequest) -> ClientScores:
@@ -46,7 +50,7 @@ def client_app(site_of: SiteOf) -> ClientApp:
 
     @app.query("caps")
     def caps(message: Message, context: Context) -> Message:
-        return reply_to(message, lambda: hello(site_of(context.node_config, context.run_config)))
+        return reply_to(message, lambda: hello(site_of(context.node_config, context.run_config), message.content))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -76,8 +80,9 @@ def reply_to(message: Message, work: Callable[[], RecordDict]) -> Message:
         return Message(Error(ERROR, reason), reply_to=message)
 
 
-def hello(site: Site) -> RecordDict:
-    encoded = encode_profile(site.profile())
+def hello(site: Site, content: RecordDict) -> RecordDict:
+    labels = decode_terms(unpack(content).header) if len(content) else ()
+    encoded = encode_profile((site.with_labels(labels) if labels else site).profile())
     return pack(encoded.header, encoded.blobs)
 
 

@@ -13,12 +13,13 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import RoundError, WireError
+from fedtune.flower.common_model import CommonModel
 from fedtune.flower.records import arrays, pack, unpack
 from fedtune.flower.replies import decode_reply, error_reason, one_line
 from fedtune.messages import Client, Failure
 from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment
-from fedtune.wire.profile import ClientProfile, ModelSpec, common_model_spec, decode_profile, difference, fingerprint
+from fedtune.wire.profile import ClientProfile, ModelSpec, decode_profile, encode_terms, fingerprint, label_list
 
 HELLO = f"{MessageType.QUERY}.caps"
 TTL_S = 7 * 24 * 3600.0
@@ -43,6 +44,8 @@ class SentMessage:
     """Its name; before the hello what the grid calls it."""
     at: float
     ttl_s: float
+    labels: Sequence[str] = ()
+    """Class names that a hello asked for."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class GridTransport:
     """Assignments out and updates back as Flower messages; node ids never leave this class.
 
     A client says hello before its first assignment. Its name is the one that the grid has bound to its key, or the one
-    that it gives itself. A client with another base than most is refused for the whole run; one with the name of
-    another client is refused until that name is free.
+    that it gives itself. A client whose base, layers or classes do not fit is refused until it starts anew; one with
+    the name of another client is refused until that name is free.
     """
 
     def __init__(
@@ -74,6 +77,9 @@ class GridTransport:
         patience_s: float = 600.0,
         hello_s: float = 300.0,
         closed: bool = False,
+        base: str = "",
+        labels: Sequence[str] = (),
+        on_base: Callable[[str], None] = lambda digest: None,
         note: Callable[[str], None] = lambda text: None,
         on_admitted: Callable[[str, int], None] = lambda client, examples: None,
         on_refused: Callable[[str, str, bool], None] = lambda client, reason, final: None,
@@ -89,6 +95,9 @@ class GridTransport:
             patience_s: seconds to wait for either.
             hello_s: seconds to wait for the hello of a further client when there are enough of them; it loads the base.
             closed: whether no further client can join: then a refused client is not waited for.
+            base: digest (hex) of the base that clients must have; empty: the one of the first client.
+            labels: class names that clients must use; none: the union over the clients of the first round.
+            on_base: called with the digest when the first client has decided which base it is.
             note: receives at once whom the run waits for, who has connected and who is refused.
             on_admitted: called with the name of a client that takes part, and its training examples.
             on_refused: called with name, reason, and whether nothing but a new start of the client can change it.
@@ -103,7 +112,7 @@ class GridTransport:
         self._refused: dict[int, Rejection] = {}  # by node
         self._unanswered: dict[str, SentMessage] = {}  # by message id
         self._unsolicited: list[UnsolicitedReply] = []  # for the next exchange to tell
-        self._foundation: ModelSpec | None = None
+        self._common = CommonModel(base=base, labels=labels, on_base=on_base)
         # Initial values may be large: clients that agree share one copy, which goes with the last of them.
         self._foundations: WeakValueDictionary[tuple[object, ...], ModelSpec] = WeakValueDictionary()
 
@@ -114,7 +123,7 @@ class GridTransport:
             RoundError: if there are not enough of them after `patience_s`; names those that are.
         """
         began = self._clock()
-        if self._foundation is None:
+        if self._common.settled is None:
             self._note(f"waiting for {self._expected} client{'s' * (self._expected > 1)} to say hello")
         self._await_clients(lambda: self._ready() or self._cannot_be_ready())
         if not self._ready():
@@ -133,10 +142,15 @@ class GridTransport:
         Raises:
             RoundError: if they do not come.
         """
-        if self._foundation is None:
+        if self._common.settled is None:
             self.clients()
-        assert self._foundation is not None  # `clients` has settled it, or raised
-        return self._foundation
+        assert self._common.settled is not None  # `clients` has settled it, or raised
+        return self._common.settled
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Class names that clients must use, because their own differ or the recipe names them; otherwise none."""
+        return self._common.labels
 
     @property
     def profiles(self) -> Mapping[str, ClientProfile]:
@@ -254,8 +268,8 @@ class GridTransport:
         }
         refused = {node for node, no in self._refused.items() if self._clock() < no.until}
         for node in sorted(bound.keys() - self._connected.keys() - refused - self._busy()):
-            sent = SentMessage(node, "hello", bound[node], self._clock(), self._patience_s)
-            if self._push(sent, pack(b"", {}), HELLO) is None:
+            sent = SentMessage(node, "hello", bound[node], self._clock(), self._patience_s, self._common.labels)
+            if self._push(sent, pack(encode_terms(self._common.labels), {}), HELLO) is None:
                 self._reject(node, bound[node], "a hello to it was not accepted for delivery", again_s=AGAIN_S)
 
     def _sort_reply(self, sent: SentMessage, reply: Message) -> None:
@@ -285,17 +299,22 @@ class GridTransport:
         if sent.client and name != sent.client:
             reason = f"expected the name {sent.client!r}, which its key is registered under; it calls itself {name!r}"
             self._reject(sent.node, sent.client, reason)
-        elif self._foundation and (odd := difference(self._foundation, common)):
+        elif odd := self._common.find_fault(common, asked=bool(sent.labels)):
             self._reject(sent.node, name, odd)
+        elif not self._common.is_current(common):
+            if sent.labels == self._common.labels:
+                reason = f"expected the classes {label_list(self._common.labels)}; got {label_list(common.labels)}"
+                self._reject(sent.node, name, f"{reason}; run the release of the server")
         elif name in self._nodes():
             reason = (
                 "another connected client has this name; give each client its own, or wait until the other has gone"
             )
             self._reject(sent.node, name, reason, again_s=AGAIN_S, taken=name)
         else:
+            self._common.take(common)
             self._refused.pop(sent.node, None)
             self._connected[sent.node] = replace(profile, foundation=common)
-            count = "" if self._foundation else f" ({len(self._connected)} of {self._expected})"
+            count = "" if self._common.settled else f" ({len(self._connected)} of {self._expected})"
             self._note(f"{name} connected: {profile.num_examples} examples{count}")
             self._on_admitted(name, profile.num_examples)
 
@@ -312,11 +331,18 @@ class GridTransport:
         """Return whether a round can start; the first time that it could, settle what the clients have in common."""
         if self._awaits_hello(self._hello_s) or len(self._connected) < self._expected:
             return False
-        if self._foundation is None and self._connected:
-            self._foundation = common_model_spec(list(self.profiles.values()))
-            nodes = self._nodes()
-            for name, profile in self.profiles.items():
-                if odd := difference(self._foundation, profile.foundation):
+        if self._common.settled is None and self._connected:
+            self._common.unite_labels([profile.foundation for profile in self._connected.values()])
+            outdated = [node for node, one in self._connected.items() if not self._common.is_current(one.foundation)]
+            for node in outdated:  # said hello before it was known which classes there are: it is asked once more
+                del self._connected[node]
+            if outdated:
+                self._note(f"classes of all sites: {label_list(self._common.labels)}")
+                return False
+            nodes, profiles = self._nodes(), self.profiles
+            self._common.settle(next(iter(profiles.values())).foundation)
+            for name, profile in profiles.items():
+                if odd := self._common.find_fault(profile.foundation, asked=True):
                     self._reject(nodes[name], name, odd)
         return len(self._connected) >= self._expected and len(self._free()) >= self._least
 

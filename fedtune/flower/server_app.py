@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -23,6 +23,9 @@ class Connect(Protocol):
         *,
         expected: int,
         least: int,
+        base: str = "",
+        labels: Sequence[str] = (),
+        on_base: Callable[[str], None] = lambda digest: None,
         note: Callable[[str], None],
         on_admitted: Callable[[str, int], None] = lambda client, examples: None,
         on_refused: Callable[[str, str, bool], None] = lambda client, reason, final: None,

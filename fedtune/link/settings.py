@@ -123,6 +123,9 @@ class Policy:
     update from the result."""
     columns: Sequence[str] = ()
     """Columns of the site's files that may become training text; empty: those that the table `data` names."""
+    labels: Literal["send", "keep"] = "send"
+    """Classification: whether the names of the classes that occur in the site's data leave it. keep: `data.labels` of
+    this file must name the classes that the federation has agreed on, and only these are sent."""
     scores: ScorePolicy = "send"
     """What the site does when it is asked what a global model scores on its held-out rows: send the scores, which are
     means over the rows; keep them in its own log; or refuse to score. The losses of its training leave in any case."""

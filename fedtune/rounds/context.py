@@ -33,6 +33,8 @@ class RoundContext:
     """Of the base model."""
     base: str
     """Digest of the base model, which every client must hold."""
+    labels: tuple[str, ...] = ()
+    """Class names that the clients must use, where their own may differ."""
     journal: RoundJournal = field(default_factory=NullJournal)
     """Makes every step durable."""
     clock: Clock | None = None

@@ -194,7 +194,7 @@ def make_request(context: RoundContext, state: Any, learned: Any, cohort: Sequen
     planned, unfit = split_unfit(round, context.planner.plan(learned, round, cohort), cohort)
     assignments = {
         # The base's digest is added here, so that no method can forget it.
-        name: replace(method.assign(state, seed, client), base=context.base)
+        name: replace(method.assign(state, seed, client), base=context.base, labels=context.labels)
         for name, client in planned.items()
     }
     # One encoder for the cohort: a state of gigabytes is serialised and hashed once, not once per client.
@@ -207,9 +207,15 @@ def make_request(context: RoundContext, state: Any, learned: Any, cohort: Sequen
         encoded={name: encode_assignment(assignment, encode=encode) for name, assignment in assignments.items()},
         blueprint=context.blueprint,
         refuse=partial(method.refuse, state),
-        assign_whole=partial(method.assign_whole, state, seed),
+        assign_whole=partial(whole_assignment, context, state),
         unfit=unfit,
     )
+
+
+def whole_assignment(context: RoundContext, state: Any, planned: PlannedClient) -> Assignment | None:
+    """Return an assignment that refers to no earlier state, as `make_request` does; None if there is no other."""
+    whole = context.method.assign_whole(state, context.blueprint.seed, planned)
+    return None if whole is None else replace(whole, labels=context.labels)
 
 
 def split_unfit(

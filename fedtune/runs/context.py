@@ -78,6 +78,8 @@ class RunContext:
     """Of the training rows: text or instruction; empty where they are not known."""
     labels: Sequence[str] = ()
     """Classification: the class names, by class."""
+    sent_labels: Sequence[str] = ()
+    """The same, where clients must be asked to use them."""
     notes: Sequence[str] = ()
     """Remarks of the preparation, such as examples that were dropped."""
     score: Callable[..., ModelScores] = no_scores

@@ -184,6 +184,7 @@ def run_rounds_of(
         schedule=context.recipe.rounds,
         blueprint=context.blueprint,
         base=context.base["digest"],
+        labels=tuple(context.sent_labels),
         journal=journal or NullJournal(),
         clock=context.clock,
         watch=watch,

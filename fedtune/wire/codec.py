@@ -138,6 +138,7 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
     """
     plan, blobs = assignment.plan, dict[str, bytes]()
     header = pb.Assignment(method=assignment.method, seed=assignment.seed, round=assignment.round)
+    header.labels.extend(assignment.labels)
     header.plan.client = plan.client
     match assignment.task:
         case ProbeSeeds() as task:
@@ -197,7 +198,7 @@ def decode_assignment(
         case other:
             known = f"the verb ADAPT ({pb.ADAPT}) or PROBE ({pb.PROBE})"
             raise WireError(f"assignment: expected {known}; got {other}; update this client")
-    return Assignment(message.method, message.round, message.seed, plan, task, message.base)
+    return Assignment(message.method, message.round, message.seed, plan, task, message.base, tuple(message.labels))
 
 
 def _plan_from(message: pb.Assignment) -> Plan:

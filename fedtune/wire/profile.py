@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ PROTOCOL = 1
 """Version of the messages of a round; peers of another one do not understand each other."""
 
 MAX_NAME = 100
+MAX_LABELS = 10_000
 
 
 @dataclass(frozen=True)
@@ -207,18 +207,21 @@ def check_manifest(name: str, message: pb.ClientProfile) -> None:
         )
 
 
-def common_model_spec(profiles: Sequence[ClientProfile]) -> ModelSpec:
-    """Return the foundation that most clients have in common; of several, that of the first client by name.
+def encode_terms(labels: Sequence[str]) -> bytes:
+    """Return what goes to a client with a hello: the class names that it must use, if they are known."""
+    return pb.Terms(labels=labels).SerializeToString()
+
+
+def decode_terms(data: bytes) -> tuple[str, ...]:
+    """Return the class names that a hello asks for; none: the client uses its own.
 
     Raises:
-        ValueError: if there is no profile.
+        WireError: if they are none, or one stands twice.
     """
-    ordered = sorted(profiles, key=lambda profile: profile.client)
-    prints = [fingerprint(profile.foundation) for profile in ordered]
-    # By the majority, so that one client with another base cannot decide for all which base a run has.
-    counts = Counter(prints)
-    # max takes the first of equals
-    return ordered[max(range(len(ordered)), key=lambda place: counts[prints[place]])].foundation
+    labels = tuple(parse(pb.Terms(), data).labels)
+    if len(set(labels)) != len(labels) or len(labels) > MAX_LABELS:
+        raise WireError(f"terms: expected at most {MAX_LABELS} class names, each once; got {len(labels)}")
+    return labels
 
 
 def fingerprint(foundation: ModelSpec) -> tuple[object, ...]:
@@ -262,7 +265,7 @@ def difference(wanted: ModelSpec, found: ModelSpec) -> str:
     if digest(wanted.saved) != digest(found.saved):
         return "expected other initial values of modules_to_save; set the same seed"
     if fingerprint(wanted) != fingerprint(found):
-        return "expected another layout of the base; run the same release of fedtune and transformers"
+        return "expected the layout of the run's base; got another; run the same release of fedtune and transformers"
     return ""
 
 

@@ -27,6 +27,7 @@ def encode_score_request(
         WireError: if a tensor cannot travel.
     """
     header = pb.Assignment(verb=pb.SCORE, method=request.method, round=request.round, base=request.base)
+    header.labels.extend(request.labels)
     header.plan.client = request.client
     score = pb.Score(examples=request.examples, batch=request.batch, ledger=request.ledger, trainable=request.trainable)
     header.score.CopyFrom(score)
@@ -66,6 +67,7 @@ def decode_score_request(header: bytes, blobs: Mapping[str, bytes]) -> ScoreRequ
         blobs={blob.role: decode_blob(blob, body_of(blob, blobs)) for blob in message.down},
         ledger=score.ledger,
         trainable=tuple(ordinals),
+        labels=tuple(message.labels),
     )
 
 

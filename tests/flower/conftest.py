@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,5 +225,9 @@ def fleet(*names: str, **changed: Node) -> MemoryGrid:
     return MemoryGrid({NODE + i: changed.get(name, client(name)) for i, name in enumerate(names)})
 
 
-def over(grid: Grid, clock: Clock, *, expected: int = 1, least: int = 1, patience_s: float = 600.0) -> GridTransport:
-    return GridTransport(grid, expected=expected, least=least, patience_s=patience_s, clock=clock, sleep=clock.sleep)
+def over(
+    grid: Grid, clock: Clock, *, expected: int = 1, least: int = 1, patience_s: float = 600.0, **more: Any
+) -> GridTransport:
+    return GridTransport(
+        grid, expected=expected, least=least, patience_s=patience_s, clock=clock, sleep=clock.sleep, **more
+    )

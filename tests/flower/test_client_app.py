@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +40,9 @@ class Failing:
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
         raise ClientError("ann: loss is nan")
+
+    def with_labels(self, labels: Sequence[str]) -> Failing:
+        return self
 
     def score(self, request: ScoreRequest) -> ClientScores:
         raise ClientError("ann: expected rows that are held out; got none")
@@ -185,6 +188,9 @@ class Breaking:
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
         raise ClientError("client-1: loss is nan")
+
+    def with_labels(self, labels: Sequence[str]) -> Breaking:
+        return self
 
     def score(self, request: ScoreRequest) -> ClientScores:
         raise ClientError("client-1: expected rows that are held out; got none")

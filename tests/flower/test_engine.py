@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +52,9 @@ class Scripted:
             case "sleeps":
                 time.sleep(3600)
         return echo(assignment)
+
+    def with_labels(self, labels: Sequence[str]) -> Scripted:
+        return self
 
     def score(self, request: ScoreRequest) -> ClientScores:
         raise ClientError("expected rows that are held out; got none")

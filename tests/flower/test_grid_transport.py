@@ -10,12 +10,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, Rec
 
 from fedtune.errors import RoundError
 from fedtune.flower.grid_transport import HELLO, GridTransport
-from fedtune.flower.records import ERROR, HEADER, TENSORS, pack
+from fedtune.flower.records import ERROR, HEADER, TENSORS, pack, unpack
 from fedtune.flower.shim import stamp
 from fedtune.messages import Client, ClientUpdate, Failure
 from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
 from fedtune.wire.codec import decode_update
-from fedtune.wire.profile import ModelSpec
+from fedtune.wire.profile import ModelSpec, decode_terms
 from tests.flower.conftest import (
     FOUNDATION,
     NEVER,
@@ -372,10 +372,64 @@ def test_a_name_that_is_not_the_keys_is_refused(clock: Clock) -> None:
 
 def test_a_client_over_another_base_is_refused_by_name(clock: Clock) -> None:
     other = client("ann", foundation=replace(FOUNDATION, base="77" * 32))
-    transport = over(fleet("ann", "bob", "cyd", ann=other), clock, expected=2)
+    transport = over(fleet("ann", "bob", "cyd", ann=other), clock, expected=2, base=FOUNDATION.base)
     assert names(transport) == ["bob", "cyd"]
     assert transport.foundation == FOUNDATION
     assert "expected the base 9f3c9f3c9f3c; got 777777777777" in told(transport)["ann"]
+
+
+def test_without_a_pinned_base_the_first_client_decides_and_no_majority(clock: Clock) -> None:
+    other, pinned = client("ann", foundation=replace(FOUNDATION, base="77" * 32)), list[str]()
+    transport = over(fleet("ann", "bob", "cyd", ann=other), clock, on_base=pinned.append)
+    assert names(transport) == ["ann"]
+    assert pinned == ["77" * 32]
+    assert sorted(told(transport)) == ["bob", "cyd"]
+
+
+def classifier(name: str, *own: str) -> Node:
+    """Return a client whose data have these classes, and which takes those that its hello names."""
+
+    def node(message: Message) -> RecordDict | Error:
+        if message.metadata.message_type != HELLO:
+            return client(name)(message)  # type: ignore[return-value]
+        asked = decode_terms(unpack(message.content).header)
+        if asked and not set(own) <= set(asked):
+            return Error(ERROR, f"data.labels: expected {', '.join(asked)}; got {', '.join(own)}")
+        return greeting(profile(name, foundation=replace(FOUNDATION, labels=asked or own)))
+
+    return node
+
+
+def test_classes_are_the_union_over_the_sites_and_a_site_that_lacks_one_takes_part(clock: Clock) -> None:
+    nodes = {
+        NODE: classifier("ann", "yes"),
+        NODE + 1: classifier("bob", "no", "yes"),
+        NODE + 2: classifier("cyd", "odd"),
+    }
+    grid = MemoryGrid(nodes)
+    transport = over(grid, clock, expected=3)
+    assert not transport.labels
+    assert names(transport) == ["ann", "bob", "cyd"]
+    assert transport.labels == ("no", "odd", "yes") == transport.foundation.labels
+    assert {one.foundation.labels for one in transport.profiles.values()} == {("no", "odd", "yes")}
+    grid.nodes |= {NODE + 3: classifier("dan", "odd"), NODE + 4: classifier("eve", "new")}
+    assert names(transport) == ["ann", "bob", "cyd", "dan"]
+    assert "expected no, odd, yes; got new" in " ".join(told(transport).values())
+
+
+def test_classes_that_the_recipe_names_are_asked_for_at_once(clock: Clock) -> None:
+    nodes = {NODE: classifier("ann", "yes"), NODE + 1: classifier("bob", "maybe")}
+    transport = over(MemoryGrid(nodes), clock, labels=("yes", "no"))
+    assert names(transport) == ["ann"]
+    assert transport.foundation.labels == ("yes", "no")
+    assert "got maybe" in " ".join(told(transport).values())
+
+
+def test_a_client_that_does_not_take_the_classes_of_all_is_refused(clock: Clock) -> None:
+    stubborn = client("ann", foundation=replace(FOUNDATION, labels=("yes",)))
+    grid = MemoryGrid({NODE: stubborn, NODE + 1: classifier("bob", "no", "yes")})
+    with pytest.raises(RoundError, match=r"expected the classes no, yes \(2\); got yes \(1\); run the release"):
+        over(grid, clock, expected=2, patience_s=10).clients()
 
 
 def test_who_takes_part_and_who_does_not_is_reported_with_the_reason(clock: Clock) -> None:
@@ -384,6 +438,7 @@ def test_who_takes_part_and_who_does_not_is_reported_with_the_reason(clock: Cloc
     GridTransport(
         grid,
         expected=2,
+        base=FOUNDATION.base,
         on_admitted=lambda *facts: story.append(facts),
         on_refused=lambda *facts: story.append(facts),
         clock=clock,
@@ -616,7 +671,7 @@ def test_nothing_is_kept_of_a_base_that_was_refused(clock: Clock) -> None:
     original = transport._reject
 
     def noted(node: int, *rest: object, **more: object) -> None:
-        held.append(ref(transport._connected[node].foundation))
+        held.extend(ref(one) for one in transport._foundations.values() if one.base != FOUNDATION.base)
         original(node, *rest, **more)  # type: ignore[arg-type]
 
     transport._reject = noted  # type: ignore[method-assign]

@@ -57,7 +57,7 @@ class ScriptedTrainer:
     def __init__(self, client: str, seconds: float) -> None:
         self._client, self._seconds = client, seconds
 
-    def profile(self, into: Path) -> None:
+    def profile(self, into: Path, labels: Sequence[str] = ()) -> None:
         profile = encode_profile(ClientProfile(self._client, EXAMPLES, MODEL, methods=("flora",), held_out=HELD_OUT))
         into.mkdir(parents=True, exist_ok=True)
         (into / "front").write_bytes(profile.header)

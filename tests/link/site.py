@@ -37,9 +37,9 @@ class RecordingTrainer:
     done: list[Path] = field(default_factory=list)
     kills: int = 0
 
-    def profile(self, into: Path) -> None:
+    def profile(self, into: Path, labels: Sequence[str] = ()) -> None:
         into.mkdir(parents=True, exist_ok=True)
-        (into / "front").write_bytes(b"profile")
+        (into / "front").write_bytes(b" ".join([b"profile", *(label.encode() for label in labels)]))
         (into / sha256(b"body").hexdigest()).write_bytes(b"body")
 
     def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:

@@ -11,16 +11,16 @@ import pytest
 from fedtune.directions.seed_ledger import describe_base
 from fedtune.errors import WireError
 from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
-from fedtune.tensors import Tensors
 from fedtune.wire.codec import EncodedAssignment, encode_blob
 from fedtune.wire.profile import (
     ClientProfile,
     Device,
     ModelSpec,
-    common_model_spec,
     decode_profile,
+    decode_terms,
     difference,
     encode_profile,
+    encode_terms,
 )
 from fedtune.wire.v1 import round_pb2 as pb
 
@@ -145,21 +145,18 @@ def named(name: str, **changes: object) -> ClientProfile:
     return replace(PROFILE, client=name, foundation=replace(FOUNDATION, **changes))  # type: ignore[arg-type]
 
 
-def test_the_foundation_of_most_clients_is_the_runs() -> None:
-    profiles = [named("ann", base="77"), named("bob"), named("cyd")]
-    assert common_model_spec(profiles).base == "9f3c"
-    assert common_model_spec(profiles[::-1]).base == "9f3c"
+def test_the_class_names_of_a_hello_come_back_and_none_are_empty_bytes() -> None:
+    assert decode_terms(encode_terms(("no", "yes"))) == ("no", "yes")
+    assert encode_terms(()) == b""
+    with pytest.raises(WireError, match="each once"):
+        decode_terms(encode_terms(("no", "no")))
+    with pytest.raises(WireError, match="Terms"):
+        decode_terms(b"\xff")
 
 
-def test_of_equals_the_first_by_name_decides() -> None:
-    profiles = [named("cyd", base="88"), named("bob", base="77"), named("ann", base="99")]
-    assert common_model_spec(profiles).base == "99"
-    assert common_model_spec(profiles[::-1]).base == "99"
-
-
-def test_initial_values_count_for_what_clients_have_in_common() -> None:
-    other = {"score.weight": np.array([[1.5, -2.5]], np.float32)}
-    assert common_model_spec([named("ann", saved=other), named("bob"), named("cyd")]).saved is FOUNDATION.saved
+def test_held_out_rows_are_said_and_none_where_nothing_is() -> None:
+    assert again(replace(PROFILE, held_out=7)).held_out == 7
+    assert again(PROFILE).held_out == 0
 
 
 @pytest.mark.parametrize(
@@ -172,7 +169,7 @@ def test_initial_values_count_for_what_clients_have_in_common() -> None:
         ({"labels": ()}, "got none; use the same label names"),
         ({"saved_modules": ("head",)}, r"expected modules_to_save \['score'\]; got \['head'\]"),
         ({"saved": {"score.weight": np.zeros((1, 2), np.float32)}}, "set the same seed"),
-        ({"transposed": False}, "another layout of the base"),
+        ({"transposed": False}, "expected the layout of the run's base; got another; run"),
     ],
 )
 def test_a_difference_is_told_in_words(changes: dict[str, object], expected: str) -> None:
@@ -187,20 +184,6 @@ def test_the_same_foundation_has_no_difference() -> None:
 
 def test_a_profiles_body_is_found_by_its_digest() -> None:
     assert list(encode_profile(PROFILE).blobs) == [encode_blob(FOUNDATION.saved).digest]
-
-
-def test_each_clients_initial_values_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed = list[Tensors]()
-
-    def counted(tensors: Tensors) -> str:
-        hashed.append(tensors)
-        return "d"
-
-    monkeypatch.setattr("fedtune.wire.profile.digest", counted)
-    common_model_spec([named("ann"), named("bob"), named("cyd")])
-    assert len(hashed) == 3
-    assert difference(FOUNDATION, FOUNDATION) == ""
-    assert len(hashed) == 3
 
 
 STATED = BlockLayout("llama", (Block("model.layers.0", 4, 2, 2, 16), Block("model.layers.1", 4, 2, 2, 16)), width=8)

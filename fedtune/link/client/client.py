@@ -221,7 +221,7 @@ class Client:
         if task in self._jobs:
             return
         if header.task == HELLO:
-            self._start(task, header, self._work.send_profile)
+            self._start(task, header, self._work.send_profile, work.order, inline)
         elif header.task == TRAIN and header.round > 0:
             self._start(task, header, self._work.train, work.order, inline)
         elif header.task == EVALUATE:

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeAlias
 
-from fedtune.errors import ClientError, WireError
+from fedtune.errors import ClientError, ConfigError, WireError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client import outbox, policy
 from fedtune.link.client.delivery import Delivery
@@ -28,6 +28,7 @@ from fedtune.link.settings import MIB, Policy
 from fedtune.link.uploads import free_bytes
 from fedtune.store.files import store_errors
 from fedtune.wire.codec import MAX_HEADER_BYTES
+from fedtune.wire.profile import decode_terms
 from fedtune.wire.v1 import link_pb2 as pb
 
 MIN_FREE_BYTES = 512 * MIB
@@ -87,17 +88,37 @@ class TrainingJobs:
         finally:
             self._profile_ready.set()
 
-    def send_profile(self, job: Job) -> None:
-        """Reply to a hello."""
+    def send_profile(self, job: Job, task: pb.Envelope, inline: Mapping[bytes, bytes]) -> None:
+        """Reply to a hello, with the class names that it asks for."""
         while not self._profile_ready.wait(1.0):
             job.check()
         folder = self._state / "profile"
+        if labels := self._read_terms(job, task, inline):
+            folder = self._state / "profile-labels"
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                self._trainer.profile(folder, labels)
+            except ConfigError as error:  # of these classes: the federation can go on without this site
+                self._delivery.deliver(job, self._decline(job, pb.WORK_FAILED, str(error)), {})
+                return
         with store_errors(folder):
             contents = {path.name: path.read_bytes() for path in folder.iterdir()}
         parts = {"" if name == "front" else name: data for name, data in contents.items()}
         header = reply_header(self._session.identity, job, [make_part(key, parts[key]) for key in sorted(parts)])
         paths = {sha256(data).digest(): folder / name for name, data in contents.items()}
         self._delivery.deliver(job, self._sign(header, paths), paths)
+
+    def _read_terms(self, job: Job, task: pb.Envelope, inline: Mapping[bytes, bytes]) -> Sequence[str]:
+        """Return the class names that a hello asks for; none: the site uses its own."""
+        front = next((part for part in job.header.parts if not part.key), None)
+        if front is None or not front.num_bytes or front.num_bytes > MAX_HEADER_BYTES:
+            return ()
+        entry = outbox.open_entry(self._state, task, job.header)
+        self._downloads.fetch(job, entry, front, inline)
+        with store_errors(entry.folder):
+            labels = decode_terms(entry.part(front.digest).read_bytes())
+        shutil.rmtree(entry.folder, ignore_errors=True)
+        return labels
 
     def decline_unknown(self, job: Job) -> None:
         """Reply to a task that only another release knows."""

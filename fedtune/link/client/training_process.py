@@ -21,8 +21,12 @@ END_S = 5.0
 class Trainer(Protocol):
     """Does the work of tasks, with files instead of values: bodies may be larger than the memory."""
 
-    def profile(self, into: Path) -> None:
+    def profile(self, into: Path, labels: Sequence[str] = ()) -> None:
         """Write the client's profile: its header as `front`, and each body under its digest (hex).
+
+        Args:
+            into: folder to write.
+            labels: class names that the client must use; none: its own.
 
         Raises:
             ConfigError: if the site's own file is wrong, or the process died.
@@ -67,9 +71,9 @@ class ProcessTrainer:
         self._process: subprocess.Popen[bytes] | None = None
         self._requests = self._replies = self._life = -1
 
-    def profile(self, into: Path) -> None:
+    def profile(self, into: Path, labels: Sequence[str] = ()) -> None:
         try:
-            reply = self._ask({"do": "profile", "into": str(into)})
+            reply = self._ask({"do": "profile", "into": str(into), "labels": list(labels)})
         except ClientError as error:
             raise ConfigError(Fault("", "a training process that loads base and data", str(error))) from None
         if "failed" in reply:

@@ -223,7 +223,7 @@ class Score(_message.Message):
     def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ..., ledger: _Optional[bytes] = ..., trainable: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "score")
+    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "score")
     VERB_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,7 @@ class Assignment(_message.Message):
     BASE_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     SURGERY_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     verb: Verb
     method: str
@@ -247,8 +248,9 @@ class Assignment(_message.Message):
     base: str
     probe: Probe
     surgery: Surgery
+    labels: _containers.RepeatedScalarFieldContainer[str]
     score: Score
-    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
+    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
     __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens")
@@ -338,6 +340,12 @@ class ScoreUpdate(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     seconds: float
     def __init__(self, client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Terms(_message.Message):
+    __slots__ = ("labels",)
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, labels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Module(_message.Message):
     __slots__ = ("name", "out_features", "in_features")
