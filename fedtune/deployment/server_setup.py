@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,18 +27,20 @@ from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
 from fedtune.store.run_journal import RunJournal
 
-DATA_AT_SITES = 'data={ source = "at the sites", split = { kind = "files" } }'
+SOURCE_AT_SITES, SPLIT_AT_SITES = 'data.source="at the sites"', 'data.split={ kind = "files" }'
 
 
 def data_at_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe of a TOML text or a path; it needs no table `data`, since the data stay at the sites.
+    """Return the recipe of a TOML text or a path; its table `data` needs no source, since the data stay at the sites.
 
     Raises:
         ConfigError: with every fault.
     """
     # Every site has data of its own; a table in the recipe could only be wrong for some of them.
     *_, tables = read(source)
-    bound = bind(source, overrides=(*overrides, *(() if "data" in tables else (DATA_AT_SITES,))))
+    data = tables.get("data", {})
+    at_sites = (SOURCE_AT_SITES, SPLIT_AT_SITES) if isinstance(data, Mapping) and "source" not in data else ()
+    bound = bind(source, overrides=(*at_sites, *overrides))
     return replace(bound, model=same_everywhere(bound.model))
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from fedtune.client import site
 from fedtune.config import bind, render
+from fedtune.config.site import bind_site
 from fedtune.errors import ClientError, ConfigError
 from fedtune.messages import Assignment, Plan, Training, TrainLora
 from fedtune.model.base import Base, load
@@ -134,3 +135,27 @@ def test_classes_are_numbered_by_the_rows_of_the_bases_own_head(
     for shard in federation.clients.values():
         for example in shard.train:
             assert federation.labels[int(example.labels)] == example.reference
+
+
+def test_a_site_that_lacks_a_class_loads_with_the_classes_of_all(tmp_path: Path, tables: dict[str, Any]) -> None:
+    (path,) = site_files(tmp_path, tables, ("client-1",))
+    rows = "".join(f'{{"text": "the quick fox {n}", "label": "yes"}}\n' for n in range(10))
+    (tmp_path / "yes.jsonl").write_text(rows)
+    base = bind_site(path).model.base
+    path.write_text(
+        f'name = "client-1"\n[model]\nbase = "{base}"\ntask = "classification"\n'
+        f'[adapter]\ntargets = ["q_proj"]\n[data]\nsource = "{tmp_path / "yes.jsonl"}"\n'
+    )
+    own = site.from_file(str(path))
+    assert own.profile().foundation.labels == ("yes",)
+    shared = own.with_labels(("no", "yes"))
+    assert shared.profile().foundation.labels == ("no", "yes")
+    assert {int(example.labels) for example in shared.examples} == {1}
+    assert own.with_labels(()) is own
+    assert shared.with_labels(("no", "yes")) is shared
+    with pytest.raises(ConfigError, match=r"data\.labels"):
+        own.with_labels(("maybe", "no"))
+    path.write_text(path.read_text() + '[policy]\nlabels = "keep"\n')
+    site.from_file.cache_clear()
+    with pytest.raises(ConfigError, match="agreed on"):
+        site.from_file(str(path))

@@ -31,3 +31,9 @@ def test_an_override_without_a_client_is_noted() -> None:
     assert "anan" in said[0]
     check_overrides(recipe, ["anan"], said.append)
     assert len(said) == 1
+
+
+def test_a_recipe_may_name_the_classes_and_leave_the_source_to_the_sites() -> None:
+    recipe = data_at_sites(RECIPE + '[data]\nlabels = ["no", "yes"]\n')
+    assert recipe.data.labels == ("no", "yes")
+    assert recipe.data.source == data_at_sites(RECIPE).data.source
