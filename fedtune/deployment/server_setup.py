@@ -60,7 +60,7 @@ def server_context(
 ) -> RunContext:
     """Return the context of a run whose model is described by what the clients have in common."""
     common, profiles = transport.foundation, transport.profiles
-    # In the run's own recipe from now on, whoever decided which base it is.
+    # In the run's own recipe from now on: a resumed run takes no other base.
     recipe = replace(recipe, model=replace(recipe.model, digest=common.base))
     check_ranks(recipe, common.modules)
     if method_of(recipe).task is ProbeSeeds and not common.manifest:
