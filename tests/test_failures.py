@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -88,6 +88,9 @@ class FaultySite:
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
         return faulty(assignment)
+
+    def with_labels(self, labels: Sequence[str]) -> FaultySite:
+        return self
 
     def score(self, request: ScoreRequest) -> ClientScores:
         raise AssertionError("is not asked here")
