@@ -43,9 +43,10 @@ def change(where: str, before: Scores | None, after: Scores | None) -> str:
 
 
 def adapter_rank(run: Run) -> int:
-    """Return the largest rank of the global adapter's layers; 0 without an adapter."""
-    modules = next((record.modules for record in reversed(run.rounds) if record.modules), {})
-    return max((module.rank for module in modules.values()), default=0)
+    """Return the largest rank of the global adapter's layers, of the round that is the result; 0 without an adapter."""
+    chosen = run.summary.selection.round if run.summary else 0  # 0 where a run of an earlier release does not say
+    records = [record for record in run.rounds if record.modules and (not chosen or record.round <= chosen)]
+    return max((module.rank for module in records[-1].modules.values()), default=0) if records else 0
 
 
 def recipe_rank(run: Run) -> int:

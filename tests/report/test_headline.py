@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedtune.report.headline import headline
+from fedtune.report.headline import adapter_rank, headline
 from fedtune.report.reader import Scores, read_run
 from tests.report.conftest import WriteRun
 
@@ -49,3 +49,21 @@ def test_a_run_that_was_stopped_says_so_first(write_run: WriteRun) -> None:
     path = write_run(rounds=2)
     (path / "summary.json").unlink()
     assert headline(read_run(path)).startswith("Stopped after round 2: ")
+
+
+def test_the_rank_is_that_of_the_round_which_is_the_result(write_run: WriteRun) -> None:
+    run = read_run(write_run(clients=2, rounds=2))
+    assert run.summary is not None
+    ranks = {1: 16, 2: 32}
+    rounds = [
+        replace(
+            record, modules={name: replace(module, rank=ranks[record.round]) for name, module in record.modules.items()}
+        )
+        for record in run.rounds
+        if record.round
+    ]
+    run = replace(run, rounds=(run.rounds[0], *rounds))
+    assert adapter_rank(run) == 32
+    assert run.summary is not None
+    best = replace(run.summary, selection=replace(run.summary.selection, round=1))
+    assert adapter_rank(replace(run, summary=best)) == 16
