@@ -221,7 +221,9 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
             expected = f"{needs}, which reads weights quantised by {method!r}"
             hint = "give the original model, whose weights are not quantised"
             if module:
-                hint += f", or run pip install {module.replace('_', '-').replace('.', '-')} (most need a GPU)"
+                hint += (
+                    f", or run pip install {module.replace('_', '-').replace('.', '-')} (untested, and most need a GPU)"
+                )
             raise ConfigError(Fault("model.base", expected, f"{where} without it", hint))
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
