@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, render
 from fedtune.deployment.link_events import on_event, refusal_of
+from fedtune.deployment.served_run import (
+    AUDIT,
+    BARRED,
+    LINK,
+    SPOOL,
+    accepted_updates,
+    complete_summary,
+    informed_clients,
+    pin_base,
+    pinned_base,
+    plan_text,
+    result_files,
+    run_id,
+)
 from fedtune.deployment.server_setup import check_overrides, expected_clients, server_context
 from fedtune.flower.link_grid import LinkGrid
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.flower.shim import context
-from fedtune.link import audit_log, uploads
+from fedtune.link import uploads
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
 from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
@@ -32,19 +43,13 @@ from fedtune.messages import Blueprint, Failure, ProbeSeeds, TrainLora
 from fedtune.rounds.admission import largest_update
 from fedtune.runs.resume import check_resumable
 from fedtune.runs.runner import run_recipe
-from fedtune.store import journal, result, seeds
-from fedtune.store.files import store_errors, write_text
-from fedtune.store.history import has_begun
-from fedtune.store.journal import Record
+from fedtune.store.files import store_errors
 from fedtune.store.lock import lock_run
 from fedtune.store.run_directory import check_vacant, write_recipe
-from fedtune.store.verify import status as run_status
 from fedtune.wire.codec import parse
 from fedtune.wire.scores import MAX_SCORES_BYTES
 from fedtune.wire.v1 import round_pb2
 
-LINK, AUDIT, ID, SPOOL, BARRED, BASE = "link", "audit", "id", "spool", "barred", "base"
-"""Names below a run directory: the folder of the link, and the files in it."""
 UNREADY_DISK = "less disk free than link.free_mib"
 
 
@@ -187,33 +192,11 @@ def serve_rounds(
     return summary
 
 
-def pinned_base(run: Path) -> str:
-    """Return the digest (hex) of the base that the first client of a run had; empty before one has come."""
-    path = run / LINK / BASE
-    return path.read_text().strip() if path.exists() else ""
-
-
-def pin_base(run: Path, digest: str) -> None:
-    """Note which base a run is of, before anything is trained: after a restart no other one is taken either."""
-    write_text(run / LINK / BASE, digest)
-
-
 def refuse_client(dispatcher: Dispatcher, record: RecordEvent, client: str, reason: str, final: bool) -> None:
     """Record that a client takes no part, and tell it where only its operator can change that."""
     record("unfit", client=client, reason=reason)
     if final:
         dispatcher.refuse(client, refusal_of(Failure.from_text(client, reason, kind="refused", code="SITE_DIFFERS")))
-
-
-def complete_summary(run: Path, recipe: Recipe) -> Mapping[str, Any] | None:
-    """Return the summary of a run that has no round left; None if there is work."""
-    status = run_status(run)
-    if not status.finished:
-        return None
-    content: Mapping[str, Any] = json.loads((run / "summary.json").read_text())
-    # A run may have ended before its last round (rounds.patience).
-    ended = status.committed >= recipe.rounds.count or content.get("selection", {}).get("ended")
-    return content if ended else None
 
 
 def end_run(dispatcher: Dispatcher, run: Path, rounds: int, record: RecordEvent) -> None:
@@ -224,20 +207,6 @@ def end_run(dispatcher: Dispatcher, run: Path, rounds: int, record: RecordEvent)
     if absent:
         text = f"for up to {dispatcher.settings.drain_s:.0f} s other sites may still ask: {', '.join(absent)}"
         record("note", text=text)
-
-
-def result_files(run: Path) -> Mapping[str, memoryview]:
-    """Return the files of a run's result, by their names below the run directory; none if it has none.
-
-    What the provenance says of each client, such as its number of examples, stays on the server.
-    """
-    folder = result.folder(run)
-    paths = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
-    files = {f"{folder.name}/{path.name}": uploads.map_file(path) for path in paths}
-    if (origin := folder / seeds.ORIGIN).exists():
-        said = {key: value for key, value in json.loads(origin.read_text()).items() if key != "clients"}
-        files[f"{folder.name}/{origin.name}"] = memoryview((json.dumps(said, indent=1) + "\n").encode())
-    return files
 
 
 def create_dispatcher(
@@ -253,55 +222,6 @@ def create_dispatcher(
     return Dispatcher(
         info, settings, folder / SPOOL, blocklist, accepted=accepted, ended=ended, informed=informed, record=record
     )
-
-
-def plan_text(recipe: Recipe, run: Path) -> str:
-    """Return the recipe as sites get it: the same at a resume, although a base was pinned in the run's own meanwhile.
-
-    Updates that a site has signed before name the digest of this text.
-    """
-    if pinned_base(run) == recipe.model.digest:
-        recipe = replace(recipe, model=replace(recipe.model, digest=None))
-    return render(recipe)
-
-
-def informed_clients(path: Path) -> Collection[str]:
-    """Return the clients that know by the audit log that the run is complete; none if more rounds have begun since."""
-    informed = set[str]()
-    for entry in audit_log.read_audit_log(path).entries if path.exists() else ():
-        if entry.kind == "informed":
-            informed.add(str(entry.fields["client"]))
-        elif entry.kind == "round":
-            informed.clear()
-    return informed
-
-
-def run_id(run: Path) -> str:
-    """Return the run's id, drawn when it is served for the first time: replies of another run never match it."""
-    path = run / LINK / ID
-    if not path.exists():
-        write_text(path, secrets.token_hex(8))
-    return path.read_text().strip()
-
-
-def accepted_updates(run: Path) -> tuple[Mapping[tuple[int, str], str], int]:
-    """Return the digests (hex) of the updates that a run's journal accepts, by round and client, and its last round."""
-    accepted, committed = dict[tuple[int, str], str](), 0
-    if not has_begun(run):
-        return accepted, committed
-
-    def take(record: Record) -> None:
-        nonlocal committed
-        # Over the link each update has a blob of its own, named by its digest.
-        if record.kind in ("accept", "close"):
-            for client, offset, _ in record.fields["updates"]:
-                if not offset:
-                    accepted[record.fields["round"], client] = record.fields["blob"]
-        elif record.kind == "commit":
-            committed = record.fields["round"]
-
-    journal.read(run / "journal", take)
-    return accepted, committed
 
 
 def first_cohort_size(recipe: Recipe, roster: RosterFile) -> int:

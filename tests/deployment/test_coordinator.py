@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -13,15 +12,13 @@ import numpy as np
 import pytest
 
 from fedtune.deployment.coordinator import (
-    accepted_updates,
     create_dispatcher,
     first_cohort_size,
     max_update_bytes,
     readiness_fault,
-    result_files,
-    run_id,
 )
 from fedtune.deployment.link_events import on_event, refusal_of
+from fedtune.deployment.served_run import accepted_updates, run_id
 from fedtune.deployment.server_setup import data_at_sites
 from fedtune.errors import WireError
 from fedtune.link import uploads
@@ -56,32 +53,6 @@ from tests.store.test_run_journal import INPUTS
 
 RECORD = RoundRecord(round=1, seconds=0.1, state_digest="ab", bytes_up=1, bytes_down=2)
 BLUEPRINT = Blueprint({"q": (6, 5)}, {"head": np.zeros((2, 3), np.float32)}, max_rank=4, seed=0)
-
-
-def test_sites_get_the_result_without_what_it_says_of_each_other(tmp_path: Path) -> None:
-    assert result_files(tmp_path) == {}
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"numbers")
-    (tmp_path / "adapter" / "fedtune.json").write_text('{"round": 3, "clients": {"anna": {"examples": 7}}}')
-    files = result_files(tmp_path)
-    assert bytes(files["adapter/adapter_model.safetensors"]) == b"numbers"
-    assert json.loads(bytes(files["adapter/fedtune.json"])) == {"round": 3}
-
-
-def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:
-    assert accepted_updates(tmp_path) == ({}, 0)
-    with RunJournal.create(tmp_path, group_s=0.0) as ledger:
-        ledger.begin(INPUTS)
-        cohort = {"anna": 1, "bob": 1}
-        ledger.open(1, state="", cohort=cohort, digests={name: "o" for name in cohort})
-        ledger.accept(1, "anna", b"of anna")
-        ledger.close(1, {"bob": Failure.from_text("bob", "x")}, {"bob": 0})
-        ledger.commit(1, [b"state"])
-        ledger.open(2, state=promised_state(tmp_path), cohort=cohort, digests={name: "o" for name in cohort})
-        ledger.accept(2, "bob", b"of bob")
-    accepted, committed = accepted_updates(tmp_path)
-    assert committed == 1
-    assert accepted == {(1, "anna"): sha256(b"of anna").hexdigest(), (2, "bob"): sha256(b"of bob").hexdigest()}
 
 
 def test_a_restarted_server_gives_the_receipts_that_its_journal_promises(tmp_path: Path) -> None:

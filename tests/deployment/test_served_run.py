@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+from fedtune.deployment.served_run import (
+    accepted_updates,
+    informed_clients,
+    pin_base,
+    pinned_base,
+    plan_text,
+    result_files,
+)
+from fedtune.deployment.server_setup import data_at_sites
+from fedtune.link.audit_log import AuditLog
+from fedtune.messages import Failure
+from fedtune.store.run_journal import RunJournal
+from tests.deployment.test_coordinator import RECIPE, promised_state
+from tests.store.test_run_journal import INPUTS
+
+
+def test_sites_get_the_result_without_what_it_says_of_each_other(tmp_path: Path) -> None:
+    assert result_files(tmp_path) == {}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"numbers")
+    (tmp_path / "adapter" / "fedtune.json").write_text('{"round": 3, "clients": {"anna": {"examples": 7}}}')
+    files = result_files(tmp_path)
+    assert bytes(files["adapter/adapter_model.safetensors"]) == b"numbers"
+    assert json.loads(bytes(files["adapter/fedtune.json"])) == {"round": 3}
+
+
+def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:
+    assert accepted_updates(tmp_path) == ({}, 0)
+    with RunJournal.create(tmp_path, group_s=0.0) as ledger:
+        ledger.begin(INPUTS)
+        cohort = {"anna": 1, "bob": 1}
+        ledger.open(1, state="", cohort=cohort, digests={name: "o" for name in cohort})
+        ledger.accept(1, "anna", b"of anna")
+        ledger.close(1, {"bob": Failure.from_text("bob", "x")}, {"bob": 0})
+        ledger.commit(1, [b"state"])
+        ledger.open(2, state=promised_state(tmp_path), cohort=cohort, digests={name: "o" for name in cohort})
+        ledger.accept(2, "bob", b"of bob")
+    accepted, committed = accepted_updates(tmp_path)
+    assert committed == 1
+    assert accepted == {(1, "anna"): sha256(b"of anna").hexdigest(), (2, "bob"): sha256(b"of bob").hexdigest()}
+
+
+def test_the_base_that_the_first_site_had_is_noted_and_is_not_in_the_text_that_sites_know(tmp_path: Path) -> None:
+    (tmp_path / "link").mkdir()
+    recipe, digest = data_at_sites(RECIPE), "ab" * 32
+    assert pinned_base(tmp_path) == ""
+    before = plan_text(recipe, tmp_path)
+    pin_base(tmp_path, digest)
+    pinned = replace(recipe, model=replace(recipe.model, digest=digest))
+    assert (pinned_base(tmp_path), plan_text(pinned, tmp_path)) == (digest, before)
+    own = replace(recipe, model=replace(recipe.model, digest="cd" * 32))  # by the operator
+    assert "cd" * 32 in plan_text(own, tmp_path)
+
+
+def test_who_knows_the_end_is_known_until_more_rounds_begin(tmp_path: Path) -> None:
+    assert not informed_clients(tmp_path / "audit")
+    for kinds, known in ((["anna", "bob"], {"anna", "bob"}), ([], set())):
+        log = AuditLog(tmp_path / "audit")
+        for name in kinds:
+            log.record("informed", client=name)
+        if not kinds:
+            log.record("round", round=2)
+        log.close()
+        assert informed_clients(tmp_path / "audit") == known
