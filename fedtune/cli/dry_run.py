@@ -55,4 +55,5 @@ def facts(shown: DryRun) -> Iterator[tuple[str, str]]:
         else "LoRA factors of the named layers",
     )
     yield "scores", f"of the global model on its held-out rows: {SCORES[shown.scores]}"
-    yield "and", "number of examples, losses, seconds, tokens and peak memory; its name and signature"
+    losses = "losses, " * (shown.scores == "send")
+    yield "and", f"number of examples, {losses}seconds, tokens and peak memory; its name and signature"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, TextIO, TypeAlias
 
 from fedtune.link.audit_log import RecordEvent
+from fedtune.link.envelopes import RESULT
 from fedtune.terminal.text import duration, printable, size
 
 LogFormat: TypeAlias = Literal["text", "json"]
@@ -54,6 +55,8 @@ EVENT_TEXTS: Mapping[str, str] = {
 """Text of an event by kind; kinds that are not here are in the audit log alone."""
 FAULTS_ONLY = frozenset({"receipt"})
 """Kinds that people see only when something is wrong."""
+OWN_CHOICE = "SCORES_NOT_ALLOWED"
+"""Veto that a site's log need not repeat in each round: the site's file says it."""
 
 
 class FieldText:
@@ -78,6 +81,9 @@ def format_event(kind: str, fields: Mapping[str, int | str]) -> str:
     """Return an event as a line of text; empty if people need not see it."""
     text = EVENT_TEXTS.get(kind)
     if text is None or (kind in FAULTS_ONLY and fields.get("verdict") in ("ACCEPTED", "NOTED")):
+        return ""
+    # A server says what it makes of a decline in a line of its own, except at the end of the run.
+    if kind == "declined" and (fields["veto"] == OWN_CHOICE or ("client" in fields and fields.get("task") != RESULT)):
         return ""
     texts = {name: FieldText(value) for name, value in fields.items()}
     for name in ("client", "reason", "scores"):

@@ -138,6 +138,8 @@ def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
             return
         from rich.table import Table
 
+        from fedtune.terminal.summary import table_width
+
         for name, text in shown.lines.items():
             typer.echo(f"{name:11} {printable(text)}")
         table = Table(box=None, pad_edge=False)
@@ -153,7 +155,8 @@ def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
                 size(client.down),
                 printable(client.error),
             )
-        console(sys.stdout).print(table if shown.clients else "no client has come yet")
+        out = console(sys.stdout)
+        out.print(table if shown.clients else "no client has come yet", width=table_width(out))
 
 
 def check_kind(kind: str | None, kinds: Collection[str]) -> None:

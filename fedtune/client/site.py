@@ -51,7 +51,7 @@ class Site:
     held_out: Sequence[Example] = ()
     """Never trained on; the client's losses before and after training, and the scores of global models, are of them."""
     scores: ScorePolicy = "send"
-    """What the site's policy says of scores."""
+    """What the site's policy says of scores, and of the losses before and after training."""
     reload: Callable[[Sequence[str]], Site] | None = None
     """Loads the same client with other class names; None where all clients have the same anyhow."""
 
@@ -95,7 +95,7 @@ class Site:
                 "check the names that the clients are registered under"
             )
         site = self.with_labels(assignment.labels)
-        return perform(
+        update = perform(
             site.base,
             site.examples,
             assignment,
@@ -103,6 +103,8 @@ class Site:
             replicas=site.replicas,
             held_out=site.held_out,
         )
+        # A site that keeps its losses has a log to write them to: there the caller takes them out.
+        return without_losses(update) if self.scores == "refuse" else update
 
     def score(self, request: ScoreRequest) -> ClientScores:
         """Return what a global model scores on the rows that the client holds out.
@@ -116,6 +118,11 @@ class Site:
             raise ClientError(f"{self.client}: expected no request for scores; this site's policy.scores refuses them")
         site = self.with_labels(request.labels)
         return score(site.base, site.held_out, request, threads=site.threads)
+
+
+def without_losses(update: ClientUpdate) -> ClientUpdate:
+    """Return an update that does not say how well the model does on the client's rows."""
+    return replace(update, measured=replace(update.measured, loss_before=None, loss_after=None))
 
 
 # Cached in this module and not in an app object: Ray pickles the app with every message, and a base inside of it would

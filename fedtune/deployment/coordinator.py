@@ -33,6 +33,7 @@ from fedtune.link import uploads
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
 from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
+from fedtune.link.server.addresses import check_addresses
 from fedtune.link.server.blocklist import Blocklist
 from fedtune.link.server.dispatcher import Dispatcher
 from fedtune.link.server.metrics import Metrics, serve_health
@@ -87,6 +88,8 @@ def coordinate(
     """
     identity = load_identity((root / settings.identity).resolve(), role="coordinator", now=int(time.time()))
     roster = RosterFile(identity.folder / "roster", identity.root)
+    # Before the run directory is written: a mistyped address leaves nothing behind.
+    check_addresses(settings)
     if resume:
         check_resumable(run, recipe)
     else:

@@ -111,10 +111,22 @@ def server_context(
         start=start.digest if start else "",
         labels=common.labels,
         sent_labels=transport.labels,
-        score=partial(score_at_sites, recipe, transport, base=common.base, note=note),
+        score=partial(score_at_sites, recipe, transport, base=common.base, note=once(note)),
         door=door,
         on_journal=on_journal,
     )
+
+
+def once(note: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a `note` that says each sentence once: that a site keeps its scores is no news after the next round."""
+    said = set[str]()
+
+    def say(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            note(text)
+
+    return say
 
 
 def score_at_sites(

@@ -206,12 +206,16 @@ def update_status(client: ClientStatus, entry: Entry) -> ClientStatus:
             return replace(here, up=client.up + fields["bytes"])
         case "used":
             return replace(client, state="connected", rounds=client.rounds + 1)
+        case "declined" if fields["veto"] == "SCORES_NOT_ALLOWED":
+            return here  # what the site has chosen is no error
         case "unused" | "declined" | "rival":
             return replace(client, error=f"{prefix}{fields['reason']}")
         case "refused" | "unfit":
             # At the door, or for what its profile says; a refusal of one transfer leaves it connected.
             shut = entry.kind == "unfit" or fields.get("code") in SHUT
             return replace(seen, state="refused" if shut else client.state, error=f"{fields['reason']}")
+        case "informed":  # that there is no work left: it goes by itself
+            return replace(seen, state="away")
         case "lost" | "left":
             error = f"{prefix}{fields['reason']}" if "reason" in fields else client.error
             return replace(client, state=client.state if client.state == "refused" else "away", error=error)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeAlias
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -87,20 +88,30 @@ def hello(site: Site, content: RecordDict) -> RecordDict:
 
 
 def train_reply(site: Site, content: RecordDict) -> RecordDict:
-    """Return the update; any error of the client's work is its failure, with its own message in a simulation alone."""
+    """Return the update."""
     encoded = unpack(content)
     assignment = decode_assignment(encoded.header, encoded.blobs)
-    try:
+    with client_errors(assignment.plan.client):
         return pack(b"", {UPDATE: encode_update(site.perform(assignment))})
+
+
+def score_reply(site: Site, content: RecordDict) -> RecordDict:
+    """Return the scores; an error while they are made is treated as one of training."""
+    encoded = unpack(content)
+    request = decode_score_request(encoded.header, encoded.blobs)
+    with client_errors(request.client):
+        return pack(b"", {UPDATE: encode_scores(site.score(request))})
+
+
+@contextmanager
+def client_errors(client: str) -> Iterator[None]:
+    """Turn any error of a client's work into its `ClientError`; only in a simulation with another program's words."""
+    try:
+        yield
     except (Exception, SystemExit) as error:
         simulated = shim.in_simulation()
         if simulated:
             debug_traceback(error)
         elif not isinstance(error, FedtuneError):
             traceback.print_exc()
-        raise ClientError(failure_of(assignment.plan.client, error, quote=simulated).reason) from error
-
-
-def score_reply(site: Site, content: RecordDict) -> RecordDict:
-    request = unpack(content)
-    return pack(b"", {UPDATE: encode_scores(site.score(decode_score_request(request.header, request.blobs)))})
+        raise ClientError(failure_of(client, error, quote=simulated).reason) from error

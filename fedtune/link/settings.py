@@ -128,7 +128,8 @@ class Policy:
     this file must name the classes that the federation has agreed on, and only these are sent."""
     scores: ScorePolicy = "send"
     """What the site does when it is asked what a global model scores on its held-out rows: send the scores, which are
-    means over the rows; keep them in its own log; or refuse to score. The losses of its training leave in any case."""
+    means over the rows; keep them in its own log; or refuse to score. The losses before and after its training leave
+    with send alone; planners that learn from them learn nothing of the site otherwise."""
     ask: bool = False
     """Wait until a person at the terminal has agreed to the recipe, once per run."""
 

@@ -12,8 +12,8 @@ mkdir -p "$folder"
 cd "$folder"
 
 "$fedtune" ca init ca --federation example
-# The demo's data: packages of this Python's own library; every site gets three of them.
-"$fedtune" demo --write demo.toml >/dev/null
+# The data of the embedded demo: packages of this Python's own library; every site gets two or three of them.
+"$fedtune" demo --embedded --write demo.toml >/dev/null
 
 enrol() { # name, organisation, further options of the request
     name=$1 org=$2

@@ -45,3 +45,10 @@ def test_each_event_is_one_line() -> None:
             {"time": "1970-01-01T00:00:01Z", "event": "asked", "client": "anna", "bytes": 3},
             {"time": "1970-01-01T00:00:01Z", "event": "stopped"},
         ]
+
+
+def test_a_decline_is_one_line_where_the_server_says_what_follows_from_it() -> None:
+    declined: dict[str, int | str] = {"round": 1, "veto": "OPERATOR", "reason": "no"}
+    assert format_event("declined", {**declined, "client": "anna", "task": "train"}) == ""
+    assert format_event("declined", {**declined, "client": "anna", "task": "result"}) != ""
+    assert format_event("declined", {**declined, "veto": "SCORES_NOT_ALLOWED"}) == ""

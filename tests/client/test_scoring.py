@@ -13,7 +13,7 @@ from fedtune.client.site import Site
 from fedtune.config import bind
 from fedtune.errors import ClientError
 from fedtune.lora.adapter import pack
-from fedtune.messages import ScoreRequest
+from fedtune.messages import Assignment, Plan, ScoreRequest, Training, TrainLora
 from fedtune.methods.method import GlobalModel
 from fedtune.runs.local import Experiment, prepare
 from fedtune.runs.local import score as simulated_score
@@ -79,6 +79,12 @@ def test_what_cannot_be_scored_is_refused_with_the_reason(ran: Run) -> None:
     assert refusing.profile().held_out == 0
     with pytest.raises(ClientError, match=r"policy\.scores refuses"):
         refusing.score(request)
+    plan = Plan(name, rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=1))
+    assignment = Assignment("flora", round=1, seed=0, plan=plan, task=TrainLora(a_key=0))
+    for asked, losses in ((site, 2), (replace(site, scores="keep"), 2), (refusing, 0)):
+        measured = asked.perform(assignment).measured
+        assert measured.seconds > 0
+        assert sum(loss is not None for loss in (measured.loss_before, measured.loss_after)) == losses
 
 
 def test_seeds_of_another_base_or_tensor_are_refused(seeded: Run) -> None:

@@ -29,13 +29,17 @@ def site(tmp_path: Path, tables: dict[str, Any]) -> Path:
     return site_files(tmp_path, tables, ("client-0",))[0]
 
 
+def assignment() -> Assignment:
+    plan = Plan("client-0", rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=1))
+    return Assignment("flora", round=1, seed=0, plan=plan, task=TrainLora(a_key=0))
+
+
 def test_a_profile_and_an_update_are_written_to_files(site: Path, tmp_path: Path) -> None:
     assert site_process.handle(str(site), {"do": "profile", "into": str(tmp_path / "profile")}) == {"done": {}}
     contents = {path.name: path.read_bytes() for path in (tmp_path / "profile").iterdir()}
     profile = decode_profile(contents.pop("front"), contents)
     assert profile.client == "client-0"
-    plan = Plan("client-0", rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=1))
-    order = encode_assignment(Assignment("flora", round=1, seed=0, plan=plan, task=TrainLora(a_key=0)))
+    order = encode_assignment(assignment())
     (tmp_path / "front").write_bytes(order.header)
     request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
     measured = site_process.handle(str(site), request)["done"]
@@ -53,6 +57,21 @@ def test_scores_are_written_to_a_file_and_returned(site: Path, tmp_path: Path) -
     scores = decode_scores((tmp_path / "update").read_bytes(), client="client-0")
     assert returned == {**scores.metrics, "seconds": scores.seconds}
     assert scores.metrics["loss"] > 0
+
+
+@pytest.mark.parametrize(("policy", "kept", "sent"), [("send", 2, 2), ("keep", 2, 0), ("refuse", 0, 0)])
+def test_losses_leave_as_the_policy_for_scores_says(
+    site: Path, tmp_path: Path, policy: str, kept: int, sent: int
+) -> None:
+    site.write_text(site.read_text() + f'\n[policy]\nscores = "{policy}"\n')
+    from_file.cache_clear()
+    order = encode_assignment(assignment())
+    (tmp_path / "front").write_bytes(order.header)
+    request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
+    own = site_process.handle(str(site), request)["done"]
+    measured = decode_update((tmp_path / "update").read_bytes(), client="client-0", limit_bytes=10**7).measured
+    assert len({"loss_before", "loss_after"} & own.keys()) == kept
+    assert sum(loss is not None for loss in (measured.loss_before, measured.loss_after)) == sent
 
 
 def test_what_cannot_be_done_is_said_and_what_nobody_foresaw_keeps_its_text(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from fedtune.deployment.coordinator import (
+    coordinate,
     create_dispatcher,
     first_cohort_size,
     max_update_bytes,
@@ -20,7 +22,7 @@ from fedtune.deployment.coordinator import (
 from fedtune.deployment.link_events import on_event, refusal_of
 from fedtune.deployment.served_run import accepted_updates, run_id
 from fedtune.deployment.server_setup import data_at_sites
-from fedtune.errors import WireError
+from fedtune.errors import ConfigError, WireError
 from fedtune.link import uploads
 from fedtune.link.pki import authority
 from fedtune.link.pki.identity import load_identity
@@ -308,3 +310,13 @@ def test_a_server_is_unready_while_its_roster_has_expired_or_is_spoilt(
     assert "roster" in readiness_fault(dispatcher, roster)
     monkeypatch.setattr("fedtune.deployment.coordinator.time.time", lambda: roster.current().valid_until + 1)
     assert "expired" in readiness_fault(dispatcher, roster)
+
+
+def test_an_address_that_is_taken_is_refused_before_a_run_directory_is_written(tmp_path: Path) -> None:
+    places = enroll_parties(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = LinkSettings(listen=listen, identity=str(places["server"]), health="")
+        with pytest.raises(ConfigError, match=r"link\.listen"):
+            coordinate(data_at_sites(RECIPE), tmp_path / "run", settings, tmp_path, record=silent)
+    assert not (tmp_path / "run").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedtune.deployment.server_setup import check_overrides, data_at_sites, expected_clients
+from fedtune.deployment.server_setup import check_overrides, data_at_sites, expected_clients, once
 from fedtune.errors import ConfigError
 from tests.deployment.test_coordinator import RECIPE
 
@@ -37,3 +37,11 @@ def test_a_recipe_may_name_the_classes_and_leave_the_source_to_the_sites() -> No
     recipe = data_at_sites(RECIPE + '[data]\nlabels = ["no", "yes"]\n')
     assert recipe.data.labels == ("no", "yes")
     assert recipe.data.source == data_at_sites(RECIPE).data.source
+
+
+def test_a_sentence_on_scores_is_said_once() -> None:
+    said = list[str]()
+    note = once(said.append)
+    for text in ("a keeps its scores", "a keeps its scores", "b is late", "a keeps its scores"):
+        note(text)
+    assert said == ["a keeps its scores", "b is late"]

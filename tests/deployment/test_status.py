@@ -52,6 +52,11 @@ def test_a_site_that_does_not_fit_is_refused_until_it_comes_anew_and_is_taken() 
     assert client_statuses(entries(*story[:2]))["anna"].error == "expected the base ab; got cd"
 
 
+def test_a_site_that_knows_of_the_end_has_gone() -> None:
+    story = entries(("connected", {"client": "anna", "examples": 3}), ("informed", {"client": "anna"}))
+    assert client_statuses(story)["anna"].state == "away"
+
+
 def test_after_a_restart_of_the_server_the_clients_have_to_come_again() -> None:
     result = client_statuses(
         entries(("connected", {"client": "anna", "examples": 3}), ("enrolled", {"clients": "anna bob"}))
@@ -108,3 +113,11 @@ def test_a_log_is_found_in_a_run_in_a_state_folder_or_by_its_own_path(tmp_path: 
         load_audit_history(path, head="ab" * 32)
     with pytest.raises(StoreError, match="expected an audit log"):
         load_audit_history(tmp_path / "nowhere")
+
+
+def test_scores_that_a_site_keeps_are_no_error() -> None:
+    kept = {"client": "anna", "round": 1, "veto": "SCORES_NOT_ALLOWED", "reason": "policy.scores: kept"}
+    other = {"client": "anna", "round": 2, "veto": "OPERATOR", "reason": "no"}
+    connected: tuple[str, dict[str, Any]] = ("connected", {"client": "anna", "examples": 3})
+    assert client_statuses(entries(connected, ("declined", kept)))["anna"].error == ""
+    assert client_statuses(entries(connected, ("declined", other)))["anna"].error == "round 2: no"

@@ -25,6 +25,7 @@ from fedtune.rounds.transport import Transport
 from fedtune.runs.context import ModelScores
 from fedtune.runs.local import Experiment, prepare, score, transport
 from fedtune.wire.profile import ClientProfile, decode_profile
+from fedtune.wire.scores import encode_score_request
 from tests.flower.conftest import NODE, Clock, MemoryGrid, orders, over, profile, running
 
 METHODS_TESTED: Mapping[str, Mapping[str, Any]] = {
@@ -72,6 +73,27 @@ def test_a_clients_error_is_an_error_reply_with_its_text_alone() -> None:
         sent(MessageType.TRAIN, pack(order.header, order.blobs)), context()
     )
     assert (reply.error.code, reply.error.reason) == (ERROR, "ann: loss is nan")
+
+
+class Scorer(Failing):
+    def score(self, request: ScoreRequest) -> ClientScores:
+        raise ValueError("patient 4711")
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_an_error_of_scoring_is_the_clients_as_one_of_training_is(
+    simulated: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedtune.flower.records import pack
+
+    monkeypatch.setattr("fedtune.flower.shim.in_simulation", lambda: simulated)
+    request = encode_score_request(ScoreRequest("ann", "flora", 0, "", batch=1))
+    message = sent(MessageType.EVALUATE, pack(request.header, request.blobs))
+    reply = client_app(lambda node_config, run_config: Scorer())(message, context())
+    reason = str(reply.error.reason)
+    assert reason.startswith("ann: expected an update; got ValueError")
+    assert ("patient 4711" in reason) is simulated
+    assert ("patient 4711" in capsys.readouterr().err) is not simulated
 
 
 def test_what_an_unforeseen_error_says_stays_at_the_site(capsys: pytest.CaptureFixture[str]) -> None:

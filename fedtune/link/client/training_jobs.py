@@ -106,6 +106,7 @@ class TrainingJobs:
         parts = {"" if name == "front" else name: data for name, data in contents.items()}
         header = reply_header(self._session.identity, job, [make_part(key, parts[key]) for key in sorted(parts)])
         paths = {sha256(data).digest(): folder / name for name, data in contents.items()}
+        job.leaving = True
         self._delivery.deliver(job, self._sign(header, paths), paths)
 
     def _read_terms(self, job: Job, task: pb.Envelope, inline: Mapping[bytes, bytes]) -> Sequence[str]:

@@ -69,6 +69,7 @@ class ProcessTrainer:
         # One request at a time: requests and replies share two pipes.
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._killed: subprocess.Popen[bytes] | None = None  # by `kill`, which is no news to who called it
         self._requests = self._replies = self._life = -1
 
     def profile(self, into: Path, labels: Sequence[str] = ()) -> None:
@@ -96,6 +97,7 @@ class ProcessTrainer:
         # Without the lock, which is held for as long as the work takes that is to end.
         process = self._process
         if process is not None:
+            self._killed = process
             with suppress(ProcessLookupError):
                 process.kill()
 
@@ -127,11 +129,12 @@ class ProcessTrainer:
                 return reply
             assert self._process is not None
             self._close_pipes()
-            code = self._process.wait()
+            code, asked = self._process.wait(), self._process is self._killed
             self._process = None
             status = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
             reason = f"the training process ended ({status})"
-            self._on_exit(reason)
+            if not asked:
+                self._on_exit(reason)
             raise ClientError(f"expected an update; {reason}; this site's own log says more")
 
     def _start(self) -> None:

@@ -40,7 +40,7 @@ class Membership:
         if process and served != process and self._presence.has_call(client):
             if (client, process) not in self._rivals:
                 self._rivals.add((client, process))
-                reason = "a second process under this name waits; the first one is served until it has gone"
+                reason = "a second process under this name was turned away; the first is served until it has gone"
                 self._record("rival", client=client, reason=reason)
             return False
         # Releases before 0.3 send no number.

@@ -16,6 +16,7 @@ from prometheus_client.exposition import make_wsgi_app
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.link import uploads
+from fedtune.link.server.addresses import HEALTH_HINT
 from fedtune.link.server.dispatcher import Dispatcher
 
 
@@ -121,8 +122,8 @@ def serve_health(address: str, metrics: Metrics, *, unready: Callable[[], str]) 
     try:
         server = make_server(host, int(port), app, server_class=HealthServer, handler_class=QuietRequestHandler)
     except (OSError, ValueError, OverflowError) as error:
-        hint = 'choose another one, or link.health = "" for none'
-        raise ConfigError(Fault("link.health", "an address that is free", f"{address!r} ({error})", hint)) from None
+        got = f"{address!r} ({error})"
+        raise ConfigError(Fault("link.health", "an address that is free", got, HEALTH_HINT)) from None
     thread = threading.Thread(target=server.serve_forever, name="fedtune health", daemon=True)
     thread.start()
     try:

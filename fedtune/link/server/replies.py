@@ -146,7 +146,8 @@ class Replies:
         reason = note if header.decline.veto == pb.WORK_FAILED else f"declined, {veto}: {note}"
         self._tasks.set_result(task, Withdrawn(task.client, reason))
         self._wake_round_loop()
-        self._record("declined", client=task.client, round=task.header.round, veto=veto, reason=note)
+        about = task.header
+        self._record("declined", client=task.client, round=about.round, task=about.task, veto=veto, reason=note)
         receipt = self._receipts.give(self._run, task.client, reply, header, pb.NOTED)
         self._receipts.remember(task.client, task.digest, reply, receipt)
         self.close(task)

@@ -19,12 +19,12 @@ from fedtune.link import ENVIRONMENT, SET_IN_TIME
 from fedtune.link.audit_log import RecordEvent, ignore_event
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import RosterFile
+from fedtune.link.server.addresses import LISTEN_HINT, check_address
 from fedtune.link.server.dispatcher import Dispatcher
 from fedtune.link.server.service import Service, rpc_handlers
 from fedtune.link.settings import MIB, LinkSettings
 from fedtune.wire.v1 import link_pb2 as pb
 
-LARGEST_PORT = 65_535
 RETRY_AFTER_S = 2.0
 """After which clients come back to a server that restarts."""
 DRAIN_POLL_S = 0.02
@@ -159,17 +159,6 @@ def check_cipher_suites(set_in_time: bool) -> None:
         raise ConfigError(Fault("", "TLS 1.3 alone", "a process that loaded grpc before it could be set", hint))
 
 
-def check_address(address: str) -> None:
-    """Check the form of an address: of a port above 65535 gRPC takes the lowest 16 bits.
-
-    Raises:
-        ConfigError: if host or port are missing, or the port does not exist.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > LARGEST_PORT:
-        raise ConfigError(Fault("link.listen", f"HOST:PORT, a port of at most {LARGEST_PORT}", repr(address)))
-
-
 async def start_server(
     dispatcher: Dispatcher, identity: Identity, roster: RosterFile, *, record: RecordEvent, now: Callable[[], float]
 ) -> RunningServer:
@@ -191,7 +180,6 @@ async def start_server(
         port = 0
     if not port:
         service.close()
-        hint = "choose another port with --listen, or stop the server that uses it"
-        raise ConfigError(Fault("link.listen", "an address that is free", repr(address), hint))
+        raise ConfigError(Fault("link.listen", "an address that is free", repr(address), LISTEN_HINT))
     await server.start()
     return RunningServer(dispatcher, service, server, port)

@@ -80,7 +80,7 @@ def test_a_process_that_ends_costs_one_task_and_is_started_anew(
     trainer.close()
 
 
-def test_what_is_being_done_can_be_ended_at_once(trainer: ProcessTrainer, tmp_path: Path) -> None:
+def test_what_is_being_done_can_be_ended_at_once(trainer: ProcessTrainer, tmp_path: Path, died: list[str]) -> None:
     failures: list[str] = []
 
     def perform() -> None:
@@ -96,5 +96,6 @@ def test_what_is_being_done_can_be_ended_at_once(trainer: ProcessTrainer, tmp_pa
     trainer.kill()
     thread.join()
     assert signal.SIGKILL.name in failures[0]
+    assert not died
     trainer.kill()  # nothing is there to kill
     trainer.close()
