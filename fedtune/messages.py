@@ -251,6 +251,8 @@ class Assignment:
     """Digest of the base model that the tensors belong to."""
     labels: tuple[str, ...] = ()
     """Class names that the client must use, by class; none: its own."""
+    date: str = ""
+    """The day that its chat template writes, such as "2026-11-29"; empty: its own."""
 
     @property
     def lora(self) -> TrainLora:
@@ -365,6 +367,8 @@ class ScoreRequest:
     """Ordinals of the tensors that the seeds move."""
     labels: tuple[str, ...] = ()
     """Class names that the client must use, by class; none: its own."""
+    date: str = ""
+    """The day that its chat template writes, such as "2026-11-29"; empty: its own."""
 
 
 @dataclass(frozen=True)

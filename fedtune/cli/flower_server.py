@@ -14,7 +14,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.messages import Failure
 from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
-from fedtune.runs.resume import check_resumable
+from fedtune.runs.resume import as_started, check_resumable
 from fedtune.runs.runner import run_recipe
 from fedtune.store.run_directory import check_vacant
 from fedtune.terminal.text import printable
@@ -34,6 +34,7 @@ def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
     resume = run_name(str(run_config.get("resume") or ""))
     run = directory(str(run_config.get("store") or ""), resume or recipe.name)
     if resume:
+        recipe = as_started(run, recipe)
         check_resumable(run, recipe)
     else:
         check_vacant(run)

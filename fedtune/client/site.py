@@ -18,9 +18,10 @@ from fedtune.config import Recipe, bind
 from fedtune.config.plugins import plugin_rows
 from fedtune.config.recipe import PYTHON, Objects, missing_object, resources, sized_adapter
 from fedtune.config.site import bind_site
-from fedtune.data.encode import Example
+from fedtune.data.encode import Example, depends_on_date
 from fedtune.data.federation import Federation, federate, with_class_order
 from fedtune.data.settings import DataSettings
+from fedtune.data.templates import DAY
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.link.settings import ScorePolicy
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
@@ -52,14 +53,17 @@ class Site:
     """Never trained on; the client's losses before and after training, and the scores of global models, are of them."""
     scores: ScorePolicy = "send"
     """What the site's policy says of scores, and of the losses before and after training."""
-    reload: Callable[[Sequence[str]], Site] | None = None
-    """Loads the same client with other class names; None where all clients have the same anyhow."""
+    date: str = ""
+    """The day that the chat template has written into the examples; empty where they depend on none."""
+    reload: Callable[[Sequence[str], str], Site] | None = None
+    """Loads the same client with other class names or another day; None where all clients have the same anyhow."""
 
-    def with_labels(self, labels: Sequence[str]) -> Site:
-        """Return the client with the class names that all clients of a run use; none are its own."""
-        if not labels or tuple(labels) == tuple(self.labels) or self.reload is None:
+    def with_labels(self, labels: Sequence[str], date: str = "") -> Site:
+        """Return the client with the class names, and the day, that all clients of a run use; empty: its own."""
+        same_labels = not labels or tuple(labels) == tuple(self.labels)
+        if self.reload is None or (same_labels and (not self.date or date in ("", self.date))):
             return self
-        return self.reload(labels)
+        return self.reload(labels, date)
 
     def profile(self) -> ClientProfile:
         """Return what the client tells a server about itself."""
@@ -94,7 +98,7 @@ class Site:
                 f"{self.client}: expected an assignment of its own; got one for {assignment.plan.client!r}; "
                 "check the names that the clients are registered under"
             )
-        site = self.with_labels(assignment.labels)
+        site = self.with_labels(assignment.labels, assignment.date)
         update = perform(
             site.base,
             site.examples,
@@ -116,7 +120,7 @@ class Site:
             raise ClientError(f"{self.client}: expected a request of its own; got one for {request.client!r}")
         if self.scores == "refuse":
             raise ClientError(f"{self.client}: expected no request for scores; this site's policy.scores refuses them")
-        site = self.with_labels(request.labels)
+        site = self.with_labels(request.labels, request.date)
         return score(site.base, site.held_out, request, threads=site.threads)
 
 
@@ -127,20 +131,21 @@ def without_losses(update: ClientUpdate) -> ClientUpdate:
 
 # Cached in this module and not in an app object: Ray pickles the app with every message, and a base inside of it would
 # be loaded as often.
-# Two of them: with the class names of its own data, by which a client says hello, and with those of the federation.
+# Two of them: with class names and day of its own, by which a client says hello, and with those of the federation.
 @lru_cache(maxsize=2)
-def from_file(path: str, labels: tuple[str, ...] = ()) -> Site:
+def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
     """Return the site that a local file describes.
 
     Args:
         path: of the file.
         labels: class names to use, by class; none: those of its own file or data.
+        date: the day that a chat template writes; empty: that of its own file.
 
     Raises:
         ConfigError: if the file, or anything that it names, is wrong; or its data have a class that is none of these.
     """
     settings = bind_site(Path(path))
-    data = replace(settings.data, labels=labels) if labels else settings.data
+    data = replace(settings.data, labels=labels or settings.data.labels, date=date or settings.data.date)
     # The names of classes say what a site has: without a list that was agreed on they would be taken from its data.
     if settings.model.task == "classification" and settings.policy.labels == "keep" and not data.labels:
         expected = "the classes that the federation has agreed on, where policy.labels is 'keep'"
@@ -151,6 +156,8 @@ def from_file(path: str, labels: tuple[str, ...] = ()) -> Site:
         data,
         seed=settings.seed,
         root=settings.root,
+        # Another day changes the texts alone: a second base would take as much memory again.
+        objects=Objects(model=from_file(path).base) if date else None,
         # A site may lack a class, also the only other one: the federation knows it.
         least_classes=1,
     )
@@ -170,7 +177,8 @@ def from_file(path: str, labels: tuple[str, ...] = ()) -> Site:
         settings.model.threads,
         held_out=shard.held_out,
         scores=settings.policy.scores,
-        reload=lambda names: from_file(path, tuple(names)),
+        date=written_day(settings.model, data, federation, base),
+        reload=lambda names, day: from_file(path, tuple(names), day),
     )
 
 
@@ -180,24 +188,49 @@ def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapp
     Raises:
         ConfigError: if the recipe is wrong, or has fewer clients than there are nodes.
     """
-    bound, federation, base, replicas = cached_recipe(recipe)
+    return simulated_client(recipe, int(node_config["partition-id"]), "")
+
+
+def simulated_client(recipe: str, place: int, date: str) -> Site:
+    """Return the client at a place in the order of the names, with the day that its chat template writes."""
+    bound, federation, base, replicas = cached_recipe(recipe, date)
     # By position, not node id: ids are new in every run, and a client would get other data when it resumes.
-    names, place = sorted(federation.clients), int(node_config["partition-id"])
+    names = sorted(federation.clients)
     if place >= len(names):
         raise ConfigError(
             Fault("num-supernodes", f"{len(names)}, the clients of the recipe", f"at least {place + 1}", "lower it")
         )
     name = names[place]
     shard, threads = federation.clients[name], resources(bound, name).threads
-    return Site(name, base, shard.train, federation.labels, threads, replicas, shard.held_out)
+    return Site(
+        name,
+        base,
+        shard.train,
+        federation.labels,
+        threads,
+        replicas,
+        shard.held_out,
+        date=written_day(bound.model, bound.data, federation, base),
+        reload=lambda labels, day: simulated_client(recipe, place, day),
+    )
 
 
-@lru_cache(maxsize=1)
-def cached_recipe(recipe: str) -> tuple[Recipe, Federation, Base, Replicas]:
-    """Return a recipe with its data, its base and the memory of its clients, loaded once per process."""
+@lru_cache(maxsize=2)
+def cached_recipe(recipe: str, date: str = "") -> tuple[Recipe, Federation, Base, Replicas]:
+    """Return a recipe with its data, its base and the memory of its clients, loaded once per process and day."""
     bound = bind(recipe)
-    model = same_everywhere(bound.model)
-    return bound, *load_site(model, sized_adapter(bound), bound.data, seed=bound.seed, root=bound.root), Replicas()
+    bound = replace(bound, data=replace(bound.data, date=date or bound.data.date))
+    model, objects = same_everywhere(bound.model), Objects(model=cached_recipe(recipe)[2]) if date else None
+    federation, base = load_site(
+        model, sized_adapter(bound), bound.data, seed=bound.seed, root=bound.root, objects=objects
+    )
+    return bound, federation, base, Replicas()
+
+
+def written_day(model: ModelSettings, data: DataSettings, federation: Federation, base: Base) -> str:
+    """Return the day that the chat template has written into a federation's examples; empty if it has written none."""
+    dated = model.task == "causal" and depends_on_date(data, base.tokenizer, form=federation.form)
+    return (data.date or DAY) if dated else ""
 
 
 def load_site(

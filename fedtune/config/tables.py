@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from datetime import date
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -114,7 +115,9 @@ def bind_mapping(known: Collection[str], kind: Any, content: Mapping[str, Any], 
 
 
 def freeze(content: Any) -> Any:
-    """Return TOML's lists as tuples, which the frozen settings hold."""
+    """Return TOML's lists as tuples, which the frozen settings hold, and its dates as text."""
+    if type(content) is date:  # without quotes, as TOML allows
+        return content.isoformat()
     return tuple(map(freeze, content)) if isinstance(content, list) else content
 
 

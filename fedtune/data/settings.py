@@ -83,7 +83,7 @@ class DataSettings:
     and, at its end, {output}. Rows with only a `text` are used as they are."""
     date: str | None = field(default=None, metadata=OMIT_DEFAULT)
     """The day that a chat template writes which asks for it, such as "2026-11-29". None: the day on which the run
-    starts, which is then written into its recipe; at a site 2024-07-26, so that all sites write the same."""
+    starts, which is then written into its recipe. All sites of a federation write the day of the server's recipe."""
     max_tokens: Annotated[int, Ge(2)] = 512
     """Longer examples are cut at the end; an example that would lose its whole answer is dropped, and both are counted.
     """

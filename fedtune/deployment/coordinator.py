@@ -42,7 +42,7 @@ from fedtune.link.server.server import serve_link
 from fedtune.link.settings import LinkSettings
 from fedtune.messages import Blueprint, Failure, ProbeSeeds, TrainLora
 from fedtune.rounds.admission import largest_update
-from fedtune.runs.resume import check_resumable
+from fedtune.runs.resume import as_started, check_resumable
 from fedtune.runs.runner import run_recipe
 from fedtune.store.files import store_errors
 from fedtune.store.lock import lock_run
@@ -91,6 +91,7 @@ def coordinate(
     # Before the run directory is written: a mistyped address leaves nothing behind.
     check_addresses(settings)
     if resume:
+        recipe = as_started(run, recipe)
         check_resumable(run, recipe)
     else:
         run = check_vacant(run, fresh=fresh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from functools import partial
 
 from fedtune.config import Recipe, bind
@@ -62,6 +63,8 @@ def server_context(
     common, profiles = transport.foundation, transport.profiles
     # In the run's own recipe from now on: a resumed run takes no other base.
     recipe = replace(recipe, model=replace(recipe.model, digest=common.base))
+    if recipe.model.task == "causal":  # whether a template writes the day is known at the sites alone
+        recipe = replace(recipe, data=replace(recipe.data, date=recipe.data.date or date.today().isoformat()))
     check_ranks(recipe, common.modules)
     if method_of(recipe).task is ProbeSeeds and not common.manifest:
         expected = f"clients whose base {recipe.method.name!r} can move: finite, in float32, float16 or bfloat16"
@@ -111,6 +114,7 @@ def server_context(
         start=start.digest if start else "",
         labels=common.labels,
         sent_labels=transport.labels,
+        sent_date=recipe.data.date or "",
         score=partial(score_at_sites, recipe, transport, base=common.base, note=once(note)),
         door=door,
         on_journal=on_journal,
@@ -164,6 +168,7 @@ def score_at_sites(
             ledger=seeds.ledger.encode() if seeds else b"",
             trainable=tuple(seeds.trainable) if seeds else (),
             labels=tuple(transport.labels),
+            date=recipe.data.date or "",
         )
         for name in held_out
     }

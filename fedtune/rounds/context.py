@@ -35,6 +35,8 @@ class RoundContext:
     """Digest of the base model, which every client must hold."""
     labels: tuple[str, ...] = ()
     """Class names that the clients must use, where their own may differ."""
+    date: str = ""
+    """The day that the clients' chat templates write, where their own may differ."""
     journal: RoundJournal = field(default_factory=NullJournal)
     """Makes every step durable."""
     clock: Clock | None = None

@@ -194,7 +194,7 @@ def make_request(context: RoundContext, state: Any, learned: Any, cohort: Sequen
     planned, unfit = split_unfit(round, context.planner.plan(learned, round, cohort), cohort)
     assignments = {
         # The base's digest is added here, so that no method can forget it.
-        name: replace(method.assign(state, seed, client), base=context.base, labels=context.labels)
+        name: replace(method.assign(state, seed, client), base=context.base, labels=context.labels, date=context.date)
         for name, client in planned.items()
     }
     # One encoder for the cohort: a state of gigabytes is serialised and hashed once, not once per client.
@@ -215,7 +215,7 @@ def make_request(context: RoundContext, state: Any, learned: Any, cohort: Sequen
 def whole_assignment(context: RoundContext, state: Any, planned: PlannedClient) -> Assignment | None:
     """Return an assignment that refers to no earlier state, as `make_request` does; None if there is no other."""
     whole = context.method.assign_whole(state, context.blueprint.seed, planned)
-    return None if whole is None else replace(whole, labels=context.labels)
+    return None if whole is None else replace(whole, labels=context.labels, date=context.date)
 
 
 def split_unfit(

@@ -80,6 +80,8 @@ class RunContext:
     """Classification: the class names, by class."""
     sent_labels: Sequence[str] = ()
     """The same, where clients must be asked to use them."""
+    sent_date: str = ""
+    """The day that chat templates write, where clients must be asked to write it."""
     notes: Sequence[str] = ()
     """Remarks of the preparation, such as examples that were dropped."""
     score: Callable[..., ModelScores] = no_scores

@@ -185,6 +185,7 @@ def run_rounds_of(
         blueprint=context.blueprint,
         base=context.base["digest"],
         labels=tuple(context.sent_labels),
+        date=context.sent_date,
         journal=journal or NullJournal(),
         clock=context.clock,
         watch=watch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -139,6 +140,7 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
     plan, blobs = assignment.plan, dict[str, bytes]()
     header = pb.Assignment(method=assignment.method, seed=assignment.seed, round=assignment.round)
     header.labels.extend(assignment.labels)
+    header.date = assignment.date
     header.plan.client = plan.client
     match assignment.task:
         case ProbeSeeds() as task:
@@ -198,7 +200,30 @@ def decode_assignment(
         case other:
             known = f"the verb ADAPT ({pb.ADAPT}) or PROBE ({pb.PROBE})"
             raise WireError(f"assignment: expected {known}; got {other}; update this client")
-    return Assignment(message.method, message.round, message.seed, plan, task, message.base, tuple(message.labels))
+    return Assignment(
+        message.method,
+        message.round,
+        message.seed,
+        plan,
+        task,
+        message.base,
+        tuple(message.labels),
+        day_of(message),
+    )
+
+
+def day_of(message: pb.Assignment) -> str:
+    """Return the day that an assignment names; empty if it names none.
+
+    Raises:
+        WireError: if it is no day.
+    """
+    try:
+        is_day = not message.date or date.fromisoformat(message.date).isoformat() == message.date
+    except ValueError:
+        is_day = False
+    expect(is_day, 'a day, such as "2026-11-29"', message.date[:40])
+    return message.date
 
 
 def _plan_from(message: pb.Assignment) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from fedtune.messages import ClientScores, ScoreRequest
 from fedtune.tensors import Tensors
-from fedtune.wire.codec import Blob, EncodedAssignment, body_of, decode_blob, encode_blob, parse
+from fedtune.wire.codec import Blob, EncodedAssignment, body_of, day_of, decode_blob, encode_blob, parse
 from fedtune.wire.expect import expect
 from fedtune.wire.v1 import round_pb2 as pb
 
@@ -28,6 +28,7 @@ def encode_score_request(
     """
     header = pb.Assignment(verb=pb.SCORE, method=request.method, round=request.round, base=request.base)
     header.labels.extend(request.labels)
+    header.date = request.date
     header.plan.client = request.client
     score = pb.Score(examples=request.examples, batch=request.batch, ledger=request.ledger, trainable=request.trainable)
     header.score.CopyFrom(score)
@@ -68,6 +69,7 @@ def decode_score_request(header: bytes, blobs: Mapping[str, bytes]) -> ScoreRequ
         ledger=score.ledger,
         trainable=tuple(ordinals),
         labels=tuple(message.labels),
+        date=day_of(message),
     )
 
 

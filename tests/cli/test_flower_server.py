@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from datetime import date
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +57,18 @@ def site_files(folder: Path, tables: Mapping[str, Any], names: tuple[str, ...]) 
         path.write_text(toml({"name": name, "model": tables["model"], "adapter": adapter, "data": tables["data"]}))
         paths.append(path)
     return paths
+
+
+def dated(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a recipe over a base whose chat template writes the day, without one of its own."""
+    base = folder / "base"
+    shutil.copytree(tables["model"]["base"], base)
+    template = "on {{ strftime_now('%d %B') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    rows = [{"instruction": f"the fox {i}", "output": "jumps over", "who": f"client-{i % 3}"} for i in range(12)]
+    (folder / "dated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": str(folder / "dated.jsonl"), "max_tokens": 64, "split": {"kind": "key", "by": "who"}}
+    return tables | {"data": data, "model": tables["model"] | {"base": str(base)}, "override": []}
 
 
 def serve(grid: MemoryGrid, **run_config: Any) -> None:
@@ -105,6 +121,33 @@ def test_a_run_goes_on_where_it_stopped(
         for folder in (tmp_path / "whole", tmp_path / "store")
     ]
     assert digests[0] == digests[1]
+
+
+def test_all_sites_write_the_day_on_which_the_run_began(
+    tables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dated(tables, tmp_path)
+    paths = site_files(tmp_path, recipe, ("client-0", "client-1", "client-2"))
+    sites = [running(flower_client.app, node_config={"fedtune-site": str(path)}) for path in paths]
+    simulated = fedtune.simulate(
+        bind(recipe | {"rounds": {"count": 2, "min_clients": 3}}, overrides=["data.date=2026-11-29"]),
+        out=tmp_path / "simulated",
+    )
+    store = str(tmp_path / "store")
+    for day, count, resume in (("2026-11-29", 1, ""), ("2026-12-24", 2, "tiny")):
+        monkeypatch.setattr(
+            "fedtune.deployment.server_setup.date", SimpleNamespace(today=partial(date.fromisoformat, day))
+        )
+        bound = bind(recipe | {"rounds": {"count": count, "min_clients": 3}})
+        serve(
+            MemoryGrid({NODE + i: each for i, each in enumerate(sites)}),
+            recipe=render(bound),
+            resume=resume,
+            store=store,
+        )
+    summary = json.loads((tmp_path / "store" / "tiny" / "summary.json").read_text())
+    assert summary["state_digest"] == simulated.summary["state_digest"]
+    assert bind(tmp_path / "store" / "tiny" / "recipe.toml").data.date == "2026-11-29"
 
 
 def test_a_taken_run_directory_is_refused_before_any_client_is_asked(

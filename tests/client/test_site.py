@@ -16,7 +16,7 @@ from fedtune.errors import ClientError, ConfigError
 from fedtune.messages import Assignment, Plan, Training, TrainLora
 from fedtune.model.base import Base, load
 from fedtune.runs.local import prepare
-from tests.cli.test_flower_server import site_files
+from tests.cli.test_flower_server import dated, site_files
 from tests.model.families import CLASSIFIERS, build
 
 
@@ -135,6 +135,24 @@ def test_classes_are_numbered_by_the_rows_of_the_bases_own_head(
     for shard in federation.clients.values():
         for example in shard.train:
             assert federation.labels[int(example.labels)] == example.reference
+
+
+def test_a_site_writes_the_day_of_the_run_into_its_prompts(tmp_path: Path, tables: dict[str, Any]) -> None:
+    recipe = dated(tables, tmp_path)
+    (path,) = site_files(tmp_path, recipe, ("client-1",))
+    asked = prepare(bind(recipe, overrides=["data.date=2026-11-29"])).federation.clients["client-1"].train
+    for own in (site.from_file(str(path)), site.simulated_site(render(bind(recipe)), {"partition-id": 1}, {})):
+        shared = own.with_labels((), "2026-11-29")
+        assert "29 November" in shared.examples[0].prompt
+        assert shared.base is own.base
+        for ours, theirs in zip(shared.examples, asked, strict=True):
+            np.testing.assert_array_equal(ours.input_ids, theirs.input_ids)
+        assert "26 July" in own.examples[0].prompt
+        assert shared.with_labels((), "2026-11-29") is shared
+    path.write_text(path.read_text().replace("[data]", '[data]\ntemplate = "plain"'))
+    site.from_file.cache_clear()
+    plain = site.from_file(str(path))
+    assert plain.with_labels((), "2026-11-29") is plain
 
 
 def test_a_site_that_lacks_a_class_loads_with_the_classes_of_all(tmp_path: Path, tables: dict[str, Any]) -> None:

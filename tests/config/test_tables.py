@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import date
 
 import pytest
 
@@ -53,6 +54,14 @@ def too_many(outer: Outer) -> Iterator[Fault]:
         yield Fault("count", "at most 2", str(outer.count))
     if outer.inner.size > outer.count:
         yield Fault("inner.size", f"at most {outer.count}", str(outer.inner.size))
+
+
+def test_a_date_without_quotes_is_its_text_and_no_number() -> None:
+    faults: list[Fault] = []
+    assert bind_value(str | None, date(2026, 11, 29), "data.date", faults) == "2026-11-29"
+    assert not faults
+    bind_value(int, date(2026, 11, 29), "seed", faults)
+    assert faults
 
 
 def test_a_rule_finds_faults_or_is_left_out_whole() -> None:

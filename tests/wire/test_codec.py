@@ -134,6 +134,7 @@ PROXIMAL = st.builds(Proximal, st.floats(0, 1e300, exclude_min=True))
             blobs=st.dictionaries(st.sampled_from(["global", "local", "saved"]), TENSORS),
         ),
         base=st.text(),
+        date=st.just("") | st.dates().map(lambda day: day.isoformat()),
     )
 )
 @settings(deadline=None, max_examples=60)
@@ -161,6 +162,13 @@ def test_an_assignment_comes_back_exactly(assignment: Assignment) -> None:
 @settings(deadline=None, max_examples=60)
 def test_an_update_comes_back_exactly(update: ClientUpdate) -> None:
     assert plain(update_again(update)) == plain(update)
+
+
+@pytest.mark.parametrize("day", ["today", "20261129", "2026-02-30", "2026-11-29' + x"])
+def test_what_is_no_day_is_refused_before_a_template_is_filled_with_it(day: str) -> None:
+    encoded = codec.encode_assignment(replace(ASSIGNMENT, date=day))
+    with pytest.raises(WireError, match="a day"):
+        codec.decode_assignment(encoded.header, encoded.blobs)
 
 
 def test_the_fixed_messages_come_back_exactly() -> None:

@@ -13,7 +13,7 @@ from fedtune.wire.scores import decode_score_request, decode_scores, encode_scor
 from fedtune.wire.v1 import round_pb2 as pb
 
 TENSORS = {"q.a": np.ones((2, 3), np.float32), "q.b": np.zeros((4, 2), np.float32)}
-REQUEST = ScoreRequest("ann", "flora", 3, "ab" * 32, batch=4, examples=7, blobs={"global": TENSORS})
+REQUEST = ScoreRequest("ann", "flora", 3, "ab" * 32, batch=4, examples=7, blobs={"global": TENSORS}, date="2026-11-29")
 SCORES = ClientScores("ann", 3, "ab" * 32, {"accuracy": 0.5, "examples": 2.0, "loss": 2.5}, seconds=0.25)
 
 

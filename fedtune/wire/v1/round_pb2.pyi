@@ -223,7 +223,7 @@ class Score(_message.Message):
     def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ..., ledger: _Optional[bytes] = ..., trainable: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "score")
+    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "date", "score")
     VERB_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +236,7 @@ class Assignment(_message.Message):
     PROBE_FIELD_NUMBER: _ClassVar[int]
     SURGERY_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    DATE_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     verb: Verb
     method: str
@@ -249,8 +250,9 @@ class Assignment(_message.Message):
     probe: Probe
     surgery: Surgery
     labels: _containers.RepeatedScalarFieldContainer[str]
+    date: str
     score: Score
-    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
+    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
     __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens")
