@@ -85,13 +85,41 @@ def _turn(raw: Any, number: int) -> Iterator[Message]:
     if role is None:
         raise ConversationError(f"role {str(name)[:40]!r} (known: {', '.join(ROLES)}) as turn {number}")
     content = _content(raw.get("content", raw.get("value")), number)
-    extras = {key: raw[key] for key in EXTRAS if raw.get(key) not in (None, [], "")}
+    extras = {key: without_nulls(raw[key]) for key in EXTRAS if raw.get(key) not in (None, [], "")}
+    if isinstance(calls := extras.get("tool_calls"), list):
+        extras["tool_calls"] = [_call(call) for call in calls]
     if not content.strip():
         if role == "system":
             return
-        if not (role == "assistant" and "tool_calls" in extras):
+        # A tool may have nothing to say.
+        if not (role == "tool" or (role == "assistant" and "tool_calls" in extras)):
             raise ConversationError(f"no text as turn {number} ({name})")
     yield {"role": role, "content": content, **extras}
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the keys, at any depth, that hold nothing.
+
+    Parquet gives every row's structure the keys of all rows: a tool would seem to have the arguments of every other.
+
+    >>> without_nulls([{"name": "add", "arguments": {"a": 1, "city": None}}])
+    [{'name': 'add', 'arguments': {'a': 1}}]
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _call(call: Any) -> Any:
+    """Return a call of a tool whose arguments are an object: chat templates would write OpenAI's text of one twice."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _content(value: Any, number: int) -> str:

@@ -111,7 +111,8 @@ def read_file(path: Path, form: str, key: str) -> Table:
             return _json(text, path, key)
         case "csv":
             return _csv(text, path, key)
-    return table_of({"text": [line for line in text.split("\n") if line.strip()]})
+    # Not by splitlines, which cuts at form feeds, too; a carriage return before the line break is a part of that.
+    return table_of({"text": [line.removesuffix("\r") for line in text.split("\n") if line.strip()]})
 
 
 def _text_of(path: Path, key: str) -> str:

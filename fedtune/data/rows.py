@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fedtune.data.conversation import ConversationError, from_prompt, write_turns
+from fedtune.data.conversation import ConversationError, from_prompt, without_nulls, write_turns
 from fedtune.data.files import Table
 from fedtune.data.settings import GROUP, DataSettings, Part, Task
 from fedtune.errors import ConfigError, Fault
@@ -167,7 +167,7 @@ def tools(values: Sequence[Any], where: str) -> list[str]:
         if schemas is False:
             got = f"{str(value)[:60]!r} in row {row + 1} of {where}"
             raise ConfigError(Fault("data.fields.tools", "a list of JSON schemas, or nothing", got))
-        texts.append(json.dumps(schemas, ensure_ascii=False) if schemas else "")
+        texts.append(json.dumps(without_nulls(schemas), ensure_ascii=False) if schemas else "")
     return texts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
+from fedtune.data.partition import sorted_values
 from fedtune.wire.profile import ModelSpec, difference, label_list
 
 
@@ -13,7 +14,8 @@ class CommonModel:
 
     The base is the one that the recipe pins, or that of the first client that says hello, which is pinned from then on;
     how many others have another one decides nothing. Classes are those that the recipe names, or else the union over
-    the clients of the first round, in sorted order; then every client uses that list, also one that lacks a class.
+    the clients of the first round, in the order of a simulation; then every client uses that list, also one that lacks
+    a class.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class CommonModel:
         """Settle the classes: those of all clients, where these differ."""
         lists = {tuple(spec.labels) for spec in specs}
         if not self.labels and len(lists) > 1:
-            self.labels = tuple(sorted({label for labels in lists for label in labels}))
+            self.labels = tuple(sorted_values(label for labels in lists for label in labels))
 
     def settle(self, spec: ModelSpec) -> None:
         """Settle what the clients have in common, by one that uses the right classes."""

@@ -37,6 +37,32 @@ def test_what_templates_read_beside_the_text_stays_and_the_rest_goes() -> None:
     assert turn == {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
 
 
+def test_arguments_of_a_call_are_an_object_that_templates_write_once() -> None:
+    def called(arguments: object) -> object:
+        call = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+        }
+        (turn,) = read_turns(write_turns([call]))
+        return turn["tool_calls"][0]["function"]["arguments"]
+
+    assert called('{"a": 1, "b": null}') == {"a": 1, "b": None}
+    assert called({"a": 1, "of another row": None}) == {"a": 1}
+    assert called("no json") == "no json"
+    assert called("[1]") == "[1]"
+
+
+def test_a_tool_may_answer_with_nothing() -> None:
+    turns = [
+        HI,
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+        {"role": "tool", "content": ""},
+        YES,
+    ]
+    assert read_turns(write_turns(turns))[2] == {"role": "tool", "content": ""}
+
+
 def test_texts_in_parts_are_joined_and_an_empty_system_turn_is_left_out() -> None:
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     assert read_turns(write_turns([{"role": "system", "content": " "}, {"role": "user", "content": parts}])) == [HI]

@@ -56,6 +56,11 @@ def refusal(path: Path, form: str | None = None) -> str:
     return str(caught.value)
 
 
+def test_lines_of_text_end_before_the_break_of_any_system(tmp_path: Path) -> None:
+    path = written(tmp_path / "x.txt", b"one\r\ntwo\x0cof it\r\n\r\nthree")
+    assert read(path) == {"text": ["one", "two\x0cof it", "three"]}
+
+
 @pytest.mark.parametrize("ending", PACKERS)
 def test_packed_files_are_read_like_others(tmp_path: Path, ending: str) -> None:
     pack = PACKERS[ending]

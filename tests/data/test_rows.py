@@ -120,5 +120,7 @@ def test_tools_are_lists_of_schemas_or_nothing() -> None:
     schema = [{"type": "function", "function": {"name": "add"}}]
     rows = [{"messages": TURNS, "tools": tools} for tools in (schema, json.dumps(schema), None, "", [])]
     assert parts(rows)["tools"] == [json.dumps(schema)] * 2 + [""] * 3
+    other = [{"type": "function", "function": {"name": "add", "of another row": None}}]
+    assert parts([{"messages": TURNS, "tools": other}])["tools"] == [json.dumps(schema)]
     with pytest.raises(ConfigError, match=r"data\.fields\.tools: expected a list of JSON schemas.*'add' in row 1"):
         parts([{"messages": TURNS, "tools": "add"}])

@@ -33,6 +33,9 @@ def test_classes_that_differ_are_united_in_order_and_those_that_agree_stay() -> 
     common = CommonModel()
     common.unite_labels([SPEC, replace(SPEC, labels=("yes", "no"))])
     assert common.labels == ("no", "yes")
+    numbers = CommonModel()  # as a simulation orders them: rows of a head without names are taken for them in order
+    numbers.unite_labels([replace(SPEC, labels=("2", "10")), replace(SPEC, labels=("2",))])
+    assert numbers.labels == ("2", "10")
     agreed = CommonModel()
     agreed.unite_labels([replace(SPEC, labels=("yes", "no"))] * 2)
     assert not agreed.labels
