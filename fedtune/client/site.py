@@ -216,11 +216,11 @@ def simulated_client(recipe: str, place: int, date: str) -> Site:
 
 
 @lru_cache(maxsize=2)
-def cached_recipe(recipe: str, date: str = "") -> tuple[Recipe, Federation, Base, Replicas]:
+def cached_recipe(recipe: str, date: str) -> tuple[Recipe, Federation, Base, Replicas]:
     """Return a recipe with its data, its base and the memory of its clients, loaded once per process and day."""
     bound = bind(recipe)
     bound = replace(bound, data=replace(bound.data, date=date or bound.data.date))
-    model, objects = same_everywhere(bound.model), Objects(model=cached_recipe(recipe)[2]) if date else None
+    model, objects = same_everywhere(bound.model), Objects(model=cached_recipe(recipe, "")[2]) if date else None
     federation, base = load_site(
         model, sized_adapter(bound), bound.data, seed=bound.seed, root=bound.root, objects=objects
     )
