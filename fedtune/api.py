@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config import Recipe, bind, render
 from fedtune.config.plugins import find_method, method_names
 from fedtune.config.reading import read
-from fedtune.config.recipe import Objects
+from fedtune.config.recipe import AT_SITES, Objects
 from fedtune.errors import ConfigError, Fault, RoundError, StoreError, type_of
 from fedtune.methods.method import GlobalModel, Method
 from fedtune.planning.planner import Planner, PlannerInputs
@@ -295,6 +295,12 @@ def evaluate(run: str | Path, *, data: str | Path | None = None, examples: int |
     bound = bind_to_score(path)
     if data is not None:
         bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve())))
+    if bound.data.source == AT_SITES:
+        if bound.data.test is None:
+            hint = "give --data FILE, of rows with the columns that the sites have"
+            raise ConfigError(Fault("data.test", "data to score on", "a run whose data lie at its sites", hint))
+        # What no client is here for any more: the file takes the place of all of them.
+        bound = replace(bound, data=replace(bound.data, source=bound.data.test), override=())
     bound = replace(bound, evaluate=replace(bound.evaluate, examples=examples))
     from fedtune.runs.local import prepare, score
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import fedtune
 from fedtune import api
-from fedtune.config import bind
+from fedtune.config import bind, render
 from fedtune.errors import ConfigError, RoundError, StoreError
 from fedtune.messages import TrainLora
 from fedtune.methods import METHODS
@@ -111,6 +113,22 @@ def test_evaluate_takes_other_data(ran: api.Run, tmp_path: Path) -> None:
     other.write_text('{"text": "the lazy dog sleeps and the lazy dog sleeps"}\n')
     scores = fedtune.evaluate(ran.path, data=other)
     assert scores["after"]["examples"] == 1
+
+
+def test_a_run_whose_data_lie_at_the_sites_is_scored_on_a_file(ran: api.Run, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "the lazy dog sleeps and the lazy dog sleeps"}\n')
+    expected = fedtune.evaluate(ran.path, data=other)
+    tables = tomllib.loads((ran.path / "recipe.toml").read_text())
+    served = {key: value for key, value in tables["data"].items() if key not in ("test", "source", "split")}
+    served |= {"source": "at the sites", "split": {"kind": "files"}}
+    overrides = [{"clients": ["no-one"], "rank": 1}]
+    run = tmp_path / "served"
+    shutil.copytree(ran.path, run)
+    (run / "recipe.toml").write_text(render(bind({**tables, "data": served, "override": overrides})))
+    assert fedtune.evaluate(run, data=other) == expected
+    with pytest.raises(ConfigError, match=r"data\.test: expected data to score on; got a run whose.*--data FILE"):
+        fedtune.evaluate(run)
 
 
 def test_an_adapter_of_another_base_is_refused(ran: api.Run, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ class ReportSettings:
     """Also write event files for TensorBoard (needs the extra `tensorboard`)."""
 
 
+AT_SITES = "at the sites"
+"""In a recipe's text, the source of data that never leave the clients of a federation."""
 PYTHON: Literal["<python>"] = "<python>"
 """In a recipe's text, the name of what was given as a Python object."""
 

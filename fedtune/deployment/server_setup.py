@@ -9,7 +9,7 @@ from functools import partial
 
 from fedtune.config import Recipe, bind
 from fedtune.config.reading import read
-from fedtune.config.recipe import largest_rank, method_of
+from fedtune.config.recipe import AT_SITES, largest_rank, method_of
 from fedtune.devices.measured_clock import MeasuredClock
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.grid_transport import GridTransport
@@ -28,7 +28,7 @@ from fedtune.store import peft
 from fedtune.store.pruning import read_ranking
 from fedtune.store.run_journal import RunJournal
 
-SOURCE_AT_SITES, SPLIT_AT_SITES = 'data.source="at the sites"', 'data.split={ kind = "files" }'
+SOURCE_AT_SITES, SPLIT_AT_SITES = f"data.source={AT_SITES!r}", 'data.split={ kind = "files" }'
 
 
 def data_at_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:

@@ -22,7 +22,8 @@ from fedtune.directions.seed_ledger import Manifest, describe_tensor, tensor_fau
 from fedtune.errors import ConfigError, Fault, type_of
 from fedtune.messages import Blueprint
 from fedtune.model.base_config import auto_class, read_config
-from fedtune.model.base_files import check_folder, check_vocabulary, locate, not_found, readable
+from fedtune.model.base_files import check_folder, locate, not_found, readable
+from fedtune.model.base_paths import check_vocabulary
 from fedtune.model.classes import draw_output_layer, output_layer
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import check_causal, check_complete, check_finite, padding_token, table_positions

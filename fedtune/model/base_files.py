@@ -22,11 +22,6 @@ from fedtune.model.base_paths import local_base
 from fedtune.model.gguf import convert_once, find_gguf
 from fedtune.model.settings import ModelSettings
 
-VOCABULARIES = (
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
-    *("tekken.json", "spm.model", "vocab.bpe", "bpe.codes"),
-)
-"""Files one of which a folder with a tokenizer holds."""
 OTHER_WEIGHTS: Mapping[str, str] = {
     "*.bin": "a pickle, which can run code as it is read",
     "*.pth": "a pickle, which can run code as it is read",
@@ -151,19 +146,6 @@ def check_folder(settings: ModelSettings, path: str | Path) -> None:
         raise ConfigError(Fault("model.base", expected, got, "fetch them with git lfs pull"))
     check_config(read_json(folder / "config.json"), folder)
     check_weights(folder, names)
-
-
-def check_vocabulary(path: str | Path) -> None:
-    """Refuse a base's folder without a tokenizer.
-
-    Raises:
-        ConfigError: naming the folder.
-    """
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARIES):
-        expected = f"a tokenizer in {folder} (tokenizer.json, or another of its files)"
-        hint = "copy the files of the model's tokenizer there"
-        raise ConfigError(Fault("model.base", expected, "none", hint))
 
 
 def adapter_fault(folder: Path, *, also_model: bool) -> Fault:

@@ -1,4 +1,4 @@
-"""The path of a local base, as opposed to a hub name, refused where nothing is; without torch."""
+"""The path of a local base, as opposed to a hub name, refused where nothing is or a tokenizer lacks; without torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from pathlib import Path
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.settings import ModelSettings
+
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
+    *("tekken.json", "spm.model", "vocab.bpe", "bpe.codes"),
+)
+"""Files one of which a folder with a tokenizer holds."""
 
 
 def local_base(settings: ModelSettings, root: Path) -> Path | None:
@@ -22,3 +28,16 @@ def local_base(settings: ModelSettings, root: Path) -> Path | None:
         expected = "a folder with config.json, tokenizer and safetensors, or a GGUF file"
         raise ConfigError(Fault("model.base", expected, got, "check the path; a hub name has one slash"))
     return None
+
+
+def check_vocabulary(path: str | Path) -> None:
+    """Refuse a base's folder without a tokenizer.
+
+    Raises:
+        ConfigError: naming the folder.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARIES):
+        expected = f"a tokenizer in {folder} (tokenizer.json, or another of its files)"
+        hint = "copy the files of the model's tokenizer there"
+        raise ConfigError(Fault("model.base", expected, "none", hint))

@@ -20,10 +20,12 @@ from fedtune.report.curves import (
     training_rounds,
 )
 from fedtune.report.drawing import CELL_INK, CELL_PAPER, INK, PAPER, label, new_figure, styled, tip
-from fedtune.report.reader import Run
+from fedtune.report.reader import Run, finite
+from fedtune.rounds.record import ClientRecord
 
-MARKS = {"failed": "x", "refused": "o", "late": "^", "unfit": "s"}
-"""Marker of an update that was not used, by status."""
+UNKNOWN = "used, loss unknown"
+MARKS = {"failed": "x", "refused": "o", "late": "^", "unfit": "s", UNKNOWN: "."}
+"""Marker of an update that has no gain to colour its cell, by `state`: most were not used."""
 NO_COLOUR = (0.0, 0.0, 0.0, 0.0)
 """Of a cell without an update: the ground of the page, light or dark."""
 MOST_CELLS = 600
@@ -72,6 +74,12 @@ def client_map(run: Run) -> Figure | None:
     return figure
 
 
+def state(client: ClientRecord) -> str:
+    """Return what became of a client's update, and of one that was used whether it came without its losses."""
+    gain = finite(client.loss_before) - finite(client.loss_after)
+    return UNKNOWN if client.status == "ok" and math.isnan(gain) else client.status
+
+
 def map_legend(run: Run, *, worse: bool) -> list[Line2D]:
     rounds = training_rounds(run)
     marks = [
@@ -79,7 +87,7 @@ def map_legend(run: Run, *, worse: bool) -> list[Line2D]:
             Line2D([], [], color=INK, marker=marker, markerfacecolor="none", linestyle="", label=status)
             for status, marker in MARKS.items()
             if status in ("failed", "refused")
-            or any(client.status == status for record in rounds for client in record.clients.values())
+            or any(state(client) == status for record in rounds for client in record.clients.values())
         ),
         Line2D([], [], color="#b8c2c8", marker="s", markerfacecolor="none", linestyle="", label="absent (blank)"),
     ]
@@ -97,12 +105,12 @@ def _map_marks(axes: Axes, run: Run, names: Sequence[str], row_height: float) ->
             (column, row[name])
             for column, record in enumerate(training_rounds(run))
             for name, client in record.clients.items()
-            if client.status == status
+            if state(client) == status
         ]
-        if not cells and status == "unfit":
-            continue  # only a fleet of simulated devices has any
+        if not cells and status in ("unfit", UNKNOWN):
+            continue  # only a fleet of simulated devices has the one, only sites that keep their losses the other
         x, y = [column for column, _ in cells], [line for _, line in cells]
-        faces, edges = (INK, None) if marker == "x" else ("none", INK)  # a cross has no face; its strokes are one
+        faces, edges = (INK, None) if marker in "x." else ("none", INK)  # a cross has no face; its strokes are one
         axes.scatter(x, y, s=size, linewidths=width, marker=marker, facecolors=faces, edgecolors=edges)
 
 
@@ -113,7 +121,7 @@ def _map_tips(axes: Axes, run: Run, names: Sequence[str], table: Floats) -> None
     for (row, column), gain in np.ndenumerate(table):
         record = training_rounds(run)[column]
         client = record.clients.get(names[row])
-        what = "absent" if client is None else client.status + (f": {client.reason}" if client.reason else "")
+        what = "absent" if client is None else state(client) + (f": {client.reason}" if client.reason else "")
         text = f"gained {gain:.3g}" if not math.isnan(gain) else what
         # Not quite transparent: a cell without any colour has no ground that a pointer could rest on.
         cell = Rectangle((column - 0.5, row - 0.5), 1.0, 1.0, facecolor=PAPER, alpha=0.004)

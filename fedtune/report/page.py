@@ -100,6 +100,8 @@ def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
         last=run.rounds[-1].round,
         headline=headline(run),
         loads=adapter_rank(run) > 0,
+        # Absolute paths are of this machine alone, and say how its folders are named.
+        place=run.path.name if run.path.is_absolute() else run.path,
         facts=facts(run),
         tiles=tiles(run),
         cards={name: card(run, name, figure) for name, figure in figures.items()},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fedtune.config import Recipe
 from fedtune.config.recipe import PYTHON
 from fedtune.data.paths import places
-from fedtune.model.base_paths import local_base
+from fedtune.model.base_paths import check_vocabulary, local_base
 
 
 def check_paths(recipe: Recipe) -> None:
@@ -16,9 +18,18 @@ def check_paths(recipe: Recipe) -> None:
     """
     data = recipe.data
     if recipe.model.base not in (PYTHON, "embedded"):
-        local_base(recipe.model, recipe.root)
+        folder = local_base(recipe.model, recipe.root)
+        # Of a folder that is no model at all, such as an adapter, its loader says more.
+        if folder is not None and is_model(folder):
+            check_vocabulary(folder)
     if data.format == "plugin" or data.source == PYTHON:
         return
     for key, source in (("data.source", data.source), ("data.test", data.test)):
         if source is not None:
             places([source] if isinstance(source, str) else source, data.format, recipe.root, key)
+
+
+def is_model(folder: Path) -> bool:
+    """Return whether a folder is that of a model; an adapter is none, and a GGUF file has its tokenizer inside."""
+    other = (folder / "adapter_config.json").exists() or any(folder.glob("*.gguf"))
+    return (folder / "config.json").is_file() and not other

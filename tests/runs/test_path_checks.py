@@ -27,6 +27,20 @@ def test_paths_to_nothing_are_refused_by_key(part: dict[str, Any], message: str,
         check_paths(recipe)
 
 
+def test_a_base_without_a_tokenizer_is_refused_and_what_has_none_of_its_own_is_left_to_its_loader(
+    tmp_path: Path, tables: dict[str, Any]
+) -> None:
+    recipe = bind({**tables, "model": {**tables["model"], "base": str(tmp_path)}})
+    check_paths(recipe)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"model\.base: expected a tokenizer in .*; got none"):
+        check_paths(recipe)
+    for name in ("model.gguf", "adapter_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("")
+        check_paths(recipe)
+        (tmp_path / name).unlink()
+
+
 def test_a_missing_file_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(
         'model = { base = "embedded" }\ndata = { source = "none.jsonl", split = { kind = "iid", clients = 2 } }\n'
