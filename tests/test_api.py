@@ -115,7 +115,7 @@ def test_evaluate_takes_other_data(ran: api.Run, tmp_path: Path) -> None:
     assert scores["after"]["examples"] == 1
 
 
-def test_a_run_whose_data_lie_at_the_sites_is_scored_on_a_file(ran: api.Run, tmp_path: Path) -> None:
+def test_a_run_whose_data_lie_at_the_sites_is_scored_on_a_file_and_merged(ran: api.Run, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "the lazy dog sleeps and the lazy dog sleeps"}\n')
     expected = fedtune.evaluate(ran.path, data=other)
@@ -127,6 +127,11 @@ def test_a_run_whose_data_lie_at_the_sites_is_scored_on_a_file(ran: api.Run, tmp
     shutil.copytree(ran.path, run)
     (run / "recipe.toml").write_text(render(bind({**tables, "data": served, "override": overrides})))
     assert fedtune.evaluate(run, data=other) == expected
+    merged = fedtune.export(run, form="merged")
+    weights = [path.read_bytes() for path in sorted(merged.glob("*.safetensors"))]
+    assert weights == [
+        path.read_bytes() for path in sorted(fedtune.export(ran.path, form="merged").glob("*.safetensors"))
+    ]
     with pytest.raises(ConfigError, match=r"data\.test: expected data to score on; got a run whose.*--data FILE"):
         fedtune.evaluate(run)
 

@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedtune.config import Recipe
+from fedtune.config.recipe import AT_SITES, sized_adapter
 from fedtune.config.tables import bind_table
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lora.adapter import Adapter, Factors
@@ -25,6 +27,9 @@ from fedtune.store import seeds as store_seeds
 from fedtune.store.files import new_folder, store_errors
 from fedtune.store.round_records import read_rounds
 from fedtune.store.run_directory import check_run
+
+if TYPE_CHECKING:
+    from fedtune.model.base import Base
 
 # The client wing takes seconds to import, so `experiment` and `model` are imported where they are needed.
 
@@ -98,23 +103,36 @@ def _export_seeds(
     bound = bind_to_score(path)
     if form != "merged":
         check_form(form, bound.method, [])
-    from fedtune.runs.local import prepare, run_context
-
-    experiment = prepare(bound)
-    check_base(experiment.base.digest, origin, path)
+    base = base_of(bound, origin)
+    check_base(base.digest, origin, path)
     if form != "merged":
-        adapted = {f"{name}.weight" for name in experiment.base.modules}
+        from fedtune.runs.local import peft_target
+
+        adapted = {f"{name}.weight" for name in base.modules}
         moved = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
         check_form(form, bound.method, [name for name in moved if name not in adapted])
-        factors = store_seeds.kron_adapter(seeds, transposed=experiment.base.transposed)
-        return peft.write(target, factors, {}, run_context(experiment).target, origin)
+        factors = store_seeds.kron_adapter(seeds, transposed=base.transposed)
+        return peft.write(target, factors, {}, peft_target(bound, base), origin)
     from fedtune.model import replay as rebuilding
 
     with new_folder(target) as folder:
-        weights = rebuilding.write(experiment.base, seeds.ledger, seeds.trainable, folder)
+        weights = rebuilding.write(base, seeds.ledger, seeds.trainable, folder)
         store_seeds.put(folder, seeds, {**origin, "weights": weights})
     watch(Note(f"rebuilt from {seeds.ledger.bank.size} integers; digest of the weights {weights}"))
     return target
+
+
+def base_of(recipe: Recipe, origin: Mapping[str, Any]) -> Base:
+    """Return the base of a run; of one whose data lie at its sites the classes are those that its result names."""
+    if recipe.data.source != AT_SITES:
+        from fedtune.runs.local import prepare
+
+        return prepare(recipe).base
+    from fedtune.model.base import load, load_tokenizer
+
+    adapter, tokenizer = sized_adapter(recipe), load_tokenizer(recipe.model, recipe.root)
+    labels = origin.get("labels", ())
+    return load(recipe.model, adapter, tokenizer=tokenizer, root=recipe.root, seed=recipe.seed, labels=labels)
 
 
 def check_form(form: str, method: Any, beyond: Sequence[str]) -> None:
@@ -139,15 +157,14 @@ def _merge(
     bound = bind_to_score(path)
     from fedtune.model.base import DTYPES
     from fedtune.model.merge import merge
-    from fedtune.runs.local import prepare
 
     chosen = dtype or bound.model.dtype
     if chosen not in DTYPES:
         raise ConfigError(Fault("dtype", f"one of {', '.join(DTYPES)}", repr(chosen)))
-    experiment = prepare(bound)
-    check_base(experiment.base.digest, origin, path)
+    base = base_of(bound, origin)
+    check_base(base.digest, origin, path)
     with new_folder(target) as folder:
-        merged = merge(experiment.base, adapter, saved, dtype=chosen, revision=bound.model.revision, out=folder)
+        merged = merge(base, adapter, saved, dtype=chosen, revision=bound.model.revision, out=folder)
         (folder / "fedtune.json").write_text(json.dumps(origin, indent=1) + "\n")
     watch(Note(f"merged in float32 and cast to {chosen} once: {merged.applied:.1%} of the change arrived"))
     return target

@@ -91,13 +91,18 @@ class Experiment:
     @property
     def target(self) -> peft.Target:
         """The base as adapter_config.json describes it."""
-        return peft.Target(
-            base=self.base.path,
-            revision=self.recipe.model.revision,
-            task=self.base.task,
-            fan_in_fan_out=self.base.transposed,
-            saved_modules=self.base.saved_modules,
-        )
+        return peft_target(self.recipe, self.base)
+
+
+def peft_target(recipe: Recipe, base: Base) -> peft.Target:
+    """Return a base as adapter_config.json describes it."""
+    return peft.Target(
+        base=base.path,
+        revision=recipe.model.revision,
+        task=base.task,
+        fan_in_fan_out=base.transposed,
+        saved_modules=base.saved_modules,
+    )
 
 
 def lengths(tokens: Sequence[int]) -> Lengths:
