@@ -16,8 +16,8 @@ from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
 
-RESULT_FILE = re.compile(r"(adapter|seeds)/[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-"""Names of the files of a run's result."""
+RESULT_FILE = re.compile(r"(adapter|seeds)/[A-Za-z0-9][A-Za-z0-9_.-]{0,79}\.(json|md|safetensors|ftks|ftkm)")
+"""Names of the files of a run's result: no format that can run code when it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,13 @@ def check_result(policy: Policy, header: pb.Header, *, free: int) -> PolicyViola
         free: bytes that may be written.
     """
     total = sum(part.num_bytes for part in header.parts)
+    keys = [part.key for part in header.parts]
     # Names from outside become names of files: none may lead out of the folder.
-    if odd := [part.key for part in header.parts if not RESULT_FILE.fullmatch(part.key)]:
+    if odd := [key for key in keys if not RESULT_FILE.fullmatch(key)]:
         return PolicyViolation(pb.WORK_FAILED, f"expected files of a run's result; got {one_line(odd[0])!r}")
+    if len(folders := {key.partition("/")[0] for key in keys}) != 1:
+        got = ", ".join(sorted(folders)) or "none"
+        return PolicyViolation(pb.WORK_FAILED, f"expected the files of one folder of a run's result; got {got}")
     if policy.max_down_mib is not None and total > policy.max_down_mib * MIB:
         note = f"policy.max_down_mib: allowed {policy.max_down_mib:g}; got {format_mib(total)}"
         return PolicyViolation(pb.TOO_MANY_BYTES, note)

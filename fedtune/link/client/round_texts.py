@@ -18,7 +18,7 @@ VERDICTS: Mapping[int, str] = {
 
 def format_scores(scores: Mapping[str, float]) -> str:
     """Return the scores that people look at first, and on how many rows they are."""
-    shown = [f"{name} {scores[name]:.4g}" for name in SHOWN if name in scores]
+    shown = [f"{name} {scores[name]:.3f}" for name in SHOWN if name in scores]
     return f"{', '.join(shown)} on {scores.get('examples', 0):.0f} held-out rows"
 
 
@@ -26,7 +26,7 @@ def format_work(measured: Mapping[str, float], rank: int | None) -> str:
     """Return what one training did: the loss on the site's own rows, the rank, the time."""
     parts = []
     if "loss_before" in measured and "loss_after" in measured:
-        parts.append(f"own loss {measured['loss_before']:.4g} to {measured['loss_after']:.4g}")
+        parts.append(f"own loss {measured['loss_before']:.3f} to {measured['loss_after']:.3f}")
     parts.append(f"rank {rank}" if rank is not None else "scalars along seeds")
     return ", ".join([*parts, f"{measured.get('seconds', 0.0):.1f} s"])
 

@@ -93,6 +93,7 @@ def test_hours_may_go_over_midnight(hours: str, inside: list[str], outside: list
         ("adapter/.bashrc", 1, MIB, pb.WORK_FAILED),
         ("adapter/a/b", 1, MIB, pb.WORK_FAILED),
         ("/etc/passwd", 1, MIB, pb.WORK_FAILED),
+        ("adapter/adapter_model.bin", 1, MIB, pb.WORK_FAILED),
     ],
 )
 def test_a_result_is_fetched_under_plain_names_and_within_the_limits(
@@ -101,6 +102,14 @@ def test_a_result_is_fetched_under_plain_names_and_within_the_limits(
     header = pb.Header(parts=[pb.Part(key=key, num_bytes=size)])
     violation = check_result(Policy(max_down_mib=2), header, free=free)
     assert (violation.veto if violation else None) == veto
+
+
+@pytest.mark.parametrize(("keys", "got"), [([], "none"), (["adapter/a.json", "seeds/a.json"], "adapter, seeds")])
+def test_a_result_is_one_folder(keys: list[str], got: str) -> None:
+    header = pb.Header(parts=[pb.Part(key=key, num_bytes=1) for key in keys])
+    violation = check_result(Policy(), header, free=MIB)
+    assert violation is not None
+    assert violation.note.endswith(f"; got {got}")
 
 
 def test_what_leaves_the_site_is_limited_for_each_reply_and_each_day() -> None:

@@ -71,7 +71,7 @@ def test_scores_are_sent_and_nothing_of_the_model_stays(link: LinkServer) -> Non
             assert bytes(result.bodies["update"]) == b"scores"
         until(link, lambda: not list(running.state.glob("runs/*/0*")))
         scored = [fields for kind, fields in running.events if kind == "scored"]
-        assert scored == [{"round": number, "scores": "loss 2.75 on 4 held-out rows"} for number in (0, 1)]
+        assert scored == [{"round": number, "scores": "loss 2.750 on 4 held-out rows"} for number in (0, 1)]
         assert "withdrawn" not in running.kinds()
 
 
@@ -101,7 +101,7 @@ def test_a_round_is_one_event_with_what_it_was(link: LinkServer) -> None:
         until(link, lambda: "trained" in running.kinds())
         (fields,) = [fields for kind, fields in running.events if kind == "trained"]
         assert (fields["round"], fields["up"], fields["verdict"]) == (1, 300_000, "used")
-        assert fields["work"] == "own loss 3 to 2.5, rank 2, 0.2 s"
+        assert fields["work"] == "own loss 3.000 to 2.500, rank 2, 0.2 s"
 
 
 def test_what_does_not_fit_the_disk_is_declined(link: LinkServer, monkeypatch: pytest.MonkeyPatch) -> None:
