@@ -24,7 +24,7 @@ def remark(base: Path | None) -> str:
     """Return the line that says which model the demo tunes."""
     if base is None:
         return f"the demo tunes the small embedded model; for one that answers questions: {HOW}"
-    return f"the demo tunes {base.stem}; its first use converts the file, which takes some seconds"
+    return f"the demo tunes {base.stem}; the first time, its file is converted, which takes some seconds"
 
 
 def write_data(folder: Path, base: Path | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,9 @@ def recipe_text(base: Path) -> str:
         "PROMPTS": [json.dumps(item.question) for item in asked],
         "REFERENCES": [json.dumps(item.sentence, ensure_ascii=False) for item in asked],
     }
-    text = RECIPE.replace("BASE", json.dumps(str(base)))
+    # Worker processes share the base's memory, which takes Linux.
+    engine = '"processes"' if sys.platform == "linux" else '"inprocess"'
+    text = RECIPE.replace("BASE", json.dumps(str(base))).replace("ENGINE", f"{engine:12}")
     for name, lines in lists.items():
         text = text.replace(name, "".join(f"\n    {line}," for line in lines) + "\n")
     return text + rank_overrides(CLIENTS, RANK)
@@ -145,7 +148,7 @@ seed = 0                             # same seed, same machine: same result, bit
 
 [model]
 base = BASE
-threads = 2                          # CPU threads that train and answer; another number changes the last bits
+threads = 1                          # CPU threads of each client; another number changes the last bits
 
 [adapter]
 rank = {RANK}                             # of every client that no override below names
@@ -171,7 +174,7 @@ held_out = 0.03                      # share of each client's rows that is never
 split = {{ kind = "files" }}           # one client per file; also: key, iid, dirichlet, sizes
 
 [engine]
-name = "inprocess"                   # processes: several clients at once; ray: Flower's simulation engine; same bits
+name = ENGINE              # inprocess: one client after the other; ray: Flower's simulation engine; same bits
 
 [evaluate]
 every = 0                            # score before the first round and after the last; 1: after every round too
