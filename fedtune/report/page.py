@@ -172,7 +172,8 @@ def loss_tiles(run: Run) -> list[Tile]:
     return [
         loss_tile("test loss", before.test, after.test),
         loss_tile("mean of clients", before.mean, after.mean),
-        loss_tile("worst client", before.worst, after.worst, note=worst),
+        # Both numbers are of the client that is worst at the end: another may have been worst before.
+        loss_tile("worst client", before.held_out.get(worst, before.worst), after.worst, note=worst),
         *([improved] if pairs else []),
     ]
 

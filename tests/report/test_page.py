@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtune.report.headline import headline
-from fedtune.report.page import report_page, write_report
+from fedtune.report.page import loss_tiles, report_page, write_report
 from fedtune.report.plots import PLOTS
 from fedtune.report.reader import read_run
 from tests.report.conftest import WriteRun, write_directory
@@ -213,3 +213,16 @@ def test_every_prompt_has_its_answers_and_their_scores(write_run: WriteRun) -> N
     assert "Who &lt;guards&gt;?" in text
     assert "Rouge-L 0.5000, reference loss 1.500" in text
     assert "A dog." in text
+
+
+def test_the_worst_client_at_the_end_stands_beside_its_own_start(write_run: WriteRun) -> None:
+    path = write_run("run", clients=2, rounds=1)
+    summary = json.loads((path / "summary.json").read_text())
+    for moment, losses in (("before", (5.0, 4.0)), ("after", (1.0, 3.0))):
+        for name, loss in zip(("client-0", "client-1"), losses, strict=True):
+            summary[moment]["held_out"][name]["loss"] = loss
+        worst = max(("client-0", "client-1"), key=lambda name: summary[moment]["held_out"][name]["loss"])
+        summary[moment]["worst"] = {"client": worst, **summary[moment]["held_out"][worst]}
+    (path / "summary.json").write_text(json.dumps(summary))
+    [tile] = [tile for tile in loss_tiles(read_run(path)) if tile.title == "worst client"]
+    assert (tile.value, tile.note) == ("4.000 → 3.000", "client-1")
