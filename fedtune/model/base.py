@@ -26,7 +26,14 @@ from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.base_paths import check_vocabulary
 from fedtune.model.classes import draw_output_layer, output_layer
 from fedtune.model.libraries import quiet
-from fedtune.model.load_checks import check_causal, check_complete, check_finite, padding_token, table_positions
+from fedtune.model.load_checks import (
+    check_causal,
+    check_complete,
+    check_finite,
+    embedding_rows,
+    padding_token,
+    table_positions,
+)
 from fedtune.model.settings import AdapterSettings, ModelSettings, NumberFormat
 from fedtune.model.targets import find_saved, find_targets, frozen_notes
 from fedtune.model.torch_seed import torch_seed
@@ -69,8 +76,9 @@ class Base:
     def positions(self) -> int:
         """The longest input in tokens: the smaller limit of model and tokenizer; 2^31 if neither names one."""
         # transformers gives a tokenizer without a limit one of 1e30, which no range or tensor can have.
-        named = table_positions(self.model) or getattr(self.model.config, "max_position_embeddings", None)
-        return min(named or 2**31, int(getattr(self.tokenizer, "model_max_length", None) or 2**31))
+        named = table_positions(self.model) or getattr(self.model.config, "max_position_embeddings", None) or 0
+        # Some models without a limit, such as XLNet, name one of -1.
+        return min(named if named > 0 else 2**31, int(getattr(self.tokenizer, "model_max_length", None) or 2**31))
 
     @property
     def transposed(self) -> bool:
@@ -176,6 +184,7 @@ def load(
                 # A head of other classes, which is drawn anew; any other difference in shape is an error.
                 ignore_mismatched_sizes=classifies and not classes.fits,
             )
+            embedding_rows(model)  # fails for models that read characters
             new = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
             if classifies and not classes.fits:
                 new = sorted({*new, *draw_output_layer(model, new)})

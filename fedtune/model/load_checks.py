@@ -83,7 +83,7 @@ def check_causal(settings: ModelSettings, model: Any, positions: int) -> None:
     Two texts that differ in their last tokens are read at once; what is said of the tokens before must be the same.
 
     Raises:
-        ConfigError: naming the model.
+        ConfigError: naming the model; also one that cannot read a text at all.
     """
     rows, length = embedding_rows(model), min(PROBE_TOKENS, positions)
     changed = min(CHANGED_TOKENS, length - 1)
@@ -95,7 +95,13 @@ def check_causal(settings: ModelSettings, model: Any, positions: int) -> None:
     other = ids.clone()
     other[-changed:] = (ids[-changed:] + rows // 3 + 1) % rows
     pair = torch.stack([ids, other])
-    logits = model(input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False).logits.float()
+    try:
+        logits = model(input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False).logits.float()
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+        expected, got = "a model that reads a text", f"{settings.base} ({model.config.model_type}) with {reason}"
+        hint = "check its config.json, or choose another base"
+        raise ConfigError(Fault("model.base", expected, got, hint)) from error
     # Of the places before the change, against the places of it.
     moved = (logits[0] - logits[1]).abs().amax(-1)
     # The two rows of one batch are rounded alike, but for the order in which a kernel may add.

@@ -6,24 +6,61 @@ from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.classes import head_modules
 
-STATE_SPACE = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
-"""Types of models whose fused kernels read the weight of `out_proj` past an adapter, so that peft refuses one there."""
+READ_PAST: Mapping[str, Collection[str]] = {
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj", "dt_proj")),
+    "jamba": ("dt_proj",),
+}
+"""By type of model, layers whose weight its scan reads past an adapter: peft refuses one there, or it has no effect."""
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """Return (out, in) of a linear layer, None for any layer that LoRA cannot adapt."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and gives_product(module):
         return module.out_features, module.in_features
     # GPT-2's layer holds its weight transposed, (in, out).
     if isinstance(module, Conv1D):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
     return None
+
+
+def gives_product(module: nn.Linear) -> bool:
+    """Return whether a linear layer gives what its name says: some mixtures' routers give scores and choices."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        with torch.no_grad():
+            product = module(module.weight.new_zeros(1, module.in_features))
+    except (RuntimeError, TypeError, ValueError, LookupError):  # it reads something else than rows, too
+        return False
+    return isinstance(product, torch.Tensor) and tuple(product.shape) == (1, module.out_features)
+
+
+def shapes(model: Any) -> Sequence[tuple[str, tuple[int, int]]]:
+    """Return full name and (out, in) of every linear layer."""
+    return [(name, shape) for name, module in model.named_modules() if (shape := linear_shape(module))]
+
+
+def is_reachable(model: Any, leaf: str) -> bool:
+    """Return whether peft adapts the layers of a model whose names end so, and the model heeds it.
+
+    In some mixtures peft takes such a name, of a shared expert or a dense layer, for the former one of stacked experts,
+    and adapts these instead.
+    """
+    config = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # one of two names that it wants together
+        return False
+    return leaf in set(config.target_modules or ()) and leaf not in READ_PAST.get(model.config.model_type, ())
 
 
 def find_targets(
@@ -38,12 +75,11 @@ def find_targets(
         ConfigError: for each target that matches no linear layer, with the nearest one, or one tied to the embeddings.
     """
     outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    reachable = {leaf: is_reachable(model, leaf) for leaf in {name.rpartition(".")[2] for name, _ in shapes(model)}}
     linear = {
         name: shape
-        for name, module in model.named_modules()
-        if (shape := linear_shape(module))
-        and not any(name == m or name.startswith(f"{m}.") for m in leave_out)
-        and not (model.config.model_type in STATE_SPACE and name.rpartition(".")[2] == "out_proj")
+        for name, shape in shapes(model)
+        if reachable[name.rpartition(".")[2]] and not any(name == m or name.startswith(f"{m}.") for m in leave_out)
     }
     # By identity: the output layer has another name in every family.
     heads = {name for name, module in model.named_modules() if module is outputs}
@@ -73,7 +109,9 @@ def find_targets(
                 got = f"{target!r}, which is tied to the input embeddings"
                 faults.append(Fault("adapter.targets", expected, got, "leave it out"))
         chosen |= matches
-    if not (chosen or faults):
+    if not (linear or faults):
+        faults.append(Fault("adapter.targets", "linear layers of its own", f"none in a {model.config.model_type}"))
+    elif not (chosen or faults):
         widest = max((min(shape) for name, shape in linear.items() if name not in heads), default=0)
         faults.append(Fault("adapter.rank", f"at most {widest}, the smaller side of the largest layer", str(rank)))
     if faults:

@@ -118,7 +118,7 @@ def test_a_classifier_gives_one_loss_in_the_run_in_stock_peft_and_merged(
     folder = build(kind, CLASSIFIERS[kind], tmp_path / "base", tokenizer, task=head)
     labels = ["yes", "no", "maybe"]
     base, rows = load_tiny(folder, "classification", labels), examples(6, classes=3)
-    assert any(name.startswith(("classifier", "score")) for name in base.saved_modules)
+    assert any(name.startswith(("classifier", "score", "logits_proj")) for name in base.saved_modules)
     assert list(base.model.config.id2label.values()) == labels
     measured = losses(base, folder, rows, learn(base, rows), tmp_path)
     assert measured["peft"] == pytest.approx(measured["run"], abs=TOLERANCE)

@@ -49,6 +49,25 @@ def test_the_same_encoder_as_a_decoder_is_causal(tmp_path: Path, tokenizer: Any)
     load_folder(bert_folder(tmp_path, tokenizer, is_decoder=True))
 
 
+def test_a_model_without_a_limit_of_positions_is_probed_too(tmp_path: Path, tokenizer: Any) -> None:
+    folder = build("xlnet", CLASSIFIERS["xlnet"], tmp_path, tokenizer, task="causal")
+    with pytest.raises(ConfigError, match="sees a later one"):
+        load_folder(folder)
+    build("xlnet", CLASSIFIERS["xlnet"], tmp_path, tokenizer)
+    assert load_folder(folder, task="classification").positions == 2**31
+
+
+def test_a_model_that_cannot_read_a_text_is_refused_by_name(loaded: Any) -> None:
+    base = loaded()
+
+    def fail(layer: nn.Module, inputs: Any) -> None:
+        raise RuntimeError("the size of tensor a\nmust match")
+
+    base.model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(ConfigError, match=r"reads a text; got .*llama.* with RuntimeError: the size of tensor a;"):
+        check_causal(SETTINGS, base.model, base.positions)
+
+
 def test_an_encoder_classifies(tmp_path: Path, tokenizer: Any) -> None:
     load_folder(bert_folder(tmp_path, tokenizer), task="classification")
 

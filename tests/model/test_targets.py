@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from transformers import AutoTokenizer
 
 from fedtune.errors import ConfigError
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.targets import linear_shape
 from tests.model.families import CAUSAL, build
 
 
@@ -88,8 +91,8 @@ def test_the_share_of_experts_that_stays_as_it_is_is_said(
 def test_a_layer_past_an_adapters_reach_is_left_out(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     base = load_with_rank(build("mamba", CAUSAL["mamba"], tmp_path, tokenizer_of(checkpoints), task="causal"), 1)
     assert "backbone.layers.0.mixer.in_proj" in base.modules
-    assert not [name for name in base.modules if name.endswith("out_proj")]
-    assert "such as backbone.layers.0.mixer.out_proj" in base.notes[0]
+    assert not [name for name in base.modules if name.endswith(("out_proj", "dt_proj"))]
+    assert "leaves 4 layers out" in base.notes[0]
 
 
 def test_an_ordinary_base_needs_no_word(loaded: Any) -> None:
@@ -109,3 +112,44 @@ def load_with_rank(folder: Path, rank: int) -> Base:
     settings = ModelSettings(base=str(folder), device="cpu")
     adapter, tokenizer = AdapterSettings(rank=rank), load_tokenizer(settings, Path())
     return load(settings, adapter, tokenizer=tokenizer, root=Path(), seed=0)
+
+
+class Turned(nn.Linear):
+    """A linear layer that multiplies in a way of its own, as Falcon's."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ self.weight.T
+
+
+class Router(nn.Linear):
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        scores = super().forward(rows)
+        return scores, scores.argmax(-1)
+
+
+class Grouped(nn.Linear):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return super().forward(rows.reshape(-1, 7, self.in_features))
+
+
+def test_only_what_gives_a_product_is_a_linear_layer() -> None:
+    shapes = [linear_shape(kind(4, 3)) for kind in (nn.Linear, Turned, Router, Grouped)]
+    assert shapes == [(3, 4), (3, 4), None, None]
+    assert linear_shape(Router(4, 3, device="meta")) is None
+
+
+def test_layers_that_peft_takes_for_stacked_experts_are_left_out_by_name(tmp_path: Path, loaded: Any) -> None:
+    tokenizer = loaded().tokenizer
+    settings = ModelSettings(base=str(tmp_path), device="cpu")
+    build("deepseek_v3", CAUSAL["deepseek_v3"], tmp_path, tokenizer, task="causal")
+
+    def base(target: str) -> Base:
+        adapter = AdapterSettings(rank=2, targets=[target])
+        return load(settings, adapter, tokenizer=tokenizer, root=Path(), seed=0)
+
+    whole = base("all-linear")
+    assert "model.layers.0.self_attn.o_proj" in whole.modules
+    assert not any("mlp" in name for name in whole.modules)
+    assert "all-linear leaves 6 layers out" in whole.notes[0]
+    with pytest.raises(ConfigError, match=r"adapter\.targets: .*'up_proj', which matches nothing"):
+        base("up_proj")
