@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
-from fedtune.messages import OMIT_DEFAULT
+from fedtune.data.settings import OMIT_DEFAULT
 
 NumberFormat = Literal["auto", "float32", "bfloat16", "float16"]
 

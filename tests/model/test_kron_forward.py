@@ -201,7 +201,7 @@ def test_a_matrix_of_another_kind_of_layer_is_refused_by_name_and_leaves_no_hook
     base = loaded(targets=["all-linear"])
     layer = base.model.model.layers[1].mlp
     layer.down_proj = Odd(layer.down_proj.weight)
-    message = r"method\.bank: .*model\.layers\.1\.mlp\.down_proj\.weight, of a Odd.*use \"hadamard\""
+    message = r"method\.bank: .*model\.layers\.1\.mlp\.down_proj\.weight, of an Odd.*use \"hadamard\""
     with pytest.raises(ConfigError, match=message), with_injected_paths(base, ledger_of(base, "kron"), reached(base)):
         pass
     assert hooks(base) == 0

@@ -109,5 +109,5 @@ def test_another_base_is_refused_and_so_is_one_that_was_rebuilt_already(
 
 
 def test_a_base_that_is_nowhere_is_one_clear_error(loaded: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.base: expected a folder with config\.json"):
+    with pytest.raises(ConfigError, match=r"model\.base: expected a config\.json in "):
         base_of(ledger_of(loaded(), "hadamard"), ModelSettings(base=str(tmp_path), device="cpu"), seed=0, labels=())
