@@ -1,4 +1,4 @@
-"""Checks of a federation's examples against its base: lengths and tokens that the base has no row for."""
+"""Checks of a federation's examples against its base: lengths, tokens and types that the base has no row for."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from fedtune.data.federation import Federation
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import Base
 from fedtune.model.load_checks import embedding_rows
+from fedtune.model.train import reads_token_types
 
 
 def check_examples(federation: Federation, base: Base) -> None:
-    """Refuse examples with more positions than the base has, or with a token beyond its embeddings.
+    """Refuse examples with more positions than the base has, or with a token or its type beyond its embeddings.
 
-    Once, before anything is trained: both fail deep inside torch, on CUDA without a readable error.
+    Once, before anything is trained: all three fail deep inside torch, on CUDA without a readable error.
 
     Raises:
         ConfigError: naming the client, the row and the token.
     """
     rows = embedding_rows(base.model)
+    # 0 where a model has no table of types, and heeds none or all.
+    types = (getattr(base.model.config, "type_vocab_size", 0) or 0) if reads_token_types(base.model) else 0
     for where, example in all_examples(federation):
         length, largest = len(example.input_ids), int(example.input_ids.max(initial=0))
         if length > base.positions:
@@ -31,6 +34,10 @@ def check_examples(federation: Federation, base: Base) -> None:
             expected = f"tokens below {rows}, of which {base.name} has an embedding"
             hint = "resize the model's embeddings to its tokenizer and save it, or take the token out of the texts"
             raise ConfigError(Fault("data.source", expected, f"token {largest} ({token!r}) in {where}", hint))
+        if types and example.token_types is not None and (kind := int(example.token_types.max(initial=0))) >= types:
+            expected = f"token types below {types}, of which {base.name} has an embedding"
+            hint = "give the base its own tokenizer"
+            raise ConfigError(Fault("data.source", expected, f"type {kind} in {where}", hint))
 
 
 def all_examples(federation: Federation) -> Iterator[tuple[str, Example]]:

@@ -41,3 +41,15 @@ def test_an_example_with_more_positions_than_the_base_is_named(loaded: Any, exam
     long = replace(examples(1)[0], input_ids=np.full(129, 5))
     with pytest.raises(ConfigError, match=r"at most 128 tokens.*got one of 129 \(training example 1 of b\)"):
         check_examples(federation_of([*examples(2), long]), loaded())
+
+
+def test_a_token_type_that_the_base_has_no_row_for_is_named(loaded: Any, examples: Any) -> None:
+    base = loaded("bert", targets=["query"], task="classification", labels=("a", "b"))
+    pair = examples(1, classes=2)[0]
+    types = np.zeros_like(pair.input_ids)
+    types[-1] = base.model.config.type_vocab_size - 1
+    check_examples(federation_of([*examples(2, classes=2), replace(pair, token_types=types)]), base)
+    with pytest.raises(ConfigError, match=r"token types below 2.*got type 2 in training example 1 of b"):
+        check_examples(federation_of([*examples(2, classes=2), replace(pair, token_types=types + 1)]), base)
+    decoder = loaded()  # reads none
+    check_examples(federation_of([*examples(2), replace(pair, token_types=types + 9)]), decoder)
