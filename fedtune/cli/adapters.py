@@ -41,7 +41,10 @@ def merge(
             facts = {"rank": merged.rank, "energy_kept": merged.energy_kept, "weights": list(merged.weights)}
             typer.echo(json.dumps({"path": str(merged.path), **facts}))
             return
-        sum_of = " + ".join(f"{weight:.4g} {path.name}" for weight, path in zip(merged.weights, adapters, strict=True))
+        names = [path.name for path in adapters]
+        # Folders of runs are often all named "adapter".
+        shown = names if len(set(names)) == len(names) else [str(path) for path in adapters]
+        sum_of = " + ".join(f"{weight:.4g} {name}" for weight, name in zip(merged.weights, shown, strict=True))
         left = "exact" if max_rank is None else f"{merged.energy_kept:.2%} of the squared singular values kept"
         typer.echo(f"{sum_of}: rank {merged.rank}, {left}", err=True)
         typer.echo(merged.path)

@@ -211,7 +211,7 @@ def comparison(before: Metrics, after: Metrics) -> Table:
     """Return one row per metric."""
     table = grid("", "metric", "before", "after")
     for metric in score_names(before, after):
-        table.add_row(metric, number(before.get(metric)), number(after.get(metric)))
+        table.add_row(words(metric), number(before.get(metric)), number(after.get(metric)))
     return table
 
 

@@ -40,6 +40,11 @@ def test_merge_prints_the_folder_and_says_what_the_sum_is(merge: Scripted) -> No
     assert "rank 6, 97.31% of the squared singular values kept" in ended.stderr
 
 
+def test_adapters_of_one_name_are_named_by_their_paths(merge: Scripted) -> None:
+    ended = fedtune("merge", "x/adapter", "y/adapter", "--out", "merged")
+    assert ended.stderr == "0.5 x/adapter + 0.5 y/adapter: rank 6, exact\n"
+
+
 def test_merge_as_json(merge: Scripted) -> None:
     ended = fedtune("merge", "a", "b", "--out", "merged", "--json")
     assert json.loads(ended.stdout) == {"path": "merged", "rank": 6, "energy_kept": 0.9731, "weights": [0.5, 0.5]}
