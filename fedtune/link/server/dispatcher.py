@@ -113,6 +113,8 @@ class Dispatcher:
         self._result_round = 0  # the last one of the run
         self._given = set[str]()  # clients whose order "result" was posted
         self._rounds = 0  # that this process has begun
+        self._given_work = set[str]()  # clients that this process has given a task of a round
+        self._knows_open_tasks = False  # since a round has ended in this process
         with store_errors(folder):
             make_folder(folder)
             uploads.remove_stale_parts(folder, older_s=STALE_PART_S)
@@ -159,6 +161,8 @@ class Dispatcher:
         new = self._make_task(client, task, contents, seconds)
         with self._lock:
             self._close_earlier_tasks(new)
+            if not is_hello(new):
+                self._given_work.add(client)
             # Asked again: what the earlier reply led to does not count any more.
             if self._tasks.get(client, new.digest) is None:
                 self._receipts.forget(client, new.digest)
@@ -242,6 +246,7 @@ class Dispatcher:
         """Note that a round is over: clients that still work for it may stop."""
         with self._lock:
             self._receipts.end_round(number)
+            self._knows_open_tasks = True
             for task in self._tasks.all():
                 if 0 < task.header.round <= number:
                     # The receipt first: closing the task forgets the reply that it is for.
@@ -337,9 +342,11 @@ class Dispatcher:
             if (refusal := self._members.refusal(client)) is not None:
                 return pb.NextReply(refusal=refusal)
             self._post_result(client)
-            # First what may stop: a client that trains for a closed task wastes its machine.
+            # First what may stop: a client that trains for a closed task wastes its machine. But a process that has just
+            # begun posts what was open before it once more, and what its clients do until then counts.
+            knows = self._knows_open_tasks or client in self._given_work
             for task_digest in holding:
-                if self._tasks.get(client, task_digest) is None:
+                if knows and self._tasks.get(client, task_digest) is None:
                     return pb.NextReply(withdrawn=pb.Withdrawn(order=task_digest))
             for task in self._tasks.of_client(client):
                 if task.digest not in holding and not task.is_answered:

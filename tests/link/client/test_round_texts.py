@@ -14,7 +14,7 @@ def test_scores_name_the_rows_that_they_are_of() -> None:
     assert (
         format_scores({"loss": 2.5, "perplexity": 12.2, "tokens": 40, "examples": 4}) == "loss 2.500 on 4 held-out rows"
     )
-    assert format_scores({"accuracy": 0.75, "examples": 4.0, "loss": 1.0}).startswith("loss 1, accuracy 0.75 on 4")
+    assert format_scores({"accuracy": 0.75, "examples": 4.0, "loss": 1.0}).startswith("loss 1.000, accuracy 0.750 on 4")
 
 
 def test_every_verdict_has_words() -> None:

@@ -384,3 +384,26 @@ def test_thousands_of_interleavings_count_each_update_once(tmp_path: Path) -> No
         game.play(script)
         finished += game.ended == 3
     assert finished > 500
+
+
+def test_a_task_from_before_a_restart_is_not_withdrawn_until_its_round_is_posted_again(tmp_path: Path) -> None:
+    first = make_harness(tmp_path)
+    first.dispatcher.begin_round(["anna"])
+    _, _, held = first.post("anna", 3)
+    harness = make_harness(tmp_path)  # the process that comes after it
+    assert harness.dispatcher.offer("anna", [held]) is None
+    harness.dispatcher.begin_round(["anna"])
+    assert harness.post("anna", 3)[2] == held
+    assert harness.dispatcher.offer("anna", [held]) is None
+    gone = harness.dispatcher.offer("anna", [held, b"other"])
+    assert gone is not None
+    assert gone.withdrawn.order == b"other"
+
+
+def test_a_task_from_before_a_restart_is_withdrawn_when_the_round_goes_on_without_its_client(tmp_path: Path) -> None:
+    harness = make_harness(tmp_path)
+    assert harness.dispatcher.offer("bob", [b"held"]) is None
+    harness.dispatcher.end_round(3)
+    gone = harness.dispatcher.offer("bob", [b"held"])
+    assert gone is not None
+    assert gone.withdrawn.order == b"held"
