@@ -25,7 +25,7 @@ from fedtune.deployment.served_run import (
     result_files,
     run_id,
 )
-from fedtune.deployment.server_setup import check_overrides, expected_clients, server_context
+from fedtune.deployment.server_setup import check_overrides, expected_clients, server_context, with_day
 from fedtune.flower.link_grid import LinkGrid
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.flower.shim import context
@@ -95,6 +95,8 @@ def coordinate(
         check_resumable(run, recipe)
     else:
         run = check_vacant(run, fresh=fresh)
+        # Before the sites are given the recipe: updates name the digest of its text, which a resume must not change.
+        recipe = with_day(recipe)
         # First of all: with it the run can be resumed, whenever this process ends.
         write_recipe(run, render(recipe))
     folder = run / LINK

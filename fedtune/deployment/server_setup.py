@@ -45,6 +45,13 @@ def data_at_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
     return replace(bound, model=same_everywhere(bound.model))
 
 
+def with_day(recipe: Recipe) -> Recipe:
+    """Return a recipe that names the day of its run, today's if it names none: chat templates at the sites write it."""
+    if recipe.model.task != "causal" or recipe.data.date:  # whether a template does is known at the sites alone
+        return recipe
+    return replace(recipe, data=replace(recipe.data, date=date.today().isoformat()))
+
+
 def expected_clients(recipe: Recipe) -> int:
     """Return how many clients the first round waits for: its cohort where that is a number."""
     cohort = recipe.rounds.cohort
@@ -62,9 +69,7 @@ def server_context(
     """Return the context of a run whose model is described by what the clients have in common."""
     common, profiles = transport.foundation, transport.profiles
     # In the run's own recipe from now on: a resumed run takes no other base.
-    recipe = replace(recipe, model=replace(recipe.model, digest=common.base))
-    if recipe.model.task == "causal":  # whether a template writes the day is known at the sites alone
-        recipe = replace(recipe, data=replace(recipe.data, date=recipe.data.date or date.today().isoformat()))
+    recipe = with_day(replace(recipe, model=replace(recipe.model, digest=common.base)))
     check_ranks(recipe, common.modules)
     if method_of(recipe).task is ProbeSeeds and not common.manifest:
         expected = f"clients whose base {recipe.method.name!r} can move: finite, in float32, float16 or bfloat16"

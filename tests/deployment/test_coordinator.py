@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune.config import Recipe, render
 from fedtune.deployment.coordinator import (
     coordinate,
     create_dispatcher,
@@ -20,14 +21,15 @@ from fedtune.deployment.coordinator import (
     readiness_fault,
 )
 from fedtune.deployment.link_events import on_event, refusal_of
-from fedtune.deployment.served_run import accepted_updates, run_id
-from fedtune.deployment.server_setup import data_at_sites
-from fedtune.errors import ConfigError, WireError
+from fedtune.deployment.served_run import accepted_updates, pin_base, run_id
+from fedtune.deployment.server_setup import data_at_sites, with_day
+from fedtune.errors import ConfigError, RoundError, WireError
 from fedtune.link import uploads
 from fedtune.link.pki import authority
 from fedtune.link.pki.identity import load_identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.assignments import Withdrawn
+from fedtune.link.server.dispatcher import Dispatcher
 from fedtune.link.settings import LinkSettings
 from fedtune.messages import (
     AdmittedUpdate,
@@ -46,6 +48,7 @@ from fedtune.messages import (
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.events import ClientFinished, RoundFinished, RoundStarted
 from fedtune.rounds.record import ClientRecord, RoundRecord
+from fedtune.store.run_directory import write_recipe
 from fedtune.store.run_journal import RunJournal
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
@@ -320,3 +323,26 @@ def test_an_address_that_is_taken_is_refused_before_a_run_directory_is_written(t
         with pytest.raises(ConfigError, match=r"link\.listen"):
             coordinate(data_at_sites(RECIPE), tmp_path / "run", settings, tmp_path, record=silent)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_that_sites_get_is_the_same_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = list[bytes]()
+
+    def stop(recipe: Recipe, run: Path, dispatcher: Dispatcher, *rest: Any, **named: Any) -> None:
+        sent.append(dispatcher.run.recipe)
+        # What the rounds write as soon as the first sites are here.
+        pin_base(run, "ab" * 32)
+        write_recipe(run, render(with_day(replace(recipe, model=replace(recipe.model, digest="ab" * 32)))))
+        raise RoundError("stopped")
+
+    monkeypatch.setattr("fedtune.deployment.coordinator.serve_rounds", stop)
+    monkeypatch.setattr("fedtune.deployment.coordinator.check_resumable", lambda run, recipe: None)
+    places = enroll_parties(tmp_path)
+    settings = LinkSettings(listen="127.0.0.1:0", identity=str(places["server"]), health="", drain_s=0.1)
+    run = tmp_path / "run"
+    for resume in (False, True):
+        recipe = data_at_sites(str(run / "recipe.toml") if resume else RECIPE)
+        with pytest.raises(RoundError, match="stopped"):
+            coordinate(recipe, run, settings, tmp_path, resume=resume, record=silent)
+    assert sent[0] == sent[1]
+    assert b"date = " in sent[0]

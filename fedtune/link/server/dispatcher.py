@@ -342,7 +342,7 @@ class Dispatcher:
             if (refusal := self._members.refusal(client)) is not None:
                 return pb.NextReply(refusal=refusal)
             self._post_result(client)
-            # First what may stop: a client that trains for a closed task wastes its machine. But a process that has just
+            # First what may stop: a client that trains for a closed task wastes its machine. A process that has only
             # begun posts what was open before it once more, and what its clients do until then counts.
             knows = self._knows_open_tasks or client in self._given_work
             for task_digest in holding:
