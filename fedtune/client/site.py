@@ -27,9 +27,10 @@ from fedtune.link.settings import ScorePolicy
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
 from fedtune.methods import METHODS
 from fedtune.model import embedded
-from fedtune.model.base import Base, base_from_object, load, load_tokenizer, memory_bytes
+from fedtune.model.base import Base, base_from_object, load, load_tokenizer
 from fedtune.model.base_config import class_order
 from fedtune.model.classes import match_classes, named_rows, shorten
+from fedtune.model.device import memory_bytes
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings, same_everywhere
 from fedtune.pruning.structure import BlockLayout

@@ -18,7 +18,8 @@ from fedtune.data.encode import Example
 from fedtune.data.loss_rows import MOST, at_most
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Assignment, ClientUpdate
-from fedtune.model.base import Base, choose_device, load, load_tokenizer
+from fedtune.model.base import Base, load, load_tokenizer
+from fedtune.model.device import choose_device
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.simulation.fork_server import PerformBytes, Prepared, serve
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +24,7 @@ from fedtune.model.base_config import auto_class, read_config
 from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.base_paths import check_vocabulary
 from fedtune.model.classes import draw_output_layer, output_layer
+from fedtune.model.device import DTYPES, choose_device, name_of, number_format
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import (
     check_causal,
@@ -42,8 +42,6 @@ from fedtune.tensors import Array, Tensors
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, ImportError, KeyError, TypeError, AttributeError)
 """The errors in which transformers ends where a checkpoint is not as its config says, or a library is missing."""
-
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -200,20 +198,6 @@ def load(
     return base
 
 
-def number_format(settings: ModelSettings) -> NumberFormat:
-    """Return the number format of a base; for `auto`, bfloat16 where the device is fast at it, else float32.
-
-    Raises:
-        ConfigError: if the device does not exist.
-    """
-    device = choose_device(settings.device)
-    if settings.dtype != "auto":
-        return settings.dtype
-    # Compute capability 8.0 is Ampere, the first with bf16 in its tensor cores.
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bfloat16" if fast else "float32"
-
-
 def check_digest(settings: ModelSettings, base: Base) -> None:
     """Refuse another base than the one that the recipe pins.
 
@@ -312,12 +296,6 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
     return base
 
 
-def name_of(dtype: torch.dtype) -> NumberFormat:
-    """Return the name of a number format, as recipes have it; float32 for one that they have not."""
-    names: Mapping[torch.dtype, NumberFormat] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    return names.get(dtype, "float32")
-
-
 def hold_in_float32(module: nn.Module, outside: torch.dtype) -> None:
     """Keep a module's weights in float32 within a base of another format, in place; its inputs and outputs are cast.
 
@@ -330,35 +308,6 @@ def hold_in_float32(module: nn.Module, outside: torch.dtype) -> None:
                 lambda _, inputs: tuple(x.float() if x.is_floating_point() else x for x in inputs)
             )
             part.register_forward_hook(lambda _, inputs, output: output.to(outside))
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device: cuda, else mps, else cpu for `auto`.
-
-    Raises:
-        ConfigError: if the named device is not there.
-    """
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    if name == "auto":
-        return torch.device(available[0])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in available or (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise ConfigError(Fault("model.device", f"one of auto, {', '.join(available)}", repr(name), "leave it at auto"))
-    return device
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Return the size of the memory that a base on this device uses: the accelerator's own, or the machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def digest(model: nn.Module, *, leave_out: Sequence[str] = ()) -> str:

@@ -22,10 +22,10 @@ from transformers import (
 from transformers.utils import cached_file
 
 from fedtune.errors import ShapeError
-from fedtune.model.base import DTYPES, choose_device, number_format
 from fedtune.model.base_config import read_config
 from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.classes import output_layer
+from fedtune.model.device import DTYPES, choose_device, number_format
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import check_complete
 from fedtune.model.settings import ModelSettings

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.lora.adapter import Adapter
-from fedtune.model.base import DTYPES, Base, to_torch
+from fedtune.model.base import Base, to_torch
 from fedtune.model.base_files import readable
+from fedtune.model.device import DTYPES
 from fedtune.model.libraries import quiet
 from fedtune.tensors import Tensors
 

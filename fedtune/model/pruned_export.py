@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
-from fedtune.model.base import DTYPES, Base
+from fedtune.model.base import Base
 from fedtune.model.base_files import readable
 from fedtune.model.checkpoint import aliases, checkpoint_files, match_names, slice_tensor, tensor_readers
+from fedtune.model.device import DTYPES
 from fedtune.model.libraries import quiet
 from fedtune.model.merge import CastLoss, Merged
 from fedtune.pruning.structure import FULL, Block, BlockLayout, ModelStructure, check, cuts, slice_factors

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ConfigError, Fault
-from fedtune.model.base import DTYPES, Base, load, load_tokenizer, manifest_of
+from fedtune.model.base import Base, load, load_tokenizer, manifest_of
+from fedtune.model.device import DTYPES
 from fedtune.model.libraries import quiet
 from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.model.settings import AdapterSettings, ModelSettings

@@ -37,8 +37,8 @@ def load_pruned(
         ConfigError: if the folder is neither, or is damaged, or the base is another than the one that was pruned.
         StoreError: if the adapter of a `recipe` is torn.
     """
-    from fedtune.model.base import choose_device
     from fedtune.model.deployed import load
+    from fedtune.model.device import choose_device
 
     place = Path(folder)
     if (place / store_pruning.NAME).exists():
@@ -57,8 +57,8 @@ def prune_base(recipe: Path, base: str | Path | None, *, dtype: str, device: str
 
     The sum is rounded to the number format in which the run held the base, and the model is cast after that.
     """
-    from fedtune.model.base import DTYPES
     from fedtune.model.checkpoint import layout_from_config, load_pruned_base
+    from fedtune.model.device import DTYPES
     from fedtune.model.pruned_export import merge_into
     from fedtune.model.settings import ModelSettings
 
@@ -143,7 +143,7 @@ def write_ratio(
     trained: TrainedRun, ratio: float, folder: Path, *, dtype: str | None, watch: Watch
 ) -> Mapping[str, Any]:
     """Write the three forms of one ratio, and return its entry in `deploy.json`."""
-    from fedtune.model.base import DTYPES
+    from fedtune.model.device import DTYPES
     from fedtune.model.pruned_export import write, write_uniform
 
     experiment = trained.experiment

@@ -155,7 +155,7 @@ def _merge(
     watch: Watch,
 ) -> Path:
     bound = bind_to_score(path)
-    from fedtune.model.base import DTYPES
+    from fedtune.model.device import DTYPES
     from fedtune.model.merge import merge
 
     chosen = dtype or bound.model.dtype

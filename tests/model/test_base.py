@@ -14,16 +14,8 @@ from safetensors.numpy import load_file, save_file
 from fedtune.data.encode import Example
 from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import ConfigError
-from fedtune.model.base import (
-    base_from_object,
-    choose_device,
-    digest,
-    load,
-    load_tokenizer,
-    manifest_of,
-    number_format,
-)
-from fedtune.model.settings import AdapterSettings, ModelSettings, same_everywhere
+from fedtune.model.base import base_from_object, digest, load, load_tokenizer, manifest_of
+from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.train import collate
 
 
@@ -48,16 +40,6 @@ def test_the_digest_tells_other_weights_apart(loaded: Any) -> None:
 def test_a_base_that_is_nowhere_gives_one_clear_error() -> None:
     with pytest.raises(ConfigError, match=r"model\.base: expected a folder with config\.json.*'no/such-model'"):
         load_tokenizer(ModelSettings(base="no/such-model"), Path())
-
-
-@pytest.mark.parametrize("name", ["tpu", "cuda:7", "nonsense"])
-def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"model\.device: expected one of auto"):
-        choose_device(name)
-
-
-def test_cpu_is_always_there() -> None:
-    assert choose_device("cpu").type == "cpu"
 
 
 def test_a_broken_checkpoint_gives_one_clear_error(tmp_path: Path, checkpoints: dict[str, Path], loaded: Any) -> None:
@@ -180,27 +162,6 @@ def test_matrices_are_those_of_the_adapted_layers_and_of_a_head_that_is_trained_
     assert "lm_head.weight" in loaded(targets=["q_proj"], saved=["lm_head"]).matrices
     head = loaded("bert", targets=["query"], task="classification", labels=["a", "b"]).matrices
     assert head == {*(f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)), "classifier.weight"}
-
-
-@pytest.mark.parametrize(
-    ("device", "capability", "wanted"),
-    [
-        ("cpu", (9, 0), "float32"),
-        ("cuda", (8, 0), "bfloat16"),
-        ("cuda", (9, 0), "bfloat16"),
-        ("cuda", (7, 5), "float32"),
-    ],
-)
-def test_the_number_format_is_left_to_the_device(
-    device: str, capability: tuple[int, int], wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert number_format(ModelSettings(base="x", device="auto")) == wanted
-    assert number_format(ModelSettings(base="x", device=device, dtype="float16")) == "float16"
-    assert same_everywhere(ModelSettings(base="x")).dtype == "float32"
-    assert same_everywhere(ModelSettings(base="x", dtype="bfloat16")).dtype == "bfloat16"
 
 
 def test_a_model_of_python_code_brings_its_own_number_format(loaded: Any) -> None:
