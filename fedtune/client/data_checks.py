@@ -40,6 +40,11 @@ def check_examples(federation: Federation, base: Base) -> None:
             raise ConfigError(Fault("data.source", expected, f"type {kind} in {where}", hint))
 
 
+def longest(federation: Federation) -> int:
+    """Return the tokens of a federation's longest example."""
+    return max((len(example.input_ids) for _, example in all_examples(federation)), default=0)
+
+
 def all_examples(federation: Federation) -> Iterator[tuple[str, Example]]:
     """Yield every example, and whose it is and which one."""
     for name, shard in federation.clients.items():

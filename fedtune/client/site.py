@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from fedtune.client.data_checks import check_examples
+from fedtune.client.data_checks import check_examples, longest
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.client.scoring import score
@@ -20,7 +20,7 @@ from fedtune.config.recipe import PYTHON, Objects, missing_object, resources, si
 from fedtune.config.site import bind_site
 from fedtune.data.encode import Example, depends_on_date
 from fedtune.data.federation import Federation, federate, with_class_order
-from fedtune.data.settings import DataSettings
+from fedtune.data.settings import MAX_TOKENS, DataSettings
 from fedtune.data.templates import DAY
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.link.settings import ScorePolicy
@@ -261,14 +261,22 @@ def load_site(
     given = None if objects.model is None else base_from_object(model, adapter, objects.model)
     watch(Phase("reading the data, tokenizing"))
     tokenizer = load_tokenizer(model, root) if given is None else given.tokenizer
-    federation = federate(
-        data, tokenizer=tokenizer, task=model.task, seed=seed, root=root, rows=rows, least_classes=least_classes
+    encode = partial(
+        federate, tokenizer=tokenizer, task=model.task, seed=seed, root=root, rows=rows, least_classes=least_classes
     )
+    federation = encode(data)
+    order = federation.labels
     if model.task == "classification":
-        order = class_order(model, root, federation.labels) if given is None else own_order(given, federation.labels)
-        federation = with_class_order(federation, order)
+        order = class_order(model, root, order) if given is None else own_order(given, order)
     watch(Phase("loading the base"))
-    base = given or load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=federation.labels)
+    base = given or load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=order)
+    if data.max_tokens == MAX_TOKENS and longest(federation) > base.positions:
+        # The default asks for more than this base can read.
+        federation = encode(replace(data, max_tokens=base.positions))
+        note = f"data.max_tokens: {base.positions}, the positions that {base.name} has"
+        federation = replace(federation, notes=[note, *federation.notes])
+    if model.task == "classification":
+        federation = with_class_order(federation, order)
     check_examples(federation, base)
     return federation, base
 

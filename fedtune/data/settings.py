@@ -28,6 +28,9 @@ tokenizer's chat template writes."""
 TEMPLATES = ("auto", "alpaca", "chat", "plain")
 
 
+MAX_TOKENS = 512
+"""The default of `data.max_tokens`; a base of fewer positions lowers it."""
+
 OMIT_DEFAULT: Mapping[str, bool] = {"omit_default": True}
 """Marks a field that is written only where it differs: recipes that came before it keep their digests."""
 
@@ -84,9 +87,9 @@ class DataSettings:
     date: str | None = field(default=None, metadata=OMIT_DEFAULT)
     """The day that a chat template writes which asks for it, such as "2026-11-29". None: the day on which the run
     starts, which is then written into its recipe. All sites of a federation write the day of the server's recipe."""
-    max_tokens: Annotated[int, Ge(2)] = 512
+    max_tokens: Annotated[int, Ge(2)] = MAX_TOKENS
     """Longer examples are cut at the end; an example that would lose its whole answer is dropped, and both are counted.
-    """
+    A base of fewer positions than the default lowers that to its own number, and says so."""
     loss_on: Literal["completion", "all"] = "completion"
     """completion: only the tokens of the answer count in the loss; all: those of the prompt too. Rows of plain text
     always count whole."""

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from fedtune.client import site
 from fedtune.config import bind, render
 from fedtune.config.site import bind_site
+from fedtune.data.settings import MAX_TOKENS
 from fedtune.errors import ClientError, ConfigError
 from fedtune.messages import Assignment, Plan, Training, TrainLora
 from fedtune.model.base import Base, load
@@ -94,9 +95,22 @@ def test_an_assignment_for_another_client_is_not_done(tmp_path: Path, tables: di
 def test_examples_longer_than_the_base_are_refused(tables: dict[str, Any], tmp_path: Path) -> None:
     long = tmp_path / "long.jsonl"
     long.write_text('{"text": "' + "the dog sleeps " * 200 + '", "who": "client-0"}\n')
-    text = render(bind(tables | {"data": tables["data"] | {"source": str(long), "max_tokens": 512}, "override": []}))
+    text = render(bind(tables | {"data": tables["data"] | {"source": str(long), "max_tokens": 400}, "override": []}))
     with pytest.raises(ConfigError, match=r"data\.max_tokens: expected examples of at most 128 tokens"):
         site.simulated_site(text, {"partition-id": 0}, {})
+
+
+def test_without_a_limit_of_ones_own_examples_are_cut_at_the_positions_of_the_base(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "many words " * 400, "site": "a"}) + "\n")
+    data = {"split": {"kind": "key", "by": "site"}, "held_out": 0.0}
+    recipe = bind(tables | {"data": data | {"source": str(tmp_path / "long.jsonl")}, "override": []})
+    federation, base = site.load_site(recipe.model, recipe.adapter, recipe.data, seed=0, root=tmp_path)
+    [example] = federation.clients["a"].train
+    assert len(example.input_ids) == base.positions < MAX_TOKENS
+    assert federation.notes[0] == f"data.max_tokens: {base.positions}, the positions that {base.name} has"
+    assert "1 of 1 examples are longer" in federation.notes[1]
 
 
 def test_a_bundle_without_the_embedded_model_names_the_stub(
