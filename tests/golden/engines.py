@@ -71,7 +71,9 @@ def linked(folder: Path, tables: Tables, data: Path) -> Mapping[str, Any]:
         "adapter": adapter,
         "data": {**tables["data"], "source": str(data)},
     }
-    served = tables | {"rounds": {**tables["rounds"], "min_clients": len(CLIENTS)}}
+    # A day of its own: every assignment names it, and it would be that of the recording.
+    data_tables = {**tables["data"], "date": "2024-07-26"}
+    served = tables | {"rounds": {**tables["rounds"], "min_clients": len(CLIENTS)}, "data": data_tables}
     with federation(folder, toml(served), CLIENTS, site=dict.fromkeys(CLIENTS, toml(own))) as parties:
         parties.serve()
         for name in CLIENTS:
