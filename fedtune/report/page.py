@@ -135,13 +135,22 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [
         ("method", run.method),
         ("seed", str(run.seed)),
-        ("base", run.summary.base.name if run.summary else ""),
+        ("base", short_base(run.summary.base.name) if run.summary else ""),
         ("clients", str(len(client_names(run)))),
         ("rounds", str(run.rounds[-1].round)),
         ("state", run.state),
         ("ended", end_time(run.path)),
         ("versions", versions),
     ]
+
+
+def short_base(name: str) -> str:
+    """Return a base's name, of a path its last part: the recipe, further down the page, has the whole of it.
+
+    >>> short_base("org/model"), short_base("/data/models/tiny.gguf")
+    ('org/model', 'tiny.gguf')
+    """
+    return name if name.count("/") < 2 else Path(name).name
 
 
 def end_time(path: Path) -> str:

@@ -81,7 +81,9 @@ def run_recipe(
         earlier = sum(record.seconds for record in records)
 
         def write(reason: str) -> Mapping[str, Any]:
-            content = summary(context, run, records, reason=reason, seconds=earlier + time.perf_counter() - began)
+            content = summary(
+                context, run, records, reason=reason, elapsed=lambda: earlier + time.perf_counter() - began
+            )
             write_summary(run, content)
             return content
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fedtune.store import result
 
 
 def summary(
-    context: RunContext, run: Path, records: Sequence[RoundRecord], *, reason: str, seconds: float
+    context: RunContext, run: Path, records: Sequence[RoundRecord], *, reason: str, elapsed: Callable[[], float]
 ) -> Mapping[str, Any]:
     """Return the content of summary.json.
 
@@ -30,10 +30,13 @@ def summary(
         run: its directory, whose adapter is described.
         records: of all rounds, round 0 first.
         reason: why the run stopped before its last round; empty for a finished one.
-        seconds: wall time of all processes of the run.
+        elapsed: returns the wall seconds of all processes of the run; called once its answers are there.
     """
     recipe, first, last = context.recipe, records[0], records[-1]
     tuned = result.read(run)[0] if result.folder(run).exists() else None
+    # First, for they take part of the time that is stated.
+    scores = after(context, tuned, records, score=not reason)
+    samples = context.sample(tuned) if tuned and not reason else no_samples(GlobalModel())
     return {
         "name": recipe.name,
         "method": recipe.method.name,
@@ -45,13 +48,13 @@ def summary(
         "base": context.base,
         "trainable": num_trainable(context, tuned),
         "before": evaluation(first.test, first.held_out),
-        "after": after(context, tuned, records, score=not reason),
+        "after": scores,
         "selection": selection(recipe.rounds, records),
         "clients": client_totals(records, context.fleet),
         "bytes_down": sum(record.bytes_down for record in records),
         "bytes_up": sum(record.bytes_up for record in records),
-        "seconds": seconds,
-        **(context.sample(tuned) if tuned and not reason else no_samples(GlobalModel())),
+        "seconds": elapsed(),
+        **samples,
         "failures": failures(records),
         "recipe_digest": digest(recipe),
         "adapter_digest": result.digest(tuned) if tuned else "",

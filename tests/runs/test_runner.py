@@ -9,13 +9,16 @@ import pytest
 
 from fedtune.config import bind
 from fedtune.errors import StoreError
+from fedtune.methods.method import GlobalModel
 from fedtune.report.reader import read_run
 from fedtune.rounds.events import Event, Note, RoundFinished
 from fedtune.runs import local
 from fedtune.runs import runner as conducting
 from fedtune.runs.local import Experiment, prepare
 from fedtune.runs.resume import check_resumable
+from fedtune.runs.summary import summary
 from fedtune.store import peft
+from fedtune.store.round_records import read_rounds
 from fedtune.store.run_directory import write_recipe
 from tests.runs.conftest import read_lines, read_summary, run_prepared, same_ends, stopped_in
 
@@ -45,6 +48,24 @@ def test_a_round_is_reported_only_once_it_is_on_the_disk(prepared: Experiment, r
 
     run_prepared(prepared, run, watch)
     assert written == [(0, 1, None), (1, 2, 1), (2, 3, 2)]
+
+
+def test_the_time_of_a_run_includes_the_answers_at_its_end(prepared: Experiment, run: Path) -> None:
+    run_prepared(prepared, run)
+    order: list[str] = []
+
+    def answer(tuned: GlobalModel) -> dict[str, Any]:
+        order.append("answered")
+        return {"sample": None}
+
+    def elapsed() -> float:
+        order.append("asked for the time")
+        return 7.0
+
+    context = replace(local.run_context(prepared), sample=answer)
+    content = summary(context, run, read_rounds(run), reason="", elapsed=elapsed)
+    assert content["seconds"] == 7.0
+    assert order == ["answered", "asked for the time"]
 
 
 def test_the_summary_adds_up(prepared: Experiment, run: Path) -> None:
