@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import fedtune
+from fedtune import api
 from fedtune.rounds.events import Event, Note
 from fedtune.runs.demo import PACKAGE, find_model, recipe_text, remark, write_data
 
@@ -61,7 +61,7 @@ def test_the_line_without_a_model_says_how_to_get_it() -> None:
 @pytest.mark.slow
 def test_the_demo_makes_a_model_that_speaks_answer_in_one_line(smollm2: Path, tmp_path: Path) -> None:
     events: list[Event] = []
-    run = fedtune.demo(out=tmp_path / "demo", watch=events.append)
+    run = api.demo(out=tmp_path / "demo", watch=events.append)
     notes = [event.text for event in events if isinstance(event, Note)]
     assert notes == [remark(find_model())]  # nothing about its own data
     summary = run.summary
