@@ -51,7 +51,7 @@ types: $(INSTALLED)
 # Files stay whole: what a module's fixtures set up, as a server of worker processes, then stands in one process.
 fast full: $(INSTALLED)
 	@echo "pytest, $@"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(if $(filter full,$@),-m "")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(if $(filter full,$@),-m "" --guarantees build/guarantees.json)
 
 docs: $(INSTALLED)  ## build the documentation into site/; every warning is an error
 	@$(BIN)/python -m mkdocs build --strict --quiet

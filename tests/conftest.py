@@ -31,9 +31,20 @@ OFFLINE = {
 # Sets what gRPC reads when it is first loaded, which a test module that imports flwr does before it imports fedtune.
 import fedtune.link  # noqa: E402, F401
 
+# Hooks and a fixture that pytest takes from here: they count what the tests of guarantees have checked.
+from tests.guarantees import (  # noqa: E402
+    cases,
+    pytest_addoption,
+    pytest_configure,
+    pytest_pyfunc_call,
+    pytest_runtest_makereport,
+)
+
 # The libraries read these when they are first imported, which a conftest or a test module does before any hook runs.
 os.environ.update(OFFLINE)
 
+
+__all__ = ["cases", "pytest_addoption", "pytest_configure", "pytest_pyfunc_call", "pytest_runtest_makereport"]
 
 LONGEST = (
     *("test_engines.py", "link/server/test_dispatcher.py", "test_link.py", "runs/test_deploy.py", "test_crash.py"),
