@@ -15,6 +15,8 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ANSWER: _ClassVar[Kind]
     DECLINE: _ClassVar[Kind]
     RECEIPT: _ClassVar[Kind]
+    END: _ClassVar[Kind]
+    SERVER: _ClassVar[Kind]
 
 class Veto(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -56,6 +58,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TOO_MANY_CALLS: _ClassVar[Reason]
     NAME_IN_USE: _ClassVar[Reason]
     SITE_DIFFERS: _ClassVar[Reason]
+    CERTIFICATE_ENDED: _ClassVar[Reason]
     HEADER_TOO_LARGE: _ClassVar[Reason]
     KEY_UNKNOWN: _ClassVar[Reason]
     SIGNATURE: _ClassVar[Reason]
@@ -103,6 +106,8 @@ ORDER: Kind
 ANSWER: Kind
 DECLINE: Kind
 RECEIPT: Kind
+END: Kind
+SERVER: Kind
 VETO_UNSET: Veto
 METHOD_NOT_ALLOWED: Veto
 BASE_NOT_ALLOWED: Veto
@@ -135,6 +140,7 @@ STALE_EPOCH: Reason
 TOO_MANY_CALLS: Reason
 NAME_IN_USE: Reason
 SITE_DIFFERS: Reason
+CERTIFICATE_ENDED: Reason
 HEADER_TOO_LARGE: Reason
 KEY_UNKNOWN: Reason
 SIGNATURE: Reason
@@ -210,7 +216,7 @@ class Receipt(_message.Message):
     def __init__(self, answer: _Optional[bytes] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., journal_records: _Optional[int] = ..., journal_head: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("protocol", "federation", "run", "author", "to", "kind", "task", "round", "recipe", "base", "state", "order", "parts", "cohort", "decline", "receipt", "build", "nonce")
+    __slots__ = ("protocol", "federation", "run", "author", "to", "kind", "task", "round", "recipe", "base", "state", "order", "parts", "cohort", "decline", "receipt", "build", "nonce", "epoch")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -229,6 +235,7 @@ class Header(_message.Message):
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     federation: str
     run: str
@@ -247,7 +254,8 @@ class Header(_message.Message):
     receipt: Receipt
     build: str
     nonce: int
-    def __init__(self, protocol: _Optional[int] = ..., federation: _Optional[str] = ..., run: _Optional[str] = ..., author: _Optional[str] = ..., to: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., task: _Optional[str] = ..., round: _Optional[int] = ..., recipe: _Optional[bytes] = ..., base: _Optional[bytes] = ..., state: _Optional[bytes] = ..., order: _Optional[bytes] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., cohort: _Optional[int] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., build: _Optional[str] = ..., nonce: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, protocol: _Optional[int] = ..., federation: _Optional[str] = ..., run: _Optional[str] = ..., author: _Optional[str] = ..., to: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., task: _Optional[str] = ..., round: _Optional[int] = ..., recipe: _Optional[bytes] = ..., base: _Optional[bytes] = ..., state: _Optional[bytes] = ..., order: _Optional[bytes] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., cohort: _Optional[int] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., build: _Optional[str] = ..., nonce: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Envelope(_message.Message):
     __slots__ = ("header", "signature", "key_id")
@@ -274,18 +282,20 @@ class Refusal(_message.Message):
     def __init__(self, reason: _Optional[_Union[Reason, str]] = ..., field: _Optional[str] = ..., expected: _Optional[str] = ..., found: _Optional[str] = ..., passing: bool = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("protocols", "federation", "build", "roster_version", "process")
+    __slots__ = ("protocols", "federation", "build", "roster_version", "process", "nonce")
     PROTOCOLS_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
     protocols: _containers.RepeatedScalarFieldContainer[int]
     federation: str
     build: str
     roster_version: int
     process: int
-    def __init__(self, protocols: _Optional[_Iterable[int]] = ..., federation: _Optional[str] = ..., build: _Optional[str] = ..., roster_version: _Optional[int] = ..., process: _Optional[int] = ...) -> None: ...
+    nonce: int
+    def __init__(self, protocols: _Optional[_Iterable[int]] = ..., federation: _Optional[str] = ..., build: _Optional[str] = ..., roster_version: _Optional[int] = ..., process: _Optional[int] = ..., nonce: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("part_bytes", "window_bytes", "inline_bytes", "hold_ms", "stall_ms")
@@ -302,7 +312,7 @@ class Limits(_message.Message):
     def __init__(self, part_bytes: _Optional[int] = ..., window_bytes: _Optional[int] = ..., inline_bytes: _Optional[int] = ..., hold_ms: _Optional[int] = ..., stall_ms: _Optional[int] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol", "epoch", "limits", "plan", "recipe", "roster", "refusal")
+    __slots__ = ("protocol", "epoch", "limits", "plan", "recipe", "roster", "refusal", "roster_version", "proof", "certificate")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
@@ -310,6 +320,9 @@ class HelloReply(_message.Message):
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     epoch: int
     limits: Limits
@@ -317,31 +330,74 @@ class HelloReply(_message.Message):
     recipe: bytes
     roster: bytes
     refusal: Refusal
-    def __init__(self, protocol: _Optional[int] = ..., epoch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., plan: _Optional[_Union[Envelope, _Mapping]] = ..., recipe: _Optional[bytes] = ..., roster: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    roster_version: int
+    proof: Envelope
+    certificate: bytes
+    def __init__(self, protocol: _Optional[int] = ..., epoch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., plan: _Optional[_Union[Envelope, _Mapping]] = ..., recipe: _Optional[bytes] = ..., roster: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., roster_version: _Optional[int] = ..., proof: _Optional[_Union[Envelope, _Mapping]] = ..., certificate: _Optional[bytes] = ...) -> None: ...
 
 class NextRequest(_message.Message):
-    __slots__ = ("epoch", "holding", "process")
+    __slots__ = ("epoch", "holding", "process", "roster_version", "progress", "dropped")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     HOLDING_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     holding: _containers.RepeatedScalarFieldContainer[bytes]
     process: int
-    def __init__(self, epoch: _Optional[int] = ..., holding: _Optional[_Iterable[bytes]] = ..., process: _Optional[int] = ...) -> None: ...
+    roster_version: int
+    progress: _containers.RepeatedCompositeFieldContainer[Progress]
+    dropped: _containers.RepeatedCompositeFieldContainer[Dropped]
+    def __init__(self, epoch: _Optional[int] = ..., holding: _Optional[_Iterable[bytes]] = ..., process: _Optional[int] = ..., roster_version: _Optional[int] = ..., progress: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ..., dropped: _Optional[_Iterable[_Union[Dropped, _Mapping]]] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("order", "phase", "done", "total", "cpu_ms")
+    class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        PHASE_UNSET: _ClassVar[Progress.Phase]
+        FETCHING: _ClassVar[Progress.Phase]
+        WORKING: _ClassVar[Progress.Phase]
+        SENDING: _ClassVar[Progress.Phase]
+    PHASE_UNSET: Progress.Phase
+    FETCHING: Progress.Phase
+    WORKING: Progress.Phase
+    SENDING: Progress.Phase
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    CPU_MS_FIELD_NUMBER: _ClassVar[int]
+    order: bytes
+    phase: Progress.Phase
+    done: int
+    total: int
+    cpu_ms: int
+    def __init__(self, order: _Optional[bytes] = ..., phase: _Optional[_Union[Progress.Phase, str]] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., cpu_ms: _Optional[int] = ...) -> None: ...
+
+class Dropped(_message.Message):
+    __slots__ = ("order", "reason")
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    order: bytes
+    reason: Reason
+    def __init__(self, order: _Optional[bytes] = ..., reason: _Optional[_Union[Reason, str]] = ...) -> None: ...
 
 class NextReply(_message.Message):
-    __slots__ = ("work", "withdrawn", "wait", "stop", "refusal")
+    __slots__ = ("work", "withdrawn", "wait", "stop", "refusal", "roster_version")
     WORK_FIELD_NUMBER: _ClassVar[int]
     WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     work: Work
     withdrawn: Withdrawn
     wait: Wait
     stop: Stop
     refusal: Refusal
-    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., withdrawn: _Optional[_Union[Withdrawn, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    roster_version: int
+    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., withdrawn: _Optional[_Union[Withdrawn, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., roster_version: _Optional[int] = ...) -> None: ...
 
 class Inline(_message.Message):
     __slots__ = ("digest", "data")
@@ -374,7 +430,7 @@ class Wait(_message.Message):
     def __init__(self, retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class Stop(_message.Message):
-    __slots__ = ("why", "retry_after_ms")
+    __slots__ = ("why", "retry_after_ms", "end")
     class Why(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         WHY_UNSET: _ClassVar[Stop.Why]
@@ -385,9 +441,11 @@ class Stop(_message.Message):
     DRAINING: Stop.Why
     WHY_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
     why: Stop.Why
     retry_after_ms: int
-    def __init__(self, why: _Optional[_Union[Stop.Why, str]] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+    end: Envelope
+    def __init__(self, why: _Optional[_Union[Stop.Why, str]] = ..., retry_after_ms: _Optional[int] = ..., end: _Optional[_Union[Envelope, _Mapping]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("digest", "offset")
@@ -398,12 +456,14 @@ class FetchRequest(_message.Message):
     def __init__(self, digest: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("data", "refusal")
+    __slots__ = ("data", "refusal", "roster_version")
     DATA_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     refusal: Refusal
-    def __init__(self, data: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    roster_version: int
+    def __init__(self, data: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., roster_version: _Optional[int] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("envelope", "inline")
@@ -428,16 +488,18 @@ class Wanted(_message.Message):
     def __init__(self, parts: _Optional[_Iterable[_Union[Want, _Mapping]]] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
-    __slots__ = ("receipt", "wanted", "refusal", "busy")
+    __slots__ = ("receipt", "wanted", "refusal", "busy", "roster_version")
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     receipt: Envelope
     wanted: Wanted
     refusal: Refusal
     busy: Wait
-    def __init__(self, receipt: _Optional[_Union[Envelope, _Mapping]] = ..., wanted: _Optional[_Union[Wanted, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., busy: _Optional[_Union[Wait, _Mapping]] = ...) -> None: ...
+    roster_version: int
+    def __init__(self, receipt: _Optional[_Union[Envelope, _Mapping]] = ..., wanted: _Optional[_Union[Wanted, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., busy: _Optional[_Union[Wait, _Mapping]] = ..., roster_version: _Optional[int] = ...) -> None: ...
 
 class PushPart(_message.Message):
     __slots__ = ("answer", "digest", "offset", "data")
@@ -452,11 +514,13 @@ class PushPart(_message.Message):
     def __init__(self, answer: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PushAck(_message.Message):
-    __slots__ = ("taken", "complete", "refusal")
+    __slots__ = ("taken", "complete", "refusal", "roster_version")
     TAKEN_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     taken: int
     complete: bool
     refusal: Refusal
-    def __init__(self, taken: _Optional[int] = ..., complete: bool = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    roster_version: int
+    def __init__(self, taken: _Optional[int] = ..., complete: bool = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., roster_version: _Optional[int] = ...) -> None: ...
