@@ -49,6 +49,7 @@ ADVICE = {
 }
 
 
+
 class RejectionError(WireError):
     """Something from outside is rejected; carries the refusal that is sent back."""
 
@@ -81,6 +82,13 @@ def one_line(text: str, *, longest: int = MAX_TEXT_CHARS) -> str:
 def reason_name(reason: int) -> str:
     """Return the name of a reason code; of one that only a later release knows, its number."""
     return str(pb.Reason.Name(pb.Reason.ValueType(reason))) if reason in pb.Reason.values() else f"reason {reason}"
+
+
+def veto_name(veto: int) -> str:
+    """Return the name of a veto, without the prefix that tells some from a reason; of a later release, VETO_UNKNOWN."""
+    if veto not in pb.Veto.values():
+        return "VETO_UNKNOWN"
+    return str(pb.Veto.Name(pb.Veto.ValueType(veto))).removeprefix("VETO_") if veto else "VETO_UNSET"
 
 
 def describe(refusal: pb.Refusal) -> str:

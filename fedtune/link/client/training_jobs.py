@@ -23,7 +23,7 @@ from fedtune.link.client.round_texts import format_scores, format_work, verdict_
 from fedtune.link.client.session import Greeting, Session
 from fedtune.link.client.training_process import Trainer
 from fedtune.link.envelopes import UPDATE, make_part
-from fedtune.link.rejections import one_line
+from fedtune.link.rejections import one_line, veto_name
 from fedtune.link.settings import MIB, Policy
 from fedtune.link.uploads import free_bytes
 from fedtune.store.files import store_errors
@@ -309,5 +309,5 @@ class TrainingJobs:
 
     def _decline(self, job: Job, veto: pb.Veto, note: str) -> pb.SubmitRequest:
         text = one_line(note, longest=500)
-        self._record("declined", round=job.header.round, veto=pb.Veto.Name(veto), reason=text)
+        self._record("declined", round=job.header.round, veto=veto_name(veto), reason=text)
         return sign_decline(self._session.identity, job, veto, note)

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedtune.link import uploads
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.envelopes import expect_fields
-from fedtune.link.rejections import RejectionError, describe, one_line, rejection
+from fedtune.link.rejections import RejectionError, describe, one_line, rejection, veto_name
 from fedtune.link.server.assignments import (
     Assignments,
     ReceivedParts,
@@ -141,7 +141,7 @@ class Replies:
         if task.is_answered:
             raise rejection(pb.CONFLICT, "answer", "the reply that came first", "a decline")
         # Both come from outside: a veto of a later release has no name here, and the note could hold escape codes.
-        veto = pb.Veto.Name(header.decline.veto) if header.decline.veto in pb.Veto.values() else "VETO_UNKNOWN"
+        veto = veto_name(header.decline.veto)
         note = one_line(header.decline.note, longest=MAX_NOTE_CHARS)
         reason = note if header.decline.veto == pb.WORK_FAILED else f"declined, {veto}: {note}"
         self._tasks.set_result(task, Withdrawn(task.client, reason))

@@ -34,6 +34,11 @@ class Veto(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORK_FAILED: _ClassVar[Veto]
     OPERATOR: _ClassVar[Veto]
     SCORES_NOT_ALLOWED: _ClassVar[Veto]
+    VETO_RECIPE_DIFFERS: _ClassVar[Veto]
+    COHORT_UNKNOWN: _ClassVar[Veto]
+    TOO_FEW_EXAMPLES: _ClassVar[Veto]
+    TOO_FEW_STEPS: _ClassVar[Veto]
+    EMBEDDINGS_NOT_ALLOWED: _ClassVar[Veto]
 
 class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -122,6 +127,11 @@ TASK_UNKNOWN: Veto
 WORK_FAILED: Veto
 OPERATOR: Veto
 SCORES_NOT_ALLOWED: Veto
+VETO_RECIPE_DIFFERS: Veto
+COHORT_UNKNOWN: Veto
+TOO_FEW_EXAMPLES: Veto
+TOO_FEW_STEPS: Veto
+EMBEDDINGS_NOT_ALLOWED: Veto
 VERDICT_UNSET: Verdict
 ACCEPTED: Verdict
 LATE: Verdict
@@ -216,7 +226,7 @@ class Receipt(_message.Message):
     def __init__(self, answer: _Optional[bytes] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., journal_records: _Optional[int] = ..., journal_head: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("protocol", "federation", "run", "author", "to", "kind", "task", "round", "recipe", "base", "state", "order", "parts", "cohort", "decline", "receipt", "build", "nonce", "epoch")
+    __slots__ = ("protocol", "federation", "run", "author", "to", "kind", "task", "round", "recipe", "base", "state", "order", "parts", "cohort", "decline", "receipt", "build", "nonce", "epoch", "members")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +246,7 @@ class Header(_message.Message):
     BUILD_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     federation: str
     run: str
@@ -255,7 +266,8 @@ class Header(_message.Message):
     build: str
     nonce: int
     epoch: int
-    def __init__(self, protocol: _Optional[int] = ..., federation: _Optional[str] = ..., run: _Optional[str] = ..., author: _Optional[str] = ..., to: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., task: _Optional[str] = ..., round: _Optional[int] = ..., recipe: _Optional[bytes] = ..., base: _Optional[bytes] = ..., state: _Optional[bytes] = ..., order: _Optional[bytes] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., cohort: _Optional[int] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., build: _Optional[str] = ..., nonce: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    members: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., federation: _Optional[str] = ..., run: _Optional[str] = ..., author: _Optional[str] = ..., to: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., task: _Optional[str] = ..., round: _Optional[int] = ..., recipe: _Optional[bytes] = ..., base: _Optional[bytes] = ..., state: _Optional[bytes] = ..., order: _Optional[bytes] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., cohort: _Optional[int] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., build: _Optional[str] = ..., nonce: _Optional[int] = ..., epoch: _Optional[int] = ..., members: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Envelope(_message.Message):
     __slots__ = ("header", "signature", "key_id")
