@@ -49,7 +49,6 @@ ADVICE = {
 }
 
 
-
 class RejectionError(WireError):
     """Something from outside is rejected; carries the refusal that is sent back."""
 
