@@ -180,7 +180,9 @@ def score_at_sites(
     said = ask_scores(transport, requests, held_out=held_out, rule=recipe.rounds.rule, note=note)
     travelled = said.traffic.values()
     traffic = Traffic(down=sum(one.down for one in travelled), up=sum(one.up for one in travelled))
-    return ModelScores(test=pooled_scores(said.scores) or None, held_out=said.scores, traffic=traffic)
+    return ModelScores(
+        test=pooled_scores(said.scores) or None, held_out=said.scores, traffic=traffic, unsolicited=said.unsolicited
+    )
 
 
 def check_overrides(recipe: Recipe, clients: Collection[str], note: Callable[[str], None]) -> None:

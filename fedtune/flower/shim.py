@@ -31,6 +31,7 @@ __all__ = [
     "kill_workers",
     "leave_task",
     "simulate",
+    "skip_reports",
     "stamp",
 ]
 
@@ -100,6 +101,7 @@ def simulate(server_app: ServerApp, client_app: ClientApp, *, clients: int, back
 
     # Ray prints on stdout that a worker has died, whatever its log level; that worker's client says so as well.
     driver._worker_logs_enabled = False
+    skip_reports()
     _run_simulation(
         num_supernodes=clients,
         exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
@@ -108,6 +110,19 @@ def simulate(server_app: ServerApp, client_app: ClientApp, *, clients: int, back
         backend_name="ray",
         backend_config=dict(backend),
     )
+
+
+def skip_reports() -> None:
+    """Where Flower's telemetry is switched off, have it not even describe this machine.
+
+    Switched off it sends nothing, but does the rest: in a thread that outlives the engine it starts the program `file`
+    and writes an id into the user's home. And in a program that imports flwr before fedtune it is not switched off, as
+    flwr reads the variable once.
+    """
+    from flwr.supercore import telemetry
+
+    if os.environ.get("FLWR_TELEMETRY_ENABLED") != "1":
+        telemetry.create_event = lambda event_type, event_details: "disabled"
 
 
 def kill_workers() -> None:

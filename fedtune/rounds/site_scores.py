@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,6 +38,8 @@ class SiteScores:
     missing: Mapping[str, str] = field(default_factory=dict)
     """By client that was asked and has no scores, why."""
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    unsolicited: Sequence[UnsolicitedReply] = ()
+    """What came meanwhile from clients that were not asked, as a refusal or an answer to an earlier round."""
 
 
 def ask_scores(
@@ -61,9 +63,13 @@ def ask_scores(
     encode = blob_encoder()
     encoded = {name: encode_score_request(request, encode=encode) for name, request in sorted(requests.items())}
     scores, missing, up = dict[str, Metrics](), dict[str, str](), dict[str, int]()
+    unsolicited = list[UnsolicitedReply]()
     for answer in transport.evaluate(encoded, rule):
         name = answer.client
-        if isinstance(answer, UnsolicitedReply) or name not in encoded or name in scores or name in missing:
+        if isinstance(answer, UnsolicitedReply):  # a transport says it once: here or in no record at all
+            unsolicited.append(answer)
+            continue
+        if name not in encoded or name in scores or name in missing:
             continue
         if isinstance(answer, Reply):
             up[name] = len(answer.update)
@@ -76,7 +82,7 @@ def ask_scores(
     for name, reason in sorted(missing.items()):
         note(f"{name} has no scores: {reason}")
     traffic = {name: Traffic(down=encoded_bytes(sent), up=up.get(name, 0)) for name, sent in encoded.items()}
-    return SiteScores(dict(sorted(scores.items())), dict(sorted(missing.items())), traffic)
+    return SiteScores(dict(sorted(scores.items())), dict(sorted(missing.items())), traffic, unsolicited)
 
 
 def admit_scores(reply: Reply, request: ScoreRequest, held_out: int) -> Metrics | Failure:

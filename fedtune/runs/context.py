@@ -22,6 +22,7 @@ from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.clock import Clock
 from fedtune.rounds.record import Metrics
+from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.store import peft
 from fedtune.store.run_journal import RunJournal
 
@@ -43,6 +44,8 @@ class ModelScores:
     """Of the same model pruned to what is deployed, on the test data."""
     traffic: Traffic = field(default_factory=Traffic)
     """Bytes of the messages that were needed for it, where the clients score."""
+    unsolicited: Sequence[UnsolicitedReply] = ()
+    """What came meanwhile from clients that were not asked."""
 
 
 def no_scores(

@@ -20,6 +20,7 @@ from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
 from fedtune.rounds.selection import ends_early, kept_record
+from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.runs.context import ModelScores, RunContext
 from fedtune.runs.start import start_state
 from fedtune.runs.summary import provenance
@@ -43,6 +44,7 @@ def record_base(context: RunContext, run: Path) -> RoundRecord:
         seconds=time.perf_counter() - began,
         test=scores.test,
         held_out=scores.held_out,
+        unsolicited=unsolicited_records(scores.unsolicited),
         bytes_down=scores.traffic.down,
         bytes_up=scores.traffic.up,
     )
@@ -64,7 +66,7 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
     scored = RoundRecord(finished.round, 0.0, test=scores.test, held_out=scores.held_out)
     if not last and not scores.held_out and ends_early(recipe.rounds, [*earlier, scored]):
         at_end = context.score(tuned, round=finished.round, test=False, clients=True)
-        scores = replace(scores, held_out=at_end.held_out)
+        scores = replace(scores, held_out=at_end.held_out, unsolicited=[*scores.unsolicited, *at_end.unsolicited])
     record = round_record(
         finished,
         tuned.adapter,
@@ -119,9 +121,7 @@ def round_record(
         test=scores.test,
         held_out=scores.held_out,
         clients=clients,
-        unsolicited=tuple(
-            UnsolicitedRecord(reply.client, reply.reason, reply.num_bytes, reply.kind) for reply in finished.unsolicited
-        ),
+        unsolicited=unsolicited_records([*finished.unsolicited, *scores.unsolicited]),
         bytes_down=sum(client.bytes_down for client in clients.values()) + scores.traffic.down,
         bytes_up=sum(client.bytes_up for client in clients.values()) + scores.traffic.up,
         modules={name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
@@ -130,6 +130,10 @@ def round_record(
         clock_s=finished.clock_s,
         deployed=scores.deployed,
     )
+
+
+def unsolicited_records(replies: Sequence[UnsolicitedReply]) -> tuple[UnsolicitedRecord, ...]:
+    return tuple(UnsolicitedRecord(reply.client, reply.reason, reply.num_bytes, reply.kind) for reply in replies)
 
 
 def client_record(finished: RoundResult, name: str) -> ClientRecord:

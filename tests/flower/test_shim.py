@@ -97,3 +97,18 @@ def test_an_operators_own_choice_stays() -> None:
         check=True,
     )
     assert done.stdout.strip() == "disabled"
+
+
+def test_telemetry_that_is_switched_off_does_not_look_at_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower asks for it in a thread, whose program `file` was found running after the engine had ended."""
+    from flwr.supercore import telemetry
+
+    asked = list[str]()
+    monkeypatch.setattr("platform.architecture", lambda: asked.append("architecture"))
+    monkeypatch.setattr(telemetry, "_get_source_id", lambda: asked.append("id"))
+    monkeypatch.setattr(telemetry, "create_event", telemetry.create_event)  # restored after the test
+    monkeypatch.setattr(telemetry, "FLWR_TELEMETRY_ENABLED", "1")  # as where flwr is imported before fedtune
+    monkeypatch.setattr("urllib.request.urlopen", lambda *arguments, **options: asked.append("network"))
+    shim.skip_reports()
+    assert telemetry.event(telemetry.EventType.PING).result(timeout=60) == "disabled"
+    assert asked == []

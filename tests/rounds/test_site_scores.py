@@ -105,5 +105,6 @@ def test_what_clients_say_is_sorted_by_name_and_who_says_nothing_is_named() -> N
     assert said.scores["bob"]["loss"] == 2.5  # the first answer counts
     assert [note.partition(":")[0] for note in notes] == ["cyd has no scores", "dan has no scores"]
     assert said.missing["dan"] == "no answer"
+    assert said.unsolicited == answers[:1]
     assert said.traffic["ann"].up == len(encode_scores(GOOD))
     assert said.traffic["dan"].up == 0 < said.traffic["dan"].down

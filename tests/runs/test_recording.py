@@ -24,8 +24,10 @@ from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.record import ModuleRecord, RoundRecord
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.runs.context import ModelScores
-from fedtune.runs.recording import round_record
+from fedtune.runs.recording import record_base, round_record
+from fedtune.runs.summary import failures
 from fedtune.store.round_records import append_round, read_rounds
+from tests.test_crash import setting
 
 PLAN = Plan("ann", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=3))
 
@@ -76,6 +78,21 @@ def test_a_failed_client_keeps_its_reason_and_its_bytes() -> None:
 def test_a_reply_that_the_round_did_not_wait_for_is_recorded() -> None:
     (reply,) = record().unsolicited
     assert (reply.client, reply.kind, reply.num_bytes) == ("dan", "late", 7)
+
+
+def test_a_client_that_is_refused_while_others_score_is_recorded(tmp_path: Path) -> None:
+    refused = UnsolicitedReply("eve", "refused: expected a site file; got no such file", kind="refused")
+    late = replace(refused, client="fay", kind="late")
+    context = replace(setting(), score=lambda tuned, **options: ModelScores(unsolicited=[refused]))
+    record_base(context, tmp_path)
+    assert failures(read_rounds(tmp_path)) == [
+        {"round": 0, "client": "eve", "kind": "refused", "reason": "refused: expected a site file; got no such file"}
+    ]
+    scored = ModelScores(unsolicited=[refused, late])
+    later = round_record(result(), {}, energy_kept={}, figures={}, scores=scored)
+    assert [(reply.client, reply.kind) for reply in later.unsolicited] == [
+        *(("dan", "late"), ("eve", "refused"), ("fay", "late"))
+    ]
 
 
 def test_a_modules_spectrum_by_hand() -> None:
