@@ -182,6 +182,7 @@ def test_help_is_shown_without_loading_a_heavy_package() -> None:
     assert not loaded("import fedtune") & {"numpy", "torch", "typer"}
 
 
+@pytest.mark.guarantee("G1")
 def test_nothing_is_unpickled_and_no_global_generator_is_used() -> None:
     faults = []
     for path in HAND_WRITTEN:

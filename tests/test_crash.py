@@ -340,6 +340,7 @@ FIFTH = pytest.param(5, id="every fifth step")
 EVERY = pytest.param(1, id="every step", marks=pytest.mark.slow)
 
 
+@pytest.mark.guarantee("G12")
 @pytest.mark.parametrize(
     ("first", "every"),
     [
@@ -348,7 +349,7 @@ EVERY = pytest.param(1, id="every step", marks=pytest.mark.slow)
     ],
 )
 def test_a_run_killed_at_any_step_and_again_while_it_recovers_ends_in_the_same_bytes(
-    disk: Disk, undisturbed: tuple[Ending, Sequence[str]], first: Loss, every: int
+    disk: Disk, undisturbed: tuple[Ending, Sequence[str]], first: Loss, every: int, cases: Callable[[int], None]
 ) -> None:
     end, steps = undisturbed
     for at in range(1 + offset(every), len(steps) + 1, every):
@@ -363,11 +364,13 @@ def test_a_run_killed_at_any_step_and_again_while_it_recovers_ends_in_the_same_b
         with disk.attached(NEVER, die):
             conduct(disk.root / "run")
         assert ending(disk.root / "run") == end, (at, steps[at - 1], first, again, second)
+        cases(1)
 
 
+@pytest.mark.guarantee("G15")
 @pytest.mark.parametrize("every", [FIFTH, EVERY])
 def test_a_disk_that_is_full_at_any_step_stops_the_run_clearly_and_it_goes_on_when_space_is_back(
-    disk: Disk, undisturbed: tuple[Ending, Sequence[str]], every: int
+    disk: Disk, undisturbed: tuple[Ending, Sequence[str]], every: int, cases: Callable[[int], None]
 ) -> None:
     end, steps = undisturbed
     for at in range(1 + offset(every), len(steps) + 1, every):
@@ -382,8 +385,10 @@ def test_a_disk_that_is_full_at_any_step_stops_the_run_clearly_and_it_goes_on_wh
         with disk.attached(NEVER, full):
             conduct(disk.root / "run")
         assert ending(disk.root / "run") == end, (at, steps[at - 1])
+        cases(1)
 
 
+@pytest.mark.guarantee("G12")
 @pytest.mark.parametrize("unreached", ["write_result", "append_round"])
 def test_a_run_killed_between_a_commit_and_its_line_is_not_cut_to_fewer_rounds_and_ends_in_the_same_bytes(
     disk: Disk, undisturbed: tuple[Ending, Sequence[str]], monkeypatch: pytest.MonkeyPatch, unreached: str
@@ -414,9 +419,10 @@ def verify_if_begun(run: Path) -> None:
         verify(run)
 
 
+@pytest.mark.guarantee("G12")
 @pytest.mark.parametrize("trials", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_that_is_really_killed_again_and_again_ends_in_the_same_bytes(
-    tmp_path: Path, undisturbed: tuple[Ending, Sequence[str]], trials: int
+    tmp_path: Path, undisturbed: tuple[Ending, Sequence[str]], trials: int, cases: Callable[[int], None]
 ) -> None:
     end, steps = undisturbed
     command = [sys.executable, "-P", __file__, str(tmp_path), str(trials), str(len(steps))]
@@ -427,6 +433,7 @@ def test_a_run_that_is_really_killed_again_and_again_ends_in_the_same_bytes(
     assert all(kills)  # every run was killed at least once
     for trial in range(trials):
         assert ending(tmp_path / str(trial) / "run") == end, (trial, kills[trial])
+        cases(len(kills[trial]))
 
 
 def main() -> None:

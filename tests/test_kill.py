@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ KILLS = 50
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.guarantee("G12")
 @pytest.mark.slow
 def test_a_simulation_killed_at_fifty_random_moments_ends_in_the_same_bytes(
-    tables: dict[str, Any], tmp_path: Path
+    tables: dict[str, Any], tmp_path: Path, cases: Callable[[int], None]
 ) -> None:
     # In an interpreter of its own: the model is loaded once and the runs are forks, which this one has too many threads
     # for.
@@ -42,6 +44,7 @@ def test_a_simulation_killed_at_fifty_random_moments_ends_in_the_same_bytes(
     assert counts["resumed"] >= KILLS // 2  # the others were too early for anything to be there
     assert counts["finished"] >= 3
     assert counts["same"] == counts["finished"]
+    cases(counts["kills"])
 
 
 def main(folder: Path, kills: int) -> None:

@@ -102,6 +102,7 @@ def test_sites_over_grpc_come_to_the_state_of_the_simulated_run(
                 assert (Path(given["path"]) / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.guarantee("G12")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_kills_of_server_and_site_change_no_bit_of_a_real_run(
@@ -193,6 +194,7 @@ def last_state(fed: Federation) -> str:
     return replay_journal(fed.run)[0].digests[-1]
 
 
+@pytest.mark.guarantee("G12")
 def test_a_server_that_is_killed_goes_on_and_nothing_is_trained_twice(tmp_path: Path) -> None:
     with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE), server={"inline_kib": 1}) as fed:
         fed.serve()
@@ -208,6 +210,7 @@ def test_a_server_that_is_killed_goes_on_and_nothing_is_trained_twice(tmp_path: 
             assert sorted(one.header.round for one in entries) == [1, 2, 3, 4]
 
 
+@pytest.mark.guarantee("G13")
 @pytest.mark.slow
 def test_a_site_that_is_killed_sends_the_same_bytes_again(tmp_path: Path) -> None:
     with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE), server={"inline_kib": 1}) as fed:

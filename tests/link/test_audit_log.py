@@ -38,6 +38,7 @@ def test_a_log_is_read_in_order_and_goes_on(tmp_path: Path) -> None:
     assert {first.head, result.head} <= record_digests(path)
 
 
+@pytest.mark.guarantee("G18")
 def test_a_log_that_was_changed_is_refused_and_the_entry_named(tmp_path: Path) -> None:
     path = tmp_path / "audit"
     written(path, "asked", "answered", "stopped")

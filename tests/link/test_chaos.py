@@ -84,6 +84,7 @@ def repeat_replies(fed: Federation, name: str, rng: np.random.Generator) -> None
         calls.close()
 
 
+@pytest.mark.guarantee("G14")
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_federation_in_chaos_ends_with_the_right_bytes(tmp_path: Path, seed: int) -> None:

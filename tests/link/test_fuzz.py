@@ -121,7 +121,8 @@ def mutations(data: bytes, purpose: str, count: int = MUTATIONS) -> Iterator[byt
         yield spoilt(data, rng)
 
 
-def test_spoilt_envelopes_are_refused_even_where_they_are_signed(tmp_path: Path) -> None:
+@pytest.mark.guarantee("G6")
+def test_spoilt_envelopes_are_refused_even_where_they_are_signed(tmp_path: Path, cases: Callable[[int], None]) -> None:
     """Half of them are signed after they were spoilt, as a bad client would: then the header itself is at fault."""
     harness = make_harness(tmp_path)
     message_id, task, task_digest = harness.post("anna")
@@ -151,6 +152,7 @@ def test_spoilt_envelopes_are_refused_even_where_they_are_signed(tmp_path: Path)
         except RejectionError as error:
             outcomes[pb.Reason.Name(error.refusal.reason)] += 1
     assert sum(outcomes.values()) == MUTATIONS
+    cases(MUTATIONS)
     assert len(outcomes) > 8, outcomes
     assert outcomes["taken"] < MUTATIONS / 10
     assert peak_mib() - before < GROWTH_MIB
@@ -193,7 +195,8 @@ def round_request(assignments: dict[str, Assignment]) -> RoundRequest:
     )
 
 
-def test_spoilt_updates_are_refused_and_the_sum_is_the_one_without_them() -> None:
+@pytest.mark.guarantee("G3")
+def test_spoilt_updates_are_refused_and_the_sum_is_the_one_without_them(cases: Callable[[int], None]) -> None:
     around = round_request({name: assignment(name) for name in CLIENTS})
     good = {name: encode_update(update(name)) for name in CLIENTS}
     honest = [decode_and_admit(Reply(name, good[name]), around) for name in CLIENTS[:2]]
@@ -212,6 +215,7 @@ def test_spoilt_updates_are_refused_and_the_sum_is_the_one_without_them() -> Non
             used = [one for one in (*honest, outcome) if isinstance(one, AdmittedUpdate)]
             if sum(outcomes.values()) % 1000 == 1:
                 assert states.digest(states.encode(method.aggregate(first, used))) == without
+                cases(1)
         else:  # spoilt in its numbers alone: finite, and bounded by the cohort's norms
             assert outcome.lora.tensors.keys() == update("carl").lora.tensors.keys()
             outcomes["numbers"] += 1
@@ -258,7 +262,10 @@ def test_spoilt_scalars_are_refused() -> None:
     assert peak_mib() - before < GROWTH_MIB
 
 
-def test_spoilt_replies_to_seeds_are_refused_and_the_sums_are_those_without_them() -> None:
+@pytest.mark.guarantee("G3")
+def test_spoilt_replies_to_seeds_are_refused_and_the_sums_are_those_without_them(
+    cases: Callable[[int], None],
+) -> None:
     method, state = METHODS["fedkseed"], seeds.rounds(seeds.first(), 2)
     before_all, names = states.digest(states.encode(state)), ("ann", "bob", "cleo")
     around = RoundRequest(
@@ -291,6 +298,7 @@ def test_spoilt_replies_to_seeds_are_refused_and_the_sums_are_those_without_them
             outcomes[outcome.code] += 1
             if not number % 10:
                 assert summed(honest[0], outcome, honest[1]) == without
+                cases(1)
         elif needs_whole_state(outcome):
             outcomes["lost"] += 1
         else:
@@ -369,7 +377,8 @@ CHANGES: Sequence[Change] = (
 )
 
 
-def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> None:
+@pytest.mark.guarantee("G3")
+def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed(cases: Callable[[int], None]) -> None:
     around = round_request({name: assignment(name) for name in CLIENTS})
     honest = [decode_and_admit(Reply(name, encode_update(update(name))), around) for name in CLIENTS[:2]]
     method, good = METHODS["flora"], update("carl")
@@ -394,6 +403,7 @@ def test_well_formed_updates_that_lie_are_refused_by_name_and_never_summed() -> 
             assert len(text) <= 256
         if turn < 200:
             assert summed(honest[0], result, honest[1]) == without
+            cases(1)
         seen[result.code] += 1
     assert len(seen) >= 9, seen
     assert isinstance(decode_and_admit(Reply("carl", encode_update(good)), around), AdmittedUpdate)

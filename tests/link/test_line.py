@@ -19,6 +19,7 @@ SLACK = 1.05
 """Times the bytes: what a cut may send again, and what TLS and gRPC add."""
 
 
+@pytest.mark.guarantee("G14")
 @pytest.mark.parametrize("size", [8 * MB, pytest.param(100 * MB, marks=pytest.mark.slow)])
 def test_a_cut_in_the_middle_of_a_line_with_delay_sends_little_again(tmp_path: Path, size: int) -> None:
     body = np.random.Generator(np.random.Philox(key=1)).bytes(size)

@@ -150,6 +150,7 @@ def test_a_folder_that_cannot_be_used_says_why_and_what_to_do(
     assert "download the model once" not in str(caught.value)
 
 
+@pytest.mark.guarantee("G1")
 def test_weights_are_never_unpickled(folder: Path, checkpoints: dict[str, Path]) -> None:
     only_pickled(folder)
     settings = ModelSettings(base=str(folder), device="cpu")

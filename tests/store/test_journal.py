@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ def test_a_reader_leaves_a_torn_tail_alone(path: Path) -> None:
     assert path.read_bytes() == data
 
 
-def test_no_flipped_bit_is_ever_read_as_a_record(path: Path) -> None:
+@pytest.mark.guarantee("G18")
+def test_no_flipped_bit_is_ever_read_as_a_record(path: Path, cases: Callable[[int], None]) -> None:
     data, offsets = path.read_bytes(), starts(path)
     whole, _ = records(path)
     for position in range(len(data)):
@@ -130,6 +132,7 @@ def test_no_flipped_bit_is_ever_read_as_a_record(path: Path) -> None:
         # Every bit of lengths and checksums; of the JSON, in which all bits are alike, one of each byte.
         for bit in range(8) if position - offsets[number] < FRONT.size else [position % 8]:
             path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+            cases(1)
             if number < 4:
                 with pytest.raises(StoreError, match=rf"journal, record {number}: expected .*; the journal is damaged"):
                     records(path)
@@ -158,6 +161,7 @@ def rewritten(data: bytes, offset: int, changes: dict[str, Any]) -> bytes:
     return front + FRONT.pack(len(text), crc32(text)) + text + rest
 
 
+@pytest.mark.guarantee("G18")
 @pytest.mark.parametrize("number", range(4))
 def test_an_edited_record_breaks_the_chain(path: Path, number: int) -> None:
     path.write_bytes(rewritten(path.read_bytes(), starts(path)[number], {"number": 9}))
@@ -165,7 +169,8 @@ def test_an_edited_record_breaks_the_chain(path: Path, number: int) -> None:
         records(path)
 
 
-def test_a_record_left_out_or_put_in_breaks_the_chain(path: Path) -> None:
+@pytest.mark.guarantee("G18")
+def test_a_record_left_out_or_put_in_breaks_the_chain(path: Path, cases: Callable[[int], None]) -> None:
     data, offsets = path.read_bytes(), starts(path)
     for changed in (
         data[: offsets[1]] + data[offsets[2] :],
@@ -175,6 +180,7 @@ def test_a_record_left_out_or_put_in_breaks_the_chain(path: Path) -> None:
         path.write_bytes(changed)
         with pytest.raises(StoreError, match=r"record \d: expected number \d after the record"):
             records(path)
+        cases(1)
 
 
 def test_an_epoch_never_falls(path: Path) -> None:
@@ -276,6 +282,7 @@ def test_an_interrupted_write_leaves_no_half_record_in_front_of_another(
     assert records(path)[1].torn_bytes == 5
 
 
+@pytest.mark.guarantee("G20")
 def test_a_writer_stops_when_another_one_has_written(path: Path) -> None:
     end = records(path)[1]
     old, new = Journal(path, end), Journal(path, end)

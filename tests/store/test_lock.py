@@ -20,6 +20,7 @@ with lock_run(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.guarantee("G20")
 def test_a_second_writer_is_told_which_process_writes(tmp_path: Path) -> None:
     with lock_run(tmp_path):
         with (
@@ -33,6 +34,7 @@ def test_a_second_writer_is_told_which_process_writes(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.guarantee("G20")
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", OTHER, str(tmp_path)],

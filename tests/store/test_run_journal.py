@@ -329,6 +329,7 @@ def test_a_round_of_a_hundred_cheap_clients_costs_a_handful_of_syncs(tmp_path: P
     assert syncs[0] <= 14  # and the first flush of all, whose cost nobody knew
 
 
+@pytest.mark.guarantee("G20")
 def test_a_second_writer_and_a_second_beginning_are_refused(run: Path) -> None:
     with RunJournal.reopen(run), pytest.raises(StoreError, match=f"process {os.getpid()} does"), RunJournal.reopen(run):
         pass

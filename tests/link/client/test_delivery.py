@@ -23,6 +23,7 @@ from tests.link.link_server import LinkServer
 from tests.link.site import END_S, collect_one, post, run_site, until
 
 
+@pytest.mark.guarantee("G13")
 def test_after_a_restart_the_same_bytes_are_sent_and_nothing_is_done_again(link: LinkServer) -> None:
     with run_site(link) as first:
         message_id = post(link)

@@ -47,6 +47,7 @@ def test_a_reply_without_its_bytes_is_none_and_is_made_anew(tmp_path: Path) -> N
     assert item.reply() is None
 
 
+@pytest.mark.guarantee("G13")
 def test_an_update_is_durable_before_the_reply_that_promises_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

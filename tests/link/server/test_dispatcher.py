@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -362,6 +362,7 @@ class Game:
 SIGNED: dict[tuple[bytes, str, int, int], tuple[pb.Envelope, bytes]] = {}
 
 
+@pytest.mark.guarantee("G5")
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(actions, min_size=10, max_size=40))
 def test_no_order_of_repeated_swapped_and_stale_replies_counts_anything_twice(
@@ -370,7 +371,8 @@ def test_no_order_of_repeated_swapped_and_stale_replies_counts_anything_twice(
     Game(tmp_path, SIGNED).play(script)
 
 
-def test_thousands_of_interleavings_count_each_update_once(tmp_path: Path) -> None:
+@pytest.mark.guarantee("G5")
+def test_thousands_of_interleavings_count_each_update_once(tmp_path: Path, cases: Callable[[int], None]) -> None:
     """As above, drawn without looking for the smallest script, and helped on so that runs come to their third round."""
     rng, finished = generator(derive(0, "interleavings")), 0
     for _ in range(2000):
@@ -383,6 +385,7 @@ def test_thousands_of_interleavings_count_each_update_once(tmp_path: Path) -> No
                 script += [("collect", "anna", "anna", 1, 0), ("end", "anna", "anna", 1, 0)]
         game.play(script)
         finished += game.ended == 3
+        cases(1)
     assert finished > 500
 
 

@@ -80,8 +80,9 @@ CALLS: dict[str, Call] = {
 }
 
 
+@pytest.mark.guarantee("G6")
 @pytest.mark.parametrize("call", CALLS)
-def test_every_call_looks_at_who_calls_first(link: LinkServer, call: str) -> None:
+def test_every_call_looks_at_who_calls_first(link: LinkServer, call: str, cases: Callable[[int], None]) -> None:
     ask, calls = CALLS[call], link.calls()
     now = int(link.time.now)
 
@@ -119,6 +120,7 @@ def test_every_call_looks_at_who_calls_first(link: LinkServer, call: str) -> Non
     link.clock.now += 2
     link.time.now += 40 * 86_400
     assert reason(ask(calls)) == "ROSTER_OLD"
+    cases(6)
 
 
 def test_a_hello_of_another_federation_or_protocol_is_refused(link: LinkServer) -> None:
@@ -257,6 +259,7 @@ def test_bytes_that_are_others_than_signed_are_thrown_away(link: LinkServer) -> 
     assert pushed(data)[-1].complete
 
 
+@pytest.mark.guarantee("G6")
 def test_a_statement_is_sent_by_its_author_alone(link: LinkServer) -> None:
     task, _ = post_task(link, "site-a", assignment("site-a", 1).header, {})
     envelope = signed(link, "site-a", task, b"data")
@@ -290,6 +293,7 @@ def test_a_message_that_is_too_long_or_compressed_is_refused_by_grpc(link: LinkS
     )
 
 
+@pytest.mark.guarantee("G6")
 def test_only_certificates_of_the_federation_get_through(link: LinkServer, tmp_path: Path) -> None:
     other = enroll_parties(tmp_path / "other", clients=("site-a",))
     stranger = load_identity(other["site-a"], role="client", now=int(link.time.now))
@@ -343,6 +347,7 @@ def test_a_hello_of_another_build_is_refused_where_one_is_pinned(tmp_path: Path)
         assert reason(greeting(link.calls(), build="fedtune 9.9.9").refusal) == "REASON_UNSET"
 
 
+@pytest.mark.guarantee("G6")
 def test_the_coordinators_certificate_is_none_of_a_client(link: LinkServer) -> None:
     assert status(lambda: greeting(link.calls("server"))) == grpc.StatusCode.UNAVAILABLE
 
