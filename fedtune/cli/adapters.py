@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.options import DebugOption, JsonOption, examples, report_errors
+from fedtune.terminal.text import printable
 
 
 def merge(
@@ -37,6 +38,8 @@ def merge(
         from fedtune.runs import merge as merge_module
 
         merged = merge_module.merge(adapters, out=out, weights=parse_weights(weights), max_rank=max_rank, base=base)
+        for remark in merged.remarks:
+            typer.echo(printable(remark), err=True)
         if as_json:
             facts = {"rank": merged.rank, "energy_kept": merged.energy_kept, "weights": list(merged.weights)}
             typer.echo(json.dumps({"path": str(merged.path), **facts}))

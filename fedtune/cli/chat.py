@@ -15,6 +15,7 @@ from fedtune.cli.options import DebugOption, JsonOption, examples, report_errors
 from fedtune.terminal.text import printable
 
 if TYPE_CHECKING:
+    from fedtune.rounds.events import Event
     from fedtune.runs.chat import Ask, Speaker
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
@@ -45,7 +46,7 @@ def chat(
         interactive = sys.stdin.isatty() and not as_json
         if interactive:
             typer.echo("loading PyTorch and the base ...", err=True)
-        speaker = chat_module.open_speaker(source, base=base)
+        speaker = chat_module.open_speaker(source, base=base, watch=write_note)
         if both and speaker.tuned.seeds is not None:
             raise typer.BadParameter("expected a run of adapters; got one of seeds", param_hint="--both")
         with Talk(speaker, both=both, system=system, new_tokens=new_tokens) as talk:
@@ -99,6 +100,14 @@ class Talk:
         if self._speaker.remembers:
             self._turns[name] = [*turns, {"role": "assistant", "content": answer}]
         return answer
+
+
+def write_note(event: Event) -> None:
+    """Write a remark to standard error; steps are not shown."""
+    from fedtune.rounds.events import Note
+
+    if isinstance(event, Note):
+        typer.echo(printable(event.text), err=True)
 
 
 def converse(talk: Talk) -> None:

@@ -179,9 +179,12 @@ def evaluate(
         from fedtune import api
         from fedtune.runs.pruned_scores import views as score_views
         from fedtune.runs.trained_run import has_shared_ranking
+        from fedtune.store import result
         from fedtune.terminal.summary import client_views, comparison, views
 
         scores: dict[str, Any] = dict(api.evaluate(run, data=data, examples=examples))
+        if remark := result.remark(run):
+            typer.echo(print_line(remark), err=True)
         if data is None and has_shared_ranking(run):
             scores["views"] = run_with_progress(
                 "evaluate",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -11,10 +10,11 @@ from typing import Any
 
 from fedtune.config import Recipe, render
 from fedtune.link import audit_log, uploads
-from fedtune.store import journal, result, seeds
+from fedtune.store import journal, manifest, result
 from fedtune.store.files import write_text
 from fedtune.store.history import has_begun
 from fedtune.store.journal import Record
+from fedtune.store.run_directory import read_summary
 from fedtune.store.verify import status as run_status
 
 LINK, AUDIT, ID, SPOOL, BARRED, BASE = "link", "audit", "id", "spool", "barred", "base"
@@ -37,24 +37,33 @@ def complete_summary(run: Path, recipe: Recipe) -> Mapping[str, Any] | None:
     status = run_status(run)
     if not status.finished:
         return None
-    content: Mapping[str, Any] = json.loads((run / "summary.json").read_text())
+    content = read_summary(run)
+    if content is None:
+        return None  # a resume writes it
     # A run may have ended before its last round (rounds.patience).
-    ended = status.committed >= recipe.rounds.count or content.get("selection", {}).get("ended")
-    return content if ended else None
+    selection = content.get("selection", {})
+    ended = isinstance(selection, dict) and selection.get("ended")
+    return content if ended or status.committed >= recipe.rounds.count else None
 
 
 def result_files(run: Path) -> Mapping[str, memoryview]:
     """Return the files of a run's result, by their names below the run directory; none if it has none.
 
     What the provenance says of each client, such as its number of examples, stays on the server.
+
+    Raises:
+        StoreError: if a file was changed since it was written.
     """
     folder = result.folder(run)
-    paths = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
-    files = {f"{folder.name}/{path.name}": uploads.map_file(path) for path in paths}
-    if (origin := folder / seeds.ORIGIN).exists():
-        said = {key: value for key, value in json.loads(origin.read_text()).items() if key != "clients"}
-        files[f"{folder.name}/{origin.name}"] = memoryview((json.dumps(said, indent=1) + "\n").encode())
-    return files
+    if not folder.exists():
+        return {}
+    opened = manifest.open_folder(folder)
+    # Before the first byte leaves: every site would get the damage, signed.
+    opened.check()
+    files = {name: uploads.map_file(folder / name) for name in manifest.plain_files(folder)}
+    facts = {key: value for key, value in opened.facts.items() if key != "clients"}
+    text = manifest.spell(facts) if opened.listed is None else manifest.encode(facts, opened.listed)
+    return {f"{folder.name}/{name}": data for name, data in {**files, manifest.NAME: memoryview(text)}.items()}
 
 
 def plan_text(recipe: Recipe, run: Path) -> str:

@@ -117,6 +117,7 @@ def server_context(
         fleet={name: profile.num_examples for name, profile in profiles.items()},
         machine={"engine": door},
         start=start.digest if start else "",
+        notes=[start.remark] if start and start.remark else [],
         labels=common.labels,
         sent_labels=transport.labels,
         sent_date=recipe.data.date or "",

@@ -51,6 +51,8 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
         family = str(data["model_type"]).removeprefix(PREFIX)
         if family not in FAMILIES or described["format"] != FORMAT:
             raise ValueError(f"model_type {data['model_type']!r}, format {described['format']!r}")
+        if described.get("manifest") and not (folder / "fedtune.json").is_file():
+            raise ValueError("its manifest, fedtune.json, is missing")
         if described["task"] not in TASKS:
             raise ValueError(f"task {described['task']!r}")
         # trust_remote_code=False covers `auto_map`, but not attention kernels of a hub, nor quantisers.

@@ -40,6 +40,7 @@ def write(
     saved: Tensors,
     dtype: str,
     revision: str | None,
+    manifest: bool = False,
 ) -> Merged:
     """Write a pruned model of any widths as a folder that `deployed.load` reads and stock transformers refuses.
 
@@ -52,6 +53,7 @@ def write(
         saved: values of modules_to_save, in the base's coordinates.
         dtype: of the tensors, a key of `DTYPES`.
         revision: of the base.
+        manifest: whether the caller adds one: the folder is refused without it then. Those of 0.2.0 have none.
 
     Raises:
         ShapeError: if the structure or a factor is not one of this base.
@@ -66,6 +68,8 @@ def write(
             for units in check(structure, layout).blocks
         ],
     }
+    if manifest:
+        config["fedtune_pruning"]["manifest"] = True
     config["dtype"] = dtype
     merged = write_tensors(out, base, structure, layout, adapter, saved=saved, dtype=dtype, revision=revision)
     # Last, so that a folder that was not finished is no model.

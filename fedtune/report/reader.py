@@ -237,6 +237,9 @@ def read_summary(path: Path) -> Summary | None:
         raise StoreError(
             f"{path}, line {error.lineno}: expected JSON; got {error.msg}; delete it and resume the run"
         ) from error
+    # Brackets within brackets, thousands deep.
+    except RecursionError as error:
+        raise StoreError(f"{path}: expected JSON; got too deep a one; delete it and resume the run") from error
     version = value.get("version") if isinstance(value, dict) else None
     if version != VERSION:
         raise StoreError(f"{path}: expected version {VERSION}; got {version!r}; read it with the fedtune that wrote it")

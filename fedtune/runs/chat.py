@@ -15,10 +15,11 @@ from fedtune.data.templates import Message, template_of
 from fedtune.errors import ConfigError, Fault
 from fedtune.methods.method import GlobalModel
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.rounds.events import Phase, Watch
+from fedtune.rounds.events import Note, Phase, Watch
 from fedtune.runs.base_checks import check_base
 from fedtune.runs.context import bind_to_score
 from fedtune.runs.export import open_run
+from fedtune.store import result
 from fedtune.store.peft_import import read_adapter
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def open_speaker(source: Path, *, base: str | None = None, watch: Watch = lambda
 def speaker_of_run(run: Path, base: str | None, watch: Watch) -> Speaker:
     """Load a run's global model; its data are not read."""
     tuned, origin = open_run(run)
+    if remark := result.remark(run):
+        watch(Note(remark))
     recipe = bind_to_score(run)
     if recipe.model.base == PYTHON and base is None:
         raise ConfigError(missing_object("model"))
@@ -81,6 +84,8 @@ def speaker_of_run(run: Path, base: str | None, watch: Watch) -> Speaker:
 def speaker_of_adapter(folder: Path, base: str | None, watch: Watch) -> Speaker:
     """Load an adapter over the base that it names; questions are written by the tokenizer's chat template."""
     read = read_adapter(folder)
+    if read.remark:
+        watch(Note(read.remark))
     check_task(read.target.task, folder)
     name = base or read.target.base
     if not name:

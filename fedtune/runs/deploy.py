@@ -12,7 +12,7 @@ from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.pruning.structure import full_block, sparsity
 from fedtune.rounds.events import Note, Watch
 from fedtune.runs.trained_run import TrainedRun, checked_ratios, deployed_ratios, load_run
-from fedtune.store import peft, result
+from fedtune.store import manifest, peft, result
 from fedtune.store import pruning as store_pruning
 from fedtune.store.files import new_folder
 
@@ -20,7 +20,12 @@ from fedtune.store.files import new_folder
 
 
 def load_pruned(
-    folder: str | Path, *, base: str | Path | None = None, dtype: str = "float32", device: str = "cpu"
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    watch: Watch = lambda event: None,
 ) -> Any:
     """Return the model of a folder `model` or `recipe` that `deploy` wrote: each block of its own width.
 
@@ -32,15 +37,17 @@ def load_pruned(
         base: for a `recipe`, folder or hub name of the base; without it the one of the run.
         dtype: number format of the model.
         device: as in a recipe's model.device.
+        watch: called with a note if the files cannot be checked, since 0.2.0 wrote them without a manifest.
 
     Raises:
         ConfigError: if the folder is neither, or is damaged, or the base is another than the one that was pruned.
-        StoreError: if the adapter of a `recipe` is torn.
+        StoreError: if a file is torn, or was changed since it was written.
     """
     from fedtune.model.deployed import load
     from fedtune.model.device import choose_device
 
     place = Path(folder)
+    check_files(place, watch)
     if (place / store_pruning.NAME).exists():
         return prune_base(place, base, dtype=dtype, device=device)
     if not (place / "config.json").exists():
@@ -50,6 +57,18 @@ def load_pruned(
         hint = f"load {inside[0]}" if inside else "write one with fedtune export RUN --deploy"
         raise ConfigError(Fault("folder", "a folder with a config.json, as fedtune exports it", got, hint))
     return load(place, dtype=dtype, device=choose_device(device))
+
+
+def check_files(folder: Path, watch: Watch) -> None:
+    """Check all files of a folder that `deploy` wrote; those of 0.2.0 list no digests, which is noted."""
+    if (folder / manifest.NAME).exists():
+        opened = manifest.open_folder(folder)
+        # All, and not only the weights: a tokenizer or a config may be another one just as well.
+        opened.check()
+        if opened.remark:
+            watch(Note(opened.remark))
+    elif (folder / "config.json").exists():
+        watch(Note(f"{folder}: not checked: it has no {manifest.NAME}, as exports of fedtune 0.2.0"))
 
 
 def prune_base(recipe: Path, base: str | Path | None, *, dtype: str, device: str) -> Any:
@@ -132,6 +151,8 @@ def deploy(
             "ratios": written,
         }
         (folder / "deploy.json").write_text(json.dumps(index, indent=1) + "\n")
+        origin = result.read(path)[1]
+        manifest.write(folder, {**origin, "source": manifest.source(result.folder(path))})
     return target
 
 
@@ -156,7 +177,9 @@ def write_ratio(
     structure = trained.structure(ratio) or full_block(layout)
     place = folder / folder_of(ratio)
     tuned, origin = result.read(trained.path)
-    peft.write(place / "recipe", tuned.adapter, tuned.saved, experiment.target, origin)
+    origin = {**origin, "source": manifest.source(result.folder(trained.path)), "ratio": ratio}
+    (place / "recipe").mkdir(parents=True)
+    peft.put(place / "recipe", tuned.adapter, tuned.saved, experiment.target)
     store_pruning.write(
         place / "recipe",
         structure,
@@ -166,11 +189,14 @@ def write_ratio(
         ranking=method_of(recipe).ranking(trained.state),
         base={"name": base.name, "digest": base.digest, "revision": recipe.model.revision or ""},
     )
+    manifest.write(place / "recipe", origin)
     options: Any = {"saved": trained.tuned.saved, "dtype": chosen, "revision": recipe.model.revision}
-    write(place / "model", base, structure, layout, trained.tuned.adapter, **options)
+    write(place / "model", base, structure, layout, trained.tuned.adapter, **options, manifest=True)
+    manifest.write(place / "model", origin)
     forms = ["recipe", "model"]
     try:
         write_uniform(place / "stock", base, structure, layout, trained.tuned.adapter, **options)
+        manifest.write(place / "stock", origin)
         forms.append("stock")
     except ConfigError as error:
         fault = error.faults[0]

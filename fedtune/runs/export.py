@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.selection import best_record
 from fedtune.runs.base_checks import check_base
 from fedtune.runs.context import bind_to_score
-from fedtune.store import peft, result
+from fedtune.store import manifest, peft, result
 from fedtune.store import seeds as store_seeds
 from fedtune.store.files import new_folder, store_errors
 from fedtune.store.round_records import read_rounds
@@ -69,6 +68,10 @@ def export(
         raise ConfigError(Fault("form", f"one of {', '.join(FORMS)}", repr(form)))
     path = Path(run)
     tuned, origin = of_round(path, round) if round else open_run(path)
+    if remark := result.remark(path):
+        watch(Note(remark))
+    # The new manifest names the one that it was made from: a chain back to what the run wrote.
+    origin = {**origin, "source": manifest.source(result.folder(path))}
     form = form or ("merged" if tuned.seeds else "peft")
     if dtype is not None and form != "merged":
         raise ConfigError(Fault("dtype", "none: adapters are float32", repr(dtype), "or choose the form merged"))
@@ -90,8 +93,7 @@ def export(
         return _merge(path, adapter, saved, origin, target, dtype=dtype, watch=watch)
     if form == "uniform":
         adapter = pad(adapter)
-    settings = json.loads((path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    return peft.write(target, adapter, saved, peft.target_of(settings), origin)
+    return peft.write(target, adapter, saved, peft.read_target(path / result.ADAPTER), origin)
 
 
 def _export_seeds(
@@ -165,7 +167,7 @@ def _merge(
     check_base(base.digest, origin, path)
     with new_folder(target) as folder:
         merged = merge(base, adapter, saved, dtype=chosen, revision=bound.model.revision, out=folder)
-        (folder / "fedtune.json").write_text(json.dumps(origin, indent=1) + "\n")
+        manifest.write(folder, origin)
     watch(Note(f"merged in float32 and cast to {chosen} once: {merged.applied:.1%} of the change arrived"))
     return target
 

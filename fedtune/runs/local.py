@@ -235,7 +235,7 @@ def run_context(experiment: Experiment) -> RunContext:
         start=start.digest if start else "",
         form=experiment.federation.form,
         labels=experiment.federation.labels,
-        notes=[*experiment.federation.notes, *base.notes],
+        notes=[*experiment.federation.notes, *base.notes, *([start.remark] if start and start.remark else [])],
         score=partial(score, experiment),
         sample=partial(sample, experiment),
     )

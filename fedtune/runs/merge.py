@@ -28,6 +28,8 @@ class MergedAdapter:
     energy_kept: float
     """Share of the squared singular values that is left: 1 for an exact sum."""
     weights: Sequence[float]
+    remarks: Sequence[str] = ()
+    """Why the files of an adapter were not checked, of each that fedtune wrote before it listed digests."""
 
 
 def merge(
@@ -74,7 +76,8 @@ def merge(
     written = peft.write(
         target, merged, saved, replace(read[0].target, saved_modules=saved_modules), provenance(read, shares, merged)
     )
-    return MergedAdapter(written, max(factors.rank for factors in merged.values()), energy_kept, shares)
+    rank, remarks = max(factors.rank for factors in merged.values()), [source.remark for source in read]
+    return MergedAdapter(written, rank, energy_kept, shares, [remark for remark in remarks if remark])
 
 
 def checked_weights(adapters: Sequence[str | Path], weights: Sequence[float] | None) -> Sequence[float]:
@@ -149,6 +152,8 @@ def provenance(read: Sequence[ForeignAdapter], shares: Sequence[float], merged: 
         "base": {"name": read[0].target.base, "digest": digests.pop() if len(digests) == 1 else ""},
         "merged": [
             {"path": source.path.name, "digest": source.digest, "weight": share}
+            # A chain back to what fedtune wrote; adapters of others have no manifest.
+            | ({"manifest": source.manifest} if source.manifest else {})
             for source, share in zip(read, shares, strict=True)
         ],
         "modules": {name: factors.rank for name, factors in sorted(merged.items())},

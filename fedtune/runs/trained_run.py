@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from fedtune.store import result
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import replay_journal
 from fedtune.store.round_records import read_rounds
-from fedtune.store.run_directory import check_run
+from fedtune.store.run_directory import SUMMARY_ADVICE, check_run, read_summary
 
 if TYPE_CHECKING:
     from fedtune.runs.local import Experiment
@@ -101,15 +100,26 @@ def trained_ratios(run: Path) -> Mapping[str, float]:
 
 def classes(run: Path) -> Mapping[str, Sequence[str]]:
     """Return the clients that trained, by kind of device; by pruning ratio where devices are not known."""
-    path = run / "summary.json"
-    known = json.loads(path.read_text(encoding="utf-8")).get("devices", {}) if path.exists() else {}
-    devices = known.get("clients", {})
+    devices = device_kinds(run)
     kinds: dict[str, list[str]] = {}
     for name, ratio in sorted(trained_ratios(run).items()):
         kinds.setdefault(devices.get(name, f"ratio-{ratio:g}"), []).append(name)
     if len(kinds) > MOST_KINDS:  # nearly every client is a kind of its own
         return {"every-device": [name for names in kinds.values() for name in names]}
     return kinds
+
+
+def device_kinds(run: Path) -> Mapping[str, str]:
+    """Return each client's kind of device by summary.json; none where that is not known.
+
+    Raises:
+        StoreError: if the file is damaged.
+    """
+    known = (read_summary(run) or {}).get("devices", {})
+    clients = known.get("clients", {}) if isinstance(known, dict) else None
+    if not isinstance(clients, dict) or not all(isinstance(kind, str) for kind in clients.values()):
+        raise StoreError(f"{run / 'summary.json'}: expected kinds of devices by client; got others; {SUMMARY_ADVICE}")
+    return clients
 
 
 def has_shared_ranking(run: Path) -> bool:

@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from fedtune.errors import StoreError
 from fedtune.lora.adapter import Adapter, Factors, pack
-from fedtune.store.files import new_folder, store_errors
+from fedtune.store import manifest
+from fedtune.store.files import fill, new_folder, store_errors
 from fedtune.tensors import Array, Tensors
 from fedtune.tensors import digest as tensors_digest
 
 PREFIX = "base_model.model."
 """Prefix of PEFT before the base model's own names."""
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,15 @@ def config(adapter: Adapter, target: Target) -> Mapping[str, Any]:
 
 
 def write(path: Path, adapter: Adapter, saved: Tensors, target: Target, provenance: Mapping[str, Any]) -> Path:
-    """Write adapter_model.safetensors, adapter_config.json and fedtune.json in one step, and return the folder.
+    """Write adapter_model.safetensors, adapter_config.json and their manifest in one step, and return the folder."""
+    with new_folder(path) as folder:
+        put(folder, adapter, saved, target)
+        manifest.write(folder, provenance)
+    return path
+
+
+def put(folder: Path, adapter: Adapter, saved: Tensors, target: Target) -> None:
+    """Write weights and configuration into a folder of `files.new_folder`, or one within it; no manifest yet.
 
     A module of rank 0 is left out, of the targets too; an adapter that changes nothing keeps its modules at rank 1.
     """
@@ -79,11 +89,8 @@ def write(path: Path, adapter: Adapter, saved: Tensors, target: Target, provenan
     for name, factors in written.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(factors.a, np.float32)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(factors.b, np.float32)
-    with new_folder(path) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(config(written, target), indent=1) + "\n")
-        (folder / "fedtune.json").write_text(json.dumps(provenance, indent=1) + "\n")
-    return path
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    fill(folder / CONFIG, (json.dumps(config(written, target), indent=1) + "\n").encode())
 
 
 def zeros(shape: tuple[int, int]) -> Array:
@@ -94,17 +101,20 @@ def read(path: Path) -> tuple[Adapter, Tensors, Mapping[str, Any]]:
     """Return (adapter of scale 1, modules_to_save, provenance) of a folder that `write` made.
 
     Raises:
-        StoreError: if a file is missing, torn, or not fedtune's.
+        StoreError: if a file is missing, torn, changed since it was written, or not fedtune's.
     """
-    weights = path / "adapter_model.safetensors"
+    weights = path / WEIGHTS
     with store_errors(path):
         if not weights.is_file():
-            raise StoreError(f"{path}: expected an adapter (adapter_model.safetensors); run fedtune simulate first")
-        text = (path / "fedtune.json").read_text(encoding="utf-8")
+            raise StoreError(f"{path}: expected an adapter ({WEIGHTS}); run fedtune simulate first")
+    opened = manifest.open_folder(path)
+    data = opened.read(WEIGHTS)
+    # Not read here, but by other programs and by the next export: an adapter is whole or refused.
+    opened.check([CONFIG])
     try:
-        provenance, tensors = json.loads(text), load_file(weights)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise StoreError(f"{path}: expected an adapter with whole files; {error}; run the simulation again") from error
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{weights}: expected tensors in safetensors; {error}; {manifest.ADVICE}") from error
     sides: dict[str, dict[str, Array]] = {}
     saved: dict[str, Array] = {}
     for key, array in tensors.items():
@@ -116,13 +126,27 @@ def read(path: Path) -> tuple[Adapter, Tensors, Mapping[str, Any]]:
     torn = sorted(name for name, pair in sides.items() if pair.keys() != {"a", "b"})
     if torn:
         raise StoreError(f"{weights}: expected both factors of every module; {torn[0]} has only one")
-    return {name: Factors(**pair) for name, pair in sorted(sides.items())}, saved, provenance
+    return {name: Factors(**pair) for name, pair in sorted(sides.items())}, saved, opened.facts
 
 
 def digest(path: Path) -> str:
     """Return the SHA-256 (hex) of the tensors of an adapter folder."""
     adapter, saved, _ = read(path)
     return tensors_digest({**pack(adapter), **saved})
+
+
+def read_target(path: Path) -> Target:
+    """Return the target that the configuration of an adapter folder describes, to write another one of its base.
+
+    Raises:
+        StoreError: if a file is missing, torn, changed since it was written, or not fedtune's.
+    """
+    settings = manifest.json_object(manifest.open_folder(path).read(CONFIG), path / CONFIG)
+    try:
+        return target_of(settings)
+    except (KeyError, TypeError) as error:
+        expected = f"{path / CONFIG}: expected the keys that fedtune writes"
+        raise StoreError(f"{expected}; got none or another value for {error}; {manifest.ADVICE}") from error
 
 
 def target_of(settings: Mapping[str, Any]) -> Target:

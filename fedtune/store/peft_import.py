@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +17,15 @@ from safetensors import SafetensorError, deserialize
 
 from fedtune.errors import ConfigError, Fault, type_of
 from fedtune.lora.adapter import Adapter, Factors, pack
-from fedtune.store.files import store_errors
-from fedtune.store.peft import PREFIX, Target
+from fedtune.store import manifest
+from fedtune.store.manifest import ResultFolder
+from fedtune.store.peft import CONFIG, PREFIX, WEIGHTS, Target
 from fedtune.tensors import Array, Tensors
 from fedtune.tensors import digest as tensors_digest
 
 DTYPES: Mapping[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 """Number formats of adapters, as safetensors names them."""
-FILES = ("adapter_model.safetensors", "adapter_config.json")
+FILES = (WEIGHTS, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class ForeignAdapter:
     target: Target
     base_digest: str
     """Of the base, where fedtune wrote the adapter; else empty."""
+    manifest: str = ""
+    """SHA-256 (hex) of its manifest; empty where there is none, as in an adapter of others."""
+    remark: str = ""
+    """Why its files are not checked, where fedtune wrote it and they are not."""
 
     @property
     def digest(self) -> str:
@@ -54,30 +61,40 @@ def read_adapter(path: Path) -> ForeignAdapter:
 
     Raises:
         ConfigError: naming folder and key, if it is no LoRA adapter or one with parts that are no pair of factors.
-        StoreError: if a file cannot be read.
+        StoreError: if a file cannot be read, or is another one than fedtune wrote.
     """
-    folder = path / "adapter" if (path / "recipe.toml").is_file() else path
-    config = read_config(folder)
+    is_run = (path / "recipe.toml").is_file()
+    folder = path / "adapter" if is_run else path
+    check_files(folder)
+    # Adapters of others have no manifest; of a run's own, and wherever one lies, it must hold.
+    ours = is_run or os.path.lexists(folder / manifest.NAME)
+    opened = manifest.open_folder(folder) if ours else ResultFolder(folder, {})
+    config = parse_config(opened.read(CONFIG), folder)
     if faults := list(config_faults(config, folder)):
         raise ConfigError(faults)
-    adapter, saved = split(read_tensors(folder), config, folder)
-    return ForeignAdapter(folder, adapter, saved, target_of(config), base_digest(folder))
+    adapter, saved = split(parse_tensors(opened.read(WEIGHTS), folder), config, folder)
+    remark = opened.remark if ours else ""
+    base = base_digest(opened.facts)
+    return ForeignAdapter(folder, adapter, saved, target_of(config), base, opened.digest, remark)
 
 
-def read_config(folder: Path) -> Mapping[str, Any]:
-    """Return the content of adapter_config.json."""
+def check_files(folder: Path) -> None:
+    """Refuse a folder without weights and configuration."""
     for name in FILES:
         if not (folder / name).is_file():
             pickled = (folder / "adapter_model.bin").is_file()
             hint = "save it as safetensors: fedtune reads no pickles" if pickled and name == FILES[0] else ""
             got = "adapter_model.bin" if hint else f"no {name}"
             raise ConfigError(Fault(str(folder), "a PEFT adapter (adapter_config.json and its weights)", got, hint))
-    with store_errors(folder):
-        text = (folder / FILES[1]).read_text(encoding="utf-8")
+
+
+def parse_config(data: bytes, folder: Path) -> Mapping[str, Any]:
+    """Return the content of adapter_config.json."""
     try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(Fault(str(folder / FILES[1]), "JSON", str(error))) from None
+        config = json.loads(data)
+    # RecursionError: brackets within brackets, thousands deep.
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(Fault(str(folder / CONFIG), "JSON", str(error)[:100])) from None
     if not isinstance(config, dict):
         raise ConfigError(Fault(str(folder / FILES[1]), "a JSON object", type_of(config)))
     return config
@@ -89,7 +106,7 @@ def config_faults(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
     if config.get("peft_type") != "LORA":
         yield Fault(where, "an adapter of peft_type LORA", repr(config.get("peft_type")))
         return
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+    if type(config.get("r")) is not int or not is_number(config.get("lora_alpha")):
         yield Fault(where, "r and lora_alpha as numbers", f"{config.get('r')!r} and {config.get('lora_alpha')!r}")
     if config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
         yield Fault(where, "task_type CAUSAL_LM or SEQ_CLS", repr(config["task_type"]))
@@ -101,11 +118,30 @@ def config_faults(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
         yield Fault(where, "no trained biases", got)
     if config.get("target_parameters"):
         yield Fault(where, "adapters of modules", f"target_parameters = {config['target_parameters']!r}")
+    yield from type_faults(config, where)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
         hint = "convert it with PEFT's path_initial_model_for_weight_conversion when you save it"
         got = f"init_lora_weights = {start!r}, which changes the base"
         yield Fault(where, "an adapter over the base as it is", got, hint)
+
+
+def type_faults(config: Mapping[str, Any], where: str) -> Iterator[Fault]:
+    """Yield the keys whose values have another type than PEFT writes, before anything is computed from them."""
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        yield Fault(where, "modules_to_save as a list of names", repr(saved)[:100])
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(is_number(value) for value in pattern.values()):
+            yield Fault(where, f"{key} as numbers by name", repr(pattern)[:100])
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), str | None):
+            yield Fault(where, f"{key} as text", repr(config[key])[:100])
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def target_of(config: Mapping[str, Any]) -> Target:
@@ -119,23 +155,19 @@ def target_of(config: Mapping[str, Any]) -> Target:
     )
 
 
-def base_digest(folder: Path) -> str:
+def base_digest(facts: Mapping[str, Any]) -> str:
     """Return the digest of the base that fedtune noted beside its adapters; empty for those of others."""
-    try:
-        return str(json.loads((folder / "fedtune.json").read_text(encoding="utf-8"))["base"]["digest"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
+    base = facts.get("base")
+    return str(base.get("digest", "")) if isinstance(base, dict) else ""
 
 
-def read_tensors(folder: Path) -> Tensors:
+def parse_tensors(data: bytes, folder: Path) -> Tensors:
     """Return the tensors of an adapter as float32; bfloat16, which numpy lacks, included.
 
     Raises:
         ConfigError: if the file is torn, or holds numbers of another kind.
     """
-    path = folder / FILES[0]
-    with store_errors(path):
-        data = path.read_bytes()
+    path = folder / WEIGHTS
     try:
         entries = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:

@@ -13,6 +13,7 @@ import numpy as np
 from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.pruning.ranking import PruningSettings, split_by_block
 from fedtune.pruning.structure import BlockLayout, BlockStructure, ModelStructure, check, sparsity
+from fedtune.store import manifest
 from fedtune.store.files import write_text
 from fedtune.tensors import Tensors
 
@@ -103,11 +104,15 @@ def read_ranking(name: str, root: Path, layout: BlockLayout | None, base: str) -
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
+    # As export writes it, it lies beside a manifest; a copy of the file alone does not.
+    is_listed = (path.parent / manifest.NAME).is_file()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        data = manifest.open_folder(path.parent).read(path.name) if is_listed else path.read_bytes()
+        content = json.loads(data)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"format {content.get('format') if isinstance(content, dict) else None!r}")
-    except (OSError, ValueError) as error:
+    # RecursionError: brackets within brackets, thousands deep.
+    except (OSError, ValueError, RecursionError) as error:
         raise _fault(path, f"a {NAME} of format {FORMAT}, as fedtune export --deploy writes it", str(error)) from error
     return content
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedtune.lora.adapter import Adapter, pack
 from fedtune.methods.method import GlobalModel
-from fedtune.store import peft, seeds
+from fedtune.store import manifest, peft, seeds
 from fedtune.tensors import digest as tensors_digest
 
 ADAPTER, SEEDS = "adapter", "seeds"
@@ -31,13 +31,22 @@ def read(run: Path) -> tuple[GlobalModel, Mapping[str, Any]]:
     """Return (global model, provenance) of a run directory.
 
     Raises:
-        StoreError: if there is none, or a file is torn.
+        StoreError: if there is none, or a file is torn or changed since it was written.
     """
     if (run / SEEDS).exists():
         model, provenance = seeds.read(run / SEEDS)
         return GlobalModel(seeds=model), provenance
     adapter, saved, provenance = peft.read(run / ADAPTER)
     return GlobalModel(adapter, saved), provenance
+
+
+def remark(run: Path) -> str:
+    """Return why the files of a run's result are not checked; empty if they are.
+
+    Raises:
+        StoreError: if there is none, or its manifest is damaged.
+    """
+    return manifest.open_folder(folder(run)).remark
 
 
 def digest(tuned: GlobalModel) -> str:

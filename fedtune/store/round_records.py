@@ -119,7 +119,7 @@ def scan(path: Path) -> RoundLines:
         where = f"{path}, line {number}"
         try:
             value = json.loads(line)
-        except ValueError as error:  # no JSON, or no UTF-8
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or brackets thousands deep
             if number == len(lines) and not rest:
                 # A file may have grown on the disk before its bytes got there. The lines before were synced earlier.
                 break

@@ -13,6 +13,7 @@ from fedtune.store.typed_json import nan_to_null
 
 VERSION = 1
 """Of rounds.jsonl and of summary.json."""
+SUMMARY_ADVICE = "delete it and resume the run, which writes it again"
 REMEDY = "put back a copy of the run directory, or start the run again with --fresh"
 
 
@@ -55,6 +56,28 @@ def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
     write_text(
         run / "summary.json", json.dumps(nan_to_null({"version": VERSION, **summary}), indent=1, allow_nan=False) + "\n"
     )
+
+
+def read_summary(run: Path) -> Mapping[str, Any] | None:
+    """Return the content of summary.json; None where there is none.
+
+    Raises:
+        StoreError: if it is damaged, or of another version.
+    """
+    path = run / "summary.json"
+    if not path.exists():
+        return None
+    with store_errors(path):
+        data = path.read_bytes()
+    try:
+        content = json.loads(data)
+    # RecursionError: brackets within brackets, thousands deep.
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path}: expected JSON; got {str(error)[:100]}; {SUMMARY_ADVICE}") from error
+    version = content.get("version") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or version != VERSION:
+        raise StoreError(f"{path}: expected version {VERSION}; got {version!r}; read it with the fedtune that wrote it")
+    return content
 
 
 def check_run(run: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import StoreError, WireError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.methods.method import SeedModel
+from fedtune.store import manifest as manifests
 from fedtune.store.files import fill, new_folder, store_errors
 
-LEDGER, MANIFEST, ORIGIN = "ledger.ftks", "manifest.ftkm", "fedtune.json"
+LEDGER, MANIFEST = "ledger.ftks", "manifest.ftkm"
 
 
 def write(path: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> Path:
@@ -28,26 +28,27 @@ def write(path: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> Path:
 
 
 def put(folder: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> None:
-    """Write the three files into a folder of `files.new_folder`."""
+    """Write the three files into a folder of `files.new_folder`, the manifest of all that is in it last."""
     names = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
     fill(folder / LEDGER, seeds.ledger.encode())
     fill(folder / MANIFEST, seeds.manifest.encode())
-    fill(folder / ORIGIN, (json.dumps({**provenance, "trainable": names}, indent=1) + "\n").encode())
+    manifests.write(folder, {**provenance, "trainable": names})
 
 
 def read(path: Path) -> tuple[SeedModel, Mapping[str, Any]]:
     """Return (seeds, provenance) of a folder that `write` made.
 
     Raises:
-        StoreError: if a file is missing, torn, or they do not belong together.
+        StoreError: if a file is missing, torn, changed since it was written, or they do not belong together.
     """
     with store_errors(path):
         if not (path / LEDGER).is_file():
             raise StoreError(f"{path}: expected a seed ledger ({LEDGER}); run fedtune simulate first")
-        parts = [(path / name).read_bytes() for name in (LEDGER, MANIFEST, ORIGIN)]
+    opened = manifests.open_folder(path)
+    provenance = opened.facts
+    parts = [opened.read(name) for name in (LEDGER, MANIFEST)]
     try:
         ledger, manifest = seed_ledger.decode_ledger(parts[0]), decode_manifest(parts[1])
-        provenance = json.loads(parts[2])
         ordinals = tuple(manifest.ordinals[name] for name in provenance["trainable"])
     except (WireError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: expected whole files of one run; {error}; put back a copy") from error

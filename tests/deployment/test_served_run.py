@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+
+import pytest
 
 from fedtune.deployment.served_run import (
     accepted_updates,
@@ -14,8 +15,10 @@ from fedtune.deployment.served_run import (
     result_files,
 )
 from fedtune.deployment.server_setup import data_at_sites
+from fedtune.errors import StoreError
 from fedtune.link.audit_log import AuditLog
 from fedtune.messages import Failure
+from fedtune.store import manifest
 from fedtune.store.run_journal import RunJournal
 from tests.deployment.test_coordinator import RECIPE, promised_state
 from tests.store.test_run_journal import INPUTS
@@ -25,10 +28,24 @@ def test_sites_get_the_result_without_what_it_says_of_each_other(tmp_path: Path)
     assert result_files(tmp_path) == {}
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"numbers")
-    (tmp_path / "adapter" / "fedtune.json").write_text('{"round": 3, "clients": {"anna": {"examples": 7}}}')
+    manifest.write(tmp_path / "adapter", {"round": 3, "clients": {"anna": {"examples": 7}}})
     files = result_files(tmp_path)
     assert bytes(files["adapter/adapter_model.safetensors"]) == b"numbers"
-    assert json.loads(bytes(files["adapter/fedtune.json"])) == {"round": 3}
+    (tmp_path / "site").mkdir()
+    for name, data in files.items():
+        (tmp_path / "site" / name.partition("/")[2]).write_bytes(bytes(data))
+    opened = manifest.open_folder(tmp_path / "site")
+    opened.check()
+    assert opened.facts == {"round": 3}
+
+
+def test_a_damaged_result_goes_to_no_site(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"numbers")
+    manifest.write(tmp_path / "adapter", {"round": 3})
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"number!")
+    with pytest.raises(StoreError, match=r"adapter_model\.safetensors: expected the digest"):
+        result_files(tmp_path)
 
 
 def test_a_journal_promises_what_it_accepts(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import fedtune
 from fedtune import api
 from fedtune.errors import ConfigError
 from fedtune.runs.chat import conversation_ids, open_speaker, turn, voice
+from fedtune.store import manifest
 from tests.store.test_peft_import import foreign
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -54,9 +55,8 @@ def test_an_adapter_of_others_speaks_over_the_base_that_it_names(checkpoints: di
 
 
 def test_another_base_than_the_runs_is_refused(ran: api.Run) -> None:
-    text = (ran.adapter / "fedtune.json").read_text()
-    digest = json.loads(text)["base"]["digest"]
-    (ran.adapter / "fedtune.json").write_text(text.replace(digest, "0" * 64))
+    facts = manifest.open_folder(ran.adapter).facts
+    manifest.write(ran.adapter, {**facts, "base": {**facts["base"], "digest": "0" * 64}})
     with pytest.raises(ConfigError, match="expected the base that"):
         open_speaker(ran.path)
 

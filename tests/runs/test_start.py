@@ -15,6 +15,7 @@ from fedtune.lora.adapter import delta
 from fedtune.methods import METHODS
 from fedtune.runs.local import prepare
 from fedtune.runs.start import start_state
+from fedtune.store import manifest
 from fedtune.store.peft_import import read_adapter
 from tests.store.test_peft_import import foreign
 
@@ -117,8 +118,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
 def test_an_adapter_of_another_base_is_refused(
     tables: dict[str, Any], tmp_path: Path, ran: api.Run, checkpoints: dict[str, Path]
 ) -> None:
-    text = (ran.adapter / "fedtune.json").read_text()
-    digest = read_adapter(ran.adapter).base_digest
-    (ran.adapter / "fedtune.json").write_text(text.replace(digest, "0" * 64))
+    facts = manifest.open_folder(ran.adapter).facts
+    manifest.write(ran.adapter, {**facts, "base": {**facts["base"], "digest": "0" * 64}})
     with pytest.raises(ConfigError, match=r"adapter\.start: expected an adapter of the base that is loaded"):
         silent(starting(tables, ran.path), tmp_path / "next")

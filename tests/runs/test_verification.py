@@ -11,7 +11,7 @@ import pytest
 from fedtune.errors import StoreError
 from fedtune.runs.local import Experiment, run_context
 from fedtune.runs.verification import check_results
-from fedtune.store import peft
+from fedtune.store import manifest, peft
 from tests.runs.conftest import cut, edit, read_lines, run_prepared
 
 # peft asks transformers by a name that transformers is about to drop
@@ -41,9 +41,10 @@ def test_a_changed_or_missing_adapter_is_written_again_from_the_state(prepared: 
         (lambda run: edit(run / "rounds.jsonl", read_lines(run)[1]["state_digest"], "ab" * 32), "got abababababab"),
         (lambda run: edit(run / "recipe.toml", "steps = 3", "steps = 4"), r"recipe.toml: .*client.steps: 3 -> 4"),
         (
-            lambda run: edit(run / "adapter" / "fedtune.json", '"round": 2', '"round": 1'),
+            lambda run: manifest.write(run / "adapter", {**manifest.open_folder(run / "adapter").facts, "round": 1}),
             "expected the adapter of round 2",
         ),
+        (lambda run: edit(run / "adapter" / "fedtune.json", '"round": 2', '"round": 1'), "with its own digest"),
     ],
 )
 def test_what_was_removed_or_changed_is_detected(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from fedtune.directions.bank import BANKS
 from fedtune.directions.seed_ledger import SeedLedger, describe_base
 from fedtune.errors import StoreError
 from fedtune.methods.method import SeedModel
-from fedtune.store import seeds
+from fedtune.store import manifest, seeds
 
 LISTED = describe_base({name: np.full((2, 3), value, np.float32) for value, name in enumerate(("a", "b", "layers.é"))})
 
@@ -55,17 +56,17 @@ def test_a_file_that_is_torn_or_missing_is_told_by_its_folder(file: str, tmp_pat
     whole = (folder / file).read_bytes()
     for length in range(0, len(whole) - 1, 7):
         (folder / file).write_bytes(whole[:length])
-        with pytest.raises(StoreError, match=r"seeds: expected (whole files|the manifest).*; put back a copy"):
+        with pytest.raises(StoreError, match=rf"seeds/{file}: expected .*; put back a copy"):
             seeds.read(folder)
     (folder / file).unlink()
     with pytest.raises(StoreError, match="seeds"):
         seeds.read(folder)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"trainable": 3}', '{"trainable": ["c"]}', '{"trainable": [[]]}', "\0"])
-def test_a_provenance_that_names_no_tensors_of_the_base_is_refused(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("facts", [{}, {"trainable": 3}, {"trainable": ["c"]}, {"trainable": [[]]}])
+def test_a_provenance_that_names_no_tensors_of_the_base_is_refused(facts: Any, tmp_path: Path) -> None:
     folder = seeds.write(tmp_path / "seeds", change(), {})
-    (folder / "fedtune.json").write_text(text)
+    manifest.write(folder, facts)
     with pytest.raises(StoreError, match="expected whole files of one run"):
         seeds.read(folder)
 
@@ -74,6 +75,9 @@ def test_the_manifest_of_another_base_is_refused(tmp_path: Path) -> None:
     folder = seeds.write(tmp_path / "seeds", change(), {})
     other = describe_base({name: np.full((2, 3), 9, np.float32) for name in ("a", "b", "layers.é")})
     (folder / "manifest.ftkm").write_bytes(other.encode())
+    with pytest.raises(StoreError, match=r"manifest\.ftkm: expected the digest"):
+        seeds.read(folder)
+    manifest.write(folder, manifest.parse((folder / manifest.NAME).read_bytes(), folder).facts)
     with pytest.raises(StoreError, match="expected the manifest that the ledger names; got another"):
         seeds.read(folder)
 
