@@ -88,6 +88,7 @@ class RunningServer:
     def __init__(self, dispatcher: Dispatcher, service: Service, server: grpc.aio.Server, port: int) -> None:
         self.dispatcher, self.service, self.port, self._server = dispatcher, service, port, server
         self.done = asyncio.Event()
+        self._watch = asyncio.create_task(service.watch())
 
     async def drain(self, seconds: float) -> None:
         """Wait until no transfer is under way and every client knows of the end, at most so long; then close all.
@@ -101,6 +102,7 @@ class RunningServer:
             # A download of the result goes on for as long as bytes flow, however slow the line is.
             if self.dispatcher.finished and self.service.fetched_bytes > sent:
                 sent, ends = self.service.fetched_bytes, loop.time() + seconds
+        self._watch.cancel()
         await self._server.stop(grace=min(1.0, seconds))
         self.service.close()
 

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
 from fedtune.errors import StoreError
-from fedtune.link import uploads
 from fedtune.link.audit_log import RecordEvent, ignore_event
 from fedtune.link.envelopes import PROTOCOL, digest, verify_envelope
-from fedtune.link.pki.certificates import serial_number, spiffe_parts
-from fedtune.link.pki.roster import Party, Roster, RosterFile, find_party
-from fedtune.link.rejections import RejectionError, describe, one_line, reason_name, rejection
+from fedtune.link.pki.roster import Party, RosterFile, find_party
+from fedtune.link.rejections import TRANSIENT, RejectionError, describe, one_line, reason_name, rejection
+from fedtune.link.server.callers import CallContext, Callers, caller_name, identify
 from fedtune.link.server.dispatcher import Dispatcher
+from fedtune.link.server.limits import CallQuota, OpenCall, OpenCalls
+from fedtune.link.server.receiving import receive
 from fedtune.link.settings import KIB, MIB
 from fedtune.wire.v1 import link_pb2 as pb
 
-CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+FetchContext: TypeAlias = "grpc.aio.ServicerContext[pb.FetchRequest, pb.Chunk]"
 Reply = TypeVar("Reply")
-BATCH_BYTES = MIB
-"""Of an upload that are hashed and written at once: one change of threads for many messages."""
 RECEIPT_WAIT_S = 20.0
 """How long a Submit is held for its receipt; below the idle limits of common proxies."""
 BUSY_RETRY_MS = 100
 DISK_THREADS = 4
+PENALTY_S = 0.5
+"""After which a client above its quota hears so."""
+LOOK_S = 0.25
+"""Between two looks at the calls that are under way."""
 MAX_HELD_TASKS = 16
 MAX_INLINE_PARTS = 64
 """As many as a header may name."""
@@ -73,13 +74,9 @@ class Service:
         self._plan = dispatcher.run.plan()
         # Disk and hashing in threads: in the loop they would delay the calls of all clients.
         self._disk = ThreadPoolExecutor(max_workers=DISK_THREADS, thread_name_prefix="fedtune disk")
-        # Without a lock: every call runs in one loop, and none waits between a test of these and a change.
-        self._free_uploads = settings.max_concurrent_uploads
-        self._free_downloads = settings.max_concurrent_downloads
-        self._pushing = set[tuple[str, bytes]]()  # by client and part
-        self._calls: dict[str, deque[float]] = {}  # times of the last minute's, by client
-        self.transfers = 0
-        """Under way now."""
+        self._callers = Callers(roster, dispatcher.blocklist, now=now)
+        self._quota = CallQuota(settings.calls_per_min, clock)
+        self._open = OpenCalls(settings, clock)
         self.fetched_bytes = 0
         """That clients have fetched."""
 
@@ -87,7 +84,7 @@ class Service:
 
     async def hello(self, request: pb.HelloRequest, context: CallContext) -> pb.HelloReply:
         try:
-            party = self._authenticate(context)
+            party = await self._authenticate(context, hello=True)
             if PROTOCOL not in request.protocols:
                 raise rejection(pb.PROTOCOL, "protocols", f"version {PROTOCOL} among them", list(request.protocols)[:8])
             if request.federation != self._dispatcher.run.federation:
@@ -113,7 +110,7 @@ class Service:
 
     async def next(self, request: pb.NextRequest, context: CallContext) -> pb.NextReply:
         try:
-            party = self._authenticate(context)
+            party = await self._authenticate(context)
             if request.epoch != self._epoch:
                 raise rejection(pb.STALE_EPOCH, "epoch", "this server's", "another's; say hello")
             self._check_process(party.name, request.process)
@@ -122,40 +119,44 @@ class Service:
         # Cut: a long list from outside would slow down every look at the tasks.
         holding = tuple(request.holding[:MAX_HELD_TASKS])
         offer = partial(self._dispatcher.offer, party.name, holding)
-        reply = await self._hold(party.name, offer, self._dispatcher.settings.hold_s)
+        try:
+            reply = await self._hold(context, party.name, offer, self._dispatcher.settings.hold_s)
+        except RejectionError as error:
+            return pb.NextReply(refusal=self._refusal(context, error))
         return reply or pb.NextReply(wait=pb.Wait())
 
-    async def fetch(self, request: pb.FetchRequest, context: CallContext) -> AsyncIterator[pb.Chunk]:
+    async def fetch(self, request: pb.FetchRequest, context: FetchContext) -> None:
         try:
-            party = self._authenticate(context)
+            party = await self._authenticate(context)
             body = memoryview(self._dispatcher.body(party.name, request.digest))
             if request.offset > len(body):
                 raise rejection(pb.OFFSET, "offset", f"at most {len(body)}", request.offset)
-            if not self._free_downloads:
-                limit = self._dispatcher.settings.max_concurrent_downloads
-                raise rejection(pb.BUSY, "downloads", f"at most {limit} at once", "one more")
+            call = self._begin_download(context, party.name, request.digest)
         except RejectionError as error:
-            yield pb.Chunk(refusal=self._refusal(context, error))
+            await context.write(pb.Chunk(refusal=self._refusal(context, error)))
             return
         step, sent = self._limits.part_bytes, request.offset
-        self._free_downloads -= 1
-        self.transfers += 1
+        call.left_bytes = len(body) - sent
         try:
-            while sent < len(body):
-                # Copied part by part: a body may be larger than the memory that is free.
-                yield pb.Chunk(data=bytes(body[sent : sent + step]))
-                self.fetched_bytes += min(len(body), sent + step) - sent
-                sent = min(len(body), sent + step)
+            while sent < len(body) and not call.ending:
+                # Copied part by part: a body may be larger than the memory that is free. The next one waits until this
+                # one has left, since a reader that does not read must not fill it either.
+                await context.write(pb.Chunk(data=bytes(body[sent : sent + step])))
+                moved = min(len(body), sent + step) - sent
+                self.fetched_bytes += moved
+                sent += moved
+                call.move(moved)
                 self._dispatcher.sign_of_life(party.name)
+            if call.error is not None:
+                await context.write(pb.Chunk(refusal=self._refusal(context, call.error)))
         finally:
-            self._free_downloads += 1
-            self.transfers -= 1
+            self._open.finish(call)
             num_bytes = sent - request.offset
             self._record("fetched", client=party.name, part=request.digest.hex(), bytes=num_bytes)
 
     async def submit(self, request: pb.SubmitRequest, context: CallContext) -> pb.SubmitReply:
         try:
-            party = self._authenticate(context)
+            party = await self._authenticate(context)
         except RejectionError as error:
             return pb.SubmitReply(refusal=self._refusal(context, error))
         try:
@@ -165,7 +166,7 @@ class Service:
                 raise rejection(pb.AUTHOR_MISMATCH, "author", party.name, author.name)
             inline = {part.digest: part.data for part in request.inline[:MAX_INLINE_PARTS]}
             submit = partial(self._dispatcher.submit, party.name, digest(request.envelope), header, inline)
-            reply = await self._hold(party.name, submit, RECEIPT_WAIT_S)
+            reply = await self._hold(context, party.name, submit, RECEIPT_WAIT_S)
         except RejectionError as error:
             self._dispatcher.count_refusal(party.name, error.refusal)
             return pb.SubmitReply(refusal=self._refusal(context, error, party=party))
@@ -173,11 +174,19 @@ class Service:
 
     async def push(self, requests: AsyncIterator[pb.PushPart], context: CallContext) -> AsyncIterator[pb.PushAck]:
         party: Party | None = None
+        call: OpenCall | None = None
         try:
-            party = self._authenticate(context)
-            with self._upload_slot():
-                async for received, complete in self._receive(party.name, requests):
-                    yield pb.PushAck(taken=received, complete=complete)
+            party = await self._authenticate(context)
+            call = self._begin_upload(context, party.name)
+            async for received, complete in receive(self._dispatcher, self._disk, call, requests):
+                yield pb.PushAck(taken=received, complete=complete)
+        except asyncio.CancelledError:
+            # The client has gone, unless the call was ended here.
+            if call is None or call.error is None:
+                raise
+            end_cancellation()
+            # Not counted towards barring: the order may have closed, or the roster changed, in the middle of it.
+            yield pb.PushAck(refusal=self._refusal(context, call.error, party=party))
         except RejectionError as error:
             if party is not None:
                 self._dispatcher.count_refusal(party.name, error.refusal)
@@ -187,144 +196,99 @@ class Service:
             # The operator's trouble and not the client's fault: it is not counted, and passes.
             problem = rejection(pb.DISK_LOW, "disk", "a disk that can be written", "none")
             yield pb.PushAck(refusal=self._refusal(context, problem, party=party))
+        finally:
+            if call is not None:
+                self._open.finish(call)
 
     # ---- shared by the calls ----
 
     def close(self) -> None:
         self._disk.shutdown(wait=False, cancel_futures=True)
 
-    def _authenticate(self, context: CallContext) -> Party:
+    @property
+    def transfers(self) -> int:
+        """Uploads and downloads under way now."""
+        return self._open.transfers
+
+    async def watch(self) -> None:
+        """End calls that must not go on, until cancelled."""
+        pause = min(LOOK_S, self._dispatcher.settings.stall_s / 4)
+        while True:
+            await asyncio.sleep(pause)
+            self._open.look()
+
+    async def _authenticate(self, context: CallContext, *, hello: bool = False) -> Party:
         """Return the client that calls, as its certificate and the roster name it.
 
         Raises:
             RejectionError: if it may not call.
         """
-        federation, name, serial = certificate_identity(caller_certificate(context))
-        roster = self._valid_roster()
-        if federation != roster.federation:
-            raise rejection(pb.WRONG_FEDERATION, "certificate", roster.federation, federation)
-        party = roster.parties.get(name)
-        if party is None:
-            raise rejection(pb.NOT_IN_ROSTER, "certificate", f"a party of {roster.federation}", name)
-        if party.state != "active":
-            raise rejection(pb.REVOKED, "roster", "an active party", f"{name}, {party.state}")
-        # TLS has accepted every certificate of the CA; the roster names those that still count after a renewal.
-        if serial not in party.serials:
-            raise rejection(pb.SERIAL_UNKNOWN, "certificate", " or ".join(party.serials), serial)
-        if party.role != "client":
-            raise rejection(pb.WRONG_ROLE, "roster", "the role client", f"{name}, {party.role}")
-        if reason := self._dispatcher.blocklist.reason(name):
-            raise rejection(pb.BARRED, "operator", f"{name} to be admitted", reason)
-        # Last: only clients of the roster get a queue, so that strangers cannot fill the memory.
-        self._limit_calls(name)
-        return party
+        caller = identify(context)
+        # First, and by the name in the certificate: a flood of one that is not admitted is a flood, too.
+        self._quota.count(caller.name)
+        if hello:
+            self._quota.count(caller.name, "hellos")
+        try:
+            self._quota.check(caller.name, hello=hello)
+        except RejectionError:
+            # gRPC bounds the calls of a connection, so a pause in each bounds how many a flood makes in a second.
+            await asyncio.sleep(PENALTY_S)
+            raise
+        return self._callers.admit(caller)
+
+    def _begin_download(self, context: CallContext, client: str, part: bytes) -> OpenCall:
+        caller, task = identify(context), this_task()
+        return self._open.begin(
+            client,
+            "download",
+            interrupt=lambda: None,  # looked for between two parts: gRPC cannot take back one that is on its way
+            abandon=task.cancel,
+            check=lambda: (self._callers.admit(caller), self._dispatcher.body(client, part)),
+        )
+
+    def _begin_upload(self, context: CallContext, client: str) -> OpenCall:
+        caller, task = identify(context), this_task()
+        return self._open.begin(
+            client, "upload", interrupt=task.cancel, abandon=task.cancel, check=lambda: self._callers.admit(caller)
+        )
 
     def _check_process(self, name: str, process: int) -> None:
         """Refuse a second process with the same key, until the first has gone."""
         if not self._dispatcher.claim(name, process):
             raise rejection(pb.NAME_IN_USE, "process", f"one process under the name {name}", "a second one")
 
-    def _valid_roster(self) -> Roster:
-        roster = self._roster.current()
-        # It may still name clients that have been revoked since.
-        if self._now() > roster.valid_until:
-            got = f"version {roster.version}"
-            raise rejection(pb.ROSTER_OLD, "roster", "a roster on the server that is valid", got)
-        return roster
+    async def _hold(
+        self, context: CallContext, client: str, ask: Callable[[], Reply | None], seconds: float
+    ) -> Reply | None:
+        """Return the first reply of `ask`, which is called whenever something changes; None after so many seconds.
 
-    def _limit_calls(self, name: str) -> None:
-        calls, now, limit = (
-            self._calls.setdefault(name, deque()),
-            self._clock(),
-            self._dispatcher.settings.calls_per_min,
-        )
-        while calls and now - calls[0] > 60:
-            calls.popleft()
-        if len(calls) >= limit:
-            raise rejection(pb.TOO_MANY_CALLS, "calls", f"at most {limit} a minute", len(calls) + 1)
-        calls.append(now)
-
-    async def _hold(self, client: str, ask: Callable[[], Reply | None], seconds: float) -> Reply | None:
-        """Return the first reply of `ask`, which is called whenever something changes; None after so many seconds."""
+        Raises:
+            RejectionError: of `ask`; or if the client is no longer admitted.
+        """
         if (reply := ask()) is not None:
             self._dispatcher.sign_of_life(client)
             return reply
-        changed, loop = asyncio.Event(), asyncio.get_running_loop()
+        changed, loop, caller = asyncio.Event(), asyncio.get_running_loop(), identify(context)
+        call = self._open.begin(client, "held", interrupt=changed.set, check=lambda: self._callers.admit(caller))
         leave = self._dispatcher.listen(client, partial(wake, loop, changed))
         self._dispatcher.hold(client, 1)
         ends = loop.time() + seconds
         try:
             # Asked again after listening: a change in between would be missed, and the client wait in vain.
-            while (reply := ask()) is None and (left := ends - loop.time()) > 0:
+            while (reply := ask()) is None and not call.ending and (left := ends - loop.time()) > 0:
                 # `wake` sets it in this loop, and nothing waits between `ask` and here: no change falls in between.
                 changed.clear()
                 try:
                     await asyncio.wait_for(changed.wait(), left)
                 except TimeoutError:
                     break
+            if call.error is not None:
+                raise call.error
             return reply
         finally:
+            self._open.finish(call)
             leave()
             self._dispatcher.hold(client, -1)
-
-    @contextmanager
-    def _upload_slot(self) -> Iterator[None]:
-        if not self._free_uploads:
-            limit = self._dispatcher.settings.max_concurrent_uploads
-            raise rejection(pb.BUSY, "uploads", f"at most {limit} at once", "one more")
-        self._free_uploads -= 1
-        self.transfers += 1
-        try:
-            yield
-        finally:
-            self._free_uploads += 1
-            self.transfers -= 1
-
-    async def _receive(self, client: str, requests: AsyncIterator[pb.PushPart]) -> AsyncIterator[tuple[int, bool]]:
-        """Write an upload to the disk; yields the bytes received so far, and whether the part is whole."""
-        loop, stall_s = asyncio.get_running_loop(), self._dispatcher.settings.stall_s
-        stream = aiter(requests)
-        first = await next_message(stream, stall_s)
-        if first is None:
-            return
-        part = self._dispatcher.missing_part(client, first.answer, first.digest)
-        key = (client, first.digest)
-        # Two transfers of one part would append to one file.
-        if key in self._pushing:
-            got = "another; the one before may not have noticed its end"
-            raise rejection(pb.BUSY, "part", "one transfer of it", got)
-        self._pushing.add(key)
-        path = uploads.part_path(self._dispatcher.folder, client, part.digest)
-        incoming = None
-        try:
-            incoming = await loop.run_in_executor(self._disk, uploads.IncomingUpload, path, part, first.offset)
-            waiting, size = [first.data], len(first.data)
-            while True:
-                # The last bytes are written at once, all others in batches.
-                if size >= BATCH_BYTES or incoming.received_bytes + size >= part.num_bytes:
-                    await loop.run_in_executor(self._disk, incoming.append, b"".join(waiting))
-                    self._dispatcher.count_bytes(client, size)
-                    waiting, size = [], 0
-                    if incoming.received_bytes == part.num_bytes:
-                        break
-                    # Acknowledged when written: the client's window then bounds what waits in this process's memory.
-                    yield incoming.received_bytes, False
-                if (message := await next_message(stream, stall_s)) is None:
-                    # Cut off: what came stays on the disk, and the next transfer goes on behind it.
-                    return
-                waiting.append(message.data)
-                size += len(message.data)
-            if incoming.finish():
-                self._dispatcher.add_pushed_part(client, first.answer, part.digest)
-                yield incoming.received_bytes, True
-        finally:
-            self._pushing.discard(key)
-            if incoming is not None:
-                # Also when the call is cancelled, so that nothing is sent twice; a batch at most, so the loop goes on.
-                if waiting and incoming.received_bytes + size <= part.num_bytes:
-                    incoming.append(b"".join(waiting))
-                    self._dispatcher.count_bytes(client, size)
-                incoming.close()
 
     def _refusal(self, context: CallContext, error: RejectionError, *, party: Party | None = None) -> pb.Refusal:
         """Record a refusal, and return it as it is sent; not a stale epoch: every restart causes one.
@@ -332,6 +296,8 @@ class Service:
         Nor a second process under one name, which asks again and again: the dispatcher records it once.
         """
         name = party.name if party is not None else caller_name(context)
+        if error.refusal.reason not in TRANSIENT:
+            self._quota.count(name, "refusals")
         if error.refusal.reason not in (pb.STALE_EPOCH, pb.NAME_IN_USE):
             reason, code = describe(error.refusal), reason_name(error.refusal.reason)
             self._record("refused", client=name, reason=reason, code=code)
@@ -343,47 +309,17 @@ def wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
     loop.call_soon_threadsafe(event.set)
 
 
-async def next_message(stream: AsyncIterator[pb.PushPart], stall_s: float) -> pb.PushPart | None:
-    """Return the next message, or None at the stream's end.
-
-    Raises:
-        RejectionError: if none comes within `stall_s`.
-    """
-    try:
-        return await asyncio.wait_for(anext(stream), stall_s)
-    except StopAsyncIteration:
-        return None
-    except TimeoutError:
-        raise rejection(pb.STALLED, "push", f"bytes within {stall_s:g} s", "none") from None
+def this_task() -> asyncio.Task[Any]:
+    """Return the task of the call that is being served."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
-def caller_certificate(context: CallContext) -> bytes:
-    """Return the certificate of the caller (PEM), which TLS has verified against the federation's CA."""
-    (pem,) = context.auth_context()["x509_pem_cert"]
-    return bytes(pem)
-
-
-# Every call brings the certificate, which is the same for a whole connection.
-@lru_cache(maxsize=1024)
-def certificate_identity(pem: bytes) -> tuple[str, str, str]:
-    """Return federation, name and serial number of a certificate.
-
-    Raises:
-        RejectionError: if it names no party of a federation.
-    """
-    try:
-        federation, _, name = spiffe_parts(pem)
-    except ValueError as error:
-        raise rejection(pb.NOT_IN_ROSTER, "certificate", "one made by fedtune enroll", error) from None
-    return federation, name, serial_number(pem)
-
-
-def caller_name(context: CallContext) -> str:
-    """Return the name in the caller's certificate, for a log."""
-    try:
-        return certificate_identity(caller_certificate(context))[1]
-    except RejectionError:
-        return "(unknown)"
+def end_cancellation() -> None:
+    """Have the task of a call go on after it was cancelled from within the server."""
+    while this_task().uncancel():
+        pass
 
 
 def rpc_handlers(service: Service) -> grpc.GenericRpcHandler:

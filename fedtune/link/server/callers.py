@@ -1,0 +1,101 @@
+"""Who calls: the party that a certificate and the roster name, looked at with every call and as long as it lasts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import grpc
+
+from fedtune.link.pki.certificates import serial_number, spiffe_parts
+from fedtune.link.pki.roster import Party, Roster, RosterFile
+from fedtune.link.rejections import RejectionError, rejection
+from fedtune.link.server.blocklist import Blocklist
+from fedtune.wire.v1 import link_pb2 as pb
+
+CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+UNKNOWN = "(unknown)"
+"""Name in the log of a caller whose certificate names no party."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What the certificate of a connection says, which TLS has verified against the federation's CA."""
+
+    federation: str
+    name: str
+    serial: str
+
+
+class Callers:
+    """Admits callers by the newest roster and blocklist."""
+
+    def __init__(self, roster: RosterFile, blocklist: Blocklist, *, now: Callable[[], float] = time.time) -> None:
+        self._roster, self._blocklist, self._now = roster, blocklist, now
+
+    def admit(self, caller: Caller) -> Party:
+        """Return the client that a caller is; asked again while a call lasts, since the answer may change.
+
+        Raises:
+            RejectionError: if it may not call.
+        """
+        roster = self._valid_roster()
+        if caller.federation != roster.federation:
+            raise rejection(pb.WRONG_FEDERATION, "certificate", roster.federation, caller.federation)
+        party = roster.parties.get(caller.name)
+        if party is None:
+            raise rejection(pb.NOT_IN_ROSTER, "certificate", f"a party of {roster.federation}", caller.name)
+        if party.state != "active":
+            raise rejection(pb.REVOKED, "roster", "an active party", f"{caller.name}, {party.state}")
+        # TLS has accepted every certificate of the CA; the roster names those that still count after a renewal.
+        if caller.serial not in party.serials:
+            raise rejection(pb.SERIAL_UNKNOWN, "certificate", " or ".join(party.serials), caller.serial)
+        if party.role != "client":
+            raise rejection(pb.WRONG_ROLE, "roster", "the role client", f"{caller.name}, {party.role}")
+        if reason := self._blocklist.reason(caller.name):
+            raise rejection(pb.BARRED, "operator", f"{caller.name} to be admitted", reason)
+        return party
+
+    def _valid_roster(self) -> Roster:
+        roster = self._roster.current()
+        # It may still name clients that have been revoked since.
+        if self._now() > roster.valid_until:
+            got = f"version {roster.version}"
+            raise rejection(pb.ROSTER_OLD, "roster", "a roster on the server that is valid", got)
+        return roster
+
+
+def identify(context: CallContext) -> Caller:
+    """Return who calls, by its certificate alone.
+
+    Raises:
+        RejectionError: if it names no party of a federation.
+    """
+    (pem,) = context.auth_context()["x509_pem_cert"]
+    return read_certificate(bytes(pem))
+
+
+# Every call brings the certificate, which is the same for a whole connection.
+@lru_cache(maxsize=1024)
+def read_certificate(pem: bytes) -> Caller:
+    """Return federation, name and serial number of a certificate.
+
+    Raises:
+        RejectionError: if it names no party of a federation.
+    """
+    try:
+        federation, _, name = spiffe_parts(pem)
+    except ValueError as error:
+        raise rejection(pb.NOT_IN_ROSTER, "certificate", "one made by fedtune enroll", error) from None
+    return Caller(federation, name, serial_number(pem))
+
+
+def caller_name(context: CallContext) -> str:
+    """Return the name in the caller's certificate, for a log."""
+    try:
+        return identify(context).name
+    except RejectionError:
+        return UNKNOWN

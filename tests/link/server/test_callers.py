@@ -1,0 +1,82 @@
+"""Who may call is asked with every call, while it lasts, and before anything is written."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.link.pki import authority
+from fedtune.link.rejections import RejectionError
+from fedtune.link.server.callers import Caller, read_certificate
+from fedtune.link.settings import LinkSettings
+from fedtune.wire.v1 import link_pb2 as pb
+from tests.link.ceremony import copy_roster
+from tests.link.harness import assignment
+from tests.link.link_server import SETTINGS, LinkServer, greeting, run_link_server
+from tests.link.server.test_receiving import DATA, pushing, trickle
+from tests.link.server.test_service import begun, post_task, reason, until
+
+
+def test_a_certificate_names_its_party_and_another_file_none(link: LinkServer) -> None:
+    identity = link.identities["site-a"]
+    assert read_certificate(identity.certificate) == Caller("care", "site-a", identity.serial)
+    with pytest.raises(RejectionError, match="NOT_IN_ROSTER"):
+        read_certificate(identity.ca)
+
+
+def revoke(link: LinkServer) -> None:
+    authority.revoke(link.places["ca"], "site-a", now=int(link.time.now))
+    copy_roster(link.places["ca"], link.places, to=["server"])
+    link.clock.now += 2
+
+
+def bar(link: LinkServer) -> None:
+    link.dispatcher.blocklist.block("site-a", "by the operator")
+
+
+@pytest.mark.guarantee("G2")
+@pytest.mark.parametrize(("change", "code"), [(revoke, "REVOKED"), (bar, "BARRED")])
+def test_calls_under_way_end_when_their_member_is_taken_out(
+    tmp_path: Path, change: Callable[[LinkServer], None], code: str
+) -> None:
+    with run_link_server(tmp_path, replace(SETTINGS, hold_s=300, stall_s=60, part_kib=256)) as link:
+        held, calls, body = list[pb.NextReply](), link.calls(), bytes(2**25)
+        post_task(link, "site-a", assignment("site-a", 1).header, {sha256(body).hexdigest(): body})
+        fetched: Any = link.calls().fetch(pb.FetchRequest(digest=sha256(body).digest()), timeout=60)
+        assert next(fetched).data
+        _, first = begun(link, "site-a", DATA)
+        epoch = greeting(calls).epoch
+        ends = threading.Event()
+        thread, acks = pushing(link, "site-a", trickle(first, ends=ends, each=pb.PushPart(data=bytes(4096))))
+        offered = [pb.Header.FromString(task.envelope.header) for task in link.dispatcher._tasks.of_client("site-a")]
+        holding = [task.digest for task in link.dispatcher._tasks.of_client("site-a")]
+        assert len(offered) == len(holding)
+        question = pb.NextRequest(epoch=epoch, holding=holding)
+        waiter = threading.Thread(target=lambda: held.append(calls.next(question, timeout=60)))
+        waiter.start()
+        until(link, lambda: link.dispatcher.status()["site-a"].seen_s == 0.0)
+        change(link)
+        waiter.join()
+        thread.join()
+        ends.set()
+        assert reason(held[0].refusal) == code
+        assert reason(acks[-1].refusal) == code
+        # What was under way when it was taken out may still be in buffers; the whole body never comes.
+        chunks = list(fetched)
+        assert reason(chunks[-1].refusal) == code
+        assert sum(len(one.data) for one in chunks) < len(body)
+
+
+@pytest.mark.guarantee("G14")
+def test_a_member_that_is_refused_all_the_time_is_put_off_without_a_look(tmp_path: Path) -> None:
+    with run_link_server(tmp_path, LinkSettings(listen="127.0.0.1:0", drain_s=0)) as link:
+        calls = link.calls()
+        codes = [reason(greeting(calls, protocols=[99]).refusal) for _ in range(31)]
+        assert codes == ["PROTOCOL"] * 30 + ["TOO_MANY_CALLS"]
+        assert reason(greeting(link.calls("site-b")).refusal) == "REASON_UNSET"

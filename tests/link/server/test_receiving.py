@@ -1,0 +1,131 @@
+"""Transfers over real gRPC: one bad member with every trick it has, and an honest one beside it."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.link.uploads import part_path
+from fedtune.wire.v1 import link_pb2 as pb
+from tests.link.harness import assignment
+from tests.link.link_server import SETTINGS, LinkServer, run_link_server
+from tests.link.server.test_service import Sender, begun, parts, post_task, reason, until
+
+DATA = bytes(range(256)) * 4000
+
+
+def trickle(*messages: pb.PushPart, ends: threading.Event, each: pb.PushPart) -> Iterator[pb.PushPart]:
+    """Yield messages, and then one more every few milliseconds."""
+    yield from messages
+    while not ends.wait(0.005):
+        yield each
+
+
+def pushing(link: LinkServer, name: str, messages: Iterator[pb.PushPart]) -> tuple[threading.Thread, list[pb.PushAck]]:
+    """Push in a thread; the acknowledgements are in the list when it has ended."""
+    acks, calls = list[pb.PushAck](), link.calls(name)
+    thread = threading.Thread(target=lambda: acks.extend(calls.push(messages, timeout=60)))
+    thread.start()
+    return thread, acks
+
+
+@pytest.mark.guarantee("G14")
+@pytest.mark.parametrize("data", [b"", b"x"])
+def test_messages_without_bytes_do_not_keep_a_place(tmp_path: Path, data: bytes) -> None:
+    with run_link_server(tmp_path, replace(SETTINGS, stall_s=0.2)) as link:
+        _, first = begun(link, "site-a", DATA)
+        ends = threading.Event()
+        thread, acks = pushing(link, "site-a", trickle(first, ends=ends, each=pb.PushPart(data=data)))
+        thread.join()
+        ends.set()
+    assert reason(acks[-1].refusal) in ("STALLED", "LENGTH")
+
+
+@pytest.mark.guarantee("G14")
+def test_tiny_messages_are_refused_long_before_they_fill_the_memory(link: LinkServer) -> None:
+    _, first = begun(link, "site-a", DATA)
+    tiny = pb.PushPart(data=b"x")
+    acks = list(link.calls().push(iter([first, *[tiny] * 1000]), timeout=30))
+    assert reason(acks[-1].refusal) == "LENGTH"
+    assert "messages of 4096 bytes or more" in acks[-1].refusal.expected
+
+
+@pytest.mark.guarantee("G14")
+def test_announced_uploads_of_one_member_leave_the_places_of_others(tmp_path: Path) -> None:
+    """Eight of them stopped everybody."""
+    with run_link_server(tmp_path, replace(SETTINGS, max_concurrent_uploads=2, stall_s=60)) as link:
+        _, first = begun(link, "site-a", DATA)
+        senders = [Sender(first), *(Sender() for _ in range(7))]
+        streams: list[Any] = [link.calls().push(senders[0], timeout=60)]
+        until(link, lambda: part_path(link.dispatcher.folder, "site-a", sha256(DATA).digest()).exists())
+        for sender in senders[1:]:
+            streams.append(link.calls().push(sender, timeout=60))
+            assert reason(next(streams[-1]).refusal) == "BUSY"
+        other, _ = begun(link, "site-b", DATA)
+        assert list(link.calls("site-b").push(parts(other, DATA), timeout=10))[-1].complete
+        for stream, sender in zip(streams, senders, strict=True):
+            stream.cancel()
+            sender.halt.set()
+
+
+@pytest.mark.guarantee("G14")
+def test_a_reader_that_does_not_read_loses_its_place(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, max_concurrent_downloads=1, part_kib=256, stall_s=0.3)
+    with run_link_server(tmp_path, settings) as link:
+        body = bytes(2**25)
+        for name in ("site-a", "site-b"):
+            post_task(link, name, assignment(name, 1).header, {sha256(body).hexdigest(): body})
+        request = pb.FetchRequest(digest=sha256(body).digest())
+        slow: Any = link.calls().fetch(request, timeout=60)
+        assert next(slow).data
+
+        others = link.calls("site-b")
+
+        def through() -> bool:
+            return sum(len(one.data) for one in others.fetch(request, timeout=30)) == len(body)
+
+        until(link, through)
+        slow.cancel()
+
+
+@pytest.mark.guarantee("G14")
+def test_transfers_end_with_their_order_and_do_not_count_towards_barring(tmp_path: Path) -> None:
+    with run_link_server(tmp_path, replace(SETTINGS, bar_after=1, stall_s=60, part_kib=256)) as link:
+        body = bytes(2**25)
+        post_task(link, "site-a", assignment("site-a", 1).header, {sha256(body).hexdigest(): body})
+        fetched: Any = link.calls().fetch(pb.FetchRequest(digest=sha256(body).digest()), timeout=60)
+        assert next(fetched).data
+        _, first = begun(link, "site-a", DATA)
+        sender = Sender(first)
+        thread, acks = pushing(link, "site-a", iter(sender))
+        until(link, lambda: part_path(link.dispatcher.folder, "site-a", sha256(DATA).digest()).exists())
+        link.dispatcher.end_round(1)
+        thread.join()
+        sender.halt.set()
+        assert reason(acks[-1].refusal) == "NOT_WANTED"
+        assert reason(list(fetched)[-1].refusal) == "NOT_WANTED"
+        assert not link.dispatcher.blocklist.reason("site-a")
+        assert not list(link.dispatcher.folder.iterdir())  # nor does anything stay on the disk
+
+
+def test_a_cut_upload_leaves_each_byte_once(tmp_path: Path) -> None:
+    """Found wrong: a client that went away during a write had its last batch appended twice."""
+    with run_link_server(tmp_path, replace(SETTINGS, part_kib=256)) as link:
+        data = random.Random(0).randbytes(2**24)
+        envelope, _ = begun(link, "site-a", data)
+        calls = link.calls()
+        for _ in range(10):
+            (want,) = calls.submit(pb.SubmitRequest(envelope=envelope), timeout=10).wanted.parts
+            stream: Any = calls.push(islice(parts(envelope, data, want.offset, step=2**16), 20), timeout=10)
+            next(stream, None)
+            stream.cancel()
+        stored = part_path(link.dispatcher.folder, "site-a", sha256(data).digest()).read_bytes()
+        assert stored == data[: len(stored)]
