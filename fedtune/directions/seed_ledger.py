@@ -26,6 +26,8 @@ DTYPE_CODES: Mapping[str, int] = {"fp32": 1, "fp16": 2, "bf16": 3}
 DTYPE_NAMES: Mapping[int, str] = {code: name for name, code in DTYPE_CODES.items()}
 EXPONENT_BITS: Mapping[str, int] = {"fp32": 0x7F800000, "fp16": 0x7C00, "bf16": 0x7F80}
 """All of them are set in an infinity or NaN, and in no finite number."""
+MAX_AXES = 64
+"""Of an array, in numpy."""
 PIECE = 2**20
 """Numbers checked together, so that a large tensor needs no mask of its own size."""
 
@@ -185,13 +187,18 @@ def decode_manifest(data: bytes) -> Manifest:
         WireError: if the bytes are not exactly one manifest.
     """
     try:
-        entries, place = [], len(MANIFEST_MAGIC) + 4
+        entries, place = list[TensorEntry](), len(MANIFEST_MAGIC) + 4
         (count,) = struct.unpack_from("<I", data, len(MANIFEST_MAGIC))
         for _ in range(count):
             (length,) = struct.unpack_from("<I", data, place)
             # A slice beyond the end is short without an error; the comparison at the end refuses what follows.
             name = bytes(data[place + 4 : place + 4 + length]).decode()
             code, axes = struct.unpack_from("<BB", data, place + 4 + length)
+            # Here, and not when all are read: a list of one name again and again takes memory for nothing.
+            if axes > MAX_AXES or (entries and name.encode() <= entries[-1].name.encode()):
+                raise WireError(
+                    f"manifest: expected tensors sorted by name, of at most {MAX_AXES} axes; got {name[:80]!r}"
+                )
             shape = struct.unpack_from(f"<{axes}Q", data, place + 6 + length)
             place += 6 + length + 8 * axes
             (digest,) = struct.unpack_from("32s", data, place)

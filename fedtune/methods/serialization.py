@@ -74,7 +74,7 @@ def decode(data: bytes | memoryview, like: State) -> State:
     """
     try:
         length = int.from_bytes(data[:8], "little")
-        header = json.loads(bytes(data[8 : 8 + length]))
+        header = json.loads(bytes(data[8 : 8 + length]).decode("ascii"))
         metadata = json.loads(header.pop("__metadata__")["fedtune"])
         version, values = metadata["version"], dict(metadata["values"])
         body = memoryview(data).toreadonly()[8 + length :]
@@ -82,7 +82,7 @@ def decode(data: bytes | memoryview, like: State) -> State:
         # Bytes of no tensor would let two files with different digests be one state.
         if sum(array.nbytes for array in tensors.values()) != len(body):
             raise ValueError(f"{len(body)} bytes of tensors")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"expected the state of a method; got {len(data)} bytes that are none ({error})") from error
     expected = {path for path, _ in persisted_fields(like)}
     if version != VERSION or values.keys() != expected:

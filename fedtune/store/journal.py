@@ -133,7 +133,7 @@ def parse_record(data: bytes, n: int, head: str, epoch: int) -> Record:
     try:
         fields = json.loads(data.decode("ascii"))
         now, kind, number, prev, unix_ms = [fields.pop(name) for name in OWN_FIELDS]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"expected an object with {', '.join(OWN_FIELDS)}; got {error!r}") from error
     if number != n or prev != head:
         raise StoreError(f"expected number {n} after the record {head[:12]}; got {number!r} after {str(prev)[:12]}")

@@ -7,6 +7,7 @@ import operator
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fedtune.errors import WireError
@@ -25,7 +26,7 @@ def encode(settings: Any) -> bytes:
         WireError: if a value is not finite.
     """
     try:
-        return _canonical({name: getattr(settings, name) for name in _travelling(type(settings))})
+        return _canonical({name: getattr(settings, name) for name in _travelling(type(settings))})  # type: ignore[arg-type]  # classes are hashable
     except ValueError:
         raise WireError(f"expected finite settings; got {settings!r}") from None
 
@@ -39,12 +40,13 @@ def decode(data: bytes, schema: type[Settings]) -> Settings:
     if len(data) > MAX_SETTINGS_BYTES:
         raise WireError(f"settings: expected at most {MAX_SETTINGS_BYTES} bytes; got {len(data)}")
     try:
-        values = json.loads(data)
+        # ASCII alone: of bytes, the parser guesses an encoding and imports its codec.
+        values = json.loads(data.decode("ascii"))
         # Also what refuses repeated keys and NaN: neither survives being written again.
         canonical = _canonical(values) == data
     except (ValueError, RecursionError):
         canonical = False
-    hints = _travelling(schema)
+    hints = _travelling(schema)  # type: ignore[arg-type]  # classes are hashable
     if not canonical or not isinstance(values, dict) or values.keys() != hints.keys():
         raise WireError(
             f"settings: expected canonical JSON with the keys {sorted(hints)}; got {data[:200]!r}; "
@@ -57,7 +59,8 @@ def decode(data: bytes, schema: type[Settings]) -> Settings:
     return schema(**values)
 
 
-def _travelling(schema: type[Any]) -> Mapping[str, Any]:
+@cache  # else the annotations are compiled anew for every message
+def _travelling(schema: Any) -> Mapping[str, Any]:
     """Return the type hints of the fields that are part of the settings on the wire."""
     hints = get_type_hints(schema, include_extras=True)
     return {field.name: hints[field.name] for field in fields(schema) if field.metadata.get("travels", True)}
