@@ -69,7 +69,6 @@ def decoders(folder: Path) -> list[Decoder]:
         {},
     )
     first = METHODS["flora"].init(BLUEPRINT, settings_of("flora"))
-    files = [path for path in sorted(adapter.iterdir()) if path.suffix == ".safetensors"]
     return [
         Decoder(
             "update",
@@ -112,7 +111,10 @@ def decoders(folder: Path) -> list[Decoder]:
         ),
         Decoder("state", b"".join(states.encode(first)), lambda data: states.decode(data, first)),
         Decoder("journal record", record, lambda data: parse_record(data, 0, "", 1)),
-        *(Decoder(f"file {path.name}", path.read_bytes(), partial(read_file, path)) for path in files),
+        *(
+            Decoder(f"file {path.name}", path.read_bytes(), partial(read_file, path, path.read_bytes()))
+            for path in sorted(adapter.iterdir())
+        ),
     ]
 
 
@@ -126,6 +128,10 @@ def read_signed_header(header: bytes) -> object:
     return verify_envelope(envelope, {key_id(MEMBER.key): MEMBER}.get)
 
 
-def read_file(path: Path, data: bytes) -> object:
+def read_file(path: Path, good: bytes, data: bytes) -> object:
+    """Read the adapter with one of its files changed."""
     path.write_bytes(data)
-    return peft.read(path.parent)
+    try:
+        return peft.read(path.parent)
+    finally:
+        path.write_bytes(good)

@@ -31,7 +31,7 @@ def test_changed_bytes_cause_no_event_of_the_interpreter(
     result = json.loads(done.stdout)
     assert result["events"] == {}
     assert result["other_errors"] == {}
-    assert len(result["read"]) >= 20
+    assert len(result["read"]) >= 22
     assert sum(result["read"].values()) == mutations // len(result["read"]) * len(result["read"])
     assert all(result["taken"][name] < count for name, count in result["read"].items()), "no change was refused"
     # The same hook sees what a decoder of bad faith does, were there one.
@@ -51,7 +51,8 @@ def main(folder: Path, mutations: int) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if not watching or event in HARMLESS:
             return
-        if event in FILES and str(arguments[0]).startswith(str(folder)):
+        # By a number a file is opened that was opened before, by its path.
+        if event in FILES and (isinstance(arguments[0], int) or str(arguments[0]).startswith(str(folder))):
             return
         name = f"{event} {arguments[0]!r:.80}" if event in {*FILES, "import"} and arguments else event
         events[name] = events.get(name, 0) + 1
