@@ -8,6 +8,7 @@
       ClientError   this client cannot do its assignment; costs its update of one round
       RoundError    this round cannot be completed; names the round
       StoreError    a run directory cannot be read, written or trusted
+        NotFiniteError  a server state holds numbers that are not finite
 
 A message says what was expected, what came and what to do, in one sentence.
 """
@@ -82,6 +83,10 @@ class RoundError(FedtuneError):
 
 class StoreError(FedtuneError):
     """A run directory cannot be read, written or trusted."""
+
+
+class NotFiniteError(StoreError):
+    """A server state holds numbers that are not finite: it is neither stored nor handed on."""
 
 
 def type_of(value: object) -> str:

@@ -67,6 +67,16 @@ def squared_norm(tensor: Array) -> float:
     return float(flat @ flat)
 
 
+def count_not_finite(tensor: Array) -> int:
+    """Return how many numbers of an array are infinite or NaN."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        # One sum in place of a mask of the tensor's size: it is finite only where every number is.
+        if np.isfinite(tensor.sum(dtype=np.float64)):
+            return 0
+    # Numbers of 64 bits may be finite and their sum not.
+    return int(tensor.size - np.count_nonzero(np.isfinite(tensor)))
+
+
 def num_bytes(tensors: Tensors) -> int:
     """Return the payload size in bytes: entries times item size, without any header."""
     return sum(array.nbytes for array in tensors.values())

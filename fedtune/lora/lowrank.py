@@ -112,7 +112,13 @@ def weighted_sums(parts: Mapping[str, Sequence[tuple[Factors, float]]]) -> Mappi
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(cores, max(1, len(parts)))) as pool:
-        return dict(zip(parts, pool.map(weighted_sum, parts.values()), strict=True))
+        return dict(zip(parts, pool.map(_sum_quietly, parts.values()), strict=True))
+
+
+def _sum_quietly(parts: Sequence[tuple[Factors, float]]) -> LowRank:
+    # A thread does not inherit its caller's settings. What overflows is found in the result, where it is refused.
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return weighted_sum(parts)
 
 
 def truncate(low: LowRank, *, tau: float, max_rank: int | None) -> LowRank:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedtune.errors import StoreError
-from fedtune.tensors import Array
+from fedtune.errors import NotFiniteError, StoreError
+from fedtune.tensors import Array, count_not_finite
 
 State = TypeVar("State")
 
@@ -40,6 +40,8 @@ def encode(state: Any) -> Sequence[bytes | memoryview]:
 
     Raises:
         StoreError: if a tensor's numbers have no name in `DTYPES`.
+        NotFiniteError: if a number is infinite or NaN. Whatever is stored has passed here, so no run can be left with
+            such a state.
     """
     values: dict[str, Any] = {}
     tensors: dict[str, Array] = {}
@@ -54,6 +56,8 @@ def encode(state: Any) -> Sequence[bytes | memoryview]:
         array = tensors[name]
         if array.dtype not in NAMES:
             raise StoreError(f"{name}: expected a tensor of {', '.join(DTYPES)}; got {array.dtype}; cast it")
+        if bad := count_not_finite(array):
+            raise NotFiniteError(f"{name}: expected finite numbers; got {bad} of {array.size} that are not")
         ends = [offset, offset + array.nbytes]
         header[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": ends}
         body.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -72,18 +76,7 @@ def decode(data: bytes | memoryview, like: State) -> State:
     Raises:
         StoreError: if the bytes are not such a state, or that of another method.
     """
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(bytes(data[8 : 8 + length]).decode("ascii"))
-        metadata = json.loads(header.pop("__metadata__")["fedtune"])
-        version, values = metadata["version"], dict(metadata["values"])
-        body = memoryview(data).toreadonly()[8 + length :]
-        tensors = {name: _array(spec, body) for name, spec in header.items()}
-        # Bytes of no tensor would let two files with different digests be one state.
-        if sum(array.nbytes for array in tensors.values()) != len(body):
-            raise ValueError(f"{len(body)} bytes of tensors")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreError(f"expected the state of a method; got {len(data)} bytes that are none ({error})") from error
+    version, values, tensors = _parse(data)
     expected = {path for path, _ in persisted_fields(like)}
     if version != VERSION or values.keys() != expected:
         raise StoreError(
@@ -95,6 +88,18 @@ def decode(data: bytes | memoryview, like: State) -> State:
         # A field without tensors is none: an empty mapping travels as one.
         values[path] = own or None
     return with_values(like, values)
+
+
+def why_not_finite(data: bytes | memoryview) -> str:
+    """Return which tensor of an encoded state is not finite, as releases before 0.3.0 stored them; empty for none.
+
+    Raises:
+        StoreError: if the bytes are no state.
+    """
+    for name, array in _parse(data)[2].items():
+        if bad := count_not_finite(array):
+            return f"{name} with {bad} of {array.size} that are not"
+    return ""
 
 
 def persisted_fields(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -134,6 +139,23 @@ def holds_tensors(value: Any) -> bool:
 def canonical(value: Any) -> str:
     # Not NaN: it is no JSON, and other readers refuse it.
     return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+
+
+def _parse(data: bytes | memoryview) -> tuple[int, dict[str, Any], Mapping[str, Array]]:
+    """Return version, values by path (None where tensors are) and tensors by name of an encoded state."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(bytes(data[8 : 8 + length]).decode("ascii"))
+        metadata = json.loads(header.pop("__metadata__")["fedtune"])
+        version, values = metadata["version"], dict(metadata["values"])
+        body = memoryview(data).toreadonly()[8 + length :]
+        tensors = {name: _array(spec, body) for name, spec in header.items()}
+        # Bytes of no tensor would let two files with different digests be one state.
+        if sum(array.nbytes for array in tensors.values()) != len(body):
+            raise ValueError(f"{len(body)} bytes of tensors")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(f"expected the state of a method; got {len(data)} bytes that are none ({error})") from error
+    return version, values, tensors
 
 
 def _array(spec: Mapping[str, Any], body: memoryview) -> Array:

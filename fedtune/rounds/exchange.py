@@ -275,12 +275,28 @@ def filter_by_norm(
     updates = [outcome for outcome in replies.outcomes.values() if isinstance(outcome, AdmittedUpdate)]
     # After the clock: an update that came too late must not move the median either.
     norms, refused = admit_norms(updates, context.schedule.max_norm, assignments=request.assignments)
-    outcomes = {**replies.outcomes, **{failure.client: failure for failure in refused}}
+    return norms, without_refused(context, request, replies, replies.outcomes, refused)
+
+
+def without_refused(
+    context: RoundContext,
+    request: RoundRequest,
+    replies: RoundReplies,
+    outcomes: Mapping[str, Outcome],
+    refused: Sequence[Failure],
+) -> Mapping[str, Outcome]:
+    """Return the outcomes after the refusal of updates that had been admitted.
+
+    Raises:
+        RoundError: if too few updates are left.
+    """
+    outcomes = {**outcomes, **{failure.client: failure for failure in refused}}
     for failure in refused:
         context.watch(ClientFinished(request.round, failure, replies.traffic[failure.client]))
-    if len(updates) - len(refused) < context.schedule.min_clients:
+    used = sum(isinstance(outcome, AdmittedUpdate) for outcome in outcomes.values())
+    if used < context.schedule.min_clients:
         raise too_few(request.round, context.schedule.min_clients, outcomes, replies)
-    return norms, outcomes
+    return outcomes
 
 
 def too_few(round: int, min_clients: int, outcomes: Mapping[str, Outcome], replies: RoundReplies) -> RoundError:

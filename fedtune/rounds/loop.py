@@ -22,10 +22,11 @@ from fedtune.messages import (
 )
 from fedtune.methods import serialization as states
 from fedtune.planning.planner import ClientObservation
+from fedtune.rounds.aggregation import aggregate
 from fedtune.rounds.clock import ClientTime, Clock
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import RoundStarted
-from fedtune.rounds.exchange import Collector, RoundRequest, apply_clock, filter_by_norm
+from fedtune.rounds.exchange import Collector, RoundRequest, apply_clock, filter_by_norm, without_refused
 from fedtune.rounds.journal import InterruptedRound, RoundJournal
 from fedtune.rounds.schedule import sample
 from fedtune.rounds.transport import UnsolicitedReply
@@ -128,9 +129,11 @@ def run(
             failures = {name: why for name, why in replies.outcomes.items() if isinstance(why, Failure)}
             journal.close(request.round, failures, {name: replies.traffic[name].up for name in failures})
         # In cohort order, which `replies` keeps: sums of floats in order of arrival would differ from run to run.
-        state = method.aggregate(state, [update for update in outcomes.values() if isinstance(update, AdmittedUpdate)])
+        updates = [update for update in outcomes.values() if isinstance(update, AdmittedUpdate)]
+        aggregated = aggregate(context, request, state, updates, norms)
+        outcomes = without_refused(context, request, replies, outcomes, aggregated.refused)
         # Durable before the result is handed on: what a caller has seen must survive a crash.
-        digest = journal.commit(request.round, states.encode(state))
+        state, digest = aggregated.state, journal.commit(request.round, aggregated.encoded)
         result = RoundResult(
             round=request.round,
             state=state,
@@ -139,7 +142,7 @@ def run(
             assignments={name: without_blobs(assignment) for name, assignment in request.assignments.items()},
             examples=request.enrolled,
             outcomes={name: without_tensors(outcome) for name, outcome in outcomes.items()},
-            norms=norms,
+            norms={name: size for name, size in norms.items() if isinstance(outcomes[name], AdmittedUpdate)},
             traffic=replies.traffic,
             unsolicited=replies.unsolicited,
             seconds=time.perf_counter() - began,

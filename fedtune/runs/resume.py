@@ -43,7 +43,24 @@ def load_resumed(
     state = journal.resume(records[-1].round if records else 0)
     if state is None:
         return records, None
+    if why := serialization.why_not_finite(state):
+        raise not_finite(run, journal, records[-1].round, why)
     return records, serialization.decode(state, first_state(context.recipe, context.blueprint))
+
+
+def not_finite(run: Path, journal: RunJournal, round: int, why: str) -> StoreError:
+    """Return why a run cannot go on whose last state is not finite, and what is left to go on from."""
+    kept = journal.kept_round
+    if kept and kept != round and not journal.why_not_finite(kept):
+        advice = (
+            f"the last finite state on the disk is that of round {kept}: start another run with adapter.start = "
+            f'"{(run / "adapter").absolute()}", which is its model'
+        )
+    else:
+        advice = "no earlier state is on the disk: start the run again with --fresh; what made it so is now refused"
+    return StoreError(
+        f"{run}: expected a finite state after round {round}; got {why}, committed by a release before 0.3.0; {advice}"
+    )
 
 
 def check_inputs(context: RunContext, start: Mapping[str, str], watch: Watch) -> None:

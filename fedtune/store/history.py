@@ -162,6 +162,13 @@ def close(history: History, fields: Mapping[str, Any]) -> None:
 
 
 def commit(history: History, fields: Mapping[str, Any]) -> None:
+    if "replaces" in fields:
+        # Only while the round can be repeated: its state is not sent to anyone before the next one opens.
+        last = history.digests[-1:]
+        if not history.repeatable or history.committed != fields["round"] or last != [fields["replaces"]]:
+            raise StoreError(f"expected the state of the last round to be replaced; got round {fields['round']}")
+        history.digests[-1] = str(fields["state"])
+        return
     current = history.open
     if current is None or current.number != fields["round"] or current.failures is None:
         raise StoreError(f"expected a round to be closed before it is committed; got round {fields['round']}")

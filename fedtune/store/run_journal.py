@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
-from fedtune.methods.serialization import digest
+from fedtune.methods.serialization import digest, why_not_finite
 from fedtune.rounds.journal import InterruptedRound
 from fedtune.store import files
 from fedtune.store.blobs import Blobs
@@ -264,18 +264,24 @@ class RunJournal:
     def commit(self, round: int, state: Sequence[bytes | memoryview]) -> str:
         """Store the state after the round and return its digest; a repeated round must give the same state.
 
+        A state that is not finite, which releases before 0.3.0 committed, is replaced by what its repetition gives.
+
         Raises:
             StoreError: if the repeated round gives another state, or the directory cannot be written.
         """
         if self._history.repeatable and round == self._history.committed:
             noted, repeated = self._history.digests[-1], digest(state)
-            if repeated != noted:
+            if repeated != noted and self.why_not_finite(round):
+                needed = self._history.needed().keys()
+                self._note("commit", {"round": round, "state": self._blobs.put(state), "replaces": noted})
+                self._blobs.release(needed - self._history.needed().keys())
+            elif repeated != noted:
                 raise StoreError(
                     f"{self._run}: round {round}: expected the state {noted[:12]}, which the journal notes; "
                     f"got {repeated[:12]} when done again; "
                     "resume with the versions and the threads that the run was started with"
                 )
-            return noted
+            return repeated
         name = self._blobs.put(state)  # durable before the record that names it
         self._note("commit", {"round": round, "state": name})
         return name
@@ -303,6 +309,17 @@ class RunJournal:
             StoreError: if it is missing or damaged.
         """
         return self._blobs.get(self._history.digests[round - 1], f"the state of round {round}")
+
+    def why_not_finite(self, round: int) -> str:
+        """Return which tensor of the state after a round is not finite; empty if all are, or it is no state at all.
+
+        Raises:
+            StoreError: if the state is missing or damaged.
+        """
+        data = self.state(round)
+        with suppress(StoreError):
+            return why_not_finite(data)
+        return ""
 
     def finish(self, reported: int) -> None:
         """Note that the last round's line is written, and remove the blobs that only its repetition would need.

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from fedtune.errors import StoreError
+from fedtune.errors import NotFiniteError, StoreError
 from fedtune.messages import TrainLora
-from fedtune.methods import METHODS
+from fedtune.methods import METHODS, serialization
 from fedtune.methods.serialization import NOT_PERSISTED, decode, digest, encode
 from fedtune.tensors import Array, Tensors
 
@@ -131,6 +131,28 @@ def test_nothing_is_copied_to_encode() -> None:
 def test_numbers_without_a_name_are_refused(dtype: Any) -> None:
     with pytest.raises(StoreError, match=r"tensors/x: expected a tensor of F32, .*; cast it"):
         encode(replace(TOY, tensors={"x": np.zeros(2, dtype)}))
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_state_that_is_not_finite_has_no_encoded_form_and_the_tensor_is_named(dtype: Any, bad: float) -> None:
+    state = replace(TOY, tensors={"x.a": np.ones(3, dtype), "x.b": np.array([[1, bad], [bad, 2]], dtype)})
+    with pytest.raises(NotFiniteError, match=r"tensors/x\.b: expected finite numbers; got 2 of 4 that are not"):
+        encode(state)
+
+
+def test_the_largest_numbers_are_finite() -> None:
+    for dtype in (np.float32, np.float64):
+        encode(replace(TOY, tensors={"x": np.full(1000, np.finfo(dtype).max, dtype)}))
+
+
+def test_the_encoded_form_of_earlier_releases_says_which_tensor_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serialization, "count_not_finite", lambda tensor: 0)
+    data = joined(replace(TOY, tensors={"x.a": np.array([1, np.nan], np.float32)}))
+    monkeypatch.undo()
+    assert serialization.why_not_finite(data) == "tensors/x.a with 1 of 2 that are not"
+    assert serialization.why_not_finite(joined(TOY)) == ""
 
 
 def test_none_and_nothing_are_told_apart() -> None:

@@ -2,17 +2,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from fedtune.errors import ConfigError, StoreError
+from fedtune.methods import serialization
+from fedtune.rounds import loop
+from fedtune.rounds.aggregation import Aggregated
 from fedtune.rounds.events import Event, Note
 from fedtune.runs import context as contexts
 from fedtune.runs.local import Experiment, run_context, transport
 from fedtune.runs.resume import as_started, check_resumable, resume_command
 from fedtune.runs.runner import run_recipe
+from fedtune.runs.verification import check_results
 from fedtune.store.run_directory import write_recipe
-from tests.runs.conftest import read_lines, run_prepared
+from fedtune.store.run_journal import RunJournal
+from tests.runs.conftest import read_lines, run_prepared, same_ends
 
 # peft asks transformers by a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -93,3 +100,40 @@ def test_the_resume_command_can_be_pasted() -> None:
     assert resume_command("simulate", Path("runs/my run")) == "fedtune simulate --resume 'runs/my run'"
     expected = '\'recipe="/store/notes/recipe.toml" store="/store" resume="notes"\''
     assert resume_command("flower", Path("/store/notes")) == f"flwr run . --run-config {expected}"
+
+
+def test_a_run_that_an_earlier_release_left_with_an_infinite_state_goes_on_if_its_round_can_be_done_again(
+    prepared: Experiment, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recipe(tmp_path / "whole", "")
+    run_prepared(prepared, tmp_path / "whole")
+    honest = loop.aggregate
+
+    def unchecked(context: Any, request: Any, state: Any, updates: Any, norms: Any) -> Aggregated:
+        after = honest(context, request, state, updates, norms).state
+        if after.round == 2:
+            after = replace(after, delta={name: np.full_like(value, np.inf) for name, value in after.delta.items()})
+        with monkeypatch.context() as earlier:
+            earlier.setattr(serialization, "count_not_finite", lambda tensor: 0)
+            return Aggregated(after, serialization.encode(after))
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(loop, "aggregate", unchecked)
+        with pytest.raises((np.linalg.LinAlgError, RuntimeWarning)):
+            run_prepared(prepared, run)
+    run_prepared(prepared, run, resume=True)
+    assert same_ends(run, tmp_path / "whole")
+    check_results(run)
+
+
+def test_a_run_whose_last_state_is_not_finite_says_what_is_left_to_go_on_from(
+    prepared: Experiment, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_prepared(prepared, run)
+    monkeypatch.setattr(serialization, "why_not_finite", lambda data: "delta/x.s with 1 of 2 that are not")
+    with pytest.raises(StoreError, match=r"finite state after round 2; got delta/x.s with 1 of 2 .*with --fresh"):
+        run_prepared(prepared, run, resume=True)
+    monkeypatch.setattr(RunJournal, "kept_round", property(lambda self: 1))
+    monkeypatch.setattr(RunJournal, "why_not_finite", lambda self, round: "")
+    with pytest.raises(StoreError, match=r'that of round 1: start another run with adapter.start = ".*/adapter"'):
+        run_prepared(prepared, run, resume=True)

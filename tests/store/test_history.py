@@ -28,6 +28,7 @@ CLOSE: Step = (
 COMMIT: Step = ("commit", {"round": 1, "state": ONE})
 FINAL: Step = ("final", {"round": 1})
 SECOND: Step = ("open", {"round": 2, "state": ONE, "cohort": {"ann": 3}, "orders": {"ann": "c"}})
+REPLACE: Step = ("commit", {"round": 1, "state": TWO, "replaces": ONE})
 
 
 def told(*steps: Step) -> History:
@@ -52,6 +53,13 @@ def test_a_round_is_followed_from_open_to_commit() -> None:
     history.apply(*COMMIT)
     assert (history.committed, history.digests) == (1, [ONE])
     assert told(START, OPEN, ACCEPT, CLOSE, COMMIT).open is None
+
+
+def test_the_state_of_a_round_that_is_done_again_can_be_replaced() -> None:
+    history = told(START, OPEN, ACCEPT, CLOSE, COMMIT, REPLACE)
+    assert (history.digests, history.repeatable) == ([TWO], history.round)
+    assert TWO in history.needed()
+    assert ONE not in history.needed()
 
 
 def test_what_is_needed_follows_the_round() -> None:
@@ -105,6 +113,10 @@ def test_a_finished_run_may_get_more_rounds() -> None:
         ),
         ([START, OPEN, ACCEPT], COMMIT, "expected a round to be closed before it is committed; got round 1"),
         ([START, OPEN, ACCEPT, CLOSE, COMMIT], COMMIT, "expected a round to be closed"),
+        ([START, OPEN, ACCEPT, CLOSE], REPLACE, "expected the state of the last round to be replaced; got round 1"),
+        ([START, OPEN, ACCEPT, CLOSE, COMMIT, SECOND], REPLACE, "state of the last round to be replaced"),
+        ([START, OPEN, ACCEPT, CLOSE, COMMIT, FINAL], REPLACE, "state of the last round to be replaced"),
+        ([START, OPEN, ACCEPT, CLOSE, COMMIT, REPLACE], REPLACE, "state of the last round to be replaced"),
         ([START], ("keep", {"round": 0}), "expected to keep the state of round 0; got round 0"),
         ([START, OPEN, ACCEPT, CLOSE], ("keep", {"round": 1}), "expected to keep the state of round 0; got round 1"),
         ([START, OPEN, ACCEPT, CLOSE, COMMIT], ("keep", {"round": 2}), "of round 1; got round 2"),

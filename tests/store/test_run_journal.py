@@ -9,10 +9,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
+from fedtune.methods import serialization
 from fedtune.methods.serialization import digest
 from fedtune.rounds.journal import InterruptedRound, RoundJournal
 from fedtune.rounds.record import RoundRecord
@@ -20,6 +22,8 @@ from fedtune.store import files, journal, run_journal
 from fedtune.store.history import replay_journal
 from fedtune.store.round_records import append_round, read_rounds
 from fedtune.store.run_journal import RunJournal
+from fedtune.store.verify import verify
+from fedtune.tensors import Tensors
 
 INPUTS = {"recipe": "rounds = 4", "threads": 1}
 COHORT = {"ann": 3, "bob": 4, "cyd": 5}
@@ -27,6 +31,12 @@ ORDERS = {name: f"order of {name}" for name in COHORT}
 UPDATES = {"cyd": b"update of cyd", "ann": b"ann's"}
 FAILURES = {"bob": Failure.from_text("bob", "out of memory", kind="refused")}
 SIZES = {"bob": 99}
+
+
+@dataclass(frozen=True)
+class Small:
+    round: int
+    tensors: Tensors
 
 
 @dataclass
@@ -161,6 +171,33 @@ def test_a_round_that_comes_to_another_state_is_refused_with_both_digests(run: P
         ):
             kept.commit(2, [b"x"])
     assert kinds(run)[-1] == "start"
+
+
+def test_a_state_that_is_not_finite_is_replaced_when_its_round_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release before 0.3.0 committed it, and was stopped before it had written the line."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(serialization, "count_not_finite", lambda tensor: 0)
+        infinite = serialization.encode(Small(1, {"x": np.array([1, np.inf], np.float32)}))
+    finite = serialization.encode(Small(1, {"x": np.ones(2, np.float32)}))
+    with RunJournal.create(tmp_path) as journal:
+        journal.begin(INPUTS)
+        begin(journal, 1)
+        journal.close(1, FAILURES, SIZES)
+        noted = journal.commit(1, infinite)
+        assert journal.why_not_finite(1) == "tensors/x with 1 of 2 that are not"
+    with RunJournal.reopen(tmp_path) as journal:
+        journal.begin(INPUTS)
+        mended = journal.commit(1, finite)
+        assert (mended, journal.why_not_finite(1)) == (digest(finite), "")
+        assert noted not in blobs(tmp_path)
+        with pytest.raises(StoreError, match="expected the state"):  # only what is not finite is replaced
+            journal.commit(1, serialization.encode(Small(1, {"x": np.zeros(2, np.float32)})))
+    with RunJournal.reopen(tmp_path) as journal:
+        journal.begin(INPUTS)
+        assert journal.resume(1) == b"".join(finite)
+    verify(tmp_path)
 
 
 @pytest.mark.parametrize("reported", [0, 3])

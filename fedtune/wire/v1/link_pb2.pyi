@@ -105,6 +105,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STATE_REBUILT: _ClassVar[Reason]
     STRUCTURE: _ClassVar[Reason]
     SCORES: _ClassVar[Reason]
+    NOT_AGGREGATED: _ClassVar[Reason]
 KIND_UNSET: Kind
 PLAN: Kind
 ORDER: Kind
@@ -192,6 +193,7 @@ SCALAR_RANGE: Reason
 STATE_REBUILT: Reason
 STRUCTURE: Reason
 SCORES: Reason
+NOT_AGGREGATED: Reason
 
 class Part(_message.Message):
     __slots__ = ("key", "digest", "num_bytes")
