@@ -50,10 +50,10 @@ def load_resumed(
 
 def not_finite(run: Path, journal: RunJournal, round: int, why: str) -> StoreError:
     """Return why a run cannot go on whose last state is not finite, and what is left to go on from."""
-    kept = journal.kept_round
-    if kept and kept != round and not journal.why_not_finite(kept):
+    best = journal.kept_round
+    if best and best != round and not journal.why_not_finite(best):
         advice = (
-            f"the last finite state on the disk is that of round {kept}: start another run with adapter.start = "
+            f"the last finite state on the disk is that of round {best}: start another run with adapter.start = "
             f'"{(run / "adapter").absolute()}", which is its model'
         )
     else:

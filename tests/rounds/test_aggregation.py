@@ -78,7 +78,7 @@ WAYS: Mapping[str, Way] = {
     **{f"flora-{mode}": way("flora", mode=mode, wire_dtype="fp32") for mode in ("reinit", "svt")},
     **{f"{name}-fast": way(name, server_learning_rate=100.0) for name in ADAPTERS},
     **{
-        f"{name}-{rule}": way(name, server_optimizer=ServerOptimizer(rule))  # type: ignore[arg-type]
+        f"{name}-{rule}": way(name, server_optimizer=ServerOptimizer(rule))
         for name in ("fedit", "ffa", "zeropad")
         for rule in ("fedavgm", "fedadam", "fedyogi")
     },
@@ -359,7 +359,7 @@ def test_min_clients_is_checked_again_and_names_who_was_refused() -> None:
 def test_memory_that_runs_out_is_no_clients_fault() -> None:
     fleet = {name: client(PLAIN, {}) for name in ("ann", "bob")}
     with pytest.raises(RoundError, match=r"expected room to aggregate 2 updates; memory ran out; .*resume") as error:
-        run_way(failing(MemoryError(), {"bob"}), fleet)  # type: ignore[arg-type]
+        run_way(failing(MemoryError(), {"bob"}), fleet)
     assert not error.value.final
 
 

@@ -10,7 +10,7 @@ import pytest
 from fedtune.errors import ConfigError, StoreError
 from fedtune.methods import serialization
 from fedtune.rounds import loop
-from fedtune.rounds.aggregation import Aggregated
+from fedtune.rounds.aggregation import Aggregated, aggregate
 from fedtune.rounds.events import Event, Note
 from fedtune.runs import context as contexts
 from fedtune.runs.local import Experiment, run_context, transport
@@ -107,10 +107,9 @@ def test_a_run_that_an_earlier_release_left_with_an_infinite_state_goes_on_if_it
 ) -> None:
     write_recipe(tmp_path / "whole", "")
     run_prepared(prepared, tmp_path / "whole")
-    honest = loop.aggregate
 
     def unchecked(context: Any, request: Any, state: Any, updates: Any, norms: Any) -> Aggregated:
-        after = honest(context, request, state, updates, norms).state
+        after = aggregate(context, request, state, updates, norms).state
         if after.round == 2:
             after = replace(after, delta={name: np.full_like(value, np.inf) for name, value in after.delta.items()})
         with monkeypatch.context() as earlier:
