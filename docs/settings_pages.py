@@ -86,6 +86,7 @@ UNITS: Mapping[str, str] = {
     "tau": "share of the squared singular values",
     "threads": "CPU threads",
     "max_concurrent_uploads": "transfers",
+    "max_source_handshakes": "connections",
     "utilisation": "share of the peak",
     "warmup": "share of the steps",
     "workers": "processes",

@@ -9,6 +9,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -475,6 +476,47 @@ def test_one_port_of_a_coordinator_is_open() -> None:
     rules = (LINK_SERVER / "nftables.conf").read_text()
     assert "policy drop" in rules
     assert re.findall(r"tcp dport (\d+)", rules) == ["9000", "22"]
+    # Whatever comes to the link's port passes the limits first.
+    assert "tcp dport 9000 ct state new jump link" in rules
+
+
+DIALS = """
+import select, socket, sys
+listener = socket.create_server(("127.0.0.1", 9000), backlog=1000)
+def dial(source):
+    end = socket.socket()
+    end.setblocking(False)
+    end.bind((source, 0))
+    end.connect_ex(("127.0.0.1", 9000))
+    return end
+ends = [dial("127.0.0.2") for _ in range(200)]
+select.select([], [], [], 0.3)
+def through(end):
+    return bool(select.select([], [end], [], 0)[1]) and not end.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+print(sum(map(through, ends)), socket.create_connection(("127.0.0.1", 9000), 5, ("127.0.0.3", 0)) is not None)
+"""
+
+
+@pytest.mark.guarantee("G14")
+@pytest.mark.slow
+@pytest.mark.parametrize(("without", "least", "most"), [("ct count", 50, 60), ("limit rate", 64, 64)])
+def test_the_firewall_limits_rate_and_number_of_one_source_alone(
+    tmp_path: Path, without: str, least: int, most: int
+) -> None:
+    """Two hundred dials of one address: the first fifty, then ten a second; no more than 64 at once."""
+    if shutil.which("nft") is None or shutil.which("unshare") is None:
+        pytest.skip("needs nft and unshare")
+    rules = (LINK_SERVER / "nftables.conf").read_text().replace("        iif lo accept\n", "")
+    path, dials = tmp_path / "rules", tmp_path / "dials.py"
+    path.write_text("".join(line for line in rules.splitlines(keepends=True) if f"saddr {without}" not in line))
+    dials.write_text(DIALS)
+    steps = f"ip link set lo up && nft -f {path} && {sys.executable} {dials}"
+    done = subprocess.run(["unshare", "-rn", "sh", "-c", steps], capture_output=True, text=True, check=False)
+    if done.returncode and "unshare" in done.stderr:
+        pytest.skip("needs network namespaces for users")
+    connected, other = done.stdout.split()
+    assert least <= int(connected) <= most, done.stderr
+    assert other == "True"
 
 
 @pytest.mark.slow

@@ -37,9 +37,15 @@ class LinkSettings:
     patience_s: Annotated[float, Gt(0)] = 7 * 24 * 3600.0
     """How long a run waits for enough clients before it stops."""
     stall_s: Annotated[float, Gt(0)] = 60.0
-    """A transfer without a byte for this long is given up; it can go on later from where it stopped."""
+    """A transfer that moves less than `part_kib` within this time is given up; it can go on later from where it
+    stopped."""
     drain_s: Annotated[float, Ge(0)] = 30.0
     """How long running transfers may go on when the server shuts down."""
+    handshake_s: Annotated[float, Gt(0), Le(120)] = 5.0
+    """A new connection must have made its first call within this time; otherwise it is closed."""
+    max_source_handshakes: Annotated[int, Ge(1)] = 64
+    """Most connections from one address (IPv6: one /64) that have not made a call yet; of more, the oldest are
+    closed."""
     part_kib: Annotated[int, Ge(1), Le(512)] = 256
     """Size of one message of a transfer."""
     window_mib: Annotated[int, Ge(1), Le(64)] = 4
@@ -48,9 +54,11 @@ class LinkSettings:
     inline_kib: Annotated[int, Ge(0), Le(512)] = 64
     """Smaller messages travel within the call itself instead of as a transfer."""
     max_concurrent_uploads: Annotated[int, Ge(1)] = 8
-    """Most uploads at the same time, of all clients together; further ones are asked to try again."""
+    """Most uploads at the same time, one of each client; for a further client the slowest makes room, and goes on later
+    from where it stopped."""
     max_concurrent_downloads: Annotated[int, Ge(1)] = 16
-    """Most downloads at the same time, of all clients together; further ones are asked to try again."""
+    """Most downloads at the same time, up to two of each client; for a further client the slowest makes room, and goes
+    on later from where it stopped."""
     calls_per_min: Annotated[int, Ge(10)] = 12_000
     """Most calls of one client in a minute; further ones are refused until the minute is over."""
     day_gib: Annotated[float, Gt(0)] = 100.0

@@ -20,6 +20,7 @@ from fedtune.link.audit_log import RecordEvent, ignore_event
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.addresses import LISTEN_HINT, check_address
+from fedtune.link.server.connections import connection_limit
 from fedtune.link.server.dispatcher import Dispatcher
 from fedtune.link.server.service import Service, rpc_handlers
 from fedtune.link.settings import MIB, LinkSettings
@@ -40,10 +41,10 @@ def server_options(settings: LinkSettings, *, parties: int) -> list[tuple[str, i
         ("grpc.max_send_message_length", 2 * MIB),
         ("grpc.max_metadata_size", 8 * 1024),
         ("grpc.max_concurrent_streams", 16),
-        # Two for each party, one that ends beside one that begins, and some for connections before their handshake.
-        ("grpc.max_allowed_incoming_connections", 2 * parties + 16),
+        # Counted from their first packet on, so a low number would keep members out; `Connections` closes strangers.
+        ("grpc.max_allowed_incoming_connections", connection_limit(parties)),
         # gRPC's own limit would let a peer that connects and stays silent hold its place for two minutes.
-        ("grpc.server_handshake_timeout_ms", 5000),
+        ("grpc.server_handshake_timeout_ms", int(1000 * settings.handshake_s)),
         # None but identity: a small compressed message must not inflate to a huge one.
         ("grpc.compression_enabled_algorithms_bitset", 1),
         # A held call has no traffic: without pings a proxy would cut it, and a client that has gone seem to be here.
@@ -88,7 +89,7 @@ class RunningServer:
     def __init__(self, dispatcher: Dispatcher, service: Service, server: grpc.aio.Server, port: int) -> None:
         self.dispatcher, self.service, self.port, self._server = dispatcher, service, port, server
         self.done = asyncio.Event()
-        self._watch = asyncio.create_task(service.watch())
+        self._watch = asyncio.create_task(service.watch(port))
 
     async def drain(self, seconds: float) -> None:
         """Wait until no transfer is under way and every client knows of the end, at most so long; then close all.

@@ -17,6 +17,7 @@ from fedtune.link.envelopes import PROTOCOL, digest, verify_envelope
 from fedtune.link.pki.roster import Party, RosterFile, find_party
 from fedtune.link.rejections import TRANSIENT, RejectionError, describe, one_line, reason_name, rejection
 from fedtune.link.server.callers import CallContext, Callers, caller_name, identify
+from fedtune.link.server.connections import Connections, connection_limit
 from fedtune.link.server.dispatcher import Dispatcher
 from fedtune.link.server.limits import CallQuota, OpenCall, OpenCalls
 from fedtune.link.server.receiving import receive
@@ -77,6 +78,12 @@ class Service:
         self._callers = Callers(roster, dispatcher.blocklist, now=now)
         self._quota = CallQuota(settings.calls_per_min, clock)
         self._open = OpenCalls(settings, clock)
+        self._connections = Connections(
+            handshake_s=settings.handshake_s,
+            per_source=settings.max_source_handshakes,
+            limit=connection_limit(len(roster.current().parties)),
+            clock=clock,
+        )
         self.fetched_bytes = 0
         """That clients have fetched."""
 
@@ -210,12 +217,13 @@ class Service:
         """Uploads and downloads under way now."""
         return self._open.transfers
 
-    async def watch(self) -> None:
-        """End calls that must not go on, until cancelled."""
+    async def watch(self, port: int) -> None:
+        """End calls that must not go on, and connections of the port that are too many, until cancelled."""
         pause = min(LOOK_S, self._dispatcher.settings.stall_s / 4)
         while True:
             await asyncio.sleep(pause)
             self._open.look()
+            self._connections.look(port)
 
     async def _authenticate(self, context: CallContext, *, hello: bool = False) -> Party:
         """Return the client that calls, as its certificate and the roster name it.
@@ -224,6 +232,7 @@ class Service:
             RejectionError: if it may not call.
         """
         caller = identify(context)
+        self._connections.note_call(context.peer(), caller.name)
         # First, and by the name in the certificate: a flood of one that is not admitted is a flood, too.
         self._quota.count(caller.name)
         if hello:
@@ -237,12 +246,13 @@ class Service:
         return self._callers.admit(caller)
 
     def _begin_download(self, context: CallContext, client: str, part: bytes) -> OpenCall:
-        caller, task = identify(context), this_task()
+        caller, task, peer = identify(context), this_task(), context.peer()
         return self._open.begin(
             client,
             "download",
             interrupt=lambda: None,  # looked for between two parts: gRPC cannot take back one that is on its way
-            abandon=task.cancel,
+            # Cancelled alone, the stream would stay open on the wire for as long as its reader does not read.
+            abandon=lambda: task.cancel() and self._connections.close(peer),
             check=lambda: (self._callers.admit(caller), self._dispatcher.body(client, part)),
         )
 
