@@ -121,6 +121,7 @@ def federation(
     site: Mapping[str, str],
     server: Mapping[str, Any] | None = None,
     port: int | None = None,
+    now: int | None = None,
 ) -> Iterator[Federation]:
     """Write the files of a federation; its processes end with the block.
 
@@ -131,8 +132,9 @@ def federation(
         site: by client, the site's own file but for its name and link.
         server: settings of the link.
         port: that clients dial, if it is not the server's.
+        now: when certificates begin, by the clock of the CA; None for this one's.
     """
-    places = enroll_parties(folder, clients=clients)
+    places = enroll_parties(folder, clients=clients, now=now)
     fed = Federation(folder, free_port(), places)
     (folder / "recipe.toml").write_text(recipe)
     settings = {"listen": f"127.0.0.1:{fed.port}", "identity": str(places["server"]), "health": "", **(server or {})}
