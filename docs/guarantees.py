@@ -123,12 +123,20 @@ def marked_tests(folder: Path = TESTS) -> Mapping[str, set[str]]:
 
 
 def marks(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
-    """Yield each marked test of a module with the guarantees that it shows."""
+    """Yield each marked test of a module with the guarantees that it shows, by its own marks or by `pytestmark`."""
+    common = [node.value for node in tree.body if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node)]
     for node in tree.body:
-        for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
-            if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.guarantee":
-                assert isinstance(node, ast.FunctionDef)
-                yield node.name, [ast.literal_eval(name) for name in mark.args]
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            names = [name for mark in [*node.decorator_list, *common] for name in names_of(mark)]
+            if names:
+                yield node.name, names
+
+
+def names_of(part: ast.AST) -> Iterator[str]:
+    """Yield what the marks `guarantee` in a part of a source name."""
+    for node in ast.walk(part):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.guarantee":
+            yield from map(ast.literal_eval, node.args)
 
 
 def read_record(path: Path = RECORD) -> Mapping[str, Any]:

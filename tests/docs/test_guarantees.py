@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from docs.guarantees import GUARANTEES, guarantees_page, marked_tests, marks, read_record
+from docs.guarantees import GUARANTEES, guarantees_page, marked_tests, names_of, read_record
 
 SAMPLE = """
 @pytest.mark.guarantee("G1", "G5")
@@ -23,12 +23,28 @@ def test_marks_are_read_from_the_source(tmp_path: Path) -> None:
     assert marked_tests(tmp_path) == {name: {"wire/test_codec.py::test_marked"} for name in ("G1", "G5")}
 
 
-def test_no_mark_stands_where_it_would_not_be_read() -> None:
-    """As in `pytestmark`, or in a parameter's marks: the table would lack it."""
+def test_a_mark_of_the_module_is_one_of_each_of_its_tests(tmp_path: Path) -> None:
+    common = 'pytestmark = [pytest.mark.slow, pytest.mark.guarantee("G2")]\n'
+    (tmp_path / "test_codec.py").write_text(common + SAMPLE)
+    assert marked_tests(tmp_path)["G2"] == {"test_codec.py::test_marked", "test_codec.py::test_unmarked"}
+
+
+def test_every_mark_is_one_that_the_table_reads() -> None:
+    """Not one of a parameter or of a class: the table would lack it."""
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        text = path.read_text()
-        if "mark.guarantee" in text and path.name != "test_guarantees.py":
-            assert text.count("mark.guarantee") == len([*marks(ast.parse(text))]), path
+        if path.name == "test_guarantees.py":
+            continue
+        tree = ast.parse(path.read_text())
+        everywhere = [*names_of(tree)]
+        read = [name for node in tree.body for mark in places(node) for name in names_of(mark)]
+        assert len(everywhere) == len(read), f"{path}: expected marks of functions, or pytestmark"
+
+
+def places(node: ast.stmt) -> list[ast.expr]:
+    """Return where a statement of a module may have marks."""
+    if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node):
+        return [node.value]
+    return node.decorator_list if isinstance(node, ast.FunctionDef) else []
 
 
 def test_only_guarantees_that_are_built_have_tests() -> None:
