@@ -11,9 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Recipe, bind, planned_training
+from fedtune.config import Recipe, planned_training
 from fedtune.config.recipe import method_of
 from fedtune.config.site import SiteSettings, bind_site
+from fedtune.deployment.consent import accepted_recipe, recipe_check
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
 from fedtune.link.client import policy
@@ -112,6 +113,7 @@ def join(
             setup.settings.policy,
             setup.state,
             trainer,
+            check=recipe_check(setup.state),
             record=record_all,
             agree=lambda greeting: not setup.settings.policy.ask or agree(greeting.recipe.decode()),
         )
@@ -173,7 +175,15 @@ def dry_run(site: Path, *, server: str | None = None) -> DryRun:
         ConfigError: if the server cannot be reached or does not take this site.
     """
     setup = load_join_setup(site, server=server)
-    client = Client(setup.identity, setup.roster, setup.link, setup.settings.policy, setup.state, NullTrainer())
+    client = Client(
+        setup.identity,
+        setup.roster,
+        setup.link,
+        setup.settings.policy,
+        setup.state,
+        NullTrainer(),
+        check=recipe_check(setup.state),
+    )
     try:
         greeting = client.greet()
     finally:
@@ -183,7 +193,7 @@ def dry_run(site: Path, *, server: str | None = None) -> DryRun:
 
 def compare_with_policy(setup: JoinSetup, greeting: Greeting) -> DryRun:
     """Return what the greeting's recipe demands of a site, compared with the site's policy."""
-    recipe = bind(greeting.recipe.decode())
+    recipe = accepted_recipe(greeting.recipe)
     demand = recipe_demand(recipe, setup.identity.name)
     refusals = policy.check_policy(
         setup.settings.policy, demand, greeting.recipe_digest.hex(), Usage(), now=datetime.now().time()
@@ -214,7 +224,7 @@ def recipe_demand(recipe: Recipe, client: str) -> TaskDemand:
         steps=training.steps or 0,
         cohort=known_cohort(recipe),
         num_bytes=0,
-        base="",
+        base=None,
     )
 
 

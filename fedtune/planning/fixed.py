@@ -11,6 +11,7 @@ from annotated_types import Interval
 from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
 from fedtune.planning.planner import (
     ClientObservation,
+    PlanChoices,
     PlannerInputs,
     PlannerType,
     fits,
@@ -88,4 +89,9 @@ def create(settings: FixedSettings, inputs: PlannerInputs) -> Fixed:
     )
 
 
-PLANNER = PlannerType("fixed", FixedSettings, create)
+def choices(settings: FixedSettings, rank: int, ratio: float) -> PlanChoices:
+    """Return what is chosen: as the recipe and its overrides say."""
+    return PlanChoices(ranks=(rank,), ratios=(ratio,))
+
+
+PLANNER = PlannerType("fixed", FixedSettings, create, choices=choices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 from typing import Any, Literal, Protocol, TypeAlias
@@ -157,6 +157,23 @@ def largest_of_recipe(settings: Any) -> int | None:
 
 
 @dataclass(frozen=True)
+class PlanChoices:
+    """What a planner may choose for a client, whatever it learns: a site does nothing else under the recipe."""
+
+    ranks: Collection[int] | None = None
+    """None: up to the largest rank of the recipe."""
+    ratios: Collection[float] | None = None
+    """Beside 0, where the recipe has the table `pruning`; None: any."""
+    fewer_steps: bool = False
+    """Whether it may ask for fewer steps than the recipe."""
+
+
+def any_choice(settings: Any, rank: int, ratio: float) -> PlanChoices:
+    """Return the choices of a planner that does not name its own: nothing above what the recipe says."""
+    return PlanChoices(fewer_steps=True)
+
+
+@dataclass(frozen=True)
 class PlannerType:
     """A kind of planner, by the name that a recipe's table `planner` gives."""
 
@@ -168,3 +185,5 @@ class PlannerType:
     # Needed before the first round: methods that pad factors keep this rank for the whole run.
     largest_rank: Callable[[Any], int | None] = largest_of_recipe
     """settings -> the largest rank it may plan; None: the largest of adapter.rank and the overrides"""
+    choices: Callable[[Any, int, float], PlanChoices] = any_choice
+    """(settings, a client's rank and ratio, as the recipe and its overrides say) -> what it may choose for it"""

@@ -11,7 +11,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.planning.adaptive import Adaptive, AdaptiveSettings
 from fedtune.planning.bandits import Thompson, Ucb
 from fedtune.planning.deadline import Deadline
-from fedtune.planning.planner import Planner, PlannerInputs, PlannerType
+from fedtune.planning.planner import PlanChoices, Planner, PlannerInputs, PlannerType
 from fedtune.planning.policy import Arm, Candidate, Policy
 from fedtune.planning.random_choice import RandomChoice
 from fedtune.planning.s_ucb import SUcb
@@ -102,5 +102,12 @@ def create(settings: AdaptiveSettings, inputs: PlannerInputs) -> Planner:
     )
 
 
+def choices(settings: AdaptiveSettings, rank: int, ratio: float) -> PlanChoices:
+    """Return the ranks and ratios of the arms; a client's own in the recipe count for nothing."""
+    return PlanChoices(ranks=tuple(settings.ranks), ratios=tuple(settings.ratios))
+
+
 def planner_type(name: str) -> PlannerType:
-    return PlannerType(name, AdaptiveSettings, create, largest_rank=lambda settings: max(settings.ranks))
+    return PlannerType(
+        name, AdaptiveSettings, create, largest_rank=lambda settings: max(settings.ranks), choices=choices
+    )

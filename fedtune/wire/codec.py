@@ -189,6 +189,24 @@ def decode_assignment(
     Raises:
         WireError: if the header is malformed, or a body is missing or not the one that the header names.
     """
+    return _assignment_from(header, lambda blob: decode(blob, body_of(blob, blobs)))
+
+
+def decode_outline(header: bytes) -> Assignment:
+    """Return the assignment of a header without its bodies: tensors with names and shapes, and zeros for entries.
+
+    Raises:
+        WireError: if the header is malformed.
+    """
+    return _assignment_from(header, outline_of)
+
+
+def outline_of(blob: pb.Blob) -> Tensors:
+    """Return the tensors that a blob describes, with zeros for its entries."""
+    return bodies.outline(blob.tensors, blob.num_bytes)
+
+
+def _assignment_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Assignment:
     message = parse(pb.Assignment(), header)
     task: Task
     match message.verb:
@@ -196,7 +214,7 @@ def decode_assignment(
             task, training = probe.from_message(message.probe)
             plan = Plan(message.plan.client, rank=1, scale=1.0, training=training)
         case pb.ADAPT:
-            plan, task = _plan_from(message), _lora_from(message, blobs, decode)
+            plan, task = _plan_from(message), _lora_from(message, decode)
         case other:
             known = f"the verb ADAPT ({pb.ADAPT}) or PROBE ({pb.PROBE})"
             raise WireError(f"assignment: expected {known}; got {other}; update this client")
@@ -233,13 +251,11 @@ def _plan_from(message: pb.Assignment) -> Plan:
     return Plan(plan.client, plan.rank, plan.scale, _training(message.settings), plan.pruning)
 
 
-def _lora_from(
-    message: pb.Assignment, blobs: Mapping[str, bytes], decode: Callable[[pb.Blob, bytes], Tensors]
-) -> TrainLora:
+def _lora_from(message: pb.Assignment, decode: Callable[[pb.Blob], Tensors]) -> TrainLora:
     local, roles = message.local, [blob.role for blob in message.down]
     expect(roles == sorted(set(roles)), "each role once, in order", roles)
     names: dict[str, Any] = {field: choice(table, getattr(local, field), field) for field, table in CHOICES.items()}
-    tensors = {blob.role: decode(blob, body_of(blob, blobs)) for blob in message.down}
+    tensors = {blob.role: decode(blob) for blob in message.down}
     # NaN is unequal to 0 and to 1, so it gets to the checks.
     plain = local.rank_penalty == 0 and local.rank_decay == 1 and local.proximal == 0
     task = TrainLora(local.a_key, terms=() if plain else _terms_from(local), blobs=tensors, **names)

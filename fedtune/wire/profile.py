@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import WireError
 from fedtune.pruning.structure import FAMILIES, Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors, digest
-from fedtune.wire.codec import EncodedAssignment, body_of, decode_blob, encode_blob, parse
+from fedtune.wire.codec import EncodedAssignment, body_of, decode_blob, encode_blob, outline_of, parse
 from fedtune.wire.v1 import round_pb2 as pb
 
 PROTOCOL = 1
@@ -109,6 +109,19 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
     Raises:
         WireError: if the header is malformed, its body is missing or another, or the client speaks another protocol.
     """
+    return _profile_from(header, lambda blob: decode_blob(blob, body_of(blob, blobs)))
+
+
+def profile_outline(header: bytes) -> ClientProfile:
+    """Return the profile of a header whose body is not here: tensors with names and shapes, and zeros for entries.
+
+    Raises:
+        WireError: if the header is malformed.
+    """
+    return _profile_from(header, outline_of)
+
+
+def _profile_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> ClientProfile:
     message = parse(pb.ClientProfile(), header)
     name = message.client
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
@@ -125,7 +138,7 @@ def decode_profile(header: bytes, blobs: Mapping[str, bytes]) -> ClientProfile:
     if message.examples < 1 or min(map(min, modules.values())) < 1:
         raise WireError(f"{name}: expected at least one example and no empty module; got {message.examples} examples")
     check_manifest(name, message)
-    saved = decode_blob(message.saved, body_of(message.saved, blobs))
+    saved = decode(message.saved)
     for key, array in saved.items():
         if array.dtype != np.float32 or not np.isfinite(array).all():
             raise WireError(f"{name}: expected finite float32 numbers in {key!r}; got {array.dtype.name}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from fedtune.messages import ClientScores, ScoreRequest
 from fedtune.tensors import Tensors
-from fedtune.wire.codec import Blob, EncodedAssignment, body_of, day_of, decode_blob, encode_blob, parse
+from fedtune.wire.codec import Blob, EncodedAssignment, body_of, day_of, decode_blob, encode_blob, outline_of, parse
 from fedtune.wire.expect import expect
 from fedtune.wire.v1 import round_pb2 as pb
 
@@ -48,6 +48,19 @@ def decode_score_request(header: bytes, blobs: Mapping[str, bytes]) -> ScoreRequ
     Raises:
         WireError: if the header is malformed, or a body is missing or not the one that the header names.
     """
+    return _request_from(header, lambda blob: decode_blob(blob, body_of(blob, blobs)))
+
+
+def score_request_outline(header: bytes) -> ScoreRequest:
+    """Return the request of a header whose bodies are not here: tensors with names and shapes, and zeros for entries.
+
+    Raises:
+        WireError: if the header is malformed.
+    """
+    return _request_from(header, outline_of)
+
+
+def _request_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> ScoreRequest:
     message = parse(pb.Assignment(), header)
     expect(message.verb == pb.SCORE, f"the verb SCORE ({pb.SCORE})", message.verb, hint="update this client")
     score, roles = message.score, [blob.role for blob in message.down]
@@ -65,7 +78,7 @@ def decode_score_request(header: bytes, blobs: Mapping[str, bytes]) -> ScoreRequ
         base=message.base,
         batch=score.batch,
         examples=score.examples,
-        blobs={blob.role: decode_blob(blob, body_of(blob, blobs)) for blob in message.down},
+        blobs={blob.role: decode(blob) for blob in message.down},
         ledger=score.ledger,
         trainable=tuple(ordinals),
         labels=tuple(message.labels),

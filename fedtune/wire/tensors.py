@@ -77,6 +77,16 @@ def decode(specs: Sequence[TensorSpec], body: bytes | memoryview) -> Tensors:
     return tensors
 
 
+def outline(specs: Sequence[TensorSpec], length: int) -> Tensors:
+    """Return the tensors of a body that is not here, with zeros for its entries, which take no memory.
+
+    Raises:
+        WireError: as `decode`.
+    """
+    expect(len(specs) <= MAX_TENSORS, f"at most {MAX_TENSORS} tensors", len(specs))
+    return {name: np.broadcast_to(np.zeros((), dtype), shape) for name, dtype, shape, _ in _layout(specs, length)}
+
+
 def _layout(specs: Sequence[TensorSpec], length: int) -> Sequence[tuple[str, np.dtype[Any], tuple[int, ...], int]]:
     """Return name, number format, shape and offset of each tensor, having checked that they fill `length` bytes."""
     layout, offset, previous = [], 0, ""

@@ -18,6 +18,7 @@ from fedtune.link.client.channel import LinkStub, diagnose, dial
 from fedtune.link.client.delivery import Delivery
 from fedtune.link.client.downloads import Downloads
 from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
+from fedtune.link.client.policy import OrderCheck
 from fedtune.link.client.session import CALL_S, Greeting, Session
 from fedtune.link.client.training_jobs import TrainingJobs
 from fedtune.link.client.training_process import Trainer
@@ -47,6 +48,7 @@ class Client:
         state: Path,
         trainer: Trainer,
         *,
+        check: OrderCheck,
         record: RecordEvent = ignore_event,
         agree: Callable[[Greeting], bool] = lambda greeting: True,
         clock: Callable[[], float] = time.monotonic,
@@ -61,6 +63,7 @@ class Client:
             rules: what the site allows.
             state: folder of its outbox.
             trainer: trains.
+            check: holds orders against the recipe that the site has accepted.
             record: receives the events.
             agree: asked before the site takes part in a run.
             clock: seconds from any start.
@@ -81,6 +84,7 @@ class Client:
             rules,
             state,
             trainer,
+            check=check,
             record=record,
             clock=clock,
             now=now,
@@ -153,8 +157,8 @@ class Client:
         """Take part in a run, or resume it: stored replies without a receipt are sent first."""
         if self._stop.is_set():
             return
-        # A run is known by its folder, so a restarted client does not ask its operator again.
-        is_known = (self._state / "runs" / greeting.run).exists()
+        # A restarted client does not ask its operator again; with another recipe it is another run to a site.
+        is_known = outbox.accepted_recipe(self._state, greeting.run) == greeting.recipe
         self._record(
             "hello",
             server=self._settings.address,

@@ -183,6 +183,13 @@ def bytes_sent_last_day(state: Path, *, now: float) -> int:
     return total
 
 
+def accepted_recipe(state: Path, run: str) -> bytes | None:
+    """Return the recipe of a run that the site takes part in; None of any other run."""
+    path = state / "runs" / run / "recipe.toml"
+    with store_errors(path):
+        return path.read_bytes() if path.exists() else None
+
+
 def store_plan(state: Path, run: str, plan: pb.Envelope, recipe: bytes) -> None:
     """Store the coordinator's signed statement of a run, and its recipe for people to read."""
     folder = state / "runs" / run

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import time
+from typing import TypeAlias
 
 from fedtune.errors import WireError
+from fedtune.link.client.session import Greeting
 from fedtune.link.rejections import one_line
 from fedtune.link.settings import MIB, MIN_DIGEST_DIGITS, Policy
 from fedtune.messages import Training
@@ -15,6 +17,10 @@ from fedtune.wire import settings
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
+
+OrderCheck: TypeAlias = Callable[[Greeting, pb.Header, bytes], Sequence[str]]
+"""(what the server has said of the run, the header of an order, its assignment or no bytes) -> in which sentences it is
+none that the accepted recipe permits."""
 
 RESULT_FILE = re.compile(r"(adapter|seeds)/[A-Za-z0-9][A-Za-z0-9_.-]{0,79}\.(json|md|safetensors|ftks|ftkm)")
 """Names of the files of a run's result: no format that can run code when it is loaded."""
@@ -33,8 +39,8 @@ class TaskDemand:
     """Clients of its round; None where that is not known yet."""
     num_bytes: int
     """To download."""
-    base: str
-    """Digest (hex)."""
+    base: str | None
+    """Digest (hex); None in a dry run, which does not know it yet."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,9 @@ def violations(policy: Policy, demand: TaskDemand, recipe: str, usage: Usage, no
         )
     if policy.recipes and not digest_matches(recipe, policy.recipes):
         yield PolicyViolation(pb.RECIPE_NOT_ALLOWED, f"policy.recipes: recipe {recipe[:16]} is not among them")
-    # A dry run does not know the base yet, and leaves it empty.
-    if policy.bases and demand.base and not digest_matches(demand.base, policy.bases):
+    if demand.base == "":
+        yield PolicyViolation(pb.BASE_NOT_ALLOWED, "expected an order that names its base model; got none")
+    elif policy.bases and demand.base is not None and not digest_matches(demand.base, policy.bases):
         yield PolicyViolation(pb.BASE_NOT_ALLOWED, f"policy.bases: base {demand.base[:16]} is not among them")
     if policy.max_rank is not None and demand.rank is not None and demand.rank > policy.max_rank:
         yield PolicyViolation(pb.RANK_TOO_LARGE, f"policy.max_rank: allowed {policy.max_rank}; got {demand.rank}")

@@ -17,7 +17,7 @@ from fedtune.link.client.delivery import Delivery
 from fedtune.link.client.downloads import Downloads, hash_file
 from fedtune.link.client.jobs import Job, ThreadGuard
 from fedtune.link.client.outbox import Entry
-from fedtune.link.client.policy import Usage
+from fedtune.link.client.policy import OrderCheck, PolicyViolation, Usage
 from fedtune.link.client.replies import is_decline, reply_bytes, reply_header, sign_decline, sign_reply
 from fedtune.link.client.round_texts import format_scores, format_work, verdict_text
 from fedtune.link.client.session import Greeting, Session
@@ -51,6 +51,7 @@ class TrainingJobs:
         state: Path,
         trainer: Trainer,
         *,
+        check: OrderCheck,
         record: RecordEvent,
         clock: Callable[[], float],
         now: Callable[[], float],
@@ -65,13 +66,14 @@ class TrainingJobs:
             rules: what the site allows.
             state: folder of the outbox.
             trainer: trains.
+            check: holds orders against the recipe that the site has accepted.
             record: receives the events.
             clock: seconds from any start.
             now: seconds since 1970.
         """
         self._session, self._downloads, self._delivery, self._guard = session, downloads, delivery, guard
         self._rules, self._state, self._trainer = rules, state, trainer
-        self._record, self._clock, self._now = record, clock, now
+        self._check, self._record, self._clock, self._now = check, record, clock, now
         self._work_texts: dict[bytes, str] = {}  # by task, until its receipt is here
         # Also set when loading has failed, or the job of a hello would wait for ever.
         self._profile_ready = threading.Event()
@@ -188,7 +190,10 @@ class TrainingJobs:
     def receive_result(self, job: Job, task: pb.Envelope, inline: Mapping[bytes, bytes]) -> None:
         """Fetch the result of the run, put it into the run's folder at this site, and say that it is here."""
         entry = outbox.open_entry(self._state, task, job.header)
-        if (violation := policy.check_result(self._rules, job.header, free=self._free_bytes())) is not None:
+        violation = policy.check_result(self._rules, job.header, free=self._free_bytes())
+        if violation is None:
+            violation = next(iter(self._recipe_violations(job, b"")), None)
+        if violation is not None:
             request = self._decline(job, violation.veto, violation.note)
         else:
             for part in job.header.parts:
@@ -244,10 +249,15 @@ class TrainingJobs:
             raise WireError(f"expected a task with an assignment of at most {MAX_HEADER_BYTES} bytes; got another")
         # Only the assignment at first: a task that the policy forbids costs no download.
         self._downloads.fetch(job, entry, front, inline)
-        demand = policy.read_demand(job.header, entry.part(front.digest).read_bytes())
+        data = entry.part(front.digest).read_bytes()
+        demand = policy.read_demand(job.header, data)
+        # The site's own examples and layers bound what it may be asked.
+        while not self._profile_ready.wait(1.0):
+            job.check()
         local_time = datetime.fromtimestamp(self._now()).time()
         recipe_digest = greeting.recipe_digest.hex()
-        violations = policy.check_policy(self._rules, demand, recipe_digest, usage, now=local_time)
+        violations = [*policy.check_policy(self._rules, demand, recipe_digest, usage, now=local_time)]
+        violations += self._recipe_violations(job, data)
         if violations:
             return self._decline(job, violations[0].veto, "; ".join(violation.note for violation in violations))
         if (free := self._free_bytes()) < demand.num_bytes:
@@ -258,6 +268,12 @@ class TrainingJobs:
         with store_errors(entry.folder):
             (entry.folder / "front").write_bytes(entry.part(front.digest).read_bytes())
         return None
+
+    def _recipe_violations(self, job: Job, front: bytes) -> Sequence[PolicyViolation]:
+        """Return what of an order is none that the accepted recipe permits."""
+        greeting = self._session.greeting
+        assert greeting is not None
+        return [PolicyViolation(pb.VETO_RECIPE_DIFFERS, text) for text in self._check(greeting, job.header, front)]
 
     def _perform(self, job: Job, entry: Entry, work: Work) -> Mapping[str, float]:
         """Have the trainer write its result; `training` tells the client that a withdrawal must kill it."""

@@ -8,6 +8,7 @@ import pytest
 
 from fedtune.errors import ConfigError
 from fedtune.link.client import outbox
+from fedtune.link.client.session import Greeting
 from fedtune.link.pki import authority
 from fedtune.link.rejections import rejection
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
@@ -127,6 +128,23 @@ def test_a_site_that_does_not_agree_takes_no_part(link: LinkServer) -> None:
         running.thread.join(END_S)
         assert running.ended == ["stopped"]
         assert not list(running.state.glob("runs/*"))
+
+
+def test_a_site_is_asked_again_when_the_recipe_of_a_run_is_another(link: LinkServer) -> None:
+    asked = list[bytes]()
+
+    def agree(greeting: Greeting) -> bool:
+        asked.append(greeting.recipe)
+        return True
+
+    for _ in range(2):
+        with run_site(link, agree=agree) as running:
+            until(link, lambda: "hello" in running.kinds())
+    assert asked == [b'name = "x"\n']
+    # As if the site had accepted another recipe under this run's number.
+    (running.state / "runs" / link.dispatcher.run.run / "recipe.toml").write_bytes(b'name = "y"\n')
+    with run_site(link, agree=agree):
+        until(link, lambda: len(asked) == 2)
 
 
 def test_a_task_that_the_coordinator_did_not_sign_is_dropped(link: LinkServer) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
 import pytest
 
-from fedtune.link.envelopes import HELLO
+from fedtune.link.envelopes import HELLO, TRAIN
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
 from fedtune.link.settings import Policy
+from fedtune.wire.codec import decode_assignment, encode_assignment
+from tests.link.harness import assignment
 from tests.link.link_server import LinkServer
 from tests.link.site import RecordingTrainer, collect_one, post, post_scores, run_site, until
 
@@ -37,6 +40,29 @@ def test_what_the_policy_forbids_is_declined_unread(link: LinkServer) -> None:
         )
         assert not running.trainer.done
         assert not list(running.state.glob(f"runs/*/*/{sha256(b'x' * 200_000).hexdigest()}*"))
+
+
+def test_an_order_that_the_recipe_does_not_permit_is_declined_before_it_is_fetched(link: LinkServer) -> None:
+    differing = "plan.training.steps: expected 10; got 1"
+    with run_site(link, check=lambda greeting, header, front: [differing]) as running:
+        result = collect_one(link, post(link, body=b"x" * 200_000))
+        assert result == Withdrawn("site-a", f"declined, RECIPE_DIFFERS: {differing}")
+        assert collect_one(link, post_scores(link)) == result
+        link.dispatcher.finish(1, {"adapter/adapter_config.json": b"{}"})
+        until(link, lambda: running.kinds().count("declined") == 3)
+        assert not running.trainer.done
+        assert not list(running.state.glob(f"runs/*/*/{sha256(b'x' * 200_000).hexdigest()}*"))
+        assert "result" not in running.kinds()
+
+
+@pytest.mark.guarantee("G17")
+def test_an_order_that_names_no_base_is_declined(link: LinkServer) -> None:
+    nameless = encode_assignment(replace(decode_assignment(assignment("site-a", 1).header, {}), base=""))
+    with run_site(link):
+        message_id = link.dispatcher.post("site-a", TRAIN, nameless.header, {}, seconds=60)
+        result = collect_one(link, message_id)
+        assert isinstance(result, Withdrawn)
+        assert result.reason.startswith("declined, BASE_NOT_ALLOWED: expected an order that names its base model")
 
 
 def test_a_reply_that_is_too_large_for_the_policy_never_leaves(link: LinkServer) -> None:

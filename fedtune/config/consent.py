@@ -1,0 +1,208 @@
+"""What an accepted recipe permits a coordinator to ask of a site, and where an order asks for something else.
+
+The permitted order is made by the functions that servers use: the recipe's planner says what it may choose,
+and the recipe's method assigns from a state of zeros. An order adds only what follows from the server's state; these
+fields are in `order_rules.FREE`, with their bounds. Every other one must be equal, also one that a later release adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from fedtune.config.order_rules import FREE, Comparison, Difference, Rule, short_text
+from fedtune.config.plugins import BROKEN
+from fedtune.config.recipe import (
+    Recipe,
+    largest_rank,
+    method_of,
+    method_type_of,
+    planned_training,
+    planner_type_of,
+    requested_ratio,
+)
+from fedtune.errors import FedtuneError
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    Plan,
+    PlannedClient,
+    ProbeSeeds,
+    ScoreRequest,
+    TailRank,
+    Training,
+    TrainLora,
+)
+from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps
+from fedtune.pruning.structure import BlockLayout
+from fedtune.wire.codec import decode_outline, encode_assignment
+from fedtune.wire.profile import ClientProfile
+
+RESULTS: Mapping[type[Any], str] = {TrainLora: "adapter", ProbeSeeds: "seeds"}
+"""Folder of a run's result, by what its clients do."""
+
+
+@dataclass(frozen=True)
+class Permitted:
+    """What a recipe permits to be asked of one client in a round."""
+
+    rounds: int
+    training: Training
+    """With `steps` set."""
+    choices: PlanChoices
+    largest_rank: int
+    pruned: bool
+    """Whether the recipe has the table `pruning`."""
+
+    def rank(self, rank: int) -> bool:
+        return rank in self.choices.ranks if self.choices.ranks is not None else 1 <= rank <= self.largest_rank
+
+    def ratio(self, ratio: float) -> bool:
+        if ratio == 0 or not self.pruned:
+            return ratio == 0
+        return self.choices.ratios is None or ratio in self.choices.ratios
+
+    def steps(self, steps: int) -> bool:
+        most = self.training.steps or 0
+        return 1 <= steps <= most if self.choices.fewer_steps else steps == most
+
+    @property
+    def rank_text(self) -> str:
+        """The ranks in words."""
+        if self.choices.ranks is None:
+            return f"1 to {self.largest_rank}"
+        return ", ".join(map(str, sorted(set(self.choices.ranks))))
+
+    @property
+    def ratio_text(self) -> str:
+        """The pruning ratios in words."""
+        if not self.pruned:
+            return "0"
+        if self.choices.ratios is None:
+            return "0 to 0.875"
+        return ", ".join(f"{ratio:g}" for ratio in sorted({0.0, *self.choices.ratios}))
+
+
+def permission(recipe: Recipe, client: str, num_examples: int) -> Permitted:
+    """Return what a recipe permits to be asked of a client that holds so many training examples."""
+    rank, training = planned_training(recipe, client)
+    kind = planner_type_of(recipe)
+    return Permitted(
+        rounds=recipe.rounds.count,
+        training=replace(training, steps=optimizer_steps(training, num_examples), epochs=None),
+        choices=kind.choices(recipe.planner, rank, requested_ratio(recipe, client)),
+        largest_rank=largest_rank(recipe),
+        pruned=recipe.pruning is not None,
+    )
+
+
+def order_differences(recipe: Recipe, profile: ClientProfile, order: Assignment) -> Sequence[Difference]:
+    """Return what of an order is not as the recipe says: all fields, each held against the order that it permits.
+
+    Args:
+        recipe: that the site has accepted.
+        profile: of the site, as it says hello.
+        order: its tensors may be outlines.
+    """
+    allowed = permission(recipe, profile.client, profile.num_examples)
+    if not 1 <= order.round <= allowed.rounds:
+        return [Difference("round", f"1 to {allowed.rounds}", order.round)]
+    try:
+        expected = permitted_order(recipe, allowed, profile, order)
+    except (FedtuneError, *BROKEN) as error:  # a method of another package may fail with anything
+        return [Difference("method", f"an order of {recipe.method.name!r} that can be made here", error)]
+    return [*differences(Comparison(recipe, profile, allowed, expected, order), expected, order, "")]
+
+
+def permitted_order(recipe: Recipe, allowed: Permitted, profile: ClientProfile, order: Assignment) -> Assignment:
+    """Return the permitted order that is nearest to one that came: of its round, with its rank and steps if it may."""
+    # Without the server's optimiser, which changes no order.
+    method = method_type_of(recipe)
+    # Small, and of no base: what the method takes from the blueprint's layers is in the blobs, which have bounds.
+    size = max(8, allowed.largest_rank)
+    blueprint = Blueprint(
+        modules={"layer": (size, size)},
+        saved={},
+        max_rank=allowed.largest_rank,
+        seed=recipe.seed,
+        anatomy=BlockLayout("llama", (), size) if recipe.pruning else None,
+        pruning=recipe.pruning,
+    )
+    state = replace(method.init(blueprint, recipe.method), round=order.round - 1)
+    planned = PlannedClient(permitted_plan(recipe, allowed, profile.client, order))
+    assignment = method.assign(state, recipe.seed, planned)
+    assignment = replace(assignment, base=recipe.model.digest or profile.foundation.base)
+    # Through the codec, as the order came: not all of a setting travels, and some of it rounded.
+    return decode_outline(encode_assignment(assignment).header)
+
+
+def permitted_plan(recipe: Recipe, allowed: Permitted, client: str, order: Assignment) -> Plan:
+    """Return the permitted plan that is nearest to an order's; of ratio 0, since the first state has no ranking."""
+    asked, ranks = order.plan, sorted(allowed.choices.ranks or range(1, allowed.largest_rank + 1))
+    # A client that cuts its rank is asked for what it has left, at the scale of the rank that was planned.
+    cuts = isinstance(order.task, TrainLora) and any(isinstance(term, TailRank) for term in order.task.terms)
+    wider = [rank for rank in ranks if rank == asked.rank or (cuts and rank > asked.rank)]
+    scales = {rank: lora_scale(rank, recipe.adapter.alpha, rslora=recipe.adapter.rslora) for rank in ranks}
+    rank = next((one for one in wider if scales[one] == asked.scale), wider[0] if wider else ranks[-1])
+    steps = asked.training.steps or 0
+    return Plan(
+        client=client,
+        rank=rank,
+        scale=scales[rank],
+        training=replace(allowed.training, steps=steps) if allowed.steps(steps) else allowed.training,
+    )
+
+
+def score_differences(recipe: Recipe, profile: ClientProfile, request: ScoreRequest) -> Sequence[Difference]:
+    """Return what of a request for scores is not as the recipe says; arguments as of `order_differences`."""
+    allowed, settings = permission(recipe, profile.client, profile.num_examples), recipe.evaluate
+    if not settings.clients:
+        return [Difference("evaluate.clients", "no request for scores", "one")]
+    if request.round > allowed.rounds:
+        return [Difference("round", f"0 to {allowed.rounds}", request.round)]
+    expected = ScoreRequest(
+        client=profile.client,
+        method=recipe.method.name,
+        round=request.round,
+        base=recipe.model.digest or profile.foundation.base,
+        batch=settings.batch,
+        examples=settings.client_examples or 0,
+    )
+    return [*differences(Comparison(recipe, profile, allowed, expected, request), expected, request, "")]
+
+
+def result_differences(recipe: Recipe, round: int, names: Sequence[str]) -> Sequence[Difference]:
+    """Return what of the order that brings the run's result is not as the recipe says."""
+    folder, folders = RESULTS[method_of(recipe).task], {name.partition("/")[0] for name in names}
+    differing = [] if folders == {folder} else [Difference("result", f"files of {folder}/", ", ".join(sorted(folders)))]
+    # A run may end before its last round, by rounds.patience.
+    if not 1 <= round <= recipe.rounds.count:
+        differing.append(Difference("round", f"1 to {recipe.rounds.count}", round))
+    return differing
+
+
+def differences(comparison: Comparison, expected: Any, got: Any, path: str) -> Iterator[Difference]:
+    """Yield the fields of a message that differ from the permitted one and are not free within their bounds."""
+    for field in fields(expected):
+        name, rule = f"{type(expected).__name__}.{field.name}", f"{path}{field.name}"
+        wanted, came = getattr(expected, field.name), getattr(got, field.name)
+        if name in FREE:
+            yield from free_difference(FREE[name], comparison, rule, came)
+        elif is_dataclass(wanted) and type(wanted) is type(came):
+            yield from differences(comparison, wanted, came, f"{rule}.")
+        elif wanted != came:
+            yield Difference(rule, *two_texts(wanted, came))
+
+
+def free_difference(rule: Rule, comparison: Comparison, key: str, came: object) -> Iterator[Difference]:
+    """Yield the difference of a free field that is out of its bounds."""
+    if expected := rule(comparison):
+        yield Difference(key, expected, came)
+
+
+def two_texts(wanted: object, came: object) -> tuple[str, object]:
+    """Return two values in words that fit a line; of two tasks of different kinds only which they are."""
+    if is_dataclass(wanted) or is_dataclass(came):
+        return type(wanted).__name__, type(came).__name__
+    return short_text(wanted), came

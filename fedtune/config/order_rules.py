@@ -1,0 +1,272 @@
+"""The fields of an order that follow from the server's state or the site's data, and the bounds of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from fedtune.config.recipe import Recipe, method_of
+from fedtune.errors import ShapeError
+from fedtune.messages import Assignment, ProbeSeeds, ScoreRequest, TailRank
+from fedtune.pruning.ranking import PruningSettings, counts
+from fedtune.pruning.structure import from_bitmap
+from fedtune.tensors import DTYPES, Array, Tensors
+from fedtune.wire.profile import ClientProfile
+
+
+class Bounds(Protocol):
+    """What is read here of a recipe's permission; see `consent.Permitted`."""
+
+    def ratio(self, ratio: float) -> bool:
+        """Return whether a pruning ratio is permitted."""
+        ...
+
+    @property
+    def ratio_text(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One field of an order that is not as the recipe says."""
+
+    key: str
+    expected: str
+    got: object
+
+    def __str__(self) -> str:
+        return f"{self.key}: expected {self.expected}; got {short_text(self.got)}"
+
+
+def short_text(value: object) -> str:
+    """Return a value as a short text."""
+    text = (
+        value if isinstance(value, str) and value else repr(value) if not isinstance(value, Exception) else f"{value}"
+    )
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An order, or a request for scores, beside the permitted one that is nearest to it."""
+
+    recipe: Recipe
+    profile: ClientProfile
+    allowed: Bounds
+    expected: Any
+    got: Any
+
+    @property
+    def order(self) -> Assignment:
+        assert isinstance(self.got, Assignment)
+        return self.got
+
+    @property
+    def request(self) -> ScoreRequest:
+        assert isinstance(self.got, ScoreRequest)
+        return self.got
+
+
+Rule: TypeAlias = Callable[[Comparison], str]
+"""What is expected of a free field that is out of its bounds; empty if it is within them."""
+
+
+def labels(one: Comparison) -> str:
+    """Only the recipe's classes; without any in it, those of all sites, this one's among them."""
+    named, came, own = one.recipe.data.labels, one.got.labels, one.profile.foundation.labels
+    if not came:
+        return ""
+    if named:
+        return "" if tuple(came) == tuple(named) else f"the classes of data.labels, {short_text(list(named))}"
+    fits = one.recipe.model.task == "classification" and len(set(came)) == len(came) and set(own) <= set(came)
+    return "" if fits else "each class once, this site's own among them"
+
+
+def date(one: Comparison) -> str:
+    named = one.recipe.data.date or ""
+    return "" if one.got.date in ("", named) else f"the day of the recipe, {named or 'none'}"
+
+
+def rank(one: Comparison) -> str:
+    expected, came = one.expected.plan.rank, one.order.plan.rank
+    # With HetLoRA's term clients cut their rank, and are asked for what is left of it.
+    least = 1 if any(isinstance(term, TailRank) for term in terms(one.expected)) else expected
+    return "" if least <= came <= expected else f"{expected}{' or less' if least < expected else ''}"
+
+
+def terms(order: Assignment) -> tuple[Any, ...]:
+    return () if isinstance(order.task, ProbeSeeds) else order.task.terms
+
+
+def ratio(one: Comparison) -> str:
+    return "" if one.allowed.ratio(one.order.plan.ratio) else one.allowed.ratio_text
+
+
+def stages(one: Comparison) -> str:
+    """As many as the recipe has, each of this base; the last with as many channels as the ratio leaves."""
+    pruning, layout, plan = one.order.lora.pruning, one.profile.foundation.anatomy, one.order.plan
+    assert pruning is not None
+    settings = pruning_settings(one)
+    most = 0 if plan.ratio == 0 or settings.policy == "local" else settings.stages
+    if len(pruning.stages) > most:
+        return f"at most {most} stages"
+    if not pruning.stages:
+        return ""
+    if layout is None:
+        return "none for a base that cannot be pruned"
+    try:
+        last = [from_bitmap(stage, layout) for stage in pruning.stages][-1]
+    except ShapeError as error:
+        return str(error)
+    wanted = counts(layout, settings, plan.ratio).channels
+    channels = tuple(len(block.ff) for block in last.blocks)
+    return "" if channels == wanted else f"{short_text(list(wanted))} channels by block, at the ratio {plan.ratio:g}"
+
+
+def previous(one: Comparison) -> str:
+    pruning, layout = one.order.lora.pruning, one.profile.foundation.anatomy
+    assert pruning is not None
+    if not pruning.previous:
+        return ""
+    if layout is None:
+        return "none for a base that cannot be pruned"
+    try:
+        from_bitmap(pruning.previous, layout)
+    except ShapeError as error:
+        return str(error)
+    return ""
+
+
+def scores_requested(one: Comparison) -> str:
+    pruning = one.order.lora.pruning
+    assert pruning is not None
+    alone = pruning_settings(one).policy == "local" and pruning.scores_requested
+    return "false, where each client ranks for itself" if alone else ""
+
+
+def pruning_settings(one: Comparison) -> PruningSettings:
+    """Return the recipe's: the order's own may be any."""
+    assert one.recipe.pruning is not None  # or the permitted order had no pruning whose fields are compared
+    return one.recipe.pruning
+
+
+def exponent(one: Comparison) -> str:
+    # A recipe that names its step has one exponent; otherwise the first round measures it.
+    expected = one.expected.probe
+    return "" if expected.calibrate or one.order.probe.exponent == expected.exponent else str(expected.exponent)
+
+
+def perturbation(one: Comparison) -> str:
+    """The recipe's distance, in whatever unit; as whole units it is rounded by a 32nd at most."""
+    wanted, came = (probe.perturbation * 2.0**-probe.exponent for probe in (one.expected.probe, one.order.probe))
+    return "" if abs(came - wanted) <= wanted / 16 else f"{wanted:g} as a distance"
+
+
+def shift(one: Comparison) -> str:
+    # It grows by one with every round whose scalars were at their bound; the decoder holds it below 2^24.
+    expected = one.expected.probe
+    return "" if expected.calibrate or one.order.probe.shift >= expected.shift else f"at least {expected.shift}"
+
+
+def seed_state(one: Comparison) -> str:
+    return "" if one.order.probe.state.round == one.order.round - 1 else f"that after round {one.order.round - 1}"
+
+
+def levels(one: Comparison) -> str:
+    # A byte for each seed, as the decoder has checked; which, follows from what all clients have measured.
+    return "" if len(one.order.probe.levels) in (0, one.expected.probe.seeds) else "a byte for each seed"
+
+
+def calibrate(one: Comparison) -> str:
+    return "" if one.expected.probe.calibrate or not one.order.probe.calibrate else "false, by method.scalar_step"
+
+
+def order_blobs(one: Comparison) -> str:
+    pruned = one.order.lora.pruning is not None
+    return next(blob_faults(one.order.lora.blobs, one, rank=one.order.plan.rank, pruned=pruned), "")
+
+
+def score_blobs(one: Comparison) -> str:
+    if method_of(one.recipe).task is ProbeSeeds:
+        return "none, but a ledger of seeds" if one.request.blobs else ""
+    return next(blob_faults(one.request.blobs, one, rank=None, pruned=False, roles=("global", "saved")), "")
+
+
+def ledger(one: Comparison) -> str:
+    if method_of(one.recipe).task is ProbeSeeds:
+        return "" if one.request.ledger else "a ledger of seeds"
+    return "none, but an adapter" if one.request.ledger else ""
+
+
+def ordinals(one: Comparison) -> str:
+    return "" if one.request.ledger or not one.request.trainable else "none without a ledger"
+
+
+def blob_faults(
+    blobs: Mapping[str, Tensors],
+    one: Comparison,
+    *,
+    rank: int | None,
+    pruned: bool,
+    roles: tuple[str, ...] = ("global", "local", "saved"),
+) -> Iterator[str]:
+    """Yield what is expected of tensors that are none of this site's layers; `rank`: of what is trained."""
+    model = one.profile.foundation
+    if strange := sorted(set(blobs) - set(roles)):
+        yield f"the roles {', '.join(roles)}; not {short_text(strange[0])}"
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in blobs.get("saved", {}).items()}
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in model.saved.items()}
+    # All of them or, before there is a model to score, none: which are trained is the site's own word.
+    if shapes != wanted and (shapes or rank is not None):
+        yield f"as saved {short_text(sorted(wanted))} in this site's shapes"
+    for role in ("global", "local"):
+        for name, tensor in blobs.get(role, {}).items():
+            if fault := factor_fault(name, tensor, model.modules, rank if role == "local" else None, pruned=pruned):
+                yield f"as {role} {fault}"
+
+
+def factor_fault(
+    name: str, tensor: Array, modules: Mapping[str, tuple[int, int]], rank: int | None, *, pruned: bool
+) -> str:
+    """Return what is expected of a factor, or a dense change, that is none of a site's layers; empty if it is one."""
+    module, _, side = name.rpartition(".")
+    shape = modules.get(module)
+    if shape is None or side not in ("a", "b", "w"):
+        return f"factors of this site's layers; not {short_text(name)}"
+    if tensor.dtype not in DTYPES.values() or tensor.ndim != 2:
+        return f"{short_text(name)} as a matrix of numbers in 16 or 32 bits"
+    m, n = shape
+    rows, columns = tensor.shape
+    width = {"a": rows, "b": columns, "w": 0}[side]
+    outer = {"a": (columns, n), "b": (rows, m), "w": (rows, m)}[side]
+    inner = (columns, n) if side == "w" else (0, 0)
+    for came, most in (outer, inner):
+        if came > most or (came != most and not pruned):
+            return f"{short_text(name)} of this site's shape {shape}"
+    if width > (max(m, n) if rank is None else rank):
+        return f"{short_text(name)} of at most rank {max(m, n) if rank is None else rank}"
+    return ""
+
+
+FREE: Mapping[str, Rule] = {
+    "Assignment.labels": labels,
+    "Assignment.date": date,
+    "Plan.rank": rank,
+    "Plan.ratio": ratio,
+    "TrainLora.blobs": order_blobs,
+    "Pruning.stages": stages,
+    "Pruning.previous": previous,
+    "Pruning.scores_requested": scores_requested,
+    "ProbeSeeds.exponent": exponent,
+    "ProbeSeeds.shift": shift,
+    "ProbeSeeds.perturbation": perturbation,
+    "ProbeSeeds.state": seed_state,
+    "ProbeSeeds.levels": levels,
+    "ProbeSeeds.calibrate": calibrate,
+    "ScoreRequest.blobs": score_blobs,
+    "ScoreRequest.ledger": ledger,
+    "ScoreRequest.trainable": ordinals,
+    "ScoreRequest.labels": labels,
+    "ScoreRequest.date": date,
+}
+"""The bounds of what follows from the server's state and the sites' data: all other fields follow from the recipe."""

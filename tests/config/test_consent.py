@@ -1,0 +1,286 @@
+"""The orders that a recipe permits: those that servers make of it, for every method and planner, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pytest
+
+from fedtune.client.site import Site
+from fedtune.config import Recipe, bind
+from fedtune.config.consent import order_differences, result_differences, score_differences
+from fedtune.config.order_rules import FREE
+from fedtune.directions.seed_ledger import describe_base
+from fedtune.messages import (
+    Assignment,
+    Blueprint,
+    Client,
+    Plan,
+    ProbeSeeds,
+    Pruning,
+    ScoreRequest,
+    SeedState,
+    Training,
+    TrainLora,
+)
+from fedtune.methods import METHODS
+from fedtune.planning.planner import PlannerInputs
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import Block, BlockLayout
+from fedtune.rounds.transport import Rule, Transport
+from fedtune.runs.local import Experiment, prepare, run_context, transport
+from fedtune.runs.runner import run_rounds_of
+from fedtune.wire.codec import EncodedAssignment, decode_outline, encode_assignment
+from fedtune.wire.profile import ClientProfile, ModelSpec
+from tests.golden.recipes import recipes, write_data
+
+
+def profiles(prepared: Experiment) -> Mapping[str, ClientProfile]:
+    """Return what each client of an experiment would say of itself."""
+    shards = prepared.federation.clients
+    sites = {name: Site(name, prepared.base, shard.train, (), 1) for name, shard in shards.items()}
+    return {name: site.profile() for name, site in sites.items()}
+
+
+@dataclass
+class Watched:
+    """A transport that holds every order against the recipe before it is delivered."""
+
+    inner: Transport
+    recipe: Recipe
+    profiles: Mapping[str, ClientProfile]
+    seen: list[tuple[int, str]] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+
+    def clients(self) -> Any:
+        return self.inner.clients()
+
+    def exchange(self, orders: Mapping[str, EncodedAssignment], rule: Rule) -> Any:
+        for name, encoded in orders.items():
+            order = decode_outline(encoded.header)
+            self.seen.append((order.round, name))
+            found = order_differences(self.recipe, self.profiles[name], order)
+            self.differing += [f"round {order.round}, {name}: {one}" for one in found]
+        return self.inner.exchange(orders, rule)
+
+
+def watched(recipe: Recipe) -> Watched:
+    """Run a recipe whose orders are held against it."""
+    prepared = prepare(recipe)
+    with transport(prepared) as started:
+        result = Watched(started, recipe, profiles(prepared))
+        list(run_rounds_of(run_context(prepared), result))
+    return result
+
+
+FAST = ("hetlora",)
+"""Of the recipes; the others run in the slow tier."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in recipes()]
+)
+def test_no_order_of_an_honest_run_is_vetoed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = watched(bind(recipes()[name]))
+    assert len({number for number, _ in result.seen}) == 3
+    assert result.differing == []
+
+
+BLOCK = Block("model.layers.0", heads=4, kv_heads=2, head_dim=2, channels=32)
+LAYOUT = BlockLayout("llama", (BLOCK,), width=8)
+MODULES = {"model.layers.0.mlp.up_proj": (32, 8), "model.layers.0.self_attn.q_proj": (8, 8)}
+LISTED = describe_base({f"{name}.weight": np.ones(shape, np.float32) for name, shape in MODULES.items()})
+UP = "model.layers.0.mlp.up_proj"
+SAVED = {"norm.weight": np.ones(8, np.float32)}
+PROFILE = ClientProfile(
+    "site-a",
+    40,
+    ModelSpec("9f3c" * 16, MODULES, SAVED, ("norm",), parameters=320, manifest=LISTED.encode(), anatomy=LAYOUT),
+)
+
+ADAPTERS = """
+name = "x"
+seed = 7
+model = { base = "none" }
+adapter = { rank = 4, targets = ["q_proj", "up_proj"], modules_to_save = ["norm"] }
+method = "flora"
+client = { epochs = 1, batch = 4, learning_rate = 0.01, proximal = 0.1 }
+rounds = { count = 5 }
+planner = { name = "random", ratios = [0.0, 0.25, 0.5], ranks = [2, 4] }
+pruning = { multiple = 8, stages = 2 }
+evaluate = { batch = 8, client_examples = 16 }
+data = { source = "at the sites", split = { kind = "files" } }
+"""
+SEEDS = """
+name = "x"
+seed = 7
+model = { base = "none" }
+method = { name = "fedkseed", seeds = 64, scalar_step = 1e-4 }
+client = { steps = 6, batch = 4, learning_rate = 0.01 }
+rounds = { count = 5 }
+data = { source = "at the sites", split = { kind = "files" } }
+"""
+
+
+@cache
+def recipe_of(text: str) -> Recipe:
+    return bind(text)
+
+
+def made(text: str, *, ratio: float = 0.0, rank: int = 4) -> Assignment:
+    """Return a server's first order, as it comes out of the codec; pruned where a ratio is given."""
+    recipe = recipe_of(text)
+    method = METHODS[recipe.method.name]
+    ranking = {"heads": np.arange(4, dtype=np.float32), "channels": np.arange(32, dtype=np.float32)} if ratio else {}
+    blueprint = Blueprint(
+        MODULES, SAVED, 4, recipe.seed, LISTED.encode(), LAYOUT, recipe.pruning, ranking if recipe.pruning else {}
+    )
+    inputs = PlannerInputs(seed=recipe.seed, rounds=5, training=lambda client: (rank, recipe.client))
+    planned = inputs.plan(Client("site-a", PROFILE.num_examples), rank=rank, ratio=ratio)
+    state = method.init(blueprint, recipe.method)
+    order = replace(method.assign(state, recipe.seed, planned), base=PROFILE.foundation.base)
+    return decode_outline(encode_assignment(order).header)
+
+
+def keys(text: str, order: Assignment | ScoreRequest) -> set[str]:
+    """Return the keys of an order, or a request, that the recipe does not permit."""
+    check: Any = order_differences if isinstance(order, Assignment) else score_differences
+    return {one.key for one in check(recipe_of(text), PROFILE, order)}
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[type[Any], str, str, Any]]:
+    """Yield (class, field, dotted path, value) of every field of a message."""
+    for one in fields(value):
+        inner = getattr(value, one.name)
+        yield type(value), one.name, f"{path}{one.name}", inner
+        if is_dataclass(inner):
+            yield from leaves(inner, f"{path}{one.name}.")
+
+
+def put(value: Any, path: str, new: Any) -> Any:
+    """Return a message with one field changed."""
+    name, _, rest = path.partition(".")
+    return replace(value, **{name: put(getattr(value, name), rest, new) if rest else new})
+
+
+def others(cls: type[Any], name: str, value: Any) -> Sequence[Any]:
+    """Return values that a field may have beside its own."""
+    hint = get_type_hints(cls)[name]
+    if choices := [one for one in get_args(hint) if isinstance(one, str) and one != value]:
+        return choices
+    match value:
+        case bool():
+            return [not value]
+        case int():
+            return [value + 1, 10**9, max(0, value - 1)] if value else [1, 10**9]
+        case float():
+            return [value * 2 + 1e-3, 1e30]
+        case str():
+            return [f"{value}x", ""] if value else ["x"]
+        case bytes():
+            return [value + b"x"]
+        case None:
+            return [7]
+        case tuple() | list():
+            return [(*value, "x"), ()] if value else [("x",)]
+        case dict():
+            return [{"strange": {"x": np.zeros((1, 1), np.float32)}}]
+        case _:
+            return [None]
+
+
+ORDERS: Mapping[str, tuple[str, Callable[[], Assignment | ScoreRequest]]] = {
+    "adapters": (ADAPTERS, lambda: made(ADAPTERS)),
+    "pruned": (ADAPTERS, lambda: made(ADAPTERS, ratio=0.5, rank=2)),
+    "seeds": (SEEDS, lambda: made(SEEDS)),
+    "scores": (ADAPTERS, lambda: ScoreRequest("site-a", "flora", 2, PROFILE.foundation.base, 8, 16, {"saved": SAVED})),
+}
+MESSAGES = (Assignment, Plan, Training, TrainLora, Pruning, PruningSettings, ProbeSeeds, ScoreRequest)
+"""The classes whose fields an order has; a `SeedState` is one value, whose digest the client checks."""
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_what_a_server_makes_of_a_recipe_is_permitted(kind: str) -> None:
+    text, make = ORDERS[kind]
+    assert keys(text, make()) == set()
+
+
+def test_every_field_of_an_order_is_held_against_the_recipe() -> None:
+    """A field that a later release adds is in this test by itself: it must be equal, or be given bounds in `FREE`."""
+    met, passed = set[type[Any]](), set[str]()
+    for text, make in ORDERS.values():
+        order = make()
+        for cls, name, path, value in leaves(order):
+            if cls is SeedState:
+                continue
+            met.add(cls)
+            if is_dataclass(value):
+                continue
+            for new in others(cls, name, value):
+                found = {key for key in keys(text, put(order, path, new)) if key == path or key.startswith(f"{path}.")}
+                # Another round has other keys: the seed of the round that it was is the difference.
+                if not found and not (path == "round" and keys(text, put(order, path, new))):
+                    passed.add(f"{cls.__name__}.{name}")
+    assert met == set(MESSAGES)
+    swapped = replace(made(SEEDS), task=made(ADAPTERS).task), replace(made(ADAPTERS), task=made(SEEDS).task)
+    assert [keys(text, order) for text, order in zip((SEEDS, ADAPTERS), swapped, strict=True)] == [{"task"}] * 2
+    # Within their bounds these follow from the server's state, and with the wrong values are refused below.
+    assert passed <= FREE.keys() | {"ScoreRequest.round"}
+
+
+def test_an_order_of_the_attack_is_vetoed_with_every_key_that_differs() -> None:
+    order = made(ADAPTERS)
+    one_example = replace(order.plan.training, steps=1, batch=1)
+    found = order_differences(recipe_of(ADAPTERS), PROFILE, put(order, "plan.training", one_example))
+    assert [str(one) for one in found] == [
+        "plan.training.batch: expected 4; got 1",
+        "plan.training.steps: expected 10; got 1",
+    ]
+    endless = replace(order.plan.training, steps=10**9, learning_rate=1e30)
+    assert keys(ADAPTERS, put(order, "plan.training", endless)) == {
+        "plan.training.learning_rate",
+        "plan.training.steps",
+    }
+    assert keys(ADAPTERS, put(order, "base", "")) == {"base"}
+    for number in (0, 6, 2**31):
+        assert keys(ADAPTERS, replace(order, round=number)) == {"round"}
+
+
+def test_a_client_may_be_asked_for_the_rank_that_it_has_left_after_a_cut() -> None:
+    text = (
+        ADAPTERS.replace('"flora"', '"hetlora"').replace("pruning =", "# ").replace(", ratios = [0.0, 0.25, 0.5]", "")
+    )
+    order = put(made(text), "task.blobs", {"saved": SAVED})
+    assert keys(text, put(order, "plan.rank", 3)) == set()
+    assert keys(text, put(order, "plan.rank", 5)) == {"plan.rank"}
+
+
+def test_a_planner_that_does_not_name_its_choices_may_ask_for_less_and_not_for_more() -> None:
+    from fedtune.planning.planner import PlannerType, any_choice
+
+    allowed = any_choice(None, 4, 0.0)
+    assert (allowed.ranks, allowed.ratios, allowed.fewer_steps) == (None, None, True)
+    assert PlannerType("x", Plan, lambda settings, inputs: None).choices is any_choice  # type: ignore[arg-type, return-value]
+
+
+def test_scores_are_asked_for_as_the_recipe_says_or_not_at_all() -> None:
+    request = ORDERS["scores"][1]()
+    assert isinstance(request, ScoreRequest)
+    assert keys(ADAPTERS.replace("{ batch = 8", "{ clients = false, batch = 8"), request) == {"evaluate.clients"}
+    assert keys(ADAPTERS, replace(request, round=6)) == {"round"}
+    seeds = replace(request, method="fedkseed", batch=16, examples=64, blobs={}, ledger=b"x", trainable=(0,))
+    assert keys(SEEDS, seeds) == set()
+    assert keys(SEEDS, replace(seeds, ledger=b"", blobs={"saved": SAVED})) == {"ledger", "blobs", "trainable"}
+
+
+def test_a_result_is_of_the_kind_that_the_recipe_makes() -> None:
+    recipe = recipe_of(ADAPTERS)
+    assert result_differences(recipe, 5, ["adapter/adapter_config.json"]) == []
+    assert [one.key for one in result_differences(recipe, 6, ["seeds/ledger.ftks"])] == ["result", "round"]
