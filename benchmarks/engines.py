@@ -68,7 +68,8 @@ if TYPE_CHECKING:
 SIZE, RANK = 64, 4
 LAYERS = {f"layers.{i}": (SIZE, SIZE) for i in range(4)}
 CORES = len(os.sched_getaffinity(0))
-TRAINING = Training(batch=1, learning_rate=1e-3, steps=2)
+# A rate by which the planned steps can reach what the clients answer, which is not trained.
+TRAINING = Training(batch=1, learning_rate=1e3, steps=2)
 CLIENTS = (8, 32, 100)
 
 ROUND_MS = {("inprocess", 100): 50.0, ("processes", 100): 100.0}

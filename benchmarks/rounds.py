@@ -35,7 +35,8 @@ from fedtune.seeds import generator
 from fedtune.simulation.inprocess import InProcess
 from fedtune.tensors import Tensors, cast
 
-TRAINING = Training(batch=1, learning_rate=1e-3, steps=1)
+# A rate by which the planned step can reach what the clients answer, which is not trained.
+TRAINING = Training(batch=1, learning_rate=1e3, steps=1)
 
 
 def main() -> None:

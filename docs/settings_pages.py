@@ -94,7 +94,7 @@ UNITS: Mapping[str, str] = {
 PLAIN_NUMBERS = frozenset(
     (
         *("alpha", "beta1", "beta2", "clip", "clip_norm", "coverage_floor", "learning_rate", "max_norm", "momentum"),
-        *("net_sigma", "over_select", "perturbation", "proximal", "rank_penalty", "scalar_step", "seed"),
+        *("net_sigma", "norm_cap", "over_select", "perturbation", "proximal", "rank_penalty", "scalar_step", "seed"),
         *("server_learning_rate", "weight_decay"),
     )
 )

@@ -19,6 +19,11 @@ BankName: TypeAlias = Literal["hadamard", "gaussian", "kron"]
 Sampling: TypeAlias = Literal["uniform", "distinct", "pro"]
 Estimator: TypeAlias = Literal["two-sided", "one-sided"]
 Verb: TypeAlias = Literal["adapt", "probe"]
+Role: TypeAlias = Literal["change", "factors", "saved", "scalars", "mean"]
+"""Parts of an update's change that are bounded apart: the layers' products b a, the factors' own numbers,
+modules_to_save, the scalars of seeds, and what a `LinearMethod` takes the mean of."""
+MOVES: Sequence[Role] = ("change", "saved", "scalars")
+"""The roles by which the model itself moves."""
 
 OMIT_DEFAULT: Mapping[str, bool] = {"omit_default": True}
 """Metadata of a recipe's key that a release added: at its default it is left out of a recipe's text and of its digest,
@@ -386,6 +391,16 @@ class ClientScores:
 
 
 @dataclass(frozen=True)
+class Size:
+    """How large one role of a change is."""
+
+    norm: float
+    """Frobenius norm over all its parts."""
+    largest: str = ""
+    """Name of the part with the largest share."""
+
+
+@dataclass(frozen=True)
 class AdmittedUpdate:
     """An update that answers its assignment in every respect; methods aggregate these."""
 
@@ -394,6 +409,14 @@ class AdmittedUpdate:
     """In whose coordinates the tensors are; None: the whole base."""
     ratio: float = 0.0
     """The plan's pruning ratio; 0 where the whole model was trained."""
+    sizes: Mapping[Role, Size] = field(default_factory=dict)
+    """How large its change is, by role; each is within the bounds of the round."""
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all that the update moves in the model."""
+        # The other roles are these numbers again, in other coordinates.
+        return math.sqrt(sum(self.sizes[role].norm ** 2 for role in MOVES if role in self.sizes))
 
     @property
     def client(self) -> str:

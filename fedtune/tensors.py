@@ -64,7 +64,7 @@ def squared_norm(tensor: Array) -> float:
         invalid="ignore"
     ):  # a signalling NaN, which only a foreign body holds: the sum says it all the same
         flat = tensor.astype(np.float64).reshape(-1)
-    return float(flat @ flat)
+        return float(flat @ flat)
 
 
 def count_not_finite(tensor: Array) -> int:

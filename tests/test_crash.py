@@ -61,7 +61,8 @@ RECIPE = {
 def setting(rounds: int = ROUNDS) -> RunContext:
     """Neither model nor data: clients are scripted, and nothing is scored."""
     recipe = bind({**RECIPE, "rounds": {"count": rounds, "cohort": 4}})
-    training = Training(batch=1, learning_rate=0.1, steps=1)
+    # A rate by which one step can reach whatever a script answers.
+    training = Training(batch=1, learning_rate=1000.0, steps=1)
     return RunContext(
         recipe=recipe,
         blueprint=BLUEPRINT,

@@ -80,8 +80,9 @@ def inner(left: Factors, right: Factors) -> float:
 
 def norm(adapter: Adapter) -> float:
     """Return the Frobenius norm of the adapter's change over all modules, without forming it."""
-    # Rounding can leave a sum of squares a little below zero, whose root would be NaN.
-    return float(np.sqrt(max(0.0, sum(inner(factors, factors) for factors in adapter.values()))))
+    # Rounding can leave a sum of squares a little below zero, whose root would be NaN; what is NaN must stay so, and
+    # max returns its first argument where that is NaN.
+    return float(np.sqrt(max(sum(inner(factors, factors) for factors in adapter.values()), 0.0)))
 
 
 def draw_a(key: int, module: str, rank: int, in_features: int) -> Array:

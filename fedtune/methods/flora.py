@@ -34,6 +34,7 @@ from fedtune.messages import (
     cohort_weights,
 )
 from fedtune.methods import pruning
+from fedtune.methods.change import Change, product_change, saved_change
 from fedtune.methods.method import Method, make_assignment, mean_saved
 from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.pruning.ranking import PruningSettings, Ranking, rank_units, structure_at
@@ -47,7 +48,7 @@ from fedtune.pruning.structure import (
     slice_adapter,
 )
 from fedtune.seeds import derive
-from fedtune.tensors import Array, Tensors, cast
+from fedtune.tensors import Array, Tensors, cast, squared_norm
 
 ROW_NORM = 1 / np.sqrt(3)
 """Norm of a freshly drawn row of A (entries uniform in +-1/sqrt(n)): learning rates are tuned to it."""
@@ -211,7 +212,7 @@ def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
 def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraState:
     """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
     settings, cohort = state.settings, cohort_weights(updates, state.settings.weights)
-    changes = [(change(state, update), settings.server_learning_rate * share) for update, share in cohort]
+    changes = [(product(state, update), settings.server_learning_rate * share) for update, share in cohort]
     if state.anatomy is not None and settings.coverage == "normalised":
         scale = pruning.coverage(cohort, state.anatomy, weights=settings.weights, floor=settings.coverage_floor)
         # One scale for all clients, and not one for each: the scaled sum is as exact as the plain one.
@@ -233,7 +234,7 @@ def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraStat
     )
 
 
-def change(state: FloraState, update: AdmittedUpdate) -> Adapter:
+def product(state: FloraState, update: AdmittedUpdate) -> Adapter:
     """Return what one client changed, in the base's coordinates: b @ a at its end minus b @ a at its start.
 
     A fresh adapter starts at b = 0. From differences: b a - b0 a0 = [db | b0] [a0 + da ; da], of twice the rank.
@@ -246,12 +247,28 @@ def change(state: FloraState, update: AdmittedUpdate) -> Adapter:
         start = unpack(state.split_blobs(rank, update.structure)["local"])
         key = _a_key(state, update.client)
         adapter = {
-            name: _change(difference, start.get(name), initial_a(key, name, difference.rank, shapes[name], cut))
+            name: _product(difference, start.get(name), initial_a(key, name, difference.rank, shapes[name], cut))
             for name, difference in adapter.items()
         }
     if not cut:
         return adapter
     return {name: scatter_factors(factors, cut.get(name, FULL), shapes[name]) for name, factors in adapter.items()}
+
+
+def change(state: FloraState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate) -> Change:
+    """Return what an update changes: the products that `aggregate` sums, and the numbers that training has moved."""
+    sent = {name: array.astype(np.float32, copy=False) for name, array in update.lora.tensors.items()}
+    start = 0.0
+    if assignment.lora.upload == "factors":
+        key, cut = assignment.lora.a_key, state.cut(update.structure)
+        for name, shape in blueprint.modules.items():
+            a0 = initial_a(key, name, len(sent[f"{name}.a"]), shape, cut)
+            start += squared_norm(a0)
+            with np.errstate(over="ignore"):
+                sent[f"{name}.a"] = sent[f"{name}.a"] - a0
+    with np.errstate(over="ignore"):
+        moved = product(state, update)
+    return Change(moved, sent, saved_change(state.saved, update), start=float(np.sqrt(start)))
 
 
 def initial_a(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mapping[str, LayerSlice]) -> Array:
@@ -260,15 +277,12 @@ def initial_a(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mappi
     return fresh if into is None else fresh[:, into]
 
 
-def _change(difference: Factors, start: Factors | None, fresh: Array) -> Factors:
+def _product(difference: Factors, start: Factors | None, fresh: Array) -> Factors:
     if start is None:
         return Factors(a=fresh + difference.a, b=difference.b)
-    p = start.rank
-    a0 = np.concatenate([start.a, fresh[p:]])  # (r, n); where r > p, the columns of b0 that go with fresh rows are zero
-    return Factors(
-        a=np.concatenate([a0 + difference.a, difference.a[:p]]),  # (r + p, n)
-        b=np.concatenate([difference.b, start.b], axis=1),  # (m, r + p)
-    )
+    # (r, n); where r > p, the columns of b0 that go with fresh rows are zero
+    a0 = np.concatenate([start.a, fresh[start.rank :]])
+    return product_change(a0 + difference.a, da=difference.a, db=difference.b, b0=start.b)
 
 
 def warm_start(
@@ -306,6 +320,7 @@ METHOD = Method(
     start=start,
     assign=assign,
     aggregate=aggregate,
+    change=change,
     adapter=adapter,
     energy_kept=energy_kept,
     structure=FloraState.structure,

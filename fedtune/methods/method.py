@@ -25,6 +25,7 @@ from fedtune.messages import (
     WireDtype,
     cohort_weights,
 )
+from fedtune.methods.change import Change, change_of
 from fedtune.pruning.structure import ModelStructure
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, weighted_mean
@@ -109,6 +110,13 @@ def no_faults(settings: Any, steps: Sequence[int | None]) -> Iterable[Fault]:
     return ()
 
 
+def change_from_start(
+    state: MethodState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate
+) -> Change:
+    """Return what an update of the whole model changes, against what its client was sent."""
+    return change_of(state.saved, blueprint, assignment, update)
+
+
 @dataclass(frozen=True)
 class Method(Generic[State]):
     """A method of federated tuning: pure functions over a frozen state.
@@ -127,6 +135,9 @@ class Method(Generic[State]):
     """(state, admitted updates, at least one) -> the next state"""
     adapter: Callable[[State], Adapter]
     """state -> the global model's change of the base, as one adapter of scale 1"""
+    change: Callable[[State, Blueprint, Assignment, AdmittedUpdate], Change] = change_from_start
+    """(state, blueprint, an assignment, the update that answers it) -> what that update changes. Admission bounds it,
+    and no update reaches `aggregate` whose change it has not bounded."""
     ranks: Literal["any", "equal"] = "any"
     """`any`: clients may differ in rank; `equal`: one rank for all."""
     energy_kept: Callable[[State], Mapping[str, float]] = no_truncation
@@ -163,6 +174,7 @@ class Method(Generic[State]):
         return {
             "assign": self.assign,
             "assign_whole": self.assign_whole,
+            "change": self.change,
             "adapter": self.adapter,
             "energy_kept": self.energy_kept,
             "seeds": self.seeds,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import median
 
 import numpy as np
 
 from fedtune.directions.downlink import MAX_SCALAR
 from fedtune.errors import ShapeError
-from fedtune.lora.adapter import norm, unpack
 from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
@@ -27,7 +25,7 @@ from fedtune.messages import (
 )
 from fedtune.pruning.ranking import counts, unit_of
 from fedtune.pruning.structure import BlockLayout, ModelStructure, cuts, from_bitmap, shapes
-from fedtune.tensors import DTYPES, Array, Tensors, l2_norm, squared_norm
+from fedtune.tensors import DTYPES, Array, Tensors, squared_norm
 
 LARGEST = float(np.finfo(np.float32).max) / 2**16
 """Bound on |b| |a| of a module: its change, and the sum of a cohort's, must fit float32."""
@@ -96,45 +94,6 @@ def largest_update(task: type[Task], *, rank: int, steps: int, blueprint: Bluepr
     # A score is two bytes, a mask a bit; both are of the whole base at most.
     groups = sum(b.heads + b.kv_heads + b.channels for b in blueprint.anatomy.blocks) if blueprint.anatomy else 0
     return 4 * entries + 64 * 1024 + 512 * tensors + (3 * groups if pruned else 0)
-
-
-def admit_norms(
-    updates: Sequence[AdmittedUpdate], max_norm: float | None, *, assignments: Mapping[str, Assignment]
-) -> tuple[Mapping[str, float], Sequence[Failure]]:
-    """Return the norms of the admitted changes by client, and who is refused for one far above the others.
-
-    Far above is more than max_norm times the cohort's median; none admits any norm. Of two updates neither is an
-    outlier, and zero has no multiple: then all are admitted. Assignments are by client.
-    """
-    norms = {update.client: change_norm(update, assignments[update.client].task) for update in updates}
-    middle = median(norms.values()) if norms else 0.0
-    # The median, because a mean would be moved by the very update that it is to expose.
-    if max_norm is None or len(updates) < 3 or middle == 0:
-        return norms, ()
-    limit = max_norm * middle
-    expected = f"a change of norm at most {limit:.4g}, {max_norm:g} times the cohort's median"
-    refused = [
-        Failure(name, expected=expected, got=f"{size:.4g}", kind="refused", code="NORM_OVER_CAP")
-        # Sorted by name, so that a resumed run refuses in the same order and writes the same record.
-        for name, size in sorted(norms.items())
-        if size > limit
-    ]
-    return {name: size for name, size in norms.items() if size <= limit}, refused
-
-
-def change_norm(update: AdmittedUpdate, task: Task) -> float:
-    """Return the Frobenius norm of b @ a over all modules, or where there is no such pair, of what was sent.
-
-    Differences of factors, or b alone, do not multiply to the client's change; then their own size is taken, and of a
-    `ProbeSeeds` task that of its scalars.
-    """
-    match task:
-        case ProbeSeeds():
-            return float(np.linalg.norm(update.probe.scalars.astype(np.float64)))
-        case TrainLora():
-            if task.upload == "difference" or task.train == "b":
-                return l2_norm(update.lora.tensors)
-            return norm(unpack(update.lora.tensors))
 
 
 def _check_author(update: ClientUpdate, assignment: Assignment) -> None:

@@ -19,10 +19,11 @@ from fedtune.messages import (
     Traffic,
     TrainLora,
 )
-from fedtune.rounds.admission import admit, admit_norms, largest_update
+from fedtune.rounds.admission import admit, largest_update
 from fedtune.rounds.clock import ClientTime, Clock, CompletedWork
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import ClientFinished, Note
+from fedtune.rounds.influence import refuse_outliers
 from fedtune.rounds.journal import UNFIT, InterruptedRound
 from fedtune.rounds.schedule import enough
 from fedtune.rounds.transport import Answer, Reply, UnsolicitedReply
@@ -46,6 +47,8 @@ class RoundRequest:
     """`Method.refuse` over the state that the round starts from."""
     assign_whole: Callable[[PlannedClient], Assignment | None]
     """`Method.assign_whole` over that state."""
+    bound: Callable[[AdmittedUpdate, Assignment], AdmittedUpdate | Failure]
+    """`Bounds.bound` over that state."""
     unfit: Mapping[str, Failure] = field(default_factory=dict)
     """The clients without a feasible plan, which are not asked, and why."""
 
@@ -211,7 +214,8 @@ def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
     outcome = admit(update, assignment, request.blueprint, num_examples=request.enrolled[name])
     if isinstance(outcome, AdmittedUpdate) and (reason := request.refuse(outcome)):
         return Failure.from_text(name, reason, kind="refused", code="STATE_REBUILT")
-    return outcome
+    # Last: what the update changes is known only of one that fits.
+    return outcome if isinstance(outcome, Failure) else request.bound(outcome, assignment)
 
 
 def needs_whole_state(outcome: Outcome) -> bool:
@@ -274,7 +278,7 @@ def filter_by_norm(
     """
     updates = [outcome for outcome in replies.outcomes.values() if isinstance(outcome, AdmittedUpdate)]
     # After the clock: an update that came too late must not move the median either.
-    norms, refused = admit_norms(updates, context.schedule.max_norm, assignments=request.assignments)
+    norms, refused = refuse_outliers(updates, context.schedule.max_norm)
     return norms, without_refused(context, request, replies, replies.outcomes, refused)
 
 

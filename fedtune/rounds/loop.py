@@ -27,6 +27,7 @@ from fedtune.rounds.clock import ClientTime, Clock
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import RoundStarted
 from fedtune.rounds.exchange import Collector, RoundRequest, apply_clock, filter_by_norm, without_refused
+from fedtune.rounds.influence import Bounds
 from fedtune.rounds.journal import InterruptedRound, RoundJournal
 from fedtune.rounds.schedule import sample
 from fedtune.rounds.transport import UnsolicitedReply
@@ -211,6 +212,7 @@ def make_request(context: RoundContext, state: Any, learned: Any, cohort: Sequen
         blueprint=context.blueprint,
         refuse=partial(method.refuse, state),
         assign_whole=partial(whole_assignment, context, state),
+        bound=Bounds(method, state, context.blueprint, context.schedule.norm_cap).bound,
         unfit=unfit,
     )
 

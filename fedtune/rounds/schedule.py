@@ -31,8 +31,14 @@ class Schedule:
     min_clients: Annotated[int, Ge(1)] = 1
     """Usable updates that a round needs; with fewer the run stops and can be resumed."""
     max_norm: Annotated[float, Gt(0)] | None = 10.0
-    """An update whose change is more than this many times as large as the cohort's median is refused; none refuses no
-    size."""
+    """Of three or more updates, one whose change is more than this many times as large as the cohort's median is
+    refused; none compares no sizes. The change of the layers, that of the factors and that of modules_to_save are
+    compared each for itself."""
+    norm_cap: Literal["plan"] | Annotated[float, Gt(0)] | None = field(default="plan", metadata=OMIT_DEFAULT)
+    """Largest change of one update, whatever the others are, so also in cohorts of one and two. plan: what the planned
+    steps of the optimiser can reach, which honest training never leaves, or 1e6 where that has no limit, as with sgd
+    without `client.clip_norm`; a number: the norm of each of the three changes that `max_norm` names; none: all that
+    is finite."""
     deadline_s: Annotated[float, Gt(0)] | None = None
     """Over a network, a round ends after this time if `min_clients` have answered; none waits for every client."""
     grace_s: Annotated[float, Ge(0)] = 60.0

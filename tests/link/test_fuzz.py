@@ -40,6 +40,7 @@ from fedtune.messages import (
 from fedtune.methods import METHODS
 from fedtune.methods import serialization as states
 from fedtune.rounds.exchange import RoundRequest, decode_and_admit, needs_whole_state
+from fedtune.rounds.influence import Bounds
 from fedtune.rounds.transport import Reply
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
@@ -167,6 +168,7 @@ MODULES = {"layer.q": (6, 5), "layer.v": (4, 5)}
 BLUEPRINT = Blueprint(modules=MODULES, saved={}, max_rank=2, seed=0)
 CLIENTS = ("anna", "bob", "carl")
 TRAIN = TrainLora(a_key=0)
+FIRST = METHODS["flora"].init(BLUEPRINT, METHODS["flora"].settings(mode="reinit"))
 
 
 def assignment(client: str, task: Task = TRAIN) -> Assignment:
@@ -192,6 +194,7 @@ def round_request(assignments: dict[str, Assignment]) -> RoundRequest:
         blueprint=BLUEPRINT,
         refuse=lambda update: "",
         assign_whole=lambda planned: None,
+        bound=Bounds(METHODS["flora"], FIRST, BLUEPRINT, norm_cap=None).bound,
     )
 
 
@@ -244,7 +247,10 @@ def test_spoilt_scalars_are_refused() -> None:
         bank="hadamard", seeds=64, key=1, exponent=20, shift=1, perturbation=1,
         state=SeedState("whole", 0, b"\0" * 256, 0, b"d" * 32),
     )  # fmt: skip
-    around = round_request({name: assignment(name, probe) for name in CLIENTS})
+    around = replace(
+        round_request({name: assignment(name, probe) for name in CLIENTS}),
+        bound=Bounds(METHODS["fedkseed"], seeds.first(), BLUEPRINT).bound,
+    )
     scalars = np.array([1, -2, 3, 0, 127, -127, 5, 6], np.int8)
     given = ProbeResult(scalars, state=b"s" * 8, checks=b"c" * 16)
     data = encode_update(ClientUpdate("carl", 1, 10, given))
@@ -277,6 +283,7 @@ def test_spoilt_replies_to_seeds_are_refused_and_the_sums_are_those_without_them
         blueprint=BLUEPRINT,
         refuse=lambda update: method.refuse(state, update),
         assign_whole=lambda planned: None,
+        bound=Bounds(method, state, BLUEPRINT).bound,
     )
     good = {name: encode_update(seeds.random_answer(state, name).update) for name in names}
     honest = [decode_and_admit(Reply(name, good[name]), around) for name in names]

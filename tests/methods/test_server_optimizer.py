@@ -159,6 +159,7 @@ def test_every_operation_reads_the_inner_state() -> None:
     of_state = {
         "assign",
         "assign_whole",
+        "change",
         "aggregate",
         "adapter",
         "energy_kept",

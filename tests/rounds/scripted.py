@@ -38,7 +38,8 @@ from fedtune.wire.codec import EncodedAssignment, decode_assignment, encode_upda
 SHAPE = (4, 6)
 
 
-TRAINING = Training(batch=1, learning_rate=0.1, steps=1)
+# A rate by which the planned step can reach whatever a script answers.
+TRAINING = Training(batch=1, learning_rate=1000.0, steps=1)
 
 
 LISTED = describe_base({"x.weight": np.ones(SHAPE, np.float32), "y.bias": np.zeros(5000, np.float32)})

@@ -29,7 +29,7 @@ from fedtune.messages import (
 from fedtune.methods import METHODS
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
-from fedtune.rounds.admission import MAX_SKIPPED, admit, admit_norms, change_norm, largest_update
+from fedtune.rounds.admission import MAX_SKIPPED, admit, largest_update
 from fedtune.tensors import Tensors, cast
 from fedtune.wire.codec import encode_update
 
@@ -151,40 +151,6 @@ def test_honest_answers_to_every_method_are_taken(name: str) -> None:
     assert taken(admit(answer, asked, BLUEPRINT, num_examples=10)) is answer
 
 
-def cohort(*sizes: float, **local: Any) -> tuple[list[AdmittedUpdate], dict[str, Assignment]]:
-    tensors = [{k: np.float32(size) * t if k[-1] == "b" else t for k, t in factors().items()} for size in sizes]
-    updates = [AdmittedUpdate(update(client=f"c{i}", tensors=part)) for i, part in enumerate(tensors)]
-    return updates, {answer.client: assignment(**local) for answer in updates}
-
-
-def test_a_change_far_above_the_median_is_refused_with_both_numbers() -> None:
-    updates, assignments = cohort(1, 2, 21, 1)
-    norms, refused = admit_norms(updates, 10.0, assignments=assignments)
-    assert list(norms) == ["c0", "c1", "c3"]
-    assert [failure.client for failure in refused] == ["c2"]
-    median = change_norm(updates[0], assignments["c0"].task) * 1.5
-    assert f"{10 * median:.4g}" in refused[0].reason
-    assert f"{change_norm(updates[2], assignments['c2'].task):.4g}" in refused[0].reason
-
-
-@pytest.mark.parametrize(("sizes", "limit"), [((1, 100), 10.0), ((1, 1, 100), None), ((0, 0, 0, 100), 10.0), ((), 1.0)])
-def test_without_a_limit_or_a_median_to_trust_all_are_taken(sizes: tuple[float, ...], limit: float | None) -> None:
-    updates, assignments = cohort(*sizes)
-    norms, refused = admit_norms(updates, limit, assignments=assignments)
-    assert (len(norms), len(refused)) == (len(sizes), 0)
-
-
-def test_the_norm_is_that_of_the_change_or_of_the_tensors_where_they_are_no_pair() -> None:
-    answer, asked = AdmittedUpdate(update()), assignment()
-    assert change_norm(answer, asked.task) == pytest.approx(
-        2 * np.sqrt(6 * 5 + 2 * 5)
-    )  # b a has the entry 2 everywhere
-    assert change_norm(answer, assignment(upload="difference").task) == pytest.approx(np.sqrt(10 + 10 + 12 + 4))
-    assert change_norm(AdmittedUpdate(update(tensors=factors(sides="b"))), assignment(train="b").task) == pytest.approx(
-        np.sqrt(12 + 4)
-    )
-
-
 STEPS = 20
 
 
@@ -269,15 +235,6 @@ def test_scalars_are_no_answer_to_what_asks_for_tensors() -> None:
     outcome = admit(answer(), replace(assignment(), base=""), BLUEPRINT, num_examples=10)
     assert isinstance(outcome, Failure)
     assert outcome.reason == "expected tensors; got scalars of seeds"
-
-
-def test_the_norm_of_a_probe_is_that_of_its_scalars() -> None:
-    assert change_norm(AdmittedUpdate(answer([3, -4])), probe(2).task) == 5.0
-    assert change_norm(AdmittedUpdate(answer([-127] * 20)), probe().task) == pytest.approx(127 * np.sqrt(20))
-    updates = [AdmittedUpdate(replace(answer([size] * 20), client=f"c{size}")) for size in (1, 2, 3, 127)]
-    norms, refused = admit_norms(updates, 10.0, assignments={each.client: probe() for each in updates})
-    assert [failure.client for failure in refused] == ["c127"]
-    assert list(norms) == ["c1", "c2", "c3"]
 
 
 def test_no_honest_answer_to_a_probe_is_too_long() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment
 from tests.rounds.scripted import (
     STEPS,
+    TRAINING,
     Script,
     Scripted,
     answer,
@@ -302,3 +304,16 @@ def test_late_clients_that_the_round_needs_are_waited_for_the_quickest_first() -
     late = {name: outcome for name, outcome in first.outcomes.items() if isinstance(outcome, Failure)}
     assert set(late) == {"ann"}
     assert first.clock_s == 51.0
+
+
+def test_a_change_beyond_the_reach_of_its_plan_is_refused_even_where_nobody_else_answers() -> None:
+    training = replace(TRAINING, learning_rate=0.1)
+    small = {"x.a": np.full((2, 6), 0.05, np.float32), "x.b": np.full((4, 2), -0.05, np.float32)}
+    result = rounds({"ann": answer(tensors=small)}, training=training)[0]
+    assert isinstance(result.outcomes["ann"], AdmittedUpdate)
+    with pytest.raises(
+        RoundError, match=r"factors, most of it in x\.a: expected the change of the factors.*reach of 1"
+    ):
+        rounds({"ann": answer()}, training=training)
+    large = rounds({"ann": answer()}, training=training, norm_cap=None)[0]
+    assert isinstance(large.outcomes["ann"], AdmittedUpdate)

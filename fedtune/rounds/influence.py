@@ -1,0 +1,174 @@
+"""How far one update may move the model: by what its plan can reach, and by what the cohort's median says.
+
+Every update is bounded by itself first, whatever the cohort: in a cohort of one or two no median shows an outlier. The
+optimiser gives that bound. A step of AdamW moves a number by little more than the learning rate, and one of SGD with a
+clipped gradient by the learning rate times `clip_norm`, so the planned steps have a reach that honest training never
+leaves. The bounds follow from state, assignment and update alone: a resumed run refuses the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import median
+from sys import float_info
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Failure, Role, Size, Training, TrainLora
+from fedtune.methods.change import Change, size_of, sizes
+from fedtune.methods.method import LinearMethod, Method
+from fedtune.tensors import Tensors, l2_norm, squared_norm
+
+NormCap: TypeAlias = Literal["plan"] | float | None
+
+LARGEST_CHANGE = 1e6
+"""Norm of any change where the plan has no reach: no model's weights are so large."""
+FINITE = (float_info.max, "a finite one")
+BETA1, BETA2 = 0.9, 0.999
+"""Of the clients' AdamW."""
+MARGIN = 1.01
+"""Room for the rounding of the clients' steps."""
+EPSILON: Mapping[str, float] = {"fp32": 2.0**-20, "fp16": 2.0**-10, "bf16": 2.0**-7}
+"""By wire format, twice the rounding of a number on its way there and back, relative to it."""
+PARTS: Mapping[Role, str] = {
+    "change": "the change of the layers, b a",
+    "factors": "the change of the factors",
+    "saved": "the change of modules_to_save",
+    "scalars": "the scalars",
+    "mean": "what enters the mean, minus the server's values",
+}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What every update of a round is held against."""
+
+    method: Method[Any]
+    state: Any
+    """That the round starts from."""
+    blueprint: Blueprint
+    norm_cap: NormCap = "plan"
+    """`Schedule.norm_cap`."""
+
+    def bound(self, update: AdmittedUpdate, assignment: Assignment) -> AdmittedUpdate | Failure:
+        """Return the update with the sizes of its change if each is within its bounds, otherwise why not."""
+        change = self.method.change(self.state, self.blueprint, assignment, update)
+        norms = dict(sizes(change))
+        if isinstance(self.method, LinearMethod):
+            norms["mean"] = distance_to_mean(self.method, self.state, update)
+        limits = self.limits(change, assignment)
+        for role, size in norms.items():
+            limit, why = limits.get(role, FINITE)
+            # Not `size > limit`: a norm that is no number is within no bound.
+            if not size.norm <= limit:
+                return too_large(update.client, role, size, limit, why)
+        return replace(update, sizes=norms)
+
+    def limits(self, change: Change, assignment: Assignment) -> Mapping[Role, tuple[float, str]]:
+        """Return the largest norm by role and where it comes from; `FINITE` for roles that are left out."""
+        if self.norm_cap is None or not isinstance(assignment.task, TrainLora):
+            return {}
+        if not isinstance(self.norm_cap, str):
+            return {role: (self.norm_cap, "rounds.norm_cap") for role in ("change", "factors", "saved", "mean")}
+        plan, task = assignment.plan, assignment.task
+        rounding = EPSILON[task.wire_dtype]
+        factors = reach(plan.training, change.factors, start=change.start, scale=plan.scale)
+        saved = reach(plan.training, change.saved, start=l2_norm(self.state.saved))
+        why = f"the reach of {plan.training.steps} planned steps"
+        return {
+            # Follow from the two below for the methods that fedtune has; another's mean may be of anything.
+            "change": (LARGEST_CHANGE, "the most of any change"),
+            "mean": (LARGEST_CHANGE, "the most of any change"),
+            "factors": (min(LARGEST_CHANGE, MARGIN * factors + rounding * (change.start + factors)), why),
+            "saved": (min(LARGEST_CHANGE, MARGIN * saved + EPSILON["fp32"] * l2_norm(self.state.saved)), why),
+        }
+
+
+def too_large(client: str, role: Role, size: Size, limit: float, why: str) -> Failure:
+    return Failure(
+        client,
+        expected=f"{PARTS[role]}, to have a norm of at most {limit:.4g}, {why}",
+        got=f"{size.norm:.4g}",
+        where=f"{role}, most of it in {size.largest}",
+        kind="refused",
+        code="NORM_OVER_CAP",
+    )
+
+
+def distance_to_mean(method: LinearMethod[Any], state: Any, update: AdmittedUpdate) -> Size:
+    """Return how far what a linear method averages of a client lies from the server's own values."""
+    current, contribution = method.current(state), method.contribution(state, update)
+    # A product b a can be small where a is huge and b tiny: their means are not.
+    with np.errstate(over="ignore"):
+        return size_of({name: squared_norm(contribution[name] - current[name]) for name in current})
+
+
+def reach(training: Training, moved: Tensors, *, start: float, scale: float = 1.0) -> float:
+    """Return the largest norm of the change that planned steps can make of some numbers.
+
+    Args:
+        training: with `steps` set.
+        moved: of which the sizes are taken; names of factors end in `.a` or `.b`.
+        start: norm of the numbers before training, by which weight decay shrinks them.
+        scale: that b carries.
+    """
+    steps, rate = training.steps or 0, training.learning_rate
+    scales = {name: scale if name.endswith(".b") else 1.0 for name in moved}
+    decay = rate * training.weight_decay * steps
+    if training.optimizer == "adamw":
+        size = math.sqrt(sum(scales[name] ** 2 * array.size for name, array in moved.items()))
+        free = rate * adam_steps(steps) * size
+    elif training.clip_norm is not None:
+        # Momentum repeats every step: 1 + m + m^2 + ... times in all.
+        repeats = 1 / (1 - training.momentum)
+        free = rate * training.clip_norm * steps * repeats * max(scales.values(), default=0.0)
+        decay *= repeats
+    else:
+        return math.inf
+    return (free + decay * start) / (1 - decay) if decay < 1 else math.inf
+
+
+@lru_cache(maxsize=64)
+def adam_steps(steps: int) -> float:
+    """Return how many learning rates a number can move by in so many steps of Adam, whatever the gradients.
+
+    With t the step, |m| / sqrt(v) is largest for gradients g_i in proportion to (beta1 / beta2)^(t - i)
+    (Cauchy-Schwarz): 1 in the first step, never above 7.3.
+
+    >>> adam_steps(1), adam_steps(10) < 15
+    (1.0, True)
+    """
+    t = np.arange(1, steps + 1, dtype=np.float64)
+    ratio = BETA1**2 / BETA2
+    sums = (1 - ratio**t) / (1 - ratio)
+    bias = np.sqrt((1 - BETA2**t) / (1 - BETA2)) * (1 - BETA1) / (1 - BETA1**t)
+    return float(np.sum(np.sqrt(sums) * bias))
+
+
+def refuse_outliers(
+    updates: Sequence[AdmittedUpdate], max_norm: float | None
+) -> tuple[Mapping[str, float], Sequence[Failure]]:
+    """Return the norms of the changes by client, and who is refused for one far above the others.
+
+    Far above is more than max_norm times the cohort's median of a role; none admits any multiple. Of two updates
+    neither is an outlier, and zero has no multiple: then the bounds of each update by itself are all there are.
+    """
+    refused: dict[str, Failure] = {}
+    roles = sorted({role for update in updates for role in update.sizes} - {"mean"})
+    for role in roles if max_norm is not None and len(updates) >= 3 else ():
+        stated = {update.client: update.sizes[role] for update in updates if role in update.sizes}
+        # The median, because a mean would be moved by the very update that it is to expose.
+        middle = median(size.norm for size in stated.values())
+        limit = (max_norm or math.inf) * middle
+        why = f"{max_norm:g} times the cohort's median"
+        over = {name: size for name, size in stated.items() if middle > 0 and not size.norm <= limit}
+        refused |= {name: too_large(name, role, size, limit, why) for name, size in over.items() if name not in refused}
+    # Sorted by name, so that a resumed run refuses in the same order and writes the same record.
+    return (
+        {update.client: update.norm for update in updates if update.client not in refused},
+        [refused[name] for name in sorted(refused)],
+    )

@@ -1,0 +1,201 @@
+"""How far one update may move the model: attacks on every method, in cohorts of one, two and five."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.messages import AdmittedUpdate, ClientUpdate, Failure, LoraResult, Size, Training
+from fedtune.methods import METHODS
+from fedtune.methods.server_optimizer import with_server_optimizer
+from fedtune.methods.settings import ServerOptimizer
+from fedtune.rounds.influence import LARGEST_CHANGE, Bounds, adam_steps, reach, refuse_outliers
+from tests.methods.conftest import Federate
+
+federate = Federate()
+ADAPTERS = sorted(set(METHODS) - {"fedkseed"})
+MODULES = {"q": (6, 5), "v": (2, 5)}
+HEAD = np.linspace(-0.02, 0.02, 8, dtype=np.float32)
+
+
+def sized(client: str, **norms: float) -> AdmittedUpdate:
+    sizes: Any = {role: Size(norm, f"{role}-part") for role, norm in norms.items()}
+    return AdmittedUpdate(ClientUpdate(client, 1, 10, LoraResult({})), sizes=sizes)
+
+
+def test_a_change_far_above_the_median_is_refused_with_both_numbers() -> None:
+    updates = [sized(f"c{i}", change=size) for i, size in enumerate((1, 2, 21, 1))]
+    norms, refused = refuse_outliers(updates, 10.0)
+    assert norms == {"c0": 1.0, "c1": 2.0, "c3": 1.0}
+    assert [(one.client, one.kind, one.code) for one in refused] == [("c2", "refused", "NORM_OVER_CAP")]
+    assert "most of it in change-part" in refused[0].reason
+    assert "at most 15, 10 times the cohort's median; got 21" in refused[0].reason
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("role", ["change", "factors", "saved", "scalars"])
+@pytest.mark.parametrize("norm", [11.0, float("inf"), float("nan")])
+def test_each_role_is_compared_for_itself(role: str, norm: float) -> None:
+    plain = dict.fromkeys(("change", "factors", "saved", "scalars"), 1.0)
+    updates = [sized(name, **plain) for name in "abcd"] + [sized("eve", **{**plain, role: norm})]
+    norms, refused = refuse_outliers(updates, 10.0)
+    assert [one.client for one in refused] == ["eve"]
+    assert sorted(norms) == list("abcd")
+
+
+@pytest.mark.parametrize(("sizes", "limit"), [((1, 100), 10.0), ((1, 1, 100), None), ((0, 0, 0, 100), 10.0), ((), 1.0)])
+def test_without_a_limit_or_a_median_to_trust_all_are_taken(sizes: tuple[float, ...], limit: float | None) -> None:
+    norms, refused = refuse_outliers([sized(f"c{i}", change=size) for i, size in enumerate(sizes)], limit)
+    assert (len(norms), len(refused)) == (len(sizes), 0)
+
+
+def test_the_norm_of_an_update_is_that_of_all_that_moves_in_the_model() -> None:
+    assert sized("ann", change=3.0, saved=4.0, factors=100.0, mean=100.0).norm == 5.0
+    assert refuse_outliers([sized("ann", change=3.0, saved=4.0)], 10.0)[0] == {"ann": 5.0}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 100, 2000])
+@pytest.mark.parametrize("kind", ["constant", "growing", "random", "worst", "late"])
+def test_no_gradients_take_adam_further_than_its_reach(steps: int, kind: str) -> None:
+    """Against torch's own optimiser, with the gradients that move a number furthest among others."""
+    rng, number = np.random.default_rng(steps), torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([number], lr=0.01, weight_decay=0.0)
+    for step in range(steps):
+        gradient = {
+            "constant": 1.0,
+            "growing": 1.5 ** min(step, 200),
+            "random": rng.standard_normal(),
+            "worst": (0.999 / 0.9) ** min(step, 400),
+            "late": float(step + 1 == steps),
+        }[kind]
+        number.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+    assert abs(number.item()) <= 0.01 * adam_steps(steps) * (1 + 1e-9)
+    assert adam_steps(steps) <= 7.3 * steps
+
+
+def test_the_reach_by_hand() -> None:
+    moved = {"x.a": np.zeros((2, 3), np.float32), "x.b": np.zeros((5, 2), np.float32)}
+    adam = Training(learning_rate=0.1, steps=1)
+    assert reach(adam, moved, start=0.0, scale=2.0) == pytest.approx(0.1 * np.sqrt(6 + 4 * 10))
+    sgd = Training(learning_rate=0.1, steps=4, optimizer="sgd", clip_norm=2.0)
+    assert reach(sgd, moved, start=0.0, scale=3.0) == pytest.approx(0.1 * 4 * 2 * 3)
+    assert reach(replace(sgd, momentum=0.5), moved, start=0.0) == pytest.approx(0.1 * 4 * 2 * 2)
+    assert reach(replace(sgd, clip_norm=None), moved, start=0.0) == np.inf
+    assert reach(replace(sgd, weight_decay=0.5), moved, start=10.0) == pytest.approx((0.8 + 0.2 * 10) / 0.8)
+    assert reach(replace(adam, weight_decay=20.0), moved, start=1.0) == np.inf
+
+
+def poisoned(update: AdmittedUpdate, **changes: Callable[[str, Any], Any]) -> AdmittedUpdate:
+    """Return an update with its tensors, or its modules_to_save, made into others."""
+    result = update.lora
+    parts: Any = {
+        part: {name: make(name, array).astype(array.dtype) for name, array in getattr(result, part).items()}
+        for part, make in changes.items()
+    }
+    return replace(update, update=replace(update.update, result=replace(result, **parts)))
+
+
+ATTACKS: dict[str, dict[str, Callable[[str, Any], Any]]] = {
+    "head of 1e30": {"saved": lambda name, array: np.full_like(array, 1e30)},
+    "head of 1e3": {"saved": lambda name, array: np.full_like(array, 1e3)},
+    "factors of 1e15": {"tensors": lambda name, array: np.full_like(array, 1e15)},
+    "a huge, b tiny": {"tensors": lambda name, array: np.full_like(array, 1e15 if name.endswith(".a") else 1e-15)},
+    "b huge, a tiny": {"tensors": lambda name, array: np.full_like(array, 1e15 if name.endswith(".b") else 1e-15)},
+    "times 1000": {"tensors": lambda name, array: 1000 * array.astype(np.float32)},
+    "one number of 1e38": {
+        "tensors": lambda name, array: np.where(np.arange(array.size).reshape(array.shape) == 1, 1e38, array)
+    },
+}
+METHODS_TO_ATTACK = [*ADAPTERS, "flora differences", "fedit fedadam"]
+
+
+def method_of(name: str) -> tuple[Any, dict[str, Any]]:
+    if name == "fedit fedadam":
+        return with_server_optimizer(METHODS["fedit"], ServerOptimizer("fedadam")), {}  # type: ignore[arg-type]
+    if name == "flora differences":
+        return METHODS["flora"], {"mode": "continue", "wire_dtype": "bf16"}
+    return METHODS[name], {}
+
+
+def training_of(federation: Any, method: Any, state: Any, names: Sequence[str], *, rate: float) -> dict[str, Any]:
+    assigned = {name: federation.assign(method, state, (name, 2, 2.0, 3)) for name in names}
+    return {
+        name: replace(one, plan=replace(one.plan, training=Training(batch=1, learning_rate=rate, steps=10)))
+        for name, one in assigned.items()
+    }
+
+
+def answered(federation: Any, asked: Any) -> AdmittedUpdate:
+    """An honest answer whose every number moves by at most ten steps of a thousandth."""
+    update: AdmittedUpdate = federation.answer(asked, size=0.001)
+    saved = {name: array + np.float32(0.002) for name, array in asked.lora.blobs["saved"].items()}
+    return replace(update, update=replace(update.update, result=replace(update.lora, saved=saved)))
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("cohort", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("name", "attack"),
+    # Without an A there is no tiny B that is an attack.
+    [(name, attack) for name in METHODS_TO_ATTACK for attack in ATTACKS if (name, attack) != ("ffa", "a huge, b tiny")],
+)
+def test_poison_is_refused_by_every_method_in_every_cohort(name: str, attack: str, cohort: int) -> None:
+    federation, (method, settings) = federate(MODULES, max_rank=2, saved={"head": HEAD}), method_of(name)
+    state, names = federation.state(method, **settings), [f"site-{i}" for i in range(cohort)]
+    for _ in range(2):  # from zero, and from what a round has learned
+        asked = training_of(federation, method, state, names, rate=1e-3)
+        bounds = Bounds(method, state, federation.blueprint)
+        updates = {one: answered(federation, asked[one]) for one in names}
+        honest = [bounds.bound(updates[one], asked[one]) for one in names]
+        assert all(isinstance(one, AdmittedUpdate) for one in honest), honest
+        liar = bounds.bound(poisoned(updates["site-0"], **ATTACKS[attack]), asked["site-0"])
+        assert isinstance(liar, Failure), liar
+        assert (liar.client, liar.kind, liar.code) == ("site-0", "refused", "NORM_OVER_CAP")
+        assert "the reach of 10 planned steps" in liar.reason or "most of any change" in liar.reason
+        state = method.aggregate(state, honest)
+
+
+@pytest.mark.parametrize("name", METHODS_TO_ATTACK)
+def test_a_cap_in_numbers_takes_the_place_of_the_plans_and_none_leaves_all_that_is_finite(
+    name: str,
+) -> None:
+    federation, (method, settings) = federate(MODULES, max_rank=2, saved={"head": HEAD}), method_of(name)
+    state = federation.state(method, **settings)
+    asked = training_of(federation, method, state, ["anna"], rate=1e-3)["anna"]
+    large = poisoned(answered(federation, asked), saved=lambda name, array: np.full_like(array, 50.0))
+    norm = float(np.linalg.norm(50.0 - HEAD))
+
+    def with_cap(cap: Any, update: AdmittedUpdate = large) -> AdmittedUpdate | Failure:
+        return Bounds(method, state, federation.blueprint, norm_cap=cap).bound(update, asked)
+
+    assert isinstance(with_cap(norm * 0.99), Failure)
+    # A linear method's mean is of factors and head together.
+    admitted = with_cap(norm * 1.2)
+    assert isinstance(admitted, AdmittedUpdate), admitted
+    assert admitted.sizes["saved"].norm == pytest.approx(norm, rel=1e-6)
+    assert isinstance(with_cap(None), AdmittedUpdate)
+    assert isinstance(
+        with_cap(None, poisoned(large, saved=lambda name, array: np.full_like(array, 1e30))), AdmittedUpdate
+    )
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("name", METHODS_TO_ATTACK)
+def test_where_the_optimizer_has_no_reach_a_change_is_bounded_all_the_same(name: str) -> None:
+    federation, (method, settings) = federate(MODULES, max_rank=2, saved={"head": HEAD}), method_of(name)
+    state = federation.state(method, **settings)
+    asked = training_of(federation, method, state, ["anna"], rate=1e-3)["anna"]
+    free = replace(asked.plan.training, optimizer="sgd", clip_norm=None)
+    asked = replace(asked, plan=replace(asked.plan, training=free))
+    bounds, honest = Bounds(method, state, federation.blueprint), answered(federation, asked)
+    assert isinstance(bounds.bound(honest, asked), AdmittedUpdate)
+    for part in ("saved", "tensors"):
+        outcome = bounds.bound(poisoned(honest, **{part: lambda name, a: np.full_like(a, LARGEST_CHANGE)}), asked)
+        assert isinstance(outcome, Failure)
+        assert f"at most {LARGEST_CHANGE:.4g}" in outcome.reason
