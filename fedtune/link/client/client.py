@@ -75,7 +75,7 @@ class Client:
         self._calls: LinkStub = dial(identity, settings)
         self._guard = ThreadGuard(self._stop, self._calls.close)
         self._backoff = Backoff(identity, settings, stop=self._stop, record=record, clock=clock)
-        self._session = Session(identity, roster, self._calls, self._backoff, record=record, now=now)
+        self._session = Session(identity, roster, self._calls, self._backoff, record=record, now=now, clock=clock)
         self._work = TrainingJobs(
             self._session,
             Downloads(self._calls, self._backoff, record=record),
@@ -91,6 +91,7 @@ class Client:
         )
         self._jobs: dict[bytes, Job] = {}  # by task digest
         self._lock = threading.Lock()  # of the jobs
+        self._dropped: list[pb.Dropped] = []  # the task that was offered last, if it is not believed
 
     def stop(self) -> None:
         """End soon: work under way is given up, and what the outbox holds is sent after the next start."""
@@ -105,7 +106,7 @@ class Client:
             ConfigError: if the server cannot be reached or does not take this site.
         """
         try:
-            return self._session.hello()
+            return self._session.hello(wait=False)
         except grpc.RpcError as error:
             reason = diagnose(self._identity, self._settings).reason
             got = f"{self._settings.address}: {reason}"
@@ -186,8 +187,17 @@ class Client:
         with self._lock:
             holding = list(self._jobs)
         # The server names those of the held tasks that it has closed, and offers none of them again.
-        request = pb.NextRequest(epoch=greeting.epoch, holding=holding, process=self._session.process)
+        request = pb.NextRequest(
+            epoch=greeting.epoch,
+            holding=holding,
+            process=self._session.process,
+            roster_version=self._session.roster_version,
+            dropped=self._dropped,
+        )
         reply = self._calls.next(request, timeout=greeting.limits.hold_ms / 1000 + CALL_S)
+        # Before anything of the reply is verified: it may be signed by a key that only the newer roster names.
+        self._session.hear_version(reply.roster_version)
+        self._session.follow_roster()
         match reply.WhichOneof("what"):
             case "work":
                 self._begin_task(greeting, reply.work)
@@ -218,9 +228,10 @@ class Client:
             expect_fields(header, federation=self._identity.federation, run=greeting.run, kind=pb.ORDER)
             expect_fields(header, to=self._identity.name, recipe=greeting.recipe_digest)
         except RejectionError as error:
-            self._record("refused", reason=describe(error.refusal), code=reason_name(error.refusal.reason))
+            self._drop(pb.Dropped(order=digest(work.order), reason=error.refusal.reason), describe(error.refusal))
             self._stop.wait(UNVERIFIED_PAUSE_S)
             return
+        self._dropped = []
         task, inline = digest(work.order), {part.digest: part.data for part in work.inline}
         if task in self._jobs:
             return
@@ -234,6 +245,13 @@ class Client:
             self._start(task, header, self._work.receive_result, work.order, inline)
         else:
             self._start(task, header, self._work.decline_unknown)
+
+    def _drop(self, dropped: pb.Dropped, reason: str) -> None:
+        """Do nothing for a task that is not believed, and have the server know with the next call."""
+        # The server offers it again at once, and what it brings is no news.
+        if dropped not in self._dropped:
+            self._record("refused", reason=reason, code=reason_name(dropped.reason))
+        self._dropped = [dropped]
 
     def _start(self, task: bytes, header: pb.Header, work: Callable[..., None], *args: Any) -> None:
         """Do the work of a task in a thread of its own."""

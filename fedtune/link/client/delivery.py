@@ -56,6 +56,7 @@ class Delivery:
         self._record("sending", round=job.header.round, answer=reply.hex(), bytes=reply_bytes(request))
         while True:
             response = self._backoff.retry(job, lambda: self._calls.submit(request, timeout=SUBMIT_S))
+            self._session.hear_version(response.roster_version)
             match response.WhichOneof("what"):
                 case "receipt":
                     return self._verify_receipt(job, reply, response.receipt)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+
+import grpc
 
 from fedtune.errors import ConfigError, Fault, WireError
 from fedtune.link.audit_log import RecordEvent
@@ -15,12 +20,15 @@ from fedtune.link.client.channel import LinkStub
 from fedtune.link.envelopes import PROTOCOL, build_version, expect_fields, verify_envelope
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import Party, RosterFile, check_successor, decode, find_party
-from fedtune.link.rejections import RejectionError, one_line
+from fedtune.link.rejections import RejectionError, one_line, rejection
 from fedtune.store.files import write_bytes
 from fedtune.wire.v1 import link_pb2 as pb
 
 CALL_S = 10.0
 """Deadline of a call beyond the time for which the server may hold it."""
+DAY_S = 24 * 3600.0
+ROSTER_RETRY_S = 60.0
+"""After which a server is asked again for a roster that it had not; one whose roster ends soon asks only each hour."""
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -51,6 +59,7 @@ class Session:
         *,
         record: RecordEvent,
         now: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin before the first hello.
 
@@ -61,37 +70,53 @@ class Session:
             backoff: pauses after refusals.
             record: receives the events.
             now: seconds since 1970.
+            clock: seconds from any start.
         """
         self.identity = identity
         self._roster, self._calls, self._backoff, self._record, self._now = roster, calls, backoff, record, now
+        self._clock = clock
+        self._asking = threading.Lock()  # for a roster: one thread does, the others have what it brings
+        self._asked_at, self._asked_version = float("-inf"), 0
+        self._said_version = 0  # of the server's roster, as it said last
         self.process = secrets.randbits(63) + 1
         """Random number by which the server tells two processes under one name apart."""
         self.greeting: Greeting | None = None
         """Of the server process that is answering; None before a hello, and after the server has gone away."""
 
-    def hello(self) -> Greeting:
+    def hello(self, *, wait: bool = True) -> Greeting:
         """Say hello, and return what the server says, verified.
+
+        Args:
+            wait: whether to go on until the server has a roster that is valid here, or to give up.
 
         Raises:
             ConfigError: if the server does not take this client, or is not the one it should be.
             grpc.RpcError: if it cannot be reached.
         """
-        request = pb.HelloRequest(
-            protocols=[PROTOCOL],
-            federation=self.identity.federation,
-            build=build_version(),
-            roster_version=self._roster.current().version,
-            process=self.process,
-        )
-        # A loop, since some refusals pass: an expired roster is renewed at the server without a restart here.
-        while (reply := self._calls.hello(request, timeout=CALL_S)).HasField("refusal"):
-            self._backoff.wait_after_refusal(reply.refusal)
-        if reply.roster:
-            self._install_roster(reply.roster)
-        roster = self._roster.current()
-        if self._now() > roster.valid_until:
-            got = f"version {roster.version}, which has expired, and none newer from the server"
-            raise ConfigError(Fault("link.identity", "a roster that is valid", got, "ask the coordinator to renew it"))
+        while True:
+            reply = self._calls.hello(self._hello_request(), timeout=CALL_S)
+            # Some refusals pass: an expired roster is renewed at the server without a restart here.
+            if reply.HasField("refusal"):
+                self._backoff.wait_after_refusal(reply.refusal)
+                continue
+            if reply.roster:
+                self._install_roster(reply.roster)
+            self.hear_version(reply.roster_version)
+            roster = self._roster.current()
+            if self._now() <= roster.valid_until:
+                return self._verify(reply)
+            got = f"version {roster.version}, which has expired by this clock, and none newer from the server"
+            if not wait:
+                expected, hint = "a roster that is valid", "ask the coordinator to renew it, and check this clock"
+                raise ConfigError(Fault("link.identity", expected, got, hint))
+            self._backoff.wait_after_refusal(rejection(pb.ROSTER_OLD, "roster", "one that is valid", got).refusal)
+
+    def _verify(self, reply: pb.HelloReply) -> Greeting:
+        """Return what a server says of itself and the run.
+
+        Raises:
+            ConfigError: if it is not signed by a coordinator of the roster.
+        """
         try:
             plan, _ = verify_envelope(reply.plan, self.find_coordinator)
             # The recipe itself is not signed: the plan's header names its digest.
@@ -104,8 +129,62 @@ class Session:
             raise ConfigError(Fault("link.address", "a run id of 16 hex digits", repr(plan.run[:50])))
         return Greeting(reply.epoch, reply.limits, plan.run, reply.plan, reply.recipe)
 
+    def _hello_request(self) -> pb.HelloRequest:
+        return pb.HelloRequest(
+            protocols=[PROTOCOL],
+            federation=self.identity.federation,
+            build=build_version(),
+            roster_version=self.roster_version,
+            process=self.process,
+        )
+
+    @property
+    def roster_version(self) -> int:
+        """Of the roster that this site has."""
+        return self._roster.current().version
+
+    def hear_version(self, version: int) -> None:
+        """Note the version of the server's roster, as a reply says it; 0: of a release that does not."""
+        self._said_version = max(self._said_version, version)
+
+    def follow_roster(self) -> None:
+        """Take the server's roster where it is newer, or the own one ends within a day; work in hand goes on.
+
+        Raises:
+            grpc.RpcError: if the server cannot be reached.
+        """
+        with self._asking:
+            self._follow_roster()
+
+    def _follow_roster(self) -> None:
+        roster = self._roster.current()
+        left_s = roster.valid_until - self._now()
+        # A version that is said for the first time at once; what has been asked for in vain not with every call.
+        pause_s = ROSTER_RETRY_S if left_s < 0 or self._said_version > roster.version else 60 * ROSTER_RETRY_S
+        is_news = self._said_version > max(roster.version, self._asked_version)
+        is_due = left_s < DAY_S or self._said_version > roster.version
+        if not is_news and not (is_due and self._clock() - self._asked_at >= pause_s):
+            return
+        # For the roster alone: the run, and what is under way of it, stay as they are.
+        self._asked_at, self._asked_version = self._clock(), self._said_version
+        reply = self._calls.hello(self._hello_request(), timeout=CALL_S)
+        if reply.roster:
+            self._install_roster(reply.roster)
+
     def find_coordinator(self, key_id: bytes) -> Party | None:
-        """Return the coordinator whose signing key has this id; None for any other key."""
+        """Return the coordinator whose signing key has this id; None for any other key.
+
+        Where none has it, or the roster has ended, the server is asked for a newer one first: its coordinator may have
+        renewed it, or have a new key, since this site said hello.
+        """
+        party = self._coordinator(key_id)
+        if party is None:
+            with suppress(grpc.RpcError, ValueError):  # ValueError: the channel was closed
+                self.follow_roster()
+            party = self._coordinator(key_id)
+        return party
+
+    def _coordinator(self, key_id: bytes) -> Party | None:
         roster = self._roster.current()
         # It may still name a coordinator that has been revoked since.
         if self._now() > roster.valid_until:

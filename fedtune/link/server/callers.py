@@ -10,13 +10,16 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from fedtune.link.pki.certificates import serial_number, spiffe_parts
-from fedtune.link.pki.roster import Party, Roster, RosterFile
+from fedtune.link.pki.certificates import serial_number, spiffe_parts, validity
+from fedtune.link.pki.identity import format_time
+from fedtune.link.pki.roster import Party, RosterFile
 from fedtune.link.rejections import RejectionError, rejection
 from fedtune.link.server.blocklist import Blocklist
 from fedtune.wire.v1 import link_pb2 as pb
 
 CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+SKEW_S = 3600
+"""Seconds by which this machine's clock may be behind that of the CA: a site that was enrolled just now is let in."""
 UNKNOWN = "(unknown)"
 """Name in the log of a caller whose certificate names no party."""
 
@@ -28,13 +31,31 @@ class Caller:
     federation: str
     name: str
     serial: str
+    not_before: int
+    """Seconds since 1970."""
+    not_after: int
 
 
 class Callers:
     """Admits callers by the newest roster and blocklist."""
 
-    def __init__(self, roster: RosterFile, blocklist: Blocklist, *, now: Callable[[], float] = time.time) -> None:
-        self._roster, self._blocklist, self._now = roster, blocklist, now
+    def __init__(
+        self,
+        roster: RosterFile,
+        blocklist: Blocklist,
+        *,
+        now: Callable[[], float] = time.time,
+        excuse: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """Bind what admits callers.
+
+        Args:
+            roster: parties and their keys.
+            blocklist: clients whose calls are refused.
+            now: seconds since 1970.
+            excuse: called with the name of a client that only this server's own roster keeps out.
+        """
+        self._roster, self._blocklist, self._now, self._excuse = roster, blocklist, now, excuse
 
     def admit(self, caller: Caller) -> Party:
         """Return the client that a caller is; asked again while a call lasts, since the answer may change.
@@ -42,7 +63,7 @@ class Callers:
         Raises:
             RejectionError: if it may not call.
         """
-        roster = self._valid_roster()
+        roster, now = self._roster.current(), self._now()
         if caller.federation != roster.federation:
             raise rejection(pb.WRONG_FEDERATION, "certificate", roster.federation, caller.federation)
         party = roster.parties.get(caller.name)
@@ -55,17 +76,31 @@ class Callers:
             raise rejection(pb.SERIAL_UNKNOWN, "certificate", " or ".join(party.serials), caller.serial)
         if party.role != "client":
             raise rejection(pb.WRONG_ROLE, "roster", "the role client", f"{caller.name}, {party.role}")
+        # TLS looks at dates when a connection begins, which may then last for months.
+        check_dates("certificate", caller.name, caller.not_before, caller.not_after, now=now)
+        check_dates("roster", caller.name, party.not_before, party.not_after, now=now)
         if reason := self._blocklist.reason(caller.name):
             raise rejection(pb.BARRED, "operator", f"{caller.name} to be admitted", reason)
+        # Last: what is wrong above needs a person at the site, and this one at the coordinator. Such a roster may still
+        # name clients that have been revoked since.
+        if now > roster.valid_until:
+            # The client is here and does its part: no round must give it up for what the coordinator has missed.
+            self._excuse(caller.name)
+            got = f"version {roster.version}, which ended on {format_time(roster.valid_until)}"
+            raise rejection(pb.ROSTER_OLD, "roster", "a roster on the server that is valid", got)
         return party
 
-    def _valid_roster(self) -> Roster:
-        roster = self._roster.current()
-        # It may still name clients that have been revoked since.
-        if self._now() > roster.valid_until:
-            got = f"version {roster.version}"
-            raise rejection(pb.ROSTER_OLD, "roster", "a roster on the server that is valid", got)
-        return roster
+
+def check_dates(what: str, name: str, begin: int, end: int, *, now: float) -> None:
+    """Check that a client's time has begun and is not over.
+
+    Raises:
+        RejectionError: if it has not, or is.
+    """
+    if now > end:
+        raise rejection(pb.CERTIFICATE_ENDED, what, f"{name} until {format_time(end)}", "a call after that")
+    if now < begin - SKEW_S:
+        raise rejection(pb.CERTIFICATE_ENDED, what, f"{name} from {format_time(begin)}", "a call before that")
 
 
 def identify(context: CallContext) -> Caller:
@@ -81,16 +116,16 @@ def identify(context: CallContext) -> Caller:
 # Every call brings the certificate, which is the same for a whole connection.
 @lru_cache(maxsize=1024)
 def read_certificate(pem: bytes) -> Caller:
-    """Return federation, name and serial number of a certificate.
+    """Return what a certificate says.
 
     Raises:
         RejectionError: if it names no party of a federation.
     """
     try:
         federation, _, name = spiffe_parts(pem)
+        return Caller(federation, name, serial_number(pem), *validity(pem))
     except ValueError as error:
         raise rejection(pb.NOT_IN_ROSTER, "certificate", "one made by fedtune enroll", error) from None
-    return Caller(federation, name, serial_number(pem))
 
 
 def caller_name(context: CallContext) -> str:

@@ -29,7 +29,9 @@ from fedtune.link.server.membership import Membership
 from fedtune.link.server.presence import ClientPresence, Presence
 from fedtune.link.server.receipts import Receipts
 from fedtune.link.server.replies import Replies
+from fedtune.link.server.reports import Reports
 from fedtune.link.server.run_info import RunInfo
+from fedtune.link.server.wakeup import Wakeup
 from fedtune.link.settings import KIB, MIB, LinkSettings
 from fedtune.store.files import make_folder, store_errors
 from fedtune.wire.v1 import link_pb2 as pb
@@ -38,25 +40,6 @@ RESULT_S = 24 * 3600.0
 """Within which a client should have fetched the result; nothing waits for it so long."""
 STALE_PART_S = 24 * 3600.0
 """After which a part that a client stopped sending is removed from the disk at the next start."""
-
-
-class Wakeup:
-    """A flag that the round loop waits for: set before the wait, it ends the wait at once."""
-
-    def __init__(self) -> None:
-        self._condition, self._is_set = threading.Condition(), False
-
-    def set(self) -> None:
-        with self._condition:
-            self._is_set = True
-            self._condition.notify_all()
-
-    def wait(self, seconds: float) -> None:
-        """Wait until the flag is set, at most so long, and clear it."""
-        with self._condition:
-            if not self._is_set:
-                self._condition.wait(seconds)
-            self._is_set = False
 
 
 class Dispatcher:
@@ -104,6 +87,7 @@ class Dispatcher:
         self._receipts = Receipts(accepted or {}, ended)
         self._presence = Presence(settings, clock, on_arrival=self._wakeup.set)
         self._members = Membership(self._presence, record, informed=informed)
+        self._reports = Reports(self._presence, record, clock, lost_s=settings.lost_s)
         self._replies = Replies(
             run, settings, folder, self._tasks, self._receipts, self._presence, self._wakeup.set, record
         )
@@ -216,9 +200,7 @@ class Dispatcher:
             self._members.record_changes()
             for message_id in message_ids:
                 task = self._tasks.waiting_task(message_id)
-                if task is not None and self._presence.is_lost(task.client, since=task.posted):
-                    silence_s = self._presence.silence_s(task.client, since=task.posted)
-                    reason = f"no sign of life for {silence_s:.0f} s"
+                if task is not None and (reason := self._reports.lost_reason(task)):
                     self._tasks.withdraw(message_id, task, reason)
                     self._record("lost", client=task.client, round=task.header.round, reason=reason)
             return self._tasks.collect(message_ids)
@@ -296,7 +278,7 @@ class Dispatcher:
     def status(self) -> Mapping[str, ClientPresence]:
         """Return the presence of every client that has ever come."""
         with self._lock:
-            return self._presence.status(lambda client: len(self._tasks.of_client(client)))
+            return self._presence.status(lambda client: len(self._tasks.of_client(client)), self._reports.describe)
 
     # ---- the service's side ----
 
@@ -314,6 +296,24 @@ class Dispatcher:
     def sign_of_life(self, client: str) -> None:
         with self._lock:
             self._presence.sign_of_life(client)
+
+    def hear(self, client: str, process: int, progress: Sequence[pb.Progress], dropped: Sequence[pb.Dropped]) -> None:
+        """Take what a client says of its tasks: how far it is, and which it does not believe."""
+        with self._lock:
+            open_tasks = {task.digest for task in self._tasks.of_client(client)}
+            self._reports.hear(client, process, open_tasks, progress, dropped)
+
+    def excuse(self, client: str) -> None:
+        """Note that a client waits for the server alone: it is not lost for that."""
+        with self._lock:
+            self._presence.sign_of_life(client)
+            self._reports.progress.note(client)
+
+    def note_bytes(self, client: str, part_digest: bytes, num_bytes: int) -> None:
+        """Note how many bytes of a part have travelled, to a client or from it."""
+        with self._lock:
+            self._presence.sign_of_life(client)
+            self._reports.progress.note_bytes(client, part_digest, num_bytes)
 
     def hold(self, client: str, change: int) -> None:
         """Note that one more call of a client is held (1), or one fewer (-1)."""

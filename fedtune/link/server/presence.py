@@ -20,6 +20,8 @@ class ClientPresence:
     open_tasks: int
     num_bytes: int
     """That it has sent within 24 hours."""
+    work: str = ""
+    """How far it is with its work, in words; empty if it has said nothing."""
 
 
 class Presence:
@@ -70,8 +72,8 @@ class Presence:
         """Return the seconds since a client's last sign of life, or since a time if it never gave one."""
         return self._clock() - self._seen.get(client, since)
 
-    def status(self, open_tasks: Callable[[str], int]) -> Mapping[str, ClientPresence]:
-        """Return the presence of every client that has ever come; `open_tasks` counts those of a client."""
+    def status(self, open_tasks: Callable[[str], int], work: Callable[[str], str]) -> Mapping[str, ClientPresence]:
+        """Return the presence of every client that has ever come, with the number of its tasks and its `work`."""
         now = self._clock()
         return {
             client: ClientPresence(
@@ -79,6 +81,7 @@ class Presence:
                 seen_s=0.0 if self._held_calls.get(client) else now - seen,
                 open_tasks=open_tasks(client),
                 num_bytes=self.day_bytes(client),
+                work=work(client),
             )
             for client, seen in sorted(self._seen.items())
         }

@@ -61,6 +61,7 @@ async def receive(
                 batch, written, waiting, size = b"".join(waiting), size, [], 0
                 await in_thread(disk, incoming.append, batch)
                 dispatcher.count_bytes(call.client, written)
+                dispatcher.note_bytes(call.client, part.digest, incoming.received_bytes)
                 if incoming.received_bytes == part.num_bytes:
                     break
                 # Acknowledged when written: the client's window then bounds what waits in this process's memory.

@@ -75,7 +75,7 @@ class Service:
         self._plan = dispatcher.run.plan()
         # Disk and hashing in threads: in the loop they would delay the calls of all clients.
         self._disk = ThreadPoolExecutor(max_workers=DISK_THREADS, thread_name_prefix="fedtune disk")
-        self._callers = Callers(roster, dispatcher.blocklist, now=now)
+        self._callers = Callers(roster, dispatcher.blocklist, now=now, excuse=dispatcher.excuse)
         self._quota = CallQuota(settings.calls_per_min, clock)
         self._open = OpenCalls(settings, clock)
         self._connections = Connections(
@@ -105,14 +105,15 @@ class Service:
         build = one_line(request.build)
         self._record("hello", client=party.name, build=build, roster=request.roster_version)
         self._dispatcher.greet(party.name)
-        is_newer = self._roster.current().version > request.roster_version
+        roster = self._roster.current()
         return pb.HelloReply(
             protocol=PROTOCOL,
             epoch=self._epoch,
             limits=self._limits,
             plan=self._plan,
             recipe=self._dispatcher.run.recipe,
-            roster=self._roster.data if is_newer else b"",
+            roster=self._roster.data if roster.version > request.roster_version else b"",
+            roster_version=roster.version,
         )
 
     async def next(self, request: pb.NextRequest, context: CallContext) -> pb.NextReply:
@@ -124,13 +125,16 @@ class Service:
         except RejectionError as error:
             return pb.NextReply(refusal=self._refusal(context, error))
         # Cut: a long list from outside would slow down every look at the tasks.
-        holding = tuple(request.holding[:MAX_HELD_TASKS])
+        holding, progress = tuple(request.holding[:MAX_HELD_TASKS]), request.progress[:MAX_HELD_TASKS]
+        self._dispatcher.hear(party.name, request.process, progress, request.dropped[:MAX_HELD_TASKS])
         offer = partial(self._dispatcher.offer, party.name, holding)
         try:
             reply = await self._hold(context, party.name, offer, self._dispatcher.settings.hold_s)
         except RejectionError as error:
             return pb.NextReply(refusal=self._refusal(context, error))
-        return reply or pb.NextReply(wait=pb.Wait())
+        reply = reply or pb.NextReply(wait=pb.Wait())
+        reply.roster_version = self._roster.current().version
+        return reply
 
     async def fetch(self, request: pb.FetchRequest, context: FetchContext) -> None:
         try:
@@ -148,12 +152,13 @@ class Service:
             while sent < len(body) and not call.ending:
                 # Copied part by part: a body may be larger than the memory that is free. The next one waits until this
                 # one has left, since a reader that does not read must not fill it either.
-                await context.write(pb.Chunk(data=bytes(body[sent : sent + step])))
+                version = self._roster.current().version
+                await context.write(pb.Chunk(data=bytes(body[sent : sent + step]), roster_version=version))
                 moved = min(len(body), sent + step) - sent
                 self.fetched_bytes += moved
                 sent += moved
                 call.move(moved)
-                self._dispatcher.sign_of_life(party.name)
+                self._dispatcher.note_bytes(party.name, request.digest, sent)
             if call.error is not None:
                 await context.write(pb.Chunk(refusal=self._refusal(context, call.error)))
         finally:
@@ -177,7 +182,9 @@ class Service:
         except RejectionError as error:
             self._dispatcher.count_refusal(party.name, error.refusal)
             return pb.SubmitReply(refusal=self._refusal(context, error, party=party))
-        return reply or pb.SubmitReply(busy=pb.Wait(retry_after_ms=BUSY_RETRY_MS))
+        reply = reply or pb.SubmitReply(busy=pb.Wait(retry_after_ms=BUSY_RETRY_MS))
+        reply.roster_version = self._roster.current().version
+        return reply
 
     async def push(self, requests: AsyncIterator[pb.PushPart], context: CallContext) -> AsyncIterator[pb.PushAck]:
         party: Party | None = None
@@ -186,7 +193,8 @@ class Service:
             party = await self._authenticate(context)
             call = self._begin_upload(context, party.name)
             async for received, complete in receive(self._dispatcher, self._disk, call, requests):
-                yield pb.PushAck(taken=received, complete=complete)
+                version = self._roster.current().version
+                yield pb.PushAck(taken=received, complete=complete, roster_version=version)
         except asyncio.CancelledError:
             # The client has gone, unless the call was ended here.
             if call is None or call.error is None:

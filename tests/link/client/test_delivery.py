@@ -46,7 +46,11 @@ def deliver(reply: pb.Envelope, responses: list[pb.SubmitReply]) -> list[str]:
     """Deliver a reply to a server that gives these responses, and return what happened in which order."""
     steps: list[str] = []
     coordinator = Party("server", "org-server", "coordinator", public_bytes(KEY), ("1",), 0, 1)
-    session: Any = SimpleNamespace(identity=SimpleNamespace(name="site-a"), find_coordinator=lambda _: coordinator)
+    session: Any = SimpleNamespace(
+        identity=SimpleNamespace(name="site-a"),
+        find_coordinator=lambda _: coordinator,
+        hear_version=lambda version: None,
+    )
     backoff: Any = SimpleNamespace(retry=lambda job, call: call())
     durable: Any = SimpleNamespace(join=lambda: steps.append("durable"))
 

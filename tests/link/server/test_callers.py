@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fedtune.link.pki import authority
+from fedtune.link.pki.roster import Party, Roster
 from fedtune.link.rejections import RejectionError
-from fedtune.link.server.callers import Caller, read_certificate
+from fedtune.link.server.blocklist import Blocklist
+from fedtune.link.server.callers import SKEW_S, Caller, Callers, read_certificate
 from fedtune.link.settings import LinkSettings
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import copy_roster
@@ -25,9 +28,51 @@ from tests.link.server.test_service import begun, post_task, reason, until
 
 def test_a_certificate_names_its_party_and_another_file_none(link: LinkServer) -> None:
     identity = link.identities["site-a"]
-    assert read_certificate(identity.certificate) == Caller("care", "site-a", identity.serial)
+    dates = identity.not_before, identity.not_after
+    assert read_certificate(identity.certificate) == Caller("care", "site-a", identity.serial, *dates)
     with pytest.raises(RejectionError, match="NOT_IN_ROSTER"):
         read_certificate(identity.ca)
+
+
+DAY_S = 86_400
+CALLER = Caller("care", "anna", "ab", 1000, 1000 + 90 * DAY_S)
+PARTY = Party("anna", "org", "client", b"k" * 32, ("ab",), 1000, 1000 + 90 * DAY_S)
+ROSTER = Roster("care", 1, 1000 + 200 * DAY_S, {"anna": PARTY})
+
+
+@pytest.mark.guarantee("G6")
+@pytest.mark.parametrize(
+    ("now", "certificate", "party", "code"),
+    [
+        (2000, {}, {}, ""),
+        (1000 + 90 * DAY_S, {}, {}, ""),  # in its last second
+        (1001 + 90 * DAY_S, {}, {"not_after": 1000 + 180 * DAY_S}, "CERTIFICATE_ENDED"),
+        (1001 + 90 * DAY_S, {"not_after": 1000 + 180 * DAY_S}, {}, "CERTIFICATE_ENDED"),
+        (1000 - SKEW_S, {}, {}, ""),  # a clock that is behind by an hour
+        (999 - SKEW_S, {}, {}, "CERTIFICATE_ENDED"),
+        (2000, {"serial": "cd"}, {}, "SERIAL_UNKNOWN"),
+        (2000, {}, {"state": "revoked"}, "REVOKED"),
+        (2000, {}, {"role": "coordinator"}, "WRONG_ROLE"),
+        (2000, {"name": "ben"}, {}, "NOT_IN_ROSTER"),
+        (2000, {"federation": "other"}, {}, "WRONG_FEDERATION"),
+        (1001 + 200 * DAY_S, {"not_after": 10**12}, {"not_after": 10**12}, "ROSTER_OLD"),
+    ],
+)
+def test_a_caller_is_admitted_by_its_certificate_the_roster_and_the_dates_of_both(
+    tmp_path: Path, now: int, certificate: dict[str, Any], party: dict[str, Any], code: str
+) -> None:
+    roster: Any = SimpleNamespace(current=lambda: replace(ROSTER, parties={"anna": replace(PARTY, **party)}))
+    excused = list[str]()
+    callers = Callers(roster, Blocklist(tmp_path / "barred"), now=lambda: now, excuse=excused.append)
+    caller = replace(CALLER, **certificate)
+    if not code:
+        assert callers.admit(caller).name == "anna"
+        return
+    with pytest.raises(RejectionError) as caught:
+        callers.admit(caller)
+    assert reason(caught.value.refusal) == code
+    # The coordinator's own fault costs no client its place in the round.
+    assert excused == (["anna"] if code == "ROSTER_OLD" else [])
 
 
 def revoke(link: LinkServer) -> None:
@@ -36,12 +81,18 @@ def revoke(link: LinkServer) -> None:
     link.clock.now += 2
 
 
+def end_certificate(link: LinkServer) -> None:
+    link.time.now += 91 * DAY_S
+
+
 def bar(link: LinkServer) -> None:
     link.dispatcher.blocklist.block("site-a", "by the operator")
 
 
 @pytest.mark.guarantee("G2")
-@pytest.mark.parametrize(("change", "code"), [(revoke, "REVOKED"), (bar, "BARRED")])
+@pytest.mark.parametrize(
+    ("change", "code"), [(revoke, "REVOKED"), (bar, "BARRED"), (end_certificate, "CERTIFICATE_ENDED")]
+)
 def test_calls_under_way_end_when_their_member_is_taken_out(
     tmp_path: Path, change: Callable[[LinkServer], None], code: str
 ) -> None:
