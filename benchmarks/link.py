@@ -32,6 +32,7 @@ import grpc  # noqa: E402
 
 from fedtune.link.audit_log import read_audit_log  # noqa: E402
 from fedtune.link.client.client import Client  # noqa: E402
+from fedtune.link.client.training_process import WorkProgress  # noqa: E402
 from fedtune.link.settings import Policy  # noqa: E402
 from fedtune.link.envelopes import TRAIN  # noqa: E402
 from fedtune.link.pki.identity import Identity, load_identity  # noqa: E402
@@ -158,6 +159,9 @@ class Copying:
 
     def score(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
         return {}
+
+    def progress(self) -> WorkProgress:
+        return WorkProgress()
 
     def kill(self) -> None: ...
 

@@ -210,11 +210,14 @@ def test_a_module_that_seeds_torch_gives_its_generators_back() -> None:
 WHOLESALE = {
     "fedtune/flower/client_app.py",
     "fedtune/client/site_process.py",
+    "fedtune/link/client/jobs.py",
+    "fedtune/link/client/training_jobs.py",
     "fedtune/simulation/inprocess.py",
     "fedtune/simulation/fork_server.py",
 }
 """May catch any error of a client's work: it is that client's failure (`rounds.failures`) and must not end the run, and
-over a network its text must not leave the site."""
+over a network its text must not leave the site. A thread of the link's client must not end in silence,
+and leave a site that is connected and works on nothing."""
 
 
 def test_no_error_is_caught_wholesale() -> None:

@@ -41,7 +41,7 @@ from fedtune.model.lora import global_adapter, read_local, start, with_adapters
 from fedtune.model.objective import Hooks
 from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
-from fedtune.model.train import Batch, report_out_of_memory, train
+from fedtune.model.train import Batch, OnStep, no_steps, report_out_of_memory, train
 from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
@@ -61,6 +61,7 @@ def perform(
     threads: int,
     replicas: Replicas | None = None,
     held_out: Sequence[Example] = (),
+    on_step: OnStep = no_steps,
 ) -> ClientUpdate:
     """Do what an assignment asks on so many CPU threads, and return the update; the base is afterwards as before.
 
@@ -77,9 +78,9 @@ def perform(
     with libraries.threads(threads):
         match assignment.task:
             case ProbeSeeds() as task:
-                return measure_seeds(base, examples, assignment, task, replicas or Replicas(), held_out)
+                return measure_seeds(base, examples, assignment, task, replicas or Replicas(), held_out, on_step)
             case TrainLora() as task:
-                return train_adapter(base, examples, assignment, task, held_out)
+                return train_adapter(base, examples, assignment, task, held_out, on_step)
 
 
 def measure_seeds(
@@ -89,6 +90,7 @@ def measure_seeds(
     probe: ProbeSeeds,
     replicas: Replicas,
     held_out: Sequence[Example] = (),
+    on_step: OnStep = no_steps,
 ) -> ClientUpdate:
     """Rebuild the model from the seeds, take steps along more of them, and return the scalars."""
     name, training = assignment.plan.client, assignment.plan.training
@@ -125,6 +127,7 @@ def measure_seeds(
         key=assignment.seed,
         client=name,
         rows=loss_rows(examples, held_out, name, count=num_loss_rows(steps * training.batch)),
+        on_step=on_step,
     )
     return update(
         ProbeResult(
@@ -161,6 +164,7 @@ def train_adapter(
     assignment: Assignment,
     task: TrainLora,
     held_out: Sequence[Example] = (),
+    on_step: OnStep = no_steps,
 ) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
     plan = assignment.plan
@@ -169,11 +173,12 @@ def train_adapter(
         raise wrong_base(assignment, base)
     with report_out_of_memory(plan.client, plan.training.batch):
         if task.pruning is not None:
-            result, measured = train_pruned(base, examples, assignment, task, task.pruning, held_out)
+            result, measured = train_pruned(base, examples, assignment, task, task.pruning, held_out, on_step)
         else:
             extend = partial(Hooks, terms=task.terms) if task.terms else None
             rows = loss_rows(examples, held_out, plan.client, count=num_loss_rows(examples_seen(plan.training)))
-            learned = train_locally(base, examples, assignment, start(task, plan, base.modules), extend, rows)
+            initial = start(task, plan, base.modules)
+            learned = train_locally(base, examples, assignment, initial, extend, rows, on_step)
             result, measured = lora_result(base, assignment, task, learned), learned.measured
     return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
 
@@ -210,6 +215,7 @@ def train_locally(
     initial: Adapter,
     extend: Extend | None = None,
     rows: Sequence[Example] = (),
+    on_step: OnStep = no_steps,
 ) -> LocalTraining:
     """Train an adapter from its initial value as an assignment asks.
 
@@ -220,6 +226,7 @@ def train_locally(
         initial: the trainable adapter.
         extend: from the model with its adapters to what is done beside plain steps.
         rows: on which the loss is measured before and after; see `train`.
+        on_step: called after each step.
     """
     plan, task = assignment.plan, assignment.lora
     saved, frozen, dropout = task.blobs.get("saved", {}), global_adapter(task), plan.training.dropout
@@ -227,7 +234,16 @@ def train_locally(
         base, frozen=frozen, local=initial, scale=plan.scale, dropout=dropout, train=task.train, saved=saved
     ) as model:
         hooks = extend(model) if extend else None
-        trained = train(base, examples, plan.training, key=assignment.seed, client=plan.client, hooks=hooks, rows=rows)
+        trained = train(
+            base,
+            examples,
+            plan.training,
+            key=assignment.seed,
+            client=plan.client,
+            hooks=hooks,
+            rows=rows,
+            on_step=on_step,
+        )
         # Inside the block: outside of it the base is as before, and what was learned is gone.
         parameters, final = dict(model.named_parameters()), read_local(model)
         new_saved = {name: to_numpy(parameters[name]) for name in saved}
@@ -248,6 +264,7 @@ def train_pruned(
     task: TrainLora,
     pruning: Pruning,
     held_out: Sequence[Example] = (),
+    on_step: OnStep = no_steps,
 ) -> tuple[LoraResult, Measured]:
     """Measure the loss as received, make the model smaller, train, measure again, and score heads and channels.
 
@@ -292,7 +309,7 @@ def train_pruned(
     with pruned_training.with_pruned_model(base, parts.first, body) as small:
         received = pruned_training.slice_task(task, parts.first, parts.sent, body)
         initial = start(received, plan, base.modules, pruned_training.slices_of(parts.first, body))
-        learned = train_locally(small, examples, replace(assignment, task=received), initial, extend)
+        learned = train_locally(small, examples, replace(assignment, task=received), initial, extend, on_step=on_step)
     assert learned.hooks is not None
     loss_after, worth, tokens = learned.hooks.at_end
     # The start of what was trained, in the structure in which it ended.

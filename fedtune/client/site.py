@@ -33,6 +33,7 @@ from fedtune.model.classes import match_classes, named_rows, shorten
 from fedtune.model.device import memory_bytes
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings, same_everywhere
+from fedtune.model.train import OnStep, no_steps
 from fedtune.pruning.structure import BlockLayout
 from fedtune.rounds.events import Phase, Watch
 from fedtune.wire.profile import ClientProfile, Device, ModelSpec
@@ -58,6 +59,8 @@ class Site:
     """The day that the chat template has written into the examples; empty where they depend on none."""
     reload: Callable[[Sequence[str], str], Site] | None = None
     """Loads the same client with other class names or another day; None where all clients have the same anyhow."""
+    on_step: OnStep = no_steps
+    """Hears of each step of a training."""
 
     def with_labels(self, labels: Sequence[str], date: str = "") -> Site:
         """Return the client with the class names, and the day, that all clients of a run use; empty: its own."""
@@ -107,6 +110,7 @@ class Site:
             threads=site.threads,
             replicas=site.replicas,
             held_out=site.held_out,
+            on_step=self.on_step,
         )
         # A site that keeps its losses has a log to write them to: there the caller takes them out.
         return without_losses(update) if self.scores == "refuse" else update

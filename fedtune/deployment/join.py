@@ -21,7 +21,7 @@ from fedtune.link.client import policy
 from fedtune.link.client.client import Client, End
 from fedtune.link.client.policy import TaskDemand, Usage
 from fedtune.link.client.session import Greeting
-from fedtune.link.client.training_process import ProcessTrainer, Trainer
+from fedtune.link.client.training_process import ProcessTrainer, Trainer, WorkProgress
 from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.settings import JoinSettings, Policy, ScorePolicy
@@ -256,5 +256,8 @@ class NullTrainer:
 
     def score(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
         return {}
+
+    def progress(self) -> WorkProgress:
+        return WorkProgress()
 
     def kill(self) -> None: ...

@@ -24,7 +24,7 @@ from fedtune.messages import ProbeSeeds, Training
 from fedtune.model.base import Base
 from fedtune.model.kron_forward import with_injected_paths
 from fedtune.model.seed_rebuild import DisplacedPosition, Move, RebuiltPosition, working_copy
-from fedtune.model.train import Batch, batches, collate, out_of_memory, peak_bytes
+from fedtune.model.train import Batch, OnStep, batches, collate, no_steps, out_of_memory, peak_bytes
 from fedtune.tensors import Array
 
 CLIP_WINDOW, CLIP_MINIMUM, CLIP_QUANTILE, CLIP_FACTOR = 128, 16, 0.9, 2.0
@@ -92,6 +92,7 @@ def measure(
     key: int,
     client: str,
     rows: Sequence[Example] = (),
+    on_step: OnStep = no_steps,
 ) -> Measurements:
     """Take one step along every seed; each step is rounded to what the server will add before the next one is taken.
 
@@ -106,6 +107,7 @@ def measure(
         key: from `derive`; the order of the data follows from it.
         client: for error messages.
         rows: on which the loss is measured before the first step and after the last one; without any it is not.
+        on_step: called after each seed, or group of seeds, with the seeds so far.
 
     Raises:
         ClientError: if there is no example, or memory runs out.
@@ -147,6 +149,7 @@ def measure(
                         # Checked at every step: a sum beyond 32 bits would wrap around in the rebuild.
                         sums = check_accumulators(ledger.bank, perturb(sums, seed, scalar << probe.shift))
                         position.move(seed, scalar << probe.shift)
+                on_step(min(start + group, len(ids)), len(ids))
             # A calibration moves nothing.
             loss_after = loss_before if probe.calibrate else loss_at(position, rows, base, training.batch)
     except (RuntimeError, MemoryError) as error:

@@ -8,10 +8,10 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,13 @@ from fedtune.model.lora import layers
 from fedtune.model.objective import Hooks
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive, generator
+
+OnStep: TypeAlias = Callable[[int, int], None]
+"""(steps taken, all steps): hears how far a training is."""
+
+
+def no_steps(done: int, total: int) -> None:
+    """Hear of a step, and do nothing."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,7 @@ def train(
     client: str,
     hooks: Hooks | None = None,
     rows: Sequence[Example] = (),
+    on_step: OnStep = no_steps,
 ) -> Trained:
     """Take `training.steps` optimizer steps on all parameters of the base's model that require a gradient.
 
@@ -183,6 +191,7 @@ def train(
         client: for error messages.
         hooks: what is done beside that: after each backward pass, and after every step but the last.
         rows: on which the loss is measured before the first step and after the last one; without any it is not.
+        on_step: called after each step.
 
     Raises:
         ClientError: if there is no example, or a loss is not finite; of memory see `report_out_of_memory`.
@@ -209,6 +218,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens += sum(batch.tokens for batch in parts)
+            on_step(step + 1, training.steps)
             if hooks and step + 1 < training.steps:
                 hooks.after_step(step + 1, optimizer)
     loss_after = loss_on(base, rows, training)

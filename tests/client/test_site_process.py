@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -104,3 +105,30 @@ def test_the_process_ends_when_the_one_that_started_it_has_gone(tmp_path: Path) 
     assert process.wait(60) == 0
     os.close(requests)
     os.close(replies)
+
+
+def test_a_beat_says_how_far_a_request_is_and_nothing_between_two() -> None:
+    lines = io.StringIO()
+    beat = site_process.Beat(lines)
+    beat.say()
+    beat.begin()
+    beat.step(3, 10)
+    beat.say()
+    beat.end({"done": {}})
+    beat.say()
+    at, done = (json.loads(line) for line in lines.getvalue().splitlines())
+    assert at["at"][:2] == [3, 10]
+    assert at["at"][2] > 0  # this process has computed something
+    assert done == {"done": {}}
+
+
+@pytest.mark.parametrize("error", [MemoryError, SystemExit, KeyboardInterrupt, ValueError])
+def test_whatever_ends_a_request_is_a_reason_without_a_word_of_the_data(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def broken(*args: object) -> None:
+        raise error("a patient's name")
+
+    monkeypatch.setattr(site_process, "from_file", broken)
+    failed = site_process.handle("site.toml", {"do": "perform"})["failed"]
+    assert failed == f"expected an answer; got {error.__name__}; this site's own log says where"

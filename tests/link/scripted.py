@@ -13,6 +13,7 @@ import numpy as np
 from fedtune.cli.event_log import event_writer
 from fedtune.cli.federation import stop_on_signals
 from fedtune.deployment.join import join
+from fedtune.link.client.training_process import WorkProgress
 from fedtune.link.uploads import map_file
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, LoraResult, ScoreRequest
 from fedtune.seeds import generator
@@ -76,6 +77,9 @@ class ScriptedTrainer:
         scores = scripted_scores(decode_score_request((folder / "front").read_bytes(), contents))
         into.write_bytes(encode_scores(scores))
         return scores.metrics
+
+    def progress(self) -> WorkProgress:
+        return WorkProgress()
 
     def kill(self) -> None:
         """Nothing to kill: it ends by itself soon."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedtune.errors import ClientError, FedtuneError
 from fedtune.link.client.client import Client
+from fedtune.link.client.training_process import WorkProgress
 from fedtune.link.envelopes import EVALUATE, TRAIN
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
@@ -36,6 +37,7 @@ class RecordingTrainer:
     gate: threading.Event = field(default_factory=threading.Event)
     done: list[Path] = field(default_factory=list)
     kills: int = 0
+    steps: int = 0
 
     def profile(self, into: Path, labels: Sequence[str] = ()) -> None:
         into.mkdir(parents=True, exist_ok=True)
@@ -57,6 +59,9 @@ class RecordingTrainer:
         assert all(sha256((folder / one).read_bytes()).hexdigest() == one for one in bodies)
         into.write_bytes(b"scores")
         return {"loss": 2.75, "examples": 4.0}
+
+    def progress(self) -> WorkProgress:
+        return WorkProgress(done=self.steps, total=100)
 
     def kill(self) -> None:
         self.kills += 1

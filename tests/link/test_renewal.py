@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from typing import TypeAlias
 
 import pytest
 
 from fedtune.link.client import outbox
-from fedtune.link.envelopes import TRAIN
-from fedtune.link.pki import authority, enrollment
+from fedtune.link.pki import authority
 from fedtune.link.server.assignments import ReceivedParts
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import copy_roster
-from tests.link.harness import assignment
 from tests.link.link_server import LinkServer, greeting
 from tests.link.site import RecordingTrainer, Site, collect_one, post, run_site, until
 
 DAY_S = 86_400.0
+Ended: TypeAlias = Callable[[], None]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +38,7 @@ def pass_month(link: LinkServer) -> None:
 
 
 @pytest.fixture(params=["renewed in time", "renewed late"])
-def ended(request: pytest.FixtureRequest, link: LinkServer) -> Iterator[object]:
+def ended(request: pytest.FixtureRequest, link: LinkServer) -> Ended:
     """Return what makes the first roster end, with a newer one at the server."""
 
     def in_time() -> None:
@@ -51,7 +50,7 @@ def ended(request: pytest.FixtureRequest, link: LinkServer) -> Iterator[object]:
         until(link, lambda: greeting(link.calls("site-b")).refusal.reason == pb.ROSTER_OLD)
         renew(link)
 
-    yield in_time if request.param == "renewed in time" else late
+    return in_time if request.param == "renewed in time" else late
 
 
 def reply_is_used(link: LinkServer, running: Site, message_id: str) -> None:
@@ -66,7 +65,7 @@ def reply_is_used(link: LinkServer, running: Site, message_id: str) -> None:
 
 
 @pytest.mark.guarantee("G6")
-def test_an_idle_site_takes_the_renewed_roster_and_the_next_order(link: LinkServer, ended) -> None:  # type: ignore[no-untyped-def]
+def test_an_idle_site_takes_the_renewed_roster_and_the_next_order(link: LinkServer, ended: Ended) -> None:
     with run_site(link, now=lambda: link.time.now) as running:
         until(link, lambda: "hello" in running.kinds())
         ended()
@@ -74,7 +73,7 @@ def test_an_idle_site_takes_the_renewed_roster_and_the_next_order(link: LinkServ
 
 
 @pytest.mark.guarantee("G6")
-def test_a_site_that_trains_meanwhile_loses_nothing(link: LinkServer, ended) -> None:  # type: ignore[no-untyped-def]
+def test_a_site_that_trains_meanwhile_loses_nothing(link: LinkServer, ended: Ended) -> None:
     with run_site(link, trainer=RecordingTrainer(), now=lambda: link.time.now) as running:
         message_id = post(link)
         until(link, lambda: any(job.training for job in running.client._jobs.values()))
@@ -85,7 +84,7 @@ def test_a_site_that_trains_meanwhile_loses_nothing(link: LinkServer, ended) -> 
 
 
 @pytest.mark.guarantee("G6")
-def test_a_site_that_sends_meanwhile_has_its_receipt(link: LinkServer, ended) -> None:  # type: ignore[no-untyped-def]
+def test_a_site_that_sends_meanwhile_has_its_receipt(link: LinkServer, ended: Ended) -> None:
     with run_site(link, now=lambda: link.time.now) as running:
         message_id = post(link)
         until(link, lambda: "pushed" in running.kinds())

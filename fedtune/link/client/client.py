@@ -185,13 +185,14 @@ class Client:
         greeting = self._session.greeting
         assert greeting is not None
         with self._lock:
-            holding = list(self._jobs)
+            holding, progress = list(self._jobs), [self._progress(job) for job in self._jobs.values()]
         # The server names those of the held tasks that it has closed, and offers none of them again.
         request = pb.NextRequest(
             epoch=greeting.epoch,
             holding=holding,
             process=self._session.process,
             roster_version=self._session.roster_version,
+            progress=progress,
             dropped=self._dropped,
         )
         reply = self._calls.next(request, timeout=greeting.limits.hold_ms / 1000 + CALL_S)
@@ -245,6 +246,14 @@ class Client:
             self._start(task, header, self._work.receive_result, work.order, inline)
         else:
             self._start(task, header, self._work.decline_unknown)
+
+    def _progress(self, job: Job) -> pb.Progress:
+        """Return how far a job is."""
+        done, total, cpu_ms = job.done_bytes, job.total_bytes, 0
+        if job.training:
+            work = self._trainer.progress()
+            done, total, cpu_ms = work.done, work.total, work.cpu_ms
+        return pb.Progress(order=job.task, phase=job.phase, done=done, total=total, cpu_ms=cpu_ms)
 
     def _drop(self, dropped: pb.Dropped, reason: str) -> None:
         """Do nothing for a task that is not believed, and have the server know with the next call."""

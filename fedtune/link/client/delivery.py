@@ -54,6 +54,7 @@ class Delivery:
         """
         reply = digest(request.envelope)
         self._record("sending", round=job.header.round, answer=reply.hex(), bytes=reply_bytes(request))
+        job.begin(pb.Progress.SENDING, reply_bytes(request))
         while True:
             response = self._backoff.retry(job, lambda: self._calls.submit(request, timeout=SUBMIT_S))
             self._session.hear_version(response.roster_version)
@@ -128,6 +129,7 @@ class Delivery:
                     job.wait(PUSH_RETRY_S)
                     return
                 upload.acknowledge(ack.taken)
+                job.done_bytes = ack.taken
                 if ack.complete:
                     num_bytes = upload.sent - want.offset
                     self._record("pushed", round=job.header.round, answer=reply.hex(), bytes=num_bytes)

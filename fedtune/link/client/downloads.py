@@ -56,6 +56,7 @@ class Downloads:
                 partial.write_bytes(data)
                 partial.replace(whole)
             return
+        job.begin(pb.Progress.FETCHING, part.num_bytes)
         for attempt in range(ATTEMPTS):
             if self._download(job, part, partial) == part.digest:
                 with store_errors(whole):
@@ -88,6 +89,7 @@ class Downloads:
                             raise WireError(f"expected a part of {part.num_bytes} bytes, as signed; got more")
                         file.write(chunk.data)
                         hasher.update(chunk.data)
+                        job.done_bytes = file.tell()
                 except grpc.RpcError as error:
                     # The next try asks from the file's end.
                     file.flush()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import ClientError, FedtuneError
 from fedtune.wire.v1 import link_pb2 as pb
 
 
@@ -27,8 +28,17 @@ class Job:
     """Set when the reply is of no use any more."""
     training: bool = False
     """Whether the trainer works for it now."""
+    phase: pb.Progress.Phase = pb.Progress.PHASE_UNSET
+    """What is done for it now; while it trains, how far is the trainer's to say."""
+    done_bytes: int = 0
+    """That have travelled in this phase."""
+    total_bytes: int = 0
     leaving: bool = False
     """Whether its reply, which needs no round to decide about it, is on its way: the server may have it already."""
+
+    def begin(self, phase: pb.Progress.Phase, total_bytes: int = 0) -> None:
+        """Note what is done now, for the server to hear."""
+        self.phase, self.done_bytes, self.total_bytes = phase, 0, total_bytes
 
     def check(self) -> None:
         """Raise `StoppedError` if the thread should give up."""
@@ -71,6 +81,10 @@ class ThreadGuard:
             # The first fault is the cause; later ones come from the channel that it closes.
             self.fault = self.fault or error
             self._close_channel()
-        except ValueError:  # what gRPC raises on a channel that was closed before a call began
+        except BaseException as error:
+            # A ValueError is what gRPC raises on a channel that was closed before a call began.
             if self.fault is None and not self._stop.is_set():
-                raise
+                # A thread that ends in silence would leave a site that is connected, and does nothing for ever.
+                traceback.print_exc()
+                self.fault = ClientError(f"a thread of this client ended by {type(error).__name__}; see its log")
+                self._close_channel()

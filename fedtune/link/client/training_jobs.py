@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shutil
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeAlias
 
-from fedtune.errors import ClientError, ConfigError, WireError
+from fedtune.errors import ClientError, ConfigError, StoreError, WireError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client import outbox, policy
 from fedtune.link.client.delivery import Delivery
 from fedtune.link.client.downloads import Downloads, hash_file
-from fedtune.link.client.jobs import Job, ThreadGuard
+from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
 from fedtune.link.client.outbox import Entry
 from fedtune.link.client.policy import OrderCheck, PolicyViolation, Usage
 from fedtune.link.client.replies import is_decline, reply_bytes, reply_header, sign_decline, sign_reply
@@ -139,10 +140,7 @@ class TrainingJobs:
             self._send(job, entry, stored)
             return
         outbox.remove_earlier_bodies(self._state, job.header.run, keep=entry)
-        try:
-            request = self._make_reply(job, entry, inline, greeting)
-        except (ClientError, WireError) as error:
-            request = self._decline(job, pb.WORK_FAILED, str(error))
+        request = self._attempt(job, lambda: self._make_reply(job, entry, inline, greeting))
         # A withdrawn job fails as well, since its trainer was killed: that is no decline to send.
         job.check()
         if is_decline(request):
@@ -176,10 +174,7 @@ class TrainingJobs:
             self._delivery.deliver(job, self._decline(job, pb.SCORES_NOT_ALLOWED, note), {})
             return
         entry = outbox.open_entry(self._state, task, job.header)
-        try:
-            request = self._make_scores(job, entry, inline, greeting)
-        except (ClientError, WireError) as error:
-            request = self._decline(job, pb.WORK_FAILED, str(error))
+        request = self._attempt(job, lambda: self._make_scores(job, entry, inline, greeting))
         job.check()
         job.leaving = True
         paths = {part.digest: entry.update for part in pb.Header.FromString(request.envelope.header).parts}
@@ -275,10 +270,33 @@ class TrainingJobs:
         assert greeting is not None
         return [PolicyViolation(pb.VETO_RECIPE_DIFFERS, text) for text in self._check(greeting, job.header, front)]
 
+    def _attempt(self, job: Job, make: Callable[[], pb.SubmitRequest]) -> pb.SubmitRequest:
+        """Return the reply that `make` makes, or where that fails, for any reason, the statement that it will not come.
+
+        Raises:
+            StoppedError: if the job should give up.
+            ConfigError: if the server does not take this client.
+            StoreError: if this site's disk fails: the client ends.
+        """
+        try:
+            return make()
+        except (StoppedError, ConfigError, StoreError):
+            raise
+        except (ClientError, WireError) as error:
+            return self._decline(job, pb.WORK_FAILED, str(error))
+        except BaseException as error:
+            # Of a channel that was closed: the client ends, and declines nothing.
+            job.check()
+            # A round must not wait for a site that works on nothing. The text may quote data: its type alone leaves.
+            traceback.print_exc()
+            note = f"expected an answer; got {type(error).__name__}; this site's own log says where"
+            return self._decline(job, pb.WORK_FAILED, note)
+
     def _perform(self, job: Job, entry: Entry, work: Work) -> Mapping[str, float]:
         """Have the trainer write its result; `training` tells the client that a withdrawal must kill it."""
         bodies = [part.digest.hex() for part in job.header.parts if part.key]
         job.training = True
+        job.begin(pb.Progress.WORKING)
         try:
             return work(entry.folder, bodies, entry.update)
         finally:

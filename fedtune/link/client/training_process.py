@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,18 @@ from fedtune.errors import ClientError, ConfigError, Fault
 
 END_S = 5.0
 """Within which the process must end by itself before it is killed."""
+
+
+@dataclass(frozen=True)
+class WorkProgress:
+    """How far a trainer is with its work."""
+
+    done: int = 0
+    """Optimizer steps, or seeds."""
+    total: int = 0
+    """0: not known."""
+    cpu_ms: int = 0
+    """That the trainer has computed since it was started; it rises also where there are no steps."""
 
 
 class Trainer(Protocol):
@@ -49,6 +62,10 @@ class Trainer(Protocol):
         """
         ...
 
+    def progress(self) -> WorkProgress:
+        """Return how far the current work is."""
+        ...
+
     def kill(self) -> None:
         """End the current work at once; the next task starts anew."""
         ...
@@ -71,6 +88,8 @@ class ProcessTrainer:
         self._process: subprocess.Popen[bytes] | None = None
         self._killed: subprocess.Popen[bytes] | None = None  # by `kill`, which is no news to who called it
         self._requests = self._replies = self._life = -1
+        self._unread = b""  # of the pipe of replies, behind the line that was read last
+        self._progress = WorkProgress()
 
     def profile(self, into: Path, labels: Sequence[str] = ()) -> None:
         try:
@@ -92,6 +111,9 @@ class ProcessTrainer:
             raise ClientError(str(reply["failed"]))
         measured: Mapping[str, float] = reply["done"]
         return measured
+
+    def progress(self) -> WorkProgress:
+        return self._progress
 
     def kill(self) -> None:
         # Without the lock, which is held for as long as the work takes that is to end.
@@ -121,12 +143,13 @@ class ProcessTrainer:
                 self._start()
             try:
                 os.write(self._requests, json.dumps(request).encode() + b"\n")
-                line = self._read_line()
+                while (line := self._read_line()).endswith(b"\n"):
+                    reply: Mapping[str, Any] = json.loads(line)
+                    if "at" not in reply:
+                        return reply
+                    self._progress = WorkProgress(*reply["at"])
             except BrokenPipeError:
-                line = b""
-            if line.endswith(b"\n"):
-                reply: Mapping[str, Any] = json.loads(line)
-                return reply
+                pass
             assert self._process is not None
             self._close_pipes()
             code, asked = self._process.wait(), self._process is self._killed
@@ -140,6 +163,7 @@ class ProcessTrainer:
     def _start(self) -> None:
         child_requests, self._requests = os.pipe()
         self._replies, child_replies = os.pipe()
+        self._unread, self._progress = b"", WorkProgress()
         # Nothing is ever written to it: the operating system ends it when this process dies, even by SIGKILL, and the
         # child then exits instead of training for a client that has gone.
         child_life, self._life = os.pipe()
@@ -157,10 +181,11 @@ class ProcessTrainer:
                 os.close(descriptor)
 
     def _read_line(self) -> bytes:
-        data = b""
-        while not data.endswith(b"\n") and (more := os.read(self._replies, 65536)):
-            data += more
-        return data
+        """Return the next line of the process, without its newline's end if the process has gone."""
+        while b"\n" not in self._unread and (more := os.read(self._replies, 65536)):
+            self._unread += more
+        line, newline, self._unread = self._unread.partition(b"\n")
+        return line + newline
 
     def _close_pipes(self) -> None:
         for descriptor in (self._requests, self._replies, self._life):

@@ -82,8 +82,9 @@ class Progress:
 
     def retain(self, client: str, tasks: Collection[bytes]) -> None:
         """Forget all tasks of a client but these, which are open."""
-        for known in (self._said, self._peaks):
-            known[client] = {task: value for task, value in known.get(client, {}).items() if task in tasks}
+        for task in self._said.get(client, {}).keys() - set(tasks):
+            del self._said[client][task]
+            self._peaks.get(client, {}).pop(task, None)
         if not tasks:
             self._sizes.pop(client, None)
 

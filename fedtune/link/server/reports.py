@@ -48,13 +48,13 @@ class Reports:
             if said.order in open_tasks:
                 numbers = (min(LARGEST, number) for number in (said.done, said.total, said.cpu_ms))
                 self.progress.hear(client, process, said.order, TaskProgress(said.phase, *numbers))
-        for one in dropped:
+        for task in dropped:
             # Said again with every call: once is enough for a log.
-            code = reason_name(one.reason)
-            if one.order in open_tasks and self._dropped.get(client) != (one.order, code):
-                self._dropped[client] = one.order, code
+            code = reason_name(task.reason)
+            if task.order in open_tasks and self._dropped.get(client) != (task.order, code):
+                self._dropped[client] = task.order, code
                 reason = "it does not believe its task; its roster may have ended, or be another than the server's"
-                self._record("dropped", client=client, order=one.order.hex(), code=code, reason=reason)
+                self._record("dropped", client=client, order=task.order.hex(), code=code, reason=reason)
 
     def lost_reason(self, task: Task) -> str:
         """Return why a round waits for a client's reply no longer; empty if it does."""

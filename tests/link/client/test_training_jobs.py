@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,3 +140,31 @@ def test_what_does_not_fit_the_disk_is_declined(link: LinkServer, monkeypatch: p
         result = collect_one(link, post(link, 2, body=b"x" * 1000))
     assert isinstance(result, Withdrawn)
     assert "do not fit the disk" in result.reason
+
+
+@pytest.mark.guarantee("G14")
+@pytest.mark.parametrize("error", [MemoryError, ZeroDivisionError, KeyError, SystemExit, KeyboardInterrupt])
+def test_whatever_goes_wrong_in_the_training_is_declined_by_its_type_alone(
+    link: LinkServer, error: type[BaseException]
+) -> None:
+    class Broken(RecordingTrainer):
+        def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
+            raise error("a patient's name")
+
+        score = perform
+
+    with run_site(link, trainer=Broken()) as running:
+        reason = f"expected an answer; got {error.__name__}; this site's own log says where"
+        assert collect_one(link, post(link)) == Withdrawn("site-a", reason)
+        assert collect_one(link, post_scores(link)) == Withdrawn("site-a", reason)
+        assert running.thread.is_alive()
+
+
+@pytest.mark.guarantee("G14")
+def test_the_server_hears_how_far_the_trainer_is(link: LinkServer) -> None:
+    with run_site(link, trainer=RecordingTrainer(steps=7)) as running:
+        message_id = post(link)
+        works = "working step 7 of 100"
+        until(link, lambda: works in [one.work for one in link.dispatcher.status().values()])
+        running.trainer.gate.set()
+        assert isinstance(collect_one(link, message_id), ReceivedParts)

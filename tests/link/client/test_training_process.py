@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import ClientError, ConfigError
-from fedtune.link.client.training_process import ProcessTrainer
+from fedtune.link.client.training_process import ProcessTrainer, WorkProgress
 
 SCRIPT = """
 import json, os, signal, sys
@@ -26,6 +26,9 @@ with os.fdopen(requests) as lines, os.fdopen(replies, "w") as answers:
         if into.name == "hang":
             into.with_name("hanging").touch()
             signal.pause()
+        if into.name == "steps":
+            for step in (1, 2):
+                answers.write(json.dumps({"at": [step, 2, 1000 * step]}) + chr(10))
         said = {"failed": "expected a base; got none"} if into.name == "fail" else {"done": True}
         if "done" in said:
             into.write_text(f"{os.getpid()} {request['do']}")
@@ -98,4 +101,12 @@ def test_what_is_being_done_can_be_ended_at_once(trainer: ProcessTrainer, tmp_pa
     assert signal.SIGKILL.name in failures[0]
     assert not died
     trainer.kill()  # nothing is there to kill
+    trainer.close()
+
+
+def test_its_lines_say_how_far_it_is(trainer: ProcessTrainer, tmp_path: Path) -> None:
+    assert trainer.progress() == WorkProgress()
+    trainer.perform(tmp_path, [], tmp_path / "steps")
+    assert trainer.progress() == WorkProgress(done=2, total=2, cpu_ms=2000)
+    trainer.perform(tmp_path, [], tmp_path / "b")
     trainer.close()
