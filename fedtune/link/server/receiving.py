@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Executor
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -27,7 +27,7 @@ MIN_MESSAGE_BYTES = 4 * KIB
 
 async def receive(
     dispatcher: Dispatcher, disk: Executor, call: OpenCall, requests: AsyncIterator[pb.PushPart]
-) -> AsyncIterator[tuple[int, bool]]:
+) -> AsyncGenerator[tuple[int, bool], None]:
     """Write an upload to the disk; yields the bytes received so far, and whether the part is whole.
 
     Args:

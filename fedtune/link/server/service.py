@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -192,9 +193,11 @@ class Service:
         try:
             party = await self._authenticate(context)
             call = self._begin_upload(context, party.name)
-            async for received, complete in receive(self._dispatcher, self._disk, call, requests):
-                version = self._roster.current().version
-                yield pb.PushAck(taken=received, complete=complete, roster_version=version)
+            # Closed here: a call that is cut would leave its file open until the next collection of garbage.
+            async with aclosing(receive(self._dispatcher, self._disk, call, requests)) as arriving:
+                async for received, complete in arriving:
+                    version = self._roster.current().version
+                    yield pb.PushAck(taken=received, complete=complete, roster_version=version)
         except asyncio.CancelledError:
             # The client has gone, unless the call was ended here.
             if call is None or call.error is None:
