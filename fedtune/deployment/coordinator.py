@@ -36,6 +36,7 @@ from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.addresses import check_addresses
 from fedtune.link.server.blocklist import Blocklist
 from fedtune.link.server.dispatcher import Dispatcher
+from fedtune.link.server.folding import FoldedEvents
 from fedtune.link.server.metrics import Metrics, serve_health
 from fedtune.link.server.run_info import RunInfo
 from fedtune.link.server.server import serve_link
@@ -128,7 +129,10 @@ def open_records(
     stack.callback(audit.close)
     metrics = Metrics(names=settings.metrics_names)
     # The audit log is first: an event is in it even if a later recorder fails.
-    return record_to_all(audit.record, metrics.record, log_event, record), metrics
+    folded = FoldedEvents(record_to_all(audit.record, log_event, record))
+    stack.callback(folded.flush)
+    # The metrics count every event.
+    return record_to_all(folded.record, metrics.record), metrics
 
 
 def watch_health(

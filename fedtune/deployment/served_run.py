@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, render
-from fedtune.link import audit_log, uploads
+from fedtune.link import audit_files, audit_log, uploads
 from fedtune.store import journal, manifest, result
 from fedtune.store.files import write_text
 from fedtune.store.history import has_begun
@@ -79,7 +79,7 @@ def plan_text(recipe: Recipe, run: Path) -> str:
 def informed_clients(path: Path) -> Collection[str]:
     """Return the clients that know by the audit log that the run is complete; none if more rounds have begun since."""
     informed = set[str]()
-    for entry in audit_log.read_audit_log(path).entries if path.exists() else ():
+    for entry in audit_log.read_audit_log(path).entries if audit_files.exists(path) else ():
         if entry.kind == "informed":
             informed.add(str(entry.fields["client"]))
         elif entry.kind == "round":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import StoreError, WireError
-from fedtune.link import audit_log
+from fedtune.link import audit_files, audit_log
 from fedtune.link.audit_log import AuditHistory, Entry
 from fedtune.link.rejections import FATAL, reason_name
 from fedtune.link.server import blocklist
@@ -234,7 +234,7 @@ def load_audit_history(path: Path, *, head: str | None = None) -> AuditHistory:
         StoreError: if there is no log, its chain is broken, or the head is not in it.
     """
     places = [path / LINK / AUDIT, path / AUDIT, path]
-    file = next((place for place in places if place.is_file()), places[0])
+    file = next((place for place in places if audit_files.exists(place)), places[0])
     history = audit_log.read_audit_log(file)
     # An entry anywhere, since the log has grown since its head was noted.
     if head is not None and head.lower() not in audit_log.record_digests(file):

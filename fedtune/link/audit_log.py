@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedtune.errors import StoreError
-from fedtune.store import journal
-from fedtune.store.journal import BEFORE_FIRST, End, Journal
+from fedtune.link import audit_files
+from fedtune.store.journal import BEFORE_FIRST, Journal
 
 LOGGER = logging.getLogger("fedtune.link")
 
@@ -63,21 +63,28 @@ class AuditHistory:
 
 
 class AuditLog:
-    """Appends to an audit log; a thread of its own writes and syncs, so that no caller waits for the disk."""
+    """Appends to an audit log, file by file; a thread of its own writes and syncs, so that no caller waits for it."""
 
-    def __init__(self, path: Path, *, on_failure: Callable[[StoreError], None] = lambda error: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        on_failure: Callable[[StoreError], None] = lambda error: None,
+        full_bytes: int = audit_files.FULL_BYTES,
+    ) -> None:
         """Open the log, and cut off what a crash left of a record.
 
         Args:
-            path: of the log.
+            path: of the log's newest file.
             on_failure: called once, in the writing thread, if it cannot be written any more.
+            full_bytes: from which on the log goes on in a new file.
 
         Raises:
             StoreError: if it cannot be opened, or its chain is broken.
         """
         # Read whole: every record carries the digest of the one before it, and a broken chain must not be continued.
-        end = journal.read(path, lambda record: None) if path.exists() else End()
-        self._journal, self._on_failure = Journal(path, end), on_failure
+        end = audit_files.read(path, lambda record: None)
+        self._path, self._journal, self._on_failure, self._full_bytes = path, Journal(path, end), on_failure, full_bytes
         # Without a bound: no event may be dropped, and no round may wait for the disk.
         self._queue: queue.SimpleQueue[tuple[str, Mapping[str, int | str]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="fedtune audit", daemon=True)
@@ -100,6 +107,8 @@ class AuditLog:
             if self._journal.usable:
                 try:
                     self._journal.extend([entry for entry in entries if entry is not None])
+                    if self._journal.end.num_bytes >= self._full_bytes:
+                        self._journal = audit_files.begin_next(self._path, self._journal)
                 except StoreError as error:
                     self._on_failure(error)
 
@@ -116,10 +125,10 @@ def read_audit_log(path: Path) -> AuditHistory:
     Raises:
         StoreError: naming the first entry that is damaged or breaks the chain.
     """
-    if not path.exists():
+    if not audit_files.exists(path):
         raise StoreError(f"{path}: expected an audit log; got nothing; it is made by fedtune serve and fedtune join")
     entries = list[Entry]()
-    end = journal.read(path, lambda line: entries.append(Entry(line.n, line.unix_ms, line.kind, line.fields)))
+    end = audit_files.read(path, lambda line: entries.append(Entry(line.n, line.unix_ms, line.kind, line.fields)))
     return AuditHistory(entries, end.head if entries else BEFORE_FIRST)
 
 
@@ -131,5 +140,5 @@ def record_digests(path: Path) -> frozenset[str]:
     """
     digests = set[str]()
     # A record names the digest of the one before it; that of the last record is the end of the chain.
-    end = journal.read(path, lambda record: digests.add(record.prev))
+    end = audit_files.read(path, lambda record: digests.add(record.prev))
     return frozenset(digests | {end.head})

@@ -59,8 +59,10 @@ class End:
     """Bytes behind them: what a crash left of one more record."""
 
 
-def read(path: Path, apply: Callable[[Record], None]) -> End:
+def read(path: Path, apply: Callable[[Record], None], *, after: End | None = None) -> End:
     """Call `apply` with every whole record, in order, and return where they end; safe beside a process that writes.
+
+    With `after`, the first record must follow those of another file, which ends there.
 
     A last record that is incomplete, or does not match its checksum, was being written when the process died: it is
     left out. Nothing else may be wrong.
@@ -70,7 +72,8 @@ def read(path: Path, apply: Callable[[Record], None]) -> End:
     """
     with files.store_errors(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        n, head, epoch, at = 0, BEFORE_FIRST, 0, 0
+        before = after or End()
+        n, head, epoch, at = before.count, before.head, before.epoch, 0
         while at < size:
             try:
                 data = read_whole(file, size - at)
@@ -156,7 +159,7 @@ class Journal:
         with files.store_errors(path):
             self._descriptor = files.append_to(path)
             try:
-                if end.count == 0:
+                if end.num_bytes == 0:
                     files.sync_folder(path.parent)  # before the first record: a durable record needs a durable name
                 if end.torn_bytes:
                     files.truncate(self._descriptor, end.num_bytes)
@@ -235,9 +238,11 @@ class Journal:
         self._end = end
 
     def close(self) -> None:
-        """Close the file; every record in it is synced already."""
+        """Close the file, once; every record in it is synced already."""
         self._usable = False
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def canonical(fields: Mapping[str, Any]) -> bytes:

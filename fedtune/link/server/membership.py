@@ -25,7 +25,7 @@ class Membership:
         self.enrolled: Callable[[], Collection[str]] = lambda: ()
         """Returns the clients that may still come: those that are to hear of the end, too."""
         self._served: dict[str, int] = {}  # number of the process that acts for a client
-        self._rivals = set[tuple[str, int]]()  # processes that were turned away, for the log to name each once
+        self._rivals: dict[str, int] = {}  # the process that was turned away last, for the log to name it once
         self._refusals: dict[str, pb.Refusal] = {}
         self._readmissions = Counter[str]()
         self._informed = set(informed)
@@ -38,8 +38,9 @@ class Membership:
         """
         served = self._served.get(client, process)
         if process and served != process and self._presence.has_call(client):
-            if (client, process) not in self._rivals:
-                self._rivals.add((client, process))
+            # One a client: a set of all would grow with every number that somebody makes up.
+            if self._rivals.get(client) != process:
+                self._rivals[client] = process
                 reason = "a second process under this name was turned away; the first is served until it has gone"
                 self._record("rival", client=client, reason=reason)
             return False
