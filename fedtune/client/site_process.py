@@ -29,6 +29,8 @@ BEAT_S = 5.0
 def main() -> None:
     """Serve a site's file; the last arguments are the descriptors of requests, replies and the parent's life."""
     site, requests, replies, life = sys.argv[-4], *map(int, sys.argv[-3:])
+    # What it writes is for the owner alone: updates, and a profile with the initial values of saved modules.
+    os.umask(0o077)
     # The read ends when the parent is gone, however it ended: no process with a client's data outlives it.
     threading.Thread(target=lambda: (os.read(life, 1), os._exit(0)), daemon=True).start()
     with os.fdopen(requests, "r") as lines, os.fdopen(replies, "w") as writer:

@@ -45,7 +45,7 @@ from fedtune.messages import Blueprint, Failure, ProbeSeeds, TrainLora
 from fedtune.rounds.admission import largest_update
 from fedtune.runs.resume import as_started, check_resumable
 from fedtune.runs.runner import run_recipe
-from fedtune.store.files import store_errors
+from fedtune.store.files import make_private, store_errors
 from fedtune.store.lock import lock_run
 from fedtune.store.run_directory import check_vacant, write_recipe
 from fedtune.wire.codec import parse
@@ -103,7 +103,8 @@ def coordinate(
     folder = run / LINK
     # Left in reverse order: the server stops first, and the audit log last, with every event in it.
     with store_errors(folder), ExitStack() as stack:
-        folder.mkdir(exist_ok=True)
+        # Updates arrive below it.
+        make_private(folder, below=folder)
         # Two servers of one run would each give receipts for other updates.
         stack.enter_context(lock_run(folder))
         record_all, metrics = open_records(stack, folder, settings, record)

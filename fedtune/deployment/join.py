@@ -26,7 +26,7 @@ from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.settings import JoinSettings, Policy, ScorePolicy
 from fedtune.messages import ProbeSeeds
-from fedtune.store.files import store_errors
+from fedtune.store.files import make_private, store_errors
 from fedtune.store.lock import lock_run
 
 AUDIT = "audit"
@@ -94,9 +94,9 @@ def join(
     """
     setup = load_join_setup(site, server=server)
     with store_errors(setup.state):
-        setup.state.mkdir(parents=True, exist_ok=True)
+        setup.state.parent.mkdir(parents=True, exist_ok=True)
         # Updates lie here, from which something of the data may be inferred.
-        setup.state.chmod(0o700)
+        make_private(setup.state, below=setup.state)
     # Two clients with one outbox would both reply to the same task.
     with lock_run(setup.state), open_audit_log(setup.state / AUDIT, record) as log, ExitStack() as stack:
         record_all = record_to_all(log.record, log_event, record)

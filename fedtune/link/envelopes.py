@@ -106,6 +106,7 @@ FIELDS: Mapping[str, pb.Reason] = {
     "base": pb.BASE_DIFFERS,
     "state": pb.STATE_DIFFERS,
     "order": pb.ORDER_UNKNOWN,
+    "epoch": pb.STALE_EPOCH,
     "build": pb.BUILD_DIFFERS,
 }
 """Reason of the rejection if a field of a header is not as expected."""

@@ -7,10 +7,11 @@ import os
 import shutil
 import time
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 
 from fedtune.link.rejections import rejection
-from fedtune.store.files import store_errors
+from fedtune.store.files import open_private, store_errors
 from fedtune.wire.v1 import link_pb2 as pb
 
 BLOCK = 2**20
@@ -50,7 +51,7 @@ class IncomingUpload:
         self._hash = sha256()
         with store_errors(path):
             # Unbuffered: after a cut the next transfer goes on at the size of the file.
-            self._file = path.open("ab", buffering=0)
+            self._file = FileIO(path, "ab", opener=open_private)
             if stored:
                 with path.open("rb") as file:
                     while block := file.read(BLOCK):

@@ -84,7 +84,8 @@ def rename(source: Path, target: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    path.mkdir(exist_ok=True)
+    """Make a folder that its owner alone can read, whatever the process allows others of new ones."""
+    path.mkdir(mode=0o700, exist_ok=True)
 
 
 def remove(path: Path) -> None:
@@ -143,6 +144,26 @@ def sync_readable(file: Path) -> None:
     file.chmod(0o644)
     with file.open("rb") as descriptor:
         sync(descriptor.fileno())
+
+
+def make_private(path: Path, *, below: Path) -> None:
+    """Make a folder and those above it, up to one that exists already, readable by their owner alone."""
+    for folder in reversed([path, *(parent for parent in path.parents if parent.is_relative_to(below))]):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        # Of an earlier release, or made while the process allowed others to read.
+        if folder.stat().st_mode & 0o077:
+            folder.chmod(0o700)
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file that its owner alone can read if it is created: an opener for `open`."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def write_private(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that its owner alone can read; not synced."""
+    with open(path, "wb", opener=open_private) as file:
+        file.write(data)
 
 
 def fill(file: Path, data: bytes) -> None:

@@ -31,6 +31,8 @@ from fedtune.wire.v1 import link_pb2 as pb
 
 COMPLETE_S = 30.0
 """Without a server, after which a site whose last run is complete ends: nothing is left for it to do."""
+MAX_PAUSE_S = 60.0
+"""Longest pause that a server may ask for: it must not silence a site for weeks."""
 UNVERIFIED_PAUSE_S = 1.0
 """After a task whose signature does not hold, or that failed: the server offers it again at once."""
 End = Literal["finished", "stopped"]
@@ -206,6 +208,8 @@ class Client:
                 with self._lock:
                     if (job := self._jobs.get(reply.withdrawn.order)) is not None:
                         self._withdraw(job)
+            case "stop" if reply.stop.why == pb.Stop.FINISHED and not self._believes_end(greeting, reply.stop):
+                self._stop.wait(UNVERIFIED_PAUSE_S)
             case "stop" if reply.stop.why == pb.Stop.FINISHED:
                 outbox.store_end(self._state, greeting.run)
                 self._record("finished", run=greeting.run)
@@ -213,14 +217,25 @@ class Client:
             case "stop":
                 self._record("draining", run=greeting.run)
                 self._session.greeting = None
-                self._stop.wait(reply.stop.retry_after_ms / 1000)
+                self._stop.wait(min(MAX_PAUSE_S, reply.stop.retry_after_ms / 1000))
             case "refusal" if reply.refusal.reason == pb.STALE_EPOCH:
                 self._session.greeting = None
             case "refusal":
                 self._backoff.wait_after_refusal(reply.refusal)
             case _:
-                self._stop.wait(reply.wait.retry_after_ms / 1000)
+                self._stop.wait(min(MAX_PAUSE_S, reply.wait.retry_after_ms / 1000))
         return None
+
+    def _believes_end(self, greeting: Greeting, stop: pb.Stop) -> bool:
+        """Return whether the coordinator has signed that the run is complete, in this process of its server."""
+        try:
+            header, _ = verify_envelope(stop.end, self._session.find_coordinator)
+            expect_fields(header, federation=self._identity.federation, run=greeting.run, kind=pb.END)
+            expect_fields(header, to=self._identity.name, recipe=greeting.recipe_digest, epoch=greeting.epoch)
+        except RejectionError as error:
+            self._drop(pb.Dropped(order=digest(stop.end), reason=error.refusal.reason), describe(error.refusal))
+            return False
+        return True
 
     def _begin_task(self, greeting: Greeting, work: pb.Work) -> None:
         """Begin a task of any kind; one whose signature or fields do not hold is recorded and dropped."""

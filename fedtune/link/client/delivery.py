@@ -21,6 +21,8 @@ from fedtune.wire.v1 import link_pb2 as pb
 
 SUBMIT_S = 60.0
 """Deadline of a Submit, which the server holds for up to 20 s until there is a receipt."""
+MAX_BUSY_S = 60.0
+"""Longest pause that a server may ask for."""
 PUSH_RETRY_S = 0.2
 REFUSED_RETRY_S = 1.0
 
@@ -70,7 +72,7 @@ class Delivery:
                         # The next Submit promises these bytes: after a crash they must be here to be sent again.
                         durable.join()
                 case "busy":
-                    job.wait(response.busy.retry_after_ms / 1000)
+                    job.wait(min(MAX_BUSY_S, response.busy.retry_after_ms / 1000))
                 case "refusal" if response.refusal.reason in FATAL:
                     self._backoff.wait_after_refusal(response.refusal)
                 case "refusal" if response.refusal.passing:

@@ -17,7 +17,7 @@ from fedtune.link.client.jobs import Job, StoppedError
 from fedtune.link.client.outbox import Entry
 from fedtune.link.rejections import FATAL, describe
 from fedtune.link.uploads import BLOCK
-from fedtune.store.files import store_errors
+from fedtune.store.files import open_private, store_errors, write_private
 from fedtune.wire.v1 import link_pb2 as pb
 
 ATTEMPTS = 2
@@ -53,7 +53,7 @@ class Downloads:
         if (data := inline.get(part.digest)) is not None and sha256(data).digest() == part.digest:
             with store_errors(whole):
                 # Renamed into place like a download: a crash within the write must leave no torn part under this name.
-                partial.write_bytes(data)
+                write_private(partial, data)
                 partial.replace(whole)
             return
         job.begin(pb.Progress.FETCHING, part.num_bytes)
@@ -70,11 +70,11 @@ class Downloads:
 
     def _download(self, job: Job, part: pb.Part, partial: Path) -> bytes:
         """Fetch a part from where its file ends, and return the digest of the whole file."""
-        with store_errors(partial):
-            partial.touch()
+        with store_errors(partial), open(partial, "ab", opener=open_private):
+            pass  # it is there from now on
         hasher = hash_file(partial)
         while True:
-            with store_errors(partial), partial.open("ab") as file:
+            with store_errors(partial), open(partial, "ab", opener=open_private) as file:
                 if file.tell() >= part.num_bytes:
                     return hasher.digest()
                 try:

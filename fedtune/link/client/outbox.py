@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedtune.errors import StoreError, WireError
 from fedtune.store import files
-from fedtune.store.files import store_errors, write_bytes, write_text
+from fedtune.store.files import store_errors, write_bytes
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -58,7 +58,7 @@ class Entry:
 
     def store_reply(self, request: pb.SubmitRequest) -> None:
         """Make the reply durable; its update is so already, or travels within it."""
-        write_bytes(self.folder / REPLY, request.SerializeToString())
+        write_bytes(self.folder / REPLY, request.SerializeToString(), mode=0o600)
 
     def store_reply_and_update(self, request: pb.SubmitRequest) -> None:
         """Make a reply and its update durable."""
@@ -69,7 +69,7 @@ class Entry:
     def store_receipt(self, receipt: pb.Envelope) -> None:
         """Store the receipt, without a sync: a server that is asked again gives the same one."""
         with store_errors(self.folder):
-            (self.folder / RECEIPT).write_bytes(receipt.SerializeToString())
+            files.write_private(self.folder / RECEIPT, receipt.SerializeToString())
 
     def _read(self, name: str) -> bytes | None:
         with store_errors(self.folder / name):
@@ -87,10 +87,10 @@ def open_entry(state: Path, task: pb.Envelope, header: pb.Header) -> Entry:
     """
     folder = state / "runs" / header.run / f"{header.round:06}-{sha256(task.header).hexdigest()[:16]}"
     with store_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_private(folder, below=state)
         # After a restart the task is the same bytes; a rewrite could leave half of them.
         if not (folder / TASK).exists():
-            (folder / TASK).write_bytes(task.SerializeToString())
+            files.write_private(folder / TASK, task.SerializeToString())
     return Entry(folder, task, header)
 
 
@@ -100,7 +100,7 @@ def store_end(state: Path, run: str) -> None:
     Raises:
         StoreError: if the note cannot be written.
     """
-    write_bytes(state / "runs" / run / END, b"")
+    write_bytes(state / "runs" / run / END, b"", mode=0o600)
 
 
 def complete_run(state: Path) -> str:
@@ -195,13 +195,15 @@ def store_plan(state: Path, run: str, plan: pb.Envelope, recipe: bytes) -> None:
     folder = state / "runs" / run
     # A run that was complete may go on for more rounds.
     with store_errors(folder):
+        files.make_private(folder, below=state)
         (folder / END).unlink(missing_ok=True)
-    write_bytes(folder / "plan", plan.SerializeToString())
-    write_text(folder / "recipe.toml", recipe.decode())
+    write_bytes(folder / "plan", plan.SerializeToString(), mode=0o600)
+    write_bytes(folder / "recipe.toml", recipe, mode=0o600)
 
 
 def make_durable(path: Path) -> None:
     """Sync a file and its folder."""
     with store_errors(path):
-        files.sync_readable(path)
+        with path.open("rb") as file:
+            files.sync(file.fileno())
         files.sync_folder(path.parent)

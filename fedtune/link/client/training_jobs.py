@@ -27,7 +27,7 @@ from fedtune.link.envelopes import UPDATE, make_part
 from fedtune.link.rejections import one_line, veto_name
 from fedtune.link.settings import MIB, Policy
 from fedtune.link.uploads import free_bytes
-from fedtune.store.files import store_errors
+from fedtune.store.files import make_private, store_errors, write_private
 from fedtune.wire.codec import MAX_HEADER_BYTES
 from fedtune.wire.profile import decode_terms
 from fedtune.wire.v1 import link_pb2 as pb
@@ -84,6 +84,8 @@ class TrainingJobs:
         folder = self._state / "profile"
         # A profile of an earlier start may be of other data.
         shutil.rmtree(folder, ignore_errors=True)
+        with store_errors(folder):
+            make_private(folder, below=self._state)
         began = self._clock()
         try:
             self._trainer.profile(folder)
@@ -99,6 +101,8 @@ class TrainingJobs:
         if labels := self._read_terms(job, task, inline):
             folder = self._state / "profile-labels"
             shutil.rmtree(folder, ignore_errors=True)
+            with store_errors(folder):
+                make_private(folder, below=self._state)
             try:
                 self._trainer.profile(folder, labels)
             except ConfigError as error:  # of these classes: the federation can go on without this site
@@ -261,7 +265,7 @@ class TrainingJobs:
         for part in job.header.parts:
             self._downloads.fetch(job, entry, part, inline)
         with store_errors(entry.folder):
-            (entry.folder / "front").write_bytes(entry.part(front.digest).read_bytes())
+            write_private(entry.folder / "front", entry.part(front.digest).read_bytes())
         return None
 
     def _recipe_violations(self, job: Job, front: bytes) -> Sequence[PolicyViolation]:
@@ -298,9 +302,13 @@ class TrainingJobs:
         job.training = True
         job.begin(pb.Progress.WORKING)
         try:
-            return work(entry.folder, bodies, entry.update)
+            measured = work(entry.folder, bodies, entry.update)
         finally:
             job.training = False
+        # Its folder is private already; the file is so wherever it is moved, too.
+        with store_errors(entry.update):
+            entry.update.chmod(0o600)
+        return measured
 
     def _sign_update(self, job: Job, entry: Entry) -> pb.SubmitRequest:
         """Return the signed reply whose part is what the trainer wrote."""

@@ -37,7 +37,7 @@ def create_authority(folder: Path, federation: str, *, now: int, years: int = 10
         raise ConfigError(Fault("", "a new or an empty folder", str(folder), "keep each federation's CA in its own"))
     key, root = certificates.new_tls_key(), Ed25519PrivateKey.generate()
     with store_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Before the first key is written: else other users could read it for a moment.
         folder.chmod(0o700)
     write_bytes(folder / CA_KEY, certificates.pem_of(key), mode=0o600)

@@ -75,6 +75,8 @@ class Dispatcher:
             StoreError: if the folder cannot be created.
         """
         self.run, self.settings, self.folder, self.blocklist = run, settings, folder, blocklist
+        self.epoch = secrets.randbits(63)
+        """Random number of this process, by which clients notice a restart."""
         self.base = b""
         """Digest of the run's base; empty until the clients have said which they have."""
         self.max_reply_bytes: Callable[[bytes], int] = lambda front: settings.hello_mib * MIB
@@ -95,6 +97,7 @@ class Dispatcher:
         self._cohort: Collection[str] = ()
         self._result: Mapping[str, Body] = {}  # files that every client gets at the end of the run, by name
         self._result_round = 0  # the last one of the run
+        self._result_parts: Sequence[pb.Part] = ()
         self._given = set[str]()  # clients whose order "result" was posted
         self._rounds = 0  # that this process has begun
         self._given_work = set[str]()  # clients that this process has given a task of a round
@@ -245,6 +248,7 @@ class Dispatcher:
         """
         with self._lock:
             self._result, self._result_round = files, number
+            self._result_parts = [make_part(name, files[name]) for name in sorted(files)]
             self.stop(pb.Stop.FINISHED)
 
     def _post_result(self, client: str) -> None:
@@ -252,8 +256,8 @@ class Dispatcher:
         if not self._result or client in self._given:
             return
         self._given.add(client)
-        parts = [make_part(name, self._result[name]) for name in sorted(self._result)]
-        header = pb.Header(kind=pb.ORDER, to=client, task=RESULT, round=self._result_round, base=self.base, parts=parts)
+        parts, number = self._result_parts, self._result_round
+        header = pb.Header(kind=pb.ORDER, to=client, task=RESULT, round=number, base=self.base, parts=parts)
         envelope, now = self.run.seal(header), self._clock()
         task = Task(client, digest(envelope), envelope, header, 0, now + RESULT_S, now)
         self._tasks.add(task, self._result)
@@ -357,7 +361,16 @@ class Dispatcher:
             if self.stopping is None or any(task.header.task == RESULT for task in self._tasks.of_client(client)):
                 return None
             self._members.inform(client, finished=self.finished)
-            return pb.NextReply(stop=self.stopping)
+            return pb.NextReply(stop=self._stop_for(client))
+
+    def _stop_for(self, client: str) -> pb.Stop:
+        """Return what a client hears at the end of the run, or of this process; the end of the run is signed."""
+        assert self.stopping is not None
+        stop = pb.Stop(why=self.stopping.why, retry_after_ms=self.stopping.retry_after_ms)
+        if self.finished:
+            number, parts = self._result_round, self._result_parts
+            stop.end.CopyFrom(self.run.end(client, epoch=self.epoch, number=number, parts=parts))
+        return stop
 
     def body(self, client: str, part_digest: bytes) -> Body:
         """Return a part of an open task of a client.

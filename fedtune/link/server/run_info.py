@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -32,6 +33,18 @@ class RunInfo:
     def plan(self) -> pb.Envelope:
         """Return the signed statement that this is the recipe of the run."""
         return self.seal(pb.Header(kind=pb.PLAN, parts=[make_part("", self.recipe)], build=build_version()))
+
+    def end(self, client: str, *, epoch: int, number: int, parts: Sequence[pb.Part]) -> pb.Envelope:
+        """Return the signed statement for a client that the run is complete.
+
+        Args:
+            client: whom it is for.
+            epoch: of the server process; a run may go on for more rounds, and what an earlier process said must not end
+                it again.
+            number: of the last round.
+            parts: names and digests of the files of the result.
+        """
+        return self.seal(pb.Header(kind=pb.END, to=client, epoch=epoch, round=number, parts=parts))
 
     def seal(self, header: pb.Header) -> pb.Envelope:
         """Fill in what is common to all statements of the run, and return the header signed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -172,7 +171,7 @@ async def start_server(
     """
     check_cipher_suites(SET_IN_TIME)
     check_address(dispatcher.settings.listen)
-    service = Service(dispatcher, roster, epoch=secrets.randbits(63), record=record, now=now)
+    service = Service(dispatcher, roster, epoch=dispatcher.epoch, record=record, now=now)
     server = grpc.aio.server(options=server_options(dispatcher.settings, parties=len(roster.current().parties)))
     server.add_generic_rpc_handlers((rpc_handlers(service),))
     address = dispatcher.settings.listen

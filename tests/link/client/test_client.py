@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,3 +162,61 @@ def test_a_task_that_the_coordinator_did_not_sign_is_dropped(link: LinkServer) -
         until(link, lambda: "refused" in running.kinds())
         assert not running.trainer.done
         assert not outbox.load_entries(running.state, link.dispatcher.run.run)
+
+
+def forged_ends(link: LinkServer) -> dict[str, pb.Envelope]:
+    """Return statements that a run is complete, by what is wrong with them."""
+    run, epoch = link.dispatcher.run, link.dispatcher.epoch
+
+    def end(client: str = "site-a", *, at: int = epoch, **changes: Any) -> pb.Envelope:
+        return replace(run, **changes).end(client, epoch=at, number=3, parts=[])
+
+    return {
+        "unsigned": pb.Envelope(),
+        "by a client": end(key=link.identities["site-b"].key),
+        "for another": end("site-b"),
+        "of an earlier process": end(at=epoch - 1),
+        "of another run": end(run="f" * 16),
+        "another statement": run.plan(),
+    }
+
+
+@pytest.mark.guarantee("G6")
+def test_the_end_of_the_run_is_believed_only_when_the_coordinator_has_signed_it_now(
+    link: LinkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtune.link.client.client.UNVERIFIED_PAUSE_S", 0.02)
+    ends, dispatcher, shown = forged_ends(link), link.dispatcher, list[str]()
+    honest = dispatcher._stop_for
+    with run_site(link) as running:
+        until(link, lambda: "hello" in running.kinds())
+        for wrong, end in ends.items():
+
+            def forged(client: str, wrong: str = wrong, end: pb.Envelope = end) -> pb.Stop:
+                shown.append(wrong)
+                return pb.Stop(why=pb.Stop.FINISHED, end=end)
+
+            dispatcher._stop_for = forged  # type: ignore[method-assign]
+            dispatcher.stop(pb.Stop.FINISHED)
+            while shown.count(wrong) < 3:
+                link.dispatcher.wait(0.01)
+            assert running.thread.is_alive(), wrong
+            assert "finished" not in running.kinds()
+        # It goes on: it is there for the next task, and for the end when that is signed.
+        dispatcher.stopping = None
+        assert isinstance(collect_one(link, post(link)), ReceivedParts)
+        dispatcher._stop_for = honest  # type: ignore[method-assign]
+        dispatcher.stop(pb.Stop.FINISHED)
+        running.thread.join(END_S)
+        assert running.ended == ["finished"]
+
+
+@pytest.mark.guarantee("G14")
+def test_a_server_that_drains_for_ever_does_not_silence_a_site(
+    link: LinkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtune.link.client.client.MAX_PAUSE_S", 0.02)
+    with run_site(link) as running:
+        until(link, lambda: "hello" in running.kinds())
+        link.dispatcher.stop(pb.Stop.DRAINING, retry_after_s=4e6)  # 46 days
+        until(link, lambda: running.kinds().count("hello") > 2)

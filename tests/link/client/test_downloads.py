@@ -105,13 +105,13 @@ def test_a_file_is_hashed_whole(tmp_path: Path) -> None:
 def test_a_crash_while_inline_bytes_are_written_leaves_no_torn_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def torn(path: Path, data: bytes) -> int:
+    def torn(path: Path, data: bytes) -> None:
         with path.open("wb") as file:
             file.write(data[:100])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", torn)
+        patch.setattr("fedtune.link.client.downloads.write_private", torn)
         with pytest.raises(KeyboardInterrupt):
             fetch(tmp_path, Server(), {PART.digest: DATA})
     server = Server()

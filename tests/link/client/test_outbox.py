@@ -53,7 +53,7 @@ def test_an_update_is_durable_before_the_reply_that_promises_it(
 ) -> None:
     steps: list[str] = []
     monkeypatch.setattr(outbox, "make_durable", lambda path: steps.append(path.name))
-    monkeypatch.setattr(outbox, "write_bytes", lambda path, data: steps.append(path.name))
+    monkeypatch.setattr(outbox, "write_bytes", lambda path, data, mode: steps.append(path.name))
     item = entry(tmp_path)
     item.store_reply_and_update(request(b"large", inline=False))
     assert steps == ["update", "answer"]

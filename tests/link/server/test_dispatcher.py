@@ -203,7 +203,11 @@ def test_at_the_end_every_client_gets_the_result_once_and_then_hears_of_the_end(
         harness.submit("anna", signed_reply("anna", order, task, b"x"))
     reply = harness.submit("anna", signed_reply("anna", order, task, b"", parts=[]))
     assert verdict(reply) == "NOTED"
-    assert dispatcher.offer("anna", ()) == pb.NextReply(stop=pb.Stop(why=pb.Stop.FINISHED))
+    last = dispatcher.offer("anna", ())
+    assert last is not None
+    assert last.stop.why == pb.Stop.FINISHED
+    end = pb.Header.FromString(last.stop.end.header)
+    assert (end.kind, end.to, end.epoch, end.run) == (pb.END, "anna", dispatcher.epoch, dispatcher.run.run)
     assert dispatcher.uninformed_clients() == []
 
 
@@ -214,7 +218,9 @@ def test_a_client_that_declines_the_result_hears_of_the_end_all_the_same(harness
     order, task = pb.Header.FromString(offer.work.order.header), digest(offer.work.order)
     decline = pb.Decline(veto=pb.TASK_UNKNOWN, note="an earlier release")
     harness.submit("anna", signed_reply("anna", order, task, b"", kind=pb.DECLINE, parts=[], decline=decline))
-    assert harness.dispatcher.offer("anna", ()) == pb.NextReply(stop=pb.Stop(why=pb.Stop.FINISHED))
+    last = harness.dispatcher.offer("anna", ())
+    assert last is not None
+    assert last.stop.why == pb.Stop.FINISHED
 
 
 # ---- faults of earlier versions, by the test's name ----
