@@ -37,6 +37,7 @@ UNITS_BY_ENDING: Mapping[str, str] = {
 }
 UNITS: Mapping[str, str] = {
     "accumulation": "forward passes",
+    "attackers": "share of the clients",
     "attempts": "tries",
     "availability": "share of the time",
     "bar_after": "refusals",
@@ -99,7 +100,7 @@ PLAIN_NUMBERS = frozenset(
     )
 )
 """Numbers without a unit."""
-UNITS_BY_PATH: Mapping[str, str] = {"method.server_optimizer.tau": "no unit"}
+UNITS_BY_PATH: Mapping[str, str] = {"method.server_optimizer.tau": "no unit", "method.robust.bound": "no unit"}
 """Keys whose name has another unit elsewhere."""
 
 DEVICE_RANGES: Mapping[str, str] = {

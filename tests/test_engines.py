@@ -48,7 +48,7 @@ METHODS = (
     {"name": "flora", "mode": "continue"},
     {"name": "flexlora"},
     {"name": "zeropad"},
-    {"name": "zeropad", "server_optimizer": "fedyogi"},
+    {"name": "zeropad", "server_optimizer": "fedyogi", "robust": "clip"},
 )
 SEEDS = ({"bank": "hadamard"}, {"bank": "kron", "sampling": "pro"})
 """Settings of `fedkseed`; the first of its rounds measures the step."""

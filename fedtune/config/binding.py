@@ -6,7 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,11 +176,11 @@ def bind_named(table: str, content: Any, objects: Objects, faults: list[Fault]) 
     except ConfigError as error:
         faults.extend(error.faults)
         return AT_FAULT
-    if table == "method" and "server_optimizer" in content and not takes_optimizer(kind.settings):
-        linear = [name for name, method in METHODS.items() if takes_optimizer(method.settings)]
-        expected = f"a method whose server takes one step towards a mean ({join_words(linear, joint='or')})"
-        faults.append(Fault("method.server_optimizer", expected, quote(name), "leave it out, or change the method"))
-        content = {key: value for key, value in content.items() if key != "server_optimizer"}
+    if isinstance(kind, Method) and not issubclass(kind.settings, LinearSettings):
+        keys = {field.name for field in fields(kind.settings)}
+        for key in sorted(content.keys() & {"server_optimizer", "robust"} - keys):
+            faults.append(not_linear(key, name, kind))
+            content = {other: value for other, value in content.items() if other != key}
     return bind_table(kind.settings, content, table, faults)
 
 
@@ -208,8 +208,12 @@ def type_named(table: str, name: str, objects: Objects) -> Method[Any] | Planner
     return objects.method
 
 
-def takes_optimizer(settings: type[Any]) -> bool:
-    return issubclass(settings, LinearSettings)
+def not_linear(key: str, name: str, method: Method[Any]) -> Fault:
+    """Return the fault of a key that only methods have which use nothing of the updates but a mean."""
+    linear = [name for name, other in METHODS.items() if issubclass(other.settings, LinearSettings)]
+    expected = f"a method whose server takes one step towards a mean ({join_words(linear, joint='or')})"
+    got = f"{quote(name)}: {method.why_not_linear}" if method.why_not_linear else quote(name)
+    return Fault(f"method.{key}", expected, got, "leave it out, or change the method")
 
 
 def bind_name(content: Any, faults: list[Fault]) -> str:

@@ -21,7 +21,9 @@ from fedtune.data.settings import faults as data_faults
 from fedtune.errors import Fault
 from fedtune.messages import VERBS, ProbeSeeds, Training, TrainLora
 from fedtune.methods import METHODS
-from fedtune.methods.settings import LinearSettings, ServerOptimizer
+from fedtune.methods.method import LinearMethod
+from fedtune.methods.robust import least_clients
+from fedtune.methods.settings import LinearSettings, RobustRule, ServerOptimizer
 from fedtune.rounds.schedule import cohort_size
 from fedtune.wire.probe import MAX_STEPS
 
@@ -299,6 +301,31 @@ def server_optimizer_faults(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(f"method.server_optimizer.{key}", expected, display(value), f"it is of {join_words(readers)}")
 
 
+ROBUST_READERS: Mapping[str, Sequence[str]] = {"bound": ("clip",), "attackers": ("trimmed", "multikrum")}
+"""The robust rules that read a key."""
+
+
+def robust_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield the keys of a robust rule that it does not read, and too few clients for it."""
+    if not isinstance(recipe.method, LinearSettings) or recipe.method.robust == RobustRule():
+        return
+    rule, usual = recipe.method.robust, RobustRule()
+    if not isinstance(method := method_type_of(recipe), LinearMethod):
+        expected = "a LinearMethod, of which the rule can take the mean's place"
+        yield Fault("method.robust", expected, f"{quote(method.name)}, which aggregates by itself", "leave it out")
+    for key, readers in ROBUST_READERS.items():
+        value = getattr(rule, key)
+        if rule.name not in readers and value != getattr(usual, key):
+            expected = f"nothing with {rule.name!r}, which does not read it"
+            yield Fault(f"method.robust.{key}", expected, display(value), f"it is of {join_words(readers)}")
+    if recipe.rounds.min_clients < (least := least_clients(rule)):
+        # Checked here: a round with fewer would stop the run after its clients have trained.
+        share = f" and attackers = {rule.attackers:g}" if rule.name in ROBUST_READERS["attackers"] else ""
+        expected = f"at least {least} with method.robust = {rule.name!r}{share}"
+        hint = f"set rounds.min_clients = {least}, or use the rule 'clip', which needs no number"
+        yield Fault("rounds.min_clients", expected, str(recipe.rounds.min_clients), hint)
+
+
 def object_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield the Python objects that an engine's worker processes would need and cannot be given."""
     names = [name for name, value in vars(recipe.objects).items() if value is not None]
@@ -321,6 +348,7 @@ RULES: Sequence[Rule] = (
     method_faults,
     pruning_faults,
     server_optimizer_faults,
+    robust_faults,
     planner_key_faults,
     planner_method_faults,
     fleet_table_faults,

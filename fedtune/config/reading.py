@@ -17,6 +17,7 @@ SHORT: Mapping[tuple[str, ...], str] = {
     ("engine",): "name",
     ("fleet",): "name",
     ("method", "server_optimizer"): "name",
+    ("method", "robust"): "name",
     ("data", "split"): "kind",
 }
 """Tables that may be written as one word, and the key that the word then is."""

@@ -123,5 +123,6 @@ METHOD = Method(
     adapter=adapter,
     ranks="equal",
     wire_dtype=lambda settings: settings.wire_dtype,
+    why_not_linear="its residual holds every client's product; fedit averages the same factors",
     why_not_pruned="its residual is that of whole factors",
 )

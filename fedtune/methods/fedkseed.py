@@ -310,5 +310,6 @@ METHOD = Method(
     refuse=refuse,
     figures=figures,
     faults=faults,
+    why_not_linear="it adds whole numbers along seeds, of which each client's are at most 127; method.clip bounds them",
     why_not_pruned="its directions move every weight of the base",
 )

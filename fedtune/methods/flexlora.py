@@ -113,5 +113,6 @@ METHOD = Method(
     adapter=adapter,
     energy_kept=energy_kept,
     wire_dtype=lambda settings: settings.wire_dtype,
+    why_not_linear="it adds up products b a of any rank; ffa and zeropad average clients of any ranks",
     why_not_pruned="it restarts clients from whole factors",
 )

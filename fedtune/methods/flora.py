@@ -325,6 +325,7 @@ METHOD = Method(
     energy_kept=energy_kept,
     structure=FloraState.structure,
     ranking=lambda state: state.order,
+    why_not_linear="it stacks the clients' factors, which share no coordinates; ffa averages clients of any ranks",
     why_not_pruned="",
     downlink_rank=lambda settings: settings.max_rank,
     wire_dtype=lambda settings: settings.wire_dtype,

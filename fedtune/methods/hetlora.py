@@ -117,5 +117,6 @@ METHOD = Method(
     aggregate=aggregate,
     adapter=adapter,
     wire_dtype=lambda settings: settings.wire_dtype,
+    why_not_linear="it weighs clients by the size of their changes; zeropad averages the same factors",
     why_not_pruned="its weights compare norms of whole changes",
 )

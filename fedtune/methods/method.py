@@ -84,6 +84,10 @@ def no_figures(state: MethodState) -> Mapping[str, Any]:
     return {}
 
 
+def no_remarks(state: MethodState) -> Sequence[str]:
+    return ()
+
+
 def no_truncation(state: MethodState) -> Mapping[str, float]:
     """Return no shares: what this method sends down is whole."""
     return {}
@@ -152,12 +156,16 @@ class Method(Generic[State]):
     """(state, an update that fits its assignment) -> why it cannot be used all the same; empty if it can"""
     figures: Callable[[State], Mapping[str, Any]] = no_figures
     """state -> numbers for the round's line in rounds.jsonl"""
+    remarks: Callable[[State], Sequence[str]] = no_remarks
+    """state -> what users should hear of its last round, such as whose change was cut, a line each"""
     structure: Callable[[State, float], ModelStructure | None] = whole_model
     """(state, pruning ratio) -> what is left of the model at that ratio; None: all of it"""
     ranking: Callable[[State], Tensors] = no_ranking
     """state -> scores of `heads` and `channels`, by which they are pruned; empty before there are any"""
     why_not_pruned: str = "it does not scatter what pruned clients send"
     """Why the method refuses the recipe's table `pruning`; empty if clients may be pruned."""
+    why_not_linear: str = ""
+    """Why the method takes no server optimiser and no robust rule, and which one does; empty where it is linear."""
     downlink_rank: Callable[[Any], int | None] = no_bound
     """settings -> the largest rank of what is sent down; None: no bound"""
     wire_dtype: Callable[[Any], WireDtype] = full_precision

@@ -33,6 +33,26 @@ class ServerOptimizer:
 
 
 @dataclass(frozen=True)
+class RobustRule:
+    """How the clients' changes are combined so that a few wrong ones move the result only so far; `method.robust`.
+
+    A client's change is what it contributes minus the server's own values, all tensors together, in the L2 norm. Median
+    and trimmed mean: Yin et al., ICML 2018 (arXiv 1803.01498); multikrum: Blanchard et al., NeurIPS 2017
+    (arXiv 1703.02757).
+    """
+
+    name: Literal["none", "clip", "trimmed", "median", "multikrum"] = "none"
+    """none: the weighted mean; clip: the weighted mean of changes that are scaled down to `bound`; trimmed: of every
+    number the mean without the largest and smallest ones; median: of every number the median; multikrum: the weighted
+    mean of the clients whose changes lie closest to those of others. trimmed and median count every client alike."""
+    bound: Literal["median"] | Annotated[float, Gt(0)] = "median"
+    """With clip: largest norm of a change. median: the median of the norms in the rounds before, in round 1 of its own;
+    or a number, which is the same in every round."""
+    attackers: Annotated[float, Interval(gt=0, lt=0.5)] = 0.2
+    """With trimmed and multikrum: share of a round's clients that may be wrong, rounded down to whole clients."""
+
+
+@dataclass(frozen=True)
 class AveragingSettings:
     """Settings of every method that averages factors; a method's own class names it and adds its keys after these."""
 
@@ -48,7 +68,9 @@ class AveragingSettings:
 
 @dataclass(frozen=True)
 class LinearSettings(AveragingSettings):
-    """Settings of a `LinearMethod`, which any server optimiser works over."""
+    """Settings of a `LinearMethod`, which any server optimiser and any robust rule works over."""
 
     server_optimizer: ServerOptimizer = field(default=ServerOptimizer(), metadata=OMIT_DEFAULT)
     """Rule of the server's step; a table, or the name of one."""
+    robust: RobustRule = field(default=RobustRule(), metadata=OMIT_DEFAULT)
+    """Rule that combines the clients' changes; a table, or the name of one."""

@@ -25,7 +25,7 @@ from fedtune.planning.planner import ClientObservation
 from fedtune.rounds.aggregation import aggregate
 from fedtune.rounds.clock import ClientTime, Clock
 from fedtune.rounds.context import RoundContext
-from fedtune.rounds.events import RoundStarted
+from fedtune.rounds.events import Note, RoundStarted
 from fedtune.rounds.exchange import Collector, RoundRequest, apply_clock, filter_by_norm, without_refused
 from fedtune.rounds.influence import Bounds
 from fedtune.rounds.journal import InterruptedRound, RoundJournal
@@ -135,6 +135,8 @@ def run(
         outcomes = without_refused(context, request, replies, outcomes, aggregated.refused)
         # Durable before the result is handed on: what a caller has seen must survive a crash.
         state, digest = aggregated.state, journal.commit(request.round, aggregated.encoded)
+        for remark in method.remarks(state):
+            context.watch(Note(f"round {request.round}: {remark}"))
         result = RoundResult(
             round=request.round,
             state=state,

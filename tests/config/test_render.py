@@ -24,7 +24,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
-from fedtune.methods.settings import ServerOptimizer
+from fedtune.methods.settings import RobustRule, ServerOptimizer
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.rounds.schedule import Schedule
 from tests.config.conftest import SHORTEST
@@ -51,6 +51,8 @@ def anything(annotation: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(anything(arguments[0]), anything(arguments[1]), max_size=3)
     if annotation is ServerOptimizer:
         return OPTIMIZERS
+    if annotation is RobustRule:
+        return ROBUST
     if is_dataclass(annotation):
         return some(annotation)
     if annotation is str:
@@ -71,6 +73,11 @@ OPTIMIZERS = st.one_of(
     st.just(ServerOptimizer()),
     st.builds(ServerOptimizer, name=st.just("fedavgm"), momentum=BELOW_1),
     st.builds(ServerOptimizer, name=st.sampled_from(["fedadam", "fedyogi"]), beta1=BELOW_1, tau=st.floats(1e-9, 1.0)),
+)
+ROBUST = st.one_of(
+    # The other rules need more clients than the recipes here have.
+    st.just(RobustRule()),
+    st.builds(RobustRule, name=st.just("clip"), bound=st.just("median") | st.floats(1e-9, 1e9)),
 )
 SPLITS = st.one_of(
     some(Split, kind="key", clients=None, alpha=None, sizes=None, only=None).filter(lambda split: split.by),

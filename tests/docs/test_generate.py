@@ -66,7 +66,8 @@ def test_every_key_that_a_recipe_binds_is_documented() -> None:
     tables += [("method", method.settings) for method in METHODS.values()]
     tables += [("planner", kind.settings) for kind in PLANNERS.values()]
     expected = {f"{name}.{field.name}" for name, cls in tables for field in fields(cls)}
-    expected -= {"data.split", "method.server_optimizer"}  # tables in tables, of which the keys are documented
+    # Tables in tables, of which the keys are documented.
+    expected -= {"data.split", "method.robust", "method.server_optimizer"}
     assert expected <= documented
     assert {"method.name", "method.server_optimizer.name", "planner.name"} <= documented
     assert {"name", "seed", "data.split.kind", "override.rank", "override.threads", "device.memory_gb"} <= documented
@@ -286,6 +287,15 @@ def test_commands_that_a_document_shows_exist_with_their_options(path: Path) -> 
         options = {option for param in known[name].params for option in param.opts} | {"--help"}
         unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
         assert not unknown, f"{path.relative_to(ROOT)}: {' '.join(words)}: no option {unknown}"
+
+
+def test_the_recipes_of_robust_rules_bind() -> None:
+    readme = re.search(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert readme
+    tables = {**tomllib.loads(readme.group(1)), "override": []}
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "how-to" / "robust.md").read_text(), re.DOTALL)
+    methods = [fedtune.bind(tables | tomllib.loads(block)).method for block in blocks]
+    assert [method.robust.name for method in methods if isinstance(method, LinearSettings)] == ["clip", "multikrum"]
 
 
 def test_the_recipes_of_server_optimizers_bind() -> None:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from fedtune.config import bind, digest, render
+from fedtune.config.recipe import Objects
 from fedtune.errors import ConfigError
 from fedtune.methods import METHODS
-from fedtune.methods.settings import AveragingSettings, LinearSettings, ServerOptimizer
+from fedtune.methods.settings import AveragingSettings, LinearSettings, RobustRule, ServerOptimizer
 
 RECIPE: dict[str, Any] = {
     "model": {"base": "embedded"},
@@ -76,3 +78,61 @@ def test_keys_that_the_rule_does_not_read_or_out_of_range_are_faults(optimizer: 
     with pytest.raises(ConfigError) as error:
         bind(recipe(server_optimizer=optimizer))
     assert [fault.path for fault in error.value.faults] == [f"method.server_optimizer.{path}"]
+
+
+def faults_of(table: dict[str, Any], **rounds: Any) -> dict[str, str]:
+    """Return the faults of a recipe by path."""
+    with pytest.raises(ConfigError) as error:
+        bind(table | {"rounds": {"count": 1, **rounds}, "data": RECIPE["data"] | {"split": {"kind": "files"}}})
+    return {fault.path: str(fault) for fault in error.value.faults}
+
+
+def test_a_robust_rule_is_a_name_or_a_table_and_changes_the_digest_only_where_there_is_one() -> None:
+    plain, none = bind(recipe()), bind(recipe(robust="none"))
+    assert (plain, digest(plain)) == (none, digest(none))
+    assert "robust" not in render(plain)
+    short, long = bind(recipe(robust="clip")), bind(recipe(robust={"name": "clip", "bound": "median"}))
+    assert short == long
+    assert isinstance(short.method, LinearSettings)
+    assert short.method.robust == RobustRule("clip")
+    assert bind(render(short)) == short
+    assert digest(short) != digest(plain)
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("flora", "stacks the clients' factors, .* ffa averages"),
+        ("hetlora", "weighs clients by the size .* zeropad averages"),
+        ("flexlora", "adds up products .* ffa and zeropad average"),
+        ("fedex", "residual holds every client's product; fedit averages"),
+        ("fedkseed", "adds whole numbers along seeds, .* method.clip bounds them"),
+    ],
+)
+def test_a_method_that_is_not_linear_says_why_it_takes_no_robust_rule_and_which_one_does(method: str, why: str) -> None:
+    text = faults_of(recipe(method, robust="median"))["method.robust"]
+    assert re.search(rf'one step towards a mean \(fedit, zeropad or ffa\); got "{method}": .*{why}', text)
+
+
+@pytest.mark.parametrize(
+    ("robust", "path", "text"),
+    [
+        ({"name": "median", "bound": 2.0}, "method.robust.bound", "nothing with 'median', which does not read it"),
+        ({"name": "clip", "attackers": 0.1}, "method.robust.attackers", "it is of trimmed and multikrum"),
+        ({"bound": 2.0}, "method.robust.bound", "nothing with 'none'"),
+        ({"name": "trimmed", "attackers": 0.5}, "method.robust.attackers", "below 0.5"),
+        ({"name": "clip", "bound": 0}, "method.robust.bound", "above 0"),
+        ("krum", "method.robust.name", "multikrum"),
+        ("median", "rounds.min_clients", "at least 3 with method.robust = 'median'; got 1"),
+        ("multikrum", "rounds.min_clients", "at least 5 with .*'multikrum' and attackers = 0.2; got 1"),
+    ],
+)
+def test_what_does_not_fit_a_robust_rule_is_refused_before_anything_starts(robust: Any, path: str, text: str) -> None:
+    assert re.search(text, faults_of(recipe(robust=robust))[path])
+
+
+def test_a_method_of_its_own_aggregation_cannot_carry_the_rule_in_its_settings() -> None:
+    """Its recipe would say `robust`, and nothing would be."""
+    own = replace(METHODS["fedex"], name="own", settings=METHODS["fedit"].settings)
+    with pytest.raises(ConfigError, match=r"method.robust: expected a LinearMethod"):
+        bind(recipe("own", robust="clip"), objects=Objects(method=own))

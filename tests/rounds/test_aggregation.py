@@ -24,12 +24,12 @@ from fedtune.methods import METHODS, with_settings
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.methods.method import Method
 from fedtune.methods.serialization import persisted_fields, with_values
-from fedtune.methods.settings import ServerOptimizer
+from fedtune.methods.settings import RobustRule, ServerOptimizer
 from fedtune.planning.fixed import Fixed
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, cuts, from_bitmap, linear_shapes, shapes
 from fedtune.rounds.context import RoundContext
-from fedtune.rounds.events import ClientFinished
+from fedtune.rounds.events import ClientFinished, Note
 from fedtune.rounds.journal import InterruptedRound
 from fedtune.rounds.loop import RoundResult, run
 from fedtune.rounds.schedule import Schedule
@@ -82,6 +82,7 @@ WAYS: Mapping[str, Way] = {
         for name in ("fedit", "ffa", "zeropad")
         for rule in ("fedavgm", "fedadam", "fedyogi")
     },
+    **{f"fedit-{rule}": way("fedit", robust=RobustRule(rule)) for rule in ("clip", "median")},
     "flora-pruned": way("flora", PRUNED),
     "flora-zero-coverage": way("flora", PRUNED, coverage="zero", mode="reinit"),
     "fedkseed": Way(METHODS["fedkseed"], FedKSeedSettings(seeds=16)),
@@ -199,7 +200,9 @@ FINITE = st.lists(st.floats(-(2.0**50), 2.0**50, width=32).map(lambda x: bits(x)
 ATTACKS = given(st.lists(ROLES, min_size=1, max_size=3), st.integers(0, 2**32 - 1), st.none() | FINITE, st.booleans())
 
 
-@pytest.mark.parametrize("name", [*METHODS, "fedit-fp16", "ffa-fast", "zeropad-fedadam", "flora-pruned", "flora-svt"])
+@pytest.mark.parametrize(
+    "name", [*METHODS, "fedit-fp16", "ffa-fast", "zeropad-fedadam", "fedit-clip", "flora-pruned", "flora-svt"]
+)
 @settings(max_examples=4, deadline=None)
 @ATTACKS
 def test_any_update_on_any_state_is_refused_or_leaves_a_finite_state(
@@ -378,3 +381,12 @@ def test_a_resume_refuses_the_same_updates_and_comes_out_the_same(closed: bool) 
     again = run_way(chosen, dict.fromkeys(fleet, never), schedule=UNBOUNDED, journal=Noted(interrupted))[0]
     assert (again.digest, again.outcomes, again.norms) == (whole.digest, whole.outcomes, whole.norms)
     assert refused(again)
+
+
+def test_a_robust_rule_names_the_clients_whose_change_it_cuts_as_the_round_ends() -> None:
+    chosen = way("fedit", robust=RobustRule("clip", bound=10.0))
+    seen: list[Any] = []
+    run_way(chosen, {"ann": client(PLAIN, {}), "eve": factors_of(50.0, 1.0)}, schedule=UNBOUNDED, watch=seen.append)
+    notes = [event.text for event in seen if isinstance(event, Note)]
+    assert len(notes) == 1
+    assert notes[0].startswith("round 1: clipped to a norm of 10: eve (")
