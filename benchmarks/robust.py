@@ -40,7 +40,9 @@ def scaled(honest: Array, count: int, rng: np.random.Generator) -> Array:
 
 def noise(honest: Array, count: int, rng: np.random.Generator) -> Array:
     """Return normal noise of a thousand times the norm (Blanchard et al., NeurIPS 2017, arXiv 1703.02757)."""
-    return 1000 / np.sqrt(honest.shape[1]) * rng.standard_normal((count, honest.shape[1]))
+    size = float(1000 / np.sqrt(honest.shape[1]))
+    drawn: Array = size * rng.standard_normal((count, honest.shape[1]))
+    return drawn
 
 
 def flipped(honest: Array, count: int, rng: np.random.Generator) -> Array:

@@ -101,8 +101,8 @@ FAULTS = (
           "multi-Krum counts the distances to the attackers"),
     Fault("methods/robust.py", "ordered[count : len(cohort) - count]", "ordered[count:]",
           "trimming leaves out the smallest numbers alone"),
-    Fault("methods/__init__.py", 'if settings.robust.name == "none" else', "if True else",
-          "a recipe's robust rule is not applied", ("methods/test_robust.py",)),
+    Fault("methods/robust.py", "method.advance(state.inner, combined.mean)", "state.inner",
+          "a robust rule's result is thrown away"),
     Fault("methods/method.py", "terms=(*task.terms, *proximal)", "terms=task.terms",
           "the term of FedProx is not sent", ("model/test_objective.py",)),
     # Arithmetic that methods stand on.

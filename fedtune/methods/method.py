@@ -114,6 +114,11 @@ def no_faults(settings: Any, steps: Sequence[int | None]) -> Iterable[Fault]:
     return ()
 
 
+def no_displacement(state: MethodState, update: AdmittedUpdate) -> Tensors:
+    """Return nothing: a change of the model is all that this method makes of an update."""
+    return {}
+
+
 def change_from_start(
     state: MethodState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate
 ) -> Change:
@@ -142,6 +147,9 @@ class Method(Generic[State]):
     change: Callable[[State, Blueprint, Assignment, AdmittedUpdate], Change] = change_from_start
     """(state, blueprint, an assignment, the update that answers it) -> what that update changes. Admission bounds it,
     and no update reaches `aggregate` whose change it has not bounded."""
+    displacement: Callable[[State, AdmittedUpdate], Tensors] = no_displacement
+    """(state, update) -> what enters a mean, or a robust rule in its place, minus the server's own values; admission
+    bounds it as well"""
     ranks: Literal["any", "equal"] = "any"
     """`any`: clients may differ in rank; `equal`: one rank for all."""
     energy_kept: Callable[[State], Mapping[str, float]] = no_truncation
@@ -183,11 +191,13 @@ class Method(Generic[State]):
             "assign": self.assign,
             "assign_whole": self.assign_whole,
             "change": self.change,
+            "displacement": self.displacement,
             "adapter": self.adapter,
             "energy_kept": self.energy_kept,
             "seeds": self.seeds,
             "refuse": self.refuse,
             "figures": self.figures,
+            "remarks": self.remarks,
             "structure": self.structure,
             "ranking": self.ranking,
         }
@@ -217,6 +227,7 @@ class LinearMethod(Method[State]):
     def __post_init__(self) -> None:
         # Derived, never passed: `replace(method, advance=...)` then changes the aggregation as well.
         object.__setattr__(self, "aggregate", partial(advance_to_mean, self))
+        object.__setattr__(self, "displacement", partial(off_the_servers_values, self))
 
     @property
     def operations(self) -> Mapping[str, Callable[..., Any]]:
@@ -227,6 +238,13 @@ class LinearMethod(Method[State]):
             "current": self.current,
             "weights": self.weights,
         }
+
+
+def off_the_servers_values(method: LinearMethod[State], state: State, update: AdmittedUpdate) -> Tensors:
+    """Return a contribution minus the server's own values."""
+    current, contribution = method.current(state), method.contribution(state, update)
+    with np.errstate(over="ignore"):
+        return {name: contribution[name] - current[name] for name in current}
 
 
 def advance_to_mean(method: LinearMethod[State], state: State, updates: Sequence[AdmittedUpdate]) -> State:

@@ -93,12 +93,12 @@ def clip(rule: RobustRule, current: Tensors, cohort: Sequence[Contribution], pas
     bound = rule.bound if rule.bound != "median" else median(past) if past else middle
     scales = {name: 1.0 if size <= bound else bound / size for name, size in norms.items()}
     # A change within the bound stays as it is: where no client is clipped, this is the plain mean to the last bit.
-    parts = [(scaled(part.tensors, current, scales[part.client]), part.share) for part in cohort]
+    parts = [(scale_change(part.tensors, current, scales[part.client]), part.share) for part in cohort]
     clipped = {f"clipped.{name}": scale for name, scale in scales.items() if scale < 1}
     return Combined(weighted_mean(parts), {"clip_bound": bound, **clipped}, middle if rule.bound == "median" else 0.0)
 
 
-def trimmed(rule: RobustRule, current: Tensors, cohort: Sequence[Contribution], past: Sequence[float]) -> Combined:
+def trimmed_mean(rule: RobustRule, current: Tensors, cohort: Sequence[Contribution], past: Sequence[float]) -> Combined:
     """Return of every number the mean without the f largest and the f smallest, f = floor(attackers * N)."""
     count = num_attackers(rule, len(cohort))
     outside = np.zeros(len(cohort))
@@ -143,7 +143,7 @@ def multikrum(rule: RobustRule, current: Tensors, cohort: Sequence[Contribution]
 
 RULES: Mapping[str, Rule] = {
     "clip": clip,
-    "trimmed": trimmed,
+    "trimmed": trimmed_mean,
     "median": coordinate_median,
     "multikrum": multikrum,
 }
@@ -257,17 +257,17 @@ def too_few(round: int, rule: RobustRule, clients: int, least: int) -> RoundErro
 def distance(tensors: Tensors, current: Tensors) -> float:
     """Return the L2 norm of a change, over all its tensors."""
     # `np.sum` and not BLAS, whose threads would decide the last bits.
-    return sqrt(sum(float(np.sum(np.square(tensors[name].astype(np.float64) - x))) for name, x in ordered(current)))
+    return sqrt(sum(float(np.sum(np.square(tensors[name].astype(np.float64) - x))) for name, x in in_float64(current)))
 
 
-def scaled(tensors: Tensors, current: Tensors, scale: float) -> Tensors:
+def scale_change(tensors: Tensors, current: Tensors, scale: float) -> Tensors:
     """Return the contribution whose change is so many times as large, in float64."""
     if scale == 1:
         return tensors
-    return {name: x + scale * (tensors[name].astype(np.float64) - x) for name, x in ordered(current)}
+    return {name: x + scale * (tensors[name].astype(np.float64) - x) for name, x in in_float64(current)}
 
 
-def ordered(tensors: Tensors) -> Iterator[tuple[str, Array]]:
+def in_float64(tensors: Tensors) -> Iterator[tuple[str, Array]]:
     """Yield the tensors by name, in float64: sums over them must not depend on who made the mapping."""
     return ((name, tensors[name].astype(np.float64)) for name in sorted(tensors))
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Failure, Role, Size, Training, TrainLora
 from fedtune.methods.change import Change, size_of, sizes
-from fedtune.methods.method import LinearMethod, Method
+from fedtune.methods.method import Method
 from fedtune.tensors import Tensors, l2_norm, squared_norm
 
 NormCap: TypeAlias = Literal["plan"] | float | None
@@ -58,8 +58,9 @@ class Bounds:
         """Return the update with the sizes of its change if each is within its bounds, otherwise why not."""
         change = self.method.change(self.state, self.blueprint, assignment, update)
         norms = dict(sizes(change))
-        if isinstance(self.method, LinearMethod):
-            norms["mean"] = distance_to_mean(self.method, self.state, update)
+        # A product b a can be small where a is huge and b tiny: their means are not.
+        if displaced := self.method.displacement(self.state, update):
+            norms["mean"] = size_of({name: squared_norm(moved) for name, moved in displaced.items()})
         limits = self.limits(change, assignment)
         for role, size in norms.items():
             limit, why = limits.get(role, FINITE)
@@ -97,14 +98,6 @@ def too_large(client: str, role: Role, size: Size, limit: float, why: str) -> Fa
         kind="refused",
         code="NORM_OVER_CAP",
     )
-
-
-def distance_to_mean(method: LinearMethod[Any], state: Any, update: AdmittedUpdate) -> Size:
-    """Return how far what a linear method averages of a client lies from the server's own values."""
-    current, contribution = method.current(state), method.contribution(state, update)
-    # A product b a can be small where a is huge and b tiny: their means are not.
-    with np.errstate(over="ignore"):
-        return size_of({name: squared_norm(contribution[name] - current[name]) for name in current})
 
 
 def reach(training: Training, moved: Tensors, *, start: float, scale: float = 1.0) -> float:

@@ -10,10 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.messages import AdmittedUpdate, ClientUpdate, Failure, LoraResult, Size, Training
-from fedtune.methods import METHODS
+from fedtune.messages import (
+    AdmittedUpdate,
+    Blueprint,
+    ClientUpdate,
+    Failure,
+    LoraResult,
+    Plan,
+    PlannedClient,
+    Size,
+    Training,
+)
+from fedtune.methods import METHODS, with_settings
 from fedtune.methods.server_optimizer import with_server_optimizer
-from fedtune.methods.settings import ServerOptimizer
+from fedtune.methods.settings import RobustRule, ServerOptimizer
 from fedtune.rounds.influence import LARGEST_CHANGE, Bounds, adam_steps, reach, refuse_outliers
 from tests.methods.conftest import Federate
 
@@ -199,3 +209,23 @@ def test_where_the_optimizer_has_no_reach_a_change_is_bounded_all_the_same(name:
         outcome = bounds.bound(poisoned(honest, **{part: lambda name, a: np.full_like(a, LARGEST_CHANGE)}), asked)
         assert isinstance(outcome, Failure)
         assert f"at most {LARGEST_CHANGE:.4g}" in outcome.reason
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("rule", ["none", "clip", "median"])
+def test_what_enters_a_robust_rule_is_bounded_like_what_enters_a_mean(rule: Any) -> None:
+    """A huge A and a tiny B: the change of the layers is small, and so it must not be all that is looked at."""
+    chosen = METHODS["fedit"].settings(robust=RobustRule(rule), wire_dtype="fp32")
+    method = with_settings(METHODS["fedit"], chosen)
+    blueprint = Blueprint({"x": (4, 6)}, saved={}, max_rank=2, seed=0)
+    lie = {"x.a": np.full((2, 6), 1e15, np.float32), "x.b": np.full((4, 2), 1e-15, np.float32)}
+    update = AdmittedUpdate(ClientUpdate("eve", 1, 10, LoraResult(lie)))
+    state = method.init(blueprint, chosen)
+    displaced = method.displacement(state, update)
+    assert displaced.keys() == {"local/x.a", "local/x.b"}
+    assert abs(displaced["local/x.a"]).min() > 1e14
+    plan = Plan("eve", rank=2, scale=1.0, training=Training(batch=1, learning_rate=0.1, steps=1))
+    bounds = Bounds(method, state, blueprint, norm_cap=1e3)
+    refused = bounds.bound(update, method.assign(state, 0, PlannedClient(plan)))
+    assert isinstance(refused, Failure)
+    assert refused.code == "NORM_OVER_CAP"
