@@ -61,6 +61,7 @@ UNITS: Mapping[str, str] = {
     "max_rank": "rank",
     "patience": "evaluations",
     "max_rounds": "rounds",
+    "min_steps": "optimizer steps",
     "max_steps": "steps",
     "max_tokens": "tokens",
     "min_clients": "clients",

@@ -21,7 +21,7 @@ from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_torch import displacement as torch_displacement
 from fedtune.directions.rebuild_torch import fastest, rebuild_compiled
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
-from fedtune.errors import ClientError
+from fedtune.errors import ClientError, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import (
     Assignment,
@@ -171,6 +171,10 @@ def train_adapter(
     # Before training: hours of work on another base would only be refused in the end.
     if assignment.base and assignment.base != base.digest:
         raise wrong_base(assignment, base)
+    # Which parameters are trained in full is the site's own word: any other would be trained and sent as well.
+    if strange := sorted(task.blobs.get("saved", {}).keys() - set(base.saved)):
+        own = ", ".join(base.saved) or "none"
+        raise ShapeError(f"{strange[0]}: expected parameters that this client trains in full ({own}); got another")
     with report_out_of_memory(plan.client, plan.training.batch):
         if task.pruning is not None:
             result, measured = train_pruned(base, examples, assignment, task, task.pruning, held_out, on_step)

@@ -23,7 +23,8 @@ from fedtune.data.federation import Federation, federate, with_class_order
 from fedtune.data.settings import MAX_TOKENS, DataSettings
 from fedtune.data.templates import DAY
 from fedtune.errors import ClientError, ConfigError, Fault
-from fedtune.link.settings import ScorePolicy
+from fedtune.link.client.order_limits import EMBEDDINGS, limit_violations
+from fedtune.link.settings import Policy, ScorePolicy
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
 from fedtune.methods import METHODS
 from fedtune.model import embedded
@@ -33,10 +34,14 @@ from fedtune.model.classes import match_classes, named_rows, shorten
 from fedtune.model.device import memory_bytes
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings, same_everywhere
+from fedtune.model.token_layers import token_layers
 from fedtune.model.train import OnStep, no_steps
 from fedtune.pruning.structure import BlockLayout
 from fedtune.rounds.events import Phase, Watch
 from fedtune.wire.profile import ClientProfile, Device, ModelSpec
+
+OPEN = Policy(min_examples=1, allow_embeddings=True)
+"""Of a client whose data are the coordinator's own, as in a simulation."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Site:
     """Never trained on; the client's losses before and after training, and the scores of global models, are of them."""
     scores: ScorePolicy = "send"
     """What the site's policy says of scores, and of the losses before and after training."""
+    policy: Policy = OPEN
+    """What the site allows of the work that an order asks for; the rest of it is for the link."""
     date: str = ""
     """The day that the chat template has written into the examples; empty where they depend on none."""
     reload: Callable[[Sequence[str], str], Site] | None = None
@@ -103,6 +110,9 @@ class Site:
                 "check the names that the clients are registered under"
             )
         site = self.with_labels(assignment.labels, assignment.date)
+        # Over the link this was checked before the download; over Flower nothing else does.
+        for _, reason in limit_violations(site.policy, assignment, len(site.examples)):
+            raise ClientError(f"{self.client}: {reason}")
         update = perform(
             site.base,
             site.examples,
@@ -166,6 +176,10 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
         # A site may lack a class, also the only other one: the federation knows it.
         least_classes=1,
     )
+    if not settings.policy.allow_embeddings and (layers := token_layers(base)):
+        hint = f"{EMBEDDINGS}; leave them out of table adapter, or set it to true"
+        expected = "true, where a layer with a row for each token is trained"
+        raise ConfigError(Fault("policy.allow_embeddings", expected, f"false, and {layers[0]}", hint), source=path)
     shards = federation.clients
     # Without a split all of the data belong to this client, whatever name the shard has.
     name = settings.name if settings.split else next(iter(shards))
@@ -182,6 +196,7 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
         settings.model.threads,
         held_out=shard.held_out,
         scores=settings.policy.scores,
+        policy=settings.policy,
         date=written_day(settings.model, data, federation, base),
         reload=lambda names, day: from_file(path, tuple(names), day),
     )

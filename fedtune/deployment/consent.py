@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import starmap
 from pathlib import Path
 
 from fedtune.config import Recipe, bind
 from fedtune.config.consent import order_differences, result_differences, score_differences
 from fedtune.errors import ConfigError, Fault, StoreError, WireError
-from fedtune.link.client.policy import OrderCheck
+from fedtune.link.client.order_limits import limit_violations
+from fedtune.link.client.policy import OrderCheck, PolicyViolation
 from fedtune.link.client.session import Greeting
-from fedtune.link.envelopes import EVALUATE, RESULT
+from fedtune.link.envelopes import EVALUATE, RESULT, TRAIN
+from fedtune.link.settings import Policy
 from fedtune.store.files import store_errors
 from fedtune.wire.codec import decode_outline
 from fedtune.wire.profile import ClientProfile, profile_outline
@@ -19,19 +22,40 @@ from fedtune.wire.scores import score_request_outline
 from fedtune.wire.v1 import link_pb2 as pb
 
 
-def recipe_check(state: Path) -> OrderCheck:
-    """Return the check of a site's orders; `state`: its folder, where its profile lies."""
+def order_check(state: Path, rules: Policy) -> OrderCheck:
+    """Return the check of a site's orders.
 
-    def check(greeting: Greeting, header: pb.Header, front: bytes) -> Sequence[str]:
-        if header.recipe != greeting.recipe_digest:
-            return ["expected an order under the recipe that this site has accepted; got one under another"]
+    Args:
+        state: the site's folder, where its profile lies.
+        rules: what it allows.
+    """
+
+    def check(greeting: Greeting, header: pb.Header, front: bytes) -> Sequence[PolicyViolation]:
+        limits = list[tuple[pb.Veto, str]]()
         try:
-            recipe = accepted_recipe(greeting.recipe)
-            return [str(one) for one in order_faults(recipe, state, header, front)]
+            texts = recipe_faults(greeting, state, header, front)
+            if header.task == TRAIN:
+                order = decode_outline(front)
+                num_examples = stored_profile(state, order.labels).num_examples
+                limits = [*limit_violations(rules, order, num_examples)]
         except (ConfigError, WireError, StoreError) as error:
-            return [f"expected an order that can be held against the recipe; {error}"]
+            texts = [f"expected an order that can be held against the recipe; {error}"]
+        return [*(PolicyViolation(pb.VETO_RECIPE_DIFFERS, text) for text in texts), *starmap(PolicyViolation, limits)]
 
     return check
+
+
+def recipe_faults(greeting: Greeting, state: Path, header: pb.Header, front: bytes) -> Sequence[str]:
+    """Return in which sentences an order is none that the accepted recipe permits.
+
+    Raises:
+        ConfigError: if the recipe cannot be bound here.
+        StoreError: if the site's profile cannot be read.
+        WireError: if the order is malformed.
+    """
+    if header.recipe != greeting.recipe_digest:
+        return ["expected an order under the recipe that this site has accepted; got one under another"]
+    return [str(one) for one in order_faults(accepted_recipe(greeting.recipe), state, header, front)]
 
 
 def order_faults(recipe: Recipe, state: Path, header: pb.Header, front: bytes) -> Sequence[object]:

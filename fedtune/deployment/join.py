@@ -14,7 +14,7 @@ from typing import Any
 from fedtune.config import Recipe, planned_training
 from fedtune.config.recipe import method_of
 from fedtune.config.site import SiteSettings, bind_site
-from fedtune.deployment.consent import accepted_recipe, recipe_check
+from fedtune.deployment.consent import accepted_recipe, order_check
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
 from fedtune.link.client import policy
@@ -24,7 +24,7 @@ from fedtune.link.client.session import Greeting
 from fedtune.link.client.training_process import ProcessTrainer, Trainer, WorkProgress
 from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
-from fedtune.link.settings import JoinSettings, Policy, ScorePolicy
+from fedtune.link.settings import GIB, JoinSettings, Policy, ScorePolicy
 from fedtune.messages import ProbeSeeds
 from fedtune.store.files import make_private, store_errors
 from fedtune.store.lock import lock_run
@@ -103,7 +103,7 @@ def join(
         if warning := renewal_warning(setup.identity, int(time.time())):
             record_all("warning", text=warning)
         if trainer is None:
-            process = make_trainer(site, record_all)
+            process = make_trainer(site, record_all, max_memory_gib=setup.settings.policy.max_memory_gib)
             stack.callback(process.close)
             trainer = process
         client = Client(
@@ -113,18 +113,19 @@ def join(
             setup.settings.policy,
             setup.state,
             trainer,
-            check=recipe_check(setup.state),
+            check=order_check(setup.state, setup.settings.policy),
             record=record_all,
             agree=lambda greeting: not setup.settings.policy.ask or agree(greeting.recipe.decode()),
         )
         return client.run()
 
 
-def make_trainer(site: Path, record: RecordEvent) -> ProcessTrainer:
+def make_trainer(site: Path, record: RecordEvent, *, max_memory_gib: float | None = None) -> ProcessTrainer:
     """Return a trainer in a process of its own, which loads base and data of a site's file."""
     # A process of its own: torch may run out of memory and die without ending the connection.
     command = [sys.executable, "-m", "fedtune.client.site_process", str(site.resolve())]
-    return ProcessTrainer(command, on_exit=lambda reason: record("died", reason=reason))
+    max_bytes = None if max_memory_gib is None else int(max_memory_gib * GIB)
+    return ProcessTrainer(command, max_bytes=max_bytes, on_exit=lambda reason: record("died", reason=reason))
 
 
 @contextmanager
@@ -182,7 +183,7 @@ def dry_run(site: Path, *, server: str | None = None) -> DryRun:
         setup.settings.policy,
         setup.state,
         NullTrainer(),
-        check=recipe_check(setup.state),
+        check=order_check(setup.state, setup.settings.policy),
     )
     try:
         greeting = client.greet()

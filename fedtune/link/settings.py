@@ -127,8 +127,18 @@ class Policy:
     hours: str = ""
     """Hours in which the site begins work, in its local time, e.g. "20:00-06:00"; empty: always."""
     min_cohort: Annotated[int, Ge(1)] = 1
-    """The site takes part only in rounds of at least so many clients. In a round of two, each can compute the other's
-    update from the result."""
+    """The site takes part only in rounds of at least so many organisations, its own among them, by the names in the
+    order and this site's own roster. In a round of two, each can compute the other's update from the result."""
+    min_examples: Annotated[int, Ge(1)] = 32
+    """Distinct training examples that an update must be of; a smaller one can be turned back into their texts. A site
+    that holds fewer, or trains fewer in a round, takes part only if it sets this lower."""
+    min_steps: Annotated[int, Ge(1)] = 1
+    """Fewest optimizer steps of a round, or directions with `fedkseed`, after which an update leaves the site."""
+    allow_embeddings: bool = False
+    """Let layers with a row for each token be trained: embeddings, and the output layer of a causal model. The rows
+    that move say which tokens this site's texts hold."""
+    max_memory_gib: Annotated[float, Gt(0)] | None = None
+    """Most main memory of the training process; with more it is ended, and the order declined. none: no limit."""
     columns: Sequence[str] = ()
     """Columns of the site's files that may become training text; empty: those that the table `data` names."""
     labels: Literal["send", "keep"] = "send"

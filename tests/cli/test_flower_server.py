@@ -54,7 +54,8 @@ def site_files(folder: Path, tables: Mapping[str, Any], names: tuple[str, ...]) 
     for name in names:
         path = folder / f"{name}.toml"
         adapter = {key: value for key, value in tables["adapter"].items() if key != "rank"}
-        path.write_text(toml({"name": name, "model": tables["model"], "adapter": adapter, "data": tables["data"]}))
+        parts = {"model": tables["model"], "adapter": adapter, "data": tables["data"], "policy": {"min_examples": 1}}
+        path.write_text(toml({"name": name, **parts}))
         paths.append(path)
     return paths
 

@@ -85,6 +85,27 @@ def test_a_name_that_the_split_does_not_know_is_a_fault(tmp_path: Path, tables: 
         site.from_file(str(path))
 
 
+def test_layers_with_a_row_for_each_token_are_trained_where_the_site_says_so(
+    tmp_path: Path, tables: dict[str, Any]
+) -> None:
+    adapter = {"rank": 2, "targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    (path,) = site_files(tmp_path, tables | {"adapter": adapter}, ("client-1",))
+    expected = r"policy.allow_embeddings: expected true, .*; got false, and model.embed_tokens.weight; the rows"
+    with pytest.raises(ConfigError, match=expected):
+        site.from_file(str(path))
+    path.write_text(path.read_text().replace("[policy]", "[policy]\nallow_embeddings = true"))
+    assert site.from_file(str(path)).base.saved == ["model.embed_tokens.weight"]
+
+
+def test_an_update_of_fewer_examples_than_the_policy_says_is_never_made(tmp_path: Path, tables: dict[str, Any]) -> None:
+    (path,) = site_files(tmp_path, tables, ("client-1",))
+    path.write_text(path.read_text().replace("min_examples = 1", "min_examples = 5"))
+    plan = Plan("client-1", 2, 2.0, Training(batch=2, learning_rate=0.1, steps=2))
+    found = site.from_file(str(path))
+    with pytest.raises(ClientError, match=r"policy\.min_examples: an update of at least 5 examples; got 4"):
+        found.perform(Assignment("flora", 1, 0, plan, TrainLora(a_key=0), base=found.base.digest))
+
+
 def test_an_assignment_for_another_client_is_not_done(tmp_path: Path, tables: dict[str, Any]) -> None:
     (path,) = site_files(tmp_path, tables, ("client-1",))
     plan = Plan("client-2", 2, 2.0, Training(batch=1, learning_rate=0.1, steps=1))

@@ -64,7 +64,7 @@ def test_scores_are_written_to_a_file_and_returned(site: Path, tmp_path: Path) -
 def test_losses_leave_as_the_policy_for_scores_says(
     site: Path, tmp_path: Path, policy: str, kept: int, sent: int
 ) -> None:
-    site.write_text(site.read_text() + f'\n[policy]\nscores = "{policy}"\n')
+    site.write_text(site.read_text().replace("[policy]", f'[policy]\nscores = "{policy}"'))
     from_file.cache_clear()
     order = encode_assignment(assignment())
     (tmp_path / "front").write_bytes(order.header)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deployment.consent import recipe_check
+from fedtune.deployment.consent import order_check
 from fedtune.link.client.session import Greeting
 from fedtune.link.envelopes import EVALUATE, RESULT, TRAIN
+from fedtune.link.rejections import veto_name
+from fedtune.link.settings import Policy
 from fedtune.messages import ScoreRequest
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.profile import encode_profile
@@ -34,7 +36,7 @@ def greeting(recipe: str) -> Greeting:
 def faults(state: Path, recipe: str, front: bytes, *, task: str = TRAIN, base: bytes = BASE, **more: object) -> str:
     said = greeting(recipe)
     header = pb.Header(task=task, recipe=said.recipe_digest, base=base, **more)  # type: ignore[arg-type]
-    return "; ".join(recipe_check(state)(said, header, front))
+    return "; ".join(one.note for one in order_check(state, Policy(min_examples=24))(said, header, front))
 
 
 def test_what_the_recipe_permits_passes(state: Path) -> None:
@@ -67,8 +69,8 @@ def test_a_recipe_that_cannot_be_bound_here_permits_nothing(state: Path) -> None
     missing = ADAPTERS.replace('"flora"', '"of-a-plugin"')
     assert "install the package that brings it" in faults(state, missing, front)
     assert faults(state, "name = 'x'", front).startswith("expected an order that can be held against the recipe; ")
-    other = recipe_check(state)(greeting(ADAPTERS), pb.Header(task=TRAIN, recipe=b"x", base=BASE), front)
-    assert other == ["expected an order under the recipe that this site has accepted; got one under another"]
+    (other,) = order_check(state, Policy())(greeting(ADAPTERS), pb.Header(task=TRAIN, recipe=b"x", base=BASE), front)
+    assert other.note == "expected an order under the recipe that this site has accepted; got one under another"
 
 
 def test_the_head_of_a_classifier_has_the_classes_of_the_federation(state: Path) -> None:
@@ -81,3 +83,17 @@ def test_the_head_of_a_classifier_has_the_classes_of_the_federation(state: Path)
     agreed = replace(PROFILE, foundation=replace(PROFILE.foundation, labels=("a", "b")))
     (state / "profile-labels" / "front").write_bytes(encode_profile(agreed).header)
     assert faults(state, text, encode_assignment(order).header) == ""
+
+
+def test_an_update_of_few_examples_or_steps_never_leaves(state: Path) -> None:
+    front = encode_assignment(made(SEEDS)).header  # six steps of four examples
+    said = greeting(SEEDS)
+    header = pb.Header(task=TRAIN, recipe=said.recipe_digest, base=BASE)
+
+    def vetoes(rules: Policy) -> list[str]:
+        return [f"{veto_name(one.veto)} {one.note}" for one in order_check(state, rules)(said, header, front)]
+
+    assert vetoes(Policy(min_examples=24)) == []
+    assert vetoes(Policy()) == ["TOO_FEW_EXAMPLES policy.min_examples: an update of at least 32 examples; got 24"]
+    few = Policy(min_examples=24, min_steps=7)
+    assert vetoes(few) == ["TOO_FEW_STEPS policy.min_steps: at least 7; got 6"]

@@ -142,7 +142,9 @@ def federation(
     (folder / "server.toml").write_text("\n".join(["[link]", *lines, ""]))
     for name in clients:
         link = [f'address = "localhost:{port or fed.port}"', "backoff_s = 0.1", "backoff_cap_s = 1.0"]
-        text = [f'name = "{name}"', site[name], "[link]", *link, ""]
+        # These sites hold a few rows each.
+        policy = [] if "[policy]" in site[name] else ["[policy]", "min_examples = 1"]
+        text = [f'name = "{name}"', site[name], "[link]", *link, *policy, ""]
         (folder / name / "site.toml").write_text("\n".join(text))
     try:
         yield fed

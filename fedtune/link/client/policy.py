@@ -18,10 +18,6 @@ from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 from fedtune.wire.v1 import round_pb2
 
-OrderCheck: TypeAlias = Callable[[Greeting, pb.Header, bytes], Sequence[str]]
-"""(what the server has said of the run, the header of an order, its assignment or no bytes) -> in which sentences it is
-none that the accepted recipe permits."""
-
 RESULT_FILE = re.compile(r"(adapter|seeds)/[A-Za-z0-9][A-Za-z0-9_.-]{0,79}\.(json|md|safetensors|ftks|ftkm)")
 """Names of the files of a run's result: no format that can run code when it is loaded."""
 
@@ -59,6 +55,11 @@ class PolicyViolation:
 
     veto: pb.Veto
     note: str
+
+
+OrderCheck: TypeAlias = Callable[[Greeting, pb.Header, bytes], Sequence[PolicyViolation]]
+"""(what the server has said of the run, the header of an order, its assignment or no bytes) -> why it is none that the
+accepted recipe permits, or that this site does with the examples that it has."""
 
 
 def read_demand(header: pb.Header, front: bytes) -> TaskDemand:

@@ -19,7 +19,7 @@ from fedtune.link.client.backoff import Backoff
 from fedtune.link.client.channel import LinkStub
 from fedtune.link.envelopes import PROTOCOL, build_version, expect_fields, verify_envelope
 from fedtune.link.pki.identity import Identity
-from fedtune.link.pki.roster import Party, RosterFile, check_successor, decode, find_party
+from fedtune.link.pki.roster import Party, Roster, RosterFile, check_successor, decode, find_party
 from fedtune.link.rejections import RejectionError, one_line, rejection
 from fedtune.store.files import write_bytes
 from fedtune.wire.v1 import link_pb2 as pb
@@ -170,6 +170,10 @@ class Session:
         reply = self._calls.hello(self._hello_request(), timeout=CALL_S)
         if reply.roster:
             self._install_roster(reply.roster)
+
+    def roster(self) -> Roster:
+        """Return the roster of this site."""
+        return self._roster.current()
 
     def find_coordinator(self, key_id: bytes) -> Party | None:
         """Return the coordinator whose signing key has this id; None for any other key.

@@ -6,14 +6,19 @@ import shutil
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeAlias
 
+import grpc
+
 from fedtune.errors import ClientError, ConfigError, StoreError, WireError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client import outbox, policy
+from fedtune.link.client.cohort import cohort_violations
 from fedtune.link.client.delivery import Delivery
 from fedtune.link.client.downloads import Downloads, hash_file
 from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
@@ -23,7 +28,7 @@ from fedtune.link.client.replies import is_decline, reply_bytes, reply_header, s
 from fedtune.link.client.round_texts import format_scores, format_work, verdict_text
 from fedtune.link.client.session import Greeting, Session
 from fedtune.link.client.training_process import Trainer
-from fedtune.link.envelopes import UPDATE, make_part
+from fedtune.link.envelopes import TRAIN, UPDATE, make_part
 from fedtune.link.rejections import one_line, veto_name
 from fedtune.link.settings import MIB, Policy
 from fedtune.link.uploads import free_bytes
@@ -257,6 +262,8 @@ class TrainingJobs:
         recipe_digest = greeting.recipe_digest.hex()
         violations = [*policy.check_policy(self._rules, demand, recipe_digest, usage, now=local_time)]
         violations += self._recipe_violations(job, data)
+        if job.header.task == TRAIN:
+            violations += self._cohort_violations(job)
         if violations:
             return self._decline(job, violations[0].veto, "; ".join(violation.note for violation in violations))
         if (free := self._free_bytes()) < demand.num_bytes:
@@ -268,11 +275,22 @@ class TrainingJobs:
             write_private(entry.folder / "front", entry.part(front.digest).read_bytes())
         return None
 
+    def _cohort_violations(self, job: Job) -> Sequence[PolicyViolation]:
+        """Return what is wrong with the cohort of an order, by the newest roster that can be had."""
+        check = partial(cohort_violations, job.header, own=self._session.identity.name, least=self._rules.min_cohort)
+        violations = check(roster=self._session.roster(), now=self._now())
+        if any(violation.veto == pb.COHORT_UNKNOWN for violation in violations):
+            # A member may have been enrolled since; the authority has signed that roster, too.
+            with suppress(grpc.RpcError, ValueError):  # ValueError: the channel was closed
+                self._session.follow_roster()
+            violations = check(roster=self._session.roster(), now=self._now())
+        return violations
+
     def _recipe_violations(self, job: Job, front: bytes) -> Sequence[PolicyViolation]:
-        """Return what of an order is none that the accepted recipe permits."""
+        """Return why an order is none that the accepted recipe permits, or that this site does."""
         greeting = self._session.greeting
         assert greeting is not None
-        return [PolicyViolation(pb.VETO_RECIPE_DIFFERS, text) for text in self._check(greeting, job.header, front)]
+        return self._check(greeting, job.header, front)
 
     def _attempt(self, job: Job, make: Callable[[], pb.SubmitRequest]) -> pb.SubmitRequest:
         """Return the reply that `make` makes, or where that fails, for any reason, the statement that it will not come.

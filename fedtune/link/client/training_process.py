@@ -10,10 +10,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedtune.errors import ClientError, ConfigError, Fault
+from fedtune.link.client.memory_watch import watch_memory
+from fedtune.link.settings import GIB
+from fedtune.messages import OUT_OF_MEMORY
 
 END_S = 5.0
 """Within which the process must end by itself before it is killed."""
@@ -74,19 +78,27 @@ class Trainer(Protocol):
 class ProcessTrainer:
     """A trainer in a process of its own, so that whatever happens to it, the client's signs of life go on."""
 
-    def __init__(self, command: Sequence[str], *, on_exit: Callable[[str], None] = lambda reason: None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        max_bytes: int | None = None,
+        on_exit: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         """Bind a command, which is started when it is first needed.
 
         Args:
             command: gets three descriptors as last arguments: of the pipe with requests, of the one for replies, and
                 of one whose end means that this process has gone.
+            max_bytes: main memory, above which the process is ended; None: no limit.
             on_exit: called with the reason when the process has ended without being asked to.
         """
-        self._command, self._on_exit = tuple(command), on_exit
+        self._command, self._max_bytes, self._on_exit = tuple(command), max_bytes, on_exit
         # One request at a time: requests and replies share two pipes.
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._killed: subprocess.Popen[bytes] | None = None  # by `kill`, which is no news to who called it
+        self._excessive: subprocess.Popen[bytes] | None = None  # the one that took too much memory
         self._requests = self._replies = self._life = -1
         self._unread = b""  # of the pipe of replies, behind the line that was read last
         self._progress = WorkProgress()
@@ -153,9 +165,14 @@ class ProcessTrainer:
             assert self._process is not None
             self._close_pipes()
             code, asked = self._process.wait(), self._process is self._killed
+            excessive = self._process is self._excessive
             self._process = None
             status = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
             reason = f"the training process ended ({status})"
+            if excessive:
+                # In these words a planner reads that the device cannot hold so much.
+                limit = (self._max_bytes or 0) / GIB
+                reason = f"{OUT_OF_MEMORY}: the training process took more than policy.max_memory_gib = {limit:g}"
             if not asked:
                 self._on_exit(reason)
             raise ClientError(f"expected an update; {reason}; this site's own log says more")
@@ -176,9 +193,15 @@ class ProcessTrainer:
                 # Ctrl-C is for the link process, which ends this one.
                 start_new_session=True,
             )
+            if self._max_bytes is not None:
+                watch = partial(watch_memory, self._process, self._max_bytes, self._note_excess)
+                threading.Thread(target=watch, name="fedtune memory", daemon=True).start()
         finally:
             for descriptor in child_ends:
                 os.close(descriptor)
+
+    def _note_excess(self) -> None:
+        self._excessive = self._process
 
     def _read_line(self) -> bytes:
         """Return the next line of the process, without its newline's end if the process has gone."""

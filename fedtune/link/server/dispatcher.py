@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedtune.link import uploads
 from fedtune.link.audit_log import RecordEvent, ignore_event
-from fedtune.link.envelopes import HELLO, RESULT, assignment_subject, digest, make_part
+from fedtune.link.envelopes import HELLO, RESULT, TRAIN, assignment_subject, digest, make_part
 from fedtune.link.rejections import TRANSIENT
 from fedtune.link.server.assignments import (
     Assignments,
@@ -36,10 +36,18 @@ from fedtune.link.settings import KIB, MIB, LinkSettings
 from fedtune.store.files import make_folder, store_errors
 from fedtune.wire.v1 import link_pb2 as pb
 
+MAX_NAMES = 400
+"""Of a cohort, in a header of 64 KiB: more organisations than any policy asks for."""
 RESULT_S = 24 * 3600.0
 """Within which a client should have fetched the result; nothing waits for it so long."""
 STALE_PART_S = 24 * 3600.0
 """After which a part that a client stopped sending is removed from the disk at the next start."""
+
+
+def named_members(cohort: Collection[str], client: str) -> Sequence[str]:
+    """Return the names of a cohort for one of it, in order: all, or as many as a header has room for."""
+    others = sorted(set(cohort) - {client})[: MAX_NAMES - 1]
+    return sorted([*others, client])
 
 
 class Dispatcher:
@@ -185,6 +193,9 @@ class Dispatcher:
             header.round, header.base, header.state = number, bytes.fromhex(base) or self.base, state
             # Signed with the task: a site's policy may refuse rounds of too few clients.
             header.cohort, max_bytes = len(self._cohort), self.max_reply_bytes(contents[""])
+            with self._lock:
+                if task == TRAIN and self._members.reads_names(client):
+                    header.members.extend(named_members(self._cohort, client))
         envelope, now = self.run.seal(header), self._clock()
         return Task(client, digest(envelope), envelope, header, max_bytes, now + seconds, now)
 

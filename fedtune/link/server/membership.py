@@ -49,6 +49,10 @@ class Membership:
             self._served[client] = process
         return True
 
+    def reads_names(self, client: str) -> bool:
+        """Return whether a client knows the names of a cohort in an order: releases before 0.3 refuse such a header."""
+        return client in self._served
+
     def refuse(self, client: str, refusal: pb.Refusal) -> None:
         """Give a client no part in the run until it says hello again."""
         self._refusals[client] = refusal

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from fedtune.link.client.policy import PolicyViolation
 from fedtune.link.envelopes import HELLO, TRAIN
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
 from fedtune.link.settings import Policy
 from fedtune.wire.codec import decode_assignment, encode_assignment
+from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.harness import assignment
 from tests.link.link_server import LinkServer
 from tests.link.site import RecordingTrainer, collect_one, post, post_scores, run_site, until
@@ -46,7 +48,8 @@ def test_what_the_policy_forbids_is_declined_unread(link: LinkServer) -> None:
 
 def test_an_order_that_the_recipe_does_not_permit_is_declined_before_it_is_fetched(link: LinkServer) -> None:
     differing = "plan.training.steps: expected 10; got 1"
-    with run_site(link, check=lambda greeting, header, front: [differing]) as running:
+    violation = PolicyViolation(pb.VETO_RECIPE_DIFFERS, differing)
+    with run_site(link, check=lambda greeting, header, front: [violation]) as running:
         result = collect_one(link, post(link, body=b"x" * 200_000))
         assert result == Withdrawn("site-a", f"declined, RECIPE_DIFFERS: {differing}")
         assert collect_one(link, post_scores(link)) == result

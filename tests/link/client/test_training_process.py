@@ -26,6 +26,9 @@ with os.fdopen(requests) as lines, os.fdopen(replies, "w") as answers:
         if into.name == "hang":
             into.with_name("hanging").touch()
             signal.pause()
+        if into.name == "grow":
+            taken = [bytes([place + 1]) * 2**20 for place in range(200)]
+            signal.pause()
         if into.name == "steps":
             for step in (1, 2):
                 answers.write(json.dumps({"at": [step, 2, 1000 * step]}) + chr(10))
@@ -109,4 +112,14 @@ def test_its_lines_say_how_far_it_is(trainer: ProcessTrainer, tmp_path: Path) ->
     trainer.perform(tmp_path, [], tmp_path / "steps")
     assert trainer.progress() == WorkProgress(done=2, total=2, cpu_ms=2000)
     trainer.perform(tmp_path, [], tmp_path / "b")
+    trainer.close()
+
+
+def test_a_process_that_takes_more_memory_than_it_may_is_ended(tmp_path: Path, died: list[str]) -> None:
+    trainer = ProcessTrainer([sys.executable, "-c", SCRIPT], max_bytes=128 * 2**20, on_exit=died.append)
+    trainer.perform(tmp_path, [], tmp_path / "small")
+    with pytest.raises(ClientError, match=r"memory ran out: .* took more than policy.max_memory_gib = 0.125"):
+        trainer.perform(tmp_path, [], tmp_path / "grow")
+    assert died == ["memory ran out: the training process took more than policy.max_memory_gib = 0.125"]
+    trainer.perform(tmp_path, [], tmp_path / "again")
     trainer.close()

@@ -1,0 +1,37 @@
+"""What a site's policy says of the work that an order asks for: how many examples and steps, and no embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedtune.link.settings import Policy
+from fedtune.messages import Assignment, ProbeSeeds
+from fedtune.wire.v1 import link_pb2 as pb
+
+
+def distinct_examples(order: Assignment, num_examples: int) -> int:
+    """Return how many distinct training examples an order trains on, at a site that has so many.
+
+    Batches are drawn without repeats until all examples have been seen once.
+    """
+    training, task = order.plan.training, order.task
+    steps = training.steps or 0
+    if isinstance(task, ProbeSeeds):  # the queries of a step share its batch
+        return min(num_examples, -(-steps // task.queries) * training.batch)
+    return min(num_examples, steps * training.batch * training.accumulation)
+
+
+def limit_violations(policy: Policy, order: Assignment, num_examples: int) -> Iterator[tuple[pb.Veto, str]]:
+    """Yield veto and reason of each limit that an order breaks."""
+    steps, examples = order.plan.training.steps or 0, distinct_examples(order, num_examples)
+    if steps < policy.min_steps:
+        yield pb.TOO_FEW_STEPS, f"policy.min_steps: at least {policy.min_steps}; got {steps}"
+    if examples < policy.min_examples:
+        # An update of few examples speaks of each: its gradient can be turned back into their texts.
+        text = f"policy.min_examples: an update of at least {policy.min_examples} examples; got {examples}"
+        yield pb.TOO_FEW_EXAMPLES, text
+    if isinstance(order.task, ProbeSeeds) and order.task.embeddings and not policy.allow_embeddings:
+        yield pb.EMBEDDINGS_NOT_ALLOWED, f"policy.allow_embeddings: false; {EMBEDDINGS}"
+
+
+EMBEDDINGS = "the rows of an embedding that move are the tokens of this site's texts"

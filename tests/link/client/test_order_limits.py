@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.link.client.order_limits import distinct_examples, limit_violations
+from fedtune.link.rejections import veto_name
+from fedtune.link.settings import Policy
+from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Task, Training, TrainLora
+from fedtune.model.train import batches
+
+SEEDS = ProbeSeeds("kron", 64, key=0, exponent=20, shift=4, perturbation=16, state=SeedState("whole", 0, b"", 0, b""))
+
+
+def order(task: Task, **training: int) -> Assignment:
+    plan = Plan("a", 2, 2.0, Training(learning_rate=0.1, **training))  # type: ignore[arg-type]
+    return Assignment("m", 1, 0, plan, task)
+
+
+def vetoes(policy: Policy, asked: Assignment, examples: int = 100) -> list[str]:
+    return [f"{veto_name(veto)} {note}" for veto, note in limit_violations(policy, asked, examples)]
+
+
+@given(num=st.integers(1, 40), steps=st.integers(1, 8), batch=st.integers(1, 5), accumulation=st.integers(1, 3))
+def test_the_examples_of_an_order_are_those_that_its_batches_draw(
+    num: int, steps: int, batch: int, accumulation: int
+) -> None:
+    drawn = set[int]()
+    left = min(num, steps * batch * accumulation)
+    for places in batches(num, size=batch, key=3):
+        if left <= 0:
+            break
+        drawn |= {*places[:left]}
+        left -= len(places)
+    asked = order(TrainLora(a_key=0), steps=steps, batch=batch, accumulation=accumulation)
+    assert distinct_examples(asked, num) == len(drawn)
+
+
+def test_one_step_on_one_example_is_vetoed() -> None:
+    one = order(TrainLora(a_key=0), steps=1, batch=1)
+    assert vetoes(Policy(), one) == ["TOO_FEW_EXAMPLES policy.min_examples: an update of at least 32 examples; got 1"]
+    assert vetoes(Policy(min_examples=1), one) == []
+    # A site with less data than that sets it lower by its own word.
+    assert len(vetoes(Policy(), order(TrainLora(a_key=0), steps=100, batch=4), examples=31)) == 1
+    assert vetoes(Policy(), order(TrainLora(a_key=0), steps=8, batch=4), examples=32) == []
+    assert vetoes(Policy(min_examples=1, min_steps=2), one) == ["TOO_FEW_STEPS policy.min_steps: at least 2; got 1"]
+
+
+def test_queries_of_a_step_share_its_examples() -> None:
+    assert distinct_examples(order(replace(SEEDS, queries=8, estimator="one-sided"), steps=16, batch=4), 100) == 8
+    assert distinct_examples(order(SEEDS, steps=16, batch=4), 100) == 64
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_seeds_move_embeddings_only_where_the_site_says_so(allowed: bool) -> None:
+    asked = order(replace(SEEDS, embeddings=True), steps=16, batch=4)
+    found = vetoes(Policy(allow_embeddings=allowed), asked)
+    assert [text.split()[0] for text in found] == [] if allowed else ["EMBEDDINGS_NOT_ALLOWED"]
