@@ -23,7 +23,8 @@ def cohort_violations(
         now: seconds since 1970.
     """
     names = list(header.members)
-    if not names and least == 1:  # servers before 0.3 name no one
+    # Servers before 0.3 name no one; a cohort that is too small by its number has been vetoed for that.
+    if not names and (least == 1 or header.cohort < least):
         return ()
     return list(violations(names, header.cohort, roster, own, least, now))
 
