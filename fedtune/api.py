@@ -357,7 +357,9 @@ def status(run: str | Path) -> Status:
 
 
 def verify(run: str | Path) -> Verified:
-    """Check a run's journal and blobs, and that its recipe, round lines and result are those that the journal notes.
+    """Check a run's journal and blobs, and that recipe, round lines, summary and result are those that it notes.
+
+    So are its exports, as long as they lie within the run directory, and the audit log of a served run.
 
     Raises:
         StoreError: naming the first thing that is missing, damaged or was changed.
@@ -367,8 +369,9 @@ def verify(run: str | Path) -> Verified:
     path = Path(run)
     check_run(path)
     verified = verify_module.verify(path)
-    check_results(path)
-    return verified
+    checked = check_results(path)
+    facts = {"folders": checked.folders, "files": checked.files, "entries": checked.entries}
+    return replace(verified, **facts, remarks=checked.remarks)
 
 
 def report(run: str | Path, *, tensorboard: bool = False, pictures: bool = True) -> Path:

@@ -84,7 +84,7 @@ def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
 
 @app.command(epilog=examples("fedtune runs verify runs/demo"))
 def verify(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Check the journal's chain, every stored state and update, the round lines and the adapter against each other."""
+    """Check all files of a run against each other: journal, states, lines, summary, results, exports, audit log."""
     with report_errors(debug):
         from fedtune import api
 
@@ -100,8 +100,15 @@ def verify(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
         typer.echo(
             f"{printable(str(run))}: {verified.records} records, {verified.committed} rounds and "
             f"{verified.blobs} {'blob' if verified.blobs == 1 else 'blobs'} ({size(verified.num_bytes)}) in order; "
-            f"rounds.jsonl and the adapter agree with them{torn}"
+            f"rounds.jsonl, summary and result agree with them; {verified.files} files of {folders(verified.folders)} "
+            f"are as they were written{torn}"
         )
+        for remark in verified.remarks:
+            typer.echo(printable(remark), err=True)
+
+
+def folders(count: int) -> str:
+    return "1 result" if count == 1 else f"{count} results and exports"
 
 
 def state(status: Status) -> str:

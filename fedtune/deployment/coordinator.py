@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,7 @@ def serve_rounds(
             note=note,
             on_journal=lambda journal: dispatcher.set_journal_end(lambda: journal.end),
         )
+        run_context = replace(run_context, number=dispatcher.run.run)
         # Not before: the base is what the profiles of most clients say.
         dispatcher.base = bytes.fromhex(run_context.base["digest"])
         dispatcher.max_reply_bytes = lambda front: max_update_bytes(front, run_context.blueprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, render
+from fedtune.errors import StoreError
 from fedtune.link import audit_files, audit_log, uploads
 from fedtune.store import journal, manifest, result
-from fedtune.store.files import write_text
+from fedtune.store.files import store_errors, write_text
 from fedtune.store.history import has_begun
 from fedtune.store.journal import Record
 from fedtune.store.run_directory import read_summary
+from fedtune.store.run_journal import RunJournal
 from fedtune.store.verify import status as run_status
 
 LINK, AUDIT, ID, SPOOL, BARRED, BASE = "link", "audit", "id", "spool", "barred", "base"
@@ -33,13 +36,20 @@ def pin_base(run: Path, digest: str) -> None:
 
 
 def complete_summary(run: Path, recipe: Recipe) -> Mapping[str, Any] | None:
-    """Return the summary of a run that has no round left; None if there is work."""
+    """Return the summary of a run that has no round left; None if there is work, or one of its files is damaged.
+
+    A damaged result or summary is work: it is written again, from the state, as soon as sites say what their base is.
+    """
     status = run_status(run)
     if not status.finished:
         return None
-    content = read_summary(run)
+    try:
+        content = read_summary(run)
+        result_files(run)
+    except StoreError:
+        return None
     if content is None:
-        return None  # a resume writes it
+        return None
     # A run may have ended before its last round (rounds.patience).
     selection = content.get("selection", {})
     ended = isinstance(selection, dict) and selection.get("ended")
@@ -88,11 +98,28 @@ def informed_clients(path: Path) -> Collection[str]:
 
 
 def run_id(run: Path) -> str:
-    """Return the run's id, drawn when it is served for the first time: replies of another run never match it."""
-    path = run / LINK / ID
+    """Return the run's id, drawn when it is served for the first time: replies of another run never match it.
+
+    Raises:
+        StoreError: if it is no id, or another one than the journal notes.
+    """
+    path, noted = run / LINK / ID, noted_run_id(run)
     if not path.exists():
-        write_text(path, secrets.token_hex(8))
-    return path.read_text().strip()
+        write_text(path, noted or secrets.token_hex(8))
+    with store_errors(path):
+        number = path.read_bytes().strip().decode(errors="replace")
+    # Under another number, the updates of its sites would count for another run, and its receipts for none.
+    if not re.fullmatch("[0-9a-f]{16}", number) or noted not in ("", number):
+        expected = f"the run's number {noted}, as the journal notes" if noted else "a number of 16 hex digits"
+        advice = "remove the file: it is written again from there" if noted else "put back a copy of it"
+        raise StoreError(f"{path}: expected {expected}; got {number[:40]!r}; {advice}")
+    return number
+
+
+def noted_run_id(run: Path) -> str:
+    """Return the id that the journal of a served run notes; empty before it began, and of one that 0.2.0 began."""
+    inputs = RunJournal.inputs(run) if has_begun(run) else {}
+    return str(inputs.get("number", ""))
 
 
 def accepted_updates(run: Path) -> tuple[Mapping[tuple[int, str], str], int]:

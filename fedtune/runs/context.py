@@ -91,6 +91,8 @@ class RunContext:
     sample: Callable[[GlobalModel], Mapping[str, Any]] = no_samples
     """Answers the recipe's prompts before and after."""
     door: Door = "simulate"
+    number: str = ""
+    """Of the run, where its clients know it by one: 16 hex digits."""
     clock: Clock | None = None
     """Measures or simulates the time on the clients' devices; None where it is not known."""
     devices: Mapping[str, Any] = field(default_factory=dict)
@@ -108,6 +110,7 @@ class RunContext:
             "data": self.data,
             **({"start": self.start} if self.start else {}),
             "door": self.door,
+            **({"number": self.number} if self.number else {}),
             "versions": " ".join(f"{name} {number}" for name, number in versions().items()),
             "platform": platform.platform(),
         }

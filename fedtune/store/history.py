@@ -63,6 +63,10 @@ class History:
     finished: bool = False
     kept_round: int = 0
     """Round whose state stays until another one takes its place; 0 for none."""
+    lines: dict[int, str] = field(default_factory=dict)
+    """By round, the SHA-256 (hex) of its line of rounds.jsonl, noted once it can not be written again."""
+    summary: str = ""
+    """SHA-256 (hex) of summary.json; empty while it may be written again."""
 
     @property
     def committed(self) -> int:
@@ -121,7 +125,7 @@ def start(history: History, fields: Mapping[str, Any]) -> None:
     run, inputs = fields["run"], dict(fields["inputs"])
     if history.run not in ("", run):  # journals of two runs mixed by hand
         raise StoreError(f"expected the run {history.run}; got {run}")
-    history.run = run
+    history.run, history.summary = run, ""
     history.inputs.append(inputs)
 
 
@@ -137,6 +141,7 @@ def begin(history: History, fields: Mapping[str, Any]) -> None:
     if cohort.keys() != orders.keys():
         raise StoreError(f"expected an assignment for each client of {sorted(cohort)}; got {sorted(orders)}")
     memory = {str(name): int(num_bytes) for name, num_bytes in fields.get("memory", {}).items()}
+    note_line(history, fields, number - 1)
     history.round, history.finished = Round(number, state, cohort, orders, memory=memory), False
 
 
@@ -178,7 +183,14 @@ def commit(history: History, fields: Mapping[str, Any]) -> None:
 def finish(history: History, fields: Mapping[str, Any]) -> None:
     if history.open or fields["round"] != history.committed:
         raise StoreError(f"expected a run to end after round {history.committed}; got {fields['round']}")
-    history.finished = True
+    note_line(history, fields, history.committed)
+    history.finished, history.summary = True, str(fields.get("summary", ""))
+
+
+def note_line(history: History, fields: Mapping[str, Any], number: int) -> None:
+    """Note the digest of a round's line; releases before 0.3.0 wrote none."""
+    if line := fields.get("line"):
+        history.lines[number] = str(line)
 
 
 def keep(history: History, fields: Mapping[str, Any]) -> None:

@@ -21,8 +21,8 @@ from fedtune.errors import StoreError
 from fedtune.store import files
 from fedtune.store.files import store_errors
 
-NAME, SIGNATURE = "fedtune.json", "manifest.dsse"
-"""The manifest, and the envelope that signs it; neither is listed in it."""
+NAME, SIGNATURE, OPENSSF = "fedtune.json", "manifest.dsse", "model.sig"
+"""The manifest, the envelope that signs it, and a signature in the OpenSSF format; none of them is listed in it."""
 KEY, FORMAT = "manifest", 1
 MAX_BYTES = 64 * 1024 * 1024
 """A run of a hundred thousand clients fits."""
@@ -200,7 +200,8 @@ def json_object(data: bytes, path: Path) -> dict[str, Any]:
         StoreError: if they are none.
     """
     try:
-        content = json.loads(data)
+        # Of bytes, the parser guesses an encoding and imports its codec.
+        content = json.loads(data.decode("utf-8"))
     # RecursionError: brackets within brackets, thousands deep.
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path}: expected JSON; got {str(error)[:100]}; {ADVICE}") from error
@@ -223,7 +224,7 @@ def _plain_files(folder: Path, prefix: str) -> Iterator[str]:
     with os.scandir(folder) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
     for entry in entries:
-        if entry.name.startswith(".") or (not prefix and entry.name in (NAME, SIGNATURE)):
+        if entry.name.startswith(".") or (not prefix and entry.name in (NAME, SIGNATURE, OPENSSF)):
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _plain_files(folder / entry.name, f"{prefix}{entry.name}/")

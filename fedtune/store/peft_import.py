@@ -91,7 +91,7 @@ def check_files(folder: Path) -> None:
 def parse_config(data: bytes, folder: Path) -> Mapping[str, Any]:
     """Return the content of adapter_config.json."""
     try:
-        config = json.loads(data)
+        config = json.loads(data.decode("utf-8"))
     # RecursionError: brackets within brackets, thousands deep.
     except (ValueError, RecursionError) as error:
         raise ConfigError(Fault(str(folder / CONFIG), "JSON", str(error)[:100])) from None

@@ -108,7 +108,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     is_listed = (path.parent / manifest.NAME).is_file()
     try:
         data = manifest.open_folder(path.parent).read(path.name) if is_listed else path.read_bytes()
-        content = json.loads(data)
+        content = json.loads(data.decode("utf-8"))
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"format {content.get('format') if isinstance(content, dict) else None!r}")
     # RecursionError: brackets within brackets, thousands deep.

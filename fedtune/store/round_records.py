@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedtune.store.run_directory import REMEDY, VERSION
 from fedtune.store.typed_json import decode, nan_to_null
 
 NAME = "rounds.jsonl"
+BLOCK_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,34 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
 def encode_module(module: ModuleRecord) -> Mapping[str, Any]:
     line = {"rank": module.rank, "norm": module.norm, "singular_values": module.singular_values}
     return line if module.energy_kept is None else line | {"energy_kept": module.energy_kept}
+
+
+def last_line_digest(run: Path) -> str:
+    """Return the SHA-256 (hex) of the last whole line of rounds.jsonl; empty where there is none.
+
+    Raises:
+        StoreError: if it cannot be read.
+    """
+    path = run / NAME
+    if not path.exists():
+        return ""
+    with store_errors(path), path.open("rb") as file:
+        # From the end in blocks: a run of many rounds is not read whole after each of them.
+        rest, at = b"", file.seek(0, os.SEEK_END)
+        while at and rest.count(b"\n") < 2:
+            at, end = max(0, at - BLOCK_BYTES), at
+            file.seek(at)
+            rest = file.read(end - at) + rest
+    *lines, _ = rest.split(b"\n")
+    return sha256(lines[-1]).hexdigest() if lines else ""
+
+
+def line_digests(run: Path) -> Sequence[str]:
+    """Return the SHA-256 (hex) of each whole line of rounds.jsonl."""
+    path = run / NAME
+    with store_errors(path):
+        *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    return [sha256(line).hexdigest() for line in lines]
 
 
 def read_rounds(run: Path) -> Sequence[RoundRecord]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def read_summary(run: Path) -> Mapping[str, Any] | None:
     with store_errors(path):
         data = path.read_bytes()
     try:
-        content = json.loads(data)
+        content = json.loads(data.decode("utf-8"))
     # RecursionError: brackets within brackets, thousands deep.
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path}: expected JSON; got {str(error)[:100]}; {SUMMARY_ADVICE}") from error
@@ -78,6 +79,13 @@ def read_summary(run: Path) -> Mapping[str, Any] | None:
     if not isinstance(content, dict) or version != VERSION:
         raise StoreError(f"{path}: expected version {VERSION}; got {version!r}; read it with the fedtune that wrote it")
     return content
+
+
+def summary_digest(run: Path) -> str:
+    """Return the SHA-256 (hex) of summary.json; empty where there is none."""
+    path = run / "summary.json"
+    with store_errors(path):
+        return sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def check_run(run: Path) -> None:

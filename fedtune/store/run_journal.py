@@ -25,7 +25,8 @@ from fedtune.store.blobs import Blobs
 from fedtune.store.history import History, Round, replay_journal
 from fedtune.store.journal import End, Journal
 from fedtune.store.lock import lock_run
-from fedtune.store.round_records import mend_rounds
+from fedtune.store.round_records import last_line_digest, mend_rounds
+from fedtune.store.run_directory import summary_digest
 
 WRITING_SHARE = 0.05
 """Share of a round's time that may be spent on making each accepted update durable at once."""
@@ -155,7 +156,9 @@ class RunJournal:
         Raises:
             StoreError: if that cannot be written.
         """
-        self._note("start", {"run": self._history.run or secrets.token_hex(8), "inputs": inputs})
+        # A served run has its number before its journal: the one under which its sites know it.
+        run = self._history.run or str(inputs.get("number", "")) or secrets.token_hex(8)
+        self._note("start", {"run": run, "inputs": inputs})
 
     def resume(self, reported: int) -> bytes | None:
         """Return the encoded state to go on from; None for the method's first state.
@@ -216,7 +219,8 @@ class RunJournal:
         needed = self._history.needed().keys()
         # Without reported memory the record has the bytes that releases before 0.2.0 wrote.
         reported = {"memory": memory} if memory else {}
-        self._note("open", {"round": round, "state": state, "cohort": cohort, "orders": digests, **reported})
+        fields = {"round": round, "state": state, "cohort": cohort, "orders": digests, **reported}
+        self._note("open", {**fields, **self._line()})
         self._blobs.release(needed - self._history.needed().keys())
         self._opened_at = self._flushed_at = self._clock()
         self._flushing_s = 0.0
@@ -334,10 +338,17 @@ class RunJournal:
         """
         if reported != self.committed:
             raise self._wrong_last_line(reported)
-        if not self._history.finished:
+        summary = summary_digest(self._run)
+        if not self._history.finished or self._history.summary != summary:
             needed = self._history.needed().keys()
-            self._note("final", {"round": self._history.committed})
+            noted = {"summary": summary} if summary else {}
+            self._note("final", {"round": self._history.committed, **self._line(), **noted})
             self._blobs.release(needed - self._history.needed().keys())
+
+    def _line(self) -> Mapping[str, str]:
+        """Return the digest of the last round's line, as records note it once the line stays as it is."""
+        digest = last_line_digest(self._run)
+        return {"line": digest} if digest else {}
 
     def _note_updates(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Store the waiting updates in one blob, and append one record with their places in it.

@@ -57,6 +57,14 @@ class Verified:
     """Of the blobs."""
     torn_bytes: int
     """Behind the journal's last record: a record that is being written, or a torn one that a resume will cut off."""
+    folders: int = 0
+    """With a manifest: the result, and the exports that lie within the run directory."""
+    files: int = 0
+    """Listed in these manifests."""
+    entries: int = 0
+    """Of the audit log of a served run."""
+    remarks: tuple[str, ...] = ()
+    """Why the files of a folder could not be checked."""
 
 
 def status(run: Path) -> Status:

@@ -13,6 +13,7 @@ from fedtune.deployment.served_run import (
     pinned_base,
     plan_text,
     result_files,
+    run_id,
 )
 from fedtune.deployment.server_setup import data_at_sites
 from fedtune.errors import StoreError
@@ -20,6 +21,7 @@ from fedtune.link.audit_log import AuditLog
 from fedtune.messages import Failure
 from fedtune.store import manifest
 from fedtune.store.run_journal import RunJournal
+from fedtune.store.verify import status as run_status
 from tests.deployment.test_coordinator import RECIPE, promised_state
 from tests.store.test_run_journal import INPUTS
 
@@ -86,3 +88,23 @@ def test_who_knows_the_end_is_known_until_more_rounds_begin(tmp_path: Path) -> N
             log.record("round", round=2)
         log.close()
         assert informed_clients(tmp_path / "audit") == known
+
+
+def test_the_number_of_a_run_is_in_its_journal(tmp_path: Path) -> None:
+    number = run_id(tmp_path)
+    with RunJournal.create(tmp_path) as ledger:
+        ledger.begin({**INPUTS, "number": number})
+    assert run_status(tmp_path).run == number == run_id(tmp_path)
+    for text in (b"0" * 16, b"", b"\xff", f"{number}0".encode()):
+        (tmp_path / "link" / "id").write_bytes(text)
+        with pytest.raises(StoreError, match=f"link/id: expected the run's number {number}, as the journal notes"):
+            run_id(tmp_path)
+    (tmp_path / "link" / "id").unlink()
+    assert run_id(tmp_path) == number
+
+
+def test_a_number_that_is_none_is_refused_also_where_no_journal_notes_it(tmp_path: Path) -> None:
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "id").write_bytes(b"../../etc/passwd")
+    with pytest.raises(StoreError, match="expected a number of 16 hex digits"):
+        run_id(tmp_path)

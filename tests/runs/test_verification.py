@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +9,16 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import StoreError
-from fedtune.runs.local import Experiment, run_context
+from fedtune import api
+from fedtune.config import bind, changes
+from fedtune.errors import FedtuneError, StoreError
+from fedtune.link.audit_log import AuditLog
+from fedtune.runs.export import export
+from fedtune.runs.local import Experiment, run_context, transport
+from fedtune.runs.resume import resumable
+from fedtune.runs.runner import run_recipe
 from fedtune.runs.verification import check_results
-from fedtune.store import manifest, peft
+from fedtune.store import manifest, peft, result
 from tests.runs.conftest import cut, edit, read_lines, run_prepared
 
 # peft asks transformers by a name that transformers is about to drop
@@ -55,3 +62,121 @@ def test_what_was_removed_or_changed_is_detected(
     spoil(run)
     with pytest.raises(StoreError, match=message):
         check_results(run)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda run: edit(run / "rounds.jsonl", '"bytes_up": ', '"bytes_up": 1'),
+            r"rounds\.jsonl, line 1: expected the digest \w{12}, as the journal notes of round 0",
+        ),
+        (
+            lambda run: edit(run / "summary.json", '"seconds": ', '"seconds": 1'),
+            r"summary\.json: expected the digest .*; this writes it again: fedtune simulate --resume",
+        ),
+        (lambda run: (run / "summary.json").unlink(), r"summary\.json: expected the digest \w{12}.* got no file"),
+        (lambda run: (run / "adapter" / "adapter_model.bin").write_bytes(b"x"), "expected only the files that"),
+    ],
+)
+@pytest.mark.guarantee("G18")
+def test_losses_times_and_files_beside_the_result_are_covered(
+    spoil: Callable[[Path], Any], message: str, prepared: Experiment, run: Path
+) -> None:
+    run_prepared(prepared, run)
+    checked = check_results(run)
+    assert (checked.folders, checked.files, checked.remarks) == (1, 2, ())
+    spoil(run)
+    with pytest.raises(StoreError, match=message):
+        check_results(run)
+
+
+def test_what_a_resume_writes_again_is_in_order_again(prepared: Experiment, run: Path) -> None:
+    run_prepared(prepared, run)
+    (run / "summary.json").unlink()
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    run_prepared(prepared, run, resume=True)
+    check_results(run)
+    run_prepared(prepared, run, resume=True)  # nothing is left, and the summary has other seconds
+    check_results(run)
+
+
+def test_exports_within_the_run_are_checked_and_name_what_they_were_made_from(prepared: Experiment, run: Path) -> None:
+    run_prepared(prepared, run)
+    folder = export(run)
+    assert manifest.open_folder(folder).facts["source"] == manifest.source(run / "adapter")
+    assert check_results(run).folders == 2
+    edit(folder / "adapter_config.json", '"CAUSAL_LM"', '"SEQ_CLS"')
+    with pytest.raises(StoreError, match=r"peft/adapter_config\.json: expected"):
+        check_results(run)
+
+
+def check_flips(run: Path, count: int | None) -> tuple[int, list[str]]:
+    """Flip bits in every file of a run, one after the other; return how many, and which of them passed with harm."""
+    wrong, total = [], 0
+    right, recipe = result.digest(result.read(run)[0]), bind(run / "recipe.toml")
+    draw = random.Random(0)
+    # The lock holds the number of a process, for people.
+    files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name != "lock"]
+    for path in files:
+        size, whole = path.stat().st_size, path.read_bytes()
+        for at in range(size) if count is None else draw.sample(range(size), min(count, size)):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+            total += 1
+            try:
+                verified = api.verify(run)
+            except FedtuneError:
+                # What verify names must not be exported either.
+                if path.parent.name == "adapter":
+                    with pytest.raises(FedtuneError):
+                        export(run, out=run.parent / "out")
+            else:
+                # Harmless: a torn end of the journal, which a resume cuts off; or the same recipe in other words.
+                different = [change for change in changes(recipe, bind(run / "recipe.toml")) if not resumable(change)]
+                if not verified.torn_bytes and (different or result.digest(result.read(run)[0]) != right):
+                    wrong.append(f"{path.name}, byte {at}")
+                if path.name not in ("journal", "recipe.toml"):
+                    wrong.append(f"{path.name}, byte {at}: passed")
+            path.write_bytes(whole)
+    return total, wrong
+
+
+@pytest.mark.guarantee("G18")
+def test_no_flipped_bit_of_a_run_passes_with_harm(prepared: Experiment, run: Path) -> None:
+    run_prepared(prepared, run)
+    total, wrong = check_flips(run, 6)
+    assert not wrong
+    assert total == 8 * 6  # recipe, journal, state, lines, summary, and the three files of the adapter
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("G18")
+def test_no_flipped_byte_of_a_run_passes_with_harm(prepared: Experiment, run: Path) -> None:
+    run_prepared(prepared, run)
+    total, wrong = check_flips(run, 400)
+    assert not wrong
+    assert total >= 2500
+
+
+def test_the_number_base_and_audit_log_of_a_served_run_are_checked(prepared: Experiment, run: Path) -> None:
+    with transport(prepared) as engine:
+        run_recipe(replace(run_context(prepared), number="ab" * 8), run, engine, watch=lambda event: None)
+    (run / "link").mkdir()
+    log = AuditLog(run / "link" / "audit")
+    for kind in ("serving", "complete"):
+        log.record(kind)
+    log.close()
+    (run / "link" / "id").write_text("ab" * 8)
+    (run / "link" / "base").write_text(run_context(prepared).base["digest"])
+    assert check_results(run).entries == 2
+    for name, message in (
+        ("id", "link/id: expected the run's number abab.*; got 'abab.*; remove the file"),
+        ("base", "link/base: expected the run's base"),
+        ("audit", "link/audit, record 0: .*the journal is damaged"),
+    ):
+        whole = (run / "link" / name).read_bytes()
+        (run / "link" / name).write_bytes(whole[:15] + bytes([whole[15] ^ 3]) + whole[16:])
+        with pytest.raises(StoreError, match=message):
+            check_results(run)
+        (run / "link" / name).write_bytes(whole)
+    check_results(run)

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from fedtune.errors import StoreError
 from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
-from fedtune.store import files
+from fedtune.store import files, round_records
 from fedtune.store.round_records import append_round, mend_rounds, read_rounds, scan
 
 
@@ -121,3 +122,16 @@ def test_lines_that_cannot_be_trusted_are_named(tmp_path: Path, lines: list[str]
         with pytest.raises(StoreError, match=rf"rounds\.jsonl, {message}"):
             use(tmp_path)
     assert (tmp_path / "rounds.jsonl").read_text() == data
+
+
+@pytest.mark.parametrize("block", [1, 7, 64 * 1024])
+def test_the_digest_of_the_last_line_is_read_from_the_end(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(round_records, "BLOCK_BYTES", block)
+    assert round_records.last_line_digest(tmp_path) == ""
+    for text, last in ((b"", None), (b"torn", None), (b"a\n", b"a"), (b"a\nbcd\n", b"bcd"), (b"a\nbcd\nto", b"bcd")):
+        (tmp_path / "rounds.jsonl").write_bytes(text)
+        expected = sha256(last).hexdigest() if last is not None else ""
+        assert round_records.last_line_digest(tmp_path) == expected
+        assert list(round_records.line_digests(tmp_path))[-1:] == ([expected] if expected else [])
