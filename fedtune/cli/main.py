@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli import adapters, ca, chat, enroll, federation, roster, runs
+from fedtune.cli import adapters, ca, chat, enroll, federation, provenance, roster, runs
 from fedtune.cli.options import (
     DebugOption,
     JsonOption,
@@ -364,6 +364,7 @@ def compare(
 chat.register(app)
 adapters.register(app)
 federation.register(app)
+provenance.register(app)
 
 
 def parse_seeds(text: str | None) -> Sequence[int] | None:

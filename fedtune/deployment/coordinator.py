@@ -25,6 +25,7 @@ from fedtune.deployment.served_run import (
     plan_text,
     result_files,
     run_id,
+    sign_result,
 )
 from fedtune.deployment.server_setup import check_overrides, expected_clients, server_context, with_day
 from fedtune.flower.link_grid import LinkGrid
@@ -34,6 +35,7 @@ from fedtune.link import uploads
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
 from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
 from fedtune.link.pki.roster import RosterFile
+from fedtune.link.provenance import Signer
 from fedtune.link.server.addresses import check_addresses
 from fedtune.link.server.blocklist import Blocklist
 from fedtune.link.server.dispatcher import Dispatcher
@@ -215,7 +217,9 @@ def refuse_client(dispatcher: Dispatcher, record: RecordEvent, client: str, reas
 def end_run(dispatcher: Dispatcher, run: Path, rounds: int, record: RecordEvent) -> None:
     """Give every client the result, and tell it that the run is complete, as long as the server drains."""
     record("complete", rounds=rounds)
-    dispatcher.finish(rounds, result_files(run))
+    signer = Signer(dispatcher.run.federation, dispatcher.run.author, dispatcher.run.key)
+    sign_result(run, signer)
+    dispatcher.finish(rounds, result_files(run, signer))
     absent = sorted(set(dispatcher.uninformed_clients()) - dispatcher.fleet().keys())
     if absent:
         text = f"for up to {dispatcher.settings.drain_s:.0f} s other sites may still ask: {', '.join(absent)}"

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, render
 from fedtune.errors import StoreError
-from fedtune.link import audit_files, audit_log, uploads
+from fedtune.link import audit_files, audit_log, provenance, uploads
+from fedtune.link.provenance import Signer
 from fedtune.store import journal, manifest, result
 from fedtune.store.files import store_errors, write_text
 from fedtune.store.history import has_begun
 from fedtune.store.journal import Record
 from fedtune.store.run_directory import read_summary
 from fedtune.store.run_journal import RunJournal
+from fedtune.store.training_record import training_record
 from fedtune.store.verify import status as run_status
 
 LINK, AUDIT, ID, SPOOL, BARRED, BASE = "link", "audit", "id", "spool", "barred", "base"
@@ -56,10 +60,11 @@ def complete_summary(run: Path, recipe: Recipe) -> Mapping[str, Any] | None:
     return content if ended or status.committed >= recipe.rounds.count else None
 
 
-def result_files(run: Path) -> Mapping[str, memoryview]:
+def result_files(run: Path, signer: Signer | None = None) -> Mapping[str, memoryview]:
     """Return the files of a run's result, by their names below the run directory; none if it has none.
 
-    What the provenance says of each client, such as its number of examples, stays on the server.
+    What the provenance says of each client, such as its number of examples, stays on the server. With a signer a
+    signed statement of the files comes with them, which each site verifies on arrival and anybody can later.
 
     Raises:
         StoreError: if a file was changed since it was written.
@@ -72,8 +77,28 @@ def result_files(run: Path) -> Mapping[str, memoryview]:
     opened.check()
     files = {name: uploads.map_file(folder / name) for name in manifest.plain_files(folder)}
     facts = {key: value for key, value in opened.facts.items() if key != "clients"}
-    text = manifest.spell(facts) if opened.listed is None else manifest.encode(facts, opened.listed)
-    return {f"{folder.name}/{name}": data for name, data in {**files, manifest.NAME: memoryview(text)}.items()}
+    if opened.listed is None:
+        files[manifest.NAME] = memoryview(manifest.spell(facts))
+    else:
+        facts |= {"training": training_record(run)} if signer else {}
+        text = manifest.encode(facts, opened.listed)
+        files[manifest.NAME] = memoryview(text)
+        if signer:
+            digest = sha256(text).hexdigest()
+            envelope = provenance.make_envelope(opened.listed, digest, facts, signer, now=int(time.time()))
+            files[provenance.WIRE_NAME] = memoryview(envelope)
+    return {f"{folder.name}/{name}": data for name, data in files.items()}
+
+
+def sign_result(run: Path, signer: Signer) -> None:
+    """Sign the result in a run directory; one that 0.2.0 wrote has no digests to sign, and stays as it is.
+
+    Raises:
+        StoreError: if a file was changed since it was written.
+    """
+    folder = result.folder(run)
+    if folder.exists() and not result.remark(run):
+        provenance.sign_folder(folder, signer, now=int(time.time()), training=training_record(run))
 
 
 def plan_text(recipe: Recipe, run: Path) -> str:

@@ -11,6 +11,7 @@ from fedtune.config.recipe import method_of
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.pruning.structure import full_block, sparsity
 from fedtune.rounds.events import Note, Watch
+from fedtune.runs.export import sources
 from fedtune.runs.trained_run import TrainedRun, checked_ratios, deployed_ratios, load_run
 from fedtune.store import manifest, peft, result
 from fedtune.store import pruning as store_pruning
@@ -151,8 +152,7 @@ def deploy(
             "ratios": written,
         }
         (folder / "deploy.json").write_text(json.dumps(index, indent=1) + "\n")
-        origin = result.read(path)[1]
-        manifest.write(folder, {**origin, "source": manifest.source(result.folder(path))})
+        manifest.write(folder, {**result.read(path)[1], **sources(path)})
     return target
 
 
@@ -177,7 +177,7 @@ def write_ratio(
     structure = trained.structure(ratio) or full_block(layout)
     place = folder / folder_of(ratio)
     tuned, origin = result.read(trained.path)
-    origin = {**origin, "source": manifest.source(result.folder(trained.path)), "ratio": ratio}
+    origin = {**origin, **sources(trained.path), "ratio": ratio}
     (place / "recipe").mkdir(parents=True)
     peft.put(place / "recipe", tuned.adapter, tuned.saved, experiment.target)
     store_pruning.write(

@@ -26,6 +26,7 @@ from fedtune.store import seeds as store_seeds
 from fedtune.store.files import new_folder, store_errors
 from fedtune.store.round_records import read_rounds
 from fedtune.store.run_directory import check_run
+from fedtune.store.training_record import training_record
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
@@ -70,8 +71,7 @@ def export(
     tuned, origin = of_round(path, round) if round else open_run(path)
     if remark := result.remark(path):
         watch(Note(remark))
-    # The new manifest names the one that it was made from: a chain back to what the run wrote.
-    origin = {**origin, "source": manifest.source(result.folder(path))}
+    origin = {**origin, **sources(path)}
     form = form or ("merged" if tuned.seeds else "peft")
     if dtype is not None and form != "merged":
         raise ConfigError(Fault("dtype", "none: adapters are float32", repr(dtype), "or choose the form merged"))
@@ -94,6 +94,17 @@ def export(
     if form == "uniform":
         adapter = pad(adapter)
     return peft.write(target, adapter, saved, peft.read_target(path / result.ADAPTER), origin)
+
+
+def sources(run: Path) -> Mapping[str, Any]:
+    """Return what the manifest of every export says of its run: a chain of digests back to what the run wrote."""
+    rounds = bind_to_score(run).rounds
+    return {
+        "source": manifest.source(result.folder(run)),
+        # Updates are summed in plain, and none is longer than so many times the cohort's median.
+        "guard": {"mode": "plain", "max_norm": rounds.max_norm},
+        "training": training_record(run),
+    }
 
 
 def _export_seeds(

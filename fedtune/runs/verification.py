@@ -10,7 +10,7 @@ from typing import Any
 from fedtune.config import Recipe, bind, changes
 from fedtune.config.recipe import PYTHON, method_of
 from fedtune.errors import StoreError
-from fedtune.link import audit_log
+from fedtune.link import audit_files, audit_log
 from fedtune.messages import Blueprint
 from fedtune.methods import serialization
 from fedtune.methods.method import GlobalModel
@@ -146,7 +146,7 @@ def check_link(run: Path) -> Checked:
             advice = "remove the file: it is written again from the journal" if name == ID else "put back a copy of it"
             raise StoreError(f"{file}: expected the run's {what} {noted[:16]}; got {text[:16]!r}; {advice}")
     log = folder / AUDIT
-    return Checked(entries=len(audit_log.read_audit_log(log).entries) if log.exists() else 0)
+    return Checked(entries=len(audit_log.read_audit_log(log).entries) if audit_files.exists(log) else 0)
 
 
 def check_folders(run: Path, checked: Checked) -> Checked:

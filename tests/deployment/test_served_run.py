@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,15 +15,21 @@ from fedtune.deployment.served_run import (
     plan_text,
     result_files,
     run_id,
+    sign_result,
 )
 from fedtune.deployment.server_setup import data_at_sites
 from fedtune.errors import StoreError
 from fedtune.link.audit_log import AuditLog
+from fedtune.link.client.policy import RESULT_FILE
+from fedtune.link.pki.identity import load_identity
+from fedtune.link.provenance import Signer, load_roster, verify_folder
 from fedtune.messages import Failure
 from fedtune.store import manifest
 from fedtune.store.run_journal import RunJournal
+from fedtune.store.training_record import check_journal
 from fedtune.store.verify import status as run_status
 from tests.deployment.test_coordinator import RECIPE, promised_state
+from tests.link.ceremony import enroll_parties
 from tests.store.test_run_journal import INPUTS
 
 
@@ -39,6 +46,30 @@ def test_sites_get_the_result_without_what_it_says_of_each_other(tmp_path: Path)
     opened = manifest.open_folder(tmp_path / "site")
     opened.check()
     assert opened.facts == {"round": 3}
+
+
+def test_the_result_of_a_run_is_signed_for_its_sites_and_where_it_lies(tmp_path: Path) -> None:
+    parties = enroll_parties(tmp_path / "parties")
+    identity = load_identity(parties["server"], role="coordinator", now=int(time.time()))
+    signer, roster = Signer("care", identity.name, identity.key), load_roster(parties["server"] / "roster", None)[0]
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"numbers")
+    manifest.write(run / "adapter", {"round": 3, "clients": {"anna": {"examples": 7}}})
+    with RunJournal.create(run) as ledger:
+        ledger.begin({**INPUTS, "number": "ab" * 8})
+    sign_result(run, signer)
+    own = verify_folder(run / "adapter", roster)
+    check_journal(run, own.predicate["training"])
+    (tmp_path / "site").mkdir()
+    for name, data in result_files(run, signer).items():
+        # Sites of 0.2.0 take no other ends of names; later ones give the envelope its own name.
+        assert RESULT_FILE.fullmatch(name)
+        (tmp_path / "site" / name.partition("/")[2].replace(".dsse.json", ".dsse")).write_bytes(bytes(data))
+    assert b"anna" not in b"".join(path.read_bytes() for path in (tmp_path / "site").iterdir())
+    theirs = verify_folder(tmp_path / "site", roster)
+    assert theirs.predicate["training"]["run"] == "ab" * 8
+    assert theirs.files == own.files == 2
 
 
 def test_a_damaged_result_goes_to_no_site(tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from fedtune.errors import StoreError, WireError
+from fedtune.link.provenance import WIRE_NAME
 from fedtune.store import files
 from fedtune.store.files import store_errors, write_bytes
+from fedtune.store.manifest import SIGNATURE
 from fedtune.wire.codec import parse
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -110,17 +112,24 @@ def complete_run(state: Path) -> str:
     return plans[-1].parent.name if plans and (plans[-1].parent / END).exists() else ""
 
 
-def store_result(state: Path, entry: Entry) -> Path:
+def store_result(state: Path, entry: Entry, check: Callable[[Path], None]) -> Path:
     """Put the fetched files of a run's result together in one step, and return their folder.
 
+    Args:
+        state: folder of the outbox.
+        entry: of the order that brings them.
+        check: called with the folder before it is in its place; an error leaves what was there before.
+
     Raises:
-        StoreError: if the folder cannot be written.
+        StoreError: if the folder cannot be written; or raised by `check`.
     """
     parts = entry.header.parts
     path = state / "runs" / entry.header.run / parts[0].key.partition("/")[0]
     with files.new_folder(path) as folder:
         for part in parts:
-            shutil.copyfile(entry.part(part.digest), folder / part.key.partition("/")[2])
+            name = part.key.partition("/")[2]
+            shutil.copyfile(entry.part(part.digest), folder / (SIGNATURE if name == WIRE_NAME else name))
+        check(folder)
     return path
 
 

@@ -29,9 +29,11 @@ from fedtune.link.client.round_texts import format_scores, format_work, verdict_
 from fedtune.link.client.session import Greeting, Session
 from fedtune.link.client.training_process import Trainer
 from fedtune.link.envelopes import TRAIN, UPDATE, make_part
+from fedtune.link.provenance import verify_folder
 from fedtune.link.rejections import one_line, veto_name
 from fedtune.link.settings import MIB, Policy
 from fedtune.link.uploads import free_bytes
+from fedtune.store import manifest
 from fedtune.store.files import make_private, store_errors, write_private
 from fedtune.wire.codec import MAX_HEADER_BYTES
 from fedtune.wire.profile import decode_terms
@@ -200,15 +202,32 @@ class TrainingJobs:
         if violation is not None:
             request = self._decline(job, violation.veto, violation.note)
         else:
-            for part in job.header.parts:
-                self._downloads.fetch(job, entry, part, inline)
-            folder = outbox.store_result(self._state, entry)
-            total = sum(part.num_bytes for part in job.header.parts)
-            self._record("result", round=job.header.round, path=str(folder), bytes=total)
-            request = self._sign(reply_header(self._session.identity, job, ()), {})
+            request = self._store_result(job, entry, inline)
         job.leaving = True
         self._delivery.deliver(job, request, {})
         shutil.rmtree(entry.folder, ignore_errors=True)
+
+    def _store_result(self, job: Job, entry: Entry, inline: Mapping[bytes, bytes]) -> pb.SubmitRequest:
+        """Fetch and verify the files, and return the signed reply: that they are here, or why they are not."""
+        for part in job.header.parts:
+            self._downloads.fetch(job, entry, part, inline)
+        remarks = list[str]()
+        try:
+            folder = outbox.store_result(self._state, entry, lambda path: remarks.append(self._check_result(path)))
+        except StoreError as error:
+            return self._decline(job, pb.WORK_FAILED, str(error))
+        total = sum(part.num_bytes for part in job.header.parts)
+        unverified = {"unverified": remarks[0]} if remarks[0] else {}
+        self._record("result", round=job.header.round, path=str(folder), bytes=total, **unverified)
+        return self._sign(reply_header(self._session.identity, job, ()), {})
+
+    def _check_result(self, folder: Path) -> str:
+        """Verify the files of a result and who signed them; return why that is not known of those of 0.2.0."""
+        opened = manifest.open_folder(folder)
+        if opened.listed is None:
+            return f"written by fedtune {opened.facts.get('fedtune')}, which signed no results"
+        verify_folder(folder, self._session.roster(), now=int(self._now()))
+        return ""
 
     def _free_bytes(self) -> int:
         """Return how many bytes may be written without taking what must stay free of this site's disk."""

@@ -110,7 +110,9 @@ def sign_request(folder: Path, request: bytes, *, days: int = 90, replace: bool 
     serials = old.serials if old is not None and not replace else ()
     begin, end = certificates.validity(pem)
     serials = (*serials, certificates.serial_number(pem))[-MAX_SERIALS:]
-    party = Party(applicant.name, applicant.org, applicant.role, applicant.key, serials, begin, end)
+    # A further certificate of a known key: what it signed before then still holds.
+    since = min(begin, old.not_before) if old is not None and not replace else begin
+    party = Party(applicant.name, applicant.org, applicant.role, applicant.key, serials, since, end)
     changed = dataclasses.replace(before, parties={**before.parties, applicant.name: party})
     signed = sign_next_version(folder, changed, now=now)
     return pack_bundle(pem, ca, read_ca_file(folder / ROSTER_PUB), signed)

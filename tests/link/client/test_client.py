@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ from fedtune.errors import ConfigError
 from fedtune.link.client import outbox
 from fedtune.link.client.session import Greeting
 from fedtune.link.pki import authority
+from fedtune.link.provenance import Signer, make_envelope
 from fedtune.link.rejections import rejection
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
+from fedtune.store import manifest
+from fedtune.store.manifest import FileFacts
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import copy_roster
 from tests.link.link_server import LinkServer, run_link_server
@@ -64,8 +70,65 @@ def test_the_end_of_the_run_ends_the_client(link: LinkServer) -> None:
         assert outbox.complete_run(running.state) == link.dispatcher.run.run
 
 
-def test_a_site_gets_the_result_of_the_run_before_it_ends(link: LinkServer) -> None:
-    files = {"adapter/adapter_config.json": b"{}", "adapter/adapter_model.safetensors": bytes(range(256)) * 500}
+def handed_out(link: LinkServer, changes: Mapping[str, bytes] | None = None) -> dict[str, bytes]:
+    """The files of a result as a server hands them out, signed, but for the changes."""
+    contents = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 500}
+    listed = {name: FileFacts(sha256(data).hexdigest(), len(data)) for name, data in contents.items()}
+    text = manifest.encode({"fedtune": "0.3.0", "round": 4}, listed)
+    run = link.dispatcher.run
+    signer = Signer(run.federation, run.author, run.key)
+    envelope = make_envelope(listed, sha256(text).hexdigest(), {}, signer, now=int(time.time()))
+    files = {**contents, "fedtune.json": text, "manifest.dsse.json": envelope, **(changes or {})}
+    return {f"adapter/{name}": data for name, data in files.items() if data}
+
+
+def result_of(link: LinkServer, files: dict[str, bytes]) -> tuple[dict[str, bytes], list[Any]]:
+    """What a site has in its folder after a run whose result is these files, and its events."""
+    with run_site(link) as running:
+        until(link, lambda: "hello" in running.kinds())
+        link.dispatcher.finish(4, files)
+        running.thread.join(END_S)
+        assert running.ended == ["finished"]
+        folder = running.state / "runs" / link.dispatcher.run.run / "adapter"
+        return {path.name: path.read_bytes() for path in folder.glob("*")}, list(running.events)
+
+
+def test_a_site_verifies_who_has_signed_the_result(link: LinkServer) -> None:
+    files = handed_out(link)
+    stored, events = result_of(link, files)
+    assert stored.pop("manifest.dsse") == files["adapter/manifest.dsse.json"]
+    assert {f"adapter/{name}": data for name, data in stored.items()} == {
+        name: data for name, data in files.items() if not name.endswith("dsse.json")
+    }
+    (fields,) = [fields for kind, fields in events if kind == "result"]
+    assert "unverified" not in fields
+
+
+@pytest.mark.guarantee("G19")
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("adapter_config.json", b"[]", "adapter_config.json: expected the digest"),
+        ("manifest.dsse.json", b"", "manifest.dsse: expected a signature; got none"),
+        ("manifest.dsse.json", b"{}", "manifest.dsse: expected the keys"),
+        ("fedtune.json", b'{"fedtune": "0.3.0"}', "expected the digests of the files beside it"),
+        ("readme.md", b"x", "expected only the files that fedtune.json lists"),
+    ],
+)
+def test_a_result_that_does_not_verify_is_not_stored(name: str, data: bytes, reason: str, link: LinkServer) -> None:
+    stored, events = result_of(link, handed_out(link, {name: data}))
+    assert not stored
+    (fields,) = [fields for kind, fields in events if kind == "declined"]
+    assert reason in fields["reason"]
+    assert "result" not in [kind for kind, _ in events]
+
+
+def test_a_site_gets_the_result_of_a_server_of_0_2_0_unverified(link: LinkServer) -> None:
+    files = {
+        "adapter/adapter_config.json": b"{}",
+        "adapter/adapter_model.safetensors": bytes(range(256)) * 500,
+        "adapter/fedtune.json": b'{"fedtune": "0.2.0"}',
+    }
     with run_site(link) as running:
         until(link, lambda: "hello" in running.kinds())
         link.dispatcher.finish(4, files)
@@ -74,7 +137,8 @@ def test_a_site_gets_the_result_of_the_run_before_it_ends(link: LinkServer) -> N
         folder = running.state / "runs" / link.dispatcher.run.run / "adapter"
         assert {f"adapter/{path.name}": path.read_bytes() for path in folder.iterdir()} == files
         (fields,) = [fields for kind, fields in running.events if kind == "result"]
-        assert (fields["round"], fields["path"], fields["bytes"]) == (4, str(folder), 128_002)
+        assert (fields["round"], fields["path"], fields["bytes"]) == (4, str(folder), 128_022)
+        assert fields["unverified"] == "written by fedtune 0.2.0, which signed no results"
         assert not list(running.state.glob("runs/*/0*"))
 
 
