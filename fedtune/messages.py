@@ -41,6 +41,8 @@ class Client:
     """Training examples the client holds; never below 1."""
     memory_bytes: int = 0
     """Main memory of its machine, as it says itself; 0 where it is not known."""
+    organisation: str = ""
+    """That it belongs to, by the roster; empty where there is none, and it is taken for one of its own."""
 
 
 @dataclass(frozen=True)
@@ -401,6 +403,16 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """What a client counts in one round: whole numbers, of which only the proportions matter."""
+
+    examples: int
+    """Where clients count in proportion to their examples."""
+    uniform: int
+    """Where all count the same, as far as their organisations do not have too many of them."""
+
+
+@dataclass(frozen=True)
 class AdmittedUpdate:
     """An update that answers its assignment in every respect; methods aggregate these."""
 
@@ -411,6 +423,13 @@ class AdmittedUpdate:
     """The plan's pruning ratio; 0 where the whole model was trained."""
     sizes: Mapping[Role, Size] = field(default_factory=dict)
     """How large its change is, by role; each is within the bounds of the round."""
+    weight: Weight | None = None
+    """What it counts, as set before the round began; None outside of rounds: its own examples."""
+
+    def counts(self, weights: Weighting) -> int:
+        """Return what the update counts in a mean over its cohort, in proportion to the others."""
+        own = self.weight or Weight(self.num_examples, 1)
+        return own.examples if weights == "examples" else own.uniform
 
     @property
     def norm(self) -> float:
@@ -540,11 +559,11 @@ class Blueprint:
 
 
 def cohort_weights(updates: Sequence[AdmittedUpdate], weights: Weighting) -> Sequence[tuple[AdmittedUpdate, float]]:
-    """Return (update, p_k) sorted by client name, the p_k summing to 1: by examples, or uniform.
+    """Return (update, p_k) sorted by client name, the p_k summing to 1: by the weights of the round.
 
     Sorting here makes every method independent of the order in which answers arrived.
     """
     cohort = sorted(updates, key=lambda update: update.client)
     # Integers, so that the sum is exact and every p_k is rounded only once.
-    sizes = [update.num_examples if weights == "examples" else 1 for update in cohort]
+    sizes = [update.counts(weights) for update in cohort]
     return [(update, size / sum(sizes)) for update, size in zip(cohort, sizes, strict=True)]

@@ -181,6 +181,7 @@ def serve_rounds(
             least=recipe.rounds.min_clients,
             base=recipe.model.digest or pinned_base(run),
             labels=recipe.data.labels,
+            organisation=partial(organisation_of, roster),
             on_base=partial(pin_base, run),
             note=note,
             on_admitted=lambda client, examples: record("connected", client=client, examples=examples),
@@ -253,6 +254,12 @@ def enrolled_clients(roster: RosterFile) -> Sequence[str]:
     """Return the names of the clients that the roster admits now."""
     parties = roster.current().parties.values()
     return sorted(party.name for party in parties if party.role == "client" and party.state == "active")
+
+
+def organisation_of(roster: RosterFile, client: str) -> str:
+    """Return the organisation that the roster assigns a client to; empty if it knows no such client."""
+    party = roster.current().parties.get(client)
+    return party.org if party is not None else ""
 
 
 def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:

@@ -79,6 +79,7 @@ class GridTransport:
         closed: bool = False,
         base: str = "",
         labels: Sequence[str] = (),
+        organisation: Callable[[str], str] = lambda client: "",
         on_base: Callable[[str], None] = lambda digest: None,
         note: Callable[[str], None] = lambda text: None,
         on_admitted: Callable[[str, int], None] = lambda client, examples: None,
@@ -97,6 +98,7 @@ class GridTransport:
             closed: whether no further client can join: then a refused client is not waited for.
             base: digest (hex) of the base that clients must have; empty: the one of the first client.
             labels: class names that clients must use; none: the union over the clients of the first round.
+            organisation: returns that of a client by name, where a roster says it.
             on_base: called with the digest when the first client has decided which base it is.
             note: receives at once whom the run waits for, who has connected and who is refused.
             on_admitted: called with the name of a client that takes part, and its training examples.
@@ -106,7 +108,7 @@ class GridTransport:
         """
         self._grid, self._clock, self._sleep = grid, clock, sleep
         self._expected, self._least, self._patience_s, self._hello_s = expected, least, patience_s, hello_s
-        self._closed, self._note = closed, note
+        self._closed, self._note, self._organisation = closed, note, organisation
         self._on_admitted, self._on_refused = on_admitted, on_refused
         self._connected: dict[int, ClientProfile] = {}  # by node; connected clients that have said hello
         self._refused: dict[int, Rejection] = {}  # by node
@@ -131,7 +133,12 @@ class GridTransport:
         # A client that leaves later must not hold up every round after it.
         self._expected = self._least
         return [
-            Client(name, self.profiles[name].num_examples, self.profiles[name].device.memory_bytes)
+            Client(
+                name,
+                self.profiles[name].num_examples,
+                self.profiles[name].device.memory_bytes,
+                self._organisation(name),
+            )
             for name in sorted(self._free())
         ]
 

@@ -25,6 +25,7 @@ class Connect(Protocol):
         least: int,
         base: str = "",
         labels: Sequence[str] = (),
+        organisation: Callable[[str], str] = lambda client: "",
         on_base: Callable[[str], None] = lambda digest: None,
         note: Callable[[str], None],
         on_admitted: Callable[[str, int], None] = lambda client, examples: None,

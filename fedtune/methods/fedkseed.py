@@ -242,11 +242,12 @@ def calibrate(state: FedKSeedState, sizes: Sequence[float | None]) -> FedKSeedSt
 
 def integer_weights(state: FedKSeedState, cohort: Sequence[AdmittedUpdate]) -> Sequence[tuple[AdmittedUpdate, int]]:
     """Return each update with its whole weight, 1 to 127."""
-    if state.settings.weights == "uniform":
+    counts = [update.counts(state.settings.weights) for update in cohort]
+    if state.settings.weights == "uniform" and len(set(counts)) == 1:
         return [(update, 1) for update in cohort]
     # Whole numbers keep the weighted sum in integers, so that no order of arrival changes a bit of it.
-    most = max(update.num_examples for update in cohort)
-    return [(update, max(1, round(MAX_WEIGHT * update.num_examples / most))) for update in cohort]
+    most = max(counts)
+    return [(update, max(1, round(MAX_WEIGHT * count / most))) for update, count in zip(cohort, counts, strict=True)]
 
 
 def sample_key(state: FedKSeedState, client: str) -> int:

@@ -92,7 +92,7 @@ def coverage(cohort: Cohort, layout: BlockLayout, *, weights: Weighting, floor: 
     c_g is the share of the examples (or of the clients) whose structure holds g, an integer ratio: where all clients
     keep the same, it is exactly 1 and nothing is scaled.
     """
-    sizes = [update.num_examples if weights == "examples" else 1 for update, _ in cohort]
+    sizes = [update.counts(weights) for update, _ in cohort]
     scales = {}
     for index, block in enumerate(layout.blocks):
         for side, size in (("q", block.heads), ("kv", block.kv_heads), ("ff", block.channels)):

@@ -18,6 +18,7 @@ from fedtune.messages import (
     ProbeResult,
     Traffic,
     TrainLora,
+    Weight,
 )
 from fedtune.rounds.admission import admit, largest_update
 from fedtune.rounds.clock import ClientTime, Clock, CompletedWork
@@ -49,6 +50,8 @@ class RoundRequest:
     """`Method.assign_whole` over that state."""
     bound: Callable[[AdmittedUpdate, Assignment], AdmittedUpdate | Failure]
     """`Bounds.bound` over that state."""
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    """What each client of the cohort counts."""
     unfit: Mapping[str, Failure] = field(default_factory=dict)
     """The clients without a feasible plan, which are not asked, and why."""
 
@@ -214,8 +217,12 @@ def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
     outcome = admit(update, assignment, request.blueprint, num_examples=request.enrolled[name])
     if isinstance(outcome, AdmittedUpdate) and (reason := request.refuse(outcome)):
         return Failure.from_text(name, reason, kind="refused", code="STATE_REBUILT")
+    if isinstance(outcome, Failure):
+        return outcome
     # Last: what the update changes is known only of one that fits.
-    return outcome if isinstance(outcome, Failure) else request.bound(outcome, assignment)
+    bounded = request.bound(outcome, assignment)
+    # What it says of its examples decides nothing: its weight was set before it trained.
+    return bounded if isinstance(bounded, Failure) else replace(bounded, weight=request.weights.get(name))
 
 
 def needs_whole_state(outcome: Outcome) -> bool:

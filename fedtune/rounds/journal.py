@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fedtune.messages import Failure
+from fedtune.messages import Failure, Weight
 from fedtune.methods import serialization as states
 
 UNFIT = "unfit"
@@ -29,6 +29,8 @@ class InterruptedRound:
     """Bytes that came from those of them that sent something."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Bytes of main memory of those of them that stated it."""
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    """What those of them count that do not count as their examples alone."""
 
 
 class RoundJournal(Protocol):
@@ -46,8 +48,11 @@ class RoundJournal(Protocol):
         cohort: Mapping[str, int],
         digests: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
+        weights: Mapping[str, Weight] | None = None,
     ) -> None:
-        """Record the digest of the state, the clients, and the digests of their assignments; before the first is sent.
+        """Record the digest of the state, the clients, what they count, and the digests of their assignments.
+
+        That is before the first assignment is sent. Weights are of those whose weight is not their examples alone.
 
         Clients without a feasible plan are recorded with the assignment digest `UNFIT`.
         """
@@ -80,6 +85,7 @@ class NullJournal:
         cohort: Mapping[str, int],
         digests: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
+        weights: Mapping[str, Weight] | None = None,
     ) -> None: ...
 
     def accept(self, round: int, client: str, update: bytes) -> None: ...

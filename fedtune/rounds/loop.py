@@ -19,6 +19,7 @@ from fedtune.messages import (
     PlannedClient,
     Traffic,
     TrainLora,
+    Weight,
 )
 from fedtune.methods import serialization as states
 from fedtune.planning.planner import ClientObservation
@@ -31,6 +32,7 @@ from fedtune.rounds.influence import Bounds
 from fedtune.rounds.journal import InterruptedRound, RoundJournal
 from fedtune.rounds.schedule import sample
 from fedtune.rounds.transport import UnsolicitedReply
+from fedtune.rounds.weights import cap_note, counted_examples, public_weights
 from fedtune.wire.codec import blob_encoder, encode_assignment
 
 Observations: TypeAlias = Sequence[ClientObservation]
@@ -65,6 +67,8 @@ class RoundResult:
     """Time by client, simulated or measured, where it is known."""
     clock_s: float = 0.0
     """Simulated or measured seconds of the run so far: a round lasts as long as its slowest client."""
+    counted: Mapping[str, float] = field(default_factory=dict)
+    """As how many examples they count, by the clients that `rounds.weight_cap` makes count less."""
 
     @property
     def observations(self) -> Observations:
@@ -115,7 +119,7 @@ def run(
         began, interrupted = time.perf_counter(), journal.interrupted_round(state.round + 1)
         cohort = cohort_of(context, state.round + 1, interrupted)
         context.watch(RoundStarted(state.round + 1, count, tuple(client.name for client in cohort)))
-        request = make_request(context, state, learned, cohort)
+        request = make_request(context, state, learned, cohort, weights_of(context, cohort, interrupted))
         # Before the first assignment is sent: after a crash the same bytes must go out, or updates that were accepted
         # would answer an assignment that was never recorded.
         open_round(journal, request, cohort, digest, interrupted)
@@ -144,6 +148,7 @@ def run(
             planned=request.planned,
             assignments={name: without_blobs(assignment) for name, assignment in request.assignments.items()},
             examples=request.enrolled,
+            counted=counted_examples(request.weights, request.enrolled),
             outcomes={name: without_tensors(outcome) for name, outcome in outcomes.items()},
             norms={name: size for name, size in norms.items() if isinstance(outcomes[name], AdmittedUpdate)},
             traffic=replies.traffic,
@@ -190,7 +195,27 @@ def reachable(clients: Sequence[Client], round: int, clock: Clock) -> Sequence[C
     return fleet
 
 
-def make_request(context: RoundContext, state: Any, learned: Any, cohort: Sequence[Client]) -> RoundRequest:
+def weights_of(
+    context: RoundContext, cohort: Sequence[Client], interrupted: InterruptedRound | None
+) -> Mapping[str, Weight]:
+    """Return what each client of a round counts: from what they have enrolled, or as recorded when it began."""
+    if interrupted is not None:
+        # Not computed again: the roster or the cap may have changed since, and clients have been promised these.
+        return {client.name: interrupted.weights.get(client.name) or plain_weight(client) for client in cohort}
+    cap = context.schedule.weight_cap
+    weights = public_weights(cohort, cap)
+    if note := cap_note(weights, {client.name: client.num_examples for client in cohort}, cap):
+        context.watch(Note(note))
+    return weights
+
+
+def plain_weight(client: Client) -> Weight:
+    return Weight(client.num_examples, 1)
+
+
+def make_request(
+    context: RoundContext, state: Any, learned: Any, cohort: Sequence[Client], weights: Mapping[str, Weight]
+) -> RoundRequest:
     """Return what a cohort is asked to do in the coming round; blobs that clients share are encoded once.
 
     Raises:
@@ -214,6 +239,7 @@ def make_request(context: RoundContext, state: Any, learned: Any, cohort: Sequen
         blueprint=context.blueprint,
         refuse=partial(method.refuse, state),
         assign_whole=partial(whole_assignment, context, state),
+        weights=weights,
         bound=Bounds(method, state, context.blueprint, context.schedule.norm_cap).bound,
         unfit=unfit,
     )
@@ -258,7 +284,11 @@ def open_round(
     digests = request.digests
     if earlier is None:
         memory = {client.name: client.memory_bytes for client in cohort if client.memory_bytes}
-        journal.open(request.round, state=state, cohort=request.enrolled, digests=digests, memory=memory)
+        plain = {client.name: plain_weight(client) for client in cohort}
+        weights = {name: weight for name, weight in request.weights.items() if weight != plain[name]}
+        journal.open(
+            request.round, state=state, cohort=request.enrolled, digests=digests, memory=memory, weights=weights
+        )
     elif earlier.digests != digests:
         raise changed_assignments(request.round, earlier.digests, digests)
 

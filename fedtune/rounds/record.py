@@ -33,6 +33,8 @@ class ClientRecord:
     """Optimizer steps, or seeds measured; None without an assignment."""
     examples: int = 0
     """Training examples, as enrolled."""
+    counted: float | None = None
+    """As how many examples it counts, where `rounds.weight_cap` makes that fewer."""
     bytes_down: int = 0
     """Bytes sent to the client, counted on the encoded message."""
     bytes_up: int = 0

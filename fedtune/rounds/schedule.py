@@ -39,6 +39,10 @@ class Schedule:
     steps of the optimiser can reach, which honest training never leaves, or 1e6 where that has no limit, as with sgd
     without `client.clip_norm`; a number: the norm of each of the three changes that `max_norm` names; none: all that
     is finite."""
+    weight_cap: Annotated[float, Ge(1)] | None = field(default=10.0, metadata=OMIT_DEFAULT)
+    """Largest weight of an organisation in a round, in medians of the cohort's organisations (of two the smaller one);
+    its clients share it in proportion. Clients that no roster assigns to an organisation are each one of their own.
+    none: clients count as they say."""
     deadline_s: Annotated[float, Gt(0)] | None = None
     """Over a network, a round ends after this time if `min_clients` have answered; none waits for every client."""
     grace_s: Annotated[float, Ge(0)] = 60.0

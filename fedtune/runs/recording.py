@@ -139,7 +139,13 @@ def unsolicited_records(replies: Sequence[UnsolicitedReply]) -> tuple[Unsolicite
 def client_record(finished: RoundResult, name: str) -> ClientRecord:
     outcome, planned = finished.outcomes[name], finished.planned.get(name)
     traffic, device = finished.traffic[name], finished.times.get(name)
-    record = ClientRecord(status="ok", examples=finished.examples[name], bytes_down=traffic.down, bytes_up=traffic.up)
+    record = ClientRecord(
+        status="ok",
+        examples=finished.examples[name],
+        counted=finished.counted.get(name),
+        bytes_down=traffic.down,
+        bytes_up=traffic.up,
+    )
     if planned is not None:  # a client without a feasible plan has no assignment
         plan, task = finished.assignments[name].plan, finished.assignments[name].task
         record = replace(
@@ -168,8 +174,12 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
 
 
 def mean_loss(losses: Sequence[tuple[ClientRecord, float | None]]) -> float | None:
-    """Return the mean over the clients whose update was used, weighted by their examples; None for none."""
-    known = [(loss, client.examples) for client, loss in losses if client.status == "ok" and loss is not None]
+    """Return the mean over the clients whose update was used, weighted by what they count; None for none."""
+    known = [
+        (loss, client.counted or client.examples)
+        for client, loss in losses
+        if client.status == "ok" and loss is not None
+    ]
     return sum(loss * n for loss, n in known) / sum(n for _, n in known) if known else None
 
 

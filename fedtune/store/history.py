@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import StoreError
-from fedtune.messages import Failure
+from fedtune.messages import Failure, Weight
 from fedtune.store import journal
 from fedtune.store.journal import End, Record
 
@@ -41,6 +41,8 @@ class Round:
     """Bytes received from each client that failed."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Main memory in bytes, of the clients that reported it."""
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    """Of the clients whose weight is not their examples alone."""
 
     @property
     def missing(self) -> Sequence[str]:
@@ -141,8 +143,14 @@ def begin(history: History, fields: Mapping[str, Any]) -> None:
     if cohort.keys() != orders.keys():
         raise StoreError(f"expected an assignment for each client of {sorted(cohort)}; got {sorted(orders)}")
     memory = {str(name): int(num_bytes) for name, num_bytes in fields.get("memory", {}).items()}
+    weights = {
+        str(name): Weight(int(examples), int(uniform))
+        for name, (examples, uniform) in fields.get("weights", {}).items()
+    }
+    if any(min(weight.examples, weight.uniform) < 1 for weight in weights.values()):
+        raise ValueError("weights")
     note_line(history, fields, number - 1)
-    history.round, history.finished = Round(number, state, cohort, orders, memory=memory), False
+    history.round, history.finished = Round(number, state, cohort, orders, memory=memory, weights=weights), False
 
 
 def accept(history: History, fields: Mapping[str, Any]) -> None:

@@ -71,6 +71,8 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
         "bytes_down": client.bytes_down,
         "bytes_up": client.bytes_up,
     }
+    if client.counted is not None:
+        line["counted"] = client.counted
     if client.ratio is not None:
         line["ratio"] = client.ratio
     if client.deadline_s is not None:

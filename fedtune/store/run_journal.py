@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedtune.errors import StoreError
-from fedtune.messages import Failure
+from fedtune.messages import Failure, Weight
 from fedtune.methods.serialization import digest, why_not_finite
 from fedtune.rounds.journal import InterruptedRound
 from fedtune.store import files
@@ -190,6 +190,7 @@ class RunJournal:
             failures=current.failures,
             sizes=current.sizes,
             memory=current.memory,
+            weights=current.weights,
         )
 
     def _updates(self, current: Round) -> Mapping[str, bytes]:
@@ -210,6 +211,7 @@ class RunJournal:
         cohort: Mapping[str, int],
         digests: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
+        weights: Mapping[str, Weight] | None = None,
     ) -> None:
         """Note the start of a round, then remove the blobs that only a repetition of the round before would need.
 
@@ -218,7 +220,9 @@ class RunJournal:
         """
         needed = self._history.needed().keys()
         # Without reported memory the record has the bytes that releases before 0.2.0 wrote.
-        reported = {"memory": memory} if memory else {}
+        reported: dict[str, Any] = {"memory": memory} if memory else {}
+        if weights:
+            reported["weights"] = {name: [weight.examples, weight.uniform] for name, weight in weights.items()}
         fields = {"round": round, "state": state, "cohort": cohort, "orders": digests, **reported}
         self._note("open", {**fields, **self._line()})
         self._blobs.release(needed - self._history.needed().keys())

@@ -56,6 +56,10 @@ class ModelSpec:
     """Of the base's blocks; None for a model that cannot be pruned."""
 
 
+MAX_EXAMPLES = 10**9
+"""What a client states decides how many steps it is planned and how much it counts."""
+
+
 @dataclass(frozen=True)
 class ClientProfile:
     """What one client says of itself; an encoded one travels as header and bodies, as an assignment does."""
@@ -135,8 +139,13 @@ def _profile_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Client
     if not names or names != sorted(set(names)) or not all(names):
         raise WireError(f"{name}: expected modules, each once and in order; got {names[:5]}")
     modules = {module.name: (module.out_features, module.in_features) for module in message.modules}
-    if message.examples < 1 or min(map(min, modules.values())) < 1:
-        raise WireError(f"{name}: expected at least one example and no empty module; got {message.examples} examples")
+    if not 1 <= message.examples <= MAX_EXAMPLES or message.held_out > MAX_EXAMPLES:
+        raise WireError(
+            f"{name}: expected 1 to {MAX_EXAMPLES:,} examples, and as many rows held out at most; "
+            f"got {message.examples:,} and {message.held_out:,}"
+        )
+    if min(map(min, modules.values())) < 1:
+        raise WireError(f"{name}: expected no empty module; got one")
     check_manifest(name, message)
     saved = decode(message.saved)
     for key, array in saved.items():

@@ -18,6 +18,7 @@ from fedtune.deployment.coordinator import (
     create_dispatcher,
     first_cohort_size,
     max_update_bytes,
+    organisation_of,
     readiness_fault,
 )
 from fedtune.deployment.link_events import on_event, refusal_of
@@ -132,6 +133,8 @@ def test_all_means_every_client_in_the_roster(tmp_path: Path) -> None:
     assert first_cohort_size(data_at_sites(RECIPE), roster) == 2
     assert first_cohort_size(data_at_sites(RECIPE + "cohort = 1\n"), roster) == 1
     assert first_cohort_size(data_at_sites(RECIPE + "min_clients = 4\n"), roster) == 4
+    # Of a party that is not enrolled any more as well: its round may still be open.
+    assert [organisation_of(roster, name) for name in ("a", "c", "nobody")] == ["org-a", "org-c", ""]
 
 
 def test_a_server_is_unready_while_its_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

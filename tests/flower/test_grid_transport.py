@@ -58,6 +58,18 @@ def test_clients_are_known_by_the_names_that_they_say(clock: Clock) -> None:
     ]
 
 
+def test_a_rosters_organisations_are_those_of_the_clients(clock: Clock) -> None:
+    organisations = {"ann": "north", "bob": "south"}
+    transport = over(
+        fleet("bob", "ann", "cyd"), clock, expected=3, organisation=lambda name: organisations.get(name, "")
+    )
+    assert [(client.name, client.organisation) for client in transport.clients()] == [
+        ("ann", "north"),
+        ("bob", "south"),
+        ("cyd", ""),
+    ]
+
+
 def test_every_client_answers_its_own_order(clock: Clock) -> None:
     transport = over(fleet("ann", "bob"), clock, expected=2)
     transport.clients()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from fedtune.messages import (
     PlannedClient,
     ProbeResult,
     Training,
+    Weight,
 )
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
@@ -57,9 +58,11 @@ class Scripted:
     order: Callable[[list[str]], list[str]] = sorted
     strays: Sequence[Answer] = ()
     """What arrives after everything else in every round."""
+    enrolled: Mapping[str, int] = field(default_factory=dict)
+    """Examples of the clients that have others than ten."""
 
     def clients(self) -> Sequence[Client]:
-        return [Client(name, 10) for name in self.replies]
+        return [Client(name, self.enrolled.get(name, 10)) for name in self.replies]
 
     def exchange(self, orders: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
         for name in self.order(list(orders)):
@@ -88,7 +91,7 @@ def answer(value: float = 0.1, **changes: Any) -> Script:
 
 
 def rounds(replies: Mapping[str, Script], *, count: int = 1, watch: Any = None, **options: Any) -> list[RoundResult]:
-    order, strays = options.pop("order", sorted), options.pop("strays", ())
+    order, strays, enrolled = options.pop("order", sorted), options.pop("strays", ()), options.pop("enrolled", {})
     journal, start = options.pop("ledger", None) or NullJournal(), options.pop("start", None)
     method = METHODS[options.pop("method", "flora")]
     settings, training = options.pop("settings", method.settings()), options.pop("training", TRAINING)
@@ -98,7 +101,7 @@ def rounds(replies: Mapping[str, Script], *, count: int = 1, watch: Any = None, 
                 method=method,
                 settings=settings,
                 planner=Fixed(lambda name: (2, training), alpha="2r", rslora=False),
-                transport=Scripted(replies, order, strays),
+                transport=Scripted(replies, order, strays, enrolled),
                 journal=journal,
                 schedule=Schedule(count=count, **options),
                 blueprint=Blueprint({"x": SHAPE}, saved={}, max_rank=2, seed=0, manifest=LISTED.encode()),
@@ -133,7 +136,9 @@ class Noted(NullJournal):
         cohort: Mapping[str, int],
         digests: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
+        weights: Mapping[str, Weight] | None = None,
     ) -> None:
+        self.noted["weights"] = weights or {}
         self.steps.append(("open", round, tuple(cohort)))
         self.noted["digests"] = digests
 

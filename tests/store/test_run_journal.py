@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.messages import Failure
+from fedtune.messages import Failure, Weight
 from fedtune.methods import serialization
 from fedtune.methods.serialization import digest
 from fedtune.rounds.journal import InterruptedRound, RoundJournal
 from fedtune.rounds.record import RoundRecord
 from fedtune.store import files, journal, run_journal
-from fedtune.store.history import replay_journal
+from fedtune.store.history import History, replay_journal
 from fedtune.store.round_records import append_round, read_rounds
 from fedtune.store.run_journal import RunJournal
 from fedtune.store.verify import verify
@@ -149,6 +149,29 @@ def test_a_round_without_its_line_is_done_again_from_all_that_it_was_made_of(run
         assert kept.interrupted_round(3) is None
         complete(kept, 3)
     assert [kind for kind in kinds(run)[8:] if kind != "accept"] == ["start", "open", "close", "commit"]
+
+
+def test_weights_that_are_not_the_examples_alone_are_read_back(tmp_path: Path) -> None:
+    weights = {name: Weight(2**62 + number, 2**20) for number, name in enumerate(COHORT)}
+    with RunJournal.create(tmp_path) as kept:
+        kept.begin(INPUTS)
+        kept.open(1, state="", cohort=COHORT, digests=ORDERS, weights=weights)
+    with RunJournal.reopen(tmp_path) as kept:
+        again = kept.interrupted_round(1)
+        assert again is not None
+        assert again.weights == weights
+
+
+@pytest.mark.parametrize("wrong", [{"ann": 1}, {"ann": [0, 1]}, {"ann": [1, -1]}, {"ann": [1]}, {"ann": ["x", 1]}])
+def test_weights_that_no_round_can_have_are_damage(wrong: Any) -> None:
+    history = History()
+    history.apply("start", {"run": "r", "inputs": INPUTS})
+    opening = {"round": 1, "state": "", "cohort": {"ann": 1}, "orders": {"ann": "o"}}
+    with pytest.raises(StoreError, match="expected the fields of open"):
+        history.apply("open", {**opening, "weights": wrong})
+    history.apply("open", {**opening, "weights": {"ann": [3, 2]}})
+    assert history.round is not None
+    assert history.round.weights == {"ann": Weight(3, 2)}
 
 
 def test_the_first_round_is_done_again_from_the_methods_own_state(tmp_path: Path) -> None:

@@ -426,8 +426,8 @@ class Dispatcher:
     def count_refusal(self, client: str, refusal: pb.Refusal) -> None:
         """Count a final refusal; after `bar_after` of them in ten rounds the client is blocked."""
         # An honest client comes with an unknown task, too: after a restart of the server, or when it is far too late.
-        # Nor is it to blame for what only the sum with the updates of others shows.
-        if refusal.reason in TRANSIENT or refusal.reason in (pb.ORDER_UNKNOWN, pb.NOT_AGGREGATED):
+        # Nor is it to blame for what only the sum with the updates of others shows, or their median.
+        if refusal.reason in TRANSIENT or refusal.reason in (pb.ORDER_UNKNOWN, pb.NOT_AGGREGATED, pb.NORM_OVER_CAP):
             return
         with self._lock:
             reason = self._refusals.count(client, refusal, self._rounds, limit=self.settings.bar_after)

@@ -156,9 +156,10 @@ def test_the_receipts_of_the_journal_refuse_an_update_for_good_and_three_of_them
     assert not harness.dispatcher.blocklist.reason("bob")
 
 
-def test_a_task_that_is_not_known_any_more_is_no_fault_of_the_client(harness: Harness) -> None:
+@pytest.mark.parametrize("reason", [pb.ORDER_UNKNOWN, pb.NORM_OVER_CAP, pb.NOT_AGGREGATED])
+def test_what_a_client_cannot_know_is_no_fault_of_it(harness: Harness, reason: Any) -> None:
     for _ in range(10):
-        harness.dispatcher.count_refusal("anna", rejection(pb.ORDER_UNKNOWN, "", "", "").refusal)
+        harness.dispatcher.count_refusal("anna", rejection(reason, "", "", "").refusal)
     assert not harness.dispatcher.blocklist.reason("anna")
 
 
