@@ -31,7 +31,11 @@ LINK, AUDIT, ID, SPOOL, BARRED, BASE = "link", "audit", "id", "spool", "barred",
 def pinned_base(run: Path) -> str:
     """Return the digest (hex) of the base that the first client of a run had; empty before one has come."""
     path = run / LINK / BASE
-    return path.read_text().strip() if path.exists() else ""
+    with store_errors(path):
+        digest = path.read_bytes().strip().decode(errors="replace") if path.exists() else ""
+    if digest and not re.fullmatch("[0-9a-f]{64}", digest):
+        raise StoreError(f"{path}: expected the digest of a base, 64 hex digits; got {digest[:40]!r}; put back a copy")
+    return digest
 
 
 def pin_base(run: Path, digest: str) -> None:

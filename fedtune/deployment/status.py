@@ -285,4 +285,6 @@ def verify_receipts(run: Path, state: Path) -> int:
 def read_run_id(run: Path) -> str:
     """Return the run's id on the link; empty if it was never served."""
     path = run / LINK / ID
-    return path.read_text().strip() if path.exists() else ""
+    with store_errors(path):
+        # A damaged one is shown as it is; a number that is none has no receipts.
+        return path.read_bytes().strip().decode(errors="replace") if path.exists() else ""

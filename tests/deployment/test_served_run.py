@@ -9,6 +9,7 @@ import pytest
 
 from fedtune.deployment.served_run import (
     accepted_updates,
+    complete_summary,
     informed_clients,
     pin_base,
     pinned_base,
@@ -25,6 +26,7 @@ from fedtune.link.pki.identity import load_identity
 from fedtune.link.provenance import Signer, load_roster, verify_folder
 from fedtune.messages import Failure
 from fedtune.store import manifest
+from fedtune.store.run_directory import write_summary
 from fedtune.store.run_journal import RunJournal
 from fedtune.store.training_record import check_journal
 from fedtune.store.verify import status as run_status
@@ -139,3 +141,31 @@ def test_a_number_that_is_none_is_refused_also_where_no_journal_notes_it(tmp_pat
     (tmp_path / "link" / "id").write_bytes(b"../../etc/passwd")
     with pytest.raises(StoreError, match="expected a number of 16 hex digits"):
         run_id(tmp_path)
+
+
+def test_a_finished_run_is_complete_while_its_summary_and_result_are_whole(tmp_path: Path) -> None:
+    recipe = data_at_sites(RECIPE)
+    with RunJournal.create(tmp_path) as ledger:
+        ledger.begin(INPUTS)
+        ledger.finish(0)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"numbers")
+    manifest.write(tmp_path / "adapter", {"round": 3})
+    write_summary(tmp_path, {"selection": {"ended": "no better"}})
+    assert complete_summary(tmp_path, recipe) is not None
+    # What is damaged is work: a resume writes it again.
+    for name in ("summary.json", "adapter/adapter_model.safetensors", "adapter/fedtune.json"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-2])
+        assert complete_summary(tmp_path, recipe) is None
+        (tmp_path / name).write_bytes(whole)
+    (tmp_path / "summary.json").unlink()
+    assert complete_summary(tmp_path, recipe) is None
+
+
+def test_a_damaged_digest_of_the_base_is_one_sentence(tmp_path: Path) -> None:
+    pin_base(tmp_path, "ab" * 32)
+    for data in (b"\xff" * 64, b"ab", ("AB" * 32).encode()):
+        (tmp_path / "link" / "base").write_bytes(data)
+        with pytest.raises(StoreError, match="link/base: expected the digest of a base, 64 hex digits"):
+            pinned_base(tmp_path)
