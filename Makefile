@@ -24,7 +24,7 @@ step = echo "  $(1) ..." && start=$$SECONDS && $(2) | { grep --line-buffered -oE
 CONVERT := $(BIN)/python -c 'from fedtune.model import gguf; from fedtune.runs import demo; gguf.convert_once(demo.find_model())'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all style types fast full guarantees docs docs-serve bench proto format clean
+.PHONY: help demo test test-all style types fast full guarantees soak docs docs-serve bench proto format clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ fast full: $(INSTALLED)
 guarantees: $(INSTALLED)  ## count anew what the tests of guarantees check, for the page of the documentation; commit before
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
 		-m guarantee --guarantees docs/guarantees.json
+
+soak: $(INSTALLED)  ## attack a federation for twenty minutes, and look at its memory and its rounds
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -s tests/link/test_soak.py --soak-minutes 20
 
 docs: $(INSTALLED)  ## build the documentation into site/; every warning is an error
 	@$(BIN)/python -m mkdocs build --strict --quiet

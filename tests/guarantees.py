@@ -21,6 +21,7 @@ COUNT = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-minutes", type=float, default=1.0, help="how long a federation is attacked in a row")
     parser.addoption("--guarantees", type=Path, help="write here what the tests of guarantees have checked, as JSON")
 
 

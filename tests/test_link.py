@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import fedtune
 from fedtune.config import bind
 from fedtune.link.client import outbox
+from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.scores import pooled_scores
 from fedtune.store.history import replay_journal
 from tests.cli.test_flower_server import toml
@@ -162,6 +163,12 @@ def scripted(fed: Federation, *names: str, seconds: float = 0.3) -> None:
 
 def reference(tmp_path: Path, recipe: str = FLORA) -> str:
     """Return the digest of the final state of the recipe in one process."""
+    *_, last = reference_rounds(recipe)
+    return last.digest
+
+
+def reference_rounds(recipe: str) -> Iterator[RoundResult]:
+    """Yield the rounds of the recipe in one process."""
     from functools import partial
 
     from fedtune.config import planned_training
@@ -186,8 +193,7 @@ def reference(tmp_path: Path, recipe: str = FLORA) -> str:
         machine={},
     )
     engine = InProcess([Client(name, EXAMPLES) for name in SITES], dict.fromkeys(SITES, scripted_update))
-    *_, last = run_rounds_of(setting, engine)
-    return last.digest
+    yield from run_rounds_of(setting, engine)
 
 
 def last_state(fed: Federation) -> str:
