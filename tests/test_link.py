@@ -145,6 +145,7 @@ learning_rate = 1e-3
 [rounds]
 count = 4
 min_clients = 3
+norm_cap = 1e30  # updates are drawn, not trained: no number of steps bounds them
 [[override]]
 clients = ["site-b"]
 rank = 4

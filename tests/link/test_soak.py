@@ -134,7 +134,7 @@ def test_a_federation_under_attack_for_minutes_grows_no_memory_and_commits_the_r
 ) -> None:
     minutes = pytestconfig.getoption("--soak-minutes")
     rng, faults, knocking = (generator(derive(0, f"soak {name}")) for name in ("strikes", "faults", "knocks"))
-    recipe = FLORA.replace("count = 4", "count = 1000000")
+    recipe = FLORA.partition("[[override]]")[0].replace("count = 4", "count = 1000000").replace('"flora"', '"fedit"')
     sites = dict.fromkeys((*SITES, BAD), SITE)
     settings = {"inline_kib": 64, "window_mib": 1, "part_kib": 64, "drain_s": 2.0, "hold_s": 2.0}
     watched, held, kills = Watched(), list[socket.socket](), dict.fromkeys(("server", *SITES), 0)
