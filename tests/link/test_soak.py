@@ -31,6 +31,8 @@ from tests.test_link import FLORA, SITE, SITES, reference_rounds, scripted
 
 BAD = "site-x"
 """An enrolled party that sends nothing but what is refused."""
+STRANGER = "127.0.0.2"
+"""Another source than the sites': connections are limited by source."""
 FAULTS: dict[Fault, float] = {"none": 0.4, "cut": 0.3, "delay": 0.15, "flip": 0.1, "silence": 0.05}
 EXPECT = ("--expect", str(len(SITES)))
 KILL_EVERY_S = 15.0
@@ -89,7 +91,7 @@ def repeated(act: Callable[[], object], every_s: float) -> Iterator[list[int]]:
 
 def knock(port: int, held: list[socket.socket]) -> None:
     """Connect without TLS, and say nothing or what is none; at most twenty of these connections stay."""
-    plain = socket.create_connection(("127.0.0.1", port), timeout=5)
+    plain = socket.create_connection(("127.0.0.1", port), timeout=5, source_address=(STRANGER, 0))
     held.append(plain)
     if len(held) % 2:
         plain.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
