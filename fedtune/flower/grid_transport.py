@@ -113,6 +113,8 @@ class GridTransport:
         self._connected: dict[int, ClientProfile] = {}  # by node; connected clients that have said hello
         self._refused: dict[int, Rejection] = {}  # by node
         self._unanswered: dict[str, SentMessage] = {}  # by message id
+        self._waited_s: dict[str, float] = {}  # for hellos of a name that is bound to a key, all together
+        self._known: set[str] = set()  # such names that were connected once
         self._unsolicited: list[UnsolicitedReply] = []  # for the next exchange to tell
         self._common = CommonModel(base=base, labels=labels, on_base=on_base)
         # Initial values may be large: clients that agree share one copy, which goes with the last of them.
@@ -247,7 +249,9 @@ class GridTransport:
                 # By the message's id alone: the source of a reply is unchecked, and the server's own in error replies.
                 message_id = reply.metadata.reply_to_message_id
                 if message_id in self._unanswered:
-                    yield message_id, self._unanswered.pop(message_id), reply
+                    sent = self._unanswered.pop(message_id)
+                    self._note_wait(sent)
+                    yield message_id, sent, reply
 
     def _await_clients(self, done: Callable[[], bool]) -> None:
         """Send hellos and sort the replies, until `done` or `patience_s` have passed."""
@@ -268,11 +272,9 @@ class GridTransport:
         names = self._nodes().keys() | {""}
         self._refused = {node: no for node, no in self._refused.items() if node in bound and no.taken in names}
         # Flower answers for a message that it has dropped; with another grid a client must not stay busy for ever.
-        self._unanswered = {
-            message_id: sent
-            for message_id, sent in self._unanswered.items()
-            if self._clock() - sent.at < sent.ttl_s + LATE_S
-        }
+        for message_id, sent in list(self._unanswered.items()):
+            if self._clock() - sent.at >= sent.ttl_s + LATE_S:
+                self._note_wait(self._unanswered.pop(message_id))
         refused = {node for node, no in self._refused.items() if self._clock() < no.until}
         for node in sorted(bound.keys() - self._connected.keys() - refused - self._busy()):
             sent = SentMessage(node, "hello", bound[node], self._clock(), self._patience_s, self._common.labels)
@@ -321,6 +323,7 @@ class GridTransport:
             self._common.take(common)
             self._refused.pop(sent.node, None)
             self._connected[sent.node] = replace(profile, foundation=common)
+            self._known.add(sent.client)
             count = "" if self._common.settled else f" ({len(self._connected)} of {self._expected})"
             self._note(f"{name} connected: {profile.num_examples} examples{count}")
             self._on_admitted(name, profile.num_examples)
@@ -336,7 +339,7 @@ class GridTransport:
 
     def _ready(self) -> bool:
         """Return whether a round can start; the first time that it could, settle what the clients have in common."""
-        if self._awaits_hello(self._hello_s) or len(self._connected) < self._expected:
+        if any(map(self._is_waited_for, self._open_hellos())) or len(self._connected) < self._expected:
             return False
         if self._common.settled is None and self._connected:
             self._common.unite_labels([profile.foundation for profile in self._connected.values()])
@@ -356,14 +359,28 @@ class GridTransport:
     def _cannot_be_ready(self) -> bool:
         """Return whether all clients have answered and too few are admitted, where no other client can join."""
         complete = len(self._connected) + len(self._refused) >= self._expected
-        return self._closed and not self._awaits_hello(math.inf) and complete and len(self._connected) < self._expected
+        return self._closed and not [*self._open_hellos()] and complete and len(self._connected) < self._expected
 
-    def _awaits_hello(self, within_s: float) -> bool:
-        """Return whether a recent first hello is unanswered; a client that was refused is not waited for again."""
-        return any(
-            sent.kind == "hello" and sent.node not in self._refused and self._clock() - sent.at < within_s
-            for sent in self._unanswered.values()
-        )
+    def _open_hellos(self) -> Iterator[SentMessage]:
+        """Yield the hellos without an answer; a client that was refused is not waited for again."""
+        for sent in self._unanswered.values():
+            if sent.kind == "hello" and sent.node not in self._refused:
+                yield sent
+
+    def _is_waited_for(self, sent: SentMessage) -> bool:
+        """Return whether a round waits for a hello, where there are enough clients without it.
+
+        A name that is bound to a key has `hello_s` for all its hellos together, and after the first round none if it
+        never took part: else a client that answers no hello would hold up every round, by coming again and again.
+        """
+        if sent.client and self._common.settled is not None and sent.client not in self._known:
+            return False
+        return self._clock() - sent.at < self._hello_s - self._waited_s.get(sent.client, 0.0)
+
+    def _note_wait(self, sent: SentMessage) -> None:
+        if sent.kind == "hello" and sent.client:
+            waited_s = self._waited_s.get(sent.client, 0.0) + self._clock() - sent.at
+            self._waited_s[sent.client] = waited_s
 
     def _nodes(self) -> Mapping[str, int]:
         """Return the nodes of the clients that are here, by name."""

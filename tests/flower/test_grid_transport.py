@@ -346,6 +346,39 @@ def test_a_hello_that_never_comes_holds_the_others_up_for_its_time_alone(clock: 
     assert grid.pushed.count((NODE + 1, HELLO)) == 1
 
 
+@pytest.mark.guarantee("G14")
+def test_a_client_that_comes_again_and_again_and_never_answers_holds_no_round_up(clock: Clock) -> None:
+    """Bound to its key by a name; each time that it comes it is another node, with a hello of its own."""
+    silent = client("bob", answers=silent_until(clock, NEVER, kind=HELLO))
+    grid = fleet("ann")
+    grid.names = {NODE: "ann"} | {NODE + number: "bob" for number in range(1, 5)}
+    transport = over(grid, clock)
+    assert names(transport) == ["ann"]
+    for number in range(1, 5):
+        grid.nodes = {NODE: grid.nodes[NODE], NODE + number: silent}
+        assert names(transport) == ["ann"]
+    assert clock() == 0
+    assert grid.pushed.count((NODE + 4, HELLO)) == 1
+
+
+@pytest.mark.guarantee("G14")
+def test_a_client_that_took_part_is_waited_for_when_it_comes_again_but_not_for_ever(clock: Clock) -> None:
+    grid = fleet("ann", "bob")
+    grid.names = {NODE: "ann"} | {NODE + number: "bob" for number in range(1, 9)}
+    transport = over(grid, clock)
+    assert names(transport) == ["ann", "bob"]
+    back = client("bob", answers=silent_until(clock, 40, kind=HELLO))  # it loads its base
+    grid.nodes = {NODE: grid.nodes[NODE], NODE + 2: back}
+    assert names(transport) == ["ann", "bob"]
+    assert 40 <= clock() < 41
+    silent = client("bob", answers=silent_until(clock, NEVER, kind=HELLO))
+    for number in range(3, 9):
+        grid.nodes = {NODE: grid.nodes[NODE], NODE + number: silent}
+        assert names(transport) == ["ann"]
+        clock.now += 700  # Flower has dropped the message
+    assert clock() < 6 * 700 + 302  # 300 s of waiting in all
+
+
 def test_a_hello_that_comes_late_is_welcome(clock: Clock) -> None:
     grid = fleet("ann", "bob", bob=client("bob", answers=silent_until(clock, 320, kind=HELLO)))
     transport = over(grid, clock)
