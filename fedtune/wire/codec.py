@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -32,7 +31,7 @@ from fedtune.pruning.ranking import PruningSettings
 from fedtune.tensors import Tensors
 from fedtune.wire import probe, settings
 from fedtune.wire import tensors as bodies
-from fedtune.wire.expect import expect
+from fedtune.wire.expect import LARGEST, MAX_COUNT, MAX_RANK, expect
 from fedtune.wire.probe import choice
 from fedtune.wire.v1 import round_pb2 as pb
 
@@ -245,8 +244,13 @@ def day_of(message: pb.Assignment) -> str:
 
 
 def _plan_from(message: pb.Assignment) -> Plan:
-    plan, scaled = message.plan, 0 < message.plan.scale < math.inf
-    expect(plan.rank >= 1 and scaled, "rank >= 1 and scale > 0", f"rank {plan.rank}, scale {plan.scale}")
+    plan, scaled = message.plan, 0 < message.plan.scale <= LARGEST
+    ranked = 1 <= plan.rank <= MAX_RANK
+    expect(
+        ranked and scaled,
+        f"rank >= 1, at most {MAX_RANK}, and scale > 0 in float32",
+        f"rank {plan.rank}, scale {plan.scale}",
+    )
     expect(0 <= plan.pruning <= MAX_RATIO, f"a pruning ratio from 0 to {MAX_RATIO}", plan.pruning)
     return Plan(plan.client, plan.rank, plan.scale, _training(message.settings), plan.pruning)
 
@@ -263,10 +267,10 @@ def _lora_from(message: pb.Assignment, decode: Callable[[pb.Blob], Tensors]) -> 
 
 
 def _terms_from(local: pb.LocalAdapter) -> tuple[Term, ...]:
-    tail = 0 <= local.rank_penalty < math.inf and 0 < local.rank_decay <= 1
+    tail = 0 <= local.rank_penalty <= LARGEST and 0 < local.rank_decay <= 1
     got = f"{local.rank_penalty} and {local.rank_decay}"
     expect(tail, "rank_penalty >= 0 and rank_decay in (0, 1]", got)
-    expect(0 <= local.proximal < math.inf, "proximal >= 0", local.proximal)
+    expect(0 <= local.proximal <= LARGEST, "proximal >= 0 in float32", local.proximal)
     terms: list[Term] = []
     if local.rank_penalty > 0 or local.rank_decay < 1:
         terms.append(TailRank(local.rank_penalty, local.rank_decay))
@@ -353,8 +357,10 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
     expect(known, "the parts tensors and saved, and scores where they are wanted", roles)
     measured = header.measured
     # NaN fails both: a time or weight that no number is would spread through the planner's means.
-    expect(0 <= measured.seconds < math.inf, "a time of at least 0 s", measured.seconds)
-    expect(0 <= measured.importance < math.inf, "an importance of at least 0", measured.importance)
+    expect(0 <= measured.seconds <= LARGEST, "a time of at least 0 s", measured.seconds)
+    expect(0 <= measured.importance <= LARGEST, "an importance of at least 0", measured.importance)
+    sizes = (header.examples, measured.peak_bytes, measured.tokens, measured.side_tokens)
+    expect(max(sizes) < MAX_COUNT, f"examples, bytes and tokens below {MAX_COUNT}", max(sizes))
     expect(len(header.kept) in (0, 32), "a digest of 32 bytes of what was kept", len(header.kept))
     tensors, saved, *scores = _cut(header.parts, data[start:])
     result = LoraResult(tensors, saved, header.base, header.kept, header.mask, *scores)

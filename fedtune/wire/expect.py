@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from fedtune.errors import WireError
 
+LARGEST = 3.4028234663852886e38
+"""Of float32: a larger number would be infinite where it is computed with."""
+MAX_COUNT = 2**53
+"""Of bytes, tokens and examples: float64 holds every whole number below it exactly."""
+MAX_NUMBER = 2**31
+"""Of settings that are whole numbers, such as steps."""
+MAX_RANK = 2**16
+
 
 def expect(holds: bool, expected: str, got: object, *, hint: str = "") -> None:
     """Return if a condition holds.

@@ -13,6 +13,7 @@ from fedtune.directions.downlink import MAX_SHIFT
 from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.errors import WireError
 from fedtune.messages import BankName, ClientUpdate, Measured, ProbeResult, ProbeSeeds, Sampling, SeedState, Training
+from fedtune.wire.expect import LARGEST, MAX_COUNT
 from fedtune.wire.v1 import round_pb2 as pb
 
 BANK: Mapping[BankName, pb.Bank] = {"gaussian": pb.GAUSSIAN, "hadamard": pb.HADAMARD, "kron": pb.KRON}
@@ -86,7 +87,7 @@ def from_message(message: pb.Probe) -> tuple[ProbeSeeds, Training]:
     for name, (value, least, most) in ranges.items():
         if not least <= value <= most:
             raise WireError(f"probe: expected {name} from {least} to {most}; got {value}")
-    if not 0 < message.learning_rate < math.inf or not message.clip >= 0:
+    if not 0 < message.learning_rate <= LARGEST or not message.clip >= 0:
         raise WireError(
             "probe: expected a learning rate above 0 and a clip of at least 0; "
             f"got {message.learning_rate} and {message.clip}"
@@ -151,6 +152,8 @@ def update_from_message(message: pb.ProbeUpdate, *, client: str) -> ClientUpdate
     """
     if not 0 <= message.seconds < math.inf:
         raise WireError(f"expected a time of at least 0 s; got {message.seconds}")
+    if (size := max(message.examples, message.tokens)) >= MAX_COUNT:
+        raise WireError(f"expected examples and tokens below {MAX_COUNT}; got {size}")
     return ClientUpdate(
         client=client,
         round=message.round,

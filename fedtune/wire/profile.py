@@ -12,6 +12,7 @@ from fedtune.errors import WireError
 from fedtune.pruning.structure import FAMILIES, Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors, digest
 from fedtune.wire.codec import EncodedAssignment, body_of, decode_blob, encode_blob, outline_of, parse
+from fedtune.wire.expect import MAX_COUNT
 from fedtune.wire.v1 import round_pb2 as pb
 
 PROTOCOL = 1
@@ -146,6 +147,8 @@ def _profile_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Client
         )
     if min(map(min, modules.values())) < 1:
         raise WireError(f"{name}: expected no empty module; got one")
+    if (size := max(message.parameters, message.device.memory_bytes)) >= MAX_COUNT:
+        raise WireError(f"{name}: expected parameters and bytes below {MAX_COUNT}; got {size}")
     check_manifest(name, message)
     saved = decode(message.saved)
     for key, array in saved.items():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 from fedtune.messages import ClientScores, ScoreRequest
 from fedtune.tensors import Tensors
 from fedtune.wire.codec import Blob, EncodedAssignment, body_of, day_of, decode_blob, encode_blob, outline_of, parse
-from fedtune.wire.expect import expect
+from fedtune.wire.expect import LARGEST, expect
 from fedtune.wire.v1 import round_pb2 as pb
 
 ROLES = ("global", "saved")
@@ -103,6 +102,6 @@ def decode_scores(data: bytes | memoryview, *, client: str) -> ClientScores:
     expect(len(data) <= MAX_SCORES_BYTES, f"{client}: scores of at most {MAX_SCORES_BYTES} bytes", len(data))
     message = parse(pb.ScoreUpdate(), bytes(data))
     expect(message.client == client, f"scores of {client!r}", f"some of {message.client[:80]!r}")
-    expect(0 <= message.seconds < math.inf, f"{client}: a time of at least 0 s", message.seconds)
+    expect(0 <= message.seconds <= LARGEST, f"{client}: a time of at least 0 s", message.seconds)
     expect(len(message.metrics) <= MAX_METRICS, f"{client}: at most {MAX_METRICS} metrics", len(message.metrics))
     return ClientScores(client, message.round, message.base, dict(sorted(message.metrics.items())), message.seconds)

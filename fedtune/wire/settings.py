@@ -11,6 +11,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fedtune.errors import WireError
+from fedtune.wire.expect import LARGEST, MAX_NUMBER
 
 MAX_SETTINGS_BYTES = 16 * 1024
 BOUNDS: Mapping[str, Callable[[Any, Any], bool]] = {name: getattr(operator, name) for name in ("ge", "gt", "le", "lt")}
@@ -80,7 +81,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(value, choice) for choice in args)
     if hint is float:  # finite, being canonical; a whole number is the float that it equals
-        return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
+        return type(value) in (float, int) and abs(value) <= LARGEST
+    if hint is int:
+        return type(value) is int and abs(value) < MAX_NUMBER
     # Not isinstance: True is an int to Python, and would pass for one step.
     return type(value) is hint
 

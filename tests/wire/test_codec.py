@@ -28,6 +28,7 @@ from fedtune.messages import (
 )
 from fedtune.tensors import Tensors
 from fedtune.wire import codec
+from fedtune.wire.expect import LARGEST, MAX_COUNT, MAX_RANK
 from fedtune.wire.v1 import round_pb2 as pb
 
 A = {"layer.a": np.ones((2, 3), np.float32), "layer.b": np.zeros((3, 2), ml_dtypes.bfloat16)}
@@ -105,10 +106,11 @@ TENSORS = st.dictionaries(
 )
 WORD = st.integers(0, 2**64 - 1)
 COUNT = st.integers(0, 2**32 - 1)
-TAIL_RANK = st.builds(TailRank, st.floats(0, 1e300), st.floats(0, 1, exclude_min=True)).filter(
+SIZE = st.integers(0, MAX_COUNT - 1)
+TAIL_RANK = st.builds(TailRank, st.floats(0, LARGEST), st.floats(0, 1, exclude_min=True)).filter(
     lambda term: term != TailRank(0, 1)  # which is no term on the wire
 )
-PROXIMAL = st.builds(Proximal, st.floats(0, 1e300, exclude_min=True))
+PROXIMAL = st.builds(Proximal, st.floats(0, LARGEST, exclude_min=True))
 
 
 @given(
@@ -120,8 +122,8 @@ PROXIMAL = st.builds(Proximal, st.floats(0, 1e300, exclude_min=True))
         plan=st.builds(
             Plan,
             client=st.text(),
-            rank=st.integers(1, 2**32 - 1),
-            scale=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+            rank=st.integers(1, MAX_RANK),
+            scale=st.floats(0, LARGEST, exclude_min=True),
             training=st.just(ASSIGNMENT.plan.training),
         ),
         task=st.builds(
@@ -147,13 +149,13 @@ def test_an_assignment_comes_back_exactly(assignment: Assignment) -> None:
         ClientUpdate,
         client=st.text(),
         round=COUNT,
-        num_examples=WORD,
+        num_examples=SIZE,
         result=st.builds(LoraResult, TENSORS, saved=TENSORS, base=st.text()),
         measured=st.builds(
             Measured,
-            seconds=st.floats(0, 1e300),
-            peak_bytes=WORD,
-            tokens=WORD,
+            seconds=st.floats(0, LARGEST),
+            peak_bytes=SIZE,
+            tokens=SIZE,
             loss_before=st.none() | st.floats(allow_nan=False),
             loss_after=st.none() | st.floats(allow_nan=False),
         ),

@@ -27,6 +27,7 @@ from fedtune.messages import (
 )
 from fedtune.tensors import Array
 from fedtune.wire import codec, probe
+from fedtune.wire.expect import LARGEST, MAX_COUNT
 from fedtune.wire.v1 import round_pb2 as pb
 
 LIMIT = 1 << 20
@@ -90,6 +91,7 @@ def asked(**changes: Any) -> Assignment:
 
 WORD = st.integers(0, 2**64 - 1)
 COUNT = st.integers(0, 2**32 - 1)
+SIZE = st.integers(0, MAX_COUNT - 1)
 SINGLE = st.floats(0, width=32, allow_infinity=False)
 
 
@@ -133,7 +135,7 @@ def probes(draw: st.DrawFn) -> ProbeSeeds:
     seed=WORD,
     client=st.text(),
     batch=st.integers(1, 2**31 - 1),
-    learning_rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    learning_rate=st.floats(0, LARGEST, exclude_min=True),
     steps=st.integers(1, 2**16 - 1),
 )
 def test_a_probe_comes_back_exactly(
@@ -274,7 +276,7 @@ def test_flipped_bits_give_a_wire_error_or_another_message_and_nothing_else() ->
     scalars=st.lists(st.integers(-128, 127), max_size=300).map(lambda q: np.array(q, np.int8)),
     state=st.binary(max_size=12),
     checks=st.binary(max_size=20),
-    counts=st.tuples(COUNT, COUNT, COUNT, WORD, WORD),
+    counts=st.tuples(COUNT, COUNT, COUNT, SIZE, SIZE),
     floats=st.lists(st.none() | st.floats(width=32), min_size=3, max_size=3),
     seconds=SINGLE,
     lost=st.booleans(),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedtune.errors import WireError
 from fedtune.messages import Training
 from fedtune.wire import settings
+from fedtune.wire.expect import LARGEST, MAX_NUMBER
 
 TRAINING = Training(batch=4, learning_rate=3e-4, steps=30)
 
@@ -22,9 +23,9 @@ def written(**changes: Any) -> bytes:
 
 
 @given(
-    st.floats(min_value=0, exclude_min=True, allow_infinity=False),
-    st.integers(1, 2**40),
-    st.none() | st.integers(1, 2**31),
+    st.floats(0, LARGEST, exclude_min=True),
+    st.integers(1, MAX_NUMBER - 1),
+    st.none() | st.integers(1, MAX_NUMBER - 1),
     st.sampled_from(["adamw", "sgd"]),
     st.booleans(),
 )

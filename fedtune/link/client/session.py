@@ -17,6 +17,7 @@ from fedtune.errors import ConfigError, Fault, WireError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client.backoff import Backoff
 from fedtune.link.client.channel import LinkStub
+from fedtune.link.client.server_limits import within_ranges
 from fedtune.link.envelopes import PROTOCOL, build_version, expect_fields, verify_envelope
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.roster import Party, Roster, RosterFile, check_successor, decode, find_party
@@ -127,7 +128,7 @@ class Session:
         # The run id becomes the name of a folder here: "../" in it would let a server write anywhere.
         if not RUN_ID.fullmatch(plan.run):
             raise ConfigError(Fault("link.address", "a run id of 16 hex digits", repr(plan.run[:50])))
-        return Greeting(reply.epoch, reply.limits, plan.run, reply.plan, reply.recipe)
+        return Greeting(reply.epoch, within_ranges(reply.limits), plan.run, reply.plan, reply.recipe)
 
     def _hello_request(self) -> pb.HelloRequest:
         return pb.HelloRequest(
