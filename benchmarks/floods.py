@@ -203,7 +203,7 @@ def bad_channel(folder: Path, port: int) -> grpc.aio.Channel:
 
 
 async def idle_uploads(folder: Path, port: int) -> None:
-    """Announce eight parts, and send messages without bytes for each, again and again."""
+    """Announce eight parts, and send messages without bytes for each, again and again, on two connections."""
     own, calls = identity(folder, BAD), dial(identity(folder, BAD), JoinSettings(f"localhost:{port}"))
     hello = pb.HelloRequest(protocols=[PROTOCOL], federation="care", build="test")
     epoch, held, answers = calls.hello(hello, timeout=30).epoch, list[bytes](), list[pb.PushPart]()
@@ -222,8 +222,9 @@ async def idle_uploads(folder: Path, port: int) -> None:
             await asyncio.sleep(0.01)
             yield pb.PushPart()
 
-    async def keep(first: pb.PushPart) -> None:
-        channel = bad_channel(folder, port)
+    channels = [bad_channel(folder, port) for _ in range(2)]
+
+    async def keep(first: pb.PushPart, channel: grpc.aio.Channel) -> None:
         push: Any = channel.stream_stream("/fedtune.v1.Link/Push", pb.PushPart.SerializeToString, pb.PushAck.FromString)
         while True:
             with suppress(grpc.RpcError):
@@ -231,28 +232,28 @@ async def idle_uploads(folder: Path, port: int) -> None:
                     first.ClearField("data")
             await asyncio.sleep(0.05)
 
-    await asyncio.gather(*(keep(answer) for answer in answers))
+    await asyncio.gather(*(keep(answer, channels[place % 2]) for place, answer in enumerate(answers)))
 
 
 async def refused_calls(folder: Path, port: int) -> None:
-    """Make calls that are refused, on eight connections, sixteen at a time on each."""
+    """Make calls that are refused, on four connections, sixteen at a time on each."""
+    channels = [bad_channel(folder, port) for _ in range(4)]
 
-    async def keep() -> None:
-        channel = bad_channel(folder, port)
+    async def keep(channel: grpc.aio.Channel) -> None:
         call: Any = channel.unary_unary("/fedtune.v1.Link/Hello", pb.HelloRequest.SerializeToString, bytes)
         while True:
             with suppress(grpc.RpcError):
                 await call(pb.HelloRequest(protocols=[99], build="x" * 200), timeout=30)
 
-    await asyncio.gather(*(keep() for _ in range(128)))
+    await asyncio.gather(*(keep(channel) for channel in channels for _ in range(16)))
 
 
 async def slow_readers(folder: Path, port: int) -> None:
-    """Ask for the body of an order sixteen times, and read a part of it a second."""
+    """Ask for the body of an order sixteen times, on four connections, and read next to nothing of it."""
     body = sha256((folder / "body").read_bytes()).digest()
+    channels = [bad_channel(folder, port) for _ in range(4)]
 
-    async def keep() -> None:
-        channel = bad_channel(folder, port)
+    async def keep(channel: grpc.aio.Channel) -> None:
         fetch: Any = channel.unary_stream("/fedtune.v1.Link/Fetch", pb.FetchRequest.SerializeToString, bytes)
         while True:
             with suppress(grpc.RpcError):
@@ -260,7 +261,7 @@ async def slow_readers(folder: Path, port: int) -> None:
                     await asyncio.sleep(60)
             await asyncio.sleep(0.05)
 
-    await asyncio.gather(*(keep() for _ in range(16)))
+    await asyncio.gather(*(keep(channels[place % 4]) for place in range(16)))
 
 
 CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100)
@@ -319,11 +320,14 @@ def phases(folder: Path, port: int, server: subprocess.Popen[str], chosen: list[
         flood.wait()
         time.sleep(6)  # what the flood left behind is closed
         after = measure(folder, server, port, seconds)
-        ratio = 2 * during["uploads"] / (quiet["uploads"] + after["uploads"])
+        # Beyond what the honest uploads write.
+        own = {name: during["uploads"] * quiet[name] / max(quiet["uploads"], 1e-9) for name in ("written", "said")}
+        more = {name: max(0.0, during[name] - own[name]) * DAY_S / 1e6 for name in own}
+        ratio = 2 * during["uploads"] / max(quiet["uploads"] + after["uploads"], 1e-9)
         yield (
             f"{name:12s} {during['uploads']:6.1f} uploads/s, {ratio:4.2f}x   "
             f"dials {during['share']:4.0%}, {during['ms']:5.0f} ms   memory {during['rss'] - quiet['rss']:+6.1f} MB   "
-            f"audit {during['written'] * DAY_S / 1e6:9.1f} MB/day, stderr {during['said'] * DAY_S / 1e6:8.1f} MB/day"
+            f"audit {more['written']:9.1f} MB/day, stderr {more['said']:8.1f} MB/day"
         )
         quiet = after
 

@@ -53,6 +53,8 @@ class OpenCall:
     """That it still has to move; None if that is not known yet."""
     error: RejectionError | None = None
     """Why it must end; None if it may go on."""
+    reading: bool = False
+    """Whether it waits for its client's next message, and for nothing else."""
     displaced: bool = False
     """Whether a newer call of its client took the place."""
     ends_at: float | None = field(init=False, default=None)

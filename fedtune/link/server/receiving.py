@@ -41,7 +41,7 @@ async def receive(
         StoreError: if it cannot be written.
     """
     stream = aiter(requests)
-    first = await anext(stream, None)
+    first = await read(call, stream)
     if first is None:
         return
     admitted = call.check
@@ -66,7 +66,7 @@ async def receive(
                     break
                 # Acknowledged when written: the client's window then bounds what waits in this process's memory.
                 yield incoming.received_bytes, False
-            if (message := await anext(stream, None)) is None:
+            if (message := await read(call, stream)) is None:
                 # Cut off: what came stays on the disk, and the next transfer goes on behind it.
                 return
             waiting.append(message.data)
@@ -76,6 +76,8 @@ async def receive(
             if messages > FREE_MESSAGES and gained < (messages - FREE_MESSAGES) * smallest:
                 raise rejection(pb.LENGTH, "data", f"messages of {smallest} bytes or more", f"{messages} in {gained}")
         if incoming.finish():
+            # A part that is here is no longer missing; the call must not end for that.
+            call.check = admitted
             dispatcher.add_pushed_part(call.client, first.answer, part.digest)
             yield incoming.received_bytes, True
     finally:
@@ -84,6 +86,28 @@ async def receive(
             incoming.append(b"".join(waiting))
             dispatcher.count_bytes(call.client, size)
         incoming.close()
+
+
+async def read(call: OpenCall, stream: AsyncIterator[pb.PushPart]) -> pb.PushPart | None:
+    """Return the next message, or None at the stream's end.
+
+    Raises:
+        RejectionError: if the call must end.
+    """
+    if call.error is not None:
+        raise call.error
+    call.reading = True
+    try:
+        return await anext(stream, None)
+    except asyncio.CancelledError:
+        # The client has gone, unless the call was ended here.
+        if call.error is None:
+            raise
+        while (task := asyncio.current_task()) is not None and task.uncancel():
+            pass
+        raise call.error from None
+    finally:
+        call.reading = False
 
 
 async def in_thread(disk: Executor, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:

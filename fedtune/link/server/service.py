@@ -198,15 +198,9 @@ class Service:
                 async for received, complete in arriving:
                     version = self._roster.current().version
                     yield pb.PushAck(taken=received, complete=complete, roster_version=version)
-        except asyncio.CancelledError:
-            # The client has gone, unless the call was ended here.
-            if call is None or call.error is None:
-                raise
-            end_cancellation()
-            # Not counted towards barring: the order may have closed, or the roster changed, in the middle of it.
-            yield pb.PushAck(refusal=self._refusal(context, call.error, party=party))
         except RejectionError as error:
-            if party is not None:
+            # Not counted where the call was ended from here: its order may have closed in the middle of it.
+            if party is not None and (call is None or error is not call.error):
                 self._dispatcher.count_refusal(party.name, error.refusal)
             yield pb.PushAck(refusal=self._refusal(context, error, party=party))
         except StoreError as error:
@@ -268,10 +262,16 @@ class Service:
         )
 
     def _begin_upload(self, context: CallContext, client: str) -> OpenCall:
-        caller, task = identify(context), this_task()
-        return self._open.begin(
-            client, "upload", interrupt=task.cancel, abandon=task.cancel, check=lambda: self._callers.admit(caller)
+        caller, task, peer = identify(context), this_task(), context.peer()
+        call = self._open.begin(
+            client,
+            "upload",
+            # Anywhere else it would end without a word to its client.
+            interrupt=lambda: call.reading and task.cancel(),
+            abandon=lambda: task.cancel() and self._connections.close(peer),
+            check=lambda: self._callers.admit(caller),
         )
+        return call
 
     def _check_process(self, name: str, process: int) -> None:
         """Refuse a second process with the same key, until the first has gone."""
@@ -335,12 +335,6 @@ def this_task() -> asyncio.Task[Any]:
     task = asyncio.current_task()
     assert task is not None
     return task
-
-
-def end_cancellation() -> None:
-    """Have the task of a call go on after it was cancelled from within the server."""
-    while this_task().uncancel():
-        pass
 
 
 def rpc_handlers(service: Service) -> grpc.GenericRpcHandler:

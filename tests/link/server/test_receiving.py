@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
@@ -13,9 +15,13 @@ from typing import Any
 
 import pytest
 
+from fedtune.link.envelopes import digest
+from fedtune.link.rejections import RejectionError, rejection
+from fedtune.link.server.limits import OpenCalls
+from fedtune.link.server.receiving import receive
 from fedtune.link.uploads import part_path
 from fedtune.wire.v1 import link_pb2 as pb
-from tests.link.harness import assignment
+from tests.link.harness import assignment, make_harness, signed_reply
 from tests.link.link_server import SETTINGS, LinkServer, run_link_server
 from tests.link.server.test_service import Sender, begun, parts, post_task, reason, until
 
@@ -129,3 +135,45 @@ def test_a_cut_upload_leaves_each_byte_once(tmp_path: Path) -> None:
             stream.cancel()
         stored = part_path(link.dispatcher.folder, "site-a", sha256(data).digest()).read_bytes()
         assert stored == data[: len(stored)]
+
+
+def test_a_part_that_has_just_come_whole_is_no_reason_to_end_its_upload(tmp_path: Path) -> None:
+    """Found wrong: a look at the calls in that moment ended it as not wanted, and its client waited for ever."""
+    harness = make_harness(tmp_path)
+    _, task, task_digest = harness.post("anna")
+    envelope = signed_reply("anna", task, task_digest, DATA[:1000])
+    harness.submit("anna", envelope)
+    first = pb.PushPart(answer=digest(envelope), digest=sha256(DATA[:1000]).digest(), data=DATA[:1000])
+    open_calls = OpenCalls(SETTINGS, harness.clock)
+    call = open_calls.begin("anna", "upload", interrupt=lambda: None)
+
+    async def messages() -> AsyncIterator[pb.PushPart]:
+        yield first
+
+    async def receive_all() -> list[tuple[int, bool]]:
+        acks = list[tuple[int, bool]]()
+        with ThreadPoolExecutor(1) as disk:
+            async for ack in receive(harness.dispatcher, disk, call, messages()):
+                open_calls.look()
+                acks.append(ack)
+        return acks
+
+    assert asyncio.run(receive_all()) == [(1000, True)]
+    assert not call.ending
+    assert not call.reading
+
+
+def test_an_upload_that_was_ended_says_so_at_its_next_message(tmp_path: Path) -> None:
+    harness = make_harness(tmp_path)
+    call = OpenCalls(SETTINGS, harness.clock).begin("anna", "upload", interrupt=lambda: None)
+    call.end(rejection(pb.REVOKED, "roster", "an active party", "anna, revoked"))
+
+    async def receive_all() -> None:
+        async for _ in receive(harness.dispatcher, ThreadPoolExecutor(1), call, silence()):
+            raise AssertionError
+
+    async def silence() -> AsyncIterator[pb.PushPart]:
+        yield pb.PushPart()
+
+    with pytest.raises(RejectionError, match="REVOKED"):
+        asyncio.run(receive_all())
