@@ -11,6 +11,7 @@ from fedtune.config import Recipe
 from fedtune.deployment.link_events import scores_text
 from fedtune.deployment.server_setup import check_overrides, data_at_sites, expected_clients, server_context
 from fedtune.errors import ConfigError, Fault
+from fedtune.flower.grid_transport import DEADLINE_S
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.messages import Failure
 from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
@@ -43,6 +44,7 @@ def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
         least=recipe.rounds.min_clients,
         base=recipe.model.digest or "",
         labels=recipe.data.labels,
+        deadline_s=DEADLINE_S,
         note=say,
     )
     context = server_context(recipe, transport, door="flower", note=say)

@@ -28,6 +28,7 @@ from fedtune.deployment.served_run import (
     sign_result,
 )
 from fedtune.deployment.server_setup import check_overrides, expected_clients, server_context, with_day
+from fedtune.flower.grid_transport import DEADLINE_S
 from fedtune.flower.link_grid import LinkGrid
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.flower.shim import context
@@ -187,6 +188,7 @@ def serve_rounds(
             on_admitted=lambda client, examples: record("connected", client=client, examples=examples),
             on_refused=partial(refuse_client, dispatcher, record),
             patience_s=dispatcher.settings.patience_s,
+            deadline_s=DEADLINE_S,
             sleep=grid.wait,
         )
         run_context = server_context(

@@ -24,6 +24,8 @@ from fedtune.wire.profile import ClientProfile, ModelSpec, decode_profile, encod
 HELLO = f"{MessageType.QUERY}.caps"
 TTL_S = 7 * 24 * 3600.0
 """How long Flower keeps an assignment of a round without a deadline."""
+DEADLINE_S = 24 * 3600.0
+"""Over a network, of a round whose recipe sets none: a client that pretends to come further ends no run."""
 WINDOW = 16
 """Replies asked for at once: so many updates are in memory, not a cohort's."""
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.5
@@ -76,6 +78,7 @@ class GridTransport:
         least: int = 1,
         patience_s: float = 600.0,
         hello_s: float = 300.0,
+        deadline_s: float | None = None,
         closed: bool = False,
         base: str = "",
         labels: Sequence[str] = (),
@@ -95,6 +98,7 @@ class GridTransport:
             least: clients without an unanswered message that a round needs.
             patience_s: seconds to wait for either.
             hello_s: seconds to wait for the hello of a further client when there are enough of them; it loads the base.
+            deadline_s: of rounds whose recipe sets none; None: they wait for every client.
             closed: whether no further client can join: then a refused client is not waited for.
             base: digest (hex) of the base that clients must have; empty: the one of the first client.
             labels: class names that clients must use; none: the union over the clients of the first round.
@@ -108,7 +112,7 @@ class GridTransport:
         """
         self._grid, self._clock, self._sleep = grid, clock, sleep
         self._expected, self._least, self._patience_s, self._hello_s = expected, least, patience_s, hello_s
-        self._closed, self._note, self._organisation = closed, note, organisation
+        self._deadline_s, self._closed, self._note, self._organisation = deadline_s, closed, note, organisation
         self._on_admitted, self._on_refused = on_admitted, on_refused
         self._connected: dict[int, ClientProfile] = {}  # by node; connected clients that have said hello
         self._refused: dict[int, Rejection] = {}  # by node
@@ -190,6 +194,8 @@ class GridTransport:
         if not assignments.keys() <= self._nodes().keys():  # a resumed round is not preceded by `clients`
             self._await_clients(lambda: assignments.keys() <= self._nodes().keys())
         began = self._clock()
+        if rule.deadline_s is None:
+            rule = replace(rule, deadline_s=self._deadline_s)
         ttl_s = TTL_S if rule.deadline_s is None else rule.deadline_s + rule.grace_s + LATE_S
         waiting, failures = self._send(assignments, kind, ttl_s)
         yield from failures

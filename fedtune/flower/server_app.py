@@ -31,6 +31,7 @@ class Connect(Protocol):
         on_admitted: Callable[[str, int], None] = lambda client, examples: None,
         on_refused: Callable[[str, str, bool], None] = lambda client, reason, final: None,
         patience_s: float = 600.0,
+        deadline_s: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> GridTransport:
         """Return it; see `GridTransport` for what is waited for."""

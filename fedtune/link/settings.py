@@ -33,7 +33,8 @@ class LinkSettings:
     lease_s: Annotated[float, Gt(0)] = 45.0
     """A client that was silent for longer than this is not asked in the next round."""
     lost_s: Annotated[float, Gt(0)] = 600.0
-    """A round stops waiting for a client that was silent for longer than this."""
+    """A round stops waiting for a client that was silent, or came no further with its task, for longer than this: no
+    step, no second of computation, no byte. A client that only asks comes no further."""
     patience_s: Annotated[float, Gt(0)] = 7 * 24 * 3600.0
     """How long a run waits for enough clients before it stops."""
     stall_s: Annotated[float, Gt(0)] = 60.0

@@ -44,7 +44,7 @@ class Schedule:
     its clients share it in proportion. Clients that no roster assigns to an organisation are each one of their own.
     none: clients count as they say."""
     deadline_s: Annotated[float, Gt(0)] | None = None
-    """Over a network, a round ends after this time if `min_clients` have answered; none waits for every client."""
+    """Over a network, a round ends after this time if `min_clients` have answered; none: after 24 hours."""
     grace_s: Annotated[float, Ge(0)] = 60.0
     """Over a network, how much longer than `deadline_s` a round waits for `min_clients`."""
     over_select: Annotated[float, Ge(1)] = 1.0

@@ -248,6 +248,17 @@ def test_a_round_without_a_deadline_waits_for_everybody(clock: Clock) -> None:
     assert isinstance(exchanged(transport, "ann")["ann"], Reply)
 
 
+@pytest.mark.guarantee("G14")
+def test_a_round_without_a_deadline_of_its_own_ends_at_that_of_networks(clock: Clock) -> None:
+    fleet_of_two = fleet("ann", "bob", bob=late("bob", clock, 1000))
+    transport = over(fleet_of_two, clock, expected=2, deadline_s=100.0)
+    transport.clients()
+    answers = exchanged(transport, "ann", "bob", rule=Rule(quorum=1))
+    assert isinstance(answers["ann"], Reply)
+    assert answers["bob"] == Failure("bob", got="no answer in 100 s", kind="late")
+    assert [client.name for client in transport.clients()] == ["ann"]  # bob is not asked while it owes an answer
+
+
 def test_looks_for_replies_become_rarer_while_nothing_comes(clock: Clock) -> None:
     transport = over(fleet("ann", ann=late("ann", clock, 100)), clock)
     transport.clients()
