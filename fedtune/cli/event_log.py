@@ -28,6 +28,8 @@ EVENT_TEXTS: Mapping[str, str] = {
     "barred": "{client} is blocked: {reason}",
     "refused": "{client} refused: {reason}",
     "declined": "round {round}: {client} declines: {veto}, {reason}",
+    "redial": "dials the server again: {reason}",
+    "dropped": "{client} drops its order ({code}): {reason}",
     "lost": "{client} is lost in round {round}: {reason}",
     "stopped": "server stopped",
     "complete": "the run is complete after round {rounds}",

@@ -148,7 +148,7 @@ def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = F
         for client in shown.clients:
             table.add_row(
                 printable(client.name),
-                client.state,
+                f"{client.state}, {printable(client.work)}" if client.work else client.state,
                 client.seen,
                 str(client.rounds),
                 size(client.up),

@@ -28,13 +28,14 @@ from fedtune.deployment.served_run import (
     sign_result,
 )
 from fedtune.deployment.server_setup import check_overrides, expected_clients, server_context, with_day
+from fedtune.deployment.watch import Watch, watching
 from fedtune.flower.grid_transport import DEADLINE_S
 from fedtune.flower.link_grid import LinkGrid
 from fedtune.flower.server_app import Connect, Scalar, server_app
 from fedtune.flower.shim import context
 from fedtune.link import uploads
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
-from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
+from fedtune.link.pki.identity import Identity, current_dates, load_identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.provenance import Signer
 from fedtune.link.server.addresses import check_addresses
@@ -115,7 +116,7 @@ def coordinate(
         dispatcher = create_dispatcher(recipe, run, settings, identity, record_all)
         dispatcher.set_enrolled(partial(enrolled_clients, roster))
         record_all("enrolled", clients=" ".join(enrolled_clients(roster)))
-        watch_health(stack, dispatcher, roster, identity, metrics, record_all)
+        watch_health(stack, folder, dispatcher, roster, identity, metrics, record_all)
         running = stack.enter_context(serve_link(dispatcher, identity, roster, record=record_all))
         on_start(running.port)
         summary = complete_summary(run, recipe) if resume else None
@@ -142,6 +143,7 @@ def open_records(
 
 def watch_health(
     stack: ExitStack,
+    folder: Path,
     dispatcher: Dispatcher,
     roster: RosterFile,
     identity: Identity,
@@ -149,11 +151,8 @@ def watch_health(
     record: RecordEvent,
 ) -> None:
     """Serve health and metrics where the settings ask for them, and warn of what will fail soon."""
-    metrics.add_gauges(
-        dispatcher, roster_version=lambda: roster.current().version, certificate_until=identity.not_after
-    )
-    if warning := renewal_warning(identity, int(time.time())):
-        record("warning", text=warning)
+    metrics.add_gauges(dispatcher, roster=roster.current, certificate_until=lambda: current_dates(identity)[1])
+    stack.enter_context(watching(Watch(folder, dispatcher, identity, roster, record)))
     if address := dispatcher.settings.health:
         unready = partial(readiness_fault, dispatcher, roster)
         port = stack.enter_context(serve_health(address, metrics, unready=unready))

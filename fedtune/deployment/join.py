@@ -22,7 +22,7 @@ from fedtune.link.client.client import Client, End
 from fedtune.link.client.policy import TaskDemand, Usage
 from fedtune.link.client.session import Greeting
 from fedtune.link.client.training_process import ProcessTrainer, Trainer, WorkProgress
-from fedtune.link.pki.identity import Identity, load_identity, renewal_warning
+from fedtune.link.pki.identity import Identity, load_identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.settings import GIB, JoinSettings, Policy, ScorePolicy
 from fedtune.messages import ProbeSeeds
@@ -100,8 +100,6 @@ def join(
     # Two clients with one outbox would both reply to the same task.
     with lock_run(setup.state), open_audit_log(setup.state / AUDIT, record) as log, ExitStack() as stack:
         record_all = record_to_all(log.record, log_event, record)
-        if warning := renewal_warning(setup.identity, int(time.time())):
-            record_all("warning", text=warning)
         if trainer is None:
             process = make_trainer(site, record_all, max_memory_gib=setup.settings.policy.max_memory_gib)
             stack.callback(process.close)

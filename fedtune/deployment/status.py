@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedtune.deployment.watch import read_now
 from fedtune.errors import StoreError, WireError
 from fedtune.link import audit_files, audit_log
 from fedtune.link.audit_log import AuditHistory, Entry
@@ -45,6 +46,8 @@ class ClientStatus:
     """Bytes of its tasks."""
     error: str = ""
     """The last thing that went wrong, and in which round."""
+    work: str = ""
+    """How far it is with its work, as the server has said a few seconds ago; empty if it works on nothing."""
 
     @property
     def seen(self) -> str:
@@ -79,6 +82,8 @@ class ServerStatus:
     """Of the base on the clients' held-out rows; empty if they do not score."""
     scores: str = ""
     """Of the global model after the last round that was scored."""
+    warnings: Sequence[str] = ()
+    """Of what ends soon: the roster, the server's certificate."""
 
     @property
     def state(self) -> str:
@@ -109,7 +114,8 @@ class ServerStatus:
             "audit log": self.head[:16],
         }
         lines = {label: text for label, text in lines.items() if text}
-        return lines | ({"waits for": ", ".join(run.missing)} if run.missing else {})
+        lines |= {"waits for": ", ".join(run.missing)} if run.missing else {}
+        return lines | ({"warning": "; ".join(self.warnings)} if self.warnings else {})
 
     @property
     def count(self) -> str:
@@ -128,6 +134,7 @@ class ServerStatus:
             "status": self.state,
             "scores": {"base": self.base_scores, "now": self.scores},
             "audit": self.head,
+            "warnings": list(self.warnings),
             "clients": [asdict(client) for client in self.clients],
         }
 
@@ -152,6 +159,9 @@ def server_status(run: Path) -> ServerStatus:
         name: replace(clients.get(name, ClientStatus(name)), state="barred", error=reason)
         for name, reason in barred.items()
     }
+    now = read_now(folder)
+    if server is not None:
+        clients = {name: replace(client, work=now.work.get(name, "")) for name, client in clients.items()}
     shown = [clients[name] for name in sorted(clients)]
     rounds = next((int(one.fields["rounds"]) for one in reversed(history.entries) if one.kind == "serving"), 0)
     scores = {one.kind: str(one.fields["scores"]) for one in history.entries if one.fields.get("scores")}
@@ -165,6 +175,7 @@ def server_status(run: Path) -> ServerStatus:
         rounds,
         base_scores=scores.get("base", ""),
         scores=scores.get("committed", ""),
+        warnings=now.warnings(now=time.time()),
     )
 
 
@@ -208,7 +219,7 @@ def update_status(client: ClientStatus, entry: Entry) -> ClientStatus:
             return replace(client, state="connected", rounds=client.rounds + 1)
         case "declined" if fields["veto"] == "SCORES_NOT_ALLOWED":
             return here  # what the site has chosen is no error
-        case "unused" | "declined" | "rival":
+        case "unused" | "declined" | "rival" | "dropped":
             return replace(client, error=f"{prefix}{fields['reason']}")
         case "refused" | "unfit":
             # At the door, or for what its profile says; a refusal of one transfer leaves it connected.

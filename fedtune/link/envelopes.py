@@ -107,6 +107,7 @@ FIELDS: Mapping[str, pb.Reason] = {
     "state": pb.STATE_DIFFERS,
     "order": pb.ORDER_UNKNOWN,
     "epoch": pb.STALE_EPOCH,
+    "nonce": pb.SIGNATURE,
     "build": pb.BUILD_DIFFERS,
 }
 """Reason of the rejection if a field of a header is not as expected."""

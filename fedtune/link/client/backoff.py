@@ -23,6 +23,9 @@ REPORT_INTERVAL_S = 300.0
 STABLE_S = 60.0
 """Of successful calls, after which pauses start again from the shortest."""
 REFUSED_PAUSE_S = 1.0
+SERVER_PAUSE_S = 5.0
+"""After a server that this client does not trust now: a hello is larger than other calls."""
+CLOSED_PAUSE_S = 0.1
 MAX_DOUBLINGS = 10
 """Of the first pause; beyond them the cap of the settings counts, and a float would overflow in the end."""
 Response = TypeVar("Response")
@@ -72,6 +75,9 @@ class Backoff:
                 return call()
             except grpc.RpcError as error:
                 self.wait_after_error(error, job)
+            except ValueError:
+                # The channel was closed before the call began, in favour of another one, or of none.
+                job.wait(CLOSED_PAUSE_S)
 
     @property
     def unreachable_s(self) -> float:
@@ -127,15 +133,28 @@ class Backoff:
             ConfigError: if the refusal is final, and a person must act.
             StoppedError: if the client is to end.
         """
-        reason, now = describe(refusal), self._clock()
-        # A refusal that passes is repeated with every try: once in a while is enough for a log.
-        if reason != self._refusal[0] or now - self._refusal[1] >= REPORT_INTERVAL_S:
-            self._record("refused", reason=reason, code=reason_name(refusal.reason))
-            self._refusal = reason, now
+        self._report_refusal(describe(refusal), reason_name(refusal.reason))
         if not refusal.passing:
             raise ConfigError(Fault("", "a server that takes this site", describe(refusal)))
         self._stop.wait(REFUSED_PAUSE_S)
         self._check(None)
+
+    def wait_for_server(self, fault: str) -> None:
+        """Wait before a server is asked again that this client does not trust now, for a reason that can pass.
+
+        Raises:
+            StoppedError: if the client is to end.
+        """
+        self._report_refusal(f"{fault}; trying again", "SERVER")
+        self._stop.wait(SERVER_PAUSE_S)
+        self._check(None)
+
+    def _report_refusal(self, reason: str, code: str) -> None:
+        now = self._clock()
+        # A refusal that passes is repeated with every try: once in a while is enough for a log.
+        if reason != self._refusal[0] or now - self._refusal[1] >= REPORT_INTERVAL_S:
+            self._record("refused", reason=reason, code=code)
+            self._refusal = reason, now
 
     def _report(self, now: float) -> None:
         self._reported_at = now

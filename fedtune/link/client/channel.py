@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import grpc
 
@@ -16,6 +16,8 @@ from fedtune.wire.v1 import link_pb2 as pb
 CONNECT_S = 10.0
 SILENCE_S = 1.0
 """After a TLS handshake, within which a server that rejects the client's certificate closes the connection."""
+OUTDATED = frozenset({9, 10})
+"""X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED: what a renewal at the server mends."""
 SERVICE = "/fedtune.v1.Link"
 
 TRANSIENT_STATUS = frozenset(
@@ -33,9 +35,9 @@ TRANSIENT_STATUS = frozenset(
 """After these the same call may succeed; after any other something must be changed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LinkStub:
-    """The calls of the link on one channel."""
+    """The calls of the link on one channel, which `redial` replaces."""
 
     hello: grpc.UnaryUnaryMultiCallable[pb.HelloRequest, pb.HelloReply]
     next: grpc.UnaryUnaryMultiCallable[pb.NextRequest, pb.NextReply]
@@ -43,6 +45,13 @@ class LinkStub:
     submit: grpc.UnaryUnaryMultiCallable[pb.SubmitRequest, pb.SubmitReply]
     push: grpc.StreamStreamMultiCallable[pb.PushPart, pb.PushAck]
     close: Callable[[], None]
+
+    def redial(self, newer: LinkStub) -> None:
+        """Use the channel of another stub from now on; calls under way on this one's end as if the network had cut."""
+        close = self.close
+        for field in fields(self):
+            setattr(self, field.name, getattr(newer, field.name))
+        close()
 
 
 def link_stub(channel: grpc.Channel) -> LinkStub:
@@ -145,6 +154,11 @@ def diagnose_tls(connection: socket.socket, identity: Identity, name: str) -> Di
             except TimeoutError:
                 pass
     except ssl.SSLCertVerificationError as error:
+        if error.verify_code in OUTDATED:
+            reason = (
+                f"the server's certificate is not valid now ({error.verify_message}); its coordinator must renew it"
+            )
+            return Diagnosis(f"{reason}, or check this clock", permanent=False)
         reason = (
             f"expected a server certificate of this federation for {name!r}; got another ({error.verify_message}); "
             "check link.address, or set link.server_name to a name in the certificate"

@@ -23,7 +23,7 @@ from fedtune.link.client.session import CALL_S, Greeting, Session
 from fedtune.link.client.training_jobs import TrainingJobs
 from fedtune.link.client.training_process import Trainer
 from fedtune.link.envelopes import EVALUATE, HELLO, RESULT, TRAIN, digest, expect_fields, verify_envelope
-from fedtune.link.pki.identity import Identity
+from fedtune.link.pki.identity import Identity, renewed_identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.rejections import RejectionError, describe, one_line, reason_name
 from fedtune.link.settings import JoinSettings, Policy
@@ -33,6 +33,8 @@ COMPLETE_S = 30.0
 """Without a server, after which a site whose last run is complete ends: nothing is left for it to do."""
 MAX_PAUSE_S = 60.0
 """Longest pause that a server may ask for: it must not silence a site for weeks."""
+WATCH_S = 10.0
+DAY_S = 24 * 3600.0
 UNVERIFIED_PAUSE_S = 1.0
 """After a task whose signature does not hold, or that failed: the server offers it again at once."""
 End = Literal["finished", "stopped"]
@@ -72,12 +74,14 @@ class Client:
             now: seconds since 1970.
         """
         self._identity, self._settings, self._state, self._trainer = identity, settings, state, trainer
-        self._record, self._agree = record, agree
+        self._record, self._agree, self._clock = record, agree, clock
         self._stop = threading.Event()
         self._calls: LinkStub = dial(identity, settings)
         self._guard = ThreadGuard(self._stop, self._calls.close)
         self._backoff = Backoff(identity, settings, stop=self._stop, record=record, clock=clock)
-        self._session = Session(identity, roster, self._calls, self._backoff, record=record, now=now, clock=clock)
+        self._session = Session(
+            identity, roster, self._calls, self._backoff, record=record, now=now, clock=clock, redial=self._redial
+        )
         self._work = TrainingJobs(
             self._session,
             Downloads(self._calls, self._backoff, record=record),
@@ -123,6 +127,7 @@ class Client:
         """
         complete = outbox.complete_run(self._state)
         self._guard.start(self._work.load, name="fedtune load")
+        self._guard.start(self._watch, name="fedtune watch")
         try:
             while not self._stop.is_set():
                 if self._guard.fault is not None:
@@ -138,9 +143,9 @@ class Client:
                     # The thread of the fault has closed the channel, which failed this call.
                     if self._guard.fault is not None:
                         raise self._guard.fault from error
-                    # What gRPC raises on a channel that `stop` has closed.
+                    # What gRPC raises on a channel that `stop` has closed, or the watch in favour of another one.
                     if isinstance(error, ValueError):
-                        break
+                        continue
                     self._backoff.wait_after_error(error)
                     if complete and self._backoff.unreachable_s >= COMPLETE_S:
                         self._record("over", run=complete, seconds=int(COMPLETE_S))
@@ -155,6 +160,25 @@ class Client:
             # What it has not finished is trained again from the same seed, and nothing of it has left the site.
             self._trainer.kill()
             self._calls.close()
+
+    def _watch(self) -> None:
+        """Look every few seconds at what a long connection would miss: dates, and the server's place in the roster."""
+        warned = dict[str, float]()
+        while not self._stop.wait(WATCH_S):
+            for text in self._session.warnings():
+                if self._clock() - warned.get(text, float("-inf")) >= DAY_S:
+                    warned[text] = self._clock()
+                    self._record("warning", text=text)
+            fault, renewed = self._session.server_fault(), renewed_identity(self._identity)
+            if fault or renewed is not None:
+                self._identity = renewed or self._identity
+                self._record("redial", reason=fault or "this site has a new certificate")
+                self._session.greeting = None
+                self._redial()
+
+    def _redial(self) -> None:
+        """Leave the connection to the server for another one."""
+        self._calls.redial(dial(self._identity, self._settings))
 
     def _begin(self, greeting: Greeting) -> None:
         """Take part in a run, or resume it: stored replies without a receipt are sent first."""

@@ -6,7 +6,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,11 +17,12 @@ from fedtune.errors import ConfigError, Fault, WireError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client.backoff import Backoff
 from fedtune.link.client.channel import LinkStub
+from fedtune.link.client.server_certificate import ServerCertificate, certificate_fault, verify_proof
 from fedtune.link.client.server_limits import within_ranges
 from fedtune.link.envelopes import PROTOCOL, build_version, expect_fields, verify_envelope
-from fedtune.link.pki.identity import Identity
+from fedtune.link.pki.identity import Identity, expiry_warnings
 from fedtune.link.pki.roster import Party, Roster, RosterFile, check_successor, decode, find_party
-from fedtune.link.rejections import RejectionError, one_line, rejection
+from fedtune.link.rejections import RejectionError, one_line
 from fedtune.store.files import write_bytes
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -42,6 +43,8 @@ class Greeting:
     run: str
     plan: pb.Envelope
     recipe: bytes
+    server: ServerCertificate | None = None
+    """As the coordinator has signed it for this hello."""
 
     @property
     def recipe_digest(self) -> bytes:
@@ -61,6 +64,7 @@ class Session:
         record: RecordEvent,
         now: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
+        redial: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin before the first hello.
 
@@ -72,10 +76,11 @@ class Session:
             record: receives the events.
             now: seconds since 1970.
             clock: seconds from any start.
+            redial: opens another connection to the server.
         """
         self.identity = identity
         self._roster, self._calls, self._backoff, self._record, self._now = roster, calls, backoff, record, now
-        self._clock = clock
+        self._clock, self._redial = clock, redial
         self._asking = threading.Lock()  # for a roster: one thread does, the others have what it brings
         self._asked_at, self._asked_version = float("-inf"), 0
         self._said_version = 0  # of the server's roster, as it said last
@@ -95,7 +100,8 @@ class Session:
             grpc.RpcError: if it cannot be reached.
         """
         while True:
-            reply = self._calls.hello(self._hello_request(), timeout=CALL_S)
+            request = self._hello_request()
+            reply = self._calls.hello(request, timeout=CALL_S)
             # Some refusals pass: an expired roster is renewed at the server without a restart here.
             if reply.HasField("refusal"):
                 self._backoff.wait_after_refusal(reply.refusal)
@@ -104,21 +110,30 @@ class Session:
                 self._install_roster(reply.roster)
             self.hear_version(reply.roster_version)
             roster = self._roster.current()
+            fault = f"the roster (version {roster.version}) has ended by this clock, and the server has none newer"
             if self._now() <= roster.valid_until:
-                return self._verify(reply)
-            got = f"version {roster.version}, which has expired by this clock, and none newer from the server"
+                greeting = self._verify(reply, request.nonce)
+                assert greeting.server is not None  # `_verify` has seen its proof
+                if not (fault := certificate_fault(greeting.server, roster, now=self._now())):
+                    return greeting
             if not wait:
-                expected, hint = "a roster that is valid", "ask the coordinator to renew it, and check this clock"
-                raise ConfigError(Fault("link.identity", expected, got, hint))
-            self._backoff.wait_after_refusal(rejection(pb.ROSTER_OLD, "roster", "one that is valid", got).refusal)
+                expected, hint = "a server and a roster that are valid now", "ask the coordinator, and check this clock"
+                raise ConfigError(Fault("link.address", expected, fault, hint))
+            # What the coordinator renews, it renews without a restart here; the next connection has it.
+            self._backoff.wait_for_server(fault)
+            self._redial()
 
-    def _verify(self, reply: pb.HelloReply) -> Greeting:
+    def _verify(self, reply: pb.HelloReply, nonce: int) -> Greeting:
         """Return what a server says of itself and the run.
 
         Raises:
             ConfigError: if it is not signed by a coordinator of the roster.
         """
+        if not reply.HasField("proof"):
+            expected, hint = "a server that proves who it is", "its fedtune must be 0.3 or later"
+            raise ConfigError(Fault("link.address", expected, "one that says nothing of its certificate", hint))
         try:
+            server = verify_proof(reply, self.identity, nonce, self.find_coordinator)
             plan, _ = verify_envelope(reply.plan, self.find_coordinator)
             # The recipe itself is not signed: the plan's header names its digest.
             recipe_digest = sha256(reply.recipe).digest()
@@ -128,7 +143,7 @@ class Session:
         # The run id becomes the name of a folder here: "../" in it would let a server write anywhere.
         if not RUN_ID.fullmatch(plan.run):
             raise ConfigError(Fault("link.address", "a run id of 16 hex digits", repr(plan.run[:50])))
-        return Greeting(reply.epoch, within_ranges(reply.limits), plan.run, reply.plan, reply.recipe)
+        return Greeting(reply.epoch, within_ranges(reply.limits), plan.run, reply.plan, reply.recipe, server)
 
     def _hello_request(self) -> pb.HelloRequest:
         return pb.HelloRequest(
@@ -137,7 +152,18 @@ class Session:
             build=build_version(),
             roster_version=self.roster_version,
             process=self.process,
+            nonce=secrets.randbits(64),
         )
+
+    def server_fault(self) -> str:
+        """Return why the connection to the server that is answering must end; empty if it may go on."""
+        if (greeting := self.greeting) is None or greeting.server is None:
+            return ""
+        return certificate_fault(greeting.server, self._roster.current(), now=self._now())
+
+    def warnings(self) -> Sequence[str]:
+        """Return a sentence for each of roster and certificate of this site that ends soon."""
+        return expiry_warnings(self.identity, self._roster.current(), now=self._now())
 
     @property
     def roster_version(self) -> int:

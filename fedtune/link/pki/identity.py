@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from fedtune.errors import ConfigError, Fault, WireError
 from fedtune.link.pki import certificates
-from fedtune.link.pki.roster import MAX_BYTES, decode
+from fedtune.link.pki.roster import MAX_BYTES, Roster, decode
 from fedtune.link.pki.signing import public_bytes
 
 SIGN_KEY, TLS_KEY, CERTIFICATE, CA, ROOT, ROSTER = "sign.key", "tls.key", "tls.crt", "ca.crt", "root.pub", "roster"
 ENROL_AGAIN = "enrol again: fedtune enroll request, sign, accept"
+RENEW_ROSTER = "the CA renews it (fedtune roster renew), and the coordinator installs it; sites take it from there"
+WEEK_S = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,51 @@ def load_identity(folder: Path, *, role: str, now: int) -> Identity:
     )  # fmt: skip
 
 
-def renewal_warning(identity: Identity, now: int) -> str:
-    """Return a warning from two thirds of the certificate's life on; empty before."""
-    if now < identity.not_before + (identity.not_after - identity.not_before) * 2 // 3:
+def certificate_warning(name: str, not_before: int, not_after: int, *, now: float) -> str:
+    """Return a warning from two thirds of a certificate's life on, and in its last week; empty before."""
+    if now < min(not_before + (not_after - not_before) * 2 // 3, not_after - WEEK_S):
         return ""
-    return f"the certificate of {identity.name} ends on {format_time(identity.not_after)}; {ENROL_AGAIN}"
+    ends = "ends" if now <= not_after else "ended"
+    return f"the certificate of {name} {ends} on {format_time(not_after)}; {ENROL_AGAIN}"
+
+
+def roster_warning(version: int, valid_until: int, *, now: float) -> str:
+    """Return a warning in the last week of a roster; empty before."""
+    if now < valid_until - WEEK_S:
+        return ""
+    ends = "ends" if now <= valid_until else "ended"
+    return f"the roster (version {version}) {ends} on {format_time(valid_until)}; {RENEW_ROSTER}"
+
+
+def current_dates(identity: Identity) -> tuple[int, int]:
+    """Return from when to when the certificate in a party's folder is valid: it may have been renewed there."""
+    try:
+        return certificates.validity((identity.folder / CERTIFICATE).read_bytes())
+    except (OSError, ValueError):  # while it is being replaced
+        return identity.not_before, identity.not_after
+
+
+def renewed_identity(identity: Identity) -> Identity | None:
+    """Return a party's identity with the newer certificate of its keys that lies in its folder; None without one."""
+    try:
+        pem = (identity.folder / CERTIFICATE).read_bytes()
+        if pem == identity.certificate or not certificates.matches_key(
+            pem, certificates.load_tls_key(identity.tls_key)
+        ):
+            return None
+        serial, dates = certificates.serial_number(pem), certificates.validity(pem)
+    except (OSError, ValueError):  # while it is being replaced
+        return None
+    return replace(identity, certificate=pem, serial=serial, not_before=dates[0], not_after=dates[1])
+
+
+def expiry_warnings(identity: Identity, roster: Roster, *, now: float) -> Sequence[str]:
+    """Return a sentence for each of certificate and roster of a party that ends soon."""
+    texts = (
+        certificate_warning(identity.name, *current_dates(identity), now=now),
+        roster_warning(roster.version, roster.valid_until, now=now),
+    )
+    return [text for text in texts if text]
 
 
 @certificates.parse_errors_as_value_errors()

@@ -16,6 +16,7 @@ from prometheus_client.exposition import make_wsgi_app
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.link import uploads
+from fedtune.link.pki.roster import Roster
 from fedtune.link.server.addresses import HEALTH_HINT
 from fedtune.link.server.dispatcher import Dispatcher
 
@@ -38,11 +39,12 @@ class Metrics:
         self._events = counter("fedtune_events", "What happened on the link", "kind")
         self._receipts = counter("fedtune_answers", "Receipts given, by verdict", "verdict")
         self._refused = counter("fedtune_refused", "Calls and replies refused", "code")
+        self._dropped = counter("fedtune_dropped", "Orders that clients do not believe", "code")
         self._bytes = counter("fedtune_bytes", "Bytes of parts", "direction")
         self._round = Gauge("fedtune_round", "Round that is open, or the last one", registry=self.registry)
 
     def add_gauges(
-        self, dispatcher: Dispatcher, *, roster_version: Callable[[], int], certificate_until: float
+        self, dispatcher: Dispatcher, *, roster: Callable[[], Roster], certificate_until: Callable[[], float]
     ) -> None:
         """Add gauges that are computed whenever the metrics are read."""
 
@@ -58,8 +60,9 @@ class Metrics:
             ),
             "fedtune_spool_bytes": ("Bytes of replies that are arriving", arriving_bytes),
             "fedtune_disk_free_bytes": ("Bytes free on the disk", lambda: uploads.free_bytes(dispatcher.folder)),
-            "fedtune_roster_version": ("Version of the roster", roster_version),
-            "fedtune_certificate_until_seconds": ("When the certificate ends, since 1970", lambda: certificate_until),
+            "fedtune_roster_version": ("Version of the roster", lambda: roster().version),
+            "fedtune_roster_until_seconds": ("When the roster ends, since 1970", lambda: roster().valid_until),
+            "fedtune_certificate_until_seconds": ("When the certificate ends, since 1970", certificate_until),
         }
         for name, (text, value) in gauges.items():
             Gauge(name, text, registry=self.registry).set_function(value)
@@ -72,6 +75,8 @@ class Metrics:
         match kind:
             case "receipt":
                 self._receipts.labels(verdict=str(fields["verdict"]), **client).inc()
+            case "dropped":
+                self._dropped.labels(code=str(fields["code"]), **client).inc()
             case "refused":
                 self._refused.labels(code=str(fields["code"]), **client).inc()
             case "answered":

@@ -46,6 +46,14 @@ class RunInfo:
         """
         return self.seal(pb.Header(kind=pb.END, to=client, epoch=epoch, round=number, parts=parts))
 
+    def prove(self, client: str, *, nonce: int, epoch: int, certificate: bytes) -> pb.Envelope:
+        """Return the signed statement for a client that this connection, whose certificate it names, is the server's.
+
+        The client has drawn the nonce: what was signed for another, or before, proves nothing.
+        """
+        parts = [make_part("", certificate)]
+        return self.seal(pb.Header(kind=pb.SERVER, to=client, nonce=nonce, epoch=epoch, parts=parts))
+
     def seal(self, header: pb.Header) -> pb.Envelope:
         """Fill in what is common to all statements of the run, and return the header signed."""
         header.protocol, header.federation, header.run, header.author = PROTOCOL, self.federation, self.run, self.author

@@ -171,7 +171,14 @@ async def start_server(
     """
     check_cipher_suites(SET_IN_TIME)
     check_address(dispatcher.settings.listen)
-    service = Service(dispatcher, roster, epoch=dispatcher.epoch, record=record, now=now)
+    service = Service(
+        dispatcher,
+        roster,
+        epoch=dispatcher.epoch,
+        certificate=(identity.folder / "tls.crt").read_bytes,
+        record=record,
+        now=now,
+    )
     server = grpc.aio.server(options=server_options(dispatcher.settings, parties=len(roster.current().parties)))
     server.add_generic_rpc_handlers((rpc_handlers(service),))
     address = dispatcher.settings.listen

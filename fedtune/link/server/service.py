@@ -49,6 +49,7 @@ class Service:
         roster: RosterFile,
         *,
         epoch: int,
+        certificate: Callable[[], bytes] = lambda: b"",
         record: RecordEvent = ignore_event,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
@@ -59,12 +60,13 @@ class Service:
             dispatcher: has the tasks and takes the replies.
             roster: parties and their keys; read again when its file changes.
             epoch: random number of this process, by which clients notice a restart.
+            certificate: returns the server's certificate (PEM), which may be renewed meanwhile.
             record: receives the events.
             clock: seconds from any start.
             now: seconds since 1970.
         """
         self._dispatcher, self._roster, self._epoch, self._record = dispatcher, roster, epoch, record
-        self._clock, self._now = clock, now
+        self._certificate, self._clock, self._now = certificate, clock, now
         settings = dispatcher.settings
         self._limits = pb.Limits(
             part_bytes=settings.part_kib * KIB,
@@ -106,7 +108,7 @@ class Service:
         build = one_line(request.build)
         self._record("hello", client=party.name, build=build, roster=request.roster_version)
         self._dispatcher.greet(party.name)
-        roster = self._roster.current()
+        roster, run, certificate = self._roster.current(), self._dispatcher.run, self._certificate()
         return pb.HelloReply(
             protocol=PROTOCOL,
             epoch=self._epoch,
@@ -115,6 +117,8 @@ class Service:
             recipe=self._dispatcher.run.recipe,
             roster=self._roster.data if roster.version > request.roster_version else b"",
             roster_version=roster.version,
+            certificate=certificate,
+            proof=run.prove(party.name, nonce=request.nonce, epoch=self._epoch, certificate=certificate),
         )
 
     async def next(self, request: pb.NextRequest, context: CallContext) -> pb.NextReply:

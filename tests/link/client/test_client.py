@@ -214,14 +214,9 @@ def test_a_site_is_asked_again_when_the_recipe_of_a_run_is_another(link: LinkSer
 
 
 def test_a_task_that_the_coordinator_did_not_sign_is_dropped(link: LinkServer) -> None:
-    link.dispatcher.run = type(link.dispatcher.run)(
-        link.dispatcher.run.federation,
-        link.dispatcher.run.run,
-        link.dispatcher.run.recipe,
-        "server",
-        link.identities["site-b"].key,
-    )
     with run_site(link) as running:
+        until(link, lambda: "hello" in running.kinds())
+        link.dispatcher.run = replace(link.dispatcher.run, key=link.identities["site-b"].key)
         post(link)
         until(link, lambda: "refused" in running.kinds())
         assert not running.trainer.done

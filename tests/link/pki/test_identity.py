@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 
 from fedtune.errors import ConfigError
 from fedtune.link.pki import authority
-from fedtune.link.pki.identity import load_identity, read_root_key, renewal_warning
+from fedtune.link.pki.identity import expiry_warnings, load_identity, read_root_key
+from fedtune.link.pki.roster import decode
 from tests.link.ceremony import enroll_parties
 
 NOW = 1_800_000_000
@@ -93,8 +95,16 @@ def test_a_client_is_no_coordinator(anna: Path) -> None:
 
 def test_a_warning_comes_with_the_last_third_of_a_certificate(anna: Path) -> None:
     result = load_identity(anna, role="client", now=NOW)
-    assert not renewal_warning(result, NOW + 59 * DAY)
-    assert "enrol again" in renewal_warning(result, NOW + 61 * DAY)
+    root = decode((result.folder / "roster").read_bytes(), result.root)
+    roster = replace(root, valid_until=NOW + 200 * DAY)
+    assert not expiry_warnings(result, roster, now=NOW + 59 * DAY)
+    (text,) = expiry_warnings(result, roster, now=NOW + 61 * DAY)
+    assert "ends on" in text
+    assert "enrol again" in text
+    assert "ended on" in expiry_warnings(result, roster, now=NOW + 91 * DAY)[0]
+    assert not expiry_warnings(result, replace(root, valid_until=NOW + 30 * DAY), now=NOW + 22 * DAY)
+    (text,) = expiry_warnings(result, replace(root, valid_until=NOW + 30 * DAY), now=NOW + 24 * DAY)
+    assert text.startswith("the roster (version ")
 
 
 def test_a_pinned_root_key_that_cannot_be_read_is_named(anna: Path) -> None:

@@ -3,13 +3,17 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedtune.errors import ConfigError
+from fedtune.link.pki.roster import Roster
 from fedtune.link.server.metrics import Metrics, serve_health
 from tests.link.harness import make_harness
+
+ROSTER = Roster("care", 1, 2_000_000_000, {})
 
 
 def get(port: int, path: str) -> tuple[int, str]:
@@ -29,7 +33,7 @@ def ready() -> list[str]:
 @pytest.fixture
 def port(tmp_path: Path, ready: list[str]) -> Iterator[int]:
     dispatcher, metrics = make_harness(tmp_path).dispatcher, Metrics()
-    metrics.add_gauges(dispatcher, roster_version=lambda: 7, certificate_until=1.8e9)
+    metrics.add_gauges(dispatcher, roster=lambda: replace(ROSTER, version=7), certificate_until=lambda: 1.8e9)
     for kind, fields in (
         ("round", {"round": 3}),
         ("answered", {"client": "anna", "bytes": 100}),
@@ -108,7 +112,7 @@ def test_counters_add_up_by_verdict_code_and_direction() -> None:
 
 def test_bytes_that_are_arriving_are_shown_as_they_come(tmp_path: Path) -> None:
     dispatcher, metrics = make_harness(tmp_path).dispatcher, Metrics()
-    metrics.add_gauges(dispatcher, roster_version=lambda: 1, certificate_until=0.0)
+    metrics.add_gauges(dispatcher, roster=lambda: ROSTER, certificate_until=lambda: 0.0)
     with serve_health("127.0.0.1:0", metrics, unready=lambda: "") as result:
         for size in (0, 1000):
             (dispatcher.folder / "part").write_bytes(bytes(size))
