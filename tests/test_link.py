@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 import fedtune
+from fedtune import api
 from fedtune.config import bind
 from fedtune.link.client import outbox
+from fedtune.link.provenance import load_roster, verify_folder
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.scores import pooled_scores
 from fedtune.store.history import replay_journal
+from fedtune.store.training_record import check_journal
 from tests.cli.test_flower_server import toml
 from tests.link.federation import Federation, federation
 from tests.link.scripted import EXAMPLES, MODEL, scripted_update
@@ -101,6 +104,16 @@ def test_sites_over_grpc_come_to_the_state_of_the_simulated_run(
             (given,) = fed.events(name, "result")
             for file in (fed.run / "adapter").glob("adapter_*") if method != "fedkseed" else ():
                 assert (Path(given["path"]) / file.name).read_bytes() == file.read_bytes()
+            assert "unverified" not in given
+            verified = verify_folder(Path(given["path"]), load_roster(fed.places[name] / "roster", None)[0])
+            check_journal(fed.run, verified.predicate["training"])
+            assert "clients" not in verified.predicate
+        folder = "seeds" if method == "fedkseed" else "adapter"
+        roster = load_roster(fed.places["server"] / "roster", None)[0]
+        assert verify_folder(fed.run / folder, roster).predicate["training"]["run"] == api.status(fed.run).run
+        checked = api.verify(fed.run)
+        assert (checked.committed, checked.folders) == (3, 1)
+        assert checked.entries > 0
 
 
 @pytest.mark.guarantee("G12")
