@@ -43,10 +43,9 @@ def facts(shown: DryRun) -> Iterator[tuple[str, str]]:
             else f"at least {shown.least_cohort} clients each"
         ),
     )
-    yield (
-        "of this site",
-        f"{demand.steps or 'so many epochs of'} steps" + (f", rank {demand.rank}" if demand.rank else ""),
-    )
+    yield "of this site", "what follows may be asked, and any other order is vetoed"
+    for name, text in shown.permitted.items():
+        yield f"  {name}", text
     yield "its data", ", ".join(f"{part} from {column}" for part, column in sorted(shown.columns.items())) or "by name"
     yield (
         "leaves it",

@@ -37,7 +37,7 @@ from fedtune.messages import (
 from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps
 from fedtune.pruning.structure import BlockLayout
 from fedtune.wire.codec import decode_outline, encode_assignment
-from fedtune.wire.profile import ClientProfile
+from fedtune.wire.profile import ClientProfile, ModelSpec
 
 RESULTS: Mapping[type[Any], str] = {TrainLora: "adapter", ProbeSeeds: "seeds"}
 """Folder of a run's result, by what its clients do."""
@@ -152,6 +152,45 @@ def permitted_plan(recipe: Recipe, allowed: Permitted, client: str, order: Assig
         scale=scales[rank],
         training=replace(allowed.training, steps=steps) if allowed.steps(steps) else allowed.training,
     )
+
+
+def first_order(recipe: Recipe, client: str, num_examples: int) -> Assignment:
+    """Return the order of the first round that a recipe permits, for a client that holds so many training examples.
+
+    Raises:
+        FedtuneError: if the recipe's method makes none.
+    """
+    allowed = permission(recipe, client, num_examples)
+    plan = Plan(client, min(allowed.choices.ranks or (1,)), 1.0, allowed.training)
+    asked = Assignment(recipe.method.name, 1, 0, plan, TrainLora(a_key=0))
+    return permitted_order(recipe, allowed, ClientProfile(client, num_examples, ModelSpec("", {})), asked)
+
+
+def permission_texts(recipe: Recipe, client: str) -> Mapping[str, str]:
+    """Return in plain words what a recipe permits to be asked of a client; anything else is vetoed."""
+    allowed = permission(recipe, client, 1)
+    _, stated = planned_training(recipe, client)
+    size, limit = stated.batch * stated.accumulation, "at most " * allowed.choices.fewer_steps
+    steps = f"{stated.steps} steps of {size} examples"
+    if stated.steps is None:
+        steps = f"{stated.epochs:g} passes over its examples, {size} in a step"
+    settings, probe = recipe.evaluate, method_of(recipe).task is ProbeSeeds
+    rows = "all of its" if settings.client_examples is None else f"at most {settings.client_examples}"
+    whole = ", ".join(recipe.adapter.modules_to_save) or "nothing"
+    texts = {
+        "rounds": f"1 to {allowed.rounds}",
+        "work": f"{limit}{steps}, at the rate {stated.learning_rate:g}",
+        "ranks": "none" if probe else allowed.rank_text,
+        "pruning": allowed.ratio_text,
+        "whole": "none" if probe else whole,
+        "scores": f"of {rows} held-out rows, after each evaluation" if settings.clients else "never",
+    }
+    return texts if probe else {**texts, "bytes": f"the factors in {number_format(recipe)}; those in full in fp32"}
+
+
+def number_format(recipe: Recipe) -> str:
+    """Return in which number format a recipe's factors leave a client."""
+    return str(getattr(recipe.method, "wire_dtype", "fp32"))
 
 
 def score_differences(recipe: Recipe, profile: ClientProfile, request: ScoreRequest) -> Sequence[Difference]:

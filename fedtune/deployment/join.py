@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, planned_training
+from fedtune.config.consent import first_order, permission_texts
 from fedtune.config.recipe import method_of
 from fedtune.config.site import SiteSettings, bind_site
 from fedtune.deployment.consent import accepted_recipe, order_check
@@ -19,7 +21,8 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
 from fedtune.link.client import policy
 from fedtune.link.client.client import Client, End
-from fedtune.link.client.policy import TaskDemand, Usage
+from fedtune.link.client.order_limits import limit_violations
+from fedtune.link.client.policy import PolicyViolation, TaskDemand, Usage
 from fedtune.link.client.session import Greeting
 from fedtune.link.client.training_process import ProcessTrainer, Trainer, WorkProgress
 from fedtune.link.pki.identity import Identity, load_identity
@@ -30,6 +33,8 @@ from fedtune.store.files import make_private, store_errors
 from fedtune.store.lock import lock_run
 
 AUDIT = "audit"
+MANY_EXAMPLES = 10_000
+"""Of a site whose data are not loaded."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,8 @@ class DryRun:
     """What the recipe leaves open, and the site would decide in each round."""
     scores: ScorePolicy
     """What the site does with its scores of the global model."""
+    permitted: Mapping[str, str]
+    """In plain words all that the recipe permits to be asked of this site; other orders are vetoed."""
     columns: Mapping[str, str]
     """Columns of the site's files, by what they are used for."""
 
@@ -197,6 +204,10 @@ def compare_with_policy(setup: JoinSetup, greeting: Greeting) -> DryRun:
     refusals = policy.check_policy(
         setup.settings.policy, demand, greeting.recipe_digest.hex(), Usage(), now=datetime.now().time()
     )
+    # Whatever the site holds, the order's own steps may be too few.
+    rules, many = setup.settings.policy, max(MANY_EXAMPLES, 4 * setup.settings.policy.min_examples)
+    first = first_order(recipe, setup.identity.name, many)
+    refusals = [*refusals, *starmap(PolicyViolation, limit_violations(rules, first, many))]
     return DryRun(
         server=setup.link.address,
         run=greeting.run,
@@ -208,6 +219,7 @@ def compare_with_policy(setup: JoinSetup, greeting: Greeting) -> DryRun:
         refusals=refusals,
         remarks=remarks(setup.settings.policy, recipe, demand),
         scores=setup.settings.policy.scores,
+        permitted=permission_texts(recipe, setup.identity.name),
         columns={str(part): column for part, column in setup.settings.data.fields.items()},
     )
 

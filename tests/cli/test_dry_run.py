@@ -23,7 +23,8 @@ def test_what_a_run_would_ask_is_shown_with_the_recipe_and_the_verdict(site: Pat
     text = shown(site, RECIPE)
     for line in (
         "method       flora",
-        "1 steps, rank 2",
+        "  work       1 steps of 1 examples, at the rate",
+        "  ranks      2",
         "instruction from question",
         "LoRA factors",
         'name = "flora"',

@@ -13,8 +13,9 @@ import pytest
 
 from fedtune.client.site import Site
 from fedtune.config import Recipe, bind
-from fedtune.config.consent import order_differences, result_differences, score_differences
+from fedtune.config.consent import first_order, order_differences, permission, result_differences, score_differences
 from fedtune.config.order_rules import FREE
+from fedtune.config.recipe import requested_ratio
 from fedtune.directions.seed_ledger import describe_base
 from fedtune.messages import (
     Assignment,
@@ -29,7 +30,9 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.methods import METHODS
+from fedtune.planning.adaptive import AdaptiveSettings
 from fedtune.planning.planner import PlannerInputs
+from fedtune.planning.policies import arms_of
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.transport import Rule, Transport
@@ -268,6 +271,24 @@ def test_a_planner_that_does_not_name_its_choices_may_ask_for_less_and_not_for_m
     allowed = any_choice(None, 4, 0.0)
     assert (allowed.ranks, allowed.ratios, allowed.fewer_steps) == (None, None, True)
     assert PlannerType("x", Plan, lambda settings, inputs: None).choices is any_choice  # type: ignore[arg-type, return-value]
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "simulations").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_recipe_permits_what_its_planner_may_choose(path: Path) -> None:
+    recipe = bind(path)
+    allowed = permission(recipe, "client-0", 100)
+    order = first_order(recipe, "client-0", 100)
+    assert order.method == recipe.method.name
+    assert order.plan.training.steps == allowed.training.steps
+    if isinstance(recipe.planner, AdaptiveSettings):
+        arms = arms_of(recipe.planner, pruned=recipe.pruning is not None)
+        assert all(allowed.rank(arm.rank) and allowed.ratio(arm.ratio) for arm in arms)
+    else:
+        assert allowed.ratio(requested_ratio(recipe, "client-0"))
+        assert not allowed.rank(0)
 
 
 def test_scores_are_asked_for_as_the_recipe_says_or_not_at_all() -> None:

@@ -26,6 +26,7 @@ fields = { instruction = "question", output = "answer" }
 [link]
 address = "localhost:1"
 [policy]
+min_examples = 1
 max_rank = 4
 """
 
@@ -90,6 +91,28 @@ def test_a_dry_run_says_which_rounds_would_be_declined_and_refuses_only_what_is_
     assert (promised.allowed, promised.remarks) == (True, ())
     small = compare_with_policy(setup, greeting(RECIPE.replace("[rounds]", "[rounds]\ncohort = 2")))
     assert small.facts["refusals"] == ["policy.min_cohort: at least 3; got 2"]
+
+
+def test_a_dry_run_says_in_words_what_the_recipe_permits_and_what_is_too_little(site: Path) -> None:
+    setup = load_join_setup(site)
+    assert compare_with_policy(setup, greeting(RECIPE)).permitted == {
+        "rounds": "1 to 1",
+        "work": "1 steps of 1 examples, at the rate 0.1",
+        "ranks": "2",
+        "pruning": "0",
+        "whole": "nothing",
+        "scores": "of at most 64 held-out rows, after each evaluation",
+        "bytes": "the factors in bf16; those in full in fp32",
+    }
+    planned = RECIPE + '[planner]\nname = "random"\nranks = [2, 16]\n'
+    assert compare_with_policy(setup, greeting(planned)).permitted["ranks"] == "2, 16"
+    seeds = RECIPE.replace('"flora"', '"fedkseed"').replace("steps = 1", "epochs = 2")
+    permitted = compare_with_policy(setup, greeting(seeds)).permitted
+    assert permitted["work"] == "2 passes over its examples, 1 in a step, at the rate 0.1"
+    assert (permitted["ranks"], permitted["whole"]) == ("none", "none")
+    site.write_text(SITE.replace("min_examples = 1\n", ""))
+    refused = compare_with_policy(load_join_setup(site), greeting(RECIPE))
+    assert refused.facts["refusals"] == ["policy.min_examples: an update of at least 32 examples; got 1"]
 
 
 def test_an_override_for_this_site_counts() -> None:
