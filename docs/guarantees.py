@@ -89,8 +89,8 @@ GUARANTEES: Mapping[str, Guarantee] = {
     "G16": Guarantee("Clocks that differ", "A run completes where clocks differ by an hour, each way.", "4"),
     "G17": Guarantee(
         "A wrong base is refused",
-        "A base that differs by one bit of weights, tokenizer, template, number format or quantisation is refused "
-        "before training.",
+        "A base that differs by one bit of its weights, or in their format, is refused before training. Tokenizer and "
+        "chat template are no part of the digest.",
         "5",
     ),
     "G18": Guarantee(

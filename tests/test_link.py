@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,17 +230,46 @@ def test_a_server_that_is_killed_goes_on_and_nothing_is_trained_twice(tmp_path: 
             assert sorted(one.header.round for one in entries) == [1, 2, 3, 4]
 
 
+STAGES = ("asked", "fetched", "sending", "pushed", "receipt")
+"""Of a site's round, in their order: what it has recorded when it is killed."""
+
+
 @pytest.mark.guarantee("G13")
 @pytest.mark.slow
-def test_a_site_that_is_killed_sends_the_same_bytes_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_site_that_is_killed_at_any_stage_of_each_round_sends_the_same_bytes_again(
+    tmp_path: Path, stage: str, cases: Callable[[int], None]
+) -> None:
+    kills, log = 0, ""
     with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE), server={"inline_kib": 1}) as fed:
         fed.serve()
         scripted(fed, *SITES)
-        fed.until(lambda: fed.events("site-b", "sending"))
-        fed.kill("site-b")
-        scripted(fed, "site-b")
+        for number in (1, 2, 3, 4):
+            # Of this life alone: what was recorded before the kill before it is no sign of this one.
+            fed.until(lambda number=number: reached(fed, "site-b", stage, number) or over(fed))  # type: ignore[misc]
+            if over(fed):
+                break
+            fed.kill("site-b")
+            kills += 1
+            log += fed.log("site-b")
+            fed.lines["site-b"] = []
+            scripted(fed, "site-b")
         assert fed.exit_statuses("server", *SITES) == [0] * 4, fed.log("server")
         assert last_state(fed) == reference(tmp_path)
+        lines = [json.loads(line) for line in (log + fed.log("site-b")).splitlines() if line.startswith("{")]
+        answers = {(one["round"], one["bytes"], one["answer"]) for one in lines if one["event"] == "sending"}
+        updates = [(number, answer) for number, size, answer in answers if size > 1000]
+        assert sorted(number for number, _ in updates) == [1, 2, 3, 4], "two answers of one round"
+        cases(kills)
+
+
+def reached(fed: Federation, name: str, stage: str, number: int) -> bool:
+    """Return whether a site has come to a stage of a round, or a later one."""
+    return any(one["round"] >= number for one in fed.events(name, stage))
+
+
+def over(fed: Federation) -> bool:
+    return any(fed.events("server", "stopped"))
 
 
 def test_a_stopped_server_says_how_to_resume_and_the_sites_wait(tmp_path: Path) -> None:
