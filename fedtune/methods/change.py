@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedtune.lora.adapter import Adapter, Factors, draw_a, inner
+from fedtune.lora.adapter import Adapter, Factors, draw_a
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, ProbeSeeds, Role, Size, TrainLora
 from fedtune.tensors import Array, Tensors, squared_norm
 
@@ -53,7 +53,7 @@ def change_of(saved: Tensors, blueprint: Blueprint, assignment: Assignment, upda
         if task.train == "ab":
             factors[f"{name}.a"] = da[:rank]
         if task.upload == "factors":
-            start += squared_norm(b0) + (squared_norm(a0) if task.train == "ab" else 0.0)
+            start += quick_square(b0) + (quick_square(a0) if task.train == "ab" else 0.0)
     return Change(product, factors, saved_change(saved, update), start=float(np.sqrt(start)))
 
 
@@ -121,12 +121,26 @@ def sizes(change: Change) -> Mapping[Role, Size]:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         squares: Mapping[Role, Mapping[str, float]] = {
-            "change": {name: inner(factors, factors) for name, factors in change.product.items()},
-            "factors": {name: squared_norm(array) for name, array in change.factors.items()},
+            "change": {name: squared_product(factors) for name, factors in change.product.items()},
+            "factors": {name: quick_square(array) for name, array in change.factors.items()},
             "saved": {name: squared_norm(array) for name, array in change.saved.items()},
             "scalars": {name: squared_norm(array) for name, array in change.scalars.items()},
         }
     return {role: size_of(parts) for role, parts in squares.items() if parts}
+
+
+def squared_product(factors: Factors) -> float:
+    """Return the squared Frobenius norm of b a, from r x r matrices in float64."""
+    b, a = factors.b.astype(np.float64), factors.a.astype(np.float64)  # once each: the copies are most of the work
+    return float(np.sum((b.T @ b) * (a @ a.T)))
+
+
+def quick_square(array: Array) -> float:
+    """Return a sum of squares that is held against a bound: in float32, and in float64 where that is too small."""
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(flat @ flat)
+    return square if np.isfinite(square) else squared_norm(array)
 
 
 def size_of(squares: Mapping[str, float]) -> Size:

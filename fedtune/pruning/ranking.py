@@ -18,6 +18,8 @@ Criterion: TypeAlias = Literal["wanda", "lora", "gate", "magnitude", "random"]
 
 SWAP = 0.1
 """Share by which a pooled score must change before the ranking follows: equal groups do not swap every round."""
+LARGEST_WORTH = 10.0
+"""Times the cohort's median of a unit, or times the mean unit, that one client's score of it counts at most."""
 LEAST = 8
 """A block keeps at least 1/8 of its channels."""
 
@@ -303,18 +305,31 @@ def pool_scores(parts: Sequence[tuple[Tensors, float]], before: Tensors, layout:
     common = {name: np.all([np.isfinite(each[name]) for each, _ in parts], axis=0) for name in ("heads", "channels")}
     # Scaled over what all clients hold: else a client that lacks the weak groups would score the others lower.
     scaled = [(normalise(each, common, layout), weight) for each, weight in parts]
+    bounds = {name: largest_worth([own[name] for own, _ in scaled]) for name in ("heads", "channels")}
     pooled = {}
     for name in ("heads", "channels"):
         total, weights = np.zeros(common[name].shape), np.zeros(common[name].shape)
         for own, weight in scaled:
             known = np.isfinite(own[name])
-            total[known] += weight * own[name][known]
+            total[known] += weight * np.minimum(own[name], bounds[name])[known]
             weights += weight * known
         mean = np.where(weights > 0, total / np.where(weights > 0, weights, 1.0), 0.0)
         old = before.get(name)
         new = mean if old is None else np.where(weights > 0, 0.5 * old + 0.5 * mean, old)
         pooled[name] = new.astype(np.float32)
     return pooled
+
+
+def largest_worth(scores: Sequence[Array]) -> Array:
+    """Return how much of one client's score counts, by unit: `LARGEST_WORTH` times the cohort's, or the mean unit's.
+
+    Scores are in units of their mean, so one client could put all of them on a few units of its choice.
+    """
+    # Of two the smaller one. NaN, where a client has no opinion, is sorted behind all others.
+    ordered = np.sort(np.stack(scores), axis=0)
+    known = np.isfinite(ordered).sum(axis=0)
+    middle = np.take_along_axis(ordered, np.maximum(0, (known - 1) // 2)[None], axis=0)[0]
+    return np.asarray(LARGEST_WORTH * np.maximum(np.nan_to_num(middle, nan=1.0), 1.0))
 
 
 def with_hysteresis(order: Tensors, scores: Tensors) -> Tensors:

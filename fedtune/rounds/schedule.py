@@ -56,9 +56,10 @@ class Schedule:
     """The round whose model is the result: the last one, or the one with the best score among those that were
     evaluated (`evaluate.every`)."""
     metric: Metric = field(default="loss", metadata=OMIT_DEFAULT)
-    """Score that says which round is best, on the test data, or without such over the clients' held-out rows: for
-    causal models loss, perplexity, bits_per_character, and with `evaluate.generate` rouge_l and exact_match; for
-    classification loss, accuracy and macro_f1."""
+    """Score that says which round is best, on the test data, or without such over the clients' held-out rows (of three
+    or more clients the median, so that none of them decides alone): for causal models loss, perplexity,
+    bits_per_character, and with `evaluate.generate` rouge_l and exact_match; for classification loss, accuracy and
+    macro_f1."""
     patience: Annotated[int, Ge(1)] | None = field(default=None, metadata=OMIT_DEFAULT)
     """The run ends after so many evaluations in a row without a better score; none runs all rounds."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from types import MappingProxyType
 
 from fedtune.rounds.record import COUNTS, Metrics
@@ -31,6 +32,17 @@ def pooled_scores(scores: Mapping[str, Metrics]) -> Metrics:
     if "bits_per_character" in pooled and (bits := pooled_bits(known)) is not None:
         pooled["bits_per_character"] = bits
     return {**pooled, **counts}
+
+
+def median_score(scores: Mapping[str, Metrics], metric: str) -> float | None:
+    """Return the median of a metric over clients, each counted once; None for fewer than three that state it.
+
+    >>> median_score({"a": {"loss": 2.0}, "b": {"loss": 2.2}, "liar": {"loss": 0.0, "examples": 10**9}}, "loss")
+    2.0
+    """
+    known = [value for own in scores.values() if (value := own.get(metric)) is not None and math.isfinite(value)]
+    # Not weighted: how many rows it holds out is a claim of the client's, too.
+    return float(median(known)) if len(known) >= 3 else None
 
 
 def weighted_mean(scores: Sequence[Metrics], metric: str) -> float | None:

@@ -6,12 +6,20 @@ from collections.abc import Sequence
 
 from fedtune.rounds.record import RoundRecord
 from fedtune.rounds.schedule import Metric, Schedule
-from fedtune.rounds.scores import is_better, pooled_scores
+from fedtune.rounds.scores import is_better, median_score, pooled_scores
 
 
 def score_of(record: RoundRecord, metric: Metric) -> float | None:
-    """Return a round's score on the test data, or without such over the clients' held-out rows; None for none."""
-    scores = record.test if record.test is not None else pooled_scores(record.held_out)
+    """Return a round's score on the test data, or without such over the clients' held-out rows; None for none.
+
+    Of three or more clients it is the median of their scores: what clients state of rows that only they see must not
+    let one of them choose the round that is kept, or end the run.
+    """
+    pooled = pooled_scores(record.held_out)
+    # A server without test data records the clients' scores as those of its test.
+    scores = pooled if record.test is None else record.test
+    if scores == pooled and (middle := median_score(record.held_out, metric)) is not None:
+        return middle
     value = scores.get(metric)
     return None if value is None else float(value)
 

@@ -177,6 +177,28 @@ def test_one_client_cannot_lift_a_head_without_bound() -> None:
     assert found["heads"].max() <= 2.0
 
 
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("honest", [2, 4, 9])
+def test_a_client_that_puts_all_worth_on_one_unit_is_counted_in_multiples_of_the_cohorts(honest: int) -> None:
+    """Without the bound it lifts one of a thousand channels to a thousand times the mean, over its share."""
+    wide = BlockLayout("bert", (Block("x", 4, 4, 1, 1000),), width=2)
+    rng, share = np.random.default_rng(honest), 1 / (honest + 1)
+    fair = [{"heads": np.ones(4), "channels": rng.uniform(0.5, 1.5, 1000)} for _ in range(honest)]
+    one = {"heads": np.ones(4), "channels": np.eye(1000)[7]}
+    found = pool_scores([(own, share) for own in (*fair, one)], {}, wide)["channels"]
+    assert found[7] <= 1.5 * (1 - share) + 10 * 1.5 * share
+    # The others are what the honest clients say of them; the liar said that they are worth nothing.
+    alone = pool_scores([(own, share) for own in fair], {}, wide)["channels"]
+    np.testing.assert_allclose(np.delete(found, 7), np.delete((1 - share) * alone, 7), rtol=1e-5)
+
+
+def test_scores_that_clients_agree_on_are_not_bounded() -> None:
+    wide = BlockLayout("bert", (Block("x", 4, 4, 1, 1000),), width=2)
+    own = {"heads": np.ones(4), "channels": np.eye(1000)[7] * 99 + 0.01}
+    found = pool_scores([(own, 0.25)] * 4, {}, wide)["channels"]
+    np.testing.assert_allclose(found, own["channels"] / own["channels"].mean(), rtol=1e-5)
+
+
 def test_the_order_does_not_flap_over_small_changes() -> None:
     old = {"heads": np.array([1.0, 2.0], np.float32), "channels": np.array([1.0], np.float32)}
     new = {"heads": np.array([1.05, 1.0], np.float32), "channels": np.array([1.2], np.float32)}

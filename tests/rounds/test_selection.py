@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedtune.rounds.record import RoundRecord
 from fedtune.rounds.schedule import Metric, Schedule
-from fedtune.rounds.scores import HIGHER_IS_BETTER, LOWER_IS_BETTER
+from fedtune.rounds.scores import HIGHER_IS_BETTER, LOWER_IS_BETTER, pooled_scores
 from fedtune.rounds.selection import best_record, ends_early, kept_record, score_of
 
 
@@ -34,6 +35,47 @@ def test_without_test_data_clients_held_out_rows_decide_together() -> None:
     record = RoundRecord(1, 1.0, held_out={"a": {"loss": 1.0, "tokens": 1}, "b": {"loss": 2.0, "tokens": 3}})
     assert score_of(record, "loss") == 1.75
     assert score_of(RoundRecord(1, 1.0), "loss") is None
+
+
+FALLING = (4.0, 3.0, 2.0, 1.0, 0.5)
+
+
+def stated(metric: str, liar: tuple[float, ...] | None, *, as_test: bool) -> list[RoundRecord]:
+    """Return rounds in which four honest clients get better and better, and a fifth says what it likes."""
+    better = metric in LOWER_IS_BETTER
+    records = []
+    for number, loss in enumerate(FALLING):
+        value = loss if better else 1 / (1 + loss)
+        scores = {f"site-{i}": {metric: value * (1 + 0.05 * i), "examples": 10 + i, "tokens": 100} for i in range(4)}
+        if liar is not None:
+            scores["liar"] = {metric: liar[number % len(liar)], "examples": 10**9, "tokens": 10**15}
+        test = pooled_scores(scores) if as_test else None
+        records.append(RoundRecord(number, 1.0, test=test, held_out=scores))
+    return records
+
+
+LIES = ((0.0, 1e12), (1e12, 0.0), (0.0, 0.0, 1e12, 1e12, 1e12), (1e12, 1.0, 0.0, 1.0, 1e12))
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("as_test", [False, True])
+@pytest.mark.parametrize("lies", LIES)
+@pytest.mark.parametrize("metric", get_args(Metric))
+def test_one_liar_of_five_chooses_no_round_and_ends_no_run(
+    metric: Metric, lies: tuple[float, ...], as_test: bool
+) -> None:
+    liar = lies if metric in LOWER_IS_BETTER else tuple(1 / (1 + value) for value in lies)
+    records = stated(metric, liar, as_test=as_test)
+    for schedule in (Schedule(9, keep="best", metric=metric, patience=1), Schedule(9, keep="best", metric=metric)):
+        for count in range(2, len(records) + 1):
+            assert kept_record(schedule, records[:count]).round == count - 1
+            assert not ends_early(schedule, records[:count])
+
+
+def test_the_servers_own_test_data_decide_alone() -> None:
+    records = stated("loss", None, as_test=False)
+    own = [replace(record, test={"loss": float(record.round)}) for record in records]
+    assert kept_record(Schedule(9, keep="best"), own).round == 1
 
 
 def test_what_is_kept_is_the_last_round_unless_the_recipe_keeps_the_best() -> None:
