@@ -16,6 +16,7 @@ from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.lora.lowrank import compress, truncate
 from fedtune.methods.method import GlobalModel, SeedModel
+from fedtune.methods.settings import LinearSettings
 from fedtune.model.settings import ModelSettings
 from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.selection import best_record
@@ -98,12 +99,23 @@ def export(
 
 def sources(run: Path) -> Mapping[str, Any]:
     """Return what the manifest of every export says of its run: a chain of digests back to what the run wrote."""
-    rounds = bind_to_score(run).rounds
+    recipe = bind_to_score(run)
     return {
         "source": manifest.source(result.folder(run)),
-        # Updates are summed in plain, and none is longer than so many times the cohort's median.
-        "guard": {"mode": "plain", "max_norm": rounds.max_norm},
+        "guard": guard(recipe),
         "training": training_record(run),
+    }
+
+
+def guard(recipe: Recipe) -> Mapping[str, Any]:
+    """Return how a run's updates were protected and bounded: they are summed in plain, under these limits."""
+    rounds, method = recipe.rounds, recipe.method
+    return {
+        "mode": "plain",
+        "max_norm": rounds.max_norm,
+        "norm_cap": rounds.norm_cap,
+        "weight_cap": rounds.weight_cap,
+        "robust": method.robust.name if isinstance(method, LinearSettings) else "none",
     }
 
 
