@@ -22,6 +22,7 @@ from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.report.reader import read_run
 from fedtune.rounds.events import Note, RoundFinished
+from fedtune.store import manifest
 from tests.conftest import Simulated, base_of, kseed
 
 # peft asks transformers by a name that transformers is about to drop
@@ -475,10 +476,14 @@ def test_a_ledger_that_was_edited_is_noticed_and_written_again_by_a_resume(seede
     edited = bytearray(kept)
     edited[60] ^= 1
     ledger.write_bytes(edited)
+    with pytest.raises(StoreError, match=r"ledger\.ftks: expected the digest .*--resume"):
+        api.verify(run)
+    # A manifest that was written anew for it, too: the state is what counts.
+    manifest.write(run / "seeds", manifest.parse((run / "seeds" / "fedtune.json").read_bytes(), run / "seeds").facts)
     with pytest.raises(StoreError, match=r"expected the seeds of round 3's state; got other integers; .*--resume"):
         api.verify(run)
     ledger.write_bytes(kept[:-1])
-    with pytest.raises(StoreError, match="expected whole files of one run"):
+    with pytest.raises(StoreError, match=r"ledger\.ftks: expected the 316 bytes"):
         api.verify(run)
     fedtune.simulate(resume=run)
     assert ledger.read_bytes() == kept

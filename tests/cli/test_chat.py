@@ -41,7 +41,7 @@ class Model:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     model = Model()
-    monkeypatch.setattr("fedtune.runs.chat.open_speaker", lambda source, base: model)
+    monkeypatch.setattr("fedtune.runs.chat.open_speaker", lambda source, base, watch: model)
     monkeypatch.setattr("fedtune.runs.chat.voice", model.voice)
     return model
 

@@ -120,8 +120,13 @@ def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:
         assert "cut or written anew" in output
         (running.run / "journal").write_bytes(journal)
         log = running.run / "link" / "audit"
-        log.write_bytes(log.read_bytes().replace(b"site-a", b"site-x", 1))
+        entries = log.read_bytes()
+        log.write_bytes(entries.replace(b"site-a", b"site-x", 1))
         status, output = run("audit", str(running.run))
         assert status == 2
         assert "damaged" in output
+        status, output = run("runs", "verify", str(running.run))
+        assert status == 2
+        assert "damaged" in output
+        log.write_bytes(entries)
         assert run("runs", "verify", str(running.run))[0] == 0

@@ -247,7 +247,10 @@ def test_a_reader_who_left_is_no_error() -> None:
 def test_evaluate_shows_before_and_after(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = script("evaluate", {"before": {"loss": 2.0}, "after": {"loss": 1.0}})
     monkeypatch.setattr("fedtune.runs.trained_run.has_shared_ranking", lambda run: False)
-    assert "2.000" in fedtune("evaluate", "runs/x").stdout
+    monkeypatch.setattr("fedtune.store.result.remark", lambda run: f"{run}: not checked")
+    shown = fedtune("evaluate", "runs/x")
+    assert "2.000" in shown.stdout
+    assert shown.stderr == "runs/x: not checked\n"
     ended = fedtune("evaluate", "runs/x", "--data", "other.jsonl", "--examples", "5", "--json")
     assert json.loads(ended.stdout) == {"before": {"loss": 2.0}, "after": {"loss": 1.0}}
     assert evaluate.positional == (Path("runs/x"),)
@@ -361,7 +364,7 @@ def test_a_run_of_seeds_is_made_scored_exported_replayed_and_verified(tables: di
     file.write_bytes(file.read_bytes()[:-4] + b"\1\0\0\0")
     changed = fedtune("runs", "verify", path)
     assert changed.exit_code == 2
-    assert "got other integers" in " ".join(changed.stderr.split())
+    assert "ledger.ftks: expected the digest" in " ".join(changed.stderr.split())
 
 
 def test_replay_hands_its_options_on_and_prints_the_digests(script: Any) -> None:
