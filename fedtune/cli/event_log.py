@@ -25,6 +25,7 @@ EVENT_TEXTS: Mapping[str, str] = {
     ),
     "base": "round 0: the base has {scores}",
     "unused": "round {round}: {client} {why}: {reason}",
+    "closed": "closed {reason}",
     "barred": "{client} is blocked: {reason}",
     "refused": "{client} refused: {reason}",
     "declined": "round {round}: {client} declines: {veto}, {reason}",

@@ -11,7 +11,15 @@ from fedtune.link.audit_log import RecordEvent
 from fedtune.link.rejections import one_line
 
 WINDOW_S = 60.0
-IN_FULL: Mapping[str, int] = {"refused": 1, "rival": 1, "disk": 1, "hello": 20, "fetched": 60, "late": 20}
+IN_FULL: Mapping[str, int] = {
+    "refused": 1,
+    "rival": 1,
+    "disk": 1,
+    "closed": 1,
+    "hello": 20,
+    "fetched": 60,
+    "late": 20,
+}
 """Events of one cause that are recorded as they are within a window, by kind; a kind that is not here always is."""
 MAX_CAUSES = 4096
 """That are counted apart: a CA names its parties, but nothing here should grow without a bound."""

@@ -31,6 +31,8 @@ RECEIPT_WAIT_S = 20.0
 """How long a Submit is held for its receipt; below the idle limits of common proxies."""
 BUSY_RETRY_MS = 100
 DISK_THREADS = 4
+BUSY_S = 0.25
+"""After which a client hears that no place is free for its transfer."""
 PENALTY_S = 0.5
 """After which a client above its quota hears so."""
 LOOK_S = 0.25
@@ -149,6 +151,7 @@ class Service:
                 raise rejection(pb.OFFSET, "offset", f"at most {len(body)}", request.offset)
             call = self._begin_download(context, party.name, request.digest)
         except RejectionError as error:
+            await pause_if_busy(error)
             await context.write(pb.Chunk(refusal=self._refusal(context, error)))
             return
         step, sent = self._limits.part_bytes, request.offset
@@ -206,6 +209,7 @@ class Service:
             # Not counted where the call was ended from here: its order may have closed in the middle of it.
             if party is not None and (call is None or error is not call.error):
                 self._dispatcher.count_refusal(party.name, error.refusal)
+            await pause_if_busy(error)
             yield pb.PushAck(refusal=self._refusal(context, error, party=party))
         except StoreError as error:
             self._record("disk", reason=one_line(str(error)))
@@ -232,7 +236,9 @@ class Service:
         while True:
             await asyncio.sleep(pause)
             self._open.look()
-            self._connections.look(port)
+            if closed := self._connections.look(port):
+                reason = "connections that made no call in time, or were too many from one address or member"
+                self._record("closed", count=closed, reason=f"{closed} {reason}")
 
     async def _authenticate(self, context: CallContext, *, hello: bool = False) -> Party:
         """Return the client that calls, as its certificate and the roster name it.
@@ -332,6 +338,12 @@ class Service:
 def wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
     """Set an event of a loop from any thread."""
     loop.call_soon_threadsafe(event.set)
+
+
+async def pause_if_busy(error: RejectionError) -> None:
+    """Let a client wait for the answer that it must wait: it would ask again at once."""
+    if error.refusal.reason == pb.BUSY:
+        await asyncio.sleep(BUSY_S)
 
 
 def this_task() -> asyncio.Task[Any]:
