@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedtune.link.client.policy import PolicyViolation
-from fedtune.link.pki.roster import Roster
+from fedtune.link.pki.roster import SKEW_S, Roster
 from fedtune.link.rejections import one_line
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -44,7 +44,7 @@ def violations(
     members = {
         name: party
         for name, party in known.items()
-        if party.role == "client" and party.state == "active" and party.not_before <= now <= party.not_after
+        if party.role == "client" and party.state == "active" and party.not_before - SKEW_S <= now <= party.not_after
     }
     if strange := [name for name in names if name not in members]:
         text = f"expected clients of the roster (version {roster.version}) alone; got {one_line(', '.join(strange))}"

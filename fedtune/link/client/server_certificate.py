@@ -9,12 +9,9 @@ from hashlib import sha256
 from fedtune.link.envelopes import expect_fields, verify_envelope
 from fedtune.link.pki import certificates
 from fedtune.link.pki.identity import Identity, format_time
-from fedtune.link.pki.roster import Party, Roster
+from fedtune.link.pki.roster import SKEW_S, Party, Roster
 from fedtune.link.rejections import rejection
 from fedtune.wire.v1 import link_pb2 as pb
-
-SKEW_S = 3600
-"""Seconds by which this site's clock may be behind that of the CA."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SERIAL = re.compile(r"[0-9a-f]{1,40}")
 LATEST = 2**53
 """Largest integer that every JSON reader keeps exactly."""
+SKEW_S = 3600
+"""Seconds by which a clock may be behind that of the CA: a party that was enrolled just now counts at once."""
 RECHECK_S = 1.0
 """Seconds; every call of every client asks for the roster."""
 Role: TypeAlias = Literal["coordinator", "client", "auditor"]

@@ -12,14 +12,12 @@ import grpc
 
 from fedtune.link.pki.certificates import serial_number, spiffe_parts, validity
 from fedtune.link.pki.identity import format_time
-from fedtune.link.pki.roster import Party, RosterFile
+from fedtune.link.pki.roster import SKEW_S, Party, RosterFile
 from fedtune.link.rejections import RejectionError, rejection
 from fedtune.link.server.blocklist import Blocklist
 from fedtune.wire.v1 import link_pb2 as pb
 
 CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-SKEW_S = 3600
-"""Seconds by which this machine's clock may be behind that of the CA: a site that was enrolled just now is let in."""
 UNKNOWN = "(unknown)"
 """Name in the log of a caller whose certificate names no party."""
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fedtune.errors import ConfigError
-from fedtune.link.client.server_certificate import SKEW_S, ServerCertificate, certificate_fault, verify_proof
+from fedtune.link.client.server_certificate import ServerCertificate, certificate_fault, verify_proof
 from fedtune.link.pki import authority, certificates, enrollment, roster
-from fedtune.link.pki.roster import Party, Roster, find_party
+from fedtune.link.pki.roster import SKEW_S, Party, Roster, find_party
 from fedtune.link.rejections import RejectionError
 from fedtune.link.server.run_info import RunInfo
 from fedtune.wire.v1 import link_pb2 as pb

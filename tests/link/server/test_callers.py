@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from fedtune.link.pki import authority
-from fedtune.link.pki.roster import Party, Roster
+from fedtune.link.pki.roster import SKEW_S, Party, Roster
 from fedtune.link.rejections import RejectionError
 from fedtune.link.server.blocklist import Blocklist
-from fedtune.link.server.callers import SKEW_S, Caller, Callers, read_certificate
+from fedtune.link.server.callers import Caller, Callers, read_certificate
 from fedtune.link.settings import LinkSettings
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import copy_roster
