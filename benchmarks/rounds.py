@@ -68,8 +68,11 @@ def seconds(method: str, *, clients: int, modules: int, size: int, rank: int, ro
     names = [f"client-{i:03d}" for i in range(clients)]
     layers = {f"layers.{i}": (size, size) for i in range(modules)}
     rng = generator(0)
+    # Small, since every round adds them again: changes that pile up would leave the bounds of admission.
     factors = {
-        f"{layer}.{side}": rng.standard_normal((rank, size) if side == "a" else (size, rank)).astype(np.float32)
+        f"{layer}.{side}": (0.01 * rng.standard_normal((rank, size) if side == "a" else (size, rank))).astype(
+            np.float32
+        )
         for layer in layers
         for side in "ab"
     }
