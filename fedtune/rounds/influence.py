@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Failure, Role, Size, Training, TrainLora
-from fedtune.methods.change import Change, size_of, sizes
+from fedtune.methods.change import Change, quick_square, size_of, sizes
 from fedtune.methods.method import Method
-from fedtune.tensors import Tensors, l2_norm, squared_norm
+from fedtune.tensors import Tensors, l2_norm
 
 NormCap: TypeAlias = Literal["plan"] | float | None
 
@@ -60,7 +60,7 @@ class Bounds:
         norms = dict(sizes(change))
         # A product b a can be small where a is huge and b tiny: their means are not.
         if displaced := self.method.displacement(self.state, update):
-            norms["mean"] = size_of({name: squared_norm(moved) for name, moved in displaced.items()})
+            norms["mean"] = size_of({name: quick_square(moved) for name, moved in displaced.items()})
         limits = self.limits(change, assignment)
         for role, size in norms.items():
             limit, why = limits.get(role, FINITE)
