@@ -69,6 +69,7 @@ learning_rate = 1e-3
 [rounds]
 count = {rounds}
 min_clients = {clients}
+norm_cap = 1e30
 """
 
 
@@ -140,7 +141,9 @@ def link_server(folder: Path, clients: int, mb: int) -> None:
 
 def order(name: str, body: bytes) -> tuple[bytes, dict[str, bytes]]:
     plan = Plan(name, rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=1))
-    front = encode_assignment(Assignment("flora", round=1, seed=0, plan=plan, task=TrainLora(a_key=0))).header
+    front = encode_assignment(
+        Assignment("flora", round=1, seed=0, plan=plan, task=TrainLora(a_key=0), base="9f3c" * 16)
+    ).header
     return front, {"body": body}
 
 
