@@ -25,8 +25,10 @@ class Change:
     scalars: Tensors = field(default_factory=dict)
     """Of a `ProbeSeeds` task."""
     start: float = 0.0
-    """Norm of the factors that `factors` is taken from: 16 bits round in proportion to it. 0 where the client sent
-    the difference."""
+    """Norm of the factors before training, or a little more: weight decay moves them in proportion to it."""
+    rounded: float = 0.0
+    """Of them, what has travelled back with the change, and was rounded with it: 0 where the client sent the
+    difference."""
 
 
 def change_of(saved: Tensors, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate) -> Change:
@@ -52,9 +54,10 @@ def change_of(saved: Tensors, blueprint: Blueprint, assignment: Assignment, upda
         factors[f"{name}.b"] = db.T[:, :rank]
         if task.train == "ab":
             factors[f"{name}.a"] = da[:rank]
-        if task.upload == "factors":
-            start += quick_square(b0) + (quick_square(a0) if task.train == "ab" else 0.0)
-    return Change(product, factors, saved_change(saved, update), start=float(np.sqrt(start)))
+        start += quick_square(b0) + (quick_square(a0) if task.train == "ab" else 0.0)
+    norm = float(np.sqrt(start))
+    rounded = norm if task.upload == "factors" else 0.0
+    return Change(product, factors, saved_change(saved, update), start=norm, rounded=rounded)
 
 
 def start_of(task: TrainLora, name: str, *, update_b: Array, rank: int, in_features: int) -> tuple[Array, Array]:

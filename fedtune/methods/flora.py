@@ -258,17 +258,24 @@ def product(state: FloraState, update: AdmittedUpdate) -> Adapter:
 def change(state: FloraState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate) -> Change:
     """Return what an update changes: the products that `aggregate` sums, and the numbers that training has moved."""
     sent = {name: array.astype(np.float32, copy=False) for name, array in update.lora.tensors.items()}
-    start = 0.0
-    if assignment.lora.upload == "factors":
-        key, cut = assignment.lora.a_key, state.cut(update.structure)
+    cut, start, rounded = state.cut(update.structure), 0.0, 0.0
+    if assignment.lora.upload == "difference":
+        rank = max(array.shape[1] for name, array in sent.items() if name.endswith(".b"))
+        local = state.split_blobs(rank, update.structure)["local"]
+        # Rows that are drawn fresh have norms of at most 1: nothing needs to be drawn for a bound.
+        fresh = sum(rank - len(local.get(f"{name}.a", ())) for name in blueprint.modules)
+        start = fresh + sum(squared_norm(array) for array in local.values())
+    else:
         for name, shape in blueprint.modules.items():
-            a0 = initial_a(key, name, len(sent[f"{name}.a"]), shape, cut)
+            a0 = initial_a(assignment.lora.a_key, name, len(sent[f"{name}.a"]), shape, cut)
             start += squared_norm(a0)
             with np.errstate(over="ignore"):
                 sent[f"{name}.a"] = sent[f"{name}.a"] - a0
+        rounded = start
     with np.errstate(over="ignore"):
         moved = product(state, update)
-    return Change(moved, sent, saved_change(state.saved, update), start=float(np.sqrt(start)))
+    saved = saved_change(state.saved, update)
+    return Change(moved, sent, saved, start=float(np.sqrt(start)), rounded=float(np.sqrt(rounded)))
 
 
 def initial_a(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mapping[str, LayerSlice]) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -16,6 +17,8 @@ LARGEST_GAIN = 3.0
 """Medians of a round's gains beyond which a gain counts no more."""
 LARGEST_DELAY = 10.0
 """Medians of a round's times beyond which a delay counts no more: one client's claim must not drown all others."""
+LARGEST_CLAIM = 10.0
+"""FedMP, where gains count in full: medians of a round's gains, or times, beyond which one counts no more."""
 PRICE_OF_DELAY = 0.5
 """Reward lost for every median of the round's times that a client is late."""
 SMALLEST_GAP = 0.05
@@ -92,12 +95,27 @@ def with_worst(paid: Mapping[str, float], observed: Sequence[Observed]) -> Mappi
 def rewards(observed: Sequence[Observed], name: RewardName) -> Mapping[str, float]:
     """Return each client's reward by name.
 
-    `time`: gain - delay / 2. `fedmp`: gain / (|T - mean T| / mean T + 0.05), as FedMP has it.
+    `time`: gain - delay / 2. `fedmp`: gain / (|T - mean T| / mean T + 0.05), as FedMP has it, of gains and times
+    within `bounded_claims`.
     """
     if name == "time":
         return {client: own.gain - PRICE_OF_DELAY * own.delay for client, own in relative(observed).items()}
     known = [seen for seen in sorted(observed, key=lambda client: client.client) if is_rewardable(seen)]
-    mean = float(np.mean([seen.seconds or 0.0 for seen in known])) if known else 0.0
+    # Clients state both: rewards of all of them share one mean and one deviation, which a single claim would set.
+    gains = bounded_claims([loss_gained(seen) for seen in known])
+    times = bounded_claims([seen.seconds or 0.0 for seen in known])
+    mean = float(np.mean(times)) if known else 0.0
     # As published: a client quicker than the mean loses as well, which `time` avoids.
-    gaps = {seen.client: abs((seen.seconds or 0.0) - mean) / mean if mean > 0 else 0.0 for seen in known}
-    return {seen.client: loss_gained(seen) / (gaps[seen.client] + SMALLEST_GAP) for seen in known}
+    gaps = [abs(time - mean) / mean if mean > 0 else 0.0 for time in times]
+    return {seen.client: gain / (gap + SMALLEST_GAP) for seen, gain, gap in zip(known, gains, gaps, strict=True)}
+
+
+def bounded_claims(values: Sequence[float]) -> Sequence[float]:
+    """Return what clients state, none further from 0 than `LARGEST_CLAIM` medians of all.
+
+    >>> bounded_claims([0.2, 0.1, -0.1, 1e12]), bounded_claims([0.5, 1e12])
+    ([0.2, 0.1, -0.1, 1.0], [0.5, 5.0])
+    """
+    # Of two the smaller one: half of what a single liar states would be no bound for it.
+    most = LARGEST_CLAIM * median_low([abs(value) for value in values]) if values else 0.0
+    return [min(most, max(-most, value)) for value in values]

@@ -34,6 +34,8 @@ MARGIN = 1.01
 """Room for the rounding of the clients' steps."""
 EPSILON: Mapping[str, float] = {"fp32": 2.0**-20, "fp16": 2.0**-10, "bf16": 2.0**-7}
 """By wire format, twice the rounding of a number on its way there and back, relative to it."""
+SMALLEST: Mapping[str, float] = {"fp32": 0.0, "fp16": 2.0**-24, "bf16": 0.0}
+"""By wire format, the spacing of the numbers next to zero, where a step can be as small as that."""
 PARTS: Mapping[Role, str] = {
     "change": "the change of the layers, b a",
     "factors": "the change of the factors",
@@ -74,9 +76,12 @@ class Bounds:
         if self.norm_cap is None or not isinstance(assignment.task, TrainLora):
             return {}
         if not isinstance(self.norm_cap, str):
-            return {role: (self.norm_cap, "rounds.norm_cap") for role in ("change", "factors", "saved", "mean")}
+            cap = (self.norm_cap, "rounds.norm_cap")
+            # In what enters a mean, ranks that the client does not train differ from the server's by all that is there.
+            return {"change": cap, "factors": cap, "saved": cap, "mean": (LARGEST_CHANGE, "the most of any change")}
         plan, task = assignment.plan, assignment.task
         rounding = EPSILON[task.wire_dtype]
+        spacing = SMALLEST[task.wire_dtype] * math.sqrt(sum(array.size for array in change.factors.values()))
         factors = reach(plan.training, change.factors, start=change.start, scale=plan.scale)
         saved = reach(plan.training, change.saved, start=l2_norm(self.state.saved))
         why = f"the reach of {plan.training.steps} planned steps"
@@ -84,7 +89,7 @@ class Bounds:
             # Follow from the two below for the methods that fedtune has; another's mean may be of anything.
             "change": (LARGEST_CHANGE, "the most of any change"),
             "mean": (LARGEST_CHANGE, "the most of any change"),
-            "factors": (min(LARGEST_CHANGE, MARGIN * factors + rounding * (change.start + factors)), why),
+            "factors": (min(LARGEST_CHANGE, MARGIN * factors + rounding * (change.rounded + factors) + spacing), why),
             "saved": (min(LARGEST_CHANGE, MARGIN * saved + EPSILON["fp32"] * l2_norm(self.state.saved)), why),
         }
 

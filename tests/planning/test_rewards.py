@@ -74,6 +74,20 @@ def test_a_delay_counts_up_to_ten_medians() -> None:
     assert relative(observed)["liar"].delay == LARGEST_DELAY
 
 
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("others", [1, 4])
+def test_one_clients_claim_sets_neither_the_rewards_of_others_nor_their_deviation(others: int) -> None:
+    honest = [seen(f"c{i}", ARMS[0], gain=0.1 + 0.02 * i, seconds=10.0 + i) for i in range(others)]
+    plain = rewards([*honest, seen("eve", ARMS[1], gain=0.1, seconds=12.0)], "fedmp")
+    for gain, seconds in ((1e12, 12.0), (-1e12, 12.0), (0.1, 1e30), (1e12, 1e30)):
+        paid = rewards([*honest, seen("eve", ARMS[1], gain=gain, seconds=seconds)], "fedmp")
+        # The time of all others is beside the mean of bounded times.
+        assert abs(paid["eve"]) <= 10 * 0.2 / 0.05
+        for one in honest:
+            assert 0 < paid[one.client] <= 2.8
+        assert paid.keys() == plain.keys()
+
+
 def test_work_that_was_not_used_is_paid_the_worst_of_its_round() -> None:
     lost = seen("ann", ARMS[0], late_s=9.0)
     assert with_worst({"bob": 0.5}, [lost, seen("bob", ARMS[1])]) == {"ann": 0.0, "bob": 0.5}
