@@ -118,7 +118,7 @@ def join(
             trainer,
             check=order_check(setup.state, setup.settings.policy),
             record=record_all,
-            agree=lambda greeting: not setup.settings.policy.ask or agree(greeting.recipe.decode()),
+            agree=lambda greeting: not setup.settings.policy.ask or agree(greeting.recipe.decode(errors="replace")),
         )
         return client.run()
 

@@ -174,6 +174,11 @@ def count_replies(state: Path, run: str) -> int:
     return sum(1 for _ in (state / "runs" / run).glob(f"*-*/{REPLY}"))
 
 
+def count_answers(state: Path, header: pb.Header) -> int:
+    """Return to how many orders of the round of one there is a reply."""
+    return sum(1 for _ in (state / "runs" / header.run).glob(f"{header.round:06}-*/{REPLY}"))
+
+
 def bytes_sent_last_day(state: Path, *, now: float) -> int:
     """Return the bytes of the replies that were stored within 24 hours, whatever the run.
 

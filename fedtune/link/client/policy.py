@@ -22,6 +22,11 @@ RESULT_FILE = re.compile(r"(adapter|seeds)/[A-Za-z0-9][A-Za-z0-9_.-]{0,79}\.(jso
 """Names of the files of a run's result: no format that can run code when it is loaded."""
 
 
+MAX_ANSWERS = 3
+"""To different orders of one round. A server asks once, or once more with the whole state; after its disk was restored
+from a copy it does the round again."""
+
+
 @dataclass(frozen=True)
 class TaskDemand:
     """What a task demands of a site, in numbers."""
@@ -47,6 +52,8 @@ class Usage:
     """Of this run, for which it has sent an update; without the current one."""
     day_bytes: int = 0
     """That it has sent within 24 hours."""
+    answers: int = 0
+    """That it has given already to other orders of the same round."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,9 @@ def violations(policy: Policy, demand: TaskDemand, recipe: str, usage: Usage, no
         yield PolicyViolation(
             pb.TOO_MANY_ROUNDS, f"policy.max_rounds: allowed {policy.max_rounds}; all of them are done"
         )
+    if usage.answers >= MAX_ANSWERS:
+        note = f"round {demand.round}: expected at most {MAX_ANSWERS} different orders; got one more"
+        yield PolicyViolation(pb.VETO_RECIPE_DIFFERS, note)
     if policy.max_down_mib is not None and demand.num_bytes > policy.max_down_mib * MIB:
         yield PolicyViolation(
             pb.TOO_MANY_BYTES,

@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from hashlib import sha256
@@ -250,7 +251,7 @@ class TrainingJobs:
         self, job: Job, entry: Entry, inline: Mapping[bytes, bytes], greeting: Greeting
     ) -> pb.SubmitRequest:
         """Check a task against the policy before it is fetched whole, train, and return the signed reply."""
-        usage = self._usage(job.header.run)
+        usage = replace(self._usage(job.header.run), answers=outbox.count_answers(self._state, job.header))
         if (declined := self._fetch_allowed(job, entry, inline, greeting, usage)) is not None:
             return declined
         measured = self._perform(job, entry, self._trainer.perform)

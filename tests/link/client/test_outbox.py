@@ -77,6 +77,7 @@ def test_rounds_and_bytes_are_counted_over_what_was_answered(tmp_path: Path) -> 
         item.store_reply(request(data, inline=False))
     entry(tmp_path, 3)
     assert outbox.count_replies(tmp_path, RUN) == 2
+    assert [outbox.count_answers(tmp_path, pb.Header(run=RUN, round=number)) for number in (1, 2, 3)] == [1, 1, 0]
     now = (tmp_path / "runs" / RUN).stat().st_mtime
     assert outbox.bytes_sent_last_day(tmp_path, now=now) == 150
     old = outbox.load_entries(tmp_path, RUN)[0].folder / "answer"

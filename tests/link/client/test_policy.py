@@ -148,3 +148,8 @@ def test_malformed_times_and_digests_are_reported_together() -> None:
         validate_policy(Policy(hours="25:00-26:00", recipes=["short"], bases=["xyzxyzxyz"]))
     assert [fault.path for fault in caught.value.faults] == ["policy.hours", "policy.recipes", "policy.bases"]
     validate_policy(Policy(hours="00:00-23:59", recipes=["0123abcd"]))
+
+
+def test_a_round_is_not_done_again_and_again() -> None:
+    assert vetoes(Policy(), spent=Usage(answers=2)) == []
+    assert vetoes(Policy(), spent=Usage(answers=3)) == ["VETO_RECIPE_DIFFERS"]

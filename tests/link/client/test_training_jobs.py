@@ -60,6 +60,15 @@ def test_an_order_that_the_recipe_does_not_permit_is_declined_before_it_is_fetch
         assert "result" not in running.kinds()
 
 
+def test_a_round_with_other_bytes_each_time_is_done_three_times_at_most(link: LinkServer) -> None:
+    with run_site(link) as running:
+        results = [collect_one(link, post(link, body=bytes([number]) * 200_000)) for number in range(4)]
+        assert isinstance(results[3], Withdrawn)
+        assert results[3].reason.endswith("RECIPE_DIFFERS: round 1: expected at most 3 different orders; got one more")
+        assert not any(isinstance(result, Withdrawn) for result in results[:3])
+        assert len(running.trainer.done) == 3
+
+
 @pytest.mark.guarantee("G17")
 def test_an_order_that_names_no_base_is_declined(link: LinkServer) -> None:
     nameless = encode_assignment(replace(decode_assignment(assignment("site-a", 1).header, {}), base=""))
