@@ -6,7 +6,17 @@ from collections.abc import Callable, Mapping
 
 from fedtune.messages import ClientScores, ScoreRequest
 from fedtune.tensors import Tensors
-from fedtune.wire.codec import Blob, EncodedAssignment, body_of, day_of, decode_blob, encode_blob, outline_of, parse
+from fedtune.wire.codec import (
+    Blob,
+    EncodedAssignment,
+    body_of,
+    check_fields,
+    day_of,
+    decode_blob,
+    encode_blob,
+    outline_of,
+    parse,
+)
 from fedtune.wire.expect import LARGEST, expect
 from fedtune.wire.v1 import round_pb2 as pb
 
@@ -62,6 +72,7 @@ def score_request_outline(header: bytes) -> ScoreRequest:
 def _request_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> ScoreRequest:
     message = parse(pb.Assignment(), header)
     expect(message.verb == pb.SCORE, f"the verb SCORE ({pb.SCORE})", message.verb, hint="update this client")
+    check_fields(message)
     score, roles = message.score, [blob.role for blob in message.down]
     expect(roles == sorted(set(roles) & set(ROLES)), f"roles of {', '.join(ROLES)}, each once and in order", roles)
     expect(1 <= score.batch < 2**31, "a batch of at least 1", score.batch)

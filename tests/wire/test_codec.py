@@ -359,6 +359,22 @@ def test_an_assignment_whose_header_lies_is_refused(change: Callable[[Any], obje
         codec.decode_assignment(header.SerializeToString(), encoded.blobs)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda header: setattr(header.probe, "steps", 10**9), "ADAPT; got probe"),
+        (lambda header: setattr(header.score, "examples", 1), "ADAPT; got score"),
+    ],
+)
+def test_fields_of_another_verb_are_refused(change: Callable[[Any], object], named: str) -> None:
+    """A site holds what it reads against its recipe: nothing else may travel in an order."""
+    encoded = codec.encode_assignment(ASSIGNMENT)
+    header = pb.Assignment.FromString(encoded.header)
+    change(header)
+    with pytest.raises(WireError, match=f"the fields of the verb {named}"):
+        codec.decode_outline(header.SerializeToString())
+
+
 @pytest.mark.parametrize("length", [2**32 - 1, codec.MAX_HEADER_BYTES])
 def test_a_huge_declared_header_takes_no_memory(length: int) -> None:
     data = length.to_bytes(4, "little") + bytes(200)

@@ -149,6 +149,23 @@ def test_a_probe_comes_back_exactly(
     assert isinstance(found.task, ProbeSeeds)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"settings": b"{}"}, "the fields of the verb PROBE; got settings"),
+        ({"down": [pb.Blob(role="global")]}, "the fields of the verb PROBE; got down"),
+        ({"local": pb.LocalAdapter(rank_penalty=1e30)}, "the fields of the verb PROBE; got local"),
+        ({"surgery": pb.Surgery(wanted=True)}, "the fields of the verb PROBE; got surgery"),
+        ({"plan": pb.Plan(client="bank-1", rank=4)}, "a plan that names a client, and nothing else"),
+    ],
+)
+def test_fields_of_another_verb_are_refused(change: dict[str, Any], named: str) -> None:
+    message = pb.Assignment.FromString(codec.encode_assignment(ASSIGNMENT).header)
+    message.MergeFrom(pb.Assignment(**change))
+    with pytest.raises(WireError, match=named):
+        codec.decode_outline(message.SerializeToString())
+
+
 def test_every_field_travels() -> None:
     assert assignment_again(ASSIGNMENT) == ASSIGNMENT
     other = ProbeSeeds(

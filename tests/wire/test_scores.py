@@ -42,6 +42,9 @@ def test_a_request_for_seeds_carries_the_ledger_and_what_it_moves() -> None:
         ({"score": pb.Score(batch=1, ledger=b"x", trainable=[2, 1])}, "in rising order"),
         ({"score": pb.Score(batch=1, trainable=[1])}, "beside a ledger alone"),
         ({"down": [pb.Blob(role="local")]}, "roles of global, saved"),
+        ({"settings": b"{}"}, "the fields of the verb SCORE; got settings"),
+        ({"seed": 1}, "the fields of the verb SCORE; got seed"),
+        ({"plan": pb.Plan(rank=4)}, "a plan that names a client, and nothing else"),
     ],
 )
 def test_a_request_that_no_server_makes_is_refused(change: dict[str, object], match: str) -> None:
