@@ -233,8 +233,9 @@ def with_history(state: FedKSeedState, cohort: Sequence[AdmittedUpdate], after: 
 
 def calibrate(state: FedKSeedState, sizes: Sequence[float | None]) -> FedKSeedState:
     """Return the state with e chosen from what the first cohort measured: the median of its root mean squares."""
-    # The median: no single client's report may set the unit of a whole run.
-    step = median(size for size in sizes if size is not None) / COARSE
+    # The median, and of two the smaller one: no single client's report may set the unit of a whole run.
+    measured = [size for size in sizes if size is not None]
+    step = (min(measured) if len(measured) == 2 else median(measured)) / COARSE
     # Bounded as the recipe's own setting is; a step of 0, where no loss moved, leaves the provisional unit.
     exponent, coarseness = units(state.settings, min(step, 1e-3) or "auto")
     return replace(state, calibrated=True, exponent=exponent, coarseness=coarseness)

@@ -398,6 +398,16 @@ def test_the_first_round_chooses_the_unit_from_the_median_of_what_clients_measur
     assert after.digest != replace(after, exponent=PROVISIONAL).digest
 
 
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("others", [1, 4])
+def test_one_clients_claim_does_not_make_the_unit_too_coarse_for_all(others: int) -> None:
+    """With half of a claim of 1e6 as the median of two, every honest scalar would round to zero."""
+    state = first(scalar_step="auto")
+    honest = [answer(state, f"site-{index}", rms=2.0**-14) for index in range(others)]
+    after = METHOD.aggregate(state, [answer(state, "eve", rms=1e6), *honest])
+    assert after.exponent == 21
+
+
 def test_the_first_round_adds_no_scalars_even_if_some_come() -> None:
     state = first(scalar_step="auto", sampling="pro", public_log=False)
     after = METHOD.aggregate(state, [answer(state, "ann", [127] * 4, rms=2.0**-14)])

@@ -5,20 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedtune.link.settings import Policy
-from fedtune.messages import Assignment, ProbeSeeds
+from fedtune.messages import Assignment, ProbeSeeds, Proximal, Training, TrainLora
 from fedtune.wire.v1 import link_pb2 as pb
 
 
 def distinct_examples(order: Assignment, num_examples: int) -> int:
-    """Return how many distinct training examples an order trains on, at a site that has so many.
+    """Return how many distinct training examples an order's update is of, at a site that has so many.
 
-    Batches are drawn without repeats until all examples have been seen once.
+    Batches are drawn without repeats until all examples have been seen once. What the decay of later steps takes away
+    of a step is not in the update any more.
     """
     training, task = order.plan.training, order.task
     steps = training.steps or 0
     if isinstance(task, ProbeSeeds):  # the queries of a step share its batch
         return min(num_examples, -(-steps // task.queries) * training.batch)
-    return min(num_examples, steps * training.batch * training.accumulation)
+    left = min(steps, lasting_steps(training, task))
+    return min(num_examples, left * training.batch * training.accumulation)
+
+
+def lasting_steps(training: Training, task: TrainLora) -> int:
+    """Return after how many later steps next to nothing is left of one.
+
+    >>> lasting_steps(Training(learning_rate=0.1, weight_decay=10.0), TrainLora(a_key=0))
+    1
+    """
+    pull = training.weight_decay
+    if training.optimizer == "sgd":  # AdamW scales FedProx's gradient like any other
+        pull += sum(term.mu for term in task.terms if isinstance(term, Proximal))
+    # Every step shrinks what was there by this share: with a share of 1, the last batch is all that leaves.
+    share = training.learning_rate * pull
+    return max(1, int(1 / share)) if share > 2.0**-31 else 2**31
 
 
 def limit_violations(policy: Policy, order: Assignment, num_examples: int) -> Iterator[tuple[pb.Veto, str]]:

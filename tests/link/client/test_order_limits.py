@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from fedtune.link.client.order_limits import distinct_examples, limit_violations
 from fedtune.link.rejections import veto_name
 from fedtune.link.settings import Policy
-from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Task, Training, TrainLora
+from fedtune.messages import Assignment, Plan, ProbeSeeds, Proximal, SeedState, Task, Training, TrainLora
 from fedtune.model.train import batches
 
 SEEDS = ProbeSeeds("kron", 64, key=0, exponent=20, shift=4, perturbation=16, state=SeedState("whole", 0, b"", 0, b""))
@@ -47,6 +48,25 @@ def test_one_step_on_one_example_is_vetoed() -> None:
     assert len(vetoes(Policy(), order(TrainLora(a_key=0), steps=100, batch=4), examples=31)) == 1
     assert vetoes(Policy(), order(TrainLora(a_key=0), steps=8, batch=4), examples=32) == []
     assert vetoes(Policy(min_examples=1, min_steps=2), one) == ["TOO_FEW_STEPS policy.min_steps: at least 2; got 1"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "task"),
+    [
+        ({"weight_decay": 10.0}, TrainLora(a_key=0)),
+        ({"weight_decay": 10.0, "optimizer": "sgd", "clip_norm": None}, TrainLora(a_key=0)),
+        ({"optimizer": "sgd", "clip_norm": None}, TrainLora(a_key=0, terms=(Proximal(10.0),))),
+    ],
+)
+def test_a_decay_that_wipes_out_all_steps_but_the_last_leaves_an_update_of_one_batch(
+    keys: dict[str, Any], task: TrainLora
+) -> None:
+    asked = order(task, steps=64, batch=1)
+    asked = replace(asked, plan=replace(asked.plan, training=replace(asked.plan.training, **keys)))
+    assert [note.split()[0] for note in vetoes(Policy(), asked)] == ["TOO_FEW_EXAMPLES"]
+    assert distinct_examples(asked, 100) == 1
+    usual = replace(asked, plan=replace(asked.plan, training=replace(asked.plan.training, learning_rate=2e-4)))
+    assert vetoes(Policy(), usual) == []
 
 
 def test_queries_of_a_step_share_its_examples() -> None:
