@@ -343,7 +343,7 @@ FAULTS = (
           "a second, different answer is given the first one's receipt"),
     Fault("link/server/server.py", "check_cipher_suites(SET_IN_TIME)", "pass",
           "a server starts that may speak TLS 1.2", ("link/test_tls.py",)),
-    Fault("link/server/presence.py", "if now - at < DAY_S]", "]",
+    Fault("link/server/traffic.py", "if now - span.last < DAY_S)", "if True)",
           "bytes of the days before count today"),
     Fault("link/client/outbox.py", "make_durable(self.update)", "pass",
           "a reply is promised whose update may be lost"),

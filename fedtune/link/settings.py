@@ -42,8 +42,9 @@ class LinkSettings:
     stopped."""
     drain_s: Annotated[float, Ge(0)] = 30.0
     """How long running transfers may go on when the server shuts down."""
-    handshake_s: Annotated[float, Gt(0), Le(120)] = 5.0
-    """A new connection must have made its first call within this time; otherwise it is closed."""
+    handshake_s: Annotated[float, Gt(0), Le(120)] = 15.0
+    """A new connection must have made its first call within this time; otherwise it is closed. A line of 1 KiB/s needs
+    about 8 s."""
     max_source_handshakes: Annotated[int, Ge(1)] = 64
     """Most connections from one address (IPv6: one /64) that have not made a call yet; of more, the oldest are
     closed."""
@@ -63,7 +64,7 @@ class LinkSettings:
     calls_per_min: Annotated[int, Ge(10)] = 12_000
     """Most calls of one client in a minute; further ones are refused until the minute is over."""
     day_gib: Annotated[float, Gt(0)] = 100.0
-    """Most bytes that one client may send in 24 hours."""
+    """Most bytes that one client may send in 24 hours; and as many of what it has fetched before it may fetch again."""
     hello_mib: Annotated[int, Ge(1)] = 1024
     """Largest first message of a client, which brings the initial values of `modules_to_save`."""
     free_mib: Annotated[int, Ge(0)] = 512

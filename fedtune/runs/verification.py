@@ -144,7 +144,7 @@ def check_link(run: Path) -> Checked:
             text = file.read_bytes().strip().decode(errors="replace")
         if text != noted:
             advice = "remove the file: it is written again from the journal" if name == ID else "put back a copy of it"
-            raise StoreError(f"{file}: expected the run's {what} {noted[:16]}; got {text[:16]!r}; {advice}")
+            raise StoreError(f"{file}: expected the run's {what} {noted}; got {text[:64]}; {advice}")
     log = folder / AUDIT
     return Checked(entries=len(audit_log.read_audit_log(log).entries) if audit_files.exists(log) else 0)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import grpc
 
 from fedtune.errors import WireError
 from fedtune.link.audit_log import RecordEvent
-from fedtune.link.client.backoff import Backoff
+from fedtune.link.client.backoff import REPORT_INTERVAL_S, Backoff
 from fedtune.link.client.channel import LinkStub
 from fedtune.link.client.jobs import Job
 from fedtune.link.client.replies import reply_bytes
@@ -30,8 +31,17 @@ REFUSED_RETRY_S = 1.0
 class Delivery:
     """Brings replies to the server."""
 
-    def __init__(self, session: Session, calls: LinkStub, backoff: Backoff, *, record: RecordEvent) -> None:
-        self._session, self._calls, self._backoff, self._record = session, calls, backoff, record
+    def __init__(
+        self,
+        session: Session,
+        calls: LinkStub,
+        backoff: Backoff,
+        *,
+        record: RecordEvent,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._session, self._calls, self._backoff, self._record, self._clock = session, calls, backoff, record, clock
+        self._put_off: dict[str, float] = {}  # by reason: when it was recorded last
 
     def deliver(
         self,
@@ -76,7 +86,7 @@ class Delivery:
                 case "refusal" if response.refusal.reason in FATAL:
                     self._backoff.wait_after_refusal(response.refusal)
                 case "refusal" if response.refusal.passing:
-                    self._record("put off", round=job.header.round, reason=describe(response.refusal))
+                    self._note_put_off(job, response.refusal)
                     job.wait(REFUSED_RETRY_S)
                 case _:
                     self._record(
@@ -113,6 +123,13 @@ class Delivery:
         )
         return receipt
 
+    def _note_put_off(self, job: Job, refusal: pb.Refusal) -> None:
+        """Record that a reply must wait; a reason that lasts once in a while, since it comes with every try."""
+        now, code = self._clock(), reason_name(refusal.reason)
+        if now - self._put_off.get(code, float("-inf")) >= REPORT_INTERVAL_S:
+            self._put_off[code] = now
+            self._record("put off", round=job.header.round, reason=describe(refusal), code=code)
+
     def _push(self, job: Job, reply: bytes, want: pb.Want, path: Path) -> None:
         """Send a part from where the server's copy ends; after a failure, too, the next Submit says what is missing."""
         greeting = self._session.greeting
@@ -125,7 +142,7 @@ class Delivery:
             for ack in self._calls.push(upload.messages()):
                 job.check()
                 if ack.HasField("refusal"):
-                    self._record("put off", round=job.header.round, reason=describe(ack.refusal))
+                    self._note_put_off(job, ack.refusal)
                     if ack.refusal.reason in FATAL:
                         self._backoff.wait_after_refusal(ack.refusal)
                     job.wait(PUSH_RETRY_S)

@@ -88,6 +88,21 @@ class Callers:
             raise rejection(pb.ROSTER_OLD, "roster", "a roster on the server that is valid", got)
         return party
 
+    def exclusion(self, name: str) -> str:
+        """Return why a client may not call, whatever certificate it brings; empty if it may.
+
+        A roster of this server that has ended excludes none: that is for the coordinator to mend.
+        """
+        party = self._roster.current().parties.get(name)
+        if party is None or party.role != "client":
+            return "it is no client of the roster"
+        if (state := party.state) != "active":
+            return f"it is {state}"
+        if self._now() > party.not_after:
+            return f"its time in the roster ended on {format_time(party.not_after)}"
+        reason = self._blocklist.reason(name)
+        return f"it is barred: {reason}" if reason else ""
+
 
 def check_dates(what: str, name: str, begin: int, end: int, *, now: float) -> None:
     """Check that a client's time has begun and is not over.

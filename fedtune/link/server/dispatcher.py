@@ -15,7 +15,7 @@ from pathlib import Path
 from fedtune.link import uploads
 from fedtune.link.audit_log import RecordEvent, ignore_event
 from fedtune.link.envelopes import HELLO, RESULT, TRAIN, assignment_subject, digest, make_part
-from fedtune.link.rejections import TRANSIENT
+from fedtune.link.rejections import TRANSIENT, rejection
 from fedtune.link.server.assignments import (
     Assignments,
     Body,
@@ -32,7 +32,7 @@ from fedtune.link.server.replies import Replies
 from fedtune.link.server.reports import Reports
 from fedtune.link.server.run_info import RunInfo
 from fedtune.link.server.wakeup import Wakeup
-from fedtune.link.settings import KIB, MIB, LinkSettings
+from fedtune.link.settings import GIB, KIB, MIB, LinkSettings
 from fedtune.store.files import make_folder, store_errors
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -126,6 +126,15 @@ class Dispatcher:
         with self._lock:
             self._members.enrolled = enrolled
 
+    def set_exclusion(self, exclusion: Callable[[str], str]) -> None:
+        """Have no round ask, or wait for, a client that may not call: one that is revoked, for example.
+
+        Args:
+            exclusion: returns why a client may not; empty if it may.
+        """
+        with self._lock:
+            self._members.exclusion = exclusion
+
     def fleet(self) -> Mapping[str, int]:
         """Return the clients with a sign of life within `lease_s`, and how often each came again after a refusal."""
         with self._lock:
@@ -209,12 +218,14 @@ class Dispatcher:
                 self._replies.give_receipt(earlier, pb.NOTED)  # its client asked for more than the first task brought
 
     def collect(self, message_ids: Collection[str]) -> Mapping[str, Result]:
-        """Return the results that are ready, each once; tasks of lost clients are withdrawn."""
+        """Return the results that are ready, each once; tasks of clients that are lost or excluded are withdrawn."""
         with self._lock:
             self._members.record_changes()
             for message_id in message_ids:
                 task = self._tasks.waiting_task(message_id)
-                if task is not None and (reason := self._reports.lost_reason(task)):
+                if task is None:
+                    continue
+                if reason := self._members.exclusion(task.client) or self._reports.lost_reason(task):
                     self._tasks.withdraw(message_id, task, reason)
                     self._record("lost", client=task.client, round=task.header.round, reason=reason)
             return self._tasks.collect(message_ids)
@@ -325,10 +336,17 @@ class Dispatcher:
             self._reports.progress.note(client)
 
     def note_bytes(self, client: str, part_digest: bytes, num_bytes: int) -> None:
-        """Note how many bytes of a part have travelled, to a client or from it."""
+        """Note how many bytes of a part have come from a client."""
         with self._lock:
             self._presence.sign_of_life(client)
             self._reports.progress.note_bytes(client, part_digest, num_bytes)
+
+    def note_fetched(self, client: str, part_digest: bytes, begin: int, end: int) -> None:
+        """Note that a client has fetched a part's bytes from one place to another."""
+        with self._lock:
+            self._presence.sign_of_life(client)
+            gained = self._reports.progress.note_bytes(client, part_digest, end)
+            self._presence.count_fetched_again(client, end - begin - min(gained, end - begin))
 
     def hold(self, client: str, change: int) -> None:
         """Note that one more call of a client is held (1), or one fewer (-1)."""
@@ -387,9 +405,13 @@ class Dispatcher:
         """Return a part of an open task of a client.
 
         Raises:
-            RejectionError: if there is no such part.
+            RejectionError: if there is no such part, or the client has fetched too much again today.
         """
         with self._lock:
+            # Only what it fetches again: how much an honest client needs in a day is for the recipe to say.
+            limit, again = int(self.settings.day_gib * GIB), self._presence.fetched_again(client)
+            if again > limit:
+                raise rejection(pb.QUOTA, "digest", f"at most {limit} bytes a day that were fetched before", again)
             return self._tasks.body(client, part_digest)
 
     def submit(

@@ -24,6 +24,8 @@ class Membership:
         self._presence, self._record = presence, record
         self.enrolled: Callable[[], Collection[str]] = lambda: ()
         """Returns the clients that may still come: those that are to hear of the end, too."""
+        self.exclusion: Callable[[str], str] = lambda client: ""
+        """Returns why a client may not call any more; empty if it may."""
         self._served: dict[str, int] = {}  # number of the process that acts for a client
         self._rivals: dict[str, int] = {}  # the process that was turned away last, for the log to name it once
         self._refusals: dict[str, pb.Refusal] = {}
@@ -72,8 +74,9 @@ class Membership:
         return self._readmissions[client]
 
     def here(self) -> Sequence[str]:
-        """Return the clients that are connected and not refused."""
-        return [client for client in self._presence.clients() if client not in self._refusals]
+        """Return the clients that are connected, not refused, and may call."""
+        connected = self._presence.clients()
+        return [client for client in connected if client not in self._refusals and not self.exclusion(client)]
 
     def record_changes(self) -> None:
         """Record which clients have gone since the last call, and which are back."""

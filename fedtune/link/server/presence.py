@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedtune.link.server.traffic import DayTraffic
 from fedtune.link.settings import LinkSettings
-
-DAY_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Presence:
         self._seen: dict[str, float] = {}
         self._held_calls: dict[str, int] = {}
         self._listeners: dict[str, list[Callable[[], None]]] = {}
-        self._uploads: dict[str, list[tuple[float, int]]] = {}  # when, and how many bytes
+        self._sent, self._fetched_again = DayTraffic(clock), DayTraffic(clock)
 
     def sign_of_life(self, client: str) -> None:
         now = self._clock()
@@ -90,15 +89,20 @@ class Presence:
         """Count bytes that a client has sent, which is a sign of life, too."""
         # Not `sign_of_life`: the round loop need not wake for bytes of a client that is here already.
         self._seen[client] = self._clock()
-        self._uploads.setdefault(client, []).append((self._clock(), num_bytes))
+        self._sent.count(client, num_bytes)
 
     def day_bytes(self, client: str) -> int:
         """Return the bytes that a client has sent within 24 hours."""
-        now = self._clock()
-        # Cut where it is read: over a long run the list would grow with every upload.
-        recent = [(at, size) for at, size in self._uploads.get(client, []) if now - at < DAY_S]
-        self._uploads[client] = recent
-        return sum(size for _, size in recent)
+        return self._sent.of(client)
+
+    def count_fetched_again(self, client: str, num_bytes: int) -> None:
+        """Count bytes that a client has fetched though it had fetched them before."""
+        if num_bytes:
+            self._fetched_again.count(client, num_bytes)
+
+    def fetched_again(self, client: str) -> int:
+        """Return the bytes that a client has fetched once more within 24 hours."""
+        return self._fetched_again.of(client)
 
     def add_listener(self, client: str, listener: Callable[[], None]) -> None:
         self._listeners.setdefault(client, []).append(listener)

@@ -69,12 +69,17 @@ class Progress:
             if peak.rise(said):
                 self.note(client)
 
-    def note_bytes(self, client: str, part: bytes, num_bytes: int) -> None:
-        """Note how many bytes of a part have travelled, in either direction; the same bytes again are no progress."""
+    def note_bytes(self, client: str, part: bytes, num_bytes: int) -> int:
+        """Note how many bytes of a part have travelled, in either direction; return how many more than before.
+
+        The same bytes again are no progress.
+        """
         sizes = self._sizes.setdefault(client, {})
-        if num_bytes > sizes.get(part, 0):
-            sizes[part] = num_bytes
-            self.note(client)
+        if (gained := num_bytes - sizes.get(part, 0)) <= 0:
+            return 0
+        sizes[part] = num_bytes
+        self.note(client)
+        return gained
 
     def note(self, client: str) -> None:
         """Note that a client has come further, or that it waits for the server alone."""

@@ -81,6 +81,7 @@ class Service:
         # Disk and hashing in threads: in the loop they would delay the calls of all clients.
         self._disk = ThreadPoolExecutor(max_workers=DISK_THREADS, thread_name_prefix="fedtune disk")
         self._callers = Callers(roster, dispatcher.blocklist, now=now, excuse=dispatcher.excuse)
+        dispatcher.set_exclusion(self._callers.exclusion)
         self._quota = CallQuota(settings.calls_per_min, clock)
         self._open = OpenCalls(settings, clock)
         self._connections = Connections(
@@ -164,9 +165,9 @@ class Service:
                 await context.write(pb.Chunk(data=bytes(body[sent : sent + step]), roster_version=version))
                 moved = min(len(body), sent + step) - sent
                 self.fetched_bytes += moved
-                sent += moved
                 call.move(moved)
-                self._dispatcher.note_bytes(party.name, request.digest, sent)
+                self._dispatcher.note_fetched(party.name, request.digest, sent, sent + moved)
+                sent += moved
             if call.error is not None:
                 await context.write(pb.Chunk(refusal=self._refusal(context, call.error)))
         finally:
@@ -237,8 +238,9 @@ class Service:
             await asyncio.sleep(pause)
             self._open.look()
             if closed := self._connections.look(port):
-                reason = "connections that made no call in time, or were too many from one address or member"
-                self._record("closed", count=closed, reason=f"{closed} {reason}")
+                connections = "connection" if closed == 1 else "connections"
+                reason = "without a call in time, or too many from one address or member"
+                self._record("closed", count=closed, reason=f"{closed} {connections} {reason}")
 
     async def _authenticate(self, context: CallContext, *, hello: bool = False) -> Party:
         """Return the client that calls, as its certificate and the roster name it.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import WireError
+from fedtune.link.client import delivery
 from fedtune.link.client.delivery import Delivery, OutgoingUpload
 from fedtune.link.client.jobs import Job
 from fedtune.link.envelopes import digest
@@ -18,7 +19,7 @@ from fedtune.link.pki.signing import public_bytes
 from fedtune.link.server.assignments import ReceivedParts
 from fedtune.link.server.receipts import Receipts
 from fedtune.wire.v1 import link_pb2 as pb
-from tests.link.harness import KEY, RUN, signed_reply
+from tests.link.harness import KEY, RUN, Clock, signed_reply
 from tests.link.link_server import LinkServer
 from tests.link.site import END_S, collect_one, post, run_site, until
 
@@ -73,6 +74,27 @@ def test_a_reply_is_on_the_disk_before_it_is_submitted_as_whole() -> None:
     reply = signed_reply("site-a", ROUND, TASK, b"data")
     responses = [pb.SubmitReply(wanted=pb.Wanted()), receipt_of(digest(reply))]
     assert deliver(reply, responses) == ["submit", "durable", "submit"]
+
+
+def test_a_reason_to_wait_that_lasts_is_recorded_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A roster that has ended put a reply off each second, and filled the site's log with a line for each."""
+    monkeypatch.setattr(delivery, "REFUSED_RETRY_S", 0)
+    clock, recorded = Clock(), list[str]()
+    session: Any = SimpleNamespace(hear_version=lambda version: None)
+    backoff: Any = SimpleNamespace(retry=lambda job, call: call())
+    codes = [pb.ROSTER_OLD] * 700 + [pb.DISK_LOW] * 2
+    free = iter(range(1000))
+
+    def submit(request: pb.SubmitRequest, timeout: float) -> pb.SubmitReply:
+        clock.now += 1
+        code = codes.pop(0) if codes else pb.SIGNATURE
+        refusal = pb.Refusal(reason=code, found=str(next(free)), passing=code != pb.SIGNATURE)
+        return pb.SubmitReply(refusal=refusal)
+
+    calls: Any = SimpleNamespace(submit=submit)
+    site = Delivery(session, calls, backoff, record=lambda kind, **fields: recorded.append(kind), clock=clock)
+    assert site.deliver(Job(TASK, ROUND, threading.Event()), pb.SubmitRequest(), {}) is None
+    assert recorded.count("put off") == 4  # two reasons; the first lasted for more than ten minutes
 
 
 def test_a_receipt_of_another_reply_is_refused() -> None:

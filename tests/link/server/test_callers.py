@@ -42,6 +42,30 @@ ROSTER = Roster("care", 1, 1000 + 200 * DAY_S, {"anna": PARTY})
 
 @pytest.mark.guarantee("G6")
 @pytest.mark.parametrize(
+    ("now", "party", "barred", "why"),
+    [
+        (2000, {}, "", ""),
+        (1001 + 90 * DAY_S, {}, "", "its time in the roster ended on"),
+        (2000, {"state": "revoked"}, "", "it is revoked"),
+        (2000, {"role": "coordinator"}, "", "it is no client of the roster"),
+        (2000, {"name": "ben"}, "", "it is no client of the roster"),
+        (2000, {}, "anna too slow", "it is barred: too slow"),
+        (1001 + 200 * DAY_S, {"not_after": 10**12}, "", ""),  # the server's own roster has ended
+    ],
+)
+def test_a_client_is_excluded_whatever_certificate_it_brings(
+    tmp_path: Path, now: int, party: dict[str, Any], barred: str, why: str
+) -> None:
+    entry = replace(PARTY, **party)
+    roster: Any = SimpleNamespace(current=lambda: replace(ROSTER, parties={entry.name: entry}))
+    (tmp_path / "barred").write_text(barred)
+    exclusion = Callers(roster, Blocklist(tmp_path / "barred"), now=lambda: now).exclusion("anna")
+    assert exclusion.startswith(why)
+    assert bool(exclusion) == bool(why)
+
+
+@pytest.mark.guarantee("G6")
+@pytest.mark.parametrize(
     ("now", "certificate", "party", "code"),
     [
         (2000, {}, {}, ""),

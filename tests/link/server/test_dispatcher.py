@@ -76,6 +76,23 @@ def two(task: Any) -> tuple[bytes, Mapping[str, bytes]]:
     return task.header, task.blobs
 
 
+@pytest.mark.guarantee("G14")
+def test_a_client_that_may_not_call_any_more_is_neither_asked_nor_waited_for(harness: Harness) -> None:
+    """After its revocation it was in the next cohort, which the others then declined, and was waited for."""
+    dispatcher, why = harness.dispatcher, dict[str, str]()
+    dispatcher.set_exclusion(lambda client: why.get(client, ""))
+    ids = [harness.post(name)[0] for name in ("anna", "bert")]
+    for name in ("anna", "bert"):
+        dispatcher.sign_of_life(name)
+    assert not dispatcher.collect(ids)
+    assert list(dispatcher.fleet()) == ["anna", "bert"]
+    why["bert"] = "it is revoked"
+    assert list(dispatcher.fleet()) == ["anna"]
+    (result,) = dispatcher.collect(ids).values()
+    assert result == Withdrawn("bert", "it is revoked")
+    assert not dispatcher.collect(ids)
+
+
 def test_the_same_task_is_the_same_bytes_and_has_one_reply(harness: Harness) -> None:
     first, task, task_digest = harness.post("anna")
     second, again, same = harness.post("anna")

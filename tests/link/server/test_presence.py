@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedtune.link.server.presence import DAY_S, Presence
+import pytest
+
+from fedtune.link.rejections import RejectionError
+from fedtune.link.server.presence import Presence
+from fedtune.link.server.traffic import DAY_S
 from fedtune.link.settings import LinkSettings
 from fedtune.wire.v1 import link_pb2 as pb
-from tests.link.harness import Clock, Harness, make_harness
+from tests.link.harness import Clock, Harness, make_harness, reason
 
 DATA = b"update of anna"
 
@@ -52,6 +56,24 @@ def test_bytes_count_for_a_day() -> None:
     clock.now += 1
     assert here.day_bytes("anna") == 7
     assert here.day_bytes("bob") == 0
+
+
+def test_only_bytes_that_are_fetched_once_more_count_towards_the_day(tmp_path: Path) -> None:
+    """Two downloads at a time, again and again, took what the server's line had."""
+    harness = make_harness(tmp_path, LinkSettings(day_gib=1000 / 2**30))
+    _, task, _ = harness.post("anna")
+    part, dispatcher = task.parts[0].digest, harness.dispatcher
+    dispatcher.note_fetched("anna", part, 0, 800)
+    dispatcher.note_fetched("anna", part, 400, 1400)  # after a cut: 400 of them again
+    assert dispatcher.body("anna", part)
+    dispatcher.note_fetched("anna", part, 0, 600)
+    assert dispatcher.body("anna", part)
+    dispatcher.note_fetched("anna", part, 0, 1)
+    with pytest.raises(RejectionError, match="at most 1000 bytes a day that were fetched before") as caught:
+        dispatcher.body("anna", part)
+    assert (reason(caught), caught.value.refusal.passing) == ("QUOTA", True)
+    harness.clock.now += DAY_S
+    assert dispatcher.body("anna", part)
 
 
 def test_a_held_call_is_a_sign_of_life(tmp_path: Path) -> None:
