@@ -99,12 +99,12 @@ def export(
 
 def sources(run: Path) -> Mapping[str, Any]:
     """Return what the manifest of every export says of its run: a chain of digests back to what the run wrote."""
-    recipe = bind_to_score(run)
-    return {
-        "source": manifest.source(result.folder(run)),
-        "guard": guard(recipe),
-        "training": training_record(run),
-    }
+    known = {"source": manifest.source(result.folder(run)), "training": training_record(run)}
+    try:
+        return {**known, "guard": guard(bind_to_score(run))}
+    except ConfigError:
+        # The recipe of a method that was a Python object cannot be read again; its adapter is exported all the same.
+        return known
 
 
 def guard(recipe: Recipe) -> Mapping[str, Any]:

@@ -121,7 +121,7 @@ def test_calls_under_way_end_when_their_member_is_taken_out(
     tmp_path: Path, change: Callable[[LinkServer], None], code: str
 ) -> None:
     with run_link_server(tmp_path, replace(SETTINGS, hold_s=300, stall_s=60, part_kib=256)) as link:
-        held, calls, body = list[pb.NextReply](), link.calls(), bytes(2**25)
+        held, calls, body = list[pb.NextReply](), link.calls(), bytes(2**27)
         post_task(link, "site-a", assignment("site-a", 1).header, {sha256(body).hexdigest(): body})
         fetched: Any = link.calls().fetch(pb.FetchRequest(digest=sha256(body).digest()), timeout=60)
         assert next(fetched).data
