@@ -189,7 +189,8 @@ def records(path: Path) -> Iterator[Mapping[str, Any]]:
 def journal(path: Path) -> Mapping[str, Any]:
     """Return what a journal notes of each round: cohort, digests of the assignments, states, and whose updates came.
 
-    In how many records the updates stand, and their digests, depend on the time that the clients took.
+    In how many records the updates stand, and their digests, depend on the time that the clients took, and so do the
+    digests of a round's line and of the summary, in which there are seconds.
     """
     rounds: dict[str, Any] = {}
     starts, kinds, keys = [], [], dict[str, list[str]]()
@@ -197,7 +198,8 @@ def journal(path: Path) -> Mapping[str, Any]:
         keys[record["kind"]] = sorted(record)
         if record["kind"] != "accept":
             kinds.append(record["kind"])
-        own = {k: v for k, v in record.items() if k not in ("n", "prev", "epoch", "kind", "unix_ms", "run", "blob")}
+        varying = ("n", "prev", "epoch", "kind", "unix_ms", "run", "blob", "line", "summary")
+        own = {key: value for key, value in record.items() if key not in varying}
         if record["kind"] == "start":
             inputs = {k: v for k, v in own.pop("inputs").items() if k not in ("versions", "platform", "threads")}
             inputs["recipe"] = sha(inputs["recipe"].encode())
