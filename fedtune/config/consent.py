@@ -22,7 +22,7 @@ from fedtune.config.recipe import (
     planner_type_of,
     requested_ratio,
 )
-from fedtune.errors import FedtuneError
+from fedtune.errors import FedtuneError, ShapeError
 from fedtune.messages import (
     Assignment,
     Blueprint,
@@ -41,6 +41,8 @@ from fedtune.wire.profile import ClientProfile, ModelSpec
 
 RESULTS: Mapping[type[Any], str] = {TrainLora: "adapter", ProbeSeeds: "seeds"}
 """Folder of a run's result, by what its clients do."""
+WIDEST = 4096
+"""Largest rank where a site's layers are not known yet, as before it has loaded its base."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,17 @@ def order_differences(recipe: Recipe, profile: ClientProfile, order: Assignment)
 
 
 def permitted_order(recipe: Recipe, allowed: Permitted, profile: ClientProfile, order: Assignment) -> Assignment:
-    """Return the permitted order that is nearest to one that came: of its round, with its rank and steps if it may."""
+    """Return the permitted order that is nearest to one that came: of its round, with its rank and steps if it may.
+
+    Raises:
+        FedtuneError: if the method makes none, or a rank is larger than every layer.
+    """
     # Without the server's optimiser, which changes no order.
     method = method_type_of(recipe)
+    widest = max((max(shape) for shape in profile.foundation.modules.values()), default=WIDEST)
+    if (rank := allowed.largest_rank) > max(64, widest):
+        # Before a layer of that size is made: a recipe must not decide how much memory a site takes to refuse it.
+        raise ShapeError(f"adapter.rank: expected at most {widest}, as a layer here is wide; got {rank}")
     # Small, and of no base: what the method takes from the blueprint's layers is in the blobs, which have bounds.
     size = max(8, allowed.largest_rank)
     blueprint = Blueprint(

@@ -33,7 +33,8 @@ class Schedule:
     max_norm: Annotated[float, Gt(0)] | None = 10.0
     """Of three or more updates, one whose change is more than this many times as large as the cohort's median is
     refused; none compares no sizes. The change of the layers, that of the factors and that of modules_to_save are
-    compared each for itself."""
+    compared each for itself. A client that trains many times as many steps as most, as with `client.epochs` and far
+    more examples, moves further than they do: then set it higher, or give `client.steps`."""
     norm_cap: Literal["plan"] | Annotated[float, Gt(0)] | None = field(default="plan", metadata=OMIT_DEFAULT)
     """Largest change of one update, whatever the others are, so also in cohorts of one and two. plan: what the planned
     steps of the optimiser can reach, which honest training never leaves, or 1e6 where that has no limit, as with sgd

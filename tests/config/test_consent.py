@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -254,6 +255,21 @@ def test_an_order_of_the_attack_is_vetoed_with_every_key_that_differs() -> None:
     assert keys(ADAPTERS, put(order, "base", "")) == {"base"}
     for number in (0, 6, 2**31):
         assert keys(ADAPTERS, replace(order, round=number)) == {"round"}
+
+
+@pytest.mark.guarantee("G2")
+def test_a_recipe_does_not_decide_how_much_memory_a_site_takes_to_refuse_it() -> None:
+    """A layer as wide as this rank would take 36 MB at 3,000, and 14 GB at 60,000."""
+    recipe = bind(ADAPTERS.replace("rank = 4", "rank = 3000").replace("ranks = [2, 4]", "ranks = [3000]"))
+    tracemalloc.start()
+    try:
+        found = order_differences(recipe, PROFILE, replace(made(ADAPTERS), seed=1))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 1
+    assert "adapter.rank: expected at most 32, as a layer here is wide; got 3000" in str(found[0])
+    assert peak < 2**20
 
 
 def test_a_client_may_be_asked_for_the_rank_that_it_has_left_after_a_cut() -> None:
