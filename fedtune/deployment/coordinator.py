@@ -182,6 +182,7 @@ def serve_rounds(
             base=recipe.model.digest or pinned_base(run),
             labels=recipe.data.labels,
             organisation=partial(organisation_of, roster),
+            may_come=dispatcher.may_call,
             on_base=partial(pin_base, run),
             note=note,
             on_admitted=lambda client, examples: record("connected", client=client, examples=examples),

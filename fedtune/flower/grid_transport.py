@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -83,6 +83,7 @@ class GridTransport:
         base: str = "",
         labels: Sequence[str] = (),
         organisation: Callable[[str], str] = lambda client: "",
+        may_come: Callable[[str], bool] = lambda client: True,
         on_base: Callable[[str], None] = lambda digest: None,
         note: Callable[[str], None] = lambda text: None,
         on_admitted: Callable[[str, int], None] = lambda client, examples: None,
@@ -103,6 +104,7 @@ class GridTransport:
             base: digest (hex) of the base that clients must have; empty: the one of the first client.
             labels: class names that clients must use; none: the union over the clients of the first round.
             organisation: returns that of a client by name, where a roster says it.
+            may_come: whether a client by name could connect; a round that is resumed waits for no other.
             on_base: called with the digest when the first client has decided which base it is.
             note: receives at once whom the run waits for, who has connected and who is refused.
             on_admitted: called with the name of a client that takes part, and its training examples.
@@ -113,7 +115,7 @@ class GridTransport:
         self._grid, self._clock, self._sleep = grid, clock, sleep
         self._expected, self._least, self._patience_s, self._hello_s = expected, least, patience_s, hello_s
         self._deadline_s, self._closed, self._note, self._organisation = deadline_s, closed, note, organisation
-        self._on_admitted, self._on_refused = on_admitted, on_refused
+        self._may_come, self._on_admitted, self._on_refused = may_come, on_admitted, on_refused
         self._connected: dict[int, ClientProfile] = {}  # by node; connected clients that have said hello
         self._refused: dict[int, Rejection] = {}  # by node
         self._unanswered: dict[str, SentMessage] = {}  # by message id
@@ -192,7 +194,7 @@ class GridTransport:
         `Failure` of the kind `late`, and busy until it answers or Flower drops its assignment.
         """
         if not assignments.keys() <= self._nodes().keys():  # a resumed round is not preceded by `clients`
-            self._await_clients(lambda: assignments.keys() <= self._nodes().keys())
+            self._await_cohort(assignments.keys(), rule.quorum)
         began = self._clock()
         if rule.deadline_s is None:
             rule = replace(rule, deadline_s=self._deadline_s)
@@ -270,6 +272,17 @@ class GridTransport:
                 return
             self._sleep(pause)
             pause = min(2 * pause, LAST_PAUSE_S)
+
+    def _await_cohort(self, cohort: Set[str], quorum: int) -> None:
+        """Wait for the clients of a round that is resumed; beside enough of them `hello_s` for the others."""
+        began = self._clock()
+
+        def complete() -> bool:
+            here = self._nodes().keys()
+            enough = len(cohort & here) >= quorum and self._clock() - began >= self._hello_s
+            return enough or not any(self._may_come(client) for client in cohort - here)
+
+        self._await_clients(complete)
 
     def _send_hellos(self) -> None:
         """Send hellos to new clients and those to retry; forget clients that are gone, whose names are free again."""

@@ -26,6 +26,7 @@ class Connect(Protocol):
         base: str = "",
         labels: Sequence[str] = (),
         organisation: Callable[[str], str] = lambda client: "",
+        may_come: Callable[[str], bool] = lambda client: True,
         on_base: Callable[[str], None] = lambda digest: None,
         note: Callable[[str], None],
         on_admitted: Callable[[str, int], None] = lambda client, examples: None,

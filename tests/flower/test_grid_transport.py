@@ -179,6 +179,24 @@ def test_an_order_that_is_not_accepted_is_a_failure(instead: list[str | None], c
     assert names(transport) == ["ann", "bob"]  # and is not busy with what it never got
 
 
+@pytest.mark.guarantee("G14")
+def test_a_resumed_round_waits_for_no_client_that_may_not_come_and_a_while_for_others(clock: Clock) -> None:
+    """It waited for `patience_s`, seven days over the link, for a site that was revoked or had gone for good."""
+    gone = Failure.from_text("cid", "left before its assignment was sent")
+    for may_come, waited_s in ((lambda name: name != "cid", 0), (lambda name: True, 20)):
+        began, grid = clock.now, fleet("ann", "bob")
+        transport = over(grid, clock, expected=2, patience_s=10**6, hello_s=20, may_come=may_come)
+        answers = exchanged(transport, "ann", "bob", "cid", rule=Rule(quorum=2))
+        assert isinstance(answers["ann"], Reply)
+        assert isinstance(answers["bob"], Reply)
+        assert answers["cid"] == gone
+        assert waited_s <= clock.now - began < waited_s + 15
+    began = clock.now
+    transport = over(fleet("ann"), clock, expected=2, patience_s=1000, hello_s=20)
+    exchanged(transport, "ann", "bob", "cid", rule=Rule(quorum=2))
+    assert clock.now - began >= 1000  # too few are here: the others may come yet
+
+
 def test_a_client_that_has_left_is_a_failure_at_once(clock: Clock) -> None:
     grid = fleet("ann", "bob")
     transport = over(grid, clock, expected=2, patience_s=30)

@@ -22,6 +22,8 @@ from fedtune.wire.v1 import link_pb2 as pb
 
 SUBMIT_S = 60.0
 """Deadline of a Submit, which the server holds for up to 20 s until there is a receipt."""
+LEAST_BYTES_S = 256
+"""A line with fewer bytes a second is none; a Submit has time for its inline parts on any other."""
 MAX_BUSY_S = 60.0
 """Longest pause that a server may ask for."""
 PUSH_RETRY_S = 0.2
@@ -67,8 +69,9 @@ class Delivery:
         reply = digest(request.envelope)
         self._record("sending", round=job.header.round, answer=reply.hex(), bytes=reply_bytes(request))
         job.begin(pb.Progress.SENDING, reply_bytes(request))
+        timeout_s = SUBMIT_S + request.ByteSize() / LEAST_BYTES_S
         while True:
-            response = self._backoff.retry(job, lambda: self._calls.submit(request, timeout=SUBMIT_S))
+            response = self._backoff.retry(job, lambda: self._calls.submit(request, timeout=timeout_s))
             self._session.hear_version(response.roster_version)
             match response.WhichOneof("what"):
                 case "receipt":

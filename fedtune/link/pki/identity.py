@@ -56,7 +56,9 @@ def load_identity(folder: Path, *, role: str, now: int) -> Identity:
     """
     if not folder.is_dir():
         raise identity_error(
-            "a folder made by fedtune enroll request", f"none at {folder}", "start there, or set identity"
+            "a folder made by fedtune enroll request",
+            f"none at {folder}",
+            "start there, or give the file that sets identity",
         )
     sign_pem, tls_pem = read_secret(folder / SIGN_KEY), read_secret(folder / TLS_KEY)
     pem, ca, anchor = (read_required(folder / name) for name in (CERTIFICATE, CA, ROOT))

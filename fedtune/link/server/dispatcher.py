@@ -135,6 +135,11 @@ class Dispatcher:
         with self._lock:
             self._members.exclusion = exclusion
 
+    def may_call(self, client: str) -> bool:
+        """Return whether no revocation, date or bar keeps a client out."""
+        with self._lock:
+            return not self._members.exclusion(client)
+
     def fleet(self) -> Mapping[str, int]:
         """Return the clients with a sign of life within `lease_s`, and how often each came again after a refusal."""
         with self._lock:
@@ -235,9 +240,13 @@ class Dispatcher:
         self._wakeup.wait(seconds)
 
     def begin_round(self, cohort: Collection[str]) -> None:
-        """Note the clients of the round that begins."""
+        """Note the clients of the round that begins.
+
+        Of a round that was open before a restart one may have been revoked since: the others would decline an order
+        that names it.
+        """
         with self._lock:
-            self._cohort = tuple(cohort)
+            self._cohort = tuple(client for client in cohort if not self._members.exclusion(client))
             self._rounds += 1
 
     def settle(self, client: str, number: int, refusal: pb.Refusal | None) -> None:

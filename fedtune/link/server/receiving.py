@@ -61,7 +61,6 @@ async def receive(
                 batch, written, waiting, size = b"".join(waiting), size, [], 0
                 await in_thread(disk, incoming.append, batch)
                 dispatcher.count_bytes(call.client, written)
-                dispatcher.note_bytes(call.client, part.digest, incoming.received_bytes)
                 if incoming.received_bytes == part.num_bytes:
                     break
                 # Acknowledged when written: the client's window then bounds what waits in this process's memory.
@@ -72,6 +71,8 @@ async def receive(
             waiting.append(message.data)
             size, messages = size + len(message.data), messages + 1
             call.move(len(message.data))
+            # Not when a batch is full, which takes longer than `lost_s` on a slow line.
+            dispatcher.note_bytes(call.client, part.digest, incoming.received_bytes + size)
             gained = incoming.received_bytes + size - begins
             if messages > FREE_MESSAGES and gained < (messages - FREE_MESSAGES) * smallest:
                 raise rejection(pb.LENGTH, "data", f"messages of {smallest} bytes or more", f"{messages} in {gained}")

@@ -91,6 +91,12 @@ def test_a_client_that_may_not_call_any_more_is_neither_asked_nor_waited_for(har
     (result,) = dispatcher.collect(ids).values()
     assert result == Withdrawn("bert", "it is revoked")
     assert not dispatcher.collect(ids)
+    # A round that was open before a restart: the order names those alone that are in it still.
+    dispatcher.begin_round(["anna", "bert", "cora"])
+    assert dispatcher.claim("cora", 7)
+    _, order, _ = harness.post("cora", 2)
+    assert (order.cohort, list(order.members)) == (2, ["anna", "cora"])
+    assert (dispatcher.may_call("anna"), dispatcher.may_call("bert")) == (True, False)
 
 
 def test_the_same_task_is_the_same_bytes_and_has_one_reply(harness: Harness) -> None:

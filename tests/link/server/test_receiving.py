@@ -19,6 +19,7 @@ from fedtune.link.envelopes import digest
 from fedtune.link.rejections import RejectionError, rejection
 from fedtune.link.server.limits import OpenCalls
 from fedtune.link.server.receiving import receive
+from fedtune.link.settings import LinkSettings
 from fedtune.link.uploads import part_path
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.harness import assignment, make_harness, signed_reply
@@ -161,6 +162,33 @@ def test_a_part_that_has_just_come_whole_is_no_reason_to_end_its_upload(tmp_path
     assert asyncio.run(receive_all()) == [(1000, True)]
     assert not call.ending
     assert not call.reading
+
+
+@pytest.mark.guarantee("G14")
+def test_each_message_of_an_upload_is_progress_before_a_batch_is_full(tmp_path: Path) -> None:
+    """A batch of 1 MiB takes longer than `lost_s` on a line of 1 KiB/s, and its site was lost in the middle of it."""
+    harness = make_harness(tmp_path, LinkSettings(lost_s=600, lease_s=10**6))
+    harness.dispatcher.max_reply_bytes = lambda front: len(DATA)
+    message_id, task, task_digest = harness.post("anna")
+    envelope = signed_reply("anna", task, task_digest, DATA)
+    harness.submit("anna", envelope)
+    call = OpenCalls(SETTINGS, harness.clock).begin("anna", "upload", interrupt=lambda: None)
+    first = pb.PushPart(answer=digest(envelope), digest=sha256(DATA).digest(), data=DATA[:16384])
+
+    async def messages() -> AsyncIterator[pb.PushPart]:
+        yield first
+        for at in range(16384, len(DATA) - 16384, 16384):
+            harness.clock.now += 16
+            yield pb.PushPart(data=DATA[at : at + 16384])
+
+    async def receive_all() -> None:
+        with ThreadPoolExecutor(1) as disk:
+            async for _ in receive(harness.dispatcher, disk, call, messages()):
+                pass
+
+    asyncio.run(receive_all())
+    assert harness.clock.now > 1000 + 600
+    assert not harness.dispatcher.collect([message_id])
 
 
 def test_an_upload_that_was_ended_says_so_at_its_next_message(tmp_path: Path) -> None:
