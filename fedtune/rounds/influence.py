@@ -94,11 +94,14 @@ class Bounds:
         }
 
 
-def too_large(client: str, role: Role, size: Size, limit: float, why: str) -> Failure:
+def too_large(client: str, role: Role, size: Size, limit: float, why: str, *, key: str = "norm_cap") -> Failure:
+    """Return the failure of a client whose change is larger than a limit, which a key of the recipe has set."""
     return Failure(
         client,
         expected=f"{PARTS[role]}, to have a norm of at most {limit:.4g}, {why}",
         got=f"{size.norm:.4g}",
+        # No limit is one for what is infinite.
+        hint=f"if it has trained as asked, set rounds.{key} higher" if math.isfinite(size.norm) else "",
         where=f"{role}, most of it in {size.largest}",
         kind="refused",
         code="NORM_OVER_CAP",
@@ -164,7 +167,11 @@ def refuse_outliers(
         limit = (max_norm or math.inf) * middle
         why = f"{max_norm:g} times the cohort's median"
         over = {name: size for name, size in stated.items() if middle > 0 and not size.norm <= limit}
-        refused |= {name: too_large(name, role, size, limit, why) for name, size in over.items() if name not in refused}
+        refused |= {
+            name: too_large(name, role, size, limit, why, key="max_norm")
+            for name, size in over.items()
+            if name not in refused
+        }
     # Sorted by name, so that a resumed run refuses in the same order and writes the same record.
     return (
         {update.client: update.norm for update in updates if update.client not in refused},

@@ -45,7 +45,8 @@ def test_a_change_far_above_the_median_is_refused_with_both_numbers() -> None:
     assert norms == {"c0": 1.0, "c1": 2.0, "c3": 1.0}
     assert [(one.client, one.kind, one.code) for one in refused] == [("c2", "refused", "NORM_OVER_CAP")]
     assert "most of it in change-part" in refused[0].reason
-    assert "at most 15, 10 times the cohort's median; got 21" in refused[0].reason
+    advice = "if it has trained as asked, set rounds.max_norm higher"
+    assert f"at most 15, 10 times the cohort's median; got 21; {advice}" in refused[0].reason
 
 
 @pytest.mark.guarantee("G4")
@@ -169,6 +170,7 @@ def test_poison_is_refused_by_every_method_in_every_cohort(name: str, attack: st
         assert isinstance(liar, Failure), liar
         assert (liar.client, liar.kind, liar.code) == ("site-0", "refused", "NORM_OVER_CAP")
         assert "the reach of 10 planned steps" in liar.reason or "most of any change" in liar.reason
+        assert liar.reason.endswith(("set rounds.norm_cap higher", "got inf", "got nan"))
         state = method.aggregate(state, honest)
 
 
