@@ -140,7 +140,7 @@ def names_of(part: ast.AST) -> Iterator[str]:
 
 
 def read_record(path: Path = RECORD) -> Mapping[str, Any]:
-    """Return what the last run of all marked tests counted."""
+    """Return what the last runs of marked tests counted."""
     record: Mapping[str, Any] = json.loads(path.read_text())
     return record
 
@@ -151,7 +151,7 @@ def guarantees_page(record: Mapping[str, Any], tests: Mapping[str, set[str]]) ->
         "# Guarantees",
         "",
         "What the [security model](security.md) promises, and the tests that show it. A count is of cases that ran and "
-        f"passed in one run of all tests (release {record['release']}, commit `{record['commit']}`): of kills, of "
+        f"passed in the runs of release {record['release']}, commit `{record['commit']}`: of kills, of "
         "changed messages, of orders of calls, and so on. *Wanted* is what the design asks for; where a count is below "
         "it, the guarantee is shown for these cases only.",
         "",
