@@ -33,11 +33,11 @@ from fedtune.directions.rebuild_numpy import rebuild
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.model.base import Base
+from fedtune.model.batches import Batch, collate
 from fedtune.model.probe import Position, at_position
 from fedtune.model.seed_rebuild import mean_loss
 from fedtune.model.targets import find_targets
 from fedtune.model.torch_seed import torch_seed
-from fedtune.model.train import Batch, collate
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 

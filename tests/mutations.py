@@ -150,7 +150,7 @@ FAULTS = (
           "the scale is not divided out of a start"),
     Fault("model/train.py", "if training.clip_norm is not None:", "if False:",
           "gradients are not clipped"),
-    Fault("model/train.py", 'derive(key, "data.order", epoch)', 'derive(key, "data.order")',
+    Fault("model/batches.py", 'derive(key, "data.order", epoch)', 'derive(key, "data.order")',
           "each pass over the data has the same order"),
     Fault("model/objective.py", "term.mu / 2 *", "term.mu *",
           "the term of FedProx counts twice"),

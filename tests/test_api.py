@@ -91,7 +91,8 @@ def test_every_method_with_adapters_learns(method: str, tables: Tables, tmp_path
 def test_stock_peft_gives_the_runs_own_scores(mode: str, tables: Tables, tmp_path: Path, simulated: Simulated) -> None:
     run = simulated({**tables, "method": {"name": "flora", "mode": mode}}, tmp_path / "run")
     from fedtune.config import bind
-    from fedtune.model.train import collate, summed_loss
+    from fedtune.model.batches import collate
+    from fedtune.model.loss import summed_loss
     from fedtune.runs.local import prepare
 
     experiment = prepare(bind(run.path / "recipe.toml"))

@@ -8,8 +8,8 @@ from fedtune.data.encode import Example
 from fedtune.data.federation import Federation
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import Base
+from fedtune.model.batches import reads_token_types
 from fedtune.model.load_checks import embedding_rows
-from fedtune.model.train import reads_token_types
 
 
 def check_examples(federation: Federation, base: Base) -> None:

@@ -37,11 +37,12 @@ from fedtune.messages import (
 )
 from fedtune.model import libraries, pruned_training
 from fedtune.model.base import Base, to_numpy
+from fedtune.model.batches import Batch
 from fedtune.model.lora import global_adapter, read_local, start, with_adapters
 from fedtune.model.objective import Hooks
 from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
-from fedtune.model.train import Batch, OnStep, no_steps, report_out_of_memory, train
+from fedtune.model.train import OnStep, no_steps, report_out_of_memory, train
 from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast

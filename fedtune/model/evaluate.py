@@ -12,8 +12,9 @@ import torch
 from fedtune.data.encode import Example
 from fedtune.lora.adapter import Adapter
 from fedtune.model.base import Base
+from fedtune.model.batches import collate
 from fedtune.model.lora import with_adapters
-from fedtune.model.train import collate, summed_loss
+from fedtune.model.loss import summed_loss
 from fedtune.tensors import Tensors
 
 Metrics = Mapping[str, float]

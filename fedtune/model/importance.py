@@ -11,9 +11,10 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ClientError, ConfigError, Fault
+from fedtune.model.batches import Batch
 from fedtune.model.lora import layers
+from fedtune.model.loss import summed_loss
 from fedtune.model.surgery import core
-from fedtune.model.train import Batch, summed_loss
 from fedtune.pruning.ranking import Criterion, at_structure
 from fedtune.pruning.structure import BlockLayout, BlockStructure, ModelStructure, Side, full_block
 from fedtune.seeds import derive, generator

@@ -25,8 +25,9 @@ from fedtune.directions.rebuild_torch import rewriter
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ClientError, ConfigError, Fault, type_of
 from fedtune.model.base import Base
+from fedtune.model.batches import Batch
+from fedtune.model.loss import cross_entropies, logits_of
 from fedtune.model.seed_rebuild import Move
-from fedtune.model.train import Batch, cross_entropies, logits_of
 
 
 @dataclass(frozen=True)

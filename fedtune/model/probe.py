@@ -22,9 +22,10 @@ from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ClientError
 from fedtune.messages import ProbeSeeds, Training
 from fedtune.model.base import Base
+from fedtune.model.batches import Batch, batches, collate
 from fedtune.model.kron_forward import with_injected_paths
 from fedtune.model.seed_rebuild import DisplacedPosition, Move, RebuiltPosition, working_copy
-from fedtune.model.train import Batch, OnStep, batches, collate, no_steps, out_of_memory, peak_bytes
+from fedtune.model.train import OnStep, no_steps, out_of_memory, peak_bytes
 from fedtune.tensors import Array
 
 CLIP_WINDOW, CLIP_MINIMUM, CLIP_QUANTILE, CLIP_FACTOR = 128, 16, 0.9, 2.0

@@ -12,11 +12,12 @@ import torch
 from fedtune.data.encode import Example
 from fedtune.messages import Plan, Pruning, TrainLora
 from fedtune.model.base import Base
+from fedtune.model.batches import Batch, collate
 from fedtune.model.importance import scores
 from fedtune.model.lora import global_adapter, start, with_adapters
+from fedtune.model.loss import summed_loss
 from fedtune.model.objective import Between, Start
 from fedtune.model.surgery import layout_of, shrink_further, with_structure
-from fedtune.model.train import Batch, collate, summed_loss
 from fedtune.pruning.ranking import (
     PruningSettings,
     at_structure,

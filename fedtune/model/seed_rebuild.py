@@ -15,7 +15,8 @@ from fedtune.directions.rebuild_torch import rewriter
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import Base
-from fedtune.model.train import Batch, summed_loss
+from fedtune.model.batches import Batch
+from fedtune.model.loss import summed_loss
 from fedtune.tensors import Array
 
 Move = tuple[int, int]

@@ -15,8 +15,8 @@ from fedtune.data.encode import Example
 from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import ConfigError
 from fedtune.model.base import base_from_object, digest, load, load_tokenizer, manifest_of
+from fedtune.model.batches import collate
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.model.train import collate
 
 
 def test_a_head_that_the_checkpoint_lacks_is_trained_and_drawn_from_the_seed(loaded: Any) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.model.batches import collate
 from fedtune.model.evaluate import by_length, evaluate
 from fedtune.model.samples import Prompt, answers
-from fedtune.model.train import collate
 
 
 def test_the_scores_of_a_causal_model_agree_with_each_other(loaded: Any, examples: Any) -> None:

@@ -16,10 +16,12 @@ from fedtune.data.encode import Example
 from fedtune.lora.adapter import Factors
 from fedtune.messages import Training
 from fedtune.model.base import Base, load, load_tokenizer
+from fedtune.model.batches import Batch, collate
 from fedtune.model.lora import read_local, with_adapters
+from fedtune.model.loss import summed_loss
 from fedtune.model.merge import merge
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.model.train import Batch, collate, summed_loss, train
+from fedtune.model.train import train
 from fedtune.store import peft
 from fedtune.tensors import Tensors
 from tests.model.families import CAUSAL, CLASSIFIERS, build

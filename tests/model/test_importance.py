@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedtune.errors import ClientError, ConfigError
+from fedtune.model.batches import Batch
 from fedtune.model.importance import DECAY, gradients, pool, readers, scores, sketch, sketch_layers, smooth, unit_scores
 from fedtune.model.lora import with_adapters
+from fedtune.model.loss import summed_loss
 from fedtune.model.surgery import core, layout_of, with_structure
-from fedtune.model.train import Batch, summed_loss
 from fedtune.pruning.ranking import Criterion, PruningSettings, at_structure, rank_units, structure_at
 from fedtune.pruning.structure import BlockStructure, ModelStructure, cuts, full_block, rows, shapes, slice_adapter
 from tests.model.gating import with_gates

@@ -16,9 +16,9 @@ from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import ClientError, ConfigError
 from fedtune.model.base import Base, digest
+from fedtune.model.batches import Batch, collate
 from fedtune.model.kron_forward import with_injected_paths
 from fedtune.model.seed_rebuild import Move, RebuiltPosition, working_copy
-from fedtune.model.train import Batch, collate
 from tests.model.conftest import ledger_of
 
 PAIR = [(6, -60), (6, 60)]

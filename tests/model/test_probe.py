@@ -24,9 +24,9 @@ from fedtune.errors import ClientError, RoundError
 from fedtune.messages import ProbeSeeds, SeedState, Training
 from fedtune.model import probe as probing
 from fedtune.model.base import Base, digest
+from fedtune.model.batches import Batch, batches, collate
 from fedtune.model.probe import Measurements, around, at_position, clip_scalar, measure, steps_of
 from fedtune.model.seed_rebuild import Move, mean_loss
-from fedtune.model.train import Batch, batches, collate
 from fedtune.tensors import Array
 from tests.model.conftest import bank_of, ledger_of
 

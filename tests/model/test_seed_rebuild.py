@@ -15,8 +15,8 @@ from fedtune.directions.rebuild_torch import as_array
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ShapeError
 from fedtune.model.base import Base, digest
+from fedtune.model.batches import Batch, collate
 from fedtune.model.seed_rebuild import DisplacedPosition, RebuiltPosition, mean_loss, with_rebuilt_weights, working_copy
-from fedtune.model.train import Batch, collate
 from tests.model.conftest import bank_of, ledger_of
 
 BANKS = ["hadamard", "gaussian", "kron"]

@@ -1,39 +1,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedTokenizerFast,
-    XLNetConfig,
-    XLNetForSequenceClassification,
-)
 
-from fedtune.data.encode import Example, encode_classes
-from fedtune.data.settings import DataSettings, Split
 from fedtune.errors import ClientError
 from fedtune.messages import Plan, Training, TrainLora
-from fedtune.model.base import load
+from fedtune.model.batches import collate
 from fedtune.model.lora import read_local, start, with_adapters
-from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.model.train import (
-    batches,
-    collate,
-    learning_rate,
-    logits_of,
-    peak_bytes,
-    report_out_of_memory,
-    summed_loss,
-    train,
-)
+from fedtune.model.loss import summed_loss
+from fedtune.model.train import learning_rate, peak_bytes, report_out_of_memory, train
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
 
@@ -48,112 +27,6 @@ def run(base: Any, rows: Any, training: Training, *, key: int = 1, measured: Any
     with with_adapters(base, local=local, scale=2.0, dropout=training.dropout) as model:
         trained = train(base, rows, training, key=key, client="c", rows=rows if measured is None else measured)
         return trained, read_local(model)
-
-
-def test_the_loss_equals_the_models_own(loaded: Any, examples: Any) -> None:
-    base, rows = loaded(), examples(5)
-    batch = collate(rows, base)
-    with torch.inference_mode():
-        ours = summed_loss(base.model, batch, task="causal") / batch.count
-        own = base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    torch.testing.assert_close(ours, own)
-
-
-def test_padding_changes_no_loss(loaded: Any, examples: Any) -> None:
-    base, rows = loaded(), examples(4)
-    with torch.inference_mode():
-        together = summed_loss(base.model, collate(rows, base), task="causal")
-        alone = sum(summed_loss(base.model, collate([row], base), task="causal") for row in rows)
-    torch.testing.assert_close(together, alone)
-
-
-WORDS = ["fox", "boat", "clock", "town", "red", "small", "old", "quiet"]
-
-
-def pairs(folder: Path) -> tuple[Any, Any, list[dict[str, str]]]:
-    """Write a BERT that knows pairs, and return it with its tokenizer and rows of unequal lengths."""
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]", model_input_names=names
-    )
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=len(vocabulary), num_labels=2, initializer_range=0.5, **sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        stock = BertForSequenceClassification(config).eval()
-    stock.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    rows = [
-        {"instruction": " ".join(WORDS[i : i + 2]), "input": " ".join(WORDS[5 : 6 + i]), "label": "ny"[i % 2]}
-        for i in range(3)
-    ]
-    return stock, tokenizer, rows
-
-
-def test_pairs_are_what_the_stock_model_reads_in_scores_and_in_a_step(tmp_path: Path) -> None:
-    stock, tokenizer, rows = pairs(tmp_path)
-    base = load(
-        ModelSettings(base=str(tmp_path), task="classification", device="cpu"),
-        AdapterSettings(rank=2, targets=["query"]),
-        tokenizer=tokenizer,
-        root=tmp_path,
-        seed=0,
-        labels=["n", "y"],
-    )
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    encoded = encode_classes(columns, DataSettings("x", Split("files")), tokenizer, labels=["n", "y"])
-    batch = collate([example for example in encoded.examples if example], base)
-    theirs = tokenizer(columns["instruction"], columns["input"], return_tensors="pt", padding=True)
-    assert theirs["token_type_ids"].any()
-    for name, tensor in batch.inputs.items():
-        assert torch.equal(tensor, theirs[name]), name
-    truth = torch.tensor([0, 1, 0])
-    loss = stock(**theirs, labels=truth, output_hidden_states=False).loss
-    ours = summed_loss(base.model, batch, task="classification") / batch.count
-    torch.testing.assert_close(ours, loss, atol=1e-6, rtol=0)
-    torch.testing.assert_close(logits_of(base.model, batch, task="classification"), stock(**theirs).logits)
-    # One step on a layer of the base, as any training takes it.
-    name = "bert.encoder.layer.0.attention.self.query.weight"
-    weights = [base.model.get_parameter(name).requires_grad_(), stock.get_parameter(name)]
-    summed_loss(base.model, batch, task="classification").div(batch.count).backward()
-    loss.backward()
-    torch.testing.assert_close(weights[0].grad, weights[1].grad, atol=1e-6, rtol=0)
-    # A batch that lost them is another input.
-    blind = replace(batch, token_types=None)
-    assert not torch.allclose(logits_of(base.model, blind, task="classification"), stock(**theirs).logits, atol=1e-3)
-
-
-def test_a_classifier_that_reads_the_last_position_is_padded_on_the_left() -> None:
-    sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        stock = XLNetForSequenceClassification(XLNetConfig(vocab_size=9, pad_token_id=0, **sizes)).eval()
-    tokenizer = SimpleNamespace(padding_side="left", pad_token_type_id=3)
-    base: Any = SimpleNamespace(
-        model=stock, tokenizer=tokenizer, task="classification", device=torch.device("cpu"), pad_id=0
-    )
-    ids, types = ([5, 6, 7, 3], [4, 3]), ([0, 0, 0, 2], [0, 2])
-    rows = [
-        Example(np.array(own), 0, 0, "", "", len(own), np.array(kinds)) for own, kinds in zip(ids, types, strict=True)
-    ]
-    batch = collate(rows, base)
-    assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 0, 2], [3, 3, 0, 2]]
-    with torch.inference_mode():
-        together = logits_of(stock, batch, task="classification")
-        alone = torch.cat([logits_of(stock, collate([row], base), task="classification") for row in rows])
-    torch.testing.assert_close(together, alone)
-
-
-def test_models_without_token_types_are_given_none(loaded: Any, examples: Any) -> None:
-    base = loaded()
-    typed = [replace(row, token_types=np.ones_like(row.input_ids)) for row in examples(2)]
-    assert collate(typed, base).token_types is None
 
 
 def test_training_lowers_the_loss_and_is_bit_equal_from_the_same_key(loaded: Any, examples: Any) -> None:
@@ -232,21 +105,6 @@ def test_gradient_checkpointing_leaves_nothing_on_the_base_and_says_nothing(
     run(base, examples(4), replace(TRAINING, gradient_checkpointing=True))
     assert not [name for name, module in base.model.named_modules() if module._forward_hooks]
     assert "".join(capfd.readouterr()) == ""
-
-
-def test_no_keys_and_values_are_kept_for_a_generation_that_never_comes(
-    loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, asked = loaded(), dict[str, Any]()
-    forward = base.model.forward
-
-    def watched(**options: Any) -> Any:
-        asked.update(options)
-        return forward(**options)
-
-    monkeypatch.setattr(base.model, "forward", watched)
-    summed_loss(base.model, collate(examples(2), base), task="causal")
-    assert asked["use_cache"] is False
 
 
 def test_sgd_and_bf16_autocast_train(loaded: Any, examples: Any) -> None:
@@ -357,13 +215,6 @@ def test_peak_memory_is_in_bytes_on_macos_too(monkeypatch: pytest.MonkeyPatch) -
 def test_a_client_without_examples_is_an_error_that_names_it(loaded: Any) -> None:
     with pytest.raises(ClientError, match="c: expected at least one training example"):
         run(loaded(), [], TRAINING)
-
-
-def test_every_example_is_seen_once_before_any_is_seen_twice() -> None:
-    order = batches(7, size=3, key=3)
-    epochs = [[position for _ in range(3) for position in next(order)] for _ in range(2)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 2
-    assert epochs[0] != epochs[1]
 
 
 def test_the_schedule_by_hand() -> None:

@@ -1,0 +1,90 @@
+"""Batches of examples as tensors: the order in which a client reads its data, and how rows are padded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from fedtune.data.encode import IGNORED, Example
+from fedtune.model.base import Base
+from fedtune.seeds import derive, generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of equal padded length, as tensors on the base's device."""
+
+    input_ids: torch.Tensor
+    """(batch, time)"""
+    attention_mask: torch.Tensor
+    """(batch, time), 1 where there is a token"""
+    labels: torch.Tensor
+    """(batch, time) for causal models, (batch,) for classification"""
+    count: int
+    """Tokens (causal) or examples (classification) that count in the loss."""
+    tokens: int
+    """Tokens of the examples, padding left out."""
+    token_types: torch.Tensor | None = None
+    """(batch, time), the text of a pair that a token belongs to; None where all are of the first, or the model reads
+    none."""
+
+    @property
+    def inputs(self) -> Mapping[str, torch.Tensor]:
+        """What the model reads, by the name of its argument."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return inputs if self.token_types is None else {**inputs, "token_type_ids": self.token_types}
+
+
+def collate(examples: Sequence[Example], base: Base) -> Batch:
+    """Return examples as a batch, padded to the longest example, on the right unless the model needs it otherwise."""
+    side = padding_side(base)
+    rows = [torch.tensor(example.input_ids, dtype=torch.int64) for example in examples]
+    labels = [torch.tensor(example.labels, dtype=torch.int64) for example in examples]
+    ids = pad_sequence(rows, batch_first=True, padding_value=base.pad_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    causal = base.task == "causal"
+    # IGNORED is what cross_entropy leaves out: no loss is taken on padding.
+    targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED) if causal else torch.stack(labels)
+    # The first token of a row is predicted by nothing, so it never counts.
+    count = int((targets[:, 1:] != IGNORED).sum()) if causal else len(examples)
+    types = token_types(examples, base)
+    ids, mask, targets = (tensor.to(base.device) for tensor in (ids, mask, targets))
+    return Batch(ids, mask, targets, count=count, tokens=sum(map(len, rows)), token_types=types)
+
+
+def token_types(examples: Sequence[Example], base: Base) -> torch.Tensor | None:
+    """Return the token types of a padded batch, on the base's device; None where it needs none, or reads none."""
+    if all(example.token_types is None for example in examples) or not reads_token_types(base.model):
+        return None
+    # What is not given is of the first text, which is 0 for every tokenizer.
+    given = (np.zeros_like(ex.input_ids) if ex.token_types is None else ex.token_types for ex in examples)
+    rows = [torch.tensor(types, dtype=torch.int64) for types in given]
+    padding = int(getattr(base.tokenizer, "pad_token_type_id", 0))
+    side = padding_side(base)
+    return pad_sequence(rows, batch_first=True, padding_value=padding, padding_side=side).to(base.device)
+
+
+def padding_side(base: Base) -> str:
+    """Return the side on which batches are padded: left for classifiers that read the last position, such as XLNet."""
+    # Others find a text's end by its padding, or read the first position: on the right, positions stay as they are.
+    reads_last = base.task == "classification" and hasattr(base.model, "sequence_summary")
+    return "left" if reads_last and getattr(base.tokenizer, "padding_side", "right") == "left" else "right"
+
+
+def reads_token_types(model: Any) -> bool:
+    """Return whether a model has an argument for token types; many tokenizers give them to models that have none."""
+    return "token_type_ids" in inspect.signature(model.forward).parameters
+
+
+def batches(num_examples: int, *, size: int, key: int) -> Iterator[Sequence[int]]:
+    """Yield endless batches of places in the data: seeded permutations, of which the last batch may be short."""
+    for epoch in range(2**31):
+        order = generator(derive(key, "data.order", epoch)).permutation(num_examples)
+        for begin in range(0, num_examples, size):
+            yield order[begin : begin + size].tolist()

@@ -1,0 +1,32 @@
+"""The cross-entropy of a batch, summed over what counts in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedtune.data.encode import IGNORED
+from fedtune.model.batches import Batch
+
+
+def summed_loss(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
+    """Return the cross-entropy summed over the tokens (causal) or examples that count, in float32."""
+    return cross_entropies(logits_of(model, batch, task=task), batch.labels, task=task)
+
+
+def logits_of(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
+    """Return the logits of a batch: (batch, time, vocabulary), or (batch, classes)."""
+    # Without use_cache=False every forward pass would store keys and values for a generation that never comes.
+    options = {"use_cache": False} if task == "causal" else {}
+    logits: torch.Tensor = model(**batch.inputs, **options).logits
+    return logits
+
+
+def cross_entropies(logits: torch.Tensor, labels: torch.Tensor, *, task: str) -> torch.Tensor:
+    """Return the cross-entropy summed over the tokens or examples that count, in float32."""
+    if task == "causal":
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # the output at t predicts token t + 1
+    # In float32: a sum over a vocabulary in 16 bits would round the loss to two or three digits.
+    return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
