@@ -42,6 +42,7 @@ UNITS: Mapping[str, str] = {
     "availability": "share of the time",
     "bar_after": "refusals",
     "batch": "examples",
+    "batch_clients": "clients",
     "batches": "forward passes",
     "client_examples": "examples",
     "clients": "clients",

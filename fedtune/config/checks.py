@@ -336,6 +336,25 @@ def object_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("engine.name", '"inprocess" with Python objects', got, hint)
 
 
+def batched_clients_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Refuse to train several clients in one forward pass where their training is more than that."""
+    if recipe.engine.batch_clients in ("auto", 1):
+        return
+    reasons = {
+        "engine.name": (recipe.engine.name != "inprocess", quote(recipe.engine.name)),
+        "method.name": (method_type_of(recipe).task is not TrainLora, quote(recipe.method.name)),
+        "client.dropout": (recipe.client.dropout > 0, f"{recipe.client.dropout:g}"),
+        "client.gradient_checkpointing": (recipe.client.gradient_checkpointing, "true"),
+        "client.proximal": (recipe.client.proximal > 0, f"{recipe.client.proximal:g}"),
+        "pruning": (recipe.pruning is not None, "that table"),
+    }
+    for path, (there, got) in reasons.items():
+        if there:
+            expected = "clients one after the other (1, or auto) beside " + path
+            hint = "leave engine.batch_clients at auto, or train plain adapters in process"
+            yield Fault("engine.batch_clients", expected, f"{recipe.engine.batch_clients} with {got}", hint)
+
+
 RULES: Sequence[Rule] = (
     base_faults,
     torch_device_faults,
@@ -365,4 +384,5 @@ RULES: Sequence[Rule] = (
     causal_only_faults,
     start_faults,
     object_faults,
+    batched_clients_faults,
 )

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
+from fedtune.client.batched import LARGEST, Batched, Resident
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.client.site import load_site, simulated_site
@@ -268,7 +269,7 @@ def clients(experiment: Experiment) -> Sequence[Client]:
 
 
 def in_process(experiment: Experiment) -> InProcess:
-    """Return the engine that runs one client after the other over this process's base."""
+    """Return the engine that runs clients over this process's base: one after the other, or several at once."""
     recipe, shards = experiment.recipe, experiment.federation.clients
     replicas = Replicas()
     work = {
@@ -282,7 +283,19 @@ def in_process(experiment: Experiment) -> InProcess:
         )
         for name, shard in shards.items()
     }
-    return InProcess(fleet=clients(experiment), work=work)
+    if (at_once := batched_clients(recipe.engine.batch_clients, experiment.base.device.type)) == 1:
+        return InProcess(fleet=clients(experiment), work=work)
+    residents = {
+        name: Resident(shard.train, shard.held_out, resources(recipe, name).threads) for name, shard in shards.items()
+    }
+    together = Batched(experiment.base, residents, most=at_once)
+    return InProcess(fleet=clients(experiment), work=work, together=together, at_once=at_once)
+
+
+def batched_clients(setting: Literal["auto"] | int, device: str) -> int:
+    """Return how many clients train at the same time, at most: by itself only on a GPU, which few rows leave idle."""
+    # On a CPU it gave 0.98 to 1.17 of the time of one after the other.
+    return setting if isinstance(setting, int) else LARGEST if device == "cuda" else 1
 
 
 def pool(experiment: Experiment, fork_server: ForkServer) -> ProcessPool:

@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
+from fedtune.messages import OMIT_DEFAULT
+
 
 @dataclass(frozen=True)
 class EngineSettings:
     """What runs the clients on this machine; the recipe's table `engine`.
 
-    It changes how long a run takes, never its result.
+    It changes how long a run takes, never its result; `batch_clients` alone changes the last bits of sums.
     """
 
     name: Literal["inprocess", "processes", "ray"] = "inprocess"
@@ -25,6 +27,9 @@ class EngineSettings:
     timeout_s: Annotated[float, Gt(0)] | None = None
     """With `processes`: a client that works longer than this is taken for stuck, fails, and its process is replaced;
     none waits for ever."""
+    batch_clients: Literal["auto"] | Annotated[int, Ge(1)] = field(default="auto", metadata=OMIT_DEFAULT)
+    """With `inprocess`: clients of equal plans that train at the same time, in one forward pass, at most; 1 trains one
+    after the other. auto: on CUDA as many as its memory takes, elsewhere 1, for a CPU gains nothing by it."""
 
 
 @dataclass(frozen=True)

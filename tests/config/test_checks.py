@@ -73,6 +73,17 @@ from tests.config.conftest import SHORTEST, Faulty
         (["model.task=classification", "data.fields.output=y"], "data.fields.label", "the column of the class"),
         (["data.fields.label=y"], "data.fields.label", "no entry with model.task = 'causal'"),
         (["model.device=gpu"], "model.device", "auto, cpu, cuda, cuda:<number> or mps; got 'gpu'"),
+        (
+            ["engine.batch_clients=4", "engine.name=processes"],
+            "engine.batch_clients",
+            "(1, or auto) beside engine.name; got 4 with",
+        ),
+        (
+            ["engine.batch_clients=4", "client.dropout=0.1"],
+            "engine.batch_clients",
+            "beside client.dropout; got 4 with 0.1",
+        ),
+        (["engine.batch_clients=0"], "engine.batch_clients", "at least 1"),
         (["adapter.targets=[]"], "adapter.targets", "at least one module"),
         (["adapter.modules_to_save=['q_proj']"], "adapter.modules_to_save", "modules that are not targets"),
     ],
@@ -97,6 +108,9 @@ def test_settings_that_do_not_fit_together_are_told(
         ["data.split={kind='key', by='id'}", "rounds.cohort=90"],
         ["model.task=classification", "data.fields.label=y", "adapter.modules_to_save=['score']"],
         ["model.device=cuda:1"],
+        ["engine.batch_clients=4"],
+        ["engine.batch_clients=auto", "client.dropout=0.1", "engine.name=processes"],
+        ["engine.batch_clients=1", "client.dropout=0.1"],
         ["data.template='Q: {instruction} A: {output}'"],
     ],
 )

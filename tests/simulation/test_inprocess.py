@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -80,3 +81,32 @@ def test_a_body_that_many_receive_is_decoded_once() -> None:
 
     exchanged({"ann": keep, "bob": keep})
     assert seen[0] is seen[1]
+
+
+def test_work_is_offered_to_several_clients_at_once_and_answers_keep_their_order() -> None:
+    offered = []
+
+    def together(received: Sequence[Assignment]) -> Mapping[str, ClientUpdate]:
+        offered.append([item.plan.client for item in received])
+        return {item.plan.client: echo(item) for item in received if item.plan.client != "bob"}
+
+    def alone(received: Assignment) -> ClientUpdate:
+        raise ClientError(f"{received.plan.client} works alone")
+
+    names = ("cyd", "bob", "ann")
+    transport = InProcess([Client(name, 5) for name in names], dict.fromkeys(names, alone), together, at_once=2)
+    cyd, bob, ann = transport.exchange(orders(*names), Rule(quorum=1))
+    assert offered == [["cyd", "bob"], ["ann"]]
+    assert isinstance(cyd, Reply)
+    assert bob == Failure.from_text("bob", "bob works alone")
+    assert (cyd.client, bob.client, ann.client) == names
+
+
+def test_a_message_that_cannot_be_read_costs_its_client_alone() -> None:
+    names = ("ann", "bob")
+    sent = dict(orders(*names))
+    sent["ann"] = replace(sent["ann"], header=b"\xff")
+    transport = InProcess([Client(name, 5) for name in names], dict.fromkeys(names, echo), at_once=2)
+    ann, bob = transport.exchange(sent, Rule(quorum=1))
+    assert isinstance(ann, Failure)
+    assert isinstance(bob, Reply)
