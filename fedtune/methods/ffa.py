@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from fedtune.lora.adapter import Adapter, Factors, draw_a
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
+from fedtune.methods.change import Change, change_of
 from fedtune.methods.method import LinearMethod, join, make_assignment, move, resize
 from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.methods.settings import LinearSettings
 from fedtune.seeds import derive
-from fedtune.tensors import Tensors, cast
+from fedtune.tensors import Array, Tensors, cast
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class FfaState:
     tensors: Tensors
     """`<module>.b` (out, max_rank), float32, scale folded in."""
     saved: Tensors
+
+    @cached_property
+    def drawn(self) -> Mapping[str, Array]:
+        """A of every module: drawn once for a round, where each of its updates would take as long to admit again."""
+        return {name: draw_a(self.a_key, name, self.max_rank, n) for name, n in self.in_features.items()}
 
 
 def init(blueprint: Blueprint, settings: FfaSettings) -> FfaState:
@@ -79,11 +86,13 @@ def advance(state: FfaState, mean: Tensors) -> FfaState:
     return replace(state, round=state.round + 1, tensors=tensors, saved=saved)
 
 
+def change(state: FfaState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate) -> Iterator[Change]:
+    """Yield what an update changes, with the one A that all clients have."""
+    return change_of(state.saved, blueprint, assignment, update, state.drawn)
+
+
 def adapter(state: FfaState) -> Adapter:
-    return {
-        name: Factors(a=draw_a(state.a_key, name, state.max_rank, n), b=state.tensors[f"{name}.b"])
-        for name, n in state.in_features.items()
-    }
+    return {name: Factors(a=a, b=state.tensors[f"{name}.b"]) for name, a in state.drawn.items()}
 
 
 METHOD = LinearMethod(
@@ -92,6 +101,7 @@ METHOD = LinearMethod(
     init=init,
     assign=assign,
     adapter=adapter,
+    change=change,
     contribution=contribution,
     current=current,
     weights=lambda state: state.settings.weights,

@@ -12,7 +12,7 @@ m: out features, n: in features, r: rank of a client, p: rank of what is sent do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Literal
@@ -21,7 +21,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Interval
 
 from fedtune.lora import lowrank
-from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
+from fedtune.lora.adapter import Adapter, Factors, draw_a, pack
 from fedtune.lora.lowrank import LowRank, truncate, weighted_sums
 from fedtune.messages import (
     AdmittedUpdate,
@@ -34,7 +34,7 @@ from fedtune.messages import (
     cohort_weights,
 )
 from fedtune.methods import pruning
-from fedtune.methods.change import Change, product_change, saved_change
+from fedtune.methods.change import Change, Terms, product_change, product_terms, quick_square, saved_change
 from fedtune.methods.method import Method, make_assignment, mean_saved
 from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.pruning.ranking import PruningSettings, Ranking, rank_units, structure_at
@@ -48,7 +48,7 @@ from fedtune.pruning.structure import (
     slice_adapter,
 )
 from fedtune.seeds import derive
-from fedtune.tensors import Array, Tensors, cast, squared_norm
+from fedtune.tensors import Array, Tensors, cast
 
 ROW_NORM = 1 / np.sqrt(3)
 """Norm of a freshly drawn row of A (entries uniform in +-1/sqrt(n)): learning rates are tuned to it."""
@@ -239,43 +239,55 @@ def product(state: FloraState, update: AdmittedUpdate) -> Adapter:
 
     A fresh adapter starts at b = 0. From differences: b a - b0 a0 = [db | b0] [a0 + da ; da], of twice the rank.
     """
-    adapter, cut = unpack(update.lora.tensors), state.cut(update.structure)
-    shapes = {name: low.shape for name, low in state.broadcast.items()}
-    if state.settings.mode == "continue":
-        rank = max(factors.rank for factors in adapter.values())
+    return {name: product_change(terms) for name, terms in products(state, update)}
+
+
+def products(state: FloraState, update: AdmittedUpdate) -> Iterator[tuple[str, Terms]]:
+    """Yield the same by module, one after the other, each as a sum of products."""
+    sent, cut, local = update.lora.tensors, state.cut(update.structure), dict[str, Array]()
+    key, differs = _a_key(state, update.client), state.settings.mode == "continue"
+    if differs:
         # After the cast to the wire format: what the client has decoded and trained on.
-        start = unpack(state.split_blobs(rank, update.structure)["local"])
-        key = _a_key(state, update.client)
-        adapter = {
-            name: _product(difference, start.get(name), initial_a(key, name, difference.rank, shapes[name], cut))
-            for name, difference in adapter.items()
-        }
-    if not cut:
-        return adapter
-    return {name: scatter_factors(factors, cut.get(name, FULL), shapes[name]) for name, factors in adapter.items()}
+        local = dict(state.split_blobs(largest_rank(sent), update.structure)["local"])
+    for name in sorted({each.rpartition(".")[0] for each in sent}):
+        factors, shape = float32_factors(sent, name), state.broadcast[name].shape
+        terms: Terms = (factors,)
+        if differs:
+            start = float32_factors(local, name) if f"{name}.a" in local else None
+            # In every round but the first most modules have all of their rows: none is drawn then.
+            drawn = 0 if start is not None and start.rank == factors.rank else factors.rank
+            terms = _product(factors, start, initial_a(key, name, drawn, shape, cut))
+        if cut:
+            terms = [scatter_factors(term, cut.get(name, FULL), shape) for term in terms]
+        yield name, terms
 
 
-def change(state: FloraState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate) -> Change:
-    """Return what an update changes: the products that `aggregate` sums, and the numbers that training has moved."""
-    sent = {name: array.astype(np.float32, copy=False) for name, array in update.lora.tensors.items()}
-    cut, start, rounded = state.cut(update.structure), 0.0, 0.0
-    if assignment.lora.upload == "difference":
-        rank = max(array.shape[1] for name, array in sent.items() if name.endswith(".b"))
-        local = state.split_blobs(rank, update.structure)["local"]
-        # Rows that are drawn fresh have norms of at most 1: nothing needs to be drawn for a bound.
-        fresh = sum(rank - len(local.get(f"{name}.a", ())) for name in blueprint.modules)
-        start = fresh + sum(squared_norm(array) for array in local.values())
-    else:
-        for name, shape in blueprint.modules.items():
-            a0 = initial_a(assignment.lora.a_key, name, len(sent[f"{name}.a"]), shape, cut)
-            start += squared_norm(a0)
-            with np.errstate(over="ignore"):
-                sent[f"{name}.a"] = sent[f"{name}.a"] - a0
-        rounded = start
-    with np.errstate(over="ignore"):
-        moved = product(state, update)
-    saved = saved_change(state.saved, update)
-    return Change(moved, sent, saved, start=float(np.sqrt(start)), rounded=float(np.sqrt(rounded)))
+def largest_rank(sent: Tensors) -> int:
+    return max(int(array.shape[1]) for name, array in sent.items() if name.endswith(".b"))
+
+
+def float32_factors(tensors: Tensors, name: str) -> Factors:
+    a, b = (tensors[f"{name}.{side}"].astype(np.float32, copy=False) for side in "ab")
+    return Factors(a=a, b=b)
+
+
+def change(state: FloraState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate) -> Iterator[Change]:
+    """Yield what an update changes: the products that `aggregate` sums, and the numbers that training has moved."""
+    task, sent, cut = assignment.lora, update.lora.tensors, state.cut(update.structure)
+    differs = task.upload == "difference"
+    rank = largest_rank(sent)
+    local = state.split_blobs(rank, update.structure)["local"] if differs else {}
+    for name, moved in products(state, update):
+        a, b = (sent[f"{name}.{side}"].astype(np.float32, copy=False) for side in "ab")
+        if differs:
+            # Rows that are drawn fresh have norms of at most 1: nothing needs to be drawn for a bound.
+            start = float(rank - len(local.get(f"{name}.a", ())))
+            start += sum(quick_square(local[f"{name}.{side}"]) for side in "ab" if f"{name}.{side}" in local)
+        else:
+            a0 = initial_a(task.a_key, name, len(a), blueprint.modules[name], cut)
+            a, start = a - a0, quick_square(a0)
+        yield Change({name: moved}, {f"{name}.a": a, f"{name}.b": b}, start=start, rounded=0.0 if differs else start)
+    yield Change(saved=saved_change(state.saved, update))
 
 
 def initial_a(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mapping[str, LayerSlice]) -> Array:
@@ -284,12 +296,12 @@ def initial_a(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mappi
     return fresh if into is None else fresh[:, into]
 
 
-def _product(difference: Factors, start: Factors | None, fresh: Array) -> Factors:
+def _product(difference: Factors, start: Factors | None, fresh: Array) -> Terms:
     if start is None:
-        return Factors(a=fresh + difference.a, b=difference.b)
+        return (Factors(a=fresh + difference.a, b=difference.b),)
     # (r, n); where r > p, the columns of b0 that go with fresh rows are zero
-    a0 = np.concatenate([start.a, fresh[start.rank :]])
-    return product_change(a0 + difference.a, da=difference.a, db=difference.b, b0=start.b)
+    a0 = np.concatenate([start.a, fresh[start.rank :]]) if len(fresh) else start.a
+    return product_terms(a0 + difference.a, da=difference.a, db=difference.b, b0=start.b)
 
 
 def warm_start(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
@@ -114,14 +114,14 @@ def no_faults(settings: Any, steps: Sequence[int | None]) -> Iterable[Fault]:
     return ()
 
 
-def no_displacement(state: MethodState, update: AdmittedUpdate) -> Tensors:
+def no_displacement(state: MethodState, update: AdmittedUpdate) -> Iterable[tuple[str, Array]]:
     """Return nothing: a change of the model is all that this method makes of an update."""
-    return {}
+    return ()
 
 
 def change_from_start(
     state: MethodState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate
-) -> Change:
+) -> Iterator[Change]:
     """Return what an update of the whole model changes, against what its client was sent."""
     return change_of(state.saved, blueprint, assignment, update)
 
@@ -144,12 +144,12 @@ class Method(Generic[State]):
     """(state, admitted updates, at least one) -> the next state"""
     adapter: Callable[[State], Adapter]
     """state -> the global model's change of the base, as one adapter of scale 1"""
-    change: Callable[[State, Blueprint, Assignment, AdmittedUpdate], Change] = change_from_start
-    """(state, blueprint, an assignment, the update that answers it) -> what that update changes. Admission bounds it,
-    and no update reaches `aggregate` whose change it has not bounded."""
-    displacement: Callable[[State, AdmittedUpdate], Tensors] = no_displacement
-    """(state, update) -> what enters a mean, or a robust rule in its place, minus the server's own values; admission
-    bounds it as well"""
+    change: Callable[[State, Blueprint, Assignment, AdmittedUpdate], Iterable[Change]] = change_from_start
+    """(state, blueprint, an assignment, the update that answers it) -> what that update changes, in parts. Admission
+    bounds it, and no update reaches `aggregate` whose change it has not bounded."""
+    displacement: Callable[[State, AdmittedUpdate], Iterable[tuple[str, Array]]] = no_displacement
+    """(state, update) -> what enters a mean, or a robust rule in its place, minus the server's own values, by name and
+    one tensor at a time; admission bounds it as well"""
     ranks: Literal["any", "equal"] = "any"
     """`any`: clients may differ in rank; `equal`: one rank for all."""
     energy_kept: Callable[[State], Mapping[str, float]] = no_truncation
@@ -240,11 +240,12 @@ class LinearMethod(Method[State]):
         }
 
 
-def off_the_servers_values(method: LinearMethod[State], state: State, update: AdmittedUpdate) -> Tensors:
-    """Return a contribution minus the server's own values."""
+def off_the_servers_values(
+    method: LinearMethod[State], state: State, update: AdmittedUpdate
+) -> Iterator[tuple[str, Array]]:
+    """Yield a contribution minus the server's own values, one tensor after the other."""
     current, contribution = method.current(state), method.contribution(state, update)
-    with np.errstate(over="ignore"):
-        return {name: contribution[name] - current[name] for name in current}
+    return ((name, contribution[name] - current[name]) for name in current)
 
 
 def advance_to_mean(method: LinearMethod[State], state: State, updates: Sequence[AdmittedUpdate]) -> State:

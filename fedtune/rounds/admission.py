@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -23,9 +24,10 @@ from fedtune.messages import (
     Task,
     TrainLora,
 )
+from fedtune.methods.change import quick_square
 from fedtune.pruning.ranking import counts, unit_of
 from fedtune.pruning.structure import BlockLayout, ModelStructure, cuts, from_bitmap, shapes
-from fedtune.tensors import DTYPES, Array, Tensors, squared_norm
+from fedtune.tensors import DTYPES, Array, Tensors
 
 LARGEST = float(np.finfo(np.float32).max) / 2**16
 """Bound on |b| |a| of a module: its change, and the sum of a cohort's, must fit float32."""
@@ -70,7 +72,8 @@ def admit(
                 _check_scalars(update.result, task, assignment.plan.training.steps or 0)
                 return AdmittedUpdate(update)
             case TrainLora() as task:
-                structure = _check_adapter(update.result, task, assignment, blueprint)
+                with np.errstate(over="ignore", invalid="ignore"):  # numbers that are not finite are looked for
+                    structure = _check_adapter(update.result, task, assignment, blueprint)
                 return AdmittedUpdate(update, structure, assignment.plan.ratio if structure else 0.0)
     except _RefusedError as why:
         return replace(why.failure, client=assignment.plan.client)
@@ -264,22 +267,24 @@ def _check_factors(tensors: Tensors, name: str, shape: tuple[int, int], task: Tr
     ranks = f"{planned}" if least == planned else f"{least}..{planned}"
     fits = b.shape == (m, rank) and least <= rank <= planned
     _require(fits, "RANK_RANGE", f"shape ({m}, {ranks})", b.shape, where=f"{name}.b")
-    _check_numbers(f"{name}.b", b, tuple(DTYPES))
+    square = _check_numbers(f"{name}.b", b, tuple(DTYPES))
     if task.train == "ab":
         a = tensors[f"{name}.a"]
         expected = f"shape ({rank}, {n}), b having rank {rank}"
         _require(a.shape == (rank, n), "TENSOR_SHAPE", expected, a.shape, where=f"{name}.a")
-        _check_numbers(f"{name}.a", a, tuple(DTYPES))
         # Each factor may be finite and their product not: then the global change would be infinite for all.
-        bound = float(np.sqrt(squared_norm(a) * squared_norm(b)))
+        bound = math.sqrt(square) * math.sqrt(_check_numbers(f"{name}.a", a, tuple(DTYPES)))
         expected = f"factors whose product fits float32, norm below {LARGEST:.3g}"
         _require(bound <= LARGEST, "NORM_OVER_CAP", expected, f"up to {bound:.3g}", where=name)
 
 
-def _check_numbers(name: str, array: Array, formats: Sequence[str]) -> None:
+def _check_numbers(name: str, array: Array, formats: Sequence[str]) -> float:
+    """Check format and numbers of a tensor, and return their sum of squares."""
     known = array.dtype in [DTYPES[format] for format in formats]
     _require(known, "TENSOR_DTYPE", f"numbers of format {' or '.join(formats)}", array.dtype.name, where=name)
     # One sum instead of a mask of the tensor's size: it is finite where, and only where, every number is.
-    if not np.isfinite(squared_norm(array)):
+    square = quick_square(array)
+    if not math.isfinite(square):
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         raise _RefusedError("NOT_FINITE", "finite numbers", f"{bad} of {array.size} that are not", where=name)
+    return square

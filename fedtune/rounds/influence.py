@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Failure, Role, Size, Training, TrainLora
-from fedtune.methods.change import Change, quick_square, size_of, sizes
+from fedtune.methods.change import Extent, extent_of, quick_square, size_of
 from fedtune.methods.method import Method
-from fedtune.tensors import Tensors, l2_norm
+from fedtune.tensors import l2_norm
 
 NormCap: TypeAlias = Literal["plan"] | float | None
 
@@ -58,12 +58,14 @@ class Bounds:
 
     def bound(self, update: AdmittedUpdate, assignment: Assignment) -> AdmittedUpdate | Failure:
         """Return the update with the sizes of its change if each is within its bounds, otherwise why not."""
-        change = self.method.change(self.state, self.blueprint, assignment, update)
-        norms = dict(sizes(change))
+        extent = extent_of(self.method.change(self.state, self.blueprint, assignment, update))
+        norms = dict(extent.sizes)
         # A product b a can be small where a is huge and b tiny: their means are not.
-        if displaced := self.method.displacement(self.state, update):
-            norms["mean"] = size_of({name: quick_square(moved) for name, moved in displaced.items()})
-        limits = self.limits(change, assignment)
+        with np.errstate(over="ignore", invalid="ignore"):
+            moved = {name: quick_square(part) for name, part in self.method.displacement(self.state, update)}
+        if moved:
+            norms["mean"] = size_of(moved)
+        limits = self.limits(extent, assignment)
         for role, size in norms.items():
             limit, why = limits.get(role, FINITE)
             # Not `size > limit`: a norm that is no number is within no bound.
@@ -71,7 +73,7 @@ class Bounds:
                 return too_large(update.client, role, size, limit, why)
         return replace(update, sizes=norms)
 
-    def limits(self, change: Change, assignment: Assignment) -> Mapping[Role, tuple[float, str]]:
+    def limits(self, extent: Extent, assignment: Assignment) -> Mapping[Role, tuple[float, str]]:
         """Return the largest norm by role and where it comes from; `FINITE` for roles that are left out."""
         if self.norm_cap is None or not isinstance(assignment.task, TrainLora):
             return {}
@@ -81,16 +83,17 @@ class Bounds:
             return {"change": cap, "factors": cap, "saved": cap, "mean": (LARGEST_CHANGE, "the most of any change")}
         plan, task = assignment.plan, assignment.task
         rounding = EPSILON[task.wire_dtype]
-        spacing = SMALLEST[task.wire_dtype] * math.sqrt(sum(array.size for array in change.factors.values()))
-        factors = reach(plan.training, change.factors, start=change.start, scale=plan.scale)
-        saved = reach(plan.training, change.saved, start=l2_norm(self.state.saved))
+        spacing = SMALLEST[task.wire_dtype] * math.sqrt(sum(extent.factors.values()))
+        factors = reach(plan.training, extent.factors, start=extent.start, scale=plan.scale)
+        own = l2_norm(self.state.saved)
+        saved = reach(plan.training, extent.saved, start=own)
         why = f"the reach of {plan.training.steps} planned steps"
         return {
             # Follow from the two below for the methods that fedtune has; another's mean may be of anything.
             "change": (LARGEST_CHANGE, "the most of any change"),
             "mean": (LARGEST_CHANGE, "the most of any change"),
-            "factors": (min(LARGEST_CHANGE, MARGIN * factors + rounding * (change.rounded + factors) + spacing), why),
-            "saved": (min(LARGEST_CHANGE, MARGIN * saved + EPSILON["fp32"] * l2_norm(self.state.saved)), why),
+            "factors": (min(LARGEST_CHANGE, MARGIN * factors + rounding * (extent.rounded + factors) + spacing), why),
+            "saved": (min(LARGEST_CHANGE, MARGIN * saved + EPSILON["fp32"] * own), why),
         }
 
 
@@ -108,12 +111,12 @@ def too_large(client: str, role: Role, size: Size, limit: float, why: str, *, ke
     )
 
 
-def reach(training: Training, moved: Tensors, *, start: float, scale: float = 1.0) -> float:
+def reach(training: Training, moved: Mapping[str, int], *, start: float, scale: float = 1.0) -> float:
     """Return the largest norm of the change that planned steps can make of some numbers.
 
     Args:
         training: with `steps` set.
-        moved: of which the sizes are taken; names of factors end in `.a` or `.b`.
+        moved: how many they are, by name; names of factors end in `.a` or `.b`.
         start: norm of the numbers before training, by which weight decay shrinks them.
         scale: that b carries.
     """
@@ -121,7 +124,7 @@ def reach(training: Training, moved: Tensors, *, start: float, scale: float = 1.
     scales = {name: scale if name.endswith(".b") else 1.0 for name in moved}
     decay = rate * training.weight_decay * steps
     if training.optimizer == "adamw":
-        size = math.sqrt(sum(scales[name] ** 2 * array.size for name, array in moved.items()))
+        size = math.sqrt(sum(scales[name] ** 2 * count for name, count in moved.items()))
         free = rate * adam_steps(steps) * size
     elif training.clip_norm is not None:
         # Momentum repeats every step: 1 + m + m^2 + ... times in all.
