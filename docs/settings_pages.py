@@ -54,6 +54,7 @@ UNITS: Mapping[str, str] = {
     "every": "rounds",
     "examples": "examples",
     "explore": "clients per round",
+    "final_rate": "share of client.learning_rate",
     "fraction_bits": "bits",
     "generate": "examples",
     "gpu_share": "share of a GPU",
@@ -102,7 +103,11 @@ PLAIN_NUMBERS = frozenset(
     )
 )
 """Numbers without a unit."""
-UNITS_BY_PATH: Mapping[str, str] = {"method.server_optimizer.tau": "no unit", "method.robust.bound": "no unit"}
+UNITS_BY_PATH: Mapping[str, str] = {
+    "method.server_optimizer.tau": "no unit",
+    "method.robust.bound": "no unit",
+    "rounds.warmup": "rounds",
+}
 """Keys whose name has another unit elsewhere."""
 
 DEVICE_RANGES: Mapping[str, str] = {

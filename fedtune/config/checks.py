@@ -24,7 +24,7 @@ from fedtune.methods import METHODS
 from fedtune.methods.method import LinearMethod
 from fedtune.methods.robust import least_clients
 from fedtune.methods.settings import LinearSettings, RobustRule, ServerOptimizer
-from fedtune.rounds.schedule import cohort_size
+from fedtune.rounds.schedule import Schedule, cohort_size
 from fedtune.wire.probe import MAX_STEPS
 
 Rule: TypeAlias = Callable[[Recipe], Iterable[Fault]]
@@ -74,6 +74,17 @@ def early_end_faults(recipe: Recipe) -> Iterator[Fault]:
     elif engine != "inprocess":
         hint = 'set engine.name = "inprocess", or serve the recipe over a network'
         yield Fault("rounds.over_select", f"1 with the engine {engine!r}, whose clients race", f"{over_select:g}", hint)
+
+
+def schedule_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Refuse a warm-up without a round after it, and a key that the constant schedule does not read."""
+    rounds = recipe.rounds
+    if rounds.warmup >= rounds.count:
+        expected = f"fewer rounds than rounds.count = {rounds.count}"
+        yield Fault("rounds.warmup", expected, str(rounds.warmup), "leave a round at the full rate")
+    if rounds.schedule == "constant" and rounds.final_rate != Schedule.final_rate:
+        expected, hint = "nothing with rounds.schedule = 'constant'", "set rounds.schedule to linear or cosine"
+        yield Fault("rounds.final_rate", expected, f"{rounds.final_rate:g}", hint)
 
 
 METRICS: Mapping[str, Sequence[str]] = {
@@ -373,6 +384,7 @@ RULES: Sequence[Rule] = (
     fleet_table_faults,
     cohort_faults,
     early_end_faults,
+    schedule_faults,
     selection_faults,
     fleet_size_faults,
     split_faults,

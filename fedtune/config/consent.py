@@ -36,6 +36,7 @@ from fedtune.messages import (
 )
 from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps
 from fedtune.pruning.structure import BlockLayout
+from fedtune.rounds.schedule import rate_text, scheduled_training
 from fedtune.wire.codec import decode_outline, encode_assignment
 from fedtune.wire.profile import ClientProfile, ModelSpec
 
@@ -156,23 +157,24 @@ def permitted_plan(recipe: Recipe, allowed: Permitted, client: str, order: Assig
     scales = {rank: lora_scale(rank, recipe.adapter.alpha, rslora=recipe.adapter.rslora) for rank in ranks}
     rank = next((one for one in wider if scales[one] == asked.scale), wider[0] if wider else ranks[-1])
     steps = asked.training.steps or 0
+    training = replace(allowed.training, steps=steps) if allowed.steps(steps) else allowed.training
     return Plan(
         client=client,
         rank=rank,
         scale=scales[rank],
-        training=replace(allowed.training, steps=steps) if allowed.steps(steps) else allowed.training,
+        training=scheduled_training(training, recipe.rounds, order),
     )
 
 
 def first_order(recipe: Recipe, client: str, num_examples: int) -> Assignment:
-    """Return the order of the first round that a recipe permits, for a client that holds so many training examples.
+    """Return the first order at the full learning rate that a recipe permits, for a client of so many examples.
 
     Raises:
         FedtuneError: if the recipe's method makes none.
     """
     allowed = permission(recipe, client, num_examples)
     plan = Plan(client, min(allowed.choices.ranks or (1,)), 1.0, allowed.training)
-    asked = Assignment(recipe.method.name, 1, 0, plan, TrainLora(a_key=0))
+    asked = Assignment(recipe.method.name, recipe.rounds.warmup + 1, 0, plan, TrainLora(a_key=0))
     return permitted_order(recipe, allowed, ClientProfile(client, num_examples, ModelSpec("", {})), asked)
 
 
@@ -189,7 +191,7 @@ def permission_texts(recipe: Recipe, client: str) -> Mapping[str, str]:
     whole = ", ".join(recipe.adapter.modules_to_save) or "nothing"
     texts = {
         "rounds": f"1 to {allowed.rounds}",
-        "work": f"{limit}{steps}, at the rate {stated.learning_rate:g}",
+        "work": f"{limit}{steps}, at the rate {rate_text(stated.learning_rate, recipe.rounds)}",
         "ranks": "none" if probe else allowed.rank_text,
         "pruning": allowed.ratio_text,
         "whole": "none" if probe else whole,

@@ -30,7 +30,7 @@ from fedtune.rounds.events import Note, RoundStarted
 from fedtune.rounds.exchange import Collector, RoundRequest, apply_clock, filter_by_norm, without_refused
 from fedtune.rounds.influence import Bounds
 from fedtune.rounds.journal import InterruptedRound, RoundJournal
-from fedtune.rounds.schedule import sample
+from fedtune.rounds.schedule import rate_share, sample, with_scheduled_rate
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.rounds.weights import cap_note, counted_examples, public_weights
 from fedtune.wire.codec import blob_encoder, encode_assignment
@@ -69,6 +69,8 @@ class RoundResult:
     """Simulated or measured seconds of the run so far: a round lasts as long as its slowest client."""
     counted: Mapping[str, float] = field(default_factory=dict)
     """As how many examples they count, by the clients that `rounds.weight_cap` makes count less."""
+    rate_share: float = 1.0
+    """Its learning rate as a share of `client.learning_rate`, by `rounds.schedule`."""
 
     @property
     def observations(self) -> Observations:
@@ -156,6 +158,7 @@ def run(
             seconds=time.perf_counter() - began,
             times=times,
             clock_s=clock_s,
+            rate_share=rate_share(context.schedule, request.round),
         )
         learned = context.planner.observe(learned, result.observations)
         yield result
@@ -223,9 +226,12 @@ def make_request(
     """
     method, seed, round = context.method, context.blueprint.seed, state.round + 1
     planned, unfit = split_unfit(round, context.planner.plan(learned, round, cohort), cohort)
+    # The base's digest and the round's rate are added here, so that no method and no planner can forget them.
+    rated = partial(with_scheduled_rate, schedule=context.schedule)
     assignments = {
-        # The base's digest is added here, so that no method can forget it.
-        name: replace(method.assign(state, seed, client), base=context.base, labels=context.labels, date=context.date)
+        name: replace(
+            rated(method.assign(state, seed, client)), base=context.base, labels=context.labels, date=context.date
+        )
         for name, client in planned.items()
     }
     # One encoder for the cohort: a state of gigabytes is serialised and hashed once, not once per client.
@@ -248,7 +254,9 @@ def make_request(
 def whole_assignment(context: RoundContext, state: Any, planned: PlannedClient) -> Assignment | None:
     """Return an assignment that refers to no earlier state, as `make_request` does; None if there is no other."""
     whole = context.method.assign_whole(state, context.blueprint.seed, planned)
-    return None if whole is None else replace(whole, labels=context.labels, date=context.date)
+    if whole is None:
+        return None
+    return replace(with_scheduled_rate(whole, context.schedule), labels=context.labels, date=context.date)
 
 
 def split_unfit(

@@ -130,6 +130,8 @@ class RoundRecord:
     """Numbers that the method reports about its state."""
     clock_s: float = 0.0
     """Simulated or measured seconds of the run so far."""
+    rate_share: float = 1.0
+    """The round's learning rate as a share of `client.learning_rate`, by `rounds.schedule`; left out where it is 1."""
     deployed: Metrics | None = None
     """Scores on the test data of the model pruned to what is deployed."""
 

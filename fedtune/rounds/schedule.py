@@ -1,15 +1,15 @@
-"""How many rounds a run has, which clients take part in each, and how many updates end one."""
+"""How many rounds a run has, at which rate each trains, which clients take part, and how many updates end one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import ceil, inf
+from dataclasses import dataclass, field, replace
+from math import ceil, cos, inf, pi
 from typing import Annotated, Literal, TypeAlias
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Interval
 
-from fedtune.messages import OMIT_DEFAULT, Client
+from fedtune.messages import OMIT_DEFAULT, Assignment, Client, ProbeSeeds, Training
 from fedtune.rounds.transport import Rule
 from fedtune.seeds import derive, generator
 
@@ -63,10 +63,60 @@ class Schedule:
     macro_f1."""
     patience: Annotated[int, Ge(1)] | None = field(default=None, metadata=OMIT_DEFAULT)
     """The run ends after so many evaluations in a row without a better score; none runs all rounds."""
+    schedule: Literal["constant", "linear", "cosine"] = field(default="constant", metadata=OMIT_DEFAULT)
+    """How `client.learning_rate` falls from round to round, after `warmup`: not at all, or in a line or a half cosine
+    to `final_rate` of it in the last round. Within a round, `client.schedule` goes on from there."""
+    warmup: Annotated[int, Ge(0)] = field(default=0, metadata=OMIT_DEFAULT)
+    """First rounds over which the learning rate rises in a line: of 4, they train at 1/5, 2/5, 3/5 and 4/5 of
+    `client.learning_rate`; fewer than `count`."""
+    final_rate: Annotated[float, Interval(gt=0, le=1)] = field(default=0.1, metadata=OMIT_DEFAULT)
+    """Learning rate of the last round with the schedule linear or cosine, as a share of `client.learning_rate`. Above
+    0, since a round costs its clients the same time and bytes at any rate."""
 
     @property
     def rule(self) -> Rule:
         return Rule(quorum=self.min_clients, deadline_s=self.deadline_s, grace_s=self.grace_s)
+
+
+def rate_share(schedule: Schedule, number: int) -> float:
+    """Return the learning rate of a round, by its number from 1, as a share of `client.learning_rate`.
+
+    >>> [rate_share(Schedule(5, schedule="linear", warmup=1, final_rate=0.4), number) for number in range(1, 6)]
+    [0.5, 1.0, 0.8, 0.6, 0.4]
+    """
+    if number <= schedule.warmup:
+        return number / (schedule.warmup + 1)
+    # Past the last round, as where a run is scored that went on further than its recipe says, the rate stays.
+    progress = min(1.0, (number - schedule.warmup - 1) / max(1, schedule.count - schedule.warmup - 1))
+    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + cos(pi * progress))}[schedule.schedule]
+    # Rounded: the last bit of a cosine differs between machines, and sites hold the rate of an order against their own.
+    return 1.0 if shape == 1.0 else round(schedule.final_rate + (1.0 - schedule.final_rate) * shape, 9)
+
+
+def rate_text(learning_rate: float, schedule: Schedule) -> str:
+    """Return a client's learning rate in words, with how it changes from round to round.
+
+    >>> rate_text(0.01, Schedule(9, schedule="cosine", warmup=2))
+    '0.01 from round 3 on, falling to 0.001 in round 9 (cosine)'
+    """
+    last = learning_rate * rate_share(schedule, schedule.count)
+    start = f" from round {schedule.warmup + 1} on" if schedule.warmup else ""
+    fall = f", falling to {last:.3g} in round {schedule.count} ({schedule.schedule})" if last < learning_rate else ""
+    return f"{learning_rate:g}{start}{fall}"
+
+
+def with_scheduled_rate(assignment: Assignment, schedule: Schedule) -> Assignment:
+    """Return an assignment at the learning rate of its round."""
+    training = scheduled_training(assignment.plan.training, schedule, assignment)
+    return replace(assignment, plan=replace(assignment.plan, training=training))
+
+
+def scheduled_training(training: Training, schedule: Schedule, order: Assignment) -> Training:
+    """Return a client's training at the learning rate of an order's round; at its own if the order moves nothing."""
+    # Measured at the full rate, or the scalars of the rounds after a warm-up would leave the unit that it gives.
+    measures = isinstance(order.task, ProbeSeeds) and order.task.calibrate
+    share = 1.0 if measures else rate_share(schedule, order.round)
+    return training if share == 1.0 else replace(training, learning_rate=training.learning_rate * share)
 
 
 def cohort_size(fleet: int, cohort: int | float | None) -> int:

@@ -128,6 +128,7 @@ def round_record(
         # NaN would become null in the line, which no reader takes for a number: the run could not be resumed.
         figures={name: value for name, value in figures.items() if np.isfinite(value)},
         clock_s=finished.clock_s,
+        rate_share=finished.rate_share,
         deployed=scores.deployed,
     )
 

@@ -123,6 +123,11 @@ def check_resumable(run: Path, recipe: Recipe) -> None:
     # A method that was given as an object is needed to read its settings; the other objects are names in the text.
     start = bind(RunJournal.inputs(run)["recipe"], objects=Objects(method=recipe.objects.method))
     different = [change for change in changes(start, recipe) if not resumable(change)]
+    if start.rounds.count != recipe.rounds.count and start.rounds.schedule != "constant":
+        shape = start.rounds.schedule
+        expected = f"{start.rounds.count}, by which rounds.schedule = {shape!r} has set the rates so far"
+        hint = f'to train on, start another run with adapter.start = "{(run / "adapter").absolute()}"'
+        raise ConfigError(Fault("rounds.count", expected, str(recipe.rounds.count), hint), source=f"resume {run}")
     if different:
         raise ConfigError(
             [Fault("", "the recipe that the run was started with", change) for change in different],

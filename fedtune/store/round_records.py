@@ -57,6 +57,7 @@ def encode(record: RoundRecord) -> Mapping[str, Any]:
         "modules": {name: encode_module(module) for name, module in record.modules.items()},
         "figures": record.figures,
         "clock_s": record.clock_s,
+        **({} if record.rate_share == 1.0 else {"rate_share": record.rate_share}),
         **({} if record.deployed is None else {"deployed": record.deployed}),
     }
 

@@ -123,6 +123,7 @@ def round_line(state: ProgressState) -> str:
             f"round {state.round}/{state.rounds}",
             *losses(record),
             *(score(state) if record.test else ()),
+            *([f"rate {record.rate_share:.3g} x"] if record.rate_share != 1 else ()),
             f"clients {admitted}/{len(state.cohort)}",
             f"up {size(record.bytes_up)}",
             f"down {size(record.bytes_down)}",

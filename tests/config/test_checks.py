@@ -35,6 +35,8 @@ from tests.config.conftest import SHORTEST, Faulty
         (["data.source=['a', '']"], "data.source", "none of them empty; got ['a', '']"),
         (["data.test=[]"], "data.test", "at least one file, none of them empty; got []"),
         (["model.base="], "model.base", "a folder, a hub name or embedded; got an empty text"),
+        (["rounds.warmup=5", "rounds.count=5"], "rounds.warmup", "fewer rounds than rounds.count = 5; got 5"),
+        (["rounds.final_rate=0.5"], "rounds.final_rate", "nothing with rounds.schedule = 'constant'; got 0.5"),
         (
             ["rounds.over_select=1.3", "engine.name=processes"],
             "rounds.over_select",

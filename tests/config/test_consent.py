@@ -97,6 +97,20 @@ def test_no_order_of_an_honest_run_is_vetoed(name: str, tmp_path: Path, monkeypa
     assert result.differing == []
 
 
+@pytest.mark.slow
+@pytest.mark.guarantee("G2")
+@pytest.mark.parametrize("name", ["flora", "fedkseed-one-sided"])
+def test_no_order_of_a_run_with_a_schedule_over_rounds_is_vetoed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    tables = recipes()[name]
+    result = watched(bind({**tables, "rounds": {**tables["rounds"], "schedule": "cosine", "warmup": 1}}))
+    assert len(result.seen) == 9
+    assert result.differing == []
+
+
 BLOCK = Block("model.layers.0", heads=4, kv_heads=2, head_dim=2, channels=32)
 LAYOUT = BlockLayout("llama", (BLOCK,), width=8)
 MODULES = {"model.layers.0.mlp.up_proj": (32, 8), "model.layers.0.self_attn.q_proj": (8, 8)}
@@ -237,6 +251,25 @@ def test_every_field_of_an_order_is_held_against_the_recipe() -> None:
     assert [keys(text, order) for text, order in zip((SEEDS, ADAPTERS), swapped, strict=True)] == [{"task"}] * 2
     # Within their bounds these follow from the server's state, and with the wrong values are refused below.
     assert passed <= FREE.keys() | {"ScoreRequest.round"}
+
+
+@pytest.mark.guarantee("G2")
+@pytest.mark.parametrize("text", [ADAPTERS, SEEDS], ids=["adapters", "seeds"])
+def test_the_rate_of_an_order_is_that_of_its_round_and_no_other(text: str) -> None:
+    plain, text = text, text.replace("count = 5", 'count = 5, schedule = "linear", warmup = 1, final_rate = 0.4')
+    for number, share in enumerate((0.5, 1.0, 0.8, 0.6, 0.4), 1):
+        for other in (0.5, 1.0, 0.8, 0.6, 0.4, 0.55):
+            order = put(put(made(plain), "round", number), "plan.training.learning_rate", 0.01 * other)
+            differing = {key for key in keys(text, order) if key.startswith("plan")}
+            assert differing == (set() if other == share else {"plan.training.learning_rate"})
+
+
+def test_a_measurement_of_the_unit_is_permitted_at_the_full_rate_alone() -> None:
+    text = SEEDS.replace(", scalar_step = 1e-4", "").replace("count = 5", "count = 5, warmup = 1")
+    order = made(text)
+    assert order.probe.calibrate
+    assert keys(text, order) == set()
+    assert keys(text, put(order, "plan.training.learning_rate", 0.005)) == {"plan.training.learning_rate"}
 
 
 def test_an_order_of_the_attack_is_vetoed_with_every_key_that_differs() -> None:

@@ -304,12 +304,17 @@ def test_the_recipes_of_server_optimizers_bind() -> None:
     tables = tomllib.loads(readme.group(1))
     page = (ROOT / "docs" / "how-to" / "server-optimizers.md").read_text()
     blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         recipe = {**tables, "override": [], "method": "fedit"} | tomllib.loads(block)
         bound = fedtune.bind(recipe)
         assert isinstance(bound.method, LinearSettings)
-        assert (bound.client.proximal, bound.method.server_optimizer.name) in ((0.1, "none"), (0.0, "fedadam"))
+        assert (bound.client.proximal, bound.method.server_optimizer.name) in (
+            (0.1, "none"),
+            (0.0, "fedadam"),
+            (0.0, "none"),
+        )
+    assert bound.rounds.schedule == "cosine"
 
 
 def test_the_readme_is_short() -> None:

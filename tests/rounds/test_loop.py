@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from fedtune.messages import (
 from fedtune.methods import METHODS
 from tests.rounds.scripted import (
     SHAPE,
+    TRAINING,
     answer,
     chosen,
     rounds,
@@ -80,3 +82,24 @@ def test_who_is_away_is_not_drawn_and_a_fleet_that_is_away_stops_the_run() -> No
     assert list(first.outcomes) == ["ann"]
     with pytest.raises(RoundError, match="round 1: expected one of 2 clients to be there; got none"):
         chosen(replies, {}, away=("ann", "bob"))
+
+
+def test_clients_are_asked_for_the_rate_of_the_round() -> None:
+    asked: list[float] = []
+
+    def reply(assignment: Assignment) -> ClientUpdate | Failure | bytes:
+        asked.append(assignment.plan.training.learning_rate)
+        return answer(value=0.1)(assignment)
+
+    options: dict[str, Any] = {"training": replace(TRAINING, learning_rate=8.0), "final_rate": 0.5}
+    results = rounds({"a": reply}, count=2, schedule="linear", **options)
+    assert asked == [8.0, 8.0 * 0.5]
+    assert [result.rate_share for result in results] == [1.0, 0.5]
+
+
+def test_a_change_beyond_the_rate_of_its_round_is_refused() -> None:
+    """The planned rate reaches it; a millionth of that, which the last round has, does not."""
+    clients = {"a": answer(value=0.1)}
+    assert len(rounds(clients, count=2)) == 2
+    with pytest.raises(RoundError, match="the reach of 1 planned steps"):
+        rounds(clients, count=2, schedule="cosine", final_rate=1e-6)

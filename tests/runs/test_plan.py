@@ -32,6 +32,11 @@ def test_a_plan_is_the_recipe_as_it_would_run_with_the_bases_digest(recipe: Path
     assert planned.notes[-1] == f"training examples: {counts}"
 
 
+def test_a_plan_says_how_the_learning_rate_changes_from_round_to_round(recipe: Path) -> None:
+    planned = plan(recipe, overrides=["rounds.schedule=cosine", "rounds.count=9", "client.learning_rate=0.01"])
+    assert planned.notes[-1] == "learning rate: 0.01, falling to 0.001 in round 9 (cosine)"
+
+
 def test_pinning_refuses_another_base_from_then_on(recipe: Path) -> None:
     before = tomllib.loads(recipe.read_text())
     plan(recipe, pin=True)

@@ -43,6 +43,17 @@ def test_a_finished_run_goes_on_for_more_rounds_and_cannot_go_back(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_schedule_over_rounds_is_not_stretched_in_the_middle(prepared: Experiment, run: Path, tmp_path: Path) -> None:
+    recipe = prepared.recipe
+    falling = replace(recipe, rounds=replace(recipe.rounds, schedule="linear", warmup=0, final_rate=0.5))
+    run_prepared(replace(prepared, recipe=falling), run)
+    assert [line.get("rate_share", 1.0) for line in read_lines(run)] == [1.0, 1.0, 0.5]
+    check_resumable(run, falling)
+    longer = replace(falling, rounds=replace(falling.rounds, count=3))
+    with pytest.raises(ConfigError, match=r"rounds.count: expected 2, by which rounds.schedule = 'linear' has set"):
+        check_resumable(run, longer)
+
+
 def test_lines_that_are_gone_are_not_written_anew(prepared: Experiment, run: Path) -> None:
     run_prepared(prepared, run)
     (run / "rounds.jsonl").unlink()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from io import StringIO
 
@@ -46,6 +47,13 @@ def test_without_a_terminal_each_round_is_one_plain_line(events: list[Event]) ->
     assert lines[5].startswith("round 3/3")
     assert "test 2.700 (best 2.500, round 1)" in lines[5]
     assert "ETA" not in lines[5]
+
+
+def test_the_rate_of_a_round_is_in_its_line_where_it_is_not_the_recipe_s(events: list[Event]) -> None:
+    first = next(event for event in events if isinstance(event, RoundFinished) and event.record.round == 1)
+    slower = [replace(e, record=replace(e.record, rate_share=0.55)) if e is first else e for e in events]
+    assert "  rate 0.55 x  clients 2/2" in told(slower)
+    assert "rate" not in told(events)
 
 
 def test_a_client_that_failed_is_named_with_its_reason_and_its_name_is_harmless(events: list[Event]) -> None:
