@@ -247,9 +247,9 @@ def base_of(
     if settings.dtype != "float32":
         for name in saved_modules:
             hold_in_float32(model.get_submodule(name), DTYPES[settings.dtype])
-    modules = find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank)
+    modules = find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=adapter.layers)
     if "all-linear" in adapter.targets:
-        notes = [*notes, *frozen_notes(model, modules, leave_out=saved_modules)]
+        notes = [*notes, *frozen_notes(model, modules, leave_out=saved_modules, layers=adapter.layers)]
     return Base(
         name=settings.base,
         path=path,
@@ -275,7 +275,8 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
         ConfigError: if it is neither, or does not fit the recipe's tables `model` and `adapter`.
     """
     if isinstance(given, Base):
-        targets = find_targets(given.model, adapter.targets, leave_out=given.saved_modules, rank=adapter.rank)
+        saved = given.saved_modules
+        targets = find_targets(given.model, adapter.targets, leave_out=saved, rank=adapter.rank, layers=adapter.layers)
         if given.task != settings.task or given.modules != targets:
             expected = f"a base for the task {settings.task!r} that adapts {len(targets)} modules, as the recipe says"
             got = f"one for {given.task!r} that adapts {len(given.modules)}"

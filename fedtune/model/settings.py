@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -49,8 +50,12 @@ class AdapterSettings:
     rank: Annotated[int, Ge(1)] = 8
     """LoRA rank of every client that no `[[override]]` names."""
     targets: Sequence[str] = ("all-linear",)
-    """Modules that get an adapter, by name or last part of the name, e.g. ["q_proj", "v_proj"]; ["all-linear"] takes
-    every linear layer."""
+    """Modules that get an adapter, by name or last parts of the name, e.g. ["q_proj", "v_proj"], or by a pattern of
+    them, e.g. ["self_attn.*_proj"] (`*` any text, `?` a character, `[qv]` one of these); ["all-linear"] takes every
+    linear layer."""
+    layers: str | None = field(default=None, metadata=OMIT_DEFAULT)
+    """Only these layers (blocks) of the model, by their numbers from 0, such as "8-15" or "0-3, 28"; none: all of them.
+    """
     kind: Literal["lora"] = "lora"
     """Kind of adapter; there is only LoRA."""
     alpha: Annotated[float, Gt(0)] | Literal["2r"] = "2r"
@@ -64,6 +69,23 @@ class AdapterSettings:
     """Folder of a PEFT adapter, or a run directory, that the run trains on: its global model is that adapter before
     round 1. `flora` takes any ranks, `fedit` the rank of the recipe alone; its layers must be among the targets. none:
     the base as it is."""
+
+
+def layer_numbers(text: str) -> frozenset[int] | None:
+    """Return the numbers that a text such as `0-3, 28` names; None where it is no such text.
+
+    >>> sorted(layer_numbers("0-2, 7") or ())
+    [0, 1, 2, 7]
+    """
+    numbers = set[int]()
+    for part in text.split(","):
+        if not (ends := re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part, re.ASCII)):
+            return None
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last < first:
+            return None
+        numbers |= {*range(first, last + 1)}
+    return frozenset(numbers)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.classes import head_modules
+from fedtune.model.settings import layer_numbers
 
 READ_PAST: Mapping[str, Collection[str]] = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj", "dt_proj")),
@@ -63,24 +65,51 @@ def is_reachable(model: Any, leaf: str) -> bool:
     return leaf in set(config.target_modules or ()) and leaf not in READ_PAST.get(model.config.model_type, ())
 
 
+def layer_of(module: str) -> int | None:
+    """Return the number of the layer (block) that a module lies in: the first number in its name; None for none.
+
+    >>> layer_of("model.layers.12.mlp.experts.3.w1"), layer_of("lm_head")
+    (12, None)
+    """
+    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
+
+
+def names_module(target: str, module: str) -> bool:
+    """Return whether a target, a name or a pattern, fits a module's full name or the last parts of it.
+
+    >>> names_module("self_attn.[qv]_proj", "model.layers.1.self_attn.q_proj"), names_module("proj", "mlp.up_proj")
+    (True, False)
+    """
+    # A `*` passes dots, as it does for every other pattern of a recipe.
+    return fnmatchcase(module, target) or fnmatchcase(module, f"*.{target}")
+
+
+def is_pattern(target: str) -> bool:
+    return any(sign in target for sign in "*?[")
+
+
 def find_targets(
-    model: Any, targets: Sequence[str], *, leave_out: Sequence[str] = (), rank: int = 1
+    model: Any, targets: Sequence[str], *, leave_out: Sequence[str] = (), rank: int = 1, layers: str | None = None
 ) -> Mapping[str, tuple[int, int]]:
     """Return (out, in) of the modules that a recipe's targets name, by full name.
 
     A target matches a full name or the last parts of one. `all-linear` takes every linear layer but the output head,
-    modules_to_save, and those too small for the rank, such as a gate of one row.
+    modules_to_save, and those too small for the rank, such as a gate of one row. Of all of them only those in `layers`.
 
     Raises:
-        ConfigError: for each target that matches no linear layer, with the nearest one, or one tied to the embeddings.
+        ConfigError: for each target that matches no linear layer, with the nearest one, or one tied to the embeddings;
+            for layers that the model does not have.
     """
     outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     reachable = {leaf: is_reachable(model, leaf) for leaf in {name.rpartition(".")[2] for name, _ in shapes(model)}}
-    linear = {
+    everywhere = {
         name: shape
         for name, shape in shapes(model)
         if reachable[name.rpartition(".")[2]] and not any(name == m or name.startswith(f"{m}.") for m in leave_out)
     }
+    linear = {name: shape for name, shape in everywhere.items() if in_layers(name, layers)}
+    if everywhere and (fault := layers_fault(everywhere, layers)):
+        raise ConfigError(fault)
     # By identity: the output layer has another name in every family.
     heads = {name for name, module in model.named_modules() if module is outputs}
     chosen: dict[str, tuple[int, int]] = {}
@@ -91,23 +120,16 @@ def find_targets(
                 name: shape for name, shape in linear.items() if name not in heads and min(shape) >= max(2, rank)
             }
             continue
-        matches = {name: s for name, s in linear.items() if name == target or name.endswith(f".{target}")}
+        matches = {name: shape for name, shape in linear.items() if names_module(target, name)}
+        tied = {name for name in matches if model.get_submodule(name).weight is model.get_input_embeddings().weight}
+        if is_pattern(target):  # which names a tied layer by chance; it leaves it out as all-linear does
+            matches, tied = {name: shape for name, shape in matches.items() if name not in tied}, set()
         if not matches:
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            nearest = get_close_matches(target, known, n=1)
-            faults.append(
-                Fault(
-                    path="adapter.targets",
-                    expected=f"names of linear layers of this model ({', '.join(known)})",
-                    got=f"{target!r}, which matches nothing",
-                    hint=f"did you mean {nearest[0]!r}?" if nearest else f'set targets = ["{known[0]}"]',
-                )
-            )
-        for name in matches:
-            if model.get_submodule(name).weight is model.get_input_embeddings().weight:
-                expected = "layers with weights of their own, or a merged model would change its embeddings too"
-                got = f"{target!r}, which is tied to the input embeddings"
-                faults.append(Fault("adapter.targets", expected, got, "leave it out"))
+            faults.append(no_match(target, linear, everywhere, layers))
+        for _ in tied:
+            expected = "layers with weights of their own, or a merged model would change its embeddings too"
+            got = f"{target!r}, which is tied to the input embeddings"
+            faults.append(Fault("adapter.targets", expected, got, "leave it out"))
         chosen |= matches
     if not (linear or faults):
         faults.append(Fault("adapter.targets", "linear layers of its own", f"none in a {model.config.model_type}"))
@@ -120,28 +142,68 @@ def find_targets(
     return dict(sorted(chosen.items()))
 
 
-def frozen_notes(model: Any, modules: Collection[str], *, leave_out: Sequence[str]) -> Sequence[str]:
+def in_layers(module: str, layers: str | None) -> bool:
+    """Return whether a module lies in one of the layers of a recipe, which are all where none are given."""
+    return layers is None or layer_of(module) in (layer_numbers(layers) or ())
+
+
+def layers_fault(linear: Collection[str], layers: str | None) -> Fault | None:
+    """Return the fault of layers that no module of a model lies in; None if each has one."""
+    present = {number for name in linear if (number := layer_of(name)) is not None}
+    missing = sorted((layer_numbers(layers or "") or set()) - present)
+    if layers is None or not missing:
+        return None
+    expected = (
+        f"layers of this model ({min(present)} to {max(present)})" if present else "none: its layers have no numbers"
+    )
+    return Fault(
+        "adapter.layers", expected, f"{layers!r}, of which {missing[0]} is none", "leave it out for all layers"
+    )
+
+
+def no_match(target: str, linear: Collection[str], everywhere: Collection[str], layers: str | None) -> Fault:
+    """Return the fault of a target that names no linear layer, with what it may have meant."""
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    nearest = get_close_matches(target.rpartition(".")[2], known, n=1)
+    got = f"{target!r}, which matches nothing"
+    if elsewhere := [name for name in everywhere if name not in linear and names_module(target, name)]:
+        got += f" in adapter.layers = {layers!r}, though {elsewhere[0]} elsewhere"
+    elif any(names_module(target, name) for name in linear):
+        got += " but what is tied to the input embeddings"
+    return Fault(
+        path="adapter.targets",
+        expected=f"names of linear layers of this model, or patterns of them ({', '.join(known)})",
+        got=got,
+        hint=f"did you mean {nearest[0]!r}?" if nearest else f'set targets = ["{known[0]}"]' if known else "",
+    )
+
+
+def frozen_notes(
+    model: Any, modules: Collection[str], *, leave_out: Sequence[str], layers: str | None = None
+) -> Sequence[str]:
     """Return what a user should know of the weights that stay as they are, though `all-linear` seems to name them.
 
     Args:
         model: of transformers.
         modules: names of the adapted layers.
         leave_out: names of the modules trained in full.
+        layers: as in the recipe; the other ones are left out on purpose.
     """
     outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    layers = [
+    frozen = [
         f"{name} {linear_shape(module)}"
         for name, module in model.named_modules()
         if linear_shape(module)
         and name not in modules
         and module is not outputs
+        and in_layers(name, layers)
         and not any(name == m or name.startswith(f"{m}.") for m in leave_out)
     ]
     notes = []
-    if layers:
+    if frozen:
         notes.append(
-            f"all-linear leaves {len(layers)} layers out, too small for the rank or past an adapter's reach, "
-            f"such as {layers[0]}"
+            f"all-linear leaves {len(frozen)} layers out, too small for the rank or past an adapter's reach, "
+            f"such as {frozen[0]}"
         )
     # transformers holds the experts of a mixture as one tensor of three axes, to which LoRA adds nothing here.
     stacked = {id(p): p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name}

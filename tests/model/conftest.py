@@ -39,11 +39,12 @@ def loaded(checkpoints: dict[str, Path]) -> Loader:
         labels: Sequence[str] = (),
         saved: Sequence[str] = (),
         dtype: str = "float32",
+        layers: str | None = None,
     ) -> Base:
         settings = ModelSettings(base=str(checkpoints[name]), task=task, dtype=dtype, device="cpu")  # type: ignore[arg-type]
         return load(
             settings,
-            AdapterSettings(rank=4, targets=targets, modules_to_save=saved),
+            AdapterSettings(rank=4, targets=targets, modules_to_save=saved, layers=layers),
             tokenizer=load_tokenizer(settings, Path()),
             root=Path(),
             seed=0,

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from fedtune.errors import ConfigError
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.model.targets import linear_shape
+from fedtune.model.targets import layer_of, linear_shape
 from tests.model.families import CAUSAL, build
 
 
@@ -23,6 +23,54 @@ def test_targets_are_found_by_their_last_part_with_out_and_in_sizes(loaded: Any)
         "model.layers.1.self_attn.q_proj": (32, 32),
         "model.layers.1.self_attn.v_proj": (16, 32),
     }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ends"),
+    [
+        (
+            "self_attn.[qv]_proj",
+            ["0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.q_proj", "1.self_attn.v_proj"],
+        ),
+        ("layers.1.*.?_proj", [f"1.self_attn.{side}_proj" for side in "koqv"]),
+        ("*.0.*up_proj", ["0.mlp.up_proj"]),
+        ("model.layers.[1-3].mlp.down_proj", ["1.mlp.down_proj"]),
+        ("up_*", ["0.mlp.up_proj", "1.mlp.up_proj"]),
+    ],
+)
+def test_a_pattern_takes_the_modules_whose_name_or_last_parts_it_fits(
+    loaded: Any, pattern: str, ends: list[str]
+) -> None:
+    assert list(loaded(targets=[pattern]).modules) == [f"model.layers.{end}" for end in ends]
+
+
+def test_a_pattern_of_everything_leaves_a_tied_output_head_out(loaded: Any) -> None:
+    modules = loaded("gpt2", targets=["*"]).modules
+    assert modules == loaded("gpt2", targets=["all-linear"]).modules
+    with pytest.raises(ConfigError, match="'lm_h\\*', which matches nothing but what is tied to the input embeddings"):
+        loaded("gpt2", targets=["lm_h*"])
+
+
+def test_layers_are_chosen_by_their_numbers(loaded: Any) -> None:
+    assert list(loaded(layers="1").modules) == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+    assert loaded(layers="0-1").modules == loaded(layers="1, 0").modules == loaded().modules
+    linear = loaded(targets=["all-linear"], layers="0")
+    assert len(linear.modules) == 7
+    assert linear.notes == ()  # layer 1 is left out on purpose
+
+
+def test_layers_that_the_model_does_not_have_are_named(loaded: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"adapter\.layers: expected layers of this model \(0 to 1\); got '1-5', of which 2"
+    ):
+        loaded(layers="1-5")
+    with pytest.raises(ConfigError, match=r"'0\.mlp\.up_proj', which matches nothing in adapter\.layers = '1', though"):
+        loaded(targets=["0.mlp.up_proj"], layers="1")
+
+
+def test_the_layer_of_an_expert_is_its_block() -> None:
+    assert layer_of("model.layers.7.mlp.experts.3.gate_proj") == 7
+    assert layer_of("lm_head") is None
 
 
 def test_all_linear_leaves_the_output_head_out(loaded: Any) -> None:
@@ -38,6 +86,8 @@ def test_a_gpt2_layer_is_given_as_out_by_in_although_its_weight_is_transposed(lo
 def test_a_target_that_matches_nothing_names_the_nearest_one(loaded: Any) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.targets.*'q_prjo', which matches nothing.*'q_proj'"):
         loaded(targets=["q_prjo", "v_proj"])
+    with pytest.raises(ConfigError, match=r"'self_attn\.q_prj\*', which matches nothing; did you mean 'q_proj'\?"):
+        loaded(targets=["self_attn.q_prj*"])
 
 
 def test_every_target_that_matches_nothing_is_named(loaded: Any) -> None:
