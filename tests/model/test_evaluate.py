@@ -34,6 +34,12 @@ def test_the_loss_is_a_mean_over_tokens_whatever_the_batch(loaded: Any, examples
     assert large == pytest.approx(own.item(), rel=1e-5)
 
 
+def test_nothing_is_attached_where_there_is_nothing_to_score(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("fedtune.model.evaluate.with_adapters")
+    assert evaluate(loaded(), {}, {}, {"test": []}, batch=2) == {}
+    assert evaluate(loaded(), {}, {}, {}, batch=2) == {}
+
+
 def test_accuracy_and_macro_f1_by_hand(loaded: Any, examples: Any) -> None:
     base = loaded("bert", targets=["query"], task="classification", labels=["a", "b"])
     rows = examples(5, classes=2)  # classes 0 1 0 1 0
