@@ -12,7 +12,7 @@ from typing import Literal
 
 from fedtune.lora import lowrank
 from fedtune.lora.adapter import Adapter, stack, unpack
-from fedtune.lora.lowrank import weighted_sums
+from fedtune.lora.lowrank import compress, weighted_sums
 from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
@@ -21,7 +21,9 @@ from fedtune.messages import (
     TrainLora,
     cohort_weights,
 )
+from fedtune.methods.adapter_start import fill, rank_of
 from fedtune.methods.fedit import shared_start
+from fedtune.methods.flora import warm_start
 from fedtune.methods.method import Method, make_assignment, mean_saved, step
 from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.methods.settings import AveragingSettings
@@ -66,6 +68,18 @@ def init(blueprint: Blueprint, settings: FedExSettings) -> FedExState:
         tensors=shared_start(blueprint),
         residual=lowrank.pack({name: lowrank.zero(m, n) for name, (m, n) in blueprint.modules.items()}),
         saved=blueprint.saved,
+    )
+
+
+def start(state: FedExState, adapter: Adapter, saved: Tensors) -> FedExState:
+    """Return the first state with an adapter of any ranks: its largest components are trained, the rest is frozen."""
+    changes, rank = compress(adapter), rank_of(state.tensors)
+    rest = {name: low.components(rank, low.rank) for name, low in changes.items()}
+    return replace(
+        state,
+        tensors=fill(state.tensors, unpack(warm_start(changes, rank, "fp32")), method="fedex"),
+        residual={**state.residual, **lowrank.pack(rest)},
+        saved={**state.saved, **saved},
     )
 
 
@@ -118,6 +132,7 @@ METHOD = Method(
     name="fedex",
     settings=FedExSettings,
     init=init,
+    start=start,
     assign=assign,
     aggregate=aggregate,
     adapter=adapter,

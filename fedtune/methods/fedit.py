@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from fedtune.errors import ConfigError, Fault
 from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
+from fedtune.methods.adapter_start import fill
 from fedtune.methods.method import LinearMethod, join, make_assignment, move
 from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.methods.settings import LinearSettings
@@ -58,17 +58,8 @@ def shared_start(blueprint: Blueprint) -> Tensors:
 
 
 def start(state: FedItState, adapter: Adapter, saved: Tensors) -> FedItState:
-    """Return the first state with factors that are there already; a module that they lack starts afresh.
-
-    Raises:
-        ConfigError: if a module has another rank than the recipe's: factors of unequal rank have no mean.
-    """
-    for name, factors in adapter.items():
-        if (rank := len(state.tensors[f"{name}.a"])) != factors.rank:
-            hint = f"set adapter.rank = {factors.rank} if all have it, or use method = 'flora', which takes any"
-            expected = f"rank {rank} in every module, as the recipe's method 'fedit' trains"
-            raise ConfigError(Fault("adapter.start", expected, f"{factors.rank} in {name}", hint))
-    return replace(state, tensors={**state.tensors, **pack(adapter)}, saved={**state.saved, **saved})
+    """Return the first state with factors that are there already; a module that they lack starts afresh."""
+    return replace(state, tensors=fill(state.tensors, adapter, method="fedit"), saved={**state.saved, **saved})
 
 
 def assign(state: FedItState, seed: int, planned: PlannedClient) -> Assignment:

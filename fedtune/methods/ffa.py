@@ -11,6 +11,7 @@ import numpy as np
 
 from fedtune.lora.adapter import Adapter, Factors, draw_a
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
+from fedtune.methods.adapter_start import project
 from fedtune.methods.change import Change, change_of
 from fedtune.methods.method import LinearMethod, join, make_assignment, move, resize
 from fedtune.methods.serialization import NOT_PERSISTED
@@ -64,6 +65,12 @@ def init(blueprint: Blueprint, settings: FfaSettings) -> FfaState:
     )
 
 
+def start(state: FfaState, adapter: Adapter, saved: Tensors) -> FfaState:
+    """Return the first state with an adapter whose change lies in the rows of the frozen A, as after a run of `ffa`."""
+    tensors = {**state.tensors, **project(adapter, state.drawn)}
+    return replace(state, tensors=tensors, saved={**state.saved, **saved})
+
+
 def assign(state: FfaState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the first plan.rank columns of B; the client trains and returns B alone."""
     task = TrainLora(a_key=state.a_key, train="b", wire_dtype=state.settings.wire_dtype)
@@ -99,6 +106,7 @@ METHOD = LinearMethod(
     name="ffa",
     settings=FfaSettings,
     init=init,
+    start=start,
     assign=assign,
     adapter=adapter,
     change=change,

@@ -20,6 +20,7 @@ from fedtune.messages import (
     TrainLora,
     cohort_weights,
 )
+from fedtune.methods.adapter_start import leading_components
 from fedtune.methods.flora import warm_start
 from fedtune.methods.method import Method, make_assignment, mean_saved
 from fedtune.methods.serialization import NOT_PERSISTED
@@ -60,6 +61,12 @@ def init(blueprint: Blueprint, settings: FlexLoraSettings) -> FlexLoraState:
         total=lowrank.pack({name: lowrank.zero(m, n) for name, (m, n) in blueprint.modules.items()}),
         saved=blueprint.saved,
     )
+
+
+def start(state: FlexLoraState, adapter: Adapter, saved: Tensors) -> FlexLoraState:
+    """Return the first state with an adapter of at most the largest planned rank: more would reach no client."""
+    changes = leading_components(adapter, state.max_rank, method="flexlora")
+    return replace(state, total={**state.total, **lowrank.pack(changes)}, saved={**state.saved, **saved})
 
 
 def assign(state: FlexLoraState, seed: int, planned: PlannedClient) -> Assignment:
@@ -108,6 +115,7 @@ METHOD = Method(
     name="flexlora",
     settings=FlexLoraSettings,
     init=init,
+    start=start,
     assign=assign,
     aggregate=aggregate,
     adapter=adapter,

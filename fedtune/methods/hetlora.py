@@ -22,6 +22,7 @@ from fedtune.messages import (
     Weighting,
     cohort_weights,
 )
+from fedtune.methods.adapter_start import fill_leading
 from fedtune.methods.fedit import shared_start
 from fedtune.methods.method import Cohort, Method, make_assignment, mean_saved, resize, step
 from fedtune.methods.serialization import NOT_PERSISTED
@@ -62,6 +63,12 @@ def init(blueprint: Blueprint, settings: HetLoraSettings) -> HetLoraState:
     """Return the first state: one A drawn for all clients, B zero."""
     tensors = shared_start(blueprint)
     return HetLoraState(settings=settings, round=0, max_rank=blueprint.max_rank, tensors=tensors, saved=blueprint.saved)
+
+
+def start(state: HetLoraState, adapter: Adapter, saved: Tensors) -> HetLoraState:
+    """Return the first state with an adapter of at most the largest planned rank, its largest components first."""
+    tensors = fill_leading(state.tensors, adapter, method="hetlora")
+    return replace(state, tensors=tensors, saved={**state.saved, **saved})
 
 
 def assign(state: HetLoraState, seed: int, planned: PlannedClient) -> Assignment:
@@ -113,6 +120,7 @@ METHOD = Method(
     name="hetlora",
     settings=HetLoraSettings,
     init=init,
+    start=start,
     assign=assign,
     aggregate=aggregate,
     adapter=adapter,

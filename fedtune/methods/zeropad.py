@@ -7,6 +7,7 @@ from typing import Literal
 
 from fedtune.lora.adapter import Adapter, unpack
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
+from fedtune.methods.adapter_start import fill_leading
 from fedtune.methods.fedit import shared_start
 from fedtune.methods.method import LinearMethod, join, make_assignment, move, resize
 from fedtune.methods.serialization import NOT_PERSISTED
@@ -40,6 +41,12 @@ def init(blueprint: Blueprint, settings: ZeroPadSettings) -> ZeroPadState:
     return ZeroPadState(settings=settings, round=0, max_rank=blueprint.max_rank, tensors=tensors, saved=blueprint.saved)
 
 
+def start(state: ZeroPadState, adapter: Adapter, saved: Tensors) -> ZeroPadState:
+    """Return the first state with an adapter of at most the largest planned rank, its largest components first."""
+    tensors = fill_leading(state.tensors, adapter, method="zeropad")
+    return replace(state, tensors=tensors, saved={**state.saved, **saved})
+
+
 def assign(state: ZeroPadState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the first plan.rank rows of A and columns of B; the client trains and returns both."""
     # The key is not used: every row of A is sent.
@@ -71,6 +78,7 @@ METHOD = LinearMethod(
     name="zeropad",
     settings=ZeroPadSettings,
     init=init,
+    start=start,
     assign=assign,
     adapter=adapter,
     contribution=contribution,

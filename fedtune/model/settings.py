@@ -67,8 +67,9 @@ class AdapterSettings:
     """Modules trained whole beside the adapter, such as a classification head; the server averages them."""
     start: str | None = field(default=None, metadata=OMIT_DEFAULT)
     """Folder of a PEFT adapter, or a run directory, that the run trains on: its global model is that adapter before
-    round 1. `flora` takes any ranks, `fedit` the rank of the recipe alone; its layers must be among the targets. none:
-    the base as it is."""
+    round 1, exactly. `flora` and `fedex` take any ranks, `fedit`, `zeropad`, `hetlora` and `flexlora` up to the largest
+    planned one, `ffa` what a run of `ffa` with the same seed has left; its layers must be among the targets. none: the
+    base as it is."""
 
 
 def layer_numbers(text: str) -> frozenset[int] | None:

@@ -7,9 +7,11 @@ from typing import Any
 from fedtune.config import Recipe
 from fedtune.config.recipe import method_of
 from fedtune.errors import ConfigError, Fault
+from fedtune.lora.adapter import pack
 from fedtune.messages import Blueprint
 from fedtune.runs.context import first_state
 from fedtune.store.peft_import import ForeignAdapter, read_adapter
+from fedtune.tensors import count_not_finite
 
 
 def start_state(recipe: Recipe, blueprint: Blueprint) -> Any:
@@ -42,6 +44,9 @@ def check_fit(start: ForeignAdapter, blueprint: Blueprint) -> None:
         elif factors.shape != blueprint.modules[name]:
             expected = f"(out, in) {blueprint.modules[name]} for {name}, as in the base"
             faults.append(Fault("adapter.start", expected, f"{factors.shape} in {start.path}", "take its own base"))
+    for name, array in {**pack(start.adapter), **start.saved}.items():
+        if count := count_not_finite(array):
+            faults.append(Fault("adapter.start", f"finite numbers in {name}", f"{count} that are not in {start.path}"))
     for name, array in start.saved.items():
         if name not in blueprint.saved:
             hint = "name it there as well"

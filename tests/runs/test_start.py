@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import fedtune
 from fedtune import api
@@ -83,12 +84,12 @@ def test_another_adapter_at_the_same_place_is_refused(
 
 
 @pytest.mark.parametrize("optimizer", ["none", "fedadam"])
-def test_fedit_takes_its_own_rank_alone(
+def test_fedit_takes_up_to_its_own_rank(
     optimizer: str, tables: dict[str, Any], tmp_path: Path, stranger: Path, checkpoints: dict[str, Path]
 ) -> None:
     method = {"name": "fedit", "server_optimizer": optimizer, "server_learning_rate": 0.01}
     tables |= {"method": method if optimizer != "none" else {"name": "fedit"}, "override": []}
-    with pytest.raises(ConfigError, match=r"adapter\.start: expected rank 4 in every module.*method = 'flora'"):
+    with pytest.raises(ConfigError, match=r"adapter\.start: expected at most rank 4 in every module.*method = 'flora'"):
         silent(starting(tables, stranger), tmp_path / "run")
     assert not list((tmp_path / "run").glob("*"))
     foreign(checkpoints["llama"], tmp_path / "equal", r=4, lora_alpha=4, target_modules=["q_proj"])
@@ -110,6 +111,12 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
     foreign(checkpoints["llama"], tmp_path / "wide", r=2, lora_alpha=2, target_modules=["up_proj"])
     with pytest.raises(ConfigError, match=r"adapter\.start: expected layers that adapter\.targets names; got model"):
         silent(starting(tables, tmp_path / "wide"), tmp_path / "run")
+    foreign(checkpoints["llama"], tmp_path / "broken", r=2, lora_alpha=2, target_modules=["q_proj"])
+    weights = load_file(tmp_path / "broken" / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = np.nan
+    save_file(weights, tmp_path / "broken" / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"adapter\.start: expected finite numbers in .*q_proj.*; got 1 that are not"):
+        silent(starting(tables, tmp_path / "broken"), tmp_path / "run")
     with pytest.raises(ConfigError, match="a PEFT adapter"):
         silent(starting(tables, tmp_path / "none"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
