@@ -5,6 +5,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_stock_peft_gives_the_runs_own_scores(mode: str, tables: Tables, tmp_pat
     from fedtune.runs.local import prepare
 
     experiment = prepare(bind(run.path / "recipe.toml"))
-    batch = collate(experiment.federation.test, experiment.base)
+    batch = replace(collate(experiment.federation.test, experiment.base), fused=False)  # of stock peft's own logits
     stock = AutoModelForCausalLM.from_pretrained(tables["model"]["base"])
     model = PeftModel.from_pretrained(stock, run.adapter).eval()
     with torch.inference_mode():

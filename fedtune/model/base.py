@@ -25,6 +25,7 @@ from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.base_paths import check_vocabulary
 from fedtune.model.classes import draw_output_layer, output_layer
 from fedtune.model.device import DTYPES, choose_device, name_of, number_format
+from fedtune.model.fused_loss import projects_plainly
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import (
     check_causal,
@@ -69,6 +70,8 @@ class Base:
     """What a user should know about it, such as a head that was left out."""
     dtype: NumberFormat = "float32"
     """Number format of its weights, a name of `DTYPES`."""
+    fused: bool = False
+    """Whether logits are nothing but the output layer on the body's hidden states: losses then need no logits."""
 
     @property
     def positions(self) -> int:
@@ -265,6 +268,7 @@ def base_of(
         ),
         notes=tuple(notes),
         dtype=settings.dtype,
+        fused=settings.task == "causal" and projects_plainly(model),
     )
 
 

@@ -33,6 +33,8 @@ class Batch:
     token_types: torch.Tensor | None = None
     """(batch, time), the text of a pair that a token belongs to; None where all are of the first, or the model reads
     none."""
+    fused: bool = False
+    """Whether the loss is taken from hidden states, never holding all logits; see `Base.fused`."""
 
     @property
     def inputs(self) -> Mapping[str, torch.Tensor]:
@@ -55,7 +57,7 @@ def collate(examples: Sequence[Example], base: Base) -> Batch:
     count = int((targets[:, 1:] != IGNORED).sum()) if causal else len(examples)
     types = token_types(examples, base)
     ids, mask, targets = (tensor.to(base.device) for tensor in (ids, mask, targets))
-    return Batch(ids, mask, targets, count=count, tokens=sum(map(len, rows)), token_types=types)
+    return Batch(ids, mask, targets, count=count, tokens=sum(map(len, rows)), token_types=types, fused=base.fused)
 
 
 def token_types(examples: Sequence[Example], base: Base) -> torch.Tensor | None:

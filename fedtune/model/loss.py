@@ -9,11 +9,23 @@ from torch.nn.functional import cross_entropy
 
 from fedtune.data.encode import IGNORED
 from fedtune.model.batches import Batch
+from fedtune.model.fused_loss import head_cross_entropies
 
 
 def summed_loss(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
     """Return the cross-entropy summed over the tokens (causal) or examples that count, in float32."""
+    if batch.fused:
+        return fused_cross_entropies(model, batch)
     return cross_entropies(logits_of(model, batch, task=task), batch.labels, task=task)
+
+
+def fused_cross_entropies(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the same of a causal model without its logits: only tokens that count go through the output layer."""
+    hidden = model.base_model(**batch.inputs, use_cache=False)[0]
+    labels = batch.labels[:, 1:].flatten()  # the output at t predicts token t + 1
+    [places] = (labels != IGNORED).nonzero(as_tuple=True)
+    counted = hidden[:, :-1].flatten(0, 1).index_select(0, places)
+    return head_cross_entropies(model.get_output_embeddings(), counted, labels[places])
 
 
 def logits_of(model: Any, batch: Batch, *, task: str) -> torch.Tensor:

@@ -23,7 +23,7 @@ def test_a_classifier_that_reads_the_last_position_is_padded_on_the_left() -> No
         stock = XLNetForSequenceClassification(XLNetConfig(vocab_size=9, pad_token_id=0, **sizes)).eval()
     tokenizer = SimpleNamespace(padding_side="left", pad_token_type_id=3)
     base: Any = SimpleNamespace(
-        model=stock, tokenizer=tokenizer, task="classification", device=torch.device("cpu"), pad_id=0
+        model=stock, tokenizer=tokenizer, task="classification", device=torch.device("cpu"), pad_id=0, fused=False
     )
     ids, types = ([5, 6, 7, 3], [4, 3]), ([0, 0, 0, 2], [0, 2])
     rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def losses(base: Base, folder: Path, rows: list[Example], learned: Learned, out:
     with torch.inference_mode():
         with with_adapters(base, frozen=adapter, saved=saved) as model:
             measured["run"] = loss(model, batch, base.task)
+        batch = replace(batch, fused=False)  # of the others' own logits
         measured["peft"] = loss(PeftModel.from_pretrained(stock, out / "adapter").eval(), batch, base.task)
         merged = auto.from_pretrained(out / "merged", dtype=torch.float32).eval()
         measured["merged"] = loss(merged, batch, base.task)

@@ -100,16 +100,18 @@ def test_pairs_are_what_the_stock_model_reads_in_scores_and_in_a_step(tmp_path: 
     assert not torch.allclose(logits_of(base.model, blind, task="classification"), stock(**theirs).logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 def test_no_keys_and_values_are_kept_for_a_generation_that_never_comes(
-    loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
+    fused: bool, loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, asked = loaded(), dict[str, Any]()
-    forward = base.model.forward
+    base, asked = loaded(), list[dict[str, Any]]()
+    watched = base.model.model if fused else base.model
+    forward = watched.forward
 
-    def watched(**options: Any) -> Any:
-        asked.update(options)
+    def listen(**options: Any) -> Any:
+        asked.append(options)
         return forward(**options)
 
-    monkeypatch.setattr(base.model, "forward", watched)
-    summed_loss(base.model, collate(examples(2), base), task="causal")
-    assert asked["use_cache"] is False
+    monkeypatch.setattr(watched, "forward", listen)
+    summed_loss(base.model, replace(collate(examples(2), base), fused=fused), task="causal")
+    assert [options["use_cache"] for options in asked] == [False]
