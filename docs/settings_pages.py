@@ -84,6 +84,7 @@ UNITS: Mapping[str, str] = {
     "sizes": "rows",
     "stages": "stages",
     "state_max_rank": "rank",
+    "down_rank": "rank",
     "steps": "optimizer steps",
     "steps_between": "optimizer steps",
     "target": "share of the blocks' weights",

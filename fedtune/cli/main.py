@@ -35,7 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="Fine-tune language models where the data lives: many unequal clients, one exact global adapter.",
+    help="Fine-tune language models where the data lives: many unequal clients, one global adapter, exact up to the "
+    "stated rank.",
     epilog="First time here? `fedtune demo` needs no model, no data and no network.",
 )
 

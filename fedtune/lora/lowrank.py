@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -34,6 +34,8 @@ class LowRank:
     """(rank,)"""
     vt: Array
     """(rank, in)"""
+    dropped: float = 0.0
+    """Sum of the squared singular values that truncation has cut off so far."""
 
     def __post_init__(self) -> None:
         if not (self.u.ndim == self.vt.ndim == 2 and self.u.shape[1:] == self.s.shape == self.vt.shape[:1]):
@@ -57,10 +59,30 @@ class LowRank:
 
     def components(self, start: int, stop: int) -> LowRank:
         """Return the change of the singular triples start..stop-1 alone."""
-        return LowRank(u=self.u[:, start:stop], s=self.s[start:stop], vt=self.vt[start:stop])
+        return replace(self, u=self.u[:, start:stop], s=self.s[start:stop], vt=self.vt[start:stop])
 
 
-Triple: TypeAlias = tuple[Array, Array, Array]  # u (m, p), s (p,), vt (p, n) in float64, s falling
+@dataclass(frozen=True)
+class _Svd:
+    """A singular value decomposition in float64, s falling, whose vectors are formed only as far as they are wanted."""
+
+    left: tuple[Array, Array]
+    """(m, k), (k, p): their product is u."""
+    s: Array
+    """(p,)"""
+    right: tuple[Array, Array]
+    """(p, k), (k, n): their product is vt."""
+
+    def vectors(self, size: int) -> tuple[Array, Array]:
+        """Return the leading vectors u (m, size) and vt (size, n)."""
+        (x, left), (right, y) = self.left, self.right
+        return x @ left[:, :size], right[:size] @ y
+
+    def above(self, floor: float) -> _Svd:
+        """Leave out singular values that are not above the floor."""
+        size = int(np.count_nonzero(self.s > floor))
+        (x, left), (right, y) = self.left, self.right
+        return _Svd((x, left[:, :size]), self.s[:size], (right[:size], y))
 
 
 def zero(out_features: int, in_features: int) -> LowRank:
@@ -75,11 +97,12 @@ def compress(changes: Adapter) -> Mapping[str, LowRank]:
     return weighted_sums({name: [(factors, 1.0)] for name, factors in changes.items()})
 
 
-def weighted_sum(parts: Sequence[tuple[Factors, float]]) -> LowRank:
-    """Return the sum of weight * b @ a over the parts (at least one), exact to float32.
+def weighted_sum(parts: Sequence[tuple[Factors, float]], max_rank: int | None = None) -> LowRank:
+    """Return the sum of weight * b @ a over the parts (at least one), exact to float32 up to `max_rank`.
 
     Computed in float64 whatever the parts' format, and in the given order. Working memory is O(R(out + in)), R being
-    the sum of the ranks; from R = min(out, in) on the dense sum is smaller, and is formed part by part.
+    the sum of the ranks; from R = min(out, in) on the dense sum is smaller, and is formed part by part. What is cut
+    off at `max_rank` is the least that a change of that rank can leave out, and `dropped` says how much it was.
 
     Raises:
         ShapeError: if two parts disagree on the layer's out or in size.
@@ -89,22 +112,31 @@ def weighted_sum(parts: Sequence[tuple[Factors, float]]) -> LowRank:
         raise ShapeError(f"expected one (out, in) for all parts; got {sorted(shapes)}")
     (m, n), rank = shapes.pop(), sum(factors.rank for factors, _ in parts)
     wide = ((weight * f.b.astype(np.float64), f.a.astype(np.float64)) for f, weight in parts)  # (m, r_k), (r_k, n)
+    wanted = min(m, n, rank) if max_rank is None else max_rank
     if rank < min(m, n):
         xs, ys = zip(*wide, strict=True)
-        u, s, vt = _svd_of_product(np.concatenate(xs, axis=1), np.concatenate(ys))  # (m, R), (R, n)
+        decomposed = _svd_of_product(np.concatenate(xs, axis=1), np.concatenate(ys))  # (m, R), (R, n)
     else:
-        dense, size = np.zeros((m, n)), 0.0
+        dense, floor = np.zeros((m, n)), 0.0
         for x, y in wide:
             dense += x @ y
-            size += float(np.sum(_sizes(x, y)))
-        u, s, vt = _drop(*np.linalg.svd(dense, full_matrices=False), floor=ROUNDING * size)
-    u, s, vt = _drop(u, s, vt, floor=DROP * float(s.max(initial=0.0)))
+            floor += _noise(x, y)
+        decomposed = _svd_of_dense(dense, floor=floor, wanted=wanted)
+    size = min(wanted, int(np.count_nonzero(decomposed.s > DROP * decomposed.s.max(initial=0.0))))
+    (u, vt), s = decomposed.vectors(size), decomposed.s[:size]
     # The sign of a singular pair is free; fixing it makes equal changes equal factors.
-    sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(s.size)])
-    return LowRank(u=(u * sign).astype(np.float32), s=s.astype(np.float32), vt=(vt.T * sign).T.astype(np.float32))
+    sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(size)])
+    return LowRank(
+        u=(u * sign).astype(np.float32),
+        s=s.astype(np.float32),
+        vt=(vt.T * sign).T.astype(np.float32),
+        dropped=float(np.sum(np.square(decomposed.s[size:]))) if size == max_rank else 0.0,
+    )
 
 
-def weighted_sums(parts: Mapping[str, Sequence[tuple[Factors, float]]]) -> Mapping[str, LowRank]:
+def weighted_sums(
+    parts: Mapping[str, Sequence[tuple[Factors, float]]], max_rank: int | None = None
+) -> Mapping[str, LowRank]:
     """Return `weighted_sum` of every module, as many modules at a time as there are cores.
 
     BLAS is held to one thread meanwhile: its threads gain nothing on matrices of R x R, stall when another process
@@ -112,13 +144,13 @@ def weighted_sums(parts: Mapping[str, Sequence[tuple[Factors, float]]]) -> Mappi
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(cores, max(1, len(parts)))) as pool:
-        return dict(zip(parts, pool.map(_sum_quietly, parts.values()), strict=True))
+        return dict(zip(parts, pool.map(partial(_sum_quietly, max_rank=max_rank), parts.values()), strict=True))
 
 
-def _sum_quietly(parts: Sequence[tuple[Factors, float]]) -> LowRank:
+def _sum_quietly(parts: Sequence[tuple[Factors, float]], max_rank: int | None) -> LowRank:
     # A thread does not inherit its caller's settings. What overflows is found in the result, where it is refused.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return weighted_sum(parts)
+        return weighted_sum(parts, max_rank)
 
 
 def truncate(low: LowRank, *, tau: float, max_rank: int | None) -> LowRank:
@@ -159,14 +191,24 @@ def smallest(changes: Adapter) -> Tensors:
 
 
 def pack(changes: Mapping[str, LowRank]) -> Tensors:
-    """Return the changes as flat tensors `<module>.u`, `<module>.s` and `<module>.vt`, as states keep them."""
-    return {f"{name}.{part}": getattr(low, part) for name, low in changes.items() for part in ("u", "s", "vt")}
+    """Return the changes as flat tensors `<module>.u`, `.s`, `.vt` and, where any, `.dropped`, as states keep them."""
+    flat = {f"{name}.{part}": getattr(low, part) for name, low in changes.items() for part in ("u", "s", "vt")}
+    return flat | {f"{name}.dropped": np.array([low.dropped]) for name, low in changes.items() if low.dropped}
 
 
 def unpack(tensors: Tensors) -> Mapping[str, LowRank]:
     """Return the changes that `pack` made flat."""
     names = [key.removesuffix(".s") for key in tensors if key.endswith(".s")]
-    return {name: LowRank(*(tensors[f"{name}.{part}"] for part in ("u", "s", "vt"))) for name in names}
+    nothing = np.zeros(1)
+    return {
+        name: LowRank(
+            u=tensors[f"{name}.u"],
+            s=tensors[f"{name}.s"],
+            vt=tensors[f"{name}.vt"],
+            dropped=float(tensors.get(f"{name}.dropped", nothing)[0]),
+        )
+        for name in names
+    }
 
 
 def _sizes(x: Array, y: Array) -> Array:
@@ -175,18 +217,45 @@ def _sizes(x: Array, y: Array) -> Array:
     return sizes
 
 
-def _svd_of_product(x: Array, y: Array) -> Triple:
+def _noise(x: Array, y: Array) -> float:
+    """Return the size below which a singular value of x @ y is rounding alone."""
+    return ROUNDING * float(np.sum(_sizes(x, y)))
+
+
+def _svd_of_product(x: Array, y: Array) -> _Svd:
     """Return the singular value decomposition of x @ y, x (m, R) and y (R, n), R < min(m, n)."""
     sizes = _sizes(x, y)
     # A term of zero would be divided by its own norm below.
     if not np.all(sizes):
         x, y = x[:, sizes > 0], y[sizes > 0]
     if not y.size:
-        return x, np.zeros(0), y
-    return _drop(*(_by_gram(x, y) or _by_qr(x, y)), floor=ROUNDING * float(sizes.sum()))
+        return _Svd((x, np.zeros((0, 0))), np.zeros(0), (np.zeros((0, 0)), y))
+    return (_by_gram(x, y) or _by_qr(x, y)).above(_noise(x, y))
 
 
-def _by_gram(x: Array, y: Array) -> Triple | None:
+def _svd_of_dense(dense: Array, *, floor: float, wanted: int) -> _Svd:
+    """Return the decomposition of a narrow layer's sum (m, n), whose smaller side is not above the sum's rank.
+
+    The eigenvectors of dense @ dense' are as good as the singular values above the root of float64's resolution are
+    large; where `wanted` of them are not, by QR and a decomposition of the smaller side's size.
+    """
+    if dense.shape[0] > dense.shape[1]:
+        turned = _svd_of_dense(dense.T, floor=floor, wanted=wanted)
+        (v, right), (left, ut) = turned.left, turned.right
+        return _Svd((ut.T, left.T), turned.s, (right.T, v.T))
+    values, vectors = np.linalg.eigh(dense @ dense.T)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    largest = values[0]
+    values, vectors = values[values > 1e-14 * largest], vectors[:, values > 1e-14 * largest]
+    if np.all(values[:wanted] >= 1e-9 * largest):
+        s = np.sqrt(values)
+        return _Svd((vectors, np.eye(s.size)), s, ((vectors / s).T, dense)).above(floor)
+    q, r = np.linalg.qr(dense.T)  # (n, m), (m, m)
+    u, s, vt = np.linalg.svd(r.T)
+    return _Svd((u, np.eye(s.size)), s, (vt, q.T)).above(floor)
+
+
+def _by_gram(x: Array, y: Array) -> _Svd | None:
     """Return the decomposition from R x R matrices, or None where squaring x and y has cost too many digits.
 
     With x' x = V_x L_x V_x' and y y' = V_y L_y V_y', the core sqrt(L_x) V_x' V_y sqrt(L_y) has x @ y's singular values.
@@ -199,13 +268,13 @@ def _by_gram(x: Array, y: Array) -> Triple | None:
         return None
     (root_x, v_x), (root_y, v_y) = left, right
     core_u, s, core_vt = np.linalg.svd((v_x * root_x).T @ (v_y * root_y), full_matrices=False)
-    u = x @ ((balance[:, None] * v_x / root_x) @ core_u)  # (m, p)
-    vt = (core_vt @ (v_y / root_y).T / balance) @ y  # (p, n)
+    to_u = (balance[:, None] * v_x / root_x) @ core_u  # (R, p)
+    to_vt = core_vt @ (v_y / root_y).T / balance  # (p, R)
     # One random vector shows the error of the whole product at the cost of three products with a vector.
-    probe = generator(derive(0, "lowrank.probe")).standard_normal(y.shape[1])
-    exact = x @ (y @ probe)
-    error = np.linalg.norm(exact - u @ (s * (vt @ probe)))
-    return (u, s, vt) if error <= DROP * np.linalg.norm(exact) else None
+    inner = y @ generator(derive(0, "lowrank.probe")).standard_normal(y.shape[1])
+    exact = x @ inner
+    error = np.linalg.norm(exact - x @ (to_u @ (s * (to_vt @ inner))))
+    return _Svd((x, to_u), s, (to_vt, y)) if error <= DROP * np.linalg.norm(exact) else None
 
 
 def _root(gram: Array) -> tuple[Array, Array] | None:
@@ -221,15 +290,9 @@ def _root(gram: Array) -> tuple[Array, Array] | None:
     return np.sqrt(values[nonzero]), vectors[:, nonzero]
 
 
-def _by_qr(x: Array, y: Array) -> Triple:
+def _by_qr(x: Array, y: Array) -> _Svd:
     """Return the decomposition by way of two orthonormal bases: about eight times slower than Gram, always accurate."""
     q_x, r_x = np.linalg.qr(x)
     q_y, r_y = np.linalg.qr(y.T)
     core_u, s, core_vt = np.linalg.svd(r_x @ r_y.T)
-    return q_x @ core_u, s, core_vt @ q_y.T
-
-
-def _drop(u: Array, s: Array, vt: Array, *, floor: float) -> Triple:
-    """Leave out singular values that are not above the floor."""
-    count = int(np.count_nonzero(s > floor))
-    return u[:, :count], s[:count], vt[:count]
+    return _Svd((q_x, core_u), s, (core_vt, q_y.T))

@@ -1,8 +1,9 @@
 """FLoRA: clients' adapters are stacked, so mixed ranks add up exactly (Wang et al., NeurIPS 2024, arXiv 2409.05976).
 
-The state is the exact cumulative change of the base, Delta. Every round adds the weighted sum of what each client
-changed against what it was really sent; casts and truncation of what goes down therefore never accumulate, and a
-client that missed rounds, or joins late, needs nothing but the current round's message.
+The state is the cumulative change of the base, Delta, exact up to the rank that the server keeps. Every round adds the
+weighted sum of what each client changed against what it was really sent; casts and truncation of what goes down
+therefore never accumulate (the server keeps more than it sends, which is error feedback), and a client that missed
+rounds, or joins late, needs nothing but the current round's message.
 
 Clients may be pruned, each in its own way: factors travel in the pruned layer's coordinates, and the sum is taken after
 the scatter to the base's, so it is as exact (`methods.pruning`).
@@ -24,6 +25,7 @@ from fedtune.lora import lowrank
 from fedtune.lora.adapter import Adapter, Factors, draw_a, pack
 from fedtune.lora.lowrank import LowRank, truncate, weighted_sums
 from fedtune.messages import (
+    OMIT_DEFAULT,
     AdmittedUpdate,
     Assignment,
     Blueprint,
@@ -35,7 +37,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import pruning
 from fedtune.methods.change import Change, Terms, product_change, product_terms, quick_square, saved_change
-from fedtune.methods.method import Method, make_assignment, mean_saved
+from fedtune.methods.method import Cohort, Method, make_assignment, mean_saved
 from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.pruning.ranking import PruningSettings, Ranking, rank_units, structure_at
 from fedtune.pruning.structure import (
@@ -68,8 +70,12 @@ class FloraSettings:
     """Share of the global change's squared singular values that is sent down; none: 0.9 in mode svt, else 1."""
     max_rank: Annotated[int, Ge(1)] | None = None
     """Largest rank of any module that is sent down; none sends as many as `tau` needs."""
-    state_max_rank: Annotated[int, Ge(1)] | None = None
-    """Largest rank of any module that the server keeps; the sum is no longer exact beyond it. none keeps everything."""
+    state_max_rank: Literal["auto", "exact"] | Annotated[int, Ge(1)] | None = "auto"
+    """Largest rank of any module that the server keeps; the sum is exact up to this rank, and beyond it the best
+    approximation. auto: twice the largest planned rank; exact, or none: everything, up to a layer's smaller side."""
+    down_rank: Literal["auto"] | Annotated[int, Ge(1)] | None = field(default="auto", metadata=OMIT_DEFAULT)
+    """Largest rank of any module that one client is sent; what is left out stays at the server. auto: twice the
+    client's own rank where `state_max_rank` is auto, else no bound; none: no bound."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
     """Factor on the clients' mean change; 1 adds it as it is."""
     weights: Weighting = "examples"
@@ -88,6 +94,8 @@ class FloraState:
     settings: FloraSettings = field(metadata=NOT_PERSISTED)
     round: int
     """Rounds completed."""
+    max_rank: int = field(metadata=NOT_PERSISTED)
+    """The largest planned rank."""
     seed: int
     """The run's seed: fresh factors are drawn from it by client and server alike."""
     delta: Tensors
@@ -113,32 +121,22 @@ class FloraState:
         whole = lowrank.unpack(self.delta)
         return {name: truncate(low, tau=tau, max_rank=settings.max_rank) for name, low in whole.items()}
 
-    @cached_property
-    def frozen(self) -> Tensors:
-        """The broadcast in wire format for clients that train a fresh adapter: one mapping, so it is encoded once."""
-        return cast(lowrank.smallest(lowrank.adapter(self.broadcast)), self.settings.wire_dtype)
+    def blobs(self, rank: int, structure: ModelStructure | None = None) -> Mapping[str, Tensors]:
+        """Return what a client of a rank is sent in wire format, once for all clients like it, so it is encoded once.
 
-    def split_blobs(self, rank: int, structure: ModelStructure | None = None) -> Mapping[str, Tensors]:
-        """Return the blobs of a client that trains the leading `rank` components, once for all clients like it."""
-        key = (rank, structure.digest if structure else b"")
+        In mode continue it trains the leading `rank` components and the rest is frozen; else all are.
+        """
+        trained = rank if self.settings.mode == "continue" else 0
+        down = down_rank(self.settings, rank)
+        key = (trained, down, structure.digest if structure else b"")
         if key not in self._blobs:
-            rest = {name: low.components(rank, low.rank) for name, low in self.broadcast.items()}
-            cut = self.cut(structure)
-            self._blobs[key] = {
-                "global": cast(lowrank.smallest(slice_adapter(lowrank.adapter(rest), cut)), self.settings.wire_dtype),
-                "local": warm_start(self.broadcast, rank, self.settings.wire_dtype, cut),
-            }
-        return self._blobs[key]
-
-    def frozen_at(self, structure: ModelStructure | None) -> Tensors:
-        """Return the broadcast at a structure, for clients that train a fresh adapter."""
-        if structure is None:
-            return self.frozen
-        if (0, structure.digest) not in self._blobs:
             # Truncated over the whole base and cut afterwards: the clients then hold slices of one model.
-            rest = slice_adapter(lowrank.adapter(self.broadcast), self.cut(structure))
-            self._blobs[0, structure.digest] = {"global": cast(lowrank.smallest(rest), self.settings.wire_dtype)}
-        return self._blobs[0, structure.digest]["global"]
+            rest = {name: low.components(trained, down or low.rank) for name, low in self.broadcast.items()}
+            cut, wire_dtype = self.cut(structure), self.settings.wire_dtype
+            frozen = cast(lowrank.smallest(slice_adapter(lowrank.adapter(rest), cut)), wire_dtype)
+            local = warm_start(self.broadcast, min(trained, down or trained), wire_dtype, cut)
+            self._blobs[key] = {"global": frozen, "local": local}
+        return self._blobs[key]
 
     def cut(self, structure: ModelStructure | None) -> Mapping[str, LayerSlice]:
         """Return the rows and columns of every layer that a structure keeps; layers kept whole are left out."""
@@ -164,7 +162,7 @@ class FloraState:
 
     # Caches of the functions above; their content follows from the state alone.
     @cached_property
-    def _blobs(self) -> dict[tuple[int, bytes], Mapping[str, Tensors]]:
+    def _blobs(self) -> dict[tuple[int, int | None, bytes], Mapping[str, Tensors]]:
         return {}
 
     @cached_property
@@ -182,6 +180,7 @@ def init(blueprint: Blueprint, settings: FloraSettings) -> FloraState:
     return FloraState(
         settings=settings,
         round=0,
+        max_rank=blueprint.max_rank,
         seed=blueprint.seed,
         delta=lowrank.pack(delta),
         saved=blueprint.saved,
@@ -202,29 +201,28 @@ def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
     plan = planned.plan
     pruned, structure = pruning.pruning_task(state, planned)
     task = TrainLora(a_key=_a_key(state, plan.client), wire_dtype=state.settings.wire_dtype, pruning=pruned)
-    if state.settings.mode != "continue":
-        return make_assignment("flora", state, seed, plan, task, {"global": state.frozen_at(structure)})
-    # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
-    task = replace(task, upload="difference")
-    return make_assignment("flora", state, seed, plan, task, state.split_blobs(plan.rank, structure))
+    if state.settings.mode == "continue":
+        # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
+        task = replace(task, upload="difference")
+    return make_assignment("flora", state, seed, plan, task, state.blobs(plan.rank, structure))
 
 
 def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraState:
     """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
     settings, cohort = state.settings, cohort_weights(updates, state.settings.weights)
-    changes = [(product(state, update), settings.server_learning_rate * share) for update, share in cohort]
+    changes = list(grouped_products(state, cohort))
     if state.anatomy is not None and settings.coverage == "normalised":
         scale = pruning.coverage(cohort, state.anatomy, weights=settings.weights, floor=settings.coverage_floor)
         # One scale for all clients, and not one for each: the scaled sum is as exact as the plain one.
         changes = [(pruning.scale_by_coverage(adapter, scale, state.anatomy), weight) for adapter, weight in changes]
-    total = weighted_sums(
-        {
-            name: [(low.factors, 1.0), *((adapter[name], weight) for adapter, weight in changes if name in adapter)]
-            for name, low in lowrank.unpack(state.delta).items()
-        }
-    )
-    # All that is left of the sum stays in the state: only what goes down is truncated, so losses do not add up.
-    delta = {name: truncate(low, tau=1.0, max_rank=settings.state_max_rank) for name, low in total.items()}
+    rate, before = settings.server_learning_rate, lowrank.unpack(state.delta)
+    parts = {
+        name: [(low.factors, 1.0), *((adapter[name], rate * weight) for adapter, weight in changes if name in adapter)]
+        for name, low in before.items()
+    }
+    # The broadcast is truncated further than the state: what it leaves out is not lost, so losses do not add up.
+    total = weighted_sums(parts, state_rank(settings, state.max_rank))
+    delta = {name: replace(low, dropped=before[name].dropped + low.dropped) for name, low in total.items()}
     return replace(
         state,
         round=state.round + 1,
@@ -234,10 +232,50 @@ def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraStat
     )
 
 
+def state_rank(settings: FloraSettings, largest: int) -> int | None:
+    """Return the largest rank that the server keeps, `largest` being the largest planned one; None: no bound."""
+    if settings.state_max_rank == "auto":
+        return 2 * largest
+    return None if settings.state_max_rank == "exact" else settings.state_max_rank
+
+
+def down_rank(settings: FloraSettings, rank: int) -> int | None:
+    """Return the largest rank that a client of a rank is sent; None: no bound."""
+    if settings.down_rank == "auto":
+        return 2 * rank if settings.state_max_rank == "auto" else None
+    return settings.down_rank
+
+
+def downlink_rank(settings: FloraSettings, rank: int) -> int | None:
+    """Return the largest rank that a client of a rank is sent, whatever bounds it; None: no bound is known."""
+    bounds = [down_rank(settings, rank), settings.max_rank]
+    bounds += [settings.state_max_rank] if isinstance(settings.state_max_rank, int) else []
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def grouped_products(state: FloraState, cohort: Cohort) -> Iterator[tuple[Adapter, float]]:
+    """Yield weighted adapters whose sum is the weighted sum of what the clients have changed.
+
+    All clients that were sent the same started from one b0, so their second terms b0 da add up to one of its rank: of
+    K clients the sum has rank (K + 1) r, and not 2 K r.
+    """
+    groups: dict[tuple[int, bytes], dict[str, Factors]] = {}
+    for update, share in cohort:
+        key = (largest_rank(update.lora.tensors), update.structure.digest if update.structure else b"")
+        shared, own = groups.setdefault(key, {}), {}
+        for name, (end, *start) in products(state, update):
+            own[name] = end
+            for term in start:
+                sum_a = share * term.a.astype(np.float64)
+                shared[name] = Factors(a=shared[name].a + sum_a if name in shared else sum_a, b=term.b)
+        yield own, share
+    yield from ((shared, 1.0) for shared in groups.values() if shared)
+
+
 def product(state: FloraState, update: AdmittedUpdate) -> Adapter:
     """Return what one client changed, in the base's coordinates: b @ a at its end minus b @ a at its start.
 
-    A fresh adapter starts at b = 0. From differences: b a - b0 a0 = [db | b0] [a0 + da ; da], of twice the rank.
+    A fresh adapter starts at b = 0. From differences: b a - b0 a0 = db (a0 + da) + b0 da, of twice the rank.
     """
     return {name: product_change(terms) for name, terms in products(state, update)}
 
@@ -248,7 +286,7 @@ def products(state: FloraState, update: AdmittedUpdate) -> Iterator[tuple[str, T
     key, differs = _a_key(state, update.client), state.settings.mode == "continue"
     if differs:
         # After the cast to the wire format: what the client has decoded and trained on.
-        local = dict(state.split_blobs(largest_rank(sent), update.structure)["local"])
+        local = dict(state.blobs(largest_rank(sent), update.structure)["local"])
     for name in sorted({each.rpartition(".")[0] for each in sent}):
         factors, shape = float32_factors(sent, name), state.broadcast[name].shape
         terms: Terms = (factors,)
@@ -276,7 +314,7 @@ def change(state: FloraState, blueprint: Blueprint, assignment: Assignment, upda
     task, sent, cut = assignment.lora, update.lora.tensors, state.cut(update.structure)
     differs = task.upload == "difference"
     rank = largest_rank(sent)
-    local = state.split_blobs(rank, update.structure)["local"] if differs else {}
+    local = state.blobs(rank, update.structure)["local"] if differs else {}
     for name, moved in products(state, update):
         a, b = (sent[f"{name}.{side}"].astype(np.float32, copy=False) for side in "ab")
         if differs:
@@ -346,6 +384,6 @@ METHOD = Method(
     ranking=lambda state: state.order,
     why_not_linear="it stacks the clients' factors, which share no coordinates; ffa averages clients of any ranks",
     why_not_pruned="",
-    downlink_rank=lambda settings: settings.max_rank,
+    downlink_rank=downlink_rank,
     wire_dtype=lambda settings: settings.wire_dtype,
 )

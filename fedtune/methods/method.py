@@ -102,7 +102,7 @@ def no_ranking(state: MethodState) -> Tensors:
     return {}
 
 
-def no_bound(settings: Any) -> int | None:
+def no_bound(settings: Any, rank: int) -> int | None:
     return None
 
 
@@ -174,8 +174,8 @@ class Method(Generic[State]):
     """Why the method refuses the recipe's table `pruning`; empty if clients may be pruned."""
     why_not_linear: str = ""
     """Why the method takes no server optimiser and no robust rule, and which one does; empty where it is linear."""
-    downlink_rank: Callable[[Any], int | None] = no_bound
-    """settings -> the largest rank of what is sent down; None: no bound"""
+    downlink_rank: Callable[[Any, int], int | None] = no_bound
+    """(settings, a client's rank) -> the largest rank of what it is sent; None: no bound"""
     wire_dtype: Callable[[Any], WireDtype] = full_precision
     """settings -> number format of what is sent down"""
     start: Callable[[State, Adapter, Tensors], State] | None = None

@@ -59,8 +59,8 @@ class Fleet:
         longest = float(self.recipe.data.max_tokens)
         return self.tokens.get(client) or Lengths(longest, longest)
 
-    def work(self, client: str, training: Training) -> Work:
-        """Return a client's work in a round, apart from ratio and rank."""
+    def work(self, client: str, training: Training, rank: int) -> Work:
+        """Return a client's work in a round at a rank, apart from the ratio."""
         assert training.steps is not None  # the planner has resolved epochs
         length = self.lengths(client)
         return Work(
@@ -71,21 +71,20 @@ class Fleet:
             longest=length.longest,
             checkpointing=training.gradient_checkpointing,
             side_tokens=2 * 16 * length.mean if self.recipe.pruning else 0.0,
-            global_rank=self.global_rank,
+            global_rank=self.global_rank(rank),
             start_copy=training.proximal > 0,
         )
 
-    @property
-    def global_rank(self) -> float:
-        """Rank of the broadcast: the recipe's bound, or without one twice the largest rank of a client, an estimate."""
-        largest = method_of(self.recipe).downlink_rank(self.recipe.method)
+    def global_rank(self, rank: int) -> float:
+        """Rank of what a client is sent: the recipe's bound for its rank, or an estimate, twice the largest rank."""
+        largest = method_of(self.recipe).downlink_rank(self.recipe.method, rank)
         planner = self.recipe.planner
         ranks = planner.ranks if isinstance(planner, AdaptiveSettings) else (self.recipe.adapter.rank,)
         return float(largest if largest is not None else 2 * max(ranks))
 
     def cost(self, client: str, arm: Arm, training: Training) -> Cost:
         """Return what an arm costs a client in a round."""
-        pruning, work = self.recipe.pruning, self.work(client, training)
+        pruning, work = self.recipe.pruning, self.work(client, training, arm.rank)
         dtype = method_of(self.recipe).wire_dtype(self.recipe.method)
         traffic = round_bytes(
             self.charged, pruning, arm.ratio, arm.rank, global_rank=work.global_rank, wire_dtype=dtype
@@ -99,7 +98,7 @@ class Fleet:
     def load(self, done: CompletedWork) -> Load:
         """Return the load of a finished round on a client's device, from the tokens and bytes that were counted."""
         plan, measured, pruning = done.plan, done.measured, self.recipe.pruning
-        work = self.work(plan.client, plan.training)
+        work = self.work(plan.client, plan.training, plan.rank)
         size = sizes(self.charged.layout, pruning, plan.ratio)
         flops = flops_per_token(self.charged, size, plan.rank, work)
         factor = self._traffic_factor(plan.ratio, plan.rank)
@@ -118,8 +117,9 @@ class Fleet:
         """Return by how much more bytes the proxy would send than the model that was trained."""
         if self.proxy is None or self.body is None:
             return 1.0
+        sent = self.global_rank(rank)
         both = [
-            sum(round_bytes(body, self.recipe.pruning, ratio, rank, global_rank=self.global_rank, wire_dtype="bf16"))
+            sum(round_bytes(body, self.recipe.pruning, ratio, rank, global_rank=sent, wire_dtype="bf16"))
             for body in (self.proxy, self.body)
         ]
         return both[0] / both[1]
@@ -189,7 +189,7 @@ class Fleet:
 
     def gigabytes(self, client: str, arm: Arm, training: Training) -> float:
         """Return the gigabytes of weights that are read in a round, once per pass and step."""
-        layout, work = self.charged.layout, self.work(client, training)
+        layout, work = self.charged.layout, self.work(client, training, arm.rank)
         pruned = blocks_of(layout, sizes(layout, self.recipe.pruning, arm.ratio))
         weights = self.charged.parameters - blocks_of(layout, sizes(layout, None, 0.0)) + pruned
         return (PASSES + work.checkpointing) * work.steps * work.passes * weights * layout.number_bytes / 1e9

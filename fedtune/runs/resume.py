@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from fedtune.config import Recipe, bind, changes
 from fedtune.config.recipe import Objects
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.methods import serialization
+from fedtune.methods.flora import FloraSettings
+from fedtune.methods.method import Method
 from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.record import RoundRecord
 from fedtune.runs.context import Door, RunContext, first_state
@@ -94,7 +97,7 @@ def check_inputs(context: RunContext, start: Mapping[str, str], watch: Watch) ->
 
 
 def as_started(run: Path, recipe: Recipe) -> Recipe:
-    """Return the recipe that a run is resumed with: the day, and the number format, that it fixed at its start.
+    """Return the recipe that a run is resumed with: the day, the number format and the defaults that it began with.
 
     A recipe that names another keeps it.
 
@@ -103,12 +106,26 @@ def as_started(run: Path, recipe: Recipe) -> Recipe:
     """
     if not has_begun(run):
         return recipe
-    start = bind(RunJournal.inputs(run)["recipe"], objects=Objects(method=recipe.objects.method))
+    start = started_with(run, recipe.objects.method)
+    ours, its = recipe.method, start.method
+    if isinstance(ours, FloraSettings) and isinstance(its, FloraSettings) and ours.state_max_rank == "auto":
+        recipe = replace(recipe, method=replace(ours, state_max_rank=its.state_max_rank))
     if recipe.data.date is None:
         recipe = replace(recipe, data=replace(recipe.data, date=start.data.date))
     if recipe.model.dtype == "auto":
         recipe = replace(recipe, model=replace(recipe.model, dtype=start.model.dtype))
     return recipe
+
+
+def started_with(run: Path, method: Method[Any] | None) -> Recipe:
+    """Return the recipe that the journal notes of a run's start, with the defaults of the release that began it."""
+    text = RunJournal.inputs(run)["recipe"]
+    # A method that was given as an object is needed to read its settings; the other objects are names in the text.
+    start = bind(text, objects=Objects(method=method))
+    if isinstance(start.method, FloraSettings) and "state_max_rank" not in tomllib.loads(text)["method"]:
+        # Releases before 0.3.0 left the key out where nothing was cut, which was the default.
+        return replace(start, method=replace(start.method, state_max_rank=None))
+    return start
 
 
 def check_resumable(run: Path, recipe: Recipe) -> None:
@@ -120,8 +137,7 @@ def check_resumable(run: Path, recipe: Recipe) -> None:
     """
     if not has_begun(run):
         return  # killed before anything of it was noted: it starts
-    # A method that was given as an object is needed to read its settings; the other objects are names in the text.
-    start = bind(RunJournal.inputs(run)["recipe"], objects=Objects(method=recipe.objects.method))
+    start = started_with(run, recipe.objects.method)
     different = [change for change in changes(start, recipe) if not resumable(change)]
     if start.rounds.count != recipe.rounds.count and start.rounds.schedule != "constant":
         shape = start.rounds.schedule

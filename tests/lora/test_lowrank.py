@@ -76,13 +76,55 @@ def test_the_sum_is_exact_orthonormal_and_of_least_rank(
         np.testing.assert_allclose(again.s, low.s, rtol=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 60),
+    n=st.integers(1, 60),
+    ranks=st.lists(st.integers(0, 8), min_size=1, max_size=8),
+    bound=st.integers(1, 30),
+    key=st.integers(0, 2**31),
+)
+def test_a_bounded_sum_is_the_best_of_its_rank_and_says_what_it_has_cut(
+    m: int, n: int, ranks: list[int], bound: int, key: int
+) -> None:
+    parts = [(draw(m, n, rank, key=key + i), 1 / (i + 1)) for i, rank in enumerate(ranks)]
+    low, whole = weighted_sum(parts, bound), dense(parts)
+    u, s, vt = np.linalg.svd(whole, full_matrices=False)
+    size = min(bound, int(np.count_nonzero(s > 1e-6 * s[0])))
+    assert low.rank == size
+    cut = (u[:, size:] * s[size:]) @ vt[size:]
+    assert np.linalg.norm(whole - delta(low.factors)) <= (1 + 1e-6) * np.linalg.norm(cut) + 1e-6 * np.linalg.norm(s)
+    assert low.dropped == pytest.approx(float(np.sum(s[bound:] ** 2)), abs=1e-10 * np.sum(s**2))
+    if size:
+        assert orthonormal(low)
+    again = lowrank.unpack(lowrank.pack({"x": low}))["x"]
+    assert again.dropped == low.dropped
+
+
+@pytest.mark.parametrize("shape", [(64, 172), (172, 64), (64, 64)])
+@pytest.mark.parametrize("decay", [0.95, 0.5])
+def test_a_narrow_layers_sum_is_as_accurate_as_its_dense_decomposition(shape: tuple[int, int], decay: float) -> None:
+    m, n = shape
+    rng = generator(derive(0, "test.narrow"))
+    parts = []
+    for client in range(10):
+        factors = draw(m, n, 16, key=client)
+        s = np.float32(decay) ** rng.integers(0, 40, 16).astype(np.float32)
+        parts.append((Factors(a=factors.a, b=factors.b * s), 0.1))
+    for bound in (None, 32):
+        low, exact = weighted_sum(parts, bound), np.linalg.svd(dense(parts), compute_uv=False)
+        np.testing.assert_allclose(low.s, exact[: low.rank], rtol=1e-5, atol=1e-7 * exact[0])
+        assert orthonormal(low)
+
+
 def test_gram_and_qr_agree_and_gram_knows_when_it_cannot() -> None:
     factors = draw(50, 70, 12, key=0)
     x, y = factors.b.astype(np.float64), factors.a.astype(np.float64)
     gram, qr = lowrank._by_gram(x, y), lowrank._by_qr(x, y)
     assert gram is not None
-    np.testing.assert_allclose(gram[1], qr[1], rtol=1e-12)
-    np.testing.assert_allclose((gram[0] * gram[1]) @ gram[2], x @ y, atol=1e-11)
+    np.testing.assert_allclose(gram.s, qr.s, rtol=1e-12)
+    u, vt = gram.vectors(12)
+    np.testing.assert_allclose((u * gram.s) @ vt, x @ y, atol=1e-11)
     x[:, 1] = x[:, 0] + 1e-6 * x[:, 1]  # in x' x the difference of these columns has lost most of its digits
     assert lowrank._by_gram(x, y) is None
     almost = np.concatenate([x[:, 2:], x[:, 2:] + 1e-11 * x[::-1, 2:]], axis=1)  # here the probe finds the loss

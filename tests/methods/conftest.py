@@ -33,8 +33,9 @@ class Federation:
     blueprint: Blueprint
 
     def state(self, method: Method[Any], **settings: Any) -> Any:
-        """Return the first state; flora in the paper's mode, whose updates are factors like every other method's."""
-        plain = {"wire_dtype": "fp32"} | ({"mode": "reinit"} if method.name == "flora" else {})
+        """Return the first state; flora exact and in the paper's mode, whose updates are factors like all others'."""
+        paper = {"mode": "reinit", "state_max_rank": "exact"} if method.name == "flora" else {}
+        plain = {"wire_dtype": "fp32"} | paper
         return method.init(self.blueprint, method.settings(**plain | settings))
 
     def assign(self, method: Method[Any], state: Any, member: Member) -> Assignment:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from fedtune.lora import lowrank
 from fedtune.lora.adapter import Factors, delta
-from fedtune.methods.flora import METHOD, FloraState
+from fedtune.messages import cohort_weights
+from fedtune.methods import serialization
+from fedtune.methods.flora import METHOD, FloraState, grouped_products, product
 from fedtune.methods.method import LinearMethod
 from fedtune.tensors import Array
 
@@ -25,6 +28,11 @@ MODES = ("reinit", "svt", "continue")
 def exact(state: FloraState, name: str = "m") -> Any:
     """Delta, dense in float64, before any truncation."""
     return delta(lowrank.unpack(state.delta)[name].factors)
+
+
+def unbounded(state: FloraState) -> FloraState:
+    """The same state, whose next round keeps everything."""
+    return replace(state, settings=replace(state.settings, state_max_rank="exact"))
 
 
 def test_scalars_by_hand(federate: Any) -> None:
@@ -191,6 +199,72 @@ def test_the_servers_rank_can_be_bounded(federate: Any) -> None:
     federation, fleet = federate({"m": (16, 12)}, max_rank=4), federate.fleet([4, 2], seed=3)
     state = federation.round(METHOD, federation.state(METHOD, state_max_rank=3), fleet)
     assert state.delta["m.s"].shape == (3,)
+
+
+def test_a_bounded_state_is_the_best_approximation_and_adds_up_what_it_has_dropped(federate: Any) -> None:
+    federation, fleet = federate({"m": (30, 40)}, max_rank=4), federate.fleet([4, 2], seed=3)
+    state = federation.state(METHOD, mode="continue", state_max_rank="auto")
+    dropped = 0.0
+    for _ in range(4):
+        updates = federation.updates(METHOD, state, fleet)
+        u, s, vt = np.linalg.svd(exact(METHOD.aggregate(unbounded(state), updates)))
+        state = METHOD.aggregate(state, updates)
+        assert federate.close(exact(state), (u[:, :8] * s[:8]) @ vt[:8])
+        dropped += float(np.sum(s[8:] ** 2))
+        assert lowrank.unpack(state.delta)["m"].dropped == pytest.approx(dropped, rel=1e-5, abs=1e-9)
+    assert state.delta["m.s"].shape == (8,)
+    assert dropped > 0
+    again = serialization.decode(b"".join(serialization.encode(state)), state)
+    assert serialization.digest(serialization.encode(again)) == serialization.digest(serialization.encode(state))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_client_is_sent_at_most_twice_its_own_rank_and_the_rest_stays_at_the_server(federate: Any, mode: str) -> None:
+    federation, fleet = federate({"m": (60, 70)}, max_rank=8), federate.fleet([8, 2, 1], seed=3)
+    state = federation.state(METHOD, mode=mode, state_max_rank="auto", tau=1.0)
+    for _ in range(3):
+        state = federation.round(METHOD, state, fleet)
+    assert state.delta["m.s"].shape == (16,)
+    low = lowrank.unpack(state.delta)["m"]
+    for member in fleet:
+        blobs = federation.assign(METHOD, state, member).lora.blobs
+        assert sum(blob["m.a"].shape[0] for blob in blobs.values()) == 2 * member[1]
+        sent = federation.frozen(federation.assign(METHOD, state, member), "m")
+        if mode == "continue":
+            sent = sent + delta(federation.start(federation.assign(METHOD, state, member))["m"])
+        assert federate.close(sent, delta(low.components(0, 2 * member[1]).factors))
+    # No change at any client: what was not sent down is still there.
+    assert federate.close(exact(federation.round(METHOD, state, fleet, size=0.0)), exact(state), relative=2e-7)
+
+
+@pytest.mark.parametrize(("down", "shape"), [(1, (1, 1)), (3, (3, 3)), (6, (4, 6)), (None, (4, 8))])
+def test_the_rank_that_goes_down_can_be_set(federate: Any, down: int | None, shape: tuple[int, int]) -> None:
+    federation, fleet = federate({"m": (60, 70)}, max_rank=4), federate.fleet([4, 4], seed=3)
+    state = federation.state(METHOD, mode="continue", state_max_rank=8, down_rank=down)
+    for _ in range(2):
+        state = federation.round(METHOD, state, fleet)
+    blobs = federation.assign(METHOD, state, fleet[0]).lora.blobs
+    local, frozen = (len(blobs.get(role, {}).get("m.a", ())) for role in ("local", "global"))
+    assert (local, local + frozen) == shape
+    # What a client has trained counts against what it was sent, of whatever rank.
+    updates = federation.updates(METHOD, state, fleet)
+    moved = sum(update.num_examples * delta(product(state, update)["m"]) for update in updates)
+    total = sum(update.num_examples for update in updates)
+    after = METHOD.aggregate(unbounded(state), updates)
+    assert federate.close(exact(after) - exact(state), moved / total, relative=1e-5)
+
+
+def test_clients_that_start_alike_share_one_start_in_the_sum(federate: Any) -> None:
+    federation, fleet = federate({"m": (60, 70)}, max_rank=4), federate.fleet([4, 4, 4, 2, 2], seed=3)
+    state = federation.state(METHOD, mode="continue", wire_dtype="bf16")
+    for _ in range(2):
+        state = federation.round(METHOD, state, fleet)
+    cohort = cohort_weights(federation.updates(METHOD, state, fleet, size=1e-3), "examples")
+    parts = list(grouped_products(state, cohort))
+    assert sorted(adapter["m"].rank for adapter, _ in parts) == [2, 2, 2, 4, 4, 4, 4]  # one by one: twice 4 4 4 2 2
+    together = sum(weight * delta(adapter["m"]) for adapter, weight in parts)
+    apart = sum(share * delta(product(state, update)["m"]) for update, share in cohort)
+    assert federate.close(together, apart, relative=1e-7)
 
 
 def test_the_frozen_part_goes_dense_where_that_is_smaller(federate: Any) -> None:

@@ -81,7 +81,7 @@ def test_a_proxy_is_said_to_be_one_and_costs_what_it_costs(made: Callable[..., F
 
 def test_the_clock_charges_what_the_planner_expected(made: Callable[..., Fleet]) -> None:
     fleet = made()
-    work = fleet.work("client-00", TRAINING)
+    work = fleet.work("client-00", TRAINING, 8)
     tokens = int(work.trained_tokens)
     done = CompletedWork(Plan("client-00", 8, 2.0, TRAINING), Measured(tokens=tokens), Traffic(1, 1), 0.0)
     assert fleet.load(done).tflop == pytest.approx(fleet.cost("client-00", Arm(0.0, 8), TRAINING).tflop)
@@ -102,7 +102,7 @@ def test_the_oracle_is_told_the_clocks_own_times(made: Callable[..., Fleet]) -> 
         half = int(cost.megabytes / 2 * 1e6)
         plan, measured = (
             Plan("client-03", rank, 2.0, TRAINING),
-            Measured(tokens=int(fleet.work("client-03", TRAINING).trained_tokens)),
+            Measured(tokens=int(fleet.work("client-03", TRAINING, rank).trained_tokens)),
         )
         done = CompletedWork(plan, measured, Traffic(half, half), 0.0)
         assert told == pytest.approx(
