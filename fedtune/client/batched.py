@@ -15,7 +15,7 @@ from fedtune.errors import FedtuneError
 from fedtune.messages import Assignment, ClientUpdate, TrainLora
 from fedtune.model import libraries
 from fedtune.model.base import Base
-from fedtune.model.lora import global_adapter, start
+from fedtune.model.lora import frozen_change, start
 from fedtune.model.stacked_lora import UnbatchableError
 from fedtune.model.stacked_train import Learned, Member, train_together
 from fedtune.model.train import out_of_memory
@@ -113,7 +113,7 @@ def updates_of(
     members = [member_of(base, client, assignment) for client, assignment in zip(clients, assignments, strict=True)]
     first = assignments[0]
     results = train_together(
-        base, members, first.plan.training, frozen=global_adapter(first.lora), train=first.lora.train
+        base, members, first.plan.training, frozen=frozen_change(first.lora), train=first.lora.train
     )
     return {
         assignment.plan.client: update_of(base, client, assignment, member, learned)

@@ -38,11 +38,11 @@ from fedtune.messages import (
 from fedtune.model import libraries, pruned_training
 from fedtune.model.base import Base, to_numpy
 from fedtune.model.batches import Batch
-from fedtune.model.lora import global_adapter, read_local, start, with_adapters
+from fedtune.model.lora import frozen_change, read_local, start, with_adapters
 from fedtune.model.objective import Hooks
 from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
-from fedtune.model.train import OnStep, no_steps, report_out_of_memory, train
+from fedtune.model.train import OnStep, no_steps, report_out_of_memory, train, uses_autocast
 from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, cast
@@ -234,9 +234,16 @@ def train_locally(
         on_step: called after each step.
     """
     plan, task = assignment.plan, assignment.lora
-    saved, frozen, dropout = task.blobs.get("saved", {}), global_adapter(task), plan.training.dropout
+    saved = task.blobs.get("saved", {})
     with with_adapters(
-        base, frozen=frozen, local=initial, scale=plan.scale, dropout=dropout, train=task.train, saved=saved
+        base,
+        frozen=frozen_change(task),
+        local=initial,
+        scale=plan.scale,
+        dropout=plan.training.dropout,
+        train=task.train,
+        saved=saved,
+        half=uses_autocast(plan.training, base.device),
     ) as model:
         hooks = extend(model) if extend else None
         trained = train(

@@ -102,6 +102,11 @@ class Base:
         """
         return manifest_of(self.model)
 
+    @cached_property
+    def changed(self) -> dict[str, Any]:
+        """The last frozen change added to weights, a `frozen.ChangedWeight` by module: clients of a round share it."""
+        return {}
+
     @property
     def matrices(self) -> Collection[str]:
         """Names of the matrices of the adapted layers, and of modules_to_save that are linear layers."""

@@ -12,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.model.batches import Batch
+from fedtune.model.frozen import own_weight
 from fedtune.model.lora import layers
+from fedtune.model.lora_layer import FrozenParts
 from fedtune.model.loss import summed_loss
 from fedtune.model.surgery import core
 from fedtune.pruning.ranking import Criterion, at_structure
@@ -88,7 +90,7 @@ def magnitudes(model: Any, layout: BlockLayout) -> Mapping[str, torch.Tensor]:
     """Return the squared norm of every row or column that a layer can lose, by the layer's name."""
     squares = {}
     for name, (_, out, _) in layout.sides.items():
-        weight = matrix(core(model.get_submodule(name)))
+        weight = matrix(core(model.get_submodule(name)), own=True)
         squares[name] = weight.square().sum(dim=0 if out == "all" else 1)
     return squares
 
@@ -124,19 +126,31 @@ def wanda(model: Any, batches: Sequence[Batch], layout: BlockLayout, *, task: st
 
 
 def column_norms(module: Any) -> torch.Tensor:
-    """Return ||W_j + B a_j||^2 of every column, (in,), all active adapters stacked into A (r, in) and B (out, r)."""
+    """Return ||W_j + B a_j||^2 of every column, (in,), the changes beside the weight as A (r, in) and B (out, r)."""
     weight = matrix(core(module))
+    for part in dense_changes(module):
+        weight = weight + part
     squared = weight.square().sum(dim=0)
     # The norm of the sum from products of r rows, so that W + B A is never formed.
-    parts = [
-        (widen(module.lora_A[name].weight), widen(module.lora_B[name].weight) * module.scaling[name])
-        for name in getattr(module, "lora_A", {})
-        if name in module.active_adapters
-    ]
-    if parts:
+    if parts := low_rank_changes(module):
         a, b = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
         squared = squared + 2 * ((weight.T @ b) * a.T).sum(dim=1) + (a * ((b.T @ b) @ a)).sum(dim=0)
     return squared.detach().cpu().double()
+
+
+def low_rank_changes(module: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return a (r, in) and b (out, r), the scale folded in, of the changes beside a layer's weight: frozen, trained."""
+    frozen: FrozenParts = getattr(module, "frozen", ())
+    parts = [(widen(frozen[0]), widen(frozen[1]))] if len(frozen) == 2 else []
+    if getattr(module, "a", None) is not None:
+        parts.append((widen(module.a), widen(module.b) * module.scale))
+    return parts
+
+
+def dense_changes(module: Any) -> list[torch.Tensor]:
+    """Return the frozen change beside a layer's weight where it is one matrix, (out, in)."""
+    frozen: FrozenParts = getattr(module, "frozen", ())
+    return [widen(frozen[0])] if len(frozen) == 1 else []
 
 
 def gate_gradients(
@@ -162,12 +176,7 @@ def gate_gradients(
 
 def gradients(model: Any, batch: Batch, *, task: str) -> Gradients:
     """Return the gradients of a batch's mean loss by the trainable factors; their own `grad` stays as it is."""
-    factors = [
-        weight
-        for layer in layers(model, "local").values()
-        for weight in (layer.lora_A["local"].weight, layer.lora_B["local"].weight)
-        if weight.requires_grad
-    ]
+    factors = [weight for layer in layers(model).values() for weight in (layer.a, layer.b) if weight.requires_grad]
     if not factors:
         raise no_adapter("no trainable adapter")
     with torch.enable_grad():
@@ -180,8 +189,8 @@ def sketch(
 ) -> Tensors:
     """Return the importance of heads and channels by the gradients of the LoRA factors alone: |sum of Ghat * W|.
 
-    Ghat = g_B A + B g_A, with factors and gradients as peft holds them, and W the base's weight with the frozen
-    adapter; neither Ghat nor the frozen change is ever formed. The sum of a group is taken in each of its matrices,
+    Ghat = g_B A + B g_A, with factors and gradients as the layer holds them, and W the base's weight with the frozen
+    change; neither Ghat nor the frozen change is ever formed. The sum of a group is taken in each of its matrices,
     and its absolute values are added. Only adapted layers count.
 
     Args:
@@ -204,12 +213,12 @@ def sketch_layers(model: Any, layout: BlockLayout, gradients: Gradients | None) 
     """Return the sums of Ghat * W over the rows or columns that an adapted layer can lose, by the layer's name."""
     parts = {}
     with torch.no_grad():
-        for name, layer in layers(model, "local").items():
+        for name, layer in layers(model).items():
             if name not in layout.sides:
                 continue
             # W without the trained adapter, whose change is as small as a round's steps; with it, as in LoRAPrune, a
             # temporary matrix as large as W would be needed.
-            pair = [layer.lora_A["local"].weight, layer.lora_B["local"].weight]
+            pair = [layer.a, layer.b]
             grads = [factor.grad if gradients is None else gradients.get(factor) for factor in pair]
             if grads[0] is None and grads[1] is None:
                 continue
@@ -232,20 +241,24 @@ def no_adapter(got: str) -> ConfigError:
 
 
 def right(module: Any, factor: torch.Tensor) -> torch.Tensor:
-    """Return W @ factor, (out, k), W with the frozen adapter; factor is (in, k)."""
+    """Return W @ factor, (out, k), W with the frozen change; factor is (in, k)."""
     product = matrix(core(module)) @ factor
-    if "global" in module.lora_A:
-        a, b = widen(module.lora_A["global"].weight), widen(module.lora_B["global"].weight)
-        product = product + module.scaling["global"] * (b @ (a @ factor))
+    if module.frozen:
+        change = factor
+        for part in module.frozen:
+            change = widen(part) @ change
+        product = product + change
     return product
 
 
 def left(module: Any, factor: torch.Tensor) -> torch.Tensor:
-    """Return W^T @ factor, (in, k), W with the frozen adapter; factor is (out, k)."""
+    """Return W^T @ factor, (in, k), W with the frozen change; factor is (out, k)."""
     product = matrix(core(module)).T @ factor
-    if "global" in module.lora_A:
-        a, b = widen(module.lora_A["global"].weight), widen(module.lora_B["global"].weight)
-        product = product + module.scaling["global"] * (a.T @ (b.T @ factor))
+    if module.frozen:
+        change = factor
+        for part in reversed(module.frozen):
+            change = widen(part).T @ change
+        product = product + change
     return product
 
 
@@ -298,9 +311,9 @@ def unit_scores(values: torch.Tensor, side: Side, units: BlockStructure) -> torc
             return values.reshape(len(units.q), -1).sum(dim=1).abs()
 
 
-def matrix(module: Any) -> torch.Tensor:
-    """Return a linear layer's weight as (out, in), in at least 32 bits."""
-    weight = widen(module.weight.detach())
+def matrix(module: Any, *, own: bool = False) -> torch.Tensor:
+    """Return a linear layer's weight as (out, in), in at least 32 bits; `own`: without a frozen change."""
+    weight = widen((own_weight(module) if own else module.weight).detach())
     return weight.T if isinstance(module, Conv1D) else weight
 
 
@@ -317,7 +330,7 @@ def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
 def gates(model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[Any]:
     """Multiply the inputs of modules by gates inside the block; `values` are (groups,) by the module's full name.
 
-    The hook sits on peft's wrapper where there is one: if it were on the layer beneath, the adapter would see the
+    The hook sits on the LoRA layer where there is one: if it were on the layer beneath, the adapter would see the
     inputs that the gate hides, and send gradients back past it.
     """
 

@@ -1,23 +1,21 @@
-"""LoRA adapters on a base that stays as it is: a frozen `global` and a trainable `local` one, attached with peft."""
+"""LoRA adapters on a base that stays as it is: a frozen change in its weights, and a trainable adapter beside them."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
-from peft import LoraConfig
-from peft.tuners.lora import LoraModel
+import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ShapeError
 from fedtune.lora.adapter import Adapter, Factors, draw_a, unpack
 from fedtune.messages import Plan, TrainLora
 from fedtune.model.base import Base, to_numpy, to_torch
+from fedtune.model.frozen import FrozenChange, beside, change_weight, check_dense, is_exact, put, restore
+from fedtune.model.lora_layer import FrozenParts, LoraLayer, Trainable
 from fedtune.pruning.structure import LayerSlice, slice_factors
 from fedtune.tensors import Array, Tensors
 
@@ -26,50 +24,95 @@ from fedtune.tensors import Array, Tensors
 def with_adapters(
     base: Base,
     *,
-    frozen: Adapter | None = None,
+    frozen: FrozenChange | None = None,
     local: Adapter | None = None,
     scale: float = 1.0,
     dropout: float = 0.0,
     train: str = "ab",
     saved: Tensors | None = None,
+    half: bool = False,
 ) -> Iterator[Any]:
     """Attach adapters to the base inside the block, and restore it exactly afterwards.
 
+    A frozen change is added to a second copy of the layer's weight, which takes the weight's place: a step then costs
+    what it costs without it. The copy stays with the base, and clients of the same change share it. Layers in 16 bits,
+    and quantised ones, keep their weight and multiply by the change beside it; see `frozen.is_exact`.
+
     Args:
         base: the resident base model.
-        frozen: adapter of scale 1 that takes part in the forward pass and gets no gradient.
-        local: trainable adapter, its factors as peft trains them (b without the scale).
+        frozen: a change of scale 1 that takes part in the forward pass and gets no gradient.
+        local: trainable adapter, its factors as they are trained (b without the scale).
         scale: the local adapter's alpha / rank.
         dropout: on the local adapter's input.
         train: factors of the local adapter that get gradients, `ab` or `b`.
         saved: values of modules_to_save inside the block; trainable if `local` is given.
+        half: products are rounded to 16 bits, as under autocast, whatever the format of the base.
 
     Raises:
         ShapeError: if a module or a parameter is not in the base, or has another shape there.
     """
-    model, tuner = base.model, None
-    check_shapes(base, [frozen or {}, local or {}], saved or {})
-    # peft refuses a module of rank 0; without an adapter the layer is the base's own.
-    adapters = {"global": nonzero(frozen or {}), "local": nonzero(local or {})}
-    active = [name for name, adapter in adapters.items() if adapter]
+    model = base.model
+    frozen, local, saved = nonzero(frozen or {}), local and nonzero(local), saved or {}
+    check_shapes(base, [frozen, local or {}], saved)
+    model.requires_grad_(False)
     try:
-        for name in active:
-            factor, drop = (scale, dropout) if name == "local" else (1.0, 0.0)
-            tuner = inject(model, adapters[name], name, scale=factor, dropout=drop)
-        if tuner is not None:
-            tuner.set_adapter(active)
-        model.requires_grad_(False)
-        # Last, because peft makes the factors of every active adapter trainable.
-        for name in active:
-            fill(base, adapters[name], name, trainable=train if name == "local" else "")
-        with with_saved(base, saved, trainable=local is not None) if saved else nullcontext():
+        with ExitStack() as stack:
+            parts = stack.enter_context(with_change(base, frozen, half=half))
+            trainable = {
+                name: Trainable(*parameters(factors, base.device, train=train), scale, dropout)
+                for name, factors in (local or {}).items()
+            }
+            stack.enter_context(with_layers(model, trainable, parts))
+            if saved:
+                stack.enter_context(with_saved(base, saved, trainable=local is not None))
             yield model
     finally:
-        if tuner is not None:
-            tuner.unload()
-        vars(model).pop("peft_config", None)  # with it, peft would take the next adapters for more of these
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def with_change(base: Base, frozen: FrozenChange, *, half: bool) -> Iterator[Mapping[str, FrozenParts]]:
+    """Add frozen changes to the weights of the base's layers inside the block; yield those that no weight can take."""
+    modules = {name: base.model.get_submodule(name) for name in frozen}
+    exact = {name for name, module in modules.items() if is_exact(module, half=half)}
+    # Taken out for as long as layers read them: what is attached meanwhile must not write over them.
+    resident = {name: base.changed.pop(name, None) for name in exact}
+    changed, outer = {}, {}
+    try:
+        for name in frozen:
+            if name in exact:
+                changed[name] = change_weight(modules[name], frozen[name], resident.pop(name))
+                outer[name] = put(modules[name], changed[name])
+        yield {name: beside(change, base.device) for name, change in frozen.items() if name not in exact}
+    finally:
+        for name, weight in outer.items():
+            restore(modules[name], weight)
+        base.changed.update(changed)
+
+
+@contextmanager
+def with_layers(
+    model: nn.Module, trainable: Mapping[str, Trainable], frozen: Mapping[str, FrozenParts]
+) -> Iterator[None]:
+    """Put LoRA layers into the places of a model's linear layers inside the block."""
+    places: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for name in {**trainable, **frozen}:
+            parent, _, leaf = name.rpartition(".")
+            owner, layer = model.get_submodule(parent), model.get_submodule(name)
+            places.append((owner, leaf, layer))
+            setattr(owner, leaf, LoraLayer(layer, trainable.get(name), frozen.get(name, ())))
+        yield
+    finally:
+        for owner, leaf, layer in places:
+            setattr(owner, leaf, layer)
+
+
+def parameters(factors: Factors, device: torch.device, *, train: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return factors a and b in float32; those named in `train` get gradients."""
+    a, b = (to_torch(factor, device) for factor in (factors.a, factors.b))
+    return nn.Parameter(a, requires_grad="a" in train), nn.Parameter(b, requires_grad="b" in train)
 
 
 @contextmanager
@@ -87,64 +130,30 @@ def with_saved(base: Base, saved: Tensors, *, trainable: bool) -> Iterator[None]
             parameters[name].data.copy_(tensor)
 
 
-def nonzero(adapter: Adapter) -> Adapter:
-    """Return an adapter without its modules of rank 0."""
-    return {module: factors for module, factors in adapter.items() if factors.rank > 0}
+def nonzero(change: FrozenChange) -> Any:
+    """Return a change without its modules of rank 0: without an adapter a layer is the base's own."""
+    return {name: part for name, part in change.items() if not isinstance(part, Factors) or part.rank > 0}
 
 
-def check_shapes(base: Base, adapters: Sequence[Adapter], saved: Tensors) -> None:
+def check_shapes(base: Base, changes: Sequence[FrozenChange], saved: Tensors) -> None:
     """Raise ShapeError unless every module and parameter is in the base, in this shape."""
     own = {name: tuple(parameter.shape) for name, parameter in base.model.named_parameters()} | dict(base.modules)
-    shapes = [(name, factors.shape) for adapter in adapters for name, factors in adapter.items()]
+    shapes = [(name, part.shape) for change in changes for name, part in change.items()]
     for name, shape in [*shapes, *((name, array.shape) for name, array in saved.items())]:
         if shape != own.get(name):
             raise ShapeError(f"{name}: expected {own.get(name, 'no such module')} as in {base.name}; got {shape}")
 
 
-def inject(model: nn.Module, adapter: Adapter, name: str, *, scale: float, dropout: float) -> LoraModel:
-    """Wrap a model's layers for one adapter, or for one more, and return peft's tuner over all of them."""
-    # peft reads the names as patterns: a dot that is not escaped would match any character.
-    ranks = {re.escape(module): factors.rank for module, factors in adapter.items()}
-    config = LoraConfig(
-        rank_pattern=ranks,
-        alpha_pattern={module: scale * rank for module, rank in ranks.items()},
-        target_modules=list(adapter),
-        lora_dropout=dropout,
-        fan_in_fan_out=isinstance(model.get_submodule(next(iter(adapter))), Conv1D),
-        init_lora_weights=False,  # every factor is written by `fill`
-    )
-    with warnings.catch_warnings():
-        # peft warns of a second adapter, which is intended here.
-        warnings.filterwarnings("ignore", message=".*multiple adapters.*|Already found a `peft_config`.*")
-        return LoraModel(model, {name: config}, name, low_cpu_mem_usage=True)
-
-
-def layers(model: nn.Module, name: str) -> Mapping[str, Any]:
-    """Return peft's LoRA layers that hold the adapter `name`, by the name of the module they wrap."""
-    return {key: module for key, module in model.named_modules() if name in getattr(module, "lora_A", {})}
-
-
-def fill(base: Base, adapter: Adapter, name: str, *, trainable: str = "") -> None:
-    """Write the factors into peft's layers, in float32 on the base's device; those named in `trainable` get gradients.
-
-    Raises:
-        ShapeError: if peft wrapped other modules than the adapter's.
-    """
-    wrapped = layers(base.model, name)
-    if wrapped.keys() != adapter.keys():
-        raise ShapeError(f"adapter {name!r}: expected modules {sorted(adapter)}; got {sorted(wrapped)}")
-    for module, factors in adapter.items():
-        a, b = to_torch(factors.a, base.device), to_torch(factors.b, base.device)
-        wrapped[module].lora_A[name].weight = nn.Parameter(a, requires_grad="a" in trainable)
-        wrapped[module].lora_B[name].weight = nn.Parameter(b, requires_grad="b" in trainable)
+def layers(model: nn.Module) -> Mapping[str, LoraLayer]:
+    """Return the layers with a trainable adapter, by full name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoraLayer) and module.a is not None
+    }
 
 
 def read_local(model: nn.Module) -> Adapter:
     """Return the current factors of the local adapter, b without the scale."""
-    return {
-        name: Factors(a=to_numpy(layer.lora_A["local"].weight), b=to_numpy(layer.lora_B["local"].weight))
-        for name, layer in layers(model, "local").items()
-    }
+    return {name: Factors(a=to_numpy(layer.a), b=to_numpy(layer.b)) for name, layer in layers(model).items()}
 
 
 def start(
@@ -182,23 +191,9 @@ def overwrite(rows: Array, sent: Array, name: str) -> None:
     rows[: len(sent)] = sent
 
 
-def global_adapter(task: TrainLora) -> Adapter:
-    """Return the frozen adapter of a task; a dense `<module>.w` (out, in) becomes exact factors."""
+def frozen_change(task: TrainLora) -> FrozenChange:
+    """Return what a task freezes: factors, and dense changes from `<module>.w` (out, in)."""
     blob = task.blobs.get("global", {})
     factors = unpack({name: array for name, array in blob.items() if not name.endswith(".w")})
     dense = {name.removesuffix(".w"): array for name, array in blob.items() if name.endswith(".w")}
-    return {**factors, **{name: exact_factors(name, array) for name, array in dense.items()}}
-
-
-def exact_factors(name: str, dense: Array) -> Factors:
-    """Return factors whose product is a dense matrix, without any rounding: the matrix and an identity.
-
-    Raises:
-        ShapeError: if it has other than two axes.
-    """
-    w = dense.astype(np.float32)
-    if w.ndim != 2:
-        raise ShapeError(f"{name}.w: expected (out, in); got {w.shape}")
-    m, n = w.shape
-    eye = np.eye(min(m, n), dtype=np.float32)
-    return Factors(a=w, b=eye) if m <= n else Factors(a=eye, b=w)
+    return {**factors, **{name: check_dense(name, array) for name, array in dense.items()}}

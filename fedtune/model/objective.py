@@ -25,8 +25,8 @@ def tail_rank(model: nn.Module, start: Start, term: TailRank) -> torch.Tensor:
 def tail_norm(model: nn.Module, decay: float) -> torch.Tensor:
     """Return the size of what cutting the local adapter to decay * rank would remove."""
     norms = []
-    for layer in layers(model, "local").values():
-        a, b = layer.lora_A["local"].weight, layer.lora_B["local"].weight  # (rank, in), (out, rank)
+    for layer in layers(model).values():
+        a, b = layer.a, layer.b  # (rank, in), (out, rank)
         rank = kept_rank(a.shape[0], decay)
         # The small number keeps the gradient of a norm finite at zero.
         norms.append((b[:, rank:].square().sum() + 1e-12).sqrt() * (a[rank:].square().sum() + 1e-12).sqrt())

@@ -14,7 +14,7 @@ from fedtune.messages import Plan, Pruning, TrainLora
 from fedtune.model.base import Base
 from fedtune.model.batches import Batch, collate
 from fedtune.model.importance import scores
-from fedtune.model.lora import global_adapter, start, with_adapters
+from fedtune.model.lora import frozen_change, start, with_adapters
 from fedtune.model.loss import summed_loss
 from fedtune.model.objective import Between, Start
 from fedtune.model.surgery import layout_of, shrink_further, with_structure
@@ -163,7 +163,7 @@ def with_received_adapters(
     """Attach the received adapters, not trained, to a base that may be pruned; `slices` are those of its structure."""
     with with_adapters(
         base,
-        frozen=global_adapter(task),
+        frozen=frozen_change(task),
         local=start(task, plan, whole.modules, slices),
         scale=plan.scale,
         saved=task.blobs.get("saved", {}),

@@ -18,10 +18,11 @@ from fedtune.lora.adapter import Adapter
 from fedtune.messages import Measured, Training
 from fedtune.model.base import Base
 from fedtune.model.batches import Batch, batches, collate, padding_side
+from fedtune.model.frozen import FrozenChange
 from fedtune.model.lora import with_adapters
 from fedtune.model.loss import cross_entropies, logits_of
 from fedtune.model.stacked_lora import unstack, with_stacks
-from fedtune.model.train import autocast, learning_rate, make_optimizer, peak_bytes
+from fedtune.model.train import autocast, learning_rate, make_optimizer, peak_bytes, uses_autocast
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Learned:
 
 
 def train_together(
-    base: Base, members: Sequence[Member], training: Training, *, frozen: Adapter, train: str
+    base: Base, members: Sequence[Member], training: Training, *, frozen: FrozenChange, train: str
 ) -> Sequence[Learned]:
     """Train one adapter per client, each as `model.train.train` would train it alone, up to the rounding of sums.
 
@@ -72,7 +73,7 @@ def train_together(
         base: the resident base, as loaded; it is afterwards as before.
         members: the clients.
         training: with `steps` set, without dropout.
-        frozen: adapter that all of them received.
+        frozen: change that all of them received.
         train: factors that get gradients, `ab` or `b`.
 
     Raises:
@@ -85,7 +86,7 @@ def train_together(
     initial, scales = [member.initial for member in members], [member.scale for member in members]
     losses, tokens = list[Sequence[float]](), np.zeros(len(members), np.int64)
     with (
-        with_adapters(base, frozen=frozen),
+        with_adapters(base, frozen=frozen, half=uses_autocast(training, base.device)),
         with_stacks(base, initial, scales=scales, rows=rows, train=train) as stacks,
     ):
         base.model.eval()

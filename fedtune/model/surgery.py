@@ -13,6 +13,7 @@ from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault, ShapeError, type_of
+from fedtune.model.frozen import is_changed, own_weight, set_own_weight
 from fedtune.model.targets import linear_shape
 from fedtune.pruning.structure import (
     FAMILIES,
@@ -87,7 +88,7 @@ def head_dim(family: str, modules: Mapping[str, Any], prefix: str) -> int:
 
 
 def core(module: Any) -> Any:
-    """Return the linear layer beneath peft's wrapper, or the module itself."""
+    """Return the linear layer beneath an adapter, or the module itself."""
     return getattr(module, "base_layer", module)
 
 
@@ -282,8 +283,11 @@ def shrink_further(
         module = model.get_submodule(name)
         linear = core(module)
         of_weight = part.weight(linear)
+        own = own_weight(linear)
         for was, now in cut_linear(linear, part).items():
             replace_in_optimizer(optimizer, start, was, now, part.rows if was.dim() == 1 else of_weight)
+        if is_changed(linear):
+            set_own_weight(linear, slice_parameter(own, of_weight))
         if linear is not module:
             cut_lora(module, part, optimizer, start)
     fit(model, after, layout)
@@ -293,13 +297,16 @@ def shrink_further(
 def cut_lora(
     layer: Any, part: SliceIndex, optimizer: torch.optim.Optimizer, start: MutableMapping[nn.Parameter, torch.Tensor]
 ) -> None:
-    """Take columns out of A and rows out of B of every adapter in a LoRA layer of peft, in place."""
-    layer.out_features, layer.in_features = linear_shape(layer.base_layer) or (0, 0)
-    for factors, of_factor in ((layer.lora_A, part.columns), (layer.lora_B, part.rows)):
-        for factor in factors.values():
-            was = factor.weight
+    """Take columns out of A and rows out of B of a LoRA layer, and both out of what is frozen in it, in place."""
+    if layer.frozen:
+        first, *rest = layer.frozen
+        layer.frozen = (part.columns(first), *rest)
+        layer.frozen = (*layer.frozen[:-1], part.rows(layer.frozen[-1]))
+    for side, of_factor in (("a", part.columns), ("b", part.rows)):
+        was = getattr(layer, side)
+        if was is not None:
             now = slice_parameter(was, of_factor)
-            set_parameters(factor, now, None)
+            setattr(layer, side, now)
             replace_in_optimizer(optimizer, start, was, now, of_factor)
 
 

@@ -56,11 +56,15 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
 
 
 def autocast(training: Training, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the bf16 autocast context where the recipe wants it, or where the device is fast at it (`auto`)."""
+    """Return the bf16 autocast context where `uses_autocast` says so."""
+    return torch.autocast(device.type, torch.bfloat16) if uses_autocast(training, device) else nullcontext()
+
+
+def uses_autocast(training: Training, device: torch.device) -> bool:
+    """Return whether the recipe wants bf16 autocast, or leaves it to the device (`auto`) and that is fast at it."""
     # Compute capability 8.0 is Ampere, the first with bf16 in its tensor cores.
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    wanted = training.autocast == "bf16" or (training.autocast == "auto" and fast)
-    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
+    return training.autocast == "bf16" or (training.autocast == "auto" and fast)
 
 
 def make_optimizer(training: Training, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -235,8 +239,8 @@ def only_adapters_train(model: Any) -> None:
     The base is frozen: dropout in it would only make the trained loss differ from the evaluated one.
     """
     model.eval()
-    for layer in layers(model, "local").values():
-        layer.lora_dropout["local"].train()
+    for layer in layers(model).values():
+        layer.training = True  # the flag alone: the layer beneath stays in eval mode
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -186,7 +186,7 @@ def test_an_error_of_torch_is_the_same_failure_as_in_one_process_and_the_next_cl
     assert isinstance(here, Failure)
     assert here == there
     assert re.fullmatch(
-        r"dee: expected an update; got IndexError: index out of range in self \(fedtune/model/train.py:\d+\)",
+        r"dee: expected an update; got IndexError: index out of range in self \(fedtune/model/loss.py:\d+\)",
         here.reason,
     )
     assert all(isinstance(found["ann"], Reply) for found in answers)

@@ -40,8 +40,9 @@ def weight_of(module: Any, name: str) -> torch.Tensor:
     return weight.T if name == "gpt2" else weight
 
 
-def change_of(module: Any, adapter: str) -> torch.Tensor:
-    change: torch.Tensor = module.scaling[adapter] * (module.lora_B[adapter].weight @ module.lora_A[adapter].weight)
+def change_of(module: Any) -> torch.Tensor:
+    """Return the trained change; a frozen one is in the layer's weight."""
+    change: torch.Tensor = module.scale * (module.b @ module.a)
     return change.detach()
 
 
@@ -59,8 +60,8 @@ def test_the_fast_form_of_lora_is_the_dense_form(name: str) -> None:
         channels = [np.zeros(block.channels) for block in anatomy.blocks]
         for layer, (index, out, into) in anatomy.sides.items():
             module, block = model.get_submodule(layer), anatomy.blocks[index]
-            a, b = module.lora_A["local"].weight, module.lora_B["local"].weight
-            dense = (found[b] @ a + b @ found[a]).detach() * (weight_of(module, name) + change_of(module, "global"))
+            a, b = module.a, module.b
+            dense = (found[b] @ a + b @ found[a]).detach() * weight_of(module, name)
             sums = dense.sum(dim=0 if out == "all" else 1).numpy()
             np.testing.assert_allclose(parts[layer].numpy(), sums, rtol=0, atol=1e-9 * float(dense.abs().sum()))
             side = into if out == "all" else out
@@ -97,7 +98,7 @@ def test_the_derivative_of_a_gate_is_the_sum_of_weights_times_gradients(name: st
         for key in names:
             module = model.get_submodule(key)
             gradient = held[key].T if name == "gpt2" else held[key]
-            full = weight_of(module, name) + (change_of(module, "local") if adapted else 0)
+            full = weight_of(module, name) + (change_of(module) if adapted else 0)
             parts[key] = (full * gradient).sum(dim=0)
     expected = pool(parts, anatomy, full_block(anatomy))
     for key in found:
@@ -130,7 +131,7 @@ def test_wanda_is_the_dense_formula_without_padding(name: str, adapted: bool) ->
             module = model.get_submodule(key)
             full = weight_of(module, name)
             if adapted:
-                full = full + change_of(module, "local") + change_of(module, "global")
+                full = full + change_of(module)
             parts[key] = inputs[key][MASK.bool()].square().mean(dim=0) * full.square().sum(dim=0)
     expected = pool(parts, anatomy, full_block(anatomy))
     for key in found:

@@ -151,7 +151,7 @@ def test_where_a_model_shrinks_between_steps_its_start_shrinks_with_it(loaded: A
         with_structure(base.model, whole, anatomy),
         with_adapters(base, local=slice_adapter(local, cuts(whole, anatomy))) as model,
     ):
-        parameters = [parameter for layer in layers(model, "local").values() for parameter in layer.parameters()]
+        parameters = [parameter for layer in layers(model).values() for parameter in layer.parameters()]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         start: Start = {parameter: parameter.detach() + 2.0 for parameter in trained}
         optimizer = torch.optim.SGD(trained, lr=0.1)

@@ -215,12 +215,8 @@ def test_gradients_of_the_factors_are_those_of_the_gated_model_at_what_is_kept(n
 
     def gradients(base: Base) -> dict[str, torch.Tensor]:
         logits(base.model).square().sum().backward()
-        found = layers(base.model, "local").items()
-        return {
-            f"{key}.{side}": getattr(layer, f"lora_{side.upper()}")["local"].weight.grad.clone()
-            for key, layer in found
-            for side in "ab"
-        }
+        found = layers(base.model).items()
+        return {f"{key}.{side}": getattr(layer, side).grad.clone() for key, layer in found for side in "ab"}
 
     with with_adapters(base, frozen=frozen, local=local, scale=0.5), with_gates(model, keep, anatomy):
         full = gradients(base)
@@ -320,7 +316,7 @@ def test_a_model_that_is_not_whole_is_refused() -> None:
     base = base_of(model, anatomy)
     with (
         with_adapters(base, local=random_adapter(anatomy)),
-        pytest.raises(ShapeError, match="got a Linear"),
+        pytest.raises(ShapeError, match="got a LoraLayer"),
         with_structure(model, keep, anatomy),
     ):
         pass
@@ -384,9 +380,9 @@ def test_moments_after_a_cut_are_those_of_the_gated_run(name: str, kind: str) ->
 
     def state(base: Base, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
         found = {}
-        for key, layer in layers(base.model, "local").items():
+        for key, layer in layers(base.model).items():
             for side in "AB":
-                parameter = getattr(layer, f"lora_{side}")["local"].weight
+                parameter = getattr(layer, side.lower())
                 entries = {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, torch.Tensor)}
                 for entry, value in {"value": parameter.detach(), **entries}.items():
                     found[f"{key}.{side}.{entry}"] = value.clone()
@@ -426,11 +422,8 @@ def test_moments_after_a_cut_are_those_of_the_gated_run(name: str, kind: str) ->
             found = state(small, optimizer)
             for key, value in at_kept(end).items():
                 torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-3)
-            for layer in layers(model, "local").values():
-                assert (layer.out_features, layer.in_features) == (
-                    layer.lora_B["local"].out_features,
-                    layer.lora_A["local"].in_features,
-                )
+            for layer in layers(model).values():
+                assert (layer.out_features, layer.in_features) == (layer.b.shape[0], layer.a.shape[1])
     assert snapshot(model) == before
 
 
@@ -451,7 +444,7 @@ def test_a_cut_that_would_grow_something_back_is_refused() -> None:
 
 
 def test_a_gate_on_the_layer_beneath_an_adapter_would_leak() -> None:
-    """Planted: the hook on peft's base layer hides nothing from the adapter's branch."""
+    """Planted: the hook on the layer beneath hides nothing from the adapter's branch."""
     model = model_of("llama-mha")
     anatomy = layout_of(model)
     name, value = readers(anatomy, "q")[0], torch.tensor([1.0, 0.0, 1.0, 0.0])
