@@ -72,6 +72,7 @@ UNITS: Mapping[str, str] = {
     "modes": "share of the top speed",
     "multiple": "channels",
     "new_tokens": "tokens",
+    "processes": "processes",
     "queries": "directions per step",
     "ramp": "share of the rounds",
     "rank": "rank",

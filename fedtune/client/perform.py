@@ -42,6 +42,7 @@ from fedtune.model.lora import frozen_change, read_local, start, with_adapters
 from fedtune.model.objective import Hooks
 from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
+from fedtune.model.shares import ALONE, Shares
 from fedtune.model.train import OnStep, no_steps, report_out_of_memory, train, uses_autocast
 from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
@@ -63,12 +64,14 @@ def perform(
     replicas: Replicas | None = None,
     held_out: Sequence[Example] = (),
     on_step: OnStep = no_steps,
+    shares: Shares = ALONE,
 ) -> ClientUpdate:
     """Do what an assignment asks on so many CPU threads, and return the update; the base is afterwards as before.
 
     The number of threads is an argument, not the machine's choice, because it changes the last bits of a sum. Replicas
     are what this process remembers of earlier rounds; without them every short message is asked for again, whole.
     The losses before and after are those of rows that the client holds out, or of training rows if it holds out none.
+    With shares the steps of an adapter's training are divided among several processes, each of which calls this.
 
     Raises:
         ClientError: if the base is another, the training fails, or the client holds no example.
@@ -81,7 +84,7 @@ def perform(
             case ProbeSeeds() as task:
                 return measure_seeds(base, examples, assignment, task, replicas or Replicas(), held_out, on_step)
             case TrainLora() as task:
-                return train_adapter(base, examples, assignment, task, held_out, on_step)
+                return train_adapter(base, examples, assignment, task, held_out, on_step, shares)
 
 
 def measure_seeds(
@@ -166,6 +169,7 @@ def train_adapter(
     task: TrainLora,
     held_out: Sequence[Example] = (),
     on_step: OnStep = no_steps,
+    shares: Shares = ALONE,
 ) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
     plan = assignment.plan
@@ -183,7 +187,7 @@ def train_adapter(
             extend = partial(Hooks, terms=task.terms) if task.terms else None
             rows = loss_rows(examples, held_out, plan.client, count=num_loss_rows(examples_seen(plan.training)))
             initial = start(task, plan, base.modules)
-            learned = train_locally(base, examples, assignment, initial, extend, rows, on_step)
+            learned = train_locally(base, examples, assignment, initial, extend, rows, on_step, shares)
             result, measured = lora_result(base, assignment, task, learned), learned.measured
     return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
 
@@ -221,6 +225,7 @@ def train_locally(
     extend: Extend | None = None,
     rows: Sequence[Example] = (),
     on_step: OnStep = no_steps,
+    shares: Shares = ALONE,
 ) -> LocalTraining:
     """Train an adapter from its initial value as an assignment asks.
 
@@ -232,6 +237,7 @@ def train_locally(
         extend: from the model with its adapters to what is done beside plain steps.
         rows: on which the loss is measured before and after; see `train`.
         on_step: called after each step.
+        shares: what of each batch this process computes.
     """
     plan, task = assignment.plan, assignment.lora
     saved = task.blobs.get("saved", {})
@@ -255,6 +261,7 @@ def train_locally(
             hooks=hooks,
             rows=rows,
             on_step=on_step,
+            shares=shares,
         )
         # Inside the block: outside of it the base is as before, and what was learned is gone.
         parameters, final = dict(model.named_parameters()), read_local(model)

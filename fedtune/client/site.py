@@ -14,6 +14,8 @@ from fedtune.client.data_checks import check_examples, longest
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.client.scoring import score
+from fedtune.client.shared_work import SharedWork
+from fedtune.client.worker_process import payload
 from fedtune.config import Recipe, bind
 from fedtune.config.plugins import plugin_rows
 from fedtune.config.recipe import PYTHON, Objects, missing_object, resources, sized_adapter
@@ -31,7 +33,7 @@ from fedtune.model import embedded
 from fedtune.model.base import Base, base_from_object, load, load_tokenizer
 from fedtune.model.base_config import class_order
 from fedtune.model.classes import match_classes, named_rows, shorten
-from fedtune.model.device import memory_bytes
+from fedtune.model.device import memory_bytes, share_devices
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings, same_everywhere
 from fedtune.model.token_layers import token_layers
@@ -68,6 +70,8 @@ class Site:
     """Loads the same client with other class names or another day; None where all clients have the same anyhow."""
     on_step: OnStep = no_steps
     """Hears of each step of a training."""
+    shared: SharedWork | None = None
+    """The processes beside this one that its training is divided among."""
 
     def with_labels(self, labels: Sequence[str], date: str = "") -> Site:
         """Return the client with the class names, and the day, that all clients of a run use; empty: its own."""
@@ -113,7 +117,8 @@ class Site:
         # Over the link this was checked before the download; over Flower nothing else does.
         for _, reason in limit_violations(site.policy, assignment, len(site.examples)):
             raise ClientError(f"{self.client}: {reason}")
-        update = perform(
+        work = partial(
+            perform,
             site.base,
             site.examples,
             assignment,
@@ -122,6 +127,8 @@ class Site:
             held_out=site.held_out,
             on_step=self.on_step,
         )
+        shared = site.shared
+        update = shared.perform(assignment, lambda s: work(shares=s), threads=site.threads) if shared else work()
         # A site that keeps its losses has a log to write them to: there the caller takes them out.
         return without_losses(update) if self.scores == "refuse" else update
 
@@ -188,6 +195,18 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
             Fault("name", f"one of the clients of data.split ({', '.join(list(shards)[:8])})", repr(name)), source=path
         )
     shard = shards[name]
+    shared = None
+    if settings.model.processes > 1:
+        spec = payload(
+            same_everywhere(settings.model),
+            settings.adapter.settings,
+            {settings.name: shard.train},
+            held_out={settings.name: shard.held_out},
+            root=settings.root,
+            seed=settings.seed,
+            labels=federation.labels,
+        )
+        shared = SharedWork(*spec, share_devices(settings.model), base=base.digest)
     return Site(
         settings.name,
         base,
@@ -197,6 +216,7 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
         held_out=shard.held_out,
         scores=settings.policy.scores,
         policy=settings.policy,
+        shared=shared,
         date=written_day(settings.model, data, federation, base),
         reload=lambda names, day: from_file(path, tuple(names), day),
     )

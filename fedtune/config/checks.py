@@ -357,6 +357,7 @@ def batched_clients_faults(recipe: Recipe) -> Iterator[Fault]:
         return
     reasons = {
         "engine.name": (recipe.engine.name != "inprocess", quote(recipe.engine.name)),
+        "model.processes": (recipe.model.processes > 1, str(recipe.model.processes)),
         "method.name": (method_type_of(recipe).task is not TrainLora, quote(recipe.method.name)),
         "client.dropout": (recipe.client.dropout > 0, f"{recipe.client.dropout:g}"),
         "client.gradient_checkpointing": (recipe.client.gradient_checkpointing, "true"),
@@ -368,6 +369,22 @@ def batched_clients_faults(recipe: Recipe) -> Iterator[Fault]:
             expected = "clients one after the other (1, or auto) beside " + path
             hint = "leave engine.batch_clients at auto, or train plain adapters in process"
             yield Fault("engine.batch_clients", expected, f"{recipe.engine.batch_clients} with {got}", hint)
+
+
+def shared_work_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Refuse several processes per client where something else divides the devices, or no step could be divided."""
+    if recipe.model.processes == 1:
+        return
+    reasons = {
+        "engine.name": (recipe.engine.name != "inprocess", quote(recipe.engine.name)),
+        "method.name": (method_type_of(recipe).task is not TrainLora, quote(recipe.method.name)),
+        "pruning": (recipe.pruning is not None, "that table"),
+        "a model given as a Python object": (recipe.objects.model is not None, "one"),
+    }
+    for path, (there, got) in reasons.items():
+        if there:
+            hint = "leave it out, or train plain adapters in process on a base that every process can load by name"
+            yield Fault("model.processes", f"1 beside {path}", f"{recipe.model.processes} with {got}", hint)
 
 
 RULES: Sequence[Rule] = (
@@ -401,4 +418,5 @@ RULES: Sequence[Rule] = (
     start_faults,
     object_faults,
     batched_clients_faults,
+    shared_work_faults,
 )

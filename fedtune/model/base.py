@@ -24,7 +24,7 @@ from fedtune.model.base_config import auto_class, read_config
 from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.base_paths import check_vocabulary
 from fedtune.model.classes import draw_output_layer, output_layer
-from fedtune.model.device import DTYPES, choose_device, name_of, number_format
+from fedtune.model.device import DTYPES, choose_device, name_of, number_format, share_devices
 from fedtune.model.fused_loss import projects_plainly
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import (
@@ -171,6 +171,7 @@ def load(
     path = locate(settings, root)
     check_folder(settings, path)
     # Before the weights are read, which may take minutes.
+    share_devices(settings)
     settings = replace(settings, dtype=number_format(settings))
     classifies = settings.task == "classification"
     try:

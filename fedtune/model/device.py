@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -33,6 +33,32 @@ def choose_device(name: str) -> torch.device:
     if device is None or device.type not in available or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise ConfigError(Fault("model.device", f"one of auto, {', '.join(available)}", repr(name), "leave it at auto"))
     return device
+
+
+def share_devices(settings: ModelSettings) -> Sequence[str]:
+    """Return the devices of the processes that train together, the first of which is the one that asks.
+
+    Raises:
+        ConfigError: if there are fewer devices than processes, or the machine has none that can share.
+    """
+    if (count := settings.processes) == 1:
+        return [settings.device]
+    device = choose_device(settings.device)
+    if device.type == "cuda" and device.index is None:
+        if (there := torch.cuda.device_count()) < count:
+            raise ConfigError(Fault("model.processes", f"at most {there}, the GPUs of this machine", str(count)))
+        return [f"cuda:{place}" for place in range(count)]
+    if settings.device == "cpu":
+        there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if there < count:
+            raise ConfigError(Fault("model.processes", f"at most {there}, the cores of this process", str(count)))
+        return ["cpu"] * count
+    if device.type == "cuda":
+        expected, hint = f"1 with model.device = {settings.device!r}, which names one GPU", 'set model.device = "cuda"'
+    else:
+        expected = "1 on a machine without CUDA"
+        hint = 'leave it out, or set model.device = "cpu" for processes that share the cores'
+    raise ConfigError(Fault("model.processes", expected, str(count), hint))
 
 
 def number_format(settings: ModelSettings) -> NumberFormat:

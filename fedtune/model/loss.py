@@ -21,8 +21,18 @@ def summed_loss(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
 
 def fused_cross_entropies(model: Any, batch: Batch) -> torch.Tensor:
     """Return the same of a causal model without its logits: only tokens that count go through the output layer."""
-    hidden = model.base_model(**batch.inputs, use_cache=False)[0]
-    labels = batch.labels[:, 1:].flatten()  # the output at t predicts token t + 1
+    return hidden_cross_entropies(model, hidden_of(model, batch), batch.labels)
+
+
+def hidden_of(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the last hidden states of a batch: (batch, time, width)."""
+    hidden: torch.Tensor = model.base_model(**batch.inputs, use_cache=False)[0]
+    return hidden
+
+
+def hidden_cross_entropies(model: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy summed over the tokens that count of some rows' last hidden states, in float32."""
+    labels = labels[:, 1:].flatten()  # the output at t predicts token t + 1
     [places] = (labels != IGNORED).nonzero(as_tuple=True)
     counted = hidden[:, :-1].flatten(0, 1).index_select(0, places)
     return head_cross_entropies(model.get_output_embeddings(), counted, labels[places])

@@ -33,6 +33,10 @@ class ModelSettings:
     threads: Annotated[int, Ge(1)] = 1
     """CPU threads that each client trains with, on every engine. Another number changes the last bits of the result.
     With small models one thread and a worker process per core is fastest."""
+    processes: Annotated[int, Ge(1)] = field(default=1, metadata=OMIT_DEFAULT)
+    """Processes that train one client's adapter together, each on a GPU of its own (`cuda:0`, `cuda:1`, ...) with the
+    whole base: each computes its share of the rows of every batch. With `device = "cpu"` they are processes of the CPU.
+    """
     digest: str | None = field(default=None, metadata=OMIT_DEFAULT)
     """SHA-256 of the base in this number format, as `fedtune plan --pin` writes it here; another base is refused. none
     takes any."""

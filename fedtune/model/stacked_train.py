@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -20,7 +21,7 @@ from fedtune.model.base import Base
 from fedtune.model.batches import Batch, batches, collate, padding_side
 from fedtune.model.frozen import FrozenChange
 from fedtune.model.lora import with_adapters
-from fedtune.model.loss import cross_entropies, logits_of
+from fedtune.model.loss import cross_entropies, hidden_cross_entropies, hidden_of, logits_of
 from fedtune.model.stacked_lora import unstack, with_stacks
 from fedtune.model.train import autocast, learning_rate, make_optimizer, peak_bytes, uses_autocast
 
@@ -180,10 +181,14 @@ def longer(batch: Batch, base: Base) -> Batch:
 
 def summed_losses(base: Base, part: JoinedBatch, training: Training) -> torch.Tensor:
     """Return the cross-entropy of each client's rows, summed over what counts of them: (clients,)."""
+    batch, model, task = part.batch, base.model, base.task
     with autocast(training, base.device):
-        logits = logits_of(base.model, part.batch, task=base.task)
-        shares = zip(logits.split(training.batch), part.batch.labels.split(training.batch), strict=True)
-        return torch.stack([cross_entropies(own, labels, task=base.task) for own, labels in shares])
+        if batch.fused:
+            outputs, summed = hidden_of(model, batch), partial(hidden_cross_entropies, model)
+        else:
+            outputs, summed = logits_of(model, batch, task=task), partial(cross_entropies, task=task)
+        shares = zip(outputs.split(training.batch), batch.labels.split(training.batch), strict=True)
+        return torch.stack([summed(own, labels) for own, labels in shares])
 
 
 def backward(base: Base, parts: Sequence[JoinedBatch], training: Training) -> Sequence[float]:

@@ -23,6 +23,7 @@ from fedtune.model.batches import Batch, batches, collate
 from fedtune.model.lora import layers
 from fedtune.model.loss import summed_loss
 from fedtune.model.objective import Hooks
+from fedtune.model.shares import ALONE, Shares
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive
 
@@ -84,6 +85,7 @@ def train(
     hooks: Hooks | None = None,
     rows: Sequence[Example] = (),
     on_step: OnStep = no_steps,
+    shares: Shares = ALONE,
 ) -> Trained:
     """Take `training.steps` optimizer steps on all parameters of the base's model that require a gradient.
 
@@ -99,6 +101,7 @@ def train(
         hooks: what is done beside that: after each backward pass, and after every step but the last.
         rows: on which the loss is measured before the first step and after the last one; without any it is not.
         on_step: called after each step.
+        shares: what of each batch this process computes; the others of the client take the same steps.
 
     Raises:
         ClientError: if there is no example, or a loss is not finite; of memory see `report_out_of_memory`.
@@ -111,11 +114,14 @@ def train(
     [group] = optimizer.param_groups
     losses, tokens, loss_before = list[float](), 0, loss_on(base, rows, training)
     check_finite(loss_before, f"{client}, before step 1", training)
-    with training_mode(base, training), torch_seed(derive(key, "dropout"), base.device):
+    with training_mode(base, training), torch_seed(derive(key, "dropout", shares.place), base.device):
         for step in range(training.steps):
             group["lr"] = learning_rate(training, step, training.steps)
-            parts = [collate([examples[i] for i in next(order)], base) for _ in range(training.accumulation)]
-            losses.append(backward(base, parts, training))
+            chosen = [shares.own(next(order)) for _ in range(training.accumulation)]
+            parts = [collate([examples[i] for i in own], base) for own in chosen if own]
+            counted, seen = sum(batch.count for batch in parts), sum(batch.tokens for batch in parts)
+            loss, seen = shares.join(group["params"], backward(base, parts, training), counted, seen)
+            losses.append(loss)
             # After one step on a loss that is not finite, every parameter would be NaN.
             check_finite(losses[-1], f"{client}, step {step + 1}", training)
             if hooks:
@@ -124,7 +130,7 @@ def train(
                 torch.nn.utils.clip_grad_norm_(group["params"], training.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens += sum(batch.tokens for batch in parts)
+            tokens += seen
             on_step(step + 1, training.steps)
             if hooks and step + 1 < training.steps:
                 hooks.after_step(step + 1, optimizer)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from fedtune.client.batched import LARGEST, Batched, Resident
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
+from fedtune.client.shared_work import SharedWork
 from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
 from fedtune.config import Recipe, render
@@ -20,10 +21,11 @@ from fedtune.config.recipe import largest_rank, method_of, resources, sized_adap
 from fedtune.data.encode import depends_on_date
 from fedtune.data.federation import Federation, digest
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Blueprint, Client, ProbeSeeds
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, ProbeSeeds
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base
+from fedtune.model.device import share_devices
 from fedtune.model.libraries import threads
 from fedtune.model.pruned_training import block_layout, with_pruned_model
 from fedtune.model.samples import answers
@@ -261,35 +263,41 @@ def transport(experiment: Experiment, fork_server: ForkServer | None = None) -> 
             with ray(experiment) as engine:
                 yield engine
         case _:
-            yield in_process(experiment)
+            with shared_work(experiment) as shared:
+                yield in_process(experiment, shared)
 
 
 def clients(experiment: Experiment) -> Sequence[Client]:
     return [Client(name=name, num_examples=count) for name, count in experiment.fleet.items()]
 
 
-def in_process(experiment: Experiment) -> InProcess:
+def in_process(experiment: Experiment, shared: SharedWork | None = None) -> InProcess:
     """Return the engine that runs clients over this process's base: one after the other, or several at once."""
     recipe, shards = experiment.recipe, experiment.federation.clients
     replicas = Replicas()
-    work = {
-        name: partial(
+
+    def work(name: str, assignment: Assignment) -> ClientUpdate:
+        shard, threads = shards[name], resources(recipe, name).threads
+        own = partial(
             perform,
             experiment.base,
             shard.train,
-            threads=resources(recipe, name).threads,
+            assignment,
+            threads=threads,
             replicas=replicas,
             held_out=shard.held_out,
         )
-        for name, shard in shards.items()
-    }
-    if (at_once := batched_clients(recipe.engine.batch_clients, experiment.base.device.type)) == 1:
-        return InProcess(fleet=clients(experiment), work=work)
+        return shared.perform(assignment, lambda shares: own(shares=shares), threads=threads) if shared else own()
+
+    works = {name: partial(work, name) for name in shards}
+    at_once = 1 if shared else batched_clients(recipe.engine.batch_clients, experiment.base.device.type)
+    if at_once == 1:
+        return InProcess(fleet=clients(experiment), work=works)
     residents = {
         name: Resident(shard.train, shard.held_out, resources(recipe, name).threads) for name, shard in shards.items()
     }
     together = Batched(experiment.base, residents, most=at_once)
-    return InProcess(fleet=clients(experiment), work=work, together=together, at_once=at_once)
+    return InProcess(fleet=clients(experiment), work=works, together=together, at_once=at_once)
 
 
 def batched_clients(setting: Literal["auto"] | int, device: str) -> int:
@@ -298,21 +306,33 @@ def batched_clients(setting: Literal["auto"] | int, device: str) -> int:
     return setting if isinstance(setting, int) else LARGEST if device == "cuda" else 1
 
 
+def shared_work(experiment: Experiment) -> AbstractContextManager[SharedWork | None]:
+    """Return the processes beside this one that each client's steps are divided among; None where there are none."""
+    model = experiment.recipe.model
+    if model.processes == 1:
+        return nullcontext()
+    return SharedWork(*payload_of(experiment), share_devices(model), base=experiment.base.digest)
+
+
+def payload_of(experiment: Experiment) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
+    """Return what other processes load to do the work of clients."""
+    recipe, shards = experiment.recipe, experiment.federation.clients
+    return payload(
+        recipe.model,
+        sized_adapter(recipe),
+        {name: shard.train for name, shard in shards.items()},
+        root=recipe.root,
+        seed=recipe.seed,
+        labels=experiment.federation.labels,
+        base=experiment.base.digest,
+        held_out={name: shard.held_out for name, shard in shards.items()},
+    )
+
+
 def pool(experiment: Experiment, fork_server: ForkServer) -> ProcessPool:
     """Return the engine of worker processes, and have their fork server load base and data."""
     recipe, shards = experiment.recipe, experiment.federation.clients
-    fork_server.load(
-        *payload(
-            recipe.model,
-            sized_adapter(recipe),
-            {name: shard.train for name, shard in shards.items()},
-            root=recipe.root,
-            seed=recipe.seed,
-            labels=experiment.federation.labels,
-            base=experiment.base.digest,
-            held_out={name: shard.held_out for name, shard in shards.items()},
-        )
-    )
+    fork_server.load(*payload_of(experiment))
     return ProcessPool(
         fork_server,
         clients(experiment),
