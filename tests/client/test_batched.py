@@ -120,7 +120,7 @@ def test_one_forward_pass_serves_all_clients(
     loaded: Callable[..., Base], clients: dict[str, Resident], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, rows = loaded(), list[int]()
-    handle = base.model.register_forward_pre_hook(
+    handle = base.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     Batched(base, clients)([order(base, name, training=replace(TRAINING, steps=2)) for name in clients])
