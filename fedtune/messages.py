@@ -13,7 +13,8 @@ from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import BlockLayout, ModelStructure
 from fedtune.tensors import Array, Tensors
 
-WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
+WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+Upload: TypeAlias = Literal["factors", "difference"]
 Weighting: TypeAlias = Literal["examples", "uniform"]
 BankName: TypeAlias = Literal["hadamard", "gaussian", "kron"]
 Sampling: TypeAlias = Literal["uniform", "distinct", "pro"]
@@ -174,8 +175,8 @@ class TrainLora:
 
     a_key: int
     train: Literal["ab", "b"] = "ab"
-    upload: Literal["factors", "difference"] = "factors"
-    """difference: end minus start of either factor, which keeps its precision in a 16-bit wire format."""
+    upload: Upload = "factors"
+    """difference: end minus start of either factor, which keeps its precision in a wire format of 16 bits or fewer."""
     wire_dtype: WireDtype = "bf16"
     """Number format of the upload; modules_to_save always travel in fp32."""
     terms: tuple[Term, ...] = ()
@@ -183,7 +184,8 @@ class TrainLora:
     blobs: Mapping[str, Tensors] = field(default_factory=dict)
     """Tensors by role: `global` (frozen adapter), `local` (start of the trainable one), `saved` (modules_to_save).
 
-    Adapters are flat, as `adapter.pack` makes them. In `global`, `<module>.w` (out, in) may replace both factors.
+    Adapters are flat, as `adapter.pack` makes them. In `global`, `<module>.w` (out, in) may replace both factors. Both
+    may be quantised (`number_formats`).
     """
     pruning: Pruning | None = None
     """How the model is pruned; the blobs are in the coordinates of all that `stages` and `previous` keep, or of the
@@ -298,7 +300,8 @@ class LoraResult:
     """The result of a `TrainLora` task."""
 
     tensors: Tensors
-    """Flat factors `<module>.a`, `<module>.b`, the scale folded into b; only `.b` where only B is trained."""
+    """Flat factors `<module>.a`, `<module>.b`, the scale folded into b; only `.b` where only B is trained. Quantised as
+    they travel (`number_formats`), float32 once they are admitted."""
     saved: Tensors = field(default_factory=dict)
     """modules_to_save, by parameter name, float32."""
     base: str = ""
@@ -425,6 +428,8 @@ class AdmittedUpdate:
     """How large its change is, by role; each is within the bounds of the round."""
     weight: Weight | None = None
     """What it counts, as set before the round began; None outside of rounds: its own examples."""
+    upload: Upload = "factors"
+    """What its tensors are, as the task has asked."""
 
     def counts(self, weights: Weighting) -> int:
         """Return what the update counts in a mean over its cohort, in proportion to the others."""

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("seeds",),
     ("tensors", "data"),
-    ("directions", "lora"),
+    ("directions", "lora", "number_formats"),
     ("pruning",),
     ("messages",),
     ("methods", "planning", "wire", "model"),

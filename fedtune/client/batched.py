@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedtune.client.perform import LocalTraining, examples_seen, lora_result
+from fedtune.client.perform import LocalTraining, examples_seen, in_numbers, lora_result
 from fedtune.data.encode import Example
 from fedtune.data.loss_rows import loss_rows, num_loss_rows
 from fedtune.errors import FedtuneError
@@ -112,8 +112,13 @@ def updates_of(
     """Return the updates of clients that are trained together, without those whose loss was not finite."""
     members = [member_of(base, client, assignment) for client, assignment in zip(clients, assignments, strict=True)]
     first = assignments[0]
+    frozen = frozen_change(in_numbers(first, "global").lora)
     results = train_together(
-        base, members, first.plan.training, frozen=frozen_change(first.lora), train=first.lora.train
+        base,
+        members,
+        first.plan.training,
+        frozen=frozen,
+        train=first.lora.train,
     )
     return {
         assignment.plan.client: update_of(base, client, assignment, member, learned)
@@ -129,7 +134,7 @@ def member_of(base: Base, client: Resident, assignment: Assignment) -> Member:
         client.examples,
         loss_rows(client.examples, client.held_out, plan.client, count=count),
         assignment.seed,
-        start(assignment.lora, plan, base.modules),
+        start(in_numbers(assignment, "local").lora, plan, base.modules),
         plan.scale,
     )
 

@@ -44,9 +44,10 @@ from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
 from fedtune.model.shares import ALONE, Shares
 from fedtune.model.train import OnStep, no_steps, report_out_of_memory, train, uses_autocast
+from fedtune.number_formats import from_wire, to_wire
 from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
-from fedtune.tensors import Tensors, cast
+from fedtune.tensors import Tensors
 
 Extend: TypeAlias = Callable[[torch.nn.Module], Hooks]
 """From a model with its adapters to what its training does beside plain steps."""
@@ -172,7 +173,8 @@ def train_adapter(
     shares: Shares = ALONE,
 ) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
-    plan = assignment.plan
+    plan, assignment = assignment.plan, in_numbers(assignment, "global", "local")
+    task = assignment.lora
     # Before training: hours of work on another base would only be refused in the end.
     if assignment.base and assignment.base != base.digest:
         raise wrong_base(assignment, base)
@@ -190,6 +192,13 @@ def train_adapter(
             learned = train_locally(base, examples, assignment, initial, extend, rows, on_step, shares)
             result, measured = lora_result(base, assignment, task, learned), learned.measured
     return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
+
+
+def in_numbers(assignment: Assignment, *roles: str) -> Assignment:
+    """Return an assignment whose tensors of some roles are numbers where codes came: training works on those."""
+    task = assignment.lora
+    blobs = {role: from_wire(blob) if role in roles else blob for role, blob in task.blobs.items()}
+    return replace(assignment, task=replace(task, blobs=blobs))
 
 
 def examples_seen(training: Training) -> int:
@@ -273,7 +282,8 @@ def train_locally(
 
 def lora_result(base: Base, assignment: Assignment, task: TrainLora, learned: LocalTraining) -> LoraResult:
     tensors = upload(learned.initial, learned.final, task, scale=assignment.plan.scale)
-    return LoraResult(cast(tensors, task.wire_dtype), learned.saved, base.digest)
+    # Rounded at random: a change smaller than half a step then still counts, on average over clients and rounds.
+    return LoraResult(to_wire(tensors, task.wire_dtype, key=assignment.seed), learned.saved, base.digest)
 
 
 def train_pruned(
@@ -377,11 +387,17 @@ def mask_of(pruning: Pruning, ratio: float, parts: Structures, worth: Tensors, b
     return b""
 
 
+def difference(initial: Factors, final: Factors) -> Factors:
+    """Return what training has changed; of ranks that the client has cut nothing is sent."""
+    rank = final.rank
+    return Factors(a=final.a - initial.a[:rank], b=final.b - initial.b[:, :rank])
+
+
 def upload(initial: Adapter, final: Adapter, task: TrainLora, *, scale: float) -> Tensors:
     """Return the flat tensors that go up, the scale folded into b; see `TrainLora.upload` and `.train`."""
     if task.upload == "difference":
         # In float32, before the cast: in 16 bits the small difference of two large factors is mostly rounding.
-        final = {name: Factors(a=f.a - initial[name].a, b=f.b - initial[name].b) for name, f in final.items()}
+        final = {name: difference(initial[name], factors) for name, factors in final.items()}
     tensors = {f"{name}.b": scale * factors.b for name, factors in final.items()}
     if task.train == "ab":
         tensors |= {f"{name}.a": factors.a for name, factors in final.items()}

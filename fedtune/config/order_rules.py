@@ -9,9 +9,10 @@ from typing import Any, Protocol, TypeAlias
 from fedtune.config.recipe import Recipe, method_of
 from fedtune.errors import ShapeError
 from fedtune.messages import Assignment, ProbeSeeds, ScoreRequest, TailRank
+from fedtune.number_formats import CODES, FORMATS, SCALE_DTYPE, SCALES, scales_shape
 from fedtune.pruning.ranking import PruningSettings, counts
 from fedtune.pruning.structure import from_bitmap
-from fedtune.tensors import DTYPES, Array, Tensors
+from fedtune.tensors import Array, Tensors
 from fedtune.wire.profile import ClientProfile
 
 
@@ -220,8 +221,14 @@ def blob_faults(
     if shapes != wanted and (shapes or rank is not None):
         yield f"as saved {short_text(sorted(wanted))} in this site's shapes"
     for role in ("global", "local"):
-        for name, tensor in blobs.get(role, {}).items():
-            if fault := factor_fault(name, tensor, model.modules, rank if role == "local" else None, pruned=pruned):
+        tensors = blobs.get(role, {})
+        for name, tensor in tensors.items():
+            if name.endswith(SCALES):
+                fault = scales_fault(name, tensor, tensors)
+            else:
+                fault = factor_fault(name, tensor, model.modules, rank if role == "local" else None, pruned=pruned)
+                fault = fault or codes_fault(name, tensor, tensors)
+            if fault:
                 yield f"as {role} {fault}"
 
 
@@ -233,8 +240,8 @@ def factor_fault(
     shape = modules.get(module)
     if shape is None or side not in ("a", "b", "w"):
         return f"factors of this site's layers; not {short_text(name)}"
-    if tensor.dtype not in DTYPES.values() or tensor.ndim != 2:
-        return f"{short_text(name)} as a matrix of numbers in 16 or 32 bits"
+    if tensor.dtype not in FORMATS.values() or tensor.ndim != 2:
+        return f"{short_text(name)} as a matrix of numbers in 16 or 32 bits, or of codes"
     m, n = shape
     rows, columns = tensor.shape
     width = {"a": rows, "b": columns, "w": 0}[side]
@@ -245,6 +252,20 @@ def factor_fault(
             return f"{short_text(name)} of this site's shape {shape}"
     if width > (max(m, n) if rank is None else rank):
         return f"{short_text(name)} of at most rank {max(m, n) if rank is None else rank}"
+    return ""
+
+
+def codes_fault(name: str, tensor: Array, tensors: Tensors) -> str:
+    """Return what is expected beside codes; empty if it is there, or the tensor holds none."""
+    coded, scaled = tensor.dtype in CODES.values(), name + SCALES in tensors
+    return "" if coded == scaled else f"{short_text(name)} as {'codes with' if coded else 'numbers without'} scales"
+
+
+def scales_fault(name: str, scales: Array, tensors: Tensors) -> str:
+    """Return what is expected of scales that are none of a factor's codes; empty if they are."""
+    codes = tensors.get(of := name.removesuffix(SCALES))
+    if codes is None or codes.ndim != 2 or scales.dtype != SCALE_DTYPE or scales.shape != scales_shape(of, codes.shape):
+        return f"{short_text(name)} as a scale for every group of codes"
     return ""
 
 

@@ -9,7 +9,7 @@ from fedtune.messages import WireDtype
 from fedtune.pruning.ranking import PruningSettings, counts, unit_of
 from fedtune.pruning.structure import Block, BlockLayout, Side
 
-BYTES: Mapping[WireDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES: Mapping[WireDtype, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1 + 2 / 64, "int4": 0.5 + 2 / 64}
 ACTIVATION_BYTES = 34
 """Per token, layer and entry of the residual stream, for the backward pass of 16-bit numbers; assumed."""
 RUNTIME_BYTES = 0.5e9

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
 
 from fedtune.lora.adapter import Factors, draw_a
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, ProbeSeeds, Role, Size, TrainLora
+from fedtune.number_formats import from_wire
 from fedtune.tensors import Array, Tensors, squared_norm
 
 Terms: TypeAlias = Sequence[Factors]
@@ -82,6 +83,8 @@ def change_of(
     if isinstance(task, ProbeSeeds):
         yield Change(scalars={"scalars": update.probe.scalars.astype(np.float32)})
         return
+    # Numbers, where codes were sent: a client starts from what it could decode.
+    task = replace(task, blobs={role: from_wire(tensors) for role, tensors in task.blobs.items() if role == "local"})
     sent = update.lora.tensors
     for name, (_, n) in sorted(blueprint.modules.items()):
         fresh = drawn[name] if drawn else None
@@ -121,9 +124,10 @@ def end_and_change(sent: Array | None, start: Array, task: TrainLora) -> tuple[A
     if sent is None:
         return start, np.zeros((0, start.shape[1]), np.float32)
     wide = sent.astype(np.float32, copy=False)
-    if task.upload == "difference":
+    if task.upload == "difference" and len(wide) == len(start):
         return start + wide, wide
-    end = pad_rows(wide, len(start))  # ranks that a client has cut are gone
+    trained = start[: len(wide)] + wide if task.upload == "difference" else wide
+    end = pad_rows(trained, len(start))  # ranks that a client has cut are gone
     return end, end - start
 
 

@@ -24,10 +24,11 @@ from fedtune.messages import (
 from fedtune.methods.adapter_start import fill, rank_of
 from fedtune.methods.fedit import shared_start
 from fedtune.methods.flora import warm_start
-from fedtune.methods.method import Method, make_assignment, mean_saved, step
+from fedtune.methods.method import Method, end_of, make_assignment, mean_saved, step
 from fedtune.methods.serialization import NOT_PERSISTED
-from fedtune.methods.settings import AveragingSettings
-from fedtune.tensors import Tensors, cast, weighted_mean
+from fedtune.methods.settings import AveragingSettings, down_dtype
+from fedtune.number_formats import to_wire
+from fedtune.tensors import Tensors, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class FedExState:
         # Its rank is up to (K + 1) r for K clients, so the dense matrix may be the smaller message.
         frozen = lowrank.smallest(lowrank.adapter(lowrank.unpack(self.residual)))
         return {
-            "global": cast(frozen, self.settings.wire_dtype),
-            "local": cast(self.tensors, self.settings.wire_dtype),
+            "global": to_wire(frozen, down_dtype(self.settings)),
+            "local": to_wire(self.tensors, down_dtype(self.settings)),
         }
 
 
@@ -84,9 +85,9 @@ def start(state: FedExState, adapter: Adapter, saved: Tensors) -> FedExState:
 
 
 def assign(state: FedExState, seed: int, planned: PlannedClient) -> Assignment:
-    """Send both factors to train and the residual frozen; the client returns both factors."""
+    """Send both factors to train and the residual frozen; the client returns what has changed."""
     # The key is not used: every row of A is sent.
-    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)
+    task = TrainLora(a_key=0, upload="difference", wire_dtype=state.settings.wire_dtype)
     return make_assignment("fedex", state, seed, planned.plan, task, state.sent)
 
 
@@ -97,10 +98,11 @@ def aggregate(state: FedExState, updates: Sequence[AdmittedUpdate]) -> FedExStat
     factors; at eta = 1 the paper's equation 5, accumulated.
     """
     cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
-    mean = weighted_mean([(update.lora.tensors, share) for update, share in cohort])
+    ends = [(end_of(state.tensors, update), share) for update, share in cohort]
+    mean = weighted_mean(ends)
     tensors = step(state.tensors, mean, rate)
     old, new = unpack(state.tensors), unpack(tensors)
-    adapters = [(unpack(update.lora.tensors), rate * share) for update, share in cohort]
+    adapters = [(unpack(end), rate * share) for end, share in ends]
     # Only differences enter the residual: what the mean of factors represents already is subtracted again.
     residual = weighted_sums(
         {
@@ -138,6 +140,7 @@ METHOD = Method(
     adapter=adapter,
     ranks="equal",
     wire_dtype=lambda settings: settings.wire_dtype,
+    down_dtype=down_dtype,
     why_not_linear="its residual holds every client's product; fedit averages the same factors",
     why_not_pruned="its residual is that of whole factors",
 )

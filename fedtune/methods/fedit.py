@@ -11,11 +11,12 @@ import numpy as np
 from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
 from fedtune.methods.adapter_start import fill
-from fedtune.methods.method import LinearMethod, join, make_assignment, move
+from fedtune.methods.method import LinearMethod, end_of, join, make_assignment, move
 from fedtune.methods.serialization import NOT_PERSISTED
-from fedtune.methods.settings import LinearSettings
+from fedtune.methods.settings import LinearSettings, down_dtype
+from fedtune.number_formats import to_wire
 from fedtune.seeds import derive
-from fedtune.tensors import Tensors, cast
+from fedtune.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class FedItState:
     @cached_property
     def sent(self) -> Tensors:
         """The factors in wire format: one mapping for the whole cohort, so it is encoded once."""
-        return cast(self.tensors, self.settings.wire_dtype)
+        return to_wire(self.tensors, down_dtype(self.settings))
 
 
 def init(blueprint: Blueprint, settings: FedItSettings) -> FedItState:
@@ -63,14 +64,14 @@ def start(state: FedItState, adapter: Adapter, saved: Tensors) -> FedItState:
 
 
 def assign(state: FedItState, seed: int, planned: PlannedClient) -> Assignment:
-    """Send both factors; the client trains and returns both."""
+    """Send both factors; the client trains both and returns what has changed."""
     # The key is not used: every row of A is sent.
-    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)
+    task = TrainLora(a_key=0, upload="difference", wire_dtype=state.settings.wire_dtype)
     return make_assignment("fedit", state, seed, planned.plan, task, {"local": state.sent})
 
 
 def contribution(state: FedItState, update: AdmittedUpdate) -> Tensors:
-    return join(update.lora.tensors, update.lora.saved)
+    return join(end_of(state.tensors, update), update.lora.saved)
 
 
 def current(state: FedItState) -> Tensors:
@@ -99,6 +100,7 @@ METHOD = LinearMethod(
     weights=lambda state: state.settings.weights,
     advance=advance,
     wire_dtype=lambda settings: settings.wire_dtype,
+    down_dtype=down_dtype,
     why_not_pruned="a mean of factors that lack different rows and columns is up to 78 % off",
     # Factors of unequal rank have no mean; `zeropad` pads them.
     ranks="equal",

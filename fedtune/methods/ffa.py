@@ -13,11 +13,12 @@ from fedtune.lora.adapter import Adapter, Factors, draw_a
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
 from fedtune.methods.adapter_start import project
 from fedtune.methods.change import Change, change_of
-from fedtune.methods.method import LinearMethod, join, make_assignment, move, resize
+from fedtune.methods.method import LinearMethod, end_of, join, make_assignment, move, resize
 from fedtune.methods.serialization import NOT_PERSISTED
-from fedtune.methods.settings import LinearSettings
+from fedtune.methods.settings import LinearSettings, down_dtype
+from fedtune.number_formats import to_wire
 from fedtune.seeds import derive
-from fedtune.tensors import Array, Tensors, cast
+from fedtune.tensors import Array, Tensors
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,15 @@ def start(state: FfaState, adapter: Adapter, saved: Tensors) -> FfaState:
 
 
 def assign(state: FfaState, seed: int, planned: PlannedClient) -> Assignment:
-    """Send the first plan.rank columns of B; the client trains and returns B alone."""
-    task = TrainLora(a_key=state.a_key, train="b", wire_dtype=state.settings.wire_dtype)
-    sent = cast(resize(state.tensors, planned.plan.rank), state.settings.wire_dtype)
+    """Send the first plan.rank columns of B; the client trains B alone and returns what has changed."""
+    task = TrainLora(a_key=state.a_key, train="b", upload="difference", wire_dtype=state.settings.wire_dtype)
+    sent = to_wire(resize(state.tensors, planned.plan.rank), down_dtype(state.settings))
     return make_assignment("ffa", state, seed, planned.plan, task, {"local": sent})
 
 
 def contribution(state: FfaState, update: AdmittedUpdate) -> Tensors:
     """Return the client's B with zero columns up to max_rank: the same product with the whole shared A."""
-    return join(resize(update.lora.tensors, state.max_rank), update.lora.saved)
+    return join(resize(end_of(state.tensors, update), state.max_rank), update.lora.saved)
 
 
 def current(state: FfaState) -> Tensors:
@@ -115,5 +116,6 @@ METHOD = LinearMethod(
     weights=lambda state: state.settings.weights,
     advance=advance,
     wire_dtype=lambda settings: settings.wire_dtype,
+    down_dtype=down_dtype,
     why_not_pruned="its shared A would be cut differently at every client",
 )

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
+import numpy as np
+
 from fedtune.lora import lowrank
-from fedtune.lora.adapter import Adapter, unpack
+from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, unpack
 from fedtune.lora.lowrank import LowRank, weighted_sums
 from fedtune.messages import (
     AdmittedUpdate,
@@ -22,9 +25,9 @@ from fedtune.messages import (
 )
 from fedtune.methods.adapter_start import leading_components
 from fedtune.methods.flora import warm_start
-from fedtune.methods.method import Method, make_assignment, mean_saved
+from fedtune.methods.method import Method, end_of, make_assignment, mean_saved
 from fedtune.methods.serialization import NOT_PERSISTED
-from fedtune.methods.settings import AveragingSettings
+from fedtune.methods.settings import AveragingSettings, down_dtype
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors
 
@@ -50,6 +53,22 @@ class FlexLoraState:
     """D = sum of p_k b_k a_k as `lowrank.pack` makes it flat, float32, scale folded in."""
     saved: Tensors
 
+    @cached_property
+    def initial(self) -> Tensors:
+        """Flat factors that a client of the largest rank starts from, before the cast to the wire format; b of scale 1.
+
+        A client of a smaller rank starts from the first rows of a and columns of b.
+        """
+        sums, shared = lowrank.unpack(self.total), {}
+        sent = warm_start(sums, self.max_rank, "fp32")
+        for name, (m, n) in ((name, low.shape) for name, low in sums.items()):
+            a, b = draw_a(self.a_key, name, self.max_rank, n), np.zeros((m, self.max_rank), np.float32)
+            if f"{name}.a" in sent:
+                rank = len(sent[f"{name}.a"])
+                a[:rank], b[:, :rank] = sent[f"{name}.a"], sent[f"{name}.b"]
+            shared[name] = Factors(a=a, b=b)
+        return pack(shared)
+
 
 def init(blueprint: Blueprint, settings: FlexLoraSettings) -> FlexLoraState:
     """Return the first state: a sum of zero."""
@@ -70,17 +89,16 @@ def start(state: FlexLoraState, adapter: Adapter, saved: Tensors) -> FlexLoraSta
 
 
 def assign(state: FlexLoraState, seed: int, planned: PlannedClient) -> Assignment:
-    """Send the leading plan.rank components of D; the client trains and returns both factors."""
-    wire_dtype = state.settings.wire_dtype
-    start = warm_start(lowrank.unpack(state.total), planned.plan.rank, wire_dtype)
-    task = TrainLora(a_key=state.a_key, wire_dtype=wire_dtype)
+    """Send the leading plan.rank components of D; the client trains both factors and returns what has changed."""
+    start = warm_start(lowrank.unpack(state.total), planned.plan.rank, down_dtype(state.settings))
+    task = TrainLora(a_key=state.a_key, upload="difference", wire_dtype=state.settings.wire_dtype)
     return make_assignment("flexlora", state, seed, planned.plan, task, {"local": start})
 
 
 def aggregate(state: FlexLoraState, updates: Sequence[AdmittedUpdate]) -> FlexLoraState:
     """Return the state after one round: D moves to the clients' exact weighted sum."""
     cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
-    adapters = [(unpack(update.lora.tensors), rate * share) for update, share in cohort]
+    adapters = [(unpack(end_of(state.initial, update)), rate * share) for update, share in cohort]
     total = weighted_sums(
         {
             # In factors: the dense sum of a 4096 x 4096 layer would take 128 MiB in float64.
@@ -121,6 +139,7 @@ METHOD = Method(
     adapter=adapter,
     energy_kept=energy_kept,
     wire_dtype=lambda settings: settings.wire_dtype,
+    down_dtype=down_dtype,
     why_not_linear="it adds up products b a of any rank; ffa and zeropad average clients of any ranks",
     why_not_pruned="it restarts clients from whole factors",
 )

@@ -39,6 +39,7 @@ from fedtune.methods import pruning
 from fedtune.methods.change import Change, Terms, product_change, product_terms, quick_square, saved_change
 from fedtune.methods.method import Cohort, Method, make_assignment, mean_saved
 from fedtune.methods.serialization import NOT_PERSISTED
+from fedtune.number_formats import to_wire
 from fedtune.pruning.ranking import PruningSettings, Ranking, rank_units, structure_at
 from fedtune.pruning.structure import (
     FULL,
@@ -80,7 +81,7 @@ class FloraSettings:
     """Factor on the clients' mean change; 1 adds it as it is."""
     weights: Weighting = "examples"
     """examples: clients count in proportion to their training examples; uniform: all count the same."""
-    wire_dtype: WireDtype = "bf16"
+    wire_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format in which factors travel, down and up; modules_to_save always travel in fp32."""
     coverage: Literal["normalised", "zero"] = "normalised"
     """For rows and columns that only some of the pruned clients kept. normalised: their change is divided by these
@@ -352,7 +353,7 @@ def warm_start(
     # All of S in b: with its root in both factors, a toy federation had four times the error after six rounds.
     factors = slice_adapter(lowrank.adapter({n: low.components(0, rank) for n, low in changes.items()}), cut or {})
     c = np.float32(ROW_NORM)
-    return cast(pack({name: Factors(a=c * f.a, b=f.b / c) for name, f in factors.items()}), wire_dtype)
+    return to_wire(pack({name: Factors(a=c * f.a, b=f.b / c) for name, f in factors.items()}), wire_dtype)
 
 
 def adapter(state: FloraState) -> Adapter:

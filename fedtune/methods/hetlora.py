@@ -24,10 +24,11 @@ from fedtune.messages import (
 )
 from fedtune.methods.adapter_start import fill_leading
 from fedtune.methods.fedit import shared_start
-from fedtune.methods.method import Cohort, Method, make_assignment, mean_saved, resize, step
+from fedtune.methods.method import Method, end_of, make_assignment, mean_saved, resize, step
 from fedtune.methods.serialization import NOT_PERSISTED
-from fedtune.methods.settings import AveragingSettings
-from fedtune.tensors import Tensors, cast, weighted_mean
+from fedtune.methods.settings import AveragingSettings, down_dtype
+from fedtune.number_formats import to_wire
+from fedtune.tensors import Tensors, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,22 @@ def assign(state: HetLoraState, seed: int, planned: PlannedClient) -> Assignment
     plan, settings = planned.plan, state.settings
     plan = replace(plan, rank=min(plan.rank, state.ranks.get(plan.client, plan.rank)))
     task = TrainLora(
-        a_key=0, wire_dtype=settings.wire_dtype, terms=(TailRank(settings.rank_penalty, settings.rank_decay),)
+        a_key=0,
+        upload="difference",
+        wire_dtype=settings.wire_dtype,
+        terms=(TailRank(settings.rank_penalty, settings.rank_decay),),
     )
-    sent = cast(resize(state.tensors, plan.rank), settings.wire_dtype)
+    sent = to_wire(resize(state.tensors, plan.rank), down_dtype(settings))
     return make_assignment("hetlora", state, seed, plan, task, {"local": sent})
 
 
 def aggregate(state: HetLoraState, updates: Sequence[AdmittedUpdate]) -> HetLoraState:
     """Return the state after one round: padded factors move to their mean, weighted by `size_weights`."""
     cohort, rate = cohort_weights(updates, state.settings.weights), state.settings.server_learning_rate
-    parts = [
-        (resize(update.lora.tensors, state.max_rank), weight)
-        for (update, _), weight in zip(cohort, size_weights(cohort), strict=True)
-    ]
-    stated = {update.client: max(f.rank for f in unpack(update.lora.tensors).values()) for update, _ in cohort}
+    ends = {update.client: end_of(state.tensors, update) for update, _ in cohort}
+    weights = size_weights(list(ends.values()))
+    parts = [(resize(end, state.max_rank), weight) for end, weight in zip(ends.values(), weights, strict=True)]
+    stated = {client: max(f.rank for f in unpack(end).values()) for client, end in ends.items()}
     return replace(
         state,
         round=state.round + 1,
@@ -101,13 +104,13 @@ def aggregate(state: HetLoraState, updates: Sequence[AdmittedUpdate]) -> HetLora
     )
 
 
-def size_weights(cohort: Cohort) -> Sequence[float]:
+def size_weights(ends: Sequence[Tensors]) -> Sequence[float]:
     """Return each client's share of the cohort's summed Frobenius norms of b @ a over all modules; all zero: equal.
 
     The paper writes the weight for one matrix; here one weight per client covers all modules.
     """
     # Of the products, since a factor's own norm depends on how the change is split between the two.
-    norms = [norm(unpack(update.lora.tensors)) for update, _ in cohort]
+    norms = [norm(unpack(end)) for end in ends]
     total = sum(norms)
     return [size / total for size in norms] if total else [1 / len(norms)] * len(norms)
 
@@ -125,6 +128,7 @@ METHOD = Method(
     aggregate=aggregate,
     adapter=adapter,
     wire_dtype=lambda settings: settings.wire_dtype,
+    down_dtype=down_dtype,
     why_not_linear="it weighs clients by the size of their changes; zeropad averages the same factors",
     why_not_pruned="its weights compare norms of whole changes",
 )

@@ -177,7 +177,9 @@ class Method(Generic[State]):
     downlink_rank: Callable[[Any, int], int | None] = no_bound
     """(settings, a client's rank) -> the largest rank of what it is sent; None: no bound"""
     wire_dtype: Callable[[Any], WireDtype] = full_precision
-    """settings -> number format of what is sent down"""
+    """settings -> number format of what clients send"""
+    down_dtype: Callable[[Any], WireDtype] | None = None
+    """settings -> number format of what is sent down; None: as clients send"""
     start: Callable[[State, Adapter, Tensors], State] | None = None
     """(the state before round 1, an adapter of scale 1, its modules_to_save) -> the state whose global model is that
     adapter; None: the method cannot start from one"""
@@ -301,14 +303,39 @@ def mean_saved(old: Tensors, cohort: Cohort, server_learning_rate: float) -> Ten
     return step(old, weighted_mean([(update.lora.saved, share) for update, share in cohort]), server_learning_rate)
 
 
+def end_of(start: Tensors, update: AdmittedUpdate) -> Tensors:
+    """Return a client's factors after training: what it has sent, or the server's own values plus what has changed.
+
+    The server's own, and not what they were rounded to on their way down: a sum over rounds would keep each rounding.
+
+    Args:
+        start: flat factors of the client's rank or more, float32.
+        update: of the ranks that it trained and has not cut.
+    """
+    sent = update.lora.tensors
+    if update.upload == "factors":
+        return sent
+    with np.errstate(over="ignore"):
+        return {
+            name: resize_factor(start[name], name, factor_rank(name, moved)) + moved for name, moved in sent.items()
+        }
+
+
+def factor_rank(name: str, factor: Array) -> int:
+    """Return the rank of a factor: rows of a, columns of b."""
+    return int(factor.shape[0 if name.endswith(".a") else 1])
+
+
 def resize(tensors: Tensors, rank: int) -> Tensors:
     """Return flat factors cut, or padded with zeros, to a rank: rows of every `.a`, columns of every `.b`."""
     # Zero rows of a and columns of b add nothing to b a: a padded adapter is the same change of the base.
-    return {name: _resize(t, rank, axis=0 if name.endswith(".a") else 1) for name, t in tensors.items()}
+    return {name: resize_factor(factor, name, rank) for name, factor in tensors.items()}
 
 
-def _resize(factor: Array, rank: int, *, axis: int) -> Array:
+def resize_factor(factor: Array, name: str, rank: int) -> Array:
     m, n = factor.shape
-    if axis == 0:
+    if rank == factor_rank(name, factor):
+        return factor
+    if name.endswith(".a"):
         return np.concatenate([factor[:rank], np.zeros((max(0, rank - m), n), factor.dtype)], axis=0)
     return np.concatenate([factor[:, :rank], np.zeros((m, max(0, rank - n)), factor.dtype)], axis=1)

@@ -63,7 +63,15 @@ class AveragingSettings:
     weights: Weighting = "examples"
     """examples: clients count in proportion to their training examples; uniform: all count the same."""
     wire_dtype: WireDtype = "bf16"
-    """Number format in which factors travel, down and up; modules_to_save always travel in fp32."""
+    """Number format in which clients send what their factors changed by: numbers of 32 or 16 bits, or codes of 8 or 4
+    bits that share a scale with 63 neighbours. modules_to_save always travel in fp32."""
+    down_dtype: WireDtype | None = field(default=None, metadata=OMIT_DEFAULT)
+    """Number format in which clients are sent factors; none: as `wire_dtype`."""
+
+
+def down_dtype(settings: AveragingSettings) -> WireDtype:
+    """Return the number format of what is sent down."""
+    return settings.down_dtype or settings.wire_dtype
 
 
 @dataclass(frozen=True)

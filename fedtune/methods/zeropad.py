@@ -9,10 +9,11 @@ from fedtune.lora.adapter import Adapter, unpack
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
 from fedtune.methods.adapter_start import fill_leading
 from fedtune.methods.fedit import shared_start
-from fedtune.methods.method import LinearMethod, join, make_assignment, move, resize
+from fedtune.methods.method import LinearMethod, end_of, join, make_assignment, move, resize
 from fedtune.methods.serialization import NOT_PERSISTED
-from fedtune.methods.settings import LinearSettings
-from fedtune.tensors import Tensors, cast
+from fedtune.methods.settings import LinearSettings, down_dtype
+from fedtune.number_formats import to_wire
+from fedtune.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,16 @@ def start(state: ZeroPadState, adapter: Adapter, saved: Tensors) -> ZeroPadState
 
 
 def assign(state: ZeroPadState, seed: int, planned: PlannedClient) -> Assignment:
-    """Send the first plan.rank rows of A and columns of B; the client trains and returns both."""
+    """Send the first plan.rank rows of A and columns of B; the client trains both and returns what has changed."""
     # The key is not used: every row of A is sent.
-    task = TrainLora(a_key=0, wire_dtype=state.settings.wire_dtype)
-    sent = cast(resize(state.tensors, planned.plan.rank), state.settings.wire_dtype)
+    task = TrainLora(a_key=0, upload="difference", wire_dtype=state.settings.wire_dtype)
+    sent = to_wire(resize(state.tensors, planned.plan.rank), down_dtype(state.settings))
     return make_assignment("zeropad", state, seed, planned.plan, task, {"local": sent})
 
 
 def contribution(state: ZeroPadState, update: AdmittedUpdate) -> Tensors:
     """Return the client's factors padded with zeros: what a rank lacks pulls the mean towards zero."""
-    return join(resize(update.lora.tensors, state.max_rank), update.lora.saved)
+    return join(resize(end_of(state.tensors, update), state.max_rank), update.lora.saved)
 
 
 def current(state: ZeroPadState) -> Tensors:
@@ -86,5 +87,6 @@ METHOD = LinearMethod(
     weights=lambda state: state.settings.weights,
     advance=advance,
     wire_dtype=lambda settings: settings.wire_dtype,
+    down_dtype=down_dtype,
     why_not_pruned="a mean of padded factors is no mean of changes",
 )

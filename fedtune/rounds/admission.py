@@ -25,6 +25,7 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.methods.change import quick_square
+from fedtune.number_formats import CODES, FORMATS, LARGEST_CODE, SCALES, from_wire, scales_shape
 from fedtune.pruning.ranking import counts, unit_of
 from fedtune.pruning.structure import BlockLayout, ModelStructure, cuts, from_bitmap, shapes
 from fedtune.tensors import DTYPES, Array, Tensors
@@ -73,8 +74,9 @@ def admit(
                 return AdmittedUpdate(update)
             case TrainLora() as task:
                 with np.errstate(over="ignore", invalid="ignore"):  # numbers that are not finite are looked for
-                    structure = _check_adapter(update.result, task, assignment, blueprint)
-                return AdmittedUpdate(update, structure, assignment.plan.ratio if structure else 0.0)
+                    admitted, structure = _check_adapter(update, task, assignment, blueprint)
+                ratio = assignment.plan.ratio if structure else 0.0
+                return AdmittedUpdate(admitted, structure, ratio, upload=task.upload)
     except _RefusedError as why:
         return replace(why.failure, client=assignment.plan.client)
 
@@ -146,13 +148,17 @@ def _check_scalars(result: LoraResult | ProbeResult, task: ProbeSeeds, steps: in
 
 
 def _check_adapter(
-    result: LoraResult | ProbeResult, task: TrainLora, assignment: Assignment, blueprint: Blueprint
-) -> ModelStructure | None:
-    """Check an answer to a `TrainLora` task, and return the structure in whose coordinates it is."""
+    update: ClientUpdate, task: TrainLora, assignment: Assignment, blueprint: Blueprint
+) -> tuple[ClientUpdate, ModelStructure | None]:
+    """Check an answer to a `TrainLora` task; return it without codes, and the structure in whose coordinates it is."""
+    result = update.result
     if not isinstance(result, LoraResult):
         raise _RefusedError("TENSOR_NAMES", "tensors", "scalars of seeds")
     # Names before shapes, shapes before numbers: what is missing or extra cannot be looked up.
-    _check_keys("factors", {f"{name}.{side}" for name in blueprint.modules for side in task.train}, result.tensors)
+    names = {f"{name}.{side}" for name in blueprint.modules for side in task.train}
+    if task.wire_dtype in CODES:
+        names |= {name + SCALES for name in names}
+    _check_keys("factors", names, result.tensors)
     _check_keys("modules_to_save", set(blueprint.saved), result.saved)
     modules, structure = blueprint.modules, None
     if task.pruning is not None:
@@ -161,12 +167,18 @@ def _check_adapter(
         whole = not (result.structure_digest or result.mask or result.scores)
         _require(whole, "STRUCTURE", "an update of the whole model", "one of a pruned one, or scores")
     for name, shape in modules.items():
-        _check_factors(result.tensors, name, shape, task, assignment.plan.rank)
+        _check_shapes(result.tensors, name, shape, task, assignment.plan.rank)
+    # Only now: numbers take four times as much memory as codes.
+    wide = from_wire(result.tensors)
+    for name in modules:
+        _check_factors(wide, name, task)
     for name, array in sorted(result.saved.items()):
         own = blueprint.saved[name].shape
         _require(array.shape == own, "TENSOR_SHAPE", f"shape {own}", array.shape, where=name)
-        _check_numbers(name, array, ("fp32",))
-    return structure
+        _check_format(name, array, ("fp32",))
+        _check_finite(name, array)
+    widened = wide is not result.tensors
+    return replace(update, result=replace(result, tensors=wide)) if widened else update, structure
 
 
 def _check_pruned(
@@ -244,7 +256,8 @@ def _check_scores(result: LoraResult, pruning: Pruning, structure: ModelStructur
         array, where = result.scores[name], f"scores of {name}"
         if array.shape != (size,):
             raise _RefusedError("TENSOR_SHAPE", f"shape ({size},), as kept", f"{array.shape}", where=where)
-        _check_numbers(where, array, ("fp16",))
+        _check_format(where, array, ("fp16",))
+        _check_finite(where, array)
         # Scores are sizes; one below zero would let a client push units out of everybody's ranking.
         if (array < 0).any():
             raise _RefusedError("SCORES", "none below 0", f"{float(array.min()):.3g}", where=where)
@@ -258,7 +271,8 @@ def _check_keys(what: str, expected: set[str], tensors: Tensors) -> None:
         raise _RefusedError("TENSOR_NAMES", f"{len(expected)} {what}", got, named)
 
 
-def _check_factors(tensors: Tensors, name: str, shape: tuple[int, int], task: TrainLora, planned: int) -> None:
+def _check_shapes(tensors: Tensors, name: str, shape: tuple[int, int], task: TrainLora, planned: int) -> None:
+    """Check what the factors of a module are made of: shapes, number formats, codes and scales."""
     (m, n), b = shape, tensors[f"{name}.b"]
     rank = b.shape[1] if b.ndim == 2 else -1
     # Only HetLoRA's term lets a client return fewer ranks than planned; elsewhere numpy would broadcast rank 1.
@@ -267,21 +281,46 @@ def _check_factors(tensors: Tensors, name: str, shape: tuple[int, int], task: Tr
     ranks = f"{planned}" if least == planned else f"{least}..{planned}"
     fits = b.shape == (m, rank) and least <= rank <= planned
     _require(fits, "RANK_RANGE", f"shape ({m}, {ranks})", b.shape, where=f"{name}.b")
-    square = _check_numbers(f"{name}.b", b, tuple(DTYPES))
     if task.train == "ab":
         a = tensors[f"{name}.a"]
         expected = f"shape ({rank}, {n}), b having rank {rank}"
         _require(a.shape == (rank, n), "TENSOR_SHAPE", expected, a.shape, where=f"{name}.a")
+    for key in [f"{name}.{side}" for side in sorted(task.train, reverse=True)]:
+        if task.wire_dtype in CODES:
+            _check_format(key, tensors[key], (task.wire_dtype,))
+            _check_codes(key, tensors[key], tensors[key + SCALES], LARGEST_CODE[task.wire_dtype])
+        else:
+            _check_format(key, tensors[key], tuple(DTYPES))
+
+
+def _check_codes(name: str, codes: Array, scales: Array, largest: int) -> None:
+    """Check that codes and scales are such as `number_formats` makes them: of one tensor there is one encoding."""
+    where, shape = name + SCALES, scales_shape(name, codes.shape)
+    _require(scales.shape == shape, "TENSOR_SHAPE", f"shape {shape}, one scale a group", scales.shape, where=where)
+    _check_format(where, scales, ("bf16",))
+    _check_finite(where, scales)
+    _require(not np.signbit(scales).any(), "TENSOR_DTYPE", "scales of at least 0", "negative ones", where=where)
+    least = int(codes.astype(np.int8).min(initial=0))
+    _require(least >= -largest, "TENSOR_DTYPE", f"codes from -{largest} to {largest}", least, where=name)
+
+
+def _check_factors(tensors: Tensors, name: str, task: TrainLora) -> None:
+    """Check the numbers of a module's factors."""
+    square = _check_finite(f"{name}.b", tensors[f"{name}.b"])
+    if task.train == "ab":
         # Each factor may be finite and their product not: then the global change would be infinite for all.
-        bound = math.sqrt(square) * math.sqrt(_check_numbers(f"{name}.a", a, tuple(DTYPES)))
+        bound = math.sqrt(square) * math.sqrt(_check_finite(f"{name}.a", tensors[f"{name}.a"]))
         expected = f"factors whose product fits float32, norm below {LARGEST:.3g}"
         _require(bound <= LARGEST, "NORM_OVER_CAP", expected, f"up to {bound:.3g}", where=name)
 
 
-def _check_numbers(name: str, array: Array, formats: Sequence[str]) -> float:
-    """Check format and numbers of a tensor, and return their sum of squares."""
-    known = array.dtype in [DTYPES[format] for format in formats]
+def _check_format(name: str, array: Array, formats: Sequence[str]) -> None:
+    known = array.dtype in [FORMATS[format] for format in formats]
     _require(known, "TENSOR_DTYPE", f"numbers of format {' or '.join(formats)}", array.dtype.name, where=name)
+
+
+def _check_finite(name: str, array: Array) -> float:
+    """Check that every number is finite, and return their sum of squares."""
     # One sum instead of a mask of the tensor's size: it is finite where, and only where, every number is.
     square = quick_square(array)
     if not math.isfinite(square):

@@ -17,6 +17,7 @@ import numpy as np
 from fedtune.errors import NotFiniteError, RoundError, ShapeError
 from fedtune.messages import AdmittedUpdate, Failure, TrainLora
 from fedtune.methods import serialization as states
+from fedtune.number_formats import from_wire
 from fedtune.rounds.admission import LARGEST
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.exchange import RoundRequest
@@ -150,7 +151,8 @@ def why_not_sendable(context: RoundContext, request: RoundRequest, after: Any) -
         assignment = context.method.assign(after, context.blueprint.seed, planned)
     except RoundError:
         return ""  # says what the next round lacks, which it will say itself
-    for role, tensors in assignment.lora.blobs.items():
+    for role, sent in assignment.lora.blobs.items():
+        tensors = from_wire(sent)
         for name, tensor in tensors.items():
             if (size := largest_product(name, tensor, tensors)) > LARGEST or not isfinite(size):
                 return (

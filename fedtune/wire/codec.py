@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -27,6 +28,7 @@ from fedtune.messages import (
     Training,
     TrainLora,
 )
+from fedtune.number_formats import is_quantised
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.tensors import Tensors
 from fedtune.wire import probe, settings
@@ -42,7 +44,7 @@ ALIGNMENT = 64
 CHOICES: Mapping[str, Mapping[str, int]] = {
     "train": {"ab": pb.TRAIN_AB, "b": pb.TRAIN_B},
     "upload": {"factors": pb.UPLOAD_FACTORS, "difference": pb.UPLOAD_DIFFERENCE},
-    "wire_dtype": {"fp32": pb.F32, "fp16": pb.F16, "bf16": pb.BF16},
+    "wire_dtype": {"fp32": pb.F32, "fp16": pb.F16, "bf16": pb.BF16, "int8": pb.I8, "int4": pb.I4},
 }
 """The numbers of the values of a task's fields, which have the same names in the schema."""
 
@@ -115,6 +117,7 @@ def decode_blob(header: pb.Blob, body: bytes) -> Tensors:
         WireError: if length, digest or tensors of the body are not those that the header names.
     """
     expect(header.num_bytes == len(body), f"a body of {header.num_bytes} bytes for {header.role!r}", len(body))
+    expect(not header.deflated, f"the body of {header.role!r} as it is", "a deflated one")
     # The tensors' own checks first: they cost nothing beside hashing the body.
     tensors, digest = bodies.decode(header.tensors, body), bodies.digest(body)
     if digest != header.digest:
@@ -340,9 +343,17 @@ def encode_update(update: ClientUpdate) -> bytes:
     parts = {"tensors": result.tensors, "saved": result.saved} | ({"scores": result.scores} if result.scores else {})
     for role, tensors in parts.items():
         specs, body = bodies.encode(tensors)
-        bodies_in_order.append(body)
         # No digest: the link's signed digest of the whole update covers the bodies.
-        header.parts.add(role=role, num_bytes=len(body), tensors=specs)
+        part = header.parts.add(role=role, num_bytes=len(body), tensors=specs)
+        if is_quantised(tensors) and len(deflated := bodies.deflate(body)) < len(body):
+            part.deflated, body = len(deflated), deflated
+        bodies_in_order.append(body)
+    # The names of a small model's codes would be as many bytes as the codes: whole words repeat in them.
+    if is_quantised(result.tensors):
+        header.deflated_parts = zlib.compress(
+            pb.ClientUpdate(parts=header.parts).SerializeToString(), wbits=-zlib.MAX_WBITS
+        )
+        header.ClearField("parts")
     # The length comes first, so that a reader takes no byte of a body for the header.
     front = header.SerializeToString()
     front = len(front).to_bytes(4, "little") + front
@@ -363,12 +374,12 @@ def decode_update(data: bytes, *, client: str, limit_bytes: int, task: type[Task
         expect(len(data) <= limit_bytes, f"an update of at most {limit_bytes} bytes", len(data))
         if task is ProbeSeeds:
             return probe.update_from_message(parse(pb.ProbeUpdate(), bytes(data)), client=client)
-        return _update(memoryview(data), client)
+        return _update(memoryview(data), client, limit_bytes)
     except WireError as error:
         raise WireError(f"{client}: {error}") from None
 
 
-def _update(data: memoryview, client: str) -> ClientUpdate:
+def _update(data: memoryview, client: str, limit_bytes: int) -> ClientUpdate:
     length = int.from_bytes(data[:4], "little")
     start = -(-(4 + length) // ALIGNMENT) * ALIGNMENT
     # Zero bytes, so that one update has one encoding: its digest names it in the journal.
@@ -376,7 +387,8 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
     expect(padded, f"a header of {length} bytes, padded by zeros to {start}", f"{len(data)} bytes in all")
     header = parse(pb.ClientUpdate(), bytes(data[4 : 4 + length]))
     expect(header.client == client, "an update of this client", f"one of {header.client!r}")
-    roles = [part.role for part in header.parts]
+    parts = parts_of(header)
+    roles = [part.role for part in parts]
     known = roles[:2] == ["tensors", "saved"] and roles[2:] in ([], ["scores"])
     expect(known, "the parts tensors and saved, and scores where they are wanted", roles)
     measured = header.measured
@@ -386,20 +398,38 @@ def _update(data: memoryview, client: str) -> ClientUpdate:
     sizes = (header.examples, measured.peak_bytes, measured.tokens, measured.side_tokens)
     expect(max(sizes) < MAX_COUNT, f"examples, bytes and tokens below {MAX_COUNT}", max(sizes))
     expect(len(header.kept) in (0, 32), "a digest of 32 bytes of what was kept", len(header.kept))
-    tensors, saved, *scores = _cut(header.parts, data[start:])
+    tensors, saved, *scores = _cut(parts, data[start:], limit_bytes)
     result = LoraResult(tensors, saved, header.base, header.kept, header.mask, *scores)
     numbers = Measured(**{field.name: value for field, value in measured.ListFields()})
     return ClientUpdate(header.client, header.round, header.examples, result, numbers)
 
 
-def _cut(parts: Sequence[pb.Blob], body: memoryview) -> Iterator[Tensors]:
+def parts_of(header: pb.ClientUpdate) -> Sequence[pb.Blob]:
+    """Return the parts of an update's header.
+
+    Raises:
+        WireError: if it has them twice, or what is deflated is no message of parts alone.
+    """
+    if not header.deflated_parts:
+        return header.parts
+    expect(not header.parts, "the parts once", "them as they are and deflated")
+    inner = parse(pb.ClientUpdate(), bodies.inflate_up_to(header.deflated_parts, MAX_HEADER_BYTES, "parts"))
+    expect(inner == pb.ClientUpdate(parts=inner.parts), "nothing but parts", "other fields beside them")
+    return inner.parts
+
+
+def _cut(parts: Sequence[pb.Blob], body: memoryview, limit_bytes: int) -> Iterator[Tensors]:
     """Yield the tensors of each part; the parts fill the body."""
-    sizes = [part.num_bytes for part in parts]
+    sizes = [part.deflated or part.num_bytes for part in parts]
     expect(sum(sizes) == len(body), f"bodies of {sizes} bytes", f"{len(body)} in all")
+    # A few bytes may inflate to a thousand times as many: what they say that they become is held to the same limit.
+    inflated = sum(part.num_bytes for part in parts)
+    expect(inflated <= limit_bytes, f"bodies of at most {limit_bytes} bytes once inflated", inflated)
     # Views, not copies: an update of many gigabytes is held once.
-    for part in parts:
-        yield bodies.decode(part.tensors, body[: part.num_bytes])
-        body = body[part.num_bytes :]
+    for part, size in zip(parts, sizes, strict=True):
+        plain = bodies.inflate(body[:size], part.num_bytes, part.role) if part.deflated else body[:size]
+        yield bodies.decode(part.tensors, plain)
+        body = body[size:]
 
 
 def body_of(blob: pb.Blob, blobs: Mapping[str, bytes]) -> bytes:

@@ -19,8 +19,9 @@ from fedtune.messages import (
     Training,
 )
 from fedtune.methods.method import Method
+from fedtune.number_formats import from_wire, to_wire
 from fedtune.seeds import derive, generator
-from fedtune.tensors import Array, cast
+from fedtune.tensors import Array
 
 Member = tuple[str, int, float, int]
 """(name, rank, scale, examples)"""
@@ -45,7 +46,7 @@ class Federation:
 
     def start(self, assignment: Assignment) -> Adapter:
         """The local adapter before training; b carries the scale."""
-        sent, rank = assignment.lora.blobs.get("local", {}), assignment.plan.rank
+        sent, rank = from_wire(assignment.lora.blobs.get("local", {})), assignment.plan.rank
         started = {}
         for name, (m, n) in self.blueprint.modules.items():
             a, b = draw_a(assignment.lora.a_key, name, rank, n), np.zeros((m, rank), np.float32)
@@ -73,10 +74,12 @@ class Federation:
         if assignment.lora.upload == "difference":
             end = {name: Factors(a=f.a - start[name].a, b=f.b - start[name].b) for name, f in end.items()}
         task = assignment.lora
-        tensors = cast({k: t for k, t in pack(end).items() if k[-1] in task.train}, task.wire_dtype)
+        trained = {k: t for k, t in pack(end).items() if k[-1] in task.train}
+        tensors = from_wire(to_wire(trained, task.wire_dtype, key=assignment.seed))
         saved = {name: value + np.float32(examples) for name, value in task.blobs.get("saved", {}).items()}
         result = LoraResult(tensors, saved, assignment.base)
-        return AdmittedUpdate(ClientUpdate(assignment.plan.client, assignment.round, examples, result))
+        update = ClientUpdate(assignment.plan.client, assignment.round, examples, result)
+        return AdmittedUpdate(update, upload=task.upload)
 
     def round(self, method: Method[Any], state: Any, fleet: Sequence[Member], *, size: float = 0.1) -> Any:
         return method.aggregate(state, self.updates(method, state, fleet, size=size))
@@ -88,7 +91,8 @@ class Federation:
 
     def frozen(self, assignment: Assignment, name: str) -> Array:
         """The dense change of the blob `global`."""
-        sent = {key: tensor.astype(np.float64) for key, tensor in assignment.lora.blobs.get("global", {}).items()}
+        blob = from_wire(assignment.lora.blobs.get("global", {}))
+        sent = {key: tensor.astype(np.float64) for key, tensor in blob.items()}
         if f"{name}.w" in sent:
             return sent[f"{name}.w"]
         if f"{name}.a" in sent:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.lora.adapter import Factors, delta
+from fedtune.lora.adapter import Factors, delta, pack
 from fedtune.messages import AdmittedUpdate, ClientUpdate, LoraResult, ProbeResult, Size
 from fedtune.methods import METHODS
 from fedtune.methods.change import (
@@ -26,6 +26,7 @@ from fedtune.methods.change import (
     size_of,
     squared_product,
 )
+from fedtune.methods.method import end_of
 from fedtune.seeds import generator
 
 ADAPTERS = sorted(set(METHODS) - {"fedkseed"})
@@ -63,8 +64,10 @@ def test_the_factored_change_is_the_dense_one(m: int, n: int, r: int, p: int, ke
     assert extent.sizes["change"].norm == pytest.approx(np.linalg.norm(moved), abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "wire_dtype"),
+    [(n, w) for n in ADAPTERS for w in ("fp32", "bf16", "int8", "int4") if n != "flora" or not w.startswith("int")],
+)
 def test_every_methods_change_is_the_clients_end_minus_its_start(name: str, wire_dtype: str, federate: Any) -> None:
     rank = 2
     federation = federate(MODULES, max_rank=3 if METHODS[name].ranks == "any" else 2, saved={"head": np.ones(4, "f4")})
@@ -74,11 +77,9 @@ def test_every_methods_change_is_the_clients_end_minus_its_start(name: str, wire
         asked = federation.assign(method, state, ("anna", rank, 2.0, 3))
         update = federation.answer(asked, examples=3)
         start, change = federation.start(asked), whole(method.change(state, federation.blueprint, asked, update))
+        ends = end_of(pack(start), update)
         for module in MODULES:
-            end = {
-                side: update.lora.tensors.get(f"{module}.{side}", getattr(start[module], side)).astype(np.float64)
-                for side in "ab"
-            }
+            end = {side: ends.get(f"{module}.{side}", getattr(start[module], side)).astype(np.float64) for side in "ab"}
             np.testing.assert_allclose(dense(change, module), end["b"] @ end["a"] - delta(start[module]), atol=1e-5)
             np.testing.assert_allclose(change.factors[f"{module}.b"], end["b"] - start[module].b, atol=1e-6)
             if asked.lora.train == "ab":
@@ -113,8 +114,8 @@ def test_a_rank_that_a_client_has_cut_counts_in_the_change_and_not_among_its_num
     state = federation.round(method, federation.state(method), [("anna", 2, 1.0, 3)])
     asked = federation.assign(method, state, ("anna", 2, 1.0, 3))
     start = federation.start(asked)["q"]
-    kept = {"q.a": start.a[:1], "q.b": start.b[:, :1]}
-    update = AdmittedUpdate(ClientUpdate("anna", 2, 3, LoraResult(kept)))
+    still = {"q.a": np.zeros_like(start.a[:1]), "q.b": np.zeros_like(start.b[:, :1])}
+    update = AdmittedUpdate(ClientUpdate("anna", 2, 3, LoraResult(still)), upload="difference")
     change = whole(method.change(state, federation.blueprint, asked, update))
     assert extent_of([change]).sizes["factors"].norm == 0
     gone = start.b[:, 1:].astype(np.float64) @ start.a[1:]

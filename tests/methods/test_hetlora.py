@@ -10,7 +10,6 @@ from fedtune.lora.adapter import delta
 from fedtune.messages import (
     AdmittedUpdate,
     TailRank,
-    cohort_weights,
 )
 from fedtune.methods.hetlora import METHOD, size_weights
 from fedtune.methods.method import LinearMethod, resize
@@ -23,7 +22,7 @@ def with_tensors(update: AdmittedUpdate, tensors: Tensors) -> AdmittedUpdate:
 
 def test_weights_by_hand_are_shares_of_the_norms(two_ranks: Any) -> None:
     # |2 B_1 A_1| = 6.324555 and |B_2 A_2 / 2| = 2
-    assert size_weights(cohort_weights(two_ranks, "examples")) == pytest.approx([0.759747, 0.240253], abs=1e-6)
+    assert size_weights([update.lora.tensors for update in two_ranks]) == pytest.approx([0.759747, 0.240253], abs=1e-6)
 
 
 def test_factors_are_padded_and_averaged_with_those_weights(federate: Any, two_ranks: Any) -> None:
@@ -35,9 +34,10 @@ def test_factors_are_padded_and_averaged_with_those_weights(federate: Any, two_r
 
 
 def test_a_client_without_a_change_has_no_weight_and_all_without_are_equal(two_ranks: Any) -> None:
-    still = [with_tensors(update, {k: 0 * t for k, t in update.lora.tensors.items()}) for update in two_ranks]
-    assert size_weights([(still[0], 0.5), (two_ranks[1], 0.5)]) == [0, 1]
-    assert size_weights([(still[0], 0.5), (still[1], 0.5)]) == [0.5, 0.5]
+    moved = two_ranks[1].lora.tensors
+    still = {name: 0 * tensor for name, tensor in moved.items()}
+    assert size_weights([still, moved]) == [0, 1]
+    assert size_weights([still, still]) == [0.5, 0.5]
 
 
 def test_a_pruned_client_gets_its_stated_rank_at_its_planned_scale(federate: Any) -> None:

@@ -182,6 +182,7 @@ def test_every_operation_reads_the_inner_state() -> None:
         "why_not_pruned",
         "downlink_rank",
         "wire_dtype",
+        "down_dtype",
         "faults",
     }
     linear = {"contribution", "current", "weights", "advance"}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import zlib
 from typing import Any
 
 import ml_dtypes
@@ -13,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from fedtune.errors import WireError
 from fedtune.tensors import Array, Tensors
 from fedtune.wire import tensors as bodies
-from fedtune.wire.v1.round_pb2 import BF16, F32, U8, DType, TensorSpec
+from fedtune.wire.v1.round_pb2 import BF16, F32, I4, U8, DType, TensorSpec
 
 
 def same(left: Tensors, right: Tensors) -> bool:
@@ -35,7 +36,9 @@ def arrays(draw: st.DrawFn) -> Array:
     dtype: np.dtype[Any] = draw(st.sampled_from(list(bodies.WIRE)))
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
     size = int(np.prod(shape)) * dtype.itemsize
-    array: Array = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), np.uint8).view(dtype).reshape(shape)
+    entries = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), np.uint8)
+    # The upper half of a byte says nothing of a number of 4 bits.
+    array: Array = (entries & 0xF if dtype == bodies.NUMPY[I4] else entries).view(dtype).reshape(shape)
     return array
 
 
@@ -51,6 +54,40 @@ def test_the_body_is_the_little_endian_entries_in_order_of_the_names() -> None:
     assert [one.name for one in specs] == ["a", "b"]
     assert body == bytes.fromhex("803f 0100 0200")
     assert bodies.digest(b"").hex() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_two_numbers_of_4_bits_share_a_byte_and_an_odd_one_has_zero_beside_it() -> None:
+    specs, body = bodies.encode({"a": np.array([1, -1, -7], ml_dtypes.int4)})
+    assert body == bytes.fromhex("f1 09")
+    assert bodies.decode(specs, body)["a"].astype(int).tolist() == [1, -1, -7]
+    with pytest.raises(WireError, match="zero after the last entry of 'a'"):
+        bodies.decode(specs, bytes.fromhex("f1 19"))
+    assert bodies.outline(specs, 2)["a"].shape == (3,)
+
+
+def test_what_is_deflated_inflates_to_its_size_and_to_no_byte_more() -> None:
+    body = bytes(range(16)) * 500
+    small = memoryview(bodies.deflate(body))
+    assert len(small) < len(body)
+    assert bytes(bodies.inflate(small, len(body), "tensors")) == body
+    assert bytes(bodies.inflate(memoryview(bodies.deflate(b"")), 0, "tensors")) == b""
+    for data, size in [(small, len(body) - 1), (small, len(body) + 1), (small[:-1], len(body)), (small, 0)]:
+        with pytest.raises(WireError, match=f"of {size} bytes once inflated"):
+            bodies.inflate(data, size, "tensors")
+    with pytest.raises(WireError, match="once inflated"):
+        bodies.inflate(memoryview(bytes(small) + b"x"), len(body), "tensors")
+    with pytest.raises(WireError, match="of others"):
+        bodies.inflate(memoryview(b"\xff" * 9), 9, "tensors")
+
+
+@pytest.mark.guarantee("G4")
+def test_a_bomb_takes_no_more_memory_than_it_names() -> None:
+    bomb = memoryview(zlib.compress(bytes(2**24), wbits=-15))
+    tracemalloc.start()
+    with pytest.raises(WireError, match="once inflated"):
+        bodies.inflate(bomb, 1000, "tensors")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_a_transposed_array_travels_in_row_major_order() -> None:
@@ -109,7 +146,7 @@ def test_a_body_of_another_length_is_refused(length: int) -> None:
         bodies.decode([spec("a", (2,))], bytes(length))
 
 
-@pytest.mark.parametrize("number", [0, 10, -1, 2**31 - 1])
+@pytest.mark.parametrize("number", [0, 11, -1, 2**31 - 1])
 def test_an_unknown_number_format_is_refused(number: int) -> None:
     one = TensorSpec(name="a", shape=[1])
     one.dtype = number  # type: ignore[assignment]  # open enums carry any 32-bit number

@@ -26,6 +26,7 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     U8: _ClassVar[DType]
     U32: _ClassVar[DType]
     U64: _ClassVar[DType]
+    I4: _ClassVar[DType]
 
 class Train(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -72,6 +73,7 @@ I8: DType
 U8: DType
 U32: DType
 U64: DType
+I4: DType
 TRAIN_UNSET: Train
 TRAIN_AB: Train
 TRAIN_B: Train
@@ -101,16 +103,18 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Blob(_message.Message):
-    __slots__ = ("role", "digest", "num_bytes", "tensors")
+    __slots__ = ("role", "digest", "num_bytes", "tensors", "deflated")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    DEFLATED_FIELD_NUMBER: _ClassVar[int]
     role: str
     digest: bytes
     num_bytes: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
-    def __init__(self, role: _Optional[str] = ..., digest: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
+    deflated: int
+    def __init__(self, role: _Optional[str] = ..., digest: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., deflated: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("rank", "pruning", "scale", "client")
@@ -273,13 +277,14 @@ class Measured(_message.Message):
     def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ...) -> None: ...
 
 class ClientUpdate(_message.Message):
-    __slots__ = ("examples", "measured", "client", "round", "base", "parts", "kept", "mask")
+    __slots__ = ("examples", "measured", "client", "round", "base", "parts", "deflated_parts", "kept", "mask")
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    DEFLATED_PARTS_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
     examples: int
@@ -288,9 +293,10 @@ class ClientUpdate(_message.Message):
     round: int
     base: str
     parts: _containers.RepeatedCompositeFieldContainer[Blob]
+    deflated_parts: bytes
     kept: bytes
     mask: bytes
-    def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., kept: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., deflated_parts: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
 
 class ProbeUpdate(_message.Message):
     __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost")
