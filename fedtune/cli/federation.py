@@ -6,11 +6,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -58,7 +57,8 @@ def serve(
         raise typer.BadParameter(
             "expected no --out and no --fresh beside it: the run stays in its folder", param_hint="--resume"
         )
-    with report_errors(debug), stop_on_signals():
+
+    def work() -> None:
         from fedtune.cli.event_log import event_writer
         from fedtune.config.link import bind_link
         from fedtune.deployment.coordinator import coordinate
@@ -82,8 +82,6 @@ def serve(
         except RoundError as error:
             typer.echo(f"fedtune: {printable(str(error))}", err=True)
             raise typer.Exit(1 if error.final else EXIT_RETRY) from None
-        except KeyboardInterrupt:
-            return  # the note event of the run says how to resume it
         if as_json:
             typer.echo(json.dumps({**summary, "path": str(run)}))
         else:
@@ -91,6 +89,9 @@ def serve(
                 f"{summary['state']} after round {summary['rounds']}{losses(summary)}, "
                 f"state {summary['state_digest'][:16]}; see {run}"
             )
+
+    with report_errors(debug):
+        until_signal(work)
 
 
 def join(
@@ -105,26 +106,36 @@ def join(
     debug: DebugOption = False,
 ) -> None:
     """Take part in a federation: dial its server, train here on this site's data, and send what the policy allows."""
-    with report_errors(debug), stop_on_signals():
+    if dry_run:
+        with report_errors(debug):
+            show_dry_run(site, server, as_json=as_json)
+
+    def agree(recipe: str) -> bool:
+        typer.echo(printable(recipe, lines=True), err=True)
+        return yes or (sys.stdin.isatty() and typer.confirm("Take part in this run?", err=True))
+
+    def work() -> None:
         from fedtune.cli.event_log import event_writer
         from fedtune.deployment import join as join_module
 
-        if dry_run:
-            shown = join_module.dry_run(site, server=server)
-            if as_json:
-                typer.echo(json.dumps(shown.facts))
-            else:
-                from fedtune.cli.dry_run import show
+        join_module.join(site, server=server, record=event_writer(check_log_format(log)), agree=agree)
 
-                show(console(sys.stdout), shown)
-            raise typer.Exit(0 if shown.allowed else 1)
+    with report_errors(debug):
+        until_signal(work)
 
-        def agree(recipe: str) -> bool:
-            typer.echo(printable(recipe, lines=True), err=True)
-            return yes or (sys.stdin.isatty() and typer.confirm("Take part in this run?", err=True))
 
-        with suppress(KeyboardInterrupt):
-            join_module.join(site, server=server, record=event_writer(check_log_format(log)), agree=agree)
+def show_dry_run(site: Path, server: str | None, *, as_json: bool) -> NoReturn:
+    """Print what the server's run would ask of a site, and exit with 0 if the site's policy allows it."""
+    from fedtune.deployment import join as join_module
+
+    shown = join_module.dry_run(site, server=server)
+    if as_json:
+        typer.echo(json.dumps(shown.facts))
+    else:
+        from fedtune.cli.dry_run import show
+
+        show(console(sys.stdout), shown)
+    raise typer.Exit(0 if shown.allowed else 1)
 
 
 def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
@@ -222,21 +233,33 @@ def check_log_format(text: str) -> Any:
     return text
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Have SIGTERM end the block as Ctrl-C does; a second one ends the process at once, which the journal survives."""
-    signals = 0
+def until_signal(work: Callable[[], None]) -> None:
+    """Do some work until it is done, or SIGTERM or Ctrl-C comes; a second signal ends the process at once.
+
+    A journal survives both. No context manager: a signal between its block and its exit would pass all that catches it.
+    """
+    signals, inside = 0, True
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal signals
         signals += 1
         if signals > 1:
             os._exit(128 + number)
-        raise KeyboardInterrupt
+        if inside:
+            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = dict[signal.Signals, Any]()
     try:
-        yield
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[number] = signal.getsignal(number)
+                signal.signal(number, stop)
+            work()
+        finally:
+            inside = False
+    except KeyboardInterrupt:
+        if not signals:  # of nothing that came here
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

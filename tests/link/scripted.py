@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.cli.event_log import event_writer
-from fedtune.cli.federation import stop_on_signals
+from fedtune.cli.federation import until_signal
 from fedtune.deployment.join import join
 from fedtune.link.client.training_process import WorkProgress
 from fedtune.link.uploads import map_file
@@ -88,9 +88,8 @@ class ScriptedTrainer:
 def main() -> None:
     """Join with a site file, training for so many seconds in a round."""
     site = Path(sys.argv[1])
-    with stop_on_signals():
-        end = join(site, record=event_writer("json"), trainer=ScriptedTrainer(site.parent.name, float(sys.argv[2])))
-    print(end)
+    trainer = ScriptedTrainer(site.parent.name, float(sys.argv[2]))
+    until_signal(lambda: print(join(site, record=event_writer("json"), trainer=trainer)))
 
 
 if __name__ == "__main__":
