@@ -187,7 +187,7 @@ def overhead(base: Base, *, steps: int, tokens: int, repeat: int) -> None:
     """Measure a client's work in fedtune, without scores, and the same steps in a bare peft loop."""
     rows = rows_of(base, 8 * steps, tokens)
     for autocast in ("off", "bf16"):
-        training = Training(batch=8, learning_rate=1e-3, steps=steps, autocast=autocast)  # type: ignore[arg-type]
+        training = Training(batch=8, learning_rate=1e-3, steps=steps, autocast=autocast)
         work = partial(perform, base, rows, order(base, "ann", training), threads=1)
         bare = bare_loop(base, rows, training)
         taken = alternate({"bare": bare, "fedtune": work}, repeat)
