@@ -294,8 +294,9 @@ def products(state: FloraState, update: AdmittedUpdate) -> Iterator[tuple[str, T
         if differs:
             start = float32_factors(local, name) if f"{name}.a" in local else None
             # In every round but the first most modules have all of their rows: none is drawn then.
-            drawn = 0 if start is not None and start.rank == factors.rank else factors.rank
-            terms = _product(factors, start, initial_a(key, name, drawn, shape, cut))
+            whole = start is not None and start.rank == factors.rank
+            fresh = None if whole else initial_a(key, name, factors.rank, shape, cut)
+            terms = _product(factors, start, fresh)
         if cut:
             terms = [scatter_factors(term, cut.get(name, FULL), shape) for term in terms]
         yield name, terms
@@ -335,11 +336,12 @@ def initial_a(key: int, name: str, rank: int, shape: tuple[int, int], cut: Mappi
     return fresh if into is None else fresh[:, into]
 
 
-def _product(difference: Factors, start: Factors | None, fresh: Array) -> Terms:
+def _product(difference: Factors, start: Factors | None, fresh: Array | None) -> Terms:
     if start is None:
+        assert fresh is not None  # else there is no A
         return (Factors(a=fresh + difference.a, b=difference.b),)
     # (r, n); where r > p, the columns of b0 that go with fresh rows are zero
-    a0 = np.concatenate([start.a, fresh[start.rank :]]) if len(fresh) else start.a
+    a0 = start.a if fresh is None else np.concatenate([start.a, fresh[start.rank :]])
     return product_terms(a0 + difference.a, da=difference.a, db=difference.b, b0=start.b)
 
 
