@@ -129,14 +129,24 @@ def simulate(
     target = Path(out) if out is not None else Path("runs") / bound.name
     vacant(target, fresh=fresh)  # before torch is imported, and data and base are loaded
     check_paths(bound)
-    with observer(watch, bound.name) as observe, fork_server_of(bound) as fork_server:
+    # The observer may start a thread, which a fork does not survive.
+    with fork_server_of(bound) as fork_server, observer(watch, bound.name) as observe:
         experiment = load(bound, observe)
         return _run(experiment, check_vacant(target, fresh=fresh), fork_server, observe, began=began)
 
 
 def fork_server_of(recipe: Recipe) -> AbstractContextManager[ForkServer | None]:
-    """Start the process that loads the base for worker processes, so that it loads while this one prepares the run."""
-    return ForkServer() if recipe.engine.name == "processes" else nullcontext()
+    """Start the process that loads the base for worker processes, so that it loads while this one prepares the run.
+
+    It is a fork of this one where PyTorch has not been used yet, which is then imported once for both.
+    """
+    if recipe.engine.name != "processes":
+        return nullcontext()
+    if "torch" in sys.modules or sys.platform != "linux":
+        return ForkServer()
+    from fedtune.client.worker_process import begin
+
+    return ForkServer(begin=begin)
 
 
 def bind_recipe(
@@ -206,7 +216,7 @@ def _resume(
     bound = as_started(path, bind_recipe(recipe_of(path) if recipe is None else recipe, overrides, objects))
     check_resumable(path, bound)
     check_paths(bound)
-    with observer(watch, bound.name) as observe, fork_server_of(bound) as fork_server:
+    with fork_server_of(bound) as fork_server, observer(watch, bound.name) as observe:
         return _run(load(bound, observe), path, fork_server, observe, resume=True, began=began)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
@@ -112,14 +113,15 @@ def base_on_device(base: Base, device: torch.device) -> Base:
     return base if device.type == "cpu" else replace(base, model=base.model.to(device), device=device)
 
 
-def main() -> None:
-    """Run the process that loads and forks; the last argument is the descriptor of the control socket."""
+def begin(descriptor: int) -> None:
+    """Be the process that loads and forks, on its end of the control socket."""
     # Makes torch ask NVIDIA's management library for the GPUs: after a call to CUDA itself, the forks could not use it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     # Before any fork: threads of a pool do not survive it, and the child would wait for them.
     torch.set_num_threads(1)
-    serve(int(sys.argv[-1]), prepare)
+    threadpool_limits(1)
+    serve(descriptor, prepare)
 
 
 if __name__ == "__main__":
-    main()
+    begin(int(sys.argv[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -9,15 +10,19 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+from threadpoolctl import threadpool_info
+
 from fedtune.errors import ConfigError, Fault, RoundError
-from fedtune.simulation.fork_server import receive, write_payload
+from fedtune.simulation.fork_server import receive, threads, write_payload
 
 COMMAND = (sys.executable, "-P", "-m", "fedtune.client.worker_process")
 """Starts a fork server; -P because a file of the working directory must not be imported in place of a library."""
@@ -36,24 +41,27 @@ class Worker:
     pid: int
     place: int
     connection: Connection[bytes, bytes]
-    parent: subprocess.Popen[bytes]
+    parent: subprocess.Popen[bytes] | ForkedProcess
     digests: set[str] = field(default_factory=set)
     """Of the bodies that it has."""
 
 
 class ForkServer:
-    """A fresh interpreter that loads the base once and forks workers; they share its memory until they write to it.
+    """A process that loads the base once and forks workers; they share its memory until they write to it.
 
     Workers are not forked from the user's own process, whose threads, OpenMP pools and CUDA contexts do not survive
-    that. The interpreter starts at once and imports its libraries while the caller loads what it needs itself; it is
-    a context manager that leaves no process behind.
+    that. A fresh interpreter starts at once and imports its libraries while the caller loads what it needs itself;
+    where the caller has imported them and done nothing else with them yet, it is forked instead: they are loaded once,
+    and in memory once. It is a context manager that leaves no process behind.
     """
 
-    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+    def __init__(self, command: Sequence[str] = COMMAND, begin: Callable[[int], None] | None = None) -> None:
         """Start it.
 
         Args:
             command: runs `fork_server.serve` on the descriptor that is its last argument.
+            begin: does the same in a fork of this process, whose libraries have computed nothing yet. Where this
+                process has other threads, and for every later start, the command is run.
 
         Raises:
             ConfigError: on another system than Linux.
@@ -65,7 +73,9 @@ class ForkServer:
         self._payload: int | None = None
         self._devices: tuple[str, ...] = ()
         self._workers = set[Worker]()
-        self._process, self._control = start_server(command)
+        self._process: subprocess.Popen[bytes] | ForkedProcess
+        forks = begin is not None and threads_survive_a_fork()
+        self._process, self._control = fork_server(begin) if begin and forks else start_server(command)
 
     def __enter__(self) -> ForkServer:
         return self
@@ -192,6 +202,73 @@ class ForkServer:
             raise
 
 
+@dataclass(eq=False)
+class ForkedProcess:
+    """A fork of this process, waited for as `subprocess.Popen` waits."""
+
+    pid: int
+    status: int | None = None
+    """How it has ended, as `Popen.returncode`."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return how it ended.
+
+        Raises:
+            TimeoutExpired: if it has not within so many seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.status is None:
+            ended, status = os.waitpid(self.pid, 0 if deadline is None else os.WNOHANG)
+            if ended:
+                self.status = os.waitstatus_to_exitcode(status)
+            elif deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("fork", timeout or 0.0)
+            else:
+                time.sleep(0.005)
+        return self.status
+
+    def kill(self) -> None:
+        if self.status is None:  # else its id may be another process's
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def threads_survive_a_fork() -> bool:
+    """Return whether this process has no thread but its own and those of libraries that see to themselves in a fork.
+
+    OpenBLAS ends its threads before a fork and starts them when it needs them; jemalloc, of pyarrow, does likewise.
+    """
+    pools = [pool["num_threads"] - 1 for pool in threadpool_info() if pool["internal_api"] == "openblas"]
+    others = [name for name in threads(0) if name != "jemalloc_bg_thd"]
+    return threading.active_count() == 1 and len(others) <= 1 + sum(pools)
+
+
+def fork_server(begin: Callable[[int], None]) -> tuple[ForkedProcess, socket.socket]:
+    """Fork a fork server from this process, and return it with its control socket."""
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # else both processes would write what waits in it
+    gc.collect()
+    gc.freeze()  # else the first collection of either would copy every page that holds an object
+    pid = os.fork()
+    if pid == 0:
+        try:
+            # All others: by the end of the control socket the fork server learns that this process is gone.
+            descriptor = theirs.detach()
+            os.closerange(3, descriptor)
+            os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
+            os.setsid()  # as below
+            os.environ.update(ONE_THREAD)
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
+            begin(descriptor)
+        finally:
+            os._exit(1)  # `serve` has ended the process
+    gc.unfreeze()
+    theirs.close()
+    return ForkedProcess(pid), control
+
+
 def start_server(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start a fork server with this process's module path, and return it with its control socket."""
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -208,7 +285,7 @@ def start_server(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socke
     return process, control
 
 
-def wait_for_exit(process: subprocess.Popen[bytes]) -> str:
+def wait_for_exit(process: subprocess.Popen[bytes] | ForkedProcess) -> str:
     """Wait for a process that is about to end, and return how it ended, as a predicate."""
     try:
         return exit_reason(process.wait(LEAVE_S))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import ConfigError, RoundError
-from fedtune.simulation.fork_client import ForkServer, exit_reason
+from fedtune.simulation.fork_client import ForkedProcess, ForkServer, exit_reason
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("scripted.py")))
 
@@ -65,3 +68,95 @@ def test_a_loaded_server_says_where_its_workers_compute_and_forks_them() -> None
         workers = [fork_server.fork(place) for place in (0, 1)]
         assert len({worker.pid for worker in workers}) == 2
         assert fork_server.end(workers[0]).startswith("was killed by signal 9 (SIGKILL")
+
+
+def child(code: str, **options: Any) -> str:
+    """Run code in a process of its own, which has no thread but those of its libraries, and return what it prints."""
+    before = f"""
+import os, signal, sys, threading
+from functools import partial
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from scripted import prepare
+from fedtune.simulation.fork_client import ForkedProcess, ForkServer
+from fedtune.simulation.fork_server import serve
+COMMAND = ({sys.executable!r}, {COMMAND[1]!r})
+begin = lambda descriptor: serve(descriptor, prepare)
+"""
+    # As a program starts it: a test process may have any threads, and any libraries that have computed.
+    done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_process_that_has_computed_nothing_is_forked_and_what_it_forks_is_replaced_by_the_command() -> None:
+    printed = child("""
+print("before", end="")
+own = open("/dev/zero")
+with ForkServer(COMMAND, begin) as server:
+    first = server._process
+    assert isinstance(first, ForkedProcess)
+    server.load({}, {"data": b"shared"})
+    worker = server.fork(0)
+    assert worker.parent is first
+    assert os.getsid(first.pid) == first.pid != os.getsid(0)
+    files = {name: os.readlink(f"/proc/{first.pid}/fd/{name}") for name in os.listdir(f"/proc/{first.pid}/fd")}
+    assert files["0"] == files["1"] == os.devnull
+    assert "/dev/zero" not in files.values()
+    os.kill(first.pid, signal.SIGKILL)
+    assert server.end(worker).startswith("was killed by signal 9")
+    again = server.fork(0)
+    assert not isinstance(again.parent, ForkedProcess)
+    assert first.wait(0.0) == -9
+with ForkServer(COMMAND, begin) as server:
+    server.load({"start": "fault"}, {"data": b"shared"})
+    try:
+        server.devices()
+    except Exception as error:
+        print(";", error)
+assert server._process.wait(5.0) == 0
+""")
+    assert printed == "before; a.toml: 1 fault\n  model.base: expected a base; got none; give one\n"
+
+
+def test_a_process_with_threads_is_not_forked() -> None:
+    child("""
+leave = threading.Event()
+threading.Thread(target=leave.wait).start()
+with ForkServer(COMMAND, begin) as server:
+    assert not isinstance(server._process, ForkedProcess)
+leave.set()
+""")
+
+
+def test_a_forked_server_ends_with_the_process_that_it_was_forked_from() -> None:
+    printed = child("""
+server = ForkServer(COMMAND, begin)
+server.load({}, {"data": b"shared"})
+worker = server.fork(0)
+print(server._process.pid, worker.pid, flush=True)
+os._exit(0)
+""")
+    for pid in map(int, printed.split()):
+        for _ in range(500):
+            if not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text():
+                break
+            select.select([], [], [], 0.01)
+        else:
+            raise AssertionError(f"process {pid} is still there")
+
+
+def test_a_forked_process_is_waited_for_as_another_is() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(7)
+    process = ForkedProcess(pid)
+    assert process.wait() == process.wait(1.0) == 7
+    process.kill()  # changes nothing
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+    process = ForkedProcess(pid)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.0)
+    process.kill()
+    assert process.wait(10.0) == -signal.SIGKILL
