@@ -148,7 +148,9 @@ def test_reinit_is_the_papers_merge_without_merging(checkpoints: dict[str, Path]
         plans = {name: planner.plan_for(Client(name, SIZES[name])) for name in fleet}
         orders = {name: method.assign(state, 0, PlannedClient(plan)) for name, plan in plans.items()}
         # The paper sends no frozen adapter: what was learned is in the base already.
-        bare = {name: replace(order, task=replace(order.lora, blobs={})) for name, order in orders.items()}
+        bare = {
+            name: replace(order, task=replace(order.lora, blobs={}, upload="factors")) for name, order in orders.items()
+        }
         updates = [perform(merged, rows_of(name), order) for name, order in bare.items()]
         state = method.aggregate(state, [AdmittedUpdate(update) for update in updates])
         add(merged, summed(updates))

@@ -39,7 +39,8 @@ from fedtune.methods import pruning
 from fedtune.methods.change import Change, Terms, product_change, product_terms, quick_square, saved_change
 from fedtune.methods.method import Cohort, Method, make_assignment, mean_saved
 from fedtune.methods.serialization import NOT_PERSISTED
-from fedtune.number_formats import to_wire
+from fedtune.methods.settings import down_dtype
+from fedtune.number_formats import from_wire, to_wire
 from fedtune.pruning.ranking import PruningSettings, Ranking, rank_units, structure_at
 from fedtune.pruning.structure import (
     FULL,
@@ -51,7 +52,7 @@ from fedtune.pruning.structure import (
     slice_adapter,
 )
 from fedtune.seeds import derive
-from fedtune.tensors import Array, Tensors, cast
+from fedtune.tensors import Array, Tensors
 
 ROW_NORM = 1 / np.sqrt(3)
 """Norm of a freshly drawn row of A (entries uniform in +-1/sqrt(n)): learning rates are tuned to it."""
@@ -81,8 +82,11 @@ class FloraSettings:
     """Factor on the clients' mean change; 1 adds it as it is."""
     weights: Weighting = "examples"
     """examples: clients count in proportion to their training examples; uniform: all count the same."""
-    wire_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Number format in which factors travel, down and up; modules_to_save always travel in fp32."""
+    wire_dtype: WireDtype = "bf16"
+    """Number format in which clients send what their factors changed by: numbers of 32 or 16 bits, or codes of 8 or 4
+    bits that share a scale with 63 neighbours. modules_to_save always travel in fp32."""
+    down_dtype: WireDtype | None = field(default=None, metadata=OMIT_DEFAULT)
+    """Number format in which clients are sent the global change; none: as `wire_dtype`."""
     coverage: Literal["normalised", "zero"] = "normalised"
     """For rows and columns that only some of the pruned clients kept. normalised: their change is divided by these
     clients' share of the weights; zero: the other clients count as no change."""
@@ -133,11 +137,19 @@ class FloraState:
         if key not in self._blobs:
             # Truncated over the whole base and cut afterwards: the clients then hold slices of one model.
             rest = {name: low.components(trained, down or low.rank) for name, low in self.broadcast.items()}
-            cut, wire_dtype = self.cut(structure), self.settings.wire_dtype
-            frozen = cast(lowrank.smallest(slice_adapter(lowrank.adapter(rest), cut)), wire_dtype)
-            local = warm_start(self.broadcast, min(trained, down or trained), wire_dtype, cut)
+            cut, dtype = self.cut(structure), down_dtype(self.settings)
+            # To the nearest, and always from the exact state: each round's rounding is gone with the round.
+            frozen = to_wire(lowrank.smallest(slice_adapter(lowrank.adapter(rest), cut)), dtype)
+            local = warm_start(self.broadcast, min(trained, down or trained), dtype, cut)
             self._blobs[key] = {"global": frozen, "local": local}
         return self._blobs[key]
+
+    def local_start(self, rank: int, structure: ModelStructure | None) -> Tensors:
+        """Return what a client of a rank trains on from, as it has decoded it: numbers, where codes were sent."""
+        local = self.blobs(rank, structure)["local"]
+        if id(local) not in self._starts:
+            self._starts[id(local)] = from_wire(local)
+        return self._starts[id(local)]
 
     def cut(self, structure: ModelStructure | None) -> Mapping[str, LayerSlice]:
         """Return the rows and columns of every layer that a structure keeps; layers kept whole are left out."""
@@ -164,6 +176,10 @@ class FloraState:
     # Caches of the functions above; their content follows from the state alone.
     @cached_property
     def _blobs(self) -> dict[tuple[int, int | None, bytes], Mapping[str, Tensors]]:
+        return {}
+
+    @cached_property
+    def _starts(self) -> dict[int, Tensors]:
         return {}
 
     @cached_property
@@ -201,10 +217,13 @@ def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
     """Send Delta: frozen beside a fresh adapter, or its leading plan.rank components to train and the rest frozen."""
     plan = planned.plan
     pruned, structure = pruning.pruning_task(state, planned)
-    task = TrainLora(a_key=_a_key(state, plan.client), wire_dtype=state.settings.wire_dtype, pruning=pruned)
-    if state.settings.mode == "continue":
+    task = TrainLora(
+        a_key=_a_key(state, plan.client),
         # A round changes a factor by a hundredth or less: in bf16 the difference keeps its digits, the factor does not.
-        task = replace(task, upload="difference")
+        upload="difference",
+        wire_dtype=state.settings.wire_dtype,
+        pruning=pruned,
+    )
     return make_assignment("flora", state, seed, plan, task, state.blobs(plan.rank, structure))
 
 
@@ -284,10 +303,10 @@ def product(state: FloraState, update: AdmittedUpdate) -> Adapter:
 def products(state: FloraState, update: AdmittedUpdate) -> Iterator[tuple[str, Terms]]:
     """Yield the same by module, one after the other, each as a sum of products."""
     sent, cut, local = update.lora.tensors, state.cut(update.structure), dict[str, Array]()
-    key, differs = _a_key(state, update.client), state.settings.mode == "continue"
-    if differs:
+    key, differs = _a_key(state, update.client), update.upload == "difference"
+    if state.settings.mode == "continue":
         # After the cast to the wire format: what the client has decoded and trained on.
-        local = dict(state.blobs(largest_rank(sent), update.structure)["local"])
+        local = dict(state.local_start(largest_rank(sent), update.structure))
     for name in sorted({each.rpartition(".")[0] for each in sent}):
         factors, shape = float32_factors(sent, name), state.broadcast[name].shape
         terms: Terms = (factors,)
@@ -314,9 +333,8 @@ def float32_factors(tensors: Tensors, name: str) -> Factors:
 def change(state: FloraState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate) -> Iterator[Change]:
     """Yield what an update changes: the products that `aggregate` sums, and the numbers that training has moved."""
     task, sent, cut = assignment.lora, update.lora.tensors, state.cut(update.structure)
-    differs = task.upload == "difference"
-    rank = largest_rank(sent)
-    local = state.blobs(rank, update.structure)["local"] if differs else {}
+    differs, rank = update.upload == "difference", largest_rank(sent)
+    local = state.local_start(rank, update.structure) if state.settings.mode == "continue" else {}
     for name, moved in products(state, update):
         a, b = (sent[f"{name}.{side}"].astype(np.float32, copy=False) for side in "ab")
         if differs:
@@ -389,4 +407,5 @@ METHOD = Method(
     why_not_pruned="",
     downlink_rank=downlink_rank,
     wire_dtype=lambda settings: settings.wire_dtype,
+    down_dtype=down_dtype,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from annotated_types import Gt, Interval
 
@@ -69,7 +69,16 @@ class AveragingSettings:
     """Number format in which clients are sent factors; none: as `wire_dtype`."""
 
 
-def down_dtype(settings: AveragingSettings) -> WireDtype:
+class NumberFormats(Protocol):
+    """Settings with the number formats of either direction."""
+
+    @property
+    def wire_dtype(self) -> WireDtype: ...
+    @property
+    def down_dtype(self) -> WireDtype | None: ...
+
+
+def down_dtype(settings: NumberFormats) -> WireDtype:
     """Return the number format of what is sent down."""
     return settings.down_dtype or settings.wire_dtype
 

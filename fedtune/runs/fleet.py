@@ -85,9 +85,15 @@ class Fleet:
     def cost(self, client: str, arm: Arm, training: Training) -> Cost:
         """Return what an arm costs a client in a round."""
         pruning, work = self.recipe.pruning, self.work(client, training, arm.rank)
-        dtype = method_of(self.recipe).wire_dtype(self.recipe.method)
+        method, settings = method_of(self.recipe), self.recipe.method
         traffic = round_bytes(
-            self.charged, pruning, arm.ratio, arm.rank, global_rank=work.global_rank, wire_dtype=dtype
+            self.charged,
+            pruning,
+            arm.ratio,
+            arm.rank,
+            global_rank=work.global_rank,
+            wire_dtype=method.wire_dtype(settings),
+            down_dtype=method.down_dtype(settings) if method.down_dtype else None,
         )
         return Cost(
             tflop=round_flops(self.charged, pruning, arm.ratio, arm.rank, work) / 1e12,

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from fedtune.messages import (
     PlannedClient,
     Training,
 )
-from fedtune.methods.method import Method
+from fedtune.methods.method import Method, end_of
 from fedtune.number_formats import from_wire, to_wire
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
@@ -80,6 +80,12 @@ class Federation:
         result = LoraResult(tensors, saved, assignment.base)
         update = ClientUpdate(assignment.plan.client, assignment.round, examples, result)
         return AdmittedUpdate(update, upload=task.upload)
+
+    def whole(self, assignment: Assignment, update: AdmittedUpdate) -> AdmittedUpdate:
+        """The same update with whole factors: what has changed says nothing without the start, which a name decides."""
+        tensors = end_of(pack(self.start(assignment)), update)
+        result = replace(update.lora, tensors=tensors)
+        return replace(update, update=replace(update.update, result=result), upload="factors")
 
     def round(self, method: Method[Any], state: Any, fleet: Sequence[Member], *, size: float = 0.1) -> Any:
         return method.aggregate(state, self.updates(method, state, fleet, size=size))

@@ -82,7 +82,10 @@ def test_a_client_split_in_two_changes_nothing(federate: Any, name: str, ranks: 
     method, fleet = METHODS[name], federate.fleet(ranks_for(name, ranks), seed=seed)
     federation = federate({"m": (9, 14)}, max_rank=max(ranks), seed=seed)
     state = federation.state(method)
-    updates = [changed(u, num_examples=2 * u.num_examples) for u in federation.updates(method, state, fleet)]
+    asked = [federation.assign(method, state, member) for member in fleet]
+    sizes = [examples for _, _, _, examples in fleet]
+    answers = [federation.whole(a, federation.answer(a, examples=n)) for a, n in zip(asked, sizes, strict=True)]
+    updates = [changed(update, num_examples=2 * update.num_examples) for update in answers]
     halves = [
         changed(u, client=f"{u.client}{half}", num_examples=u.num_examples // 2) for u in updates for half in "xy"
     ]
@@ -103,7 +106,8 @@ def test_one_client_alone_is_the_new_model(federate: Any, name: str) -> None:
 def test_equal_clients_give_what_every_method_gives(federate: Any, name: str) -> None:
     method, federation = METHODS[name], federate({"m": (9, 14)}, max_rank=4)
     state = federation.state(method)
-    update = federation.updates(method, state, [("c", 4, 1.5, 7)])[0]
+    asked = federation.assign(method, state, ("c", 4, 1.5, 7))
+    update = federation.whole(asked, federation.answer(asked, examples=7))
     twins = [changed(update, client=client, num_examples=size) for client, size in [("a", 1), ("b", 5), ("c", 2)]]
     alone, together = (method.adapter(method.aggregate(state, updates))["m"] for updates in ([update], twins))
     assert federate.close(delta(together), delta(alone), relative=2e-6)

@@ -19,6 +19,7 @@ from fedtune.messages import (
     Plan,
     PlannedClient,
     Training,
+    Upload,
     cohort_weights,
 )
 from fedtune.methods import pruning
@@ -82,7 +83,9 @@ def update(state: FloraState, asked: Plan, seed: int = 0) -> AdmittedUpdate:
         tensors[f"{name}.b"] = rng.standard_normal((m, asked.rank)).astype(np.float32)
     result = LoraResult(tensors, structure_digest=keep.digest if keep else b"")
     sent = ClientUpdate(asked.client, state.round + 1, EXAMPLES[asked.client], result)
-    return AdmittedUpdate(sent, keep, asked.ratio)
+    # Whole factors elsewhere, so that a sum can be held against them.
+    upload: Upload = "difference" if state.settings.mode == "continue" else "factors"
+    return AdmittedUpdate(sent, keep, asked.ratio, upload=upload)
 
 
 def with_result(update: AdmittedUpdate, **changes: Any) -> AdmittedUpdate:

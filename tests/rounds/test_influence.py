@@ -199,7 +199,7 @@ def test_weight_decay_shrinks_what_a_client_starts_from_and_no_honest_update_is_
         if asked.lora.upload == "difference":
             end = {part: array - start[part] for part, array in end.items()}
         result = LoraResult(cast(end, asked.lora.wire_dtype), {}, asked.base)
-        update = AdmittedUpdate(ClientUpdate("anna", asked.round, 1, result))
+        update = AdmittedUpdate(ClientUpdate("anna", asked.round, 1, result), upload=asked.lora.upload)
         honest = Bounds(method, state, federation.blueprint).bound(update, asked)
         assert isinstance(honest, AdmittedUpdate), honest
         state = method.aggregate(state, [federation.answer(asked, size=0.001)])
@@ -220,7 +220,7 @@ def test_a_step_that_is_as_small_as_the_spacing_of_16_bits_is_admitted(name: str
     }
     result = LoraResult(cast(moved, "fp16"), {}, asked.base)
     honest = Bounds(method, state, federation.blueprint).bound(
-        AdmittedUpdate(ClientUpdate("anna", asked.round, 1, result)), asked
+        AdmittedUpdate(ClientUpdate("anna", asked.round, 1, result), upload=asked.lora.upload), asked
     )
     assert isinstance(honest, AdmittedUpdate), honest
 
@@ -287,7 +287,7 @@ def test_what_enters_a_robust_rule_is_bounded_like_what_enters_a_mean(rule: Any)
     method = with_settings(METHODS["fedit"], chosen)
     blueprint = Blueprint({"x": (4, 6)}, saved={}, max_rank=2, seed=0)
     lie = {"x.a": np.full((2, 6), 1e15, np.float32), "x.b": np.full((4, 2), 1e-15, np.float32)}
-    update = AdmittedUpdate(ClientUpdate("eve", 1, 10, LoraResult(lie)))
+    update = AdmittedUpdate(ClientUpdate("eve", 1, 10, LoraResult(lie)), upload="difference")
     state = method.init(blueprint, chosen)
     displaced = dict(method.displacement(state, update))
     assert displaced.keys() == {"local/x.a", "local/x.b"}
