@@ -15,12 +15,26 @@ A message says what was expected, what came and what to do, in one sentence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 class FedtuneError(Exception):
     """The root: catch this to catch everything that fedtune raises on purpose."""
+
+
+def expected_and_got(expected: str, got: str) -> str:
+    """Return in words what was expected and what came, which may be the message of another error.
+
+    >>> expected_and_got("a signed run", "none")
+    'expected a signed run; got none'
+    >>> expected_and_got("a signed run", "roster: expected a key; got none")
+    'expected a signed run; roster: expected a key; got none'
+    """
+    # Else "got expected a key; got none", which does not say what came.
+    inner = re.match(r"([^;]*: )?expected .*; got ", got)
+    return f"expected {expected}; {got}" if inner else f"expected {expected}; got {got}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Fault:
 
     def __str__(self) -> str:
         where = f"{self.path}: " if self.path else ""
-        what = f"expected {self.expected}; got {self.got}" if self.expected else self.got
+        what = expected_and_got(self.expected, self.got) if self.expected else self.got
         hint = f"; {self.hint}" if self.hint else ""
         return f"{where}{what}{hint}"
 

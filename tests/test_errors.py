@@ -27,3 +27,14 @@ def test_every_error_is_a_fedtune_error_and_stands_in_the_tree_on_top_of_the_fil
     for cls in classes:
         assert issubclass(cls, FedtuneError)
         assert cls.__name__ in (errors.__doc__ or "")
+
+
+def test_the_message_of_another_error_is_not_what_came() -> None:
+    inner = "roster: expected a signature by the key ab; got none that holds"
+    assert str(Fault("link", "a roster", inner)) == f"link: expected a roster; {inner}"
+    assert (
+        str(Fault("x", "a roster", "expected one; got two", "ask"))
+        == "x: expected a roster; expected one; got two; ask"
+    )
+    # A value that happens to have the word in it is quoted as it is.
+    assert str(Fault("x", "a date", "'expected'")) == "x: expected a date; got 'expected'"

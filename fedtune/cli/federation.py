@@ -73,11 +73,21 @@ def serve(
         recipe_edits = [text for text in overrides or () if not text.startswith("link.")]
         bound = data_at_sites(str(source), overrides=recipe_edits)
         settings, root = bind_link(config, tuple(edits))
+        options = ["--config", str(config.absolute())] if config is not None else []
+        options += [word for text in edits for word in ("--set", text)]
         run = resume if resume is not None else out or Path("runs") / bound.name
         record = event_writer(check_log_format(log))
         try:
             run, summary = coordinate(
-                bound, run, settings, root, resume=resume is not None, fresh=fresh, expect=expect, record=record
+                bound,
+                run,
+                settings,
+                root,
+                resume=resume is not None,
+                fresh=fresh,
+                expect=expect,
+                options=options,
+                record=record,
             )
         except RoundError as error:
             typer.echo(f"fedtune: {printable(str(error))}", err=True)

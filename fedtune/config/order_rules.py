@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from fedtune.config.recipe import Recipe, method_of
-from fedtune.errors import ShapeError
+from fedtune.errors import ShapeError, expected_and_got
 from fedtune.messages import Assignment, ProbeSeeds, ScoreRequest, TailRank
 from fedtune.number_formats import CODES, FORMATS, SCALE_DTYPE, SCALES, scales_shape
 from fedtune.pruning.ranking import PruningSettings, counts
@@ -36,7 +36,7 @@ class Difference:
     got: object
 
     def __str__(self) -> str:
-        return f"{self.key}: expected {self.expected}; got {short_text(self.got)}"
+        return f"{self.key}: {expected_and_got(self.expected, short_text(self.got))}"
 
 
 def short_text(value: object) -> str:
@@ -66,6 +66,11 @@ class Comparison:
     def request(self) -> ScoreRequest:
         assert isinstance(self.got, ScoreRequest)
         return self.got
+
+
+def expected_by(error: ShapeError) -> str:
+    """Return what an error says that was expected, of which a difference states itself what came."""
+    return str(error).partition("expected ")[2].partition("; got ")[0] or str(error)
 
 
 Rule: TypeAlias = Callable[[Comparison], str]
@@ -118,7 +123,7 @@ def stages(one: Comparison) -> str:
     try:
         last = [from_bitmap(stage, layout) for stage in pruning.stages][-1]
     except ShapeError as error:
-        return str(error)
+        return expected_by(error)
     wanted = counts(layout, settings, plan.ratio).channels
     channels = tuple(len(block.ff) for block in last.blocks)
     return "" if channels == wanted else f"{short_text(list(wanted))} channels by block, at the ratio {plan.ratio:g}"
@@ -134,7 +139,7 @@ def previous(one: Comparison) -> str:
     try:
         from_bitmap(pruning.previous, layout)
     except ShapeError as error:
-        return str(error)
+        return expected_by(error)
     return ""
 
 

@@ -48,7 +48,7 @@ from fedtune.link.server.server import serve_link
 from fedtune.link.settings import LinkSettings
 from fedtune.messages import Blueprint, Failure, ProbeSeeds, TrainLora
 from fedtune.rounds.admission import largest_update
-from fedtune.runs.resume import as_started, check_resumable
+from fedtune.runs.resume import as_started, check_resumable, write_options
 from fedtune.runs.runner import run_recipe
 from fedtune.store.files import make_private, store_errors
 from fedtune.store.lock import lock_run
@@ -69,6 +69,7 @@ def coordinate(
     resume: bool = False,
     fresh: bool = False,
     expect: int | None = None,
+    options: Sequence[str] = (),
     record: RecordEvent,
     on_start: Callable[[int], None] = lambda port: None,
 ) -> tuple[Path, Mapping[str, Any]]:
@@ -84,6 +85,7 @@ def coordinate(
         resume: whether the run has begun already.
         fresh: whether a new run lies beside `run` where that is taken.
         expect: clients that the first round waits for; None: its cohort, or all clients of the roster.
+        options: of the command line that say how to serve it, for the advice on how to resume it.
         record: receives the events, beside the audit log.
         on_start: called with the port when clients may dial.
 
@@ -112,6 +114,7 @@ def coordinate(
         make_private(folder, below=folder)
         # Two servers of one run would each give receipts for other updates.
         stack.enter_context(lock_run(folder))
+        write_options(run, options)
         record_all, metrics = open_records(stack, folder, settings, record)
         dispatcher = create_dispatcher(recipe, run, settings, identity, record_all)
         dispatcher.set_enrolled(partial(enrolled_clients, roster))

@@ -45,7 +45,8 @@ class ClientStatus:
     down: int = 0
     """Bytes of its tasks."""
     error: str = ""
-    """The last thing that went wrong, and in which round."""
+    """The last thing that went wrong, and in which round; empty once an update of a later round was used, or a client
+    that was away or refused is connected again."""
     work: str = ""
     """How far it is with its work, as the server has said a few seconds ago; empty if it works on nothing."""
 
@@ -212,11 +213,13 @@ def update_status(client: ClientStatus, entry: Entry) -> ClientStatus:
         case "hello":
             return replace(seen, state="connected" if client.state == "connected" else "loading")
         case "connected":
-            return replace(seen, state="connected", error="" if client.state == "refused" else client.error)
+            back = client.state in ("refused", "loading", "away")
+            return replace(seen, state="connected", error="" if back else client.error)
         case "answered":
             return replace(here, up=client.up + fields["bytes"])
         case "used":
-            return replace(client, state="connected", rounds=client.rounds + 1)
+            # What went wrong before is over: its update has come, and was used.
+            return replace(client, state="connected", rounds=client.rounds + 1, error="")
         case "declined" if fields["veto"] == "SCORES_NOT_ALLOWED":
             return here  # what the site has chosen is no error
         case "unused" | "declined" | "rival" | "dropped":

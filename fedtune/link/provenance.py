@@ -150,6 +150,29 @@ def verify_folder(path: Path, roster: Roster, *, now: int | None = None) -> Prov
     return Provenance(party, roster.federation, int(predicate["signed_at"]), len(digests), predicate)
 
 
+def check_statement(opened: ResultFolder) -> bool:
+    """Check that the signed statement in a folder, if it has one, is of its files; returns whether it has one.
+
+    By whom it is signed, and whether that holds, only a roster says; see `verify_folder`.
+
+    Raises:
+        StoreError: if it is no statement of ours, or of other files.
+    """
+    file = opened.path / manifest.SIGNATURE
+    if not os.path.lexists(file):
+        return False
+    try:
+        payload, _ = parse_dsse(manifest.read_bounded(file), KIND, str(file))
+        digests, _ = parse_statement(parse_json(payload, str(file)), file)
+    except WireError as error:
+        raise StoreError(f"{error}; sign the folder again with fedtune sign") from error
+    check_subjects(opened, digests, file)
+    if opened.digest != digests.get(manifest.NAME):
+        expected = f"the digest {opened.digest[:12]} of {manifest.NAME}"
+        raise StoreError(f"{file}: expected {expected}; got {digests.get(manifest.NAME, 'none')[:12]}; {AGAIN}")
+    return True
+
+
 def load_roster(
     path: Path, root: Path | None, *, expired: bool = False, now: int | None = None
 ) -> tuple[Roster, bytes]:

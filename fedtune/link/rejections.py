@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedtune.errors import WireError
+from fedtune.errors import WireError, expected_and_got
 from fedtune.wire.v1 import link_pb2 as pb
 
 MAX_TEXT_CHARS = 256
@@ -98,6 +98,7 @@ def describe(refusal: pb.Refusal) -> str:
     advice = ADVICE.get(refusal.reason, "")
     return (
         # Cut again: a refusal may come from a peer that does not hold to the limits.
-        f"{reason_name(refusal.reason)}: {field}expected {one_line(refusal.expected)}; got {one_line(refusal.found)}"
+        f"{reason_name(refusal.reason)}: {field}"
+        f"{expected_and_got(one_line(refusal.expected), one_line(refusal.found))}"
         f"{f'; {advice}' if advice else ''}"
     )

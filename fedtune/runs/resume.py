@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from fedtune.methods.method import Method
 from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.record import RoundRecord
 from fedtune.runs.context import Door, RunContext, first_state
+from fedtune.store.files import write_text
 from fedtune.store.history import has_begun
 from fedtune.store.round_records import read_rounds
 from fedtune.store.run_journal import RunJournal
 
+LINK, OPTIONS = "link", "options"
+"""Of a served run: the folder of the link, and the file in it that notes the options of its server."""
 RESTORE_ADVICE = "put back a copy of the run directory, or start the run again"
 
 
@@ -156,11 +160,26 @@ def resumable(change: str) -> bool:
     return change.startswith(("rounds.count:", "model.digest:"))
 
 
+def write_options(run: Path, options: Sequence[str]) -> None:
+    """Note with which options a run is served, beside its links: a server is not resumed without its own file."""
+    write_text(run / LINK / OPTIONS, json.dumps(list(options)) + "\n")
+
+
+def read_options(run: Path) -> Sequence[str]:
+    """Return the options that a run was last served with; none where they are not noted, or not readable."""
+    try:
+        options = json.loads((run / LINK / OPTIONS).read_text(encoding="utf-8"))
+    # They are a hint: what is wrong with the file must not hide what the hint is for.
+    except (OSError, ValueError, RecursionError):
+        return []
+    return options if isinstance(options, list) and all(isinstance(one, str) for one in options) else []
+
+
 def resume_command(door: Door, run: Path) -> str:
     """Return the command that resumes a run, ready to be pasted into a shell."""
     if door == "simulate":
         return f"fedtune simulate --resume {shlex.quote(str(run))}"
     if door == "link":
-        return f"fedtune serve --resume {shlex.quote(str(run))}"
+        return shlex.join(["fedtune", "serve", "--resume", str(run), *read_options(run)])
     path = run.absolute()
     return f'flwr run . --run-config \'recipe="{path}/recipe.toml" store="{path.parent}" resume="{path.name}"\''

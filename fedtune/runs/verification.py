@@ -10,7 +10,7 @@ from typing import Any
 from fedtune.config import Recipe, bind, changes
 from fedtune.config.recipe import PYTHON, method_of
 from fedtune.errors import StoreError
-from fedtune.link import audit_files, audit_log
+from fedtune.link import audit_files, audit_log, provenance
 from fedtune.messages import Blueprint
 from fedtune.methods import serialization
 from fedtune.methods.method import GlobalModel
@@ -37,7 +37,7 @@ class Checked:
     files: int = 0
     """Listed in these manifests."""
     remarks: tuple[str, ...] = ()
-    """Why the files of a folder could not be checked."""
+    """Why the files of a folder could not be checked, and what of a folder is to be checked elsewhere."""
     entries: int = 0
     """Of the audit log of a served run."""
 
@@ -150,13 +150,15 @@ def check_link(run: Path) -> Checked:
 
 
 def check_folders(run: Path, checked: Checked) -> Checked:
-    """Check every file that the manifests of the folders in a run directory list."""
+    """Check every file that the manifests of the folders in a run directory list, and that signatures are of them."""
     with store_errors(run):
         folders = sorted(path.parent for path in run.glob(f"*/{manifest.NAME}") if not path.parent.name.startswith("."))
     for folder in folders:
         opened = manifest.open_folder(folder)
         opened.check()
         remarks = (*checked.remarks, opened.remark) if opened.remark else checked.remarks
+        if provenance.check_statement(opened):
+            remarks = (*remarks, f"{folder}: signed as it is; by whom, says fedtune verify {folder} --roster FILE")
         listed = len(opened.listed or ())
         checked = replace(checked, folders=checked.folders + 1, files=checked.files + listed, remarks=remarks)
     return checked

@@ -98,7 +98,6 @@ def test_no_order_of_an_honest_run_is_vetoed(name: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.guarantee("G2")
 @pytest.mark.parametrize("name", ["flora", "fedkseed-one-sided"])
 def test_no_order_of_a_run_with_a_schedule_over_rounds_is_vetoed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -253,7 +252,6 @@ def test_every_field_of_an_order_is_held_against_the_recipe() -> None:
     assert passed <= FREE.keys() | {"ScoreRequest.round"}
 
 
-@pytest.mark.guarantee("G2")
 @pytest.mark.parametrize("text", [ADAPTERS, SEEDS], ids=["adapters", "seeds"])
 def test_the_rate_of_an_order_is_that_of_its_round_and_no_other(text: str) -> None:
     plain, text = text, text.replace("count = 5", 'count = 5, schedule = "linear", warmup = 1, final_rate = 0.4')

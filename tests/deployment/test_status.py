@@ -52,6 +52,21 @@ def test_a_site_that_does_not_fit_is_refused_until_it_comes_anew_and_is_taken() 
     assert client_statuses(entries(*story[:2]))["anna"].error == "expected the base ab; got cd"
 
 
+def test_an_error_that_is_over_is_not_shown_any_more() -> None:
+    lost: tuple[str, dict[str, Any]] = ("lost", {"client": "anna", "round": 1, "reason": "no sign of life for 600 s"})
+    unused: tuple[str, dict[str, Any]] = ("unused", {"client": "anna", "round": 1, "reason": "late"})
+    hello, connected = ("hello", {"client": "anna"}), ("connected", {"client": "anna", "examples": 3})
+    used: tuple[str, dict[str, Any]] = ("used", {"client": "anna", "round": 2})
+
+    def error(*events: tuple[str, dict[str, Any]]) -> str:
+        return client_statuses(entries(*events))["anna"].error
+
+    assert error(connected, lost) == error(connected, lost, hello) == "round 1: no sign of life for 600 s"
+    assert error(connected, lost, hello, connected) == ""
+    assert error(connected, unused) == "round 1: late"
+    assert error(connected, unused, used) == ""
+
+
 def test_a_site_that_knows_of_the_end_has_gone() -> None:
     story = entries(("connected", {"client": "anna", "examples": 3}), ("informed", {"client": "anna"}))
     assert client_statuses(story)["anna"].state == "away"

@@ -266,3 +266,20 @@ def test_only_what_holds_is_signed(folder: Path, signer: Signer) -> None:
     (folder / "fedtune.json").write_text('{"fedtune": "0.2.0"}')
     with pytest.raises(StoreError, match=r"not checked: written by fedtune 0\.2\.0.*expected a manifest to sign"):
         sign_folder(folder, signer, now=NOW)
+
+
+@pytest.mark.guarantee("G19")
+def test_a_signed_statement_is_held_against_its_folder_without_a_roster(folder: Path, signer: Signer) -> None:
+    file = folder / "manifest.dsse"
+    assert provenance.check_statement(manifest.open_folder(folder))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    with pytest.raises(StoreError, match="sign the folder again with fedtune sign"):
+        provenance.check_statement(manifest.open_folder(folder))
+    file.write_bytes(whole)
+    other = peft.write(folder.parent / "other", ADAPTER, SAVED, TARGET, {**FACTS, "round": 99})
+    (other / "manifest.dsse").write_bytes(whole)
+    with pytest.raises(StoreError, match=r"manifest\.dsse: expected the digest"):
+        provenance.check_statement(manifest.open_folder(other))
+    (other / "manifest.dsse").unlink()
+    assert not provenance.check_statement(manifest.open_folder(other))

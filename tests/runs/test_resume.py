@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fedtune.rounds.aggregation import Aggregated, aggregate
 from fedtune.rounds.events import Event, Note
 from fedtune.runs import context as contexts
 from fedtune.runs.local import Experiment, run_context, transport
-from fedtune.runs.resume import as_started, check_resumable, resume_command
+from fedtune.runs.resume import as_started, check_resumable, read_options, resume_command, write_options
 from fedtune.runs.runner import run_recipe
 from fedtune.runs.verification import check_results
 from fedtune.store.run_directory import write_recipe
@@ -109,8 +110,20 @@ def test_other_versions_are_noted(prepared: Experiment, run: Path, monkeypatch: 
 
 def test_the_resume_command_can_be_pasted() -> None:
     assert resume_command("simulate", Path("runs/my run")) == "fedtune simulate --resume 'runs/my run'"
+    assert resume_command("link", Path("runs/x")) == "fedtune serve --resume runs/x"
     expected = '\'recipe="/store/notes/recipe.toml" store="/store" resume="notes"\''
     assert resume_command("flower", Path("/store/notes")) == f"flwr run . --run-config {expected}"
+
+
+def test_the_resume_command_of_a_served_run_names_its_server_s_own_file(tmp_path: Path) -> None:
+    (tmp_path / "link").mkdir()
+    write_options(tmp_path, ["--config", "/etc/my server.toml", "--set", 'link.listen="0.0.0.0:9"'])
+    command = resume_command("link", tmp_path)
+    assert shlex.split(command) == ["fedtune", "serve", "--resume", str(tmp_path), *read_options(tmp_path)]
+    assert "--config '/etc/my server.toml'" in command
+    for content in (b"\xff", b"{}", b"[1]", b"[" * 100_000, b""):
+        (tmp_path / "link" / "options").write_bytes(content)
+        assert resume_command("link", tmp_path) == f"fedtune serve --resume {tmp_path}"
 
 
 def test_a_run_that_an_earlier_release_left_with_an_infinite_state_goes_on_if_its_round_can_be_done_again(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,15 @@ from fedtune import api
 from fedtune.config import bind, changes
 from fedtune.errors import FedtuneError, StoreError
 from fedtune.link.audit_log import AuditLog
+from fedtune.link.pki.identity import load_identity
+from fedtune.link.provenance import Signer, sign_folder
 from fedtune.runs.export import export
 from fedtune.runs.local import Experiment, run_context, transport
 from fedtune.runs.resume import resumable
 from fedtune.runs.runner import run_recipe
 from fedtune.runs.verification import check_results
 from fedtune.store import manifest, peft, result
+from tests.link.ceremony import enroll_parties
 from tests.runs.conftest import cut, edit, read_lines, run_prepared
 
 # peft asks transformers by a name that transformers is about to drop
@@ -156,6 +160,18 @@ def test_no_flipped_byte_of_a_run_passes_with_harm(
 ) -> None:
     run_prepared(prepared, run)
     assert not check_flips(run, 130, cases)
+
+
+def test_the_signed_statement_of_a_result_is_held_against_it(prepared: Experiment, run: Path, tmp_path: Path) -> None:
+    run_prepared(prepared, run)
+    assert check_results(run).remarks == ()
+    identity = load_identity(enroll_parties(tmp_path / "sites")["server"], role="coordinator", now=int(time.time()))
+    sign_folder(run / "adapter", Signer("f", identity.name, identity.key), now=0)
+    assert "fedtune verify" in check_results(run).remarks[0]
+    file = run / "adapter" / "manifest.dsse"
+    file.write_bytes(file.read_bytes().replace(b"payload", b"paylord", 1))
+    with pytest.raises(StoreError, match=r"manifest\.dsse"):
+        check_results(run)
 
 
 def test_the_number_base_and_audit_log_of_a_served_run_are_checked(prepared: Experiment, run: Path) -> None:
