@@ -293,6 +293,8 @@ class Measured:
     """With pruning: mean over the steps of the sum of |parameter * gradient| over the trained factors."""
     side_tokens: int = 0
     """With pruning: tokens that went forward for scores and for the losses above."""
+    skipped_steps: int = 0
+    """Optimizer steps that were left out because their loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,7 @@ def train_pruned(
         seconds=time.perf_counter() - began,
         loss_before=loss_before,
         loss_after=loss_after,
-        importance=learned.hooks.importance / steps,
+        importance=learned.hooks.importance / (steps - learned.measured.skipped_steps),
         side_tokens=side + tokens + 2 * sum(batch.tokens for batch in rows),
     )
     sends_scores = pruning.scores_requested and settings.policy == "nested"

@@ -84,6 +84,9 @@ class Hooks:
         """Add the terms' gradients to those of the examples' loss, before they are clipped."""
         for term in self._terms:
             TERMS[type(term)](self._model, self._start, term).backward()
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Weigh the gradients of a step that will be taken, before they are clipped."""
         if self._weigh:
             self.importance += importance(optimizer.param_groups[0]["params"])
 

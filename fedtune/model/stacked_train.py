@@ -58,9 +58,10 @@ class Learned:
 
     @property
     def finite(self) -> bool:
-        """Whether every loss was; where one was not, the client's update is not to be used."""
+        """Whether every number is; where one is not, the client trains again alone, without the steps that are not."""
         ends = [loss for loss in (self.measured.loss_before, self.measured.loss_after) if loss is not None]
-        return all(map(math.isfinite, [*self.losses, *ends]))
+        numbers = all(map(math.isfinite, [*self.losses, *ends]))
+        return numbers and all(np.isfinite(f.a).all() and np.isfinite(f.b).all() for f in self.final.values())
 
 
 def train_together(

@@ -27,6 +27,8 @@ from fedtune.model.shares import ALONE, Shares
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive
 
+MAX_SKIPPED = 3
+"""Steps of a round that a client may leave out because their loss or gradient is not finite."""
 OnStep: TypeAlias = Callable[[int, int], None]
 """(steps taken, all steps): hears how far a training is."""
 
@@ -40,7 +42,7 @@ class Trained:
     """The course of a training run."""
 
     losses: Sequence[float]
-    """Mean loss of each optimizer step, before the step."""
+    """Mean loss of each optimizer step that was taken, before the step."""
     measured: Measured
     """Memory of the allocator on CUDA, of the whole process elsewhere."""
 
@@ -98,13 +100,17 @@ def train(
         training: with `steps` set.
         key: from `derive`; data order and dropout follow from it.
         client: for error messages.
-        hooks: what is done beside that: after each backward pass, and after every step but the last.
-        rows: on which the loss is measured before the first step and after the last one; without any it is not.
+        hooks: what is done beside that: after each backward pass, before each step, and after every one but the last.
+        rows: on which the loss is measured before the first step and after the last one; without any it is not. Batches
+            of them whose loss is not finite before the first step are left out, unless that is all.
         on_step: called after each step.
         shares: what of each batch this process computes; the others of the client take the same steps.
 
+    A step whose loss or gradient is not finite is left out: its gradients are dropped, and rates and data go on.
+
     Raises:
-        ClientError: if there is no example, or a loss is not finite; of memory see `report_out_of_memory`.
+        ClientError: if there is no example, if the loss before or after is not finite, or if more than `MAX_SKIPPED`
+            steps, or all, were left out; of memory see `report_out_of_memory`.
     """
     if not examples:
         raise ClientError(f"{client}: expected at least one training example; got none; give the client more data")
@@ -112,7 +118,8 @@ def train(
     began, order = time.perf_counter(), batches(len(examples), size=training.batch, key=key)
     optimizer = make_optimizer(training, [p for p in base.model.parameters() if p.requires_grad])
     [group] = optimizer.param_groups
-    losses, tokens, loss_before = list[float](), 0, loss_on(base, rows, training)
+    losses, tokens, skipped = list[float](), 0, 0
+    loss_before, measured_rows = loss_before_training(base, rows, training)
     check_finite(loss_before, f"{client}, before step 1", training)
     with training_mode(base, training), torch_seed(derive(key, "dropout", shares.place), base.device):
         for step in range(training.steps):
@@ -121,20 +128,23 @@ def train(
             parts = [collate([examples[i] for i in own], base) for own in chosen if own]
             counted, seen = sum(batch.count for batch in parts), sum(batch.tokens for batch in parts)
             loss, seen = shares.join(group["params"], backward(base, parts, training), counted, seen)
-            losses.append(loss)
-            # After one step on a loss that is not finite, every parameter would be NaN.
-            check_finite(losses[-1], f"{client}, step {step + 1}", training)
             if hooks:
                 hooks.after_backward(optimizer)
-            if training.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(group["params"], training.clip_norm)
-            optimizer.step()
+            norm = gradient_norm(group["params"])
+            # After one step on what is not finite, every parameter would be NaN.
+            if math.isfinite(loss) and math.isfinite(norm):
+                losses.append(loss)
+                take_step(optimizer, norm, training, hooks)
+            else:
+                skipped += 1
+                got = f"loss {loss:g}, gradient of norm {norm:g}"
+                check_skipped(skipped, f"{client}, step {step + 1}", got, training)
             optimizer.zero_grad(set_to_none=True)
             tokens += seen
             on_step(step + 1, training.steps)
             if hooks and step + 1 < training.steps:
                 hooks.after_step(step + 1, optimizer)
-    loss_after = loss_on(base, rows, training)
+    loss_after = mean_loss(row_losses(base, measured_rows, training))
     check_finite(loss_after, f"{client}, after step {training.steps}", training)
     measured = Measured(
         seconds=time.perf_counter() - began,
@@ -142,25 +152,43 @@ def train(
         tokens=tokens,
         loss_before=loss_before,
         loss_after=loss_after,
+        skipped_steps=skipped,
     )
     return Trained(losses, measured)
 
 
-def loss_on(base: Base, rows: Sequence[Example], training: Training) -> float | None:
-    """Return the mean loss on some rows, in nats per token (causal) or example; None where nothing of them counts.
+RowLosses: TypeAlias = Sequence[tuple[float, int]]
+"""By batch, the summed loss and what counts in it."""
 
-    In the arithmetic and the batches of the training, without dropout.
-    """
-    total, count = 0.0, 0
+
+def loss_before_training(
+    base: Base, rows: Sequence[Example], training: Training
+) -> tuple[float | None, Sequence[Sequence[Example]]]:
+    """Return the mean loss of some rows, and the batches of them that it is of: without those that are not finite."""
+    parts = [rows[begin : begin + training.batch] for begin in range(0, len(rows), training.batch)]
+    losses = row_losses(base, parts, training)
+    # One text that overflows a 16-bit base must not cost a client its round: the rest says how well it learns.
+    finite = [place for place, (total, _) in enumerate(losses) if math.isfinite(total)] or range(len(parts))
+    return mean_loss([losses[place] for place in finite]), [parts[place] for place in finite]
+
+
+def row_losses(base: Base, parts: Sequence[Sequence[Example]], training: Training) -> RowLosses:
+    """Return the losses of batches of rows, in the arithmetic of the training, without dropout."""
+    losses = list[tuple[float, int]]()
     base.model.eval()  # adapters are attached in training mode, with their dropout
     # Not in inference mode: what a model stores in a forward pass, as some do of positions, is used again in training.
     with torch.no_grad():
-        for begin in range(0, len(rows), training.batch):
-            batch = collate(rows[begin : begin + training.batch], base)
+        for part in parts:
+            batch = collate(part, base)
             with autocast(training, base.device):
-                total += summed_loss(base.model, batch, task=base.task).item()
-            count += batch.count
-    return total / count if count else None
+                losses.append((summed_loss(base.model, batch, task=base.task).item(), batch.count))
+    return losses
+
+
+def mean_loss(losses: RowLosses) -> float | None:
+    """Return the mean loss in nats per token (causal) or example; None where nothing counts."""
+    count = sum(counted for _, counted in losses)
+    return sum(total for total, _ in losses) / count if count else None
 
 
 def backward(base: Base, parts: Sequence[Batch], training: Training) -> float:
@@ -173,6 +201,35 @@ def backward(base: Base, parts: Sequence[Batch], training: Training) -> float:
         loss.backward()
         total += loss.item()
     return total
+
+
+def gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """Return the norm of all gradients together; not finite if one of their numbers is not."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def take_step(optimizer: torch.optim.Optimizer, norm: torch.Tensor, training: Training, hooks: Hooks | None) -> None:
+    """Scale gradients of this norm down to the recipe's bound, and take the step."""
+    [group] = optimizer.param_groups
+    if hooks:
+        hooks.before_step(optimizer)
+    if training.clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(group["params"], training.clip_norm, norm)
+    optimizer.step()
+
+
+def check_skipped(skipped: int, where: str, got: str, training: Training) -> None:
+    """Raise ClientError if more steps were left out than a round may lose, or all of them.
+
+    Raises:
+        ClientError: with the last of them.
+    """
+    if skipped > MAX_SKIPPED or skipped == training.steps:
+        raise ClientError(
+            f"{where}: expected a finite loss and gradient in all but {MAX_SKIPPED} steps, and in one at least; got "
+            f"{skipped} without, the last with {got}, with {training.optimizer} at learning_rate "
+            f"{training.learning_rate:g}; lower it, or use another model.dtype"
+        )
 
 
 def check_finite(loss: float | None, where: str, training: Training) -> None:

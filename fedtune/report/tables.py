@@ -194,6 +194,12 @@ def failures(run: Run) -> Sequence[FailureRecord]:
 
 def failures_table(run: Run) -> Table | None:
     rows = [[str(failure.round), failure.client, failure.kind, failure.reason] for failure in failures(run)]
+    rows += [
+        [str(record.round), name, "ok", f"{client.skipped_steps} steps left out: loss or gradient not finite"]
+        for record in run.rounds
+        for name, client in record.clients.items()
+        if client.skipped_steps
+    ]
     return Table(["round", "client", "what", "reason"], rows, text_columns=4) if rows else None
 
 

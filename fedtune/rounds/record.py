@@ -66,6 +66,8 @@ class ClientRecord:
     """Frobenius norm of the admitted change."""
     importance: float | None = None
     """With pruning: mean over the steps of the sum of |parameter * gradient| over the trained factors."""
+    skipped_steps: int = 0
+    """Optimizer steps that it left out because their loss or gradient was not finite; left out where it is 0."""
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,7 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
         tokens=measured.tokens,
         norm=finished.norms.get(name),
         importance=measured.importance,
+        skipped_steps=measured.skipped_steps,
     )
 
 

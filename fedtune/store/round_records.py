@@ -92,7 +92,9 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
         "tokens": client.tokens,
         "norm": client.norm,
     }
-    return line if client.importance is None else line | {"importance": client.importance}
+    if client.importance is not None:
+        line["importance"] = client.importance
+    return line if not client.skipped_steps else line | {"skipped_steps": client.skipped_steps}
 
 
 def encode_module(module: ModuleRecord) -> Mapping[str, Any]:

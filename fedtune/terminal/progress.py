@@ -125,6 +125,7 @@ def round_line(state: ProgressState) -> str:
             *(score(state) if record.test else ()),
             *([f"rate {record.rate_share:.3g} x"] if record.rate_share != 1 else ()),
             f"clients {admitted}/{len(state.cohort)}",
+            *skipped_steps(record),
             f"up {size(record.bytes_up)}",
             f"down {size(record.bytes_down)}",
             duration(record.seconds),
@@ -138,6 +139,13 @@ def losses(record: RoundRecord | None) -> Sequence[str]:
     if record is None or record.loss_after is None:
         return []
     return [f"local loss {number(record.loss_before)} -> {number(record.loss_after)}"]
+
+
+def skipped_steps(record: RoundRecord) -> Sequence[str]:
+    """Return which clients left out steps that were not finite, and how many."""
+    counts = [f"{printable(name)} {c.skipped_steps}" for name, c in sorted(record.clients.items()) if c.skipped_steps]
+    more = [f"and {len(counts) - NAMED_FAILURES} more"] * (len(counts) > NAMED_FAILURES)
+    return [f"skipped steps: {', '.join([*counts[:NAMED_FAILURES], *more])}"] if counts else []
 
 
 def score(state: ProgressState) -> Sequence[str]:

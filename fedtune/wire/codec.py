@@ -395,8 +395,8 @@ def _update(data: memoryview, client: str, limit_bytes: int) -> ClientUpdate:
     # NaN fails both: a time or weight that no number is would spread through the planner's means.
     expect(0 <= measured.seconds <= LARGEST, "a time of at least 0 s", measured.seconds)
     expect(0 <= measured.importance <= LARGEST, "an importance of at least 0", measured.importance)
-    sizes = (header.examples, measured.peak_bytes, measured.tokens, measured.side_tokens)
-    expect(max(sizes) < MAX_COUNT, f"examples, bytes and tokens below {MAX_COUNT}", max(sizes))
+    sizes = (header.examples, measured.peak_bytes, measured.tokens, measured.side_tokens, measured.skipped_steps)
+    expect(max(sizes) < MAX_COUNT, f"examples, bytes, tokens and steps below {MAX_COUNT}", max(sizes))
     expect(len(header.kept) in (0, 32), "a digest of 32 bytes of what was kept", len(header.kept))
     tensors, saved, *scores = _cut(parts, data[start:], limit_bytes)
     result = LoraResult(tensors, saved, header.base, header.kept, header.mask, *scores)

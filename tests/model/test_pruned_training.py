@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from fedtune.messages import (
 )
 from fedtune.methods.flora import METHOD, FloraState
 from fedtune.model import pruned_training
+from fedtune.model import train as training_loop
 from fedtune.model.base import Base, digest
 from fedtune.model.lora import with_adapters
 from fedtune.pruning.ranking import PruningSettings
@@ -91,6 +93,25 @@ def test_a_pruned_round_follows_an_unpruned_one_and_leaves_the_base_as_it_was(ba
     after = METHOD.aggregate(state, [half])
     assert after.ratios == {"ann": 0.5}
     assert digest(base.model) == before
+
+
+def test_a_step_that_is_not_finite_is_left_out_of_pruned_training_and_of_its_importance(
+    base: Base, examples: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, state = examples(12), first(base)
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    backward, losses = training_loop.backward, list[float]()
+
+    def overflowing(*args: Any) -> float:
+        losses.append(backward(*args) * (math.nan if len(losses) == 1 else 1.0))
+        return losses[-1]
+
+    order = asked(state, base, 0.5)
+    monkeypatch.setattr(training_loop, "backward", overflowing)
+    measured = answered(order, base, rows, state).measured
+    assert (len(losses), measured.skipped_steps) == (order.plan.training.steps, 1)
+    assert measured.importance is not None
+    assert math.isfinite(measured.importance)
 
 
 def test_the_loss_before_is_that_of_the_structure_of_the_last_participation(base: Base, examples: Rows) -> None:

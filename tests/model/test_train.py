@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 
 from fedtune.errors import ClientError
 from fedtune.messages import Plan, Training, TrainLora
-from fedtune.model.batches import collate
+from fedtune.model import train as training_loop
+from fedtune.model.batches import batches, collate
 from fedtune.model.lora import read_local, start, with_adapters
 from fedtune.model.loss import summed_loss
-from fedtune.model.train import learning_rate, peak_bytes, report_out_of_memory, train
+from fedtune.model.train import learning_rate, make_optimizer, peak_bytes, report_out_of_memory, train
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
 
@@ -168,8 +170,75 @@ def test_a_loss_that_is_not_finite_names_client_step_and_remedy(loaded: Any, exa
         base.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ClientError, match=r"c, before step 1: expected a finite loss; got nan .*learning_rate"):
         run(base, examples(4), TRAINING)
-    with pytest.raises(ClientError, match=r"c, step 1: expected a finite loss; got nan .*learning_rate"):
+    with pytest.raises(ClientError, match=r"c, step 4: expected .* all but 3 steps.*got 4 .* loss nan"):
         run(base, examples(4), TRAINING, measured=())
+    with pytest.raises(ClientError, match=r"c, step 2: expected .* in one at least; got 2 without.*learning_rate"):
+        run(base, examples(4), replace(TRAINING, steps=2), measured=())
+
+
+def poison(base: Any, row: Any) -> Any:
+    """Return a row whose loss is not a number, and that of no other row."""
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight[290] = float("nan")
+    return replace(row, input_ids=np.where(np.arange(len(row.input_ids)) == 1, 290, row.input_ids))
+
+
+@pytest.mark.parametrize("measured", [None, ()])
+def test_a_step_that_is_not_finite_is_left_out_and_counted(measured: Any, loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(6)
+    training = replace(TRAINING, batch=1, steps=12)
+    clean, _ = run(base, rows, training, measured=measured)
+    rows[3] = poison(base, rows[3])
+    trained, learned = run(base, rows, training, measured=measured)
+    assert (clean.measured.skipped_steps, trained.measured.skipped_steps) == (0, 2)  # once in each of two passes
+    assert (len(clean.losses), len(trained.losses)) == (12, 10)
+    assert all(np.isfinite(factors.a).all() and np.isfinite(factors.b).all() for factors in learned.values())
+    if measured is None:
+        assert trained.measured.loss_after < trained.measured.loss_before
+
+
+def test_a_step_that_is_left_out_changes_nothing_but_the_rate_and_the_data_of_the_next(
+    loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, rows, training = loaded(), examples(4), replace(TRAINING, steps=3, schedule="linear")
+    backward, calls = training_loop.backward, list[int]()
+
+    def overflowing(*args: Any) -> float:
+        loss = backward(*args)
+        calls.append(len(calls))
+        if len(calls) == 2:  # the loss is finite, its gradient is not
+            next(p for p in base.model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(training_loop, "backward", overflowing)
+    trained, learned = run(base, rows, training)
+    monkeypatch.undo()
+    # The same steps by hand, the second left out.
+    plan = Plan("c", 4, 2.0, training)
+    with with_adapters(base, local=start(TrainLora(a_key=5), plan, base.modules), scale=2.0) as model:
+        optimizer = make_optimizer(training, [p for p in model.parameters() if p.requires_grad])
+        for step, places in enumerate(islice(batches(4, size=2, key=1), 3)):
+            if step != 1:
+                optimizer.param_groups[0]["lr"] = learning_rate(training, step, 3)
+                backward(base, [collate([rows[i] for i in places], base)], training)
+                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        expected = read_local(model)
+    assert trained.measured.skipped_steps == 1
+    for name, factors in expected.items():
+        np.testing.assert_array_equal(learned[name].a, factors.a)
+        np.testing.assert_array_equal(learned[name].b, factors.b)
+
+
+def test_rows_that_overflow_before_training_are_not_measured_after_it(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(6)
+    training = replace(TRAINING, learning_rate=1e-9)
+    bad = [rows[0], poison(base, rows[1]), *rows[2:]]
+    found = run(base, rows, training, measured=bad)[0].measured
+    expected = run(base, rows, training, measured=rows[2:])[0].measured  # batches of two: the first is left out
+    assert found.loss_before == expected.loss_before
+    assert found.loss_after == pytest.approx(found.loss_before, abs=1e-5)
 
 
 @pytest.mark.parametrize(

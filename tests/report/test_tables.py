@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedtune.report.reader import read_run
-from fedtune.report.tables import failures
+from fedtune.report.tables import failures, failures_table
 from tests.report.conftest import WriteRun
 
 
@@ -11,3 +13,13 @@ def test_failures_are_listed_without_a_summary(write_run: WriteRun) -> None:
     (path / "summary.json").unlink()
     assert list(failures(read_run(path))) == list(with_summary)
     assert len(with_summary) > 0
+
+
+def test_steps_that_clients_left_out_are_listed_beside_failures(write_run: WriteRun) -> None:
+    run = read_run(write_run(clients=3, rounds=2))
+    record = run.rounds[-1]
+    name = next(name for name, client in record.clients.items() if client.status == "ok")
+    skipping = replace(record.clients[name], skipped_steps=2)
+    table = failures_table(replace(run, rounds=(replace(record, clients={name: skipping}),)))
+    assert table is not None
+    assert table.rows[-1] == [str(record.round), name, "ok", "2 steps left out: loss or gradient not finite"]

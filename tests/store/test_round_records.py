@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,7 +27,11 @@ OK = ClientRecord(
 
 def test_the_keys_of_a_line_and_their_order_are_those_of_version_1(tmp_path: Path) -> None:
     """They are read by other programs, and by every later release."""
-    clients = {"ann": OK, "bob": ClientRecord("failed", "no memory", examples=10), "cyd": ClientRecord("ok", norm=None)}
+    clients = {
+        "ann": replace(OK, skipped_steps=2),
+        "bob": ClientRecord("failed", "no memory", examples=10),
+        "cyd": ClientRecord("ok", norm=None),
+    }
     full = record(
         0,
         clients=clients,
@@ -43,7 +48,16 @@ def test_the_keys_of_a_line_and_their_order_are_those_of_version_1(tmp_path: Pat
     asked = ["status", "reason", "rank", "steps", "examples", "bytes_down", "bytes_up"]
     measured = ["loss_before", "loss_after", "seconds", "peak_bytes", "tokens", "norm"]
     device = ["compute_s", "transfer_s", "overhead_s"]
-    assert list(line["clients"]["ann"]) == [*asked, "ratio", "deadline_s", "why", *device, *measured, "importance"]
+    assert list(line["clients"]["ann"]) == [
+        *asked,
+        "ratio",
+        "deadline_s",
+        "why",
+        *device,
+        *measured,
+        "importance",
+        "skipped_steps",
+    ]
     assert list(line["clients"]["bob"]) == asked
     assert list(line["clients"]["cyd"]) == [*asked, *measured]
     assert line["aside"] == [{"client": "dan", "reason": "late", "num_bytes": 7, "kind": "late"}]

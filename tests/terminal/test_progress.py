@@ -16,7 +16,8 @@ from fedtune.messages import (
     Traffic,
 )
 from fedtune.rounds.events import ClientFinished, Event, Phase, RoundFinished, RoundStarted
-from fedtune.terminal.progress import Progress, ProgressState, after_round, failure_lines, table
+from fedtune.rounds.record import ClientRecord
+from fedtune.terminal.progress import Progress, ProgressState, after_round, failure_lines, round_line, table
 from tests.terminal.conftest import record, round_events
 
 
@@ -54,6 +55,12 @@ def test_the_rate_of_a_round_is_in_its_line_where_it_is_not_the_recipe_s(events:
     slower = [replace(e, record=replace(e.record, rate_share=0.55)) if e is first else e for e in events]
     assert "  rate 0.55 x  clients 2/2" in told(slower)
     assert "rate" not in told(events)
+
+
+def test_steps_that_clients_left_out_are_in_the_line_by_client() -> None:
+    clients = {name: ClientRecord("ok", skipped_steps=count) for name, count in {"bob": 2, "ann": 1, "cyd": 0}.items()}
+    state = standing([RoundFinished(replace(record(1, test=None), clients=clients))])
+    assert "  skipped steps: ann 1, bob 2  " in round_line(state)
 
 
 def test_a_client_that_failed_is_named_with_its_reason_and_its_name_is_harmless(events: list[Event]) -> None:

@@ -259,7 +259,7 @@ class Assignment(_message.Message):
     def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
-    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens")
+    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens", "skipped_steps")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOSS_BEFORE_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +267,7 @@ class Measured(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     IMPORTANCE_FIELD_NUMBER: _ClassVar[int]
     SIDE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
     seconds: float
     peak_bytes: int
     loss_before: float
@@ -274,7 +275,8 @@ class Measured(_message.Message):
     tokens: int
     importance: float
     side_tokens: int
-    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ...) -> None: ...
+    skipped_steps: int
+    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ..., skipped_steps: _Optional[int] = ...) -> None: ...
 
 class ClientUpdate(_message.Message):
     __slots__ = ("examples", "measured", "client", "round", "base", "parts", "deflated_parts", "kept", "mask")
