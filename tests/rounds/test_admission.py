@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.methods import METHODS
+from fedtune.number_formats import to_wire
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
 from fedtune.rounds.admission import MAX_SKIPPED, admit, largest_update
@@ -293,3 +294,67 @@ def test_blocks_that_keep_alike_keep_as_many_heads_each() -> None:
     outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
     assert isinstance(outcome, Failure)
     assert outcome.code == "STRUCTURE"
+
+
+def coded(dtype: str = "int8", **changes: Any) -> ClientUpdate:
+    """Return an honest answer in codes with some of its tensors replaced; None takes one out."""
+    sent = {**to_wire(factors(), dtype, key=1), **changes}
+    return update(tensors={name: array for name, array in sent.items() if array is not None})
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_codes_are_taken_as_the_numbers_that_they_are(dtype: str) -> None:
+    sent = coded(dtype)
+    outcome = admit(sent, assignment(wire_dtype=dtype, upload="difference"), BLUEPRINT, num_examples=10)
+    tensors = taken(outcome).lora.tensors
+    assert isinstance(outcome, AdmittedUpdate)
+    assert outcome.upload == "difference"
+    assert tensors.keys() == factors().keys()
+    for name, array in factors().items():
+        assert tensors[name].dtype == np.float32
+        np.testing.assert_allclose(tensors[name], array, atol=0.16 if dtype == "int4" else 0.01)
+    assert taken(outcome).lora.saved is sent.lora.saved
+
+
+def scale(*values: float) -> Any:
+    return np.array([values], ml_dtypes.bfloat16).T
+
+
+HOSTILE_CODES: Sequence[tuple[str, dict[str, Any], Sequence[str]]] = [
+    ("int8", {"q.a.scales": None}, ["q.a.scales", "is missing"]),
+    ("int8", {"k.a.scales": scale(1)}, ["k.a.scales", "was not asked for"]),
+    ("int8", {"q.a.scales": scale(1, 1, 1)}, ["q.a.scales", "(2, 1)", "(3, 1)"]),
+    ("int8", {"q.a.scales": np.ones((2, 1), np.float32)}, ["q.a.scales", "bf16", "float32"]),
+    ("int8", {"q.a.scales": np.ones(2, ml_dtypes.bfloat16)}, ["q.a.scales", "(2, 1)", "(2,)"]),
+    ("int8", {"q.a.scales": scale(1, np.nan)}, ["q.a.scales", "finite", "1 of 2"]),
+    ("int8", {"q.a.scales": scale(1, np.inf)}, ["q.a.scales", "finite", "1 of 2"]),
+    ("int8", {"q.a.scales": scale(1, -1)}, ["q.a.scales", "at least 0", "negative"]),
+    ("int8", {"q.a.scales": scale(1, -0.0)}, ["q.a.scales", "at least 0", "negative"]),
+    ("int8", {"q.a.scales": scale(1, 3e38)}, ["q.a", "finite"]),
+    ("int8", {"q.a.scales": scale(1, 1e36)}, ["q", "product fits float32"]),
+    ("int8", {"q.a": np.full((2, 5), -128, np.int8)}, ["q.a", "-127 to 127", "-128"]),
+    ("int4", {"q.a": np.full((2, 5), -8).astype(ml_dtypes.int4)}, ["q.a", "-7 to 7", "-8"]),
+    ("int8", {"q.a": np.ones((2, 5), ml_dtypes.int4)}, ["q.a", "int8", "int4"]),
+    ("int4", {"q.a": np.ones((2, 5), np.int8)}, ["q.a", "int4", "int8"]),
+    ("int8", {"q.a": np.ones((2, 5), np.float32)}, ["q.a", "int8", "float32"]),
+    ("int8", {"q.b": np.ones((6, 1), np.int8)}, ["q.b", "(6, 2)"]),
+    ("int8", {"q.a": np.ones((2, 6), np.int8)}, ["q.a", "(2, 5)", "(2, 6)"]),
+    ("int8", {"q.a": np.ones(10, np.int8)}, ["q.a", "(2, 5)", "(10,)"]),
+]
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize(("dtype", "changes", "words"), HOSTILE_CODES)
+def test_codes_and_scales_that_are_none_are_refused_by_name(
+    dtype: str, changes: dict[str, Any], words: Sequence[str]
+) -> None:
+    outcome = admit(coded(dtype, **changes), assignment(wire_dtype=dtype), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert outcome.kind == "refused"
+    assert all(word in outcome.reason for word in words), outcome.reason
+
+
+def test_codes_are_taken_only_where_they_were_asked_for() -> None:
+    for sent, asked in (("int8", "bf16"), ("int4", "fp32"), ("int4", "int8")):
+        assert isinstance(admit(coded(sent), assignment(wire_dtype=asked), BLUEPRINT, num_examples=10), Failure)
+    assert isinstance(admit(update(), assignment(wire_dtype="int8"), BLUEPRINT, num_examples=10), Failure)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import re
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,8 @@ from fedtune.messages import (
     Training,
     TrainLora,
 )
+from fedtune.number_formats import to_wire
+from fedtune.seeds import generator
 from fedtune.tensors import Tensors
 from fedtune.wire import codec
 from fedtune.wire.expect import LARGEST, MAX_COUNT, MAX_RANK
@@ -411,3 +414,85 @@ def test_bodies_of_an_update_start_aligned_so_that_nothing_is_copied() -> None:
     decoded = codec.decode_update(data, client="bank-1", limit_bytes=LIMIT)
     assert np.shares_memory(decoded.lora.tensors["a"], np.frombuffer(data, np.uint8))
     assert not decoded.lora.tensors["a"].flags.writeable
+
+
+def coded_update(dtype: str = "int4") -> ClientUpdate:
+    rng = generator(5)
+    tensors = {f"layer.{i}.{side}": rng.standard_normal((8, 200)).astype(np.float32) for i in range(3) for side in "ab"}
+    return ClientUpdate("ann", 1, 10, LoraResult(to_wire(tensors, dtype, key=1)))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_codes_travel_as_they_are_in_fewer_bytes_than_they_have(dtype: str) -> None:
+    sent = coded_update(dtype)
+    data = codec.encode_update(sent)
+    got = codec.decode_update(data, client="ann", limit_bytes=2 * len(data))
+    assert got.lora.tensors.keys() == sent.lora.tensors.keys()
+    for name, array in sent.lora.tensors.items():
+        assert got.lora.tensors[name].dtype == array.dtype
+        np.testing.assert_array_equal(got.lora.tensors[name], array)
+    # 4800 * 2 numbers; a plain body and its names would be larger.
+    assert len(data) < (0.28 if dtype == "int8" else 0.16) * 4 * 9600
+
+
+@pytest.mark.guarantee("G4")
+def test_an_update_that_would_inflate_beyond_its_limit_is_refused_before_it_does() -> None:
+    data = codec.encode_update(coded_update())
+    with pytest.raises(WireError, match=r"ann: .*once inflated"):
+        codec.decode_update(data, client="ann", limit_bytes=len(data))
+
+
+def header_of(data: bytes) -> tuple[pb.ClientUpdate, bytes]:
+    """Return header and bodies of an update."""
+    length = int.from_bytes(data[:4], "little")
+    return pb.ClientUpdate.FromString(data[4 : 4 + length]), data[-(-(4 + length) // 64) * 64 :]
+
+
+def with_header(header: pb.ClientUpdate, body: bytes) -> bytes:
+    front = header.SerializeToString()
+    front = len(front).to_bytes(4, "little") + front
+    return front + bytes(-len(front) % 64) + body
+
+
+@pytest.mark.guarantee("G4")
+def test_deflated_parts_that_are_none_are_refused() -> None:
+    header, body = header_of(codec.encode_update(coded_update()))
+    parts = pb.ClientUpdate.FromString(zlib.decompress(header.deflated_parts, wbits=-15))
+
+    def refused(match: str, **changes: Any) -> None:
+        spoilt = pb.ClientUpdate()
+        spoilt.CopyFrom(header)
+        for name, value in changes.items():
+            setattr(spoilt, name, value)
+        with pytest.raises(WireError, match=match):
+            codec.decode_update(with_header(spoilt, body), client="ann", limit_bytes=2**20)
+
+    def deflated(message: pb.ClientUpdate) -> bytes:
+        return zlib.compress(message.SerializeToString(), wbits=-15)
+
+    assert codec.decode_update(with_header(header, body), client="ann", limit_bytes=2**20).lora.tensors
+    refused("deflated body", deflated_parts=b"\xff\xff\xff")
+    refused("once inflated", deflated_parts=header.deflated_parts[:-1])
+    refused("once inflated", deflated_parts=header.deflated_parts + b"x")
+    refused("once inflated", deflated_parts=zlib.compress(bytes(2**26), wbits=-15))
+    refused("nothing but parts", deflated_parts=deflated(pb.ClientUpdate(parts=parts.parts, examples=3)))
+    refused("the parts tensors and saved", deflated_parts=deflated(pb.ClientUpdate(parts=parts.parts[:1])))
+    parts.parts[0].deflated += 1
+    refused("bodies of", deflated_parts=deflated(parts))
+    parts.parts[0].deflated -= 1
+    parts.parts[0].num_bytes += 1
+    refused("once inflated|a body of", deflated_parts=deflated(parts))
+    twice = pb.ClientUpdate()
+    twice.CopyFrom(header)
+    twice.parts.extend(parts.parts)
+    with pytest.raises(WireError, match="the parts once"):
+        codec.decode_update(with_header(twice, body), client="ann", limit_bytes=2**20)
+
+
+def test_a_deflated_body_in_an_assignment_is_refused() -> None:
+    blob = codec.encode_blob({"x": np.zeros(3, np.float32)})
+    header = pb.Blob()
+    header.CopyFrom(blob.header)
+    header.deflated = 5
+    with pytest.raises(WireError, match="as it is"):
+        codec.decode_blob(header, blob.body)
