@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval
@@ -59,6 +60,17 @@ class HetLoraState:
     ranks: Mapping[str, int] = field(default_factory=dict)
     """By client name, the rank that the client last stated."""
 
+    def sent(self, rank: int) -> Tensors:
+        """Return the start of a client of this rank in wire format: one mapping for all, so it is encoded once."""
+        if rank not in self._sent:
+            self._sent[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
+        return self._sent[rank]
+
+    # A cache; its content follows from the state alone.
+    @cached_property
+    def _sent(self) -> dict[int, Tensors]:
+        return {}
+
 
 def init(blueprint: Blueprint, settings: HetLoraSettings) -> HetLoraState:
     """Return the first state: one A drawn for all clients, B zero."""
@@ -83,8 +95,7 @@ def assign(state: HetLoraState, seed: int, planned: PlannedClient) -> Assignment
         wire_dtype=settings.wire_dtype,
         terms=(TailRank(settings.rank_penalty, settings.rank_decay),),
     )
-    sent = to_wire(resize(state.tensors, plan.rank), down_dtype(settings))
-    return make_assignment("hetlora", state, seed, plan, task, {"local": sent})
+    return make_assignment("hetlora", state, seed, plan, task, {"local": state.sent(plan.rank)})
 
 
 def aggregate(state: HetLoraState, updates: Sequence[AdmittedUpdate]) -> HetLoraState:

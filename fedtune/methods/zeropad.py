@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from fedtune.lora.adapter import Adapter, unpack
@@ -35,6 +36,17 @@ class ZeroPadState:
     """Flat factors of rank max_rank, float32; b carries the scale, so a client's own alpha / rank never mixes in."""
     saved: Tensors
 
+    def sent(self, rank: int) -> Tensors:
+        """Return the start of a client of this rank in wire format: one mapping for all, so it is encoded once."""
+        if rank not in self._sent:
+            self._sent[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
+        return self._sent[rank]
+
+    # A cache; its content follows from the state alone.
+    @cached_property
+    def _sent(self) -> dict[int, Tensors]:
+        return {}
+
 
 def init(blueprint: Blueprint, settings: ZeroPadSettings) -> ZeroPadState:
     """Return the first state: one A drawn for all clients, B zero."""
@@ -52,8 +64,7 @@ def assign(state: ZeroPadState, seed: int, planned: PlannedClient) -> Assignment
     """Send the first plan.rank rows of A and columns of B; the client trains both and returns what has changed."""
     # The key is not used: every row of A is sent.
     task = TrainLora(a_key=0, upload="difference", wire_dtype=state.settings.wire_dtype)
-    sent = to_wire(resize(state.tensors, planned.plan.rank), down_dtype(state.settings))
-    return make_assignment("zeropad", state, seed, planned.plan, task, {"local": sent})
+    return make_assignment("zeropad", state, seed, planned.plan, task, {"local": state.sent(planned.plan.rank)})
 
 
 def contribution(state: ZeroPadState, update: AdmittedUpdate) -> Tensors:
