@@ -175,12 +175,14 @@ def extent_of(parts: Iterable[Change]) -> Extent:
     # Finite numbers may have sums and products that are not, which are computed in here too: no bound admits those.
     with np.errstate(over="ignore", invalid="ignore"):
         for part in parts:
-            squares["change"] |= {name: squared_product(product) for name, product in part.product.items()}
-            squares["factors"] |= {name: quick_square(array) for name, array in part.factors.items()}
-            squares["saved"] |= {name: squared_norm(array) for name, array in part.saved.items()}
-            squares["scalars"] |= {name: squared_norm(array) for name, array in part.scalars.items()}
-            factors |= {name: array.size for name, array in part.factors.items()}
-            saved |= {name: array.size for name, array in part.saved.items()}
+            for name, terms in part.product.items():
+                squares["change"][name] = squared_product(terms)
+            for name, array in part.factors.items():
+                squares["factors"][name], factors[name] = quick_square(array), array.size
+            for name, array in part.saved.items():
+                squares["saved"][name], saved[name] = squared_norm(array), array.size
+            for name, array in part.scalars.items():
+                squares["scalars"][name] = squared_norm(array)
             start, rounded = start + part.start, rounded + part.rounded
     sizes = {role: size_of(parts) for role, parts in squares.items() if parts}
     return Extent(sizes, factors, saved, float(np.sqrt(start)), float(np.sqrt(rounded)))

@@ -99,6 +99,7 @@ METHOD = LinearMethod(
     current=current,
     weights=lambda state: state.settings.weights,
     advance=advance,
+    averages_factors=True,
     wire_dtype=lambda settings: settings.wire_dtype,
     down_dtype=down_dtype,
     why_not_pruned="a mean of factors that lack different rows and columns is up to 78 % off",

@@ -49,15 +49,15 @@ class FfaState:
         """A of every module: drawn once for a round, where each of its updates would take as long to admit again."""
         return {name: draw_a(self.a_key, name, self.max_rank, n) for name, n in self.in_features.items()}
 
-    def sent(self, rank: int) -> Tensors:
+    def leading(self, rank: int) -> Tensors:
         """Return the start of a client of this rank in wire format: one mapping for all, so it is encoded once."""
-        if rank not in self._sent:
-            self._sent[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
-        return self._sent[rank]
+        if rank not in self._leading:
+            self._leading[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
+        return self._leading[rank]
 
     # A cache; its content follows from the state alone.
     @cached_property
-    def _sent(self) -> dict[int, Tensors]:
+    def _leading(self) -> dict[int, Tensors]:
         return {}
 
 
@@ -86,7 +86,7 @@ def start(state: FfaState, adapter: Adapter, saved: Tensors) -> FfaState:
 def assign(state: FfaState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the first plan.rank columns of B; the client trains B alone and returns what has changed."""
     task = TrainLora(a_key=state.a_key, train="b", upload="difference", wire_dtype=state.settings.wire_dtype)
-    return make_assignment("ffa", state, seed, planned.plan, task, {"local": state.sent(planned.plan.rank)})
+    return make_assignment("ffa", state, seed, planned.plan, task, {"local": state.leading(planned.plan.rank)})
 
 
 def contribution(state: FfaState, update: AdmittedUpdate) -> Tensors:
@@ -125,6 +125,7 @@ METHOD = LinearMethod(
     current=current,
     weights=lambda state: state.settings.weights,
     advance=advance,
+    averages_factors=True,
     wire_dtype=lambda settings: settings.wire_dtype,
     down_dtype=down_dtype,
     why_not_pruned="its shared A would be cut differently at every client",

@@ -69,15 +69,15 @@ class FlexLoraState:
             shared[name] = Factors(a=a, b=b)
         return pack(shared)
 
-    def sent(self, rank: int) -> Tensors:
+    def leading(self, rank: int) -> Tensors:
         """Return the start of a client of this rank in wire format: one mapping for all, so it is encoded once."""
-        if rank not in self._sent:
-            self._sent[rank] = warm_start(lowrank.unpack(self.total), rank, down_dtype(self.settings))
-        return self._sent[rank]
+        if rank not in self._leading:
+            self._leading[rank] = warm_start(lowrank.unpack(self.total), rank, down_dtype(self.settings))
+        return self._leading[rank]
 
     # A cache; its content follows from the state alone.
     @cached_property
-    def _sent(self) -> dict[int, Tensors]:
+    def _leading(self) -> dict[int, Tensors]:
         return {}
 
 
@@ -102,7 +102,7 @@ def start(state: FlexLoraState, adapter: Adapter, saved: Tensors) -> FlexLoraSta
 def assign(state: FlexLoraState, seed: int, planned: PlannedClient) -> Assignment:
     """Send the leading plan.rank components of D; the client trains both factors and returns what has changed."""
     task = TrainLora(a_key=state.a_key, upload="difference", wire_dtype=state.settings.wire_dtype)
-    return make_assignment("flexlora", state, seed, planned.plan, task, {"local": state.sent(planned.plan.rank)})
+    return make_assignment("flexlora", state, seed, planned.plan, task, {"local": state.leading(planned.plan.rank)})
 
 
 def aggregate(state: FlexLoraState, updates: Sequence[AdmittedUpdate]) -> FlexLoraState:

@@ -60,15 +60,15 @@ class HetLoraState:
     ranks: Mapping[str, int] = field(default_factory=dict)
     """By client name, the rank that the client last stated."""
 
-    def sent(self, rank: int) -> Tensors:
+    def leading(self, rank: int) -> Tensors:
         """Return the start of a client of this rank in wire format: one mapping for all, so it is encoded once."""
-        if rank not in self._sent:
-            self._sent[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
-        return self._sent[rank]
+        if rank not in self._leading:
+            self._leading[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
+        return self._leading[rank]
 
     # A cache; its content follows from the state alone.
     @cached_property
-    def _sent(self) -> dict[int, Tensors]:
+    def _leading(self) -> dict[int, Tensors]:
         return {}
 
 
@@ -95,7 +95,7 @@ def assign(state: HetLoraState, seed: int, planned: PlannedClient) -> Assignment
         wire_dtype=settings.wire_dtype,
         terms=(TailRank(settings.rank_penalty, settings.rank_decay),),
     )
-    return make_assignment("hetlora", state, seed, plan, task, {"local": state.sent(plan.rank)})
+    return make_assignment("hetlora", state, seed, plan, task, {"local": state.leading(plan.rank)})
 
 
 def aggregate(state: HetLoraState, updates: Sequence[AdmittedUpdate]) -> HetLoraState:

@@ -225,6 +225,9 @@ class LinearMethod(Method[State]):
     """state -> how clients are weighed in the mean"""
     advance: Callable[[State, Tensors], State]
     """(state, mean) -> the next state"""
+    averages_factors: bool = False
+    """Whether `contribution` is the factors of a client, with zeros for the ranks that it lacks, and its
+    modules_to_save: then no norm but theirs is needed to bound what enters the mean."""
 
     def __post_init__(self) -> None:
         # Derived, never passed: `replace(method, advance=...)` then changes the aggregation as well.

@@ -36,15 +36,15 @@ class ZeroPadState:
     """Flat factors of rank max_rank, float32; b carries the scale, so a client's own alpha / rank never mixes in."""
     saved: Tensors
 
-    def sent(self, rank: int) -> Tensors:
+    def leading(self, rank: int) -> Tensors:
         """Return the start of a client of this rank in wire format: one mapping for all, so it is encoded once."""
-        if rank not in self._sent:
-            self._sent[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
-        return self._sent[rank]
+        if rank not in self._leading:
+            self._leading[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
+        return self._leading[rank]
 
     # A cache; its content follows from the state alone.
     @cached_property
-    def _sent(self) -> dict[int, Tensors]:
+    def _leading(self) -> dict[int, Tensors]:
         return {}
 
 
@@ -64,7 +64,7 @@ def assign(state: ZeroPadState, seed: int, planned: PlannedClient) -> Assignment
     """Send the first plan.rank rows of A and columns of B; the client trains both and returns what has changed."""
     # The key is not used: every row of A is sent.
     task = TrainLora(a_key=0, upload="difference", wire_dtype=state.settings.wire_dtype)
-    return make_assignment("zeropad", state, seed, planned.plan, task, {"local": state.sent(planned.plan.rank)})
+    return make_assignment("zeropad", state, seed, planned.plan, task, {"local": state.leading(planned.plan.rank)})
 
 
 def contribution(state: ZeroPadState, update: AdmittedUpdate) -> Tensors:
@@ -97,6 +97,7 @@ METHOD = LinearMethod(
     current=current,
     weights=lambda state: state.settings.weights,
     advance=advance,
+    averages_factors=True,
     wire_dtype=lambda settings: settings.wire_dtype,
     down_dtype=down_dtype,
     why_not_pruned="a mean of padded factors is no mean of changes",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from statistics import median
 from sys import float_info
 from typing import Any, Literal, TypeAlias
@@ -20,7 +20,7 @@ import numpy as np
 
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Failure, Role, Size, Training, TrainLora
 from fedtune.methods.change import Extent, extent_of, quick_square, size_of
-from fedtune.methods.method import Method
+from fedtune.methods.method import LinearMethod, Method
 from fedtune.tensors import l2_norm
 
 NormCap: TypeAlias = Literal["plan"] | float | None
@@ -28,6 +28,8 @@ NormCap: TypeAlias = Literal["plan"] | float | None
 LARGEST_CHANGE = 1e6
 """Norm of any change where the plan has no reach: no model's weights are so large."""
 FINITE = (float_info.max, "a finite one")
+SUMMABLE = 1e30
+"""Norm of numbers of which a few can be added in float32."""
 BETA1, BETA2 = 0.9, 0.999
 """Of the clients' AdamW."""
 MARGIN = 1.01
@@ -61,19 +63,41 @@ class Bounds:
     def bound(self, update: AdmittedUpdate, assignment: Assignment) -> AdmittedUpdate | Failure:
         """Return the update with the sizes of its change if each is within its bounds, otherwise why not."""
         extent = extent_of(self.method.change(self.state, self.blueprint, assignment, update))
-        norms = dict(extent.sizes)
+        norms, limits = dict(extent.sizes), self.limits(extent, assignment)
         # A product b a can be small where a is huge and b tiny: their means are not.
-        with np.errstate(over="ignore", invalid="ignore"):
-            moved = {name: quick_square(part) for name, part in self.method.displacement(self.state, update)}
-        if moved:
-            norms["mean"] = size_of(moved)
-        limits = self.limits(extent, assignment)
+        if not self.mean_is_within(min(limits.get("mean", FINITE)[0], SUMMABLE), extent):
+            with np.errstate(over="ignore", invalid="ignore"):
+                moved = {name: quick_square(part) for name, part in self.method.displacement(self.state, update)}
+            if moved:
+                norms["mean"] = size_of(moved)
         for role, size in norms.items():
             limit, why = limits.get(role, FINITE)
             # Not `size > limit`: a norm that is no number is within no bound.
             if not size.norm <= limit:
                 return too_large(update.client, role, size, limit, why)
         return replace(update, sizes=norms)
+
+    def mean_is_within(self, limit: float, extent: Extent) -> bool:
+        """Return whether what enters the mean is within a limit by the norms that are known already.
+
+        Of a mean of factors they are: the factors of a client start from the server's own, rounded, and are padded with
+        zeros, so they end no further from them than they moved and the server's are large.
+        """
+        if not isinstance(self.method, LinearMethod) or not self.method.averages_factors:
+            return False
+        sizes = [extent.sizes[role].norm for role in ("factors", "saved") if role in extent.sizes]
+        # Twice: what is sent down may be rounded, by less than its own size.
+        return sum(sizes) + 2 * self._own <= limit
+
+    @cached_property
+    def _own(self) -> float:
+        """Norm of the server's factors and modules_to_save, once for a cohort."""
+        assert isinstance(self.method, LinearMethod)
+        return l2_norm(self.method.current(self.state))
+
+    @cached_property
+    def _saved(self) -> float:
+        return l2_norm(self.state.saved)
 
     def limits(self, extent: Extent, assignment: Assignment) -> Mapping[Role, tuple[float, str]]:
         """Return the largest norm by role and where it comes from; `FINITE` for roles that are left out."""
@@ -87,15 +111,14 @@ class Bounds:
         rounding = EPSILON[task.wire_dtype]
         spacing = SMALLEST[task.wire_dtype] * math.sqrt(sum(extent.factors.values()))
         factors = reach(plan.training, extent.factors, start=extent.start, scale=plan.scale)
-        own = l2_norm(self.state.saved)
-        saved = reach(plan.training, extent.saved, start=own)
+        saved = reach(plan.training, extent.saved, start=self._saved)
         why = f"the reach of {plan.training.steps} planned steps"
         return {
             # Follow from the two below for the methods that fedtune has; another's mean may be of anything.
             "change": (LARGEST_CHANGE, "the most of any change"),
             "mean": (LARGEST_CHANGE, "the most of any change"),
             "factors": (min(LARGEST_CHANGE, MARGIN * factors + rounding * (extent.rounded + factors) + spacing), why),
-            "saved": (min(LARGEST_CHANGE, MARGIN * saved + EPSILON["fp32"] * own), why),
+            "saved": (min(LARGEST_CHANGE, MARGIN * saved + EPSILON["fp32"] * self._saved), why),
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -337,7 +337,7 @@ def encode_update(update: ClientUpdate) -> bytes:
         return probe.update_to_message(update, update.result).SerializeToString()
     result, bodies_in_order = update.result, list[bytes]()
     # Of the same names; None leaves a field out.
-    header = pb.ClientUpdate(examples=update.num_examples, measured=pb.Measured(**asdict(update.measured)))
+    header = pb.ClientUpdate(examples=update.num_examples, measured=pb.Measured(**vars(update.measured)))
     header.client, header.round, header.base = update.client, update.round, result.base
     header.kept, header.mask = result.structure_digest, result.mask
     parts = {"tensors": result.tensors, "saved": result.saved} | ({"scores": result.scores} if result.scores else {})

@@ -35,6 +35,8 @@ NUMPY: Mapping[DType, np.dtype[Any]] = {
 }
 """The number formats that travel, by their number in the schema."""
 
+FOUR_BITS = NUMPY[DType.I4]
+
 WIRE: Mapping[np.dtype[Any], DType] = {dtype: number for number, dtype in NUMPY.items()}
 
 
@@ -55,7 +57,7 @@ def encode(tensors: Tensors) -> tuple[Sequence[TensorSpec], bytes]:
         specs.append(TensorSpec(name=name, dtype=WIRE[array.dtype], shape=array.shape))
         # As plain bytes, because bfloat16 is unknown to the buffer protocol.
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        entries.append((pack_halves(flat) if array.dtype == NUMPY[DType.I4] else flat).data)
+        entries.append((pack_halves(flat) if array.dtype == FOUR_BITS else flat).data)
     return specs, b"".join(entries)
 
 
@@ -71,7 +73,7 @@ def decode(specs: Sequence[TensorSpec], body: bytes | memoryview) -> Tensors:
     view = memoryview(body).toreadonly()
     tensors: dict[str, Array] = {}
     for name, dtype, shape, offset in layout:
-        if dtype == NUMPY[DType.I4]:
+        if dtype == FOUR_BITS:
             size = math.prod(shape)
             packed = np.ndarray((num_bytes(size, dtype),), np.uint8, buffer=view, offset=offset)
             tensors[name] = unpack_halves(packed, size, name).view(dtype).reshape(shape)
@@ -119,12 +121,12 @@ def _layout(specs: Sequence[TensorSpec], length: int) -> Sequence[tuple[str, np.
 
 def num_bytes(size: int, dtype: np.dtype[Any]) -> int:
     """Return the bytes of so many entries as they travel."""
-    return -(-size // 2) if dtype == NUMPY[DType.I4] else size * dtype.itemsize
+    return -(-size // 2) if dtype == FOUR_BITS else size * dtype.itemsize
 
 
 def pack_halves(entries: Array) -> Array:
     """Return entries of 4 bits, each in the lower half of a byte, as two in a byte, the first in its lower half."""
-    halves = np.zeros(2 * num_bytes(entries.size, NUMPY[DType.I4]), np.uint8)
+    halves = np.zeros(2 * num_bytes(entries.size, FOUR_BITS), np.uint8)
     halves[: entries.size] = entries & 0xF
     packed: Array = halves[::2] | (halves[1::2] << 4)
     return packed

@@ -184,6 +184,7 @@ def test_every_operation_reads_the_inner_state() -> None:
         "wire_dtype",
         "down_dtype",
         "faults",
+        "averages_factors",
     }
     linear = {"contribution", "current", "weights", "advance"}
     assert {field.name for field in fields(method)} == of_state | rest | linear

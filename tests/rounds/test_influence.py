@@ -22,6 +22,8 @@ from fedtune.messages import (
     Training,
 )
 from fedtune.methods import METHODS, with_settings
+from fedtune.methods.change import extent_of
+from fedtune.methods.method import LinearMethod
 from fedtune.methods.server_optimizer import with_server_optimizer
 from fedtune.methods.settings import RobustRule, ServerOptimizer
 from fedtune.rounds.influence import LARGEST_CHANGE, Bounds, adam_steps, reach, refuse_outliers
@@ -297,3 +299,36 @@ def test_what_enters_a_robust_rule_is_bounded_like_what_enters_a_mean(rule: Any)
     refused = bounds.bound(update, method.assign(state, 0, PlannedClient(plan)))
     assert isinstance(refused, Failure)
     assert refused.code == "NORM_OVER_CAP"
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("name", ["fedit", "zeropad", "ffa", "fedit fedadam"])
+def test_no_mean_is_further_from_the_servers_values_than_it_is_bounded_by_without_computing_it(name: str) -> None:
+    """Over random states, ranks and updates; where the bound is not enough, the mean itself is looked at."""
+    for key in range(20):
+        federation, (method, settings) = federate(MODULES, max_rank=4, saved={"head": HEAD}), method_of(name)
+        state = federation.state(method, **settings)
+        rank = 4 if METHODS[name.split()[0]].ranks == "equal" else 1 + key % 4
+        for round in range(key % 3):
+            whole = federation.assign(method, state, ("anna", 4, 1.0, round))
+            state = method.aggregate(state, [answered(federation, whole)])
+        asked = federation.assign(method, state, ("anna", rank, 1.0, 3))
+        update = federation.answer(asked, size=10.0 ** (key % 7 - 3))
+        bounds = Bounds(method, state, federation.blueprint)
+        exact = float(np.sqrt(sum(float(np.vdot(part, part)) for _, part in method.displacement(state, update))))
+        extent = extent_of(method.change(state, federation.blueprint, asked, update))
+        assert exact > 0
+        assert not bounds.mean_is_within(exact * 0.99, extent)
+        assert bounds.mean_is_within(1e6 + 1e3 * exact, extent)
+
+
+def test_a_mean_of_something_else_is_always_computed() -> None:
+    federation, method = federate(MODULES, max_rank=2), METHODS["fedit"]
+    assert isinstance(method, LinearMethod)
+    other = replace(method, averages_factors=False, contribution=lambda state, update: {"x": np.full(3, 1e9, "f4")})
+    other = replace(other, current=lambda state: {"x": np.zeros(3, np.float32)})
+    state = federation.state(other)
+    asked = training_of(federation, other, state, ["anna"], rate=1e-3)["anna"]
+    refused = Bounds(other, state, federation.blueprint).bound(federation.answer(asked, size=0.001), asked)
+    assert isinstance(refused, Failure)
+    assert refused.where == "mean, most of it in x"
