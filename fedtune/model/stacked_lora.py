@@ -94,7 +94,7 @@ def stack_of(factors: Sequence[Factors], scales: Sequence[float], base: Base, tr
     return Stack(
         nn.Parameter(to_torch(a, base.device), requires_grad="a" in train),
         nn.Parameter(to_torch(b, base.device), requires_grad="b" in train),
-        torch.tensor(scales, dtype=torch.float32, device=base.device).view(-1, 1, 1),
+        torch.tensor(scales, dtype=torch.float32).view(-1, 1, 1).to(base.device),
     )
 
 

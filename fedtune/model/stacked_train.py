@@ -195,7 +195,7 @@ def summed_losses(base: Base, part: JoinedBatch, training: Training) -> torch.Te
 def backward(base: Base, parts: Sequence[JoinedBatch], training: Training) -> Sequence[float]:
     """Add up the gradients of one optimizer step of every client, and return each client's mean loss."""
     counts = np.maximum(1, np.sum([part.counts for part in parts], axis=0))
-    divisors = torch.tensor(counts, dtype=torch.float32, device=base.device)
+    divisors = torch.tensor(counts, dtype=torch.float32).to(base.device)
     total = torch.zeros_like(divisors)
     for part in parts:
         losses = summed_losses(base, part, training) / divisors
