@@ -226,7 +226,7 @@ def mean_losses(base: Base, members: Sequence[Member], training: Training) -> Se
     with torch.no_grad():
         for rows in row_batches([member.rows for member in members], training.batch):
             part = join_rows(rows, base, training)
-            totals += summed_losses(base, part, training).double().cpu().numpy()
+            totals += np.array(summed_losses(base, part, training).tolist())
             counts += np.array(part.counts, np.int64)
     return [float(total / count) if count else None for total, count in zip(totals, counts, strict=True)]
 
