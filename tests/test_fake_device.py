@@ -86,7 +86,7 @@ def base(
     # Where an adapter leaves the device: nothing is there to be read.
     monkeypatch.setattr(stacked_lora, "to_numpy", values_of_one)
     model = copy.deepcopy(real.model)
-    with FakeTensorMode(), Ones():
+    with FakeTensorMode(), Ones():  # type: ignore[no-untyped-call]
         # Not fused: how many tokens count in a batch is a value.
         yield replace(real, model=moved(model), device=DEVICE, fused=False)
 
