@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from fedtune.config.order_rules import FREE
 from fedtune.messages import SeedState
+from fedtune.number_formats import to_wire
 from fedtune.tensors import cast
 from tests.config.test_consent import ORDERS, SAVED, UP, keys, put
 
 
 def wide(name: str, rows: int, columns: int) -> Mapping[str, Any]:
     return {"local": {name: np.zeros((rows, columns), np.float32)}, "saved": SAVED}
+
+
+def coded(rank: int, columns: int) -> Mapping[str, Any]:
+    """Return A of a layer in codes, with its scales."""
+    return to_wire({f"{UP}.a": np.ones((rank, columns), np.float32)}, "int8")
 
 
 OUT_OF_BOUNDS: Mapping[str, Sequence[tuple[str, str, Any]]] = {
@@ -37,6 +44,12 @@ OUT_OF_BOUNDS: Mapping[str, Sequence[tuple[str, str, Any]]] = {
             wide(f"{UP}.a", 4, 9),
             {"local": {f"{UP}.a": np.zeros(8, np.float32)}, "saved": SAVED},
             {"local": {f"{UP}.a": np.zeros((4, 8), np.int8)}, "saved": SAVED},
+            {"local": {f"{UP}.a.scales": np.zeros((4, 1), ml_dtypes.bfloat16)}, "saved": SAVED},
+            {"local": {**coded(4, 8), f"{UP}.a.scales": np.zeros((4, 1), np.float32)}, "saved": SAVED},
+            {"local": {**coded(4, 8), f"{UP}.a.scales": np.zeros((4, 2), ml_dtypes.bfloat16)}, "saved": SAVED},
+            {"local": {**coded(4, 8), f"{UP}.a": np.zeros((4, 8), np.float32)}, "saved": SAVED},
+            {"local": coded(5, 8), "saved": SAVED},
+            {"local": {**coded(4, 8), "x.scales": np.zeros((4, 1), ml_dtypes.bfloat16)}, "saved": SAVED},
             {"global": {f"{UP}.w": np.zeros((33, 8), np.float32)}, "saved": SAVED},
         )
     ],
@@ -72,3 +85,8 @@ def test_what_is_free_has_bounds() -> None:
         for kind, path, value in cases:
             text, make = ORDERS[kind]
             assert path in keys(text, put(make(), path, value)), (kind, path, value)
+
+
+def test_codes_with_their_scales_are_within_the_bounds() -> None:
+    text, make = ORDERS["adapters"]
+    assert keys(text, put(make(), "task.blobs", {"local": coded(4, 8), "global": coded(4, 8), "saved": SAVED})) == set()

@@ -29,9 +29,9 @@ from fedtune.wire.scores import encode_score_request
 from tests.flower.conftest import NODE, Clock, MemoryGrid, orders, over, profile, running
 
 METHODS_TESTED: Mapping[str, Mapping[str, Any]] = {
-    "flora": {"name": "flora", "mode": "continue"},
+    "flora": {"name": "flora", "mode": "continue", "wire_dtype": "int8"},
     "flexlora": {"name": "flexlora"},
-    "zeropad": {"name": "zeropad"},
+    "zeropad": {"name": "zeropad", "wire_dtype": "int4", "down_dtype": "int8"},
 }
 
 
