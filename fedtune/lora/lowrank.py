@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -22,6 +23,10 @@ ROUNDING = 1e-13
 """Where terms cancel, singular values below this share of the terms' summed norms are float64's rounding: zero."""
 TIE = 1e-7
 """Singular values closer than this share are equal: both stay, or both go."""
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -123,34 +128,52 @@ def weighted_sum(parts: Sequence[tuple[Factors, float]], max_rank: int | None = 
             floor += _noise(x, y)
         decomposed = _svd_of_dense(dense, floor=floor, wanted=wanted)
     size = min(wanted, int(np.count_nonzero(decomposed.s > DROP * decomposed.s.max(initial=0.0))))
-    (u, vt), s = decomposed.vectors(size), decomposed.s[:size]
+    u, vt = decomposed.vectors(size)
+    dropped = float(np.sum(np.square(decomposed.s[size:]))) if size == max_rank else 0.0
+    return of_triples(u, decomposed.s[:size], vt, dropped=dropped)
+
+
+def of_triples(u: Array, s: Array, vt: Array, *, dropped: float = 0.0) -> LowRank:
+    """Return singular triples as a change in float32, with the largest entry of every column of u positive."""
     # The sign of a singular pair is free; fixing it makes equal changes equal factors.
-    sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(size)])
+    sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(s.size)])
     return LowRank(
         u=(u * sign).astype(np.float32),
         s=s.astype(np.float32),
         vt=(vt.T * sign).T.astype(np.float32),
-        dropped=float(np.sum(np.square(decomposed.s[size:]))) if size == max_rank else 0.0,
+        dropped=dropped,
     )
+
+
+def whole(dense: Array) -> LowRank:
+    """Return all singular triples of a matrix."""
+    u, s, vt = np.linalg.svd(dense.astype(np.float64), full_matrices=False)
+    size = int(np.count_nonzero(s > DROP * s.max(initial=0.0)))
+    return of_triples(u[:, :size], s[:size], vt[:size])
 
 
 def weighted_sums(
     parts: Mapping[str, Sequence[tuple[Factors, float]]], max_rank: int | None = None
 ) -> Mapping[str, LowRank]:
-    """Return `weighted_sum` of every module, as many modules at a time as there are cores.
+    """Return `weighted_sum` of every module, as many modules at a time as there are cores."""
+    return each_quietly(partial(weighted_sum, max_rank=max_rank), parts)
+
+
+def each_quietly(work: Callable[[Item], Result], items: Mapping[str, Item]) -> Mapping[str, Result]:
+    """Return what `work` makes of every item, as many at a time as there are cores.
 
     BLAS is held to one thread meanwhile: its threads gain nothing on matrices of R x R, stall when another process
     wants a core, and would let the core count decide the last bits.
     """
+
+    def quietly(item: Item) -> Result:
+        # A thread does not inherit its caller's settings. What overflows is found in the result, where it is refused.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return work(item)
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(cores, max(1, len(parts)))) as pool:
-        return dict(zip(parts, pool.map(partial(_sum_quietly, max_rank=max_rank), parts.values()), strict=True))
-
-
-def _sum_quietly(parts: Sequence[tuple[Factors, float]], max_rank: int | None) -> LowRank:
-    # A thread does not inherit its caller's settings. What overflows is found in the result, where it is refused.
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return weighted_sum(parts, max_rank)
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(cores, max(1, len(items)))) as pool:
+        return dict(zip(items, pool.map(quietly, items.values()), strict=True))
 
 
 def truncate(low: LowRank, *, tau: float, max_rank: int | None) -> LowRank:
@@ -173,7 +196,16 @@ def energy_kept(whole: LowRank, part: LowRank) -> float:
     return float(np.sum(np.square(part.s, dtype=np.float64))) / total if total else 1.0
 
 
-def adapter(changes: Mapping[str, LowRank]) -> Adapter:
+class Change(Protocol):
+    """What a change of a linear layer says of itself, whichever form it has."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def factors(self) -> Factors: ...
+
+
+def adapter(changes: Mapping[str, Change]) -> Adapter:
     """Return the changes as an adapter of scale 1; a module of rank 0 is left out."""
     return {name: low.factors for name, low in changes.items() if low.rank}
 
@@ -184,10 +216,21 @@ def smallest(changes: Adapter) -> Tensors:
     for name, factors in changes.items():
         m, n = factors.shape
         if factors.rank * (m + n) >= m * n:
-            flat[f"{name}.w"] = factors.b @ factors.a  # (m, n)
+            flat[f"{name}.w"] = product(factors)
         else:
             flat |= {f"{name}.a": factors.a, f"{name}.b": factors.b}
     return flat
+
+
+def product(factors: Factors) -> Array:
+    """Return b @ a, (out, in); where one of them is the identity, the other as it is."""
+    a, b = factors.a, factors.b
+    if a.shape[0] == a.shape[1] and np.array_equal(a, np.eye(len(a), dtype=a.dtype)):
+        return b
+    if b.shape[0] == b.shape[1] and np.array_equal(b, np.eye(len(b), dtype=b.dtype)):
+        return a
+    dense: Array = b @ a
+    return dense
 
 
 def pack(changes: Mapping[str, LowRank]) -> Tensors:
@@ -236,9 +279,13 @@ def _svd_of_product(x: Array, y: Array) -> _Svd:
 def _svd_of_dense(dense: Array, *, floor: float, wanted: int) -> _Svd:
     """Return the decomposition of a narrow layer's sum (m, n), whose smaller side is not above the sum's rank.
 
-    The eigenvectors of dense @ dense' are as good as the singular values above the root of float64's resolution are
-    large; where `wanted` of them are not, by QR and a decomposition of the smaller side's size.
+    All of them by a full decomposition. Of fewer, the eigenvectors of dense @ dense' are as good as the singular values
+    above the root of float64's resolution are large; where `wanted` of them are not, by QR and a decomposition of the
+    smaller side's size.
     """
+    if wanted >= min(dense.shape):
+        u, s, vt = np.linalg.svd(dense, full_matrices=False)
+        return _Svd((u, np.eye(s.size)), s, (np.eye(s.size), vt)).above(floor)
     if dense.shape[0] > dense.shape[1]:
         turned = _svd_of_dense(dense.T, floor=floor, wanted=wanted)
         (v, right), (left, ut) = turned.left, turned.right

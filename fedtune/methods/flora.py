@@ -21,9 +21,9 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Ge, Gt, Interval
 
-from fedtune.lora import lowrank
+from fedtune.lora import dense, lowrank
 from fedtune.lora.adapter import Adapter, Factors, draw_a, pack
-from fedtune.lora.lowrank import LowRank, truncate, weighted_sums
+from fedtune.lora.dense import Summed, cut_down
 from fedtune.messages import (
     OMIT_DEFAULT,
     AdmittedUpdate,
@@ -104,7 +104,7 @@ class FloraState:
     seed: int
     """The run's seed: fresh factors are drawn from it by client and server alike."""
     delta: Tensors
-    """Delta as `lowrank.pack` makes it flat, float32; its rank never exceeds min(m, n)."""
+    """Delta as `dense.pack` makes it flat, float32; its rank never exceeds min(m, n)."""
     saved: Tensors
     anatomy: BlockLayout | None = field(default=None, metadata=NOT_PERSISTED)
     """Of the base's blocks, where clients are pruned."""
@@ -119,12 +119,15 @@ class FloraState:
     """By client, the pruning ratio of its last participation."""
 
     @cached_property
-    def broadcast(self) -> Mapping[str, LowRank]:
+    def broadcast(self) -> Mapping[str, Summed]:
         """The part of Delta that is sent down, before the cast to the wire format."""
-        settings = self.settings
-        tau = settings.tau if settings.tau is not None else 0.9 if settings.mode == "svt" else 1.0
-        whole = lowrank.unpack(self.delta)
-        return {name: truncate(low, tau=tau, max_rank=settings.max_rank) for name, low in whole.items()}
+        whole = dense.unpack(self.delta)
+        return {name: cut_down(change, tau=self.tau, max_rank=self.settings.max_rank) for name, change in whole.items()}
+
+    @property
+    def tau(self) -> float:
+        """Share of Delta's squared singular values that is sent down."""
+        return self.settings.tau if self.settings.tau is not None else 0.9 if self.settings.mode == "svt" else 1.0
 
     def blobs(self, rank: int, structure: ModelStructure | None = None) -> Mapping[str, Tensors]:
         """Return what a client of a rank is sent in wire format, once for all clients like it, so it is encoded once.
@@ -209,8 +212,8 @@ def init(blueprint: Blueprint, settings: FloraSettings) -> FloraState:
 
 def start(state: FloraState, adapter: Adapter, saved: Tensors) -> FloraState:
     """Return the first state with a change that is there already: of any ranks, and exact."""
-    delta = {**lowrank.unpack(state.delta), **lowrank.compress(adapter)}
-    return replace(state, delta=lowrank.pack(delta), saved={**state.saved, **saved})
+    delta = {**dense.unpack(state.delta), **lowrank.compress(adapter)}
+    return replace(state, delta=dense.pack(delta), saved={**state.saved, **saved})
 
 
 def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
@@ -230,23 +233,29 @@ def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
 def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraState:
     """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
     settings, cohort = state.settings, cohort_weights(updates, state.settings.weights)
-    changes = list(grouped_products(state, cohort))
+    bound, lead = state_rank(settings, state.max_rank), max(state.max_rank, settings.max_rank or 0)
+    if bound is None:
+        # Client by client, as releases before 0.3.0 added up: runs that they began go on to the same bits.
+        changes = [(product(state, update), share) for update, share in cohort]
+    else:
+        changes = list(grouped_products(state, cohort))
     if state.anatomy is not None and settings.coverage == "normalised":
         scale = pruning.coverage(cohort, state.anatomy, weights=settings.weights, floor=settings.coverage_floor)
         # One scale for all clients, and not one for each: the scaled sum is as exact as the plain one.
         changes = [(pruning.scale_by_coverage(adapter, scale, state.anatomy), weight) for adapter, weight in changes]
-    rate, before = settings.server_learning_rate, lowrank.unpack(state.delta)
+    rate, before = settings.server_learning_rate, dense.unpack(state.delta)
     parts = {
-        name: [(low.factors, 1.0), *((adapter[name], rate * weight) for adapter, weight in changes if name in adapter)]
-        for name, low in before.items()
+        name: [(adapter[name], rate * weight) for adapter, weight in changes if name in adapter] for name in before
     }
     # The broadcast is truncated further than the state: what it leaves out is not lost, so losses do not add up.
-    total = weighted_sums(parts, state_rank(settings, state.max_rank))
+    if isinstance(settings.down_rank, int):
+        lead = max(lead, settings.down_rank)
+    total = dense.sums(before, parts, max_rank=bound, lead=lead, tau=state.tau)
     delta = {name: replace(low, dropped=before[name].dropped + low.dropped) for name, low in total.items()}
     return replace(
         state,
         round=state.round + 1,
-        delta=lowrank.pack(delta),
+        delta=dense.pack(delta),
         saved=mean_saved(state.saved, cohort, settings.server_learning_rate),
         **pruning.fields_after(state, cohort),
     )
@@ -364,7 +373,7 @@ def _product(difference: Factors, start: Factors | None, fresh: Array | None) ->
 
 
 def warm_start(
-    changes: Mapping[str, LowRank], rank: int, wire_dtype: WireDtype, cut: Mapping[str, LayerSlice] | None = None
+    changes: Mapping[str, Summed], rank: int, wire_dtype: WireDtype, cut: Mapping[str, LayerSlice] | None = None
 ) -> Tensors:
     """Return the leading components as a trainable start in wire format: a = c vt, b = u s / c, c = 1 / sqrt(3).
 
@@ -382,8 +391,17 @@ def adapter(state: FloraState) -> Adapter:
 
 
 def energy_kept(state: FloraState) -> Mapping[str, float]:
-    whole = lowrank.unpack(state.delta)
-    return {name: lowrank.energy_kept(whole[name], sent) for name, sent in state.broadcast.items()}
+    """Return the share of Delta's squared singular values that a client of the largest rank is sent."""
+    whole, down = dense.unpack(state.delta), down_rank(state.settings, state.max_rank)
+    sent = {name: low.components(0, down or low.rank) for name, low in state.broadcast.items()}
+    return {name: dense.energy_kept(whole[name], change) for name, change in sent.items()}
+
+
+def state_energy_kept(state: FloraState) -> Mapping[str, float]:
+    """Return |Delta|^2 over itself and all squared singular values that were cut off; nothing where none were."""
+    whole = {name: low for name, low in dense.unpack(state.delta).items() if low.dropped}
+    energy = {name: dense.energy(low) for name, low in whole.items()}
+    return {name: energy[name] / (energy[name] + low.dropped) for name, low in whole.items()}
 
 
 def _a_key(state: FloraState, client: str) -> int:
@@ -401,6 +419,8 @@ METHOD = Method(
     change=change,
     adapter=adapter,
     energy_kept=energy_kept,
+    state_energy_kept=state_energy_kept,
+    decomposed=lambda state: state.broadcast,
     structure=FloraState.structure,
     ranking=lambda state: state.order,
     why_not_linear="it stacks the clients' factors, which share no coordinates; ffa averages clients of any ranks",

@@ -12,6 +12,7 @@ import numpy as np
 from fedtune.directions.seed_ledger import Manifest, SeedLedger
 from fedtune.errors import Fault
 from fedtune.lora.adapter import Adapter
+from fedtune.lora.dense import Summed
 from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
@@ -154,6 +155,11 @@ class Method(Generic[State]):
     """`any`: clients may differ in rank; `equal`: one rank for all."""
     energy_kept: Callable[[State], Mapping[str, float]] = no_truncation
     """state -> by module, the share of the squared singular values that is left in what is sent down"""
+    state_energy_kept: Callable[[State], Mapping[str, float]] = no_truncation
+    """state -> by module, the share of the squared singular values that the server has kept of all it has summed"""
+    decomposed: Callable[[State], Mapping[str, Summed]] | None = None
+    """state -> the global model's change of the base by module, where the state holds its singular values; None: it
+    does not, and they are computed"""
     task: type[Task] = TrainLora
     """What clients do; for `ProbeSeeds` they need no adapter, and the server must know every tensor of the base."""
     assign_whole: Callable[[State, int, PlannedClient], Assignment | None] = no_other_assignment
@@ -196,6 +202,7 @@ class Method(Generic[State]):
             "displacement": self.displacement,
             "adapter": self.adapter,
             "energy_kept": self.energy_kept,
+            "state_energy_kept": self.state_energy_kept,
             "seeds": self.seeds,
             "refuse": self.refuse,
             "figures": self.figures,

@@ -103,8 +103,10 @@ def ranks(run: Run) -> Table:
             row.append(_span(np.array([float(module.rank) for module in modules]), lambda value: f"{value:.0f}"))
             energy = np.array([finite(module.energy_kept) for module in modules])
             row.append(_span(energy, lambda value: f"{100 * value:.3f} %"))
+            share = np.array([finite(module.state_energy_kept) for module in modules])
+            row.append(_span(share, lambda value: f"{100 * value:.3f} %"))
         rows.append(row)
-    head = [text for kind in groups for text in (f"{kind}: rank", f"{kind}: energy kept")]
+    head = [text for kind in groups for text in (f"{kind}: rank", f"{kind}: energy sent", f"{kind}: energy kept")]
     return Table(["round", *head], rows)
 
 

@@ -95,7 +95,9 @@ class ModuleRecord:
     singular_values: tuple[float, ...] = ()
     """The largest ones, descending."""
     energy_kept: float | None = None
-    """Share of the squared norm that was kept when the state was cut to its rank, in [0, 1]; None if it was not cut."""
+    """Share of the squared norm that a client of the largest rank is sent, in [0, 1]; None if it is sent whole."""
+    state_energy_kept: float | None = None
+    """Squared norm over itself and all that the server has cut off so far, in [0, 1]; None if it has cut nothing."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 
 from fedtune.config import Recipe
 from fedtune.config.recipe import method_of
-from fedtune.lora.adapter import Adapter
-from fedtune.lora.lowrank import LowRank, compress
+from fedtune.lora.dense import Summed, energy
+from fedtune.lora.lowrank import compress
 from fedtune.messages import Failure, TrainLora
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure
@@ -69,8 +69,9 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
         scores = replace(scores, held_out=at_end.held_out, unsolicited=[*scores.unsolicited, *at_end.unsolicited])
     record = round_record(
         finished,
-        tuned.adapter,
+        decomposed=method.decomposed(finished.state) if method.decomposed else compress(tuned.adapter),
         energy_kept=method.energy_kept(finished.state),
+        state_energy_kept=method.state_energy_kept(finished.state),
         figures=method.figures(finished.state),
         scores=scores,
     )
@@ -95,9 +96,10 @@ def write_result(context: RunContext, run: Path, state: Any, records: Sequence[R
 
 def round_record(
     finished: RoundResult,
-    adapter: Adapter,
     *,
+    decomposed: Mapping[str, Summed],
     energy_kept: Mapping[str, float],
+    state_energy_kept: Mapping[str, float],
     figures: Mapping[str, Any],
     scores: ModelScores,
 ) -> RoundRecord:
@@ -105,8 +107,9 @@ def round_record(
 
     Args:
         finished: the round's result.
-        adapter: the global model's change after the round.
+        decomposed: the global model's change after the round, by module.
         energy_kept: share of squared singular values that the next broadcast keeps, by module.
+        state_energy_kept: share of them that the server has kept of all it has summed, by module.
         figures: numbers that the method reports about its state.
         scores: of the global model after the round.
     """
@@ -124,7 +127,11 @@ def round_record(
         unsolicited=unsolicited_records([*finished.unsolicited, *scores.unsolicited]),
         bytes_down=sum(client.bytes_down for client in clients.values()) + scores.traffic.down,
         bytes_up=sum(client.bytes_up for client in clients.values()) + scores.traffic.up,
-        modules={name: module_record(low, energy_kept.get(name)) for name, low in sorted(compress(adapter).items())},
+        modules={
+            name: module_record(low, energy_kept.get(name), state_energy_kept.get(name))
+            for name, low in sorted(decomposed.items())
+            if low.rank
+        },
         # NaN would become null in the line, which no reader takes for a number: the run could not be resumed.
         figures={name: value for name, value in figures.items() if np.isfinite(value)},
         clock_s=finished.clock_s,
@@ -185,11 +192,12 @@ def mean_loss(losses: Sequence[tuple[ClientRecord, float | None]]) -> float | No
     return sum(loss * n for loss, n in known) / sum(n for _, n in known) if known else None
 
 
-def module_record(change: LowRank, energy_kept: float | None) -> ModuleRecord:
+def module_record(change: Summed, energy_kept: float | None, state_energy_kept: float | None) -> ModuleRecord:
     return ModuleRecord(
         rank=change.rank,
-        norm=float(np.linalg.norm(change.s)),
+        norm=float(np.sqrt(energy(change))),
         # Six digits: the last bits of a decomposition depend on the machine and would only lengthen every line.
         singular_values=tuple(float(f"{value:.6g}") for value in change.s[:SPECTRUM]),
         energy_kept=energy_kept,
+        state_energy_kept=state_energy_kept,
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, bind, changes
+from fedtune.config.reading import read
 from fedtune.config.recipe import Objects
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.methods import serialization
@@ -126,7 +126,8 @@ def started_with(run: Path, method: Method[Any] | None) -> Recipe:
     text = RunJournal.inputs(run)["recipe"]
     # A method that was given as an object is needed to read its settings; the other objects are names in the text.
     start = bind(text, objects=Objects(method=method))
-    if isinstance(start.method, FloraSettings) and "state_max_rank" not in tomllib.loads(text)["method"]:
+    *_, tables = read(text)
+    if isinstance(start.method, FloraSettings) and "state_max_rank" not in tables["method"]:
         # Releases before 0.3.0 left the key out where nothing was cut, which was the default.
         return replace(start, method=replace(start.method, state_max_rank=None))
     return start

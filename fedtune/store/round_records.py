@@ -99,7 +99,8 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
 
 def encode_module(module: ModuleRecord) -> Mapping[str, Any]:
     line = {"rank": module.rank, "norm": module.norm, "singular_values": module.singular_values}
-    return line if module.energy_kept is None else line | {"energy_kept": module.energy_kept}
+    shares = {"energy_kept": module.energy_kept, "state_energy_kept": module.state_energy_kept}
+    return line | {key: share for key, share in shares.items() if share is not None}
 
 
 def last_line_digest(run: Path) -> str:

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.lora import lowrank
+from fedtune.lora import dense, lowrank
 from fedtune.lora.adapter import Factors, delta
+from fedtune.lora.dense import Dense
+from fedtune.lora.lowrank import LowRank
 from fedtune.messages import cohort_weights
 from fedtune.methods import serialization
 from fedtune.methods.flora import METHOD, FloraState, grouped_products, product
@@ -213,7 +215,9 @@ def test_a_bounded_state_is_the_best_approximation_and_adds_up_what_it_has_dropp
         dropped += float(np.sum(s[8:] ** 2))
         assert lowrank.unpack(state.delta)["m"].dropped == pytest.approx(dropped, rel=1e-5, abs=1e-9)
     assert state.delta["m.s"].shape == (8,)
-    assert dropped > 0
+    kept = float(np.sum(exact(state) ** 2))
+    assert METHOD.state_energy_kept(state)["m"] == pytest.approx(kept / (kept + dropped), rel=1e-5)
+    assert METHOD.state_energy_kept(federation.state(METHOD)) == {}
     again = serialization.decode(b"".join(serialization.encode(state)), state)
     assert serialization.digest(serialization.encode(again)) == serialization.digest(serialization.encode(state))
 
@@ -233,6 +237,7 @@ def test_a_client_is_sent_at_most_twice_its_own_rank_and_the_rest_stays_at_the_s
         if mode == "continue":
             sent = sent + delta(federation.start(federation.assign(METHOD, state, member))["m"])
         assert federate.close(sent, delta(low.components(0, 2 * member[1]).factors))
+    assert METHOD.energy_kept(state)["m"] == 1.0  # that of the client of the largest rank
     # No change at any client: what was not sent down is still there.
     assert federate.close(exact(federation.round(METHOD, state, fleet, size=0.0)), exact(state), relative=2e-7)
 
@@ -265,6 +270,55 @@ def test_clients_that_start_alike_share_one_start_in_the_sum(federate: Any) -> N
     together = sum(weight * delta(adapter["m"]) for adapter, weight in parts)
     apart = sum(share * delta(product(state, update)["m"]) for update, share in cohort)
     assert federate.close(together, apart, relative=1e-7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_kept_as_a_matrix_is_the_same_model(federate: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation, fleet = federate({"m": (40, 30)}, max_rank=4), federate.fleet([4, 4, 2], seed=3)
+    factored = federation.state(METHOD, mode=mode, tau=1.0)
+    matrix = factored
+    for _ in range(4):
+        updates = federation.updates(METHOD, factored, fleet)
+        factored = METHOD.aggregate(factored, updates)
+        with monkeypatch.context() as patched:
+            patched.setattr(dense, "NARROW", 8)
+            matrix = METHOD.aggregate(matrix, federation.updates(METHOD, matrix, fleet))
+            again = serialization.decode(b"".join(serialization.encode(matrix)), matrix)
+            # A resumed run goes on to the bit.
+            first, other = (METHOD.aggregate(state, updates) for state in (matrix, again))
+            assert serialization.digest(serialization.encode(first)) == serialization.digest(
+                serialization.encode(other)
+            )
+        assert isinstance(dense.unpack(matrix.delta)["m"], Dense)
+        scale = np.linalg.norm(exact(factored))
+        if mode != "continue":  # there what clients train on, and so what they send, differs by the triples' accuracy
+            assert np.linalg.norm(delta(METHOD.adapter(matrix)["m"]) - exact(factored)) < 1e-6 * scale
+        for member in fleet:
+            assignment = federation.assign(METHOD, matrix, member)
+            model = federation.frozen(assignment, "m") + delta(federation.start(assignment)["m"])
+            assert np.linalg.norm(model - delta(METHOD.adapter(matrix)["m"])) < 1e-6 * scale
+    with monkeypatch.context() as patched:
+        patched.setattr(dense, "NARROW", 8)
+        still = federation.round(METHOD, matrix, fleet, size=0.0)
+        assert federate.close(delta(METHOD.adapter(still)["m"]), delta(METHOD.adapter(matrix)["m"]), relative=2e-7)
+
+
+@pytest.mark.parametrize("keys", [{"max_rank": 5}, {"down_rank": 6}, {"mode": "svt", "tau": 0.8}])
+def test_what_is_sent_of_a_matrix_is_what_is_sent_of_factors(
+    federate: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation, fleet = federate({"m": (40, 30)}, max_rank=4), federate.fleet([4, 4, 2], seed=3)
+    factored = federation.state(METHOD, **{"mode": "reinit", "state_max_rank": "exact"} | keys)
+    for _ in range(3):
+        factored = federation.round(METHOD, factored, fleet, size=0.1)
+    whole = exact(factored).astype(np.float32)
+    lead = dense.with_lead(whole, np.zeros((0, 30), np.float32), size=6, tau=factored.tau)
+    matrix = replace(factored, delta=dense.pack({"m": lead}))
+    for member in fleet:
+        sent = [federation.frozen(federation.assign(METHOD, state, member), "m") for state in (matrix, factored)]
+        assert federate.close(sent[0], sent[1], relative=1e-3)
+        assert np.linalg.matrix_rank(sent[0]) == np.linalg.matrix_rank(sent[1])
+    assert METHOD.energy_kept(matrix)["m"] == pytest.approx(METHOD.energy_kept(factored)["m"], rel=1e-5)
 
 
 def test_the_frozen_part_goes_dense_where_that_is_smaller(federate: Any) -> None:
@@ -304,6 +358,7 @@ def test_among_like_clients_no_direction_that_goes_down_is_one_clients(federate:
     state = federation.state(METHOD)
     updates = federation.updates(METHOD, state, fleet)
     low = METHOD.aggregate(state, updates).broadcast["m"]
+    assert isinstance(low, LowRank)
     for update in updates:
         a, b = update.lora.tensors["m.a"], update.lora.tensors["m.b"]
         assert np.max(np.abs(low.vt @ (a / np.linalg.norm(a, axis=1, keepdims=True)).T)) < 0.999

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fedtune.lora.adapter import Factors
+from fedtune.lora.lowrank import compress
 from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
@@ -58,7 +59,12 @@ def result() -> RoundResult:
 def record() -> RoundRecord:
     adapter = {"x": Factors(a=np.diag([1.0, 1.0]).astype(np.float32), b=np.diag([3.0, 4.0]).astype(np.float32))}
     return round_record(
-        result(), adapter, energy_kept={"x": 0.9}, figures={"sum_abs": 3}, scores=ModelScores(test={"loss": 1.0})
+        result(),
+        decomposed=compress(adapter),
+        energy_kept={"x": 0.9},
+        state_energy_kept={"x": 0.8},
+        figures={"sum_abs": 3},
+        scores=ModelScores(test={"loss": 1.0}),
     )
 
 
@@ -89,18 +95,22 @@ def test_a_client_that_is_refused_while_others_score_is_recorded(tmp_path: Path)
         {"round": 0, "client": "eve", "kind": "refused", "reason": "refused: expected a site file; got no such file"}
     ]
     scored = ModelScores(unsolicited=[refused, late])
-    later = round_record(result(), {}, energy_kept={}, figures={}, scores=scored)
+    later = round_record(result(), decomposed={}, energy_kept={}, state_energy_kept={}, figures={}, scores=scored)
     assert [(reply.client, reply.kind) for reply in later.unsolicited] == [
         *(("dan", "late"), ("eve", "refused"), ("fay", "late"))
     ]
 
 
 def test_a_modules_spectrum_by_hand() -> None:
-    assert record().modules == {"x": ModuleRecord(rank=2, norm=5.0, singular_values=(4.0, 3.0), energy_kept=0.9)}
+    assert record().modules == {
+        "x": ModuleRecord(rank=2, norm=5.0, singular_values=(4.0, 3.0), energy_kept=0.9, state_energy_kept=0.8)
+    }
 
 
 def test_a_figure_that_is_no_number_leaves_a_line_that_can_be_read(tmp_path: Path) -> None:
     figures = {"rms": float("nan"), "left": 3}
-    record = round_record(result(), {}, energy_kept={}, figures=figures, scores=ModelScores())
+    record = round_record(
+        result(), decomposed={}, energy_kept={}, state_energy_kept={}, figures=figures, scores=ModelScores()
+    )
     append_round(tmp_path, replace(record, round=0))
     assert read_rounds(tmp_path)[0].figures == {"left": 3}
