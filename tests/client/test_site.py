@@ -10,12 +10,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from fedtune.client import site
+from fedtune.client.shared_work import SharedWork, Work
 from fedtune.config import bind, render
 from fedtune.config.site import bind_site
 from fedtune.data.settings import MAX_TOKENS
 from fedtune.errors import ClientError, ConfigError
-from fedtune.messages import Assignment, Plan, Training, TrainLora
+from fedtune.messages import Assignment, ClientUpdate, Plan, Training, TrainLora
 from fedtune.model.base import Base, load
+from fedtune.model.shares import ALONE
 from fedtune.runs.local import prepare
 from tests.cli.test_flower_server import dated, site_files
 from tests.model.families import CLASSIFIERS, build
@@ -104,6 +106,25 @@ def test_an_update_of_fewer_examples_than_the_policy_says_is_never_made(tmp_path
     found = site.from_file(str(path))
     with pytest.raises(ClientError, match=r"policy\.min_examples: an update of at least 5 examples; got 4"):
         found.perform(Assignment("flora", 1, 0, plan, TrainLora(a_key=0), base=found.base.digest))
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(1, None), (2, ["cpu", "cpu"])])
+def test_a_site_divides_its_training_among_the_processes_of_its_file(
+    processes: int, devices: list[str] | None, tmp_path: Path, tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = list[list[str]]()
+
+    def alone(self: SharedWork, assignment: Assignment, work: Work, *, threads: int) -> ClientUpdate:
+        shared.append(list(self._devices))
+        return work(ALONE)
+
+    monkeypatch.setattr(SharedWork, "perform", alone)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    (path,) = site_files(tmp_path, tables | {"model": tables["model"] | {"processes": processes}}, ("client-1",))
+    plan = Plan("client-1", 2, 2.0, Training(batch=2, learning_rate=0.1, steps=2))
+    found = site.from_file(str(path))
+    found.perform(Assignment("flora", 1, 0, plan, TrainLora(a_key=0), base=found.base.digest))
+    assert shared == ([] if devices is None else [devices])
 
 
 def test_an_assignment_for_another_client_is_not_done(tmp_path: Path, tables: dict[str, Any]) -> None:

@@ -58,6 +58,19 @@ def test_a_run_whose_clients_train_at_once_learns_what_it_learns_without(
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0.01, atol=2e-3)
 
 
+@pytest.mark.slow
+def test_a_run_whose_clients_are_divided_among_processes_learns_what_it_learns_in_one(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
+    shorter = {**tables, "evaluate": {"every": 0, "clients": False}}
+    plain = fedtune.simulate(shorter, out=tmp_path / "plain")
+    shared = fedtune.simulate(shorter, overrides=["model.processes=2"], out=tmp_path / "shared")
+    ours, theirs = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (shared, plain))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0.01, atol=2e-3)
+
+
 def test_scores_are_made_of_what_is_asked_for(prepared: Experiment) -> None:
     evaluate = replace(prepared.recipe.evaluate, examples=2, client_examples=1)
     prepared = replace(prepared, recipe=replace(prepared.recipe, evaluate=evaluate))
