@@ -34,7 +34,7 @@ BETA1, BETA2 = 0.9, 0.999
 """Of the clients' AdamW."""
 MARGIN = 1.01
 """Room for the rounding of the clients' steps."""
-EPSILON: Mapping[str, float] = {"fp32": 2.0**-20, "fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 2.0**-4, "int4": 1.0}
+EPSILON: Mapping[str, float] = {"fp32": 2.0**-20, "fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 2.0**-5, "int4": 0.5}
 """By wire format, twice the rounding of a number on its way there and back, relative to it. Of codes, how
 far rounding at random can lengthen 64 numbers x: its mean square is at most a step times the sum of |x|, and so at most
 8 / 127 or 8 / 7 of |x|^2; where all groups are as unlucky as that, the norm grows by 3 or 46 %."""

@@ -26,7 +26,8 @@ from fedtune.methods.change import extent_of
 from fedtune.methods.method import LinearMethod
 from fedtune.methods.server_optimizer import with_server_optimizer
 from fedtune.methods.settings import RobustRule, ServerOptimizer
-from fedtune.rounds.influence import LARGEST_CHANGE, Bounds, adam_steps, reach, refuse_outliers
+from fedtune.number_formats import CODES, from_wire, to_wire
+from fedtune.rounds.influence import EPSILON, LARGEST_CHANGE, Bounds, adam_steps, reach, refuse_outliers
 from fedtune.tensors import cast
 from tests.methods.conftest import Federate
 
@@ -332,3 +333,18 @@ def test_a_mean_of_something_else_is_always_computed() -> None:
     refused = Bounds(other, state, federation.blueprint).bound(federation.answer(asked, size=0.001), asked)
     assert isinstance(refused, Failure)
     assert refused.where == "mean, most of it in x"
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize("dtype", sorted(CODES))
+@pytest.mark.parametrize("small", [0.0, 0.02, 0.06, 0.14, 1.0])
+def test_no_rounding_of_codes_lengthens_a_change_beyond_what_its_bound_allows(dtype: str, small: float) -> None:
+    """A group of one large number and many small ones is lengthened most: each of those may become a whole step."""
+    moved = np.full((40, 64), small, np.float32)
+    moved[:, 0] = 1.0
+    ratios = [
+        np.linalg.norm(from_wire(to_wire({"x.a": moved}, dtype, key=key))["x.a"]) / np.linalg.norm(moved)
+        for key in range(20)
+    ]
+    assert max(ratios) <= 1 + EPSILON[dtype]
+    assert EPSILON[dtype] <= 0.5
