@@ -424,7 +424,7 @@ def test_a_run_of_seeds_says_what_it_did_and_can_be_read_scored_and_reported(see
     assert api.status(seeded.path).committed == 3
 
 
-@pytest.mark.parametrize("bank", ["hadamard", "kron"])
+@pytest.mark.parametrize("bank", [pytest.param("hadamard", marks=pytest.mark.slow), "kron"])
 def test_seeds_alone_learn(bank: str, tables: Tables, tmp_path: Path) -> None:
     """Scalars along seeds must clearly lower the loss, by a step that the first round measures."""
     recipe = kseed(tables, bank, seeds=256, scalar_step="auto")

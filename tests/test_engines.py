@@ -52,6 +52,8 @@ METHODS = (
 )
 SEEDS = ({"bank": "hadamard"}, {"bank": "kron", "sampling": "pro"})
 """Settings of `fedkseed`; the first of its rounds measures the step."""
+FEW = (METHODS[0], METHODS[3], SEEDS[1])
+"""One that stacks, one that steps by an optimiser, one of seeds: in the fast tier the engines are held to these."""
 
 
 def with_dropout(tables: Tables) -> Tables:
@@ -117,7 +119,11 @@ def pruned(tables: Tables) -> Tables:
 
 
 @pytest.mark.parametrize(
-    "engine", [pytest.param(chosen("processes", 2), id="processes"), pytest.param(in_memory_grid, id="grid")]
+    "engine",
+    [
+        pytest.param(chosen("processes", 2), id="processes", marks=pytest.mark.slow),
+        pytest.param(in_memory_grid, id="grid"),
+    ],
 )
 def test_pruned_clients_come_to_the_same_bits_and_the_same_choices(engine: Engine, tables: Tables) -> None:
     prepared = prepare(bind(pruned(tables)))
@@ -145,11 +151,13 @@ def seeded(tables: Tables, **settings: Any) -> Tables:
 
 
 @pytest.fixture(scope="module")
-def experiments(tiny_recipe: Tables) -> Sequence[Experiment]:
-    """One of every kind of method."""
+def experiments(request: pytest.FixtureRequest, tiny_recipe: Tables) -> Sequence[Experiment]:
+    """One of every kind of method that is asked for."""
     tables = with_dropout(tiny_recipe)
-    adapters = [prepare(bind(tables | {"method": method})) for method in METHODS]
-    return adapters + [prepare(bind(seeded(tables, **settings))) for settings in SEEDS]
+    return [
+        prepare(bind(tables | {"method": method} if "name" in method else seeded(tables, **method)))
+        for method in request.param
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +166,20 @@ def expected(experiments: Sequence[Experiment]) -> Sequence[Sequence[tuple[str, 
     return played(experiments, chosen("inprocess", 1))
 
 
+ALL = (*METHODS, *SEEDS)
+
+
 @pytest.mark.parametrize(
-    "engine",
+    ("experiments", "engine"),
     [
-        pytest.param(chosen("processes", 1), id="one process", marks=pytest.mark.slow),
-        pytest.param(chosen("processes", 2), id="two processes"),
-        pytest.param(in_memory_grid, id="grid"),
-        pytest.param(chosen("ray", 2), id="ray", marks=SLOW_RAY),
+        pytest.param(FEW, chosen("processes", 2), id="two processes"),
+        pytest.param(FEW, in_memory_grid, id="grid"),
+        pytest.param(ALL, chosen("processes", 1), id="all, one process", marks=pytest.mark.slow),
+        pytest.param(ALL, chosen("processes", 2), id="all, two processes", marks=pytest.mark.slow),
+        pytest.param(ALL, in_memory_grid, id="all, grid", marks=pytest.mark.slow),
+        pytest.param(ALL, chosen("ray", 2), id="all, ray", marks=SLOW_RAY),
     ],
+    indirect=["experiments"],
 )
 def test_three_rounds_of_every_kind_of_method_are_those_in_process_bit_for_bit(
     engine: Engine, experiments: Sequence[Experiment], expected: Sequence[Sequence[tuple[str, ...]]]

@@ -9,8 +9,9 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -132,7 +133,7 @@ def test_types_and_ranges_are_put_into_words() -> None:
 
 
 def test_every_command_has_a_page_with_all_its_options() -> None:
-    pages = generate.generated_pages()
+    pages = generated_pages()
     commands = dict(command_pages.commands())
     assert {"fedtune simulate", "fedtune runs list", "fedtune enroll sign"} <= set(commands)
     for name, command in commands.items():
@@ -224,6 +225,12 @@ def classes_in(hint: Any) -> Iterator[type]:
 # ---- documents ----
 
 
+@cache
+def generated_pages() -> Mapping[str, str]:
+    """Return the generated pages: made once, since each of sixty documents is held against all of them."""
+    return generate.generated_pages()
+
+
 def without_code(text: str) -> str:
     return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
 
@@ -237,7 +244,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path: Path) -> None:
-    pages = generate.generated_pages()
+    pages = generated_pages()
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text())):
         if re.match(r"[a-z]+:", link):
             continue

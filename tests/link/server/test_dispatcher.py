@@ -393,7 +393,7 @@ SIGNED: dict[tuple[bytes, str, int, int], tuple[pb.Envelope, bytes]] = {}
 
 
 @pytest.mark.guarantee("G5")
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(actions, min_size=10, max_size=40))
 def test_no_order_of_repeated_swapped_and_stale_replies_counts_anything_twice(
     tmp_path: Path, script: list[Action]
@@ -402,11 +402,22 @@ def test_no_order_of_repeated_swapped_and_stale_replies_counts_anything_twice(
 
 
 @pytest.mark.guarantee("G5")
+@pytest.mark.slow
 def test_thousands_of_interleavings_count_each_update_once(tmp_path: Path, cases: Callable[[int], None]) -> None:
     """As above, drawn without looking for the smallest script, and helped on so that runs come to their third round."""
+    assert play_interleavings(tmp_path, 2000, cases) > 500
+
+
+def test_interleavings_count_each_update_once(tmp_path: Path) -> None:
+    """The first of them."""
+    assert play_interleavings(tmp_path, 150, lambda count: None) > 30
+
+
+def play_interleavings(folder: Path, count: int, cases: Callable[[int], None]) -> int:
+    """Play so many scripts, and return how many of them came to the third round."""
     rng, finished = generator(derive(0, "interleavings")), 0
-    for _ in range(2000):
-        game, script = Game(tmp_path, SIGNED), list[Action]()
+    for _ in range(count):
+        game, script = Game(folder, SIGNED), list[Action]()
         for kind, client, author, number, variant, fits in rng.integers(0, (8, 3, 3, 3, VARIANTS, 4), (40, 6)).tolist():
             sender, number = (client, number + 1) if not fits else (author, min(3, 1 + len(script) // 13))
             script.append((KINDS[kind], CLIENTS[sender], CLIENTS[author], number, variant if not fits else variant % 2))
@@ -416,7 +427,7 @@ def test_thousands_of_interleavings_count_each_update_once(tmp_path: Path, cases
         game.play(script)
         finished += game.ended == 3
         cases(1)
-    assert finished > 500
+    return finished
 
 
 def test_a_task_from_before_a_restart_is_not_withdrawn_until_its_round_is_posted_again(tmp_path: Path) -> None:
