@@ -20,6 +20,9 @@ from fedtune.tensors import Array
 FrozenChange: TypeAlias = Mapping[str, Factors | Array]
 """Changes by full name of a module: factors, or dense (out, in)."""
 
+SLIGHT = 64
+"""Factors that cost less than one in so many of their layer's operations multiply beside it: no copy is worth that."""
+
 OWN = "own_weight"
 """Attribute of a layer that reads another weight: its own one, no parameter of the model meanwhile."""
 
@@ -30,6 +33,8 @@ class ChangedWeight:
 
     weight: nn.Parameter
     own: nn.Parameter
+    numbers: torch.Tensor
+    """What `own` held: its tensor can be exchanged. Held on to, so that no other tensor gets its place in memory."""
     version: int
     """Of `own`: grows when it is written to in place."""
     change: Factors | None
@@ -41,6 +46,7 @@ class ChangedWeight:
         """Return whether this is the sum of just these."""
         return (
             self.own is own
+            and self.numbers.data_ptr() == own.data_ptr()
             and self.version == own._version
             and self.threads == torch.get_num_threads()
             and self.change is not None
@@ -64,6 +70,14 @@ def is_exact(module: nn.Module, *, half: bool) -> bool:
     # A quantised layer multiplies in a way of its own.
     plain = isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
     return plain and not half and weight is not None and weight.dtype in (torch.float32, torch.float64)
+
+
+def is_slight(change: Factors | Array) -> bool:
+    """Return whether a change costs so little beside its layer that a copy of the weight would be memory for nothing.
+
+    As rank 32 does at 4096 x 4096, where the copy would be 67 MB a layer.
+    """
+    return isinstance(change, Factors) and SLIGHT * change.rank * sum(change.shape) <= change.shape[0] * change.shape[1]
 
 
 def change_weight(module: nn.Module, change: Factors | Array, before: ChangedWeight | None) -> ChangedWeight:
@@ -93,7 +107,7 @@ def change_weight(module: nn.Module, change: Factors | Array, before: ChangedWei
             torch.add(own, dense.T if transposed else dense, out=target)
         weight = nn.Parameter(target, requires_grad=False)
     factors = change if isinstance(change, Factors) else None
-    return ChangedWeight(weight, own, own._version, factors, torch.get_num_threads())
+    return ChangedWeight(weight, own, own.data, own._version, factors, torch.get_num_threads())
 
 
 def put(module: Any, changed: ChangedWeight) -> nn.Parameter | None:

@@ -14,7 +14,7 @@ from fedtune.errors import ShapeError
 from fedtune.lora.adapter import Adapter, Factors, draw_a, unpack
 from fedtune.messages import Plan, TrainLora
 from fedtune.model.base import Base, to_numpy, to_torch
-from fedtune.model.frozen import FrozenChange, beside, change_weight, check_dense, is_exact, put, restore
+from fedtune.model.frozen import FrozenChange, beside, change_weight, check_dense, is_exact, is_slight, put, restore
 from fedtune.model.lora_layer import FrozenParts, LoraLayer, Trainable
 from fedtune.pruning.structure import LayerSlice, slice_factors
 from fedtune.tensors import Array, Tensors
@@ -36,7 +36,8 @@ def with_adapters(
 
     A frozen change is added to a second copy of the layer's weight, which takes the weight's place: a step then costs
     what it costs without it. The copy stays with the base, and clients of the same change share it. Layers in 16 bits,
-    and quantised ones, keep their weight and multiply by the change beside it; see `frozen.is_exact`.
+    quantised ones, and those whose change is of a small rank keep their weight and multiply by the change beside it;
+    see `frozen.is_exact` and `frozen.is_slight`.
 
     Args:
         base: the resident base model.
@@ -75,7 +76,7 @@ def with_adapters(
 def with_change(base: Base, frozen: FrozenChange, *, half: bool) -> Iterator[Mapping[str, FrozenParts]]:
     """Add frozen changes to the weights of the base's layers inside the block; yield those that no weight can take."""
     modules = {name: base.model.get_submodule(name) for name in frozen}
-    exact = {name for name, module in modules.items() if is_exact(module, half=half)}
+    exact = {name for name, change in frozen.items() if is_exact(modules[name], half=half) and not is_slight(change)}
     # Taken out for as long as layers read them: what is attached meanwhile must not write over them.
     resident = {name: base.changed.pop(name, None) for name in exact}
     changed, outer = {}, {}

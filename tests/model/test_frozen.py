@@ -12,7 +12,17 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ShapeError
 from fedtune.lora.adapter import Factors, delta
-from fedtune.model.frozen import beside, change_weight, check_dense, is_changed, is_exact, own_weight, put, restore
+from fedtune.model.frozen import (
+    beside,
+    change_weight,
+    check_dense,
+    is_changed,
+    is_exact,
+    is_slight,
+    own_weight,
+    put,
+    restore,
+)
 from fedtune.tensors import Array
 
 
@@ -55,6 +65,19 @@ def test_the_same_change_is_not_added_again_and_another_is_written_over_it() -> 
     other = layer_of(4, 3)  # another layer's weight, such as that of a pruned copy
     assert change_weight(other, factors(4, 3, 2, seed=1), second) is not second
     assert change_weight(layer_of(5, 3), factors(5, 3, 2), second).weight.shape == (5, 3)
+
+
+def test_a_change_is_added_again_to_a_weight_that_was_written_to_or_exchanged() -> None:
+    """Both leave the parameter the object that it was; a base rebuilt from seeds is exchanged."""
+    layer, low = layer_of(4, 3), factors(4, 3, 2)
+    first = change_weight(layer, low, None)
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    second = change_weight(layer, low, first)
+    assert second is not first
+    layer.weight.data = 2.0 * layer.weight.data
+    third = change_weight(layer, low, second)
+    torch.testing.assert_close(third.weight, layer.weight + torch.from_numpy(delta(low)).float())
 
 
 def test_a_dense_change_is_never_taken_for_an_earlier_one() -> None:
@@ -104,6 +127,13 @@ def test_beside_a_weight_factors_stay_factors_until_they_cost_half_a_layer() -> 
     np.testing.assert_allclose(dense.float().numpy(), delta(low), rtol=2**-8, atol=1e-6)
     [sent] = beside(np.full((2, 3), 1e-9, np.float32), cpu)  # in float16 it would be zero
     assert float(sent[0, 0]) == pytest.approx(1e-9, rel=2**-8)
+
+
+def test_factors_of_a_small_rank_are_slight_and_a_dense_change_never_is() -> None:
+    assert is_slight(factors(128, 128, 1))  # 64 * 1 * 256 = 128 * 128
+    assert not is_slight(factors(128, 128, 2))
+    assert not is_slight(factors(128, 127, 1))
+    assert not is_slight(np.zeros((128, 128), np.float32))
 
 
 def test_a_dense_change_of_another_number_of_axes_is_refused() -> None:

@@ -469,6 +469,17 @@ def test_the_copy_of_a_dense_change_is_the_only_one(loaded: Any) -> None:
     assert sizes == sum(m * n for m, n in base.modules.values())
 
 
+def test_a_change_of_a_small_rank_is_no_copy(loaded: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("fedtune.model.frozen.SLIGHT", 0)  # the layers of the tiny models are too small for any rank
+    base = loaded()
+    frozen, local = change_of(base, dense=False), change_of(base, dense=False, seed=2)
+    before, expected = snapshot(base), exact(base, (frozen, 1.0), (local, 0.5))
+    with with_adapters(base, frozen=frozen, local=local, scale=0.5):
+        assert worst(logits(base), expected) < 1e-6
+    assert not base.changed
+    assert snapshot(base) == before
+
+
 def test_a_layer_that_is_not_plain_keeps_its_weight(loaded: Any) -> None:
     """As quantised layers: what they multiply by is not their `weight`."""
 
