@@ -17,7 +17,7 @@ import json
 import resource
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -100,7 +100,7 @@ def recipe(folder: str, base: str, method: dict[str, Any], *, steps: int, batch:
 
 def compare(experiment: Experiment, state: Any, *, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return the processor time of rounds, of the same steps in a bare loop, and the shares of the rounds' parts."""
-    shares = Counter[str]()
+    shares = defaultdict[str, float](float)
     bare = bare_loop(experiment, steps=steps, batch=args.batch)
     ours, theirs = list[float](), list[float]()
     with measured_parts(shares):
@@ -128,7 +128,7 @@ def compare(experiment: Experiment, state: Any, *, steps: int, args: argparse.Na
 
 
 @contextmanager
-def measured_parts(seconds: Counter[str]) -> Iterator[None]:
+def measured_parts(seconds: defaultdict[str, float]) -> Iterator[None]:
     """Add up, inside the block, the processor time of what rounds do beside steps."""
     with ExitStack() as stack:
         for owner, name, part in (
@@ -147,7 +147,7 @@ def measured_parts(seconds: Counter[str]) -> Iterator[None]:
         yield
 
 
-def timed(function: Callable[..., Any], seconds: Counter[str], part: str) -> Callable[..., Any]:
+def timed(function: Callable[..., Any], seconds: defaultdict[str, float], part: str) -> Callable[..., Any]:
     def call(*args: Any, **options: Any) -> Any:
         began = time.process_time()
         try:
@@ -158,7 +158,7 @@ def timed(function: Callable[..., Any], seconds: Counter[str], part: str) -> Cal
     return call
 
 
-def timed_block(manager: Callable[..., Any], seconds: Counter[str], part: str) -> Callable[..., Any]:
+def timed_block(manager: Callable[..., Any], seconds: defaultdict[str, float], part: str) -> Callable[..., Any]:
     """Return a context manager whose entry and exit are timed, not its block."""
 
     @contextmanager
