@@ -86,6 +86,10 @@ class Training:
     fast (CUDA from Ampere on)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of storing them: less memory, about a third more time."""
+    packing: bool = field(default=False, metadata=OMIT_DEFAULT)
+    """Put short examples of a batch behind each other into one row, as long as its longest, in place of padding; unlike
+    with `data.packing` none sees another, and steps and losses stay as they are, up to rounding. For causal models
+    whose attention goes by positions; others are refused."""
     proximal: Annotated[float, Ge(0)] = field(default=0.0, metadata={**ON_SERVER, **OMIT_DEFAULT})
     """FedProx's mu: adds mu / 2 times the squared distance from the received values to the loss, for all that is
     trained; 0 is off."""

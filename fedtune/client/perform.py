@@ -36,7 +36,7 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.model import libraries, pruned_training
-from fedtune.model.base import Base, to_numpy
+from fedtune.model.base import Base, check_packing, to_numpy
 from fedtune.model.batches import Batch
 from fedtune.model.lora import frozen_change, read_local, start, with_adapters
 from fedtune.model.objective import Hooks
@@ -76,7 +76,7 @@ def perform(
 
     Raises:
         ClientError: if the base is another, the training fails, or the client holds no example.
-        ConfigError: if the base has no tensors such as are to be moved.
+        ConfigError: if the base has no tensors such as are to be moved, or cannot read packed examples.
         ShapeError: if a tensor that was sent does not fit the base.
         WireError: if accumulators that were sent are not those that they are said to be.
     """
@@ -178,6 +178,8 @@ def train_adapter(
     # Before training: hours of work on another base would only be refused in the end.
     if assignment.base and assignment.base != base.digest:
         raise wrong_base(assignment, base)
+    if plan.training.packing:
+        check_packing(base)
     # Which parameters are trained in full is the site's own word: any other would be trained and sent as well.
     if strange := sorted(task.blobs.get("saved", {}).keys() - set(base.saved)):
         own = ", ".join(base.saved) or "none"

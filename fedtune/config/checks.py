@@ -183,8 +183,9 @@ def causal_only_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("evaluate.references", expected, str(len(references)), "leave out what has no question")
     if task == "causal":
         return
-    if packing:
-        yield Fault("data.packing", f"false with model.task = {task!r}", "true", "only causal models read packed rows")
+    for path, packs in {"data.packing": packing, "client.packing": recipe.client.packing}.items():
+        if packs:
+            yield Fault(path, f"false with model.task = {task!r}", "true", "only causal models read packed rows")
     if generate:
         yield Fault("evaluate.generate", f"0 with model.task = {task!r}", str(generate), "only causal models write")
     if prompt is not None:

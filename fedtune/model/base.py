@@ -32,6 +32,7 @@ from fedtune.model.load_checks import (
     check_complete,
     check_finite,
     embedding_rows,
+    packs,
     padding_token,
     table_positions,
 )
@@ -106,6 +107,11 @@ class Base:
     def changed(self) -> dict[str, Any]:
         """The last frozen change added to weights, a `frozen.ChangedWeight` by module: clients of a round share it."""
         return {}
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether examples may share a row (`client.packing`); read it before adapters are attached."""
+        return self.task == "causal" and packs(self.model, self.positions)
 
     @property
     def matrices(self) -> Collection[str]:
@@ -319,6 +325,18 @@ def hold_in_float32(module: nn.Module, outside: torch.dtype) -> None:
                 lambda _, inputs: tuple(x.float() if x.is_floating_point() else x for x in inputs)
             )
             part.register_forward_hook(lambda _, inputs, output: output.to(outside))
+
+
+def check_packing(base: Base) -> None:
+    """Refuse to pack examples for a model whose tokens would see those of other examples.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    if not base.packs:
+        expected = "a causal model whose attention stays within the examples of a row"
+        got = f"{base.name} ({base.model.config.model_type}), which reads two examples in one row otherwise than alone"
+        raise ConfigError(Fault("client.packing", expected, got, "leave client.packing out, or choose another base"))
 
 
 def digest(model: nn.Module, *, leave_out: Sequence[str] = ()) -> str:

@@ -36,15 +36,29 @@ class Batch:
     fused: bool = False
     """Whether the loss is taken from hidden states, never holding all logits; see `Base.fused`."""
 
+    positions: torch.Tensor | None = None
+    """(batch, time), places within each example, where several share a row; None where each has its own."""
+
     @property
     def inputs(self) -> Mapping[str, torch.Tensor]:
         """What the model reads, by the name of its argument."""
+        if self.positions is not None:
+            # Without a mask, transformers keeps attention between tokens whose positions follow each other.
+            return {"input_ids": self.input_ids, "position_ids": self.positions}
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         return inputs if self.token_types is None else {**inputs, "token_type_ids": self.token_types}
 
 
-def collate(examples: Sequence[Example], base: Base) -> Batch:
-    """Return examples as a batch, padded to the longest example, on the right unless the model needs it otherwise."""
+def collate(examples: Sequence[Example], base: Base, *, packed: bool = False) -> Batch:
+    """Return examples as a batch, padded to the longest example, on the right unless the model needs it otherwise.
+
+    Args:
+        examples: of a client.
+        base: that is to read them.
+        packed: put short ones behind each other, in rows of the same length; see `pack`.
+    """
+    if packed and not any(example.token_types is not None for example in examples):
+        return pack(examples, base)
     side = padding_side(base)
     rows = [torch.tensor(example.input_ids, dtype=torch.int64) for example in examples]
     labels = [torch.tensor(example.labels, dtype=torch.int64) for example in examples]
@@ -58,6 +72,54 @@ def collate(examples: Sequence[Example], base: Base) -> Batch:
     types = token_types(examples, base)
     ids, mask, targets = (tensor.to(base.device) for tensor in (ids, mask, targets))
     return Batch(ids, mask, targets, count=count, tokens=sum(map(len, rows)), token_types=types, fused=base.fused)
+
+
+def pack(examples: Sequence[Example], base: Base) -> Batch:
+    """Return examples of a causal model in rows as long as the longest, several in a row, none of which sees another.
+
+    What counts in the loss is what counts without packing: the first token of an example is predicted by nothing.
+    """
+    rows = rows_of([len(example.input_ids) for example in examples])
+    length = max(len(example.input_ids) for example in examples)
+    ids = np.full((len(rows), length), base.pad_id, np.int64)
+    # Padding is one more example of the row, of which nothing counts.
+    labels, positions = np.full_like(ids, IGNORED), np.zeros_like(ids)
+    for row, places in enumerate(rows):
+        begin = 0
+        for place in places:
+            example = examples[place]
+            end = begin + len(example.input_ids)
+            ids[row, begin:end], labels[row, begin:end] = example.input_ids, example.labels
+            labels[row, begin], positions[row, begin:end] = IGNORED, np.arange(end - begin)
+            begin = end
+        positions[row, begin:] = np.arange(length - begin)
+    tensors = [torch.from_numpy(array).to(base.device) for array in (ids, labels, positions)]
+    return Batch(
+        input_ids=tensors[0],
+        attention_mask=torch.ones_like(tensors[0]),
+        labels=tensors[1],
+        count=int((labels != IGNORED).sum()),
+        tokens=sum(len(example.input_ids) for example in examples),
+        fused=base.fused,
+        positions=tensors[2],
+    )
+
+
+def rows_of(lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+    """Return which examples share a row of the longest one's length: the longer first, each into the first that fits.
+
+    >>> rows_of([3, 9, 5, 1, 6])
+    [[1], [4, 0], [2, 3]]
+    """
+    limit, rows, used = max(lengths, default=0), list[list[int]](), list[int]()
+    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((row for row, length in enumerate(used) if length + lengths[place] <= limit), len(rows))
+        if row == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[row].append(place)
+        used[row] += lengths[place]
+    return rows
 
 
 def token_types(examples: Sequence[Example], base: Base) -> torch.Tensor | None:

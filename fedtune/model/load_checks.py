@@ -76,6 +76,30 @@ def table_positions(model: Any) -> int | None:
     return None
 
 
+@torch.no_grad()
+def packs(model: Any, positions: int) -> bool:
+    """Return whether two texts in one row, whose positions start anew, are read as each is alone.
+
+    Not by models that remember a state, that find places by a mask, or whose table of positions goes by the row.
+    """
+    rows, length = embedding_rows(model), min(PROBE_TOKENS, positions // 2)
+    if length < 2:
+        return False
+    device = model.get_input_embeddings().weight.device
+    first = (rows // 2 + torch.arange(length, device=device))[None] % rows
+    second = (rows // 3 + torch.arange(length - 1, device=device))[None] % rows
+    places = torch.cat([torch.arange(length, device=device), torch.arange(length - 1, device=device)])[None]
+    try:
+        together = model(input_ids=torch.cat([first, second], 1), position_ids=places, use_cache=False).logits.float()
+        alone = torch.cat([model(input_ids=ids, use_cache=False).logits.float() for ids in (first, second)], 1)
+        apart = model(input_ids=torch.cat([first, second], 1), use_cache=False).logits.float()
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        return False
+    # Against how far the second text moves where it does see the first.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    return bool((together - alone).abs().max() <= tolerance * (apart - alone).abs().max())
+
+
 @torch.inference_mode()
 def check_causal(settings: ModelSettings, model: Any, positions: int) -> None:
     """Refuse a model whose output at a token changes with later ones: its loss would be that of copying.

@@ -125,7 +125,7 @@ def train(
         for step in range(training.steps):
             group["lr"] = learning_rate(training, step, training.steps)
             chosen = [shares.own(next(order)) for _ in range(training.accumulation)]
-            parts = [collate([examples[i] for i in own], base) for own in chosen if own]
+            parts = [collate([examples[i] for i in own], base, packed=training.packing) for own in chosen if own]
             counted, seen = sum(batch.count for batch in parts), sum(batch.tokens for batch in parts)
             loss, seen = shares.join(group["params"], backward(base, parts, training), counted, seen)
             if hooks:
@@ -179,7 +179,7 @@ def row_losses(base: Base, parts: Sequence[Sequence[Example]], training: Trainin
     # Not in inference mode: what a model stores in a forward pass, as some do of positions, is used again in training.
     with torch.no_grad():
         for part in parts:
-            batch = collate(part, base)
+            batch = collate(part, base, packed=training.packing)
             with autocast(training, base.device):
                 losses.append((summed_loss(base.model, batch, task=base.task).item(), batch.count))
     return losses

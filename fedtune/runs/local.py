@@ -24,7 +24,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, ProbeSeeds
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
-from fedtune.model.base import Base
+from fedtune.model.base import Base, check_packing
 from fedtune.model.device import share_devices
 from fedtune.model.libraries import threads
 from fedtune.model.pruned_training import block_layout, with_pruned_model
@@ -151,6 +151,8 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None) -> Experiment:
         expected = "test data, or rows that clients hold out, to find the best round by"
         hint = "name them in data.test, or set data.held_out"
         raise ConfigError(Fault("rounds", expected, "neither", hint))
+    if recipe.client.packing:
+        check_packing(base)
     check_ranks(recipe, base.modules)
     experiment = Experiment(recipe=recipe, federation=federation, base=base)
     check_pruning(experiment.blueprint)

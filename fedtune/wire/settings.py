@@ -21,13 +21,18 @@ Settings = TypeVar("Settings")
 
 
 def encode(settings: Any) -> bytes:
-    """Return a settings dataclass as canonical JSON: sorted keys, ASCII, no spaces, every field written out.
+    """Return a settings dataclass as canonical JSON: sorted keys, ASCII, no spaces.
+
+    Every field is written out, but for those that a release added (`omit_default`), where they are at their default:
+    settings that an earlier release can read are written as it writes them.
 
     Raises:
         WireError: if a value is not finite.
     """
     try:
-        return _canonical({name: getattr(settings, name) for name in _travelling(type(settings))})  # type: ignore[arg-type]  # classes are hashable
+        values = {name: getattr(settings, name) for name in _travelling(type(settings))}  # type: ignore[arg-type]  # classes are hashable
+        added = _later_defaults(type(settings))  # type: ignore[arg-type]
+        return _canonical({name: value for name, value in values.items() if name not in added or value != added[name]})
     except ValueError:
         raise WireError(f"expected finite settings; got {settings!r}") from None
 
@@ -48,13 +53,17 @@ def decode(data: bytes, schema: type[Settings]) -> Settings:
     except (ValueError, RecursionError):
         canonical = False
     hints = _travelling(schema)  # type: ignore[arg-type]  # classes are hashable
-    if not canonical or not isinstance(values, dict) or values.keys() != hints.keys():
+    added = _later_defaults(schema)  # type: ignore[arg-type]
+    if not canonical or not isinstance(values, dict) or values.keys() | added.keys() != hints.keys():
         raise WireError(
             f"settings: expected canonical JSON with the keys {sorted(hints)}; got {data[:200]!r}; "
             "run the same release of fedtune on both sides"
         )
     # Types and bounds as in a recipe: a server must not ask for what no recipe could.
     for name, value in values.items():
+        # Left out where it is the default, so that settings have one encoding.
+        if name in added and value == added[name]:
+            raise WireError(f"settings.{name}: expected it left out at its default; got {value!r}")
         if not _fits(value, hints[name]):
             raise WireError(f"settings.{name}: expected {hints[name]}; got {value!r}")
     return schema(**values)
@@ -65,6 +74,13 @@ def _travelling(schema: Any) -> Mapping[str, Any]:
     """Return the type hints of the fields that are part of the settings on the wire."""
     hints = get_type_hints(schema, include_extras=True)
     return {field.name: hints[field.name] for field in fields(schema) if field.metadata.get("travels", True)}
+
+
+@cache
+def _later_defaults(schema: Any) -> Mapping[str, Any]:
+    """Return the defaults of the travelling fields that a release added; absent, they mean as before."""
+    names = _travelling(schema)
+    return {f.name: f.default for f in fields(schema) if f.name in names and f.metadata.get("omit_default")}
 
 
 def _canonical(values: Any) -> bytes:

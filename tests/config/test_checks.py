@@ -66,6 +66,7 @@ from tests.config.conftest import SHORTEST, Faulty
             "at most 2, the share rounds.cohort = 0.5 of 4 clients; got 3",
         ),
         (["model.task=classification", "data.packing=true"], "data.packing", "only causal models read packed rows"),
+        (["model.task=classification", "client.packing=true"], "client.packing", "only causal models read packed rows"),
         (["model.task=classification", "evaluate.generate=2"], "evaluate.generate", "only causal models write"),
         (["model.task=classification", "evaluate.prompt=Once"], "evaluate.prompt", "only causal models write"),
         (["model.task=classification", "evaluate.prompts=['Who?']"], "evaluate.prompts", "only causal models write"),

@@ -11,8 +11,10 @@ from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 from fedtune.errors import ConfigError
-from fedtune.model.base import Base, load, load_tokenizer
+from fedtune.model.base import Base, check_packing, load, load_tokenizer
+from fedtune.model.batches import collate
 from fedtune.model.load_checks import check_causal, check_finite, is_finite, table_positions
+from fedtune.model.loss import summed_loss
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from tests.model.families import CAUSAL, CLASSIFIERS, COMMON, ENCODER, build
 
@@ -88,6 +90,34 @@ def test_a_decoder_that_a_library_has_broken_is_refused(loaded: Any) -> None:
     base.model.model.layers[0].register_forward_pre_hook(leak)
     with pytest.raises(ConfigError, match="sees a later one"):
         check_causal(SETTINGS, base.model, base.positions)
+
+
+PACKING = [
+    *((kind, True) for kind in ("llama", "qwen2", "gpt2", "mistral")),
+    *((kind, False) for kind in ("bloom", "opt", "mamba", "gpt_oss")),
+]
+
+
+@pytest.mark.parametrize(("kind", "packed"), PACKING)
+def test_models_pack_whose_attention_goes_by_positions(kind: str, packed: bool, tmp_path: Path, tokenizer: Any) -> None:
+    base = load_folder(build(kind, CAUSAL[kind], tmp_path, tokenizer, task="causal"))
+    assert base.packs == packed
+    if packed:
+        return check_packing(base)
+    with pytest.raises(ConfigError, match=rf"client\.packing: expected .* within the examples.*{kind}.*than alone"):
+        check_packing(base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_a_packed_batch_has_the_loss_of_each_example_alone_in_every_family_that_packs(
+    kind: str, tmp_path: Path, tokenizer: Any, examples: Any
+) -> None:
+    base, rows = load_folder(build(kind, CAUSAL[kind], tmp_path, tokenizer, task="causal")), examples(6)
+    with torch.no_grad():
+        packed = summed_loss(base.model, collate(rows, base, packed=True), task="causal").item()
+        alone = sum(summed_loss(base.model, collate([row], base), task="causal").item() for row in rows)
+    assert base.packs == (packed == pytest.approx(alone, rel=1e-5))
 
 
 def test_tensors_that_are_not_finite_are_named(loaded: Any) -> None:

@@ -305,3 +305,37 @@ def test_the_adapters_dropout_is_on(loaded: Any, examples: Any) -> None:
     base, rows = loaded(), examples(4)
     ends = [run(base, rows, replace(TRAINING, batch=4, steps=3, dropout=d), key=1)[0].losses[-1] for d in (0.0, 0.5)]
     assert ends[0] != ends[1]
+
+
+@pytest.mark.parametrize(("name", "targets"), [("llama", ["q_proj", "v_proj"]), ("gpt2", ["c_attn"])])
+def test_packed_batches_train_as_unpacked_ones_do(name: str, targets: Any, loaded: Any, examples: Any) -> None:
+    base, rows = loaded(name, targets=targets), examples(8)
+    training = replace(TRAINING, batch=4, steps=4, learning_rate=0.01)
+    plain, alone = run(base, rows, training, b=0.03)
+    packed, together = run(base, rows, replace(training, packing=True), b=0.03)
+    assert packed.losses == pytest.approx(plain.losses, abs=1e-5)
+    assert packed.measured.loss_before == pytest.approx(plain.measured.loss_before, abs=1e-5)
+    assert packed.measured.loss_after == pytest.approx(plain.measured.loss_after, abs=1e-5)
+    assert packed.measured.tokens == plain.measured.tokens
+    for module, factors in alone.items():
+        np.testing.assert_allclose(together[module].b, factors.b, atol=2e-4)  # AdamW divides by small gradients
+    widths = {True: 0, False: 0}
+    for way in widths:
+        widths[way] = collate(rows, base, packed=way).input_ids.numel()
+    assert widths[True] < 0.8 * widths[False]
+
+
+def test_a_packed_example_sees_no_other(loaded: Any, examples: Any) -> None:
+    base, rows = loaded(), examples(4)
+    batch = collate(rows, base, packed=True)
+    row, other = batch.input_ids[1].clone(), batch.input_ids.clone()
+    assert batch.positions is not None
+    second = int((batch.positions[1] == 0).nonzero()[1])
+    other[1, :second] = (row[:second] + 7) % 200
+    with torch.no_grad():
+        logits = [
+            base.model(input_ids=ids, position_ids=batch.positions, use_cache=False).logits
+            for ids in (batch.input_ids, other)
+        ]
+    torch.testing.assert_close(logits[0][1, second:], logits[1][1, second:], atol=1e-5, rtol=0)
+    assert not torch.allclose(logits[0][1, :second], logits[1][1, :second], atol=1e-2)

@@ -41,11 +41,23 @@ def test_settings_come_back_exactly(
 def test_every_field_is_written_out_in_sorted_ascii_without_spaces() -> None:
     data = settings.encode(TRAINING)
     assert list(json.loads(data)) == sorted(
-        {field.name for field in fields(Training)} - {"proximal"}
-    )  # which travels as a term
+        # Which travels as a term, and which is at the default that it was added with.
+        {field.name for field in fields(Training)} - {"proximal", "packing"}
+    )
     assert b" " not in data
     assert data.isascii()
     assert len(data) < settings.MAX_SETTINGS_BYTES
+
+
+def test_a_field_that_a_release_added_travels_only_where_it_is_not_at_its_default() -> None:
+    assert b"packing" not in settings.encode(TRAINING)
+    packed = settings.encode(replace(TRAINING, packing=True))
+    assert settings.decode(packed, Training) == replace(TRAINING, packing=True)
+    written = packed.replace(b'"packing":true', b'"packing":false')
+    with pytest.raises(WireError, match=r"settings\.packing: expected it left out at its default; got False"):
+        settings.decode(written, Training)
+    with pytest.raises(WireError, match=r"settings\.packing: expected .*bool.*; got 1"):
+        settings.decode(packed.replace(b'"packing":true', b'"packing":1'), Training)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
