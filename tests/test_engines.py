@@ -57,8 +57,12 @@ FEW = (METHODS[0], METHODS[3], SEEDS[1])
 
 
 def with_dropout(tables: Tables) -> Tables:
-    """The recipe of mixed ranks, with dropout: what a client draws must depend on no one before it either."""
-    return tables | {"client": tables["client"] | {"dropout": 0.1}, "rounds": {"count": ROUNDS, "min_clients": 3}}
+    """The recipe of mixed ranks, with dropout: what a client draws must depend on no one before it either.
+
+    And with what the server decides by round and client: FedProx's term, and a learning rate that is another each time.
+    """
+    rounds = {"count": ROUNDS, "min_clients": 3, "schedule": "cosine", "warmup": 1}
+    return tables | {"client": tables["client"] | {"dropout": 0.1, "proximal": 0.1}, "rounds": rounds}
 
 
 @pytest.fixture
