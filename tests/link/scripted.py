@@ -16,8 +16,8 @@ from fedtune.deployment.join import join
 from fedtune.link.client.training_process import WorkProgress
 from fedtune.link.uploads import map_file
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, LoraResult, ScoreRequest
+from fedtune.number_formats import to_wire
 from fedtune.seeds import generator
-from fedtune.tensors import cast
 from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import ClientProfile, ModelSpec, encode_profile
 from fedtune.wire.scores import decode_score_request, encode_scores
@@ -40,7 +40,7 @@ def scripted_update(assignment: Assignment) -> ClientUpdate:
         client=assignment.plan.client,
         round=assignment.round,
         num_examples=EXAMPLES,
-        result=LoraResult(cast(tensors, assignment.lora.wire_dtype), base=MODEL.base),
+        result=LoraResult(to_wire(tensors, assignment.lora.wire_dtype, key=assignment.seed), base=MODEL.base),
     )
 
 

@@ -148,7 +148,7 @@ def test_honest_answers_to_every_method_are_taken(name: str) -> None:
         answer = ClientUpdate("anna", 1, 10, ProbeResult(np.zeros(1, np.int8), rms=1e-3))
     else:
         tensors = factors(sides=asked.lora.train)
-        answer = update(round=1, base="", tensors=cast(tensors, asked.lora.wire_dtype))
+        answer = update(round=1, base="", tensors=to_wire(tensors, asked.lora.wire_dtype))
     assert taken(admit(answer, asked, BLUEPRINT, num_examples=10)) is answer
 
 

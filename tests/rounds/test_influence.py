@@ -201,7 +201,7 @@ def test_weight_decay_shrinks_what_a_client_starts_from_and_no_honest_update_is_
             end = {part: array - np.float32(0.01) * (gradient[part] + 0.5 * array) for part, array in end.items()}
         if asked.lora.upload == "difference":
             end = {part: array - start[part] for part, array in end.items()}
-        result = LoraResult(cast(end, asked.lora.wire_dtype), {}, asked.base)
+        result = LoraResult(from_wire(to_wire(end, asked.lora.wire_dtype)), {}, asked.base)
         update = AdmittedUpdate(ClientUpdate("anna", asked.round, 1, result), upload=asked.lora.upload)
         honest = Bounds(method, state, federation.blueprint).bound(update, asked)
         assert isinstance(honest, AdmittedUpdate), honest
