@@ -9,6 +9,7 @@ from typing import Any
 
 from fedtune.config import bind, render
 from fedtune.config.pinning import pin_digest
+from fedtune.runs.start import saturation_notes
 from fedtune.rounds.schedule import rate_text
 from fedtune.store.files import write_text
 
@@ -47,6 +48,7 @@ def plan(recipe: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (
     notes = [*experiment.federation.notes, *experiment.base.notes, f"training examples: {counts}{more}"]
     if (rounds := whole.rounds).schedule != "constant" or rounds.warmup:
         notes.append(f"learning rate: {rate_text(whole.client.learning_rate, rounds)}")
+    notes += saturation_notes(whole, experiment.blueprint, list(experiment.fleet))
     if pin:
         path = Path(str(recipe))
         write_text(path, pin_digest(path.read_text(encoding="utf-8"), digest, label=path.name))

@@ -25,7 +25,7 @@ from fedtune.rounds.transport import Transport
 from fedtune.runs.context import Door, RunContext, first_state
 from fedtune.runs.recording import record_base, record_round, write_result
 from fedtune.runs.resume import load_resumed, resume_command
-from fedtune.runs.start import start_state
+from fedtune.runs.start import saturation_notes, start_state
 from fedtune.runs.summary import summary
 from fedtune.store.history import has_begun
 from fedtune.store.run_directory import write_recipe, write_summary
@@ -64,7 +64,8 @@ def run_recipe(
         StoreError: if the run directory cannot be written or trusted.
         ConfigError: if a run to be resumed was started with another base or other data.
     """
-    for note in (*context.notes, *remarks(context.recipe)):
+    expected = saturation_notes(context.recipe, context.blueprint, list(context.fleet))
+    for note in (*context.notes, *remarks(context.recipe), *expected):
         watch(Note(note))
     began, resumed = time.perf_counter() if began is None else began, resume and has_begun(run)
     # Over the link a client gets its receipt at once and may delete the update then: each is made durable by itself.

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from math import ceil
 from typing import Any
 
 from fedtune.config import Recipe
-from fedtune.config.recipe import method_of
+from fedtune.config.recipe import method_of, planned_training
+from fedtune.devices.cost import BYTES
 from fedtune.errors import ConfigError, Fault
 from fedtune.lora.adapter import pack
 from fedtune.messages import Blueprint
+from fedtune.methods.flora import FloraSettings, state_rank
+from fedtune.methods.saturation import forecast
+from fedtune.methods.settings import down_dtype
+from fedtune.planning.adaptive import AdaptiveSettings
+from fedtune.rounds.schedule import cohort_size
 from fedtune.runs.context import first_state
 from fedtune.store.peft_import import ForeignAdapter, read_adapter
 from fedtune.tensors import count_not_finite
@@ -64,3 +72,21 @@ def check_start_base(start: ForeignAdapter | None, digest: str) -> None:
         expected = f"an adapter of the base that is loaded (digest {digest[:12]})"
         got = f"{start.path}, of another (digest {start.base_digest[:12]})"
         raise ConfigError(Fault("adapter.start", expected, got, "load the same model in the same revision and dtype"))
+
+
+def saturation_notes(recipe: Recipe, blueprint: Blueprint, clients: Sequence[str]) -> Iterator[str]:
+    """Yield what an exact state of flora grows to in this run; nothing of other methods and of bounded states."""
+    settings = recipe.method
+    if not isinstance(settings, FloraSettings) or state_rank(settings, blueprint.max_rank) is not None or not clients:
+        return
+    ranks = [min(planned_training(recipe, client)[0], blueprint.max_rank) for client in clients]
+    if isinstance(recipe.planner, AdaptiveSettings):
+        ranks = [blueprint.max_rank] * len(clients)
+    taking_part = cohort_size(len(clients), recipe.rounds.cohort)
+    yield from forecast(
+        blueprint.modules,
+        grows_by=ceil(sum(ranks) * taking_part / len(clients)),
+        largest=blueprint.max_rank,
+        rounds=recipe.rounds.count,
+        number_bytes=BYTES[down_dtype(settings)],
+    )
