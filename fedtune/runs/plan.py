@@ -9,8 +9,8 @@ from typing import Any
 
 from fedtune.config import bind, render
 from fedtune.config.pinning import pin_digest
-from fedtune.runs.start import saturation_notes
 from fedtune.rounds.schedule import rate_text
+from fedtune.runs.start import saturation_notes
 from fedtune.store.files import write_text
 
 
