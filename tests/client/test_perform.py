@@ -15,7 +15,7 @@ from fedtune.data.encode import Example
 from fedtune.directions import sampling
 from fedtune.directions.consistency import sample_places
 from fedtune.directions.downlink import count_scalars
-from fedtune.errors import ClientError, ShapeError, WireError
+from fedtune.errors import ClientError, ConfigError, ShapeError, WireError
 from fedtune.lora.adapter import draw_a
 from fedtune.messages import (
     AdmittedUpdate,
@@ -151,6 +151,18 @@ def test_the_same_assignment_gives_the_same_bits_whoever_worked_before(base: Bas
 def test_another_base_is_refused_by_name(base: Base, rows: list[Example]) -> None:
     with pytest.raises(ClientError, match="ann: expected base 123; has "):
         perform(base, rows, replace(assignment(base), base="123"))
+
+
+def test_examples_are_not_packed_for_a_model_that_would_mix_them(
+    base: Base, rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = assignment(base)
+    plan = replace(order.plan, training=replace(order.plan.training, packing=True))
+    packed = replace(order, plan=plan)
+    assert perform(replace(base), rows, packed).measured.tokens == perform(base, rows, order).measured.tokens
+    monkeypatch.setattr("fedtune.model.base.packs", lambda *args: False)
+    with pytest.raises(ConfigError, match=r"client\.packing: expected .* within the examples of a row.*than alone"):
+        perform(replace(base), rows, packed)
 
 
 def test_a_penalised_tail_shrinks_the_rank(base: Base, rows: list[Example]) -> None:
