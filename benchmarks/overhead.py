@@ -132,7 +132,7 @@ def measured_parts(seconds: defaultdict[str, float]) -> Iterator[None]:
     """Add up, inside the block, the processor time of what rounds do beside steps."""
     with ExitStack() as stack:
         for owner, name, part in (
-            (training, "loss_on", "losses before and after"),
+            (training, "row_losses", "losses before and after"),
             (loop, "aggregate", "aggregate"),
             (loop, "encode_assignment", "encode and decode"),
             (inprocess, "decode_assignment", "encode and decode"),
