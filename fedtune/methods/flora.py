@@ -52,7 +52,7 @@ from fedtune.pruning.structure import (
     slice_adapter,
 )
 from fedtune.seeds import derive
-from fedtune.tensors import Array, Tensors
+from fedtune.tensors import Array, Tensors, cast
 
 ROW_NORM = 1 / np.sqrt(3)
 """Norm of a freshly drawn row of A (entries uniform in +-1/sqrt(n)): learning rates are tuned to it."""
@@ -148,10 +148,10 @@ class FloraState:
         return self._blobs[key]
 
     def local_start(self, rank: int, structure: ModelStructure | None) -> Tensors:
-        """Return what a client of a rank trains on from, as it has decoded it: numbers, where codes were sent."""
+        """Return what a client of a rank trains on from, as it has decoded it, float32."""
         local = self.blobs(rank, structure)["local"]
         if id(local) not in self._starts:
-            self._starts[id(local)] = from_wire(local)
+            self._starts[id(local)] = cast(from_wire(local), "fp32")
         return self._starts[id(local)]
 
     def cut(self, structure: ModelStructure | None) -> Mapping[str, LayerSlice]:

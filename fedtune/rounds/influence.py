@@ -21,7 +21,8 @@ import numpy as np
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Failure, Role, Size, Training, TrainLora
 from fedtune.methods.change import Extent, extent_of, quick_square, size_of
 from fedtune.methods.method import LinearMethod, Method
-from fedtune.tensors import l2_norm
+from fedtune.number_formats import from_wire
+from fedtune.tensors import Tensors, cast, l2_norm
 
 NormCap: TypeAlias = Literal["plan"] | float | None
 
@@ -62,7 +63,7 @@ class Bounds:
 
     def bound(self, update: AdmittedUpdate, assignment: Assignment) -> AdmittedUpdate | Failure:
         """Return the update with the sizes of its change if each is within its bounds, otherwise why not."""
-        extent = extent_of(self.method.change(self.state, self.blueprint, assignment, update))
+        extent = extent_of(self.method.change(self.state, self.blueprint, self._decoded(assignment), update))
         norms, limits = dict(extent.sizes), self.limits(extent, assignment)
         # A product b a can be small where a is huge and b tiny: their means are not.
         if not self.mean_is_within(min(limits.get("mean", FINITE)[0], SUMMABLE), extent):
@@ -76,6 +77,23 @@ class Bounds:
             if not size.norm <= limit:
                 return too_large(update.client, role, size, limit, why)
         return replace(update, sizes=norms)
+
+    def _decoded(self, assignment: Assignment) -> Assignment:
+        """Return an assignment with the start of its client in float32, as it has decoded it."""
+        if not isinstance(assignment.task, TrainLora) or "local" not in assignment.task.blobs:
+            return assignment
+        local = assignment.task.blobs["local"]
+        if id(local) not in self._starts:
+            self._starts[id(local)] = local, cast(from_wire(local), "fp32")
+        blobs = {**assignment.task.blobs, "local": self._starts[id(local)][1]}
+        return replace(assignment, task=replace(assignment.task, blobs=blobs))
+
+    @cached_property
+    def _starts(self) -> dict[int, tuple[Tensors, Tensors]]:
+        """What clients were sent, and the same decoded: once for all that were sent the same. Each holds what it is of,
+        since another mapping may have the identity of one that is gone.
+        """
+        return {}
 
     def mean_is_within(self, limit: float, extent: Extent) -> bool:
         """Return whether what enters the mean is within a limit by the norms that are known already.
