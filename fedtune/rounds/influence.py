@@ -63,7 +63,7 @@ class Bounds:
 
     def bound(self, update: AdmittedUpdate, assignment: Assignment) -> AdmittedUpdate | Failure:
         """Return the update with the sizes of its change if each is within its bounds, otherwise why not."""
-        extent = extent_of(self.method.change(self.state, self.blueprint, self._decoded(assignment), update))
+        extent = extent_of(self.method.change(self.state, self.blueprint, self._with_decoded_start(assignment), update))
         norms, limits = dict(extent.sizes), self.limits(extent, assignment)
         # A product b a can be small where a is huge and b tiny: their means are not.
         if not self.mean_is_within(min(limits.get("mean", FINITE)[0], SUMMABLE), extent):
@@ -78,7 +78,7 @@ class Bounds:
                 return too_large(update.client, role, size, limit, why)
         return replace(update, sizes=norms)
 
-    def _decoded(self, assignment: Assignment) -> Assignment:
+    def _with_decoded_start(self, assignment: Assignment) -> Assignment:
         """Return an assignment with the start of its client in float32, as it has decoded it."""
         if not isinstance(assignment.task, TrainLora) or "local" not in assignment.task.blobs:
             return assignment
