@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import ceil
 from typing import Annotated, Literal
 
 import numpy as np
@@ -74,10 +75,13 @@ class FloraSettings:
     """Largest rank of any module that is sent down; none sends as many as `tau` needs."""
     state_max_rank: Literal["auto", "exact"] | Annotated[int, Ge(1)] | None = "auto"
     """Largest rank of any module that the server keeps; the sum is exact up to this rank, and beyond it the best
-    approximation. auto: twice the largest planned rank; exact, or none: everything, up to a layer's smaller side."""
+    approximation. auto: in mode continue twice the mean rank of a round's clients, of that round in which it was
+    largest; in the other modes twice the largest planned rank; exact, or none: everything, up to a layer's smaller
+    side."""
     down_rank: Literal["auto"] | Annotated[int, Ge(1)] | None = field(default="auto", metadata=OMIT_DEFAULT)
-    """Largest rank of any module that one client is sent; what is left out stays at the server. auto: twice the
-    client's own rank where `state_max_rank` is auto, else no bound; none: no bound."""
+    """Largest rank of any module that one client is sent; what is left out stays at the server. In mode continue,
+    clients that lack a part learn it again, and then it counts twice: a smaller `state_max_rank` is better there. auto:
+    in the other modes twice the client's own rank where `state_max_rank` is auto, else no bound; none: no bound."""
     server_learning_rate: Annotated[float, Gt(0)] = 1.0
     """Factor on the clients' mean change; 1 adds it as it is."""
     weights: Weighting = "examples"
@@ -233,7 +237,7 @@ def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
 def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraState:
     """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
     settings, cohort = state.settings, cohort_weights(updates, state.settings.weights)
-    bound, lead = state_rank(settings, state.max_rank), max(state.max_rank, settings.max_rank or 0)
+    bound, lead = state_rank(state, cohort), max(state.max_rank, settings.max_rank or 0)
     if bound is None:
         # Client by client, as releases before 0.3.0 added up: runs that they began go on to the same bits.
         changes = [(product(state, update), share) for update, share in cohort]
@@ -261,17 +265,31 @@ def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraStat
     )
 
 
-def state_rank(settings: FloraSettings, largest: int) -> int | None:
-    """Return the largest rank that the server keeps, `largest` being the largest planned one; None: no bound."""
-    if settings.state_max_rank == "auto":
-        return 2 * largest
-    return None if settings.state_max_rank == "exact" else settings.state_max_rank
+def state_rank(state: FloraState, cohort: Cohort) -> int | None:
+    """Return the largest rank that the server keeps after a round; None: no bound."""
+    settings = state.settings
+    if not is_bounded(settings):
+        return None
+    if isinstance(settings.state_max_rank, int):
+        return settings.state_max_rank
+    if settings.mode != "continue":
+        return 2 * state.max_rank
+    # Everything that is kept is sent, to every client: then a round's downloads are at most twice its uploads.
+    ranks = [largest_rank(update.lora.tensors) for update, _ in cohort]
+    before = max(low.rank for low in dense.unpack(state.delta).values())
+    # Never less than before: a round of small clients must not cut what larger ones have taught.
+    return max(before, ceil(2 * sum(ranks) / len(ranks)))
+
+
+def is_bounded(settings: FloraSettings) -> bool:
+    """Return whether the rank of what the server keeps has a bound."""
+    return settings.state_max_rank not in ("exact", None)
 
 
 def down_rank(settings: FloraSettings, rank: int) -> int | None:
-    """Return the largest rank that a client of a rank is sent; None: no bound."""
+    """Return the largest rank that a client of a rank is sent; None: no other bound than that of the state."""
     if settings.down_rank == "auto":
-        return 2 * rank if settings.state_max_rank == "auto" else None
+        return 2 * rank if settings.state_max_rank == "auto" and settings.mode != "continue" else None
     return settings.down_rank
 
 

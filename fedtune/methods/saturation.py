@@ -41,7 +41,7 @@ def forecast(
     slow = f", more than {SLOW_S:.0f}" if seconds > SLOW_S else ""
     yield (
         f"from then on a client downloads {megabytes:.3g} MB a round for these layers, and the server works about "
-        f'{seconds:.2g} s a round on one core{slow}; method.state_max_rank = "auto" keeps rank {2 * largest}'
+        f'{seconds:.2g} s a round on one core{slow}; method.state_max_rank = "auto" keeps rank {2 * largest} at most'
     )
 
 

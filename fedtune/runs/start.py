@@ -12,7 +12,7 @@ from fedtune.devices.cost import BYTES
 from fedtune.errors import ConfigError, Fault
 from fedtune.lora.adapter import pack
 from fedtune.messages import Blueprint
-from fedtune.methods.flora import FloraSettings, state_rank
+from fedtune.methods.flora import FloraSettings, is_bounded
 from fedtune.methods.saturation import forecast
 from fedtune.methods.settings import down_dtype
 from fedtune.planning.adaptive import AdaptiveSettings
@@ -77,7 +77,7 @@ def check_start_base(start: ForeignAdapter | None, digest: str) -> None:
 def saturation_notes(recipe: Recipe, blueprint: Blueprint, clients: Sequence[str]) -> Iterator[str]:
     """Yield what an exact state of flora grows to in this run; nothing of other methods and of bounded states."""
     settings = recipe.method
-    if not isinstance(settings, FloraSettings) or state_rank(settings, blueprint.max_rank) is not None or not clients:
+    if not isinstance(settings, FloraSettings) or is_bounded(settings) or not clients:
         return
     ranks = [min(planned_training(recipe, client)[0], blueprint.max_rank) for client in clients]
     if isinstance(recipe.planner, AdaptiveSettings):

@@ -132,7 +132,7 @@ def test_the_stack_of_scattered_factors_is_the_dense_sum(ratios: list[float], ra
 @settings(max_examples=20, deadline=None)
 @given(ratios=st.lists(st.sampled_from([0.0, 0.25, 0.5]), min_size=3, max_size=3), seed=st.integers(0, 99))
 def test_training_on_adds_what_each_pruned_client_changed(ratios: list[float], seed: int) -> None:
-    state = first(mode="continue")
+    state = first(mode="continue", state_max_rank="exact")
     for number in range(2):
         updates = [
             update(state, plan(name, ratio), seed + number) for name, ratio in zip(EXAMPLES, ratios, strict=True)
