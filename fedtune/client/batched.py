@@ -90,6 +90,7 @@ def why_alone(base: Base, client: Resident, assignment: Assignment) -> str:
         # It is drawn from one generator, layer by layer: beside others a client would get another draw than alone.
         "there is dropout": training.dropout > 0,
         "activations are computed again": training.gradient_checkpointing,
+        "examples share rows": training.packing,
     }
     return next((reason for reason, there in reasons.items() if there), "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ from fedtune.model.objective import Hooks
 from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
 from fedtune.model.shares import ALONE, Shares
-from fedtune.model.train import OnStep, no_steps, report_out_of_memory, train, uses_autocast
+from fedtune.model.train import OnStep, check_finite, no_steps, report_out_of_memory, train, uses_autocast
 from fedtune.number_formats import from_wire, to_wire
 from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
@@ -327,7 +328,8 @@ def train_pruned(
     parts = parts.within(steps)
     chosen = loss_rows(examples, held_out, plan.client, count=pruned_training.ROWS)
     rows = pruned_training.evaluation_batches(chosen, base, batch=plan.training.batch)
-    loss_before = loss_as_received(base, task, plan, parts, body, rows)
+    loss_before, rows = loss_as_received(base, task, plan, parts, body, rows)
+    check_finite(loss_before, f"{plan.client}, before step 1", plan.training)
 
     def measure_at_end(model: torch.nn.Module) -> tuple[float, Tensors, int]:
         scores, tokens = score(model, base, structure=parts.last) if pruning.scores_requested else ({}, 0)
@@ -343,6 +345,7 @@ def train_pruned(
         learned = train_locally(small, examples, replace(assignment, task=received), initial, extend, on_step=on_step)
     assert learned.hooks is not None
     loss_after, worth, tokens = learned.hooks.at_end
+    check_finite(loss_after, f"{plan.client}, after step {steps}", plan.training)
     # The start of what was trained, in the structure in which it ended.
     last = start(
         pruned_training.slice_task(task, parts.last, parts.sent, body),
@@ -370,13 +373,20 @@ def train_pruned(
 
 def loss_as_received(
     base: Base, task: TrainLora, plan: Plan, parts: Structures, body: BlockLayout, rows: Sequence[Batch]
-) -> float:
-    """Return the loss of what was sent, in the structure of the client's last participation."""
+) -> tuple[float, Sequence[Batch]]:
+    """Return the loss of what was sent, in the structure of the client's last participation, and the rows it is of.
+
+    Batches of rows whose loss is not finite are left out, unless that is all.
+    """
     with pruned_training.with_pruned_model(base, parts.before, body) as small:
         received = pruned_training.slice_task(task, parts.before, parts.sent, body)
         cut = pruned_training.slices_of(parts.before, body)
         with pruned_training.with_received_adapters(small, received, plan, base, cut) as model:
-            return pruned_training.evaluation_loss(model, rows, base)
+            loss = pruned_training.evaluation_loss(model, rows, base)
+            if not math.isfinite(loss):
+                rows = pruned_training.finite_batches(model, rows, base)
+                loss = pruned_training.evaluation_loss(model, rows, base)
+            return loss, rows
 
 
 def mask_of(pruning: Pruning, ratio: float, parts: Structures, worth: Tensors, body: BlockLayout) -> bytes:

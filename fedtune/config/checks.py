@@ -362,6 +362,7 @@ def batched_clients_faults(recipe: Recipe) -> Iterator[Fault]:
         "method.name": (method_type_of(recipe).task is not TrainLora, quote(recipe.method.name)),
         "client.dropout": (recipe.client.dropout > 0, f"{recipe.client.dropout:g}"),
         "client.gradient_checkpointing": (recipe.client.gradient_checkpointing, "true"),
+        "client.packing": (recipe.client.packing, "true"),
         "client.proximal": (recipe.client.proximal > 0, f"{recipe.client.proximal:g}"),
         "pruning": (recipe.pruning is not None, "that table"),
     }

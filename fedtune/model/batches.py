@@ -124,7 +124,7 @@ def rows_of(lengths: Sequence[int]) -> Sequence[Sequence[int]]:
 
 def token_types(examples: Sequence[Example], base: Base) -> torch.Tensor | None:
     """Return the token types of a padded batch, on the base's device; None where it needs none, or reads none."""
-    if all(example.token_types is None for example in examples) or not reads_token_types(base.model):
+    if all(example.token_types is None for example in examples) or not reads(base.model, "token_type_ids"):
         return None
     # What is not given is of the first text, which is 0 for every tokenizer.
     given = (np.zeros_like(ex.input_ids) if ex.token_types is None else ex.token_types for ex in examples)
@@ -141,9 +141,9 @@ def padding_side(base: Base) -> str:
     return "left" if reads_last and getattr(base.tokenizer, "padding_side", "right") == "left" else "right"
 
 
-def reads_token_types(model: Any) -> bool:
-    """Return whether a model has an argument for token types; many tokenizers give them to models that have none."""
-    return "token_type_ids" in inspect.signature(model.forward).parameters
+def reads(model: Any, argument: str) -> bool:
+    """Return whether a model has an argument, such as token types: many tokenizers give them to models without it."""
+    return argument in inspect.signature(model.forward).parameters
 
 
 def batches(num_examples: int, *, size: int, key: int) -> Iterator[Sequence[int]]:

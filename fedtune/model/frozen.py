@@ -110,19 +110,26 @@ def change_weight(module: nn.Module, change: Factors | Array, before: ChangedWei
     return ChangedWeight(weight, own, own.data, own._version, factors, torch.get_num_threads())
 
 
-def put(module: Any, changed: ChangedWeight) -> nn.Parameter | None:
-    """Let a layer read a changed weight, and return its own one if it read a changed one already."""
-    outer = own_weight(module) if is_changed(module) else None
+def put(module: Any, changed: ChangedWeight) -> None:
+    """Let a layer read a changed weight."""
     set_own_weight(module, changed.own)
     module.weight = changed.weight
-    return outer
 
 
-def restore(module: Any, outer: nn.Parameter | None) -> None:
-    """Let a layer read the weight again that it read before `put`, which returned `outer`."""
-    module.weight = vars(module).pop(OWN)
-    if outer is not None:
-        set_own_weight(module, outer)
+def read_weights(module: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Return the weight that a layer reads, and its own one if that is another."""
+    return module.weight, own_weight(module) if is_changed(module) else None
+
+
+def restore(module: Any, before: tuple[nn.Parameter, nn.Parameter | None]) -> None:
+    """Let a layer read the weight again that it read when `read_weights` returned this."""
+    weight, own = before
+    if own is None:
+        # Where a pruned model has shrunk meanwhile, the smaller one; where `put` was interrupted, maybe none.
+        module.weight = vars(module).pop(OWN, weight)
+    else:
+        module.weight = weight
+        set_own_weight(module, own)
 
 
 def set_own_weight(module: Any, weight: nn.Parameter) -> None:

@@ -14,7 +14,17 @@ from fedtune.errors import ShapeError
 from fedtune.lora.adapter import Adapter, Factors, draw_a, unpack
 from fedtune.messages import Plan, TrainLora
 from fedtune.model.base import Base, to_numpy, to_torch
-from fedtune.model.frozen import FrozenChange, beside, change_weight, check_dense, is_exact, is_slight, put, restore
+from fedtune.model.frozen import (
+    FrozenChange,
+    beside,
+    change_weight,
+    check_dense,
+    is_exact,
+    is_slight,
+    put,
+    read_weights,
+    restore,
+)
 from fedtune.model.lora_layer import FrozenParts, LoraLayer, Trainable
 from fedtune.pruning.structure import LayerSlice, slice_factors
 from fedtune.tensors import Array, Tensors
@@ -74,21 +84,28 @@ def with_adapters(
 
 @contextmanager
 def with_change(base: Base, frozen: FrozenChange, *, half: bool) -> Iterator[Mapping[str, FrozenParts]]:
-    """Add frozen changes to the weights of the base's layers inside the block; yield those that no weight can take."""
+    """Add frozen changes to the weights of the base's layers inside the block; yield those that no weight can take.
+
+    The sums stay with the base until a block whose change they are not part of.
+    """
     modules = {name: base.model.get_submodule(name) for name in frozen}
     exact = {name for name, change in frozen.items() if is_exact(modules[name], half=half) and not is_slight(change)}
     # Taken out for as long as layers read them: what is attached meanwhile must not write over them.
     resident = {name: base.changed.pop(name, None) for name in exact}
-    changed, outer = {}, {}
+    # Of another run or round: without this they would stay in memory for as long as the base does.
+    base.changed.clear()
+    changed, before = {}, {}
     try:
         for name in frozen:
             if name in exact:
                 changed[name] = change_weight(modules[name], frozen[name], resident.pop(name))
-                outer[name] = put(modules[name], changed[name])
+                # First, so that Ctrl-C at any moment leaves the base as it was.
+                before[name] = read_weights(modules[name])
+                put(modules[name], changed[name])
         yield {name: beside(change, base.device) for name, change in frozen.items() if name not in exact}
     finally:
-        for name, weight in outer.items():
-            restore(modules[name], weight)
+        for name, weights in before.items():
+            restore(modules[name], weights)
         base.changed.update(changed)
 
 
@@ -121,10 +138,10 @@ def with_saved(base: Base, saved: Tensors, *, trainable: bool) -> Iterator[None]
     """Give modules_to_save other values inside the block."""
     parameters = dict(base.model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in saved}
-    for name, array in saved.items():
-        parameters[name].data.copy_(to_torch(array, base.device))
-        parameters[name].requires_grad_(trainable)
     try:
+        for name, array in saved.items():
+            parameters[name].data.copy_(to_torch(array, base.device))
+            parameters[name].requires_grad_(trainable)
         yield
     finally:
         for name, tensor in before.items():

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedtune.data.encode import IGNORED
-from fedtune.model.batches import Batch
+from fedtune.model.batches import Batch, reads
 from fedtune.model.fused_loss import head_cross_entropies
 
 
@@ -40,8 +40,9 @@ def hidden_cross_entropies(model: Any, hidden: torch.Tensor, labels: torch.Tenso
 
 def logits_of(model: Any, batch: Batch, *, task: str) -> torch.Tensor:
     """Return the logits of a batch: (batch, time, vocabulary), or (batch, classes)."""
-    # Without use_cache=False every forward pass would store keys and values for a generation that never comes.
-    options = {"use_cache": False} if task == "causal" else {}
+    # Without use_cache=False every forward pass would store keys and values for a generation that never comes, and one
+    # that is computed again for its gradients would find them. Encoders have no such argument.
+    options = {"use_cache": False} if task == "causal" or reads(model, "use_cache") else {}
     logits: torch.Tensor = model(**batch.inputs, **options).logits
     return logits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -140,6 +141,8 @@ def with_pruned_model(base: Base, structure: ModelStructure | None, layout: Bloc
     if structure is None:
         yield base
         return
+    # A whole copy for clients of the whole model, beside which the pruned one would be a second.
+    base.changed.clear()
     with with_structure(base.model, structure, layout):
         yield replace(base, modules=shapes(base.modules, cuts(structure, layout)))
 
@@ -151,9 +154,21 @@ def evaluation_batches(rows: Sequence[Example], base: Base, *, batch: int) -> Se
 
 def evaluation_loss(model: torch.nn.Module, batches: Sequence[Batch], base: Base) -> float:
     """Return the mean loss over the evaluation rows, in nats per token (causal) or example."""
+    losses = batch_losses(model, batches, base)
+    return sum(losses) / max(1, sum(rows.count for rows in batches))
+
+
+def finite_batches(model: torch.nn.Module, batches: Sequence[Batch], base: Base) -> Sequence[Batch]:
+    """Return the batches of the evaluation rows whose loss is finite; all of them if none is."""
+    # One text that overflows a 16-bit base must not cost a client its round: the rest says how well it learns.
+    losses = zip(batches, batch_losses(model, batches, base), strict=True)
+    return [rows for rows, loss in losses if math.isfinite(loss)] or batches
+
+
+def batch_losses(model: torch.nn.Module, batches: Sequence[Batch], base: Base) -> Sequence[float]:
+    """Return the summed loss of each batch."""
     with torch.inference_mode():
-        total = sum(float(summed_loss(model, rows, task=base.task)) for rows in batches)
-    return total / max(1, sum(rows.count for rows in batches))
+        return [float(summed_loss(model, rows, task=base.task)) for rows in batches]
 
 
 @contextmanager

@@ -35,6 +35,7 @@ def working_copy(base: Base, trainable: Sequence[int]) -> Iterator[Sequence[Trio
     # `.data` alone is exchanged: modules, hooks and tied names keep the parameter objects that they have.
     trained = {ordinal: parameters[entries[ordinal].name] for ordinal in trainable}
     own = {ordinal: parameter.data for ordinal, parameter in trained.items()}
+    base.changed.clear()  # of another run on this base: memory that no client of this one reads
     trios = [
         (ordinal, data, torch.empty_like(data, memory_format=torch.contiguous_format)) for ordinal, data in own.items()
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.data.encode import Example
@@ -258,14 +259,28 @@ def training_mode(base: Base, training: Training) -> Iterator[None]:
 def activation_checkpointing(model: Any) -> Iterator[None]:
     """Let a model compute activations again in the backward pass instead of storing them, inside the block."""
     model.activation_checkpointing_enable()
+    hooks = list[RemovableHandle]()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # the flag alone: checkpointing reads it, and the modules inside stay in eval mode
+            # The layer's own forward, in which some models such as OPT use dropout by this flag, reads the other value.
+            hooks.append(module.register_forward_pre_hook(in_eval_mode))
+            hooks.append(module.register_forward_hook(in_training_mode, always_call=True))
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         model.activation_checkpointing_disable()
         model.disable_input_require_grads()  # enabling puts a hook on the embeddings, which disabling leaves there
+
+
+def in_eval_mode(module: torch.nn.Module, *_: Any) -> None:
+    module.training = False
+
+
+def in_training_mode(module: torch.nn.Module, *_: Any) -> None:
+    module.training = True
 
 
 @contextmanager

@@ -145,10 +145,11 @@ def test_a_client_whose_loss_is_not_finite_costs_the_others_nothing(
     [
         {"training": replace(TRAINING, dropout=0.1)},
         {"training": replace(TRAINING, gradient_checkpointing=True)},
+        {"training": replace(TRAINING, packing=True)},
         {"terms": (Proximal(0.1),)},
         {"blobs": {"saved": {"lm_head.weight": np.zeros((2, 2), np.float32)}}},
     ],
-    ids=["dropout", "checkpointing", "terms", "saved"],
+    ids=["dropout", "checkpointing", "packing", "terms", "saved"],
 )
 def test_what_is_more_than_plain_steps_is_left_to_each_client(
     change: dict[str, Any], loaded: Callable[..., Base], clients: dict[str, Resident]

@@ -90,6 +90,11 @@ from tests.config.conftest import SHORTEST, Faulty
             "beside client.dropout; got 4 with 0.1",
         ),
         (
+            ["engine.batch_clients=4", "client.packing=true"],
+            "engine.batch_clients",
+            "beside client.packing; got 4 with true",
+        ),
+        (
             ["engine.batch_clients=4", "model.processes=2"],
             "engine.batch_clients",
             "beside model.processes; got 4 with 2",

@@ -60,7 +60,7 @@ def load_tiny(folder: Path, task: str, labels: Any = ()) -> Base:
     )
 
 
-def learn(base: Base, rows: list[Example]) -> Learned:
+def learn(base: Base, rows: list[Example], *, checkpointing: bool = False) -> Learned:
     """Return an adapter that is far from zero, and modules_to_save, after one step of training."""
     rng = np.random.default_rng(0)
     start = {
@@ -70,7 +70,7 @@ def learn(base: Base, rows: list[Example]) -> Learned:
         )
         for name, shape in base.modules.items()
     }
-    training = Training(steps=1, batch=len(rows), learning_rate=1e-2)
+    training = Training(steps=1, batch=len(rows), learning_rate=1e-2, gradient_checkpointing=checkpointing)
     with with_adapters(base, local=start, saved=base.saved_tensors()) as model:
         train(base, rows, training, key=1, client="a")
         parameters = dict(model.named_parameters())
@@ -127,3 +127,18 @@ def test_a_classifier_gives_one_loss_in_the_run_in_stock_peft_and_merged(
     measured = losses(base, folder, rows, learn(base, rows), tmp_path)
     assert measured["peft"] == pytest.approx(measured["run"], abs=TOLERANCE)
     assert measured["merged"] == pytest.approx(measured["run"], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("opt", "causal"), ("gpt2", "classification")])
+def test_gradient_checkpointing_trains_the_same_step(
+    kind: str, task: str, tokenizer: Any, examples: Callable[..., list[Example]], tmp_path: Path
+) -> None:
+    """OPT's layers have dropout by the flag that checkpointing reads; GPT-2's pass keys and values by position."""
+    sizes = (CAUSAL if task == "causal" else CLASSIFIERS)[kind]
+    labels = () if task == "causal" else ("yes", "no", "maybe")
+    base = load_tiny(build(kind, sizes, tmp_path, tokenizer, task=task), task, labels)
+    rows = examples(3, classes=len(labels))
+    (plain, _), (again, _) = (learn(base, rows, checkpointing=checkpointing) for checkpointing in (False, True))
+    for name, factors in plain.items():
+        np.testing.assert_allclose(again[name].b, factors.b, atol=1e-5)
+    assert not any(module.training or module._forward_hooks for module in base.model.modules())

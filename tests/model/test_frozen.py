@@ -21,6 +21,7 @@ from fedtune.model.frozen import (
     is_slight,
     own_weight,
     put,
+    read_weights,
     restore,
 )
 from fedtune.tensors import Array
@@ -93,15 +94,23 @@ def test_a_layer_reads_a_changed_weight_for_a_while() -> None:
     own, changed = layer.weight, change_weight(layer, factors(4, 3, 2), None)
     assert not is_changed(layer)
     assert own_weight(layer) is own
-    outer = put(layer, changed)
-    assert outer is None
+    before = read_weights(layer)
+    put(layer, changed)
     assert layer.weight is changed.weight
     assert is_changed(layer)
     assert own_weight(layer) is own
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
-    restore(layer, outer)
+    inner = read_weights(layer)
+    put(layer, change_weight(layer, factors(4, 3, 1), None))
+    restore(layer, inner)
+    assert layer.weight is changed.weight
+    assert own_weight(layer) is own
+    restore(layer, before)
     assert layer.weight is own
     assert not is_changed(layer)
+    # As where Ctrl-C comes before `put`.
+    restore(layer, before)
+    assert layer.weight is own
 
 
 def test_16_bits_autocast_and_layers_of_other_arithmetic_take_no_change_into_their_weight() -> None:

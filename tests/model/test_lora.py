@@ -14,6 +14,7 @@ from fedtune.errors import ShapeError
 from fedtune.lora.adapter import Factors, delta, draw_a
 from fedtune.messages import Plan, Training, TrainLora
 from fedtune.model import frozen as frozen_module
+from fedtune.model import lora as lora_module
 from fedtune.model.base import Base, digest
 from fedtune.model.libraries import threads
 from fedtune.model.lora import frozen_change, layers, read_local, start, with_adapters
@@ -345,6 +346,46 @@ def test_a_change_that_cannot_be_attached_leaves_the_base_as_it_was(loaded: Any,
     with pytest.raises(MemoryError), with_adapters(base, frozen=change_of(base, dense=False)):
         pass
     assert snapshot(base) == before
+
+
+@pytest.mark.parametrize("function", ["put", "to_torch"])
+def test_ctrl_c_while_a_change_is_attached_leaves_the_base_as_it_was(
+    function: str, loaded: Any, monkeypatch: Any
+) -> None:
+    """After a layer reads its changed weight, or between two parameters that take the values sent."""
+    base, calls = loaded(saved=["lm_head", "norm"]), list[str]()
+    saved = {name: array + 1 for name, array in base.saved_tensors().items()}
+    before, real = snapshot(base), getattr(lora_module, function)
+
+    def interrupted(*args: Any) -> Any:
+        calls.append("")
+        if len(calls) == 2 and function == "to_torch":
+            raise KeyboardInterrupt
+        result = real(*args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(lora_module, function, interrupted)
+    with pytest.raises(KeyboardInterrupt), with_adapters(base, frozen=change_of(base, dense=False), saved=saved):
+        pass
+    assert snapshot(base) == before
+
+
+def test_the_copy_of_a_change_is_gone_when_the_next_block_has_none(loaded: Any) -> None:
+    """A base that is given to two runs in turn would hold on to it."""
+    base = loaded(targets=["q_proj", "v_proj"])
+    change = change_of(base, dense=False)
+    first, *rest = change
+    with with_adapters(base, frozen=change):
+        pass
+    with with_adapters(base, frozen={first: change[first]}):
+        pass
+    assert list(base.changed) == [first]
+    with with_adapters(base, local=change_of(base, dense=False)):
+        pass
+    assert rest
+    assert not base.changed
 
 
 def test_clients_of_different_ranks_in_a_row_do_not_see_each_other(loaded: Any) -> None:

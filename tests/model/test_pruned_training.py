@@ -28,6 +28,7 @@ from fedtune.model import pruned_training
 from fedtune.model import train as training_loop
 from fedtune.model.base import Base, digest
 from fedtune.model.lora import with_adapters
+from fedtune.model.loss import summed_loss
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import from_bitmap, sparsity
 from fedtune.rounds.admission import admit
@@ -112,6 +113,41 @@ def test_a_step_that_is_not_finite_is_left_out_of_pruned_training_and_of_its_imp
     assert (len(losses), measured.skipped_steps) == (order.plan.training.steps, 1)
     assert measured.importance is not None
     assert math.isfinite(measured.importance)
+
+
+def test_rows_that_overflow_are_left_out_of_the_losses_of_pruned_training(
+    base: Base, examples: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in plain training: one text too many for a 16-bit base must not cost the client its round."""
+    rows, state, real = examples(12), first(base), summed_loss
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    order, batches = asked(state, base, 0.5), list[Any]()
+
+    def overflowing(model: Any, batch: Any, *, task: str) -> Any:
+        batches.append(batch)
+        return real(model, batch, task=task) * (math.inf if batch is batches[0] else 1.0)
+
+    monkeypatch.setattr(pruned_training, "summed_loss", overflowing)
+    measured = answered(order, base, rows, state).measured
+    assert measured.loss_before is not None
+    assert measured.loss_after is not None
+
+    monkeypatch.setattr(pruned_training, "summed_loss", lambda *args, **named: real(*args, **named) * math.nan)
+    with pytest.raises(ClientError, match="ann, before step 1: expected a finite loss; got nan"):
+        perform(base, rows, order)
+
+
+def test_no_copy_of_the_whole_model_is_held_beside_a_pruned_one(base: Base, examples: Rows) -> None:
+    rows, state = examples(12), first(base)
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    with with_adapters(base, frozen={name: np.ones(shape, np.float32) for name, shape in base.modules.items()}):
+        pass
+    pruning, layout = asked(state, base, 0.5).lora.pruning, state.anatomy
+    assert pruning is not None
+    assert layout is not None
+    assert base.changed
+    with pruned_training.with_pruned_model(base, from_bitmap(pruning.stages[-1], layout), layout):
+        assert not base.changed
 
 
 def test_the_loss_before_is_that_of_the_structure_of_the_last_participation(base: Base, examples: Rows) -> None:
