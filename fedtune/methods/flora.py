@@ -68,7 +68,7 @@ class FloraSettings:
     mode: Literal["reinit", "svt", "continue"] = "continue"
     """What the next round starts from. continue: the leading part of the global change is trained on, the rest is
     frozen; reinit: a fresh adapter beside the frozen change (the paper); svt: as reinit, and only `tau` of the change
-    is sent down (after FLoRIST, arXiv 2506.09199). On real data continue learns most (`simulations/dolly10`)."""
+    is sent down (after FLoRIST, arXiv 2506.09199). On real data continue learns most (`simulations/methods30`)."""
     tau: Annotated[float, Interval(gt=0, le=1)] | None = None
     """Share of the global change's squared singular values that is sent down; none: 0.9 in mode svt, else 1."""
     max_rank: Annotated[int, Ge(1)] | None = None
