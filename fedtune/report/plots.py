@@ -147,7 +147,7 @@ def traffic(run: Run) -> Figure | None:
 
 @styled
 def ranks(run: Run) -> Figure | None:
-    """Draw the global change's rank and the energy kept when it was cut, over rounds, per kind of module."""
+    """Draw the rank of the global change and the share of its energy left after cuts, per kind of module."""
     rounds = [record for record in run.rounds if record.modules]
     if not rounds:
         return None
@@ -158,7 +158,7 @@ def ranks(run: Run) -> Figure | None:
     left.set_title("rank of the global change")
     right.set_title("energy kept")
     rank = [{name: float(module.rank) for name, module in record.modules.items()} for record in rounds]
-    energy = [{name: finite(module.energy_kept) for name, module in record.modules.items()} for record in rounds]
+    energy = [{name: finite(module.reaches_clients) for name, module in record.modules.items()} for record in rounds]
     _group_bands(left, number, groups, rank)
     if not _group_bands(right, number, groups, energy):
         right.text(0.5, 0.5, "nothing was cut", ha="center", va="center", transform=right.transAxes, color=MUTED)

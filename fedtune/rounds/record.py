@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -98,6 +99,18 @@ class ModuleRecord:
     """Share of the squared norm that a client of the largest rank is sent, in [0, 1]; None if it is sent whole."""
     state_energy_kept: float | None = None
     """Squared norm over itself and all that the server has cut off so far, in [0, 1]; None if it has cut nothing."""
+
+    @property
+    def reaches_clients(self) -> float | None:
+        """Share of what the server has summed that a client of the largest rank is sent; None if nothing was cut.
+
+        >>> ModuleRecord(rank=4, energy_kept=0.9, state_energy_kept=0.5).reaches_clients
+        0.45
+        """
+        if self.energy_kept is None and self.state_energy_kept is None:
+            return None
+        shares = (self.energy_kept, self.state_energy_kept)
+        return math.prod(1.0 if share is None else share for share in shares)
 
 
 @dataclass(frozen=True)

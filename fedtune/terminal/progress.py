@@ -126,6 +126,7 @@ def round_line(state: ProgressState) -> str:
             *([f"rate {record.rate_share:.3g} x"] if record.rate_share != 1 else ()),
             f"clients {admitted}/{len(state.cohort)}",
             *skipped_steps(record),
+            *energy_kept(record),
             f"up {size(record.bytes_up)}",
             f"down {size(record.bytes_down)}",
             duration(record.seconds),
@@ -146,6 +147,14 @@ def skipped_steps(record: RoundRecord) -> Sequence[str]:
     counts = [f"{printable(name)} {c.skipped_steps}" for name, c in sorted(record.clients.items()) if c.skipped_steps]
     more = [f"and {len(counts) - NAMED_FAILURES} more"] * (len(counts) > NAMED_FAILURES)
     return [f"skipped steps: {', '.join([*counts[:NAMED_FAILURES], *more])}"] if counts else []
+
+
+def energy_kept(record: RoundRecord) -> Sequence[str]:
+    """Return the least share of a module's change that is left after cuts to a bounded rank; nothing if all is."""
+    shares = [share for module in record.modules.values() if (share := module.reaches_clients) is not None]
+    if not shares or (least := min(shares)) > 1 - 5e-5:
+        return []
+    return [f"energy kept {100 * least:.1f} %"]
 
 
 def score(state: ProgressState) -> Sequence[str]:

@@ -67,3 +67,15 @@ def test_modules_whose_change_is_zero_have_no_spectrum(write_run: WriteRun) -> N
     run = read_run(write_run(edit=edit))
     assert PLOTS["spectrum"](run) is None
     assert PLOTS["ranks"](run) is not None
+
+
+def test_the_energy_drawn_is_what_cuts_at_the_server_and_on_the_way_down_leave(write_run: WriteRun) -> None:
+    def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        for line in lines:
+            for module in line["modules"].values():
+                module |= {"energy_kept": 1.0, "state_energy_kept": 0.75}
+
+    figure = PLOTS["ranks"](read_run(write_run(edit=edit)))
+    assert figure is not None
+    drawn = {float(y) for line in figure.axes[1].get_lines() for y in np.asarray(line.get_ydata())}
+    assert drawn == {0.75}

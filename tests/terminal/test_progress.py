@@ -16,7 +16,7 @@ from fedtune.messages import (
     Traffic,
 )
 from fedtune.rounds.events import ClientFinished, Event, Phase, RoundFinished, RoundStarted
-from fedtune.rounds.record import ClientRecord
+from fedtune.rounds.record import ClientRecord, ModuleRecord
 from fedtune.terminal.progress import Progress, ProgressState, after_round, failure_lines, round_line, table
 from tests.terminal.conftest import record, round_events
 
@@ -61,6 +61,16 @@ def test_steps_that_clients_left_out_are_in_the_line_by_client() -> None:
     clients = {name: ClientRecord("ok", skipped_steps=count) for name, count in {"bob": 2, "ann": 1, "cyd": 0}.items()}
     state = standing([RoundFinished(replace(record(1, test=None), clients=clients))])
     assert "  skipped steps: ann 1, bob 2  " in round_line(state)
+
+
+def test_the_least_share_that_a_bounded_rank_leaves_of_a_change_is_in_the_line() -> None:
+    def line(*modules: ModuleRecord) -> str:
+        named = {str(index): module for index, module in enumerate(modules)}
+        return round_line(standing([RoundFinished(replace(record(1, test=None), modules=named))]))
+
+    cut = ModuleRecord(rank=4, energy_kept=0.9, state_energy_kept=0.95)
+    assert "  energy kept 85.5 %  " in line(ModuleRecord(rank=4), cut, ModuleRecord(rank=4, energy_kept=0.99))
+    assert "energy" not in line(ModuleRecord(rank=4), ModuleRecord(rank=4, energy_kept=1.0))
 
 
 def test_a_client_that_failed_is_named_with_its_reason_and_its_name_is_harmless(events: list[Event]) -> None:
