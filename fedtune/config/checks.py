@@ -356,21 +356,31 @@ def batched_clients_faults(recipe: Recipe) -> Iterator[Fault]:
     """Refuse to train several clients in one forward pass where their training is more than that."""
     if recipe.engine.batch_clients in ("auto", 1):
         return
-    reasons = {
+    engine = {
         "engine.name": (recipe.engine.name != "inprocess", quote(recipe.engine.name)),
         "model.processes": (recipe.model.processes > 1, str(recipe.model.processes)),
         "method.name": (method_type_of(recipe).task is not TrainLora, quote(recipe.method.name)),
+    }
+    reasons = {path: got for path, (there, got) in engine.items() if there} | dict(training_apart(recipe))
+    for path, got in reasons.items():
+        expected = "clients one after the other (1, or auto) beside " + path
+        hint = "leave engine.batch_clients at auto, or train plain adapters in process"
+        yield Fault("engine.batch_clients", expected, f"{recipe.engine.batch_clients} with {got}", hint)
+
+
+def training_apart(recipe: Recipe) -> Mapping[str, str]:
+    """Return the settings, with their values, because of which each client's training needs a forward pass of its own.
+
+    As `client.batched.why_alone` has it for an assignment.
+    """
+    reasons = {
         "client.dropout": (recipe.client.dropout > 0, f"{recipe.client.dropout:g}"),
         "client.gradient_checkpointing": (recipe.client.gradient_checkpointing, "true"),
         "client.packing": (recipe.client.packing, "true"),
         "client.proximal": (recipe.client.proximal > 0, f"{recipe.client.proximal:g}"),
         "pruning": (recipe.pruning is not None, "that table"),
     }
-    for path, (there, got) in reasons.items():
-        if there:
-            expected = "clients one after the other (1, or auto) beside " + path
-            hint = "leave engine.batch_clients at auto, or train plain adapters in process"
-            yield Fault("engine.batch_clients", expected, f"{recipe.engine.batch_clients} with {got}", hint)
+    return {path: got for path, (there, got) in reasons.items() if there}
 
 
 def shared_work_faults(recipe: Recipe) -> Iterator[Fault]:

@@ -18,7 +18,7 @@ from fedtune.data.federation import digest
 from fedtune.errors import ConfigError
 from fedtune.messages import Client, PlannedClient
 from fedtune.methods.method import GlobalModel
-from fedtune.runs.local import Experiment, batched_clients, prepare, score
+from fedtune.runs.local import Experiment, apart_notes, batched_clients, prepare, score
 
 # peft asks transformers by a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -42,6 +42,16 @@ def test_the_fleet_counts_training_examples_only(prepared: Experiment) -> None:
 )
 def test_clients_train_at_once_by_themselves_on_a_gpu_alone(setting: Any, device: str, expected: int) -> None:
     assert batched_clients(setting, device) == expected
+
+
+def test_a_gpu_that_clients_have_in_turn_is_said_once_with_the_reason(tables: dict[str, Any]) -> None:
+    dropout = bind(tables, overrides=["client.dropout=0.1"])
+    [note] = apart_notes(dropout, "cuda", saved=["score"])
+    why = "because of client.dropout (0.1); score, trained in full"
+    assert note == f"engine.batch_clients: clients train one after the other, {why}"
+    assert apart_notes(bind(tables), "cuda", saved=[]) == []
+    assert apart_notes(dropout, "cpu", saved=[]) == []
+    assert apart_notes(bind(tables, overrides=["engine.batch_clients=1", "client.dropout=0.1"]), "cuda", saved=[]) == []
 
 
 def test_a_run_whose_clients_train_at_once_learns_what_it_learns_without(
