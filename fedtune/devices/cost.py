@@ -21,6 +21,8 @@ COPY_BYTES = 4
 """Per number that is trained: its value at the start, in float32."""
 LOGIT_BYTES = 10
 """Per token and entry of the vocabulary: 16 bits, a float32 copy, and its gradient."""
+LOGITS = 2**26
+"""Logits in memory at a time, at most: on a GPU a causal loss is taken in chunks of so many; see `fused_loss`."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def memory_bytes(body: Body, settings: PruningSettings | None, ratio: float, ran
     activations = tokens * layout.width * layers * per_entry
     if work.checkpointing:
         activations += tokens * layout.width * len(layout.blocks) * layout.number_bytes
-    logits = 0.0 if body.classifies else tokens * layout.outputs * LOGIT_BYTES
+    logits = 0.0 if body.classifies else min(tokens * layout.outputs, LOGITS) * LOGIT_BYTES
     return base + work.global_rank * sides * 2 + trained + activations + logits + RUNTIME_BYTES
 
 

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.devices.cost import (
+    LOGIT_BYTES,
+    LOGITS,
     PROXIES,
     Body,
     Work,
@@ -21,6 +23,7 @@ from fedtune.devices.cost import (
     sizes,
 )
 from fedtune.devices.profiles import PROFILES
+from fedtune.model.fused_loss import CHUNK_BYTES, GPU_FACTOR
 from fedtune.pruning.ranking import PruningSettings
 
 ROBERTA = roberta_base()
@@ -103,3 +106,15 @@ def test_side_tokens_cost_half_and_a_classifier_has_no_logits_per_token() -> Non
     assert round_flops(ROBERTA, None, 0.0, 8, side) == pytest.approx(50 * each)
     causal: Body = replace(ROBERTA, classifies=False)
     assert memory_bytes(causal, None, 0.0, 8, WORK) > memory_bytes(ROBERTA, None, 0.0, 8, WORK)
+
+
+def test_logits_beyond_one_chunk_of_the_loss_take_no_memory() -> None:
+    assert LOGITS == CHUNK_BYTES * GPU_FACTOR / 4
+    wide = replace(ROBERTA, classifies=False, layout=replace(ROBERTA.layout, outputs=128_256))
+    few, many = (
+        memory_bytes(wide, None, 0.0, 8, replace(WORK, rows=rows))
+        - memory_bytes(ROBERTA, None, 0.0, 8, replace(WORK, rows=rows))
+        for rows in (2, 64)
+    )
+    assert few == pytest.approx(2 * 128 * 128_256 * LOGIT_BYTES)
+    assert many == pytest.approx(2**26 * LOGIT_BYTES)
