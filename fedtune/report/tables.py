@@ -36,6 +36,9 @@ def losses(run: Run) -> Table:
         "worst client": curve.worst,
         "training": curve.training,
     }
+    shares = {record.round: record.rate_share for record in run.rounds if record.round}
+    if any(share != 1 for share in shares.values()):
+        columns["learning rate, times the recipe's"] = np.array([shares.get(int(r), np.nan) for r in curve.rounds])
     times = {"time so far": curve.seconds, **({"time on the devices": curve.clock} if curve.clock.any() else {})}
     rows = [
         [
@@ -197,7 +200,7 @@ def failures(run: Run) -> Sequence[FailureRecord]:
 def failures_table(run: Run) -> Table | None:
     rows = [[str(failure.round), failure.client, failure.kind, failure.reason] for failure in failures(run)]
     rows += [
-        [str(record.round), name, "ok", f"{client.skipped_steps} steps left out: loss or gradient not finite"]
+        [str(record.round), name, "ok", f"steps left out, as loss or gradient was not finite: {client.skipped_steps}"]
         for record in run.rounds
         for name, client in record.clients.items()
         if client.skipped_steps

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedtune.report.reader import read_run
-from fedtune.report.tables import failures, failures_table
+from fedtune.report.tables import failures, failures_table, losses
 from tests.report.conftest import WriteRun
 
 
@@ -22,4 +22,13 @@ def test_steps_that_clients_left_out_are_listed_beside_failures(write_run: Write
     skipping = replace(record.clients[name], skipped_steps=2)
     table = failures_table(replace(run, rounds=(replace(record, clients={name: skipping}),)))
     assert table is not None
-    assert table.rows[-1] == [str(record.round), name, "ok", "2 steps left out: loss or gradient not finite"]
+    assert table.rows[-1] == [str(record.round), name, "ok", "steps left out, as loss or gradient was not finite: 2"]
+
+
+def test_the_rate_of_each_round_is_listed_where_it_is_not_always_the_recipe_s(write_run: WriteRun) -> None:
+    run = read_run(write_run(clients=2, rounds=2))
+    assert not any("rate" in name for name in losses(run).head)
+    slower = replace(run, rounds=tuple(replace(r, rate_share=0.5) if r.round == 1 else r for r in run.rounds))
+    table = losses(slower)
+    column = list(table.head).index("learning rate, times the recipe's")
+    assert [row[column] for row in table.rows[1:]] == ["0.5000", "1.000"]
