@@ -51,7 +51,7 @@ RECIPE = {
     "name": "crash",
     "model": {"base": "no-model"},
     "adapter": {"rank": 2, "targets": ["x", "y"]},
-    "method": {"name": "flora"},
+    "method": {"name": "flora", "wire_dtype": "bf16"},
     "client": {"steps": 1, "batch": 1, "learning_rate": 0.1},
     "data": {"source": "no-data", "split": {"kind": "iid", "clients": len(FLEET)}},
 }

@@ -62,7 +62,7 @@ class AveragingSettings:
     """Size of the server's step from its values towards the clients' mean; 1 takes the mean."""
     weights: Weighting = "examples"
     """examples: clients count in proportion to their training examples; uniform: all count the same."""
-    wire_dtype: WireDtype = "bf16"
+    wire_dtype: WireDtype = "int8"
     """Number format in which clients send what their factors changed by: numbers of 32 or 16 bits, or codes of 8 or 4
     bits that share a scale with 63 neighbours. modules_to_save always travel in fp32."""
     down_dtype: WireDtype | None = field(default=None, metadata=OMIT_DEFAULT)

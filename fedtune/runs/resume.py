@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.methods import serialization
 from fedtune.methods.flora import FloraSettings
 from fedtune.methods.method import Method
+from fedtune.methods.settings import AveragingSettings
 from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.record import RoundRecord
 from fedtune.runs.context import Door, RunContext, first_state
@@ -26,6 +27,9 @@ from fedtune.store.run_journal import RunJournal
 
 LINK, OPTIONS = "link", "options"
 """Of a served run: the folder of the link, and the file in it that notes the options of its server."""
+ADAPTING = (AveragingSettings, FloraSettings)
+OLD_DEFAULTS = {"state_max_rank": None, "wire_dtype": "bf16"}
+"""Of `[method]`, what releases before 0.3.0 did where a recipe said nothing."""
 RESTORE_ADVICE = "put back a copy of the run directory, or start the run again"
 
 
@@ -111,14 +115,21 @@ def as_started(run: Path, recipe: Recipe) -> Recipe:
     if not has_begun(run):
         return recipe
     start = started_with(run, recipe.objects.method)
-    ours, its = recipe.method, start.method
-    if isinstance(ours, FloraSettings) and isinstance(its, FloraSettings) and ours.state_max_rank == "auto":
-        recipe = replace(recipe, method=replace(ours, state_max_rank=its.state_max_rank))
+    recipe = replace(recipe, method=with_begun_defaults(recipe.method, start.method))
     if recipe.data.date is None:
         recipe = replace(recipe, data=replace(recipe.data, date=start.data.date))
     if recipe.model.dtype == "auto":
         recipe = replace(recipe, model=replace(recipe.model, dtype=start.model.dtype))
     return recipe
+
+
+def with_begun_defaults(ours: Any, its: Any) -> Any:
+    """Return a method's settings with what a run has begun with for the keys that are at a default of this release."""
+    if type(ours) is not type(its) or not isinstance(ours, ADAPTING):
+        return ours
+    defaults = {each.name: each.default for each in fields(ours)}
+    keys = [key for key in OLD_DEFAULTS if key in defaults and getattr(ours, key) == defaults[key]]
+    return replace(ours, **{key: getattr(its, key) for key in keys})
 
 
 def started_with(run: Path, method: Method[Any] | None) -> Recipe:
@@ -127,10 +138,12 @@ def started_with(run: Path, method: Method[Any] | None) -> Recipe:
     # A method that was given as an object is needed to read its settings; the other objects are names in the text.
     start = bind(text, objects=Objects(method=method))
     *_, tables = read(text)
-    if isinstance(start.method, FloraSettings) and "state_max_rank" not in tables["method"]:
-        # Releases before 0.3.0 left the key out where nothing was cut, which was the default.
-        return replace(start, method=replace(start.method, state_max_rank=None))
-    return start
+    if not isinstance(start.method, ADAPTING):
+        return start
+    # Releases before 0.3.0 left `state_max_rank` out where nothing was cut, which was the default.
+    unstated = {each.name for each in fields(start.method)} - tables["method"].keys()
+    old: dict[str, Any] = {key: default for key, default in OLD_DEFAULTS.items() if key in unstated}
+    return replace(start, method=replace(start.method, **old))
 
 
 def check_resumable(run: Path, recipe: Recipe) -> None:

@@ -147,19 +147,39 @@ def recipes(draw: st.DrawFn) -> Recipe:
         Override, clients=st.lists(glob, min_size=1).map(tuple), rank=rank, training=CHANGES if adapts else FEWER
     )
     device = draw(st.sampled_from(["auto", "cpu", "cuda:1"]))
+    rounds = draw(
+        some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1, metric=metric)
+    )
+    steady = {"final_rate": Schedule.final_rate} if rounds.schedule == "constant" else {}
+    packing: dict[str, Any] = {} if task == "causal" else {"packing": False}
     return Recipe(
         name=draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,9}", fullmatch=True)),
         seed=draw(st.integers(0, 2**70)),
-        model=draw(some(ModelSettings, task=task, device=device, digest=draw(st.sampled_from([None, "0a" * 32])))),
-        adapter=draw(some(AdapterSettings, modules_to_save=(), **beginning)),
-        method=method,
-        client=draw(some(Training, steps=steps, epochs=epochs, **({"optimizer": "sgd"} if adapts else IDLE))),
-        rounds=draw(
-            some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1, metric=metric)
+        model=draw(
+            some(
+                ModelSettings,
+                task=task,
+                device=device,
+                digest=draw(st.sampled_from([None, "0a" * 32])),
+                **({} if adapts else {"processes": 1}),
+            )
         ),
+        adapter=draw(
+            some(
+                AdapterSettings,
+                modules_to_save=(),
+                layers=draw(st.sampled_from([None, "8-15", "0-3, 28"])),
+                **beginning,
+            )
+        ),
+        method=method,
+        client=draw(
+            some(Training, steps=steps, epochs=epochs, **{**packing, **({"optimizer": "sgd"} if adapts else IDLE)})
+        ),
+        rounds=replace(rounds, warmup=draw(st.integers(0, rounds.count - 1)), **steady),
         data=replace(
             draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))),
-            **({} if task == "causal" else {"packing": False}),
+            **packing,
         ),
         evaluate=draw(some(EvaluationSettings, references=(), every=draw(every), **causal)),
         override=draw(st.lists(row, max_size=2).map(tuple)),
@@ -206,6 +226,7 @@ def test_the_digest_changes_with_what_changes_the_result(recipe: Recipe, overrid
 def test_a_key_that_came_later_leaves_digests_as_release_0_2_0_gave_them(recipe: Recipe) -> None:
     # The defaults of that release, which it wrote into every recipe that it bound.
     defaults = ["data.template=alpaca", "model.dtype=float32", "method.state_max_rank=none"]
+    defaults += ["method.wire_dtype=bf16"]
     old = bind(SHORTEST, overrides=defaults)
     assert digest(old) == "85204c5f7d1b279e71536596f3d6f7252ed46ea34aee26732466d908781c9160"
     assert digest(bind(SHORTEST, overrides=["client.proximal=0.1"])) != digest(recipe)

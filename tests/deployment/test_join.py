@@ -102,7 +102,7 @@ def test_a_dry_run_says_in_words_what_the_recipe_permits_and_what_is_too_little(
         "pruning": "0",
         "whole": "nothing",
         "scores": "of at most 64 held-out rows, after each evaluation",
-        "bytes": "the factors in bf16; those in full in fp32",
+        "bytes": "the factors in int8; those in full in fp32",
     }
     planned = RECIPE + '[planner]\nname = "random"\nranks = [2, 16]\n'
     assert compare_with_policy(setup, greeting(planned)).permitted["ranks"] == "2, 16"

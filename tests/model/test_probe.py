@@ -89,7 +89,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, examples: Any) -> Script:
         monkeypatch.setattr(probing, "at_position", positioned)
         count = len(losses) * (asked.queries if asked.estimator == "one-sided" else 1)
         seeds = np.arange(count, dtype=np.int32) if drawn is None else np.array(drawn, np.int32)
-        base: Any = SimpleNamespace(device=torch.device("cpu"), task="causal", pad_id=0)
+        base: Any = SimpleNamespace(device=torch.device("cpu"), task="causal", pad_id=0, fused=False)
         sums = np.array([start] + [0] * 15, np.int32)
         ledger = SeedLedger(bank_of(asked.bank), 10, 0, bytes(32), sums)
         found = measure(base, examples(3), training(count), asked, ledger, [], seeds, key=KEY, client="ann")

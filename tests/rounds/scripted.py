@@ -21,6 +21,7 @@ from fedtune.messages import (
     LoraResult,
     PlannedClient,
     ProbeResult,
+    ProbeSeeds,
     Training,
     Weight,
 )
@@ -94,7 +95,9 @@ def rounds(replies: Mapping[str, Script], *, count: int = 1, watch: Any = None, 
     order, strays, enrolled = options.pop("order", sorted), options.pop("strays", ()), options.pop("enrolled", {})
     journal, start = options.pop("ledger", None) or NullJournal(), options.pop("start", None)
     method = METHODS[options.pop("method", "flora")]
-    settings, training = options.pop("settings", method.settings()), options.pop("training", TRAINING)
+    # The scripted clients send numbers and not codes.
+    plain = {} if method.task is ProbeSeeds else {"wire_dtype": "bf16"}
+    settings, training = options.pop("settings", method.settings(**plain)), options.pop("training", TRAINING)
     return list(
         run(
             RoundContext(
@@ -280,7 +283,7 @@ def chosen(
         run(
             RoundContext(
                 method=METHODS["flora"],
-                settings=METHODS["flora"].settings(),
+                settings=METHODS["flora"].settings(wire_dtype="bf16"),
                 planner=Choosing(Fixed(lambda name: (2, TRAINING), alpha="2r", rslora=False)),
                 transport=Scripted(replies),
                 schedule=Schedule(count=count, min_clients=min_clients),

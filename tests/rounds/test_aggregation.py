@@ -25,6 +25,7 @@ from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.methods.method import Method
 from fedtune.methods.serialization import persisted_fields, with_values
 from fedtune.methods.settings import RobustRule, ServerOptimizer
+from fedtune.number_formats import CODES, from_wire, to_wire
 from fedtune.planning.fixed import Fixed
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, cuts, from_bitmap, linear_shapes, shapes
@@ -33,7 +34,7 @@ from fedtune.rounds.events import ClientFinished, Note
 from fedtune.rounds.journal import InterruptedRound
 from fedtune.rounds.loop import RoundResult, run
 from fedtune.rounds.schedule import Schedule
-from fedtune.tensors import DTYPES, Array, Tensors
+from fedtune.tensors import Array, Tensors
 from tests.rounds.scripted import LISTED, STEPS, Noted, Script, Scripted, never, probing
 
 pytestmark = pytest.mark.guarantee("G4")
@@ -75,6 +76,7 @@ ADAPTERS = [name for name, method in METHODS.items() if method.task is TrainLora
 WAYS: Mapping[str, Way] = {
     **{name: way(name) for name in ADAPTERS},
     **{f"{name}-{wire}": way(name, wire_dtype=wire) for name in ADAPTERS for wire in ("fp16", "fp32")},
+    **{f"{name}-{wire}": way(name, wire_dtype=wire) for name in ("flora", "fedit") for wire in ("bf16", "int4")},
     **{f"flora-{mode}": way("flora", mode=mode, wire_dtype="fp32") for mode in ("reinit", "svt")},
     **{f"{name}-fast": way(name, server_learning_rate=100.0) for name in ADAPTERS},
     **{
@@ -105,18 +107,22 @@ def asked_for(assignment: Assignment, blueprint: Blueprint) -> tuple[Mapping[str
     rng = np.random.default_rng(sum(assignment.plan.client.encode()) + assignment.round)
     factors = {f"{name}.a": rng.standard_normal((rank, n)) for name, (_, n) in modules.items()}
     factors |= {f"{name}.b": 0.1 * rng.standard_normal((m, rank)) for name, (m, _) in modules.items()}
-    sent = {k: v.astype(DTYPES[task.wire_dtype]) for k, v in sorted(factors.items()) if k[-1] in task.train}
+    trained = {k: v.astype(np.float32) for k, v in sorted(factors.items()) if k[-1] in task.train}
+    sent = to_wire(trained, task.wire_dtype, key=assignment.seed)
     saved = {name: value + np.float32(0.1) for name, value in blueprint.saved.items()}
     return {"factors": sent, "saved": saved, "scores": scores}, digest
 
 
 Patterns = Sequence[int]
-"""Bits of float32 that are written into a client's numbers, in turn; of a narrower format it is their upper half."""
+"""Bits of float32 that are written into a client's numbers, in turn; of a narrower format it is their upper part."""
 
 
 def overwritten(array: Array, bits: Patterns, offset: int) -> Array:
     wide = np.array([bits[(place + offset) % len(bits)] for place in range(array.size)], np.uint32)
-    narrow = wide if array.itemsize == 4 else (wide >> 16).astype(np.uint16)
+    if array.dtype == CODES["int4"]:  # each in the lower half of a byte
+        narrow = (wide >> 28).astype(np.uint8)
+    else:
+        narrow = (wide >> (32 - 8 * array.itemsize)).astype(f"u{array.itemsize}")
     return narrow.view(array.dtype).reshape(array.shape)
 
 
@@ -273,8 +279,9 @@ def factors_of(a: float, b: float) -> Script:
         honest = client(PLAIN, {})(assignment)
         assert isinstance(honest, ClientUpdate)
         sides = {".a": a, ".b": b}
-        lie = {key: np.full_like(value, sides[key[-2:]]) for key, value in honest.lora.tensors.items()}
-        return replace(honest, result=replace(honest.lora, tensors=lie))
+        plain = from_wire(honest.lora.tensors).items()
+        lie = {key: np.full(value.shape, sides[key[-2:]], np.float32) for key, value in plain}
+        return replace(honest, result=replace(honest.lora, tensors=to_wire(lie, assignment.lora.wire_dtype)))
 
     return reply
 

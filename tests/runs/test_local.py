@@ -58,12 +58,12 @@ def test_a_run_whose_clients_train_at_once_learns_what_it_learns_without(
     tables: dict[str, Any], tmp_path: Path
 ) -> None:
     shorter = {**tables, "evaluate": {"every": 0, "clients": False}, "override": [{"clients": ["client-1"], "rank": 2}]}
+    shorter["method"] = {"name": "flora", "wire_dtype": "fp32"}  # rounding to codes hides most last bits
     plain = fedtune.simulate(shorter, out=tmp_path / "plain")
     batched = fedtune.simulate(shorter, overrides=["engine.batch_clients=8"], out=tmp_path / "batched")
     ours, theirs = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (batched, plain))
     assert ours.keys() == theirs.keys()
-    # Other sums, so other bits; by bfloat16 on the wire a last bit is 0.4 %.
-    assert any((ours[name] != theirs[name]).any() for name in ours)
+    assert any((ours[name] != theirs[name]).any() for name in ours)  # other sums, so other bits
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0.01, atol=2e-3)
 

@@ -8,16 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune.config import bind, render
 from fedtune.errors import ConfigError, StoreError
 from fedtune.methods import serialization
 from fedtune.rounds import loop
 from fedtune.rounds.aggregation import Aggregated, aggregate
 from fedtune.rounds.events import Event, Note
+from fedtune.rounds.record import RoundRecord
 from fedtune.runs import context as contexts
+from fedtune.runs import recording, resume
 from fedtune.runs.local import Experiment, run_context, transport
-from fedtune.runs.resume import as_started, check_resumable, read_options, resume_command, write_options
+from fedtune.runs.resume import (
+    as_started,
+    check_resumable,
+    read_options,
+    resume_command,
+    started_with,
+    write_options,
+)
 from fedtune.runs.runner import run_recipe
 from fedtune.runs.verification import check_results
+from fedtune.store.round_records import append_round
 from fedtune.store.run_directory import write_recipe
 from fedtune.store.run_journal import RunJournal
 from tests.runs.conftest import read_lines, run_prepared, same_ends
@@ -91,6 +102,26 @@ def test_a_run_is_resumed_with_the_recipe_of_its_start_only(prepared: Experiment
     assert "seed: 0 -> 5" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["fedit", "flora"])
+def test_a_run_goes_on_in_the_number_format_that_it_began_with(
+    name: str, tables: dict[str, Any], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = bind({**tables, "method": name, "override": []})
+    began = bind({**tables, "method": {"name": name, "wire_dtype": "bf16"}, "override": []})
+    method: Any = recipe.method
+    assert method.wire_dtype == "int8"
+    # Releases before 0.3.0 wrote the key out; without it, it is what they did.
+    for text in (render(began), render(began).replace('wire_dtype = "bf16"\n', "")):
+        monkeypatch.setattr(resume, "has_begun", lambda run: True)
+        monkeypatch.setattr(RunJournal, "inputs", staticmethod(lambda run, text=text: {"recipe": text}))
+        for resumed in (started_with(run, None), as_started(run, recipe)):
+            assert getattr(resumed.method, "wire_dtype", None) == "bf16"
+        check_resumable(run, as_started(run, recipe))
+        other = replace(recipe, method=replace(method, wire_dtype="int4"))
+        with pytest.raises(ConfigError, match=r'method\.wire_dtype: "bf16" -> "int4"'):
+            check_resumable(run, as_started(run, other))
+
+
 @pytest.mark.parametrize("what", ["data", "base"])
 def test_a_run_is_not_resumed_over_other_data_or_another_base(what: str, prepared: Experiment, run: Path) -> None:
     run_prepared(prepared, run)
@@ -140,9 +171,16 @@ def test_a_run_that_an_earlier_release_left_with_an_infinite_state_goes_on_if_it
             earlier.setattr(serialization, "count_not_finite", lambda tensor: 0)
             return Aggregated(after, serialization.encode(after))
 
+    def decomposed(path: Path, record: RoundRecord) -> None:
+        if record.round == 2:
+            raise np.linalg.LinAlgError("SVD did not converge")
+        append_round(path, record)
+
     with monkeypatch.context() as earlier:
         earlier.setattr(loop, "aggregate", unchecked)
-        with pytest.raises((np.linalg.LinAlgError, RuntimeWarning)):
+        # That release took singular values between a round's commit and its line.
+        earlier.setattr(recording, "append_round", decomposed)
+        with pytest.raises(np.linalg.LinAlgError):
             run_prepared(prepared, run)
     run_prepared(prepared, run, resume=True)
     assert same_ends(run, tmp_path / "whole")
