@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from threadpoolctl import threadpool_limits
 
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
@@ -117,9 +116,9 @@ def begin(descriptor: int) -> None:
     """Be the process that loads and forks, on its end of the control socket."""
     # Makes torch ask NVIDIA's management library for the GPUs: after a call to CUDA itself, the forks could not use it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    # Before any fork: threads of a pool do not survive it, and the child would wait for them.
+    # Before any fork: threads of a pool do not survive it, and the child would wait for them. OpenBLAS is at one thread
+    # already, by the environment or since the fork, where setting a number would start threads.
     torch.set_num_threads(1)
-    threadpool_limits(1)
     serve(descriptor, prepare)
 
 

@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from fedtune.errors import ConfigError, Fault, RoundError
 from fedtune.simulation.fork_server import receive, threads, write_payload
@@ -249,24 +249,30 @@ def fork_server(begin: Callable[[int], None]) -> tuple[ForkedProcess, socket.soc
         stream.flush()  # else both processes would write what waits in it
     gc.collect()
     gc.freeze()  # else the first collection of either would copy every page that holds an object
-    pid = os.fork()
-    if pid == 0:
-        try:
-            # All others: by the end of the control socket the fork server learns that this process is gone.
-            descriptor = theirs.detach()
-            os.closerange(3, descriptor)
-            os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
-            os.setsid()  # as below
-            os.environ.update(ONE_THREAD)
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, 0)
-            os.dup2(null, 1)
-            begin(descriptor)
-        finally:
-            os._exit(1)  # `serve` has ended the process
+    # OpenBLAS ends its threads before a fork; it starts them again for more than one, or where a number is set.
+    with threadpool_limits(1):
+        pid = os.fork()
+        if pid == 0:
+            be_forked(begin, theirs.detach())
     gc.unfreeze()
     theirs.close()
     return ForkedProcess(pid), control
+
+
+def be_forked(begin: Callable[[int], None], descriptor: int) -> NoReturn:
+    """Be the fork server, on its end of the control socket; the process ends with that."""
+    try:
+        # All others: by the end of the control socket the fork server learns that this process is gone.
+        os.closerange(3, descriptor)
+        os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
+        os.setsid()  # as in `start_server`
+        os.environ.update(ONE_THREAD)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        begin(descriptor)
+    finally:
+        os._exit(1)  # `serve` has ended the process
 
 
 def start_server(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socket]:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -247,3 +249,18 @@ def test_workers_take_every_gpu_in_turn_unless_the_recipe_names_one(monkeypatch:
     assert devices_of(torch.device("cuda")) == ("cuda:0", "cuda:1")
     assert devices_of(torch.device("cuda:1")) == ("cuda:1",)
     assert devices_of(torch.device("cpu")) == ("cpu",)
+
+
+@pytest.mark.slow
+def test_a_program_s_workers_are_forked_without_a_number_of_threads_in_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "once upon a time"}\n' * 8)
+    (tmp_path / "recipe.toml").write_text(
+        'name = "forked"\nmodel = { base = "embedded" }\nmethod = { name = "flora" }\nclient = { steps = 1 }\n'
+        'rounds = { count = 1 }\nengine = { name = "processes", workers = 2 }\nreport = { plots = false }\n'
+        'data = { source = "rows.jsonl", split = { kind = "iid", clients = 2 } }\n'
+    )
+    # As a user has it: the suite itself runs with one thread, which hides the pools of the libraries.
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    command = [sys.executable, "-m", "fedtune", "simulate", "recipe.toml", "--out", "run", "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

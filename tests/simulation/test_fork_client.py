@@ -119,6 +119,27 @@ assert server._process.wait(5.0) in (0, -9)  # it may have been on its way out
     assert printed == "before; a.toml: 1 fault\n  model.base: expected a base; got none; give one\n"
 
 
+def test_a_fork_starts_no_threads_of_blas_whatever_their_number_is() -> None:
+    printed = child(
+        """
+import numpy as np
+np.ones((500, 500)) @ np.ones((500, 500))
+def begin(descriptor):
+    np.ones((500, 500)) @ np.ones((500, 500))  # in the fork, as a base is loaded
+    serve(descriptor, prepare)
+before = len(os.listdir("/proc/self/task"))
+with ForkServer(COMMAND, begin) as server:
+    assert isinstance(server._process, ForkedProcess)
+    server.load({}, {"data": b"shared"})
+    print(before > 1, server.devices(), len(os.listdir(f"/proc/{server._process.pid}/task")))
+np.ones((500, 500)) @ np.ones((500, 500))
+assert len(os.listdir("/proc/self/task")) == before  # this process has its threads back
+""",
+        env={**os.environ, "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"},
+    )
+    assert printed == "True ('cpu',) 1\n"
+
+
 def test_a_process_with_threads_is_not_forked() -> None:
     child("""
 leave = threading.Event()
