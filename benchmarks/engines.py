@@ -175,7 +175,7 @@ def seconds(engine: Engine, methods: Sequence[str], *, clients: int, rounds: int
             results = run(
                 RoundContext(
                     method=METHODS[method],
-                    settings=METHODS[method].settings(),
+                    settings=METHODS[method].settings(wire_dtype="bf16"),
                     planner=Fixed(lambda name: (RANK, TRAINING), alpha="2r", rslora=False),
                     transport=transport,
                     schedule=Schedule(count=rounds + 2, min_clients=clients),

@@ -85,7 +85,7 @@ def seconds(method: str, *, clients: int, modules: int, size: int, rank: int, ro
     results = run(
         RoundContext(
             method=METHODS[method],
-            settings=METHODS[method].settings(),
+            settings=METHODS[method].settings(wire_dtype="bf16"),
             planner=planner(rank),
             transport=InProcess([Client(name, 10) for name in names], {name: partial(answer, ready) for name in names}),
             schedule=Schedule(count=rounds + 2),
@@ -108,7 +108,7 @@ def admission(method: str, *, layers: int, size: int, rank: int) -> tuple[Mappin
     modules = {f"layers.{i}": (size, size) for i in range(layers)}
     chosen, planned = METHODS[method], planner(rank)
     blueprint = Blueprint(modules=modules, saved={}, max_rank=rank, seed=0)
-    state, times, num_bytes = chosen.init(blueprint, chosen.settings()), dict[str, float](), 0
+    state, times, num_bytes = chosen.init(blueprint, chosen.settings(wire_dtype="bf16")), dict[str, float](), 0
     for round in ("first", "second"):
         client = planned.plan(planned.start(), state.round + 1, [Client("client", 10)])["client"]
         assert isinstance(client, PlannedClient)
