@@ -274,7 +274,8 @@ def state_rank(state: FloraState, cohort: Cohort) -> int | None:
         return settings.state_max_rank
     if settings.mode != "continue":
         return 2 * state.max_rank
-    # Everything that is kept is sent, to every client: then a round's downloads are at most twice its uploads.
+    # Everything that is kept is sent, to every client: a round's downloads then hold at most twice the numbers that
+    # its uploads do.
     ranks = [largest_rank(update.lora.tensors) for update, _ in cohort]
     before = max(low.rank for low in dense.unpack(state.delta).values())
     # Never less than before: a round of small clients must not cut what larger ones have taught.
