@@ -417,7 +417,8 @@ def compare(
     Raises:
         ConfigError: if a recipe is wrong; all are bound before the first one runs.
         StoreError: if a folder holds no run.
-        RoundError: if no run could be finished; one that could not is left out of the page, with a note.
+        RoundError: if no run could be finished; one that could not, or whose data or fleet is refused once it is
+            loaded, is left out of the page, with a note.
     """
     bound = [(Path(recipe), None if Path(recipe).is_dir() else bind(recipe, overrides=overrides)) for recipe in recipes]
     for path, recipe in bound:
@@ -449,7 +450,7 @@ def runs_of(
         target = folder / f"{recipe.name}-seed{seed}"
         try:
             yield simulate(replace(recipe, seed=seed), out=target, fresh=True, watch=watch).path
-        except RoundError as error:  # one experiment that broke off must not cost the others their page
+        except (RoundError, ConfigError) as error:  # one experiment that breaks off must not cost the others their page
             watch(Note(f"{recipe.name}, seed {seed}: left out of the comparison: {error}"))
 
 

@@ -397,6 +397,26 @@ def test_a_comparison_goes_on_without_the_recipe_that_broke_off(tables: Tables, 
 
 
 @pytest.mark.usefixtures("unrendered")
+def test_a_comparison_goes_on_without_the_recipe_whose_data_are_refused(tables: Tables, tmp_path: Path) -> None:
+    from fedtune.config import bind, render
+
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text(render(bind({**tables, "name": "good"})))
+    # Which clients there are is known once the data are read.
+    bad.write_text(render(bind({**tables, "name": "bad", "override": [{"clients": ["other"], "rank": 2}]})))
+    notes: list[str] = []
+    page = fedtune.compare(
+        [bad, good],
+        out=tmp_path / "compare",
+        watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    assert "good" in page.read_text()
+    assert any("bad, seed 0: left out of the comparison: override.clients: " in note for note in notes)
+    with pytest.raises(RoundError, match="expected at least one run to compare; none was finished"):
+        fedtune.compare([bad], out=tmp_path / "none", watch=lambda event: None)
+
+
+@pytest.mark.usefixtures("unrendered")
 def test_a_run_of_seeds_says_what_it_did_and_can_be_read_scored_and_reported(seeded: api.Run) -> None:
     method = bind(seeded.path / "recipe.toml").method
     assert isinstance(method, FedKSeedSettings)

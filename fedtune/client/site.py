@@ -190,6 +190,8 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
     shards = federation.clients
     # Without a split all of the data belong to this client, whatever name the shard has.
     name = settings.name if settings.split else next(iter(shards))
+    if why := federation.sits_out.get(name):
+        raise ConfigError(Fault("", "", why), source=path)
     if name not in shards:
         raise ConfigError(
             Fault("name", f"one of the clients of data.split ({', '.join(list(shards)[:8])})", repr(name)), source=path

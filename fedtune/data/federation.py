@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Federation:
     """What a user should know: rows dropped or cut."""
     form: Form = "text"
     """What the training rows are: the way in which a user's question is written as theirs were."""
+    sits_out: Mapping[str, str] = field(default_factory=dict)
+    """Clients of the split without a training example, which take no part, by name: why."""
 
 
 def federate(
@@ -72,7 +74,9 @@ def federate(
             source that the settings name.
         least_classes: classes that must occur where the settings name none.
 
-    Raises: ConfigError if data cannot be read, divided or encoded, or a client is left with no training example.
+    A client whose rows give no training example takes no part; the notes name it.
+
+    Raises: ConfigError if data cannot be read, divided or encoded, or no client is left.
     """
     if wrong := faults(settings):
         raise ConfigError(wrong)
@@ -101,7 +105,8 @@ def federate(
         )
         for name, part in parts.items()
     }
-    clients = {name: _shard(name, client, divided[name], settings) for name, client in encoded.items()}
+    clients, sits_out = _shards(encoded, divided, settings)
+    notes += [f"{name} takes no part: {why}" for name, why in sits_out.items()]
     clients |= {name: replace(clients[name], held_out=own) for name, own in apart.items() if name in clients}
     notes += _repeats(source, test, held_out, parts, divided)
     if test is None:
@@ -114,7 +119,7 @@ def federate(
             expected = "at least one test example"
             raise ConfigError(Fault("data.max_tokens", expected, f"none left at {settings.max_tokens} tokens"))
     order = generator(derive(seed, "data.test")).permutation(len(scored))
-    return Federation(clients, [scored[row] for row in order], labels, notes, _form(source))
+    return Federation(clients, [scored[row] for row in order], labels, notes, _form(source), sits_out)
 
 
 def _form(source: Source) -> Form:
@@ -233,16 +238,35 @@ def _divide(count: int, held_out: float, key: int) -> Parts:
     return np.sort(order[num_held_out:]), order[:num_held_out]
 
 
-def _shard(name: str, encoded: Encoded, places: Parts, settings: DataSettings) -> Shard:
-    train, held_out = ([example for row in part if (example := encoded.examples[row]) is not None] for part in places)
-    if not train:
-        expected = f"at least one training example for client {name!r}"
-        if encoded.unanswered == len(encoded.examples):
-            got = f"{encoded.unanswered} conversations, none with a turn of the assistant that answers"
-            raise ConfigError(Fault("data.source", expected, got))
-        got = f"none of its {len(encoded.examples)} rows has an answer left at {settings.max_tokens} tokens"
-        raise ConfigError(Fault("data.max_tokens", expected, got, "raise max_tokens or give the client more rows"))
-    return Shard(pack(train, max_tokens=settings.max_tokens) if settings.packing else train, held_out)
+def _shards(
+    encoded: Mapping[str, Encoded], divided: Mapping[str, Parts], settings: DataSettings
+) -> tuple[dict[str, Shard], Mapping[str, str]]:
+    """Return the examples of the clients that have any to train on, and by name why the others take no part.
+
+    Raises: ConfigError if no client has any.
+    """
+    clients, without = {}, {}
+    for name, own in encoded.items():
+        train, held_out = (
+            [example for row in part if (example := own.examples[row]) is not None] for part in divided[name]
+        )
+        if train:
+            clients[name] = Shard(pack(train, max_tokens=settings.max_tokens) if settings.packing else train, held_out)
+        else:
+            without[name] = _no_example(name, own, settings)
+    if not clients:
+        raise ConfigError(list(without.values())[:8])
+    return clients, {name: str(fault) for name, fault in without.items()}
+
+
+def _no_example(name: str, encoded: Encoded, settings: DataSettings) -> Fault:
+    """Return what is wrong with a client without a training example."""
+    expected = f"at least one training example for client {name!r}"
+    if encoded.unanswered == len(encoded.examples):
+        got = f"{encoded.unanswered} conversations, none with a turn of the assistant that answers"
+        return Fault("data.source", expected, got)
+    got = f"none of its {len(encoded.examples)} rows has an answer left at {settings.max_tokens} tokens"
+    return Fault("data.max_tokens", expected, got, "raise max_tokens or give the client more rows")
 
 
 def _notes(parts: Sequence[Encoded], settings: DataSettings) -> list[str]:

@@ -37,6 +37,8 @@ from fedtune.wire.codec import blob_encoder, encode_assignment
 
 Observations: TypeAlias = Sequence[ClientObservation]
 """What a planner learns from one round."""
+Plans: TypeAlias = Mapping[str, PlannedClient | Failure]
+"""What a planner asks of each client of a round, or why nothing fits it."""
 NO_TIMES: Mapping[str, ClientTime] = {}
 
 
@@ -119,9 +121,9 @@ def run(
     while state.round < count:
         # The journal decides, not a flag: a run that was killed goes on in the round where it was.
         began, interrupted = time.perf_counter(), journal.interrupted_round(state.round + 1)
-        cohort = cohort_of(context, state.round + 1, interrupted)
+        cohort, plans = planned_cohort(context, learned, state.round + 1, interrupted)
         context.watch(RoundStarted(state.round + 1, count, tuple(client.name for client in cohort)))
-        request = make_request(context, state, learned, cohort, weights_of(context, cohort, interrupted))
+        request = make_request(context, state, plans, cohort, weights_of(context, cohort, interrupted))
         # Before the first assignment is sent: after a crash the same bytes must go out, or updates that were accepted
         # would answer an assignment that was never recorded.
         open_round(journal, request, cohort, digest, interrupted)
@@ -164,19 +166,34 @@ def run(
         yield result
 
 
-def cohort_of(context: RoundContext, round: int, interrupted: InterruptedRound | None) -> Sequence[Client]:
-    """Return the clients of a round, sorted by name: drawn from those that are there, or as recorded when it began.
+def planned_cohort(
+    context: RoundContext, learned: Any, round: int, interrupted: InterruptedRound | None
+) -> tuple[Sequence[Client], Plans]:
+    """Return the clients of a round, sorted by name, and their plans: drawn from those that are there, or as recorded.
+
+    Where no plan fits any of those that were drawn, others are drawn beside them until one does.
 
     Raises:
-        RoundError: if no client is there.
+        RoundError: if no client is there, or none of them has a feasible plan.
     """
     if interrupted is not None:
-        return recorded_cohort(interrupted)
+        cohort = recorded_cohort(interrupted)
+        return cohort, context.planner.plan(learned, round, cohort)
     # Transports list clients in any order, and a cohort is drawn by position.
     known = sorted(context.transport.clients(), key=lambda client: client.name)
     fleet = known if context.clock is None else reachable(known, round, context.clock)
-    schedule = context.schedule
-    return sample(fleet, schedule.cohort, seed=context.blueprint.seed, round=round, over_select=schedule.over_select)
+    schedule, seed = context.schedule, context.blueprint.seed
+    cohort = sample(fleet, schedule.cohort, seed=seed, round=round, over_select=schedule.over_select)
+    number = len(cohort)
+    while True:
+        # Planned as a whole after every draw, as a resumed round plans them: plans depend on the whole cohort.
+        plans = context.planner.plan(learned, round, cohort)
+        asked = {client.name for client in cohort}
+        others = [client for client in fleet if client.name not in asked]
+        if not others or any(isinstance(plan, PlannedClient) for plan in plans.values()):
+            return cohort, plans
+        more = sample(others, min(number, len(others)), seed=seed, round=round)
+        cohort = sorted([*cohort, *more], key=lambda client: client.name)
 
 
 def recorded_cohort(interrupted: InterruptedRound) -> Sequence[Client]:
@@ -217,7 +234,7 @@ def plain_weight(client: Client) -> Weight:
 
 
 def make_request(
-    context: RoundContext, state: Any, learned: Any, cohort: Sequence[Client], weights: Mapping[str, Weight]
+    context: RoundContext, state: Any, plans: Plans, cohort: Sequence[Client], weights: Mapping[str, Weight]
 ) -> RoundRequest:
     """Return what a cohort is asked to do in the coming round; blobs that clients share are encoded once.
 
@@ -225,7 +242,7 @@ def make_request(
         RoundError: if no client has a feasible plan.
     """
     method, seed, round = context.method, context.blueprint.seed, state.round + 1
-    planned, unfit = split_unfit(round, context.planner.plan(learned, round, cohort), cohort)
+    planned, unfit = split_unfit(round, plans, cohort)
     # The base's digest and the round's rate are added here, so that no method and no planner can forget them.
     rated = partial(with_scheduled_rate, schedule=context.schedule)
     assignments = {
@@ -260,7 +277,7 @@ def whole_assignment(context: RoundContext, state: Any, planned: PlannedClient) 
 
 
 def split_unfit(
-    round: int, planned: Mapping[str, PlannedClient | Failure], cohort: Sequence[Client]
+    round: int, planned: Plans, cohort: Sequence[Client]
 ) -> tuple[Mapping[str, PlannedClient], Mapping[str, Failure]]:
     """Return the clients with a feasible plan, and why the others have none, both in cohort order.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -277,8 +277,9 @@ def fleet_of(
     *,
     parameters: int,
     tokens: Mapping[str, Lengths] | None = None,
+    absent: Collection[str] = (),
 ) -> Fleet:
-    """Return the devices that a recipe's clients are simulated on.
+    """Return the devices that a recipe's clients are simulated on; it may name others that are `absent`.
 
     Raises:
         ConfigError: if an override matches no client or is impossible, or the base has no cost model.
@@ -298,7 +299,7 @@ def fleet_of(
     profiles = dict(FLEETS[recipe.fleet.name](clients, recipe.seed))
     for place, override in enumerate(recipe.device):
         covered = [name for name in clients if override.covers(name)]
-        if not covered:
+        if not covered and not any(override.covers(name) for name in absent):
             known = f"{', '.join(sorted(clients)[:8])}{', ...' * (len(clients) > 8)}"
             expected, got = f"names or patterns of clients ({known})", f"{list(override.clients)}, which match none"
             raise ConfigError(Fault(f"device.{place}.clients", expected, got))

@@ -117,9 +117,16 @@ def test_dropped_and_cut_rows_are_noted_with_a_remedy(tmp_path: Path, tokenizer:
     assert len(run(max_tokens=keep - 1).clients["client-0"].train) == 9
 
 
-def test_a_client_left_with_nothing_is_named(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_client_left_with_nothing_takes_no_part_and_is_named(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"instruction": "a " * 40, "output": "b", "site": "long"}, {"instruction": "a", "output": "b", "site": "x"}]
     write(tmp_path / "x.jsonl", rows)
+    federation = by_site(tmp_path, tokenizer, template="plain", max_tokens=20)
+    assert (list(federation.clients), list(federation.sits_out)) == (["x"], ["long"])
+    assert (
+        "long takes no part: data.max_tokens: expected at least one training example for client 'long'; got none of "
+        "its 1 rows has an answer left at 20 tokens; raise max_tokens or give the client more rows"
+    ) in federation.notes
+    write(tmp_path / "x.jsonl", rows[:1])
     with pytest.raises(
         ConfigError, match=r"data\.max_tokens: expected at least one training example for client 'long'"
     ):

@@ -276,6 +276,7 @@ def chosen(
     count: int = 2,
     *,
     min_clients: int = 1,
+    cohort: int | None = None,
     away: tuple[str, ...] = (),
     **options: Any,
 ) -> list[RoundResult]:
@@ -286,7 +287,7 @@ def chosen(
                 settings=METHODS["flora"].settings(wire_dtype="bf16"),
                 planner=Choosing(Fixed(lambda name: (2, TRAINING), alpha="2r", rslora=False)),
                 transport=Scripted(replies),
-                schedule=Schedule(count=count, min_clients=min_clients),
+                schedule=Schedule(count=count, min_clients=min_clients, cohort=cohort),
                 blueprint=Blueprint({"x": SHAPE}, saved={}, max_rank=2, seed=0),
                 base="base",
                 clock=Told(seconds, away),

@@ -61,6 +61,16 @@ def test_a_client_that_nothing_fits_sits_out_with_the_reason_and_stops_nobody() 
         chosen({"eve": never}, {})
 
 
+def test_where_nothing_fits_any_client_drawn_others_are_drawn_beside_them() -> None:
+    def never(assignment: Assignment) -> ClientUpdate | Failure:
+        raise AssertionError("eve must not be asked")
+
+    results = chosen({"ann": answer(), "eve": never}, {"ann": 2.0}, count=8, cohort=1)
+    # Drawn one at a time: eve alone would end the run in her first round.
+    assert {tuple(result.outcomes) for result in results} == {("ann",), ("ann", "eve")}
+    assert all(result.outcomes["eve"].kind == "unfit" for result in results if "eve" in result.outcomes)  # type: ignore[union-attr]
+
+
 def test_a_planner_learns_again_from_the_rounds_before() -> None:
     replies = {"ann": answer(), "bob": answer()}
     whole = chosen(replies, {"ann": 2.0, "bob": 3.0}, count=3)
