@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
+from fedtune.errors import ShapeError
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import BlockLayout, ModelStructure
 from fedtune.tensors import Array, Tensors
@@ -20,6 +21,8 @@ BankName: TypeAlias = Literal["hadamard", "gaussian", "kron"]
 Sampling: TypeAlias = Literal["uniform", "distinct", "pro"]
 Estimator: TypeAlias = Literal["two-sided", "one-sided"]
 Verb: TypeAlias = Literal["adapt", "probe"]
+BaseDtype: TypeAlias = Literal["", "int8", "nf4"]
+View: TypeAlias = Literal["whole", "deployed"]
 Role: TypeAlias = Literal["change", "factors", "saved", "scalars", "mean"]
 """Parts of an update's change that are bounded apart: the layers' products b a, the factors' own numbers,
 modules_to_save, the scalars of seeds, and what a `LinearMethod` takes the mean of."""
@@ -44,6 +47,10 @@ class Client:
     """Main memory of its machine, as it says itself; 0 where it is not known."""
     organisation: str = ""
     """That it belongs to, by the roster; empty where there is none, and it is taken for one of its own."""
+    s_per_tflop: float | None = None
+    """Seconds for 1e12 operations, as it has measured for the coming round alone; None where it has not."""
+    s_per_mb: float | None = None
+    """Seconds for a megabyte, down and up alike, measured likewise."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +108,37 @@ class Plan:
 
     client: str
     rank: int
-    """LoRA rank of every target module."""
+    """LoRA rank of every target module; the largest of `ranks` where these are given."""
     scale: float
     """alpha / rank, or alpha / sqrt(rank) with rsLoRA: the factor between B as trained and b as sent."""
     training: Training
     """With `steps` set."""
     ratio: float = 0.0
     """Share of the blocks' weights to be pruned away, in [0, 0.875]; 0 leaves the model whole."""
+    ranks: tuple[int, ...] = ()
+    """LoRA rank by target module, in sorted order of their names; none: `rank` for all. A module of rank 0 is not
+    trained, and no part of the update."""
+    back: float = 0.0
+    """Share of each block's heads and channels that the backward pass leaves out, in [0, 0.875]; the forward pass is
+    whole."""
+    base_dtype: BaseDtype = ""
+    """Number format of the frozen base; empty: as the recipe's `model.dtype`."""
+    view: View = "whole"
+    """Which model the trained adapter is of. deployed: the pruned one alone; it never enters the whole model."""
+
+    def rank_of(self, modules: Iterable[str]) -> Mapping[str, int]:
+        """Return the rank of each trained module, by name; modules of rank 0 are left out.
+
+        Raises:
+            ShapeError: if there are other than one rank a module, or none is trained.
+        """
+        names = sorted(modules)
+        if not self.ranks:
+            return dict.fromkeys(names, self.rank)
+        if len(self.ranks) != len(names) or max(self.ranks) != self.rank:
+            expected = f"one for each of {len(names)} modules, the largest {self.rank}"
+            raise ShapeError(f"ranks: expected {expected}; got {len(self.ranks)}, the largest {max(self.ranks)}")
+        return {name: rank for name, rank in zip(names, self.ranks, strict=True) if rank > 0}
 
 
 @dataclass(frozen=True)
@@ -122,6 +153,13 @@ class PlannedClient:
     """When the planner expects the round to end."""
     why: str = ""
     """Reason for the choice, for the records."""
+    down_rank: int | None = None
+    """Largest rank of the global change that the client is sent; None: as the method's settings say."""
+    top: float = 1.0
+    """The share of the blocks, from the top, whose modules `Plan.ranks` trains, as the planner chose it; 1 where the
+    ranks are of another choice."""
+    share: float = 1.0
+    """The share of the recipe's steps that the plan takes, as the planner chose it."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +337,10 @@ class Measured:
     """With pruning: tokens that went forward for scores and for the losses above."""
     skipped_steps: int = 0
     """Optimizer steps that were left out because their loss or gradient was not finite."""
+    whole_loss_before: float | None = None
+    """As `loss_before`, in the whole model: of a client that trained a smaller one, and holds the whole base."""
+    whole_loss_after: float | None = None
+    """The same after training, with its change scattered to the whole model."""
 
 
 @dataclass(frozen=True)

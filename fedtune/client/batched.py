@@ -85,6 +85,10 @@ def why_alone(base: Base, client: Resident, assignment: Assignment) -> str:
         "it has no example": not client.examples,
         "it is for another base": bool(assignment.base) and assignment.base != base.digest,
         "the model is pruned": task.pruning is not None,
+        "modules have ranks of their own": bool(assignment.plan.ranks),
+        "the backward pass leaves something out": assignment.plan.back > 0,
+        "its base has a format of its own": bool(assignment.plan.base_dtype),
+        "its adapter is of another view": assignment.plan.view != "whole",
         "the objective has other terms": bool(task.terms),
         "modules are trained in full": bool(task.blobs.get("saved")),
         # It is drawn from one generator, layer by layer: beside others a client would get another draw than alone.

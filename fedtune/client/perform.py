@@ -174,6 +174,7 @@ def train_adapter(
     shares: Shares = ALONE,
 ) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
+    refuse_unsupported(assignment.plan)
     plan, assignment = assignment.plan, in_numbers(assignment, "global", "local")
     task = assignment.lora
     # Before training: hours of work on another base would only be refused in the end.
@@ -195,6 +196,21 @@ def train_adapter(
             learned = train_locally(base, examples, assignment, initial, extend, rows, on_step, shares)
             result, measured = lora_result(base, assignment, task, learned), learned.measured
     return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
+
+
+def refuse_unsupported(plan: Plan) -> None:
+    """Raise ClientError for what a plan may ask and this client does not do: nothing is left out in silence."""
+    asked = {
+        "ranks by module": bool(plan.ranks),
+        f"backward passes without a share of {plan.back:g}": plan.back > 0,
+        f"a frozen base in {plan.base_dtype}": bool(plan.base_dtype),
+        f"an adapter of the {plan.view} model alone": plan.view != "whole",
+    }
+    if unsupported := [what for what, is_asked in asked.items() if is_asked]:
+        raise ClientError(
+            f"{plan.client}: expected a plan that this client can follow; got {' and '.join(unsupported)}; "
+            "run a release of fedtune that does it, or let the planner choose another"
+        )
 
 
 def in_numbers(assignment: Assignment, *roles: str) -> Assignment:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from fedtune.config.order_rules import FREE, Comparison, Difference, Rule, short_text
+from fedtune.config.order_rules import FREE, Comparison, Difference, Rule, numbers_text, short_text
 from fedtune.config.plugins import BROKEN
 from fedtune.config.recipe import (
     Recipe,
@@ -197,7 +197,22 @@ def permission_texts(recipe: Recipe, client: str) -> Mapping[str, str]:
         "whole": "none" if probe else whole,
         "scores": f"of {rows} held-out rows, after each evaluation" if settings.clients else "never",
     }
+    texts |= {} if probe else arm_texts(allowed.choices)
     return texts if probe else {**texts, "bytes": f"the factors in {number_format(recipe)}; those in full in fp32"}
+
+
+def arm_texts(choices: PlanChoices) -> Mapping[str, str]:
+    """Return in plain words what a planner may choose beside ranks and ratios; nothing where it trains all alike."""
+    modules = "any of these ranks for each module, or none" if choices.module_ranks else ""
+    if choices.tops and not modules:
+        modules = f"all, or those of a share of the blocks, from the top: {numbers_text(choices.tops)}"
+    texts = {
+        "modules": modules,
+        "backward": f"all, or without a share of {numbers_text(choices.backs)}" if choices.backs else "",
+        "base": f"as model.dtype, or {', '.join(sorted(choices.base_dtypes))}" if choices.base_dtypes else "",
+        "view": " or ".join(["whole", *sorted(set(choices.views) - {"whole"})]) if choices.views else "",
+    }
+    return {name: text for name, text in texts.items() if text}
 
 
 def number_format(recipe: Recipe) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from fedtune.config.recipe import Recipe, method_of
 from fedtune.errors import ShapeError, expected_and_got
-from fedtune.messages import Assignment, ProbeSeeds, ScoreRequest, TailRank
+from fedtune.messages import Assignment, ProbeSeeds, ScoreRequest, TailRank, TrainLora
 from fedtune.number_formats import CODES, FORMATS, SCALE_DTYPE, SCALES, scales_shape
+from fedtune.planning.planner import PlanChoices
+from fedtune.pruning.depth import module_ranks
 from fedtune.pruning.ranking import PruningSettings, counts
 from fedtune.pruning.structure import from_bitmap
 from fedtune.tensors import Array, Tensors
@@ -18,6 +20,9 @@ from fedtune.wire.profile import ClientProfile
 
 class Bounds(Protocol):
     """What is read here of a recipe's permission; see `consent.Permitted`."""
+
+    @property
+    def choices(self) -> PlanChoices: ...
 
     def ratio(self, ratio: float) -> bool:
         """Return whether a pruning ratio is permitted."""
@@ -106,6 +111,46 @@ def terms(order: Assignment) -> tuple[Any, ...]:
 
 def ratio(one: Comparison) -> str:
     return "" if one.allowed.ratio(one.order.plan.ratio) else one.allowed.ratio_text
+
+
+def ranks(one: Comparison) -> str:
+    """Of each module one, none above the plan's; which are trained, the planner must be one that chooses."""
+    plan, modules, layout = one.order.plan, one.profile.foundation.modules, one.profile.foundation.anatomy
+    if not plan.ranks:
+        return ""
+    choices = one.allowed.choices
+    if not choices.module_ranks and not choices.tops:
+        return "none: a planner that trains all modules alike"
+    if not isinstance(one.order.task, TrainLora):
+        return "none without an adapter"
+    try:
+        plan.rank_of(modules)
+    except ShapeError as error:
+        return expected_by(error)
+    if choices.module_ranks:
+        return ""
+    tops = sorted(choices.tops)
+    shares = [] if layout is None else [module_ranks(modules, layout, plan.rank, top) for top in tops]
+    return "" if plan.ranks in shares else f"those of {numbers_text([*tops, 1.0])} of the blocks, from the top"
+
+
+def back(one: Comparison) -> str:
+    allowed = {0.0, *one.allowed.choices.backs}
+    return "" if one.order.plan.back in allowed else numbers_text(allowed)
+
+
+def base_dtype(one: Comparison) -> str:
+    allowed, came = one.allowed.choices.base_dtypes, one.order.plan.base_dtype
+    return "" if came in ("", *allowed) else f"{', '.join(sorted(allowed)) or 'none'} beside model.dtype"
+
+
+def view(one: Comparison) -> str:
+    allowed = {"whole", *one.allowed.choices.views}
+    return "" if one.order.plan.view in allowed else " or ".join(sorted(allowed))
+
+
+def numbers_text(numbers: Iterable[float]) -> str:
+    return ", ".join(f"{number:g}" for number in sorted(set(numbers)))
 
 
 def stages(one: Comparison) -> str:
@@ -279,6 +324,10 @@ FREE: Mapping[str, Rule] = {
     "Assignment.date": date,
     "Plan.rank": rank,
     "Plan.ratio": ratio,
+    "Plan.ranks": ranks,
+    "Plan.back": back,
+    "Plan.base_dtype": base_dtype,
+    "Plan.view": view,
     "TrainLora.blobs": order_blobs,
     "Pruning.stages": stages,
     "Pruning.previous": previous,

@@ -146,6 +146,8 @@ class GridTransport:
                 self.profiles[name].num_examples,
                 self.profiles[name].device.memory_bytes,
                 self._organisation(name),
+                self.profiles[name].device.s_per_tflop,
+                self.profiles[name].device.s_per_mb,
             )
             for name in sorted(self._free())
         ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 from typing import Any, Literal, Protocol, TypeAlias
 
-from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
+from fedtune.messages import BaseDtype, Client, Failure, Plan, PlannedClient, Training, View
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.ranking import PruningSettings
 
@@ -31,6 +31,21 @@ class ClientObservation:
     importance: float | None = None
     bytes_down: int = 0
     bytes_up: int = 0
+    steps: int | None = None
+    """Optimizer steps that were asked for."""
+    top: float = 1.0
+    """This and the next two as the planner chose them; see `messages.PlannedClient`."""
+    share: float = 1.0
+    down_rank: int | None = None
+    ranks: tuple[int, ...] = ()
+    """By module; left out where `top` says it."""
+    back: float = 0.0
+    base_dtype: BaseDtype = ""
+    view: View = "whole"
+    whole_loss_before: float | None = None
+    whole_loss_after: float | None = None
+    peak_bytes: int | None = None
+    """Most memory that the work took, as the client says; None of one whose update is not used."""
 
 
 class Planner(Protocol):
@@ -166,6 +181,16 @@ class PlanChoices:
     """Beside 0, where the recipe has the table `pruning`; None: any."""
     fewer_steps: bool = False
     """Whether it may ask for fewer steps than the recipe."""
+    tops: Collection[float] = ()
+    """Shares of the blocks, from the top, whose modules alone may be trained, beside 1."""
+    module_ranks: bool = False
+    """Whether the rank may be another for every module, none of them above the plan's."""
+    backs: Collection[float] = ()
+    """Shares that backward passes may leave out, beside 0."""
+    base_dtypes: Collection[BaseDtype] = ()
+    """Number formats of the frozen base, beside the recipe's own."""
+    views: Collection[View] = ()
+    """Models that an adapter may be trained for, beside the whole one."""
 
 
 def any_choice(settings: Any, rank: int, ratio: float) -> PlanChoices:

@@ -11,12 +11,20 @@ Memory = TypeVar("Memory")
 
 @dataclass(frozen=True)
 class Arm:
-    """A pruning ratio and a rank, between which a planner chooses for every client."""
+    """What a planner chooses for a client: of the model what is pruned, what is trained, and for how long."""
 
     ratio: float
     """Share of the blocks' weights that is pruned, in [0, 0.875]."""
     rank: int
     """LoRA rank, at least 1."""
+    top: float = 1.0
+    """Share of the blocks, from the top, whose modules are trained, in (0, 1]; rounded to at least one block."""
+    back: float = 0.0
+    """Share of heads and channels that the backward pass leaves out, in [0, 0.875]."""
+    share: float = 1.0
+    """Share of the steps that are taken, in (0, 1]; at least one is."""
+    down_rank: int | None = None
+    """Largest rank of the global change that is sent; None: as the method's settings say."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,9 @@ class Observed:
     """On the same rows, in the new structure."""
     importance: float | None = None
     """Mean over the steps of sum |theta * gradient| of the LoRA parameters."""
+    whole_loss_before: float | None = None
+    """As `loss_before`, in the whole model, where the client trained a smaller one and holds the whole base."""
+    whole_loss_after: float | None = None
 
     @property
     def seconds(self) -> float | None:

@@ -117,7 +117,8 @@ def _check_round(update: ClientUpdate, assignment: Assignment, num_examples: int
     honest = 1 <= update.num_examples <= num_examples
     _require(honest, "EXAMPLES_RANGE", f"1 to {num_examples} examples, as enrolled", update.num_examples)
     measured = update.measured
-    for name, loss in (("loss_before", measured.loss_before), ("loss_after", measured.loss_after)):
+    for name in ("loss_before", "loss_after", "whole_loss_before", "whole_loss_after"):
+        loss = getattr(measured, name)
         # A comparison with NaN is false, so NaN is refused too.
         if loss is not None and not abs(loss) <= LARGEST_LOSS:
             raise _RefusedError("LOSS_RANGE", f"a finite {name}, at most {LARGEST_LOSS:g}", f"{loss:g}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from fedtune.messages import Failure, Weight
 from fedtune.methods import serialization as states
 
 UNFIT = "unfit"
 """Recorded in place of the assignment's digest of a client without a feasible plan."""
+
+Probed: TypeAlias = tuple[float | None, float | None]
+"""Seconds for 1e12 operations, and for a megabyte, as a client has measured them; None: not measured."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class InterruptedRound:
     """Bytes of main memory of those of them that stated it."""
     weights: Mapping[str, Weight] = field(default_factory=dict)
     """What those of them count that do not count as their examples alone."""
+    probes: Mapping[str, Probed] = field(default_factory=dict)
+    """How fast those of them are that measured it for this round."""
 
 
 class RoundJournal(Protocol):
@@ -49,10 +54,12 @@ class RoundJournal(Protocol):
         digests: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
         weights: Mapping[str, Weight] | None = None,
+        probes: Mapping[str, Probed] | None = None,
     ) -> None:
         """Record the digest of the state, the clients, what they count, and the digests of their assignments.
 
-        That is before the first assignment is sent. Weights are of those whose weight is not their examples alone.
+        That is before the first assignment is sent. Weights are of those whose weight is not their examples alone,
+        probes of those that measured their speed.
 
         Clients without a feasible plan are recorded with the assignment digest `UNFIT`.
         """
@@ -86,6 +93,7 @@ class NullJournal:
         digests: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
         weights: Mapping[str, Weight] | None = None,
+        probes: Mapping[str, Probed] | None = None,
     ) -> None: ...
 
     def accept(self, round: int, client: str, update: bytes) -> None: ...

@@ -90,11 +90,37 @@ class RoundResult:
             transfer_s=spent.transfer_s if spent else None,
             bytes_down=self.traffic[name].down,
             bytes_up=self.traffic[name].up,
+            steps=assignment.plan.training.steps if assignment else None,
         )
+        if name in self.planned:
+            observation = replace(observation, **arm_of(self.planned[name]))
         if isinstance(outcome, Failure):
             return replace(observation, status=outcome.kind, out_of_memory=outcome.out_of_memory)
         m = outcome.measured
-        return replace(observation, loss_before=m.loss_before, loss_after=m.loss_after, importance=m.importance)
+        return replace(
+            observation,
+            loss_before=m.loss_before,
+            loss_after=m.loss_after,
+            importance=m.importance,
+            whole_loss_before=m.whole_loss_before,
+            whole_loss_after=m.whole_loss_after,
+            peak_bytes=m.peak_bytes,
+        )
+
+
+def arm_of(planned: PlannedClient) -> Mapping[str, Any]:
+    """Return what was planned for a client beside its rank, ratio and steps; see `record.ARM_FIELDS`."""
+    plan = planned.plan
+    return {
+        "top": planned.top,
+        "share": planned.share,
+        "down_rank": planned.down_rank,
+        # The share says it in a word: a list for every client and round would be most of a run's lines.
+        "ranks": plan.ranks if planned.top == 1.0 else (),
+        "back": plan.back,
+        "base_dtype": plan.base_dtype,
+        "view": plan.view,
+    }
 
 
 def run(
@@ -197,9 +223,12 @@ def planned_cohort(
 
 
 def recorded_cohort(interrupted: InterruptedRound) -> Sequence[Client]:
-    memory = interrupted.memory
+    memory, probes = interrupted.memory, interrupted.probes
     # Not drawn again: the fleet may have changed since, and updates of the old cohort are in the journal.
-    return [Client(name, examples, memory.get(name, 0)) for name, examples in sorted(interrupted.cohort.items())]
+    return [
+        Client(name, examples, memory.get(name, 0), "", *probes.get(name, (None, None)))
+        for name, examples in sorted(interrupted.cohort.items())
+    ]
 
 
 def reachable(clients: Sequence[Client], round: int, clock: Clock) -> Sequence[Client]:
@@ -311,8 +340,15 @@ def open_round(
         memory = {client.name: client.memory_bytes for client in cohort if client.memory_bytes}
         plain = {client.name: plain_weight(client) for client in cohort}
         weights = {name: weight for name, weight in request.weights.items() if weight != plain[name]}
+        probes = {c.name: (c.s_per_tflop, c.s_per_mb) for c in cohort if (c.s_per_tflop, c.s_per_mb) != (None, None)}
         journal.open(
-            request.round, state=state, cohort=request.enrolled, digests=digests, memory=memory, weights=weights
+            request.round,
+            state=state,
+            cohort=request.enrolled,
+            digests=digests,
+            memory=memory,
+            weights=weights,
+            probes=probes,
         )
     elif earlier.digests != digests:
         raise changed_assignments(request.round, earlier.digests, digests)

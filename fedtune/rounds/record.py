@@ -69,6 +69,29 @@ class ClientRecord:
     """With pruning: mean over the steps of the sum of |parameter * gradient| over the trained factors."""
     skipped_steps: int = 0
     """Optimizer steps that it left out because their loss or gradient was not finite; left out where it is 0."""
+    top: float = 1.0
+    """Share of the blocks, from the top, whose modules it trained; this and the seven below are left out at their
+    defaults."""
+    share: float = 1.0
+    """Share of the recipe's steps that it was asked for."""
+    back: float = 0.0
+    """Share of heads and channels that its backward passes left out."""
+    down_rank: int | None = None
+    """Largest rank of the global change that it was sent, where the planner chose one."""
+    ranks: tuple[int, ...] = ()
+    """LoRA rank by module, in sorted order of their names, where `top` does not say it."""
+    base_dtype: Literal["", "int8", "nf4"] = ""
+    """Number format of its frozen base, where that is not the recipe's."""
+    view: Literal["whole", "deployed"] = "whole"
+    """deployed: it trained an adapter of the pruned model alone."""
+    whole_loss_before: float | None = None
+    """As `loss_before`, in the whole model, where it trained a smaller one and holds the whole base."""
+    whole_loss_after: float | None = None
+    """The same after the local steps, with its change in the whole model."""
+
+
+ARM_FIELDS = ("top", "share", "back", "down_rank", "ranks", "base_dtype", "view")
+"""Of a client's record and of what a planner observes: what was planned for it beside rank, ratio and steps."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +199,11 @@ def observations(record: RoundRecord) -> Sequence[ClientObservation]:
             importance=client.importance,
             bytes_down=client.bytes_down,
             bytes_up=client.bytes_up,
+            steps=client.steps,
+            whole_loss_before=client.whole_loss_before,
+            whole_loss_after=client.whole_loss_after,
+            peak_bytes=client.peak_bytes,
+            **{key: getattr(client, key) for key in ARM_FIELDS},
         )
         for name, client in record.clients.items()
     ]

@@ -17,7 +17,7 @@ from fedtune.lora.lowrank import compress
 from fedtune.messages import Failure, TrainLora
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure
-from fedtune.rounds.loop import RoundResult
+from fedtune.rounds.loop import RoundResult, arm_of
 from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
 from fedtune.rounds.selection import ends_early, kept_record
 from fedtune.rounds.transport import UnsolicitedReply
@@ -163,6 +163,7 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
             ratio=plan.ratio if isinstance(task, TrainLora) and task.pruning is not None else None,
             deadline_s=planned.deadline_s,
             why=planned.why,
+            **arm_of(planned),
         )
     if device is not None:
         record = replace(record, compute_s=device.compute_s, transfer_s=device.transfer_s, overhead_s=device.overhead_s)
@@ -179,6 +180,8 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
         norm=finished.norms.get(name),
         importance=measured.importance,
         skipped_steps=measured.skipped_steps,
+        whole_loss_before=measured.whole_loss_before,
+        whole_loss_after=measured.whole_loss_after,
     )
 
 

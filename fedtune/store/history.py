@@ -9,6 +9,7 @@ from typing import Any
 
 from fedtune.errors import StoreError
 from fedtune.messages import Failure, Weight
+from fedtune.rounds.journal import Probed
 from fedtune.store import journal
 from fedtune.store.journal import End, Record
 
@@ -43,6 +44,8 @@ class Round:
     """Main memory in bytes, of the clients that reported it."""
     weights: Mapping[str, Weight] = field(default_factory=dict)
     """Of the clients whose weight is not their examples alone."""
+    probes: Mapping[str, Probed] = field(default_factory=dict)
+    """How fast those clients are that measured it."""
 
     @property
     def missing(self) -> Sequence[str]:
@@ -149,8 +152,16 @@ def begin(history: History, fields: Mapping[str, Any]) -> None:
     }
     if any(min(weight.examples, weight.uniform) < 1 for weight in weights.values()):
         raise ValueError("weights")
+    probes = {str(name): read_probe(seconds) for name, seconds in fields.get("probes", {}).items()}
     note_line(history, fields, number - 1)
-    history.round, history.finished = Round(number, state, cohort, orders, memory=memory, weights=weights), False
+    history.round = Round(number, state, cohort, orders, memory=memory, weights=weights, probes=probes)
+    history.finished = False
+
+
+def read_probe(seconds: Any) -> Probed:
+    """Return the two speeds of a client; raises ValueError if they are none."""
+    s_per_tflop, s_per_mb = (float(value) if value else None for value in seconds)
+    return s_per_tflop, s_per_mb
 
 
 def accept(history: History, fields: Mapping[str, Any]) -> None:

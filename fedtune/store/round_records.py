@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import StoreError
-from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord
+from fedtune.rounds.record import ARM_FIELDS, ClientRecord, ModuleRecord, RoundRecord
 from fedtune.store import files
 from fedtune.store.files import append_line, store_errors
 from fedtune.store.run_directory import REMEDY, VERSION
@@ -80,6 +80,9 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
         line["deadline_s"] = client.deadline_s
     if client.why:
         line["why"] = client.why
+    # At their defaults they are left out, as in the lines of releases before 0.3.0.
+    usual = {field.name: field.default for field in fields(client)}
+    line |= {key: value for key in ARM_FIELDS if (value := getattr(client, key)) != usual[key]}
     if client.compute_s is not None:
         line |= {"compute_s": client.compute_s, "transfer_s": client.transfer_s, "overhead_s": client.overhead_s}
     if client.status != "ok":
@@ -94,6 +97,9 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
     }
     if client.importance is not None:
         line["importance"] = client.importance
+    for key in ("whole_loss_before", "whole_loss_after"):
+        if (loss := getattr(client, key)) is not None:
+            line[key] = loss
     return line if not client.skipped_steps else line | {"skipped_steps": client.skipped_steps}
 
 

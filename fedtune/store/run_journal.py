@@ -19,7 +19,7 @@ from typing import Any, Self
 from fedtune.errors import StoreError
 from fedtune.messages import Failure, Weight
 from fedtune.methods.serialization import digest, why_not_finite
-from fedtune.rounds.journal import InterruptedRound
+from fedtune.rounds.journal import InterruptedRound, Probed
 from fedtune.store import files
 from fedtune.store.blobs import Blobs
 from fedtune.store.history import History, Round, replay_journal
@@ -191,6 +191,7 @@ class RunJournal:
             sizes=current.sizes,
             memory=current.memory,
             weights=current.weights,
+            probes=current.probes,
         )
 
     def _updates(self, current: Round) -> Mapping[str, bytes]:
@@ -212,6 +213,7 @@ class RunJournal:
         digests: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
         weights: Mapping[str, Weight] | None = None,
+        probes: Mapping[str, Probed] | None = None,
     ) -> None:
         """Note the start of a round, then remove the blobs that only a repetition of the round before would need.
 
@@ -223,6 +225,11 @@ class RunJournal:
         reported: dict[str, Any] = {"memory": memory} if memory else {}
         if weights:
             reported["weights"] = {name: [weight.examples, weight.uniform] for name, weight in weights.items()}
+        if probes:
+            # As texts, which give every bit of a number again: records hold no fractions.
+            reported["probes"] = {
+                name: ["" if value is None else repr(value) for value in seconds] for name, seconds in probes.items()
+            }
         fields = {"round": round, "state": state, "cohort": cohort, "orders": digests, **reported}
         self._note("open", {**fields, **self._line()})
         self._blobs.release(needed - self._history.needed().keys())

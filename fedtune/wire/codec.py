@@ -47,6 +47,11 @@ CHOICES: Mapping[str, Mapping[str, int]] = {
     "wire_dtype": {"fp32": pb.F32, "fp16": pb.F16, "bf16": pb.BF16, "int8": pb.I8, "int4": pb.I4},
 }
 """The numbers of the values of a task's fields, which have the same names in the schema."""
+PLAN_CHOICES: Mapping[str, Mapping[str, int]] = {
+    "base_dtype": {"": pb.BASE_AS_RECIPE, "int8": pb.BASE_INT8, "nf4": pb.BASE_NF4},
+    "view": {"whole": pb.VIEW_WHOLE, "deployed": pb.VIEW_DEPLOYED},
+}
+"""The same of a plan's fields."""
 
 COMMON = frozenset(("verb", "method", "plan", "round", "base", "labels", "date"))
 FIELDS: Mapping[int, frozenset[str]] = {
@@ -159,7 +164,9 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
             header.probe.CopyFrom(probe.to_message(task, plan.training))
         case TrainLora() as task:
             header.verb, header.base = pb.ADAPT, assignment.base
-            header.plan.MergeFrom(pb.Plan(rank=plan.rank, scale=plan.scale, pruning=plan.ratio))
+            numbers: dict[str, Any] = {field: table[getattr(plan, field)] for field, table in PLAN_CHOICES.items()}
+            numbers |= {"rank": plan.rank, "scale": plan.scale, "pruning": plan.ratio, "back": plan.back}
+            header.plan.MergeFrom(pb.Plan(ranks=plan.ranks, **numbers))
             header.settings = settings.encode(plan.training)
             _write_task(header, task)
             # Sorted: a reader refuses roles in another order, so that one assignment has one encoding.
@@ -279,7 +286,15 @@ def _plan_from(message: pb.Assignment) -> Plan:
         f"rank {plan.rank}, scale {plan.scale}",
     )
     expect(0 <= plan.pruning <= MAX_RATIO, f"a pruning ratio from 0 to {MAX_RATIO}", plan.pruning)
-    return Plan(plan.client, plan.rank, plan.scale, _training(message.settings), plan.pruning)
+    expect(0 <= plan.back <= MAX_RATIO, f"a share from 0 to {MAX_RATIO} left out of the backward pass", plan.back)
+    # How many there must be only the base can say, which has at most so many modules as a message has tensors.
+    ranks, most = tuple(plan.ranks), bodies.MAX_TENSORS
+    within = not ranks or (len(ranks) <= most and max(ranks) == plan.rank)
+    got = f"{len(ranks)}, the largest {max(ranks, default=0)}"
+    expect(within, f"at most {most} ranks of modules, the largest being the plan's {plan.rank}", got)
+    named: dict[str, Any] = {field: choice(table, getattr(plan, field), field) for field, table in PLAN_CHOICES.items()}
+    training = _training(message.settings)
+    return Plan(plan.client, plan.rank, plan.scale, training, plan.pruning, ranks, plan.back, **named)
 
 
 def _lora_from(message: pb.Assignment, decode: Callable[[pb.Blob], Tensors]) -> TrainLora:

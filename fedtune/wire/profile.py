@@ -12,7 +12,7 @@ from fedtune.errors import WireError
 from fedtune.pruning.structure import FAMILIES, Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors, digest
 from fedtune.wire.codec import EncodedAssignment, body_of, decode_blob, encode_blob, outline_of, parse
-from fedtune.wire.expect import MAX_COUNT
+from fedtune.wire.expect import LARGEST, MAX_COUNT
 from fedtune.wire.v1 import round_pb2 as pb
 
 PROTOCOL = 1
@@ -31,6 +31,10 @@ class Device:
     cores: int = 0
     """CPU cores that the process may use."""
     accelerator: str = ""
+    s_per_tflop: float | None = None
+    """Seconds for 1e12 operations, as it has just measured; None where it has not."""
+    s_per_mb: float | None = None
+    """Seconds for a megabyte, measured likewise."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def encode_profile(profile: ClientProfile) -> EncodedAssignment:
         protocol=PROTOCOL,
         manifest=common.manifest,
         anatomy=None if common.anatomy is None else layout_to(common.anatomy),
-        device=pb.Device(memory_bytes=device.memory_bytes, cores=device.cores, accelerator=device.accelerator),
+        device=pb.Device(**vars(device)),  # of the same names; None leaves a field out
         held_out=profile.held_out,
     )
     return EncodedAssignment(header.SerializeToString(), {saved.digest: saved.body})
@@ -150,6 +154,11 @@ def _profile_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Client
     if (size := max(message.parameters, message.device.memory_bytes)) >= MAX_COUNT:
         raise WireError(f"{name}: expected parameters and bytes below {MAX_COUNT}; got {size}")
     check_manifest(name, message)
+    device = Device(**{field.name: value for field, value in message.device.ListFields()})
+    for key, seconds in (("s_per_tflop", device.s_per_tflop), ("s_per_mb", device.s_per_mb)):
+        # Written so that NaN is refused too.
+        if seconds is not None and not 0 < seconds <= LARGEST:
+            raise WireError(f"{name}: expected {key} above 0 s, in float32; got {seconds}")
     saved = decode(message.saved)
     for key, array in saved.items():
         if array.dtype != np.float32 or not np.isfinite(array).all():
@@ -169,7 +178,7 @@ def _profile_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Client
             anatomy=layout_from(name, message.anatomy, modules) if message.HasField("anatomy") else None,
         ),
         methods=tuple(message.methods),
-        device=Device(message.device.memory_bytes, message.device.cores, message.device.accelerator),
+        device=device,
         held_out=message.held_out,
     )
 

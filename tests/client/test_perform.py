@@ -153,6 +153,22 @@ def test_another_base_is_refused_by_name(base: Base, rows: list[Example]) -> Non
         perform(base, rows, replace(assignment(base), base="123"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"back": 0.5}, "backward passes without a share of 0.5"),
+        ({"base_dtype": "nf4"}, "a frozen base in nf4"),
+        ({"view": "deployed"}, "an adapter of the deployed model alone"),
+    ],
+)
+def test_what_a_client_does_not_do_yet_is_refused_and_not_left_out(
+    base: Base, rows: list[Example], changes: dict[str, Any], words: str
+) -> None:
+    asked = assignment(base)
+    with pytest.raises(ClientError, match=f"ann: expected a plan that this client can follow; got {words}"):
+        perform(base, rows, replace(asked, plan=replace(asked.plan, **changes)))
+
+
 def test_examples_are_not_packed_for_a_model_that_would_mix_them(
     base: Base, rows: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from fedtune.config.order_rules import FREE
-from fedtune.messages import SeedState
+from fedtune.config.consent import permission
+from fedtune.config.order_rules import FREE, Comparison
+from fedtune.messages import BaseDtype, SeedState, View
 from fedtune.number_formats import to_wire
+from fedtune.planning.planner import PlanChoices
+from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.tensors import cast
-from tests.config.test_consent import ORDERS, SAVED, UP, keys, put
+from tests.config.test_consent import ADAPTERS, ORDERS, PROFILE, SAVED, UP, keys, made, put, recipe_of
 
 
 def wide(name: str, rows: int, columns: int) -> Mapping[str, Any]:
@@ -59,6 +63,14 @@ OUT_OF_BOUNDS: Mapping[str, Sequence[tuple[str, str, Any]]] = {
     ]
     + [("adapters", "task.pruning.stages", (b"\xff" * 5,))],
     "Pruning.previous": [("pruned", "task.pruning.previous", b"x")],
+    "Plan.ranks": [
+        ("adapters", "plan.ranks", (0, 4)),
+        ("adapters", "plan.ranks", (4, 4)),
+        ("seeds", "plan.ranks", (1,)),
+    ],
+    "Plan.back": [("adapters", "plan.back", 0.5), ("pruned", "plan.back", 0.5), ("seeds", "plan.back", 0.5)],
+    "Plan.base_dtype": [("adapters", "plan.base_dtype", "nf4"), ("seeds", "plan.base_dtype", "int8")],
+    "Plan.view": [("adapters", "plan.view", "deployed"), ("pruned", "plan.view", "deployed")],
     "Pruning.scores_requested": [],
     "ProbeSeeds.exponent": [("seeds", "task.exponent", 3)],
     "ProbeSeeds.shift": [("seeds", "task.shift", 0)],
@@ -90,3 +102,45 @@ def test_what_is_free_has_bounds() -> None:
 def test_codes_with_their_scales_are_within_the_bounds() -> None:
     text, make = ORDERS["adapters"]
     assert keys(text, put(make(), "task.blobs", {"local": coded(4, 8), "global": coded(4, 8), "saved": SAVED})) == set()
+
+
+DEEP = BlockLayout("llama", tuple(Block(f"model.layers.{at}", 4, 2, 2, 32) for at in range(4)), width=8)
+DEEP_PROFILE = replace(
+    PROFILE,
+    foundation=replace(
+        PROFILE.foundation, modules={f"model.layers.{at}.mlp.up_proj": (32, 8) for at in range(4)}, anatomy=DEEP
+    ),
+)
+FORMATS: Sequence[BaseDtype] = ("nf4",)
+VIEWS: Sequence[View] = ("deployed",)
+ARMS = PlanChoices(tops=(0.5, 0.25), backs=(0.5,), base_dtypes=FORMATS, views=VIEWS)
+
+
+def plan_faults(choices: PlanChoices, **plan: Any) -> set[str]:
+    """Return the fields of a plan that go beyond what a planner of such choices may ask."""
+    recipe, order = recipe_of(ADAPTERS), made(ADAPTERS)
+    order = replace(order, plan=replace(order.plan, **plan))
+    allowed = replace(permission(recipe, "site-a", 40), choices=choices)
+    comparison = Comparison(recipe, DEEP_PROFILE, allowed, order, order)
+    return {name for name, rule in FREE.items() if name.startswith("Plan.") and rule(comparison)} - {"Plan.ratio"}
+
+
+def test_a_planner_that_names_arms_may_choose_just_these() -> None:
+    assert plan_faults(ARMS, ranks=(0, 0, 4, 4), back=0.5, base_dtype="nf4", view="deployed") == set()
+    assert plan_faults(ARMS, ranks=(0, 0, 0, 4)) == set()
+    assert plan_faults(ARMS, ranks=(0, 4, 4, 4)) == {"Plan.ranks"}
+    assert plan_faults(ARMS, ranks=(4, 4, 0, 0)) == {"Plan.ranks"}
+    assert plan_faults(ARMS, ranks=(0, 0, 2, 4)) == {"Plan.ranks"}
+    assert plan_faults(ARMS, back=0.25) == {"Plan.back"}
+    assert plan_faults(ARMS, back=float("nan")) == {"Plan.back"}
+    assert plan_faults(ARMS, base_dtype="int8") == {"Plan.base_dtype"}
+    others: dict[str, Any] = {"ranks": (0, 0, 4, 4), "back": 0.5, "base_dtype": "nf4", "view": "deployed"}
+    assert plan_faults(PlanChoices(), **others) == {"Plan.ranks", "Plan.back", "Plan.base_dtype", "Plan.view"}
+
+
+def test_a_planner_of_ranks_by_module_stays_below_the_plan_and_names_every_module() -> None:
+    free = PlanChoices(module_ranks=True)
+    assert plan_faults(free, ranks=(0, 3, 4, 1)) == set()
+    for ranks in ((0, 3, 5, 1), (0, 3, 1, 1), (4,), (4,) * 5, (0,) * 4):
+        assert plan_faults(free, ranks=ranks) == {"Plan.ranks"}, ranks
+    assert plan_faults(free, ranks=(0, 3, 8, 1), rank=8) == set()  # the plan's own rank has a rule beside

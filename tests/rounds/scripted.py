@@ -31,7 +31,7 @@ from fedtune.planning.fixed import Fixed
 from fedtune.planning.planner import ClientObservation
 from fedtune.rounds.clock import ClientTime, CompletedWork
 from fedtune.rounds.context import RoundContext
-from fedtune.rounds.journal import InterruptedRound, NullJournal
+from fedtune.rounds.journal import InterruptedRound, NullJournal, Probed
 from fedtune.rounds.loop import RoundResult, run
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Answer, Reply, Rule
@@ -140,8 +140,9 @@ class Noted(NullJournal):
         digests: Mapping[str, str],
         memory: Mapping[str, int] | None = None,
         weights: Mapping[str, Weight] | None = None,
+        probes: Mapping[str, Probed] | None = None,
     ) -> None:
-        self.noted["weights"] = weights or {}
+        self.noted["weights"], self.noted["probes"] = weights or {}, probes or {}
         self.steps.append(("open", round, tuple(cohort)))
         self.noted["digests"] = digests
 

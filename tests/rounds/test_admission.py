@@ -205,6 +205,8 @@ HOSTILE_PROBES: list[tuple[Callable[[], ClientUpdate], list[str]]] = [
     (lambda: replace(answer(), num_examples=0), ["1 to 10", "got 0"]),
     (lambda: replace(answer(), measured=Measured(loss_before=np.nan)), ["loss_before", "nan"]),
     (lambda: replace(answer(), measured=Measured(loss_after=np.inf)), ["loss_after", "inf"]),
+    (lambda: replace(answer(), measured=Measured(whole_loss_before=np.nan)), ["whole_loss_before", "nan"]),
+    (lambda: replace(answer(), measured=Measured(whole_loss_after=-1e30)), ["whole_loss_after", "-1e+30"]),
 ]
 
 

@@ -22,7 +22,7 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.rounds.loop import RoundResult
-from fedtune.rounds.record import ModuleRecord, RoundRecord
+from fedtune.rounds.record import ModuleRecord, RoundRecord, observations
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.runs.context import ModelScores
 from fedtune.runs.recording import record_base, round_record
@@ -66,6 +66,27 @@ def record() -> RoundRecord:
         figures={"sum_abs": 3},
         scores=ModelScores(test={"loss": 1.0}),
     )
+
+
+def test_a_planner_observes_the_same_from_a_round_and_from_its_line() -> None:
+    """A resumed run reads the lines: another plan would follow from another observation."""
+    finished = result()
+    arm = PlannedClient(replace(PLAN, ranks=(0, 2), back=0.5), down_rank=1, top=0.5, share=0.25)
+    other = PlannedClient(replace(PLAN, client="bob", ranks=(1, 2), base_dtype="nf4", view="deployed"))
+    measured = Measured(peak_bytes=7, loss_before=2.0, loss_after=1.0, whole_loss_before=3.0, whole_loss_after=2.5)
+    update = ClientUpdate("ann", 1, 30, LoraResult({}), measured=measured)
+    finished = replace(
+        finished,
+        planned={**finished.planned, "ann": arm, "bob": other},
+        outcomes={**finished.outcomes, "ann": AdmittedUpdate(update)},
+    )
+    line = round_record(
+        finished, decomposed={}, energy_kept={}, state_energy_kept={}, figures={}, scores=ModelScores(test=None)
+    )
+    assert observations(line) == finished.observations
+    ann, bob, _ = finished.observations
+    assert (ann.top, ann.share, ann.back, ann.down_rank, ann.ranks) == (0.5, 0.25, 0.5, 1, ())
+    assert (bob.ranks, bob.base_dtype, bob.view, ann.whole_loss_after) == ((1, 2), "nf4", "deployed", 2.5)
 
 
 def test_losses_are_means_by_examples_over_the_updates_that_were_used() -> None:

@@ -5,11 +5,12 @@ import math
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
+from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord, observations
 from fedtune.store import files, round_records
 from fedtune.store.round_records import append_round, mend_rounds, read_rounds, scan
 
@@ -64,6 +65,29 @@ def test_the_keys_of_a_line_and_their_order_are_those_of_version_1(tmp_path: Pat
     assert list(line["modules"]["x"]) == ["rank", "norm", "singular_values", "energy_kept"]
     assert list(line["modules"]["y"]) == ["rank", "norm", "singular_values"]
     assert read_rounds(tmp_path) == (full,)
+
+
+def test_what_was_planned_for_a_client_is_read_back_and_left_out_where_it_is_as_usual(tmp_path: Path) -> None:
+    arms: dict[str, Any] = {
+        "top": 0.6,
+        "share": 0.5,
+        "back": 0.25,
+        "down_rank": 4,
+        "base_dtype": "nf4",
+        "view": "deployed",
+    }
+    losses: dict[str, Any] = {"whole_loss_before": 3.0, "whole_loss_after": 2.5}
+    full = record(0, clients={"ann": replace(OK, **arms, **losses), "bob": replace(OK, ranks=(0, 2)), "cyd": OK})
+    append_round(tmp_path, full)
+    line = json.loads((tmp_path / "rounds.jsonl").read_text())["clients"]
+    assert {key: line["ann"][key] for key in arms | losses} == arms | losses
+    assert line["ann"].keys() - line["cyd"].keys() == arms.keys() | losses.keys()
+    assert line["bob"].keys() - line["cyd"].keys() == {"ranks"}
+    assert read_rounds(tmp_path) == (full,)
+    seen = {one.client: one for one in observations(full)}
+    assert (seen["ann"].top, seen["ann"].share, seen["ann"].back, seen["ann"].down_rank) == (0.6, 0.5, 0.25, 4)
+    assert (seen["ann"].base_dtype, seen["ann"].view, seen["ann"].whole_loss_after) == ("nf4", "deployed", 2.5)
+    assert (seen["bob"].ranks, seen["bob"].steps, seen["bob"].peak_bytes) == ((0, 2), 3, 10)
 
 
 def test_rounds_are_read_as_they_were_appended(tmp_path: Path) -> None:

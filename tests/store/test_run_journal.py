@@ -174,6 +174,27 @@ def test_weights_that_no_round_can_have_are_damage(wrong: Any) -> None:
     assert history.round.weights == {"ann": Weight(3, 2)}
 
 
+def test_the_speeds_that_a_round_was_planned_by_are_read_back(tmp_path: Path) -> None:
+    """Or a round that is done again would be planned by others."""
+    probes = {"ann": (0.1 + 0.2, None), "bob": (3.5, 1e-3)}
+    with RunJournal.create(tmp_path) as kept:
+        kept.begin(INPUTS)
+        kept.open(1, state="", cohort=COHORT, digests=ORDERS, probes=probes)
+    with RunJournal.reopen(tmp_path) as kept:
+        again = kept.interrupted_round(1)
+        assert again is not None
+        assert again.probes == probes
+
+
+@pytest.mark.parametrize("wrong", [{"ann": 1}, {"ann": ["1"]}, {"ann": ["1", "2", "3"]}, {"ann": ["x", "1"]}])
+def test_speeds_that_are_none_are_damage(wrong: Any) -> None:
+    history = History()
+    history.apply("start", {"run": "r", "inputs": INPUTS})
+    opening = {"round": 1, "state": "", "cohort": {"ann": 1}, "orders": {"ann": "o"}}
+    with pytest.raises(StoreError, match="expected the fields of open"):
+        history.apply("open", {**opening, "probes": wrong})
+
+
 def test_the_first_round_is_done_again_from_the_methods_own_state(tmp_path: Path) -> None:
     with RunJournal.create(tmp_path) as kept:
         kept.begin(INPUTS)

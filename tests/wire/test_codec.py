@@ -128,6 +128,9 @@ PROXIMAL = st.builds(Proximal, st.floats(0, LARGEST, exclude_min=True))
             rank=st.integers(1, MAX_RANK),
             scale=st.floats(0, LARGEST, exclude_min=True),
             training=st.just(ASSIGNMENT.plan.training),
+            back=st.floats(0, 0.875),
+            base_dtype=st.sampled_from(["", "int8", "nf4"]),
+            view=st.sampled_from(["whole", "deployed"]),
         ),
         task=st.builds(
             TrainLora,
@@ -496,3 +499,50 @@ def test_a_deflated_body_in_an_assignment_is_refused() -> None:
     header.deflated = 5
     with pytest.raises(WireError, match="as it is"):
         codec.decode_blob(header, blob.body)
+
+
+def planned(**changes: Any) -> bytes:
+    """Return the header of an assignment with its plan's numbers changed after the encoding."""
+    message = pb.Assignment.FromString(codec.encode_assignment(ASSIGNMENT).header)
+    for name, value in changes.items():
+        if name == "ranks":
+            message.plan.ranks.extend(value)
+        else:
+            setattr(message.plan, name, value)
+    return message.SerializeToString()
+
+
+def test_what_a_plan_says_of_modules_and_backward_passes_arrives() -> None:
+    plan = replace(ASSIGNMENT.plan, ranks=(0, 8, 3), back=0.5, base_dtype="nf4", view="deployed")
+    assert assignment_again(replace(ASSIGNMENT, plan=plan)).plan == plan
+
+
+def test_a_plan_without_them_has_the_bytes_of_earlier_releases() -> None:
+    plan = pb.Assignment.FromString(codec.encode_assignment(ASSIGNMENT).header).plan
+    assert {field.number for field, _ in plan.ListFields()} == {1, 8, 9}
+
+
+@pytest.mark.guarantee("G2")
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"ranks": [0] * 3}, "the largest being the plan's 8; got 3, the largest 0"),
+        ({"ranks": [9, 8]}, "the largest being the plan's 8; got 2, the largest 9"),
+        ({"ranks": [2**32 - 1]}, "the largest being the plan's 8"),
+        ({"ranks": [8] * 20_001}, "at most 20000 ranks of modules"),
+        ({"back": 0.9}, "a share from 0 to 0.875 left out of the backward pass; got 0.9"),
+        ({"back": -0.1}, "left out of the backward pass"),
+        ({"back": float("nan")}, "left out of the backward pass; got nan"),
+        ({"base_dtype": 7}, "base_dtype"),
+        ({"view": 9}, "view"),
+    ],
+)
+def test_a_plan_beyond_what_any_client_could_do_is_refused(changes: Any, expected: str) -> None:
+    with pytest.raises(WireError, match=re.escape(expected)):
+        codec.decode_assignment(planned(**changes), codec.encode_assignment(ASSIGNMENT).blobs)
+
+
+def test_losses_of_the_whole_model_arrive_where_they_were_measured() -> None:
+    measured = replace(UPDATE.measured, whole_loss_before=3.5, whole_loss_after=3.25)
+    assert update_again(replace(UPDATE, measured=measured)).measured == measured
+    assert update_again(UPDATE).measured == UPDATE.measured

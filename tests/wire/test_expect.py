@@ -32,7 +32,8 @@ from fedtune.wire.v1 import round_pb2 as pb
 
 TRAINING = Training(batch=2, learning_rate=0.1, steps=3)
 TERMS = (TailRank(0.1, 0.9), Proximal(0.1))
-ADAPTERS = Assignment("m", 1, 2, Plan("ann", 4, 2.0, TRAINING, 0.25), TrainLora(a_key=3, terms=TERMS), base="b")
+PLAN = Plan("ann", 4, 2.0, TRAINING, 0.25, back=0.5)
+ADAPTERS = Assignment("m", 1, 2, PLAN, TrainLora(a_key=3, terms=TERMS), base="b")
 STATE = SeedState("whole", 0, bytes(64), 0, bytes(32))
 PROBE = ProbeSeeds("hadamard", 16, 1, 20, 4, 16, STATE, estimator="one-sided", queries=2, clip=1.0)
 SEEDS = Assignment("m", 1, 2, Plan("ann", 1, 1.0, TRAINING), PROBE)

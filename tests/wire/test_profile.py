@@ -222,3 +222,18 @@ def test_an_anatomy_of_impossible_size_or_family_is_refused(change: dict[str, An
     changed_anatomy = replace(STATED, **change)
     with pytest.raises(WireError, match="bank-1: expected an anatomy of"):
         stating(changed_anatomy)
+
+
+def test_the_speed_that_a_client_has_just_measured_arrives_or_is_absent() -> None:
+    fast = replace(PROFILE, device=replace(PROFILE.device, s_per_tflop=0.25, s_per_mb=0.01))
+    assert again(fast).device == fast.device
+    assert not pb.ClientProfile.FromString(encode_profile(PROFILE).header).device.HasField("s_per_tflop")
+
+
+@pytest.mark.guarantee("G2")
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), 1e39])
+@pytest.mark.parametrize("key", ["s_per_tflop", "s_per_mb"])
+def test_a_speed_that_no_device_has_is_refused(key: str, seconds: float) -> None:
+    encoded = changed(lambda message: setattr(message.device, key, seconds))
+    with pytest.raises(WireError, match=f"bank-1: expected {key} above 0 s, in float32; got"):
+        decode_profile(encoded.header, encoded.blobs)

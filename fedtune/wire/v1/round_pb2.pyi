@@ -28,6 +28,17 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     U64: _ClassVar[DType]
     I4: _ClassVar[DType]
 
+class BaseFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BASE_AS_RECIPE: _ClassVar[BaseFormat]
+    BASE_INT8: _ClassVar[BaseFormat]
+    BASE_NF4: _ClassVar[BaseFormat]
+
+class View(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VIEW_WHOLE: _ClassVar[View]
+    VIEW_DEPLOYED: _ClassVar[View]
+
 class Train(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TRAIN_UNSET: _ClassVar[Train]
@@ -74,6 +85,11 @@ U8: DType
 U32: DType
 U64: DType
 I4: DType
+BASE_AS_RECIPE: BaseFormat
+BASE_INT8: BaseFormat
+BASE_NF4: BaseFormat
+VIEW_WHOLE: View
+VIEW_DEPLOYED: View
 TRAIN_UNSET: Train
 TRAIN_AB: Train
 TRAIN_B: Train
@@ -117,16 +133,24 @@ class Blob(_message.Message):
     def __init__(self, role: _Optional[str] = ..., digest: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., deflated: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("rank", "pruning", "scale", "client")
+    __slots__ = ("rank", "pruning", "scale", "client", "base_dtype", "ranks", "back", "view")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PRUNING_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
+    BASE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    BACK_FIELD_NUMBER: _ClassVar[int]
+    VIEW_FIELD_NUMBER: _ClassVar[int]
     rank: int
     pruning: float
     scale: float
     client: str
-    def __init__(self, rank: _Optional[int] = ..., pruning: _Optional[float] = ..., scale: _Optional[float] = ..., client: _Optional[str] = ...) -> None: ...
+    base_dtype: BaseFormat
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    back: float
+    view: View
+    def __init__(self, rank: _Optional[int] = ..., pruning: _Optional[float] = ..., scale: _Optional[float] = ..., client: _Optional[str] = ..., base_dtype: _Optional[_Union[BaseFormat, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., back: _Optional[float] = ..., view: _Optional[_Union[View, str]] = ...) -> None: ...
 
 class LocalAdapter(_message.Message):
     __slots__ = ("a_key", "train", "upload", "wire_dtype", "rank_penalty", "rank_decay", "proximal")
@@ -259,7 +283,7 @@ class Assignment(_message.Message):
     def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
-    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens", "skipped_steps")
+    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens", "skipped_steps", "whole_loss_before", "whole_loss_after")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOSS_BEFORE_FIELD_NUMBER: _ClassVar[int]
@@ -268,6 +292,8 @@ class Measured(_message.Message):
     IMPORTANCE_FIELD_NUMBER: _ClassVar[int]
     SIDE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_LOSS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_LOSS_AFTER_FIELD_NUMBER: _ClassVar[int]
     seconds: float
     peak_bytes: int
     loss_before: float
@@ -276,7 +302,9 @@ class Measured(_message.Message):
     importance: float
     side_tokens: int
     skipped_steps: int
-    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ..., skipped_steps: _Optional[int] = ...) -> None: ...
+    whole_loss_before: float
+    whole_loss_after: float
+    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ..., skipped_steps: _Optional[int] = ..., whole_loss_before: _Optional[float] = ..., whole_loss_after: _Optional[float] = ...) -> None: ...
 
 class ClientUpdate(_message.Message):
     __slots__ = ("examples", "measured", "client", "round", "base", "parts", "deflated_parts", "kept", "mask")
@@ -398,14 +426,18 @@ class Anatomy(_message.Message):
     def __init__(self, family: _Optional[str] = ..., width: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ..., head: _Optional[int] = ..., outputs: _Optional[int] = ..., number_bytes: _Optional[int] = ...) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("memory_bytes", "cores", "accelerator")
+    __slots__ = ("memory_bytes", "cores", "accelerator", "s_per_tflop", "s_per_mb")
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     CORES_FIELD_NUMBER: _ClassVar[int]
     ACCELERATOR_FIELD_NUMBER: _ClassVar[int]
+    S_PER_TFLOP_FIELD_NUMBER: _ClassVar[int]
+    S_PER_MB_FIELD_NUMBER: _ClassVar[int]
     memory_bytes: int
     cores: int
     accelerator: str
-    def __init__(self, memory_bytes: _Optional[int] = ..., cores: _Optional[int] = ..., accelerator: _Optional[str] = ...) -> None: ...
+    s_per_tflop: float
+    s_per_mb: float
+    def __init__(self, memory_bytes: _Optional[int] = ..., cores: _Optional[int] = ..., accelerator: _Optional[str] = ..., s_per_tflop: _Optional[float] = ..., s_per_mb: _Optional[float] = ...) -> None: ...
 
 class ClientProfile(_message.Message):
     __slots__ = ("client", "examples", "base", "modules", "saved", "saved_modules", "labels", "transposed", "parameters", "verbs", "methods", "protocol", "device", "anatomy", "manifest", "held_out")

@@ -167,5 +167,5 @@ def test_a_renumbered_enum_value_is_found(current: FileDescriptorProto) -> None:
 
 def test_a_new_field_breaks_nothing(current: FileDescriptorProto) -> None:
     new, plan = edited(current)
-    plan.field.add(name="bits", number=3, type=FieldDescriptorProto.TYPE_UINT32)
+    plan.field.add(name="bits", number=4, type=FieldDescriptorProto.TYPE_UINT32)
     assert broken(current, new) == []
