@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from fedtune.config.recipe import method_of
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.pruning.structure import full_block, sparsity
 from fedtune.rounds.events import Note, Watch
+from fedtune.runs.deployed_scores import exported_scores, whole_scores
 from fedtune.runs.export import sources
+from fedtune.runs.model_card import model_card
 from fedtune.runs.trained_run import TrainedRun, checked_ratios, deployed_ratios, load_run
 from fedtune.store import manifest, peft, result
 from fedtune.store import pruning as store_pruning
@@ -120,7 +123,8 @@ def deploy(
     Per ratio: `recipe/` with `pruning.json` and the adapter in the base's coordinates, which stock peft reads over the
     whole base; `model/`, the smaller model with its own width in every block, which `fedtune.load_pruned`
     reads; and where all blocks are equally wide `stock/`, which transformers loads by itself. `deploy.json` says which
-    kind of device gets which.
+    kind of device gets which, and what each model scores and costs (`deployed_scores.model_scores`); README.md is a
+    model card with the same numbers.
 
     Args:
         run: the run directory.
@@ -147,13 +151,36 @@ def deploy(
         raise ConfigError(Fault("ratio", "at least one", "none was trained", "give --ratio 0.5"))
     with new_folder(target) as folder:
         written = {f"{ratio:g}": write_ratio(trained, ratio, folder, dtype=dtype, watch=watch) for ratio in wanted}
+        watch(Note("scoring the whole model, for comparison"))
+        whole, machine = whole_scores(trained), machine_text(trained)
         index = {
             "devices": {kind: folder_of(ratio) for kind, ratio in by_class.items() if f"{ratio:g}" in written},
             "ratios": written,
+            "whole": whole,
+            "machine": machine,
         }
         (folder / "deploy.json").write_text(json.dumps(index, indent=1) + "\n")
+        card = model_card(
+            name=recipe.name,
+            base=recipe.model.base,
+            method=recipe.method.name,
+            rounds=trained.state.round,
+            clients=len(trained.experiment.fleet),
+            examples=sum(trained.experiment.fleet.values()),
+            whole=whole,
+            ratios=written,
+            machine=machine,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
         manifest.write(folder, {**result.read(path)[1], **sources(path)})
     return target
+
+
+def machine_text(trained: TrainedRun) -> str:
+    """Return what measured: the device of the base, and its threads on a CPU."""
+    threads = trained.experiment.recipe.model.threads
+    device = str(trained.experiment.base.device)
+    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
 
 
 def folder_of(ratio: float) -> str:
@@ -190,6 +217,7 @@ def write_ratio(
         base={"name": base.name, "digest": base.digest, "revision": recipe.model.revision or ""},
     )
     manifest.write(place / "recipe", origin)
+    watch(Note(f"ratio {ratio:g}: writing and scoring the model"))
     options: Any = {"saved": trained.tuned.saved, "dtype": chosen, "revision": recipe.model.revision}
     write(place / "model", base, structure, layout, trained.tuned.adapter, **options, manifest=True)
     manifest.write(place / "model", origin)
@@ -206,4 +234,5 @@ def write_ratio(
         "forms": forms,
         "sparsity": sparsity(structure, layout),
         "digest": structure.digest.hex(),
+        "measured": exported_scores(trained, place / "model", dtype=chosen),
     }

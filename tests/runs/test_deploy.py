@@ -104,9 +104,9 @@ def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, table
             expected = live(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
     # The recipe form: stock peft over the whole base.
-    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tables["model"]["base"]), place / "recipe")
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tables["model"]["base"]), place / "recipe")
     with with_adapters(trained.experiment.base, frozen=trained.tuned.adapter) as live, torch.inference_mode():
-        torch.testing.assert_close(whole(input_ids=ids).logits, live(input_ids=ids).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(merged(input_ids=ids).logits, live(input_ids=ids).logits, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="fedtune-pruned-llama"):
         AutoModelForCausalLM.from_pretrained(place / "model")
 
