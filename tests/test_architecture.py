@@ -44,6 +44,7 @@ HOMES: Mapping[str, frozenset[str]] = {
     "numba": frozenset({"directions"}),
     "transformers": frozenset({"model", "client"}),
     "peft": frozenset({"model", "client"}),
+    "bitsandbytes": frozenset({"model"}),
     "datasets": frozenset({"data"}),
     "pydantic": frozenset({"config"}),
     "tomllib": frozenset({"config", "report"}),  # the report reads name and seed of a run that was killed

@@ -93,7 +93,7 @@ class Site:
                 saved_modules=tuple(base.saved_modules),
                 labels=tuple(self.labels),
                 transposed=base.transposed,
-                parameters=sum(parameter.numel() for parameter in base.model.parameters()),
+                parameters=base.num_parameters,
                 manifest=manifest(base),
                 anatomy=blocks(base),
             ),

@@ -24,7 +24,7 @@ from fedtune.methods import METHODS
 from fedtune.methods.method import LinearMethod
 from fedtune.methods.robust import least_clients
 from fedtune.methods.settings import LinearSettings, RobustRule, ServerOptimizer
-from fedtune.model.settings import layer_numbers
+from fedtune.model.settings import layer_numbers, quantised_format
 from fedtune.rounds.schedule import Schedule, cohort_size
 from fedtune.wire.probe import MAX_STEPS
 
@@ -235,6 +235,23 @@ def torch_device_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("model.device", "auto, cpu, cuda, cuda:<number> or mps", display(recipe.model.device))
 
 
+def quantised_base_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Refuse what a base in 4 or 8 bits cannot do: be pruned, or rewritten; and a key that only such a base reads."""
+    model, dtype = recipe.model, display(recipe.model.dtype)
+    if quantised_format(model.dtype) is None:
+        if model.unquantised != "float32":
+            hint = f"write dtype = {quote(model.unquantised)} for a base that is all in that format"
+            yield Fault("model.unquantised", f"nothing with model.dtype = {dtype}", display(model.unquantised), hint)
+        return
+    if recipe.pruning is not None:
+        expected = "a base that is not quantised, beside [pruning]: columns taken out of codes leave blocks of others"
+        yield Fault("model.dtype", expected, dtype, 'set dtype = "bfloat16", or leave [pruning] out')
+    # Every other bank rewrites weights by steps far below those between codes.
+    if method_type_of(recipe).task is ProbeSeeds and (bank := getattr(recipe.method, "bank", "kron")) != "kron":
+        expected = f"'kron' with model.dtype = {dtype}, whose changes stand beside the codes"
+        yield Fault("method.bank", expected, display(bank), 'or set model.dtype = "bfloat16"')
+
+
 def target_faults(recipe: Recipe) -> Iterator[Fault]:
     targets, in_full = recipe.adapter.targets, recipe.adapter.modules_to_save
     if not targets:
@@ -402,6 +419,7 @@ def shared_work_faults(recipe: Recipe) -> Iterator[Fault]:
 RULES: Sequence[Rule] = (
     base_faults,
     torch_device_faults,
+    quantised_base_faults,
     target_faults,
     rank_faults,
     training_length_faults,

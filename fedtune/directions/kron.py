@@ -94,6 +94,20 @@ class Kron:
         return np.outer(row, column).reshape(-1)[real.start : real.stop]
 
 
+def change_factors(
+    bank: Kron, accumulators: Array, *, ordinal: int, shape: Sequence[int], exponent: int, transposed: bool = False
+) -> tuple[Array, Array]:
+    """Return the change of a matrix as factors a (p, in) and b (out, p), float32, whose product b a it is.
+
+    W - u U^T M V is b = -u U^T M and a = V; where a layer holds its weight as (in, out), as GPT-2's do, b = -u (M V)^T
+    and a = U. Exact in float32 as long as sum |A| is below 2^24.
+    """
+    M = accumulators.reshape(bank.rank, bank.rank).astype(np.float64)  # (p, p)
+    U, V = (side.astype(np.float64) for side in bank.factors(ordinal, shape))  # (p, R) and (p, C)
+    b, a = ((M @ V).T, U) if transposed else (U.T @ M, V)
+    return a.astype(np.float32), (-np.float64(2.0**-exponent) * b).astype(np.float32)
+
+
 def check_shape(shape: Sequence[int]) -> None:
     """Raise ConfigError unless a tensor is a matrix."""
     if len(shape) != 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,13 @@ from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.directions.rebuild_torch import as_array
-from fedtune.directions.seed_ledger import Manifest, describe_tensor, tensor_fault
-from fedtune.errors import ConfigError, Fault, type_of
+from fedtune.directions.seed_ledger import Manifest, TensorEntry, describe_tensor, tensor_fault
+from fedtune.errors import ConfigError, Fault, ShapeError, type_of
 from fedtune.messages import Blueprint
 from fedtune.model.base_config import auto_class, read_config
 from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.base_paths import check_vocabulary
-from fedtune.model.classes import draw_output_layer, output_layer
+from fedtune.model.classes import Classes, draw_output_layer, output_layer
 from fedtune.model.device import DTYPES, choose_device, name_of, number_format, share_devices
 from fedtune.model.fused_loss import projects_plainly
 from fedtune.model.libraries import quiet
@@ -36,7 +36,16 @@ from fedtune.model.load_checks import (
     padding_token,
     table_positions,
 )
-from fedtune.model.settings import AdapterSettings, ModelSettings, NumberFormat
+from fedtune.model.quantised_layers import codes_digest, describe_weight, quantisable, quantise_layer, quantised_layers
+from fedtune.model.quantised_linear import QuantisedLinear, choose_kernels
+from fedtune.model.quantised_stream import Streamed, stream_quantised
+from fedtune.model.settings import (
+    AdapterSettings,
+    ModelSettings,
+    NumberFormat,
+    quantised_format,
+    without_quantisation,
+)
 from fedtune.model.targets import find_saved, find_targets, frozen_notes
 from fedtune.model.torch_seed import torch_seed
 from fedtune.seeds import derive
@@ -70,9 +79,12 @@ class Base:
     notes: Sequence[str] = ()
     """What a user should know about it, such as a head that was left out."""
     dtype: NumberFormat = "float32"
-    """Number format of its weights, a name of `DTYPES`."""
+    """Number format of its weights, a name of `DTYPES`; of quantised ones, that of their codes."""
     fused: bool = False
     """Whether logits are nothing but the output layer on the body's hidden states: losses then need no logits."""
+    quantised: Callable[[], Mapping[str, TensorEntry]] | None = None
+    """The manifest's entries of the weights that only their codes are left of, by name; None where none is quantised.
+    """
 
     @property
     def positions(self) -> int:
@@ -84,8 +96,20 @@ class Base:
 
     @property
     def transposed(self) -> bool:
-        """Whether the adapted layers hold their weights as (in, out), as GPT-2's do."""
-        return isinstance(self.model.get_submodule(next(iter(self.modules))), Conv1D)
+        """Whether the checkpoint holds the adapted layers' weights as (in, out), as GPT-2's does."""
+        layer = self.model.get_submodule(next(iter(self.modules)))
+        return isinstance(layer, Conv1D) or (isinstance(layer, QuantisedLinear) and layer.transposed)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Weights of the model, however few bits each takes."""
+        plain: int = sum(parameter.numel() for parameter in self.model.parameters())
+        return plain + sum(layer.out_features * layer.in_features for layer in quantised_layers(self.model).values())
+
+    @cached_property
+    def codes(self) -> bytes:
+        """Digest of the codes of three fixed layers, by which clients of one number format agree; empty without any."""
+        return codes_digest(self.model)
 
     @property
     def pad_id(self) -> int:
@@ -96,12 +120,17 @@ class Base:
     def manifest(self) -> Manifest:
         """The manifest of all parameters in the number format that they were loaded in.
 
-        A shared parameter is listed under the first of its names.
+        A shared parameter is listed under the first of its names, a quantised one as it was before that: so all number
+        formats of one base have the same manifest.
 
         Raises:
             ConfigError: naming every tensor that is not finite or of another format than fp32, fp16 and bf16.
         """
-        return manifest_of(self.model)
+        listed = manifest_of(self.model)
+        if self.quantised is None:
+            return listed
+        entries = [*listed.entries, *self.quantised().values()]
+        return Manifest(tuple(sorted(entries, key=lambda entry: entry.name.encode())))
 
     @cached_property
     def changed(self) -> dict[str, Any]:
@@ -183,34 +212,48 @@ def load(
     try:
         source = readable(path, settings.revision)
         config, classes = read_config(source, settings, labels)
-        # A head that the checkpoint lacks is drawn from torch's global generator, and must be the same everywhere.
-        with quiet(), torch_seed(derive(seed, "model.head"), torch.device("cpu")):
-            model, info = auto_class(settings.task).from_pretrained(
-                source,
-                revision=settings.revision,
-                trust_remote_code=False,
-                config=config,
-                dtype=DTYPES[settings.dtype],
-                # Never a pickled checkpoint, which can run code as it is read.
-                use_safetensors=True,
-                output_loading_info=True,
-                # A head of other classes, which is drawn anew; any other difference in shape is an error.
-                ignore_mismatched_sizes=classifies and not classes.fits,
-            )
-            embedding_rows(model)  # fails for models that read characters
-            new = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-            if classifies and not classes.fits:
-                new = sorted({*new, *draw_output_layer(model, new)})
-    except LOAD_ERRORS as error:
+        streamed = stream_quantised(settings, adapter, source, config, classes, seed=seed)
+        if streamed is None:
+            model, new, given = read_whole(settings, source, config, classes, seed=seed)
+        else:
+            model, new, given = streamed.model, streamed.new, streamed.given
+        embedding_rows(model)  # fails for models that read characters
+    except (*LOAD_ERRORS, ShapeError) as error:
         raise not_found(settings, error) from error
     check_complete(settings, model, new)
-    came = classifies and not {name for name in info["missing_keys"] if name.startswith(output_layer(model))}
+    came = classifies and not {name for name in given if name.startswith(output_layer(model))}
     notes = [classes.note] if came and classes.note else []
-    base = base_of(settings, adapter, model, tokenizer, path=str(path), new=new, notes=notes)
+    base = base_of(settings, adapter, model, tokenizer, path=str(path), new=new, notes=notes, streamed=streamed)
     if not classifies:
         check_causal(settings, base.model, base.positions)
     check_digest(settings, base)
     return base
+
+
+def read_whole(
+    settings: ModelSettings, source: str | Path, config: Any, classes: Classes, *, seed: int
+) -> tuple[Any, Sequence[str], Sequence[str]]:
+    """Return a model as transformers reads it, the names of the tensors that are drawn anew, and of those missing."""
+    resized = settings.task == "classification" and not classes.fits
+    # A head that the checkpoint lacks is drawn from torch's global generator, and must be the same everywhere.
+    with quiet(), torch_seed(derive(seed, "model.head"), torch.device("cpu")):
+        model, info = auto_class(settings.task).from_pretrained(
+            source,
+            revision=settings.revision,
+            trust_remote_code=False,
+            config=config,
+            dtype=DTYPES[without_quantisation(settings).dtype],
+            # Never a pickled checkpoint, which can run code as it is read.
+            use_safetensors=True,
+            output_loading_info=True,
+            # A head of other classes, which is drawn anew; any other difference in shape is an error.
+            ignore_mismatched_sizes=resized,
+        )
+        embedding_rows(model)  # fails for models that read characters
+        new = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+        if resized:
+            new = sorted({*new, *draw_output_layer(model, new)})
+    return model, new, sorted(info["missing_keys"])
 
 
 def check_digest(settings: ModelSettings, base: Base) -> None:
@@ -221,7 +264,7 @@ def check_digest(settings: ModelSettings, base: Base) -> None:
     """
     if settings.digest not in (None, base.digest):
         expected = f"the base of digest {settings.digest}, which the recipe pins"
-        got = f"{base.digest} ({settings.base} in {base.dtype})"
+        got = f"{base.digest} ({settings.base} in {without_quantisation(settings).dtype})"
         hint = "load the same model in the same revision and dtype, or pin this one: fedtune plan RECIPE --pin"
         raise ConfigError(Fault("model.digest", expected, got, hint))
 
@@ -235,8 +278,9 @@ def base_of(
     path: str,
     new: Sequence[str] = (),
     notes: Sequence[str] = (),
+    streamed: Streamed | None = None,
 ) -> Base:
-    """Return a loaded model as a base: frozen, in eval mode, on the recipe's device; all of that in place.
+    """Return a loaded model as a base: frozen, in eval mode, quantised, on the recipe's device; all of that in place.
 
     Args:
         settings: the recipe's table `model`.
@@ -246,22 +290,25 @@ def base_of(
         path: folder or hub name that the model comes from.
         new: names of the tensors that its checkpoint lacks.
         notes: what a user should know about it.
+        streamed: what is known of a model that was quantised as it was read.
 
     Raises:
-        ConfigError: if the device or a target module does not exist.
+        ConfigError: if the device or a target module does not exist, or no layer can be quantised.
     """
     device = choose_device(settings.device)
     check_finite(settings, model)
     # A decoder's classifier refuses batches without a padding token.
     model.config.pad_token_id = padding_token(model, tokenizer)
     # In eval mode for good: only adapters have dropout; see `train.only_adapters_train`.
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
     saved_modules = find_saved(model, adapter.modules_to_save, new, task=settings.task)
     # Before the heads are held in float32 below: the digest is of the tensors as they were loaded.
-    base_digest = digest(model, leave_out=new)
-    if settings.dtype != "float32":
+    base_digest = streamed.digest if streamed else digest(model, leave_out=new)
+    entries = streamed.entries if streamed else quantise_model(settings, model, saved_modules)
+    model.to(device)
+    if (outside := without_quantisation(settings).dtype) != "float32":
         for name in saved_modules:
-            hold_in_float32(model.get_submodule(name), DTYPES[settings.dtype])
+            hold_in_float32(model.get_submodule(name), DTYPES[outside])
     modules = find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=adapter.layers)
     if "all-linear" in adapter.targets:
         notes = [*notes, *frozen_notes(model, modules, leave_out=saved_modules, layers=adapter.layers)]
@@ -281,7 +328,22 @@ def base_of(
         notes=tuple(notes),
         dtype=settings.dtype,
         fused=settings.task == "causal" and projects_plainly(model),
+        quantised=None if entries is None else lambda: entries,
     )
+
+
+def quantise_model(
+    settings: ModelSettings, model: Any, saved_modules: Sequence[str]
+) -> Mapping[str, TensorEntry] | None:
+    """Quantise a loaded model as its settings say, in place; return the manifest's entries of its former weights."""
+    if (kind := quantised_format(settings.dtype)) is None:
+        return None
+    kernels, entries = choose_kernels(settings.kernels, kind, choose_device(settings.device)), {}
+    for name in quantisable(model, saved_modules):
+        weight = model.get_submodule(name).weight.detach()
+        entries[f"{name}.weight"] = describe_weight(f"{name}.weight", weight)
+        quantise_layer(model, name, weight, kind, kernels=kernels)
+    return entries
 
 
 def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: Any) -> Base:
@@ -305,9 +367,11 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
     dtype = next(model.parameters()).dtype
     if settings.dtype == "auto":
         settings = replace(settings, dtype=name_of(dtype))
-    if dtype != DTYPES[settings.dtype]:
-        got = f"one in {str(dtype).removeprefix('torch.')}"
-        raise ConfigError(Fault("model.dtype", f"a model in {settings.dtype}", got, "set model.dtype to the model's"))
+    if dtype != DTYPES[loaded := without_quantisation(settings).dtype]:
+        key = "model.dtype" if loaded == settings.dtype else "model.unquantised"
+        known, got = dtype in DTYPES.values(), f"one in {str(dtype).removeprefix('torch.')}"
+        hint = f"set {key} to the model's" if known else f"convert it: model.to(torch.{loaded})"
+        raise ConfigError(Fault(key, f"a model in {loaded}", got, hint))
     base = base_of(settings, adapter, model, tokenizer, path=model.name_or_path or settings.base)
     check_digest(settings, base)
     return base

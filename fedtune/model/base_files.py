@@ -31,7 +31,6 @@ OTHER_WEIGHTS: Mapping[str, str] = {
 }
 """Weights that are no safetensors, and what they are."""
 QUANTISERS: Mapping[str, str] = {
-    "bitsandbytes": "bitsandbytes",
     "gptq": "gptqmodel",
     "awq": "gptqmodel",
     "aqlm": "aqlm",
@@ -196,6 +195,11 @@ def check_config(config: Mapping[str, Any], where: str | Path) -> None:
     method = str(quantisation.get("quant_method", "")) if isinstance(quantisation, Mapping) else ""
     if not method and isinstance(quantisation, Mapping) and ("load_in_4bit" in quantisation):
         method = "bitsandbytes"
+    if method == "bitsandbytes":
+        # Its codes have no digest in common with the base that others hold, and cannot be merged into.
+        expected = "the original weights, which fedtune quantises itself as they are read"
+        hint = 'give the original model, and set model.dtype = "nf4" or "int8": the codes are the same'
+        raise ConfigError(Fault("model.base", expected, f"{where}, quantised by 'bitsandbytes' already", hint))
     if method:
         module = QUANTISERS.get(method)
         if module is None or (module and not is_installed(module)):

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING
 
 from fedtune.errors import ConfigError, Fault, ShapeError
-from fedtune.model.checkpoint import aliases, finish, place, set_generation_config, shrink, skeleton, tensor_readers
+from fedtune.model.checkpoint import shrink
 from fedtune.model.device import DTYPES
 from fedtune.model.pruned_export import FORMAT, PREFIX
+from fedtune.model.skeleton import aliases, finish, place, set_generation_config, skeleton, tensor_readers
 from fedtune.model.surgery import layout_of, refuse_static_caches
 from fedtune.pruning.structure import FAMILIES, Block, BlockStructure, ModelStructure
 

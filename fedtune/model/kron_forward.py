@@ -27,6 +27,8 @@ from fedtune.errors import ClientError, ConfigError, Fault, type_of
 from fedtune.model.base import Base
 from fedtune.model.batches import Batch
 from fedtune.model.loss import cross_entropies, logits_of
+from fedtune.model.quantised_layers import quantised_layers
+from fedtune.model.quantised_linear import QuantisedLinear
 from fedtune.model.seed_rebuild import Move
 
 
@@ -119,8 +121,14 @@ def with_injected_paths(base: Base, ledger: SeedLedger, trainable: Sequence[int]
     bank = ledger.bank
     assert isinstance(bank, Kron)
     parameters, entries = dict(base.model.named_parameters()), base.manifest.entries
-    ordinals = {id(parameters[entries[ordinal].name]): ordinal for ordinal in trainable}
-    holders = [
+    quantised = {f"{name}.weight": layer for name, layer in quantised_layers(base.model).items()}
+    # Their weights are no parameters: the paths stand beside them all the same.
+    coded = [ordinal for ordinal in trainable if entries[ordinal].name in quantised]
+    ordinals = {id(parameters[entries[ordinal].name]): ordinal for ordinal in trainable if ordinal not in coded}
+    holders: list[tuple[int, str, nn.Module]] = [
+        (ordinal, "weight", quantised[entries[ordinal].name]) for ordinal in coded
+    ]
+    holders += [
         (ordinals[id(parameter)], name, module)
         for module in base.model.modules()
         # Duplicates too: a tied tensor needs a path in every module that holds it.
@@ -158,9 +166,9 @@ def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor,
         return lambda _, inputs, output: add_change(
             state, rows[inputs[0]], lookup, expand_rows(state, output), where=where
         )
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or (isinstance(module, QuantisedLinear) and not module.transposed):
         path = Path(v, -state.unit * u, by_columns=True)
-    elif isinstance(module, Conv1D):
+    elif isinstance(module, Conv1D | QuantisedLinear):
         path = Path(u, -state.unit * v, by_columns=False)
     else:
         expected = "matrices of linear layers and embeddings for 'kron'"

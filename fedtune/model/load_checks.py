@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +24,23 @@ def check_complete(settings: ModelSettings, model: Any, new: Sequence[str]) -> N
     Raises:
         ConfigError: naming the tensors.
     """
-    heads = head_modules(model) if settings.task == "classification" else []
-    # An encoder that was trained to fill gaps has no pooler; that too is a part of the head.
-    parts = {name for name in new if name.partition(".")[0] not in heads and not (heads and ".pooler." in name)}
-    if parts:
+    if parts := lacking_body(settings, model, new):
         lacking = ", ".join(sorted(parts)[:6])
         raise not_found(settings, ValueError(f"it lacks {len(parts)} of the model's tensors: {lacking}"))
+
+
+def lacking_body(settings: ModelSettings, model: Any, new: Sequence[str]) -> Collection[str]:
+    """Return which of the tensors that a checkpoint lacks are of the model's body, and not of a head."""
+    heads = head_modules(model) if settings.task == "classification" else []
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    # An encoder that was trained to fill gaps has no pooler; that too is a part of the head.
+    return {
+        name
+        for name in new
+        if name.partition(".")[0] not in heads
+        and not (heads and ".pooler." in name)
+        and not any(re.search(pattern, name) for pattern in optional)
+    }
 
 
 def check_finite(settings: ModelSettings, model: nn.Module) -> None:

@@ -17,10 +17,11 @@ from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import Base
 from fedtune.model.base_files import readable
-from fedtune.model.checkpoint import aliases, checkpoint_files, match_names, slice_tensor, tensor_readers
+from fedtune.model.checkpoint import slice_tensor
 from fedtune.model.device import DTYPES
 from fedtune.model.libraries import quiet
 from fedtune.model.merge import CastLoss, Merged
+from fedtune.model.skeleton import aliases, checkpoint_files, match_names, tensor_readers
 from fedtune.pruning.structure import FULL, Block, BlockLayout, ModelStructure, check, cuts, slice_factors
 from fedtune.tensors import Tensors
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,13 +10,17 @@ import torch
 
 from fedtune.directions.bank import perturb
 from fedtune.directions.consistency import fastest_displacement
+from fedtune.directions.kron import Kron, change_factors
 from fedtune.directions.rebuild_numpy import unit_scale
 from fedtune.directions.rebuild_torch import rewriter
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ConfigError, Fault
-from fedtune.model.base import Base
+from fedtune.model.base import Base, to_torch
 from fedtune.model.batches import Batch
+from fedtune.model.lora import with_layers
+from fedtune.model.lora_layer import FrozenParts
 from fedtune.model.loss import summed_loss
+from fedtune.model.quantised_layers import quantised_layers
 from fedtune.tensors import Array
 
 Move = tuple[int, int]
@@ -32,6 +36,8 @@ def working_copy(base: Base, trainable: Sequence[int]) -> Iterator[Sequence[Trio
     The base's own weights are neither written nor moved: worker processes share their memory.
     """
     parameters, entries = dict(base.model.named_parameters()), base.manifest.entries
+    if coded := coded_ordinals(base, trainable):
+        raise coded_error(entries[coded[0]].name)
     # `.data` alone is exchanged: modules, hooks and tied names keep the parameter objects that they have.
     trained = {ordinal: parameters[entries[ordinal].name] for ordinal in trainable}
     own = {ordinal: parameter.data for ordinal, parameter in trained.items()}
@@ -60,10 +66,44 @@ def with_rebuilt_weights(base: Base, ledger: SeedLedger, trainable: Sequence[int
         expected = f"the base whose manifest has the digest {ledger.manifest.hex()[:16]}"
         got, hint = base.manifest.digest.hex()[:16], "load the same model in the same revision, dtype and seed"
         raise ConfigError(Fault("model.base", expected, got, hint))
-    with working_copy(base, trainable) as trios:
+    coded = coded_ordinals(base, trainable) if isinstance(ledger.bank, Kron) else ()
+    plain = [ordinal for ordinal in trainable if ordinal not in coded]
+    with working_copy(base, plain) as trios, with_layers(base.model, {}, changes_beside(base, ledger, coded)):
         with torch.no_grad():
             rewriter(trios, bank=ledger.bank, exponent=ledger.exponent)(ledger.accumulators)
         yield
+
+
+def coded_ordinals(base: Base, trainable: Sequence[int]) -> Sequence[int]:
+    """Return which of the tensors are there as codes alone."""
+    entries, quantised = base.manifest.entries, {f"{name}.weight" for name in quantised_layers(base.model)}
+    return [ordinal for ordinal in trainable if entries[ordinal].name in quantised]
+
+
+def coded_error(name: str) -> ConfigError:
+    """Return the error of weights that would have to be rewritten, which codes cannot hold."""
+    expected = "'kron' over a quantised base, whose changes stand beside the codes"
+    hint = 'set bank = "kron", or model.dtype = "bfloat16"'
+    return ConfigError(Fault("method.bank", expected, f"one that rewrites {name}, of which there are codes", hint))
+
+
+def changes_beside(base: Base, ledger: SeedLedger, ordinals: Sequence[int]) -> Mapping[str, FrozenParts]:
+    """Return the change of each quantised layer that the bank `kron` moves, as factors to multiply by beside it."""
+    bank, layers, entries = ledger.bank, quantised_layers(base.model), base.manifest.entries
+    assert isinstance(bank, Kron) or not ordinals
+    changes = dict[str, FrozenParts]()
+    for ordinal in ordinals:
+        name = entries[ordinal].name.removesuffix(".weight")
+        factors = change_factors(
+            bank,  # type: ignore[arg-type]
+            ledger.accumulators,
+            ordinal=ordinal,
+            shape=entries[ordinal].shape,
+            exponent=ledger.exponent,
+            transposed=layers[name].transposed,
+        )
+        changes[name] = tuple(to_torch(factor, base.device) for factor in factors)
+    return changes
 
 
 class RebuiltPosition:

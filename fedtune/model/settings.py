@@ -11,7 +11,11 @@ from annotated_types import Ge, Gt
 
 from fedtune.data.settings import OMIT_DEFAULT
 
-NumberFormat = Literal["auto", "float32", "bfloat16", "float16"]
+QuantisedFormat = Literal["int8", "nf4"]
+FloatFormat = Literal["float32", "bfloat16", "float16"]
+NumberFormat = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
+QUANTISED: Sequence[QuantisedFormat] = ("int8", "nf4")
+"""The formats of bases whose blocks' linear layers are held in 8 or 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,15 @@ class ModelSettings:
     """Branch, tag or commit of a hub model."""
     dtype: NumberFormat = "auto"
     """Number format of the frozen base; adapters are always trained in float32. auto: in a simulation bfloat16 on GPUs
-    that are fast at it (CUDA from Ampere on), otherwise float32; at sites float32, for all must hold the same base."""
+    that are fast at it (CUDA from Ampere on), otherwise float32; at sites float32, for all must hold the same base.
+    int8, nf4: the linear layers of blocks take 8 or 4.5 bits a weight, everything else stays in `unquantised`; the
+    weights are read one at a time, so that no more than one is in memory in full."""
+    unquantised: FloatFormat = field(default="float32", metadata=OMIT_DEFAULT)
+    """With `dtype` int8 or nf4: number format of embeddings, norms and the output layer, and of products. Sites of one
+    run may hold the same base in this format, in int8 and in nf4: all three have its digest."""
+    kernels: Literal["auto", "torch", "bitsandbytes"] = field(default="auto", metadata=OMIT_DEFAULT)
+    """What reads nf4 weights, to the same bits: torch itself, or bitsandbytes (needs the extra `quant`). auto:
+    bitsandbytes on CUDA where it is installed, otherwise torch."""
     device: Literal["auto", "cpu", "cuda", "mps"] | str = "auto"
     """Where the model computes. auto: cuda if there is one, else mps, else cpu; `cuda:1` chooses one of several."""
     threads: Annotated[int, Ge(1)] = 1
@@ -38,13 +50,27 @@ class ModelSettings:
     whole base: each computes its share of the rows of every batch. With `device = "cpu"` they are processes of the CPU.
     """
     digest: str | None = field(default=None, metadata=OMIT_DEFAULT)
-    """SHA-256 of the base in this number format, as `fedtune plan --pin` writes it here; another base is refused. none
-    takes any."""
+    """SHA-256 of the base in this number format (a quantised one's as it is in `unquantised`), as `fedtune plan --pin`
+    writes it here; another base is refused. none takes any."""
 
 
 def same_everywhere(settings: ModelSettings) -> ModelSettings:
     """Return the settings of a base that several machines hold: no number format that depends on the device."""
     return replace(settings, dtype="float32") if settings.dtype == "auto" else settings
+
+
+def quantised_format(dtype: str) -> QuantisedFormat | None:
+    """Return a number format if it is one that quantises; None for the others.
+
+    >>> quantised_format("nf4"), quantised_format("float32")
+    ('nf4', None)
+    """
+    return next((kind for kind in QUANTISED if kind == dtype), None)
+
+
+def without_quantisation(settings: ModelSettings) -> ModelSettings:
+    """Return the settings by which a base is read whose weights quantised ones are the codes of."""
+    return replace(settings, dtype=settings.unquantised) if quantised_format(settings.dtype) else settings
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.classes import head_modules
+from fedtune.model.quantised_linear import QuantisedLinear
 from fedtune.model.settings import layer_numbers
 
 READ_PAST: Mapping[str, Collection[str]] = {
@@ -31,6 +32,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     # GPT-2's layer holds its weight transposed, (in, out).
     if isinstance(module, Conv1D):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
+    if isinstance(module, QuantisedLinear):
+        return module.out_features, module.in_features
     return None
 
 

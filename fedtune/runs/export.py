@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from fedtune.lora.adapter import Adapter, Factors
 from fedtune.lora.lowrank import compress, truncate
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.methods.settings import LinearSettings
-from fedtune.model.settings import ModelSettings
+from fedtune.model.settings import ModelSettings, without_quantisation
 from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.selection import best_record
 from fedtune.runs.base_checks import check_base
@@ -125,7 +125,8 @@ def _export_seeds(
     """Write a seed model: its ledger, the whole model with the ledger beside it, or an adapter of the bank `kron`."""
     if form == "ledger":
         return store_seeds.write(target, seeds, origin)
-    bound = bind_to_score(path)
+    # Seeds move weights and not codes; the digest of the base is that of its weights.
+    bound = over_weights(bind_to_score(path))
     if form != "merged":
         check_form(form, bound.method, [])
     base = base_of(bound, origin)
@@ -160,6 +161,11 @@ def base_of(recipe: Recipe, origin: Mapping[str, Any]) -> Base:
     return load(recipe.model, adapter, tokenizer=tokenizer, root=recipe.root, seed=recipe.seed, labels=labels)
 
 
+def over_weights(recipe: Recipe) -> Recipe:
+    """Return a recipe over the weights that the codes of its base were made of."""
+    return replace(recipe, model=without_quantisation(recipe.model))
+
+
 def check_form(form: str, method: Any, beyond: Sequence[str]) -> None:
     """Refuse to write seeds as an adapter where they are none; `beyond` are tensors outside of the adapted layers."""
     if method.bank == "kron" and not (method.vectors or method.embeddings or beyond):
@@ -179,7 +185,8 @@ def _merge(
     dtype: str | None,
     watch: Watch,
 ) -> Path:
-    bound = bind_to_score(path)
+    # Merged into the weights that were quantised, once: into codes a small change would be rounded away.
+    bound = over_weights(bind_to_score(path))
     from fedtune.model.device import DTYPES
     from fedtune.model.merge import merge
 

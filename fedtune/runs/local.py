@@ -84,7 +84,7 @@ class Experiment:
             self.recipe,
             list(self.fleet),
             self.blueprint,
-            parameters=sum(parameter.numel() for parameter in self.base.model.parameters()),
+            parameters=self.base.num_parameters,
             tokens={
                 name: lengths([len(example.input_ids) for example in shard.train])
                 for name, shard in shards.items()
@@ -234,7 +234,7 @@ def run_context(experiment: Experiment) -> RunContext:
         base={
             "name": base.name,
             "digest": base.digest,
-            "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
+            "parameters": base.num_parameters,
         },
         target=experiment.target,
         fleet=experiment.fleet,

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedtune.directions import seed_ledger
-from fedtune.directions.kron import Kron
+from fedtune.directions.kron import Kron, change_factors
 from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import StoreError, WireError
 from fedtune.lora.adapter import Adapter, Factors
@@ -60,20 +58,21 @@ def read(path: Path) -> tuple[SeedModel, Mapping[str, Any]]:
 def kron_adapter(change: SeedModel, *, transposed: bool) -> Adapter:
     """Return the change of every matrix that the kron bank moves, as factors of rank p and scale 1.
 
-    W - u U^T M V is B = -u U^T M (out, p) and A = V (p, in); where a layer holds its weight as (in, out), as GPT-2's
-    do, B = -u (M V)^T and A = U. Exact in float32 as long as sum |A| is below 2^24.
-
     Args:
         change: of a run with the bank `kron` that moves matrices of linear layers alone.
         transposed: whether the layers hold their weights as (in, out).
     """
-    bank, unit = change.ledger.bank, np.float64(2.0**-change.ledger.exponent)
-    assert isinstance(bank, Kron)
-    M = change.ledger.accumulators.reshape(bank.rank, bank.rank).astype(np.float64)  # (p, p)
-    adapter = {}
+    ledger, adapter = change.ledger, {}
+    assert isinstance(ledger.bank, Kron)
     for ordinal in change.trainable:
         entry = change.manifest.entries[ordinal]
-        U, V = (side.astype(np.float64) for side in bank.factors(ordinal, entry.shape))  # (p, R) and (p, C)
-        b, a = ((M @ V).T, U) if transposed else (U.T @ M, V)
-        adapter[entry.name.removesuffix(".weight")] = Factors(a=a.astype(np.float32), b=(-unit * b).astype(np.float32))
+        a, b = change_factors(
+            ledger.bank,
+            ledger.accumulators,
+            ordinal=ordinal,
+            shape=entry.shape,
+            exponent=ledger.exponent,
+            transposed=transposed,
+        )
+        adapter[entry.name.removesuffix(".weight")] = Factors(a=a, b=b)
     return adapter

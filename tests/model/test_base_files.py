@@ -130,6 +130,9 @@ SPOILT: dict[Callable[[Path], None], str] = {
     own_code: r"of type 'mynet', which comes with code of its own",
     newer_type: r"of type 'llama99'; .*upgrade transformers",
     two_stacks: r"an encoder-decoder \(t5\)",
+    quantised(
+        "bitsandbytes"
+    ): r"the original weights, .*; got .*, quantised by 'bitsandbytes' already; .*dtype = \"nf4\"",
     quantised("gptq"): r"the package gptqmodel, which reads weights quantised by 'gptq'.*pip install gptqmodel",
     quantised("compressed-tensors"): r"the package compressed-tensors",
     quantised("quanto"): r"optimum\.quanto.*pip install optimum-quanto",

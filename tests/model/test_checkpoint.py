@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from fedtune.errors import ConfigError, ShapeError
-from fedtune.model import checkpoint
+from fedtune.model import checkpoint, skeleton
 from fedtune.model.checkpoint import layout_from_config, load_pruned_base
 from fedtune.model.surgery import layout_of, with_structure
 from fedtune.pruning.structure import BlockStructure, ModelStructure, full_block
@@ -66,7 +66,7 @@ def test_a_head_of_other_classes_is_drawn_as_for_the_whole_base(
     assert found.model.config.id2label == base.model.config.id2label
 
 
-def one_at_a_time(files: Sequence[Path]) -> checkpoint.TensorReaders:
+def one_at_a_time(files: Sequence[Path]) -> skeleton.TensorReaders:
     """Read a checkpoint that complains when a tensor is still there as the next one is read."""
     alive: list[weakref.ref[torch.Tensor]] = []
 
@@ -82,7 +82,7 @@ def one_at_a_time(files: Sequence[Path]) -> checkpoint.TensorReaders:
     return {key: wrapped(read) for key, read in real_readers(files).items()}
 
 
-real_readers = checkpoint.tensor_readers
+real_readers = skeleton.tensor_readers
 
 
 def test_only_one_tensor_of_the_whole_base_is_there_at_once(
