@@ -250,7 +250,7 @@ FAULTS = (
           "a cohort is not sorted"),
     Fault("planning/planner.py", "(sqrt(rank) if rslora else rank)", "rank",
           "rsLoRA's scale is LoRA's"),
-    Fault("planning/adaptive.py", "and (memory is None or cost.memory_gb <= memory)", "and True",
+    Fault("planning/adaptive.py", "self.memory_gb is None or cost.memory_gb <= self.memory_gb", "True",
           "a planner asks for more memory than a device has"),
     Fault("planning/deadline.py", "np.lexsort((seconds, -quality), axis=1)",
           "np.lexsort((-quality, seconds), axis=1)",

@@ -34,7 +34,8 @@ from fedtune.messages import (
     Training,
     TrainLora,
 )
-from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps
+from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps, steps_of_share
+from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import BlockLayout
 from fedtune.rounds.schedule import rate_text, scheduled_training
 from fedtune.wire.codec import decode_outline, encode_assignment
@@ -68,7 +69,9 @@ class Permitted:
 
     def steps(self, steps: int) -> bool:
         most = self.training.steps or 0
-        return 1 <= steps <= most if self.choices.fewer_steps else steps == most
+        if self.choices.fewer_steps:
+            return 1 <= steps <= most
+        return steps in {most, *(steps_of_share(most, share) for share in self.choices.shares)}
 
     @property
     def rank_text(self) -> str:
@@ -87,6 +90,13 @@ class Permitted:
         return ", ".join(f"{ratio:g}" for ratio in sorted({0.0, *self.choices.ratios}))
 
 
+def with_target(choices: PlanChoices, pruning: PruningSettings | None) -> PlanChoices:
+    """Return a planner's choices with the ratio that is deployed, which clients are trained at in the end."""
+    if pruning is None or choices.ratios is None:
+        return choices
+    return replace(choices, ratios=(*choices.ratios, pruning.target))
+
+
 def permission(recipe: Recipe, client: str, num_examples: int) -> Permitted:
     """Return what a recipe permits to be asked of a client that holds so many training examples."""
     rank, training = planned_training(recipe, client)
@@ -94,7 +104,7 @@ def permission(recipe: Recipe, client: str, num_examples: int) -> Permitted:
     return Permitted(
         rounds=recipe.rounds.count,
         training=replace(training, steps=optimizer_steps(training, num_examples), epochs=None),
-        choices=kind.choices(recipe.planner, rank, requested_ratio(recipe, client)),
+        choices=with_target(kind.choices(recipe.planner, rank, requested_ratio(recipe, client)), recipe.pruning),
         largest_rank=largest_rank(recipe),
         pruned=recipe.pruning is not None,
     )
@@ -183,6 +193,8 @@ def permission_texts(recipe: Recipe, client: str) -> Mapping[str, str]:
     allowed = permission(recipe, client, 1)
     _, stated = planned_training(recipe, client)
     size, limit = stated.batch * stated.accumulation, "at most " * allowed.choices.fewer_steps
+    if allowed.choices.shares:
+        limit = f"{', '.join(f'{share:g}' for share in sorted(allowed.choices.shares))} or all of "
     steps = f"{stated.steps} steps of {size} examples"
     if stated.steps is None:
         steps = f"{stated.epochs:g} passes over its examples, {size} in a step"

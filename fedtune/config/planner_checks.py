@@ -9,12 +9,14 @@ from fedtune.config.recipe import Override, Recipe, method_type_of
 from fedtune.errors import Fault
 from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
-from fedtune.planning.adaptive import AdaptiveSettings
+from fedtune.planning.arms import AdaptiveSettings, goal_of, ratios_of
 from fedtune.planning.fixed import FixedSettings
+from fedtune.pruning.ranking import PruningSettings
 
 READERS: Mapping[str, Sequence[str]] = {
     "explore": ("deadline",),
-    "deadline_s": ("deadline",),
+    "deadline_s": ("bandit", "deadline"),
+    "probe": ("bandit", "deadline"),
     "reward": ("ucb", "thompson"),
 }
 """The planners that read a setting, where not all do."""
@@ -31,6 +33,9 @@ def pruning_faults(recipe: Recipe) -> Iterator[Fault]:
         yield from chosen_by_planner_faults(planner, overrides)
     if pruning is None:
         yield from ratio_faults(recipe)
+        if isinstance(planner, AdaptiveSettings) and planner.goal in ("deployed", "both"):
+            hint = "write [pruning], whose target is what will be deployed; or set planner.goal = 'whole'"
+            yield Fault("planner.goal", "'whole' without the table pruning", repr(planner.goal), hint)
         return
     if why := method.why_not_pruned:
         able = join_words([quote(name) for name, other in METHODS.items() if not other.why_not_pruned], joint="or")
@@ -43,14 +48,7 @@ def pruning_faults(recipe: Recipe) -> Iterator[Fault]:
         hint = "the largest of planner.ratios" if isinstance(planner, AdaptiveSettings) else "your ratio"
         yield Fault("pruning.target", "above 0 with 'vote', whose clients vote for a mask of that size", "0", hint)
     if isinstance(planner, AdaptiveSettings):
-        if 0 not in planner.ratios and planner.ratios and pruning.policy != "local" and pruning.ranking is None:
-            hint = "add 0: the first round prunes no client, and asks for the scores; or name a file in pruning.ranking"
-            got = f"at least {min(planner.ratios):g}"
-            yield Fault("planner.ratios", "0 among them where pruning.ranking brings no order", got, hint)
-        if planner.ratios and pruning.target and pruning.target not in planner.ratios:
-            hint = f"add {pruning.target:g}: in the last rounds everybody trains what is deployed"
-            got = ", ".join(f"{ratio:g}" for ratio in planner.ratios)
-            yield Fault("planner.ratios", f"pruning.target = {pruning.target:g} among them", got, hint)
+        yield from adaptive_pruning_faults(planner, pruning)
     elif (
         isinstance(planner, FixedSettings)
         and pruning.policy == "vote"
@@ -58,6 +56,35 @@ def pruning_faults(recipe: Recipe) -> Iterator[Fault]:
     ):
         expected = "one ratio for all with 'vote', whose clients share a mask"
         yield Fault("pruning.policy", expected, "several", "use nested")
+
+
+def adaptive_pruning_faults(planner: AdaptiveSettings, pruning: PruningSettings) -> Iterator[Fault]:
+    """Yield what a planner that chooses ratios, and the pruning that they are of, exclude."""
+    ratios = ratios_of(planner, pruned=True, target=pruning.target)
+    if 0 not in ratios and ratios and pruning.policy != "local" and pruning.ranking is None:
+        hint = "add 0: the first round prunes no client, and asks for the scores; or name a file in pruning.ranking"
+        yield Fault(
+            "planner.ratios",
+            "0 among them where pruning.ranking brings no order",
+            f"at least {min(ratios):g}",
+            hint,
+        )
+    bound = pruning.floor == "ramp" or goal_of(planner, pruning.target) != "whole"
+    if ratios and bound and pruning.target and pruning.target not in ratios:
+        hint = (
+            f"add {pruning.target:g}: in the last rounds clients train what they deploy; or set planner.goal = 'whole'"
+        )
+        got = ", ".join(f"{ratio:g}" for ratio in ratios)
+        yield Fault("planner.ratios", f"pruning.target = {pruning.target:g} among them", got, hint)
+    if pruning.floor != "ramp" and pruning.ramp != PruningSettings().ramp:
+        hint = "leave it out: planners are free to choose; or set pruning.floor = 'ramp' for what releases before did"
+        yield Fault("pruning.ramp", "nothing with pruning.floor = 'deployed'", f"{pruning.ramp:g}", hint)
+    if pruning.floor == "ramp" and planner.goal != "auto":
+        hint = "leave one of the two out: a ramp binds all clients, whatever they deploy"
+        yield Fault("planner.goal", "'auto' with pruning.floor = 'ramp'", repr(planner.goal), hint)
+    if pruning.deployed_on and goal_of(planner, pruning.target) == "whole":
+        hint = "leave it out, or set planner.goal = 'both'"
+        yield Fault("pruning.deployed_on", "nothing where planner.goal is whole", display(pruning.deployed_on), hint)
 
 
 def ratio_faults(recipe: Recipe) -> Iterator[Fault]:
@@ -94,8 +121,8 @@ def planner_key_faults(recipe: Recipe) -> Iterator[Fault]:
     planner, usual = recipe.planner, AdaptiveSettings()
     if not isinstance(planner, AdaptiveSettings):
         return
-    for key, numbers in (("ratios", planner.ratios), ("ranks", planner.ranks)):
-        if not numbers:
+    for key in ("ratios", "ranks", "tops", "backs", "shares", "down_ranks"):
+        if (numbers := getattr(planner, key)) is not None and not numbers:
             hint = "leave it out for the default ones"
             yield Fault(f"planner.{key}", "at least one number", "an empty list", hint)
     for key, readers in READERS.items():

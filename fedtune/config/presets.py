@@ -7,7 +7,7 @@ from typing import Any
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # FedSpine-style, after Yao et al., arXiv 2501.02438, of which no code and only the opening could be read.
-    "fedspine": {"method": {"name": "flora"}, "pruning": {}, "planner": {"name": "deadline"}},
+    "fedspine": {"method": {"name": "flora"}, "pruning": {}, "planner": {"name": "bandit"}},
 }
 """By the name in the table `method`: tables and the values that they start from."""
 

@@ -5,41 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Annotated, Any, Literal, TypeAlias
-
-from annotated_types import Ge, Gt, Interval
+from typing import Any, Literal
 
 from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
-from fedtune.planning.planner import ClientObservation, Cost, Costs, Speed, lora_scale, optimizer_steps
-from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy
-from fedtune.pruning.ranking import PruningSettings
+from fedtune.planning.floor import Floor
+from fedtune.planning.planner import ClientObservation, Cost, Costs, Speed, lora_scale, optimizer_steps, steps_of_share
+from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy, Probe
 from fedtune.seeds import derive
-
-PolicyName: TypeAlias = Literal["deadline", "s-ucb", "ucb", "thompson", "random", "oracle"]
 
 MEMORY_SHARE = 0.85
 """Share of a machine's main memory that the system leaves free; assumed, not measured."""
 
 
-@dataclass(frozen=True)
-class AdaptiveSettings:
-    """Settings of the planners that choose an *arm*, a pruning ratio and a rank, for every client and round."""
-
-    name: PolicyName = "deadline"
-    """deadline: learns each client's speed and lets the cohort end together; s-ucb: a tree of arms per client
-    (FedSpine-style, formula ours); ucb: a bandit over a few arms; thompson: a bandit over all; random: any arm that
-    fits; oracle: deadline with the simulated clock's true times, for comparisons (needs `fleet.by = "round"`)."""
-    ratios: Sequence[Annotated[float, Interval(ge=0, le=0.875)]] = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-    """Pruning ratios to choose from; without the table `pruning` there is only 0."""
-    ranks: Sequence[Annotated[int, Ge(1)]] = (2, 4, 8, 16, 32)
-    """LoRA ranks to choose from."""
-    explore: Annotated[int, Ge(0)] = 0
-    """With deadline: clients per round that try another arm that still ends in time."""
-    deadline_s: Annotated[float, Gt(0)] | None = None
-    """With deadline: seconds that every round is to take; none lets the planner choose."""
-    reward: Literal["time", "fedmp"] = "time"
-    """With ucb and thompson. time: only clients slower than the cohort's median lose; fedmp: the fall of the loss,
-    divided by the distance from the cohort's mean time, as in FedMP."""
+def all_modules(rank: int, top: float) -> tuple[int, ...]:
+    """Return no ranks by module: all modules have the plan's."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +37,7 @@ class Options:
     """What one client may be asked in one round; sequences run over the arms."""
 
     client: Client
-    training: Training
+    trainings: Sequence[Training]
     """With `steps` set."""
     costs: Sequence[Cost]
     memory_gb: float | None
@@ -67,6 +47,10 @@ class Options:
     @property
     def any_feasible(self) -> bool:
         return any(self.feasible)
+
+    def in_memory(self) -> Sequence[bool]:
+        """Return which arms fit the memory, whatever the round allows."""
+        return [self.memory_gb is None or cost.memory_gb <= self.memory_gb for cost in self.costs]
 
 
 @dataclass(frozen=True)
@@ -84,10 +68,10 @@ class Adaptive:
     alpha: float | Literal["2r"]
     rslora: bool
     seed: int
-    rounds: int
-    pruning: PruningSettings | None = None
-    ranking: bool = False
-    """Whether heads and channels are ranked from the start: else no client is pruned in the first round."""
+    floor: Floor
+    """Which pruning ratios a round allows to whom."""
+    module_ranks: Callable[[int, float], tuple[int, ...]] = all_modules
+    """(rank, share of the blocks) -> the rank of every target module, as `Plan.ranks`"""
 
     def start(self) -> Learned:
         """Return what is known before the first round."""
@@ -119,38 +103,34 @@ class Adaptive:
         observed = [self._observation(client) for client in asked]
         return Learned(self.policy.learn(learned.policy, observed), too_large)
 
-    def ratio_filter(self, round: int) -> Callable[[float], bool]:
-        """Return the test whether a round allows a ratio: from the ramp's to the largest, in the end only the target.
-
-        Voters share one structure, so for them it is the ramp's in every round.
-        """
-        settings = self.pruning
-        if settings is None or (round == 1 and not self.ranking and settings.policy != "local"):
-            # Nothing says yet what may go: the first round's clients score heads and channels.
-            return lambda ratio: ratio == 0
-        least = settings.ratio(round, self.rounds)
-        if settings.target and (least == settings.target or settings.policy == "vote"):
-            # In the last rounds clients must recover in the structure that is deployed.
-            wanted = least if settings.policy == "vote" else settings.target
-            # The target need not be one of the arms; of two as near, the smaller ratio loses less.
-            nearest = min((arm.ratio for arm in self.policy.arms), key=lambda ratio: (abs(ratio - wanted), ratio))
-            return lambda ratio: ratio == nearest
-        largest = max(arm.ratio for arm in self.policy.arms)
-        # Never above the largest arm, or none would be left.
-        return lambda ratio: ratio >= min(least, largest)
-
     def _options(self, learned: Learned, round: int, client: Client) -> Options:
-        training = self._training(client)
-        costs = [self.costs(client.name, arm, training) for arm in self.policy.arms]
-        memory, allowed = self._memory_gb(client), self.ratio_filter(round)
-        ran_out = learned.too_large.get(client.name)
-        feasible = tuple(
-            allowed(arm.ratio)
-            and (memory is None or cost.memory_gb <= memory)
-            and (ran_out is None or cost.memory_gb < ran_out)
-            for arm, cost in zip(self.policy.arms, costs, strict=True)
-        )
-        return Options(client, training, costs, memory, feasible)
+        whole = self._training(client)
+        trainings = [with_share(whole, arm.share) for arm in self.policy.arms]
+        costs = [self.costs(client.name, arm, each) for arm, each in zip(self.policy.arms, trainings, strict=True)]
+        own = Options(client, trainings, costs, self._memory_gb(client), ())
+        allowed, fits = self._ratio_test(round, own), own.in_memory()
+        ran_out, seen = learned.too_large.get(client.name), set[Any]()
+        feasible = []
+        for place, arm in enumerate(self.policy.arms):
+            fit = allowed(arm.ratio) and fits[place] and (ran_out is None or costs[place].memory_gb < ran_out)
+            # Of arms that ask this client for the same, as shares of one step do, the first is the only one.
+            order = self._order(arm, trainings[place])
+            feasible.append(fit and order not in seen)
+            seen |= {order} if fit else set()
+        return replace(own, feasible=tuple(feasible))
+
+    def _order(self, arm: Arm, training: Training) -> tuple[Any, ...]:
+        """Return what a client is asked for with an arm, by which two of them may be the same."""
+        return arm.ratio, arm.rank, self.module_ranks(arm.rank, arm.top), arm.back, training.steps, arm.down_rank
+
+    def _ratio_test(self, round: int, own: Options) -> Callable[[float], bool]:
+        """Return the test whether a round allows a client a ratio."""
+        kind = self.speeds.get(own.client.name, Speed()).kind
+        return self.floor.ratio_test(round, own.client.name, kind, holds_whole=self._holds_whole(own))
+
+    def _holds_whole(self, own: Options) -> bool:
+        """Return whether a client can train the whole base with one of the arms."""
+        return any(fits and arm.ratio == 0 for arm, fits in zip(self.policy.arms, own.in_memory(), strict=True))
 
     def _training(self, client: Client) -> Training:
         training = self.training(client.name)
@@ -163,9 +143,9 @@ class Adaptive:
         return MEMORY_SHARE * client.memory_bytes / 1e9 if client.memory_bytes else None
 
     def _candidate(self, own: Options, *, weight: float) -> Candidate:
-        speed = self.speeds.get(own.client.name, Speed())
+        speed, name = self.speeds.get(own.client.name, Speed()), own.client.name
         return Candidate(
-            client=own.client.name,
+            client=name,
             weight=weight,
             feasible=own.feasible,
             tflop=tuple(cost.tflop for cost in own.costs),
@@ -174,22 +154,22 @@ class Adaptive:
             overhead_s=speed.overhead_s,
             s_per_tflop=speed.s_per_tflop,
             s_per_mb=speed.s_per_mb,
+            gain_of=self.floor.gain_of(name, speed.kind, holds_whole=self._holds_whole(own)),
+            probe=Probe(own.client.s_per_tflop, own.client.s_per_mb),
         )
 
     def _plan(self, own: Options, choice: Choice) -> PlannedClient:
-        name, memory = own.client.name, own.memory_gb
-        arm = self.policy.arms[choice.arms[name]]
-        in_memory = [
-            arm.ratio
-            for arm, cost in zip(self.policy.arms, own.costs, strict=True)
-            if memory is None or cost.memory_gb <= memory
-        ]
+        name, index = own.client.name, choice.arms[own.client.name]
+        arm = self.policy.arms[index]
+        in_memory = [each.ratio for each, fits in zip(self.policy.arms, own.in_memory(), strict=True) if fits]
         plan = Plan(
             client=name,
             rank=arm.rank,
             scale=lora_scale(arm.rank, self.alpha, rslora=self.rslora),
-            training=own.training,
+            training=own.trainings[index],
             ratio=arm.ratio,
+            ranks=self.module_ranks(arm.rank, arm.top),
+            back=arm.back,
         )
         return PlannedClient(
             plan,
@@ -197,11 +177,14 @@ class Adaptive:
             first_ratio=min(in_memory, default=arm.ratio),
             deadline_s=choice.deadline_s,
             why=choice.why.get(name, ""),
+            down_rank=arm.down_rank,
+            top=arm.top,
+            share=arm.share,
         )
 
     def _unfit(self, learned: Learned, round: int, own: Options) -> Failure:
         """Return the failure of a client without a feasible arm: what the smallest arm needs, and what there is."""
-        name, memory, allowed = own.client.name, own.memory_gb, self.ratio_filter(round)
+        name, memory, allowed = own.client.name, own.memory_gb, self._ratio_test(round, own)
         open_now = [
             (cost.memory_gb, arm) for arm, cost in zip(self.policy.arms, own.costs, strict=True) if allowed(arm.ratio)
         ]
@@ -214,20 +197,23 @@ class Adaptive:
             got += f", and ran out of memory at {ran_out:.3g} GB"
         return Failure(
             name,
-            expected=f"at least {need:.3g} GB of memory, for a ratio of {arm.ratio:g} and rank {arm.rank}",
-            hint=f"{got}; lower client.batch or data.max_tokens, or {self._advice(round)}",
+            expected=f"at least {need:.3g} GB of memory, for {arm_text(arm)}",
+            hint=f"{got}; lower client.batch or data.max_tokens, or {self._advice(round, own)}",
             kind="unfit",
         )
 
-    def _advice(self, round: int) -> str:
-        # Asked at two ratios: without a ranking a round allows 0 and nothing else.
-        if self.pruning is not None and all(self.ratio_filter(round)(ratio) == (ratio == 0) for ratio in (0, 0.5)):
+    def _advice(self, round: int, own: Options) -> str:
+        if self.floor.lacks_ranking(round):
             return "name a file in pruning.ranking: without one the first round prunes no client"
+        if max(arm.ratio for arm in self.policy.arms) == 0:
+            return "write [pruning], by which a part of the base is enough"
         return "allow larger planner.ratios"
 
     def _cost(self, seen: ClientObservation) -> Cost:
-        client = Client(seen.client, seen.num_examples)
-        return self.costs(seen.client, Arm(seen.ratio, seen.rank), self._training(client))
+        arm = arm_of(seen)
+        return self.costs(
+            seen.client, arm, with_share(self._training(Client(seen.client, seen.num_examples)), arm.share)
+        )
 
     def _observation(self, seen: ClientObservation) -> Observed:
         known = [part for part in (seen.compute_s, seen.transfer_s) if part is not None and isfinite(part)]
@@ -236,7 +222,7 @@ class Adaptive:
         timed, speed = len(known) == 2 and not late, self.speeds.get(seen.client, Speed())
         return Observed(
             client=seen.client,
-            arm=Arm(seen.ratio, seen.rank),
+            arm=arm_of(seen),
             tflop=self._cost(seen).tflop,
             # As counted: in the first round next to nothing comes down, which would look like a fast connection.
             megabytes=self.traffic(seen),
@@ -250,4 +236,31 @@ class Adaptive:
             loss_before=seen.loss_before if used else None,
             loss_after=seen.loss_after if used else None,
             importance=seen.importance if used else None,
+            whole_loss_before=seen.whole_loss_before if used else None,
+            whole_loss_after=seen.whole_loss_after if used else None,
         )
+
+
+def arm_of(seen: ClientObservation) -> Arm:
+    """Return the arm that a client was asked for."""
+    return Arm(seen.ratio, seen.rank, seen.top, seen.back, seen.share, seen.down_rank)
+
+
+def with_share(training: Training, share: float) -> Training:
+    """Return the training with a share of its steps, at least one."""
+    assert training.steps is not None  # epochs are resolved before
+    return training if share == 1 else replace(training, steps=steps_of_share(training.steps, share))
+
+
+def arm_text(arm: Arm) -> str:
+    """Return an arm in words, without what it leaves as the recipe has it.
+
+    >>> arm_text(Arm(0.0, 8, top=0.4, share=0.5))
+    'a ratio of 0 and rank 8, the top 0.4 of the blocks, 0.5 of the steps'
+    """
+    parts = [f"a ratio of {arm.ratio:g} and rank {arm.rank}"]
+    parts += [f"the top {arm.top:g} of the blocks"] if arm.top < 1 else []
+    parts += [f"{arm.back:g} of the backward pass left out"] if arm.back else []
+    parts += [f"{arm.share:g} of the steps"] if arm.share < 1 else []
+    parts += [f"at most rank {arm.down_rank} sent"] if arm.down_rank is not None else []
+    return ", ".join(parts)

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 
 import numpy as np
 
-from fedtune.planning.policy import Arm, Candidate, Choice, Observed
+from fedtune.planning.policy import Arm, Candidate, Choice, GainOf, Observed
+from fedtune.planning.quality import (
+    TAUGHT,
+    LogLikelihood,
+    Taught,
+    gains,
+    hypotheses,
+    quality,
+    shares,
+    updated_likelihood,
+)
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 
@@ -26,28 +35,10 @@ LONGEST_S = 1e9
 """Thirty years: a longer time is no measurement."""
 MOST_DEADLINES = 60
 """Ends of a round that are tried: more cost time and gain nothing."""
-QUALITY_FORGETTING = 0.99
-"""Weight of older rounds in the likelihood of a hypothesis."""
 LATE_SHARE = 1.25
 """The deadline that is sent, over the time at which the round is expected to end: room for an error of the model."""
 UNKNOWN = 1.5
 """A client of which nothing is known is planned with so many times the fleet's median time."""
-
-HYPOTHESES = np.array(
-    list(product((0.55, 0.65, 0.75, 0.85, 0.95), (1.5, 3.0, 6.0, 10.0, 16.0), (1.0, 2.0, 3.0)))
-)  # (75, 3): pn, rn, w
-
-
-def quality(arms: Sequence[Arm], hypotheses: Array = HYPOTHESES) -> Array:
-    """Return how much each hypothesis says that an arm learns, (hypotheses, arms).
-
-    clip(1 - (p / pn)^w, 0, 1) (1 - e^(-r / rn)) for the ratio p and the rank r: nothing is learned from the ratio pn
-    on, and ranks far above rn add little.
-    """
-    ratio = np.array([arm.ratio for arm in arms])
-    rank = np.array([arm.rank for arm in arms], np.float64)
-    pn, rn, w = (hypotheses[:, i : i + 1] for i in range(3))
-    return np.asarray(np.clip(1 - (ratio / pn) ** w, 0, 1) * (1 - np.exp(-rank / rn)))
 
 
 @dataclass(frozen=True)
@@ -76,22 +67,28 @@ class DeadlineMemory:
     """What the planner has learned."""
 
     clients: Mapping[str, Rates] = field(default_factory=dict)
-    log_likelihood: tuple[float, ...] = (0.0,) * len(HYPOTHESES)
-    """Of the hypotheses on quality, over all clients."""
+    likely: Mapping[Taught, LogLikelihood] = field(default_factory=dict)
+    """Of the hypotheses on quality, over all clients, by the model that they are about."""
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """Chooses the arms with the largest summed quality per second, for a round as long as its slowest client."""
+    """Chooses the arms with the largest summed quality per second, for a round as long as its slowest client.
+
+    With `draws` it is a contextual bandit that samples (Thompson): times follow from the cost model, and the quality is
+    that of one hypothesis a round, drawn as likely as it is by then. Arms of which little is known are tried as long as
+    they may be the best ones; without it, the mean over the hypotheses decides.
+    """
 
     arms: tuple[Arm, ...]
+    draws: bool = False
     explore: int = 0
     """Clients per round that try another arm which ends in time."""
     deadline_s: float | None = None
     server_s: float = 0.0
     """Seconds of a round in which the server works."""
-    true_seconds: Callable[[int, Candidate], Sequence[float]] | None = None
-    """(round, client) -> the true seconds of every arm: for comparisons alone, since no deployment can know them."""
+    true_seconds: Callable[[int, Candidate, Sequence[Arm]], Sequence[float]] | None = None
+    """(round, client, arms) -> the true seconds of every arm: for comparisons, since no deployment knows them."""
 
     def start(self) -> DeadlineMemory:
         """Return what is known before the first round: nothing."""
@@ -104,16 +101,17 @@ class Deadline:
         # By name, so that sums and draws do not depend on the order in which clients were listed.
         cohort = sorted(candidates, key=lambda client: client.client)
         seconds = self._seconds(memory, round, cohort)  # (clients, arms), infinite where not feasible
-        per_arm = self._expected_quality(memory)  # (arms,)
+        worth = self._worth(memory, cohort, round=round, key=key)  # (clients, arms)
         ends = candidate_ends(seconds) if self.deadline_s is None else np.array([self.deadline_s])
         weights = np.array([client.weight for client in cohort])
-        chosen, end = best_arms(seconds, np.broadcast_to(per_arm, seconds.shape), weights, ends, self.server_s)
+        chosen, end = best_arms(seconds, worth, weights, ends, self.server_s)
         # Clients that explore end by the deadline, even where the slowest one cannot.
         room = end if self.deadline_s is None else min(end, self.deadline_s)
         chosen = self._with_exploration(chosen, seconds, room, round=round, key=key)
         arms = {client.client: int(arm) for client, arm in zip(cohort, chosen, strict=True)}
+        what = "drawn quality" if self.draws else "quality"
         why = {
-            client.client: f"{seconds[row, arm]:.3g} s of {end:.3g} s; quality {per_arm[arm]:.2f}"
+            client.client: f"{seconds[row, arm]:.3g} s of {end:.3g} s; {what} {worth[row, arm]:.2f}"
             for row, (client, arm) in enumerate(zip(cohort, chosen.tolist(), strict=True))
         }
         return Choice(arms, deadline_s=float(LATE_SHARE * (self.deadline_s or end)), why=why)
@@ -133,13 +131,18 @@ class Deadline:
                     update_rate(rates.transfer, seen.transfer_s, seen.megabytes),
                 )
             )
-        return DeadlineMemory(clients, update_likelihood(memory.log_likelihood, observed))
+        of = hypotheses(self.arms)
+        likely = {
+            taught: updated_likelihood(memory.likely.get(taught, ()), gains(observed, taught), self.arms, of)
+            for taught in TAUGHT
+        }
+        return DeadlineMemory(clients, likely)
 
     def _seconds(self, memory: DeadlineMemory, round: int, cohort: Sequence[Candidate]) -> Array:
         """Return the expected seconds of every client's arms, (clients, arms)."""
         feasible = np.array([client.feasible for client in cohort])
         if self.true_seconds is not None:
-            seconds = np.array([self.true_seconds(round, client) for client in cohort])
+            seconds = np.array([self.true_seconds(round, client, self.arms) for client in cohort])
         else:
             compute, transfer = rates_of(memory, cohort, "compute"), rates_of(memory, cohort, "transfer")
             tflop = np.array([client.tflop for client in cohort])
@@ -148,12 +151,17 @@ class Deadline:
             seconds = compute[:, None] * tflop + transfer[:, None] * megabytes + overhead[:, None]
         return np.where(feasible, seconds, np.inf)
 
-    def _expected_quality(self, memory: DeadlineMemory) -> Array:
-        """Return the quality of every arm, averaged over the hypotheses by their likelihood."""
-        likely = np.array(memory.log_likelihood)
-        # Less the largest: e to the others underflows to 0, and none overflows.
-        share = np.exp(likely - likely.max())
-        return np.asarray((share / share.sum()) @ quality(self.arms))
+    def _worth(self, memory: DeadlineMemory, cohort: Sequence[Candidate], *, round: int, key: int) -> Array:
+        """Return the quality of every client's arms in the model that counts for it, (clients, arms)."""
+        of = hypotheses(self.arms)
+        per_hypothesis = quality(self.arms, of)
+        rng = generator(derive(key, "bandit.hypothesis", round))
+        by_view: dict[GainOf, Array] = {}
+        for taught in TAUGHT:  # both in any case: a draw must not depend on who else is in the cohort
+            share = shares(memory.likely.get(taught, ()), of)
+            by_view[taught] = per_hypothesis[rng.choice(len(of), p=share)] if self.draws else share @ per_hypothesis
+        by_view["both"] = 0.5 * (by_view["own"] + by_view["whole"])
+        return np.array([by_view[client.gain_of] for client in cohort])
 
     def _with_exploration(self, chosen: Array, seconds: Array, room: float, *, round: int, key: int) -> Array:
         """Return the arms, those of some clients drawn again among all that end in time."""
@@ -165,33 +173,6 @@ class Deadline:
             in_time = np.flatnonzero(seconds[client] <= room)
             arms[client] = int(rng.choice(in_time)) if in_time.size else arms[client]
         return arms
-
-
-def update_likelihood(log_likelihood: tuple[float, ...], observed: Sequence[Observed]) -> tuple[float, ...]:
-    """Return the log-likelihoods of the hypotheses after a round.
-
-    Each hypothesis is scaled to the round's gains before the two are compared. Gains fall over a run, so only the
-    contrast between clients of the same round teaches anything.
-    """
-    pairs = [
-        (seen.arm, seen.loss_before - seen.loss_after)
-        for seen in sorted(observed, key=lambda client: client.client)
-        if seen.loss_before is not None and seen.loss_after is not None
-    ]
-    pairs = [(arm, gain) for arm, gain in pairs if np.isfinite(gain)]
-    scale = float(np.median([abs(gain) for _, gain in pairs])) if pairs else 0.0
-    # Two points always fit a scaled curve too well.
-    if len(pairs) < 3 or scale == 0:
-        return log_likelihood
-    gains = np.array([gain for _, gain in pairs]) / scale  # (n,)
-    predicted = quality([arm for arm, _ in pairs])  # (hypotheses, n)
-    size = (predicted * predicted).sum(axis=1)
-    # Least squares, never negative: no hypothesis says that a larger loss is better.
-    factor = np.maximum(0.0, predicted @ gains / np.where(size > 0, size, 1.0))
-    residual = ((gains - factor[:, None] * predicted) ** 2).sum(axis=1)
-    # The best hypothesis sets the noise; the floor keeps one exact fit from ruling out all others at once.
-    noise = 2 * max(float(residual.min()) / len(pairs), 1e-4)
-    return tuple((QUALITY_FORGETTING * np.array(log_likelihood) - residual / noise).tolist())
 
 
 def rates_of(memory: DeadlineMemory, cohort: Sequence[Candidate], what: str) -> Array:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from fedtune.messages import BaseDtype, Client, Failure, Plan, PlannedClient, Training, View
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import BlockLayout
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Speed:
     s_per_tflop: float | None = None
     s_per_mb: float | None = None
     overhead_s: float = 0.0
+    kind: str = ""
+    """Name of the device's profile."""
 
 
 def fits(client: Client, ratio: float, rank: int, training: Training) -> str:
@@ -121,6 +124,14 @@ class PlannerInputs:
     """Whether heads and channels are ranked from the start: else no client can be pruned in the first round."""
     base: str = ""
     """The base, as the recipe names it."""
+    layout: BlockLayout | None = None
+    """Of the base's blocks, where its family is known."""
+    modules: Collection[str] = ()
+    """Names of the modules that are adapted."""
+    partial: bool = False
+    """Whether the method takes updates that leave modules out."""
+    selective: bool = False
+    """Whether backward passes can leave out a part of the base's blocks."""
     costs: Costs | None = None
     """None where the base is of a family for which there is no cost model."""
     traffic: Callable[[ClientObservation], float] = counted_megabytes
@@ -131,8 +142,8 @@ class PlannerInputs:
     """(client, ratio, rank, how it trains) -> why that does not fit its device; empty if it does, or is not known"""
     server_s: float = 0.0
     """Seconds of a round in which the server works, in a simulation."""
-    true_seconds: Callable[[int, Candidate], Sequence[float]] | None = None
-    """(round, client) -> seconds of every arm, as simulated: for the oracle."""
+    true_seconds: Callable[[int, Candidate, Sequence[Arm]], Sequence[float]] | None = None
+    """(round, client, arms) -> seconds of every arm, as simulated: for the oracle."""
 
     def plan(
         self, client: Client, *, rank: int | None = None, steps: int | None = None, ratio: float = 0.0
@@ -167,6 +178,11 @@ def optimizer_steps(training: Training, num_examples: int) -> int:
     return max(1, ceil(training.epochs * num_examples / (training.batch * training.accumulation)))
 
 
+def steps_of_share(steps: int, share: float) -> int:
+    """Return a share of a round's steps: at least one."""
+    return max(1, int(share * steps + 0.5))
+
+
 def largest_of_recipe(settings: Any) -> int | None:
     return None
 
@@ -180,7 +196,9 @@ class PlanChoices:
     ratios: Collection[float] | None = None
     """Beside 0, where the recipe has the table `pruning`; None: any."""
     fewer_steps: bool = False
-    """Whether it may ask for fewer steps than the recipe."""
+    """Whether it may ask for any number of steps below the recipe's."""
+    shares: Collection[float] = ()
+    """Shares of the recipe's steps that it may ask for, beside 1."""
     tops: Collection[float] = ()
     """Shares of the blocks, from the top, whose modules alone may be trained, beside 1."""
     module_ranks: bool = False

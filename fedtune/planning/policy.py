@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 Memory = TypeVar("Memory")
 
@@ -27,6 +27,18 @@ class Arm:
     """Largest rank of the global change that is sent; None: as the method's settings say."""
 
 
+GainOf: TypeAlias = Literal["own", "whole", "both"]
+"""The model in which a client's gain counts: the one that it trains, the whole one, or both alike."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a client measured of its own speed for the coming round; nothing where it was not asked, or did not say."""
+
+    s_per_tflop: float | None = None
+    s_per_mb: float | None = None
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One client of a cohort, with the cost of every arm; sequences run over the arms."""
@@ -46,6 +58,8 @@ class Candidate:
     s_per_tflop: float | None = None
     """From the device's profile, over its mean mode; None where there is none."""
     s_per_mb: float | None = None
+    gain_of: GainOf = "own"
+    probe: Probe = Probe()
 
 
 @dataclass(frozen=True)
@@ -77,9 +91,10 @@ class Observed:
     late_s: float | None = None
     """Seconds after which the client was given up: it would have taken at least as long. None where it was not."""
     overhead_s: float = 0.0
-    """This and the next two as in `Candidate`."""
+    """This and the next three as in `Candidate`."""
     s_per_tflop: float | None = None
     s_per_mb: float | None = None
+    probe: Probe = Probe()
     loss_before: float | None = None
     """Before this round's pruning, in the structure of the last participation."""
     loss_after: float | None = None

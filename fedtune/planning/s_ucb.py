@@ -1,4 +1,4 @@
-"""The planner `s-ucb`: a tree per client over ratio and rank, split where it was played; FedSpine-style, formula ours.
+"""The planner `s-ucb`: per client a tree over operations and rank, split where it was played; formula ours.
 
 Arms near each other cost and teach about the same. So a reward counts for the whole leaf around the arm that earned it,
 and leaves become smaller where a client has taken part often.
@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from fedtune.planning.arms import compute_share
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed
 from fedtune.planning.rewards import relative, with_worst
 from fedtune.seeds import derive, generator
@@ -35,7 +36,7 @@ PROGRESS, IMPORTANCE = 0.25, 0.25
 
 @dataclass(frozen=True)
 class Leaf:
-    """A box of the unit square: x is the ratio over the largest, y the rank on a logarithmic scale."""
+    """A box of the unit square: x is what an arm saves of the operations, y its rank on a logarithmic scale."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -91,6 +92,16 @@ class TreeMemory:
         return float(np.std(self.recent)) if len(self.recent) > 1 else 1.0
 
 
+def saving(arm: Arm) -> float:
+    """Return about which share of the operations an arm leaves out: for arms that differ in the ratio alone, that."""
+    return 1 - compute_share(arm)
+
+
+def traffic(arm: Arm) -> float:
+    """Return the logarithm of the ranks that travel."""
+    return log2(arm.rank) + (log2(arm.down_rank) if arm.down_rank is not None else 0.0)
+
+
 @dataclass(frozen=True)
 class SUcb:
     """Plays an arm in the leaf with the largest mean + deviation sqrt(2 ln n / N), and splits that leaf at the arm."""
@@ -105,13 +116,15 @@ class SUcb:
 
     def place(self, arm: Arm) -> Point:
         """Return an arm's place in the unit square, below 1 on either side, since leaves are open there."""
-        largest = max(arm.ratio for arm in self.arms)
-        ranks = [arm.rank for arm in self.arms]
-        low, high = log2(min(ranks)), log2(max(ranks))
-        x = arm.ratio / largest if largest else 0.0
-        y = (log2(arm.rank) - low) / (high - low) if high > low else 0.0
-        below = 1 - 2**-20
+        below, (low_x, high_x, low_y, high_y) = 1 - 2**-20, self._box
+        x = (saving(arm) - low_x) / (high_x - low_x) if high_x > low_x else 0.0
+        y = (traffic(arm) - low_y) / (high_y - low_y) if high_y > low_y else 0.0
         return min(x, below), min(y, below)
+
+    @property
+    def _box(self) -> tuple[float, float, float, float]:
+        x, y = [saving(arm) for arm in self.arms], [traffic(arm) for arm in self.arms]
+        return min(x), max(x), min(y), max(y)
 
     def choose(self, memory: TreeMemory, round: int, candidates: Sequence[Candidate], *, key: int) -> Choice:
         """Return an arm for every candidate: the feasible one nearest to a point drawn in its best leaf."""
@@ -124,7 +137,7 @@ class SUcb:
             arms[client.client] = self.draw_arm(leaf, points, client, rng)
             chance = "not tried yet" if bound == inf else f"bound {bound:.3g}"
             why[client.client] = (
-                f"{chance} in ratio {leaf.x[0]:.2f}..{leaf.x[1]:.2f}, rank {leaf.y[0]:.2f}..{leaf.y[1]:.2f}"
+                f"{chance} in saving {leaf.x[0]:.2f}..{leaf.x[1]:.2f}, rank {leaf.y[0]:.2f}..{leaf.y[1]:.2f}"
             )
         return Choice(arms, why=why)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
@@ -20,6 +20,8 @@ SWAP = 0.1
 """Share by which a pooled score must change before the ranking follows: equal groups do not swap every round."""
 LARGEST_WORTH = 10.0
 """Times the cohort's median of a unit, or times the mean unit, that one client's score of it counts at most."""
+ON_SERVER_ALONE: Mapping[str, bool] = {"travels": False, "omit_default": True}
+"""Metadata of a setting that clients are not sent, and that recipes before it did not have; see `messages`."""
 LEAST = 8
 """A block keeps at least 1/8 of its channels."""
 
@@ -33,10 +35,18 @@ class PruningSettings:
     """
 
     target: Annotated[float, Interval(ge=0, le=0.875)] = 0.5
-    """Pruning ratio of the model that will be deployed; all clients train at it in the last rounds. 0 leaves the
-    planner free to the end."""
+    """Pruning ratio of the model that is scored and exported beside the whole one; 0: none. Clients that will use it
+    train at this ratio in the last fifth of the rounds, unless `planner.goal` is whole."""
+    deployed_on: Sequence[str] = field(default=(), metadata=ON_SERVER_ALONE)
+    """Clients that will use the pruned model: names or globs of clients, or of device profiles. none: those whose
+    memory does not hold the whole base; all, where `planner.goal` is deployed."""
+    floor: Literal["deployed", "ramp"] = field(default="deployed", metadata=ON_SERVER_ALONE)
+    """The smallest ratio that a planner may choose. deployed: `target` for the clients above in the last fifth of the
+    rounds, 0 before that and for all others; ramp: for all clients, as in releases before 0.3.0, which costs the whole
+    model much."""
     ramp: Annotated[float, Interval(gt=0, le=1)] = 0.8
-    """Share of the rounds over which the smallest allowed ratio rises from 0 to `target`, along a cubic curve."""
+    """With the floor ramp: share of the rounds over which the smallest ratio rises from 0 to `target`, along a cubic
+    curve; after that all train at `target`."""
     policy: Literal["nested", "local", "vote"] = "nested"
     """nested: the server has one ranking, and every smaller model is part of every larger one; vote: clients vote in
     each round, and all share the result; local: each client ranks by its own data."""

@@ -11,7 +11,7 @@ from fedtune.config import Recipe
 from fedtune.config.recipe import largest_rank
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint
-from fedtune.planning.adaptive import AdaptiveSettings
+from fedtune.planning.arms import AdaptiveSettings
 from fedtune.pruning.ranking import multiple_of
 from fedtune.store import result
 

@@ -15,10 +15,10 @@ from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault, RoundError
 from fedtune.messages import Blueprint, Client, Failure, PlannedClient, ProbeSeeds, Training
-from fedtune.planning.adaptive import MEMORY_SHARE, AdaptiveSettings
+from fedtune.planning.adaptive import MEMORY_SHARE, with_share
+from fedtune.planning.arms import AdaptiveSettings, ranks_of
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import ClientObservation, Cost, Planner, PlannerInputs, Speed
-from fedtune.planning.policies import arms_of
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
@@ -79,7 +79,8 @@ class Fleet:
         """Rank of what a client is sent: the recipe's bound for its rank, or an estimate, twice the largest rank."""
         largest = method_of(self.recipe).downlink_rank(self.recipe.method, rank)
         planner = self.recipe.planner
-        ranks = planner.ranks if isinstance(planner, AdaptiveSettings) else (self.recipe.adapter.rank,)
+        rank = self.recipe.adapter.rank
+        ranks = ranks_of(planner, rank) if isinstance(planner, AdaptiveSettings) else (rank,)
         return float(largest if largest is not None else 2 * max(ranks))
 
     def cost(self, client: str, arm: Arm, training: Training) -> Cost:
@@ -166,6 +167,8 @@ class Fleet:
             pruning=recipe.pruning,
             ranking=bool(blueprint.ranking),
             base=recipe.model.base,
+            layout=blueprint.anatomy,
+            modules=tuple(blueprint.modules),
             costs=None if self.body is None else self.cost,
             traffic=self.megabytes,
             speeds={name: speed(profile) for name, profile in self.profiles.items()},
@@ -178,18 +181,19 @@ class Fleet:
             return planner  # the recipe's rules have bounded its ranks
         return RankChecked(planner, blueprint.max_rank, equal=method_of(recipe).ranks == "equal")
 
-    def true_seconds(self, round: int, candidate: Candidate) -> Sequence[float]:
+    def true_seconds(self, round: int, candidate: Candidate, arms: Sequence[Arm]) -> Sequence[float]:
         """Return the seconds of every arm for a client in a round; only for traces that do not depend on time."""
         clock = self.clock()
         assert isinstance(clock, SimulatedClock)  # config asks the oracle for a fleet by rounds
-        name, settings = candidate.client, self.recipe.planner
-        assert isinstance(settings, AdaptiveSettings)
+        name, seconds = candidate.client, []
         training = planned_training(self.recipe, name)[1]
-        seconds = []
-        for arm, tflop, megabytes in zip(
-            arms_of(settings, pruned=self.recipe.pruning is not None), candidate.tflop, candidate.megabytes, strict=True
-        ):
-            load = Load(tflop, self.gigabytes(name, arm, training), megabytes / 2 * 1e6, megabytes / 2 * 1e6)
+        for arm, tflop, megabytes in zip(arms, candidate.tflop, candidate.megabytes, strict=True):
+            load = Load(
+                tflop,
+                self.gigabytes(name, arm, with_share(training, arm.share)),
+                megabytes / 2 * 1e6,
+                megabytes / 2 * 1e6,
+            )
             seconds.append(clock.client(name, load, round=round, now_s=0.0).seconds)
         return seconds
 
@@ -267,6 +271,7 @@ def speed(profile: DeviceProfile) -> Speed:
         s_per_tflop=1.0 / (profile.tflops * profile.mean_mode),
         s_per_mb=megabit_s,
         overhead_s=profile.overhead_s,
+        kind=profile.name,
     )
 
 

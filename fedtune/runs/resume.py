@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from fedtune.methods import serialization
 from fedtune.methods.flora import FloraSettings
 from fedtune.methods.method import Method
 from fedtune.methods.settings import AveragingSettings
+from fedtune.planning.arms import AdaptiveSettings
+from fedtune.pruning.ranking import PruningSettings
 from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.record import RoundRecord
 from fedtune.runs.context import Door, RunContext, first_state
@@ -27,9 +29,13 @@ from fedtune.store.run_journal import RunJournal
 
 LINK, OPTIONS = "link", "options"
 """Of a served run: the folder of the link, and the file in it that notes the options of its server."""
-ADAPTING = (AveragingSettings, FloraSettings)
+ADAPTING = (AveragingSettings, FloraSettings, AdaptiveSettings, PruningSettings)
 OLD_DEFAULTS = {"state_max_rank": None, "wire_dtype": "bf16"}
 """Of `[method]`, what releases before 0.3.0 did where a recipe said nothing."""
+OLD_ARMS: Mapping[str, Any] = {"tops": (1.0,), "backs": (0.0,), "shares": (1.0,)}
+"""Of `[planner]`, the arms of releases before 0.3.0 beside ratios and ranks, which they wrote into every recipe."""
+OLD_FLOOR: Mapping[str, Any] = {"floor": "ramp"}
+"""Of `[pruning]`, which ratios these releases allowed."""
 RESTORE_ADVICE = "put back a copy of the run directory, or start the run again"
 
 
@@ -115,7 +121,12 @@ def as_started(run: Path, recipe: Recipe) -> Recipe:
     if not has_begun(run):
         return recipe
     start = started_with(run, recipe.objects.method)
-    recipe = replace(recipe, method=with_begun_defaults(recipe.method, start.method))
+    recipe = replace(
+        recipe,
+        method=with_begun_defaults(recipe.method, start.method, OLD_DEFAULTS),
+        planner=with_begun_defaults(recipe.planner, start.planner, (*OLD_ARMS, "ratios", "ranks")),
+        pruning=with_begun_defaults(recipe.pruning, start.pruning, OLD_FLOOR),
+    )
     if recipe.data.date is None:
         recipe = replace(recipe, data=replace(recipe.data, date=start.data.date))
     if recipe.model.dtype == "auto":
@@ -123,12 +134,12 @@ def as_started(run: Path, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def with_begun_defaults(ours: Any, its: Any) -> Any:
-    """Return a method's settings with what a run has begun with for the keys that are at a default of this release."""
+def with_begun_defaults(ours: Any, its: Any, of: Iterable[str]) -> Any:
+    """Return settings with what a run has begun with for those of the keys that are at a default of this release."""
     if type(ours) is not type(its) or not isinstance(ours, ADAPTING):
         return ours
     defaults = {each.name: each.default for each in fields(ours)}
-    keys = [key for key in OLD_DEFAULTS if key in defaults and getattr(ours, key) == defaults[key]]
+    keys = [key for key in of if key in defaults and getattr(ours, key) == defaults[key]]
     return replace(ours, **{key: getattr(its, key) for key in keys})
 
 
@@ -138,6 +149,10 @@ def started_with(run: Path, method: Method[Any] | None) -> Recipe:
     # A method that was given as an object is needed to read its settings; the other objects are names in the text.
     start = bind(text, objects=Objects(method=method))
     *_, tables = read(text)
+    # Later releases write `planner.goal` into every recipe.
+    if isinstance(start.planner, AdaptiveSettings) and "goal" not in tables["planner"]:
+        start = replace(start, planner=replace(start.planner, **OLD_ARMS))
+        start = replace(start, pruning=start.pruning and replace(start.pruning, **OLD_FLOOR))
     if not isinstance(start.method, ADAPTING):
         return start
     # Releases before 0.3.0 left `state_max_rank` out where nothing was cut, which was the default.

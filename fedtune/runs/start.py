@@ -15,7 +15,7 @@ from fedtune.messages import Blueprint
 from fedtune.methods.flora import FloraSettings, is_bounded
 from fedtune.methods.saturation import forecast
 from fedtune.methods.settings import down_dtype
-from fedtune.planning.adaptive import AdaptiveSettings
+from fedtune.planning.arms import AdaptiveSettings
 from fedtune.rounds.schedule import cohort_size
 from fedtune.runs.context import first_state
 from fedtune.store.peft_import import ForeignAdapter, read_adapter

@@ -31,9 +31,8 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.methods import METHODS
-from fedtune.planning.adaptive import AdaptiveSettings
+from fedtune.planning.arms import AdaptiveSettings, Setting, arms_of
 from fedtune.planning.planner import PlannerInputs
-from fedtune.planning.policies import arms_of
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.transport import Rule, Transport
@@ -278,6 +277,12 @@ def test_an_order_of_the_attack_is_vetoed_with_every_key_that_differs() -> None:
         "plan.training.batch: expected 4; got 1",
         "plan.training.steps: expected 10; got 1",
     ]
+    # The planner may ask for half of the steps, and for nothing between.
+    half, third = (put(order, "plan.training.steps", steps) for steps in (5, 3))
+    assert [list(order_differences(recipe_of(ADAPTERS), PROFILE, one)) for one in (half,)] == [[]]
+    assert [str(one) for one in order_differences(recipe_of(ADAPTERS), PROFILE, third)] == [
+        "plan.training.steps: expected 10; got 3"
+    ]
     endless = replace(order.plan.training, steps=10**9, learning_rate=1e30)
     assert keys(ADAPTERS, put(order, "plan.training", endless)) == {
         "plan.training.learning_rate",
@@ -331,8 +336,12 @@ def test_every_shipped_recipe_permits_what_its_planner_may_choose(path: Path) ->
     assert order.method == recipe.method.name
     assert order.plan.training.steps == allowed.training.steps
     if isinstance(recipe.planner, AdaptiveSettings):
-        arms = arms_of(recipe.planner, pruned=recipe.pruning is not None)
+        pruning = recipe.pruning
+        run = Setting(recipe.adapter.rank, pruning.target if pruning else 0.0, pruned=pruning is not None)
+        arms = arms_of(recipe.planner, run)
         assert all(allowed.rank(arm.rank) and allowed.ratio(arm.ratio) for arm in arms)
+        assert {arm.top for arm in arms} == {1.0, *allowed.choices.tops}
+        assert {arm.back for arm in arms} == {0.0, *allowed.choices.backs}
     else:
         assert allowed.ratio(requested_ratio(recipe, "client-0"))
         assert not allowed.rank(0)

@@ -68,7 +68,7 @@ OUT_OF_BOUNDS: Mapping[str, Sequence[tuple[str, str, Any]]] = {
         ("adapters", "plan.ranks", (4, 4)),
         ("seeds", "plan.ranks", (1,)),
     ],
-    "Plan.back": [("adapters", "plan.back", 0.5), ("pruned", "plan.back", 0.5), ("seeds", "plan.back", 0.5)],
+    "Plan.back": [("adapters", "plan.back", 0.25), ("pruned", "plan.back", 0.75), ("seeds", "plan.back", 0.5)],
     "Plan.base_dtype": [("adapters", "plan.base_dtype", "nf4"), ("seeds", "plan.base_dtype", "int8")],
     "Plan.view": [("adapters", "plan.view", "deployed"), ("pruned", "plan.view", "deployed")],
     "Pruning.scores_requested": [],

@@ -8,7 +8,7 @@ def test_a_preset_is_written_out_and_what_the_recipe_says_holds() -> None:
     assert found == {
         "method": {"name": "flora", "mode": "reinit"},
         "pruning": {"target": 0.25},
-        "planner": {"name": "deadline"},
+        "planner": {"name": "bandit"},
     }
 
 

@@ -6,11 +6,15 @@ from math import exp, isnan
 import pytest
 
 from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
-from fedtune.planning.adaptive import Adaptive, AdaptiveSettings
+from fedtune.planning.adaptive import Adaptive, arm_of
+from fedtune.planning.arms import AdaptiveSettings, Goal, Setting
+from fedtune.planning.floor import Floor
 from fedtune.planning.planner import ClientObservation, Cost, Planner, Speed
 from fedtune.planning.policies import policy_of
 from fedtune.planning.policy import Arm
+from fedtune.pruning.depth import module_ranks
 from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import Block, BlockLayout
 
 TRAINING = Training(batch=4, learning_rate=0.1, epochs=1.0)
 FLEET = [Client("ann", 8), Client("bob", 8), Client("cyd", 8)]
@@ -23,9 +27,29 @@ def cost(client: str, arm: Arm, training: Training) -> Cost:
     )
 
 
-def planner(name: str = "deadline", *, memory: float = 16.0, target: float = 0.5, **changes: object) -> Adaptive:
-    made = Adaptive(
-        policy=policy_of(AdaptiveSettings(name=name), pruned=True),  # type: ignore[arg-type]
+LAYOUT = BlockLayout("llama", tuple(Block(f"layers.{i}", 1, 1, 1, 1) for i in range(5)), 1)
+MODULES = tuple(f"layers.{i}.mlp.up_proj" for i in range(5))
+PAIRS = AdaptiveSettings(
+    ratios=(0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75), ranks=(2, 4, 8, 16, 32), tops=(1,), backs=(0,), shares=(1,)
+)
+"""Ratios and ranks alone."""
+
+
+def planner(
+    name: str = "deadline",
+    *,
+    memory: float = 16.0,
+    target: float = 0.5,
+    goal: Goal = "deployed",
+    pruning: PruningSettings | None = None,
+    ranking: bool = False,
+    settings: AdaptiveSettings = PAIRS,
+    **changes: object,
+) -> Adaptive:
+    policy = policy_of(replace(settings, name=name), Setting(rank=8, target=target, pruned=True))  # type: ignore[arg-type]
+    ratios = sorted({arm.ratio for arm in policy.arms})
+    planner = Adaptive(
+        policy=policy,
         training=lambda client: TRAINING,
         costs=cost,
         traffic=lambda seen: (seen.bytes_down + seen.bytes_up) / 1e6,
@@ -33,10 +57,10 @@ def planner(name: str = "deadline", *, memory: float = 16.0, target: float = 0.5
         alpha="2r",
         rslora=False,
         seed=0,
-        rounds=10,
-        pruning=PruningSettings(target=target),
+        floor=Floor(goal, 10, ratios, pruning or PruningSettings(target=target), ranking),
+        module_ranks=lambda rank, top: module_ranks(MODULES, LAYOUT, rank, top),
     )
-    return replace(made, **changes)  # type: ignore[arg-type]
+    return replace(planner, **changes)  # type: ignore[arg-type]
 
 
 def plans(made: Adaptive, round: int, learned: object = None) -> dict[str, Plan]:
@@ -53,23 +77,29 @@ def test_it_is_a_planner_and_epochs_become_steps() -> None:
     assert found.deadline_s is not None
 
 
-def test_the_first_round_prunes_nobody_unless_an_order_is_known() -> None:
-    assert {plan.ratio for plan in plans(planner(), 1).values()} == {0.0}
-    known = plans(planner("random", ranking=True), 1).values()
-    assert min(plan.ratio for plan in known) > 0  # the ramp has begun
-    local = planner("random", pruning=PruningSettings(policy="local", target=0.5))
-    assert min(plan.ratio for plan in plans(local, 1).values()) > 0
+def test_the_first_round_prunes_no_client_unless_an_order_is_known() -> None:
+    assert {plan.ratio for plan in plans(planner("random"), 1).values()} == {0.0}
+    drawn = {plan.ratio for seed in range(9) for plan in plans(planner("random", ranking=True, seed=seed), 1).values()}
+    assert max(drawn) > 0
+    local = PruningSettings(policy="local", target=0.5)
+    drawn = {plan.ratio for seed in range(9) for plan in plans(planner("random", pruning=local, seed=seed), 1).values()}
+    assert max(drawn) > 0
 
 
-def test_the_ramp_rises_and_the_last_rounds_train_what_is_deployed() -> None:
-    made = planner("random")
-    least = [min(plan.ratio for plan in plans(made, round).values()) for round in range(2, 11)]
-    ramp = PruningSettings(target=0.5)
-    assert all(found >= min(0.5, ramp.ratio(round, 10)) for round, found in zip(range(2, 11), least, strict=True))
-    for round in (8, 9, 10):
-        assert {plan.ratio for plan in plans(made, round).values()} == {0.5}
-    free = planner("random", target=0.0)
-    assert {plan.ratio for round in range(2, 11) for plan in plans(free, round).values()} > {0.0, 0.75}
+def test_the_last_rounds_train_what_is_deployed_and_the_others_are_free() -> None:
+    deployed = planner("random")
+    for round in (9, 10):
+        assert {plan.ratio for plan in plans(deployed, round).values()} == {0.5}
+    assert {plan.ratio for round in range(2, 9) for plan in plans(deployed, round).values()} > {0.0, 0.75}
+    # Devices that hold the whole base train it to the end, those that do not in the structure that they deploy.
+    speeds = {"ann": Speed(4.2), "bob": Speed(16.0), "cyd": Speed(16.0)}
+    both = planner("random", goal="both", speeds=speeds)
+    last = plans(both, 10)
+    assert (last["ann"].ratio, last["bob"].ratio, last["cyd"].ratio) == (0.5, 0.0, 0.0)
+    free = planner("random", target=0.0, goal="whole", speeds=speeds)
+    ratios = {name: {plans(free, round)[name].ratio for round in range(2, 11)} for name in speeds}
+    assert max(ratios["ann"]) > 0.5
+    assert ratios["bob"] == ratios["cyd"] == {0.0}
 
 
 def test_voters_share_one_ratio() -> None:
@@ -104,7 +134,7 @@ def test_what_a_machine_says_of_its_memory_counts_where_no_profile_does() -> Non
 
 
 def test_running_out_of_memory_bans_what_needs_as_much_for_that_client() -> None:
-    made = planner("random", target=0.0)
+    made = planner("random")
     failed = ClientObservation("ann", 8, ratio=0.5, rank=16, status="failed", out_of_memory=True)
     learned = made.observe(made.start(), [failed])
     assert learned.too_large == {"ann": 5.0}
@@ -128,9 +158,9 @@ def test_weights_are_those_of_the_clients_that_can_do_something() -> None:
     assert {name: whole[name] for name in part} == part
 
 
-@pytest.mark.parametrize("name", ["deadline", "s-ucb", "ucb", "thompson", "random"])
+@pytest.mark.parametrize("name", ["bandit", "deadline", "s-ucb", "ucb", "thompson", "random"])
 def test_learning_is_made_again_from_what_was_seen(name: str) -> None:
-    made = planner(name, target=0.0)
+    made = planner(name)
     learned, history = made.start(), []
     for round in range(1, 6):
         seen = [
@@ -181,3 +211,65 @@ def test_first_contact_is_in_the_least_pruned_model_that_fits() -> None:
 
     assert first(16.0) == {0.0}
     assert first(5.0) == {0.5}  # 4.1 GB with the smallest rank; at .375 it is 5.1
+
+
+WHOLE = AdaptiveSettings()
+
+
+@pytest.mark.parametrize("name", ["bandit", "deadline", "s-ucb", "ucb", "thompson", "random"])
+def test_every_part_of_an_arm_reaches_the_plan_and_comes_back(name: str) -> None:
+    own = planner(name, goal="whole", settings=replace(WHOLE, down_ranks=(4, 16)))
+    for round in range(1, 9):
+        for planned in own.plan(own.start(), round, [Client(f"c{i}", 64) for i in range(6)]).values():
+            assert isinstance(planned, PlannedClient)
+            plan = planned.plan
+            assert plan.training.steps == max(1, int(planned.share * 16 + 0.5))
+            assert plan.ranks == module_ranks(MODULES, LAYOUT, 8, planned.top)
+            seen = ClientObservation(
+                plan.client,
+                64,
+                plan.ratio,
+                plan.rank,
+                top=planned.top,
+                share=planned.share,
+                back=plan.back,
+                down_rank=planned.down_rank,
+            )
+            assert arm_of(seen) in own.policy.arms
+
+
+def test_arms_that_ask_a_client_for_the_same_are_one() -> None:
+    """Of one step half is one step, and of one block the top .4 and .6 are that block."""
+    one = planner("random", goal="whole", settings=WHOLE, module_ranks=lambda rank, top: ())
+    policy = one.policy
+    shares = {arm.share for arm, fits in zip(policy.arms, feasible(one, 4), strict=True) if fits}
+    assert shares == {1.0}
+    assert sum(feasible(one, 4)) == 2  # back 0 and .5
+    assert sum(feasible(planner("random", goal="whole", settings=WHOLE), 64)) == 12
+
+
+def feasible(own: Adaptive, examples: int) -> tuple[bool, ...]:
+    return own._options(own.start(), 2, Client("ann", examples)).feasible
+
+
+def test_a_client_that_holds_the_whole_base_has_no_pruned_arm() -> None:
+    own = planner("random", goal="both", settings=WHOLE, memory=16.0)
+    arms = [arm for arm, fits in zip(own.policy.arms, feasible(own, 64), strict=True) if fits]
+    assert {arm.ratio for arm in arms} == {0.0}
+    small = planner("random", goal="both", settings=WHOLE, memory=5.0)
+    arms = [arm for arm, fits in zip(small.policy.arms, feasible(small, 64), strict=True) if fits]
+    assert {arm.ratio for arm in arms} == {0.5, 0.75}
+
+
+def test_a_plan_depends_on_names_and_never_on_the_order_of_the_cohort() -> None:
+    own = planner("bandit", goal="whole", settings=WHOLE)
+    cohort = [Client(f"c{i}", 8 * (i + 1)) for i in range(7)]
+    assert own.plan(own.start(), 3, cohort) == own.plan(own.start(), 3, cohort[::-1])
+
+
+def test_without_pruning_a_device_that_is_too_small_is_advised_to_prune() -> None:
+    own = planner(goal="whole", memory=1.0, settings=replace(WHOLE, ratios=(0.0,)))
+    own = replace(own, floor=Floor("whole", 10, (0.0,)))
+    failure = own.plan(own.start(), 2, FLEET)["ann"]
+    assert isinstance(failure, Failure)
+    assert "or write [pruning], by which a part of the base is enough" in failure.reason

@@ -8,19 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.planning.deadline import (
-    HYPOTHESES,
     Deadline,
     DeadlineMemory,
     Rate,
     Rates,
     best_arms,
     candidate_ends,
-    quality,
     rates_of,
     update_rate,
     with_lower_bound,
 )
-from fedtune.planning.policy import Arm
+from fedtune.planning.quality import hypotheses, quality
 from tests.planning.conftest import ARMS, candidate, seen
 
 
@@ -36,14 +34,6 @@ def test_the_example_on_paper() -> None:
     assert values == pytest.approx({3.0: 0.125, 4.0: 0.1458333, 6.0: 0.1458333, 10.0: 0.1})
     chosen, end = best_arms(seconds, worth, weights, candidate_ends(seconds), 0.0)
     assert (chosen.tolist(), end) == ([1, 0], 6.0)
-
-
-def test_there_are_75_hypotheses_and_quality_falls_with_the_ratio_and_rises_with_the_rank() -> None:
-    assert HYPOTHESES.shape == (75, 3)
-    found = quality([Arm(0.0, 4), Arm(0.5, 4), Arm(0.0, 16), Arm(0.99, 64)])
-    assert (found[:, 0] > found[:, 1]).all()
-    assert (found[:, 2] > found[:, 0]).all()
-    assert (found[:, 3] == 0).all()
 
 
 @given(
@@ -144,9 +134,9 @@ def test_only_the_contrast_between_clients_teaches() -> None:
         memory = policy.learn(
             memory, [seen(f"c{arm}", ARMS[arm], gain=level * gain) for arm, gain in gains.items() for _ in range(2)]
         )
-    likely = np.array(memory.log_likelihood)
+    likely = np.array(memory.likely["own"])
     assert likely.max() - likely.min() > 1
-    said = quality(ARMS)[likely.argmax()]
+    said = quality(ARMS, hypotheses(ARMS))[likely.argmax()]
     assert said[1] / said[0] > 0.7
     assert said[2] < said[1]
 
@@ -154,7 +144,7 @@ def test_only_the_contrast_between_clients_teaches() -> None:
 def test_fewer_than_three_losses_teach_nothing_of_quality() -> None:
     policy = Deadline(ARMS)
     two = [seen("ann", ARMS[0]), seen("bob", ARMS[2], gain=0.1)]
-    assert policy.learn(policy.start(), two).log_likelihood == policy.start().log_likelihood
+    assert policy.learn(policy.start(), two).likely == {"own": (), "whole": ()}
 
 
 def test_exploration_never_makes_a_straggler() -> None:
@@ -185,3 +175,45 @@ def test_exploration_stays_within_a_given_deadline_beside_a_straggler() -> None:
         arms = policy.choose(policy.start(), round, cohort, key=round).arms
         assert arms["ann"] > 0
         assert arms["bob"] == 2
+
+
+def test_the_bandit_decides_by_one_draw_a_round_whatever_the_order_of_the_cohort() -> None:
+    policy = Deadline(ARMS, draws=True)
+    cohort = [candidate("ann", [9, 5, 1]), candidate("bob", [9, 5, 1], rate=0.5), candidate("cyd", [40, 20, 4])]
+    first = policy.choose(policy.start(), 1, cohort, key=3)
+    assert policy.choose(policy.start(), 1, cohort[::-1], key=3) == first
+    drawn = {tuple(sorted(policy.choose(policy.start(), round, cohort, key=7).arms.items())) for round in range(1, 30)}
+    assert len(drawn) > 1
+    mean = Deadline(ARMS)
+    assert len({tuple(mean.choose(mean.start(), r, cohort, key=7).arms.items()) for r in range(1, 30)}) == 1
+
+
+def test_the_bandit_settles_on_the_arm_that_teaches_most_for_its_time() -> None:
+    """An arm of a third of the time that teaches as much is played nearly always; one that teaches nothing, never."""
+    for gains, best in (((1.0, 1.0, 1.0), {2}), ((1.0, 0.1, 0.0), {0})):
+        policy = Deadline(ARMS, draws=True)
+        memory, played = policy.start(), []
+        for round in range(1, 25):
+            memory = policy.learn(memory, [seen(f"c{i}", ARMS[i % 3], gain=gains[i % 3]) for i in range(9)])
+            cohort = [candidate("ann", [9, 6, 3]), candidate("bob", [9, 6, 3])]
+            played.append(policy.choose(memory, round, cohort, key=round).arms["ann"])
+        assert set(played[12:]) == best
+
+
+def test_a_gain_counts_in_the_model_that_is_asked_for() -> None:
+    """Pruned arms repair themselves and harm the whole: in its own structure an arm is the best, in the whole one not.
+
+    Measured on stories260k: +.663 against -.105 nats."""
+    policy = Deadline(ARMS)
+    memory = policy.start()
+    for _ in range(6):
+        dense = [seen(f"a{i}", ARMS[0], gain=0.03) for i in range(3)]
+        pruned = [
+            replace(seen(f"b{i}", ARMS[2], gain=0.6), whole_loss_before=2.0, whole_loss_after=2.1) for i in range(3)
+        ]
+        memory = policy.learn(memory, [*dense, *pruned])
+    cohort = [candidate("ann", [6, 5, 4])]
+    arms = {
+        of: policy.choose(memory, 7, [replace(cohort[0], gain_of=of)], key=0).arms["ann"] for of in ("own", "whole")
+    }
+    assert arms == {"own": 2, "whole": 0}

@@ -98,7 +98,8 @@ def test_the_oracle_is_told_the_clocks_own_times(made: Callable[..., Fleet]) -> 
     )
     clock = fleet.clock()
     assert isinstance(clock, SimulatedClock)
-    for cost, rank, told in zip(costs, (2, 8), fleet.true_seconds(4, candidate), strict=True):
+    seconds = fleet.true_seconds(4, candidate, [Arm(0.0, 2), Arm(0.0, 8)])
+    for cost, rank, told in zip(costs, (2, 8), seconds, strict=True):
         half = int(cost.megabytes / 2 * 1e6)
         plan, measured = (
             Plan("client-03", rank, 2.0, TRAINING),

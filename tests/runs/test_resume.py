@@ -11,6 +11,7 @@ import pytest
 from fedtune.config import bind, render
 from fedtune.errors import ConfigError, StoreError
 from fedtune.methods import serialization
+from fedtune.planning.arms import AdaptiveSettings
 from fedtune.rounds import loop
 from fedtune.rounds.aggregation import Aggregated, aggregate
 from fedtune.rounds.events import Event, Note
@@ -120,6 +121,34 @@ def test_a_run_goes_on_in_the_number_format_that_it_began_with(
         other = replace(recipe, method=replace(method, wire_dtype="int4"))
         with pytest.raises(ConfigError, match=r'method\.wire_dtype: "bf16" -> "int4"'):
             check_resumable(run, as_started(run, other))
+
+
+def test_a_run_of_an_earlier_release_goes_on_with_its_arms_and_its_ramp(
+    tables: dict[str, Any], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 0.2.0 wrote it: every key that it had, and none of those that came later."""
+    name = {"planner": {"name": "deadline"}, "pruning": {}, "method": "flora", "override": []}
+    old = render(bind({**tables, **name, "planner": {"name": "deadline", "ratios": [0, 0.5], "ranks": [2, 4]}}))
+    text = old.replace('goal = "auto"\n', "")
+    assert "tops" not in text
+    assert "ramp = 0.8" in text
+    monkeypatch.setattr(resume, "has_begun", lambda run: True)
+    monkeypatch.setattr(RunJournal, "inputs", staticmethod(lambda run: {"recipe": text}))
+    recipe = bind({**tables, **name})
+    for resumed in (started_with(run, None), as_started(run, recipe), as_started(run, bind(text))):
+        planner, pruning = resumed.planner, resumed.pruning
+        assert isinstance(planner, AdaptiveSettings)
+        assert pruning is not None
+        assert (planner.ratios, planner.ranks) == ((0, 0.5), (2, 4))
+        assert (planner.tops, planner.backs, planner.shares) == ((1.0,), (0.0,), (1.0,))
+        assert (pruning.floor, pruning.ramp) == ("ramp", 0.8)
+        check_resumable(run, resumed)
+    other = bind({**tables, **name, "planner": {"name": "deadline", "tops": [0.5]}})
+    with pytest.raises(ConfigError, match=r"planner\.tops"):
+        check_resumable(run, as_started(run, other))
+    # A run of this release says of itself what it does.
+    monkeypatch.setattr(RunJournal, "inputs", staticmethod(lambda run: {"recipe": render(recipe)}))
+    assert as_started(run, recipe) == recipe
 
 
 @pytest.mark.parametrize("what", ["data", "base"])
