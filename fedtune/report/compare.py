@@ -14,7 +14,7 @@ import numpy as np
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.report.comparison_curves import curves, deployed_loss, numbers, shared_loss
-from fedtune.report.curves import Floats, LossCurve, evaluations, loss_curve
+from fedtune.report.curves import Floats, LossCurve, evaluations, last, loss_curve
 from fedtune.report.differences import differences, settings_table, warnings
 from fedtune.report.drawing import png, svg
 from fedtune.report.planner_choices import idle
@@ -119,12 +119,6 @@ def _row(runs: Sequence[Run]) -> Row:
         clock=over(lambda run: run.rounds[-1].clock_s or math.nan),
         idle=over(lambda run: math.nan if (share := idle(run)) is None else share),
     )
-
-
-def last(losses: Floats) -> float:
-    """Return the last loss that was measured; NaN for none."""
-    known = losses[~np.isnan(losses)]
-    return float(known[-1]) if known.size else math.nan
 
 
 def mean_and_spread(values: Sequence[float]) -> Spread:

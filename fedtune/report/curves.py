@@ -55,6 +55,12 @@ def loss_curve(run: Run) -> LossCurve:
     )
 
 
+def last(losses: Floats) -> float:
+    """Return the last loss that was measured; NaN for none."""
+    known = losses[~np.isnan(losses)]
+    return float(known[-1]) if known.size else math.nan
+
+
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:
     """Return a sorting key under which client-2 is before client-10."""
     parts = re.split(r"([0-9]+)", name)

@@ -1,4 +1,4 @@
-"""Time to target: how long each recipe takes, on the devices' clock, to a loss that all recipes reach."""
+"""Time to target: how long each recipe takes, on the devices' clock, to the loss at which the weakest recipe ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.report.curves import Floats, LossCurve, loss_curve
+from fedtune.report.curves import Floats, LossCurve, last, loss_curve
 from fedtune.report.reader import Run
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -39,9 +39,10 @@ def times_to_target(
 ) -> tuple[Mapping[int, float], tuple[TimeToTarget, ...]]:
     """Return the common target by seed, and each recipe's time to it; nothing where no seed has one.
 
-    The target of a seed is what the weakest recipe reaches there at its best, so that no recipe is left out. Between
-    two measurements the later one counts. A seed in which one recipe never got below its start has no target: all
-    recipes are there before they begin.
+    The target of a seed is the loss at which the weakest recipe ends there, so that no recipe is left out. The end and
+    not the lowest loss: where a recipe is best in its first round, that would compare first rounds. Between two
+    measurements the later one counts. A seed in which a recipe ends above its start has no target: it is there
+    before it begins.
 
     Args:
         groups: the runs of each recipe.
@@ -49,16 +50,16 @@ def times_to_target(
     """
     curves = [{run.seed: loss_curve(run) for run in members} for members in groups]
     shared = sorted(set.intersection(*(set(by_seed) for by_seed in curves)))
-    reached = {
-        seed: [_lowest(read(by_seed[seed])) for by_seed in curves]
+    ends = {
+        seed: [last(read(by_seed[seed])) for by_seed in curves]
         for seed in shared
         if all(by_seed[seed].clock.any() for by_seed in curves)
     }
     targets = {
-        seed: max(lows)
-        for seed, lows in reached.items()
-        if not any(map(math.isnan, lows))
-        and all(time_to(by_seed[seed].clock, read(by_seed[seed]), max(lows)) > 0 for by_seed in curves)
+        seed: max(losses)
+        for seed, losses in ends.items()
+        if not any(map(math.isnan, losses))
+        and all(time_to(by_seed[seed].clock, read(by_seed[seed]), max(losses)) > 0 for by_seed in curves)
     }
     if not targets:
         return {}, ()
@@ -94,7 +95,3 @@ def paired_ratio(seconds: Sequence[float], others: Sequence[float]) -> Ratio:
         return Ratio(math.exp(mean), math.nan, math.nan)
     half = T_975[min(logs.size - 1, len(T_975)) - 1] * float(logs.std(ddof=1)) / math.sqrt(logs.size)
     return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
-
-
-def _lowest(losses: Floats) -> float:
-    return float(np.nanmin(losses)) if not np.isnan(losses).all() else math.nan

@@ -60,7 +60,7 @@ def test_more_seeds_narrow_the_interval() -> None:
     assert sorted(T_975, reverse=True) == list(T_975)
 
 
-def test_the_target_is_what_the_weakest_recipe_reaches(write_run: WriteRun) -> None:
+def test_the_target_is_where_the_weakest_recipe_ends(write_run: WriteRun) -> None:
     paths = [
         write_run("a0", name="a", seed=0, clients=2, rounds=3, edit=curve(4.0, 3.0, 2.0, 1.0)),
         write_run("a1", name="a", seed=1, clients=2, rounds=3, edit=curve(4.0, 3.5, 3.0, 2.5)),
@@ -69,11 +69,29 @@ def test_the_target_is_what_the_weakest_recipe_reaches(write_run: WriteRun) -> N
         write_run("b2", name="b", seed=2, clients=2, rounds=3, edit=curve(4.0, 2.0, 1.0, 0.5)),  # a has no such seed
     ]
     targets, (first, second) = times_to_target(compare(paths).groups, lambda curve: curve.test)
-    assert targets == {0: 2.0, 1: 2.5}
+    assert targets == {0: 2.2, 1: 2.5}
     assert first.seconds == (20, 30)
     assert second.seconds == (10, 10)
     assert first.ratio == Ratio(1.0, 1.0, 1.0)
     assert second.ratio.mean == pytest.approx(math.sqrt(1 / 2 * 1 / 3))
+
+
+def test_a_recipe_that_is_best_in_its_first_round_is_not_the_measure_of_the_others(write_run: WriteRun) -> None:
+    paths = [
+        write_run("early", name="early", clients=2, rounds=3, edit=curve(4.0, 3.0, 3.4, 3.5)),
+        write_run("steady", name="steady", clients=2, rounds=3, edit=curve(4.0, 3.8, 3.6, 3.2)),
+    ]
+    targets, (first, second) = times_to_target(compare(paths).groups, lambda curve: curve.test)
+    assert targets == {0: 3.5}
+    assert (first.seconds, second.seconds) == ((10,), (30,))
+
+
+def test_a_seed_in_which_a_recipe_ends_above_its_start_has_no_target(write_run: WriteRun) -> None:
+    paths = [
+        write_run("worse", name="worse", clients=2, rounds=3, edit=curve(4.0, 3.0, 3.5, 4.1)),
+        write_run("steady", name="steady", clients=2, rounds=3, edit=curve(4.0, 3.8, 3.6, 3.2)),
+    ]
+    assert times_to_target(compare(paths).groups, lambda curve: curve.test) == ({}, ())
 
 
 def test_a_loss_that_one_recipe_never_measured_gives_nothing(write_run: WriteRun) -> None:
