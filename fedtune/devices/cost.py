@@ -1,4 +1,4 @@
-"""What a round costs one client: operations, bytes and memory, as functions of pruning ratio, rank, batch and steps."""
+"""What a round costs one client: operations and bytes, as functions of pruning ratio, rank, batch and steps."""
 
 from __future__ import annotations
 
@@ -11,18 +11,6 @@ from fedtune.pruning.structure import Block, BlockLayout, Side
 
 BYTES: Mapping[WireDtype, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1 + 2 / 64, "int4": 0.5 + 2 / 64}
 """Of a number; codes with their share of a scale, and without what deflating them saves, a tenth at most."""
-ACTIVATION_BYTES = 34
-"""Per token, layer and entry of the residual stream, for the backward pass of 16-bit numbers; assumed."""
-RUNTIME_BYTES = 0.5e9
-"""What the libraries and the allocator take (assumed)."""
-TRAINED_BYTES = 16
-"""Per number that is trained: float32 weight, gradient, and Adam's two moments."""
-COPY_BYTES = 4
-"""Per number that is trained: its value at the start, in float32."""
-LOGIT_BYTES = 10
-"""Per token and entry of the vocabulary: 16 bits, a float32 copy, and its gradient."""
-LOGITS = 2**26
-"""Logits in memory at a time, at most: on a GPU a causal loss is taken in chunks of so many; see `fused_loss`."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +105,15 @@ def block_parameters(layout: BlockLayout, size: Sizes) -> float:
 
 def adapter_sides(body: Body, size: Sizes) -> float:
     """Return the sum over adapted modules of (out + in) at these widths: the numbers of an adapter of rank 1."""
-    total = 0.0
-    for name, (m, n) in body.modules.items():
-        if name in body.layout.sides:
-            _, out, into = body.layout.sides[name]
-            total += _side(out, size, body.layout) + _side(into, size, body.layout)
-        else:
-            total += m + n
-    return total
+    return sum(sum(module_sides(body, name, size)) for name in body.modules)
+
+
+def module_sides(body: Body, name: str, size: Sizes) -> tuple[float, float]:
+    """Return (out, in) of a linear layer at these widths: one of a block, or a target outside of the blocks."""
+    if name not in body.layout.sides:
+        return body.modules[name]
+    _, out, into = body.layout.sides[name]
+    return _side(out, size, body.layout), _side(into, size, body.layout)
 
 
 def flops_per_token(body: Body, size: Sizes, rank: int, work: Work) -> float:
@@ -169,28 +158,6 @@ def round_bytes(
         BYTES[down_dtype or wire_dtype] * global_rank * sides + 4 * body.saved + groups / 4,
         BYTES[wire_dtype] * rank * sides + 4 * body.saved,
     )
-
-
-def memory_bytes(body: Body, settings: PruningSettings | None, ratio: float, rank: int, work: Work) -> float:
-    """Return the peak memory of a round: base, global adapter, what is trained, activations, logits, runtime.
-
-    The activations are a formula, not a measurement, and scale with what is kept of a block (assumed). With
-    checkpointing those of one block are in memory, and the input of every block.
-    """
-    layout, size = body.layout, sizes(body.layout, settings, ratio)
-    whole = sizes(layout, None, 0.0)
-    left, blocks = block_parameters(layout, size), block_parameters(layout, whole)
-    sides, tokens = adapter_sides(body, size), work.rows * work.longest
-    base = (body.parameters - blocks + left) * layout.number_bytes
-    trained = (rank * sides + body.saved) * (TRAINED_BYTES + (COPY_BYTES if work.start_copy else 0))
-    layers = 1 if work.checkpointing else len(layout.blocks)
-    # A quarter is the residual stream's, which is never cut.
-    per_entry = ACTIVATION_BYTES * layout.number_bytes / 2 * (0.25 + 0.75 * left / blocks)
-    activations = tokens * layout.width * layers * per_entry
-    if work.checkpointing:
-        activations += tokens * layout.width * len(layout.blocks) * layout.number_bytes
-    logits = 0.0 if body.classifies else min(tokens * layout.outputs, LOGITS) * LOGIT_BYTES
-    return base + work.global_rank * sides * 2 + trained + activations + logits + RUNTIME_BYTES
 
 
 def roberta_base() -> Body:

@@ -447,4 +447,5 @@ METHOD = Method(
     downlink_rank=downlink_rank,
     wire_dtype=lambda settings: settings.wire_dtype,
     down_dtype=down_dtype,
+    freezes=True,
 )

@@ -186,6 +186,8 @@ class Method(Generic[State]):
     """settings -> number format of what clients send"""
     down_dtype: Callable[[Any], WireDtype] | None = None
     """settings -> number format of what is sent down; None: as clients send"""
+    freezes: bool = False
+    """Whether clients hold a frozen change of the base beside what they train."""
     start: Callable[[State, Adapter, Tensors], State] | None = None
     """(the state before round 1, an adapter of scale 1, its modules_to_save) -> the state whose global model is that
     adapter; None: the method cannot start from one"""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -263,9 +264,13 @@ def activation_checkpointing(model: Any) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # the flag alone: checkpointing reads it, and the modules inside stay in eval mode
-            # The layer's own forward, in which some models such as OPT use dropout by this flag, reads the other value.
-            hooks.append(module.register_forward_pre_hook(in_eval_mode))
-            hooks.append(module.register_forward_hook(in_training_mode, always_call=True))
+            # The layer's own computation, in which some models such as OPT use dropout by this flag, reads the other
+            # value. Checkpointing reads the flag before that: in the layer's call or at the top of its forward.
+            func = in_eval_mode(module, module._gradient_checkpointing_func)
+            module._gradient_checkpointing_func = func
+            # Where nothing needs a gradient there is no checkpoint, and forward computes at once.
+            hooks.append(module.register_forward_pre_hook(leave_training_mode))
+            hooks.append(module.register_forward_hook(enter_training_mode, always_call=True))
     try:
         yield
     finally:
@@ -275,11 +280,24 @@ def activation_checkpointing(model: Any) -> Iterator[None]:
         model.disable_input_require_grads()  # enabling puts a hook on the embeddings, which disabling leaves there
 
 
-def in_eval_mode(module: torch.nn.Module, *_: Any) -> None:
-    module.training = False
+def in_eval_mode(module: torch.nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `checkpoint` for a layer whose flag says eval mode while it computes, the second time as the first."""
+
+    def compute(function: Callable[..., Any], *args: Any) -> Any:
+        module.training = False
+        try:
+            return function(*args)
+        finally:
+            module.training = True
+
+    return lambda function, *args: checkpoint(partial(compute, function), *args)
 
 
-def in_training_mode(module: torch.nn.Module, *_: Any) -> None:
+def leave_training_mode(module: torch.nn.Module, *_: Any) -> None:
+    module.training = torch.is_grad_enabled()
+
+
+def enter_training_mode(module: torch.nn.Module, *_: Any) -> None:
     module.training = True
 
 

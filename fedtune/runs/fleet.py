@@ -9,17 +9,20 @@ from typing import Any
 
 from fedtune.config import Recipe, planned_training
 from fedtune.config.recipe import method_of, planner_type_of, requested_ratio
-from fedtune.devices.cost import PROXIES, Body, Work, flops_per_token, memory_bytes, round_bytes, round_flops, sizes
+from fedtune.devices.cost import PROXIES, Body, Work, flops_per_token, round_bytes, round_flops, sizes
 from fedtune.devices.cost import block_parameters as blocks_of
+from fedtune.devices.memory import Footprint, Memory, memory
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault, RoundError
 from fedtune.messages import Blueprint, Client, Failure, PlannedClient, ProbeSeeds, Training
+from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.adaptive import MEMORY_SHARE, with_share
 from fedtune.planning.arms import AdaptiveSettings, ranks_of
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import ClientObservation, Cost, Planner, PlannerInputs, Speed
 from fedtune.planning.policy import Arm, Candidate
+from fedtune.pruning.depth import module_ranks
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
 
@@ -99,7 +102,40 @@ class Fleet:
         return Cost(
             tflop=round_flops(self.charged, pruning, arm.ratio, arm.rank, work) / 1e12,
             megabytes=max(1e-6, sum(traffic) / 1e6),
-            memory_gb=memory_bytes(self.charged, pruning, arm.ratio, arm.rank, work) / 1e9,
+            memory_gb=self.memory(client, arm, training).total / 1e9,
+        )
+
+    def memory(self, client: str, arm: Arm, training: Training) -> Memory:
+        """Return the memory that an arm needs at a client's peak, by part."""
+        return memory(self.charged, self.recipe.pruning, self.footprint(client, arm, training))
+
+    def footprint(self, client: str, arm: Arm, training: Training) -> Footprint:
+        """Return what the memory of a client's work depends on."""
+        body, length, method = self.charged, self.lengths(client), method_of(self.recipe)
+        names = sorted(body.modules)
+        ranks = module_ranks(names, body.layout, arm.rank, arm.top) or [arm.rank] * len(names)
+        simulated = client in self.profiles
+        settings = self.recipe.method
+        copied = isinstance(settings, FedKSeedSettings) and not moves_beside(settings)
+        return Footprint(
+            ranks={name: rank for name, rank in zip(names, ranks, strict=True) if rank > 0},
+            rows=training.batch,
+            longest=length.longest,
+            mean=length.mean,
+            ratio=arm.ratio,
+            # A simulated device has only what is left of the base; fedtune's own clients cut it out of a whole one.
+            whole=not simulated,
+            back=arm.back,
+            global_rank=self.global_rank(arm.rank) if method.freezes else 0.0,
+            checkpointing=training.gradient_checkpointing,
+            packed=training.packing,
+            half=training.autocast == "bf16",
+            dropout=training.dropout > 0,
+            start_copy=training.proximal > 0,
+            moments=2 if training.optimizer == "adamw" else int(training.momentum > 0),
+            forward_only=method.task is ProbeSeeds,
+            moved=body.parameters if copied else 0.0,
+            device="cuda" if simulated else "cpu",
         )
 
     def load(self, done: CompletedWork) -> Load:
@@ -134,9 +170,9 @@ class Fleet:
     def misfit(self, client: Client, ratio: float, rank: int, training: Training) -> str:
         """Return why a ratio and a rank do not fit a client's memory; empty where they do, or it is not known."""
         has = self.memory_gb(client)
-        if has is None or self.body is None or method_of(self.recipe).task is ProbeSeeds:
-            return ""  # what forward passes alone need is not modelled
-        need = self.cost(client.name, Arm(ratio, rank), training).memory_gb
+        if has is None or self.body is None:
+            return ""
+        need = self.memory(client.name, Arm(ratio, rank), training).total / 1e9
         if need <= has:
             return ""
         return (
@@ -261,6 +297,11 @@ class RankChecked:
 
     def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> Any:
         return self.planner.observe(learned, seen)
+
+
+def moves_beside(settings: FedKSeedSettings) -> bool:
+    """Return whether probes read small products beside the base's weights, and no copy of these is moved."""
+    return settings.bank == "kron"
 
 
 def speed(profile: DeviceProfile) -> Speed:

@@ -15,6 +15,7 @@ from fedtune.model.batches import batches, collate
 from fedtune.model.lora import read_local, start, with_adapters
 from fedtune.model.loss import summed_loss
 from fedtune.model.train import learning_rate, make_optimizer, peak_bytes, report_out_of_memory, train
+from tests.devices.live_bytes import LiveBytes
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
 
@@ -97,6 +98,15 @@ def test_gradient_checkpointing_changes_no_result(loaded: Any, examples: Any) ->
     _, checkpointed = run(base, rows, replace(TRAINING, gradient_checkpointing=True))
     for name in plain:
         np.testing.assert_allclose(plain[name].b, checkpointed[name].b, atol=1e-6)
+
+
+def test_gradient_checkpointing_keeps_the_activations_of_one_block_alone(loaded: Any, examples: Any) -> None:
+    base, rows, peaks = loaded(), examples(8), list[int]()
+    for checkpointing in (False, True):
+        with LiveBytes([*base.model.parameters(), *base.model.buffers()]) as live:
+            run(base, rows, replace(TRAINING, batch=8, gradient_checkpointing=checkpointing))
+        peaks.append(live.peak)
+    assert peaks[1] < 0.8 * peaks[0]
 
 
 def test_gradient_checkpointing_leaves_nothing_on_the_base_and_says_nothing(
