@@ -81,7 +81,7 @@ class SimulatedClock:
         compute = integrated_seconds(now_s + first, work_s, mode)
         begin = now_s + first + compute + profile.overhead_s
         second = profile.latency_s + integrated_seconds(begin, load.bytes_up, up)
-        return ClientTime(compute, first + second, overhead_s=profile.overhead_s)
+        return ClientTime(compute, first + second, overhead_s=profile.overhead_s, down_s=first)
 
     def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         """Return the clients that are given up: after the deadline, or with `late = "wait"` after thrice that time."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.report.reader import ClientScores, Evaluation, Run, Scores, finite, loss_of, scores_of
+from fedtune.report.units import number_text
 from fedtune.rounds.record import RoundRecord
 
 Floats = NDArray[np.float64]
@@ -59,6 +60,38 @@ def last(losses: Floats) -> float:
     """Return the last loss that was measured; NaN for none."""
     known = losses[~np.isnan(losses)]
     return float(known[-1]) if known.size else math.nan
+
+
+LONG_AGO = 0.3
+"""Share of a run's evaluations after its best one from which the model counts as no longer improving."""
+
+
+def stall_text(run: Run) -> str:
+    """Return a sentence where the whole model's loss has long been above its best; empty where it has not.
+
+    With pruning this is easily missed: the model that is deployed may go on improving.
+    """
+    curve = loss_curve(run)
+    losses = curve.test if not np.isnan(curve.test).all() else curve.mean
+    known = np.flatnonzero(~np.isnan(losses))
+    if len(known) < 4:
+        return ""
+    best = known[int(np.argmin(losses[known]))]
+    later = known[known > best]
+    if len(later) < max(2, LONG_AGO * len(known)):
+        return ""
+    text = (
+        f"The whole model has not improved since round {curve.rounds[best]:.0f}: its loss was "
+        f"{number_text(float(losses[best]))} there, and is {number_text(float(losses[known[-1]]))} after round "
+        f"{curve.rounds[known[-1]]:.0f}."
+    )
+    deployed = curve.deployed[~np.isnan(curve.deployed)]
+    if len(deployed) > 1 and deployed[-1] < deployed[0]:
+        text += (
+            f" What was learned since serves the pruned model alone ({number_text(float(deployed[0]))} to "
+            f"{number_text(float(deployed[-1]))})."
+        )
+    return text
 
 
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:

@@ -11,7 +11,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedtune.report import tables
-from fedtune.report.curves import client_names, evaluations, kinds, loss_curve, paired_losses, training_rounds
+from fedtune.report.curves import (
+    client_names,
+    evaluations,
+    kinds,
+    loss_curve,
+    paired_losses,
+    stall_text,
+    training_rounds,
+)
+from fedtune.report.device_times import times_table
 from fedtune.report.drawing import png, svg
 from fedtune.report.headline import adapter_rank, headline
 from fedtune.report.planner_choices import choices_table, devices_table, idle
@@ -26,7 +35,12 @@ CAPTIONS: Mapping[str, tuple[str, str, Callable[[Run], Table | None]]] = {
     "loss-by-bytes": ("Loss by traffic", "What a lower loss cost in bytes.", tables.losses),
     "loss-by-seconds": ("Loss by time", "What a lower loss cost in time.", tables.losses),
     "loss-by-clock": ("Loss by time on the devices", "A round lasts as long as its slowest client.", tables.losses),
-    "choices": ("What each kind of device was asked", "Mean over its clients of a round.", choices_table),
+    "choices": ("What each client was asked", "A dot per client and round, by kind of device.", choices_table),
+    "device-times": (
+        "Where the time of each kind of device went",
+        "Mean over its clients and rounds; a round lasts as long as its slowest client.",
+        times_table,
+    ),
     "before-after": ("Before and after, per client", "Held-out rows, never trained on.", tables.before_after),
     "clients": (
         "Clients by rounds",
@@ -106,6 +120,7 @@ def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
         tiles=tiles(run),
         cards={name: card(run, name, figure) for name, figure in figures.items()},
         scores=tables.scores(run) if before != after or before.test else None,
+        stalled=stall_text(run),
         totals=tables.clients(run),
         profiles=devices_table(run),
         idle=idle(run),

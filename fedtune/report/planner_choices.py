@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedtune.report.curves import Floats, natural, training_rounds
-from fedtune.report.drawing import label, line_style, new_figure, styled, whole_rounds
+from fedtune.report.curves import natural, training_rounds
+from fedtune.report.drawing import label, line_style, new_figure, styled, tips, whole_rounds
 from fedtune.report.reader import Run
 from fedtune.report.rendering import Table
-from fedtune.report.units import number_text, seconds_text, seconds_unit
-from fedtune.rounds.record import ClientRecord, RoundRecord
+from fedtune.report.units import number_text, seconds_text
+from fedtune.rounds.record import ClientRecord
 
 ALL_CLIENTS = "all clients"
 MOST_KINDS = 8
@@ -45,74 +46,104 @@ def seconds(client: ClientRecord) -> float:
     return client.compute_s + client.transfer_s + client.overhead_s
 
 
-def mean_by_round(
-    rounds: Sequence[RoundRecord], names: Sequence[str], value: Callable[[ClientRecord], float | None]
-) -> Floats:
-    """Return the mean over a kind's clients of each round, (rounds,); NaN where none of them took part."""
-    means = []
-    for record in rounds:
-        values = [value(record.clients[name]) for name in names if name in record.clients]
-        known = [number for number in values if number is not None and not math.isnan(number)]
-        means.append(float(np.mean(known)) if known else math.nan)
-    return np.array(means)
+PARTS: Sequence[tuple[str, Callable[[ClientRecord], float | None]]] = (
+    ("pruning ratio", lambda client: client.ratio),
+    ("rank", lambda client: None if client.rank is None else float(client.rank)),
+    ("blocks trained", lambda client: client.top),
+    ("share of the steps", lambda client: client.share),
+    ("left out backward", lambda client: client.back),
+    ("rank sent down", lambda client: None if client.down_rank is None else float(client.down_rank)),
+)
+"""What a planner chooses for a client, by the title of its panel."""
+SHARES = ("pruning ratio", "blocks trained", "share of the steps", "left out backward")
+SPREAD = 0.6
+"""Width over which the dots of one round are spread, so that equal choices can be counted."""
+
+
+def chosen(run: Run) -> Mapping[str, Mapping[str, Sequence[tuple[int, str, float]]]]:
+    """Return (round, client, value) of every choice by kind of device, by panel; panels without a choice are left out.
+
+    A part has a panel if it was chosen and differs between clients or rounds; pruning ratios and ranks always have.
+    """
+    groups, rounds = classes(run), training_rounds(run)
+    panels = {}
+    for title, value in PARTS:
+        drawn = {
+            kind: [
+                (record.round, name, number)
+                for record in rounds
+                for name in names
+                if name in record.clients and (number := value(record.clients[name])) is not None
+            ]
+            for kind, names in groups.items()
+        }
+        values = {number for dots in drawn.values() for *_, number in dots}
+        if len(values) > 1 or (values and title in ("pruning ratio", "rank")):
+            panels[title] = drawn
+    return panels
 
 
 @styled
 def choices(run: Run) -> Figure | None:
-    """Draw pruning ratio, rank and seconds over the rounds, the mean of each kind of device."""
-    rounds = training_rounds(run)
-    if not rounds or not has_choices(run):
+    """Draw what was chosen over the rounds: a dot per client, in the colour of its kind of device."""
+    if not has_choices(run) or not (panels := chosen(run)):
         return None
-    number = np.array([record.round for record in rounds], dtype=np.float64)
-    parts: list[tuple[str, Callable[[ClientRecord], float | None]]] = [
-        ("pruning ratio", lambda client: client.ratio if client.ratio is not None else math.nan),
-        ("rank", lambda client: None if client.rank is None else float(client.rank)),
-        ("seconds on the device", seconds),
-    ]
-    groups = classes(run)
-    drawn = {
-        title: {kind: mean_by_round(rounds, names, value) for kind, names in groups.items()} for title, value in parts
-    }
-    drawn = {title: lines for title, lines in drawn.items() if not all(np.isnan(y).all() for y in lines.values())}
-    figure = new_figure(7.4, 3.0)
-    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
-    for axes, (title, lines) in zip(panels, drawn.items(), strict=True):
-        size, unit = 1.0, ""
-        if title.startswith("seconds"):
-            size, unit = seconds_unit(float(np.nanmax([np.nanmax(y) for y in lines.values() if not np.isnan(y).all()])))
-        for index, (kind, y) in enumerate(lines.items()):
-            known = ~np.isnan(y)
-            if known.any():
-                style = line_style(index, int(known.sum()))
-                axes.plot(number[known], y[known] / size, label=f"{label(kind)} ({len(groups[kind])})", **style)
-        axes.set_title(f"time on the device ({unit})" if unit else title)
-        axes.set_ylim(bottom=0)
-        if title == "pruning ratio":
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = new_figure(7.4, 0.6 + 2.4 * lines)
+    grid = figure.subplots(lines, columns, squeeze=False).reshape(-1)
+    for axes, (title, drawn) in zip(grid, panels.items(), strict=False):
+        draw_dots(axes, drawn, share=title in SHARES)
+        axes.set_title(title)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=title not in SHARES))
+        if title in SHARES:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
-        if title == "rank":
-            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         whole_rounds(axes)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
     return figure
 
 
+def draw_dots(axes: Axes, drawn: Mapping[str, Sequence[tuple[int, str, float]]], *, share: bool) -> None:
+    """Draw the choices of all clients, those of one round beside each other."""
+    names = sorted({name for dots in drawn.values() for _, name, _ in dots}, key=natural)
+    place = {name: SPREAD * ((index + 0.5) / len(names) - 0.5) for index, name in enumerate(names)}
+    for index, (kind, dots) in enumerate(drawn.items()):
+        if not dots:
+            continue
+        x = np.array([round + place[name] for round, name, _ in dots])
+        y = np.array([value for *_, value in dots])
+        style = line_style(index, len(dots))
+        text = f"{label(kind)} ({len({name for _, name, _ in dots})})"
+        size = 4.5 if len(dots) <= 400 else 2.5
+        axes.plot(x, y, label=text, linestyle="", color=style["color"], marker=style["marker"], ms=size, alpha=0.75)
+        tips(axes, x, y, [f"{name}, round {round}: {number_text(value, 3)}" for round, name, value in dots])
+    if share:
+        axes.set_ylim(-0.04, 1.04)
+    else:
+        axes.set_ylim(bottom=0)
+
+
 def choices_table(run: Run) -> Table:
-    """Return every choice with its reason."""
+    """Return every choice with its reason; of the parts that no client differs in there are no columns."""
+    parts = [(title, value) for title, value in PARTS if title in chosen(run)]
     rows = []
     for record in training_rounds(run):
         for name in sorted(record.clients, key=natural):
             client = record.clients[name]
+            values = [value(client) for _, value in parts]
             rows.append(
                 [
                     str(record.round),
                     name,
-                    number_text(client.ratio, 3) if client.ratio is not None else "",
-                    "" if client.rank is None else str(client.rank),
+                    *("" if number is None else number_text(number, 3) for number in values),
                     "" if math.isnan(seconds(client)) else seconds_text(seconds(client)),
                     client.why or client.reason,
                 ]
             )
-    return Table(["round", "client", "ratio", "rank", "time on the device", "why"], rows, text_columns=2)
+    head = ["round", "client", *(title for title, _ in parts), "time on the device", "why"]
+    return Table(head, rows, text_columns=2)
 
 
 def idle(run: Run) -> float | None:

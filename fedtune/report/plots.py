@@ -21,6 +21,7 @@ from fedtune.report.curves import (
     paired_losses,
     training_rounds,
 )
+from fedtune.report.device_times import device_times
 from fedtune.report.drawing import (
     COLOURS,
     FAINT,
@@ -304,6 +305,7 @@ PLOTS: Mapping[str, Callable[[Run], Figure | None]] = {
     "loss-by-seconds": lambda run: loss(run, "seconds"),
     "loss-by-clock": lambda run: loss(run, "clock"),
     "choices": choices,
+    "device-times": device_times,
     "before-after": before_after,
     "clients": client_map,
     "traffic": traffic,

@@ -18,6 +18,8 @@ class ClientTime:
     """Both ways."""
     overhead_s: float = 0.0
     """What no choice of a planner changes."""
+    down_s: float | None = None
+    """Of the transfer, that down; None where the two ways are not known apart."""
 
     @property
     def seconds(self) -> float:

@@ -52,6 +52,8 @@ class ClientRecord:
     """Seconds of transfer, down and up; None without a clock."""
     overhead_s: float = 0.0
     """Seconds beside these two."""
+    down_s: float | None = None
+    """Of `transfer_s`, that down; left out where the two ways are not known apart."""
     loss_before: float | None = None
     """Loss before the local steps, on some of the client's held-out rows, or of its training rows if it holds out none;
     None also where it is not finite."""

@@ -166,7 +166,8 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
             **arm_of(planned),
         )
     if device is not None:
-        record = replace(record, compute_s=device.compute_s, transfer_s=device.transfer_s, overhead_s=device.overhead_s)
+        times = {key: getattr(device, key) for key in ("compute_s", "transfer_s", "overhead_s", "down_s")}
+        record = replace(record, **times)
     if isinstance(outcome, Failure):
         return replace(record, status=outcome.kind, reason=outcome.reason)
     measured = outcome.measured

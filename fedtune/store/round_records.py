@@ -85,6 +85,7 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
     line |= {key: value for key in ARM_FIELDS if (value := getattr(client, key)) != usual[key]}
     if client.compute_s is not None:
         line |= {"compute_s": client.compute_s, "transfer_s": client.transfer_s, "overhead_s": client.overhead_s}
+        line |= {} if client.down_s is None else {"down_s": client.down_s}
     if client.status != "ok":
         return line
     line |= {

@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.report.curves import client_names, evaluations, gains, kinds, loss_curve, natural, paired_losses
+from fedtune.report.curves import (
+    client_names,
+    evaluations,
+    gains,
+    kinds,
+    loss_curve,
+    natural,
+    paired_losses,
+    stall_text,
+)
 from fedtune.report.reader import read_run, scores_of
 from tests.report.conftest import WriteRun
 
@@ -58,3 +67,19 @@ def test_names_are_in_natural_order() -> None:
 
 def test_modules_are_grouped_by_their_last_part_once_each() -> None:
     assert kinds(["l.10.q", "l.2.q", "l.2.q", "l.2.v"]) == {"q": ["l.2.q", "l.10.q"], "v": ["l.2.v"]}
+
+
+def test_a_model_that_was_best_long_ago_is_named_with_what_was_learned_since(write_run: WriteRun) -> None:
+    def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        for line in lines:
+            round = line["round"]
+            line["test"] = {"loss": 3.0 + abs(round - 2) / 10}
+            line["deployed"] = {"loss": 5.0 - round / 10}
+
+    assert stall_text(read_run(write_run(rounds=8, edit=edit))) == (
+        "The whole model has not improved since round 2: its loss was 3.000 there, and is 3.600 after round 8. "
+        "What was learned since serves the pruned model alone (5.000 to 4.200)."
+    )
+    # It was best in the last round but one, which says nothing yet.
+    assert stall_text(read_run(write_run("short", rounds=3, edit=edit))) == ""
+    assert stall_text(read_run(write_run("falling", rounds=8))) == ""

@@ -188,7 +188,7 @@ def test_a_figure_that_a_run_cannot_fill_is_left_out(write_run: WriteRun) -> Non
     (path / "plots").mkdir()
     (path / "plots" / "spectrum.png").write_bytes(b"of an earlier report")
     page = write_report(path)
-    assert {file.stem for file in (path / "plots").iterdir()} == {"choices", "clients", "traffic"}
+    assert {file.stem for file in (path / "plots").iterdir()} == {"choices", "clients", "device-times", "traffic"}
     text = " ".join(read(page).text)
     assert "Answers before and after" not in text
     assert "every update that was asked for came back" in text
