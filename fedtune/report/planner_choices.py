@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,8 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedtune.report.curves import natural, training_rounds
-from fedtune.report.drawing import label, line_style, new_figure, styled, tips, whole_rounds
+from fedtune.planning.floor import FREE_ROUNDS
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.report.curves import Floats, natural, training_rounds
+from fedtune.report.drawing import MUTED, label, line_style, new_figure, styled, tips, whole_rounds
 from fedtune.report.reader import Run
 from fedtune.report.rendering import Table
 from fedtune.report.units import number_text, seconds_text
@@ -94,6 +97,8 @@ def choices(run: Run) -> Figure | None:
     grid = figure.subplots(lines, columns, squeeze=False).reshape(-1)
     for axes, (title, drawn) in zip(grid, panels.items(), strict=False):
         draw_dots(axes, drawn, share=title in SHARES)
+        if title == "pruning ratio":
+            draw_floor(axes, run)
         axes.set_title(title)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=title not in SHARES))
         if title in SHARES:
@@ -107,22 +112,53 @@ def choices(run: Run) -> Figure | None:
 
 def draw_dots(axes: Axes, drawn: Mapping[str, Sequence[tuple[int, str, float]]], *, share: bool) -> None:
     """Draw the choices of all clients, those of one round beside each other."""
-    names = sorted({name for dots in drawn.values() for _, name, _ in dots}, key=natural)
-    place = {name: SPREAD * ((index + 0.5) / len(names) - 0.5) for index, name in enumerate(names)}
+    cohorts: dict[int, list[str]] = {}
+    for dots in drawn.values():
+        for round, name, _ in dots:
+            cohorts.setdefault(round, []).append(name)
+    place = {
+        (round, name): SPREAD * ((index + 0.5) / len(names) - 0.5)
+        for round, names in cohorts.items()
+        for index, name in enumerate(names)
+    }
     for index, (kind, dots) in enumerate(drawn.items()):
         if not dots:
             continue
-        x = np.array([round + place[name] for round, name, _ in dots])
+        x = np.array([round + place[round, name] for round, name, _ in dots])
         y = np.array([value for *_, value in dots])
         style = line_style(index, len(dots))
         text = f"{label(kind)} ({len({name for _, name, _ in dots})})"
-        size = 4.5 if len(dots) <= 400 else 2.5
+        size = 4.5 if len(dots) <= 200 else 3.0
         axes.plot(x, y, label=text, linestyle="", color=style["color"], marker=style["marker"], ms=size, alpha=0.75)
         tips(axes, x, y, [f"{name}, round {round}: {number_text(value, 3)}" for round, name, value in dots])
     if share:
         axes.set_ylim(-0.04, 1.04)
     else:
         axes.set_ylim(bottom=0)
+
+
+def floor_line(run: Run) -> tuple[Floats, Floats] | None:
+    """Return (rounds, smallest ratio) for clients that deploy the pruned model; None where nothing bounds a planner."""
+    recipe = tomllib.loads(run.recipe)
+    table, planner, count = recipe.get("pruning"), recipe.get("planner", {}), recipe.get("rounds", {}).get("count", 0)
+    name = planner.get("name") if isinstance(planner, dict) else planner
+    goal = planner.get("goal", "auto") if isinstance(planner, dict) else "auto"
+    if table is None or name == "fixed" or not count:
+        return None
+    settings = PruningSettings(**{key: table[key] for key in ("target", "ramp", "floor") if key in table})
+    if not settings.target or (goal == "whole" and settings.floor != "ramp"):
+        return None
+    rounds = np.arange(1, count + 1)
+    if settings.floor == "ramp":
+        return rounds.astype(float), np.array([settings.ratio(int(round), count) for round in rounds])
+    return rounds.astype(float), np.where(rounds > FREE_ROUNDS * count, settings.target, 0.0)
+
+
+def draw_floor(axes: Axes, run: Run) -> None:
+    """Draw the smallest ratio that a planner may choose."""
+    line = floor_line(run)
+    if line is not None:
+        axes.step(*line, where="mid", color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)), label="floor", zorder=1)
 
 
 def choices_table(run: Run) -> Table:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedtune.report.planner_choices import choices, choices_table, classes, devices_table, has_choices, idle
+from fedtune.report.planner_choices import choices, choices_table, classes, devices_table, floor_line, has_choices, idle
 from fedtune.report.reader import read_run
 from tests.report.conftest import WriteRun
 
@@ -39,7 +40,23 @@ def test_every_choice_is_a_dot_in_the_colour_of_its_device(write_run: WriteRun) 
     assert ratios == {"agx (1)": [0.25] * 3, "tx2 (1)": [0.5] * 3}
     # Side by side within their round, so that equal choices can be counted.
     first = {str(line.get_label()): np.asarray(line.get_xdata())[0] for line in figure.axes[0].lines}
-    assert first["tx2 (1)"] < 1 < first["agx (1)"]
+    assert first["agx (1)"] < 1 < first["tx2 (1)"]
+
+
+def test_the_floor_binds_in_the_last_fifth_of_the_rounds_or_along_the_ramp(write_run: WriteRun) -> None:
+    run = read_run(write_run(clients=4))
+
+    def floor(pruning: str, planner: str = 'name = "bandit"') -> Any:
+        line = floor_line(replace(run, recipe=f"[rounds]\ncount = 10\n[planner]\n{planner}\n{pruning}"))
+        return None if line is None else line[1].tolist()
+
+    assert floor("[pruning]\ntarget = 0.5") == 8 * [0.0] + 2 * [0.5]
+    ramp = floor('[pruning]\ntarget = 0.5\nfloor = "ramp"\nramp = 0.2')
+    assert ramp == [pytest.approx(0.5 * (1 - 0.5**3)), *9 * [0.5]]
+    assert floor("[pruning]\ntarget = 0.0") is None
+    assert floor("") is None
+    assert floor("[pruning]", 'name = "fixed"') is None
+    assert floor("[pruning]", 'name = "bandit"\ngoal = "whole"') is None
 
 
 def test_the_fleet_is_idle_while_it_waits_for_the_slowest(write_run: WriteRun) -> None:
