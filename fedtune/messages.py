@@ -360,6 +360,10 @@ class LoraResult:
     """Bitmap of that structure (policy `local`), or of the one the client votes for (`vote`, where requested)."""
     scores: Tensors = field(default_factory=dict)
     """`heads` and `channels` of that structure, float16, in units of their means, where they were requested."""
+    base_dtype: BaseDtype = ""
+    """Number format of the frozen base that was trained over, where it was quantised."""
+    codes: bytes = b""
+    """First 8 bytes of the digest of three of its layers' codes, by which clients of one format agree."""
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,10 @@ from fedtune.model.lora import frozen_change, read_local, start, with_adapters
 from fedtune.model.objective import Hooks
 from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
+from fedtune.model.settings import quantised_format
 from fedtune.model.shares import ALONE, Shares
 from fedtune.model.train import OnStep, check_finite, no_steps, report_out_of_memory, train, uses_autocast
+from fedtune.model.variants import variant
 from fedtune.number_formats import from_wire, to_wire
 from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
@@ -53,6 +55,8 @@ from fedtune.tensors import Tensors
 Extend: TypeAlias = Callable[[torch.nn.Module], Hooks]
 """From a model with its adapters to what its training does beside plain steps."""
 
+CODES_BYTES = 8
+"""Of the digest of a quantised base's codes, which an update states."""
 CALIBRATION = 16
 """Scalars that are measured, at least, to learn how large they are."""
 
@@ -180,6 +184,12 @@ def train_adapter(
     # Before training: hours of work on another base would only be refused in the end.
     if assignment.base and assignment.base != base.digest:
         raise wrong_base(assignment, base)
+    if plan.base_dtype and (task.pruning is not None or plan.ratio > 0):
+        raise ClientError(
+            f"{plan.client}: expected a plan that prunes no codes; got one over a base in {plan.base_dtype}; "
+            "let the planner choose one of the two: columns taken out of codes leave blocks of others"
+        )
+    base = variant(base, plan.base_dtype)
     if plan.training.packing:
         check_packing(base)
     # Which parameters are trained in full is the site's own word: any other would be trained and sent as well.
@@ -203,7 +213,6 @@ def refuse_unsupported(plan: Plan) -> None:
     asked = {
         "ranks by module": bool(plan.ranks),
         f"backward passes without a share of {plan.back:g}": plan.back > 0,
-        f"a frozen base in {plan.base_dtype}": bool(plan.base_dtype),
         f"an adapter of the {plan.view} model alone": plan.view != "whole",
     }
     if unsupported := [what for what, is_asked in asked.items() if is_asked]:
@@ -302,7 +311,13 @@ def train_locally(
 def lora_result(base: Base, assignment: Assignment, task: TrainLora, learned: LocalTraining) -> LoraResult:
     tensors = upload(learned.initial, learned.final, task, scale=assignment.plan.scale)
     # Rounded at random: a change smaller than half a step then still counts, on average over clients and rounds.
-    return LoraResult(to_wire(tensors, task.wire_dtype, key=assignment.seed), learned.saved, base.digest)
+    return LoraResult(
+        to_wire(tensors, task.wire_dtype, key=assignment.seed),
+        learned.saved,
+        base.digest,
+        base_dtype=quantised_format(base.dtype) or "",
+        codes=base.codes[:CODES_BYTES],
+    )
 
 
 def train_pruned(

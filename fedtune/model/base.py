@@ -85,6 +85,8 @@ class Base:
     quantised: Callable[[], Mapping[str, TensorEntry]] | None = None
     """The manifest's entries of the weights that only their codes are left of, by name; None where none is quantised.
     """
+    kernels: str = "auto"
+    """That read quantised weights, as the recipe says."""
 
     @property
     def positions(self) -> int:
@@ -105,6 +107,11 @@ class Base:
         """Weights of the model, however few bits each takes."""
         plain: int = sum(parameter.numel() for parameter in self.model.parameters())
         return plain + sum(layer.out_features * layer.in_features for layer in quantised_layers(self.model).values())
+
+    @cached_property
+    def variants(self) -> dict[str, Any]:
+        """The same base by other number formats, each a `Base`; see `variants.variant`."""
+        return {}
 
     @cached_property
     def codes(self) -> bytes:
@@ -329,6 +336,7 @@ def base_of(
         dtype=settings.dtype,
         fused=settings.task == "causal" and projects_plainly(model),
         quantised=None if entries is None else lambda: entries,
+        kernels=settings.kernels,
     )
 
 

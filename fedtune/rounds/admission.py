@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -38,6 +39,9 @@ LARGEST_LOSS = 1e12
 
 LARGEST_RMS = 1e6
 """Of a client's gradients along its seeds, times the learning rate."""
+
+CODES_BYTES = 8
+"""Of the digest of a quantised base's codes, in an update."""
 
 MAX_SKIPPED = 0.1
 """Share of a client's scalars that may be missing because a loss was not finite."""
@@ -109,6 +113,45 @@ def _check_author(update: ClientUpdate, assignment: Assignment) -> None:
     if isinstance(assignment.task, TrainLora):
         own = update.result.base if isinstance(update.result, LoraResult) else ""
         _require(own == base, "WRONG_BASE", f"base digest {base[:16]!r}", f"{own[:16]!r}", "load the base the run uses")
+    if isinstance(update.result, LoraResult):
+        _check_base_format(update.result, assignment.plan.base_dtype)
+
+
+def _check_base_format(result: LoraResult, planned: str) -> None:
+    """Check that an update was trained over the format that its plan names; without one that is the site's choice."""
+    stated, codes = result.base_dtype, result.codes
+    expected = f"an update over the base in {planned}"
+    _require(planned in ("", stated), "WRONG_BASE", expected, stated or "one that is not quantised")
+    length = CODES_BYTES if stated else 0
+    _require(len(codes) == length, "WRONG_BASE", f"{length} bytes of a digest of its codes", f"{len(codes)}")
+
+
+def refuse_other_codes(updates: Sequence[AdmittedUpdate]) -> Sequence[Failure]:
+    """Return refusals of updates over codes that differ from those of most of the round's clients of one format.
+
+    All machines get the same codes of one base: others are those of another release, of a damaged file, or made up.
+    Where no codes are those of most, the first client's by name count.
+    """
+    results = {update.client: update.update.result for update in updates}
+    stated = {name: result for name, result in results.items() if isinstance(result, LoraResult) and result.base_dtype}
+    refused = []
+    for kind in sorted({result.base_dtype for result in stated.values()}):
+        codes = {name: result.codes for name, result in sorted(stated.items()) if result.base_dtype == kind}
+        # `most_common` keeps the order of first sight among equals.
+        (usual, count), *_ = Counter(codes.values()).most_common(1)
+        refused += [
+            Failure(
+                name,
+                expected=f"the {kind} codes {usual.hex()} of {count} of {len(codes)} clients",
+                got=own.hex(),
+                hint="load the same base by the same release of fedtune",
+                kind="refused",
+                code="WRONG_BASE",
+            )
+            for name, own in codes.items()
+            if own != usual
+        ]
+    return refused
 
 
 def _check_round(update: ClientUpdate, assignment: Assignment, num_examples: int) -> None:

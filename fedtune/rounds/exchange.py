@@ -20,7 +20,7 @@ from fedtune.messages import (
     TrainLora,
     Weight,
 )
-from fedtune.rounds.admission import admit, largest_update
+from fedtune.rounds.admission import admit, largest_update, refuse_other_codes
 from fedtune.rounds.clock import ClientTime, Clock, CompletedWork
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import ClientFinished, Note
@@ -278,15 +278,19 @@ def given_up(overdue: Mapping[str, float], times: Mapping[str, ClientTime], *, w
 def filter_by_norm(
     context: RoundContext, request: RoundRequest, replies: RoundReplies
 ) -> tuple[Mapping[str, float], Mapping[str, Outcome]]:
-    """Return the norms of the changes, and the outcomes after updates far above the others are refused.
+    """Return the norms of the changes, and the outcomes without updates far above the others, or over other codes.
 
     Raises:
         RoundError: if too few updates are left.
     """
     updates = [outcome for outcome in replies.outcomes.values() if isinstance(outcome, AdmittedUpdate)]
+    outcomes: Mapping[str, Outcome] = replies.outcomes
+    if other := refuse_other_codes(updates):
+        outcomes = without_refused(context, request, replies, outcomes, other)
+        updates = [outcome for outcome in outcomes.values() if isinstance(outcome, AdmittedUpdate)]
     # After the clock: an update that came too late must not move the median either.
     norms, refused = refuse_outliers(updates, context.schedule.max_norm)
-    return norms, without_refused(context, request, replies, replies.outcomes, refused)
+    return norms, without_refused(context, request, replies, outcomes, refused)
 
 
 def without_refused(

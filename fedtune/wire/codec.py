@@ -355,6 +355,8 @@ def encode_update(update: ClientUpdate) -> bytes:
     header = pb.ClientUpdate(examples=update.num_examples, measured=pb.Measured(**vars(update.measured)))
     header.client, header.round, header.base = update.client, update.round, result.base
     header.kept, header.mask = result.structure_digest, result.mask
+    number: Any = PLAN_CHOICES["base_dtype"][result.base_dtype]
+    header.MergeFrom(pb.ClientUpdate(base_format=number, codes=result.codes))
     parts = {"tensors": result.tensors, "saved": result.saved} | ({"scores": result.scores} if result.scores else {})
     for role, tensors in parts.items():
         specs, body = bodies.encode(tensors)
@@ -414,7 +416,17 @@ def _update(data: memoryview, client: str, limit_bytes: int) -> ClientUpdate:
     expect(max(sizes) < MAX_COUNT, f"examples, bytes, tokens and steps below {MAX_COUNT}", max(sizes))
     expect(len(header.kept) in (0, 32), "a digest of 32 bytes of what was kept", len(header.kept))
     tensors, saved, *scores = _cut(parts, data[start:], limit_bytes)
-    result = LoraResult(tensors, saved, header.base, header.kept, header.mask, *scores)
+    base_format: Any = choice(PLAN_CHOICES["base_dtype"], header.base_format, "base_format")
+    result = LoraResult(
+        tensors,
+        saved,
+        base=header.base,
+        structure_digest=header.kept,
+        mask=header.mask,
+        scores=scores[0] if scores else {},
+        base_dtype=base_format,
+        codes=header.codes,
+    )
     numbers = Measured(**{field.name: value for field, value in measured.ListFields()})
     return ClientUpdate(header.client, header.round, header.examples, result, numbers)
 

@@ -157,7 +157,6 @@ def test_another_base_is_refused_by_name(base: Base, rows: list[Example]) -> Non
     ("changes", "words"),
     [
         ({"back": 0.5}, "backward passes without a share of 0.5"),
-        ({"base_dtype": "nf4"}, "a frozen base in nf4"),
         ({"view": "deployed"}, "an adapter of the deployed model alone"),
     ],
 )
@@ -167,6 +166,47 @@ def test_what_a_client_does_not_do_yet_is_refused_and_not_left_out(
     asked = assignment(base)
     with pytest.raises(ClientError, match=f"ann: expected a plan that this client can follow; got {words}"):
         perform(base, rows, replace(asked, plan=replace(asked.plan, **changes)))
+
+
+def over(order: Assignment, dtype: str, **changes: Any) -> Assignment:
+    return replace(order, plan=replace(order.plan, base_dtype=dtype, **changes))  # type: ignore[arg-type]
+
+
+def test_a_plan_s_number_format_is_trained_over_and_stated(base: Base, rows: list[Example]) -> None:
+    before, plain = digest(base.model), perform(base, rows, assignment(base))
+    assert (plain.lora.base_dtype, plain.lora.codes) == ("", b"")
+    updates = {dtype: perform(base, rows, over(assignment(base), dtype)) for dtype in ("nf4", "int8")}
+    for dtype, update in updates.items():
+        assert (update.lora.base_dtype, len(update.lora.codes)) == (dtype, perform_module.CODES_BYTES)
+        # Of the unquantised base: clients of all formats train one model.
+        assert update.lora.base == plain.lora.base
+        assert any(not np.array_equal(array, plain.lora.tensors[name]) for name, array in update.lora.tensors.items())
+    assert updates["nf4"].lora.codes != updates["int8"].lora.codes
+    again = perform(base, rows, over(assignment(base), "nf4"))
+    for name, array in updates["nf4"].lora.tensors.items():
+        np.testing.assert_array_equal(array, again.lora.tensors[name])
+    assert digest(base.model) == before
+    after = perform(base, rows, assignment(base))
+    np.testing.assert_array_equal(after.lora.tensors[f"{Q}.b"], plain.lora.tensors[f"{Q}.b"])
+
+
+def test_a_base_loaded_as_codes_trains_as_the_variant_of_a_whole_one(
+    base: Base, rows: list[Example], checkpoints: dict[str, Path]
+) -> None:
+    settings = ModelSettings(base=str(checkpoints["llama"]), device="cpu", dtype="nf4")
+    adapter = AdapterSettings(rank=4, targets=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    codes = load(settings, adapter, tokenizer=base.tokenizer, root=Path(), seed=0)
+    ours, theirs = perform(codes, rows, assignment(base)), perform(base, rows, over(assignment(base), "nf4"))
+    assert replace(ours.lora, tensors={}, saved={}) == replace(theirs.lora, tensors={}, saved={})
+    for name, array in ours.lora.tensors.items():
+        np.testing.assert_array_equal(array, theirs.lora.tensors[name])
+    with pytest.raises(ClientError, match="expected a plan over nf4, of which alone this client holds codes; got int8"):
+        perform(codes, rows, over(assignment(base), "int8"))
+
+
+def test_a_plan_that_prunes_codes_is_refused(base: Base, rows: list[Example]) -> None:
+    with pytest.raises(ClientError, match="ann: expected a plan that prunes no codes; got one over a base in nf4"):
+        perform(base, rows, over(assignment(base), "nf4", ratio=0.5))
 
 
 def test_examples_are_not_packed_for_a_model_that_would_mix_them(

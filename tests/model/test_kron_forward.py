@@ -18,7 +18,10 @@ from fedtune.errors import ClientError, ConfigError
 from fedtune.model.base import Base, digest
 from fedtune.model.batches import Batch, collate
 from fedtune.model.kron_forward import with_injected_paths
-from fedtune.model.seed_rebuild import Move, RebuiltPosition, working_copy
+from fedtune.model.probe import at_position
+from fedtune.model.quantised_layers import codes_digest, quantised_layers
+from fedtune.model.seed_rebuild import Move, RebuiltPosition, with_rebuilt_weights, working_copy
+from fedtune.model.settings import QUANTISED
 from tests.model.conftest import ledger_of
 
 PAIR = [(6, -60), (6, 60)]
@@ -288,3 +291,54 @@ def test_an_embedding_that_does_more_than_look_up_is_refused(loaded: Any) -> Non
     ):
         pass
     assert hooks(base) == 0
+
+
+def with_values_of(quantised: Base, plain: Base) -> Base:
+    """Return a plain base whose weights are the values of a quantised one, listed as that one's are."""
+    for name, layer in quantised_layers(quantised.model).items():
+        plain.model.get_submodule(name).weight.data.copy_(layer.weight)
+    vars(plain)["manifest"] = quantised.manifest
+    return plain
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_losses_over_codes_are_those_of_their_values_with_the_change_in_them(
+    name: str, kind: str, loaded: Any, examples: Any
+) -> None:
+    """Together with embeddings and vectors, which are moved as without quantisation."""
+    whole, base = loaded(name, targets=["all-linear"]), loaded(name, targets=["all-linear"], dtype=kind)
+    # The same ledger fits both: digests and ordinals are those of the unquantised base.
+    ledger, ordinals = ledger_of(whole, "kron"), reached(whole, vectors=True, embeddings=True)
+    assert base.manifest == whole.manifest
+    batch, codes = collate(examples(5), base), codes_digest(base.model)
+    values = with_values_of(base, whole)
+    rounds = [PAIR, QUERIES, PAIR]
+    close(beside(base, ledger, ordinals, batch, rounds), materialised(values, ledger, ordinals, batch, rounds))
+    assert (hooks(base), codes_digest(base.model)) == (0, codes)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_rebuilt_from_seeds_over_codes_has_the_changes_beside_them(name: str, loaded: Any) -> None:
+    whole, base = loaded(name, targets=["all-linear"]), loaded(name, targets=["all-linear"], dtype="nf4")
+    ledger, ordinals = ledger_of(whole, "kron"), reached(whole, vectors=True, embeddings=True)
+    values, ids = with_values_of(base, whole), torch.arange(3, 19)[None]
+    with torch.inference_mode():
+        before = base.model(input_ids=ids).logits
+        with with_rebuilt_weights(values, ledger, ordinals):
+            expected = values.model(input_ids=ids).logits
+        with with_rebuilt_weights(base, ledger, ordinals):
+            torch.testing.assert_close(base.model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(base.model(input_ids=ids).logits, before)
+    assert float((expected - before).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("bank", ["hadamard", "gaussian"])
+def test_codes_are_not_rewritten_by_other_banks(bank: str, loaded: Any) -> None:
+    base = loaded(dtype="nf4")
+    ledger, ordinals = ledger_of(base, bank), reached(base)
+    expected = r"method\.bank: expected 'kron' over a quantised base, .*; got one that rewrites model\.layers.*weight"
+    with pytest.raises(ConfigError, match=expected), with_rebuilt_weights(base, ledger, ordinals):
+        pass
+    with pytest.raises(ConfigError, match=expected), at_position(base, ledger, ordinals):
+        pass

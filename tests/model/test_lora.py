@@ -10,15 +10,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fedtune.errors import ShapeError
+from fedtune.errors import ConfigError, ShapeError
 from fedtune.lora.adapter import Factors, delta, draw_a
 from fedtune.messages import Plan, Training, TrainLora
 from fedtune.model import frozen as frozen_module
 from fedtune.model import lora as lora_module
 from fedtune.model.base import Base, digest
+from fedtune.model.frozen import change_weight, put
 from fedtune.model.libraries import threads
 from fedtune.model.lora import frozen_change, layers, read_local, start, with_adapters
 from fedtune.model.lora_layer import LoraLayer
+from fedtune.model.quantised_layers import codes_digest, quantised_layers
 from fedtune.model.train import only_adapters_train
 from fedtune.tensors import cast
 
@@ -538,3 +540,25 @@ def test_a_layer_that_is_not_plain_keeps_its_weight(loaded: Any) -> None:
             assert isinstance(model.get_submodule(name), LoraLayer)
             # a dense change is in bfloat16 there
             assert worst(logits(base), expected) < (0.01 if dense else 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_changes_stand_beside_quantised_layers_and_never_in_them(kind: str, loaded: Any) -> None:
+    """What a layer gives is the product of its values and, in float32, of the changes."""
+    base = loaded(targets=["all-linear"], dtype=kind)
+    codes, before = codes_digest(base.model), snapshot(base)
+    frozen, local = change_of(base, dense=False), change_of(base, dense=False, seed=2)
+    values = loaded(targets=["all-linear"])
+    for name, layer in quantised_layers(base.model).items():
+        values.model.get_submodule(name).weight.data.copy_(layer.weight)
+    expected = exact(values, (frozen, 1.0), (local, 0.5))
+    with with_adapters(base, frozen=frozen, local=local, scale=0.5):
+        assert worst(logits(base), expected) < 1e-5
+    assert not base.changed
+    assert (codes_digest(base.model), snapshot(base)) == (codes, before)
+    name = next(iter(base.modules))
+    layer = base.model.get_submodule(name)
+    with pytest.raises(ConfigError, match="expected changes beside a quantised base"):
+        put(layer, change_weight(values.model.get_submodule(name), frozen[name], None))
+    assert base.model.get_submodule(name) is layer
+    assert codes_digest(base.model) == codes

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -30,7 +31,7 @@ from fedtune.methods import METHODS
 from fedtune.number_formats import from_wire, to_wire
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
-from fedtune.rounds.admission import MAX_SKIPPED, admit, largest_update
+from fedtune.rounds.admission import MAX_SKIPPED, admit, largest_update, refuse_other_codes
 from fedtune.tensors import Tensors, cast
 from fedtune.wire.codec import encode_update
 
@@ -122,6 +123,44 @@ def test_anything_else_is_refused_by_name_with_the_number(make: Callable[[], Cli
     assert isinstance(outcome, Failure)
     assert (outcome.client, outcome.kind) == ("anna", "refused")
     assert all(word in outcome.reason for word in words), outcome.reason
+
+
+def over(dtype: str, codes: bytes, client: str = "anna") -> ClientUpdate:
+    honest = update()
+    return replace(honest, client=client, result=replace(honest.lora, base_dtype=dtype, codes=codes))  # type: ignore[arg-type]
+
+
+def test_an_update_states_the_format_that_it_was_planned_over_and_its_codes() -> None:
+    order = assignment()
+    planned = replace(order, plan=replace(order.plan, base_dtype="nf4"))
+    judge = partial(admit, blueprint=BLUEPRINT, num_examples=10)
+    assert isinstance(judge(over("nf4", b"12345678"), planned), AdmittedUpdate)
+    # Without a planned one it is the site's own choice.
+    assert isinstance(judge(over("int8", b"12345678"), order), AdmittedUpdate)
+    for wrong, words in (
+        (update(), "expected an update over the base in nf4; got one that is not quantised"),
+        (over("int8", b"12345678"), "expected an update over the base in nf4; got int8"),
+        (over("nf4", b""), "expected 8 bytes of a digest of its codes; got 0"),
+    ):
+        outcome = judge(wrong, planned)
+        assert isinstance(outcome, Failure)
+        assert words in outcome.reason
+        assert outcome.code == "WRONG_BASE"
+    outcome = judge(over("", b"12345678"), order)
+    assert isinstance(outcome, Failure)
+
+
+def test_codes_unlike_those_of_most_clients_of_the_format_are_refused_by_name() -> None:
+    one, two = b"1" * 8, b"2" * 8
+    stated = {"ann": ("nf4", one), "bob": ("nf4", two), "cyd": ("nf4", two), "dan": ("int8", one), "eve": ("", b"")}
+    updates = [AdmittedUpdate(over(dtype, codes, name)) for name, (dtype, codes) in stated.items()]
+    (refused,) = refuse_other_codes(updates)
+    assert (refused.client, refused.code, refused.kind) == ("ann", "WRONG_BASE", "refused")
+    assert f"expected the nf4 codes {two.hex()} of 2 of 3 clients; got {one.hex()}" in refused.reason
+    # Of two that differ neither is of most: the first by name counts, in whatever order they came.
+    assert [failure.client for failure in refuse_other_codes(updates[:2][::-1])] == ["bob"]
+    assert not refuse_other_codes(updates[1:])
+    assert not refuse_other_codes([])
 
 
 def test_only_b_is_taken_where_only_b_is_trained() -> None:

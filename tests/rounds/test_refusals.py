@@ -85,6 +85,8 @@ LIES = [
     Lie("WRONG_ROUND", lambda update, rng: replace(update, round=update.round + int(rng.integers(1, 9)))),
     Lie("WRONG_ROUND", lambda update, rng: replace(update, round=update.round + 1), "fedkseed"),
     Lie("WRONG_BASE", lambda update, rng: replace(update, result=replace(update.lora, base="other"))),
+    Lie("WRONG_BASE", lambda update, rng: replace(update, result=replace(update.lora, codes=rng.bytes(8)))),
+    Lie("WRONG_BASE", lambda update, rng: replace(update, result=replace(update.lora, base_dtype="nf4"))),
     Lie("EXAMPLES_RANGE", lambda update, rng: replace(update, num_examples=int(rng.integers(11, 2**53)))),
     Lie("EXAMPLES_RANGE", lambda update, rng: replace(update, num_examples=0)),
     Lie("EXAMPLES_RANGE", lambda update, rng: replace(update, num_examples=2**53 - 1), "fedkseed"),

@@ -54,7 +54,9 @@ UPDATE = ClientUpdate(
     client="bank-1",
     round=3,
     num_examples=120,
-    result=LoraResult(A, saved={"score.weight": np.full((1, 2), np.nan, np.float32)}, base="9f3c"),
+    result=LoraResult(
+        A, saved={"score.weight": np.full((1, 2), np.nan, np.float32)}, base="9f3c", base_dtype="nf4", codes=b"12345678"
+    ),
     measured=Measured(seconds=1.5, peak_bytes=2**33, tokens=900, loss_before=2.5, loss_after=2.25, skipped_steps=2),
 )
 LIMIT = 1 << 20

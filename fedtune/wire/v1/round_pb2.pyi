@@ -307,7 +307,7 @@ class Measured(_message.Message):
     def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ..., skipped_steps: _Optional[int] = ..., whole_loss_before: _Optional[float] = ..., whole_loss_after: _Optional[float] = ...) -> None: ...
 
 class ClientUpdate(_message.Message):
-    __slots__ = ("examples", "measured", "client", "round", "base", "parts", "deflated_parts", "kept", "mask")
+    __slots__ = ("examples", "measured", "client", "round", "base", "parts", "deflated_parts", "kept", "mask", "base_format", "codes")
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +317,8 @@ class ClientUpdate(_message.Message):
     DEFLATED_PARTS_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
+    BASE_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    CODES_FIELD_NUMBER: _ClassVar[int]
     examples: int
     measured: Measured
     client: str
@@ -326,7 +328,9 @@ class ClientUpdate(_message.Message):
     deflated_parts: bytes
     kept: bytes
     mask: bytes
-    def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., deflated_parts: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
+    base_format: BaseFormat
+    codes: bytes
+    def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., deflated_parts: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., base_format: _Optional[_Union[BaseFormat, str]] = ..., codes: _Optional[bytes] = ...) -> None: ...
 
 class ProbeUpdate(_message.Message):
     __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost")
