@@ -4,8 +4,9 @@
 
 The world is synthetic: 30, 40 and 10 devices of 0.27, 1 and 4 TFLOP/s whose speed changes every 20 rounds, bandwidth
 that changes every round, a cap on what fits each kind, and for each client a true worth of every arm of which a planner
-only sees noisy losses. All policies meet the same world (common random numbers). Time is told as a multiple of what the
-clairvoyant needs for the same summed gain. Prints one JSON line per case.
+only sees noisy losses. With probes, clients measure their speed and bandwidth before every round, off by a twentieth,
+and the slowest one's time for that is part of the round. All policies meet the same world (common random numbers). Time
+is a multiple of what the clairvoyant needs for the same summed gain. Prints one JSON line per case.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fedtune.devices.traces import log_deviation
 from fedtune.planning.bandits import Thompson, Ucb
 from fedtune.planning.deadline import LATE_SHARE, Deadline, best_arms, candidate_ends
 from fedtune.planning.policies import few
-from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy
+from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy, Probe
 from fedtune.planning.random_choice import RandomChoice
 from fedtune.planning.s_ucb import SUcb
 from fedtune.seeds import derive, generator
@@ -35,7 +36,10 @@ RATIOS, RANKS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75), (2, 4, 8, 16, 32)
 ARMS = tuple(Arm(ratio, rank) for ratio, rank in product(RATIOS, RANKS))
 TFLOPS, SHARES, CAPS = (0.27, 1.0, 4.0), (30, 40, 10), (0.55, 0.8, 1.0)
 MODES, PERIOD = (1.0, 0.7, 0.5, 0.35), 20
+NO_PROBE = Probe()
 TOKENS, WEIGHTS, SIDES = 40_960, 86e6, 165_888
+PROBE_TFLOP, PROBE_MB, PROBE_LIMIT_S, PROBE_ERROR = 0.05, 1.0, 1.0, 0.05
+"""What a probe computes and sends, at most how long either may take, and by how much it is off."""
 GOAL = 0.308
 """Summed mean true gain per round at which a run has reached its goal."""
 
@@ -119,6 +123,13 @@ class World:
         noise = math.exp(0.1 * float(generator(derive(self.seed, "noise", round, name)).standard_normal()))
         return TFLOPS[self.kind(name)] * mode, mbps / 8, noise
 
+    def probe(self, name: str, round: int) -> tuple[Probe, float]:
+        """Return what a client says of itself before a round, and the seconds that it takes for that."""
+        speed, bandwidth, _ = self.rates(name, round)
+        one, two = generator(derive(self.seed, "probe", round, name)).standard_normal(2)
+        said = Probe(math.exp(PROBE_ERROR * one) / speed, math.exp(PROBE_ERROR * two) / bandwidth)
+        return said, min(PROBE_LIMIT_S, PROBE_TFLOP / speed) + min(PROBE_LIMIT_S, PROBE_MB / bandwidth)
+
     def seconds(self, name: str, round: int) -> tuple[Array, Array]:
         """Return the true (compute, transfer) seconds of every arm."""
         (tflop, megabytes), (speed, bandwidth, noise) = self.work(), self.rates(name, round)
@@ -144,7 +155,7 @@ class World:
         one, two = generator(derive(self.seed, "gain", round, name)).standard_normal(2)
         return float(true * (1 + 0.35 * one) + 0.02 * two)
 
-    def candidate(self, name: str, weight: float, prior: float | None) -> Candidate:
+    def candidate(self, name: str, weight: float, prior: float | None, probe: Probe = NO_PROBE) -> Candidate:
         """Return a client as a planner sees it; its prior is off by so much, none knows nothing."""
         tflop, megabytes = self.work()
         ratio, rank = self.columns
@@ -161,6 +172,7 @@ class World:
             memory_gb=tuple((0.85 * (1 - ratio) + 0.004 * rank).tolist()),
             s_per_tflop=known,
             s_per_mb=None if prior is None else 0.8,
+            probe=probe,
         )
 
 
@@ -189,13 +201,18 @@ class Nearest:
     def learn(self, memory: None, observed: Sequence[Observed]) -> None: ...
 
 
-def played(world: World, policy: Policy[Any], *, prior: float | None, limit: int = 8) -> tuple[Array, Array]:
+def played(
+    world: World, policy: Policy[Any], *, prior: float | None, limit: int = 8, probed: bool = False
+) -> tuple[Array, Array]:
     """Return (time, summed gain) after each round, until the goal is reached or `limit` times the rounds are over."""
     memory, now, total = policy.start(), 0.0, 0.0
     times, gains, goal = [], [], GOAL * world.rounds
     for number in range(1, limit * world.rounds + 1):
         names = world.cohort_of(number)
-        candidates = [world.candidate(name, 1 / len(names), prior) for name in names]
+        probes = {name: world.probe(name, number) if probed else (NO_PROBE, 0.0) for name in names}
+        # A round begins when all have answered.
+        now += max(spent for _, spent in probes.values())
+        candidates = [world.candidate(name, 1 / len(names), prior, probes[name][0]) for name in names]
         choice = policy.choose(memory, number, candidates, key=derive(world.seed, "planner", number))
         observed, mean = [], 0.0
         for name, candidate in zip(names, candidates, strict=True):
@@ -216,6 +233,9 @@ def played(world: World, policy: Policy[Any], *, prior: float | None, limit: int
                     loss_before=seen,
                     loss_after=0.0,
                     importance=abs(seen),
+                    s_per_tflop=candidate.s_per_tflop,
+                    s_per_mb=candidate.s_per_mb,
+                    probe=candidate.probe,
                 )
             )
         now += max(each.seconds or 0.0 for each in observed)
@@ -238,28 +258,42 @@ def reached(times: Array, gains: Array, goal: float) -> float:
     return float(before[0] + share * (times[place] - before[0]))
 
 
-def policies(world: World) -> Mapping[str, tuple[Policy[Any], float | None]]:
-    """Return every policy with the error of the prior that it is given."""
+@dataclass(frozen=True)
+class Case:
+    """A policy, and what it is given."""
+
+    policy: Policy[Any]
+    prior: float | None = None
+    """Error of the devices' profiles; None: none are known."""
+    probed: bool = False
+
+
+def policies(world: World) -> Mapping[str, Case]:
+    """Return every policy by name, with what it is given."""
     of_six = tuple(arm for arm in few(ARMS) if arm.ratio <= 0.5)
 
     def six(fits_all: tuple[Arm, ...]) -> tuple[Arm, ...]:
         # A device that none of the six fits takes the smallest arm that does: memory is no choice.
         return (*fits_all, Arm(0.75, 4))
 
-    found: dict[str, tuple[Policy[Any], float | None]] = {
-        "deadline": (Deadline(ARMS), 0.3),
-        "deadline, no profile": (Deadline(ARMS), None),
+    found: dict[str, Case] = {
+        "bandit": Case(Deadline(ARMS, draws=True), 0.3),
+        "bandit, probe": Case(Deadline(ARMS, draws=True), 0.3, probed=True),
+        "deadline": Case(Deadline(ARMS), 0.3),
+        "deadline, probe": Case(Deadline(ARMS), 0.3, probed=True),
+        "bandit, no profile": Case(Deadline(ARMS, draws=True)),
+        "deadline, no profile": Case(Deadline(ARMS)),
     }
     for ratio, rank in product((0.25, 0.375, 0.5), (8, 16)):
-        found[f"fixed {ratio:g}, {rank}"] = (Nearest(ARMS, Arm(ratio, rank)), None)
+        found[f"fixed {ratio:g}, {rank}"] = Case(Nearest(ARMS, Arm(ratio, rank)))
     for rank in (4, 8, 16, 32):
-        found[f"unpruned {rank}, memory ignored"] = (Nearest(ARMS, Arm(0.0, rank), ignore=True), None)
+        found[f"unpruned {rank}, memory ignored"] = Case(Nearest(ARMS, Arm(0.0, rank), ignore=True))
     found |= {
-        "ucb, few arms": (Ucb(six(of_six)), None),
-        "s-ucb": (SUcb(ARMS), None),
-        "ucb, all arms": (Ucb(ARMS), None),
-        "thompson": (Thompson(ARMS), None),
-        "random": (RandomChoice(ARMS), None),
+        "ucb, few arms": Case(Ucb(six(of_six))),
+        "s-ucb": Case(SUcb(ARMS)),
+        "ucb, all arms": Case(Ucb(ARMS)),
+        "thompson": Case(Thompson(ARMS)),
+        "random": Case(RandomChoice(ARMS)),
     }
     return found
 
@@ -323,8 +357,8 @@ def regret(seeds: int, plot: str | None) -> None:
             goal = GOAL * world.rounds
             oracle = played(world, Oracle(ARMS, seconds, worth), prior=None)
             ideal = reached(*oracle, goal)
-            for name, (policy, prior) in policies(world).items():
-                run = played(world, narrowed(policy), prior=prior)
+            for name, case in policies(world).items():
+                run = played(world, narrowed(case.policy), prior=case.prior, probed=case.probed)
                 took = reached(*run, goal)
                 missed[name] = missed.get(name, 0) + (not math.isfinite(took))
                 # A run that stopped before the goal took at least as long as it ran: it is never left out.
@@ -377,6 +411,7 @@ def decisions() -> None:
         world = World(0, clients, clients, 100)
         candidates = [world.candidate(name, 1 / clients, 0.3) for name in world.names]
         for name, policy in (
+            ("bandit", Deadline(ARMS, draws=True)),
             ("deadline", Deadline(ARMS)),
             ("s-ucb", SUcb(ARMS)),
             ("ucb", Ucb(ARMS)),

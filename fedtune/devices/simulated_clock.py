@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fedtune.devices import traces
 from fedtune.devices.profiles import DeviceProfile
 from fedtune.devices.traces import By
+from fedtune.messages import Client
 from fedtune.rounds.clock import ClientTime, CompletedWork
+from fedtune.rounds.probe import LIMIT_S, PROBE_MB, PROBE_TFLOP, SpeedProbe
 
 PASSES = 2
 """Times that the weights are read in a step, forward and backward; 3 where activations are computed twice."""
@@ -82,6 +84,25 @@ class SimulatedClock:
         begin = now_s + first + compute + profile.overhead_s
         second = profile.latency_s + integrated_seconds(begin, load.bytes_up, up)
         return ClientTime(compute, first + second, overhead_s=profile.overhead_s, down_s=first)
+
+    def probes(self, round: int, now_s: float, cohort: Sequence[Client]) -> Mapping[str, SpeedProbe]:
+        """Return what clients measure of their speed before a round, and how long that takes them."""
+        return {client.name: self.probe(client.name, round=round, now_s=now_s) for client in cohort}
+
+    def probe(self, name: str, *, round: int, now_s: float) -> SpeedProbe:
+        """Return what one client measures: its speed and bandwidth at this time, with an error of some percent."""
+        profile, seed = self.profiles[name], self.seed
+        tflops = profile.tflops * traces.speed(profile, seed, name, by=self.by, round=round)(now_s)[0]
+        net = profile.net_sigma, seed, name
+        down = traces.bandwidth(profile.down_mbps, *net, by=self.by, round=round)(now_s)[0] / 1e6
+        up = traces.bandwidth(profile.up_mbps, *net, by=self.by, round=round)(now_s)[0] / 1e6
+        compute, transfer = traces.probe_errors(seed, name, round)
+        return SpeedProbe(
+            s_per_tflop=compute / tflops,
+            # As a planner counts them: what goes down and what goes up together.
+            s_per_mb=transfer * 0.5 * (1 / down + 1 / up),
+            seconds=min(LIMIT_S, PROBE_TFLOP / tflops) + profile.latency_s + min(LIMIT_S, PROBE_MB / down),
+        )
 
     def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:
         """Return the clients that are given up: after the deadline, or with `late = "wait"` after thrice that time."""

@@ -23,6 +23,8 @@ REACH = 64
 """Innovations that are summed: what lies further back has a weight below .9^64 = .001."""
 SLOWEST, FASTEST = 0.2, 3.0
 """Bounds of a bandwidth, in means of its profile: 2 and 30 Mb/s around a mean of 10."""
+PROBE_ERROR = 0.05
+"""Deviation of the logarithm of what a client measures of its speed in a second; assumed."""
 NOISE = 0.1
 """Deviation of the logarithm of a client's time in a round."""
 
@@ -61,6 +63,12 @@ def noise(seed: int, client: str, round: int) -> float:
     """Return the factor on a client's time in a round, whatever it is asked to do."""
     # One factor for a round, not for an arm: else a planner could profit by choosing the arm with the lucky draw.
     return exp(NOISE * float(generator(derive(seed, "trace/noise", round, client)).standard_normal()))
+
+
+def probe_errors(seed: int, client: str, round: int) -> tuple[float, float]:
+    """Return the factors on what a client measures of its speed and of its bandwidth before a round."""
+    compute, transfer = generator(derive(seed, "trace/probe", round, client)).standard_normal(2).tolist()
+    return exp(PROBE_ERROR * compute), exp(PROBE_ERROR * transfer)
 
 
 def available(profile: DeviceProfile, seed: int, client: str, round: int) -> bool:

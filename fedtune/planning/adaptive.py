@@ -70,6 +70,8 @@ class Adaptive:
     seed: int
     floor: Floor
     """Which pruning ratios a round allows to whom."""
+    sparing: frozenset[Arm] = frozenset()
+    """Arms that save memory more than time: only for clients that hold no other arm with the whole model."""
     module_ranks: Callable[[int, float], tuple[int, ...]] = all_modules
     """(rank, share of the blocks) -> the rank of every target module, as `Plan.ranks`"""
 
@@ -109,10 +111,13 @@ class Adaptive:
         costs = [self.costs(client.name, arm, each) for arm, each in zip(self.policy.arms, trainings, strict=True)]
         own = Options(client, trainings, costs, self._memory_gb(client), ())
         allowed, fits = self._ratio_test(round, own), own.in_memory()
+        plain = [arm.ratio == 0 and arm not in self.sparing for arm in self.policy.arms]
+        spared = any(fit and whole for fit, whole in zip(fits, plain, strict=True))
         ran_out, seen = learned.too_large.get(client.name), set[Any]()
         feasible = []
         for place, arm in enumerate(self.policy.arms):
             fit = allowed(arm.ratio) and fits[place] and (ran_out is None or costs[place].memory_gb < ran_out)
+            fit = fit and not (spared and arm in self.sparing)
             # Of arms that ask this client for the same, as shares of one step do, the first is the only one.
             order = self._order(arm, trainings[place])
             feasible.append(fit and order not in seen)
@@ -233,6 +238,7 @@ class Adaptive:
             overhead_s=speed.overhead_s,
             s_per_tflop=speed.s_per_tflop,
             s_per_mb=speed.s_per_mb,
+            probe=Probe(seen.probed_s_per_tflop, seen.probed_s_per_mb),
             loss_before=seen.loss_before if used else None,
             loss_after=seen.loss_after if used else None,
             importance=seen.importance if used else None,

@@ -16,7 +16,9 @@ PolicyName: TypeAlias = Literal["bandit", "deadline", "s-ucb", "ucb", "thompson"
 Goal: TypeAlias = Literal["whole", "deployed", "both"]
 """Whose loss a planner lowers."""
 RATIOS = (0.0, 0.25, 0.5, 0.75)
-TOPS, BACKS, SHARES = (1.0, 0.6, 0.4), (0.0, 0.5), (1.0, 0.5)
+TOPS, BACKS, SHARES = (1.0, 0.6, 0.4), (0.0, 0.5), (1.0, 0.5, 0.25)
+RANK_SHARES = (0.25, 0.5, 1.0)
+"""Of `adapter.rank`."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,16 @@ class AdaptiveSettings:
     """Pruning ratios to choose from, for clients whose memory does not hold the whole base, or that deploy it pruned;
     without the table `pruning` there is only 0. none: 0, 0.25, 0.5, 0.75 and `pruning.target`."""
     ranks: Sequence[Annotated[int, Ge(1)]] | None = field(default=None, metadata=OMIT_DEFAULT)
-    """LoRA ranks to choose from; none: `adapter.rank`."""
+    """LoRA ranks to choose from; none: `adapter.rank`, a half and a quarter of it."""
     tops: Sequence[Annotated[float, Interval(gt=0, le=1)]] | None = field(default=None, metadata=OMIT_DEFAULT)
     """Shares of the blocks, from the top, whose adapters are trained: below them is no backward pass; rounded to at
-    least one block. none: 1, 0.6 and 0.4 where the method takes updates without some modules, else 1."""
+    least one block. none: 1, and for clients whose memory holds no arm that trains all 0.6 and 0.4, where the method
+    takes updates without some modules."""
     backs: Sequence[Annotated[float, Interval(ge=0, le=0.875)]] | None = field(default=None, metadata=OMIT_DEFAULT)
-    """Shares of each block's heads and channels that backward passes leave out; none: 0 and 0.5."""
+    """Shares of each block's heads and channels that backward passes leave out; none: 0, and 0.5 for clients whose
+    memory holds no arm that leaves nothing out."""
     shares: Sequence[Annotated[float, Interval(gt=0, le=1)]] | None = field(default=None, metadata=OMIT_DEFAULT)
-    """Shares of the steps that are taken, at least one step; none: 1 and 0.5."""
+    """Shares of the steps that are taken, at least one step; none: 1, 0.5 and 0.25."""
     down_ranks: Sequence[Annotated[int, Ge(1)]] | None = field(default=None, metadata=OMIT_DEFAULT)
     """Largest ranks of the global change that clients are sent; none: as the method's own settings say."""
     probe: bool = field(default=False, metadata=OMIT_DEFAULT)
@@ -88,7 +92,9 @@ def ratios_of(settings: AdaptiveSettings, *, pruned: bool, target: float) -> Seq
 
 def ranks_of(settings: AdaptiveSettings, rank: int) -> Sequence[int]:
     """Return the ranks there are, ascending; `rank`: the recipe's."""
-    return (rank,) if settings.ranks is None else sorted(set(settings.ranks))
+    if settings.ranks is None:
+        return sorted({max(1, int(share * rank + 0.5)) for share in RANK_SHARES})
+    return sorted(set(settings.ranks))
 
 
 def tops_of(settings: AdaptiveSettings, *, partial: bool = True) -> Sequence[float]:
@@ -132,6 +138,16 @@ def arms_of(settings: AdaptiveSettings, run: Setting) -> tuple[Arm, ...]:
         if ratio == 0 or (top == tops[0] and back == backs[0]):
             arms.append(Arm(ratio, rank, top, back, share, down))
     return tuple(arms)
+
+
+def sparing_arms(settings: AdaptiveSettings, arms: Sequence[Arm]) -> frozenset[Arm]:
+    """Return the arms that are there by default for the memory that they save.
+
+    For the time that they take, fewer steps teach as much: see docs/benchmarks.md.
+    """
+    return frozenset(
+        arm for arm in arms if (arm.top < 1 and settings.tops is None) or (arm.back > 0 and settings.backs is None)
+    )
 
 
 def compute_share(arm: Arm) -> float:

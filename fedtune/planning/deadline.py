@@ -7,7 +7,7 @@ is done by then, and the end with the largest quality per second wins.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,44 +22,14 @@ from fedtune.planning.quality import (
     shares,
     updated_likelihood,
 )
+from fedtune.planning.rates import NO_RATES, Rates, expected_rates, update_rates
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 
-FORGETTING = 0.8
-"""Weight of a client's older measurements against the next one: about the last five count."""
-JUMP = np.log(1.8)
-"""A rate further off than this twice in a row means that the device has changed its mode: it is learned anew."""
-FASTER = 4.0
-"""A measured rate counts as at most so many times as fast as the device's profile says."""
-LONGEST_S = 1e9
-"""Thirty years: a longer time is no measurement."""
 MOST_DEADLINES = 60
 """Ends of a round that are tried: more cost time and gain nothing."""
 LATE_SHARE = 1.25
 """The deadline that is sent, over the time at which the round is expected to end: room for an error of the model."""
-UNKNOWN = 1.5
-"""A client of which nothing is known is planned with so many times the fleet's median time."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """What is known of one client's time per unit of work."""
-
-    log_s: float
-    """Logarithm of the seconds per TFLOP, or per MB."""
-    count: int = 0
-    """Own measurements since the last jump; 0 where only bounds are known."""
-    misses: int = 0
-    """Measurements in a row that were far off."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    compute: Rate
-    transfer: Rate
-
-
-NO_RATES = Rates(Rate(np.nan), Rate(np.nan))
 
 
 @dataclass(frozen=True)
@@ -69,6 +39,8 @@ class DeadlineMemory:
     clients: Mapping[str, Rates] = field(default_factory=dict)
     likely: Mapping[Taught, LogLikelihood] = field(default_factory=dict)
     """Of the hypotheses on quality, over all clients, by the model that they are about."""
+    rounds: int = 0
+    """That were observed."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +72,7 @@ class Deadline:
             return Choice({})
         # By name, so that sums and draws do not depend on the order in which clients were listed.
         cohort = sorted(candidates, key=lambda client: client.client)
-        seconds = self._seconds(memory, round, cohort)  # (clients, arms), infinite where not feasible
+        seconds, doubts = self._seconds(memory, round, cohort)  # (clients, arms), infinite where not feasible
         worth = self._worth(memory, cohort, round=round, key=key)  # (clients, arms)
         ends = candidate_ends(seconds) if self.deadline_s is None else np.array([self.deadline_s])
         weights = np.array([client.weight for client in cohort])
@@ -111,45 +83,43 @@ class Deadline:
         arms = {client.client: int(arm) for client, arm in zip(cohort, chosen, strict=True)}
         what = "drawn quality" if self.draws else "quality"
         why = {
-            client.client: f"{seconds[row, arm]:.3g} s of {end:.3g} s; {what} {worth[row, arm]:.2f}"
+            client.client: "; ".join(
+                [f"{seconds[row, arm]:.3g} s of {end:.3g} s", f"{what} {worth[row, arm]:.2f}", *doubts[row]]
+            )
             for row, (client, arm) in enumerate(zip(cohort, chosen.tolist(), strict=True))
         }
         return Choice(arms, deadline_s=float(LATE_SHARE * (self.deadline_s or end)), why=why)
 
     def learn(self, memory: DeadlineMemory, observed: Sequence[Observed]) -> DeadlineMemory:
         """Return what is known after a round: two rates of each client, and how likely each hypothesis is."""
-        clients = dict(memory.clients)
+        clients, now = dict(memory.clients), memory.rounds + 1
         for seen in sorted(observed, key=lambda client: client.client):
-            rates = clients.get(seen.client, NO_RATES)
-            # Two rates: with one for the whole time, rounds took 1.47 times the clairvoyant time, and not 1.22.
-            clients[seen.client] = (
-                # A bound, not nothing: else a late client would seem as fast as before, and be late again.
-                with_lower_bound(rates, seen, seen.late_s)
-                if seen.late_s is not None
-                else Rates(
-                    update_rate(rates.compute, seen.compute_s, seen.tflop),
-                    update_rate(rates.transfer, seen.transfer_s, seen.megabytes),
-                )
-            )
+            clients[seen.client] = update_rates(clients.get(seen.client, NO_RATES), seen, now)
         of = hypotheses(self.arms)
         likely = {
             taught: updated_likelihood(memory.likely.get(taught, ()), gains(observed, taught), self.arms, of)
             for taught in TAUGHT
         }
-        return DeadlineMemory(clients, likely)
+        return DeadlineMemory(clients, likely, now)
 
-    def _seconds(self, memory: DeadlineMemory, round: int, cohort: Sequence[Candidate]) -> Array:
-        """Return the expected seconds of every client's arms, (clients, arms)."""
+    def _seconds(
+        self, memory: DeadlineMemory, round: int, cohort: Sequence[Candidate]
+    ) -> tuple[Array, Sequence[Sequence[str]]]:
+        """Return the expected seconds of every client's arms, (clients, arms), and what clients were not believed."""
         feasible = np.array([client.feasible for client in cohort])
         if self.true_seconds is not None:
             seconds = np.array([self.true_seconds(round, client, self.arms) for client in cohort])
-        else:
-            compute, transfer = rates_of(memory, cohort, "compute"), rates_of(memory, cohort, "transfer")
-            tflop = np.array([client.tflop for client in cohort])
-            megabytes = np.array([client.megabytes for client in cohort])
-            overhead = np.array([client.overhead_s for client in cohort])
-            seconds = compute[:, None] * tflop + transfer[:, None] * megabytes + overhead[:, None]
-        return np.where(feasible, seconds, np.inf)
+            return np.where(feasible, seconds, np.inf), [[] for _ in cohort]
+        now = memory.rounds + 1
+        compute, doubts = expected_rates(memory.clients, cohort, "compute", now)
+        transfer, more = expected_rates(memory.clients, cohort, "transfer", now)
+        tflop = np.array([client.tflop for client in cohort])
+        megabytes = np.array([client.megabytes for client in cohort])
+        overhead = np.array([client.overhead_s for client in cohort])
+        seconds = compute[:, None] * tflop + transfer[:, None] * megabytes + overhead[:, None]
+        return np.where(feasible, seconds, np.inf), [
+            list(filter(None, pair)) for pair in zip(doubts, more, strict=True)
+        ]
 
     def _worth(self, memory: DeadlineMemory, cohort: Sequence[Candidate], *, round: int, key: int) -> Array:
         """Return the quality of every client's arms in the model that counts for it, (clients, arms)."""
@@ -173,65 +143,6 @@ class Deadline:
             in_time = np.flatnonzero(seconds[client] <= room)
             arms[client] = int(rng.choice(in_time)) if in_time.size else arms[client]
         return arms
-
-
-def rates_of(memory: DeadlineMemory, cohort: Sequence[Candidate], what: str) -> Array:
-    """Return seconds per unit of work by client: measured, else of its profile, else of what others needed."""
-    rates = np.array([own_rate(memory, client, what) for client in cohort])
-    known = rates[np.isfinite(rates)]
-    fleet = [float(np.exp(getattr(client, what).log_s)) for client in memory.clients.values()]
-    others = [rate for rate in fleet if np.isfinite(rate)] or known.tolist() or [1.0]
-    return np.where(np.isfinite(rates), rates, UNKNOWN * float(np.median(others)))
-
-
-def own_rate(memory: DeadlineMemory, client: Candidate, what: str) -> float:
-    """Return a client's seconds per unit of work, measured or of its profile; NaN where nothing is known."""
-    prior = client.s_per_tflop if what == "compute" else client.s_per_mb
-    rates = memory.clients.get(client.client)
-    rate: Rate | None = getattr(rates, what) if rates else None
-    if rate is None or not np.isfinite(rate.log_s):
-        return float("nan") if prior is None else prior
-    measured = float(np.exp(rate.log_s))
-    # A client that claims to be far faster than its device would otherwise set the pace of all others.
-    return measured if prior is None else max(measured, prior / FASTER)
-
-
-def with_lower_bound(rates: Rates, seen: Observed, late_s: float) -> Rates:
-    """Return the rates of a client that was given up: both rise until it would have taken at least that long.
-
-    Whether it computed or waited for the network is not known, so both rise by the same factor. Where no rate is known,
-    all of the time counts as computation.
-    """
-    compute = rates.compute.log_s if np.isfinite(rates.compute.log_s) else logarithm(seen.s_per_tflop)
-    transfer = rates.transfer.log_s if np.isfinite(rates.transfer.log_s) else logarithm(seen.s_per_mb)
-    if not 0 < late_s <= LONGEST_S or not seen.tflop > 0:
-        return rates
-    if not np.isfinite(compute):
-        return replace(rates, compute=replace(rates.compute, log_s=float(np.log(late_s / seen.tflop))))
-    expected = np.exp(compute) * seen.tflop + (np.exp(transfer) * seen.megabytes if np.isfinite(transfer) else 0.0)
-    more = float(np.log(max(1.0, (late_s - seen.overhead_s) / expected)))
-    return Rates(replace(rates.compute, log_s=compute + more), replace(rates.transfer, log_s=transfer + more))
-
-
-def logarithm(seconds: float | None) -> float:
-    return float(np.log(seconds)) if seconds is not None and seconds > 0 else float("nan")
-
-
-def update_rate(rate: Rate, seconds: float | None, work: float) -> Rate:
-    """Return a rate after a measurement; impossible measurements are left out."""
-    if seconds is None or not 0 < seconds <= LONGEST_S or not work > 0:
-        return rate
-    # A logarithm: half as fast and twice as fast are equally far off.
-    measured = float(np.log(seconds / work))
-    if rate.count == 0:
-        return replace(rate, log_s=measured, count=1)
-    misses = rate.misses + 1 if abs(measured - rate.log_s) > JUMP else 0
-    if misses >= 2:
-        return replace(rate, log_s=measured, count=1, misses=0)
-    count = rate.count + 1
-    # The weights of a mean over `count` values that forgets: 1, .556, .410, ... .2.
-    gain = (1 - FORGETTING) / (1 - FORGETTING**count)
-    return replace(rate, log_s=rate.log_s + gain * (measured - rate.log_s), count=count, misses=misses)
 
 
 def candidate_ends(seconds: Array) -> Array:

@@ -45,6 +45,9 @@ class ClientObservation:
     view: View = "whole"
     whole_loss_before: float | None = None
     whole_loss_after: float | None = None
+    probed_s_per_tflop: float | None = None
+    """Its own measurement of its speed before the round; None where it was not asked, or did not say."""
+    probed_s_per_mb: float | None = None
     peak_bytes: int | None = None
     """Most memory that the work took, as the client says; None of one whose update is not used."""
 

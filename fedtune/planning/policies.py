@@ -18,6 +18,7 @@ from fedtune.planning.arms import (
     goal_of,
     ranks_of,
     shares_of,
+    sparing_arms,
     tops_of,
 )
 from fedtune.planning.bandits import Thompson, Ucb
@@ -123,6 +124,7 @@ def create(settings: AdaptiveSettings, inputs: PlannerInputs) -> Planner:
             pruning=pruning,
             ranking=inputs.ranking,
         ),
+        sparing=sparing_arms(settings, policy.arms),
         # Asked for every client and arm: ten thousand clients share a few dozen answers.
         module_ranks=cache(lambda rank, top: module_ranks(modules, layout, rank, top) if layout else ()),
     )

@@ -33,7 +33,7 @@ PRUNED = tuple(product((0.4, 0.55, 0.7, 0.85, 0.95), (1.0, 2.0, 3.0)))
 """(pn, w): nothing is learned from the pruning ratio pn on, and w bends the way there."""
 RANKS = (0.7, 1.5, 3.0, 6.0)
 """rn: ranks far above it add little."""
-TOPS, BACKS, SHARES, DOWNS = (0.1, 0.4, 0.8), (0.1, 0.4, 0.8), (0.2, 0.5, 0.9), (0.02, 0.1, 0.3)
+TOPS, BACKS, SHARES, DOWNS = (0.1, 0.4, 0.8), (0.1, 0.4, 0.8), (0.05, 0.15, 0.3), (0.02, 0.1, 0.3)
 """Exponents: of the share of trained blocks, of what the backward pass does, of the steps, of the rank that is sent."""
 
 

@@ -11,6 +11,7 @@ from fedtune.planning.planner import Planner
 from fedtune.rounds.clock import Clock
 from fedtune.rounds.events import Watch
 from fedtune.rounds.journal import NullJournal, RoundJournal
+from fedtune.rounds.probe import Prober
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Transport
 
@@ -41,5 +42,7 @@ class RoundContext:
     """Makes every step durable."""
     clock: Clock | None = None
     """Says how long clients took; None where clients share one machine, whose times say nothing of their devices."""
+    prober: Prober | None = None
+    """Asks clients for their speed before every round; None where the planner reads none."""
     watch: Watch = lambda event: None
     """Called when a round starts and when a client is done."""

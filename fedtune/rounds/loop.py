@@ -30,6 +30,7 @@ from fedtune.rounds.events import Note, RoundStarted
 from fedtune.rounds.exchange import Collector, RoundRequest, apply_clock, filter_by_norm, without_refused
 from fedtune.rounds.influence import Bounds
 from fedtune.rounds.journal import InterruptedRound, RoundJournal
+from fedtune.rounds.probe import with_probes
 from fedtune.rounds.schedule import rate_share, sample, with_scheduled_rate
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.rounds.weights import cap_note, counted_examples, public_weights
@@ -69,6 +70,8 @@ class RoundResult:
     """Time by client, simulated or measured, where it is known."""
     clock_s: float = 0.0
     """Simulated or measured seconds of the run so far: a round lasts as long as its slowest client."""
+    probes: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Seconds per 1e12 operations and per megabyte, by the clients that have measured them for this round."""
     counted: Mapping[str, float] = field(default_factory=dict)
     """As how many examples they count, by the clients that `rounds.weight_cap` makes count less."""
     rate_share: float = 1.0
@@ -91,6 +94,7 @@ class RoundResult:
             bytes_down=self.traffic[name].down,
             bytes_up=self.traffic[name].up,
             steps=assignment.plan.training.steps if assignment else None,
+            **probe_fields(self.probes.get(name)),
         )
         if name in self.planned:
             observation = replace(observation, **arm_of(self.planned[name]))
@@ -123,6 +127,15 @@ def arm_of(planned: PlannedClient) -> Mapping[str, Any]:
     }
 
 
+def probe_fields(probe: tuple[float | None, float | None] | None) -> Mapping[str, Any]:
+    """Return what a client has measured of its speed, by the fields of its record and of what a planner observes."""
+    return {} if probe is None else dict(zip(("probed_s_per_tflop", "probed_s_per_mb"), probe, strict=True))
+
+
+def has_probe(client: Client) -> bool:
+    return (client.s_per_tflop, client.s_per_mb) != (None, None)
+
+
 def run(
     context: RoundContext, *, start: Any | None = None, history: Sequence[Observations] = (), clock_s: float = 0.0
 ) -> Iterator[RoundResult]:
@@ -147,7 +160,8 @@ def run(
     while state.round < count:
         # The journal decides, not a flag: a run that was killed goes on in the round where it was.
         began, interrupted = time.perf_counter(), journal.interrupted_round(state.round + 1)
-        cohort, plans = planned_cohort(context, learned, state.round + 1, interrupted)
+        cohort, plans, probing_s = planned_cohort(context, learned, state.round + 1, interrupted, clock_s)
+        clock_s += probing_s
         context.watch(RoundStarted(state.round + 1, count, tuple(client.name for client in cohort)))
         request = make_request(context, state, plans, cohort, weights_of(context, cohort, interrupted))
         # Before the first assignment is sent: after a crash the same bytes must go out, or updates that were accepted
@@ -186,6 +200,7 @@ def run(
             seconds=time.perf_counter() - began,
             times=times,
             clock_s=clock_s,
+            probes={c.name: (c.s_per_tflop, c.s_per_mb) for c in cohort if has_probe(c)},
             rate_share=rate_share(context.schedule, request.round),
         )
         learned = context.planner.observe(learned, result.observations)
@@ -193,32 +208,38 @@ def run(
 
 
 def planned_cohort(
-    context: RoundContext, learned: Any, round: int, interrupted: InterruptedRound | None
-) -> tuple[Sequence[Client], Plans]:
-    """Return the clients of a round, sorted by name, and their plans: drawn from those that are there, or as recorded.
+    context: RoundContext, learned: Any, round: int, interrupted: InterruptedRound | None, now_s: float
+) -> tuple[Sequence[Client], Plans, float]:
+    """Return the clients of a round, sorted by name, their plans, and the seconds in which they measured their speed.
 
-    Where no plan fits any of those that were drawn, others are drawn beside them until one does.
+    They are drawn from those that are there, or as recorded. Where no plan fits any of them, others are drawn beside
+    them until one does.
 
     Raises:
         RoundError: if no client is there, or none of them has a feasible plan.
     """
     if interrupted is not None:
-        cohort = recorded_cohort(interrupted)
-        return cohort, context.planner.plan(learned, round, cohort)
+        cohort, spent = recorded_cohort(interrupted), 0.0
+        if context.prober is not None and context.prober.repeatable:
+            cohort, spent = with_probes(context.prober, round, now_s, cohort)
+        return cohort, context.planner.plan(learned, round, cohort), spent
     # Transports list clients in any order, and a cohort is drawn by position.
     known = sorted(context.transport.clients(), key=lambda client: client.name)
     fleet = known if context.clock is None else reachable(known, round, context.clock)
     schedule, seed = context.schedule, context.blueprint.seed
     cohort = sample(fleet, schedule.cohort, seed=seed, round=round, over_select=schedule.over_select)
-    number = len(cohort)
+    number, spent = len(cohort), 0.0
+    cohort, probing_s = with_probes(context.prober, round, now_s, cohort)
     while True:
+        spent = max(spent, probing_s)
         # Planned as a whole after every draw, as a resumed round plans them: plans depend on the whole cohort.
         plans = context.planner.plan(learned, round, cohort)
         asked = {client.name for client in cohort}
         others = [client for client in fleet if client.name not in asked]
         if not others or any(isinstance(plan, PlannedClient) for plan in plans.values()):
-            return cohort, plans
+            return cohort, plans, spent
         more = sample(others, min(number, len(others)), seed=seed, round=round)
+        more, probing_s = with_probes(context.prober, round, now_s, more)
         cohort = sorted([*cohort, *more], key=lambda client: client.name)
 
 
@@ -340,7 +361,7 @@ def open_round(
         memory = {client.name: client.memory_bytes for client in cohort if client.memory_bytes}
         plain = {client.name: plain_weight(client) for client in cohort}
         weights = {name: weight for name, weight in request.weights.items() if weight != plain[name]}
-        probes = {c.name: (c.s_per_tflop, c.s_per_mb) for c in cohort if (c.s_per_tflop, c.s_per_mb) != (None, None)}
+        probes = {c.name: (c.s_per_tflop, c.s_per_mb) for c in cohort if has_probe(c)}
         journal.open(
             request.round,
             state=state,

@@ -71,6 +71,10 @@ class ClientRecord:
     """With pruning: mean over the steps of the sum of |parameter * gradient| over the trained factors."""
     skipped_steps: int = 0
     """Optimizer steps that it left out because their loss or gradient was not finite; left out where it is 0."""
+    probed_s_per_tflop: float | None = None
+    """Seconds for 1e12 operations, as it measured them before the round; left out without a probe, as is the next."""
+    probed_s_per_mb: float | None = None
+    """Seconds for a megabyte, likewise."""
     top: float = 1.0
     """Share of the blocks, from the top, whose modules it trained; this and the seven below are left out at their
     defaults."""
@@ -92,6 +96,8 @@ class ClientRecord:
     """The same after the local steps, with its change in the whole model."""
 
 
+PROBE_FIELDS = ("probed_s_per_tflop", "probed_s_per_mb")
+"""Of the same: what the client measured of its speed before the round."""
 ARM_FIELDS = ("top", "share", "back", "down_rank", "ranks", "base_dtype", "view")
 """Of a client's record and of what a planner observes: what was planned for it beside rank, ratio and steps."""
 
@@ -205,7 +211,7 @@ def observations(record: RoundRecord) -> Sequence[ClientObservation]:
             whole_loss_before=client.whole_loss_before,
             whole_loss_after=client.whole_loss_after,
             peak_bytes=client.peak_bytes,
-            **{key: getattr(client, key) for key in ARM_FIELDS},
+            **{key: getattr(client, key) for key in (*ARM_FIELDS, *PROBE_FIELDS)},
         )
         for name, client in record.clients.items()
     ]

@@ -21,6 +21,7 @@ from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.clock import Clock
+from fedtune.rounds.probe import Prober
 from fedtune.rounds.record import Metrics
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.store import peft
@@ -95,6 +96,8 @@ class RunContext:
     """Of the run, where its clients know it by one: 16 hex digits."""
     clock: Clock | None = None
     """Measures or simulates the time on the clients' devices; None where it is not known."""
+    prober: Prober | None = None
+    """Asks clients for their speed before every round; None where the planner reads none."""
     devices: Mapping[str, Any] = field(default_factory=dict)
     """By client, the profile of the device that it is simulated on, with the provenance of each number."""
     on_journal: Callable[[RunJournal], None] = lambda journal: None

@@ -25,6 +25,7 @@ from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.depth import module_ranks
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
+from fedtune.rounds.probe import Prober
 
 SIMULATED_METHODS = "Time is simulated: operations, bytes and traces of the devices below, never this machine's clock"
 
@@ -253,6 +254,13 @@ class Fleet:
             late=settings.late,
             server_s=settings.server_s,
         )
+
+    def prober(self) -> Prober | None:
+        """Return what asks simulated devices for their speed; None where the planner does not want to know it."""
+        clock, planner = self.clock(), self.recipe.planner
+        if not isinstance(clock, SimulatedClock) or not isinstance(planner, AdaptiveSettings) or not planner.probe:
+            return None
+        return Prober(clock.probes, repeatable=True)
 
     def summary(self) -> Mapping[str, Any]:
         """Return the devices as summary.json describes them."""

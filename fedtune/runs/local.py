@@ -230,6 +230,7 @@ def run_context(experiment: Experiment) -> RunContext:
         blueprint=experiment.blueprint,
         planner=experiment.planner,
         clock=experiment.devices.clock(),
+        prober=experiment.devices.prober(),
         devices=experiment.devices.summary(),
         base={
             "name": base.name,

@@ -17,7 +17,7 @@ from fedtune.lora.lowrank import compress
 from fedtune.messages import Failure, TrainLora
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure
-from fedtune.rounds.loop import RoundResult, arm_of
+from fedtune.rounds.loop import RoundResult, arm_of, probe_fields
 from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
 from fedtune.rounds.selection import ends_early, kept_record
 from fedtune.rounds.transport import UnsolicitedReply
@@ -153,6 +153,7 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
         counted=finished.counted.get(name),
         bytes_down=traffic.down,
         bytes_up=traffic.up,
+        **probe_fields(finished.probes.get(name)),
     )
     if planned is not None:  # a client without a feasible plan has no assignment
         plan, task = finished.assignments[name].plan, finished.assignments[name].task

@@ -191,6 +191,7 @@ def run_rounds_of(
         date=context.sent_date,
         journal=journal or NullJournal(),
         clock=context.clock,
+        prober=context.prober,
         watch=watch,
     )
     return run_rounds(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import StoreError
-from fedtune.rounds.record import ARM_FIELDS, ClientRecord, ModuleRecord, RoundRecord
+from fedtune.rounds.record import ARM_FIELDS, PROBE_FIELDS, ClientRecord, ModuleRecord, RoundRecord
 from fedtune.store import files
 from fedtune.store.files import append_line, store_errors
 from fedtune.store.run_directory import REMEDY, VERSION
@@ -82,7 +82,7 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
         line["why"] = client.why
     # At their defaults they are left out, as in the lines of releases before 0.3.0.
     usual = {field.name: field.default for field in fields(client)}
-    line |= {key: value for key in ARM_FIELDS if (value := getattr(client, key)) != usual[key]}
+    line |= {key: value for key in (*ARM_FIELDS, *PROBE_FIELDS) if (value := getattr(client, key)) != usual[key]}
     if client.compute_s is not None:
         line |= {"compute_s": client.compute_s, "transfer_s": client.transfer_s, "overhead_s": client.overhead_s}
         line |= {} if client.down_s is None else {"down_s": client.down_s}

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
+from math import exp, inf
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedtune.devices.profiles import PROFILES
 from fedtune.devices.simulated_clock import Load, SimulatedClock, integrated_seconds
-from fedtune.messages import Measured, Plan, Traffic, Training
+from fedtune.messages import Client, Measured, Plan, Traffic, Training
 from fedtune.rounds.clock import ClientTime, CompletedWork
 
 TX2, AGX = PROFILES["tx2"], PROFILES["agx-xavier"]
@@ -117,3 +117,23 @@ def test_a_device_is_there_as_often_as_its_profile_says() -> None:
     there = [rare.reachable(round, "ann") for round in range(400)]
     assert sum(there) / 400 == pytest.approx(0.25, abs=0.06)
     assert all(FLEET.reachable(round, "ann") for round in range(20))
+
+
+def test_a_probe_says_the_speed_of_the_time_and_takes_at_most_a_second_for_either_part() -> None:
+    """By rounds the modes stay as they are for twenty; .05 TFLOP at .27 TFLOP/s or less, and a megabyte."""
+    by_round = replace(FLEET, by="round")
+    for round in (1, 25, 50):
+        for name, profile in (("ann", TX2), ("bob", AGX)):
+            probe = by_round.probe(name, round=round, now_s=0.0)
+            load = Load(profile.tflops, 0.0, 1e6, 1e6)
+            spent = by_round.client(name, load, round=round, now_s=0.0)
+            noise = exp(0.1 * 4 + 0.05 * 4)  # of a round's time, and of the probe
+            assert probe.s_per_tflop is not None
+            assert probe.s_per_mb is not None
+            assert 1 / noise < probe.s_per_tflop * profile.tflops / spent.compute_s < noise
+            assert 1 / noise < 2 * probe.s_per_mb / (spent.transfer_s - 2 * profile.latency_s) < noise
+            assert probe.seconds <= 2.0 + profile.latency_s
+            assert probe == by_round.probe(name, round=round, now_s=0.0)  # common random numbers
+    assert by_round.probes(1, 0.0, [Client("bob", 8)]) == {"bob": by_round.probe("bob", round=1, now_s=0.0)}
+    fast = by_round.probe("bob", round=1, now_s=0.0)
+    assert fast.seconds < by_round.probe("ann", round=1, now_s=0.0).seconds + 1.0

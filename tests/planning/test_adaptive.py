@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import exp, isnan
+from math import exp, isnan, log
 
 import pytest
 
 from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
 from fedtune.planning.adaptive import Adaptive, arm_of
-from fedtune.planning.arms import AdaptiveSettings, Goal, Setting
+from fedtune.planning.arms import AdaptiveSettings, Goal, Setting, sparing_arms
 from fedtune.planning.floor import Floor
 from fedtune.planning.planner import ClientObservation, Cost, Planner, Speed
 from fedtune.planning.policies import policy_of
@@ -196,11 +196,12 @@ def test_late_and_failed_clients_teach_what_is_known_of_them() -> None:
     learned = made.observe(made.start(), seen).policy.clients
     assert learned.keys() == {"ann", "bob", "cyd"}
     # ann: 2 TFLOP and 1 MB were expected to take 3 s, and she was given up after 60, of which .1 are overhead.
-    assert exp(learned["ann"].compute.log_s) == pytest.approx(59.9 / 3)
+    assert exp(learned["ann"].compute.mean) == pytest.approx(59.9 / 3)
     assert learned["ann"].compute.count == 0
-    assert isnan(learned["bob"].compute.log_s)
-    assert exp(learned["cyd"].compute.log_s) == pytest.approx(2.0)
-    assert exp(learned["cyd"].transfer.log_s) == pytest.approx(2.0)  # by the bytes that were counted
+    assert isnan(learned["bob"].compute.mean)
+    # Her profile says 1 s each, and counts as half a measurement; the present is mostly what was measured.
+    assert learned["cyd"].compute.mean == pytest.approx(log(2.0) / 1.49)
+    assert learned["cyd"].transfer.mean == pytest.approx(log(2.0) / 1.49)  # by the bytes that were counted
 
 
 def test_first_contact_is_in_the_least_pruned_model_that_fits() -> None:
@@ -213,7 +214,7 @@ def test_first_contact_is_in_the_least_pruned_model_that_fits() -> None:
     assert first(5.0) == {0.5}  # 4.1 GB with the smallest rank; at .375 it is 5.1
 
 
-WHOLE = AdaptiveSettings()
+WHOLE = AdaptiveSettings(ranks=(8,), tops=(1, 0.6, 0.4), backs=(0, 0.5), shares=(1, 0.5))
 
 
 @pytest.mark.parametrize("name", ["bandit", "deadline", "s-ucb", "ucb", "thompson", "random"])
@@ -273,3 +274,17 @@ def test_without_pruning_a_device_that_is_too_small_is_advised_to_prune() -> Non
     failure = own.plan(own.start(), 2, FLEET)["ann"]
     assert isinstance(failure, Failure)
     assert "or write [pruning], by which a part of the base is enough" in failure.reason
+
+
+def test_arms_that_save_memory_are_for_clients_that_hold_no_other() -> None:
+    """As .5 GB of activations: with a part of the backward pass it fits, and the model need not be pruned."""
+
+    def frugal(client: str, arm: Arm, training: Training) -> Cost:
+        return Cost(1.0, 1.0, memory_gb=8 * (1 - arm.ratio) - arm.back)
+
+    settings = AdaptiveSettings(ranks=(8,), tops=(1,), shares=(1,))
+    for memory, expected in ((9.0, {(0.0, 0.0)}), (7.6, {(0.0, 0.5)}), (7.4, {(0.25, 0.0), (0.5, 0.0), (0.75, 0.0)})):
+        own = planner("random", goal="whole", settings=settings, memory=memory, costs=frugal)
+        own = replace(own, sparing=sparing_arms(settings, own.policy.arms))
+        arms = [arm for arm, fits in zip(own.policy.arms, feasible(own, 64), strict=True) if fits]
+        assert {(arm.ratio, arm.back) for arm in arms} == expected

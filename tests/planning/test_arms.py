@@ -2,20 +2,30 @@ from __future__ import annotations
 
 import pytest
 
-from fedtune.planning.arms import AdaptiveSettings, Setting, arms_of, compute_share, goal_of, ratios_of
+from fedtune.planning.arms import AdaptiveSettings, Setting, arms_of, compute_share, goal_of, ratios_of, sparing_arms
 from fedtune.planning.policy import Arm
 
 WHOLE = Setting(rank=8)
 
 
-def test_there_are_twelve_arms_at_the_recipes_rank() -> None:
-    arms = arms_of(AdaptiveSettings(), WHOLE)
-    assert len(arms) == 12
-    assert arms[0] == Arm(0.0, 8)
-    assert {arm.rank for arm in arms} == {8}
-    assert {(arm.top, arm.back, arm.share) for arm in arms} == {
-        (top, back, share) for top in (1.0, 0.6, 0.4) for back in (0.0, 0.5) for share in (1.0, 0.5)
-    }
+def test_there_are_nine_arms_beside_those_that_save_memory() -> None:
+    settings = AdaptiveSettings()
+    arms = arms_of(settings, WHOLE)
+    plain = [arm for arm in arms if arm not in sparing_arms(settings, arms)]
+    assert plain == [Arm(0.0, rank, share=share) for rank in (2, 4, 8) for share in (1.0, 0.5, 0.25)]
+    assert {(arm.top, arm.back) for arm in arms} == {(top, back) for top in (1.0, 0.6, 0.4) for back in (0.0, 0.5)}
+
+
+def test_arms_that_a_recipe_lists_are_for_all() -> None:
+    settings = AdaptiveSettings(tops=(1, 0.5))
+    arms = arms_of(settings, WHOLE)
+    assert {arm.top for arm in arms if arm not in sparing_arms(settings, arms)} == {1.0, 0.5}
+    assert {arm.back for arm in arms if arm not in sparing_arms(settings, arms)} == {0.0}
+
+
+def test_ranks_are_whole_numbers_above_0() -> None:
+    assert {arm.rank for arm in arms_of(AdaptiveSettings(), Setting(rank=1))} == {1}
+    assert {arm.rank for arm in arms_of(AdaptiveSettings(), Setting(rank=3))} == {1, 2, 3}
 
 
 def test_arms_do_not_depend_on_the_order_of_a_list_nor_on_repetitions() -> None:
@@ -30,7 +40,7 @@ def test_pruned_arms_train_all_that_is_left() -> None:
     arms = arms_of(AdaptiveSettings(), Setting(rank=8, target=0.3, pruned=True))
     assert sorted({arm.ratio for arm in arms}) == [0.0, 0.25, 0.3, 0.5, 0.75]
     assert {(arm.top, arm.back) for arm in arms if arm.ratio} == {(1.0, 0.0)}
-    assert len(arms) == 12 + 4 * 2
+    assert len([arm for arm in arms if arm.ratio]) == 4 * 9
 
 
 def test_without_the_table_pruning_nothing_is_pruned() -> None:
@@ -39,7 +49,7 @@ def test_without_the_table_pruning_nothing_is_pruned() -> None:
 
 def test_bases_and_methods_that_cannot_have_only_the_arms_they_can() -> None:
     arms = arms_of(AdaptiveSettings(), Setting(rank=8, partial=False, selective=False))
-    assert arms == (Arm(0.0, 8), Arm(0.0, 8, share=0.5))
+    assert {(arm.top, arm.back) for arm in arms} == {(1.0, 0.0)}
 
 
 @pytest.mark.parametrize(

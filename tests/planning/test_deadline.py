@@ -10,14 +10,10 @@ from hypothesis import strategies as st
 from fedtune.planning.deadline import (
     Deadline,
     DeadlineMemory,
-    Rate,
-    Rates,
     best_arms,
     candidate_ends,
-    rates_of,
-    update_rate,
-    with_lower_bound,
 )
+from fedtune.planning.policy import Probe
 from fedtune.planning.quality import hypotheses, quality
 from tests.planning.conftest import ARMS, candidate, seen
 
@@ -61,45 +57,6 @@ def test_the_slow_device_gets_the_smaller_arm_and_the_deadline_is_sent_with_room
     assert choice.deadline_s == pytest.approx(1.25 * 3.0)
 
 
-def test_a_rate_is_a_mean_that_forgets_and_starts_anew_after_two_jumps() -> None:
-    rate = Rate(np.nan)
-    rate = update_rate(rate, 10.0, 1.0)
-    assert np.exp(rate.log_s) == pytest.approx(10)
-    second = update_rate(rate, 12.0, 1.0)
-    gain = 0.2 / (1 - 0.8**2)
-    assert second.log_s == pytest.approx(np.log(10) + gain * np.log(1.2))
-    once = update_rate(second, 40.0, 1.0)
-    assert once.misses == 1
-    twice = update_rate(once, 40.0, 1.0)
-    assert (np.exp(twice.log_s), twice.count) == (pytest.approx(40), 1)
-
-
-def test_a_missed_deadline_is_a_bound_and_not_a_measurement() -> None:
-    known = Rates(Rate(np.log(20.0), count=3), Rate(np.log(10.0), count=3))
-    assert with_lower_bound(known, seen("ann", ARMS[0], late_s=25.0), 25.0) == known  # 30 s were expected anyway
-    slower = with_lower_bound(known, seen("ann", ARMS[0], late_s=60.0), 60.0)
-    assert np.exp([slower.compute.log_s, slower.transfer.log_s]) == pytest.approx([40.0, 20.0])
-    assert (slower.compute.count, slower.transfer.count) == (3, 3)
-
-
-def test_a_first_miss_never_makes_a_device_faster_than_its_profile() -> None:
-    policy, slow = Deadline(ARMS), candidate("ann", [100, 50, 25], rate=100.0)
-    for late_s, expected in ((2.0, 100.0), (200.0, 200.0)):
-        missed = replace(seen("ann", ARMS[0], late_s=late_s), s_per_tflop=100.0, s_per_mb=1e-9)
-        memory = policy.learn(policy.start(), [missed])
-        assert rates_of(memory, [slow], "compute")[0] == pytest.approx(expected)
-        # A bound is no measurement: the first one takes its place.
-        learned = policy.learn(memory, [replace(seen("ann", ARMS[0], seconds=80.0), transfer_s=1e-9)])
-        assert rates_of(learned, [slow], "compute")[0] == pytest.approx(80.0)
-
-
-def test_of_a_stranger_that_was_given_up_all_of_the_time_is_taken_for_work() -> None:
-    policy = Deadline(ARMS)
-    memory = policy.learn(policy.start(), [seen("ann", ARMS[0], late_s=60.0)])
-    stranger = replace(candidate("ann", [1, 1, 1]), s_per_tflop=None)
-    assert rates_of(memory, [stranger], "compute")[0] == pytest.approx(60.0)
-
-
 @pytest.mark.parametrize("seconds", [1e308, 1e10, float("inf"), float("nan"), -1.0, 0.0])
 def test_impossible_times_teach_nothing_and_no_infeasible_arm_is_ever_chosen(seconds: float) -> None:
     policy = Deadline(ARMS)
@@ -109,21 +66,6 @@ def test_impossible_times_teach_nothing_and_no_infeasible_arm_is_ever_chosen(sec
     assert choice.arms["liar"] > 0
     assert choice.deadline_s is not None
     assert np.isfinite(choice.deadline_s)
-
-
-def test_a_client_that_claims_to_be_infinitely_fast_is_held_to_its_profile() -> None:
-    policy = Deadline(ARMS)
-    memory = policy.learn(policy.start(), [replace(seen("liar", ARMS[0]), compute_s=1e-9, transfer_s=1e-9)])
-    cohort = [candidate("liar", [8, 4, 2]), candidate("bob", [8, 4, 2])]
-    rates = rates_of(memory, cohort, "compute")
-    assert rates[0] == pytest.approx(0.25)
-
-
-def test_without_a_profile_a_client_is_taken_to_be_slower_than_most() -> None:
-    policy = Deadline(ARMS)
-    memory = policy.learn(policy.start(), [seen("ann", ARMS[0], seconds=2.0)])
-    unknown = replace(candidate("new", [1, 1, 1]), s_per_tflop=None)
-    assert rates_of(memory, [unknown], "compute")[0] == pytest.approx(3.0)
 
 
 def test_only_the_contrast_between_clients_teaches() -> None:
@@ -217,3 +159,23 @@ def test_a_gain_counts_in_the_model_that_is_asked_for() -> None:
         of: policy.choose(memory, 7, [replace(cohort[0], gain_of=of)], key=0).arms["ann"] for of in ("own", "whole")
     }
     assert arms == {"own": 2, "whole": 0}
+
+
+def test_a_probe_is_for_the_round_that_it_was_made_for() -> None:
+    policy = Deadline(ARMS)
+    memory = policy.learn(policy.start(), [seen("ann", ARMS[0], seconds=1.0), seen("bob", ARMS[0], seconds=1.0)])
+    cohort = [candidate("ann", [9, 5, 1]), candidate("bob", [9, 5, 1])]
+    probed = [replace(cohort[0], probe=Probe(s_per_tflop=4.0, s_per_mb=1e-9)), cohort[1]]
+    slow = policy.choose(memory, 2, probed, key=0)
+    assert slow.arms["ann"] > slow.arms["bob"]
+    assert policy.choose(memory, 2, cohort, key=0).arms["ann"] == policy.choose(memory, 2, cohort, key=0).arms["bob"]
+
+
+def test_a_probe_that_claims_a_thousandfold_speed_is_bounded_and_named() -> None:
+    policy = Deadline(ARMS)
+    liar = replace(candidate("liar", [9, 5, 1]), probe=Probe(s_per_tflop=0.001, s_per_mb=1e-9))
+    choice = policy.choose(policy.start(), 1, [liar, candidate("bob", [9, 5, 1])], key=0)
+    assert "its probe claims 250 times the speed that is believed of its device" in choice.why["liar"]
+    assert "probe" not in choice.why["bob"]
+    honest = replace(liar, probe=Probe(s_per_tflop=0.25, s_per_mb=1e-9))
+    assert policy.choose(policy.start(), 1, [honest, candidate("bob", [9, 5, 1])], key=0).arms == choice.arms

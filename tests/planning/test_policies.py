@@ -23,7 +23,7 @@ def test_ucb_has_few_arms_and_one_that_fits_small_devices() -> None:
         (ratio, rank) for ratio in (0.0, 0.25, 0.5, 0.75) for rank in (4, 16)
     }
     whole = {(arm.top, arm.back, arm.share) for arm in policy.arms if arm.ratio == 0}
-    assert whole == {(1.0, 0.0, 1.0), (0.4, 0.0, 1.0), (1.0, 0.5, 1.0), (1.0, 0.0, 0.5)}
+    assert whole == {(1.0, 0.0, 1.0), (0.4, 0.0, 1.0), (1.0, 0.5, 1.0), (1.0, 0.0, 0.25)}
     assert few((Arm(0.0, 8),)) == (Arm(0.0, 8),)
     run = Setting(rank=8, target=0.375, pruned=True)
     aimed = policy_of(AdaptiveSettings(name="ucb"), run, PolicyInputs(target=0.375))

@@ -31,8 +31,9 @@ from fedtune.planning.fixed import Fixed
 from fedtune.planning.planner import ClientObservation
 from fedtune.rounds.clock import ClientTime, CompletedWork
 from fedtune.rounds.context import RoundContext
-from fedtune.rounds.journal import InterruptedRound, NullJournal, Probed
+from fedtune.rounds.journal import InterruptedRound, NullJournal, Probed, RoundJournal
 from fedtune.rounds.loop import RoundResult, run
+from fedtune.rounds.probe import Prober
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Answer, Reply, Rule
 from fedtune.wire.codec import EncodedAssignment, decode_assignment, encode_update
@@ -279,6 +280,8 @@ def chosen(
     min_clients: int = 1,
     cohort: int | None = None,
     away: tuple[str, ...] = (),
+    prober: Prober | None = None,
+    journal: RoundJournal | None = None,
     **options: Any,
 ) -> list[RoundResult]:
     return list(
@@ -292,6 +295,8 @@ def chosen(
                 blueprint=Blueprint({"x": SHAPE}, saved={}, max_rank=2, seed=0),
                 base="base",
                 clock=Told(seconds, away),
+                prober=prober,
+                journal=journal or NullJournal(),
             ),
             **options,
         )

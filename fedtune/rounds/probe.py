@@ -1,0 +1,60 @@
+"""The speed that clients measure before a round, for that round alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from fedtune.messages import Client
+
+PROBE_TFLOP = 0.05
+"""1e12 operations of the matrix products that a client computes, unless the time is over before."""
+PROBE_MB = 1.0
+"""Megabytes that it receives, likewise."""
+LIMIT_S = 1.0
+"""Seconds after which either part ends, and what was done by then counts."""
+
+
+@dataclass(frozen=True)
+class SpeedProbe:
+    """What a client has measured of itself, and how long that took it."""
+
+    s_per_tflop: float | None = None
+    """Seconds for 1e12 operations; None where it did not say."""
+    s_per_mb: float | None = None
+    """Seconds for a megabyte, down and up alike."""
+    seconds: float = 0.0
+
+
+Measure: TypeAlias = Callable[[int, float, Sequence[Client]], Mapping[str, SpeedProbe]]
+"""(round, what the clock shows, cohort) -> what each client says, by name; nothing of a client that says nothing"""
+
+
+@dataclass(frozen=True)
+class Prober:
+    """Asks clients for their speed."""
+
+    measure: Measure
+    repeatable: bool = False
+    """Whether it gives the same answers when it is asked again, as a simulated clock does."""
+
+
+def with_probes(
+    prober: Prober | None, round: int, now_s: float, cohort: Sequence[Client]
+) -> tuple[Sequence[Client], float]:
+    """Return the clients with their speed as they have measured it for a round, and the seconds of the slowest.
+
+    Without a prober what they said before, as when they checked in, counts for nothing: it is of another time.
+    """
+    if prober is None:
+        return [replace(client, s_per_tflop=None, s_per_mb=None) for client in cohort], 0.0
+    said = prober.measure(round, now_s, cohort)
+    silent = SpeedProbe()
+    answers = {client.name: said.get(client.name, silent) for client in cohort}
+    clients = [
+        replace(client, s_per_tflop=answers[client.name].s_per_tflop, s_per_mb=answers[client.name].s_per_mb)
+        for client in cohort
+    ]
+    # The round begins when all have answered.
+    return clients, max((answer.seconds for answer in answers.values()), default=0.0)
