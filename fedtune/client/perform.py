@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -43,6 +44,7 @@ from fedtune.model.lora import frozen_change, read_local, start, with_adapters
 from fedtune.model.objective import Hooks
 from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
+from fedtune.model.selective_backward import Windows, with_selective_backward
 from fedtune.model.settings import quantised_format
 from fedtune.model.shares import ALONE, Shares
 from fedtune.model.train import OnStep, check_finite, no_steps, report_out_of_memory, train, uses_autocast
@@ -212,7 +214,6 @@ def refuse_unsupported(plan: Plan) -> None:
     """Raise ClientError for what a plan may ask and this client does not do: nothing is left out in silence."""
     asked = {
         "ranks by module": bool(plan.ranks),
-        f"backward passes without a share of {plan.back:g}": plan.back > 0,
         f"an adapter of the {plan.view} model alone": plan.view != "whole",
     }
     if unsupported := [what for what, is_asked in asked.items() if is_asked]:
@@ -289,17 +290,25 @@ def train_locally(
         half=uses_autocast(plan.training, base.device),
     ) as model:
         hooks = extend(model) if extend else None
-        trained = train(
-            base,
-            examples,
-            plan.training,
-            key=assignment.seed,
-            client=plan.client,
-            hooks=hooks,
-            rows=rows,
-            on_step=on_step,
-            shares=shares,
-        )
+        windows = Windows(plan.back, derive(assignment.seed, "back"))
+
+        def after_step(done: int, steps: int) -> None:
+            # The same for all batches of a step, which then is one on the joined batch.
+            windows.next_step()
+            on_step(done, steps)
+
+        with with_selective_backward(model, windows) if plan.back else nullcontext():
+            trained = train(
+                base,
+                examples,
+                plan.training,
+                key=assignment.seed,
+                client=plan.client,
+                hooks=hooks,
+                rows=rows,
+                on_step=after_step,
+                shares=shares,
+            )
         # Inside the block: outside of it the base is as before, and what was learned is gone.
         parameters, final = dict(model.named_parameters()), read_local(model)
         new_saved = {name: to_numpy(parameters[name]) for name in saved}

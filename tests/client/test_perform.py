@@ -156,7 +156,6 @@ def test_another_base_is_refused_by_name(base: Base, rows: list[Example]) -> Non
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"back": 0.5}, "backward passes without a share of 0.5"),
         ({"view": "deployed"}, "an adapter of the deployed model alone"),
     ],
 )
