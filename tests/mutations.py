@@ -167,6 +167,8 @@ FAULTS = (
           "a LoRA layer leaves out the scale"),
     Fault("model/lora.py", "fresh.b / np.float32(plan.scale)", "fresh.b",
           "the scale is not divided out of a start"),
+    Fault("model/selective_backward.py", "(z if trained else z.detach(), at)", "(z, at)",
+          "an encoder's backward pass goes through all heads and channels", ("model/test_selective_backward.py",)),
     Fault("model/train.py", "if training.clip_norm is not None:", "if False:",
           "gradients are not clipped"),
     Fault("model/batches.py", 'derive(key, "data.order", epoch)', 'derive(key, "data.order")',

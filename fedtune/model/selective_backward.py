@@ -146,7 +146,7 @@ class Half:
                 for row, side in self.part.rows.items()
             }
             if self.part.inside:
-                replaced[self.part.inside] = unchanged
+                replaced[self.part.inside] = identity
             yield segment, twin(self.module, replaced, self.sizes(block, segment))
 
     def sizes(self, block: Block, segment: Segment) -> Mapping[str, Any]:
@@ -161,7 +161,7 @@ class Half:
         return places(segment, "q" if self.part.heads else "ff", block)[0]
 
 
-def unchanged(x: torch.Tensor) -> torch.Tensor:
+def identity(x: torch.Tensor) -> torch.Tensor:
     """Stand in for a sink that is applied later, to all segments at once."""
     return x
 
@@ -224,12 +224,12 @@ class Rows:
             result = result + linear(self.beside.frozen, layer.frozen[-1][at])
         if layer.a is not None:
             if self.beside.local is None:
-                self.beside.local = linear(dropped(x, layer), layer.a) * layer.scale
+                self.beside.local = linear(factor_input(x, layer), layer.a) * layer.scale
             result = result + linear(self.beside.local, layer.b[at])
         return result.to(given)
 
 
-def dropped(x: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
+def factor_input(x: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
     """Return what a layer's trainable factors are applied to."""
     x = x.to(layer.a.dtype)
     return dropout(x, layer.dropout) if layer.training and layer.dropout else x
@@ -251,7 +251,7 @@ def add_up(layer: Any, terms: Sequence[tuple[torch.Tensor, slice]]) -> torch.Ten
         first, *rest = layer.frozen
         result = result + reduce(linear, rest, total(linear(z.to(first.dtype), first[:, at]) for z, at in terms))
     if layer.a is not None:
-        local = total(linear(dropped(z, layer), layer.a[:, at]) for z, at in terms)
+        local = total(linear(factor_input(z, layer), layer.a[:, at]) for z, at in terms)
         result = result + linear(local * layer.scale, layer.b)
     return result.to(given)
 
@@ -342,11 +342,11 @@ def source(half: Half, windows: Windows) -> Callable[..., Any]:
     return forward
 
 
-def sink(half: Half, windows: Windows) -> Callable[[torch.Tensor], torch.Tensor]:
+def sink(half: Half, windows: Windows) -> Callable[..., Any]:
     """Return the forward pass of a layer that adds up what another module hands it, as in encoders."""
     plain = half.sink.forward
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(x: torch.Tensor) -> Any:
         if not torch.is_grad_enabled() or not half.learns(x):
             return plain(x)
         block, chosen = half.segments(windows)
