@@ -79,6 +79,7 @@ UNITS: Mapping[str, str] = {
     "rank": "rank",
     "ranks": "rank",
     "rank_decay": "share of the rank",
+    "repair_rank": "columns",
     "ratio": "share of the blocks' weights",
     "ratios": "share of the blocks' weights",
     "refresh": "rounds",

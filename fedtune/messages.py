@@ -205,6 +205,9 @@ class Pruning:
     """Structure of the client's last participation, in which `loss_before` is measured."""
     scores_requested: bool = False
     """Scores are to be sent, or with the policy `vote` a mask."""
+    moments_requested: bool = False
+    """Moments of the layers' inputs are to be sent, by which pruned models are repaired; asked of clients that train
+    the whole model."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,8 @@ class TrainLora:
     terms: tuple[Term, ...] = ()
     """Of the objective, beside the loss on the client's examples; each kind at most once."""
     blobs: Mapping[str, Tensors] = field(default_factory=dict)
-    """Tensors by role: `global` (frozen adapter), `local` (start of the trainable one), `saved` (modules_to_save).
+    """Tensors by role: `global` (frozen adapter), `local` (start of the trainable one), `saved` (modules_to_save),
+    `moments` (of the base's layers, by which a pruned model is repaired).
 
     Adapters are flat, as `adapter.pack` makes them. In `global`, `<module>.w` (out, in) may replace both factors. Both
     may be quantised (`number_formats`).
@@ -364,6 +368,9 @@ class LoraResult:
     """Number format of the frozen base that was trained over, where it was quantised."""
     codes: bytes = b""
     """First 8 bytes of the digest of three of its layers' codes, by which clients of one format agree."""
+    moments: Tensors = field(default_factory=dict)
+    """Of the inputs of layers that read heads or channels (`least_squares.moment_shapes`), float16, where they were
+    requested."""
 
 
 @dataclass(frozen=True)
@@ -613,6 +620,8 @@ class Blueprint:
     """How clients' models are made smaller; None where they are not."""
     ranking: Tensors = field(default_factory=dict)
     """`heads` and `channels`: importance of each, where the recipe names a ranking; empty where clients measure it."""
+    moments: Tensors = field(default_factory=dict)
+    """By which pruned models are repaired, where the recipe names a ranking; empty where clients measure them."""
 
 
 def cohort_weights(updates: Sequence[AdmittedUpdate], weights: Weighting) -> Sequence[tuple[AdmittedUpdate, float]]:

@@ -41,9 +41,11 @@ from fedtune.model import libraries, pruned_training
 from fedtune.model.base import Base, check_packing, to_numpy
 from fedtune.model.batches import Batch
 from fedtune.model.lora import frozen_change, read_local, start, with_adapters
+from fedtune.model.moments import Moments
 from fedtune.model.objective import Hooks
 from fedtune.model.probe import measure
 from fedtune.model.pruned_training import Structures
+from fedtune.model.repair import Repair, repair_of
 from fedtune.model.selective_backward import Windows, with_selective_backward
 from fedtune.model.settings import quantised_format
 from fedtune.model.shares import ALONE, Shares
@@ -366,20 +368,23 @@ def train_pruned(
     steps = plan.training.steps
     assert steps is not None  # the planner resolves epochs
     parts = parts.within(steps)
+    repair = repair_of(base.model, task.blobs.get("moments", {}), settings, body)
+    moments = Moments(settings, body, key=key, device=base.device) if pruning.moments_requested else None
     chosen = loss_rows(examples, held_out, plan.client, count=pruned_training.ROWS)
     rows = pruned_training.evaluation_batches(chosen, base, batch=plan.training.batch)
-    loss_before, rows = loss_as_received(base, task, plan, parts, body, rows)
+    loss_before, rows = loss_as_received(base, task, plan, parts, body, rows, repair)
     check_finite(loss_before, f"{plan.client}, before step 1", plan.training)
 
     def measure_at_end(model: torch.nn.Module) -> tuple[float, Tensors, int]:
-        scores, tokens = score(model, base, structure=parts.last) if pruning.scores_requested else ({}, 0)
+        asked = pruning.scores_requested or moments is not None
+        scores, tokens = score(model, base, structure=parts.last, moments=moments) if asked else ({}, 0)
         return pruned_training.evaluation_loss(model, rows, base), scores, tokens
 
     def extend(model: torch.nn.Module) -> Hooks:
-        shrink = pruned_training.stage_shrinker(model, parts.stages, settings, body, steps=steps)
+        shrink = pruned_training.stage_shrinker(model, parts.stages, settings, body, steps=steps, repair=repair)
         return Hooks(model, task.terms, between=shrink, weigh=True, measure=measure_at_end)
 
-    with pruned_training.with_pruned_model(base, parts.first, body) as small:
+    with pruned_training.with_pruned_model(base, parts.first, body, repair) as small:
         received = pruned_training.slice_task(task, parts.first, parts.sent, body)
         initial = start(received, plan, base.modules, pruned_training.slices_of(parts.first, body))
         learned = train_locally(small, examples, replace(assignment, task=received), initial, extend, on_step=on_step)
@@ -407,18 +412,25 @@ def train_pruned(
         structure_digest=parts.last.digest if parts.last else b"",
         mask=mask_of(pruning, plan.ratio, parts, worth, body),
         scores=pruned_training.wire_scores(worth) if sends_scores else {},
+        moments=moments.result() if moments is not None else {},
     )
     return result, measured
 
 
 def loss_as_received(
-    base: Base, task: TrainLora, plan: Plan, parts: Structures, body: BlockLayout, rows: Sequence[Batch]
+    base: Base,
+    task: TrainLora,
+    plan: Plan,
+    parts: Structures,
+    body: BlockLayout,
+    rows: Sequence[Batch],
+    repair: Repair | None = None,
 ) -> tuple[float, Sequence[Batch]]:
     """Return the loss of what was sent, in the structure of the client's last participation, and the rows it is of.
 
     Batches of rows whose loss is not finite are left out, unless that is all.
     """
-    with pruned_training.with_pruned_model(base, parts.before, body) as small:
+    with pruned_training.with_pruned_model(base, parts.before, body, repair) as small:
         received = pruned_training.slice_task(task, parts.before, parts.sent, body)
         cut = pruned_training.slices_of(parts.before, body)
         with pruned_training.with_received_adapters(small, received, plan, base, cut) as model:

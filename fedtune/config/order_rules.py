@@ -12,6 +12,7 @@ from fedtune.messages import Assignment, ProbeSeeds, ScoreRequest, TailRank, Tra
 from fedtune.number_formats import CODES, FORMATS, SCALE_DTYPE, SCALES, scales_shape
 from fedtune.planning.planner import PlanChoices
 from fedtune.pruning.depth import module_ranks
+from fedtune.pruning.least_squares import TRAVELLING, moment_shapes
 from fedtune.pruning.ranking import PruningSettings, counts
 from fedtune.pruning.structure import from_bitmap
 from fedtune.tensors import Array, Tensors
@@ -195,6 +196,25 @@ def scores_requested(one: Comparison) -> str:
     return "false, where each client ranks for itself" if alone else ""
 
 
+def moments_requested(one: Comparison) -> str:
+    pruning, ratio = one.order.lora.pruning, one.order.plan.ratio
+    assert pruning is not None
+    repaired = pruning_settings(one).repair != "none" and ratio == 0
+    return "false, without pruning.repair or of a pruned model" if pruning.moments_requested and not repaired else ""
+
+
+def moments_fault(moments: Tensors, one: Comparison) -> str:
+    """Return what is expected of moments that are none of this base's layers; empty if they are, or there are none."""
+    layout = one.profile.foundation.anatomy
+    if not moments:
+        return ""
+    if layout is None or one.recipe.pruning is None or one.recipe.pruning.repair == "none":
+        return "no moments, by pruning.repair"
+    wanted = {name: (shape, TRAVELLING) for name, shape in moment_shapes(one.recipe.pruning, layout).items()}
+    came = {name: (tensor.shape, tensor.dtype) for name, tensor in moments.items()}
+    return "" if came == wanted else f"moments of this site's layers, {short_text(sorted(wanted))}"
+
+
 def pruning_settings(one: Comparison) -> PruningSettings:
     """Return the recipe's: the order's own may be any."""
     assert one.recipe.pruning is not None  # or the permitted order had no pruning whose fields are compared
@@ -233,8 +253,10 @@ def calibrate(one: Comparison) -> str:
 
 
 def order_blobs(one: Comparison) -> str:
-    pruned = one.order.lora.pruning is not None
-    return next(blob_faults(one.order.lora.blobs, one, rank=one.order.plan.rank, pruned=pruned), "")
+    blobs, pruned = dict(one.order.lora.blobs), one.order.lora.pruning is not None
+    if fault := moments_fault(blobs.pop("moments", {}), one):
+        return fault
+    return next(blob_faults(blobs, one, rank=one.order.plan.rank, pruned=pruned), "")
 
 
 def score_blobs(one: Comparison) -> str:
@@ -332,6 +354,7 @@ FREE: Mapping[str, Rule] = {
     "Pruning.stages": stages,
     "Pruning.previous": previous,
     "Pruning.scores_requested": scores_requested,
+    "Pruning.moments_requested": moments_requested,
     "ProbeSeeds.exponent": exponent,
     "ProbeSeeds.shift": shift,
     "ProbeSeeds.perturbation": perturbation,

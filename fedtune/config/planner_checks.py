@@ -44,6 +44,9 @@ def pruning_faults(recipe: Recipe) -> Iterator[Fault]:
     if pruning.score == "magnitude" and pruning.allocation == "global":
         hint = "weights of different blocks are of different size: global ranks by magnitude are worse than chance"
         yield Fault("pruning.allocation", "uniform with score = 'magnitude'", "'global'", hint)
+    if pruning.repair != "none" and pruning.policy == "local":
+        hint = 'set pruning.repair = "none", or pruning.policy = "nested"'
+        yield Fault("pruning.repair", "none with policy = 'local', whose clients share no moments", "it", hint)
     if pruning.policy == "vote" and pruning.target == 0:
         hint = "the largest of planner.ratios" if isinstance(planner, AdaptiveSettings) else "your ratio"
         yield Fault("pruning.target", "above 0 with 'vote', whose clients vote for a mask of that size", "0", hint)

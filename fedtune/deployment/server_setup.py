@@ -25,7 +25,7 @@ from fedtune.runs.context import Door, ModelScores, RunContext
 from fedtune.runs.fleet import fleet_of
 from fedtune.runs.start import check_start_base, start_adapter, start_state
 from fedtune.store import peft
-from fedtune.store.pruning import read_ranking
+from fedtune.store.pruning import read_moments, read_ranking
 from fedtune.store.run_journal import RunJournal
 
 SOURCE_AT_SITES, SPLIT_AT_SITES = f"data.source={AT_SITES!r}", 'data.split={ kind = "files" }'
@@ -87,9 +87,12 @@ def server_context(
         raise ConfigError(
             Fault("pruning", "a base that surgery knows", "another, by what most clients say", "leave it out")
         )
-    if recipe.pruning is not None and recipe.pruning.ranking:
+    if recipe.pruning is not None and recipe.pruning.ranking and common.anatomy is not None:
+        file = recipe.pruning.ranking
         blueprint = replace(
-            blueprint, ranking=read_ranking(recipe.pruning.ranking, recipe.root, common.anatomy, common.base)
+            blueprint,
+            ranking=read_ranking(file, recipe.root, common.anatomy, common.base),
+            moments=read_moments(file, recipe.root, recipe.pruning, common.anatomy, common.base),
         )
     if recipe.planner.name == "oracle":
         hint = "it needs the times of a simulated clock, which no deployment has; take planner = 'deadline'"

@@ -39,9 +39,10 @@ from fedtune.messages import (
 from fedtune.methods import pruning
 from fedtune.methods.change import Change, Terms, product_change, product_terms, quick_square, saved_change
 from fedtune.methods.method import Cohort, Method, make_assignment, mean_saved
-from fedtune.methods.serialization import NOT_PERSISTED
+from fedtune.methods.serialization import NOT_PERSISTED, OMIT_EMPTY
 from fedtune.methods.settings import down_dtype
 from fedtune.number_formats import from_wire, to_wire
+from fedtune.pruning.least_squares import moments_to_wire
 from fedtune.pruning.ranking import PruningSettings, Ranking, rank_units, structure_at
 from fedtune.pruning.structure import (
     FULL,
@@ -121,6 +122,8 @@ class FloraState:
     """Round of the last scores."""
     ratios: Mapping[str, float] = field(default_factory=dict)
     """By client, the pruning ratio of its last participation."""
+    moments: Tensors = field(default_factory=dict, metadata=OMIT_EMPTY)
+    """Of the base's layers, pooled over clients, float32 (`pruning.least_squares`); empty where nothing is repaired."""
 
     @cached_property
     def broadcast(self) -> Mapping[str, Summed]:
@@ -180,6 +183,11 @@ class FloraState:
         assert self.pruning is not None
         return rank_units(self.order, self.anatomy, self.pruning)
 
+    @cached_property
+    def moments_on_the_wire(self) -> Tensors:
+        """The moments as clients are sent them."""
+        return moments_to_wire(self.moments)
+
     # Caches of the functions above; their content follows from the state alone.
     @cached_property
     def _blobs(self) -> dict[tuple[int, int | None, bytes], Mapping[str, Tensors]]:
@@ -211,6 +219,7 @@ def init(blueprint: Blueprint, settings: FloraSettings) -> FloraState:
         anatomy=blueprint.anatomy if blueprint.pruning else None,
         pruning=blueprint.pruning,
         order=dict(blueprint.ranking) if blueprint.pruning else {},
+        moments=cast(blueprint.moments, "fp32") if blueprint.pruning else {},
     )
 
 
@@ -231,7 +240,8 @@ def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
         wire_dtype=state.settings.wire_dtype,
         pruning=pruned,
     )
-    return make_assignment("flora", state, seed, plan, task, state.blobs(plan.rank, structure))
+    blobs = {**state.blobs(plan.rank, structure), **pruning.moments_sent(state, pruned)}
+    return make_assignment("flora", state, seed, plan, task, blobs)
 
 
 def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraState:
@@ -442,6 +452,8 @@ METHOD = Method(
     decomposed=lambda state: state.broadcast,
     structure=FloraState.structure,
     ranking=lambda state: state.order,
+    # As clients are sent them: what is scored and exported is repaired as they repair it.
+    moments=lambda state: state.moments_on_the_wire,
     why_not_linear="it stacks the clients' factors, which share no coordinates; ffa averages clients of any ranks",
     why_not_pruned="",
     downlink_rank=downlink_rank,

@@ -64,6 +64,8 @@ class GlobalModel:
     saved: Tensors = field(default_factory=dict)
     """modules_to_save, by parameter name, float32."""
     seeds: SeedModel | None = None
+    moments: Tensors = field(default_factory=dict)
+    """Of the base's layers, by which pruned models are repaired; empty where they are not."""
 
 
 def no_seeds(state: MethodState) -> SeedModel | None:
@@ -100,6 +102,10 @@ def whole_model(state: MethodState, ratio: float) -> ModelStructure | None:
 
 
 def no_ranking(state: MethodState) -> Tensors:
+    return {}
+
+
+def no_moments(state: MethodState) -> Tensors:
     return {}
 
 
@@ -176,6 +182,9 @@ class Method(Generic[State]):
     """(state, pruning ratio) -> what is left of the model at that ratio; None: all of it"""
     ranking: Callable[[State], Tensors] = no_ranking
     """state -> scores of `heads` and `channels`, by which they are pruned; empty before there are any"""
+    moments: Callable[[State], Tensors] = no_moments
+    """state -> moments of the base's layers by which pruned models are repaired (`pruning.least_squares`); empty where
+    there are none"""
     why_not_pruned: str = "it does not scatter what pruned clients send"
     """Why the method refuses the recipe's table `pruning`; empty if clients may be pruned."""
     why_not_linear: str = ""
@@ -211,11 +220,12 @@ class Method(Generic[State]):
             "remarks": self.remarks,
             "structure": self.structure,
             "ranking": self.ranking,
+            "moments": self.moments,
         }
 
     def global_model(self, state: State) -> GlobalModel:
         """Return the global model of a state."""
-        return GlobalModel(self.adapter(state), state.saved, self.seeds(state))
+        return GlobalModel(self.adapter(state), state.saved, self.seeds(state), self.moments(state))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from fedtune.errors import RoundError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import AdmittedUpdate, PlannedClient, Pruning, Weighting
 from fedtune.methods.method import Cohort
+from fedtune.pruning.least_squares import pool_moments
 from fedtune.pruning.ranking import (
     PruningSettings,
     pool_scores,
@@ -43,6 +44,10 @@ class PrunedState(Protocol):
     def order(self) -> Tensors: ...
     @property
     def scored(self) -> int: ...
+    @property
+    def moments(self) -> Tensors: ...
+    @property
+    def moments_on_the_wire(self) -> Tensors: ...
     @property
     def ratios(self) -> Mapping[str, float]: ...
     def structure(self, ratio: float) -> ModelStructure | None:
@@ -75,15 +80,28 @@ def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | 
     before, ratios = state.ratios.get(plan.client, first), stage_ratios(plan.ratio, settings.stages)
     stages = [bitmap(structure, layout) for ratio in ratios if (structure := state.structure(ratio)) is not None]
     earlier = state.structure(before)
+    wanted = not state.order or 0 < settings.refresh <= state.round + 1 - state.scored
     task = Pruning(
         # A path on the server means nothing to clients.
         settings=replace(settings, ranking=None),
         # Two ratios may round to one structure, which needs no step of its own.
         stages=tuple(dict.fromkeys(stages)),
         previous=b"" if earlier is None else bitmap(earlier, layout),
-        scores_requested=not state.order or 0 < settings.refresh <= state.round + 1 - state.scored,
+        scores_requested=wanted,
+        # In a pruned model the inputs of a layer are not those that it is repaired for.
+        moments_requested=wanted and settings.repair != "none" and plan.ratio == 0,
     )
     return task, state.structure(min(before, ratios[0]))
+
+
+def moments_sent(state: PrunedState, task: Pruning | None) -> Mapping[str, Tensors]:
+    """Return the blob `moments` of a client whose task prunes its model; none for others, and where nothing is
+    repaired.
+    """
+    if task is None or not state.moments or not (task.stages or task.previous):
+        return {}
+    # One mapping for all clients of a round, so that it is encoded once.
+    return {"moments": state.moments_on_the_wire}
 
 
 def coverage(cohort: Cohort, layout: BlockLayout, *, weights: Weighting, floor: float) -> Mapping[str, Array]:
@@ -162,7 +180,21 @@ def fields_after(state: PrunedState, cohort: Cohort) -> Mapping[str, Any]:
         return {"ratios": ratios}
     # Before the first scores, those of the ranking file that the recipe names.
     worth = pool_scores(parts, state.worth or state.order, layout)
-    return {"ratios": ratios, "worth": worth, "order": with_hysteresis(state.order, worth), "scored": state.round + 1}
+    return {
+        "ratios": ratios,
+        "worth": worth,
+        "order": with_hysteresis(state.order, worth),
+        "scored": state.round + 1,
+        **moments_after(state, cohort, settings, layout),
+    }
+
+
+def moments_after(
+    state: PrunedState, cohort: Cohort, settings: PruningSettings, layout: BlockLayout
+) -> Mapping[str, Tensors]:
+    """Return the field `moments` after a round in which clients have measured them; nothing where none has."""
+    parts = [(update.lora.moments, share) for update, share in cohort if update.lora.moments]
+    return {"moments": pool_moments(parts, state.moments, settings, layout)} if parts else {}
 
 
 def client_scores(update: AdmittedUpdate, layout: BlockLayout) -> Tensors:

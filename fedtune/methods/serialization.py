@@ -19,6 +19,8 @@ State = TypeVar("State")
 VERSION = 1
 NOT_PERSISTED: Mapping[str, bool] = {"persisted": False}
 """Metadata of a state's field that is not written: recipe and base give it again."""
+OMIT_EMPTY: Mapping[str, bool] = {"omit_empty": True}
+"""Metadata of a state's field that a release added: while it is empty it is not written, so that digests stay."""
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
@@ -78,7 +80,9 @@ def decode(data: bytes | memoryview, like: State) -> State:
     """
     version, values, tensors = _parse(data)
     expected = {path for path, _ in persisted_fields(like)}
-    if version != VERSION or values.keys() != expected:
+    # What is empty in one of the two only may still be written.
+    differing = values.keys() ^ expected
+    if version != VERSION or differing - optional_fields(like):
         raise StoreError(
             f"expected a state of version {VERSION} with {sorted(expected)}; got version {version} with "
             f"{sorted(values)}; resume with the fedtune and the method that wrote it"
@@ -87,7 +91,9 @@ def decode(data: bytes | memoryview, like: State) -> State:
         own = {key.removeprefix(f"{path}/"): array for key, array in tensors.items() if key.startswith(f"{path}/")}
         # A field without tensors is none: an empty mapping travels as one.
         values[path] = own or None
-    return with_values(like, values)
+    # What was empty when it was written is empty, whatever `like` has there.
+    empty: Mapping[str, Any] = {path: {} for path in differing & expected}
+    return with_values(like, {**values, **empty})
 
 
 def why_not_finite(data: bytes | memoryview) -> str:
@@ -108,10 +114,21 @@ def persisted_fields(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(state, field.name)
         if not field.metadata.get("persisted", True):
             continue
+        if field.metadata.get("omit_empty") and not value:
+            continue
         if is_dataclass(value):
             yield from persisted_fields(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", value
+
+
+def optional_fields(state: Any, prefix: str = "") -> set[str]:
+    """Return the paths of the fields that are not written while they are empty."""
+    paths = {f"{prefix}{field.name}" for field in fields(state) if field.metadata.get("omit_empty")}
+    for field in fields(state):
+        if is_dataclass(value := getattr(state, field.name)):
+            paths |= optional_fields(value, f"{prefix}{field.name}.")
+    return paths
 
 
 def with_values(state: State, values: Mapping[str, Any]) -> State:

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.pytorch_utils import Conv1D
 
 from fedtune.model.base_config import read_config
 from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.classes import output_layer
 from fedtune.model.device import DTYPES, choose_device, number_format
 from fedtune.model.load_checks import check_complete
+from fedtune.model.repair import layer_moments, repair_layer
 from fedtune.model.settings import ModelSettings
 from fedtune.model.skeleton import (
     aliases,
@@ -31,6 +33,7 @@ from fedtune.model.skeleton import (
 from fedtune.model.surgery import cut_linear, fit, layout_of, refuse_static_caches, slice_index
 from fedtune.pruning.structure import FULL, BlockLayout, LayerSlice, ModelStructure, check, cuts
 from fedtune.seeds import derive
+from fedtune.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,13 @@ class PrunedBase:
 
 
 def load_pruned_base(
-    settings: ModelSettings, structure: ModelStructure, *, root: Path, seed: int, labels: Sequence[str] = ()
+    settings: ModelSettings,
+    structure: ModelStructure,
+    *,
+    root: Path,
+    seed: int,
+    labels: Sequence[str] = (),
+    moments: Tensors | None = None,
 ) -> PrunedBase:
     """Load a base at its pruned widths; the memory it takes is that of the smaller model and of one tensor.
 
@@ -58,6 +67,7 @@ def load_pruned_base(
         root: folder that relative paths are relative to.
         seed: the run's seed.
         labels: names of the classes, for classification.
+        moments: by which layers are repaired; none: they are not.
 
     Raises:
         ConfigError: if the model or device does not exist, weights are missing, or the model cannot be pruned.
@@ -79,14 +89,21 @@ def load_pruned_base(
         if not classes.fits:  # the head is of other classes
             head = output_layer(model)
             readers = {name: read for name, read in readers.items() if name.rpartition(".")[0] != head}
+        shifts: dict[str, torch.Tensor] = {}
 
         def take(first: str, name: str, tensor: torch.Tensor) -> None:
             # A clone: a tensor that was only read lies in the file's pages, and goes with them.
-            place(model, first, slice_tensor(model, name, tensor, slices).clone().to(device))
+            part, module = slice_tensor(model, name, tensor, slices).clone(), first.removesuffix(".weight")
+            if first != module and (repaired := repair_tensor(model, module, tensor, moments or {}, slices)):
+                part, shifts[module] = repaired
+            place(model, first, part.to(device))
 
         filled = fill(model, expected, readers, take, first_names=first_names)
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise not_found(settings, error) from error
+    # Afterwards: a bias may be read before the weight, or be none of the checkpoint's.
+    for module, shift in shifts.items():
+        add_to_bias(model, module, shift.to(device))
     check_complete(settings, model, filled.missing)
     finish(model, filled.new, key=derive(seed, "model.head"), device=device)
     set_generation_config(model, path, settings.revision)
@@ -123,3 +140,23 @@ def slice_tensor(model: Any, name: str, tensor: torch.Tensor, slices: Mapping[st
     module, _, leaf = name.rpartition(".")
     part = slice_index(slices.get(module, FULL))
     return part.rows(tensor) if leaf == "bias" else part.weight(model.get_submodule(module))(tensor)
+
+
+def repair_tensor(
+    model: Any, module: str, whole: torch.Tensor, moments: Tensors, slices: Mapping[str, LayerSlice]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return a layer's repaired weight, as the layer stores it, and what its bias grows by; None without a repair."""
+    own, cut = layer_moments(moments, module), slices.get(module, FULL)
+    if not own or cut.into is None:
+        return None
+    transposed = isinstance(model.get_submodule(module), Conv1D)
+    parameters = repair_layer(whole.T if transposed else whole, None, own, cut.into)
+    if parameters is None:
+        return None
+    return (parameters[0].T if transposed else parameters[0]).contiguous(), parameters[1]
+
+
+def add_to_bias(model: Any, module: str, shift: torch.Tensor) -> None:
+    """Add to a layer's bias; a layer without one gets one."""
+    before = model.get_submodule(module).bias
+    place(model, f"{module}.bias", shift if before is None else (before.double() + shift.double()).to(shift.dtype))

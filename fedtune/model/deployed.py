@@ -17,6 +17,7 @@ from fedtune.model.device import DTYPES
 from fedtune.model.pruned_export import FORMAT, PREFIX
 from fedtune.model.skeleton import aliases, finish, place, set_generation_config, skeleton, tensor_readers
 from fedtune.model.surgery import layout_of, refuse_static_caches
+from fedtune.pruning.least_squares import input_widths
 from fedtune.pruning.structure import FAMILIES, Block, BlockStructure, ModelStructure
 
 TASKS = ("causal", "classification")
@@ -63,6 +64,12 @@ def load(folder: Path, *, dtype: str, device: torch.device) -> Any:
         layout = layout_of(model)
         blocks = zip(layout.blocks, described["blocks"], strict=True)
         shrink(model, ModelStructure(tuple(leading_units(block, **counts) for block, counts in blocks)), layout)
+        for name in described.get("biases", ()):
+            if name not in input_widths(layout):
+                raise ValueError(f"a bias of {str(name)[:80]!r}, which is no layer that is repaired")
+            # As wide as the residual stream: no layer that reads heads or channels loses outputs.
+            empty = torch.empty(layout.width, dtype=DTYPES[dtype], device="meta")
+            model.get_submodule(name).bias = torch.nn.Parameter(empty, requires_grad=False)
         first_names, expected = aliases(model), model.state_dict()
         readers = tensor_readers([folder / "model.safetensors"])
         # Neither more nor less: a missing tensor would stay on the meta device, an extra one be ignored in silence.

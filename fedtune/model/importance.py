@@ -16,6 +16,7 @@ from fedtune.model.frozen import own_weight
 from fedtune.model.lora import layers
 from fedtune.model.lora_layer import FrozenParts
 from fedtune.model.loss import summed_loss
+from fedtune.model.moments import Moments
 from fedtune.model.surgery import core
 from fedtune.pruning.ranking import Criterion, at_structure
 from fedtune.pruning.structure import BlockLayout, BlockStructure, ModelStructure, Side, full_block
@@ -38,6 +39,7 @@ def scores(
     task: str,
     key: int,
     structure: ModelStructure | None = None,
+    moments: Moments | None = None,
 ) -> Tensors:
     """Return the importance of every head and channel that a model has now, float32 (heads,) and (channels,).
 
@@ -54,12 +56,15 @@ def scores(
         task: causal or classification.
         key: of this round and client, for random.
         structure: what the model was pruned to; None if it is whole.
+        moments: to which the inputs of the same layers are added, in the same passes where the criterion is wanda.
 
     Raises:
         ClientError: if a criterion that needs data gets none, or a score is not finite.
         ConfigError: if `lora` finds no trainable adapter on layers of heads, or of channels.
     """
     present = full_block(layout) if structure is None else structure
+    if moments is not None and criterion != "wanda":
+        listen_to_inputs(model, readers_of_units(layout), batches, moments.add, task=task)
     if criterion == "random":
         return random_scores(layout, structure, key)
     if criterion == "magnitude":
@@ -67,7 +72,7 @@ def scores(
     if not batches:
         raise ClientError(f"{criterion}: expected at least one batch to score by; got none; give the client more data")
     if criterion == "wanda":
-        return pool(wanda(model, batches, layout, task=task), layout, present)
+        return pool(wanda(model, batches, layout, task=task, moments=moments), layout, present)
     if criterion == "gate":
         return pool(gate_gradients(model, batches, layout, present, task=task), layout, present)
     mean: Tensors | None = None
@@ -95,20 +100,44 @@ def magnitudes(model: Any, layout: BlockLayout) -> Mapping[str, torch.Tensor]:
     return squares
 
 
-def wanda(model: Any, batches: Sequence[Batch], layout: BlockLayout, *, task: str) -> Mapping[str, torch.Tensor]:
+def wanda(
+    model: Any, batches: Sequence[Batch], layout: BlockLayout, *, task: str, moments: Moments | None = None
+) -> Mapping[str, torch.Tensor]:
     """Return E[x_j^2] ||W_j + s B a_j||^2 of the columns j that read heads and channels, padding left out."""
-    names = [*readers(layout, "q"), *readers(layout, "ff")]
+    names = readers_of_units(layout)
     squares: dict[str, torch.Tensor] = {}
+
+    def add(name: str, x: torch.Tensor, mask: torch.Tensor) -> None:
+        total = (x.square() * mask.to(x.dtype)[..., None]).sum(dim=(0, 1)).cpu().double()
+        squares[name] = squares[name] + total if name in squares else total
+        if moments is not None:
+            moments.add(name, x, mask)
+
+    listen_to_inputs(model, names, batches, add, task=task)
+    tokens = sum(batch.tokens for batch in batches)
+    with torch.no_grad():
+        return {name: squares[name] / tokens * column_norms(model.get_submodule(name)) for name in names}
+
+
+def readers_of_units(layout: BlockLayout) -> Sequence[str]:
+    """Return the names of the layers whose input is heads, then of those whose input is channels."""
+    return [*readers(layout, "q"), *readers(layout, "ff")]
+
+
+def listen_to_inputs(
+    model: Any,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    add: Callable[[str, torch.Tensor, torch.Tensor], None],
+    *,
+    task: str,
+) -> None:
+    """Send batches forward, and call `add` with name, input (batch, time, in) and mask of every layer named."""
     mask = torch.zeros(())
 
     def listen(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-        def add(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = widen(args[0])  # (batch, time, in)
-            # The mask is read from the loop below: padding would count as activity.
-            total = (x.square() * mask.to(x.dtype)[..., None]).sum(dim=(0, 1)).cpu().double()
-            squares[name] = squares[name] + total if name in squares else total
-
-        return add
+        # The mask is read from the loop below: padding would count as activity.
+        return lambda _, args: add(name, widen(args[0]), mask)
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(listen(name)) for name in names]
     try:
@@ -118,8 +147,6 @@ def wanda(model: Any, batches: Sequence[Batch], layout: BlockLayout, *, task: st
                 options = {"use_cache": False} if task == "causal" else {}
                 # Without the head: its logits, as wide as the vocabulary, would be thrown away.
                 model.base_model(**batch.inputs, **options)
-            tokens = sum(batch.tokens for batch in batches)
-            return {name: squares[name] / tokens * column_norms(model.get_submodule(name)) for name in names}
     finally:
         for hook in hooks:
             hook.remove()
@@ -157,7 +184,7 @@ def gate_gradients(
     model: Any, batches: Sequence[Batch], layout: BlockLayout, structure: ModelStructure, *, task: str
 ) -> Mapping[str, torch.Tensor]:
     """Return dL/dm of a gate m = 1 on every head and channel, L the mean loss over all batches together."""
-    names = [*readers(layout, "q"), *readers(layout, "ff")]
+    names = readers_of_units(layout)
     sizes = [*(len(units.q) for units in structure.blocks), *(len(units.ff) for units in structure.blocks)]
     values = {}
     for name, size in zip(names, sizes, strict=True):

@@ -17,12 +17,24 @@ from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import Base
 from fedtune.model.base_files import readable
-from fedtune.model.checkpoint import slice_tensor
+from fedtune.model.checkpoint import repair_tensor, slice_tensor
 from fedtune.model.device import DTYPES
 from fedtune.model.libraries import quiet
 from fedtune.model.merge import CastLoss, Merged
+from fedtune.model.repair import layer_moments
 from fedtune.model.skeleton import aliases, checkpoint_files, match_names, tensor_readers
-from fedtune.pruning.structure import FULL, Block, BlockLayout, ModelStructure, check, cuts, slice_factors
+from fedtune.pruning.least_squares import input_widths
+from fedtune.pruning.structure import (
+    FULL,
+    Block,
+    BlockLayout,
+    ModelStructure,
+    check,
+    cuts,
+    linear_shapes,
+    shapes,
+    slice_factors,
+)
 from fedtune.tensors import Tensors
 
 PREFIX = "fedtune-pruned-"
@@ -41,6 +53,7 @@ def write(
     saved: Tensors,
     dtype: str,
     revision: str | None,
+    moments: Tensors | None = None,
     manifest: bool = False,
 ) -> Merged:
     """Write a pruned model of any widths as a folder that `deployed.load` reads and stock transformers refuses.
@@ -54,6 +67,7 @@ def write(
         saved: values of modules_to_save, in the base's coordinates.
         dtype: of the tensors, a key of `DTYPES`.
         revision: of the base.
+        moments: by which layers are repaired; none: they are not.
         manifest: whether the caller adds one: the folder is refused without it then. Those of 0.2.0 have none.
 
     Raises:
@@ -71,8 +85,12 @@ def write(
     }
     if manifest:
         config["fedtune_pruning"]["manifest"] = True
+    if added := added_biases(base.model, structure, layout, moments or {}):
+        config["fedtune_pruning"]["biases"] = added
     config["dtype"] = dtype
-    merged = write_tensors(out, base, structure, layout, adapter, saved=saved, dtype=dtype, revision=revision)
+    merged = write_tensors(
+        out, base, structure, layout, adapter, saved=saved, dtype=dtype, revision=revision, moments=moments
+    )
     # Last, so that a folder that was not finished is no model.
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return merged
@@ -88,6 +106,7 @@ def write_uniform(
     saved: Tensors,
     dtype: str,
     revision: str | None,
+    moments: Tensors | None = None,
 ) -> Merged:
     """Write a pruned model whose blocks are equally wide as a folder that stock transformers loads; see `write`.
 
@@ -95,12 +114,43 @@ def write_uniform(
         ConfigError: if no stock config describes these widths.
         ShapeError: if the structure or a factor is not one of this base.
     """
+    added = added_biases(base.model, structure, layout, moments or {})
+    if added and layout.family != "llama":
+        expected = f"layers that have a bias in a stock {layout.family}"
+        hint = 'train with pruning.repair = "none" for that; the folder model has the biases as they are'
+        raise ConfigError(Fault("export", expected, f"{len(added)} that a repair gives one, {added[0]}", hint))
     config = uniform_config(base.model.config, structure, layout)
+    if added:  # a stock Llama has one in every layer of a block, or in none
+        config.attention_bias = config.mlp_bias = True
     config.dtype = DTYPES[dtype]
     config.architectures = [type(base.model).__name__]
-    merged = write_tensors(out, base, structure, layout, adapter, saved=saved, dtype=dtype, revision=revision)
+    merged = write_tensors(
+        out,
+        base,
+        structure,
+        layout,
+        adapter,
+        saved=saved,
+        dtype=dtype,
+        revision=revision,
+        moments=moments,
+        zero_biases=bool(added),
+    )
     config.save_pretrained(out)
     return merged
+
+
+def added_biases(model: Any, structure: ModelStructure, layout: BlockLayout, moments: Tensors) -> list[str]:
+    """Return the layers without a bias that get one by a repair, by full name."""
+    slices = cuts(structure, layout)
+    return [
+        name
+        for name, n in input_widths(layout).items()
+        if layer_moments(moments, name)
+        and (at := slices[name].into) is not None
+        and len(at) < n
+        and model.get_submodule(name).bias is None
+    ]
 
 
 def write_tensors(
@@ -113,13 +163,21 @@ def write_tensors(
     saved: Tensors,
     dtype: str,
     revision: str | None,
+    moments: Tensors | None = None,
+    zero_biases: bool = False,
 ) -> Merged:
-    """Write everything of a model folder but the config."""
+    """Write everything of a model folder but the config; with a bias of zero for layers of blocks that have none."""
     for name, factors in (adapter or {}).items():
         if base.modules.get(name) != factors.shape:
             raise ShapeError(f"{name}: expected {base.modules.get(name, 'no such module')}; got {factors.shape}")
     out.mkdir(parents=True, exist_ok=True)
-    tensors, merged = pruned_tensors(base, structure, layout, adapter or {}, saved, dtype=dtype, revision=revision)
+    tensors, merged = pruned_tensors(
+        base, structure, layout, adapter or {}, saved, dtype=dtype, revision=revision, moments=moments or {}
+    )
+    if zero_biases:
+        shapes_after = shapes(dict(zip(layout.sides, linear_shapes(layout), strict=True)), cuts(structure, layout))
+        zeros = {f"{name}.bias": torch.zeros(m, dtype=DTYPES[dtype]) for name, (m, _) in shapes_after.items()}
+        tensors = {**zeros, **tensors}
     # transformers refuses a file whose metadata does not name a framework.
     save_file(dict(tensors), out / "model.safetensors", metadata={"format": "pt"})
     with quiet():
@@ -139,6 +197,7 @@ def pruned_tensors(
     *,
     dtype: str,
     revision: str | None,
+    moments: Tensors,
 ) -> tuple[Mapping[str, torch.Tensor], Merged]:
     """Return every tensor of the pruned model by its first name, the adapter merged in, and what the cast cost.
 
@@ -148,9 +207,10 @@ def pruned_tensors(
     state, first_names = model.state_dict(), aliases(model)
     readers = tensor_readers(checkpoint_files(readable(base.path, revision), revision))
     readers = match_names(readers, state.keys(), model.base_model_prefix)
-    tensors, loss = {}, CastLoss(DTYPES[dtype])
+    tensors, loss, shifts = {}, CastLoss(DTYPES[dtype]), dict[str, torch.Tensor]()
     check_untied(adapter, first_names)
-    for name in state:
+    # Biases last: what a repair adds to them follows from the weight.
+    for name in sorted(state, key=lambda name: name.endswith(".bias")):
         names = [other for other in state if first_names[other] == first_names[name]]
         # A tied tensor is written once, as transformers does; loading ties it again.
         if name != names[0]:
@@ -168,6 +228,10 @@ def pruned_tensors(
         # Merged in float32 whatever the checkpoint's format, so that nothing is rounded twice.
         weight = part.float() if part.is_floating_point() else part.clone()
         module = name.removesuffix(".weight")
+        if name.endswith(".weight") and (mended := repair_tensor(model, module, whole.float(), moments, slices)):
+            weight, shifts[module] = mended
+        if name.endswith(".bias") and (shift := shifts.pop(name.removesuffix(".bias"), None)) is not None:
+            weight = weight + shift
         if name.endswith(".weight") and module in adapter:
             change = weight_change(slice_factors(adapter[module], slices.get(module, FULL)))
             if isinstance(model.get_submodule(module), Conv1D):
@@ -177,6 +241,7 @@ def pruned_tensors(
             weight = after
         target = DTYPES[dtype] if weight.is_floating_point() else weight.dtype
         tensors[name] = weight.to(target, copy=True).contiguous()
+    tensors |= {f"{module}.bias": shift.to(DTYPES[dtype], copy=True) for module, shift in shifts.items()}
     return tensors, loss.result()
 
 

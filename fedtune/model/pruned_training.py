@@ -17,7 +17,9 @@ from fedtune.model.batches import Batch, collate
 from fedtune.model.importance import scores
 from fedtune.model.lora import frozen_change, start, with_adapters
 from fedtune.model.loss import summed_loss
+from fedtune.model.moments import Moments
 from fedtune.model.objective import Between, Start
+from fedtune.model.repair import Repair
 from fedtune.model.surgery import layout_of, shrink_further, with_structure
 from fedtune.pruning.ranking import (
     PruningSettings,
@@ -131,19 +133,23 @@ def slice_task(
         return task
     own = cuts(structure, layout)
     slices = own if sent is None else within(cuts(sent, layout), own)
-    blobs = {role: blob if role == "saved" else slice_flat(blob, slices) for role, blob in task.blobs.items()}
+    blobs = {
+        role: slice_flat(blob, slices) if role in ("global", "local") else blob for role, blob in task.blobs.items()
+    }
     return replace(task, blobs=blobs)
 
 
 @contextmanager
-def with_pruned_model(base: Base, structure: ModelStructure | None, layout: BlockLayout) -> Iterator[Base]:
-    """Yield the base with its model pruned to a structure inside the block."""
+def with_pruned_model(
+    base: Base, structure: ModelStructure | None, layout: BlockLayout, repair: Repair | None = None
+) -> Iterator[Base]:
+    """Yield the base with its model pruned to a structure, and repaired, inside the block."""
     if structure is None:
         yield base
         return
     # A whole copy for clients of the whole model, beside which the pruned one would be a second.
     base.changed.clear()
-    with with_structure(base.model, structure, layout):
+    with with_structure(base.model, structure, layout, repair):
         yield replace(base, modules=shapes(base.modules, cuts(structure, layout)))
 
 
@@ -196,8 +202,11 @@ def score_units(
     *,
     key: int,
     batch: int,
+    moments: Moments | None = None,
 ) -> tuple[Tensors, int]:
     """Return (scores of the heads and channels that the model has, tokens of the forward passes for them).
+
+    The inputs of the same rows are added to the moments, if any are given.
 
     Scores are in units of their mean (heads over all blocks, channels by block), so that the server can pool those of
     clients with different data.
@@ -205,10 +214,19 @@ def score_units(
     shuffled = generator(derive(key, "prune.scores")).permutation(len(examples)).tolist()
     rows = [shuffled[i : i + batch] for i in range(0, min(len(shuffled), settings.batches * batch), batch)]
     batches = [collate([examples[i] for i in part], base) for part in rows]
-    raw = scores(model, batches, settings.score, layout, structure=structure, task=base.task, key=derive(key, "prune"))
+    raw = scores(
+        model,
+        batches,
+        settings.score,
+        layout,
+        structure=structure,
+        task=base.task,
+        key=derive(key, "prune"),
+        moments=moments,
+    )
     wide = to_base_coordinates(raw, structure, layout)
     scaled = normalise(wide, {name: np.isfinite(part) for name, part in wide.items()}, layout)
-    forward = settings.score not in ("magnitude", "random")
+    forward = settings.score not in ("magnitude", "random") or moments is not None
     return at_structure(scaled, structure, layout), sum(rows.tokens for rows in batches) if forward else 0
 
 
@@ -238,6 +256,7 @@ def stage_shrinker(
     layout: BlockLayout,
     *,
     steps: int,
+    repair: Repair | None = None,
 ) -> Between | None:
     """Return the function that shrinks a model in training between its steps, stage after stage; None for one stage.
 
@@ -252,6 +271,6 @@ def stage_shrinker(
         stage, within_stage = divmod(steps, every)
         if within_stage or stage >= len(stages):
             return None
-        return shrink_further(model, optimizer, stages[stage - 1], stages[stage], layout, start)
+        return shrink_further(model, optimizer, stages[stage - 1], stages[stage], layout, start, repair)
 
     return between

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault, ShapeError, type_of
 from fedtune.model.frozen import is_changed, own_weight, set_own_weight
+from fedtune.model.repair import Repair, put_repaired
 from fedtune.model.targets import linear_shape
 from fedtune.pruning.structure import (
     FAMILIES,
@@ -187,8 +188,12 @@ def cut_linear(module: Any, part: SliceIndex) -> Mapping[nn.Parameter, nn.Parame
 
 
 @contextmanager
-def with_structure(model: Any, structure: ModelStructure, layout: BlockLayout) -> Iterator[Any]:
+def with_structure(
+    model: Any, structure: ModelStructure, layout: BlockLayout, repair: Repair | None = None
+) -> Iterator[Any]:
     """Take heads and channels out of a model inside the block: smaller matrices, no masks.
+
+    With a repair what is left makes up for them; layers that lose inputs then have a bias, also where they had none.
 
     Afterwards every parameter is the object that it was before. The memory beside the model is that of the smaller
     copies alone; a layer that keeps everything is not copied. Adapters are attached inside the block, to the smaller
@@ -216,7 +221,10 @@ def with_structure(model: Any, structure: ModelStructure, layout: BlockLayout) -
     hook = refuse_static_caches(model)
     try:
         for name, part in cuts(structure, layout).items():
-            cut_linear(core(model.get_submodule(name)), slice_index(part))
+            linear = core(model.get_submodule(name))
+            cut_linear(linear, slice_index(part))
+            if repair and (parameters := repair.parameters(name, part)):
+                put_repaired(linear, *parameters)
         fit(model, structure, layout)
         yield model
     finally:
@@ -253,6 +261,7 @@ def shrink_further(
     after: ModelStructure,
     layout: BlockLayout,
     start: MutableMapping[nn.Parameter, torch.Tensor] | None = None,
+    repair: Repair | None = None,
 ) -> list[nn.Parameter]:
     """Shrink a pruned model in training further, in place, and return the parameters that the optimizer now holds.
 
@@ -267,6 +276,7 @@ def shrink_further(
         after: a part of it.
         layout: of the base.
         start: values by parameter that are sliced as the parameters are, in place.
+        repair: by which `with_structure` has repaired the model.
 
     Raises:
         ShapeError: if `after` is not a part of `before`, or the model is not what `before` says.
@@ -288,10 +298,27 @@ def shrink_further(
             replace_in_optimizer(optimizer, start, was, now, part.rows if was.dim() == 1 else of_weight)
         if is_changed(linear):
             set_own_weight(linear, slice_parameter(own, of_weight))
+        if repair and (parameters := repair.parameters(name, new[name])):
+            repair_further(linear, *parameters)
         if linear is not module:
             cut_lora(module, part, optimizer, start)
     fit(model, after, layout)
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def repair_further(linear: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Replace the repair of a larger structure, of which a layer now holds a part, by its own, in place."""
+    changed = linear.weight
+    own = own_weight(linear)
+    if is_changed(linear):
+        with torch.no_grad():
+            # The change that was added stays; what it was added to is another.
+            stored = weight.T if isinstance(linear, Conv1D) else weight
+            changed.add_(stored - own)
+            own.copy_(stored)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    else:
+        put_repaired(linear, weight, bias)
 
 
 def cut_lora(

@@ -16,6 +16,8 @@ from fedtune.tensors import Array, Tensors
 Unit: TypeAlias = Literal["kv_group", "even_q"]
 Criterion: TypeAlias = Literal["wanda", "lora", "gate", "magnitude", "random"]
 
+OMIT_DEFAULT = {"omit_default": True}
+"""As `messages.OMIT_DEFAULT`, which lies above."""
 SWAP = 0.1
 """Share by which a pooled score must change before the ranking follows: equal groups do not swap every round."""
 LARGEST_WORTH = 10.0
@@ -74,6 +76,14 @@ class PruningSettings:
     ranking: str | None = None
     """File `pruning.json` of an earlier export whose ranking is used; none: clients score before anything is removed.
     """
+    repair: Literal["none", "bias", "least-squares"] = field(default="none", metadata=OMIT_DEFAULT)
+    """How layers make up for the heads and channels that they lose, in training and in what is deployed, at no cost in
+    a forward pass. least-squares: what is kept stands in for the rest, by the second moments of both; bias: their mean
+    does (FLAP, arXiv 2312.11983); none: not at all. Clients that hold the whole model measure the moments with the
+    scores. The preset `fedspine` sets least-squares."""
+    repair_rank: Annotated[int, Interval(ge=1, le=4096)] = field(default=128, metadata=OMIT_DEFAULT)
+    """With least-squares: columns that the covariance of a layer's inputs is cut to before it travels. Exact from the
+    layer's width on."""
 
     @property
     def everywhere(self) -> bool:

@@ -27,6 +27,7 @@ from fedtune.messages import (
 )
 from fedtune.methods.change import quick_square
 from fedtune.number_formats import CODES, FORMATS, LARGEST_CODE, SCALES, from_wire, scales_shape
+from fedtune.pruning.least_squares import check_moments, moment_shapes
 from fedtune.pruning.ranking import counts, unit_of
 from fedtune.pruning.structure import BlockLayout, ModelStructure, cuts, from_bitmap, shapes
 from fedtune.tensors import DTYPES, Array, Tensors
@@ -100,6 +101,11 @@ def largest_update(task: type[Task], *, rank: int, steps: int, blueprint: Bluepr
     entries = sum(m + n for m, n in blueprint.modules.values()) * rank
     entries += sum(array.size for array in blueprint.saved.values())
     tensors = 2 * len(blueprint.modules) + len(blueprint.saved)
+    if pruned and blueprint.anatomy and blueprint.pruning:
+        shapes_sent = moment_shapes(blueprint.pruning, blueprint.anatomy) if blueprint.pruning.repair != "none" else {}
+        # Two bytes each, counted in entries of four.
+        entries += sum(math.prod(shape) for shape in shapes_sent.values()) // 2 + 1
+        tensors += len(shapes_sent)
     # A score is two bytes, a mask a bit; both are of the whole base at most.
     groups = sum(b.heads + b.kv_heads + b.channels for b in blueprint.anatomy.blocks) if blueprint.anatomy else 0
     return 4 * entries + 64 * 1024 + 512 * tensors + (3 * groups if pruned else 0)
@@ -208,7 +214,7 @@ def _check_adapter(
     if task.pruning is not None:
         modules, structure = _check_pruned(result, task.pruning, assignment.plan.ratio, blueprint)
     else:
-        whole = not (result.structure_digest or result.mask or result.scores)
+        whole = not (result.structure_digest or result.mask or result.scores or result.moments)
         _require(whole, "STRUCTURE", "an update of the whole model", "one of a pruned one, or scores")
     for name, shape in modules.items():
         _check_shapes(result.tensors, name, shape, task, assignment.plan.rank)
@@ -232,6 +238,7 @@ def _check_pruned(
     assert blueprint.anatomy is not None  # no client is asked to prune without it
     structure = _check_structure(result, pruning, ratio, blueprint.anatomy)
     _check_scores(result, pruning, structure, blueprint.anatomy)
+    _check_moments(result, pruning, blueprint.anatomy)
     modules = blueprint.modules
     return shapes(modules, cuts(structure, blueprint.anatomy)) if structure else modules, structure
 
@@ -305,6 +312,21 @@ def _check_scores(result: LoraResult, pruning: Pruning, structure: ModelStructur
         # Scores are sizes; one below zero would let a client push units out of everybody's ranking.
         if (array < 0).any():
             raise _RefusedError("SCORES", "none below 0", f"{float(array.min()):.3g}", where=where)
+
+
+def _check_moments(result: LoraResult, pruning: Pruning, anatomy: BlockLayout) -> None:
+    if bool(result.moments) != pruning.moments_requested:
+        expected = "moments" if pruning.moments_requested else "no moments"
+        raise _RefusedError("SCORES", expected, f"{len(result.moments) or 'none'}")
+    if not result.moments:
+        return
+    try:
+        check_moments(result.moments, pruning.settings, anatomy)
+    except ShapeError as error:
+        why = Failure.from_text("", str(error))
+        raise _RefusedError("SCORES", why.expected, why.got, where=why.where) from None
+    for name, array in result.moments.items():
+        _check_format(f"moments, {name}", array, ("fp16",))
 
 
 def _check_keys(what: str, expected: set[str], tensors: Tensors) -> None:

@@ -101,8 +101,11 @@ def prune_base(recipe: Path, base: str | Path | None, *, dtype: str, device: str
     except (KeyError, TypeError) as error:
         raise StoreError(f"{recipe / 'fedtune.json'}: expected {error} of the run; export it again") from error
     layout = layout_from_config(settings, root=Path())
-    structure = store_pruning.read(recipe / store_pruning.NAME, layout, digest)
-    pruned = load_pruned_base(settings, structure, root=Path(), seed=seed, labels=labels)
+    described = recipe / store_pruning.NAME
+    structure = store_pruning.read(described, layout, digest)
+    pruning = store_pruning.settings_of(described, layout, digest)
+    moments = store_pruning.read_moments(described, Path(), pruning, layout, digest)
+    pruned = load_pruned_base(settings, structure, root=Path(), seed=seed, labels=labels, moments=moments)
     if pruned.digest != digest:
         hint = "give the folder of the same model in the same revision as base"
         raise ConfigError(Fault("base", f"the base {digest[:12]} ({name})", pruned.digest[:12], hint))
@@ -215,10 +218,16 @@ def write_ratio(
         settings=recipe.pruning,
         ranking=method_of(recipe).ranking(trained.state),
         base={"name": base.name, "digest": base.digest, "revision": recipe.model.revision or ""},
+        moments=trained.tuned.moments,
     )
     manifest.write(place / "recipe", origin)
     watch(Note(f"ratio {ratio:g}: writing and scoring the model"))
-    options: Any = {"saved": trained.tuned.saved, "dtype": chosen, "revision": recipe.model.revision}
+    options: Any = {
+        "saved": trained.tuned.saved,
+        "dtype": chosen,
+        "revision": recipe.model.revision,
+        "moments": trained.tuned.moments,
+    }
     write(place / "model", base, structure, layout, trained.tuned.adapter, **options, manifest=True)
     manifest.write(place / "model", origin)
     forms = ["recipe", "model"]

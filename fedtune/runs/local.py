@@ -29,6 +29,7 @@ from fedtune.model.base import Base, check_packing
 from fedtune.model.device import share_devices
 from fedtune.model.libraries import threads
 from fedtune.model.pruned_training import block_layout, with_pruned_model
+from fedtune.model.repair import repair_of
 from fedtune.model.samples import answers
 from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.planning.planner import Planner
@@ -44,7 +45,7 @@ from fedtune.simulation.fork_client import ForkServer
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.process_pool import ProcessPool
 from fedtune.store import peft
-from fedtune.store.pruning import read_ranking
+from fedtune.store.pruning import read_moments, read_ranking
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,14 @@ def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str
         if settings is not None:
             raise
         return {}  # without [pruning] the layout is only used for costs
-    ranking = read_ranking(settings.ranking, recipe.root, layout, base.digest) if settings and settings.ranking else {}
-    return {"anatomy": layout, "pruning": settings, "ranking": ranking}
+    if settings is None or settings.ranking is None:
+        return {"anatomy": layout, "pruning": settings, "ranking": {}}
+    return {
+        "anatomy": layout,
+        "pruning": settings,
+        "ranking": read_ranking(settings.ranking, recipe.root, layout, base.digest),
+        "moments": read_moments(settings.ranking, recipe.root, settings, layout, base.digest),
+    }
 
 
 def score(
@@ -212,7 +219,9 @@ def score_pruned(experiment: Experiment, tuned: GlobalModel, structure: ModelStr
     assert body is not None  # a base without one is not pruned
     adapter = slice_adapter(tuned.adapter, cuts(structure, body))
     test = experiment.federation.test[: settings.examples]
-    with with_pruned_model(base, structure, body) as small:
+    pruning = experiment.recipe.pruning
+    repair = repair_of(base.model, tuned.moments, pruning, body) if pruning else None
+    with with_pruned_model(base, structure, body, repair) as small:
         return scoring.evaluate(small, adapter, tuned.saved, {"test": test}, batch=settings.batch).get("test")
 
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter, sparsity
 from fedtune.rounds.events import Note, Watch
 from fedtune.runs.trained_run import TrainedRun, checked_ratios, deployed_ratios, load_run, trained_ratios
+
+if TYPE_CHECKING:
+    from fedtune.model.repair import Repair
 
 # torch and transformers take seconds to import, so `runs.local` and `model` are imported where they are needed.
 
@@ -79,8 +82,23 @@ def measure_structure(
     base, recipe, layout = trained.experiment.base, trained.experiment.recipe, trained.experiment.blueprint.anatomy
     assert layout is not None  # a run without one is not pruned
     adapter = slice_adapter(trained.tuned.adapter, cuts(structure, layout)) if structure else trained.tuned.adapter
-    with threads(recipe.model.threads), pruned_training.with_pruned_model(base, structure, layout) as small:
+    repair = repair_in(trained)
+    with threads(recipe.model.threads), pruned_training.with_pruned_model(base, structure, layout, repair) as small:
         return evaluate(small, adapter, trained.tuned.saved, groups, batch=recipe.evaluate.batch)
+
+
+def repair_in(trained: TrainedRun) -> Repair | None:
+    """Return by what the structures of a run's base are repaired, as its clients have repaired them."""
+    from fedtune.model.repair import repair_of
+
+    base, settings, layout = (
+        trained.experiment.base,
+        trained.experiment.recipe.pruning,
+        trained.experiment.blueprint.anatomy,
+    )
+    if settings is None or layout is None:
+        return None
+    return repair_of(base.model, trained.tuned.moments, settings, layout)
 
 
 def score_ratio(trained: TrainedRun, ratio: float, examples: int | None) -> Mapping[str, float]:
@@ -96,7 +114,8 @@ def score_ratio(trained: TrainedRun, ratio: float, examples: int | None) -> Mapp
     scores = dict(measure_structure(trained, structure, {"test": test}).get("test", {}))
     scores["sparsity"] = sparsity(structure, layout) if structure else 0.0
     adapter = slice_adapter(trained.tuned.adapter, cuts(structure, layout)) if structure else trained.tuned.adapter
-    with threads(recipe.model.threads), pruned_training.with_pruned_model(base, structure, layout) as small:
+    repair = repair_in(trained)
+    with threads(recipe.model.threads), pruned_training.with_pruned_model(base, structure, layout, repair) as small:
         sizes = [(parameter.numel(), parameter.element_size()) for parameter in small.model.parameters()]
         scores["parameters"] = sum(count for count, _ in sizes)
         scores["megabytes"] = sum(count * size for count, size in sizes) / 1e6

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from fedtune.errors import ConfigError, Fault, ShapeError
+from fedtune.pruning.least_squares import check_moments
 from fedtune.pruning.ranking import PruningSettings, split_by_block
 from fedtune.pruning.structure import BlockLayout, BlockStructure, ModelStructure, check, sparsity
 from fedtune.store import manifest
-from fedtune.store.files import write_text
+from fedtune.store.files import write_bytes, write_text
 from fedtune.tensors import Tensors
 
 NAME = "pruning.json"
+MOMENTS = "moments.safetensors"
 FORMAT = 1
 
 
@@ -30,8 +35,11 @@ def write(
     settings: PruningSettings,
     ranking: Tensors,
     base: Mapping[str, str],
+    moments: Tensors | None = None,
 ) -> None:
     """Write which heads and channels stay, as runs of [start, length], with their ranking and the base's digest.
+
+    Moments, by which the layers are repaired, lie beside it in `moments.safetensors`.
 
     Raises:
         StoreError: if it cannot be written.
@@ -53,7 +61,59 @@ def write(
         # Nine significant digits bring every float32 back exactly.
         "order": {name: [float(f"{value:.9g}") for value in array.tolist()] for name, array in ranking.items()},
     }
+    if moments:
+        # The digest of the numbers as clients are sent them: this file is of these moments and no others.
+        body = save(dict(moments))
+        content["moments"] = hashlib.sha256(body).hexdigest()
+        write_bytes(folder / MOMENTS, body)
     write_text(folder / NAME, json.dumps(content, indent=1) + "\n")
+
+
+def read_moments(name: str | Path, root: Path, settings: PruningSettings, layout: BlockLayout, base: str) -> Tensors:
+    """Return the moments that lie beside a `pruning.json`, checked against the base; none where nothing is repaired.
+
+    Args:
+        name: of the `pruning.json`.
+        root: folder that a relative path is relative to.
+        settings: by which layers are repaired.
+        layout: of the base.
+        base: its digest.
+
+    Raises:
+        ConfigError: if there are none, or they are damaged, of another base, of other shapes or not finite.
+    """
+    if settings.repair == "none":
+        return {}
+    path = root / Path(name).expanduser()
+    content = _read_file(path)
+    _check_base(content, path, layout, base)
+    place, digest = path.with_name(MOMENTS), content.get("moments")
+    if digest is None:
+        hint = 'set pruning.repair = "none", or export a run with that repair'
+        raise ConfigError(Fault("pruning.repair", f"{path} to name moments for {settings.repair!r}", "none", hint))
+    try:
+        body = place.read_bytes()
+        if hashlib.sha256(body).hexdigest() != digest:
+            raise ValueError(f"others than {path.name} names")
+        return check_moments(load(body), settings, layout)
+    except (OSError, ValueError, ShapeError, SafetensorError) as error:
+        raise _fault(place, "moments of this base's layers", str(error)) from error
+
+
+def settings_of(path: Path, layout: BlockLayout, base: str) -> PruningSettings:
+    """Return the settings that a `pruning.json` was written with; of those that a release added their defaults.
+
+    Raises:
+        ConfigError: if the file is missing, malformed or of another base.
+    """
+    content = _read_file(path)
+    _check_base(content, path, layout, base)
+    known = {field.name for field in fields(PruningSettings)}
+    try:
+        values = {key: value for key, value in content["settings"].items() if key in known}
+        return PruningSettings(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _fault(path, "the settings of its run", str(error)) from error
 
 
 def read(path: Path, layout: BlockLayout, base: str) -> ModelStructure:

@@ -61,6 +61,9 @@ FIELDS: Mapping[int, frozenset[str]] = {
 }
 """The fields of an assignment, by verb."""
 
+OPTIONAL_PARTS = ("scores", "moments")
+"""Of an update, in this order, and named as the fields of its result."""
+
 MAX_RATIO = 0.875
 """A block keeps at least an eighth."""
 # Each stage is a bitmap over the base that the client decodes.
@@ -327,6 +330,7 @@ def _pruning_to(pruning: Pruning) -> pb.Surgery:
         stages=pruning.stages,
         before=pruning.previous,
         wanted=pruning.scores_requested,
+        moments=pruning.moments_requested,
     )
 
 
@@ -339,6 +343,7 @@ def _pruning_from(message: pb.Surgery) -> Pruning:
         stages=tuple(message.stages),
         previous=message.before,
         scores_requested=message.wanted,
+        moments_requested=message.moments,
     )
 
 
@@ -357,7 +362,8 @@ def encode_update(update: ClientUpdate) -> bytes:
     header.kept, header.mask = result.structure_digest, result.mask
     number: Any = PLAN_CHOICES["base_dtype"][result.base_dtype]
     header.MergeFrom(pb.ClientUpdate(base_format=number, codes=result.codes))
-    parts = {"tensors": result.tensors, "saved": result.saved} | ({"scores": result.scores} if result.scores else {})
+    parts = {"tensors": result.tensors, "saved": result.saved}
+    parts |= {role: part for role in OPTIONAL_PARTS if (part := getattr(result, role))}
     for role, tensors in parts.items():
         specs, body = bodies.encode(tensors)
         # No digest: the link's signed digest of the whole update covers the bodies.
@@ -406,8 +412,8 @@ def _update(data: memoryview, client: str, limit_bytes: int) -> ClientUpdate:
     expect(header.client == client, "an update of this client", f"one of {header.client!r}")
     parts = parts_of(header)
     roles = [part.role for part in parts]
-    known = roles[:2] == ["tensors", "saved"] and roles[2:] in ([], ["scores"])
-    expect(known, "the parts tensors and saved, and scores where they are wanted", roles)
+    known = roles[:2] == ["tensors", "saved"] and roles[2:] == [role for role in OPTIONAL_PARTS if role in roles[2:]]
+    expect(known, "the parts tensors and saved, then scores and moments where they are wanted", roles)
     measured = header.measured
     # NaN fails both: a time or weight that no number is would spread through the planner's means.
     expect(0 <= measured.seconds <= LARGEST, "a time of at least 0 s", measured.seconds)
@@ -415,17 +421,15 @@ def _update(data: memoryview, client: str, limit_bytes: int) -> ClientUpdate:
     sizes = (header.examples, measured.peak_bytes, measured.tokens, measured.side_tokens, measured.skipped_steps)
     expect(max(sizes) < MAX_COUNT, f"examples, bytes, tokens and steps below {MAX_COUNT}", max(sizes))
     expect(len(header.kept) in (0, 32), "a digest of 32 bytes of what was kept", len(header.kept))
-    tensors, saved, *scores = _cut(parts, data[start:], limit_bytes)
+    cut = dict(zip(roles, _cut(parts, data[start:], limit_bytes), strict=True))
     base_format: Any = choice(PLAN_CHOICES["base_dtype"], header.base_format, "base_format")
     result = LoraResult(
-        tensors,
-        saved,
         base=header.base,
         structure_digest=header.kept,
         mask=header.mask,
-        scores=scores[0] if scores else {},
         base_dtype=base_format,
         codes=header.codes,
+        **cut,
     )
     numbers = Measured(**{field.name: value for field, value in measured.ListFields()})
     return ClientUpdate(header.client, header.round, header.examples, result, numbers)

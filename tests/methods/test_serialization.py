@@ -14,7 +14,7 @@ from safetensors.numpy import load
 from fedtune.errors import NotFiniteError, StoreError
 from fedtune.messages import TrainLora
 from fedtune.methods import METHODS, serialization
-from fedtune.methods.serialization import NOT_PERSISTED, decode, digest, encode
+from fedtune.methods.serialization import NOT_PERSISTED, OMIT_EMPTY, decode, digest, encode
 from fedtune.tensors import Array, Tensors
 
 
@@ -192,3 +192,24 @@ def test_the_state_of_another_method_says_so() -> None:
         StoreError, match=r"expected a state of version 1 with \['round', 'total'\]; got version 1 with .*'ranks'"
     ):
         decode(joined(TOY), Other(0, {}))
+
+
+@dataclass(frozen=True)
+class Grown:
+    round: int
+    new: Tensors = field(default_factory=dict, metadata=OMIT_EMPTY)
+
+
+def test_a_field_that_a_release_added_is_not_written_while_it_is_empty() -> None:
+    @dataclass(frozen=True)
+    class Before:
+        round: int
+
+    assert digest(encode(Grown(3))) == digest(encode(Before(3)))
+    filled = Grown(3, {"x": np.ones(2, np.float32)})
+    for state in (Grown(3), filled):
+        for like in (Grown(0), Grown(0, {"y": np.zeros(1, np.float32)})):
+            again = decode(b"".join(encode(state)), like)
+            assert (again.round, again.new.keys()) == (3, state.new.keys())
+    with pytest.raises(StoreError, match="resume with the fedtune and the method that wrote it"):
+        decode(b"".join(encode(filled)), Before(0))

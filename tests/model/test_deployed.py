@@ -17,10 +17,16 @@ from transformers import (
 from fedtune.errors import ConfigError
 from fedtune.model.checkpoint import load_pruned_base
 from fedtune.model.deployed import load
+from fedtune.model.lora import with_adapters
 from fedtune.model.pruned_export import write
+from fedtune.model.repair import repair_of
 from fedtune.model.surgery import layout_of, with_structure
+from fedtune.pruning.structure import cuts, shapes, slice_adapter
 from tests.model.pruned_folders import CPU, REST, generated, merged_into, settings_of, stored, whole_base
+from tests.model.test_moments import EXACT, measured
 from tests.model.test_surgery import CAUSAL, CONFIGS, IDS, logits, random_adapter, random_keep
+
+LABELS = {"causal": (), "classification": ("a", "b", "c")}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -45,6 +51,43 @@ def test_a_folder_of_unequal_widths_reloads_exactly(name: str, tmp_path: Path) -
         replace(block, heads=len(kept.q), kv_heads=len(kept.kv), channels=len(kept.ff))
         for block, kept in zip(anatomy.blocks, keep.blocks, strict=True)
     )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_repaired_model_is_written_read_and_loaded_as_it_was_trained(name: str, tmp_path: Path) -> None:
+    """From the folder of the model, and from base, structure and moments; layers without a bias have one then."""
+    base, anatomy = stored(name, tmp_path / "base")
+    keep, adapter, moments = random_keep(anatomy, 3), random_adapter(anatomy), measured(name, EXACT)[0]
+    write(tmp_path / "out", base, keep, anatomy, adapter, **REST, moments=moments)
+    found = load(tmp_path / "out", dtype="float32", device=CPU)
+    task = "causal" if name in CAUSAL else "classification"
+    small = load_pruned_base(
+        settings_of(tmp_path / "base", task), keep, root=Path(), seed=0, labels=LABELS[task], moments=moments
+    )
+    with with_structure(base.model, keep, anatomy, repair_of(base.model, moments, EXACT, anatomy)):
+        ours, theirs = dict(small.model.named_parameters()), dict(base.model.named_parameters())
+        assert ours.keys() == theirs.keys()
+        for key, parameter in ours.items():
+            torch.testing.assert_close(parameter, theirs[key], atol=1e-6, rtol=1e-6)
+        sliced = slice_adapter(adapter, cuts(keep, anatomy))
+        small_base = replace(base, modules=shapes(base.modules, cuts(keep, anatomy)))
+        with with_adapters(small_base, frozen=sliced), torch.inference_mode():
+            torch.testing.assert_close(logits(found), logits(base.model), atol=1e-4, rtol=1e-4)
+    with with_structure(base.model, keep, anatomy), torch.inference_mode():
+        assert (logits(found) - logits(base.model)).abs().max() > 1e-2
+
+
+def test_a_bias_that_no_repair_gives_is_refused(tmp_path: Path) -> None:
+    base, anatomy = stored("qwen2", tmp_path / "base")
+    out = tmp_path / "out"
+    write(out, base, random_keep(anatomy, 3), anatomy, None, **REST, moments=measured("qwen2", EXACT)[0])
+    config = json.loads((out / "config.json").read_text())
+    assert config["fedtune_pruning"]["biases"]
+    for biases in (["lm_head"], ["model.layers.9.mlp.down_proj"], [], 3):
+        config["fedtune_pruning"]["biases"] = biases
+        (out / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match="a folder of a pruned model as fedtune exports it"):
+            load(out, dtype="float32", device=CPU)
 
 
 def test_a_folder_that_is_damaged_or_not_ours_is_refused(tmp_path: Path) -> None:

@@ -21,9 +21,11 @@ from fedtune.model.deployed import load
 from fedtune.model.merge import merge
 from fedtune.model.pruned_export import uniform_config, write, write_uniform
 from fedtune.model.pruned_training import block_layout
+from fedtune.model.repair import repair_of
 from fedtune.model.surgery import layout_of, with_structure
 from fedtune.pruning.structure import BlockStructure, full_block
 from tests.model.pruned_folders import CPU, REST, merged_into, same, stored
+from tests.model.test_moments import EXACT, measured
 from tests.model.test_surgery import CAUSAL, CONFIGS, base_of, build, logits, random_adapter, random_keep
 
 
@@ -148,3 +150,25 @@ def test_the_stock_classes_refuse_the_folder(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with pytest.raises(RuntimeError, match="mismatched"):
         LlamaForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gpt2"])
+def test_a_repaired_uniform_model_loads_in_stock_transformers_where_the_family_has_biases(
+    name: str, tmp_path: Path
+) -> None:
+    base, anatomy = stored(name, tmp_path / "base")
+    block = anatomy.blocks[0]
+    heads = range(block.heads) if name == "gpt2" else range(block.group)
+    kv = tuple(range(block.kv_heads)) if name == "gpt2" else (0,)
+    keep = same(full_block(anatomy), anatomy, BlockStructure(tuple(heads), kv, tuple(range(5, 16))))
+    moments = measured(name, EXACT)[0]
+    if name == "mistral":
+        with pytest.raises(ConfigError, match=r"a bias in a stock mistral; got 6 that a repair gives one"):
+            write_uniform(tmp_path / "out", base, keep, anatomy, None, **REST, moments=moments)
+        assert not (tmp_path / "out").exists()
+        return
+    write_uniform(tmp_path / "out", base, keep, anatomy, None, **REST, moments=moments)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    repair = repair_of(base.model, moments, EXACT, anatomy)
+    with with_structure(base.model, keep, anatomy, repair), torch.inference_mode():
+        torch.testing.assert_close(logits(stock), logits(base.model), atol=1e-4, rtol=1e-4)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -322,3 +322,47 @@ def test_updates_in_another_structure_are_refused_alone_with_the_reason(loaded: 
         )
         assert isinstance(outcome, Failure), said
         assert said in outcome.reason
+
+
+@pytest.mark.guarantee("G1")
+@pytest.mark.parametrize("repair", ["least-squares", "bias"])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_moments_go_up_with_the_scores_and_come_down_to_pruned_clients_alone(
+    base: Base, examples: Rows, repair: Literal["least-squares", "bias"], stages: int
+) -> None:
+    """Over real messages and the admission; the base is as before, and a repaired start is nearer to the whole one."""
+    rows, before = examples(12), digest(base.model)
+    plain, state = first(base, stages=stages, steps_between=2), first(base, stages=stages, steps_between=2)
+    assert state.pruning is not None
+    state = replace(state, pruning=replace(state.pruning, repair=repair, repair_rank=64))
+    order = asked(state, base, 0.0)
+    assert order.lora.pruning is not None
+    assert order.lora.pruning.moments_requested
+    whole = answered(order, base, rows, state)
+    state = METHOD.aggregate(state, [whole])
+    plain = METHOD.aggregate(plain, [answered(asked(plain, base, 0.0), base, rows, plain)])
+    assert plain.order.keys() == state.order.keys()
+    assert state.moments.keys() == whole.lora.moments.keys()
+    again = asked(state, base, 0.0)
+    assert "moments" not in again.lora.blobs
+    assert again.lora.pruning is not None
+    assert not again.lora.pruning.moments_requested
+    order = asked(replace(state, ratios={"ann": 0.5}), base, 0.5)
+    assert order.lora.blobs["moments"].keys() == state.moments.keys()
+    half = answered(order, base, rows, state)
+    unrepaired = answered(asked(replace(plain, ratios={"ann": 0.5}), base, 0.5), base, rows, plain)
+    losses = half.measured.loss_before, unrepaired.measured.loss_before
+    assert losses[0] != losses[1]
+    assert not half.lora.moments
+    assert digest(base.model) == before
+
+
+def test_moments_that_do_not_fit_end_the_round_of_a_client_with_a_reason(base: Base, examples: Rows) -> None:
+    rows, state = examples(12), first(base, repair="least-squares", repair_rank=64)
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    order = asked(state, base, 0.5)
+    name = sorted(order.lora.blobs["moments"])[0]
+    moments = {**order.lora.blobs["moments"], name: order.lora.blobs["moments"][name][:3]}
+    task = replace(order.lora, blobs={**order.lora.blobs, "moments": moments})
+    with pytest.raises(ShapeError, match=r"moments, .*: expected .*, as this base is wide"):
+        perform(base, rows, replace(order, task=task))

@@ -29,6 +29,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import METHODS
 from fedtune.number_formats import from_wire, to_wire
+from fedtune.pruning.least_squares import moment_shapes
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
 from fedtune.rounds.admission import MAX_SKIPPED, admit, largest_update, refuse_other_codes
@@ -54,7 +55,7 @@ def factors(rank: int = 2, sides: str = "ab") -> Tensors:
 
 
 def update(**changes: Any) -> ClientUpdate:
-    own = {key: changes.pop(key) for key in [*changes] if key in ("tensors", "saved", "base", "mask")}
+    own = {key: changes.pop(key) for key in [*changes] if key in ("tensors", "saved", "base", "mask", "moments")}
     result = LoraResult(factors(), saved={"head": np.ones((2, 3), np.float32)}, base="0123456789abcdef")
     return replace(ClientUpdate("anna", 3, 10, replace(result, **own)), **changes)
 
@@ -341,6 +342,66 @@ def test_blocks_that_keep_alike_keep_as_many_heads_each() -> None:
     )
     blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=settings)
     outcome = admit(update(mask=bitmap(keep, ANATOMY)), asked, blueprint, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert outcome.code == "STRUCTURE"
+
+
+REPAIRED = PruningSettings(repair="least-squares", repair_rank=4)
+
+
+def some_moments(settings: PruningSettings = REPAIRED) -> dict[str, Any]:
+    return {name: np.ones(shape, np.float16) for name, shape in moment_shapes(settings, ANATOMY).items()}
+
+
+O_PROJ = next(iter(some_moments())).removesuffix(".mean")
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize(
+    ("change", "requested", "words"),
+    [
+        (lambda m: m, True, ""),
+        (lambda m: {}, True, "expected moments; got none"),
+        (lambda m: m, False, "expected no moments; got "),
+        (lambda m: {**m, f"{O_PROJ}.u": m[f"{O_PROJ}.u"][:, :2]}, True, "as this base is wide"),
+        (lambda m: {name: a for name, a in m.items() if name != f"{O_PROJ}.u"}, True, "expected those of this base's"),
+        (lambda m: {**m, f"{O_PROJ}.mean": m[f"{O_PROJ}.mean"] * np.float16(np.inf)}, True, "expected finite numbers"),
+        (lambda m: {**m, f"{O_PROJ}.deviation": -m[f"{O_PROJ}.deviation"]}, True, "expected none below 0; got -1"),
+        (lambda m: {**m, f"{O_PROJ}.mean": m[f"{O_PROJ}.mean"].astype(np.float32) * 1e30}, True, "of format fp16"),
+    ],
+)
+def test_moments_are_those_that_were_asked_for(change: Any, requested: bool, words: str) -> None:
+    asked = replace(
+        assignment(), task=replace(assignment().lora, pruning=Pruning(settings=REPAIRED, moments_requested=requested))
+    )
+    blueprint = replace(BLUEPRINT, anatomy=ANATOMY, pruning=REPAIRED)
+    outcome = admit(update(moments=change(some_moments())), asked, blueprint, num_examples=10)
+    if words:
+        assert isinstance(outcome, Failure)
+        assert outcome.code == ("TENSOR_DTYPE" if "fp16" in words else "SCORES")
+        assert words in outcome.reason
+    else:
+        assert isinstance(outcome, AdmittedUpdate)
+
+
+def test_the_largest_update_has_room_for_moments_only_where_pruned_models_are_repaired() -> None:
+    sizes = {
+        repair: largest_update(
+            TrainLora,
+            rank=1,
+            steps=1,
+            blueprint=replace(BLUEPRINT, anatomy=ANATOMY, pruning=replace(REPAIRED, repair=repair)),
+            pruned=True,
+        )
+        for repair in ("none", "bias", "least-squares")
+    }
+    assert sizes["none"] < sizes["bias"] < sizes["least-squares"]
+    needed = sum(array.nbytes for array in some_moments().values())
+    assert sizes["least-squares"] - sizes["none"] >= needed
+
+
+def test_moments_of_a_task_without_pruning_are_refused() -> None:
+    outcome = admit(update(moments=some_moments()), assignment(), BLUEPRINT, num_examples=10)
     assert isinstance(outcome, Failure)
     assert outcome.code == "STRUCTURE"
 

@@ -94,15 +94,24 @@ def test_what_devices_get_loads_and_gives_the_same_logits(shrunk: api.Run, table
     ids = torch.tensor([[5, 6, 7, 8]])
     from fedtune.model.lora import with_adapters
     from fedtune.model.pruned_training import with_pruned_model
+    from fedtune.model.repair import repair_of
     from fedtune.pruning.structure import cuts, slice_adapter
 
     keep, body = trained.structure(0.5), trained.experiment.blueprint.anatomy
     assert keep is not None
     assert body is not None
-    with with_pruned_model(trained.experiment.base, keep, body) as small, torch.inference_mode():
+    pruning = trained.experiment.recipe.pruning
+    assert pruning is not None
+    repair = repair_of(trained.experiment.base.model, trained.tuned.moments, pruning, body)
+    assert repair is not None
+    with with_pruned_model(trained.experiment.base, keep, body, repair) as small, torch.inference_mode():
         with with_adapters(small, frozen=slice_adapter(trained.tuned.adapter, cuts(keep, body))) as live:
             expected = live(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
+    # From base, structure, moments and adapter.
+    small_one = fedtune.load_pruned(place / "recipe")
+    with torch.inference_mode():
+        torch.testing.assert_close(small_one(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
     # The recipe form: stock peft over the whole base.
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tables["model"]["base"]), place / "recipe")
     with with_adapters(trained.experiment.base, frozen=trained.tuned.adapter) as live, torch.inference_mode():

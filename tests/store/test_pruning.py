@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 from fedtune.errors import ConfigError
+from fedtune.pruning.least_squares import moment_shapes
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure
 from fedtune.store import pruning
@@ -84,3 +86,73 @@ def test_an_order_of_another_length_or_of_no_numbers_is_refused(written: Path, t
             pruning.read_ranking(str(written), Path(), ANATOMY, "abc123")
     with pytest.raises(ConfigError, match=r"to hold a pruning.json"):
         pruning.read_ranking("nowhere.json", tmp_path, ANATOMY, "abc123")
+
+
+REPAIR = PruningSettings(repair="least-squares", repair_rank=4)
+
+
+def some_moments(settings: PruningSettings = REPAIR) -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    shapes = moment_shapes(settings, ANATOMY)
+    return {name: np.abs(rng.normal(size=shape)).astype(np.float16) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def repaired(tmp_path: Path) -> Path:
+    rest: dict[str, Any] = {"ratio": 0.5, "ranking": ORDER, "base": BASE}
+    pruning.write(tmp_path, KEEP, ANATOMY, settings=REPAIR, moments=some_moments(), **rest)
+    return tmp_path / "pruning.json"
+
+
+def test_moments_come_back_exactly_with_their_settings(repaired: Path) -> None:
+    settings = pruning.settings_of(repaired, ANATOMY, "abc123")
+    assert settings == REPAIR
+    found = pruning.read_moments(repaired, Path(), settings, ANATOMY, "abc123")
+    assert {name: array.tobytes() for name, array in found.items()} == {
+        name: array.tobytes() for name, array in some_moments().items()
+    }
+    assert pruning.read_moments(repaired, Path(), PruningSettings(), ANATOMY, "abc123") == {}
+
+
+def test_settings_of_a_release_before_repairs_are_those_without(written: Path) -> None:
+    told = json.loads(written.read_text())
+    del told["settings"]["repair"], told["settings"]["repair_rank"]
+    written.write_text(json.dumps(told))
+    assert pruning.settings_of(written, ANATOMY, "abc123") == PruningSettings()
+    with pytest.raises(ConfigError, match=r"expected .*pruning\.json to name moments for 'least-squares'; got none"):
+        pruning.read_moments(written, Path(), REPAIR, ANATOMY, "abc123")
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (lambda m: b"", "others than pruning.json names"),
+        (lambda m: save({**m, "model.layers.0.mlp.down_proj.mean": np.zeros(8, np.float16)}), "others than"),
+    ],
+)
+def test_other_moments_than_those_that_were_written_are_refused(repaired: Path, body: Any, said: str) -> None:
+    (repaired.parent / "moments.safetensors").write_bytes(body(some_moments()))
+    with pytest.raises(ConfigError, match=said):
+        pruning.read_moments(repaired, Path(), REPAIR, ANATOMY, "abc123")
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: {**m, "model.layers.0.mlp.down_proj.u": m["model.layers.0.mlp.down_proj.u"][:7]}, r"\(8, 4\)"),
+        (lambda m: {k: v for k, v in m.items() if not k.endswith("o_proj.mean")}, r"o_proj\.mean.*got none"),
+        (lambda m: {**m, "model.layers.0.mlp.down_proj.mean": np.full(8, np.nan, np.float16)}, "finite numbers"),
+        (lambda m: {**m, "model.layers.0.mlp.down_proj.deviation": np.full(8, -1, np.float16)}, "none below 0"),
+    ],
+)
+def test_moments_that_are_none_of_this_base_are_refused_though_their_digest_holds(
+    tmp_path: Path, change: Any, said: str
+) -> None:
+    rest: dict[str, Any] = {"ratio": 0.5, "settings": REPAIR, "ranking": ORDER, "base": BASE}
+    pruning.write(tmp_path, KEEP, ANATOMY, moments=change(some_moments()), **rest)
+    with pytest.raises(ConfigError, match=said):
+        pruning.read_moments(tmp_path / "pruning.json", Path(), REPAIR, ANATOMY, "abc123")
+    with pytest.raises(ConfigError, match="the base other"):
+        pruning.read_moments(tmp_path / "pruning.json", Path(), REPAIR, ANATOMY, "other")

@@ -70,9 +70,11 @@ def plain(message: Assignment | ClientUpdate) -> object:
     """Return the message with every array as its bits, so that two messages can be compared."""
     if isinstance(message, ClientUpdate):
         return (
-            replace(message, result=replace(message.lora, tensors={}, saved={})),
+            replace(message, result=replace(message.lora, tensors={}, saved={}, scores={}, moments={})),
             bits(message.lora.tensors),
             bits(message.lora.saved),
+            bits(message.lora.scores),
+            bits(message.lora.moments),
         )
     return replace(message, task=replace(message.lora, blobs={})), {
         role: bits(tensors) for role, tensors in message.lora.blobs.items()
@@ -141,7 +143,7 @@ PROXIMAL = st.builds(Proximal, st.floats(0, LARGEST, exclude_min=True))
             upload=st.sampled_from(["factors", "difference"]),
             wire_dtype=st.sampled_from(["fp32", "fp16", "bf16", "int8", "int4"]),
             terms=st.tuples(TAIL_RANK | st.none(), PROXIMAL | st.none()).map(lambda two: tuple(filter(None, two))),
-            blobs=st.dictionaries(st.sampled_from(["global", "local", "saved"]), TENSORS),
+            blobs=st.dictionaries(st.sampled_from(["global", "local", "moments", "saved"]), TENSORS),
         ),
         base=st.text(),
         date=st.just("") | st.dates().map(lambda day: day.isoformat()),
@@ -158,7 +160,7 @@ def test_an_assignment_comes_back_exactly(assignment: Assignment) -> None:
         client=st.text(),
         round=COUNT,
         num_examples=SIZE,
-        result=st.builds(LoraResult, TENSORS, saved=TENSORS, base=st.text()),
+        result=st.builds(LoraResult, TENSORS, saved=TENSORS, base=st.text(), scores=TENSORS, moments=TENSORS),
         measured=st.builds(
             Measured,
             seconds=st.floats(0, LARGEST),
