@@ -206,6 +206,7 @@ class Fleet:
             base=recipe.model.base,
             layout=blueprint.anatomy,
             modules=tuple(blueprint.modules),
+            selective=blueprint.anatomy is not None,  # the same blocks that can be pruned
             costs=None if self.body is None else self.cost,
             traffic=self.megabytes,
             speeds={name: speed(profile) for name, profile in self.profiles.items()},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,8 @@ def test_clients_of_another_base_without_examples_or_without_company_work_alone(
     assert Batched(base, clients | {"cyd": none})(orders) == {}
     wider = replace(TRAINING, batch=3)
     assert Batched(base, clients)([order(base, "ann"), order(base, "bob", training=wider)]) == {}
+    selective = [replace(item, plan=replace(item.plan, back=0.5)) for item in map(partial(order, base), clients)]
+    assert Batched(base, clients)(selective) == {}
     other = {"global": frozen(base, seed=1)}
     assert Batched(base, clients)([order(base, "ann"), order(base, "bob", blobs=other)]) == {}
 

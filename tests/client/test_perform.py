@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,9 +34,13 @@ from fedtune.methods import fedkseed
 from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.shares import ALONE, Shares
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, l2_norm
 from fedtune.wire.codec import decode_assignment, encode_assignment
+from tests.model.test_shares import pair
+
+__all__ = ["pair"]
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=4)
 
@@ -206,6 +211,64 @@ def test_a_base_loaded_as_codes_trains_as_the_variant_of_a_whole_one(
 def test_a_plan_that_prunes_codes_is_refused(base: Base, rows: list[Example]) -> None:
     with pytest.raises(ClientError, match="ann: expected a plan that prunes no codes; got one over a base in nf4"):
         perform(base, rows, over(assignment(base), "nf4", ratio=0.5))
+
+
+def test_backward_passes_through_a_part_learn_from_the_whole_model(base: Base, rows: list[Example]) -> None:
+    asked = assignment(base, wire_dtype="fp32")
+    whole, part, again = (
+        perform(base, rows, replace(asked, plan=replace(asked.plan, back=back))) for back in (0.0, 0.5, 0.5)
+    )
+    assert part.measured.loss_before == whole.measured.loss_before
+    assert part.measured.loss_before is not None
+    assert part.measured.loss_after is not None
+    assert part.measured.loss_after < part.measured.loss_before
+    for name, tensor in part.lora.tensors.items():
+        np.testing.assert_array_equal(tensor, again.lora.tensors[name])
+    b = f"{Q}.b"
+    assert np.abs(part.lora.tensors[b] - whole.lora.tensors[b]).max() > 0.01 * np.abs(whole.lora.tensors[b]).max()
+    assert digest(base.model) == base.digest
+
+
+def test_windows_of_the_backward_pass_are_drawn_for_steps_and_not_for_batches(base: Base, rows: list[Example]) -> None:
+    asked = assignment(base, wire_dtype="fp32")
+
+    def learned(batch: int, accumulation: int, back: float = 0.5) -> Tensors:
+        training = replace(TRAINING, batch=batch, accumulation=accumulation, steps=3, optimizer="sgd")
+        plan = replace(asked.plan, training=training, back=back)
+        return perform(base, rows[:4], replace(asked, plan=plan)).lora.tensors
+
+    joined, parts = learned(4, 1), learned(1, 4)
+    for name, tensor in joined.items():
+        np.testing.assert_allclose(parts[name], tensor, atol=1e-5, rtol=1e-4)
+    assert any(np.abs(tensor - learned(4, 1, back=0.0)[name]).max() > 1e-3 for name, tensor in joined.items())
+
+
+def test_processes_of_one_client_go_back_through_the_same_windows(
+    pair: tuple[Shares, Shares], loaded: Callable[..., Base], examples: Callable[[int], list[Example]]
+) -> None:
+    rows, bases = examples(6), [loaded() for _ in range(3)]
+
+    def learn(base: Base, shares: Shares) -> Tensors:
+        asked = assignment(base, wire_dtype="fp32")
+        asked = replace(asked, plan=replace(asked.plan, back=0.5))
+        return perform_module.train_adapter(base, rows, asked, asked.lora, shares=shares).lora.tensors
+
+    alone = learn(bases[0], ALONE)
+    with ThreadPoolExecutor(2) as pool:
+        ours, theirs = pool.map(learn, bases[1:], pair)
+    for name, tensor in alone.items():
+        np.testing.assert_array_equal(ours[name], theirs[name])
+        np.testing.assert_allclose(ours[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_a_base_without_heads_and_channels_refuses_to_leave_some_out(
+    loaded: Callable[..., Base], examples: Callable[[int], list[Example]]
+) -> None:
+    base = loaded()
+    base.model.config.model_type = "phi3"
+    asked = assignment(base)
+    with pytest.raises(ClientError, match=r"heads and channels: .*'phi3'.*fewer steps \(share\) in place of back"):
+        perform(base, examples(3), replace(asked, plan=replace(asked.plan, back=0.5)))
 
 
 def test_examples_are_not_packed_for_a_model_that_would_mix_them(

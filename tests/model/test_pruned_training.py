@@ -96,6 +96,23 @@ def test_a_pruned_round_follows_an_unpruned_one_and_leaves_the_base_as_it_was(ba
     assert digest(base.model) == before
 
 
+def test_pruned_training_goes_back_through_a_part_of_what_is_left(base: Base, examples: Rows) -> None:
+    rows, state = examples(12), first(base, stages=2, steps_between=1)
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    order = asked(state, base, 0.5)
+    whole, part = (
+        answered(replace(order, plan=replace(order.plan, back=back)), base, rows, state) for back in (0.0, 0.5)
+    )
+    assert part.structure == whole.structure
+    assert part.measured.loss_before == whole.measured.loss_before
+    # Measured after training, through the whole of what is left.
+    assert {name: scores.shape for name, scores in part.lora.scores.items()} == {
+        name: scores.shape for name, scores in whole.lora.scores.items()
+    }
+    differs = [name for name, t in part.lora.tensors.items() if not np.array_equal(t, whole.lora.tensors[name])]
+    assert differs
+
+
 def test_a_step_that_is_not_finite_is_left_out_of_pruned_training_and_of_its_importance(
     base: Base, examples: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
