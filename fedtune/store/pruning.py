@@ -110,8 +110,10 @@ def settings_of(path: Path, layout: BlockLayout, base: str) -> PruningSettings:
     _check_base(content, path, layout, base)
     known = {field.name for field in fields(PruningSettings)}
     try:
-        values = {key: value for key, value in content["settings"].items() if key in known}
-        return PruningSettings(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        values: dict[str, Any] = {key: value for key, value in content["settings"].items() if key in known}
+        for key in [key for key, value in values.items() if isinstance(value, list)]:
+            values[key] = tuple(values[key])
+        return PruningSettings(**values)
     except (KeyError, TypeError, AttributeError) as error:
         raise _fault(path, "the settings of its run", str(error)) from error
 
