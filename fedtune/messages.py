@@ -23,6 +23,7 @@ Estimator: TypeAlias = Literal["two-sided", "one-sided"]
 Verb: TypeAlias = Literal["adapt", "probe"]
 BaseDtype: TypeAlias = Literal["", "int8", "nf4"]
 View: TypeAlias = Literal["whole", "deployed"]
+ImportanceName: TypeAlias = Literal["", "gain", "gradient", "svd", "adalora"]
 Role: TypeAlias = Literal["change", "factors", "saved", "scalars", "mean"]
 """Parts of an update's change that are bounded apart: the layers' products b a, the factors' own numbers,
 modules_to_save, the scalars of seeds, and what a `LinearMethod` takes the mean of."""
@@ -125,6 +126,8 @@ class Plan:
     """Number format of the frozen base; empty: as the recipe's `model.dtype`."""
     view: View = "whole"
     """Which model the trained adapter is of. deployed: the pruned one alone; it never enters the whole model."""
+    importance: ImportanceName = ""
+    """How the client scores each module that it trains; empty: not at all. See `model.module_importance`."""
 
     def rank_of(self, modules: Iterable[str]) -> Mapping[str, int]:
         """Return the rank of each trained module, by name; modules of rank 0 are left out.
@@ -160,6 +163,8 @@ class PlannedClient:
     ranks are of another choice."""
     share: float = 1.0
     """The share of the recipe's steps that the plan takes, as the planner chose it."""
+    batch: int | None = None
+    """Examples per forward pass, where the planner chose others than the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -338,13 +343,15 @@ class Measured:
     importance: float | None = None
     """With pruning: mean over the steps of the sum of |parameter * gradient| over the trained factors."""
     side_tokens: int = 0
-    """With pruning: tokens that went forward for scores and for the losses above."""
+    """Tokens that went forward for scores of modules, and with pruning for other scores and for the losses above."""
     skipped_steps: int = 0
     """Optimizer steps that were left out because their loss or gradient was not finite."""
     whole_loss_before: float | None = None
     """As `loss_before`, in the whole model: of a client that trained a smaller one, and holds the whole base."""
     whole_loss_after: float | None = None
     """The same after training, with its change scattered to the whole model."""
+    module_importance: tuple[float, ...] = ()
+    """Where it was asked for: the share of each trained module, in sorted order of their names; their sum is 1."""
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def why_alone(base: Base, client: Resident, assignment: Assignment) -> str:
         "the backward pass leaves something out": assignment.plan.back > 0,
         "its base has a format of its own": bool(assignment.plan.base_dtype),
         "its adapter is of another view": assignment.plan.view != "whole",
+        "modules are scored": bool(assignment.plan.importance),
         "the objective has other terms": bool(task.terms),
         "modules are trained in full": bool(task.blobs.get("saved")),
         # It is drawn from one generator, layer by layer: beside others a client would get another draw than alone.

@@ -37,7 +37,7 @@ from fedtune.messages import (
     Training,
     TrainLora,
 )
-from fedtune.model import libraries, pruned_training
+from fedtune.model import libraries, module_importance, pruned_training
 from fedtune.model.base import Base, check_packing, to_numpy
 from fedtune.model.batches import Batch
 from fedtune.model.lora import frozen_change, read_local, start, with_adapters
@@ -206,9 +206,19 @@ def train_adapter(
         else:
             extend = partial(Hooks, terms=task.terms) if task.terms else None
             rows = loss_rows(examples, held_out, plan.client, count=num_loss_rows(examples_seen(plan.training)))
-            initial = start(task, plan, base.modules)
+            initial, began = start(task, plan, base.modules), time.perf_counter()
+            scores, tokens = module_importance.before_training(base, examples, assignment, initial)
             learned = train_locally(base, examples, assignment, initial, extend, rows, on_step, shares)
             result, measured = lora_result(base, assignment, task, learned), learned.measured
+            if plan.importance:
+                late, more = module_importance.after_training(base, examples, assignment, learned.final, learned.saved)
+                measured = replace(
+                    measured,
+                    seconds=time.perf_counter() - began,
+                    # A token forward and backward counts as two that only go forward.
+                    side_tokens=measured.side_tokens + 2 * (tokens + more),
+                    module_importance=module_importance.normalise(scores or late, sorted(initial)),
+                )
     return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
 
 
@@ -217,6 +227,7 @@ def refuse_unsupported(plan: Plan) -> None:
     asked = {
         "ranks by module": bool(plan.ranks),
         f"an adapter of the {plan.view} model alone": plan.view != "whole",
+        "scores of the modules of a pruned model": bool(plan.importance) and plan.ratio > 0,
     }
     if unsupported := [what for what, is_asked in asked.items() if is_asked]:
         raise ClientError(

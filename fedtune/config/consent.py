@@ -73,6 +73,11 @@ class Permitted:
             return 1 <= steps <= most
         return steps in {most, *(steps_of_share(most, share) for share in self.choices.shares)}
 
+    def splits(self, training: Training) -> bool:
+        """Return whether a step may see the same number of examples in such batches."""
+        same = training.batch * training.accumulation == self.training.batch * self.training.accumulation
+        return self.choices.splits_batches and same and training.batch <= self.training.batch
+
     @property
     def rank_text(self) -> str:
         """The ranks in words."""
@@ -168,6 +173,8 @@ def permitted_plan(recipe: Recipe, allowed: Permitted, client: str, order: Assig
     rank = next((one for one in wider if scales[one] == asked.scale), wider[0] if wider else ranks[-1])
     steps = asked.training.steps or 0
     training = replace(allowed.training, steps=steps) if allowed.steps(steps) else allowed.training
+    if allowed.splits(asked.training):
+        training = replace(training, batch=asked.training.batch, accumulation=asked.training.accumulation)
     return Plan(
         client=client,
         rank=rank,
@@ -221,6 +228,8 @@ def arm_texts(choices: PlanChoices) -> Mapping[str, str]:
     texts = {
         "modules": modules,
         "backward": f"all, or without a share of {numbers_text(choices.backs)}" if choices.backs else "",
+        "batches": "as the recipe says, or smaller ones for the same step" if choices.splits_batches else "",
+        "measures": f"of modules, by {', '.join(sorted(choices.importance))}" if choices.importance else "",
         "base": f"as model.dtype, or {', '.join(sorted(choices.base_dtypes))}" if choices.base_dtypes else "",
         "view": " or ".join(["whole", *sorted(set(choices.views) - {"whole"})]) if choices.views else "",
     }

@@ -129,7 +129,8 @@ def ranks(one: Comparison) -> str:
     except ShapeError as error:
         return expected_by(error)
     if choices.module_ranks:
-        return ""
+        allowed = {0, *choices.ranks} if choices.ranks is not None else None
+        return "" if allowed is None or set(plan.ranks) <= allowed else f"of each {numbers_text(allowed)}"
     tops = sorted(choices.tops)
     shares = [] if layout is None else [module_ranks(modules, layout, plan.rank, top) for top in tops]
     return "" if plan.ranks in shares else f"those of {numbers_text([*tops, 1.0])} of the blocks, from the top"
@@ -148,6 +149,11 @@ def base_dtype(one: Comparison) -> str:
 def view(one: Comparison) -> str:
     allowed = {"whole", *one.allowed.choices.views}
     return "" if one.order.plan.view in allowed else " or ".join(sorted(allowed))
+
+
+def importance(one: Comparison) -> str:
+    allowed, came = one.allowed.choices.importance, one.order.plan.importance
+    return "" if came in ("", *allowed) else f"no scores of modules{''.join(f' but {name!r}' for name in allowed)}"
 
 
 def numbers_text(numbers: Iterable[float]) -> str:
@@ -350,6 +356,7 @@ FREE: Mapping[str, Rule] = {
     "Plan.back": back,
     "Plan.base_dtype": base_dtype,
     "Plan.view": view,
+    "Plan.importance": importance,
     "TrainLora.blobs": order_blobs,
     "Pruning.stages": stages,
     "Pruning.previous": previous,

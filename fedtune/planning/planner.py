@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 from typing import Any, Literal, Protocol, TypeAlias
 
-from fedtune.messages import BaseDtype, Client, Failure, Plan, PlannedClient, Training, View
+from fedtune.messages import BaseDtype, Client, Failure, ImportanceName, Plan, PlannedClient, Training, View
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import BlockLayout
@@ -32,6 +32,10 @@ class ClientObservation:
     importance: float | None = None
     bytes_down: int = 0
     bytes_up: int = 0
+    module_importance: tuple[float, ...] = ()
+    """Of the modules that it trained, in sorted order; () where it was not asked for."""
+    batch: int | None = None
+    """Examples per forward pass, where the planner chose others than the recipe's."""
     steps: int | None = None
     """Optimizer steps that were asked for."""
     top: float = 1.0
@@ -79,6 +83,8 @@ class Cost:
     tflop: float
     megabytes: float
     memory_gb: float
+    memory_parts: Mapping[str, float] = field(default_factory=dict)
+    """GB by what takes them, where it is asked for."""
 
 
 Costs: TypeAlias = Callable[[str, Arm, Training], Cost]
@@ -147,6 +153,16 @@ class PlannerInputs:
     """Seconds of a round in which the server works, in a simulation."""
     true_seconds: Callable[[int, Candidate, Sequence[Arm]], Sequence[float]] | None = None
     """(round, client, arms) -> seconds of every arm, as simulated: for the oracle."""
+    modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """(out, in) of every module that gets an adapter."""
+    layout: BlockLayout | None = None
+    """Of the base's blocks; None where it is of a family for which there is no cost model."""
+    costs_by_format: Callable[[str, Arm, Training, BaseDtype], Cost] | None = None
+    """As `costs`, over a frozen base of a number format, with the parts of its memory."""
+    kind: Callable[[str], object] = lambda client: client
+    """client -> what its costs depend on: those of equal kind cost the same"""
+    memory_gb: Callable[[Client], float | None] = lambda client: None
+    """client -> GB that a model may use on its device; None where it is not known"""
 
     def plan(
         self, client: Client, *, rank: int | None = None, steps: int | None = None, ratio: float = 0.0
@@ -202,6 +218,10 @@ class PlanChoices:
     """Whether it may ask for any number of steps below the recipe's."""
     shares: Collection[float] = ()
     """Shares of the recipe's steps that it may ask for, beside 1."""
+    splits_batches: bool = False
+    """Whether it may ask for smaller batches than the recipe, and more of them for each step."""
+    importance: Collection[ImportanceName] = ()
+    """Scores of modules that it may ask for."""
     tops: Collection[float] = ()
     """Shares of the blocks, from the top, whose modules alone may be trained, beside 1."""
     module_ranks: bool = False

@@ -18,6 +18,7 @@ from fedtune.messages import (
     ClientUpdate,
     Failure,
     LoraResult,
+    Plan,
     ProbeResult,
     ProbeSeeds,
     Pruning,
@@ -37,6 +38,9 @@ LARGEST = float(np.finfo(np.float32).max) / 2**16
 
 LARGEST_LOSS = 1e12
 """A cohort's mean is taken over the losses that clients state; no honest loss is near this."""
+
+WHOLE = 1e-3
+"""How far from 1 the sum of a client's shares of modules may be: what rounding thousands of them to float32 leaves."""
 
 LARGEST_RMS = 1e6
 """Of a client's gradients along its seeds, times the learning rate."""
@@ -79,6 +83,7 @@ def admit(
                 return AdmittedUpdate(update)
             case TrainLora() as task:
                 with np.errstate(over="ignore", invalid="ignore"):  # numbers that are not finite are looked for
+                    _check_importance(update, assignment.plan, blueprint)
                     admitted, structure = _check_adapter(update, task, assignment, blueprint)
                 ratio = assignment.plan.ratio if structure else 0.0
                 return AdmittedUpdate(admitted, structure, ratio, upload=task.upload)
@@ -171,6 +176,21 @@ def _check_round(update: ClientUpdate, assignment: Assignment, num_examples: int
         # A comparison with NaN is false, so NaN is refused too.
         if loss is not None and not abs(loss) <= LARGEST_LOSS:
             raise _RefusedError("LOSS_RANGE", f"a finite {name}, at most {LARGEST_LOSS:g}", f"{loss:g}")
+
+
+def _check_importance(update: ClientUpdate, plan: Plan, blueprint: Blueprint) -> None:
+    """Check that a client scores each module that it trained, by shares of one whole; none where it was not asked."""
+    shares = np.array(update.measured.module_importance)
+    count = len(plan.rank_of(blueprint.modules)) if plan.importance else 0
+    _require(len(shares) == count, "SCORES", f"{count} shares of modules", len(shares))
+    if not count:
+        return
+    sound = bool(np.isfinite(shares).all() and (shares >= 0).all())
+    got = f"{int((~np.isfinite(shares)).sum())} that are not finite, the least {float(np.nanmin(shares)):.3g}"
+    _require(sound, "SCORES", "finite shares of modules, none below 0", got)
+    total = float(shares.sum())
+    # Shares, and not sizes: one client's would otherwise count a million times as much as another's.
+    _require(abs(total - 1) <= WHOLE, "SCORES", "shares of modules whose sum is 1", f"{total:.6g}")
 
 
 def _check_scalars(result: LoraResult | ProbeResult, task: ProbeSeeds, steps: int) -> None:

@@ -109,6 +109,7 @@ class RoundResult:
             whole_loss_before=m.whole_loss_before,
             whole_loss_after=m.whole_loss_after,
             peak_bytes=m.peak_bytes,
+            module_importance=m.module_importance,
         )
 
 
@@ -124,6 +125,7 @@ def arm_of(planned: PlannedClient) -> Mapping[str, Any]:
         "back": plan.back,
         "base_dtype": plan.base_dtype,
         "view": plan.view,
+        "batch": planned.batch,
     }
 
 

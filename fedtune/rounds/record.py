@@ -76,7 +76,7 @@ class ClientRecord:
     probed_s_per_mb: float | None = None
     """Seconds for a megabyte, likewise."""
     top: float = 1.0
-    """Share of the blocks, from the top, whose modules it trained; this and the seven below are left out at their
+    """Share of the blocks, from the top, whose modules it trained; this and those below are left out at their
     defaults."""
     share: float = 1.0
     """Share of the recipe's steps that it was asked for."""
@@ -94,11 +94,15 @@ class ClientRecord:
     """As `loss_before`, in the whole model, where it trained a smaller one and holds the whole base."""
     whole_loss_after: float | None = None
     """The same after the local steps, with its change in the whole model."""
+    batch: int | None = None
+    """Examples per forward pass, where the planner chose others than the recipe's."""
+    module_importance: tuple[float, ...] = ()
+    """Importance of each module that it trained, in sorted order of their names, where it was asked for."""
 
 
 PROBE_FIELDS = ("probed_s_per_tflop", "probed_s_per_mb")
 """Of the same: what the client measured of its speed before the round."""
-ARM_FIELDS = ("top", "share", "back", "down_rank", "ranks", "base_dtype", "view")
+ARM_FIELDS = ("top", "share", "back", "down_rank", "ranks", "base_dtype", "view", "batch")
 """Of a client's record and of what a planner observes: what was planned for it beside rank, ratio and steps."""
 
 
@@ -211,6 +215,7 @@ def observations(record: RoundRecord) -> Sequence[ClientObservation]:
             whole_loss_before=client.whole_loss_before,
             whole_loss_after=client.whole_loss_after,
             peak_bytes=client.peak_bytes,
+            module_importance=client.module_importance,
             **{key: getattr(client, key) for key in (*ARM_FIELDS, *PROBE_FIELDS)},
         )
         for name, client in record.clients.items()

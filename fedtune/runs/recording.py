@@ -184,6 +184,7 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
         skipped_steps=measured.skipped_steps,
         whole_loss_before=measured.whole_loss_before,
         whole_loss_after=measured.whole_loss_after,
+        module_importance=measured.module_importance,
     )
 
 

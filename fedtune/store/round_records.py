@@ -101,6 +101,8 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
     for key in ("whole_loss_before", "whole_loss_after"):
         if (loss := getattr(client, key)) is not None:
             line[key] = loss
+    if client.module_importance:
+        line["module_importance"] = client.module_importance
     return line if not client.skipped_steps else line | {"skipped_steps": client.skipped_steps}
 
 

@@ -50,6 +50,13 @@ CHOICES: Mapping[str, Mapping[str, int]] = {
 PLAN_CHOICES: Mapping[str, Mapping[str, int]] = {
     "base_dtype": {"": pb.BASE_AS_RECIPE, "int8": pb.BASE_INT8, "nf4": pb.BASE_NF4},
     "view": {"whole": pb.VIEW_WHOLE, "deployed": pb.VIEW_DEPLOYED},
+    "importance": {
+        "": pb.IMPORTANCE_NONE,
+        "gain": pb.IMPORTANCE_GAIN,
+        "gradient": pb.IMPORTANCE_GRADIENT,
+        "svd": pb.IMPORTANCE_SVD,
+        "adalora": pb.IMPORTANCE_ADALORA,
+    },
 }
 """The same of a plan's fields."""
 
@@ -431,7 +438,10 @@ def _update(data: memoryview, client: str, limit_bytes: int) -> ClientUpdate:
         codes=header.codes,
         **cut,
     )
-    numbers = Measured(**{field.name: value for field, value in measured.ListFields()})
+    most = bodies.MAX_TENSORS
+    expect(len(measured.module_importance) <= most, f"at most {most} shares", len(measured.module_importance))
+    shares = {"module_importance": tuple(measured.module_importance)}
+    numbers = Measured(**{field.name: value for field, value in measured.ListFields()} | shares)
     return ClientUpdate(header.client, header.round, header.examples, result, numbers)
 
 

@@ -454,3 +454,18 @@ def test_a_client_without_examples_cannot_probe(base: Base) -> None:
     with pytest.raises(ClientError, match="ann: expected at least one training example"):
         perform(base, [], probed(base)[1])
     assert digest(base.model) == base.digest
+
+
+@pytest.mark.parametrize("importance", ["gain", "svd"])
+def test_modules_are_scored_where_the_plan_asks_for_it(importance: Any, base: Base, rows: list[Example]) -> None:
+    plain = assignment(base)
+    asked = replace(plain, plan=replace(plain.plan, importance=importance))
+    update, other = perform(base, rows, asked), perform(base, rows, plain)
+    shares = update.measured.module_importance
+    assert len(shares) == len(base.modules)
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert len(set(shares)) > 1
+    # Measuring leaves the training as it is, to the last bit, and is on the client's bill.
+    assert all(np.array_equal(update.lora.tensors[name], tensor) for name, tensor in other.lora.tensors.items())
+    assert (other.measured.module_importance, other.measured.side_tokens) == ((), 0)
+    assert update.measured.side_tokens == 2 * 5 * 9

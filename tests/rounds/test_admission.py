@@ -85,6 +85,49 @@ def test_an_update_that_answers_its_assignment_is_taken_as_it_is(format: str) ->
     assert taken(admit(good, assignment(), BLUEPRINT, num_examples=10)) is good
 
 
+SHARES = (0.75, 0.25)
+
+
+def scored(*shares: float) -> ClientUpdate:
+    return update(measured=Measured(module_importance=shares))
+
+
+def scoring(ranks: tuple[int, ...] = ()) -> Assignment:
+    order = assignment()
+    return replace(order, plan=replace(order.plan, importance="gain", ranks=ranks))
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ((), ["2 shares of modules", "got 0"]),
+        ((0.5, 0.25, 0.25), ["2 shares of modules", "got 3"]),
+        ((float("nan"), 1.0), ["finite shares", "1 that are not finite"]),
+        ((float("inf"), 0.0), ["finite shares", "1 that are not finite"]),
+        ((1.25, -0.25), ["none below 0", "the least -0.25"]),
+        ((0.0, 0.0), ["sum is 1", "got 0"]),
+        ((1e30, 0.0), ["sum is 1", "got 1e+30"]),
+        ((0.75, 0.26), ["sum is 1", "got 1.01"]),
+    ],
+)
+@pytest.mark.guarantee("G4")
+def test_scores_of_modules_are_shares_of_one_whole_or_refused(
+    shares: tuple[float, ...], words: list[str], cases: Callable[[int], None]
+) -> None:
+    outcome = admit(scored(*shares), scoring(), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert outcome.kind == "refused"
+    assert all(word in outcome.reason for word in words), outcome.reason
+    assert isinstance(admit(scored(*SHARES), scoring(), BLUEPRINT, num_examples=10), AdmittedUpdate)
+    cases(1)
+
+
+def test_scores_of_modules_that_were_not_asked_for_are_refused() -> None:
+    outcome = admit(scored(*SHARES), assignment(), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert "0 shares of modules" in outcome.reason
+
+
 HOSTILE: list[tuple[Callable[[], ClientUpdate], list[str]]] = [
     (lambda: update(client="eve"), ["'anna'", "'eve'"]),
     (lambda: update(base="beef"), ["'0123456789abcdef'", "'beef'"]),

@@ -31,6 +31,7 @@ from fedtune.number_formats import to_wire
 from fedtune.seeds import generator
 from fedtune.tensors import Tensors
 from fedtune.wire import codec
+from fedtune.wire import tensors as bodies
 from fedtune.wire.expect import LARGEST, MAX_COUNT, MAX_RANK
 from fedtune.wire.v1 import round_pb2 as pb
 
@@ -550,3 +551,21 @@ def test_losses_of_the_whole_model_arrive_where_they_were_measured() -> None:
     measured = replace(UPDATE.measured, whole_loss_before=3.5, whole_loss_after=3.25)
     assert update_again(replace(UPDATE, measured=measured)).measured == measured
     assert update_again(UPDATE).measured == UPDATE.measured
+
+
+def test_shares_of_modules_and_the_wish_for_them_arrive() -> None:
+    order = replace(ASSIGNMENT, plan=replace(ASSIGNMENT.plan, importance="gain"))
+    encoded = codec.encode_assignment(order)
+    assert codec.decode_assignment(encoded.header, encoded.blobs).plan.importance == "gain"
+    measured = replace(UPDATE.measured, module_importance=(0.75, 0.25, 0.0))
+    assert update_again(replace(UPDATE, measured=measured)).measured == measured
+    # Whether they may be used is for the admission to say.
+    odd = update_again(replace(UPDATE, measured=replace(measured, module_importance=(float("nan"), -1.0)))).measured
+    assert np.isnan(odd.module_importance[0])
+    assert odd.module_importance[1] == -1.0
+
+
+def test_more_shares_than_any_base_has_modules_are_refused() -> None:
+    endless = replace(UPDATE, measured=replace(UPDATE.measured, module_importance=(0.0,) * (bodies.MAX_TENSORS + 1)))
+    with pytest.raises(WireError, match=f"at most {bodies.MAX_TENSORS} shares"):
+        update_again(endless)

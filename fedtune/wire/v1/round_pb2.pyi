@@ -39,6 +39,14 @@ class View(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     VIEW_WHOLE: _ClassVar[View]
     VIEW_DEPLOYED: _ClassVar[View]
 
+class Importance(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    IMPORTANCE_NONE: _ClassVar[Importance]
+    IMPORTANCE_GAIN: _ClassVar[Importance]
+    IMPORTANCE_GRADIENT: _ClassVar[Importance]
+    IMPORTANCE_SVD: _ClassVar[Importance]
+    IMPORTANCE_ADALORA: _ClassVar[Importance]
+
 class Train(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TRAIN_UNSET: _ClassVar[Train]
@@ -90,6 +98,11 @@ BASE_INT8: BaseFormat
 BASE_NF4: BaseFormat
 VIEW_WHOLE: View
 VIEW_DEPLOYED: View
+IMPORTANCE_NONE: Importance
+IMPORTANCE_GAIN: Importance
+IMPORTANCE_GRADIENT: Importance
+IMPORTANCE_SVD: Importance
+IMPORTANCE_ADALORA: Importance
 TRAIN_UNSET: Train
 TRAIN_AB: Train
 TRAIN_B: Train
@@ -133,7 +146,7 @@ class Blob(_message.Message):
     def __init__(self, role: _Optional[str] = ..., digest: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., deflated: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("rank", "pruning", "scale", "client", "base_dtype", "ranks", "back", "view")
+    __slots__ = ("rank", "pruning", "scale", "client", "base_dtype", "ranks", "back", "view", "importance")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PRUNING_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +155,7 @@ class Plan(_message.Message):
     RANKS_FIELD_NUMBER: _ClassVar[int]
     BACK_FIELD_NUMBER: _ClassVar[int]
     VIEW_FIELD_NUMBER: _ClassVar[int]
+    IMPORTANCE_FIELD_NUMBER: _ClassVar[int]
     rank: int
     pruning: float
     scale: float
@@ -150,7 +164,8 @@ class Plan(_message.Message):
     ranks: _containers.RepeatedScalarFieldContainer[int]
     back: float
     view: View
-    def __init__(self, rank: _Optional[int] = ..., pruning: _Optional[float] = ..., scale: _Optional[float] = ..., client: _Optional[str] = ..., base_dtype: _Optional[_Union[BaseFormat, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., back: _Optional[float] = ..., view: _Optional[_Union[View, str]] = ...) -> None: ...
+    importance: Importance
+    def __init__(self, rank: _Optional[int] = ..., pruning: _Optional[float] = ..., scale: _Optional[float] = ..., client: _Optional[str] = ..., base_dtype: _Optional[_Union[BaseFormat, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., back: _Optional[float] = ..., view: _Optional[_Union[View, str]] = ..., importance: _Optional[_Union[Importance, str]] = ...) -> None: ...
 
 class LocalAdapter(_message.Message):
     __slots__ = ("a_key", "train", "upload", "wire_dtype", "rank_penalty", "rank_decay", "proximal")
@@ -285,7 +300,7 @@ class Assignment(_message.Message):
     def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
-    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens", "skipped_steps", "whole_loss_before", "whole_loss_after")
+    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens", "skipped_steps", "whole_loss_before", "whole_loss_after", "module_importance")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOSS_BEFORE_FIELD_NUMBER: _ClassVar[int]
@@ -296,6 +311,7 @@ class Measured(_message.Message):
     SKIPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
     WHOLE_LOSS_BEFORE_FIELD_NUMBER: _ClassVar[int]
     WHOLE_LOSS_AFTER_FIELD_NUMBER: _ClassVar[int]
+    MODULE_IMPORTANCE_FIELD_NUMBER: _ClassVar[int]
     seconds: float
     peak_bytes: int
     loss_before: float
@@ -306,7 +322,8 @@ class Measured(_message.Message):
     skipped_steps: int
     whole_loss_before: float
     whole_loss_after: float
-    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ..., skipped_steps: _Optional[int] = ..., whole_loss_before: _Optional[float] = ..., whole_loss_after: _Optional[float] = ...) -> None: ...
+    module_importance: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ..., skipped_steps: _Optional[int] = ..., whole_loss_before: _Optional[float] = ..., whole_loss_after: _Optional[float] = ..., module_importance: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ClientUpdate(_message.Message):
     __slots__ = ("examples", "measured", "client", "round", "base", "parts", "deflated_parts", "kept", "mask", "base_format", "codes")
