@@ -402,6 +402,7 @@ def recipe_pages() -> Mapping[str, Sequence[Table]]:
         choice_table("planner", list(PLANNERS), toml("fixed"), field_texts(adaptive)["name"]),
         without_name(table_of(PLANNERS["fixed"].settings, "planner", "`fixed`")),
         without_name(table_of(adaptive, "planner", ", ".join(f"`{name}`" for name in learning))),
+        without_name(table_of(PLANNERS["fedpipe"].settings, "planner", "`fedpipe`")),
     ]
     pages["override"] = [override_table()]
     pages["device"] = [device_table()]
@@ -429,7 +430,7 @@ def server_pages() -> Sequence[Table]:
 RECIPE_INTRODUCTIONS: Mapping[str, str] = {
     "method": """`method.name` chooses the method, and with it which keys the table has. `method = "flora"` is short for
 `method = { name = "flora" }`. `method = "fedspine"` is a preset: `flora`, the table `pruning` and the planner
-`deadline`. [Plug-ins](../plug-ins.md) bring further names.""",
+`deadline`; `method = "fedpipe"` is `flora` and the planner `fedpipe`. [Plug-ins](../plug-ins.md) bring further names.""",
     "planner": """`planner.name` chooses the planner, which decides what each device is asked to do, and with it which
 keys the table has. `planner = "deadline"` is short for `planner = { name = "deadline" }`. Without the table the planner
 is `fixed`. [Plug-ins](../plug-ins.md) bring further names.""",

@@ -10,6 +10,7 @@ from fedtune.errors import Fault
 from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
 from fedtune.planning.arms import AdaptiveSettings, goal_of, ratios_of
+from fedtune.planning.fedpipe import MEASURED, FedPipeSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.pruning.ranking import PruningSettings
 
@@ -133,6 +134,33 @@ def planner_key_faults(recipe: Recipe) -> Iterator[Fault]:
         if planner.name not in readers and value != getattr(usual, key):
             expected = f"nothing with the planner {planner.name!r}, which does not read it"
             yield Fault(f"planner.{key}", expected, display(value), f"it is of {join_words(readers)}")
+
+
+def fedpipe_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield what the planner `fedpipe` cannot plan: ranks that it may not give, and what it is not built for."""
+    planner, method = recipe.planner, method_type_of(recipe)
+    if not isinstance(planner, FedPipeSettings):
+        return
+    if 1 not in planner.ranks:
+        got = ", ".join(map(str, planner.ranks)) or "an empty list"
+        yield Fault("planner.ranks", "1 among them, which every module gets first", got, "add 1")
+    budgets = [("adapter.rank", recipe.adapter.rank)]
+    budgets += [(f"override.{place}.rank", override.rank or 0) for place, override in enumerate(recipe.override)]
+    for path, rank in budgets:
+        if planner.ranks and rank > max(planner.ranks):
+            hint = f"it is a site's budget: lower it, or add {rank} to planner.ranks"
+            yield Fault(path, f"at most the largest of planner.ranks, {max(planner.ranks)}", f"{rank}", hint)
+    if planner.importance in MEASURED and planner.warmup >= recipe.rounds.count:
+        hint = 'lower it, or set planner.importance = "uniform", which measures nothing'
+        expected = f"fewer than the {recipe.rounds.count} rounds of the run"
+        yield Fault("planner.warmup", expected, f"{planner.warmup}", hint)
+    if recipe.pruning is not None:
+        hint = 'leave pruning out; a site that cannot hold the base takes planner.base_dtypes, or planner = "bandit"'
+        got = "one: ranks by module are chosen for whole layers, whose sides pruning changes"
+        yield Fault("pruning", "no table with the planner 'fedpipe'", got, hint)
+    if method.task is ProbeSeeds or method.ranks == "equal":
+        why = "trains no adapter" if method.task is ProbeSeeds else "needs one rank for all"
+        yield Fault("planner", f"'fixed' with method {method.name!r}, which {why}", "'fedpipe'", "use method = 'flora'")
 
 
 def planner_method_faults(recipe: Recipe) -> Iterator[Fault]:

@@ -8,6 +8,8 @@ from typing import Any
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # FedSpine-style, after Yao et al., arXiv 2501.02438, of which no code and only the opening could be read.
     "fedspine": {"method": {"name": "flora"}, "pruning": {"repair": "least-squares"}, "planner": {"name": "bandit"}},
+    # FedPipe-style, after Fang et al., arXiv 2404.06448, of which only the opening could be read; formulas are ours.
+    "fedpipe": {"method": {"name": "flora"}, "planner": {"name": "fedpipe"}},
 }
 """By the name in the table `method`: tables and the values that they start from."""
 

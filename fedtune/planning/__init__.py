@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedtune.planning import fixed, policies
+from fedtune.planning import fedpipe, fixed, policies
 from fedtune.planning.planner import PlannerType
 
 PLANNERS: Mapping[str, PlannerType] = {
     "fixed": fixed.PLANNER,
+    "fedpipe": fedpipe.PLANNER,
     **{name: policies.planner_type(name) for name in policies.POLICIES},
 }

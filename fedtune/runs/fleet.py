@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 from fedtune.config import Recipe, planned_training
@@ -15,10 +16,11 @@ from fedtune.devices.memory import Footprint, Memory, memory
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault, RoundError
-from fedtune.messages import Blueprint, Client, Failure, PlannedClient, ProbeSeeds, Training
+from fedtune.messages import BaseDtype, Blueprint, Client, Failure, PlannedClient, ProbeSeeds, Training
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.adaptive import MEMORY_SHARE, with_share
 from fedtune.planning.arms import AdaptiveSettings, ranks_of
+from fedtune.planning.fedpipe import FedPipeSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import ClientObservation, Cost, Planner, PlannerInputs, Speed
 from fedtune.planning.policy import Arm, Candidate
@@ -27,6 +29,8 @@ from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
 from fedtune.rounds.probe import Prober
 
+SLOWER: Mapping[BaseDtype, float] = {"": 1.0, "int8": 1.07, "nf4": 1.39}
+"""Times as long as over float32 weights that a step takes: measured on a CPU, and assumed of other devices."""
 SIMULATED_METHODS = "Time is simulated: operations, bytes and traces of the devices below, never this machine's clock"
 
 
@@ -139,6 +143,24 @@ class Fleet:
             device="cuda" if simulated else "cpu",
         )
 
+    def cost_by_format(self, client: str, arm: Arm, training: Training, base_dtype: BaseDtype) -> Cost:
+        """Return what an arm costs a client in a round over a frozen base of a number format, its memory by part."""
+        cost, pruning = self.cost(client, arm, training), self.recipe.pruning
+        own = memory(self.charged, pruning, replace(self.footprint(client, arm, training), base_dtype=base_dtype))
+        parts = {part: size / 1e9 for part, size in own.by_part().items()}
+        if base_dtype and client not in self.profiles:
+            # A client of fedtune reads the codes from the resident base, and holds both.
+            parts["weights"] += self.memory(client, arm, training).weights / 1e9
+        return replace(
+            cost, tflop=cost.tflop * SLOWER[base_dtype], memory_gb=sum(parts.values()), memory_parts=parts
+        )
+
+    def kind(self, client: str) -> tuple[float, float]:
+        """Return what the costs of a client depend on, beside how it trains: its lengths, in steps of 16 tokens."""
+        length = self.lengths(client)
+        # A thousand sites have a few kinds, whose costs are counted once each.
+        return ceil(length.mean / 16), ceil(length.longest / 16)
+
     def load(self, done: CompletedWork) -> Load:
         """Return the load of a finished round on a client's device, from the tokens and bytes that were counted."""
         plan, measured, pruning = done.plan, done.measured, self.recipe.pruning
@@ -147,7 +169,7 @@ class Fleet:
         flops = flops_per_token(self.charged, size, plan.rank, work)
         factor = self._traffic_factor(plan.ratio, plan.rank)
         return Load(
-            tflop=flops * (measured.tokens + 0.5 * measured.side_tokens) / 1e12,
+            tflop=SLOWER[plan.base_dtype] * flops * (measured.tokens + 0.5 * measured.side_tokens) / 1e12,
             gigabytes=self.gigabytes(plan.client, Arm(plan.ratio, plan.rank), plan.training),
             bytes_down=done.traffic.down * factor,
             bytes_up=done.traffic.up * factor,
@@ -213,9 +235,17 @@ class Fleet:
             misfit=self.misfit,
             server_s=recipe.fleet.server_s if recipe.fleet else 0.0,
             true_seconds=self.true_seconds,
+            modules=blueprint.modules,
+            layout=blueprint.anatomy,
+            costs_by_format=None if self.body is None else self.cost_by_format,
+            kind=self.kind,
+            memory_gb=self.memory_gb,
         )
         planner = planner_type_of(recipe).create(recipe.planner, inputs)
-        if isinstance(recipe.planner, FixedSettings | AdaptiveSettings) or method_of(recipe).task is ProbeSeeds:
+        if (
+            isinstance(recipe.planner, FixedSettings | AdaptiveSettings | FedPipeSettings)
+            or method_of(recipe).task is ProbeSeeds
+        ):
             return planner  # the recipe's rules have bounded its ranks
         return RankChecked(planner, blueprint.max_rank, equal=method_of(recipe).ranks == "equal")
 
