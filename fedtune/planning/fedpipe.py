@@ -463,7 +463,7 @@ def create(settings: FedPipeSettings, inputs: PlannerInputs) -> Planner:
         raise ConfigError(Fault("planner", expected, got, 'set planner = "fixed"'))
     return FedPipe(
         settings=settings,
-        targets=Targets(inputs.modules, inputs.layout),
+        targets=Targets(inputs.module_shapes, inputs.layout),
         training=inputs.training,
         costs=inputs.costs_by_format,
         kind=inputs.kind,

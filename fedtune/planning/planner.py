@@ -153,10 +153,8 @@ class PlannerInputs:
     """Seconds of a round in which the server works, in a simulation."""
     true_seconds: Callable[[int, Candidate, Sequence[Arm]], Sequence[float]] | None = None
     """(round, client, arms) -> seconds of every arm, as simulated: for the oracle."""
-    modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    module_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(out, in) of every module that gets an adapter."""
-    layout: BlockLayout | None = None
-    """Of the base's blocks; None where it is of a family for which there is no cost model."""
     costs_by_format: Callable[[str, Arm, Training, BaseDtype], Cost] | None = None
     """As `costs`, over a frozen base of a number format, with the parts of its memory."""
     kind: Callable[[str], object] = lambda client: client

@@ -71,6 +71,7 @@ OUT_OF_BOUNDS: Mapping[str, Sequence[tuple[str, str, Any]]] = {
     "Plan.back": [("adapters", "plan.back", 0.25), ("pruned", "plan.back", 0.75), ("seeds", "plan.back", 0.5)],
     "Plan.base_dtype": [("adapters", "plan.base_dtype", "nf4"), ("seeds", "plan.base_dtype", "int8")],
     "Plan.view": [("adapters", "plan.view", "deployed"), ("pruned", "plan.view", "deployed")],
+    "Plan.importance": [("adapters", "plan.importance", "gain"), ("pruned", "plan.importance", "svd")],
     "Pruning.scores_requested": [],
     "ProbeSeeds.exponent": [("seeds", "task.exponent", 3)],
     "ProbeSeeds.shift": [("seeds", "task.shift", 0)],
@@ -144,3 +145,39 @@ def test_a_planner_of_ranks_by_module_stays_below_the_plan_and_names_every_modul
     for ranks in ((0, 3, 5, 1), (0, 3, 1, 1), (4,), (4,) * 5, (0,) * 4):
         assert plan_faults(free, ranks=ranks) == {"Plan.ranks"}, ranks
     assert plan_faults(free, ranks=(0, 3, 8, 1), rank=8) == set()  # the plan's own rank has a rule beside
+
+
+def test_ranks_by_module_are_those_that_the_planner_lists() -> None:
+    few = PlanChoices(ranks=(1, 2, 4), module_ranks=True)
+    assert plan_faults(few, ranks=(0, 2, 4, 1)) == set()
+    assert plan_faults(few, ranks=(0, 3, 4, 1)) == {"Plan.ranks"}
+
+
+def test_scores_of_modules_are_measured_where_the_recipe_says_so_and_as_it_says() -> None:
+    assert plan_faults(PlanChoices(importance=("gain",)), importance="gain") == set()
+    assert plan_faults(PlanChoices(importance=("gain",)), importance="svd") == {"Plan.importance"}
+
+
+PIPE = """
+name = "x"
+seed = 7
+model = { base = "none" }
+adapter = { rank = 4, targets = ["q_proj", "up_proj"], modules_to_save = ["norm"] }
+method = "fedpipe"
+client = { steps = 6, batch = 4, accumulation = 2 }
+rounds = { count = 5 }
+data = { source = "at the sites", split = { kind = "files" } }
+"""
+
+
+def test_batches_may_be_split_where_a_step_sees_as_many_examples() -> None:
+    order = made(PIPE)
+    assert keys(PIPE, order) == set()
+    for batch, accumulation in ((2, 4), (1, 8)):
+        split = put(put(order, "plan.training.batch", batch), "plan.training.accumulation", accumulation)
+        assert keys(PIPE, split) == set()
+        fixed = PIPE.replace('"fedpipe"', '"flora"')
+        assert keys(fixed, split) == {"plan.training.batch", "plan.training.accumulation"}
+    for batch, accumulation in ((2, 2), (4, 1), (8, 1), (1, 4)):
+        other = put(put(order, "plan.training.batch", batch), "plan.training.accumulation", accumulation)
+        assert keys(PIPE, other) & {"plan.training.batch", "plan.training.accumulation"}

@@ -27,3 +27,8 @@ def test_other_methods_and_faults_are_left_alone() -> None:
 
 def test_every_preset_names_a_method() -> None:
     assert all("name" in tables["method"] for tables in PRESETS.values())
+
+
+def test_fedpipe_is_flora_with_its_planner() -> None:
+    found = expand_preset({"method": {"name": "fedpipe"}, "planner": {"importance": "gain"}})
+    assert found == {"method": {"name": "flora"}, "planner": {"name": "fedpipe", "importance": "gain"}}

@@ -43,7 +43,7 @@ def planner(speeds: Mapping[str, Speed] | None = None, *, rank: int = 2, **chang
         rounds=20,
         training=lambda client: (rank, TRAINING),
         base="tiny",
-        modules=MODULES,
+        module_shapes=MODULES,
         layout=LAYOUT,
         costs_by_format=costs,
         kind=lambda client: "all",
