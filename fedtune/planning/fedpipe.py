@@ -195,7 +195,7 @@ class FedPipe:
 
     def _importance(self, learned: FedPipeMemory) -> scores.Importance | None:
         if self.settings.importance == "random":
-            return scores.drawn(list(self.targets.modules), self.seed)
+            return scores.random_shares(list(self.targets.modules), self.seed)
         return learned.importance if self.settings.importance in MEASURED else None
 
     def _cohort(self, learned: FedPipeMemory, clients: Sequence[Client]) -> Cohort:
@@ -286,7 +286,7 @@ class FedPipe:
         known = isfinite(end) or self.settings.deadline_s is not None
         deadline = LATE_SHARE * max(longest, self.settings.deadline_s or 0.0) if known else None
         return {
-            client.name: self._planned(round, cohort, row, *new[client.name], deadline)
+            client.name: self._order(round, cohort, row, *new[client.name], deadline)
             for row, client in enumerate(cohort.clients)
         }
 
@@ -323,7 +323,7 @@ class FedPipe:
         b = table.batches.index(plan.batch) if plan.batch in table.batches else 0
         return float(table.memory_gb[o, b] + table.gb_per_number[o, b] * self.targets.cost(plan.ranks))
 
-    def _planned(
+    def _order(
         self, round: int, cohort: Cohort, row: int, plan: LastPlan, seconds: float, deadline_s: float | None
     ) -> PlannedClient:
         client, recipe, largest = cohort.clients[row], cohort.training[row], max(plan.ranks)
@@ -340,7 +340,7 @@ class FedPipe:
                 # One rank for all says nothing more: the order is then that of a planner without ranks by module.
                 ranks=() if set(plan.ranks) == {largest} else plan.ranks,
                 base_dtype=plan.base_dtype,
-                importance=self._requested(round),
+                importance=self._score_request(round),
             ),
             deadline_s=deadline_s,
             why=why,
@@ -348,7 +348,7 @@ class FedPipe:
             batch=plan.batch if plan.batch != recipe.batch else None,
         )
 
-    def _requested(self, round: int) -> ImportanceName:
+    def _score_request(self, round: int) -> ImportanceName:
         """Return the importance that clients measure in a round: in the first ones, and before plans are weighed."""
         again = (round - self.settings.warmup) % self.settings.replan_every == 0
         return MEASURED.get(self.settings.importance, "") if self.is_warmup(round) or again else ""

@@ -33,7 +33,7 @@ def uniform(modules: Sequence[str]) -> Importance:
     return dict.fromkeys(modules, 1 / len(modules))
 
 
-def drawn(modules: Sequence[str], seed: int) -> Importance:
+def random_shares(modules: Sequence[str], seed: int) -> Importance:
     """Return random importance, for comparisons: exponential, so that some modules stand out as measured ones do."""
     rng = generator(derive(seed, "fedpipe.importance"))
     values = rng.standard_exponential(len(modules))
@@ -49,7 +49,7 @@ def pool(known: Importance | None, reports: Sequence[Report], modules: Sequence[
     if not reports:
         return known
     before = known or uniform(modules)
-    scaled = [(report.weight, rescaled(report.shares, before)) for report in reports]
+    scaled = [(report.weight, scale_to(report.shares, before)) for report in reports]
     pooled = {}
     for name in modules:
         own = [(weight, shares[name]) for weight, shares in scaled if name in shares]
@@ -62,7 +62,7 @@ def pool(known: Importance | None, reports: Sequence[Report], modules: Sequence[
     return {name: value / total for name, value in pooled.items()} if total > 0 else before
 
 
-def rescaled(shares: Mapping[str, float], known: Importance) -> Mapping[str, float]:
+def scale_to(shares: Mapping[str, float], known: Importance) -> Mapping[str, float]:
     """Return shares scaled to what is known of their modules together."""
     total, mass = sum(shares.values()), sum(known[name] for name in shares)
     return {name: share * mass / total for name, share in shares.items()}

@@ -137,8 +137,8 @@ def table_of(
     for o, option in enumerate(options):
         for b, batch in enumerate(batches[:MOST_BATCHES]):
             for r in (0, 1):
-                one = cost(option.depth, r + 1, split(training, batch), option.base_dtype)
-                costs[:, o, b, r] = one.memory_gb, one.tflop, one.megabytes
+                own = cost(option.depth, r + 1, split(training, batch), option.base_dtype)
+                costs[:, o, b, r] = own.memory_gb, own.tflop, own.megabytes
         # Sites of one cohort may have recipes with fewer batches to choose from: the last one again changes nothing.
         costs[:, o, len(batches) :] = costs[:, o, len(batches[:MOST_BATCHES]) - 1][:, None]
     least = np.array([targets.numbers(option.depth) for option in options], np.float64)
@@ -184,8 +184,8 @@ def sites(
     """
     least = np.array([table.least for table in tables], np.float64)  # (s, o)
     at_zero = np.array([table.memory_gb for table in tables])  # (s, o, b)
-    each = np.array([table.gb_per_number for table in tables])
-    room = (memory_gb[:, None, None] - at_zero) / each
+    per_number = np.array([table.gb_per_number for table in tables])
+    room = (memory_gb[:, None, None] - at_zero) / per_number
     # By depth: else a site would leave blocks out to have more rank in the others, and breadth wins over rank.
     budgets = ranks[:, None] * least
     fits = room >= budgets[..., None]

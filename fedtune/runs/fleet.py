@@ -151,9 +151,7 @@ class Fleet:
         if base_dtype and client not in self.profiles:
             # A client of fedtune reads the codes from the resident base, and holds both.
             parts["weights"] += self.memory(client, arm, training).weights / 1e9
-        return replace(
-            cost, tflop=cost.tflop * SLOWER[base_dtype], memory_gb=sum(parts.values()), memory_parts=parts
-        )
+        return replace(cost, tflop=cost.tflop * SLOWER[base_dtype], memory_gb=sum(parts.values()), memory_parts=parts)
 
     def kind(self, client: str) -> tuple[float, float]:
         """Return what the costs of a client depend on, beside how it trains: its lengths, in steps of 16 tokens."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedtune.config.consent import permission
 from fedtune.config.order_rules import FREE, Comparison
-from fedtune.messages import BaseDtype, SeedState, View
+from fedtune.messages import BaseDtype, ImportanceName, SeedState, View
 from fedtune.number_formats import to_wire
 from fedtune.planning.planner import PlanChoices
 from fedtune.pruning.structure import Block, BlockLayout
@@ -154,8 +154,9 @@ def test_ranks_by_module_are_those_that_the_planner_lists() -> None:
 
 
 def test_scores_of_modules_are_measured_where_the_recipe_says_so_and_as_it_says() -> None:
-    assert plan_faults(PlanChoices(importance=("gain",)), importance="gain") == set()
-    assert plan_faults(PlanChoices(importance=("gain",)), importance="svd") == {"Plan.importance"}
+    gain: ImportanceName = "gain"
+    assert plan_faults(PlanChoices(importance=(gain,)), importance="gain") == set()
+    assert plan_faults(PlanChoices(importance=(gain,)), importance="svd") == {"Plan.importance"}
 
 
 PIPE = """

@@ -8,6 +8,7 @@ from fedtune.config import bind
 from fedtune.config.planner_checks import requested_ratios
 from fedtune.config.recipe import Override
 from fedtune.methods import METHODS
+from fedtune.planning.fedpipe import FedPipeSettings
 from fedtune.planning.fixed import FixedSettings
 from tests.config.conftest import SHORTEST, Faulty
 
@@ -62,3 +63,31 @@ def test_ratios_are_those_of_the_last_override_for_all() -> None:
 
 def test_pruning_with_a_planner_that_chooses_binds() -> None:
     assert bind(SHORTEST, overrides=ADAPTIVE).planner.name == "deadline"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "words"),
+    [
+        (["planner={name='fedpipe', ranks=[2, 4, 16]}"], "planner.ranks", "1 among them, which every module gets"),
+        (["planner={name='fedpipe', ranks=[]}"], "planner.ranks", "an empty list; add 1"),
+        (["planner={name='fedpipe', ranks=[1, 4]}"], "adapter.rank", "at most the largest of planner.ranks, 4; got 8"),
+        (
+            ["planner=fedpipe", 'override=[{clients = "a", rank = 32}]'],
+            "override.0.rank",
+            "at most the largest of planner.ranks, 16; got 32",
+        ),
+        (
+            ["planner={name='fedpipe', importance='svd', warmup=3}", "rounds.count=3"],
+            "planner.warmup",
+            "fewer than the 3 rounds of the run; got 3",
+        ),
+        (["planner=fedpipe", "pruning={}"], "pruning", "no table with the planner 'fedpipe'"),
+        (["planner=fedpipe", "method=fedit"], "planner", "'fixed' with method 'fedit', which needs one rank for all"),
+    ],
+)
+def test_what_fedpipe_cannot_plan_is_refused(faulty: Faulty, overrides: list[str], path: str, words: str) -> None:
+    assert words in faulty(*overrides)[path]
+
+
+def test_fedpipe_takes_what_it_can_plan() -> None:
+    assert bind(SHORTEST, overrides=["method=fedpipe", "adapter.rank=4"]).planner == FedPipeSettings()

@@ -191,8 +191,8 @@ def test_the_warm_up_trains_rank_one_everywhere_and_measures() -> None:
 
 def test_importance_is_measured_again_before_plans_are_weighed() -> None:
     own = planner(importance="svd", replan_every=3)
-    assert [own._requested(round) for round in range(1, 9)] == ["svd", "svd", "", "", "svd", "", "", "svd"]
-    assert {planner(importance=name)._requested(1) for name in ("uniform", "random")} == {""}
+    assert [own._score_request(round) for round in range(1, 9)] == ["svd", "svd", "", "", "svd", "", "", "svd"]
+    assert {planner(importance=name)._score_request(1) for name in ("uniform", "random")} == {""}
 
 
 def test_a_plan_stays_until_another_is_worth_more() -> None:

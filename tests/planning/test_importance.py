@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.planning.importance import LARGEST_CLAIM, Report, drawn, pool, uniform, weighted_mean
+from fedtune.planning.importance import LARGEST_CLAIM, Report, pool, random_shares, uniform, weighted_mean
 
 MODULES = ("a", "b", "c", "d")
 
@@ -65,5 +65,5 @@ def test_no_value_counts_more_than_some_medians(values: list[tuple[float, float]
 
 def test_controls_are_distributions_and_the_random_one_is_of_the_seed() -> None:
     assert sum(uniform(MODULES).values()) == pytest.approx(1)
-    assert drawn(MODULES, 1) == drawn(MODULES[::-1], 1) != drawn(MODULES, 2)
-    assert sum(drawn(MODULES, 1).values()) == pytest.approx(1)
+    assert random_shares(MODULES, 1) == random_shares(MODULES[::-1], 1) != random_shares(MODULES, 2)
+    assert sum(random_shares(MODULES, 1).values()) == pytest.approx(1)
