@@ -430,7 +430,8 @@ def server_pages() -> Sequence[Table]:
 RECIPE_INTRODUCTIONS: Mapping[str, str] = {
     "method": """`method.name` chooses the method, and with it which keys the table has. `method = "flora"` is short for
 `method = { name = "flora" }`. `method = "fedspine"` is a preset: `flora`, the table `pruning` and the planner
-`deadline`; `method = "fedpipe"` is `flora` and the planner `fedpipe`. [Plug-ins](../plug-ins.md) bring further names.""",
+`deadline`; `method = "fedpipe"` is `flora` and the planner `fedpipe`. [Plug-ins](../plug-ins.md) bring further
+names.""",
     "planner": """`planner.name` chooses the planner, which decides what each device is asked to do, and with it which
 keys the table has. `planner = "deadline"` is short for `planner = { name = "deadline" }`. Without the table the planner
 is `fixed`. [Plug-ins](../plug-ins.md) bring further names.""",

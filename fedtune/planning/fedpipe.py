@@ -19,15 +19,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.messages import BaseDtype, Client, Failure, ImportanceName, Plan, PlannedClient, Training
 from fedtune.planning import importance as scores
 from fedtune.planning.allocation import Allocation, OneRank, Targets, by_importance, worth
-from fedtune.planning.deadline import (
-    LATE_SHARE,
-    NO_RATES,
-    DeadlineMemory,
-    Rates,
-    rates_of,
-    update_rate,
-    with_lower_bound,
-)
+from fedtune.planning.deadline import LATE_SHARE
 from fedtune.planning.planner import (
     ClientObservation,
     Cost,
@@ -39,7 +31,8 @@ from fedtune.planning.planner import (
     lora_scale,
     optimizer_steps,
 )
-from fedtune.planning.policy import Arm, Candidate, Observed
+from fedtune.planning.policy import Arm, Candidate, Observed, Probe
+from fedtune.planning.rates import NO_RATES, Kind, Rates, expected_rates, update_rates
 from fedtune.planning.site_options import (
     LOST,
     Option,
@@ -211,7 +204,7 @@ class FedPipe:
             ranks.append(rank)
             tables.append(self._tables[key])
         limits = np.array([self._limit(learned, client) for client in clients])
-        compute, transfer = (self._rates(learned, clients, what) for what in ("compute", "transfer"))
+        compute, transfer = self._rates(learned, clients, "compute"), self._rates(learned, clients, "transfer")
         examples = np.array([client.num_examples for client in clients], np.float64)
         cohort = sites(
             tables,
@@ -232,13 +225,23 @@ class FedPipe:
         # Less than what was too much, whatever the device is said to have.
         return min(limit, learned.too_large.get(client.name, inf) * (1 - 1e-6))
 
-    def _rates(self, learned: FedPipeMemory, clients: Sequence[Client], what: str) -> Array:
+    def _rates(self, learned: FedPipeMemory, clients: Sequence[Client], kind: Kind) -> Array:
         speeds = [self.speeds.get(client.name, Speed()) for client in clients]
         cohort = [
-            Candidate(client.name, 0.0, (), (), (), (), s_per_tflop=speed.s_per_tflop, s_per_mb=speed.s_per_mb)
+            Candidate(
+                client.name,
+                0.0,
+                (),
+                (),
+                (),
+                (),
+                s_per_tflop=speed.s_per_tflop,
+                s_per_mb=speed.s_per_mb,
+                probe=Probe(client.s_per_tflop, client.s_per_mb),
+            )
             for client, speed in zip(clients, speeds, strict=True)
         ]
-        return rates_of(DeadlineMemory(learned.rates), cohort, what)
+        return expected_rates(learned.rates, cohort, kind, learned.rounds + 1)[0]
 
     def _cost(self, client: str, depth: int, rank: int, training: Training, base_dtype: BaseDtype) -> Cost:
         blocks = len(self.targets.blocks)
@@ -380,7 +383,7 @@ class FedPipe:
         profiles = any(
             client.name in self.speeds and self.speeds[client.name].s_per_tflop is not None for client in cohort.clients
         )
-        return profiles or any(isfinite(rates.compute.log_s) for rates in learned.rates.values())
+        return profiles or any(isfinite(rates.compute.mean) for rates in learned.rates.values())
 
     def observe(self, learned: FedPipeMemory, seen: Sequence[ClientObservation]) -> FedPipeMemory:
         """Return what is known after a round."""
@@ -401,7 +404,8 @@ class FedPipe:
                 measured = min(client.peak_bytes / 1e9 / predicted, LARGEST_FACTOR)
                 factor[client.client] = max(measured, factor.get(client.client, 1.0))
             work = (table.tflop[o] + table.tflop_per_number[o] * numbers) * plan.steps / (cohort.training[0].steps or 1)
-            rates[client.client] = self._learn_rates(rates.get(client.client, NO_RATES), client, float(work))
+            observed = self._outcome(client, float(work))
+            rates[client.client] = update_rates(rates.get(client.client, NO_RATES), observed, round)
         reports = [self._report(client) for client in asked if client.status == "ok" and client.module_importance]
         importance = scores.pool(learned.importance, reports, list(self.targets.modules))
         return FedPipeMemory(round, importance, rates, plans, too_large, factor)
@@ -421,24 +425,22 @@ class FedPipe:
             return plan
         return last if round - last.since < self.settings.replan_every else plan
 
-    def _learn_rates(self, rates: Rates, seen: ClientObservation, tflop: float) -> Rates:
-        speed = self.speeds.get(seen.client, Speed())
-        observed = Observed(
+    def _outcome(self, seen: ClientObservation, tflop: float) -> Observed:
+        """Return a round as the rates learn from it; the seconds of a client that was given up are a bound alone."""
+        speed, late = self.speeds.get(seen.client, Speed()), seen.status == "late"
+        known = [part for part in (seen.compute_s, seen.transfer_s) if part is not None and isfinite(part)]
+        return Observed(
             client=seen.client,
             arm=Arm(0.0, seen.rank),
             tflop=tflop,
             megabytes=self.traffic(seen),
-            compute_s=seen.compute_s,
-            transfer_s=seen.transfer_s,
+            compute_s=None if late else seen.compute_s,
+            transfer_s=None if late else seen.transfer_s,
+            late_s=sum(known) if late and len(known) == 2 else None,
             overhead_s=speed.overhead_s,
             s_per_tflop=speed.s_per_tflop,
             s_per_mb=speed.s_per_mb,
-        )
-        if seen.status == "late":
-            return rates if observed.seconds is None else with_lower_bound(rates, observed, observed.seconds)
-        return Rates(
-            update_rate(rates.compute, seen.compute_s, observed.tflop),
-            update_rate(rates.transfer, seen.transfer_s, observed.megabytes),
+            probe=Probe(seen.probed_s_per_tflop, seen.probed_s_per_mb),
         )
 
     def _report(self, seen: ClientObservation) -> scores.Report:
