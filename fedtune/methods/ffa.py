@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -13,10 +13,9 @@ from fedtune.lora.adapter import Adapter, Factors, draw_a
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
 from fedtune.methods.adapter_start import project
 from fedtune.methods.change import Change, change_of
-from fedtune.methods.method import LinearMethod, end_of, join, make_assignment, move, resize
+from fedtune.methods.method import LinearMethod, end_of, join, leading_ranks, make_assignment, move, resize
 from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.methods.settings import LinearSettings, down_dtype
-from fedtune.number_formats import to_wire
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
@@ -49,16 +48,10 @@ class FfaState:
         """A of every module: drawn once for a round, where each of its updates would take as long to admit again."""
         return {name: draw_a(self.a_key, name, self.max_rank, n) for name, n in self.in_features.items()}
 
-    def leading(self, rank: int) -> Tensors:
-        """Return the start of a client of this rank in wire format: one mapping for all, so it is encoded once."""
-        if rank not in self._leading:
-            self._leading[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
-        return self._leading[rank]
-
-    # A cache; its content follows from the state alone.
     @cached_property
-    def _leading(self) -> dict[int, Tensors]:
-        return {}
+    def leading(self) -> Callable[[int], Tensors]:
+        """Gives the start of every client of a rank, as it travels; see `leading_ranks`."""
+        return leading_ranks(self.tensors, down_dtype(self.settings))
 
 
 def init(blueprint: Blueprint, settings: FfaSettings) -> FfaState:

@@ -5,7 +5,7 @@ Cho et al., EMNLP 2024, arXiv 2401.06432.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Literal
@@ -25,10 +25,9 @@ from fedtune.messages import (
 )
 from fedtune.methods.adapter_start import fill_leading
 from fedtune.methods.fedit import shared_start
-from fedtune.methods.method import Method, end_of, make_assignment, mean_saved, resize, step
+from fedtune.methods.method import Method, end_of, leading_ranks, make_assignment, mean_saved, resize, step
 from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.methods.settings import AveragingSettings, down_dtype
-from fedtune.number_formats import to_wire
 from fedtune.tensors import Tensors, weighted_mean
 
 
@@ -60,16 +59,10 @@ class HetLoraState:
     ranks: Mapping[str, int] = field(default_factory=dict)
     """By client name, the rank that the client last stated."""
 
-    def leading(self, rank: int) -> Tensors:
-        """Return the start of a client of this rank in wire format: one mapping for all, so it is encoded once."""
-        if rank not in self._leading:
-            self._leading[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
-        return self._leading[rank]
-
-    # A cache; its content follows from the state alone.
     @cached_property
-    def _leading(self) -> dict[int, Tensors]:
-        return {}
+    def leading(self) -> Callable[[int], Tensors]:
+        """Gives the start of every client of a rank, as it travels; see `leading_ranks`."""
+        return leading_ranks(self.tensors, down_dtype(self.settings))
 
 
 def init(blueprint: Blueprint, settings: HetLoraSettings) -> HetLoraState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ from fedtune.messages import (
     cohort_weights,
 )
 from fedtune.methods.change import Change, change_of
+from fedtune.number_formats import to_wire
 from fedtune.pruning.structure import ModelStructure
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors, weighted_mean
@@ -352,6 +353,14 @@ def resize(tensors: Tensors, rank: int) -> Tensors:
     """Return flat factors cut, or padded with zeros, to a rank: rows of every `.a`, columns of every `.b`."""
     # Zero rows of a and columns of b add nothing to b a: a padded adapter is the same change of the base.
     return {name: resize_factor(factor, name, rank) for name, factor in tensors.items()}
+
+
+def leading_ranks(tensors: Tensors, dtype: WireDtype) -> Callable[[int], Tensors]:
+    """Return rank -> flat factors of that rank in a wire format: one mapping for all that ask, so it is encoded once.
+
+    To be kept with the state that the factors are of: what it has computed follows from them alone.
+    """
+    return cache(lambda rank: to_wire(resize(tensors, rank), dtype))
 
 
 def resize_factor(factor: Array, name: str, rank: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -10,10 +11,9 @@ from fedtune.lora.adapter import Adapter, unpack
 from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, PlannedClient, TrainLora
 from fedtune.methods.adapter_start import fill_leading
 from fedtune.methods.fedit import shared_start
-from fedtune.methods.method import LinearMethod, end_of, join, make_assignment, move, resize
+from fedtune.methods.method import LinearMethod, end_of, join, leading_ranks, make_assignment, move, resize
 from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.methods.settings import LinearSettings, down_dtype
-from fedtune.number_formats import to_wire
 from fedtune.tensors import Tensors
 
 
@@ -36,16 +36,10 @@ class ZeroPadState:
     """Flat factors of rank max_rank, float32; b carries the scale, so a client's own alpha / rank never mixes in."""
     saved: Tensors
 
-    def leading(self, rank: int) -> Tensors:
-        """Return the start of a client of this rank in wire format: one mapping for all, so it is encoded once."""
-        if rank not in self._leading:
-            self._leading[rank] = to_wire(resize(self.tensors, rank), down_dtype(self.settings))
-        return self._leading[rank]
-
-    # A cache; its content follows from the state alone.
     @cached_property
-    def _leading(self) -> dict[int, Tensors]:
-        return {}
+    def leading(self) -> Callable[[int], Tensors]:
+        """Gives the start of every client of a rank, as it travels; see `leading_ranks`."""
+        return leading_ranks(self.tensors, down_dtype(self.settings))
 
 
 def init(blueprint: Blueprint, settings: ZeroPadSettings) -> ZeroPadState:

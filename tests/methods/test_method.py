@@ -19,7 +19,7 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.methods import METHODS
-from fedtune.methods.method import LinearMethod, resize, step
+from fedtune.methods.method import LinearMethod, leading_ranks, resize, step
 from fedtune.tensors import Array, digest, l2_norm
 
 
@@ -168,6 +168,14 @@ def test_factors_travel_in_the_wire_format_and_rest_in_float32(federate: Any, na
     kept = [tensors(getattr(state, field.name)) for field in fields(state)]
     assert {tensor.dtype.name for part in kept for tensor in part.values()} == {"float32"}
     assert l2_norm({n: f.b for n, f in method.adapter(state).items()}) > 0
+
+
+def test_clients_of_one_rank_are_sent_the_same_tensors() -> None:
+    flat = {"m.a": np.arange(6, dtype=np.float32).reshape(3, 2), "m.b": np.ones((4, 3), np.float32)}
+    leading = leading_ranks(flat, "fp32")
+    assert leading(2) is leading(2)  # an encoder knows tensors that it has seen by their identity
+    np.testing.assert_array_equal(leading(2)["m.a"], flat["m.a"][:2])
+    assert {name: array.shape for name, array in leading(1).items()} == {"m.a": (1, 2), "m.b": (4, 1)}
 
 
 def test_resize_pads_with_zeros_and_cuts() -> None:
