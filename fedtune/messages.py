@@ -496,6 +496,14 @@ class AdmittedUpdate:
     """What it counts, as set before the round began; None outside of rounds: its own examples."""
     upload: Upload = "factors"
     """What its tensors are, as the task has asked."""
+    down_rank: int | None = None
+    """Largest rank of the global change that its client was sent, where the planner chose one."""
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """The rank of each module that it has factors of, by name."""
+        tensors = self.update.lora.tensors
+        return {name.removesuffix(".b"): int(b.shape[1]) for name, b in tensors.items() if name.endswith(".b")}
 
     def counts(self, weights: Weighting) -> int:
         """Return what the update counts in a mean over its cohort, in proportion to the others."""

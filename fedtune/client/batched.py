@@ -85,7 +85,6 @@ def why_alone(base: Base, client: Resident, assignment: Assignment) -> str:
         "it has no example": not client.examples,
         "it is for another base": bool(assignment.base) and assignment.base != base.digest,
         "the model is pruned": task.pruning is not None,
-        "modules have ranks of their own": bool(assignment.plan.ranks),
         "the backward pass leaves something out": assignment.plan.back > 0,
         "its base has a format of its own": bool(assignment.plan.base_dtype),
         "its adapter is of another view": assignment.plan.view != "whole",
@@ -107,7 +106,9 @@ def groups(assignments: Sequence[Assignment], clients: Mapping[str, Resident]) -
         task = item.lora
         # By identity: tensors that many clients receive are decoded once.
         received = id(task.blobs["global"]) if "global" in task.blobs else None
-        key = item.plan.training, task.train, received, clients[item.plan.client].threads
+        # Of one set of modules: a layer's factors are stacked, whatever the ranks of each client.
+        trained = tuple(rank > 0 for rank in item.plan.ranks) if 0 in item.plan.ranks else ()
+        key = item.plan.training, task.train, received, clients[item.plan.client].threads, trained
         alike.setdefault(key, []).append(item)
     return list(alike.values())
 

@@ -225,7 +225,6 @@ def train_adapter(
 def refuse_unsupported(plan: Plan) -> None:
     """Raise ClientError for what a plan may ask and this client does not do: nothing is left out in silence."""
     asked = {
-        "ranks by module": bool(plan.ranks),
         f"an adapter of the {plan.view} model alone": plan.view != "whole",
         "scores of the modules of a pruned model": bool(plan.importance) and plan.ratio > 0,
     }

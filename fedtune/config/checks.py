@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.planner_checks import (
+    arm_faults,
     fedpipe_faults,
     fleet_table_faults,
     planner_key_faults,
@@ -432,6 +433,7 @@ RULES: Sequence[Rule] = (
     server_optimizer_faults,
     robust_faults,
     planner_key_faults,
+    arm_faults,
     planner_method_faults,
     fedpipe_faults,
     fleet_table_faults,

@@ -20,7 +20,7 @@ from fedtune.config.recipe import (
     method_type_of,
     planned_training,
     planner_type_of,
-    requested_ratio,
+    requested_arm,
 )
 from fedtune.errors import FedtuneError, ShapeError
 from fedtune.messages import (
@@ -105,11 +105,18 @@ def with_target(choices: PlanChoices, pruning: PruningSettings | None) -> PlanCh
 def permission(recipe: Recipe, client: str, num_examples: int) -> Permitted:
     """Return what a recipe permits to be asked of a client that holds so many training examples."""
     rank, training = planned_training(recipe, client)
-    kind = planner_type_of(recipe)
+    kind, arm = planner_type_of(recipe), requested_arm(recipe, client)
+    choices = kind.choices(recipe.planner, rank, arm.ratio)
+    # What the recipe itself asks of the client, by `planner` or an override.
+    choices = replace(
+        choices,
+        tops=(*choices.tops, arm.top) if arm.top < 1.0 else choices.tops,
+        backs=(*choices.backs, arm.back) if arm.back > 0.0 else choices.backs,
+    )
     return Permitted(
         rounds=recipe.rounds.count,
         training=replace(training, steps=optimizer_steps(training, num_examples), epochs=None),
-        choices=with_target(kind.choices(recipe.planner, rank, requested_ratio(recipe, client)), recipe.pruning),
+        choices=with_target(choices, recipe.pruning),
         largest_rank=largest_rank(recipe),
         pruned=recipe.pruning is not None,
     )

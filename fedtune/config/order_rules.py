@@ -262,13 +262,17 @@ def order_blobs(one: Comparison) -> str:
     blobs, pruned = dict(one.order.lora.blobs), one.order.lora.pruning is not None
     if fault := moments_fault(blobs.pop("moments", {}), one):
         return fault
-    return next(blob_faults(blobs, one, rank=one.order.plan.rank, pruned=pruned), "")
+    try:
+        trained = one.order.plan.rank_of(one.profile.foundation.modules)
+    except ShapeError:
+        return ""  # as the rule of the ranks says
+    return next(blob_faults(blobs, one, ranks=trained, pruned=pruned), "")
 
 
 def score_blobs(one: Comparison) -> str:
     if method_of(one.recipe).task is ProbeSeeds:
         return "none, but a ledger of seeds" if one.request.blobs else ""
-    return next(blob_faults(one.request.blobs, one, rank=None, pruned=False, roles=("global", "saved")), "")
+    return next(blob_faults(one.request.blobs, one, ranks=None, pruned=False, roles=("global", "saved")), "")
 
 
 def ledger(one: Comparison) -> str:
@@ -285,18 +289,18 @@ def blob_faults(
     blobs: Mapping[str, Tensors],
     one: Comparison,
     *,
-    rank: int | None,
+    ranks: Mapping[str, int] | None,
     pruned: bool,
     roles: tuple[str, ...] = ("global", "local", "saved"),
 ) -> Iterator[str]:
-    """Yield what is expected of tensors that are none of this site's layers; `rank`: of what is trained."""
+    """Yield what is expected of tensors that are none of this site's layers; `ranks`: of those that are trained."""
     model = one.profile.foundation
     if strange := sorted(set(blobs) - set(roles)):
         yield f"the roles {', '.join(roles)}; not {short_text(strange[0])}"
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in blobs.get("saved", {}).items()}
     wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in model.saved.items()}
     # All of them or, before there is a model to score, none: which are trained is the site's own word.
-    if shapes != wanted and (shapes or rank is not None):
+    if shapes != wanted and (shapes or ranks is not None):
         yield f"as saved {short_text(sorted(wanted))} in this site's shapes"
     for role in ("global", "local"):
         tensors = blobs.get(role, {})
@@ -304,7 +308,9 @@ def blob_faults(
             if name.endswith(SCALES):
                 fault = scales_fault(name, tensor, tensors)
             else:
-                fault = factor_fault(name, tensor, model.modules, rank if role == "local" else None, pruned=pruned)
+                module = name.rpartition(".")[0]
+                most = ranks.get(module, 0) if role == "local" and ranks is not None else None
+                fault = factor_fault(name, tensor, model.modules, most, pruned=pruned)
                 fault = fault or codes_fault(name, tensor, tensors)
             if fault:
                 yield f"as {role} {fault}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from fedtune.config.error_text import display, join_words, quote
-from fedtune.config.recipe import Override, Recipe, method_type_of
+from fedtune.config.recipe import ARM_KEYS, Override, Recipe, method_type_of
 from fedtune.errors import Fault
 from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
@@ -101,6 +102,27 @@ def ratio_faults(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(path, "0 without the table pruning", f"{ratio:g}", "write [pruning]")
 
 
+def arm_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield what a recipe asks of some modules, or of what is sent down, that its method cannot do."""
+    method, usual = method_type_of(recipe), FixedSettings()
+    asked = [("planner", recipe.planner)] if isinstance(recipe.planner, FixedSettings) else []
+    rows: Sequence[tuple[str, Any]] = [*asked, *((f"override.{at}", row) for at, row in enumerate(recipe.override))]
+    for path, table in rows:
+        for key in ARM_KEYS:
+            value = getattr(table, key)
+            if value is None or value == getattr(usual, key):
+                continue
+            if method.task is ProbeSeeds:
+                yield Fault(f"{path}.{key}", "nothing", f"{value:g}", f"{method.name!r} trains no adapter")
+            elif key != "back" and method.modules == "equal":
+                able = join_words(
+                    [quote(name) for name, other in METHODS.items() if other.modules == "any"], joint="or"
+                )
+                what = "all modules of every client" if key == "top" else "one global change for every client"
+                hint = f"use method = {able}, or leave it out"
+                yield Fault(f"{path}.{key}", f"nothing with {method.name!r}, which needs {what}", f"{value:g}", hint)
+
+
 def requested_ratios(planner: FixedSettings, overrides: Sequence[Override]) -> set[float]:
     """Return the ratios that the planner `fixed` may ask clients for."""
     ratios = {planner.ratio}
@@ -113,7 +135,8 @@ def requested_ratios(planner: FixedSettings, overrides: Sequence[Override]) -> s
 def chosen_by_planner_faults(planner: AdaptiveSettings, overrides: Sequence[Override]) -> Iterator[Fault]:
     """Yield what a recipe says of some clients that its planner chooses."""
     for place, override in enumerate(overrides):
-        for key, value in (("ratio", override.ratio), ("rank", override.rank)):
+        for key in ("ratio", "rank", *ARM_KEYS):
+            value = getattr(override, key)
             if value is not None:
                 hint = 'the planner chooses it; set planner = "fixed" to say it yourself'
                 expected = f"nothing with the planner {planner.name!r}"

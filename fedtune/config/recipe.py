@@ -11,12 +11,13 @@ from typing import Any, Literal, Protocol
 from fedtune.config.plugins import find_method, find_planner
 from fedtune.data.settings import DataSettings
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Training, Verb
+from fedtune.messages import OMIT_DEFAULT, Training, Verb
 from fedtune.methods import with_settings
 from fedtune.methods.method import Method
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import Planner, PlannerInputs, PlannerType
+from fedtune.planning.policy import Arm
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.resources import Resources
@@ -33,6 +34,12 @@ class Override:
     """LoRA rank of these clients; none keeps `adapter.rank`."""
     ratio: float | None = None
     """Pruning ratio that the planner `fixed` gives these clients; none keeps `planner.ratio`."""
+    top: float | None = field(default=None, metadata=OMIT_DEFAULT)
+    """Share of the blocks, from the top, that these clients train, with `fixed`; none keeps `planner.top`."""
+    back: float | None = field(default=None, metadata=OMIT_DEFAULT)
+    """Share that the backward passes of these clients leave out, with `fixed`; none keeps `planner.back`."""
+    down_rank: int | None = field(default=None, metadata=OMIT_DEFAULT)
+    """Largest rank that these clients are sent, with `fixed`; none keeps `planner.down_rank`."""
     verb: Verb | None = None
     """adapt: train a LoRA adapter; probe: measure losses along random directions (FedKSeed); none: as the method does.
     Clients of one run cannot differ in it yet."""
@@ -125,6 +132,9 @@ class Recipe:
     """Never part of the recipe's text."""
 
 
+ARM_KEYS = ("top", "back", "down_rank")
+"""Keys of `Override` and of the planner `fixed` that say what of the model a client trains, and what it is sent."""
+
 SECTIONS: Mapping[str, type[Any]] = {
     "model": ModelSettings,
     "adapter": AdapterSettings,
@@ -147,6 +157,19 @@ def requested_ratio(recipe: Recipe, client: str) -> float:
         if override.ratio is not None and override.covers(client):
             ratio = override.ratio
     return ratio
+
+
+def requested_arm(recipe: Recipe, client: str) -> Arm:
+    """Return the arm that the planner `fixed` gives one client, after all overrides that cover it."""
+    planner, rank = recipe.planner, planned_training(recipe, client)[0]
+    arm = Arm(requested_ratio(recipe, client), rank)
+    if isinstance(planner, FixedSettings):
+        arm = replace(arm, top=planner.top, back=planner.back, down_rank=planner.down_rank)
+    for override in recipe.override:
+        if override.covers(client):
+            own = {key: getattr(override, key) for key in ARM_KEYS}
+            arm = replace(arm, **{key: value for key, value in own.items() if value is not None})
+    return arm
 
 
 def planned_training(recipe: Recipe, client: str) -> tuple[int, Training]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
-from fedtune.config.recipe import Override, Recipe
+from fedtune.config.recipe import ARM_KEYS, Override, Recipe
 
 TABLES: Mapping[str, str] = {
     "model": "the base that every client holds, frozen",
@@ -76,7 +76,7 @@ def tables(recipe: Recipe) -> dict[str, Any]:
 
 def override_keys(override: Override) -> dict[str, Any]:
     rank: dict[str, Any] = {} if override.rank is None else {"rank": override.rank}
-    rank |= {} if override.ratio is None else {"ratio": override.ratio}
+    rank |= {key: value for key in ("ratio", *ARM_KEYS) if (value := getattr(override, key)) is not None}
     verb = {} if override.verb is None else {"verb": override.verb}
     return {"clients": override.clients} | rank | verb | dict(override.training) | dict(override.resources)
 

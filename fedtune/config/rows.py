@@ -11,7 +11,7 @@ from annotated_types import Ge
 
 from fedtune.config.checks import length_faults
 from fedtune.config.error_text import display, join_words, nearest, quote
-from fedtune.config.recipe import Override
+from fedtune.config.recipe import ARM_KEYS, Override
 from fedtune.config.tables import AT_FAULT, bind_value, unknown_keys
 from fedtune.devices.profiles import PROFILES, DeviceProfile
 from fedtune.devices.profiles import check as check_profile
@@ -44,8 +44,9 @@ def bind_overrides(content: Any, faults: list[Fault]) -> Sequence[Override]:
 
 def bind_override(row: Any, path: str, faults: list[Fault]) -> Override | None:
     training, taken = (get_type_hints(cls, include_extras=True) for cls in (Training, Resources))
-    ratio = get_type_hints(FixedSettings, include_extras=True)["ratio"]
-    own = {"clients": GLOBS, "rank": Annotated[int, Ge(1)], "verb": Verb, "ratio": ratio}
+    planner = get_type_hints(FixedSettings, include_extras=True)
+    own = {"clients": GLOBS, "rank": Annotated[int, Ge(1)], "verb": Verb}
+    own |= {key: planner[key] for key in ("ratio", *ARM_KEYS)}
     values = bind_row(own | training | taken, row, path, "rank", faults)
     if values is None:
         return None
@@ -56,6 +57,7 @@ def bind_override(row: Any, path: str, faults: list[Fault]) -> Override | None:
         clients=values["clients"],
         rank=values.get("rank"),
         ratio=values.get("ratio"),
+        **{key: values.get(key) for key in ARM_KEYS},
         verb=values.get("verb"),
         training={key: value for key, value in values.items() if key in training},
         resources={key: value for key, value in values.items() if key in taken},

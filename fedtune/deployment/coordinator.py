@@ -273,7 +273,13 @@ def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:
     if message.verb == round_pb2.SCORE:
         return MAX_SCORES_BYTES
     task = ProbeSeeds if message.verb == round_pb2.PROBE else TrainLora
-    return largest_update(task, rank=max(1, message.plan.rank), steps=message.probe.steps, blueprint=blueprint)
+    return largest_update(
+        task,
+        rank=max(1, message.plan.rank),
+        steps=message.probe.steps,
+        blueprint=blueprint,
+        ranks=tuple(message.plan.ranks),
+    )
 
 
 def readiness_fault(dispatcher: Dispatcher, roster: RosterFile) -> str:

@@ -85,10 +85,12 @@ def change_of(
         return
     # Numbers, where codes were sent: a client starts from what it could decode.
     task = replace(task, blobs={role: from_wire(tensors) for role, tensors in task.blobs.items() if role == "local"})
-    sent = update.lora.tensors
+    sent, ranks = update.lora.tensors, assignment.plan.rank_of(blueprint.modules)
     for name, (_, n) in sorted(blueprint.modules.items()):
+        if name not in ranks:
+            continue
         fresh = drawn[name] if drawn else None
-        a0, b0 = start_of(task, name, update_b=sent[f"{name}.b"], rank=assignment.plan.rank, in_features=n, drawn=fresh)
+        a0, b0 = start_of(task, name, update_b=sent[f"{name}.b"], rank=ranks[name], in_features=n, drawn=fresh)
         end_a, da = end_and_change(sent.get(f"{name}.a"), a0, task)
         _, db = end_and_change(sent[f"{name}.b"].T, pad_rows(b0.T, len(a0)), task)
         # Of the ranks that were sent: one that a client of HetLoRA has cut is no number that enters a mean.

@@ -93,8 +93,9 @@ class FloraSettings:
     down_dtype: WireDtype | None = field(default=None, metadata=OMIT_DEFAULT)
     """Number format in which clients are sent the global change; none: as `wire_dtype`."""
     coverage: Literal["normalised", "zero"] = "normalised"
-    """For rows and columns that only some of the pruned clients kept. normalised: their change is divided by these
-    clients' share of the weights; zero: the other clients count as no change."""
+    """For modules that only some clients trained, and rows and columns that only some of the pruned ones kept, with the
+    table `pruning` and without it. normalised: their change is divided by these clients' share of the weights; zero:
+    the other clients count as no change."""
     coverage_floor: Annotated[float, Interval(gt=0, le=1)] = 0.2
     """With normalised: the share that is divided by is at least this."""
 
@@ -136,27 +137,36 @@ class FloraState:
         """Share of Delta's squared singular values that is sent down."""
         return self.settings.tau if self.settings.tau is not None else 0.9 if self.settings.mode == "svt" else 1.0
 
-    def blobs(self, rank: int, structure: ModelStructure | None = None) -> Mapping[str, Tensors]:
-        """Return what a client of a rank is sent in wire format, once for all clients like it, so it is encoded once.
+    def blobs(
+        self, ranks: Mapping[str, int], structure: ModelStructure | None = None, planned: int | None = None
+    ) -> Mapping[str, Tensors]:
+        """Return what a client is sent in wire format, once for all clients like it, so it is encoded once.
 
-        In mode continue it trains the leading `rank` components and the rest is frozen; else all are.
+        In mode continue it trains the leading components of each module, as many as its rank there, and the rest is
+        frozen; else all are.
+
+        Args:
+            ranks: of the modules that it trains, by name.
+            structure: what is left of its model.
+            planned: largest rank that it is sent, where the planner has chosen one.
         """
-        trained = rank if self.settings.mode == "continue" else 0
-        down = down_rank(self.settings, rank)
-        key = (trained, down, structure.digest if structure else b"")
+        continues, down = self.settings.mode == "continue", down_rank(self.settings, max(ranks.values()), planned)
+        trained = {name: ranks.get(name, 0) if continues else 0 for name in self.broadcast}
+        key = (tuple(trained.values()), down, structure.digest if structure else b"")
         if key not in self._blobs:
             # Truncated over the whole base and cut afterwards: the clients then hold slices of one model.
-            rest = {name: low.components(trained, down or low.rank) for name, low in self.broadcast.items()}
+            rest = {name: low.components(trained[name], down or low.rank) for name, low in self.broadcast.items()}
             cut, dtype = self.cut(structure), down_dtype(self.settings)
             # To the nearest, and always from the exact state: each round's rounding is gone with the round.
             frozen = to_wire(lowrank.smallest(slice_adapter(lowrank.adapter(rest), cut)), dtype)
-            local = warm_start(self.broadcast, min(trained, down or trained), dtype, cut)
+            begun = {name: min(rank, down or rank) for name, rank in trained.items() if name in ranks}
+            local = warm_start({name: self.broadcast[name] for name in begun}, begun, dtype, cut)
             self._blobs[key] = {"global": frozen, "local": local}
         return self._blobs[key]
 
-    def local_start(self, rank: int, structure: ModelStructure | None) -> Tensors:
-        """Return what a client of a rank trains on from, as it has decoded it, float32."""
-        local = self.blobs(rank, structure)["local"]
+    def local_start(self, update: AdmittedUpdate) -> Tensors:
+        """Return what a client trained on from, as it has decoded it, float32."""
+        local = self.blobs(update.ranks, update.structure, update.down_rank)["local"]
         if id(local) not in self._starts:
             self._starts[id(local)] = cast(from_wire(local), "fp32")
         return self._starts[id(local)]
@@ -190,7 +200,7 @@ class FloraState:
 
     # Caches of the functions above; their content follows from the state alone.
     @cached_property
-    def _blobs(self) -> dict[tuple[int, int | None, bytes], Mapping[str, Tensors]]:
+    def _blobs(self) -> dict[tuple[tuple[int, ...], int | None, bytes], Mapping[str, Tensors]]:
         return {}
 
     @cached_property
@@ -230,8 +240,8 @@ def start(state: FloraState, adapter: Adapter, saved: Tensors) -> FloraState:
 
 
 def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
-    """Send Delta: frozen beside a fresh adapter, or its leading plan.rank components to train and the rest frozen."""
-    plan = planned.plan
+    """Send Delta: frozen beside a fresh adapter, or its leading components to train, by the ranks of the plan."""
+    plan, ranks = planned.plan, planned.plan.rank_of(state.broadcast)
     pruned, structure = pruning.pruning_task(state, planned)
     task = TrainLora(
         a_key=_a_key(state, plan.client),
@@ -240,7 +250,7 @@ def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
         wire_dtype=state.settings.wire_dtype,
         pruning=pruned,
     )
-    blobs = {**state.blobs(plan.rank, structure), **pruning.moments_sent(state, pruned)}
+    blobs = {**state.blobs(ranks, structure, planned.down_rank), **pruning.moments_sent(state, pruned)}
     return make_assignment("flora", state, seed, plan, task, blobs)
 
 
@@ -253,19 +263,24 @@ def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraStat
         changes = [(product(state, update), share) for update, share in cohort]
     else:
         changes = list(grouped_products(state, cohort))
-    if state.anatomy is not None and settings.coverage == "normalised":
-        scale = pruning.coverage(cohort, state.anatomy, weights=settings.weights, floor=settings.coverage_floor)
+    if settings.coverage == "normalised":
+        scale = pruning.coverage(
+            cohort, state.broadcast, state.anatomy, weights=settings.weights, floor=settings.coverage_floor
+        )
         # One scale for all clients, and not one for each: the scaled sum is as exact as the plain one.
-        changes = [(pruning.scale_by_coverage(adapter, scale, state.anatomy), weight) for adapter, weight in changes]
+        changes = [(pruning.scale_by_coverage(adapter, scale), weight) for adapter, weight in changes]
     rate, before = settings.server_learning_rate, dense.unpack(state.delta)
     parts = {
         name: [(adapter[name], rate * weight) for adapter, weight in changes if name in adapter] for name in before
     }
+    # What no client of the cohort has trained stays as it is, to the last bit.
+    parts = {name: added for name, added in parts.items() if added}
     # The broadcast is truncated further than the state: what it leaves out is not lost, so losses do not add up.
     if isinstance(settings.down_rank, int):
         lead = max(lead, settings.down_rank)
-    total = dense.sums(before, parts, max_rank=bound, lead=lead, tau=state.tau)
-    delta = {name: replace(low, dropped=before[name].dropped + low.dropped) for name, low in total.items()}
+    total = dense.sums({name: before[name] for name in parts}, parts, max_rank=bound, lead=lead, tau=state.tau)
+    summed = {name: replace(low, dropped=before[name].dropped + low.dropped) for name, low in total.items()}
+    delta = {name: summed.get(name, low) for name, low in before.items()}
     return replace(
         state,
         round=state.round + 1,
@@ -286,7 +301,7 @@ def state_rank(state: FloraState, cohort: Cohort) -> int | None:
         return 2 * state.max_rank
     # Everything that is kept is sent, to every client: a round's downloads then hold at most twice the numbers that
     # its uploads do.
-    ranks = [largest_rank(update.lora.tensors) for update, _ in cohort]
+    ranks = [max(update.ranks.values()) for update, _ in cohort]
     before = max(low.rank for low in dense.unpack(state.delta).values())
     # Never less than before: a round of small clients must not cut what larger ones have taught.
     return max(before, ceil(2 * sum(ranks) / len(ranks)))
@@ -297,16 +312,24 @@ def is_bounded(settings: FloraSettings) -> bool:
     return settings.state_max_rank not in ("exact", None)
 
 
-def down_rank(settings: FloraSettings, rank: int) -> int | None:
-    """Return the largest rank that a client of a rank is sent; None: no other bound than that of the state."""
+def down_rank(settings: FloraSettings, rank: int, planned: int | None = None) -> int | None:
+    """Return the largest rank that a client of a rank is sent; None: no other bound than that of the state.
+
+    Args:
+        settings: the method's, of which a number bounds what is planned.
+        rank: largest of the client's modules.
+        planned: what the planner has chosen for the client, in place of the settings.
+    """
+    if planned is not None:
+        return min(planned, settings.down_rank) if isinstance(settings.down_rank, int) else planned
     if settings.down_rank == "auto":
         return 2 * rank if settings.state_max_rank == "auto" and settings.mode != "continue" else None
     return settings.down_rank
 
 
-def downlink_rank(settings: FloraSettings, rank: int) -> int | None:
+def downlink_rank(settings: FloraSettings, rank: int, planned: int | None = None) -> int | None:
     """Return the largest rank that a client of a rank is sent, whatever bounds it; None: no bound is known."""
-    bounds = [down_rank(settings, rank), settings.max_rank]
+    bounds = [down_rank(settings, rank, planned), settings.max_rank]
     bounds += [settings.state_max_rank] if isinstance(settings.state_max_rank, int) else []
     return min((bound for bound in bounds if bound is not None), default=None)
 
@@ -314,14 +337,14 @@ def downlink_rank(settings: FloraSettings, rank: int) -> int | None:
 def grouped_products(state: FloraState, cohort: Cohort) -> Iterator[tuple[Adapter, float]]:
     """Yield weighted adapters whose sum is the weighted sum of what the clients have changed.
 
-    All clients that were sent the same started from one b0, so their second terms b0 da add up to one of its rank: of
-    K clients the sum has rank (K + 1) r, and not 2 K r.
+    All clients that were sent the same for a module started from one b0, so their second terms b0 da add up to one of
+    its rank: of K clients the sum has rank (K + 1) r, and not 2 K r.
     """
-    groups: dict[tuple[int, bytes], dict[str, Factors]] = {}
+    groups: dict[tuple[int, int | None, bytes], dict[str, Factors]] = {}
     for update, share in cohort:
-        key = (largest_rank(update.lora.tensors), update.structure.digest if update.structure else b"")
-        shared, own = groups.setdefault(key, {}), {}
+        sent, ranks, own = update.structure.digest if update.structure else b"", update.ranks, dict[str, Factors]()
         for name, (end, *start) in products(state, update):
+            shared = groups.setdefault((ranks[name], update.down_rank, sent), {})
             own[name] = end
             for term in start:
                 sum_a = share * term.a.astype(np.float64)
@@ -344,7 +367,7 @@ def products(state: FloraState, update: AdmittedUpdate) -> Iterator[tuple[str, T
     key, differs = _a_key(state, update.client), update.upload == "difference"
     if state.settings.mode == "continue":
         # After the cast to the wire format: what the client has decoded and trained on.
-        local = dict(state.local_start(largest_rank(sent), update.structure))
+        local = dict(state.local_start(update))
     for name in sorted({each.rpartition(".")[0] for each in sent}):
         factors, shape = float32_factors(sent, name), state.broadcast[name].shape
         terms: Terms = (factors,)
@@ -359,10 +382,6 @@ def products(state: FloraState, update: AdmittedUpdate) -> Iterator[tuple[str, T
         yield name, terms
 
 
-def largest_rank(sent: Tensors) -> int:
-    return max(int(array.shape[1]) for name, array in sent.items() if name.endswith(".b"))
-
-
 def float32_factors(tensors: Tensors, name: str) -> Factors:
     a, b = (tensors[f"{name}.{side}"].astype(np.float32, copy=False) for side in "ab")
     return Factors(a=a, b=b)
@@ -371,13 +390,13 @@ def float32_factors(tensors: Tensors, name: str) -> Factors:
 def change(state: FloraState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate) -> Iterator[Change]:
     """Yield what an update changes: the products that `aggregate` sums, and the numbers that training has moved."""
     task, sent, cut = assignment.lora, update.lora.tensors, state.cut(update.structure)
-    differs, rank = update.upload == "difference", largest_rank(sent)
-    local = state.local_start(rank, update.structure) if state.settings.mode == "continue" else {}
+    differs = update.upload == "difference"
+    local = state.local_start(update) if state.settings.mode == "continue" else {}
     for name, moved in products(state, update):
         a, b = (sent[f"{name}.{side}"].astype(np.float32, copy=False) for side in "ab")
         if differs:
             # Rows that are drawn fresh have norms of at most 1: nothing needs to be drawn for a bound.
-            start = float(rank - len(local.get(f"{name}.a", ())))
+            start = float(len(a) - len(local.get(f"{name}.a", ())))
             start += sum(quick_square(local[f"{name}.{side}"]) for side in "ab" if f"{name}.{side}" in local)
         else:
             a0 = initial_a(task.a_key, name, len(a), blueprint.modules[name], cut)
@@ -402,14 +421,25 @@ def _product(difference: Factors, start: Factors | None, fresh: Array | None) ->
 
 
 def warm_start(
-    changes: Mapping[str, Summed], rank: int, wire_dtype: WireDtype, cut: Mapping[str, LayerSlice] | None = None
+    changes: Mapping[str, Summed],
+    rank: int | Mapping[str, int],
+    wire_dtype: WireDtype,
+    cut: Mapping[str, LayerSlice] | None = None,
 ) -> Tensors:
     """Return the leading components as a trainable start in wire format: a = c vt, b = u s / c, c = 1 / sqrt(3).
+
+    Args:
+        changes: by module.
+        rank: components, of every module or by name.
+        wire_dtype: of the result.
+        cut: what is kept of each module.
 
     They lead over the whole base, and are cut to a structure after that: so all clients hold slices of one model.
     """
     # All of S in b: with its root in both factors, a toy federation had four times the error after six rounds.
-    factors = slice_adapter(lowrank.adapter({n: low.components(0, rank) for n, low in changes.items()}), cut or {})
+    ranks = dict.fromkeys(changes, rank) if isinstance(rank, int) else rank
+    leading = {name: low.components(0, ranks[name]) for name, low in changes.items()}
+    factors = slice_adapter(lowrank.adapter(leading), cut or {})
     c = np.float32(ROW_NORM)
     return to_wire(pack({name: Factors(a=c * f.a, b=f.b / c) for name, f in factors.items()}), wire_dtype)
 
@@ -456,6 +486,7 @@ METHOD = Method(
     moments=lambda state: state.moments_on_the_wire,
     why_not_linear="it stacks the clients' factors, which share no coordinates; ffa averages clients of any ranks",
     why_not_pruned="",
+    modules="any",
     downlink_rank=downlink_rank,
     wire_dtype=lambda settings: settings.wire_dtype,
     down_dtype=down_dtype,

@@ -160,6 +160,9 @@ class Method(Generic[State]):
     one tensor at a time; admission bounds it as well"""
     ranks: Literal["any", "equal"] = "any"
     """`any`: clients may differ in rank; `equal`: one rank for all."""
+    modules: Literal["any", "equal"] = "equal"
+    """`any`: clients may train some of the modules alone, or each of a rank of its own; `equal`: all modules alike,
+    because a mean of factors is one over the same modules."""
     energy_kept: Callable[[State], Mapping[str, float]] = no_truncation
     """state -> by module, the share of the squared singular values that is left in what is sent down"""
     state_energy_kept: Callable[[State], Mapping[str, float]] = no_truncation

@@ -5,8 +5,8 @@ FedSpine-style (after FedMP, FedPrLLM and HeteroFL), formulas ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -104,15 +104,78 @@ def moments_sent(state: PrunedState, task: Pruning | None) -> Mapping[str, Tenso
     return {"moments": state.moments_on_the_wire}
 
 
-def coverage(cohort: Cohort, layout: BlockLayout, *, weights: Weighting, floor: float) -> Mapping[str, Array]:
-    """Return 1 / max(c_g, floor) per head and channel, `<block>.<side>`, for the sides where a c_g is below 1.
+@dataclass(frozen=True)
+class Scale:
+    """By how much the change of one layer is multiplied, to be a mean over the clients that trained each part."""
 
-    c_g is the share of the examples (or of the clients) whose structure holds g, an integer ratio: where all clients
-    keep the same, it is exactly 1 and nothing is scaled.
+    out: Array | None = None
+    """By row; None: 1 for all."""
+    into: Array | None = None
+    """By column; None: 1 for all."""
+    whole: float = 1.0
+    """For the layer."""
+
+    @property
+    def changes(self) -> bool:
+        return self.out is not None or self.into is not None or self.whole != 1.0
+
+
+def coverage(
+    cohort: Cohort, modules: Iterable[str], layout: BlockLayout | None, *, weights: Weighting, floor: float
+) -> Mapping[str, Scale]:
+    """Return 1 / max(c_g, floor) per layer and, of the pruned sides, per row or column, where a c_g is below 1.
+
+    c_g is the share of the examples (or of the clients) whose update has the layer, and whose structure holds g: an
+    integer ratio, so that it is exactly 1 where all clients train the same, and nothing is scaled.
+
+    Args:
+        cohort: the updates.
+        modules: names of the layers.
+        layout: of the base's blocks, where clients may be pruned.
+        weights: what clients count by.
+        floor: least share that is divided by.
     """
     sizes = [update.counts(weights) for update, _ in cohort]
+    trained = [update.ranks for update, _ in cohort]
+    holders = {name: tuple(name in ranks for ranks in trained) for name in modules}
+    # Once for all layers that the same clients have trained: as a rule that is one set, or one for each depth.
+    by_holders = {
+        held: _by_side(cohort, [size * has for size, has in zip(sizes, held, strict=True)], layout, sum(sizes), floor)
+        for held in set(holders.values())
+    }
     scales = {}
-    for index, block in enumerate(layout.blocks):
+    for name, held in holders.items():
+        index, out, into = layout.sides.get(name, (-1, "all", "all")) if layout else (-1, "all", "all")
+        if (out, into) == ("all", "all"):
+            counted = sum(size * has for size, has in zip(sizes, held, strict=True))
+            scales[name] = Scale(whole=_inverse(counted, sum(sizes), floor))
+        else:
+            assert layout is not None  # or there are no sides
+            sides = by_holders[held]
+            scales[name] = Scale(_along(out, index, sides, layout), _along(into, index, sides, layout))
+    return {name: scale for name, scale in scales.items() if scale.changes}
+
+
+def _inverse(count: int, total: int, floor: float) -> float:
+    """Return 1 / max(count / total, floor); 1 where nothing or everything counts."""
+    # As a fraction of integers, a share of 1 is exactly 1 and scales nothing.
+    return 1.0 if count in (0, total) else 1.0 / max(float(Fraction(count, total)), floor)
+
+
+def _by_side(
+    cohort: Cohort, sizes: Sequence[int], layout: BlockLayout | None, total: int, floor: float
+) -> Mapping[str, Array]:
+    """Return the scale of each head or channel, `<block>.<side>`, for the sides where one is not 1.
+
+    Args:
+        cohort: the updates.
+        sizes: what each of them counts; 0: it has not trained the layers that this is for.
+        layout: of the base's blocks.
+        total: what all clients count together.
+        floor: least share that is divided by.
+    """
+    scales = {}
+    for index, block in enumerate(layout.blocks if layout else ()):
         for side, size in (("q", block.heads), ("kv", block.kv_heads), ("ff", block.channels)):
             trainers = np.zeros(size, np.int64)  # examples (or clients) whose structure holds each head or channel
             for (update, _), weight in zip(cohort, sizes, strict=True):
@@ -121,33 +184,26 @@ def coverage(cohort: Cohort, layout: BlockLayout, *, weights: Weighting, floor: 
                 else:
                     trainers[list(getattr(update.structure.blocks[index], side))] += weight
             trained = trainers > 0
-            if (trainers[trained] < sum(sizes)).any():
+            if (trainers[trained] < total).any():
                 # As a fraction of integers, a share of 1 is exactly 1 and scales nothing.
-                share = np.array([float(Fraction(int(count), sum(sizes))) for count in trainers])
+                share = np.array([float(Fraction(int(count), total)) for count in trainers])
                 # The floor bounds how far a few clients' change can grow: at 0.2, to five times itself.
                 scales[f"{index}.{side}"] = np.where(trained, 1.0 / np.maximum(share, floor), 1.0)
     return scales
 
 
-def scale_by_coverage(adapter: Adapter, scale: Mapping[str, Array], layout: BlockLayout) -> Adapter:
-    """Return an adapter of the base with the rows or columns of its pruned sides scaled, as `coverage` says."""
+def scale_by_coverage(adapter: Adapter, scales: Mapping[str, Scale]) -> Adapter:
+    """Return an adapter of the base with its layers, or rows or columns of them, scaled as `coverage` says."""
     scaled = dict(adapter)
-    for name, factors in adapter.items():
-        index, out, into = layout.sides.get(name, (-1, "all", "all"))
-        for side, cut in ((out, "b"), (into, "a")):
-            by = _along(side, index, scale, layout)
-            if by is None:
-                continue
-            factors = (
-                Factors(a=factors.a, b=_product(factors.b, by[:, None]))
-                if cut == "b"
-                else Factors(a=_product(factors.a, by), b=factors.b)
-            )
-        scaled[name] = factors
+    for name in adapter.keys() & scales.keys():
+        scale, factors = scales[name], adapter[name]
+        b = factors.b if scale.out is None else _product(factors.b, scale.out[:, None])
+        a = factors.a if scale.into is None else _product(factors.a, scale.into)
+        scaled[name] = Factors(a=a, b=b if scale.whole == 1.0 else _product(b, np.float64(scale.whole)))
     return scaled
 
 
-def _product(factor: Array, by: Array) -> Array:
+def _product(factor: Array, by: Array | np.float64) -> Array:
     # In float64, rounded once.
     return (factor.astype(np.float64) * by).astype(np.float32)
 

@@ -182,17 +182,21 @@ def start(
 ) -> Adapter:
     """Return the local adapter that a task starts from, b divided by the scale; see `TrainLora`.
 
+    Modules of rank 0 have none: no backward pass goes below the lowest block that has a module with one.
+
     Args:
         task: its blobs are in the coordinates of the model as it is.
-        plan: rank and scale.
+        plan: ranks and scale.
         modules: (out, in) of the base's.
         cut: what is kept of each; a fresh A is drawn over the whole base and then cut.
     """
-    sent, adapter = task.blobs.get("local", {}), {}
-    if strange := sorted(sent.keys() - {f"{name}.{side}" for name in modules for side in "ab"}):
+    sent, adapter, ranks = task.blobs.get("local", {}), {}, plan.rank_of(modules)
+    if strange := sorted(sent.keys() - {f"{name}.{side}" for name in ranks for side in "ab"}):
         raise ShapeError(f"{strange[0]}: expected factors .a and .b of modules that get an adapter; got another")
     for name, (m, n) in modules.items():
-        fresh = Factors(a=draw_a(task.a_key, name, plan.rank, n), b=np.zeros((m, plan.rank), np.float32))
+        if name not in ranks:
+            continue
+        fresh = Factors(a=draw_a(task.a_key, name, ranks[name], n), b=np.zeros((m, ranks[name]), np.float32))
         if cut and name in cut:
             fresh = slice_factors(fresh, cut[name])
         for key, rows in ((f"{name}.a", fresh.a), (f"{name}.b", fresh.b.T)):

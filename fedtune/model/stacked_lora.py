@@ -104,10 +104,13 @@ def pad_factor(factor: Array, rank: int, *, axis: int) -> Array:
     return np.pad(np.asarray(factor, np.float32), missing)
 
 
-def unstack(stacks: Mapping[str, Stack], ranks: Sequence[int]) -> Sequence[Adapter]:
-    """Return each client's adapter again, at its own rank."""
+def unstack(stacks: Mapping[str, Stack], adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+    """Return each client's adapter again, at the ranks that it had in `adapters`, of which the stacks were made."""
     arrays = {name: (to_numpy(stack.a), to_numpy(stack.b)) for name, stack in stacks.items()}
     return [
-        {name: Factors(a=a[place, :rank].copy(), b=b[place, :, :rank].copy()) for name, (a, b) in arrays.items()}
-        for place, rank in enumerate(ranks)
+        {
+            name: Factors(a=a[place, : own[name].rank].copy(), b=b[place, :, : own[name].rank].copy())
+            for name, (a, b) in arrays.items()
+        }
+        for place, own in enumerate(adapters)
     ]

@@ -37,13 +37,9 @@ class Member:
     key: int
     """From `derive`; the order of its data follows from it."""
     initial: Adapter
-    """Of one rank in all modules, b without the scale."""
+    """Over the same modules as those of the others, of any ranks; b without the scale."""
     scale: float
     """alpha / rank."""
-
-    @property
-    def rank(self) -> int:
-        return next(iter(self.initial.values())).rank
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def train_together(
             optimizer.zero_grad(set_to_none=True)
             tokens += sum((part.tokens for part in parts), np.zeros_like(tokens))
         after = mean_losses(base, members, training)
-        finals = unstack(stacks, [member.rank for member in members])
+        finals = unstack(stacks, initial)
     seconds = (time.perf_counter() - began) / len(members)
     measured = Measured(seconds=seconds, peak_bytes=peak_bytes(base.device))
     return [

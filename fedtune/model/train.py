@@ -260,6 +260,9 @@ def training_mode(base: Base, training: Training) -> Iterator[None]:
 def activation_checkpointing(model: Any) -> Iterator[None]:
     """Let a model compute activations again in the backward pass instead of storing them, inside the block."""
     model.activation_checkpointing_enable()
+    # Enabling puts a hook on the embeddings that asks for their gradient: backward passes would then go through every
+    # block, also through those below the lowest that is trained. Checkpoints need none of that.
+    model.disable_input_require_grads()
     hooks = list[RemovableHandle]()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -277,7 +280,6 @@ def activation_checkpointing(model: Any) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
         model.activation_checkpointing_disable()
-        model.disable_input_require_grads()  # enabling puts a hook on the embeddings, which disabling leaves there
 
 
 def in_eval_mode(module: torch.nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from annotated_types import Interval
+from annotated_types import Ge, Interval
 
-from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
+from fedtune.messages import OMIT_DEFAULT, Client, Failure, Plan, PlannedClient, Training
 from fedtune.planning.planner import (
     ClientObservation,
     PlanChoices,
@@ -17,7 +17,10 @@ from fedtune.planning.planner import (
     fits,
     lora_scale,
     optimizer_steps,
+    plan_arm,
 )
+from fedtune.planning.policy import Arm
+from fedtune.pruning.structure import BlockLayout
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ class FixedSettings:
     """Name of the planner."""
     ratio: Annotated[float, Interval(ge=0, le=0.875)] = 0.0
     """Pruning ratio of every client that no `[[override]]` names; above 0 it needs the table `pruning`."""
+    top: Annotated[float, Interval(gt=0, le=1)] = field(default=1.0, metadata=OMIT_DEFAULT)
+    """Share of the blocks, from the top, whose modules are trained and sent; backward passes stop below them. At least
+    one block is. Below 1 it needs a method that sums up any modules (flora)."""
+    back: Annotated[float, Interval(ge=0, le=0.875)] = field(default=0.0, metadata=OMIT_DEFAULT)
+    """Share of each block's heads and channels that backward passes leave out; forward passes are whole."""
+    down_rank: Annotated[int, Ge(1)] | None = field(default=None, metadata=OMIT_DEFAULT)
+    """Largest rank of the global change that a client is sent, with `flora`; none: as `method.down_rank` says."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,10 @@ class Fixed:
     """client -> its pruning ratio"""
     ranking: bool = True
     """Whether heads and channels are ranked from the start: else no client is pruned in the first round."""
+    arm: Callable[[str], Arm] = lambda client: Arm(0.0, 1)
+    """client -> what its plan says beside rank, ratio and training"""
+    modules: Collection[str] = ()
+    layout: BlockLayout | None = None
     misfit: Callable[[Client, float, int, Training], str] = fits
     """(client, ratio, rank, training) -> why that does not fit its device; empty if it does, or is not known"""
 
@@ -57,22 +71,29 @@ class Fixed:
 
     def fitting_plan(self, client: Client, *, pruned: bool) -> PlannedClient | Failure:
         """Return the plan of one client, or why it does not fit its device."""
-        plan = self.plan_for(client, pruned=pruned)
+        planned = self.planned_for(client, pruned=pruned)
+        plan = planned.plan
         if why := self.misfit(client, plan.ratio, plan.rank, plan.training):
             return Failure.from_text(client.name, why, kind="unfit")
         # Where the whole model does not fit, the loss before training is measured in the pruned one as well.
         whole_fits = plan.ratio == 0 or not self.misfit(client, 0.0, plan.rank, plan.training)
-        return PlannedClient(plan, first_ratio=0.0 if whole_fits else plan.ratio)
+        return replace(planned, first_ratio=0.0 if whole_fits else plan.ratio)
 
     def plan_for(self, client: Client, *, pruned: bool = True) -> Plan:
         """Return the plan of one client, whether it fits its device or not."""
+        return self.planned_for(client, pruned=pruned).plan
+
+    def planned_for(self, client: Client, *, pruned: bool = True) -> PlannedClient:
+        """Return the same with what stays on the server."""
         rank, training = self.training(client.name)
-        return Plan(
-            client=client.name,
-            rank=rank,
+        ratio = self.ratio(client.name) if pruned else 0.0
+        return plan_arm(
+            client.name,
+            replace(self.arm(client.name), ratio=ratio, rank=rank, share=1.0),
+            replace(training, steps=optimizer_steps(training, client.num_examples), epochs=None),
             scale=lora_scale(rank, self.alpha, rslora=self.rslora),
-            training=replace(training, steps=optimizer_steps(training, client.num_examples), epochs=None),
-            ratio=self.ratio(client.name) if pruned else 0.0,
+            modules=self.modules,
+            layout=self.layout,
         )
 
 
@@ -85,6 +106,9 @@ def create(settings: FixedSettings, inputs: PlannerInputs) -> Fixed:
         ratio=inputs.ratio,
         # With local scores every client ranks for itself, so none has to wait for a first round.
         ranking=inputs.ranking or inputs.pruning is None or inputs.pruning.policy == "local",
+        arm=inputs.arm,
+        modules=inputs.modules,
+        layout=inputs.layout,
         misfit=inputs.misfit,
     )
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from fedtune.messages import BaseDtype, Client, Failure, ImportanceName, Plan, PlannedClient, Training, View
 from fedtune.planning.policy import Arm, Candidate
+from fedtune.pruning.depth import module_ranks
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import BlockLayout
 
@@ -128,6 +129,8 @@ class PlannerInputs:
     """Whether the scale is alpha / sqrt(rank)."""
     ratio: Callable[[str], float] = lambda client: 0.0
     """client -> its pruning ratio, as the recipe and its overrides say"""
+    arm: Callable[[str], Arm] = lambda client: Arm(0.0, 1)
+    """client -> its arm, as the recipe and its overrides say; of steps they say the number and no share"""
     pruning: PruningSettings | None = None
     ranking: bool = False
     """Whether heads and channels are ranked from the start: else no client can be pruned in the first round."""
@@ -177,6 +180,37 @@ class PlannerInputs:
             ratio=ratio,
         )
         return PlannedClient(plan)
+
+
+def plan_arm(
+    client: str, arm: Arm, training: Training, *, scale: float, modules: Collection[str], layout: BlockLayout | None
+) -> PlannedClient:
+    """Return the plan of an arm.
+
+    Args:
+        client: its name.
+        arm: what it is to do.
+        training: as the recipe has it, with `steps` set, of which the arm may take a share.
+        scale: of the arm's rank; see `lora_scale`.
+        modules: names of those that get an adapter.
+        layout: of the base's blocks; needed by an arm that trains the upper blocks alone.
+    """
+    assert training.steps is not None
+    steps = training.steps if arm.share == 1.0 else steps_of_share(training.steps, arm.share)
+    ranks: tuple[int, ...] = ()
+    if arm.top < 1.0:
+        assert layout is not None  # checked where the planner is created
+        ranks = module_ranks(modules, layout, arm.rank, arm.top)
+    plan = Plan(
+        client=client,
+        rank=arm.rank,
+        scale=scale,
+        training=replace(training, steps=steps),
+        ratio=arm.ratio,
+        ranks=ranks,
+        back=arm.back,
+    )
+    return PlannedClient(plan, down_rank=arm.down_rank, top=arm.top, share=arm.share)
 
 
 def lora_scale(rank: int, alpha: float | Literal["2r"], *, rslora: bool) -> float:

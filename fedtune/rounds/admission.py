@@ -91,7 +91,15 @@ def admit(
         return replace(why.failure, client=assignment.plan.client)
 
 
-def largest_update(task: type[Task], *, rank: int, steps: int, blueprint: Blueprint, pruned: bool = False) -> int:
+def largest_update(
+    task: type[Task],
+    *,
+    rank: int,
+    steps: int,
+    blueprint: Blueprint,
+    pruned: bool = False,
+    ranks: Sequence[int] = (),
+) -> int:
     """Return the bytes beyond which no honest answer to a task goes: factors in fp32, and a generous header.
 
     Args:
@@ -100,10 +108,13 @@ def largest_update(task: type[Task], *, rank: int, steps: int, blueprint: Bluepr
         steps: scalars, for `ProbeSeeds`.
         blueprint: of the base model.
         pruned: whether the task says how to prune, which asks for scores or a mask.
+        ranks: by module, in sorted order of their names, where they are not all `rank`.
     """
     if task is ProbeSeeds:
         return steps + 1024
-    entries = sum(m + n for m, n in blueprint.modules.values()) * rank
+    shapes_in_order = [shape for _, shape in sorted(blueprint.modules.items())]
+    widths = ranks if len(ranks) == len(shapes_in_order) else [rank] * len(shapes_in_order)
+    entries = sum((m + n) * width for (m, n), width in zip(shapes_in_order, widths, strict=True))
     entries += sum(array.size for array in blueprint.saved.values())
     tensors = 2 * len(blueprint.modules) + len(blueprint.saved)
     if pruned and blueprint.anatomy and blueprint.pruning:
@@ -225,7 +236,8 @@ def _check_adapter(
     if not isinstance(result, LoraResult):
         raise _RefusedError("TENSOR_NAMES", "tensors", "scalars of seeds")
     # Names before shapes, shapes before numbers: what is missing or extra cannot be looked up.
-    names = {f"{name}.{side}" for name in blueprint.modules for side in task.train}
+    ranks = assignment.plan.rank_of(blueprint.modules)
+    names = {f"{name}.{side}" for name in ranks for side in task.train}
     if task.wire_dtype in CODES:
         names |= {name + SCALES for name in names}
     _check_keys("factors", names, result.tensors)
@@ -236,8 +248,9 @@ def _check_adapter(
     else:
         whole = not (result.structure_digest or result.mask or result.scores or result.moments)
         _require(whole, "STRUCTURE", "an update of the whole model", "one of a pruned one, or scores")
+    modules = {name: shape for name, shape in modules.items() if name in ranks}
     for name, shape in modules.items():
-        _check_shapes(result.tensors, name, shape, task, assignment.plan.rank)
+        _check_shapes(result.tensors, name, shape, task, ranks[name])
     # Only now: numbers take four times as much memory as codes.
     wide = from_wire(result.tensors)
     for name in modules:

@@ -207,7 +207,9 @@ def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
     task, plan = assignment.task, assignment.plan
     pruned, steps = isinstance(task, TrainLora) and task.pruning is not None, plan.training.steps or 0
     # Before a byte is parsed: what a client sends must not decide how much memory the server takes.
-    limit = largest_update(type(task), rank=plan.rank, steps=steps, blueprint=request.blueprint, pruned=pruned)
+    limit = largest_update(
+        type(task), rank=plan.rank, steps=steps, blueprint=request.blueprint, pruned=pruned, ranks=plan.ranks
+    )
     try:
         update = decode_update(reply.update, client=name, limit_bytes=limit, task=type(task))
     except WireError as error:
@@ -215,6 +217,9 @@ def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
     if needs_whole_state(AdmittedUpdate(update)):
         return AdmittedUpdate(update)
     outcome = admit(update, assignment, request.blueprint, num_examples=request.enrolled[name])
+    if isinstance(outcome, AdmittedUpdate):
+        # What it was sent follows from this too, and what it changes is its difference from that.
+        outcome = replace(outcome, down_rank=request.planned[name].down_rank)
     if isinstance(outcome, AdmittedUpdate) and (reason := request.refuse(outcome)):
         return Failure.from_text(name, reason, kind="refused", code="STATE_REBUILT")
     if isinstance(outcome, Failure):

@@ -9,13 +9,13 @@ from math import ceil
 from typing import Any
 
 from fedtune.config import Recipe, planned_training
-from fedtune.config.recipe import method_of, planner_type_of, requested_ratio
+from fedtune.config.recipe import method_of, planner_type_of, requested_arm, requested_ratio
 from fedtune.devices.cost import PROXIES, Body, Work, flops_per_token, round_bytes, round_flops, sizes
 from fedtune.devices.cost import block_parameters as blocks_of
 from fedtune.devices.memory import Footprint, Memory, memory
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
-from fedtune.errors import ConfigError, Fault, RoundError
+from fedtune.errors import ConfigError, Fault, RoundError, ShapeError
 from fedtune.messages import BaseDtype, Blueprint, Client, Failure, PlannedClient, ProbeSeeds, Training
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.adaptive import MEMORY_SHARE, with_share
@@ -211,9 +211,12 @@ class Fleet:
         """Return the planner that the recipe names.
 
         Raises:
-            ConfigError: if it needs costs and the base has no cost model.
+            ConfigError: if it needs costs and the base has no cost model, or its upper blocks and they are not known.
         """
         recipe = self.recipe
+        if blueprint.anatomy is None and (asked := asks_for_top(recipe)):
+            expected, got = f"a base of {', '.join(FAMILIES)}", f"{recipe.model.base!r}, whose blocks are not known"
+            raise ConfigError(Fault(asked, expected, got, "leave it out"))
         inputs = PlannerInputs(
             seed=recipe.seed,
             rounds=recipe.rounds.count,
@@ -221,12 +224,14 @@ class Fleet:
             alpha=recipe.adapter.alpha,
             rslora=recipe.adapter.rslora,
             ratio=partial(requested_ratio, recipe),
+            arm=partial(requested_arm, recipe),
             pruning=recipe.pruning,
             ranking=bool(blueprint.ranking),
             base=recipe.model.base,
             layout=blueprint.anatomy,
             modules=tuple(blueprint.modules),
             selective=blueprint.anatomy is not None,  # the same blocks that can be pruned
+            partial=method_of(recipe).modules == "any",
             costs=None if self.body is None else self.cost,
             traffic=self.megabytes,
             speeds={name: speed(profile) for name, profile in self.profiles.items()},
@@ -244,7 +249,14 @@ class Fleet:
             or method_of(recipe).task is ProbeSeeds
         ):
             return planner  # the recipe's rules have bounded its ranks
-        return RankChecked(planner, blueprint.max_rank, equal=method_of(recipe).ranks == "equal")
+        method = method_of(recipe)
+        return RankChecked(
+            planner,
+            blueprint.max_rank,
+            equal=method.ranks == "equal",
+            modules=tuple(blueprint.modules),
+            alike=method.modules == "equal",
+        )
 
     def true_seconds(self, round: int, candidate: Candidate, arms: Sequence[Arm]) -> Sequence[float]:
         """Return the seconds of every arm for a client in a round; only for traces that do not depend on time."""
@@ -312,6 +324,10 @@ class RankChecked:
     """The largest rank that the run was prepared for."""
     equal: bool
     """Whether the method needs that rank of every client."""
+    modules: Sequence[str] = ()
+    """Names of those that get an adapter."""
+    alike: bool = False
+    """Whether the method needs all modules of every client, of one rank."""
 
     def start(self) -> Any:
         return self.planner.start()
@@ -329,7 +345,22 @@ class RankChecked:
                 expected = f"rank {self.largest} for all clients" if self.equal else f"rank {self.largest} at most"
                 hint = "set adapter.rank, or largest_rank of the planner's type"
                 raise RoundError(f"round {round}: {name}: expected {expected}; got {rank}; {hint}", final=True)
+            if isinstance(own, PlannedClient) and (why := self.modules_fault(own)):
+                raise RoundError(f"round {round}: {name}: {why}", final=True)
         return plans
+
+    def modules_fault(self, planned: PlannedClient) -> str:
+        """Return why the method cannot combine what a plan trains of the modules; empty if it can."""
+        plan = planned.plan
+        if self.alike and (plan.ranks or planned.down_rank is not None):
+            return (
+                "ranks: expected one rank for all modules, which the method needs; got ranks by module; leave them out"
+            )
+        try:
+            plan.rank_of(self.modules)
+        except ShapeError as error:
+            return f"{error}; see pruning.depth.module_ranks"
+        return ""
 
     def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> Any:
         return self.planner.observe(learned, seen)
@@ -338,6 +369,15 @@ class RankChecked:
 def moves_beside(settings: FedKSeedSettings) -> bool:
     """Return whether probes read small products beside the base's weights, and no copy of these is moved."""
     return settings.bank == "kron"
+
+
+def asks_for_top(recipe: Recipe) -> str:
+    """Return the key by which a recipe lets clients train the upper blocks alone; empty if it has none."""
+    planner = recipe.planner
+    if isinstance(planner, FixedSettings) and planner.top < 1.0:
+        return "planner.top"
+    rows = [place for place, row in enumerate(recipe.override) if row.top is not None and row.top < 1.0]
+    return f"override.{rows[0]}.top" if rows else ""
 
 
 def speed(profile: DeviceProfile) -> Speed:

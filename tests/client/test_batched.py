@@ -218,3 +218,23 @@ def test_a_layer_that_sees_other_rows_is_refused_and_not_trained_wrongly(
     finally:
         handle.remove()
         back.remove()
+
+
+def test_clients_of_one_set_of_modules_train_together_whatever_the_rank_of_each(
+    loaded: Callable[..., Base], clients: dict[str, Resident]
+) -> None:
+    base = loaded()
+    received = frozen(base)
+    ranks = {"ann": (0, 0, 4, 2), "bob": (0, 0, 1, 3), "cyd": (1, 2, 3, 4)}
+    orders = [order(base, name, rank=max(own), blobs={"global": received}) for name, own in ranks.items()]
+    orders = [replace(one, plan=replace(one.plan, ranks=ranks[one.plan.client])) for one in orders]
+    together = Batched(base, clients)(orders)
+    assert together.keys() == {"ann", "bob"}  # the third has other modules: nothing is stacked for it
+    theirs = alone(base, clients, orders)
+    for name, update in together.items():
+        error, step = differences(theirs[name], update)
+        assert error < 1e-3 * step
+        assert {k: v.shape for k, v in update.lora.tensors.items()} == {
+            k: v.shape for k, v in theirs[name].lora.tensors.items()
+        }
+    assert digest(base.model) == base.digest

@@ -158,6 +158,47 @@ def test_another_base_is_refused_by_name(base: Base, rows: list[Example]) -> Non
         perform(base, rows, replace(assignment(base), base="123"))
 
 
+def with_ranks(base: Base, ranks: tuple[int, ...], **local: Any) -> Assignment:
+    asked = assignment(base, wire_dtype="fp32", **local)
+    return replace(asked, plan=replace(asked.plan, ranks=ranks))
+
+
+@pytest.mark.parametrize("upload", ["factors", "difference"])
+def test_only_modules_of_a_rank_are_trained_and_sent(base: Base, rows: list[Example], upload: Any) -> None:
+    names = sorted(base.modules)
+    ranks = (0, 0, 4, 2)
+    sent = perform(base, rows, with_ranks(base, ranks, upload=upload)).lora.tensors
+    expected = {f"{name}.{side}" for name, rank in zip(names, ranks, strict=True) if rank for side in "ab"}
+    assert sent.keys() == expected
+    assert [sent[f"{name}.b"].shape[1] for name in names[2:]] == [4, 2]
+    assert all(np.abs(sent[f"{name}.b"]).max() > 0 for name in names[2:])
+    assert digest(base.model) == base.digest
+
+
+def test_a_frozen_change_of_a_module_that_is_not_trained_takes_part(base: Base, rows: list[Example]) -> None:
+    rng = np.random.default_rng(0)
+    blob = {f"{Q}.a": rng.standard_normal((2, 32), np.float32), f"{Q}.b": rng.standard_normal((32, 2), np.float32)}
+    with_it, without = (
+        perform(base, rows, with_ranks(base, (0, 0, 4, 4), blobs=blobs)).measured.loss_before
+        for blobs in ({"global": blob}, {})
+    )
+    assert with_it is not None
+    assert without is not None
+    assert abs(with_it - without) > 1e-3
+
+
+def test_ranks_and_factors_that_do_not_fit_the_base_are_refused_before_training(
+    base: Base, rows: list[Example]
+) -> None:
+    with pytest.raises(ShapeError, match="ranks: expected one for each of 4 modules, the largest 4; got 3"):
+        perform(base, rows, with_ranks(base, (0, 4, 4)))
+    start = {f"{Q}.a": np.zeros((2, 32), np.float32), f"{Q}.b": np.zeros((32, 2), np.float32)}
+    with pytest.raises(ShapeError, match=f"{Q}.a: expected factors .a and .b of modules that get an adapter"):
+        perform(base, rows, with_ranks(base, (0, 0, 4, 4), blobs={"local": start}))
+    with pytest.raises(ShapeError, match="at most rank 1"):
+        perform(base, rows, with_ranks(base, (1, 0, 4, 4), blobs={"local": start}))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

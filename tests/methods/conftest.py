@@ -46,9 +46,10 @@ class Federation:
 
     def start(self, assignment: Assignment) -> Adapter:
         """The local adapter before training; b carries the scale."""
-        sent, rank = from_wire(assignment.lora.blobs.get("local", {})), assignment.plan.rank
+        sent, ranks = from_wire(assignment.lora.blobs.get("local", {})), assignment.plan.rank_of(self.blueprint.modules)
         started = {}
-        for name, (m, n) in self.blueprint.modules.items():
+        for name, rank in ranks.items():
+            m, n = self.blueprint.modules[name]
             a, b = draw_a(assignment.lora.a_key, name, rank, n), np.zeros((m, rank), np.float32)
             if f"{name}.a" in sent:
                 a[: len(sent[f"{name}.a"])] = sent[f"{name}.a"]

@@ -199,18 +199,42 @@ def test_coverage_by_hand() -> None:
     )
 
     def total(floor: float | None) -> list[list[float]]:
-        scale = {} if floor is None else pruning.coverage(cohort, small, weights="examples", floor=floor)
+        scale = {} if floor is None else pruning.coverage(cohort, [name], small, weights="examples", floor=floor)
         dense = np.zeros((2, 2))
         for each, share in cohort:
             f = unpack(each.lora.tensors)[name]
             b = np.zeros((2, 1))
             b[list(each.structure.blocks[0].ff if each.structure else ())] = f.b
-            dense += share * delta(pruning.scale_by_coverage({name: Factors(a=f.a, b=b)}, scale, small)[name])
+            dense += share * delta(pruning.scale_by_coverage({name: Factors(a=f.a, b=b)}, scale)[name])
         return dense.tolist()
 
     assert total(None) == [[1.5, 0.5], [0.0, 2.0]]
     assert total(0.2) == [[1.5, 0.5], [0.0, 8.0]]
     assert total(0.5) == [[1.5, 0.5], [0.0, 4.0]]
+
+
+def test_coverage_counts_rows_among_the_clients_that_have_trained_the_layer() -> None:
+    """Of eight examples, four have the layer, of which one has its second row too: shares of 1/2 and 1/8."""
+    small = BlockLayout("bert", (Block("x", 2, 2, 1, 2),), width=2)
+    wide = ModelStructure((BlockStructure((0, 1), (0, 1), (0, 1)),))
+    narrow = ModelStructure((BlockStructure((0, 1), (0, 1), (0,)),))
+    name, other, head = "x.intermediate.dense", "x.output.dense", "classifier"
+
+    def sent(client: str, examples: int, structure: ModelStructure | None, *names: str) -> AdmittedUpdate:
+        tensors = {f"{one}.{side}": np.ones((1, 1), np.float32) for one in names for side in "ab"}
+        return AdmittedUpdate(ClientUpdate(client, 1, examples, LoraResult(tensors)), structure)
+
+    updates = [sent("1", 3, narrow, name, other), sent("2", 1, wide, name, other, head), sent("3", 4, None, other)]
+    cohort = cohort_weights(updates, "examples")
+    scales = pruning.coverage(cohort, [name, other, head, "unseen"], small, weights="examples", floor=0.2)
+    assert scales.keys() == {name, other, head}
+    assert np.allclose(np.asarray(scales[name].out), [2.0, 5.0])  # of 1/8 the floor is left
+    assert np.allclose(np.asarray(scales[other].into), [1.0, 8 / 5])
+    assert (scales[name].into, scales[name].whole, scales[other].out) == (None, 1.0, None)
+    assert scales[head].whole == 5.0
+    exact = pruning.coverage(cohort, [name, head], small, weights="examples", floor=0.01)
+    assert np.allclose(np.asarray(exact[name].out), [2.0, 8.0])
+    assert exact[head].whole == 8.0
 
 
 LLAMA = ANATOMY

@@ -178,6 +178,7 @@ def test_every_operation_reads_the_inner_state() -> None:
         "init",
         "start",
         "ranks",
+        "modules",
         "task",
         "why_not_linear",
         "why_not_pruned",

@@ -2,19 +2,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.errors import ClientError
 from fedtune.messages import Plan, Training, TrainLora
 from fedtune.model import train as training_loop
+from fedtune.model.base import Base, base_from_object, load_tokenizer
 from fedtune.model.batches import batches, collate
-from fedtune.model.lora import read_local, start, with_adapters
+from fedtune.model.lora import layers, read_local, start, with_adapters
 from fedtune.model.loss import summed_loss
+from fedtune.model.pruned_training import block_layout
+from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.train import learning_rate, make_optimizer, peak_bytes, report_out_of_memory, train
+from fedtune.pruning.depth import block_of, module_ranks
 from tests.devices.live_bytes import LiveBytes
 
 TRAINING = Training(batch=2, learning_rate=0.05, steps=6)
@@ -349,3 +355,56 @@ def test_a_packed_example_sees_no_other(loaded: Any, examples: Any) -> None:
         ]
     torch.testing.assert_close(logits[0][1, second:], logits[1][1, second:], atol=1e-5, rtol=0)
     assert not torch.allclose(logits[0][1, :second], logits[1][1, :second], atol=1e-2)
+
+
+def deep_base(checkpoints: dict[str, Path], blocks: int = 8) -> Base:
+    """Return a Llama of eight blocks, wide enough that activations are most of what a backward pass keeps."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = LlamaConfig(vocab_size=320, num_hidden_layers=blocks, max_position_embeddings=64, pad_token_id=0, **sizes)
+    tokenizer = load_tokenizer(ModelSettings(base=str(checkpoints["llama"])), Path())
+    settings, adapter = ModelSettings(base="none", dtype="auto"), AdapterSettings(rank=4, targets=["q_proj", "v_proj"])
+    return base_from_object(settings, adapter, (LlamaForCausalLM(config), tokenizer))
+
+
+def kept_bytes(base: Base, rows: Any, ranks: tuple[int, ...], *, checkpointing: bool = False) -> tuple[int, set[str]]:
+    """Return the bytes that a backward pass keeps beside parameters, and the modules that got a gradient."""
+    training = replace(TRAINING, batch=4, gradient_checkpointing=checkpointing)
+    local = start(TrainLora(a_key=5), Plan("c", 4, 2.0, training, ranks=ranks), base.modules)
+    local = {name: replace(factors, b=factors.b + np.float32(0.01)) for name, factors in local.items()}
+    storages = dict[int, int]()
+    with with_adapters(base, local=local, scale=2.0) as model, training_loop.training_mode(base, training):
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = summed_loss(model, collate(rows, base), task="causal")
+            kept = sum(storages.values())
+        loss.backward()
+        reached = {name for name, layer in layers(model).items() if layer.a.grad is not None}
+        below = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+        assert len(below) == 2 * len(reached)
+    return kept, reached
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_backward_pass_stops_at_the_lowest_block_that_is_trained(
+    checkpoints: dict[str, Path], examples: Any, checkpointing: bool
+) -> None:
+    """Of eight blocks with adapters from 0, 4 and 6 on: 285, 147 and 78 MB on a larger model, by their ratios."""
+    base, rows = deep_base(checkpoints), examples(4)
+    layout = block_layout(base)
+    kept = {}
+    for top in (1.0, 0.5, 0.25):
+        ranks = module_ranks(base.modules, layout, 4, top)
+        kept[top], reached = kept_bytes(base, rows, ranks, checkpointing=checkpointing)
+        assert reached == {name for name in base.modules if block_of(name, layout) in range(8)[-round(8 * top) :]}
+    if not checkpointing:
+        assert kept[0.5] / kept[1.0] == pytest.approx(147 / 285, rel=0.15)
+        assert kept[0.25] / kept[1.0] == pytest.approx(78 / 285, rel=0.15)
+    # A hook that asks for the gradient of the embeddings, as transformers has one, sends it through every block.
+    assert kept[0.25] < 0.5 * kept[1.0]
