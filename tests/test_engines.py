@@ -148,6 +148,43 @@ def test_pruned_clients_come_to_the_same_bits_and_the_same_choices(engine: Engin
     assert {ratio for _, _, *plans in expected for _, ratio, _ in plans} == {0.0, 0.5}
 
 
+def arms(tables: Tables, mode: str) -> Tables:
+    """The same recipe with clients that train the upper block alone, or are sent little of the global change."""
+    override = [
+        {"clients": ["client-0"], "top": 0.5, "down_rank": 1},
+        {"clients": ["client-1"], "rank": 2, "steps": 1},
+        {"clients": ["client-2"], "rank": 8, "down_rank": 3},
+    ]
+    return tables | {"method": {"name": "flora", "mode": mode}, "override": override}
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(chosen("processes", 2), id="processes", marks=pytest.mark.slow),
+        pytest.param(in_memory_grid, id="grid"),
+    ],
+)
+def test_clients_that_train_some_of_the_modules_come_to_the_same_bits(engine: Engine, tables: Tables) -> None:
+    experiments = [prepare(bind(arms(tables, "continue")))]
+    expected = played(experiments, chosen("inprocess", 1))
+    assert played(experiments, engine) == expected
+
+
+@pytest.mark.slow
+def test_a_run_with_such_clients_is_planned_alike_when_it_is_resumed(tables: Tables, tmp_path: Path) -> None:
+    tables = arms(tables, "continue")
+    whole, run, heard = fedtune.simulate(tables, out=tmp_path / "whole"), tmp_path / "run", list[Event]()
+    with pytest.raises(Killed):
+        fedtune.simulate(tables, out=run, watch=killed_in(2, heard))
+    fedtune.simulate(tables, resume=run)
+    assert states(run) == states(whole.path)
+    lines = [json.loads(line)["clients"] for line in (run / "rounds.jsonl").read_text().splitlines()[1:]]
+    asked = [{key: line["client-0"].get(key) for key in ("top", "down_rank", "ranks")} for line in lines]
+    assert asked == [{"top": 0.5, "down_rank": 1, "ranks": None}] * ROUNDS
+    api.verify(run)
+
+
 def seeded(tables: Tables, **settings: Any) -> Tables:
     """The same recipe with seeds in place of adapters; the table `adapter` says which layers there are."""
     client = {"steps": 4, "batch": 4, "learning_rate": 0.01}

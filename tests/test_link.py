@@ -64,10 +64,14 @@ def dolly(shared: Path, stories: Path, method: str) -> dict[str, Any]:
 
 
 def ranks(method: str, names: Sequence[str] = CLIENTS) -> str:
-    """Return overrides that give every client a rank of its own."""
+    """Return overrides that give every client a rank of its own, and let every other one train the upper blocks alone."""
     if method != "flora":
         return ""
-    return "".join(f'\n[[override]]\nclients = ["{name}"]\nrank = {2**place}\n' for place, name in enumerate(names))
+    upper = "top = 0.4\ndown_rank = 2\n"
+    return "".join(
+        f'\n[[override]]\nclients = ["{name}"]\nrank = {2**place}\n{upper * (place % 2)}'
+        for place, name in enumerate(names)
+    )
 
 
 @pytest.mark.parametrize(

@@ -140,18 +140,18 @@ def coverage(
     holders = {name: tuple(name in ranks for ranks in trained) for name in modules}
     # Once for all layers that the same clients have trained: as a rule that is one set, or one for each depth.
     by_holders = {
-        held: _by_side(cohort, [size * has for size, has in zip(sizes, held, strict=True)], layout, sum(sizes), floor)
-        for held in set(holders.values())
+        of: _by_side(cohort, [size * has for size, has in zip(sizes, of, strict=True)], layout, sum(sizes), floor)
+        for of in set(holders.values())
     }
     scales = {}
-    for name, held in holders.items():
+    for name, of in holders.items():
         index, out, into = layout.sides.get(name, (-1, "all", "all")) if layout else (-1, "all", "all")
         if (out, into) == ("all", "all"):
-            counted = sum(size * has for size, has in zip(sizes, held, strict=True))
+            counted = sum(size * has for size, has in zip(sizes, of, strict=True))
             scales[name] = Scale(whole=_inverse(counted, sum(sizes), floor))
         else:
             assert layout is not None  # or there are no sides
-            sides = by_holders[held]
+            sides = by_holders[of]
             scales[name] = Scale(_along(out, index, sides, layout), _along(into, index, sides, layout))
     return {name: scale for name, scale in scales.items() if scale.changes}
 

@@ -14,7 +14,14 @@ import pytest
 
 from fedtune.client.site import Site
 from fedtune.config import Recipe, bind
-from fedtune.config.consent import first_order, order_differences, permission, result_differences, score_differences
+from fedtune.config.consent import (
+    first_order,
+    order_differences,
+    permission,
+    permission_texts,
+    result_differences,
+    score_differences,
+)
 from fedtune.config.order_rules import FREE
 from fedtune.config.recipe import requested_ratio
 from fedtune.directions.seed_ledger import describe_base
@@ -94,6 +101,23 @@ def test_no_order_of_an_honest_run_is_vetoed(name: str, tmp_path: Path, monkeypa
     result = watched(bind(recipes()[name]))
     assert len({number for number, _ in result.seen}) == 3
     assert result.differing == []
+
+
+def test_no_order_of_a_run_whose_clients_train_the_upper_blocks_is_vetoed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    tables = recipes()["flora"]
+    override = [*tables["override"], {"clients": ["client-1"], "top": 0.4, "down_rank": 1}]
+    recipe = bind({**tables, "override": override, "planner": {"name": "fixed", "top": 0.6}})
+    result = watched(recipe)
+    assert len(result.seen) == 9
+    assert result.differing == []
+    assert sorted(permission(recipe, "client-1", 8).choices.tops) == [0.4]
+    assert (
+        permission_texts(recipe, "client-0")["modules"] == "all, or those of a share of the blocks, from the top: 0.6"
+    )
 
 
 @pytest.mark.slow
