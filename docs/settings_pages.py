@@ -40,6 +40,7 @@ UNITS: Mapping[str, str] = {
     "attackers": "share of the clients",
     "attempts": "tries",
     "availability": "share of the time",
+    "back": "share of each block's heads and channels",
     "backs": "share of each block's heads and channels",
     "bar_after": "refusals",
     "batch": "examples",
@@ -95,6 +96,7 @@ UNITS: Mapping[str, str] = {
     "target": "share of the blocks' weights",
     "tau": "share of the squared singular values",
     "threads": "CPU threads",
+    "top": "share of the blocks",
     "tops": "share of the blocks",
     "max_concurrent_uploads": "transfers",
     "max_source_handshakes": "connections",
@@ -362,11 +364,14 @@ def override_table() -> Table:
     """Return the table `[[override]]`: which clients, and the keys of other tables that differ for them."""
     ranges = {
         "override.rank": range_of(get_type_hints(SECTIONS["adapter"], include_extras=True)["rank"]),
-        "override.ratio": range_of(get_type_hints(PLANNERS["fixed"].settings, include_extras=True)["ratio"]),
+        **{
+            f"override.{key}": range_of(get_type_hints(PLANNERS["fixed"].settings, include_extras=True)[key])
+            for key in ("ratio", "top", "back", "down_rank")
+        },
     }
     own = [
         replace(key, range=ranges.get(key.name, ""))
-        for key in keys_of(Override, "override", only=["rank", "ratio", "verb"])
+        for key in keys_of(Override, "override", only=["rank", "ratio", "top", "back", "down_rank", "verb"])
     ]
     training = keys_of(SECTIONS["client"], "override", optional=True)
     resources = keys_of(Resources, "override", optional=True)

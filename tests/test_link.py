@@ -64,7 +64,7 @@ def dolly(shared: Path, stories: Path, method: str) -> dict[str, Any]:
 
 
 def ranks(method: str, names: Sequence[str] = CLIENTS) -> str:
-    """Return overrides that give every client a rank of its own, and let every other one train the upper blocks alone."""
+    """Return overrides that give every client a rank of its own, and to every other one the upper blocks alone."""
     if method != "flora":
         return ""
     upper = "top = 0.4\ndown_rank = 2\n"
