@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.functional import dropout, linear
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ClientError, ConfigError
@@ -50,29 +51,53 @@ def segments(begin: int, count: int, size: int) -> Segments:
 
 
 class Windows:
-    """Draws by block, anew for every step, the heads and channels that the backward pass goes through.
+    """Chooses by block the heads and channels that the backward pass goes through: a window of consecutive ones.
 
-    They are windows of consecutive units, so that no weight is copied, and follow from the key: all processes of one
-    client draw the same ones.
+    So no weight is copied. After passes without gradients, such as those that measure the loss before training, it is
+    the window whose units have added most to the outputs there; without any it is drawn anew for every step. Both
+    follow from data and key: all processes of one client take the same.
     """
 
     def __init__(self, back: float, key: int) -> None:
         """Take the share that is left out, and a key from `derive`."""
         self._back, self._key, self._step = back, key, 0
-        self._drawn = dict[tuple[str, int], Segments]()
+        self._chosen = dict[tuple[str, int], Segments]()
+        self._worth = dict[str, torch.Tensor]()
 
     def next_step(self) -> None:
-        """Draw others from now on."""
+        """Draw others from now on, where they are drawn."""
         self._step += 1
-        self._drawn.clear()
+        self._chosen = {half: chosen for half, chosen in self._chosen.items() if half[0] in self._worth}
+
+    def weigh(self, half: str, worth: torch.Tensor) -> None:
+        """Add what each unit of one half of a block was worth in a pass; too late once windows are chosen."""
+        if not self._chosen and not self._step:
+            before = self._worth.get(half)
+            self._worth[half] = worth if before is None else before + worth
 
     def of(self, half: str, size: int) -> Segments:
         """Return the segments of one half of a block, by the full name of its module; it has so many units."""
-        if (half, size) not in self._drawn:
+        if (half, size) not in self._chosen:
             count = max(1, round((1 - self._back) * size))
-            begin = generator(derive(self._key, "back.window", self._step, half)).integers(size)
-            self._drawn[half, size] = segments(int(begin), count, size)
-        return self._drawn[half, size]
+            if len(self._worth.get(half, range(size))) != size:  # of a model that has become smaller since
+                del self._worth[half]
+            if half not in self._worth:
+                key = derive(self._key, "back.window", self._step, half)
+                begin = int(generator(key).integers(size))
+            else:
+                begin = best_window(self._worth[half], count)
+            self._chosen[half, size] = segments(begin, count, size)
+        return self._chosen[half, size]
+
+
+def best_window(worth: torch.Tensor, count: int) -> int:
+    """Return where the window of so many units, around the end too, begins that is worth most; the first of equals.
+
+    >>> best_window(torch.tensor([5.0, 0.0, 1.0, 4.0]), 2)
+    3
+    """
+    sums = torch.cat([worth, worth[: count - 1]]).double().unfold(0, count, 1).sum(-1)
+    return int(sums.argmax())
 
 
 @dataclass(frozen=True)
@@ -273,19 +298,33 @@ def with_selective_backward(model: Any, windows: Windows) -> Iterator[Any]:
     Raises:
         ClientError: for a model whose blocks are no sums over heads and channels that are known.
     """
-    patched = dict[nn.Module, Any]()
+    patched, hooks = dict[nn.Module, Any](), list[RemovableHandle]()
     try:
         for half in halves_of(model):
+            hooks.append(half.sink.register_forward_pre_hook(partial(weigh, half, windows)))
             patch(patched, half.module, source(half, windows))
             if not half.part.inside:
                 patch(patched, half.sink, sink(half, windows))
         yield model
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, before in patched.items():
             if before is None:
                 del vars(module)["forward"]
             else:
                 vars(module)["forward"] = before
+
+
+def weigh(half: Half, windows: Windows, module: Any, args: tuple[Any, ...]) -> None:
+    """Tell windows how much each head or channel adds to the output of a sink: |z|^2 |W|^2, by its columns W."""
+    if torch.is_grad_enabled():
+        return
+    # In 32 bits, as sums over a batch; the norm is computed without such a copy of the weight.
+    size = torch.linalg.vector_norm(matrix(core(module)), dim=0, dtype=torch.float32)
+    columns = (args[0].detach().float() * size).square().flatten(0, -2).sum(0)
+    units = half.block.kv_heads if half.part.heads else half.block.channels
+    windows.weigh(half.name, columns.unflatten(0, (units, -1)).sum(-1).cpu())
 
 
 def patch(patched: dict[nn.Module, Any], module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -158,6 +158,61 @@ def test_windows_follow_from_key_step_and_block_and_favour_no_unit() -> None:
     assert all(70 < counts[unit] < 130 for unit in range(8))
 
 
+def test_windows_of_the_most_worth_stay_for_all_steps() -> None:
+    windows = Windows(0.5, 1)
+    windows.weigh("h", torch.tensor([3.0, 0.0, 0.0, 1.0]))
+    windows.weigh("h", torch.tensor([0.0, 0.0, 0.0, 1.5]))
+    expected = segments(3, 2, 4)  # units 3 and 0, around the end: 2.5 + 3
+    for _ in range(3):
+        assert windows.of("h", 4) == expected
+        windows.weigh("h", torch.tensor([0.0, 99.0, 99.0, 0.0]))  # of a pass in between: too late
+        windows.next_step()
+    # A model that has become smaller has other units: there they are drawn again.
+    drawn = set[int]()
+    for _ in range(40):
+        drawn.add(windows.of("h", 3)[0].begin)
+        windows.next_step()
+    assert drawn == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_units_are_weighed_by_what_they_add_to_the_outputs(name: str) -> None:
+    model = model_of(name)
+    windows, by_hand = Windows(0.5, 1), dict[str, torch.Tensor]()
+    with attached(model):
+        halves = {half.sink: half for half in halves_of(model)}
+
+        def note(sink: Any, args: Any) -> None:
+            if torch.is_grad_enabled():
+                return
+            half = halves[sink]
+            block = half.block
+            width = block.group * block.head_dim if half.part.heads else 1
+            weight = sink.weight.T if name == "gpt2" else sink.weight
+            worth = []
+            for begin in range(0, args[0].shape[-1], width):
+                columns = slice(begin, begin + width)
+                per_column = args[0][..., columns].square().sum((0, 1)) * weight[:, columns].square().sum(0)
+                worth.append(float(per_column.sum()))
+            by_hand[half.name] = torch.tensor(worth)
+
+        hooks = [sink.register_forward_pre_hook(note) for sink in halves]
+        try:
+            with with_selective_backward(model, windows):
+                with torch.no_grad():
+                    model(input_ids=IDS)
+                passes(model)
+                chosen = {half.name: half.segments(windows)[1] for half in halves.values()}
+        finally:
+            for hook in hooks:
+                hook.remove()
+    for half, parts in chosen.items():
+        worth, count = by_hand[half], sum(part.end - part.begin for part in parts if part.trained)
+        best = max(sum(float(worth[(begin + i) % len(worth)]) for i in range(count)) for begin in range(len(worth)))
+        ours = sum(float(worth[part.begin : part.end].sum()) for part in parts if part.trained)
+        assert ours == pytest.approx(best, rel=1e-4)
+
+
 def test_at_least_one_head_and_channel_learns() -> None:
     assert [(part.end - part.begin, part.trained) for part in segments(0, 1, 2)] == [(1, True), (1, False)]
     for size in (1, 2, 3):
