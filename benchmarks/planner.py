@@ -29,6 +29,7 @@ from fedtune.planning.policies import few
 from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy, Probe
 from fedtune.planning.random_choice import RandomChoice
 from fedtune.planning.s_ucb import SUcb
+from fedtune.rounds.probe import PROBE_MB, PROBE_TFLOP, limit_s
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 
@@ -38,8 +39,8 @@ TFLOPS, SHARES, CAPS = (0.27, 1.0, 4.0), (30, 40, 10), (0.55, 0.8, 1.0)
 MODES, PERIOD = (1.0, 0.7, 0.5, 0.35), 20
 NO_PROBE = Probe()
 TOKENS, WEIGHTS, SIDES = 40_960, 86e6, 165_888
-PROBE_TFLOP, PROBE_MB, PROBE_LIMIT_S, PROBE_ERROR = 0.05, 1.0, 1.0, 0.05
-"""What a probe computes and sends, at most how long either may take, and by how much it is off."""
+PROBE_ERROR = 0.05
+"""By how much a probe is off."""
 GOAL = 0.308
 """Summed mean true gain per round at which a run has reached its goal."""
 
@@ -123,12 +124,12 @@ class World:
         noise = math.exp(0.1 * float(generator(derive(self.seed, "noise", round, name)).standard_normal()))
         return TFLOPS[self.kind(name)] * mode, mbps / 8, noise
 
-    def probe(self, name: str, round: int) -> tuple[Probe, float]:
+    def probe(self, name: str, round: int, limit_s: float) -> tuple[Probe, float]:
         """Return what a client says of itself before a round, and the seconds that it takes for that."""
         speed, bandwidth, _ = self.rates(name, round)
         one, two = generator(derive(self.seed, "probe", round, name)).standard_normal(2)
         said = Probe(math.exp(PROBE_ERROR * one) / speed, math.exp(PROBE_ERROR * two) / bandwidth)
-        return said, min(PROBE_LIMIT_S, PROBE_TFLOP / speed) + min(PROBE_LIMIT_S, PROBE_MB / bandwidth)
+        return said, min(limit_s, PROBE_TFLOP / speed) + min(limit_s, PROBE_MB / bandwidth)
 
     def seconds(self, name: str, round: int) -> tuple[Array, Array]:
         """Return the true (compute, transfer) seconds of every arm."""
@@ -209,7 +210,8 @@ def played(
     times, gains, goal = [], [], GOAL * world.rounds
     for number in range(1, limit * world.rounds + 1):
         names = world.cohort_of(number)
-        probes = {name: world.probe(name, number) if probed else (NO_PROBE, 0.0) for name in names}
+        most = limit_s(number, now)
+        probes = {name: world.probe(name, number, most) if probed else (NO_PROBE, 0.0) for name in names}
         # A round begins when all have answered.
         now += max(spent for _, spent in probes.values())
         candidates = [world.candidate(name, 1 / len(names), prior, probes[name][0]) for name in names]
@@ -421,9 +423,10 @@ def decisions() -> None:
             memory: Any = policy.start()
             times = []
             for number in range(1, 4 if clients > 1000 else 12):
-                began = time.perf_counter()
+                # CPU time: of one thread, and not of whatever else the machine does.
+                began = time.process_time()
                 choice = policy.choose(memory, number, candidates, key=number)
-                times.append(time.perf_counter() - began)
+                times.append(time.process_time() - began)
                 observed = [
                     Observed(
                         client=c.client,

@@ -165,6 +165,8 @@ class PlannedClient:
     """The share of the recipe's steps that the plan takes, as the planner chose it."""
     batch: int | None = None
     """Examples per forward pass, where the planner chose others than the recipe's."""
+    whole_requested: bool = False
+    """Whether the client is to measure its change in the whole model where it trains a smaller one; it holds both."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,9 @@ class Pruning:
     moments_requested: bool = False
     """Moments of the layers' inputs are to be sent, by which pruned models are repaired; asked of clients that train
     the whole model."""
+    whole_requested: bool = False
+    """The losses are to be measured in the whole model as well, of a client that holds it; the blobs are then in the
+    coordinates of the whole base."""
 
 
 @dataclass(frozen=True)

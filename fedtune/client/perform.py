@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from fedtune.client.replica import Replicas, restore
+from fedtune.client.whole_losses import loss_after_in_whole, loss_before_in_whole
 from fedtune.data.encode import Example
 from fedtune.data.loss_rows import loss_rows, num_loss_rows
 from fedtune.directions import sampling as sampling_module
@@ -408,13 +409,28 @@ def train_pruned(
         base.modules,
         pruned_training.slices_of(parts.last, body),
     )
+    whole: dict[str, Any] = {}
+    if pruning.whole_requested:
+        whole["whole_loss_before"] = loss_before_in_whole(base, task, plan, rows)
+        whole["whole_loss_after"] = loss_after_in_whole(
+            base,
+            task,
+            plan,
+            rows,
+            initial=last,
+            final=learned.final,
+            saved=learned.saved,
+            parts=parts,
+            layout=body,
+        )
     measured = replace(
         learned.measured,
+        **whole,
         seconds=time.perf_counter() - began,
         loss_before=loss_before,
         loss_after=loss_after,
         importance=learned.hooks.importance / (steps - learned.measured.skipped_steps),
-        side_tokens=side + tokens + 2 * sum(batch.tokens for batch in rows),
+        side_tokens=side + tokens + (2 + len(whole)) * sum(batch.tokens for batch in rows),
     )
     sends_scores = pruning.scores_requested and settings.policy == "nested"
     result = replace(

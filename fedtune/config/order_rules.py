@@ -221,6 +221,13 @@ def moments_fault(moments: Tensors, one: Comparison) -> str:
     return "" if came == wanted else f"moments of this site's layers, {short_text(sorted(wanted))}"
 
 
+def whole_requested(one: Comparison) -> str:
+    pruning = one.order.lora.pruning
+    assert pruning is not None
+    alone = pruning_settings(one).policy == "local" and pruning.whole_requested
+    return "false, where each client ranks for itself" if alone else ""
+
+
 def pruning_settings(one: Comparison) -> PruningSettings:
     """Return the recipe's: the order's own may be any."""
     assert one.recipe.pruning is not None  # or the permitted order had no pruning whose fields are compared
@@ -368,6 +375,7 @@ FREE: Mapping[str, Rule] = {
     "Pruning.previous": previous,
     "Pruning.scores_requested": scores_requested,
     "Pruning.moments_requested": moments_requested,
+    "Pruning.whole_requested": whole_requested,
     "ProbeSeeds.exponent": exponent,
     "ProbeSeeds.shift": shift,
     "ProbeSeeds.perturbation": perturbation,

@@ -85,11 +85,11 @@ class SimulatedClock:
         second = profile.latency_s + integrated_seconds(begin, load.bytes_up, up)
         return ClientTime(compute, first + second, overhead_s=profile.overhead_s, down_s=first)
 
-    def probes(self, round: int, now_s: float, cohort: Sequence[Client]) -> Mapping[str, SpeedProbe]:
+    def probes(self, round: int, now_s: float, cohort: Sequence[Client], limit_s: float) -> Mapping[str, SpeedProbe]:
         """Return what clients measure of their speed before a round, and how long that takes them."""
-        return {client.name: self.probe(client.name, round=round, now_s=now_s) for client in cohort}
+        return {client.name: self.probe(client.name, round=round, now_s=now_s, limit_s=limit_s) for client in cohort}
 
-    def probe(self, name: str, *, round: int, now_s: float) -> SpeedProbe:
+    def probe(self, name: str, *, round: int, now_s: float, limit_s: float = LIMIT_S) -> SpeedProbe:
         """Return what one client measures: its speed and bandwidth at this time, with an error of some percent."""
         profile, seed = self.profiles[name], self.seed
         tflops = profile.tflops * traces.speed(profile, seed, name, by=self.by, round=round)(now_s)[0]
@@ -101,7 +101,7 @@ class SimulatedClock:
             s_per_tflop=compute / tflops,
             # As a planner counts them: what goes down and what goes up together.
             s_per_mb=transfer * 0.5 * (1 / down + 1 / up),
-            seconds=min(LIMIT_S, PROBE_TFLOP / tflops) + profile.latency_s + min(LIMIT_S, PROBE_MB / down),
+            seconds=min(limit_s, PROBE_TFLOP / tflops) + profile.latency_s + min(limit_s, PROBE_MB / down),
         )
 
     def overdue(self, deadlines_s: Mapping[str, float], spent: Mapping[str, ClientTime]) -> Mapping[str, float]:

@@ -81,6 +81,8 @@ def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | 
     stages = [bitmap(structure, layout) for ratio in ratios if (structure := state.structure(ratio)) is not None]
     earlier = state.structure(before)
     wanted = not state.order or 0 < settings.refresh <= state.round + 1 - state.scored
+    # In the whole model before and after are the same where neither structure is a smaller one.
+    whole = planned.whole_requested and bool(stages or earlier is not None)
     task = Pruning(
         # A path on the server means nothing to clients.
         settings=replace(settings, ranking=None),
@@ -90,8 +92,9 @@ def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | 
         scores_requested=wanted,
         # In a pruned model the inputs of a layer are not those that it is repaired for.
         moments_requested=wanted and settings.repair != "none" and plan.ratio == 0,
+        whole_requested=whole,
     )
-    return task, state.structure(min(before, ratios[0]))
+    return task, None if whole else state.structure(min(before, ratios[0]))
 
 
 def moments_sent(state: PrunedState, task: Pruning | None) -> Mapping[str, Tensors]:

@@ -102,7 +102,7 @@ def structures_of(pruning: Pruning, layout: BlockLayout) -> Structures:
     before = from_bitmap(pruning.previous, layout) if pruning.previous else None
     first = stages[0] if stages else None
     sent = None
-    if first is not None and before is not None:
+    if first is not None and before is not None and not pruning.whole_requested:
         # Structures of one ranking contain each other, so the one with more units holds both.
         sent = max(first, before, key=lambda structure: sum(len(units.q) + len(units.ff) for units in structure.blocks))
     return Structures(stages=stages, before=before, sent=sent)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
 from fedtune.planning.floor import Floor
 from fedtune.planning.planner import ClientObservation, Cost, Costs, Speed, lora_scale, optimizer_steps, steps_of_share
-from fedtune.planning.policy import Arm, Candidate, Choice, Observed, Policy, Probe
+from fedtune.planning.policy import Arm, Candidate, Choice, GainOf, Observed, Policy, Probe
 from fedtune.seeds import derive
 
 MEMORY_SHARE = 0.85
@@ -137,6 +137,11 @@ class Adaptive:
         """Return whether a client can train the whole base with one of the arms."""
         return any(fits and arm.ratio == 0 for arm, fits in zip(self.policy.arms, own.in_memory(), strict=True))
 
+    def _gain_of(self, own: Options) -> GainOf:
+        """Return in which model a client's gain counts."""
+        kind = self.speeds.get(own.client.name, Speed()).kind
+        return self.floor.gain_of(own.client.name, kind, holds_whole=self._holds_whole(own))
+
     def _training(self, client: Client) -> Training:
         training = self.training(client.name)
         return replace(training, steps=optimizer_steps(training, client.num_examples), epochs=None)
@@ -159,7 +164,7 @@ class Adaptive:
             overhead_s=speed.overhead_s,
             s_per_tflop=speed.s_per_tflop,
             s_per_mb=speed.s_per_mb,
-            gain_of=self.floor.gain_of(name, speed.kind, holds_whole=self._holds_whole(own)),
+            gain_of=self._gain_of(own),
             probe=Probe(own.client.s_per_tflop, own.client.s_per_mb),
         )
 
@@ -185,6 +190,7 @@ class Adaptive:
             down_rank=arm.down_rank,
             top=arm.top,
             share=arm.share,
+            whole_requested=self._gain_of(own) != "own" and self._holds_whole(own),
         )
 
     def _unfit(self, learned: Learned, round: int, own: Options) -> Failure:

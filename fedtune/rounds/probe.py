@@ -13,7 +13,11 @@ PROBE_TFLOP = 0.05
 PROBE_MB = 1.0
 """Megabytes that it receives, likewise."""
 LIMIT_S = 1.0
-"""Seconds after which either part ends, and what was done by then counts."""
+"""Seconds after which either part ends at the latest, and what was done by then counts."""
+FIRST_LIMIT_S = 0.25
+"""The same before the first round, when it is not known how long rounds take."""
+SHARE = 0.025
+"""Of a mean round, that either part may take: where rounds last two seconds, one for a probe is not worth it."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,9 @@ class SpeedProbe:
     seconds: float = 0.0
 
 
-Measure: TypeAlias = Callable[[int, float, Sequence[Client]], Mapping[str, SpeedProbe]]
-"""(round, what the clock shows, cohort) -> what each client says, by name; nothing of a client that says nothing"""
+Measure: TypeAlias = Callable[[int, float, Sequence[Client], float], Mapping[str, SpeedProbe]]
+"""(round, what the clock shows, cohort, seconds that either part may take) -> what each client says, by name; nothing
+of a client that says nothing"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,15 @@ class Prober:
     """Whether it gives the same answers when it is asked again, as a simulated clock does."""
 
 
+def limit_s(round: int, now_s: float) -> float:
+    """Return how long either part of a probe may take, from what rounds took so far.
+
+    >>> limit_s(1, 0.0), limit_s(5, 80.0), limit_s(5, 400.0)
+    (0.25, 0.5, 1.0)
+    """
+    return min(LIMIT_S, SHARE * now_s / (round - 1)) if round > 1 and now_s > 0 else FIRST_LIMIT_S
+
+
 def with_probes(
     prober: Prober | None, round: int, now_s: float, cohort: Sequence[Client]
 ) -> tuple[Sequence[Client], float]:
@@ -49,7 +63,7 @@ def with_probes(
     """
     if prober is None:
         return [replace(client, s_per_tflop=None, s_per_mb=None) for client in cohort], 0.0
-    said = prober.measure(round, now_s, cohort)
+    said = prober.measure(round, now_s, cohort, limit_s(round, now_s))
     silent = SpeedProbe()
     answers = {client.name: said.get(client.name, silent) for client in cohort}
     clients = [

@@ -338,6 +338,7 @@ def _pruning_to(pruning: Pruning) -> pb.Surgery:
         before=pruning.previous,
         wanted=pruning.scores_requested,
         moments=pruning.moments_requested,
+        whole=pruning.whole_requested,
     )
 
 
@@ -351,6 +352,7 @@ def _pruning_from(message: pb.Surgery) -> Pruning:
         previous=message.before,
         scores_requested=message.wanted,
         moments_requested=message.moments,
+        whole_requested=message.whole,
     )
 
 

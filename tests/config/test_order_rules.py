@@ -73,6 +73,8 @@ OUT_OF_BOUNDS: Mapping[str, Sequence[tuple[str, str, Any]]] = {
     "Plan.view": [("adapters", "plan.view", "deployed"), ("pruned", "plan.view", "deployed")],
     "Plan.importance": [("adapters", "plan.importance", "gain"), ("pruned", "plan.importance", "svd")],
     "Pruning.scores_requested": [],
+    "Pruning.moments_requested": [],
+    "Pruning.whole_requested": [],
     "ProbeSeeds.exponent": [("seeds", "task.exponent", 3)],
     "ProbeSeeds.shift": [("seeds", "task.shift", 0)],
     "ProbeSeeds.perturbation": [("seeds", "task.perturbation", 2**30), ("seeds", "task.perturbation", 1)],

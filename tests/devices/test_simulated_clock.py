@@ -133,7 +133,10 @@ def test_a_probe_says_the_speed_of_the_time_and_takes_at_most_a_second_for_eithe
             assert 1 / noise < probe.s_per_tflop * profile.tflops / spent.compute_s < noise
             assert 1 / noise < 2 * probe.s_per_mb / (spent.transfer_s - 2 * profile.latency_s) < noise
             assert probe.seconds <= 2.0 + profile.latency_s
+            short = by_round.probe(name, round=round, now_s=0.0, limit_s=0.01)
+            assert short == replace(probe, seconds=short.seconds)
+            assert short.seconds <= 0.02 + profile.latency_s
             assert probe == by_round.probe(name, round=round, now_s=0.0)  # common random numbers
-    assert by_round.probes(1, 0.0, [Client("bob", 8)]) == {"bob": by_round.probe("bob", round=1, now_s=0.0)}
+    assert by_round.probes(1, 0.0, [Client("bob", 8)], 1.0) == {"bob": by_round.probe("bob", round=1, now_s=0.0)}
     fast = by_round.probe("bob", round=1, now_s=0.0)
     assert fast.seconds < by_round.probe("ann", round=1, now_s=0.0).seconds + 1.0

@@ -242,18 +242,20 @@ class Probe(_message.Message):
     def __init__(self, bank: _Optional[_Union[Bank, str]] = ..., seeds: _Optional[int] = ..., key: _Optional[int] = ..., exponent: _Optional[int] = ..., shift: _Optional[int] = ..., perturbation: _Optional[int] = ..., state: _Optional[_Union[SeedState, _Mapping]] = ..., steps: _Optional[int] = ..., batch: _Optional[int] = ..., learning_rate: _Optional[float] = ..., sampling: _Optional[_Union[Sampling, str]] = ..., levels: _Optional[bytes] = ..., queries: _Optional[int] = ..., normalise: bool = ..., clip: _Optional[float] = ..., trainable: _Optional[_Iterable[str]] = ..., vectors: bool = ..., embeddings: bool = ..., calibrate: bool = ...) -> None: ...
 
 class Surgery(_message.Message):
-    __slots__ = ("settings", "stages", "before", "wanted", "moments")
+    __slots__ = ("settings", "stages", "before", "wanted", "moments", "whole")
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     BEFORE_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
     MOMENTS_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     settings: bytes
     stages: _containers.RepeatedScalarFieldContainer[bytes]
     before: bytes
     wanted: bool
     moments: bool
-    def __init__(self, settings: _Optional[bytes] = ..., stages: _Optional[_Iterable[bytes]] = ..., before: _Optional[bytes] = ..., wanted: bool = ..., moments: bool = ...) -> None: ...
+    whole: bool
+    def __init__(self, settings: _Optional[bytes] = ..., stages: _Optional[_Iterable[bytes]] = ..., before: _Optional[bytes] = ..., wanted: bool = ..., moments: bool = ..., whole: bool = ...) -> None: ...
 
 class Score(_message.Message):
     __slots__ = ("examples", "batch", "ledger", "trainable")
