@@ -189,9 +189,10 @@ def train_adapter(
     # Before training: hours of work on another base would only be refused in the end.
     if assignment.base and assignment.base != base.digest:
         raise wrong_base(assignment, base)
-    if plan.base_dtype and (task.pruning is not None or plan.ratio > 0):
+    coded = plan.base_dtype or quantised_format(base.dtype)
+    if coded and (task.pruning is not None or plan.ratio > 0):
         raise ClientError(
-            f"{plan.client}: expected a plan that prunes no codes; got one over a base in {plan.base_dtype}; "
+            f"{plan.client}: expected a plan that prunes no codes; got one over a base in {coded}; "
             "let the planner choose one of the two: columns taken out of codes leave blocks of others"
         )
     base = variant(base, plan.base_dtype)

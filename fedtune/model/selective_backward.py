@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ClientError, ConfigError
 from fedtune.model.lora_layer import LoraLayer
-from fedtune.model.surgery import core, layout_of, widths
+from fedtune.model.surgery import core, layout_of, refuse_codes, widths
 from fedtune.pruning.structure import FAMILIES, Block, BlockStructure, Side
 from fedtune.seeds import derive, generator
 
@@ -341,6 +341,7 @@ def halves_of(model: Any) -> Sequence[Half]:
     """
     try:
         layout = layout_of(model)
+        refuse_codes(model, layout)
     except ConfigError as error:
         [fault] = error.faults
         raise ClientError(

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ConfigError, Fault, ShapeError, type_of
 from fedtune.model.frozen import is_changed, own_weight, set_own_weight
+from fedtune.model.quantised_linear import QuantisedLinear
 from fedtune.model.repair import Repair, put_repaired
 from fedtune.model.targets import linear_shape
 from fedtune.pruning.structure import (
@@ -37,7 +38,7 @@ def layout_of(model: Any) -> BlockLayout:
 
     Raises:
         ConfigError: for a model whose heads and channels cannot be taken out: another family, fused projections,
-            experts, cross attention, quantised or tensor-parallel layers.
+            experts, cross attention, layers quantised by others or tensor-parallel ones.
     """
     config = model.config
     family = str(getattr(config, "model_type", None))
@@ -59,8 +60,8 @@ def layout_of(model: Any) -> BlockLayout:
         for layer, sides in FAMILIES[family].items():
             module = modules.get(f"{prefix}.{layer}")
             shape = None if module is None else linear_shape(module)
-            # A quantised layer would be a subclass, and slicing its codes would mix its blocks.
-            if shape is None or type(module) not in (nn.Linear, Conv1D):
+            # Others multiply in a way of their own. Of codes the blocks are known, for costs; see `refuse_codes`.
+            if shape is None or type(module) not in (nn.Linear, Conv1D, QuantisedLinear):
                 got = "missing" if module is None else type(module).__name__
                 raise unsupported_error(family, f"whose {prefix}.{layer} is {got}")
             sizes |= dict(zip(sides, shape, strict=True))
@@ -70,6 +71,13 @@ def layout_of(model: Any) -> BlockLayout:
     if not blocks:
         raise unsupported_error(family, f"without a layer {first}")
     return BlockLayout(family=family, blocks=tuple(blocks), width=int(config.hidden_size))
+
+
+def refuse_codes(model: Any, layout: BlockLayout) -> None:
+    """Raise ConfigError for a model whose layers are quantised: columns taken out of codes leave blocks of others."""
+    for name in layout.sides:
+        if isinstance(core(model.get_submodule(name)), QuantisedLinear):
+            raise unsupported_error(layout.family, f"whose {name} is quantised: its columns share scales")
 
 
 def unsupported_error(family: str, reason: str) -> ConfigError:
@@ -204,6 +212,7 @@ def with_structure(
         ConfigError: from a forward pass with a static cache, which is as wide as the config says.
     """
     check(structure, layout)
+    refuse_codes(model, layout)
     # The old objects themselves: nothing is copied back, so that the base is bit for bit what it was.
     undo: list[tuple[Any, Mapping[str, Any]]] = []
     for name, shape in whole_shapes(layout).items():

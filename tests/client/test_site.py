@@ -19,6 +19,7 @@ from fedtune.messages import Assignment, ClientUpdate, Plan, Training, TrainLora
 from fedtune.model.base import Base, load
 from fedtune.model.shares import ALONE
 from fedtune.runs.local import prepare
+from fedtune.wire.profile import difference
 from tests.cli.test_flower_server import dated, site_files
 from tests.model.families import CLASSIFIERS, build
 
@@ -42,6 +43,21 @@ def test_a_site_says_what_its_base_and_data_are(tmp_path: Path, tables: dict[str
     assert profile.device.cores >= 1
     assert profile.device.memory_bytes > 2**20
     assert "flora" in profile.methods
+
+
+def test_sites_that_hold_one_base_in_several_formats_take_part_in_one_run(
+    tmp_path: Path, tables: dict[str, Any]
+) -> None:
+    (path,) = site_files(tmp_path, tables, ("client-1",))
+    own = path.read_text()
+    assert 'device = "cpu"' in own
+    profiles = []
+    for dtype in ("float32", "nf4", "int8"):
+        path.write_text(own.replace('device = "cpu"', f'device = "cpu"\ndtype = "{dtype}"'))
+        site.from_file.cache_clear()
+        profiles.append(site.from_file(str(path)).profile().foundation)
+    assert profiles[0].anatomy is not None
+    assert not [difference(profiles[0], other) for other in profiles[1:] if difference(profiles[0], other)]
 
 
 def test_a_simulated_client_holds_what_the_recipe_gives_it(tables: dict[str, Any]) -> None:

@@ -54,6 +54,22 @@ from tests.config.conftest import SHORTEST, Faulty
         (["rounds.metric=accuracy"], "rounds.metric", "exact_match for causal models; got 'accuracy'"),
         (["rounds.metric=rouge_l"], "rounds.metric", "a score that is taken; got 'rouge_l' with evaluate.generate = 0"),
         (["model.task=classification", "rounds.metric=perplexity"], "rounds.metric", "loss, accuracy and macro_f1 for"),
+        (
+            ["model.unquantised=bfloat16"],
+            "model.unquantised",
+            "nothing with model.dtype = 'auto'; got 'bfloat16'; write dtype = ",
+        ),
+        (
+            ["model.dtype=nf4", "method=fedspine"],
+            "model.dtype",
+            "a base that is not quantised, beside [pruning]: columns taken out of codes",
+        ),
+        (
+            ["model.dtype=int8", "method=fedkseed", "method.bank=hadamard"],
+            "method.bank",
+            "'kron' with model.dtype = 'int8', whose changes stand beside the codes; got 'hadamard'",
+        ),
+        (["model.dtype=int4"], "model.dtype", "got 'int4'"),
         (["rounds.cohort=1.5"], "rounds.cohort", "a share of at most 1; got 1.5"),
         (["rounds.cohort=5"], "rounds.cohort", "at most the 4 clients of data.split; got 5"),
         (["rounds.min_clients=5"], "rounds.min_clients", "at most the 4 clients of data.split; got 5"),

@@ -35,11 +35,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fedtune.errors import ConfigError, ShapeError
+from fedtune.errors import ClientError, ConfigError, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.model.base import Base
 from fedtune.model.importance import gates, readers
 from fedtune.model.lora import layers, with_adapters
+from fedtune.model.quantised_layers import codes_digest, quantisable, quantise_layers
+from fedtune.model.selective_backward import halves_of
 from fedtune.model.surgery import fit, layout_of, shrink_further, with_structure
 from fedtune.pruning.structure import (
     Block,
@@ -181,6 +183,22 @@ def test_other_models_are_refused_by_name() -> None:
     model.model.layers[1].mlp.up_proj = type("Linear4bit", (torch.nn.Linear,), {})(32, 24)
     with pytest.raises(ConfigError, match=r"whose model\.layers\.1\.mlp\.up_proj is Linear4bit"):
         layout_of(model)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_codes_have_the_blocks_of_their_weights_and_are_not_pruned(name: str) -> None:
+    """Planners read the blocks; taking columns out of codes is refused before anything is changed."""
+    model = build(name)
+    anatomy = layout_of(model)
+    quantise_layers(model, quantisable(model), "nf4")
+    assert layout_of(model) == anatomy
+    codes = codes_digest(model)
+    expected = r"pruning: expected .*plain linear layers.*; got .*whose .* is quantised: its columns share scales"
+    with pytest.raises(ConfigError, match=expected), with_structure(model, random_keep(anatomy, 3), anatomy):
+        pass
+    assert codes_digest(model) == codes
+    with pytest.raises(ClientError, match=r"got .*is quantised.*; let the planner choose fewer blocks"):
+        halves_of(model)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
