@@ -133,26 +133,46 @@ def simulate(
         finish(run, as_json, quiet)
 
 
-@app.command(epilog=examples("fedtune plan recipe.toml", "fedtune plan recipe.toml --pin"))
+@app.command(
+    epilog=examples("fedtune plan recipe.toml", "fedtune plan recipe.toml --measure", "fedtune plan r.toml --pin")
+)
 def plan(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file, TOML.", show_default=False)],
     pin: Annotated[
         bool, typer.Option("--pin", help="Write the base's digest into the recipe as model.digest.")
     ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train some steps here for ten seconds, and predict by them.")
+    ] = False,
+    bound: Annotated[
+        bool, typer.Option("--recipe", help="Print the recipe as bound in place of the bill: every value.")
+    ] = False,
+    as_json: JsonOption = False,
     overrides: SetOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Load a recipe's data and base, train nothing, and print the recipe as bound: every value, defaults included.
+    """Say what a run will take before it begins: memory by part, seconds and bytes, and what does not fit.
 
-    The base's digest is part of it: with `--pin` another base than this one is refused from now on, here and at sites.
+    It reads the data and the sizes of the base, loads no weights and trains nothing. Of a recipe for sites it takes
+    texts of data.max_tokens. With `--pin` another base than this one is refused from now on, here and at sites.
     """
     with report_errors(debug):
         from fedtune.runs.plan import plan as plan_recipe
+        from fedtune.terminal.bill import lines
 
-        planned = plan_recipe(recipe, overrides=overrides or (), pin=pin)
+        planned = plan_recipe(recipe, overrides=overrides or (), pin=pin, measure=measure)
         for note in planned.notes:
             typer.echo(print_line(note), err=True)
-        typer.echo(planned.recipe, nl=False)
+        bill = planned.bill.as_json() if planned.bill else {}
+        if bound:
+            typer.echo(planned.recipe, nl=False)
+        elif not bill:
+            typer.echo("no bill: this base is of a family without a cost model", err=True)
+        elif not as_json:
+            for line in lines(bill):
+                typer.echo(line)
+        if as_json:
+            typer.echo(json.dumps({"recipe": planned.recipe, "notes": list(planned.notes), **bill}))
 
 
 @app.command(epilog=examples("fedtune evaluate runs/demo", "fedtune evaluate runs/demo --data other.jsonl --json"))

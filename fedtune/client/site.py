@@ -285,8 +285,11 @@ def load_site(
     objects: Objects | None = None,
     least_classes: int = 2,
     watch: Watch = lambda event: None,
+    load_base: Callable[..., Base] = load,
 ) -> tuple[Federation, Base]:
     """Load data and base, or take them from the Python objects that stand in for them; `watch` hears of each step.
+
+    `load_base` loads the base, or its sizes alone: see `base_sizes.sized_base`.
 
     Raises:
         ConfigError: if a file, column, module or object that the settings name does not exist.
@@ -310,7 +313,7 @@ def load_site(
     if model.task == "classification":
         order = class_order(model, root, order) if given is None else own_order(given, order)
     watch(Phase("loading the base"))
-    base = given or load(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=order)
+    base = given or load_base(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=order)
     if data.max_tokens == MAX_TOKENS and longest(federation) > base.positions:
         # The default asks for more than this base can read.
         federation = encode(replace(data, max_tokens=base.positions))

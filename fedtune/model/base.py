@@ -166,9 +166,14 @@ class Base:
         )
 
     def saved_tensors(self) -> Tensors:
-        """Return the current values of modules_to_save, float32."""
+        """Return the current values of modules_to_save, float32; zeros of a base without weights."""
         parameters = dict(self.model.named_parameters())
-        return {name: to_numpy(parameters[name]) for name in self.saved}
+        return {
+            name: np.zeros(parameters[name].shape, np.float32)
+            if parameters[name].is_meta
+            else to_numpy(parameters[name])
+            for name in self.saved
+        }
 
 
 def load_tokenizer(settings: ModelSettings, root: Path) -> Any:

@@ -18,6 +18,7 @@ from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault, RoundError, ShapeError
 from fedtune.messages import BaseDtype, Blueprint, Client, Failure, PlannedClient, ProbeSeeds, Training
 from fedtune.methods.fedkseed_state import FedKSeedSettings
+from fedtune.model.settings import quantised_format
 from fedtune.planning.adaptive import MEMORY_SHARE, with_share
 from fedtune.planning.arms import AdaptiveSettings, ranks_of
 from fedtune.planning.fedpipe import FedPipeSettings
@@ -55,6 +56,10 @@ class Fleet:
     """By client, where the texts are known."""
     proxy: Body | None = None
     """A larger model whose costs the clock uses in place of the trained model's."""
+    heap: float | None = None
+    """Of clients on this machine, as measured; see `devices.memory.HEAP`."""
+    runtime: float | None = None
+    """Bytes of interpreter and libraries, likewise."""
 
     @property
     def charged(self) -> Body:
@@ -114,6 +119,20 @@ class Fleet:
         """Return the memory that an arm needs at a client's peak, by part."""
         return memory(self.charged, self.recipe.pruning, self.footprint(client, arm, training))
 
+    def traffic(self, arm: Arm) -> tuple[float, float]:
+        """Return about the bytes (down, up) of a round, from the numbers that travel alone."""
+        method, settings = method_of(self.recipe), self.recipe.method
+        return round_bytes(
+            self.charged,
+            self.recipe.pruning,
+            arm.ratio,
+            arm.rank,
+            # Without a frozen change the factors that are trained come down, and nothing else.
+            global_rank=self.global_rank(arm.rank) if method.freezes else arm.rank,
+            wire_dtype=method.wire_dtype(settings),
+            down_dtype=method.down_dtype(settings) if method.down_dtype else None,
+        )
+
     def footprint(self, client: str, arm: Arm, training: Training) -> Footprint:
         """Return what the memory of a client's work depends on."""
         body, length, method = self.charged, self.lengths(client), method_of(self.recipe)
@@ -131,6 +150,7 @@ class Fleet:
             # A simulated device has only what is left of the base; fedtune's own clients cut it out of a whole one.
             whole=not simulated,
             back=arm.back,
+            base_dtype=quantised_format(self.recipe.model.dtype) or "",
             global_rank=self.global_rank(arm.rank) if method.freezes else 0.0,
             checkpointing=training.gradient_checkpointing,
             packed=training.packing,
@@ -141,6 +161,8 @@ class Fleet:
             forward_only=method.task is ProbeSeeds,
             moved=body.parameters if copied else 0.0,
             device="cuda" if simulated else "cpu",
+            heap=None if simulated else self.heap,
+            runtime=None if simulated else self.runtime,
         )
 
     def cost_by_format(self, client: str, arm: Arm, training: Training, base_dtype: BaseDtype) -> Cost:
@@ -165,7 +187,7 @@ class Fleet:
         work = self.work(plan.client, plan.training, plan.rank)
         size = sizes(self.charged.layout, pruning, plan.ratio)
         flops = flops_per_token(self.charged, size, plan.rank, work)
-        factor = self._traffic_factor(plan.ratio, plan.rank)
+        factor = self.traffic_factor(plan.ratio, plan.rank)
         return Load(
             tflop=SLOWER[plan.base_dtype] * flops * (measured.tokens + 0.5 * measured.side_tokens) / 1e12,
             gigabytes=self.gigabytes(plan.client, Arm(plan.ratio, plan.rank), plan.training),
@@ -175,9 +197,9 @@ class Fleet:
 
     def megabytes(self, seen: ClientObservation) -> float:
         """Return a client's counted megabytes, down and up together; with a proxy, scaled to the proxy's size."""
-        return (seen.bytes_down + seen.bytes_up) / 1e6 * self._traffic_factor(seen.ratio, seen.rank)
+        return (seen.bytes_down + seen.bytes_up) / 1e6 * self.traffic_factor(seen.ratio, seen.rank)
 
-    def _traffic_factor(self, ratio: float, rank: int) -> float:
+    def traffic_factor(self, ratio: float, rank: int) -> float:
         """Return by how much more bytes the proxy would send than the model that was trained."""
         if self.proxy is None or self.body is None:
             return 1.0

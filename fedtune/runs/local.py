@@ -10,6 +10,8 @@ from datetime import date
 from functools import cached_property, partial
 from typing import Any, Literal
 
+import numpy as np
+
 from fedtune.client.batched import LARGEST, Batched, Resident
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
@@ -19,19 +21,21 @@ from fedtune.client.worker_process import devices_of, payload
 from fedtune.config import Recipe, render
 from fedtune.config.checks import training_apart
 from fedtune.config.recipe import largest_rank, method_of, resources, sized_adapter
-from fedtune.data.encode import depends_on_date
-from fedtune.data.federation import Federation, digest
+from fedtune.data.encode import Example, depends_on_date
+from fedtune.data.federation import Federation, Shard, digest
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, ProbeSeeds, TrainLora
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
-from fedtune.model.base import Base, check_packing
+from fedtune.model.base import Base, check_packing, load, load_tokenizer
+from fedtune.model.base_sizes import sized_base
 from fedtune.model.device import share_devices
 from fedtune.model.libraries import threads
 from fedtune.model.pruned_training import block_layout, with_pruned_model
 from fedtune.model.repair import repair_of
 from fedtune.model.samples import answers
 from fedtune.model.seed_rebuild import with_rebuilt_weights
+from fedtune.model.settings import same_everywhere
 from fedtune.planning.planner import Planner
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
 from fedtune.rounds.events import Watch
@@ -68,7 +72,8 @@ class Experiment:
 
     @cached_property
     def _blueprint(self) -> Blueprint:
-        recipe, whole = self.recipe, method_of(self.recipe).task is ProbeSeeds
+        recipe, sized = self.recipe, not self.base.digest
+        whole = method_of(recipe).task is ProbeSeeds and not sized
         blueprint = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
         return replace(blueprint, **pruning_of(recipe, self.base, self.federation.labels))
 
@@ -115,8 +120,10 @@ def lengths(tokens: Sequence[int]) -> Lengths:
     return Lengths(mean=sum(tokens) / len(tokens), longest=float(max(tokens)))
 
 
-def prepare(recipe: Recipe, watch: Watch = lambda event: None) -> Experiment:
+def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: bool = False) -> Experiment:
     """Load data and base, and check what can only be checked against them; `watch` hears of each step.
+
+    With `sizes_alone` no weights are loaded, and what is checked against them is not.
 
     Where a chat template writes the day, the recipe of the experiment names it: today's, if it names none yet.
 
@@ -132,6 +139,7 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None) -> Experiment:
         root=recipe.root,
         objects=recipe.objects,
         watch=watch,
+        load_base=sized_base if sizes_alone else load,
     )
     # Only where it matters: all other recipes, and their digests, are the same on every day.
     if recipe.model.task == "causal" and depends_on_date(data, base.tokenizer, form=federation.form):
@@ -155,15 +163,46 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None) -> Experiment:
         expected = "test data, or rows that clients hold out, to find the best round by"
         hint = "name them in data.test, or set data.held_out"
         raise ConfigError(Fault("rounds", expected, "neither", hint))
-    if recipe.client.packing:
+    if recipe.client.packing and not sizes_alone:
         check_packing(base)
     check_ranks(recipe, base.modules)
     experiment = Experiment(recipe=recipe, federation=federation, base=base)
     check_pruning(experiment.blueprint)
-    check_start_base(start_adapter(recipe), base.digest)
+    if sizes_alone and method_of(recipe).task is ProbeSeeds:
+        return experiment  # its state is over every number of the base
+    if not sizes_alone:
+        check_start_base(start_adapter(recipe), base.digest)
     start_state(recipe, experiment.blueprint)  # a base that the method refuses is refused before anything is written
     experiment.devices.planner(experiment.blueprint)
     return experiment
+
+
+def sites_experiment(recipe: Recipe) -> Experiment:
+    """Return a recipe for sites with the sizes of its base, and as many clients as its first round waits for.
+
+    Their data are not here: each is taken to have one example, as long as `data.max_tokens` lets it be.
+
+    Raises:
+        ConfigError: if the base does not exist, or a module that the recipe names.
+    """
+    tokenizer, labels = load_tokenizer(recipe.model, recipe.root), tuple(recipe.data.labels or ("0", "1"))
+    classifies = recipe.model.task == "classification"
+    model = same_everywhere(recipe.model)
+    base = sized_base(
+        model,
+        sized_adapter(recipe),
+        tokenizer=tokenizer,
+        root=recipe.root,
+        seed=recipe.seed,
+        labels=labels if classifies else (),
+    )
+    ids = np.zeros(min(recipe.data.max_tokens, base.positions), np.int64)
+    example = Example(ids, 0 if classifies else ids, 0, "", "", 0)
+    cohort = recipe.rounds.cohort
+    number = max(recipe.rounds.min_clients, cohort if isinstance(cohort, int) else 0)
+    clients = {f"site-{place}": Shard([example], []) for place in range(1, number + 1)}
+    federation = Federation(clients, test=(), labels=labels if classifies else (), notes=())
+    return Experiment(replace(recipe, model=replace(model, dtype=base.dtype)), federation, base)
 
 
 def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str, Any]:
@@ -179,7 +218,8 @@ def pruning_of(recipe: Recipe, base: Base, labels: Sequence[str]) -> Mapping[str
         if settings is not None:
             raise
         return {}  # without [pruning] the layout is only used for costs
-    if settings is None or settings.ranking is None:
+    # Without weights there is no digest to hold the ranking's against.
+    if settings is None or settings.ranking is None or not base.digest:
         return {"anatomy": layout, "pruning": settings, "ranking": {}}
     return {
         "anatomy": layout,

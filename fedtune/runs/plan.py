@@ -1,4 +1,4 @@
-"""A recipe as it would run on this machine: its data and base loaded, every default written out, nothing trained."""
+"""A recipe as it would run on this machine, with every default and with what it will take; nothing is trained."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import bind, render
+from fedtune.config import Recipe, bind, render
 from fedtune.config.pinning import pin_digest
+from fedtune.config.reading import read
+from fedtune.config.recipe import AT_SITES
+from fedtune.devices.machine import available_bytes
+from fedtune.errors import ConfigError, Fault
 from fedtune.rounds.schedule import rate_text
+from fedtune.runs.bill import Bill, bill_of
 from fedtune.runs.start import saturation_notes
 from fedtune.store.files import write_text
+
+AT_SITES_OVERRIDES = (f"data.source={AT_SITES!r}", 'data.split={ kind = "files" }')
+"""Of a recipe for sites, whose data are not here."""
 
 
 @dataclass(frozen=True)
@@ -19,33 +27,43 @@ class Planned:
     """A recipe as it would run on this machine, before anything is trained."""
 
     recipe: str
-    """As bound, in TOML, with the base's digest."""
+    """As bound, in TOML; with the base's digest where that was pinned."""
     notes: Sequence[str]
     """Remarks of the preparation, and what each client holds."""
+    bill: Bill | None = None
+    """What it will take; None for a base without a cost model."""
 
 
-def plan(recipe: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), pin: bool = False) -> Planned:
-    """Load a recipe's data and base, train nothing, and return the recipe as it would run.
+def plan(
+    recipe: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), pin: bool = False, measure: bool = False
+) -> Planned:
+    """Read a recipe's data and the sizes of its base, and return the recipe as it would run and what it will take.
+
+    No weights are loaded, unless they are asked for: to pin their digest, or to measure steps of training.
 
     Args:
         recipe: path, text or tables.
         overrides: `table.key=value`, as for `simulate`.
         pin: write the base's digest into the file `recipe`.
+        measure: train some steps on this machine for about ten seconds, and predict by them.
 
     Raises:
         ConfigError: with what is wrong with recipe, data or base.
     """
-    bound = bind(recipe, overrides=overrides)
+    bound = bound_recipe(recipe, overrides)
     if pin:  # the digest that the file has may be the one to be replaced
         bound = replace(bound, model=replace(bound.model, digest=None))
-    from fedtune.runs.local import prepare
+    from fedtune.runs.local import Experiment, prepare, sites_experiment
 
-    experiment = prepare(bound)
-    digest = experiment.base.digest
-    whole = replace(experiment.recipe, model=replace(experiment.recipe.model, digest=digest))
-    counts = ", ".join(f"{name} {count:,}" for name, count in list(experiment.fleet.items())[:8])
-    more = ", ..." * (len(experiment.fleet) > 8)
-    notes = [*experiment.federation.notes, *experiment.base.notes, f"training examples: {counts}{more}"]
+    sites = bound.data.source == AT_SITES
+    experiment: Experiment = sites_experiment(bound) if sites else prepare(bound, sizes_alone=not (pin or measure))
+    whole, digest = experiment.recipe, experiment.base.digest
+    if digest:
+        whole = replace(whole, model=replace(whole.model, digest=digest))
+    notes = [*experiment.federation.notes, *experiment.base.notes]
+    if not sites:
+        counts = ", ".join(f"{name} {count:,}" for name, count in list(experiment.fleet.items())[:8])
+        notes.append(f"training examples: {counts}{', ...' * (len(experiment.fleet) > 8)}")
     if (rounds := whole.rounds).schedule != "constant" or rounds.warmup:
         notes.append(f"learning rate: {rate_text(whole.client.learning_rate, rounds)}")
     notes += saturation_notes(whole, experiment.blueprint, list(experiment.fleet))
@@ -53,4 +71,37 @@ def plan(recipe: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (
         path = Path(str(recipe))
         write_text(path, pin_digest(path.read_text(encoding="utf-8"), digest, label=path.name))
         notes.append(f"wrote model.digest into {path}")
-    return Planned(render(whole), notes)
+    return Planned(render(whole), notes, bill_of_experiment(experiment, measure=measure))
+
+
+def bound_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
+    """Return the bound recipe; one for sites needs no source of data."""
+    *_, tables = read(recipe)
+    data = tables.get("data", {})
+    at_sites = AT_SITES_OVERRIDES if isinstance(data, Mapping) and "source" not in data else ()
+    return bind(recipe, overrides=(*at_sites, *overrides))
+
+
+def bill_of_experiment(experiment: Any, *, measure: bool) -> Bill | None:
+    """Return what a prepared run will take; None for a base without a cost model."""
+    fleet = experiment.devices
+    if fleet.body is None:
+        return None
+    calibration = None
+    if measure:
+        from fedtune.runs.calibration import calibrate
+
+        if experiment.recipe.data.source == AT_SITES:
+            expected, hint = "data on this machine, to train some steps on", "leave it out"
+            raise ConfigError(Fault("--measure", expected, "a recipe whose data are at the sites", hint))
+        calibration = calibrate(experiment)
+        fleet = replace(fleet, heap=calibration.heap, runtime=calibration.runtime_bytes)
+    bill = bill_of(
+        fleet,
+        experiment.blueprint,
+        experiment.fleet,
+        labels=experiment.federation.labels if experiment.recipe.data.source == AT_SITES else (),
+        memory_gb=available_bytes() / 1e9,
+        calibration=(calibration.step_s, calibration.s_per_tflop) if calibration else None,
+    )
+    return replace(bill, measured=calibration.as_json()) if calibration else bill

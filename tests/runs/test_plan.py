@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ def recipe(tables: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def test_a_plan_is_the_recipe_as_it_would_run_with_the_bases_digest(recipe: Path) -> None:
-    planned, experiment = plan(recipe), prepare(bind(recipe))
+    planned, experiment = plan(recipe, pin=True), prepare(bind(recipe))
     bound = bind(planned.recipe)
     assert bound.model.digest == experiment.base.digest
     assert bound.model.dtype == "float32"  # auto, on a CPU
     counts = ", ".join(f"{name} {count}" for name, count in experiment.fleet.items())
-    assert planned.notes[-1] == f"training examples: {counts}"
+    assert f"training examples: {counts}" in planned.notes
 
 
 def test_a_plan_says_how_the_learning_rate_changes_from_round_to_round(recipe: Path) -> None:
@@ -57,7 +58,7 @@ def test_a_digest_that_is_none_is_a_fault(tables: dict[str, Any]) -> None:
 
 
 def test_the_command_prints_the_recipe_alone_on_stdout(recipe: Path) -> None:
-    result = CliRunner().invoke(app, ["plan", str(recipe), "--pin"])
+    result = CliRunner().invoke(app, ["plan", str(recipe), "--pin", "--recipe"])
     assert result.exit_code == 0, result.output
     assert bind(result.stdout).model.digest == tomllib.loads(recipe.read_text())["model"]["digest"]
     assert "wrote model.digest into" in result.stderr
@@ -73,3 +74,54 @@ def test_a_base_and_data_alone_run(checkpoints: dict[str, Path], tables: dict[st
     assert recorded.model.dtype == "float32"
     assert recorded.adapter.rank == 8
     assert len(run.summary["clients"]) == 4
+
+
+def test_a_plan_loads_no_weights(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **named: Any) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr("fedtune.model.base.read_whole", refuse)
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    planned = plan(recipe)
+    assert bind(planned.recipe).model.digest is None
+    assert planned.bill is not None
+    assert {bill.client for bill in planned.bill.clients} == {"client-0", "client-1", "client-2"}
+
+
+def test_the_bill_fits_eighty_columns_and_json_has_every_client(recipe: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", str(recipe)])
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "Memory at the peak" in result.stdout
+    stated = json.loads(CliRunner().invoke(app, ["plan", str(recipe), "--json"]).stdout.splitlines()[-1])
+    own = stated["clients"]["client-2"]
+    assert own["rank"] == 8
+    assert sum(size for part, size in own["memory_bytes"].items() if part != "total") == own["memory_bytes"]["total"]
+    assert bind(stated["recipe"]).name == "tiny"
+
+
+def test_a_recipe_for_sites_is_planned_without_their_data(tables: dict[str, Any], tmp_path: Path) -> None:
+    del tables["data"]["source"], tables["data"]["split"], tables["override"]
+    tables["rounds"]["min_clients"] = 3
+    file = tmp_path / "sites.json.toml"
+    file.write_text(rendered(tables))
+    planned = plan(file)
+    assert planned.bill is not None
+    assert [bill.client for bill in planned.bill.clients] == ["site-1", "site-2", "site-3"]
+    assert planned.bill.clients[0].longest == 32
+    with pytest.raises(ConfigError, match="--measure: expected data on this machine"):
+        plan(file, measure=True)
+
+
+def rendered(tables: dict[str, Any]) -> str:
+    """Return tables as TOML, one line a key."""
+    lines = []
+    for name, value in tables.items():
+        lines.append(f"{name} = {inline(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {inline(each)}" for key, each in value.items()) + "}"
+    return json.dumps(value)

@@ -1,0 +1,100 @@
+"""A base without its weights: its layers and sizes, from config.json and the headers of its safetensors alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtune.errors import ConfigError
+from fedtune.model.base import LOAD_ERRORS, Base
+from fedtune.model.base_config import auto_class, read_config
+from fedtune.model.base_files import check_folder, locate, not_found, readable
+from fedtune.model.device import DTYPES, number_format
+from fedtune.model.libraries import quiet
+from fedtune.model.load_checks import embedding_rows, padding_token
+from fedtune.model.settings import AdapterSettings, ModelSettings, without_quantisation
+from fedtune.model.surgery import layout_of
+from fedtune.model.targets import find_saved, find_targets
+
+
+def sized_base(
+    settings: ModelSettings,
+    adapter: AdapterSettings,
+    *,
+    tokenizer: Any,
+    root: Path,
+    seed: int,
+    labels: Sequence[str] = (),
+) -> Base:
+    """Return a base whose tensors have shapes and no numbers, as `base.load` would return it with both.
+
+    It has no digest, and its layers are those of the number format outside of quantised ones.
+
+    Raises:
+        ConfigError: if the model or a target module does not exist.
+    """
+    path = locate(settings, root)
+    check_folder(settings, path)
+    settings = replace(settings, dtype=number_format(settings))
+    outside = DTYPES[without_quantisation(settings).dtype]
+    try:
+        source = readable(path, settings.revision)
+        config, _ = read_config(source, settings, labels)
+        with quiet(), torch.device("meta"):
+            model = auto_class(settings.task).from_config(config, dtype=outside)
+        embedding_rows(model)  # fails for models that read characters
+    except LOAD_ERRORS as error:
+        raise not_found(settings, error) from error
+    model.config.pad_token_id = padding_token(model, tokenizer)
+    model.requires_grad_(False).eval()
+    new = missing_names(model, Path(source))
+    saved_modules = find_saved(model, adapter.modules_to_save, new, task=settings.task)
+    for name in saved_modules:
+        model.get_submodule(name).float()
+    known = False
+    with suppress(ConfigError):  # another family: whether its logits are plain products cannot be asked here
+        known = bool(layout_of(model).blocks)
+    return Base(
+        name=settings.base,
+        path=str(path),
+        model=model,
+        tokenizer=tokenizer,
+        task=settings.task,
+        device=torch.device("cpu"),
+        digest="",
+        modules=find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=adapter.layers),
+        saved_modules=saved_modules,
+        saved=sorted(
+            name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in saved_modules)
+        ),
+        dtype=settings.dtype,
+        fused=settings.task == "causal" and known,
+    )
+
+
+def missing_names(model: Any, folder: Path) -> Sequence[str]:
+    """Return the parameters of a model that its checkpoint lacks; none where there is no folder to look into."""
+    stored = stored_names(folder)
+    if not stored:
+        return ()
+    prefix = f"{model.base_model_prefix}."
+    # A checkpoint of the bare model names its tensors without the prefix, or with that of another head.
+    bare = {name.removeprefix(prefix) for name in stored}
+    names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if name not in stored and name.removeprefix(prefix) not in bare]
+
+
+def stored_names(folder: Path) -> Collection[str]:
+    """Return the names of the tensors in a folder's safetensors, from their headers."""
+    names = set[str]()
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            names |= json.loads(opened.read(length)).keys() - {"__metadata__"}
+    return names

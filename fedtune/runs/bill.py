@@ -1,0 +1,373 @@
+"""What a run will ask of its clients before it begins: memory by part, seconds, bytes, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from fedtune.config import Recipe, planned_training
+from fedtune.config.recipe import method_of, requested_ratio
+from fedtune.devices.cost import round_flops
+from fedtune.devices.memory import Footprint, Memory, memory
+from fedtune.errors import FedtuneError
+from fedtune.messages import Blueprint, Client, ProbeSeeds, Training
+from fedtune.methods.fedkseed_state import FedKSeedSettings
+from fedtune.planning.fixed import FixedSettings
+from fedtune.planning.policy import Arm
+from fedtune.rounds.context import RoundContext
+from fedtune.rounds.loop import RoundResult
+from fedtune.rounds.schedule import cohort_size
+from fedtune.runs.fleet import Fleet
+from fedtune.runs.rehearsal import LARGEST, Rehearsal, rehearse
+
+NETWORK_MBPS = 10.0
+"""Bandwidth both ways where no device is simulated; assumed."""
+REHEARSED = 5
+"""Rounds that are rehearsed at most; those after them are taken to be like the last one."""
+HALVINGS = 6
+
+
+@dataclass(frozen=True)
+class ClientBill:
+    """What a round asks of one client."""
+
+    client: str
+    device: str
+    """The kind of device that it is simulated on; empty for this machine, or one that is not known."""
+    examples: int
+    rank: int
+    ratio: float
+    batch: int
+    longest: int
+    """Tokens of its longest example, or `data.max_tokens` where its texts are not here."""
+    memory: Memory
+    has_gb: float | None
+    """None where its machine is not known."""
+    compute_s: float | None
+    """None without a device or a calibration."""
+    down_s: float
+    up_s: float
+    bytes_down: int
+    """In the last round that was rehearsed."""
+    bytes_up: int
+    nearest: str = ""
+    """Where it does not fit, the settings nearest to the recipe's that do."""
+
+    @property
+    def fits(self) -> bool:
+        return self.has_gb is None or self.memory.total <= self.has_gb * 1e9
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What clients that are like it have in common."""
+        return self.device, self.rank, self.ratio, self.batch
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a run will take, before it begins."""
+
+    clients: Sequence[ClientBill]
+    rounds: int
+    cohort: int
+    by_round: Sequence[tuple[int, int]]
+    """Bytes (down, up) of all clients together, by rehearsed round."""
+    exact: bool
+    """Whether the bytes were counted on the messages that a run encodes, and not estimated."""
+    at_most: bool
+    """Whether bytes are an upper bound: codes go up deflated, and some ranks follow from what is learned."""
+    round_s: float | None
+    """Seconds of a round, on average: of its slowest client; None where they are not known."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What this machine was calibrated with; see `calibration`."""
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes (down, up) of the whole run: rounds after the rehearsed ones are like the last."""
+        last = [self.by_round[-1]] * (self.rounds - len(self.by_round)) if self.by_round else []
+        every = [*self.by_round[: self.rounds], *last]
+        return sum(down for down, _ in every), sum(up for _, up in every)
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.round_s is None else self.round_s * self.rounds
+
+    @property
+    def too_large(self) -> Sequence[ClientBill]:
+        """The clients whose work does not fit."""
+        return [client for client in self.clients if not client.fits]
+
+    def as_json(self) -> Mapping[str, Any]:
+        """Return everything as numbers under names."""
+        return {
+            "clients": {
+                bill.client: {
+                    "device": bill.device,
+                    "examples": bill.examples,
+                    "rank": bill.rank,
+                    "ratio": bill.ratio,
+                    "batch": bill.batch,
+                    "longest_tokens": bill.longest,
+                    "memory_bytes": {**bill.memory.by_part(), "total": bill.memory.total},
+                    "has_bytes": None if bill.has_gb is None else bill.has_gb * 1e9,
+                    "fits": bill.fits,
+                    "nearest": bill.nearest,
+                    "compute_s": bill.compute_s,
+                    "down_s": bill.down_s,
+                    "up_s": bill.up_s,
+                    "bytes_down": bill.bytes_down,
+                    "bytes_up": bill.bytes_up,
+                }
+                for bill in self.clients
+            },
+            "rounds": self.rounds,
+            "cohort": self.cohort,
+            "bytes_by_round": [{"down": down, "up": up} for down, up in self.by_round],
+            "bytes": dict(zip(("down", "up"), self.traffic, strict=True)),
+            "bytes_are": "at most" if self.at_most else "exact" if self.exact else "estimated",
+            "round_s": self.round_s,
+            "seconds": self.seconds,
+            **({"measured": dict(self.measured)} if self.measured else {}),
+        }
+
+
+def bill_of(
+    fleet: Fleet,
+    blueprint: Blueprint,
+    examples: Mapping[str, int],
+    *,
+    labels: Sequence[str] = (),
+    memory_gb: float | None = None,
+    calibration: tuple[float, float] | None = None,
+) -> Bill:
+    """Return what a run will take.
+
+    Args:
+        fleet: the devices of the clients, and their costs; of a base with a cost model.
+        blueprint: of the base.
+        examples: by client.
+        labels: class names that are sent to the clients.
+        memory_gb: of the machines of clients that are not simulated; None: not known.
+        calibration: of them, where it was measured: seconds of a step beside its operations, and for 1e12 of these.
+    """
+    recipe = fleet.recipe
+    cohort = cohort_size(len(examples), recipe.rounds.cohort)
+    results, last = rehearsal_of(fleet, blueprint, examples, labels=labels)
+    if results:
+        by_round = [(sum(t.down for t in r.traffic.values()), sum(t.up for t in r.traffic.values())) for r in results]
+    else:
+        both = [estimated_bytes(fleet, name) for name in examples]
+        by_round = [
+            (round(sum(d for d, _ in both) * cohort / len(both)), round(sum(u for _, u in both) * cohort / len(both)))
+        ]
+    clients = [
+        client_bill(fleet, name, count, usual_bytes(fleet, name, last), memory_gb, calibration)
+        for name, count in examples.items()
+    ]
+    simulated = [r.clock_s for r in results if r.clock_s]
+    slowest = [bill.compute_s + bill.down_s + bill.up_s for bill in clients if bill.compute_s is not None]
+    round_s = simulated[-1] / len(results) if simulated else max(slowest, default=None)
+    wire = method_of(recipe).wire_dtype(recipe.method)
+    return Bill(
+        clients=clients,
+        rounds=recipe.rounds.count,
+        cohort=cohort,
+        by_round=by_round,
+        exact=bool(results),
+        # The residual of fedex has the rank that the clients' data give it, and a random one the largest.
+        at_most=wire in ("int8", "int4") or recipe.method.name in ("fedkseed", "fedex", "hetlora"),
+        round_s=round_s,
+    )
+
+
+def rehearsal_of(
+    fleet: Fleet, blueprint: Blueprint, examples: Mapping[str, int], *, labels: Sequence[str]
+) -> tuple[Sequence[RoundResult], Mapping[str, tuple[int, int]]]:
+    """Return the rehearsed rounds and each client's bytes (down, up) in its last one; none where that is too much.
+
+    Not of seeds, whose checks are over every number of the base, and of masks that clients choose by their data.
+    """
+    recipe = fleet.recipe
+    numbers = sum(m + n for m, n in blueprint.modules.values()) * blueprint.max_rank
+    cohort = cohort_size(len(examples), recipe.rounds.cohort)
+    chosen = recipe.pruning is not None and recipe.pruning.policy != "nested"
+    if method_of(recipe).task is ProbeSeeds or chosen or numbers * (cohort + 4) > LARGEST or recipe.adapter.start:
+        return (), {}
+
+    def tokens(client: str, training: Training, rank: int) -> tuple[float, float]:
+        work = fleet.work(client, training, rank)
+        return work.trained_tokens, work.side_tokens
+
+    transport = Rehearsal(blueprint, [Client(name, count) for name, count in examples.items()], tokens)
+    context = RoundContext(
+        method=method_of(recipe),
+        settings=recipe.method,
+        planner=fleet.planner(blueprint),
+        transport=transport,
+        schedule=recipe.rounds,
+        blueprint=blueprint,
+        base="0" * 64,
+        labels=tuple(labels),
+        date=recipe.data.date or "" if labels else "",
+        clock=fleet.clock(),
+    )
+    try:
+        results = rehearse(context, most=min(recipe.rounds.count, REHEARSED))
+    except FedtuneError:  # such as a cohort of which no client fits: what follows says so with numbers
+        return (), {}
+    last = {name: (t.down, t.up) for result in results for name, t in result.traffic.items() if t.up}
+    return results, last
+
+
+def usual_bytes(fleet: Fleet, client: str, last: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Return a client's bytes (down, up) of a round: its own, or those of another that the recipe asks the same."""
+    own = last.get(client)
+    asked = planned_training(fleet.recipe, client)[0], requested_ratio(fleet.recipe, client)
+    for name, traffic in last.items() if own is None else ():
+        if (planned_training(fleet.recipe, name)[0], requested_ratio(fleet.recipe, name)) == asked:
+            own = traffic
+    if own is None:
+        return estimated_bytes(fleet, client)
+    factor = fleet.traffic_factor(asked[1], asked[0])
+    return round(own[0] * factor), round(own[1] * factor)
+
+
+def estimated_bytes(fleet: Fleet, client: str) -> tuple[int, int]:
+    """Return about the bytes (down, up) of a client's round, from the numbers that travel."""
+    settings = fleet.recipe.method
+    if isinstance(settings, FedKSeedSettings):
+        # The integers of all seeds and the scalars of a round at most, with their headers.
+        rank, training = planned_training(fleet.recipe, client)
+        return 4 * settings.seeds + 1024, (training.steps or 10) + 512
+    rank, _ = planned_training(fleet.recipe, client)
+    down, up = fleet.traffic(Arm(requested_ratio(fleet.recipe, client), rank))
+    return round(down), round(up)
+
+
+def client_bill(
+    fleet: Fleet,
+    client: str,
+    examples: int,
+    traffic: tuple[int, int],
+    memory_gb: float | None,
+    calibration: tuple[float, float] | None,
+) -> ClientBill:
+    """Return what a round asks of a client whose planner leaves its work as the recipe has it."""
+    recipe, profile = fleet.recipe, fleet.profiles.get(client)
+    rank, training = with_steps(recipe, client, examples)
+    ratio = requested_ratio(recipe, client) if isinstance(recipe.planner, FixedSettings) else 0.0
+    arm = Arm(ratio, rank)
+    footprint = fleet.footprint(client, arm, training)
+    need, has = memory(fleet.charged, recipe.pruning, footprint), profile.memory_gb if profile else memory_gb
+    work = fleet.work(client, training, rank)
+    # Two forward passes of a probe cost what one forward and one backward pass over a frozen base do, without adapters.
+    trained = 0 if footprint.forward_only else rank
+    flops = round_flops(fleet.charged, recipe.pruning, ratio, trained, work)
+    down, up = traffic
+    latency, compute_s = profile.latency_s if profile else 0.05, None
+    if profile:
+        compute_s = flops / 1e12 / (profile.tflops * profile.mean_mode) + profile.overhead_s
+    elif calibration:
+        step_s, s_per_tflop = calibration
+        compute_s = step_s * work.steps * work.passes + flops / 1e12 * s_per_tflop
+    bill = ClientBill(
+        client=client,
+        device=profile.name if profile else "",
+        examples=examples,
+        rank=rank,
+        ratio=ratio,
+        batch=training.batch,
+        longest=round(footprint.longest),
+        memory=need,
+        has_gb=has,
+        compute_s=compute_s,
+        down_s=down * 8e-6 / (profile.down_mbps if profile else NETWORK_MBPS) + latency,
+        up_s=up * 8e-6 / (profile.up_mbps if profile else NETWORK_MBPS) + latency,
+        bytes_down=down,
+        bytes_up=up,
+    )
+    return bill if bill.fits else replace(bill, nearest=nearest(fleet, recipe, footprint, has or 0.0, training))
+
+
+def with_steps(recipe: Recipe, client: str, examples: int) -> tuple[int, Training]:
+    """Return a client's rank and training, with epochs turned into steps."""
+    rank, training = planned_training(recipe, client)
+    if training.steps is None:
+        seen = training.batch * training.accumulation
+        training = replace(training, steps=max(1, round((training.epochs or 0) * examples / seen)), epochs=None)
+    return rank, training
+
+
+def nearest(fleet: Fleet, recipe: Recipe, footprint: Footprint, has_gb: float, training: Training) -> str:
+    """Return the settings nearest to a recipe's with which a client's work fits, in the words of a recipe.
+
+    Of all combinations the least painful: batches that are divided change no result, checkpointing costs a third of the
+    time, quantised bases little quality, fewer blocks and ranks some, shorter texts data, pruning the most.
+    """
+    fitting = []
+    for pain, changed, words in alternatives(recipe, footprint, training):
+        need = memory(fleet.charged, recipe.pruning, changed).total
+        if words and need <= has_gb * 1e9:
+            fitting.append((pain, need, f"{', '.join(words)} ({need / 1e9:.3g} GB)"))
+    return min(fitting, default=(0.0, 0.0, "nothing that fedtune offers fits"))[2]
+
+
+def alternatives(
+    recipe: Recipe, footprint: Footprint, training: Training
+) -> Iterator[tuple[float, Footprint, Sequence[str]]]:
+    """Yield (how painful it is, what memory then depends on, the settings in words) of every combination."""
+    batches = [
+        (0.5 * k, footprint.rows >> k) for k in range(HALVINGS) if footprint.rows >> k and footprint.rows % 2**k == 0
+    ]
+    if footprint.rows % 2 and footprint.rows > 1:
+        batches.append((2.5, 1))
+    kinds: list[tuple[float, Any]] = [(0.0, "")]
+    checkpoints: list[tuple[float, bool]] = [(0.0, footprint.checkpointing)]
+    tops: list[tuple[float, float]] = [(0.0, 1.0)]
+    if not footprint.forward_only:
+        checkpoints += [] if footprint.checkpointing else [(1.5, True)]
+        tops += [(3.0, 0.5), (4.0, 0.25)]
+    if not footprint.base_dtype:
+        kinds += [(2.2, "int8"), (3.0, "nf4")]
+    lengths = [(4.0 * k, footprint.longest / 2**k) for k in range(4) if footprint.longest / 2**k >= 16]
+    ratios = [(0.0, footprint.ratio)]
+    if recipe.pruning is not None and not footprint.whole:
+        ratios += [(5.0 + 4 * ratio, ratio) for ratio in (0.25, 0.5, 0.75) if ratio > footprint.ratio]
+    for batch, again, kind, top, length, ratio in product(batches, checkpoints, kinds, tops, lengths, ratios):
+        words = []
+        if batch[1] != footprint.rows:
+            times = training.accumulation * footprint.rows // batch[1]
+            words.append(f"client.batch = {batch[1]} with client.accumulation = {times}")
+        if again[1] != footprint.checkpointing:
+            words.append("client.gradient_checkpointing = true")
+        if kind[1]:
+            words.append(f'model.dtype = "{kind[1]}"')
+        ranks = footprint.ranks
+        if top[1] < 1:
+            names = sorted(ranks)
+            ranks = {name: ranks[name] for name in names if name in upper(names, top[1])}
+            words.append(f"planner.top = {top[1]:g}")
+        if length[1] < footprint.longest:
+            words.append(f"data.max_tokens = {round(length[1])}")
+        if ratio[1] != footprint.ratio:
+            words.append(f"planner.ratio = {ratio[1]:g}")
+        changed = replace(
+            footprint,
+            rows=batch[1],
+            checkpointing=again[1],
+            base_dtype=kind[1] or footprint.base_dtype,
+            ranks=ranks,
+            longest=length[1],
+            ratio=ratio[1],
+        )
+        yield batch[0] + again[0] + kind[0] + top[0] + length[0] + ratio[0], changed, words
+
+
+def upper(names: Sequence[str], share: float) -> frozenset[str]:
+    """Return the modules in the upper share of the numbered layers."""
+    number = {name: next((int(part) for part in name.split(".") if part.isdecimal()), None) for name in names}
+    places = sorted({place for place in number.values() if place is not None})
+    top = set(places[-max(1, round(share * len(places))) :])
+    return frozenset(name for name in names if number[name] is None or number[name] in top)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.model.base import load, load_tokenizer
+from fedtune.model.base_sizes import missing_names, sized_base, stored_names
+from fedtune.model.pruned_training import block_layout
+from fedtune.model.settings import AdapterSettings, ModelSettings
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "dtype"),
+    [("llama", "causal", "float32"), ("llama", "causal", "bfloat16"), ("bert", "classification", "float32")],
+)
+def test_sizes_are_those_of_the_loaded_base(name: str, task: Any, dtype: Any, checkpoints: dict[str, Path]) -> None:
+    settings = ModelSettings(base=str(checkpoints[name]), task=task, dtype=dtype, device="cpu")
+    named: Any = {
+        "tokenizer": load_tokenizer(settings, Path()),
+        "root": Path(),
+        "seed": 0,
+        "labels": ("a", "b") if task == "classification" else (),
+    }
+    whole, sized = (make(settings, AdapterSettings(rank=2), **named) for make in (load, sized_base))
+    assert all(parameter.is_meta for parameter in sized.model.parameters())
+    for field in ("modules", "saved", "saved_modules", "num_parameters", "positions", "fused", "dtype", "task"):
+        assert getattr(sized, field) == getattr(whole, field), field
+    assert block_layout(sized) == block_layout(whole)
+    shapes = [{n: (a.shape, a.dtype) for n, a in base.saved_tensors().items()} for base in (sized, whole)]
+    assert shapes[0] == shapes[1]
+    assert all(not np.any(array) for array in sized.saved_tensors().values())
+
+
+def test_names_come_from_headers_alone(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    names = stored_names(checkpoints["llama"])
+    assert "model.embed_tokens.weight" in names
+    assert stored_names(tmp_path / "nothing") == set()
+    assert missing_names(None, tmp_path / "nothing") == ()

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config import bind
+from fedtune.runs.bill import bill_of
+from fedtune.runs.local import prepare
+from tests.conftest import Simulated
+
+FORMATS = [
+    ("flora", {"wire_dtype": "bf16"}),
+    ("fedit", {}),
+    ("ffa", {}),
+    ("zeropad", {}),
+    ("flexlora", {}),
+    ("hetlora", {}),
+    ("fedex", {}),
+]
+
+
+def rounds_of(tables: dict[str, Any]) -> tuple[list[tuple[int, int]], Any]:
+    experiment = prepare(bind(tables), sizes_alone=True)
+    bill = bill_of(experiment.devices, experiment.blueprint, experiment.fleet)
+    return list(bill.by_round), bill
+
+
+def counted(simulated: Simulated, tables: dict[str, Any], out: Path) -> list[tuple[int, int]]:
+    run = simulated(tables, out)
+    return [(record["bytes_down"], record["bytes_up"]) for record in run.rounds if record["round"]]
+
+
+def test_bytes_of_flora_are_those_of_its_real_rounds(
+    simulated: Simulated, tables: dict[str, Any], tmp_path: Path
+) -> None:
+    tables["method"]["wire_dtype"] = "bf16"
+    planned, bill = rounds_of(tables)
+    assert bill.exact
+    assert not bill.at_most
+    for mine, real in zip(planned, counted(simulated, tables, tmp_path / "run"), strict=True):
+        # Tokens and seconds are numbers of other lengths; tensors are the same to the byte.
+        assert mine == pytest.approx(real, abs=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "more"), FORMATS)
+def test_bytes_of_every_method_are_those_of_its_real_rounds(
+    method: str, more: dict[str, Any], simulated: Simulated, tables: dict[str, Any], tmp_path: Path
+) -> None:
+    tables["method"] = {"name": method, **more}
+    if method in ("fedit", "fedex"):
+        del tables["override"]
+    planned, bill = rounds_of(tables)
+    assert bill.at_most == (method in ("hetlora", "fedex"))
+    for mine, real in zip(planned, counted(simulated, tables, tmp_path / "run"), strict=True):
+        assert mine == pytest.approx(real, abs=60, rel=0.25 if method == "fedex" else 0)
+
+
+@pytest.mark.parametrize("number", ["int8"])
+def test_codes_are_at_most_so_many_bytes(
+    number: str, simulated: Simulated, tables: dict[str, Any], tmp_path: Path
+) -> None:
+    tables["method"]["wire_dtype"] = number
+    planned, bill = rounds_of(tables)
+    assert bill.at_most
+    for mine, real in zip(planned, counted(simulated, tables, tmp_path / "run"), strict=True):
+        assert 0.8 * mine[1] <= real[1] <= 1.02 * mine[1]
