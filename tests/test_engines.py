@@ -149,10 +149,10 @@ def test_pruned_clients_come_to_the_same_bits_and_the_same_choices(engine: Engin
 
 
 def arms(tables: Tables, mode: str) -> Tables:
-    """The same recipe with clients that train the upper block alone, or are sent little of the global change."""
+    """The same recipe with clients that train the upper block alone, go back through a part of all, are sent little."""
     override = [
         {"clients": ["client-0"], "top": 0.5, "down_rank": 1},
-        {"clients": ["client-1"], "rank": 2, "steps": 1},
+        {"clients": ["client-1"], "rank": 2, "steps": 1, "back": 0.5},
         {"clients": ["client-2"], "rank": 8, "down_rank": 3},
     ]
     return tables | {"method": {"name": "flora", "mode": mode}, "override": override}
