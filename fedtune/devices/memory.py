@@ -324,8 +324,6 @@ def input_bytes(body: Body, size: Sizes, work: Footprint, modules: Sequence[str]
     for name in modules:
         total += (2 if work.half else 4) * work.ranks[name]
         into = module_sides(body, name, size)[1]
-        if name in layout.sides and layout.sides[name][2] != "all":
-            into *= 1 - work.back
         block = layout.sides[name][0] if name in layout.sides else None
         leaf = name if block is None else name.removeprefix(f"{layout.blocks[block].prefix}.")
         if work.dropout:

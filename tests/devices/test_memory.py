@@ -27,6 +27,7 @@ from fedtune.model.batches import Batch
 from fedtune.model.frozen import SLIGHT
 from fedtune.model.lora_layer import LoraLayer, Trainable
 from fedtune.model.loss import summed_loss
+from fedtune.model.selective_backward import Windows, with_selective_backward
 from fedtune.model.surgery import layout_of
 from fedtune.model.targets import linear_shape
 from fedtune.model.train import activation_checkpointing
@@ -98,7 +99,8 @@ def step_of(
     batch = Batch(ids, mask, labels, count=1, tokens=1, fused=causal and work.get("fused", True))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     twice = activation_checkpointing(model) if work.get("checkpointing") else nullcontext()
-    with LiveBytes([*model.parameters(), *model.buffers()]) as live, twice:
+    part = with_selective_backward(model, Windows(work["back"], 1)) if work.get("back") else nullcontext()
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live, twice, part:
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=bool(work.get("half"))):
                 loss = summed_loss(model, batch, task="causal" if causal else "classification")
@@ -129,6 +131,10 @@ CASES: Mapping[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "checkpointing": ("llama", ALL, {"checkpointing": True, "rows": 16}),
     "all logits": ("llama", ALL, {"fused": False}),
     "eager attention": ("llama", ALL, {"attention": "eager", "length": 96}),
+    "a part of the backward pass": ("llama", ("q_proj", "v_proj"), {"back": 0.5}),
+    "a part of the backward pass of all layers": ("llama", ALL, {"back": 0.5}),
+    "a part of the backward pass in gpt2": ("gpt2", ("c_attn", "c_proj", "c_fc"), {"back": 0.5}),
+    "a part of the backward pass in bert": ("bert", ("query", "value"), {"back": 0.5}),
     "norms of queries": ("qwen3", ALL, {}),
     "gpt2": ("gpt2", ("c_attn", "c_proj", "c_fc"), {}),
     "gpt2 with checkpointing": ("gpt2", ("c_attn",), {"checkpointing": True, "rows": 16}),
