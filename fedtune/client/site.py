@@ -15,6 +15,7 @@ from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.client.scoring import score
 from fedtune.client.shared_work import SharedWork
+from fedtune.client.speed import seconds_per_tflop
 from fedtune.client.worker_process import payload
 from fedtune.config import Recipe, bind
 from fedtune.config.plugins import plugin_rows
@@ -29,7 +30,7 @@ from fedtune.link.client.order_limits import EMBEDDINGS, limit_violations
 from fedtune.link.settings import Policy, ScorePolicy
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
 from fedtune.methods import METHODS
-from fedtune.model import embedded
+from fedtune.model import embedded, libraries
 from fedtune.model.base import Base, base_from_object, load, load_tokenizer
 from fedtune.model.base_config import class_order
 from fedtune.model.classes import match_classes, named_rows, shorten
@@ -70,6 +71,8 @@ class Site:
     """Loads the same client with other class names or another day; None where all clients have the same anyhow."""
     on_step: OnStep = no_steps
     """Hears of each step of a training."""
+    measures_speed: bool = False
+    """Whether it measures how fast it computes when it checks in, for planners that ask; simulated devices do not."""
     shared: SharedWork | None = None
     """The processes beside this one that its training is divided among."""
 
@@ -98,9 +101,16 @@ class Site:
                 anatomy=blocks(base),
             ),
             methods=tuple(METHODS),
-            device=device(base),
+            device=self._device(),
             held_out=0 if self.scores == "refuse" else len(self.held_out),
         )
+
+    def _device(self) -> Device:
+        own = device(self.base)
+        if not self.measures_speed:
+            return own
+        with libraries.threads(self.threads):
+            return replace(own, s_per_tflop=seconds_per_tflop(self.base.device))
 
     def perform(self, assignment: Assignment) -> ClientUpdate:
         """Return the client's update for an assignment.
@@ -218,6 +228,7 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
         held_out=shard.held_out,
         scores=settings.policy.scores,
         policy=settings.policy,
+        measures_speed=True,
         shared=shared,
         date=written_day(settings.model, data, federation, base),
         reload=lambda names, day: from_file(path, tuple(names), day),

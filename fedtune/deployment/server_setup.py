@@ -18,6 +18,7 @@ from fedtune.messages import Blueprint, ProbeSeeds, ScoreRequest, Traffic
 from fedtune.methods.method import GlobalModel
 from fedtune.model.settings import same_everywhere
 from fedtune.pruning.structure import ModelStructure
+from fedtune.rounds.probe import CheckIns, Prober
 from fedtune.rounds.scores import pooled_scores
 from fedtune.rounds.site_scores import ask_scores
 from fedtune.runs.base_checks import check_pruning, check_ranks
@@ -109,6 +110,7 @@ def server_context(
         blueprint=blueprint,
         planner=devices.planner(blueprint),
         clock=MeasuredClock(),
+        prober=Prober(CheckIns()) if getattr(recipe.planner, "probe", False) else None,
         base={"name": recipe.model.base, "digest": common.base, "parameters": common.parameters},
         target=peft.Target(
             base=recipe.model.base,

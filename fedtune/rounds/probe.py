@@ -72,3 +72,17 @@ def with_probes(
     ]
     # The round begins when all have answered.
     return clients, max((answer.seconds for answer in answers.values()), default=0.0)
+
+
+class CheckIns:
+    """Hands on what clients have said of their speed when they checked in, each time for one round alone."""
+
+    def __init__(self) -> None:
+        self._used = dict[str, tuple[float | None, float | None]]()
+
+    def __call__(self, round: int, now_s: float, cohort: Sequence[Client], limit_s: float) -> Mapping[str, SpeedProbe]:
+        """Return what clients have said since they were last asked; nothing of those that have not checked in since."""
+        said = {client.name: (client.s_per_tflop, client.s_per_mb) for client in cohort}
+        fresh = {name: speed for name, speed in said.items() if self._used.get(name) != speed}
+        self._used.update(fresh)
+        return {name: SpeedProbe(*speed) for name, speed in fresh.items()}

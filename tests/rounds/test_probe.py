@@ -6,7 +6,7 @@ import pytest
 
 from fedtune.messages import Client
 from fedtune.rounds.journal import InterruptedRound
-from fedtune.rounds.probe import Prober, SpeedProbe, limit_s, with_probes
+from fedtune.rounds.probe import CheckIns, Prober, SpeedProbe, limit_s, with_probes
 from tests.rounds.scripted import Noted, answer, chosen
 
 COHORT = [Client("ann", 8, s_per_tflop=9.0), Client("bob", 8)]
@@ -62,3 +62,12 @@ def test_a_probe_never_takes_more_than_a_twentieth_of_a_mean_round() -> None:
     for mean_s in (0.1, 2.0, 20.0, 1e6):
         for round in (2, 3, 50):
             assert 2 * limit_s(round, (round - 1) * mean_s) <= min(2.0, 0.05 * mean_s * (1 + 1e-9))
+
+
+def test_what_a_client_says_at_check_in_is_for_one_round() -> None:
+    said = CheckIns()
+    first = said(1, 0.0, COHORT, 1.0)
+    assert first["ann"] == SpeedProbe(9.0, None)
+    assert "ann" not in said(2, 0.0, COHORT, 1.0)
+    again = [Client("ann", 8, s_per_tflop=8.5)]  # it was away, and has measured anew
+    assert said(3, 0.0, again, 1.0) == {"ann": SpeedProbe(8.5, None)}
