@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=256, help="held-out examples that are scored")
+    parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--dtype", default="float32", help="of the case loading, which runs in a process of its own")
     args = parser.parse_args()
@@ -145,11 +147,12 @@ def quality(args: argparse.Namespace) -> None:
     tokenizer = next(iter(bases.values())).tokenizer
 
     def rows(file: str, limit: int | None) -> Sequence[Any]:
-        data = DataSettings(f"{args.data}/{file}", Split("iid", clients=1), max_tokens=256, held_out=0.0, limit=limit)
+        split = Split("iid", clients=1)
+        data = DataSettings(f"{args.data}/{file}", split, max_tokens=args.max_tokens, held_out=0.0, limit=limit)
         [shard] = federate(data, tokenizer=tokenizer, task="causal", seed=0, root=Path()).clients.values()
         return shard.train
 
-    examples, dev = rows("small_train.jsonl", None), rows("small_dev.jsonl", 256)
+    examples, dev = rows("small_train.jsonl", None), rows("small_dev.jsonl", args.rows)
     training = Training(batch=args.batch, steps=args.steps, learning_rate=args.learning_rate, schedule="linear")
     losses: dict[tuple[str, str], list[float]] = {}
     for seed in range(args.seeds):
@@ -162,6 +165,7 @@ def quality(args: argparse.Namespace) -> None:
             for evaluated, other in bases.items():
                 scores = evaluate(other, final, {}, {"dev": dev}, batch=16)["dev"]
                 losses.setdefault((trained, evaluated), []).append(scores["loss"])
+            print(f"seed {seed}, trained over {trained}", file=sys.stderr)
     untrained = {name: evaluate(base, {}, {}, {"dev": dev}, batch=16)["dev"]["loss"] for name, base in bases.items()}
     print(
         json.dumps({"case": "untrained", "base": Path(args.base).name} | {n: round(v, 4) for n, v in untrained.items()})
