@@ -248,6 +248,10 @@ def quantised_base_faults(recipe: Recipe) -> Iterator[Fault]:
     if recipe.pruning is not None:
         expected = "a base that is not quantised, beside [pruning]: columns taken out of codes leave blocks of others"
         yield Fault("model.dtype", expected, dtype, 'set dtype = "bfloat16", or leave [pruning] out')
+    others = sorted({*getattr(recipe.planner, "base_dtypes", ())} - {model.dtype})
+    if others:
+        expected = f"no other format with model.dtype = {dtype}, whose codes are all that a client holds"
+        yield Fault("planner.base_dtypes", expected, display(others[0]), 'set model.dtype = "bfloat16"')
     # Every other bank rewrites weights by steps far below those between codes.
     if method_type_of(recipe).task is ProbeSeeds and (bank := getattr(recipe.method, "bank", "kron")) != "kron":
         expected = f"'kron' with model.dtype = {dtype}, whose changes stand beside the codes"

@@ -168,9 +168,10 @@ class Fleet:
     def cost_by_format(self, client: str, arm: Arm, training: Training, base_dtype: BaseDtype) -> Cost:
         """Return what an arm costs a client in a round over a frozen base of a number format, its memory by part."""
         cost, pruning = self.cost(client, arm, training), self.recipe.pruning
-        own = memory(self.charged, pruning, replace(self.footprint(client, arm, training), base_dtype=base_dtype))
+        work = self.footprint(client, arm, training)
+        own = memory(self.charged, pruning, replace(work, base_dtype=base_dtype or work.base_dtype))
         parts = {part: size / 1e9 for part, size in own.by_part().items()}
-        if base_dtype and client not in self.profiles:
+        if base_dtype not in ("", work.base_dtype) and client not in self.profiles:
             # A client of fedtune reads the codes from the resident base, and holds both.
             parts["weights"] += self.memory(client, arm, training).weights / 1e9
         return replace(cost, tflop=cost.tflop * SLOWER[base_dtype], memory_gb=sum(parts.values()), memory_parts=parts)

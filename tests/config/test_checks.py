@@ -69,6 +69,11 @@ from tests.config.conftest import SHORTEST, Faulty
             "method.bank",
             "'kron' with model.dtype = 'int8', whose changes stand beside the codes; got 'hadamard'",
         ),
+        (
+            ["model.dtype=nf4", "method=fedpipe", "planner.base_dtypes=['int8']"],
+            "planner.base_dtypes",
+            "no other format with model.dtype = 'nf4', whose codes are all that a client holds; got 'int8'",
+        ),
         (["model.dtype=int4"], "model.dtype", "got 'int4'"),
         (["rounds.cohort=1.5"], "rounds.cohort", "a share of at most 1; got 1.5"),
         (["rounds.cohort=5"], "rounds.cohort", "at most the 4 clients of data.split; got 5"),

@@ -18,6 +18,7 @@ from fedtune.errors import ConfigError
 from fedtune.lora.adapter import Factors
 from fedtune.model.lora import with_adapters
 from fedtune.model.merge import merge
+from fedtune.planning.policy import Arm
 from fedtune.runs.chat import open_speaker
 from fedtune.runs.local import prepare
 from fedtune.store import peft
@@ -114,3 +115,15 @@ def test_a_hundred_rounds_of_tiny_changes_are_served_as_they_were_summed(tables:
             served = (model.get_submodule(name)(x) - before).T.numpy()
     # As a matrix of its own it is rounded to bfloat16, relative to the change and not to the weight.
     assert np.abs(served - summed).max() < 4e-3 * np.abs(summed).max()
+
+
+def test_the_bill_of_a_recipe_over_codes_counts_codes(tables: dict[str, Any]) -> None:
+    """As that of plans that name the format; and not both the codes and the weights that they are of."""
+    arm, training = Arm(0.0, 4), bind(tables).client
+    whole, coded = (prepare(bind(over(tables, dtype))).devices for dtype in ("float32", "nf4"))
+    weights = [devices.memory("client-1", arm, training).weights for devices in (whole, coded)]
+    assert weights[1] < 0.9 * weights[0]
+    assert coded.cost_by_format("client-1", arm, training, "").memory_parts["weights"] == pytest.approx(
+        coded.cost_by_format("client-1", arm, training, "nf4").memory_parts["weights"]
+    )
+    assert coded.footprint("client-1", arm, training).base_dtype == "nf4"
