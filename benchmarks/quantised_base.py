@@ -117,11 +117,11 @@ def step(folder: str, repeats: int) -> None:
             for name, base in bases.items():
                 spent = cpu_seconds(one_step(base, batch, length))
                 seconds[name] += [spent] if turn else []  # the first one allocates
-        for name, spent in seconds.items():
-            ratios = [ours / plain for ours, plain in zip(spent, seconds["float32"], strict=True)]
+        for name, turns in seconds.items():
+            ratios = [ours / plain for ours, plain in zip(turns, seconds["float32"], strict=True)]
             line = {"case": "step", "dtype": name, "batch": batch, "tokens": length, "ratio": round(median(ratios), 3)}
             spread = [round(min(ratios), 3), round(max(ratios), 3)]
-            print(json.dumps(line | {"spread": spread, "cpu_s": round(median(spent), 3)}))
+            print(json.dumps(line | {"spread": spread, "cpu_s": round(median(turns), 3)}))
 
 
 def one_step(base: Base, batch: int, length: int) -> Callable[[], None]:
