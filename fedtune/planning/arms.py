@@ -56,8 +56,8 @@ class AdaptiveSettings:
     down_ranks: Sequence[Annotated[int, Ge(1)]] | None = field(default=None, metadata=OMIT_DEFAULT)
     """Largest ranks of the global change that clients are sent; none: as the method's own settings say."""
     probe: bool = field(default=False, metadata=OMIT_DEFAULT)
-    """Simulated devices measure their speed before every round, by a fixed matrix product and a megabyte, in a twentieth
-    of a mean round at most, which the clock counts; real clients by the product alone, when they check in. For the
+    """Simulated devices measure their speed before every round, by a fixed matrix product and a megabyte, in at most a
+    twentieth of a mean round, which the clock counts; real clients by the product alone, when they check in. For the
     planners bandit and deadline, where few of many clients take part in a round. Clients that run on this machine
     without `fleet` are not asked: they would all measure the same machine."""
     explore: Annotated[int, Ge(0)] = 0
