@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedtune.messages import WireDtype
+from fedtune.pruning.depth import backward_blocks, module_ranks
 from fedtune.pruning.ranking import PruningSettings, counts, unit_of
 from fedtune.pruning.structure import Block, BlockLayout, Side
 
@@ -116,28 +117,82 @@ def module_sides(body: Body, name: str, size: Sizes) -> tuple[float, float]:
     return _side(out, size, body.layout), _side(into, size, body.layout)
 
 
-def flops_per_token(body: Body, size: Sizes, rank: int, work: Work) -> float:
+@dataclass(frozen=True)
+class Trained:
+    """What of a model one client trains in one round, beside the structure that is left of it."""
+
+    ranks: Mapping[str, float]
+    """LoRA rank of each module that is trained, by full name."""
+    depth: float
+    """Share of the blocks that backward passes go through: from the top to the lowest trained one."""
+    back: float = 0.0
+    """Share of heads and channels that backward passes leave out."""
+
+
+def trained_of(body: Body, ranks: Mapping[str, float], back: float = 0.0) -> Trained:
+    """Return what a client trains that has these ranks, by full name of the module."""
+    return Trained(ranks, backward_blocks(ranks, body.layout, ()) / len(body.layout.blocks), back)
+
+
+def trained_modules(body: Body, rank: int, *, top: float = 1.0, back: float = 0.0) -> Trained:
+    """Return what is trained at one rank in the upper share of the blocks."""
+    names = sorted(body.modules)
+    ranks = module_ranks(names, body.layout, rank, top) or (rank,) * len(names)
+    return trained_of(body, {name: own for name, own in zip(names, ranks, strict=True) if own > 0}, back)
+
+
+def flops_per_token(body: Body, size: Sizes, rank: int, work: Work, trained: Trained | None = None) -> float:
     """Return the operations of one token, forward and backward over a frozen base: no gradient of its weights.
 
-    4 P_kept + 4 P_head + 6 r sum(|O| + |I|) + 12 s sum n_l h + 4 rank_global sum(|O| + |I|); the base's part is half
-    as much again where activations are computed twice. A classifier's head sees one row per example.
+    With all modules trained 4 P_kept + 4 P_head + 6 r sum(|O| + |I|) + 12 s sum n_l h + 4 rank_global sum(|O| + |I|);
+    the base's part is half as much again where activations are computed twice. A classifier's head sees one row per
+    example. Where the upper blocks alone are trained, and heads and channels are left out of the backward pass, the
+    backward part of the blocks is depth * (1 - back) of that: 2 P_kept + 2 depth (1 - back) P_kept + ...
+
+    Args:
+        body: sizes of the base.
+        size: of its blocks, after pruning.
+        rank: of all modules, where `trained` does not say it.
+        work: of the client.
+        trained: which modules are trained, and how much of the backward pass is left out; None: all, and nothing.
     """
     layout = body.layout
     head = 0.0 if body.classifies else float(layout.head)
-    # For each weight 2 forward, 2 backward for the inputs, none for its own gradient; with checkpointing the forward
-    # operations count twice.
-    passes = 6.0 if work.checkpointing else 4.0
+    # Backward relative to forward: 1 where all is trained.
+    depth = 1.0 if trained is None else trained.depth
+    backward = 1.0 if trained is None else depth * (1.0 - trained.back)
     sides = adapter_sides(body, size)
+    # For each weight 2 forward, 2 backward for the inputs, none for its own gradient; with checkpointing the forward
+    # operations of the blocks that backward passes go through count twice.
+    again = 2.0 if work.checkpointing else 0.0
+    left_out = (again * (1.0 - depth) + 2.0 * (1.0 - backward)) * block_parameters(layout, size)
     # Scores and weighted sums: 4 operations forward, 8 backward, for every token and number of a head.
-    attention = 12.0 * work.tokens * len(layout.blocks) * size.q * layout.blocks[0].head_dim
-    # The factors in training cost 2 forward and 4 backward; the frozen adapter beside them only 4.
-    return passes * (block_parameters(layout, size) + head) + (6.0 * rank + 4.0 * work.global_rank) * sides + attention
+    attention = (4.0 + 8.0 * backward) * work.tokens * len(layout.blocks) * size.q * layout.blocks[0].head_dim
+    # The factors in training cost 2 forward and 4 backward; the frozen adapter beside them 2 and 2.
+    factors = 6.0 * rank if trained is None else 6.0 * factor_numbers(body, size, trained.ranks) / sides
+    whole = (4.0 + again) * (block_parameters(layout, size) + head)
+    return whole - left_out + (factors + (2.0 + 2.0 * depth) * work.global_rank) * sides + attention
 
 
-def round_flops(body: Body, settings: PruningSettings | None, ratio: float, rank: int, work: Work) -> float:
-    """Return the operations of a round; tokens that only go forward, for scores and losses, cost half."""
-    per_token = flops_per_token(body, sizes(body.layout, settings, ratio), rank, work)
-    return per_token * (work.trained_tokens + 0.5 * work.side_tokens)
+def factor_numbers(body: Body, size: Sizes, ranks: Mapping[str, float]) -> float:
+    """Return the numbers of an adapter whose modules have ranks of their own."""
+    return sum(rank * sum(module_sides(body, name, size)) for name, rank in ranks.items())
+
+
+def round_flops(
+    body: Body,
+    settings: PruningSettings | None,
+    ratio: float,
+    rank: int,
+    work: Work,
+    trained: Trained | None = None,
+) -> float:
+    """Return the operations of a round; tokens that only go forward, for scores and losses, cost half of a dense step's
+    whatever is trained.
+    """
+    size = sizes(body.layout, settings, ratio)
+    side = flops_per_token(body, size, rank, work) if work.side_tokens else 0.0
+    return flops_per_token(body, size, rank, work, trained) * work.trained_tokens + 0.5 * side * work.side_tokens
 
 
 def round_bytes(
@@ -149,14 +204,20 @@ def round_bytes(
     global_rank: float,
     wire_dtype: WireDtype,
     down_dtype: WireDtype | None = None,
+    trained: Trained | None = None,
 ) -> tuple[float, float]:
-    """Return (bytes down, bytes up) of a round: the sliced global change and the factors, modules_to_save, bitmaps."""
-    sides = adapter_sides(body, sizes(body.layout, settings, ratio))
+    """Return (bytes down, bytes up) of a round: the sliced global change and the factors, modules_to_save, bitmaps.
+
+    The change comes down whole; up go the factors of what was trained.
+    """
+    size = sizes(body.layout, settings, ratio)
+    sides = adapter_sides(body, size)
+    factors = rank * sides if trained is None else factor_numbers(body, size, trained.ranks)
     # Two bitmaps of a bit per group: the structure and the previous one.
     groups = sum(b.heads + b.kv_heads + b.channels for b in body.layout.blocks) if settings else 0
     return (
         BYTES[down_dtype or wire_dtype] * global_rank * sides + 4 * body.saved + groups / 4,
-        BYTES[wire_dtype] * rank * sides + 4 * body.saved,
+        BYTES[wire_dtype] * factors + 4 * body.saved,
     )
 
 

@@ -10,7 +10,8 @@ from fedtune.pruning.structure import BlockLayout
 
 def block_of(module: str, layout: BlockLayout) -> int | None:
     """Return the number of the block that a module is in, from 0; None: it is in none."""
-    return next((at for at, block in enumerate(layout.blocks) if module.startswith(f"{block.prefix}.")), None)
+    ends = (end for end, letter in enumerate(module) if letter == ".")
+    return next((place for end in ends if (place := layout.places.get(module[:end])) is not None), None)
 
 
 def module_ranks(modules: Collection[str], layout: BlockLayout, rank: int, top: float) -> tuple[int, ...]:

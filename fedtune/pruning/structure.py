@@ -89,6 +89,11 @@ class BlockLayout:
     """Of one parameter of the frozen base."""
 
     @cached_property
+    def places(self) -> Mapping[str, int]:
+        """The number of every block, by its prefix."""
+        return {block.prefix: index for index, block in enumerate(self.blocks)}
+
+    @cached_property
     def sides(self) -> Mapping[str, tuple[int, Side, Side]]:
         """(block, output, input) of every linear layer of every block, by full name."""
         return {

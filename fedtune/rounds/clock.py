@@ -41,6 +41,8 @@ class CompletedWork:
     arrived_s: float | None
     """Seconds from the round's first assignment to this client's reply, on this machine's clock; None for a reply that
     came before the run was resumed."""
+    down_rank: int | None = None
+    """Largest rank that it was sent, where the planner chose one."""
 
 
 class Clock(Protocol):

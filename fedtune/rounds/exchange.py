@@ -252,7 +252,11 @@ def apply_clock(
     updates = {name: update for name, update in replies.outcomes.items() if isinstance(update, AdmittedUpdate)}
     work = {
         name: CompletedWork(
-            request.planned[name].plan, update.measured, replies.traffic[name], replies.arrived.get(name)
+            request.planned[name].plan,
+            update.measured,
+            replies.traffic[name],
+            replies.arrived.get(name),
+            request.planned[name].down_rank,
         )
         for name, update in updates.items()
     }

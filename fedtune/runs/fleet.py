@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from math import ceil
 from typing import Any
 
 from fedtune.config import Recipe, planned_training
 from fedtune.config.recipe import method_of, planner_type_of, requested_arm, requested_ratio
-from fedtune.devices.cost import PROXIES, Body, Work, flops_per_token, round_bytes, round_flops, sizes
+from fedtune.devices.cost import (
+    PROXIES,
+    Body,
+    Trained,
+    Work,
+    flops_per_token,
+    round_bytes,
+    round_flops,
+    sizes,
+    trained_modules,
+    trained_of,
+)
 from fedtune.devices.cost import block_parameters as blocks_of
 from fedtune.devices.memory import Footprint, Memory, memory
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault, RoundError, ShapeError
-from fedtune.messages import BaseDtype, Blueprint, Client, Failure, PlannedClient, ProbeSeeds, Training
+from fedtune.messages import BaseDtype, Blueprint, Client, Failure, Plan, PlannedClient, ProbeSeeds, Training
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.model.settings import quantised_format
 from fedtune.planning.adaptive import MEMORY_SHARE, with_share
@@ -25,7 +36,7 @@ from fedtune.planning.fedpipe import FedPipeSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import ClientObservation, Cost, Planner, PlannerInputs, Speed
 from fedtune.planning.policy import Arm, Candidate
-from fedtune.pruning.depth import module_ranks
+from fedtune.pruning.depth import backward_blocks, module_ranks
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
 from fedtune.rounds.probe import Prober
@@ -72,8 +83,8 @@ class Fleet:
         longest = float(self.recipe.data.max_tokens)
         return self.tokens.get(client) or Lengths(longest, longest)
 
-    def work(self, client: str, training: Training, rank: int) -> Work:
-        """Return a client's work in a round at a rank, apart from the ratio."""
+    def work(self, client: str, training: Training, rank: int, down_rank: int | None = None) -> Work:
+        """Return a client's work in a round at a rank, apart from the ratio; `down_rank`: as the planner chose it."""
         assert training.steps is not None  # the planner has resolved epochs
         length = self.lengths(client)
         return Work(
@@ -84,13 +95,40 @@ class Fleet:
             longest=length.longest,
             checkpointing=training.gradient_checkpointing,
             side_tokens=2 * 16 * length.mean if self.recipe.pruning else 0.0,
-            global_rank=self.global_rank(rank),
+            global_rank=self.global_rank(rank, down_rank),
             start_copy=training.proximal > 0,
         )
 
-    def global_rank(self, rank: int) -> float:
+    def trained(self, arm: Arm) -> Trained | None:
+        """Return which modules of the charged model an arm trains; None: all of them, with the whole backward pass."""
+        if arm.top == 1.0 and arm.back == 0.0:
+            return None
+        key = arm.rank, arm.top, arm.back
+        if key not in self._trained:
+            self._trained[key] = trained_modules(self.charged, arm.rank, top=arm.top, back=arm.back)
+        return self._trained[key]
+
+    @cached_property
+    def _trained(self) -> dict[tuple[int, float, float], Trained]:
+        """What each arm trains: of thousands of clients once."""
+        return {}
+
+    def trained_by(self, plan: Plan) -> Trained | None:
+        """Return the same of a plan; of a larger model that stands in, the same share of its blocks."""
+        if not plan.ranks:
+            return self.trained(Arm(plan.ratio, plan.rank, back=plan.back))
+        assert self.body is not None  # costs are known
+        if self.charged is self.body:
+            return trained_of(self.body, plan.rank_of(self.body.modules), plan.back)
+        blocks = backward_blocks(plan.rank_of(self.body.modules), self.body.layout, ())
+        top = max(blocks, 1) / len(self.body.layout.blocks)
+        return trained_modules(self.charged, plan.rank, top=top, back=plan.back)
+
+    def global_rank(self, rank: int, down_rank: int | None = None) -> float:
         """Rank of what a client is sent: the recipe's bound for its rank, or an estimate, twice the largest rank."""
         largest = method_of(self.recipe).downlink_rank(self.recipe.method, rank)
+        if down_rank is not None:
+            return float(down_rank if largest is None else min(down_rank, largest))
         planner = self.recipe.planner
         rank = self.recipe.adapter.rank
         ranks = ranks_of(planner, rank) if isinstance(planner, AdaptiveSettings) else (rank,)
@@ -98,7 +136,8 @@ class Fleet:
 
     def cost(self, client: str, arm: Arm, training: Training) -> Cost:
         """Return what an arm costs a client in a round."""
-        pruning, work = self.recipe.pruning, self.work(client, training, arm.rank)
+        pruning, work = self.recipe.pruning, self.work(client, training, arm.rank, arm.down_rank)
+        trained = self.trained(arm)
         method, settings = method_of(self.recipe), self.recipe.method
         traffic = round_bytes(
             self.charged,
@@ -108,9 +147,10 @@ class Fleet:
             global_rank=work.global_rank,
             wire_dtype=method.wire_dtype(settings),
             down_dtype=method.down_dtype(settings) if method.down_dtype else None,
+            trained=trained,
         )
         return Cost(
-            tflop=round_flops(self.charged, pruning, arm.ratio, arm.rank, work) / 1e12,
+            tflop=round_flops(self.charged, pruning, arm.ratio, arm.rank, work, trained) / 1e12,
             megabytes=max(1e-6, sum(traffic) / 1e6),
             memory_gb=self.memory(client, arm, training).total / 1e9,
         )
@@ -151,7 +191,7 @@ class Fleet:
             whole=not simulated,
             back=arm.back,
             base_dtype=quantised_format(self.recipe.model.dtype) or "",
-            global_rank=self.global_rank(arm.rank) if method.freezes else 0.0,
+            global_rank=self.global_rank(arm.rank, arm.down_rank) if method.freezes else 0.0,
             checkpointing=training.gradient_checkpointing,
             packed=training.packing,
             half=training.autocast == "bf16",
@@ -185,26 +225,32 @@ class Fleet:
     def load(self, done: CompletedWork) -> Load:
         """Return the load of a finished round on a client's device, from the tokens and bytes that were counted."""
         plan, measured, pruning = done.plan, done.measured, self.recipe.pruning
-        work = self.work(plan.client, plan.training, plan.rank)
+        work, trained = self.work(plan.client, plan.training, plan.rank, done.down_rank), self.trained_by(plan)
         size = sizes(self.charged.layout, pruning, plan.ratio)
-        flops = flops_per_token(self.charged, size, plan.rank, work)
-        factor = self.traffic_factor(plan.ratio, plan.rank)
+        flops = flops_per_token(self.charged, size, plan.rank, work, trained)
+        factor = self.traffic_factor(plan.ratio, plan.rank, done.down_rank)
+        operations = flops * (measured.tokens + 0.5 * measured.side_tokens)
+        if trained is not None:
+            # Losses and scores of other tokens are of whole forward passes, whatever is trained.
+            side = flops_per_token(self.charged, size, plan.rank, work)
+            operations = flops * measured.tokens + 0.5 * side * measured.side_tokens
         return Load(
-            tflop=SLOWER[plan.base_dtype] * flops * (measured.tokens + 0.5 * measured.side_tokens) / 1e12,
-            gigabytes=self.gigabytes(plan.client, Arm(plan.ratio, plan.rank), plan.training),
+            tflop=SLOWER[plan.base_dtype] * operations / 1e12,
+            gigabytes=self.gigabytes(plan.client, Arm(plan.ratio, plan.rank), plan.training, trained),
             bytes_down=done.traffic.down * factor,
             bytes_up=done.traffic.up * factor,
         )
 
     def megabytes(self, seen: ClientObservation) -> float:
         """Return a client's counted megabytes, down and up together; with a proxy, scaled to the proxy's size."""
-        return (seen.bytes_down + seen.bytes_up) / 1e6 * self.traffic_factor(seen.ratio, seen.rank)
+        factor = self.traffic_factor(seen.ratio, seen.rank, seen.down_rank)
+        return (seen.bytes_down + seen.bytes_up) / 1e6 * factor
 
-    def traffic_factor(self, ratio: float, rank: int) -> float:
+    def traffic_factor(self, ratio: float, rank: int, down_rank: int | None = None) -> float:
         """Return by how much more bytes the proxy would send than the model that was trained."""
         if self.proxy is None or self.body is None:
             return 1.0
-        sent = self.global_rank(rank)
+        sent = self.global_rank(rank, down_rank)
         both = [
             sum(round_bytes(body, self.recipe.pruning, ratio, rank, global_rank=sent, wire_dtype="bf16"))
             for body in (self.proxy, self.body)
@@ -290,19 +336,23 @@ class Fleet:
         for arm, tflop, megabytes in zip(arms, candidate.tflop, candidate.megabytes, strict=True):
             load = Load(
                 tflop,
-                self.gigabytes(name, arm, with_share(training, arm.share)),
+                self.gigabytes(name, arm, with_share(training, arm.share), self.trained(arm)),
                 megabytes / 2 * 1e6,
                 megabytes / 2 * 1e6,
             )
             seconds.append(clock.client(name, load, round=round, now_s=0.0).seconds)
         return seconds
 
-    def gigabytes(self, client: str, arm: Arm, training: Training) -> float:
+    def gigabytes(self, client: str, arm: Arm, training: Training, trained: Trained | None = None) -> float:
         """Return the gigabytes of weights that are read in a round, once per pass and step."""
         layout, work = self.charged.layout, self.work(client, training, arm.rank)
         pruned = blocks_of(layout, sizes(layout, self.recipe.pruning, arm.ratio))
         weights = self.charged.parameters - blocks_of(layout, sizes(layout, None, 0.0)) + pruned
-        return (PASSES + work.checkpointing) * work.steps * work.passes * weights * layout.number_bytes / 1e9
+        passes: float = PASSES + work.checkpointing
+        if trained is not None:
+            # Backward passes read the weights of what they go through.
+            passes = 1 + (1 - trained.back + work.checkpointing) * trained.depth
+        return passes * work.steps * work.passes * weights * layout.number_bytes / 1e9
 
     def clock(self) -> Clock | None:
         """Return the simulated clock; None without a simulated fleet."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.devices.cost import (
@@ -17,6 +17,7 @@ from fedtune.devices.cost import (
     round_bytes,
     round_flops,
     sizes,
+    trained_modules,
 )
 from fedtune.devices.profiles import PROFILES
 from fedtune.pruning.ranking import PruningSettings
@@ -84,3 +85,55 @@ def test_side_tokens_cost_half() -> None:
     side = replace(WORK, steps=0, side_tokens=100.0, longest=100.0)
     each = flops_per_token(ROBERTA, sizes(ROBERTA.layout, None, 0.0), 8, side)
     assert round_flops(ROBERTA, None, 0.0, 8, side) == pytest.approx(50 * each)
+
+
+BARE = replace(ROBERTA, saved=0, layout=replace(ROBERTA.layout, head=0))
+SHORT = replace(WORK, tokens=0.0)
+"""Without attention, whose operations grow with the square of the text."""
+
+
+def relative(top: float, back: float, *, rank: int = 1, work: Work = SHORT) -> float:
+    """Return the operations of an arm relative to a step that trains everything."""
+    whole = sizes(BARE.layout, None, 0.0)
+    trained = trained_modules(BARE, rank, top=top, back=back)
+    return flops_per_token(BARE, whole, rank, work, trained) / flops_per_token(BARE, whole, rank, work)
+
+
+@pytest.mark.parametrize(
+    ("top", "back", "share"),
+    [(1.0, 0.0, 1.0), (1.0, 0.5, 0.75), (0.5, 0.0, 0.75), (0.5, 0.5, 0.625), (0.25, 0.0, 0.625)],
+)
+def test_a_backward_pass_costs_as_much_as_it_goes_through_by_hand(top: float, back: float, share: float) -> None:
+    """2 P forward and 2 P top (1 - back) backward, and next to nothing for factors of rank 1."""
+    assert relative(top, back) == pytest.approx(share, rel=0.01)
+
+
+def test_what_trains_everything_costs_what_it_costs_without_saying_so() -> None:
+    whole = sizes(ROBERTA.layout, None, 0.0)
+    work = replace(WORK, checkpointing=True, global_rank=8.0, side_tokens=9.0)
+    trained = trained_modules(ROBERTA, 16)
+    assert flops_per_token(ROBERTA, whole, 16, work, trained) == pytest.approx(
+        flops_per_token(ROBERTA, whole, 16, work)
+    )
+    assert round_flops(ROBERTA, None, 0.0, 16, work, trained) == pytest.approx(
+        round_flops(ROBERTA, None, 0.0, 16, work), rel=1e-9
+    )
+
+
+def test_activations_are_computed_again_in_the_blocks_of_the_backward_pass_alone() -> None:
+    """2 forward, 2 again and 2 backward in half of the blocks: 4 of 6."""
+    assert relative(0.5, 0.0, work=replace(SHORT, checkpointing=True)) == pytest.approx(4 / 6, rel=0.01)
+
+
+def test_what_is_not_trained_is_not_sent_and_what_is_planned_to_come_down_does() -> None:
+    whole = round_bytes(BARE, None, 0.0, 8, global_rank=16, wire_dtype="bf16")
+    half = round_bytes(BARE, None, 0.0, 8, global_rank=4, wire_dtype="bf16", trained=trained_modules(BARE, 8, top=0.5))
+    assert half[1] == whole[1] / 2
+    assert half[0] == whole[0] / 4
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from([0.25, 0.5, 0.75]), st.sampled_from([0.0, 0.25, 0.5, 0.875]), st.integers(1, 32))
+def test_an_arm_that_does_less_never_costs_more(top: float, back: float, rank: int) -> None:
+    assert relative(top, back, rank=rank) < relative(1.0, back, rank=rank) + 1e-9
+    assert relative(top, back, rank=rank) <= relative(top, 0.0, rank=rank) + 1e-9

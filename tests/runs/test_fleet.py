@@ -15,6 +15,7 @@ from fedtune.planning.adaptive import Adaptive
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.planner import PlannerInputs
 from fedtune.planning.policy import Arm, Candidate
+from fedtune.pruning.depth import module_ranks
 from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.clock import CompletedWork
 from fedtune.runs.fleet import Fleet, fleet_of, speed
@@ -23,6 +24,11 @@ NAMES = [f"client-{i:02}" for i in range(8)]
 ANATOMY = BlockLayout("llama", (Block("model.layers.0", 4, 4, 8, 64),), width=32, head=320, outputs=10)
 BLUEPRINT = Blueprint({"model.layers.0.self_attn.q_proj": (32, 32)}, {}, max_rank=8, seed=0, anatomy=ANATOMY)
 TRAINING = Training(batch=4, learning_rate=0.1, steps=2)
+DEEP = replace(
+    BLUEPRINT,
+    modules={f"model.layers.{at}.self_attn.q_proj": (32, 32) for at in range(4)},
+    anatomy=replace(ANATOMY, blocks=tuple(Block(f"model.layers.{at}", 4, 4, 8, 64) for at in range(4))),
+)
 
 
 @pytest.fixture
@@ -88,6 +94,24 @@ def test_the_clock_charges_what_the_planner_expected(made: Callable[..., Fleet])
     clock = fleet.clock()
     assert isinstance(clock, SimulatedClock)
     assert clock.client_times(1, 0.0, {"client-00": done}, {})["client-00"].seconds > 0
+
+
+@pytest.mark.parametrize("proxy", ["none", "llama-7b"])
+def test_the_clock_charges_an_arm_what_the_planner_expected(made: Callable[..., Fleet], proxy: str) -> None:
+    """Also where a larger model stands in, of which the same share of the blocks is charged."""
+    fleet = made(DEEP, fleet={"name": "fedspine80", "proxy": proxy})
+    assert fleet.body is not None
+    arm = Arm(0.0, 8, top=0.5, back=0.5, down_rank=4)
+    ranks = module_ranks(fleet.body.modules, fleet.body.layout, 8, 0.5)
+    assert 0 in ranks
+    plan = Plan("client-00", 8, 2.0, TRAINING, ranks=ranks, back=0.5)
+    tokens = int(fleet.work("client-00", TRAINING, 8).trained_tokens)
+    done = CompletedWork(plan, Measured(tokens=tokens), Traffic(1, 1), 0.0, down_rank=4)
+    assert fleet.load(done).tflop == pytest.approx(fleet.cost("client-00", arm, TRAINING).tflop)
+    whole, dense = fleet.cost("client-00", Arm(0.0, 8), TRAINING), replace(done, plan=replace(plan, ranks=(), back=0.0))
+    assert fleet.load(done).tflop < 0.8 * fleet.load(dense).tflop
+    assert fleet.load(done).gigabytes == pytest.approx(1.25 / 2 * fleet.load(dense).gigabytes)
+    assert fleet.cost("client-00", arm, TRAINING).megabytes < 0.7 * whole.megabytes
 
 
 def test_the_oracle_is_told_the_clocks_own_times(made: Callable[..., Fleet]) -> None:
