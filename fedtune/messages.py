@@ -501,6 +501,8 @@ class AdmittedUpdate:
     """What it counts, as set before the round began; None outside of rounds: its own examples."""
     upload: Upload = "factors"
     """What its tensors are, as the task has asked."""
+    view: View = "whole"
+    """Of which model it trained the adapter, as the plan has asked."""
     down_rank: int | None = None
     """Largest rank of the global change that its client was sent, where the planner chose one."""
 

@@ -227,7 +227,7 @@ def train_adapter(
 def refuse_unsupported(plan: Plan) -> None:
     """Raise ClientError for what a plan may ask and this client does not do: nothing is left out in silence."""
     asked = {
-        f"an adapter of the {plan.view} model alone": plan.view != "whole",
+        f"an adapter of the {plan.view} model alone": plan.view != "whole" and plan.ratio == 0,
         "scores of the modules of a pruned model": bool(plan.importance) and plan.ratio > 0,
     }
     if unsupported := [what for what, is_asked in asked.items() if is_asked]:

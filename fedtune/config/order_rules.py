@@ -147,8 +147,10 @@ def base_dtype(one: Comparison) -> str:
 
 
 def view(one: Comparison) -> str:
-    allowed = {"whole", *one.allowed.choices.views}
-    return "" if one.order.plan.view in allowed else " or ".join(sorted(allowed))
+    allowed, pruning, plan = {"whole", *one.allowed.choices.views}, one.recipe.pruning, one.order.plan
+    if pruning is not None and pruning.adapters == "two" and plan.ratio == pruning.target:
+        allowed.add("deployed")
+    return "" if plan.view in allowed else " or ".join(sorted(allowed))
 
 
 def importance(one: Comparison) -> str:

@@ -49,6 +49,10 @@ def pruning_faults(recipe: Recipe) -> Iterator[Fault]:
     if pruning.repair != "none" and pruning.policy == "local":
         hint = 'set pruning.repair = "none", or pruning.policy = "nested"'
         yield Fault("pruning.repair", "none with policy = 'local', whose clients share no moments", "it", hint)
+    if pruning.adapters == "two" and (pruning.target == 0 or pruning.policy != "nested"):
+        got = "pruning.target = 0" if pruning.target == 0 else f"policy = {pruning.policy!r}"
+        hint = 'set pruning.adapters = "one", or say what is deployed'
+        yield Fault("pruning.adapters", "one deployed structure for all: a target above 0, policy nested", got, hint)
     if pruning.policy == "vote" and pruning.target == 0:
         hint = "the largest of planner.ratios" if isinstance(planner, AdaptiveSettings) else "your ratio"
         yield Fault("pruning.target", "above 0 with 'vote', whose clients vote for a mask of that size", "0", hint)

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Interval
 
 from fedtune.lora import dense, lowrank
-from fedtune.lora.adapter import Adapter, Factors, draw_a, pack
+from fedtune.lora.adapter import Adapter, Factors, draw_a, pack, stack
 from fedtune.lora.dense import Summed, cut_down
 from fedtune.messages import (
     OMIT_DEFAULT,
@@ -32,6 +32,7 @@ from fedtune.messages import (
     Blueprint,
     PlannedClient,
     TrainLora,
+    View,
     Weighting,
     WireDtype,
     cohort_weights,
@@ -123,6 +124,12 @@ class FloraState:
     """Round of the last scores."""
     ratios: Mapping[str, float] = field(default_factory=dict)
     """By client, the pruning ratio of its last participation."""
+    second: Tensors = field(default_factory=dict, metadata=OMIT_EMPTY)
+    """The repair adapter, in the base's coordinates and laid out as `delta`; empty before clients have trained it."""
+    second_structure: Tensors = field(default_factory=dict, metadata=OMIT_EMPTY)
+    """`digest`: of the structure that it is of, 32 bytes."""
+    beside: Mapping[str, Summed] = field(default_factory=dict, metadata=NOT_PERSISTED)
+    """A change that clients are sent frozen, beside delta; not empty only in `repair`."""
     moments: Tensors = field(default_factory=dict, metadata=OMIT_EMPTY)
     """Of the base's layers, pooled over clients, float32 (`pruning.least_squares`); empty where nothing is repaired."""
 
@@ -155,10 +162,15 @@ class FloraState:
         key = (tuple(trained.values()), down, structure.digest if structure else b"")
         if key not in self._blobs:
             # Truncated over the whole base and cut afterwards: the clients then hold slices of one model.
-            rest = {name: low.components(trained[name], down or low.rank) for name, low in self.broadcast.items()}
+            rest = lowrank.adapter(
+                {name: low.components(trained[name], down or low.rank) for name, low in self.broadcast.items()}
+            )
+            if self.beside:
+                first = {name: low.components(0, down or low.rank) for name, low in self.beside.items()}
+                rest = stack([(lowrank.adapter(first), 1.0), (rest, 1.0)])
             cut, dtype = self.cut(structure), down_dtype(self.settings)
             # To the nearest, and always from the exact state: each round's rounding is gone with the round.
-            frozen = to_wire(lowrank.smallest(slice_adapter(lowrank.adapter(rest), cut)), dtype)
+            frozen = to_wire(lowrank.smallest(slice_adapter(rest, cut)), dtype)
             begun = {name: min(rank, down or rank) for name, rank in trained.items() if name in ranks}
             local = warm_start({name: self.broadcast[name] for name in begun}, begun, dtype, cut)
             self._blobs[key] = {"global": frozen, "local": local}
@@ -192,6 +204,30 @@ class FloraState:
         assert self.anatomy is not None  # checked in `structure`
         assert self.pruning is not None
         return rank_units(self.order, self.anatomy, self.pruning)
+
+    def of(self, view: View) -> FloraState:
+        """Return the state of one of the two adapters."""
+        # Not the repair adapter of that of the repair adapter.
+        return self.repair if view == "deployed" and not self.beside else self
+
+    @cached_property
+    def repair(self) -> FloraState:
+        """The state of the repair adapter, as if it was the global change; delta is frozen beside it."""
+        second = self.second if self.second_digest == self.deployed_digest else {}
+        if not second:  # before the first round of it, or after a new ranking
+            second = lowrank.pack({name: lowrank.zero(*low.shape) for name, low in self.broadcast.items()})
+        return replace(self, delta=second, second={}, second_structure={}, beside=self.broadcast)
+
+    @property
+    def second_digest(self) -> bytes:
+        """Digest of the structure that the repair adapter is of."""
+        return self.second_structure["digest"].tobytes() if self.second_structure else b""
+
+    @property
+    def deployed_digest(self) -> bytes:
+        """Digest of the structure that is deployed; empty before heads and channels are ranked."""
+        structure = self.structure(self.pruning.target) if self.pruning else None
+        return structure.digest if structure else b""
 
     @cached_property
     def moments_on_the_wire(self) -> Tensors:
@@ -250,13 +286,32 @@ def assign(state: FloraState, seed: int, planned: PlannedClient) -> Assignment:
         wire_dtype=state.settings.wire_dtype,
         pruning=pruned,
     )
-    blobs = {**state.blobs(ranks, structure, planned.down_rank), **pruning.moments_sent(state, pruned)}
+    blobs = {
+        **state.of(plan.view).blobs(ranks, structure, planned.down_rank),
+        **pruning.moments_sent(state, pruned),
+    }
     return make_assignment("flora", state, seed, plan, task, blobs)
 
 
 def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraState:
-    """Return the state after one round: Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
-    settings, cohort = state.settings, cohort_weights(updates, state.settings.weights)
+    """Return the state after one round: each of both adapters after the updates of those clients that trained it."""
+    weights = state.settings.weights
+    whole = cohort_weights([update for update in updates if update.view == "whole"], weights)
+    deployed = cohort_weights([update for update in updates if update.view == "deployed"], weights)
+    own: dict[str, Any] = {}
+    if whole:
+        own["delta"] = sum_of(state, whole)
+        # A head that was trained in the deployed model is not the whole one's.
+        own["saved"] = mean_saved(state.saved, whole, state.settings.server_learning_rate)
+    if deployed:
+        own["second"] = sum_of(state.repair, deployed)
+        own["second_structure"] = {"digest": np.frombuffer(state.deployed_digest, np.uint8)}
+    return replace(state, round=state.round + 1, **own, **pruning.fields_after(state, cohort_weights(updates, weights)))
+
+
+def sum_of(state: FloraState, cohort: Cohort) -> Tensors:
+    """Return Delta + server_learning_rate * sum of p_k * change_k, recompressed."""
+    settings = state.settings
     bound, lead = state_rank(state, cohort), max(state.max_rank, settings.max_rank or 0)
     if bound is None:
         # Client by client, as releases before 0.3.0 added up: runs that they began go on to the same bits.
@@ -280,14 +335,7 @@ def aggregate(state: FloraState, updates: Sequence[AdmittedUpdate]) -> FloraStat
         lead = max(lead, settings.down_rank)
     total = dense.sums({name: before[name] for name in parts}, parts, max_rank=bound, lead=lead, tau=state.tau)
     summed = {name: replace(low, dropped=before[name].dropped + low.dropped) for name, low in total.items()}
-    delta = {name: summed.get(name, low) for name, low in before.items()}
-    return replace(
-        state,
-        round=state.round + 1,
-        delta=dense.pack(delta),
-        saved=mean_saved(state.saved, cohort, settings.server_learning_rate),
-        **pruning.fields_after(state, cohort),
-    )
+    return dense.pack({name: summed.get(name, low) for name, low in before.items()})
 
 
 def state_rank(state: FloraState, cohort: Cohort) -> int | None:
@@ -363,6 +411,7 @@ def product(state: FloraState, update: AdmittedUpdate) -> Adapter:
 
 def products(state: FloraState, update: AdmittedUpdate) -> Iterator[tuple[str, Terms]]:
     """Yield the same by module, one after the other, each as a sum of products."""
+    state = state.of(update.view)
     sent, cut, local = update.lora.tensors, state.cut(update.structure), dict[str, Array]()
     key, differs = _a_key(state, update.client), update.upload == "difference"
     if state.settings.mode == "continue":
@@ -389,6 +438,7 @@ def float32_factors(tensors: Tensors, name: str) -> Factors:
 
 def change(state: FloraState, blueprint: Blueprint, assignment: Assignment, update: AdmittedUpdate) -> Iterator[Change]:
     """Yield what an update changes: the products that `aggregate` sums, and the numbers that training has moved."""
+    state = state.of(update.view)
     task, sent, cut = assignment.lora, update.lora.tensors, state.cut(update.structure)
     differs = update.upload == "difference"
     local = state.local_start(update) if state.settings.mode == "continue" else {}
@@ -449,6 +499,11 @@ def adapter(state: FloraState) -> Adapter:
     return lowrank.adapter(state.broadcast)
 
 
+def second(state: FloraState) -> Adapter:
+    """Return the repair adapter as clients are sent it, in float32; empty before there is one."""
+    return lowrank.adapter(state.repair.broadcast) if state.second_digest == state.deployed_digest != b"" else {}
+
+
 def energy_kept(state: FloraState) -> Mapping[str, float]:
     """Return the share of Delta's squared singular values that a client of the largest rank is sent."""
     whole, down = dense.unpack(state.delta), down_rank(state.settings, state.max_rank)
@@ -482,6 +537,7 @@ METHOD = Method(
     decomposed=lambda state: state.broadcast,
     structure=FloraState.structure,
     ranking=lambda state: state.order,
+    second=lambda state: (second(state), state.second_digest),
     # As clients are sent them: what is scored and exported is repaired as they repair it.
     moments=lambda state: state.moments_on_the_wire,
     why_not_linear="it stacks the clients' factors, which share no coordinates; ffa averages clients of any ranks",

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedtune.directions.seed_ledger import Manifest, SeedLedger
 from fedtune.errors import Fault
-from fedtune.lora.adapter import Adapter
+from fedtune.lora.adapter import Adapter, stack
 from fedtune.lora.dense import Summed
 from fedtune.messages import (
     AdmittedUpdate,
@@ -67,6 +67,16 @@ class GlobalModel:
     seeds: SeedModel | None = None
     moments: Tensors = field(default_factory=dict)
     """Of the base's layers, by which pruned models are repaired; empty where they are not."""
+    second: Adapter = field(default_factory=dict)
+    """Of scale 1, in the base's coordinates: added in the structure that is deployed, and in no other model."""
+    second_structure: bytes = b""
+    """Digest of that structure."""
+
+    def at(self, structure: ModelStructure | None) -> Adapter:
+        """Return the change of the base in a structure, in the base's coordinates."""
+        if structure is None or not self.second or structure.digest != self.second_structure:
+            return self.adapter
+        return stack([(self.adapter, 1.0), (self.second, 1.0)])
 
 
 def no_seeds(state: MethodState) -> SeedModel | None:
@@ -108,6 +118,11 @@ def no_ranking(state: MethodState) -> Tensors:
 
 def no_moments(state: MethodState) -> Tensors:
     return {}
+
+
+def no_second(state: MethodState) -> tuple[Adapter, bytes]:
+    """Return nothing: one adapter is all that this method trains."""
+    return {}, b""
 
 
 def no_bound(settings: Any, rank: int) -> int | None:
@@ -189,6 +204,8 @@ class Method(Generic[State]):
     moments: Callable[[State], Tensors] = no_moments
     """state -> moments of the base's layers by which pruned models are repaired (`pruning.least_squares`); empty where
     there are none"""
+    second: Callable[[State], tuple[Adapter, bytes]] = no_second
+    """state -> the repair adapter of the deployed structure, and that structure's digest; empty where there is none"""
     why_not_pruned: str = "it does not scatter what pruned clients send"
     """Why the method refuses the recipe's table `pruning`; empty if clients may be pruned."""
     why_not_linear: str = ""
@@ -225,11 +242,14 @@ class Method(Generic[State]):
             "structure": self.structure,
             "ranking": self.ranking,
             "moments": self.moments,
+            "second": self.second,
         }
 
     def global_model(self, state: State) -> GlobalModel:
         """Return the global model of a state."""
-        return GlobalModel(self.adapter(state), state.saved, self.seeds(state), self.moments(state))
+        return GlobalModel(
+            self.adapter(state), state.saved, self.seeds(state), self.moments(state), *self.second(state)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

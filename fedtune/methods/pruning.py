@@ -78,6 +78,8 @@ def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | 
     # A client that takes part for the first time has no earlier structure: the least that fits its device serves.
     first = planned.first_ratio if state.order else 0.0
     before, ratios = state.ratios.get(plan.client, first), stage_ratios(plan.ratio, settings.stages)
+    if plan.view == "deployed":
+        before = plan.ratio  # the repair adapter says something in that structure alone
     stages = [bitmap(structure, layout) for ratio in ratios if (structure := state.structure(ratio)) is not None]
     earlier = state.structure(before)
     wanted = not state.order or 0 < settings.refresh <= state.round + 1 - state.scored

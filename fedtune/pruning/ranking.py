@@ -81,6 +81,10 @@ class PruningSettings:
     a forward pass. least-squares: what is kept stands in for the rest, by the second moments of both; bias: their mean
     does (FLAP, arXiv 2312.11983); none: not at all. Clients that hold the whole model measure the moments with the
     scores. The preset `fedspine` sets least-squares."""
+    adapters: Literal["one", "two"] = field(default="one", metadata=OMIT_DEFAULT)
+    """two: in every second round clients train a second adapter, in the deployed structure (`target`) beside the first
+    one, which is frozen there. It makes up for what the deployed model lacks, is exported with it, and never added to
+    the whole model. one: what pruned clients learn enters the whole model as well."""
     repair_rank: Annotated[int, Interval(ge=1, le=4096)] = field(default=128, metadata=OMIT_DEFAULT)
     """With least-squares: columns that the covariance of a layer's inputs is cut to before it travels. Exact from the
     layer's width on."""

@@ -86,7 +86,7 @@ def admit(
                     _check_importance(update, assignment.plan, blueprint)
                     admitted, structure = _check_adapter(update, task, assignment, blueprint)
                 ratio = assignment.plan.ratio if structure else 0.0
-                return AdmittedUpdate(admitted, structure, ratio, upload=task.upload)
+                return AdmittedUpdate(admitted, structure, ratio, upload=task.upload, view=assignment.plan.view)
     except _RefusedError as why:
         return replace(why.failure, client=assignment.plan.client)
 

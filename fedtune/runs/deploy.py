@@ -207,9 +207,11 @@ def write_ratio(
     structure = trained.structure(ratio) or full_block(layout)
     place = folder / folder_of(ratio)
     tuned, origin = result.read(trained.path)
+    # Exactly what the run's file holds, but in the structure that has an adapter of its own.
+    adapter = trained.tuned.at(structure) if structure.digest == trained.tuned.second_structure else tuned.adapter
     origin = {**origin, **sources(trained.path), "ratio": ratio}
     (place / "recipe").mkdir(parents=True)
-    peft.put(place / "recipe", tuned.adapter, tuned.saved, experiment.target)
+    peft.put(place / "recipe", adapter, tuned.saved, experiment.target)
     store_pruning.write(
         place / "recipe",
         structure,
@@ -228,11 +230,11 @@ def write_ratio(
         "revision": recipe.model.revision,
         "moments": trained.tuned.moments,
     }
-    write(place / "model", base, structure, layout, trained.tuned.adapter, **options, manifest=True)
+    write(place / "model", base, structure, layout, adapter, **options, manifest=True)
     manifest.write(place / "model", origin)
     forms = ["recipe", "model"]
     try:
-        write_uniform(place / "stock", base, structure, layout, trained.tuned.adapter, **options)
+        write_uniform(place / "stock", base, structure, layout, adapter, **options)
         manifest.write(place / "stock", origin)
         forms.append("stock")
     except ConfigError as error:

@@ -36,6 +36,7 @@ from fedtune.planning.fedpipe import FedPipeSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import ClientObservation, Cost, Planner, PlannerInputs, Speed
 from fedtune.planning.policy import Arm, Candidate
+from fedtune.planning.two_adapters import TwoAdapters
 from fedtune.pruning.depth import backward_blocks, module_ranks
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
@@ -313,6 +314,8 @@ class Fleet:
             memory_gb=self.memory_gb,
         )
         planner = planner_type_of(recipe).create(recipe.planner, inputs)
+        if recipe.pruning is not None and recipe.pruning.adapters == "two":
+            planner = TwoAdapters(planner, recipe.pruning)
         if (
             isinstance(recipe.planner, FixedSettings | AdaptiveSettings | FedPipeSettings)
             or method_of(recipe).task is ProbeSeeds

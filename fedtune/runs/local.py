@@ -257,7 +257,7 @@ def score_pruned(experiment: Experiment, tuned: GlobalModel, structure: ModelStr
     """Score a global model on the test data, pruned to a structure; None without test data."""
     base, settings, body = experiment.base, experiment.recipe.evaluate, experiment.blueprint.anatomy
     assert body is not None  # a base without one is not pruned
-    adapter = slice_adapter(tuned.adapter, cuts(structure, body))
+    adapter = slice_adapter(tuned.at(structure), cuts(structure, body))
     test = experiment.federation.test[: settings.examples]
     pruning = experiment.recipe.pruning
     repair = repair_of(base.model, tuned.moments, pruning, body) if pruning else None

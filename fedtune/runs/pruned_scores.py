@@ -81,7 +81,9 @@ def measure_structure(
 
     base, recipe, layout = trained.experiment.base, trained.experiment.recipe, trained.experiment.blueprint.anatomy
     assert layout is not None  # a run without one is not pruned
-    adapter = slice_adapter(trained.tuned.adapter, cuts(structure, layout)) if structure else trained.tuned.adapter
+    adapter = (
+        slice_adapter(trained.tuned.at(structure), cuts(structure, layout)) if structure else trained.tuned.adapter
+    )
     repair = repair_in(trained)
     with threads(recipe.model.threads), pruned_training.with_pruned_model(base, structure, layout, repair) as small:
         return evaluate(small, adapter, trained.tuned.saved, groups, batch=recipe.evaluate.batch)
@@ -113,7 +115,9 @@ def score_ratio(trained: TrainedRun, ratio: float, examples: int | None) -> Mapp
     test = experiment.federation.test[:examples]
     scores = dict(measure_structure(trained, structure, {"test": test}).get("test", {}))
     scores["sparsity"] = sparsity(structure, layout) if structure else 0.0
-    adapter = slice_adapter(trained.tuned.adapter, cuts(structure, layout)) if structure else trained.tuned.adapter
+    adapter = (
+        slice_adapter(trained.tuned.at(structure), cuts(structure, layout)) if structure else trained.tuned.adapter
+    )
     repair = repair_in(trained)
     with threads(recipe.model.threads), pruned_training.with_pruned_model(base, structure, layout, repair) as small:
         sizes = [(parameter.numel(), parameter.element_size()) for parameter in small.model.parameters()]

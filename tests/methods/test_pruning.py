@@ -23,6 +23,7 @@ from fedtune.messages import (
     cohort_weights,
 )
 from fedtune.methods import pruning
+from fedtune.methods import serialization as states
 from fedtune.methods.flora import METHOD, FloraState
 from fedtune.pruning.ranking import PruningSettings, rank_units, structure_at
 from fedtune.pruning.structure import (
@@ -419,3 +420,112 @@ def test_a_state_with_an_order_is_written_and_read() -> None:
     assert again.scored == after.scored == 1
     assert all(np.array_equal(again.order[key], after.order[key]) for key in after.order)
     assert again.structure(0.5) == after.structure(0.5)
+
+
+TWO = {"repair": "none", "adapters": "two"}
+
+
+def of_view(state: FloraState, client: str, seed: int = 0, *, rank: int = 2, view: Any = "deployed") -> AdmittedUpdate:
+    asked = replace(plan(client, 0.5, rank), view=view)
+    return replace(update(state, asked, seed), view=view)
+
+
+def dense_of(adapter: Any) -> dict[str, Array]:
+    return {name: delta(factors) for name, factors in adapter.items()}
+
+
+@pytest.mark.parametrize("mode", ["reinit", "continue"])
+def test_the_repair_adapter_is_summed_exactly_and_never_enters_the_whole_model(mode: str) -> None:
+    """In a mixed round each adapter is, bit for bit, what its own clients alone would have made of it."""
+    state = first(pruning=TWO, mode=mode, state_max_rank="exact")
+    state = METHOD.aggregate(state, [update(state, plan("ann", 0.0))])
+    before = METHOD.adapter(state)
+    own = [of_view(state, "ann"), of_view(state, "cyd", rank=3)]
+    after = METHOD.aggregate(state, own)
+    assert states.digest(states.encode(replace(after, second={}, second_structure={}, round=1, ratios={}))) == (
+        states.digest(states.encode(replace(state, round=1, ratios={})))
+    )
+    second, structure = METHOD.second(after)
+    assert structure == state.structure(0.5).digest  # type: ignore[union-attr]
+    if mode == "reinit":
+        for name, change in dense_of(second).items():
+            parts = [
+                (scattered(one, u.structure, name), share)
+                for u, share in cohort_weights(own, "examples")
+                for one in [Factors(a=u.lora.tensors[f"{name}.a"], b=u.lora.tensors[f"{name}.b"])]
+            ]
+            np.testing.assert_allclose(change, sum(share * part for part, share in parts), atol=1e-4)
+    mixed = METHOD.aggregate(state, [update(state, plan("bob", 0.25)), *own])
+    alone = METHOD.aggregate(state, [update(state, plan("bob", 0.25))])
+    assert {k: v.tobytes() for k, v in mixed.delta.items()} == {k: v.tobytes() for k, v in alone.delta.items()}
+    assert {k: v.tobytes() for k, v in mixed.second.items()} == {k: v.tobytes() for k, v in after.second.items()}
+    for name, factors in METHOD.adapter(after).items():
+        np.testing.assert_array_equal(delta(factors), delta(before[name]))
+
+
+def test_clients_of_the_deployed_view_train_on_from_the_repair_adapter_beside_the_frozen_change() -> None:
+    state = first(pruning=TWO, mode="continue", state_max_rank="exact")
+    state = METHOD.aggregate(state, [update(state, plan("ann", 0.0), 1)])
+    order = METHOD.assign(state, 0, PlannedClient(replace(plan("bob", 0.5), view="deployed")))
+    keep = state.structure(0.5)
+    assert keep is not None
+    assert "local" not in order.lora.blobs or not any(array.any() for array in order.lora.blobs["local"].values())
+    state = METHOD.aggregate(state, [of_view(state, "ann", 2)])
+    order = METHOD.assign(state, 0, PlannedClient(replace(plan("bob", 0.5), view="deployed")))
+    assert order.lora.pruning is not None
+    assert from_bitmap(order.lora.pruning.previous, ANATOMY) == keep
+    cut = cuts(keep, ANATOMY)
+    model = METHOD.global_model(state)
+    for name, factors in model.at(keep).items():
+        sent = sum(
+            dense(order.lora.blobs.get(role, {})).get(name, np.zeros(delta(slice_factors(factors, cut[name])).shape))
+            for role in ("global", "local")
+        )
+        np.testing.assert_allclose(sent, delta(slice_factors(factors, cut[name])), atol=1e-4)
+    # The whole model, and any other structure, have the first adapter alone.
+    for other in (None, state.structure(0.25)):
+        assert model.at(other) is model.adapter
+    whole = METHOD.assign(state, 0, PlannedClient(plan("bob", 0.0)))
+    for name, change in dense_of(model.adapter).items():
+        sent = sum(
+            dense(whole.lora.blobs.get(role, {})).get(name, np.zeros(change.shape)) for role in ("global", "local")
+        )
+        np.testing.assert_allclose(sent, change, atol=1e-4)
+
+
+def test_what_training_on_the_repair_adapter_has_changed_is_added_to_it() -> None:
+    state = first(pruning=TWO, mode="continue", state_max_rank="exact")
+    state = METHOD.aggregate(state, [of_view(state, "ann", 2)])
+    before, sent = dense_of(METHOD.second(state)[0]), of_view(state, "bob", 3)
+    after = dense_of(METHOD.second(METHOD.aggregate(state, [sent]))[0])
+    local = state.repair.local_start(sent)
+    keep = sent.structure
+    for name in MODULES:
+        start = Factors(a=local[f"{name}.a"], b=local[f"{name}.b"])
+        end = Factors(a=start.a + sent.lora.tensors[f"{name}.a"], b=start.b + sent.lora.tensors[f"{name}.b"])
+        wanted = before[name] + scattered(end, keep, name) - scattered(start, keep, name)
+        np.testing.assert_allclose(after[name], wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("bound", ["auto", 3])
+def test_the_rank_of_the_repair_adapter_has_the_bound_of_the_state(bound: Any) -> None:
+    state = first(pruning=TWO, state_max_rank=bound)
+    for seed in range(4):
+        state = METHOD.aggregate(state, [of_view(state, name, seed) for name in EXAMPLES])
+    most = 4 if bound == "auto" else 3  # twice the clients' rank
+    assert 0 < max(factors.rank for factors in METHOD.second(state)[0].values()) <= most
+
+
+def test_a_state_with_a_repair_adapter_comes_back_and_a_new_ranking_starts_it_anew() -> None:
+    state = first(pruning=TWO)
+    plain = states.digest(states.encode(state))
+    state = METHOD.aggregate(state, [of_view(state, "ann")])
+    data = b"".join(states.encode(state))
+    again = states.decode(data, first(pruning=TWO))
+    assert states.digest(states.encode(again)) == states.digest(states.encode(state)) != plain
+    assert METHOD.second(again)[1] == METHOD.second(state)[1] != b""
+    swapped = replace(state, order=worth(7))
+    assert swapped.structure(0.5) != state.structure(0.5)
+    assert METHOD.second(swapped)[0] == {}
+    assert METHOD.global_model(swapped).at(swapped.structure(0.5)) == METHOD.adapter(swapped)
+    assert all(factors.rank == 0 for factors in (low.factors for low in swapped.repair.broadcast.values()))

@@ -29,8 +29,9 @@ from fedtune.model import train as training_loop
 from fedtune.model.base import Base, digest
 from fedtune.model.lora import with_adapters
 from fedtune.model.loss import summed_loss
+from fedtune.model.repair import repair_of
 from fedtune.pruning.ranking import PruningSettings
-from fedtune.pruning.structure import from_bitmap, sparsity
+from fedtune.pruning.structure import cuts, from_bitmap, slice_adapter, sparsity
 from fedtune.rounds.admission import admit
 from fedtune.wire.codec import decode_assignment, decode_update, encode_assignment, encode_update
 from tests.model.gating import with_gates
@@ -195,8 +196,6 @@ def test_a_pruned_client_trains_the_slice_of_the_global_model(base: Base, exampl
     keep, anatomy = update.structure, pruned_training.block_layout(base)
     assert keep is not None
     batch = pruned_training.evaluation_batches(rows, base, batch=4)
-    from fedtune.pruning.structure import cuts, slice_adapter
-
     with with_adapters(base, frozen=METHOD.adapter(state)) as model, with_gates(model, keep, anatomy):
         gated_loss = pruned_training.evaluation_loss(model, batch, base)
     assert update.measured.loss_before == pytest.approx(gated_loss, rel=1e-4)
@@ -429,3 +428,36 @@ def test_a_client_of_the_whole_model_measures_nothing_twice(base: Base, examples
     measured = answered(came, base, rows, state).measured
     assert measured.loss_before != measured.whole_loss_before  # it came from a pruned one
     assert measured.whole_loss_after == pytest.approx(measured.loss_after, rel=1e-5)
+
+
+def test_the_repair_adapter_is_learned_in_the_deployed_model_and_the_whole_one_stays(
+    base: Base, examples: Rows
+) -> None:
+    rows, before = examples(12), digest(base.model)
+    state = first(base, repair="least-squares", repair_rank=64, adapters="two")
+    state = METHOD.aggregate(state, [answered(asked(state, base, 0.0), base, rows, state)])
+    batch, whole = pruned_training.evaluation_batches(rows, base, batch=4), METHOD.adapter(state)
+    losses = []
+    for _ in range(2):
+        order = asked(state, base, 0.5)
+        order = METHOD.assign(state, 0, PlannedClient(replace(order.plan, view="deployed")))
+        update = answered(replace(order, base=base.digest), base, rows, state)
+        assert update.view == "deployed"
+        losses.append((update.measured.loss_before or math.nan, update.measured.loss_after or math.nan))
+        state = METHOD.aggregate(state, [update])
+    assert losses[1][0] == pytest.approx(losses[0][1], rel=2e-3)  # it goes on where it was
+    assert losses[1][1] < losses[0][0]
+    for name, factors in METHOD.adapter(state).items():
+        np.testing.assert_array_equal(factors.a, whole[name].a)
+        np.testing.assert_array_equal(factors.b, whole[name].b)
+    model, keep, anatomy = METHOD.global_model(state), state.structure(0.5), state.anatomy
+    assert keep is not None
+    assert anatomy is not None
+    assert state.pruning is not None
+    repair = repair_of(base.model, model.moments, state.pruning, anatomy)
+    with pruned_training.with_pruned_model(base, keep, anatomy, repair) as small:
+        for adapter, close in ((model.at(keep), True), (model.adapter, False)):
+            with with_adapters(small, frozen=slice_adapter(adapter, cuts(keep, anatomy))) as live:
+                loss = pruned_training.evaluation_loss(live, batch, base)
+            assert (loss == pytest.approx(losses[1][1], rel=2e-3)) == close
+    assert digest(base.model) == before
