@@ -38,7 +38,7 @@ def test_every_second_round_is_of_the_repair_adapter_where_there_are_two() -> No
     assert not any(is_repair_round(settings, 2) for settings in (None, PruningSettings()))
 
 
-def test_then_whoever_can_trains_it_in_the_deployed_structure() -> None:
+def test_then_every_client_that_can_trains_it_in_the_deployed_structure() -> None:
     unfit = Failure("cyd", got="nothing fits", kind="unfit")
     small = PlannedClient(replace(PLAN, client="bob", ratio=0.75))
     planner = TwoAdapters(Scripted({"ann": PlannedClient(PLAN, top=0.5, why="alone"), "bob": small, "cyd": unfit}), TWO)
