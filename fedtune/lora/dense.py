@@ -81,7 +81,7 @@ def sums(
     before: Mapping[str, Summed],
     parts: Mapping[str, Sequence[tuple[Factors, float]]],
     *,
-    max_rank: int | None,
+    max_rank: int | Mapping[str, int] | None,
     lead: int,
     tau: float = 1.0,
 ) -> Mapping[str, Summed]:
@@ -90,12 +90,17 @@ def sums(
     Args:
         before: the changes so far, by module.
         parts: what is added to them, by module.
-        max_rank: largest rank that is kept; None keeps everything, in the form that is cheaper.
+        max_rank: largest rank that is kept, of all modules or by module; None keeps everything, in the form that is
+            cheaper.
         lead: leading triples that are followed where the matrix is kept.
         tau: share of the squared singular values that these triples hold at least.
     """
-    add_parts = partial(add, max_rank=max_rank, lead=lead, tau=tau)
-    return each_quietly(lambda pair: add_parts(*pair), {name: (low, parts[name]) for name, low in before.items()})
+    bounds = max_rank if isinstance(max_rank, Mapping) else dict.fromkeys(before, max_rank)
+    add_parts = partial(add, lead=lead, tau=tau)
+    return each_quietly(
+        lambda own: add_parts(own[0], own[1], max_rank=own[2]),
+        {name: (low, parts[name], bounds[name]) for name, low in before.items()},
+    )
 
 
 def add(

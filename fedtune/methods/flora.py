@@ -333,7 +333,8 @@ def sum_of(state: FloraState, cohort: Cohort) -> Tensors:
     # The broadcast is truncated further than the state: what it leaves out is not lost, so losses do not add up.
     if isinstance(settings.down_rank, int):
         lead = max(lead, settings.down_rank)
-    total = dense.sums({name: before[name] for name in parts}, parts, max_rank=bound, lead=lead, tau=state.tau)
+    bounds = bound if bound is None else module_bounds(state, cohort, bound)
+    total = dense.sums({name: before[name] for name in parts}, parts, max_rank=bounds, lead=lead, tau=state.tau)
     summed = {name: replace(low, dropped=before[name].dropped + low.dropped) for name, low in total.items()}
     return dense.pack({name: summed.get(name, low) for name, low in before.items()})
 
@@ -353,6 +354,24 @@ def state_rank(state: FloraState, cohort: Cohort) -> int | None:
     before = max(low.rank for low in dense.unpack(state.delta).values())
     # Never less than before: a round of small clients must not cut what larger ones have taught.
     return max(before, ceil(2 * sum(ranks) / len(ranks)))
+
+
+def module_bounds(state: FloraState, cohort: Cohort, bound: int) -> int | Mapping[str, int]:
+    """Return the largest rank that the server keeps of each module, where clients give modules ranks of their own.
+
+    Twice the mean rank of a module, as `state_rank` has it for all: else each would be kept at twice the largest one's,
+    and most of what is sent would be of modules that have earned no such rank.
+    """
+    settings = state.settings
+    ragged = any(len(set(update.ranks.values())) > 1 for update, _ in cohort)
+    if settings.state_max_rank != "auto" or settings.mode != "continue" or not ragged:
+        return bound
+    bounds = {}
+    for name, low in dense.unpack(state.delta).items():
+        ranks = [update.ranks[name] for update, _ in cohort if name in update.ranks]
+        # Never less than before: see `state_rank`.
+        bounds[name] = max(low.rank, ceil(2 * sum(ranks) / len(ranks)) if ranks else 0)
+    return bounds
 
 
 def is_bounded(settings: FloraSettings) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from math import ceil
+from math import ceil, floor, log2
 from typing import Any
 
 from fedtune.config import Recipe, planned_training
@@ -23,7 +23,7 @@ from fedtune.devices.cost import (
     trained_of,
 )
 from fedtune.devices.cost import block_parameters as blocks_of
-from fedtune.devices.memory import Footprint, Memory, memory
+from fedtune.devices.memory import Footprint, Memory, Rates, memory, memory_at, rates
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault, RoundError, ShapeError
@@ -53,6 +53,16 @@ class Lengths:
 
     mean: float
     longest: float
+
+
+def rounded_up(tokens: float) -> float:
+    """Return a number rounded up to three binary digits behind its first.
+
+    >>> rounded_up(300), rounded_up(128), rounded_up(1.0)
+    (320.0, 128.0, 1.0)
+    """
+    step = 2.0 ** (floor(log2(max(1.0, tokens))) - 3)
+    return ceil(tokens / step) * step
 
 
 @dataclass(frozen=True)
@@ -207,21 +217,45 @@ class Fleet:
         )
 
     def cost_by_format(self, client: str, arm: Arm, training: Training, base_dtype: BaseDtype) -> Cost:
-        """Return what an arm costs a client in a round over a frozen base of a number format, its memory by part."""
-        cost, pruning = self.cost(client, arm, training), self.recipe.pruning
-        work = self.footprint(client, arm, training)
-        own = memory(self.charged, pruning, replace(work, base_dtype=base_dtype or work.base_dtype))
-        parts = {part: size / 1e9 for part, size in own.by_part().items()}
-        if base_dtype not in ("", work.base_dtype) and client not in self.profiles:
+        """Return what an arm costs a client of a kind in a round over a base of a number format, its memory by part."""
+        kind, pruning = self.kind(client), self.recipe.pruning
+        # What neither lengths nor batches change is counted once: planners ask for thousands of clients and options.
+        usual = (arm, replace(training, batch=1, accumulation=1, steps=1), client in self.profiles)
+        if usual not in self._usual:
+            costs = [replace(self, tokens={client: Lengths(t, t)}).cost(client, arm, usual[1]) for t in (1.0, 2.0)]
+            self._usual[usual] = costs[0], costs[1], self.footprint(client, arm, usual[1])
+        short, longer, footprint = self._usual[usual]
+        own = replace(footprint, rows=training.batch, longest=kind.longest, mean=kind.mean, base_dtype=base_dtype)
+        if (usual, base_dtype) not in self._rates:
+            self._rates[usual, base_dtype] = rates(self.charged, pruning, own)
+        known = memory_at(self._rates[usual, base_dtype], self.charged, own)
+        parts = {part: size / 1e9 for part, size in known.by_part().items()}
+        if base_dtype and client not in self.profiles:
             # A client of fedtune reads the codes from the resident base, and holds both.
-            parts["weights"] += self.memory(client, arm, training).weights / 1e9
-        return replace(cost, tflop=cost.tflop * SLOWER[base_dtype], memory_gb=sum(parts.values()), memory_parts=parts)
+            parts["weights"] += rates(self.charged, pruning, replace(own, base_dtype="")).weights / 1e9
+        # Operations per token rise in a line with the tokens, by attention.
+        per_token = short.tflop + (kind.mean - 1) * (longer.tflop / 2 - short.tflop)
+        examples = (training.steps or 1) * training.batch * training.accumulation
+        return Cost(
+            tflop=SLOWER[base_dtype] * examples * kind.mean * per_token,
+            megabytes=short.megabytes,
+            memory_gb=sum(parts.values()),
+            memory_parts=parts,
+        )
 
-    def kind(self, client: str) -> tuple[float, float]:
-        """Return what the costs of a client depend on, beside how it trains: its lengths, in steps of 16 tokens."""
-        length = self.lengths(client)
-        # A thousand sites have a few kinds, whose costs are counted once each.
-        return ceil(length.mean / 16), ceil(length.longest / 16)
+    # Caches of the function above.
+    @cached_property
+    def _usual(self) -> dict[tuple[Arm, Training, bool], tuple[Cost, Cost, Footprint]]:
+        return {}
+
+    @cached_property
+    def _rates(self) -> dict[tuple[tuple[Arm, Training, bool], BaseDtype], Rates]:
+        return {}
+
+    def kind(self, client: str) -> Lengths:
+        """Return a client's lengths, rounded up by an eighth at most: those of many clients are then the same."""
+        length, most = self.lengths(client), float(self.recipe.data.max_tokens)
+        return Lengths(*(min(most, rounded_up(tokens)) for tokens in (length.mean, length.longest)))
 
     def load(self, done: CompletedWork) -> Load:
         """Return the load of a finished round on a client's device, from the tokens and bytes that were counted."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,9 @@ from fedtune.lora import dense, lowrank
 from fedtune.lora.adapter import Factors, delta
 from fedtune.lora.dense import Dense
 from fedtune.lora.lowrank import LowRank
-from fedtune.messages import cohort_weights
-from fedtune.methods import serialization
-from fedtune.methods.flora import METHOD, FloraState, grouped_products, product
+from fedtune.messages import AdmittedUpdate, Blueprint, ClientUpdate, LoraResult, cohort_weights
+from fedtune.methods import flora, serialization
+from fedtune.methods.flora import METHOD, FloraSettings, FloraState, grouped_products, product
 from fedtune.methods.method import LinearMethod
 from fedtune.tensors import Array
 
@@ -390,3 +391,21 @@ def test_a_step_edits_nothing_it_received(federate: Any) -> None:
 
 def test_it_is_not_linear() -> None:
     assert not isinstance(METHOD, LinearMethod)
+
+
+def test_modules_of_their_own_ranks_are_kept_at_twice_their_own_mean() -> None:
+    """Ranks 4 and 1, 2 and 1: twice the means are 6 and 2; twice the mean of the largest would be 6 for both."""
+    modules = {"a": (12, 10), "b": (12, 10)}
+    state = flora.init(Blueprint(modules, {}, max_rank=4, seed=0), FloraSettings())
+    rng = np.random.default_rng(0)
+
+    def admitted(client: str, ranks: Mapping[str, int]) -> AdmittedUpdate:
+        factors = {f"{name}.a": rng.standard_normal((rank, 10)).astype(np.float32) for name, rank in ranks.items()}
+        factors |= {f"{name}.b": rng.standard_normal((12, rank)).astype(np.float32) for name, rank in ranks.items()}
+        return AdmittedUpdate(ClientUpdate(client, 1, 5, LoraResult(factors)), upload="difference")
+
+    after = flora.aggregate(state, [admitted("x", {"a": 4, "b": 1}), admitted("y", {"a": 2, "b": 1})])
+    assert {name: low.rank for name, low in dense.unpack(after.delta).items()} == {"a": 6, "b": 2}
+    # Where all modules of a client are alike, the bound is one for all, as before.
+    alike = flora.aggregate(state, [admitted("x", {"a": 4, "b": 4}), admitted("y", {"a": 2, "b": 2})])
+    assert {low.rank for low in dense.unpack(alike.delta).values()} == {6}

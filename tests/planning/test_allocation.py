@@ -5,7 +5,7 @@ from math import exp
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.planning.allocation import ByImportance, OneRank, Targets, by_importance, gain, worth
@@ -66,6 +66,7 @@ importances = st.lists(st.floats(0.01, 1), min_size=7, max_size=7).map(
 
 
 @given(importances, st.integers(0, 220), st.integers(1, 3))
+@settings(deadline=None)
 def test_it_is_the_best_of_all_choices(importance: dict[str, float], budget: int, depth: int) -> None:
     allocation = by_importance(TARGETS, importance, (1, 2), 220)
     count = TARGETS.count(depth)
@@ -80,6 +81,7 @@ def test_it_is_the_best_of_all_choices(importance: dict[str, float], budget: int
 
 
 @given(importances, st.lists(st.floats(-10, 300), min_size=2, max_size=9))
+@settings(deadline=None)
 def test_more_budget_never_gains_less(importance: dict[str, float], budgets: list[float]) -> None:
     rising = np.sort(np.array(budgets))
     allocations: list[ByImportance | OneRank] = [

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.planning.importance import LARGEST_CLAIM, Report, pool, random_shares, uniform, weighted_mean
@@ -46,6 +46,7 @@ shares = st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(lambda values:
 
 
 @given(st.lists(shares, min_size=1, max_size=6), shares)
+@settings(deadline=None)
 def test_it_stays_a_distribution_whatever_is_claimed(claims: list[list[float]], known: list[float]) -> None:
     before = {name: value / sum(known) for name, value in zip(MODULES, known, strict=True)}
     reports = [Report(1 + place, dict(zip(MODULES, claim, strict=True))) for place, claim in enumerate(claims)]
@@ -58,6 +59,7 @@ def test_it_stays_a_distribution_whatever_is_claimed(claims: list[list[float]], 
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 9), st.floats(0, 1)), min_size=3, max_size=9))
+@settings(deadline=None)
 def test_no_value_counts_more_than_some_medians(values: list[tuple[float, float]]) -> None:
     middle = sorted(value for _, value in values)[len(values) // 2]
     assert weighted_mean(values) <= LARGEST_CLAIM * max(middle, 1e-12) + 1e-12

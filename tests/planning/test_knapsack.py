@@ -71,7 +71,8 @@ instances = st.lists(
 
 
 @given(instances, st.integers(0, 30))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 def test_it_equals_brute_force_for_every_prefix_and_budget(groups: list[Group], budget: int) -> None:
     programme = solve(groups, budget)
     for prefix in range(1, len(groups) + 1):
@@ -85,6 +86,7 @@ def test_it_equals_brute_force_for_every_prefix_and_budget(groups: list[Group], 
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), min_size=1, max_size=4), st.integers(0, 60))
+@settings(deadline=None)
 def test_it_is_never_below_the_greedy_choice_nor_falls_with_the_budget(
     rows: list[tuple[int, float]], budget: int
 ) -> None:
@@ -96,6 +98,7 @@ def test_it_is_never_below_the_greedy_choice_nor_falls_with_the_budget(
 
 
 @given(instances, st.integers(1, 60), st.integers(1, 5))
+@settings(deadline=None)
 def test_rounding_costs_up_never_breaks_a_budget(groups: list[Group], budget: int, most: int) -> None:
     programme = solve(groups, budget, most_units=most)
     assert programme.picks.shape[1] <= most + 1

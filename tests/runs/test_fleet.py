@@ -197,3 +197,29 @@ def test_ranks_of_a_planner_object_are_those_that_the_method_can_combine(
             planner.plan(0, 1, [Client("client-00", 10)])
     else:
         assert planner.plan(0, 1, [Client("client-00", 10)]).keys() == {"client-00"}
+
+
+def test_a_base_format_changes_memory_and_time_and_nothing_else(made: Callable[..., Fleet]) -> None:
+    fleet, arm = made(), Arm(0.0, 2)
+    plain = fleet.cost_by_format("client-00", arm, TRAINING, "")
+    counted = fleet.cost("client-00", arm, TRAINING)
+    assert plain.tflop == pytest.approx(counted.tflop)
+    assert plain.megabytes == counted.megabytes
+    assert plain.memory_gb == pytest.approx(fleet.memory("client-00", arm, TRAINING).total / 1e9)
+    nf4 = fleet.cost_by_format("client-00", arm, TRAINING, "nf4")
+    assert nf4.tflop == pytest.approx(1.39 * plain.tflop)
+    assert nf4.megabytes == plain.megabytes
+    assert nf4.memory_parts["weights"] < plain.memory_parts["weights"]
+    assert nf4.memory_gb == pytest.approx(sum(nf4.memory_parts.values()))
+    # Of the same kind, by another batch: what is counted once must not stay for it.
+    small = replace(TRAINING, batch=1, accumulation=4)
+    assert fleet.cost_by_format("client-01", arm, small, "").memory_gb == pytest.approx(
+        fleet.memory("client-01", arm, small).total / 1e9
+    )
+    assert fleet.cost_by_format("client-01", arm, small, "").tflop == pytest.approx(plain.tflop)
+
+
+def test_a_client_of_fedtune_holds_the_codes_beside_its_base(made: Callable[..., Fleet]) -> None:
+    fleet = replace(made(), profiles={})
+    plain, nf4 = (fleet.cost_by_format("client-00", Arm(0.0, 2), TRAINING, name) for name in ("", "nf4"))
+    assert nf4.memory_parts["weights"] > plain.memory_parts["weights"]
