@@ -7,7 +7,7 @@ from typing import Any
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # FedSpine-style, after Yao et al., arXiv 2501.02438, of which no code and only the opening could be read.
-    "fedspine": {"method": {"name": "flora"}, "pruning": {"repair": "least-squares"}, "planner": {"name": "bandit"}},
+    "fedspine": {"method": {"name": "flora"}, "pruning": {}, "planner": {"name": "bandit"}},
     # FedPipe-style, after Fang et al., arXiv 2404.06448, of which only the opening could be read; formulas are ours.
     "fedpipe": {"method": {"name": "flora"}, "planner": {"name": "fedpipe"}},
 }
@@ -29,7 +29,4 @@ def expand_preset(table: Mapping[str, Any]) -> dict[str, Any]:
         own = table.get(part, {})
         if isinstance(own, Mapping):  # anything else is a fault, which binding reports
             expanded[part] = {**values, **own, **(values if part == "method" else {})}
-    pruning = expanded.get("pruning")
-    if isinstance(pruning, dict) and pruning.get("policy") == "local" and "repair" not in table.get("pruning", {}):
-        del pruning["repair"]  # clients that rank by themselves share no moments
     return expanded

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from fedtune.messages import WireDtype
 from fedtune.pruning.depth import backward_blocks, module_ranks
+from fedtune.pruning.least_squares import TRAVELLING, moment_shapes
 from fedtune.pruning.ranking import PruningSettings, counts, unit_of
 from fedtune.pruning.structure import Block, BlockLayout, Side
 
@@ -208,15 +210,21 @@ def round_bytes(
 ) -> tuple[float, float]:
     """Return (bytes down, bytes up) of a round: the sliced global change and the factors, modules_to_save, bitmaps.
 
-    The change comes down whole; up go the factors of what was trained.
+    The change comes down whole; up go the factors of what was trained. A pruned client is sent the moments from which
+    `pruning.repair` mends its layers, in every round.
     """
     size = sizes(body.layout, settings, ratio)
     sides = adapter_sides(body, size)
     factors = rank * sides if trained is None else factor_numbers(body, size, trained.ranks)
     # Two bitmaps of a bit per group: the structure and the previous one.
     groups = sum(b.heads + b.kv_heads + b.channels for b in body.layout.blocks) if settings else 0
+    mended = settings is not None and settings.repair != "none" and ratio > 0
+    moments = sum(map(prod, moment_shapes(settings, body.layout).values())) if settings and mended else 0
     return (
-        BYTES[down_dtype or wire_dtype] * global_rank * sides + 4 * body.saved + groups / 4,
+        BYTES[down_dtype or wire_dtype] * global_rank * sides
+        + 4 * body.saved
+        + groups / 4
+        + TRAVELLING.itemsize * moments,
         BYTES[wire_dtype] * factors + 4 * body.saved,
     )
 

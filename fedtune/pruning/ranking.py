@@ -80,7 +80,7 @@ class PruningSettings:
     """How layers make up for the heads and channels that they lose, in training and in what is deployed, at no cost in
     a forward pass. least-squares: what is kept stands in for the rest, by the second moments of both; bias: their mean
     does (FLAP, arXiv 2312.11983); none: not at all. Clients that hold the whole model measure the moments with the
-    scores. The preset `fedspine` sets least-squares."""
+    scores; pruned ones are sent them in every round, which slow networks feel."""
     adapters: Literal["one", "two"] = field(default="one", metadata=OMIT_DEFAULT)
     """two: in every second round clients train a second adapter, in the deployed structure (`target`) beside the first
     one, which is frozen there. It makes up for what the deployed model lacks, is exported with it, and never added to

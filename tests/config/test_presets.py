@@ -7,16 +7,9 @@ def test_a_preset_is_written_out_and_what_the_recipe_says_holds() -> None:
     found = expand_preset({"method": {"name": "fedspine", "mode": "reinit"}, "pruning": {"target": 0.25}})
     assert found == {
         "method": {"name": "flora", "mode": "reinit"},
-        "pruning": {"target": 0.25, "repair": "least-squares"},
+        "pruning": {"target": 0.25},
         "planner": {"name": "bandit"},
     }
-
-
-def test_clients_that_rank_by_themselves_have_no_repair_unless_the_recipe_asks_for_one() -> None:
-    expanded = expand_preset({"method": {"name": "fedspine"}, "pruning": {"policy": "local"}})
-    assert expanded["pruning"] == {"policy": "local"}
-    own = {"policy": "local", "repair": "bias"}
-    assert expand_preset({"method": {"name": "fedspine"}, "pruning": own})["pruning"] == own
 
 
 def test_other_methods_and_faults_are_left_alone() -> None:

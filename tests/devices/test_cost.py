@@ -137,3 +137,13 @@ def test_what_is_not_trained_is_not_sent_and_what_is_planned_to_come_down_does()
 def test_an_arm_that_does_less_never_costs_more(top: float, back: float, rank: int) -> None:
     assert relative(top, back, rank=rank) < relative(1.0, back, rank=rank) + 1e-9
     assert relative(top, back, rank=rank) <= relative(top, 0.0, rank=rank) + 1e-9
+
+
+def test_what_mends_a_pruned_model_comes_down_in_every_round_of_it() -> None:
+    body, usual = roberta_base(), {"global_rank": 8.0, "wire_dtype": "bf16"}
+    plain, mended = PruningSettings(), PruningSettings(repair="least-squares", repair_rank=16)
+    down, up = round_bytes(body, plain, 0.5, 8, **usual)  # type: ignore[arg-type]
+    # Of o_proj (768 inputs) and down_proj (3072), 12 blocks: 16 columns, deviation and mean, two bytes each.
+    expected = 2 * 12 * (768 + 3072) * (16 + 2)
+    assert round_bytes(body, mended, 0.5, 8, **usual) == (down + expected, up)  # type: ignore[arg-type]
+    assert round_bytes(body, mended, 0.0, 8, **usual) == round_bytes(body, plain, 0.0, 8, **usual)  # type: ignore[arg-type]
