@@ -10,6 +10,7 @@ from fedtune.config.recipe import ARM_KEYS, Override, Recipe, method_type_of
 from fedtune.errors import Fault
 from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
+from fedtune.methods.method import Method
 from fedtune.planning.arms import AdaptiveSettings, goal_of, ratios_of
 from fedtune.planning.fedpipe import MEASURED, FedPipeSettings
 from fedtune.planning.fixed import FixedSettings
@@ -109,6 +110,8 @@ def ratio_faults(recipe: Recipe) -> Iterator[Fault]:
 def arm_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what a recipe asks of some modules, or of what is sent down, that its method cannot do."""
     method, usual = method_type_of(recipe), FixedSettings()
+    if isinstance(recipe.planner, AdaptiveSettings):
+        yield from listed_arm_faults(recipe.planner, method)
     asked = [("planner", recipe.planner)] if isinstance(recipe.planner, FixedSettings) else []
     rows: Sequence[tuple[str, Any]] = [*asked, *((f"override.{at}", row) for at, row in enumerate(recipe.override))]
     for path, table in rows:
@@ -119,12 +122,24 @@ def arm_faults(recipe: Recipe) -> Iterator[Fault]:
             if method.task is ProbeSeeds:
                 yield Fault(f"{path}.{key}", "nothing", f"{value:g}", f"{method.name!r} trains no adapter")
             elif key != "back" and method.modules == "equal":
-                able = join_words(
-                    [quote(name) for name, other in METHODS.items() if other.modules == "any"], joint="or"
-                )
-                what = "all modules of every client" if key == "top" else "one global change for every client"
-                hint = f"use method = {able}, or leave it out"
-                yield Fault(f"{path}.{key}", f"nothing with {method.name!r}, which needs {what}", f"{value:g}", hint)
+                yield modules_fault(f"{path}.{key}", method, f"{value:g}", of_modules=key == "top")
+
+
+def listed_arm_faults(planner: AdaptiveSettings, method: Method[Any]) -> Iterator[Fault]:
+    """Yield the arms listed for a planner that learns which the method cannot combine."""
+    if method.modules == "any" or method.task is ProbeSeeds or method.ranks == "equal":
+        return  # the last two take no such planner
+    if any(top < 1.0 for top in planner.tops or ()):
+        yield modules_fault("planner.tops", method, display(list(planner.tops or ())), of_modules=True)
+    if planner.down_ranks:
+        yield modules_fault("planner.down_ranks", method, display(list(planner.down_ranks)), of_modules=False)
+
+
+def modules_fault(path: str, method: Method[Any], got: str, *, of_modules: bool) -> Fault:
+    able = join_words([quote(name) for name, other in METHODS.items() if other.modules == "any"], joint="or")
+    what = "all modules of every client" if of_modules else "one global change for every client"
+    hint = f"use method = {able}, or leave it out"
+    return Fault(path, f"nothing with {method.name!r}, which needs {what}", got, hint)
 
 
 def requested_ratios(planner: FixedSettings, overrides: Sequence[Override]) -> set[float]:

@@ -278,6 +278,8 @@ def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:
         rank=max(1, message.plan.rank),
         steps=message.probe.steps,
         blueprint=blueprint,
+        # Scores, and moments that may be larger than the factors, come with an answer to a task that prunes.
+        pruned=message.HasField("surgery"),
         ranks=tuple(message.plan.ranks),
     )
 

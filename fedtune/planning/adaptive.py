@@ -42,6 +42,8 @@ class Options:
     costs: Sequence[Cost]
     memory_gb: float | None
     """None where it is not known."""
+    ran_out_gb: float | None
+    """The least at which it ran out of memory; None where it never has."""
     feasible: tuple[bool, ...]
 
     @property
@@ -49,8 +51,12 @@ class Options:
         return any(self.feasible)
 
     def in_memory(self) -> Sequence[bool]:
-        """Return which arms fit the memory, whatever the round allows."""
-        return [self.memory_gb is None or cost.memory_gb <= self.memory_gb for cost in self.costs]
+        """Return which arms fit the memory, as it is stated and as it was seen, whatever the round allows."""
+        return [
+            (self.memory_gb is None or cost.memory_gb <= self.memory_gb)
+            and (self.ran_out_gb is None or cost.memory_gb < self.ran_out_gb)
+            for cost in self.costs
+        ]
 
 
 @dataclass(frozen=True)
@@ -109,15 +115,13 @@ class Adaptive:
         whole = self._training(client)
         trainings = [with_share(whole, arm.share) for arm in self.policy.arms]
         costs = [self.costs(client.name, arm, each) for arm, each in zip(self.policy.arms, trainings, strict=True)]
-        own = Options(client, trainings, costs, self._memory_gb(client), ())
+        own = Options(client, trainings, costs, self._memory_gb(client), learned.too_large.get(client.name), ())
         allowed, fits = self._ratio_test(round, own), own.in_memory()
         plain = [arm.ratio == 0 and arm not in self.sparing for arm in self.policy.arms]
         spared = any(fit and whole for fit, whole in zip(fits, plain, strict=True))
-        ran_out, seen = learned.too_large.get(client.name), set[Any]()
-        feasible = []
+        seen, feasible = set[Any](), []
         for place, arm in enumerate(self.policy.arms):
-            fit = allowed(arm.ratio) and fits[place] and (ran_out is None or costs[place].memory_gb < ran_out)
-            fit = fit and not (spared and arm in self.sparing)
+            fit = allowed(arm.ratio) and fits[place] and not (spared and arm in self.sparing)
             # Of arms that ask this client for the same, as shares of one step do, the first is the only one.
             order = self._order(arm, trainings[place])
             feasible.append(fit and order not in seen)

@@ -56,8 +56,8 @@ class Fixed:
     """client -> what its plan says beside rank, ratio and training"""
     modules: Collection[str] = ()
     layout: BlockLayout | None = None
-    misfit: Callable[[Client, float, int, Training], str] = fits
-    """(client, ratio, rank, training) -> why that does not fit its device; empty if it does, or is not known"""
+    misfit: Callable[[Client, Arm, Training], str] = fits
+    """(client, arm, training) -> why that does not fit its device; empty if it does, or is not known"""
 
     def start(self) -> None:
         """Return None: nothing is learned."""
@@ -73,10 +73,12 @@ class Fixed:
         """Return the plan of one client, or why it does not fit its device."""
         planned = self.planned_for(client, pruned=pruned)
         plan = planned.plan
-        if why := self.misfit(client, plan.ratio, plan.rank, plan.training):
+        # With what it leaves out of the backward pass: that may be why it fits.
+        arm = replace(self.arm(client.name), ratio=plan.ratio, rank=plan.rank, share=1.0)
+        if why := self.misfit(client, arm, plan.training):
             return Failure.from_text(client.name, why, kind="unfit")
         # Where the whole model does not fit, the loss before training is measured in the pruned one as well.
-        whole_fits = plan.ratio == 0 or not self.misfit(client, 0.0, plan.rank, plan.training)
+        whole_fits = plan.ratio == 0 or not self.misfit(client, replace(arm, ratio=0.0), plan.training)
         return replace(planned, first_ratio=0.0 if whole_fits else plan.ratio)
 
     def plan_for(self, client: Client, *, pruned: bool = True) -> Plan:

@@ -105,7 +105,7 @@ class Speed:
     """Name of the device's profile."""
 
 
-def fits(client: Client, ratio: float, rank: int, training: Training) -> str:
+def fits(client: Client, arm: Arm, training: Training) -> str:
     """Return no objection, as where no device's memory is known."""
     return ""
 
@@ -150,8 +150,8 @@ class PlannerInputs:
     """Megabytes of a client's round, down and up; where a larger model stands in, what that would have taken."""
     speeds: Mapping[str, Speed] = field(default_factory=dict)
     """By client, where a device's profile is known."""
-    misfit: Callable[[Client, float, int, Training], str] = fits
-    """(client, ratio, rank, how it trains) -> why that does not fit its device; empty if it does, or is not known"""
+    misfit: Callable[[Client, Arm, Training], str] = fits
+    """(client, arm, how it trains) -> why that does not fit its device; empty if it does, or is not known"""
     server_s: float = 0.0
     """Seconds of a round in which the server works, in a simulation."""
     true_seconds: Callable[[int, Candidate, Sequence[Arm]], Sequence[float]] | None = None

@@ -30,7 +30,7 @@ from fedtune.errors import ConfigError, Fault, RoundError, ShapeError
 from fedtune.messages import BaseDtype, Blueprint, Client, Failure, Plan, PlannedClient, ProbeSeeds, Training
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.model.settings import quantised_format
-from fedtune.planning.adaptive import MEMORY_SHARE, with_share
+from fedtune.planning.adaptive import MEMORY_SHARE, arm_text, with_share
 from fedtune.planning.arms import AdaptiveSettings, ranks_of
 from fedtune.planning.fedpipe import FedPipeSettings
 from fedtune.planning.fixed import FixedSettings
@@ -292,16 +292,16 @@ class Fleet:
         ]
         return both[0] / both[1]
 
-    def misfit(self, client: Client, ratio: float, rank: int, training: Training) -> str:
-        """Return why a ratio and a rank do not fit a client's memory; empty where they do, or it is not known."""
+    def misfit(self, client: Client, arm: Arm, training: Training) -> str:
+        """Return why an arm does not fit a client's memory; empty where it does, or that is not known."""
         has = self.memory_gb(client)
         if has is None or self.body is None:
             return ""
-        need = self.memory(client.name, Arm(ratio, rank), training).total / 1e9
+        need = self.memory(client.name, arm, training).total / 1e9
         if need <= has:
             return ""
         return (
-            f"expected {need:.3g} GB of memory, for a ratio of {ratio:g} and rank {rank}; has {has:.3g} GB; "
+            f"expected {need:.3g} GB of memory, for {arm_text(arm)}; has {has:.3g} GB; "
             "lower client.batch, raise planner.ratio, or let a planner choose"
         )
 

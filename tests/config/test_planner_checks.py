@@ -38,6 +38,8 @@ ADAPTIVE = ["planner=deadline", "pruning={target = 0.5}"]
         (["planner.top=0.0"], "planner.top", "got 0.0"),
         (["planner.back=0.9"], "planner.back", "got 0.9"),
         (["planner.down_rank=2", "method=zeropad"], "planner.down_rank", "one global change for every client"),
+        (["planner=bandit", "method=zeropad", "planner.tops=[1.0, 0.5]"], "planner.tops", "'zeropad', which needs all"),
+        (["planner=bandit", "method=hetlora", "planner.down_ranks=[2]"], "planner.down_ranks", "one global change for"),
         (
             ["method=flexlora", 'override=[{clients = "a", top = 0.5}]'],
             "override.0.top",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import socket
 import time
@@ -41,11 +42,15 @@ from fedtune.messages import (
     LoraResult,
     Plan,
     ProbeSeeds,
+    Pruning,
     SeedState,
     Traffic,
     Training,
     TrainLora,
 )
+from fedtune.pruning.least_squares import moment_shapes
+from fedtune.pruning.ranking import PruningSettings
+from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.admission import largest_update
 from fedtune.rounds.events import ClientFinished, RoundFinished, RoundStarted
 from fedtune.rounds.record import ClientRecord, RoundRecord
@@ -96,6 +101,12 @@ def test_the_largest_reply_follows_from_the_task() -> None:
     assert max_update_bytes(encode_assignment(task_digest).header, BLUEPRINT) == largest_update(
         TrainLora, rank=3, steps=7, blueprint=BLUEPRINT
     )
+    layout = BlockLayout("llama", (Block("layers.0", 2, 2, 64, 4096),), 128)
+    settings = PruningSettings(repair="least-squares")
+    large = replace(BLUEPRINT, anatomy=layout, pruning=settings)
+    pruned = replace(task_digest, task=TrainLora(a_key=0, pruning=Pruning(settings, moments_requested=True)))
+    moments = sum(2 * math.prod(shape) for shape in moment_shapes(settings, layout).values())
+    assert max_update_bytes(encode_assignment(pruned).header, large) > moments > 2**20
     probe = ProbeSeeds(
         bank="hadamard", seeds=4, key=1, exponent=20, shift=1, perturbation=1,
         state=SeedState("whole", 0, b"\0" * 16, 2, b"d" * 32),

@@ -6,7 +6,7 @@ from math import exp, isnan, log
 import pytest
 
 from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
-from fedtune.planning.adaptive import Adaptive, arm_of
+from fedtune.planning.adaptive import Adaptive, Learned, arm_of
 from fedtune.planning.arms import AdaptiveSettings, Goal, Setting, sparing_arms
 from fedtune.planning.floor import Floor
 from fedtune.planning.planner import ClientObservation, Cost, Planner, Speed
@@ -287,4 +287,11 @@ def test_arms_that_save_memory_are_for_clients_that_hold_no_other() -> None:
         own = planner("random", goal="whole", settings=settings, memory=memory, costs=frugal)
         own = replace(own, sparing=sparing_arms(settings, own.policy.arms))
         arms = [arm for arm, fits in zip(own.policy.arms, feasible(own, 64), strict=True) if fits]
+        assert {(arm.ratio, arm.back) for arm in arms} == expected
+    # A client that ran out of memory with all arms of one kind is left with the next, and never with none.
+    for ran_out, expected in ((8.0, {(0.0, 0.5)}), (7.5, {(0.25, 0.0), (0.5, 0.0), (0.75, 0.0)})):
+        own = planner("random", goal="whole", settings=settings, memory=9.0, costs=frugal)
+        own = replace(own, sparing=sparing_arms(settings, own.policy.arms))
+        options = own._options(Learned(own.policy.start(), {"ann": ran_out}), 2, FLEET[0])
+        arms = [arm for arm, fits in zip(own.policy.arms, options.feasible, strict=True) if fits]
         assert {(arm.ratio, arm.back) for arm in arms} == expected

@@ -4,6 +4,7 @@ import pytest
 
 from fedtune.messages import Client, Failure, PlannedClient, Training
 from fedtune.planning.fixed import Fixed
+from fedtune.planning.policy import Arm
 
 TRAINING = Training(batch=4, learning_rate=0.1, steps=7)
 
@@ -29,8 +30,20 @@ def test_nobody_is_pruned_before_heads_can_be_told_apart() -> None:
     assert [each.plan.ratio for each in planned if isinstance(each, PlannedClient)] == [0.0, 0.5]
 
 
+def test_a_device_is_held_against_what_its_plan_leaves_out() -> None:
+    asked = Arm(0.0, 1, back=0.5, down_rank=2)
+
+    def misfit(client: Client, arm: Arm, training: Training) -> str:
+        return "" if arm == Arm(arm.ratio, 4, back=0.5, down_rank=2) else "needs 9 GB"
+
+    fixed = Fixed(lambda name: (4, TRAINING), "2r", False, arm=lambda name: asked, misfit=misfit)
+    planned = fixed.plan(None, 2, [Client("ann", 3)])["ann"]
+    assert isinstance(planned, PlannedClient)
+    assert (planned.plan.back, planned.down_rank) == (0.5, 2)
+
+
 def test_whoever_cannot_hold_the_plan_sits_out_with_the_reason() -> None:
-    def misfit(client: Client, ratio: float, rank: int, training: Training) -> str:
+    def misfit(client: Client, arm: Arm, training: Training) -> str:
         return "needs 9 GB" if client.name == "bob" else ""
 
     plans = Fixed(lambda name: (4, TRAINING), "2r", False, misfit=misfit).plan(

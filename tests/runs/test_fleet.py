@@ -79,8 +79,8 @@ def test_a_proxy_is_said_to_be_one_and_costs_what_it_costs(made: Callable[..., F
     arm = Arm(0.0, 8)
     assert large.cost("client-00", arm, TRAINING).tflop > 1000 * small.cost("client-00", arm, TRAINING).tflop
     tx2 = Client(next(name for name, profile in small.profiles.items() if profile.name == "tx2"), 1)
-    assert "has 5.2 GB" in large.misfit(tx2, 0.0, 8, TRAINING)
-    assert not small.misfit(tx2, 0.0, 8, TRAINING)
+    assert "has 5.2 GB" in large.misfit(tx2, arm, TRAINING)
+    assert not small.misfit(tx2, arm, TRAINING)
     done = CompletedWork(Plan("client-00", 8, 2.0, TRAINING), Measured(tokens=100), Traffic(1000, 1000), 0.0)
     assert large.load(done).bytes_up > 1000 * small.load(done).bytes_up == 1000 * 1000
 
