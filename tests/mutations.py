@@ -269,7 +269,7 @@ FAULTS = (
           "a client that hangs is never given up"),
     Fault("devices/traces.py", '"trace/noise", round, client)', '"trace/noise", round)',
           "all clients are slow in the same rounds"),
-    Fault("devices/cost.py", "12.0 * work.tokens", "work.tokens",
+    Fault("devices/cost.py", "(4.0 + 8.0 * backward) * work.tokens", "work.tokens",
           "the operations of attention are counted too low"),
     Fault("client/worker_process.py", 'if spec["base"] not in ("", base.digest):', "if False:",
           "worker processes load another base"),

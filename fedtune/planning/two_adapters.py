@@ -39,9 +39,9 @@ class TwoAdapters:
         plans = self.planner.plan(learned, round, cohort)
         if not is_repair_round(self.pruning, round):
             return plans
-        return {name: self._deployed(own) for name, own in plans.items()}
+        return {name: self._repairing(own) for name, own in plans.items()}
 
-    def _deployed(self, own: PlannedClient | Failure) -> PlannedClient | Failure:
+    def _repairing(self, own: PlannedClient | Failure) -> PlannedClient | Failure:
         target = self.pruning.target
         # A device that needs a smaller model than is deployed trains that one, for the whole.
         if isinstance(own, Failure) or own.plan.ratio > target:

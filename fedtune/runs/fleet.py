@@ -110,7 +110,7 @@ class Fleet:
             start_copy=training.proximal > 0,
         )
 
-    def trained(self, arm: Arm) -> Trained | None:
+    def training_of(self, arm: Arm) -> Trained | None:
         """Return which modules of the charged model an arm trains; None: all of them, with the whole backward pass."""
         if arm.top == 1.0 and arm.back == 0.0:
             return None
@@ -127,7 +127,7 @@ class Fleet:
     def trained_by(self, plan: Plan) -> Trained | None:
         """Return the same of a plan; of a larger model that stands in, the same share of its blocks."""
         if not plan.ranks:
-            return self.trained(Arm(plan.ratio, plan.rank, back=plan.back))
+            return self.training_of(Arm(plan.ratio, plan.rank, back=plan.back))
         assert self.body is not None  # costs are known
         if self.charged is self.body:
             return trained_of(self.body, plan.rank_of(self.body.modules), plan.back)
@@ -148,7 +148,7 @@ class Fleet:
     def cost(self, client: str, arm: Arm, training: Training) -> Cost:
         """Return what an arm costs a client in a round."""
         pruning, work = self.recipe.pruning, self.work(client, training, arm.rank, arm.down_rank)
-        trained = self.trained(arm)
+        trained = self.training_of(arm)
         method, settings = method_of(self.recipe), self.recipe.method
         traffic = round_bytes(
             self.charged,
@@ -373,7 +373,7 @@ class Fleet:
         for arm, tflop, megabytes in zip(arms, candidate.tflop, candidate.megabytes, strict=True):
             load = Load(
                 tflop,
-                self.gigabytes(name, arm, with_share(training, arm.share), self.trained(arm)),
+                self.gigabytes(name, arm, with_share(training, arm.share), self.training_of(arm)),
                 megabytes / 2 * 1e6,
                 megabytes / 2 * 1e6,
             )
