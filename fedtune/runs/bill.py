@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from fedtune.config import Recipe, planned_training
-from fedtune.config.recipe import method_of, requested_ratio
-from fedtune.devices.cost import round_flops
+from fedtune.config.checks import check
+from fedtune.config.recipe import method_of, requested_arm
+from fedtune.devices.cost import Body, round_flops
 from fedtune.devices.memory import Footprint, Memory, memory
 from fedtune.errors import FedtuneError
 from fedtune.messages import Blueprint, Client, ProbeSeeds, Training
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.policy import Arm
+from fedtune.pruning.depth import module_ranks
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.schedule import cohort_size
 from fedtune.runs.fleet import Fleet
-from fedtune.runs.rehearsal import LARGEST, Rehearsal, rehearse
+from fedtune.runs.rehearsal import LARGEST, Rehearsal, grows, rehearse
 
 NETWORK_MBPS = 10.0
 """Bandwidth both ways where no device is simulated; assumed."""
 REHEARSED = 5
-"""Rounds that are rehearsed at most; those after them are taken to be like the last one."""
+"""Rounds that are rehearsed, unless they soon repeat; those after them are taken to be like the last one."""
+GROWING = 40
+"""Rounds that are rehearsed at most, where the global change still grows from one to the next."""
 HALVINGS = 6
 
 
@@ -75,9 +79,10 @@ class Bill:
     by_round: Sequence[tuple[int, int]]
     """Bytes (down, up) of all clients together, by rehearsed round."""
     exact: bool
-    """Whether the bytes were counted on the messages that a run encodes, and not estimated."""
+    """Whether the bytes are those of the messages that a run encodes: not where a planner learns what it asks for, and
+    where the global change still grows after the last round that was rehearsed."""
     at_most: bool
-    """Whether bytes are an upper bound: codes go up deflated, and some ranks follow from what is learned."""
+    """Whether exact bytes are an upper bound: codes go up deflated, and some ranks follow from what is learned."""
     round_s: float | None
     """Seconds of a round, on average: of its slowest client; None where they are not known."""
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -98,6 +103,11 @@ class Bill:
     def too_large(self) -> Sequence[ClientBill]:
         """The clients whose work does not fit."""
         return [client for client in self.clients if not client.fits]
+
+    @property
+    def kind_of_bytes(self) -> Literal["exact", "at most", "estimated"]:
+        """Return what the bytes are of a run's."""
+        return "estimated" if not self.exact else "at most" if self.at_most else "exact"
 
     def as_json(self) -> Mapping[str, Any]:
         """Return everything as numbers under names."""
@@ -126,7 +136,7 @@ class Bill:
             "cohort": self.cohort,
             "bytes_by_round": [{"down": down, "up": up} for down, up in self.by_round],
             "bytes": dict(zip(("down", "up"), self.traffic, strict=True)),
-            "bytes_are": "at most" if self.at_most else "exact" if self.exact else "estimated",
+            "bytes_are": self.kind_of_bytes,
             "round_s": self.round_s,
             "seconds": self.seconds,
             **({"measured": dict(self.measured)} if self.measured else {}),
@@ -158,12 +168,12 @@ def bill_of(
     if results:
         by_round = [(sum(t.down for t in r.traffic.values()), sum(t.up for t in r.traffic.values())) for r in results]
     else:
-        both = [estimated_bytes(fleet, name) for name in examples]
+        both = [estimated_bytes(fleet, name, count) for name, count in examples.items()]
         by_round = [
             (round(sum(d for d, _ in both) * cohort / len(both)), round(sum(u for _, u in both) * cohort / len(both)))
         ]
     clients = [
-        client_bill(fleet, name, count, usual_bytes(fleet, name, last), memory_gb, calibration)
+        client_bill(fleet, name, count, usual_bytes(fleet, name, count, last), memory_gb, calibration)
         for name, count in examples.items()
     ]
     simulated = [r.clock_s for r in results if r.clock_s]
@@ -175,7 +185,12 @@ def bill_of(
         rounds=recipe.rounds.count,
         cohort=cohort,
         by_round=by_round,
-        exact=bool(results),
+        exact=method_of(recipe).task is ProbeSeeds
+        or (
+            bool(results)
+            and isinstance(recipe.planner, FixedSettings)
+            and (len(results) >= recipe.rounds.count or not grows(results))
+        ),
         # The residual of fedex has the rank that the clients' data give it, and a random one the largest.
         at_most=wire in ("int8", "int4") or recipe.method.name in ("fedkseed", "fedex", "hetlora"),
         round_s=round_s,
@@ -214,35 +229,33 @@ def rehearsal_of(
         clock=fleet.clock(),
     )
     try:
-        results = rehearse(context, most=min(recipe.rounds.count, REHEARSED))
+        results = rehearse(context, most=min(recipe.rounds.count, REHEARSED), growing=min(recipe.rounds.count, GROWING))
     except FedtuneError:  # such as a cohort of which no client fits: what follows says so with numbers
         return (), {}
     last = {name: (t.down, t.up) for result in results for name, t in result.traffic.items() if t.up}
     return results, last
 
 
-def usual_bytes(fleet: Fleet, client: str, last: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+def usual_bytes(fleet: Fleet, client: str, examples: int, last: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
     """Return a client's bytes (down, up) of a round: its own, or those of another that the recipe asks the same."""
-    own = last.get(client)
-    asked = planned_training(fleet.recipe, client)[0], requested_ratio(fleet.recipe, client)
+    own, asked = last.get(client), requested_arm(fleet.recipe, client)
     for name, traffic in last.items() if own is None else ():
-        if (planned_training(fleet.recipe, name)[0], requested_ratio(fleet.recipe, name)) == asked:
+        if requested_arm(fleet.recipe, name) == asked:
             own = traffic
     if own is None:
-        return estimated_bytes(fleet, client)
-    factor = fleet.traffic_factor(asked[1], asked[0])
+        return estimated_bytes(fleet, client, examples)
+    factor = fleet.traffic_factor(asked.ratio, asked.rank, asked.down_rank)
     return round(own[0] * factor), round(own[1] * factor)
 
 
-def estimated_bytes(fleet: Fleet, client: str) -> tuple[int, int]:
+def estimated_bytes(fleet: Fleet, client: str, examples: int) -> tuple[int, int]:
     """Return about the bytes (down, up) of a client's round, from the numbers that travel."""
     settings = fleet.recipe.method
     if isinstance(settings, FedKSeedSettings):
         # The integers of all seeds and the scalars of a round at most, with their headers.
-        rank, training = planned_training(fleet.recipe, client)
-        return 4 * settings.seeds + 1024, (training.steps or 10) + 512
-    rank, _ = planned_training(fleet.recipe, client)
-    down, up = fleet.traffic(Arm(requested_ratio(fleet.recipe, client), rank))
+        _, training = with_steps(fleet.recipe, client, examples)
+        return 4 * settings.seeds + 1024, (training.steps or 1) + 512
+    down, up = fleet.traffic(requested_arm(fleet.recipe, client))
     return round(down), round(up)
 
 
@@ -257,14 +270,13 @@ def client_bill(
     """Return what a round asks of a client whose planner leaves its work as the recipe has it."""
     recipe, profile = fleet.recipe, fleet.profiles.get(client)
     rank, training = with_steps(recipe, client, examples)
-    ratio = requested_ratio(recipe, client) if isinstance(recipe.planner, FixedSettings) else 0.0
-    arm = Arm(ratio, rank)
+    arm = requested_arm(recipe, client) if isinstance(recipe.planner, FixedSettings) else Arm(0.0, rank)
     footprint = fleet.footprint(client, arm, training)
     need, has = memory(fleet.charged, recipe.pruning, footprint), profile.memory_gb if profile else memory_gb
-    work = fleet.work(client, training, rank)
+    work = fleet.work(client, training, rank, arm.down_rank)
     # Two forward passes of a probe cost what one forward and one backward pass over a frozen base do, without adapters.
     trained = 0 if footprint.forward_only else rank
-    flops = round_flops(fleet.charged, recipe.pruning, ratio, trained, work)
+    flops = round_flops(fleet.charged, recipe.pruning, arm.ratio, trained, work, fleet.trained(arm))
     down, up = traffic
     latency, compute_s = profile.latency_s if profile else 0.05, None
     if profile:
@@ -277,7 +289,7 @@ def client_bill(
         device=profile.name if profile else "",
         examples=examples,
         rank=rank,
-        ratio=ratio,
+        ratio=arm.ratio,
         batch=training.batch,
         longest=round(footprint.longest),
         memory=need,
@@ -307,67 +319,99 @@ def nearest(fleet: Fleet, recipe: Recipe, footprint: Footprint, has_gb: float, t
     time, quantised bases little quality, fewer blocks and ranks some, shorter texts data, pruning the most.
     """
     fitting = []
-    for pain, changed, words in alternatives(recipe, footprint, training):
+    for pain, changed, words in alternatives(recipe, footprint, training, fleet.charged):
         need = memory(fleet.charged, recipe.pruning, changed).total
         if words and need <= has_gb * 1e9:
             fitting.append((pain, need, f"{', '.join(words)} ({need / 1e9:.3g} GB)"))
     return min(fitting, default=(0.0, 0.0, "nothing that fedtune offers fits"))[2]
 
 
+@dataclass(frozen=True)
+class Step:
+    """One setting that takes less memory, or none."""
+
+    pain: float = 0.0
+    words: str = ""
+    """As in a recipe; empty: nothing changes."""
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the footprint that change."""
+
+
 def alternatives(
-    recipe: Recipe, footprint: Footprint, training: Training
+    recipe: Recipe, footprint: Footprint, training: Training, body: Body
 ) -> Iterator[tuple[float, Footprint, Sequence[str]]]:
-    """Yield (how painful it is, what memory then depends on, the settings in words) of every combination."""
-    batches = [
-        (0.5 * k, footprint.rows >> k) for k in range(HALVINGS) if footprint.rows >> k and footprint.rows % 2**k == 0
-    ]
-    if footprint.rows % 2 and footprint.rows > 1:
-        batches.append((2.5, 1))
-    kinds: list[tuple[float, Any]] = [(0.0, "")]
-    checkpoints: list[tuple[float, bool]] = [(0.0, footprint.checkpointing)]
-    tops: list[tuple[float, float]] = [(0.0, 1.0)]
-    if not footprint.forward_only:
-        checkpoints += [] if footprint.checkpointing else [(1.5, True)]
-        tops += [(3.0, 0.5), (4.0, 0.25)]
-    if not footprint.base_dtype:
-        kinds += [(2.2, "int8"), (3.0, "nf4")]
-    lengths = [(4.0 * k, footprint.longest / 2**k) for k in range(4) if footprint.longest / 2**k >= 16]
-    ratios = [(0.0, footprint.ratio)]
-    if recipe.pruning is not None and not footprint.whole:
-        ratios += [(5.0 + 4 * ratio, ratio) for ratio in (0.25, 0.5, 0.75) if ratio > footprint.ratio]
-    for batch, again, kind, top, length, ratio in product(batches, checkpoints, kinds, tops, lengths, ratios):
-        words = []
-        if batch[1] != footprint.rows:
-            times = training.accumulation * footprint.rows // batch[1]
-            words.append(f"client.batch = {batch[1]} with client.accumulation = {times}")
-        if again[1] != footprint.checkpointing:
-            words.append("client.gradient_checkpointing = true")
-        if kind[1]:
-            words.append(f'model.dtype = "{kind[1]}"')
-        ranks = footprint.ranks
-        if top[1] < 1:
-            names = sorted(ranks)
-            ranks = {name: ranks[name] for name in names if name in upper(names, top[1])}
-            words.append(f"planner.top = {top[1]:g}")
-        if length[1] < footprint.longest:
-            words.append(f"data.max_tokens = {round(length[1])}")
-        if ratio[1] != footprint.ratio:
-            words.append(f"planner.ratio = {ratio[1]:g}")
-        changed = replace(
-            footprint,
-            rows=batch[1],
-            checkpointing=again[1],
-            base_dtype=kind[1] or footprint.base_dtype,
-            ranks=ranks,
-            longest=length[1],
-            ratio=ratio[1],
-        )
-        yield batch[0] + again[0] + kind[0] + top[0] + length[0] + ratio[0], changed, words
+    """Yield (how painful it is, what memory then depends on, the settings in words) of every combination.
+
+    Only of settings that the recipe may have: what its rules refuse beside the rest of it is no advice.
+    """
+    kinds = (
+        batches(recipe, footprint, training),
+        checkpoints(recipe, footprint),
+        formats(recipe, footprint),
+        tops(recipe, footprint, body),
+        lengths(recipe, footprint),
+        ratios(recipe, footprint),
+    )
+    for steps in product(*([Step(), *kind] for kind in kinds)):
+        changes = {name: value for step in steps for name, value in step.parts.items()}
+        yield sum(step.pain for step in steps), replace(footprint, **changes), [s.words for s in steps if s.words]
 
 
-def upper(names: Sequence[str], share: float) -> frozenset[str]:
-    """Return the modules in the upper share of the numbered layers."""
-    number = {name: next((int(part) for part in name.split(".") if part.isdecimal()), None) for name in names}
-    places = sorted({place for place in number.values() if place is not None})
-    top = set(places[-max(1, round(share * len(places))) :])
-    return frozenset(name for name in names if number[name] is None or number[name] in top)
+def permitted(recipe: Recipe, table: str, **values: Any) -> bool:
+    """Return whether the rules of recipes allow other values in a table, as far as they allow the recipe itself."""
+    own = getattr(recipe, table)
+    changed = replace(recipe, **{table: replace(own, **values)})
+    return set(check(changed)) <= set(check(recipe))
+
+
+def batches(recipe: Recipe, footprint: Footprint, training: Training) -> Iterator[Step]:
+    """Yield smaller batches, with more of them for each step of the optimizer."""
+    rows = footprint.rows
+    halved = [(0.5 * k, rows >> k) for k in range(1, HALVINGS) if rows >> k and rows % 2**k == 0]
+    for pain, batch in [*halved, *([(2.5, 1)] if rows % 2 and rows > 1 else [])]:
+        times = training.accumulation * rows // batch
+        if permitted(recipe, "client", batch=batch, accumulation=times):
+            yield Step(pain, f"client.batch = {batch} with client.accumulation = {times}", {"rows": batch})
+
+
+def checkpoints(recipe: Recipe, footprint: Footprint) -> Iterator[Step]:
+    able = not footprint.forward_only and not footprint.checkpointing
+    if able and permitted(recipe, "client", gradient_checkpointing=True):
+        yield Step(1.5, "client.gradient_checkpointing = true", {"checkpointing": True})
+
+
+def formats(recipe: Recipe, footprint: Footprint) -> Iterator[Step]:
+    """Yield number formats of the base with fewer bits."""
+    for pain, dtype in ((2.2, "int8"), (3.0, "nf4")):
+        if not footprint.base_dtype and permitted(recipe, "model", dtype=dtype):
+            yield Step(pain, f'model.dtype = "{dtype}"', {"base_dtype": dtype})
+
+
+def tops(recipe: Recipe, footprint: Footprint, body: Body) -> Iterator[Step]:
+    """Yield fewer blocks, from the top, whose modules are trained."""
+    names = sorted(body.modules)
+    if footprint.forward_only or not isinstance(recipe.planner, FixedSettings):
+        return
+    for pain, top in ((3.0, 0.5), (4.0, 0.25)):
+        wanted = dict(zip(names, module_ranks(names, body.layout, 1, top) or [1] * len(names), strict=True))
+        ranks = {name: rank for name, rank in footprint.ranks.items() if wanted.get(name)}
+        if len(ranks) < len(footprint.ranks) and permitted(recipe, "planner", top=top):
+            yield Step(pain, f"planner.top = {top:g}", {"ranks": ranks})
+
+
+def lengths(recipe: Recipe, footprint: Footprint) -> Iterator[Step]:
+    """Yield shorter texts."""
+    for k in range(1, 4):
+        longest = int(footprint.longest) >> k
+        if longest >= 16 and permitted(recipe, "data", max_tokens=longest):
+            parts = {"longest": float(longest), "mean": min(footprint.mean, float(longest))}
+            yield Step(4.0 * k, f"data.max_tokens = {longest}", parts)
+
+
+def ratios(recipe: Recipe, footprint: Footprint) -> Iterator[Step]:
+    """Yield pruning ratios of a device that holds only what is left of the base."""
+    if recipe.pruning is None or footprint.whole or not isinstance(recipe.planner, FixedSettings):
+        return
+    for ratio in (0.25, 0.5, 0.75):
+        if ratio > footprint.ratio and permitted(recipe, "planner", ratio=ratio):
+            yield Step(5.0 + 4 * ratio, f"planner.ratio = {ratio:g}", {"ratio": ratio})

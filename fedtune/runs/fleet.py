@@ -179,9 +179,10 @@ class Fleet:
             arm.ratio,
             arm.rank,
             # Without a frozen change the factors that are trained come down, and nothing else.
-            global_rank=self.global_rank(arm.rank) if method.freezes else arm.rank,
+            global_rank=self.global_rank(arm.rank, arm.down_rank) if method.freezes else arm.rank,
             wire_dtype=method.wire_dtype(settings),
             down_dtype=method.down_dtype(settings) if method.down_dtype else None,
+            trained=self.trained(arm),
         )
 
     def footprint(self, client: str, arm: Arm, training: Training) -> Footprint:

@@ -20,6 +20,8 @@ from fedtune.wire.codec import EncodedAssignment, decode_assignment, encode_upda
 
 SIZE = 1e-4
 """Of the numbers that clients answer with: small beside any bound on a change."""
+LITTLE = 0.01
+"""Share by which a round's bytes may exceed those before it without growing."""
 LARGEST = 1e9
 """Numbers that a rehearsed round may add up, of all its clients: a few seconds of work."""
 
@@ -98,21 +100,31 @@ class Rehearsal:
         }
 
 
-def rehearse(context: RoundContext, *, most: int) -> Sequence[RoundResult]:
-    """Return the first rounds of a run, `most` at the most, or until two in a row have sent and taken the same.
+def rehearse(context: RoundContext, *, most: int, growing: int) -> Sequence[RoundResult]:
+    """Return the first rounds of a run, until two in a row have sent and taken the same.
 
-    Where a round cannot be rehearsed, as where no client is left, those before it are returned.
+    They are `most` at the most, or `growing` while each is sent more than those before it. Where a round cannot be
+    rehearsed, as where no client is left, those before it are returned.
     """
     results = list[RoundResult]()
     try:
         for result in run(context):
             results.append(result)
-            if len(results) >= most or (len(results) > 2 and alike(results[-2], result)):
+            number = len(results)
+            if number >= growing or (number >= most and not grows(results)):
+                break
+            if number > 2 and alike(results[-2], result):
                 break
     except FedtuneError:
         if not results:
             raise
     return results
+
+
+def grows(results: Sequence[RoundResult]) -> bool:
+    """Return whether the last round has sent more down than each before it, and still more than a little."""
+    down = [sum(traffic.down for traffic in result.traffic.values()) for result in results]
+    return len(down) > 1 and down[-1] > (1 + LITTLE) * max(down[:-1])
 
 
 def alike(one: RoundResult, other: RoundResult) -> bool:

@@ -96,7 +96,7 @@ def totals(bill: Mapping[str, Any]) -> Iterator[str]:
     words = {
         "exact": "counted on messages that were encoded",
         "at most": "at most, by what is learned",
-        "estimated": "estimated from the numbers that travel",
+        "estimated": "estimated",
     }
     rounds = bill["bytes_by_round"]
     yield f"traffic: {size(bill['bytes']['down'])} down, {size(bill['bytes']['up'])} up; {words[bill['bytes_are']]}"

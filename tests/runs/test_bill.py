@@ -7,12 +7,13 @@ import pytest
 
 from fedtune.config import bind
 from fedtune.config.recipe import Recipe
-from fedtune.devices.cost import roberta_base
+from fedtune.devices.cost import Body, roberta_base
 from fedtune.devices.memory import memory
 from fedtune.devices.profiles import PROFILES
 from fedtune.messages import Training
 from fedtune.planning.policy import Arm
-from fedtune.runs.bill import Bill, alternatives, bill_of, nearest, upper
+from fedtune.pruning.depth import block_of, module_ranks
+from fedtune.runs.bill import Bill, alternatives, bill_of, nearest
 from fedtune.runs.fleet import Fleet, Lengths
 from fedtune.runs.local import prepare
 
@@ -45,7 +46,7 @@ def test_the_nearest_setting_fits_and_is_the_least_painful(
     assert words in text
     pains = [
         (pain, named)
-        for pain, changed, named in alternatives(recipe, footprint, training)
+        for pain, changed, named in alternatives(recipe, footprint, training, BODY)
         if memory(BODY, None, changed).total <= has_gb * 1e9
     ]
     assert text.startswith(", ".join(min(pains)[1]))
@@ -56,12 +57,6 @@ def test_where_nothing_fits_that_is_said(tables: dict[str, Any]) -> None:
     training = Training(batch=16, steps=1, learning_rate=0.1)
     text = nearest(fleet, recipe, fleet.footprint("ann", Arm(0.0, 8), training), 0.3, training)
     assert text == "nothing that fedtune offers fits"
-
-
-def test_the_upper_modules_are_those_of_the_last_blocks() -> None:
-    names = [f"layers.{i}.q" for i in range(4)] + ["head"]
-    assert upper(names, 0.5) == {"layers.2.q", "layers.3.q", "head"}
-    assert upper(names, 0.1) == {"layers.3.q", "head"}
 
 
 def test_rounds_after_the_rehearsed_ones_are_like_the_last() -> None:
@@ -93,3 +88,79 @@ def test_seeds_are_billed_without_a_backward_pass(tables: dict[str, Any]) -> Non
     assert parts == 0
     assert bill.at_most
     assert max(each.bytes_up for each in bill.clients) < 1000
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"pruning": {}, "planner": {"name": "fixed"}},  # codes are not cut
+        {"planner": {"name": "bandit"}, "pruning": {}},  # chooses blocks and ratios itself
+        {"method": {"name": "fedkseed", "bank": "hadamard"}},  # rewrites the weights
+        {"method": {"name": "zeropad"}},  # needs all modules of every client
+    ],
+)
+def test_the_nearest_setting_is_one_that_the_recipe_may_have(more: dict[str, Any], tables: dict[str, Any]) -> None:
+    for table, values in more.items():
+        tables[table] = values
+    if tables["method"]["name"] == "fedkseed":
+        tables = {key: value for key, value in tables.items() if key not in ("adapter", "override")}
+        tables["client"] = {"steps": 4, "batch": 4, "learning_rate": 2e-3}
+    tables.pop("override", None)
+    tables["method"].setdefault("name", "flora")
+    fleet, recipe = fleet_of(tables)
+    training = Training(batch=4, steps=1, learning_rate=0.1)
+    footprint = fleet.footprint("ann", Arm(0.0, 8), training)
+    advice = {word for _, _, words in alternatives(recipe, footprint, training, BODY) for word in words}
+    assert advice
+    for word in advice:
+        bind(tables, overrides=[change for change in word.split(" with ")])
+
+
+def test_fewer_blocks_of_an_odd_number_are_those_that_a_plan_trains(tables: dict[str, Any]) -> None:
+    fleet, recipe = fleet_of(tables)
+    body = replace(BODY, layout=replace(BODY.layout, blocks=BODY.layout.blocks[:5]))
+    body = replace(body, modules={name: shape for name, shape in BODY.modules.items() if name_in(name, body)})
+    footprint = replace(
+        fleet.footprint("ann", Arm(0.0, 8), Training(batch=1, steps=1)), ranks=dict.fromkeys(body.modules, 8)
+    )
+    for _, changed, words in alternatives(recipe, footprint, Training(batch=1, steps=1), body):
+        if list(words) == ["planner.top = 0.5"]:
+            wanted = module_ranks(body.modules, body.layout, 8, 0.5)
+            assert sorted(changed.ranks) == [n for n, r in zip(sorted(body.modules), wanted, strict=True) if r]
+            return
+    raise AssertionError("no alternative with fewer blocks")
+
+
+def name_in(name: str, body: Body) -> bool:
+    return block_of(name, body.layout) is not None
+
+
+@pytest.mark.parametrize("where", ["planner", "override"])
+def test_a_client_that_trains_the_upper_blocks_is_billed_for_them_alone(where: str, tables: dict[str, Any]) -> None:
+    experiment = prepare(bind(tables), sizes_alone=True)
+    whole = bill_of(experiment.devices, experiment.blueprint, experiment.fleet, calibration=(0.0, 1.0))
+    arm = {"top": 0.5, "back": 0.5, "down_rank": 1}
+    tables["override"] = [*tables.get("override", []), {"clients": ["client-*"], **arm}]
+    if where == "planner":
+        tables["override"] = tables["override"][:-1]
+        tables["planner"] = {"name": "fixed", **arm}
+    experiment = prepare(bind(tables), sizes_alone=True)
+    upper = bill_of(experiment.devices, experiment.blueprint, experiment.fleet, calibration=(0.0, 1.0))
+    for less, more in zip(upper.clients, whole.clients, strict=True):
+        parts, all_parts = less.memory.by_part(), more.memory.by_part()
+        assert parts["adapters"] < all_parts["adapters"]
+        assert parts["activations"] < all_parts["activations"]
+        assert less.compute_s is not None
+        assert more.compute_s is not None
+        assert less.compute_s < 0.9 * more.compute_s
+        assert less.bytes_down < more.bytes_down
+        assert less.bytes_up < more.bytes_up
+
+
+def test_what_a_planner_learns_to_ask_for_is_not_called_exact(tables: dict[str, Any]) -> None:
+    tables.pop("override", None)
+    tables |= {"planner": {"name": "fedpipe"}, "fleet": {"name": "fedspine80"}}
+    experiment = prepare(bind(tables), sizes_alone=True)
+    bill = bill_of(experiment.devices, experiment.blueprint, experiment.fleet)
+    assert bill.by_round
+    assert bill.as_json()["bytes_are"] == "estimated"

@@ -8,7 +8,7 @@ import pytest
 from fedtune.config import bind
 from fedtune.runs.bill import bill_of
 from fedtune.runs.local import prepare
-from tests.conftest import Simulated
+from tests.conftest import Simulated, kseed
 
 FORMATS = [
     ("flora", {"wire_dtype": "bf16"}),
@@ -67,3 +67,36 @@ def test_codes_are_at_most_so_many_bytes(
     assert bill.at_most
     for mine, real in zip(planned, counted(simulated, tables, tmp_path / "run"), strict=True):
         assert 0.8 * mine[1] <= real[1] <= 1.02 * mine[1]
+
+
+def test_a_global_change_that_grows_is_rehearsed_until_it_does_no_more(tables: dict[str, Any]) -> None:
+    tables["method"] |= {"wire_dtype": "bf16", "state_max_rank": "exact"}
+    tables["adapter"]["rank"] = 1
+    tables["rounds"] = {"count": 6}
+    del tables["override"]
+    planned, bill = rounds_of(tables)
+    down = [each for each, _ in planned]
+    assert len(planned) == 6  # three ranks more in every round, of 16 and 32
+    assert down == sorted(set(down))
+    assert bill.exact
+
+
+def test_a_growing_change_that_is_not_rehearsed_to_the_end_is_not_called_exact(
+    tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtune.runs.bill.GROWING", 5)
+    tables["method"] |= {"wire_dtype": "bf16", "state_max_rank": "exact"}
+    tables["adapter"]["rank"] = 1
+    tables["rounds"] = {"count": 8}
+    del tables["override"]
+    planned, bill = rounds_of(tables)
+    assert len(planned) == 5
+    assert bill.as_json()["bytes_are"] == "estimated"
+
+
+def test_seeds_of_epochs_are_billed_by_their_steps(tables: dict[str, Any]) -> None:
+    tables = kseed(tables)
+    tables["client"] = {"batch": 1, "learning_rate": 2e-3, "epochs": 50}
+    _, bill = rounds_of(tables)
+    assert bill.at_most
+    assert all(each.bytes_up >= 50 * each.examples for each in bill.clients)  # a byte for each step
