@@ -12,6 +12,8 @@ MEMORY = 0.5
 """Weight of what is known already against a round's reports."""
 LARGEST_CLAIM = 4.0
 """Medians of a module's reports beyond which one counts no more."""
+LARGEST_WEIGHT = 10.0
+"""Medians of the reports' weights beyond which one counts no more, as updates do by `rounds.weight_cap`."""
 ENOUGH = 3
 """Reports of a module from which a median says more than each of them."""
 
@@ -49,7 +51,9 @@ def pool(known: Importance | None, reports: Sequence[Report], modules: Sequence[
     if not reports:
         return known
     before = known or uniform(modules)
-    scaled = [(report.weight, scale_to(report.shares, before)) for report in reports]
+    # Clients state their examples: one that claims a thousand times as many would decide alone.
+    most = LARGEST_WEIGHT * median(report.weight for report in reports) if len(reports) >= ENOUGH else float("inf")
+    scaled = [(min(report.weight, most), scale_to(report.shares, before)) for report in reports]
     pooled = {}
     for name in modules:
         own = [(weight, shares[name]) for weight, shares in scaled if name in shares]

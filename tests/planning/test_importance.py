@@ -69,3 +69,10 @@ def test_controls_are_distributions_and_the_random_one_is_of_the_seed() -> None:
     assert sum(uniform(MODULES).values()) == pytest.approx(1)
     assert random_shares(MODULES, 1) == random_shares(MODULES[::-1], 1) != random_shares(MODULES, 2)
     assert sum(random_shares(MODULES, 1).values()) == pytest.approx(1)
+
+
+def test_a_client_that_states_a_billion_examples_does_not_decide_alone() -> None:
+    honest = [Report(10, {"a": 0.8, "b": 0.2}) for _ in range(8)]
+    pooled = pool(None, [*honest, Report(1e9, {"a": 0.0, "b": 1.0})], ["a", "b"])
+    assert pooled is not None
+    assert pooled["a"] > 0.3
