@@ -357,7 +357,7 @@ def alternatives(
         yield sum(step.pain for step in steps), replace(footprint, **changes), [s.words for s in steps if s.words]
 
 
-def permitted(recipe: Recipe, table: str, **values: Any) -> bool:
+def allows(recipe: Recipe, table: str, **values: Any) -> bool:
     """Return whether the rules of recipes allow other values in a table, as far as they allow the recipe itself."""
     own = getattr(recipe, table)
     changed = replace(recipe, **{table: replace(own, **values)})
@@ -370,20 +370,20 @@ def batches(recipe: Recipe, footprint: Footprint, training: Training) -> Iterato
     halved = [(0.5 * k, rows >> k) for k in range(1, HALVINGS) if rows >> k and rows % 2**k == 0]
     for pain, batch in [*halved, *([(2.5, 1)] if rows % 2 and rows > 1 else [])]:
         times = training.accumulation * rows // batch
-        if permitted(recipe, "client", batch=batch, accumulation=times):
+        if allows(recipe, "client", batch=batch, accumulation=times):
             yield Step(pain, f"client.batch = {batch} with client.accumulation = {times}", {"rows": batch})
 
 
 def checkpoints(recipe: Recipe, footprint: Footprint) -> Iterator[Step]:
     able = not footprint.forward_only and not footprint.checkpointing
-    if able and permitted(recipe, "client", gradient_checkpointing=True):
+    if able and allows(recipe, "client", gradient_checkpointing=True):
         yield Step(1.5, "client.gradient_checkpointing = true", {"checkpointing": True})
 
 
 def formats(recipe: Recipe, footprint: Footprint) -> Iterator[Step]:
     """Yield number formats of the base with fewer bits."""
     for pain, dtype in ((2.2, "int8"), (3.0, "nf4")):
-        if not footprint.base_dtype and permitted(recipe, "model", dtype=dtype):
+        if not footprint.base_dtype and allows(recipe, "model", dtype=dtype):
             yield Step(pain, f'model.dtype = "{dtype}"', {"base_dtype": dtype})
 
 
@@ -395,7 +395,7 @@ def tops(recipe: Recipe, footprint: Footprint, body: Body) -> Iterator[Step]:
     for pain, top in ((3.0, 0.5), (4.0, 0.25)):
         wanted = dict(zip(names, module_ranks(names, body.layout, 1, top) or [1] * len(names), strict=True))
         ranks = {name: rank for name, rank in footprint.ranks.items() if wanted.get(name)}
-        if len(ranks) < len(footprint.ranks) and permitted(recipe, "planner", top=top):
+        if len(ranks) < len(footprint.ranks) and allows(recipe, "planner", top=top):
             yield Step(pain, f"planner.top = {top:g}", {"ranks": ranks})
 
 
@@ -403,7 +403,7 @@ def lengths(recipe: Recipe, footprint: Footprint) -> Iterator[Step]:
     """Yield shorter texts."""
     for k in range(1, 4):
         longest = int(footprint.longest) >> k
-        if longest >= 16 and permitted(recipe, "data", max_tokens=longest):
+        if longest >= 16 and allows(recipe, "data", max_tokens=longest):
             parts = {"longest": float(longest), "mean": min(footprint.mean, float(longest))}
             yield Step(4.0 * k, f"data.max_tokens = {longest}", parts)
 
@@ -413,5 +413,5 @@ def ratios(recipe: Recipe, footprint: Footprint) -> Iterator[Step]:
     if recipe.pruning is None or footprint.whole or not isinstance(recipe.planner, FixedSettings):
         return
     for ratio in (0.25, 0.5, 0.75):
-        if ratio > footprint.ratio and permitted(recipe, "planner", ratio=ratio):
+        if ratio > footprint.ratio and allows(recipe, "planner", ratio=ratio):
             yield Step(5.0 + 4 * ratio, f"planner.ratio = {ratio:g}", {"ratio": ratio})
