@@ -83,8 +83,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for model, *setting in bases(folder, options.stories.resolve()):
-            measured = measure(recipe(folder, *setting))["measured"]
+        for model, base, task, targets, batch, tokens in bases(folder, options.stories.resolve()):
+            measured = measure(recipe(folder, base, task, targets, batch, tokens))["measured"]
             for step in measured["steps"]:
                 # The share of the libraries as it is without any measurement.
                 predicted = step["predicted_bytes"] - measured["runtime_bytes"] + RUNTIME_BYTES["cpu"]
