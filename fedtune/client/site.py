@@ -33,6 +33,7 @@ from fedtune.methods import METHODS
 from fedtune.model import embedded, libraries
 from fedtune.model.base import Base, base_from_object, load, load_tokenizer
 from fedtune.model.base_config import class_order
+from fedtune.model.base_sizes import sized_base
 from fedtune.model.classes import match_classes, named_rows, shorten
 from fedtune.model.device import memory_bytes, share_devices
 from fedtune.model.pruned_training import block_layout
@@ -297,10 +298,12 @@ def load_site(
     least_classes: int = 2,
     watch: Watch = lambda event: None,
     load_base: Callable[..., Base] = load,
+    check: Callable[[Federation, Callable[[], Base]], None] = lambda federation, sizes: None,
 ) -> tuple[Federation, Base]:
     """Load data and base, or take them from the Python objects that stand in for them; `watch` hears of each step.
 
-    `load_base` loads the base, or its sizes alone: see `base_sizes.sized_base`.
+    `load_base` loads the base, or its sizes alone: see `base_sizes.sized_base`. Before that `check` gets the data and
+    what returns these sizes, unless an object stands in for the base.
 
     Raises:
         ConfigError: if a file, column, module or object that the settings name does not exist.
@@ -324,7 +327,10 @@ def load_site(
     if model.task == "classification":
         order = class_order(model, root, order) if given is None else own_order(given, order)
     watch(Phase("loading the base"))
-    base = given or load_base(model, adapter, tokenizer=tokenizer, root=root, seed=seed, labels=order)
+    options: Any = {"tokenizer": tokenizer, "root": root, "seed": seed, "labels": order}
+    if given is None:
+        check(federation, partial(sized_base, model, adapter, **options))
+    base = given or load_base(model, adapter, **options)
     if data.max_tokens == MAX_TOKENS and longest(federation) > base.positions:
         # The default asks for more than this base can read.
         federation = encode(replace(data, max_tokens=base.positions))

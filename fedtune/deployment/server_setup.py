@@ -106,6 +106,7 @@ def server_context(
     check_start_base(start, common.base)
     start_state(recipe, blueprint)
     return RunContext(
+        expected=devices.planned_costs,
         recipe=recipe,
         blueprint=blueprint,
         planner=devices.planner(blueprint),

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from fedtune.report.curves import training_rounds
 from fedtune.report.drawing import COLOURS, PAPER, label, new_figure, styled, tip
-from fedtune.report.planner_choices import classes
+from fedtune.report.planner_choices import classes, seconds
 from fedtune.report.reader import Run
 from fedtune.report.rendering import Table
-from fedtune.report.units import seconds_text, seconds_unit
+from fedtune.report.units import bytes_text, seconds_text, seconds_unit
 from fedtune.rounds.record import ClientRecord
 
 PARTS = ("down", "compute", "up", "transfer", "rest")
@@ -95,3 +95,26 @@ def times_table(run: Run) -> Table | None:
         for kind, parts in means.items()
     ]
     return Table(["device", *known, "in all", "of it transfer"], rows)
+
+
+def planned_table(run: Run) -> Table | None:
+    """Return planned beside measured memory and time of each kind of device; None where nothing was planned.
+
+    The ratio is measured over planned: the median over clients and rounds, and the largest.
+    """
+    rows = []
+    for kind, names in classes(run).items():
+        clients = [record.clients[name] for record in training_rounds(run) for name in names if name in record.clients]
+        pairs = {
+            "memory": [(c.planned_bytes, c.peak_bytes) for c in clients if c.planned_bytes and c.peak_bytes],
+            "time": [(c.planned_s, seconds(c)) for c in clients if c.planned_s and not math.isnan(seconds(c))],
+        }
+        texts = {"memory": bytes_text, "time": seconds_text}
+        for what, both in pairs.items():
+            if both:
+                ratios = [measured / planned for planned, measured in both]
+                planned, measured = (float(np.median(side)) for side in zip(*both, strict=True))
+                shown = [texts[what](planned), texts[what](measured)]
+                rows.append([kind, what, *shown, f"{np.median(ratios):.2f}", f"{max(ratios):.2f}"])
+    head = ["device", "what", "planned (median)", "measured (median)", "ratio (median)", "ratio (largest)"]
+    return Table(head, rows, text_columns=2) if rows else None

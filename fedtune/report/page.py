@@ -20,7 +20,7 @@ from fedtune.report.curves import (
     stall_text,
     training_rounds,
 )
-from fedtune.report.device_times import times_table
+from fedtune.report.device_times import planned_table, times_table
 from fedtune.report.drawing import png, svg
 from fedtune.report.headline import adapter_rank, headline
 from fedtune.report.planner_choices import choices_table, devices_table, idle
@@ -124,6 +124,7 @@ def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
         totals=tables.clients(run),
         profiles=devices_table(run),
         idle=idle(run),
+        planned=planned_table(run),
         samples=samples(run),
         failures=tables.failures_table(run),
         uploads=uploads(run),

@@ -52,6 +52,10 @@ class ClientRecord:
     """Seconds of transfer, down and up; None without a clock."""
     overhead_s: float = 0.0
     """Seconds beside these two."""
+    planned_s: float | None = None
+    """Seconds that its device's profile and the cost model expect of all this; left out without a simulated device."""
+    planned_bytes: float | None = None
+    """Memory that the cost model expects it to take; left out for simulated devices, and bases without such a model."""
     down_s: float | None = None
     """Of `transfer_s`, that down; left out where the two ways are not known apart."""
     loss_before: float | None = None

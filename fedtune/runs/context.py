@@ -15,7 +15,7 @@ from fedtune.config.plugins import method_names, planner_names
 from fedtune.config.reading import read
 from fedtune.config.recipe import PYTHON, method_of, missing_plugin
 from fedtune.errors import ConfigError
-from fedtune.messages import Blueprint, Traffic
+from fedtune.messages import Blueprint, PlannedClient, Traffic
 from fedtune.methods.method import GlobalModel
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import Planner
@@ -98,6 +98,8 @@ class RunContext:
     """Measures or simulates the time on the clients' devices; None where it is not known."""
     prober: Prober | None = None
     """Asks clients for their speed before every round; None where the planner reads none."""
+    expected: Callable[[PlannedClient], Mapping[str, float]] = lambda planned: {}
+    """A client's `planned_s` and `planned_bytes` by the cost model, as far as they are known."""
     devices: Mapping[str, Any] = field(default_factory=dict)
     """By client, the profile of the device that it is simulated on, with the provenance of each number."""
     on_journal: Callable[[RunJournal], None] = lambda journal: None

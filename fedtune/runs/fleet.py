@@ -170,6 +170,26 @@ class Fleet:
         """Return the memory that an arm needs at a client's peak, by part."""
         return memory(self.charged, self.recipe.pruning, self.footprint(client, arm, training))
 
+    def planned_costs(self, planned: PlannedClient) -> Mapping[str, float]:
+        """Return what the cost model expects of a plan: `planned_s` of a simulated device, else `planned_bytes`."""
+        plan = planned.plan
+        if self.body is None or method_of(self.recipe).task is ProbeSeeds or plan.base_dtype:
+            return {}
+        arm = Arm(plan.ratio, plan.rank, planned.top, plan.back, planned.share, planned.down_rank)
+        if plan.client not in self.profiles:
+            same = (arm, plan.training, self.lengths(plan.client))
+            if same not in self._planned_bytes:
+                self._planned_bytes[same] = round(self.memory(plan.client, arm, plan.training).total)
+            return {"planned_bytes": self._planned_bytes[same]}
+        known, cost = speed(self.profiles[plan.client]), self.cost(plan.client, arm, plan.training)
+        transfer_s = cost.megabytes * (known.s_per_mb or 0.0)
+        return {"planned_s": cost.tflop * (known.s_per_tflop or 0.0) + transfer_s + known.overhead_s}
+
+    @cached_property
+    def _planned_bytes(self) -> dict[Any, float]:
+        """Expected memory by what it depends on: a hundred clients that are alike are counted once."""
+        return {}
+
     def traffic(self, arm: Arm) -> tuple[float, float]:
         """Return about the bytes (down, up) of a round, from the numbers that travel alone."""
         method, settings = method_of(self.recipe), self.recipe.method

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedtune.client.batched import LARGEST, Batched, Resident
+from fedtune.client.data_checks import longest
 from fedtune.client.perform import perform
 from fedtune.client.replica import Replicas
 from fedtune.client.shared_work import SharedWork
@@ -28,8 +29,9 @@ from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, ProbeS
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
 from fedtune.model.base import Base, check_packing, load, load_tokenizer
+from fedtune.model.base_paths import local_base
 from fedtune.model.base_sizes import sized_base
-from fedtune.model.device import share_devices
+from fedtune.model.device import choose_device, share_devices
 from fedtune.model.libraries import threads
 from fedtune.model.pruned_training import block_layout, with_pruned_model
 from fedtune.model.repair import repair_of
@@ -43,6 +45,7 @@ from fedtune.rounds.transport import Transport
 from fedtune.runs.base_checks import check_pruning, check_ranks
 from fedtune.runs.context import ModelScores, RunContext
 from fedtune.runs.fleet import Fleet, Lengths, fleet_of
+from fedtune.runs.memory_guard import check_memory, plainly_fits
 from fedtune.runs.samples import prompts, side_by_side
 from fedtune.runs.start import check_start_base, start_adapter, start_state
 from fedtune.simulation.fork_client import ForkServer
@@ -140,6 +143,7 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: b
         objects=recipe.objects,
         watch=watch,
         load_base=sized_base if sizes_alone else load,
+        check=partial(refuse_too_large, recipe) if recipe.engine.memory_check and not sizes_alone else no_check,
     )
     # Only where it matters: all other recipes, and their digests, are the same on every day.
     if recipe.model.task == "causal" and depends_on_date(data, base.tokenizer, form=federation.form):
@@ -175,6 +179,25 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: b
     start_state(recipe, experiment.blueprint)  # a base that the method refuses is refused before anything is written
     experiment.devices.planner(experiment.blueprint)
     return experiment
+
+
+def no_check(federation: Federation, sizes: Callable[[], Base]) -> None:
+    """Refuse nothing."""
+
+
+def refuse_too_large(recipe: Recipe, federation: Federation, sizes: Callable[[], Base]) -> None:
+    """Refuse a run that needs more memory than this machine has free, before its base is loaded.
+
+    Only on the CPU, where the memory is counted, and of bases in a folder: the others' sizes are not known before.
+    """
+    folder = local_base(recipe.model, recipe.root) if recipe.model.base != "embedded" else None
+    if folder is None or not folder.is_dir() or choose_device(recipe.model.device).type != "cpu":
+        return
+    file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if plainly_fits(file_bytes, longest(federation), recipe):
+        return
+    alone = Experiment(replace(recipe, fleet=None, device=()), federation, sizes())
+    check_memory(alone.devices, alone.fleet)
 
 
 def sites_experiment(recipe: Recipe) -> Experiment:
@@ -279,6 +302,7 @@ def run_context(experiment: Experiment) -> RunContext:
         blueprint=experiment.blueprint,
         planner=experiment.planner,
         clock=experiment.devices.clock(),
+        expected=experiment.devices.planned_costs,
         prober=experiment.devices.prober(),
         devices=experiment.devices.summary(),
         base={

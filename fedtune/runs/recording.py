@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fedtune.config import Recipe
 from fedtune.config.recipe import method_of
 from fedtune.lora.dense import Summed, energy
 from fedtune.lora.lowrank import compress
-from fedtune.messages import Failure, TrainLora
+from fedtune.messages import Failure, PlannedClient, TrainLora
 from fedtune.methods.method import GlobalModel
 from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.loop import RoundResult, arm_of, probe_fields
@@ -74,6 +74,7 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
         state_energy_kept=method.state_energy_kept(finished.state),
         figures=method.figures(finished.state),
         scores=scores,
+        expected=context.expected,
     )
     if kept_record(recipe.rounds, [*earlier, record]) is record:
         write_result(context, run, finished.state, [*earlier, record])
@@ -102,6 +103,7 @@ def round_record(
     state_energy_kept: Mapping[str, float],
     figures: Mapping[str, Any],
     scores: ModelScores,
+    expected: Callable[[PlannedClient], Mapping[str, float]] = lambda planned: {},
 ) -> RoundRecord:
     """Return the record of one round.
 
@@ -112,8 +114,14 @@ def round_record(
         state_energy_kept: share of them that the server has kept of all it has summed, by module.
         figures: numbers that the method reports about its state.
         scores: of the global model after the round.
+        expected: see `RunContext`.
     """
-    clients = {name: client_record(finished, name) for name in finished.outcomes}
+    clients = {
+        name: replace(
+            client_record(finished, name), **(expected(finished.planned[name]) if name in finished.planned else {})
+        )
+        for name in finished.outcomes
+    }
     return RoundRecord(
         round=finished.round,
         seconds=finished.seconds,

@@ -30,6 +30,8 @@ class EngineSettings:
     batch_clients: Literal["auto"] | Annotated[int, Ge(1)] = field(default="auto", metadata=OMIT_DEFAULT)
     """With `inprocess`: clients of equal plans that train at the same time, in one forward pass, at most; 1 trains one
     after the other. auto: on CUDA as many as its memory takes, elsewhere 1, for a CPU gains nothing by it."""
+    memory_check: bool = field(default=True, metadata=OMIT_DEFAULT)
+    """Refuse a run on the CPU whose largest client needs more memory than is free, before the base is loaded."""
 
 
 @dataclass(frozen=True)

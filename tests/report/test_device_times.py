@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from matplotlib.patches import Rectangle
 
-from fedtune.report.device_times import device_times, mean_times, times_table
+from fedtune.report.device_times import device_times, mean_times, planned_table, times_table
 from fedtune.report.reader import read_run
 from tests.report.conftest import WriteRun
 
@@ -42,3 +42,21 @@ def test_where_the_two_ways_are_not_known_apart_they_are_one_part(write_run: Wri
     assert mean_times(run)["tx2"] == {"compute": 4.0, "transfer": 3.0, "rest": 0.0}
     untimed = read_run(write_run("untimed", clients=4, edit=timed(ratio=[0, 0])))
     assert (device_times(untimed), times_table(untimed)) == (None, None)
+
+
+def test_what_was_planned_stands_beside_what_was_measured(write_run: WriteRun) -> None:
+    measured: dict[str, Any] = {
+        "compute_s": [4.0, 1.0],
+        "transfer_s": [2.0, 2.0],
+        "peak_bytes": [3_000_000_000, 1_000_000_000],
+    }
+    run = read_run(write_run(clients=4, edit=timed(**measured, planned_s=[3.0, 3.0], planned_bytes=[2e9, 2e9])))
+    table = planned_table(run)
+    assert table is not None
+    assert [row[:2] + row[-2:] for row in table.rows] == [
+        ["agx", "memory", "0.50", "0.50"],
+        ["agx", "time", "1.00", "1.00"],
+        ["tx2", "memory", "1.50", "1.50"],
+        ["tx2", "time", "2.00", "2.00"],
+    ]
+    assert planned_table(read_run(write_run("unplanned", clients=4, edit=timed(**measured)))) is None
