@@ -19,6 +19,7 @@ from fedtune.methods.method import Cohort
 from fedtune.pruning.least_squares import pool_moments
 from fedtune.pruning.ranking import (
     PruningSettings,
+    is_repair_round,
     pool_scores,
     stage_ratios,
     to_base_coordinates,
@@ -82,7 +83,9 @@ def pruning_task(state: PrunedState, planned: PlannedClient) -> tuple[Pruning | 
         before = plan.ratio  # the repair adapter says something in that structure alone
     stages = [bitmap(structure, layout) for ratio in ratios if (structure := state.structure(ratio)) is not None]
     earlier = state.structure(before)
-    wanted = not state.order or 0 < settings.refresh <= state.round + 1 - state.scored
+    due = 0 < settings.refresh <= state.round + 1 - state.scored
+    # A new ranking ends the repair adapter: what this round teaches it would be lost, and no one measures moments.
+    wanted = not state.order or (due and not is_repair_round(settings, state.round + 1))
     # In the whole model before and after are the same where neither structure is a smaller one.
     whole = planned.whole_requested and bool(stages or earlier is not None)
     task = Pruning(

@@ -36,7 +36,14 @@ from fedtune.model.load_checks import (
     padding_token,
     table_positions,
 )
-from fedtune.model.quantised_layers import codes_digest, describe_weight, quantisable, quantise_layer, quantised_layers
+from fedtune.model.quantised_layers import (
+    codes_digest,
+    describe_weight,
+    quantisable,
+    quantise_layer,
+    quantised_layers,
+    shared_copy,
+)
 from fedtune.model.quantised_linear import QuantisedLinear, choose_kernels
 from fedtune.model.quantised_stream import Streamed, stream_quantised
 from fedtune.model.settings import (
@@ -372,6 +379,11 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
             expected = f"a base for the task {settings.task!r} that adapts {len(targets)} modules, as the recipe says"
             got = f"one for {given.task!r} that adapts {len(given.modules)}"
             raise ConfigError(Fault("model", expected, got, "pass the model and its tokenizer instead"))
+        if (wanted := quantised_format(settings.dtype)) != quantised_format(given.dtype) and settings.dtype != "auto":
+            hint = f"set model.dtype to it, or load a base in {settings.dtype}"
+            raise ConfigError(
+                Fault("model.dtype", f"a base in {wanted or settings.dtype}", f"one in {given.dtype}", hint)
+            )
         return given
     if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], nn.Module):
         expected = "a fedtune.model.base.Base, or a pair of a transformers model and its tokenizer"
@@ -385,6 +397,11 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
         known, got = dtype in DTYPES.values(), f"one in {str(dtype).removeprefix('torch.')}"
         hint = f"set {key} to the model's" if known else f"convert it: model.to(torch.{loaded})"
         raise ConfigError(Fault(key, f"a model in {loaded}", got, hint))
+    if quantised_layers(model):
+        hint = "pass the model that it was before; fedtune quantises a copy"
+        raise ConfigError(Fault("model", "a model that holds its weights", "codes in place of some of them", hint))
+    if quantised_format(settings.dtype):
+        model = shared_copy(model)  # the caller's own keeps its layers, for another run
     base = base_of(settings, adapter, model, tokenizer, path=model.name_or_path or settings.base)
     check_digest(settings, base)
     return base

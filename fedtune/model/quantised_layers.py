@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -78,6 +79,12 @@ def quantise_layers(model: Any, names: Sequence[str], kind: QuantisedFormat, *, 
     """Quantise layers of a loaded model, in place and one after the other."""
     for name in names:
         quantise_layer(model, name, model.get_submodule(name).weight.detach(), kind, kernels=kernels)
+
+
+def shared_copy(model: Any) -> Any:
+    """Return a model of the same tensors, whose layers can be exchanged without the other's."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def quantised_layers(model: nn.Module) -> Mapping[str, QuantisedLinear]:

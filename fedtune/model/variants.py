@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from typing import Any
 
 from fedtune.errors import ClientError
 from fedtune.messages import BaseDtype
 from fedtune.model.base import Base
-from fedtune.model.quantised_layers import quantisable, quantise_layers
+from fedtune.model.quantised_layers import quantisable, quantise_layers, shared_copy
 from fedtune.model.quantised_linear import choose_kernels
 from fedtune.model.settings import quantised_format
 
@@ -44,9 +42,3 @@ def variant(base: Base, dtype: BaseDtype) -> Base:
         )
     other: Base = base.variants[dtype]
     return other
-
-
-def shared_copy(model: Any) -> Any:
-    """Return a model of the same tensors, whose layers can be exchanged without the other's."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

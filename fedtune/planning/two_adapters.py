@@ -13,15 +13,7 @@ from typing import Any
 
 from fedtune.messages import Client, Failure, PlannedClient
 from fedtune.planning.planner import ClientObservation, Planner
-from fedtune.pruning.ranking import PruningSettings
-
-PERIOD = 2
-"""Rounds between two that train the repair adapter; the first round ranks heads and channels, and trains the whole."""
-
-
-def is_repair_round(pruning: PruningSettings | None, round: int) -> bool:
-    """Return whether clients train the repair adapter in a round."""
-    return pruning is not None and pruning.adapters == "two" and round % PERIOD == 0
+from fedtune.pruning.ranking import PruningSettings, is_repair_round
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ ON_SERVER_ALONE: Mapping[str, bool] = {"travels": False, "omit_default": True}
 """Metadata of a setting that clients are not sent, and that recipes before it did not have; see `messages`."""
 LEAST = 8
 """A block keeps at least 1/8 of its channels."""
+REPAIR_PERIOD = 2
+"""Rounds between two that train the repair adapter; the first round ranks heads and channels, and trains the whole."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ class PruningSettings:
 
 
 Settings: TypeAlias = PruningSettings
+
+
+def is_repair_round(settings: Settings | None, round: int) -> bool:
+    """Return whether clients train the repair adapter in a round."""
+    return settings is not None and settings.adapters == "two" and round % REPAIR_PERIOD == 0
 
 
 def unit_of(settings: Settings, block: Block) -> Unit:

@@ -16,7 +16,7 @@ from fedtune.runs.deployed_scores import exported_scores, whole_scores
 from fedtune.runs.export import sources
 from fedtune.runs.model_card import model_card
 from fedtune.runs.trained_run import TrainedRun, checked_ratios, deployed_ratios, load_run
-from fedtune.store import manifest, peft, result
+from fedtune.store import manifest, peft, peft_import, result
 from fedtune.store import pruning as store_pruning
 from fedtune.store.files import new_folder
 
@@ -123,11 +123,11 @@ def deploy(
 ) -> Path:
     """Write a run's model for each kind of device, and return the folder.
 
-    Per ratio: `recipe/` with `pruning.json` and the adapter in the base's coordinates, which stock peft reads over the
-    whole base; `model/`, the smaller model with its own width in every block, which `fedtune.load_pruned`
-    reads; and where all blocks are equally wide `stock/`, which transformers loads by itself. `deploy.json` says which
-    kind of device gets which, and what each model scores and costs (`deployed_scores.model_scores`); README.md is a
-    model card with the same numbers.
+    Per ratio: `recipe/` with `pruning.json` and the adapter in the base's coordinates, in peft's format (with the
+    repair adapter of a run with two, which is for the pruned model alone); `model/`, the smaller model with its own
+    width in every block, which `fedtune.load_pruned` reads; and where all blocks are equally wide `stock/`, which
+    transformers loads by itself. `deploy.json` says which kind of device gets which, and what each model scores and
+    costs (`deployed_scores.model_scores`); README.md is a model card with the same numbers.
 
     Args:
         run: the run directory.
@@ -208,7 +208,8 @@ def write_ratio(
     place = folder / folder_of(ratio)
     tuned, origin = result.read(trained.path)
     # Exactly what the run's file holds, but in the structure that has an adapter of its own.
-    adapter = trained.tuned.at(structure) if structure.digest == trained.tuned.second_structure else tuned.adapter
+    repaired = bool(trained.tuned.second) and structure.digest == trained.tuned.second_structure
+    adapter = trained.tuned.at(structure) if repaired else tuned.adapter
     origin = {**origin, **sources(trained.path), "ratio": ratio}
     (place / "recipe").mkdir(parents=True)
     peft.put(place / "recipe", adapter, tuned.saved, experiment.target)
@@ -222,7 +223,8 @@ def write_ratio(
         base={"name": base.name, "digest": base.digest, "revision": recipe.model.revision or ""},
         moments=trained.tuned.moments,
     )
-    manifest.write(place / "recipe", origin)
+    # Over the whole base it would count what makes up for parts that are there.
+    manifest.write(place / "recipe", {**origin, peft_import.VIEW: "deployed"} if repaired else origin)
     watch(Note(f"ratio {ratio:g}: writing and scoring the model"))
     options: Any = {
         "saved": trained.tuned.saved,

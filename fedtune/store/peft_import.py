@@ -26,6 +26,8 @@ from fedtune.tensors import digest as tensors_digest
 DTYPES: Mapping[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 """Number formats of adapters, as safetensors names them."""
 FILES = (WEIGHTS, CONFIG)
+VIEW = "view"
+"""Key of a manifest whose adapter is of a pruned model alone: "deployed"."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ def read_adapter(path: Path) -> ForeignAdapter:
     # Adapters of others have no manifest; of a run's own, and wherever one lies, it must hold.
     ours = is_run or os.path.lexists(folder / manifest.NAME)
     opened = manifest.open_folder(folder) if ours else ResultFolder(folder, {})
+    if opened.facts.get(VIEW, "whole") != "whole":
+        got = f"one of a pruned model alone: {folder} holds the repair adapter of its run"
+        raise ConfigError(Fault("adapter", "an adapter of the whole base", got, "name the run's own folder instead"))
     config = parse_config(opened.read(CONFIG), folder)
     if faults := list(config_faults(config, folder)):
         raise ConfigError(faults)

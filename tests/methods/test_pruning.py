@@ -425,6 +425,20 @@ def test_a_state_with_an_order_is_written_and_read() -> None:
 TWO = {"repair": "none", "adapters": "two"}
 
 
+def test_a_ranking_is_not_renewed_in_a_round_of_the_repair_adapter() -> None:
+    """What such a round teaches would be lost with the old ranking, and its clients hold no whole model to measure."""
+    settings = TWO | {"repair": "bias", "refresh": 3}
+    state = replace(first(pruning=settings), scored=1, round=3)
+    for ratio in (0.5, 0.75):
+        asked = pruning.pruning_task(state, PlannedClient(plan("ann", ratio)))[0]
+        assert asked is not None
+        assert not asked.scores_requested
+    later = pruning.pruning_task(replace(state, round=4), PlannedClient(plan("ann", 0.0)))[0]
+    assert later is not None
+    assert later.scores_requested
+    assert later.moments_requested
+
+
 def of_view(state: FloraState, client: str, seed: int = 0, *, rank: int = 2, view: Any = "deployed") -> AdmittedUpdate:
     asked = replace(plan(client, 0.5, rank), view=view)
     return replace(update(state, asked, seed), view=view)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,21 @@ def test_a_model_of_python_code_brings_its_own_number_format(loaded: Any) -> Non
     settings = ModelSettings(base="<python>", device="cpu")
     base = base_from_object(settings, AdapterSettings(targets=["q_proj"]), (given.model, given.tokenizer))
     assert base.dtype == "bfloat16"
+
+
+def test_a_model_of_python_code_is_quantised_as_a_copy_and_serves_another_run(loaded: Any) -> None:
+    given = loaded("llama", targets=["q_proj"])
+    pair, adapter = (given.model, given.tokenizer), AdapterSettings(targets=["q_proj"])
+    settings = ModelSettings(base="<python>", device="cpu", dtype="nf4")
+    first, second = base_from_object(settings, adapter, pair), base_from_object(settings, adapter, pair)
+    plain = base_from_object(replace(settings, dtype="float32"), adapter, pair)
+    assert first.codes == second.codes != b""
+    assert plain.codes == b""
+    assert first.digest == second.digest == plain.digest == digest(given.model)
+    # Only codes take memory.
+    norm = "model.norm.weight"
+    assert first.model.get_parameter(norm) is plain.model.get_parameter(norm)
+    with pytest.raises(ConfigError, match=r"model: expected a model that holds its weights"):
+        base_from_object(replace(settings, dtype="float32"), adapter, (first.model, given.tokenizer))
+    with pytest.raises(ConfigError, match=r"model\.dtype: expected a base in float32; got one in nf4"):
+        base_from_object(replace(settings, dtype="float32"), adapter, first)

@@ -8,8 +8,8 @@ import pytest
 
 from fedtune.messages import Client, Failure, Plan, PlannedClient, Training
 from fedtune.planning.planner import ClientObservation
-from fedtune.planning.two_adapters import TwoAdapters, is_repair_round
-from fedtune.pruning.ranking import PruningSettings
+from fedtune.planning.two_adapters import TwoAdapters
+from fedtune.pruning.ranking import PruningSettings, is_repair_round
 
 TWO = PruningSettings(target=0.5, adapters="two")
 PLAN = Plan("ann", 4, 1.0, Training(steps=2), ratio=0.0, ranks=(0, 4), back=0.5)
