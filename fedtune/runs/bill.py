@@ -276,7 +276,7 @@ def client_bill(
     work = fleet.work(client, training, rank, arm.down_rank)
     # Two forward passes of a probe cost what one forward and one backward pass over a frozen base do, without adapters.
     trained = 0 if footprint.forward_only else rank
-    flops = round_flops(fleet.charged, recipe.pruning, arm.ratio, trained, work, fleet.trained(arm))
+    flops = round_flops(fleet.charged, recipe.pruning, arm.ratio, trained, work, fleet.training_of(arm))
     down, up = traffic
     latency, compute_s = profile.latency_s if profile else 0.05, None
     if profile:

@@ -202,7 +202,7 @@ class Fleet:
             global_rank=self.global_rank(arm.rank, arm.down_rank) if method.freezes else arm.rank,
             wire_dtype=method.wire_dtype(settings),
             down_dtype=method.down_dtype(settings) if method.down_dtype else None,
-            trained=self.trained(arm),
+            trained=self.training_of(arm),
         )
 
     def footprint(self, client: str, arm: Arm, training: Training) -> Footprint:
