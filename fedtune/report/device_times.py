@@ -105,16 +105,13 @@ def planned_table(run: Run) -> Table | None:
     rows = []
     for kind, names in classes(run).items():
         clients = [record.clients[name] for record in training_rounds(run) for name in names if name in record.clients]
-        pairs = {
-            "memory": [(c.planned_bytes, c.peak_bytes) for c in clients if c.planned_bytes and c.peak_bytes],
-            "time": [(c.planned_s, seconds(c)) for c in clients if c.planned_s and not math.isnan(seconds(c))],
-        }
-        texts = {"memory": bytes_text, "time": seconds_text}
-        for what, both in pairs.items():
-            if both:
-                ratios = [measured / planned for planned, measured in both]
-                planned, measured = (float(np.median(side)) for side in zip(*both, strict=True))
-                shown = [texts[what](planned), texts[what](measured)]
-                rows.append([kind, what, *shown, f"{np.median(ratios):.2f}", f"{max(ratios):.2f}"])
+        memory = [(c.planned_bytes, float(c.peak_bytes)) for c in clients if c.planned_bytes and c.peak_bytes]
+        times = [(c.planned_s, seconds(c)) for c in clients if c.planned_s and not math.isnan(seconds(c))]
+        for what, pairs, text in (("memory", memory, bytes_text), ("time", times, seconds_text)):
+            if pairs:
+                planned, measured = np.array(pairs).T
+                ratios = measured / planned
+                shown = [text(float(np.median(planned))), text(float(np.median(measured)))]
+                rows.append([kind, what, *shown, f"{np.median(ratios):.2f}", f"{ratios.max():.2f}"])
     head = ["device", "what", "planned (median)", "measured (median)", "ratio (median)", "ratio (largest)"]
     return Table(head, rows, text_columns=2) if rows else None

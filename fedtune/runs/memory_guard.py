@@ -27,7 +27,8 @@ def plainly_fits(file_bytes: int, longest: int, recipe: Recipe) -> bool:
     What is stored of one token for the backward pass is far below what the base's file takes, in any model whose
     layers are wider than some tens.
     """
-    rows = max(recipe.client.batch, recipe.evaluate.batch, *(o.training.get("batch", 1) for o in recipe.override), 1)
+    batches = [int(override.training.get("batch", 1)) for override in recipe.override]
+    rows = max(recipe.client.batch, recipe.evaluate.batch, *batches)
     work = file_bytes * (6 + 2 * rows * longest)
     return 2e9 + file_bytes + workers_at_most(recipe) * work < LITTLE * available_bytes()
 

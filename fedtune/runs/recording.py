@@ -116,12 +116,12 @@ def round_record(
         scores: of the global model after the round.
         expected: see `RunContext`.
     """
-    clients = {
-        name: replace(
-            client_record(finished, name), **(expected(finished.planned[name]) if name in finished.planned else {})
+    clients = {name: client_record(finished, name) for name in finished.outcomes}
+    for name, planned in finished.planned.items():
+        costs = expected(planned)
+        clients[name] = replace(
+            clients[name], planned_s=costs.get("planned_s"), planned_bytes=costs.get("planned_bytes")
         )
-        for name in finished.outcomes
-    }
     return RoundRecord(
         round=finished.round,
         seconds=finished.seconds,

@@ -53,7 +53,7 @@ def test_what_was_planned_stands_beside_what_was_measured(write_run: WriteRun) -
     run = read_run(write_run(clients=4, edit=timed(**measured, planned_s=[3.0, 3.0], planned_bytes=[2e9, 2e9])))
     table = planned_table(run)
     assert table is not None
-    assert [row[:2] + row[-2:] for row in table.rows] == [
+    assert [[*row[:2], *row[-2:]] for row in table.rows] == [
         ["agx", "memory", "0.50", "0.50"],
         ["agx", "time", "1.00", "1.00"],
         ["tx2", "memory", "1.50", "1.50"],
