@@ -116,7 +116,7 @@ def pruned(tables: Tables) -> Tables:
         "adapter": {"rank": 4, "targets": ["all-linear"]},
         "method": "fedspine",
         "pruning": {"target": 0.5, "multiple": 8, "batches": 2, "refresh": 2, "stages": 2, "steps_between": 1},
-        "planner": {"name": "deadline", "ratios": [0.0, 0.25, 0.5], "ranks": [2, 4]},
+        "planner": {"name": "deadline", "goal": "deployed", "ratios": [0.0, 0.25, 0.5], "ranks": [2, 4]},
         "fleet": {"name": "fedspine80"},
         "rounds": {"count": 4},
     }

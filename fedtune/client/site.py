@@ -297,13 +297,13 @@ def load_site(
     objects: Objects | None = None,
     least_classes: int = 2,
     watch: Watch = lambda event: None,
-    load_base: Callable[..., Base] = load,
+    load_base: Callable[..., Base] | None = None,
     check: Callable[[Federation, Callable[[], Base]], None] = lambda federation, sizes: None,
 ) -> tuple[Federation, Base]:
     """Load data and base, or take them from the Python objects that stand in for them; `watch` hears of each step.
 
-    `load_base` loads the base, or its sizes alone: see `base_sizes.sized_base`. Before that `check` gets the data and
-    what returns these sizes, unless an object stands in for the base.
+    `load_base` loads the base in place of `base.load`, or its sizes alone: see `base_sizes.sized_base`. Before that
+    `check` gets the data and what returns these sizes, unless an object stands in for the base.
 
     Raises:
         ConfigError: if a file, column, module or object that the settings name does not exist.
@@ -330,7 +330,7 @@ def load_site(
     options: Any = {"tokenizer": tokenizer, "root": root, "seed": seed, "labels": order}
     if given is None:
         check(federation, partial(sized_base, model, adapter, **options))
-    base = given or load_base(model, adapter, **options)
+    base = given or (load_base or load)(model, adapter, **options)
     if data.max_tokens == MAX_TOKENS and longest(federation) > base.positions:
         # The default asks for more than this base can read.
         federation = encode(replace(data, max_tokens=base.positions))

@@ -219,7 +219,8 @@ def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
     outcome = admit(update, assignment, request.blueprint, num_examples=request.enrolled[name])
     if isinstance(outcome, AdmittedUpdate):
         # What it was sent follows from this too, and what it changes is its difference from that.
-        outcome = replace(outcome, down_rank=request.planned[name].down_rank)
+        planned = request.planned.get(name)
+        outcome = replace(outcome, down_rank=planned.down_rank if planned else None)
     if isinstance(outcome, AdmittedUpdate) and (reason := request.refuse(outcome)):
         return Failure.from_text(name, reason, kind="refused", code="STATE_REBUILT")
     if isinstance(outcome, Failure):

@@ -246,14 +246,16 @@ class Fleet:
             costs = [replace(self, tokens={client: Lengths(t, t)}).cost(client, arm, usual[1]) for t in (1.0, 2.0)]
             self._usual[usual] = costs[0], costs[1], self.footprint(client, arm, usual[1])
         short, longer, footprint = self._usual[usual]
+        resident: BaseDtype = quantised_format(self.recipe.model.dtype) or ""
+        base_dtype = base_dtype or resident
         own = replace(footprint, rows=training.batch, longest=kind.longest, mean=kind.mean, base_dtype=base_dtype)
         if (usual, base_dtype) not in self._rates:
             self._rates[usual, base_dtype] = rates(self.charged, pruning, own)
         known = memory_at(self._rates[usual, base_dtype], self.charged, own)
         parts = {part: size / 1e9 for part, size in known.by_part().items()}
-        if base_dtype and client not in self.profiles:
+        if base_dtype != resident and client not in self.profiles:
             # A client of fedtune reads the codes from the resident base, and holds both.
-            parts["weights"] += rates(self.charged, pruning, replace(own, base_dtype="")).weights / 1e9
+            parts["weights"] += rates(self.charged, pruning, replace(own, base_dtype=resident)).weights / 1e9
         # Operations per token rise in a line with the tokens, by attention.
         per_token = short.tflop + (kind.mean - 1) * (longer.tflop / 2 - short.tflop)
         examples = (training.steps or 1) * training.batch * training.accumulation

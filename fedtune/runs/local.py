@@ -28,7 +28,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, ProbeSeeds, TrainLora
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.model import evaluate as scoring
-from fedtune.model.base import Base, check_packing, load, load_tokenizer
+from fedtune.model.base import Base, check_packing, load_tokenizer
 from fedtune.model.base_paths import local_base
 from fedtune.model.base_sizes import sized_base
 from fedtune.model.device import choose_device, share_devices
@@ -142,7 +142,7 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: b
         root=recipe.root,
         objects=recipe.objects,
         watch=watch,
-        load_base=sized_base if sizes_alone else load,
+        load_base=sized_base if sizes_alone else None,
         check=partial(refuse_too_large, recipe) if recipe.engine.memory_check and not sizes_alone else no_check,
     )
     # Only where it matters: all other recipes, and their digests, are the same on every day.

@@ -123,6 +123,10 @@ def some_of(field: str) -> st.SearchStrategy[Any]:
     return anything(get_type_hints(FedKSeedSettings, include_extras=True)[field])
 
 
+PLAIN = {"unquantised": "float32"}
+"""A key that only a quantised base reads, at its default."""
+
+
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     """Draw a recipe whose settings fit together; which do not is told in `checks`."""
@@ -152,6 +156,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
     )
     steady = {"final_rate": Schedule.final_rate} if rounds.schedule == "constant" else {}
     packing: dict[str, Any] = {} if task == "causal" else {"packing": False}
+    unquantised = st.sampled_from(["auto", "float32", "bfloat16"]).map(lambda dtype: {"dtype": dtype} | PLAIN)
+    codes = st.fixed_dictionaries({"dtype": st.sampled_from(["nf4", "int8"]), "unquantised": st.just("bfloat16")})
+    formats = unquantised | codes
     return Recipe(
         name=draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,9}", fullmatch=True)),
         seed=draw(st.integers(0, 2**70)),
@@ -161,6 +168,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
                 task=task,
                 device=device,
                 digest=draw(st.sampled_from([None, "0a" * 32])),
+                kernels="auto",
+                **draw(formats if adapts else unquantised),
                 **({} if adapts else {"processes": 1}),
             )
         ),

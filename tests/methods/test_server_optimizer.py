@@ -171,6 +171,8 @@ def test_every_operation_reads_the_inner_state() -> None:
         "remarks",
         "structure",
         "ranking",
+        "moments",
+        "second",
     }
     rest = {
         "name",
@@ -188,6 +190,7 @@ def test_every_operation_reads_the_inner_state() -> None:
         "down_dtype",
         "faults",
         "averages_factors",
+        "freezes",
     }
     linear = {"contribution", "current", "weights", "advance"}
     assert {field.name for field in fields(method)} == of_state | rest | linear

@@ -72,7 +72,6 @@ instances = st.lists(
 
 @given(instances, st.integers(0, 30))
 @settings(max_examples=200, deadline=None)
-@settings(deadline=None)
 def test_it_equals_brute_force_for_every_prefix_and_budget(groups: list[Group], budget: int) -> None:
     programme = solve(groups, budget)
     for prefix in range(1, len(groups) + 1):

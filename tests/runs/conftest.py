@@ -85,7 +85,7 @@ def spine(tables: Tables, **changes: Any) -> Tables:
         "adapter": {"rank": 4, "targets": ["all-linear"]},
         "method": {"name": "fedspine"},
         "pruning": {"target": 0.5, "multiple": 8, "batches": 2, "refresh": 3},
-        "planner": {"name": "deadline", "ratios": [0.0, 0.25, 0.5], "ranks": [2, 4]},
+        "planner": {"name": "deadline", "goal": "deployed", "ratios": [0.0, 0.25, 0.5], "ranks": [2, 4]},
         "fleet": {"name": "fedspine80"},
         "rounds": {"count": 5},
     }
@@ -102,4 +102,4 @@ def spine(tables: Tables, **changes: Any) -> Tables:
 
 @pytest.fixture
 def shrunk(simulated: Simulated, tables: Tables, tmp_path: Path) -> api.Run:
-    return simulated(spine(tables), tmp_path / "spine")
+    return simulated(spine(tables, pruning={"repair": "least-squares"}), tmp_path / "spine")

@@ -134,9 +134,9 @@ def test_equal_widths_load_in_stock_transformers(tables: Tables, tmp_path: Path)
 def test_an_order_that_was_exported_starts_another_run(shrunk: api.Run, tables: Tables, tmp_path: Path) -> None:
     folder = fedtune.deploy(shrunk.path, out=tmp_path / "out")
     ranking = str(folder / "ratio-0.5" / "recipe" / "pruning.json")
-    run = fedtune.simulate(spine(tables, pruning={"ranking": ranking}, rounds={"count": 2}), out=tmp_path / "next")
-    ratios = {client["ratio"] for client in lines_of(run)[1]["clients"].values()}
-    assert min(ratios) > 0
+    run = fedtune.simulate(spine(tables, pruning={"ranking": ranking}, rounds={"count": 1}), out=tmp_path / "next")
+    # The only round is the last one as well, and needs no round before it that ranks heads and channels.
+    assert {client["ratio"] for client in lines_of(run)[1]["clients"].values()} == {0.5}
     other = {**spine(tables), "model": {**tables["model"], "base": "embedded"}, "pruning": {"ranking": ranking}}
     with pytest.raises(ConfigError, match="to hold the base"):
         fedtune.simulate(other, out=tmp_path / "other")
@@ -211,8 +211,8 @@ Change = Callable[[Tables], None]
             {"device": [{"clients": ["client-0"], "mode_period_s": 1e-9}]},
             "device.0.mode_period_s: expected a finite",
         ),
-        ({"planner": {"ratios": [0.0, 1.0, 0.5]}}, r"got 1\.0 in"),
-        ({"planner": {"ranks": [0, 2]}}, "got 0 in"),
+        ({"planner": {"ratios": [0.0, 1.0, 0.5]}}, r"planner\.ratios: expected a list, each item a number"),
+        ({"planner": {"ranks": [0, 2]}}, r"planner\.ranks: expected a list, each item a whole number"),
         ({"planner": {"ratios": []}}, "planner.ratios: expected at least one number"),
         ({"planner": {"ratios": [1.5]}}, "planner.ratios"),
         ({"pruning": {"score": "magnitude", "allocation": "global"}}, "pruning.allocation: expected uniform"),
@@ -272,7 +272,7 @@ def test_a_folder_that_holds_files_is_left_alone(shrunk: api.Run, tmp_path: Path
 def test_the_report_shows_the_choices(shrunk: api.Run) -> None:
     run = shrunk
     page = api.report(run.path).read_text()
-    assert "What each kind of device was asked" in page
+    assert "What each client was asked" in page
     assert "Loss by time on the devices" in page
     assert "assumed" in page
     assert (run.path / "plots" / "choices.png").exists()
@@ -305,7 +305,7 @@ def test_a_run_that_prunes_no_client_in_training_is_noted(tables: Tables, tmp_pa
     said: list[str] = []
     watch = lambda event: said.append(event.text) if isinstance(event, Note) else None  # noqa: E731
     fedtune.simulate(
-        spine(tables, planner={"name": "fixed", "ratios": None, "ranks": None}, rounds={"count": 1}),
+        spine(tables, planner={"name": "fixed", "goal": None, "ratios": None, "ranks": None}, rounds={"count": 1}),
         out=tmp_path / "run",
         watch=watch,
     )

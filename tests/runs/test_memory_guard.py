@@ -25,7 +25,7 @@ def test_a_run_that_cannot_fit_is_refused_before_its_base_is_loaded(
     tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_free(monkeypatch, 0.2e9)
-    monkeypatch.setattr(local, "load", refuse_loading)
+    monkeypatch.setattr("fedtune.client.site.load", refuse_loading)
     with pytest.raises(
         ConfigError, match=r"memory: expected at most the 0\.2 GB that are free on this machine"
     ) as refused:
