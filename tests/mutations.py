@@ -405,6 +405,13 @@ FAULTS = (
           "a client's name may move the cursor of a terminal"),
     Fault("report/compare.py", "np.std(known, ddof=1)", "np.std(known)",
           "the deviation over seeds is that of a population"),
+    # Devices: whose bundle is taken.
+    Fault("edge/bundle.py", "signer = verify_folder(path, roster, now=now).signer.name", "signer = roster.federation",
+          "a device takes a bundle with any signature"),
+    Fault("edge/bundle.py", "path / manifests.SIGNATURE) or not unsigned):", "path / manifests.SIGNATURE)):",
+          "a device takes a bundle without a signature"),
+    Fault("edge/bundle.py", 'if (bank := table.get("bank")) != BANK:', 'if (bank := BANK) != BANK:',
+          "a device takes a bundle for another bank"),
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("simulation", "devices", "store"),
     ("link", "report"),
     ("config", "flower"),
-    ("client",),
+    ("client", "edge"),
     ("runs", "terminal"),
     ("deployment", "api"),
     ("cli",),
@@ -41,6 +41,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 
 HOMES: Mapping[str, frozenset[str]] = {
     "torch": frozenset({"model", "client", "directions"}),
+    "onnx": frozenset({"model"}),
+    "onnxruntime": frozenset({"edge"}),
+    "tokenizers": frozenset({"edge", "model"}),
+    "xllamacpp": frozenset({"edge"}),
     "numba": frozenset({"directions"}),
     "transformers": frozenset({"model", "client"}),
     "peft": frozenset({"model", "client"}),

@@ -150,6 +150,9 @@ class Policy:
     """What the site does when it is asked what a global model scores on its held-out rows: send the scores, which are
     means over the rows; keep them in its own log; or refuse to score. The losses before and after its training leave
     with send alone; planners that learn from them learn nothing of the site otherwise."""
+    unsigned_base: bool = False
+    """A device of `fedtune-edge`: take a bundle that no coordinator of the federation has signed, with a warning. Its
+    files are then checked for damage alone."""
     ask: bool = False
     """Wait until a person at the terminal has agreed to the recipe, once per run."""
 
