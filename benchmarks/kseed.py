@@ -34,10 +34,11 @@ from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.model.base import Base
 from fedtune.model.batches import Batch, collate
-from fedtune.model.probe import Position, at_position
+from fedtune.model.probe import at_position
 from fedtune.model.seed_rebuild import mean_loss
 from fedtune.model.targets import find_targets
 from fedtune.model.torch_seed import torch_seed
+from fedtune.probing.measure import Position
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array
 
@@ -116,7 +117,7 @@ def measure_steps(parameters: int, repeat: int) -> None:
             report_step("published, in place", count, tokens, seconds, min(floor, best(forwards, repeat)))
 
 
-def step(position: Position, batch: Batch) -> None:
+def step(position: Position[Batch], batch: Batch) -> None:
     """Measure both sides of a seed, and move along it."""
     position.losses(batch, [(5, -AMOUNT), (5, AMOUNT)])
     position.move(5, 1)

@@ -24,11 +24,12 @@ from fedtune.data.federation import federate
 from fedtune.data.settings import DataSettings, Split
 from fedtune.messages import Plan, Training, TrainLora
 from fedtune.model.base import Base, load, load_tokenizer
-from fedtune.model.batches import batches, rows_of
+from fedtune.model.batches import rows_of
 from fedtune.model.libraries import threads
 from fedtune.model.lora import start, with_adapters
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.train import train
+from fedtune.probing.order import batches
 
 WINDOW = 16
 """Batches that are sorted by length together, for the comparison."""

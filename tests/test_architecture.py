@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("directions", "lora", "number_formats"),
     ("pruning",),
     ("messages",),
+    ("probing",),
     ("methods", "planning", "wire", "model"),
     ("rounds",),
     ("simulation", "devices", "store"),

@@ -10,20 +10,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
-from fedtune.client.replica import Replicas, restore
 from fedtune.client.whole_losses import loss_after_in_whole, loss_before_in_whole
 from fedtune.data.encode import Example
 from fedtune.data.loss_rows import loss_rows, num_loss_rows
-from fedtune.directions import sampling as sampling_module
-from fedtune.directions.bank import BANKS, DirectionBank, displacement
-from fedtune.directions.consistency import STATE, Displacement, block_checks
+from fedtune.directions.bank import DirectionBank, displacement
+from fedtune.directions.consistency import Displacement
 from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_torch import displacement as torch_displacement
 from fedtune.directions.rebuild_torch import fastest, rebuild_compiled
-from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import ClientError, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import (
@@ -32,7 +28,6 @@ from fedtune.messages import (
     LoraResult,
     Measured,
     Plan,
-    ProbeResult,
     ProbeSeeds,
     Pruning,
     Training,
@@ -40,19 +35,22 @@ from fedtune.messages import (
 )
 from fedtune.model import libraries, module_importance, pruned_training
 from fedtune.model.base import Base, check_packing, to_numpy
-from fedtune.model.batches import Batch
+from fedtune.model.batches import Batch, collate
 from fedtune.model.lora import frozen_change, read_local, start, with_adapters
 from fedtune.model.moments import Moments
 from fedtune.model.objective import Hooks
-from fedtune.model.probe import measure
+from fedtune.model.probe import measured_position
 from fedtune.model.pruned_training import Structures
 from fedtune.model.repair import Repair, repair_of
 from fedtune.model.selective_backward import Windows, with_selective_backward
 from fedtune.model.settings import quantised_format
 from fedtune.model.shares import ALONE, Shares
-from fedtune.model.train import OnStep, check_finite, no_steps, report_out_of_memory, train, uses_autocast
+from fedtune.model.train import check_finite, peak_bytes, report_out_of_memory, train, uses_autocast
 from fedtune.model.variants import variant
 from fedtune.number_formats import from_wire, to_wire
+from fedtune.probing.answer import Prober, measure_seeds
+from fedtune.probing.replica import Replicas
+from fedtune.probing.steps import OnStep, no_steps
 from fedtune.pruning.structure import BlockLayout, bitmap
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors
@@ -62,8 +60,6 @@ Extend: TypeAlias = Callable[[torch.nn.Module], Hooks]
 
 CODES_BYTES = 8
 """Of the digest of a quantised base's codes, which an update states."""
-CALIBRATION = 16
-"""Scalars that are measured, at least, to learn how large they are."""
 
 
 def perform(
@@ -93,72 +89,21 @@ def perform(
     with libraries.threads(threads):
         match assignment.task:
             case ProbeSeeds() as task:
-                return measure_seeds(base, examples, assignment, task, replicas or Replicas(), held_out, on_step)
+                prober = prober_of(base, client=assignment.plan.client, batch=assignment.plan.training.batch)
+                return measure_seeds(prober, examples, assignment, task, replicas or Replicas(), held_out, on_step)
             case TrainLora() as task:
                 return train_adapter(base, examples, assignment, task, held_out, on_step, shares)
 
 
-def measure_seeds(
-    base: Base,
-    examples: Sequence[Example],
-    assignment: Assignment,
-    probe: ProbeSeeds,
-    replicas: Replicas,
-    held_out: Sequence[Example] = (),
-    on_step: OnStep = no_steps,
-) -> ClientUpdate:
-    """Rebuild the model from the seeds, take steps along more of them, and return the scalars."""
-    name, training = assignment.plan.client, assignment.plan.training
-    bank = BANKS[probe.bank](probe.seeds, probe.key)
-    update = partial(ClientUpdate, name, assignment.round, len(examples))
-    ledger = restore(
-        probe.state,
-        bank=bank,
-        exponent=probe.exponent,
-        manifest=base.manifest.digest,
-        sampling=probe.sampling,
-        replicas=replicas,
-    )
-    # Not an error: a client that was away for long lacks the state, and is sent the whole of it.
-    if ledger is None:
-        return update(ProbeResult(np.empty(0, np.int8), lost=True))
-    reach = TensorSelection(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
-    ordinals = trainable_ordinals(base.manifest, reach, base.matrices)
-    steps, sampling = training.steps, probe.sampling
-    if probe.calibrate:
-        # Uniform: before there are scalars, no seed has a level by which `pro` could draw it.
-        steps, sampling = probe.queries * -(-CALIBRATION // probe.queries), "uniform"
-    assert steps is not None  # the message holds a number
-    measurements = measure(
-        base,
-        examples,
-        training,
-        probe,
-        ledger,
-        ordinals,
-        sampling_module.sample_ids(
-            derive(assignment.seed, "fedkseed.ids"), steps, bank.size, sampling=sampling, levels=probe.levels
-        ),
-        key=assignment.seed,
-        client=name,
-        rows=loss_rows(examples, held_out, name, count=num_loss_rows(steps * training.batch)),
-        on_step=on_step,
-    )
-    return update(
-        ProbeResult(
-            scalars=np.empty(0, np.int8) if probe.calibrate else measurements.scalars,
-            state=ledger.digest[:STATE],
-            checks=block_checks(ledger, base.manifest, ordinals, displacement_of(base, bank)),
-            skipped=measurements.skipped,
-            rms=measurements.rms if probe.calibrate else None,
-        ),
-        Measured(
-            seconds=measurements.seconds,
-            peak_bytes=measurements.peak_bytes,
-            tokens=measurements.tokens,
-            loss_before=measurements.loss_before,
-            loss_after=measurements.loss_after,
-        ),
+def prober_of(base: Base, *, client: str, batch: int) -> Prober[Batch]:
+    """Return a base on which torch measures losses along seeds."""
+    return Prober(
+        base.manifest,
+        base.matrices,
+        collate=lambda examples: collate(examples, base),
+        at=measured_position(base, client=client, batch=batch),
+        displacement_of=partial(displacement_of, base),
+        peak_bytes=lambda: peak_bytes(base.device),
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from fedtune.client.data_checks import check_examples, longest
 from fedtune.client.perform import perform
-from fedtune.client.replica import Replicas
 from fedtune.client.scoring import score
 from fedtune.client.shared_work import SharedWork
 from fedtune.client.speed import seconds_per_tflop
@@ -39,7 +38,8 @@ from fedtune.model.device import memory_bytes, share_devices
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings, same_everywhere
 from fedtune.model.token_layers import token_layers
-from fedtune.model.train import OnStep, no_steps
+from fedtune.probing.replica import Replicas
+from fedtune.probing.steps import OnStep, no_steps
 from fedtune.pruning.structure import BlockLayout
 from fedtune.rounds.events import Phase, Watch
 from fedtune.wire.profile import ClientProfile, Device, ModelSpec

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from fedtune.client.site import Site, from_file, without_losses
 from fedtune.errors import ClientError, FedtuneError
 from fedtune.link.uploads import map_file
-from fedtune.model.train import OnStep, no_steps
+from fedtune.probing.steps import OnStep, no_steps
 from fedtune.rounds.failures import failure_of
 from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import encode_profile

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from fedtune.client.perform import perform
-from fedtune.client.replica import Replicas
 from fedtune.data import transfer
 from fedtune.data.encode import Example
 from fedtune.data.loss_rows import MOST, at_most
@@ -21,6 +20,7 @@ from fedtune.messages import Assignment, ClientUpdate
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.device import choose_device
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.probing.replica import Replicas
 from fedtune.simulation.fork_server import PerformBytes, Prepared, serve
 
 TRAIN, HELD_OUT = "train/", "held_out/"

@@ -1,9 +1,9 @@
-"""Batches of examples as tensors: the order in which a client reads its data, and how rows are padded."""
+"""Batches of examples as tensors, and how rows are padded."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedtune.data.encode import IGNORED, Example
 from fedtune.model.base import Base
-from fedtune.seeds import derive, generator
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,3 @@ def padding_side(base: Base) -> str:
 def reads(model: Any, argument: str) -> bool:
     """Return whether a model has an argument, such as token types: many tokenizers give them to models without it."""
     return argument in inspect.signature(model.forward).parameters
-
-
-def batches(num_examples: int, *, size: int, key: int) -> Iterator[Sequence[int]]:
-    """Yield endless batches of places in the data: seeded permutations, of which the last batch may be short."""
-    for epoch in range(2**31):
-        order = generator(derive(key, "data.order", epoch)).permutation(num_examples)
-        for begin in range(0, num_examples, size):
-            yield order[begin : begin + size].tolist()

@@ -29,7 +29,7 @@ from fedtune.model.batches import Batch
 from fedtune.model.loss import cross_entropies, logits_of
 from fedtune.model.quantised_layers import quantised_layers
 from fedtune.model.quantised_linear import QuantisedLinear
-from fedtune.model.seed_rebuild import Move
+from fedtune.probing.steps import Move
 
 
 @dataclass(frozen=True)

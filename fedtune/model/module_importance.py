@@ -19,10 +19,11 @@ from fedtune.data.encode import Example
 from fedtune.lora.adapter import Adapter, Factors, draw_a
 from fedtune.messages import Assignment, ImportanceName
 from fedtune.model.base import Base
-from fedtune.model.batches import batches, collate
+from fedtune.model.batches import collate
 from fedtune.model.lora import frozen_change, layers, with_adapters
 from fedtune.model.loss import summed_loss
 from fedtune.model.train import autocast, training_mode, uses_autocast
+from fedtune.probing.order import batches
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 

@@ -21,10 +21,9 @@ from fedtune.model.lora import with_layers
 from fedtune.model.lora_layer import FrozenParts
 from fedtune.model.loss import summed_loss
 from fedtune.model.quantised_layers import quantised_layers
+from fedtune.probing.steps import Move
 from fedtune.tensors import Array
 
-Move = tuple[int, int]
-"""A seed, and by how much its accumulator is moved."""
 Trio = tuple[int, torch.Tensor, torch.Tensor]
 """Ordinal, the base's own weights, and the copy that replaces them."""
 

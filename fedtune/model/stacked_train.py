@@ -18,12 +18,13 @@ from fedtune.data.encode import IGNORED, Example
 from fedtune.lora.adapter import Adapter
 from fedtune.messages import Measured, Training
 from fedtune.model.base import Base
-from fedtune.model.batches import Batch, batches, collate, padding_side
+from fedtune.model.batches import Batch, collate, padding_side
 from fedtune.model.frozen import FrozenChange
 from fedtune.model.lora import with_adapters
 from fedtune.model.loss import cross_entropies, hidden_cross_entropies, hidden_of, logits_of
 from fedtune.model.stacked_lora import unstack, with_stacks
 from fedtune.model.train import autocast, learning_rate, make_optimizer, peak_bytes, uses_autocast
+from fedtune.probing.order import batches
 
 
 @dataclass(frozen=True)

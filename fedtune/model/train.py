@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,22 +19,19 @@ from fedtune.data.encode import Example
 from fedtune.errors import ClientError
 from fedtune.messages import OUT_OF_MEMORY, Measured, Training
 from fedtune.model.base import Base
-from fedtune.model.batches import Batch, batches, collate
+from fedtune.model.batches import Batch, collate
 from fedtune.model.lora import layers
 from fedtune.model.loss import summed_loss
 from fedtune.model.objective import Hooks
 from fedtune.model.shares import ALONE, Shares
 from fedtune.model.torch_seed import torch_seed
+from fedtune.probing.answer import process_peak_bytes
+from fedtune.probing.order import batches
+from fedtune.probing.steps import OnStep, no_steps
 from fedtune.seeds import derive
 
 MAX_SKIPPED = 3
 """Steps of a round that a client may leave out because their loss or gradient is not finite."""
-OnStep: TypeAlias = Callable[[int, int], None]
-"""(steps taken, all steps): hears how far a training is."""
-
-
-def no_steps(done: int, total: int) -> None:
-    """Hear of a step, and do nothing."""
 
 
 @dataclass(frozen=True)
@@ -345,5 +340,4 @@ def peak_bytes(device: torch.device) -> int:
     """Return the highest memory use so far: of the device on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return process_peak_bytes()

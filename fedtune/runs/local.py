@@ -15,7 +15,6 @@ import numpy as np
 from fedtune.client.batched import LARGEST, Batched, Resident
 from fedtune.client.data_checks import longest
 from fedtune.client.perform import perform
-from fedtune.client.replica import Replicas
 from fedtune.client.shared_work import SharedWork
 from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
@@ -39,6 +38,7 @@ from fedtune.model.samples import answers
 from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.model.settings import same_everywhere
 from fedtune.planning.planner import Planner
+from fedtune.probing.replica import Replicas
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
 from fedtune.rounds.events import Watch
 from fedtune.rounds.transport import Transport

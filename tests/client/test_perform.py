@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from fedtune.client import perform as perform_module
-from fedtune.client.replica import Replicas
 from fedtune.data.encode import Example
 from fedtune.directions import sampling
 from fedtune.directions.consistency import sample_places
@@ -35,6 +34,7 @@ from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.shares import ALONE, Shares
+from fedtune.probing.replica import Replicas
 from fedtune.seeds import derive
 from fedtune.tensors import Tensors, l2_norm
 from fedtune.wire.codec import decode_assignment, encode_assignment

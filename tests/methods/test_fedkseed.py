@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.client.replica import Replicas, restore
 from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import BANKS, displacement, headroom, perturb
 from fedtune.directions.blocks import INT32_LIMIT
@@ -39,6 +38,7 @@ from fedtune.methods.fedkseed import COARSE, METHOD, rounds_left
 from fedtune.methods.fedkseed_state import PROVISIONAL, FedKSeedSettings, FedKSeedState
 from fedtune.methods.method import LinearMethod
 from fedtune.methods.serialization import decode, digest, encode
+from fedtune.probing.replica import Replicas, restore
 from fedtune.seeds import derive, generator
 from fedtune.store.seeds import kron_adapter
 from fedtune.tensors import Array

@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from fedtune.data.encode import Example
-from fedtune.model.batches import batches, collate, rows_of
+from fedtune.model.batches import collate, rows_of
 from fedtune.model.loss import logits_of
+from fedtune.probing.order import batches
 
 
 def test_a_classifier_that_reads_the_last_position_is_padded_on_the_left() -> None:

@@ -20,8 +20,9 @@ from fedtune.model.batches import Batch, collate
 from fedtune.model.kron_forward import with_injected_paths
 from fedtune.model.probe import at_position
 from fedtune.model.quantised_layers import codes_digest, quantised_layers
-from fedtune.model.seed_rebuild import Move, RebuiltPosition, with_rebuilt_weights, working_copy
+from fedtune.model.seed_rebuild import RebuiltPosition, with_rebuilt_weights, working_copy
 from fedtune.model.settings import QUANTISED
+from fedtune.probing.steps import Move
 from tests.model.conftest import ledger_of
 
 PAIR = [(6, -60), (6, 60)]

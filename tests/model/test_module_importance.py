@@ -14,7 +14,7 @@ from fedtune.lora.adapter import Factors
 from fedtune.messages import Assignment, ImportanceName, Plan, Training, TrainLora
 from fedtune.model import module_importance as scores
 from fedtune.model.base import Base
-from fedtune.model.batches import batches, collate
+from fedtune.model.batches import collate
 from fedtune.model.lora import start
 from fedtune.model.loss import summed_loss
 from fedtune.model.module_importance import (
@@ -25,6 +25,7 @@ from fedtune.model.module_importance import (
     squared_gradient,
     svd_sensitivity,
 )
+from fedtune.probing.order import batches
 from fedtune.seeds import derive
 
 Loader = Callable[..., Base]

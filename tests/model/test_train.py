@@ -14,12 +14,13 @@ from fedtune.errors import ClientError
 from fedtune.messages import Plan, Training, TrainLora
 from fedtune.model import train as training_loop
 from fedtune.model.base import Base, base_from_object, load_tokenizer
-from fedtune.model.batches import batches, collate
+from fedtune.model.batches import collate
 from fedtune.model.lora import layers, read_local, start, with_adapters
 from fedtune.model.loss import summed_loss
 from fedtune.model.pruned_training import block_layout
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.train import learning_rate, make_optimizer, peak_bytes, report_out_of_memory, train
+from fedtune.probing.order import batches
 from fedtune.pruning.depth import block_of, module_ranks
 from tests.devices.live_bytes import LiveBytes
 

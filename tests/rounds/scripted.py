@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.client.replica import Replicas, restore
 from fedtune.directions.bank import BANKS, displacement
 from fedtune.directions.consistency import block_checks
 from fedtune.directions.seed_ledger import describe_base
@@ -29,6 +28,7 @@ from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.fixed import Fixed
 from fedtune.planning.planner import ClientObservation
+from fedtune.probing.replica import Replicas, restore
 from fedtune.rounds.clock import ClientTime, CompletedWork
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.journal import InterruptedRound, NullJournal, Probed, RoundJournal

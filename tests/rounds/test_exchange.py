@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.replica import Replicas
 from fedtune.errors import RoundError
 from fedtune.messages import (
     AdmittedUpdate,
@@ -16,6 +15,7 @@ from fedtune.messages import (
     Failure,
     Measured,
 )
+from fedtune.probing.replica import Replicas
 from fedtune.rounds.events import Note, RoundStarted
 from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment

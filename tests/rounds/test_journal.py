@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.replica import Replicas
 from fedtune.errors import RoundError, StoreError
 from fedtune.messages import (
     Failure,
 )
+from fedtune.probing.replica import Replicas
 from fedtune.rounds.events import ClientFinished
 from fedtune.rounds.journal import InterruptedRound
 from fedtune.rounds.transport import Answer, Rule

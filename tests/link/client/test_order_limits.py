@@ -11,7 +11,7 @@ from fedtune.link.client.order_limits import distinct_examples, limit_violations
 from fedtune.link.rejections import veto_name
 from fedtune.link.settings import Policy
 from fedtune.messages import Assignment, Plan, ProbeSeeds, Proximal, SeedState, Task, Training, TrainLora
-from fedtune.model.batches import batches
+from fedtune.probing.order import batches
 
 SEEDS = ProbeSeeds("kron", 64, key=0, exponent=20, shift=4, perturbation=16, state=SeedState("whole", 0, b"", 0, b""))
 

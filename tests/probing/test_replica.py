@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.replica import Replicas, restore
 from fedtune.directions import downlink
 from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import DirectionBank
@@ -16,6 +15,7 @@ from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import WireError
 from fedtune.messages import SeedState
+from fedtune.probing.replica import Replicas, restore
 from fedtune.seeds import generator
 from fedtune.tensors import Array
 from tests.directions.vectors import SEED
