@@ -89,8 +89,8 @@ def federate(
     source = read_source(settings, root, task=task) if rows is None else read_rows(settings, _training(rows), task=task)
     test = read_test(settings, root, task=task)
     labels = class_names(settings, source, test, held_out, least=least_classes) if task == "classification" else []
-    taken = _take(len(source.rows), settings.limit, seed)
-    groups = source.rows.select(taken)[GROUP][:] if GROUP in source.rows.column_names else None
+    taken = _take(source.rows.count, settings.limit, seed)
+    groups = source.rows.select(taken).column(GROUP) if GROUP in source.rows.names else None
     places = _select(partition(settings.split, rows=len(taken), groups=groups, seed=seed), settings.split.only)
     parts = {name: taken[part] for name, part in places.items()}
 
@@ -123,7 +123,7 @@ def federate(
 
 
 def _form(source: Source) -> Form:
-    names = source.rows.column_names
+    names = source.rows.names
     return "messages" if "messages" in names else "instruction" if "output" in names else "text"
 
 
@@ -139,7 +139,7 @@ def _repeats(
     trained = {name: part[divided[name][0]] for name, part in parts.items()}
     scored = {name: [own[row] for row in part[divided[name][1]].tolist()] for name, part in parts.items()}
     if held_out is not None:
-        for client, row in zip(held_out.rows[GROUP][:], fingerprints(held_out.rows), strict=True):
+        for client, row in zip(held_out.rows.column(GROUP), fingerprints(held_out.rows), strict=True):
             scored.setdefault(client, []).append(row)
     notes = note_on_held_out(own, trained, scored)
     return notes if test is None else [*notes, *note_on_test(own, trained, fingerprints(test.rows))]
@@ -170,7 +170,7 @@ def _holds_out(given: Any) -> bool:
 def _by_client(source: Source, encoded: Encoded) -> Mapping[str, Sequence[Example]]:
     """Return encoded rows by the client that each belongs to, without those that were dropped."""
     apart: dict[str, list[Example]] = {}
-    for client, example in zip(source.rows[GROUP][:], encoded.examples, strict=True):
+    for client, example in zip(source.rows.column(GROUP), encoded.examples, strict=True):
         apart.setdefault(client, []).extend([] if example is None else [example])
     return apart
 
@@ -224,10 +224,10 @@ def _encode(
 ) -> Encoded:
     """Return the examples of some rows of a source, in the order of `part`; without it of all."""
     rows = source.rows if part is None else source.rows.select(part)
-    columns = {name: rows[name][:] for name in rows.column_names if name != GROUP}
+    columns = {name: rows.column(name) for name in rows.names if name != GROUP}
     if labels:
         return encode_classes(columns, settings, tokenizer, labels=labels)
-    at = range(len(rows)) if part is None else part.tolist()
+    at = range(rows.count) if part is None else part.tolist()
     return encode_causal(columns, settings, tokenizer, place=lambda row: source.place(at[row]))
 
 

@@ -12,14 +12,12 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet
-
-from fedtune.errors import ConfigError, Fault, type_of
+from fedtune.data.table import Table, from_rows, table_of
+from fedtune.errors import ConfigError, ExtraError, Fault, type_of
 
 ENDINGS: Mapping[str, str] = {
     ".jsonl": "jsonl",
@@ -47,28 +45,6 @@ CHUNK = 2**20
 """Bytes that are unpacked at a time."""
 SMALL, RATIO = 64 * 2**20, 200
 """What an archive may unpack to: so many bytes, or so many times its size; text is packed by a factor of 3 to 30."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """The named columns of a file, each of which is read when it is asked for."""
-
-    names: Sequence[str]
-    count: int
-    """Rows."""
-    column: Callable[[str], Sequence[Any]]
-    """From a column's name to its values, as Python objects."""
-
-
-def table_of(columns: Mapping[str, Sequence[Any]]) -> Table:
-    """Return columns that were read as a whole."""
-    return Table(list(columns), len(next(iter(columns.values()), ())), lambda name: columns[name])
-
-
-def from_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return rows as a table; a key that a row lacks is None there."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return Table(list(names), len(rows), lambda name: [row.get(name) for row in rows])
 
 
 def format_of(path: Path) -> str | None:
@@ -135,17 +111,20 @@ def _text_of(path: Path, key: str) -> str:
     return text
 
 
-def _gzip(path: Path) -> IO[bytes]:
+def _gzip(path: Path) -> AbstractContextManager[IO[bytes]]:
     stream: Any = gzip.GzipFile(path)
     return cast(IO[bytes], stream)
 
 
-def _zstd(path: Path) -> IO[bytes]:
-    stream: IO[bytes] = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
-    return stream
+def _zstd(path: Path) -> AbstractContextManager[IO[bytes]]:
+    try:
+        from fedtune.data.arrow import open_zstd
+    except ModuleNotFoundError as error:
+        raise without_package("pyarrow", "Zstandard", str(path)) from error
+    return open_zstd(path)
 
 
-_OPENERS: Mapping[str, Callable[[Path], IO[bytes]]] = {
+_OPENERS: Mapping[str, Callable[[Path], AbstractContextManager[IO[bytes]]]] = {
     ".gz": _gzip,
     ".zst": _zstd,
     ".xz": lzma.LZMAFile,
@@ -164,7 +143,7 @@ def _unpack(path: Path, key: str) -> bytes:
                 if len(content) > limit:
                     expected = f"an archive that unpacks to at most {RATIO} times its size"
                     raise ConfigError(Fault(key, expected, f"more in {path}", "unpack it, if its content is meant"))
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         got = f"{path} ({_first_line(error)})"
         raise ConfigError(Fault(key, f"a whole {path.suffix} archive", got, "pack or copy it again")) from error
     return bytes(content)
@@ -172,39 +151,18 @@ def _unpack(path: Path, key: str) -> bytes:
 
 def _parquet(path: Path, key: str) -> Table:
     try:
-        with pyarrow.parquet.ParquetFile(path) as stored:
-            names, count = stored.schema_arrow.names, stored.metadata.num_rows
-            classes = _class_names(stored.schema_arrow)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ConfigError(Fault(key, "a readable Parquet file", f"{path} ({_first_line(error)})")) from error
-    _check_distinct(names, path, key)
-
-    def column(name: str) -> Sequence[Any]:
-        # Only those that are used: a type that means nothing here, such as a map, may stand in the others.
-        try:
-            with pyarrow.parquet.ParquetFile(path) as stored:
-                values = stored.read(columns=[name]).column(name).to_pylist()
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            got = f"{path} ({_first_line(error)})"
-            raise ConfigError(Fault(key, f"a readable column {name!r}", got)) from error
-        return with_class_names(values, classes[name]) if name in classes else values
-
-    return Table(names, count, column)
+        from fedtune.data.arrow import read_parquet
+    except ModuleNotFoundError as error:
+        raise without_package("pyarrow", "Parquet", str(path)) from error
+    table = read_parquet(path, key)
+    _check_distinct(table.names, path, key)
+    return table
 
 
-def with_class_names(values: Sequence[Any], names: Sequence[str]) -> Sequence[Any]:
-    """Return the names of classes that are stored by number; -1 is how a test set hides them, and becomes None."""
-    return [names[value] if value is not None and 0 <= value < len(names) else None for value in values]
-
-
-def _class_names(schema: pa.Schema) -> Mapping[str, Sequence[str]]:
-    """Return the names of the classes of each column that `datasets` wrote as numbers."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        kinds = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
-        return {name: list(kind["names"]) for name, kind in kinds.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}
+def without_package(package: str, reads: str, got: str) -> ExtraError:
+    """Return the error of rows that need a package which the small file of the edge client leaves out."""
+    hint = "save the rows as JSON lines, or install it"
+    return ExtraError(f"data: expected the package {package}, which reads {reads}; got {got} and no {package}; {hint}")
 
 
 def _csv(text: str, path: Path, key: str) -> Table:

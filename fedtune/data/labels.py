@@ -21,7 +21,7 @@ def class_names(settings: DataSettings, source: Source, *others: Source | None, 
         for part in (source, *others):
             _check_known(part, settings.labels, "data.labels", "labels of data.labels", "add it, or check its spelling")
         return list(settings.labels)
-    labels = sorted_values(source.rows["label"][:])
+    labels = sorted_values(source.rows.column("label"))
     if len(labels) < least:
         hint = "name all classes of the federation in data.labels"
         raise ConfigError(Fault("data.fields.label", "at least two classes", f"only {labels[0]!r}", hint))
@@ -47,9 +47,9 @@ def alike(labels: Sequence[str]) -> list[str]:
 
 
 def _check_known(source: Source | None, labels: Sequence[str], key: str, expected: str, hint: str) -> None:
-    if source is None or "label" not in source.rows.column_names:
+    if source is None or "label" not in source.rows.names:
         return
-    values, known = source.rows["label"][:], set(labels)
+    values, known = source.rows.column("label"), set(labels)
     rows = [row for row, value in enumerate(values) if value not in known]
     if rows:
         got = f"{values[rows[0]]!r} in {source.place(rows[0])} ({len(rows)} such of {len(values)})"

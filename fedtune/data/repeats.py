@@ -6,16 +6,15 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from datasets import Dataset
-
 from fedtune.data.partition import Rows
 from fedtune.data.settings import Part
+from fedtune.data.table import Table
 
 
-def fingerprints(rows: Dataset) -> Sequence[bytes]:
+def fingerprints(rows: Table) -> Sequence[bytes]:
     """Return a digest of every row's texts; of its label and its group nothing is in it."""
-    names = [part for part in get_args(Part) if part in rows.column_names and part not in ("label", "tools")]
-    columns = [rows[name][:] for name in names]
+    names = [part for part in get_args(Part) if part in rows.names and part not in ("label", "tools")]
+    columns = [rows.column(name) for name in names]
     return [_digest(values) for values in zip(*columns, strict=True)]
 
 

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from fedtune.data.conversation import ConversationError, from_prompt, without_nulls, write_turns
-from fedtune.data.files import Table
 from fedtune.data.settings import GROUP, DataSettings, Part, Task
+from fedtune.data.table import Table
 from fedtune.errors import ConfigError, Fault
 
 CONVERSATIONS = ("messages", "conversations", "conversation")

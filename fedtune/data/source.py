@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
-
-from fedtune.data.files import ENDINGS, Table, from_rows, read_file, with_class_names
+from fedtune.data.files import ENDINGS, read_file, without_package
 from fedtune.data.partition import sorted_values
 from fedtune.data.paths import Place, group_names, places
 from fedtune.data.rows import absent, cells, choose, read_parts
 from fedtune.data.settings import GROUP, DataSettings, Task
+from fedtune.data.table import Table, from_rows, table_of
 from fedtune.errors import ConfigError, Fault
-
-HUB_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, pa.ArrowException)
-"""What `datasets` raises for a name that it cannot read."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Rows with canonical columns, and where each of them was read."""
 
-    rows: Dataset
+    rows: Table
     files: Sequence[tuple[str, int]]
     """Each file, data set or client, with its number of rows, in order."""
     notes: Sequence[str] = ()
@@ -39,22 +34,6 @@ class Source:
                 return f"row {row + 1} of {name}"
             row -= count
         return f"row {row + 1}"
-
-
-def load(settings: DataSettings, root: Path, *, task: Task) -> Dataset:
-    """Return the training rows: the parts that the task uses (text, messages, instruction, ...), and group.
-
-    Every value is text, a conversation's is JSON; labels are class names where the source knows them.
-
-    Raises: ConfigError as `read_source`.
-    """
-    return read_source(settings, root, task=task).rows
-
-
-def load_test(settings: DataSettings, root: Path, *, task: Task) -> Dataset | None:
-    """Return the rows of `settings.test` without groups, or None if there is no separate test data."""
-    source = read_test(settings, root, task=task)
-    return None if source is None else source.rows
 
 
 def read_source(settings: DataSettings, root: Path, *, task: Task) -> Source:
@@ -92,7 +71,7 @@ def read_rows(settings: DataSettings, rows: Mapping[str, Any], *, task: Task) ->
     files, notes = [], list[str]()
     for client, given in sorted(rows.items()):
         where = f"the rows of {client!r}"
-        table = stored_table(given) if isinstance(given, Dataset) else _given_table(given, where)
+        table = _given_table(given, where)
         if not table.count:
             raise ConfigError(Fault("data", "at least one row for every client", f"none for {client!r}"))
         chosen = choose(settings, table.names, where, task)
@@ -100,7 +79,7 @@ def read_rows(settings: DataSettings, rows: Mapping[str, Any], *, task: Task) ->
         _append(read, parts, "data", where)
         files.append((where, table.count))
         notes += [chosen.note] if chosen.note else []
-    return Source(Dataset.from_dict(read), files, list(dict.fromkeys(notes)))
+    return Source(table_of(read), files, list(dict.fromkeys(notes)))
 
 
 def labels_of(settings: DataSettings, root: Path) -> Sequence[str]:
@@ -142,7 +121,7 @@ def _read(
         _append(rows, parts, key, place.name)
         files.append((place.name, table.count))
         notes += [chosen.note] if chosen.note else []
-    return Source(Dataset.from_dict(rows), files, list(dict.fromkeys(notes)))
+    return Source(table_of(rows), files, list(dict.fromkeys(notes)))
 
 
 def _append(rows: dict[str, list[str]], parts: Mapping[str, Sequence[str]], key: str, where: str) -> None:
@@ -162,57 +141,21 @@ def _table(place: Place, settings: DataSettings, key: str) -> Table:
             expected = "a hub data set, with data.streaming"
             raise ConfigError(Fault("data.source", expected, place.name, "leave streaming out: files are local"))
         return read_file(Path(place.name), place.form, key)
-    return _read_stored(place, settings, key)
-
-
-def _read_stored(place: Place, settings: DataSettings, key: str) -> Table:
-    """Return what `datasets` itself stores: a saved data set, or the split of a hub data set."""
-    form, streaming = place.form, settings.streaming and key == "data.source"
-    name, _, split = place.name.partition(":") if form == "hub" else (place.name, "", "")
     try:
-        if form != "hub":
-            data = load_from_disk(name)
-        elif streaming:
-            data = load_dataset(name, settings.subset, split=split or "train", streaming=True)
-            return _read_stream(data, settings.limit)
-        else:
-            # Data scripts are code from the network; `datasets` 4 and later refuse to run them, and so does fedtune.
-            data = load_dataset(name, settings.subset, split=split or "train")
-    except HUB_ERRORS as error:
-        expected = "a reachable hub name or an existing path" if form == "hub" else "a folder made by save_to_disk"
-        hint = "give a local path, or download it once and set HF_HOME" if form == "hub" else "save it again"
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ConfigError(Fault(key, expected, f"{place.name!r} ({reason})", hint)) from error
-    if isinstance(data, DatasetDict):
-        if "train" not in data:
-            raise ConfigError(Fault(key, "a data set with a split 'train'", f"{', '.join(data)} in {name}"))
-        data = data["train"]
-    return stored_table(data)
-
-
-def stored_table(data: Dataset) -> Table:
-    """Return a data set as a table, classes by their names."""
-    classes = {name: kind.names for name, kind in data.features.items() if isinstance(kind, ClassLabel)}
-
-    def column(name: str) -> Sequence[Any]:
-        # Through the data set, not its table: one that was filtered or shuffled holds the rows' places beside it.
-        values = data.select_columns([name]).with_format("arrow")[:].column(name).to_pylist()
-        return with_class_names(values, classes[name]) if name in classes else values
-
-    return Table(list(data.column_names), len(data), column)
-
-
-def _read_stream(data: Iterable[Mapping[str, Any]], limit: int | None) -> Table:
-    """Return the first rows of a stream, classes by their names where it knows them."""
-    table = from_rows([dict(row) for row in islice(data, limit)])
-    kinds = dict(getattr(data, "features", None) or {})
-    classes = {name: kind.names for name, kind in kinds.items() if isinstance(kind, ClassLabel)}
-    columns = {name: table.column(name) for name in table.names}
-    named = {name: with_class_names(values, classes[name]) for name, values in columns.items() if name in classes}
-    return Table(table.names, table.count, lambda name: named.get(name, columns[name]))
+        from fedtune.data.stored import read_hub, read_saved
+    except ModuleNotFoundError as error:
+        got = f"{place.name!r}, which is no file here," if place.form == "hub" else place.name
+        raise without_package("datasets", "saved data sets and those of a hub", got) from error
+    return read_hub(place.name, settings, key) if place.form == "hub" else read_saved(place.name, key)
 
 
 def _given_table(given: Any, where: str) -> Table:
+    # Rows of `datasets` come from code that has imported it: reading others loads nothing of it.
+    kind = getattr(sys.modules.get("datasets"), "Dataset", ())
+    if isinstance(given, kind):
+        from fedtune.data.stored import stored_table
+
+        return stored_table(given)
     rows = list(given)
     if not all(isinstance(row, Mapping) for row in rows):
         raise ConfigError(Fault("data", "a Dataset, or a sequence of mappings from column to value", where))

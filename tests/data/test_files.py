@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import files
-from fedtune.data.files import Table, format_of, read_file
+from fedtune.data.files import format_of, read_file
+from fedtune.data.table import Table
 from fedtune.errors import ConfigError
 
 ROWS = [{"text": "one", "site": "a"}, {"text": "zwei", "site": "b"}]
@@ -137,30 +136,3 @@ def test_a_csv_as_spreadsheets_export_it(tmp_path: Path) -> None:
     text = refusal(written(tmp_path / "w.csv", "a;b,c;d\n1;2\n"))
     assert text.startswith("data.source: expected 3 columns in every row; got another number in line 2 of")
     assert text.endswith("its header is divided by ';'")
-
-
-def test_columns_of_any_type_may_stand_beside_those_that_are_used(tmp_path: Path) -> None:
-    odd = {
-        "map": pa.array([[("a", 1)]] * 2, pa.map_(pa.string(), pa.int32())),
-        "duration": pa.array([1, 2], pa.duration("s")),
-        "decimal": pa.array([None, None], pa.decimal128(5)),
-        "union": pa.array([{"a": [b"\xff"]}] * 2),
-    }
-    path = tmp_path / "x.parquet"
-    pyarrow.parquet.write_table(pa.table({"text": pa.array(["one", "zwei"]).dictionary_encode(), **odd}), path)
-    table = read_file(path, "parquet", "data.source")
-    assert (list(table.names), table.count) == (["text", *odd], 2)
-    assert table.column("text") == ["one", "zwei"]
-
-
-def test_classes_of_a_parquet_file_of_datasets_keep_their_names(tmp_path: Path) -> None:
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
-    data = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
-    pyarrow.parquet.write_table(data.data.table, tmp_path / "x.parquet")
-    assert read(tmp_path / "x.parquet")["label"] == ["pos", "neg", None]
-
-
-def test_a_parquet_file_that_is_torn_is_refused(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
-    whole = (tmp_path / "x.parquet").read_bytes()
-    assert "expected a readable Parquet file" in refusal(written(tmp_path / "y.parquet", whole[:-9]))

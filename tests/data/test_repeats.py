@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 import numpy as np
-from datasets import Dataset
 
 from fedtune.data.repeats import fingerprints, note_on_held_out, note_on_test
+from fedtune.data.table import table_of
 
-ROWS = fingerprints(
-    Dataset.from_dict({"text": ["a", "b", "a", "c"], "label": ["0", "1", "1", "0"], "group": list("xxyy")})
-)
+ROWS = fingerprints(table_of({"text": ["a", "b", "a", "c"], "label": ["0", "1", "1", "0"], "group": list("xxyy")}))
 TRAINED = {"x": np.array([0, 1]), "y": np.array([3])}
 
 
 def test_a_row_is_its_texts_without_label_and_group() -> None:
     assert len(set(ROWS)) == 3
     assert ROWS[0] == ROWS[2]
-    pairs = Dataset.from_dict({"instruction": ["a", "a"], "input": ["", "b"]})
-    assert fingerprints(pairs)[0] == fingerprints(Dataset.from_dict({"instruction": ["a"]}))[0]
+    pairs = table_of({"instruction": ["a", "a"], "input": ["", "b"]})
+    assert fingerprints(pairs)[0] == fingerprints(table_of({"instruction": ["a"]}))[0]
     assert fingerprints(pairs)[0] != fingerprints(pairs)[1]
 
 

@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import pytest
 
-from fedtune.data.files import from_rows
 from fedtune.data.rows import choose, read_parts
 from fedtune.data.settings import DataSettings, Split, Task
+from fedtune.data.table import from_rows
 from fedtune.errors import ConfigError
 
 TURNS: list[dict[str, Any]] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

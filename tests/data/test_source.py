@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict
 
-from fedtune.data.settings import DataSettings, Split, Task, faults
-from fedtune.data.source import load, load_test, read_rows, read_source
-from fedtune.errors import ConfigError
+from fedtune.data.settings import DataSettings, Split, Task
+from fedtune.data.source import read_source, read_test
+from fedtune.data.table import Table
+from fedtune.errors import ConfigError, ExtraError
 
 ROWS = [{"text": "eins", "label": 1, "site": "b"}, {"text": "NA", "label": 0, "site": "a"}]
 WANTED = [{"text": "eins", "label": "1", "group": "b"}, {"text": "NA", "label": "0", "group": "a"}]
@@ -22,8 +25,12 @@ BY_SITE = Split("key", by="site")
 
 def read(root: Path, source: Any, *, task: Task = "classification", **settings: Any) -> list[dict[str, Any]]:
     options = DataSettings(source, **{"split": BY_SITE, **settings})
-    rows: list[dict[str, Any]] = load(options, root, task=task).to_list()
-    return rows
+    return listed(read_source(options, root, task=task).rows)
+
+
+def listed(table: Table) -> list[dict[str, Any]]:
+    values = (table.column(name) for name in table.names)
+    return [dict(zip(table.names, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def refusal(root: Path, source: Any = "x.jsonl", **settings: Any) -> str:
@@ -48,13 +55,6 @@ def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
         assert read(tmp_path, source) == WANTED, source
 
 
-def test_classes_of_a_stored_data_set_keep_their_names(tmp_path: Path) -> None:
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
-    Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).save_to_disk(tmp_path / "saved")
-    rows = read(tmp_path, "saved", split=Split("iid", clients=1))
-    assert [row["label"] for row in rows] == ["pos", "neg"]
-
-
 def test_text_files_give_one_row_per_line_that_is_not_blank(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("one\n\n  \ntwo\u2028still two\n")
     rows = read(tmp_path, "x.txt", task="causal", split=Split("iid", clients=1))
@@ -67,8 +67,8 @@ def test_files_and_globs_are_read_in_sorted_order_and_name_the_group(tmp_path: P
         (tmp_path / "sub" / f"{name}.jsonl").write_text(lines([{"text": f"of {name}"}]))
     rows = read(tmp_path, "sub/*.jsonl", task="causal", split=Split("files"))
     assert rows == [{"text": "of a", "group": "a"}, {"text": "of b", "group": "b"}]
-    listed = read(tmp_path, ["sub/b.jsonl", "sub/a.jsonl"], task="causal", split=Split("files"))
-    assert [row["group"] for row in listed] == ["b", "a"]
+    ordered = read(tmp_path, ["sub/b.jsonl", "sub/a.jsonl"], task="causal", split=Split("files"))
+    assert [row["group"] for row in ordered] == ["b", "a"]
 
 
 def test_columns_are_mapped_and_those_the_task_does_not_use_may_be_odd(tmp_path: Path) -> None:
@@ -82,12 +82,12 @@ def test_columns_are_mapped_and_those_the_task_does_not_use_may_be_odd(tmp_path:
 def test_the_test_file_is_read_without_the_split_column(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(lines([{"text": "x", "label": 1}]))
     settings = DataSettings("x.jsonl", BY_SITE, test="t.jsonl")
-    rows = load_test(settings, tmp_path, task="classification")
-    assert rows is not None
-    assert rows.to_list() == [{"text": "x", "label": "1"}]
-    assert load_test(replace(settings, test=None), tmp_path, task="causal") is None
+    source = read_test(settings, tmp_path, task="classification")
+    assert source is not None
+    assert listed(source.rows) == [{"text": "x", "label": "1"}]
+    assert read_test(replace(settings, test=None), tmp_path, task="causal") is None
     with pytest.raises(ConfigError, match=r"data\.test: expected an existing file"):
-        load_test(replace(settings, test="gone.jsonl"), tmp_path, task="causal")
+        read_test(replace(settings, test="gone.jsonl"), tmp_path, task="causal")
 
 
 def test_an_absent_column_is_named_with_the_nearest_one(tmp_path: Path) -> None:
@@ -152,12 +152,6 @@ def test_a_csv_with_an_unnamed_index_column_is_read(tmp_path: Path) -> None:
     assert read(tmp_path, "x.csv", task="causal", split=Split("iid", clients=1)) == [{"text": "two\nlines"}]
 
 
-def test_a_damaged_saved_data_set_is_refused(tmp_path: Path) -> None:
-    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"junk")
-    assert "expected a folder made by save_to_disk" in refusal(tmp_path, "saved")
-
-
 def test_files_of_different_layout_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines([{"text": "a"}]))
     (tmp_path / "b.jsonl").write_text(lines([{"instruction": "a", "output": "b"}]))
@@ -203,50 +197,49 @@ def test_where_a_row_was_read_is_known_over_all_files(tmp_path: Path) -> None:
     assert source.place(2) == f"row 1 of {tmp_path}/b.jsonl"
 
 
-def test_a_filtered_data_set_gives_the_rows_that_are_left() -> None:
-    data = Dataset.from_dict({"text": ["a", "b", "c"]}).filter(lambda row: row["text"] != "a").select([1, 0])
-    rows = read_rows(DataSettings("x", Split("key", by="group")), {"me": data}, task="causal").rows
-    assert rows.to_list() == [{"text": "c", "group": "me"}, {"text": "b", "group": "me"}]
-
-
-def test_a_stream_gives_its_first_rows_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
-    data = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
-
-    def load_dataset(*args: Any, **options: Any) -> Any:
-        asked.append((args, options))
-        return data.to_iterable_dataset() if options.get("streaming") else data
-
-    monkeypatch.setattr("fedtune.data.source.load_dataset", load_dataset)
-    options: dict[str, Any] = {"split": Split("iid", clients=1), "limit": 2}
-    assert read(tmp_path, "meta/data:test", streaming=True, **options) == [
-        {"text": "a", "label": "pos"},
-        {"text": "b", "label": "neg"},
-    ]
-    assert asked == [(("meta/data", None), {"split": "test", "streaming": True})]
-    assert len(read(tmp_path, "meta/data", **options)) == 3  # the limit is drawn later, at random
-    (tmp_path / "x.jsonl").write_text(lines(ROWS))
-    assert "data.source: expected a hub data set, with data.streaming; got" in refusal(
-        tmp_path, streaming=True, limit=1
-    )
-    assert [fault.path for fault in faults(DataSettings("meta/data", BY_SITE, streaming=True))] == ["data.limit"]
-
-
-@pytest.mark.parametrize("error", [ConnectionError("no way"), RuntimeError("no way"), ValueError("no way")])
-def test_whatever_a_hub_answers_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def load_dataset(*args: Any, **options: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr("fedtune.data.source.load_dataset", load_dataset)
-    assert "data.source: expected a reachable hub name or an existing path; got 'meta/data' (no way)" in (
-        refusal(tmp_path, "meta/data")
-    )
-
-
 def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     for name in ("b", "a"):
         (tmp_path / "d" / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines([{"text": f"of {name}"}]).encode()))
     rows = read(tmp_path, "d", task="causal", split=Split("files"))
     assert rows == [{"text": "of a", "group": "a"}, {"text": "of b", "group": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [("pyarrow", "x.parquet"), ("pyarrow", "x.jsonl.zst"), ("datasets", "saved")]
+)
+def test_what_needs_a_package_that_is_absent_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
+) -> None:
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    (tmp_path / "x.jsonl.zst").write_bytes(b"?")
+    for module in ("arrow", "stored"):
+        monkeypatch.delitem(sys.modules, f"fedtune.data.{module}", raising=False)
+        monkeypatch.delattr(f"fedtune.data.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ExtraError) as caught:
+        read(tmp_path, name, task="causal", split=Split("iid", clients=1))
+    text = str(caught.value)
+    assert "\n" not in text
+    assert name in text
+    assert package in text
+    assert "save the rows as JSON lines" in text
+
+
+def test_files_of_text_are_read_without_datasets_and_pyarrow(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(lines(ROWS))
+    (tmp_path / "y.csv").write_text("text\na\n")
+    code = f"""
+import sys
+from pathlib import Path
+from fedtune.data import federation
+from fedtune.data.settings import DataSettings, Split
+from fedtune.data.source import read_rows, read_source
+for name in ("x.jsonl", "y.csv"):
+    read_source(DataSettings(name, Split("iid", clients=1)), Path({str(tmp_path)!r}), task="causal")
+read_rows(DataSettings("x", Split("key", by="group")), {{"me": [{{"text": "a"}}]}}, task="causal")
+print(*({{"datasets", "pyarrow", "pandas", "torch", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
