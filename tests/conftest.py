@@ -49,7 +49,13 @@ __all__ = ["cases", "pytest_addoption", "pytest_configure", "pytest_pyfunc_call"
 
 LONGEST = (
     *("test_engines.py", "link/server/test_dispatcher.py", "test_link.py", "runs/test_deploy.py", "test_crash.py"),
-    *("test_api.py", "directions/test_rebuild_numba.py", "client/test_site_process.py", "docs/test_generate.py"),
+    *(
+        "test_api.py",
+        "directions/test_rebuild_numba.py",
+        "link/client/test_training_server.py",
+        "client/test_site_process.py",
+        "docs/test_generate.py",
+    ),
     *("golden/test_archives.py", "client/test_worker_process.py", "simulation/test_process_pool.py"),
 )
 """Test files that take longest, the longest first."""

@@ -215,9 +215,9 @@ def test_a_module_that_seeds_torch_gives_its_generators_back() -> None:
 
 WHOLESALE = {
     "fedtune/flower/client_app.py",
-    "fedtune/client/site_process.py",
     "fedtune/link/client/jobs.py",
     "fedtune/link/client/training_jobs.py",
+    "fedtune/link/client/training_server.py",
     "fedtune/simulation/inprocess.py",
     "fedtune/simulation/fork_server.py",
 }

@@ -26,6 +26,7 @@ from fedtune.data.settings import MAX_TOKENS, DataSettings
 from fedtune.data.templates import DAY
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.link.client.order_limits import EMBEDDINGS, limit_violations
+from fedtune.link.client.training_server import without_losses
 from fedtune.link.settings import Policy, ScorePolicy
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
 from fedtune.methods import METHODS
@@ -155,11 +156,6 @@ class Site:
             raise ClientError(f"{self.client}: expected no request for scores; this site's policy.scores refuses them")
         site = self.with_labels(request.labels, request.date)
         return score(site.base, site.held_out, request, threads=site.threads)
-
-
-def without_losses(update: ClientUpdate) -> ClientUpdate:
-    """Return an update that does not say how well the model does on the client's rows."""
-    return replace(update, measured=replace(update.measured, loss_before=None, loss_after=None))
 
 
 # Cached in this module and not in an app object: Ray pickles the app with every message, and a base inside of it would

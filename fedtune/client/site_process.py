@@ -1,127 +1,19 @@
-"""The process that holds a site's base and examples: it reads requests line by line, and writes updates to files."""
+"""The process that holds the base and examples of a site with torch."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, TextIO
+from dataclasses import replace
 
-from fedtune.client.site import Site, from_file, without_losses
-from fedtune.errors import ClientError, FedtuneError
-from fedtune.link.uploads import map_file
-from fedtune.probing.steps import OnStep, no_steps
-from fedtune.rounds.failures import failure_of
-from fedtune.wire.codec import decode_assignment, encode_update
-from fedtune.wire.profile import encode_profile
-from fedtune.wire.scores import decode_score_request, encode_scores
-
-BEAT_S = 5.0
-"""Between two lines that say how far a request is."""
+from fedtune.client.site import Site, from_file
+from fedtune.link.client.training_server import serve
+from fedtune.probing.steps import OnStep
 
 
-def main() -> None:
-    """Serve a site's file; the last arguments are the descriptors of requests, replies and the parent's life."""
-    site, requests, replies, life = sys.argv[-4], *map(int, sys.argv[-3:])
-    # What it writes is for the owner alone: updates, and a profile with the initial values of saved modules.
-    os.umask(0o077)
-    # The read ends when the parent is gone, however it ended: no process with a client's data outlives it.
-    threading.Thread(target=lambda: (os.read(life, 1), os._exit(0)), daemon=True).start()
-    with os.fdopen(requests, "r") as lines, os.fdopen(replies, "w") as writer:
-        beat = Beat(writer)
-        threading.Thread(target=beat.run, daemon=True).start()
-        for line in lines:
-            beat.begin()
-            beat.end(handle(site, json.loads(line), beat.step))
-
-
-class Beat:
-    """Says every few seconds how far a request is: steps, and the time that this process has computed."""
-
-    def __init__(self, writer: TextIO, *, every_s: float = BEAT_S) -> None:
-        """Begin without a request; lines are written to `writer`."""
-        self._writer, self._every_s = writer, every_s
-        self._lock, self._done, self._total = threading.Lock(), 0, 0
-        self._works = threading.Event()
-
-    def run(self) -> None:
-        """Write a line in each interval in which a request is under way."""
-        while True:
-            self._works.wait()
-            time.sleep(self._every_s)
-            self.say()
-
-    def begin(self) -> None:
-        self._done = self._total = 0
-        self._works.set()
-
-    def step(self, done: int, total: int) -> None:
-        """Note how many steps of a training have been taken."""
-        self._done, self._total = done, total
-
-    def say(self) -> None:
-        """Write how far the request is, if one is under way: between two of them the parent reads nothing."""
-        with self._lock:
-            if self._works.is_set():
-                self._write({"at": [self._done, self._total, int(1000 * time.process_time())]})
-
-    def end(self, reply: Mapping[str, Any]) -> None:
-        """Write the reply to a request."""
-        with self._lock:
-            self._works.clear()
-            self._write(reply)
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._writer.write(json.dumps(line) + "\n")
-        # The parent waits for the line; in a buffer it would wait for ever.
-        self._writer.flush()
-
-
-def handle(site: str, request: Mapping[str, Any], on_step: OnStep = no_steps) -> Mapping[str, Any]:
-    """Run a request, and return the reply: `done` with what was measured, or `failed` with the reason."""
-    try:
-        return {"done": run_request(replace(from_file(site), on_step=on_step), request)}
-    except FedtuneError as error:
-        return {"failed": str(error)}
-    except BaseException as error:  # its text may quote data: only its type leaves the site
-        traceback.print_exc()
-        return {"failed": f"expected an answer; got {type(error).__name__}; this site's own log says where"}
-
-
-def run_request(site: Site, request: Mapping[str, Any]) -> Mapping[str, float]:
-    """Write the site's profile, update or scores to the path that a request names, and return what was measured."""
-    into = Path(request["into"])
-    if request["do"] == "profile":
-        profile = encode_profile(site.with_labels(request.get("labels", ())).profile())
-        into.mkdir(parents=True, exist_ok=True)
-        (into / "front").write_bytes(profile.header)
-        for digest, body in profile.blobs.items():
-            (into / digest).write_bytes(body)
-        return {}
-    folder = Path(request["folder"])
-    # Mapped, not read: an assignment may be larger than the memory that is free.
-    bodies: dict[str, Any] = {name: map_file(folder / name) for name in request["bodies"]}
-    front = (folder / "front").read_bytes()
-    try:
-        if request["do"] == "score":
-            scores = site.score(decode_score_request(front, bodies))
-            into.write_bytes(encode_scores(scores))
-            return {**scores.metrics, "seconds": scores.seconds}
-        update = site.perform(decode_assignment(front, bodies))
-        into.write_bytes(encode_update(update if site.scores == "send" else without_losses(update)))
-    except FedtuneError:
-        raise
-    except BaseException as error:  # its text may quote data: its type and place alone leave the site
-        traceback.print_exc()
-        raise ClientError(failure_of(site.client, error, quote=False).reason) from error
-    return {name: value for name, value in asdict(update.measured).items() if value is not None}
+def load(site: str, on_step: OnStep) -> Site:
+    """Return the site of a file; loaded once per process."""
+    return replace(from_file(site), on_step=on_step)
 
 
 if __name__ == "__main__":
-    main()
+    serve(sys.argv, load)

@@ -33,6 +33,8 @@ from fedtune.store.files import make_private, store_errors
 from fedtune.store.lock import lock_run
 
 AUDIT = "audit"
+TORCH_PROCESS = (sys.executable, "-m", "fedtune.client.site_process")
+"""Starts the process that trains with torch."""
 MANY_EXAMPLES = 10_000
 """Of a site whose data are not loaded."""
 
@@ -82,6 +84,7 @@ def join(
     record: RecordEvent,
     # Without somebody to ask, a site whose policy has `ask` takes part in nothing.
     agree: Callable[[str], bool] = lambda recipe: False,
+    command: Sequence[str] | None = None,
     trainer: Trainer | None = None,
 ) -> End:
     """Connect, and do the tasks that the site's policy allows until the run is complete.
@@ -91,7 +94,9 @@ def join(
         server: address instead of the file's.
         record: receives the events, beside the audit log.
         agree: asked with the recipe before the site takes part in a run, if its policy has `ask`.
-        trainer: trains; None: a process of its own.
+        command: starts the process that trains, and gets the site's file and three descriptors as last arguments; None:
+            that of the client with torch.
+        trainer: trains in place of such a process.
 
     Raises:
         ConfigError: if something must be changed before this can succeed.
@@ -106,7 +111,9 @@ def join(
     with lock_run(setup.state), open_audit_log(setup.state / AUDIT, record) as log, ExitStack() as stack:
         record_all = record_to_all(log.record, log_event, record)
         if trainer is None:
-            process = make_trainer(site, record_all, max_memory_gib=setup.settings.policy.max_memory_gib)
+            process = make_trainer(
+                command or TORCH_PROCESS, site, record_all, max_memory_gib=setup.settings.policy.max_memory_gib
+            )
             stack.callback(process.close)
             trainer = process
         client = Client(
@@ -123,12 +130,15 @@ def join(
         return client.run()
 
 
-def make_trainer(site: Path, record: RecordEvent, *, max_memory_gib: float | None = None) -> ProcessTrainer:
+def make_trainer(
+    command: Sequence[str], site: Path, record: RecordEvent, *, max_memory_gib: float | None = None
+) -> ProcessTrainer:
     """Return a trainer in a process of its own, which loads base and data of a site's file."""
-    # A process of its own: torch may run out of memory and die without ending the connection.
-    command = [sys.executable, "-m", "fedtune.client.site_process", str(site.resolve())]
+    # A process of its own: it may run out of memory and die without ending the connection.
     max_bytes = None if max_memory_gib is None else int(max_memory_gib * GIB)
-    return ProcessTrainer(command, max_bytes=max_bytes, on_exit=lambda reason: record("died", reason=reason))
+    return ProcessTrainer(
+        [*command, str(site.resolve())], max_bytes=max_bytes, on_exit=lambda reason: record("died", reason=reason)
+    )
 
 
 @contextmanager

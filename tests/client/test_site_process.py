@@ -1,93 +1,10 @@
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import pytest
-
-from fedtune.client import site_process
-from fedtune.client.site import from_file
-from fedtune.config import bind
-from fedtune.messages import Assignment, Plan, ScoreRequest, Training, TrainLora
-from fedtune.wire.codec import decode_update, encode_assignment
-from fedtune.wire.profile import decode_profile
-from fedtune.wire.scores import decode_scores, encode_score_request
-from tests.cli.test_flower_server import site_files
-
-# peft asks transformers by a name that transformers is about to drop
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
-
-@pytest.fixture
-def site(tmp_path: Path, tables: dict[str, Any]) -> Path:
-    assert bind(tables).name
-    return site_files(tmp_path, tables, ("client-0",))[0]
-
-
-def assignment() -> Assignment:
-    plan = Plan("client-0", rank=2, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=1))
-    return Assignment("flora", round=1, seed=0, plan=plan, task=TrainLora(a_key=0))
-
-
-def test_a_profile_and_an_update_are_written_to_files(site: Path, tmp_path: Path) -> None:
-    assert site_process.handle(str(site), {"do": "profile", "into": str(tmp_path / "profile")}) == {"done": {}}
-    contents = {path.name: path.read_bytes() for path in (tmp_path / "profile").iterdir()}
-    profile = decode_profile(contents.pop("front"), contents)
-    assert profile.client == "client-0"
-    order = encode_assignment(assignment())
-    (tmp_path / "front").write_bytes(order.header)
-    request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
-    measured = site_process.handle(str(site), request)["done"]
-    assert measured["seconds"] > 0
-    assert None not in measured.values()
-    update = decode_update((tmp_path / "update").read_bytes(), client="client-0", limit_bytes=10**7)
-    assert update.lora.base == from_file(str(site)).base.digest
-
-
-def test_scores_are_written_to_a_file_and_returned(site: Path, tmp_path: Path) -> None:
-    base = from_file(str(site)).base.digest
-    (tmp_path / "front").write_bytes(encode_score_request(ScoreRequest("client-0", "flora", 0, base, batch=4)).header)
-    request = {"do": "score", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
-    returned = site_process.handle(str(site), request)["done"]
-    scores = decode_scores((tmp_path / "update").read_bytes(), client="client-0")
-    assert returned == {**scores.metrics, "seconds": scores.seconds}
-    assert scores.metrics["loss"] > 0
-
-
-@pytest.mark.parametrize(("policy", "kept", "sent"), [("send", 2, 2), ("keep", 2, 0), ("refuse", 0, 0)])
-def test_losses_leave_as_the_policy_for_scores_says(
-    site: Path, tmp_path: Path, policy: str, kept: int, sent: int
-) -> None:
-    site.write_text(site.read_text().replace("[policy]", f'[policy]\nscores = "{policy}"'))
-    from_file.cache_clear()
-    order = encode_assignment(assignment())
-    (tmp_path / "front").write_bytes(order.header)
-    request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
-    own = site_process.handle(str(site), request)["done"]
-    measured = decode_update((tmp_path / "update").read_bytes(), client="client-0", limit_bytes=10**7).measured
-    assert len({"loss_before", "loss_after"} & own.keys()) == kept
-    assert sum(loss is not None for loss in (measured.loss_before, measured.loss_after)) == sent
-
-
-def test_what_cannot_be_done_is_said_and_what_nobody_foresaw_keeps_its_text(
-    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    failed = site_process.handle(str(tmp_path / "none.toml"), {"do": "profile", "into": str(tmp_path)})
-    assert "none.toml" in failed["failed"]
-
-    def broken(site: object, request: Mapping[str, Any]) -> None:
-        raise ValueError("a row of the data: secret")
-
-    monkeypatch.setattr(site_process, "run_request", broken)
-    failed = site_process.handle(str(site), {"do": "profile", "into": str(tmp_path)})
-    assert failed == {"failed": "expected an answer; got ValueError; this site's own log says where"}
-    assert "secret" in capsys.readouterr().err
 
 
 def test_the_process_ends_when_the_one_that_started_it_has_gone(tmp_path: Path) -> None:
@@ -105,30 +22,3 @@ def test_the_process_ends_when_the_one_that_started_it_has_gone(tmp_path: Path) 
     assert process.wait(60) == 0
     os.close(requests)
     os.close(replies)
-
-
-def test_a_beat_says_how_far_a_request_is_and_nothing_between_two() -> None:
-    lines = io.StringIO()
-    beat = site_process.Beat(lines)
-    beat.say()
-    beat.begin()
-    beat.step(3, 10)
-    beat.say()
-    beat.end({"done": {}})
-    beat.say()
-    at, done = (json.loads(line) for line in lines.getvalue().splitlines())
-    assert at["at"][:2] == [3, 10]
-    assert at["at"][2] > 0  # this process has computed something
-    assert done == {"done": {}}
-
-
-@pytest.mark.parametrize("error", [MemoryError, SystemExit, KeyboardInterrupt, ValueError])
-def test_whatever_ends_a_request_is_a_reason_without_a_word_of_the_data(
-    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
-    def broken(*args: object) -> None:
-        raise error("a patient's name")
-
-    monkeypatch.setattr(site_process, "from_file", broken)
-    failed = site_process.handle("site.toml", {"do": "perform"})["failed"]
-    assert failed == f"expected an answer; got {error.__name__}; this site's own log says where"
