@@ -17,6 +17,7 @@ from fedtune.directions.seed_ledger import Manifest, decode_manifest
 from fedtune.errors import ConfigError, Fault, StoreError, WireError
 from fedtune.link.pki.roster import Roster
 from fedtune.link.provenance import verify_folder
+from fedtune.pruning.structure import BlockLayout
 from fedtune.store import manifest as manifests
 from fedtune.store import typed_json
 from fedtune.store.manifest import ResultFolder
@@ -65,6 +66,8 @@ class BundleFacts:
     pad_id: int
     eos_ids: tuple[int, ...]
     bos_id: int | None = None
+    anatomy: BlockLayout | None = None
+    """Of the base's blocks, as clients with torch state it; None for a family that cannot be pruned."""
     bank: str = BANK
     """Bank of directions that the runtime's files are written for."""
     layout: int = FORMAT
