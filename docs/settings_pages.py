@@ -67,6 +67,8 @@ UNITS: Mapping[str, str] = {
     "patience": "evaluations",
     "replan_every": "rounds",
     "max_rounds": "rounds",
+    "max_temperature_c": "°C",
+    "min_battery": "percent",
     "min_steps": "optimizer steps",
     "max_steps": "steps",
     "max_tokens": "tokens",

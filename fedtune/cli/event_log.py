@@ -39,6 +39,8 @@ EVENT_TEXTS: Mapping[str, str] = {
     "note": "{text}",
     "warning": "warning: {text}",
     "roster": "took the roster version {version}",
+    "waits": "waits: this device is {reason}",
+    "works": "works again",
     "loaded": "base and data loaded in {seconds} s",
     "finished": "the run is complete",
     "draining": "the server goes down; waiting for it to come back",

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 from fedtune.client.site import Site, from_file
+from fedtune.config.site import site_conditions
 from fedtune.link.client.training_server import serve
 from fedtune.probing.steps import OnStep
 
@@ -16,4 +17,4 @@ def load(site: str, on_step: OnStep) -> Site:
 
 
 if __name__ == "__main__":
-    serve(sys.argv, load)
+    serve(sys.argv, load, site_conditions)

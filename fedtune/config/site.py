@@ -15,6 +15,7 @@ from fedtune.config.tables import apply_rule, bind_table, bind_value, freeze_tab
 from fedtune.data.settings import DataSettings
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import ConfigError, Fault
+from fedtune.link.client.conditions import Conditions
 from fedtune.link.settings import JoinSettings, Policy
 from fedtune.link.settings import validate_policy as check_policy
 from fedtune.model.settings import AdapterSettings, ModelSettings
@@ -58,6 +59,11 @@ class SiteSettings:
     policy: Policy = field(default_factory=Policy)
     """What it agrees to do over the link."""
 
+    @property
+    def state(self) -> Path:
+        """Folder of the outbox, the audit log and a pause."""
+        return (self.root / (self.link.state if self.link is not None else JoinSettings.state)).resolve()
+
 
 TABLES: Mapping[str, type[Any]] = {
     "model": ModelSettings,
@@ -99,6 +105,16 @@ def bind_site(path: Path) -> SiteSettings:
     if faults:
         raise ConfigError(faults, source=label)
     return site
+
+
+def site_conditions(site: str) -> Conditions:
+    """Return when the machine of a site may work, by the site's file.
+
+    Raises:
+        ConfigError: if the file is wrong.
+    """
+    settings = bind_site(Path(site))
+    return Conditions(settings.policy, settings.state)
 
 
 def policy_faults(site: SiteSettings) -> Sequence[Fault]:

@@ -21,6 +21,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
 from fedtune.link.client import policy
 from fedtune.link.client.client import Client, End
+from fedtune.link.client.conditions import Conditions
 from fedtune.link.client.order_limits import limit_violations
 from fedtune.link.client.policy import PolicyViolation, TaskDemand, Usage
 from fedtune.link.client.session import Greeting
@@ -48,6 +49,7 @@ class JoinSetup:
     identity: Identity
     roster: RosterFile
     state: Path
+    conditions: Conditions
 
 
 def load_join_setup(site: Path, *, server: str | None = None) -> JoinSetup:
@@ -74,7 +76,10 @@ def load_join_setup(site: Path, *, server: str | None = None) -> JoinSetup:
         hint = f'set name = "{identity.name}", or enrol under the other name'
         raise ConfigError(Fault("name", f"{identity.name!r}, as this site is enrolled", repr(settings.name), hint))
     roster = RosterFile(identity.folder / "roster", identity.root)
-    return JoinSetup(settings, link, identity, roster, (settings.root / link.state).resolve())
+    state = (settings.root / link.state).resolve()
+    conditions = Conditions(settings.policy, state)
+    conditions.check()
+    return JoinSetup(settings, link, identity, roster, state, conditions)
 
 
 def join(
@@ -110,6 +115,8 @@ def join(
     # Two clients with one outbox would both reply to the same task.
     with lock_run(setup.state), open_audit_log(setup.state / AUDIT, record) as log, ExitStack() as stack:
         record_all = record_to_all(log.record, log_event, record)
+        for text in setup.conditions.unknown():
+            record_all("warning", text=text)
         if trainer is None:
             process = make_trainer(
                 command or TORCH_PROCESS, site, record_all, max_memory_gib=setup.settings.policy.max_memory_gib
@@ -125,6 +132,7 @@ def join(
             trainer,
             check=order_check(setup.state, setup.settings.policy),
             record=record_all,
+            conditions=setup.conditions,
             agree=lambda greeting: not setup.settings.policy.ask or agree(greeting.recipe.decode(errors="replace")),
         )
         return client.run()

@@ -141,6 +141,15 @@ class Policy:
     that move say which tokens this site's texts hold."""
     max_memory_gib: Annotated[float, Gt(0)] | None = None
     """Most main memory of the training process; with more it is ended, and the order declined. none: no limit."""
+    power: Literal["any", "mains"] = "any"
+    """mains: the site works only while its machine is on mains power, or above `min_battery`. Where the machine does
+    not tell, a site with `mains` does not start."""
+    min_battery: Annotated[float, Ge(1), Le(100)] | None = None
+    """Charge of the battery above which the site works without mains power, too; below it, only on mains power. none:
+    with `power` at `any` the battery does not count."""
+    max_temperature_c: Annotated[float, Ge(20), Le(120)] | None = None
+    """Temperature of the hottest part that the machine tells of, above which the site waits until it is 3 °C below.
+    none: no limit."""
     columns: Sequence[str] = ()
     """Columns of the site's files that may become training text; empty: those that the table `data` names."""
     labels: Literal["send", "keep"] = "send"

@@ -38,6 +38,7 @@ class RecordingTrainer:
     done: list[Path] = field(default_factory=list)
     kills: int = 0
     steps: int = 0
+    obstacle: str = ""
 
     def profile(self, into: Path, labels: Sequence[str] = ()) -> None:
         into.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ class RecordingTrainer:
         return {"loss": 2.75, "examples": 4.0}
 
     def progress(self) -> WorkProgress:
-        return WorkProgress(done=self.steps, total=100)
+        return WorkProgress(done=self.steps, total=100, obstacle=self.obstacle)
 
     def kill(self) -> None:
         self.kills += 1

@@ -15,7 +15,9 @@ from fedtune.link.audit_log import RecordEvent, ignore_event
 from fedtune.link.client import outbox
 from fedtune.link.client.backoff import Backoff
 from fedtune.link.client.channel import LinkStub, diagnose, dial
+from fedtune.link.client.conditions import Conditions
 from fedtune.link.client.delivery import Delivery
+from fedtune.link.client.device_watch import DeviceWatch
 from fedtune.link.client.downloads import Downloads
 from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
 from fedtune.link.client.policy import OrderCheck
@@ -55,6 +57,7 @@ class Client:
         check: OrderCheck,
         record: RecordEvent = ignore_event,
         agree: Callable[[Greeting], bool] = lambda greeting: True,
+        conditions: Conditions | None = None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -70,6 +73,7 @@ class Client:
             check: holds orders against the recipe that the site has accepted.
             record: receives the events.
             agree: asked before the site takes part in a run.
+            conditions: of the machine's work; None: the limits of `rules` on this machine.
             clock: seconds from any start.
             now: seconds since 1970.
         """
@@ -79,6 +83,7 @@ class Client:
         self._calls: LinkStub = dial(identity, settings)
         self._guard = ThreadGuard(self._stop, self._calls.close)
         self._backoff = Backoff(identity, settings, stop=self._stop, record=record, clock=clock)
+        self._device = DeviceWatch(conditions or Conditions(rules, state), stop=self._stop, record=record)
         self._session = Session(
             identity, roster, self._calls, self._backoff, record=record, now=now, clock=clock, redial=self._redial
         )
@@ -87,6 +92,7 @@ class Client:
             Downloads(self._calls, self._backoff, record=record),
             Delivery(self._session, self._calls, self._backoff, record=record),
             self._guard,
+            self._device,
             rules,
             state,
             trainer,
@@ -126,6 +132,7 @@ class Client:
             StoreError: if the outbox cannot be written.
         """
         complete = outbox.complete_run(self._state)
+        self._guard.start(self._device.run, name="fedtune device")
         self._guard.start(self._work.load, name="fedtune load")
         self._guard.start(self._watch, name="fedtune watch")
         try:
@@ -288,11 +295,12 @@ class Client:
 
     def _progress(self, job: Job) -> pb.Progress:
         """Return how far a job is."""
-        done, total, cpu_ms = job.done_bytes, job.total_bytes, 0
+        phase, done, total, cpu_ms = job.phase, job.done_bytes, job.total_bytes, 0
         if job.training:
             work = self._trainer.progress()
             done, total, cpu_ms = work.done, work.total, work.cpu_ms
-        return pb.Progress(order=job.task, phase=job.phase, done=done, total=total, cpu_ms=cpu_ms)
+            phase = pb.Progress.WAITING if work.obstacle else phase
+        return pb.Progress(order=job.task, phase=phase, done=done, total=total, cpu_ms=cpu_ms)
 
     def _drop(self, dropped: pb.Dropped, reason: str) -> None:
         """Do nothing for a task that is not believed, and have the server know with the next call."""

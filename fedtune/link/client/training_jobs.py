@@ -21,6 +21,7 @@ from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client import outbox, policy
 from fedtune.link.client.cohort import cohort_violations
 from fedtune.link.client.delivery import Delivery
+from fedtune.link.client.device_watch import DeviceWatch
 from fedtune.link.client.downloads import Downloads, hash_file
 from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
 from fedtune.link.client.outbox import Entry
@@ -56,6 +57,7 @@ class TrainingJobs:
         downloads: Downloads,
         delivery: Delivery,
         guard: ThreadGuard,
+        device: DeviceWatch,
         rules: Policy,
         state: Path,
         trainer: Trainer,
@@ -72,6 +74,7 @@ class TrainingJobs:
             downloads: parts of tasks.
             delivery: of replies.
             guard: starts threads.
+            device: says whether the machine may work.
             rules: what the site allows.
             state: folder of the outbox.
             trainer: trains.
@@ -81,14 +84,16 @@ class TrainingJobs:
             now: seconds since 1970.
         """
         self._session, self._downloads, self._delivery, self._guard = session, downloads, delivery, guard
-        self._rules, self._state, self._trainer = rules, state, trainer
+        self._device, self._rules, self._state, self._trainer = device, rules, state, trainer
         self._check, self._record, self._clock, self._now = check, record, clock, now
         self._work_texts: dict[bytes, str] = {}  # by task, until its receipt is here
         # Also set when loading has failed, or the job of a hello would wait for ever.
         self._profile_ready = threading.Event()
 
     def load(self) -> None:
-        """Load base and data, and write the profile that answers hellos."""
+        """Load base and data, and write the profile that answers hellos; before that the machine must be ready."""
+        if not self._device.wait():
+            return
         folder = self._state / "profile"
         # A profile of an earlier start may be of other data.
         shutil.rmtree(folder, ignore_errors=True)
@@ -275,6 +280,9 @@ class TrainingJobs:
         self._downloads.fetch(job, entry, front, inline)
         data = entry.part(front.digest).read_bytes()
         demand = policy.read_demand(job.header, data)
+        # Before the wait for base and data, which are not loaded either before the machine may work.
+        if obstacle := self._device.obstacle():
+            return self._decline(job, pb.DEVICE_NOT_READY, f"this device is {obstacle}")
         # The site's own examples and layers bound what it may be asked.
         while not self._profile_ready.wait(1.0):
             job.check()

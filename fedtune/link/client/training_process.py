@@ -33,6 +33,8 @@ class WorkProgress:
     """0: not known."""
     cpu_ms: int = 0
     """That the trainer has computed since it was started; it rises also where there are no steps."""
+    obstacle: str = ""
+    """Why it waits between two steps; empty while it works."""
 
 
 class Trainer(Protocol):
@@ -159,7 +161,8 @@ class ProcessTrainer:
                     reply: Mapping[str, Any] = json.loads(line)
                     if "at" not in reply:
                         return reply
-                    self._progress = WorkProgress(*reply["at"])
+                    done, total, cpu_ms = reply["at"]
+                    self._progress = WorkProgress(done, total, cpu_ms, reply.get("waits", ""))
             except BrokenPipeError:
                 pass
             assert self._process is not None

@@ -8,11 +8,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO, TypeAlias
 
-from fedtune.errors import ClientError, FedtuneError
+from fedtune.errors import ClientError, ConfigError, FedtuneError
+from fedtune.link.client.conditions import Conditions, StepGate
 from fedtune.link.settings import ScorePolicy
 from fedtune.link.uploads import map_file
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
@@ -51,10 +53,14 @@ def without_losses(update: ClientUpdate) -> ClientUpdate:
     return replace(update, measured=replace(update.measured, loss_before=None, loss_after=None))
 
 
-def serve(arguments: Sequence[str], load: LoadSite) -> None:
-    """Answer requests until their pipe ends; the arguments are the site's file, and three descriptors.
+def serve(arguments: Sequence[str], load: LoadSite, conditions: Callable[[str], Conditions]) -> None:
+    """Answer requests until their pipe ends.
 
-    The descriptors are of requests, of replies and of the parent's life; see `training_process.ProcessTrainer`.
+    Args:
+        arguments: the last ones are the site's file, and the descriptors of requests, of replies and of the parent's
+            life; see `training_process.ProcessTrainer`.
+        load: loads base and data of the file.
+        conditions: says by the file when the machine may work; a training waits for that between two steps.
     """
     site, requests, replies, life = arguments[-4], *map(int, arguments[-3:])
     # What it writes is for the owner alone: updates, and a profile with the initial values of saved modules.
@@ -64,6 +70,8 @@ def serve(arguments: Sequence[str], load: LoadSite) -> None:
     with os.fdopen(requests, "r") as lines, os.fdopen(replies, "w") as writer:
         beat = Beat(writer)
         threading.Thread(target=beat.run, daemon=True).start()
+        with suppress(ConfigError):  # what is wrong with the file is the reply to the first request
+            beat.gate = StepGate(conditions(site))
         for line in lines:
             beat.begin()
             beat.end(handle(load, site, json.loads(line), beat.step))
@@ -77,6 +85,8 @@ class Beat:
         self._writer, self._every_s = writer, every_s
         self._lock, self._done, self._total = threading.Lock(), 0, 0
         self._works = threading.Event()
+        self.gate: StepGate | None = None
+        """Between two steps, where the work waits while the machine may not do it; None: it never waits."""
 
     def run(self) -> None:
         """Write a line in each interval in which a request is under way."""
@@ -90,14 +100,18 @@ class Beat:
         self._works.set()
 
     def step(self, done: int, total: int) -> None:
-        """Note how many steps of a training have been taken."""
+        """Note how many steps of a training have been taken; returns when the next one may be."""
         self._done, self._total = done, total
+        if self.gate is not None:
+            self.gate.wait()
 
     def say(self) -> None:
         """Write how far the request is, if one is under way: between two of them the parent reads nothing."""
         with self._lock:
             if self._works.is_set():
-                self._write({"at": [self._done, self._total, int(1000 * time.process_time())]})
+                waits = self.gate.obstacle if self.gate is not None else ""
+                line = {"at": [self._done, self._total, int(1000 * time.process_time())]}
+                self._write({**line, "waits": waits} if waits else line)
 
     def end(self, reply: Mapping[str, Any]) -> None:
         """Write the reply to a request."""

@@ -11,7 +11,12 @@ from fedtune.link.server.presence import Presence
 from fedtune.link.server.progress import Progress, TaskProgress
 from fedtune.wire.v1 import link_pb2 as pb
 
-PHASES = {pb.Progress.FETCHING: "fetching", pb.Progress.WORKING: "working", pb.Progress.SENDING: "sending"}
+PHASES = {
+    pb.Progress.FETCHING: "fetching",
+    pb.Progress.WORKING: "working",
+    pb.Progress.SENDING: "sending",
+    pb.Progress.WAITING: "paused at",
+}
 LARGEST = 2**53
 """Of a number that a client says of its progress: a status in JSON keeps it exactly."""
 
@@ -75,6 +80,6 @@ class Reports:
         if (said := self.progress.of(client)) is None:
             return ""
         of = f" of {said.total}" if said.total else ""
-        unit = "step " if said.phase == pb.Progress.WORKING else ""
+        unit = "step " if said.phase in (pb.Progress.WORKING, pb.Progress.WAITING) else ""
         number = f" {unit}{said.done}{of}" if said.done or said.total else ""
         return f"{PHASES.get(said.phase, 'preparing')}{number}{'' if unit else ' bytes' if number else ''}"

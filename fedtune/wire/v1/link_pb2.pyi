@@ -39,6 +39,7 @@ class Veto(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TOO_FEW_EXAMPLES: _ClassVar[Veto]
     TOO_FEW_STEPS: _ClassVar[Veto]
     EMBEDDINGS_NOT_ALLOWED: _ClassVar[Veto]
+    DEVICE_NOT_READY: _ClassVar[Veto]
 
 class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -133,6 +134,7 @@ COHORT_UNKNOWN: Veto
 TOO_FEW_EXAMPLES: Veto
 TOO_FEW_STEPS: Veto
 EMBEDDINGS_NOT_ALLOWED: Veto
+DEVICE_NOT_READY: Veto
 VERDICT_UNSET: Verdict
 ACCEPTED: Verdict
 LATE: Verdict
@@ -373,10 +375,12 @@ class Progress(_message.Message):
         FETCHING: _ClassVar[Progress.Phase]
         WORKING: _ClassVar[Progress.Phase]
         SENDING: _ClassVar[Progress.Phase]
+        WAITING: _ClassVar[Progress.Phase]
     PHASE_UNSET: Progress.Phase
     FETCHING: Progress.Phase
     WORKING: Progress.Phase
     SENDING: Progress.Phase
+    WAITING: Progress.Phase
     ORDER_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.link.client import pause
 from fedtune.link.client.policy import PolicyViolation
 from fedtune.link.envelopes import HELLO, TRAIN
 from fedtune.link.server.assignments import ReceivedParts, Withdrawn
@@ -73,6 +74,43 @@ def test_a_round_with_other_bytes_each_time_is_done_three_times_at_most(link: Li
         assert results[3].reason.endswith("RECIPE_DIFFERS: round 1: expected at most 3 different orders; got one more")
         assert not any(isinstance(result, Withdrawn) for result in results[:3])
         assert len(running.trainer.done) == 3
+
+
+def test_a_device_that_may_not_work_declines_and_is_asked_again(link: LinkServer) -> None:
+    """Asked in vain in more rounds than a client needs to be barred, it comes back."""
+    with run_site(link) as running:
+        running.trainer.gate.set()
+        until(link, lambda: "loaded" in running.kinds())
+        pause.pause(running.state, None)
+        for number in range(1, 6):
+            result = collect_one(link, post(link, number, body=b"x" * 200_000))
+            assert result == Withdrawn("site-a", "declined, DEVICE_NOT_READY: this device is paused by its owner")
+            assert collect_one(link, post_scores(link, number)) == result
+        assert not running.trainer.done
+        assert link.dispatcher.blocklist.reason("site-a") == ""
+        pause.resume(running.state)
+        assert isinstance(collect_one(link, post(link, 6)), ReceivedParts)
+        assert [kind for kind in running.kinds() if kind in ("waits", "works")] == ["waits", "works"]
+
+
+def test_a_device_that_starts_paused_loads_nothing_before_it_resumes(link: LinkServer) -> None:
+    pause.pause(link.folder / "state-site-a", None)
+    with run_site(link) as running:
+        running.trainer.gate.set()
+        result = collect_one(link, post(link))
+        assert isinstance(result, Withdrawn)
+        assert "loaded" not in running.kinds()
+        pause.resume(running.state)
+        assert isinstance(collect_one(link, post(link, 2)), ReceivedParts)
+        assert "loaded" in running.kinds()
+
+
+def test_the_server_hears_that_a_training_waits(link: LinkServer) -> None:
+    with run_site(link, trainer=RecordingTrainer(steps=7, obstacle="not on mains power")) as running:
+        message_id = post(link)
+        until(link, lambda: "paused at step 7 of 100" in [one.work for one in link.dispatcher.status().values()])
+        running.trainer.gate.set()
+        assert isinstance(collect_one(link, message_id), ReceivedParts)
 
 
 @pytest.mark.guarantee("G17")

@@ -32,6 +32,7 @@ with os.fdopen(requests) as lines, os.fdopen(replies, "w") as answers:
         if into.name == "steps":
             for step in (1, 2):
                 answers.write(json.dumps({"at": [step, 2, 1000 * step]}) + chr(10))
+            answers.write(json.dumps({"at": [2, 2, 2000], "waits": "not on mains power"}) + chr(10))
         said = {"failed": "expected a base; got none"} if into.name == "fail" else {"done": True}
         if "done" in said:
             into.write_text(f"{os.getpid()} {request['do']}")
@@ -110,7 +111,7 @@ def test_what_is_being_done_can_be_ended_at_once(trainer: ProcessTrainer, tmp_pa
 def test_its_lines_say_how_far_it_is(trainer: ProcessTrainer, tmp_path: Path) -> None:
     assert trainer.progress() == WorkProgress()
     trainer.perform(tmp_path, [], tmp_path / "steps")
-    assert trainer.progress() == WorkProgress(done=2, total=2, cpu_ms=2000)
+    assert trainer.progress() == WorkProgress(done=2, total=2, cpu_ms=2000, obstacle="not on mains power")
     trainer.perform(tmp_path, [], tmp_path / "b")
     trainer.close()
 

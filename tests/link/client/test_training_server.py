@@ -11,7 +11,9 @@ import pytest
 from fedtune.client.site import from_file
 from fedtune.client.site_process import load
 from fedtune.config import bind
-from fedtune.link.client import training_server
+from fedtune.link.client import pause, training_server
+from fedtune.link.client.conditions import PAUSED, Conditions, StepGate
+from fedtune.link.settings import Policy
 from fedtune.messages import Assignment, Plan, ScoreRequest, Training, TrainLora
 from fedtune.wire.codec import decode_update, encode_assignment
 from fedtune.wire.profile import decode_profile
@@ -101,6 +103,26 @@ def test_a_beat_says_how_far_a_request_is_and_nothing_between_two() -> None:
     assert at["at"][:2] == [3, 10]
     assert at["at"][2] > 0  # this process has computed something
     assert done == {"done": {}}
+
+
+def test_a_beat_says_why_the_work_waits_between_two_steps(tmp_path: Path) -> None:
+    lines = io.StringIO()
+    beat = training_server.Beat(lines)
+
+    def sleep(seconds: float) -> None:
+        beat.say()
+        pause.resume(tmp_path)
+
+    beat.gate = StepGate(Conditions(Policy(), tmp_path), sleep=sleep)
+    beat.begin()
+    pause.pause(tmp_path, None)
+    beat.step(3, 10)
+    beat.say()
+    beat.end({"done": {}})
+    waiting, working, _ = (json.loads(line) for line in lines.getvalue().splitlines())
+    assert (waiting["at"][:2], waiting["waits"]) == ([3, 10], PAUSED)
+    assert working["at"][:2] == [3, 10]
+    assert "waits" not in working
 
 
 @pytest.mark.parametrize("error", [MemoryError, SystemExit, KeyboardInterrupt, ValueError])

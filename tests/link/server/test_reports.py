@@ -39,6 +39,20 @@ def test_a_client_that_asks_and_comes_no_further_is_lost(harness: Harness) -> No
 
 
 @pytest.mark.guarantee("G14")
+def test_a_client_that_waits_for_its_device_is_waited_for_no_longer_than_another(harness: Harness) -> None:
+    message_id, _, order = harness.post("anna")
+    for minute in range(11):
+        assert not lost(harness, message_id)
+        harness.clock.now += 60
+        # What it computes by looking at the time is no progress.
+        said = pb.Progress(order=order, phase=pb.Progress.WAITING, done=3 + minute, total=100, cpu_ms=5000 * minute)
+        harness.dispatcher.sign_of_life("anna")
+        harness.dispatcher.hear("anna", 1, [said], [])
+    assert lost(harness, message_id) == "no progress for 660 s, though it asks (paused at step 13 of 100)"
+    assert harness.dispatcher.fleet().keys() == {"anna"}  # it is asked again in the next round
+
+
+@pytest.mark.guarantee("G14")
 def test_a_held_call_alone_is_no_progress(harness: Harness) -> None:
     message_id, *_ = harness.post("anna")
     harness.dispatcher.hold("anna", 1)
