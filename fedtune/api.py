@@ -403,6 +403,9 @@ def compare(
     seeds: Sequence[int] | None = None,
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
+    budgets: Sequence[str] = (),
+    target: float | None = None,
+    measure: str = "loss",
     watch: Watch | None = None,
 ) -> Path:
     """Run several recipes, each with the same seeds, and write one page that sets them side by side.
@@ -412,14 +415,21 @@ def compare(
         seeds: seeds to run each recipe with; the recipe's own without it.
         overrides: settings that replace those of every recipe.
         out: folder of the runs and the page; `runs/compare` (or the next free name) without it.
+        budgets: per client, such as `10MB`, `600s`, `5kJ`: within which the best quality is shown; without one the
+            least that any of the runs has spent.
+        target: value of the measure up to which costs are counted; without it the one at which the weakest recipe ends.
+        measure: of quality: loss, perplexity, bits_per_character, accuracy, macro_f1, rouge_l or exact_match.
         watch: called with each event of every run; without it they are shown as `simulate` shows them.
 
     Raises:
-        ConfigError: if a recipe is wrong; all are bound before the first one runs.
+        ConfigError: if a budget, the measure or a recipe is wrong; all are bound before the first one runs.
         StoreError: if a folder holds no run.
         RoundError: if no run could be finished; one that could not, or whose data or fleet is refused once it is
             loaded, is left out of the page, with a note.
     """
+    from fedtune.report.protocols import protocol_settings
+
+    settings = protocol_settings(budgets, target, measure)
     bound = [(Path(recipe), None if Path(recipe).is_dir() else bind(recipe, overrides=overrides)) for recipe in recipes]
     for path, recipe in bound:
         if recipe is None:
@@ -435,7 +445,7 @@ def compare(
         observe(Phase("drawing the comparison"))
         from fedtune.report.compare import write_comparison
 
-        return write_comparison(runs, folder)
+        return write_comparison(runs, folder, settings)
 
 
 def runs_of(

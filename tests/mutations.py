@@ -403,7 +403,7 @@ FAULTS = (
           "a command that was interrupted ends with success"),
     Fault("terminal/text.py", "not in HIDDEN or", "or",
           "a client's name may move the cursor of a terminal"),
-    Fault("report/compare.py", "np.std(known, ddof=1)", "np.std(known)",
+    Fault("report/spread.py", "np.std(known, ddof=1)", "np.std(known)",
           "the deviation over seeds is that of a population"),
     # Devices: whose bundle is taken.
     Fault("edge/bundle.py", "signer = verify_folder(path, roster, now=now).signer.name", "signer = roster.federation",
@@ -412,6 +412,8 @@ FAULTS = (
           "a device takes a bundle without a signature"),
     Fault("edge/bundle.py", 'if (bank := table.get("bank")) != BANK:', 'if (bank := BANK) != BANK:',
           "a device takes a bundle for another bank"),
+    Fault("report/protocols.py", "(cost <= budget)", "(cost <= budget + cost[1])",
+          "a recipe may spend a round more than its budget"),
 )  # fmt: skip
 
 

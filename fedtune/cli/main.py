@@ -349,7 +349,13 @@ def report(
         typer.echo(api.report(run, tensorboard=tensorboard))
 
 
-@app.command(epilog=examples("fedtune compare flora.toml fedit.toml --seeds 0,1,2", "fedtune compare runs/a runs/b"))
+@app.command(
+    epilog=examples(
+        "fedtune compare flora.toml fedit.toml --seeds 0,1,2",
+        "fedtune compare runs/a runs/b",
+        "fedtune compare runs/a runs/b --budget 10MB --budget 5kJ --target 3.5",
+    )
+)
 def compare(
     recipes: Annotated[
         list[Path], typer.Argument(metavar="RECIPE...", help="Recipes to run, or finished runs.", show_default=False)
@@ -357,6 +363,19 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="Seeds to run each recipe with, e.g. 0,1,2.")] = None,
     overrides: SetOption = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder instead of runs/compare.")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="Bytes, time or energy per client within which the best quality is shown, e.g. 10MB, 600s or 5kJ; may "
+            "be given once for each. Without it: the least that any of the runs has spent.",
+        ),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Value up to which costs are counted; without it the one at which the weakest recipe ends."),
+    ] = None,
+    measure: Annotated[str, typer.Option(metavar="NAME", help="Measure of quality, e.g. accuracy.")] = "loss",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -369,7 +388,16 @@ def compare(
         page = run_with_progress(
             "compare",
             quiet,
-            lambda watch: api.compare(recipes, seeds=numbers, overrides=overrides or (), out=out, watch=watch),
+            lambda watch: api.compare(
+                recipes,
+                seeds=numbers,
+                overrides=overrides or (),
+                out=out,
+                budgets=budget or (),
+                target=target,
+                measure=measure,
+                watch=watch,
+            ),
         )
         content = page.with_name("comparison.json")
         if as_json:

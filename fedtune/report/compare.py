@@ -10,29 +10,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedtune.errors import ConfigError, Fault
 from fedtune.report.comparison_curves import curves, deployed_loss, numbers, shared_loss
 from fedtune.report.curves import Floats, LossCurve, evaluations, last, loss_curve
 from fedtune.report.differences import differences, settings_table, warnings
 from fedtune.report.drawing import png, svg
 from fedtune.report.planner_choices import idle
+from fedtune.report.protocol_tables import percent, protocol_tables, ratio_text, short, spread_text
+from fedtune.report.protocols import Protocols, ProtocolSettings, protocols
 from fedtune.report.reader import Run, Scores, finite, read_run
 from fedtune.report.rendering import Card, Table, render, replace_text
-from fedtune.report.time_to_target import Ratio, times_to_target
+from fedtune.report.spread import Spread, mean_and_spread
+from fedtune.report.time_to_target import times_to_target
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
 from fedtune.store.typed_json import nan_to_null
-
-
-@dataclass(frozen=True)
-class Spread:
-    """One number over the seeds of a recipe."""
-
-    mean: float
-    """NaN if no seed measured it."""
-    deviation: float | None
-    """Sample standard deviation (divided by n - 1); None for fewer than two seeds."""
 
 
 @dataclass(frozen=True)
@@ -121,27 +112,21 @@ def _row(runs: Sequence[Run]) -> Row:
     )
 
 
-def mean_and_spread(values: Sequence[float]) -> Spread:
-    """Return mean and sample standard deviation of the values that are known.
-
-    >>> mean_and_spread([1.0, 3.0])
-    Spread(mean=2.0, deviation=1.4142135623730951)
-    """
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return Spread(math.nan, None)
-    return Spread(float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None)
-
-
-def write_comparison(runs: Sequence[Path], out: Path) -> Path:
+def write_comparison(runs: Sequence[Path], out: Path, settings: ProtocolSettings | None = None) -> Path:
     """Write comparison.html, comparison.json and figures as PNG into the folder `out` and return the page's path.
+
+    Args:
+        runs: run directories.
+        out: where the page is written.
+        settings: budgets, target and measure of the three protocols.
 
     Raises:
         StoreError, ConfigError: as `compare` does.
     """
     comparison = compare(runs)
     out.mkdir(parents=True, exist_ok=True)
-    replace_text(out / "comparison.json", json.dumps(nan_to_null(numbers_of(comparison)), indent=1) + "\n")
+    three = protocols(comparison.groups, settings)
+    replace_text(out / "comparison.json", json.dumps(nan_to_null(numbers_of(comparison, three)), indent=1) + "\n")
     cards = []
     for name, (title, lines) in {
         "comparison": shared_loss(comparison.groups),
@@ -161,8 +146,10 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
         heading=_heading(comparison),
         results=comparison_table(comparison),
         differences=difference_table(comparison),
-        settings=settings(comparison),
-        warnings=warnings(comparison.groups),
+        settings=differing_settings(comparison),
+        protocols=protocol_tables([row.name for row in comparison.rows], three),
+        protocol_clock=three.clock,
+        warnings=[*warnings(comparison.groups), *three.missing],
         times=time_table(comparison),
         cards=cards,
         recipes=[members[0] for members in comparison.groups],
@@ -171,7 +158,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     return target
 
 
-def numbers_of(comparison: Comparison) -> Mapping[str, Any]:
+def numbers_of(comparison: Comparison, three: Protocols) -> Mapping[str, Any]:
     """Return the content of comparison.json: what the page's tables hold, for programs and for the terminal."""
     return {
         "version": 1,
@@ -181,7 +168,8 @@ def numbers_of(comparison: Comparison) -> Mapping[str, Any]:
         ],
         "differences": [asdict(difference) for difference in differences(comparison.groups)],
         "settings": settings_table(comparison.groups),
-        "warnings": warnings(comparison.groups),
+        "protocols": asdict(three),
+        "warnings": [*warnings(comparison.groups), *three.missing],
     }
 
 
@@ -208,7 +196,7 @@ def difference_table(comparison: Comparison) -> Table | None:
     return Table(head, rows, text_columns=2) if rows else None
 
 
-def settings(comparison: Comparison) -> Table | None:
+def differing_settings(comparison: Comparison) -> Table | None:
     """Return the settings that are not the same in all recipes."""
     rows = [[key, *values] for key, values in settings_table(comparison.groups).items()]
     head = ["setting", *(row.name for row in comparison.rows)]
@@ -242,11 +230,11 @@ def comparison_table(comparison: Comparison) -> Table:
             ", ".join(map(str, row.seeds)),
             f"{row.rounds}{'' if row.finished else ' (interrupted)'}",
             *(
-                _text(loss, number_text, _short)
+                spread_text(loss, number_text, short)
                 for loss in (row.test_before, row.test_after, row.mean_client, row.worst_client)
             ),
-            *(_text(size, bytes_text, bytes_text) for size in (row.bytes_up, row.bytes_down)),
-            _text(row.seconds, seconds_text, seconds_text),
+            *(spread_text(size, bytes_text, bytes_text) for size in (row.bytes_up, row.bytes_down)),
+            spread_text(row.seconds, seconds_text, seconds_text),
         ]
         for row in comparison.rows
     ]
@@ -273,34 +261,14 @@ def time_table(comparison: Comparison) -> Table | None:
     for index, row in enumerate(comparison.rows):
         cells = [
             row.name,
-            _text(row.clock, seconds_text, seconds_text),
-            _text(row.idle, _percent, _percent),
-            *([_text(row.deployed, number_text, _short)] if with_deployed else []),
+            spread_text(row.clock, seconds_text, seconds_text),
+            spread_text(row.idle, percent, percent),
+            *([spread_text(row.deployed, number_text, short)] if with_deployed else []),
         ]
         for times in shown.values():
             cells += [
-                _text(mean_and_spread(times[index].seconds), seconds_text, seconds_text),
-                _ratio(times[index].ratio),
+                spread_text(mean_and_spread(times[index].seconds), seconds_text, seconds_text),
+                ratio_text(times[index].ratio),
             ]
         rows.append(cells)
     return Table(head, rows)
-
-
-def _text(value: Spread, show: Callable[[float], str], show_deviation: Callable[[float], str]) -> str:
-    if math.isnan(value.mean):
-        return NOTHING
-    return f"{show(value.mean)} ± {show_deviation(value.deviation)}" if value.deviation else show(value.mean)
-
-
-def _short(value: float) -> str:
-    return number_text(value, 2)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
-
-
-def _ratio(ratio: Ratio) -> str:
-    if math.isnan(ratio.mean):
-        return NOTHING
-    return f"{ratio.mean:.2f}" + ("" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})")

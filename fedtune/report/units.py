@@ -8,6 +8,7 @@ NOTHING = "\N{EN DASH}"
 """Shown where a number was not measured."""
 
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+_JOULES = ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J"))
 _SECONDS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
@@ -31,6 +32,23 @@ def bytes_text(count: float | None) -> str:
         return NOTHING
     size, unit = bytes_unit(abs(count))
     return f"{count / size:.0f} B" if unit == "B" else f"{count / size:.3g} {unit}"
+
+
+def joules_unit(largest: float) -> tuple[float, str]:
+    """Return the unit of energy in which `largest` is at least 1: its size in joules and its name."""
+    return next((unit for unit in _JOULES if largest >= unit[0]), _JOULES[-1])
+
+
+def joules_text(joules: float | None) -> str:
+    """Return an energy in the unit that fits.
+
+    >>> joules_text(1234.0), joules_text(0.5)
+    ('1.23 kJ', '0.5 J')
+    """
+    if joules is None or not math.isfinite(joules):
+        return NOTHING
+    size, unit = joules_unit(abs(joules))
+    return f"{joules / size:.3g} {unit}"
 
 
 def seconds_text(seconds: float | None) -> str:

@@ -58,6 +58,9 @@ class ClientRecord:
     """Memory that the cost model expects it to take; left out for simulated devices, and bases without such a model."""
     down_s: float | None = None
     """Of `transfer_s`, that down; left out where the two ways are not known apart."""
+    joules: float | None = None
+    """Energy that its device took for all this: by its profile's power, or as its meter counted; left out where neither
+    is known."""
     loss_before: float | None = None
     """Loss before the local steps, on some of the client's held-out rows, or of its training rows if it holds out none;
     None also where it is not finite."""

@@ -86,6 +86,8 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
     if client.compute_s is not None:
         line |= {"compute_s": client.compute_s, "transfer_s": client.transfer_s, "overhead_s": client.overhead_s}
         line |= {} if client.down_s is None else {"down_s": client.down_s}
+    if client.joules is not None:
+        line["joules"] = client.joules
     for key in ("planned_s", "planned_bytes"):
         if (planned := getattr(client, key)) is not None:
             line[key] = planned

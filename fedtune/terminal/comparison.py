@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.terminal.protocols import protocol_tables, spread
 from fedtune.terminal.summary import grid, table_width
 from fedtune.terminal.text import duration, number, printable, size
 
@@ -16,11 +17,13 @@ Json: TypeAlias = Mapping[str, Any]
 
 
 def show_comparison(console: Console, content: Json) -> None:
-    """Print the content of comparison.json: results, paired differences, settings that differ, and warnings."""
+    """Print the content of comparison.json: results, differences, the three protocols, settings and warnings."""
     width = table_width(console)
     console.print(results(content["recipes"]), width=width)
     if content["differences"]:
         console.print(difference_table(content["differences"], content["recipes"][0]["name"]), width=width)
+    for table in protocol_tables([row["name"] for row in content["recipes"]], content["protocols"]):
+        console.print(table, width=width)
     if content["settings"]:
         console.print(settings(content["settings"], [row["name"] for row in content["recipes"]]), width=width)
     for text in content["warnings"]:
@@ -44,13 +47,6 @@ def results(rows: Sequence[Json]) -> Table:
             spread(row["seconds"], duration),
         )
     return table
-
-
-def spread(value: Json, show: Callable[[float], str]) -> str:
-    """Return a mean and, below it, its deviation."""
-    if value["mean"] is None:
-        return "-"
-    return show(value["mean"]) + (f"\n± {show(value['deviation'])}" if value["deviation"] else "")
 
 
 def difference_table(rows: Sequence[Json], first: str) -> Table:

@@ -43,6 +43,19 @@ def size(count: float) -> str:
     return f"{count / 1000:.1f} TB"
 
 
+def energy(joules: float) -> str:
+    """Return an energy in J, kJ or MJ.
+
+    >>> energy(0.25), energy(1234.0)
+    ('0.25 J', '1.23 kJ')
+    """
+    for unit in ("J", "kJ"):
+        if joules < 999.5:
+            return f"{joules:.3g} {unit}"
+        joules /= 1000
+    return f"{joules:.3g} MJ"
+
+
 def duration(seconds: float) -> str:
     """Return a time as `7.2 s`, then `m:ss`, then `h:mm:ss`.
 

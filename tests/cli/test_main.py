@@ -277,7 +277,31 @@ def test_compare_takes_recipes_seeds_and_settings(script: Any) -> None:
     assert ended.stdout == "page.html\n"
     assert "a, seed 0" in ended.stderr
     assert compare.positional == ([Path("a.toml"), Path("runs/b")],)
-    assert compare.named == {"seeds": [0, 1, 2], "overrides": ["rounds.count=2"], "out": None}
+    assert compare.named == {
+        "seeds": [0, 1, 2],
+        "overrides": ["rounds.count=2"],
+        "out": None,
+        "budgets": (),
+        "target": None,
+        "measure": "loss",
+    }
+
+
+def test_compare_takes_budgets_a_target_and_a_measure(script: Any) -> None:
+    compare = script("compare", Path("page.html"))
+    fedtune(
+        "compare", "a.toml", "--budget", "10MB", "--budget", "5kJ", "--target", "3.5", "--measure", "accuracy", "-q"
+    )
+    asked = {key: compare.named[key] for key in ("budgets", "target", "measure")}
+    assert asked == {"budgets": ["10MB", "5kJ"], "target": 3.5, "measure": "accuracy"}
+
+
+def test_a_budget_without_a_unit_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    ended = fedtune("compare", tmp_path / "missing.toml", "--budget", "10")
+    assert ended.exit_code == 2
+    assert "--budget: expected a number above 0 with a unit, such as 10MB, 600s or 5kJ" in " ".join(
+        ended.stderr.split()
+    )
 
 
 def test_seeds_that_are_none_are_told(script: Any) -> None:

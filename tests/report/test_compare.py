@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fedtune.errors import ConfigError
-from fedtune.report.compare import Spread, compare, mean_and_spread, write_comparison
+from fedtune.report.compare import compare, write_comparison
+from fedtune.report.spread import Spread, mean_and_spread
 from tests.report.conftest import WriteRun
 
 
@@ -35,11 +36,6 @@ def test_seeds_of_one_recipe_become_mean_and_spread(write_run: WriteRun) -> None
     assert second.test_after == Spread(5.0, None)
     assert second.worst_client.mean == pytest.approx(2.9)
     assert second.mean_client.mean == pytest.approx(2.85)
-
-
-def test_what_no_seed_measured_has_no_mean() -> None:
-    assert math.isnan(mean_and_spread([math.nan]).mean)
-    assert mean_and_spread([math.nan, 2.0]) == Spread(2.0, None)
 
 
 def test_a_seed_given_twice_is_refused(write_run: WriteRun) -> None:
@@ -111,6 +107,9 @@ def test_the_numbers_are_written_for_programs(write_run: WriteRun, tmp_path: Pat
     assert [row["name"] for row in content["recipes"]] == ["a", "b"]
     assert content["recipes"][0]["test_after"]["mean"] == compare(paths).rows[0].test_after.mean
     assert content["recipes"][0]["bytes"]["mean"] > 0
+    (spent, time) = content["protocols"]["under_budget"]
+    assert (spent["resource"], time["resource"], content["protocols"]["clock"]) == ("bytes", "seconds", "devices")
+    assert "Cost per client until the loss is" in page.read_text()
     (difference,) = content["differences"]
     assert difference["interval"]["mean"] == 0.0
     assert "Differences" in page.read_text()

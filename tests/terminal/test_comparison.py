@@ -18,6 +18,7 @@ def row(name: str, **values: Any) -> dict[str, Any]:
     return {"name": name, "method": "flora", "seeds": [0, 1, 2], "finished": True, **losses, **others, **values}
 
 
+NO_PROTOCOLS: dict[str, Any] = {"measure": "loss", "under_budget": [], "to_target": [], "robustness": []}
 CONTENT: dict[str, Any] = {
     "recipes": [row(LONG), row(HOSTILE, finished=False, mean_client={"mean": None, "deviation": None})],
     "differences": [
@@ -35,6 +36,7 @@ CONTENT: dict[str, Any] = {
         },
     ],
     "settings": {"method.name": ["flora", "fedit"], "data.fields": ["x" * 200, "-"]},
+    "protocols": NO_PROTOCOLS,
     "warnings": ["a and b have other bases: losses do not compare"],
 }
 
@@ -64,7 +66,7 @@ def test_a_comparison_fits_into_80_columns() -> None:
 
 def test_one_recipe_has_neither_differences_nor_settings() -> None:
     file = StringIO()
-    content = {"recipes": [row("a")], "differences": [], "settings": {}, "warnings": []}
+    content = {"recipes": [row("a")], "differences": [], "settings": {}, "protocols": NO_PROTOCOLS, "warnings": []}
     show_comparison(Console(file=file, width=80), content)
     assert "interval" not in file.getvalue()
     assert "settings" not in file.getvalue()
