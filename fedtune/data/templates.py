@@ -38,8 +38,8 @@ TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeE
 class Chatty(Protocol):
     """What is used of a tokenizer to fill in its chat template."""
 
-    chat_template: Any
-
+    @property
+    def chat_template(self) -> Any: ...
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
     def get_chat_template(self, chat_template: Any = None, tools: Any = None) -> Any: ...
 

@@ -30,12 +30,15 @@ FACTS = BundleFacts(
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
-def write_bundle(path: Path, *, edit: Mapping[str, Any] | None = None, **facts: Any) -> Path:
-    """Write a bundle of one layer; `facts` replace fields, `edit` replaces what the manifest says of the bundle."""
+def write_bundle(
+    path: Path, *, edit: Mapping[str, Any] | None = None, files: Mapping[str, bytes] | None = None, **facts: Any
+) -> Path:
+    """Write a bundle of one layer with more files; `facts` and `edit` replace what its manifest says."""
     stated = dict(manifest_facts(replace(FACTS, **facts), base_name="tiny", base_digest="ab" * 32))
     stated["bundle"] = {**stated["bundle"], **(edit or {})}
     with new_folder(path) as folder:
         fill(folder / TENSORS, describe_base({"layer.weight": WEIGHT}).encode())
-        fill(folder / "graph.onnx", b"a graph")
+        for name, content in {"graph.onnx": b"a graph", **(files or {})}.items():
+            fill(folder / name, content)
         manifest.write(folder, stated)
     return path
