@@ -101,6 +101,11 @@ class JoinSettings:
     """Seconds of the longest pause between two attempts to connect."""
     patience_s: Annotated[float, Ge(0)] = 0.0
     """The site gives up after this time without a connection; 0: never."""
+    max_up_kib_s: Annotated[float, Gt(0)] | None = None
+    """Bandwidth that the site's answers take at most; none: no limit. Signs of life go on beside them. At least what
+    the server asks of a transfer: its `link.part_kib` in three quarters of `link.stall_s`, by default 5.7."""
+    max_down_kib_s: Annotated[float, Gt(0)] | None = None
+    """Bandwidth that the orders of the server take at most; none: no limit. At least as much as for `max_up_kib_s`."""
 
 
 @dataclass(frozen=True)

@@ -95,13 +95,14 @@ def run_site(
     trainer: RecordingTrainer | None = None,
     *,
     name: str = "site-a",
+    bandwidth: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Iterator[Site]:
     """Run a client in a thread until the block ends, which stops it."""
     events: list[tuple[str, dict[str, Any]]] = []
     identity, worker, state = link.identities[name], trainer or RecordingTrainer(), link.folder / f"state-{name}"
     state.mkdir(exist_ok=True)
-    settings = JoinSettings(f"localhost:{link.port}", backoff_s=0.05, backoff_cap_s=0.2)
+    settings = JoinSettings(f"localhost:{link.port}", backoff_s=0.05, backoff_cap_s=0.2, **(bandwidth or {}))
     roster = RosterFile(identity.folder / "roster", identity.root)
 
     def record(kind: str, **fields: int | str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import grpc
 
 from fedtune.link.pki.identity import Identity
-from fedtune.link.settings import MIB, JoinSettings
+from fedtune.link.settings import KIB, MIB, JoinSettings
 from fedtune.wire.v1 import link_pb2 as pb
 
 CONNECT_S = 10.0
@@ -73,6 +73,14 @@ def host_of(address: str) -> str:
     return address.rpartition(":")[0].strip("[]")
 
 
+def lookahead_bytes(max_down_kib_s: float | None) -> int:
+    """Return how many bytes of a download may be on their way before they are read."""
+    # 4 MiB in each round trip of 100 ms are 40 MB/s: the receive window must not be what limits a download.
+    unlimited = 4 * MIB
+    # What is not read yet has been received all the same: a second's worth, but no less than HTTP/2 begins with.
+    return unlimited if max_down_kib_s is None else min(unlimited, max(64 * KIB, int(max_down_kib_s * KIB)))
+
+
 def dial(identity: Identity, settings: JoinSettings) -> LinkStub:
     """Return the calls of the server at an address; nothing is connected before the first."""
     options: list[tuple[str, int | str]] = [
@@ -88,8 +96,9 @@ def dial(identity: Identity, settings: JoinSettings) -> LinkStub:
         ("grpc.max_reconnect_backoff_ms", int(1000 * settings.backoff_cap_s)),
         # gRPC would repeat a call blindly; `Backoff` knows where a transfer goes on.
         ("grpc.enable_retries", 0),
-        # 4 MiB in each round trip of 100 ms are 40 MB/s: the receive window must not be what limits a download.
-        ("grpc.http2.lookahead_bytes", 4 * MIB),
+        ("grpc.http2.lookahead_bytes", lookahead_bytes(settings.max_down_kib_s)),
+        # Its estimate of the line would open the window further than a limit allows.
+        ("grpc.http2.bdp_probe", int(settings.max_down_kib_s is None)),
         ("grpc.use_local_subchannel_pool", 1),  # two clients in one process share no connection
     ]
     if settings.server_name:

@@ -14,6 +14,7 @@ from fedtune.errors import ClientError, ConfigError, Fault, WireError
 from fedtune.link.audit_log import RecordEvent, ignore_event
 from fedtune.link.client import outbox
 from fedtune.link.client.backoff import Backoff
+from fedtune.link.client.bandwidth import Bandwidth, check_limits
 from fedtune.link.client.channel import LinkStub, diagnose, dial
 from fedtune.link.client.conditions import Conditions
 from fedtune.link.client.delivery import Delivery
@@ -83,14 +84,15 @@ class Client:
         self._calls: LinkStub = dial(identity, settings)
         self._guard = ThreadGuard(self._stop, self._calls.close)
         self._backoff = Backoff(identity, settings, stop=self._stop, record=record, clock=clock)
+        self._up, self._down = Bandwidth(settings.max_up_kib_s), Bandwidth(settings.max_down_kib_s)
         self._device = DeviceWatch(conditions or Conditions(rules, state), stop=self._stop, record=record)
         self._session = Session(
             identity, roster, self._calls, self._backoff, record=record, now=now, clock=clock, redial=self._redial
         )
         self._work = TrainingJobs(
             self._session,
-            Downloads(self._calls, self._backoff, record=record),
-            Delivery(self._session, self._calls, self._backoff, record=record),
+            Downloads(self._calls, self._backoff, self._down, record=record),
+            Delivery(self._session, self._calls, self._backoff, self._up, record=record),
             self._guard,
             self._device,
             rules,
@@ -191,6 +193,7 @@ class Client:
         """Take part in a run, or resume it: stored replies without a receipt are sent first."""
         if self._stop.is_set():
             return
+        check_limits(self._settings, greeting.limits)
         # A restarted client does not ask its operator again; with another recipe it is another run to a site.
         is_known = outbox.accepted_recipe(self._state, greeting.run) == greeting.recipe
         self._record(
@@ -229,6 +232,8 @@ class Client:
             dropped=self._dropped,
         )
         reply = self._calls.next(request, timeout=greeting.limits.hold_ms / 1000 + CALL_S)
+        self._up.take(request.ByteSize())
+        self._down.take(reply.ByteSize())
         # Before anything of the reply is verified: it may be signed by a key that only the newer roster names.
         self._session.hear_version(reply.roster_version)
         self._session.follow_roster()

@@ -12,6 +12,7 @@ import grpc
 from fedtune.errors import WireError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client.backoff import REPORT_INTERVAL_S, Backoff
+from fedtune.link.client.bandwidth import Bandwidth
 from fedtune.link.client.channel import LinkStub
 from fedtune.link.client.jobs import Job
 from fedtune.link.client.replies import reply_bytes
@@ -38,11 +39,13 @@ class Delivery:
         session: Session,
         calls: LinkStub,
         backoff: Backoff,
+        bandwidth: Bandwidth,
         *,
         record: RecordEvent,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session, self._calls, self._backoff, self._record, self._clock = session, calls, backoff, record, clock
+        self._bandwidth = bandwidth
         self._put_off: dict[str, float] = {}  # by reason: when it was recorded last
 
     def deliver(
@@ -71,6 +74,8 @@ class Delivery:
         job.begin(pb.Progress.SENDING, reply_bytes(request))
         timeout_s = SUBMIT_S + request.ByteSize() / LEAST_BYTES_S
         while True:
+            if pause_s := self._bandwidth.take(request.ByteSize()):
+                job.wait(pause_s)
             response = self._backoff.retry(job, lambda: self._calls.submit(request, timeout=timeout_s))
             self._session.hear_version(response.roster_version)
             match response.WhichOneof("what"):
@@ -140,7 +145,10 @@ class Delivery:
         if greeting is None:
             job.wait(PUSH_RETRY_S)
             return
-        upload = OutgoingUpload(path, reply, want, greeting.limits)
+        with self._bandwidth.turn(job):
+            self._send_part(job, want, OutgoingUpload(path, reply, want, greeting.limits, self._bandwidth), reply)
+
+    def _send_part(self, job: Job, want: pb.Want, upload: OutgoingUpload, reply: bytes) -> None:
         try:
             for ack in self._calls.push(upload.messages()):
                 job.check()
@@ -169,8 +177,8 @@ class OutgoingUpload:
     gRPC reads the messages in a thread of its own, while the acknowledgements come in the thread of the job.
     """
 
-    def __init__(self, path: Path, reply: bytes, want: pb.Want, limits: pb.Limits) -> None:
-        self._path, self._reply, self._want, self._limits = path, reply, want, limits
+    def __init__(self, path: Path, reply: bytes, want: pb.Want, limits: pb.Limits, bandwidth: Bandwidth) -> None:
+        self._path, self._reply, self._want, self._limits, self._bandwidth = path, reply, want, limits, bandwidth
         self.sent = self._acknowledged = want.offset
         self._changed, self._over = threading.Condition(), False
 
@@ -179,11 +187,12 @@ class OutgoingUpload:
         with self._path.open("rb") as file:
             file.seek(self._want.offset)
             message = pb.PushPart(answer=self._reply, digest=self._want.digest, offset=self._want.offset)
-            more = True
+            more, size = True, self._bandwidth.piece(self._limits.part_bytes)
             while not self._over and more:
-                message.data = file.read(self._limits.part_bytes)
+                message.data = file.read(size)
                 self.sent += len(message.data)
-                more = len(message.data) == self._limits.part_bytes
+                more = len(message.data) == size
+                self._wait(self._bandwidth.take(len(message.data)))
                 # The first message goes out even without data: a server that has the whole part from before a restart
                 # verifies it only then.
                 yield message
@@ -192,6 +201,12 @@ class OutgoingUpload:
                     # HTTP/2's own window follows the sender: without this one, a server's memory would grow with it.
                     while not self._over and self.sent - self._acknowledged > self._limits.window_bytes:
                         self._changed.wait(1.0)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, unless the upload ends before."""
+        if seconds:
+            with self._changed:
+                self._changed.wait_for(lambda: self._over, seconds)
 
     def acknowledge(self, received: int) -> None:
         """Note how many bytes of the part the server has."""

@@ -12,6 +12,7 @@ import grpc
 from fedtune.errors import WireError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client.backoff import Backoff
+from fedtune.link.client.bandwidth import Bandwidth
 from fedtune.link.client.channel import LinkStub
 from fedtune.link.client.jobs import Job, StoppedError
 from fedtune.link.client.outbox import Entry
@@ -28,8 +29,8 @@ RETRY_S = 0.2
 class Downloads:
     """Fetches parts of tasks into the outbox."""
 
-    def __init__(self, calls: LinkStub, backoff: Backoff, *, record: RecordEvent) -> None:
-        self._calls, self._backoff, self._record = calls, backoff, record
+    def __init__(self, calls: LinkStub, backoff: Backoff, bandwidth: Bandwidth, *, record: RecordEvent) -> None:
+        self._calls, self._backoff, self._bandwidth, self._record = calls, backoff, bandwidth, record
 
     def fetch(self, job: Job, entry: Entry, part: pb.Part, inline: Mapping[bytes, bytes]) -> None:
         """Have a part of a task on the disk.
@@ -58,7 +59,9 @@ class Downloads:
             return
         job.begin(pb.Progress.FETCHING, part.num_bytes)
         for attempt in range(ATTEMPTS):
-            if self._download(job, part, partial) == part.digest:
+            with self._bandwidth.turn(job):
+                downloaded = self._download(job, part, partial)
+            if downloaded == part.digest:
                 with store_errors(whole):
                     partial.replace(whole)
                 self._record("fetched", round=job.header.round, part=part.digest.hex(), bytes=part.num_bytes)
@@ -90,6 +93,9 @@ class Downloads:
                         file.write(chunk.data)
                         hasher.update(chunk.data)
                         job.done_bytes = file.tell()
+                        # Not read on before its time: gRPC's window then has the server wait, too.
+                        if pause_s := self._bandwidth.take(chunk.ByteSize()):
+                            job.wait(pause_s)
                 except grpc.RpcError as error:
                     # The next try asks from the file's end.
                     file.flush()

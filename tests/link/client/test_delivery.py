@@ -11,6 +11,7 @@ import pytest
 
 from fedtune.errors import WireError
 from fedtune.link.client import delivery
+from fedtune.link.client.bandwidth import Bandwidth
 from fedtune.link.client.delivery import Delivery, OutgoingUpload
 from fedtune.link.client.jobs import Job
 from fedtune.link.envelopes import digest
@@ -60,7 +61,7 @@ def deliver(reply: pb.Envelope, responses: list[pb.SubmitReply]) -> list[str]:
         return responses.pop(0)
 
     calls: Any = SimpleNamespace(submit=submit)
-    delivery = Delivery(session, calls, backoff, record=lambda kind, **fields: None)
+    delivery = Delivery(session, calls, backoff, Bandwidth(None), record=lambda kind, **fields: None)
     job = Job(TASK, ROUND, threading.Event())
     assert delivery.deliver(job, pb.SubmitRequest(envelope=reply), {}, durable=durable) is not None
     return steps
@@ -92,7 +93,9 @@ def test_a_reason_to_wait_that_lasts_is_recorded_once_in_a_while(monkeypatch: py
         return pb.SubmitReply(refusal=refusal)
 
     calls: Any = SimpleNamespace(submit=submit)
-    site = Delivery(session, calls, backoff, record=lambda kind, **fields: recorded.append(kind), clock=clock)
+    site = Delivery(
+        session, calls, backoff, Bandwidth(None), record=lambda kind, **fields: recorded.append(kind), clock=clock
+    )
     assert site.deliver(Job(TASK, ROUND, threading.Event()), pb.SubmitRequest(), {}) is None
     assert recorded.count("put off") == 4  # two reasons; the first lasted for more than ten minutes
 
@@ -109,7 +112,7 @@ LIMITS = pb.Limits(part_bytes=10, window_bytes=20)
 def upload(folder: Path, data: bytes, offset: int = 0) -> OutgoingUpload:
     path = folder / "update"
     path.write_bytes(data)
-    return OutgoingUpload(path, b"reply", pb.Want(digest=b"part", offset=offset), LIMITS)
+    return OutgoingUpload(path, b"reply", pb.Want(digest=b"part", offset=offset), LIMITS, Bandwidth(None))
 
 
 def test_the_first_message_names_the_part_and_the_others_only_carry_on(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import ConfigError, WireError
+from fedtune.link.client.bandwidth import Bandwidth
 from fedtune.link.client.downloads import Downloads, hash_file
 from fedtune.link.client.jobs import Job, StoppedError
 from fedtune.link.client.outbox import Entry
@@ -47,7 +48,7 @@ def fetch(folder: Path, server: Server, inline: Mapping[bytes, bytes] | None = N
     backoff: Any = NoBackoff()
     entry = Entry(folder, pb.Envelope(), pb.Header())
     job = Job(b"task", pb.Header(), threading.Event())
-    downloads = Downloads(calls, backoff, record=lambda kind, **fields: events.append(kind))
+    downloads = Downloads(calls, backoff, Bandwidth(None), record=lambda kind, **fields: events.append(kind))
     downloads.fetch(job, entry, PART, inline or {})
     return entry.part(PART.digest), events
 
