@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from fedtune.directions.seed_ledger import LEDGER_HEADER, LEDGER_MAGIC, MANIFEST_MAGIC, decode_ledger, decode_manifest
 from fedtune.link.envelopes import KIND
-from fedtune.link.pki import enrollment, roster
+from fedtune.link.pki import codes, enrollment, roster
 from fedtune.link.pki.signing import key_id, sign
 from fedtune.messages import ProbeSeeds, Training
 from fedtune.methods import METHODS
@@ -20,7 +21,7 @@ from fedtune.wire import codec, scores, settings
 from fedtune.wire.profile import decode_profile, decode_terms, encode_profile
 from fedtune.wire.v1 import link_pb2 as link
 from fedtune.wire.v1 import round_pb2 as pb
-from tests.decoders import MEMBER, read_envelope, read_signed_header
+from tests.decoders import MEMBER, read_code, read_envelope, read_signed_header
 from tests.link.harness import KEY
 from tests.link.pki.test_roster import PUBLIC, ROOT
 from tests.link.test_fuzz import BLUEPRINT, settings_of
@@ -140,7 +141,17 @@ def read_roster(data: bytes) -> object:
 read_settings = partial(settings.decode, schema=Training)
 NESTED = b"[" * (MANY // 2) + b"]" * (MANY // 2)
 
+
+def code(content: bytes) -> bytes:
+    body = codes._write(zlib.compress(content, 9))
+    return f"fedtune.request.{len(body)}.{body}.AAAAAAAA".encode()
+
+
 BOMBS: Mapping[str, Bomb] = {
+    # Codes that are pasted.
+    "code: 64 MiB of zeros, compressed": (lambda: code(bytes(64 * 2**20)), read_code),
+    "code: a million digits": (lambda: b"fedtune.request.999999." + b"z" * 10**6 + b".AAAAAAAA", read_code),
+    "code: pieces within pieces": (lambda: code(bytes(3) + b"\x00\xff\xf0" + bytes(60_000)), read_code),
     # Updates of clients, with tensors.
     "update: a header of 4 GiB": (lambda: b"\xff\xff\xff\xff" + bytes(100), read_update),
     "update: a header up to the limit that is not there": (

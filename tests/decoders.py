@@ -14,7 +14,7 @@ from fedtune.directions.bank import BANKS
 from fedtune.directions.seed_ledger import SeedLedger, decode_ledger, decode_manifest, describe_base
 from fedtune.errors import FedtuneError
 from fedtune.link.envelopes import KIND, verify_envelope
-from fedtune.link.pki import enrollment, roster
+from fedtune.link.pki import codes, enrollment, roster
 from fedtune.link.pki.roster import Party
 from fedtune.link.pki.signing import key_id, public_bytes, sign
 from fedtune.link.rejections import RejectionError
@@ -48,6 +48,10 @@ class Decoder:
     read: Callable[[bytes], object]
 
 
+def read_code(data: bytes) -> bytes:
+    return codes.decode("request", data.decode("utf-8", "replace"))
+
+
 def decoders(folder: Path) -> list[Decoder]:
     """Return all of them; `folder` is for those that read files."""
     task = pb.Header(federation="care", run="0123456789abcdef", round=1)
@@ -75,6 +79,7 @@ def decoders(folder: Path) -> list[Decoder]:
             codec.encode_update(test_codec.UPDATE),
             lambda data: codec.decode_update(data, client="bank-1", limit_bytes=LIMIT),
         ),
+        Decoder("pasted code", codes.encode("request", b"a request").encode(), read_code),
         Decoder(
             "probe update",
             codec.encode_update(test_probe.UPDATE),

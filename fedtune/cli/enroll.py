@@ -42,7 +42,7 @@ def request(
 ) -> None:
     """Create this party's keys, which stay here, and a request for the CA; run it again to renew a certificate."""
     with report_errors(debug):
-        from fedtune.link.pki import enrollment
+        from fedtune.link.pki import codes, enrollment
         from fedtune.link.pki.signing import fingerprint
         from fedtune.store.files import write_bytes
 
@@ -52,6 +52,7 @@ def request(
         typer.echo(f"wrote {path}; the keys stay in {identity}")
         typer.echo(f"fingerprint, to compare by voice with the person who signs: {fingerprint(data)}")
         typer.echo(f"next, at the CA: fedtune enroll sign {path}")
+        typer.echo(f"or send this line, and there: fedtune enroll sign CODE\n{codes.encode('request', data)}")
 
 
 @app.command(
@@ -60,7 +61,12 @@ def request(
     )
 )
 def sign(
-    request: Annotated[Path, typer.Argument(metavar="REQUEST", help="What the site sent.", show_default=False)],
+    request: Annotated[
+        str,
+        typer.Argument(
+            metavar="REQUEST", help="What the site sent: a file, its code, or - to paste that.", show_default=False
+        ),
+    ],
     ca: AuthorityOption = Path("ca"),
     days: Annotated[int, typer.Option(min=1, max=397, help="How long the certificate lasts.")] = 90,
     fingerprint: Annotated[
@@ -76,10 +82,10 @@ def sign(
     """Enter a party into the roster and sign its certificate, after its fingerprint has been compared."""
     with report_errors(debug):
         from fedtune.errors import ConfigError, Fault
-        from fedtune.link.pki import authority, enrollment, signing
+        from fedtune.link.pki import authority, codes, enrollment, signing
         from fedtune.store.files import write_bytes
 
-        data = enrollment.read_received(request, "a request", "fedtune enroll request")
+        data = codes.read_given("request", request, "fedtune enroll request", sys.stdin)
         applicant = enrollment.read_request(data)
         actual = signing.fingerprint(data)
         typer.echo(
@@ -100,22 +106,31 @@ def sign(
         version = authority.current_roster(ca).version
         typer.echo(f"wrote {path}; the roster has version {version}")
         typer.echo(f"next, at {printable(applicant.name)}: fedtune enroll accept {path}")
+        if len(bundle) <= codes.MAX_BYTES and len(code := codes.encode("bundle", bundle)) <= codes.MAX_PASTED:
+            typer.echo(f"or send this line, and there: fedtune enroll accept CODE\n{code}")
+        else:
+            typer.echo("its code is too long for a message, with the roster in it: send the file")
         typer.echo(f"and at the server: fedtune roster install {ca / authority.ROSTER}")
 
 
 @app.command(epilog=examples("fedtune enroll accept site-a.bundle.json"))
 def accept(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="What the CA sent back.", show_default=False)],
+    bundle: Annotated[
+        str,
+        typer.Argument(
+            metavar="BUNDLE", help="What the CA sent back: a file, its code, or - to paste that.", show_default=False
+        ),
+    ],
     identity: IdentityOption = Path("identity"),
     debug: DebugOption = False,
 ) -> None:
     """Install the certificate, the federation's anchors and the roster, checked against this party's keys."""
     with report_errors(debug):
-        from fedtune.link.pki import enrollment
+        from fedtune.link.pki import codes, enrollment
         from fedtune.link.pki.identity import CA, ROOT, format_time
         from fedtune.link.pki.signing import fingerprint
 
-        data = enrollment.read_received(bundle, "a bundle", "fedtune enroll sign REQUEST")
+        data = codes.read_given("bundle", bundle, "fedtune enroll sign REQUEST", sys.stdin)
         accepted = enrollment.accept_bundle(identity, data, now=int(time.time()))
         until = format_time(accepted.not_after)
         anchors = (identity / CA).read_bytes() + (identity / ROOT).read_bytes()

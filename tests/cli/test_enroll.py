@@ -17,8 +17,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*words: str, status: int = 0) -> str:
-    result = CliRunner().invoke(app, list(words))
+def run(*words: str, status: int = 0, pasted: str | None = None) -> str:
+    result = CliRunner().invoke(app, list(words), input=pasted)
     assert result.exit_code == status, result.output
     return result.output
 
@@ -40,6 +40,30 @@ def test_a_site_is_enrolled_step_by_step_and_each_step_names_the_next() -> None:
     accepted = run("enroll", "accept", "site-a.bundle.json")
     assert "site-a of hospital-a is enrolled as client in care" in accepted
     assert read_out(accepted) == read_out(result)
+
+
+def test_requests_and_bundles_travel_as_pasted_lines(folder: Path) -> None:
+    run("ca", "init", "ca", "--federation", "care")
+    asked = run("enroll", "request", "--name", "site-a", "--org", "o")
+    code = asked.splitlines()[-1]
+    (folder / "site-a.request.json").unlink()
+    wrapped = f"[10:42] site-a:\n{code[:70]}\n> {code[70:]}\n"
+    signed = run("enroll", "sign", "-", "--fingerprint", read_out(asked), pasted=wrapped)
+    line = next(line for line in signed.splitlines() if line.startswith("fedtune.bundle."))
+    assert "or send this line, and there: fedtune enroll accept CODE" in signed
+    (folder / "site-a.bundle.json").unlink()
+    assert "a bundle goes to the device" in run("enroll", "sign", line, status=2)
+    assert "the first 100 of its" in run("enroll", "accept", line[:100], status=2)
+    assert "is enrolled as client in care" in run("enroll", "accept", line)
+
+
+def test_a_bundle_too_long_to_paste_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.link.pki.codes.MAX_PASTED", 1500)
+    run("ca", "init", "ca", "--federation", "care")
+    asked = run("enroll", "request", "--name", "site-a", "--org", "o")
+    signed = run("enroll", "sign", "site-a.request.json", "--fingerprint", read_out(asked))
+    assert "send the file" in signed
+    assert "fedtune.bundle." not in signed
 
 
 def test_without_the_right_fingerprint_nothing_is_signed(folder: Path) -> None:
