@@ -45,7 +45,7 @@ EVENT_TEXTS: Mapping[str, str] = {
     "finished": "the run is complete",
     "draining": "the server goes down; waiting for it to come back",
     "scored": "round {round}: the global model has {scores}",
-    "trained": "round {round}: {work}; up {up:size}, down {down:size}: {verdict}",
+    "trained": "round {round}: {work}; up {up:size}, down {down:size}{line}: {verdict}",
     "result": "the model of round {round} is in {path}, {bytes:size}",
     "over": "the run {run} was complete, and no server has answered for {seconds} s; start join again for another run",
     "unreached": "no connection to {server}: {reason}; trying again",
@@ -93,6 +93,9 @@ def format_event(kind: str, fields: Mapping[str, int | str]) -> str:
     texts = {name: FieldText(value) for name, value in fields.items()}
     for name in ("client", "reason", "scores"):
         texts.setdefault(name, FieldText("this site" if name == "client" else ""))
+    # With TLS and gRPC, both ways; not every system counts them.
+    line = [size(float(fields[name])) for name in ("line_up", "line_down") if name in fields]
+    texts["line"] = FieldText(f" ({' and '.join(line)} on the line)" if line else "")
     return " ".join(text.format_map(texts).split())
 
 

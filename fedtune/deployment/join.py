@@ -25,6 +25,8 @@ from fedtune.link.client.conditions import Conditions
 from fedtune.link.client.order_limits import limit_violations
 from fedtune.link.client.policy import PolicyViolation, TaskDemand, Usage
 from fedtune.link.client.session import Greeting
+from fedtune.link.client.site_status import StatusFile
+from fedtune.link.client.socket_bytes import SocketMeter, dialled_port
 from fedtune.link.client.training_process import ProcessTrainer, Trainer, WorkProgress
 from fedtune.link.pki.identity import Identity, load_identity
 from fedtune.link.pki.roster import RosterFile
@@ -114,7 +116,10 @@ def join(
         make_private(setup.state, below=setup.state)
     # Two clients with one outbox would both reply to the same task.
     with lock_run(setup.state), open_audit_log(setup.state / AUDIT, record) as log, ExitStack() as stack:
-        record_all = record_to_all(log.record, log_event, record)
+        meter = SocketMeter(dialled_port(setup.link))
+        status = StatusFile(setup.state, meter)
+        stack.callback(status.look)
+        record_all = record_to_all(log.record, log_event, status.record, record)
         for text in setup.conditions.unknown():
             record_all("warning", text=text)
         if trainer is None:
@@ -133,6 +138,8 @@ def join(
             check=order_check(setup.state, setup.settings.policy),
             record=record_all,
             conditions=setup.conditions,
+            meter=meter,
+            each_second=status.look,
             agree=lambda greeting: not setup.settings.policy.ask or agree(greeting.recipe.decode(errors="replace")),
         )
         return client.run()

@@ -23,6 +23,7 @@ from fedtune.link.client.downloads import Downloads
 from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
 from fedtune.link.client.policy import OrderCheck
 from fedtune.link.client.session import CALL_S, Greeting, Session
+from fedtune.link.client.socket_bytes import SocketMeter, dialled_port
 from fedtune.link.client.training_jobs import TrainingJobs
 from fedtune.link.client.training_process import Trainer
 from fedtune.link.envelopes import EVALUATE, HELLO, RESULT, TRAIN, digest, expect_fields, verify_envelope
@@ -59,6 +60,8 @@ class Client:
         record: RecordEvent = ignore_event,
         agree: Callable[[Greeting], bool] = lambda greeting: True,
         conditions: Conditions | None = None,
+        meter: SocketMeter | None = None,
+        each_second: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -75,6 +78,8 @@ class Client:
             record: receives the events.
             agree: asked before the site takes part in a run.
             conditions: of the machine's work; None: the limits of `rules` on this machine.
+            meter: counts the bytes of its connections; None: one of its own.
+            each_second: called while the client runs.
             clock: seconds from any start.
             now: seconds since 1970.
         """
@@ -85,7 +90,13 @@ class Client:
         self._guard = ThreadGuard(self._stop, self._calls.close)
         self._backoff = Backoff(identity, settings, stop=self._stop, record=record, clock=clock)
         self._up, self._down = Bandwidth(settings.max_up_kib_s), Bandwidth(settings.max_down_kib_s)
-        self._device = DeviceWatch(conditions or Conditions(rules, state), stop=self._stop, record=record)
+        self._meter = meter or SocketMeter(dialled_port(settings))
+        self._device = DeviceWatch(
+            conditions or Conditions(rules, state),
+            stop=self._stop,
+            record=record,
+            after_look=lambda: (self._meter.read(), each_second()),
+        )
         self._session = Session(
             identity, roster, self._calls, self._backoff, record=record, now=now, clock=clock, redial=self._redial
         )
@@ -95,6 +106,7 @@ class Client:
             Delivery(self._session, self._calls, self._backoff, self._up, record=record),
             self._guard,
             self._device,
+            self._meter,
             rules,
             state,
             trainer,
@@ -187,6 +199,7 @@ class Client:
 
     def _redial(self) -> None:
         """Leave the connection to the server for another one."""
+        self._meter.read()  # what it has moved cannot be read any more when it is closed
         self._calls.redial(dial(self._identity, self._settings))
 
     def _begin(self, greeting: Greeting) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client.conditions import POLL_S, Conditions
@@ -11,15 +12,23 @@ from fedtune.link.client.conditions import POLL_S, Conditions
 class DeviceWatch:
     """Says whether the machine may work; shared by the threads of a client."""
 
-    def __init__(self, conditions: Conditions, *, stop: threading.Event, record: RecordEvent) -> None:
+    def __init__(
+        self,
+        conditions: Conditions,
+        *,
+        stop: threading.Event,
+        record: RecordEvent,
+        after_look: Callable[[], object] = lambda: None,
+    ) -> None:
         """Begin with a machine that may work.
 
         Args:
             conditions: of its work.
             stop: set when the client is to end.
             record: hears when it has to wait, and when it may work again.
+            after_look: called each second.
         """
-        self._conditions, self._stop, self._record = conditions, stop, record
+        self._conditions, self._stop, self._record, self._after_look = conditions, stop, record, after_look
         self._lock, self._last = threading.Lock(), ""
 
     def obstacle(self) -> str:
@@ -38,9 +47,11 @@ class DeviceWatch:
 
     def run(self) -> None:
         """Look every second until the client ends."""
-        self.obstacle()
-        while not self._stop.wait(POLL_S):
+        while True:
             self.obstacle()
+            self._after_look()
+            if self._stop.wait(POLL_S):
+                return
 
     def wait(self) -> bool:
         """Return as soon as the machine may work: True, or False if the client ends before."""

@@ -29,6 +29,7 @@ from fedtune.link.client.policy import OrderCheck, PolicyViolation, Usage
 from fedtune.link.client.replies import is_decline, reply_bytes, reply_header, sign_decline, sign_reply
 from fedtune.link.client.round_texts import format_scores, format_work, verdict_text
 from fedtune.link.client.session import Greeting, Session
+from fedtune.link.client.socket_bytes import SocketBytes, SocketMeter
 from fedtune.link.client.training_process import Trainer
 from fedtune.link.envelopes import TRAIN, UPDATE, make_part
 from fedtune.link.provenance import verify_folder
@@ -58,6 +59,7 @@ class TrainingJobs:
         delivery: Delivery,
         guard: ThreadGuard,
         device: DeviceWatch,
+        meter: SocketMeter,
         rules: Policy,
         state: Path,
         trainer: Trainer,
@@ -75,6 +77,7 @@ class TrainingJobs:
             delivery: of replies.
             guard: starts threads.
             device: says whether the machine may work.
+            meter: counts the bytes of the connections.
             rules: what the site allows.
             state: folder of the outbox.
             trainer: trains.
@@ -85,6 +88,7 @@ class TrainingJobs:
         """
         self._session, self._downloads, self._delivery, self._guard = session, downloads, delivery, guard
         self._device, self._rules, self._state, self._trainer = device, rules, state, trainer
+        self._meter, self._metered = meter, SocketBytes()
         self._check, self._record, self._clock, self._now = check, record, clock, now
         self._work_texts: dict[bytes, str] = {}  # by task, until its receipt is here
         # Also set when loading has failed, or the job of a hello would wait for ever.
@@ -387,7 +391,15 @@ class TrainingJobs:
         if (work := self._work_texts.pop(job.task, None)) is not None:
             verdict = verdict_text(pb.Header.FromString(receipt.header).receipt.verdict)
             up, down = reply_bytes(request), sum(part.num_bytes for part in job.header.parts)
-            self._record("trained", round=job.header.round, work=work, up=up, down=down, verdict=verdict)
+            line = self._line_bytes()
+            self._record("trained", round=job.header.round, work=work, up=up, down=down, verdict=verdict, **line)
+
+    def _line_bytes(self) -> Mapping[str, int]:
+        """Return what the connections have moved since the round before; nothing where the system does not say."""
+        if (total := self._meter.read()) is None:
+            return {}
+        moved, self._metered = total - self._metered, total
+        return {"line_up": moved.up, "line_down": moved.down}
 
     def _sign(self, header: pb.Header, paths: Mapping[bytes, Path]) -> pb.SubmitRequest:
         greeting = self._session.greeting
