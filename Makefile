@@ -23,8 +23,13 @@ step = echo "  $(1) ..." && start=$$SECONDS && $(2) | { grep --line-buffered -oE
 # Into the user's cache, where the first run of the demo would put it.
 CONVERT := $(BIN)/python -c 'from fedtune.model import gguf; from fedtune.runs import demo; gguf.convert_once(demo.find_model())'
 
+# $(call build,NAME): the time of the last commit is that of every file in the archive, so that a build can be repeated.
+build = TORCH=$(TORCH) SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)} \
+	$(BIN)/python clients/edge/build.py $(1)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all style types fast full guarantees soak docs docs-serve bench proto format clean
+.PHONY: help demo test test-all style types fast full guarantees soak docs docs-serve bench proto format clean \
+	edge edge-onnx edge-gguf edge-client
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -66,6 +71,17 @@ docs: $(INSTALLED)  ## build the documentation into site/; every warning is an e
 
 docs-serve: $(INSTALLED)  ## show the documentation at http://127.0.0.1:8000 and build it again with every change
 	@$(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8000
+
+edge: edge-onnx edge-client  ## build dist/fedtune-edge-... and dist/fedtune-client-...: one file each, without Python on the device
+
+edge-onnx: $(INSTALLED)  ## build the small one alone: forward passes over onnxruntime
+	@$(call build,fedtune-edge)
+
+edge-gguf: $(INSTALLED)  ## build the small one for GGUF files: forward passes over llama.cpp
+	@$(call build,fedtune-edge-gguf)
+
+edge-client: $(INSTALLED)  ## build the large one alone: everything that fedtune does at a site, with torch for the CPU
+	@$(call build,fedtune-client)
 
 bench: $(INSTALLED)  ## run every benchmark of benchmarks/ and print its numbers
 	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done

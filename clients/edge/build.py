@@ -14,7 +14,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from contents import EXCLUDED, check_contents, sizes
+from contents import EXCLUDED, HIDDEN, check_contents, sizes
 from licences import add_licences
 from pack import pack, write_sums
 
@@ -50,7 +50,7 @@ def environment(name: str, folder: Path) -> Path:
         stamp.write_text(mark)
     shutil.rmtree(folder / "wheel", ignore_errors=True)
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder / "wheel")
-    run(*(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall"), *(folder / "wheel").iterdir())
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", *(folder / "wheel").iterdir())
     return python
 
 
@@ -63,7 +63,9 @@ def freeze(name: str, python: Path, folder: Path, epoch: int) -> tuple[Path, set
     # The order of sets and the time of day would else be in the file.
     settings = {"PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": str(epoch)}
     options = ("--noconfirm", "--onedir", "--log-level", "WARN", "--name", name, "--copy-metadata", "fedtune")
-    run(python, "-m", "PyInstaller", *options, *places, *exclude, entry, **settings)
+    # Loaded when a bundle asks for it, by a name that no import statement of the entry has.
+    hidden = [word for module in HIDDEN[name].split() for word in ("--hidden-import", module)]
+    run(python, "-m", "PyInstaller", *options, *places, *exclude, *hidden, entry, **settings)
     table = ast.literal_eval((folder / "work" / name / "PYZ-00.toc").read_text())
     return folder / "tree" / name, {row[0] for row in table[1]}
 

@@ -16,6 +16,12 @@ FORBIDDEN = {
     "fedtune-client": "flwr ray numba tensorboard mkdocs pytest mypy nvidia triton PyInstaller pip",
 }
 """Packages that a file must not hold, by the name of the file."""
+NEEDED = {
+    "fedtune-edge": "fedtune grpc numpy onnxruntime tokenizers",
+    "fedtune-edge-gguf": "fedtune grpc numpy tokenizers xllamacpp",
+    "fedtune-client": "fedtune grpc numpy peft torch transformers",
+}
+"""Packages that it must hold: what is imported when it is first used may be missed."""
 UNUSED = (
     "tkinter sqlite3 _sqlite3 readline curses _curses setuptools pkg_resources distutils lib2to3 ensurepip "
     "numpy.f2py numpy.testing numpy.distutils"
@@ -27,18 +33,31 @@ EXCLUDED = {
     "fedtune-client": f"tkinter {FORBIDDEN['fedtune-client']}",
 }
 """Modules that are left out though something imports them, where they are there."""
+HIDDEN = {
+    "fedtune-edge": "fedtune.edge.onnx_runtime",
+    "fedtune-edge-gguf": "fedtune.edge.gguf_runtime",
+    "fedtune-client": "fedtune.client.site_process fedtune.client.share_process fedtune.client.worker_process",
+}
+"""Modules that are loaded by name."""
 
 
 def check_contents(tree: Path, modules: set[str], *, name: str) -> None:
-    """Refuse a program that holds a package which its users do without, as a folder or inside an archive of modules.
+    """Refuse a program that holds a package which its users do without, or lacks one that it works with.
+
+    Args:
+        tree: the program's folder.
+        modules: in its archive.
+        name: of the file.
 
     Raises:
-        SystemExit: naming what is in it.
+        SystemExit: naming them.
     """
-    parts = {path.name.partition("-")[0] for folder in ("_internal", ".") for path in (tree / folder).glob("*")}
-    surplus = sorted(({module.partition(".")[0] for module in modules} | parts) & set(FORBIDDEN[name].split()))
-    if surplus:
+    folders = {path.name.partition("-")[0] for place in ("_internal", ".") for path in (tree / place).glob("*")}
+    parts = {module.partition(".")[0] for module in modules} | folders
+    if surplus := sorted(parts & set(FORBIDDEN[name].split())):
         raise SystemExit(f"expected {name} without {', '.join(surplus)}; something that it imports brings them in")
+    if missing := sorted(set(NEEDED[name].split()) - parts):
+        raise SystemExit(f"expected {name} with {', '.join(missing)}; nothing that it imports brings them in")
 
 
 def sizes(tree: Path) -> dict[str, int]:

@@ -37,9 +37,12 @@ def test_a_package_that_must_not_be_in_stops_the_build(
         CONTENTS.check_contents(tmp_path, modules, name=name)
 
 
-def test_what_a_file_needs_may_be_in_it(tmp_path: Path) -> None:
+def test_a_file_that_lacks_what_it_works_with_stops_the_build(tmp_path: Path) -> None:
     (tmp_path / "_internal" / "onnxruntime").mkdir(parents=True)
-    CONTENTS.check_contents(tmp_path, {"fedtune.edge", "numpy", "grpc", "torchless"}, name="fedtune-edge")
+    modules = {"fedtune.edge", "numpy", "grpc", "torchless"}
+    with pytest.raises(SystemExit, match="expected fedtune-edge with tokenizers; nothing that it imports"):
+        CONTENTS.check_contents(tmp_path, modules, name="fedtune-edge")
+    CONTENTS.check_contents(tmp_path, modules | {"tokenizers"}, name="fedtune-edge")
 
 
 def test_the_newest_glibc_that_any_library_asks_for_counts(tmp_path: Path) -> None:
