@@ -26,6 +26,9 @@ VERSION = "0.26.0"
 PACKAGE = "xllamacpp>=2026.10,<2026.11"
 F32, INT32 = 0, 26
 """Numbers of two formats."""
+ALL_THREADS = -1
+OPERATION = ctypes.CFUNCTYPE(None, c_void_p, c_int, c_int, c_void_p)
+"""A function that computes a tensor: the tensor, the thread's place, the number of threads, and a number."""
 ERROR = 4
 """Level of the library's messages from which on they are kept."""
 
@@ -74,6 +77,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "ggml_rms_norm": (P, P, P, F),
     "ggml_rope_ext": (P, P, P, P, P, W, W, W, F, F, F, F, F, F),
     "ggml_soft_max_ext": (P, P, P, P, F, F),
+    "ggml_custom_4d": (P, P, W, N, N, N, N, POINTER(c_void_p), W, P, W, P),
+    "ggml_get_data": (P, P),
     "ggml_swiglu_split": (P, P, P, P),
     "ggml_gallocr_new": (P, P),
     "ggml_gallocr_free": (None, P),
@@ -178,6 +183,12 @@ def read(tensor: int, shape: tuple[int, ...]) -> Array:
     array = np.empty(shape, np.float32)
     library().ggml_backend_tensor_get(tensor, array.ctypes.data, 0, array.nbytes)
     return array
+
+
+def view(tensor: int, shape: tuple[int, int]) -> Array:
+    """Return a contiguous float32 tensor as an array in the same memory, the fastest axis last."""
+    memory: Any = (c_float * (shape[0] * shape[1])).from_address(library().ggml_get_data(tensor))
+    return np.frombuffer(memory, np.float32).reshape(shape)
 
 
 def no_memory() -> ClientError:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from fedtune.edge.gguf_decoder import read_decoder
 from fedtune.edge.gguf_file import GgufFile
 from fedtune.edge.gguf_forward import Engine, Tokens, logits_of, run_blocks
+from fedtune.errors import ClientError
 from tests.edge.gguf_models import Twins, examples, twins
 from tests.model.gguf_files import write_gguf
 
@@ -40,6 +43,17 @@ def test_threads_change_no_more_than_the_last_bits(pair: Twins) -> None:
         run_blocks(engine_of(pair.file, threads), {}, Tokens(ids[None], np.arange(33), NONE)) for threads in (1, 2)
     )
     np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_a_product_that_fails_is_no_result(pair: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    # C prints the error of a function that it calls, and goes on with whatever numbers are there.
+    engine, tokens = engine_of(pair.file), Tokens(examples(20)[0].input_ids[None], np.arange(20), NONE)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "matmul", Mock(side_effect=MemoryError))
+        with pytest.raises(ClientError, match="the system gave none"):
+            run_blocks(engine, {}, tokens)
+    assert np.isfinite(run_blocks(engine, {}, tokens)).all()
 
 
 def test_weights_as_they_are_stored_round_the_inputs(pair: Twins) -> None:
