@@ -183,9 +183,38 @@ def test_a_client_needs_nothing_of_the_server_wing() -> None:
     assert not [name for name in seen if unit(name) in set(SERVER_WING) - {"wire"}]
 
 
+DEVICE = ("fedtune.deployment.join", "fedtune.cli.edge", "fedtune.edge", "fedtune.probing", "fedtune.link.client")
+"""What `fedtune-edge` starts with: modules, and packages with all that is in them."""
+NOT_ON_A_DEVICE = {
+    *("torch", "transformers", "peft", "datasets", "pyarrow", "pandas", "flwr", "typer", "rich", "matplotlib"),
+    *("sklearn", "scipy", "numba", "onnx", "gguf"),
+}
+SERVER_ONLY = (
+    *("client", "runs", "report", "flower", "api", "rounds.loop", "rounds.admission", "rounds.aggregation"),
+    *("rounds.exchange", "link.server", "devices.memory", "simulation.process_pool", "simulation.inprocess"),
+    *("simulation.fork_server", "store.run_journal", "model.base", "model.train"),
+)
+"""Below fedtune: what a server, a simulation or a client with torch needs, and no device."""
+
+
+def test_a_device_loads_no_torch_and_nothing_of_the_server() -> None:
+    runtimes = {"fedtune.edge.onnx_runtime", "fedtune.edge.gguf_runtime"}  # loaded where a bundle needs one of them
+    modules = {module(path) for path in HAND_WRITTEN if module(path).startswith(DEVICE)} - runtimes
+    assert len(modules) > 20
+    code = f"import sys\nimport {', '.join(sorted(modules))}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = set(done.stdout.split())
+    assert not {name.partition(".")[0] for name in seen} & NOT_ON_A_DEVICE
+    assert not {"onnxruntime", "xllamacpp"} & seen
+    server = tuple(f"fedtune.{name}" for name in SERVER_ONLY)
+    assert not [name for name in seen if name in server or name.startswith(tuple(f"{one}." for one in server))]
+
+
 def test_help_is_shown_without_loading_a_heavy_package() -> None:
     assert not loaded("import fedtune.cli.main") & {"torch", "transformers", "datasets", "matplotlib", "pydantic"}
     assert not loaded("import fedtune") & {"numpy", "torch", "typer"}
+    assert not loaded("import fedtune.cli.edge") & {"numpy", "torch", "typer", "pydantic", "grpc"}
 
 
 @pytest.mark.guarantee("G1")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from fedtune.terminal.text import printable
 
@@ -15,18 +15,18 @@ SCORES = {"send": "means are sent", "keep": "they stay in its own log", "refuse"
 """What `policy.scores` means, in words."""
 
 
-def show(console: Any, shown: DryRun) -> None:
-    """Print what the run asks, its recipe, and what the site's policy decides."""
+def show(write: Callable[[str], None], shown: DryRun) -> None:
+    """Write line by line what the run asks, its recipe, and what the site's policy decides."""
     for name, text in facts(shown):
-        console.print(f"{name:12} {printable(text)}", markup=False)
-    console.print()
-    console.print(printable(shown.recipe.strip(), lines=True), markup=False)
-    console.print()
+        write(f"{name:12} {printable(text)}")
+    write("")
+    write(printable(shown.recipe.strip(), lines=True))
+    write("")
     for remark in shown.remarks:
-        console.print(f"! {printable(remark)}", markup=False)
+        write(f"! {printable(remark)}")
     for refusal in shown.refusals:
-        console.print(f"x {printable(refusal.note)}", markup=False)
-    console.print("allowed by this site's policy" if shown.allowed else "this site would decline", markup=False)
+        write(f"x {printable(refusal.note)}")
+    write("allowed by this site's policy" if shown.allowed else "this site would decline")
 
 
 def facts(shown: DryRun) -> Iterator[tuple[str, str]]:

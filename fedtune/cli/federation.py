@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from fedtune.cli.options import DebugOption, JsonOption, RunArgument, examples, report_errors
+from fedtune.cli.stop_signals import until_signal
 from fedtune.terminal.console import console
 from fedtune.terminal.text import printable, size
 
@@ -144,7 +142,8 @@ def show_dry_run(site: Path, server: str | None, *, as_json: bool) -> NoReturn:
     else:
         from fedtune.cli.dry_run import show
 
-        show(console(sys.stdout), shown)
+        out = console(sys.stdout)
+        show(lambda text: out.print(text, markup=False), shown)
     raise typer.Exit(0 if shown.allowed else 1)
 
 
@@ -241,38 +240,6 @@ def check_log_format(text: str) -> Any:
     if text not in ("text", "json"):
         raise typer.BadParameter(f"expected text or json; got {text!r}", param_hint="--log")
     return text
-
-
-def until_signal(work: Callable[[], None]) -> None:
-    """Do some work until it is done, or SIGTERM or Ctrl-C comes; a second signal ends the process at once.
-
-    A journal survives both. No context manager: a signal between its block and its exit would pass all that catches it.
-    """
-    signals, inside = 0, True
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1:
-            os._exit(128 + number)
-        if inside:
-            raise KeyboardInterrupt
-
-    before = dict[signal.Signals, Any]()
-    try:
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.getsignal(number)
-                signal.signal(number, stop)
-            work()
-        finally:
-            inside = False
-    except KeyboardInterrupt:
-        if not signals:  # of nothing that came here
-            raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def register(app: typer.Typer) -> None:

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from fedtune.client.data_checks import check_examples, longest
+from fedtune.client.data_checks import check_examples
 from fedtune.client.perform import perform
 from fedtune.client.scoring import score
 from fedtune.client.shared_work import SharedWork
@@ -19,10 +19,11 @@ from fedtune.client.worker_process import payload
 from fedtune.config import Recipe, bind
 from fedtune.config.plugins import plugin_rows
 from fedtune.config.recipe import PYTHON, Objects, missing_object, resources, sized_adapter
-from fedtune.config.site import bind_site
+from fedtune.config.site import bind_site, own_shard, targeted_layers
 from fedtune.data.encode import Example, depends_on_date
 from fedtune.data.federation import Federation, federate, with_class_order
-from fedtune.data.settings import MAX_TOKENS, DataSettings
+from fedtune.data.limits import cut_to_positions
+from fedtune.data.settings import DataSettings
 from fedtune.data.templates import DAY
 from fedtune.errors import ClientError, ConfigError, Fault
 from fedtune.link.client.order_limits import EMBEDDINGS, limit_violations
@@ -174,6 +175,7 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
         ConfigError: if the file, or anything that it names, is wrong; or its data have a class that is none of these.
     """
     settings = bind_site(Path(path))
+    layers = targeted_layers(settings, source=path)
     data = replace(settings.data, labels=labels or settings.data.labels, date=date or settings.data.date)
     # The names of classes say what a site has: without a list that was agreed on they would be taken from its data.
     if settings.model.task == "classification" and settings.policy.labels == "keep" and not data.labels:
@@ -181,7 +183,7 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
         raise ConfigError(Fault("data.labels", expected, "none", "copy them from the recipe"), source=path)
     federation, base = load_site(
         same_everywhere(settings.model),
-        settings.adapter.settings,
+        layers.settings,
         data,
         seed=settings.seed,
         root=settings.root,
@@ -190,25 +192,16 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
         # A site may lack a class, also the only other one: the federation knows it.
         least_classes=1,
     )
-    if not settings.policy.allow_embeddings and (layers := token_layers(base)):
+    if not settings.policy.allow_embeddings and (rows := token_layers(base)):
         hint = f"{EMBEDDINGS}; leave them out of table adapter, or set it to true"
         expected = "true, where a layer with a row for each token is trained"
-        raise ConfigError(Fault("policy.allow_embeddings", expected, f"false, and {layers[0]}", hint), source=path)
-    shards = federation.clients
-    # Without a split all of the data belong to this client, whatever name the shard has.
-    name = settings.name if settings.split else next(iter(shards))
-    if why := federation.sits_out.get(name):
-        raise ConfigError(Fault("", "", why), source=path)
-    if name not in shards:
-        raise ConfigError(
-            Fault("name", f"one of the clients of data.split ({', '.join(list(shards)[:8])})", repr(name)), source=path
-        )
-    shard = shards[name]
+        raise ConfigError(Fault("policy.allow_embeddings", expected, f"false, and {rows[0]}", hint), source=path)
+    shard = own_shard(settings, federation, source=path)
     shared = None
     if settings.model.processes > 1:
         spec = payload(
             same_everywhere(settings.model),
-            settings.adapter.settings,
+            layers.settings,
             {settings.name: shard.train},
             held_out={settings.name: shard.held_out},
             root=settings.root,
@@ -327,11 +320,7 @@ def load_site(
     if given is None:
         check(federation, partial(sized_base, model, adapter, **options))
     base = given or (load_base or load)(model, adapter, **options)
-    if data.max_tokens == MAX_TOKENS and longest(federation) > base.positions:
-        # The default asks for more than this base can read.
-        federation = encode(replace(data, max_tokens=base.positions))
-        note = f"data.max_tokens: {base.positions}, the positions that {base.name} has"
-        federation = replace(federation, notes=[note, *federation.notes])
+    federation = cut_to_positions(federation, data, encode, base=base.name, positions=base.positions)
     if model.task == "classification":
         federation = with_class_order(federation, order)
     check_examples(federation, base)

@@ -12,6 +12,7 @@ from annotated_types import Ge
 from fedtune.config.binding import bind_name
 from fedtune.config.reading import apply_overrides, read
 from fedtune.config.tables import apply_rule, bind_table, bind_value, freeze_table, unknown_keys
+from fedtune.data.federation import Federation, Shard
 from fedtune.data.settings import DataSettings
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import ConfigError, Fault
@@ -19,6 +20,7 @@ from fedtune.link.client.conditions import Conditions
 from fedtune.link.settings import JoinSettings, Policy
 from fedtune.link.settings import validate_policy as check_policy
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.store.seeds import MANIFEST as TENSORS
 
 WHOLE: Mapping[str, Any] = {"kind": "iid", "clients": 1}
 """The split of a site whose file has none: all rows are its own."""
@@ -45,7 +47,8 @@ class SiteSettings:
     name: str
     """The client's lasting name, under which it is enrolled."""
     model: ModelSettings
-    adapter: Layers
+    adapter: Layers | None
+    """Needed by a client with torch; a device takes all layers of its bundle without it."""
     data: DataSettings
     seed: int
     """The run's seed. A classification head that the base lacks is drawn from it, and must be the same at every site.
@@ -88,14 +91,15 @@ def bind_site(path: Path) -> SiteSettings:
     faults: list[Fault] = []
     table = apply_overrides(read_table, (), faults)
     faults.extend(unknown_keys(table, ("name", "seed", *TABLES), ""))
-    for name in ("model", "adapter", "data"):
+    needed = ("model", "data") if names_bundle(table, root) else ("model", "adapter", "data")
+    for name in needed:
         if name not in table:
             faults.append(Fault(name, f"the table [{name}]", "nothing"))
     data = table.get("data")
     if isinstance(data, dict):
         table["data"] = {"split": dict(WHOLE), **data}
     values = {name: bind_table(cls, table[name], name, faults) for name, cls in TABLES.items() if name in table}
-    values["root"] = root
+    values |= {"root": root, "adapter": values.get("adapter")}
     values["split"] = isinstance(data, dict) and "split" in data
     values["name"] = bind_name(table.get("name", stem), faults)
     values["seed"] = bind_value(Annotated[int, Ge(0)], table.get("seed", 0), "seed", faults)
@@ -105,6 +109,43 @@ def bind_site(path: Path) -> SiteSettings:
     if faults:
         raise ConfigError(faults, source=label)
     return site
+
+
+def names_bundle(table: Mapping[str, Any], root: Path) -> bool:
+    """Return whether a site's table names a folder with a bundle for devices as its base."""
+    model = table.get("model")
+    base = model.get("base") if isinstance(model, Mapping) else None
+    return isinstance(base, str) and (root / base / TENSORS).is_file()
+
+
+def targeted_layers(site: SiteSettings, *, source: str) -> Layers:
+    """Return which layers of a site with torch get an adapter.
+
+    Raises:
+        ConfigError: if the site's base is a bundle for devices.
+    """
+    if site.adapter is None:
+        expected, got = "a base that torch loads", f"{site.model.base}, a bundle for devices"
+        hint = "run fedtune-edge join, or name the base that the bundle was made of, and add the table [adapter]"
+        raise ConfigError(Fault("model.base", expected, got, hint), source=source)
+    return site.adapter
+
+
+def own_shard(site: SiteSettings, federation: Federation, *, source: str) -> Shard:
+    """Return the examples that are the site's own.
+
+    Raises:
+        ConfigError: if none of them are.
+    """
+    shards = federation.clients
+    # Without a split all of the data belong to this client, whatever name the shard has.
+    name = site.name if site.split else next(iter(shards))
+    if why := federation.sits_out.get(name):
+        raise ConfigError(Fault("", "", why), source=source)
+    if name not in shards:
+        expected = f"one of the clients of data.split ({', '.join(list(shards)[:8])})"
+        raise ConfigError(Fault("name", expected, repr(name)), source=source)
+    return shards[name]
 
 
 def site_conditions(site: str) -> Conditions:

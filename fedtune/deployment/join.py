@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedtune.config import Recipe, planned_training
 from fedtune.config.consent import first_order, permission_texts
@@ -36,6 +37,8 @@ from fedtune.store.files import make_private, store_errors
 from fedtune.store.lock import lock_run
 
 AUDIT = "audit"
+CheckRecipe: TypeAlias = Callable[[Recipe], None]
+"""Raises ConfigError where a program cannot do what a recipe asks of its clients."""
 TORCH_PROCESS = (sys.executable, "-m", "fedtune.client.site_process")
 """Starts the process that trains with torch."""
 MANY_EXAMPLES = 10_000
@@ -91,6 +94,7 @@ def join(
     record: RecordEvent,
     # Without somebody to ask, a site whose policy has `ask` takes part in nothing.
     agree: Callable[[str], bool] = lambda recipe: False,
+    suits: CheckRecipe | None = None,
     command: Sequence[str] | None = None,
     trainer: Trainer | None = None,
 ) -> End:
@@ -101,6 +105,7 @@ def join(
         server: address instead of the file's.
         record: receives the events, beside the audit log.
         agree: asked with the recipe before the site takes part in a run, if its policy has `ask`.
+        suits: checks before that whether this program can do what the recipe asks; None: it can do all.
         command: starts the process that trains, and gets the site's file and three descriptors as last arguments; None:
             that of the client with torch.
         trainer: trains in place of such a process.
@@ -140,9 +145,20 @@ def join(
             conditions=setup.conditions,
             meter=meter,
             each_second=status.look,
-            agree=lambda greeting: not setup.settings.policy.ask or agree(greeting.recipe.decode(errors="replace")),
+            agree=partial(takes_part, suits, agree if setup.settings.policy.ask else None),
         )
         return client.run()
+
+
+def takes_part(suits: CheckRecipe | None, agree: Callable[[str], bool] | None, greeting: Greeting) -> bool:
+    """Return whether the operator agrees to a run, if asked; see `join`.
+
+    Raises:
+        ConfigError: if this program cannot do what the run's recipe asks.
+    """
+    if suits is not None:
+        suits(accepted_recipe(greeting.recipe))
+    return agree is None or agree(greeting.recipe.decode(errors="replace"))
 
 
 def make_trainer(
@@ -199,11 +215,11 @@ class DryRun:
         return {**fields, "allowed": self.allowed, "refusals": [violation.note for violation in self.refusals]}
 
 
-def dry_run(site: Path, *, server: str | None = None) -> DryRun:
+def dry_run(site: Path, *, server: str | None = None, suits: CheckRecipe | None = None) -> DryRun:
     """Ask the server for its run, and compare it with the site's policy; nothing is loaded, trained or sent.
 
     Raises:
-        ConfigError: if the server cannot be reached or does not take this site.
+        ConfigError: if the server cannot be reached, does not take this site, or its recipe does not suit this program.
     """
     setup = load_join_setup(site, server=server)
     client = Client(
@@ -219,6 +235,8 @@ def dry_run(site: Path, *, server: str | None = None) -> DryRun:
         greeting = client.greet()
     finally:
         client.stop()
+    if suits is not None:
+        suits(accepted_recipe(greeting.recipe))
     return compare_with_policy(setup, greeting)
 
 

@@ -14,7 +14,9 @@ from fedtune.probing.measure import Position
 from fedtune.probing.rows import PaddedRows
 
 EXTRAS: Mapping[str, str] = {"onnx": "edge", "gguf": "edge-gguf"}
-"""Of the package, by runtime."""
+"""Of fedtune, by runtime: what brings its package."""
+PACKAGES: Mapping[str, str] = {"onnx": "onnxruntime", "gguf": "xllamacpp"}
+"""What computes, by runtime."""
 
 
 class Runtime(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,8 @@ from fedtune.model.base import Base
 from fedtune.model.batches import collate
 from fedtune.model.lora import with_adapters
 from fedtune.model.loss import summed_loss
+from fedtune.probing.scores import Metrics, by_length, likelihood_scores
 from fedtune.tensors import Tensors
-
-Metrics = Mapping[str, float]
 
 
 def evaluate(
@@ -54,13 +52,6 @@ def evaluate(
         return scores
 
 
-def by_length(examples: Sequence[Example], batch: int) -> Sequence[Sequence[int]]:
-    """Return batches of places in `examples`, those of similar length together, so that little is padded."""
-    # Ties by place: the batches, and with them the last bits of a sum, must not depend on the sorting.
-    by_size = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
-    return [by_size[begin : begin + batch] for begin in range(0, len(by_size), batch)]
-
-
 def likelihood(model: Any, base: Base, examples: Sequence[Example], *, batch: int) -> Metrics:
     """Return the scores of a causal model that follow from its loss; see `evaluate`."""
     total, tokens = 0.0, 0
@@ -68,16 +59,7 @@ def likelihood(model: Any, base: Base, examples: Sequence[Example], *, batch: in
         rows = collate([examples[i] for i in positions], base)
         total += summed_loss(model, rows, task="causal").item()
         tokens += rows.count
-    characters = sum(example.characters for example in examples)
-    loss = total / max(1, tokens)
-    return {
-        "loss": loss,
-        # e^710 is beyond a float.
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_character": total / math.log(2) / max(1, characters),
-        "tokens": tokens,
-        "examples": len(examples),
-    }
+    return likelihood_scores(total, tokens, examples)
 
 
 def classify(model: Any, base: Base, examples: Sequence[Example], *, batch: int) -> Metrics:

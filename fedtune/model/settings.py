@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
@@ -117,6 +118,20 @@ def layer_numbers(text: str) -> frozenset[int] | None:
             return None
         numbers |= {*range(first, last + 1)}
     return frozenset(numbers)
+
+
+def names_module(target: str, module: str) -> bool:
+    """Return whether a target, a name or a pattern, fits a module's full name or the last parts of it.
+
+    >>> names_module("self_attn.[qv]_proj", "model.layers.1.self_attn.q_proj"), names_module("proj", "mlp.up_proj")
+    (True, False)
+    """
+    # A `*` passes dots, as it does for every other pattern of a recipe.
+    return fnmatchcase(module, target) or fnmatchcase(module, f"*.{target}")
+
+
+def is_pattern(target: str) -> bool:
+    return any(sign in target for sign in "*?[")
 
 
 @dataclass(frozen=True)

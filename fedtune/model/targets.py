@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.classes import head_modules
 from fedtune.model.quantised_linear import QuantisedLinear
-from fedtune.model.settings import layer_numbers
+from fedtune.model.settings import is_pattern, layer_numbers, names_module
 
 READ_PAST: Mapping[str, Collection[str]] = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj", "dt_proj")),
@@ -75,20 +74,6 @@ def layer_of(module: str) -> int | None:
     (12, None)
     """
     return next((int(part) for part in module.split(".") if part.isdecimal()), None)
-
-
-def names_module(target: str, module: str) -> bool:
-    """Return whether a target, a name or a pattern, fits a module's full name or the last parts of it.
-
-    >>> names_module("self_attn.[qv]_proj", "model.layers.1.self_attn.q_proj"), names_module("proj", "mlp.up_proj")
-    (True, False)
-    """
-    # A `*` passes dots, as it does for every other pattern of a recipe.
-    return fnmatchcase(module, target) or fnmatchcase(module, f"*.{target}")
-
-
-def is_pattern(target: str) -> bool:
-    return any(sign in target for sign in "*?[")
 
 
 def find_targets(

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 
 from fedtune.client.batched import LARGEST, Batched, Resident
-from fedtune.client.data_checks import longest
 from fedtune.client.perform import perform
 from fedtune.client.shared_work import SharedWork
 from fedtune.client.site import load_site, simulated_site
@@ -23,6 +22,7 @@ from fedtune.config.checks import training_apart
 from fedtune.config.recipe import largest_rank, method_of, resources, sized_adapter
 from fedtune.data.encode import Example, depends_on_date
 from fedtune.data.federation import Federation, Shard, digest
+from fedtune.data.limits import longest
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, ProbeSeeds, TrainLora
 from fedtune.methods.method import GlobalModel, SeedModel

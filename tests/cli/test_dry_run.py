@@ -15,7 +15,8 @@ __all__ = ["site"]  # a fixture
 
 def shown(place: Path, recipe: str) -> str:
     out = io.StringIO()
-    show(Console(file=out, width=200), compare_with_policy(load_join_setup(place), greeting(recipe)))
+    console = Console(file=out, width=200)
+    show(lambda line: console.print(line, markup=False), compare_with_policy(load_join_setup(place), greeting(recipe)))
     return out.getvalue()
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedtune.cli.federation import until_signal
 from fedtune.cli.main import app
+from fedtune.cli.stop_signals import until_signal
 from tests.link.federation import federation
 from tests.test_link import FLORA, SITE, SITES, scripted
 

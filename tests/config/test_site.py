@@ -37,6 +37,7 @@ def faults(tmp_path: Path, text: str) -> str:
 def test_a_site_is_its_name_its_model_and_its_data(tmp_path: Path) -> None:
     site = bind_site(written(tmp_path, SITE))
     assert (site.name, site.seed, site.model.threads, site.root) == ("site-a", 0, 2, tmp_path)
+    assert site.adapter is not None
     assert site.adapter.settings.targets == ("q_proj",)
     assert (site.data.split.kind, site.data.split.clients, site.split) == ("iid", 1, False)
 

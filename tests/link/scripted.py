@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.cli.event_log import event_writer
-from fedtune.cli.federation import until_signal
+from fedtune.cli.stop_signals import until_signal
 from fedtune.deployment.join import join
 from fedtune.link.client.training_process import WorkProgress
 from fedtune.link.uploads import map_file

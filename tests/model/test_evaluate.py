@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedtune.model.batches import collate
-from fedtune.model.evaluate import by_length, evaluate
+from fedtune.model.evaluate import evaluate
 from fedtune.model.samples import Prompt, answers
 
 
@@ -63,14 +63,6 @@ def test_a_perfect_answer_scores_one(loaded: Any, examples: Any, monkeypatch: py
     monkeypatch.setattr("fedtune.model.evaluate.continue_text", lambda *args, **kwargs: "the  dog\n")
     scores = evaluate(base, {}, {}, {"test": rows}, batch=2, generate=2)["test"]
     assert (scores["rouge_l"], scores["exact_match"]) == (1.0, 1.0)
-
-
-def test_batches_by_length_hold_every_position_once(examples: Any) -> None:
-    rows = examples(10)
-    positions = [position for batch in by_length(rows, 3) for position in batch]
-    assert sorted(positions) == list(range(10))
-    lengths = [len(rows[position].input_ids) for position in positions]
-    assert lengths == sorted(lengths)
 
 
 def test_an_empty_prompt_is_continued_from_the_first_token_of_a_text(loaded: Any, examples: Any) -> None:
