@@ -13,6 +13,7 @@ import torch
 from fedtune.client.site import blocks
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.edge.bundle import TENSORS, BundleFacts, Module, manifest_facts
+from fedtune.model import libraries
 from fedtune.model.base import Base
 from fedtune.model.batches import Batch
 from fedtune.model.edge_tokenizer import tokenizer_files
@@ -47,7 +48,8 @@ class TorchRuntime:
 
     @contextmanager
     def at(self, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[TorchPosition]:
-        with at_position(self.base, ledger, trainable) as position, torch.inference_mode():
+        # Another number of threads changes the last bits of a loss.
+        with libraries.threads(1), at_position(self.base, ledger, trainable) as position, torch.inference_mode():
             yield TorchPosition(position)
 
     def continue_tokens(self, *arguments: Any, **options: Any) -> Iterator[int]:
