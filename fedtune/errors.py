@@ -2,6 +2,7 @@
 
     FedtuneError
       ConfigError   before anything starts; carries every fault at once
+        UnreachableError  a server was away for as long as a site waits
       ExtraError    an optional package is missing; names the extra
       ShapeError    two tensors that must agree do not
       WireError     bytes from outside are not what they must be; names the client
@@ -15,6 +16,7 @@ A message says what was expected, what came and what to do, in one sentence.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +73,10 @@ class ConfigError(FedtuneError):
         return "\n".join([f"{self.source}: {count}", *(f"  {line}" for line in lines)])
 
 
+class UnreachableError(ConfigError):
+    """A server was away for as long as a site waits for it; the site may be started again later."""
+
+
 class ExtraError(FedtuneError):
     """An optional package is missing; the message names the extra that brings it."""
 
@@ -101,6 +107,18 @@ class StoreError(FedtuneError):
 
 class NotFiniteError(StoreError):
     """A server state holds numbers that are not finite: it is neither stored nor handed on."""
+
+
+PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN})
+"""Errors of the operating system that end without a change to what was asked for: a full disk, too many files."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether the same command may succeed later, with nothing changed: the disk is full, or a server away."""
+    causes = (error, error.__cause__)
+    return isinstance(error, UnreachableError) or any(
+        isinstance(cause, OSError) and cause.errno in PASSING for cause in causes
+    )
 
 
 def type_of(value: object) -> str:

@@ -125,8 +125,16 @@ def join(
     def work() -> None:
         from fedtune.cli.event_log import event_writer
         from fedtune.deployment import join as join_module
+        from fedtune.errors import FedtuneError, may_pass
 
-        join_module.join(site, server=server, record=event_writer(check_log_format(log)), agree=agree)
+        try:
+            join_module.join(site, server=server, record=event_writer(check_log_format(log)), agree=agree)
+        except FedtuneError as error:
+            # A supervisor starts it again: nothing must be changed, but the disk may have space then.
+            if not may_pass(error):
+                raise
+            typer.echo(f"fedtune: {printable(str(error))}", err=True)
+            raise typer.Exit(EXIT_RETRY) from None
 
     with report_errors(debug):
         until_signal(work)

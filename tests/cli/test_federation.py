@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
+from fedtune.errors import ConfigError, Fault, FedtuneError, StoreError, UnreachableError
 from tests.deployment.test_coordinator import RECIPE
 from tests.deployment.test_join import SITE as OWN
 from tests.link.ceremony import enroll_parties
@@ -55,6 +57,25 @@ def test_a_dry_run_asks_a_server_and_leaves_nothing(tmp_path: Path) -> None:
         assert status == 2  # the recipe of this server's plan was signed before it was changed
         assert "coordinator has signed" in output
     assert not (tmp_path / "site-a" / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (StoreError("state: expected to write it; No space left on device"), 75),
+        (UnreachableError(Fault("link.address", "a server that can be reached", "61 s without a connection")), 75),
+        (StoreError("state: expected that no other process writes it"), 2),
+        (ConfigError(Fault("name", "a name", "none")), 2),
+    ],
+)
+def test_a_site_that_may_be_started_again_later_says_so_by_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: FedtuneError, status: int
+) -> None:
+    def fail(site: Path, **options: object) -> None:
+        raise error from (OSError(errno.ENOSPC, "No space left on device") if "No space" in str(error) else None)
+
+    monkeypatch.setattr("fedtune.deployment.join.join", fail)
+    assert run("join", "site.toml") == (status, f"fedtune: {error}\n")
 
 
 def test_a_dry_run_without_a_server_says_so(tmp_path: Path) -> None:

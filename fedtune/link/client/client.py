@@ -161,9 +161,10 @@ class Client:
                         return end
                     self._backoff.note_success()
                 except (grpc.RpcError, ValueError) as error:
-                    # The thread of the fault has closed the channel, which failed this call.
-                    if self._guard.fault is not None:
-                        raise self._guard.fault from error
+                    # The thread of the fault has closed the channel, which failed this call. Its own cause stays: by
+                    # that of a full disk a command knows that another try may succeed.
+                    if (fault := self._guard.fault) is not None:
+                        raise fault from fault.__cause__
                     # What gRPC raises on a channel that `stop` has closed, or the watch in favour of another one.
                     if isinstance(error, ValueError):
                         continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -161,5 +162,10 @@ def run_request(site: TrainingSite, request: Mapping[str, Any]) -> Mapping[str, 
         raise
     except BaseException as error:  # its text may quote data: its type and place alone leave the site
         traceback.print_exc()
+        # Half an update would keep the space that others wait for.
+        into.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            expected = f"{site.client}: expected space for an update on this site's disk"
+            raise ClientError(f"{expected}; got none; the next round is tried again") from error
         raise ClientError(failure_of(site.client, error, quote=False).reason) from error
     return {name: value for name, value in asdict(update.measured).items() if value is not None}

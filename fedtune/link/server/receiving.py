@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Executor
 from functools import partial
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from fedtune.link import uploads
@@ -49,7 +50,7 @@ async def receive(
     # From here on the order must stay open, too.
     call.check = lambda: (admitted(), dispatcher.missing_part(call.client, first.answer, first.digest))
     path = uploads.part_path(dispatcher.folder, call.client, part.digest)
-    incoming = await in_thread(disk, uploads.IncomingUpload, path, part, first.offset)
+    incoming = await open_upload(disk, path, part, first.offset)
     call.left_bytes = part.num_bytes - incoming.received_bytes
     smallest = min(MIN_MESSAGE_BYTES, dispatcher.settings.part_kib * KIB)
     waiting, size, messages, begins = [first.data], len(first.data), 1, incoming.received_bytes
@@ -109,6 +110,19 @@ async def read(call: OpenCall, stream: AsyncIterator[pb.PushPart]) -> pb.PushPar
         raise call.error from None
     finally:
         call.reading = False
+
+
+async def open_upload(disk: Executor, path: Path, part: pb.Part, offset: int) -> uploads.IncomingUpload:
+    """Open the file of an upload in a thread; cancelled meanwhile, close it again."""
+    work = asyncio.get_running_loop().run_in_executor(disk, uploads.IncomingUpload, path, part, offset)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        # It has hashed what is there already, and nothing else would close it before the next collection of garbage.
+        await asyncio.wait([work])
+        if work.exception() is None:
+            work.result().close()
+        raise
 
 
 async def in_thread(disk: Executor, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:

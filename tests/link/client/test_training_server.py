@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,24 @@ def test_a_beat_says_why_the_work_waits_between_two_steps(tmp_path: Path) -> Non
     assert (waiting["at"][:2], waiting["waits"]) == ([3, 10], PAUSED)
     assert working["at"][:2] == [3, 10]
     assert "waits" not in working
+
+
+@pytest.mark.guarantee("G15")
+def test_without_space_for_an_update_nothing_of_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Working:
+        client, scores = "site-a", "send"
+
+        def perform(self, assignment: object) -> None:
+            (tmp_path / "update").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "front").write_bytes(encode_assignment(assignment()).header)
+    request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
+    failed = training_server.handle(lambda site, on_step: Working(), "", request)  # type: ignore[arg-type,return-value]
+    assert failed == {
+        "failed": "site-a: expected space for an update on this site's disk; got none; the next round is tried again"
+    }
+    assert not (tmp_path / "update").exists()
 
 
 @pytest.mark.parametrize("error", [MemoryError, SystemExit, KeyboardInterrupt, ValueError])

@@ -17,6 +17,7 @@ import pytest
 
 from fedtune.link.envelopes import digest
 from fedtune.link.rejections import RejectionError, rejection
+from fedtune.link.server import receiving
 from fedtune.link.server.limits import OpenCalls
 from fedtune.link.server.receiving import receive
 from fedtune.link.settings import LinkSettings
@@ -25,6 +26,7 @@ from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.harness import assignment, make_harness, signed_reply
 from tests.link.link_server import SETTINGS, LinkServer, run_link_server
 from tests.link.server.test_service import Sender, begun, parts, post_task, reason, until
+from tests.link.site import END_S
 
 DATA = bytes(range(256)) * 4000
 
@@ -42,6 +44,31 @@ def pushing(link: LinkServer, name: str, messages: Iterator[pb.PushPart]) -> tup
     thread = threading.Thread(target=lambda: acks.extend(calls.push(messages, timeout=60)))
     thread.start()
     return thread, acks
+
+
+def test_an_upload_that_is_cut_while_its_file_is_opened_leaves_none_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    opens, closes, goes_on = threading.Event(), list[str](), threading.Event()
+
+    class Slow:
+        def __init__(self, path: Path, part: pb.Part, offset: int) -> None:
+            opens.set()
+            goes_on.wait(END_S)
+
+        def close(self) -> None:
+            closes.append("closed")
+
+    async def cut() -> None:
+        with ThreadPoolExecutor(1) as disk:
+            task = asyncio.create_task(receiving.open_upload(disk, Path(), pb.Part(), 0))
+            await asyncio.to_thread(opens.wait, END_S)
+            task.cancel()
+            goes_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    monkeypatch.setattr("fedtune.link.uploads.IncomingUpload", Slow)
+    asyncio.run(cut())
+    assert closes == ["closed"]
 
 
 @pytest.mark.guarantee("G14")
