@@ -33,6 +33,7 @@ UNITS_BY_ENDING: Mapping[str, str] = {
     "_mbps": "10⁶ bits per second",
     "_gbps": "10⁹ bytes per second",
     "_tflops": "10¹² operations per second",
+    "_w": "watts",
     "_per_min": "calls per minute",
 }
 UNITS: Mapping[str, str] = {
@@ -138,6 +139,9 @@ DEVICE_RANGES: Mapping[str, str] = {
     "modes": "> 0 and ≤ 1",
     "mode_period_s": "≥ 1",
     "availability": "≥ 0 and ≤ 1",
+    "compute_w": "> 0",
+    "send_w": "> 0",
+    "receive_w": "> 0",
 }
 """What a profile is checked for as a whole, not by the types of its fields; a test holds these against that check."""
 

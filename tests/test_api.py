@@ -345,6 +345,22 @@ def test_reports_and_comparisons_are_drawn_from_real_runs(tables: Tables, tmp_pa
     assert "zeropad" in page.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unrendered")
+def test_seeds_on_simulated_phones_cost_joules_and_compare_by_them(tables: Tables, tmp_path: Path) -> None:
+    run = fedtune.simulate({**kseed(tables, bank="kron"), "fleet": {"name": "phones"}}, out=tmp_path / "phones")
+    rounds = read_run(run.path).rounds[1:]
+    asked = [client for record in rounds for client in record.clients.values()]
+    assert asked
+    for client in asked:
+        assert client.joules is not None
+        assert client.compute_s is not None
+        assert client.joules > 2.9 * client.compute_s  # watts of the weakest phone
+    page = fedtune.compare([run.path], out=tmp_path / "compare", budgets=["1MJ"])
+    parts = json.loads(page.with_name("comparison.json").read_text())["protocols"]["under_budget"]
+    assert {part["resource"]: part["budget"] for part in parts}["joules"] == 1e6
+
+
 def test_the_public_names_are_all_there() -> None:
     assert sorted(dir(fedtune)) == sorted(fedtune.__all__)
     for name in fedtune.__all__:

@@ -10,6 +10,7 @@ from fedtune.config.recipe import ARM_KEYS, Override, Recipe, method_type_of
 from fedtune.errors import Fault
 from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
+from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.methods.method import Method
 from fedtune.planning.arms import AdaptiveSettings, goal_of, ratios_of
 from fedtune.planning.fedpipe import MEASURED, FedPipeSettings
@@ -225,9 +226,14 @@ def fleet_table_faults(recipe: Recipe) -> Iterator[Fault]:
         if recipe.client.steps is None or any("epochs" in override.training for override in recipe.override):
             hint = "it reads the simulated clock's times, which follow from the recipe alone"
             yield Fault("client.epochs", "none, but client.steps", "epochs", hint)
-    if fleet is not None and method.task is ProbeSeeds:
-        expected, hint = f"no table with {method.name!r}", "what its forward passes cost a device is not modelled yet"
-        yield Fault("fleet", expected, repr(fleet.name), hint)
+    settings = recipe.method
+    modelled = isinstance(settings, FedKSeedSettings) and settings.bank == "kron"
+    if fleet is not None and method.task is ProbeSeeds and not modelled:
+        expected, hint = (
+            f"no table with {method.name!r}, but with bank = 'kron'",
+            "what moving all weights costs a device",
+        )
+        yield Fault("fleet", expected, repr(fleet.name), f'{hint} is not modelled; set method.bank = "kron"')
     if fleet is not None and fleet.late == "drop" and planner in SENDS_NO_DEADLINE:
         hint = 'take planner = "deadline", or leave fleet.late out'
         yield Fault("fleet.late", f"'wait' with the planner {planner!r}, which sends no deadline", "'drop'", hint)

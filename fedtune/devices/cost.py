@@ -176,6 +176,25 @@ def flops_per_token(body: Body, size: Sizes, rank: int, work: Work, trained: Tra
     return whole - left_out + (factors + (2.0 + 2.0 * depth) * work.global_rank) * sides + attention
 
 
+def forward_flops_per_token(body: Body, tokens: float, bank_rank: int = 0) -> float:
+    """Return the operations of one token that goes forward through the whole base, and through a seed's directions.
+
+    2 P_blocks + 2 P_head + 4 s sum n_l h + 2 p sum(|O| + |I|) + 2 p^2 for each layer of the blocks; a classifier's head
+    sees one row per example.
+
+    Args:
+        body: sizes of the base.
+        tokens: per example.
+        bank_rank: p of the bank kron, whose directions are added in the forward pass; 0: nothing is added.
+    """
+    layout, size = body.layout, sizes(body.layout, None, 0.0)
+    head = 0.0 if body.classifies else float(layout.head)
+    attention = 4.0 * tokens * len(layout.blocks) * size.q * layout.blocks[0].head_dim
+    both = sum(_side(out, size, layout) + _side(into, size, layout) for _, out, into in layout.sides.values())
+    directions = 2.0 * bank_rank * both + 2.0 * bank_rank**2 * len(layout.sides)
+    return 2.0 * (block_parameters(layout, size) + head) + attention + directions
+
+
 def factor_numbers(body: Body, size: Sizes, ranks: Mapping[str, float]) -> float:
     """Return the numbers of an adapter whose modules have ranks of their own."""
     return sum(rank * sum(module_sides(body, name, size)) for name, rank in ranks.items())
@@ -246,10 +265,18 @@ def llama_7b() -> Body:
     return Body(layout, shapes, parameters=6_738_415_616)
 
 
+def smollm2_135m() -> Body:
+    """Return SmolLM2-135M in 32 bits with all seven linear layers of a block adapted."""
+    blocks = tuple(Block(f"model.layers.{i}", 9, 3, 64, 1536) for i in range(30))
+    layout = BlockLayout("llama", blocks, width=576, head=28_311_552, outputs=49_152, number_bytes=4)
+    shapes = {name: _shape(layout, out, into) for name, (_, out, into) in layout.sides.items()}
+    return Body(layout, shapes, parameters=134_515_008)
+
+
 def _shape(layout: BlockLayout, out: Side, into: Side) -> tuple[int, int]:
     size = sizes(layout, None, 0.0)
     return int(_side(out, size, layout)), int(_side(into, size, layout))
 
 
-PROXIES = {"roberta-base": roberta_base, "llama-7b": llama_7b}
+PROXIES = {"roberta-base": roberta_base, "llama-7b": llama_7b, "smollm2-135m": smollm2_135m}
 """Larger models whose costs may be charged in place of those of the model that is trained."""

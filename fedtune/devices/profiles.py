@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias
 from fedtune.errors import ConfigError, Fault
 from fedtune.seeds import derive, generator
 
-Provenance: TypeAlias = Literal["datasheet", "measured", "assumed", "recipe"]
-"""recipe: a number that the recipe sets in a table `device`."""
+Provenance: TypeAlias = Literal["datasheet", "measured", "published", "assumed", "recipe"]
+"""published: by others, who measured it; recipe: a number that the recipe sets in a table `device`."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class DeviceProfile:
     """How long a drawn share of the speed lasts."""
     availability: float = 1.0
     """Share of the time in which the device can be asked."""
+    compute_w: float | None = None
+    """Power while it works, at any speed; none with the two below: not known, and the run records no joules."""
+    send_w: float | None = None
+    """Power while it sends."""
+    receive_w: float | None = None
+    """Power while it receives."""
     provenance: Mapping[str, Provenance] = field(default_factory=dict)
     """By field; what is not named is assumed."""
 
@@ -55,12 +61,18 @@ class DeviceProfile:
     def mean_mode(self) -> float:
         return sum(self.modes) / len(self.modes)
 
+    def joules(self, *, work_s: float, down_s: float, up_s: float) -> float | None:
+        """Return the energy of so many seconds of each; None for a device whose power is not known."""
+        if self.compute_w is None or self.send_w is None or self.receive_w is None:
+            return None
+        return self.compute_w * work_s + self.receive_w * down_s + self.send_w * up_s
+
     def as_table(self) -> Mapping[str, Mapping[str, str]]:
-        """Return every number with where it comes from, as a report prints it."""
+        """Return every number that is known with where it comes from, as a report prints it."""
         table = {}
         for number in fields(self):
-            if number.name not in ("name", "provenance"):
-                value = getattr(self, number.name)
+            value = getattr(self, number.name)
+            if number.name not in ("name", "provenance") and value is not None:
                 text = ", ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else f"{value:.4g}"
                 table[number.name] = {"value": text, "provenance": self.provenance.get(number.name, "assumed")}
         return table
@@ -68,6 +80,7 @@ class DeviceProfile:
 
 LEAST = {"up_mbps": 0.01, "down_mbps": 0.01, "mode_period_s": 1.0}
 """Below these a transfer would be integrated over millions of pieces."""
+POWERS = ("compute_w", "send_w", "receive_w")
 
 
 def check(profile: DeviceProfile) -> DeviceProfile:
@@ -101,6 +114,15 @@ def check(profile: DeviceProfile) -> DeviceProfile:
         wrong("availability", "a share from 0 to 1", profile.availability, "1 is always there")
     if not profile.modes or not all(0 < mode <= 1 for mode in profile.modes):
         wrong("modes", "at least one share of the speed above 0, none above 1", profile.modes, "[1.0] never slows down")
+    powers = {name: getattr(profile, name) for name in POWERS}
+    for name, value in powers.items():
+        if value is not None and not (isfinite(value) and value > 0):
+            wrong(name, "a finite number above 0", value, f"e.g. {getattr(PROFILES['phone-mid'], name):g}, a phone's")
+    if None in powers.values() and any(value is not None for value in powers.values()):
+        absent = next(name for name, value in powers.items() if value is None)
+        wrong(
+            absent, f"all of {', '.join(POWERS)}, or none", None, "joules of a part would pass for those of the whole"
+        )
     strange = sorted(set(profile.provenance) - {each.name for each in fields(DeviceProfile)})
     if strange:
         wrong("provenance", "names of fields", strange[0], "leave it out")
@@ -123,6 +145,29 @@ def jetson(
     )
 
 
+def phone(
+    name: str, *, memory_gb: float, rate: float, bandwidth: float, compute_w: float, **more: Provenance
+) -> DeviceProfile:
+    """Return a profile of a phone over Wi-Fi; what is not said is assumed.
+
+    Its power while it works is what Arouj and Abdelmoniem 2022, arXiv 2208.04505 (EAFL) take for three classes of
+    phones, of the whole device under a graphics benchmark. Sending and receiving: Huang et al. 2012, MobiSys, table 4,
+    Wi-Fi: 132.86 mW and per Mb/s 283.17 mW up and 137.01 mW down, here at 10 Mb/s.
+    """
+    return DeviceProfile(
+        name,
+        memory_gb=memory_gb,
+        peak_tflops=rate,
+        utilisation=1.0,
+        memory_gbps=bandwidth,
+        overhead_s=2.0,
+        compute_w=compute_w,
+        send_w=2.96,
+        receive_w=1.50,
+        provenance={"compute_w": "published", "send_w": "published", "receive_w": "published", **more},
+    )
+
+
 PROFILES: Mapping[str, DeviceProfile] = {
     profile.name: profile
     for profile in (
@@ -135,6 +180,12 @@ PROFILES: Mapping[str, DeviceProfile] = {
         jetson("orin-nano-8", memory_gb=5.2, peak=10.0, utilisation=0.3, bandwidth=68.0, peak_tflops="datasheet"),
         jetson("orin-nx-16", memory_gb=13.6, peak=16.0, utilisation=5.0 / 16.0, bandwidth=102.4),
         jetson("agx-orin-64", memory_gb=54.4, peak=42.5, utilisation=0.2, bandwidth=205.0),
+        # A Snapdragon 778G with 7.5 GB trains a step of Gemma 3 270M (8 rows of 64 tokens, 0.55 TFLOP) in 170 s, as the
+        # code of EdgeFlowerTune (arXiv 2605.08636) reports: 65 % of its memory, and its speed. The others are twice as
+        # fast and half as fast.
+        phone("phone-low", memory_gb=2.0, rate=0.0016, bandwidth=14.9, compute_w=2.98),
+        phone("phone-mid", memory_gb=4.9, rate=0.0032, bandwidth=25.6, compute_w=5.44, peak_tflops="published"),
+        phone("phone-high", memory_gb=7.8, rate=0.0064, bandwidth=51.2, compute_w=6.33),
     )
 }
 """By name."""
@@ -142,6 +193,7 @@ PROFILES: Mapping[str, DeviceProfile] = {
 SHARES: Mapping[str, Mapping[str, int]] = {
     "fedspine80": {"tx2": 30, "xavier-nx": 40, "agx-xavier": 10},
     "orin8": {"orin-nano-8": 4, "orin-nx-16": 2, "agx-orin-64": 2},
+    "phones": {"phone-low": 4, "phone-mid": 4, "phone-high": 2},
 }
 """Devices of a fleet by kind."""
 

@@ -83,7 +83,9 @@ class SimulatedClock:
         compute = integrated_seconds(now_s + first, work_s, mode)
         begin = now_s + first + compute + profile.overhead_s
         second = profile.latency_s + integrated_seconds(begin, load.bytes_up, up)
-        return ClientTime(compute, first + second, overhead_s=profile.overhead_s, down_s=first)
+        # The device sleeps while it waits for others: what that takes is not counted.
+        joules = profile.joules(work_s=compute + profile.overhead_s, down_s=first, up_s=second)
+        return ClientTime(compute, first + second, overhead_s=profile.overhead_s, down_s=first, joules=joules)
 
     def probes(self, round: int, now_s: float, cohort: Sequence[Client], limit_s: float) -> Mapping[str, SpeedProbe]:
         """Return what clients measure of their speed before a round, and how long that takes them."""

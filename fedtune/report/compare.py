@@ -149,7 +149,7 @@ def write_comparison(runs: Sequence[Path], out: Path, settings: ProtocolSettings
         settings=differing_settings(comparison),
         protocols=protocol_tables([row.name for row in comparison.rows], three),
         protocol_clock=three.clock,
-        warnings=[*warnings(comparison.groups), *three.missing],
+        warnings=[*warnings(comparison.groups), *three.notes],
         times=time_table(comparison),
         cards=cards,
         recipes=[members[0] for members in comparison.groups],
@@ -169,7 +169,7 @@ def numbers_of(comparison: Comparison, three: Protocols) -> Mapping[str, Any]:
         "differences": [asdict(difference) for difference in differences(comparison.groups)],
         "settings": settings_table(comparison.groups),
         "protocols": asdict(three),
-        "warnings": [*warnings(comparison.groups), *three.missing],
+        "warnings": [*warnings(comparison.groups), *three.notes],
     }
 
 

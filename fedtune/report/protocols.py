@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -93,8 +94,8 @@ class Protocols:
     under_budget: tuple[UnderBudget, ...] = ()
     to_target: tuple[ToTarget, ...] = ()
     robustness: tuple[Robustness, ...] = ()
-    missing: tuple[str, ...] = ()
-    """What was asked for and cannot be said, with the reason."""
+    notes: tuple[str, ...] = ()
+    """What was asked for and cannot be said, with the reason, and what does not go together."""
 
 
 def protocol_settings(
@@ -136,11 +137,15 @@ def protocols(groups: Sequence[Group], settings: ProtocolSettings | None = None)
     clock = "devices" if all(run.rounds[-1].clock_s for run in runs) else "this machine"
     spent = [{run.seed: costs(run, clock) for run in group} for group in groups]
     known = [kind for kind in RESOURCES if all(kind in of for by_seed in spent for of in by_seed.values())]
-    missing = [f"a budget in {kind}: not every run has recorded {kind}" for kind in asked.budgets if kind not in known]
+    notes = [f"a budget in {kind}: not every run has recorded {kind}" for kind in asked.budgets if kind not in known]
+    notes += [
+        f"{name}: bytes are those of the model that was trained, seconds and joules those of its fleet.proxy"
+        for name in names_with_proxy(groups)
+    ]
     robustness = tuple(robustness_of(groups, index) for index in range(len(groups)))
     if quality is None:
-        missing.append(f"{asked.measure}: the runs share no evaluation of it")
-        return Protocols(asked.measure, "", clock, {}, robustness=robustness, missing=tuple(missing))
+        notes.append(f"{asked.measure}: the runs share no evaluation of it")
+        return Protocols(asked.measure, "", clock, {}, robustness=robustness, notes=tuple(notes))
     sign = 1.0 if LOWER_IS_BETTER[asked.measure] else -1.0
     # Below, less is better: the signs of other measures are turned, and turned back in what is returned.
     scores = [{run.seed: sign * quality(run) for run in group} for group in groups]
@@ -154,8 +159,14 @@ def protocols(groups: Sequence[Group], settings: ProtocolSettings | None = None)
         under_budget=tuple(under_budget(kind, scores, spent, asked.budgets.get(kind), sign) for kind in known),
         to_target=tuple(to_target(kind, scores, spent, targets) for kind in known) if targets else (),
         robustness=robustness,
-        missing=tuple(missing),
+        notes=tuple(notes),
     )
+
+
+def names_with_proxy(groups: Sequence[Group]) -> Sequence[str]:
+    """Return the names of the recipes whose clock counts the operations of a larger model."""
+    fleets = {group[0].name: tomllib.loads(group[0].recipe).get("fleet", {}) for group in groups}
+    return [name for name, fleet in fleets.items() if isinstance(fleet, dict) and fleet.get("proxy", "none") != "none"]
 
 
 def costs(run: Run, clock: str) -> Mapping[Resource, Floats]:

@@ -20,10 +20,17 @@ class ClientTime:
     """What no choice of a planner changes."""
     down_s: float | None = None
     """Of the transfer, that down; None where the two ways are not known apart."""
+    joules: float | None = None
+    """Energy of all this; None where it is not known."""
 
     @property
     def seconds(self) -> float:
         return self.compute_s + self.transfer_s + self.overhead_s
+
+    def cut(self, after_s: float) -> ClientTime:
+        """Return the time of a client that is given up after so many seconds: its energy until then was spent."""
+        spent = None if self.joules is None or not self.seconds else self.joules * min(1.0, after_s / self.seconds)
+        return ClientTime(after_s, 0.0, joules=spent)
 
     @classmethod
     def until_deadline(cls, after_s: float) -> ClientTime:

@@ -273,7 +273,7 @@ def apply_clock(
     for name in given_up(overdue, times, wanted=context.schedule.min_clients - (len(updates) - len(overdue))):
         came = f"it would have come after {times[name].seconds:.3g} s"
         failure = Failure(name, expected=f"an update within {overdue[name]:.3g} s", hint=came, kind="late")
-        outcomes[name], times[name] = failure, ClientTime.until_deadline(overdue[name])
+        outcomes[name], times[name] = failure, times[name].cut(overdue[name])
         context.watch(ClientFinished(request.round, failure, replies.traffic[name]))
     return replace(replies, outcomes=outcomes), times
 

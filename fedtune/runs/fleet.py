@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from math import ceil, floor, log2
+from math import ceil, floor, isqrt, log2
 from typing import Any
 
 from fedtune.config import Recipe, planned_training
@@ -16,6 +16,7 @@ from fedtune.devices.cost import (
     Trained,
     Work,
     flops_per_token,
+    forward_flops_per_token,
     round_bytes,
     round_flops,
     sizes,
@@ -282,6 +283,8 @@ class Fleet:
 
     def load(self, done: CompletedWork) -> Load:
         """Return the load of a finished round on a client's device, from the tokens and bytes that were counted."""
+        if isinstance(self.recipe.method, FedKSeedSettings):
+            return self.probe_load(done, self.recipe.method)
         plan, measured, pruning = done.plan, done.measured, self.recipe.pruning
         work, trained = self.work(plan.client, plan.training, plan.rank, done.down_rank), self.trained_by(plan)
         size = sizes(self.charged.layout, pruning, plan.ratio)
@@ -299,6 +302,20 @@ class Fleet:
             bytes_up=done.traffic.up * factor,
         )
 
+    def probe_load(self, done: CompletedWork, settings: FedKSeedSettings) -> Load:
+        """Return the load of forward passes alone, whose bytes are those of seeds and scalars whatever the base is."""
+        client, training = done.plan.client, done.plan.training
+        length, tokens = self.lengths(client), done.measured.tokens
+        # A pass reads the weights once. Their number follows from the tokens: it depends on the estimator.
+        passes = tokens / (training.batch * length.mean)
+        flops = forward_flops_per_token(self.charged, length.mean, isqrt(settings.seeds))
+        return Load(
+            tflop=flops * tokens / 1e12,
+            gigabytes=passes * self.charged.parameters * self.charged.layout.number_bytes / 1e9,
+            bytes_down=done.traffic.down,
+            bytes_up=done.traffic.up,
+        )
+
     def megabytes(self, seen: ClientObservation) -> float:
         """Return a client's counted megabytes, down and up together; with a proxy, scaled to the proxy's size."""
         factor = self.traffic_factor(seen.ratio, seen.rank, seen.down_rank)
@@ -306,7 +323,8 @@ class Fleet:
 
     def traffic_factor(self, ratio: float, rank: int, down_rank: int | None = None) -> float:
         """Return by how much more bytes the proxy would send than the model that was trained."""
-        if self.proxy is None or self.body is None:
+        # Seeds and scalars are as many of any base.
+        if self.proxy is None or self.body is None or method_of(self.recipe).task is ProbeSeeds:
             return 1.0
         sent = self.global_rank(rank, down_rank)
         both = [

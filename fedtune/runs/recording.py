@@ -175,7 +175,7 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
             **arm_of(planned),
         )
     if device is not None:
-        times = {key: getattr(device, key) for key in ("compute_s", "transfer_s", "overhead_s", "down_s")}
+        times = {key: getattr(device, key) for key in ("compute_s", "transfer_s", "overhead_s", "down_s", "joules")}
         record = replace(record, **times)
     if isinstance(outcome, Failure):
         return replace(record, status=outcome.kind, reason=outcome.reason)

@@ -43,9 +43,10 @@ class FleetSettings:
     machine's clock.
     """
 
-    name: Literal["fedspine80", "orin8", "lognormal"] = "fedspine80"
-    """fedspine80: 30 TX2, 40 Xavier NX and 10 AGX Xavier; orin8: 4 Orin Nano, 2 Orin NX and 2 AGX Orin; lognormal:
-    random speeds after FedScale. With another number of clients the shares stay the same."""
+    name: Literal["fedspine80", "orin8", "phones", "lognormal"] = "fedspine80"
+    """fedspine80: 30 TX2, 40 Xavier NX and 10 AGX Xavier; orin8: 4 Orin Nano, 2 Orin NX and 2 AGX Orin; phones:
+    4 of each 10 slow, 4 middling and 2 fast phones over Wi-Fi, with their power, so that a run records joules;
+    lognormal: random speeds after FedScale. With another number of clients the shares stay the same."""
     by: Literal["time", "round"] = "time"
     """A device's speed and bandwidth change with simulated time, or with the number of the round, which makes runs
     comparable round by round."""
@@ -54,7 +55,7 @@ class FleetSettings:
     dropped."""
     server_s: Annotated[float, Ge(0)] = 0.0
     """Simulated seconds that the server adds to every round."""
-    proxy: Literal["none", "roberta-base", "llama-7b"] = "none"
+    proxy: Literal["none", "roberta-base", "llama-7b", "smollm2-135m"] = "none"
     """The clock counts operations, bytes and memory as if this larger model were trained; none counts those of the
     model itself."""
 
@@ -66,8 +67,8 @@ class DeviceOverride:
     clients: Sequence[str]
     """Names or globs."""
     profile: str | None = None
-    """Kind of device to start from: nano, tx2, xavier-nx, agx-xavier, orin-nano-8, orin-nx-16 or agx-orin-64; none: the
-    one that the fleet gave."""
+    """Kind of device to start from: nano, tx2, xavier-nx, agx-xavier, orin-nano-8, orin-nx-16, agx-orin-64,
+    phone-low, phone-mid or phone-high; none: the one that the fleet gave."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The fields of `DeviceProfile` that change, by name."""
 

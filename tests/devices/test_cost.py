@@ -13,6 +13,7 @@ from fedtune.devices.cost import (
     adapter_sides,
     block_parameters,
     flops_per_token,
+    forward_flops_per_token,
     roberta_base,
     round_bytes,
     round_flops,
@@ -147,3 +148,18 @@ def test_what_mends_a_pruned_model_comes_down_in_every_round_of_it() -> None:
     expected = 2 * 12 * (768 + 3072) * (16 + 2)
     assert round_bytes(body, mended, 0.5, 8, **usual) == (down + expected, up)  # type: ignore[arg-type]
     assert round_bytes(body, mended, 0.0, 8, **usual) == round_bytes(body, plain, 0.0, 8, **usual)  # type: ignore[arg-type]
+
+
+def test_a_forward_pass_of_smollm2_on_paper() -> None:
+    body = PROXIES["smollm2-135m"]()
+    blocks = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    assert block_parameters(body.layout, sizes(body.layout, None, 0.0)) == blocks
+    attention = 4 * 100 * 30 * 576
+    assert forward_flops_per_token(body, 100) == 2 * (blocks + 49_152 * 576) + attention
+    # p = 64: V x, M, U of each of 7 matrices in 30 blocks.
+    both = 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    more = 2 * 64 * both + 2 * 64 * 64 * 210
+    assert forward_flops_per_token(body, 100, 64) - forward_flops_per_token(body, 100) == more
+    # Two forward passes are one forward and one backward over a frozen base, but for attention and adapters.
+    whole = flops_per_token(body, sizes(body.layout, None, 0.0), 0, replace(WORK, tokens=0))
+    assert 2 * forward_flops_per_token(body, 0) == whole

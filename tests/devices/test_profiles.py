@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, check
+from fedtune.devices.profiles import FLEETS, POWERS, PROFILES, DeviceProfile, check
 from fedtune.errors import ConfigError
 
 EFFECTIVE = {
@@ -26,7 +26,7 @@ def test_known_devices_are_possible_and_train_as_fast_as_is_assumed(name: str) -
     profile = check(PROFILES[name])
     assert profile.tflops == pytest.approx(EFFECTIVE[name])
     told = profile.as_table()
-    assert told.keys() == {each.name for each in fields(DeviceProfile)} - {"name", "provenance"}
+    assert told.keys() == {each.name for each in fields(DeviceProfile)} - {"name", "provenance", *POWERS}
     assert told["memory_gbps"]["provenance"] == "datasheet"
     assert told["utilisation"]["provenance"] == "assumed"
 
@@ -46,6 +46,9 @@ def test_known_devices_are_possible_and_train_as_fast_as_is_assumed(name: str) -
         ({"modes": (2.0,)}, "none above 1"),
         ({"latency_s": -1.0}, "latency_s"),
         ({"provenance": {"colour": "assumed"}}, "names of fields"),
+        ({"compute_w": 0.0, "send_w": 1.0, "receive_w": 1.0}, "compute_w: expected a finite number above 0"),
+        ({"compute_w": 1.0, "send_w": float("inf"), "receive_w": 1.0}, "e.g. 2.96, a phone's"),
+        ({"compute_w": 1.0, "send_w": 1.0}, "receive_w: expected all of compute_w, send_w, receive_w, or none"),
     ],
 )
 def test_an_impossible_device_is_refused_with_what_would_do(changes: dict[str, Any], said: str) -> None:
@@ -76,3 +79,19 @@ def test_any_number_of_clients_gets_devices_in_proportion(fleet: str, count: int
     assert all(check(profile) for profile in found.values())
     if fleet == "fedspine80" and count == 8:
         assert Counter(each.name for each in found.values()) == {"tx2": 3, "xavier-nx": 4, "agx-xavier": 1}
+
+
+def test_by_hand_the_energy_of_a_phone() -> None:
+    phone = PROFILES["phone-mid"]
+    assert phone.joules(work_s=10.0, down_s=2.0, up_s=1.0) == pytest.approx(54.4 + 3.0 + 2.96)
+    assert PROFILES["tx2"].joules(work_s=10.0, down_s=2.0, up_s=1.0) is None  # its power is not known: no guess
+    assert {name: row["provenance"] for name, row in phone.as_table().items() if name in POWERS} == dict.fromkeys(
+        POWERS, "published"
+    )
+
+
+def test_a_phone_trains_gemma_270m_as_fast_as_was_published() -> None:
+    # 18 blocks of width 640 (4 heads and 1 of 256, 2048 channels) and a head of 262,144 rows; 8 rows of 64 tokens.
+    blocks = 18 * (2 * 640 * 1024 + 2 * 640 * 256 + 3 * 640 * 2048)
+    flops = 4 * (blocks + 640 * 262_144) * 8 * 64
+    assert flops / 1e12 / PROFILES["phone-mid"].tflops == pytest.approx(170.4, rel=0.02)

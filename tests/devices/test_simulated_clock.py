@@ -140,3 +140,13 @@ def test_a_probe_says_the_speed_of_the_time_and_takes_at_most_a_second_for_eithe
     assert by_round.probes(1, 0.0, [Client("bob", 8)], 1.0) == {"bob": by_round.probe("bob", round=1, now_s=0.0)}
     fast = by_round.probe("bob", round=1, now_s=0.0)
     assert fast.seconds < by_round.probe("ann", round=1, now_s=0.0).seconds + 1.0
+
+
+def test_by_hand_the_energy_of_a_round_is_power_times_time() -> None:
+    phone = replace(PROFILES["phone-low"], compute_w=3.0, send_w=2.0, receive_w=1.0)
+    fleet = replace(FLEET, profiles={"ann": phone})
+    spent = fleet.client("ann", Load(0.01, 0.0, 10**6, 10**5), round=1, now_s=0.0)
+    assert spent.down_s is not None
+    up_s = spent.transfer_s - spent.down_s
+    assert spent.joules == pytest.approx(3 * (spent.compute_s + spent.overhead_s) + 1 * spent.down_s + 2 * up_s)
+    assert FLEET.client("ann", Load(0.01, 0.0, 10**6, 10**5), round=1, now_s=0.0).joules is None

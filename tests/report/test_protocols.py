@@ -92,10 +92,10 @@ def test_what_the_records_do_not_hold_is_named_and_not_made_up(write_run: WriteR
     groups = compare(paths).groups
     found = protocols(groups, ProtocolSettings({"joules": 5.0}))
     assert [part.resource for part in found.under_budget] == ["bytes", "seconds"]
-    assert found.missing == ("a budget in joules: not every run has recorded joules",)
+    assert found.notes == ("a budget in joules: not every run has recorded joules",)
     unscored = protocols(groups, ProtocolSettings(measure="rouge_l"))
     assert (unscored.under_budget, unscored.to_target, unscored.targets) == ((), (), {})
-    assert unscored.missing == ("rouge_l: the runs share no evaluation of it",)
+    assert unscored.notes == ("rouge_l: the runs share no evaluation of it",)
 
 
 def test_one_client_without_joules_leaves_a_run_without(write_run: WriteRun) -> None:
@@ -129,6 +129,14 @@ def test_the_clients_rows_stand_in_for_test_data_that_one_run_lacks(write_run: W
 
     paths = [write_run("a", name="a", clients=2), write_run("b", name="b", clients=2, edit=untested)]
     assert protocols(compare(paths).groups).scored_on == "clients' held-out rows"
+
+
+def test_a_recipe_whose_clock_is_of_a_larger_model_is_named(write_run: WriteRun) -> None:
+    path = write_run("a", name="larger", clients=2)
+    recipe = path / "recipe.toml"
+    recipe.write_text(recipe.read_text() + '[fleet]\nname = "phones"\nproxy = "llama-7b"\n')
+    (note,) = protocols(compare([path, write_run("b", name="own", clients=2)]).groups).notes
+    assert note.startswith("larger: bytes are those of the model that was trained")
 
 
 @given(

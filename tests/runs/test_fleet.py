@@ -18,7 +18,7 @@ from fedtune.planning.policy import Arm, Candidate
 from fedtune.pruning.depth import module_ranks
 from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.clock import CompletedWork
-from fedtune.runs.fleet import Fleet, fleet_of, speed
+from fedtune.runs.fleet import Fleet, Lengths, fleet_of, speed
 
 NAMES = [f"client-{i:02}" for i in range(8)]
 ANATOMY = BlockLayout("llama", (Block("model.layers.0", 4, 4, 8, 64),), width=32, head=320, outputs=10)
@@ -223,3 +223,37 @@ def test_a_client_of_fedtune_holds_the_codes_beside_its_base(made: Callable[...,
     fleet = replace(made(), profiles={})
     plain, nf4 = (fleet.cost_by_format("client-00", Arm(0.0, 2), TRAINING, name) for name in ("", "nf4"))
     assert nf4.memory_parts["weights"] > plain.memory_parts["weights"]
+
+
+SEEDS = {
+    "method": {"name": "fedkseed", "bank": "kron", "seeds": 256},
+    "adapter": {"rank": 1, "targets": ["all-linear"]},
+}
+
+
+def probed(client: str, tokens: int) -> CompletedWork:
+    plan = Plan(client, 1, 1.0, TRAINING)
+    return CompletedWork(plan, Measured(tokens=tokens), Traffic(9000, 300), 0.0)
+
+
+def test_by_hand_what_probing_seeds_costs_a_device(made: Callable[..., Fleet]) -> None:
+    fleet = replace(made(**SEEDS), tokens={"client-00": Lengths(10.0, 12.0)})
+    load = fleet.load(probed("client-00", 160))  # two seeds, both sides, four rows of ten tokens
+    # One block of width 32 with 4 heads of 8 and 64 channels, a head of 320; p = 16.
+    weights, both = 4 * 32 * 32 + 3 * 32 * 64, 4 * 64 + 3 * 96
+    per_token = 2 * (weights + 320) + 4 * 10 * 32 + 2 * 16 * both + 2 * 16 * 16 * 7
+    assert load.tflop == pytest.approx(160 * per_token / 1e12)
+    assert load.gigabytes == pytest.approx(4 * 20_000 * 4 / 1e9)  # four passes over all weights
+    assert (load.bytes_down, load.bytes_up) == (9000, 300)
+
+
+def test_seeds_are_as_many_bytes_of_a_larger_model_and_more_work(made: Callable[..., Fleet]) -> None:
+    small, large = made(**SEEDS), made(**SEEDS, fleet={"name": "phones", "proxy": "smollm2-135m"})
+    one, other = (fleet.load(probed("client-00", 160)) for fleet in (small, large))
+    assert (other.bytes_down, other.bytes_up) == (one.bytes_down, one.bytes_up)
+    assert other.tflop > 1000 * one.tflop
+    clock = large.clock()
+    assert clock is not None
+    spent = clock.client_times(1, 0.0, {"client-00": probed("client-00", 160)}, {})["client-00"]
+    assert spent.joules is not None
+    assert spent.joules > 2.9 * spent.compute_s  # watts of the weakest phone

@@ -90,6 +90,13 @@ def test_what_was_planned_for_a_client_is_read_back_and_left_out_where_it_is_as_
     assert (seen["bob"].ranks, seen["bob"].steps, seen["bob"].peak_bytes) == ((0, 2), 3, 10)
 
 
+def test_joules_are_read_back_and_left_out_where_they_are_not_known(tmp_path: Path) -> None:
+    append_round(tmp_path, record(0, clients={"ann": replace(OK, joules=12.5), "bob": OK}))
+    (read,) = read_rounds(tmp_path)
+    assert {name: client.joules for name, client in read.clients.items()} == {"ann": 12.5, "bob": None}
+    assert "joules" not in json.loads((tmp_path / "rounds.jsonl").read_text())["clients"]["bob"]
+
+
 def test_rounds_are_read_as_they_were_appended(tmp_path: Path) -> None:
     assert read_rounds(tmp_path) == ()
     test = {"loss": math.nan, "examples": 3}
