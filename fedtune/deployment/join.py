@@ -20,7 +20,7 @@ from fedtune.config.site import SiteSettings, bind_site
 from fedtune.deployment.consent import accepted_recipe, order_check
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
-from fedtune.link.client import policy
+from fedtune.link.client import outbox, policy
 from fedtune.link.client.client import Client, End
 from fedtune.link.client.conditions import Conditions
 from fedtune.link.client.order_limits import limit_violations
@@ -121,6 +121,7 @@ def join(
         make_private(setup.state, below=setup.state)
     # Two clients with one outbox would both reply to the same task.
     with lock_run(setup.state), open_audit_log(setup.state / AUDIT, record) as log, ExitStack() as stack:
+        outbox.sweep(setup.state)
         meter = SocketMeter(dialled_port(setup.link))
         status = StatusFile(setup.state, meter)
         stack.callback(status.look)

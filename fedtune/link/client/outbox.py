@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fedtune.errors import StoreError, WireError
+from fedtune.link.client.pause import PAUSE
 from fedtune.link.provenance import WIRE_NAME
 from fedtune.store import files
 from fedtune.store.files import store_errors, write_bytes
@@ -195,6 +196,21 @@ def bytes_sent_last_day(state: Path, *, now: float) -> int:
                 except WireError as error:
                     raise StoreError(f"{path}: {error}; the outbox is damaged: move its folder away") from None
     return total
+
+
+def sweep(state: Path) -> None:
+    """Remove what a process that was killed left half written, in the state folder and in those of its runs.
+
+    Not of a pause, which another process may be ordering now; those of rounds go with the bodies of their round.
+
+    Raises:
+        StoreError: if it cannot be removed.
+    """
+    with store_errors(state):
+        for folder in (state, *(state / "runs").glob("*")):
+            for path in folder.glob(f".*{files.PARTIAL}"):
+                if not path.name.startswith(f".{PAUSE}"):
+                    files.remove(path)
 
 
 def accepted_recipe(state: Path, run: str) -> bytes | None:

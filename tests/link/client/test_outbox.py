@@ -113,3 +113,17 @@ def test_the_plan_of_a_run_is_kept_for_people_to_read(tmp_path: Path) -> None:
     outbox.store_plan(tmp_path, RUN, pb.Envelope(header=b"p"), b'name = "x"\n')
     assert (tmp_path / "runs" / RUN / "recipe.toml").read_text() == 'name = "x"\n'
     assert outbox.load_entries(tmp_path, RUN) == []
+
+
+def test_what_a_kill_leaves_half_written_goes_at_the_next_start_but_not_a_pause_that_is_being_ordered(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "runs" / "0123456789abcdef"
+    (run / ".adapter.abc.partial").mkdir(parents=True)
+    (run / ".adapter.abc.partial" / "half").write_bytes(b"x")
+    stays = [tmp_path / "status.json", run / "plan", tmp_path / ".pause.abc.partial"]
+    for path in (*stays, tmp_path / ".status.json.abc.partial", run / ".plan.abc.partial"):
+        path.write_bytes(b"x")
+    outbox.sweep(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(stays)
+    outbox.sweep(tmp_path / "none")
