@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli import adapters, ca, chat, enroll, federation, provenance, roster, runs
+from fedtune.cli import adapters, ca, chat, edge_bundle, enroll, federation, provenance, roster, runs
 from fedtune.cli.options import (
     DebugOption,
     JsonOption,
@@ -238,10 +238,19 @@ def evaluate(
         "fedtune export runs/dolly-kseed --form ledger",
         "fedtune export runs/fedspine --deploy",
         "fedtune export runs/fedspine --deploy --ratio 0.25 --ratio 0.5 --out models",
+        "fedtune export recipe.toml --edge bundle --identity server/identity",
+        "fedtune export models/smollm2 --edge bundle --dtype int8",
     )
 )
 def export(
-    run: RunArgument,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Run directory, e.g. runs/demo; with --edge also a recipe, or a base by its folder or name.",
+            show_default=False,
+        ),
+    ],
     form: Annotated[
         str | None,
         typer.Option(
@@ -253,7 +262,10 @@ def export(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder instead of RUN/FORM.")] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to its best fit of this rank.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of a merged model: float32, bfloat16 or float16; the base's without it.")
+        str | None,
+        typer.Option(
+            help="Of a merged model: float32, bfloat16 or float16; the base's without it. With --edge: float32 or int8."
+        ),
     ] = None,
     round: Annotated[
         str | None, typer.Option(help="best or last; the round that the recipe keeps (rounds.keep) without it.")
@@ -264,9 +276,21 @@ def export(
     ratio: Annotated[
         list[float] | None, typer.Option(help="With --deploy: ratios to write in place of what the devices trained.")
     ] = None,
+    edge: Annotated[
+        Path | None,
+        typer.Option("--edge", metavar="DIR", help="Write the base as a bundle for devices without torch into DIR."),
+    ] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option("--identity", metavar="DIR", help="With --edge: the coordinator's keys, which sign the bundle."),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Write the result for others to load: a PEFT adapter, a whole merged model, pruned models, or the seeds.
+
+    With --edge the base, before any tuning, for `fedtune-edge`: graph, weights, tokenizer and digests. Its losses are
+    compared with torch's, at the base and around it, before anything is signed. Devices take bundles that a coordinator
+    of their federation has signed.
 
     With --deploy, per pruning ratio: `recipe` (the kept indices and the adapter over the whole base), `model` (the
     smaller model, every block of its own width; `fedtune.load_pruned` reads it), and where all blocks are equally wide
@@ -274,9 +298,16 @@ def export(
     """
     if not deploy and ratio:
         raise typer.BadParameter("expected --deploy beside it", param_hint="--ratio")
+    if edge is None and identity is not None:
+        raise typer.BadParameter("expected --edge beside it", param_hint="--identity")
+    if edge is not None and (deploy or form or out or max_rank or round):
+        raise typer.BadParameter("expected no other form beside it: it writes the base alone", param_hint="--edge")
     if deploy and (form is not None or max_rank is not None):
         raise typer.BadParameter("expected neither --form nor --max-rank beside it", param_hint="--deploy")
     with report_errors(debug):
+        if edge is not None:
+            edge_bundle.export(run, edge, dtype=dtype or "float32", identity=identity)
+            return
         from fedtune.runs import deploy as deploy_module
         from fedtune.runs import export as export_module
 

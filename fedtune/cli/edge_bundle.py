@@ -1,0 +1,35 @@
+"""The command `fedtune export --edge`: a base as a bundle for devices, with its sizes and its distance from torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from fedtune.cli.options import print_line
+
+if TYPE_CHECKING:
+    from fedtune.rounds.events import Event
+
+MIB = 2**20
+
+
+def export(source: Path, folder: Path, *, dtype: str, identity: Path | None) -> None:
+    """Write a bundle with a line on stderr for each step, and say on stdout what is in it."""
+    from fedtune.runs.edge_bundle import export_bundle
+
+    written = export_bundle(str(source), folder, dtype=dtype, identity=identity, watch=show)
+    parts = ", ".join(f"{name} {size / MIB:,.1f} MiB" for name, size in written.sizes.items())
+    typer.echo(f"{print_line(str(written.path))}: {parts}; losses within {written.difference:.1e} of torch's")
+    if written.signer:
+        typer.echo(f"signed by {written.signer}")
+    else:
+        typer.echo("not signed: devices refuse it until a coordinator has run fedtune sign on it")
+
+
+def show(event: Event) -> None:
+    from fedtune.rounds.events import Note, Phase
+
+    if isinstance(event, Note | Phase):
+        typer.echo(f"{print_line(event.text)} ...", err=True)
