@@ -414,6 +414,25 @@ FAULTS = (
           "a device takes a bundle for another bank"),
     Fault("report/protocols.py", "(cost <= budget)", "(cost <= budget + cost[1])",
           "a recipe may spend a round more than its budget"),
+    # Graphs for devices: what they compute, and what a device lets in.
+    Fault("model/onnx_graph.py", "if unread := sorted(names_of(weights) - {*body.used, *head.used}):",
+          "if unread := ():", "a graph leaves out a tensor of its base"),
+    Fault("model/onnx_config.py", "any(value is off for off in OFF)", "True",
+          "a key of config.json that nothing is known of is passed over"),
+    Fault("model/onnx_weights.py", "np.finfo(np.float32).tiny)", "np.finfo(np.float32).smallest_subnormal)",
+          "codes in 8 bits wrap around for the smallest weights"),
+    Fault("edge/onnx_file.py", 'if place.get("location") != weights:', 'if not place.get("location"):',
+          "a graph reads any file of the device"),
+    Fault("edge/onnx_file.py", "if operator in ROUNDING:", "if False:",
+          "a graph that rounds activations is not named", ("edge/test_onnx_file.py",)),
+    Fault("edge/onnx_runtime.py", "squares if transposed else squares.transpose(0, 2, 1)", "squares",
+          "a device moves its layers by M transposed"),
+    Fault("edge/onnx_runtime.py", 'ordinal = moved.get(f"{name}.weight")',
+          'ordinal = self._bundle.manifest.ordinals[f"{name}.weight"]', "layers that a recipe leaves out are moved"),
+    Fault("runs/edge_bundle.py", "if not worst <= TOLERANCE:", "if worst > 1e9:",
+          "a bundle is signed whose losses are others than torch's"),
+    Fault("runs/edge_bundle.py", "if not abs(plus - minus) <= SMALL_DIFFERENCE:", "if False:",
+          "a bundle is signed whose losses jump with the smallest step"),
 )  # fmt: skip
 
 

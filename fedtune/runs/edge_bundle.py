@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -216,11 +215,8 @@ def compare(base: Base, folder: Path, rounded: Mapping[str, int]) -> float:
     Raises:
         ConfigError: if one is beyond the tolerance, or a loss changes with steps that are too small to change it.
     """
-    import torch
-
     from fedtune.edge.runtime import load_runtime
-    from fedtune.model.batches import Batch
-    from fedtune.model.kron_forward import with_injected_paths
+    from fedtune.model.onnx_reference import in_float32, losses_at
 
     reference = in_float32(base, rounded)
     bank = Kron(SEEDS, derive(0, "export.directions"))
@@ -234,12 +230,9 @@ def compare(base: Base, folder: Path, rounded: Mapping[str, int]) -> float:
     close: Sequence[Move] = [(37, -SMALL_STEP), (37, SMALL_STEP)]
     trainable = trainable_ordinals(base.manifest, TensorSelection("kron"), base.matrices)
     rows, worst = sample_rows(base), 0.0
-    ids, mask, labels = (torch.from_numpy(array) for array in (rows.input_ids, rows.attention_mask, rows.labels))
-    batch = Batch(ids, mask, labels, rows.count, rows.tokens)
     runtime = load_runtime(read_bundle(folder), threads=1)
     for ledger in ledgers:
-        with with_injected_paths(reference, ledger, trainable) as position, torch.inference_mode():
-            expected = np.array(position.losses(batch, moves))
+        expected = np.array(losses_at(reference, ledger, trainable, rows, moves))
         with runtime.at(ledger, trainable) as device:
             got, (minus, plus) = np.array(device.losses(rows, moves)), device.losses(rows, close)
         differences = np.abs(got - expected) / np.maximum(1.0, np.abs(expected))
@@ -254,24 +247,6 @@ def compare(base: Base, folder: Path, rounded: Mapping[str, int]) -> float:
             expectation = f"losses 1e-6 apart to differ by less than {SMALL_DIFFERENCE}"
             raise ConfigError(Fault("model.base", expectation, f"{abs(plus - minus):.2e}", "nothing was signed"))
     return worst
-
-
-def in_float32(base: Base, rounded: Mapping[str, int]) -> Base:
-    """Return a base in float32, with the weights that codes in 8 bits are of in place of its own."""
-    import torch
-
-    from fedtune.model.base import to_numpy
-    from fedtune.model.onnx_weights import round_to_8_bits
-
-    if not rounded and base.dtype == "float32":
-        return base
-    model = deepcopy(base.model).float()
-    parameters = dict(model.named_parameters())
-    for name, axis in rounded.items():
-        codes, scale = round_to_8_bits(to_numpy(parameters[name]), axis=axis)
-        whole = codes * (scale[:, None] if axis == 0 else scale)
-        parameters[name].data = torch.from_numpy(whole.astype(np.float32))
-    return replace(base, model=model, dtype="float32")
 
 
 def sample_rows(base: Base) -> PaddedRows:

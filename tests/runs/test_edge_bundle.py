@@ -18,10 +18,11 @@ from fedtune.errors import ConfigError, StoreError
 from fedtune.link.provenance import load_roster
 from fedtune.model import onnx_graph, onnx_weights
 from fedtune.model.base import Base
+from fedtune.model.onnx_reference import in_float32
 from fedtune.probing.rows import PaddedRows
 from fedtune.rounds.events import Phase
 from fedtune.runs import edge_bundle
-from fedtune.runs.edge_bundle import export_bundle, in_float32, rounded_axes, write_bundle
+from fedtune.runs.edge_bundle import export_bundle, rounded_axes, write_bundle
 from tests.conftest import kseed
 from tests.edge.tiny_models import tiny_base
 from tests.link.ceremony import enroll_parties
