@@ -115,10 +115,10 @@ def fields(data: bytes) -> Message:
     Raises:
         ValueError: if the bytes are none.
     """
-    found: dict[int, list[Value]] = {}
+    by_number: dict[int, list[Value]] = {}
     for number, value in pairs(memoryview(data)):
-        found.setdefault(number, []).append(value)
-    return found
+        by_number.setdefault(number, []).append(value)
+    return by_number
 
 
 def pairs(data: memoryview) -> Iterator[tuple[int, Value]]:

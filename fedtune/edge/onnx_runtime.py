@@ -143,7 +143,7 @@ class OnnxRuntime:
         tokens = tokens[-(facts.positions - count) :]
         signs = self.signs(None if ledger is None else ledger.bank, trainable)
         square = np.zeros((1, 1), np.float32) if ledger is None else square_of(ledger, ledger.accumulators)
-        state, cache, past = oriented(square[None], facts.transposed), self._empty_cache(1), 0
+        state, cache, past = orient(square[None], facts.transposed), self._empty_cache(1), 0
         for _ in range(count):
             rows = np.array([tokens], np.int64)
             hidden, cache = self.hidden(rows, state, np.array([len(tokens) - 1]), signs, cache=cache, past=past)
@@ -248,12 +248,12 @@ class OnnxPosition:
         for at in range(0, len(moves), together):
             part = moves[at : at + together]
             squares = np.stack([square_of(self._ledger, perturb(self._sums, *move)) for move in part])
-            state = oriented(np.repeat(squares, len(batch.input_ids), axis=0), self._runtime.transposed)
+            state = orient(np.repeat(squares, len(batch.input_ids), axis=0), self._runtime.transposed)
             # The output at t predicts token t + 1: `places` are those t, in every copy of the rows.
             copies = (places + np.arange(len(part))[:, None] * batch.input_ids.size).reshape(-1)
             hidden, _ = self._runtime.hidden(np.tile(batch.input_ids, (len(part), 1)), state, copies, self._signs)
-            each = self._runtime.losses(hidden, np.tile(targets, len(part))).astype(np.float64)
-            losses += [float(sum_) / batch.count for sum_ in each.reshape(len(part), -1).sum(axis=1)]
+            summands = self._runtime.losses(hidden, np.tile(targets, len(part))).astype(np.float64)
+            losses += [float(total) / batch.count for total in summands.reshape(len(part), -1).sum(axis=1)]
         return losses
 
     def move(self, seed: int, amount: int) -> None:
@@ -268,7 +268,7 @@ def square_of(ledger: SeedLedger, sums: Array) -> Array:
     return sums.reshape(bank.rank, bank.rank).astype(np.float32) * np.float32(-(2.0**-ledger.exponent))
 
 
-def oriented(squares: Array, transposed: bool) -> Array:
+def orient(squares: Array, transposed: bool) -> Array:
     """Return squares (rows, p, p) as the graph multiplies by them: from the columns of M to its rows, or back."""
     return np.ascontiguousarray(squares if transposed else squares.transpose(0, 2, 1))
 

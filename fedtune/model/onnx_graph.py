@@ -94,7 +94,7 @@ class Graph:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._weights[name].shape
 
-    def stored(self, name: str) -> str:
+    def tensor(self, name: str) -> str:
         """Return a tensor of the file of weights, as it lies there."""
         if name not in self._initialisers:
             place = self._weights[name]
@@ -107,12 +107,12 @@ class Graph:
 
     def weight(self, name: str) -> str:
         """Return a tensor in float32; of codes in 8 bits without their scale."""
-        stored = self.stored(name)
+        stored = self.tensor(name)
         return self.add("Cast", stored, to=TensorProto.FLOAT) if self._weights[name].kind == "I8" else stored
 
-    def scaled(self, name: str, outputs: str) -> str:
+    def scale(self, name: str, outputs: str) -> str:
         """Return what codes in 8 bits have given, times the scales of the outputs."""
-        return self.add("Mul", outputs, self.stored(name + SCALE)) if self.has(name + SCALE) else outputs
+        return self.add("Mul", outputs, self.tensor(name + SCALE)) if self.has(name + SCALE) else outputs
 
     def model(self, name: str) -> ModelProto:
         graph = helper.make_graph(
@@ -213,7 +213,7 @@ class Decoder:
 
     def _run_gpt2(self) -> str:
         graph, of = self.graph, self.of
-        looked_up = graph.add("Gather", graph.stored("transformer.wpe.weight"), self.positions)  # (time, width)
+        looked_up = graph.add("Gather", graph.tensor("transformer.wpe.weight"), self.positions)  # (time, width)
         x = self._embed("transformer.wte.weight", looked_up)
         mask = self._mask()
         for block in range(of.blocks):
@@ -230,9 +230,9 @@ class Decoder:
     def _embed(self, name: str, positions: str = "") -> str:
         """Return the embeddings of all tokens, (rows * time, width)."""
         graph = self.graph
-        x = graph.add("Gather", graph.stored(name), self.ids)  # (rows, time, width)
+        x = graph.add("Gather", graph.tensor(name), self.ids)  # (rows, time, width)
         if graph.has(name + SCALE):
-            scale = graph.add("Unsqueeze", graph.add("Gather", graph.stored(name + SCALE), self.ids), graph.integers(2))
+            scale = graph.add("Unsqueeze", graph.add("Gather", graph.tensor(name + SCALE), self.ids), graph.integers(2))
             x = graph.add("Mul", graph.add("Cast", x, to=TensorProto.FLOAT), scale)
         if positions:
             x = graph.add("Add", x, positions)
@@ -241,8 +241,8 @@ class Decoder:
     def _mask(self) -> str:
         """Return (time, total): 0 where a token may look, minus infinity at those behind it."""
         graph = self.graph
-        zero, one = graph.numbers(np.array(0, np.int64)), graph.numbers(np.array(1, np.int64))
-        columns = graph.add("Range", zero, graph.add("Squeeze", self.total), one)
+        zero, step = graph.numbers(np.array(0, np.int64)), graph.numbers(np.array(1, np.int64))
+        columns = graph.add("Range", zero, graph.add("Squeeze", self.total), step)
         columns = graph.add("Unsqueeze", columns, graph.integers(0))
         later = graph.add("Greater", columns, graph.add("Unsqueeze", self.positions, graph.integers(1)))
         return graph.add("Where", later, graph.number(-np.inf), graph.number(0))
@@ -268,11 +268,11 @@ class Decoder:
         graph, weight, of = self.graph, f"{name}.weight", self.of
         transposed = of.family == "gpt2"
         # A bias is added with the product, unless that is of codes without their scale.
-        bias = [graph.stored(f"{name}.bias")] if graph.has(f"{name}.bias") else []
+        bias = [graph.tensor(f"{name}.bias")] if graph.has(f"{name}.bias") else []
         coded = graph.has(weight + SCALE)
         y = graph.add("Gemm", x, graph.weight(weight), *([] if coded else bias), transB=0 if transposed else 1)
         if coded:
-            y = graph.scaled(weight, y)
+            y = graph.scale(weight, y)
             y = graph.add("Add", y, *bias) if bias else y
         if name not in self.unmet:
             return y
@@ -285,10 +285,10 @@ class Decoder:
         return graph.add("Gemm", h, second, y)
 
     def _rms_norm(self, x: str, name: str) -> str:
-        return self.graph.add("RMSNormalization", x, self.graph.stored(name), axis=-1, epsilon=self.of.epsilon)
+        return self.graph.add("RMSNormalization", x, self.graph.tensor(name), axis=-1, epsilon=self.of.epsilon)
 
     def _norm(self, x: str, name: str) -> str:
-        parts = [self.graph.stored(f"{name}.weight"), self.graph.stored(f"{name}.bias")]
+        parts = [self.graph.tensor(f"{name}.weight"), self.graph.tensor(f"{name}.bias")]
         return self.graph.add("LayerNormalization", x, *parts, axis=-1, epsilon=self.of.epsilon)
 
     def _activate(self, x: str) -> str:
@@ -340,7 +340,7 @@ def add_head(architecture: Architecture, graph: Graph) -> None:
         expected = "the output layer that tie_word_embeddings of config.json says"
         raise ConfigError(Fault("model.base", expected, got, "put config.json right"))
     logits = graph.add("Gemm", hidden, graph.weight(weight), transB=1)
-    logits = graph.add("Identity", graph.scaled(weight, logits), name="logits")
+    logits = graph.add("Identity", graph.scale(weight, logits), name="logits")
     picked = graph.add("Unsqueeze", targets, graph.integers(1))
     picked = graph.add("GatherElements", graph.add("LogSoftmax", logits, axis=1), picked, axis=1)
     graph.add("Squeeze", graph.add("Neg", picked), graph.integers(1), name="losses")

@@ -110,7 +110,7 @@ def broken_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def broken_path(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedtune.edge import onnx_runtime
 
-    monkeypatch.setattr(onnx_runtime, "oriented", lambda squares, transposed: np.ascontiguousarray(squares))
+    monkeypatch.setattr(onnx_runtime, "orient", lambda squares, transposed: np.ascontiguousarray(squares))
 
 
 @pytest.mark.parametrize("fault", [broken_rotation, broken_weights, broken_path])
