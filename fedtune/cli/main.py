@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli import adapters, ca, chat, edge_bundle, enroll, federation, provenance, roster, runs
+from fedtune.cli import adapters, bundle, ca, chat, enroll, federation, provenance, roster, runs
 from fedtune.cli.options import (
     DebugOption,
     JsonOption,
@@ -306,7 +306,7 @@ def export(
         raise typer.BadParameter("expected neither --form nor --max-rank beside it", param_hint="--deploy")
     with report_errors(debug):
         if edge is not None:
-            edge_bundle.export(run, edge, dtype=dtype or "float32", identity=identity)
+            bundle.export(run, edge, dtype=dtype or "float32", identity=identity)
             return
         from fedtune.runs import deploy as deploy_module
         from fedtune.runs import export as export_module
