@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from fedtune.cli.edge_options import DONE, INTERRUPTED, PROGRAM, RETRY, TRAIN, USAGE
+from fedtune.cli.edge_options import DONE, INTERRUPTED, PROGRAM, RETRY, TRAIN, USAGE, add_site
 
 WIDTH = 80
 """Columns of the help."""
@@ -36,7 +36,7 @@ class Command:
 def commands() -> Mapping[str, Command]:
     """Return the commands by name, in the order of the help."""
     # Imported here: each module names what it needs at its top, and `_train` needs none of them.
-    from fedtune.cli import edge_join
+    from fedtune.cli import edge_join, edge_pause, edge_status
 
     return {
         "join": Command(
@@ -45,6 +45,19 @@ def commands() -> Mapping[str, Command]:
             edge_join.run,
             ("join", "join --dry-run", "join /etc/fedtune/site.toml --log json"),
         ),
+        "status": Command(
+            "show how this device is: connection, last loss, bytes of the day",
+            edge_status.add_arguments,
+            edge_status.run,
+            ("status", "status --json"),
+        ),
+        "pause": Command(
+            "let this device rest, also after it is started again",
+            edge_pause.add_pause_arguments,
+            edge_pause.pause,
+            ("pause", "pause --for 2h", "pause --until 22:00"),
+        ),
+        "resume": Command("end a pause", add_site, edge_pause.resume, ("resume",)),
         "version": Command("show the version, and which models this program runs", lambda parser: None, show_version),
     }
 
@@ -107,15 +120,12 @@ def with_errors(work: Callable[[], int], *, debug: bool) -> int:
 
 
 def complain(text: str, error: Exception) -> int:
-    """Print an error, and return the exit status: a full disk may have room again later."""
-    import errno
-
+    """Print an error, and return the exit status: 75 if it may pass without a change, such as a full disk."""
+    from fedtune.errors import may_pass
     from fedtune.terminal.text import printable
 
     print(f"{PROGRAM}: {printable(text, lines=True)}", file=sys.stderr)
-    causes = (error, error.__cause__)
-    passing = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
-    return RETRY if any(isinstance(cause, OSError) and cause.errno in passing for cause in causes) else USAGE
+    return RETRY if may_pass(error) else USAGE
 
 
 def show_version(options: argparse.Namespace) -> int:
