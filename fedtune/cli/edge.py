@@ -18,6 +18,8 @@ Take part in the fine-tuning of a language model with a small device. The model
 and your data stay here: what is sent are a few signed numbers in each round."""
 FIRST_TIME = f"""\
 First time here?
+  {PROGRAM} enroll           makes this device's keys, and says what next
+  {PROGRAM} inspect          shows what would be used and sent, to the byte
   {PROGRAM} join             connects and takes part, as site.toml says
   {PROGRAM} COMMAND --help   shows what a command does"""
 
@@ -36,9 +38,29 @@ class Command:
 def commands() -> Mapping[str, Command]:
     """Return the commands by name, in the order of the help."""
     # Imported here: each module names what it needs at its top, and `_train` needs none of them.
-    from fedtune.cli import edge_join, edge_pause, edge_status
+    from fedtune.cli import (
+        edge_chat,
+        edge_enroll,
+        edge_export,
+        edge_inspect,
+        edge_join,
+        edge_pause,
+        edge_status,
+    )
 
     return {
+        "enroll": Command(
+            "make this device's keys and request, or accept what the operator sent",
+            edge_enroll.add_arguments,
+            edge_enroll.run,
+            ("enroll", "enroll --name kitchen --yes", "enroll CODE --server fl.example.org:9000"),
+        ),
+        "inspect": Command(
+            "show what would be used of your data, and what would be sent, byte for byte",
+            edge_inspect.add_arguments,
+            edge_inspect.run,
+            ("inspect", "inspect --data notes/ --bundle model/", "inspect --json"),
+        ),
         "join": Command(
             "connect to the server, and take part",
             edge_join.add_arguments,
@@ -58,6 +80,18 @@ def commands() -> Mapping[str, Command]:
             ("pause", "pause --for 2h", "pause --until 22:00"),
         ),
         "resume": Command("end a pause", add_site, edge_pause.resume, ("resume",)),
+        "chat": Command(
+            "talk to the model that this device has helped to tune",
+            edge_chat.add_arguments,
+            edge_chat.run,
+            ("chat", "chat --base", "chat --json < questions.txt"),
+        ),
+        "export": Command(
+            "write the tuned model as a LoRA adapter, for PEFT or llama.cpp",
+            edge_export.add_arguments,
+            edge_export.run,
+            ("export adapter", "export adapter --form gguf"),
+        ),
         "version": Command("show the version, and which models this program runs", lambda parser: None, show_version),
     }
 

@@ -22,9 +22,12 @@ def run(options: argparse.Namespace) -> int:
     from fedtune.cli.event_log import event_writer
     from fedtune.cli.stop_signals import until_signal
     from fedtune.deployment.join import join
+    from fedtune.edge.enrolment import check_ready
     from fedtune.edge.recipe_check import check_recipe
     from fedtune.terminal.text import printable
 
+    # Before the server hears of a device that has nothing to work with.
+    check_ready(options.site, address=options.server)
     if options.dry_run:
         return show_dry_run(options)
 

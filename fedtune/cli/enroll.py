@@ -93,7 +93,7 @@ def sign(
         )
         typer.echo(f"fingerprint {actual}")
         if fingerprint is not None:
-            if plain(fingerprint) != plain(actual):
+            if not signing.is_fingerprint(fingerprint, actual):
                 hint = "ask the site again; if it differs, the request was changed on its way"
                 raise ConfigError(Fault("--fingerprint", actual, repr(fingerprint), hint))
         elif not sys.stdin.isatty():
@@ -144,7 +144,3 @@ def accept(
 
 def hosts(names: tuple[str, ...]) -> str:
     return f", dialled as {', '.join(names)}" if names else ""
-
-
-def plain(text: str) -> str:
-    return "".join(text.split()).lower()

@@ -119,10 +119,11 @@ def federate(
             expected = "at least one test example"
             raise ConfigError(Fault("data.max_tokens", expected, f"none left at {settings.max_tokens} tokens"))
     order = generator(derive(seed, "data.test")).permutation(len(scored))
-    return Federation(clients, [scored[row] for row in order], labels, notes, _form(source), sits_out)
+    return Federation(clients, [scored[row] for row in order], labels, notes, form_of(source), sits_out)
 
 
-def _form(source: Source) -> Form:
+def form_of(source: Source) -> Form:
+    """Return what the rows of a source are."""
     names = source.rows.names
     return "messages" if "messages" in names else "instruction" if "output" in names else "text"
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedtune.data.encode import IGNORED, Example
+from fedtune.data.prompts import open_ids
 from fedtune.lora.adapter import Adapter
 from fedtune.model.base import Base
 from fedtune.model.evaluate import continue_text, likelihood, rouge_l
@@ -49,15 +50,10 @@ def answers(
 
 def answer(model: Any, base: Base, prompt: Prompt, *, new_tokens: int) -> Answer:
     """Return one greedy answer and its scores."""
-    text = continue_text(model, base, prompt_ids(base, prompt), new_tokens=new_tokens)
+    text = continue_text(
+        model, base, open_ids(base.tokenizer, prompt.text, special=prompt.special), new_tokens=new_tokens
+    )
     return Answer(text, dict(scores(model, base, prompt, text)) if prompt.reference else {})
-
-
-def prompt_ids(base: Base, prompt: Prompt) -> Sequence[int]:
-    """Return a prompt's tokens, open at the end."""
-    ids: list[int] = base.tokenizer(prompt.text, add_special_tokens=prompt.special)["input_ids"]
-    # Some tokenizers close every text; a prompt stays open.
-    return ids[:-1] if prompt.special and len(ids) > 1 and ids[-1] == base.tokenizer.eos_token_id else ids
 
 
 def scores(model: Any, base: Base, prompt: Prompt, text: str) -> Iterator[tuple[str, float]]:

@@ -129,28 +129,16 @@ def voice(speaker: Speaker, *, tuned: bool, new_tokens: int) -> Iterator[Ask]:
 
 def answer(speaker: Speaker, net: Any, new_tokens: int, turns: Sequence[Message], write: Callable[[str], None]) -> str:
     """Return the greedy answer to the last of the turns, and write its pieces as they come."""
+    from fedtune.data.prompts import conversation_ids
     from fedtune.model.evaluate import continue_text
     from fedtune.model.samples import TextStream
 
-    stream = TextStream(speaker.base.tokenizer, write)
-    ids = conversation_ids(speaker, turns, new_tokens)
+    base = speaker.base
+    stream = TextStream(base.tokenizer, write)
+    ids = conversation_ids(
+        turns, speaker.data, base.tokenizer, form=speaker.form, positions=base.positions, new_tokens=new_tokens
+    )
     return continue_text(net, speaker.base, ids, new_tokens=new_tokens, streamer=stream)
-
-
-def conversation_ids(speaker: Speaker, turns: Sequence[Message], new_tokens: int) -> Sequence[int]:
-    """Return the tokens of a conversation, without its oldest exchanges where all of it leaves no room to answer."""
-    from fedtune.data.encode import prompt_text
-    from fedtune.model.samples import Prompt, prompt_ids
-
-    base, recent = speaker.base, list(turns)
-    first = 1 if recent[0]["role"] == "system" else 0
-    room = base.positions - min(new_tokens, base.positions - 1)
-    while True:
-        text, special = prompt_text(recent, speaker.data, base.tokenizer, form=speaker.form)
-        ids = prompt_ids(base, Prompt(str(turns[-1]["content"]), text, special))
-        if len(ids) <= room or len(recent) < first + 3:
-            return ids
-        del recent[first : first + 2]
 
 
 def turn(role: str, content: str) -> Mapping[str, str]:

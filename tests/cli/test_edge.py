@@ -48,7 +48,10 @@ def test_a_missing_file_is_one_line_with_what_to_do_and_status_2(
     monkeypatch.chdir(tmp_path)
     assert main(["join"]) == USAGE
     error = capsys.readouterr().err
-    assert error.startswith(f"{PROGRAM}: {SITE}")
+    assert error == (
+        f"{PROGRAM}: expected keys of this device in identity; got none; fedtune-edge enroll "
+        f"(then 2 more: a certificate of this device, this device's file {SITE})\n"
+    )
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
 

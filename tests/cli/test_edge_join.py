@@ -15,6 +15,7 @@ from fedtune.edge.recipe_check import check_recipe
 from fedtune.errors import ConfigError
 from tests.deployment.test_coordinator import RECIPE
 from tests.deployment.test_join import SITE, greeting
+from tests.edge.bundles import write_bundle
 from tests.link.ceremony import enroll_parties
 
 KSEED = RECIPE.replace('name = "flora"', 'name = "fedkseed"\nbank = "kron"\nseeds = 16')
@@ -25,6 +26,7 @@ def test_a_device_joins_with_its_own_process_and_only_what_it_can_run(
 ) -> None:
     asked = list[Any]()
     monkeypatch.setattr(join_module, "join", lambda site, **options: asked.append((site, options)))
+    monkeypatch.setattr("fedtune.edge.enrolment.check_ready", lambda site, **options: None)
     assert main(["join", "own.toml", "--server", "here:1", "--yes"]) == DONE
     [(site, options)] = asked
     assert (site, options["server"], options["command"]) == (Path("own.toml"), "here:1", train_command())
@@ -49,6 +51,7 @@ def test_a_dry_run_without_a_server_is_one_line_and_status_2(
     enroll_parties(tmp_path)
     site = tmp_path / "site-a" / "site.toml"
     site.write_text(SITE)
+    write_bundle(tmp_path / "site-a" / "none")  # the base and the data of that file
     assert main(["join", str(site), "--dry-run"]) == USAGE
     error = capsys.readouterr().err
     assert "no server listens on localhost:1" in error

@@ -10,16 +10,11 @@ import pytest
 import fedtune
 from fedtune import api
 from fedtune.errors import ConfigError
-from fedtune.runs.chat import conversation_ids, open_speaker, turn, voice
+from fedtune.runs.chat import open_speaker, turn, voice
 from fedtune.store import manifest
 from tests.store.test_peft_import import foreign
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
-TEMPLATE = (
-    "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
 
 
 def said(speaker: Any, question: str, *, tuned: bool = True, new_tokens: int = 4) -> str:
@@ -59,26 +54,6 @@ def test_another_base_than_the_runs_is_refused(ran: api.Run) -> None:
     manifest.write(ran.adapter, {**facts, "base": {**facts["base"], "digest": "0" * 64}})
     with pytest.raises(ConfigError, match="expected the base that"):
         open_speaker(ran.path)
-
-
-def test_a_conversation_that_grows_too_long_forgets_its_oldest_exchanges(ran: api.Run) -> None:
-    speaker = open_speaker(ran.path)
-    tokenizer = speaker.base.tokenizer
-    tokenizer.chat_template = TEMPLATE
-    speaker = type(speaker)(speaker.base, speaker.tuned, speaker.data, "instruction", 1)
-    assert speaker.remembers
-    turns = [turn("system", "be brief")]
-    for number in range(40):
-        turns += [turn("user", f"question {number} the quick"), turn("assistant", "the lazy dog")]
-    turns.append(turn("user", "the last"))
-    text = tokenizer.decode(conversation_ids(speaker, turns, 16))
-    assert text.startswith("[system] be brief\n[user] question")
-    assert text.endswith("[user] the last\n[assistant] ")
-    assert "question 0 " not in text
-    assert "question 39 " in text
-    assert len(tokenizer(text)["input_ids"]) <= speaker.base.positions - 16
-    short = tokenizer.decode(conversation_ids(speaker, turns[:4], 16))
-    assert "question 0 " in short
 
 
 def test_classifiers_do_not_speak(ran: api.Run, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from fedtune.link.client.jobs import Job
-from fedtune.link.envelopes import PROTOCOL, build_version, seal
+from fedtune.link.envelopes import PROTOCOL, UPDATE, build_version, seal
 from fedtune.link.pki.identity import Identity
 from fedtune.link.rejections import one_line
 from fedtune.wire.v1 import link_pb2 as pb
@@ -71,3 +73,29 @@ def is_decline(request: pb.SubmitRequest) -> bool:
 def reply_bytes(request: pb.SubmitRequest) -> int:
     """Return the total bytes of a reply's parts."""
     return sum(part.num_bytes for part in pb.Header.FromString(request.envelope.header).parts)
+
+
+def sample_statement(client: str, federation: str, data: bytes) -> tuple[bytes, int]:
+    """Return the header of a reply as it would be signed, and the bytes that travel around its one part.
+
+    For an owner who wants to see them before there is an identity, an order or a server: digests are of zeros, and the
+    key is one of the moment.
+    """
+    part = pb.Part(key=UPDATE, digest=bytes(32), num_bytes=len(data))
+    header = pb.Header(
+        protocol=PROTOCOL,
+        federation=federation,
+        run="0" * 16,
+        author=client,
+        kind=pb.ANSWER,
+        round=12,
+        recipe=bytes(32),
+        base=bytes(32),
+        state=bytes(32),
+        order=bytes(32),
+        parts=[part],
+        build=build_version(),
+    )
+    envelope = seal(header, Ed25519PrivateKey.generate())
+    whole = pb.SubmitRequest(envelope=envelope, inline=[pb.Inline(digest=part.digest, data=data)])
+    return envelope.header, len(whole.SerializeToString()) - len(data)

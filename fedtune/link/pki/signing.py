@@ -46,3 +46,12 @@ def fingerprint(data: bytes) -> str:
     """Return a fingerprint to compare by voice: 128 bits of the SHA-256 as eight groups of four hex digits."""
     digits = sha256(data).hexdigest()[:32]
     return " ".join(digits[at : at + 4] for at in range(0, 32, 4))
+
+
+def is_fingerprint(text: str, actual: str) -> bool:
+    """Return whether a text is a fingerprint, however it is spaced and spelled.
+
+    >>> is_fingerprint("AB12 cd34", "ab12cd34")
+    True
+    """
+    return "".join(text.split()).lower() == "".join(actual.split()).lower()

@@ -15,6 +15,7 @@ from fedtune.link.client.replies import (
     is_decline,
     reply_bytes,
     reply_header,
+    sample_statement,
     sign_decline,
     sign_reply,
 )
@@ -41,6 +42,18 @@ def test_a_reply_repeats_what_was_asked(identity: Identity) -> None:
     assert (header.author, header.kind, header.order) == ("site-a", pb.ANSWER, b"d" * 32)
     for name in ("federation", "run", "round", "recipe", "base", "state"):
         assert getattr(header, name) == getattr(job().header, name)
+
+
+def test_a_sample_has_the_fields_and_the_size_of_a_real_statement(identity: Identity, tmp_path: Path) -> None:
+    (tmp_path / "update").write_bytes(data := b"u" * 76)
+    part = pb.Part(key="update", digest=sha256(data).digest(), num_bytes=76)
+    task = pb.Header(federation="care", run="0" * 16, round=3, recipe=bytes(32), base=bytes(32), state=bytes(32))
+    header = reply_header(identity, Job(b"d" * 32, task, threading.Event()), [part])
+    real = sign_reply(identity, header, {part.digest: tmp_path / "update"}, inline_bytes=1000)
+    sample, around = sample_statement("site-a", "care", data)
+    assert around == len(real.SerializeToString()) - len(data)
+    shown = {field.name for field, _ in pb.Header.FromString(sample).ListFields()}
+    assert shown == {field.name for field, _ in header.ListFields()}
 
 
 def test_small_parts_travel_within_the_call_up_to_its_limit(identity: Identity, tmp_path: Path) -> None:
