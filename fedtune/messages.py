@@ -357,6 +357,8 @@ class Measured:
     """The same after training, with its change scattered to the whole model."""
     module_importance: tuple[float, ...] = ()
     """Where it was asked for: the share of each trained module, in sorted order of their names; their sum is 1."""
+    joules: float | None = None
+    """Energy that the client's machine took meanwhile, where it counts it and the client's policy lets it be sent."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fedtune.rounds.clock import ClientTime, CompletedWork
 
@@ -18,7 +19,9 @@ class MeasuredClock:
         A client cannot have worked for longer than until its answer arrived, whatever it reports.
         """
         answered = {
-            name: split_seconds(each.measured.seconds, each.arrived_s) for name, each in done.items() if each.arrived_s
+            name: replace(split_seconds(each.measured.seconds, each.arrived_s), joules=each.measured.joules)
+            for name, each in done.items()
+            if each.arrived_s
         }
         return {**answered, **{name: ClientTime.until_deadline(after_s) for name, after_s in late.items()}}
 

@@ -164,6 +164,9 @@ class Policy:
     """What the site does when it is asked what a global model scores on its held-out rows: send the scores, which are
     means over the rows; keep them in its own log; or refuse to score. The losses before and after its training leave
     with send alone; planners that learn from them learn nothing of the site otherwise."""
+    energy: Literal["keep", "send"] = "keep"
+    """Joules that the machine took for a round, where its kernel tells (RAPL, or a battery that is drained). keep: in
+    the site's own log alone; send: with each update, for the records of the run."""
     unsigned_base: bool = False
     """A device of `fedtune-edge`: take a bundle that no coordinator of the federation has signed, with a warning. Its
     files are then checked for damage alone."""

@@ -427,6 +427,7 @@ def _update(data: memoryview, client: str, limit_bytes: int) -> ClientUpdate:
     # NaN fails both: a time or weight that no number is would spread through the planner's means.
     expect(0 <= measured.seconds <= LARGEST, "a time of at least 0 s", measured.seconds)
     expect(0 <= measured.importance <= LARGEST, "an importance of at least 0", measured.importance)
+    expect(0 <= measured.joules <= LARGEST, "an energy of at least 0 J", measured.joules)
     sizes = (header.examples, measured.peak_bytes, measured.tokens, measured.side_tokens, measured.skipped_steps)
     expect(max(sizes) < MAX_COUNT, f"examples, bytes, tokens and steps below {MAX_COUNT}", max(sizes))
     expect(len(header.kept) in (0, 32), "a digest of 32 bytes of what was kept", len(header.kept))

@@ -139,6 +139,7 @@ def update_to_message(update: ClientUpdate, probed: ProbeResult) -> pb.ProbeUpda
         tokens=measured.tokens,
         loss_before=measured.loss_before,
         loss_after=measured.loss_after,
+        joules=measured.joules,
         rms=probed.rms,
         lost=probed.lost,
     )
@@ -148,10 +149,12 @@ def update_from_message(message: pb.ProbeUpdate, *, client: str) -> ClientUpdate
     """Return the update of an authenticated client; whether its numbers may be used is for the admission to say.
 
     Raises:
-        WireError: if the time is none.
+        WireError: if the time or the energy is none.
     """
     if not 0 <= message.seconds < math.inf:
         raise WireError(f"expected a time of at least 0 s; got {message.seconds}")
+    if not 0 <= message.joules < math.inf:
+        raise WireError(f"expected an energy of at least 0 J; got {message.joules}")
     if (size := max(message.examples, message.tokens)) >= MAX_COUNT:
         raise WireError(f"expected examples and tokens below {MAX_COUNT}; got {size}")
     return ClientUpdate(
@@ -164,6 +167,7 @@ def update_from_message(message: pb.ProbeUpdate, *, client: str) -> ClientUpdate
             tokens=message.tokens,
             loss_before=message.loss_before if message.HasField("loss_before") else None,
             loss_after=message.loss_after if message.HasField("loss_after") else None,
+            joules=message.joules if message.HasField("joules") else None,
         ),
         result=ProbeResult(
             scalars=np.frombuffer(message.scalars, np.int8),

@@ -565,6 +565,15 @@ def test_shares_of_modules_and_the_wish_for_them_arrive() -> None:
     assert odd.module_importance[1] == -1.0
 
 
+def test_joules_arrive_where_they_were_sent_and_no_others() -> None:
+    measured = replace(UPDATE.measured, joules=0.0)
+    assert update_again(replace(UPDATE, measured=measured)).measured.joules == 0.0
+    assert update_again(UPDATE).measured.joules is None
+    for wrong in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(WireError, match="an energy of at least 0 J"):
+            update_again(replace(UPDATE, measured=replace(measured, joules=wrong)))
+
+
 def test_more_shares_than_any_base_has_modules_are_refused() -> None:
     endless = replace(UPDATE, measured=replace(UPDATE.measured, module_importance=(0.0,) * (bodies.MAX_TENSORS + 1)))
     with pytest.raises(WireError, match=f"at most {bodies.MAX_TENSORS} shares"):

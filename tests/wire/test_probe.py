@@ -318,6 +318,14 @@ def test_an_update_comes_back_exactly(
     assert plain(update_again(update)) == plain(update)
 
 
+def test_joules_arrive_where_they_were_sent_and_no_others() -> None:
+    assert update_again(replace(UPDATE, measured=replace(UPDATE.measured, joules=12.5))).measured.joules == 12.5
+    assert update_again(UPDATE).measured.joules is None
+    for wrong in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(WireError, match="an energy of at least 0 J"):
+            update_again(replace(UPDATE, measured=replace(UPDATE.measured, joules=wrong)))
+
+
 def test_the_author_is_the_client_that_the_transport_knows() -> None:
     assert update_again(UPDATE, client="bank-2").client == "bank-2"
 
@@ -333,6 +341,8 @@ def test_200_scalars_take_at_most_260_bytes() -> None:
     measured = Measured(3599.9, 2**33, 200_000, loss_before=10.5, loss_after=9.5)
     data = codec.encode_update(replace(UPDATE, round=60, num_examples=5000, measured=measured, result=honest))
     assert 200 < len(data) <= 260
+    metered = replace(UPDATE, round=60, num_examples=5000, measured=replace(measured, joules=500.0), result=honest)
+    assert len(codec.encode_update(metered)) == len(data) + 5
     # Numbers are written in as many bytes as they need: the largest of all add two dozen.
     counts = {"round": 2**32 - 1, "num_examples": 2**64 - 1}
     most = replace(measured, peak_bytes=(2**32 - 1) * 2**20, tokens=2**64 - 1)

@@ -141,6 +141,11 @@ class Conditions:
         self._policy, self._state, self._system, self._clocks = policy, state, system, clocks
         self._is_low = self._is_warm = False
 
+    @property
+    def sends_energy(self) -> bool:
+        """Whether the energy of a round may leave the site."""
+        return self._policy.energy == "send"
+
     def check(self) -> None:
         """Check that limits which need a reading can be held at all.
 

@@ -10,12 +10,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO, TypeAlias
 
 from fedtune.errors import ClientError, ConfigError, FedtuneError
 from fedtune.link.client.conditions import Conditions, StepGate
+from fedtune.link.client.energy_meter import EnergyMeter
 from fedtune.link.settings import ScorePolicy
 from fedtune.link.uploads import map_file
 from fedtune.messages import Assignment, ClientScores, ClientUpdate, ScoreRequest
@@ -49,6 +50,17 @@ LoadSite: TypeAlias = Callable[[str, OnStep], TrainingSite]
 """From the path of a site's file, and what hears of each step, to the site; its base and data are loaded once."""
 
 
+@dataclass(frozen=True)
+class Energy:
+    """What a request has taken of it, and whether that may leave the site."""
+
+    joules: Callable[[], float | None] = lambda: None
+    send: bool = False
+
+
+NO_ENERGY = Energy()
+
+
 def without_losses(update: ClientUpdate) -> ClientUpdate:
     """Return an update that does not say how well the model does on the client's rows."""
     return replace(update, measured=replace(update.measured, loss_before=None, loss_after=None))
@@ -71,11 +83,14 @@ def serve(arguments: Sequence[str], load: LoadSite, conditions: Callable[[str], 
     with os.fdopen(requests, "r") as lines, os.fdopen(replies, "w") as writer:
         beat = Beat(writer)
         threading.Thread(target=beat.run, daemon=True).start()
+        send_energy = False
         with suppress(ConfigError):  # what is wrong with the file is the reply to the first request
-            beat.gate = StepGate(conditions(site))
+            limits = conditions(site)
+            beat.gate, send_energy = StepGate(limits), limits.sends_energy
         for line in lines:
             beat.begin()
-            beat.end(handle(load, site, json.loads(line), beat.step))
+            energy = Energy(beat.meter.joules, send=send_energy)
+            beat.end(handle(load, site, json.loads(line), beat.step, energy))
 
 
 class Beat:
@@ -86,6 +101,7 @@ class Beat:
         self._writer, self._every_s = writer, every_s
         self._lock, self._done, self._total = threading.Lock(), 0, 0
         self._works = threading.Event()
+        self.meter = EnergyMeter()
         self.gate: StepGate | None = None
         """Between two steps, where the work waits while the machine may not do it; None: it never waits."""
 
@@ -98,6 +114,7 @@ class Beat:
 
     def begin(self) -> None:
         self._done = self._total = 0
+        self.meter.begin()
         self._works.set()
 
     def step(self, done: int, total: int) -> None:
@@ -111,6 +128,7 @@ class Beat:
         with self._lock:
             if self._works.is_set():
                 waits = self.gate.obstacle if self.gate is not None else ""
+                self.meter.sample(works=not waits)
                 line = {"at": [self._done, self._total, int(1000 * time.process_time())]}
                 self._write({**line, "waits": waits} if waits else line)
 
@@ -126,10 +144,16 @@ class Beat:
         self._writer.flush()
 
 
-def handle(load: LoadSite, site: str, request: Mapping[str, Any], on_step: OnStep = no_steps) -> Mapping[str, Any]:
+def handle(
+    load: LoadSite,
+    site: str,
+    request: Mapping[str, Any],
+    on_step: OnStep = no_steps,
+    energy: Energy = NO_ENERGY,
+) -> Mapping[str, Any]:
     """Run a request, and return the reply: `done` with what was measured, or `failed` with the reason."""
     try:
-        return {"done": run_request(load(site, on_step), request)}
+        return {"done": run_request(load(site, on_step), request, energy)}
     except FedtuneError as error:
         return {"failed": str(error)}
     except BaseException as error:  # its text may quote data: only its type leaves the site
@@ -137,7 +161,7 @@ def handle(load: LoadSite, site: str, request: Mapping[str, Any], on_step: OnSte
         return {"failed": f"expected an answer; got {type(error).__name__}; this site's own log says where"}
 
 
-def run_request(site: TrainingSite, request: Mapping[str, Any]) -> Mapping[str, float]:
+def run_request(site: TrainingSite, request: Mapping[str, Any], energy: Energy = NO_ENERGY) -> Mapping[str, float]:
     """Write the site's profile, update or scores to the path that a request names, and return what was measured."""
     into = Path(request["into"])
     if request["do"] == "profile":
@@ -157,6 +181,9 @@ def run_request(site: TrainingSite, request: Mapping[str, Any]) -> Mapping[str, 
             into.write_bytes(encode_scores(scores))
             return {**scores.metrics, "seconds": scores.seconds}
         update = site.perform(decode_assignment(front, bodies))
+        joules = energy.joules()
+        if energy.send:
+            update = replace(update, measured=replace(update.measured, joules=joules))
         into.write_bytes(encode_update(update if site.scores == "send" else without_losses(update)))
     except FedtuneError:
         raise
@@ -168,4 +195,5 @@ def run_request(site: TrainingSite, request: Mapping[str, Any]) -> Mapping[str, 
             expected = f"{site.client}: expected space for an update on this site's disk"
             raise ClientError(f"{expected}; got none; the next round is tried again") from error
         raise ClientError(failure_of(site.client, error, quote=False).reason) from error
-    return {name: value for name, value in asdict(update.measured).items() if value is not None}
+    own = {**asdict(update.measured), "joules": joules}
+    return {name: value for name, value in own.items() if value is not None}

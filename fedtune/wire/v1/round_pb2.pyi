@@ -302,7 +302,7 @@ class Assignment(_message.Message):
     def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
-    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens", "skipped_steps", "whole_loss_before", "whole_loss_after", "module_importance")
+    __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens", "skipped_steps", "whole_loss_before", "whole_loss_after", "module_importance", "joules")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOSS_BEFORE_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +314,7 @@ class Measured(_message.Message):
     WHOLE_LOSS_BEFORE_FIELD_NUMBER: _ClassVar[int]
     WHOLE_LOSS_AFTER_FIELD_NUMBER: _ClassVar[int]
     MODULE_IMPORTANCE_FIELD_NUMBER: _ClassVar[int]
+    JOULES_FIELD_NUMBER: _ClassVar[int]
     seconds: float
     peak_bytes: int
     loss_before: float
@@ -325,7 +326,8 @@ class Measured(_message.Message):
     whole_loss_before: float
     whole_loss_after: float
     module_importance: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ..., skipped_steps: _Optional[int] = ..., whole_loss_before: _Optional[float] = ..., whole_loss_after: _Optional[float] = ..., module_importance: _Optional[_Iterable[float]] = ...) -> None: ...
+    joules: float
+    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ..., skipped_steps: _Optional[int] = ..., whole_loss_before: _Optional[float] = ..., whole_loss_after: _Optional[float] = ..., module_importance: _Optional[_Iterable[float]] = ..., joules: _Optional[float] = ...) -> None: ...
 
 class ClientUpdate(_message.Message):
     __slots__ = ("examples", "measured", "client", "round", "base", "parts", "deflated_parts", "kept", "mask", "base_format", "codes")
@@ -354,7 +356,7 @@ class ClientUpdate(_message.Message):
     def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., deflated_parts: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., base_format: _Optional[_Union[BaseFormat, str]] = ..., codes: _Optional[bytes] = ...) -> None: ...
 
 class ProbeUpdate(_message.Message):
-    __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost")
+    __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost", "joules")
     SCALARS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     CHECKS_FIELD_NUMBER: _ClassVar[int]
@@ -368,6 +370,7 @@ class ProbeUpdate(_message.Message):
     LOSS_AFTER_FIELD_NUMBER: _ClassVar[int]
     RMS_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    JOULES_FIELD_NUMBER: _ClassVar[int]
     scalars: bytes
     state: bytes
     checks: bytes
@@ -381,7 +384,8 @@ class ProbeUpdate(_message.Message):
     loss_after: float
     rms: float
     lost: bool
-    def __init__(self, scalars: _Optional[bytes] = ..., state: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., skipped: _Optional[int] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., rms: _Optional[float] = ..., lost: bool = ...) -> None: ...
+    joules: float
+    def __init__(self, scalars: _Optional[bytes] = ..., state: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., skipped: _Optional[int] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., rms: _Optional[float] = ..., lost: bool = ..., joules: _Optional[float] = ...) -> None: ...
 
 class ScoreUpdate(_message.Message):
     __slots__ = ("client", "round", "base", "metrics", "seconds")

@@ -77,13 +77,25 @@ def test_losses_leave_as_the_policy_for_scores_says(
     assert sum(loss is not None for loss in (measured.loss_before, measured.loss_after)) == sent
 
 
+@pytest.mark.parametrize("send", [False, True])
+def test_energy_leaves_a_site_that_lets_it_alone(site: Path, tmp_path: Path, send: bool) -> None:
+    order = encode_assignment(assignment())
+    (tmp_path / "front").write_bytes(order.header)
+    request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
+    energy = training_server.Energy(lambda: 12.5, send=send)
+    own = training_server.handle(load, str(site), request, energy=energy)["done"]
+    measured = decode_update((tmp_path / "update").read_bytes(), client="client-0", limit_bytes=10**7).measured
+    assert own["joules"] == 12.5  # for the site's own log
+    assert measured.joules == (12.5 if send else None)
+
+
 def test_what_cannot_be_done_is_said_and_what_nobody_foresaw_keeps_its_text(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failed = training_server.handle(load, str(tmp_path / "none.toml"), {"do": "profile", "into": str(tmp_path)})
     assert "none.toml" in failed["failed"]
 
-    def broken(site: object, request: Mapping[str, Any]) -> None:
+    def broken(site: object, request: Mapping[str, Any], energy: object) -> None:
         raise ValueError("a row of the data: secret")
 
     monkeypatch.setattr(training_server, "run_request", broken)
