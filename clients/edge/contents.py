@@ -35,7 +35,7 @@ EXCLUDED = {
 """Modules that are left out though something imports them, where they are there."""
 HIDDEN = {
     "fedtune-edge": "fedtune.edge.onnx_runtime",
-    "fedtune-edge-gguf": "fedtune.edge.gguf_runtime",
+    "fedtune-edge-gguf": "fedtune.edge.gguf_runtime xllamacpp",  # of which the library is loaded by its path
     "fedtune-client": "fedtune.client.site_process fedtune.client.share_process fedtune.client.worker_process",
 }
 """Modules that are loaded by name."""

@@ -240,6 +240,7 @@ def evaluate(
         "fedtune export runs/fedspine --deploy --ratio 0.25 --ratio 0.5 --out models",
         "fedtune export recipe.toml --edge bundle --identity server/identity",
         "fedtune export models/smollm2 --edge bundle --dtype int8",
+        "fedtune export smollm2.Q4_K_M.gguf --edge bundle --runtime gguf",
     )
 )
 def export(
@@ -284,6 +285,12 @@ def export(
         Path | None,
         typer.Option("--identity", metavar="DIR", help="With --edge: the coordinator's keys, which sign the bundle."),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="With --edge: onnx (the default), or gguf for a base that is a GGUF file, which stays as it is."
+        ),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Write the result for others to load: a PEFT adapter, a whole merged model, pruned models, or the seeds.
@@ -298,15 +305,16 @@ def export(
     """
     if not deploy and ratio:
         raise typer.BadParameter("expected --deploy beside it", param_hint="--ratio")
-    if edge is None and identity is not None:
-        raise typer.BadParameter("expected --edge beside it", param_hint="--identity")
+    for option, value in (("--identity", identity), ("--runtime", runtime)):
+        if edge is None and value is not None:
+            raise typer.BadParameter("expected --edge beside it", param_hint=option)
     if edge is not None and (deploy or form or out or max_rank or round):
         raise typer.BadParameter("expected no other form beside it: it writes the base alone", param_hint="--edge")
     if deploy and (form is not None or max_rank is not None):
         raise typer.BadParameter("expected neither --form nor --max-rank beside it", param_hint="--deploy")
     with report_errors(debug):
         if edge is not None:
-            bundle.export(run, edge, dtype=dtype or "float32", identity=identity)
+            bundle.export(run, edge, runtime=runtime or "onnx", dtype=dtype, identity=identity)
             return
         from fedtune.runs import deploy as deploy_module
         from fedtune.runs import export as export_module

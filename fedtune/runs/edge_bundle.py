@@ -45,7 +45,12 @@ PERTURBATION = 1000
 """Of the two sides, in units of 2^-20: about 1e-3."""
 ROWS, LENGTH = 3, 48
 """Texts that are compared, and their longest in tokens."""
-PARTS: Mapping[str, str] = {"weights.safetensors": "weights", "graph.onnx": "graph", "head.onnx": "graph"}
+PARTS: Mapping[str, str] = {
+    "weights.safetensors": "weights",
+    "weights.gguf": "weights",
+    "graph.onnx": "graph",
+    "head.onnx": "graph",
+}
 
 
 @dataclass(frozen=True)
@@ -84,26 +89,45 @@ def export_bundle(
         StoreError: if `out` holds files already.
     """
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --edge")
+    check_free(target)
     if dtype not in DTYPES:
         hint = "activations are never rounded: a step's two losses would differ by the rounding"
         raise ConfigError(Fault("dtype", f"one of {', '.join(DTYPES)}", repr(dtype), hint))
     # Before the base is loaded, which may take minutes.
-    party = None if identity is None else load_identity(identity, role="coordinator", now=int(time.time()))
-    signer = None if party is None else Signer(party.federation, party.name, party.key)
+    signer = read_signer(identity)
     watch(Phase("loading the base"))
-    return write_bundle(load_base(source), target, dtype=dtype, signer=signer, watch=watch)  # type: ignore[arg-type]
+    base = load_base(read_source(source))
+    return write_bundle(base, target, dtype=dtype, signer=signer, watch=watch)  # type: ignore[arg-type]
 
 
-def load_base(source: str | Path) -> Base:
+def check_free(target: Path) -> None:
+    """Raise StoreError unless a bundle can be written to a folder: a new one, or an empty one."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --edge")
+
+
+def read_signer(identity: Path | None) -> Signer | None:
+    """Return the coordinator that signs, by the folder of its keys; None without one."""
+    party = None if identity is None else load_identity(identity, role="coordinator", now=int(time.time()))
+    return None if party is None else Signer(party.federation, party.name, party.key)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a bundle's base is, and in which form its sites hold it."""
+
+    model: ModelSettings
+    adapter: AdapterSettings
+    root: Path
+    seed: int
+
+
+def read_source(source: str | Path) -> Source:
     """Return the base of a recipe, of a run, or by its own name, in the number format that sites hold it in.
 
     Raises:
-        ConfigError: if there is none, or the recipe is for classification.
+        ConfigError: if the recipe is for classification.
     """
-    from fedtune.model.base import load, load_tokenizer
-
     path = Path(source)
     adapter, root, seed = AdapterSettings(rank=1), Path(), 0
     is_run = (path / "recipe.toml").is_file()
@@ -116,8 +140,19 @@ def load_base(source: str | Path) -> Base:
         expected = "a causal base without adapter.modules_to_save for devices"
         got = f"{model.task}, modules_to_save = {list(adapter.modules_to_save)}"
         raise ConfigError(Fault("model.task", expected, got, "let its sites run clients with torch"))
-    settings = replace(same_everywhere(without_quantisation(model)), device="cpu")
-    return load(settings, adapter, tokenizer=load_tokenizer(settings, root), root=root, seed=seed)
+    return Source(replace(same_everywhere(without_quantisation(model)), device="cpu"), adapter, root, seed)
+
+
+def load_base(source: Source) -> Base:
+    """Return a bundle's base in torch.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    from fedtune.model.base import load, load_tokenizer
+
+    settings, root = source.model, source.root
+    return load(settings, source.adapter, tokenizer=load_tokenizer(settings, root), root=root, seed=source.seed)
 
 
 def write_bundle(
