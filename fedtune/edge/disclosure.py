@@ -10,7 +10,7 @@ import numpy as np
 
 from fedtune.link.client.replies import sample_statement
 from fedtune.link.client.training_server import without_losses
-from fedtune.link.settings import ScorePolicy
+from fedtune.link.settings import Policy
 from fedtune.messages import ClientScores, ClientUpdate, Measured, ProbeResult
 from fedtune.wire.codec import encode_update
 from fedtune.wire.fields import Field, fields
@@ -51,6 +51,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "loss_after": "the same after",
         "rms": "how large the bytes would be, where a run asks for that first",
         "lost": "that it needs the global model anew",
+        "joules": "how much energy it took",
     },
     "ScoreUpdate": {
         "client": "this device's name",
@@ -112,19 +113,20 @@ def profile_sent(profile: ClientProfile) -> Disclosed:
     return Disclosed("once, before the first round", data, explain(round_pb2.ClientProfile.FromString(data)))
 
 
-def update_sent(profile: ClientProfile, *, steps: int, scores: ScorePolicy) -> Disclosed:
+def update_sent(profile: ClientProfile, *, steps: int, policy: Policy) -> Disclosed:
     """Return an example of what a device answers in a round: of its sizes and fields, with numbers that are none.
 
     Args:
         profile: the device's.
         steps: directions that the run asks for.
-        scores: the device's policy: without `send` no losses leave it.
+        policy: the device's: losses and joules leave it only where that sends them.
     """
     numbers = (np.arange(steps) * 37 % 255 - 127).astype(np.int8)
     result = ProbeResult(numbers, state=bytes(range(8)), checks=bytes(range(16)))
-    measured = Measured(12.5, 300 * 2**20, loss_before=3.25, loss_after=3.24, tokens=steps * 512)
+    joules = 25.0 if policy.energy == "send" else None
+    measured = Measured(12.5, 300 * 2**20, loss_before=3.25, loss_after=3.24, tokens=steps * 512, joules=joules)
     update = ClientUpdate(profile.client, 12, profile.num_examples, result, measured)
-    data = encode_update(update if scores == "send" else without_losses(update))
+    data = encode_update(update if policy.scores == "send" else without_losses(update))
     message = round_pb2.ProbeUpdate.FromString(data)
     return Disclosed(f"in each round, of {steps} directions", data, explain(message))
 

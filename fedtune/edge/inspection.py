@@ -75,12 +75,12 @@ def inspect_site(settings: SiteSettings, *, source: str, examples: int = 3) -> I
     federation = read_data(settings, settings.data, opened)
     shard = own_shard(settings, federation, source=source)
     site = EdgeSite(settings.name, opened, shard.train, shard.held_out, settings.state, settings.policy)
-    profile, scores = site.profile(), settings.policy.scores
+    profile = site.profile()
     roster = own_roster(settings)
-    answers = [disclosure.update_sent(profile, steps=steps, scores=scores) for steps in disclosure.STEPS]
+    answers = [disclosure.update_sent(profile, steps=steps, policy=settings.policy) for steps in disclosure.STEPS]
     federation_name = "federation" if roster is None else roster.federation
     sent = [disclosure.profile_sent(profile), answers[0]]
-    sent += [disclosure.scores_sent(profile)] if scores == "send" else []
+    sent += [disclosure.scores_sent(profile)] if settings.policy.scores == "send" else []
     sent += [disclosure.statement_sent(settings.name, answers[0].data, federation=federation_name)]
     lengths = [len(example.input_ids) for example in shard.train]
     return Inspection(

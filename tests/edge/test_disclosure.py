@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 from fedtune.edge.disclosure import STEPS, WORDS, profile_sent, scores_sent, statement_sent, update_sent
 from fedtune.link.envelopes import build_version
+from fedtune.link.settings import Policy
 from fedtune.messages import ProbeSeeds
 from fedtune.wire.codec import decode_update
 from fedtune.wire.profile import ClientProfile, ModelSpec, decode_profile
@@ -20,13 +23,13 @@ def test_every_field_of_every_message_has_words() -> None:
 
 
 def test_no_field_without_words_is_sent() -> None:
-    messages = [profile_sent(PROFILE), update_sent(PROFILE, steps=20, scores="send"), scores_sent(PROFILE)]
+    messages = [profile_sent(PROFILE), update_sent(PROFILE, steps=20, policy=Policy()), scores_sent(PROFILE)]
     messages.append(statement_sent("kitchen", messages[1].data, federation="care"))
     assert all(field.words for message in messages for field in message.fields)
 
 
 def test_the_fields_of_a_message_are_all_of_its_bytes() -> None:
-    for message in (profile_sent(PROFILE), update_sent(PROFILE, steps=20, scores="send"), scores_sent(PROFILE)):
+    for message in (profile_sent(PROFILE), update_sent(PROFILE, steps=20, policy=Policy()), scores_sent(PROFILE)):
         assert sum(field.num_bytes for field in message.fields) == len(message.data)
 
 
@@ -37,7 +40,7 @@ def test_what_is_shown_is_what_the_server_reads() -> None:
     assert (read.client, read.num_examples, read.held_out) == ("kitchen", 357, 40)
     for steps in STEPS:
         update = decode_update(
-            update_sent(PROFILE, steps=steps, scores="send").data,
+            update_sent(PROFILE, steps=steps, policy=Policy()).data,
             client="kitchen",
             limit_bytes=1 << 20,
             task=ProbeSeeds,
@@ -47,15 +50,18 @@ def test_what_is_shown_is_what_the_server_reads() -> None:
 
 
 def test_an_answer_is_a_byte_for_each_direction_and_little_more() -> None:
-    sizes = [len(update_sent(PROFILE, steps=steps, scores="send").data) for steps in (100, 101, 200)]
+    sizes = [len(update_sent(PROFILE, steps=steps, policy=Policy()).data) for steps in (100, 101, 200)]
     assert sizes[1] == sizes[0] + 1
     assert sizes[2] <= 260
 
 
-def test_a_device_that_keeps_its_scores_sends_no_losses() -> None:
-    names = {field.name for field in update_sent(PROFILE, steps=20, scores="keep").fields}
-    assert not {name for name in names if name.startswith("loss")}
-    assert "loss_before" in {field.name for field in update_sent(PROFILE, steps=20, scores="send").fields}
+def test_losses_and_joules_are_sent_only_where_the_policy_sends_them() -> None:
+    def names(**policy: Any) -> set[str]:
+        return {field.name for field in update_sent(PROFILE, steps=20, policy=Policy(**policy)).fields}
+
+    assert names() & {"loss_before", "loss_after", "joules"} == {"loss_before", "loss_after"}
+    assert not names(scores="keep") & {"loss_before", "loss_after"}
+    assert "joules" in names(energy="send")
 
 
 def test_the_statement_names_the_device_its_federation_and_its_program() -> None:
