@@ -433,6 +433,17 @@ FAULTS = (
           "a bundle is signed whose losses are others than torch's"),
     Fault("runs/edge_bundle.py", "if not abs(plus - minus) <= SMALL_DIFFERENCE:", "if False:",
           "a bundle is signed whose losses jump with the smallest step"),
+    # GGUF files: the rows of queries and keys, float32 inputs, and what would end the process.
+    Fault("edge/gguf_runtime.py", "return interleave(rows, heads) if heads and", "return rows if heads and",
+          "a device moves rows of queries and keys in transformers' order"),
+    Fault("edge/gguf_forward.py", "if self.expand and tensor.kind != F32:", "if False:",
+          "a device rounds the inputs of quantised layers", ("edge/test_gguf_forward.py",)),
+    Fault("edge/gguf_forward.py", "if status != 0 or not graph.is_complete:", "if status != 0:",
+          "a product that failed is read as a result"),
+    Fault("edge/gguf_decoder.py", "if strange := sorted(file.tensors.keys() - wanted.keys()):", "if strange := ():",
+          "a forward pass leaves out a tensor of its file"),
+    Fault("edge/gguf_runtime.py", "if chosen in self._eos_ids:", "if False:", "text goes on after its end"),
+    Fault("edge/ggml.py", "if version != VERSION:", "if False:", "another version of the library is called"),
 )  # fmt: skip
 
 
