@@ -286,7 +286,8 @@ def score_blobs(one: Comparison) -> str:
 
 def ledger(one: Comparison) -> str:
     if method_of(one.recipe).task is ProbeSeeds:
-        return "" if one.request.ledger else "a ledger of seeds"
+        # The base, before the first round, is scored as it is.
+        return "" if one.request.ledger or one.request.round == 0 else "a ledger of seeds"
     return "none, but an adapter" if one.request.ledger else ""
 
 

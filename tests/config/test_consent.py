@@ -379,6 +379,9 @@ def test_scores_are_asked_for_as_the_recipe_says_or_not_at_all() -> None:
     seeds = replace(request, method="fedkseed", batch=16, examples=64, blobs={}, ledger=b"x", trainable=(0,))
     assert keys(SEEDS, seeds) == set()
     assert keys(SEEDS, replace(seeds, ledger=b"", blobs={"saved": SAVED})) == {"ledger", "blobs", "trainable"}
+    # The base is scored before the first round, which no seeds have changed yet.
+    assert keys(SEEDS, replace(seeds, round=0, ledger=b"", trainable=())) == set()
+    assert keys(SEEDS, replace(seeds, round=1, ledger=b"", trainable=())) == {"ledger"}
 
 
 def test_a_result_is_of_the_kind_that_the_recipe_makes() -> None:
