@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import prod
 
+from fedtune.edge.bundle import AGAIN
 from fedtune.errors import ConfigError, Fault, StoreError
 
 OPERATORS = frozenset(
@@ -28,7 +29,6 @@ ROUNDING = frozenset(
 """Operators that round activations: a step's two losses would differ by the rounding, and not by the step."""
 SIZES: Mapping[int, int] = {1: 4, 3: 1, 6: 4, 7: 8}
 """Bytes of a number by kind of tensor: float32, int8, int32, int64."""
-AGAIN = "get the bundle again, or write it with fedtune export --edge"
 
 Value = int | bytes
 Message = Mapping[int, list[Value]]

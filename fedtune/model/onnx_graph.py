@@ -110,9 +110,11 @@ class Graph:
         stored = self.tensor(name)
         return self.add("Cast", stored, to=TensorProto.FLOAT) if self._weights[name].kind == "I8" else stored
 
-    def scale(self, name: str, outputs: str) -> str:
+    def scale(self, name: str, outputs: str, *, result: str = "") -> str:
         """Return what codes in 8 bits have given, times the scales of the outputs."""
-        return self.add("Mul", outputs, self.tensor(name + SCALE)) if self.has(name + SCALE) else outputs
+        if not self.has(name + SCALE):
+            return outputs
+        return self.add("Mul", outputs, self.tensor(name + SCALE), name=result)
 
     def model(self, name: str) -> ModelProto:
         graph = helper.make_graph(
@@ -339,8 +341,8 @@ def add_head(architecture: Architecture, graph: Graph) -> None:
         got = "an output layer of its own" if of.tied else "none"
         expected = "the output layer that tie_word_embeddings of config.json says"
         raise ConfigError(Fault("model.base", expected, got, "put config.json right"))
-    logits = graph.add("Gemm", hidden, graph.weight(weight), transB=1)
-    logits = graph.add("Identity", graph.scale(weight, logits), name="logits")
+    plain = "" if graph.has(weight + SCALE) else "logits"
+    logits = graph.scale(weight, graph.add("Gemm", hidden, graph.weight(weight), name=plain, transB=1), result="logits")
     picked = graph.add("Unsqueeze", targets, graph.integers(1))
     picked = graph.add("GatherElements", graph.add("LogSoftmax", logits, axis=1), picked, axis=1)
     graph.add("Squeeze", graph.add("Neg", picked), graph.integers(1), name="losses")

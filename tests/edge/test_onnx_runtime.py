@@ -209,9 +209,25 @@ def test_memory_that_runs_out_costs_a_round_and_names_the_knob(
 
     with pytest.raises(ClientError, match=r"memory ran out; lower client\.batch"):
         onnx_runtime.run(Full(), ["hidden"], {})
-    monkeypatch.setattr(onnx_runtime, "free_bytes", lambda: 1000)
-    with pytest.raises(ConfigError, match="MiB of free memory for llama-tied; got 0 MiB; end other programs"):
+
+    def refuse(*args: Any, **more: Any) -> Any:
+        raise states.Fail("Failed to allocate memory for requested buffer of size 1")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(ConfigError, match="expected memory for the weights; got too little; take a smaller base"):
         load(read_bundle(llama[1]), threads=1)
+
+
+def test_memory_is_given_back_after_a_task(llama: tuple[Base, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, path = llama
+    given: list[str] = []
+    monkeypatch.setattr(onnx_runtime, "give_back_memory", lambda: given.append("back"))
+    runtime = load(read_bundle(path), threads=1)
+    with runtime.at(ledger_of(base), reached(base)):
+        assert not given
+    with pytest.raises(ClientError), runtime.at(ledger_of(base), reached(base)):
+        raise ClientError("a step failed")
+    assert given == ["back"] * 2
 
 
 def test_an_error_of_another_kind_is_not_swallowed() -> None:
