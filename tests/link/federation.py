@@ -62,12 +62,22 @@ class Federation:
         with self.news:
             assert self.news.wait_for(happened, END_S), {name: self.log(name) for name in self.lines}
 
-    def start(self, name: str, *command: str) -> subprocess.Popen[str]:
-        """Start a process whose output is added to its log."""
+    def start(
+        self, name: str, *command: str, program: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Start a process whose output is added to its log.
+
+        Args:
+            name: of the party.
+            command: arguments.
+            program: gets them, in a group of its own, with nothing but `environment`; without one Python does, in ours.
+            environment: of a program.
+        """
         process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            [*program, *command] if program else [sys.executable, *command],
+            cwd=self.folder if program else ROOT,
+            env=environment if program else {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            start_new_session=bool(program),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
